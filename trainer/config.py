@@ -1,0 +1,489 @@
+"""The run's configuration: one tree of models, read from YAML, with dotted overrides (`train.steps=20`).
+
+Every field has a unit (where it has one), a description and an example; `docs/configuration.md` is generated from them.
+A setting that would be ignored is an error, an unknown key is refused with the nearest name.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from trainer.errors import ConfigError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _field(default: Any = ..., *, about: str, example: Any, unit: str | None = None, **constraints: Any) -> Any:
+    extra = {"unit": unit} if unit else None
+    return Field(default, description=about, examples=[example], json_schema_extra=extra, **constraints)
+
+
+class Run(Section):
+    """Which run this is and where it lives."""
+
+    name: str = _field(
+        about="Name of the run: a folder of this name is made in the store. Letters, digits, '.', '_' and '-'.",
+        example="llama-8b-support",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
+    )
+    store: str = _field(
+        "runs",
+        about="Where runs, compiled data and checkpoints are kept: a folder, or an s3://, gs:// or az:// URI.",
+        example="s3://bucket/runs",
+    )
+    seed: int = _field(0, about="Decides the data order, the adapter's start and dropout.", example=7, ge=0, lt=2**32)
+
+
+class Model(Section):
+    """The base model that stays frozen."""
+
+    base: str = _field(
+        about="A Hugging Face model directory with safetensors files, or a Hub id.", example="/models/Llama-3.1-8B"
+    )
+    revision: str | None = _field(None, about="Branch, tag or commit of a Hub id.", example="main")
+    attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = _field(
+        "auto",
+        about="Attention kernel. auto takes flash_attention_2 (the flash-attn package), else varlen (PyTorch's own), "
+        "else sdpa; the log says which and why.",
+        example="sdpa",
+    )
+    dtype: Literal["bf16", "fp32"] = _field(
+        "bf16", about="Type of activations and of everything that is not quantized.", example="bf16"
+    )
+    layers: int | None = _field(
+        None,
+        about="Use only the first layers of the base: for smoke runs of a large model.",
+        example=2,
+        ge=1,
+        unit="layers",
+    )
+
+
+class Quant(Section):
+    """How the frozen linear layers are stored."""
+
+    type: Literal["nf4", "fp4", "none"] = _field("nf4", about="4-bit type, or none for 16-bit weights.", example="nf4")
+    block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] = _field(
+        64, about="Weights that share one scale (absmax).", example=64, unit="weights"
+    )
+    double: bool = _field(False, about="Quantize the scales too, to 8 bits (saves 0.37 bits a weight).", example=True)
+
+    @model_validator(mode="after")
+    def _scales(self) -> "Quant":
+        if self.type == "none" and self.double:
+            raise ValueError(
+                "quant.double: true has no effect with quant.type: none. Remove it, or set quant.type: nf4."
+            )
+        return self
+
+
+class Tuning(Section):
+    """What learns: low-rank adapters on the frozen layers."""
+
+    method: Literal["lora", "rslora"] = _field(
+        "lora", about="lora scales by alpha / rank, rslora by alpha / sqrt(rank).", example="rslora"
+    )
+    rank: int = _field(16, about="Rank of the adapters.", example=16, ge=1, le=4096)
+    alpha: float = _field(
+        32.0, about="Scale of the adapters' output, before the division by the rank.", example=32, gt=0
+    )
+    dropout: float = _field(0.0, about="Share of the adapters' inputs dropped in training.", example=0.05, ge=0, lt=1)
+    targets: Literal["all-linear"] | list[str] = _field(
+        "all-linear",
+        about="Which linear layers get an adapter: all-linear (all but the output head), or names.",
+        example=["q_proj", "v_proj"],
+    )
+
+
+class Source(Section):
+    """One place that documents come from."""
+
+    path: str = _field(
+        about="A file or a glob: .jsonl (also .gz, .zst) or .parquet; local, or s3://, gs://, az://.",
+        example="data/train-*.jsonl",
+    )
+    weight: float = _field(
+        1.0,
+        about="How often an epoch visits each document: 2 is twice, 0.5 a different half of them each epoch.",
+        example=0.5,
+        gt=0,
+        le=1000,
+        unit="visits an epoch",
+    )
+
+
+class Data(Section):
+    """What is learnt from."""
+
+    train: list[Source] = _field(about="Training sources.", example=[{"path": "data/train.jsonl"}], min_length=1)
+    eval: list[Source] = _field(
+        [], about="Sources that are evaluated but never trained on.", example=[{"path": "data/eval.jsonl"}]
+    )
+    format: Literal["chat", "prompt_completion", "text"] = _field(
+        "chat", about="chat: a list of messages; prompt_completion: two strings; text: one string.", example="chat"
+    )
+    fields: dict[str, str] = _field(
+        {},
+        about="Names of the fields in your rows, where they differ from messages, prompt, completion and text.",
+        example={"messages": "conversations"},
+    )
+    template: str | None = _field(
+        None, about="A Jinja chat template file, instead of the tokenizer's own.", example="template.jinja"
+    )
+    loss_on: Literal["assistant", "last_assistant", "completion", "all"] | None = _field(
+        None,
+        about="Which tokens are trained. Default: assistant for chat, completion for prompt_completion, all for text.",
+        example="last_assistant",
+    )
+    sequence_length: int = _field(2048, about="Length of a packed row.", example=8192, ge=8, le=2**20, unit="tokens")
+    packing: bool = _field(True, about="Put several documents into one row; they never see each other.", example=True)
+    on_too_long: Literal["truncate", "drop", "fail"] = _field(
+        "truncate",
+        about="What happens to a document longer than sequence_length; it is counted either way.",
+        example="drop",
+    )
+    on_bad_row: Literal["fail", "skip"] = _field(
+        "fail",
+        about="What happens to a row that cannot be read: fail names file and line, skip counts it.",
+        example="skip",
+    )
+
+    @model_validator(mode="after")
+    def _targets(self) -> "Data":
+        allowed = {
+            "chat": ("assistant", "last_assistant", "all"),
+            "prompt_completion": ("completion", "all"),
+            "text": ("all",),
+        }
+        if self.loss_on and self.loss_on not in allowed[self.format]:
+            raise ValueError(
+                f"data.loss_on: {self.loss_on!r} does not exist in data.format: {self.format}. "
+                f"Allowed there: {', '.join(allowed[self.format])}."
+            )
+        names = {"chat": ("messages",), "prompt_completion": ("prompt", "completion"), "text": ("text",)}[self.format]
+        for name in self.fields:
+            if name not in names:
+                raise ValueError(
+                    f"data.fields: {name!r} is not a field of data.format: {self.format}. Allowed there: {', '.join(names)}."
+                )
+        return self
+
+    @property
+    def targets(self) -> str:
+        """`loss_on`, or its default for the format."""
+        return self.loss_on or {"chat": "assistant", "prompt_completion": "completion", "text": "all"}[self.format]
+
+
+class Optim(Section):
+    """AdamW and its schedule."""
+
+    lr: float = _field(2e-4, about="Peak learning rate.", example=2e-4, gt=0, le=1)
+    schedule: Literal["cosine", "linear", "constant"] = _field(
+        "cosine", about="Course of the learning rate after warm-up.", example="cosine"
+    )
+    warmup_steps: int = _field(
+        0, about="Steps over which the learning rate rises from 0.", example=100, ge=0, unit="steps"
+    )
+    min_lr_ratio: float = _field(
+        0.1, about="Last learning rate, as a share of lr (cosine and linear).", example=0.1, ge=0, le=1
+    )
+    betas: tuple[float, float] = _field(
+        (0.9, 0.999), about="Decay of the first and second moment.", example=[0.9, 0.95]
+    )
+    eps: float = _field(1e-8, about="Added to the root of the second moment.", example=1e-8, gt=0)
+    weight_decay: float = _field(0.0, about="Decoupled weight decay of the adapters.", example=0.01, ge=0)
+    grad_clip: float = _field(1.0, about="Largest norm of the gradient; 0 turns clipping off.", example=1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _moments(self) -> "Optim":
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(
+                f"optim.betas: {list(self.betas)} is not allowed. Both must be in [0, 1). Example: [0.9, 0.95]."
+            )
+        return self
+
+
+class Train(Section):
+    """How long and in what portions."""
+
+    steps: int | None = _field(None, about="Optimizer steps. Give this or epochs.", example=1000, ge=1, unit="steps")
+    epochs: int | None = _field(
+        None, about="Passes over the training data. Give this or steps.", example=3, ge=1, unit="epochs"
+    )
+    global_batch: int = _field(
+        8,
+        about="Packed rows in one optimizer step over all ranks. Accumulation is derived, so that the loss curve does not "
+        "move with the number of GPUs.",
+        example=64,
+        ge=1,
+        unit="rows",
+    )
+    micro_batch: int = _field(
+        1, about="Packed rows a rank takes through the model at once.", example=1, ge=1, unit="rows"
+    )
+    activation_checkpointing: bool = _field(
+        True, about="Recompute activations in the backward pass: less memory, about a third more time.", example=True
+    )
+    eval_every: int = _field(
+        0, about="Evaluate every so many steps and at the end; 0 is only at the end.", example=100, ge=0, unit="steps"
+    )
+
+    @model_validator(mode="after")
+    def _length(self) -> "Train":
+        if (self.steps is None) == (self.epochs is None):
+            given = "both" if self.steps else "neither"
+            raise ValueError(
+                f"train.steps and train.epochs: {given} given. Set exactly one of them. Example: train.steps: 1000."
+            )
+        return self
+
+
+class Sharding(Section):
+    """How DeepSpeed divides the model."""
+
+    deepspeed: str = _field(
+        "auto",
+        about="A DeepSpeed policy: the name of a file in ds_configs, or the path of your own. auto is zero3 on GPUs and cpu without.",
+        example="zero3",
+    )
+    scope: Literal["world", "node"] = _field(
+        "world",
+        about="Over which ranks the frozen base is divided: all of them, or those of one node (each node then holds a "
+        "whole base and no frozen weight crosses the network).",
+        example="node",
+    )
+
+
+class Checkpoint(Section):
+    """When training state is committed to the store."""
+
+    every_steps: int = _field(
+        100, about="Commit every so many steps; 0 turns this rule off.", example=100, ge=0, unit="steps"
+    )
+    every_minutes: float = _field(
+        30,
+        about="Commit when so long has passed since the last; 0 turns this rule off.",
+        example=15,
+        ge=0,
+        unit="minutes",
+    )
+    keep_last: int = _field(3, about="Newest checkpoints to keep.", example=3, ge=1, unit="checkpoints")
+    keep_every: int = _field(
+        0,
+        about="Also keep every checkpoint whose step is a multiple of this; 0 keeps none.",
+        example=1000,
+        ge=0,
+        unit="steps",
+    )
+
+
+class Ray(Section):
+    """The Ray cluster that runs the workers."""
+
+    address: str | None = _field(
+        None, about="A running cluster. Without it Ray starts on this machine for this run.", example="auto"
+    )
+    start_timeout: float = _field(
+        300, about="How long to wait for the workers that were asked for.", example=600, gt=0, unit="seconds"
+    )
+
+
+class Cluster(Section):
+    """How many ranks, and on what."""
+
+    workers: int | None = _field(
+        None,
+        about="Ranks. Default: one for each GPU of this machine, one without GPUs.",
+        example=16,
+        ge=1,
+        unit="ranks",
+    )
+    gpus_per_worker: Literal[0, 1] | None = _field(
+        None, about="GPUs of each rank. Default: 1 where there are GPUs, else 0.", example=1, unit="GPUs"
+    )
+    threads_per_worker: int | None = _field(
+        None,
+        about="CPU threads of each rank (OMP_NUM_THREADS). Default: the machine's cores divided by its ranks.",
+        example=8,
+        ge=1,
+        unit="threads",
+    )
+    ray: Ray = Ray()
+
+
+class Retry(Section):
+    """How often a run starts again by itself."""
+
+    failures: int = _field(
+        3,
+        about="Restarts after a crash before the run gives up. Configuration and data errors are never retried.",
+        example=3,
+        ge=0,
+        unit="restarts",
+    )
+
+
+class Track(Section):
+    """Where metrics go, besides the run's folder."""
+
+    tensorboard: bool = _field(True, about="Write TensorBoard events into the run's folder.", example=True)
+    flush_seconds: float = _field(
+        5.0, about="How often metrics and logs are written to the store.", example=10, gt=0, unit="seconds"
+    )
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: Run
+    model: Model
+    quant: Quant = Quant()
+    tuning: Tuning = Tuning()
+    data: Data
+    optim: Optim = Optim()
+    train: Train
+    sharding: Sharding = Sharding()
+    checkpoint: Checkpoint = Checkpoint()
+    cluster: Cluster = Cluster()
+    retry: Retry = Retry()
+    track: Track = Track()
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `key.path=value` overrides (values are YAML), and validate.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or a setting is unknown, missing or wrong. All are named at once.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the configuration {str(path)!r} cannot be read: {error}.") from error
+    return parse_config(text, overrides, name=str(path))
+
+
+def parse_config(text: str, overrides: Sequence[str] = (), name: str = "config") -> Config:
+    """Like `load_config`, from the YAML text itself."""
+    tree = _yaml(text, name)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{name} is not a configuration: its top level must be sections such as 'run:' and 'model:'.")
+    for override in overrides:
+        _apply(tree, override)
+    unknown = list(_unknown_keys(tree, Config, ""))
+    if unknown:
+        raise ConfigError("\n".join(unknown))
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from error
+
+
+def dump_config(config: Config) -> str:
+    """The YAML text of `config`, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def override(config: Config, *overrides: str) -> Config:
+    """A copy of `config` with dotted overrides applied and validated again."""
+    return parse_config(dump_config(config), overrides)
+
+
+def _yaml(text: str, name: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{name}{where} is not YAML: {getattr(error, 'problem', error)}.") from error
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: expected key=value. Example: train.steps=20.")
+    *sections, leaf = key.split(".")
+    node = tree
+    for section in sections:
+        child = node.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {section!r} is a value, not a section.")
+        node = child
+    node[leaf] = _yaml(value, f"override {override!r}")
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_in(argument)
+
+
+def _unknown_keys(tree: Any, model: type[BaseModel], prefix: str) -> Iterator[str]:
+    if not isinstance(tree, dict):
+        return
+    for key, value in tree.items():
+        field = model.model_fields.get(key)
+        if field is None:
+            close = difflib.get_close_matches(str(key), model.model_fields, n=1, cutoff=0.5) or _elsewhere(str(key))
+            hint = f"Did you mean {close[0]!r}?" if close else f"Allowed here: {', '.join(model.model_fields)}."
+            yield f"{prefix}{key}: unknown setting. {hint}"
+            continue
+        for child in _models_in(field.annotation):
+            items = value if isinstance(value, list) else [value]
+            for index, item in enumerate(items):
+                yield from _unknown_keys(
+                    item, child, f"{prefix}{key}[{index}]." if isinstance(value, list) else f"{prefix}{key}."
+                )
+
+
+def _elsewhere(key: str) -> list[str]:
+    """Where in the tree a key of this very name lives, for settings put into the wrong section."""
+    return [path for path, _ in fields() if path.rpartition(".")[2] == key]
+
+
+def fields(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting, depth first, as (dotted name, field)."""
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from fields(annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def _explain(item: Any) -> str:
+    """One sentence for one pydantic error: the setting, the value, what is allowed, an example."""
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"])
+    path = [part for part in item["loc"] if isinstance(part, int) or not _is_union_tag(part)]
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
+    field = _field_at([part for part in path if not isinstance(part, int)])
+    example = ""
+    if field is not None and field.examples:
+        example = f" Example: {yaml.safe_dump(field.examples[0], default_flow_style=True).strip().removesuffix('...').strip()}."
+    if item["type"] == "missing":
+        return f"{name}: missing, and it has no default.{example}"
+    return f"{name}: {item['input']!r} is not allowed. {item['msg'].removesuffix('.')}.{example}"
+
+
+def _is_union_tag(part: str) -> bool:
+    """pydantic adds the branch of a union to a location, such as `literal['all-linear']` or `list[str]`."""
+    return "[" in part
+
+
+def _field_at(path: list[Any]) -> FieldInfo | None:
+    model: type[BaseModel] = Config
+    field = None
+    for part in path:
+        field = model.model_fields.get(part)
+        if field is None:
+            return None
+        model = next(_models_in(field.annotation), Section)
+    return field

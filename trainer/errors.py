@@ -1,0 +1,62 @@
+"""What can go wrong for a user, each with the exit code that scripts and schedulers act on.
+
+A `CapstanError` is a user's mistake or a failing machine: its text is one clear sentence (which setting, what was
+given, what is allowed, what to do) and the command line prints it without a traceback. A programmer's mistake is an
+`AssertionError` and keeps its traceback.
+"""
+
+
+class CapstanError(Exception):
+    """Base of every error with a message meant for the user; `exit_code` is the process's exit status."""
+
+    exit_code = 1
+
+
+class ConfigError(CapstanError):
+    """The configuration, or what it points to, cannot be used."""
+
+    exit_code = 2
+
+
+class DataError(CapstanError):
+    """The training data cannot be read or holds nothing to learn from."""
+
+    exit_code = 3
+
+
+class DoesNotFit(CapstanError):
+    """The plan or the machine says that memory does not suffice."""
+
+    exit_code = 4
+
+
+class NonFiniteLoss(CapstanError):
+    """The loss or the gradient became NaN or infinite."""
+
+    exit_code = 5
+
+
+class StorageError(CapstanError):
+    """The object store failed, refused, or returned what was not written."""
+
+    exit_code = 6
+
+
+class NotFound(StorageError):
+    """The key does not exist in the store."""
+
+
+class AlreadyExists(StorageError):
+    """A create-only write found the key taken."""
+
+
+class NothingToResume(CapstanError):
+    """No committed checkpoint exists where one was asked for."""
+
+    exit_code = 7
+
+
+class Stopped(CapstanError):
+    """The run stopped on request with a checkpoint committed; resuming continues it."""
+
+    exit_code = 75

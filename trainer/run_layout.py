@@ -1,0 +1,61 @@
+"""The only place that knows key names. A run's keys are relative to `<store>/<run>/`, the same on every store.
+
+Numbers are zero-padded so that the lexicographic order of a listing is the numeric order.
+"""
+
+import re
+
+CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"
+STOP = "STOP"
+METRICS = "metrics/"
+LOGS = "logs/"
+CHECKPOINTS = "checkpoints/"
+TENSORBOARD = "tensorboard/"
+
+_MANIFEST = re.compile(r"checkpoints/step-(\d{9})/manifest\.json")
+_GENERATION = re.compile(r"metrics/(\d{6})\.jsonl")
+
+
+def metrics(generation: int) -> str:
+    """One JSON object a line; `generation` counts the starts of a run, from 1."""
+    return f"{METRICS}{generation:06d}.jsonl"
+
+
+def generation_of(key: str) -> int | None:
+    """The generation whose metrics `key` holds, or None for any other key."""
+    match = _GENERATION.fullmatch(key)
+    return int(match[1]) if match else None
+
+
+def rank_log(generation: int, rank: int) -> str:
+    return f"{LOGS}{generation:06d}/rank-{rank:05d}.log"
+
+
+def tensorboard(generation: int) -> str:
+    return f"{TENSORBOARD}{generation:06d}/"
+
+
+def checkpoint(step: int) -> str:
+    return f"{CHECKPOINTS}step-{step:09d}/"
+
+
+def shard(step: int, attempt: str, rank: int) -> str:
+    """`attempt` is unique to one save, so that a dead save can never be mistaken for part of a later one."""
+    return f"{checkpoint(step)}{attempt}/shard-{rank:05d}.safetensors"
+
+
+def manifest(step: int) -> str:
+    """The commit point of a checkpoint: written last, with a create-only PUT."""
+    return f"{checkpoint(step)}manifest.json"
+
+
+def manifest_step(key: str) -> int | None:
+    """The step whose manifest `key` is, or None for any other key."""
+    match = _MANIFEST.fullmatch(key)
+    return int(match[1]) if match else None
+
+
+def dataset(fingerprint: str) -> str:
+    """Where a compiled data set lies, relative to the store's root: runs share it."""
+    return f"data/{fingerprint}/"
