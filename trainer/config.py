@@ -21,7 +21,7 @@ class Section(BaseModel):
 
 
 def _field(default: Any = ..., *, about: str, example: Any, unit: str | None = None, **constraints: Any) -> Any:
-    extra = {"unit": unit} if unit else None
+    extra: dict[str, Any] | None = {"unit": unit} if unit else None
     return Field(default, description=about, examples=[example], json_schema_extra=extra, **constraints)
 
 
@@ -382,7 +382,7 @@ def parse_config(text: str, overrides: Sequence[str] = (), name: str = "config")
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from error
+        raise ConfigError("\n".join(_explain(error.errors()))) from error
 
 
 def dump_config(config: Config) -> str:
@@ -458,24 +458,54 @@ def fields(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[
             yield f"{prefix}{name}", field
 
 
-def _explain(item: Any) -> str:
-    """One sentence for one pydantic error: the setting, the value, what is allowed, an example."""
-    if item["type"] == "value_error":
-        return str(item["ctx"]["error"])
-    path = [part for part in item["loc"] if isinstance(part, int) or not _is_union_tag(part)]
+# What is to be written in YAML, where pydantic speaks of Python's types: error type -> words.
+_EXPECTED = {
+    "model_type": "Input should be a section of settings",
+    "dict_type": "Input should be a section of names and values",
+    "list_type": "Input should be a list",
+    "string_type": "Input should be text",
+}
+
+
+def _explain(errors: Sequence[Any]) -> Iterator[str]:
+    """One sentence for each wrong setting: its name, the value, what is allowed, an example.
+
+    pydantic reports every branch of a union under a tag such as `list[str]`: the branch that got deepest is the one that
+    was meant, and branches that got equally far are alternatives.
+    """
+    unions: dict[tuple[Any, ...], list[Any]] = {}
+    for item in errors:
+        location = item["loc"]
+        tag = next((i for i, part in enumerate(location) if _is_union_tag(part)), len(location))
+        unions.setdefault(location[:tag], []).append(item)
+    for items in unions.values():
+        depth = max(len(item["loc"]) for item in items)
+        settings: dict[tuple[Any, ...], list[Any]] = {}
+        for item in items:
+            if len(item["loc"]) == depth:
+                settings.setdefault(tuple(part for part in item["loc"] if not _is_union_tag(part)), []).append(item)
+        yield from (_sentence(path, same) for path, same in settings.items())
+
+
+def _sentence(path: tuple[Any, ...], errors: Sequence[Any]) -> str:
+    first = errors[0]
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
     field = _field_at([part for part in path if not isinstance(part, int)])
     example = ""
     if field is not None and field.examples:
         example = f" Example: {yaml.safe_dump(field.examples[0], default_flow_style=True).strip().removesuffix('...').strip()}."
-    if item["type"] == "missing":
+    if first["type"] == "missing":
         return f"{name}: missing, and it has no default.{example}"
-    return f"{name}: {item['input']!r} is not allowed. {item['msg'].removesuffix('.')}.{example}"
+    messages = [_EXPECTED.get(item["type"]) or str(item["msg"]).removesuffix(".") for item in errors]
+    allowed = " or ".join([messages[0], *(message.removeprefix("Input should be ") for message in messages[1:])])
+    return f"{name}: {first['input']!r} is not allowed. {allowed}.{example}"
 
 
-def _is_union_tag(part: str) -> bool:
+def _is_union_tag(part: Any) -> bool:
     """pydantic adds the branch of a union to a location, such as `literal['all-linear']` or `list[str]`."""
-    return "[" in part
+    return isinstance(part, str) and "[" in part
 
 
 def _field_at(path: list[Any]) -> FieldInfo | None:

@@ -4,6 +4,7 @@ Keys are `str` with `/` (a `Path` would mangle URIs). Every failure leaves as a 
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,12 @@ from trainer.errors import AlreadyExists, ConfigError, NotFound, StorageError
 SCHEMES = ("file", "s3", "gs", "az", "memory")
 # obstore's default part of 5 MiB allows 10,000 parts = 50 GB an object; 64 MiB parts allow 640 GB.
 _PART_BYTES = 64 * 2**20
-_RETRY: Any = {"max_retries": 6, "retry_timeout": timedelta(seconds=120)}
+# Connection errors and 5xx are retried for some 20 s, which a restarting gateway needs; a refusal (4xx) never is.
+_RETRY: Any = {
+    "max_retries": 8,
+    "retry_timeout": timedelta(seconds=120),
+    "backoff": {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=5), "base": 3},
+}
 
 
 @dataclass(frozen=True)
@@ -57,26 +63,32 @@ class Store:
             return bytearray()
         with self._errors("read", key):
             data = bytearray(obstore.get_range(self._backend, self._prefix + key, start=start, end=end))
-        if len(data) != end - start:
-            raise StorageError(
-                f"{self.uri}/{key}: bytes {start} to {end} were asked for, but the object ends at {start + len(data)}. It is truncated."
-            )
+        self._check_length(key, start, end, len(data))
         return data
 
     def get_ranges(self, key: str, starts: list[int], ends: list[int]) -> list[bytes]:
         """Several ranges at once; near ones are merged into one request, and all are in flight together."""
         if not starts:
             return []
-        with self._errors("read", key):
-            return [
-                bytes(data) for data in obstore.get_ranges(self._backend, self._prefix + key, starts=starts, ends=ends)
-            ]
+        try:
+            with self._errors("read", key):
+                parts = obstore.get_ranges(self._backend, self._prefix + key, starts=starts, ends=ends)
+        except BaseException as error:
+            # A range that starts past the end makes obstore panic (a BaseException of a class it does not export).
+            if type(error).__name__ != "PanicException":
+                raise
+            raise StorageError(
+                f"{self.uri}/{key}: bytes up to {max(ends)} were asked for, but the object ends before. It is truncated."
+            ) from error
+        for start, end, part in zip(starts, ends, parts, strict=True):
+            self._check_length(key, start, end, len(part))
+        return [bytes(part) for part in parts]
 
     def put(self, key: str, data: bytes) -> None:
         """Write or replace an object; it becomes visible whole or not at all."""
         with self._errors("write", key):
             obstore.put(self._backend, self._prefix + key, data, chunk_size=_PART_BYTES)
-        self._sync(key)
+            self._sync(key)
 
     def create(self, key: str, data: bytes) -> None:
         """Write an object that must not exist yet: of several racing writers exactly one succeeds.
@@ -85,7 +97,7 @@ class Store:
         """
         with self._errors("write", key):
             obstore.put(self._backend, self._prefix + key, data, mode="create", use_multipart=False)
-        self._sync(key)
+            self._sync(key)
 
     def head(self, key: str) -> Entry:
         with self._errors("read", key):
@@ -112,6 +124,13 @@ class Store:
         except NotFound:
             pass
 
+    def _check_length(self, key: str, start: int, end: int, length: int) -> None:
+        if length != end - start:
+            raise StorageError(
+                f"{self.uri}/{key}: bytes {start} to {end} were asked for, but the object ends at {start + length}. "
+                "It is truncated."
+            )
+
     def _entry(self, meta: Any) -> Entry:
         version = meta.get("e_tag") or f"{meta['size']}-{meta['last_modified'].isoformat()}"
         return Entry(meta["path"].removeprefix(self._prefix), meta["size"], meta["last_modified"], version)
@@ -134,19 +153,46 @@ class Store:
         try:
             yield
         except FileNotFoundError as error:
+            if "NoSuchBucket" in str(error):
+                raise StorageError(f"cannot {verb} {where}: {_reason(error)}.") from error
             raise NotFound(f"{where} does not exist.") from error
         except FileExistsError as error:
             raise AlreadyExists(f"{where} exists already.") from error
         except (BaseError, OSError) as error:
             if type(error).__name__ == "AlreadyExistsError":
                 raise AlreadyExists(f"{where} exists already.") from error
-            raise StorageError(f"cannot {verb} {where}: {_reason(error)}") from error
+            raise StorageError(f"cannot {verb} {where}: {_reason(error)}.") from error
+
+
+_METADATA_SERVICE = "169.254.169.254"
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of obstore's error: the rest is a debug rendering of the same."""
+    """What went wrong, in one clause: obstore's text carries the request, the server's XML and a debug rendering."""
     text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    if _METADATA_SERVICE in text:
+        return (
+            "no credentials were found, neither in the environment (for s3:// AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY) nor as a role of this machine"
+        )
+    if "NoSuchBucket" in text:
+        return "the bucket does not exist"
+    host = _first(r"https?://[^/\s]+", text)
+    status = _first(r"status code: (\d{3}[A-Za-z ]*)", text)
+    if status:
+        details = filter(None, (_first(r"<Code>(.*?)</Code>", text), _first(r"<Message>(.*?)</Message>", text)))
+        explanation = ": ".join(details).rstrip(". ")
+        return f"{host} answered {status.strip()}" + (f" ({explanation})" if explanation else "")
+    if "error sending request" in text:
+        cause = _first(r'message: "(.*?)"', text) or _first(r'"((?:failed|dns|invalid)[^"]*)"', text)
+        return f"{host} cannot be reached" + (f" ({cause})" if cause else "")
+    first_line = text.splitlines()[0] if text else type(error).__name__
+    return re.sub(r"^Generic \w+ error: ", "", first_line).rstrip(".")
+
+
+def _first(pattern: str, text: str) -> str | None:
+    match = re.search(pattern, text)
+    return match[match.re.groups] if match else None
 
 
 def open_store(uri: str) -> Store:
@@ -169,11 +215,11 @@ def open_store(uri: str) -> Store:
             path.mkdir(parents=True, exist_ok=True)
             return Store(f"file://{path}", LocalStore(path, mkdir=True))
         except (OSError, BaseError) as error:
-            raise StorageError(f"run.store: the folder {path} cannot be used: {_reason(error)}") from error
+            raise StorageError(f"run.store: the folder {path} cannot be used: {_reason(error)}.") from error
     options: dict[str, Any] = {}
     if scheme == "s3" and os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
         options = {"client_options": {"allow_http": True}, "virtual_hosted_style_request": False}
     try:
         return Store(uri, from_url(uri, retry_config=_RETRY, **options))
     except (BaseError, ValueError, OSError) as error:
-        raise ConfigError(f"run.store: {uri!r} cannot be opened: {_reason(error)}") from error
+        raise ConfigError(f"run.store: {uri!r} cannot be opened: {_reason(error)}.") from error

@@ -1,0 +1,33 @@
+# Every target first makes .venv, and brings it up to date when the dependencies change.
+#   make smoke    the whole life of a run in small, on this machine
+#   make test     the tests              make test ARGS='-k nf4'
+#   make check    format, lint, types, import direction, generated docs
+#   make bench    every benchmark        make bench ARGS=benchmarks/one.py
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: smoke test check bench
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Capstan needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+smoke: $(STAMP)
+	$(BIN)/capstan smoke $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/pytest $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/python -m launcher.config_docs --check
+
+bench: $(STAMP)
+	@set -e; for file in $(or $(ARGS),$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file; done

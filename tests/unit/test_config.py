@@ -1,0 +1,159 @@
+"""The configuration refuses what it cannot use, in words that name the setting, the value and what is allowed."""
+
+from typing import Annotated, Any, get_args
+
+import pytest
+import yaml
+from pydantic import BaseModel, TypeAdapter
+
+from trainer.config import Config, dump_config, fields, load_config, override, parse_config
+from trainer.errors import ConfigError
+
+MINIMAL = """\
+run: {name: demo}
+model: {base: /models/tiny}
+data: {train: [{path: data/*.jsonl}]}
+train: {steps: 10}
+"""
+
+
+def refusal(*overrides: str, text: str = MINIMAL) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, overrides)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_four_settings_are_a_whole_configuration():
+    config = parse_config(MINIMAL)
+    assert (config.quant.type, config.data.targets, config.optim.betas) == ("nf4", "assistant", (0.9, 0.999))
+
+
+def test_an_override_is_yaml_at_a_dotted_name():
+    config = parse_config(MINIMAL, ["train.steps=20", "tuning.targets=[q_proj, v_proj]", "cluster.ray.address=auto"])
+    assert config.train.steps == 20
+    assert config.tuning.targets == ["q_proj", "v_proj"]
+    assert config.cluster.ray.address == "auto"
+
+
+def test_an_override_leaves_the_original_as_it_was():
+    config = parse_config(MINIMAL)
+    assert override(config, "train.steps=3").train.steps == 3
+    assert config.train.steps == 10
+
+
+def test_dump_and_load_are_inverse():
+    config = parse_config(MINIMAL, ["optim.betas=[0.8, 0.9]", "data.loss_on=all", "model.layers=2"])
+    assert parse_config(dump_config(config)) == config
+    assert "weight_decay" in dump_config(config), "defaults are written out"
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("quantt.type=nf4", "quantt: unknown setting. Did you mean 'quant'?"),
+        ("tuning.rnk=8", "tuning.rnk: unknown setting. Did you mean 'rank'?"),
+        ("train.lr=1e-4", "train.lr: unknown setting. Did you mean 'optim.lr'?"),
+        ("run.zzzzzz=1", "run.zzzzzz: unknown setting. Allowed here: name, store, seed."),
+        ("data.train=[{path: a, wieght: 2}]", "data.train[0].wieght: unknown setting. Did you mean 'weight'?"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_name(setting: str, expected: str):
+    assert refusal(setting) == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("quant.type=nf5", "quant.type: 'nf5' is not allowed. Input should be 'nf4', 'fp4' or 'none'. Example: nf4."),
+        (
+            "tuning.rank=0",
+            "tuning.rank: 0 is not allowed. Input should be greater than or equal to 1. Example: 16.",
+        ),
+        ("data.train=[]", "data.train: [] is not allowed. List should have at least 1 item"),
+        ("data.train=[{path: a, weight: -1}]", "data.train[0].weight: -1 is not allowed."),
+        ("tuning.targets=linear", "tuning.targets: 'linear' is not allowed. Input should be 'all-linear' or a list."),
+        ("tuning.targets=[q_proj, 1]", "tuning.targets[1]: 1 is not allowed. Input should be text."),
+        ("data.fields=text", "data.fields: 'text' is not allowed. Input should be a section of names and values."),
+        ("model=tiny", "model: 'tiny' is not allowed. Input should be a section of settings."),
+        ("run.name=../x", "run.name: '../x' is not allowed."),
+        ("run.name=5", "run.name: 5 is not allowed. Input should be text. Example: llama-8b-support."),
+        ("optim.betas=[0.9, 1.5]", "optim.betas: [0.9, 1.5] is not allowed. Both must be in [0, 1)."),
+        ("train.epochs=1", "train.steps and train.epochs: both given."),
+        ("data.loss_on=completion", "data.loss_on: 'completion' does not exist in data.format: chat."),
+        ("data.fields={text: body}", "data.fields: 'text' is not a field of data.format: chat."),
+    ],
+)
+def test_a_wrong_value_is_refused_in_one_line_with_setting_value_and_remedy(setting: str, expected: str):
+    message = refusal(setting)
+    assert message.startswith(expected)
+    assert "\n" not in message
+
+
+def test_a_setting_without_effect_is_refused():
+    message = refusal("quant.type=none", "quant.double=true")
+    assert message.startswith("quant.double: true has no effect with quant.type: none.")
+
+
+def test_every_mistake_is_named_at_once():
+    message = refusal("quant.type=nf5", "tuning.rank=0")
+    assert [line.split(":")[0] for line in message.splitlines()] == ["quant.type", "tuning.rank"]
+
+
+def test_a_missing_setting_is_named_with_an_example():
+    message = refusal(text=MINIMAL.replace("{base: /models/tiny}", "{}"))
+    assert message == "model.base: missing, and it has no default. Example: /models/Llama-3.1-8B."
+
+
+@pytest.mark.parametrize("bad", ["train.steps", "=3"])
+def test_an_override_without_key_or_value_is_refused(bad: str):
+    assert refusal(bad) == f"override {bad!r}: expected key=value. Example: train.steps=20."
+
+
+def test_an_override_below_a_value_is_refused():
+    assert refusal("run.name.first=x") == "override 'run.name.first=x': 'name' is a value, not a section."
+
+
+def test_a_missing_file_is_named(tmp_path):
+    path = tmp_path / "none.yaml"
+    with pytest.raises(ConfigError, match=r"none\.yaml.*No such file"):
+        load_config(path)
+
+
+def test_text_that_is_not_yaml_is_refused_with_its_line(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("run:\n  name: [a\ntrain: {}\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml, line 3, column \d+ is not YAML"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("text", ["", "just words", "- a\n- list\n"])
+def test_yaml_that_is_no_tree_is_refused(text: str):
+    assert "its top level must be sections" in refusal(text=text)
+
+
+def _all_fields():
+    def walk(model: type[BaseModel], prefix: str):
+        for path, field in fields(model, prefix):
+            yield path, field
+            for argument in get_args(field.annotation):
+                if isinstance(argument, type) and issubclass(argument, BaseModel):
+                    yield from walk(argument, f"{path}[].")
+
+    yield from walk(Config, "")
+
+
+@pytest.mark.parametrize(("path", "field"), [pytest.param(path, field, id=path) for path, field in _all_fields()])
+def test_every_setting_has_a_description_and_a_valid_example(path: str, field):
+    assert field.description, f"{path} has no description"
+    assert field.examples, f"{path} has no example"
+    allowed: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+    for example in field.examples:
+        as_written = yaml.safe_load(yaml.safe_dump(example))
+        TypeAdapter(allowed).validate_python(as_written)
+
+
+def test_the_json_schema_describes_every_section():
+    schema = Config.model_json_schema()
+    assert set(schema["properties"]) == set(Config.model_fields)
+    assert schema["$defs"]["Train"]["properties"]["global_batch"]["unit"] == "rows"

@@ -1,0 +1,231 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from trainer.config import Data
+from trainer.data.chat import Example, Renderer
+from trainer.errors import ConfigError, DataError
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TAGGED = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ message.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Leaves out what earlier turns thought, as reasoning models do: a turn looks different once others follow.
+FORGETFUL = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if loop.last and message.role == 'assistant' %}<think></think> {% endif %}{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WORDS = ["assistant", "user", "system", "hi", "yo", "bye", "ciao", "be", "brief", "\n", "<think></think>"]
+TALK = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "yo yo"},
+    {"role": "user", "content": "bye"},
+    {"role": "assistant", "content": "ciao"},
+]
+
+
+def tokenizer(template: str | None = CHATML, adds_bos: bool = False) -> PreTrainedTokenizerFast:
+    """A token for each word, line break and special token."""
+    special = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<unk>"]
+    backend = Tokenizer(models.WordLevel({word: n for n, word in enumerate([*special, *WORDS])}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex("\n"), "isolated"), pre_tokenizers.Split(" ", "removed")]
+    )
+    if adds_bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    result = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=special[:2],
+    )
+    result.chat_template = template
+    return result
+
+
+def data(**settings: Any) -> Data:
+    return Data.model_validate({"train": [{"path": "x.jsonl"}], **settings})
+
+
+def trained(example: Example) -> list[str]:
+    """The trained tokens, with a bar between those that do not follow each other."""
+    assert len(example.tokens) == len(example.targets)
+    names = tokenizer().convert_ids_to_tokens(example.tokens)
+    words, previous = [], True
+    for name, target in zip(names, example.targets, strict=True):
+        if target:
+            words += [name] if previous or not words else ["|", name]
+        previous = target
+    return words
+
+
+ASSISTANT = ["yo", "yo", "<|im_end|>", "|", "ciao", "<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", [CHATML, TAGGED])
+@pytest.mark.parametrize(("loss_on", "expected"), [(None, ASSISTANT), ("last_assistant", ["ciao", "<|im_end|>"])])
+def test_assistant_turns_are_trained_up_to_their_end_token(
+    template: str, loss_on: str | None, expected: list[str]
+) -> None:
+    example = Renderer(tokenizer(template), data(loss_on=loss_on)).encode({"messages": TALK})
+    assert trained(example) == expected
+
+
+@pytest.mark.parametrize("template", [CHATML, TAGGED])
+def test_all_trains_everything_but_the_first_token(template: str) -> None:
+    example = Renderer(tokenizer(template), data(loss_on="all")).encode({"messages": TALK})
+    assert example.targets == [False] + [True] * (len(example.tokens) - 1)
+
+
+def test_an_empty_last_turn_does_not_train_the_one_before() -> None:
+    talk = [*TALK[:-1], {"role": "assistant", "content": ""}]
+    example = Renderer(tokenizer(TAGGED), data(loss_on="last_assistant")).encode({"messages": talk})
+    assert trained(example) == ["<|im_end|>"]
+
+
+def test_without_an_end_token_the_line_break_ends_a_turn_and_is_trained() -> None:
+    template = (
+        "{% for message in messages %}{{ message.role }} {{ message.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant{% endif %}"
+    )
+    example = Renderer(tokenizer(template), data(loss_on="last_assistant")).encode({"messages": TALK})
+    assert trained(example) == ["ciao", "\n"]
+
+
+def test_a_template_file_replaces_the_tokenizers_own(tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text(TAGGED)
+    renderer = Renderer(tokenizer(None), data(template=str(tmp_path / "t.jinja")))
+    assert trained(renderer.encode({"messages": TALK})) == ASSISTANT
+
+
+@pytest.mark.parametrize("template", [CHATML, TAGGED])
+def test_a_begin_token_that_the_template_writes_is_not_doubled(template: str) -> None:
+    example = Renderer(tokenizer("{{ bos_token }}" + template, adds_bos=True), data()).encode({"messages": TALK})
+    assert tokenizer().convert_ids_to_tokens(example.tokens)[:2] == ["<s>", "<|im_start|>"]
+    assert trained(example) == ASSISTANT
+
+
+def test_fields_beside_role_and_content_reach_the_template() -> None:
+    template = "{% for message in messages %}{{ message.mood or 'hi' }} {{ message.content }} {% endfor %}"
+    talk = [{"role": "user", "content": "yo", "mood": "bye"}, {"role": "assistant", "content": "ciao", "mood": None}]
+    example = Renderer(tokenizer(template), data(loss_on="all")).encode({"messages": talk})
+    assert tokenizer().convert_ids_to_tokens(example.tokens) == ["bye", "yo", "hi", "ciao"]
+
+
+def test_sharegpt_messages_are_the_same_as_openais() -> None:
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    sharegpt = [{"from": names[message["role"]], "value": message["content"]} for message in TALK]
+    renderer = Renderer(tokenizer(), data(fields={"messages": "conversations"}))
+    assert renderer.encode({"conversations": sharegpt}) == Renderer(tokenizer(), data()).encode({"messages": TALK})
+
+
+def test_a_conversation_without_an_answer_has_no_targets() -> None:
+    assert not any(Renderer(tokenizer(), data()).encode({"messages": TALK[:2]}).targets)
+    assert not any(Renderer(tokenizer(TAGGED), data()).encode({"messages": TALK[:2]}).targets)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_turn() -> None:
+    renderer = Renderer(tokenizer(FORGETFUL), data())
+    with pytest.raises(DataError, match=r"^turn 3: .* not how the whole begins.*generation"):
+        renderer.encode({"messages": TALK})
+    last = Renderer(tokenizer(FORGETFUL), data(loss_on="last_assistant"))
+    assert trained(last.encode({"messages": TALK})) == ["<think></think>", "ciao", "<|im_end|>"]
+
+
+def test_a_template_that_raises_is_quoted() -> None:
+    template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DataError, match="the chat template refuses the conversation: roles must alternate"):
+        Renderer(tokenizer(template), data()).encode({"messages": TALK})
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"talk": TALK, "id": 1}, r"no field 'messages' \(the row has: talk, id\); data\.fields renames fields"),
+        ({"messages": "hi"}, "the messages are of type str, and not a list"),
+        ({"messages": []}, "the messages are an empty list"),
+        ({"messages": ["hi"]}, "turn 1 is of type str, and not an object"),
+        ({"messages": [{"role": "bot", "content": "x"}]}, "turn 1 has the role 'bot'; allowed are system, developer"),
+        ({"messages": [{"from": "bot", "value": "x"}]}, "turn 1 has the role 'bot'; allowed are human, gpt, system"),
+        ({"messages": [TALK[0], {"role": "user", "content": None}]}, "the content of turn 2 is null, and not a string"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "the content of turn 1 is a list"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "content of turn 1 has half of a surrogate pair"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, r"turn 1 has the role \['user'\]"),
+        ({"messages": [{"from": ["human"], "value": "x"}]}, r"turn 1 has the role \['human'\]"),
+        ({"messages": TALK[2:]}, "turn 1 is the assistant's"),
+    ],
+)
+def test_a_row_of_another_shape_is_refused(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Renderer(tokenizer(), data()).encode(row)
+
+
+def test_a_missing_template_says_what_to_set() -> None:
+    with pytest.raises(ConfigError, match=r"data\.template: .* no chat template\. Set it to"):
+        Renderer(tokenizer(None), data())
+
+
+def test_prompt_completion_trains_the_completion_and_the_end() -> None:
+    row = {"prompt": "hi ", "completion": "yo yo"}
+    example = Renderer(tokenizer(), data(format="prompt_completion")).encode(row)
+    assert trained(example) == ["yo", "yo", "</s>"]
+    example = Renderer(tokenizer(), data(format="prompt_completion", loss_on="all")).encode(row)
+    assert tokenizer().convert_ids_to_tokens(example.tokens) == ["hi", "yo", "yo", "</s>"]
+    assert example.targets == [False, True, True, True]
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_nothing_to_say_is_not_trained(adds_bos: bool) -> None:
+    words = tokenizer(adds_bos=adds_bos)
+    answer = Renderer(words, data(format="prompt_completion")).encode({"prompt": "hi", "completion": ""})
+    assert not any(answer.targets)
+    assert not any(Renderer(words, data(format="text")).encode({"text": ""}).targets)
+
+
+def test_a_token_across_the_border_and_every_byte_of_a_character_are_trained() -> None:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(["hi yo hi yo"], trainer)
+    bpe = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    renderer = Renderer(bpe, data(format="prompt_completion"))
+    example = renderer.encode({"prompt": "hi ", "completion": "yo"})
+    assert bpe.convert_ids_to_tokens(example.tokens) == ["hi", "Ġyo", "</s>"]
+    assert example.targets == [False, True, True]
+    example = renderer.encode({"prompt": "hi", "completion": "🙂"})
+    assert example.targets == [False] + [True] * 5
+
+
+@pytest.mark.parametrize(
+    ("adds_bos", "text", "expected"),
+    [
+        (False, "hi yo", ["hi", "yo", "</s>"]),
+        (True, "hi yo", ["<s>", "hi", "yo", "</s>"]),
+        (True, "<s>hi yo</s>", ["<s>", "hi", "yo", "</s>"]),
+    ],
+)
+def test_text_is_framed_once(adds_bos: bool, text: str, expected: list[str]) -> None:
+    example = Renderer(tokenizer(adds_bos=adds_bos), data(format="text")).encode({"text": text})
+    assert tokenizer().convert_ids_to_tokens(example.tokens) == expected
+    assert example.targets == [False] + [True] * (len(expected) - 1)
+
+
+def test_text_without_an_end_token_is_a_configuration_error() -> None:
+    endless = tokenizer()
+    endless.eos_token = None
+    with pytest.raises(ConfigError, match="eos_token"):
+        Renderer(endless, data(format="text"))

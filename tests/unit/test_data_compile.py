@@ -1,0 +1,225 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import trainer.data.compile as compilation
+from trainer.config import Data
+from trainer.data.compile import Progress, compile_dataset, fingerprint, hash_tokenizer
+from trainer.data.dataset import TARGET_BIT, Dataset, open_dataset
+from trainer.data.sources import expand
+from trainer.errors import DataError, NotFound, StorageError
+from trainer.store import Store, open_store
+
+FINGERPRINT = "f" * 20
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """The words "0" to "999" are the tokens 0 to 999; 1000 ends a text."""
+    vocabulary = {str(n): n for n in range(1000)} | {"</s>": 1000, "<unk>": 1001}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def texts(first: int, count: int, words: int = 3) -> list[dict[str, str]]:
+    return [{"text": " ".join(str((first + n + w) % 1000) for w in range(words))} for n in range(count)]
+
+
+def settings(*paths: str, **options: Any) -> Data:
+    base = {"train": [{"path": path} for path in paths], "format": "text", "sequence_length": 16}
+    return Data.model_validate(base | options)
+
+
+def build(store: Store, data: Data, **options: Any) -> Dataset:
+    files = expand(data.train, "data.train")
+    return compile_dataset(data, files, word_tokenizer(), store, FINGERPRINT, **options)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "store"))
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "SHARD_TOKENS", 2000)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_documents_come_back_in_order_with_their_targets(tmp_path: Path, store: Store) -> None:
+    a, b = write(tmp_path / "a.jsonl", texts(0, 700)), write(tmp_path / "b.jsonl", texts(700, 300))
+    dataset = build(store, settings(a, b))
+    assert [source.documents for source in dataset.manifest.sources] == [700, 300]
+    assert [shard.documents for shard in dataset.manifest.shards] == [500, 200, 300]
+    assert np.diff(dataset.blocks).tolist() == [256, 244, 200, 256, 44]
+    assert dataset.block_sources.tolist() == [0, 0, 0, 1, 1]
+    assert dataset.lengths.tolist() == [4] * 1000
+    assert (dataset.manifest.tokens, dataset.manifest.targets) == (4000, 3000)
+    documents = dataset.read(range(5))
+    assert list(documents) == list(range(1000))
+    for number, stored in documents.items():
+        expected = [number, *((number + w) % 1000 for w in (1, 2)), 1000]
+        assert (stored & ~TARGET_BIT).tolist() == expected
+        assert (stored & TARGET_BIT).astype(bool).tolist() == [False, True, True, True]
+
+
+def test_a_compiled_data_set_is_opened_and_not_compiled_again(tmp_path: Path, store: Store) -> None:
+    data = settings(write(tmp_path / "a.jsonl", texts(0, 5)))
+    first = build(store, data)
+    reports: list[Progress] = []
+    assert build(store, data, progress=reports.append).manifest == first.manifest
+    assert not reports
+    with pytest.raises(NotFound):
+        open_dataset(store, "0" * 20)
+
+
+def test_a_killed_compilation_is_repeated(tmp_path: Path, store: Store) -> None:
+    data = settings(write(tmp_path / "a.jsonl", texts(0, 5)))
+    manifest = build(store, data).manifest
+    store.delete(f"data/{FINGERPRINT}/manifest.json")
+    assert build(store, data).manifest == manifest
+
+
+def test_a_writer_that_loses_the_race_opens_the_winners(tmp_path: Path, store: Store) -> None:
+    data = settings(write(tmp_path / "a.jsonl", texts(0, 5)))
+
+    def winner_first(_: Progress) -> None:
+        build(store, data)
+
+    assert build(store, data, progress=winner_first).manifest == build(store, data).manifest
+
+
+def test_progress_counts_files_rows_and_tokens(tmp_path: Path, store: Store) -> None:
+    paths = [write(tmp_path / name, texts(0, 1500)) for name in ("a.jsonl", "b.jsonl")]
+    reports: list[Progress] = []
+    build(store, settings(*paths), progress=reports.append)
+    places = [(report.files_done, report.rows) for report in reports]
+    assert places == [(0, 1000), (1, 1500), (1, 2000), (1, 3000), (2, 3000)]
+    assert reports[-1] == Progress(files_done=2, files=2, rows=3000, documents=3000, tokens=12_000)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [("[1]", r"a\.jsonl:2: not JSON"), ('{"body": "1"}', r"a\.jsonl:2: no field 'text' \(the row has: body\)")],
+)
+def test_a_bad_row_fails_with_file_and_line_or_is_skipped_and_counted(
+    tmp_path: Path, store: Store, row: str, reason: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "1 2"}\n' + row + '\n{"text": "3 4"}\n')
+    with pytest.raises(DataError, match=reason + r".*set data\.on_bad_row: skip"):
+        build(store, settings(str(path)))
+    manifest = build(store, settings(str(path), on_bad_row="skip")).manifest
+    assert (manifest.counters.rows, manifest.counters.bad_rows, manifest.documents) == (3, 1, 2)
+    assert len(manifest.bad_rows) == 1
+    assert manifest.bad_rows[0].startswith(f"{path}:2: ")
+
+
+def test_only_the_first_bad_rows_are_described(tmp_path: Path, store: Store) -> None:
+    path = write(tmp_path / "a.jsonl", [*([1] * 50), {"text": "1 2"}])
+    manifest = build(store, settings(path, on_bad_row="skip")).manifest
+    assert (manifest.counters.bad_rows, len(manifest.bad_rows)) == (50, 20)
+
+
+def test_a_long_document_is_truncated_dropped_or_refused(tmp_path: Path, store: Store) -> None:
+    path = write(tmp_path / "a.jsonl", [*texts(0, 1, words=3), *texts(0, 1, words=40)])
+    with pytest.raises(DataError, match=r"a\.jsonl:2: 41 tokens, but data\.sequence_length is 16"):
+        build(store, settings(path, on_too_long="fail"))
+    dropped = build(store, settings(path, on_too_long="drop"))
+    assert (dropped.lengths.tolist(), dropped.manifest.counters.dropped) == ([4], 1)
+    store.delete(f"data/{FINGERPRINT}/manifest.json")
+    truncated = build(store, settings(path))
+    assert (truncated.lengths.tolist(), truncated.manifest.counters.truncated) == ([4, 16], 1)
+    assert truncated.manifest.targets == 3 + 15
+
+
+def test_a_document_without_targets_is_counted_and_not_written(tmp_path: Path, store: Store) -> None:
+    rows = [{"prompt": "1 2", "completion": " 3"}, {"prompt": "7 " * 20, "completion": "8"}]
+    data = settings(write(tmp_path / "a.jsonl", rows), format="prompt_completion")
+    manifest = build(store, data).manifest
+    assert (manifest.documents, manifest.counters.truncated, manifest.counters.without_targets) == (1, 1, 1)
+
+
+def test_nothing_to_train_on_says_why(tmp_path: Path, store: Store) -> None:
+    path = write(tmp_path / "a.jsonl", [1, {"text": ""}, *texts(0, 2, words=40)])
+    with pytest.raises(
+        DataError, match=r"none of the 4 rows .* 1 bad rows, 1 without a token to train, 2 dropped as too long"
+    ):
+        build(store, settings(path, on_bad_row="skip", on_too_long="drop"))
+    assert not store.exists(f"data/{FINGERPRINT}/manifest.json")
+
+
+def test_a_source_that_changes_meanwhile_is_refused(tmp_path: Path, store: Store) -> None:
+    data = settings(write(tmp_path / "a.jsonl", texts(0, 5)))
+    files = expand(data.train, "data.train")
+    write(tmp_path / "a.jsonl", texts(1, 5))
+    with pytest.raises(DataError, match=r"a\.jsonl: changed while it was read"):
+        compile_dataset(data, files, word_tokenizer(), store, FINGERPRINT)
+
+
+def damage(store: Store, key: str, byte: int) -> None:
+    content = bytearray(store.get(key))
+    content[byte] ^= 1
+    store.put(key, bytes(content))
+
+
+def test_a_damaged_block_is_found_and_its_neighbours_are_read(tmp_path: Path, store: Store) -> None:
+    dataset = build(store, settings(write(tmp_path / "a.jsonl", texts(0, 600))))
+    damage(store, f"data/{FINGERPRINT}/tokens-00000.bin", 256 * 16 + 5)
+    assert len(dataset.read([0, 2])) == 344
+    with pytest.raises(StorageError, match=rf"{FINGERPRINT}/tokens-00000\.bin: bytes 4096 to 8192 are not what was"):
+        dataset.read([0, 1, 2])
+
+
+@pytest.mark.parametrize("name", ["documents-00000.bin", "blocks-00000.bin"])
+def test_a_damaged_index_is_found_on_opening(tmp_path: Path, store: Store, name: str) -> None:
+    build(store, settings(write(tmp_path / "a.jsonl", texts(0, 600))))
+    damage(store, f"data/{FINGERPRINT}/{name}", 9)
+    with pytest.raises(StorageError, match=rf"{name}: not what was written"):
+        open_dataset(store, FINGERPRINT)
+
+
+def test_the_fingerprint_covers_all_that_decides_a_token(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", texts(0, 5))
+    (tmp_path / "t.jinja").write_text("{{ messages }}")
+
+    def of(data: Data, tokenizer: dict[str, str] | None = None) -> str:
+        return fingerprint(data, expand(data.train, "data.train"), tokenizer or {"tokenizer.json": "00"})
+
+    data = settings(path)
+    chat = settings(path, format="chat")
+    base = of(data)
+    assert base == of(data) == of(settings(path, packing=False, loss_on="all"))
+    assert len(base) == 20
+    others = [
+        of(data, {"tokenizer.json": "01"}),
+        of(settings(path, sequence_length=32)),
+        of(settings(path, on_too_long="drop")),
+        of(settings(path, path)),
+        of(settings(path, fields={"text": "body"})),
+        of(chat),
+        of(settings(path, format="chat", loss_on="all")),
+        of(settings(path, format="chat", template=str(tmp_path / "t.jinja"))),
+    ]
+    write(tmp_path / "a.jsonl", texts(1, 5))
+    others.append(of(data))
+    assert len({base, *others}) == len(others) + 1
+
+
+def test_hash_tokenizer_covers_the_files_that_are_there(tmp_path: Path) -> None:
+    word_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_text("not the tokenizer's")
+    hashes = hash_tokenizer(tmp_path)
+    assert set(hashes) == {"tokenizer.json", "tokenizer_config.json"}
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert hash_tokenizer(tmp_path)["tokenizer_config.json"] != hashes["tokenizer_config.json"]

@@ -1,0 +1,77 @@
+"""The doctor names what is missing and how to get it, and only what every run needs makes it fail."""
+
+import io
+import json
+
+import pytest
+from packaging.requirements import Requirement
+from rich.console import Console
+
+from launcher import doctor
+from launcher.doctor import Check, Report, check_package, check_store, diagnose, print_report
+
+
+def test_this_machine_can_run(tmp_path):
+    report = diagnose(str(tmp_path))
+    assert report.ok, [check for check in report.checks if check.state == "missing"]
+    names = [check.name for check in report.checks]
+    assert {"python", "C++ compiler", "GPUs", "attention kernels", "machine", f"store {tmp_path}"} <= set(names)
+    assert {"torch", "deepspeed", "ray"} <= set(names)
+    assert json.loads(json.dumps(report.to_json()))["ok"] is True
+
+
+def test_without_a_store_none_is_tried():
+    report = diagnose(None)
+    assert not any(check.name.startswith("store") for check in report.checks)
+
+
+def test_a_missing_compiler_fails_with_the_way_to_get_one(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    report = diagnose(None)
+    (compiler,) = (check for check in report.checks if check.name == "C++ compiler")
+    assert compiler.state == "missing"
+    assert "apt-get install g++" in compiler.fix
+    assert not report.ok
+
+
+def test_an_absent_package_is_told_with_its_install_command():
+    check = check_package(Requirement("no-such-package>=1"), "optional", "pip install it")
+    assert (check.state, check.found, check.fix) == ("optional", "not installed", "pip install it")
+
+
+def test_a_package_out_of_its_range_fails_even_when_optional():
+    check = check_package(Requirement("pydantic<1"), "optional", "pip install it")
+    assert check.state == "missing"
+    assert "<1 is needed" in check.found
+
+
+def test_a_store_is_left_as_it_was_found(tmp_path):
+    assert check_store(str(tmp_path)).state == "ok"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("uri", ["ftp://host/x", "/proc/no-such-place"])
+def test_a_store_that_cannot_be_written_fails(uri: str):
+    check = check_store(uri)
+    assert check.state == "missing"
+    assert uri in check.found
+
+
+def test_a_torch_that_does_not_import_is_told(monkeypatch):
+    monkeypatch.setattr(doctor, "_TORCH_PROBE", "raise ImportError('libcudart.so.13: cannot open shared object file')")
+    report = diagnose(None)
+    (check,) = (check for check in report.checks if check.name == "torch import")
+    assert check.state == "missing"
+    assert "libcudart" in check.found
+
+
+def test_the_table_ends_in_a_verdict():
+    report = Report(
+        (Check("ray", "missing", "not installed", "pip install 'ray[train]'"), Check("GPUs", "optional", "none"))
+    )
+    screen = Console(file=io.StringIO(), width=100)
+    print_report(report, screen)
+    assert isinstance(screen.file, io.StringIO)
+    text = screen.file.getvalue()
+    assert "pip install 'ray[train]'" in text
+    assert text.rstrip().endswith("Missing: ray.")

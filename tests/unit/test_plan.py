@@ -1,0 +1,224 @@
+"""The plan's counts are those of the real models, its bytes those of the stored tensors, its shortfalls complete."""
+
+import json
+from typing import Any
+
+import pytest
+
+from trainer.architecture import read_architecture
+from trainer.config import Config, Quant, parse_config
+from trainer.errors import ConfigError
+from trainer.plan import make_plan, quantized_bytes
+
+RUN = "run: {name: demo}\nmodel: {base: /models/tiny}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
+GIB = 2**30
+
+LLAMA_70B = {
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+}
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 101,
+    "max_position_embeddings": 128,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def config(*overrides: str) -> Config:
+    return parse_config(RUN, overrides)
+
+
+def meta_model(base_config: dict[str, Any]) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = {key: value for key, value in base_config.items() if key != "model_type"}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(base_config["model_type"], **options))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"model_type": "llama"},
+        {"model_type": "llama", "tie_word_embeddings": True},
+        {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "head_dim": 24},
+        {"model_type": "mistral", "head_dim": 32},
+        {"model_type": "qwen2"},
+        {"model_type": "qwen2", "tie_word_embeddings": True},
+        {"model_type": "qwen3", "head_dim": 32},
+        {"model_type": "qwen3", "head_dim": 32, "attention_bias": True},
+        {"model_type": "phi3"},
+    ],
+    ids=lambda extra: "-".join(f"{value}" for value in extra.values()),
+)
+@pytest.mark.parametrize("targets", ["all-linear", "[o_proj, down_proj]", "[layers.1.self_attn.o_proj]"])
+def test_parameters_are_those_of_the_transformers_model(extra: dict[str, Any], targets: str):
+    from peft import LoraConfig, get_peft_model
+
+    base_config = {**TINY, **extra}
+    given = config(f"tuning.targets={targets}", "tuning.rank=4")
+    planned = make_plan(given, base_config, world_size=2, ranks_per_node=2, gpu_memory=None).parameters
+
+    model = meta_model(base_config)
+    assert planned.frozen == sum(parameter.numel() for parameter in model.parameters())
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=given.tuning.targets))
+    assert planned.trainable == adapted.get_nb_trainable_parameters()[0]
+
+
+def test_every_architecture_that_can_be_trained_can_be_planned():
+    from trainer.base import ARCHITECTURES
+
+    for kind in ARCHITECTURES:
+        read_architecture({**TINY, "model_type": kind})
+
+
+def test_only_the_first_layers_are_counted_when_asked():
+    whole = make_plan(config(), LLAMA_70B, 8, 8, None).parameters
+    part = make_plan(config("model.layers=2"), LLAMA_70B, 8, 8, None).parameters
+    assert part.linear * 40 == whole.linear
+    assert part.embedding == whole.embedding
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize(("numel", "block_size"), [(4096, 64), (100_001, 64), (300_000, 256)])
+def test_quantized_bytes_are_those_that_bitsandbytes_stores(numel: int, block_size: int, double: bool):
+    import torch
+    from bitsandbytes.functional import quantize_4bit
+
+    packed, state = quantize_4bit(
+        torch.randn(numel), blocksize=block_size, quant_type="nf4", compress_statistics=double
+    )
+    assert state.absmax is not None
+    stored = packed.nbytes + state.absmax.nbytes
+    if double:
+        assert state.state2 is not None
+        assert state.state2.absmax is not None
+        assert state.offset is not None
+        stored += state.state2.absmax.nbytes + state.offset.nbytes
+    quant = Quant.model_validate({"block_size": block_size, "double": double})
+    assert quantized_bytes(numel, quant) == stored
+
+
+def test_the_chunk_of_logits_is_that_of_the_loss():
+    from trainer import loss, plan
+
+    assert plan._LOGITS_CHUNK_BYTES == loss._CHUNK_BYTES
+
+
+def test_the_base_is_divided_by_the_ranks_that_share_a_copy():
+    world = make_plan(config(), LLAMA_70B, 16, 8, None).memory_per_gpu
+    node = make_plan(config("sharding.scope=node"), LLAMA_70B, 16, 8, None).memory_per_gpu
+    assert node.frozen_quantized == pytest.approx(2 * world.frozen_quantized, rel=1e-6)
+    assert node.adapter_states == world.adapter_states, "adapters are always divided by all ranks"
+    # 70B in 4.5 bits a weight (nibble + fp32 scale for each 64) over 16 ranks
+    assert world.frozen_quantized == pytest.approx(80 * 855_638_016 * 4.5 / 8 / 16, rel=1e-6)
+
+
+def test_the_parts_add_up():
+    memory = make_plan(config(), LLAMA_70B, 16, 8, None).to_json()["memory_per_gpu"]
+    assert memory.pop("total") == sum(memory.values())
+
+
+def test_one_rank_gathers_nothing_and_receives_nothing():
+    plan = make_plan(config(), {**TINY, "model_type": "llama"}, 1, 1, None)
+    assert plan.memory_per_gpu.gathered_layers == 0
+    assert plan.traffic_per_step.total == 0
+
+
+def test_offloading_moves_the_base_from_the_gpus_to_the_host():
+    here = make_plan(config(), LLAMA_70B, 8, 8, None)
+    away = make_plan(config("sharding.deepspeed=zero3_offload_cpu"), LLAMA_70B, 8, 8, None)
+    moved = here.memory_per_gpu.frozen_quantized + here.memory_per_gpu.frozen_unquantized
+    assert away.memory_per_gpu.frozen_quantized == away.memory_per_gpu.frozen_unquantized == 0
+    assert away.memory_per_host.offloaded_base == pytest.approx(8 * moved, rel=1e-6)
+
+
+def test_with_scope_node_only_adapters_cross_nodes():
+    world = make_plan(config(), LLAMA_70B, 16, 8, None).traffic_per_step
+    node = make_plan(config("sharding.scope=node"), LLAMA_70B, 16, 8, None).traffic_per_step
+    assert node.base_gathers > 0
+    assert node.from_other_nodes < node.adapter_gathers + node.adapter_gradients
+    assert world.from_other_nodes > 10 * node.from_other_nodes
+    assert make_plan(config(), LLAMA_70B, 8, 8, None).traffic_per_step.from_other_nodes == 0
+
+
+def test_traffic_grows_with_accumulation():
+    one = make_plan(config("train.global_batch=16"), LLAMA_70B, 16, 8, None)
+    four = make_plan(config("train.global_batch=64"), LLAMA_70B, 16, 8, None)
+    assert (one.batch.accumulation, four.batch.accumulation) == (1, 4)
+    assert four.traffic_per_step.base_gathers == pytest.approx(4 * one.traffic_per_step.base_gathers)
+
+
+def test_activation_checkpointing_saves_memory():
+    on = make_plan(config(), LLAMA_70B, 8, 8, None).memory_per_gpu.activations
+    off = make_plan(config("train.activation_checkpointing=false"), LLAMA_70B, 8, 8, None).memory_per_gpu.activations
+    assert off > 10 * on
+
+
+@pytest.mark.parametrize(
+    ("world_size", "micro_batch", "accumulation", "empty_rows"),
+    [(3, 1, 4, 2), (2, 2, 3, 2), (10, 1, 1, 0), (16, 1, 1, 6)],
+)
+def test_accumulation_is_derived_and_uneven_rows_are_told(
+    world_size: int, micro_batch: int, accumulation: int, empty_rows: int
+):
+    given = config("train.global_batch=10", f"train.micro_batch={micro_batch}", "data.sequence_length=100")
+    batch = make_plan(given, {**TINY, "model_type": "llama"}, world_size, 8, None).batch
+    assert (batch.accumulation, batch.empty_rows, batch.rows, batch.tokens) == (accumulation, empty_rows, 10, 1000)
+
+
+def test_a_checkpoint_is_three_fp32_values_for_each_trainable_parameter():
+    plan = make_plan(config(), LLAMA_70B, 16, 8, None)
+    assert plan.parameters.trainable == 207_093_760  # rank 16 on the seven layers of 70B
+    assert plan.checkpoint_bytes == 12 * 207_093_760
+
+
+def test_every_shortfall_is_told_at_once():
+    given = config("data.sequence_length=200000", "model.layers=81", "tuning.targets=[q_proj, c_attn]")
+    assert make_plan(given, LLAMA_70B, 2, 2, 8 * GIB).shortfalls[:3] == [
+        "data.sequence_length: 200000 exceeds the base's 131072 positions (config.json). Lower it.",
+        "model.layers: 81 exceeds the base's 80 layers (config.json). Lower it.",
+        "tuning.targets: 'c_attn' is no linear layer of the base. It has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj.",
+    ]
+
+
+def test_too_little_gpu_memory_is_told_with_both_numbers_and_a_remedy():
+    (message,) = make_plan(config(), LLAMA_70B, 2, 2, 16 * GIB).shortfalls
+    assert message.startswith("memory: ")
+    assert "16.0 GiB are there. Use more GPUs" in message
+    assert make_plan(config(), LLAMA_70B, 16, 8, 80 * GIB).shortfalls == []
+
+
+def test_nodes_of_different_size_cannot_each_hold_a_copy():
+    (message,) = make_plan(config("sharding.scope=node"), LLAMA_70B, 10, 4, None).shortfalls
+    assert "10 ranks are not a multiple of 4 a node" in message
+
+
+def test_an_unknown_architecture_is_refused():
+    with pytest.raises(ConfigError, match="'gpt2'. Supported are llama, mistral, phi3, qwen2, qwen3"):
+        make_plan(config(), {"model_type": "gpt2"}, 1, 1, None)
+
+
+def test_a_config_without_sizes_is_refused():
+    with pytest.raises(ConfigError, match="no whole number hidden_size"):
+        make_plan(config(), {"model_type": "llama"}, 1, 1, None)
+
+
+def test_the_plan_is_json():
+    tree = make_plan(config(), LLAMA_70B, 16, 8, None).to_json()
+    assert json.loads(json.dumps(tree)) == tree

@@ -1,0 +1,103 @@
+"""Which attention kernel runs, picked once, and the reason for the log.
+
+All of them honour document borders: flash-attn and PyTorch's varlen kernel through cu_seqlens, SDPA through the
+block-diagonal mask that transformers builds from restarting position_ids.
+"""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from trainer.data.stream import MicroBatch
+from trainer.errors import ConfigError
+
+VARLEN = "capstan_varlen"
+
+
+@dataclass(frozen=True)
+class Attention:
+    """`name` as transformers knows it; `why` is one sentence for the log."""
+
+    name: str
+    why: str
+
+    def arguments(self, batch: MicroBatch, device: torch.device) -> dict[str, Any]:
+        """What the model's forward needs beside input_ids and position_ids to keep packed documents apart."""
+        if self.name == "sdpa":
+            return {}
+        borders = batch.cu_seqlens.to(device)
+        return {
+            "cu_seq_lens_q": borders,
+            "cu_seq_lens_k": borders,
+            "max_length_q": batch.max_seqlen,
+            "max_length_k": batch.max_seqlen,
+        }
+
+
+def choose_attention(setting: str, device: torch.device, dtype: torch.dtype) -> Attention:
+    """Resolve `model.attention`; raises `ConfigError` when the named kernel cannot run here."""
+    missing = unavailable(device, dtype)
+    if setting == "auto":
+        kernel = next(name for name in ("flash_attention_2", "varlen", "sdpa") if name not in missing)
+        why = "; ".join(f"no {name}: {reason}" for name, reason in missing.items()) or "fastest available"
+    elif setting in missing:
+        raise ConfigError(f"model.attention: {setting!r} cannot run here: {missing[setting]}. Use auto.")
+    else:
+        kernel, why = setting, "set by model.attention"
+    if kernel == "varlen":
+        AttentionInterface.register(VARLEN, _varlen_attention)
+        AttentionMaskInterface.register(VARLEN, _no_mask)
+        return Attention(VARLEN, why)
+    return Attention(kernel, why)
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Kernel -> why it cannot run on this device."""
+    reasons: dict[str, str] = {}
+    if device.type != "cuda":
+        reasons = {name: "it needs a CUDA device" for name in ("flash_attention_2", "varlen")}
+    elif dtype == torch.float32:
+        reasons = {name: "it needs model.dtype: bf16" for name in ("flash_attention_2", "varlen")}
+    elif find_spec("flash_attn") is None:
+        reasons["flash_attention_2"] = "the flash-attn package is not installed (pip install 'capstan-llm[flash-attn]')"
+    return reasons
+
+
+def _no_mask(*_args: Any, **_kwargs: Any) -> None:
+    """Borders travel as cu_seqlens."""
+
+
+def _varlen_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    **_kwargs: Any,
+) -> tuple[Tensor, None]:
+    """query (1, heads, T, head_dim), key and value (1, kv_heads, T, head_dim) -> (1, T, heads, head_dim)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    out = varlen_attn(
+        *(tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)),
+        cu_seq_lens_q,
+        cu_seq_lens_q,
+        max_length_q,
+        max_length_q,
+        scale=scaling,
+        # (left, right): causal is a right window of 0; transformers counts the token itself into its window.
+        window_size=(sliding_window - 1 if sliding_window else -1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    return out.unsqueeze(0), None

@@ -1,0 +1,165 @@
+"""What a run tells the world: one JSON object a line in the store, TensorBoard events, and each rank's log.
+
+Object stores cannot append, so a file is written again whole every `flush_seconds` from a background thread.
+"""
+
+import json
+import os
+import resource
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer import run_layout
+from trainer.errors import AlreadyExists, StorageError
+from trainer.store import Store
+
+
+def claim_generation(run: Store) -> int:
+    """The number of this start of the run, from 1: claimed by creating its metrics file, so two starts never share one."""
+    taken = [run_layout.generation_of(entry.key) or 0 for entry in run.list(run_layout.METRICS)]
+    generation = max(taken, default=0) + 1
+    while True:
+        try:
+            run.create(run_layout.metrics(generation), b"")
+        except AlreadyExists:
+            generation += 1
+        else:
+            return generation
+
+
+class Metrics:
+    """The metrics of one generation; rank 0 writes, the others' calls do nothing."""
+
+    def __init__(self, run: Store, generation: int, *, writes: bool, flush_seconds: float, tensorboard: bool) -> None:
+        self._run, self._key = run, run_layout.metrics(generation)
+        self._writes = writes
+        self._lines: list[str] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="capstan-tensorboard-")
+        self._events = run_layout.tensorboard(generation)
+        self._board = None
+        if writes and tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(self._folder.name)
+        self._flusher = Every(flush_seconds, self.flush) if writes else None
+
+    def write(self, kind: str, **values: Any) -> None:
+        if not self._writes:
+            return
+        self._lines.append(json.dumps({"kind": kind, **values, "time": round(time.time(), 3)}))
+        if self._board is not None and kind in ("step", "eval"):
+            for name, value in values.items():
+                if name != "step":
+                    self._board.add_scalar(f"{kind}/{name}", value, values["step"])
+
+    def flush(self) -> None:
+        """Bring the store up to date."""
+        if not self._writes:
+            return
+        lines = list(self._lines)
+        self._run.put(self._key, "".join(line + "\n" for line in lines).encode())
+        if self._board is not None:
+            self._board.flush()
+            for path in Path(self._folder.name).iterdir():
+                self._run.put(self._events + path.name, path.read_bytes())
+
+    def close(self) -> None:
+        if self._flusher is not None:
+            self._flusher.stop()
+            self.flush()
+        if self._board is not None:
+            self._board.close()
+        self._folder.cleanup()
+
+
+class Every:
+    """Calls `action` every so many seconds in a background thread. A store that fails now is tried again next time."""
+
+    def __init__(self, seconds: float, action: Callable[[], None]) -> None:
+        self._stopped = threading.Event()
+        self._seconds, self._action = seconds, action
+        self._thread = threading.Thread(target=self._loop, name=f"every-{seconds}s", daemon=True)
+        self._thread.start()
+
+    def _loop(self) -> None:
+        while not self._stopped.wait(self._seconds):
+            try:
+                self._action()
+            except StorageError as error:
+                print(f"will be tried again: {error}", file=sys.stderr)
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+
+@contextmanager
+def rank_log(run: Store, generation: int, rank: int, flush_seconds: float) -> Iterator[None]:
+    """Send everything this process prints, libraries and C code included, to the rank's log in the store as well.
+
+    File descriptors 1 and 2 go through a pipe; a thread copies it to where they led before and to the log.
+    """
+    key = run_layout.rank_log(generation, rank)
+    written = bytearray()
+    read_end, write_end = os.pipe()
+    saved = os.dup(1), os.dup(2)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(write_end, 1)
+    os.dup2(write_end, 2)
+    os.close(write_end)
+
+    def copy() -> None:
+        while data := os.read(read_end, 65536):
+            written.extend(data)
+            os.write(saved[1], data)
+
+    copier = threading.Thread(target=copy, name="rank-log", daemon=True)
+    copier.start()
+    flusher = Every(flush_seconds, lambda: run.put(key, bytes(written)))
+    try:
+        yield
+    finally:
+        flusher.stop()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(saved[0], 1)
+        os.dup2(saved[1], 2)
+        copier.join(timeout=5)  # ends when the last copy of the pipe's write end is closed
+        run.put(key, bytes(written))
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Peak resident memory of this process and, on a GPU, peak allocated device memory, in bytes."""
+    peak = {"host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if device.type == "cuda":
+        peak["device_peak_bytes"] = torch.cuda.max_memory_allocated(device)
+    return peak
+
+
+class StopSignal:
+    """Whether somebody asked this run to stop: `request()` (a signal handler), or the STOP key in the run's folder."""
+
+    def __init__(self, run: Store, *, watches: bool, seconds: float) -> None:
+        self.requested = False
+        self._run = run
+        self._watcher = Every(seconds, self._look) if watches else None
+
+    def request(self) -> None:
+        self.requested = True
+
+    def _look(self) -> None:
+        if self._run.exists(run_layout.STOP):
+            self.requested = True
+
+    def close(self) -> None:
+        if self._watcher is not None:
+            self._watcher.stop()

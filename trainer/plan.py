@@ -1,0 +1,357 @@
+"""What a run will need, by arithmetic: parameters, memory, batch, traffic. No GPU, no torch, nothing downloaded.
+
+Everything that does not fit or does not match is reported at once, in `Plan.shortfalls`. Counts of parameters and bytes
+of stored tensors are exact; activations, gathered layers and host memory are estimates, by the formulas stated at each
+function.
+"""
+
+from dataclasses import asdict, dataclass
+from math import ceil
+from typing import Any
+
+from trainer.architecture import Architecture, read_architecture
+from trainer.config import Config, Quant
+from trainer.deepspeed_config import build_deepspeed_config
+
+# trainer/nf4.py: scales that share a second scale under double quantization.
+_NESTED_BLOCK = 256
+# trainer/loss.py: bytes of fp32 logits computed at once.
+_LOGITS_CHUNK_BYTES = 2**28
+# trainer/load.py: tensors read ahead of the one that is quantized, and that one.
+_TENSORS_IN_FLIGHT = 5
+# CUDA's context, NCCL's buffers and the allocator's slack: an allowance, not a measurement.
+_CONTEXT_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Elements of the model. `frozen` is embedding + linear + small (norms and biases); `trainable` are the adapters."""
+
+    embedding: int
+    linear: int
+    small: int
+    frozen: int
+    trainable: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One optimizer step. `empty_rows` are computed without targets, as global_batch does not divide evenly."""
+
+    world_size: int
+    accumulation: int
+    rows: int
+    empty_rows: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    """Bytes on one GPU at the peak of a step."""
+
+    frozen_quantized: int
+    frozen_unquantized: int
+    gathered_layers: int
+    dequantized_weight: int
+    adapter_weights: int
+    adapter_states: int
+    gradient_buckets: int
+    activations: int
+    logits: int
+    context: int
+    total: int
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes of host memory on one node, the Python processes themselves left out."""
+
+    reads_during_load: int
+    offloaded_base: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes one rank receives in one optimizer step. `from_other_nodes` is the part of `total` that crosses nodes."""
+
+    base_gathers: int
+    adapter_gathers: int
+    adapter_gradients: int
+    total: int
+    from_other_nodes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The needs of a run, and in `shortfalls` one sentence for each thing that does not fit."""
+
+    parameters: Parameters
+    batch: Batch
+    memory_per_gpu: GpuMemory
+    memory_per_host: HostMemory
+    traffic_per_step: Traffic
+    checkpoint_bytes: int
+    deepspeed: dict[str, Any]
+    shortfalls: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """A tree of plain values; bytes and elements are whole numbers."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What the formulas share. `group` ranks hold one copy of the base; `item` is the bytes of a 16- or 32-bit value."""
+
+    config: Config
+    model: Architecture
+    zero: dict[str, Any]
+    world_size: int
+    ranks_per_node: int
+    accumulation: int
+
+    @property
+    def group(self) -> int:
+        return self.world_size if self.config.sharding.scope == "world" else min(self.ranks_per_node, self.world_size)
+
+    @property
+    def item(self) -> int:
+        return 2 if self.config.model.dtype == "bf16" else 4
+
+    @property
+    def adapter_sizes(self) -> list[int]:
+        """Elements of each adapter matrix: A is (rank, in), B is (out, rank)."""
+        tuning = self.config.tuning
+        return [tuning.rank * side for at in self.model.adapted(tuning.targets) for side in (at.inputs, at.outputs)]
+
+    @property
+    def offloaded(self) -> bool:
+        return self.zero.get("offload_param", {}).get("device", "none") != "none"
+
+
+def make_plan(
+    config: Config, base_config: dict[str, Any], world_size: int, ranks_per_node: int, gpu_memory: int | None
+) -> Plan:
+    """Plan a run on `world_size` ranks, `ranks_per_node` of them on each node.
+
+    Args:
+        base_config: the parsed config.json of the base.
+        gpu_memory: bytes of one GPU; None when there is none to compare with.
+
+    Raises:
+        ConfigError: the base is of a type that cannot be planned, or the DeepSpeed policy cannot be used.
+    """
+    accumulation = ceil(config.train.global_batch / (world_size * config.train.micro_batch))
+    on_gpu = config.cluster.gpus_per_worker != 0
+    deepspeed = build_deepspeed_config(config, world_size, accumulation, on_gpu)
+    model = read_architecture(base_config, config.model.layers)
+    given = _Inputs(config, model, deepspeed["zero_optimization"], world_size, ranks_per_node, accumulation)
+    memory = _gpu_memory(given)
+    return Plan(
+        parameters=_parameters(given),
+        batch=_batch(given),
+        memory_per_gpu=memory,
+        memory_per_host=_host_memory(given),
+        traffic_per_step=_traffic(given),
+        checkpoint_bytes=12 * sum(given.adapter_sizes),  # fp32 master weight and AdamW's two moments
+        deepspeed=deepspeed,
+        shortfalls=_shortfalls(given, base_config, memory.total, gpu_memory),
+    )
+
+
+def quantized_bytes(numel: int, quant: Quant) -> int:
+    """Bytes of one quantized matrix: two weights a byte, and the scales.
+
+    One fp32 scale for each `block_size` weights; under double quantization one byte instead, an fp32 scale for each 256
+    of those, and one fp32 mean (QLoRA, arXiv:2305.14314, section 3).
+    """
+    blocks = ceil(numel / quant.block_size)
+    scales = blocks + 4 * ceil(blocks / _NESTED_BLOCK) + 4 if quant.double else 4 * blocks
+    return ceil(numel / 2) + scales
+
+
+def _parameters(given: _Inputs) -> Parameters:
+    model, trainable = given.model, sum(given.adapter_sizes)
+    frozen = model.embedding_weights + model.linear_weights + model.small_weights
+    return Parameters(
+        model.embedding_weights, model.linear_weights, model.small_weights, frozen, trainable, frozen + trainable
+    )
+
+
+def _batch(given: _Inputs) -> Batch:
+    train = given.config.train
+    rows = given.accumulation * given.world_size * train.micro_batch
+    return Batch(
+        world_size=given.world_size,
+        accumulation=given.accumulation,
+        rows=train.global_batch,
+        empty_rows=rows - train.global_batch,
+        tokens=train.global_batch * given.config.data.sequence_length,
+    )
+
+
+def _layer_bytes(given: _Inputs) -> int:
+    """Bytes of the linear weights of one decoder layer as they are stored."""
+    quant = given.config.quant
+    if quant.type == "none":
+        return given.item * sum(linear.weights for linear in given.model.linears)
+    return sum(quantized_bytes(linear.weights, quant) for linear in given.model.linears)
+
+
+def _base_bytes(given: _Inputs) -> int:
+    """Bytes of one whole copy of the frozen base as it is stored."""
+    model = given.model
+    return model.layers * _layer_bytes(given) + given.item * (model.embedding_weights + model.small_weights)
+
+
+def _gpu_memory(given: _Inputs) -> GpuMemory:
+    """Bytes on one GPU.
+
+    The base: its stored bytes / the ranks that share one copy, nothing where it is offloaded.
+    Adapters: the 16-bit partition and, where a matrix is under ZeRO-3's persistence threshold, a whole copy; then fp32
+    master, two moments and accumulated gradient (16 bytes an element) / world size.
+    """
+    config, model, world_size = given.config, given.model, given.world_size
+    linear = model.layers * _layer_bytes(given)
+    unquantized = given.item * (model.embedding_weights + model.small_weights)
+    if config.quant.type == "none":
+        linear, unquantized = 0, unquantized + linear
+    trainable = sum(given.adapter_sizes)
+    threshold = given.zero.get("stage3_param_persistence_threshold", 100_000)
+    whole = sum(size for size in given.adapter_sizes if size <= threshold) if world_size > 1 else 0
+    parts = {
+        "frozen_quantized": 0 if given.offloaded else ceil(linear / given.group),
+        "frozen_unquantized": 0 if given.offloaded else ceil(unquantized / given.group),
+        "gathered_layers": _gathered(given),
+        "dequantized_weight": given.item * max(linear.weights for linear in model.linears),
+        "adapter_weights": given.item * (whole + ceil(trainable / world_size)),
+        "adapter_states": 16 * ceil(trainable / world_size),
+        "gradient_buckets": 4 * given.zero.get("reduce_bucket_size", 500_000_000),
+        "activations": _activations(given),
+        "logits": _logits(given),
+        "context": _CONTEXT_BYTES,
+    }
+    return GpuMemory(**parts, total=sum(parts.values()))
+
+
+def _gathered(given: _Inputs) -> int:
+    """Bytes of frozen parameters that are whole on a GPU at one moment.
+
+    The largest of decoder layer, embedding and head, plus what ZeRO-3 holds ahead and behind: the prefetch bucket, and
+    the layers it keeps because the backward pass reuses them within max_reuse_distance, half of it on either side of the
+    turn from forward to backward. Never more than the whole base; nothing when a partition is the whole parameter.
+    """
+    if given.group == 1 and not given.offloaded:
+        return 0
+    layer = _layer_bytes(given)
+    largest = max(layer, given.item * given.model.vocabulary * given.model.hidden)
+    elements = given.zero.get("stage3_prefetch_bucket_size", 50_000_000)
+    elements += given.zero.get("stage3_max_reuse_distance", 1_000_000_000) // 2
+    # A quantized parameter is made of bytes, any other of 16- or 32-bit values.
+    element_bytes = given.item if given.config.quant.type == "none" else 1
+    return min(_base_bytes(given), largest + elements * element_bytes)
+
+
+def _activations(given: _Inputs) -> int:
+    """Bytes of activations of one micro-batch of T tokens, with an attention kernel that keeps no score matrix.
+
+    Counted as Korthikanti et al. do (arXiv:2205.05198, section 4), for a Llama layer with frozen linear layers. A layer
+    keeps, in values a token: 6h for the two norms (fp32 input, 16-bit output), 2q + 2kv for attention, 4m for the gated
+    MLP. Checkpointing keeps h a layer, and one layer's values while it is recomputed. On top come the widest gradients,
+    2m + h.
+    """
+    model, config = given.model, given.config
+    tokens = config.train.micro_batch * config.data.sequence_length
+    layer = 6 * model.hidden + 2 * model.query_size + 2 * model.key_value_size + 4 * model.intermediate
+    kept = model.layers * model.hidden + layer if config.train.activation_checkpointing else model.layers * layer
+    return given.item * tokens * (kept + 2 * model.intermediate + model.hidden)
+
+
+def _logits(given: _Inputs) -> int:
+    """Bytes of the chunked loss: logits of n tokens in 16 bits, in fp32, and again in 16 bits as a gradient; and the
+    gradient of the hidden states of all T tokens."""
+    model, config = given.model, given.config
+    tokens = config.train.micro_batch * config.data.sequence_length
+    chunk = min(tokens, max(1, _LOGITS_CHUNK_BYTES // (4 * model.vocabulary)))
+    return chunk * model.vocabulary * (4 + 2 * given.item) + given.item * tokens * model.hidden
+
+
+def _host_memory(given: _Inputs) -> HostMemory:
+    """Bytes on one node: each rank's share of the largest tensors in flight, as read (2 bytes a weight) and converted,
+    and the base's partitions where the policy offloads them."""
+    model = given.model
+    largest = max(model.vocabulary * model.hidden, max(linear.weights for linear in model.linears))
+    ranks = min(given.ranks_per_node, given.world_size)
+    reads = ranks * (_TENSORS_IN_FLIGHT * 2 + given.item) * ceil(largest / given.group)
+    offloaded = ranks * ceil(_base_bytes(given) / given.group) if given.offloaded else 0
+    return HostMemory(reads, offloaded, reads + offloaded)
+
+
+def _traffic(given: _Inputs) -> Traffic:
+    """Bytes one rank receives in a step; from the W ranks of a group come (W - 1) / W of what is gathered.
+
+    The base is gathered in the forward and in the backward pass of every micro-batch, and a third time for the
+    recomputation of activations when a layer is too large to be kept until its own backward (max_reuse_distance).
+    Adapter gradients are reduce-scattered in fp32 after every micro-batch; DeepSpeed does not wait for the last.
+    """
+    config, world_size, group = given.config, given.world_size, given.group
+    element_bytes = given.item if config.quant.type == "none" else 1
+    reuse = given.zero.get("stage3_max_reuse_distance", 1_000_000_000) * element_bytes
+    recomputed = config.train.activation_checkpointing and 2 * _layer_bytes(given) > reuse
+    passes = given.accumulation * (3 if recomputed else 2)
+    threshold = given.zero.get("stage3_param_persistence_threshold", 100_000)
+    small = sum(size for size in given.adapter_sizes if size <= threshold)
+    large = sum(given.adapter_sizes) - small
+
+    base = passes * _base_bytes(given) * (group - 1) // group
+    # A small adapter matrix is whole everywhere and gathered once, after its update.
+    adapters = given.item * (small + passes * large) * (world_size - 1) // world_size
+    gradients = given.accumulation * 4 * (small + large) * (world_size - 1) // world_size
+
+    far = max(0, world_size - given.ranks_per_node)
+    crossing = (adapters + gradients) * far // max(1, world_size - 1)
+    if config.sharding.scope == "world":
+        crossing += base * far // max(1, world_size - 1)
+    return Traffic(base, adapters, gradients, base + adapters + gradients, crossing)
+
+
+def _shortfalls(given: _Inputs, base_config: dict[str, Any], needed: int, gpu_memory: int | None) -> list[str]:
+    config, model, found = given.config, given.model, list[str]()
+    length, layers = config.data.sequence_length, base_config["num_hidden_layers"]
+    if model.positions and length > model.positions:
+        found.append(
+            f"data.sequence_length: {length} exceeds the base's {model.positions} positions (config.json). Lower it."
+        )
+    if config.model.layers and config.model.layers > layers:
+        found.append(f"model.layers: {config.model.layers} exceeds the base's {layers} layers (config.json). Lower it.")
+    for target in [] if config.tuning.targets == "all-linear" else config.tuning.targets:
+        if not model.adapted([target]):
+            names = ", ".join(linear.path.rpartition(".")[2] for linear in model.linears)
+            found.append(f"tuning.targets: {target!r} is no linear layer of the base. It has {names}.")
+    if config.sharding.scope == "node" and given.world_size % min(given.ranks_per_node, given.world_size):
+        found.append(
+            f"sharding.scope: node needs as many ranks on every node, but {given.world_size} ranks are not a multiple of "
+            f"{given.ranks_per_node} a node. Change cluster.workers, or set sharding.scope: world."
+        )
+    if gpu_memory is not None and needed > gpu_memory:
+        found.append(
+            f"memory: {needed / 2**30:.1f} GiB are needed on each GPU, {gpu_memory / 2**30:.1f} GiB are there. "
+            f"{_remedy(given)}"
+        )
+    return found
+
+
+def _remedy(given: _Inputs) -> str:
+    """The first thing to change when memory does not suffice."""
+    config = given.config
+    if not config.train.activation_checkpointing:
+        return "Set train.activation_checkpointing: true."
+    if config.quant.type == "none":
+        return "Set quant.type: nf4."
+    if config.sharding.scope == "node":
+        return "Set sharding.scope: world, or use more GPUs a node."
+    if not given.offloaded:
+        return "Use more GPUs, lower data.sequence_length, or set sharding.deepspeed: zero3_offload_cpu."
+    return "Use more GPUs, or lower data.sequence_length."

@@ -1,0 +1,66 @@
+"""This process among the others: its rank, and the few small agreements that the loop needs.
+
+Small values go through one all-gather and are reduced the same way on every rank, so that all ranks compute
+bit-identical results and decide alike.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One process of `world_size`; `device` is where its tensors live."""
+
+    rank: int
+    world_size: int
+    ranks_per_node: int
+    device: torch.device
+
+    def gather(self, *values: float) -> list[list[float]]:
+        """`values` of every rank, in rank order. Collective."""
+        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+        every = torch.empty(self.world_size * len(values), dtype=torch.float64, device=self.device)
+        dist.all_gather_into_tensor(every, mine)
+        return every.view(self.world_size, len(values)).tolist()
+
+    def sum(self, value: float) -> float:
+        """The sum over ranks, added in rank order. Collective."""
+        return sum(row[0] for row in self.gather(value))
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Small picklable objects of every rank, in rank order. Collective."""
+        every: list[Any] = [None] * self.world_size
+        dist.all_gather_object(every, value)
+        return every
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's object. Collective."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+
+def join(timeout: timedelta = timedelta(minutes=30)) -> Ranks:
+    """Join the process group that Ray Train, torchrun or srun laid out in the environment (or a group of one).
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it
+            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    world_size = dist.get_world_size()
+    return Ranks(dist.get_rank(), world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), device)

@@ -1,0 +1,96 @@
+"""Tensor name -> file, dtype, shape and byte range, read from the headers of safetensors files.
+
+Format: https://github.com/huggingface/safetensors#format: 8 bytes little-endian header length, a JSON header, the data.
+Headers are checked against the files' sizes, so that a truncated file or a lying header is found before any weight is read.
+"""
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.errors import ConfigError, NotFound
+from trainer.store import Store
+
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+INDEX_FILE = "model.safetensors.index.json"
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """One tensor in one file; `offset` is the position of its first byte in the file."""
+
+    store: Store
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def read(self, begin: int, end: int) -> bytearray:
+        """The bytes of elements [begin, end) of the flattened tensor: only these leave the store."""
+        size = DTYPE_BYTES[self.dtype]
+        return self.store.get_range(self.key, self.offset + size * begin, self.offset + size * end)
+
+
+def read_index(store: Store) -> dict[str, TensorSource]:
+    """All tensors of a Hugging Face model directory, single-file or indexed.
+
+    Raises:
+        ConfigError: no safetensors file, a file that the index names is missing or truncated, or a damaged header.
+    """
+    sizes = {entry.key: entry.size for entry in store.list() if entry.key.endswith(".safetensors") and "/" not in entry.key}
+    if not sizes:
+        raise ConfigError(
+            f"model.base: {store.uri} holds no *.safetensors file. Convert the model with save_pretrained(), which writes them."
+        )
+    files = _indexed_files(store) or set(sizes)
+    missing = sorted(files - set(sizes))
+    if missing:
+        raise ConfigError(f"model.base: {store.uri}/{INDEX_FILE} names {missing[0]}, which is not there. Copy the model again.")
+    tensors: dict[str, TensorSource] = {}
+    for key in sorted(files):
+        tensors.update(read_header(store, key, sizes[key]))
+    return tensors
+
+
+def _indexed_files(store: Store) -> set[str] | None:
+    try:
+        return set(json.loads(store.get(INDEX_FILE))["weight_map"].values())
+    except NotFound:
+        return None
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(f"model.base: {store.uri}/{INDEX_FILE} is not a safetensors index. Copy the model again.") from error
+
+
+def read_header(store: Store, key: str, file_size: int) -> dict[str, TensorSource]:
+    """The tensors of one safetensors file of `file_size` bytes; raises `ConfigError` where they do not add up."""
+    where = f"{store.uri}/{key}"
+    if file_size < 8:
+        raise ConfigError(f"{where} is truncated: {file_size} bytes are no safetensors file. Copy it again.")
+    (length,) = struct.unpack("<Q", store.get_range(key, 0, 8))
+    if length > min(_MAX_HEADER_BYTES, file_size - 8):
+        raise ConfigError(f"{where} is damaged: its header claims {length} bytes of a file of {file_size}. Copy it again.")
+    try:
+        header: dict[str, Any] = json.loads(bytes(store.get_range(key, 8, 8 + length)))
+        header.pop("__metadata__", None)
+        return {name: _source(store, key, 8 + length, info, file_size) for name, info in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{where} is damaged: its header cannot be read ({error}). Copy it again.") from error
+
+
+def _source(store: Store, key: str, data_start: int, info: dict[str, Any], file_size: int) -> TensorSource:
+    begin, end = info["data_offsets"]
+    shape, dtype = tuple(info["shape"]), info["dtype"]
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"dtype {dtype} is not supported")
+    if end - begin != math.prod(shape) * DTYPE_BYTES[dtype] or begin < 0:
+        raise ValueError(f"shape {list(shape)} of {dtype} does not fill bytes {begin} to {end}")
+    if data_start + end > file_size:
+        raise ValueError(f"it ends at byte {data_start + end}, the file at {file_size}")
+    return TensorSource(store, key, dtype, shape, data_start + begin)

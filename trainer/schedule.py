@@ -1,0 +1,19 @@
+"""The learning rate as a pure function of the step, so that a resumed run has no scheduler state to restore."""
+
+import math
+
+from trainer.config import Optim
+
+
+def learning_rate(optim: Optim, step: int, total_steps: int) -> float:
+    """The rate of the update that makes step `step` (1 .. total_steps).
+
+    Warm-up is linear and reaches `lr` at step `warmup_steps`; then `lr` decays to `lr * min_lr_ratio` at the last step.
+    """
+    if step <= optim.warmup_steps:
+        return optim.lr * step / optim.warmup_steps
+    if optim.schedule == "constant":
+        return optim.lr
+    done = (step - optim.warmup_steps) / max(1, total_steps - optim.warmup_steps)
+    decay = (1 + math.cos(math.pi * done)) / 2 if optim.schedule == "cosine" else 1 - done
+    return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * decay)
