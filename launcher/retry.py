@@ -1,0 +1,66 @@
+"""What happens after a worker group dies: pure policy over what its ranks died of.
+
+A rank's own `CapstanError` tells a mistake or a request apart from a crash: configuration, data, memory and non-finite
+loss would only fail again, a stop is meant; a crash and a failing store are worth another attempt.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from trainer import run_layout
+from trainer.errors import CapstanError, StorageError
+from trainer.store import Store
+
+WorkerErrors: TypeAlias = Mapping[int, BaseException]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an attempt ended. `error` is the ranks' own; None is a crash."""
+
+    reason: str
+    error: CapstanError | None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Either `error` ends the run, or it starts again for `reason`."""
+
+    reason: str
+    error: CapstanError | None
+
+
+def classify(errors: WorkerErrors) -> Failure:
+    """The cause among what the ranks died of: an error of ours before the crashes it set off in other ranks."""
+    ours = [(rank, error) for rank, error in sorted(errors.items()) if isinstance(error, CapstanError)]
+    if ours:
+        return Failure(str(ours[0][1]), ours[0][1])
+    rank, error = min(errors.items(), key=lambda item: item[0])
+    first_line = next(iter(str(error).strip().splitlines()), "")
+    return Failure(f"rank {rank} died: {type(error).__name__}: {first_line}", None)
+
+
+def decide(failures: Sequence[Failure], budget: int) -> Decision:
+    """Another attempt, or the error that ends the run; `failures` are all so far, the newest last."""
+    newest = failures[-1]
+    if newest.error is not None and not isinstance(newest.error, StorageError):
+        return Decision(newest.reason, newest.error)
+    if len(failures) > budget:
+        ending = f"{newest.reason} (failure {len(failures)}; retry.failures: {budget}). See `capstan logs`."
+        return Decision(ending, type(newest.error)(ending) if newest.error else CapstanError(ending))
+    return Decision(f"{newest.reason}. Starting again from the last commit ({len(failures)} of {budget} restarts).", None)
+
+
+def record_end(run: Store, failure: Failure) -> None:
+    """Write why a generation ended into its metrics, where its rank 0 could not."""
+    keys = [entry.key for entry in run.list(run_layout.METRICS) if run_layout.generation_of(entry.key)]
+    if not keys:
+        return
+    lines = run.get(keys[-1])
+    if b'"kind": "end"' in lines:
+        return
+    end = {"kind": "end", "outcome": "failed", "step": None, "reason": failure.reason, "time": round(time.time(), 3)}
+    run.put(keys[-1], lines + json.dumps(end).encode() + b"\n")

