@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 from packaging.requirements import Requirement
-from rich.console import Console
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
@@ -78,17 +78,17 @@ def diagnose(store_uri: str | None) -> Report:
     return Report(tuple(checks))
 
 
-def print_report(report: Report, console: Console) -> None:
+def report_table(report: Report) -> Group:
     """A table of the findings, and below it what to do about each gap."""
     signs = {"ok": "[green]✓[/]", "optional": "[yellow]·[/]", "missing": "[red]✗[/]"}
     table = Table("", "What", "Found", "How to get it")
     for check in report.checks:
         table.add_row(signs[check.state], *(escape(text) for text in (check.name, check.found, check.fix)))
-    console.print(table)
     missing = [check.name for check in report.checks if check.state == "missing"]
-    console.print(
+    verdict = (
         f"[red]Missing: {escape(', '.join(missing))}.[/]" if missing else "[green]Everything a run needs is here.[/]"
     )
+    return Group(table, verdict)
 
 
 def _packages() -> Iterator[Check]:

@@ -4,21 +4,150 @@ Everything that can be wrong without a rank is found here, before torch is impor
 """
 
 import os
+import signal
+import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
+from launcher.ray_train import run_on_ray
+from launcher.status import read_status, request_stop, watch
 from trainer import run_layout
 from trainer.base import check_base, resolve_base
-from trainer.config import Config, dump_config, parse_config
+from trainer.config import Config, dump_config
 from trainer.data.compile import Progress
 from trainer.data.prepare import Datasets, prepare
-from trainer.errors import AlreadyExists, CapstanError, ConfigError, NotFound, NothingToResume
+from trainer.errors import AlreadyExists, ConfigError, NothingToResume
 from trainer.manifest import committed_steps
 from trainer.store import Store, open_store
 
-from launcher.ray_train import run_on_ray
+
+def start(config: Config, *, resume: bool, live: bool, log: Callable[[str], None]) -> None:
+    """Run or continue `config`'s run here and now, as a driver of Ray or as one rank of torchrun's or srun's group.
+
+    Raises:
+        CapstanError: with the exit code that the process should end with.
+    """
+    os.environ.update(slurm_rank(os.environ))
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        _as_rank(config, resume=resume, log=log)
+        return
+    run = open_store(config.run.store).sub(config.run.name)
+    datasets = begin(config, resume=resume, log=log)
+    with _stop_on_signals(run), _live(run, live):
+        run_on_ray(config, datasets, run, resume=resume, log=log)
 
 
-def is_rank() -> bool:
-    """Whether torchrun, or srun with more than one task, started this process as one rank of a group."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+def _as_rank(config: Config, *, resume: bool, log: Callable[[str], None]) -> None:
+    restarted = any(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    datasets = begin(config, resume=resume, restarted=restarted, log=log) if os.environ["RANK"] == "0" else None
+    from trainer.rank import run_rank
+
+    run_rank(config, datasets, resume=resume)
+
+
+def begin(config: Config, *, resume: bool, log: Callable[[str], None], restarted: bool = False) -> Datasets:
+    """Check the base, compile missing data and claim the run's name.
+
+    `restarted`: whoever started this process did so before, so the name is this run's already.
+
+    Raises:
+        ConfigError: the name is taken, or the base does not fit the settings.
+        NothingToResume: `resume`, and nothing is committed.
+        DataError, StorageError: the data cannot be compiled.
+    """
+    base = resolve_base(config.model)
+    check_base(base, config)
+    store = open_store(config.run.store)
+    run = store.sub(config.run.name)
+    if resume and not committed_steps(run):
+        raise NothingToResume(f"{run.uri} has no committed checkpoint. Start it with `capstan train`.")
+    if not (resume or restarted):
+        _refuse_taken(run, config)
+    datasets = prepare(config, base, store, lambda what, now: log(_describe(what, now)))
+    if resume:
+        run.delete(run_layout.STOP)
+    elif not restarted:
+        _claim(run, config)
+    return datasets
+
+
+def _refuse_taken(run: Store, config: Config) -> None:
+    """A name is taken unless its run failed before it had anything to lose."""
+    if not run.exists(run_layout.CONFIG):
+        return
+    if read_status(run).state == "failed" and not committed_steps(run):
+        run.delete(run_layout.CONFIG)
+        return
+    raise _taken(config)
+
+
+def _claim(run: Store, config: Config) -> None:
+    try:
+        run.create(run_layout.CONFIG, dump_config(config).encode())
+    except AlreadyExists as error:
+        raise _taken(config) from error
+
+
+def _taken(config: Config) -> ConfigError:
+    name = config.run.name
+    return ConfigError(
+        f"run.name: {name!r} exists in {config.run.store}. `capstan resume {name}` continues it; a new run needs another name."
+    )
+
+
+def _describe(what: str, now: Progress) -> str:
+    return f"compiling {what} data: file {now.files_done} of {now.files}, {now.documents:,} documents, {now.tokens:,} tokens"
+
+
+@contextmanager
+def _stop_on_signals(run: Store) -> Iterator[None]:
+    """SIGTERM and SIGUSR1 ask the ranks to commit and stop, which ends this process with exit code 75."""
+
+    def ask(number: int, _frame: object) -> None:
+        request_stop(run, by=signal.Signals(number).name)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _live(run: Store, on: bool) -> Iterator[None]:
+    """Show the run's progress on stderr, from its folder, while ranks work."""
+    done = threading.Event()
+    viewer = threading.Thread(target=watch, args=(run, done.is_set), name="live", daemon=True)
+    if on:
+        viewer.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if on:
+            viewer.join(timeout=5)
+
+
+def slurm_rank(environment: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun would have set, for a task of an srun step with several; empty elsewhere."""
+    if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
+        return {}
+    nodes = subprocess.run(
+        ["scontrol", "show", "hostnames", environment["SLURM_STEP_NODELIST"]],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+    ).stdout.split()
+    tasks = int(environment["SLURM_STEP_NUM_TASKS"])
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(tasks // len(nodes)),
+        "MASTER_ADDR": nodes[0],
+        # Every task derives the same port, and jobs that share a node derive different ones.
+        "MASTER_PORT": str(20000 + int(environment["SLURM_JOB_ID"]) % 20000),
+    }

@@ -86,7 +86,7 @@ class S3Server:
             raise ConfigError(f"bucket {bucket!r}: a name has 3 to 63 lower-case letters, digits, '.' and '-'.")
         # Over S3 this would be a signed PUT. The filer, the layer below, keeps a bucket as a folder.
         status, answer = _request("POST", self._ports["filer"][0], f"/buckets/{bucket}/")
-        if status not in (200, 201):
+        if status != 201 and b"already exists" not in answer:
             raise StorageError(f"the local S3 server could not make the bucket {bucket!r}: {answer[:200]!r}.")
         return f"s3://{bucket}"
 
@@ -103,6 +103,8 @@ class S3Server:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                # weed takes credentials from AWS_* variables too, in place of its own configuration.
+                env={name: value for name, value in os.environ.items() if not name.startswith("AWS_")},
                 # Not in the terminal's process group: Ctrl-C asks the training run to commit a checkpoint, and
                 # the store has to be there for that.
                 start_new_session=True,

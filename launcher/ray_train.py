@@ -4,6 +4,7 @@ Each attempt is one `TorchTrainer.fit()` without retries of its own; `retry.deci
 The train function restores by itself, so an attempt needs to know nothing of the one before.
 """
 
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from typing import Any
 from launcher import retry
 from trainer.config import Config, dump_config, parse_config
 from trainer.data.prepare import Datasets
-from trainer.errors import CapstanError, ConfigError
+from trainer.errors import ConfigError
 from trainer.store import Store
 
 
@@ -50,11 +51,15 @@ def _attempt(config: Config, datasets: Datasets, workers: int, gpus: int, *, res
             _rank,
             train_loop_config={"config": dump_config(config), "datasets": asdict(datasets), "resume": resume},
             scaling_config=ScalingConfig(
-                num_workers=workers, use_gpu=gpus > 0, resources_per_worker={"CPU": 1, **({"GPU": gpus} if gpus else {})}
+                num_workers=workers,
+                use_gpu=gpus > 0,
+                resources_per_worker={"CPU": 1, **({"GPU": gpus} if gpus else {})},
             ),
             torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
             # Checkpoints and metrics go to the run's own store; Ray Train only wants a place to put nothing.
-            run_config=RunConfig(name=config.run.name, storage_path=storage, failure_config=FailureConfig(max_failures=0)),
+            run_config=RunConfig(
+                name=config.run.name, storage_path=storage, failure_config=FailureConfig(max_failures=0)
+            ),
         )
         try:
             trainer.fit()
@@ -72,7 +77,7 @@ def _original(error: BaseException) -> BaseException:
 
 def _rank(arguments: dict[str, Any]) -> None:
     """The train function: one rank, in a Ray worker. The only place where the launcher meets torch."""
-    from trainer.__main__ import run_rank
+    from trainer.rank import run_rank
 
     run_rank(parse_config(arguments["config"]), Datasets(**arguments["datasets"]), resume=arguments["resume"])
 
@@ -88,16 +93,20 @@ def _cluster(config: Config) -> Iterator[dict[str, float]]:
     options: dict[str, Any] = {"address": address}
     if address is None:
         # One CPU a worker is what Ray books; ranks may outnumber the cores of a laptop.
-        options = {"address": "local", "num_cpus": max(os.cpu_count() or 1, config.cluster.workers or 1), "include_dashboard": False}
+        options = {
+            "address": "local",
+            "num_cpus": max(os.cpu_count() or 1, config.cluster.workers or 1),
+            "include_dashboard": False,
+        }
     try:
-        ray.init(**options, log_to_driver=False, logging_level="ERROR")
+        ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"cluster.ray.address: no Ray cluster answers at {address!r} ({str(error).splitlines()[0]}). "
             "Start one with `ray start --head`, or leave the setting out to start Ray here."
         ) from error
     try:
-        yield ray.cluster_resources()
+        yield {name: float(amount) for name, amount in ray.cluster_resources().items()}
     finally:
         ray.shutdown()
 
@@ -109,5 +118,7 @@ def _workers(config: Config, resources: dict[str, float]) -> tuple[int, int]:
     workers = config.cluster.workers or (available if gpus else 1)
     for what, needed, has in (("GPUs", workers * gpus, available), ("CPUs", workers, int(resources.get("CPU", 0)))):
         if needed > has:
-            raise ConfigError(f"cluster.workers: {workers} workers need {needed} {what}, the cluster has {has}. Lower it.")
+            raise ConfigError(
+                f"cluster.workers: {workers} workers need {needed} {what}, the cluster has {has}. Lower it."
+            )
     return workers, gpus

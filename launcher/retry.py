@@ -51,7 +51,9 @@ def decide(failures: Sequence[Failure], budget: int) -> Decision:
     if len(failures) > budget:
         ending = f"{newest.reason} (failure {len(failures)}; retry.failures: {budget}). See `capstan logs`."
         return Decision(ending, type(newest.error)(ending) if newest.error else CapstanError(ending))
-    return Decision(f"{newest.reason}. Starting again from the last commit ({len(failures)} of {budget} restarts).", None)
+    return Decision(
+        f"{newest.reason}. Starting again from the last commit ({len(failures)} of {budget} restarts).", None
+    )
 
 
 def record_end(run: Store, failure: Failure) -> None:

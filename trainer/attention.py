@@ -88,8 +88,11 @@ def _varlen_attention(
     """query (1, heads, T, head_dim), key and value (1, kv_heads, T, head_dim) -> (1, T, heads, head_dim)."""
     from torch.nn.attention.varlen import varlen_attn
 
+    q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     out = varlen_attn(
-        *(tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)),
+        q,
+        k,
+        v,
         cu_seq_lens_q,
         cu_seq_lens_q,
         max_length_q,

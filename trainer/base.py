@@ -59,20 +59,26 @@ def resolve_base(model: Model) -> Base:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError(f"model.base: {directory} has no config.json. Give a Hugging Face model directory.") from error
+        raise ConfigError(
+            f"model.base: {directory} has no config.json. Give a Hugging Face model directory."
+        ) from error
     except ValueError as error:
         raise ConfigError(f"model.base: {path} is not JSON ({error}). Copy the model again.") from error
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
         raise ConfigError(f"model.base: {directory} is a {kind!r} model. Supported are {', '.join(ARCHITECTURES)}.")
     if config.get("quantization_config"):
-        raise ConfigError(f"model.base: {directory} is quantized already. Give the 16-bit model; quant.type quantizes it.")
+        raise ConfigError(
+            f"model.base: {directory} is quantized already. Give the 16-bit model; quant.type quantizes it."
+        )
     return Base(directory, config)
 
 
 def _from_hub(model: Model) -> Path:
     if not _HUB_ID.fullmatch(model.base):
-        raise ConfigError(f"model.base: the directory {model.base!r} does not exist. Give a Hugging Face model directory or a Hub id.")
+        raise ConfigError(
+            f"model.base: the directory {model.base!r} does not exist. Give a Hugging Face model directory or a Hub id."
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -95,10 +101,14 @@ def check_base(base: Base, config: Config) -> None:
         )
     layers = base.config["num_hidden_layers"]
     if config.model.layers and config.model.layers > layers:
-        raise ConfigError(f"model.layers: {config.model.layers} exceeds the base's {layers} layers (config.json). Lower it.")
+        raise ConfigError(
+            f"model.layers: {config.model.layers} exceeds the base's {layers} layers (config.json). Lower it."
+        )
     embedding = base.tensors.get("model.embed_tokens.weight")
     if embedding is None:
-        raise ConfigError(f"model.base: {base.directory} has no tensor model.embed_tokens.weight. Copy the model again.")
+        raise ConfigError(
+            f"model.base: {base.directory} has no tensor model.embed_tokens.weight. Copy the model again."
+        )
     rows, tokens = embedding.shape[0], tokenizer_size(base.directory)
     if tokens > rows:
         raise ConfigError(
@@ -120,5 +130,7 @@ def tokenizer_size(directory: Path) -> int:
 
         ids.append(SentencePieceProcessor(model_file=str(directory / "tokenizer.model")).vocab_size() - 1)
     else:
-        raise ConfigError(f"model.base: {directory} has neither tokenizer.json nor tokenizer.model. Copy the tokenizer's files there.")
+        raise ConfigError(
+            f"model.base: {directory} has neither tokenizer.json nor tokenizer.model. Copy the tokenizer's files there."
+        )
     return max(ids) + 1

@@ -27,7 +27,6 @@ from trainer.safetensors_index import TensorSource, read_header
 from trainer.store import Store
 
 
-
 @dataclass(frozen=True)
 class Identity:
     """What a checkpoint belongs to: a restore refuses another base or another adapter."""
@@ -114,7 +113,7 @@ class Checkpoints:
             self._commit(manifest)
         return {
             "step": manifest.step,
-            "bytes": manifest.bytes,
+            "bytes": manifest.size,
             "seconds": round(time.monotonic() - pending.started, 3),
             "key": run_layout.manifest(manifest.step),
         }
@@ -126,7 +125,9 @@ class Checkpoints:
         return self.advance(all_uploaded=True)
 
     def _commit(self, manifest: Manifest) -> None:
-        newest = max((run_layout.generation_of(entry.key) or 0 for entry in self.run.list(run_layout.METRICS)), default=0)
+        newest = max(
+            (run_layout.generation_of(entry.key) or 0 for entry in self.run.list(run_layout.METRICS)), default=0
+        )
         if newest > self.generation:
             raise StorageError(
                 f"{self.run.uri}: generation {newest} of this run has started; generation {self.generation} must not commit any more. "

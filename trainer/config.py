@@ -250,7 +250,7 @@ class Sharding(Section):
 
     deepspeed: str = _field(
         "auto",
-        about="A DeepSpeed policy: the name of a file in ds_configs, or the path of your own. auto is zero3 on GPUs and cpu without.",
+        about="A DeepSpeed policy: the name of a file in ds_configs, or the path of your own. auto is zero3 on several GPUs, single_gpu on one, cpu without.",
         example="zero3",
     )
     scope: Literal["world", "node"] = _field(

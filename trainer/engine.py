@@ -84,9 +84,10 @@ class Engine:
         optimizer = torch.optim.AdamW(
             trainable, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
         )
-        self._engine, *_ = deepspeed.initialize(
+        # Any: DeepSpeed's annotations would have every attribute be a tensor or a module.
+        self._engine: Any = deepspeed.initialize(
             model=RowLoss(model, attention), optimizer=optimizer, config=deepspeed_config
-        )
+        )[0]
 
     def loss(self, batch: MicroBatch) -> Tensor:
         """The row's summed loss in nats, () fp32, with its graph."""

@@ -6,6 +6,7 @@ tokenizer's files and a model card with the run's facts.
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -14,13 +15,20 @@ from torch import Tensor
 
 from trainer import run_layout
 from trainer.config import Config, parse_config
-from trainer.errors import ConfigError, NothingToResume, StorageError
+from trainer.errors import CapstanError, ConfigError, NothingToResume, StorageError
 from trainer.load import DTYPES, lora_config
 from trainer.manifest import Manifest, readable_manifests, verify_shard
 from trainer.safetensors_index import read_header
-from trainer.store import Store
+from trainer.store import Store, open_store
 
-_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.*")
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.*",
+)
 
 
 def export_adapter(run: Store, destination: Path) -> Manifest:
@@ -92,7 +100,9 @@ def _model_card(config: Config, manifest: Manifest) -> str:
         "run": config.run.name,
         "step": manifest.step,
         "adapter": json.dumps(manifest.adapter),
-        "quantization": json.dumps({key[6:]: value for key, value in manifest.base.items() if key.startswith("quant.")}),
+        "quantization": json.dumps(
+            {key[6:]: value for key, value in manifest.base.items() if key.startswith("quant.")}
+        ),
         "data": f"{manifest.dataset} ({', '.join(source.path for source in config.data.train)})",
     }
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
@@ -100,3 +110,17 @@ def _model_card(config: Config, manifest: Manifest) -> str:
         f"---\nlibrary_name: peft\nbase_model: {manifest.base['path']}\n---\n\n# {config.run.name}\n\n"
         f"A LoRA adapter trained with Capstan.\n\n| | |\n|---|---|\n{rows}\n"
     )
+
+
+def main() -> None:
+    """`python -m trainer.export RUN_URI DEST` prints {"step": ...}."""
+    try:
+        manifest = export_adapter(open_store(sys.argv[1]), Path(sys.argv[2]))
+    except CapstanError as error:
+        print(f"capstan: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    print(json.dumps({"step": manifest.step}))
+
+
+if __name__ == "__main__":
+    main()

@@ -103,13 +103,17 @@ def _check_tensors(model: PreTrainedModel, base: Base) -> None:
     for name, parameter in model.named_parameters():  # a tied weight is listed once, under its first name
         source = base.tensors.get(name)
         if source is None:
-            raise ConfigError(f"model.base: {base.directory} has no tensor {name}, which its architecture needs. Copy the model again.")
+            raise ConfigError(
+                f"model.base: {base.directory} has no tensor {name}, which its architecture needs. Copy the model again."
+            )
         if source.shape != tuple(parameter.shape):
             raise ConfigError(
                 f"model.base: {name} is {list(source.shape)} in {source.key}, {list(parameter.shape)} by config.json. Copy the model again."
             )
         if source.dtype not in _SOURCE_DTYPES:
-            raise ConfigError(f"model.base: {name} is of type {source.dtype}. Readable are {', '.join(_SOURCE_DTYPES)}.")
+            raise ConfigError(
+                f"model.base: {name} is of type {source.dtype}. Readable are {', '.join(_SOURCE_DTYPES)}."
+            )
 
 
 @dataclass(frozen=True)
@@ -203,7 +207,12 @@ class _Loader:
         quant, layout = self.quant, Layout(job.source.numel, self.quant.block_size)
         assert quant.type != "none"
         new = FrozenLinear4bit(
-            old.in_features, old.out_features, quant_type=quant.type, block_size=quant.block_size, double=quant.double, dtype=self.dtype
+            old.in_features,
+            old.out_features,
+            quant_type=quant.type,
+            block_size=quant.block_size,
+            double=quant.double,
+            dtype=self.dtype,
         )
         new.bias = old.bias  # still on meta; its own job fills it
         first_block, _ = self._block_span(layout)
@@ -295,8 +304,12 @@ def add_adapters(model: PreTrainedModel, tuning: Tuning, dtype: torch.dtype, see
     try:
         inject_adapter_in_model(lora_config(tuning, tuning.targets), model)
     except ValueError as error:
-        linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
-        raise ConfigError(f"tuning.targets: {tuning.targets!r} matches no layer. The base has {', '.join(linear)}.") from error
+        linear = sorted(
+            {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        )
+        raise ConfigError(
+            f"tuning.targets: {tuning.targets!r} matches no layer. The base has {', '.join(linear)}."
+        ) from error
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if "lora_" in name:

@@ -20,7 +20,7 @@ from trainer.schedule import learning_rate
 
 @dataclass(frozen=True)
 class Training:
-    """Everything one rank needs to train, assembled in trainer/__main__.py."""
+    """Everything one rank needs to train, assembled in trainer/rank.py."""
 
     config: Config
     ranks: Ranks
@@ -64,13 +64,17 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
         stopping = any(row[2] for row in rows)
         minutes_since_save = rows[0][4] / 60
         if not math.isfinite(mean_loss):
-            raise NonFiniteLoss(f"the loss of step {step + 1} is {mean_loss}. Resume from the last checkpoint with a lower optim.lr.")
+            raise NonFiniteLoss(
+                f"the loss of step {step + 1} is {mean_loss}. Resume from the last checkpoint with a lower optim.lr."
+            )
 
         step += 1
         lr = learning_rate(run.config.optim, step, run.total_steps)
         grad_norm = engine.step(lr)
         if not math.isfinite(grad_norm):
-            raise NonFiniteLoss(f"the gradient of step {step} is {grad_norm}. Resume from the last checkpoint with a lower optim.lr.")
+            raise NonFiniteLoss(
+                f"the gradient of step {step} is {grad_norm}. Resume from the last checkpoint with a lower optim.lr."
+            )
         position = run.stream.advance(position)
         seconds = time.monotonic() - started
         total_tokens = sum(int(row[1]) for row in rows)
@@ -93,8 +97,12 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
         if stopping or step == run.total_steps:
             _record_commit(run, checkpoints.finish())
         if stopping and step < run.total_steps:
-            raise Stopped(f"stopped at step {step} on request, with a checkpoint committed. `capstan resume {run.config.run.name}` goes on.")
-        if run.eval_stream and (step == run.total_steps or (run.config.train.eval_every and step % run.config.train.eval_every == 0)):
+            raise Stopped(
+                f"stopped at step {step} on request, with a checkpoint committed. `capstan resume {run.config.run.name}` goes on."
+            )
+        if run.eval_stream and (
+            step == run.total_steps or (run.config.train.eval_every and step % run.config.train.eval_every == 0)
+        ):
             run.metrics.write("eval", step=step, **evaluate(run, run.eval_stream))
 
 

@@ -44,7 +44,8 @@ class Manifest:
     shards: list[Shard]
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
+        """Bytes of all shards."""
         return sum(shard.size for shard in self.shards)
 
     def to_json(self) -> bytes:
@@ -64,7 +65,9 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     except (ValueError, KeyError, TypeError) as error:
         raise StorageError(f"{where} is damaged: it is not a manifest.") from error
     if not known:
-        raise StorageError(f"{where} is of format {tree['format']}; this version reads format {FORMAT}. Use the version that wrote it.")
+        raise StorageError(
+            f"{where} is of format {tree['format']}; this version reads format {FORMAT}. Use the version that wrote it."
+        )
     if digest != _digest(body):
         raise StorageError(f"{where} is damaged: its content does not match its sha256.")
     shards = [

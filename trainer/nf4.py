@@ -46,11 +46,22 @@ class FrozenLinear4bit(nn.Linear):
         nested_absmax: (4 * nested_blocks,), only under double quantization
     """
 
+    absmax: nn.Parameter
+    nested_absmax: nn.Parameter
+    absmax_mean: Tensor
+
     def __init__(
-        self, in_features: int, out_features: int, *, quant_type: Literal["nf4", "fp4"], block_size: int, double: bool, dtype: torch.dtype
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        quant_type: Literal["nf4", "fp4"],
+        block_size: int,
+        double: bool,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__(in_features, out_features, bias=False, device="meta")
-        self.quant_type, self.block_size, self.double, self.dtype = quant_type, block_size, double, dtype
+        self.quant_type, self.block_size, self.nested, self.dtype = quant_type, block_size, double, dtype
         self.layout = Layout(in_features * out_features, block_size)
         if double:
             # The mean of absmax: one number, the same on every rank.
@@ -58,16 +69,7 @@ class FrozenLinear4bit(nn.Linear):
 
     def dequantize(self) -> Tensor:
         """W, (out_features, in_features) in the compute dtype. The parameters must be gathered."""
-        if self.double:
-            nested = bnb.QuantState(
-                absmax=self.nested_absmax.data.view(torch.float32),
-                code=_nested_code(self.weight.device),
-                blocksize=NESTED_BLOCK,
-                dtype=torch.float32,
-            )
-            absmax = bnb.dequantize_blockwise(self.absmax.data, nested) + self.absmax_mean
-        else:
-            absmax = self.absmax.data.view(torch.float32)
+        absmax = self._dequantize_absmax() if self.nested else self.absmax.data.view(torch.float32)
         state = bnb.QuantState(
             absmax=absmax,
             shape=torch.Size((self.out_features, self.in_features)),
@@ -77,11 +79,20 @@ class FrozenLinear4bit(nn.Linear):
         )
         return bnb.dequantize_4bit(self.weight.data.view(-1, 1), state)
 
+    def _dequantize_absmax(self) -> Tensor:
+        state = bnb.QuantState(
+            absmax=self.nested_absmax.data.view(torch.float32),
+            code=_nested_code(self.weight.device),
+            blocksize=NESTED_BLOCK,
+            dtype=torch.float32,
+        )
+        return bnb.dequantize_blockwise(self.absmax.data, state) + self.absmax_mean
+
     def forward(self, x: Tensor) -> Tensor:
         return _FrozenMatmul.apply(x, self)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.quant_type}, block_size={self.block_size}, double={self.double}"
+        return f"{self.in_features}, {self.out_features}, {self.quant_type}, block_size={self.block_size}, double={self.nested}"
 
 
 class _FrozenMatmul(torch.autograd.Function):

@@ -61,6 +61,12 @@ def join(timeout: timedelta = timedelta(minutes=30)) -> Ranks:
             dist.init_process_group(backend, timeout=timeout)
         else:
             os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it
-            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(
+                backend,
+                timeout=timeout,
+                store=dist.HashStore(),  # pyright: ignore[reportPrivateImportUsage]
+                rank=0,
+                world_size=1,
+            )
     world_size = dist.get_world_size()
     return Ranks(dist.get_rank(), world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), device)

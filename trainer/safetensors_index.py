@@ -44,7 +44,9 @@ def read_index(store: Store) -> dict[str, TensorSource]:
     Raises:
         ConfigError: no safetensors file, a file that the index names is missing or truncated, or a damaged header.
     """
-    sizes = {entry.key: entry.size for entry in store.list() if entry.key.endswith(".safetensors") and "/" not in entry.key}
+    sizes = {
+        entry.key: entry.size for entry in store.list() if entry.key.endswith(".safetensors") and "/" not in entry.key
+    }
     if not sizes:
         raise ConfigError(
             f"model.base: {store.uri} holds no *.safetensors file. Convert the model with save_pretrained(), which writes them."
@@ -52,7 +54,9 @@ def read_index(store: Store) -> dict[str, TensorSource]:
     files = _indexed_files(store) or set(sizes)
     missing = sorted(files - set(sizes))
     if missing:
-        raise ConfigError(f"model.base: {store.uri}/{INDEX_FILE} names {missing[0]}, which is not there. Copy the model again.")
+        raise ConfigError(
+            f"model.base: {store.uri}/{INDEX_FILE} names {missing[0]}, which is not there. Copy the model again."
+        )
     tensors: dict[str, TensorSource] = {}
     for key in sorted(files):
         tensors.update(read_header(store, key, sizes[key]))
@@ -65,7 +69,9 @@ def _indexed_files(store: Store) -> set[str] | None:
     except NotFound:
         return None
     except (ValueError, KeyError, AttributeError) as error:
-        raise ConfigError(f"model.base: {store.uri}/{INDEX_FILE} is not a safetensors index. Copy the model again.") from error
+        raise ConfigError(
+            f"model.base: {store.uri}/{INDEX_FILE} is not a safetensors index. Copy the model again."
+        ) from error
 
 
 def read_header(store: Store, key: str, file_size: int) -> dict[str, TensorSource]:
@@ -75,7 +81,9 @@ def read_header(store: Store, key: str, file_size: int) -> dict[str, TensorSourc
         raise ConfigError(f"{where} is truncated: {file_size} bytes are no safetensors file. Copy it again.")
     (length,) = struct.unpack("<Q", store.get_range(key, 0, 8))
     if length > min(_MAX_HEADER_BYTES, file_size - 8):
-        raise ConfigError(f"{where} is damaged: its header claims {length} bytes of a file of {file_size}. Copy it again.")
+        raise ConfigError(
+            f"{where} is damaged: its header claims {length} bytes of a file of {file_size}. Copy it again."
+        )
     try:
         header: dict[str, Any] = json.loads(bytes(store.get_range(key, 8, 8 + length)))
         header.pop("__metadata__", None)

@@ -24,9 +24,9 @@ SCHEMES = ("file", "s3", "gs", "az", "memory")
 _PART_BYTES = 64 * 2**20
 # Connection errors and 5xx are retried for some 20 s, which a restarting gateway needs; a refusal (4xx) never is.
 _RETRY: Any = {
-    "max_retries": 8,
+    "max_retries": 10,
     "retry_timeout": timedelta(seconds=120),
-    "backoff": {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=5), "base": 3},
+    "backoff": {"init_backoff": timedelta(milliseconds=500), "max_backoff": timedelta(seconds=4), "base": 3},
 }
 
 
@@ -110,6 +110,12 @@ class Store:
             return False
         return True
 
+    def folders(self) -> list[str]:
+        """Names of the folders directly in this one, sorted: one cheap request, however much lies inside them."""
+        with self._errors("list", ""):
+            listing = obstore.list_with_delimiter(self._backend, prefix=self._prefix or None)
+        return sorted(path.rstrip("/").rpartition("/")[2] for path in listing["common_prefixes"])
+
     def list(self, prefix: str = "") -> list[Entry]:
         """Every object under the folder `prefix` (ending in `/` or empty), sorted by key."""
         with self._errors("list", prefix):
@@ -164,13 +170,14 @@ class Store:
             raise StorageError(f"cannot {verb} {where}: {_reason(error)}.") from error
 
 
-_METADATA_SERVICE = "169.254.169.254"
+# Where a cloud machine asks for its role, on AWS, GCP and Azure: reached only when nothing else gave credentials.
+_METADATA_SERVICE = re.compile(r"/latest/(api/token|meta-data)|/computeMetadata/|/metadata/identity")
 
 
 def _reason(error: BaseException) -> str:
     """What went wrong, in one clause: obstore's text carries the request, the server's XML and a debug rendering."""
     text = str(error).strip()
-    if _METADATA_SERVICE in text:
+    if _METADATA_SERVICE.search(text):
         return (
             "no credentials were found, neither in the environment (for s3:// AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY) nor as a role of this machine"

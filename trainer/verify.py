@@ -1,6 +1,6 @@
 """Proof of an export: the adapter in plain transformers + PEFT gives the logits of the model that Capstan trained.
 
-    python -m trainer.verify RUN_URI ADAPTER_DIR      prints one JSON object
+python -m trainer.verify RUN_URI ADAPTER_DIR      prints one JSON object
 """
 
 import json
@@ -45,7 +45,9 @@ def _trained_logits(run: Store, config: Config, tokens: Tensor) -> Tensor:
     """Through our own sharded loader, engine and restore, as one rank: (1, T, V) fp32."""
     ranks = join()
     attention = choose_attention(config.model.attention, ranks.device, DTYPES[config.model.dtype])
-    settings = build_deepspeed_config(config, world_size=ranks.world_size, accumulation=1, on_gpu=ranks.device.type == "cuda")
+    settings = build_deepspeed_config(
+        config, world_size=ranks.world_size, accumulation=1, on_gpu=ranks.device.type == "cuda"
+    )
     model, _ = load_model(resolve_base(config.model), config, settings, ranks, attention)
     engine = Engine(model, attention, config.optim, settings, ranks)
     manifest = newest_whole(run)
@@ -60,7 +62,10 @@ def _exported_logits(config: Config, base: Path, adapter: Path, tokens: Tensor) 
     quantization = None
     if quant.type != "none":
         quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type=quant.type, bnb_4bit_use_double_quant=quant.double, bnb_4bit_compute_dtype=dtype
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quant.type,
+            bnb_4bit_use_double_quant=quant.double,
+            bnb_4bit_compute_dtype=dtype,
         )
     layers = {"num_hidden_layers": config.model.layers} if config.model.layers else {}
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, quantization_config=quantization, **layers)

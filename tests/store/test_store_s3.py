@@ -110,10 +110,11 @@ def test_wrong_credentials_are_refused_at_once(store: Store, monkeypatch: pytest
 
 def test_without_credentials_the_message_names_the_variables(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     # In place of a cloud's metadata service, which may be there, or take long to be missing.
-    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1/169.254.169.254")
-    with pytest.raises((StorageError, ConfigError), match="AWS_ACCESS_KEY_ID") as caught:
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr("trainer.store._RETRY", {"max_retries": 1})
+    with pytest.raises(StorageError, match="AWS_ACCESS_KEY_ID") as caught:
         open_store(store.uri).get("key")
     assert_one_line(caught.value)
 
@@ -134,18 +135,12 @@ def test_a_bucket_name_that_s3_forbids_is_refused(s3: S3Server) -> None:
         s3.uri("b1")
 
 
-def test_an_endpoint_nobody_listens_on_is_named(
-    s3: S3Server, monkeypatch: pytest.MonkeyPatch, fast_retry: None
-) -> None:
+def test_an_endpoint_nobody_listens_on_is_named(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.store._RETRY", {"max_retries": 1})
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     with pytest.raises(StorageError, match=r"http://127.0.0.1:1 cannot be reached \(Connection refused\)") as caught:
         open_store("s3://bucket/runs").get("key")
     assert_one_line(caught.value)
-
-
-@pytest.fixture
-def fast_retry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.store._RETRY", {"max_retries": 1})
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 from launcher import doctor
-from launcher.doctor import Check, Report, check_package, check_store, diagnose, print_report
+from launcher.doctor import Check, Report, check_package, check_store, diagnose, report_table
 
 
 def test_this_machine_can_run(tmp_path):
@@ -70,7 +70,7 @@ def test_the_table_ends_in_a_verdict():
         (Check("ray", "missing", "not installed", "pip install 'ray[train]'"), Check("GPUs", "optional", "none"))
     )
     screen = Console(file=io.StringIO(), width=100)
-    print_report(report, screen)
+    screen.print(report_table(report))
     assert isinstance(screen.file, io.StringIO)
     text = screen.file.getvalue()
     assert "pip install 'ray[train]'" in text

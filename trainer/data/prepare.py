@@ -3,14 +3,14 @@
 Happens before a process group exists: compiling can take long, and a collective would time out meanwhile.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from trainer.base import Base
-from trainer.config import Config, Source
+from trainer.config import Config
 from trainer.data.compile import Progress, compile_dataset, fingerprint, hash_tokenizer
-from trainer.data.dataset import Dataset, open_dataset
-from trainer.data.sources import expand
+from trainer.data.dataset import open_dataset
+from trainer.data.sources import SourceFile, expand
 from trainer.errors import NotFound
 from trainer.store import Store
 
@@ -24,29 +24,36 @@ class Datasets:
 
 
 def prepare(
-    config: Config, base: Base, store: Store, progress: Callable[[str, Progress], None] = lambda what, progress: None
+    config: Config, base: Base, store: Store, progress: Callable[[str, Progress], None] = lambda what, now: None
 ) -> Datasets:
     """Compile the run's training and evaluation data unless the store has them; `progress` gets "train" or "eval" too.
 
     Raises:
         DataError: a source is missing, unreadable, or holds nothing to learn from.
     """
+    found = _sources(config)
+    keys = locate(config, base, found)
+    for what, key in keys.items():
+        try:
+            open_dataset(store, key)
+        except NotFound:
+            from transformers import AutoTokenizer  # seconds of imports, needed only to compile
 
-    def ready(what: str, sources: Sequence[Source]) -> str:
-        return _compiled(config, base, store, what, sources, lambda now: progress(what, now)).manifest.fingerprint
+            tokenizer = AutoTokenizer.from_pretrained(base.directory)
 
-    return Datasets(ready("train", config.data.train), ready("eval", config.data.eval) if config.data.eval else None)
+            def report(now: Progress, what: str = what) -> None:
+                progress(what, now)
+
+            compile_dataset(config.data, found[what], tokenizer, store, key, report)
+    return Datasets(keys["train"], keys.get("eval"))
 
 
-def _compiled(
-    config: Config, base: Base, store: Store, what: str, sources: Sequence[Source], progress: Callable[[Progress], None]
-) -> Dataset:
-    files = expand(sources, f"data.{what}")
-    key = fingerprint(config.data, files, hash_tokenizer(base.directory))
-    try:
-        return open_dataset(store, key)
-    except NotFound:
-        from transformers import AutoTokenizer  # seconds of imports, needed only to compile
+def locate(config: Config, base: Base, found: dict[str, list[SourceFile]] | None = None) -> dict[str, str]:
+    """The fingerprints of "train" and, where there is any, "eval": known before anything is compiled."""
+    tokenizer = hash_tokenizer(base.directory)
+    return {what: fingerprint(config.data, files, tokenizer) for what, files in (found or _sources(config)).items()}
 
-        tokenizer = AutoTokenizer.from_pretrained(base.directory)
-        return compile_dataset(config.data, files, tokenizer, store, key, progress)
+
+def _sources(config: Config) -> dict[str, list[SourceFile]]:
+    sources = {"train": config.data.train, "eval": config.data.eval}
+    return {what: expand(given, f"data.{what}") for what, given in sources.items() if given}

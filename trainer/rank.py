@@ -1,10 +1,11 @@
 """What one rank runs, whoever started it: Ray Train, torchrun, srun, or this process alone.
 
-    assemble: base -> sharded model -> engine -> data -> checkpoints      (this file)
-    train:    one generator over steps                                   (trainer/loop.py)
+assemble: data -> base -> sharded model -> engine -> checkpoints      (this file)
+train:    one generator over steps                                    (trainer/loop.py)
 """
 
 import json
+import os
 import platform
 import signal
 import socket
@@ -15,17 +16,19 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 
+import torch
+
 from trainer import run_layout
 from trainer.attention import choose_attention
 from trainer.base import Base, check_base, resolve_base
 from trainer.checkpoint import Checkpoints, Identity
-from trainer.config import Config, load_config
+from trainer.config import Config
 from trainer.data.dataset import open_dataset
-from trainer.data.prepare import Datasets, prepare
+from trainer.data.prepare import Datasets
 from trainer.data.stream import Position, Stream, eval_stream
 from trainer.deepspeed_config import build_deepspeed_config
 from trainer.engine import Engine
-from trainer.errors import CapstanError, ConfigError, Stopped
+from trainer.errors import CapstanError, Stopped
 from trainer.load import DTYPES, checksums, load_model
 from trainer.loop import Training, train
 from trainer.metrics import Metrics, StopSignal, claim_generation, peak_memory, rank_log
@@ -35,10 +38,11 @@ from trainer.store import Store, open_store
 _VERSIONS = ("capstan-llm", "torch", "deepspeed", "transformers", "peft", "bitsandbytes", "ray", "obstore")
 
 
-def run_rank(config: Config, datasets: Datasets, *, resume: bool) -> None:
+def run_rank(config: Config, datasets: Datasets | None, *, resume: bool) -> None:
     """Train `config`'s run as one rank, from its newest checkpoint or, unless `resume` demands one, from the start.
 
-    `datasets` are in the store already. Restores by itself, always: whoever restarts a rank calls this again.
+    `datasets` are in the store already; rank 0's count. Restores by itself, always: whoever restarts a rank calls this
+    again.
 
     Raises:
         CapstanError: of the kind whose exit code the process should end with; `Stopped` when asked to stop.
@@ -46,6 +50,8 @@ def run_rank(config: Config, datasets: Datasets, *, resume: bool) -> None:
     base = resolve_base(config.model)
     check_base(base, config)
     ranks = join()
+    torch.set_num_threads(config.cluster.threads_per_worker or max(1, (os.cpu_count() or 1) // ranks.ranks_per_node))
+    shared: Datasets = ranks.broadcast(datasets)
     store = open_store(config.run.store)
     run = store.sub(config.run.name)
     generation: int = ranks.broadcast(claim_generation(run) if ranks.rank == 0 else None)
@@ -62,7 +68,7 @@ def run_rank(config: Config, datasets: Datasets, *, resume: bool) -> None:
         stack.callback(stop.close)
         stack.enter_context(_signals(stop))
         with _outcome(metrics):
-            _train(config, datasets, base, ranks, store, run, generation, metrics, stop, resume=resume)
+            _train(config, shared, base, ranks, store, run, generation, metrics, stop, resume=resume)
 
 
 def _train(
@@ -113,17 +119,24 @@ def _train(
     model, report = load_model(base, config, deepspeed_config, ranks, attention)
     engine = Engine(model, attention, config.optim, deepspeed_config, ranks)
     assert checksums(model) == report.checksums, "deepspeed.initialize changed packed weights"
-    identity = Identity(dataset=datasets.train, base=_base_identity(config, base), adapter=config.tuning.model_dump(mode="json"))
-    checkpoints = Checkpoints(run, ranks, generation, identity, config.checkpoint.keep_last, config.checkpoint.keep_every)
+    identity = Identity(
+        dataset=datasets.train, base=_base_identity(config, base), adapter=config.tuning.model_dump(mode="json")
+    )
+    checkpoints = Checkpoints(
+        run, ranks, generation, identity, config.checkpoint.keep_last, config.checkpoint.keep_every
+    )
     restored = checkpoints.restore(engine, required=resume, log=lambda text: print(text, flush=True))
     step, position = (restored.step, Position.from_json(restored.position)) if restored else (0, Position(0, 0))
+    processes = ranks.gather_objects((socket.gethostname(), os.getpid()))
     metrics.write(
         "start",
         generation=generation,
         world_size=ranks.world_size,
         step=step,
         total_steps=total_steps,
-        host=socket.gethostname(),
+        host=processes[0][0],
+        hosts=[host for host, _ in processes],
+        pids=[pid for _, pid in processes],
         device=str(ranks.device),
         attention=attention.name,
         load_seconds=round(report.seconds, 3),
@@ -190,18 +203,3 @@ def _signals(stop: StopSignal) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def main() -> None:
-    """`python -m trainer CONFIG [key=value ...]`: this process as one rank of the environment it was started in."""
-    try:
-        config = load_config(sys.argv[1], sys.argv[2:])
-        datasets = prepare(config, resolve_base(config.model), open_store(config.run.store))
-        run_rank(config, datasets, resume=False)
-    except CapstanError as error:
-        print(f"capstan: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-
-
-if __name__ == "__main__":
-    main()

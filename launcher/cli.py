@@ -1,0 +1,263 @@
+"""The `capstan` command. Imports nothing heavy: what a verb needs is imported when the verb runs."""
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trainer.errors import CapstanError
+
+app = typer.Typer(
+    help="Fine-tune language models that are too large for one machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Compile and inspect training data.", no_args_is_help=True)
+config_app = typer.Typer(help="The configuration's schema.", no_args_is_help=True)
+checkpoints_app = typer.Typer(help="A run's committed checkpoints.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(config_app, name="config")
+app.add_typer(checkpoints_app, name="checkpoints")
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings to change, such as train.steps=20.")
+]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name in the store, or its full URI.")]
+StoreOption = Annotated[str, typer.Option("--store", envvar="CAPSTAN_STORE", help="The store that RUN is in.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; logs go to stderr.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+
+
+def _log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _emit(value: Any, as_json: bool, show: Callable[[Any], Any]) -> None:
+    """One JSON object on stdout, or what `show` makes of the value, printed by rich."""
+    if as_json:
+        print(json.dumps(value.to_json()))
+    else:
+        from rich.console import Console
+
+        Console().print(show(value))
+
+
+def _open_run(run: str, store: str) -> Any:
+    """The run's folder; raises `ConfigError`, naming the runs there are, when it does not exist."""
+    from launcher.status import find_run
+
+    return find_run(run, store)
+
+
+@app.command()
+def doctor(
+    store: Annotated[
+        str | None, typer.Option("--store", envvar="CAPSTAN_STORE", help="A store to write a probe to.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check this machine: versions, accelerator, kernels, a store; say what is missing and how to get it."""
+    from launcher.doctor import diagnose, report_table
+
+    report = diagnose(store)
+    _emit(report, as_json, report_table)
+    raise typer.Exit(0 if report.ok else 2)
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpu_memory: Annotated[float | None, typer.Option(help="Memory of one GPU, in GiB.")] = None,
+    ranks_per_node: Annotated[int | None, typer.Option(help="Ranks on one node. Default: all of them.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Memory per GPU and host, batch arithmetic and traffic of a run, without a GPU. Exit code 4 when it does not fit."""
+    from launcher.report import plan_table
+    from trainer.base import resolve_base
+    from trainer.config import load_config
+    from trainer.errors import DoesNotFit
+    from trainer.plan import make_plan
+
+    run = load_config(config, overrides or ())
+    world_size = run.cluster.workers or 1
+    memory = int(gpu_memory * 2**30) if gpu_memory else None
+    result = make_plan(run, resolve_base(run.model).config, world_size, ranks_per_node or world_size, memory)
+    _emit(result, as_json, plan_table)
+    if result.shortfalls:
+        raise DoesNotFit("\n".join(result.shortfalls))
+
+
+@data_app.command("build")
+def data_build(config: ConfigFile, overrides: Overrides = None, as_json: Json = False, dry_run: DryRun = False) -> None:
+    """Compile the sources into token shards, as train does by itself when they are missing."""
+    from launcher.data_build import build
+
+    _emit(build(config, overrides or (), dry_run=dry_run), as_json, lambda result: result.table())
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None, as_json: Json = False, dry_run: DryRun = False) -> None:
+    """Train here and now: under Ray on this machine (or cluster.ray.address), or as a rank of torchrun or srun."""
+    from trainer.config import dump_config, load_config
+
+    run = load_config(config, overrides or ())
+    if dry_run:
+        print(dump_config(run), end="")
+        return
+    _train(run, resume=False, as_json=as_json)
+
+
+@app.command()
+def resume(
+    run: RunName,
+    overrides: Overrides = None,
+    store: StoreOption = "runs",
+    as_json: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Continue a run from its newest committed checkpoint, at any number of workers."""
+    from trainer.config import dump_config, parse_config
+    from trainer.run_layout import CONFIG
+
+    config = parse_config(_open_run(run, store).get(CONFIG).decode(), overrides or ())
+    if dry_run:
+        print(dump_config(config), end="")
+        return
+    _train(config, resume=True, as_json=as_json)
+
+
+def _train(config: Any, *, resume: bool, as_json: bool) -> None:
+    from launcher.local import start
+    from launcher.status import read_status, render
+    from trainer.store import open_store
+
+    start(config, resume=resume, live=not as_json and sys.stderr.isatty(), log=_log)
+    _emit(read_status(open_store(config.run.store).sub(config.run.name)), as_json, render)
+
+
+@app.command()
+def status(
+    run: RunName,
+    store: StoreOption = "runs",
+    follow: Annotated[bool, typer.Option("--watch", help="Keep showing it until the run ends.")] = False,
+    as_json: Json = False,
+) -> None:
+    """What a run is doing, from its folder alone."""
+    from launcher.status import ENDED, read_status, render, watch
+
+    folder = _open_run(run, store)
+    if follow:
+        watch(folder, lambda: read_status(folder).state in ENDED)
+    _emit(read_status(folder), as_json, render)
+
+
+@app.command()
+def logs(
+    run: RunName,
+    store: StoreOption = "runs",
+    rank: Annotated[int, typer.Option(help="Whose log.")] = 0,
+    generation: Annotated[int | None, typer.Option(help="Which start of the run. Default: the newest.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as the log grows.")] = False,
+) -> None:
+    """A rank's log."""
+    from launcher.status import follow_log, read_log
+
+    folder = _open_run(run, store)
+    if follow:
+        for text in follow_log(folder, rank, generation):
+            print(text, end="", flush=True)
+    else:
+        print(read_log(folder, rank, generation), end="")
+
+
+@app.command()
+def stop(run: RunName, store: StoreOption = "runs", dry_run: DryRun = False) -> None:
+    """Ask a run to commit a checkpoint and end with exit code 75."""
+    from launcher.status import request_stop
+
+    folder = _open_run(run, store)
+    if dry_run:
+        _log(f"would ask {folder.uri} to stop")
+        return
+    request_stop(folder, by="capstan stop")
+    _log(f"asked {folder.uri} to stop; `capstan status {run}` shows when it has")
+
+
+@checkpoints_app.command("ls")
+def checkpoints_ls(run: RunName, store: StoreOption = "runs", as_json: Json = False) -> None:
+    """List committed checkpoints: step, size, age, world size."""
+    from launcher.report import checkpoint_list, checkpoint_table
+
+    _emit(checkpoint_list(_open_run(run, store)), as_json, checkpoint_table)
+
+
+@app.command()
+def export(
+    run: RunName,
+    destination: Annotated[Path, typer.Argument(metavar="DEST", help="A new folder for the adapter.")],
+    store: StoreOption = "runs",
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare its logits in plain transformers + PEFT with the trained model's.")
+    ] = False,
+    as_json: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Write the newest checkpoint as a PEFT adapter directory."""
+    from launcher.export import export_run
+
+    result = export_run(_open_run(run, store), destination, verify=verify, dry_run=dry_run)
+    _emit(result, as_json, lambda exported: exported.sentence())
+
+
+@app.command()
+def smoke(
+    config: Annotated[
+        Path | None,
+        typer.Argument(metavar="[CONFIG]", help="Your own run, scaled down. Default: a small one, made on the spot."),
+    ] = None,
+    overrides: Overrides = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Use only the first layers of your base.")] = None,
+    directory: Annotated[
+        Path, typer.Option("--dir", help="Where it works; kept, so that a second time is faster.")
+    ] = Path("smoke"),
+    as_json: Json = False,
+) -> None:
+    """Take one run through its whole life in small: train, kill, resume on another world size, export, verify."""
+    from launcher.smoke import run_smoke, table
+
+    result = run_smoke(config, overrides or (), layers=layers, directory=directory, show=not as_json)
+    _emit(result, as_json, table)
+    raise typer.Exit(0 if result.ok else 1)
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON Schema of the configuration, for editors."""
+    from trainer.config import Config
+
+    print(json.dumps(Config.model_json_schema(), indent=2))
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one sentence and its exit code; `--debug` anywhere shows the traceback too."""
+    debug = "--debug" in sys.argv[1:]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(args=arguments)
+    except CapstanError as error:
+        if debug:
+            traceback.print_exc()
+        _log(f"capstan: {error}")
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""`capstan export`: the adapter, and on request the proof that it is the trained model.
+
+Both run in a process of their own, which may import torch.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import CapstanError
+from trainer.store import Store
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and with --verify the largest difference of a logit and what is allowed."""
+
+    destination: str
+    step: int
+    adapter_logits_max_diff: float | None = None
+    tolerance: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def sentence(self) -> str:
+        proof = ""
+        if self.adapter_logits_max_diff is not None:
+            proof = f"; its logits in transformers + PEFT differ by at most {self.adapter_logits_max_diff:.2g} (allowed {self.tolerance})"
+        return f"adapter of step {self.step} in {self.destination}{proof}"
+
+
+def export_run(run: Store, destination: Path, *, verify: bool, dry_run: bool) -> Exported:
+    """Raises `CapstanError` when nothing is committed, the destination is taken, or the adapter does not verify."""
+    if dry_run:
+        from trainer.manifest import committed_steps
+
+        return Exported(f"{destination} (dry run: nothing written)", next(iter(committed_steps(run)), 0))
+    exported = _module("trainer.export", run.uri, str(destination))
+    result = Exported(str(destination), exported["step"])
+    if not verify:
+        return result
+    proof = _module("trainer.verify", run.uri, str(destination))
+    result = Exported(str(destination), exported["step"], proof["adapter_logits_max_diff"], proof["tolerance"])
+    if proof["adapter_logits_max_diff"] > proof["tolerance"]:
+        raise CapstanError(f"the {result.sentence()}. The adapter is not what was trained; do not use it.")
+    return result
+
+
+def _module(name: str, *arguments: str) -> dict[str, Any]:
+    """Run one of the trainer's modules that print a JSON object; its error and exit code become ours."""
+    done = subprocess.run([sys.executable, "-m", name, *arguments], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        error = CapstanError(f"{name} failed; its reason is above.")
+        error.exit_code = done.returncode
+        raise error
+    return json.loads(done.stdout.splitlines()[-1])

@@ -1,0 +1,91 @@
+"""Tables for people: what `plan` and `checkpoints ls` show."""
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Group
+from rich.filesize import decimal
+from rich.table import Table
+
+from trainer.manifest import Manifest, readable_manifests
+from trainer.plan import Plan
+from trainer.store import Store
+
+_MEANING = {
+    "frozen_quantized": "4-bit weights and scales, this rank's share",
+    "frozen_unquantized": "embeddings, norms, head (16-bit), this rank's share",
+    "gathered_layers": "layers gathered at one time",
+    "dequantized_weight": "the largest weight, dequantized",
+    "adapter_weights": "adapters, gathered",
+    "adapter_states": "fp32 masters, gradients and moments, this rank's share",
+    "gradient_buckets": "DeepSpeed's buckets",
+    "activations": "activations of one micro-batch",
+    "logits": "one chunk of logits in the loss",
+    "context": "CUDA context and kernels (allowance)",
+    "reads_during_load": "read buffers during the load",
+    "offloaded_base": "offloaded base",
+    "base_gathers": "the frozen base, gathered layer by layer",
+    "adapter_gathers": "adapters, gathered",
+    "adapter_gradients": "adapter gradients, reduced",
+    "from_other_nodes": "of all this, from other nodes",
+    "total": "total",
+}
+
+
+def plan_table(plan: Plan) -> Group:
+    """Parameters and batch, then a table of bytes for each of GPU, host and network."""
+    facts = Table("run", "")
+    for name, value in (*asdict(plan.parameters).items(), *asdict(plan.batch).items()):
+        facts.add_row(
+            f"{name.replace('_', ' ')} {'parameters' if name in asdict(plan.parameters) else ''}".strip(), f"{value:,}"
+        )
+    facts.add_row("bytes of a checkpoint", decimal(plan.checkpoint_bytes))
+    parts = (
+        ("memory of one GPU", plan.memory_per_gpu),
+        ("memory of one host", plan.memory_per_host),
+        ("received by one rank in a step", plan.traffic_per_step),
+    )
+    tables = []
+    for title, part in parts:
+        table = Table(title, "bytes")
+        for name, value in asdict(part).items():
+            table.add_row(_MEANING.get(name, name.replace("_", " ")), decimal(value))
+        tables.append(table)
+    return Group(facts, *tables)
+
+
+@dataclass(frozen=True)
+class CheckpointList:
+    """A run's committed checkpoints, newest first, and why others were passed over."""
+
+    manifests: list[Manifest]
+    skipped: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        rows = [
+            {
+                "step": m.step,
+                "bytes": m.size,
+                "created": m.created,
+                "world_size": m.world_size,
+                "generation": m.generation,
+            }
+            for m in self.manifests
+        ]
+        return {"checkpoints": rows, "skipped": self.skipped}
+
+
+def checkpoint_list(run: Store) -> CheckpointList:
+    skipped: list[str] = []
+    return CheckpointList(list(readable_manifests(run, skipped)), skipped)
+
+
+def checkpoint_table(found: CheckpointList) -> Table:
+    table = Table("step", "size", "age", "world size", "generation", caption="\n".join(found.skipped) or None)
+    for manifest in found.manifests:
+        age = f"{(time.time() - manifest.created) / 60:.0f} min"
+        table.add_row(
+            str(manifest.step), decimal(manifest.size), age, str(manifest.world_size), str(manifest.generation)
+        )
+    return table

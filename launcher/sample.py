@@ -1,0 +1,396 @@
+"""The material of a smoke run, made on the spot: chat data, a tokenizer and a small base model. Nothing is downloaded.
+
+The data is the documentation of the running Python's standard library ("What does os.path.join do?" and its docstring):
+thousands of real question-answer pairs. The base is an ordinary Hugging Face directory of the Llama architecture,
+trained for some seconds on the same text, so that it knows something and fine-tuning has something to adapt.
+
+Run it as a process of its own (`python -m launcher.sample DIR`): it imports torch, and hundreds of stdlib modules.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import importlib
+import inspect
+import io
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rich.console import Console
+
+# Importing these opens a window or a browser, prints, or loads a test suite; distutils is what setuptools makes of it;
+# and the last four are known by another name: os and os.path.
+_SKIPPED_MODULES = {"antigravity", "idlelib", "lib2to3", "test", "this", "tkinter", "turtle", "turtledemo"}
+_SKIPPED_MODULES |= {"distutils", "posix", "posixpath", "genericpath", "ntpath"}
+# Where a module's public objects say that they are from, besides the module itself and its C twin `_module`.
+_IMPLEMENTED_IN = {"os": ("posix",), "os.path": ("posixpath", "genericpath")}
+_SHORTEST, _LONGEST = 20, 1200
+_SHARDS = 4
+_EVAL_SHARE = 32
+
+_SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|pad|>")
+_CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{ '<|im_start|>' + message['role'] + '\\n' }}
+{%- if message['role'] == 'assistant' -%}
+{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}
+{%- else -%}
+{{ message['content'] + '<|im_end|>\\n' }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{ '<|im_start|>assistant\\n' }}
+{%- endif -%}
+"""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the sample is. `batch` is in rows, `sequence_length` in tokens."""
+
+    vocabulary: int = 2048
+    hidden: int = 256
+    intermediate: int = 688
+    layers: int = 4
+    steps: int = 64
+    batch: int = 8
+    sequence_length: int = 128
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Where the material lies (absolute paths), and what it is. Losses are in nats per token."""
+
+    base: str
+    train: list[str]
+    eval: list[str]
+    train_pairs: int
+    eval_pairs: int
+    vocabulary: int
+    parameters: int
+    loss_before: float
+    loss_after: float
+    seconds: dict[str, float]
+
+
+def make_sample(
+    directory: Path, seed: int = 0, sizes: Sizes | None = None, report: Callable[[str], None] = lambda line: None
+) -> Sample:
+    """Make what is missing under `directory`; `sample.json`, written last, says that it is complete.
+
+    The same Python, seed and sizes give the same data and tokenizer, and on the same machine the same base.
+    """
+    sizes = sizes or Sizes()
+    directory = directory.absolute()
+    made_with = {"directory": str(directory), "python": sys.version, "seed": seed, "sizes": asdict(sizes)}
+    done = directory / "sample.json"
+    if done.exists() and (record := json.loads(done.read_text()))["made_with"] == made_with:
+        report(f"already made: {directory}")
+        return Sample(**record["sample"])
+    done.unlink(missing_ok=True)
+
+    seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def part(name: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        seconds[name] = round(time.monotonic() - start, 2)
+
+    with part("data"):
+        train, held_out = split(pairs())
+        train_files = [
+            _write_jsonl(directory / "data" / f"train-{shard:05d}.jsonl", train[shard::_SHARDS])
+            for shard in range(_SHARDS)
+        ]
+        eval_file = _write_jsonl(directory / "data" / "eval.jsonl", held_out)
+    report(f"data: {len(train):,} + {len(held_out):,} question-answer pairs, {seconds['data']} s")
+
+    base = directory / "base"
+    with part("tokenizer"):
+        vocabulary = _make_tokenizer(base, train, sizes.vocabulary)
+    report(f"tokenizer: {vocabulary:,} tokens, {seconds['tokenizer']} s")
+
+    with part("base"):
+        parameters, loss_before, loss_after = _make_base(base, train, sizes, seed)
+    report(f"base: {parameters:,} parameters, loss {loss_before:.2f} -> {loss_after:.2f} nats, {seconds['base']} s")
+
+    sample = Sample(
+        base=str(base),
+        train=train_files,
+        eval=[eval_file],
+        train_pairs=len(train),
+        eval_pairs=len(held_out),
+        vocabulary=vocabulary,
+        parameters=parameters,
+        loss_before=loss_before,
+        loss_after=loss_after,
+        seconds=seconds,
+    )
+    unfinished = done.with_suffix(".tmp")
+    unfinished.write_text(json.dumps({"made_with": made_with, "sample": asdict(sample)}, indent=2))
+    unfinished.replace(done)
+    return sample
+
+
+# --- the data
+
+
+def pairs() -> list[tuple[str, str]]:
+    """(question, answer) for every documented public name of the standard library, sorted by name.
+
+    An answer occurs once: a docstring that several names share (by inheritance or re-export) goes to the first of them.
+    """
+    names = {name for name in sys.stdlib_module_names if not name.startswith("_")} - _SKIPPED_MODULES
+    found: dict[str, str] = {}
+    # Old modules warn when they are imported or looked at, some print.
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for root in sorted(names | {"os.path"}):
+            for module_name, module in _modules(root):
+                for name, thing in _public(module_name, module):
+                    if docstring := _docstring(thing):
+                        found.setdefault(docstring, name)
+    return sorted((f"What does {name} do?", docstring) for docstring, name in found.items())
+
+
+def split(all_pairs: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(train, held out), by a hash of the question: a pair stays on its side when others come or go."""
+    train, held_out = [], []
+    for pair in all_pairs:
+        digest = hashlib.sha256(pair[0].encode()).digest()
+        (held_out if digest[0] % _EVAL_SHARE == 0 else train).append(pair)
+    return train, held_out
+
+
+def _modules(name: str) -> Iterator[tuple[str, ModuleType]]:
+    """(name, module) of the module and the public ones inside it, as far as this machine can import them."""
+    try:
+        module = importlib.import_module(name)
+    except Exception:
+        return  # of another operating system, or of a library that this Python was built without
+    yield name, module
+    for folder in getattr(module, "__path__", []):
+        for path in sorted(Path(folder).iterdir()):
+            inner = path.stem if path.suffix == ".py" else path.name if (path / "__init__.py").exists() else ""
+            if inner.isidentifier() and not inner.startswith("_") and inner not in ("test", "tests"):
+                yield from _modules(f"{name}.{inner}")
+
+
+def _public(module_name: str, module: ModuleType) -> Iterator[tuple[str, Any]]:
+    """(dotted name, object) of the public functions and classes that the module defines, and of their methods."""
+    homes = (module_name, f"_{module_name}", *_IMPLEMENTED_IN.get(module_name, ()))
+    for name, thing in sorted(vars(module).items()):
+        if name.startswith("_") or not (inspect.isclass(thing) or inspect.isroutine(thing)):
+            continue
+        if getattr(thing, "__module__", None) not in homes:
+            continue
+        yield f"{module_name}.{name}", thing
+        if inspect.isclass(thing):
+            for member, method in sorted(vars(thing).items()):
+                if not member.startswith("_") and (inspect.isroutine(method) or isinstance(method, property)):
+                    yield f"{module_name}.{name}.{member}", method
+
+
+def _docstring(thing: Any) -> str:
+    """The cleaned docstring, cut at a paragraph when long; empty when there is none worth learning."""
+    raw = getattr(thing, "__doc__", None)
+    if not isinstance(raw, str):
+        return ""
+    text = "\n".join(line.rstrip() for line in inspect.cleandoc(raw).splitlines()).strip()
+    if len(text) > _LONGEST:
+        text = text[:_LONGEST].rpartition("\n\n")[0] or text[:_LONGEST].rpartition("\n")[0]
+    # An address in memory (`<object at 0x7f...>`) differs from process to process.
+    return text if len(text) >= _SHORTEST and " at 0x" not in text else ""
+
+
+def _write_jsonl(path: Path, rows: list[tuple[str, str]]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for question, answer in rows:
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+    return str(path)
+
+
+# --- the tokenizer
+
+
+def _make_tokenizer(base: Path, rows: list[tuple[str, str]], vocabulary: int) -> int:
+    """Train a sentencepiece BPE model and write it the way Llama's is: `tokenizer.model` and its fast twin.
+
+    Returns the number of tokens, special ones included.
+    """
+    import sentencepiece
+
+    base.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for row in rows for text in row for line in text.splitlines() if line),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocabulary - len(_SPECIAL_TOKENS),
+        character_coverage=0.9995,
+        byte_fallback=True,
+        split_digits=True,
+        # The text comes back as it was: no Unicode folding, no lost indentation, no space put before the first word.
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        allow_whitespace_only_pieces=True,
+        max_sentence_length=_LONGEST * 4,
+        num_threads=2,
+        minloglevel=2,
+    )
+    (base / "tokenizer.model").write_bytes(model.getvalue())
+    tokenizer = _fast_tokenizer(model.getvalue())
+    tokenizer.save_pretrained(base)
+    return len(tokenizer)
+
+
+def _fast_tokenizer(model: bytes) -> Any:
+    """The same tokenizer in the `tokenizers` library, which gives offsets into the text."""
+    import sentencepiece
+    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    pieces = {processor.id_to_piece(index): index for index in range(processor.get_piece_size())}
+    scores = {piece: processor.get_score(index) for piece, index in pieces.items()}
+    # A BPE model is its vocabulary and the order of its merges; sentencepiece keeps the order as falling scores.
+    merges = sorted(
+        (
+            (-scores[piece], piece[:cut], piece[cut:])
+            for piece, index in pieces.items()
+            if not (processor.is_byte(index) or processor.is_control(index) or processor.is_unknown(index))
+            for cut in range(1, len(piece))
+            if piece[:cut] in pieces and piece[cut:] in pieces
+        ),
+        key=lambda merge: (merge[0], pieces[merge[1]], pieces[merge[2]]),
+    )
+    backend = Tokenizer(
+        BPE(pieces, [merge[1:] for merge in merges], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIAL_TOKENS])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        additional_special_tokens=["<|im_start|>"],
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = _CHAT_TEMPLATE
+    return tokenizer
+
+
+# --- the base model
+
+
+def _make_base(base: Path, rows: list[tuple[str, str]], sizes: Sizes, seed: int) -> tuple[int, float, float]:
+    """Train a small Llama on the text of `rows` and write it in bf16.
+
+    Returns (parameters, mean loss of the first and of the last tenth of the steps).
+    """
+    import torch
+    from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(seed)
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    config = LlamaConfig(
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.intermediate,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+        attn_implementation="sdpa",
+    )
+    model = LlamaForCausalLM(config)
+    losses = _pretrain(model, _tokens(tokenizer, rows, sizes), sizes)
+
+    model.to(torch.bfloat16)
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    # Several files and an index, as every large model has.
+    model.save_pretrained(base, max_shard_size=f"{max(1, parameters * 2 // 3 // 1000)}KB")
+    tenth = max(1, len(losses) // 10)
+    return parameters, sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+
+
+def _tokens(tokenizer: Any, rows: list[tuple[str, str]], sizes: Sizes) -> Any:
+    """(steps, batch, sequence_length + 1) int64: plain text in a seeded order, as much as the steps read."""
+    import torch
+
+    needed = sizes.steps * sizes.batch * (sizes.sequence_length + 1)
+    stream: list[int] = []
+    # Text and not chat: what a chat looks like is left to fine-tuning.
+    while len(stream) < needed:
+        for index in torch.randperm(len(rows)).tolist():
+            question, answer = rows[index]
+            stream += tokenizer.encode(f"{question}\n{answer}\n", add_special_tokens=False)
+            if len(stream) >= needed:
+                break
+    return torch.tensor(stream[:needed]).view(sizes.steps, sizes.batch, sizes.sequence_length + 1)
+
+
+def _pretrain(model: Any, batches: Any, sizes: Sizes) -> list[float]:
+    """AdamW over `batches` with a linear warm-up and decay; the loss of each step, in nats per token."""
+    import torch
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01)
+    warmup = max(1, sizes.steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (sizes.steps - step) / max(1, sizes.steps - warmup))
+    )
+    losses = []
+    for batch in batches:
+        logits = model(input_ids=batch[:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(loss.item())
+    return losses
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m launcher.sample", description="Make the smoke run's material.")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print the sample as one JSON object")
+    arguments = parser.parse_args()
+    console = Console(stderr=True, highlight=False)
+    # Imported libraries print to stdout, which belongs to --json.
+    with console.status("making the sample"), contextlib.redirect_stdout(sys.stderr):
+        sample = make_sample(arguments.directory, arguments.seed, report=console.print)
+    if arguments.json:
+        print(json.dumps(asdict(sample)))
+
+
+if __name__ == "__main__":
+    _main()

