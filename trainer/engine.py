@@ -32,6 +32,9 @@ STATES = ("master", "exp_avg", "exp_avg_sq")
 
 def zero_init(deepspeed_config: dict[str, Any], dtype: torch.dtype) -> Init:
     """What turns plain parameters into ZeRO-3 ones, over the process group that `ranks.join` made."""
+    # Tell DeepSpeed that no op can be compiled: it would build one for inference collectives (a minute of g++), and a rank
+    # killed meanwhile leaves a lock file on which every later start on this machine waits for ever.
+    deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]
     deepspeed.init_distributed(verbose=False)  # first: Init takes the world size from it
     return Init(config_dict_or_path=deepspeed_config, dtype=dtype)
 

@@ -1,0 +1,1 @@
+"""Several ranks as real processes on this machine, joined by gloo."""

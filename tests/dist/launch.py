@@ -1,0 +1,125 @@
+"""Runs a function of tests/dist/ranks.py as several ranks: real processes, each with an end.
+
+The processes are forked from a server that has imported the training stack once, as that import takes seconds.
+"""
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from multiprocessing import connection, get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import TCPStore
+
+TIMEOUT = 60.0
+_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+class RankFailed(AssertionError):
+    """A rank raised, died or did not end in time; the text holds the ends of its output."""
+
+
+class Group:
+    """Ranks that are running. `wait` ends when all have; leaving the group's context kills what is left."""
+
+    def __init__(self, processes: list[BaseProcess], folder: Path, timeout: float) -> None:
+        self._processes, self._folder = processes, folder
+        self._deadline = time.monotonic() + timeout
+
+    def wait(self) -> list[Any]:
+        """The function's result on each rank; raises `RankFailed` as soon as one fails."""
+        self.wait_until(lambda: all(process.exitcode == 0 for process in self._processes))
+        return [json.loads((self._folder / f"{rank}.json").read_text()) for rank in range(len(self._processes))]
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Return once `condition` holds; raises `RankFailed` when a rank fails first, or when time is up."""
+        while not condition():
+            for rank, process in enumerate(self._processes):
+                if process.exitcode:
+                    raise RankFailed(f"rank {rank} ended with exit code {process.exitcode}:\n{self._output(rank)}")
+            if time.monotonic() > self._deadline:
+                outputs = (f"rank {rank}:\n{self._output(rank)}" for rank in range(len(self._processes)))
+                raise RankFailed("the ranks did not end in time\n" + "\n".join(outputs))
+            connection.wait([process.sentinel for process in self._processes if process.exitcode is None], 0.02)
+
+    def kill(self) -> None:
+        """SIGKILL to every rank, then wait for their ends."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+
+    def _output(self, rank: int) -> str:
+        return (self._folder / f"{rank}.log").read_text(errors="replace")[-3000:]
+
+
+@contextmanager
+def running(
+    world_size: int, function: str, *arguments: Any, ranks_per_node: int | None = None, timeout: float = TIMEOUT
+) -> Iterator[Group]:
+    """`world_size` ranks that run `function(*arguments)`; the arguments and results are JSON."""
+    before = dict(os.environ)
+    os.environ.update(_ENVIRONMENT)  # the server, and so every rank, inherits it
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["trainer.rank", "peft", "bitsandbytes", "transformers.models.llama.modeling_llama"])
+    # The rendezvous listens here before any rank starts, on a port that the system chose.
+    rendezvous = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
+    per_node = ranks_per_node or world_size
+    with tempfile.TemporaryDirectory(prefix="capstan-ranks-") as folder:
+        processes = []
+        for rank in range(world_size):
+            environment = {
+                "RANK": rank,
+                "WORLD_SIZE": world_size,
+                "LOCAL_RANK": rank % per_node,
+                "LOCAL_WORLD_SIZE": per_node,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": rendezvous.port,
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+            }
+            given = (function, json.dumps(arguments), {k: str(v) for k, v in environment.items()}, folder, int(timeout))
+            processes.append(context.Process(target=_run_rank, args=given, daemon=True))
+        group = Group(processes, Path(folder), timeout)
+        try:
+            for process in processes:
+                process.start()
+            yield group
+        finally:
+            group.kill()
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def launch(world_size: int, function: str, *arguments: Any, **options: Any) -> list[Any]:
+    """Run to the end: the results of `function` in rank order."""
+    with running(world_size, function, *arguments, **options) as group:
+        return group.wait()
+
+
+def _run_rank(function: str, arguments: str, environment: dict[str, str], folder: str, timeout: int) -> None:
+    """In the new process: output to a file, the function, its result to another."""
+    signal.alarm(timeout + 5)  # an end even if whoever waits for us is gone
+    rank = environment["RANK"]
+    output = os.open(f"{folder}/{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    faulthandler.dump_traceback_later(max(1, timeout - 5))  # so that a rank that hangs says where
+    os.environ.update(environment)
+    import torch.distributed as dist
+
+    from tests.dist import ranks as functions
+
+    result = getattr(functions, function)(*json.loads(arguments))
+    Path(folder, f"{rank}.json").write_text(json.dumps(result))
+    if dist.is_initialized():
+        dist.destroy_process_group()

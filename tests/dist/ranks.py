@@ -1,0 +1,432 @@
+"""What the ranks of a test run: each function is collective, takes and returns JSON. Tensors go through files."""
+
+import os
+import signal
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_grad
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tests import material
+from trainer import run_layout
+from trainer.attention import Attention, choose_attention
+from trainer.base import resolve_base
+from trainer.checkpoint import Checkpoints, Identity
+from trainer.config import Config, override, parse_config
+from trainer.data.dataset import open_dataset
+from trainer.data.prepare import Datasets
+from trainer.data.stream import Position, Stream
+from trainer.deepspeed_config import build_deepspeed_config
+from trainer.engine import Engine
+from trainer.errors import CapstanError
+from trainer.load import DTYPES, LoadReport, checksums, load_model
+from trainer.loop import Training, train
+from trainer.metrics import Metrics, StopSignal
+from trainer.nf4 import FrozenLinear4bit
+from trainer.rank import run_rank
+from trainer.ranks import Ranks, join
+from trainer.store import Store, open_store
+
+STATES = ("master", "exp_avg", "exp_avg_sq")
+
+
+# Whole runs, through the one function that every launcher calls.
+
+
+def run(config_text: str, fingerprint: str, how: str = "start") -> dict[str, Any]:
+    """`run_rank`, and how it ended. `how`: start, resume, or something that goes wrong on the way.
+
+    hold: after the commit of step 5 showed up, no rank finishes another step.
+    terminate: rank 1 alone gets SIGTERM in its third step.
+    """
+    config = parse_config(config_text)
+    if how == "hold":
+        _hold_after(open_store(config.run.store).sub(config.run.name), step=5)
+    if how == "terminate" and os.environ["RANK"] == "1":
+        _terminate_in_step(3)
+    datasets = Datasets(fingerprint, None) if os.environ["RANK"] == "0" else None
+    return _outcome_of(lambda: run_rank(config, datasets, resume=how == "resume"))
+
+
+def _outcome_of(action: Any) -> dict[str, Any]:
+    try:
+        action()
+    except CapstanError as error:
+        return {"outcome": type(error).__name__, "exit_code": error.exit_code, "message": str(error)}
+    return {"outcome": "finished", "exit_code": 0, "message": ""}
+
+
+def _hold_after(run: Store, step: int) -> None:
+    plain = Engine.step
+
+    def held(engine: Engine, lr: float) -> float:
+        if run.exists(run_layout.manifest(step)):
+            threading.Event().wait()  # until SIGKILL
+        return plain(engine, lr)
+
+    Engine.step = held
+
+
+def _terminate_in_step(number: int) -> None:
+    plain, steps = Engine.step, []
+
+    def struck(engine: Engine, lr: float) -> float:
+        steps.append(lr)
+        if len(steps) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(engine, lr)
+
+    Engine.step = struck
+
+
+# A rank assembled piece by piece, for what lies between two steps.
+
+
+@dataclass
+class Assembled:
+    config: Config
+    ranks: Ranks
+    engine: Engine
+    stream: Stream
+    attention: Attention
+    report: LoadReport
+    run: Store
+
+    def checkpoints(self, generation: int = 1, base: str = "ours") -> Checkpoints:
+        identity = Identity("data", {"fingerprint": base}, self.config.tuning.model_dump(mode="json"))
+        return Checkpoints(self.run, self.ranks, generation, identity, keep_last=3, keep_every=0)
+
+    def training(self) -> Training:
+        metrics = Metrics(self.run, 1, writes=False, flush_seconds=60, tensorboard=False)
+        stop = StopSignal(self.run, watches=False, seconds=60)
+        total = self.config.train.steps
+        assert total
+        return Training(
+            self.config, self.ranks, self.engine, self.stream, None, self.checkpoints(), metrics, stop, total
+        )
+
+    def states(self) -> dict[str, Tensor]:
+        """This rank's intervals of what learns: `name|state|begin` -> values."""
+        return {
+            f"{part.name}|{key}|{part.begin}": part.states[key].clone()
+            for part in self.engine.partitions()
+            for key in STATES
+        }
+
+    def set_masters(self) -> None:
+        """Adapters that are not zero, the same whatever the ranks: with B = 0 the gradient of A would be 0."""
+        for part in self.engine.partitions():
+            part.states["master"].copy_(_adapter_value(part.name, part.shape).view(-1)[part.begin : part.end])
+        self.engine.refresh(0)
+
+
+def _adapter_value(name: str, shape: tuple[int, ...]) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(name.encode()))
+    # Values that bf16 holds exactly, so that masters and 16-bit weights agree.
+    return (0.1 * torch.randn(shape, generator=generator)).bfloat16().float()
+
+
+def _assemble(config: Config, fingerprint: str | None = None) -> Assembled:
+    ranks = join()
+    torch.set_num_threads(1)
+    store = open_store(config.run.store)
+    stream: Any = None
+    accumulation = 1
+    if fingerprint:
+        stream = Stream(
+            open_dataset(store, fingerprint),
+            weights=[1.0],
+            sequence_length=config.data.sequence_length,
+            packing=True,
+            seed=config.run.seed,
+            global_batch=config.train.global_batch,
+            micro_batch=config.train.micro_batch,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            pad_id=0,
+        )
+        accumulation = stream.accumulation
+    settings = build_deepspeed_config(config, ranks.world_size, accumulation, on_gpu=False)
+    attention = choose_attention(config.model.attention, ranks.device, DTYPES[config.model.dtype])
+    model, report = load_model(resolve_base(config.model), config, settings, ranks, attention)
+    engine = Engine(model, attention, config.optim, settings, ranks)
+    return Assembled(config, ranks, engine, stream, attention, report, store.sub(config.run.name))
+
+
+# Gradients.
+
+
+def first_step(config_text: str, fingerprint: str, destination: str) -> dict[str, Any]:
+    """One step of the loop from `_adapter_value`; rank 0 writes the gradients that the optimizer got. -> the record."""
+    here = _assemble(parse_config(config_text), fingerprint)
+    here.set_masters()
+    gradients: dict[str, Tensor] = {}
+    step = here.engine.step
+
+    def observed(lr: float) -> float:
+        for name, parameter in here.engine.model.named_parameters():
+            if parameter.requires_grad:
+                gradient = safe_get_full_grad(parameter)
+                assert gradient is not None
+                gradients[name] = gradient.float().clone()
+        return step(lr)
+
+    here.engine.step = observed  # type: ignore[method-assign]
+    record = next(train(here.training(), 0, Position()))
+    if here.ranks.rank == 0:
+        save_file(gradients, destination)
+    return {
+        "loss": record["loss"],
+        "grad_norm": record["grad_norm"],
+        "targets": record["targets"],
+        "accumulation": here.stream.accumulation,
+    }
+
+
+def plain_first_step(config_text: str, fingerprint: str, destination: str) -> dict[str, Any]:
+    """The same by transformers and PEFT alone: one process, each document by itself, one mean over all targets."""
+    from peft import inject_adapter_in_model
+    from transformers import AutoModelForCausalLM
+
+    from trainer.load import lora_config
+
+    config = parse_config(config_text)
+    dtype = DTYPES[config.model.dtype]
+    torch.set_num_threads(1)
+    model: Any = AutoModelForCausalLM.from_pretrained(config.model.base, dtype=dtype, attn_implementation="eager")
+    model.requires_grad_(False)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.weight.data = bnb.dequantize_4bit(*bnb.quantize_4bit(module.weight.data, quant_type="nf4")).to(dtype)
+    inject_adapter_in_model(lora_config(config.tuning, "all-linear"), model)
+    adapters = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+    for name, parameter in adapters.items():
+        parameter.data = _adapter_value(name, tuple(parameter.shape)).to(dtype)
+    stream = Stream(
+        open_dataset(open_store(config.run.store), fingerprint),
+        weights=[1.0],
+        sequence_length=config.data.sequence_length,
+        packing=True,
+        seed=config.run.seed,
+        global_batch=config.train.global_batch,
+        micro_batch=1,
+        rank=0,
+        world_size=1,
+        pad_id=0,
+    )
+    batches = stream.step(Position())
+    targets = sum(batch.targets for batch in batches)
+    nats = 0.0
+    for batch in batches:
+        borders = batch.cu_seqlens.tolist()
+        for begin, end in zip(borders, borders[1:], strict=False):
+            labels = batch.labels[0, begin:end]
+            if (labels == -100).all():
+                continue
+            logits = model(input_ids=batch.input_ids[:, begin:end]).logits[0].float()
+            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / targets
+            loss.backward()
+            nats += float(loss.detach())
+    gradients = {name: parameter.grad.float() for name, parameter in adapters.items()}
+    save_file(gradients, destination)
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    rows = [batch.targets for batch in batches]
+    return {"loss": nats, "grad_norm": float(norm), "targets": targets, "row_targets": rows}
+
+
+# Loading.
+
+
+def quantized_bytes(config_text: str, bases: list[str], quants: list[list[str]]) -> dict[str, Any]:
+    """Load every base with every quantization; names what differs from bitsandbytes quantizing the whole tensor."""
+    ranks = join()
+    torch.set_num_threads(1)
+    differing, compared = [], 0
+    for base in bases:
+        for overrides in quants:
+            config = override(parse_config(config_text), f"model.base={base}", *overrides)
+            settings = build_deepspeed_config(config, ranks.world_size, 1, on_gpu=False)
+            found = resolve_base(config.model)
+            model, _ = load_model(found, config, settings, ranks, Attention("sdpa", ""))
+            for name, module in model.named_modules():
+                if isinstance(module, FrozenLinear4bit):
+                    source = found.tensors[f"{name.removesuffix('.base_layer')}.weight"]
+                    whole = torch.frombuffer(source.read(0, source.numel), dtype=torch.bfloat16).view(source.shape)
+                    problems = _differences(module, whole, config)
+                    compared += 1
+                    differing += [f"{Path(base).name} {' '.join(overrides)} {name}: {problem}" for problem in problems]
+    return {"compared": compared, "differing": differing}
+
+
+def _differences(module: FrozenLinear4bit, whole: Tensor, config: Config) -> list[str]:
+    quant = config.quant
+    packed, state = bnb.quantize_4bit(
+        whole, blocksize=quant.block_size, quant_type=quant.type, compress_statistics=quant.double
+    )
+    with deepspeed.zero.GatheredParameters(list(module.parameters(recurse=False))):
+        ours = {"weight": module.weight.data, "dequantized": module.dequantize()}
+        theirs = {"weight": packed.view(-1), "dequantized": bnb.dequantize_4bit(packed, state)}
+        if quant.double:
+            ours |= {"absmax": module.absmax.data, "nested": module.nested_absmax.data.view(torch.float32)}
+            ours |= {"mean": module.absmax_mean}
+            theirs |= {"absmax": state.absmax, "nested": state.state2.absmax, "mean": state.offset}
+        else:
+            ours |= {"absmax": module.absmax.data.view(torch.float32)}
+            theirs |= {"absmax": state.absmax}
+        return [
+            f"{key}: {tuple(ours[key].shape)} and {tuple(theirs[key].shape)}, "
+            f"{int((ours[key] != theirs[key]).sum()) if ours[key].shape == theirs[key].shape else 'all'} differ"
+            for key in ours
+            if ours[key].dtype != theirs[key].dtype or not torch.equal(ours[key], theirs[key])
+        ]
+
+
+def loaded_logits(config_text: str, bases: list[str], overrides: list[str], destination: str) -> list[dict[str, Any]]:
+    """Through loader and engine: rank 0 writes each base's logits as `<base's name>.safetensors` under `destination`."""
+    facts = []
+    for base in bases:
+        config = override(parse_config(config_text), f"model.base={base}", *overrides)
+        here = _assemble(config)
+        logits = here.engine.logits(_probe())
+        if here.ranks.rank == 0:
+            save_file({"logits": logits.contiguous()}, f"{destination}/{Path(base).name}.safetensors")
+        model = here.engine.model
+        facts.append(
+            {
+                "moved": checksums(model) != here.report.checksums,
+                "packed": len(here.report.checksums),
+                "read_bytes": here.report.read_bytes,
+                "kept_bytes": here.report.kept_bytes,
+                "buffers": {
+                    name: [str(buffer.dtype), buffer.double().sum().item()] for name, buffer in model.named_buffers()
+                },
+                "digest": logits.double().sum().item(),
+            }
+        )
+    return facts
+
+
+def stock_logits(bases: list[str], quant_type: str, double: bool, destination: str) -> list[dict[str, Any]]:
+    """The same through transformers and bitsandbytes alone, as one process."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    torch.set_num_threads(1)
+    facts = []
+    for base in bases:
+        quantization = None
+        if quant_type != "none":
+            quantization = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=quant_type,
+                bnb_4bit_use_double_quant=double,
+                bnb_4bit_compute_dtype=torch.bfloat16,
+            )
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            base, dtype=torch.bfloat16, quantization_config=quantization, attn_implementation="sdpa"
+        )
+        with torch.no_grad():
+            logits = model(input_ids=_probe(), use_cache=False).logits
+        save_file({"logits": logits.contiguous()}, f"{destination}/{Path(base).name}.safetensors")
+        buffers = {n: [str(b.dtype), b.double().sum().item()] for n, b in model.named_buffers() if "rotary" in n}
+        facts.append({"buffers": buffers})
+    return facts
+
+
+def _probe() -> Tensor:
+    """One row that is longer than the sliding windows, (1, 48)."""
+    return torch.arange(48).mul(37).remainder(material.SIZES["vocab_size"])[None]
+
+
+# Checkpoints.
+
+
+def train_and_save(config_text: str, fingerprint: str, saves: list[int], destination: str) -> int:
+    """Train, save after each step of `saves`, the last being the end; writes this rank's states. -> AdamW's count."""
+    here = _assemble(parse_config(config_text), fingerprint)
+    checkpoints = here.checkpoints()
+    for record in train(here.training(), 0, Position()):
+        if record["step"] in saves:
+            checkpoints.save(here.engine, record["step"], {"epoch": 0, "next_bin": record["step"] * 4})
+            checkpoints.finish()
+        if record["step"] == saves[-1]:
+            break
+    save_file(here.states(), f"{destination}/{here.ranks.rank}.safetensors")
+    return here.engine.updates
+
+
+def restore(config_text: str, fingerprint: str, destination: str, base: str = "ours") -> dict[str, Any]:
+    """Restore into a fresh engine; writes this rank's states. `half`: whether the 16-bit weights are the masters'."""
+    here = _assemble(parse_config(config_text), fingerprint)
+    log: list[str] = []
+    manifest = None
+
+    def restored() -> None:
+        nonlocal manifest
+        manifest = here.checkpoints(base=base).restore(here.engine, required=True, log=log.append)
+
+    outcome = _outcome_of(restored)
+    if manifest is None:
+        return {**outcome, "log": log}
+    save_file(here.states(), f"{destination}/{here.ranks.rank}.safetensors")
+    half = True
+    trainable = [(n, p) for n, p in here.engine.model.named_parameters() if p.requires_grad]
+    parts = {part.name: part for part in here.engine.partitions()}
+    with deepspeed.zero.GatheredParameters([parameter for _, parameter in trainable]):
+        for name, parameter in trainable:
+            part = parts[name]
+            mine = parameter.data.view(-1)[part.begin : part.end]
+            half &= torch.equal(mine, part.states["master"].to(parameter.dtype))
+    return {**outcome, "log": log, "step": manifest.step, "updates": here.engine.updates, "half": half}
+
+
+def save_as_generation(config_text: str, fingerprint: str, generation: int) -> dict[str, Any]:
+    here = _assemble(parse_config(config_text), fingerprint)
+    checkpoints = here.checkpoints(generation)
+    checkpoints.save(here.engine, 1, {"epoch": 0, "next_bin": 4})
+    return _outcome_of(checkpoints.finish)
+
+
+# DeepSpeed's private names.
+
+
+def engine_internals(config_text: str, fingerprint: str) -> dict[str, Any]:
+    """What trainer/engine.py takes from DeepSpeed, looked at from the public side."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    here = _assemble(parse_config(config_text), fingerprint)
+    here.set_masters()
+    record = next(train(here.training(), 0, Position()))
+    wrapped: Any = here.engine._engine
+    zero = wrapped.optimizer
+    wrong = []
+    parts = {part.name: part for part in here.engine.partitions()}
+    for name, parameter in here.engine.model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part = parts.pop(name)
+        public = {"master": safe_get_full_fp32_param(parameter)}
+        public |= {key: safe_get_full_optimizer_state(parameter, key) for key in STATES[1:]}
+        for key, whole in public.items():
+            assert whole is not None
+            if not torch.equal(whole.reshape(-1)[part.begin : part.end], part.states[key]):
+                wrong.append(f"{name} {key}")
+    frozen = [p for p in here.engine.model.parameters() if not p.requires_grad]
+    return {
+        "wrong": wrong,
+        "left_over": list(parts),
+        "intervals": {part.name: [part.begin, part.end, *part.shape] for part in here.engine.partitions()},
+        "updates": here.engine.updates,
+        "grad_norm": record["grad_norm"],
+        "persistent": len(zero.persistent_parameters),
+        "whole_after_step": [p.ds_shape for p in frozen if p.ds_status.name == "AVAILABLE" and not p.ds_persist],
+        "partitioned": sum(not p.ds_persist for p in frozen),
+        "held": sum(p.ds_tensor.numel() for p in frozen if not p.ds_persist),
+        "numel": sum(p.ds_numel for p in frozen if not p.ds_persist),
+    }

@@ -1,0 +1,158 @@
+"""A checkpoint knows no world size, is refused where it does not belong, and a damaged one is passed over."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.dist.launch import launch
+from tests.material import Workshop
+from trainer import run_layout
+from trainer.config import dump_config
+from trainer.manifest import committed_steps, read_manifest
+from trainer.store import Store
+
+SAVED = [2, 3]  # steps
+
+
+class Saved:
+    """A run of two ranks with LoRA rank `rank`, saved after steps 2 and 3, and its states at the end."""
+
+    def __init__(self, workshop: Workshop, folder: Path, rank: int) -> None:
+        self.workshop, self.name = workshop, f"saved-{rank}"
+        self.overrides = (f"tuning.rank={rank}", "checkpoint.every_steps=0")
+        folder.mkdir()
+        self.arguments = self.of(self.name)
+        self.updates = launch(2, "train_and_save", *self.arguments, SAVED, str(folder))
+        self.states = whole(folder)
+
+    def of(self, name: str, *more: str) -> tuple[str, str]:
+        config = self.workshop.config(name, *self.overrides, *more)
+        return dump_config(config), self.workshop.prepare(config).train
+
+    def copy(self, name: str) -> Store:
+        root = self.workshop.folder / "store"
+        shutil.copytree(root / self.name, root / name)
+        return self.workshop.store.sub(name)
+
+
+def whole(folder: Path) -> dict[str, torch.Tensor]:
+    """The ranks' intervals of each state, put together."""
+    pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    for file in folder.glob("*.safetensors"):
+        for key, value in load_file(file).items():
+            name, _, begin = key.rpartition("|")
+            pieces.setdefault(name, []).append((int(begin), value))
+    assert pieces
+    return {
+        name: torch.cat([value for _, value in sorted(parts, key=lambda part: part[0])])
+        for name, parts in pieces.items()
+    }
+
+
+def assert_bitwise_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+@pytest.fixture(scope="module", params=[3, 7], ids=lambda rank: f"lora-rank-{rank}")
+def saved(request: pytest.FixtureRequest, workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    return Saved(workshop, tmp_path_factory.mktemp("saved") / "states", request.param)
+
+
+@pytest.fixture(scope="module")
+def small(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    return Saved(workshop, tmp_path_factory.mktemp("small") / "states", 2)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_optimizer_tensor_comes_back_bit_for_bit(saved: Saved, tmp_path: Path, world_size: int) -> None:
+    results = launch(world_size, "restore", *saved.arguments, str(tmp_path))
+    assert all(result["step"] == 3 and result["updates"] == 3 for result in results), results
+    assert all(result["half"] for result in results), "16-bit weights are not the masters'"
+    assert_bitwise_equal(whole(tmp_path), saved.states)
+    assert any(state.any() for name, state in saved.states.items() if name.endswith("|exp_avg_sq"))
+
+
+def test_a_shard_holds_what_learns_and_nothing_else(saved: Saved) -> None:
+    run = saved.workshop.store.sub(saved.name)
+    manifest = read_manifest(run, 3)
+    states = sum(state.numel() for state in saved.states.values()) * 4
+    headers = 2 * 40_000
+    assert states < manifest.size < states + headers
+    assert all("lora_" in name for name in manifest.shapes)
+
+
+def flip_a_byte(run: Store, key: str) -> None:
+    data = bytearray(run.get(key))
+    data[-5] ^= 0x10
+    run.put(key, bytes(data))
+
+
+def truncate(run: Store, key: str) -> None:
+    run.put(key, run.get(key)[:-100])
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte, truncate, Store.delete], ids=["flipped", "truncated", "missing"])
+@pytest.mark.parametrize("what", ["shard", "manifest"])
+def test_a_damaged_checkpoint_is_passed_over_on_all_ranks(small: Saved, tmp_path: Path, damage: Any, what: str) -> None:
+    if what == "manifest" and damage is Store.delete:
+        pytest.skip("without a manifest there is no checkpoint to pass over")
+    name = f"damaged-{what}-{damage.__name__}"
+    run = small.copy(name)
+    key = run_layout.manifest(3) if what == "manifest" else read_manifest(run, 3).shards[1].key
+    damage(run, key)
+    results = launch(2, "restore", *small.of(name), str(tmp_path))
+    assert [(result["outcome"], result["step"], result["updates"]) for result in results] == [("finished", 2, 2)] * 2
+    lines = [line for result in results for line in result["log"]]
+    assert any("skipped" in line and key in line for line in lines), lines
+    assert whole(tmp_path).keys() == small.states.keys()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(small: Saved, tmp_path: Path) -> None:
+    run = small.copy("all-damaged")
+    for step in SAVED:
+        flip_a_byte(run, read_manifest(run, step).shards[0].key)
+    results = launch(2, "restore", *small.of("all-damaged"), str(tmp_path))
+    assert all(result["exit_code"] in (6, 7) for result in results), results
+
+
+@pytest.mark.parametrize(
+    ("setting", "base", "words"),
+    [
+        ("tuning.rank=5", "ours", ("adapter rank", "2", "5")),
+        ("tuning.alpha=7", "ours", ("adapter alpha", "16", "7")),
+        ("tuning.rank=2", "another", ("base fingerprint", "ours", "another")),
+    ],
+)
+def test_a_checkpoint_of_another_adapter_or_base_is_refused_with_both_values(
+    small: Saved, tmp_path: Path, setting: str, base: str, words: tuple[str, ...]
+) -> None:
+    results = launch(2, "restore", *small.of(small.name, setting), str(tmp_path), base)
+    assert [(result["outcome"], result["exit_code"]) for result in results] == [("ConfigError", 2)] * 2
+    assert all(word in results[0]["message"] for word in words), results[0]["message"]
+
+
+def test_a_generation_that_was_overtaken_must_not_commit(small: Saved) -> None:
+    run = small.workshop.store.sub("overtaken")
+    for generation in (1, 2):
+        run.put(run_layout.metrics(generation), b"")
+    outcomes = launch(2, "save_as_generation", *small.of("overtaken"), 1)
+    assert (outcomes[0]["outcome"], outcomes[0]["exit_code"]) == ("StorageError", 6)
+    assert "generation 2 of this run has started; generation 1 must not commit" in outcomes[0]["message"]
+    assert committed_steps(run) == []
+    assert launch(2, "save_as_generation", *small.of("overtaken"), 2)[0]["outcome"] == "finished"
+    assert committed_steps(run) == [1]
+
+
+def test_a_manifest_is_plain_json_that_names_every_interval(small: Saved) -> None:
+    run = small.workshop.store.sub(small.name)
+    body = json.loads(run.get(run_layout.manifest(3)))["body"]
+    for name, shape in body["shapes"].items():
+        intervals = sorted(shard["intervals"][name] for shard in body["shards"] if name in shard["intervals"])
+        assert [begin for begin, _ in intervals] == [0, *(end for _, end in intervals[:-1])]
+        assert intervals[-1][1] == torch.Size(shape).numel()

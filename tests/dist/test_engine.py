@@ -1,0 +1,57 @@
+"""The names that trainer/engine.py and trainer/load.py take from inside DeepSpeed still mean what they are used for."""
+
+import math
+from typing import Any
+
+import pytest
+
+from tests.dist.launch import launch
+from tests.material import Workshop
+from trainer.config import dump_config
+
+
+@pytest.fixture(scope="module")
+def internals(workshop: Workshop) -> list[dict[str, Any]]:
+    """Of three ranks, after one step; LoRA rank 7 makes partitions of unequal length."""
+    config = workshop.config("engine", "tuning.rank=7")
+    return launch(3, "engine_internals", dump_config(config), workshop.prepare(config).train)
+
+
+def test_partitions_are_the_masters_and_moments_that_deepspeed_shows(internals: list[dict[str, Any]]) -> None:
+    for rank in internals:
+        assert rank["wrong"] == []
+        assert rank["left_over"] == []
+
+
+def test_the_ranks_intervals_tile_every_trainable_parameter_without_padding(internals: list[dict[str, Any]]) -> None:
+    names = internals[0]["intervals"]
+    assert len(names) == 2 * 7 * 2
+    uneven = 0
+    for name in names:
+        intervals = [rank["intervals"][name] for rank in internals]
+        numel = math.prod(intervals[0][2:])
+        borders = [0]
+        for begin, end, *_ in intervals:
+            assert begin == borders[-1]
+            borders.append(end)
+        assert borders[-1] == numel
+        uneven += numel % 3 != 0
+    assert uneven > 0, "every parameter divides by three, so no padding was tested"
+
+
+def test_the_count_of_updates_is_adamws(internals: list[dict[str, Any]]) -> None:
+    assert [rank["updates"] for rank in internals] == [1, 1, 1]
+
+
+def test_every_rank_gets_the_same_gradient_norm(internals: list[dict[str, Any]]) -> None:
+    assert len({rank["grad_norm"] for rank in internals}) == 1
+
+
+def test_between_steps_no_rank_holds_more_of_a_frozen_parameter_than_its_share(
+    internals: list[dict[str, Any]],
+) -> None:
+    for rank in internals:
+        assert rank["whole_after_step"] == []
+        assert rank["partitioned"] >= 2 * 7  # the packed weights at least
+        assert rank["held"] < rank["numel"] / 3 * 1.01 + 10
+        assert rank["persistent"] > 0  # some stay whole, so that refreshing those is tested too

@@ -1,0 +1,66 @@
+"""A target token weighs the same whatever the accumulation, the packing and the number of ranks.
+
+DeepSpeed divides gradients by the world size and, unless told otherwise, by the accumulation; gradients that the
+optimizer gets are therefore compared with a plain PyTorch step, and not only among themselves.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.dist.launch import launch
+from tests.material import Workshop
+from trainer.config import dump_config
+
+# world size, micro_batch -> accumulation at a global batch of 4. Three ranks do not divide 4: two of their rows are empty.
+LAYOUTS = {(1, 1): 4, (1, 4): 1, (2, 1): 2, (2, 2): 1, (3, 1): 2}
+# fp32: the order of additions; bf16: its 8 bits of mantissa, through two layers and back.
+TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2}
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def steps(request: pytest.FixtureRequest, workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The dtype and the first step of each layout, with "plain" for PyTorch's: (record of rank 0, its gradients)."""
+    folder = tmp_path_factory.mktemp("gradients")
+    dtype = request.param
+    found = {"dtype": dtype}
+    for layout in ["plain", *LAYOUTS]:
+        world_size, micro_batch = (1, 1) if layout == "plain" else layout
+        config = workshop.config("gradients", f"model.dtype={dtype}", f"train.micro_batch={micro_batch}")
+        function = "plain_first_step" if layout == "plain" else "first_step"
+        file = folder / "gradients.safetensors"
+        arguments = dump_config(config), workshop.prepare(config).train, str(file)
+        found[layout] = launch(world_size, function, *arguments)[0], load_file(file)
+    return found
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The largest distance of two gradients of one parameter, relative to its norm."""
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).norm() / other[name].norm()) for name in other)
+
+
+def test_the_rows_of_the_step_differ_in_their_number_of_targets(steps: Any) -> None:
+    rows = steps["plain"][0]["row_targets"]
+    assert len(rows) == 4
+    assert len(set(rows)) > 1
+
+
+def test_adapters_of_every_layer_have_a_gradient(steps: Any) -> None:
+    gradients = steps["plain"][1]
+    assert len(gradients) == 2 * 7 * 2  # layers, linears, A and B
+    assert all(gradient.norm() > 0 for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout[0]}-ranks-of-{layout[1]}-rows")
+def test_loss_and_gradients_are_those_of_plain_pytorch(steps: Any, layout: tuple[int, int]) -> None:
+    (record, gradients), (plain, plain_gradients) = steps[layout], steps["plain"]
+    tolerance = TOLERANCE[steps["dtype"]]
+    assert record["accumulation"] == LAYOUTS[layout]
+    assert record["targets"] == plain["targets"]
+    assert record["loss"] == pytest.approx(plain["loss"], rel=tolerance / 3)
+    assert record["grad_norm"] == pytest.approx(plain["grad_norm"], rel=tolerance)
+    assert distance(gradients, plain_gradients) < tolerance

@@ -1,0 +1,148 @@
+"""Small real material for the tests: bases of awkward sizes, a byte tokenizer, documents, run configurations."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from trainer.base import resolve_base
+from trainer.config import Config, parse_config
+from trainer.data.prepare import Datasets, prepare
+from trainer.store import open_store
+
+SEQUENCE = 64
+SPECIALS = ("<pad>", "<s>", "</s>")
+
+# No size is a power of two where it need not be; a vocabulary of 256 bytes and three special tokens.
+SIZES: dict[str, Any] = {
+    "vocab_size": 259,
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+# What a base is called here -> its model_type and what it has beside `SIZES`.
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "mistral": {"model_type": "mistral", "sliding_window": 16},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 24},
+    "phi3": {"model_type": "phi3", "sliding_window": 16},
+    # Weights whose number is no multiple of a block: 1,440, 720 and 1,800.
+    "ragged": {
+        "model_type": "llama",
+        "hidden_size": 36,
+        "head_dim": 10,
+        "intermediate_size": 50,
+        "num_hidden_layers": 1,
+    },
+    # Tensors smaller than a block, and odd numbers of weights: 10 and 35.
+    "speck": {
+        "model_type": "llama",
+        "hidden_size": 5,
+        "head_dim": 2,
+        "intermediate_size": 7,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 1,
+    },
+}
+
+
+def make_base(
+    folder: Path, kind: str = "llama", dtype: torch.dtype = torch.bfloat16, shard_size: str = "40KB", **sizes: Any
+) -> Path:
+    """A random base of `kind` in the Hugging Face directory format, in several safetensors files."""
+    torch.manual_seed(11)
+    settings = {"tie_word_embeddings": False, **SIZES, **KINDS[kind], **sizes}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # norms start as ones and biases as zeros, which would hide a mix-up
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each byte, and three special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({symbol: number for number, symbol in enumerate([*SPECIALS, *alphabet])}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def make_data(path: Path, documents: int = 60, seed: int = 5) -> Path:
+    """Prompts and completions of very different lengths, so that rows differ in their number of targets."""
+    draw = random.Random(seed)
+    words = "the ant bee cat dog emu fox gnu hen ibis jay".split()
+    rows = [
+        {
+            "prompt": " ".join(draw.choices(words, k=draw.randint(1, 4))) + "? ",
+            "completion": " ".join(draw.choices(words, k=draw.randint(1, 8))),
+        }
+        for _ in range(documents)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def make_policy(path: Path) -> Path:
+    """The CPU policy with a threshold that keeps a few parameters whole on every rank and partitions most.
+
+    With DeepSpeed's usual 100,000 every parameter of so small a base would stay whole, and nothing would be gathered.
+    """
+    policy = json.loads((Path(__file__).parents[1] / "ds_configs/cpu.json").read_text(encoding="utf-8"))
+    policy["zero_optimization"]["stage3_param_persistence_threshold"] = 600
+    path.write_text(json.dumps(policy), encoding="utf-8")
+    return path
+
+
+class Workshop:
+    """A folder with a base, documents and a store; makes run configurations over them."""
+
+    def __init__(self, folder: Path, kind: str = "llama") -> None:
+        self.folder = folder
+        self.base = make_base(folder / "base", kind)
+        self.data = make_data(folder / "train.jsonl")
+        self.policy = make_policy(folder / "policy.json")
+        self.store = open_store(str(folder / "store"))
+
+    def config(self, name: str, *overrides: str) -> Config:
+        """A run of ten steps that commits after the fifth; `overrides` are dotted, as on the command line."""
+        tree = {
+            "run": {"name": name, "store": str(self.folder / "store"), "seed": 3},
+            "model": {"base": str(self.base)},
+            "tuning": {"rank": 8, "alpha": 16},
+            "data": {
+                "train": [{"path": str(self.data)}],
+                "format": "prompt_completion",
+                "sequence_length": SEQUENCE,
+            },
+            "optim": {"lr": 1e-3, "warmup_steps": 2},
+            "train": {"steps": 10, "global_batch": 4},
+            "sharding": {"deepspeed": str(self.policy)},
+            "checkpoint": {"every_steps": 5, "every_minutes": 0},
+            "cluster": {"threads_per_worker": 1},
+            "track": {"flush_seconds": 0.1, "tensorboard": False},
+        }
+        return parse_config(yaml.safe_dump(tree), overrides)
+
+    def prepare(self, config: Config) -> Datasets:
+        """Compile the data, as the launcher does before any rank starts."""
+        return prepare(config, resolve_base(config.model), self.store)

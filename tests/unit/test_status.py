@@ -1,0 +1,263 @@
+"""`capstan status`, `logs` and `stop` read a run from its folder alone."""
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from launcher.status import (
+    Follower,
+    RunStatus,
+    find_run,
+    follow_log,
+    read_generation,
+    read_log,
+    read_status,
+    render,
+    request_stop,
+    runs,
+    watch,
+)
+from trainer import run_layout
+from trainer.errors import ConfigError
+from trainer.store import Store, open_store
+
+NOW = 1_800_000_000.0
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "runs"))
+
+
+@pytest.fixture
+def run(store: Store) -> Store:
+    store.put("demo/config.yaml", b"run: {name: demo}\n")
+    return store.sub("demo")
+
+
+def start(generation: int, step: int = 0, world_size: int = 2) -> dict[str, Any]:
+    facts = {"generation": generation, "world_size": world_size, "step": step, "total_steps": 20}
+    return {"kind": "start", **facts, "host": "node1", "device": "cpu", "time": NOW}
+
+
+def step(number: int, loss: float, time: float = NOW) -> dict[str, Any]:
+    rates = {"tokens": 1000, "targets": 900, "seconds": 2.0, "tokens_per_second": 500.0}
+    return {"kind": "step", "step": number, "loss": loss, "lr": 1e-3, "grad_norm": 1.0, **rates, "time": time}
+
+
+def end(outcome: str, reason: str = "") -> dict[str, Any]:
+    return {"kind": "end", "outcome": outcome, "step": None, "reason": reason, "time": NOW}
+
+
+def write(run: Store, generation: int, *records: dict[str, Any], torn: bytes = b"") -> None:
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    run.put(run_layout.metrics(generation), lines.encode() + torn)
+
+
+def status_at(run: Store, now: float = NOW) -> RunStatus:
+    return read_status(run, clock=lambda: now)
+
+
+def test_a_run_without_metrics_is_starting(run: Store) -> None:
+    status = status_at(run)
+    assert (status.state, status.step, status.generation) == ("starting", 0, 0)
+
+
+def test_a_claimed_generation_that_loads_for_minutes_is_still_starting(run: Store) -> None:
+    write(run, 1)
+    modified = run.head(run_layout.metrics(1)).modified.timestamp()
+    status = status_at(run, modified + 300)
+    assert status.state == "starting"
+    assert status.quiet_seconds == pytest.approx(300)
+
+
+def test_a_running_run(run: Store) -> None:
+    write(run, 1, start(1), step(1, 3.0), step(2, 2.5), {"kind": "eval", "step": 2, "loss": 2.7, "targets": 9})
+    status = status_at(run, NOW + 5)
+    assert status.state == "running"
+    assert (status.step, status.total_steps, status.world_size) == (2, 20, 2)
+    assert (status.loss_first, status.loss, status.eval_loss) == (3.0, 2.5, 2.7)
+    assert status.tokens_per_second == 500.0
+    assert status.eta_seconds == 18 * 2.0
+    assert status.quiet_seconds == 5
+    assert status.last_commit_step is None
+
+
+@pytest.mark.parametrize(("quiet", "state"), [(119.0, "running"), (120.0, "silent")])
+def test_a_run_that_writes_nothing_for_two_minutes_is_silent(run: Store, quiet: float, state: str) -> None:
+    write(run, 1, start(1), step(1, 3.0))
+    assert status_at(run, NOW + quiet).state == state
+
+
+@pytest.mark.parametrize("outcome", ["finished", "stopped", "failed"])
+def test_the_end_is_final_however_long_ago(run: Store, outcome: str) -> None:
+    write(run, 1, start(1), step(1, 3.0), end(outcome, "because"))
+    status = status_at(run, NOW + 1e6)
+    assert (status.state, status.reason, status.eta_seconds) == (outcome, "because", None)
+
+
+def test_a_later_generation_replaces_the_steps_it_takes_again(run: Store) -> None:
+    write(run, 1, start(1), step(1, 3.0), step(2, 2.9), step(3, 2.8))
+    write(run, 2, start(2, step=1, world_size=1), step(2, 2.0))
+    status = status_at(run)
+    assert (status.generation, status.step, status.loss, status.loss_first) == (2, 2, 2.0, 3.0)
+    assert status.world_size == 1
+
+    write(run, 3, start(3, step=0), step(1, 3.5))
+    assert status_at(run).loss_first == 3.5
+
+
+def test_just_after_a_restart_the_step_is_the_restored_one_and_the_loss_the_last_known(run: Store) -> None:
+    write(run, 1, start(1), step(1, 3.0), step(2, 2.9))
+    write(run, 2, start(2, step=1))
+    status = status_at(run)
+    assert (status.state, status.step, status.loss) == ("starting", 1, 2.9)
+
+
+def test_restarts_name_their_reasons(run: Store) -> None:
+    write(run, 1, start(1), end("failed", "RuntimeError: boom [gpu 3]"))
+    write(run, 2, start(2, step=5), step(6, 2.0))
+    write(run, 3, start(3, step=6))
+    restarts = status_at(run).restarts
+    assert [(restart.generation, restart.step) for restart in restarts] == [(2, 5), (3, 6)]
+    assert restarts[0].reason == "RuntimeError: boom [gpu 3]"
+    assert "without a word" in restarts[1].reason
+
+
+def test_the_last_commit_is_what_the_store_holds(run: Store) -> None:
+    write(run, 1, start(1), step(12, 2.0))
+    run.put(run_layout.shard(12, "attempt", 0), b"not committed")
+    for number in (5, 10):
+        run.put(run_layout.manifest(number), b"{}")
+    committed = run.head(run_layout.manifest(10)).modified.timestamp()
+    status = status_at(run, committed + 42)
+    assert status.last_commit_step == 10
+    assert status.last_commit_age_seconds == pytest.approx(42)
+
+
+def test_a_torn_last_line_is_waited_for(run: Store) -> None:
+    follower = Follower(run, clock=lambda: NOW)
+    line = json.dumps(step(2, 2.5)).encode()
+    write(run, 1, start(1), step(1, 3.0), torn=line[:20])
+    assert follower.read().step == 1
+    write(run, 1, start(1), step(1, 3.0), torn=line + b"\n")
+    assert follower.read().step == 2
+
+
+def test_a_follower_reads_only_what_was_appended(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    get_range = Store.get_range
+    monkeypatch.setattr(
+        Store,
+        "get_range",
+        lambda self, key, start, end: (read.append(end - start), get_range(self, key, start, end))[1],
+    )
+    follower = Follower(run, clock=lambda: NOW)
+    write(run, 1, start(1), *(step(number, 3.0) for number in range(1, 100)))
+    follower.read()
+    follower.read()
+    write(run, 1, start(1), *(step(number, 3.0) for number in range(1, 101)))
+    assert follower.read().step == 100
+    assert sum(read) == run.head(run_layout.metrics(1)).size
+
+
+def test_read_generation_groups_by_kind_in_order(run: Store) -> None:
+    write(run, 1, start(1), step(1, 3.0), step(2, 2.0), end("finished"))
+    records = read_generation(run, 1)
+    assert [record["step"] for record in records["step"]] == [1, 2]
+    assert records["end"][0]["outcome"] == "finished"
+    assert read_generation(run, 2) == {}
+
+
+def test_to_json_is_plain_json(run: Store) -> None:
+    write(run, 1, start(1), end("failed", "x"))
+    write(run, 2, start(2), step(1, 3.0))
+    tree = json.loads(json.dumps(status_at(run).to_json()))
+    assert tree["state"] == "running"
+    assert tree["restarts"] == [{"generation": 2, "step": 0, "reason": "x"}]
+
+
+def test_the_table_shows_brackets_as_they_are(run: Store) -> None:
+    write(run, 1, start(1), step(1, 3.0), end("failed", "KeyError: [red]"))
+    console = Console(file=io.StringIO(), width=120)
+    console.print(render(status_at(run)))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "KeyError: [red]" in text
+    assert "1 of 20" in text
+    assert "none committed" in text
+
+
+def test_watch_shows_progress_until_told_to_stop(run: Store) -> None:
+    waits: list[float] = []
+
+    def train_a_step(seconds: float) -> None:
+        waits.append(seconds)
+        write(run, 1, start(1), *(step(number, 3.0 - number / 10) for number in range(1, len(waits) + 1)))
+
+    console = Console(file=io.StringIO(), width=120, force_terminal=True)
+    status = watch(run, lambda: len(waits) == 3, console=console, wait=train_a_step)
+    assert status.step == 3
+    assert waits == [0.5, 0.5, 0.5]
+    assert "loss 2.7000" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_runs_are_folders_with_a_configuration(store: Store, run: Store) -> None:
+    store.put("data/abc/manifest.json", b"{}")
+    store.put("other/config.yaml", b"")
+    assert runs(store) == ["demo", "other"]
+
+
+def test_a_run_is_found_by_name_and_by_uri(store: Store, run: Store) -> None:
+    assert find_run("demo", store.uri).uri == run.uri
+    assert find_run(run.uri, "elsewhere").uri == run.uri
+
+
+def test_a_missing_run_names_the_runs_there_are(store: Store, run: Store) -> None:
+    with pytest.raises(ConfigError, match="no run 'dmeo'.*Did you mean 'demo'.*Runs there: demo"):
+        find_run("dmeo", store.uri)
+
+
+def test_a_stop_request_says_when_and_by_whom(run: Store) -> None:
+    request_stop(run, by="alice")
+    assert json.loads(run.get(run_layout.STOP)).keys() == {"time", "by"}
+    assert json.loads(run.get(run_layout.STOP))["by"] == "alice"
+    assert status_at(run).stop_requested
+
+
+def test_read_log_takes_the_newest_generation_of_that_rank(run: Store) -> None:
+    run.put(run_layout.rank_log(1, 0), b"old")
+    run.put(run_layout.rank_log(2, 0), "neu: é\n".encode())
+    run.put(run_layout.rank_log(1, 1), b"rank 1")
+    assert read_log(run, 0) == "neu: é\n"
+    assert read_log(run, 0, generation=1) == "old"
+    assert read_log(run, 1) == "rank 1"
+    with pytest.raises(ConfigError, match=r"rank 7 of .* has no log\. Ranks with one: 0, 1\."):
+        read_log(run, 7)
+    with pytest.raises(ConfigError, match=r"rank 1 of .* has no log in generation 2\. Ranks with one: 0\."):
+        read_log(run, 1, generation=2)
+
+
+def test_following_a_log_yields_what_is_appended_and_goes_on_into_the_next_generation(run: Store) -> None:
+    writes = iter(
+        [
+            (run_layout.rank_log(2, 0), "one\ncaf\u00e9"[:-1].encode() + b"\xc3"),  # ends inside a character
+            (run_layout.rank_log(2, 0), "one\ncaf\u00e9\n".encode()),
+            (run_layout.rank_log(3, 0), b"resumed\n"),
+        ]
+    )
+    left = [3]
+
+    def write_more(_: float) -> None:
+        key, data = next(writes)
+        run.put(key, data)
+        left[0] -= 1
+
+    run.put(run_layout.rank_log(1, 0), b"before\n")
+    run.put(run_layout.rank_log(2, 0), b"one\n")
+    followed: Iterator[str] = follow_log(run, 0, stop=lambda: left[0] == 0, wait=write_more)
+    assert list(followed) == ["one\n", "caf", "\u00e9\n", "resumed\n"]
