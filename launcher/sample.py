@@ -2,12 +2,13 @@
 
 The data is the documentation of the running Python's standard library ("What does os.path.join do?" and its docstring):
 thousands of real question-answer pairs. The base is an ordinary Hugging Face directory of the Llama architecture,
-trained for some seconds on the same text, so that it knows something and fine-tuning has something to adapt.
+trained for some seconds on the library's source code, so that it knows something and has something to learn.
 
 Run it as a process of its own (`python -m launcher.sample DIR`): it imports torch, and hundreds of stdlib modules.
 """
 
 import argparse
+import ast
 import contextlib
 import hashlib
 import importlib
@@ -16,6 +17,7 @@ import io
 import json
 import os
 import sys
+import sysconfig
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,6 +35,7 @@ _SKIPPED_MODULES |= {"distutils", "posix", "posixpath", "genericpath", "ntpath"}
 # Where a module's public objects say that they are from, besides the module itself and its C twin `_module`.
 _IMPLEMENTED_IN = {"os": ("posix",), "os.path": ("posixpath", "genericpath")}
 _SHORTEST, _LONGEST = 20, 1200
+_LONGEST_CODE = 20_000  # characters of a module
 _SHARDS = 4
 _EVAL_SHARE = 32
 
@@ -60,7 +63,7 @@ class Sizes:
     hidden: int = 256
     intermediate: int = 704
     layers: int = 4
-    steps: int = 48
+    steps: int = 32
     batch: int = 8
     sequence_length: int = 128
 
@@ -120,7 +123,7 @@ def make_sample(
     report(f"tokenizer: {vocabulary:,} tokens, {seconds['tokenizer']} s")
 
     with part("base"):
-        parameters, loss_before, loss_after = _make_base(base, train, sizes, seed)
+        parameters, loss_before, loss_after = _make_base(base, sizes, seed)
     report(f"base: {parameters:,} parameters, loss {loss_before:.2f} -> {loss_after:.2f} nats, {seconds['base']} s")
 
     sample = Sample(
@@ -300,8 +303,8 @@ def _fast_tokenizer(model: bytes) -> Any:
 # --- the base model
 
 
-def _make_base(base: Path, rows: list[tuple[str, str]], sizes: Sizes, seed: int) -> tuple[int, float, float]:
-    """Train a small Llama on the text of `rows` and write it in bf16.
+def _make_base(base: Path, sizes: Sizes, seed: int) -> tuple[int, float, float]:
+    """Train a small Llama on the library's source code and write it in bf16.
 
     Returns (parameters, mean loss of the first and of the last tenth of the steps).
     """
@@ -327,7 +330,7 @@ def _make_base(base: Path, rows: list[tuple[str, str]], sizes: Sizes, seed: int)
         tie_word_embeddings=False,
     )
     model = LlamaForCausalLM(config)
-    losses = _pretrain(model, _tokens(tokenizer, rows, sizes), sizes)
+    losses = _pretrain(model, _tokens(tokenizer, source_code(), sizes), sizes)
 
     model.bfloat16()
     model.generation_config = GenerationConfig(
@@ -340,17 +343,28 @@ def _make_base(base: Path, rows: list[tuple[str, str]], sizes: Sizes, seed: int)
     return parameters, sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
 
 
-def _tokens(tokenizer: Any, rows: list[tuple[str, str]], sizes: Sizes) -> Any:
-    """(steps, batch, sequence_length + 1) int64: plain text in a seeded order, as much as the steps read."""
+def source_code() -> list[str]:
+    """The library's modules without their docstrings: a base that has read the code is yet to learn to explain it."""
+    modules = []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        tree = ast.parse(path.read_bytes())
+        for node in ast.walk(tree):
+            documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            if documented and ast.get_docstring(node, clean=False) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+        modules.append(ast.unparse(tree))
+    return modules
+
+
+def _tokens(tokenizer: Any, texts: list[str], sizes: Sizes) -> Any:
+    """(steps, batch, sequence_length + 1) int64: the texts in a seeded order, as much of them as the steps read."""
     import torch
 
     needed = sizes.steps * sizes.batch * (sizes.sequence_length + 1)
     stream: list[int] = []
-    # Text and not chat: what a chat looks like is left to fine-tuning.
     while len(stream) < needed:
-        for index in torch.randperm(len(rows)).tolist():
-            question, answer = rows[index]
-            stream += tokenizer.encode(f"{question}\n{answer}\n", add_special_tokens=False)
+        for index in torch.randperm(len(texts)).tolist():
+            stream += tokenizer.encode(texts[index][:_LONGEST_CODE], add_special_tokens=False)
             if len(stream) >= needed:
                 break
     return torch.tensor(stream[:needed]).view(sizes.steps, sizes.batch, sizes.sequence_length + 1)

@@ -216,7 +216,7 @@ class _Life:
                     "model": {"base": sample["base"]},
                     "data": sources,
                     "train": {"steps": STEPS},
-                    "optim": {"lr": 2e-3},
+                    "optim": {"lr": 5e-3, "warmup_steps": 2},
                 }
             )
             config = parse_config(text, overrides)

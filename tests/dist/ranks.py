@@ -331,6 +331,8 @@ def stock_logits(bases: list[str], quant_type: str, double: bool, destination: s
         model: Any = AutoModelForCausalLM.from_pretrained(
             base, dtype=torch.bfloat16, quantization_config=quantization, attn_implementation="sdpa"
         )
+        # Some CPUs have a fused 4-bit product that rounds differently; bitsandbytes does not use it in training mode.
+        model.train()
         with torch.no_grad():
             logits = model(input_ids=_probe(), use_cache=False).logits
         save_file({"logits": logits.contiguous()}, f"{destination}/{Path(base).name}.safetensors")

@@ -1,6 +1,7 @@
 """A sharded load gives bitsandbytes' bytes and transformers' logits, whatever the ranks, and no rank holds the whole."""
 
-from itertools import product
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,48 @@ from trainer.config import dump_config
 
 # World size, and ranks of one "node" where the base is sharded inside a node only.
 WORLDS = [(1, None), (2, None), (3, None), (4, None), (4, 2)]
+# Every pair of values occurs.
 QUANTS = [
     [f"quant.type={kind}", f"quant.block_size={block}", f"quant.double={double}"]
-    for kind, block, double in product(("nf4", "fp4"), (64, 128), ("false", "true"))
+    for kind, block, double in [
+        ("nf4", 64, "false"),
+        ("nf4", 128, "true"),
+        ("fp4", 64, "true"),
+        ("fp4", 128, "false"),
+    ]
 ]
-MODELS = [kind for kind in KINDS if kind != "speck"]  # bitsandbytes' own layers refuse so small a tensor
-STORED = {"nf4": ["quant.type=nf4"], "fp4-double": ["quant.type=fp4", "quant.double=true"], "none": ["quant.type=none"]}
+STORED: dict[str, tuple[str, bool]] = {"nf4": ("nf4", False), "fp4-double": ("fp4", True), "none": ("none", False)}
 
 
-def world_id(world: tuple[int, int | None]) -> str:
-    return f"{world[0]}-ranks" + (f"-in-nodes-of-{world[1]}" if world[1] else "")
+@dataclass(frozen=True)
+class Case:
+    """One load: by how many ranks, of how many to a node, stored how, of which bases."""
+
+    world_size: int
+    per_node: int | None
+    stored: str
+    kinds: tuple[str, ...] = tuple(KINDS)
+
+    @property
+    def scope(self) -> list[str]:
+        return ["sharding.scope=node"] if self.per_node else []
+
+
+CASES = {
+    "1-rank-nf4": Case(1, None, "nf4"),
+    "2-ranks-nf4": Case(2, None, "nf4"),
+    "3-ranks-fp4-double": Case(3, None, "fp4-double"),
+    "2-ranks-none": Case(2, None, "none"),
+    "2-nodes-of-2-nf4": Case(4, 2, "nf4", ("llama", "qwen2", "phi3")),
+}
+
+
+@dataclass
+class Loaded:
+    """What a load gave: of each kind, rank 0's logits and every rank's facts."""
+
+    logits: dict[str, torch.Tensor]
+    facts: dict[str, list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
@@ -34,91 +67,111 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def stock(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """By stored form and kind, what transformers + bitsandbytes give: (logits, rotary buffers)."""
-    found: dict[str, Any] = {}
-    for stored, (kind, double) in {
-        "nf4": ("nf4", False),
-        "fp4-double": ("fp4", True),
-        "none": ("none", False),
-    }.items():
+def load(
+    workshop: Workshop, bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Loaded]:
+    """The result of a case; every case is loaded once."""
+    done: dict[str, Loaded] = {}
+
+    def get(name: str) -> Loaded:
+        if name not in done:
+            case, folder = CASES[name], tmp_path_factory.mktemp(name)
+            kind, double = STORED[case.stored]
+            overrides = [f"quant.type={kind}", f"quant.double={str(double).lower()}"]
+            config = dump_config(workshop.config("load", *case.scope))
+            names = [str(bases[kind]) for kind in case.kinds]
+            results = launch(
+                case.world_size, "loaded_logits", config, names, overrides, str(folder), ranks_per_node=case.per_node
+            )
+            done[name] = Loaded(
+                {kind: load_file(folder / f"{kind}.safetensors")["logits"] for kind in case.kinds},
+                {kind: [rank[index] for rank in results] for index, kind in enumerate(case.kinds)},
+            )
+        return done[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def stock(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
+    """By stored form: what transformers + bitsandbytes give as one process."""
+    found = {}
+    for stored, (quant_type, double) in STORED.items():
         folder = tmp_path_factory.mktemp(f"stock-{stored}")
-        names = [str(bases[name]) for name in MODELS]
-        (facts,) = launch(1, "stock_logits", names, kind, double, str(folder))
-        found[stored] = {
-            name: (load_file(folder / f"{name}.safetensors")["logits"], fact["buffers"])
-            for name, fact in zip(MODELS, facts, strict=True)
-        }
+        (facts,) = launch(
+            1, "stock_logits", [str(bases[kind]) for kind in KINDS], quant_type, double, str(folder)
+        )
+        found[stored] = Loaded(
+            {kind: load_file(folder / f"{kind}.safetensors")["logits"] for kind in KINDS},
+            {kind: [fact] for kind, fact in zip(KINDS, facts, strict=True)},
+        )
     return found
-
-
-def overrides(world: tuple[int, int | None]) -> list[str]:
-    return ["sharding.scope=node"] if world[1] else []
 
 
 def test_every_supported_architecture_is_among_the_bases() -> None:
     assert {settings["model_type"] for settings in KINDS.values()} == set(ARCHITECTURES)
 
 
-@pytest.mark.parametrize("world", WORLDS, ids=world_id)
+@pytest.mark.parametrize("world", WORLDS, ids=lambda world: "-ranks-in-nodes-of-".join(map(str, filter(None, world))))
 def test_packed_bytes_and_scales_are_those_of_quantizing_the_whole_tensor(
     workshop: Workshop, bases: dict[str, Path], world: tuple[int, int | None]
 ) -> None:
-    config = dump_config(workshop.config("load", *overrides(world)))
-    names = [str(bases[kind]) for kind in ("llama", "ragged", "speck")]
-    for result in launch(world[0], "quantized_bytes", config, names, QUANTS, ranks_per_node=world[1]):
-        assert result["differing"] == []
-        assert result["compared"] == len(QUANTS) * 7 * (2 + 1 + 1)  # linears a layer, layers
-
-
-@pytest.mark.parametrize("stored", STORED)
-@pytest.mark.parametrize("world", WORLDS, ids=world_id)
-def test_logits_are_those_of_transformers_and_bitsandbytes(
-    workshop: Workshop,
-    bases: dict[str, Path],
-    stock: dict[str, Any],
-    tmp_path: Path,
-    world: tuple[int, int | None],
-    stored: str,
-) -> None:
-    if stored != "nf4" and world not in ((2, None), (4, 2)):
-        pytest.skip("the forms beside nf4 are compared at two layouts only, to save time")
-    config = dump_config(workshop.config("load", *overrides(world)))
-    names = [str(bases[kind]) for kind in MODELS]
-    results = launch(world[0], "loaded_logits", config, names, STORED[stored], str(tmp_path), ranks_per_node=world[1])
-    for index, kind in enumerate(MODELS):
-        facts = [result[index] for result in results]
-        logits, rotary = stock[stored][kind]
-        ours = load_file(tmp_path / f"{kind}.safetensors")["logits"]
-        assert torch.equal(ours, logits), f"{kind}: largest difference {float((ours - logits).abs().max())}"
-        assert len({fact["digest"] for fact in facts}) == 1, f"{kind}: ranks disagree"
-        assert not any(fact["moved"] for fact in facts), f"{kind}: deepspeed.initialize changed packed bytes"
-        assert all(bool(fact["packed"]) == (stored != "none") for fact in facts)
-        for fact in facts:
-            buffers = {name: value for name, value in fact["buffers"].items() if "rotary" in name}
-            assert buffers == rotary, f"{kind}: rotary buffers"
-            assert {dtype for dtype, _ in buffers.values()} == {"torch.float32"}
-
-
-@pytest.mark.parametrize("stored", STORED)
-def test_all_ranks_together_read_the_files_once(
-    workshop: Workshop, bases: dict[str, Path], tmp_path: Path, stored: str
-) -> None:
-    config = dump_config(workshop.config("load"))
-    results = launch(3, "loaded_logits", config, [str(bases["llama"])], STORED[stored], str(tmp_path))
-    files = sum(path.stat().st_size for path in bases["llama"].glob("*.safetensors"))
-    assert 0.9 * files < sum(result[0]["read_bytes"] for result in results) <= 1.1 * files
-    kept = [result[0]["kept_bytes"] for result in results]
-    assert max(kept) < 1.05 * sum(kept) / 3, "one rank keeps more than its share"
-
-
-def test_inside_a_node_each_node_reads_and_keeps_a_whole_base(
-    workshop: Workshop, bases: dict[str, Path], tmp_path: Path
-) -> None:
-    arguments = [str(bases["llama"])], STORED["nf4"], str(tmp_path)
-    world = launch(2, "loaded_logits", dump_config(workshop.config("load")), *arguments)
-    node = launch(
-        4, "loaded_logits", dump_config(workshop.config("load", "sharding.scope=node")), *arguments, ranks_per_node=2
+    world_size, per_node = world
+    scope = ["sharding.scope=node"] if per_node else []
+    config = dump_config(workshop.config("load", "model.layers=1", *scope))
+    kinds = ["llama", "ragged", "speck"]
+    quants = QUANTS[:2] if per_node else QUANTS
+    results = launch(
+        world_size, "quantized_bytes", config, [str(bases[kind]) for kind in kinds], quants, ranks_per_node=per_node
     )
-    kept = [result[0]["kept_bytes"] for result in world]
-    assert [result[0]["kept_bytes"] for result in node] == kept + kept
+    for result in results:
+        assert result["differing"] == []
+        assert result["compared"] == len(quants) * len(kinds) * 7  # linears of a layer
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_are_those_of_transformers_and_bitsandbytes(
+    load: Callable[[str], Loaded], stock: dict[str, Loaded], name: str
+) -> None:
+    loaded, expected = load(name), stock[CASES[name].stored]
+    for kind, logits in loaded.logits.items():
+        difference = float((logits - expected.logits[kind]).abs().max())
+        assert torch.equal(logits, expected.logits[kind]), f"{kind}: largest difference {difference}"
+        assert len({fact["digest"] for fact in loaded.facts[kind]}) == 1, f"{kind}: ranks disagree"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_engine_leaves_packed_bytes_alone(load: Callable[[str], Loaded], name: str) -> None:
+    for kind, facts in load(name).facts.items():
+        for fact in facts:
+            assert not fact["moved"], kind
+            assert bool(fact["packed"]) == (CASES[name].stored != "none"), kind
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rotary_frequencies_stay_transformers_own_in_fp32(
+    load: Callable[[str], Loaded], stock: dict[str, Loaded], name: str
+) -> None:
+    for kind, facts in load(name).facts.items():
+        (expected,) = stock[CASES[name].stored].facts[kind]
+        for fact in facts:
+            rotary = {buffer: value for buffer, value in fact["buffers"].items() if "rotary" in buffer}
+            assert rotary == expected["buffers"], kind
+            assert {dtype for dtype, _ in rotary.values()} == {"torch.float32"}, kind
+
+
+@pytest.mark.parametrize("name", ["2-ranks-nf4", "3-ranks-fp4-double", "2-ranks-none"])
+def test_all_ranks_together_read_the_files_once_and_keep_equal_shares(
+    load: Callable[[str], Loaded], bases: dict[str, Path], name: str
+) -> None:
+    facts = load(name).facts["llama"]
+    files = sum(path.stat().st_size for path in bases["llama"].glob("*.safetensors"))
+    assert 0.9 * files < sum(fact["read_bytes"] for fact in facts) <= 1.1 * files
+    kept = [fact["kept_bytes"] for fact in facts]
+    assert max(kept) < 1.05 * sum(kept) / len(kept)
+
+
+def test_inside_a_node_each_node_reads_and_keeps_a_whole_base(load: Callable[[str], Loaded]) -> None:
+    world, node = (load(name).facts["llama"] for name in ("2-ranks-nf4", "2-nodes-of-2-nf4"))
+    for key in ("kept_bytes", "read_bytes"):
+        assert [fact[key] for fact in node] == [fact[key] for fact in world] * 2

@@ -1,0 +1,132 @@
+"""Packed documents do not see each other, in every attention kernel that this machine has."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.material import KINDS, SIZES
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+from trainer.attention import choose_attention, unavailable
+from trainer.data.stream import IGNORED, MicroBatch
+from trainer.engine import RowLoss
+from trainer.errors import ConfigError
+from trainer.loss import LossHead
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BF16, FP32 = torch.bfloat16, torch.float32
+KERNELS = ("flash_attention_2", "varlen", "sdpa")
+# What can run here, in each dtype that it can run in.
+HERE = [(name, dtype) for dtype in (BF16, FP32) for name in KERNELS if name not in unavailable(DEVICE, dtype)]
+A, B, PADDING = 23, 30, 11  # tokens of two documents and of the padding behind them
+
+
+@pytest.fixture(
+    params=[(*here, kind) for here in HERE for kind in ("llama", "mistral", "phi3")],
+    ids=lambda param: "-".join(map(str, param)),
+)
+def model(request: pytest.FixtureRequest) -> RowLoss:
+    """A small model behind the kernel; mistral's and phi3's windows are shorter than the documents."""
+    kernel, dtype, kind = request.param
+    attention = choose_attention(kernel, DEVICE, dtype)
+    torch.manual_seed(7)
+    config = AutoConfig.for_model(**{"tie_word_embeddings": False, **SIZES, **KINDS[kind]})
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.name)
+    head = LossHead(model.lm_head.in_features, model.lm_head.out_features, bias=False, device="meta")
+    head.weight = model.lm_head.weight.requires_grad_(False)
+    model.lm_head = head
+    return RowLoss(model.to(DEVICE), attention)
+
+
+def tolerance(model: RowLoss) -> float:
+    """Of a sum of losses, relative: kernels add in another order for another row length."""
+    return 1e-5 if next(model.parameters()).dtype == FP32 else 1e-2
+
+
+def row(documents: list[Tensor], trained: list[bool], padding: int = 0) -> MicroBatch:
+    """Documents end to end, as the stream packs them; `trained[i]` says whether document i has targets."""
+    tokens = torch.cat([*documents, torch.zeros(padding, dtype=torch.int64)])
+    labels = torch.full_like(tokens, IGNORED)
+    lengths = [len(document) for document in documents] + ([padding] if padding else [])
+    begin = 0
+    for document, wanted in zip(documents, trained, strict=True):
+        if wanted:
+            labels[begin : begin + len(document) - 1] = document[1:]
+        begin += len(document)
+    return MicroBatch(
+        input_ids=tokens[None],
+        labels=labels[None],
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
+        max_seqlen=max(lengths),
+        tokens=begin,
+        targets=int((labels != IGNORED).sum()),
+        bins=((0, 0),),
+        documents=tuple(range(len(documents))),
+    ).to(DEVICE)
+
+
+def documents(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(3, SIZES["vocab_size"], (length,), generator=generator) for length in (A, B))  # type: ignore[return-value]
+
+
+def loss_and_gradients(model: RowLoss, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = model(batch)
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_another_document_in_the_row_changes_neither_loss_nor_gradients(model: RowLoss) -> None:
+    before, ours = documents(1)
+    other, _ = documents(2)
+    assert not torch.equal(before, other)
+    for order in (lambda them: [them, ours], lambda them: [ours, them]):
+        trained = [document is ours for document in order(before)]
+        loss, gradients = loss_and_gradients(model, row(order(before), trained, PADDING))
+        changed_loss, changed_gradients = loss_and_gradients(model, row(order(other), trained, PADDING))
+        assert torch.equal(loss, changed_loss)
+        assert gradients.keys() == changed_gradients.keys()
+        assert [name for name in gradients if not torch.equal(gradients[name], changed_gradients[name])] == []
+
+
+def test_a_documents_own_tokens_do_change_its_loss(model: RowLoss) -> None:
+    one, ours = documents(1)
+    changed = ours.clone()
+    changed[0] = (changed[0] + 1).remainder(SIZES["vocab_size"])
+    assert not torch.equal(model(row([one, ours], [False, True])), model(row([one, changed], [False, True])))
+
+
+def test_a_packed_rows_loss_is_the_sum_of_its_documents_alone(model: RowLoss) -> None:
+    first, second = documents(3)
+    packed, gradients = loss_and_gradients(model, row([first, second], [True, True], PADDING))
+    alone = [loss_and_gradients(model, row([document], [True])) for document in (first, second)]
+    assert float(packed) == pytest.approx(sum(float(loss) for loss, _ in alone), rel=tolerance(model))
+    for name, gradient in gradients.items():
+        together = sum(own[name].double() for _, own in alone)
+        assert isinstance(together, Tensor)
+        assert float((gradient.double() - together).norm() / together.norm()) < 3 * tolerance(model), name
+
+
+def test_a_row_of_padding_alone_has_no_loss_and_no_gradient(model: RowLoss) -> None:
+    loss, gradients = loss_and_gradients(model, row([], [], padding=A + B))
+    assert float(loss) == 0.0
+    assert not any(gradient.any() for gradient in gradients.values())
+
+
+def test_auto_takes_the_fastest_kernel_and_says_why() -> None:
+    chosen = choose_attention("auto", torch.device("cpu"), BF16)
+    assert chosen.name == "sdpa"
+    assert "no flash_attention_2: it needs a CUDA device" in chosen.why
+
+
+def test_a_kernel_that_cannot_run_is_refused_with_the_reason() -> None:
+    with pytest.raises(ConfigError, match="model.attention: 'varlen' cannot run here: it needs a CUDA device. Use auto"):
+        choose_attention("varlen", torch.device("cpu"), BF16)
+    assert set(unavailable(torch.device("cuda"), FP32)) == {"flash_attention_2", "varlen"}
