@@ -52,9 +52,13 @@ def export_run(run: Store, destination: Path, *, verify: bool, dry_run: bool) ->
 
 def _module(name: str, *arguments: str) -> dict[str, Any]:
     """Run one of the trainer's modules that print a JSON object; its error and exit code become ours."""
-    done = subprocess.run([sys.executable, "-m", name, *arguments], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, "-m", name, *arguments], capture_output=True, text=True)
     if done.returncode:
-        error = CapstanError(f"{name} failed; its reason is above.")
-        error.exit_code = done.returncode
+        *before, last = done.stderr.strip().splitlines() or [f"{name} ended with exit code {done.returncode}."]
+        expected = last.startswith("capstan: ")
+        if not expected:
+            print("\n".join(before), file=sys.stderr)
+        error = CapstanError(last.removeprefix("capstan: "))
+        error.exit_code = done.returncode if expected else 1
         raise error
     return json.loads(done.stdout.splitlines()[-1])

@@ -17,6 +17,7 @@ from trainer.base import check_base, resolve_base
 from trainer.config import Config, dump_config
 from trainer.data.compile import Progress
 from trainer.data.prepare import Datasets, prepare
+from trainer.deepspeed_config import build_deepspeed_config
 from trainer.errors import AlreadyExists, ConfigError, NothingToResume
 from trainer.manifest import committed_steps
 from trainer.store import Store, open_store
@@ -58,6 +59,7 @@ def begin(config: Config, *, resume: bool, log: Callable[[str], None], restarted
     """
     base = resolve_base(config.model)
     check_base(base, config)
+    build_deepspeed_config(config, world_size=config.cluster.workers or 1, accumulation=1, on_gpu=False)  # its checks
     store = open_store(config.run.store)
     run = store.sub(config.run.name)
     if resume and not committed_steps(run):

@@ -18,7 +18,6 @@ from trainer.data.prepare import Datasets
 from trainer.errors import ConfigError
 from trainer.store import Store
 
-
 # OpenMP's idle threads spin at barriers by default: on cores that two ranks share, that is many times slower.
 _WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
 
@@ -37,7 +36,8 @@ def run_on_ray(config: Config, datasets: Datasets, run: Store, *, resume: bool, 
             if error is None:
                 return
             failure = retry.classify(error)
-            retry.record_end(run, failure)
+            if failure.error is None:
+                retry.record_crash(run, failure)
             failures.append(failure)
             decision = retry.decide(failures, config.retry.failures)
             if decision.error is not None:
@@ -76,9 +76,12 @@ def _attempt(config: Config, datasets: Datasets, workers: int, gpus: int, *, res
 
 
 def _original(error: BaseException) -> BaseException:
-    """Ray wraps what the train function raised, to carry its traceback."""
+    """Ray wraps what the train function raised, to carry its traceback; a dead process has an error of its own."""
+    from ray.exceptions import RayActorError
     from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
+    if isinstance(error, RayActorError):
+        return retry.RankDied(str(error))
     return error._base_exc if isinstance(error, UserExceptionWithTraceback) else error
 
 

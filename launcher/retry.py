@@ -33,14 +33,23 @@ class Decision:
     error: CapstanError | None
 
 
+class RankDied(Exception):
+    """A rank's process is gone: killed, out of memory, or its machine with it."""
+
+
 def classify(errors: WorkerErrors) -> Failure:
-    """The cause among what the ranks died of: an error of ours before the crashes it set off in other ranks."""
+    """The cause among what the ranks died of.
+
+    An error of ours comes first; then a rank that is gone, as the ranks left behind fail with broken connections.
+    """
     ours = [(rank, error) for rank, error in sorted(errors.items()) if isinstance(error, CapstanError)]
     if ours:
         return Failure(str(ours[0][1]), ours[0][1])
-    rank, error = min(errors.items(), key=lambda item: item[0])
+    rank, error = min(errors.items(), key=lambda item: (not isinstance(item[1], RankDied), item[0]))
     first_line = next(iter(str(error).strip().splitlines()), "")
-    return Failure(f"rank {rank} died: {type(error).__name__}: {first_line}", None)
+    if isinstance(error, RankDied):
+        return Failure(f"rank {rank} died: {first_line}", None)
+    return Failure(f"rank {rank} failed: {type(error).__name__}: {first_line}", None)
 
 
 def decide(failures: Sequence[Failure], budget: int) -> Decision:
@@ -56,13 +65,10 @@ def decide(failures: Sequence[Failure], budget: int) -> Decision:
     )
 
 
-def record_end(run: Store, failure: Failure) -> None:
-    """Write why a generation ended into its metrics, where its rank 0 could not."""
+def record_crash(run: Store, failure: Failure) -> None:
+    """Write why a generation ended into its metrics: its rank 0 is gone, or saw only a broken connection."""
     keys = [entry.key for entry in run.list(run_layout.METRICS) if run_layout.generation_of(entry.key)]
     if not keys:
         return
-    lines = run.get(keys[-1])
-    if b'"kind": "end"' in lines:
-        return
     end = {"kind": "end", "outcome": "failed", "step": None, "reason": failure.reason, "time": round(time.time(), 3)}
-    run.put(keys[-1], lines + json.dumps(end).encode() + b"\n")
+    run.put(keys[-1], run.get(keys[-1]) + json.dumps(end).encode() + b"\n")

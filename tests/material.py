@@ -116,9 +116,9 @@ def make_policy(path: Path) -> Path:
 class Workshop:
     """A folder with a base, documents and a store; makes run configurations over them."""
 
-    def __init__(self, folder: Path, kind: str = "llama") -> None:
+    def __init__(self, folder: Path, kind: str = "llama", **sizes: Any) -> None:
         self.folder = folder
-        self.base = make_base(folder / "base", kind)
+        self.base = make_base(folder / "base", kind, **sizes)
         self.data = make_data(folder / "train.jsonl")
         self.policy = make_policy(folder / "policy.json")
         self.store = open_store(str(folder / "store"))

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.config import Config
 from trainer.errors import ConfigError
 
 
@@ -59,6 +60,14 @@ class Architecture:
         biases = sum(linear.outputs for linear in self.linears if linear.bias)
         return self.layers * (self.norm_weights + biases) + self.hidden
 
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Tensor name -> (outputs, inputs) of every linear weight of the decoder layers."""
+        return {
+            f"model.layers.{layer}.{linear.path}.weight": (linear.outputs, linear.inputs)
+            for layer in range(self.layers)
+            for linear in self.linears
+        }
+
     def adapted(self, targets: str | Iterable[str]) -> list[Linear]:
         """The linear layers of the whole model that get an adapter; PEFT matches a target to the end of a name."""
         if targets == "all-linear":
@@ -106,6 +115,23 @@ def read_architecture(base_config: dict[str, Any], layers: int | None = None) ->
         # qwen3 normalises queries and keys by head too.
         norm_weights=2 * hidden + (2 * head if kind == "qwen3" else 0),
     )
+
+
+def mismatches(config: Config, base_config: dict[str, Any]) -> list[str]:
+    """A sentence for each setting of `config` that asks more of the base than its config.json says it has."""
+    model = read_architecture(base_config, config.model.layers)
+    length, layers, found = config.data.sequence_length, base_config["num_hidden_layers"], list[str]()
+    if model.positions and length > model.positions:
+        found.append(
+            f"data.sequence_length: {length} exceeds the base's {model.positions} positions (config.json). Lower it."
+        )
+    if config.model.layers and config.model.layers > layers:
+        found.append(f"model.layers: {config.model.layers} exceeds the base's {layers} layers (config.json). Lower it.")
+    for target in [] if config.tuning.targets == "all-linear" else config.tuning.targets:
+        if not model.adapted([target]):
+            names = ", ".join(linear.path.rpartition(".")[2] for linear in model.linears)
+            found.append(f"tuning.targets: {target!r} is no linear layer that can be adapted. The base has {names}.")
+    return found
 
 
 def _split(

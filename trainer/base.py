@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from trainer.architecture import mismatches, read_architecture
 from trainer.config import Config, Model
 from trainer.errors import ConfigError
 from trainer.safetensors_index import TensorSource, read_index
@@ -18,7 +19,8 @@ from trainer.store import Store, open_store
 
 # Decoder-only architectures whose logits are tested against transformers + bitsandbytes.
 ARCHITECTURES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+WEIGHT_DTYPES = ("BF16", "F16", "F32")
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # a path that begins with a dot is none
 _FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt"]
 
 
@@ -94,16 +96,11 @@ def _from_hub(model: Model) -> Path:
 
 def check_base(base: Base, config: Config) -> None:
     """Everything about the base and the run's settings that can be wrong before a byte of weights is read."""
-    positions = base.config.get("max_position_embeddings")
-    if positions and config.data.sequence_length > positions:
-        raise ConfigError(
-            f"data.sequence_length: {config.data.sequence_length} exceeds the base's {positions} positions (config.json). Lower it."
-        )
-    layers = base.config["num_hidden_layers"]
-    if config.model.layers and config.model.layers > layers:
-        raise ConfigError(
-            f"model.layers: {config.model.layers} exceeds the base's {layers} layers (config.json). Lower it."
-        )
+    wrong = mismatches(config, base.config)
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    for name, shape in read_architecture(base.config, config.model.layers).linear_shapes().items():
+        check_tensor(base, name, shape)
     embedding = base.tensors.get("model.embed_tokens.weight")
     if embedding is None:
         raise ConfigError(
@@ -115,6 +112,22 @@ def check_base(base: Base, config: Config) -> None:
             f"model.base: the tokenizer of {base.directory} has {tokens} tokens, the embedding {rows} rows. "
             "Use the tokenizer that belongs to this model, or resize the embedding with resize_token_embeddings()."
         )
+
+
+def check_tensor(base: Base, name: str, shape: tuple[int, ...]) -> None:
+    """Raises `ConfigError` unless the files have the tensor, of this shape and a type that can be read."""
+    source = base.tensors.get(name)
+    if source is None:
+        raise ConfigError(
+            f"model.base: {base.directory} has no tensor {name}, which its architecture needs. Copy the model again."
+        )
+    if source.shape != shape:
+        raise ConfigError(
+            f"model.base: {name} is {list(source.shape)} in {source.key}, {list(shape)} by config.json. "
+            "Copy the model again."
+        )
+    if source.dtype not in WEIGHT_DTYPES:
+        raise ConfigError(f"model.base: {name} is of type {source.dtype}. Readable are {', '.join(WEIGHT_DTYPES)}.")
 
 
 def tokenizer_size(directory: Path) -> int:

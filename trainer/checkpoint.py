@@ -145,13 +145,16 @@ class Checkpoints:
         Raises:
             NothingToResume: there is none, and `required`.
             ConfigError: it belongs to another base, adapter or data set.
+            StorageError: there are some, but none is whole: starting over would hide that.
         """
         skipped: list[str] = []
+        damaged = 0
         candidates = readable_manifests(self.run, skipped) if self.ranks.rank == 0 else iter(())
         while True:
             manifest: Manifest | None = self.ranks.broadcast(next(candidates, None))
             for reason in skipped:
                 log(f"checkpoint skipped: {reason}")
+            damaged += len(skipped)
             skipped.clear()
             if manifest is None:
                 break
@@ -159,10 +162,26 @@ class Checkpoints:
                 _check_identity(manifest, self.identity)
                 load_partitions(self.run, manifest, engine.partitions())
                 engine.refresh(manifest.updates)
+                if self.ranks.rank == 0:
+                    self._set_aside(newer_than=manifest.step)
                 return manifest
+            damaged += 1
+        if self.ranks.sum(damaged):
+            raise StorageError(
+                f"no checkpoint of {self.run.uri} is whole; the ranks' logs say why. Restore its files, or start a run of "
+                "another name."
+            )
         if required:
             raise NothingToResume(f"{self.run.uri} has no committed checkpoint. Start it with `capstan train`.")
         return None
+
+    def _set_aside(self, newer_than: int) -> None:
+        """Rename the damaged checkpoints' manifests: their steps come again, and a commit only ever creates."""
+        for step in committed_steps(self.run):
+            if step > newer_than:
+                key = run_layout.manifest(step)
+                self.run.put(run_layout.damaged_manifest(step, self.generation), self.run.get(key))
+                self.run.delete(key)
 
     def _whole(self, manifest: Manifest, log: Callable[[str], None]) -> bool:
         """Whether every shard's bytes are right; the shards are divided over the ranks. Collective."""

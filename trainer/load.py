@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from trainer.attention import Attention
-from trainer.base import Base
+from trainer.base import Base, check_tensor
 from trainer.config import Config, Tuning
 from trainer.engine import zero_init
-from trainer.errors import ConfigError
 from trainer.loss import LossHead
 from trainer.nf4 import FrozenLinear4bit, Layout, quantize_absmax, quantize_blocks, share
 from trainer.ranks import Ranks
@@ -59,11 +58,12 @@ def load_model(
 
     Raises:
         ConfigError: a tensor is missing from the files, has another shape than the architecture, or a type that
-            cannot be read; an adapter target matches no layer.
+            cannot be read.
     """
     started = time.monotonic()
     model = empty_model(base, config, attention)
-    _check_tensors(model, base)
+    for name, parameter in model.named_parameters():  # a tied weight is listed once, under its first name
+        check_tensor(base, name, tuple(parameter.shape))
     loader = _Loader(base, config, deepspeed_config, ranks)
     jobs = _jobs(model, base, config)
     for done, (job, data) in enumerate(_read_ahead(jobs, loader), start=1):
@@ -96,24 +96,6 @@ def empty_model(base: Base, config: Config, attention: Attention) -> PreTrainedM
     if config.train.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()
-
-
-def _check_tensors(model: PreTrainedModel, base: Base) -> None:
-    """Every parameter of the architecture must be in the files, with its shape and a readable type."""
-    for name, parameter in model.named_parameters():  # a tied weight is listed once, under its first name
-        source = base.tensors.get(name)
-        if source is None:
-            raise ConfigError(
-                f"model.base: {base.directory} has no tensor {name}, which its architecture needs. Copy the model again."
-            )
-        if source.shape != tuple(parameter.shape):
-            raise ConfigError(
-                f"model.base: {name} is {list(source.shape)} in {source.key}, {list(parameter.shape)} by config.json. Copy the model again."
-            )
-        if source.dtype not in _SOURCE_DTYPES:
-            raise ConfigError(
-                f"model.base: {name} is of type {source.dtype}. Readable are {', '.join(_SOURCE_DTYPES)}."
-            )
 
 
 @dataclass(frozen=True)
@@ -298,18 +280,8 @@ def lora_config(tuning: Tuning, targets: str | Iterable[str]) -> LoraConfig:
 
 def add_adapters(model: PreTrainedModel, tuning: Tuning, dtype: torch.dtype, seed: int) -> None:
     """Put PEFT's LoRA layers around the targets, the same random start on every rank and world size."""
-    if tuning.targets != "all-linear" and "lm_head" in tuning.targets:
-        raise ConfigError("tuning.targets: 'lm_head' is not allowed, as the output head stays frozen. Remove it.")
     torch.manual_seed(seed)
-    try:
-        inject_adapter_in_model(lora_config(tuning, tuning.targets), model)
-    except ValueError as error:
-        linear = sorted(
-            {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        )
-        raise ConfigError(
-            f"tuning.targets: {tuning.targets!r} matches no layer. The base has {', '.join(linear)}."
-        ) from error
+    inject_adapter_in_model(lora_config(tuning, tuning.targets), model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if "lora_" in name:

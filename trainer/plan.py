@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
 
-from trainer.architecture import Architecture, read_architecture
+from trainer.architecture import Architecture, mismatches, read_architecture
 from trainer.config import Config, Quant
 from trainer.deepspeed_config import build_deepspeed_config
 
@@ -318,18 +318,8 @@ def _traffic(given: _Inputs) -> Traffic:
 
 
 def _shortfalls(given: _Inputs, base_config: dict[str, Any], needed: int, gpu_memory: int | None) -> list[str]:
-    config, model, found = given.config, given.model, list[str]()
-    length, layers = config.data.sequence_length, base_config["num_hidden_layers"]
-    if model.positions and length > model.positions:
-        found.append(
-            f"data.sequence_length: {length} exceeds the base's {model.positions} positions (config.json). Lower it."
-        )
-    if config.model.layers and config.model.layers > layers:
-        found.append(f"model.layers: {config.model.layers} exceeds the base's {layers} layers (config.json). Lower it.")
-    for target in [] if config.tuning.targets == "all-linear" else config.tuning.targets:
-        if not model.adapted([target]):
-            names = ", ".join(linear.path.rpartition(".")[2] for linear in model.linears)
-            found.append(f"tuning.targets: {target!r} is no linear layer of the base. It has {names}.")
+    config = given.config
+    found = mismatches(config, base_config)
     if config.sharding.scope == "node" and given.world_size % min(given.ranks_per_node, given.world_size):
         found.append(
             f"sharding.scope: node needs as many ranks on every node, but {given.world_size} ranks are not a multiple of "

@@ -50,6 +50,11 @@ def manifest(step: int) -> str:
     return f"{checkpoint(step)}manifest.json"
 
 
+def damaged_manifest(step: int, generation: int) -> str:
+    """Where `generation` puts the manifest of a checkpoint that it found damaged: it commits the step again."""
+    return f"{checkpoint(step)}manifest.damaged-{generation:06d}.json"
+
+
 def manifest_step(key: str) -> int | None:
     """The step whose manifest `key` is, or None for any other key."""
     match = _MANIFEST.fullmatch(key)

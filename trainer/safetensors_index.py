@@ -68,7 +68,7 @@ def _indexed_files(store: Store) -> set[str] | None:
         return set(json.loads(store.get(INDEX_FILE))["weight_map"].values())
     except NotFound:
         return None
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"model.base: {store.uri}/{INDEX_FILE} is not a safetensors index. Copy the model again."
         ) from error

@@ -33,6 +33,7 @@ from trainer.nf4 import FrozenLinear4bit
 from trainer.rank import run_rank
 from trainer.ranks import Ranks, join
 from trainer.store import Store, open_store
+from trainer.verify import logits_difference
 
 STATES = ("master", "exp_avg", "exp_avg_sq")
 
@@ -66,10 +67,10 @@ def _outcome_of(action: Any) -> dict[str, Any]:
 def _hold_after(run: Store, step: int) -> None:
     plain = Engine.step
 
-    def held(engine: Engine, lr: float) -> float:
+    def held(self: Engine, lr: float) -> float:
         if run.exists(run_layout.manifest(step)):
             threading.Event().wait()  # until SIGKILL
-        return plain(engine, lr)
+        return plain(self, lr)
 
     Engine.step = held
 
@@ -77,11 +78,11 @@ def _hold_after(run: Store, step: int) -> None:
 def _terminate_in_step(number: int) -> None:
     plain, steps = Engine.step, []
 
-    def struck(engine: Engine, lr: float) -> float:
+    def struck(self: Engine, lr: float) -> float:
         steps.append(lr)
         if len(steps) == number:
             os.kill(os.getpid(), signal.SIGTERM)
-        return plain(engine, lr)
+        return plain(self, lr)
 
     Engine.step = struck
 
@@ -271,11 +272,12 @@ def _differences(module: FrozenLinear4bit, whole: Tensor, config: Config) -> lis
         whole, blocksize=quant.block_size, quant_type=quant.type, compress_statistics=quant.double
     )
     with deepspeed.zero.GatheredParameters(list(module.parameters(recurse=False))):
-        ours = {"weight": module.weight.data, "dequantized": module.dequantize()}
-        theirs = {"weight": packed.view(-1), "dequantized": bnb.dequantize_4bit(packed, state)}
+        ours: dict[str, Any] = {"weight": module.weight.data, "dequantized": module.dequantize()}
+        theirs: dict[str, Any] = {"weight": packed.view(-1), "dequantized": bnb.dequantize_4bit(packed, state)}
         if quant.double:
             ours |= {"absmax": module.absmax.data, "nested": module.nested_absmax.data.view(torch.float32)}
             ours |= {"mean": module.absmax_mean}
+            assert state.state2 is not None
             theirs |= {"absmax": state.absmax, "nested": state.state2.absmax, "mean": state.offset}
         else:
             ours |= {"absmax": module.absmax.data.view(torch.float32)}
@@ -388,11 +390,34 @@ def restore(config_text: str, fingerprint: str, destination: str, base: str = "o
     return {**outcome, "log": log, "step": manifest.step, "updates": here.engine.updates, "half": half}
 
 
+def restore_and_train(config_text: str, fingerprint: str, last: int) -> dict[str, Any]:
+    """Restore what there is, as a restarted rank does, train up to step `last` and commit it."""
+    here = _assemble(parse_config(config_text), fingerprint)
+
+    def action() -> None:
+        checkpoints = here.checkpoints()
+        manifest = checkpoints.restore(here.engine, required=False, log=print)
+        assert manifest is not None, "training started over"
+        for record in train(here.training(), manifest.step, Position.from_json(manifest.position)):
+            if record["step"] == last:
+                break
+        checkpoints.save(here.engine, last, {"epoch": 0, "next_bin": 4 * last})
+        checkpoints.finish()
+
+    return _outcome_of(action)
+
+
 def save_as_generation(config_text: str, fingerprint: str, generation: int) -> dict[str, Any]:
     here = _assemble(parse_config(config_text), fingerprint)
     checkpoints = here.checkpoints(generation)
     checkpoints.save(here.engine, 1, {"epoch": 0, "next_bin": 4})
     return _outcome_of(checkpoints.finish)
+
+
+def export_difference(run_uri: str, adapter: str) -> list[float]:
+    """[largest difference of a logit, largest logit] of the trained model and the adapter in transformers + PEFT."""
+    torch.set_num_threads(1)
+    return list(logits_difference(open_store(run_uri), Path(adapter)))
 
 
 # DeepSpeed's private names.
@@ -419,13 +444,14 @@ def engine_internals(config_text: str, fingerprint: str) -> dict[str, Any]:
             assert whole is not None
             if not torch.equal(whole.reshape(-1)[part.begin : part.end], part.states[key]):
                 wrong.append(f"{name} {key}")
-    frozen = [p for p in here.engine.model.parameters() if not p.requires_grad]
+    frozen: list[Any] = [p for p in here.engine.model.parameters() if not p.requires_grad]
     return {
         "wrong": wrong,
         "left_over": list(parts),
         "intervals": {part.name: [part.begin, part.end, *part.shape] for part in here.engine.partitions()},
         "updates": here.engine.updates,
         "grad_norm": record["grad_norm"],
+        "compiled": deepspeed.comm.comm.cdb.shm_comm_op is not None,
         "persistent": len(zero.persistent_parameters),
         "whole_after_step": [p.ds_shape for p in frozen if p.ds_status.name == "AVAILABLE" and not p.ds_persist],
         "partitioned": sum(not p.ds_persist for p in frozen),

@@ -97,11 +97,18 @@ def truncate(run: Store, key: str) -> None:
     run.put(key, run.get(key)[:-100])
 
 
-@pytest.mark.parametrize("damage", [flip_a_byte, truncate, Store.delete], ids=["flipped", "truncated", "missing"])
-@pytest.mark.parametrize("what", ["shard", "manifest"])
-def test_a_damaged_checkpoint_is_passed_over_on_all_ranks(small: Saved, tmp_path: Path, damage: Any, what: str) -> None:
-    if what == "manifest" and damage is Store.delete:
-        pytest.skip("without a manifest there is no checkpoint to pass over")
+# Without its manifest there is no checkpoint to pass over, so only a shard can be missing.
+@pytest.mark.parametrize(
+    ("what", "damage"),
+    [
+        ("shard", flip_a_byte),
+        ("shard", truncate),
+        ("shard", Store.delete),
+        ("manifest", flip_a_byte),
+        ("manifest", truncate),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_on_all_ranks(small: Saved, tmp_path: Path, what: str, damage: Any) -> None:
     name = f"damaged-{what}-{damage.__name__}"
     run = small.copy(name)
     key = run_layout.manifest(3) if what == "manifest" else read_manifest(run, 3).shards[1].key
@@ -113,12 +120,25 @@ def test_a_damaged_checkpoint_is_passed_over_on_all_ranks(small: Saved, tmp_path
     assert whole(tmp_path).keys() == small.states.keys()
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(small: Saved, tmp_path: Path) -> None:
-    run = small.copy("all-damaged")
+def test_a_run_goes_on_past_a_damaged_checkpoint_and_commits_its_step_again(small: Saved, tmp_path: Path) -> None:
+    run = small.copy("again")
+    flip_a_byte(run, read_manifest(run, 3).shards[1].key)
+    for outcome in launch(2, "restore_and_train", *small.of("again"), 3):
+        assert (outcome["outcome"], outcome["message"]) == ("finished", "")
+    launch(1, "restore", *small.of("again"), str(tmp_path))
+    assert_bitwise_equal(whole(tmp_path), small.states)
+    assert len([entry for entry in run.list(run_layout.checkpoint(3)) if "manifest.damaged" in entry.key]) == 1
+
+
+@pytest.mark.parametrize("what", ["shards", "manifests"])
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(small: Saved, tmp_path: Path, what: str) -> None:
+    name = f"all-damaged-{what}"
+    run = small.copy(name)
     for step in SAVED:
-        flip_a_byte(run, read_manifest(run, step).shards[0].key)
-    results = launch(2, "restore", *small.of("all-damaged"), str(tmp_path))
-    assert all(result["exit_code"] in (6, 7) for result in results), results
+        flip_a_byte(run, read_manifest(run, step).shards[0].key if what == "shards" else run_layout.manifest(step))
+    results = launch(2, "restore_and_train", *small.of(name), 3)
+    assert [(result["outcome"], result["exit_code"]) for result in results] == [("StorageError", 6)] * 2
+    assert f"no checkpoint of {run.uri} is whole" in results[0]["message"]
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,10 @@ def test_every_rank_gets_the_same_gradient_norm(internals: list[dict[str, Any]])
     assert len({rank["grad_norm"] for rank in internals}) == 1
 
 
+def test_a_start_compiles_nothing(internals: list[dict[str, Any]]) -> None:
+    assert [rank["compiled"] for rank in internals] == [False] * 3
+
+
 def test_between_steps_no_rank_holds_more_of_a_frozen_parameter_than_its_share(
     internals: list[dict[str, Any]],
 ) -> None:

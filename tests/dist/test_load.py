@@ -98,9 +98,7 @@ def stock(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> d
     found = {}
     for stored, (quant_type, double) in STORED.items():
         folder = tmp_path_factory.mktemp(f"stock-{stored}")
-        (facts,) = launch(
-            1, "stock_logits", [str(bases[kind]) for kind in KINDS], quant_type, double, str(folder)
-        )
+        (facts,) = launch(1, "stock_logits", [str(bases[kind]) for kind in KINDS], quant_type, double, str(folder))
         found[stored] = Loaded(
             {kind: load_file(folder / f"{kind}.safetensors")["logits"] for kind in KINDS},
             {kind: [fact] for kind, fact in zip(KINDS, facts, strict=True)},

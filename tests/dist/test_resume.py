@@ -125,7 +125,7 @@ def test_a_killed_run_of_one_rank_goes_on_with_two(plain: Runs, uninterrupted: d
 
 
 def test_three_ranks_that_do_not_divide_the_global_batch_have_the_losses_of_two(workshop: Workshop) -> None:
-    runs = Runs(workshop, ("model.dtype=fp32",))
+    runs = Runs(workshop, ("model.dtype=fp32", "train.steps=4"))
     assert runs.train("three", 3) == pytest.approx(runs.train("two", 2), abs=1e-5)
 
 

@@ -1,6 +1,5 @@
 """Packed documents do not see each other, in every attention kernel that this machine has."""
 
-import os
 from typing import Any
 
 import pytest
@@ -9,9 +8,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.material import KINDS, SIZES
-
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-
 from trainer.attention import choose_attention, unavailable
 from trainer.data.stream import IGNORED, MicroBatch
 from trainer.engine import RowLoss
@@ -83,6 +79,13 @@ def loss_and_gradients(model: RowLoss, batch: MicroBatch) -> tuple[Tensor, dict[
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def same(one: Tensor, other: Tensor) -> bool:
+    """Bit for bit on a CPU; a GPU's kernels may add gradients in another order each time."""
+    if DEVICE.type == "cpu":
+        return torch.equal(one, other)
+    return float((one.double() - other.double()).norm()) <= 1e-3 * float(other.double().norm())
+
+
 def test_another_document_in_the_row_changes_neither_loss_nor_gradients(model: RowLoss) -> None:
     before, ours = documents(1)
     other, _ = documents(2)
@@ -93,7 +96,7 @@ def test_another_document_in_the_row_changes_neither_loss_nor_gradients(model: R
         changed_loss, changed_gradients = loss_and_gradients(model, row(order(other), trained, PADDING))
         assert torch.equal(loss, changed_loss)
         assert gradients.keys() == changed_gradients.keys()
-        assert [name for name in gradients if not torch.equal(gradients[name], changed_gradients[name])] == []
+        assert [name for name in gradients if not same(gradients[name], changed_gradients[name])] == []
 
 
 def test_a_documents_own_tokens_do_change_its_loss(model: RowLoss) -> None:
@@ -127,6 +130,8 @@ def test_auto_takes_the_fastest_kernel_and_says_why() -> None:
 
 
 def test_a_kernel_that_cannot_run_is_refused_with_the_reason() -> None:
-    with pytest.raises(ConfigError, match="model.attention: 'varlen' cannot run here: it needs a CUDA device. Use auto"):
+    with pytest.raises(
+        ConfigError, match="model.attention: 'varlen' cannot run here: it needs a CUDA device. Use auto"
+    ):
         choose_attention("varlen", torch.device("cpu"), BF16)
     assert set(unavailable(torch.device("cuda"), FP32)) == {"flash_attention_2", "varlen"}

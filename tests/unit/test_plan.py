@@ -193,7 +193,7 @@ def test_every_shortfall_is_told_at_once():
     assert make_plan(given, LLAMA_70B, 2, 2, 8 * GIB).shortfalls[:3] == [
         "data.sequence_length: 200000 exceeds the base's 131072 positions (config.json). Lower it.",
         "model.layers: 81 exceeds the base's 80 layers (config.json). Lower it.",
-        "tuning.targets: 'c_attn' is no linear layer of the base. It has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj.",
+        "tuning.targets: 'c_attn' is no linear layer that can be adapted. The base has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj.",
     ]
 
 

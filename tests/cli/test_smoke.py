@@ -1,0 +1,41 @@
+"""The command a newcomer runs, whole: real Ray, real S3 server, a real kill, another world size, a verified adapter."""
+
+import json
+
+import pytest
+
+from tests.cli.conftest import Capstan
+
+REQUIRED = {
+    "ok",
+    "steps",
+    "loss_first",
+    "loss_last",
+    "killed_at_step",
+    "resumed_at_step",
+    "world_before",
+    "world_after",
+    "resume_loss_gap",
+    "adapter_logits_max_diff",
+    "checkpoints",
+    "seconds",
+}
+
+
+@pytest.mark.timeout(600)
+def test_smoke_proves_the_whole_life_of_a_run(capstan: Capstan):
+    done = capstan("smoke", "--json", timeout=580)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = done.stdout.splitlines()
+    result = json.loads(line)
+    assert result.keys() >= REQUIRED
+    assert result["ok"] is True
+    assert result["steps"] == 20
+    assert result["loss_last"] < result["loss_first"]
+    assert 0 < result["resumed_at_step"] <= result["killed_at_step"] < 20
+    assert (result["world_before"], result["world_after"]) == (2, 1)
+    assert 0 <= result["resume_loss_gap"] <= 1e-3
+    assert 0 <= result["adapter_logits_max_diff"] <= 0.05
+    assert result["checkpoints"] >= 2
+    assert result["store"].startswith("S3")
+    assert all(check["held"] for check in result["checks"])

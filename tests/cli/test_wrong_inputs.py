@@ -1,0 +1,134 @@
+"""A user's mistake: one clear sentence, the right exit code, no traceback, before any rank starts."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.cli.conftest import Capstan
+from tests.material import Workshop
+from trainer.store import open_store
+
+
+def refused(done, exit_code: int, *words: str) -> None:
+    assert done.returncode == exit_code, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("capstan: "), done.stderr
+    for word in words:
+        assert word in last, last
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.step=5", ("train.step: unknown setting", "'steps'")),
+        ("datta.train=5", ("datta: unknown setting", "'data'")),
+        ("quant.type=nf5", ("quant.type: 'nf5'", "'nf4'", "Example")),
+        ("data.sequence_length=100000", ("data.sequence_length: 100000", "256 positions", "Lower it")),
+        ("model.layers=3", ("model.layers: 3", "2 layers")),
+        ("model.base=/nowhere/at/all", ("model.base", "/nowhere/at/all", "does not exist")),
+        ("tuning.targets=[lm_head]", ("tuning.targets", "lm_head")),
+        ("sharding.deepspeed=zero9", ("sharding.deepspeed", "zero9", "zero3")),
+        ("data.train=[{path: missing-*.jsonl}]", ("data.train[0].path", "missing-*.jsonl")),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_value_and_what_is_allowed(capstan: Capstan, config: Path, override, words):
+    refused(capstan("train", config, override, timeout=100), 3 if "missing-" in override else 2, *words)
+
+
+def test_debug_shows_the_traceback_too(capstan: Capstan, config: Path):
+    done = capstan("--debug", "train", config, "train.step=5")
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+
+
+def test_a_missing_configuration(capstan: Capstan):
+    refused(capstan("train", "nothing.yaml"), 2, "nothing.yaml")
+
+
+def test_a_base_without_safetensors(capstan: Capstan, config: Path, workshop: Workshop, tmp_path: Path):
+    base = shutil.copytree(workshop.base, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors*"))
+    (base / "pytorch_model.bin").write_bytes(b"old format")
+    refused(capstan("train", config, f"model.base={base}"), 2, "model.base", "safetensors", "save_pretrained")
+
+
+def test_a_tokenizer_that_is_larger_than_the_embedding(
+    capstan: Capstan, config: Path, workshop: Workshop, tmp_path: Path
+):
+    base = shutil.copytree(workshop.base, tmp_path / "base")
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["one-too-many"] = 259
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refused(capstan("train", config, f"model.base={base}"), 2, "tokenizer", "260 tokens", "259 rows")
+
+
+def test_a_truncated_weights_file(capstan: Capstan, config: Path, workshop: Workshop, tmp_path: Path):
+    base = shutil.copytree(workshop.base, tmp_path / "base")
+    victim = sorted(base.glob("*.safetensors"))[1]
+    victim.write_bytes(victim.read_bytes()[:-100])
+    refused(capstan("train", config, f"model.base={base}"), 2, victim.name, "Copy it again")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", ("none of the 0 rows",)),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": oops}\n', (":2", "not JSON")),
+        ('{"prompt": "a", "answer": "b"}\n', (":1", "completion", "answer", "data.fields")),
+        ('{"prompt": "a", "completion": ""}\n', ("none of the 1 rows", "1 without a token to train")),
+    ],
+    ids=["empty", "not-json", "missing-field", "nothing-to-train"],
+)
+def test_data_that_cannot_be_used(capstan: Capstan, config: Path, tmp_path: Path, content, words):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content)
+    refused(capstan("data", "build", config, f"data.train=[{{path: {path}}}]"), 3, *words)
+
+
+def test_a_store_that_cannot_be_written(capstan: Capstan, config: Path, tmp_path: Path):
+    (tmp_path / "a-file").write_text("in the way")
+    refused(capstan("train", config, f"run.store={tmp_path / 'a-file' / 'runs'}"), 6, "run.store", "a-file")
+
+
+def test_resume_of_a_run_that_does_not_exist_names_those_that_do(capstan: Capstan, tmp_path: Path):
+    open_store(str(tmp_path / "store")).put("mine/config.yaml", b"")
+    refused(capstan("resume", "mime", "--store", tmp_path / "store"), 2, "'mime'", "'mine'")
+
+
+def test_resume_with_nothing_committed(capstan: Capstan, config: Path, tmp_path: Path):
+    open_store(str(tmp_path / "store")).put("mine/config.yaml", config.read_bytes())
+    refused(capstan("resume", "mine", "--store", tmp_path / "store"), 7, "no committed checkpoint")
+
+
+def test_two_runs_of_one_name(capstan: Capstan, config: Path, tmp_path: Path):
+    open_store(str(tmp_path / "store")).put("mine/config.yaml", config.read_bytes())
+    refused(capstan("train", config), 2, "run.name: 'mine'", "capstan resume mine")
+
+
+def test_a_destination_that_holds_something_is_not_overwritten(capstan: Capstan, config: Path, tmp_path: Path):
+    open_store(str(tmp_path / "store")).put("mine/config.yaml", config.read_bytes())
+    refused(capstan("export", "mine", tmp_path, "--store", tmp_path / "store"), 2, "not empty")
+
+
+def test_more_workers_than_the_cluster_has_gpus(capstan: Capstan, config: Path):
+    refused(
+        capstan("train", config, "cluster.gpus_per_worker=1", "cluster.workers=2", timeout=100), 2, "2 GPUs", "has 0"
+    )
+
+
+def test_weights_of_another_shape_than_the_architecture(
+    capstan: Capstan, config: Path, workshop: Workshop, tmp_path: Path
+):
+    base = shutil.copytree(workshop.base, tmp_path / "base")
+    for path in base.glob("*.safetensors"):
+        tensors = load_file(path)
+        name = "model.layers.0.mlp.up_proj.weight"
+        if name in tensors:
+            tensors[name] = tensors[name][:-2].clone()
+            save_file(tensors, path, metadata={"format": "pt"})
+    refused(
+        capstan("train", config, f"model.base={base}"), 2, "model.layers.0.mlp.up_proj.weight", "[170, 64]", "[172, 64]"
+    )

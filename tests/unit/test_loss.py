@@ -1,0 +1,83 @@
+"""The chunked, token-summed loss is cross entropy, in value and gradient, and never holds a whole row of logits."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from trainer import loss as loss_module
+from trainer.data.stream import IGNORED
+from trainer.loss import IGNORE, LossHead
+
+T, H, V = 50, 12, 31
+
+
+@pytest.fixture(params=[1, 7, T], ids=lambda rows: f"chunks-of-{rows}")
+def head(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> LossHead:
+    """A frozen head whose logits are made so many positions at a time."""
+    monkeypatch.setattr(loss_module, "_CHUNK_BYTES", request.param * 4 * V)
+    torch.manual_seed(2)
+    return LossHead(H, V, bias=False).requires_grad_(False)
+
+
+def row(share_of_targets: float = 0.6) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(1, T, H, generator=generator).requires_grad_()
+    labels = torch.randint(V, (1, T), generator=generator)
+    labels[torch.rand(1, T, generator=generator) >= share_of_targets] = IGNORE
+    return hidden, labels
+
+
+def test_value_and_gradient_are_those_of_cross_entropy(head: LossHead) -> None:
+    hidden, labels = row()
+    reference = torch.nn.functional.cross_entropy(head(hidden)[0], labels[0], ignore_index=IGNORE, reduction="sum")
+    (expected,) = torch.autograd.grad(reference / 17, hidden)
+    value = head(hidden, labels)
+    (gradient,) = torch.autograd.grad(value / 17, hidden)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, reference)
+    torch.testing.assert_close(gradient, expected)
+    assert 10 < int((labels != IGNORE).sum()) < T
+    assert not gradient[labels == IGNORE].any()
+
+
+def test_a_row_without_targets_has_no_loss_and_no_gradient(head: LossHead) -> None:
+    hidden, labels = row(share_of_targets=0)
+    value = head(hidden, labels)
+    assert float(value.detach()) == 0
+    value.backward()
+    assert hidden.grad is not None
+    assert not hidden.grad.any()
+
+
+def test_bf16_is_summed_in_fp32(head: LossHead) -> None:
+    hidden, labels = row()
+    exact = float(head(hidden, labels).detach())
+    half = head.bfloat16()(hidden.detach().bfloat16(), labels)
+    assert half.dtype == torch.float32
+    assert float(half) == pytest.approx(exact, rel=5e-3)
+
+
+def test_logits_of_one_chunk_only_exist_at_a_time(head: LossHead, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    plain = Tensor.logsumexp
+
+    def observed(logits: Tensor, *arguments: object, **options: object) -> Tensor:
+        sizes.append(logits.numel() * 4)
+        return plain(logits, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Tensor, "logsumexp", observed)
+    hidden, labels = row()
+    head(hidden, labels)
+    assert max(sizes) <= loss_module._CHUNK_BYTES
+    assert sum(sizes) == int((labels != IGNORE).sum()) * V * 4
+
+
+def test_without_gradients_the_value_is_the_same(head: LossHead) -> None:
+    hidden, labels = row()
+    with torch.no_grad():
+        evaluated = head(hidden, labels)
+    assert torch.equal(evaluated, head(hidden, labels).detach())
+
+
+def test_the_stream_marks_positions_without_a_target_as_the_loss_expects() -> None:
+    assert IGNORED == IGNORE

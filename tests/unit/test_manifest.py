@@ -1,0 +1,144 @@
+"""A manifest proves what it says, or is refused with the reason; retention never leaves half a checkpoint."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer import run_layout
+from trainer.errors import StorageError
+from trainer.manifest import (
+    Manifest,
+    Shard,
+    committed_steps,
+    parse_manifest,
+    prunable,
+    prune,
+    read_manifest,
+    readable_manifests,
+    verify_shard,
+)
+from trainer.store import Store, open_store
+
+
+def manifest(step: int, shards: list[Shard] | None = None) -> Manifest:
+    return Manifest(
+        step=step,
+        generation=2,
+        world_size=2,
+        created=1.5,
+        updates=step,
+        position={"epoch": 1, "next_bin": 12},
+        dataset="d" * 20,
+        base={"path": "/models/b", "quant.type": "nf4"},
+        adapter={"rank": 4},
+        shapes={"layer.lora_A.weight": [4, 5]},
+        shards=shards or [Shard("a", 10, "0" * 64, {"layer.lora_A.weight": (0, 20)})],
+    )
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path))
+
+
+def commit(run: Store, step: int) -> None:
+    run.put(run_layout.shard(step, "attempt", 0), b"data")
+    run.create(run_layout.manifest(step), manifest(step).to_json())
+
+
+def test_a_manifest_comes_back_as_it_was() -> None:
+    assert parse_manifest(manifest(7).to_json(), "here") == manifest(7)
+
+
+def damaged(change: Any) -> bytes:
+    tree = json.loads(manifest(7).to_json())
+    change(tree)
+    return json.dumps(tree).encode()
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (manifest(7).to_json()[:-30], "runs/step is damaged: it is not a manifest"),
+        (b"", "runs/step is damaged: it is not a manifest"),
+        (b"[1, 2]", "runs/step is damaged: it is not a manifest"),
+        (b"\xff\xfe\x00", "runs/step is damaged: it is not a manifest"),
+        (damaged(lambda tree: tree.pop("sha256")), "runs/step is damaged: it is not a manifest"),
+        (damaged(lambda tree: tree["body"].update(step=8)), "its content does not match its sha256"),
+        (damaged(lambda tree: tree["body"]["shards"].clear()), "its content does not match its sha256"),
+        (damaged(lambda tree: tree.update(sha256="0" * 64)), "its content does not match its sha256"),
+        (damaged(lambda tree: tree.update(format=2)), "is of format 2; this version reads format 1"),
+    ],
+)
+def test_what_is_no_whole_manifest_is_refused_with_the_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(StorageError, match=reason):
+        parse_manifest(data, "runs/step")
+
+
+def test_only_a_manifest_makes_a_checkpoint(run: Store) -> None:
+    commit(run, 10)
+    commit(run, 9)
+    commit(run, 100)
+    run.put(run_layout.shard(200, "attempt", 0), b"data")
+    assert committed_steps(run) == [100, 10, 9]
+
+
+def test_readable_manifests_are_newest_first_and_say_what_was_passed_over(run: Store) -> None:
+    for step in (1, 2, 3):
+        commit(run, step)
+    run.put(run_layout.manifest(3), b"{")
+    skipped: list[str] = []
+    assert [found.step for found in readable_manifests(run, skipped)] == [2, 1]
+    assert len(skipped) == 1
+    assert run_layout.manifest(3) in skipped[0]
+
+
+def test_a_step_is_committed_once(run: Store) -> None:
+    commit(run, 1)
+    with pytest.raises(StorageError, match="exists already"):
+        run.create(run_layout.manifest(1), b"another")
+    assert read_manifest(run, 1) == manifest(1)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [(b"whole", None), (b"whol", "has 4 bytes instead of 5"), (b"whole"[::-1], "does not match its sha256")],
+)
+def test_a_shard_is_verified_by_its_size_and_hash(run: Store, content: bytes, problem: str | None) -> None:
+    import hashlib
+
+    run.put("shard", content)
+    found = verify_shard(run, Shard("shard", 5, hashlib.sha256(b"whole").hexdigest(), {}))
+    assert found is None if problem is None else problem in str(found)
+
+
+def test_a_missing_shard_is_a_problem_and_no_crash(run: Store) -> None:
+    assert "does not exist" in str(verify_shard(run, Shard("gone", 5, "", {})))
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "removed"),
+    [(2, 0, [30, 20, 10]), (1, 20, [50, 30, 10]), (9, 0, [])],
+)
+def test_retention_keeps_the_newest_and_every_so_many(keep_last: int, keep_every: int, removed: list[int]) -> None:
+    steps = [60, 50, 40, 30, 20, 10] if keep_every else [50, 40, 30, 20, 10]
+    assert prunable(steps, keep_last, keep_every) == removed
+
+
+def test_pruning_deletes_the_manifest_before_its_shards(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit(run, 1)
+    commit(run, 2)
+    deleted: list[str] = []
+    plain = Store.delete
+
+    def observed(store: Store, key: str) -> None:
+        deleted.append(key)
+        plain(store, key)
+
+    monkeypatch.setattr(Store, "delete", observed)
+    prune(run, [1])
+    assert deleted[0] == run_layout.manifest(1)
+    assert run.list(run_layout.checkpoint(1)) == []
+    assert committed_steps(run) == [2]

@@ -1,0 +1,101 @@
+"""The 4-bit layer multiplies with bitsandbytes' own weights, and a run of whole blocks quantizes like the whole."""
+
+from typing import Literal
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from trainer.nf4 import FrozenLinear4bit, Layout, quantize_absmax, quantize_blocks, share
+
+Kind = Literal["nf4", "fp4"]
+IN, OUT = 90, 70  # 6,300 weights: no multiple of a block
+
+
+def layer(kind: Kind, double: bool, dtype: torch.dtype = torch.float32) -> tuple[FrozenLinear4bit, Tensor]:
+    """A layer filled from random weights, and the weight that bitsandbytes makes of them."""
+    torch.manual_seed(1)
+    source = torch.randn(OUT, IN, dtype=dtype)
+    module = FrozenLinear4bit(IN, OUT, quant_type=kind, block_size=64, double=double, dtype=dtype)
+    packed, absmax = quantize_blocks(source.view(-1), kind, 64)
+    module.weight = torch.nn.Parameter(packed, requires_grad=False)
+    if double:
+        codes, nested, mean = quantize_absmax(absmax)
+        module.absmax = torch.nn.Parameter(codes, requires_grad=False)
+        module.nested_absmax = torch.nn.Parameter(nested.view(torch.uint8), requires_grad=False)
+        module.absmax_mean = torch.nn.Buffer(mean, persistent=False)
+    else:
+        module.absmax = torch.nn.Parameter(absmax.view(torch.uint8), requires_grad=False)
+    module.bias = torch.nn.Parameter(torch.randn(OUT, dtype=dtype), requires_grad=False)
+    whole = bnb.dequantize_4bit(*bnb.quantize_4bit(source, blocksize=64, quant_type=kind, compress_statistics=double))
+    return module, whole
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_output_and_input_gradient_are_those_of_the_dequantized_weight(kind: Kind, double: bool) -> None:
+    module, weight = layer(kind, double)
+    x = torch.randn(2, 5, IN, requires_grad=True)
+    y = module(x)
+    assert module.bias is not None
+    assert torch.equal(y, torch.nn.functional.linear(x, weight, module.bias))
+    upstream = torch.randn_like(y)
+    y.backward(upstream)
+    torch.testing.assert_close(x.grad, upstream @ weight)
+
+
+def test_autograd_keeps_no_weight_between_forward_and_backward() -> None:
+    module, weight = layer("nf4", False)
+    x = torch.randn(3, IN, requires_grad=True)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        y = module(x)
+    assert saved == []
+    # ZeRO-3 frees the storage after the forward and gathers another before the backward: that one must be used.
+    module.absmax.data = (2 * module.absmax.data.view(torch.float32)).view(torch.uint8)
+    y.sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, torch.ones_like(y) @ (2 * weight))
+
+
+@given(
+    block_size=st.sampled_from([64, 128]),
+    blocks=st.integers(1, 9),
+    short=st.integers(0, 63),
+    first=st.integers(0, 8),
+    kind=st.sampled_from(["nf4", "fp4"]),
+)
+def test_a_run_of_whole_blocks_quantizes_like_the_whole_tensor(
+    block_size: int, blocks: int, short: int, first: int, kind: str
+) -> None:
+    weights = torch.randn(blocks * block_size - short, generator=torch.Generator().manual_seed(blocks)).bfloat16()
+    first = min(first, blocks - 1)
+    packed, absmax = quantize_blocks(weights, kind, block_size)
+    part, part_absmax = quantize_blocks(weights[first * block_size :], kind, block_size)
+    assert torch.equal(part, packed[first * block_size // 2 :])
+    assert torch.equal(part_absmax, absmax[first:])
+    layout = Layout(len(weights), block_size)
+    assert (len(packed), len(absmax)) == (layout.packed_bytes, layout.blocks)
+
+
+def test_double_quantization_is_that_of_bitsandbytes() -> None:
+    source = torch.randn(300, 100)
+    _, state = bnb.quantize_4bit(source, blocksize=64, quant_type="nf4", compress_statistics=True)
+    assert state.state2 is not None
+    assert state.offset is not None
+    codes, nested, mean = quantize_absmax(quantize_blocks(source.view(-1), "nf4", 64)[1])
+    assert torch.equal(codes, state.absmax)
+    assert torch.equal(nested, state.state2.absmax)
+    assert torch.equal(mean, state.offset)
+    assert len(nested) == Layout(source.numel(), 64).nested_blocks == 2
+
+
+@given(numel=st.integers(0, 1000), world_size=st.integers(1, 12))
+def test_shares_tile_the_tensor_in_order(numel: int, world_size: int) -> None:
+    shares = [share(numel, world_size, rank) for rank in range(world_size)]
+    assert [begin for begin, _ in shares] == [0, *(end for _, end in shares[:-1])]
+    assert shares[-1][1] == numel
+    assert max(end - begin for begin, end in shares) == -(-numel // world_size)

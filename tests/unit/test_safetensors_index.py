@@ -1,0 +1,112 @@
+"""Headers of safetensors files are read without their data, and lies are found before a weight is read."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from trainer.errors import ConfigError
+from trainer.safetensors_index import INDEX_FILE, read_header, read_index
+from trainer.store import open_store
+
+TENSORS = {"a": torch.arange(12, dtype=torch.float32).view(3, 4), "b": torch.arange(6, dtype=torch.bfloat16)}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_file(TENSORS, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path
+
+
+def test_ranges_of_elements_are_what_safetensors_wrote(folder: Path) -> None:
+    found = read_index(open_store(str(folder)))
+    assert {name: source.shape for name, source in found.items()} == {"a": (3, 4), "b": (6,)}
+    assert torch.equal(torch.frombuffer(found["a"].read(5, 9), dtype=torch.float32), TENSORS["a"].view(-1)[5:9])
+    assert torch.equal(torch.frombuffer(found["b"].read(0, 6), dtype=torch.bfloat16), TENSORS["b"])
+    assert found["a"].read(3, 3) == b""
+
+
+def test_an_index_names_the_files_that_count(folder: Path) -> None:
+    save_file({"c": torch.zeros(2)}, folder / "extra.safetensors")
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "model.safetensors"}}))
+    assert set(read_index(open_store(str(folder)))) == {"a", "b"}
+
+
+def test_a_file_that_the_index_names_and_is_not_there_is_named(folder: Path) -> None:
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "model-2.safetensors"}}))
+    with pytest.raises(ConfigError, match=r"names model-2\.safetensors, which is not there"):
+        read_index(open_store(str(folder)))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}'])
+def test_a_damaged_index_is_refused(folder: Path, text: str) -> None:
+    (folder / INDEX_FILE).write_text(text)
+    with pytest.raises(ConfigError, match="is not a safetensors index"):
+        read_index(open_store(str(folder)))
+
+
+def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"holds no \*\.safetensors file. Convert the model"):
+        read_index(open_store(str(tmp_path)))
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the header and leave the data."""
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "larger shape": (lambda header: header["a"].update(shape=[4, 4]), r"shape \[4, 4\] of F32 does not fill"),
+    "other type": (lambda header: header["b"].update(dtype="F32"), r"shape \[6\] of F32 does not fill"),
+    "unknown type": (lambda header: header["b"].update(dtype="F4"), "dtype F4 is not supported"),
+    "beyond the end": (lambda header: header["a"].update(data_offsets=[1000, 1048]), "it ends at byte"),
+    "negative": (lambda header: header["a"].update(data_offsets=[-48, 0]), "does not fill bytes -48 to 0"),
+    "no offsets": (lambda header: header["a"].pop("data_offsets"), "header cannot be read"),
+    "no tensor": (lambda header: header.update(a=3), "header cannot be read"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_header_that_lies_is_refused_with_the_file_and_the_reason(folder: Path, lie: str) -> None:
+    change, reason = LIES[lie]
+    rewrite(folder, change)
+    with pytest.raises(ConfigError, match=reason) as error:
+        read_index(open_store(str(folder)))
+    assert "model.safetensors is damaged" in str(error.value)
+
+
+@pytest.mark.parametrize("kept", [0, 7, 8, 60, -1])
+def test_a_truncated_file_is_refused(folder: Path, kept: int) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ConfigError, match=r"model\.safetensors is (truncated|damaged)"):
+        read_index(open_store(str(folder)))
+
+
+def test_a_header_that_claims_more_than_the_file_is_not_read(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", 2**60) + path.read_bytes()[8:])
+    store = open_store(str(folder))
+    with pytest.raises(ConfigError, match=f"its header claims {2**60} bytes"):
+        read_header(store, "model.safetensors", path.stat().st_size)
+
+
+def test_bytes_that_are_no_json_are_refused(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[8:12] = b"\xff\xff\xff\xff"
+    path.write_bytes(bytes(data))
+    with pytest.raises(ConfigError, match="its header cannot be read"):
+        read_index(open_store(str(folder)))
