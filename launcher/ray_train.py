@@ -18,9 +18,6 @@ from trainer.data.prepare import Datasets
 from trainer.errors import ConfigError
 from trainer.store import Store
 
-# OpenMP's idle threads spin at barriers by default: on cores that two ranks share, that is many times slower.
-_WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
-
 
 def run_on_ray(config: Config, datasets: Datasets, run: Store, *, resume: bool, log: Callable[[str], None]) -> None:
     """Train on a Ray cluster, or on a Ray started here for this run, until done or beyond the failure budget.
@@ -28,8 +25,13 @@ def run_on_ray(config: Config, datasets: Datasets, run: Store, *, resume: bool, 
     Raises:
         CapstanError: the run's own, or a crash's with its reason.
     """
-    with _cluster(config) as resources:
-        workers, gpus = _workers(config, resources)
+    os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.cluster.ray.start_timeout)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a rank's end is noticed; default 2
+    address = config.cluster.ray.address
+    with _joined_ray(address) if address else local_ray(config.cluster.workers or 1):
+        workers, gpus = _workers(config)
         failures: list[retry.Failure] = []
         while True:
             error = _attempt(config, datasets, workers, gpus, resume=resume)
@@ -47,7 +49,7 @@ def run_on_ray(config: Config, datasets: Datasets, run: Store, *, resume: bool, 
 
 def _attempt(config: Config, datasets: Datasets, workers: int, gpus: int, *, resume: bool) -> retry.WorkerErrors | None:
     """One life of the worker group; returns what its ranks died of, or None when they finished."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+    from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     with tempfile.TemporaryDirectory(prefix="capstan-ray-") as storage:
@@ -64,14 +66,19 @@ def _attempt(config: Config, datasets: Datasets, workers: int, gpus: int, *, res
             run_config=RunConfig(
                 name=config.run.name,
                 storage_path=storage,
-                failure_config=FailureConfig(max_failures=0),
-                worker_runtime_env={"env_vars": _WORKER_ENVIRONMENT},
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
             ),
         )
         try:
             trainer.fit()
         except WorkerGroupError as error:
             return {rank: _original(failure) for rank, failure in error.worker_failures.items()}
+        except ControllerError as error:
+            timeout = config.cluster.ray.start_timeout
+            raise ConfigError(
+                f"cluster.ray.start_timeout: {workers} workers did not start within {timeout:.0f} seconds "
+                f"({type(error.controller_failure).__name__}). Free resources, lower cluster.workers, or raise it."
+            ) from error
     return None
 
 
@@ -93,36 +100,43 @@ def _rank(arguments: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _cluster(config: Config) -> Iterator[dict[str, float]]:
-    """Connect to the configured Ray cluster, or start one on this machine that ends with this process; its resources."""
-    os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+def local_ray(workers: int) -> Iterator[str]:
+    """A Ray of this process's own on this machine, with room for `workers` ranks; its address. Ends with the process."""
+    # OpenMP's idle threads spin at barriers by default: on cores that two ranks share, that is many times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import ray
 
-    address = config.cluster.ray.address
-    options: dict[str, Any] = {"address": address}
-    if address is None:
-        # One CPU a worker is what Ray books; ranks may outnumber the cores of a laptop.
-        options = {
-            "address": "local",
-            "num_cpus": max(os.cpu_count() or 1, config.cluster.workers or 1),
-            "include_dashboard": False,
-        }
+    # One CPU a worker is what Ray books; ranks may outnumber the cores of a laptop.
+    cpus = max(os.cpu_count() or 1, workers)
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+        yield ray.get_runtime_context().gcs_address
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _joined_ray(address: str) -> Iterator[str]:
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"cluster.ray.address: no Ray cluster answers at {address!r} ({str(error).splitlines()[0]}). "
             "Start one with `ray start --head`, or leave the setting out to start Ray here."
         ) from error
     try:
-        yield {name: float(amount) for name, amount in ray.cluster_resources().items()}
+        yield address
     finally:
         ray.shutdown()
 
 
-def _workers(config: Config, resources: dict[str, float]) -> tuple[int, int]:
+def _workers(config: Config) -> tuple[int, int]:
     """(ranks, GPUs of each); raises `ConfigError` when the cluster is too small for what was asked."""
+    import ray
+
+    resources = ray.cluster_resources()
     available = int(resources.get("GPU", 0))
     gpus = config.cluster.gpus_per_worker if config.cluster.gpus_per_worker is not None else int(available > 0)
     workers = config.cluster.workers or (available if gpus else 1)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from launcher import local_s3
+from launcher.ray_train import local_ray
 from launcher.status import read_generation
 from trainer.base import resolve_base
 from trainer.config import Config, Source, dump_config, load_config, override, parse_config
@@ -33,7 +34,7 @@ from trainer.plan import make_plan
 from trainer.store import Store, open_store
 
 STEPS, COMMIT_EVERY, KILL_AFTER = 20, 5, 7
-SEQUENCE_LENGTH, GLOBAL_BATCH = 256, 4
+SEQUENCE_LENGTH, GLOBAL_BATCH = 128, 4
 ROWS_OF_A_SOURCE = 2000
 RESUME_GAP_ALLOWED = 1e-3  # nats: another world size adds the same numbers in another order
 _PHASE_SECONDS = 600.0
@@ -142,7 +143,7 @@ def run_smoke(
     life = _Life(directory.absolute(), SmokeResult(), show)
     with life.progress:
         try:
-            with _store(life):
+            with _store(life), life.ray():
                 config = life.material(path, overrides, layers)
                 life.plan(config)
                 life.train(config)
@@ -182,7 +183,7 @@ class _Life:
     """The parts of the life in their order, with their progress and the results they fill in."""
 
     def __init__(self, directory: Path, result: SmokeResult, show: bool) -> None:
-        self.directory, self.result, self.store_uri = directory, result, ""
+        self.directory, self.result, self.store_uri, self.ray_address = directory, result, "", ""
         self.progress = Progress(
             SpinnerColumn(finished_text="[green]✓"),
             TextColumn("{task.description}"),
@@ -200,6 +201,14 @@ class _Life:
         yield task
         self.progress.update(task, completed=total)
         self.result.phases[what] = round(time.monotonic() - started, 1)
+
+    @contextmanager
+    def ray(self) -> Iterator[None]:
+        """One Ray for all the runs: each of them is a driver of its own, and the killed one is killed with its ranks."""
+        with ExitStack() as stack:
+            with self.phase("Ray on this machine"):
+                self.ray_address = stack.enter_context(local_ray(2))
+            yield
 
     def material(self, path: Path | None, overrides: Sequence[str], layers: int | None) -> Config:
         """A user's configuration scaled down, or one for data, tokenizer and base made on the spot."""
@@ -226,7 +235,7 @@ class _Life:
                 config = config.model_copy(
                     update={"data": config.data.model_copy(update={"train": self.head(config.data.train), "eval": []})}
                 )
-        return scale_down(config, self.store_uri, layers)
+        return scale_down(config, self.store_uri, self.ray_address, layers)
 
     def head(self, sources: Sequence[Source]) -> list[Source]:
         """The first rows of each source, as files of our own: a smoke run need not tokenize a whole data set."""
@@ -355,7 +364,7 @@ def _newest_step(metrics: dict[str, list[dict[str, Any]]]) -> int:
     return metrics["step"][-1]["step"] if metrics.get("step") else 0
 
 
-def scale_down(config: Config, store: str, layers: int | None) -> Config:
+def scale_down(config: Config, store: str, ray_address: str, layers: int | None) -> Config:
     """The same run in small: its base, data, quantization, adapter and optimizer; fewer steps, tokens and ranks."""
     workers = config.cluster.workers or 2
     settings: dict[str, Any] = {
@@ -368,7 +377,7 @@ def scale_down(config: Config, store: str, layers: int | None) -> Config:
         "checkpoint.every_steps": COMMIT_EVERY,
         "checkpoint.keep_last": STEPS,
         "cluster.workers": min(workers, local_gpus() or 2, 2),
-        "cluster.ray.address": "null",
+        "cluster.ray.address": ray_address,
         "retry.failures": 0,
         "track.flush_seconds": 0.2,
     }
