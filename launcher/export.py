@@ -16,12 +16,13 @@ from trainer.store import Store
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and with --verify the largest difference of a logit and what is allowed."""
+    """What was written; with --verify also what trainer.verify.Proof measured."""
 
     destination: str
     step: int
     adapter_logits_max_diff: float | None = None
     tolerance: float | None = None
+    adapter_logits_effect: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -29,8 +30,18 @@ class Exported:
     def sentence(self) -> str:
         proof = ""
         if self.adapter_logits_max_diff is not None:
-            proof = f"; its logits in transformers + PEFT differ by at most {self.adapter_logits_max_diff:.2g} (allowed {self.tolerance})"
+            proof = (
+                f"; its logits in transformers + PEFT differ by at most {self.adapter_logits_max_diff:.3g} "
+                f"(allowed {self.tolerance:.3g}, the adapter changes them by up to {self.adapter_logits_effect:.3g})"
+            )
         return f"adapter of step {self.step} in {self.destination}{proof}"
+
+
+def proven(difference: float | None, tolerance: float | None, effect: float | None) -> bool:
+    """Whether logits differ tolerably, and the adapter's own effect is so large that this means something."""
+    if difference is None or tolerance is None or effect is None:
+        return False
+    return difference <= tolerance < effect
 
 
 def export_run(run: Store, destination: Path, *, verify: bool, dry_run: bool) -> Exported:
@@ -39,14 +50,11 @@ def export_run(run: Store, destination: Path, *, verify: bool, dry_run: bool) ->
         from trainer.manifest import committed_steps
 
         return Exported(f"{destination} (dry run: nothing written)", next(iter(committed_steps(run)), 0))
-    exported = _module("trainer.export", run.uri, str(destination))
-    result = Exported(str(destination), exported["step"])
-    if not verify:
-        return result
-    proof = _module("trainer.verify", run.uri, str(destination))
-    result = Exported(str(destination), exported["step"], proof["adapter_logits_max_diff"], proof["tolerance"])
-    if proof["adapter_logits_max_diff"] > proof["tolerance"]:
-        raise CapstanError(f"the {result.sentence()}. The adapter is not what was trained; do not use it.")
+    options = ["--verify"] if verify else []
+    made = _module("trainer.export", run.uri, str(destination), *options)
+    result = Exported(str(destination), **made)
+    if verify and not proven(result.adapter_logits_max_diff, result.tolerance, result.adapter_logits_effect):
+        raise CapstanError(f"{result.sentence()}. It does not prove to be what was trained; do not use it.")
     return result
 
 

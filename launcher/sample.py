@@ -63,7 +63,7 @@ class Sizes:
     hidden: int = 256
     intermediate: int = 704
     layers: int = 4
-    steps: int = 32
+    steps: int = 24
     batch: int = 8
     sequence_length: int = 128
 

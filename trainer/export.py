@@ -7,6 +7,7 @@ tokenizer's files and a model card with the run's facts.
 import json
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from trainer import run_layout
 from trainer.config import Config, parse_config
-from trainer.errors import CapstanError, ConfigError, NothingToResume, StorageError
+from trainer.errors import CapstanError, ConfigError
 from trainer.load import DTYPES, lora_config
-from trainer.manifest import Manifest, readable_manifests, verify_shard
+from trainer.manifest import Manifest, newest_whole
 from trainer.safetensors_index import read_header
 from trainer.store import Store, open_store
 
@@ -65,19 +66,6 @@ def export_adapter(run: Store, destination: Path) -> Manifest:
     return manifest
 
 
-def newest_whole(run: Store) -> Manifest:
-    """The newest checkpoint whose shards all verify; damaged ones are passed over."""
-    skipped: list[str] = []
-    for manifest in readable_manifests(run, skipped):
-        problems = [problem for shard in manifest.shards if (problem := verify_shard(run, shard))]
-        if not problems:
-            return manifest
-        skipped += problems
-    if skipped:
-        raise StorageError(f"no checkpoint of {run.uri} is whole: {skipped[0]}")
-    raise NothingToResume(f"{run.uri} has no committed checkpoint.")
-
-
 def master_weights(run: Store, manifest: Manifest) -> dict[str, Tensor]:
     """Every trained parameter, whole, in fp32, by its name in the model."""
     flat = {name: torch.empty(torch.Size(shape).numel()) for name, shape in manifest.shapes.items()}
@@ -113,13 +101,18 @@ def _model_card(config: Config, manifest: Manifest) -> str:
 
 
 def main() -> None:
-    """`python -m trainer.export RUN_URI DEST` prints {"step": ...}."""
+    """`python -m trainer.export RUN_URI DEST [--verify]` prints one JSON object: the step, and what verify measured."""
+    run, destination = open_store(sys.argv[1]), Path(sys.argv[2])
     try:
-        manifest = export_adapter(open_store(sys.argv[1]), Path(sys.argv[2]))
+        result: dict[str, float] = {"step": export_adapter(run, destination).step}
+        if "--verify" in sys.argv[3:]:
+            from trainer.verify import compare_logits
+
+            result |= asdict(compare_logits(run, destination))
     except CapstanError as error:
         print(f"capstan: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    print(json.dumps({"step": manifest.step}))
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from trainer import run_layout
-from trainer.errors import StorageError
+from trainer.errors import NothingToResume, StorageError
 from trainer.store import Store
 
 FORMAT = 1
@@ -108,6 +108,19 @@ def verify_shard(run: Store, shard: Shard) -> str | None:
     if hashlib.sha256(data).hexdigest() != shard.sha256:
         return f"{run.uri}/{shard.key} does not match its sha256."
     return None
+
+
+def newest_whole(run: Store) -> Manifest:
+    """The newest checkpoint whose shards all verify; damaged ones are passed over."""
+    skipped: list[str] = []
+    for manifest in readable_manifests(run, skipped):
+        problems = [problem for shard in manifest.shards if (problem := verify_shard(run, shard))]
+        if not problems:
+            return manifest
+        skipped += problems
+    if skipped:
+        raise StorageError(f"no checkpoint of {run.uri} is whole: {skipped[0]}")
+    raise NothingToResume(f"{run.uri} has no committed checkpoint.")
 
 
 def prunable(steps: list[int], keep_last: int, keep_every: int) -> list[int]:

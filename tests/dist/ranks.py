@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from trainer.nf4 import FrozenLinear4bit
 from trainer.rank import run_rank
 from trainer.ranks import Ranks, join
 from trainer.store import Store, open_store
-from trainer.verify import logits_difference
+from trainer.verify import compare_logits
 
 STATES = ("master", "exp_avg", "exp_avg_sq")
 
@@ -414,10 +414,10 @@ def save_as_generation(config_text: str, fingerprint: str, generation: int) -> d
     return _outcome_of(checkpoints.finish)
 
 
-def export_difference(run_uri: str, adapter: str) -> list[float]:
-    """[largest difference of a logit, largest logit] of the trained model and the adapter in transformers + PEFT."""
+def export_proof(run_uri: str, adapter: str) -> dict[str, float]:
+    """What `capstan export --verify` measures."""
     torch.set_num_threads(1)
-    return list(logits_difference(open_store(run_uri), Path(adapter)))
+    return asdict(compare_logits(open_store(run_uri), Path(adapter)))
 
 
 # DeepSpeed's private names.

@@ -57,9 +57,9 @@ def test_peft_loads_the_adapter_and_finds_the_master_weights(run: Store, tmp_pat
 
 def test_transformers_and_peft_give_the_trained_models_logits(run: Store, tmp_path: Path) -> None:
     export_adapter(run, tmp_path / "adapter")
-    ((difference, largest),) = launch(1, "export_difference", run.uri, str(tmp_path / "adapter"))
-    assert largest > 1
-    assert difference < 0.02 * largest
+    (proof,) = launch(1, "export_proof", run.uri, str(tmp_path / "adapter"))
+
+    assert proof["adapter_logits_max_diff"] <= proof["tolerance"] < proof["adapter_logits_effect"]
 
 
 def test_the_directory_has_the_tokenizer_the_settings_and_the_runs_facts(run: Store, tmp_path: Path) -> None:

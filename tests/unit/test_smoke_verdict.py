@@ -17,6 +17,7 @@ GOOD = SmokeResult(
     resume_loss_gap=0.0,
     adapter_logits_max_diff=0.01,
     adapter_logits_allowed=0.05,
+    adapter_logits_effect=0.8,
     checkpoints=4,
     device="cpu",
 )
@@ -38,6 +39,7 @@ def test_ok_when_everything_was_measured_and_holds():
         {"adapter_logits_max_diff": 0.06},
         {"adapter_logits_max_diff": float("nan")},
         {"adapter_logits_max_diff": None},
+        {"adapter_logits_effect": 0.04},
         {"killed_at_step": None},
         {"killed_at_step": STEPS},
         {"resumed_at_step": None},
