@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from trainer import run_layout
-from trainer.errors import CapstanError, StorageError
+from trainer.errors import CapstanError, StorageError, Superseded
 from trainer.store import Store
 
 WorkerErrors: TypeAlias = Mapping[int, BaseException]
@@ -55,7 +55,7 @@ def classify(errors: WorkerErrors) -> Failure:
 def decide(failures: Sequence[Failure], budget: int) -> Decision:
     """Another attempt, or the error that ends the run; `failures` are all so far, the newest last."""
     newest = failures[-1]
-    if newest.error is not None and not isinstance(newest.error, StorageError):
+    if newest.error is not None and not _worth_another_attempt(newest.error):
         return Decision(newest.reason, newest.error)
     if len(failures) > budget:
         ending = f"{newest.reason} (failure {len(failures)}; retry.failures: {budget}). See `capstan logs`."
@@ -63,6 +63,10 @@ def decide(failures: Sequence[Failure], budget: int) -> Decision:
     return Decision(
         f"{newest.reason}. Starting again from the last commit ({len(failures)} of {budget} restarts).", None
     )
+
+
+def _worth_another_attempt(error: CapstanError) -> bool:
+    return isinstance(error, StorageError) and not isinstance(error, Superseded)
 
 
 def record_crash(run: Store, failure: Failure) -> None:

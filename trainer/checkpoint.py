@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trainer import run_layout
 from trainer.engine import STATES, Engine, TrainablePartition
-from trainer.errors import ConfigError, NothingToResume, StorageError
+from trainer.errors import ConfigError, NothingToResume, StorageError, Superseded
 from trainer.manifest import Manifest, Shard, committed_steps, prunable, prune, readable_manifests, verify_shard
 from trainer.ranks import Ranks
 from trainer.safetensors_index import TensorSource, read_header
@@ -102,15 +102,21 @@ class Checkpoints:
         """Commit the save under way once every rank has uploaded. Collective when it has; returns what was committed.
 
         Raises:
-            StorageError: an upload failed, or a later generation has taken over the run.
+            StorageError: an upload failed; `Superseded` when a later generation has taken over the run.
         """
         if self._pending is None or not all_uploaded:
             return None
         pending, self._pending = self._pending, None
-        shards: list[Shard] = self.ranks.gather_objects(pending.shard.result())
-        manifest = pending.commit(shards)
-        if self.ranks.rank == 0:
-            self._commit(manifest)
+        # What failed on one rank fails on all: a rank that raised alone would leave the others in their next collective.
+        error = pending.shard.exception()
+        outcomes = self.ranks.gather_objects(str(error) if error else pending.shard.result())
+        for rank, outcome in enumerate(outcomes):
+            if not isinstance(outcome, Shard):
+                raise StorageError(f"rank {rank} could not upload its checkpoint of step {pending.step}: {outcome}")
+        manifest = pending.commit(outcomes)
+        problem: StorageError | None = self.ranks.broadcast(self._commit(manifest) if self.ranks.rank == 0 else None)
+        if problem:
+            raise problem
         return {
             "step": manifest.step,
             "bytes": manifest.size,
@@ -121,20 +127,24 @@ class Checkpoints:
     def finish(self) -> dict[str, Any] | None:
         """Wait for the save under way and commit it. Collective."""
         if self._pending is not None:
-            self._pending.shard.exception()  # waits; advance() raises it on the rank it belongs to
+            self._pending.shard.exception()  # waits; advance() raises it
         return self.advance(all_uploaded=True)
 
-    def _commit(self, manifest: Manifest) -> None:
-        newest = max(
-            (run_layout.generation_of(entry.key) or 0 for entry in self.run.list(run_layout.METRICS)), default=0
-        )
-        if newest > self.generation:
-            raise StorageError(
-                f"{self.run.uri}: generation {newest} of this run has started; generation {self.generation} must not commit any more. "
-                "Two jobs of one run are alive: end one."
-            )
-        self.run.create(run_layout.manifest(manifest.step), manifest.to_json())
+    def _commit(self, manifest: Manifest) -> StorageError | None:
+        """Write the manifest, unless a later generation has taken over; None, or why it was not written."""
+        try:
+            starts = (run_layout.generation_of(entry.key) or 0 for entry in self.run.list(run_layout.METRICS))
+            newest = max(starts, default=0)
+            if newest > self.generation:
+                return Superseded(
+                    f"{self.run.uri}: generation {newest} of this run has started; generation {self.generation} must not "
+                    "commit any more. Two jobs of one run are alive: end one."
+                )
+            self.run.create(run_layout.manifest(manifest.step), manifest.to_json())
+        except StorageError as error:
+            return error
         self._background.submit(self._prune)
+        return None
 
     def _prune(self) -> None:
         prune(self.run, prunable(committed_steps(self.run), self.keep_last, self.keep_every))

@@ -50,6 +50,10 @@ class AlreadyExists(StorageError):
     """A create-only write found the key taken."""
 
 
+class Superseded(StorageError):
+    """A later start of the run has taken over its folder, so this one must not write there any more."""
+
+
 class NothingToResume(CapstanError):
     """No committed checkpoint exists where one was asked for."""
 

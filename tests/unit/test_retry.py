@@ -3,7 +3,7 @@
 from launcher import retry
 from launcher.retry import Failure
 from launcher.status import read_status
-from trainer.errors import CapstanError, ConfigError, DataError, NonFiniteLoss, Stopped, StorageError
+from trainer.errors import CapstanError, ConfigError, DataError, NonFiniteLoss, Stopped, StorageError, Superseded
 from trainer.run_layout import metrics
 from trainer.store import open_store
 
@@ -20,7 +20,7 @@ def test_a_crash_is_tried_again_until_the_budget_is_used_up():
 
 
 def test_what_would_only_fail_again_ends_the_run_at_once():
-    for error in (ConfigError("wrong"), DataError("bad"), NonFiniteLoss("nan"), Stopped("asked")):
+    for error in (ConfigError("wrong"), DataError("bad"), NonFiniteLoss("nan"), Stopped("asked"), Superseded("newer")):
         decision = retry.decide([Failure(str(error), error)], budget=5)
         assert decision.error is error
 
