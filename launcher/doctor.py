@@ -68,7 +68,6 @@ def diagnose(store_uri: str | None) -> Report:
     checks = [
         Check("python", "ok", platform.python_version()),
         *_packages(),
-        _compiler(),
         *_accelerator(),
         _s3_server(),
         _machine(),
@@ -110,14 +109,6 @@ def check_package(requirement: Requirement, absent: State, install: str) -> Chec
     if not requirement.specifier.contains(version, prereleases=True):
         return Check(requirement.name, "missing", f"{version}, but {requirement.specifier} is needed", install)
     return Check(requirement.name, "ok", version)
-
-
-def _compiler() -> Check:
-    """DeepSpeed compiles a small shared-memory operator at first use."""
-    path = shutil.which("g++")
-    if path is None:
-        return Check("C++ compiler", "missing", "no g++ on PATH", "apt-get install g++, or module load gcc.")
-    return Check("C++ compiler", "ok", path)
 
 
 def _accelerator() -> Iterator[Check]:

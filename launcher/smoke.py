@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from launcher import local_s3
@@ -188,10 +188,9 @@ class _Life:
         self.directory, self.result, self.store_uri, self.ray_address = directory, result, "", ""
         self.progress = Progress(
             SpinnerColumn(finished_text="[green]✓"),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+            TextColumn("{task.fields[steps]}"),
             console=Console(stderr=True),
             disable=not show,
         )
@@ -199,7 +198,7 @@ class _Life:
 
     @contextmanager
     def phase(self, what: str, total: int = 1) -> Iterator[TaskID]:
-        task, started = self.progress.add_task(what, total=total), time.monotonic()
+        task, started = self.progress.add_task(what, total=total, steps=""), time.monotonic()
         yield task
         self.progress.update(task, completed=total)
         self.result.phases[what] = round(time.monotonic() - started, 1)
@@ -339,7 +338,7 @@ class _Life:
             while process.poll() is None:
                 if time.monotonic() > deadline:
                     raise CapstanError(f"no end after {_PHASE_SECONDS:.0f} s: {self.last_words()}")
-                self.progress.update(task, completed=_newest_step(read_generation(run, generation)))
+                self.show(task, read_generation(run, generation))
                 time.sleep(_POLL_SECONDS)
         finally:
             process.kill()
@@ -349,13 +348,19 @@ class _Life:
                 f"a part of the smoke run ended with exit code {process.returncode}: {self.last_words()}"
             )
 
+    def show(self, task: TaskID, metrics: dict[str, list[dict[str, Any]]]) -> None:
+        if metrics.get("step"):
+            newest = metrics["step"][-1]
+            text = f"[dim]step {newest['step']} of {STEPS}, loss {newest['loss']:.3f}"
+            self.progress.update(task, completed=newest["step"], steps=text)
+
     def kill(self, process: subprocess.Popen[bytes], run: Store, task: TaskID) -> int:
         """Kill -9 the ranks and their driver in the middle of the run, after a commit; returns the step they had reached."""
         deadline = time.monotonic() + _PHASE_SECONDS
         try:
             while True:
                 metrics = read_generation(run, 1)
-                self.progress.update(task, completed=_newest_step(metrics))
+                self.show(task, metrics)
                 if metrics.get("commit") and _newest_step(metrics) >= KILL_AFTER:
                     break
                 if process.poll() is not None or time.monotonic() > deadline:

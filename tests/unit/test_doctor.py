@@ -15,7 +15,7 @@ def test_this_machine_can_run(tmp_path):
     report = diagnose(str(tmp_path))
     assert report.ok, [check for check in report.checks if check.state == "missing"]
     names = [check.name for check in report.checks]
-    assert {"python", "C++ compiler", "GPUs", "attention kernels", "machine", f"store {tmp_path}"} <= set(names)
+    assert {"python", "GPUs", "attention kernels", "machine", f"store {tmp_path}"} <= set(names)
     assert {"torch", "deepspeed", "ray"} <= set(names)
     assert json.loads(json.dumps(report.to_json()))["ok"] is True
 
@@ -23,15 +23,6 @@ def test_this_machine_can_run(tmp_path):
 def test_without_a_store_none_is_tried():
     report = diagnose(None)
     assert not any(check.name.startswith("store") for check in report.checks)
-
-
-def test_a_missing_compiler_fails_with_the_way_to_get_one(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    report = diagnose(None)
-    (compiler,) = (check for check in report.checks if check.name == "C++ compiler")
-    assert compiler.state == "missing"
-    assert "apt-get install g++" in compiler.fix
-    assert not report.ok
 
 
 def test_an_absent_package_is_told_with_its_install_command():
