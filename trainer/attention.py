@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from trainer.data.stream import MicroBatch
 from trainer.errors import ConfigError
 
 VARLEN = "capstan_varlen"
@@ -26,16 +25,15 @@ class Attention:
     name: str
     why: str
 
-    def arguments(self, batch: MicroBatch, device: torch.device) -> dict[str, Any]:
+    def arguments(self, cu_seqlens: Tensor, max_seqlen: int) -> dict[str, Any]:
         """What the model's forward needs beside input_ids and position_ids to keep packed documents apart."""
         if self.name == "sdpa":
             return {}
-        borders = batch.cu_seqlens.to(device)
         return {
-            "cu_seq_lens_q": borders,
-            "cu_seq_lens_k": borders,
-            "max_length_q": batch.max_seqlen,
-            "max_length_k": batch.max_seqlen,
+            "cu_seq_lens_q": cu_seqlens,
+            "cu_seq_lens_k": cu_seqlens,
+            "max_length_q": max_seqlen,
+            "max_length_k": max_seqlen,
         }
 
 

@@ -62,17 +62,20 @@ class RowLoss(nn.Module):
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """The sum over the row's targets of -log p, () fp32, nats."""
-        device = batch.input_ids.device
         hidden = self.model.model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,
-            **self.attention.arguments(batch, device),
+            **self.attention.arguments(batch.cu_seqlens, batch.max_seqlen),
         ).last_hidden_state
         return self.model.lm_head(hidden, batch.labels)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        return self.model.lm_head(self.model.model(input_ids=tokens, use_cache=False).last_hidden_state)
+        """One unpacked row (1, T) int64 -> (1, T, V)."""
+        length = tokens.shape[1]
+        borders = torch.tensor([0, length], dtype=torch.int32, device=tokens.device)
+        hidden = self.model.model(input_ids=tokens, use_cache=False, **self.attention.arguments(borders, length))
+        return self.model.lm_head(hidden.last_hidden_state)
 
 
 class Engine:

@@ -241,6 +241,7 @@ class _Loader:
         # What deepspeed.zero.Init does to each parameter, less its broadcast of rank 0's data.
         self.zero._convert_to_deepspeed_param(parameter)
         parameter.partition()  # type: ignore[attr-defined]
+        parameter.data = parameter.data.to(self.ranks.device)  # empty by now; DeepSpeed's own are on the device too
         self.report.kept_bytes += (end - begin) * dtype.itemsize
         return parameter
 

@@ -10,6 +10,7 @@ import torch
 
 from trainer.checkpoint import Checkpoints
 from trainer.config import Config
+from trainer.data.order import hash_key
 from trainer.data.stream import Position, Stream
 from trainer.engine import Engine
 from trainer.errors import NonFiniteLoss, Stopped
@@ -120,7 +121,7 @@ def _record_commit(run: Training, committed: dict[str, Any] | None) -> None:
 
 def _dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
     """Randomness derives from the position in the run, so a checkpoint needs no generator state."""
-    return hash((seed, step, micro_batch, rank)) & 0x7FFF_FFFF_FFFF_FFFF  # hashes of ints are the same in every process
+    return int(hash_key(seed, step, micro_batch, rank))
 
 
 def evaluate(run: Training, stream: Stream) -> dict[str, float]:
