@@ -60,7 +60,7 @@ def load_stock(base: Path, settings: dict[str, Any], ranks: Any) -> dict[str, An
     import torch
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     from trainer.load import lora_config
 
@@ -125,7 +125,7 @@ def peak_bytes() -> int:
 
 
 def measure(side: str, base: Path, world: int) -> list[dict[str, Any]]:
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     rendezvous = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
