@@ -12,7 +12,7 @@ import typer
 from trainer.errors import CapstanError
 
 app = typer.Typer(
-    help="Fine-tune language models that are too large for one machine.",
+    help="Fine-tune language models that are too large for one machine. --debug anywhere adds the traceback of an error.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -110,7 +110,10 @@ def train(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
 
     run = load_config(config, overrides or ())
     if dry_run:
-        print(dump_config(run), end="")
+        from launcher.local import check
+
+        check(run, resume=False)
+        print(json.dumps(run.model_dump(mode="json")) if as_json else dump_config(run).rstrip())
         return
     _train(run, resume=False, as_json=as_json)
 
@@ -127,9 +130,15 @@ def resume(
     from trainer.config import dump_config, parse_config
     from trainer.run_layout import CONFIG
 
-    config = parse_config(_open_run(run, store).get(CONFIG).decode(), overrides or ())
+    folder = _open_run(run, store)
+    # Where it was found counts: a run may have been moved since it was configured.
+    found = f"run.store={folder.uri.rpartition('/')[0]}"
+    config = parse_config(folder.get(CONFIG).decode(), [found, *(overrides or ())])
     if dry_run:
-        print(dump_config(config), end="")
+        from launcher.local import check
+
+        check(config, resume=True)
+        print(json.dumps(config.model_dump(mode="json")) if as_json else dump_config(config).rstrip())
         return
     _train(config, resume=True, as_json=as_json)
 

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import CapstanError
+from trainer.errors import CapstanError, NothingToResume
+from trainer.manifest import committed_steps
 from trainer.store import Store
 
 
@@ -46,10 +47,12 @@ def proven(difference: float | None, tolerance: float | None, effect: float | No
 
 def export_run(run: Store, destination: Path, *, verify: bool, dry_run: bool) -> Exported:
     """Raises `CapstanError` when nothing is committed, the destination is taken, or the adapter does not verify."""
+    destination = destination.absolute()
     if dry_run:
-        from trainer.manifest import committed_steps
-
-        return Exported(f"{destination} (dry run: nothing written)", next(iter(committed_steps(run)), 0))
+        steps = committed_steps(run)
+        if not steps:
+            raise NothingToResume(f"{run.uri} has no committed checkpoint.")
+        return Exported(f"{destination} (dry run: nothing written)", steps[0])
     options = ["--verify"] if verify else []
     made = _module("trainer.export", run.uri, str(destination), *options)
     result = Exported(str(destination), **made)
@@ -62,11 +65,11 @@ def _module(name: str, *arguments: str) -> dict[str, Any]:
     """Run one of the trainer's modules that print a JSON object; its error and exit code become ours."""
     done = subprocess.run([sys.executable, "-m", name, *arguments], capture_output=True, text=True)
     if done.returncode:
-        *before, last = done.stderr.strip().splitlines() or [f"{name} ended with exit code {done.returncode}."]
-        expected = last.startswith("capstan: ")
+        _, expected, sentence = done.stderr.rpartition("capstan: ")
         if not expected:
-            print("\n".join(before), file=sys.stderr)
-        error = CapstanError(last.removeprefix("capstan: "))
-        error.exit_code = done.returncode if expected else 1
+            print(done.stderr, file=sys.stderr)
+            raise CapstanError(f"{name} ended with exit code {done.returncode}; its output is above.")
+        error = CapstanError(sentence.strip())
+        error.exit_code = done.returncode
         raise error
     return json.loads(done.stdout.splitlines()[-1])

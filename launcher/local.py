@@ -3,22 +3,26 @@
 Everything that can be wrong without a rank is found here, before torch is imported or a process group waits.
 """
 
+import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from pathlib import Path
 
 from launcher.ray_train import run_on_ray
-from launcher.status import read_status, request_stop, watch
+from launcher.status import SILENT_SECONDS, read_status, request_stop, watch
 from trainer import run_layout
-from trainer.base import check_base, resolve_base
-from trainer.config import Config, dump_config
+from trainer.base import Base, check_base, resolve_base
+from trainer.config import Config, dump_config, override
 from trainer.data.compile import Progress
 from trainer.data.prepare import Datasets, prepare
 from trainer.deepspeed_config import build_deepspeed_config
-from trainer.errors import AlreadyExists, ConfigError, NothingToResume
+from trainer.errors import AlreadyExists, CapstanError, ConfigError, NothingToResume
 from trainer.manifest import committed_steps
 from trainer.store import Store, open_store
 
@@ -33,13 +37,42 @@ def start(config: Config, *, resume: bool, live: bool, log: Callable[[str], None
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         _as_rank(config, resume=resume, log=log)
         return
+    config = anchored(config)
     run = open_store(config.run.store).sub(config.run.name)
     datasets = begin(config, resume=resume, log=log)
-    with _stop_on_signals(run), _live(run, live):
-        run_on_ray(config, datasets, run, resume=resume, log=log)
+    try:
+        # Beside the main thread, which is then free for signals: in it, Ray would install handlers of its own.
+        with _stop_on_signals(run), _live(run, live), ThreadPoolExecutor(1, "driver") as driver:
+            done = driver.submit(run_on_ray, config, datasets, run, resume=resume, log=log)
+            while not wait([done], timeout=0.2).done:
+                pass
+            done.result()
+    except CapstanError:
+        if not run.list(run_layout.METRICS):
+            run.delete(run_layout.CONFIG)  # no rank ever started: the name is free again
+        raise
+
+
+def anchored(config: Config) -> Config:
+    """`config` with its relative local paths made absolute: ranks, and a later resume, may have another directory."""
+
+    def absolute(path: str) -> str:
+        return path if "://" in path else str(Path(path).expanduser().absolute())
+
+    changes = {"run.store": absolute(config.run.store)}
+    for key, path in (("model.base", config.model.base), ("sharding.deepspeed", config.sharding.deepspeed)):
+        if Path(path).expanduser().exists():
+            changes[key] = absolute(path)
+    if config.data.template:
+        changes["data.template"] = absolute(config.data.template)
+    for what, sources in (("train", config.data.train), ("eval", config.data.eval)):
+        moved = [source.model_copy(update={"path": absolute(source.path)}).model_dump() for source in sources]
+        changes[f"data.{what}"] = json.dumps(moved)
+    return override(config, *(f"{key}={value}" for key, value in changes.items()))
 
 
 def _as_rank(config: Config, *, resume: bool, log: Callable[[str], None]) -> None:
+    config = anchored(config)
     restarted = any(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     datasets = begin(config, resume=resume, restarted=restarted, log=log) if os.environ["RANK"] == "0" else None
     from trainer.rank import run_rank
@@ -57,34 +90,43 @@ def begin(config: Config, *, resume: bool, log: Callable[[str], None], restarted
         NothingToResume: `resume`, and nothing is committed.
         DataError, StorageError: the data cannot be compiled.
     """
-    base = resolve_base(config.model)
-    check_base(base, config)
-    build_deepspeed_config(config, world_size=config.cluster.workers or 1, accumulation=1, on_gpu=False)  # its checks
+    base = check(config, resume=resume, restarted=restarted)
     store = open_store(config.run.store)
     run = store.sub(config.run.name)
-    if resume and not committed_steps(run):
-        raise NothingToResume(f"{run.uri} has no committed checkpoint. Start it with `capstan train`.")
-    if not (resume or restarted):
-        _refuse_taken(run, config)
     datasets = prepare(config, base, store, lambda what, now: log(_describe(what, now)))
     if resume:
-        run.delete(run_layout.STOP)
-    elif not restarted:
+        run.put(run_layout.CONFIG, dump_config(config).encode())  # with what this resume changed
+    elif not (restarted and run.exists(run_layout.CONFIG)):
         _claim(run, config)
+    run.delete(run_layout.STOP)
     return datasets
 
 
-def _refuse_taken(run: Store, config: Config) -> None:
-    """A name is taken unless its run failed before it had anything to lose."""
+def check(config: Config, *, resume: bool, restarted: bool = False) -> Base:
+    """Everything that can be told without data or ranks; changes nothing. Returns the base."""
+    base = resolve_base(config.model)
+    check_base(base, config)
+    build_deepspeed_config(config, world_size=config.cluster.workers or 1, accumulation=1, on_gpu=False)  # its checks
+    run = open_store(config.run.store).sub(config.run.name)
+    if resume and not committed_steps(run):
+        raise NothingToResume(f"{run.uri} has no committed checkpoint. Start it with `capstan train`.")
+    if not (resume or restarted) and _taken_by_another(run):
+        raise _taken(config)
+    return base
+
+
+def _taken_by_another(run: Store) -> bool:
+    """A name is taken unless its run ended before it had anything to lose."""
     if not run.exists(run_layout.CONFIG):
-        return
-    if read_status(run).state == "failed" and not committed_steps(run):
-        run.delete(run_layout.CONFIG)
-        return
-    raise _taken(config)
+        return False
+    status = read_status(run)
+    ended = status.state in ("failed", "silent") or (status.quiet_seconds or 0) > SILENT_SECONDS
+    return not ended or bool(committed_steps(run))
 
 
 def _claim(run: Store, config: Config) -> None:
+    if run.exists(run_layout.CONFIG) and not _taken_by_another(run):
+        run.delete(run_layout.CONFIG)
     try:
         run.create(run_layout.CONFIG, dump_config(config).encode())
     except AlreadyExists as error:
@@ -104,12 +146,18 @@ def _describe(what: str, now: Progress) -> str:
 
 @contextmanager
 def _stop_on_signals(run: Store) -> Iterator[None]:
-    """SIGTERM and SIGUSR1 ask the ranks to commit and stop, which ends this process with exit code 75."""
+    """SIGTERM, SIGUSR1 and Ctrl-C ask the ranks to commit and stop, which ends this process with exit code 75.
+
+    A second Ctrl-C ends it at once.
+    """
 
     def ask(number: int, _frame: object) -> None:
         request_stop(run, by=signal.Signals(number).name)
+        if number == signal.SIGINT:
+            print("stopping after a commit; Ctrl-C again ends at once", file=sys.stderr, flush=True)
+            signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
         yield
     finally:

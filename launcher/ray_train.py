@@ -15,7 +15,7 @@ from typing import Any
 from launcher import retry
 from trainer.config import Config, dump_config, parse_config
 from trainer.data.prepare import Datasets
-from trainer.errors import ConfigError
+from trainer.errors import CapstanError, ConfigError
 from trainer.store import Store
 
 
@@ -26,6 +26,7 @@ def run_on_ray(config: Config, datasets: Datasets, run: Store, *, resume: bool, 
         CapstanError: the run's own, or a crash's with its reason.
     """
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # ranks stay where the user's command was given
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.cluster.ray.start_timeout)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a rank's end is noticed; default 2
@@ -38,8 +39,7 @@ def run_on_ray(config: Config, datasets: Datasets, run: Store, *, resume: bool, 
             if error is None:
                 return
             failure = retry.classify(error)
-            if failure.error is None:
-                retry.record_crash(run, failure)
+            retry.record_end(run, failure)
             failures.append(failure)
             decision = retry.decide(failures, config.retry.failures)
             if decision.error is not None:
@@ -51,6 +51,7 @@ def _attempt(config: Config, datasets: Datasets, workers: int, gpus: int, *, res
     """One life of the worker group; returns what its ranks died of, or None when they finished."""
     from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
     with tempfile.TemporaryDirectory(prefix="capstan-ray-") as storage:
         trainer = TorchTrainer(
@@ -74,6 +75,8 @@ def _attempt(config: Config, datasets: Datasets, workers: int, gpus: int, *, res
         except WorkerGroupError as error:
             return {rank: _original(failure) for rank, failure in error.worker_failures.items()}
         except ControllerError as error:
+            if not isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+                raise CapstanError(f"Ray Train gave up: {error.controller_failure}") from error
             timeout = config.cluster.ray.start_timeout
             raise ConfigError(
                 f"cluster.ray.start_timeout: {workers} workers did not start within {timeout:.0f} seconds "

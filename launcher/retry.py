@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from trainer import run_layout
-from trainer.errors import CapstanError, StorageError, Superseded
+from trainer.errors import CapstanError, Stopped, StorageError, Superseded
 from trainer.store import Store
 
 WorkerErrors: TypeAlias = Mapping[int, BaseException]
@@ -69,10 +69,20 @@ def _worth_another_attempt(error: CapstanError) -> bool:
     return isinstance(error, StorageError) and not isinstance(error, Superseded)
 
 
-def record_crash(run: Store, failure: Failure) -> None:
-    """Write why a generation ended into its metrics: its rank 0 is gone, or saw only a broken connection."""
+def record_end(run: Store, failure: Failure) -> None:
+    """Write why the newest generation ended into its metrics, unless its rank 0 did.
+
+    After a crash in any case: rank 0 is gone itself, or saw only a broken connection.
+    """
     keys = [entry.key for entry in run.list(run_layout.METRICS) if run_layout.generation_of(entry.key)]
     if not keys:
         return
-    end = {"kind": "end", "outcome": "failed", "step": None, "reason": failure.reason, "time": round(time.time(), 3)}
-    run.put(keys[-1], run.get(keys[-1]) + json.dumps(end).encode() + b"\n")
+    lines = run.get(keys[-1])
+    if failure.error is not None and b'"kind": "end"' in lines:
+        return
+    end = {"kind": "end", "outcome": _outcome(failure), "step": None, "reason": failure.reason}
+    run.put(keys[-1], lines + json.dumps({**end, "time": round(time.time(), 3)}).encode() + b"\n")
+
+
+def _outcome(failure: Failure) -> str:
+    return "stopped" if isinstance(failure.error, Stopped) else "failed"

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from launcher import local_s3
 from launcher.export import proven
+from launcher.local import anchored
 from launcher.ray_train import local_ray
 from launcher.status import read_generation
 from trainer.base import resolve_base
@@ -140,13 +141,14 @@ def run_smoke(
 ) -> SmokeResult:
     """Take one run through its life under `directory`. What goes wrong in it is in the result, not raised."""
     started = time.monotonic()
+    given = anchored(load_config(path, overrides)) if path is not None else None
     life = _Life(directory.absolute(), SmokeResult(), show)
     with life.progress:
         try:
             # Made while the store and Ray start, as that is mostly waiting.
             making = life.begin("launcher.sample", str(life.directory / "sample"), "--json") if path is None else None
             with _store(life), life.ray():
-                config = life.material(path, making, overrides, layers)
+                config = life.material(given, making, overrides, layers)
                 life.plan(config)
                 life.train(config)
                 life.export()
@@ -213,13 +215,13 @@ class _Life:
 
     def material(
         self,
-        path: Path | None,
+        given: Config | None,
         making: "subprocess.Popen[bytes] | None",
         overrides: Sequence[str],
         layers: int | None,
     ) -> Config:
         """A user's configuration scaled down, or one for the data, tokenizer and base that `making` makes on the spot."""
-        if path is None:
+        if given is None:
             assert making is not None
             with self.phase("data, tokenizer and base from the standard library's documentation"):
                 sample = json.loads(self.output(making))
@@ -232,8 +234,8 @@ class _Life:
             }
             config = parse_config(json.dumps(tree), overrides)
         else:
-            config = load_config(path, overrides)
-            with self.phase(f"the first {ROWS_OF_A_SOURCE} rows of each source of {path.name}"):
+            config = given
+            with self.phase(f"the first {ROWS_OF_A_SOURCE} rows of each source"):
                 config = config.model_copy(
                     update={"data": config.data.model_copy(update={"train": self.head(config.data.train), "eval": []})}
                 )
@@ -393,6 +395,10 @@ def scale_down(config: Config, store: str, ray_address: str, layers: int | None)
         "checkpoint.every_steps": COMMIT_EVERY,
         "checkpoint.keep_last": STEPS,
         "cluster.workers": min(workers, local_gpus() or 2, 2),
+        "cluster.gpus_per_worker": "null",
+        "model.attention": "auto",
+        "optim.warmup_steps": min(config.optim.warmup_steps, 2),
+        "train.eval_every": 0,
         "cluster.ray.address": ray_address,
         "retry.failures": 0,
         "track.flush_seconds": 0.2,

@@ -175,6 +175,12 @@ class Data(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _template(self) -> "Data":
+        if self.template and self.format != "chat":
+            raise ValueError(f"data.template: has no effect with data.format: {self.format}. Remove it.")
+        return self
+
     @property
     def targets(self) -> str:
         """`loss_on`, or its default for the format."""
@@ -354,6 +360,14 @@ class Config(Section):
     cluster: Cluster = Cluster()
     retry: Retry = Retry()
     track: Track = Track()
+
+    @model_validator(mode="after")
+    def _used(self) -> "Config":
+        if self.train.eval_every and not self.data.eval:
+            raise ValueError("train.eval_every: has no effect without data.eval. Add a source there, or set it to 0.")
+        if self.tuning.targets == []:
+            raise ValueError("tuning.targets: [] leaves nothing to learn. Name layers, or set all-linear.")
+        return self
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

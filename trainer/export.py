@@ -54,7 +54,8 @@ def export_adapter(run: Store, destination: Path) -> Manifest:
     targets = {name.split(".lora_")[0].rpartition(".")[2] for name in manifest.shapes}
     adapter = lora_config(config.tuning, targets)
     adapter.inference_mode = True
-    adapter.base_model_name_or_path = str(base)
+    adapter.base_model_name_or_path = config.model.base  # a Hub id stays one, not this machine's cache
+    adapter.revision = config.model.revision
     adapter.save_pretrained(str(partial))
     for pattern in _TOKENIZER_FILES:
         for path in base.glob(pattern):
@@ -84,7 +85,7 @@ def _peft_name(name: str) -> str:
 
 def _model_card(config: Config, manifest: Manifest) -> str:
     facts = {
-        "base": manifest.base["path"],
+        "base": config.model.base,
         "run": config.run.name,
         "step": manifest.step,
         "adapter": json.dumps(manifest.adapter),
@@ -95,7 +96,7 @@ def _model_card(config: Config, manifest: Manifest) -> str:
     }
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     return (
-        f"---\nlibrary_name: peft\nbase_model: {manifest.base['path']}\n---\n\n# {config.run.name}\n\n"
+        f"---\nlibrary_name: peft\nbase_model: {config.model.base}\n---\n\n# {config.run.name}\n\n"
         f"A LoRA adapter trained with Capstan.\n\n| | |\n|---|---|\n{rows}\n"
     )
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from accelerate import init_empty_weights
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from trainer.attention import Attention
 from trainer.base import Base, check_tensor
@@ -79,15 +80,11 @@ def load_model(
 
 def empty_model(base: Base, config: Config, attention: Attention) -> PreTrainedModel:
     """The architecture with parameters on `meta` and real buffers (rotary frequencies), its head a `LossHead`."""
-    model_config = AutoConfig.from_pretrained(base.directory)
-    if config.model.layers:
-        model_config.num_hidden_layers = config.model.layers
-        if getattr(model_config, "layer_types", None):
-            model_config.layer_types = model_config.layer_types[: config.model.layers]
-    model_config.use_cache = False
+    architecture = model_config(base.directory, config.model.layers)
+    architecture.use_cache = False
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
-            model_config, dtype=DTYPES[config.model.dtype], attn_implementation=attention.name
+            architecture, dtype=DTYPES[config.model.dtype], attn_implementation=attention.name
         )
     model.tie_weights()  # init_empty_weights gives every module its own parameter
     head = LossHead(model.lm_head.in_features, model.lm_head.out_features, bias=False, device="meta")
@@ -96,6 +93,16 @@ def empty_model(base: Base, config: Config, attention: Attention) -> PreTrainedM
     if config.train.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()
+
+
+def model_config(directory: Path, layers: int | None) -> PretrainedConfig:
+    """transformers' configuration of the base, cut to its first `layers`."""
+    config = AutoConfig.from_pretrained(directory)
+    if layers:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    return config
 
 
 @dataclass(frozen=True)

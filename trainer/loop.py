@@ -116,7 +116,7 @@ def _save_is_due(config: Config, step: int, minutes_since_save: float) -> bool:
 def _record_commit(run: Training, committed: dict[str, Any] | None) -> None:
     if committed:
         run.metrics.write("commit", **committed)
-        run.metrics.flush()
+        run.metrics.flush_now()
 
 
 def _dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:

@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +71,14 @@ class Metrics:
             for path in Path(self._folder.name).iterdir():
                 self._run.put(self._events + path.name, path.read_bytes())
 
+    def flush_now(self) -> None:
+        """Flush outside the rhythm; a store that fails now is tried again in the rhythm."""
+        _try(self.flush)
+
     def close(self) -> None:
         if self._flusher is not None:
             self._flusher.stop()
-            self.flush()
+            _try(self.flush)
         if self._board is not None:
             self._board.close()
         self._folder.cleanup()
@@ -91,14 +95,19 @@ class Every:
 
     def _loop(self) -> None:
         while not self._stopped.wait(self._seconds):
-            try:
-                self._action()
-            except StorageError as error:
-                print(f"will be tried again: {error}", file=sys.stderr)
+            _try(self._action)
 
     def stop(self) -> None:
         self._stopped.set()
         self._thread.join()
+
+
+def _try(action: Callable[[], None]) -> None:
+    """Metrics and logs must never decide how a run ends."""
+    try:
+        action()
+    except StorageError as error:
+        print(f"not written: {error}", file=sys.stderr)
 
 
 @contextmanager
@@ -120,7 +129,8 @@ def rank_log(run: Store, generation: int, rank: int, flush_seconds: float) -> It
     def copy() -> None:
         while data := os.read(read_end, 65536):
             written.extend(data)
-            os.write(saved[1], data)
+            with suppress(OSError):  # the terminal may be gone; reading must go on, or every print would block
+                os.write(saved[1], data)
 
     copier = threading.Thread(target=copy, name="rank-log", daemon=True)
     copier.start()
@@ -134,7 +144,7 @@ def rank_log(run: Store, generation: int, rank: int, flush_seconds: float) -> It
         os.dup2(saved[0], 1)
         os.dup2(saved[1], 2)
         copier.join(timeout=5)  # ends when the last copy of the pipe's write end is closed
-        run.put(key, bytes(written))
+        _try(lambda: run.put(key, bytes(written)))
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

@@ -28,7 +28,7 @@ from trainer.data.prepare import Datasets
 from trainer.data.stream import Position, Stream, eval_stream
 from trainer.deepspeed_config import build_deepspeed_config
 from trainer.engine import Engine
-from trainer.errors import CapstanError, Stopped
+from trainer.errors import CapstanError, DoesNotFit, Stopped
 from trainer.load import DTYPES, checksums, load_model
 from trainer.loop import Training, train
 from trainer.metrics import Metrics, StopSignal, claim_generation, peak_memory, rank_log
@@ -50,7 +50,9 @@ def run_rank(config: Config, datasets: Datasets | None, *, resume: bool) -> None
     base = resolve_base(config.model)
     check_base(base, config)
     ranks = join()
-    torch.set_num_threads(config.cluster.threads_per_worker or max(1, (os.cpu_count() or 1) // ranks.ranks_per_node))
+    torch.set_num_threads(
+        config.cluster.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // ranks.ranks_per_node)
+    )
     shared: Datasets = ranks.broadcast(datasets)
     store = open_store(config.run.store)
     run = store.sub(config.run.name)
@@ -185,6 +187,14 @@ def _outcome(metrics: Metrics) -> Iterator[None]:
         print(f"{outcome}: {error}", file=sys.stderr, flush=True)
         metrics.write("end", outcome=outcome, step=None, reason=str(error))
         raise
+    except torch.cuda.OutOfMemoryError as error:
+        traceback.print_exc()
+        short = DoesNotFit(
+            f"out of GPU memory ({str(error).splitlines()[0]}). Lower data.sequence_length or train.micro_batch, set "
+            "train.activation_checkpointing: true, or use more ranks; `capstan plan` shows the largest parts."
+        )
+        metrics.write("end", outcome="failed", step=None, reason=str(short))
+        raise short from error
     except Exception as error:
         traceback.print_exc()
         metrics.write("end", outcome="failed", step=None, reason=f"{type(error).__name__}: {error}")

@@ -16,7 +16,8 @@ from trainer.checkpoint import load_partitions
 from trainer.config import Config, parse_config
 from trainer.deepspeed_config import build_deepspeed_config
 from trainer.engine import Engine
-from trainer.load import DTYPES, load_model
+from trainer.errors import ConfigError
+from trainer.load import DTYPES, load_model, model_config
 from trainer.manifest import newest_whole
 from trainer.ranks import join
 from trainer.store import Store
@@ -73,6 +74,11 @@ def _trained_logits(run: Store, config: Config, tokens: Tensor) -> Tensor:
 def _exported_logits(config: Config, base: Path, adapter: Path, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Through transformers and PEFT alone, with the adapter and without: (1, T, V) fp32 each."""
     dtype, quant = DTYPES[config.model.dtype], config.quant
+    if quant.type != "none" and quant.block_size != 64:
+        raise ConfigError(
+            f"quant.block_size: {quant.block_size} cannot be verified, as transformers quantizes in blocks of 64 only. "
+            "Export without --verify."
+        )
     quantization = None
     if quant.type != "none":
         quantization = BitsAndBytesConfig(
@@ -81,8 +87,9 @@ def _exported_logits(config: Config, base: Path, adapter: Path, tokens: Tensor) 
             bnb_4bit_use_double_quant=quant.double,
             bnb_4bit_compute_dtype=dtype,
         )
-    layers = {"num_hidden_layers": config.model.layers} if config.model.layers else {}
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, quantization_config=quantization, **layers)
+    model = AutoModelForCausalLM.from_pretrained(
+        base, config=model_config(base, config.model.layers), dtype=dtype, quantization_config=quantization
+    )
     model = PeftModel.from_pretrained(model, str(adapter)).eval()
     for module in model.modules():
         if isinstance(module, Linear4bit):

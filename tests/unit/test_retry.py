@@ -52,6 +52,7 @@ def test_a_rank_that_is_gone_is_the_cause_of_broken_connections_elsewhere():
 def test_the_reason_of_a_crash_is_left_in_the_runs_folder(tmp_path):
     run = open_store(str(tmp_path)).sub("run")
     run.put(metrics(1), b'{"kind": "start", "step": 0, "total_steps": 5, "world_size": 1, "time": 1.0}\n')
-    retry.record_crash(run, CRASH)
+    retry.record_end(run, CRASH)
+    retry.record_end(run, Failure("told already", ConfigError("told already")))
     status = read_status(run)
     assert (status.state, status.reason) == ("failed", CRASH.reason)
