@@ -32,20 +32,12 @@ class Built:
         }
 
     def table(self) -> Table:
-        table = Table(
-            "data",
-            "fingerprint",
-            "documents",
-            "tokens",
-            "targets",
-            "truncated",
-            "dropped",
-            "without targets",
-            "bad rows",
-        )
-        for what, (key, manifest) in self.splits.items():
-            figures = [f"{value:,}" for value in _figures(manifest).values()] if manifest else ["to be compiled"]
-            table.add_row(what, key, *figures)
+        table = Table("", *self.splits)
+        table.add_row("fingerprint", *(key for key, _ in self.splits.values()))
+        compiled = [_figures(manifest) if manifest else {} for _, manifest in self.splits.values()]
+        table.add_row("state", *("compiled" if figures else "to be compiled" for figures in compiled))
+        for name in next((figures for figures in compiled if figures), {}):
+            table.add_row(name.replace("_", " "), *(f"{figures[name]:,}" if figures else "" for figures in compiled))
         return table
 
 

@@ -29,11 +29,12 @@ from trainer.store import Store
 
 @dataclass(frozen=True)
 class Identity:
-    """What a checkpoint belongs to: a restore refuses another base or another adapter."""
+    """What a checkpoint belongs to: a restore refuses another base, adapter, data set or order of it."""
 
     dataset: str
     base: dict[str, Any]
     adapter: dict[str, Any]
+    order: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -84,6 +85,7 @@ class Checkpoints:
                 updates=updates,
                 position=position,
                 dataset=self.identity.dataset,
+                order=self.identity.order,
                 base=self.identity.base,
                 adapter=self.identity.adapter,
                 shapes=shapes,
@@ -209,8 +211,13 @@ def _write_shard(run: Store, key: str, tensors: dict[str, Tensor], intervals: di
 
 
 def _check_identity(manifest: Manifest, identity: Identity) -> None:
-    """What the checkpoint was trained on must be what this run trains on; data may change between runs, bases may not."""
-    for what, saved, given in (("base", manifest.base, identity.base), ("adapter", manifest.adapter, identity.adapter)):
+    """What the checkpoint was trained on must be what this run trains on, and its position must mean the same."""
+    parts = (
+        ("base", manifest.base, identity.base),
+        ("adapter", manifest.adapter, identity.adapter),
+        ("data order", manifest.order, identity.order),
+    )
+    for what, saved, given in parts:
         for key in sorted(saved.keys() | given.keys()):
             if key != "path" and saved.get(key) != given.get(key):
                 raise ConfigError(

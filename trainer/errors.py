@@ -50,6 +50,10 @@ class AlreadyExists(StorageError):
     """A create-only write found the key taken."""
 
 
+class Damaged(StorageError):
+    """An object was read, and is not what was written."""
+
+
 class Superseded(StorageError):
     """A later start of the run has taken over its folder, so this one must not write there any more."""
 

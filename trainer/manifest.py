@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from trainer import run_layout
-from trainer.errors import NothingToResume, StorageError
+from trainer.errors import Damaged, NotFound, NothingToResume, StorageError
 from trainer.store import Store
 
 FORMAT = 1
@@ -38,6 +38,7 @@ class Manifest:
     updates: int  # AdamW's own step count
     position: dict[str, int]  # of the data: epoch and next bin
     dataset: str  # fingerprint of the compiled training data
+    order: dict[str, Any]  # what else the data's order depends on: seed, packing, weights, sequence length
     base: dict[str, Any]  # path and fingerprint of the base, and how it is quantized
     adapter: dict[str, Any]  # method, rank, alpha and targets
     shapes: dict[str, list[int]]  # of every trainable parameter
@@ -58,18 +59,18 @@ def _digest(body: dict[str, Any]) -> str:
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
-    """Raises `StorageError`, saying what is wrong, unless `data` is a whole manifest of a known format."""
+    """Raises `Damaged` unless `data` is a whole manifest, and `StorageError` when it is of another format."""
     try:
         tree = json.loads(data)
         known, body, digest = tree["format"] == FORMAT, tree["body"], tree["sha256"]
     except (ValueError, KeyError, TypeError) as error:
-        raise StorageError(f"{where} is damaged: it is not a manifest.") from error
+        raise Damaged(f"{where} is damaged: it is not a manifest.") from error
     if not known:
         raise StorageError(
             f"{where} is of format {tree['format']}; this version reads format {FORMAT}. Use the version that wrote it."
         )
     if digest != _digest(body):
-        raise StorageError(f"{where} is damaged: its content does not match its sha256.")
+        raise Damaged(f"{where} is damaged: its content does not match its sha256.")
     shards = [
         Shard(s["key"], s["size"], s["sha256"], {name: (begin, end) for name, (begin, end) in s["intervals"].items()})
         for s in body.pop("shards")
@@ -89,19 +90,22 @@ def read_manifest(run: Store, step: int) -> Manifest:
 
 
 def readable_manifests(run: Store, skipped: list[str]) -> Iterator[Manifest]:
-    """Committed checkpoints, newest first; the reason for every one passed over is added to `skipped`."""
+    """Committed checkpoints, newest first; the reason for every damaged one is added to `skipped`.
+
+    Raises `StorageError` when the store cannot be read or a manifest is of an unknown format: neither is damage.
+    """
     for step in committed_steps(run):
         try:
             yield read_manifest(run, step)
-        except StorageError as error:
+        except (Damaged, NotFound) as error:
             skipped.append(str(error))
 
 
 def verify_shard(run: Store, shard: Shard) -> str | None:
-    """None when the shard's bytes are what was written, else what is wrong."""
+    """None when the shard's bytes are what was written, else what is wrong; a store that fails raises `StorageError`."""
     try:
         data = run.get(shard.key)
-    except StorageError as error:
+    except NotFound as error:
         return str(error)
     if len(data) != shard.size:
         return f"{run.uri}/{shard.key} has {len(data)} bytes instead of {shard.size}."

@@ -107,7 +107,7 @@ def _try(action: Callable[[], None]) -> None:
     try:
         action()
     except StorageError as error:
-        print(f"not written: {error}", file=sys.stderr)
+        print(f"will be tried again: {error}", file=sys.stderr)
 
 
 @contextmanager

@@ -122,7 +122,15 @@ def _train(
     engine = Engine(model, attention, config.optim, deepspeed_config, ranks)
     assert checksums(model) == report.checksums, "deepspeed.initialize changed packed weights"
     identity = Identity(
-        dataset=datasets.train, base=_base_identity(config, base), adapter=config.tuning.model_dump(mode="json")
+        dataset=datasets.train,
+        base=_base_identity(config, base),
+        adapter=config.tuning.model_dump(mode="json"),
+        order={
+            "seed": config.run.seed,
+            "packing": config.data.packing,
+            "sequence_length": config.data.sequence_length,
+            "weights": [source.weight for source in config.data.train],
+        },
     )
     checkpoints = Checkpoints(
         run, ranks, generation, identity, config.checkpoint.keep_last, config.checkpoint.keep_every

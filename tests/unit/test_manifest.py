@@ -31,6 +31,7 @@ def manifest(step: int, shards: list[Shard] | None = None) -> Manifest:
         updates=step,
         position={"epoch": 1, "next_bin": 12},
         dataset="d" * 20,
+        order={"seed": 3},
         base={"path": "/models/b", "quant.type": "nf4"},
         adapter={"rank": 4},
         shapes={"layer.lora_A.weight": [4, 5]},
@@ -142,3 +143,19 @@ def test_pruning_deletes_the_manifest_before_its_shards(run: Store, monkeypatch:
     assert deleted[0] == run_layout.manifest(1)
     assert run.list(run_layout.checkpoint(1)) == []
     assert committed_steps(run) == [2]
+
+
+class FailingStore(Store):
+    """A store that answers nothing but listings: down for a while, not damaged."""
+
+    def get(self, key: str) -> bytes:
+        raise StorageError(f"503 for {key}")
+
+
+def test_a_store_that_fails_is_not_a_damaged_checkpoint(run: Store, tmp_path: Path) -> None:
+    commit(run, 5)
+    failing = FailingStore(run.uri, run._backend)
+    with pytest.raises(StorageError, match="503"):
+        list(readable_manifests(failing, []))
+    with pytest.raises(StorageError, match="503"):
+        verify_shard(failing, manifest(5).shards[0])
