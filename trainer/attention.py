@@ -59,10 +59,10 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     reasons: dict[str, str] = {}
     if device.type != "cuda":
         reasons = {name: "it needs a CUDA device" for name in ("flash_attention_2", "varlen")}
-    elif torch.cuda.get_device_capability(device) < (8, 0):
-        reasons = {name: "it needs an Ampere GPU or newer" for name in ("flash_attention_2", "varlen")}
     elif dtype == torch.float32:
         reasons = {name: "it needs model.dtype: bf16" for name in ("flash_attention_2", "varlen")}
+    elif torch.cuda.get_device_capability(device) < (8, 0):
+        reasons = {name: "it needs an Ampere GPU or newer" for name in ("flash_attention_2", "varlen")}
     elif find_spec("flash_attn") is None:
         reasons["flash_attention_2"] = "the flash-attn package is not installed (pip install 'capstan-llm[flash-attn]')"
     return reasons
