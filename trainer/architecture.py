@@ -166,3 +166,5 @@ def _fused(
 
 
 _LINEARS = {"llama": _split, "mistral": _split, "qwen2": _split, "qwen3": _split, "phi3": _fused}
+# Decoder-only architectures whose logits are tested against transformers + bitsandbytes.
+ARCHITECTURES = tuple(sorted(_LINEARS))

@@ -11,14 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from trainer.architecture import mismatches, read_architecture
+from trainer.architecture import ARCHITECTURES, mismatches, read_architecture
 from trainer.config import Config, Model
 from trainer.errors import ConfigError
 from trainer.safetensors_index import TensorSource, read_index
 from trainer.store import Store, open_store
 
-# Decoder-only architectures whose logits are tested against transformers + bitsandbytes.
-ARCHITECTURES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # a path that begins with a dot is none
 _FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt"]
