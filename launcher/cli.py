@@ -240,7 +240,8 @@ def smoke(
     as_json: Json = False,
 ) -> None:
     """Take one run through its whole life in small: train, kill, resume on another world size, export, verify."""
-    from launcher.smoke import run_smoke, table
+    from launcher.smoke import run_smoke
+    from launcher.smoke_verdict import table
 
     result = run_smoke(config, overrides or (), layers=layers, directory=directory, show=not as_json)
     _emit(result, as_json, table)

@@ -1,43 +1,29 @@
 """The material of a smoke run, made on the spot: chat data, a tokenizer and a small base model. Nothing is downloaded.
 
-The data is the documentation of the running Python's standard library ("What does os.path.join do?" and its docstring):
-thousands of real question-answer pairs. The base is an ordinary Hugging Face directory of the Llama architecture,
+The data is the documentation of the running Python's standard library, as questions and answers. The base is an ordinary Hugging Face directory of the Llama architecture,
 trained for some seconds on the library's source code, so that it knows something and has something to learn.
 
 Run it as a process of its own (`python -m launcher.sample DIR`): it imports torch, and hundreds of stdlib modules.
 """
 
 import argparse
-import ast
 import contextlib
-import hashlib
-import importlib
-import inspect
 import io
 import json
 import os
 import sys
-import sysconfig
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from rich.console import Console
 
-# Importing these opens a window or a browser, prints, or loads a test suite; distutils is what setuptools makes of it;
-# and the last four are known by another name: os and os.path.
-_SKIPPED_MODULES = {"antigravity", "idlelib", "lib2to3", "test", "this", "tkinter", "turtle", "turtledemo"}
-_SKIPPED_MODULES |= {"distutils", "posix", "posixpath", "genericpath", "ntpath"}
-# Where a module's public objects say that they are from, besides the module itself and its C twin `_module`.
-_IMPLEMENTED_IN = {"os": ("posix",), "os.path": ("posixpath", "genericpath")}
-_SHORTEST, _LONGEST = 20, 1200
-_LONGEST_CODE = 20_000  # characters of a module
+from launcher.stdlib_docs import LONGEST, pairs, source_code, split
+
 _SHARDS = 4
-_EVAL_SHARE = 32
+_LONGEST_CODE = 20_000  # characters of a module
 
 _SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|pad|>")
 _CHAT_TEMPLATE = """\
@@ -147,74 +133,6 @@ def make_sample(
 # --- the data
 
 
-def pairs() -> list[tuple[str, str]]:
-    """(question, answer) for every documented public name of the standard library, sorted by name.
-
-    An answer occurs once: a docstring that several names share (by inheritance or re-export) goes to the first of them.
-    """
-    names = {name for name in sys.stdlib_module_names if not name.startswith("_")} - _SKIPPED_MODULES
-    found: dict[str, str] = {}
-    # Old modules warn when they are imported or looked at, some print.
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        for root in sorted(names | {"os.path"}):
-            for module_name, module in _modules(root):
-                for name, thing in _public(module_name, module):
-                    if docstring := _docstring(thing):
-                        found.setdefault(docstring, name)
-    return sorted((f"What does {name} do?", docstring) for docstring, name in found.items())
-
-
-def split(all_pairs: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """(train, held out), by a hash of the question: a pair stays on its side when others come or go."""
-    train, held_out = [], []
-    for pair in all_pairs:
-        digest = hashlib.sha256(pair[0].encode()).digest()
-        (held_out if digest[0] % _EVAL_SHARE == 0 else train).append(pair)
-    return train, held_out
-
-
-def _modules(name: str) -> Iterator[tuple[str, ModuleType]]:
-    """(name, module) of the module and the public ones inside it, as far as this machine can import them."""
-    try:
-        module = importlib.import_module(name)
-    except Exception:
-        return  # of another operating system, or of a library that this Python was built without
-    yield name, module
-    for folder in getattr(module, "__path__", []):
-        for path in sorted(Path(folder).iterdir()):
-            inner = path.stem if path.suffix == ".py" else path.name if (path / "__init__.py").exists() else ""
-            if inner.isidentifier() and not inner.startswith("_") and inner not in ("test", "tests"):
-                yield from _modules(f"{name}.{inner}")
-
-
-def _public(module_name: str, module: ModuleType) -> Iterator[tuple[str, Any]]:
-    """(dotted name, object) of the public functions and classes that the module defines, and of their methods."""
-    homes = (module_name, f"_{module_name}", *_IMPLEMENTED_IN.get(module_name, ()))
-    for name, thing in sorted(vars(module).items()):
-        if name.startswith("_") or not (inspect.isclass(thing) or inspect.isroutine(thing)):
-            continue
-        if getattr(thing, "__module__", None) not in homes:
-            continue
-        yield f"{module_name}.{name}", thing
-        if inspect.isclass(thing):
-            for member, method in sorted(vars(thing).items()):
-                if not member.startswith("_") and (inspect.isroutine(method) or isinstance(method, property)):
-                    yield f"{module_name}.{name}.{member}", method
-
-
-def _docstring(thing: Any) -> str:
-    """The cleaned docstring, cut at a paragraph when long; empty when there is none worth learning."""
-    raw = getattr(thing, "__doc__", None)
-    if not isinstance(raw, str):
-        return ""
-    text = "\n".join(line.rstrip() for line in inspect.cleandoc(raw).splitlines()).strip()
-    if len(text) > _LONGEST:
-        text = text[:_LONGEST].rpartition("\n\n")[0] or text[:_LONGEST].rpartition("\n")[0]
-    # An address in memory (`<object at 0x7f...>`) differs from process to process.
-    return text if len(text) >= _SHORTEST and " at 0x" not in text else ""
-
-
 def _write_jsonl(path: Path, rows: list[tuple[str, str]]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
@@ -249,7 +167,7 @@ def _make_tokenizer(base: Path, rows: list[tuple[str, str]], vocabulary: int) ->
         remove_extra_whitespaces=False,
         add_dummy_prefix=False,
         allow_whitespace_only_pieces=True,
-        max_sentence_length=_LONGEST * 4,
+        max_sentence_length=LONGEST * 4,
         num_threads=2,
         minloglevel=2,
     )
@@ -341,19 +259,6 @@ def _make_base(base: Path, sizes: Sizes, seed: int) -> tuple[int, float, float]:
     model.save_pretrained(base, max_shard_size=f"{max(1, parameters * 2 // 3 // 1000)}KB")
     tenth = max(1, len(losses) // 10)
     return parameters, sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
-
-
-def source_code() -> list[str]:
-    """The library's modules without their docstrings: a base that has read the code is yet to learn to explain it."""
-    modules = []
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        tree = ast.parse(path.read_bytes())
-        for node in ast.walk(tree):
-            documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-            if documented and ast.get_docstring(node, clean=False) is not None:
-                node.body = node.body[1:] or [ast.Pass()]
-        modules.append(ast.unparse(tree))
-    return modules
 
 
 def _tokens(tokenizer: Any, texts: list[str], sizes: Sizes) -> Any:

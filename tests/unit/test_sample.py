@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from launcher.sample import Sample, Sizes, make_sample, pairs, split
+from launcher.sample import Sample, Sizes, make_sample
+from launcher.stdlib_docs import pairs, split
 
 SMALL = Sizes(hidden=64, intermediate=128, layers=1, steps=12, batch=4, sequence_length=64)
 
@@ -27,9 +28,7 @@ def tokenizer(sample: Sample) -> Any:
 
 
 def test_the_pairs_are_the_same_in_every_process() -> None:
-    program = (
-        "import hashlib; from launcher.sample import pairs; print(hashlib.sha256(repr(pairs()).encode()).hexdigest())"
-    )
+    program = "import hashlib; from launcher.stdlib_docs import pairs; print(hashlib.sha256(repr(pairs()).encode()).hexdigest())"
     digests = {
         subprocess.run(
             [sys.executable, "-c", program],

@@ -1,0 +1,64 @@
+"""A part of the smoke run: one of our modules in a process of its own, as a user would start it, with an end to it."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from trainer.errors import CapstanError
+
+_LONGEST_SECONDS = 600.0
+_POLL_SECONDS = 0.2
+
+
+class Part:
+    """`python -m module arguments`, started at once. Its stderr is appended to `log`; leaving its context kills it."""
+
+    def __init__(self, log: Path, module: str, *arguments: str) -> None:
+        self._log = log
+        self._deadline = time.monotonic() + _LONGEST_SECONDS
+        with log.open("ab") as stderr:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+            )
+
+    def __enter__(self) -> "Part":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def runs(self) -> bool:
+        """Whether it still runs, after a short wait. Raises `CapstanError` when it has taken too long."""
+        try:
+            self._process.wait(_POLL_SECONDS)
+        except subprocess.TimeoutExpired:
+            if time.monotonic() > self._deadline:
+                raise CapstanError(f"no end after {_LONGEST_SECONDS:.0f} s: {self.last_words()}") from None
+            return True
+        return False
+
+    def output(self) -> str:
+        """What it printed, once it has ended well."""
+        with self:
+            try:
+                out, _ = self._process.communicate(timeout=_LONGEST_SECONDS)
+            except subprocess.TimeoutExpired:
+                raise CapstanError(f"no end after {_LONGEST_SECONDS:.0f} s: {self.last_words()}") from None
+        self.check()
+        return out.decode()
+
+    def check(self) -> None:
+        """Raises `CapstanError` unless it has ended with exit code 0."""
+        if self._process.returncode:
+            raise CapstanError(
+                f"a part of the smoke run ended with exit code {self._process.returncode}: {self.last_words()}"
+            )
+
+    def last_words(self) -> str:
+        lines = self._log.read_text(errors="replace").strip().splitlines()
+        return f"{lines[-1] if lines else 'it said nothing'} (all of it in {self._log})"

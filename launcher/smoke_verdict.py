@@ -1,0 +1,104 @@
+"""What a smoke run proved: every claim was measured in that very run, or does not hold."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+from launcher.export import proven
+
+STEPS = 15
+RESUME_GAP_ALLOWED = 1e-3  # nats: another world size adds the same numbers in another order
+
+
+class Check(NamedTuple):
+    what: str
+    measured: str
+    required: str
+    held: bool
+
+
+@dataclass
+class SmokeResult:
+    """What was measured. Losses in nats a target token, the mean of several steps; `error` says which part failed, None when all ran."""
+
+    steps: int | None = None
+    loss_first: float | None = None
+    loss_last: float | None = None
+    killed_at_step: int | None = None
+    resumed_at_step: int | None = None
+    world_before: int | None = None
+    world_after: int | None = None
+    resume_loss_gap: float | None = None
+    adapter_logits_max_diff: float | None = None
+    adapter_logits_allowed: float | None = None
+    adapter_logits_effect: float | None = None
+    checkpoints: int | None = None
+    seconds: float | None = None
+    store: str | None = None
+    device: str | None = None
+    error: str | None = None
+    phases: dict[str, float] = field(default_factory=dict)  # seconds of each
+
+    @property
+    def checks(self) -> list[Check]:
+        """Every claim of the table; one that was not measured does not hold."""
+        one_gpu = self.device is not None and self.device.startswith("cuda") and self.world_before == 1
+        other_size = (
+            "1 -> 1 (one GPU: the world size stays 1)" if one_gpu else f"{self.world_before} -> {self.world_after}"
+        )
+        return [
+            Check(
+                "loss falls",
+                f"{_short(self.loss_first)} -> {_short(self.loss_last)} nats",
+                "last < first",
+                _less(self.loss_last, self.loss_first),
+            ),
+            Check("killed (-9) at step", str(self.killed_at_step), f"< {STEPS}", _less(self.killed_at_step, STEPS)),
+            Check("resumed at step", str(self.resumed_at_step), "from a commit", bool(self.resumed_at_step)),
+            Check("world size", other_size, "changes", one_gpu or _less(self.world_after, self.world_before)),
+            Check(
+                "loss against an undisturbed run",
+                f"{_short(self.resume_loss_gap)} nats",
+                f"<= {RESUME_GAP_ALLOWED}",
+                self.resume_loss_gap is not None and self.resume_loss_gap <= RESUME_GAP_ALLOWED,
+            ),
+            Check(
+                "adapter's logits in transformers + PEFT",
+                f"differ by {_short(self.adapter_logits_max_diff)}",
+                f"<= {_short(self.adapter_logits_allowed)} (its effect: {_short(self.adapter_logits_effect)})",
+                proven(self.adapter_logits_max_diff, self.adapter_logits_allowed, self.adapter_logits_effect),
+            ),
+            Check(
+                "checkpoints committed",
+                f"{self.checkpoints} in {self.store}",
+                ">= 2",
+                bool(self.checkpoints and self.checkpoints >= 2),
+            ),
+        ]
+
+    @property
+    def ok(self) -> bool:
+        return self.error is None and self.steps == STEPS and all(check.held for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"ok": self.ok, **asdict(self), "checks": [check._asdict() for check in self.checks]}
+
+
+def _short(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4g}"
+
+
+def _less(small: float | None, large: float | None) -> bool:
+    return small is not None and large is not None and small < large
+
+
+def table(result: SmokeResult) -> Table:
+    """What was proven, a line each."""
+    title = f"capstan smoke: {'everything holds' if result.ok else 'NOT OK'} ({result.seconds} s on {result.device})"
+    shown = Table("checked", "measured", "required", "", title=title)
+    for check in result.checks:
+        shown.add_row(check.what, check.measured, check.required, "[green]ok" if check.held else "[red]FAILED")
+    if result.error:
+        shown.caption = result.error
+    return shown
