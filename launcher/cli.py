@@ -21,7 +21,9 @@ app = typer.Typer(
 data_app = typer.Typer(help="Compile and inspect training data.", no_args_is_help=True)
 config_app = typer.Typer(help="The configuration's schema.", no_args_is_help=True)
 checkpoints_app = typer.Typer(help="A run's committed checkpoints.", no_args_is_help=True)
+submit_app = typer.Typer(help="Hand a run over to a cluster and return.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(submit_app, name="submit")
 app.add_typer(config_app, name="config")
 app.add_typer(checkpoints_app, name="checkpoints")
 
@@ -40,13 +42,15 @@ def _log(text: str) -> None:
 
 
 def _emit(value: Any, as_json: bool, show: Callable[[Any], Any]) -> None:
-    """One JSON object on stdout, or what `show` makes of the value, printed by rich."""
+    """One JSON object on stdout, or what `show` makes of the value: text as it is, anything else printed by rich."""
     if as_json:
         print(json.dumps(value.to_json()))
+    elif isinstance(shown := show(value), str):
+        print(shown)
     else:
         from rich.console import Console
 
-        Console().print(show(value))
+        Console().print(shown)
 
 
 def _open_run(run: str, store: str) -> Any:
@@ -87,7 +91,7 @@ def plan(
     from trainer.plan import make_plan
 
     run = load_config(config, overrides or ())
-    world_size = run.cluster.workers or 1
+    world_size = run.cluster.most_workers or 1
     memory = int(gpu_memory * 2**30) if gpu_memory else None
     result = make_plan(run, resolve_base(run.model).config, world_size, ranks_per_node or world_size, memory)
     _emit(result, as_json, plan_table)
@@ -110,7 +114,7 @@ def train(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
 
     run = load_config(config, overrides or ())
     if dry_run:
-        from launcher.local import check
+        from launcher.submission import check
 
         check(run, resume=False)
         print(json.dumps(run.model_dump(mode="json")) if as_json else dump_config(run).rstrip())
@@ -135,12 +139,28 @@ def resume(
     found = f"run.store={folder.uri.rpartition('/')[0]}"
     config = parse_config(folder.get(CONFIG).decode(), [found, *(overrides or ())])
     if dry_run:
-        from launcher.local import check
+        from launcher.submission import check
 
         check(config, resume=True)
         print(json.dumps(config.model_dump(mode="json")) if as_json else dump_config(config).rstrip())
         return
     _train(config, resume=True, as_json=as_json)
+
+
+@submit_app.command("ray")
+def submit_ray(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest commit.")] = False,
+    as_json: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Submit to the Ray cluster of cluster.ray.address or RAY_ADDRESS; without one, start in the background here."""
+    from launcher.ray_jobs import submit
+    from trainer.config import load_config
+
+    submitted = submit(load_config(config, overrides or ()), resume=resume, dry_run=dry_run)
+    _emit(submitted, as_json, lambda result: result.text())
 
 
 def _train(config: Any, *, resume: bool, as_json: bool) -> None:

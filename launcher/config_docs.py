@@ -32,7 +32,7 @@ A run is one YAML file. Any setting can be overridden on the command line by its
 
 _TABLE = "| Setting | Allowed | Default | Unit | What it does | Example |\n| --- | --- | --- | --- | --- | --- |"
 
-_NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false"}
+_NAMES: dict[Any, str] = {str: "text", int: "whole number", float: "number", bool: "true or false", Any: "value"}
 _BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 

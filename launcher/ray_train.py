@@ -19,8 +19,12 @@ from trainer.errors import CapstanError, ConfigError
 from trainer.store import Store
 
 
-def run_on_ray(config: Config, datasets: Datasets, run: Store, *, resume: bool, log: Callable[[str], None]) -> None:
+def run_on_ray(
+    config: Config, datasets: Datasets, run: Store, *, resume: bool, address: str | None, log: Callable[[str], None]
+) -> None:
     """Train on a Ray cluster, or on a Ray started here for this run, until done or beyond the failure budget.
+
+    `address` is the cluster's; by default cluster.ray.address or RAY_ADDRESS.
 
     Raises:
         CapstanError: the run's own, or a crash's with its reason.
@@ -30,8 +34,8 @@ def run_on_ray(config: Config, datasets: Datasets, run: Store, *, resume: bool, 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.cluster.ray.start_timeout)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a rank's end is noticed; default 2
-    address = config.cluster.ray.address
-    with _joined_ray(address) if address else local_ray(config.cluster.workers or 1):
+    address = address or config.cluster.ray.address or os.environ.get("RAY_ADDRESS")
+    with _joined_ray(address) if address else local_ray(config.cluster.most_workers or 1):
         workers, gpus = _workers(config)
         failures: list[retry.Failure] = []
         while True:
@@ -142,7 +146,7 @@ def _workers(config: Config) -> tuple[int, int]:
     resources = ray.cluster_resources()
     available = int(resources.get("GPU", 0))
     gpus = config.cluster.gpus_per_worker if config.cluster.gpus_per_worker is not None else int(available > 0)
-    workers = config.cluster.workers or (available if gpus else 1)
+    workers = config.cluster.most_workers or (available if gpus else 1)
     for what, needed, has in (("GPUs", workers * gpus, available), ("CPUs", workers, int(resources.get("CPU", 0)))):
         if needed > has:
             raise ConfigError(

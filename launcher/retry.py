@@ -72,11 +72,13 @@ def _worth_another_attempt(error: CapstanError) -> bool:
 def record_end(run: Store, failure: Failure) -> None:
     """Write why the newest generation ended into its metrics, unless its rank 0 did.
 
-    After a crash in any case: rank 0 is gone itself, or saw only a broken connection.
+    After a crash in any case: rank 0 is gone itself, or saw only a broken connection. A run that ended before it had a
+    rank gets its first generation here.
     """
     keys = [entry.key for entry in run.list(run_layout.METRICS) if run_layout.generation_of(entry.key)]
     if not keys:
-        return
+        keys = [run_layout.metrics(1)]
+        run.create(keys[0], b"")
     lines = run.get(keys[-1])
     if failure.error is not None and b'"kind": "end"' in lines:
         return

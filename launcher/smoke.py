@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from launcher import local_s3
-from launcher.local import anchored
 from launcher.part import Part
 from launcher.ray_train import local_ray
 from launcher.smoke_verdict import STEPS, SmokeResult
 from launcher.status import read_generation
+from launcher.submission import anchored
 from trainer.base import resolve_base
 from trainer.config import Config, Source, dump_config, load_config, override, parse_config
 from trainer.data.sources import expand, rows
@@ -162,7 +162,7 @@ class _Life:
 
     def plan(self, config: Config) -> None:
         with self.phase("plan"):
-            workers = config.cluster.workers or 1
+            workers = config.cluster.most_workers or 1
             shortfalls = make_plan(config, resolve_base(config.model).config, workers, workers, None).shortfalls
         if shortfalls:
             raise DoesNotFit("\n".join(shortfalls))
@@ -243,7 +243,7 @@ def _newest_step(metrics: dict[str, list[dict[str, Any]]]) -> int:
 
 def scale_down(config: Config, store: str, ray_address: str, layers: int | None) -> Config:
     """The same run in small: its base, data, quantization, adapter and optimizer; fewer steps, tokens and ranks."""
-    workers = config.cluster.workers or 2
+    workers = config.cluster.most_workers or 2
     settings: dict[str, Any] = {
         "run.store": store,
         "train.steps": STEPS,

@@ -114,6 +114,13 @@ def request_stop(run: Store, by: str | None = None) -> None:
     run.put(run_layout.STOP, json.dumps(request).encode())
 
 
+def stop_requester(run: Store) -> str | None:
+    """Who has asked the run to stop; None when nobody has."""
+    with suppress(NotFound):
+        return json.loads(run.get(run_layout.STOP))["by"]
+    return None
+
+
 class _Generation:
     """The records of one generation, parsed as they come in."""
 

@@ -299,16 +299,43 @@ class Ray(Section):
     start_timeout: float = _field(
         300, about="How long to wait for the workers that were asked for.", example=600, gt=0, unit="seconds"
     )
+    cpus_per_worker: float = _field(1, about="CPUs that Ray books for each rank.", example=8, gt=0, unit="CPUs")
+    memory_per_worker: float | None = _field(
+        None, about="Host memory that Ray books for each rank. Default: none is booked.", example=64, gt=0, unit="GiB"
+    )
+    resources: dict[str, float] = _field(
+        {}, about="Custom resources that Ray books for each rank.", example={"accelerator_type:H100": 0.01}
+    )
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = _field(
+        "PACK",
+        about="How Ray lays the ranks out over machines: PACK fills one after the other, SPREAD takes as many as there are; "
+        "STRICT refuses anything else.",
+        example="SPREAD",
+    )
+    runtime_env: dict[str, Any] = _field(
+        {},
+        about="Ray's runtime environment for `capstan submit ray`: env_vars, pip, image_uri and so on. The code of the "
+        "snapshot is its working_dir.",
+        example={"env_vars": {"NCCL_SOCKET_IFNAME": "eth0"}},
+    )
+
+    @model_validator(mode="after")
+    def _own_working_dir(self) -> "Ray":
+        if "working_dir" in self.runtime_env:
+            raise ValueError(
+                "cluster.ray.runtime_env: working_dir is the snapshot of your checkout and cannot be set. Remove it."
+            )
+        return self
 
 
 class Cluster(Section):
     """How many ranks, and on what."""
 
-    workers: int | None = _field(
+    workers: int | tuple[int, int] | None = _field(
         None,
-        about="Ranks. Default: one for each GPU of this machine, one without GPUs.",
-        example=16,
-        ge=1,
+        about="Ranks, or [fewest, most] for a run that goes on with fewer when machines leave the Ray cluster and grows when "
+        "they come. Default: one for each GPU of the cluster, one without GPUs.",
+        example=[8, 32],
         unit="ranks",
     )
     gpus_per_worker: Literal[0, 1] | None = _field(
@@ -322,6 +349,30 @@ class Cluster(Section):
         unit="threads",
     )
     ray: Ray = Ray()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _range(cls, given: Any) -> Any:
+        """Before pydantic's own checks: they would report each branch of the union."""
+        workers = given.get("workers") if isinstance(given, dict) else None
+        bounds: list[Any] = list(workers) if isinstance(workers, list | tuple) else [workers, workers]
+        whole = all(isinstance(bound, int) and not isinstance(bound, bool) for bound in bounds)
+        if workers is not None and not (whole and len(bounds) == 2 and 1 <= bounds[0] <= bounds[1]):
+            raise ValueError(
+                f"cluster.workers: {workers!r} is not allowed. Give a whole number from 1, or [fewest, most] with "
+                "1 <= fewest <= most. Example: [8, 32]."
+            )
+        return given
+
+    @property
+    def fewest_workers(self) -> int | None:
+        """Ranks that the run needs at least; None where the cluster decides."""
+        return self.workers[0] if isinstance(self.workers, tuple) else self.workers
+
+    @property
+    def most_workers(self) -> int | None:
+        """Ranks that the run takes at most; None where the cluster decides."""
+        return self.workers[1] if isinstance(self.workers, tuple) else self.workers
 
 
 class Retry(Section):

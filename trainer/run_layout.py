@@ -7,6 +7,7 @@ import re
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
+SNAPSHOT = "snapshot.tar.zst"
 STOP = "STOP"
 METRICS = "metrics/"
 LOGS = "logs/"

@@ -1,0 +1,173 @@
+"""The process that owns a run: it has the data compiled, keeps the ranks alive on Ray, and ends with the run's exit code.
+
+    python -m launcher.driver RUN_URI [--resume] [--address HOST:PORT]
+
+drives a run whose folder `capstan submit` has made: the entrypoint of a Ray job, or of a batch script on its own Ray.
+`capstan train` and `capstan resume` do the same in the foreground. SIGTERM, SIGUSR1 and `capstan stop` end it with exit
+code 75 once the ranks have committed; started again, it goes on from the newest commit by itself.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+
+from launcher import retry
+from launcher.ray_train import run_on_ray
+from launcher.status import request_stop, stop_requester, watch
+from launcher.submission import run_folder
+from trainer import run_layout
+from trainer.base import resolve_base
+from trainer.config import Config, parse_config
+from trainer.data.compile import Progress
+from trainer.data.prepare import Datasets, prepare
+from trainer.errors import CapstanError, ConfigError, NotFound, Stopped
+from trainer.store import Store, open_store
+
+_LOOK_SECONDS = 2.0
+
+
+def drive(config: Config, *, resume: bool, live: bool, log: Callable[[str], None], address: str | None = None) -> None:
+    """Compile what is missing and train until done, stopped, or beyond help; the run's name is claimed already.
+
+    Raises:
+        CapstanError: with the exit code that the process should end with.
+    """
+    run = run_folder(config)
+    _forget_signal(run)
+
+    def work() -> None:
+        datasets = _prepare(config, run, log)
+        run_on_ray(config, datasets, run, resume=resume, address=address, log=log)
+
+    try:
+        # Beside the main thread, which is then free for signals: in it, Ray would install handlers of its own.
+        with _stop_on_signals(run), _live(run, live):
+            _in_a_thread(work)
+    finally:
+        _forget_signal(run)
+
+
+def _prepare(config: Config, run: Store, log: Callable[[str], None]) -> Datasets:
+    looked = 0.0
+
+    def progress(what: str, now: Progress) -> None:
+        nonlocal looked
+        log(
+            f"compiling {what} data: file {now.files_done} of {now.files}, {now.documents:,} documents, {now.tokens:,} tokens"
+        )
+        if time.monotonic() - looked > _LOOK_SECONDS:
+            looked = time.monotonic()
+            _stop_if_asked(run, "while its data was compiled")
+
+    _stop_if_asked(run, "before it started")
+    return prepare(config, resolve_base(config.model), open_store(config.run.store), progress)
+
+
+def _stop_if_asked(run: Store, when: str) -> None:
+    if who := stop_requester(run):
+        raise Stopped(f"stopped by {who} {when}; what was committed before stays. Start it again to go on.")
+
+
+def _in_a_thread(work: Callable[[], None]) -> None:
+    done: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    thread = threading.Thread(target=run, name="driver", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(timeout=0.2)  # short, as Python runs signal handlers only between its own instructions
+    done.result()
+
+
+def _forget_signal(run: Store) -> None:
+    """A stop that a signal asked for ends this process's work, not the next one's; a person's request stays."""
+    if stop_requester(run) in {number.name for number in _SIGNALS}:
+        run.delete(run_layout.STOP)
+
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+@contextmanager
+def _stop_on_signals(run: Store) -> Iterator[None]:
+    """SIGTERM, SIGUSR1 and Ctrl-C ask the ranks to commit and stop, which ends this process with exit code 75.
+
+    A second Ctrl-C ends it at once.
+    """
+
+    def ask(number: int, _frame: object) -> None:
+        request_stop(run, by=signal.Signals(number).name)
+        if number == signal.SIGINT:
+            print("stopping after a commit; Ctrl-C again ends at once", file=sys.stderr, flush=True)
+            signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+    before = {number: signal.signal(number, ask) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _live(run: Store, on: bool) -> Iterator[None]:
+    """Show the run's progress on stderr, from its folder, while ranks work."""
+    done = threading.Event()
+    viewer = threading.Thread(target=watch, args=(run, done.is_set), name="live", daemon=True)
+    if on:
+        viewer.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if on:
+            viewer.join(timeout=5)
+
+
+def open_submitted(uri: str) -> Config:
+    """The configuration in a run's folder; the folder's place counts where the configuration names another store."""
+    store, _, name = uri.rstrip("/").rpartition("/")
+    try:
+        text = open_store(store).sub(name).get(run_layout.CONFIG).decode()
+    except NotFound as error:
+        raise ConfigError(f"{uri} holds no {run_layout.CONFIG}. Give the URI that `capstan submit` printed.") from error
+    return parse_config(text, [f"run.store={store}"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m launcher.driver", description=__doc__)
+    parser.add_argument("run", metavar="RUN_URI", help="the run's folder, as `capstan submit` printed it")
+    parser.add_argument("--resume", action="store_true", help="end with exit code 7 when nothing is committed")
+    parser.add_argument("--address", help="the Ray cluster, instead of cluster.ray.address")
+    given = parser.parse_args()
+
+    def log(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    try:
+        config = open_submitted(given.run)
+        try:
+            drive(config, resume=given.resume, live=False, log=log, address=given.address)
+        except CapstanError as error:
+            retry.record_end(run_folder(config), retry.Failure(str(error), error))
+            raise
+    except CapstanError as error:
+        log(f"capstan: {error}")
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
