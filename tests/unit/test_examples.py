@@ -1,0 +1,75 @@
+"""Every example is a valid configuration, and fits the machines that its first line names."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.config import load_config
+from trainer.plan import Plan, make_plan
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+GIB = 2**30
+# Sizes of the published config.json files.
+LLAMA_8B: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+}
+LLAMA_70B = LLAMA_8B | {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
+LLAMA_405B = LLAMA_8B | {
+    "hidden_size": 16384,
+    "intermediate_size": 53248,
+    "num_hidden_layers": 126,
+    "num_attention_heads": 128,
+}
+
+
+def plan(name: str, base: dict[str, Any], ranks: int, ranks_per_node: int, gib: int, *overrides: str) -> Plan:
+    return make_plan(load_config(EXAMPLES / f"{name}.yaml", overrides), base, ranks, ranks_per_node, gib * GIB)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
+def test_an_example_is_valid_and_says_what_it_is(path: Path) -> None:
+    load_config(path)
+    assert path.read_text().startswith("# ")
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "ranks", "ranks_per_node", "gib"),
+    [
+        ("8b-one-gpu", LLAMA_8B, 1, 1, 24),
+        ("70b-2x8", LLAMA_70B, 16, 8, 80),
+        ("405b-2x8", LLAMA_405B, 16, 8, 80),
+        ("elastic", LLAMA_8B, 32, 8, 24),
+    ],
+)
+def test_an_example_fits_the_gpus_it_is_for(
+    name: str, base: dict[str, Any], ranks: int, ranks_per_node: int, gib: int
+) -> None:
+    assert plan(name, base, ranks, ranks_per_node, gib).shortfalls == []
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "node_gb", "world_gb"), [("70b-2x8", LLAMA_70B, 3.3, 174), ("405b-2x8", LLAMA_405B, 12, 1306)]
+)
+def test_the_traffic_that_an_example_states_is_what_plan_counts(
+    name: str, base: dict[str, Any], node_gb: float, world_gb: float
+) -> None:
+    node = plan(name, base, 16, 8, 80).traffic_per_step.from_other_nodes
+    world = plan(name, base, 16, 8, 80, "sharding.scope=world").traffic_per_step.from_other_nodes
+    assert node / 1e9 == pytest.approx(node_gb, rel=0.05)
+    assert world / 1e9 == pytest.approx(world_gb, rel=0.05)
+    text = " ".join((EXAMPLES / f"{name}.yaml").read_text().split())
+    assert f"{node_gb} GB a rank and step by `capstan plan`, instead of {world_gb:,} GB" in text
