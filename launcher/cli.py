@@ -222,27 +222,75 @@ def stop(run: RunName, store: StoreOption = "runs", dry_run: DryRun = False) -> 
 
 @checkpoints_app.command("ls")
 def checkpoints_ls(run: RunName, store: StoreOption = "runs", as_json: Json = False) -> None:
-    """List committed checkpoints: step, size, age, world size."""
-    from launcher.report import checkpoint_list, checkpoint_table
+    """List committed checkpoints: step, size, age, world size, evaluation loss."""
+    from launcher.checkpoints import checkpoint_table, list_checkpoints
 
-    _emit(checkpoint_list(_open_run(run, store)), as_json, checkpoint_table)
+    _emit(list_checkpoints(_open_run(run, store)), as_json, checkpoint_table)
+
+
+@checkpoints_app.command("verify")
+def checkpoints_verify(
+    run: RunName,
+    store: StoreOption = "runs",
+    step: Annotated[int | None, typer.Option(help="Only this one. Default: all.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Read every checkpoint whole and compare it with its hashes. Exit code 6 when one is damaged."""
+    from launcher.checkpoints import checkpoint_table, verify_checkpoints
+
+    found = verify_checkpoints(_open_run(run, store), step)
+    _emit(found, as_json, checkpoint_table)
+    raise typer.Exit(0 if found.ok else 6)
+
+
+@checkpoints_app.command("prune")
+def checkpoints_prune(
+    run: RunName,
+    store: StoreOption = "runs",
+    keep_last: Annotated[int | None, typer.Option(min=1, help="Default: the run's checkpoint.keep_last.")] = None,
+    keep_every: Annotated[int | None, typer.Option(min=0, help="Default: the run's checkpoint.keep_every.")] = None,
+    keep_best: Annotated[int | None, typer.Option(min=0, help="Default: the run's checkpoint.keep_best.")] = None,
+    orphan_hours: Annotated[
+        float,
+        typer.Option(
+            min=0, help="Remove what no commit refers to when it is so old. Below an hour only when no job runs."
+        ),
+    ] = 24.0,
+    as_json: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Remove the checkpoints that the rules do not keep, and what dead saves left behind."""
+    from launcher.checkpoints import prune_checkpoints
+
+    folder = _open_run(run, store)
+    pruned = prune_checkpoints(
+        folder,
+        keep_last=keep_last,
+        keep_every=keep_every,
+        keep_best=keep_best,
+        orphan_hours=orphan_hours,
+        dry_run=dry_run,
+        log=_log,
+    )
+    _emit(pruned, as_json, lambda result: result.sentence())
 
 
 @app.command()
 def export(
     run: RunName,
-    destination: Annotated[Path, typer.Argument(metavar="DEST", help="A new folder for the adapter.")],
+    destination: Annotated[str, typer.Argument(metavar="DEST", help="A new folder, or an s3://, gs:// or az:// URI.")],
     store: StoreOption = "runs",
+    step: Annotated[int | None, typer.Option(help="Which checkpoint. Default: the newest that is whole.")] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare its logits in plain transformers + PEFT with the trained model's.")
     ] = False,
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Write the newest checkpoint as a PEFT adapter directory."""
+    """Write a committed checkpoint as a PEFT adapter, to a folder or a bucket."""
     from launcher.export import export_run
 
-    result = export_run(_open_run(run, store), destination, verify=verify, dry_run=dry_run)
+    result = export_run(_open_run(run, store), destination, step=step, verify=verify, dry_run=dry_run)
     _emit(result, as_json, lambda exported: exported.sentence())
 
 

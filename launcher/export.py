@@ -45,17 +45,22 @@ def proven(difference: float | None, tolerance: float | None, effect: float | No
     return difference <= tolerance < effect
 
 
-def export_run(run: Store, destination: Path, *, verify: bool, dry_run: bool) -> Exported:
-    """Raises `CapstanError` when nothing is committed, the destination is taken, or the adapter does not verify."""
-    destination = destination.absolute()
+def export_run(run: Store, destination: str, *, step: int | None, verify: bool, dry_run: bool) -> Exported:
+    """`destination` is a folder or an s3://, gs:// or az:// URI; `step` None is the newest whole checkpoint.
+
+    Raises `CapstanError` when there is none, the destination is taken, or the adapter does not verify.
+    """
+    if "://" not in destination:
+        destination = str(Path(destination).expanduser().absolute())
     if dry_run:
         steps = committed_steps(run)
-        if not steps:
-            raise NothingToResume(f"{run.uri} has no committed checkpoint.")
-        return Exported(f"{destination} (dry run: nothing written)", steps[0])
-    options = ["--verify"] if verify else []
-    made = _module("trainer.export", run.uri, str(destination), *options)
-    result = Exported(str(destination), **made)
+        if not steps or step not in (None, *steps):
+            which = "" if step is None else f" of step {step}"
+            raise NothingToResume(f"{run.uri} has no committed checkpoint{which}.")
+        return Exported(f"{destination} (dry run: nothing written)", steps[0] if step is None else step)
+    options = [*(["--step", str(step)] if step is not None else []), *(["--verify"] if verify else [])]
+    made = _module("trainer.export", run.uri, destination, *options)
+    result = Exported(destination, **made)
     if verify and not proven(result.adapter_logits_max_diff, result.tolerance, result.adapter_logits_effect):
         raise CapstanError(f"{result.sentence()}. It does not prove to be what was trained; do not use it.")
     return result

@@ -1,16 +1,12 @@
-"""Tables for people: what `plan` and `checkpoints ls` show."""
+"""Tables for people: what `plan` shows."""
 
-import time
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
 
 from rich.console import Group
 from rich.filesize import decimal
 from rich.table import Table
 
-from trainer.manifest import Manifest, readable_manifests
 from trainer.plan import Plan
-from trainer.store import Store
 
 _MEANING = {
     "frozen_quantized": "4-bit weights and scales, this rank's share",
@@ -53,39 +49,3 @@ def plan_table(plan: Plan) -> Group:
             table.add_row(_MEANING.get(name, name.replace("_", " ")), decimal(value))
         tables.append(table)
     return Group(facts, *tables)
-
-
-@dataclass(frozen=True)
-class CheckpointList:
-    """A run's committed checkpoints, newest first, and why others were passed over."""
-
-    manifests: list[Manifest]
-    skipped: list[str]
-
-    def to_json(self) -> dict[str, Any]:
-        rows = [
-            {
-                "step": m.step,
-                "bytes": m.size,
-                "created": m.created,
-                "world_size": m.world_size,
-                "generation": m.generation,
-            }
-            for m in self.manifests
-        ]
-        return {"checkpoints": rows, "skipped": self.skipped}
-
-
-def checkpoint_list(run: Store) -> CheckpointList:
-    skipped: list[str] = []
-    return CheckpointList(list(readable_manifests(run, skipped)), skipped)
-
-
-def checkpoint_table(found: CheckpointList) -> Table:
-    table = Table("step", "size", "age", "world size", "generation", caption="\n".join(found.skipped) or None)
-    for manifest in found.manifests:
-        age = f"{(time.time() - manifest.created) / 60:.0f} min"
-        table.add_row(
-            str(manifest.step), decimal(manifest.size), age, str(manifest.world_size), str(manifest.generation)
-        )
-    return table

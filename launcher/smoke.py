@@ -228,13 +228,17 @@ class _Life:
             while part.runs():
                 metrics = read_generation(run, 1)
                 self.show(task, metrics)
-                if metrics.get("commit") and _newest_step(metrics) >= KILL_AFTER:
+                if _newest_commit(metrics) >= COMMIT_EVERY and _newest_step(metrics) >= KILL_AFTER:
                     for pid in metrics["start"][0]["pids"]:
                         os.kill(pid, signal.SIGKILL)
                     break
             else:
                 raise CapstanError(f"the run to be killed ended by itself: {part.last_words()}")
         return _newest_step(read_generation(run, 1))
+
+
+def _newest_commit(metrics: dict[str, list[dict[str, Any]]]) -> int:
+    return max((record["step"] for record in metrics.get("commit", ())), default=0)
 
 
 def _newest_step(metrics: dict[str, list[dict[str, Any]]]) -> int:

@@ -289,17 +289,17 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
     color = _COLORS.get(status.state)
     state = f"[{color}]{status.state}[/]" if color else status.state
     if status.state not in ENDED and status.quiet_seconds is not None and status.quiet_seconds >= SILENT_SECONDS:
-        state += f", nothing written for {_duration(status.quiet_seconds)}"
+        state += f", nothing written for {duration(status.quiet_seconds)}"
     yield "state", state + (", asked to stop" if status.stop_requested and status.state not in ENDED else "")
     yield "reason", _escaped(status.reason)
     yield "step", f"{status.step:,}" + (f" of {status.total_steps:,}" if status.total_steps is not None else "")
     yield "loss", _loss_line(status)
     if status.tokens_per_second is not None:
-        eta = f", {_duration(status.eta_seconds)} left" if status.eta_seconds is not None else ""
+        eta = f", {duration(status.eta_seconds)} left" if status.eta_seconds is not None else ""
         yield "speed", f"{status.tokens_per_second:,.0f} tokens/s{eta}"
     yield "ranks", "" if status.world_size is None else str(status.world_size)
     if status.last_commit_step is not None:
-        age = _duration(status.last_commit_age_seconds or 0.0)
+        age = duration(status.last_commit_age_seconds or 0.0)
         yield "checkpoint", f"step {status.last_commit_step:,}, {age} ago"
     else:
         yield "checkpoint", "none committed"
@@ -320,7 +320,7 @@ def _escaped(text: str) -> str:
     return text.replace("[", r"\[")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Two units: 45 s, 12 min 5 s, 3 h 20 min, 2 d 4 h."""
     whole = round(seconds)
     for size, unit, smaller, small_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
@@ -375,7 +375,7 @@ def _facts(status: RunStatus) -> str:
     if status.tokens_per_second is not None:
         parts.append(f"{status.tokens_per_second:,.0f} tokens/s")
     if status.eta_seconds is not None:
-        parts.append(f"{_duration(status.eta_seconds)} left")
+        parts.append(f"{duration(status.eta_seconds)} left")
     if status.last_commit_step is not None:
         parts.append(f"committed {status.last_commit_step:,}")
     if status.restarts:

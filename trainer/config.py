@@ -38,6 +38,20 @@ class Run(Section):
         about="Where runs, compiled data and checkpoints are kept: a folder, or an s3://, gs:// or az:// URI.",
         example="s3://bucket/runs",
     )
+    store_retry: float = _field(
+        120,
+        about="How long a request to a failing bucket is tried again, with growing pauses, before it counts as failed.",
+        example=600,
+        gt=0,
+        unit="seconds",
+    )
+    store_timeout: float = _field(
+        60,
+        about="How long one request to a bucket may take; uploads go in parts of 32 MiB, four at a time.",
+        example=300,
+        gt=0,
+        unit="seconds",
+    )
     seed: int = _field(0, about="Decides the data order, the adapter's start and dropout.", example=7, ge=0, lt=2**32)
 
 
@@ -205,6 +219,13 @@ class Optim(Section):
     )
     eps: float = _field(1e-8, about="Added to the root of the second moment.", example=1e-8, gt=0)
     weight_decay: float = _field(0.0, about="Decoupled weight decay of the adapters.", example=0.01, ge=0)
+    lora_plus_ratio: float = _field(
+        1.0,
+        about="Learning rate of the adapters' B matrices, as a multiple of lr (LoRA+); 1 treats both matrices alike.",
+        example=16,
+        gt=0,
+        le=1000,
+    )
     grad_clip: float = _field(1.0, about="Largest norm of the gradient; 0 turns clipping off.", example=1.0, ge=0)
 
     @model_validator(mode="after")
@@ -287,6 +308,28 @@ class Checkpoint(Section):
         example=1000,
         ge=0,
         unit="steps",
+    )
+    keep_best: int = _field(
+        0,
+        about="Also keep so many checkpoints with the lowest evaluation loss, and commit after every evaluation; 0 keeps "
+        "none.",
+        example=2,
+        ge=0,
+        unit="checkpoints",
+    )
+    when_busy: Literal["wait", "skip"] = _field(
+        "wait",
+        about="What a save does that is due while the one before is still being uploaded: wait for it, or be skipped. "
+        "The metrics say how long and how often.",
+        example="skip",
+    )
+    failed_saves: int = _field(
+        3,
+        about="Saves that may fail one after the other before the run ends with exit code 6. The first and the last save "
+        "of a start may not fail at all.",
+        example=0,
+        ge=0,
+        unit="saves",
     )
 
 
@@ -418,6 +461,10 @@ class Config(Section):
             raise ValueError("train.eval_every: has no effect without data.eval. Add a source there, or set it to 0.")
         if self.tuning.targets == []:
             raise ValueError("tuning.targets: [] leaves nothing to learn. Name layers, or set all-linear.")
+        if self.checkpoint.keep_best and not (self.data.eval and self.train.eval_every):
+            raise ValueError(
+                "checkpoint.keep_best: has no effect without data.eval and train.eval_every. Set both, or set it to 0."
+            )
         return self
 
 

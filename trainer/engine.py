@@ -23,11 +23,10 @@ from trainer.attention import Attention
 from trainer.config import Optim
 from trainer.data.stream import MicroBatch
 from trainer.ranks import Ranks
+from trainer.shard import STATES
 
 # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates, once a gather: the log would hold little else.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
-
-STATES = ("master", "exp_avg", "exp_avg_sq")
 
 
 def zero_init(deepspeed_config: dict[str, Any], dtype: torch.dtype) -> Init:
@@ -86,9 +85,8 @@ class Engine:
     ) -> None:
         self.ranks = ranks
         self.model = model
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
-            trainable, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+            _groups(model, optim), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
         )
         # Any: DeepSpeed's annotations would have every attribute be a tensor or a module.
         self._engine: Any = deepspeed.initialize(
@@ -110,7 +108,7 @@ class Engine:
     def step(self, lr: float) -> float:
         """Clip, update, and return the gradient's global norm before clipping."""
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_ratio"]
         self._engine.step()
         return float(self._engine.get_global_grad_norm())
 
@@ -148,6 +146,12 @@ class Engine:
         return found
 
     @property
+    def groups(self) -> dict[str, dict[str, Any]]:
+        """The optimizer's groups by name, with the hyperparameters that do not follow from the step."""
+        names = ("lr_ratio", "betas", "eps", "weight_decay")
+        return {group["name"]: {name: group[name] for name in names} for group in self._engine.optimizer.param_groups}
+
+    @property
     def updates(self) -> int:
         """AdamW's step count, which its bias correction depends on."""
         zero = self._engine.optimizer
@@ -171,9 +175,21 @@ class Engine:
         zero.checkpoint_event_epilogue()
 
 
+def _groups(model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
+    """The two matrices of the adapters apart: LoRA+ (https://arxiv.org/abs/2402.12354) lets B learn faster than A."""
+    ratios = {"lora_A": 1.0, "lora_B": optim.lora_plus_ratio}
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"name": kind, "lr_ratio": ratio, "params": [parameter for name, parameter in trainable if f".{kind}." in name]}
+        for kind, ratio in ratios.items()
+    ]
+    assert sum(len(group["params"]) for group in groups) == len(trainable), "something learns that is in no group"
+    return groups
+
+
 def _moments(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor]:
     """AdamW's moments of one flat group; it makes them at the first step, a restore needs them before."""
     state = optimizer.state[flat]
     if not state:
         state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat))
-    return {key: state[key] for key in ("exp_avg", "exp_avg_sq")}
+    return {key: state[key] for key in STATES[1:]}

@@ -1,27 +1,34 @@
 """A PEFT adapter from a committed checkpoint: without a GPU, and without the base in memory.
 
-The directory is what PEFT's `save_pretrained` writes (adapter_config.json, adapter_model.safetensors), plus the
-tokenizer's files and a model card with the run's facts.
+The folder, on a disk or in a bucket, is what PEFT's `save_pretrained` writes (adapter_config.json,
+adapter_model.safetensors), plus the tokenizer's files and a model card with the run's facts. adapter_config.json is
+written last: PEFT loads nothing without it, so an export that was killed is not mistaken for one.
 """
 
+import argparse
 import json
-import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from trainer import run_layout
 from trainer.config import Config, parse_config
 from trainer.errors import CapstanError, ConfigError
 from trainer.load import DTYPES, lora_config
-from trainer.manifest import Manifest, newest_whole
-from trainer.safetensors_index import read_header
+from trainer.manifest import Manifest, whole_checkpoint
+from trainer.shard import Piece, read_states
 from trainer.store import Store, open_store
 
+_SETTINGS = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
+_CARD = "README.md"
 _TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -32,49 +39,60 @@ _TOKENIZER_FILES = (
 )
 
 
-def export_adapter(run: Store, destination: Path) -> Manifest:
-    """Write the newest whole checkpoint's adapter to `destination`, which must be new or empty; returns its manifest.
+def export_adapter(run: Store, destination: Store, step: int | None = None) -> Manifest:
+    """Write the adapter of `step`, or of the newest whole checkpoint, to `destination`; returns its manifest.
 
     Raises:
-        NothingToResume: the run has no whole checkpoint.
-        ConfigError: `destination` holds something.
+        NothingToResume: the run has no such checkpoint.
+        StorageError: it is damaged, or a store fails.
+        ConfigError: `destination` holds something that is no half export, or the base's folder is not here.
     """
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise ConfigError(f"the destination {destination} is not empty. Name a new folder.")
     config = parse_config(run.get(run_layout.CONFIG).decode())
-    manifest = newest_whole(run)
-    # Written beside the destination and renamed, so that a killed export leaves no half adapter under its name.
-    partial = destination.with_name(f".{destination.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    manifest = whole_checkpoint(run, step)
+    files = _small_files(config, manifest)
+    taken = {entry.key for entry in destination.list()}
+    if _SETTINGS in taken or not taken <= files.keys() | {_WEIGHTS}:
+        raise ConfigError(f"the destination {destination.uri} is not empty. Name a new folder.")
     dtype = DTYPES[config.model.dtype]
     weights = {_peft_name(name): tensor.to(dtype) for name, tensor in master_weights(run, manifest).items()}
-    save_file(weights, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-    base = Path(manifest.base["path"])
-    targets = {name.split(".lora_")[0].rpartition(".")[2] for name in manifest.shapes}
-    adapter = lora_config(config.tuning, targets)
+    destination.put(_WEIGHTS, safetensors_bytes(weights, metadata={"format": "pt"}))
+    settings = files.pop(_SETTINGS)
+    for name, content in files.items():
+        destination.put(name, content)
+    destination.create(_SETTINGS, settings)
+    return manifest
+
+
+def _small_files(config: Config, manifest: Manifest) -> dict[str, bytes]:
+    """Everything but the weights: file name -> content."""
+    adapter = lora_config(config.tuning, {name.split(".lora_")[0].rpartition(".")[2] for name in manifest.shapes})
     adapter.inference_mode = True
     adapter.base_model_name_or_path = config.model.base  # a Hub id stays one, not this machine's cache
     adapter.revision = config.model.revision
-    adapter.save_pretrained(str(partial))
+    with tempfile.TemporaryDirectory(prefix="capstan-export-") as folder:
+        adapter.save_pretrained(folder)
+        settings = Path(folder, _SETTINGS).read_bytes()
+    tokenizer = {path.name: path.read_bytes() for path in _tokenizer_files(Path(manifest.base["path"]))}
+    return {**tokenizer, _CARD: _model_card(config, manifest).encode(), _SETTINGS: settings}
+
+
+def _tokenizer_files(base: Path) -> Iterator[Path]:
+    if not base.is_dir():
+        raise ConfigError(
+            f"model.base: the folder {base}, which has the tokenizer, is not on this machine. Export where it is, or put "
+            "the tokenizer's files there; weights are not needed."
+        )
     for pattern in _TOKENIZER_FILES:
-        for path in base.glob(pattern):
-            shutil.copy(path, partial / path.name)
-    (partial / "README.md").write_text(_model_card(config, manifest), encoding="utf-8")
-    if destination.exists():
-        destination.rmdir()
-    partial.rename(destination)
-    return manifest
+        yield from base.glob(pattern)
 
 
 def master_weights(run: Store, manifest: Manifest) -> dict[str, Tensor]:
     """Every trained parameter, whole, in fp32, by its name in the model."""
     flat = {name: torch.empty(torch.Size(shape).numel()) for name, shape in manifest.shapes.items()}
     for shard in manifest.shards:
-        header = read_header(run, shard.key, shard.size)
-        for name, (begin, end) in shard.intervals.items():
-            data = header[f"{name}|master"].read(0, end - begin)
-            flat[name][begin:end] = torch.frombuffer(data, dtype=torch.float32)
+        pieces = (Piece(name, "master", begin, end) for name, (begin, end) in shard.intervals.items())
+        for (name, _, begin, end), data in read_states(run, shard, pieces):
+            flat[name][begin:end] = torch.frombuffer(bytearray(data), dtype=torch.float32)
     return {name: tensor.view(manifest.shapes[name]) for name, tensor in flat.items()}
 
 
@@ -88,11 +106,18 @@ def _model_card(config: Config, manifest: Manifest) -> str:
         "base": config.model.base,
         "run": config.run.name,
         "step": manifest.step,
+        "evaluation loss": "not evaluated at this step" if manifest.eval_loss is None else f"{manifest.eval_loss:.4f}",
         "adapter": json.dumps(manifest.adapter),
+        "optimizer": json.dumps(manifest.groups),
         "quantization": json.dumps(
             {key[6:]: value for key, value in manifest.base.items() if key.startswith("quant.")}
         ),
         "data": f"{manifest.dataset} ({', '.join(source.path for source in config.data.train)})",
+        "sequence length": config.data.sequence_length,
+        "global batch": config.train.global_batch,
+        "seed": config.run.seed,
+        "saved": f"{datetime.fromtimestamp(manifest.created, UTC):%Y-%m-%d %H:%M} UTC on {manifest.world_size} ranks",
+        "versions": ", ".join(f"{name} {number}" for name, number in manifest.versions.items()),
     }
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     return (
@@ -102,14 +127,21 @@ def _model_card(config: Config, manifest: Manifest) -> str:
 
 
 def main() -> None:
-    """`python -m trainer.export RUN_URI DEST [--verify]` prints one JSON object: the step, and what verify measured."""
-    run, destination = open_store(sys.argv[1]), Path(sys.argv[2])
+    """`python -m trainer.export` prints one JSON object: the step, and what --verify measured."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run")
+    parser.add_argument("destination")
+    parser.add_argument("--step", type=int)
+    parser.add_argument("--verify", action="store_true")
+    arguments = parser.parse_args()
     try:
-        result: dict[str, float] = {"step": export_adapter(run, destination).step}
-        if "--verify" in sys.argv[3:]:
+        run, destination = open_store(arguments.run), open_store(arguments.destination, setting="DEST")
+        step = export_adapter(run, destination, arguments.step).step
+        result: dict[str, float] = {"step": step}
+        if arguments.verify:
             from trainer.verify import compare_logits
 
-            result |= asdict(compare_logits(run, destination))
+            result |= asdict(compare_logits(run, step, destination))
     except CapstanError as error:
         print(f"capstan: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

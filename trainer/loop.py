@@ -42,7 +42,7 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
         Stopped: on every rank, after a stop request, with a checkpoint committed.
     """
     ranks, engine, checkpoints = run.ranks, run.engine, run.checkpoints
-    last_save = time.monotonic()
+    first_step, last_save = step + 1, time.monotonic()
     reader = run.stream.read_from(position)
     while step < run.total_steps:
         started = time.monotonic()
@@ -60,7 +60,7 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
 
         # One exchange, and every rank draws the same conclusions from it. Rank 0's clock decides when to save.
         tokens = sum(batch.tokens for batch in batches)
-        rows = ranks.gather(float(nats), tokens, run.stop.requested, checkpoints.uploaded, time.monotonic() - last_save)
+        rows = ranks.gather(float(nats), tokens, run.stop.requested, checkpoints.ready, time.monotonic() - last_save)
         mean_loss = sum(row[0] for row in rows) / targets
         stopping = any(row[2] for row in rows)
         minutes_since_save = rows[0][4] / 60
@@ -90,21 +90,24 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
             "tokens_per_second": round(total_tokens / seconds, 1),
         }
 
-        _record_commit(run, checkpoints.advance(all_uploaded=all(row[3] for row in rows)))
-        if stopping or step == run.total_steps or _save_is_due(run.config, step, minutes_since_save):
-            _record_commit(run, checkpoints.finish())
-            checkpoints.save(engine, step, position.to_json())
+        checkpoints.advance(all_ready=all(row[3] for row in rows))
+        evaluated = None
+        if run.eval_stream and (step == run.total_steps or (_eval_is_due(run.config, step) and not stopping)):
+            evaluated = evaluate(run, run.eval_stream)
+            run.metrics.write("eval", step=step, **evaluated)
+        last, best = stopping or step == run.total_steps, run.config.checkpoint.keep_best and evaluated
+        if step == first_step or last or best or _save_is_due(run.config, step, minutes_since_save):
+            loss = evaluated["loss"] if evaluated else None
+            checkpoints.save(engine, step, position.to_json(), eval_loss=loss, may_skip=not last)
             last_save = time.monotonic()
-        if stopping or step == run.total_steps:
-            _record_commit(run, checkpoints.finish())
+        if step == first_step:
+            checkpoints.prove()
+        if last:
+            checkpoints.finish()
         if stopping and step < run.total_steps:
             raise Stopped(
                 f"stopped at step {step} on request, with a checkpoint committed. `capstan resume {run.config.run.name}` goes on."
             )
-        if run.eval_stream and (
-            step == run.total_steps or (run.config.train.eval_every and step % run.config.train.eval_every == 0)
-        ):
-            run.metrics.write("eval", step=step, **evaluate(run, run.eval_stream))
 
 
 def _save_is_due(config: Config, step: int, minutes_since_save: float) -> bool:
@@ -113,10 +116,8 @@ def _save_is_due(config: Config, step: int, minutes_since_save: float) -> bool:
     return by_step or (rules.every_minutes > 0 and minutes_since_save >= rules.every_minutes)
 
 
-def _record_commit(run: Training, committed: dict[str, Any] | None) -> None:
-    if committed:
-        run.metrics.write("commit", **committed)
-        run.metrics.flush_now()
+def _eval_is_due(config: Config, step: int) -> bool:
+    return config.train.eval_every > 0 and step % config.train.eval_every == 0
 
 
 def _dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:

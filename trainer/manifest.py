@@ -1,6 +1,6 @@
 """The checkpoint manifest: what a committed checkpoint consists of, and the proof that it is whole.
 
-Format 1, JSON: {"format": 1, "sha256": <of the canonical JSON of body>, "body": {...}}. A checkpoint exists when its
+Format 2, JSON: {"format": 2, "sha256": <of the canonical JSON of body>, "body": {...}}. A checkpoint exists when its
 manifest does. Readable without torch or DeepSpeed; docs/checkpoint-format.md describes every field.
 """
 
@@ -12,19 +12,10 @@ from typing import Any
 
 from trainer import run_layout
 from trainer.errors import Damaged, NotFound, NothingToResume, StorageError
+from trainer.shard import Shard, verify_shard
 from trainer.store import Store
 
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Shard:
-    """What one rank wrote. `intervals`: parameter name -> [begin, end) of its flattened elements in this shard."""
-
-    key: str
-    size: int
-    sha256: str
-    intervals: dict[str, tuple[int, int]]
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -41,6 +32,9 @@ class Manifest:
     order: dict[str, Any]  # what else the data's order depends on: seed, packing, weights, sequence length
     base: dict[str, Any]  # path and fingerprint of the base, and how it is quantized
     adapter: dict[str, Any]  # method, rank, alpha and targets
+    groups: dict[str, dict[str, Any]]  # of the optimizer: name -> hyperparameters
+    versions: dict[str, str]  # of the software that wrote it
+    eval_loss: float | None  # nats a target token, where the step was evaluated
     shapes: dict[str, list[int]]  # of every trainable parameter
     shards: list[Shard]
 
@@ -89,52 +83,41 @@ def read_manifest(run: Store, step: int) -> Manifest:
     return parse_manifest(run.get(key), f"{run.uri}/{key}")
 
 
-def readable_manifests(run: Store, skipped: list[str]) -> Iterator[Manifest]:
-    """Committed checkpoints, newest first; the reason for every damaged one is added to `skipped`.
+def readable_manifests(run: Store, skipped: list[str], steps: list[int] | None = None) -> Iterator[Manifest]:
+    """Committed checkpoints (of `steps`), newest first; the reason for every damaged one is added to `skipped`.
 
     Raises `StorageError` when the store cannot be read or a manifest is of an unknown format: neither is damage.
     """
-    for step in committed_steps(run):
+    for step in committed_steps(run) if steps is None else steps:
         try:
             yield read_manifest(run, step)
         except (Damaged, NotFound) as error:
             skipped.append(str(error))
 
 
-def verify_shard(run: Store, shard: Shard) -> str | None:
-    """None when the shard's bytes are what was written, else what is wrong; a store that fails raises `StorageError`."""
-    try:
-        data = run.get(shard.key)
-    except NotFound as error:
-        return str(error)
-    if len(data) != shard.size:
-        return f"{run.uri}/{shard.key} has {len(data)} bytes instead of {shard.size}."
-    if hashlib.sha256(data).hexdigest() != shard.sha256:
-        return f"{run.uri}/{shard.key} does not match its sha256."
-    return None
+def problems_of(run: Store, manifest: Manifest) -> list[str]:
+    """What is wrong with its shards; a store that fails raises `StorageError`."""
+    return [problem for shard in manifest.shards if (problem := verify_shard(run, shard))]
 
 
-def newest_whole(run: Store) -> Manifest:
-    """The newest checkpoint whose shards all verify; damaged ones are passed over."""
+def whole_checkpoint(run: Store, step: int | None = None) -> Manifest:
+    """The checkpoint of `step`, or the newest whose shards all verify; damaged ones are passed over.
+
+    Raises:
+        NothingToResume: there is none, or none of that step.
+        StorageError: there are, but not a whole one.
+    """
+    steps = committed_steps(run)
+    if step is not None and step not in steps:
+        committed = ", ".join(map(str, reversed(steps))) or "none"
+        raise NothingToResume(f"{run.uri} has no committed checkpoint of step {step}. Committed are: {committed}.")
     skipped: list[str] = []
-    for manifest in readable_manifests(run, skipped):
-        problems = [problem for shard in manifest.shards if (problem := verify_shard(run, shard))]
+    for manifest in readable_manifests(run, skipped, steps if step is None else [step]):
+        problems = problems_of(run, manifest)
         if not problems:
             return manifest
         skipped += problems
     if skipped:
-        raise StorageError(f"no checkpoint of {run.uri} is whole: {skipped[0]}")
+        which = "no checkpoint" if step is None else f"the checkpoint of step {step}"
+        raise StorageError(f"{which} of {run.uri} is {'' if step is None else 'not '}whole: {skipped[0]}")
     raise NothingToResume(f"{run.uri} has no committed checkpoint.")
-
-
-def prunable(steps: list[int], keep_last: int, keep_every: int) -> list[int]:
-    """Which of the committed `steps` (newest first) retention removes."""
-    return [step for step in steps[keep_last:] if not (keep_every and step % keep_every == 0)]
-
-
-def prune(run: Store, steps: list[int]) -> None:
-    """Remove checkpoints: the manifest first, so that none is ever chosen half gone."""
-    for step in steps:
-        run.delete(run_layout.manifest(step))
-        for entry in run.list(run_layout.checkpoint(step)):
-            run.delete(entry.key)

@@ -71,9 +71,11 @@ class Metrics:
             for path in Path(self._folder.name).iterdir():
                 self._run.put(self._events + path.name, path.read_bytes())
 
-    def flush_now(self) -> None:
-        """Flush outside the rhythm; a store that fails now is tried again in the rhythm."""
-        _try(self.flush)
+    def write_now(self, kind: str, **values: Any) -> None:
+        """`write`, and bring the store up to date outside the rhythm, without waiting for it."""
+        self.write(kind, **values)
+        if self._flusher is not None:
+            self._flusher.now()
 
     def close(self) -> None:
         if self._flusher is not None:
@@ -88,17 +90,27 @@ class Every:
     """Calls `action` every so many seconds in a background thread. A store that fails now is tried again next time."""
 
     def __init__(self, seconds: float, action: Callable[[], None]) -> None:
-        self._stopped = threading.Event()
+        self._woken = threading.Event()
+        self._stopped = False
         self._seconds, self._action = seconds, action
         self._thread = threading.Thread(target=self._loop, name=f"every-{seconds}s", daemon=True)
         self._thread.start()
 
     def _loop(self) -> None:
-        while not self._stopped.wait(self._seconds):
+        while True:
+            self._woken.wait(self._seconds)
+            if self._stopped:
+                return
+            self._woken.clear()
             _try(self._action)
 
+    def now(self) -> None:
+        """Call `action` now, in the thread."""
+        self._woken.set()
+
     def stop(self) -> None:
-        self._stopped.set()
+        self._stopped = True
+        self._woken.set()
         self._thread.join()
 
 
@@ -117,7 +129,7 @@ def rank_log(run: Store, generation: int, rank: int, flush_seconds: float) -> It
     File descriptors 1 and 2 go through a pipe; a thread copies it to where they led before and to the log.
     """
     key = run_layout.rank_log(generation, rank)
-    written = bytearray()
+    written, sent = bytearray(), 0
     read_end, write_end = os.pipe()
     saved = os.dup(1), os.dup(2)
     sys.stdout.flush()
@@ -132,9 +144,16 @@ def rank_log(run: Store, generation: int, rank: int, flush_seconds: float) -> It
             with suppress(OSError):  # the terminal may be gone; reading must go on, or every print would block
                 os.write(saved[1], data)
 
+    def send() -> None:
+        nonlocal sent
+        log = bytes(written)
+        if len(log) > sent:
+            run.put(key, log)
+            sent = len(log)
+
     copier = threading.Thread(target=copy, name="rank-log", daemon=True)
     copier.start()
-    flusher = Every(flush_seconds, lambda: run.put(key, bytes(written)))
+    flusher = Every(flush_seconds, send)
     try:
         yield
     finally:
@@ -144,7 +163,7 @@ def rank_log(run: Store, generation: int, rank: int, flush_seconds: float) -> It
         os.dup2(saved[0], 1)
         os.dup2(saved[1], 2)
         copier.join(timeout=5)  # ends when the last copy of the pipe's write end is closed
-        _try(lambda: run.put(key, bytes(written)))
+        _try(send)
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

@@ -54,7 +54,7 @@ def run_rank(config: Config, datasets: Datasets | None, *, resume: bool) -> None
         config.cluster.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // ranks.ranks_per_node)
     )
     shared: Datasets = ranks.broadcast(datasets)
-    store = open_store(config.run.store)
+    store = open_store(config.run.store, retry_seconds=config.run.store_retry, request_seconds=config.run.store_timeout)
     run = store.sub(config.run.name)
     generation: int = ranks.broadcast(claim_generation(run) if ranks.rank == 0 else None)
     with rank_log(run, generation, ranks.rank, config.track.flush_seconds), ExitStack() as stack:
@@ -132,9 +132,7 @@ def _train(
             "weights": [source.weight for source in config.data.train],
         },
     )
-    checkpoints = Checkpoints(
-        run, ranks, generation, identity, config.checkpoint.keep_last, config.checkpoint.keep_every
-    )
+    checkpoints = Checkpoints(run, ranks, generation, identity, config.checkpoint, _versions(), metrics.write_now)
     restored = checkpoints.restore(engine, required=resume, log=lambda text: print(text, flush=True))
     step, position = (restored.step, Position.from_json(restored.position)) if restored else (0, Position(0, 0))
     processes = ranks.gather_objects((socket.gethostname(), os.getpid()))
@@ -175,9 +173,13 @@ def _environment(ranks: Ranks) -> bytes:
         "host": socket.gethostname(),
         "device": str(ranks.device),
         "world_size": ranks.world_size,
-        "versions": {name: version(name) for name in _VERSIONS},
+        "versions": _versions(),
     }
     return json.dumps(facts, indent=1).encode()
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in _VERSIONS}
 
 
 def _log(ranks: Ranks, text: str) -> None:

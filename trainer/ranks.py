@@ -5,12 +5,17 @@ bit-identical results and decide alike.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from trainer.errors import CapstanError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,28 @@ class Ranks:
         every: list[Any] = [None] * self.world_size
         dist.all_gather_object(every, value)
         return every
+
+    def together(self, action: Callable[[], T]) -> list[T]:
+        """`action`'s result on every rank, in rank order. Collective.
+
+        A `CapstanError` that it raises on one rank is raised on all: a rank that raised alone would leave the others
+        waiting in their next collective.
+        """
+        error, result = None, None
+        try:
+            result = action()
+        except CapstanError as caught:
+            error = caught
+        every = self.gather_objects((error, result))
+        for error, _ in every:
+            if error is not None:
+                raise error
+        return [result for _, result in every]
+
+    def on_first(self, action: Callable[[], T]) -> T:
+        """What `action` returns, or raises, on rank 0; the others do not run it. Collective."""
+        result: Any = self.together(lambda: action() if self.rank == 0 else None)[0]
+        return result
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's object. Collective."""

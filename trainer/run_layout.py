@@ -14,6 +14,7 @@ LOGS = "logs/"
 CHECKPOINTS = "checkpoints/"
 TENSORBOARD = "tensorboard/"
 
+_STEP = re.compile(r"checkpoints/step-(\d{9})/.+")
 _MANIFEST = re.compile(r"checkpoints/step-(\d{9})/manifest\.json")
 _GENERATION = re.compile(r"metrics/(\d{6})\.jsonl")
 
@@ -39,6 +40,17 @@ def tensorboard(generation: int) -> str:
 
 def checkpoint(step: int) -> str:
     return f"{CHECKPOINTS}step-{step:09d}/"
+
+
+def step_of(key: str) -> int | None:
+    """The step in whose checkpoint folder `key` is, or None for any other key."""
+    match = _STEP.fullmatch(key)
+    return int(match[1]) if match else None
+
+
+def attempt(generation: int, save: int) -> str:
+    """A name unique to the `save`-th save of a start, which all ranks know without asking each other."""
+    return f"{generation:06d}-{save:06d}"
 
 
 def shard(step: int, attempt: str, rank: int) -> str:

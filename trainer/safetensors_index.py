@@ -32,10 +32,14 @@ class TensorSource:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    def byte_range(self, begin: int, end: int) -> tuple[int, int]:
+        """Where elements [begin, end) of the flattened tensor lie in the file."""
+        size = DTYPE_BYTES[self.dtype]
+        return self.offset + size * begin, self.offset + size * end
+
     def read(self, begin: int, end: int) -> bytearray:
         """The bytes of elements [begin, end) of the flattened tensor: only these leave the store."""
-        size = DTYPE_BYTES[self.dtype]
-        return self.store.get_range(self.key, self.offset + size * begin, self.offset + size * end)
+        return self.store.get_range(self.key, *self.byte_range(begin, end))
 
 
 def read_index(store: Store) -> dict[str, TensorSource]:

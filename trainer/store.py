@@ -5,12 +5,13 @@ Keys are `str` with `/` (a `Path` would mangle URIs). Every failure leaves as a 
 
 import os
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
 import obstore
@@ -19,15 +20,18 @@ from obstore.store import LocalStore, MemoryStore, from_url
 
 from trainer.errors import AlreadyExists, ConfigError, NotFound, StorageError
 
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
 SCHEMES = ("file", "s3", "gs", "az", "memory")
-# obstore's default part of 5 MiB allows 10,000 parts = 50 GB an object; 64 MiB parts allow 640 GB.
-_PART_BYTES = 64 * 2**20
-# Connection errors and 5xx are retried for some 20 s, which a restarting gateway needs; a refusal (4xx) never is.
-_RETRY: Any = {
-    "max_retries": 10,
-    "retry_timeout": timedelta(seconds=120),
-    "backoff": {"init_backoff": timedelta(milliseconds=500), "max_backoff": timedelta(seconds=4), "base": 3},
-}
+# Large objects go in parts of this size: S3 takes 10,000 of them, so an object may have 320 GB. Four are in flight at a
+# time, which bounds the memory of an upload.
+PART_BYTES = 32 * 2**20
+_PARTS_IN_FLIGHT = 4
+# How long connection errors and 5xx are retried; a restarting gateway needs some 20 s. A refusal (4xx) never is.
+RETRY_SECONDS = 30.0
+# Of one request, its body included: a part on a slow line has to fit in.
+REQUEST_SECONDS = 60.0
+_BACKOFF: Any = {"init_backoff": timedelta(milliseconds=500), "max_backoff": timedelta(seconds=4), "base": 3}
 
 
 @dataclass(frozen=True)
@@ -84,10 +88,26 @@ class Store:
             self._check_length(key, start, end, len(part))
         return [bytes(part) for part in parts]
 
+    def chunks(self, key: str, size: int) -> Iterator[bytearray]:
+        """An object of `size` bytes, part by part: one is in memory at a time, and each is retried by itself."""
+        for start in range(0, size, PART_BYTES):
+            yield self.get_range(key, start, min(start + PART_BYTES, size))
+
     def put(self, key: str, data: bytes) -> None:
         """Write or replace an object; it becomes visible whole or not at all."""
+        self.put_chunks(key, [data], len(data))
+
+    def put_chunks(self, key: str, chunks: Iterable[Buffer], size: int) -> None:
+        """`put` of `size` bytes that come in pieces: never more than a few parts of them are copied at a time."""
         with self._errors("write", key):
-            obstore.put(self._backend, self._prefix + key, data, chunk_size=_PART_BYTES)
+            obstore.put(
+                self._backend,
+                self._prefix + key,
+                chunks,
+                use_multipart=size > PART_BYTES,
+                chunk_size=PART_BYTES,
+                max_concurrency=_PARTS_IN_FLIGHT,
+            )
             self._sync(key)
 
     def create(self, key: str, data: bytes) -> None:
@@ -130,6 +150,14 @@ class Store:
         except NotFound:
             pass
 
+    def delete_folder(self, prefix: str) -> None:
+        """Remove every object under the folder `prefix` (ending in `/`); none is no error."""
+        for entry in self.list(prefix):
+            self.delete(entry.key)
+        if isinstance(self._backend, LocalStore):
+            # The empty folders too, and what a killed process had half written: a listing does not show it.
+            shutil.rmtree(self._path(prefix), ignore_errors=True)
+
     def _check_length(self, key: str, start: int, end: int, length: int) -> None:
         if length != end - start:
             raise StorageError(
@@ -141,12 +169,20 @@ class Store:
         version = meta.get("e_tag") or f"{meta['size']}-{meta['last_modified'].isoformat()}"
         return Entry(meta["path"].removeprefix(self._prefix), meta["size"], meta["last_modified"], version)
 
+    def _path(self, key: str) -> Path:
+        """Where a local store keeps `key`."""
+        return Path(self.uri.removeprefix("file://")) / key
+
     def _sync(self, key: str) -> None:
-        """Make a local write survive a power cut: obstore renames into place, but does not fsync."""
+        """Make a local write survive a power cut: obstore renames into place, but does not fsync.
+
+        Every folder above is synced too, as the write may have made them.
+        """
         if not isinstance(self._backend, LocalStore):
             return
-        path = Path(urlsplit(self.uri).path) / key
-        for target in (path, path.parent):
+        path = self._path(key)
+        depth = len(Path(self._prefix + key).parts)
+        for target in (path, *list(path.parents)[:depth]):
             descriptor = os.open(target, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
@@ -202,31 +238,55 @@ def _first(pattern: str, text: str) -> str | None:
     return match[match.re.groups] if match else None
 
 
-def open_store(uri: str) -> Store:
-    """Open `uri`: a folder's path, or file://, s3://, gs://, az:// or memory://.
+def open_store(
+    uri: str,
+    *,
+    setting: str = "run.store",
+    retry_seconds: float = RETRY_SECONDS,
+    request_seconds: float = REQUEST_SECONDS,
+) -> Store:
+    """Open `uri`: a folder's path, or file://, s3://, gs://, az:// or memory://. Makes nothing: a folder comes with its first object.
 
     Credentials, region and endpoint come from the usual environment variables (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL,
     GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME, ...) or the machine's role. An http:// endpoint is
-    addressed by path. Raises `ConfigError` for an unknown scheme.
+    addressed by path. A failing bucket is tried again for `retry_seconds`; one request may take `request_seconds`.
+    `setting` is what messages call `uri`.
+
+    Raises `ConfigError` for an unknown scheme, `StorageError` for a folder that cannot be one.
     """
     scheme = urlsplit(uri).scheme if "://" in uri else "file"
     if scheme not in SCHEMES:
         raise ConfigError(
-            f"run.store: {uri!r} has the scheme {scheme!r}. Allowed are a folder's path, or {', '.join(s + '://' for s in SCHEMES)}."
+            f"{setting}: {uri!r} has the scheme {scheme!r}. Allowed are a folder's path, or {', '.join(s + '://' for s in SCHEMES)}."
         )
     if scheme == "memory":
         return Store(uri, MemoryStore())
     if scheme == "file":
-        path = Path(urlsplit(uri).path if "://" in uri else uri).expanduser().absolute()
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            return Store(f"file://{path}", LocalStore(path, mkdir=True))
-        except (OSError, BaseError) as error:
-            raise StorageError(f"run.store: the folder {path} cannot be used: {_reason(error)}.") from error
-    options: dict[str, Any] = {}
+        return _open_folder(Path(urlsplit(uri).path if "://" in uri else uri).expanduser().absolute(), setting)
+    options: dict[str, Any] = {
+        "retry_config": {
+            "max_retries": 10_000,  # the time decides
+            "retry_timeout": timedelta(seconds=retry_seconds),
+            "backoff": _BACKOFF,
+        },
+        "client_options": {"timeout": timedelta(seconds=request_seconds)},
+    }
     if scheme == "s3" and os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
-        options = {"client_options": {"allow_http": True}, "virtual_hosted_style_request": False}
+        options["client_options"]["allow_http"] = True
+        options["virtual_hosted_style_request"] = False
     try:
-        return Store(uri, from_url(uri, retry_config=_RETRY, **options))
+        return Store(uri, from_url(uri, **options))
     except (BaseError, ValueError, OSError) as error:
-        raise ConfigError(f"run.store: {uri!r} cannot be opened: {_reason(error)}.") from error
+        raise ConfigError(f"{setting}: {uri!r} cannot be opened: {_reason(error)}.") from error
+
+
+def _open_folder(path: Path, setting: str) -> Store:
+    """obstore wants a root that exists: the nearest folder above does, and what is missing below is part of the keys."""
+    try:
+        root = next(folder for folder in (path, *path.parents) if folder.exists())
+        if not root.is_dir():
+            raise NotADirectoryError(f"{root} is a file")
+        missing = path.relative_to(root).as_posix()
+        return Store(f"file://{path}", LocalStore(root), "" if missing == "." else f"{missing}/")
+    except (OSError, BaseError) as error:
+        raise StorageError(f"{setting}: the folder {path} cannot be used: {_reason(error)}.") from error

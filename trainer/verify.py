@@ -1,5 +1,6 @@
 """Proof of an export: the adapter in plain transformers + PEFT gives the logits of the model that Capstan trained."""
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from trainer.deepspeed_config import build_deepspeed_config
 from trainer.engine import Engine
 from trainer.errors import ConfigError
 from trainer.load import DTYPES, load_model, model_config
-from trainer.manifest import newest_whole
+from trainer.manifest import whole_checkpoint
 from trainer.ranks import join
 from trainer.store import Store
 
@@ -42,13 +43,16 @@ class Proof:
     adapter_logits_effect: float
 
 
-def compare_logits(run: Store, adapter: Path) -> Proof:
-    """Both models in this process, one after the other."""
+def compare_logits(run: Store, step: int, adapter: Store) -> Proof:
+    """The model of `step` and the exported adapter, in this process, one after the other."""
     config = parse_config(run.get(run_layout.CONFIG).decode())
     base = resolve_base(config.model)
     tokens = torch.arange(3, 3 + _PROBE_TOKENS).remainder(base.config["vocab_size"])[None]
-    trained = _trained_logits(run, config, tokens)
-    exported, plain = _exported_logits(config, base.directory, adapter, tokens)
+    trained = _trained_logits(run, step, config, tokens)
+    with tempfile.TemporaryDirectory(prefix="capstan-verify-") as folder:
+        for entry in adapter.list():
+            Path(folder, entry.key).write_bytes(adapter.get(entry.key))
+        exported, plain = _exported_logits(config, base.directory, Path(folder), tokens)
     return Proof(
         adapter_logits_max_diff=float((trained - exported).abs().max()),
         tolerance=_TOLERATED_SHARE * float(trained.abs().max()),
@@ -56,7 +60,7 @@ def compare_logits(run: Store, adapter: Path) -> Proof:
     )
 
 
-def _trained_logits(run: Store, config: Config, tokens: Tensor) -> Tensor:
+def _trained_logits(run: Store, step: int, config: Config, tokens: Tensor) -> Tensor:
     """Through our own sharded loader, engine and restore, as one rank: (1, T, V) fp32."""
     ranks = join()
     attention = choose_attention(config.model.attention, ranks.device, DTYPES[config.model.dtype])
@@ -65,7 +69,7 @@ def _trained_logits(run: Store, config: Config, tokens: Tensor) -> Tensor:
     )
     model, _ = load_model(resolve_base(config.model), config, settings, ranks, attention)
     engine = Engine(model, attention, config.optim, settings, ranks)
-    manifest = newest_whole(run)
+    manifest = whole_checkpoint(run, step)
     load_partitions(run, manifest, engine.partitions())
     engine.refresh(manifest.updates)
     return engine.logits(tokens.to(ranks.device)).float().cpu()

@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -99,18 +99,23 @@ class Assembled:
     attention: Attention
     report: LoadReport
     run: Store
+    events: list[dict[str, Any]] = field(default_factory=list)
 
     def checkpoints(self, generation: int = 1, base: str = "ours") -> Checkpoints:
         identity = Identity("data", {"fingerprint": base}, self.config.tuning.model_dump(mode="json"))
-        return Checkpoints(self.run, self.ranks, generation, identity, keep_last=3, keep_every=0)
+        rules = self.config.checkpoint
+        return Checkpoints(self.run, self.ranks, generation, identity, rules, {"capstan-llm": "0"}, self.note)
 
-    def training(self) -> Training:
+    def note(self, kind: str, **values: Any) -> None:
+        self.events.append({"kind": kind, **values})
+
+    def training(self, generation: int = 1) -> Training:
         metrics = Metrics(self.run, 1, writes=False, flush_seconds=60, tensorboard=False)
         stop = StopSignal(self.run, watches=False, seconds=60)
         total = self.config.train.steps
         assert total
         return Training(
-            self.config, self.ranks, self.engine, self.stream, None, self.checkpoints(), metrics, stop, total
+            self.config, self.ranks, self.engine, self.stream, None, self.checkpoints(generation), metrics, stop, total
         )
 
     def states(self) -> dict[str, Tensor]:
@@ -391,18 +396,16 @@ def restore(config_text: str, fingerprint: str, destination: str, base: str = "o
 
 
 def restore_and_train(config_text: str, fingerprint: str, last: int) -> dict[str, Any]:
-    """Restore what there is, as a restarted rank does, train up to step `last` and commit it."""
+    """Restore what there is, as a restarted rank does, and train past step `last`, the first that is new and so committed."""
     here = _assemble(parse_config(config_text), fingerprint)
 
     def action() -> None:
-        checkpoints = here.checkpoints()
-        manifest = checkpoints.restore(here.engine, required=False, log=print)
+        training = here.training(generation=2)
+        manifest = training.checkpoints.restore(here.engine, required=False, log=print)
         assert manifest is not None, "training started over"
-        for record in train(here.training(), manifest.step, Position.from_json(manifest.position)):
-            if record["step"] == last:
+        for record in train(training, manifest.step, Position.from_json(manifest.position)):
+            if record["step"] > last:
                 break
-        checkpoints.save(here.engine, last, {"epoch": 0, "next_bin": 4 * last})
-        checkpoints.finish()
 
     return _outcome_of(action)
 
@@ -414,10 +417,10 @@ def save_as_generation(config_text: str, fingerprint: str, generation: int) -> d
     return _outcome_of(checkpoints.finish)
 
 
-def export_proof(run_uri: str, adapter: str) -> dict[str, float]:
+def export_proof(run_uri: str, step: int, adapter: str) -> dict[str, float]:
     """What `capstan export --verify` measures."""
     torch.set_num_threads(1)
-    return asdict(compare_logits(open_store(run_uri), Path(adapter)))
+    return asdict(compare_logits(open_store(run_uri), step, open_store(adapter)))
 
 
 # DeepSpeed's private names.

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from launcher.local_s3 import S3Server
 from tests.dist.launch import launch
 from tests.material import Workshop
 from trainer import run_layout
@@ -17,12 +18,12 @@ from trainer.config import dump_config
 from trainer.errors import ConfigError, NothingToResume, StorageError
 from trainer.export import export_adapter, master_weights
 from trainer.manifest import committed_steps, read_manifest
-from trainer.store import Store
+from trainer.store import Store, open_store
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """A finished run of two ranks, committed after steps 2 and 4."""
+    """A finished run of two ranks, committed after steps 1, 2 and 4."""
     # bitsandbytes' fused CPU kernel, which plain transformers uses where it can, wants widths that divide by 32.
     workshop = Workshop(tmp_path_factory.mktemp("export"), intermediate_size=192)
     config = workshop.config("done", "train.steps=4", "checkpoint.every_steps=2", "optim.lr=0.01", "tuning.rank=5")
@@ -30,20 +31,23 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Store:
     run.put(run_layout.CONFIG, dump_config(config).encode())
     outcomes = launch(2, "run", dump_config(config), workshop.prepare(config).train)
     assert {outcome["outcome"] for outcome in outcomes} == {"finished"}
-    assert committed_steps(run) == [4, 2]
+    assert committed_steps(run) == [4, 2, 1]
     return run
 
 
 def copy(run: Store, to: Path) -> Store:
     source = Path(run.uri.removeprefix("file://"))
     shutil.copytree(source, to / "store" / source.name)
-    from trainer.store import open_store
-
     return open_store(str(to / "store")).sub(source.name)
 
 
+def flip_a_byte(run: Store, key: str) -> None:
+    data = run.get(key)
+    run.put(key, data[:-1] + bytes([data[-1] ^ 0x10]))
+
+
 def test_peft_loads_the_adapter_and_finds_the_master_weights(run: Store, tmp_path: Path) -> None:
-    manifest = export_adapter(run, tmp_path / "adapter")
+    manifest = export_adapter(run, open_store(str(tmp_path / "adapter")))
     assert manifest.step == 4
     base: Any = AutoModelForCausalLM.from_pretrained(manifest.base["path"], dtype=torch.bfloat16)
     model = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
@@ -56,14 +60,14 @@ def test_peft_loads_the_adapter_and_finds_the_master_weights(run: Store, tmp_pat
 
 
 def test_transformers_and_peft_give_the_trained_models_logits(run: Store, tmp_path: Path) -> None:
-    export_adapter(run, tmp_path / "adapter")
-    (proof,) = launch(1, "export_proof", run.uri, str(tmp_path / "adapter"))
+    export_adapter(run, open_store(str(tmp_path / "adapter")))
+    (proof,) = launch(1, "export_proof", run.uri, 4, str(tmp_path / "adapter"))
 
     assert proof["adapter_logits_max_diff"] <= proof["tolerance"] < proof["adapter_logits_effect"]
 
 
 def test_the_directory_has_the_tokenizer_the_settings_and_the_runs_facts(run: Store, tmp_path: Path) -> None:
-    export_adapter(run, tmp_path / "adapter")
+    export_adapter(run, open_store(str(tmp_path / "adapter")))
     settings = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"], settings["peft_type"]) == (5, 16, "LORA")
     assert len(AutoTokenizer.from_pretrained(tmp_path / "adapter")) == 259
@@ -76,22 +80,60 @@ def test_the_directory_has_the_tokenizer_the_settings_and_the_runs_facts(run: St
 def test_a_destination_that_holds_something_is_refused(run: Store, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep me")
     with pytest.raises(ConfigError, match="is not empty"):
-        export_adapter(run, tmp_path)
+        export_adapter(run, open_store(str(tmp_path)))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_a_step_can_be_chosen(run: Store, tmp_path: Path) -> None:
+    assert export_adapter(run, open_store(str(tmp_path / "two")), step=2).step == 2
+    with pytest.raises(NothingToResume, match="of step 3. Committed are: 1, 2, 4"):
+        export_adapter(run, open_store(str(tmp_path / "three")), step=3)
+    assert not (tmp_path / "three").exists()
+
+
+def test_a_bucket_gets_the_files_that_a_folder_gets(run: Store, tmp_path: Path, s3: S3Server) -> None:
+    folder, bucket = open_store(str(tmp_path / "adapter")), open_store(f"{s3.uri('exports')}/adapter")
+    export_adapter(run, folder)
+    export_adapter(run, bucket)
+    names = [entry.key for entry in folder.list()]
+    assert [entry.key for entry in bucket.list()] == names
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json"} <= set(names)
+    assert [bucket.get(name) for name in names] == [folder.get(name) for name in names]
+
+
+def test_without_the_weights_of_the_base_there_is_an_export_but_not_without_its_folder(
+    run: Store, tmp_path: Path
+) -> None:
+    base = Path(read_manifest(run, 4).base["path"])
+    away = base.with_name("away")
+    away.mkdir()
+    for file in base.glob("*.safetensors"):
+        file.rename(away / file.name)
+    try:
+        export_adapter(run, open_store(str(tmp_path / "adapter")))
+    finally:
+        for file in away.iterdir():
+            file.rename(base / file.name)
+    base.rename(tmp_path / "moved")
+    try:
+        with pytest.raises(ConfigError, match="which has the tokenizer, is not on this machine"):
+            export_adapter(run, open_store(str(tmp_path / "none")))
+    finally:
+        (tmp_path / "moved").rename(base)
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_none_at_all_is_an_error(run: Store, tmp_path: Path) -> None:
-    ours = copy(run, tmp_path)
-    for step, outcome in ((4, 2), (2, StorageError)):
-        key = read_manifest(ours, step).shards[0].key
-        ours.put(key, ours.get(key)[:-1] + b"\x7f")
-        if isinstance(outcome, int):
-            assert export_adapter(ours, tmp_path / "older").step == outcome
-        else:
-            with pytest.raises(outcome, match="is whole"):
-                export_adapter(ours, tmp_path / "none")
-    for step in (4, 2):
+    ours, destination = copy(run, tmp_path), open_store(str(tmp_path / "adapter"))
+    flip_a_byte(ours, read_manifest(ours, 4).shards[0].key)
+    assert export_adapter(ours, open_store(str(tmp_path / "older"))).step == 2
+    flip_a_byte(ours, read_manifest(ours, 2).shards[0].key)
+    with pytest.raises(StorageError, match="step 4 .* is not whole: .* does not match its sha256"):
+        export_adapter(ours, destination, step=4)
+    ours.delete(read_manifest(ours, 1).shards[1].key)
+    with pytest.raises(StorageError, match="no checkpoint of .* is whole"):
+        export_adapter(ours, destination)
+    for step in committed_steps(ours):
         ours.delete(run_layout.manifest(step))
     with pytest.raises(NothingToResume, match="has no committed checkpoint"):
-        export_adapter(ours, tmp_path / "none")
-    assert not (tmp_path / "none").exists()
+        export_adapter(ours, destination)
+    assert not (tmp_path / "adapter").exists()

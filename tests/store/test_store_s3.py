@@ -1,9 +1,8 @@
-"""The store's promises on a real S3 server (SeaweedFS), and what a user reads when S3 refuses."""
+"""What a user reads when S3 refuses, and what a killed server leaves (SeaweedFS)."""
 
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from launcher.local_s3 import S3Server, serve_s3
-from trainer.errors import AlreadyExists, ConfigError, NotFound, StorageError
+from tests.store.conftest import assert_one_line
+from trainer.errors import AlreadyExists, ConfigError, StorageError
 from trainer.store import Store, open_store
 
 
@@ -20,81 +20,6 @@ from trainer.store import Store, open_store
 def store(s3: S3Server, request: pytest.FixtureRequest) -> Store:
     """An empty folder of its own in one bucket."""
     return open_store(f"{s3.uri('test-store')}/{request.node.name}")
-
-
-def test_put_get_replace_head_exists_delete(store: Store) -> None:
-    store.put("a/b.bin", b"first")
-    before = store.head("a/b.bin")
-    store.put("a/b.bin", b"second")
-    after = store.head("a/b.bin")
-    assert store.get("a/b.bin") == b"second"
-    assert (before.size, after.size) == (5, 6)
-    assert before.version != after.version
-    store.delete("a/b.bin")
-    store.delete("a/b.bin")
-    assert not store.exists("a/b.bin")
-
-
-def test_create_refuses_a_taken_key_and_leaves_it_alone(store: Store) -> None:
-    store.create("key", b"mine")
-    with pytest.raises(AlreadyExists, match="key exists already"):
-        store.create("key", b"yours")
-    assert store.get("key") == b"mine"
-
-
-def test_of_racing_creators_exactly_one_wins(store: Store) -> None:
-    start = threading.Barrier(8)
-
-    def race(racer: int) -> int | None:
-        start.wait(timeout=30)
-        try:
-            store.create("race", f"racer {racer}".encode())
-        except AlreadyExists:
-            return None
-        return racer
-
-    with ThreadPoolExecutor(8) as pool:
-        winners = [winner for winner in pool.map(race, range(8)) if winner is not None]
-    assert len(winners) == 1
-    assert store.get("race") == f"racer {winners[0]}".encode()
-
-
-def test_ranges_and_what_lies_beyond_the_end(store: Store) -> None:
-    store.put("key", bytes(range(100)))
-    assert store.get_range("key", 10, 13) == bytes([10, 11, 12])
-    assert store.get_ranges("key", [0, 50, 98], [2, 51, 100]) == [b"\x00\x01", b"\x32", b"\x62\x63"]
-    for start in (90, 100, 105):
-        with pytest.raises(StorageError, match="key"):
-            store.get_range("key", start, 110)
-        with pytest.raises(StorageError, match="key"):
-            store.get_ranges("key", [0, start], [1, 110])
-
-
-def test_an_object_of_several_parts(store: Store) -> None:
-    data = os.urandom(2**20) * 70  # one part holds 64 MiB
-    store.put("large", data)
-    assert store.head("large").size == len(data)
-    assert store.get_range("large", 2**26 - 5, 2**26 + 5) == data[2**26 - 5 : 2**26 + 5]
-
-
-def test_listing_is_sorted_and_relative_to_the_folder(store: Store) -> None:
-    for key in ("run/b", "run/a", "run/deep/c", "runner/d"):
-        store.put(key, b"x")
-    run = store.sub("run")
-    assert [entry.key for entry in run.list()] == ["a", "b", "deep/c"]
-    assert [entry.key for entry in run.list("deep/")] == ["deep/c"]
-    assert store.list("nothing/") == []
-    assert run.get("deep/c") == b"x"
-
-
-def test_a_missing_key_is_not_found(store: Store) -> None:
-    for read in (store.get, store.head):
-        with pytest.raises(NotFound, match="no/such does not exist"):
-            read("no/such")
-    with pytest.raises(NotFound):
-        store.get_range("no/such", 0, 1)
-    with pytest.raises(NotFound):
-        store.get_ranges("no/such", [0], [1])
 
 
 def test_wrong_credentials_are_refused_at_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,9 +38,8 @@ def test_without_credentials_the_message_names_the_variables(store: Store, monke
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     # In place of a cloud's metadata service, which may be there, or take long to be missing.
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")
-    monkeypatch.setattr("trainer.store._RETRY", {"max_retries": 1})
     with pytest.raises(StorageError, match="AWS_ACCESS_KEY_ID") as caught:
-        open_store(store.uri).get("key")
+        open_store(store.uri, retry_seconds=0.1).get("key")
     assert_one_line(caught.value)
 
 
@@ -136,10 +60,9 @@ def test_a_bucket_name_that_s3_forbids_is_refused(s3: S3Server) -> None:
 
 
 def test_an_endpoint_nobody_listens_on_is_named(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.store._RETRY", {"max_retries": 1})
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     with pytest.raises(StorageError, match=r"http://127.0.0.1:1 cannot be reached \(Connection refused\)") as caught:
-        open_store("s3://bucket/runs").get("key")
+        open_store("s3://bucket/runs", retry_seconds=0.1).get("key")
     assert_one_line(caught.value)
 
 
@@ -217,10 +140,3 @@ class within:
 
     def __exit__(self, *_: object) -> None:
         assert time.monotonic() - self._start < self._seconds
-
-
-def assert_one_line(error: Exception) -> None:
-    """An error message is a sentence, not a debug rendering."""
-    assert "\n" not in str(error)
-    assert "Debug source" not in str(error)
-    assert str(error).endswith(".")

@@ -54,7 +54,7 @@ def test_dump_and_load_are_inverse():
         ("quantt.type=nf4", "quantt: unknown setting. Did you mean 'quant'?"),
         ("tuning.rnk=8", "tuning.rnk: unknown setting. Did you mean 'rank'?"),
         ("train.lr=1e-4", "train.lr: unknown setting. Did you mean 'optim.lr'?"),
-        ("run.zzzzzz=1", "run.zzzzzz: unknown setting. Allowed here: name, store, seed."),
+        ("run.zzzzzz=1", "run.zzzzzz: unknown setting. Allowed here: name, store, store_retry, store_timeout, seed."),
         ("data.train=[{path: a, wieght: 2}]", "data.train[0].wieght: unknown setting. Did you mean 'weight'?"),
     ],
 )

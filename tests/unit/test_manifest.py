@@ -1,5 +1,6 @@
-"""A manifest proves what it says, or is refused with the reason; retention never leaves half a checkpoint."""
+"""A manifest proves what it says, or is refused with the reason."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,12 @@ from trainer import run_layout
 from trainer.errors import StorageError
 from trainer.manifest import (
     Manifest,
-    Shard,
     committed_steps,
     parse_manifest,
-    prunable,
-    prune,
     read_manifest,
     readable_manifests,
-    verify_shard,
 )
+from trainer.shard import Shard, verify_shard
 from trainer.store import Store, open_store
 
 
@@ -34,6 +32,9 @@ def manifest(step: int, shards: list[Shard] | None = None) -> Manifest:
         order={"seed": 3},
         base={"path": "/models/b", "quant.type": "nf4"},
         adapter={"rank": 4},
+        groups={"lora_A": {"weight_decay": 0.1}},
+        versions={"torch": "2"},
+        eval_loss=None,
         shapes={"layer.lora_A.weight": [4, 5]},
         shards=shards or [Shard("a", 10, "0" * 64, {"layer.lora_A.weight": (0, 20)})],
     )
@@ -70,7 +71,7 @@ def damaged(change: Any) -> bytes:
         (damaged(lambda tree: tree["body"].update(step=8)), "its content does not match its sha256"),
         (damaged(lambda tree: tree["body"]["shards"].clear()), "its content does not match its sha256"),
         (damaged(lambda tree: tree.update(sha256="0" * 64)), "its content does not match its sha256"),
-        (damaged(lambda tree: tree.update(format=2)), "is of format 2; this version reads format 1"),
+        (damaged(lambda tree: tree.update(format=3)), "is of format 3; this version reads format 2"),
     ],
 )
 def test_what_is_no_whole_manifest_is_refused_with_the_reason(data: bytes, reason: str) -> None:
@@ -108,8 +109,6 @@ def test_a_step_is_committed_once(run: Store) -> None:
     [(b"whole", None), (b"whol", "has 4 bytes instead of 5"), (b"whole"[::-1], "does not match its sha256")],
 )
 def test_a_shard_is_verified_by_its_size_and_hash(run: Store, content: bytes, problem: str | None) -> None:
-    import hashlib
-
     run.put("shard", content)
     found = verify_shard(run, Shard("shard", 5, hashlib.sha256(b"whole").hexdigest(), {}))
     assert found is None if problem is None else problem in str(found)
@@ -119,43 +118,20 @@ def test_a_missing_shard_is_a_problem_and_no_crash(run: Store) -> None:
     assert "does not exist" in str(verify_shard(run, Shard("gone", 5, "", {})))
 
 
-@pytest.mark.parametrize(
-    ("keep_last", "keep_every", "removed"),
-    [(2, 0, [30, 20, 10]), (1, 20, [50, 30, 10]), (9, 0, [])],
-)
-def test_retention_keeps_the_newest_and_every_so_many(keep_last: int, keep_every: int, removed: list[int]) -> None:
-    steps = [60, 50, 40, 30, 20, 10] if keep_every else [50, 40, 30, 20, 10]
-    assert prunable(steps, keep_last, keep_every) == removed
-
-
-def test_pruning_deletes_the_manifest_before_its_shards(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    commit(run, 1)
-    commit(run, 2)
-    deleted: list[str] = []
-    plain = Store.delete
-
-    def observed(store: Store, key: str) -> None:
-        deleted.append(key)
-        plain(store, key)
-
-    monkeypatch.setattr(Store, "delete", observed)
-    prune(run, [1])
-    assert deleted[0] == run_layout.manifest(1)
-    assert run.list(run_layout.checkpoint(1)) == []
-    assert committed_steps(run) == [2]
-
-
 class FailingStore(Store):
     """A store that answers nothing but listings: down for a while, not damaged."""
+
+    def get_range(self, key: str, start: int, end: int) -> bytearray:
+        raise StorageError(f"503 for {key}")
 
     def get(self, key: str) -> bytes:
         raise StorageError(f"503 for {key}")
 
 
-def test_a_store_that_fails_is_not_a_damaged_checkpoint(run: Store, tmp_path: Path) -> None:
+def test_a_store_that_fails_is_not_a_damaged_checkpoint(run: Store) -> None:
     commit(run, 5)
-    failing = FailingStore(run.uri, run._backend)
+    failing = FailingStore(run.uri, run._backend, run._prefix)
     with pytest.raises(StorageError, match="503"):
         list(readable_manifests(failing, []))
     with pytest.raises(StorageError, match="503"):
-        verify_shard(failing, manifest(5).shards[0])
+        verify_shard(failing, Shard(run_layout.shard(5, "attempt", 0), 4, "", {}))

@@ -1,5 +1,6 @@
-"""The store's promises on a local folder and in memory; tests/store holds it to the same on a real S3 server."""
+"""The store's promises, the same in memory, on a local folder and on a real S3 server."""
 
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -8,13 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.store.conftest import assert_one_line
 from trainer.errors import AlreadyExists, ConfigError, NotFound, StorageError
-from trainer.store import Store, open_store
-
-
-@pytest.fixture(params=["local", "memory"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return open_store(str(tmp_path / "store") if request.param == "local" else "memory://test")
+from trainer.store import PART_BYTES, Store, open_store
 
 
 def test_what_was_put_is_read_back_and_replaced_whole(store: Store) -> None:
@@ -39,10 +36,7 @@ def test_create_refuses_a_taken_key_and_leaves_it_alone(store: Store) -> None:
 
 
 def test_of_racing_creators_exactly_one_wins(store: Store) -> None:
-    assert_one_winner(store)
-
-
-def assert_one_winner(store: Store, racers: int = 8) -> None:
+    racers = 8
     start = threading.Barrier(racers)
 
     def race(racer: int) -> int | None:
@@ -76,6 +70,28 @@ def test_a_range_beyond_the_end_is_an_error_and_never_short_data(store: Store, s
         store.get_ranges("key", [0, start], [1, 9])
 
 
+def test_an_object_that_comes_in_pieces_is_read_back_whole_and_in_parts(store: Store) -> None:
+    piece = os.urandom(2**20)
+    pieces = 2 * PART_BYTES // 2**20 + 3
+    store.put_chunks("large", (piece for _ in range(pieces)), pieces * 2**20)
+    assert store.head("large").size == pieces * 2**20
+    assert store.get_range("large", PART_BYTES - 5, PART_BYTES + 5) == piece[-5:] + piece[:5]
+    parts = list(store.chunks("large", pieces * 2**20))
+    assert [len(part) for part in parts] == [PART_BYTES, PART_BYTES, 3 * 2**20]
+    assert hashlib.sha256(b"".join(parts)).digest() == hashlib.sha256(piece * pieces).digest()
+
+
+def test_pieces_that_end_early_leave_no_object(store: Store) -> None:
+    def torn() -> Iterator[bytes]:
+        yield bytes(2**20)
+        raise StorageError("the source is gone")
+
+    for size in (2**21, 4 * PART_BYTES):
+        with pytest.raises(StorageError, match="the source is gone"):
+            store.put_chunks("torn", torn(), size)
+    assert store.list() == []
+
+
 def test_listing_is_sorted_and_relative_to_the_folder(store: Store) -> None:
     for key in ("run/b", "run/a", "run/deep/c", "runner/d"):
         store.put(key, b"x")
@@ -96,6 +112,14 @@ def test_delete_is_idempotent(store: Store) -> None:
     assert not store.exists("key")
 
 
+def test_a_folder_is_deleted_with_all_it_holds_and_nothing_beside_it(store: Store) -> None:
+    for key in ("a/1", "a/deep/2", "ab/3"):
+        store.put(key, b"x")
+    store.delete_folder("a/")
+    store.delete_folder("a/")
+    assert [entry.key for entry in store.list()] == ["ab/3"]
+
+
 READS: list[Callable[[Store], object]] = [
     lambda store: store.get("no/such"),
     lambda store: store.head("no/such"),
@@ -111,9 +135,46 @@ def test_a_missing_key_is_not_found(store: Store, read: Callable[[Store], object
 
 
 def test_a_local_store_survives_reopening(tmp_path: Path) -> None:
-    open_store(str(tmp_path)).put("a/b", b"x")
-    assert open_store(f"file://{tmp_path}").get("a/b") == b"x"
-    assert (tmp_path / "a" / "b").read_bytes() == b"x"
+    open_store(str(tmp_path / "new")).put("a/b", b"x")
+    assert open_store(f"file://{tmp_path}/new").get("a/b") == b"x"
+    assert (tmp_path / "new" / "a" / "b").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("name", ["plain", "50% of #1, ü~"])
+def test_reading_makes_no_folder_and_writing_makes_the_one_that_was_named(tmp_path: Path, name: str) -> None:
+    store = open_store(str(tmp_path / name / "runs"))
+    assert (store.list(), store.folders(), store.exists("a")) == ([], [], False)
+    assert list(tmp_path.iterdir()) == []
+    store.put("a", b"x")
+    assert (tmp_path / name / "runs" / "a").read_bytes() == b"x"
+    assert [entry.key for entry in open_store(str(tmp_path / name / "runs")).list()] == ["a"]
+    assert [entry.key for entry in store.list()] == ["a"]
+
+
+@pytest.mark.parametrize("write", [Store.put, Store.create], ids=["put", "create"])
+def test_a_local_write_is_synced_with_every_folder_that_it_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Store, str, bytes], None]
+) -> None:
+    synced: list[Path] = []
+    plain = os.fsync
+
+    def observed(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        plain(descriptor)
+
+    monkeypatch.setattr(os, "fsync", observed)
+    write(open_store(str(tmp_path / "store")), "a/b/key", b"x")
+    made = [tmp_path / "store" / "a" / "b", tmp_path / "store" / "a", tmp_path / "store"]
+    assert synced == [made[0] / "key", *made, tmp_path]
+
+
+def test_what_a_killed_process_had_half_written_goes_with_its_folder(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    store.put("step/attempt/shard", b"x")
+    (tmp_path / "step/attempt/shard-1#1").write_bytes(b"half")  # as obstore names it
+    assert [entry.key for entry in store.list()] == ["step/attempt/shard"]
+    store.delete_folder("step/")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
@@ -131,6 +192,7 @@ def unprivileged() -> Iterator[None]:
 
 def test_a_folder_that_may_not_be_written_says_so(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     folder = tmp_path / "store"
+    folder.mkdir()
     store = open_store(str(folder))
     folder.chmod(0o555)
     request.getfixturevalue("unprivileged")
@@ -143,19 +205,15 @@ def test_a_folder_that_may_not_be_written_says_so(tmp_path: Path, request: pytes
 
 def test_a_store_inside_a_file_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(StorageError, match="file cannot be used"):
+    with pytest.raises(StorageError, match="the folder .*/file cannot be used: .*/file is a file"):
         open_store(str(tmp_path / "file"))
+    with pytest.raises(StorageError, match="the folder .*/file/deeper cannot be used: .*/file is a file"):
+        open_store(str(tmp_path / "file" / "deeper"))
 
 
 @pytest.mark.parametrize("uri", ["ftp://host/x", "s3://"])
-def test_a_uri_that_is_none_of_ours_is_refused(uri: str) -> None:
-    with pytest.raises(ConfigError, match="run.store: ") as caught:
-        open_store(uri)
-    assert_one_line(caught.value)
-
-
-def assert_one_line(error: Exception) -> None:
-    """An error message is a sentence, not a debug rendering."""
-    assert "\n" not in str(error)
-    assert "Debug source" not in str(error)
-    assert str(error).endswith(".")
+def test_a_uri_that_is_none_of_ours_is_refused_by_the_setting_that_has_it(uri: str) -> None:
+    for setting in ("run.store", "DEST"):
+        with pytest.raises(ConfigError, match=f"^{setting}: ") as caught:
+            open_store(uri, setting=setting)
+        assert_one_line(caught.value)
