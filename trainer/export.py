@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -48,11 +49,11 @@ def export_adapter(run: Store, destination: Store, step: int | None = None) -> M
         ConfigError: `destination` holds something that is no half export, or the base's folder is not here.
     """
     config = parse_config(run.get(run_layout.CONFIG).decode())
+    taken = {entry.key for entry in destination.list()}
+    if taken and not _half_export(taken):
+        raise ConfigError(f"the destination {destination.uri} is not empty. Name a new folder.")
     manifest = whole_checkpoint(run, step)
     files = _small_files(config, manifest)
-    taken = {entry.key for entry in destination.list()}
-    if _SETTINGS in taken or not taken <= files.keys() | {_WEIGHTS}:
-        raise ConfigError(f"the destination {destination.uri} is not empty. Name a new folder.")
     dtype = DTYPES[config.model.dtype]
     weights = {_peft_name(name): tensor.to(dtype) for name, tensor in master_weights(run, manifest).items()}
     destination.put(_WEIGHTS, safetensors_bytes(weights, metadata={"format": "pt"}))
@@ -61,6 +62,12 @@ def export_adapter(run: Store, destination: Store, step: int | None = None) -> M
         destination.put(name, content)
     destination.create(_SETTINGS, settings)
     return manifest
+
+
+def _half_export(names: set[str]) -> bool:
+    """Whether an export that was killed left these: the weights, which come first, but not the settings."""
+    ours = (_WEIGHTS, _CARD, *_TOKENIZER_FILES)
+    return _WEIGHTS in names and all(any(fnmatch(name, pattern) for pattern in ours) for name in names)
 
 
 def _small_files(config: Config, manifest: Manifest) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""Runs a function of tests/dist/ranks.py as several ranks: real processes, each with an end.
+"""Runs a function of tests/dist/ranks.py (or another module here) as several ranks: real processes, each with an end.
 
 The processes are forked from a server that has imported the training stack once, as that import takes seconds.
 """
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib import import_module
 from multiprocessing import connection, get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -51,6 +52,12 @@ class Group:
                 raise RankFailed("the ranks did not end in time\n" + "\n".join(outputs))
             connection.wait([process.sentinel for process in self._processes if process.exitcode is None], 0.02)
 
+    def wait_for_ends(self) -> list[int | None]:
+        """The ranks' exit codes, of ranks that may die: -9 is SIGKILL."""
+        for process in self._processes:
+            process.join(max(0.0, self._deadline - time.monotonic()))
+        return [process.exitcode for process in self._processes]
+
     def kill(self) -> None:
         """SIGKILL to every rank, then wait for their ends."""
         for process in self._processes:
@@ -66,7 +73,10 @@ class Group:
 def running(
     world_size: int, function: str, *arguments: Any, ranks_per_node: int | None = None, timeout: float = TIMEOUT
 ) -> Iterator[Group]:
-    """`world_size` ranks that run `function(*arguments)`; the arguments and results are JSON."""
+    """`world_size` ranks that run `function(*arguments)`; the arguments and results are JSON.
+
+    `function` is a name in tests/dist/ranks.py, or `module.name`.
+    """
     before = dict(os.environ)
     os.environ.update(_ENVIRONMENT)  # the server, and so every rank, inherits it
     context = get_context("forkserver")
@@ -85,6 +95,8 @@ def running(
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": rendezvous.port,
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
+                # The server may be older than the S3 server, whose address and keys are these.
+                **{name: value for name, value in os.environ.items() if name.startswith("AWS_")},
             }
             given = (function, json.dumps(arguments), {k: str(v) for k, v in environment.items()}, folder, int(timeout))
             processes.append(context.Process(target=_run_rank, args=given, daemon=True))
@@ -117,9 +129,9 @@ def _run_rank(function: str, arguments: str, environment: dict[str, str], folder
     os.environ.update(environment)
     import torch.distributed as dist
 
-    from tests.dist import ranks as functions
-
-    result = getattr(functions, function)(*json.loads(arguments))
+    module, _, name = function.rpartition(".")
+    functions = import_module(f"tests.dist.{module or 'ranks'}")
+    result = getattr(functions, name)(*json.loads(arguments))
     Path(folder, f"{rank}.json").write_text(json.dumps(result))
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,0 +1,334 @@
+"""What ranks run that save, restore and export while their store fails, stalls or kills them."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests import material
+from tests.dist.ranks import _outcome_of
+from tests.faulty import Fault, FaultyStore
+from trainer import run_layout
+from trainer.checkpoint import Checkpoints, Identity
+from trainer.config import Checkpoint, dump_config, parse_config
+from trainer.engine import TrainablePartition
+from trainer.export import export_adapter, master_weights
+from trainer.manifest import committed_steps, problems_of, read_manifest, whole_checkpoint
+from trainer.ranks import Ranks, join
+from trainer.retention import Retention, plan_removal, remove
+from trainer.shard import STATES
+from trainer.store import Store, open_store
+
+SHAPES = {
+    "model.layers.0.self_attn.q_proj.lora_A.default.weight": (3, 7),
+    "model.layers.0.self_attn.q_proj.lora_B.default.weight": (5, 3),
+}
+RULES = Checkpoint(keep_last=1, failed_saves=100)
+
+
+@dataclass
+class Learner:
+    """In the engine's place: states that tell their parameter, their kind and the step that they are of."""
+
+    ranks: Ranks
+    step: int = 0
+    states: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def partitions(self) -> list[TrainablePartition]:
+        return [
+            TrainablePartition(name, shape, *self._interval(shape), self.states.get(name) or self._states(name, shape))
+            for name, shape in SHAPES.items()
+        ]
+
+    def _interval(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        numel = torch.Size(shape).numel()
+        size = -(-numel // self.ranks.world_size)
+        return min(numel, self.ranks.rank * size), min(numel, (self.ranks.rank + 1) * size)
+
+    def _states(self, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        begin, end = self._interval(shape)
+        self.states[name] = {state: whole_state(name, state, self.step)[begin:end].clone() for state in STATES}
+        return self.states[name]
+
+    @property
+    def updates(self) -> int:
+        return self.step
+
+    @property
+    def groups(self) -> dict[str, dict[str, Any]]:
+        return {"lora_A": {"lr_ratio": 1.0}}
+
+    def refresh(self, updates: int) -> None:
+        self.step = updates
+
+
+def whole_state(name: str, state: str, step: int) -> Tensor:
+    """(numel,) fp32."""
+    first = 10_000 * step + 1000 * STATES.index(state) + 100 * list(SHAPES).index(name)
+    return torch.arange(first, first + torch.Size(SHAPES[name]).numel(), dtype=torch.float32)
+
+
+def checkpoints(run: Store, ranks: Ranks, generation: int = 1) -> tuple[Checkpoints, list[dict[str, Any]]]:
+    """And what it records."""
+    events: list[dict[str, Any]] = []
+
+    def record(kind: str, **values: Any) -> None:
+        events.append({"kind": kind, **values})
+
+    return Checkpoints(run, ranks, generation, Identity("data", {}, {}), RULES, {}, record), events
+
+
+def save(run: Store, ranks: Ranks, step: int, generation: int = 1) -> list[dict[str, Any]]:
+    """Save and prove the state of `step`; the removal of what retention drops comes in between, in a fixed order."""
+    ours, events = checkpoints(run, ranks, generation)
+    ours._pruning = InTurn()
+    learner: Any = Learner(ranks, step)
+    ours.save(learner, step, {"next_bin": step})
+    ours.prove()
+    return events
+
+
+class InTurn(ThreadPoolExecutor):
+    """Done when it is submitted."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+        fn(*args, **kwargs)
+
+
+def wrong_with(run: Store, at_least: int) -> list[str]:
+    """Nothing, if each commit is whole, holds the values of its step, and the newest is not older than `at_least`."""
+    found = [problem for step in committed_steps(run) for problem in problems_of(run, read_manifest(run, step))]
+    newest = whole_checkpoint(run)
+    for name, values in master_weights(run, newest).items():
+        if not torch.equal(values.view(-1), whole_state(name, "master", newest.step)):
+            found.append(f"{name} of step {newest.step} has other values")
+    return found if newest.step >= at_least else [*found, f"step {at_least} is lost, the newest is {newest.step}"]
+
+
+def left_over(run: Store) -> list[str]:
+    """What no commit refers to after a removal that takes orphans of any age."""
+    later = lambda: datetime.now(UTC) + timedelta(hours=1)
+    remove(run, plan_removal(run, Retention(1), orphan_hours=0, now=later))
+    keys = {entry.key for entry in run.list(run_layout.CHECKPOINTS)}
+    for step in committed_steps(run):
+        keys -= {run_layout.manifest(step), *(shard.key for shard in read_manifest(run, step).shards)}
+    return sorted(keys)
+
+
+def saves(uri: str) -> dict[str, Any]:
+    """A save with the removal after it, once for each of its operations and each way to go wrong."""
+    ranks, root = join(), open_store(uri)
+    seen: Counter[str] = Counter()
+    wrong: list[str] = []
+    operations: list[str] = []
+    for how, at in _faults(operations):
+        run = root.sub(f"{how}-{at}")
+        save(run, ranks, 1)
+        fault = Fault(at, how, stalled=lambda run=run: wrong.extend(wrong_with(run, 1)))
+        outcome = _outcome_of(lambda run=run, fault=fault: save(FaultyStore(run, fault), ranks, 2))
+        operations[:] = operations or fault.operations
+        found = wrong_with(run, 2 if outcome["outcome"] == "finished" else 1)
+        save(run, ranks, 3, generation=2)  # whatever went wrong, the next start saves
+        found += wrong_with(run, 3) + [f"{key} is left over" for key in left_over(run)]
+        wrong += [f"{how} at {at}: {text}" for text in found]
+        seen[outcome["outcome"]] += 1
+    return {"operations": operations, "outcomes": seen, "wrong": wrong}
+
+
+def _faults(operations: list[str]) -> Iterator[tuple[str, int]]:
+    """First none, to count the operations; then each of them, each way."""
+    yield "fail", 0
+    for how in ("fail", "lost", "stall"):
+        for at in range(1, len(operations) + 1):
+            yield how, at
+
+
+def killed_save(uri: str, at: int) -> None:
+    """Dies at operation `at` of the save of step 2, if it has so many."""
+    ranks, run = join(), open_store(uri).sub(str(at))
+    save(run, ranks, 1)
+    save(FaultyStore(run, Fault(at, "kill")), ranks, 2)
+
+
+def after_kills(root: str, count: int) -> list[str]:
+    """What is wrong with the `count` runs that killed saves left, before and after another start saves."""
+    ranks, wrong = join(), []
+    for at in range(1, count + 1):
+        run = open_store(root).sub(str(at))
+        found = wrong_with(run, 1)
+        save(run, ranks, 3, generation=2)
+        found += wrong_with(run, 3) + [f"{key} is left over" for key in left_over(run)]
+        wrong += [f"killed at {at}: {text}" for text in found]
+    return wrong
+
+
+def restores_with_one_faulty_rank(uri: str) -> dict[str, Any]:
+    """Restore on several ranks while rank 1's store fails, once for each of its operations. The same on all ranks?"""
+    ranks, root = join(), open_store(uri)
+    save(root, ranks, 4)
+    counting = Fault()
+    _restore(root, ranks, counting)
+    operations = int(ranks.gather(len(counting.operations))[1][0])
+    faults = [Fault(at if ranks.rank == 1 else 0) for at in range(operations + 1)]
+    return {"operations": operations, "messages": [_restore(root, ranks, fault)["message"] for fault in faults]}
+
+
+def _restore(run: Store, ranks: Ranks, fault: Fault) -> dict[str, Any]:
+    learner: Any = Learner(ranks)
+    ours, _ = checkpoints(FaultyStore(run, fault), ranks, 2)
+    outcome = _outcome_of(lambda: ours.restore(learner, required=True, log=print))
+    if outcome["outcome"] == "finished":
+        for part in learner.partitions():
+            for state, values in part.states.items():
+                assert torch.equal(values, whole_state(part.name, state, 4)[part.begin : part.end])
+    return outcome
+
+
+# Exports.
+
+
+def exports(uri: str, folder: str) -> dict[str, Any]:
+    """An export, once for each operation on the run's store and the destination, and each way to go wrong."""
+    root = open_store(uri)
+    run = exportable(root, Path(folder))
+    expected = _exported(root, run, Fault(), "expected")[0]
+    wrong: list[str] = []
+    operations: list[str] = []
+    for how, at in _faults(operations):
+        fault, name = Fault(at, how), f"{how}-{at}"
+        left, outcome = _exported(root, run, fault, name)
+        operations[:] = operations or fault.operations
+        if "adapter_config.json" in left and left != expected:
+            wrong.append(f"{name}: a half export can be loaded")
+        if outcome["outcome"] == "finished" and left != expected:
+            wrong.append(f"{name}: it ended well, but the files are others")
+        if outcome["outcome"] != "finished" and "adapter_config.json" not in left:
+            again, _ = _exported(root, run, Fault(), name)
+            wrong += [] if again == expected else [f"{name}: exporting again does not mend it"]
+        wrong += [f"{name}: {text}" for text in wrong_with(run, 4)]
+    return {"operations": operations, "wrong": wrong}
+
+
+def _exported(root: Store, run: Store, fault: Fault, name: str) -> tuple[dict[str, bytes], dict[str, Any]]:
+    destination = root.sub("exports").sub(name)
+    outcome = _outcome_of(lambda: export_adapter(FaultyStore(run, fault), FaultyStore(destination, fault)))
+    return {entry.key: destination.get(entry.key) for entry in destination.list()}, outcome
+
+
+def exportable(root: Store, folder: Path) -> Store:
+    """A run with its configuration and a checkpoint of step 4, over a base of which only the tokenizer is there."""
+    base = folder / "base"
+    material.byte_tokenizer().save_pretrained(str(base))
+    tree = {
+        "run": {"name": "done", "store": root.uri},
+        "model": {"base": str(base)},
+        "tuning": {"rank": 3},
+        "data": {"train": [{"path": "none.jsonl"}]},
+        "train": {"steps": 4},
+    }
+    run = root.sub("done")
+    run.put(run_layout.CONFIG, dump_config(parse_config(json.dumps(tree))).encode())
+    ours, _ = checkpoints(run, join())
+    ours.identity = Identity("data", {"path": str(base)}, {})
+    learner: Any = Learner(ours.ranks, 4)
+    ours.save(learner, 4, {"next_bin": 4})
+    ours.finish()
+    return run
+
+
+def prepare_export(uri: str, folder: str) -> None:
+    exportable(open_store(uri), Path(folder))
+
+
+def killed_export(uri: str, at: int) -> None:
+    """Dies at operation `at`, if it has so many."""
+    root = open_store(uri)
+    _exported(root, root.sub("done"), Fault(at, "kill"), str(at))
+
+
+def after_killed_exports(uri: str, count: int) -> list[str]:
+    """What is wrong with the `count` destinations, and with exporting to them again."""
+    root, wrong = open_store(uri), []
+    run = root.sub("done")
+    expected, _ = _exported(root, run, Fault(), "expected")
+    for at in range(1, count + 1):
+        left = {entry.key for entry in root.sub("exports").sub(str(at)).list()}
+        wrong += [f"killed at {at}: a half export can be loaded"] if "adapter_config.json" in left else []
+        again, _ = _exported(root, run, Fault(), str(at))
+        wrong += [] if again == expected else [f"killed at {at}: exporting again does not mend it"]
+    return wrong + wrong_with(run, 4)
+
+
+def race(uri: str) -> dict[str, Any]:
+    """Each rank is a run of its own: both save one step of one folder at the same time."""
+    ranks, run = join(), open_store(uri)
+    alone = Alone(ranks)
+    ours, events = checkpoints(run, alone, generation=ranks.rank + 1)
+    learner: Any = Learner(alone, 1)
+    ours.save(learner, 1, {"next_bin": ranks.rank})
+    ranks.gather(0.0)
+    outcome = _outcome_of(ours.finish)
+    ranks.gather(0.0)
+    return {**outcome, "kinds": [event["kind"] for event in events], "wrong": wrong_with(run, 1)}
+
+
+class Alone(Ranks):
+    """A rank that is the only one of its run, in a process that has others for other things."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        super().__init__(0, 1, 1, ranks.device)
+
+    def gather(self, *values: float) -> list[list[float]]:
+        return [list(values)]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value]
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+
+def save_through_an_outage(uri: str, marks: str, megabytes: int) -> dict[str, Any]:
+    """Save while the server is killed in the middle of the upload; `marks` is the folder that both sides signal in."""
+    ranks, run = join(), open_store(uri, retry_seconds=60)
+    save(run, ranks, 1)
+    under_way, steps = Path(marks, "under-way"), 0
+
+    class Watched(Store):
+        def put_chunks(self, key: str, chunks: Any, size: int) -> None:
+            def observed() -> Iterator[Any]:
+                for number, chunk in enumerate(chunks):
+                    yield chunk
+                    if number * len(chunk) > size // 2 and not under_way.exists():
+                        under_way.touch()
+                        while not Path(marks, "killed").exists():
+                            _pause()
+
+            super().put_chunks(key, observed(), size)
+
+    ours, events = checkpoints(Watched(run.uri, run._backend, run._prefix), ranks, 2)
+    learner: Any = Learner(ranks, 2)
+    name = next(iter(SHAPES))
+    SHAPES[name] = (megabytes, 2**18 // 3)
+    ours.save(learner, 2, {"next_bin": 2})
+    while ours._pending is not None:
+        ours.advance(all_ready=ours.ready)  # as the loop does at each step's border
+        steps += 1
+        if Path(marks, "killed").exists():
+            Path(marks, "trained-on").touch()
+        _pause()
+    newest = whole_checkpoint(run)
+    return {"steps": steps, "events": [event["kind"] for event in events], "newest": newest.step, "bytes": newest.size}
+
+
+def _pause() -> None:
+    """A step's time."""
+    torch.randn(200, 200).matmul(torch.randn(200, 200))
+

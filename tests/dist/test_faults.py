@@ -1,0 +1,118 @@
+"""Whatever a store does at whichever operation: the newest commit loads and verifies, and half a thing is never chosen."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher.local_s3 import S3Server, serve_s3
+from tests.dist.launch import launch, running
+from trainer.manifest import committed_steps, read_manifest
+from trainer.store import open_store
+
+STORES = ["memory", "local", "s3"]
+KILLED = -9
+
+
+@pytest.fixture
+def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty store of the kind that the test is parametrised with."""
+    if request.param == "memory":
+        return "memory://faults"  # lives in the rank
+    if request.param == "local":
+        return str(tmp_path / "store")
+    return f"{request.getfixturevalue('s3').uri('faults')}/{tmp_path.name}"
+
+
+def each(*kinds: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("uri", kinds, indirect=True)
+
+
+@each(*STORES)
+def test_a_save_and_the_removal_after_it_survive_a_fault_at_each_operation(uri: str) -> None:
+    (result,) = launch(1, "faults.saves", uri)
+    assert result["wrong"] == []
+    verbs = {operation.split()[0] for operation in result["operations"]}
+    assert verbs == {"put", "list", "create", "get", "head", "get_range", "delete"}
+    # Failed ones include those whose proof could not be read; the others failed when the commit was done already.
+    assert result["outcomes"].keys() == {"finished", "StorageError"}
+    assert sum(result["outcomes"].values()) == 1 + 3 * len(result["operations"])
+
+
+def kill_at_each_operation(function: str, *arguments: str | int) -> int:
+    """Run `function` once for each of its operations, and kill it there; how many that were."""
+    at, code = 0, KILLED
+    while code == KILLED:
+        at += 1
+        with running(1, function, *arguments, at) as rank:
+            (code,) = rank.wait_for_ends()
+    assert code == 0, f"operation {at} ended with {code}"
+    return at - 1
+
+
+@each("local", "s3")
+def test_a_process_killed_at_any_operation_of_a_save_leaves_the_commit_before_or_the_new_one(uri: str) -> None:
+    killed = kill_at_each_operation("faults.killed_save", uri)
+    assert killed >= 10
+    assert launch(1, "faults.after_kills", uri, killed) == [[]]
+
+
+@each("local", "s3")
+def test_a_process_killed_at_any_operation_of_an_export_leaves_nothing_that_loads(uri: str, tmp_path: Path) -> None:
+    launch(1, "faults.prepare_export", uri, str(tmp_path))
+    killed = kill_at_each_operation("faults.killed_export", uri)
+    assert killed >= 12
+    assert launch(1, "faults.after_killed_exports", uri, killed) == [[]]
+
+
+@each(*STORES)
+def test_an_export_survives_a_fault_at_each_operation(uri: str, tmp_path: Path) -> None:
+    (result,) = launch(1, "faults.exports", uri, str(tmp_path))
+    assert result["wrong"] == []
+    assert len([operation for operation in result["operations"] if operation.startswith("put")]) >= 4
+    assert result["operations"][-1] == "create adapter_config.json"
+
+
+@pytest.mark.parametrize("uri", ["local"], indirect=True)
+def test_a_rank_that_fails_alone_in_a_restore_fails_on_all_with_one_message(uri: str) -> None:
+    results = launch(3, "faults.restores_with_one_faulty_rank", uri)
+    assert results[0]["messages"] == results[1]["messages"] == results[2]["messages"]
+    undisturbed, *failed = results[0]["messages"]
+    assert undisturbed == ""
+    assert len(failed) >= 4  # of its shard: size, bytes, header, what it needs
+    assert all("the store did not answer to" in message for message in failed)
+
+
+@each("local", "s3")
+def test_of_two_writers_of_one_step_one_commits_and_the_other_is_told(uri: str) -> None:
+    results = launch(2, "faults.race", uri)
+    assert sorted(result["outcome"] for result in results) == ["StorageError", "finished"]
+    assert sorted(result["kinds"] for result in results) == [["commit"], ["save_failed"]]
+    assert [result["wrong"] for result in results] == [[], []]
+    run = open_store(uri)
+    assert committed_steps(run) == [1]
+    winner = next(rank for rank, result in enumerate(results) if result["outcome"] == "finished")
+    assert read_manifest(run, 1).generation == winner + 1
+
+
+@pytest.fixture
+def own_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    """A server that a test may kill."""
+    with serve_s3(tmp_path / "s3") as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+def test_a_save_outlives_the_servers_death_while_training_goes_on(own_server: S3Server, tmp_path: Path) -> None:
+    with running(1, "faults.save_through_an_outage", f"{own_server.uri('run')}/x", str(tmp_path), 96) as rank:
+        rank.wait_until((tmp_path / "under-way").exists)
+        own_server.kill()
+        (tmp_path / "killed").touch()
+        rank.wait_until((tmp_path / "trained-on").exists)
+        own_server.start()
+        (result,) = rank.wait()
+    assert result["events"] == ["commit"]
+    assert result["newest"] == 2
+    assert result["bytes"] > 96 * 10**6
+    assert result["steps"] > 10
