@@ -5,6 +5,7 @@ A setting that would be ignored is an error, an unknown key is refused with the 
 """
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -371,6 +372,102 @@ class Ray(Section):
         return self
 
 
+class Slurm(Section):
+    """The job that `capstan submit slurm` makes: its resources, and how it goes on after a time limit or a lost node."""
+
+    nodes: int = _field(1, about="Machines.", example=2, ge=1, unit="nodes")
+    gpus_per_node: int | None = _field(
+        None, about="GPUs of each node. Default: none, the ranks run on CPUs.", example=8, ge=1, unit="GPUs"
+    )
+    gpu_type: str | None = _field(None, about="Which GPUs, by Slurm's name for them.", example="h100")
+    cpus_per_node: int | None = _field(
+        None,
+        about="CPUs of each node. Default: cluster.threads_per_worker for each of its ranks, or one.",
+        example=96,
+        ge=1,
+        unit="CPUs",
+    )
+    memory_per_node: str | None = _field(
+        None,
+        about="Memory of each node, in Slurm's notation; 0 is all of it. Default: the partition's.",
+        example="900G",
+        pattern=r"^\d+[KMGT]?$",
+    )
+    partition: str | None = _field(None, about="Partition, or several with commas.", example="gpu")
+    account: str | None = _field(None, about="Account that is charged.", example="nlp")
+    qos: str | None = _field(None, about="Quality of service.", example="high")
+    time: str | None = _field(
+        None,
+        about="Time limit of one job, after which the run goes on in the next. Default: the partition's.",
+        example="24:00:00",
+        pattern=r"^(\d+-)?\d+(:\d+){0,2}$",
+        unit="[days-]hours:minutes:seconds",
+    )
+    constraint: str | None = _field(None, about="Features that nodes must have.", example="ib&h100")
+    exclude: str | None = _field(None, about="Nodes not to use.", example="n[7,12]")
+    comment: str | None = _field(None, about="A comment, as Slurm records it.", example="second try")
+    extra: list[str] = _field([], about="More options of sbatch, one each.", example=["--reservation=team"])
+    setup: list[str] = _field(
+        [],
+        about="Shell lines that run first in the job, such as loading modules.",
+        example=["module load cuda/12.8"],
+    )
+    container: list[str] = _field(
+        [],
+        about="Words put before each Python command on the nodes.",
+        example=["apptainer", "exec", "--nv", "/images/capstan.sif"],
+    )
+    python: str | None = _field(
+        None, about="Python on the nodes. Default: the one that submits.", example="/opt/capstan/bin/python"
+    )
+    local_dir: str = _field(
+        "/tmp", about="A folder on each node's own disk, for Ray's session.", example="/local/scratch"
+    )
+    output: str | None = _field(
+        None,
+        about="Folder of the job's output file. Default: the run's folder where the store is one, else the current folder.",
+        example="/home/me/logs",
+    )
+    launch: Literal["ray", "direct"] = _field(
+        "ray",
+        about="ray starts Ray on the nodes; direct starts the ranks with srun, and nothing restarts them inside a job.",
+        example="direct",
+    )
+    signal_seconds: int = _field(
+        300,
+        about="How long before the time limit the run commits and stops. A commit and the end must fit in.",
+        example=600,
+        ge=30,
+        le=65535,
+        unit="seconds",
+    )
+    chain: int = _field(
+        0,
+        about="Where jobs must not be requeued: how many jobs to submit that follow each other. 0 is one that requeues itself.",
+        example=4,
+        ge=0,
+        le=100,
+        unit="jobs",
+    )
+
+    @model_validator(mode="after")
+    def _one_line_each(self) -> "Slurm":
+        for name, given in self:
+            for value in given if isinstance(given, list) else [given]:
+                if isinstance(value, str) and (not value.strip() or not value.isprintable()):
+                    raise ValueError(
+                        f"cluster.slurm.{name}: {value!r} is not allowed. It is one line of printable text, and not empty."
+                    )
+        for option in self.extra:
+            if not re.match(r"^-(-[a-z][a-z-]*|[A-Za-z])(=|$)", option):
+                raise ValueError(
+                    f"cluster.slurm.extra: {option!r} is not allowed. Give each option as --name=value or --name."
+                )
+        if self.gpu_type and not self.gpus_per_node:
+            raise ValueError("cluster.slurm.gpu_type: has no effect without cluster.slurm.gpus_per_node. Set that too.")
+        return self
+
+
 class Cluster(Section):
     """How many ranks, and on what."""
 
@@ -392,6 +489,7 @@ class Cluster(Section):
         unit="threads",
     )
     ray: Ray = Ray()
+    slurm: Slurm = Slurm()
 
     @model_validator(mode="before")
     @classmethod

@@ -13,6 +13,9 @@ METRICS = "metrics/"
 LOGS = "logs/"
 CHECKPOINTS = "checkpoints/"
 TENSORBOARD = "tensorboard/"
+SLURM_JOB = "slurm/job.json"
+SLURM_SCRIPT = "slurm/run.sbatch"
+SLURM_ATTEMPTS = "slurm/attempts/"
 
 _STEP = re.compile(r"checkpoints/step-(\d{9})/.+")
 _MANIFEST = re.compile(r"checkpoints/step-(\d{9})/manifest\.json")
@@ -32,6 +35,11 @@ def generation_of(key: str) -> int | None:
 
 def rank_log(generation: int, rank: int) -> str:
     return f"{LOGS}{generation:06d}/rank-{rank:05d}.log"
+
+
+def slurm_attempt(number: int) -> str:
+    """What became of one start of a Slurm job; `number` counts them from 1."""
+    return f"{SLURM_ATTEMPTS}{number:06d}.json"
 
 
 def tensorboard(generation: int) -> str:

@@ -73,7 +73,12 @@ class Cluster:
         return done.stdout
 
     def attempt(
-        self, *command: str | Path, on: str = LOGIN, timeout: float = 60, environment: Mapping[str, str] | None = None, **options: Any
+        self,
+        *command: str | Path,
+        on: str = LOGIN,
+        timeout: float = 60,
+        environment: Mapping[str, str] | None = None,
+        **options: Any,
     ) -> subprocess.CompletedProcess[str]:
         """A command on a machine of the cluster, to its end."""
         full = [*self._inside(on), *map(str, command)]
@@ -175,7 +180,9 @@ class Cluster:
         self._started.append(process)
         deadline = time.monotonic() + 15
         while not up.exists():
-            assert process.poll() is None and time.monotonic() < deadline, (self.folder / f"log/{machine}.out").read_text()
+            assert process.poll() is None and time.monotonic() < deadline, (
+                self.folder / f"log/{machine}.out"
+            ).read_text()
             time.sleep(0.02)
         return _innermost_child(process.pid)
 
@@ -192,7 +199,9 @@ class Cluster:
             "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
             "cgroup.conf": "CgroupPlugin=disabled\n",
             "gres.conf": f"AutoDetect=off\nNodeName=n[1-{len(self.nodes)}] Name=gpu File={self.folder}/dev/gpu[0-{self._gpus - 1}]\n",
-            "slurm.conf": (HERE / "slurm.conf").read_text().format(folder=self.folder, nodes=len(self.nodes), gpus=self._gpus, login=LOGIN, network=NETWORK),
+            "slurm.conf": (HERE / "slurm.conf")
+            .read_text()
+            .format(folder=self.folder, nodes=len(self.nodes), gpus=self._gpus, login=LOGIN, network=NETWORK),
         }
         for name, text in files.items():
             (self.folder / "etc" / name).write_text(text)

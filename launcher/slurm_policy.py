@@ -1,0 +1,142 @@
+"""What the end of a job's work means, and whether the job starts again: pure policy over what the job saw.
+
+Beside `retry`, which restarts ranks inside one job, this restarts the job: after a time limit, a lost node, or a driver
+that died. Two budgets, as there: preemptions and lost nodes are free, failures are few.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trainer.errors import ConfigError, DataError, DoesNotFit, NonFiniteLoss, NothingToResume, Stopped
+
+Kind = Literal["finished", "stopped", "preempted", "node lost", "failure", "mistake"]
+
+RAY_DID_NOT_START = 70
+"""The exit code by which the batch script says so (EX_SOFTWARE of sysexits.h)."""
+FRUITLESS = 5
+"""So many starts in a row without a new commit end the run: it would never get anywhere."""
+BAD_NODE_FAILURES = 2
+_MISTAKES = {error.exit_code for error in (ConfigError, DataError, DoesNotFit, NonFiniteLoss, NothingToResume)}
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How the driver, or the ranks that srun started, ended, and what is known of the nodes by then.
+
+    `signalled`: Slurm's signal had come. `stopped_by` is a person's request. `lost_nodes` do not answer; `failed_nodes`
+    holds the node of each rank that died, once for each death. `step` is the newest commit's. `reason` is the run's own.
+    """
+
+    exit_code: int
+    signalled: bool = False
+    stopped_by: str | None = None
+    lost_nodes: Sequence[str] = ()
+    failed_nodes: Sequence[str] = ()
+    step: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a job, as the run's folder records it; `ended` and `kind` are None while it runs, or if it was lost.
+
+    `submission` tells the jobs of one `capstan submit slurm` from those of another. Times are seconds since 1970.
+    """
+
+    number: int
+    submission: str
+    job: int
+    restart: int
+    nodes: list[str]
+    started: float
+    ended: float | None = None
+    exit_code: int | None = None
+    kind: Kind | None = None
+    reason: str = ""
+    failed_nodes: list[str] = field(default_factory=list)
+    step: int = 0
+    goes_on: bool = True
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the job `goes_on`, without the nodes to `exclude`, or ends with `exit_code`."""
+
+    goes_on: bool
+    kind: Kind
+    reason: str
+    exit_code: int
+    exclude: list[str] = field(default_factory=list)
+
+
+def judge(ending: Ending, before: Sequence[Attempt], *, budget: int, supervised: bool) -> Verdict:
+    """`before` are the earlier attempts of the same submission, oldest first; `budget` is the number of failures allowed.
+
+    `supervised`: a driver has restarted dead ranks itself within the budget, so that its own exit code 1 is final.
+    """
+    bad = bad_nodes(before, ending)
+    kind, reason, again = _meaning(ending, supervised, newly_bad=bool(set(bad) & set(ending.failed_nodes)))
+    if kind == "failure" and again:
+        failures = 1 + sum(attempt.kind == "failure" for attempt in before)
+        if failures > budget:
+            return Verdict(
+                False, kind, f"{reason} (failure {failures}; retry.failures: {budget})", ending.exit_code or 1
+            )
+    if again and fruitless(before, ending.step) + 1 >= FRUITLESS:
+        reason = (
+            f"{reason}; {FRUITLESS} starts in a row ended without a new commit (the newest is of step {ending.step}). "
+            "Raise cluster.slurm.time or cluster.slurm.signal_seconds, or commit more often (checkpoint.every_minutes)."
+        )
+        return Verdict(False, "failure", reason, ending.exit_code or 1)
+    if again and bad:
+        reason += f"; excluded from now on: {', '.join(bad)}"
+    return Verdict(again, kind, reason, Stopped.exit_code if again else ending.exit_code, bad if again else [])
+
+
+def _meaning(ending: Ending, supervised: bool, *, newly_bad: bool) -> tuple[Kind, str, bool]:
+    """(kind, reason, whether starting again is worth it)."""
+    code, because = ending.exit_code, f": {ending.reason}" if ending.reason else ""
+    if code == 0:
+        return "finished", "", False
+    if code == Stopped.exit_code and (ending.stopped_by or not ending.signalled):
+        return "stopped", f"stopped by {ending.stopped_by or 'request'}", False
+    if ending.lost_nodes:
+        return "node lost", f"no answer from {', '.join(ending.lost_nodes)}", True
+    if code in _MISTAKES:
+        return "mistake", ending.reason or f"exit code {code}", False
+    if ending.signalled:
+        return "preempted", "Slurm's signal: the time limit was near, or the job was preempted", True
+    if newly_bad:
+        return "failure", f"ranks died on the same node again{because}", True
+    if code == RAY_DID_NOT_START:
+        return "failure", "Ray did not start on the job's nodes; the job's output says why", True
+    if code > 128:
+        what = "the driver" if supervised else "the ranks' step"
+        return "failure", f"{what} was killed by signal {code - 128}", True
+    return "failure", ending.reason or f"exit code {code}", not supervised
+
+
+def bad_nodes(before: Sequence[Attempt], ending: Ending) -> list[str]:
+    """Nodes on which ranks died at least twice, or that were lost twice, over all attempts."""
+    deaths = Counter(ending.failed_nodes)
+    deaths.update(ending.lost_nodes)
+    for attempt in before:
+        deaths.update(attempt.failed_nodes)
+    return sorted(node for node, count in deaths.items() if count >= BAD_NODE_FAILURES)
+
+
+def fruitless(before: Sequence[Attempt], step: int) -> int:
+    """How many of the newest attempts ended with the commit that there is now."""
+    count = 0
+    for attempt in reversed(before):
+        if attempt.step != step:
+            break
+        count += 1
+    return count
+
+
+def is_over(before: Sequence[Attempt]) -> Attempt | None:
+    """The attempt that ended the run for good, which a later job of a chain must respect."""
+    return before[-1] if before and not before[-1].goes_on else None

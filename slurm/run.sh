@@ -1,0 +1,103 @@
+# Everything below is the same for every run; slurm/README.md explains it. The values above are the run's own.
+set -u
+umask 077
+
+say() { printf '%(%F %T)T capstan: %s\n' -1 "$*"; }
+in_python() { ${CONTAINER[@]+"${CONTAINER[@]}"} "$PYTHON" -m "$@"; }
+
+# Slurm signals this script alone (--signal=B:USR1@...), and this script the driver alone: Ray must outlive the commit.
+asked=
+driver=
+forward() {
+  asked=$1 interrupted=yes
+  say "got SIG$1: the run commits and ends"
+  if [ -n "$driver" ]; then kill -s "$1" "$driver" 2>/dev/null; fi
+}
+trap 'forward USR1' USR1
+trap 'forward TERM' TERM
+
+# One task on each node: Ray's head on the first, a worker that joins it on every other. Its token comes in by stdin.
+ray_node() {
+  mkdir "$LOCAL" || exit 1 # never one that exists: on a shared /tmp it could be somebody else's
+  trap 'rm -rf -- "$LOCAL"' EXIT
+  cat >"$LOCAL/token"
+  local options=(--block --disable-usage-stats --num-cpus="$RAY_CPUS" --num-gpus="${SLURM_GPUS_ON_NODE:-0}"
+    --object-store-memory=268435456 --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0)
+  if [ "$SLURM_PROCID" = 0 ]; then
+    options+=(--head --node-ip-address="${RAY_ADDRESS%:*}" --port="${RAY_ADDRESS#*:}" --temp-dir="$LOCAL/ray"
+      --include-dashboard=false --ray-client-server-port=0)
+  else
+    until (exec 3<>"/dev/tcp/${RAY_ADDRESS/://}") 2>/dev/null; do sleep 0.2; done
+    options+=(--address="$RAY_ADDRESS")
+  fi
+  trap 'kill "$ray" 2>/dev/null' TERM
+  in_python ray.scripts.scripts start "${options[@]}" &
+  ray=$!
+  wait "$ray" || wait "$ray"
+}
+
+start_ray() {
+  local address
+  # The name may stand for this machine's loopback address, which no other node reaches.
+  address=$(getent ahostsv4 "${nodes[0]}" | awk '$1 !~ /^127\./ { print $1; exit }')
+  export RAY_ADDRESS=${address:-$(hostname -I | awk '{ print $1 }')}:$(in_python launcher.slurm_job port)
+  export LOCAL=${SLURM_TMPDIR:-$LOCAL_DIR}/capstan-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$LOCAL/token RAY_USAGE_STATS_ENABLED=0 PYTHON RAY_CPUS
+  srun --overlap --kill-on-bad-exit=1 --label --cpu-bind=none --ntasks-per-node=1 --cpus-per-task="$CPUS_PER_NODE" \
+    bash -uc "$(declare -p CONTAINER); $(declare -f in_python ray_node); ray_node" \
+    < <(head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n') &
+  step=$!
+  until (exec 3<>"/dev/tcp/${RAY_ADDRESS/://}") 2>/dev/null; do
+    if [ -n "$asked" ] || ! kill -0 "$step" 2>/dev/null; then return 1; fi
+    sleep 0.2
+  done
+}
+
+# Its exit code is in $code. A signal interrupts `wait`, whose status is then the signal's and not the driver's.
+wait_for_driver() {
+  while
+    interrupted=
+    wait "$driver"
+    code=$?
+    [ -n "$interrupted" ]
+  do :; done
+}
+
+# In an earlier job of a chain the run may have ended; then there is nothing to do.
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+read -r verdict code < <(in_python launcher.slurm_job begin "$RUN_URI" --submission "$SUBMISSION" "${nodes[@]}")
+if [ "${verdict:-}" != run ]; then exit "${code:-1}"; fi
+
+say "run $RUN_NAME, start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST"
+step=
+code=70 # Ray did not start
+if [ "$LAUNCH" = direct ]; then
+  srun --kill-on-bad-exit=1 --cpu-bind=none --ntasks-per-node="$RANKS_PER_NODE" \
+    --cpus-per-task="$((CPUS_PER_NODE / RANKS_PER_NODE))" \
+    ${CONTAINER[@]+"${CONTAINER[@]}"} "$PYTHON" -m launcher.slurm_rank "$RUN_URI" &
+  driver=$!
+  wait_for_driver
+elif start_ray; then
+  in_python launcher.driver "$RUN_URI" --address "$RAY_ADDRESS" &
+  driver=$!
+  if [ -n "$asked" ]; then kill -s "$asked" "$driver"; fi
+  wait_for_driver
+fi
+driver=
+if [ -n "$step" ]; then
+  kill "$step" 2>/dev/null
+  while kill -0 "$step" 2>/dev/null; do wait "$step"; done
+fi
+
+# What the end means (finished, stopped, preempted, a failure within the budget) is decided and recorded in one place.
+trap '' TERM USR1 # requeueing sends SIGTERM to this very script
+read -r verdict answer < <(scontrol show node "$SLURM_JOB_NODELIST" --json |
+  in_python launcher.slurm_job end "$RUN_URI" --exit-code "$code" --asked "$asked")
+if [ "${verdict:-}" = requeue ]; then
+  # Held until the list of excluded nodes is written, which Slurm allows for a pending job only.
+  scontrol requeuehold "$SLURM_JOB_ID"
+  if [ -n "$answer" ]; then scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$answer"; fi
+  scontrol release "$SLURM_JOB_ID"
+  exit 75
+fi
+exit "${answer:-1}"

@@ -1,0 +1,102 @@
+"""What the end of a job means: each case of the policy, without a scheduler."""
+
+from dataclasses import replace
+
+import pytest
+
+from launcher.slurm_policy import (
+    FRUITLESS,
+    RAY_DID_NOT_START,
+    Attempt,
+    Ending,
+    Kind,
+    Verdict,
+    bad_nodes,
+    is_over,
+    judge,
+)
+
+PREEMPTED = Ending(75, signalled=True, step=10)
+
+
+def attempt(number: int = 1, kind: Kind = "failure", failed_nodes: tuple[str, ...] = (), step: int = 0) -> Attempt:
+    return Attempt(number, "s", 12, number - 1, ["n1", "n2"], 0.0, 1.0, 1, kind, "", list(failed_nodes), step)
+
+
+def judged(ending: Ending, *before: Attempt, budget: int = 3, supervised: bool = True) -> Verdict:
+    return judge(ending, before, budget=budget, supervised=supervised)
+
+
+@pytest.mark.parametrize(
+    ("ending", "kind", "goes_on", "exit_code"),
+    [
+        (Ending(0), "finished", False, 0),
+        (Ending(0, signalled=True), "finished", False, 0),
+        (PREEMPTED, "preempted", True, 75),
+        (Ending(138, signalled=True), "preempted", True, 75),  # the signal came before the driver could catch it
+        (Ending(RAY_DID_NOT_START, signalled=True), "preempted", True, 75),
+        (Ending(75), "stopped", False, 75),
+        (Ending(75, signalled=True, stopped_by="capstan stop"), "stopped", False, 75),
+        (Ending(1, lost_nodes=["n2"]), "node lost", True, 75),
+        (Ending(2, lost_nodes=["n2"]), "node lost", True, 75),  # too few workers came: because the node is gone
+        (Ending(137), "failure", True, 75),
+        (Ending(RAY_DID_NOT_START), "failure", True, 75),
+        (Ending(1), "failure", False, 1),  # the driver has used up its budget itself
+        (Ending(6), "failure", False, 6),
+        *((Ending(code), "mistake", False, code) for code in (2, 3, 4, 5, 7)),
+        (Ending(3, signalled=True), "mistake", False, 3),
+    ],
+)
+def test_what_an_end_means(ending: Ending, kind: Kind, goes_on: bool, exit_code: int) -> None:
+    verdict = judged(ending)
+    assert (verdict.kind, verdict.goes_on, verdict.exit_code) == (kind, goes_on, exit_code)
+
+
+def test_without_a_driver_a_crash_of_a_rank_is_worth_another_start() -> None:
+    assert judged(Ending(1), supervised=False).goes_on
+    assert not judged(Ending(1), supervised=False, budget=0).goes_on
+
+
+def test_failures_are_counted_and_preemptions_are_not() -> None:
+    earlier = [attempt(1, "failure", step=1), attempt(2, "preempted", step=2), attempt(3, "node lost", step=3)]
+    assert judged(Ending(137, step=4), *earlier, budget=2).goes_on
+    last = judged(Ending(137, step=4), *earlier, attempt(4, "failure", step=4), budget=2)
+    assert not last.goes_on
+    assert last.reason == "the driver was killed by signal 9 (failure 3; retry.failures: 2)"
+
+
+def test_starts_that_never_reach_a_commit_end_the_run() -> None:
+    earlier = [attempt(number, "preempted", step=10) for number in range(1, FRUITLESS)]
+    assert judged(PREEMPTED, *earlier[1:]).goes_on
+    verdict = judged(PREEMPTED, *earlier)
+    assert not verdict.goes_on
+    assert "5 starts in a row ended without a new commit (the newest is of step 10)" in verdict.reason
+    assert judged(replace(PREEMPTED, step=11), *earlier).goes_on
+
+
+def test_a_node_on_which_ranks_die_twice_is_excluded() -> None:
+    once = Ending(1, failed_nodes=["n2"], reason="rank 3 died: killed")
+    assert judged(once) == Verdict(False, "failure", "rank 3 died: killed", 1)
+    twice = judged(once, attempt(1, "failure", ("n2", "n1")))
+    assert (twice.goes_on, twice.exclude) == (True, ["n2"])
+    assert "excluded from now on: n2" in twice.reason
+    assert judged(Ending(1, failed_nodes=["n1", "n1"])).exclude == ["n1"]
+
+
+def test_an_excluded_node_stays_excluded() -> None:
+    earlier = attempt(1, "failure", ("n2", "n2"), step=3)
+    assert judged(PREEMPTED, earlier).exclude == ["n2"]
+
+
+def test_a_lost_node_is_bad_the_second_time() -> None:
+    lost = Ending(1, lost_nodes=["n2"], step=5)
+    assert judged(lost).exclude == []
+    assert judged(lost, attempt(1, "node lost", ("n2",))).exclude == ["n2"]
+    assert bad_nodes([], lost) == []
+
+
+def test_a_later_job_of_a_chain_respects_the_end() -> None:
+    assert is_over([]) is None
+    assert is_over([attempt(1, "preempted")]) is None
+    stopped = replace(attempt(2, "stopped"), goes_on=False)
+    assert is_over([attempt(1, "preempted"), stopped]) == stopped
