@@ -163,6 +163,26 @@ def submit_ray(
     _emit(submitted, as_json, lambda result: result.text())
 
 
+@submit_app.command("slurm")
+def submit_slurm(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest commit.")] = False,
+    after: Annotated[
+        str | None,
+        typer.Option("--after", metavar="RUN", help="Start when this run, submitted to Slurm, has finished."),
+    ] = None,
+    as_json: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Submit a batch job to Slurm; --dry-run prints the batch file."""
+    from launcher.slurm import submit
+    from trainer.config import load_config
+
+    submitted = submit(load_config(config, overrides or ()), resume=resume, after=after, dry_run=dry_run)
+    _emit(submitted, as_json, lambda result: result.text())
+
+
 def _train(config: Any, *, resume: bool, as_json: bool) -> None:
     from launcher.local import start
     from launcher.status import read_status, render
@@ -179,13 +199,18 @@ def status(
     follow: Annotated[bool, typer.Option("--watch", help="Keep showing it until the run ends.")] = False,
     as_json: Json = False,
 ) -> None:
-    """What a run is doing, from its folder alone."""
+    """What a run is doing, from its folder alone; for a run submitted to Slurm, Slurm's word on its jobs too."""
+    from launcher.slurm_queue import is_over, record, slurm_status
     from launcher.status import ENDED, read_status, render, watch
 
     folder = _open_run(run, store)
+    job = record(folder)
     if follow:
-        watch(folder, lambda: read_status(folder).state in ENDED)
-    _emit(read_status(folder), as_json, render)
+        watch(folder, is_over(folder, job) if job else lambda: read_status(folder).state in ENDED)
+    if job:
+        _emit(slurm_status(folder, job), as_json, lambda status: status.table())
+    else:
+        _emit(read_status(folder), as_json, render)
 
 
 @app.command()
@@ -195,12 +220,17 @@ def logs(
     rank: Annotated[int, typer.Option(help="Whose log.")] = 0,
     generation: Annotated[int | None, typer.Option(help="Which start of the run. Default: the newest.")] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as the log grows.")] = False,
+    job: Annotated[bool, typer.Option("--job", help="The Slurm job's own output instead: Ray and the driver.")] = False,
 ) -> None:
     """A rank's log."""
     from launcher.status import follow_log, read_log
 
     folder = _open_run(run, store)
-    if follow:
+    if job:
+        from launcher.slurm_queue import job_output
+
+        print(job_output(folder), end="")
+    elif follow:
         for text in follow_log(folder, rank, generation):
             print(text, end="", flush=True)
     else:
@@ -209,10 +239,14 @@ def logs(
 
 @app.command()
 def stop(run: RunName, store: StoreOption = "runs", dry_run: DryRun = False) -> None:
-    """Ask a run to commit a checkpoint and end with exit code 75."""
+    """Ask a run to commit a checkpoint and end with exit code 75; a Slurm job that has not started is cancelled."""
+    from launcher import slurm_queue
     from launcher.status import request_stop
 
     folder = _open_run(run, store)
+    if job := slurm_queue.record(folder):
+        _log(f"{slurm_queue.stop(folder, job, dry_run=dry_run)}; `capstan status {run}` shows what becomes of it")
+        return
     if dry_run:
         _log(f"would ask {folder.uri} to stop")
         return

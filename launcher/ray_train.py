@@ -7,6 +7,7 @@ The train function restores by itself, so an attempt needs to know nothing of th
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -36,7 +37,7 @@ def run_on_ray(
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a rank's end is noticed; default 2
     address = address or config.cluster.ray.address or os.environ.get("RAY_ADDRESS")
     with _joined_ray(address) if address else local_ray(config.cluster.most_workers or 1):
-        workers, gpus = _workers(config)
+        workers, gpus = _workers(config, patience=config.cluster.ray.start_timeout if address else 0)
         failures: list[retry.Failure] = []
         while True:
             error = _attempt(config, datasets, workers, gpus, resume=resume)
@@ -139,17 +140,25 @@ def _joined_ray(address: str) -> Iterator[str]:
         ray.shutdown()
 
 
-def _workers(config: Config) -> tuple[int, int]:
-    """(ranks, GPUs of each); raises `ConfigError` when the cluster is too small for what was asked."""
+def _workers(config: Config, *, patience: float) -> tuple[int, int]:
+    """(ranks, GPUs of each), once the cluster has room for them: its machines may still be joining.
+
+    Raises `ConfigError` when after `patience` seconds it is still too small for what was asked.
+    """
     import ray
 
-    resources = ray.cluster_resources()
-    available = int(resources.get("GPU", 0))
-    gpus = config.cluster.gpus_per_worker if config.cluster.gpus_per_worker is not None else int(available > 0)
-    workers = config.cluster.most_workers or (available if gpus else 1)
-    for what, needed, has in (("GPUs", workers * gpus, available), ("CPUs", workers, int(resources.get("CPU", 0)))):
-        if needed > has:
+    deadline = time.monotonic() + patience
+    while True:
+        resources = ray.cluster_resources()
+        available = int(resources.get("GPU", 0))
+        gpus = config.cluster.gpus_per_worker if config.cluster.gpus_per_worker is not None else int(available > 0)
+        workers = config.cluster.most_workers or (available if gpus else 1)
+        wanted = (("GPUs", workers * gpus, available), ("CPUs", workers, int(resources.get("CPU", 0))))
+        short = next(((what, needed, has) for what, needed, has in wanted if needed > has), None)
+        if short is None:
+            return workers, gpus
+        if time.monotonic() > deadline:
             raise ConfigError(
-                f"cluster.workers: {workers} workers need {needed} {what}, the cluster has {has}. Lower it."
+                f"cluster.workers: {workers} workers need {short[1]} {short[0]}, the cluster has {short[2]}. Lower it."
             )
-    return workers, gpus
+        time.sleep(0.5)

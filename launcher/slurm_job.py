@@ -2,7 +2,7 @@
 
     python -m launcher.slurm_job begin RUN_URI NODE ...         "run", or "end CODE" when there is nothing left to do
     python -m launcher.slurm_job end RUN_URI --exit-code N ...  "requeue EXCLUDED_NODES", or "end CODE"
-    python -m launcher.slurm_job port                           a free TCP port
+    python -m launcher.slurm_job ports                          two free TCP ports
 
 Both of the first two leave a record in the run's folder, slurm/attempts/000001.json, one for each start of a job.
 """
@@ -15,11 +15,13 @@ import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 
 from launcher import retry
 from launcher.driver import open_submitted
 from launcher.slurm_policy import Attempt, Ending, Verdict, is_over, judge
+from launcher.slurm_queue import attempts
 from launcher.status import read_generation, read_status, stop_requester
 from launcher.submission import run_folder
 from trainer import run_layout
@@ -29,11 +31,6 @@ from trainer.store import Store
 
 _ANSWER_SECONDS = 5.0
 _RANK_DIED = re.compile(r"rank (\d+) (?:died|failed)")
-
-
-def attempts(run: Store) -> list[Attempt]:
-    """The starts of the run's jobs, oldest first."""
-    return [Attempt(**json.loads(run.get(entry.key))) for entry in run.list(run_layout.SLURM_ATTEMPTS)]
 
 
 def begin(config: Config, submission: str, job: int, restart: int, nodes: list[str]) -> str:
@@ -149,10 +146,13 @@ def _record(run: Store, attempt: Attempt) -> None:
     run.put(run_layout.slurm_attempt(attempt.number), json.dumps(asdict(attempt)).encode())
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+def free_ports(count: int) -> list[int]:
+    """TCP ports that nobody listens on now, all different."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("", 0))
+        return [probe.getsockname()[1] for probe in probes]
 
 
 def _read_nodes(text: str) -> list[dict]:
@@ -172,11 +172,11 @@ def main() -> None:
     verbs.choices["begin"].add_argument("nodes", nargs="+")
     verbs.choices["end"].add_argument("--exit-code", type=int, required=True)
     verbs.choices["end"].add_argument("--asked", default="", metavar="SIGNAL", help="the signal that Slurm sent")
-    verbs.add_parser("port")
+    verbs.add_parser("ports")
     given = parser.parse_args()
     try:
-        if given.verb == "port":
-            print(free_port())
+        if given.verb == "ports":
+            print(*free_ports(2))
             return
         config = open_submitted(given.run)
         if given.verb == "begin":

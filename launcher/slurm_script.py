@@ -4,7 +4,6 @@ Nothing is interpolated into code. An option is quoted for Slurm, which splits `
 bash. What the user's `cluster.slurm.setup` holds is shell, and stands in the file as shell.
 """
 
-import math
 import shlex
 import sys
 from collections.abc import Iterator
@@ -30,7 +29,7 @@ def shape(config: Config) -> Shape:
     Raises:
         ConfigError: the ranks do not divide over the nodes, or a node has fewer GPUs or CPUs than ranks.
     """
-    slurm, workers = config.cluster.slurm, config.cluster.workers
+    slurm, workers = config.cluster.slurm, config.cluster.most_workers
     if workers is None and not slurm.gpus_per_node:
         raise ConfigError(
             "cluster.workers: missing. Set it, or cluster.slurm.gpus_per_node, which gives every GPU a rank."
@@ -96,7 +95,6 @@ def render(config: Config, run_uri: str, submission: str, options: dict[str, str
         "LAUNCH": slurm.launch,
         "RANKS_PER_NODE": node.ranks_per_node,
         "CPUS_PER_NODE": node.cpus_per_node,
-        "RAY_CPUS": math.ceil(node.ranks_per_node * config.cluster.ray.cpus_per_worker),
         "LOCAL_DIR": slurm.local_dir,
     }
     lines = [

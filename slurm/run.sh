@@ -21,29 +21,35 @@ ray_node() {
   mkdir "$LOCAL" || exit 1 # never one that exists: on a shared /tmp it could be somebody else's
   trap 'rm -rf -- "$LOCAL"' EXIT
   cat >"$LOCAL/token"
-  local options=(--block --disable-usage-stats --num-cpus="$RAY_CPUS" --num-gpus="${SLURM_GPUS_ON_NODE:-0}"
+  local options=(--block --disable-usage-stats --num-cpus="$RANKS_PER_NODE" --num-gpus="${SLURM_GPUS_ON_NODE:-0}"
     --object-store-memory=268435456 --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0)
   if [ "$SLURM_PROCID" = 0 ]; then
     options+=(--head --node-ip-address="${RAY_ADDRESS%:*}" --port="${RAY_ADDRESS#*:}" --temp-dir="$LOCAL/ray"
-      --include-dashboard=false --ray-client-server-port=0)
+      --include-dashboard=false --ray-client-server-port="$CLIENT_PORT")
   else
     until (exec 3<>"/dev/tcp/${RAY_ADDRESS/://}") 2>/dev/null; do sleep 0.2; done
     options+=(--address="$RAY_ADDRESS")
   fi
-  trap 'kill "$ray" 2>/dev/null' TERM
-  in_python ray.scripts.scripts start "${options[@]}" &
+  local ray stopping=
+  trap 'stopping=yes; kill "$ray" 2>/dev/null' TERM
+  in_python ray.scripts.scripts start "${options[@]}" >"$LOCAL/start.log" 2>&1 &
   ray=$!
   wait "$ray" || wait "$ray"
+  [ -n "$stopping" ] || tail -n 30 "$LOCAL/start.log" >&2 # nobody asked it to end
+  [ -n "$stopping" ]
 }
 
 start_ray() {
-  local address
+  local address port
   # The name may stand for this machine's loopback address, which no other node reaches.
   address=$(getent ahostsv4 "${nodes[0]}" | awk '$1 !~ /^127\./ { print $1; exit }')
-  export RAY_ADDRESS=${address:-$(hostname -I | awk '{ print $1 }')}:$(in_python launcher.slurm_job port)
+  read -r port CLIENT_PORT < <(in_python launcher.slurm_job ports)
+  export CLIENT_PORT RAY_ADDRESS=${address:-$(hostname -I | awk '{ print $1 }')}:$port
   export LOCAL=${SLURM_TMPDIR:-$LOCAL_DIR}/capstan-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
-  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$LOCAL/token RAY_USAGE_STATS_ENABLED=0 PYTHON RAY_CPUS
-  srun --overlap --kill-on-bad-exit=1 --label --cpu-bind=none --ntasks-per-node=1 --cpus-per-task="$CPUS_PER_NODE" \
+  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$LOCAL/token PYTHON RANKS_PER_NODE
+  export RAY_USAGE_STATS_ENABLED=0 RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # it ends when its work has ended
+  srun --overlap --kill-on-bad-exit=1 --label --cpu-bind=none --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
+    --cpus-per-task="$CPUS_PER_NODE" \
     bash -uc "$(declare -p CONTAINER); $(declare -f in_python ray_node); ray_node" \
     < <(head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n') &
   step=$!
@@ -72,8 +78,8 @@ say "run $RUN_NAME, start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLU
 step=
 code=70 # Ray did not start
 if [ "$LAUNCH" = direct ]; then
-  srun --kill-on-bad-exit=1 --cpu-bind=none --ntasks-per-node="$RANKS_PER_NODE" \
-    --cpus-per-task="$((CPUS_PER_NODE / RANKS_PER_NODE))" \
+  srun --kill-on-bad-exit=1 --cpu-bind=none --ntasks="$((RANKS_PER_NODE * SLURM_NNODES))" \
+    --ntasks-per-node="$RANKS_PER_NODE" --cpus-per-task="$((CPUS_PER_NODE / RANKS_PER_NODE))" \
     ${CONTAINER[@]+"${CONTAINER[@]}"} "$PYTHON" -m launcher.slurm_rank "$RUN_URI" &
   driver=$!
   wait_for_driver
@@ -85,8 +91,9 @@ elif start_ray; then
 fi
 driver=
 if [ -n "$step" ]; then
-  kill "$step" 2>/dev/null
-  while kill -0 "$step" 2>/dev/null; do wait "$step"; done
+  scancel --signal=TERM "$SLURM_JOB_ID.0" 2>/dev/null
+  timeout 30 tail --pid="$step" -f /dev/null || kill "$step" # srun then kills what is left
+  wait "$step"
 fi
 
 # What the end means (finished, stopped, preempted, a failure within the budget) is decided and recorded in one place.

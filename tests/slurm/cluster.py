@@ -180,9 +180,9 @@ class Cluster:
         self._started.append(process)
         deadline = time.monotonic() + 15
         while not up.exists():
-            assert process.poll() is None and time.monotonic() < deadline, (
-                self.folder / f"log/{machine}.out"
-            ).read_text()
+            output = self.folder / f"log/{machine}.out"
+            assert process.poll() is None, output.read_text()
+            assert time.monotonic() < deadline, output.read_text()
             time.sleep(0.02)
         return _innermost_child(process.pid)
 

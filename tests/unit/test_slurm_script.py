@@ -91,7 +91,6 @@ CONTAINER=(apptainer exec --nv '/images/my image.sif')
 LAUNCH=ray
 RANKS_PER_NODE=8
 CPUS_PER_NODE=96
-RAY_CPUS=8
 LOCAL_DIR=/tmp
 
 # cluster.slurm.setup

@@ -1,0 +1,36 @@
+"""The cluster that these tests share, and runs on it."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.slurm.cluster import Cluster, missing
+from tests.slurm.site import Site
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A real Slurm with three nodes. Where none can run the tests are skipped, which in CI is a failure."""
+    if why := missing():
+        if os.environ.get("CI"):
+            pytest.fail(why)
+        pytest.skip(why)
+    with Cluster(tmp_path_factory.mktemp("slurm")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def site(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    return Site(cluster, tmp_path_factory.mktemp("site"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(site: Site) -> dict[int, float]:
+    """The losses of a run that nothing happened to: without Ray, one process of srun's for each rank."""
+    job = site.submit(site.config("undisturbed", "cluster.slurm.launch=direct"))
+    assert site.wait_for_end("undisturbed", job) == "COMPLETED"
+    site.assert_nothing_is_left()
+    losses = site.losses("undisturbed")
+    assert list(losses) == list(range(1, 31))
+    return losses

@@ -1,0 +1,94 @@
+"""A user of the cluster: submits runs with the real command, and watches what becomes of them."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launcher.slurm_policy import Attempt
+from launcher.slurm_queue import attempts
+from launcher.status import read_generation
+from tests.cli.conftest import ENVIRONMENT
+from tests.material import Workshop
+from tests.slurm.cluster import LOGIN, Cluster
+from trainer.store import Store
+
+PATIENCE = 150.0
+LAYOUT = ("cluster.workers=4", "cluster.slurm.nodes=2", "cluster.slurm.local_dir=/mnt")
+
+
+class Site:
+    """Runs over two nodes with two CPU ranks each, of 30 steps with a commit after every fifth."""
+
+    def __init__(self, cluster: Cluster, folder: Path, **sizes: Any) -> None:
+        self.cluster = cluster
+        self.folder = folder
+        self.workshop = Workshop(folder, **sizes)
+
+    def config(self, name: str, *overrides: str) -> Path:
+        settings = [*LAYOUT, "train.steps=30", "cluster.ray.start_timeout=60", *overrides]
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(self.workshop.config(name, *settings).model_dump(mode="json")))
+        return path
+
+    def capstan(self, *arguments: object, on: str = LOGIN, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "launcher.cli", *map(str, arguments)]
+        given = {**ENVIRONMENT, **environment}
+        return self.cluster.attempt(*command, on=on, cwd=self.folder, environment=given, timeout=PATIENCE)
+
+    def submit(self, config: Path, *arguments: str) -> int:
+        """The job's number."""
+        done = self.capstan("submit", "slurm", config, *arguments, "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)["jobs"][0]
+
+    def status(self, name: str) -> dict[str, Any]:
+        return json.loads(self.capstan("status", self.folder / "store" / name, "--json").stdout)
+
+    def run(self, name: str) -> Store:
+        return self.workshop.store.sub(name)
+
+    def attempts(self, name: str) -> list[Attempt]:
+        return attempts(self.run(name))
+
+    def losses(self, name: str) -> dict[int, float]:
+        """Step -> loss; where a generation took a step again, its value counts."""
+        found, generation = {}, 1
+        while records := read_generation(self.run(name), generation).get("step"):
+            found.update({record["step"]: record["loss"] for record in records})
+            generation += 1
+        return found
+
+    def wait_for(self, name: str, condition: Callable[[], Any], what: str) -> None:
+        """Until `condition` holds; a time-out shows what the run's jobs printed."""
+        try:
+            self.cluster.wait_until(condition, PATIENCE, what)
+        except AssertionError as error:
+            outputs = "\n".join(path.read_text() for path in (self.folder / "store" / name).glob("slurm-*.out"))
+            raise AssertionError(f"{error}\n{outputs}") from None
+
+    def wait_for_step(self, name: str, generation: int, step: int = 6) -> dict[str, Any]:
+        """The start record of a generation that has committed something and reached `step`."""
+
+        def reached() -> bool:
+            records = read_generation(self.run(name), generation)
+            return bool(records.get("commit")) and records["step"][-1]["step"] >= step
+
+        self.wait_for(name, reached, f"generation {generation} of {name} reaches step {step}")
+        return read_generation(self.run(name), generation)["start"][0]
+
+    def wait_for_end(self, name: str, job: int) -> str:
+        """The job's last state, once nothing of it is left on any node that is up."""
+        active = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD"}
+        self.wait_for(name, lambda: not active & set(self.cluster.job(job)["job_state"]), f"job {job} ends")
+        return self.cluster.job(job)["job_state"][0]
+
+    def assert_nothing_is_left(self) -> None:
+        """No process of ours on any node, and no file on any node's own disk."""
+        for node in self.cluster.nodes:
+            assert self.cluster.processes(node) == {}, node
+            assert self.cluster.run("ls", "-A", "/mnt", on=node) == "", node

@@ -1,0 +1,98 @@
+"""Whole runs on a real Slurm: what happens to their jobs, and that their losses do not tell."""
+
+import os
+import signal
+import sys
+
+import pytest
+
+from launcher.status import read_status
+from tests.slurm.site import Site
+
+pytestmark = pytest.mark.timeout(400)
+
+
+def test_an_interrupted_job_goes_on_beside_another_on_the_same_nodes(site: Site, undisturbed: dict[int, float]) -> None:
+    """One is submitted from inside a job. The other gets the signal that Slurm sends ahead of a time limit."""
+    hurt = site.submit(site.config("hurt", "cluster.slurm.exclude=n3"))
+    beside = site.config("beside", "cluster.slurm.exclude=n3")
+    inside = ["srun", "--ntasks=2", "bash", "-c", '[ "$SLURM_PROCID" = 1 ] || exec "$@"', "bash"]
+    command = [*inside, sys.executable, "-m", "launcher.cli", "submit", "slurm", beside]
+    site.cluster.run(*command, cwd=site.folder)
+    other = hurt + 2  # the one between is the srun that submitted it
+
+    site.wait_for_step("hurt", generation=1)
+    site.cluster.run("scancel", "--signal=USR1", "--batch", str(hurt))
+    assert site.wait_for_end("hurt", hurt) == "COMPLETED"
+    assert site.wait_for_end("beside", other) == "COMPLETED"
+    site.assert_nothing_is_left()
+
+    first, last = site.attempts("hurt")
+    assert (first.kind, first.exit_code, first.goes_on) == ("preempted", 75, True)
+    assert (last.kind, last.restart) == ("finished", 1)
+    assert first.nodes == last.nodes == site.attempts("beside")[0].nodes == ["n1", "n2"]
+    assert site.cluster.job(hurt)["restart_cnt"] == 1
+    status = read_status(site.run("hurt"))
+    assert (status.state, status.generation, status.restarts[0].step) == ("finished", 2, first.step)
+    assert site.losses("hurt") == undisturbed
+    assert site.losses("beside") == undisturbed
+
+
+def test_a_dead_driver_and_a_dead_node_each_lead_to_a_new_start(site: Site, undisturbed: dict[int, float]) -> None:
+    job = site.submit(site.config("unlucky"))
+    site.wait_for_step("unlucky", generation=1)
+    head = site.attempts("unlucky")[0].nodes[0]
+    (driver,) = [pid for pid, command in site.cluster.processes(head).items() if "launcher.driver" in command]
+    os.kill(driver, signal.SIGKILL)
+
+    site.wait_for_step("unlucky", generation=2, step=12)
+    lost = site.attempts("unlucky")[1].nodes[1]
+    site.cluster.power_off(lost)
+    try:
+        assert site.wait_for_end("unlucky", job) == "COMPLETED"
+    finally:
+        site.cluster.boot(lost)
+    site.assert_nothing_is_left()
+
+    crashed, abandoned, last = site.attempts("unlucky")
+    assert (crashed.kind, crashed.exit_code) == ("failure", 137)
+    assert crashed.reason == "the driver was killed by signal 9"
+    assert abandoned.kind == "node lost"
+    assert last.kind == "finished"
+    assert lost not in last.nodes
+    assert site.losses("unlucky") == undisturbed
+
+
+def test_a_stopped_run_is_submitted_again_and_a_cancelled_one_leaves_nothing(site: Site) -> None:
+    config = site.config("halted", "train.steps=200")
+    job = site.submit(config)
+    site.wait_for_step("halted", generation=1)
+    stopped = site.capstan("stop", site.folder / "store/halted")
+    assert stopped.returncode == 0, stopped.stderr
+    assert "is to commit and end" in stopped.stderr
+    assert site.wait_for_end("halted", job) == "FAILED"
+    assert site.cluster.job(job)["exit_code"]["return_code"]["number"] == 75
+    site.assert_nothing_is_left()
+    (attempt,) = site.attempts("halted")
+    assert (attempt.kind, attempt.reason) == ("stopped", "stopped by capstan stop")
+    assert read_status(site.run("halted")).state == "stopped"
+
+    again = site.submit(config, "--resume")
+    start = site.wait_for_step("halted", generation=2, step=attempt.step + 1)
+    assert start["step"] == attempt.step
+    site.cluster.run("scancel", str(again))
+    assert site.wait_for_end("halted", again) == "CANCELLED"
+    site.cluster.wait_until(lambda: not any(map(site.cluster.processes, site.cluster.nodes)), 15, "nothing is left")
+    assert site.status("halted")["slurm"]["jobs"][0]["state"] == "CANCELLED"
+
+
+def test_where_jobs_must_not_be_requeued_the_next_of_a_chain_goes_on(site: Site, undisturbed: dict[int, float]) -> None:
+    first = site.submit(site.config("chained", "cluster.slurm.launch=direct", "cluster.slurm.chain=3"))
+    site.wait_for_step("chained", generation=1)
+    site.cluster.run("scancel", "--signal=USR1", "--batch", str(first))
+    assert site.wait_for_end("chained", first) == "FAILED"
+    assert site.cluster.job(first)["exit_code"]["return_code"]["number"] == 75
+    assert [site.wait_for_end("chained", first + following) for following in (1, 2)] == ["COMPLETED", "COMPLETED"]
+    site.assert_nothing_is_left()
+    assert [attempt.kind for attempt in site.attempts("chained")] == ["preempted", "finished"]
+    assert site.losses("chained") == undisturbed
