@@ -18,7 +18,12 @@ from tests.slurm.cluster import LOGIN, Cluster
 from trainer.store import Store
 
 PATIENCE = 150.0
-LAYOUT = ("cluster.workers=4", "cluster.slurm.nodes=2", "cluster.slurm.local_dir=/mnt")
+LAYOUT = (
+    "cluster.workers=4",
+    "cluster.slurm.nodes=2",
+    "cluster.slurm.memory_per_node=4G",  # two jobs fit on a node
+    "cluster.slurm.local_dir=/mnt",
+)
 
 
 class Site:

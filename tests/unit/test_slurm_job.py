@@ -1,0 +1,164 @@
+"""The two questions of the batch file, over a run's folder as drivers and ranks leave it."""
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.slurm_job import begin, end, free_ports, silent_nodes
+from launcher.slurm_queue import attempts
+from launcher.status import read_status, request_stop
+from trainer import run_layout
+from trainer.config import Config, dump_config, parse_config
+from trainer.store import Store, open_store
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return parse_config(
+        f"""
+run: {{name: big, store: {tmp_path}}}
+model: {{base: /m}}
+data: {{train: [{{path: d}}]}}
+train: {{steps: 20}}
+cluster: {{workers: 2, slurm: {{nodes: 2, exclude: "n9"}}}}
+retry: {{failures: 1}}
+"""
+    )
+
+
+@pytest.fixture
+def run(config: Config) -> Store:
+    run = open_store(config.run.store).sub("big")
+    run.put(run_layout.CONFIG, dump_config(config).encode())
+    return run
+
+
+@pytest.fixture
+def nodes() -> Iterator[list[dict[str, Any]]]:
+    """Two nodes whose slurmd answers, by their names in Slurm and as machines."""
+    with socket.create_server(("127.0.0.1", 0)) as slurmd:
+        port = slurmd.getsockname()[1]
+        yield [
+            {"name": f"n{number}", "hostname": f"host{number}", "address": "127.0.0.1", "port": port}
+            for number in (1, 2)
+        ]
+
+
+def start(config: Config, restart: int = 0, submission: str = "s") -> str:
+    return begin(config, submission, 12, restart, ["n1", "n2"])
+
+
+def generation(run: Store, number: int, *records: dict[str, Any]) -> None:
+    facts = {"kind": "start", "step": 0, "total_steps": 20, "world_size": 2, "time": time.time()}
+    lines = [{**facts, "hosts": ["host1.cluster", "host2.cluster"]}, *records]
+    run.put(run_layout.metrics(number), "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def died(rank: int) -> dict[str, Any]:
+    return {"kind": "end", "outcome": "failed", "step": None, "reason": f"rank {rank} died: killed", "time": 0}
+
+
+def test_a_first_start_is_recorded(config: Config, run: Store) -> None:
+    assert start(config) == "run"
+    (attempt,) = attempts(run)
+    assert (attempt.job, attempt.restart, attempt.nodes, attempt.kind) == (12, 0, ["n1", "n2"], None)
+
+
+def test_a_finished_run_needs_no_start(config: Config, run: Store) -> None:
+    generation(run, 1, {"kind": "end", "outcome": "finished", "step": 20, "reason": ""})
+    assert start(config) == "end 0"
+    assert attempts(run) == []
+
+
+def test_a_run_that_was_asked_to_stop_does_not_start(config: Config, run: Store) -> None:
+    request_stop(run, by="capstan stop")
+    assert start(config) == "end 75"
+
+
+def test_an_attempt_that_never_ended_was_lost_with_its_node(config: Config, run: Store) -> None:
+    start(config)
+    generation(run, 1)
+    assert start(config, restart=1) == "run"
+    lost, now = attempts(run)
+    assert (lost.kind, lost.reason) == ("node lost", "a node failed or the job was preempted: Slurm started it again")
+    assert now.kind is None
+    assert read_status(run).reason == lost.reason
+
+
+def test_a_later_job_of_a_chain_ends_as_the_one_that_ended_the_run(
+    config: Config, run: Store, nodes: list[dict[str, Any]]
+) -> None:
+    start(config)
+    assert end(config, 3, False, nodes) == "end 3"
+    assert start(config) == "end 3"
+    assert start(config, submission="another") == "run"
+
+
+def test_a_signalled_run_is_requeued_and_a_stopped_one_is_not(
+    config: Config, run: Store, nodes: list[dict[str, Any]]
+) -> None:
+    start(config)
+    request_stop(run, by="SIGUSR1")  # so the driver notes the signal
+    assert end(config, 75, True, nodes) == "requeue"
+    request_stop(run, by="capstan stop")
+    assert end(config, 75, True, nodes) == "end 75"
+
+
+def test_where_jobs_form_a_chain_none_requeues_itself(config: Config, run: Store, nodes: list[dict[str, Any]]) -> None:
+    start(config)
+    chained = config.model_copy(
+        update={
+            "cluster": config.cluster.model_copy(update={"slurm": config.cluster.slurm.model_copy(update={"chain": 2})})
+        }
+    )
+    assert end(chained, 75, True, nodes) == "end 75"
+    assert start(config) == "run"
+
+
+def test_a_node_on_which_ranks_die_twice_is_excluded_with_those_that_were(
+    config: Config, run: Store, nodes: list[dict[str, Any]]
+) -> None:
+    start(config)
+    generation(run, 1, died(rank=1))
+    generation(run, 2, died(rank=1))
+    assert end(config, 1, False, nodes) == "requeue n9,n2"
+    (attempt,) = attempts(run)
+    assert (attempt.kind, attempt.failed_nodes) == ("failure", ["n2", "n2"])
+    assert "ranks died on the same node again: rank 1 died: killed; excluded from now on: n2" in attempt.reason
+
+
+def test_deaths_of_an_earlier_submission_are_not_this_ones(
+    config: Config, run: Store, nodes: list[dict[str, Any]]
+) -> None:
+    generation(run, 1, died(rank=1))
+    generation(run, 2, died(rank=1))
+    start(config)
+    assert end(config, 1, False, nodes) == "end 1"
+
+
+def test_a_node_that_does_not_answer_is_lost_before_slurm_knows(
+    config: Config, run: Store, nodes: list[dict[str, Any]]
+) -> None:
+    start(config)
+    (closed,) = free_ports(1)
+    nodes[1]["port"] = closed
+    assert silent_nodes(nodes) == ["n2"]
+    assert end(config, 2, False, nodes) == "requeue"
+    assert attempts(run)[0].reason == "no answer from n2"
+
+
+def test_a_driver_that_was_killed_leaves_its_reason_in_the_status(
+    config: Config, run: Store, nodes: list[dict[str, Any]]
+) -> None:
+    start(config)
+    generation(run, 1)
+    assert end(config, 137, False, nodes) == "requeue"
+    assert read_status(run).reason == "the driver was killed by signal 9"
+    start(config, restart=1)
+    generation(run, 2)
+    assert end(config, 137, False, nodes) == "end 137"

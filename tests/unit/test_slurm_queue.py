@@ -1,0 +1,175 @@
+"""Slurm's word as it comes from its commands, and what a job inherits from the process that submits it."""
+
+import json
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import slurm_queue
+from launcher.slurm import clean_environment
+from launcher.slurm_queue import Job, Record, is_over, job_output, jobs_of, parse_sacct, parse_squeue, stop
+from launcher.status import read_status, stop_requester
+from trainer import run_layout
+from trainer.errors import ConfigError
+from trainer.store import Store, open_store
+
+
+def number(value: int | None) -> dict[str, Any]:
+    return {"set": value is not None, "infinite": False, "number": value or 0}
+
+
+def job(number_: int = 12, state: str | list[str] = "RUNNING", **more: Any) -> dict[str, Any]:
+    return {
+        "job_id": number_,
+        "job_state": [state] if isinstance(state, str) else state,
+        "state_reason": "None",
+        "start_time": number(1_800_000_000),
+        "nodes": "n[1-2]",
+        "restart_cnt": 0,
+        **more,
+    }
+
+
+def squeue(*jobs: dict[str, Any]) -> str:
+    return json.dumps({"jobs": jobs})
+
+
+def test_a_running_and_a_pending_job() -> None:
+    waits = job(13, "PENDING", state_reason="Resources", start_time=number(None), nodes="")
+    running, pending = parse_squeue(squeue(job(restart_cnt=2), waits))
+    assert running == Job(12, "RUNNING", "", 1_800_000_000, "n[1-2]", 2)
+    assert running.sentence().startswith("RUNNING on n[1-2] since 20")
+    assert running.sentence().endswith("restarted 2 times")
+    assert pending.sentence() == ("PENDING: waits until enough nodes are free (Resources), no start is foreseen yet")
+    assert (
+        Job(1, "PENDING", "NewReason", start=1_800_000_000)
+        .sentence()
+        .startswith("PENDING: NewReason, expected to start 2027-01-1")
+    )
+
+
+def test_older_versions_write_states_and_numbers_plainly() -> None:
+    old = {**job(), "job_state": "COMPLETED", "start_time": 7, "restart_cnt": number(1)}
+    assert parse_squeue(squeue(old)) == [Job(12, "COMPLETED", "", 7, "n[1-2]", 1)]
+
+
+def test_a_flag_says_more_than_the_base_state() -> None:
+    assert parse_squeue(squeue(job(state=["RUNNING", "COMPLETING"])))[0].state == "COMPLETING"
+
+
+def test_accounting_knows_jobs_of_the_past() -> None:
+    text = "12|CANCELLED by 1000|None|2026-11-24T18:00:00|n[1-2]\n13|TIMEOUT|None|Unknown|\n"
+    began = time.mktime((2026, 11, 24, 18, 0, 0, 0, 0, -1))
+    assert parse_sacct(text) == [Job(12, "CANCELLED", "", began, "n[1-2]"), Job(13, "TIMEOUT")]
+
+
+# --- a run's jobs, with Slurm's answers given
+
+
+class FakeSlurm:
+    """Answers each command with what it was told to, and notes the calls."""
+
+    def __init__(self, **answers: str) -> None:
+        self.answers = answers
+        self.calls: list[tuple[str, ...]] = []
+
+    def __call__(self, *command: str, **_: Any) -> subprocess.CompletedProcess[str]:
+        self.calls.append(command)
+        answer = self.answers.get(command[0])
+        return subprocess.CompletedProcess(command, 0 if answer is not None else 1, answer or "", "no such thing")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Store:
+    run = open_store(str(tmp_path)).sub("big")
+    run.put(run_layout.CONFIG, b"run: {name: big}\n")
+    return run
+
+
+def slurm(monkeypatch: pytest.MonkeyPatch, **answers: str) -> FakeSlurm:
+    fake = FakeSlurm(**answers)
+    monkeypatch.setattr(slurm_queue, "call", fake)
+    return fake
+
+
+RECORD = Record([12, 13], "s", 0.0, "/nowhere/slurm-%j.out")
+
+
+def test_what_the_controller_has_forgotten_accounting_may_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = slurm(monkeypatch, squeue=squeue(job(13)), sacct="12|COMPLETED|None|Unknown|n1\n")
+    assert [(found.job, found.state) for found in jobs_of(RECORD)] == [(12, "COMPLETED"), (13, "RUNNING")]
+    assert "--jobs=12" in fake.calls[-1]
+    slurm(monkeypatch)
+    assert jobs_of(RECORD) == []
+
+
+def test_stop_cancels_what_waits_and_asks_what_runs(monkeypatch: pytest.MonkeyPatch, run: Store) -> None:
+    fake = slurm(monkeypatch, squeue=squeue(job(12), job(13, "PENDING")), scancel="")
+    sentence = stop(run, RECORD, dry_run=True)
+    assert sentence.endswith("the run is to commit and end and job 13, which waits, is to be cancelled")
+    assert stop_requester(run) is None
+    stop(run, RECORD, dry_run=False)
+    assert fake.calls[-1] == ("scancel", "13")
+    assert stop_requester(run) == "capstan stop"
+
+
+def test_stop_works_through_the_folder_where_slurm_cannot_be_asked(monkeypatch: pytest.MonkeyPatch, run: Store) -> None:
+    slurm(monkeypatch)
+    stop(run, RECORD, dry_run=False)
+    assert stop_requester(run) == "capstan stop"
+
+
+def test_a_job_cancelled_while_it_waits_is_a_stopped_run(monkeypatch: pytest.MonkeyPatch, run: Store) -> None:
+    slurm(monkeypatch, squeue=squeue(job(12, "PENDING")), scancel="")
+    stop(run, RECORD, dry_run=False)
+    status = read_status(run)
+    assert (status.state, status.reason) == ("stopped", "cancelled by capstan stop while its job waited")
+    assert stop_requester(run) is None
+
+
+@pytest.mark.parametrize(("state", "over"), [("PENDING", False), ("RUNNING", False), ("CANCELLED", True)])
+def test_watching_ends_when_no_job_goes_on(monkeypatch: pytest.MonkeyPatch, run: Store, state: str, over: bool) -> None:
+    slurm(monkeypatch, squeue=squeue(job(12, state), job(13, "COMPLETED")))
+    assert is_over(run, RECORD)() is over
+
+
+def test_the_output_is_that_of_the_newest_job_that_has_begun(run: Store, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="was not submitted to Slurm"):
+        job_output(run)
+    record = {"jobs": [12, 13], "submission": "s", "submitted": 0.0, "output": f"{tmp_path}/slurm-%j.out"}
+    run.put(run_layout.SLURM_JOB, json.dumps(record).encode())
+    with pytest.raises(ConfigError, match="the job has not begun"):
+        job_output(run)
+    (tmp_path / "slurm-12.out").write_text("hello\n")
+    assert job_output(run) == "hello\n"
+
+
+def test_a_machine_without_slurm_is_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"sbatch: not found\. Use a machine that Slurm is installed on"):
+        slurm_queue.call("sbatch")
+    assert jobs_of(RECORD) == []
+
+
+def test_a_job_inherits_nothing_of_the_job_or_rank_that_submits_it() -> None:
+    kept = {"PATH": "/bin", "AWS_ENDPOINT_URL": "http://s3", "SLURM_CONF": "/etc/slurm.conf", "SBATCH_RESERVATION": "r"}
+    gone = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_MEM_PER_NODE": "5",
+        "SRUN_DEBUG": "3",
+        "PMIX_RANK": "0",
+        "RANK": "0",
+        "MASTER_PORT": "1",
+        "RAY_ADDRESS": "other:6379",
+        "CUDA_VISIBLE_DEVICES": "0",
+        "SBATCH_PARTITION": "debug",
+        "SBATCH_TIMELIMIT": "1",
+        "SBATCH_NO_REQUEUE": "1",
+    }
+    options = {"partition": "gpu", "time": "10", "no-requeue": None}
+    assert clean_environment({**kept, **gone}, options) == kept
+    # Outside a job the user's own choice of GPUs is meant.
+    assert clean_environment({"CUDA_VISIBLE_DEVICES": "0"}, options) == {"CUDA_VISIBLE_DEVICES": "0"}
