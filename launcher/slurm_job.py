@@ -55,7 +55,7 @@ def begin(config: Config, submission: str, job: int, restart: int, nodes: list[s
 _LOST = "a node failed or the job was preempted: Slurm started it again"
 
 
-def end(config: Config, exit_code: int, signalled: bool, nodes: list[dict]) -> str:
+def end(config: Config, exit_code: int, signal: str, nodes: list[dict]) -> str:
     """Judge and record the end of the newest attempt; the batch file's next line. `nodes` is scontrol's JSON."""
     run = run_folder(config)
     *earlier, current = attempts(run)
@@ -63,7 +63,7 @@ def end(config: Config, exit_code: int, signalled: bool, nodes: list[dict]) -> s
     status = read_status(run)
     ending = Ending(
         exit_code,
-        signalled=signalled,
+        signal=signal,
         stopped_by=_stopped_by(run),
         lost_nodes=[] if exit_code in (0, Stopped.exit_code) else silent_nodes(nodes),
         failed_nodes=_nodes_of_dead_ranks(run, current.started, nodes),
@@ -171,7 +171,7 @@ def main() -> None:
     verbs.choices["begin"].add_argument("--submission", required=True)
     verbs.choices["begin"].add_argument("nodes", nargs="+")
     verbs.choices["end"].add_argument("--exit-code", type=int, required=True)
-    verbs.choices["end"].add_argument("--asked", default="", metavar="SIGNAL", help="the signal that Slurm sent")
+    verbs.choices["end"].add_argument("--signal", default="", help="the last one that Slurm sent")
     verbs.add_parser("ports")
     given = parser.parse_args()
     try:
@@ -183,7 +183,7 @@ def main() -> None:
             job, restart = (int(os.environ.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"))
             print(begin(config, given.submission, job, restart, given.nodes))
         else:
-            print(end(config, given.exit_code, bool(given.asked), _read_nodes(sys.stdin.read())))
+            print(end(config, given.exit_code, given.signal, _read_nodes(sys.stdin.read())))
     except CapstanError as error:
         print(f"capstan: {error}", file=sys.stderr, flush=True)
         print(f"end {error.exit_code}")

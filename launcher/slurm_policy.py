@@ -18,6 +18,10 @@ RAY_DID_NOT_START = 70
 FRUITLESS = 5
 """So many starts in a row without a new commit end the run: it would never get anywhere."""
 BAD_NODE_FAILURES = 2
+_SIGNALS = {
+    "USR1": "Slurm's signal: the time limit was near, or the job was preempted",
+    "TERM": "Slurm ended the job: scancel, a preemption, or the time limit",
+}
 _MISTAKES = {error.exit_code for error in (ConfigError, DataError, DoesNotFit, NonFiniteLoss, NothingToResume)}
 
 
@@ -25,12 +29,12 @@ _MISTAKES = {error.exit_code for error in (ConfigError, DataError, DoesNotFit, N
 class Ending:
     """How the driver, or the ranks that srun started, ended, and what is known of the nodes by then.
 
-    `signalled`: Slurm's signal had come. `stopped_by` is a person's request. `lost_nodes` do not answer; `failed_nodes`
+    `signal` is what Slurm had sent: USR1 ahead of the end, TERM at the end, or nothing. `stopped_by` is a person's request. `lost_nodes` do not answer; `failed_nodes`
     holds the node of each rank that died, once for each death. `step` is the newest commit's. `reason` is the run's own.
     """
 
     exit_code: int
-    signalled: bool = False
+    signal: str = ""
     stopped_by: str | None = None
     lost_nodes: Sequence[str] = ()
     failed_nodes: Sequence[str] = ()
@@ -100,14 +104,14 @@ def _meaning(ending: Ending, supervised: bool, *, newly_bad: bool) -> tuple[Kind
     code, because = ending.exit_code, f": {ending.reason}" if ending.reason else ""
     if code == 0:
         return "finished", "", False
-    if code == Stopped.exit_code and (ending.stopped_by or not ending.signalled):
+    if code == Stopped.exit_code and (ending.stopped_by or not ending.signal):
         return "stopped", f"stopped by {ending.stopped_by or 'request'}", False
     if ending.lost_nodes:
         return "node lost", f"no answer from {', '.join(ending.lost_nodes)}", True
     if code in _MISTAKES:
         return "mistake", ending.reason or f"exit code {code}", False
-    if ending.signalled:
-        return "preempted", "Slurm's signal: the time limit was near, or the job was preempted", True
+    if ending.signal:
+        return "preempted", _SIGNALS.get(ending.signal, ending.signal), True
     if newly_bad:
         return "failure", f"ranks died on the same node again{because}", True
     if code == RAY_DID_NOT_START:

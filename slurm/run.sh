@@ -1,9 +1,9 @@
 # Everything below is the same for every run; slurm/README.md explains it. The values above are the run's own.
 set -u
-umask 077
 
 say() { printf '%(%F %T)T capstan: %s\n' -1 "$*"; }
-in_python() { ${CONTAINER[@]+"${CONTAINER[@]}"} "$PYTHON" -m "$@"; }
+# A simple command, so that $! is Python itself and not a subshell that a signal would end in its place.
+python=(${CONTAINER[@]+"${CONTAINER[@]}"} "$PYTHON" -m)
 
 # Slurm signals this script alone (--signal=B:USR1@...), and this script the driver alone: Ray must outlive the commit.
 asked=
@@ -18,9 +18,9 @@ trap 'forward TERM' TERM
 
 # One task on each node: Ray's head on the first, a worker that joins it on every other. Its token comes in by stdin.
 ray_node() {
-  mkdir "$LOCAL" || exit 1 # never one that exists: on a shared /tmp it could be somebody else's
+  mkdir -m 700 "$LOCAL" || exit 1 # never one that exists: on a shared /tmp it could be somebody else's
   trap 'rm -rf -- "$LOCAL"' EXIT
-  cat >"$LOCAL/token"
+  (umask 077 && cat >"$LOCAL/token")
   local options=(--block --disable-usage-stats --num-cpus="$RANKS_PER_NODE" --num-gpus="${SLURM_GPUS_ON_NODE:-0}"
     --object-store-memory=268435456 --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0)
   if [ "$SLURM_PROCID" = 0 ]; then
@@ -32,7 +32,7 @@ ray_node() {
   fi
   local ray stopping=
   trap 'stopping=yes; kill "$ray" 2>/dev/null' TERM
-  in_python ray.scripts.scripts start "${options[@]}" >"$LOCAL/start.log" 2>&1 &
+  "${python[@]}" ray.scripts.scripts start "${options[@]}" >"$LOCAL/start.log" 2>&1 &
   ray=$!
   wait "$ray" || wait "$ray"
   [ -n "$stopping" ] || tail -n 30 "$LOCAL/start.log" >&2 # nobody asked it to end
@@ -43,14 +43,14 @@ start_ray() {
   local address port
   # The name may stand for this machine's loopback address, which no other node reaches.
   address=$(getent ahostsv4 "${nodes[0]}" | awk '$1 !~ /^127\./ { print $1; exit }')
-  read -r port CLIENT_PORT < <(in_python launcher.slurm_job ports)
+  read -r port CLIENT_PORT < <("${python[@]}" launcher.slurm_job ports)
   export CLIENT_PORT RAY_ADDRESS=${address:-$(hostname -I | awk '{ print $1 }')}:$port
-  export LOCAL=${SLURM_TMPDIR:-$LOCAL_DIR}/capstan-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
-  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$LOCAL/token PYTHON RANKS_PER_NODE
+  export LOCAL=$LOCAL_DIR/capstan-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$LOCAL/token RANKS_PER_NODE
   export RAY_USAGE_STATS_ENABLED=0 RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # it ends when its work has ended
   srun --overlap --kill-on-bad-exit=1 --label --cpu-bind=none --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
     --cpus-per-task="$CPUS_PER_NODE" \
-    bash -uc "$(declare -p CONTAINER); $(declare -f in_python ray_node); ray_node" \
+    bash -uc "$(declare -p python); $(declare -f ray_node); ray_node" \
     < <(head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n') &
   step=$!
   until (exec 3<>"/dev/tcp/${RAY_ADDRESS/://}") 2>/dev/null; do
@@ -71,7 +71,7 @@ wait_for_driver() {
 
 # In an earlier job of a chain the run may have ended; then there is nothing to do.
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-read -r verdict code < <(in_python launcher.slurm_job begin "$RUN_URI" --submission "$SUBMISSION" "${nodes[@]}")
+read -r verdict code < <("${python[@]}" launcher.slurm_job begin "$RUN_URI" --submission "$SUBMISSION" "${nodes[@]}")
 if [ "${verdict:-}" != run ]; then exit "${code:-1}"; fi
 
 say "run $RUN_NAME, start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST"
@@ -80,11 +80,11 @@ code=70 # Ray did not start
 if [ "$LAUNCH" = direct ]; then
   srun --kill-on-bad-exit=1 --cpu-bind=none --ntasks="$((RANKS_PER_NODE * SLURM_NNODES))" \
     --ntasks-per-node="$RANKS_PER_NODE" --cpus-per-task="$((CPUS_PER_NODE / RANKS_PER_NODE))" \
-    ${CONTAINER[@]+"${CONTAINER[@]}"} "$PYTHON" -m launcher.slurm_rank "$RUN_URI" &
+    "${python[@]}" launcher.slurm_rank "$RUN_URI" &
   driver=$!
   wait_for_driver
 elif start_ray; then
-  in_python launcher.driver "$RUN_URI" --address "$RAY_ADDRESS" &
+  "${python[@]}" launcher.driver "$RUN_URI" --address "$RAY_ADDRESS" &
   driver=$!
   if [ -n "$asked" ]; then kill -s "$asked" "$driver"; fi
   wait_for_driver
@@ -99,12 +99,13 @@ fi
 # What the end means (finished, stopped, preempted, a failure within the budget) is decided and recorded in one place.
 trap '' TERM USR1 # requeueing sends SIGTERM to this very script
 read -r verdict answer < <(scontrol show node "$SLURM_JOB_NODELIST" --json |
-  in_python launcher.slurm_job end "$RUN_URI" --exit-code "$code" --asked "$asked")
-if [ "${verdict:-}" = requeue ]; then
+  "${python[@]}" launcher.slurm_job end "$RUN_URI" --exit-code "$code" --signal "$asked")
+state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
+if [ "${verdict:-}" = requeue ] && [ "$state" = RUNNING ]; then # not when it was cancelled, or Slurm requeues it already
   # Held until the list of excluded nodes is written, which Slurm allows for a pending job only.
   scontrol requeuehold "$SLURM_JOB_ID"
   if [ -n "$answer" ]; then scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$answer"; fi
   scontrol release "$SLURM_JOB_ID"
-  exit 75
 fi
+[ "${verdict:-}" != requeue ] || exit 75
 exit "${answer:-1}"

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ HERE = Path(__file__).parent
 NETWORK = "198.18.0"  # for tests of networks (RFC 2544); inside the namespaces only
 LOGIN = "login"
 _PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "unshare", "setpriv", "nsenter", "ip")
-_INFRASTRUCTURE = {"bash", "sleep", "slurmd", "slurmstepd"}
+_OF_SLURM = {"slurmd", "slurmstepd"}
 
 
 def missing() -> str | None:
@@ -134,16 +135,16 @@ class Cluster:
 
     def processes(self, node: str) -> dict[int, str]:
         """What runs on a node beside Slurm and the node's init: host pid -> command line."""
-        namespace = os.readlink(f"/proc/{self._inits[node]}/ns/pid")
+        init = self._inits[node]
+        namespace = os.readlink(f"/proc/{init}/ns/pid")
         found = {}
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdecimal() and os.readlink(entry / "ns/pid") == namespace:
-                    command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-                    if command and (entry / "comm").read_text().strip() not in _INFRASTRUCTURE:
-                        found[int(entry.name)] = command
-            except OSError:
-                continue  # it ended while we looked
+        for pid in (int(name) for name in os.listdir("/proc") if name.isdecimal()):
+            with suppress(OSError):  # it ended while we looked
+                if pid == init or os.readlink(f"/proc/{pid}/ns/pid") != namespace:
+                    continue
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                if command and Path(f"/proc/{pid}/comm").read_text().strip() not in _OF_SLURM:
+                    found[pid] = command.strip()
         return found
 
     def received_bytes(self, node: str) -> int:

@@ -1,6 +1,8 @@
 #!/bin/bash
 # Init of the login machine: the controller, munge and the switch of the cluster's network. Arguments: FOLDER ADDRESS/24.
 set -eu
+exec {never}<> <(:)
+pause() { read -rt "$1" -u "$never" || :; } # without a process of its own
 folder=$1 address=$2
 
 hostname login
@@ -15,7 +17,7 @@ ip link set br0 up
 
 munged --force --foreground --key-file="$folder/etc/munge.key" --socket="$folder/run/munge.sock" \
   --pid-file="$folder/run/munged.pid" --log-file="$folder/log/munged.log" --seed-file="$folder/run/munged.seed" &
-until [ -S "$folder/run/munge.sock" ]; do read -rt 0.02 <> <(:) || :; done
+until [ -S "$folder/run/munge.sock" ]; do pause 0.02; done
 slurmctld -D -i -f "$SLURM_CONF" &
 touch "$folder/run/login.up"
-while :; do wait -n || sleep 1; done # reaps what is left to it; its end ends the whole cluster
+while :; do wait -n || pause 1; done # reaps what is left to it; its end ends the whole cluster

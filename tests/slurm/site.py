@@ -93,7 +93,10 @@ class Site:
         return self.cluster.job(job)["job_state"][0]
 
     def assert_nothing_is_left(self) -> None:
-        """No process of ours on any node, and no file on any node's own disk."""
+        """No process of ours on any node, and no file on any node's own disk; what is just ending gets a few seconds."""
         for node in self.cluster.nodes:
-            assert self.cluster.processes(node) == {}, node
+            try:
+                self.cluster.wait_until(lambda node=node: not self.cluster.processes(node), 10, f"{node} is empty")
+            except AssertionError as error:
+                raise AssertionError(f"left on {node}: {self.cluster.processes(node)}") from error
             assert self.cluster.run("ls", "-A", "/mnt", on=node) == "", node

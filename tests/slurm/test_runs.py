@@ -32,7 +32,7 @@ def test_an_interrupted_job_goes_on_beside_another_on_the_same_nodes(site: Site,
     assert (last.kind, last.restart) == ("finished", 1)
     assert first.nodes == last.nodes == ["n1", "n2"]
     (next_door,) = site.attempts("beside")
-    assert next_door.started < first.ended < next_door.ended
+    assert next_door.started < (first.ended or 0.0) < (next_door.ended or 0.0)
     assert site.cluster.job(hurt)["restart_cnt"] == 1
     status = read_status(site.run("hurt"))
     assert (status.state, status.generation, status.restarts[0].step) == ("finished", 2, first.step)
@@ -83,7 +83,7 @@ def test_a_crash_a_stop_and_a_cancellation_in_one_run(site: Site) -> None:
     assert site.wait_for_step("halted", generation=3, step=stopped.step + 1)["step"] == stopped.step
     site.cluster.run("scancel", str(again))
     assert site.wait_for_end("halted", again) == "CANCELLED"
-    site.cluster.wait_until(lambda: not any(map(site.cluster.processes, site.cluster.nodes)), 15, "nothing is left")
+    site.assert_nothing_is_left()
     assert site.status("halted")["slurm"]["jobs"][0]["state"] == "CANCELLED"
 
 

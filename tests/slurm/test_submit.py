@@ -118,7 +118,7 @@ def test_the_job_is_requeued_without_the_node_that_is_bad(site: Site, tmp_path: 
     assert (found["excluded_nodes"], found["restart_cnt"]) == (bad, 1)
     assert good != bad
     ends = (tmp_path / "ends").read_text().splitlines()
-    assert ["--exit-code 1 --asked" in ends[0], "--exit-code 0 --asked" in ends[1]] == [True, True]
+    assert ["--exit-code 1 --signal" in ends[0], "--exit-code 0 --signal" in ends[1]] == [True, True]
 
 
 def test_the_record_of_a_submission_is_in_the_runs_folder(site: Site) -> None:

@@ -94,7 +94,7 @@ def test_a_later_job_of_a_chain_ends_as_the_one_that_ended_the_run(
     config: Config, run: Store, nodes: list[dict[str, Any]]
 ) -> None:
     start(config)
-    assert end(config, 3, False, nodes) == "end 3"
+    assert end(config, 3, "", nodes) == "end 3"
     assert start(config) == "end 3"
     assert start(config, submission="another") == "run"
 
@@ -104,9 +104,9 @@ def test_a_signalled_run_is_requeued_and_a_stopped_one_is_not(
 ) -> None:
     start(config)
     request_stop(run, by="SIGUSR1")  # so the driver notes the signal
-    assert end(config, 75, True, nodes) == "requeue"
+    assert end(config, 75, "USR1", nodes) == "requeue"
     request_stop(run, by="capstan stop")
-    assert end(config, 75, True, nodes) == "end 75"
+    assert end(config, 75, "USR1", nodes) == "end 75"
 
 
 def test_where_jobs_form_a_chain_none_requeues_itself(config: Config, run: Store, nodes: list[dict[str, Any]]) -> None:
@@ -116,7 +116,7 @@ def test_where_jobs_form_a_chain_none_requeues_itself(config: Config, run: Store
             "cluster": config.cluster.model_copy(update={"slurm": config.cluster.slurm.model_copy(update={"chain": 2})})
         }
     )
-    assert end(chained, 75, True, nodes) == "end 75"
+    assert end(chained, 75, "USR1", nodes) == "end 75"
     assert start(config) == "run"
 
 
@@ -126,7 +126,7 @@ def test_a_node_on_which_ranks_die_twice_is_excluded_with_those_that_were(
     start(config)
     generation(run, 1, died(rank=1))
     generation(run, 2, died(rank=1))
-    assert end(config, 1, False, nodes) == "requeue n9,n2"
+    assert end(config, 1, "", nodes) == "requeue n9,n2"
     (attempt,) = attempts(run)
     assert (attempt.kind, attempt.failed_nodes) == ("failure", ["n2", "n2"])
     assert "ranks died on the same node again: rank 1 died: killed; excluded from now on: n2" in attempt.reason
@@ -138,7 +138,7 @@ def test_deaths_of_an_earlier_submission_are_not_this_ones(
     generation(run, 1, died(rank=1))
     generation(run, 2, died(rank=1))
     start(config)
-    assert end(config, 1, False, nodes) == "end 1"
+    assert end(config, 1, "", nodes) == "end 1"
 
 
 def test_a_node_that_does_not_answer_is_lost_before_slurm_knows(
@@ -148,7 +148,7 @@ def test_a_node_that_does_not_answer_is_lost_before_slurm_knows(
     (closed,) = free_ports(1)
     nodes[1]["port"] = closed
     assert silent_nodes(nodes) == ["n2"]
-    assert end(config, 2, False, nodes) == "requeue"
+    assert end(config, 2, "", nodes) == "requeue"
     assert attempts(run)[0].reason == "no answer from n2"
 
 
@@ -157,8 +157,8 @@ def test_a_driver_that_was_killed_leaves_its_reason_in_the_status(
 ) -> None:
     start(config)
     generation(run, 1)
-    assert end(config, 137, False, nodes) == "requeue"
+    assert end(config, 137, "", nodes) == "requeue"
     assert read_status(run).reason == "the driver was killed by signal 9"
     start(config, restart=1)
     generation(run, 2)
-    assert end(config, 137, False, nodes) == "end 137"
+    assert end(config, 137, "", nodes) == "end 137"

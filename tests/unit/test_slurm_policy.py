@@ -16,7 +16,7 @@ from launcher.slurm_policy import (
     judge,
 )
 
-PREEMPTED = Ending(75, signalled=True, step=10)
+PREEMPTED = Ending(75, signal="USR1", step=10)
 
 
 def attempt(number: int = 1, kind: Kind = "failure", failed_nodes: tuple[str, ...] = (), step: int = 0) -> Attempt:
@@ -31,12 +31,12 @@ def judged(ending: Ending, *before: Attempt, budget: int = 3, supervised: bool =
     ("ending", "kind", "goes_on", "exit_code"),
     [
         (Ending(0), "finished", False, 0),
-        (Ending(0, signalled=True), "finished", False, 0),
+        (Ending(0, signal="USR1"), "finished", False, 0),
         (PREEMPTED, "preempted", True, 75),
-        (Ending(138, signalled=True), "preempted", True, 75),  # the signal came before the driver could catch it
-        (Ending(RAY_DID_NOT_START, signalled=True), "preempted", True, 75),
+        (Ending(138, signal="USR1"), "preempted", True, 75),  # the signal came before the driver could catch it
+        (Ending(RAY_DID_NOT_START, signal="USR1"), "preempted", True, 75),
         (Ending(75), "stopped", False, 75),
-        (Ending(75, signalled=True, stopped_by="capstan stop"), "stopped", False, 75),
+        (Ending(75, signal="USR1", stopped_by="capstan stop"), "stopped", False, 75),
         (Ending(1, lost_nodes=["n2"]), "node lost", True, 75),
         (Ending(2, lost_nodes=["n2"]), "node lost", True, 75),  # too few workers came: because the node is gone
         (Ending(137), "failure", True, 75),
@@ -44,7 +44,7 @@ def judged(ending: Ending, *before: Attempt, budget: int = 3, supervised: bool =
         (Ending(1), "failure", False, 1),  # the driver has used up its budget itself
         (Ending(6), "failure", False, 6),
         *((Ending(code), "mistake", False, code) for code in (2, 3, 4, 5, 7)),
-        (Ending(3, signalled=True), "mistake", False, 3),
+        (Ending(3, signal="USR1"), "mistake", False, 3),
     ],
 )
 def test_what_an_end_means(ending: Ending, kind: Kind, goes_on: bool, exit_code: int) -> None:

@@ -2,13 +2,14 @@
 
 import subprocess
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.slurm_script import options, render, shape, slurm_quoted
-from trainer.config import Config, Slurm, parse_config
+from launcher.slurm_script import Shape, options, render, shape, slurm_quoted
+from trainer.config import Config, Slurm, load_config, parse_config
 from trainer.errors import ConfigError
 
 RUN = """
@@ -159,6 +160,11 @@ def test_a_layout_that_cannot_be_is_refused(overrides: list[str], message: str) 
 def test_every_gpu_gets_a_rank_unless_told_otherwise() -> None:
     assert shape(config("cluster.slurm.gpus_per_node=8")).ranks_per_node == 8
     assert shape(config("cluster.slurm.gpus_per_node=8", "cluster.workers=4")).ranks_per_node == 2
+
+
+def test_the_example_divides_its_ranks_over_its_nodes() -> None:
+    example = load_config(Path(__file__).parents[2] / "examples/70b-slurm.yaml")
+    assert shape(example) == Shape(nodes=2, ranks_per_node=8, cpus_per_node=64)
 
 
 @pytest.mark.parametrize(
