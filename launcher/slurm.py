@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from launcher import slurm_script, snapshot
-from launcher.slurm_queue import Record, call, cancel, record, words
+from launcher.slurm_queue import Record, call, cancel, jobs_of, record, words
 from launcher.status import find_run
 from launcher.submission import anchored, check, claim, release, run_folder
 from trainer import run_layout
@@ -73,6 +73,7 @@ def submit(config: Config, *, resume: bool, after: str | None, dry_run: bool) ->
     check(config, resume=resume)
     code = snapshot.take(Path.cwd())
     run = run_folder(config)
+    _check_idle(run)
     output = _output_folder(config, run) / "slurm-%j.out"
     options = slurm_script.options(
         config, str(output).replace("%", "%%").replace("%%j", "%j"), [_finished(after, config)] if after else []
@@ -103,6 +104,16 @@ def submit(config: Config, *, resume: bool, after: str | None, dry_run: bool) ->
         raise
     run.put(run_layout.SLURM_JOB, json.dumps(asdict(Record(jobs, submission, time.time(), str(output)))).encode())
     return replace(done, jobs=jobs)
+
+
+def _check_idle(run: Store) -> None:
+    """Two jobs of one run would take turns in fencing each other off."""
+    found = record(run)
+    active = [job for job in jobs_of(found) if job.is_active] if found else []
+    if active:
+        raise ConfigError(
+            f"run.name: job {active[0].job} of {run.uri} is {active[0].state}. `capstan stop {run.uri}` ends it first."
+        )
 
 
 def _sbatch(script: str, count: int, environment: Mapping[str, str]) -> list[int]:

@@ -54,6 +54,10 @@ def test_a_pending_job_says_why_it_waits_and_stop_cancels_it(site: Site) -> None
     assert re.search(rf"job {job} +PENDING: held; `scontrol release` lets it go", shown)
     taken = site.capstan("submit", "slurm", config)
     assert (taken.returncode, "'waiting' exists in" in taken.stderr) == (2, True)
+    site.run("waiting").put(run_layout.manifest(5), b"{}")  # as if it had committed: it may be resumed, but not twice
+    twice = site.capstan("submit", "slurm", config, "--resume")
+    assert (twice.returncode, f"job {job} of {site.run('waiting').uri} is PENDING" in twice.stderr) == (2, True)
+    site.run("waiting").delete(run_layout.manifest(5))
 
     assert "is to be cancelled" in site.capstan("stop", site.folder / "store/waiting", "--dry-run").stderr
     assert site.status("waiting")["slurm"]["jobs"][0]["state"] == "PENDING"
