@@ -17,7 +17,7 @@ from tests.material import Workshop
 from tests.slurm.cluster import LOGIN, Cluster
 from trainer.store import Store
 
-PATIENCE = 150.0
+PATIENCE = 240.0
 LAYOUT = (
     "cluster.workers=4",
     "cluster.slurm.nodes=2",

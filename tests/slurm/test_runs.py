@@ -9,7 +9,7 @@ import pytest
 from launcher.status import read_status
 from tests.slurm.site import Site
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(600)
 
 
 def test_an_interrupted_job_goes_on_beside_another_on_the_same_nodes(site: Site, undisturbed: dict[int, float]) -> None:
