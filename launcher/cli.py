@@ -104,7 +104,7 @@ def data_build(config: ConfigFile, overrides: Overrides = None, as_json: Json = 
     """Compile the sources into token shards, as train does by itself when they are missing."""
     from launcher.data_build import build
 
-    _emit(build(config, overrides or (), dry_run=dry_run), as_json, lambda result: result.table())
+    _emit(build(config, overrides or (), dry_run=dry_run, log=_log), as_json, lambda result: result.table())
 
 
 @app.command()

@@ -1,13 +1,16 @@
-"""`capstan data build`: compile ahead of time, with a progress bar."""
+"""`capstan data build`: compile ahead of time; and how a compilation shows how far it is, whoever started it."""
 
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
-from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from trainer.base import check_base, resolve_base
@@ -17,6 +20,40 @@ from trainer.data.dataset import Manifest, open_dataset
 from trainer.data.prepare import locate, prepare
 from trainer.errors import NotFound
 from trainer.store import open_store
+
+_LOG_SECONDS = 10.0
+
+
+@contextmanager
+def compile_progress(log: Callable[[str], None], *, bar: bool) -> Iterator[Callable[[str, Progress], None]]:
+    """Shows what `prepare` reports: as a bar on the terminal, or as a line of the log now and then."""
+    began = time.monotonic()
+
+    def describe(what: str, now: Progress) -> str:
+        speed = now.tokens / max(time.monotonic() - began, 1e-3)
+        return f"compiling {what} data: {now.documents:,} documents, {now.tokens:,} tokens, {speed:,.0f} tokens/s"
+
+    if not bar:
+        next_line = 0.0
+
+        def line(what: str, now: Progress) -> None:
+            nonlocal next_line
+            if time.monotonic() >= next_line or now.bytes_done == now.bytes:
+                log(f"{describe(what, now)} ({100 * now.bytes_done / max(now.bytes, 1):.0f} %)")
+                next_line = time.monotonic() + _LOG_SECONDS
+
+        yield line
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def draw(what: str, now: Progress) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what)
+            bars.update(tasks[what], description=describe(what, now), completed=now.bytes_done, total=now.bytes)
+
+        yield draw
 
 
 @dataclass(frozen=True)
@@ -48,26 +85,19 @@ def _figures(manifest: Manifest) -> dict[str, int]:
         "tokens": sum(shard.tokens for shard in shards),
         "targets": sum(shard.targets for shard in shards),
         "truncated": counters.truncated,
+        "split": counters.split,
         "dropped": counters.dropped,
         "without_targets": counters.without_targets,
         "bad_rows": counters.bad_rows,
     }
 
 
-def build(path: Path, overrides: Sequence[str], *, dry_run: bool) -> Built:
+def build(path: Path, overrides: Sequence[str], *, dry_run: bool, log: Callable[[str], None]) -> Built:
     config = load_config(path, overrides)
     base, store = resolve_base(config.model), open_store(config.run.store)
     check_base(base, config)
     if not dry_run:
-        with Bars(
-            SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=Console(stderr=True)
-        ) as bars:
-            tasks = {what: bars.add_task(f"{what}: waiting") for what in ("train", "eval")}
-
-            def show(what: str, now: Progress) -> None:
-                text = f"{what}: file {now.files_done}/{now.files}, {now.documents:,} documents, {now.tokens:,} tokens"
-                bars.update(tasks[what], description=text)
-
+        with compile_progress(log, bar=sys.stderr.isatty()) as show:
             prepare(config, base, store, show)
     splits: dict[str, tuple[str, Manifest | None]] = {}
     for what, key in locate(config, base).items():

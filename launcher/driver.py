@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 
 from launcher import retry
+from launcher.data_build import compile_progress
 from launcher.ray_train import run_on_ray
 from launcher.status import request_stop, stop_requester, watch
 from launcher.submission import run_folder
@@ -55,18 +56,18 @@ def drive(config: Config, *, resume: bool, live: bool, log: Callable[[str], None
 
 def _prepare(config: Config, run: Store, log: Callable[[str], None]) -> Datasets:
     looked = 0.0
-
-    def progress(what: str, now: Progress) -> None:
-        nonlocal looked
-        log(
-            f"compiling {what} data: file {now.files_done} of {now.files}, {now.documents:,} documents, {now.tokens:,} tokens"
-        )
-        if time.monotonic() - looked > _LOOK_SECONDS:
-            looked = time.monotonic()
-            _stop_if_asked(run, "while its data was compiled")
-
     _stop_if_asked(run, "before it started")
-    return prepare(config, resolve_base(config.model), open_store(config.run.store), progress)
+    # Lines, also on a terminal: the run's live view is there already.
+    with compile_progress(log, bar=False) as show:
+
+        def progress(what: str, now: Progress) -> None:
+            nonlocal looked
+            show(what, now)
+            if time.monotonic() - looked > _LOOK_SECONDS:
+                looked = time.monotonic()
+                _stop_if_asked(run, "while its data was compiled")
+
+        return prepare(config, resolve_base(config.model), open_store(config.run.store), progress)
 
 
 def _stop_if_asked(run: Store, when: str) -> None:

@@ -4,6 +4,7 @@ import os
 import subprocess
 from collections.abc import Callable, Mapping
 
+from launcher.data_build import compile_progress
 from launcher.driver import drive
 from launcher.submission import anchored, check, claim, keep_code, release
 from trainer import run_layout
@@ -45,15 +46,16 @@ def _as_rank(config: Config, *, resume: bool, log: Callable[[str], None]) -> Non
     datasets = None
     if os.environ["RANK"] == "0":
         base = check(config, resume=resume, restarted=restarted)
-        datasets = _prepare(config, base)
+        datasets = _prepare(config, base, log)
         claim(config, resume=resume, code=keep_code(log), restarted=restarted)
     from trainer.rank import run_rank
 
     run_rank(config, datasets, resume=resume)
 
 
-def _prepare(config: Config, base: Base) -> Datasets:
-    return prepare(config, base, open_store(config.run.store))
+def _prepare(config: Config, base: Base, log: Callable[[str], None]) -> Datasets:
+    with compile_progress(log, bar=False) as show:
+        return prepare(config, base, open_store(config.run.store), show)
 
 
 def slurm_rank(environment: Mapping[str, str]) -> dict[str, str]:

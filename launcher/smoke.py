@@ -28,7 +28,8 @@ from launcher.status import read_generation
 from launcher.submission import anchored
 from trainer.base import resolve_base
 from trainer.config import Config, Source, dump_config, load_config, override, parse_config
-from trainer.data.sources import expand, rows
+from trainer.data.rows import rows
+from trainer.data.sources import expand
 from trainer.errors import CapstanError, DataError, DoesNotFit
 from trainer.manifest import committed_steps
 from trainer.plan import make_plan

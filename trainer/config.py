@@ -121,7 +121,8 @@ class Source(Section):
     """One place that documents come from."""
 
     path: str = _field(
-        about="A file or a glob: .jsonl (also .gz, .zst) or .parquet; local, or s3://, gs://, az://.",
+        about="A file or a glob: .jsonl (also .gz, .zst), .parquet, .arrow or .mds; or the folder of a saved HF data set or of MDS "
+        "shards. Local, or s3://, gs://, az://.",
         example="data/train-*.jsonl",
     )
     weight: float = _field(
@@ -132,6 +133,21 @@ class Source(Section):
         le=1000,
         unit="visits an epoch",
     )
+    fraction: float | None = _field(
+        None,
+        about="Instead of weight: the share of an epoch's tokens that comes from this source, such as general data mixed in "
+        "so that the model keeps what it knew (replay).",
+        example=0.1,
+        gt=0,
+        lt=1,
+        unit="share of tokens",
+    )
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> "Source":
+        if self.fraction is not None and self.weight != 1.0:
+            raise ValueError("weight and fraction: both given. Set one of them.")
+        return self
 
 
 class Data(Section):
@@ -141,12 +157,22 @@ class Data(Section):
     eval: list[Source] = _field(
         [], about="Sources that are evaluated but never trained on.", example=[{"path": "data/eval.jsonl"}]
     )
+    held_out: float = _field(
+        0.0,
+        about="Share of the training rows that is evaluated instead of trained on, chosen by content, so that equal rows stay "
+        "together. Instead of eval.",
+        example=0.01,
+        ge=0,
+        lt=1,
+        unit="share of rows",
+    )
+    held_out_seed: int = _field(0, about="Chooses other rows to hold out.", example=1, ge=0, lt=2**32)
     format: Literal["chat", "prompt_completion", "text"] = _field(
         "chat", about="chat: a list of messages; prompt_completion: two strings; text: one string.", example="chat"
     )
     fields: dict[str, str] = _field(
         {},
-        about="Names of the fields in your rows, where they differ from messages, prompt, completion and text.",
+        about="Names of the fields in your rows, where they differ from messages, tools, prompt, completion and text.",
         example={"messages": "conversations"},
     )
     template: str | None = _field(
@@ -159,9 +185,10 @@ class Data(Section):
     )
     sequence_length: int = _field(2048, about="Length of a packed row.", example=8192, ge=8, le=2**20, unit="tokens")
     packing: bool = _field(True, about="Put several documents into one row; they never see each other.", example=True)
-    on_too_long: Literal["truncate", "drop", "fail"] = _field(
+    on_too_long: Literal["truncate", "split", "drop", "fail"] = _field(
         "truncate",
-        about="What happens to a document longer than sequence_length; it is counted either way.",
+        about="What happens to a document longer than sequence_length; it is counted either way. split makes documents of "
+        "its pieces.",
         example="drop",
     )
     on_bad_row: Literal["fail", "skip"] = _field(
@@ -182,11 +209,36 @@ class Data(Section):
                 f"data.loss_on: {self.loss_on!r} does not exist in data.format: {self.format}. "
                 f"Allowed there: {', '.join(allowed[self.format])}."
             )
-        names = {"chat": ("messages",), "prompt_completion": ("prompt", "completion"), "text": ("text",)}[self.format]
+        names = {"chat": ("messages", "tools"), "prompt_completion": ("prompt", "completion"), "text": ("text",)}[
+            self.format
+        ]
         for name in self.fields:
             if name not in names:
                 raise ValueError(
                     f"data.fields: {name!r} is not a field of data.format: {self.format}. Allowed there: {', '.join(names)}."
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _held_out(self) -> "Data":
+        if self.held_out and self.eval:
+            raise ValueError("data.held_out and data.eval: both given. Set one of them.")
+        if self.held_out_seed and not self.held_out:
+            raise ValueError("data.held_out_seed: has no effect without data.held_out. Set that, or remove it.")
+        return self
+
+    @model_validator(mode="after")
+    def _fractions(self) -> "Data":
+        fractions = [source.fraction for source in self.train if source.fraction is not None]
+        if fractions and (len(fractions) == len(self.train) or sum(fractions) >= 1):
+            raise ValueError(
+                f"data.train: the fractions {', '.join(map(str, fractions))} leave nothing to the other sources. Their sum "
+                "must be below 1, and one source needs a weight in place of a fraction."
+            )
+        for index, source in enumerate(self.eval):
+            if source.weight != 1.0 or source.fraction is not None:
+                raise ValueError(
+                    f"data.eval[{index}]: weight and fraction have no effect, every document is evaluated once. Remove them."
                 )
         return self
 
@@ -555,8 +607,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _used(self) -> "Config":
-        if self.train.eval_every and not self.data.eval:
-            raise ValueError("train.eval_every: has no effect without data.eval. Add a source there, or set it to 0.")
+        if self.train.eval_every and not (self.data.eval or self.data.held_out):
+            raise ValueError(
+                "train.eval_every: has no effect without data.eval or data.held_out. Set one of them, or set it to 0."
+            )
         if self.tuning.targets == []:
             raise ValueError("tuning.targets: [] leaves nothing to learn. Name layers, or set all-linear.")
         if self.checkpoint.keep_best and not (self.data.eval and self.train.eval_every):

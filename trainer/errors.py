@@ -42,6 +42,10 @@ class StorageError(CapstanError):
     exit_code = 6
 
 
+class Unreachable(StorageError):
+    """The store could not be reached or was busy, which passes: the same request may work later."""
+
+
 class NotFound(StorageError):
     """The key does not exist in the store."""
 

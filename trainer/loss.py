@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 IGNORE = -100
+"""The label of a position that predicts nothing (cross entropy's `ignore_index`)."""
 _CHUNK_BYTES = 2**28  # of fp32 logits
 
 

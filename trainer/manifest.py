@@ -27,9 +27,9 @@ class Manifest:
     world_size: int
     created: float  # seconds since 1970
     updates: int  # AdamW's own step count
-    position: dict[str, int]  # of the data: epoch and next bin
+    position: dict[str, int]  # of the data: epoch, window, bin
     dataset: str  # fingerprint of the compiled training data
-    order: dict[str, Any]  # what else the data's order depends on: seed, packing, weights, sequence length
+    order: dict[str, Any]  # what else the data's order depends on: version, seed, packing, weights, sequence length
     base: dict[str, Any]  # path and fingerprint of the base, and how it is quantized
     adapter: dict[str, Any]  # method, rank, alpha and targets
     groups: dict[str, dict[str, Any]]  # of the optimizer: name -> hyperparameters

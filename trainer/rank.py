@@ -24,8 +24,8 @@ from trainer.base import Base, check_base, resolve_base
 from trainer.checkpoint import Checkpoints, Identity
 from trainer.config import Config
 from trainer.data.dataset import open_dataset
-from trainer.data.prepare import Datasets
-from trainer.data.stream import Position, Stream, eval_stream
+from trainer.data.prepare import Datasets, train_order
+from trainer.data.stream import Position, eval_stream, train_stream
 from trainer.deepspeed_config import build_deepspeed_config
 from trainer.engine import Engine
 from trainer.errors import CapstanError, DoesNotFit, Stopped
@@ -89,30 +89,11 @@ def _train(
     if ranks.rank == 0:
         run.put(run_layout.ENVIRONMENT, _environment(ranks))
     train_data = open_dataset(store, datasets.train)
-    stream = Stream(
-        train_data,
-        weights=[source.weight for source in config.data.train],
-        sequence_length=config.data.sequence_length,
-        packing=config.data.packing,
-        seed=config.run.seed,
-        global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        pad_id=0,
-    )
+    stream = train_stream(config, train_data, ranks.rank, ranks.world_size)
     held_out = None
     if datasets.eval:
-        held_out = eval_stream(
-            open_dataset(store, datasets.eval),
-            sequence_length=config.data.sequence_length,
-            packing=config.data.packing,
-            micro_batch=config.train.micro_batch,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            pad_id=0,
-        )
-    total_steps = config.train.steps or sum(stream.steps_in_epoch(epoch) for epoch in range(config.train.epochs or 0))
+        held_out = eval_stream(config, open_dataset(store, datasets.eval), ranks.rank, ranks.world_size)
+    total_steps = config.train.steps or sum(-(-bins // config.train.global_batch) for bins in datasets.epoch_bins)
     deepspeed_config = build_deepspeed_config(
         config, world_size=ranks.world_size, accumulation=stream.accumulation, on_gpu=ranks.device.type == "cuda"
     )
@@ -125,16 +106,11 @@ def _train(
         dataset=datasets.train,
         base=_base_identity(config, base),
         adapter=config.tuning.model_dump(mode="json"),
-        order={
-            "seed": config.run.seed,
-            "packing": config.data.packing,
-            "sequence_length": config.data.sequence_length,
-            "weights": [source.weight for source in config.data.train],
-        },
+        order=train_order(config, train_data.manifest).to_json(),
     )
     checkpoints = Checkpoints(run, ranks, generation, identity, config.checkpoint, _versions(), metrics.write_now)
     restored = checkpoints.restore(engine, required=resume, log=lambda text: print(text, flush=True))
-    step, position = (restored.step, Position.from_json(restored.position)) if restored else (0, Position(0, 0))
+    step, position = (restored.step, Position.from_json(restored.position)) if restored else (0, Position())
     processes = ranks.gather_objects((socket.gethostname(), os.getpid()))
     metrics.write(
         "start",

@@ -18,7 +18,7 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import LocalStore, MemoryStore, from_url
 
-from trainer.errors import AlreadyExists, ConfigError, NotFound, StorageError
+from trainer.errors import AlreadyExists, ConfigError, NotFound, StorageError, Unreachable
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -56,6 +56,10 @@ class Store:
         """The folder `name` inside this one."""
         name = name.strip("/")
         return Store(f"{self.uri}/{name}", self._backend, f"{self._prefix}{name}/")
+
+    def failing_fast(self) -> "Store":
+        """The same folder without retries: for a caller that repeats, and counts, failed requests itself."""
+        return self if isinstance(self._backend, LocalStore | MemoryStore) else open_store(self.uri, retry_seconds=0)
 
     def get(self, key: str) -> bytes:
         with self._errors("read", key):
@@ -196,14 +200,16 @@ class Store:
             yield
         except FileNotFoundError as error:
             if "NoSuchBucket" in str(error):
-                raise StorageError(f"cannot {verb} {where}: {_reason(error)}.") from error
+                kind = Unreachable if _passes(error) else StorageError
+            raise kind(f"cannot {verb} {where}: {_reason(error)}.") from error
             raise NotFound(f"{where} does not exist.") from error
         except FileExistsError as error:
             raise AlreadyExists(f"{where} exists already.") from error
         except (BaseError, OSError) as error:
             if type(error).__name__ == "AlreadyExistsError":
                 raise AlreadyExists(f"{where} exists already.") from error
-            raise StorageError(f"cannot {verb} {where}: {_reason(error)}.") from error
+            kind = Unreachable if _passes(error) else StorageError
+            raise kind(f"cannot {verb} {where}: {_reason(error)}.") from error
 
 
 # Where a cloud machine asks for its role, on AWS, GCP and Azure: reached only when nothing else gave credentials.
@@ -231,6 +237,15 @@ def _reason(error: BaseException) -> str:
         return f"{host} cannot be reached" + (f" ({cause})" if cause else "")
     first_line = text.splitlines()[0] if text else type(error).__name__
     return re.sub(r"^Generic \w+ error: ", "", first_line).rstrip(".")
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether it is the server or the way to it that failed, rather than the request."""
+    text = str(error)
+    status = _first(r"status code: (\d{3})", text)
+    if status:
+        return status.startswith("5") or status in ("408", "429")
+    return "error sending request" in text or "error decoding response body" in text or "operation timed out" in text
 
 
 def _first(pattern: str, text: str) -> str | None:

@@ -22,7 +22,7 @@ from trainer.checkpoint import Checkpoints, Identity
 from trainer.config import Config, override, parse_config
 from trainer.data.dataset import open_dataset
 from trainer.data.prepare import Datasets
-from trainer.data.stream import Position, Stream
+from trainer.data.stream import Position, Stream, train_stream
 from trainer.deepspeed_config import build_deepspeed_config
 from trainer.engine import Engine
 from trainer.errors import CapstanError
@@ -146,18 +146,7 @@ def _assemble(config: Config, fingerprint: str | None = None) -> Assembled:
     stream: Any = None
     accumulation = 1
     if fingerprint:
-        stream = Stream(
-            open_dataset(store, fingerprint),
-            weights=[1.0],
-            sequence_length=config.data.sequence_length,
-            packing=True,
-            seed=config.run.seed,
-            global_batch=config.train.global_batch,
-            micro_batch=config.train.micro_batch,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            pad_id=0,
-        )
+        stream = train_stream(config, open_dataset(store, fingerprint), ranks.rank, ranks.world_size)
         accumulation = stream.accumulation
     settings = build_deepspeed_config(config, ranks.world_size, accumulation, on_gpu=False)
     attention = choose_attention(config.model.attention, ranks.device, DTYPES[config.model.dtype])
@@ -215,19 +204,8 @@ def plain_first_step(config_text: str, fingerprint: str, destination: str) -> di
     adapters = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
     for name, parameter in adapters.items():
         parameter.data = _adapter_value(name, tuple(parameter.shape)).to(dtype)
-    stream = Stream(
-        open_dataset(open_store(config.run.store), fingerprint),
-        weights=[1.0],
-        sequence_length=config.data.sequence_length,
-        packing=True,
-        seed=config.run.seed,
-        global_batch=config.train.global_batch,
-        micro_batch=1,
-        rank=0,
-        world_size=1,
-        pad_id=0,
-    )
-    batches = stream.step(Position())
+    stream = train_stream(config, open_dataset(open_store(config.run.store), fingerprint), rank=0, world_size=1)
+    batches = [batch.to(torch.device("cpu")) for batch in stream.step(Position())]
     targets = sum(batch.targets for batch in batches)
     nats = 0.0
     for batch in batches:
@@ -362,7 +340,7 @@ def train_and_save(config_text: str, fingerprint: str, saves: list[int], destina
     checkpoints = here.checkpoints()
     for record in train(here.training(), 0, Position()):
         if record["step"] in saves:
-            checkpoints.save(here.engine, record["step"], {"epoch": 0, "next_bin": record["step"] * 4})
+            checkpoints.save(here.engine, record["step"], Position(0, 0, 4 * record["step"]).to_json())
             checkpoints.finish()
         if record["step"] == saves[-1]:
             break
@@ -413,7 +391,7 @@ def restore_and_train(config_text: str, fingerprint: str, last: int) -> dict[str
 def save_as_generation(config_text: str, fingerprint: str, generation: int) -> dict[str, Any]:
     here = _assemble(parse_config(config_text), fingerprint)
     checkpoints = here.checkpoints(generation)
-    checkpoints.save(here.engine, 1, {"epoch": 0, "next_bin": 4})
+    checkpoints.save(here.engine, 1, Position(0, 0, 4).to_json())
     return _outcome_of(checkpoints.finish)
 
 

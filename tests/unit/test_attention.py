@@ -9,10 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.material import KINDS, SIZES
 from trainer.attention import choose_attention, unavailable
-from trainer.data.stream import IGNORED, MicroBatch
+from trainer.data.stream import MicroBatch, Position
 from trainer.engine import RowLoss
 from trainer.errors import ConfigError
-from trainer.loss import LossHead
+from trainer.loss import IGNORE, LossHead
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -47,7 +47,7 @@ def tolerance(model: RowLoss) -> float:
 def row(documents: list[Tensor], trained: list[bool], padding: int = 0) -> MicroBatch:
     """Documents end to end, as the stream packs them; `trained[i]` says whether document i has targets."""
     tokens = torch.cat([*documents, torch.zeros(padding, dtype=torch.int64)])
-    labels = torch.full_like(tokens, IGNORED)
+    labels = torch.full_like(tokens, IGNORE)
     lengths = [len(document) for document in documents] + ([padding] if padding else [])
     begin = 0
     for document, wanted in zip(documents, trained, strict=True):
@@ -61,8 +61,8 @@ def row(documents: list[Tensor], trained: list[bool], padding: int = 0) -> Micro
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
         max_seqlen=max(lengths),
         tokens=begin,
-        targets=int((labels != IGNORED).sum()),
-        bins=((0, 0),),
+        targets=int((labels != IGNORE).sum()),
+        bins=(Position(),),
         documents=tuple(range(len(documents))),
     ).to(DEVICE)
 

@@ -6,7 +6,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from trainer.config import Data
-from trainer.data.chat import Example, Renderer
+from trainer.data import chat
+from trainer.data.chat import Example
 from trainer.errors import ConfigError, DataError
 
 CHATML = (
@@ -33,6 +34,15 @@ TALK = [
     {"role": "user", "content": "bye"},
     {"role": "assistant", "content": "ciao"},
 ]
+
+
+class Renderer(chat.Renderer):
+    def one(self, row: dict[str, Any]) -> Example:
+        """The example of one row; raises what is wrong with it."""
+        (example,) = self.encode([row])
+        if isinstance(example, DataError):
+            raise example
+        return example
 
 
 def tokenizer(template: str | None = CHATML, adds_bos: bool = False) -> PreTrainedTokenizerFast:
@@ -62,7 +72,7 @@ def data(**settings: Any) -> Data:
 def trained(example: Example) -> list[str]:
     """The trained tokens, with a bar between those that do not follow each other."""
     assert len(example.tokens) == len(example.targets)
-    names = tokenizer().convert_ids_to_tokens(example.tokens)
+    names = tokenizer().convert_ids_to_tokens(example.tokens.tolist())
     words, previous = [], True
     for name, target in zip(names, example.targets, strict=True):
         if target:
@@ -79,19 +89,19 @@ ASSISTANT = ["yo", "yo", "<|im_end|>", "|", "ciao", "<|im_end|>"]
 def test_assistant_turns_are_trained_up_to_their_end_token(
     template: str, loss_on: str | None, expected: list[str]
 ) -> None:
-    example = Renderer(tokenizer(template), data(loss_on=loss_on)).encode({"messages": TALK})
+    example = Renderer(tokenizer(template), data(loss_on=loss_on)).one({"messages": TALK})
     assert trained(example) == expected
 
 
 @pytest.mark.parametrize("template", [CHATML, TAGGED])
 def test_all_trains_everything_but_the_first_token(template: str) -> None:
-    example = Renderer(tokenizer(template), data(loss_on="all")).encode({"messages": TALK})
-    assert example.targets == [False] + [True] * (len(example.tokens) - 1)
+    example = Renderer(tokenizer(template), data(loss_on="all")).one({"messages": TALK})
+    assert example.targets.tolist() == [False] + [True] * (len(example.tokens) - 1)
 
 
 def test_an_empty_last_turn_does_not_train_the_one_before() -> None:
     talk = [*TALK[:-1], {"role": "assistant", "content": ""}]
-    example = Renderer(tokenizer(TAGGED), data(loss_on="last_assistant")).encode({"messages": talk})
+    example = Renderer(tokenizer(TAGGED), data(loss_on="last_assistant")).one({"messages": talk})
     assert trained(example) == ["<|im_end|>"]
 
 
@@ -100,59 +110,100 @@ def test_without_an_end_token_the_line_break_ends_a_turn_and_is_trained() -> Non
         "{% for message in messages %}{{ message.role }} {{ message.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant{% endif %}"
     )
-    example = Renderer(tokenizer(template), data(loss_on="last_assistant")).encode({"messages": TALK})
+    example = Renderer(tokenizer(template), data(loss_on="last_assistant")).one({"messages": TALK})
     assert trained(example) == ["ciao", "\n"]
 
 
 def test_a_template_file_replaces_the_tokenizers_own(tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text(TAGGED)
     renderer = Renderer(tokenizer(None), data(template=str(tmp_path / "t.jinja")))
-    assert trained(renderer.encode({"messages": TALK})) == ASSISTANT
+    assert trained(renderer.one({"messages": TALK})) == ASSISTANT
 
 
 @pytest.mark.parametrize("template", [CHATML, TAGGED])
 def test_a_begin_token_that_the_template_writes_is_not_doubled(template: str) -> None:
-    example = Renderer(tokenizer("{{ bos_token }}" + template, adds_bos=True), data()).encode({"messages": TALK})
-    assert tokenizer().convert_ids_to_tokens(example.tokens)[:2] == ["<s>", "<|im_start|>"]
+    example = Renderer(tokenizer("{{ bos_token }}" + template, adds_bos=True), data()).one({"messages": TALK})
+    assert tokenizer().convert_ids_to_tokens(example.tokens.tolist())[:2] == ["<s>", "<|im_start|>"]
     assert trained(example) == ASSISTANT
 
 
 def test_fields_beside_role_and_content_reach_the_template() -> None:
     template = "{% for message in messages %}{{ message.mood or 'hi' }} {{ message.content }} {% endfor %}"
     talk = [{"role": "user", "content": "yo", "mood": "bye"}, {"role": "assistant", "content": "ciao", "mood": None}]
-    example = Renderer(tokenizer(template), data(loss_on="all")).encode({"messages": talk})
-    assert tokenizer().convert_ids_to_tokens(example.tokens) == ["bye", "yo", "hi", "ciao"]
+    example = Renderer(tokenizer(template), data(loss_on="all")).one({"messages": talk})
+    assert tokenizer().convert_ids_to_tokens(example.tokens.tolist()) == ["bye", "yo", "hi", "ciao"]
 
 
 def test_sharegpt_messages_are_the_same_as_openais() -> None:
     names = {"system": "system", "user": "human", "assistant": "gpt"}
     sharegpt = [{"from": names[message["role"]], "value": message["content"]} for message in TALK]
     renderer = Renderer(tokenizer(), data(fields={"messages": "conversations"}))
-    assert renderer.encode({"conversations": sharegpt}) == Renderer(tokenizer(), data()).encode({"messages": TALK})
+    ours, theirs = renderer.one({"conversations": sharegpt}), Renderer(tokenizer(), data()).one({"messages": TALK})
+    assert (ours.tokens.tolist(), trained(ours)) == (theirs.tokens.tolist(), trained(theirs))
 
 
 def test_a_conversation_without_an_answer_has_no_targets() -> None:
-    assert not any(Renderer(tokenizer(), data()).encode({"messages": TALK[:2]}).targets)
-    assert not any(Renderer(tokenizer(TAGGED), data()).encode({"messages": TALK[:2]}).targets)
+    assert not any(Renderer(tokenizer(), data()).one({"messages": TALK[:2]}).targets)
+    assert not any(Renderer(tokenizer(TAGGED), data()).one({"messages": TALK[:2]}).targets)
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_turn() -> None:
     renderer = Renderer(tokenizer(FORGETFUL), data())
     with pytest.raises(DataError, match=r"^turn 3: .* not how the whole begins.*generation"):
-        renderer.encode({"messages": TALK})
+        renderer.one({"messages": TALK})
     last = Renderer(tokenizer(FORGETFUL), data(loss_on="last_assistant"))
-    assert trained(last.encode({"messages": TALK})) == ["<think></think>", "ciao", "<|im_end|>"]
+    assert trained(last.one({"messages": TALK})) == ["<think></think>", "ciao", "<|im_end|>"]
 
 
 def test_a_template_that_raises_is_quoted() -> None:
     template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(DataError, match="the chat template refuses the conversation: roles must alternate"):
-        Renderer(tokenizer(template), data()).encode({"messages": TALK})
+        Renderer(tokenizer(template), data()).one({"messages": TALK})
+
+
+def test_a_template_that_fails_in_its_own_way_is_quoted_too() -> None:
+    with pytest.raises(DataError, match="refuses the conversation: .*division"):
+        Renderer(tokenizer("{{ 1 // 0 }}"), data()).one({"messages": TALK})
+
+
+def test_half_a_surrogate_pair_is_found_wherever_the_template_takes_it_from() -> None:
+    renderer = Renderer(tokenizer("{% for message in messages %}{{ message.mood }}{% endfor %}"), data(loss_on="all"))
+    with pytest.raises(DataError, match="the conversation's text has half of a surrogate pair"):
+        renderer.one({"messages": [{"role": "user", "content": "hi", "mood": "\ud800"}]})
+
+
+def test_tools_and_calls_reach_the_template_as_objects() -> None:
+    """OpenAI writes a call's arguments as a string; Arrow files hold tools as one."""
+    template = (
+        "{% for tool in tools %}{{ tool.name }} {% endfor %}"
+        "{% for message in messages %}{{ message.role }} {{ message.content }} "
+        "{% for call in message.tool_calls or [] %}{{ call.function.arguments.word }} {% endfor %}{% endfor %}"
+    )
+    call = {"type": "function", "function": {"name": "say", "arguments": '{"word": "ciao"}'}}
+    talk = [TALK[1], {"role": "assistant", "content": None, "tool_calls": [call]}]
+    for tools in ([{"name": "be"}], '[{"name": "be"}]'):
+        example = Renderer(tokenizer(template), data(loss_on="all")).one({"messages": talk, "tools": tools})
+        words = tokenizer().convert_ids_to_tokens(example.tokens.tolist())
+        assert words == ["be", "user", "hi", "assistant", "ciao"]
+
+
+def test_rows_are_encoded_together_as_alone() -> None:
+    rows = [{"messages": TALK}, {"messages": None}, {"messages": TALK[:3]}]
+    first, bad, last = Renderer(tokenizer(), data()).encode(rows)
+    assert isinstance(bad, DataError)
+    assert isinstance(first, Example)
+    assert isinstance(last, Example)
+    assert (trained(first), trained(last)) == (ASSISTANT, ["yo", "yo", "<|im_end|>"])
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
+        ({"messages": None}, "the messages are null, and not a list"),
+        ({"messages": TALK, "tools": "[oops"}, "tools are given as text that is not JSON"),
+        ({"messages": TALK, "tools": {"name": "x"}}, "the tools are an object, and not a list of objects"),
+        ({"messages": [TALK[1], {**TALK[2], "tool_calls": ["x"]}]}, "turn 2 has a tool call that is of type str"),
+        ({"messages": [{"role": "user", "content": "x" * (16 * 2**20 + 1)}]}, "turn 1 has 16,777,217 characters"),
         ({"talk": TALK, "id": 1}, r"no field 'messages' \(the row has: talk, id\); data\.fields renames fields"),
         ({"messages": "hi"}, "the messages are of type str, and not a list"),
         ({"messages": []}, "the messages are an empty list"),
@@ -169,7 +220,7 @@ def test_a_template_that_raises_is_quoted() -> None:
 )
 def test_a_row_of_another_shape_is_refused(row: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        Renderer(tokenizer(), data()).encode(row)
+        Renderer(tokenizer(), data()).one(row)
 
 
 def test_a_missing_template_says_what_to_set() -> None:
@@ -179,19 +230,19 @@ def test_a_missing_template_says_what_to_set() -> None:
 
 def test_prompt_completion_trains_the_completion_and_the_end() -> None:
     row = {"prompt": "hi ", "completion": "yo yo"}
-    example = Renderer(tokenizer(), data(format="prompt_completion")).encode(row)
+    example = Renderer(tokenizer(), data(format="prompt_completion")).one(row)
     assert trained(example) == ["yo", "yo", "</s>"]
-    example = Renderer(tokenizer(), data(format="prompt_completion", loss_on="all")).encode(row)
-    assert tokenizer().convert_ids_to_tokens(example.tokens) == ["hi", "yo", "yo", "</s>"]
-    assert example.targets == [False, True, True, True]
+    example = Renderer(tokenizer(), data(format="prompt_completion", loss_on="all")).one(row)
+    assert tokenizer().convert_ids_to_tokens(example.tokens.tolist()) == ["hi", "yo", "yo", "</s>"]
+    assert example.targets.tolist() == [False, True, True, True]
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
 def test_nothing_to_say_is_not_trained(adds_bos: bool) -> None:
     words = tokenizer(adds_bos=adds_bos)
-    answer = Renderer(words, data(format="prompt_completion")).encode({"prompt": "hi", "completion": ""})
+    answer = Renderer(words, data(format="prompt_completion")).one({"prompt": "hi", "completion": ""})
     assert not any(answer.targets)
-    assert not any(Renderer(words, data(format="text")).encode({"text": ""}).targets)
+    assert not any(Renderer(words, data(format="text")).one({"text": ""}).targets)
 
 
 def test_a_token_across_the_border_and_every_byte_of_a_character_are_trained() -> None:
@@ -203,11 +254,11 @@ def test_a_token_across_the_border_and_every_byte_of_a_character_are_trained() -
     backend.train_from_iterator(["hi yo hi yo"], trainer)
     bpe = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     renderer = Renderer(bpe, data(format="prompt_completion"))
-    example = renderer.encode({"prompt": "hi ", "completion": "yo"})
-    assert bpe.convert_ids_to_tokens(example.tokens) == ["hi", "Ġyo", "</s>"]
-    assert example.targets == [False, True, True]
-    example = renderer.encode({"prompt": "hi", "completion": "🙂"})
-    assert example.targets == [False] + [True] * 5
+    example = renderer.one({"prompt": "hi ", "completion": "yo"})
+    assert bpe.convert_ids_to_tokens(example.tokens.tolist()) == ["hi", "Ġyo", "</s>"]
+    assert example.targets.tolist() == [False, True, True]
+    example = renderer.one({"prompt": "hi", "completion": "🙂"})
+    assert example.targets.tolist() == [False] + [True] * 5
 
 
 @pytest.mark.parametrize(
@@ -219,9 +270,9 @@ def test_a_token_across_the_border_and_every_byte_of_a_character_are_trained() -
     ],
 )
 def test_text_is_framed_once(adds_bos: bool, text: str, expected: list[str]) -> None:
-    example = Renderer(tokenizer(adds_bos=adds_bos), data(format="text")).encode({"text": text})
-    assert tokenizer().convert_ids_to_tokens(example.tokens) == expected
-    assert example.targets == [False] + [True] * (len(expected) - 1)
+    example = Renderer(tokenizer(adds_bos=adds_bos), data(format="text")).one({"text": text})
+    assert tokenizer().convert_ids_to_tokens(example.tokens.tolist()) == expected
+    assert example.targets.tolist() == [False] + [True] * (len(expected) - 1)
 
 
 def test_text_without_an_end_token_is_a_configuration_error() -> None:

@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,12 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import trainer.data.compile as compilation
 from trainer.config import Data
+from trainer.data import rows, shards
 from trainer.data.compile import Progress, compile_dataset, fingerprint, hash_tokenizer
 from trainer.data.dataset import TARGET_BIT, Dataset, open_dataset
+from trainer.data.encode import Encoded, Encoder, Part
+from trainer.data.rows import Batch
 from trainer.data.sources import expand
 from trainer.errors import DataError, NotFound, StorageError
 from trainer.store import Store, open_store
@@ -26,8 +29,8 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
 
 
-def write(path: Path, rows: list[Any]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def write(path: Path, content: list[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in content))
     return str(path)
 
 
@@ -52,7 +55,8 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compilation, "SHARD_TOKENS", 2000)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 2000)
+    monkeypatch.setattr(rows, "BATCH_ROWS", 100)
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -65,9 +69,10 @@ def test_documents_come_back_in_order_with_their_targets(tmp_path: Path, store: 
     assert dataset.block_sources.tolist() == [0, 0, 0, 1, 1]
     assert dataset.lengths.tolist() == [4] * 1000
     assert (dataset.manifest.tokens, dataset.manifest.targets) == (4000, 3000)
-    documents = dataset.read(range(5))
-    assert list(documents) == list(range(1000))
-    for number, stored in documents.items():
+    read = dataset.read(np.arange(5))
+    assert len(read.tokens) == 4000
+    for number in range(1000):
+        stored = read.document(number)
         expected = [number, *((number + w) % 1000 for w in (1, 2)), 1000]
         assert (stored & ~TARGET_BIT).tolist() == expected
         assert (stored & TARGET_BIT).astype(bool).tolist() == [False, True, True, True]
@@ -83,11 +88,34 @@ def test_a_compiled_data_set_is_opened_and_not_compiled_again(tmp_path: Path, st
         open_dataset(store, "0" * 20)
 
 
-def test_a_killed_compilation_is_repeated(tmp_path: Path, store: Store) -> None:
-    data = settings(write(tmp_path / "a.jsonl", texts(0, 5)))
-    manifest = build(store, data).manifest
-    store.delete(f"data/{FINGERPRINT}/manifest.json")
-    assert build(store, data).manifest == manifest
+@pytest.mark.usefixtures("small_shards")
+def test_a_killed_compilation_goes_on_after_its_last_shard(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = settings(*(write(tmp_path / f"{name}.jsonl", [*texts(0, 1200), 1]) for name in "ab"), on_bad_row="skip")
+    other = open_store(str(tmp_path / "other"))
+    expected = build(other, data)
+    encoded: list[str] = []
+    plain = Encoder.encode
+
+    def observed(self: Encoder, batch: Batch) -> Encoded:
+        encoded.append(f"{Path(batch.uri).name}:{batch.first}")
+        return plain(self, batch)
+
+    def die_in_the_second_file(now: Progress) -> None:
+        if now.documents == 2100:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Encoder, "encode", observed)
+    with pytest.raises(KeyboardInterrupt):
+        build(store, data, progress=die_in_the_second_file)
+    encoded.clear()
+    assert build(store, data).manifest == expected.manifest
+    assert encoded[0] == "b.jsonl:501"
+    folder = store.sub(f"data/{FINGERPRINT}")
+    assert {entry.key for entry in folder.list()} == {entry.key for entry in other.sub(f"data/{FINGERPRINT}").list()}
+    for entry in folder.list("tokens-"):
+        assert folder.get(entry.key) == other.sub(f"data/{FINGERPRINT}").get(entry.key)
 
 
 def test_a_writer_that_loses_the_race_opens_the_winners(tmp_path: Path, store: Store) -> None:
@@ -99,13 +127,22 @@ def test_a_writer_that_loses_the_race_opens_the_winners(tmp_path: Path, store: S
     assert build(store, data, progress=winner_first).manifest == build(store, data).manifest
 
 
-def test_progress_counts_files_rows_and_tokens(tmp_path: Path, store: Store) -> None:
-    paths = [write(tmp_path / name, texts(0, 1500)) for name in ("a.jsonl", "b.jsonl")]
+@pytest.mark.usefixtures("small_shards")
+def test_other_processes_give_the_same_data_set(tmp_path: Path, store: Store) -> None:
+    data = settings(write(tmp_path / "a.jsonl", [*texts(0, 500), 1, *texts(0, 200)]), on_bad_row="skip")
+    alone = build(open_store(str(tmp_path / "other")), data, processes=1)
+    assert build(store, data, processes=2).manifest == alone.manifest
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_progress_counts_bytes_rows_and_tokens(tmp_path: Path, store: Store) -> None:
+    paths = [write(tmp_path / name, texts(0, 150)) for name in ("a.jsonl", "b.jsonl")]
+    size = sum(Path(path).stat().st_size for path in paths)
     reports: list[Progress] = []
     build(store, settings(*paths), progress=reports.append)
-    places = [(report.files_done, report.rows) for report in reports]
-    assert places == [(0, 1000), (1, 1500), (1, 2000), (1, 3000), (2, 3000)]
-    assert reports[-1] == Progress(files_done=2, files=2, rows=3000, documents=3000, tokens=12_000)
+    assert [report.rows for report in reports] == [100, 150, 250, 300, 300]
+    assert [report.bytes_done for report in reports] == sorted(report.bytes_done for report in reports)
+    assert reports[-1] == Progress(bytes_done=size, bytes=size, rows=300, documents=300, tokens=1200)
 
 
 @pytest.mark.parametrize(
@@ -138,14 +175,18 @@ def test_a_long_document_is_truncated_dropped_or_refused(tmp_path: Path, store: 
     dropped = build(store, settings(path, on_too_long="drop"))
     assert (dropped.lengths.tolist(), dropped.manifest.counters.dropped) == ([4], 1)
     store.delete(f"data/{FINGERPRINT}/manifest.json")
+    split = build(store, settings(path, on_too_long="split"))
+    assert (split.lengths.tolist(), split.manifest.counters.split) == ([4, 16, 16, 9], 1)
+    assert split.manifest.targets == 3 + 15 + 15 + 8
+    store.delete(f"data/{FINGERPRINT}/manifest.json")
     truncated = build(store, settings(path))
     assert (truncated.lengths.tolist(), truncated.manifest.counters.truncated) == ([4, 16], 1)
     assert truncated.manifest.targets == 3 + 15
 
 
 def test_a_document_without_targets_is_counted_and_not_written(tmp_path: Path, store: Store) -> None:
-    rows = [{"prompt": "1 2", "completion": " 3"}, {"prompt": "7 " * 20, "completion": "8"}]
-    data = settings(write(tmp_path / "a.jsonl", rows), format="prompt_completion")
+    pairs = [{"prompt": "1 2", "completion": " 3"}, {"prompt": "7 " * 20, "completion": "8"}]
+    data = settings(write(tmp_path / "a.jsonl", pairs), format="prompt_completion")
     manifest = build(store, data).manifest
     assert (manifest.documents, manifest.counters.truncated, manifest.counters.without_targets) == (1, 1, 1)
 
@@ -157,6 +198,24 @@ def test_nothing_to_train_on_says_why(tmp_path: Path, store: Store) -> None:
     ):
         build(store, settings(path, on_bad_row="skip", on_too_long="drop"))
     assert not store.exists(f"data/{FINGERPRINT}/manifest.json")
+
+
+def test_rows_that_are_held_out_are_those_that_are_not_trained_on(tmp_path: Path, store: Store) -> None:
+    """Equal rows stay together, and another seed holds others out."""
+    data = settings(write(tmp_path / "a.jsonl", texts(0, 1000) * 2))
+
+    def rows_of(part: Part) -> list[tuple[int, ...]]:
+        store.delete(f"data/{FINGERPRINT}/manifest.json")
+        dataset = build(store, data, part=part)
+        read = dataset.read(np.arange(len(dataset.blocks) - 1))
+        return [tuple(read.document(number).tolist()) for number in range(dataset.manifest.documents)]
+
+    everything = rows_of(Part())
+    train, held_out = rows_of(Part(0.1, seed=4)), rows_of(Part(0.1, seed=4, held_out=True))
+    assert Counter(train) + Counter(held_out) == Counter(everything)
+    assert not set(train) & set(held_out)
+    assert 0.07 < len(held_out) / len(everything) < 0.13
+    assert set(held_out) != set(rows_of(Part(0.1, seed=5, held_out=True)))
 
 
 def test_a_source_that_changes_meanwhile_is_refused(tmp_path: Path, store: Store) -> None:
@@ -176,9 +235,9 @@ def damage(store: Store, key: str, byte: int) -> None:
 def test_a_damaged_block_is_found_and_its_neighbours_are_read(tmp_path: Path, store: Store) -> None:
     dataset = build(store, settings(write(tmp_path / "a.jsonl", texts(0, 600))))
     damage(store, f"data/{FINGERPRINT}/tokens-00000.bin", 256 * 16 + 5)
-    assert len(dataset.read([0, 2])) == 344
+    assert len(dataset.read(np.array([0, 2])).tokens) == 344 * 4
     with pytest.raises(StorageError, match=rf"{FINGERPRINT}/tokens-00000\.bin: bytes 4096 to 8192 are not what was"):
-        dataset.read([0, 1, 2])
+        dataset.read(np.array([0, 1, 2]))
 
 
 @pytest.mark.parametrize("name", ["documents-00000.bin", "blocks-00000.bin"])

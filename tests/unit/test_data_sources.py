@@ -1,16 +1,21 @@
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 import zstandard
 from obstore.store import MemoryStore
 
 from trainer.config import Source
+from trainer.data import rows as reading
 from trainer.data import sources
-from trainer.data.sources import SourceFile, expand, rows
+from trainer.data.rows import rows
+from trainer.data.sources import SourceFile, expand
 from trainer.errors import DataError, NotFound
 from trainer.store import Store
 
@@ -54,7 +59,7 @@ def test_a_name_with_brackets_is_a_file(tmp_path: Path) -> None:
         ("missing/x.jsonl", r"data\.train\[1\]\.path: '.*missing/x\.jsonl' does not exist"),
         ("*.parquet", r"data\.train\[1\]\.path: '.*\*\.parquet' matches no file"),
         ("c.txt", r"data\.train\[1\]\.path: .*c\.txt cannot be read\. Allowed are \.jsonl, \.jsonl\.gz"),
-        ("", r"data\.train\[1\]\.path: '.*' is a folder\. Name its files, for example .*/\*\.jsonl"),
+        ("", r"data\.train\[1\]\.path: '.*' is a folder, but neither .* Name its files, for example .*/\*\.jsonl"),
     ],
 )
 def test_a_path_that_cannot_be_used_is_named_with_its_setting(tmp_path: Path, name: str, message: str) -> None:
@@ -110,6 +115,91 @@ def test_a_file_that_went_away_is_no_damaged_file(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").unlink()
     with pytest.raises(NotFound, match=r"a\.jsonl\.gz does not exist"):
         list(rows(files[0], fail))
+
+
+def save_hf_dataset(folder: Path) -> None:
+    """What `Dataset.save_to_disk` writes: Arrow streams, and state.json which names them in order."""
+    folder.mkdir()
+    for name, part in (("data-00000-of-00002.arrow", ROWS[:2]), ("data-00001-of-00002.arrow", ROWS[2:])):
+        table = pyarrow.Table.from_pylist(part)
+        with pyarrow.ipc.new_stream(folder / name, table.schema) as stream:
+            stream.write_table(table, max_chunksize=1)
+    names = [{"filename": f"data-0000{n}-of-00002.arrow"} for n in range(2)]
+    (folder / "state.json").write_text(json.dumps({"_data_files": names, "_split": "train"}))
+
+
+def mds_shard(rows: list[dict[str, Any]]) -> bytes:
+    """A shard as MosaicML Streaming's MDSWriter lays it out: a fixed and two varying columns."""
+    samples = []
+    for number, row in enumerate(rows):
+        picture, text = b"\xff\xd8", row["text"].encode()
+        sizes = np.array([len(picture), len(text)], "<u4").tobytes()
+        samples.append(sizes + number.to_bytes(8, "little") + picture + text)
+    columns = {"column_names": ["n", "picture", "text"], "column_encodings": ["int", "jpeg", "str"]}
+    header = json.dumps({**columns, "column_sizes": [8, None, None], "format": "mds", "version": 2}).encode()
+    start = 4 * (len(rows) + 2) + len(header)
+    offsets = start + np.cumsum([0, *map(len, samples)])
+    return np.array([len(rows), *offsets], "<u4").tobytes() + header + b"".join(samples)
+
+
+def save_mds(folder: Path, compress: bool) -> None:
+    folder.mkdir()
+    shards = []
+    for number, part in enumerate((ROWS[:2], ROWS[2:])):
+        name = f"shard.{number:05d}.mds"
+        zipped = f"{name}.zstd" if compress else None
+        (folder / (zipped or name)).write_bytes(zstandard.compress(mds_shard(part)) if compress else mds_shard(part))
+        shards.append({"format": "mds", "raw_data": {"basename": name}, "zip_data": zipped and {"basename": zipped}})
+    (folder / "index.json").write_text(json.dumps({"version": 2, "shards": shards}))
+
+
+def test_a_saved_hf_data_set_is_read_in_its_order(tmp_path: Path) -> None:
+    save_hf_dataset(tmp_path / "saved")
+    for path in (tmp_path / "saved", tmp_path / "saved" / "*.arrow"):
+        found = [(where.rpartition("/")[2], row) for file in find(path) for where, row in rows(file, fail)]
+        names = [f"data-0000{n}-of-00002.arrow:{row}" for n, row in ((0, 1), (0, 2), (1, 1))]
+        assert found == list(zip(names, ROWS, strict=True))
+
+
+def test_a_data_set_of_several_splits_asks_for_one(tmp_path: Path) -> None:
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(DataError, match=r"holds the splits train, test\. Name one, for example .*/train"):
+        find(tmp_path)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_mds_shards_are_read_with_the_columns_that_are_text(tmp_path: Path, compress: bool) -> None:
+    save_mds(tmp_path / "mds", compress)
+    found = [row for file in find(tmp_path / "mds") for _, row in rows(file, fail)]
+    assert found == [{"n": number, **row} for number, row in zip((0, 1, 0), ROWS, strict=True)]
+
+
+def test_a_truncated_mds_shard_is_named(tmp_path: Path) -> None:
+    save_mds(tmp_path / "mds", compress=False)
+    path = tmp_path / "mds" / "shard.00000.mds"
+    write(path, path.read_bytes()[:-2])
+    with pytest.raises(DataError, match=r"shard\.00000\.mds: damaged"):
+        list(rows(find(path)[0], fail))
+
+
+def test_a_folder_in_a_bucket_is_a_data_set_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_hf_dataset(tmp_path / "saved")
+    store = Store("s3://bucket/saved", MemoryStore())
+    for path in (tmp_path / "saved").iterdir():
+        store.put(path.name, path.read_bytes())
+    monkeypatch.setattr(sources, "open_store", {"s3://bucket/saved/": store}.__getitem__)
+    assert [row for file in find("s3://bucket/saved/") for _, row in rows(file, fail)] == ROWS
+
+
+def test_a_line_that_is_too_long_is_a_bad_row_and_never_whole_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "LONGEST_LINE", 1000)
+    path = write(tmp_path / "a.jsonl", b'{"a": "' + b"x" * 5000 + b'"}\n' + b'{"a": "' + b"y" * 900 + b'"}\n')
+    bad: list[str] = []
+    assert [where for where, _ in rows(find(path)[0], lambda error: bad.append(str(error)))] == [f"{path}:2"]
+    assert bad == [f"{path}:1: not JSON (the line has more than 1,000 bytes)"]
+    assert max(len(line) for batch in reading.batches(find(path)[0]) for line in batch.content) == 1001  # pyright: ignore
 
 
 @pytest.fixture

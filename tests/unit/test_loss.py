@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from trainer import loss as loss_module
-from trainer.data.stream import IGNORED
 from trainer.loss import IGNORE, LossHead
 
 T, H, V = 50, 12, 31
@@ -77,7 +76,3 @@ def test_without_gradients_the_value_is_the_same(head: LossHead) -> None:
     with torch.no_grad():
         evaluated = head(hidden, labels)
     assert torch.equal(evaluated, head(hidden, labels).detach())
-
-
-def test_the_stream_marks_positions_without_a_target_as_the_loss_expects() -> None:
-    assert IGNORED == IGNORE

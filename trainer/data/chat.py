@@ -6,13 +6,16 @@ itself; otherwise a turn reaches from the end of the generation prompt to the en
 included, as both are prefixes of the whole text.
 """
 
+import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
+import numpy as np
+from numpy.typing import NDArray
 
 from trainer.config import Data
 from trainer.errors import ConfigError, DataError
@@ -24,17 +27,35 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system"}
 # The same expression as in transformers, which fills the mask only if it matches.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+# Far above what the longest sequence can keep; it would take minutes and gigabytes to tokenize.
+LONGEST_TEXT = 16 * 2**20
 
 Span = tuple[int, int]
 Message = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Example:
-    """A tokenized document: `targets[i]` says that token i is trained. The first never is: nothing predicts it."""
+    """A tokenized document: `tokens` (n,) uint32, and `targets` (n,) bool, whether each is trained.
 
-    tokens: list[int]
-    targets: list[bool]
+    The first never is: nothing predicts it.
+    """
+
+    tokens: NDArray[np.uint32]
+    targets: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A document's text, and the characters of it that are trained: `spans` are sorted and disjoint.
+
+    `end_trained` says whether the end-of-text token is trained, which texts without a chat template get.
+    """
+
+    text: str
+    spans: list[Span]
+    end_trained: bool = True
 
 
 def template_text(data: Data) -> str | None:
@@ -66,29 +87,52 @@ class Renderer:
                 "Use a base with a tokenizer.json."
             )
         self._tokenizer = tokenizer
+        # What a call of the tokenizer would do too: a tokenizer.json may ask for truncation or padding.
+        self._backend: Any = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
         self._data = data
         if data.format == "chat":
             self._template = _chat_template(tokenizer, data)
             self._tagged = _GENERATION.search(self._template) is not None
             special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
             self._after_end = re.compile(f"(?:{'|'.join(map(re.escape, special)) or '(?!)'})(\\s+)\\Z")
+            self._bos = self._eos = None  # the template writes them
         else:
             self._bos, self._eos = _framing(tokenizer, data)
 
-    def encode(self, row: dict[str, Any]) -> Example:
-        """Tokens and targets of one row.
+    def encode(self, rows: Sequence[dict[str, Any]]) -> list[Example | DataError]:
+        """Each row's tokens and targets, or what is wrong with it; the error's text has no place in it."""
+        rendered = [self._render_or_error(row) for row in rows]
+        texts = [document.text for document in rendered if isinstance(document, Rendered)]
+        encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
+        return [
+            self._example(next(encodings), document) if isinstance(document, Rendered) else document
+            for document in rendered
+        ]
+
+    def _render_or_error(self, row: dict[str, Any]) -> Rendered | Example | DataError:
+        try:
+            return self.render(row)
+        except DataError as error:
+            return error
+
+    def render(self, row: dict[str, Any]) -> Rendered | Example:
+        """A row's text and what of it is trained; tokens already, where a template with tags says it of them.
 
         Raises:
-            DataError: the row lacks a field, or a value is not what the format needs. The message has no place in it.
+            DataError: the row lacks a field, or a value is not what the format needs.
         """
         match self._data.format:
             case "chat":
-                return self._chat(_messages(self._field(row, "messages")))
+                return self._chat(_messages(self._field(row, "messages")), self._tools(row))
             case "prompt_completion":
                 prompt, completion = (_text(self._field(row, name), name) for name in ("prompt", "completion"))
-                return self._plain(prompt, completion)
             case "text":
-                return self._plain("", _text(self._field(row, "text"), "text"))
+                prompt, completion = "", _text(self._field(row, "text"), "text")
+        start = 0 if self._data.targets == "all" else len(prompt)
+        # An empty completion is a gap in the data: it must not teach the model to say nothing.
+        return Rendered(prompt + completion, [(start, len(prompt) + len(completion))], end_trained=bool(completion))
 
     def _field(self, row: dict[str, Any], name: str) -> Any:
         name = self._data.fields.get(name, name)
@@ -96,66 +140,80 @@ class Renderer:
             raise DataError(f"no field {name!r} (the row has: {', '.join(row) or 'none'}); data.fields renames fields")
         return row[name]
 
-    def _plain(self, prompt: str, completion: str) -> Example:
-        encoding = self._tokenizer(prompt + completion, add_special_tokens=False, return_offsets_mapping=True)
-        tokens: list[int] = encoding["input_ids"]
-        span = (0 if self._data.targets == "all" else len(prompt), len(prompt) + len(completion))
-        targets = _overlapping(encoding["offset_mapping"], [span])
-        if self._bos is not None and tokens[:1] != [self._bos]:
-            tokens, targets = [self._bos, *tokens], [False, *targets]
-        if tokens[-1:] != [self._eos]:
-            # An empty completion is a gap in the data: it must not teach the model to say nothing.
-            tokens, targets = [*tokens, self._eos], [*targets, bool(completion)]
-        return _example(tokens, targets)
+    def _tools(self, row: dict[str, Any]) -> list[dict[str, Any]] | None:
+        """The functions that the conversation may call, as the template gets them: objects, or JSON of them."""
+        tools = row.get(self._data.fields.get("tools", "tools"))
+        if isinstance(tools, str) and tools:
+            tools = _json(tools)
+        if not tools:
+            return None
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise DataError(f"the tools are {_kind(tools)}, and not a list of objects")
+        return tools
 
-    def _chat(self, messages: list[Message]) -> Example:
-        if self._data.targets != "all" and self._tagged:
-            return self._tagged_chat(messages)
-        whole = self._render(messages)
-        # The template writes the special tokens itself: adding them here would double the first.
-        encoding = self._tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    def _example(self, encoding: Any, document: Rendered) -> Example:
+        tokens = np.array(encoding.ids, np.uint32)
+        targets = _overlapping(encoding.offsets, document.spans)
+        if self._bos is not None and tokens[:1].tolist() != [self._bos]:
+            tokens, targets = np.append(np.uint32(self._bos), tokens), np.append(False, targets)
+        if self._eos is not None and tokens[-1:].tolist() != [self._eos]:
+            tokens, targets = np.append(tokens, np.uint32(self._eos)), np.append(targets, document.end_trained)
+        targets[:1] = False
+        return Example(tokens, targets)
+
+    def _chat(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> Rendered | Example:
+        conversation = _Conversation(self._tokenizer, self._template, messages, tools)
+        whole = conversation.render(len(messages))
         if self._data.targets == "all":
-            spans = [(0, len(whole))]
-        else:
-            spans = [self._turn(messages, turn, whole) for turn in self._trained(messages)]
-        return _example(encoding["input_ids"], _overlapping(encoding["offset_mapping"], spans))
-
-    def _tagged_chat(self, messages: list[Message]) -> Example:
-        encoding: Any = self._apply(
-            messages,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"return_offsets_mapping": True},
-        )
-        targets = [bool(flag) for flag in encoding["assistant_masks"]]
-        trained = self._trained(messages)
-        if self._data.targets == "last_assistant" and trained and trained[0] > 0:
-            start = self._prefix(messages, trained[0], self._render(messages), generation_prompt=False)
-            ends = (end for _, end in encoding["offset_mapping"])
-            targets = [target and end > start for target, end in zip(targets, ends, strict=True)]
-        return _example(encoding["input_ids"], targets)
-
-    def _trained(self, messages: list[Message]) -> list[int]:
+            return Rendered(whole, [(0, len(whole))])
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        return turns[-1:] if self._data.targets == "last_assistant" else turns
+        if self._data.targets == "last_assistant":
+            turns = turns[-1:]
+        if self._tagged:
+            start = conversation.prefix(turns[0], whole) if turns and self._data.targets == "last_assistant" else 0
+            return conversation.tagged(start)
+        return Rendered(whole, [self._turn(conversation, turn, whole) for turn in turns])
 
-    def _turn(self, messages: list[Message], turn: int, whole: str) -> Span:
+    def _turn(self, conversation: "_Conversation", turn: int, whole: str) -> Span:
         """Characters of the whole text that the model has to write in an assistant's turn."""
         if turn == 0:
             raise DataError(
                 "turn 1 is the assistant's, so where it begins is unknown; "
                 "begin with another turn, or give data.template a template with {% generation %} tags"
             )
-        start = self._prefix(messages, turn, whole, generation_prompt=True)
-        end = self._prefix(messages, turn + 1, whole, generation_prompt=False)
+        start = conversation.prefix(turn, whole, generation_prompt=True)
+        end = conversation.prefix(turn + 1, whole)
         # Many templates put a line break after the end-of-turn token; generation has ended by then.
-        match = self._after_end.search(whole[start:end])
-        return start, start + match.start(1) if match else end
+        match = self._after_end.search(whole, start, end)
+        return start, match.start(1) if match else end
 
-    def _prefix(self, messages: list[Message], count: int, whole: str, generation_prompt: bool) -> int:
+
+class _Conversation:
+    """One conversation, whose beginnings are rendered too."""
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        template: str,
+        messages: list[Message],
+        tools: list[dict[str, Any]] | None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._options: dict[str, Any] = {"chat_template": template, "tools": tools}
+        self._messages = messages
+
+    def render(self, count: int, generation_prompt: bool = False) -> str:
+        """The text of the first `count` messages."""
+        text = self._apply(count, tokenize=False, add_generation_prompt=generation_prompt)
+        return _text(text, "conversation's text")
+
+    def prefix(self, count: int, whole: str, generation_prompt: bool = False) -> int:
         """Length of the text of the first `count` messages, which must begin the whole text."""
-        prefix = self._render(messages[:count], generation_prompt)
+        if count == 0:
+            return 0
+        if count == len(self._messages):
+            return len(whole)
+        prefix = self.render(count, generation_prompt)
         if not whole.startswith(prefix):
             turn = count + 1 if generation_prompt else count
             raise DataError(
@@ -164,13 +222,24 @@ class Renderer:
             )
         return len(prefix)
 
-    def _render(self, messages: list[Message], generation_prompt: bool = False) -> str:
-        return self._apply(messages, tokenize=False, add_generation_prompt=generation_prompt)
+    def tagged(self, start: int) -> Example:
+        """Tokens, of which those are trained that the template's tags enclose, and that reach beyond character `start`."""
+        encoding = self._apply(
+            len(self._messages),
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
+        )
+        ends = np.array([end for _, end in encoding["offset_mapping"]], np.int64)
+        targets = np.array(encoding["assistant_masks"], bool) & (ends > start)
+        targets[:1] = False
+        return Example(np.array(encoding["input_ids"], np.uint32), targets)
 
-    def _apply(self, messages: list[Message], **options: Any) -> Any:
+    def _apply(self, count: int, **options: Any) -> Any:
         try:
-            return self._tokenizer.apply_chat_template(messages, chat_template=self._template, **options)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            return self._tokenizer.apply_chat_template(self._messages[:count], **self._options, **options)
+        except Exception as error:  # a template is a program of the user's: it may raise anything
             raise DataError(f"the chat template refuses the conversation: {error}") from error
 
 
@@ -200,20 +269,16 @@ def _framing(tokenizer: "PreTrainedTokenizerBase", data: Data) -> tuple[int | No
     return bos if adds_bos else None, eos
 
 
-def _example(tokens: list[int], targets: list[bool]) -> Example:
-    return Example(tokens, [False, *targets[1:]] if targets else targets)
-
-
-def _overlapping(offsets: Iterable[Span], spans: Sequence[Span]) -> list[bool]:
-    """Which tokens share a character with a span. `spans` are sorted and disjoint.
+def _overlapping(offsets: Sequence[Span], spans: Sequence[Span]) -> NDArray[np.bool_]:
+    """Which tokens share a character with a span, (tokens,). `offsets` never fall; `spans` are sorted and disjoint.
 
     A token across the border counts: "A: " + "yes" may be tokenized as "A", ":", " yes".
     """
-    targets, index = [], 0
-    for start, end in offsets:
-        while index < len(spans) and spans[index][1] <= start:
-            index += 1
-        targets.append(index < len(spans) and spans[index][0] < end and start < end)
+    borders = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets)).reshape(-1, 2)
+    targets = np.zeros(len(borders), bool)
+    for start, end in spans:
+        first = np.searchsorted(borders[:, 1], start, side="right")
+        targets[first : np.searchsorted(borders[:, 0], end)] = True
     return targets
 
 
@@ -234,15 +299,37 @@ def _message(message: Any, turn: int) -> Message:
         given, content = message.get("role"), message.get("content")
         rest = {key: value for key, value in message.items() if value is not None}
         role, names = given, _ROLES
+        if rest.get("tool_calls"):
+            rest["tool_calls"] = [_tool_call(call, turn) for call in rest["tool_calls"]]
+            content = content or ""  # a call needs no words
     if role not in _ROLES:
         raise DataError(f"turn {turn} has the role {given!r}; allowed are {', '.join(names)}")
     return {**rest, "role": role, "content": _text(content, f"content of turn {turn}")}
 
 
+def _tool_call(call: Any, turn: int) -> Any:
+    """A call as templates want it: OpenAI writes its arguments as a string of JSON."""
+    if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
+        raise DataError(f"turn {turn} has a tool call that is {_kind(call)}, and not an object with a function")
+    arguments = call["function"].get("arguments")
+    if isinstance(arguments, str):
+        arguments = _json(arguments)
+    return {**call, "function": {**call["function"], "arguments": arguments}}
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"tools are given as text that is not JSON ({error})") from error
+
+
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"the {name} is {_kind(value)}, and not a string")
-    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+    if len(value) > LONGEST_TEXT:
+        raise DataError(f"the {name} has {len(value):,} characters; at most {LONGEST_TEXT:,} are allowed")
+    if not value.isascii() and _SURROGATE.search(value):
         raise DataError(f"the {name} has half of a surrogate pair in it, which is no character")
     return value
 

@@ -1,40 +1,53 @@
 """The compiled data set: its format, and verified reading of it. `docs/data-format.md` describes it for other tools.
 
 A folder holds shards of documents and a manifest, written last. Shard i is three files: `tokens-i.bin`, the tokens of
-its documents end to end; `documents-i.bin`, where each begins; `blocks-i.bin`, a SHA-256 of the tokens of every 256
-documents, so that a range read from the middle of a shard can be checked.
+its documents end to end; `documents-i.bin`, where each begins; `blocks-i.bin`, the first document and a SHA-256 of every
+block. A block is the unit of reading and of checking: up to 256 documents and, unless one document alone is longer, up to
+1 MiB of tokens.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trainer import run_layout
-from trainer.errors import StorageError
+from trainer.errors import StorageError, Unreachable
 from trainer.store import Store
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 BLOCK_DOCUMENTS = 256
+BLOCK_TOKENS = 2**18
+SHARD_TOKENS = 2**24
 TOKEN = np.dtype("<u4")
 OFFSET = np.dtype("<u8")
+BLOCK = np.dtype([("document", "<u8"), ("sha256", "V32")])
 # The top bit of a stored token says that it is trained; the rest is its id.
 TARGET_BIT = np.uint32(1 << 31)
-_DIGEST_BYTES = 32
 # Enough requests in flight to hide a bucket's latency.
 _READERS = 16
+# A store that restarts, or a gateway that is replaced, takes minutes; a run's ranks wait for it together.
+_PATIENCE_SECONDS = 300.0
+_FIRST_PAUSE_SECONDS = 0.25
+_LONGEST_PAUSE_SECONDS = 5.0
+
+T = TypeVar("T")
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
+    """Something that is written as JSON beside the tokens."""
+
     model_config = ConfigDict(extra="forbid")
 
 
-class FileRecord(_Record):
+class FileRecord(Record):
     """An object of the data set: `key` in its folder, `size` in bytes, `sha256` in hex."""
 
     key: str
@@ -42,7 +55,7 @@ class FileRecord(_Record):
     sha256: str
 
 
-class ShardRecord(_Record):
+class ShardRecord(Record):
     """A shard holds documents of one source only."""
 
     source: int
@@ -54,7 +67,7 @@ class ShardRecord(_Record):
     blocks_file: FileRecord
 
 
-class SourceRecord(_Record):
+class SourceRecord(Record):
     """What a source contributed. `files` are its files' URIs."""
 
     documents: int = 0
@@ -63,17 +76,21 @@ class SourceRecord(_Record):
     files: list[str] = []
 
 
-class Counters(_Record):
+class Counters(Record):
     """What became of the rows: those that are no documents, and those that were cut to the sequence length."""
 
     rows: int = 0
     bad_rows: int = 0
     dropped: int = 0
     truncated: int = 0
+    split: int = 0
     without_targets: int = 0
 
+    def plus(self, other: "Counters") -> "Counters":
+        return Counters(**{name: value + getattr(other, name) for name, value in self})
 
-class Manifest(_Record):
+
+class Manifest(Record):
     """What a data set holds. `bad_rows` describes the first few of them, as `file:line: reason`."""
 
     format: int
@@ -87,74 +104,114 @@ class Manifest(_Record):
     bad_rows: list[str]
 
 
+@dataclass
+class Reads:
+    """What reading had to repeat so far: requests because the store failed, blocks because their hash differed."""
+
+    retried: int = 0
+    refetched: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Some blocks in memory, end to end: `tokens` (tokens,) uint32 with `TARGET_BIT` set on trained ones."""
+
+    dataset: "Dataset"
+    numbers: NDArray[np.int64]
+    tokens: NDArray[np.uint32]
+
+    def places(self, documents: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where each of `documents` begins and ends in `tokens`, (documents,) int64 both."""
+        data = self.dataset
+        first = data.offsets[data.blocks[self.numbers]]
+        sizes = data.offsets[data.blocks[self.numbers + 1]] - first
+        moved = np.cumsum(sizes) - sizes - first
+        index = np.searchsorted(data.blocks[self.numbers], documents, side="right") - 1
+        return data.offsets[documents] + moved[index], data.offsets[documents + 1] + moved[index]
+
+    def document(self, number: int) -> NDArray[np.uint32]:
+        begin, end = self.places(np.array([number]))
+        return self.tokens[begin[0] : end[0]]
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """An opened data set. Documents are numbered through all shards, and so are blocks.
 
     Attributes:
         store: the folder of the data set.
-        lengths: (documents,) int32, tokens of each document.
+        offsets: (documents + 1,) int64, where each document begins in the data set, in tokens, and the end.
         blocks: (blocks + 1,) int64, the first document of each block, and the number of documents.
         block_shards: (blocks,) int32, the shard that each block lies in.
-        block_starts: (blocks,) int64, where a block begins in its shard, in tokens.
         digests: the SHA-256 of each block's tokens.
+        reads: what reading had to repeat.
     """
 
     manifest: Manifest
     store: Store
-    lengths: NDArray[np.int32]
+    offsets: NDArray[np.int64]
     blocks: NDArray[np.int64]
     block_shards: NDArray[np.int32]
-    block_starts: NDArray[np.int64]
     digests: list[bytes]
+    reads: Reads = field(default_factory=Reads)
 
     @property
     def block_sources(self) -> NDArray[np.int32]:
         """(blocks,) int32, the source that each block's documents come from."""
         return np.array([shard.source for shard in self.manifest.shards], np.int32)[self.block_shards]
 
-    def read(self, blocks: Iterable[int]) -> dict[int, NDArray[np.uint32]]:
-        """The documents of some blocks by number, each (tokens,) uint32 with `TARGET_BIT` set on trained tokens.
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """(documents,) int64, tokens of each document."""
+        return np.diff(self.offsets)
+
+    def read(self, numbers: NDArray[np.int64]) -> Blocks:
+        """The blocks of these `numbers`, which rise.
 
         Raises:
-            StorageError: a block is not what was written, after a second attempt.
+            StorageError: a block is not what was written, also after a second attempt, or the store is out of reach.
         """
         by_shard: dict[int, list[int]] = {}
-        for block in blocks:
-            by_shard.setdefault(int(self.block_shards[block]), []).append(int(block))
-        documents = {}
+        for block in numbers.tolist():
+            by_shard.setdefault(int(self.block_shards[block]), []).append(block)
         with ThreadPoolExecutor(_READERS) as pool:
-            for read in pool.map(self._read_shard, by_shard, by_shard.values()):
-                for block, raw in read:
-                    documents.update(self._split(block, raw))
-        return documents
+            parts = [part for shard in pool.map(self._read_shard, by_shard, by_shard.values()) for part in shard]
+        # Blocks of a shard follow each other, and so do the shards: the parts are in the order of the numbers.
+        return Blocks(self, numbers, np.concatenate([np.frombuffer(part, TOKEN) for part in parts]))
 
-    def _read_shard(self, shard: int, blocks: list[int]) -> list[tuple[int, bytes]]:
+    def _read_shard(self, shard: int, blocks: list[int]) -> list[bytes]:
         key = self.manifest.shards[shard].tokens_file.key
-        starts = [int(self.block_starts[block]) * TOKEN.itemsize for block in blocks]
-        ends = [start + self._block_bytes(block) for start, block in zip(starts, blocks, strict=True)]
-        data = self.store.get_ranges(key, starts, ends)
+        shard_start = self.offsets[self.blocks[np.searchsorted(self.block_shards, shard)]]
+        starts = ((self.offsets[self.blocks[blocks]] - shard_start) * TOKEN.itemsize).tolist()
+        ends = ((self.offsets[self.blocks[np.array(blocks) + 1]] - shard_start) * TOKEN.itemsize).tolist()
+        data = self._patiently(lambda: self.store.get_ranges(key, starts, ends))
         for index, (block, start, end) in enumerate(zip(blocks, starts, ends, strict=True)):
             if not self._intact(block, data[index]):
-                data[index] = bytes(self.store.get_range(key, start, end))
+                self.reads.refetched += 1
+                data[index] = bytes(self._patiently(lambda s=start, e=end: self.store.get_range(key, s, e)))
                 if not self._intact(block, data[index]):
                     raise StorageError(
                         f"{self.store.uri}/{key}: bytes {start} to {end} are not what was written (their SHA-256 "
                         f"differs). Delete {self.store.uri}, and the data is compiled again."
                     )
-        return list(zip(blocks, data, strict=True))
+        return data
 
-    def _block_bytes(self, block: int) -> int:
-        return int(self.lengths[self.blocks[block] : self.blocks[block + 1]].sum(dtype=np.int64)) * TOKEN.itemsize
+    def _patiently(self, request: Callable[[], T]) -> T:
+        """A request that is repeated while the store is out of reach: it may be restarting."""
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        pause = _FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                return request()
+            except Unreachable:
+                if time.monotonic() + pause > deadline:
+                    raise
+                self.reads.retried += 1
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     def _intact(self, block: int, raw: bytes) -> bool:
         return hashlib.sha256(raw).digest() == self.digests[block]
-
-    def _split(self, block: int, raw: bytes) -> dict[int, NDArray[np.uint32]]:
-        first, last = int(self.blocks[block]), int(self.blocks[block + 1])
-        tokens = np.frombuffer(raw, TOKEN)
-        documents = np.split(tokens, np.cumsum(self.lengths[first : last - 1]))
-        return dict(zip(range(first, last), documents, strict=True))
 
 
 def open_dataset(store: Store, fingerprint: str) -> Dataset:
@@ -174,26 +231,23 @@ def open_dataset(store: Store, fingerprint: str) -> Dataset:
         raise StorageError(f"{folder.uri}/{MANIFEST}: has format {manifest.format}, but {FORMAT} is needed. Delete it.")
     with ThreadPoolExecutor(_READERS) as pool:
         offsets = list(pool.map(_reader(folder, OFFSET), [shard.documents_file for shard in manifest.shards]))
-        digests = list(pool.map(_reader(folder, np.dtype("u1")), [shard.blocks_file for shard in manifest.shards]))
-    return _assemble(manifest, folder, offsets, digests)
+        blocks = list(pool.map(_reader(folder, BLOCK), [shard.blocks_file for shard in manifest.shards]))
+    return _assemble(manifest, folder, offsets, blocks)
 
 
-def _assemble(manifest: Manifest, folder: Store, offsets: list[NDArray], digests: list[NDArray]) -> Dataset:
-    """`offsets`: for each shard (documents + 1,) uint64 in tokens; `digests`: for each shard (blocks * 32,) uint8."""
-    counts = np.array([shard.documents for shard in manifest.shards], np.int64)
-    firsts = np.cumsum(counts) - counts
-    block_places = [np.arange(0, count, BLOCK_DOCUMENTS) for count in counts]
-    blocks = [first + places for first, places in zip(firsts, block_places, strict=True)]
+def _assemble(manifest: Manifest, folder: Store, offsets: list[NDArray], blocks: list[NDArray]) -> Dataset:
+    """`offsets`: for each shard (documents + 1,) uint64 in tokens; `blocks`: for each shard (blocks,) of `BLOCK`."""
+    lengths = np.concatenate([np.diff(part.astype(np.int64)) for part in offsets])
+    documents = np.array([shard.documents for shard in manifest.shards], np.int64)
+    firsts = np.cumsum(documents) - documents
+    starts = [first + part["document"].astype(np.int64) for first, part in zip(firsts, blocks, strict=True)]
     return Dataset(
         manifest=manifest,
-        store=folder,
-        lengths=np.concatenate([np.diff(part) for part in offsets]).astype(np.int32),
-        blocks=np.concatenate([*blocks, [counts.sum()]]),
-        block_shards=np.repeat(np.arange(len(block_places), dtype=np.int32), [len(part) for part in block_places]),
-        block_starts=np.concatenate([off[part] for off, part in zip(offsets, block_places, strict=True)]).astype(
-            np.int64
-        ),
-        digests=[row.tobytes() for part in digests for row in part.reshape(-1, _DIGEST_BYTES)],
+        store=folder.failing_fast(),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        blocks=np.concatenate([*starts, [documents.sum()]]),
+        block_shards=np.repeat(np.arange(len(blocks), dtype=np.int32), [len(part) for part in blocks]),
+        digests=[digest.tobytes() for part in blocks for digest in part["sha256"]],
     )
 
 

@@ -1,23 +1,26 @@
 """The order of an epoch: which documents share a bin, and in which order bins are used.
 
-An epoch's plan is a pure function of (lengths and blocks of the data set, weights, sequence length, packing, seed,
-epoch). It knows no ranks, so any number of them takes the same bins in the same global order, and it has no state, so
-resuming is arithmetic.
+A window of an epoch is a pure function of (lengths and blocks of the data set, the order's settings, epoch, number of the
+window). It knows no ranks, so any number of them takes the same bins in the same global order; and no other window, so
+a run resumes by planning the one it stopped in.
 
-    blocks of up to 256 documents -> seeded permutation -> windows of 64 blocks -> bins, packed in a window
+    blocks of documents -> seeded permutation -> windows of 64 blocks -> bins, packed in a window
     -> seeded permutation of the bins in a window
 
 Documents are read in blocks, so that reading is a few long ranges; a window is what a rank holds in memory.
 """
 
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.pack import best_fit_decreasing
 
+VERSION = 2
+"""Changes whenever the same data and settings would give another order: a checkpoint's position is worth nothing then."""
 WINDOW_BLOCKS = 64
 
 _BLOCKS, _TIES, _BINS, _PHASE = 1, 2, 3, 4
@@ -49,101 +52,125 @@ def permutation(count: int, *key: int) -> NDArray[np.int64]:
 
 
 @dataclass(frozen=True)
+class Order:
+    """What the order depends on beside the data set and the epoch.
+
+    `weights` are visits an epoch of each source's documents. A fraction takes turns: at 0.5 a document is visited in every
+    second epoch, and half of the documents in each. `sequence_length` is a bin's capacity in tokens; `packing` False gives
+    every document a bin of its own.
+    """
+
+    weights: tuple[float, ...]
+    sequence_length: int
+    packing: bool
+    seed: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {"version": VERSION, **asdict(self), "weights": list(self.weights)}
+
+
+@dataclass(frozen=True, eq=False)
 class Window:
-    """`blocks` are the blocks to read, (at most 64,) int64; `bins` hold document ids, each (documents,) int64."""
+    """`blocks` (at most 64,) int64 are the blocks to read, sorted; bin k holds `documents[borders[k] : borders[k + 1]]`."""
 
     blocks: NDArray[np.int64]
-    bins: list[NDArray[np.int64]]
+    documents: NDArray[np.int64]
+    borders: NDArray[np.int64]
+
+    @property
+    def num_bins(self) -> int:
+        return len(self.borders) - 1
+
+    def bin(self, k: int) -> NDArray[np.int64]:
+        """Documents of bin k in the order they are laid into the row, (documents,) int64."""
+        return self.documents[self.borders[k] : self.borders[k + 1]]
 
 
 class EpochPlan:
-    """The bins of one epoch.
+    """The windows of one epoch.
 
     Args:
-        lengths: (documents,) int32, tokens of each document, none above `sequence_length`.
+        offsets: (documents + 1,) int64, where each document begins in the data set, in tokens, and the end.
         blocks: (blocks + 1,) int64, the first document of each block, and the number of documents.
         block_sources: (blocks,) int32, the source that a block's documents come from.
-        weights: visits an epoch of each source's documents. A fraction takes turns: at 0.5 a document is visited in
-            every second epoch, and half of the documents in each.
-        sequence_length: tokens of a bin.
-        packing: False gives every document a bin of its own.
 
     At weight 1 every document is in exactly one bin of every epoch.
     """
 
     def __init__(
         self,
-        lengths: NDArray[np.int32],
+        offsets: NDArray[np.int64],
         blocks: NDArray[np.int64],
         block_sources: NDArray[np.int32],
-        weights: tuple[float, ...],
-        sequence_length: int,
-        seed: int,
+        order: Order,
         epoch: int,
-        packing: bool,
     ) -> None:
-        assert lengths.size == 0 or lengths.max() <= sequence_length
-        self._lengths = lengths
+        self._offsets = offsets
         self._blocks = blocks
-        self._sequence_length = sequence_length
-        self._seed = seed
-        self._epoch = epoch
-        self._packing = packing
-        self._block_weights = np.asarray(weights, np.float64)[block_sources]
+        self._order = order
+        self.epoch = epoch
+        self._block_weights = np.asarray(order.weights, np.float64)[block_sources]
         # Each visit is a block with all its documents, or with those whose turn the fraction of the weight is.
         whole = np.floor(self._block_weights).astype(np.int64)
-        partial = np.flatnonzero(self._block_weights > whole)
+        partial = self._block_weights > whole
+        # Of a large source whole blocks take turns: a small share of it must not mean to read all of it.
+        for source in np.flatnonzero(np.bincount(block_sources[partial]) >= WINDOW_BLOCKS):
+            mine = np.flatnonzero(block_sources == source)
+            phase = (permutation(len(mine), order.seed, _PHASE, int(source)) + 0.5) / len(mine)
+            whole[mine] = _visits(phase, order.weights[source], epoch)
+            partial[mine] = False
+        partial = np.flatnonzero(partial)
         visits = np.concatenate([np.repeat(np.arange(len(whole)), whole), partial])
         is_partial = np.arange(len(visits)) >= whole.sum()
-        order = permutation(len(visits), seed, epoch, _BLOCKS)
-        self._visits, self._is_partial = visits[order], is_partial[order]
-        self.window = lru_cache(maxsize=2)(self._window)
+        sequence = permutation(len(visits), order.seed, epoch, _BLOCKS)
+        self._visits, self._is_partial = visits[sequence], is_partial[sequence]
+        self.window = lru_cache(maxsize=4)(self._window)
 
     @property
     def num_windows(self) -> int:
         return -(-len(self._visits) // WINDOW_BLOCKS)
 
-    @cached_property
-    def bins_before(self) -> NDArray[np.int64]:
-        """(windows + 1,) int64: bins in the windows before each, and in all. Packs the whole epoch, once."""
-        counts = [len(self._window(index).bins) for index in range(self.num_windows)]
-        return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-
-    @property
-    def num_bins(self) -> int:
-        return int(self.bins_before[-1])
-
-    def locate(self, k: int) -> tuple[int, int]:
-        """The window of bin k, and its place there."""
-        assert 0 <= k < self.num_bins
-        index = int(np.searchsorted(self.bins_before, k, side="right")) - 1
-        return index, k - int(self.bins_before[index])
-
-    def bin(self, k: int) -> NDArray[np.int64]:
-        """Documents of bin k, in the order they are laid into the row, (documents,) int64."""
-        index, place = self.locate(k)
-        return self.window(index).bins[place]
+    def count_bins(self) -> int:
+        """Bins of the epoch. Packs all of it: about a second for three million documents."""
+        return sum(self._window(index).num_bins for index in range(self.num_windows))
 
     def _window(self, index: int) -> Window:
         part = slice(index * WINDOW_BLOCKS, (index + 1) * WINDOW_BLOCKS)
         visits, is_partial = self._visits[part], self._is_partial[part]
         documents = np.concatenate([self._documents(int(b), bool(p)) for b, p in zip(visits, is_partial, strict=True)])
-        documents = documents[permutation(len(documents), self._seed, self._epoch, _TIES, index)]
-        if self._packing:
-            packed = best_fit_decreasing(self._lengths[documents].tolist(), self._sequence_length)
-            bins = [documents[members] for members in packed]
+        documents = documents[permutation(len(documents), self._order.seed, self.epoch, _TIES, index)]
+        if self._order.packing:
+            lengths = self._offsets[documents + 1] - self._offsets[documents]
+            longest_first = np.argsort(-lengths, kind="stable")
+            documents = documents[longest_first]
+            bins = best_fit_decreasing(lengths[longest_first], self._order.sequence_length)
         else:
-            bins = np.split(documents, range(1, len(documents))) if len(documents) else []
-        order = permutation(len(bins), self._seed, self._epoch, _BINS, index)
-        return Window(np.unique(visits), [bins[place] for place in order])
+            bins = np.arange(len(documents))
+        sizes = np.bincount(bins)
+        sequence = permutation(len(sizes), self._order.seed, self.epoch, _BINS, index)
+        place = np.empty_like(sequence)
+        place[sequence] = np.arange(len(sequence))
+        return Window(
+            blocks=np.unique(visits),
+            documents=documents[np.argsort(place[bins], kind="stable")],
+            borders=np.concatenate([[0], np.cumsum(sizes[sequence])]).astype(np.int64),
+        )
 
     def _documents(self, block: int, is_partial: bool) -> NDArray[np.int64]:
         documents = np.arange(self._blocks[block], self._blocks[block + 1], dtype=np.int64)
         if not is_partial:
             return documents
-        # A document has a seeded phase in [0, 1), and is visited whenever phase + epochs * weight passes an integer:
-        # after any number of epochs its visits are within one of their due. 32 bits keep the sum exact in a double.
         weight = self._block_weights[block]
-        phase = (splitmix64(documents.astype(np.uint64) ^ hash_key(self._seed, _PHASE)) >> np.uint64(32)) * 2.0**-32
-        visits = np.floor(phase + (self._epoch + 1) * weight) - np.floor(phase + self._epoch * weight)
-        return documents[visits > np.floor(weight)]
+        # 32 bits keep the sum of phase and visits exact in a double.
+        phase = (
+            splitmix64(documents.astype(np.uint64) ^ hash_key(self._order.seed, _PHASE)) >> np.uint64(32)
+        ) * 2.0**-32
+        return documents[_visits(phase, weight, self.epoch) > np.floor(weight)]
+
+
+def _visits(phase: NDArray[np.floating], weight: float, epoch: int) -> NDArray[np.int64]:
+    """Visits in an epoch of what has a `phase` in [0, 1): one whenever phase + epochs * weight passes an integer.
+
+    So after any number of epochs the visits are within one of their due.
+    """
+    return (np.floor(phase + (epoch + 1) * weight) - np.floor(phase + epoch * weight)).astype(np.int64)

@@ -1,34 +1,46 @@
 """Best-fit-decreasing bin packing: documents into rows of a fixed number of tokens."""
 
-from collections import defaultdict
-from collections.abc import Sequence
+from bisect import bisect_left, insort
+
+import numpy as np
+from numpy.typing import NDArray
 
 
-def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Bins of indices into `lengths`, none of them holding more than `capacity` tokens.
+def best_fit_decreasing(lengths: NDArray[np.integer], capacity: int) -> NDArray[np.int64]:
+    """The bin of each document, (documents,) int64; no bin holds more than `capacity` tokens.
 
-    The longest document goes first, each into the fullest bin that still takes it. Documents of equal length keep the
-    order they are given in, so a caller shuffles by permuting its input. Takes about a microsecond a document: the
-    room left in open bins is a bit set in one integer, and the best fit its lowest set bit at or above the length.
+    `lengths` (documents,) must not rise. Each document goes into the fullest bin that still takes it. Documents of equal
+    length go in the order they are given in, so a caller shuffles by permuting them.
+
+    Documents of one length are placed together: the fullest bin that takes the first of them is, with that one in it,
+    the fullest that takes the next. So the work is one search in the sorted list of rooms (tokens left) for each bin
+    that a length visits: some 0.2 microseconds a document, whatever the capacity.
     """
-    assert all(0 < length <= capacity for length in lengths)
-    bins: list[list[int]] = []
-    bins_with_room: defaultdict[int, list[int]] = defaultdict(list)
-    rooms = 0
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        length = lengths[index]
-        fitting = rooms >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            chosen = bins_with_room[room].pop()
-            if not bins_with_room[room]:
-                rooms ^= 1 << room
-        else:
-            room, chosen = capacity, len(bins)
-            bins.append([])
-        bins[chosen].append(index)
-        left = room - length
-        if left:
-            bins_with_room[left].append(chosen)
-            rooms |= 1 << left
-    return bins
+    assert lengths.size == 0 or 0 < lengths[-1] <= lengths[0] <= capacity
+    bins: list[int] = []
+    num_bins = 0
+    rooms: list[int] = []  # sorted, each once
+    bins_with_room: dict[int, list[int]] = {}
+    values, counts = np.unique(lengths, return_counts=True)
+    for length, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        while count:
+            place = bisect_left(rooms, length)
+            if place < len(rooms):
+                room = rooms[place]
+                same = bins_with_room[room]
+                chosen = same.pop()
+                if not same:
+                    del rooms[place], bins_with_room[room]
+            else:
+                room, chosen = capacity, num_bins
+                num_bins += 1
+            taken = min(count, room // length)
+            bins += [chosen] * taken
+            count -= taken
+            left = room - taken * length
+            if left in bins_with_room:
+                bins_with_room[left].append(chosen)
+            elif left:
+                bins_with_room[left] = [chosen]
+                insort(rooms, left)
+    return np.array(bins, np.int64)

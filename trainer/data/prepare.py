@@ -3,24 +3,35 @@
 Happens before a process group exists: compiling can take long, and a collective would time out meanwhile.
 """
 
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from trainer import run_layout
 from trainer.base import Base
 from trainer.config import Config
 from trainer.data.compile import Progress, compile_dataset, fingerprint, hash_tokenizer
-from trainer.data.dataset import open_dataset
+from trainer.data.dataset import Dataset, Manifest, open_dataset
+from trainer.data.encode import EVERYTHING, Part
+from trainer.data.order import EpochPlan, Order
 from trainer.data.sources import SourceFile, expand
-from trainer.errors import NotFound
+from trainer.errors import DataError, NotFound
 from trainer.store import Store
+
+Input = tuple[list[SourceFile], Part]
 
 
 @dataclass(frozen=True)
 class Datasets:
-    """Fingerprints of a run's compiled data, which any rank can open from the store."""
+    """Fingerprints of a run's compiled data, which any rank can open from the store.
+
+    `epoch_bins` are the bins of each epoch, where `train.epochs` is what ends the run.
+    """
 
     train: str
     eval: str | None
+    epoch_bins: Sequence[int] = ()
 
 
 def prepare(
@@ -31,29 +42,96 @@ def prepare(
     Raises:
         DataError: a source is missing, unreadable, or holds nothing to learn from.
     """
-    found = _sources(config)
-    keys = locate(config, base, found)
-    for what, key in keys.items():
+    inputs = find(config)
+    datasets: dict[str, Dataset] = {}
+    for what, key in locate(config, base, inputs).items():
         try:
-            open_dataset(store, key)
+            datasets[what] = open_dataset(store, key)
         except NotFound:
             from transformers import AutoTokenizer  # seconds of imports, needed only to compile
 
             tokenizer = AutoTokenizer.from_pretrained(base.directory)
+            files, part = inputs[what]
 
             def report(now: Progress, what: str = what) -> None:
                 progress(what, now)
 
-            compile_dataset(config.data, found[what], tokenizer, store, key, report)
-    return Datasets(keys["train"], keys.get("eval"))
+            datasets[what] = compile_dataset(config.data, files, tokenizer, store, key, part, progress=report)
+    order = train_order(config, datasets["train"].manifest)
+    bins = _epoch_bins(datasets["train"], order, config.train.epochs, store) if config.train.epochs else []
+    held_out = datasets.get("eval")
+    return Datasets(datasets["train"].manifest.fingerprint, held_out and held_out.manifest.fingerprint, bins)
 
 
-def locate(config: Config, base: Base, found: dict[str, list[SourceFile]] | None = None) -> dict[str, str]:
+def find(config: Config) -> dict[str, Input]:
+    """The files, and which of their rows, that "train" and, where there is any, "eval" are made of.
+
+    Raises:
+        DataError: a source is missing, or of a kind that cannot be read.
+    """
+    data = config.data
+    train = expand(data.train, "data.train")
+    inputs = {"train": (train, Part(data.held_out, data.held_out_seed))}
+    if data.eval:
+        inputs["eval"] = (expand(data.eval, "data.eval"), EVERYTHING)
+    elif data.held_out:
+        inputs["eval"] = (train, Part(data.held_out, data.held_out_seed, held_out=True))
+    return inputs
+
+
+def locate(config: Config, base: Base, inputs: dict[str, Input] | None = None) -> dict[str, str]:
     """The fingerprints of "train" and, where there is any, "eval": known before anything is compiled."""
     tokenizer = hash_tokenizer(base.directory)
-    return {what: fingerprint(config.data, files, tokenizer) for what, files in (found or _sources(config)).items()}
+    found = inputs or find(config)
+    return {what: fingerprint(config.data, files, tokenizer, part) for what, (files, part) in found.items()}
 
 
-def _sources(config: Config) -> dict[str, list[SourceFile]]:
-    sources = {"train": config.data.train, "eval": config.data.eval}
-    return {what: expand(given, f"data.{what}") for what, given in sources.items() if given}
+def train_order(config: Config, manifest: Manifest) -> Order:
+    """The order of a run's training data; a source's `fraction` becomes the weight that gives it.
+
+    Raises:
+        DataError: a source with a fraction holds nothing.
+    """
+    given, tokens = config.data.train, [source.tokens for source in manifest.sources]
+    plain = sum(source.weight * size for source, size in zip(given, tokens, strict=True) if source.fraction is None)
+    total = plain / (1 - sum(source.fraction or 0 for source in given))
+    weights = []
+    for index, (source, size) in enumerate(zip(given, tokens, strict=True)):
+        if source.fraction is None:
+            weights.append(source.weight)
+        elif size:
+            weights.append(source.fraction * total / size)
+        else:
+            raise DataError(f"data.train[{index}]: has a fraction of {source.fraction}, but no document. Remove it.")
+    return Order(tuple(weights), config.data.sequence_length, config.data.packing, config.run.seed)
+
+
+def eval_order(config: Config, manifest: Manifest) -> Order:
+    """Every document once, in an order that the run's seed does not move."""
+    return Order((1.0,) * len(manifest.sources), config.data.sequence_length, config.data.packing, seed=0)
+
+
+def nothing_visited(epoch: int, order: Order, documents: int) -> DataError:
+    return DataError(
+        f"data.train: epoch {epoch} visits no document, as weights of {', '.join(map(str, order.weights))} are too "
+        f"small for {documents} documents. Raise a weight."
+    )
+
+
+def _epoch_bins(dataset: Dataset, order: Order, epochs: int, store: Store) -> list[int]:
+    """Bins of each of the first `epochs` epochs: planned once, and kept beside the data for the next start."""
+    settings = json.dumps(order.to_json(), sort_keys=True)
+    key = f"bins-{hashlib.sha256(settings.encode()).hexdigest()[:20]}.json"
+    folder = store.sub(run_layout.dataset(dataset.manifest.fingerprint))
+    try:
+        bins: list[int] = json.loads(folder.get(key))["bins"]
+    except NotFound:
+        bins = []
+    if len(bins) < epochs:
+        for epoch in range(len(bins), epochs):
+            plan = EpochPlan(dataset.offsets, dataset.blocks, dataset.block_sources, order, epoch)
+            bins.append(plan.count_bins())
+            if not bins[-1]:
+                raise nothing_visited(epoch, order, len(dataset.offsets) - 1)
+        folder.put(key, json.dumps({"order": order.to_json(), "bins": bins}).encode())
+    return bins[:epochs]

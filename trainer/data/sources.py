@@ -1,30 +1,30 @@
-"""Finds the files that documents come from, and reads them row by row, wherever they lie."""
+"""Finds the files that documents come from, wherever they lie."""
 
 import fnmatch
 import glob
-import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-import pyarrow
-import pyarrow.parquet
-
 from trainer.config import Source
-from trainer.errors import DataError, StorageError
+from trainer.errors import DataError, NotFound, StorageError
 from trainer.store import Store, open_store
 
-_COMPRESSION = {".jsonl": None, ".jsonl.gz": "gzip", ".jsonl.zst": "zstd"}
-_PARQUET = ".parquet"
-_SUFFIXES = (*_COMPRESSION, _PARQUET)
+# Ending of a file's name -> its compression; what can be compressed as a whole.
+_COMPRESSIONS = {
+    ".jsonl": {"": None, ".gz": "gzip", ".zst": "zstd"},
+    ".parquet": {"": None},
+    ".arrow": {"": None},
+    ".mds": {"": None, ".zstd": "zstd", ".gz": "gzip", ".br": "brotli", ".bz2": "bz2"},
+}
+_SUFFIXES = {
+    kind + suffix: (kind, compression) for kind, known in _COMPRESSIONS.items() for suffix, compression in known.items()
+}
 _SCHEMES = ("file", "s3", "gs", "az")
 _WILDCARDS = frozenset("*?[")
-# One request of this size keeps a bucket busy for about as long as it takes to answer.
-_READ_BYTES = 8 * 2**20
-_PARQUET_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,13 @@ class SourceFile:
     source: int
 
 
+def split_suffix(key: str) -> tuple[str, str | None]:
+    """What kind of file a name stands for (.jsonl, .parquet, .arrow or .mds), and how it is compressed."""
+    return next(found for suffix, found in _SUFFIXES.items() if key.endswith(suffix))
+
+
 def expand(sources: Sequence[Source], setting: str) -> list[SourceFile]:
-    """The files of all sources, in the order of the sources and by name inside each.
+    """The files of all sources, in the order of the sources; inside each in a data set's own order, else by name.
 
     `setting` is what messages call the list, such as `data.train`.
 
@@ -57,57 +62,13 @@ def expand(sources: Sequence[Source], setting: str) -> list[SourceFile]:
         if not found:
             raise DataError(f"{name}: {source.path!r} matches no file. Name a file or a glob that exists.")
         for file in found:
-            if _suffix(file.key) is None:
-                raise DataError(f"{name}: {file.uri} cannot be read. Allowed are {', '.join(_SUFFIXES)}.")
+            if not file.key.endswith(tuple(_SUFFIXES)):
+                raise DataError(
+                    f"{name}: {file.uri} cannot be read. Allowed are {', '.join(_SUFFIXES)}, and the folder of a saved HF "
+                    "data set or of MDS shards."
+                )
         files += found
     return files
-
-
-def rows(file: SourceFile, on_bad: Callable[[DataError], None]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every row of a file with its place, `file:line` (for Parquet `file:row`), counted from 1. Empty lines are no rows.
-
-    A line that is not a JSON object in UTF-8 goes to `on_bad`, which may raise; otherwise reading goes on.
-
-    Raises:
-        DataError: the file as a whole is damaged.
-        StorageError: the file cannot be read.
-    """
-    try:
-        yield from _parquet_rows(file) if _suffix(file.key) == _PARQUET else _json_rows(file, on_bad)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{file.uri}: damaged or not of the kind its name says ({error}). Replace the file.") from error
-
-
-def _json_rows(file: SourceFile, on_bad: Callable[[DataError], None]) -> Iterator[tuple[str, dict[str, Any]]]:
-    compression = _COMPRESSION[_suffix(file.key) or ".jsonl"]
-    stream = pyarrow.input_stream(_open(file), compression=compression)
-    # pyarrow's streams are raw streams in all but their declared type; its own readline is a Python loop.
-    lines = io.BufferedReader(stream, _READ_BYTES)  # pyright: ignore[reportArgumentType]
-    for number, line in enumerate(lines, 1):
-        if line.isspace():
-            continue
-        where = f"{file.uri}:{number}"
-        try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except (ValueError, RecursionError) as error:
-            on_bad(DataError(f"{where}: not JSON ({error})"))
-            continue
-        if isinstance(row, dict):
-            yield where, row
-        else:
-            on_bad(DataError(f"{where}: not JSON (an object is needed, this is {type(row).__name__})"))
-
-
-def _parquet_rows(file: SourceFile) -> Iterator[tuple[str, dict[str, Any]]]:
-    number = 0
-    for batch in pyarrow.parquet.ParquetFile(_open(file)).iter_batches(batch_size=_PARQUET_ROWS):
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{file.uri}:{number}", row
-
-
-def _suffix(key: str) -> str | None:
-    return next((suffix for suffix in _SUFFIXES if key.endswith(suffix)), None)
 
 
 def _find(path: str, source: int, name: str) -> list[SourceFile]:
@@ -128,7 +89,7 @@ def _find_local(path: str, source: int, name: str) -> list[SourceFile]:
     else:
         raise DataError(f"{name}: {path!r} does not exist. Name a file or a glob that exists.")
     if local.is_dir():
-        raise DataError(f"{name}: {path!r} is a folder. Name its files, for example {path.rstrip('/')}/*.jsonl.")
+        return _find_in_folder(open_store(str(local)), str(local), source, name)
     files = []
     for match in matches:
         store = open_store(str(match.parent))
@@ -138,9 +99,11 @@ def _find_local(path: str, source: int, name: str) -> list[SourceFile]:
 
 
 def _find_remote(path: str, source: int, name: str) -> list[SourceFile]:
-    folder, _, pattern = path.rpartition("/")
+    folder, _, pattern = path.rstrip("/").rpartition("/")
     if _WILDCARDS & set(folder):
         raise DataError(f"{name}: {path!r} has a wildcard in a folder. In a bucket only the last part may have one.")
+    if not _WILDCARDS & set(pattern) and not pattern.endswith(tuple(_SUFFIXES)):
+        return _find_in_folder(open_store(path), path.rstrip("/"), source, name)
     store = open_store(folder)
     try:
         if _WILDCARDS & set(pattern):
@@ -153,35 +116,43 @@ def _find_remote(path: str, source: int, name: str) -> list[SourceFile]:
     return [SourceFile(f"{folder}/{e.key}", store, e.key, e.size, e.version, source) for e in entries]
 
 
-class _ObjectReader(io.RawIOBase):
-    """An object as a seekable file: each `readinto` is one ranged read."""
-
-    def __init__(self, file: SourceFile) -> None:
-        self._file = file
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.size}[whence]
-        self._position = base + offset
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        end = min(self._position + len(view), self._file.size)
-        data = self._file.store.get_range(self._file.key, self._position, max(end, self._position))
-        view[: len(data)] = data
-        self._position += len(data)
-        return len(data)
+def _find_in_folder(store: Store, uri: str, source: int, name: str) -> list[SourceFile]:
+    """The files of a data set that is a folder: what `Dataset.save_to_disk` wrote, or MDS shards with their index."""
+    try:
+        keys = _saved_dataset(store, uri, name) or _mds_shards(store)
+        if keys is None:
+            raise DataError(
+                f"{name}: {uri!r} is a folder, but neither a saved HF data set (state.json) nor MDS shards (index.json). "
+                f"Name its files, for example {uri.rstrip('/')}/*.jsonl."
+            )
+        entries = [store.head(key) for key in keys]
+    except (StorageError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{name}: the data set {uri!r} cannot be read: {error}") from error
+    return [SourceFile(f"{uri.rstrip('/')}/{e.key}", store, e.key, e.size, e.version, source) for e in entries]
 
 
-def _open(file: SourceFile) -> io.BufferedReader:
-    return io.BufferedReader(_ObjectReader(file), _READ_BYTES)
+def _saved_dataset(store: Store, uri: str, name: str) -> list[str] | None:
+    splits = _read_json(store, "dataset_dict.json")
+    if splits is not None:
+        raise DataError(
+            f"{name}: {uri!r} holds the splits {', '.join(splits['splits'])}. Name one, for example "
+            f"{uri.rstrip('/')}/{splits['splits'][0]}."
+        )
+    state = _read_json(store, "state.json")
+    return None if state is None else [file["filename"] for file in state["_data_files"]]
+
+
+def _mds_shards(store: Store) -> list[str] | None:
+    index = _read_json(store, "index.json")
+    if index is None:
+        return None
+    if index["version"] != 2 or any(shard["format"] != "mds" for shard in index["shards"]):
+        raise ValueError("its index.json is not that of MDS, version 2")
+    return [(shard["zip_data"] or shard["raw_data"])["basename"] for shard in index["shards"]]
+
+
+def _read_json(store: Store, key: str) -> Any | None:
+    try:
+        return json.loads(store.get(key))
+    except NotFound:
+        return None

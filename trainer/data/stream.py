@@ -1,39 +1,43 @@
 """Gives each rank its part of every global step, as packed rows.
 
 A global step takes the next `global_batch` bins of the epoch's plan. Which rank gets which of them follows from
-arithmetic alone, so the documents of a step never depend on the number of ranks, and a position is two integers.
+arithmetic alone, so the documents of a step never depend on the number of ranks, and a position is three integers.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from trainer.config import Config
 from trainer.data.dataset import TARGET_BIT, Dataset
-from trainer.data.order import EpochPlan
-from trainer.errors import DataError
+from trainer.data.order import EpochPlan, Order, Window
+from trainer.data.prepare import eval_order, nothing_visited, train_order
+from trainer.loss import IGNORE
 
-IGNORED = -100
-"""The label of a position that predicts nothing (cross entropy's `ignore_index`)."""
+WINDOWS_AHEAD = 2
+# Any id does: padding is a segment of its own and has no targets.
+PAD = 0
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a global step begins. It knows no ranks; a checkpoint stores it."""
+    """Where a global step begins: at a bin of a window of an epoch. It knows no ranks; a checkpoint stores it."""
 
     epoch: int = 0
-    next_bin: int = 0
+    window: int = 0
+    bin: int = 0
 
     def to_json(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "next_bin": self.next_bin}
+        return asdict(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, int]) -> "Position":
-        return cls(value["epoch"], value["next_bin"])
+        return cls(**value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,15 +45,15 @@ class MicroBatch:
     """What a rank takes through the model at once: one packed row of T = micro_batch * sequence_length tokens.
 
     Attributes:
-        input_ids: (1, T) int64.
-        labels: (1, T) int64, already shifted: what each position must predict, `IGNORED` where that is nothing.
-        position_ids: (1, T) int64, from 0 in each segment.
+        input_ids: (1, T) int32.
+        labels: (1, T) int32, already shifted: what each position must predict, `IGNORE` where that is nothing.
+        position_ids: (1, T) int32, from 0 in each segment.
         cu_seqlens: (segments + 1,) int32, borders of the segments from 0 to T. A segment is a document, or the padding
             at the end of a bin.
         max_seqlen: tokens of the longest segment.
         tokens: tokens of documents, without the padding.
-        targets: labels that are not `IGNORED`.
-        bins: the (epoch, bin) in the row, without the empty ones.
+        targets: labels that are not `IGNORE`.
+        bins: the positions of the bins in the row, without the empty ones.
         documents: their documents, in the order of the row.
     """
 
@@ -60,51 +64,55 @@ class MicroBatch:
     max_seqlen: int
     tokens: int
     targets: int
-    bins: tuple[tuple[int, int], ...]
+    bins: tuple[Position, ...]
     documents: tuple[int, ...]
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same row with its tensors on `device`."""
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **tensors)
+        """The same row on `device`, with int64 for what the model and the loss take; half the bytes travel."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device).long(),
+            labels=self.labels.to(device).long(),
+            position_ids=self.position_ids.to(device).long(),
+            cu_seqlens=self.cu_seqlens.to(device),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Loaded:
+    """A window in memory: `tokens` of its blocks, and where in them each of its documents begins and ends."""
+
+    plan: Window
+    tokens: NDArray[np.uint32]
+    begins: NDArray[np.int64]
+    ends: NDArray[np.int64]
 
 
 class Stream:
-    """One rank's view of the training data.
+    """One rank's view of a data set in one order.
 
-    `weights` are visits an epoch, one for each source; `pad_id` fills unused positions. A rank's `accumulation`, the
-    micro-batches of a step, is derived: global_batch / (world_size * micro_batch), rounded up.
+    A rank's `accumulation`, the micro-batches of a step, is derived: global_batch / (world_size * micro_batch), rounded
+    up. In memory are the window in use and the two after it, read in the background, and for a moment the one before: at
+    most 4 x 64 MiB of tokens, unless single documents are longer than a block.
     """
 
     def __init__(
-        self,
-        dataset: Dataset,
-        weights: Sequence[float],
-        sequence_length: int,
-        packing: bool,
-        seed: int,
-        global_batch: int,
-        micro_batch: int,
-        rank: int,
-        world_size: int,
-        pad_id: int,
+        self, dataset: Dataset, order: Order, global_batch: int, micro_batch: int, rank: int, world_size: int
     ) -> None:
-        assert len(weights) == len(dataset.manifest.sources)
+        assert len(order.weights) == len(dataset.manifest.sources)
         assert 0 <= rank < world_size
         self.accumulation = -(-global_batch // (world_size * micro_batch))
-        self._dataset = dataset
-        self._weights = tuple(weights)
-        self._sequence_length = sequence_length
-        self._packing = packing
-        self._seed = seed
+        self.dataset = dataset
+        self._order = order
         self._global_batch = global_batch
         self._micro_batch = micro_batch
         self._rank = rank
         self._world_size = world_size
-        self._pad_id = pad_id
-        # A step may straddle two windows, and the step after it two epochs.
+        self._padding = np.full(order.sequence_length, PAD, np.uint32)
+        self._numbers = np.arange(micro_batch * order.sequence_length, dtype=np.int32)
+        # The windows ahead may be of the next epoch.
         self._plan = lru_cache(maxsize=2)(self._make_plan)
-        self._documents = lru_cache(maxsize=2)(self._read_window)
+        self._windows = _ReadAhead(self._load, self._next_window)
 
     def step(self, position: Position) -> list[MicroBatch]:
         """This rank's micro-batches of the global step that begins at `position`, always `accumulation` of them.
@@ -115,29 +123,20 @@ class Stream:
         Raises:
             StorageError: the data cannot be read, or is not what was written.
         """
-        plan = self._plan(position.epoch)
-        end = min(position.next_bin + self._global_batch, plan.num_bins)
-        assert 0 <= position.next_bin < end
+        bins, _ = self._take(position)
         batches = []
         for micro in range(self.accumulation):
-            first = position.next_bin + (micro * self._world_size + self._rank) * self._micro_batch
-            batches.append(self._pack(position.epoch, range(first, min(first + self._micro_batch, end))))
+            first = (micro * self._world_size + self._rank) * self._micro_batch
+            batches.append(self._pack(bins[first : first + self._micro_batch]))
         return batches
 
     def advance(self, position: Position) -> Position:
         """Where the next global step begins: after the last bin of an epoch, at the first of the next."""
-        next_bin = position.next_bin + self._global_batch
-        if next_bin >= self._plan(position.epoch).num_bins:
-            return Position(position.epoch + 1, 0)
-        return Position(position.epoch, next_bin)
-
-    def steps_in_epoch(self, epoch: int) -> int:
-        """Global steps of an epoch; the last one may have empty rows."""
-        return -(-self._plan(epoch).num_bins // self._global_batch)
+        return self._take(position)[1]
 
     def read_from(self, position: Position) -> Iterator[list[MicroBatch]]:
         """Every step from `position` on, without end; the next one is read while the caller works on the last."""
-        with ThreadPoolExecutor(1, "read-ahead") as pool:
+        with ThreadPoolExecutor(1, "next-step") as pool:
             ahead = pool.submit(self.step, position)
             while True:
                 batches = ahead.result()
@@ -147,90 +146,115 @@ class Stream:
 
     def epoch(self, epoch: int) -> Iterator[list[MicroBatch]]:
         """Every step of one epoch: as many on each rank, with as many micro-batches."""
-        position = Position(epoch, 0)
+        position = Position(epoch)
         while position.epoch == epoch:
             yield self.step(position)
             position = self.advance(position)
 
+    def _take(self, position: Position) -> tuple[list[Position], Position]:
+        """The bins of the step that begins at `position`, and where the next step begins."""
+        epoch, window, place = position.epoch, position.window, position.bin
+        plan = self._plan(epoch)
+        taken: list[Position] = []
+        while window < plan.num_windows:
+            end = min(plan.window(window).num_bins, place + self._global_batch - len(taken))
+            taken += (Position(epoch, window, k) for k in range(place, end))
+            if end < plan.window(window).num_bins:
+                return taken, Position(epoch, window, end)
+            window, place = window + 1, 0
+        if not taken:
+            raise nothing_visited(epoch, self._order, len(self.dataset.offsets) - 1)
+        return taken, Position(epoch + 1)
+
     def _make_plan(self, epoch: int) -> EpochPlan:
-        data = self._dataset
-        plan = EpochPlan(
-            lengths=data.lengths,
-            blocks=data.blocks,
-            block_sources=data.block_sources,
-            weights=self._weights,
-            sequence_length=self._sequence_length,
-            seed=self._seed,
-            epoch=epoch,
-            packing=self._packing,
-        )
-        if plan.num_bins == 0:
-            raise DataError(
-                f"data.train: epoch {epoch} visits no document, as weights of {', '.join(map(str, self._weights))} are too "
-                f"small for {len(data.lengths)} documents. Raise a weight."
-            )
-        return plan
+        data = self.dataset
+        return EpochPlan(data.offsets, data.blocks, data.block_sources, self._order, epoch)
 
-    def _read_window(self, epoch: int, window: int) -> dict[int, NDArray[np.uint32]]:
-        return self._dataset.read(self._plan(epoch).window(window).blocks.tolist())
+    def _next_window(self, place: tuple[int, int]) -> tuple[int, int]:
+        epoch, window = place
+        return (epoch, window + 1) if window + 1 < self._plan(epoch).num_windows else (epoch + 1, 0)
 
-    def _pack(self, epoch: int, bins: range) -> MicroBatch:
+    def _load(self, place: tuple[int, int]) -> _Loaded:
+        epoch, window = place
+        plan = self._plan(epoch).window(window)
+        blocks = self.dataset.read(plan.blocks)
+        return _Loaded(plan, blocks.tokens, *blocks.places(plan.documents))
+
+    def _pack(self, bins: list[Position]) -> MicroBatch:
         """Lay bins end to end, each padded to the sequence length; missing ones are padding."""
-        length = self._micro_batch * self._sequence_length
-        input_ids = np.full(length, self._pad_id, np.int64)
-        labels = np.full(length, IGNORED, np.int64)
-        segments: list[int] = []
-        numbers: list[int] = []
-        sizes: list[int] = []
+        pieces: list[NDArray[np.uint32]] = []
+        documents: list[int] = []
+        padding = 0
         for row in range(self._micro_batch):
-            at = row * self._sequence_length
-            for number, stored in self._bin(epoch, bins[row]) if row < len(bins) else ():
-                tokens = (stored & ~TARGET_BIT).astype(np.int64)
-                end = at + len(tokens)
-                input_ids[at:end] = tokens
-                labels[at : end - 1] = np.where(stored[1:] & TARGET_BIT, tokens[1:], IGNORED)
-                segments.append(len(tokens))
-                numbers.append(number)
-                sizes.append(len(tokens))
-                at = end
-            padding = (row + 1) * self._sequence_length - at
-            if padding:
-                segments.append(padding)
+            room = self._order.sequence_length
+            if row < len(bins):
+                loaded = self._windows.get((bins[row].epoch, bins[row].window))
+                part = slice(*loaded.plan.borders[bins[row].bin : bins[row].bin + 2])
+                begins, ends = loaded.begins[part], loaded.ends[part]
+                pieces += [loaded.tokens[a:b] for a, b in zip(begins.tolist(), ends.tolist(), strict=True)]
+                documents += loaded.plan.documents[part].tolist()
+                room -= int((ends - begins).sum())
+            if room:
+                pieces.append(self._padding[:room])
+                padding += room
+        stored = np.concatenate(pieces)
+        input_ids = (stored & ~TARGET_BIT).view(np.int32)
+        sizes = np.array([len(piece) for piece in pieces], np.int32)
+        borders = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
         return MicroBatch(
             input_ids=torch.from_numpy(input_ids)[None],
-            labels=torch.from_numpy(labels)[None],
-            position_ids=torch.from_numpy(np.concatenate([np.arange(n, dtype=np.int64) for n in segments]))[None],
-            cu_seqlens=torch.from_numpy(np.cumsum([0, *segments]).astype(np.int32)),
-            max_seqlen=max(segments),
-            tokens=sum(sizes),
-            targets=int((labels != IGNORED).sum()),
-            bins=tuple((epoch, k) for k in bins),
-            documents=tuple(numbers),
+            labels=torch.from_numpy(_labels(stored, input_ids))[None],
+            position_ids=torch.from_numpy(self._numbers[: len(stored)] - np.repeat(borders[:-1], sizes))[None],
+            cu_seqlens=torch.from_numpy(borders),
+            max_seqlen=int(sizes.max()),
+            tokens=len(stored) - padding,
+            targets=int(np.count_nonzero(stored >= TARGET_BIT)),
+            bins=tuple(bins),
+            documents=tuple(documents),
         )
 
-    def _bin(self, epoch: int, k: int) -> list[tuple[int, NDArray[np.uint32]]]:
-        plan = self._plan(epoch)
-        window, place = plan.locate(k)
-        documents = self._documents(epoch, window)
-        return [(number, documents[number]) for number in plan.window(window).bins[place].tolist()]
+
+def _labels(stored: NDArray[np.uint32], input_ids: NDArray[np.int32]) -> NDArray[np.int32]:
+    """What each position must predict, (T,) both. A document's first token is never trained, so none crosses its border."""
+    labels = stored.view(np.int32) >> 31  # all ones where the top bit, `TARGET_BIT`, is set
+    labels &= input_ids - np.int32(IGNORE)
+    labels += np.int32(IGNORE)
+    labels[:-1] = labels[1:]
+    labels[-1] = IGNORE
+    return labels
 
 
-def eval_stream(
-    dataset: Dataset, sequence_length: int, packing: bool, micro_batch: int, rank: int, world_size: int, pad_id: int
-) -> Stream:
+class _ReadAhead:
+    """Windows by place, loaded in the background before they are asked for in turn."""
+
+    def __init__(
+        self, load: Callable[[tuple[int, int]], _Loaded], after: Callable[[tuple[int, int]], tuple[int, int]]
+    ) -> None:
+        self._load = load
+        self._after = after
+        self._pool = ThreadPoolExecutor(WINDOWS_AHEAD, "read-ahead")
+        self._loading: dict[tuple[int, int], Future[_Loaded]] = {}
+
+    def get(self, place: tuple[int, int]) -> _Loaded:
+        """The window at `place`; begins to load those after it, and forgets the others."""
+        wanted = [place]
+        while len(wanted) <= WINDOWS_AHEAD:
+            wanted.append(self._after(wanted[-1]))
+        self._loading = {key: self._loading.get(key) or self._pool.submit(self._load, key) for key in wanted}
+        return self._loading[place].result()
+
+
+def train_stream(config: Config, dataset: Dataset, rank: int, world_size: int) -> Stream:
+    """The stream of a run's training data."""
+    order = train_order(config, dataset.manifest)
+    return Stream(dataset, order, config.train.global_batch, config.train.micro_batch, rank, world_size)
+
+
+def eval_stream(config: Config, dataset: Dataset, rank: int, world_size: int) -> Stream:
     """The stream of an evaluation: `for (batch,) in stream.epoch(0)` visits every document once, whatever its weight.
 
     Every rank gets equally many micro-batches, and the bins are the same whatever the ranks and the run's seed.
     """
-    return Stream(
-        dataset,
-        weights=[1.0] * len(dataset.manifest.sources),
-        sequence_length=sequence_length,
-        packing=packing,
-        seed=0,
-        global_batch=world_size * micro_batch,
-        micro_batch=micro_batch,
-        rank=rank,
-        world_size=world_size,
-        pad_id=pad_id,
-    )
+    micro_batch = config.train.micro_batch
+    order = eval_order(config, dataset.manifest)
+    return Stream(dataset, order, world_size * micro_batch, micro_batch, rank, world_size)

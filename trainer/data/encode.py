@@ -1,0 +1,187 @@
+"""Batches of rows into tokens: which rows become documents, in this process or over all cores."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import connection
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.config import Data
+from trainer.data.chat import Example, Renderer
+from trainer.data.dataset import TARGET_BIT, TOKEN, Counters
+from trainer.data.rows import Batch, Row
+from trainer.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BAD_ROWS_SHOWN = 20
+_BATCHES_AHEAD = 4
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which rows are used: all, or one side of a split in which `fraction` of them is held out, by content and `seed`."""
+
+    fraction: float = 0.0
+    seed: int = 0
+    held_out: bool = False
+
+    def has(self, row: Row) -> bool:
+        """The same side for equal rows, wherever they stand."""
+        if not self.fraction:
+            return True
+        content = json.dumps(row, sort_keys=True, default=str).encode("utf-8", "surrogatepass")
+        digest = hashlib.blake2b(content, digest_size=8, salt=self.seed.to_bytes(8, "little")).digest()
+        return (int.from_bytes(digest, "little") < self.fraction * 2**64) == self.held_out
+
+
+EVERYTHING = Part()
+
+
+@dataclass
+class Encoded:
+    """What a batch became.
+
+    `tokens` (tokens,) uint32 are those of its documents end to end, with `TARGET_BIT` set on trained ones, and `lengths`
+    (documents,) how many each has. `error` is the first row that ends the compilation, if any does.
+    """
+
+    tokens: NDArray[np.uint32]
+    lengths: NDArray[np.int64]
+    counters: Counters = field(default_factory=Counters)
+    bad_rows: list[str] = field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def targets(self) -> int:
+        return int(np.count_nonzero(self.tokens & TARGET_BIT))
+
+
+class _Fatal(Exception):
+    """A row ends the compilation."""
+
+
+class Encoder:
+    """Turns batches into documents as the settings say, and counts what did not become one."""
+
+    def __init__(self, data: Data, tokenizer: "PreTrainedTokenizerBase", part: Part) -> None:
+        self._data = data
+        self._renderer = Renderer(tokenizer, data)
+        self._part = part
+
+    def encode(self, batch: Batch) -> Encoded:
+        result = Encoded(np.empty(0, TOKEN), np.empty(0, np.int64))
+        documents: list[NDArray[np.uint32]] = []
+        try:
+            # A line that is no row is counted once, and with the rows that are trained on.
+            report = (lambda error: None) if self._part.held_out else (lambda error: self._bad(result, error))
+            rows = [(where, row) for where, row in batch.rows(report) if self._part.has(row)]
+            for (where, _), example in zip(rows, self._renderer.encode([row for _, row in rows]), strict=True):
+                if isinstance(example, DataError):
+                    self._bad(result, DataError(f"{where}: {example}"))
+                else:
+                    result.counters.rows += 1
+                    documents += self._documents(result, where, example)
+        except _Fatal as error:
+            result.error = str(error)
+        result.lengths = np.array([len(document) for document in documents], np.int64)
+        result.tokens = np.concatenate([result.tokens, *documents])
+        return result
+
+    def _bad(self, result: Encoded, error: DataError) -> None:
+        if self._data.on_bad_row == "fail":
+            raise _Fatal(f"{error}. Correct the row, or set data.on_bad_row: skip.")
+        result.counters.rows += 1
+        result.counters.bad_rows += 1
+        result.bad_rows.append(str(error))
+
+    def _documents(self, result: Encoded, where: str, example: Example) -> Iterator[NDArray[np.uint32]]:
+        """The example as it is stored: cut to the sequence length or into pieces, without those that train nothing."""
+        tokens, targets = example.tokens, example.targets
+        limit = self._data.sequence_length
+        if len(tokens) > limit:
+            match self._data.on_too_long:
+                case "fail":
+                    raise _Fatal(
+                        f"{where}: {len(tokens)} tokens, but data.sequence_length is {limit}. Raise it, or set "
+                        "data.on_too_long to truncate, split or drop."
+                    )
+                case "drop":
+                    result.counters.dropped += 1
+                    return
+                case "truncate":
+                    result.counters.truncated += 1
+                    tokens, targets = tokens[:limit], targets[:limit]
+                case "split":
+                    result.counters.split += 1
+        trained = False
+        for start in range(0, len(tokens), limit):
+            piece = targets[start : start + limit].copy()
+            piece[:1] = False  # nothing in the piece predicts it
+            if piece.any():
+                trained = True
+                yield tokens[start : start + limit] | np.where(piece, TARGET_BIT, np.uint32(0))
+        if not trained:
+            result.counters.without_targets += 1
+
+
+def encode_all(
+    work: Iterable[tuple[Batch, T]], data: Data, tokenizer: "PreTrainedTokenizerBase", part: Part, processes: int
+) -> Iterator[tuple[Encoded, T]]:
+    """Every batch encoded, with what came beside it, in order whatever the number of `processes`; 1 is this one.
+
+    Raises:
+        ConfigError: the tokenizer cannot serve `data.format`.
+    """
+    encoder = Encoder(data, tokenizer, part)  # also where others work: a wrong setting is told here and once
+    if processes == 1:
+        yield from ((encoder.encode(batch), beside) for batch, beside in work)
+        return
+    spawning = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawning, _start_worker, (data, tokenizer, part)) as pool:
+        waiting: deque[tuple[Future[Encoded], T]] = deque()
+        try:
+            for batch, beside in work:
+                waiting.append((pool.submit(_encode, batch), beside))
+                if len(waiting) > _BATCHES_AHEAD * processes:
+                    encoded, beside = waiting.popleft()
+                    yield encoded.result(), beside
+            for encoded, beside in waiting:
+                yield encoded.result(), beside
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_encoder: Encoder | None = None
+
+
+def _start_worker(data: Data, tokenizer: "PreTrainedTokenizerBase", part: Part) -> None:
+    global _encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken already
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _encoder = Encoder(data, tokenizer, part)
+
+
+def _end_with_parent() -> None:
+    """A pool's worker would wait for ever for a parent that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _encode(batch: Batch) -> Encoded:
+    assert _encoder is not None
+    return _encoder.encode(batch)

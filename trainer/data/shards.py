@@ -1,0 +1,137 @@
+"""Writes token shards, and a journal of them by which a killed compilation goes on after its last shard."""
+
+import hashlib
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.data.dataset import (
+    BLOCK,
+    BLOCK_DOCUMENTS,
+    BLOCK_TOKENS,
+    OFFSET,
+    SHARD_TOKENS,
+    TOKEN,
+    Counters,
+    FileRecord,
+    Record,
+    ShardRecord,
+)
+from trainer.data.encode import BAD_ROWS_SHOWN, Encoded
+from trainer.errors import NotFound
+from trainer.store import Store
+
+_JOURNAL = "progress/"
+
+
+class Place(Record):
+    """Where a compilation reads on: batch `batch` of file `file`, both from 0."""
+
+    file: int = 0
+    batch: int = 0
+
+
+class Entry(Record):
+    """The state after a shard: what is needed to go on as if nothing had happened."""
+
+    shard: ShardRecord | None
+    next: Place
+    counters: Counters
+    bad_rows: list[str]
+
+
+class ShardWriter:
+    """Collects encoded batches of one source after another into shards.
+
+    Shards begin and end with a batch, so that a compilation can go on at one. `shard_tokens` is where a shard is full.
+    """
+
+    def __init__(self, folder: Store) -> None:
+        self.counters = Counters()
+        self.bad_rows: list[str] = []
+        self.shards: list[ShardRecord] = []
+        self.next = Place()
+        self._folder = folder
+        self._resume()
+        self._source = 0
+        self._start()
+
+    @property
+    def documents(self) -> int:
+        return sum(shard.documents for shard in self.shards) + sum(len(batch.lengths) for batch in self._batches)
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards) + self._tokens
+
+    def _start(self) -> None:
+        self._batches: list[Encoded] = []
+        self._tokens = 0
+
+    def _resume(self) -> None:
+        """Go on after the last of the shards that the journal has without a gap."""
+        while True:
+            try:
+                entry = Entry.model_validate_json(self._folder.get(f"{_JOURNAL}{len(self.shards):05d}.json"))
+            except NotFound:
+                return
+            assert entry.shard is not None
+            self.shards.append(entry.shard)
+            self.next, self.counters, self.bad_rows = entry.next, entry.counters, entry.bad_rows
+
+    def add(self, source: int, batch: Encoded, after: Place) -> None:
+        """Take the documents and the counts of the next batch; `after` is the place behind it."""
+        if source != self._source or self._tokens + len(batch.tokens) > SHARD_TOKENS:
+            self.close()
+            self._source = source
+        self._batches.append(batch)
+        self._tokens += len(batch.tokens)
+        self.counters = self.counters.plus(batch.counters)
+        self.bad_rows = [*self.bad_rows, *batch.bad_rows][:BAD_ROWS_SHOWN]
+        self.next = after
+
+    def close(self) -> None:
+        """Write the documents collected so far, if there are any, and note in the journal that they are written."""
+        if self._tokens:
+            number = len(self.shards)
+            self.shards.append(self._write(number))
+            entry = Entry(shard=self.shards[-1], next=self.next, counters=self.counters, bad_rows=self.bad_rows)
+            self._folder.put(f"{_JOURNAL}{number:05d}.json", entry.model_dump_json().encode())
+        self._start()
+
+    def forget(self) -> None:
+        """Remove the journal: the manifest says everything now."""
+        for entry in self._folder.list(_JOURNAL):
+            self._folder.delete(entry.key)
+
+    def _write(self, number: int) -> ShardRecord:
+        tokens = np.concatenate([batch.tokens for batch in self._batches])
+        lengths = np.concatenate([batch.lengths for batch in self._batches])
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        return ShardRecord(
+            source=self._source,
+            documents=len(lengths),
+            tokens=len(tokens),
+            targets=sum(batch.targets for batch in self._batches),
+            tokens_file=self._put(f"tokens-{number:05d}.bin", tokens.astype(TOKEN).tobytes()),
+            documents_file=self._put(f"documents-{number:05d}.bin", offsets.astype(OFFSET).tobytes()),
+            blocks_file=self._put(f"blocks-{number:05d}.bin", describe_blocks(tokens, offsets).tobytes()),
+        )
+
+    def _put(self, key: str, content: bytes) -> FileRecord:
+        self._folder.put(key, content)
+        return FileRecord(key=key, size=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def describe_blocks(tokens: NDArray[np.uint32], offsets: NDArray[np.int64]) -> NDArray[np.void]:
+    """The blocks of a shard, (blocks,) of `BLOCK`; `offsets` (documents + 1,) say where its documents begin."""
+    firsts = [0]
+    while firsts[-1] < len(offsets) - 1:
+        fitting = int(np.searchsorted(offsets, offsets[firsts[-1]] + BLOCK_TOKENS, side="right")) - 1
+        firsts.append(max(firsts[-1] + 1, min(firsts[-1] + BLOCK_DOCUMENTS, fitting)))
+    blocks = np.empty(len(firsts) - 1, BLOCK)
+    blocks["document"] = firsts[:-1]
+    parts = (tokens[begin:end] for begin, end in pairwise(offsets[firsts].tolist()))
+    blocks["sha256"] = [np.void(hashlib.sha256(part.astype(TOKEN).tobytes()).digest()) for part in parts]
+    return blocks
