@@ -107,6 +107,18 @@ def data_build(config: ConfigFile, overrides: Overrides = None, as_json: Json = 
     _emit(build(config, overrides or (), dry_run=dry_run, log=_log), as_json, lambda result: result.table())
 
 
+@data_app.command("check")
+def data_check(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Report on the sources: lengths, duplicates, odd and bad rows. Exit code 3 when train would refuse them."""
+    from launcher.data_check import check, report_table
+    from trainer.errors import DataError
+
+    report = check(config, overrides or ())
+    _emit(report, as_json, report_table)
+    if report.refusals:
+        raise DataError("\n".join(report.refusals))
+
+
 @app.command()
 def train(config: ConfigFile, overrides: Overrides = None, as_json: Json = False, dry_run: DryRun = False) -> None:
     """Train here and now: under Ray on this machine (or cluster.ray.address), or as a rank of torchrun or srun."""

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -64,15 +63,6 @@ def test_an_endpoint_nobody_listens_on_is_named(s3: S3Server, monkeypatch: pytes
     with pytest.raises(StorageError, match=r"http://127.0.0.1:1 cannot be reached \(Connection refused\)") as caught:
         open_store("s3://bucket/runs", retry_seconds=0.1).get("key")
     assert_one_line(caught.value)
-
-
-@pytest.fixture
-def own_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
-    """A second server beside the session's, for tests that kill it."""
-    with serve_s3(tmp_path / "s3") as server:
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-        yield server
 
 
 def test_what_was_put_outlives_a_killed_server(s3: S3Server, own_server: S3Server) -> None:

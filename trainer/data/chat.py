@@ -72,6 +72,15 @@ def template_text(data: Data) -> str | None:
         raise ConfigError(f"data.template: {data.template!r} cannot be read: {error}.") from error
 
 
+@dataclass(frozen=True)
+class Turn:
+    """Who says what; `calls` says whether with a call of a tool."""
+
+    role: str
+    content: str
+    calls: bool = False
+
+
 class Renderer:
     """Encodes rows of one format with one tokenizer.
 
@@ -133,6 +142,22 @@ class Renderer:
         start = 0 if self._data.targets == "all" else len(prompt)
         # An empty completion is a gap in the data: it must not teach the model to say nothing.
         return Rendered(prompt + completion, [(start, len(prompt) + len(completion))], end_trained=bool(completion))
+
+    def turns(self, row: dict[str, Any]) -> list[Turn]:
+        """What a row consists of, in any format: a completion is an assistant's turn, and so is a plain text.
+
+        Raises:
+            DataError: as `render`.
+        """
+        match self._data.format:
+            case "chat":
+                messages = _messages(self._field(row, "messages"))
+                return [Turn(message["role"], message["content"], "tool_calls" in message) for message in messages]
+            case "prompt_completion":
+                roles = {"prompt": "user", "completion": "assistant"}
+                return [Turn(role, _text(self._field(row, name), name)) for name, role in roles.items()]
+            case "text":
+                return [Turn("assistant", _text(self._field(row, "text"), "text"))]
 
     def _field(self, row: dict[str, Any], name: str) -> Any:
         name = self._data.fields.get(name, name)

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from trainer import run_layout
 from trainer.base import Base
@@ -18,6 +19,9 @@ from trainer.data.order import EpochPlan, Order
 from trainer.data.sources import SourceFile, expand
 from trainer.errors import DataError, NotFound
 from trainer.store import Store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Input = tuple[list[SourceFile], Part]
 
@@ -48,19 +52,24 @@ def prepare(
         try:
             datasets[what] = open_dataset(store, key)
         except NotFound:
-            from transformers import AutoTokenizer  # seconds of imports, needed only to compile
-
-            tokenizer = AutoTokenizer.from_pretrained(base.directory)
             files, part = inputs[what]
 
             def report(now: Progress, what: str = what) -> None:
                 progress(what, now)
 
+            tokenizer = load_tokenizer(base)
             datasets[what] = compile_dataset(config.data, files, tokenizer, store, key, part, progress=report)
     order = train_order(config, datasets["train"].manifest)
     bins = _epoch_bins(datasets["train"], order, config.train.epochs, store) if config.train.epochs else []
     held_out = datasets.get("eval")
     return Datasets(datasets["train"].manifest.fingerprint, held_out and held_out.manifest.fingerprint, bins)
+
+
+def load_tokenizer(base: Base) -> "PreTrainedTokenizerBase":
+    """The base's tokenizer. Takes seconds of imports, so only what reads rows asks for it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(base.directory)
 
 
 def find(config: Config) -> dict[str, Input]:

@@ -57,6 +57,8 @@ class Batch:
             where = f"{self.uri}:{number}"
             try:
                 row = _parse(line, number)
+            except UnicodeDecodeError as error:
+                on_bad(DataError(f"{where}: not UTF-8 ({error})"))
             except (ValueError, RecursionError) as error:
                 on_bad(DataError(f"{where}: not JSON ({error})"))
             else:

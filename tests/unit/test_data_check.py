@@ -1,0 +1,150 @@
+"""What `capstan data check` finds, on data whose faults are known."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.material import byte_tokenizer
+from trainer.config import Config
+from trainer.data.check import Findings, Report, check_data
+from trainer.data.duplicates import Fingerprint, Seen
+from trainer.data.prepare import find
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant {% endif %}"
+)
+WORDS = "ant bee cat dog emu fox gnu hen ibis jay kite lark mole newt owl pig quail rat seal toad".split()
+
+
+def sentence(seed: int, words: int = 60) -> str:
+    draw = random.Random(seed)
+    return " ".join(draw.choice(WORDS) + str(draw.randint(0, 99)) for _ in range(words))
+
+
+def talk(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def check(tmp_path: Path, rows: list[Any], evaluation: list[Any] = (), **data: Any) -> Report:  # pyright: ignore
+    """The report on rows of one file each; a `bytes` row is a line as it stands."""
+    sources: dict[str, Any] = {}
+    for what, content in (("train", rows), ("eval", evaluation)):
+        if content:
+            lines = (row if isinstance(row, bytes) else json.dumps(row).encode() for row in content)
+            (tmp_path / f"{what}.jsonl").write_bytes(b"\n".join(lines))
+            sources[what] = [{"path": str(tmp_path / f"{what}.jsonl")}]
+    (tmp_path / "t.jinja").write_text(TEMPLATE)
+    settings = {"sequence_length": 2048, **data}
+    if data.get("format", "chat") == "chat":
+        settings["template"] = str(tmp_path / "t.jinja")
+    config = Config.model_validate(
+        {
+            "run": {"name": "x"},
+            "model": {"base": "x"},
+            "data": {**sources, **settings},
+            "train": {"steps": 1},
+        }
+    )
+    return check_data(config, byte_tokenizer(), find(config), lambda *_: None)
+
+
+def found(report: Report) -> Findings:
+    assert report.to_json()["train"]["rows"] == report.splits["train"].rows
+    return report.splits["train"]
+
+
+def test_sound_data_has_counts_and_nothing_to_complain_of(tmp_path: Path) -> None:
+    report = check(tmp_path, [talk(sentence(n, 20), sentence(100 + n, 20)) for n in range(50)])
+    train = found(report)
+    assert (train.rows, train.documents, report.refusals) == (50, 50, [])
+    assert 0 < train.targets < train.tokens
+    assert sum(train.histogram.values()) == 50
+    assert train.lengths["min"] <= train.lengths["median"] <= train.lengths["max"]
+    assert 0.8 < train.fill <= 1
+    assert train.packed_rows * 2048 * train.fill == pytest.approx(train.tokens, rel=1e-3)
+    odd = (
+        "bad_rows",
+        "undecodable",
+        "too_long",
+        "tokens_cut",
+        "without_targets",
+        "one_sided",
+        "empty_turns",
+        "odd_roles",
+    )
+    assert all(getattr(train, name) == 0 for name in (*odd, "exact_duplicates", "near_duplicates"))
+
+
+def test_bad_rows_are_named_by_file_and_line_and_refused_unless_skipped(tmp_path: Path) -> None:
+    rows = [talk("a", "b"), b"{oops", b'{"messages": "\xff"}', {"messages": None}, {"messages": [{"role": "bot"}]}]
+    report = check(tmp_path, rows)
+    train = found(report)
+    assert (train.rows, train.bad_rows, train.documents, train.undecodable) == (5, 4, 1, 1)
+    places = [text.rpartition("train.jsonl:")[2].partition(":")[0] for text in train.bad_row_examples]
+    assert places == ["2", "3", "4", "5"]
+    assert len(report.refusals) == 1
+    assert "4 bad rows, the first is" in report.refusals[0]
+    assert check(tmp_path, rows, on_bad_row="skip").refusals == []
+
+
+@pytest.mark.parametrize(
+    ("messages", "fault"),
+    [
+        ([("user", "hi")], "one_sided"),
+        ([("system", "be"), ("assistant", "yo")], "one_sided"),
+        ([("user", "hi"), ("assistant", " ")], "empty_turns"),
+        ([("user", "hi"), ("user", "ho"), ("assistant", "yo")], "odd_roles"),
+        ([("user", "hi"), ("system", "be"), ("assistant", "yo")], "odd_roles"),
+        ([("user", "h\ufffdi"), ("assistant", "yo")], "undecodable"),
+        ([("user", "hi")], "without_targets"),
+    ],
+)
+def test_an_odd_conversation_is_counted(tmp_path: Path, messages: list[tuple[str, str]], fault: str) -> None:
+    row = {"messages": [{"role": role, "content": content} for role, content in messages]}
+    train = found(check(tmp_path, [talk("a", "b"), row]))
+    assert (train.bad_rows, getattr(train, fault)) == (0, 1)
+
+
+def test_what_is_cut_at_the_sequence_length(tmp_path: Path) -> None:
+    rows = [{"text": "x" * 99}, {"text": "y" * 150}]
+    train = found(check(tmp_path, rows, format="text", sequence_length=100))
+    assert (train.too_long, train.tokens_cut, train.tokens) == (1, 51, 100 + 151)
+    refused = check(tmp_path, rows, format="text", sequence_length=100, on_too_long="fail")
+    assert "1 rows are longer than data.sequence_length: 100" in refused.refusals[0]
+
+
+def test_duplicates_are_found_within_a_split_and_between_training_and_evaluation(tmp_path: Path) -> None:
+    texts = [{"text": sentence(n)} for n in range(40)]
+    nearly = {"text": texts[3]["text"] + " and more"}
+    report = check(
+        tmp_path, [*texts, texts[7], nearly], [{"text": sentence(99)}, texts[5], nearly, nearly], format="text"
+    )
+    train, evaluation = report.splits["train"], report.splits["eval"]
+    assert (train.exact_duplicates, train.near_duplicates, train.in_train) == (1, 1, None)
+    assert [tuple(place.rpartition(":")[2] for place in pair) for pair in train.duplicate_examples] == [
+        ("41", "8"),
+        ("42", "4"),
+    ]
+    assert evaluation.in_train == {"exact": 1, "near": 2}
+    assert (evaluation.exact_duplicates, evaluation.near_duplicates) == (1, 0)
+
+
+def test_nothing_to_train_on_is_refused(tmp_path: Path) -> None:
+    report = check(tmp_path, [{"messages": [{"role": "user", "content": "hi"}]}])
+    assert "nothing to train on in 1 rows" in report.refusals[0]
+
+
+@pytest.mark.parametrize(("changed", "alike"), [(0, True), (2, True), (30, False), (60, False)])
+def test_near_is_a_matter_of_how_much_differs(changed: int, alike: bool) -> None:
+    """Of 60 words, the last `changed` are others."""
+    misses = 0
+    for seed in range(20):
+        seen, text = Seen(), sentence(seed)
+        seen.add(Fingerprint.of(text), "first")
+        other = " ".join([*text.split()[: 60 - changed], *sentence(1000 + seed).split()[:changed]])
+        misses += (seen.find(Fingerprint.of(other.upper())) is not None) != alike
+    assert misses <= 1

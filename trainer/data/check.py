@@ -1,0 +1,213 @@
+"""What is in the data: a report on a run's sources, before anything is compiled or trained."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trainer.config import Config, Data
+from trainer.data.chat import Renderer, Turn
+from trainer.data.dataset import BLOCK_DOCUMENTS
+from trainer.data.duplicates import Fingerprint, Seen
+from trainer.data.encode import BAD_ROWS_SHOWN, Part
+from trainer.data.order import EpochPlan, Order
+from trainer.data.prepare import Input
+from trainer.data.rows import Batch, batches
+from trainer.data.sources import SourceFile
+from trainer.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_EXAMPLES = 5
+_REPLACEMENT = "\ufffd"
+
+
+@dataclass
+class Findings:
+    """What was found in the rows of one split. Counts are rows, unless they say otherwise.
+
+    Attributes:
+        bad_rows: could not be used; `bad_row_examples` says of the first ones why.
+        undecodable: not UTF-8, or with U+FFFD in it, which stands for bytes that once could not be decoded.
+        too_long: longer than data.sequence_length; `tokens_cut` are the tokens above it.
+        without_targets: nothing in them is trained, so they are left out.
+        one_sided: without a user's or without an assistant's turn.
+        empty_turns: with a turn that says nothing.
+        odd_roles: one role twice in a row, or a system message after the first turn.
+        exact_duplicates, near_duplicates: like an earlier row of this split; `duplicate_examples` are (row, earlier row).
+        in_train: of evaluation rows, those that are trained on too, exactly or nearly.
+        fill: share of tokens in packed rows that are not padding, at this sequence length.
+    """
+
+    rows: int = 0
+    bad_rows: int = 0
+    undecodable: int = 0
+    documents: int = 0
+    tokens: int = 0
+    targets: int = 0
+    too_long: int = 0
+    tokens_cut: int = 0
+    without_targets: int = 0
+    one_sided: int = 0
+    empty_turns: int = 0
+    odd_roles: int = 0
+    exact_duplicates: int = 0
+    near_duplicates: int = 0
+    in_train: dict[str, int] | None = None
+    packed_rows: int = 0
+    fill: float = 0.0
+    lengths: dict[str, int] = field(default_factory=dict)
+    histogram: dict[int, int] = field(default_factory=dict)
+    bad_row_examples: list[str] = field(default_factory=list)
+    duplicate_examples: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The findings by split, and why `capstan train` would refuse the data, if it would."""
+
+    splits: dict[str, Findings]
+    refusals: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**{what: asdict(found) for what, found in self.splits.items()}, "refusals": self.refusals}
+
+
+def check_data(
+    config: Config,
+    tokenizer: "PreTrainedTokenizerBase",
+    inputs: dict[str, Input],
+    progress: Callable[[str, int, int], None],
+) -> Report:
+    """Read and tokenize every row of `inputs` (see `prepare.find`); `progress` gets the split, bytes read and all bytes.
+
+    Raises:
+        ConfigError: the tokenizer cannot serve `data.format`.
+        DataError: a file as a whole is damaged.
+    """
+    renderer = Renderer(tokenizer, config.data)
+    trained = Seen()
+    splits: dict[str, Findings] = {}
+    refusals: list[str] = []
+    for what, (files, part) in inputs.items():
+        inspection = _Inspection(config, renderer, part, trained if what == "train" else Seen(), trained)
+        size, before = sum(file.size for file in files), 0
+        for file in files:
+            for batch in batches(file):
+                inspection.take(batch)
+                progress(what, before + batch.read, size)
+            before += file.size
+        splits[what] = inspection.finish(is_train=what == "train")
+        refusals += _refusals(config.data, what, splits[what], files)
+    return Report(splits, refusals)
+
+
+class _Inspection:
+    def __init__(self, config: Config, renderer: Renderer, part: Part, seen: Seen, trained: Seen) -> None:
+        self._config = config
+        self._renderer = renderer
+        self._part = part
+        self._seen = seen
+        self._trained = trained
+        self._found = Findings()
+        self._in_train = Counter({"exact": 0, "near": 0})
+        self._lengths: list[int] = []
+
+    def take(self, batch: Batch) -> None:
+        rows = [(where, row) for where, row in batch.rows(self._bad_line) if self._part.has(row)]
+        for (where, row), example in zip(rows, self._renderer.encode([row for _, row in rows]), strict=True):
+            self._found.rows += 1
+            if isinstance(example, DataError):
+                self._bad(DataError(f"{where}: {example}"))
+                continue
+            self._converse(self._renderer.turns(row), where)
+            limit = self._config.data.sequence_length
+            self._found.too_long += len(example.tokens) > limit
+            self._found.tokens_cut += max(0, len(example.tokens) - limit)
+            self._found.without_targets += not example.targets[:limit].any()
+            self._found.tokens += len(example.tokens)
+            self._found.targets += int(example.targets.sum())
+            self._lengths.append(len(example.tokens))
+
+    def _bad_line(self, error: DataError) -> None:
+        if not self._part.held_out:
+            self._found.rows += 1
+            self._found.undecodable += "not UTF-8" in str(error)
+            self._bad(error)
+
+    def _bad(self, error: DataError) -> None:
+        self._found.bad_rows += 1
+        if len(self._found.bad_row_examples) < BAD_ROWS_SHOWN:
+            self._found.bad_row_examples.append(str(error))
+
+    def _converse(self, turns: list[Turn], where: str) -> None:
+        found, roles = self._found, [turn.role for turn in turns]
+        if self._config.data.format == "chat":
+            found.one_sided += not {"user", "assistant"} <= set(roles)
+            spoken = [role for role in roles if role != "tool"]
+            found.odd_roles += any(a == b for a, b in pairwise(spoken)) or "system" in roles[1:]
+        found.empty_turns += any(not turn.content.strip() and not turn.calls for turn in turns)
+        found.undecodable += any(_REPLACEMENT in turn.content for turn in turns)
+        # Many rows share a system message: it says nothing about whether they are alike.
+        text = Fingerprint.of("\n".join(turn.content for turn in turns if turn.role not in ("system", "developer")))
+        if self._seen is not self._trained and (match := self._trained.find(text)):
+            self._in_train[match[0]] += 1
+            self._example(where, match[1])
+        if match := self._seen.find(text):
+            found.exact_duplicates += match[0] == "exact"
+            found.near_duplicates += match[0] == "near"
+            self._example(where, match[1])
+        else:
+            self._seen.add(text, where)
+
+    def _example(self, where: str, earlier: str) -> None:
+        if len(self._found.duplicate_examples) < _EXAMPLES:
+            self._found.duplicate_examples.append((where, earlier))
+
+    def finish(self, is_train: bool) -> Findings:
+        found, data = self._found, self._config.data
+        found.documents = len(self._lengths)
+        lengths = np.array(self._lengths, np.int64)
+        if not is_train:
+            found.in_train = dict(self._in_train)
+        if len(lengths):
+            quantiles = {"min": 0, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1}
+            found.lengths = {name: int(np.quantile(lengths, q)) for name, q in quantiles.items()}
+            above = 2 ** np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
+            bounds, counts = np.unique(above, return_counts=True)
+            found.histogram = dict(zip(bounds.tolist(), counts.tolist(), strict=True))
+            found.packed_rows, found.fill = _pack(np.minimum(lengths, data.sequence_length), data)
+        return found
+
+
+def _pack(lengths: np.ndarray, data: Data) -> tuple[int, float]:
+    """Packed rows of the documents, and the share of their tokens that is no padding."""
+    blocks = np.array([*range(0, len(lengths), BLOCK_DOCUMENTS), len(lengths)])
+    order = Order((1.0,), data.sequence_length, data.packing, seed=0)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    bins = EpochPlan(offsets, blocks, np.zeros(len(blocks) - 1, np.int32), order, epoch=0).count_bins()
+    return bins, round(int(lengths.sum()) / (bins * data.sequence_length), 4)
+
+
+def _refusals(data: Data, what: str, found: Findings, files: list[SourceFile]) -> list[str]:
+    refusals = []
+    if found.bad_rows and data.on_bad_row == "fail":
+        refusals.append(
+            f"data.{what}: {found.bad_rows} bad rows, the first is {found.bad_row_examples[0]}. Correct them, or set "
+            "data.on_bad_row: skip."
+        )
+    if found.too_long and data.on_too_long == "fail":
+        refusals.append(
+            f"data.{what}: {found.too_long} rows are longer than data.sequence_length: {data.sequence_length}. Raise it, or "
+            "set data.on_too_long to truncate, split or drop."
+        )
+    if found.documents == found.without_targets:
+        refusals.append(
+            f"data.{what}: nothing to train on in {found.rows} rows of {len(files)} files. Check data.format, data.fields, "
+            "data.loss_on and data.sequence_length."
+        )
+    return refusals
