@@ -47,6 +47,7 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
     while step < run.total_steps:
         started = time.monotonic()
         batches = next(reader)  # this rank's micro-batches of the global batch; the same number on every rank
+        waited = time.monotonic() - started
 
         # The loss is the mean over the target tokens of the global batch, so a token weighs the same whatever the
         # accumulation, the packing and the number of ranks: count them all before the first backward pass.
@@ -60,7 +61,8 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
 
         # One exchange, and every rank draws the same conclusions from it. Rank 0's clock decides when to save.
         tokens = sum(batch.tokens for batch in batches)
-        rows = ranks.gather(float(nats), tokens, run.stop.requested, checkpoints.ready, time.monotonic() - last_save)
+        since_save, repeated = time.monotonic() - last_save, run.stream.dataset.reads.repeated
+        rows = ranks.gather(float(nats), tokens, run.stop.requested, checkpoints.ready, since_save, waited, repeated)
         mean_loss = sum(row[0] for row in rows) / targets
         stopping = any(row[2] for row in rows)
         minutes_since_save = rows[0][4] / 60
@@ -88,6 +90,8 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
             "targets": int(targets),
             "seconds": round(seconds, 4),
             "tokens_per_second": round(total_tokens / seconds, 1),
+            "data_seconds": round(max(row[5] for row in rows), 4),  # waited for data, on the rank that waited longest
+            "data_repeats": int(sum(row[6] for row in rows)),  # reads repeated so far, on all ranks
         }
 
         checkpoints.advance(all_ready=all(row[3] for row in rows))

@@ -2,7 +2,7 @@
 
 import json
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -78,7 +78,7 @@ def test_reading_goes_on_when_the_server_comes_back_and_the_retries_are_counted(
     with ThreadPoolExecutor(1) as pool:
         rest = pool.submit(list, steps)
         while not dataset.reads.retried:
-            assert not rest.done()
+            assert not wait([rest], timeout=0.02).done
         own_server.start()
         read += rest.result(timeout=60)
     assert sorted(number for step in read for batch in step for number in batch.documents) == list(range(DOCUMENTS))

@@ -111,6 +111,10 @@ class Reads:
     retried: int = 0
     refetched: int = 0
 
+    @property
+    def repeated(self) -> int:
+        return self.retried + self.refetched
+
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
