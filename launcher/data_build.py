@@ -27,10 +27,12 @@ _LOG_SECONDS = 10.0
 @contextmanager
 def compile_progress(log: Callable[[str], None], *, bar: bool) -> Iterator[Callable[[str, Progress], None]]:
     """Shows what `prepare` reports: as a bar on the terminal, or as a line of the log now and then."""
-    began = time.monotonic()
+    first: tuple[float, int] | None = None
 
     def describe(what: str, now: Progress) -> str:
-        speed = now.tokens / max(time.monotonic() - began, 1e-3)
+        nonlocal first
+        first = first or (time.monotonic(), now.tokens)
+        speed = (now.tokens - first[1]) / max(time.monotonic() - first[0], 1e-3)
         return f"compiling {what} data: {now.documents:,} documents, {now.tokens:,} tokens, {speed:,.0f} tokens/s"
 
     if not bar:
@@ -38,7 +40,7 @@ def compile_progress(log: Callable[[str], None], *, bar: bool) -> Iterator[Calla
 
         def line(what: str, now: Progress) -> None:
             nonlocal next_line
-            if time.monotonic() >= next_line or now.bytes_done == now.bytes:
+            if time.monotonic() >= next_line:
                 log(f"{describe(what, now)} ({100 * now.bytes_done / max(now.bytes, 1):.0f} %)")
                 next_line = time.monotonic() + _LOG_SECONDS
 

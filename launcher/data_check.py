@@ -14,7 +14,7 @@ from trainer.config import load_config
 from trainer.data.check import Findings, Report, check_data
 from trainer.data.prepare import find, load_tokenizer
 
-_BAR = 40
+_BAR = 30
 
 
 def check(path: Path, overrides: Sequence[str]) -> Report:
@@ -73,7 +73,7 @@ def _counts(found: Findings) -> dict[str, str]:
 
 
 def _histogram(what: str, found: Findings) -> Table:
-    table = Table(f"tokens of a {what} document", "documents", "", show_edge=False)
+    table = Table(f"tokens, {what} data", "documents", "", show_edge=False)
     most = max(found.histogram.values(), default=1)
     for bound, count in sorted(found.histogram.items()):
         table.add_row(f"up to {bound:,}", f"{count:,}", "█" * -(-_BAR * count // most))

@@ -22,8 +22,6 @@ from trainer.data.encode import BAD_ROWS_SHOWN, Encoded
 from trainer.errors import NotFound
 from trainer.store import Store
 
-_JOURNAL = "progress/"
-
 
 class Place(Record):
     """Where a compilation reads on: batch `batch` of file `file`, both from 0."""
@@ -35,7 +33,7 @@ class Place(Record):
 class Entry(Record):
     """The state after a shard: what is needed to go on as if nothing had happened."""
 
-    shard: ShardRecord | None
+    shard: ShardRecord
     next: Place
     counters: Counters
     bad_rows: list[str]
@@ -44,7 +42,7 @@ class Entry(Record):
 class ShardWriter:
     """Collects encoded batches of one source after another into shards.
 
-    Shards begin and end with a batch, so that a compilation can go on at one. `shard_tokens` is where a shard is full.
+    Shards begin and end with a batch, so that a compilation can go on at one.
     """
 
     def __init__(self, folder: Store) -> None:
@@ -73,10 +71,9 @@ class ShardWriter:
         """Go on after the last of the shards that the journal has without a gap."""
         while True:
             try:
-                entry = Entry.model_validate_json(self._folder.get(f"{_JOURNAL}{len(self.shards):05d}.json"))
+                entry = Entry.model_validate_json(self._folder.get(_journal(len(self.shards))))
             except NotFound:
                 return
-            assert entry.shard is not None
             self.shards.append(entry.shard)
             self.next, self.counters, self.bad_rows = entry.next, entry.counters, entry.bad_rows
 
@@ -97,13 +94,13 @@ class ShardWriter:
             number = len(self.shards)
             self.shards.append(self._write(number))
             entry = Entry(shard=self.shards[-1], next=self.next, counters=self.counters, bad_rows=self.bad_rows)
-            self._folder.put(f"{_JOURNAL}{number:05d}.json", entry.model_dump_json().encode())
+            self._folder.put(_journal(number), entry.model_dump_json().encode())
         self._start()
 
     def forget(self) -> None:
         """Remove the journal: the manifest says everything now."""
-        for entry in self._folder.list(_JOURNAL):
-            self._folder.delete(entry.key)
+        for number in range(len(self.shards)):
+            self._folder.delete(_journal(number))
 
     def _write(self, number: int) -> ShardRecord:
         tokens = np.concatenate([batch.tokens for batch in self._batches])
@@ -122,6 +119,10 @@ class ShardWriter:
     def _put(self, key: str, content: bytes) -> FileRecord:
         self._folder.put(key, content)
         return FileRecord(key=key, size=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def _journal(shard: int) -> str:
+    return f"progress-{shard:05d}.json"
 
 
 def describe_blocks(tokens: NDArray[np.uint32], offsets: NDArray[np.int64]) -> NDArray[np.void]:
