@@ -68,7 +68,7 @@ def write_dataset(store: Store, fingerprint: str, lengths: np.ndarray, tokens: n
         writer.add(0, Encoded(stored, lengths[part]), Place())
     writer.close()
     writer.forget()
-    totals = {"documents": len(lengths), "tokens": int(offsets[-1]), "targets": int(offsets[-1]) - len(lengths)}
+    totals: Any = {"documents": len(lengths), "tokens": int(offsets[-1]), "targets": int(offsets[-1]) - len(lengths)}
     manifest = Manifest(
         format=FORMAT,
         fingerprint=fingerprint,

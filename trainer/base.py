@@ -19,6 +19,18 @@ from trainer.store import Store, open_store
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # a path that begins with a dot is none
+# What decides what a tokenizer does.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 _FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt"]
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from trainer import run_layout
+from trainer.base import TOKENIZER_FILES
 from trainer.config import Config, parse_config
 from trainer.errors import CapstanError, ConfigError
 from trainer.load import DTYPES, lora_config
@@ -30,14 +31,6 @@ from trainer.store import Store, open_store
 _SETTINGS = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _CARD = "README.md"
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.*",
-)
 
 
 def export_adapter(run: Store, destination: Store, step: int | None = None) -> Manifest:
@@ -66,7 +59,7 @@ def export_adapter(run: Store, destination: Store, step: int | None = None) -> M
 
 def _half_export(names: set[str]) -> bool:
     """Whether an export that was killed left these: the weights, which come first, but not the settings."""
-    ours = (_WEIGHTS, _CARD, *_TOKENIZER_FILES)
+    ours = (_WEIGHTS, _CARD, *TOKENIZER_FILES)
     return _WEIGHTS in names and all(any(fnmatch(name, pattern) for pattern in ours) for name in names)
 
 
@@ -89,7 +82,7 @@ def _tokenizer_files(base: Path) -> Iterator[Path]:
             f"model.base: the folder {base}, which has the tokenizer, is not on this machine. Export where it is, or put "
             "the tokenizer's files there; weights are not needed."
         )
-    for pattern in _TOKENIZER_FILES:
+    for pattern in TOKENIZER_FILES:
         yield from base.glob(pattern)
 
 

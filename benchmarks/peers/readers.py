@@ -5,6 +5,9 @@
 FOLDER holds tokens.bin (uint32) and offsets.npy; a library's own files are written beside them once.
 """
 
+# pyright: reportMissingImports=false
+# The libraries are in an environment of their own.
+
 import json
 import shutil
 import sys

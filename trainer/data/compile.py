@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer import run_layout
+from trainer.base import TOKENIZER_FILES
 from trainer.config import Data
 from trainer.data.chat import template_text
 from trainer.data.dataset import FORMAT, MANIFEST, Counters, Dataset, Manifest, SourceRecord, open_dataset
@@ -31,17 +32,6 @@ if TYPE_CHECKING:
 
 # Below this, starting other processes takes longer than the work.
 _BYTES_FOR_PROCESSES = 16 * 2**20
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 @dataclass(frozen=True)
@@ -57,7 +47,7 @@ class Progress:
 
 def hash_tokenizer(directory: Path) -> dict[str, str]:
     """SHA-256 of each of the files in a Hugging Face model directory that decide what a tokenizer does."""
-    files = [directory / name for name in _TOKENIZER_FILES if (directory / name).is_file()]
+    files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
