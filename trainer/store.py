@@ -200,8 +200,7 @@ class Store:
             yield
         except FileNotFoundError as error:
             if "NoSuchBucket" in str(error):
-                kind = Unreachable if _passes(error) else StorageError
-            raise kind(f"cannot {verb} {where}: {_reason(error)}.") from error
+                raise StorageError(f"cannot {verb} {where}: {_reason(error)}.") from error
             raise NotFound(f"{where} does not exist.") from error
         except FileExistsError as error:
             raise AlreadyExists(f"{where} exists already.") from error
@@ -243,6 +242,8 @@ def _passes(error: BaseException) -> bool:
     """Whether it is the server or the way to it that failed, rather than the request."""
     text = str(error)
     status = _first(r"status code: (\d{3})", text)
+    if _METADATA_SERVICE.search(text):
+        return False
     if status:
         return status.startswith("5") or status in ("408", "429")
     return "error sending request" in text or "error decoding response body" in text or "operation timed out" in text
