@@ -64,7 +64,7 @@ def write_dataset(store: Store, fingerprint: str, lengths: np.ndarray, tokens: n
     for first in range(0, len(lengths), 10_000):
         part = slice(first, first + 10_000)
         stored = tokens[offsets[first] : offsets[min(first + 10_000, len(lengths))]] | TARGET_BIT
-        stored[offsets[part] - offsets[first]] &= ~TARGET_BIT
+        stored[offsets[:-1][part] - offsets[first]] &= ~TARGET_BIT
         writer.add(0, Encoded(stored, lengths[part]), Place())
     writer.close()
     writer.forget()
