@@ -58,8 +58,7 @@ def measure(site: Site, scope: str, rate: str | None, steps: int) -> Measured:
         "checkpoint.every_steps=0",
     )
     job = site.submit(config)
-    state = site.wait_for_end(name, job)
-    assert state == "COMPLETED", (site.folder / f"store/{name}/slurm-{job}.out").read_text()
+    site.assert_ends(name, job, "COMPLETED")
     records = read_generation(site.run(name), 1)["step"]
     seconds = statistics.median(record["seconds"] for record in records[2:])
     received = sum(map(site.cluster.received_bytes, NODES)) - before

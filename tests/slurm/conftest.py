@@ -29,7 +29,7 @@ def site(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Site:
 def undisturbed(site: Site) -> dict[int, float]:
     """The losses of a run that nothing happened to: without Ray, one process of srun's for each rank."""
     job = site.submit(site.config("undisturbed", "cluster.slurm.launch=direct"))
-    assert site.wait_for_end("undisturbed", job) == "COMPLETED"
+    site.assert_ends("undisturbed", job, "COMPLETED")
     site.assert_nothing_is_left()
     losses = site.losses("undisturbed")
     assert list(losses) == list(range(1, 31))

@@ -68,13 +68,16 @@ class Site:
             generation += 1
         return found
 
+    def output(self, name: str) -> str:
+        """What the run's jobs printed."""
+        return "\n".join(path.read_text() for path in sorted((self.folder / "store" / name).glob("slurm-*.out")))
+
     def wait_for(self, name: str, condition: Callable[[], Any], what: str) -> None:
         """Until `condition` holds; a time-out shows what the run's jobs printed."""
         try:
             self.cluster.wait_until(condition, PATIENCE, what)
         except AssertionError as error:
-            outputs = "\n".join(path.read_text() for path in (self.folder / "store" / name).glob("slurm-*.out"))
-            raise AssertionError(f"{error}\n{outputs}") from None
+            raise AssertionError(f"{error}\n{self.output(name)}") from None
 
     def wait_for_step(self, name: str, generation: int, step: int = 6) -> dict[str, Any]:
         """The start record of a generation that has committed something and reached `step`."""
@@ -86,11 +89,14 @@ class Site:
         self.wait_for(name, reached, f"generation {generation} of {name} reaches step {step}")
         return read_generation(self.run(name), generation)["start"][0]
 
-    def wait_for_end(self, name: str, job: int) -> str:
-        """The job's last state, once nothing of it is left on any node that is up."""
+    def assert_ends(self, name: str, job: int, state: str, exit_code: int | None = None) -> None:
+        """Wait for the job's end, and check how Slurm calls it."""
         active = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD"}
         self.wait_for(name, lambda: not active & set(self.cluster.job(job)["job_state"]), f"job {job} ends")
-        return self.cluster.job(job)["job_state"][0]
+        found = self.cluster.job(job)
+        assert found["job_state"] == [state], self.output(name)
+        if exit_code is not None:
+            assert found["exit_code"]["return_code"]["number"] == exit_code, self.output(name)
 
     def assert_nothing_is_left(self) -> None:
         """No process of ours on any node, and no file on any node's own disk; what is just ending gets a few seconds."""

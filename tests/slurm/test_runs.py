@@ -1,5 +1,6 @@
 """Whole runs on a real Slurm: what happens to their jobs, and that their losses do not tell."""
 
+import json
 import os
 import signal
 import sys
@@ -23,8 +24,8 @@ def test_an_interrupted_job_goes_on_beside_another_on_the_same_nodes(site: Site,
 
     site.wait_for_step("hurt", generation=1)
     site.cluster.run("scancel", "--signal=USR1", "--batch", str(hurt))
-    assert site.wait_for_end("hurt", hurt) == "COMPLETED"
-    assert site.wait_for_end("beside", other) == "COMPLETED"
+    site.assert_ends("hurt", hurt, "COMPLETED")
+    site.assert_ends("beside", other, "COMPLETED")
     site.assert_nothing_is_left()
 
     first, last = site.attempts("hurt")
@@ -43,13 +44,15 @@ def test_an_interrupted_job_goes_on_beside_another_on_the_same_nodes(site: Site,
 def test_a_job_whose_node_is_gone_goes_on_with_the_nodes_that_are_left(
     site: Site, undisturbed: dict[int, float]
 ) -> None:
-    """The driver notices at once, as the node's ranks are gone; Slurm only after SlurmdTimeout."""
-    job = site.submit(site.config("unlucky", "retry.failures=0"))
+    """The driver notices before Slurm does, as on a real cluster (30 seconds and 300); here it is 10 and 30."""
+    sooner = {"period_ms": 1000, "timeout_ms": 2000, "failure_threshold": 5}
+    setup = [f"export RAY_health_check_{name}={value}" for name, value in sooner.items()]
+    job = site.submit(site.config("unlucky", "retry.failures=0", f"cluster.slurm.setup={json.dumps(setup)}"))
     site.wait_for_step("unlucky", generation=1)
     lost = site.attempts("unlucky")[0].nodes[1]
     site.cluster.power_off(lost)
     try:
-        assert site.wait_for_end("unlucky", job) == "COMPLETED"
+        site.assert_ends("unlucky", job, "COMPLETED")
     finally:
         site.cluster.boot(lost)
     site.assert_nothing_is_left()
@@ -71,8 +74,7 @@ def test_a_crash_a_stop_and_a_cancellation_in_one_run(site: Site) -> None:
 
     site.wait_for_step("halted", generation=2)
     site.capstan("stop", site.folder / "store/halted")
-    assert site.wait_for_end("halted", job) == "FAILED"
-    assert site.cluster.job(job)["exit_code"]["return_code"]["number"] == 75
+    site.assert_ends("halted", job, "FAILED", exit_code=75)
     site.assert_nothing_is_left()
     crashed, stopped = site.attempts("halted")
     assert (crashed.kind, crashed.reason) == ("failure", "the driver was killed by signal 9")
@@ -82,7 +84,7 @@ def test_a_crash_a_stop_and_a_cancellation_in_one_run(site: Site) -> None:
     again = site.submit(config, "--resume")
     assert site.wait_for_step("halted", generation=3, step=stopped.step + 1)["step"] == stopped.step
     site.cluster.run("scancel", str(again))
-    assert site.wait_for_end("halted", again) == "CANCELLED"
+    site.assert_ends("halted", again, "CANCELLED")
     site.assert_nothing_is_left()
     assert site.status("halted")["slurm"]["jobs"][0]["state"] == "CANCELLED"
 
@@ -91,9 +93,9 @@ def test_where_jobs_must_not_be_requeued_the_next_of_a_chain_goes_on(site: Site,
     first = site.submit(site.config("chained", "cluster.slurm.launch=direct", "cluster.slurm.chain=3"))
     site.wait_for_step("chained", generation=1)
     site.cluster.run("scancel", "--signal=USR1", "--batch", str(first))
-    assert site.wait_for_end("chained", first) == "FAILED"
-    assert site.cluster.job(first)["exit_code"]["return_code"]["number"] == 75
-    assert [site.wait_for_end("chained", first + following) for following in (1, 2)] == ["COMPLETED", "COMPLETED"]
+    site.assert_ends("chained", first, "FAILED", exit_code=75)
+    for following in (first + 1, first + 2):
+        site.assert_ends("chained", following, "COMPLETED")
     site.assert_nothing_is_left()
     assert [attempt.kind for attempt in site.attempts("chained")] == ["preempted", "finished"]
     assert site.losses("chained") == undisturbed

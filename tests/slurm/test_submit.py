@@ -116,7 +116,7 @@ def test_the_job_is_requeued_without_the_node_that_is_bad(site: Site, tmp_path: 
         f"cluster.slurm.setup=['export FOLDER={tmp_path}']",
     )
     job = site.submit(config)
-    assert site.wait_for_end("picky", job) == "COMPLETED"
+    site.assert_ends("picky", job, "COMPLETED")
     bad, good = ((tmp_path / f"node.{start}").read_text().strip() for start in (0, 1))
     found = site.cluster.job(job)
     assert (found["excluded_nodes"], found["restart_cnt"]) == (bad, 1)
