@@ -90,22 +90,22 @@ elif start_ray; then
   wait_for_driver
 fi
 driver=
-if [ -n "$step" ]; then
-  scancel --signal=TERM "$SLURM_JOB_ID.0" 2>/dev/null
-  timeout 30 tail --pid="$step" -f /dev/null || kill "$step" # srun then kills what is left
-  wait "$step"
-fi
 
 # What the end means (finished, stopped, preempted, a failure within the budget) is decided and recorded in one place.
 trap '' TERM USR1 # requeueing sends SIGTERM to this very script
 read -r verdict answer < <(scontrol show node "$SLURM_JOB_NODELIST" --json |
   "${python[@]}" launcher.slurm_job end "$RUN_URI" --exit-code "$code" --signal "$asked")
-state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
-if [ "${verdict:-}" = requeue ] && [ "$state" = RUNNING ]; then # not when it was cancelled, or Slurm requeues it already
+
+if [ -n "$step" ]; then
+  scancel --signal=TERM "$SLURM_JOB_ID.0" 2>/dev/null
+  timeout 15 tail --pid="$step" -f /dev/null || kill "$step" # a node that is gone never says that it has ended
+  wait "$step"
+fi
+if [ "${verdict:-}" != requeue ]; then exit "${answer:-1}"; fi
+if [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then # not cancelled, or requeued by Slurm
   # Held until the list of excluded nodes is written, which Slurm allows for a pending job only.
   scontrol requeuehold "$SLURM_JOB_ID"
   if [ -n "$answer" ]; then scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$answer"; fi
   scontrol release "$SLURM_JOB_ID"
 fi
-[ "${verdict:-}" != requeue ] || exit 75
-exit "${answer:-1}"
+exit 75

@@ -35,7 +35,7 @@ class Site:
         self.workshop = Workshop(folder, **sizes)
 
     def config(self, name: str, *overrides: str) -> Path:
-        settings = [*LAYOUT, "train.steps=30", "cluster.ray.start_timeout=60", *overrides]
+        settings = [*LAYOUT, "train.steps=30", *overrides]
         path = self.folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(self.workshop.config(name, *settings).model_dump(mode="json")))
         return path
