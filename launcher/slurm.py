@@ -69,7 +69,8 @@ def submit(config: Config, *, resume: bool, after: str | None, dry_run: bool) ->
     """
     config = anchored(config)
     layout = slurm_script.shape(config)
-    config = override(config, f"cluster.workers={layout.nodes * layout.ranks_per_node}")
+    if config.cluster.workers is None:
+        config = override(config, f"cluster.workers={layout.nodes * layout.ranks_per_node}")
     check(config, resume=resume)
     code = snapshot.take(Path.cwd())
     run = run_folder(config)
