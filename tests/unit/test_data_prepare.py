@@ -1,0 +1,86 @@
+"""From a configuration to compiled data, its order and its length in steps."""
+
+import pytest
+
+from tests.material import Workshop, make_data
+from trainer.data.dataset import open_dataset
+from trainer.data.order import EpochPlan
+from trainer.data.prepare import train_order
+from trainer.errors import ConfigError, DataError
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("prepare"))
+
+
+def sources(shop: Workshop, *settings: str) -> str:
+    """`data.train=...`: our 60 documents, and for each of `settings` a source of 500 others."""
+    general = make_data(shop.folder / "general.jsonl", documents=500, seed=9)
+    return f"data.train=[{{path: {shop.data}}}, {', '.join(f'{{path: {general}, {s}}}' for s in settings)}]"
+
+
+def test_a_fraction_is_a_share_of_an_epochs_tokens(shop: Workshop) -> None:
+    config = shop.config("replay", sources(shop, "fraction: 0.2", "fraction: 0.1"))
+    manifest = open_dataset(shop.store, shop.prepare(config).train).manifest
+    given = train_order(config, manifest)
+    visited = [weight * source.tokens for weight, source in zip(given.weights, manifest.sources, strict=True)]
+    assert given.weights[0] == 1
+    assert [tokens / sum(visited) for tokens in visited] == pytest.approx([0.7, 0.2, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.train=[{path: a.jsonl, fraction: 0.5}]"], ["data.train", "0.5", "below 1"]),
+        (
+            ["data.train=[{path: a.jsonl}, {path: b.jsonl, fraction: 0.5}, {path: c.jsonl, fraction: 0.5}]"],
+            ["data.train", "0.5, 0.5", "below 1"],
+        ),
+        (["data.train=[{path: a.jsonl, fraction: 0.5, weight: 2}]"], ["weight", "fraction", "both given"]),
+        (["data.eval=[{path: a.jsonl, weight: 2}]"], ["data.eval[0]", "evaluated once"]),
+        (["data.eval=[{path: a.jsonl}]", "data.held_out=0.1"], ["data.held_out", "data.eval", "both given"]),
+        (["data.held_out_seed=3"], ["data.held_out_seed", "no effect"]),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(
+    shop: Workshop, overrides: list[str], words: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        shop.config("wrong", *overrides)
+    assert all(word in str(refused.value) for word in words)
+
+
+def test_rows_held_out_become_the_evaluation_data(shop: Workshop) -> None:
+    datasets = shop.prepare(shop.config("held", "data.held_out=0.2", "train.eval_every=5"))
+    assert datasets.eval
+    train, evaluation = (open_dataset(shop.store, key).manifest for key in (datasets.train, datasets.eval))
+    assert train.documents + evaluation.documents == 60
+    assert evaluation.documents > 0
+
+
+def test_epochs_are_planned_once_and_their_length_is_kept(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resume, or a run of more epochs, plans none of them again."""
+    planned: list[int] = []
+    plain = EpochPlan.count_bins
+
+    def observed(self: EpochPlan) -> int:
+        planned.append(self.epoch)
+        return plain(self)
+
+    monkeypatch.setattr(EpochPlan, "count_bins", observed)
+    first = shop.prepare(shop.config("two", "train.epochs=2", "train.steps=null"))
+    again = shop.prepare(shop.config("two", "train.epochs=2", "train.steps=null"))
+    longer = shop.prepare(shop.config("three", "train.epochs=3", "train.steps=null"))
+    assert planned == [0, 1, 2]
+    assert len(first.epoch_bins) == 2
+    assert again == first
+    assert list(longer.epoch_bins[:2]) == list(first.epoch_bins)
+    shop.prepare(shop.config("seed", "train.epochs=1", "train.steps=null", "run.seed=99"))
+    assert planned == [0, 1, 2, 0]
+
+
+def test_an_epoch_without_documents_is_refused_before_anything_starts(shop: Workshop) -> None:
+    source = f"data.train=[{{path: {shop.data}, weight: 0.000001}}]"
+    with pytest.raises(DataError, match="epoch 0 visits no document.* Raise a weight"):
+        shop.prepare(shop.config("few", source, "train.epochs=1", "train.steps=null"))
