@@ -1,11 +1,10 @@
 """Whatever a store does at whichever operation: the newest commit loads and verifies, and half a thing is never chosen."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from launcher.local_s3 import S3Server, serve_s3
+from launcher.local_s3 import S3Server
 from tests.dist.launch import launch, running
 from trainer.manifest import committed_steps, read_manifest
 from trainer.store import open_store
@@ -93,15 +92,6 @@ def test_of_two_writers_of_one_step_one_commits_and_the_other_is_told(uri: str) 
     assert committed_steps(run) == [1]
     winner = next(rank for rank, result in enumerate(results) if result["outcome"] == "finished")
     assert read_manifest(run, 1).generation == winner + 1
-
-
-@pytest.fixture
-def own_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
-    """A server that a test may kill."""
-    with serve_s3(tmp_path / "s3") as server:
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-        yield server
 
 
 def test_a_save_outlives_the_servers_death_while_training_goes_on(own_server: S3Server, tmp_path: Path) -> None:
