@@ -17,7 +17,7 @@ from tests.material import Workshop
 from tests.slurm.cluster import LOGIN, Cluster
 from trainer.store import Store
 
-PATIENCE = 240.0
+PATIENCE = 400.0  # seconds; a start of Ray takes 20 of them on an idle machine
 LAYOUT = (
     "cluster.workers=4",
     "cluster.slurm.nodes=2",

@@ -11,7 +11,7 @@ from launcher.status import read_status
 from tests.cli.conftest import ENVIRONMENT
 from tests.slurm.site import Site
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 
 
 def test_an_interrupted_job_goes_on_beside_another_on_the_same_nodes(site: Site, undisturbed: dict[int, float]) -> None:
