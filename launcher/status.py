@@ -66,6 +66,8 @@ class RunStatus:
     last_commit_step: int | None = None
     last_commit_age_seconds: float | None = None
     quiet_seconds: float | None = None
+    failed_saves: int = 0
+    skipped_saves: int = 0
     stop_requested: bool = False
     reason: str = ""
 
@@ -199,6 +201,8 @@ class Follower:
             last_commit_step=commit[0] if commit else None,
             last_commit_age_seconds=max(0.0, now - commit[1]) if commit else None,
             quiet_seconds=quiet,
+            failed_saves=self._count("save_failed"),
+            skipped_saves=self._count("save_skipped"),
             stop_requested=self._run.exists(run_layout.STOP),
             reason=end["reason"] if end else "",
         )
@@ -217,6 +221,10 @@ class Follower:
     def _newest_value(self, kind: str, name: str) -> Any:
         """Of the newest generation that has written a record of this kind: one just restarted has no loss yet."""
         return next((record[name] for records in self._newest_first() if (record := records.last(kind))), None)
+
+    def _count(self, kind: str) -> int:
+        """Records of this kind in all generations."""
+        return sum(len(records.by_kind[kind]) for records in self._generations.values())
 
     def _step(self) -> int:
         for records in self._newest_first():
@@ -303,6 +311,8 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
         yield "checkpoint", f"step {status.last_commit_step:,}, {age} ago"
     else:
         yield "checkpoint", "none committed"
+    lost = ((status.failed_saves, "failed"), (status.skipped_saves, "skipped"))
+    yield "saves", ", ".join(f"{count:,} {what}" for count, what in lost if count)
     for restart in status.restarts:
         where = "" if restart.step is None else f" at step {restart.step:,}"
         yield f"start {restart.generation}", _escaped(f"went on{where} after: {restart.reason}")

@@ -231,6 +231,8 @@ def _reason(error: BaseException) -> str:
         details = filter(None, (_first(r"<Code>(.*?)</Code>", text), _first(r"<Message>(.*?)</Message>", text)))
         explanation = ": ".join(details).rstrip(". ")
         return f"{host} answered {status.strip()}" + (f" ({explanation})" if explanation else "")
+    if "kind: Timeout" in text:
+        return f"{host} did not answer in time"
     if "error sending request" in text:
         cause = _first(r'message: "(.*?)"', text) or _first(r'"((?:failed|dns|invalid)[^"]*)"', text)
         return f"{host} cannot be reached" + (f" ({cause})" if cause else "")

@@ -1,6 +1,7 @@
 """What ranks run that save, restore and export while their store fails, stalls or kills them."""
 
 import json
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from trainer import run_layout
 from trainer.checkpoint import Checkpoints, Identity
 from trainer.config import Checkpoint, dump_config, parse_config
 from trainer.engine import TrainablePartition
+from trainer.errors import StorageError
 from trainer.export import export_adapter, master_weights
 from trainer.manifest import committed_steps, problems_of, read_manifest, whole_checkpoint
 from trainer.ranks import Ranks, join
@@ -189,6 +191,73 @@ def _restore(run: Store, ranks: Ranks, fault: Fault) -> dict[str, Any]:
             for state, values in part.states.items():
                 assert torch.equal(values, whole_state(part.name, state, 4)[part.begin : part.end])
     return outcome
+
+
+# Rules of saving.
+
+
+class Held(Store):
+    """Uploads wait until they are released."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store.uri, store._backend, store._prefix)
+        self.released = threading.Event()
+
+    def put_chunks(self, key: str, chunks: Any, size: int) -> None:
+        assert self.released.wait(timeout=30)
+        super().put_chunks(key, chunks, size)
+
+
+def saves_while_one_is_under_way(uri: str, when_busy: str) -> dict[str, Any]:
+    """Save step 1 and hold its upload; step 2 is due meanwhile, and step 3, which must be saved, afterwards."""
+    ranks, run = join(), Held(open_store(uri))
+    ours, events = checkpoints(run, ranks)
+    ours.rules = Checkpoint(keep_last=9, when_busy=when_busy)  # type: ignore[arg-type]
+    learner: Any = Learner(ranks, 1)
+    ours.save(learner, 1, {})
+    ours.advance(all_ready=ours.ready)
+    held = not ours.ready and committed_steps(run) == []
+    release = threading.Timer(0.2, run.released.set)
+    if when_busy == "wait":
+        release.start()
+    ours.save(learner, 2, {})
+    run.released.set()
+    ours.save(learner, 3, {}, may_skip=False)
+    ours.finish()
+    return {"held": held, "committed": committed_steps(run), "events": events}
+
+
+def saves_on_a_failing_store(uri: str, allowed: int) -> dict[str, Any]:
+    """Save each step while every write fails, but for step 3; `allowed` may fail in a row."""
+    ranks, run = join(), open_store(uri)
+    ours, events = checkpoints(run, ranks)
+    ours.rules = Checkpoint(failed_saves=allowed)
+    learner: Any = Learner(ranks)
+    ended = None
+    for step in range(1, 10):
+        # The first operation of a save is the upload.
+        ours.run = run if step == 3 else FaultyStore(run, Fault(1))
+        ours.save(learner, step, {})
+        outcome = _outcome_of(ours._settle)
+        if outcome["outcome"] != "finished":
+            ended = {"step": step, **outcome}
+            break
+    return {"ended": ended, "events": events, "committed": committed_steps(run)}
+
+
+def a_removal_that_fails(uri: str) -> list[str]:
+    """Two saves of which one goes, while nothing can be deleted."""
+    ranks, run = join(), open_store(uri)
+
+    class Keeping(Store):
+        def delete(self, key: str) -> None:
+            raise StorageError(f"{key} is held.")
+
+    save(run, ranks, 1)
+    return [
+        f"{event['kind']} {event.get('reason', '')}".strip()
+        for event in save(Keeping(run.uri, run._backend, run._prefix), ranks, 2)
+    ]
 
 
 # Exports.

@@ -41,7 +41,9 @@ STATES = ("master", "exp_avg", "exp_avg_sq")
 # Whole runs, through the one function that every launcher calls.
 
 
-def run(config_text: str, fingerprint: str, how: str = "start") -> dict[str, Any]:
+def run(
+    config_text: str, fingerprint: str, how: str = "start", eval_fingerprint: str | None = None
+) -> dict[str, Any]:
     """`run_rank`, and how it ended. `how`: start, resume, or something that goes wrong on the way.
 
     hold: after the commit of step 5 showed up, no rank finishes another step.
@@ -52,7 +54,7 @@ def run(config_text: str, fingerprint: str, how: str = "start") -> dict[str, Any
         _hold_after(open_store(config.run.store).sub(config.run.name), step=5)
     if how == "terminate" and os.environ["RANK"] == "1":
         _terminate_in_step(3)
-    datasets = Datasets(fingerprint, None) if os.environ["RANK"] == "0" else None
+    datasets = Datasets(fingerprint, eval_fingerprint) if os.environ["RANK"] == "0" else None
     return _outcome_of(lambda: run_rank(config, datasets, resume=how == "resume"))
 
 

@@ -24,7 +24,8 @@ class Saved:
 
     def __init__(self, workshop: Workshop, folder: Path, rank: int) -> None:
         self.workshop, self.name = workshop, f"saved-{rank}"
-        self.overrides = (f"tuning.rank={rank}", "checkpoint.every_steps=0")
+        # Two optimizer groups with different learning rates.
+        self.overrides = (f"tuning.rank={rank}", "optim.lora_plus_ratio=4", "checkpoint.every_steps=0")
         folder.mkdir()
         self.arguments = self.of(self.name)
         self.updates = launch(2, "train_and_save", *self.arguments, SAVED, str(folder))
@@ -78,6 +79,22 @@ def test_every_optimizer_tensor_comes_back_bit_for_bit(saved: Saved, tmp_path: P
     assert any(state.any() for name, state in saved.states.items() if name.endswith("|exp_avg_sq"))
 
 
+def test_a_manifest_names_the_optimizers_groups_with_their_hyperparameters(small: Saved) -> None:
+    groups = read_manifest(small.workshop.store.sub(small.name), 3).groups
+    assert {name: group["lr_ratio"] for name, group in groups.items()} == {"lora_A": 1.0, "lora_B": 4.0}
+    assert groups["lora_B"].keys() == {"lr_ratio", "betas", "eps", "weight_decay"}
+
+
+def test_a_changed_hyperparameter_counts_from_the_resume_on_and_is_told(small: Saved, tmp_path: Path) -> None:
+    (result,) = launch(1, "restore", *small.of(small.name, "optim.lora_plus_ratio=2", "optim.eps=1e-6"), str(tmp_path))
+    assert result["outcome"] == "finished"
+    assert result["log"] == [
+        "optimizer group lora_A: eps is 1e-06 from now on; the checkpoint was saved with 1e-08",
+        "optimizer group lora_B: lr_ratio is 2.0 from now on; the checkpoint was saved with 4.0",
+        "optimizer group lora_B: eps is 1e-06 from now on; the checkpoint was saved with 1e-08",
+    ]
+
+
 def test_a_shard_holds_what_learns_and_nothing_else(saved: Saved) -> None:
     run = saved.workshop.store.sub(saved.name)
     manifest = read_manifest(run, 3)
@@ -118,6 +135,30 @@ def test_a_damaged_checkpoint_is_passed_over_on_all_ranks(small: Saved, tmp_path
     lines = [line for result in results for line in result["log"]]
     assert any("skipped" in line and key in line for line in lines), lines
     assert whole(tmp_path).keys() == small.states.keys()
+
+
+@pytest.mark.parametrize("shard", [0, 1])
+def test_a_flipped_bit_is_found_in_each_shard_by_ranks_of_another_number(
+    small: Saved, tmp_path: Path, shard: int
+) -> None:
+    name = f"flipped-{shard}"
+    run = small.copy(name)
+    key = read_manifest(run, 3).shards[shard].key
+    flip_a_byte(run, key)
+    results = launch(3, "restore", *small.of(name), str(tmp_path))
+    assert [result["step"] for result in results] == [2, 2, 2]
+    assert all(f"{key} does not match its sha256" in result["log"][0] for result in results)
+
+
+def test_a_manifest_of_a_newer_version_is_an_error_on_all_ranks_and_never_passed_over(
+    small: Saved, tmp_path: Path
+) -> None:
+    run = small.copy("newer")
+    tree = json.loads(run.get(run_layout.manifest(3)))
+    run.put(run_layout.manifest(3), json.dumps({**tree, "format": 99}).encode())
+    results = launch(2, "restore", *small.of("newer"), str(tmp_path))
+    assert [(result["outcome"], result["exit_code"]) for result in results] == [("StorageError", 6)] * 2
+    assert "is of format 99; this version reads format 2. Use the version that wrote it." in results[1]["message"]
 
 
 def test_a_run_goes_on_past_a_damaged_checkpoint_and_commits_its_step_again(small: Saved, tmp_path: Path) -> None:

@@ -78,7 +78,8 @@ def plain(workshop: Workshop) -> Runs:
 
 @pytest.fixture(scope="module")
 def dropping(workshop: Workshop) -> Runs:
-    return Runs(workshop, ("tuning.dropout=0.2",))
+    """With dropout, and with two optimizer groups that learn at different rates."""
+    return Runs(workshop, ("tuning.dropout=0.2", "optim.lora_plus_ratio=4"))
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +130,7 @@ def test_three_ranks_that_do_not_divide_the_global_batch_have_the_losses_of_two(
     assert runs.train("three", 3) == pytest.approx(runs.train("two", 2), abs=1e-5)
 
 
-def test_dropout_is_resumed_bit_identically(dropping: Runs, uninterrupted: dict[int, float]) -> None:
+def test_dropout_and_optimizer_groups_are_resumed_bit_identically(dropping: Runs, uninterrupted: dict[int, float]) -> None:
     whole = dropping.train("whole", 2)
     assert whole != pytest.approx(uninterrupted, abs=TOLERANCE), "dropout changes nothing, so this test shows nothing"
     dropping.kill_after_five("killed", 2)

@@ -1,6 +1,7 @@
 """What a user reads when S3 refuses, and what a killed server leaves (SeaweedFS)."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -62,6 +63,18 @@ def test_an_endpoint_nobody_listens_on_is_named(s3: S3Server, monkeypatch: pytes
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     with pytest.raises(StorageError, match=r"http://127.0.0.1:1 cannot be reached \(Connection refused\)") as caught:
         open_store("s3://bucket/runs", retry_seconds=0.1).get("key")
+    assert_one_line(caught.value)
+
+
+def test_a_server_that_accepts_and_never_answers_is_given_up(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        store = open_store("s3://bucket/runs", request_seconds=0.3, retry_seconds=0.1)
+        with (
+            within(seconds=5),
+            pytest.raises(StorageError, match=r"http://127.0.0.1:\d+ did not answer in time") as caught,
+        ):
+            store.put("key", b"x")
     assert_one_line(caught.value)
 
 

@@ -20,7 +20,7 @@ from trainer.shard import Shard, verify_shard
 from trainer.store import Store, open_store
 
 
-def manifest(step: int, shards: list[Shard] | None = None) -> Manifest:
+def manifest(step: int, shards: list[Shard] | None = None, eval_loss: float | None = None) -> Manifest:
     return Manifest(
         step=step,
         generation=2,
@@ -34,7 +34,7 @@ def manifest(step: int, shards: list[Shard] | None = None) -> Manifest:
         adapter={"rank": 4},
         groups={"lora_A": {"weight_decay": 0.1}},
         versions={"torch": "2"},
-        eval_loss=None,
+        eval_loss=eval_loss,
         shapes={"layer.lora_A.weight": [4, 5]},
         shards=shards or [Shard("a", 10, "0" * 64, {"layer.lora_A.weight": (0, 20)})],
     )

@@ -113,3 +113,25 @@ def test_a_ranks_log_has_what_python_and_child_processes_print(run: Store, capfd
     assert log.splitlines() == ["from python", "from C", "from a child"]
     os.write(2, b"afterwards\n")
     assert "afterwards" not in run.get(run_layout.rank_log(2, 3)).decode()
+
+
+def test_a_ranks_log_is_sent_again_only_when_it_has_grown(
+    run: Store, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[int] = []
+    several = threading.Event()
+
+    def observed(_: Store, key: str, data: bytes) -> None:
+        sent.append(len(data))
+
+    def beat(self: Every) -> None:
+        for _ in range(3):
+            self._action()
+        several.set()
+
+    monkeypatch.setattr(Store, "put", observed)
+    monkeypatch.setattr(Every, "_loop", beat)
+    with capfd.disabled(), rank_log(run, 1, 0, flush_seconds=3600):
+        assert several.wait(timeout=30)
+        print("grown", flush=True)
+    assert sent == [len("grown\n")]

@@ -140,6 +140,17 @@ def test_the_last_commit_is_what_the_store_holds(run: Store) -> None:
     assert status.last_commit_age_seconds == pytest.approx(42)
 
 
+def test_saves_that_failed_or_were_skipped_are_counted_over_all_generations(run: Store) -> None:
+    failed = {"kind": "save_failed", "step": 2, "reason": "503", "time": NOW}
+    write(run, 1, start(1), failed, end("failed"))
+    write(run, 2, start(2), failed, {"kind": "save_skipped", "step": 4, "skipped": 1, "time": NOW})
+    status = read_status(run, lambda: NOW)
+    assert (status.failed_saves, status.skipped_saves) == (2, 1)
+    screen = Console(file=io.StringIO(), width=200)
+    screen.print(render(status))
+    assert "2 failed, 1 skipped" in screen.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_a_torn_last_line_is_waited_for(run: Store) -> None:
     follower = Follower(run, clock=lambda: NOW)
     line = json.dumps(step(2, 2.5)).encode()

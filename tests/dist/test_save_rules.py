@@ -1,0 +1,78 @@
+"""When a save is due while another is under way, when saves fail, and when a removal does: it is counted, and training goes on."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.dist.launch import launch
+from tests.material import Workshop, make_data
+from trainer.config import dump_config
+from trainer.manifest import committed_steps, read_manifest
+
+
+def kinds(result: dict[str, Any]) -> list[tuple[str, int]]:
+    return [(event["kind"], event["step"]) for event in result["events"]]
+
+
+def test_a_save_that_is_due_too_early_is_skipped_and_counted_but_not_one_that_must_be(tmp_path: Path) -> None:
+    (result,) = launch(1, "faults.saves_while_one_is_under_way", str(tmp_path), "skip")
+    assert result["held"]
+    assert kinds(result) == [("save_skipped", 2), ("commit", 1), ("commit", 3)]
+    assert result["events"][0]["skipped"] == 1
+    assert result["committed"] == [3, 1]
+
+
+def test_a_save_that_is_due_too_early_waits_and_its_stall_is_told(tmp_path: Path) -> None:
+    (result,) = launch(1, "faults.saves_while_one_is_under_way", str(tmp_path), "wait")
+    assert result["held"]
+    assert kinds(result) == [("commit", 1), ("commit", 2), ("commit", 3)]
+    stalls = [event["stall_seconds"] for event in result["events"]]
+    assert stalls[1] > 0.1 > stalls[0]
+
+
+@pytest.mark.parametrize(("allowed", "ends_at"), [(0, 1), (2, 6)])
+def test_saves_may_fail_so_often_in_a_row_and_no_more(tmp_path: Path, allowed: int, ends_at: int) -> None:
+    results = launch(2, "faults.saves_on_a_failing_store", str(tmp_path), allowed)
+    for result in results:
+        assert result["ended"]["step"] == ends_at
+        assert (result["ended"]["outcome"], result["ended"]["exit_code"]) == ("StorageError", 6)
+        assert f"rank 0 could not save the checkpoint of step {ends_at}" in result["ended"]["message"]
+        expected = [("commit" if step == 3 else "save_failed", step) for step in range(1, ends_at + 1)]
+        assert kinds(result) == expected
+        assert result["committed"] == ([3] if ends_at > 3 else [])
+
+
+def test_a_removal_that_fails_is_told_and_the_save_is_good(tmp_path: Path) -> None:
+    (events,) = launch(1, "faults.a_removal_that_fails", str(tmp_path))
+    assert events == ["commit", "prune_failed checkpoints/step-000000001/manifest.json is held."]
+
+
+def test_the_best_by_evaluation_loss_is_kept_and_each_evaluation_is_committed(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    config = workshop.config(
+        "best",
+        f"data.eval=[{{path: {make_data(tmp_path / 'eval.jsonl', documents=8, seed=6)}}}]",
+        "train.steps=6",
+        "train.eval_every=2",
+        "optim.lr=0.3",  # so large that learning falls apart: the best is not the last
+        "optim.warmup_steps=0",
+        "optim.grad_clip=0",
+        "checkpoint.every_steps=0",
+        "checkpoint.keep_last=1",
+        "checkpoint.keep_best=1",
+    )
+    datasets = workshop.prepare(config)
+    (outcome,) = launch(1, "run", dump_config(config), datasets.train, "start", datasets.eval)
+    assert outcome["outcome"] == "finished", outcome
+    run = workshop.store.sub("best")
+    from launcher.status import read_generation
+
+    losses = {record["step"]: record["loss"] for record in read_generation(run, 1)["eval"]}
+    commits = [record["step"] for record in read_generation(run, 1)["commit"]]
+    assert commits == [1, 2, 4, 6]
+    best = min(losses, key=lambda step: losses[step])
+    assert best != 6, "the newest is the best, so this test shows nothing"
+    assert committed_steps(run) == [6, best]
+    assert read_manifest(run, best).eval_loss == losses[best]

@@ -1,0 +1,120 @@
+"""`capstan checkpoints ls | verify | prune`, and names that are not there."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from launcher.cli import app
+from tests.unit.test_manifest import manifest
+from trainer import run_layout
+from trainer.errors import CapstanError, ConfigError
+from trainer.manifest import committed_steps
+from trainer.shard import Layout, write_shard
+from trainer.store import Store, open_store
+
+CONFIG = {
+    "run": {"name": "mine"},
+    "model": {"base": "/models/b"},
+    "data": {"train": [{"path": "a.jsonl"}]},
+    "train": {"steps": 9},
+    "checkpoint": {"keep_last": 2},
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Store:
+    """A run with commits of steps 1 to 4, of two shards each, and an orphan."""
+    run = open_store(str(tmp_path)).sub("mine")
+    run.put(run_layout.CONFIG, yaml.safe_dump(CONFIG).encode())
+    for step in (1, 2, 3, 4):
+        shards = [
+            write_shard(
+                run,
+                run_layout.shard(step, "000002-000001", rank),
+                Layout({"w": (rank, rank + 1)}),
+                memoryview(bytes(12)),
+            )
+            for rank in range(2)
+        ]
+        run.create(run_layout.manifest(step), manifest(step, shards, eval_loss=1 / step).to_json())
+    run.put(run_layout.shard(9, "000001-000001", 0), b"lost")
+    return run
+
+
+def capstan(run: Store, *arguments: str) -> Result:
+    return CliRunner().invoke(app, ["checkpoints", *arguments, "mine", "--store", run.uri.rpartition("/")[0]])
+
+
+def answer(result: Result) -> Any:
+    return json.loads(result.stdout)
+
+
+def test_ls_tells_size_age_world_size_and_loss(run: Store) -> None:
+    found = answer(capstan(run, "ls", "--json"))
+    assert [row["step"] for row in found["checkpoints"]] == [4, 3, 2, 1]
+    first = found["checkpoints"][0]
+    assert (first["world_size"], first["generation"], first["eval_loss"]) == (2, 2, 0.25)
+    assert first["bytes"] == sum(e.size for e in run.list(run_layout.checkpoint(4)) if "shard" in e.key)
+    assert first["age_seconds"] > 0
+    text = capstan(run, "ls").stdout
+    assert "world size" in text
+    assert "0.2500" in text
+
+
+def test_verify_reads_every_byte_and_names_what_is_wrong(run: Store) -> None:
+    whole = capstan(run, "verify", "--json")
+    assert (whole.exit_code, answer(whole)["problems"], answer(whole)["verified"]) == (0, {}, True)
+    key = run_layout.shard(3, "000002-000001", 1)
+    run.put(key, run.get(key)[:-1] + b"\x01")
+    run.delete(run_layout.shard(2, "000002-000001", 0))
+    run.put(run_layout.manifest(1), b"{")
+    damaged = capstan(run, "verify", "--json")
+    problems = answer(damaged)["problems"]
+    assert damaged.exit_code == 6
+    assert problems.keys() == {"3", "2", "1"}
+    assert problems["3"] == [f"{run.uri}/{key} does not match its sha256."]
+    assert "does not exist" in problems["2"][0]
+    assert "is not a manifest" in problems["1"][0]
+    table = capstan(run, "verify")
+    assert table.exit_code == 6
+    assert "damaged" in table.stdout
+    assert capstan(run, "verify", "--step", "4", "--json").exit_code == 0
+    assert capstan(run, "verify", "--step", "3", "--json").exit_code == 6
+
+
+def test_verify_of_what_is_not_there_is_nothing_to_resume(run: Store) -> None:
+    failed = capstan(run, "verify", "--step", "7")
+    assert isinstance(failed.exception, CapstanError)
+    assert failed.exception.exit_code == 7
+    assert "no committed checkpoint of step 7" in str(failed.exception)
+
+
+def test_prune_follows_the_runs_own_rules_and_a_dry_run_changes_nothing(run: Store) -> None:
+    before = run.list()
+    dry = answer(capstan(run, "prune", "--dry-run", "--json"))
+    assert (dry["steps"], dry["kept"], dry["orphans"], dry["dry_run"]) == ([2, 1], [4, 3], [], True)
+    assert run.list() == before
+    done = answer(capstan(run, "prune", "--json"))
+    assert done["steps"] == [2, 1]
+    assert done["bytes"] == dry["bytes"] == sum(entry.size for entry in before) - sum(e.size for e in run.list())
+    assert committed_steps(run) == [4, 3]
+
+
+def test_prune_takes_other_rules_and_orphans_of_any_age(run: Store) -> None:
+    rules = ("--keep-last", "1", "--keep-every", "3", "--keep-best", "1", "--orphan-hours", "0")
+    result = capstan(run, "prune", *rules)
+    assert "removed checkpoints of steps: 1, 2; orphans: 1;" in " ".join(result.stdout.split())
+    assert committed_steps(run) == [4, 3]
+    assert run.list(run_layout.checkpoint(9)) == []
+
+
+def test_a_misspelt_run_or_store_is_named_and_leaves_no_folder(run: Store, tmp_path: Path) -> None:
+    for store, hint in ((tmp_path, "Did you mean 'mine'?"), (tmp_path / "typo", "Runs there: none.")):
+        failed = CliRunner().invoke(app, ["status", "mime", "--store", str(store)])
+        assert isinstance(failed.exception, ConfigError)
+        assert hint in str(failed.exception)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
