@@ -245,6 +245,18 @@ def saves_on_a_failing_store(uri: str, allowed: int) -> dict[str, Any]:
     return {"ended": ended, "events": events, "committed": committed_steps(run)}
 
 
+def saves_with_losses(uri: str, losses: list[float | None]) -> list[int]:
+    """Save a step for each evaluation loss; which remain of the newest and the best."""
+    ranks, run = join(), open_store(uri)
+    ours, _ = checkpoints(run, ranks)
+    ours.rules, ours._pruning = Checkpoint(keep_last=1, keep_best=1), InTurn()
+    learner: Any = Learner(ranks)
+    for step, loss in enumerate(losses, start=1):
+        ours.save(learner, step, {}, eval_loss=loss)
+        ours.finish()
+    return committed_steps(run)
+
+
 def a_removal_that_fails(uri: str) -> list[str]:
     """Two saves of which one goes, while nothing can be deleted."""
     ranks, run = join(), open_store(uri)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from launcher.status import read_generation
 from tests.dist.launch import launch
 from tests.material import Workshop, make_data
 from trainer.config import dump_config
@@ -48,31 +49,26 @@ def test_a_removal_that_fails_is_told_and_the_save_is_good(tmp_path: Path) -> No
     assert events == ["commit", "prune_failed checkpoints/step-000000001/manifest.json is held."]
 
 
-def test_the_best_by_evaluation_loss_is_kept_and_each_evaluation_is_committed(
-    workshop: Workshop, tmp_path: Path
-) -> None:
+def test_the_best_by_evaluation_loss_outlives_newer_ones(tmp_path: Path) -> None:
+    assert launch(1, "faults.saves_with_losses", str(tmp_path), [0.9, 0.5, 0.7, None, 0.6]) == [[5, 2]]
+
+
+def test_each_evaluation_is_committed_with_its_loss_when_the_best_are_kept(workshop: Workshop, tmp_path: Path) -> None:
     config = workshop.config(
         "best",
         f"data.eval=[{{path: {make_data(tmp_path / 'eval.jsonl', documents=8, seed=6)}}}]",
-        "train.steps=6",
+        "train.steps=5",
         "train.eval_every=2",
-        "optim.lr=0.3",  # so large that learning falls apart: the best is not the last
-        "optim.warmup_steps=0",
-        "optim.grad_clip=0",
         "checkpoint.every_steps=0",
-        "checkpoint.keep_last=1",
+        "checkpoint.keep_last=9",
         "checkpoint.keep_best=1",
     )
     datasets = workshop.prepare(config)
     (outcome,) = launch(1, "run", dump_config(config), datasets.train, "start", datasets.eval)
     assert outcome["outcome"] == "finished", outcome
     run = workshop.store.sub("best")
-    from launcher.status import read_generation
-
+    assert committed_steps(run) == [5, 4, 2, 1]
     losses = {record["step"]: record["loss"] for record in read_generation(run, 1)["eval"]}
-    commits = [record["step"] for record in read_generation(run, 1)["commit"]]
-    assert commits == [1, 2, 4, 6]
-    best = min(losses, key=lambda step: losses[step])
-    assert best != 6, "the newest is the best, so this test shows nothing"
-    assert committed_steps(run) == [6, best]
-    assert read_manifest(run, best).eval_loss == losses[best]
+    assert losses.keys() == {2, 4, 5}
+    assert {step: read_manifest(run, step).eval_loss for step in losses} == losses
+    assert read_manifest(run, 1).eval_loss is None
