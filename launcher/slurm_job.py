@@ -30,7 +30,7 @@ from trainer.errors import CapstanError, Stopped
 from trainer.store import Store
 
 _ANSWER_SECONDS = 5.0
-_RANK_DIED = re.compile(r"rank (\d+) (?:died|failed)")
+_RANK_DIED = re.compile(r"rank (\d+) died")  # a rank that failed may only have lost its connection to a dead one
 
 
 def begin(config: Config, submission: str, job: int, restart: int, nodes: list[str]) -> str:
@@ -61,12 +61,13 @@ def end(config: Config, exit_code: int, signal: str, nodes: list[dict]) -> str:
     *earlier, current = attempts(run)
     before = [attempt for attempt in earlier if attempt.submission == current.submission]
     status = read_status(run)
+    lost = [] if exit_code in (0, Stopped.exit_code) else silent_nodes(nodes)
     ending = Ending(
         exit_code,
         signal=signal,
         stopped_by=_stopped_by(run),
-        lost_nodes=[] if exit_code in (0, Stopped.exit_code) else silent_nodes(nodes),
-        failed_nodes=_nodes_of_dead_ranks(run, current.started, nodes),
+        lost_nodes=lost,
+        failed_nodes=[] if lost else _nodes_of_dead_ranks(run, current.started, nodes),
         step=_step(run),
         reason=status.reason,
     )

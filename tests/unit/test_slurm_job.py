@@ -145,11 +145,13 @@ def test_a_node_that_does_not_answer_is_lost_before_slurm_knows(
     config: Config, run: Store, nodes: list[dict[str, Any]]
 ) -> None:
     start(config)
+    generation(run, 1, died(rank=0))  # whichever rank it was, the node that is gone explains it
     (closed,) = free_ports(1)
     nodes[1]["port"] = closed
     assert silent_nodes(nodes) == ["n2"]
     assert end(config, 2, "", nodes) == "requeue"
-    assert attempts(run)[0].reason == "no answer from n2"
+    (attempt,) = attempts(run)
+    assert (attempt.reason, attempt.failed_nodes) == ("no answer from n2", ["n2"])
 
 
 def test_a_driver_that_was_killed_leaves_its_reason_in_the_status(
