@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trainer.errors import CapstanError
+from trainer.errors import CapstanError, ConfigError
 
 app = typer.Typer(
     help="Fine-tune language models that are too large for one machine. --debug anywhere adds the traceback of an error.",
@@ -60,6 +60,23 @@ def _open_run(run: str, store: str) -> Any:
     return find_run(run, store)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"capstan {version('capstan-llm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Fine-tune language models that are too large for one machine. --debug anywhere adds the traceback of an error."""
+
+
 @app.command()
 def doctor(
     store: Annotated[
@@ -85,6 +102,7 @@ def plan(
 ) -> None:
     """Memory per GPU and host, batch arithmetic and traffic of a run, without a GPU. Exit code 4 when it does not fit."""
     from launcher.report import plan_table
+    from trainer.architecture import mismatches
     from trainer.base import resolve_base
     from trainer.config import load_config
     from trainer.errors import DoesNotFit
@@ -93,8 +111,11 @@ def plan(
     run = load_config(config, overrides or ())
     world_size = run.cluster.most_workers or 1
     memory = int(gpu_memory * 2**30) if gpu_memory else None
-    result = make_plan(run, resolve_base(run.model).config, world_size, ranks_per_node or world_size, memory)
+    base = resolve_base(run.model)
+    result = make_plan(run, base.config, world_size, ranks_per_node or world_size, memory)
     _emit(result, as_json, plan_table)
+    if mistakes := mismatches(run, base.config):
+        raise ConfigError("\n".join(mistakes))
     if result.shortfalls:
         raise DoesNotFit("\n".join(result.shortfalls))
 
@@ -196,12 +217,20 @@ def submit_slurm(
 
 
 def _train(config: Any, *, resume: bool, as_json: bool) -> None:
-    from launcher.local import start
+    from launcher.local import is_silent_rank, start
     from launcher.status import read_status, render
-    from trainer.store import open_store
+    from launcher.submission import run_folder
+    from trainer.run_layout import CONFIG
 
-    start(config, resume=resume, live=not as_json and sys.stderr.isatty(), log=_log)
-    _emit(read_status(open_store(config.run.store).sub(config.run.name)), as_json, render)
+    try:
+        start(config, resume=resume, live=not as_json and sys.stderr.isatty(), log=_log)
+    except CapstanError:
+        # What became of it is worth knowing also after a stop or a failure; a mistake leaves no run to speak of.
+        if as_json and not is_silent_rank() and run_folder(config).exists(CONFIG):
+            _emit(read_status(run_folder(config)), as_json, render)
+        raise
+    if not is_silent_rank():
+        _emit(read_status(run_folder(config)), as_json, render)
 
 
 @app.command()
@@ -213,15 +242,15 @@ def status(
 ) -> None:
     """What a run is doing, from its folder alone; for a run submitted to Slurm, Slurm's word on its jobs too."""
     from launcher.slurm_queue import is_over, record, slurm_status
-    from launcher.status import ENDED, read_status, render, watch
+    from launcher.status import read_status, render, watch_table
 
     folder = _open_run(run, store)
     job = record(folder)
     if follow:
-        watch(folder, is_over(folder, job) if job else lambda: read_status(folder).state in ENDED)
-    if job:
+        watch_table(folder, is_over(folder, job) if job else None)
+    if job and (as_json or not follow):
         _emit(slurm_status(folder, job), as_json, lambda status: status.table())
-    else:
+    elif as_json or not follow:
         _emit(read_status(folder), as_json, render)
 
 
@@ -231,17 +260,23 @@ def logs(
     store: StoreOption = "runs",
     rank: Annotated[int, typer.Option(help="Whose log.")] = 0,
     generation: Annotated[int | None, typer.Option(help="Which start of the run. Default: the newest.")] = None,
+    driver: Annotated[bool, typer.Option("--driver", help="What the driver said, instead of a rank.")] = False,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as the log grows.")] = False,
     job: Annotated[bool, typer.Option("--job", help="The Slurm job's own output instead: Ray and the driver.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """A rank's log."""
-    from launcher.status import follow_log, read_log
+    """A rank's log, or the driver's."""
+    from launcher.status import follow_log, read_driver_log, read_log
 
     folder = _open_run(run, store)
-    if job:
+    if follow and (as_json or driver or job):
+        raise ConfigError("--follow shows a rank's log as it grows. Leave out --json, --driver and --job, or --follow.")
+    if driver or job or as_json:
         from launcher.slurm_queue import job_output
 
-        print(job_output(folder), end="")
+        text = job_output(folder) if job else read_driver_log(folder) if driver else read_log(folder, rank, generation)
+        owner = {"job": True} if job else {"driver": True} if driver else {"rank": rank, "generation": generation}
+        print(json.dumps({"run": folder.uri, **owner, "text": text}) if as_json else text, end="\n" if as_json else "")
     elif follow:
         for text in follow_log(folder, rank, generation):
             print(text, end="", flush=True)
@@ -250,20 +285,23 @@ def logs(
 
 
 @app.command()
-def stop(run: RunName, store: StoreOption = "runs", dry_run: DryRun = False) -> None:
+def stop(run: RunName, store: StoreOption = "runs", as_json: Json = False, dry_run: DryRun = False) -> None:
     """Ask a run to commit a checkpoint and end with exit code 75; a Slurm job that has not started is cancelled."""
     from launcher import slurm_queue
     from launcher.status import request_stop
 
     folder = _open_run(run, store)
     if job := slurm_queue.record(folder):
-        _log(f"{slurm_queue.stop(folder, job, dry_run=dry_run)}; `capstan status {run}` shows what becomes of it")
-        return
-    if dry_run:
-        _log(f"would ask {folder.uri} to stop")
-        return
-    request_stop(folder, by="capstan stop")
-    _log(f"asked {folder.uri} to stop; `capstan status {run}` shows when it has")
+        what = slurm_queue.stop(folder, job, dry_run=dry_run)
+    elif dry_run:
+        what = f"would ask {folder.uri} to stop"
+    else:
+        request_stop(folder, by="capstan stop")
+        what = f"asked {folder.uri} to stop"
+    if as_json:
+        print(json.dumps({"run": folder.uri, "stop_requested": not dry_run, "dry_run": dry_run, "what": what}))
+    else:
+        _log(what if dry_run else f"{what}; `capstan status {run}` shows what becomes of it")
 
 
 @checkpoints_app.command("ls")
@@ -352,14 +390,19 @@ def smoke(
         Path, typer.Option("--dir", help="Where it works; kept, so that a second time is faster.")
     ] = Path("smoke"),
     as_json: Json = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Take one run through its whole life in small: train, kill, resume on another world size, export, verify."""
-    from launcher.smoke import run_smoke
+    from launcher.smoke import plan_smoke, run_smoke
     from launcher.smoke_verdict import table
 
+    if dry_run:
+        planned = plan_smoke(config, overrides or (), layers=layers, directory=directory)
+        _emit(planned, as_json, lambda plan: plan.text())
+        return
     result = run_smoke(config, overrides or (), layers=layers, directory=directory, show=not as_json)
     _emit(result, as_json, table)
-    raise typer.Exit(0 if result.ok else 1)
+    raise typer.Exit(0 if result.ok else result.exit_code or 1)
 
 
 @config_app.command("schema")

@@ -10,12 +10,13 @@ code 75 once the ranks have committed; started again, it goes on from the newest
 import argparse
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from launcher import retry
 from launcher.data_build import compile_progress
@@ -27,7 +28,7 @@ from trainer.base import resolve_base
 from trainer.config import Config, parse_config
 from trainer.data.compile import Progress
 from trainer.data.prepare import Datasets, prepare
-from trainer.errors import CapstanError, ConfigError, NotFound, Stopped
+from trainer.errors import CapstanError, ConfigError, NotFound, Stopped, StorageError
 from trainer.store import Store, open_store
 
 _LOOK_SECONDS = 2.0
@@ -41,17 +42,43 @@ def drive(config: Config, *, resume: bool, live: bool, log: Callable[[str], None
     """
     run = run_folder(config)
     _forget_signal(run)
+    journal = _Journal(run, log)
 
     def work() -> None:
         datasets = _prepare(config, run, log)
-        run_on_ray(config, datasets, run, resume=resume, address=address, log=log)
+        run_on_ray(config, datasets, run, resume=resume, address=address, log=journal.write)
 
     try:
         # Beside the main thread, which is then free for signals: in it, Ray would install handlers of its own.
         with _stop_on_signals(run), _live(run, live):
             _in_a_thread(work)
+    except CapstanError as error:
+        journal.keep(f"ended with exit code {error.exit_code}: {error}")
+        raise
+    else:
+        journal.keep("finished")
     finally:
         _forget_signal(run)
+
+
+class _Journal:
+    """The driver's few words, on its own output and in the run's folder, after those of the drivers before."""
+
+    def __init__(self, run: Store, log: Callable[[str], None]) -> None:
+        self._run, self._log = run, log
+        self._text = ""
+        with suppress(NotFound):
+            self._text = run.get(run_layout.DRIVER_LOG).decode(errors="replace")
+        self.keep(f"driver of process {os.getpid()} on {socket.gethostname()}")
+
+    def write(self, line: str) -> None:
+        self._log(line)
+        self.keep(line)
+
+    def keep(self, line: str) -> None:
+        self._text += f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n"
+        with suppress(StorageError):  # words must never decide how a run ends
+            self._run.put(run_layout.DRIVER_LOG, self._text.encode())
 
 
 def _prepare(config: Config, run: Store, log: Callable[[str], None]) -> Datasets:
@@ -90,6 +117,8 @@ def _in_a_thread(work: Callable[[], None]) -> None:
     thread.start()
     while thread.is_alive():
         thread.join(timeout=0.2)  # short, as Python runs signal handlers only between its own instructions
+        for number in _SIGNALS:
+            signal.signal(number, signal.getsignal(number))  # above Ray's own, which print a stack trace first
     done.result()
 
 
@@ -164,6 +193,11 @@ def main() -> None:
             drive(config, resume=given.resume, live=False, log=log, address=given.address)
         except CapstanError as error:
             retry.record_end(run_folder(config), retry.Failure(str(error), error))
+            raise
+        except Exception as error:
+            retry.record_end(
+                run_folder(config), retry.Failure(f"the driver failed: {type(error).__name__}: {error}", None)
+            )
             raise
     except CapstanError as error:
         log(f"capstan: {error}")

@@ -8,9 +8,9 @@ from launcher.data_build import compile_progress
 from launcher.driver import drive
 from launcher.submission import anchored, check, claim, keep_code, release
 from trainer import run_layout
-from trainer.base import Base
+from trainer.base import resolve_base
 from trainer.config import Config
-from trainer.data.prepare import Datasets, prepare
+from trainer.data.prepare import prepare, wait_until_prepared
 from trainer.errors import CapstanError
 from trainer.store import open_store
 
@@ -41,10 +41,19 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def is_silent_rank() -> bool:
+    """Whether another rank speaks for this process."""
+    return is_rank() and os.environ["RANK"] != "0"
+
+
 def _as_rank(config: Config, *, resume: bool, log: Callable[[str], None]) -> None:
     restarted = any(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     datasets = None
-    if os.environ["RANK"] == "0":
+    store = open_store(config.run.store)
+    if is_silent_rank():
+        # Without a process group: rank 0 may compile for longer than a collective waits, and ends everybody if it fails.
+        wait_until_prepared(config, resolve_base(config.model), store)
+    else:
         base = check(config, resume=resume, restarted=restarted)
         datasets = _prepare(config, base, log)
         claim(config, resume=resume, code=keep_code(log), restarted=restarted)

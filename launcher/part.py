@@ -53,11 +53,11 @@ class Part:
         return out.decode()
 
     def check(self) -> None:
-        """Raises `CapstanError` unless it has ended with exit code 0."""
-        if self._process.returncode:
-            raise CapstanError(
-                f"a part of the smoke run ended with exit code {self._process.returncode}: {self.last_words()}"
-            )
+        """Raises `CapstanError`, with the same exit code, unless it has ended with exit code 0."""
+        if code := self._process.returncode:
+            error = CapstanError(f"a part of the smoke run ended with exit code {code}: {self.last_words()}")
+            error.exit_code = max(code, 1)  # negative for a signal
+            raise error
 
     def last_words(self) -> str:
         lines = self._log.read_text(errors="replace").strip().splitlines()

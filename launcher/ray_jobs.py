@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from launcher import snapshot
+from launcher.ray_cluster import refused_token
 from launcher.submission import anchored, check, claim, release, run_folder
 from trainer import run_layout
 from trainer.config import Config
@@ -126,13 +127,6 @@ def _start_process(command: list[str]) -> str:
         start_new_session=True,
     )
     return f"process {process.pid}"
-
-
-def refused_token(address: str) -> ConfigError:
-    return ConfigError(
-        f"the Ray cluster at {address!r} refused the token. Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) "
-        "to the cluster's own."
-    )
 
 
 def _first_line(error: BaseException) -> str:

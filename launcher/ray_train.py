@@ -1,29 +1,58 @@
-"""A run's ranks under Ray Train: worker group, rendezvous and liveness are Ray's, what happens after a failure is ours.
+"""A run's ranks under Ray Train: worker group, rendezvous and liveness are Ray's, what happens after an end is ours.
 
-Each attempt is one `TorchTrainer.fit()` without retries of its own; `retry.decide` then says whether there is another.
-The train function restores by itself, so an attempt needs to know nothing of the one before.
+Each attempt is one `TorchTrainer.fit()` without retries of its own, with as many ranks as the cluster has room for;
+`retry.decide` then says whether there is another. The train function restores by itself, so an attempt needs to know
+nothing of the one before. An elastic run grows by being asked to commit and start again: Ray Train's own resizing would
+kill the ranks in the middle of a step.
 """
 
-import logging
 import os
+import socket
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from launcher import retry
+from launcher.ray_cluster import Need, alive_machines, joined_ray, local_ray, lost_machines, need, room, wait_for_room
+from launcher.status import request_restart, stop_requester
+from trainer import run_layout
 from trainer.config import Config, dump_config, parse_config
 from trainer.data.prepare import Datasets
-from trainer.errors import CapstanError, ConfigError
+from trainer.errors import ConfigError, DoesNotFit, Stopped
+from trainer.manifest import committed_steps
+from trainer.records import generations, read_records
 from trainer.store import Store
+
+_LOOK_SECONDS = 2.0
+_LOSS_SECONDS = 30.0
+"""In which Ray's health checks find a dead machine."""
+# How long past a machine's announced end the ranks may still be at their commit: the announcement is a guess.
+_PREEMPTION_GRACE_SECONDS = 30.0
+
+
+@dataclass
+class _Life:
+    """A run on its cluster, over all its attempts."""
+
+    config: Config
+    datasets: Datasets
+    run: Store
+    resume: bool
+    dashboard: str
+    began: float
+
+    def stop_if_asked(self) -> None:
+        if who := stop_requester(self.run):
+            raise Stopped(f"stopped by {who} while the run was starting; what was committed before stays.")
 
 
 def run_on_ray(
     config: Config, datasets: Datasets, run: Store, *, resume: bool, address: str | None, log: Callable[[str], None]
 ) -> None:
-    """Train on a Ray cluster, or on a Ray started here for this run, until done or beyond the failure budget.
+    """Train on a Ray cluster, or on a Ray started here for this run, until done or beyond the budgets.
 
     `address` is the cluster's; by default cluster.ray.address or RAY_ADDRESS.
 
@@ -35,130 +64,224 @@ def run_on_ray(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.cluster.ray.start_timeout)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a rank's end is noticed; default 2
+    began = time.time()
     address = address or config.cluster.ray.address or os.environ.get("RAY_ADDRESS")
-    with _joined_ray(address) if address else local_ray(config.cluster.most_workers or 1):
-        workers, gpus = _workers(config, patience=config.cluster.ray.start_timeout if address else 0)
-        failures: list[retry.Failure] = []
+    with joined_ray(address) if address else local_ray(config.cluster.most_workers or 1) as joined:
+        life = _Life(config, datasets, run, resume, joined if address else "", began)
+        ends: list[retry.Failure] = []
         while True:
-            error = _attempt(config, datasets, workers, gpus, resume=resume)
-            if error is None:
+            patience = config.cluster.ray.start_timeout
+            try:
+                wanted, workers = wait_for_room(
+                    lambda: need(config), patience, can_grow=bool(address), log=log, stop=life.stop_if_asked
+                )
+            except ConfigError as error:
+                if not ends or not committed_steps(run):
+                    raise
+                raise Stopped(f"{ends[-1].reason}; since then: {error} `capstan resume` goes on.") from error
+            end = _attempt(life, wanted, workers)
+            if end is None:
                 return
-            failure = retry.classify(error)
-            retry.record_end(run, failure)
-            failures.append(failure)
-            decision = retry.decide(failures, config.retry.failures)
+            end = retry.explained(run, end)
+            retry.record_end(run, end)
+            ends.append(end)
+            decision = retry.decide(ends, config.retry)
             if decision.error is not None:
                 raise decision.error
+            retry.record_restart(run, decision.reason)
             log(decision.reason)
+            life.began = time.time()
 
 
-def _attempt(config: Config, datasets: Datasets, workers: int, gpus: int, *, resume: bool) -> retry.WorkerErrors | None:
-    """One life of the worker group; returns what its ranks died of, or None when they finished."""
-    from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+def _attempt(life: _Life, wanted: Need, workers: int) -> retry.Failure | None:
+    """One life of the worker group; returns why it ended, or None when the run is done."""
+    from ray.train import ControllerError, WorkerGroupError
+    from ray.train.v2.api.exceptions import PreemptionError
 
-    with tempfile.TemporaryDirectory(prefix="capstan-ray-") as storage:
-        trainer = TorchTrainer(
-            _rank,
-            train_loop_config={"config": dump_config(config), "datasets": asdict(datasets), "resume": resume},
-            scaling_config=ScalingConfig(
-                num_workers=workers,
-                use_gpu=gpus > 0,
-                resources_per_worker={"CPU": 1, **({"GPU": gpus} if gpus else {})},
-            ),
-            torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-            # Checkpoints and metrics go to the run's own store; Ray Train only wants a place to put nothing.
-            run_config=RunConfig(
-                name=config.run.name,
-                storage_path=storage,
-                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
-            ),
-        )
+    life.run.delete(run_layout.RESTART)
+    machines = alive_machines()
+    with tempfile.TemporaryDirectory(prefix="capstan-ray-", ignore_cleanup_errors=True) as storage:
+        fit = _Background(_trainer(life, wanted, workers, storage).fit)
+        watch = _Watch(life, wanted, workers)
+        while not fit.ended(within=0.5):
+            watch.look()
         try:
-            trainer.fit()
+            fit.result()
         except WorkerGroupError as error:
-            return {rank: _original(failure) for rank, failure in error.worker_failures.items()}
+            errors = {rank: _original(failure) for rank, failure in error.worker_failures.items()}
+            end = retry.classify(errors, resizing=watch.resizing)
+            if end.error is not None:
+                return end
+            # Ray reports a rank's death together with its machine's; a broken connection is seen long before either.
+            told = any(isinstance(error, retry.RankDied) for error in errors.values())
+            lost = lost_machines(machines, within=0 if told else _LOSS_SECONDS)
+            return retry.Failure(f"lost {', '.join(lost)}", None, "preemption") if lost else end
+        except PreemptionError as error:
+            return retry.Failure(f"a machine was taken away ({_first_line(error)})", None, "preemption")
         except ControllerError as error:
-            if not isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
-                raise CapstanError(f"Ray Train gave up: {error.controller_failure}") from error
-            timeout = config.cluster.ray.start_timeout
-            raise ConfigError(
-                f"cluster.ray.start_timeout: {workers} workers did not start within {timeout:.0f} seconds "
-                f"({type(error.controller_failure).__name__}). Free resources, lower cluster.workers, or raise it."
-            ) from error
+            cause = error.controller_failure
+            return retry.Failure(f"Ray could not start the ranks ({type(cause).__name__}: {_first_line(cause)})", None)
     return None
+
+
+def _trainer(life: _Life, wanted: Need, workers: int, storage: str) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    arguments = {
+        "config": dump_config(life.config),
+        "datasets": asdict(life.datasets),
+        "resume": life.resume,
+        "facts": {"dashboard": life.dashboard} if life.dashboard else {},
+        "began": life.began,
+    }
+    longest = max(life.config.timeouts.model_dump().values())
+    return TorchTrainer(
+        _rank,
+        train_loop_config=arguments,
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=wanted.gpus > 0,
+            resources_per_worker=wanted.each,
+            placement_strategy=life.config.cluster.ray.placement,
+        ),
+        torch_config=TorchConfig(backend="nccl" if wanted.gpus else "gloo", timeout_s=int(longest) + 120),
+        # Checkpoints and metrics go to the run's own store; Ray Train only wants a place to put nothing.
+        run_config=RunConfig(
+            name=life.config.run.name,
+            storage_path=storage,
+            failure_config=FailureConfig(
+                max_failures=0,
+                controller_failure_limit=0,
+                max_preemption_failures=0,
+                preemption_grace_s=_PREEMPTION_GRACE_SECONDS,
+            ),
+        ),
+    )
+
+
+class _Background:
+    """A call in a thread that nobody has to wait for: what ends Ray ends the call too."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call, self._error = call, None
+        self._thread = threading.Thread(target=self._run, name="fit", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._call()
+        except BaseException as error:
+            self._error = error
+
+    def ended(self, within: float) -> bool:
+        self._thread.join(within)
+        return not self._thread.is_alive()
+
+    def result(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+class _Watch:
+    """What the driver looks at while ranks work: room for more of them, and a stop that need not wait for a step."""
+
+    def __init__(self, life: _Life, wanted: Need, workers: int) -> None:
+        self._life, self._wanted, self._workers = life, wanted, workers
+        self.resizing = False
+        self._before = max(generations(life.run), default=0)
+        self._training = False
+        self._looked = self._counted = time.monotonic()
+
+    def look(self) -> None:
+        """Raises `Stopped` when a stop was asked for, nothing new is trained and something is committed already."""
+        now = time.monotonic()
+        if now - self._looked >= _LOOK_SECONDS and not self._training:
+            self._looked = now
+            self._training = self._has_started()
+            if not self._training and committed_steps(self._life.run):
+                self._life.stop_if_asked()
+        interval = self._life.config.cluster.ray.resize_interval
+        if self._training and self._workers < self._wanted.most and now - self._counted >= interval:
+            self._counted = now
+            more = min(room(self._wanted.each), self._wanted.most - self._workers)
+            if more > 0 and not self.resizing:
+                self.resizing = True
+                request_restart(
+                    self._life.run, f"because {self._workers + more} ranks instead of {self._workers} find room"
+                )
+
+    def _has_started(self) -> bool:
+        newest = max(generations(self._life.run), default=0)
+        records = read_records(self._life.run, newest) if newest > self._before else iter(())
+        return any(record["kind"] == "start" for record in records)
 
 
 def _original(error: BaseException) -> BaseException:
     """Ray wraps what the train function raised, to carry its traceback; a dead process has an error of its own."""
-    from ray.exceptions import RayActorError
-    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+    from ray.exceptions import OutOfMemoryError, RayActorError
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 
+    if isinstance(error, WorkerHealthCheckFailedError):
+        error = error.health_check_failure
+    if isinstance(error, OutOfMemoryError):
+        return DoesNotFit(
+            f"Ray ended a rank because its machine ran low on host memory ({_first_line(error)}). `capstan plan` shows what a "
+            "host needs; use fewer ranks on a machine, or larger machines."
+        )
     if isinstance(error, RayActorError):
-        return retry.RankDied(str(error))
+        return retry.RankDied(str(error).strip().splitlines()[-1], machine_lost=error.preempted)
     return error._base_exc if isinstance(error, UserExceptionWithTraceback) else error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 
 def _rank(arguments: dict[str, Any]) -> None:
     """The train function: one rank, in a Ray worker. The only place where the launcher meets torch."""
-    from trainer.rank import run_rank
-
-    run_rank(parse_config(arguments["config"]), Datasets(**arguments["datasets"]), resume=arguments["resume"])
-
-
-@contextmanager
-def local_ray(workers: int) -> Iterator[str]:
-    """A Ray of this process's own on this machine, with room for `workers` ranks; its address. Ends with the process."""
-    # OpenMP's idle threads spin at barriers by default: on cores that two ranks share, that is many times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import ray
 
-    # One CPU a worker is what Ray books; ranks may outnumber the cores of a laptop.
-    cpus = max(os.cpu_count() or 1, workers)
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    try:
-        yield ray.get_runtime_context().gcs_address
-    finally:
-        ray.shutdown()
+    from trainer.rank import Starter, run_rank
+
+    config = parse_config(arguments["config"])
+    machine = f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:8]}"
+    starter = Starter(arguments["facts"], machine, _drain_notice(), _gauges(config.run.name), arguments["began"])
+    run_rank(config, Datasets(**arguments["datasets"]), resume=arguments["resume"], starter=starter)
 
 
-@contextmanager
-def _joined_ray(address: str) -> Iterator[str]:
-    import ray
+def _drain_notice() -> Callable[[], bool]:
+    """Whether Ray has announced that a machine of this group will be taken away."""
+    import ray.train
 
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"cluster.ray.address: no Ray cluster answers at {address!r} ({str(error).splitlines()[0]}). "
-            "Start one with `ray start --head`, or leave the setting out to start Ray here."
-        ) from error
-    try:
-        yield address
-    finally:
-        ray.shutdown()
+    announced = threading.Event()
+
+    def ask() -> None:
+        while not announced.wait(1.0):  # each question is a barrier of all ranks, so it is asked beside the training
+            if ray.train.get_preemption_info() is not None:
+                announced.set()
+
+    threading.Thread(target=ask, name="drain-notice", daemon=True).start()
+    return announced.is_set
 
 
-def _workers(config: Config, *, patience: float) -> tuple[int, int]:
-    """(ranks, GPUs of each), once the cluster has room for them: its machines may still be joining.
+def _gauges(run: str) -> Callable[[Mapping[str, float]], None]:
+    """Puts rank 0's step records into Ray's Prometheus metrics: capstan_step, capstan_loss, capstan_tokens_per_second."""
+    from ray.util.metrics import Gauge
 
-    Raises `ConfigError` when after `patience` seconds it is still too small for what was asked.
-    """
-    import ray
+    gauges = {
+        name: Gauge(f"capstan_{name}", description, tag_keys=("run",))
+        for name, description in (
+            ("step", "Optimizer steps done"),
+            ("loss", "Loss of the last step, nats a target token"),
+            ("tokens_per_second", "Tokens a second of the last step, all ranks"),
+        )
+    }
+    for gauge in gauges.values():
+        gauge.set_default_tags({"run": run})
 
-    deadline = time.monotonic() + patience
-    while True:
-        resources = ray.cluster_resources()
-        available = int(resources.get("GPU", 0))
-        gpus = config.cluster.gpus_per_worker if config.cluster.gpus_per_worker is not None else int(available > 0)
-        workers = config.cluster.most_workers or (available if gpus else 1)
-        wanted = (("GPUs", workers * gpus, available), ("CPUs", workers, int(resources.get("CPU", 0))))
-        short = next(((what, needed, has) for what, needed, has in wanted if needed > has), None)
-        if short is None:
-            return workers, gpus
-        if time.monotonic() > deadline:
-            raise ConfigError(
-                f"cluster.workers: {workers} workers need {short[1]} {short[0]}, the cluster has {short[2]}. Lower it."
-            )
-        time.sleep(0.5)
+    def show(record: Mapping[str, float]) -> None:
+        for name, gauge in gauges.items():
+            gauge.set(record[name])
+
+    return show

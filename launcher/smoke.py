@@ -22,8 +22,8 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 
 from launcher import local_s3
 from launcher.part import Part
-from launcher.ray_train import local_ray
-from launcher.smoke_verdict import STEPS, SmokeResult
+from launcher.ray_cluster import local_ray
+from launcher.smoke_verdict import STEPS, SmokePlan, SmokeResult
 from launcher.status import read_generation
 from launcher.submission import anchored
 from trainer.base import resolve_base
@@ -57,9 +57,16 @@ def run_smoke(
                 life.train(config)
                 life.export()
         except CapstanError as error:
-            life.result.error = str(error)
+            life.result.error, life.result.exit_code = str(error), error.exit_code
     life.result.seconds = round(time.monotonic() - started, 1)
     return life.result
+
+
+def plan_smoke(path: Path | None, overrides: Sequence[str], *, layers: int | None, directory: Path) -> SmokePlan:
+    """What `run_smoke` would do; `config` is the user's own in small, without what only the running parts know."""
+    given = anchored(load_config(path, overrides)) if path is not None else None
+    small = scale_down(given, str(directory.absolute() / "store"), "", layers) if given is not None else None
+    return SmokePlan(str(directory.absolute()), STEPS, COMMIT_EVERY, small.model_dump(mode="json") if small else None)
 
 
 @contextmanager
@@ -265,6 +272,7 @@ def scale_down(config: Config, store: str, ray_address: str, layers: int | None)
         "train.eval_every": 0,
         "cluster.ray.address": ray_address,
         "retry.failures": 0,
+        "retry.skip_bad_window": False,
         "track.flush_seconds": 0.2,
     }
     if layers:

@@ -3,12 +3,33 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
+import yaml
 from rich.table import Table
 
 from launcher.export import proven
 
 STEPS = 15
 RESUME_GAP_ALLOWED = 1e-3  # nats: another world size adds the same numbers in another order
+
+
+@dataclass(frozen=True)
+class SmokePlan:
+    """What a smoke run would do in `directory`; `config` None is the sample made on the spot."""
+
+    directory: str
+    steps: int
+    commit_every: int
+    config: dict[str, Any] | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"dry_run": True, **asdict(self)}
+
+    def text(self) -> str:
+        what = "a sample made on the spot" if self.config is None else yaml.safe_dump(self.config, sort_keys=False)
+        return (
+            f"would work in {self.directory}: train {self.steps} steps undisturbed, train again with a kill (-9) after a commit "
+            f"(every {self.commit_every} steps), resume on another world size, export and verify; with\n{what.rstrip()}"
+        )
 
 
 class Check(NamedTuple):
@@ -38,6 +59,7 @@ class SmokeResult:
     store: str | None = None
     device: str | None = None
     error: str | None = None
+    exit_code: int = 0  # of the part that failed
     phases: dict[str, float] = field(default_factory=dict)  # seconds of each
 
     @property

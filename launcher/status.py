@@ -11,7 +11,7 @@ import os
 import re
 import socket
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -19,6 +19,7 @@ from itertools import islice
 from typing import Any, Literal
 
 from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
@@ -27,7 +28,7 @@ from trainer.errors import ConfigError, NotFound, StorageError
 from trainer.store import Entry, Store, open_store
 
 Record = dict[str, Any]
-State = Literal["starting", "running", "silent", "finished", "stopped", "failed"]
+State = Literal["starting", "running", "restarting", "silent", "finished", "stopped", "failed"]
 
 ENDED: tuple[State, ...] = ("finished", "stopped", "failed")
 SILENT_SECONDS = 120.0
@@ -48,7 +49,8 @@ class Restart:
 class RunStatus:
     """A run at one moment. Losses are in nats per target token, times in seconds; None is what is not known yet.
 
-    `quiet_seconds` is the time since the newest sign of life; `reason` is why the newest generation ended.
+    `machines` has the ranks on each; `quiet_seconds` is the time since the newest sign of life; `reason` is why the newest
+    generation ended.
     """
 
     run: str
@@ -56,6 +58,8 @@ class RunStatus:
     generation: int = 0
     restarts: list[Restart] = field(default_factory=list)
     world_size: int | None = None
+    machines: dict[str, int] = field(default_factory=dict)
+    dashboard: str | None = None
     step: int = 0
     total_steps: int | None = None
     loss_first: float | None = None
@@ -114,6 +118,11 @@ def request_stop(run: Store, by: str | None = None) -> None:
     """Ask the run to commit a checkpoint and end. `by` says who asks; the default names this process and host."""
     request = {"time": time.time(), "by": by or f"process {os.getpid()} on {socket.gethostname()}"}
     run.put(run_layout.STOP, json.dumps(request).encode())
+
+
+def request_restart(run: Store, reason: str) -> None:
+    """Ask the ranks to commit a checkpoint and end, so that the driver starts them again; `reason` completes "stopped"."""
+    run.put(run_layout.RESTART, json.dumps({"time": time.time(), "reason": reason}).encode())
 
 
 def stop_requester(run: Store) -> str | None:
@@ -191,6 +200,8 @@ class Follower:
             generation=number,
             restarts=self._restarts(),
             world_size=self._newest_value("start", "world_size"),
+            machines=dict(Counter(self._newest_value("start", "machines") or ())),
+            dashboard=self._newest_value("start", "dashboard"),
             step=step,
             total_steps=total,
             loss_first=self._first_loss(),
@@ -220,7 +231,7 @@ class Follower:
 
     def _newest_value(self, kind: str, name: str) -> Any:
         """Of the newest generation that has written a record of this kind: one just restarted has no loss yet."""
-        return next((record[name] for records in self._newest_first() if (record := records.last(kind))), None)
+        return next((record.get(name) for records in self._newest_first() if (record := records.last(kind))), None)
 
     def _count(self, kind: str) -> int:
         """Records of this kind in all generations."""
@@ -257,6 +268,8 @@ class Follower:
 
 def _state(newest: _Generation, quiet: float) -> State:
     end = newest.last("end")
+    if newest.last("restart"):
+        return "restarting" if quiet < SILENT_SECONDS else "silent"
     if end:
         return end["outcome"]
     if newest.last("start") is None:
@@ -305,7 +318,8 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
     if status.tokens_per_second is not None:
         eta = f", {duration(status.eta_seconds)} left" if status.eta_seconds is not None else ""
         yield "speed", f"{status.tokens_per_second:,.0f} tokens/s{eta}"
-    yield "ranks", "" if status.world_size is None else str(status.world_size)
+    yield "ranks", "" if status.world_size is None else _ranks_line(status)
+    yield "dashboard", status.dashboard or ""
     if status.last_commit_step is not None:
         age = duration(status.last_commit_age_seconds or 0.0)
         yield "checkpoint", f"step {status.last_commit_step:,}, {age} ago"
@@ -316,6 +330,11 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
     for restart in status.restarts:
         where = "" if restart.step is None else f" at step {restart.step:,}"
         yield f"start {restart.generation}", _escaped(f"went on{where} after: {restart.reason}")
+
+
+def _ranks_line(status: RunStatus) -> str:
+    by_machine = ", ".join(f"{name}: {ranks}" for name, ranks in status.machines.items())
+    return f"{status.world_size}" + (f" ({by_machine})" if by_machine else "")
 
 
 def _loss_line(status: RunStatus) -> str:
@@ -378,6 +397,29 @@ def watch(
             wait(_poll_seconds(run))
 
 
+def watch_table(
+    run: Store,
+    over: Callable[[], bool] | None = None,
+    *,
+    console: Console | None = None,
+    wait: Callable[[float], None] = time.sleep,
+) -> RunStatus:
+    """Show all that is known, again and again, until the run has ended, or `over()`; returns the status it saw last."""
+    follower, ended = Follower(run), 0
+    with Live(console=console or Console(stderr=True), auto_refresh=False) as live:
+        while True:
+            try:
+                status = follower.read()
+            except StorageError:
+                wait(_poll_seconds(run))  # the run has its own patience with the store; the view must not end first
+                continue
+            live.update(render(status), refresh=True)
+            ended = ended + 1 if status.state in ENDED else 0
+            if over() if over else ended == 2:  # between an end and a restart there is a moment
+                return status
+            wait(_poll_seconds(run))
+
+
 def _facts(status: RunStatus) -> str:
     parts = []
     if status.loss is not None:
@@ -415,6 +457,16 @@ def read_log(run: Store, rank: int, generation: int | None = None) -> str:
         ranks = ", ".join(map(str, known)) or "none"
         raise ConfigError(f"rank {rank} of {run.uri} has no log{of}. Ranks with one: {ranks}.")
     return run.get(run_layout.rank_log(chosen, rank)).decode(errors="replace")
+
+
+def read_driver_log(run: Store) -> str:
+    """What the run's drivers said, one line each with its time."""
+    try:
+        return run.get(run_layout.DRIVER_LOG).decode(errors="replace")
+    except NotFound as error:
+        raise ConfigError(
+            f"{run.uri} has no driver's log: its ranks were started by torchrun or srun, or it never ran."
+        ) from error
 
 
 def follow_log(

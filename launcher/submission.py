@@ -77,6 +77,7 @@ def release(run: Store) -> None:
     """Give a claimed name back: nothing was started under it."""
     run.delete(run_layout.CONFIG)
     run.delete(run_layout.SNAPSHOT)
+    run.delete(run_layout.DRIVER_LOG)
 
 
 def run_folder(config: Config) -> Store:

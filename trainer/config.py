@@ -395,6 +395,13 @@ class Ray(Section):
     start_timeout: float = _field(
         300, about="How long to wait for the workers that were asked for.", example=600, gt=0, unit="seconds"
     )
+    resize_interval: float = _field(
+        60,
+        about="How often a run with cluster.workers: [fewest, most] looks for room for more ranks.",
+        example=300,
+        gt=0,
+        unit="seconds",
+    )
     cpus_per_worker: float = _field(1, about="CPUs that Ray books for each rank.", example=8, gt=0, unit="CPUs")
     memory_per_worker: float | None = _field(
         None, about="Host memory that Ray books for each rank. Default: none is booked.", example=64, gt=0, unit="GiB"
@@ -573,11 +580,37 @@ class Retry(Section):
 
     failures: int = _field(
         3,
-        about="Restarts after a crash before the run gives up. Configuration and data errors are never retried.",
+        about="Restarts after a crash before the run gives up. Configuration and data errors are never retried, and a second "
+        "crash at the same step ends the run.",
         example=3,
         ge=0,
         unit="restarts",
     )
+    preemptions: int | None = _field(
+        None,
+        about="Restarts after a machine was taken away or lost, counted apart from crashes. Default: any number.",
+        example=20,
+        ge=0,
+        unit="restarts",
+    )
+    skip_bad_window: bool = _field(
+        True,
+        about="After a loss that is not finite: go back to the last commit and leave that step's rows out, once. Without it, "
+        "or the second time, the run ends with exit code 5.",
+        example=False,
+    )
+
+
+class Timeouts(Section):
+    """How long a rank may take over one thing before it counts as hanging, is named, and the ranks start again."""
+
+    load: float = _field(
+        3600, about="For loading the model and restoring its checkpoint.", example=1800, gt=0, unit="seconds"
+    )
+    step: float = _field(
+        900, about="For one step, or one step's data, or one evaluation.", example=300, gt=0, unit="seconds"
+    )
+    save: float = _field(3600, about="For waiting until a checkpoint is committed.", example=900, gt=0, unit="seconds")
 
 
 class Track(Section):
@@ -603,6 +636,7 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     cluster: Cluster = Cluster()
     retry: Retry = Retry()
+    timeouts: Timeouts = Timeouts()
     track: Track = Track()
 
     @model_validator(mode="after")

@@ -31,9 +31,13 @@ class DoesNotFit(CapstanError):
 
 
 class NonFiniteLoss(CapstanError):
-    """The loss or the gradient became NaN or infinite."""
+    """The loss or the gradient became NaN or infinite; `window` is the position of the step's data."""
 
     exit_code = 5
+
+    def __init__(self, text: str, window: dict[str, int] | None = None) -> None:
+        super().__init__(text)
+        self.window = window
 
 
 class StorageError(CapstanError):
@@ -72,3 +76,7 @@ class Stopped(CapstanError):
     """The run stopped on request with a checkpoint committed; resuming continues it."""
 
     exit_code = 75
+
+
+class Interrupted(Stopped):
+    """The ranks ended with a checkpoint committed in order to be started again: a machine leaves, or more have come."""

@@ -6,15 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from trainer.checkpoint import Checkpoints
 from trainer.config import Config
-from trainer.data.order import hash_key
-from trainer.data.stream import Position, Stream
+from trainer.data.order import hash_key, splitmix64
+from trainer.data.stream import MicroBatch, Position, Stream
 from trainer.engine import Engine
-from trainer.errors import NonFiniteLoss, Stopped
-from trainer.metrics import Metrics, StopSignal
+from trainer.errors import Interrupted, NonFiniteLoss, Stopped
+from trainer.heartbeat import Pulse, silent_pulse
+from trainer.metrics import Metrics, Stop, StopSignal
 from trainer.ranks import Ranks
 from trainer.schedule import learning_rate
 
@@ -32,6 +34,8 @@ class Training:
     metrics: Metrics
     stop: StopSignal
     total_steps: int
+    pulse: Pulse = silent_pulse
+    skipped: tuple[Position, ...] = ()  # their loss was not finite in an earlier start of the run
 
 
 def train(run: Training, step: int, position: Position) -> Iterator[dict[str, Any]]:
@@ -39,16 +43,22 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
 
     Raises:
         NonFiniteLoss: on every rank, before anything is saved.
-        Stopped: on every rank, after a stop request, with a checkpoint committed.
+        Stopped: on every rank, after a stop request, with a checkpoint committed; `Interrupted` to be started again.
     """
     ranks, engine, checkpoints = run.ranks, run.engine, run.checkpoints
     first_step, last_save = step + 1, time.monotonic()
     reader = run.stream.read_from(position)
     while step < run.total_steps:
         started = time.monotonic()
+        run.pulse("data", step + 1)
         batches = next(reader)  # this rank's micro-batches of the global batch; the same number on every rank
         waited = time.monotonic() - started
+        if position in run.skipped:
+            run.metrics.write("skip", step=step, window=position.to_json())
+            position = run.stream.advance(position)
+            continue
 
+        run.pulse("step", step + 1)
         # The loss is the mean over the target tokens of the global batch, so a token weighs the same whatever the
         # accumulation, the packing and the number of ranks: count them all before the first backward pass.
         targets = ranks.sum(sum(batch.targets for batch in batches))
@@ -62,22 +72,27 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
         # One exchange, and every rank draws the same conclusions from it. Rank 0's clock decides when to save.
         tokens = sum(batch.tokens for batch in batches)
         since_save, repeated = time.monotonic() - last_save, run.stream.dataset.reads.repeated
-        rows = ranks.gather(float(nats), tokens, run.stop.requested, checkpoints.ready, since_save, waited, repeated)
+        rows = ranks.gather(
+            float(nats),
+            tokens,
+            run.stop.requested,
+            checkpoints.ready,
+            since_save,
+            waited,
+            repeated,
+            samples_key(batches),
+        )
         mean_loss = sum(row[0] for row in rows) / targets
-        stopping = any(row[2] for row in rows)
+        stopping = Stop(int(max(row[2] for row in rows)))
         minutes_since_save = rows[0][4] / 60
         if not math.isfinite(mean_loss):
-            raise NonFiniteLoss(
-                f"the loss of step {step + 1} is {mean_loss}. Resume from the last checkpoint with a lower optim.lr."
-            )
+            raise _not_finite("loss", step + 1, mean_loss, position)
 
         step += 1
         lr = learning_rate(run.config.optim, step, run.total_steps)
         grad_norm = engine.step(lr)
         if not math.isfinite(grad_norm):
-            raise NonFiniteLoss(
-                f"the gradient of step {step} is {grad_norm}. Resume from the last checkpoint with a lower optim.lr."
-            )
+            raise _not_finite("gradient", step, grad_norm, position)
         position = run.stream.advance(position)
         seconds = time.monotonic() - started
         total_tokens = sum(int(row[1]) for row in rows)
@@ -88,17 +103,20 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
             "grad_norm": grad_norm,
             "tokens": total_tokens,
             "targets": int(targets),
+            "samples": f"{int(sum(row[7] for row in rows)) % 2**32:08x}",
             "seconds": round(seconds, 4),
             "tokens_per_second": round(total_tokens / seconds, 1),
             "data_seconds": round(max(row[5] for row in rows), 4),  # waited for data, on the rank that waited longest
             "data_repeats": int(sum(row[6] for row in rows)),  # reads repeated so far, on all ranks
         }
 
+        run.pulse("save", step)
         checkpoints.advance(all_ready=all(row[3] for row in rows))
         evaluated = None
         if run.eval_stream and (step == run.total_steps or (_eval_is_due(run.config, step) and not stopping)):
             evaluated = evaluate(run, run.eval_stream)
             run.metrics.write("eval", step=step, **evaluated)
+            run.pulse("save", step)
         last, best = stopping or step == run.total_steps, run.config.checkpoint.keep_best and evaluated
         if step == first_step or last or best or _save_is_due(run.config, step, minutes_since_save):
             loss = evaluated["loss"] if evaluated else None
@@ -109,9 +127,37 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
         if last:
             checkpoints.finish()
         if stopping and step < run.total_steps:
-            raise Stopped(
-                f"stopped at step {step} on request, with a checkpoint committed. `capstan resume {run.config.run.name}` goes on."
-            )
+            raise _stopped(run, stopping, step)
+
+
+def stop_before_training(run: Training, step: int, position: Position, *, committed: bool) -> None:
+    """End here when it was asked for while the model was loaded: nothing is trained yet. Collective.
+
+    Raises `Stopped`, with the state at `step` committed in any case.
+    """
+    stopping = Stop(int(max(row[0] for row in run.ranks.gather(run.stop.requested))))
+    if not stopping:
+        return
+    if not committed:
+        run.checkpoints.save(run.engine, step, position.to_json(), eval_loss=None, may_skip=False)
+        run.checkpoints.finish()
+    raise _stopped(run, stopping, step)
+
+
+def _stopped(run: Training, stopping: Stop, step: int) -> Stopped:
+    reason: str = run.ranks.broadcast(run.stop.reason)
+    if stopping is Stop.RESTART:
+        return Interrupted(f"stopped at step {step} {reason}, with a checkpoint committed")
+    return Stopped(
+        f"stopped at step {step} {reason}, with a checkpoint committed. `capstan resume {run.config.run.name}` goes on."
+    )
+
+
+def _not_finite(what: str, step: int, value: float, position: Position) -> NonFiniteLoss:
+    return NonFiniteLoss(
+        f"the {what} of step {step} is {value}. Resume from the last checkpoint with a lower optim.lr.",
+        position.to_json(),
+    )
 
 
 def _save_is_due(config: Config, step: int, minutes_since_save: float) -> bool:
@@ -129,12 +175,21 @@ def _dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
     return int(hash_key(seed, step, micro_batch, rank))
 
 
+def samples_key(batches: list[MicroBatch]) -> int:
+    """Of one rank's documents of a step, so that the sum over ranks tells which they were, whatever the world size."""
+    documents = np.array([number for batch in batches for number in batch.documents], dtype=np.uint64)
+    bins = np.array([(epoch << 40) + k for batch in batches for epoch, k in batch.bins], dtype=np.uint64)
+    # Halves of 32 bits: sums of millions of them are exact in the float64 of an exchange.
+    return sum(int((splitmix64(numbers) >> np.uint64(32)).sum()) for numbers in (documents, bins))
+
+
 def evaluate(run: Training, stream: Stream) -> dict[str, float]:
     """The mean loss over every target of the evaluation data, in nats. Collective."""
     run.engine.evaluating(True)
     nats, targets = 0.0, 0
     with torch.no_grad():
         for batches in stream.epoch(0):
+            run.pulse("evaluate", 0)
             for batch in batches:
                 nats += float(run.engine.loss(batch))
                 targets += batch.targets

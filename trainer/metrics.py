@@ -6,12 +6,14 @@ Object stores cannot append, so a file is written again whole every `flush_secon
 import json
 import os
 import resource
+import select
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +125,11 @@ def _try(action: Callable[[], None]) -> None:
 
 
 @contextmanager
-def rank_log(run: Store, generation: int, rank: int, flush_seconds: float) -> Iterator[None]:
+def rank_log(run: Store, generation: int, rank: int, flush_seconds: float) -> Iterator[Callable[[], None]]:
     """Send everything this process prints, libraries and C code included, to the rank's log in the store as well.
 
-    File descriptors 1 and 2 go through a pipe; a thread copies it to where they led before and to the log.
+    File descriptors 1 and 2 go through a pipe; a thread copies it to where they led before and to the log. Yields a
+    function that brings the store up to date, for a process that is about to end at once.
     """
     key = run_layout.rank_log(generation, rank)
     written, sent = bytearray(), 0
@@ -154,8 +157,15 @@ def rank_log(run: Store, generation: int, rank: int, flush_seconds: float) -> It
     copier = threading.Thread(target=copy, name="rank-log", daemon=True)
     copier.start()
     flusher = Every(flush_seconds, send)
+
+    def flush() -> None:
+        deadline = time.monotonic() + 1
+        while select.select([read_end], [], [], 0)[0] and time.monotonic() < deadline:
+            time.sleep(0.01)  # the copier is still at it
+        _try(send)
+
     try:
-        yield
+        yield flush
     finally:
         flusher.stop()
         sys.stdout.flush()
@@ -174,20 +184,39 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     return peak
 
 
-class StopSignal:
-    """Whether somebody asked this run to stop: `request()` (a signal handler), or the STOP key in the run's folder."""
+class Stop(IntEnum):
+    """What a run is asked to do at its next step border, the stronger the higher."""
 
-    def __init__(self, run: Store, *, watches: bool, seconds: float) -> None:
-        self.requested = False
-        self._run = run
+    NO = 0
+    RESTART = 1  # commit, and be started again
+    END = 2  # commit, and end with exit code 75
+
+
+class StopSignal:
+    """What somebody asked this run for: `request()` (a signal handler), the STOP or RESTART key in the run's folder, or
+    `preempted()`, which tells that a machine of the run is about to leave."""
+
+    def __init__(
+        self, run: Store, *, watches: bool, seconds: float, preempted: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._asked, self.reason = Stop.NO, "on request"
+        self._run, self._preempted = run, preempted
         self._watcher = Every(seconds, self._look) if watches else None
 
+    @property
+    def requested(self) -> Stop:
+        if self._asked is Stop.NO and self._preempted():
+            self._asked, self.reason = Stop.RESTART, "because a machine of the run is being taken away"
+        return self._asked
+
     def request(self) -> None:
-        self.requested = True
+        self._asked, self.reason = Stop.END, "on request"
 
     def _look(self) -> None:
         if self._run.exists(run_layout.STOP):
-            self.requested = True
+            self.request()
+        elif self._asked is Stop.NO and self._run.exists(run_layout.RESTART):
+            self._asked, self.reason = Stop.RESTART, json.loads(self._run.get(run_layout.RESTART))["reason"]
 
     def close(self) -> None:
         if self._watcher is not None:

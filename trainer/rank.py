@@ -11,9 +11,12 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from importlib.metadata import version
 
 import torch
@@ -28,17 +31,32 @@ from trainer.data.prepare import Datasets, train_order
 from trainer.data.stream import Position, eval_stream, train_stream
 from trainer.deepspeed_config import build_deepspeed_config
 from trainer.engine import Engine
-from trainer.errors import CapstanError, DoesNotFit, Stopped
+from trainer.errors import CapstanError, DoesNotFit, NonFiniteLoss, Stopped, StorageError
+from trainer.heartbeat import Heart, Verdict
 from trainer.load import DTYPES, checksums, load_model
-from trainer.loop import Training, train
+from trainer.loop import Training, stop_before_training, train
 from trainer.metrics import Metrics, StopSignal, claim_generation, peak_memory, rank_log
+from trainer.plan import make_plan
 from trainer.ranks import Ranks, join
+from trainer.records import add_record, bad_windows
 from trainer.store import Store, open_store
 
 _VERSIONS = ("capstan-llm", "torch", "deepspeed", "transformers", "peft", "bitsandbytes", "ray", "obstore")
 
 
-def run_rank(config: Config, datasets: Datasets | None, *, resume: bool) -> None:
+@dataclass(frozen=True)
+class Starter:
+    """What only whoever started the ranks can tell: facts for the start's record, what this machine is called, whether one
+    is about to leave, who wants to see each step's record (rank 0's), and when the start began, in seconds since 1970."""
+
+    facts: Mapping[str, str] = field(default_factory=dict)
+    machine: str = field(default_factory=socket.gethostname)
+    preempted: Callable[[], bool] = lambda: False
+    observe: Callable[[Mapping[str, float]], None] = lambda record: None
+    began: float = field(default_factory=time.time)
+
+
+def run_rank(config: Config, datasets: Datasets | None, *, resume: bool, starter: Starter | None = None) -> None:
     """Train `config`'s run as one rank, from its newest checkpoint or, unless `resume` demands one, from the start.
 
     `datasets` are in the store already; rank 0's count. Restores by itself, always: whoever restarts a rank calls this
@@ -47,9 +65,10 @@ def run_rank(config: Config, datasets: Datasets | None, *, resume: bool) -> None
     Raises:
         CapstanError: of the kind whose exit code the process should end with; `Stopped` when asked to stop.
     """
+    starter = starter or Starter()
     base = resolve_base(config.model)
     check_base(base, config)
-    ranks = join()
+    ranks = join(group_timeout(config))
     torch.set_num_threads(
         config.cluster.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // ranks.ranks_per_node)
     )
@@ -57,7 +76,7 @@ def run_rank(config: Config, datasets: Datasets | None, *, resume: bool) -> None
     store = open_store(config.run.store, retry_seconds=config.run.store_retry, request_seconds=config.run.store_timeout)
     run = store.sub(config.run.name)
     generation: int = ranks.broadcast(claim_generation(run) if ranks.rank == 0 else None)
-    with rank_log(run, generation, ranks.rank, config.track.flush_seconds), ExitStack() as stack:
+    with rank_log(run, generation, ranks.rank, config.track.flush_seconds) as flush_log, ExitStack() as stack:
         metrics = Metrics(
             run,
             generation,
@@ -66,11 +85,19 @@ def run_rank(config: Config, datasets: Datasets | None, *, resume: bool) -> None
             tensorboard=config.track.tensorboard,
         )
         stack.callback(metrics.close)
-        stop = StopSignal(run, watches=ranks.rank == 0, seconds=min(5.0, config.track.flush_seconds))
+        seconds = min(5.0, config.track.flush_seconds)
+        stop = StopSignal(run, watches=ranks.rank == 0, seconds=seconds, preempted=starter.preempted)
         stack.callback(stop.close)
         stack.enter_context(_signals(stop))
-        with _outcome(metrics):
-            _train(config, shared, base, ranks, store, run, generation, metrics, stop, resume=resume)
+        heart = Heart(ranks, config.timeouts, _last_words(run, generation, metrics, flush_log))
+        stack.callback(heart.close)
+        with _outcome(metrics, config, base, ranks):
+            _train(config, shared, base, ranks, store, run, generation, metrics, stop, heart, starter, resume=resume)
+
+
+def group_timeout(config: Config) -> timedelta:
+    """Of collectives: after the heartbeat's limits, which say more."""
+    return timedelta(seconds=120 + max(config.timeouts.model_dump().values()))
 
 
 def _train(
@@ -83,6 +110,8 @@ def _train(
     generation: int,
     metrics: Metrics,
     stop: StopSignal,
+    heart: Heart,
+    starter: Starter,
     *,
     resume: bool,
 ) -> None:
@@ -111,7 +140,7 @@ def _train(
     checkpoints = Checkpoints(run, ranks, generation, identity, config.checkpoint, _versions(), metrics.write_now)
     restored = checkpoints.restore(engine, required=resume, log=lambda text: print(text, flush=True))
     step, position = (restored.step, Position.from_json(restored.position)) if restored else (0, Position())
-    processes = ranks.gather_objects((socket.gethostname(), os.getpid()))
+    processes = ranks.gather_objects((socket.gethostname(), os.getpid(), starter.machine))
     metrics.write(
         "start",
         generation=generation,
@@ -119,17 +148,37 @@ def _train(
         step=step,
         total_steps=total_steps,
         host=processes[0][0],
-        hosts=[host for host, _ in processes],
-        pids=[pid for _, pid in processes],
+        hosts=[host for host, _, _ in processes],
+        pids=[pid for _, pid, _ in processes],
+        machines=[machine for _, _, machine in processes],
         device=str(ranks.device),
         attention=attention.name,
         load_seconds=round(report.seconds, 3),
         read_bytes=report.read_bytes,
         kept_bytes=report.kept_bytes,
+        start_seconds=round(time.time() - starter.began, 3),
+        **starter.facts,
     )
-    training = Training(config, ranks, engine, stream, held_out, checkpoints, metrics, stop, total_steps)
+    skipped = ranks.broadcast(bad_windows(run) if ranks.rank == 0 and config.retry.skip_bad_window else [])
+    training = Training(
+        config,
+        ranks,
+        engine,
+        stream,
+        held_out,
+        checkpoints,
+        metrics,
+        stop,
+        total_steps,
+        pulse=heart,
+        skipped=tuple(map(Position.from_json, skipped)),
+    )
+    stop_before_training(training, step, position, committed=restored is not None)
     for record in train(training, step, position):
+        if record["step"] == step + 1:
+            metrics.write("first_step", step=step + 1, seconds=round(time.time() - starter.began, 3))
         metrics.write("step", **record, **peak_memory(ranks.device))
+        starter.observe(record)
     metrics.write("end", outcome="finished", step=total_steps, reason="")
 
 
@@ -164,20 +213,21 @@ def _log(ranks: Ranks, text: str) -> None:
 
 
 @contextmanager
-def _outcome(metrics: Metrics) -> Iterator[None]:
+def _outcome(metrics: Metrics, config: Config, base: Base, ranks: Ranks) -> Iterator[None]:
     """Leave the reason of an early end in the metrics and the rank's log, and pass it on."""
     try:
         yield
     except CapstanError as error:
         outcome = "stopped" if isinstance(error, Stopped) else "failed"
         print(f"{outcome}: {error}", file=sys.stderr, flush=True)
-        metrics.write("end", outcome=outcome, step=None, reason=str(error))
+        window = {"bad_window": error.window} if isinstance(error, NonFiniteLoss) else {}
+        metrics.write("end", outcome=outcome, step=None, reason=str(error), **window)
         raise
     except torch.cuda.OutOfMemoryError as error:
         traceback.print_exc()
         short = DoesNotFit(
-            f"out of GPU memory ({str(error).splitlines()[0]}). Lower data.sequence_length or train.micro_batch, set "
-            "train.activation_checkpointing: true, or use more ranks; `capstan plan` shows the largest parts."
+            f"out of GPU memory ({str(error).splitlines()[0]}). {planned_memory(config, base, ranks)} Lower "
+            "data.sequence_length or train.micro_batch, set train.activation_checkpointing: true, or use more ranks."
         )
         metrics.write("end", outcome="failed", step=None, reason=str(short))
         raise short from error
@@ -185,6 +235,33 @@ def _outcome(metrics: Metrics) -> Iterator[None]:
         traceback.print_exc()
         metrics.write("end", outcome="failed", step=None, reason=f"{type(error).__name__}: {error}")
         raise
+
+
+def planned_memory(config: Config, base: Base, ranks: Ranks) -> str:
+    """What `capstan plan` expects of one GPU, its three largest parts first."""
+    memory = asdict(make_plan(config, base.config, ranks.world_size, ranks.ranks_per_node, None).memory_per_gpu)
+    total = memory.pop("total")
+    largest = sorted(memory.items(), key=lambda part: -part[1])[:3]
+    parts = ", ".join(f"{name.replace('_', ' ')} {size / 2**30:.1f} GiB" for name, size in largest)
+    return f"The plan for {ranks.world_size} ranks is {total / 2**30:.1f} GiB a GPU: {parts}."
+
+
+def _last_words(
+    run: Store, generation: int, metrics: Metrics, flush_log: Callable[[], None]
+) -> Callable[[Verdict, bool], None]:
+    """What a rank leaves in the run's folder before it ends because some rank hangs."""
+
+    def say(verdict: Verdict, mine: bool) -> None:
+        flush_log()
+        if not mine:
+            return
+        end = {"outcome": "failed", "step": None, "reason": verdict.reason, "hung_ranks": verdict.ranks}
+        if 0 in verdict.ranks:  # then this rank is another, and rank 0 may never write again
+            with suppress(StorageError):
+                add_record(run, generation, "end", **end)
+        metrics.write_now("end", **end)
+
+    return say
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from trainer.checkpoint import Checkpoints, Identity
 from trainer.config import Config, override, parse_config
 from trainer.data.dataset import open_dataset
 from trainer.data.prepare import Datasets
-from trainer.data.stream import Position, Stream, train_stream
+from trainer.data.stream import MicroBatch, Position, Stream, train_stream
 from trainer.deepspeed_config import build_deepspeed_config
 from trainer.engine import Engine
 from trainer.errors import CapstanError
@@ -48,12 +49,20 @@ def run(
 
     hold: after the commit of step 5 showed up, no rank finishes another step.
     terminate: rank 1 alone gets SIGTERM in its third step.
+    poison: the loss of bin 26 of the first epoch, which is in step 7, is not a number.
+    stuck: rank 1 never comes out of its third step. freeze: rank 0 gets SIGSTOP in its third step.
     """
     config = parse_config(config_text)
     if how == "hold":
         _hold_after(open_store(config.run.store).sub(config.run.name), step=5)
     if how == "terminate" and os.environ["RANK"] == "1":
-        _terminate_in_step(3)
+        _in_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    if how == "poison":
+        _poison(26)
+    if how == "stuck" and os.environ["RANK"] == "1":
+        _in_step(3, lambda: threading.Event().wait())
+    if how == "freeze" and os.environ["RANK"] == "0":
+        _in_step(3, lambda: os.kill(os.getpid(), signal.SIGSTOP))
     datasets = Datasets(fingerprint, eval_fingerprint) if os.environ["RANK"] == "0" else None
     return _outcome_of(lambda: run_rank(config, datasets, resume=how == "resume"))
 
@@ -77,16 +86,25 @@ def _hold_after(run: Store, step: int) -> None:
     Engine.step = held
 
 
-def _terminate_in_step(number: int) -> None:
+def _in_step(number: int, strike: Callable[[], object]) -> None:
     plain, steps = Engine.step, []
 
     def struck(self: Engine, lr: float) -> float:
         steps.append(lr)
         if len(steps) == number:
-            os.kill(os.getpid(), signal.SIGTERM)
+            strike()
         return plain(self, lr)
 
     Engine.step = struck
+
+
+def _poison(number: int) -> None:
+    plain = Engine.loss
+
+    def poisoned(self: Engine, batch: MicroBatch) -> Tensor:
+        return plain(self, batch) * (float("nan") if (0, number) in batch.bins else 1.0)
+
+    Engine.loss = poisoned
 
 
 # A rank assembled piece by piece, for what lies between two steps.

@@ -145,7 +145,7 @@ def test_a_stop_request_ends_every_rank_with_a_commit_and_the_run_goes_on(
     outcomes = launch(2, "run", *plain.arguments("stopped"))
     assert [(o["outcome"], o["exit_code"]) for o in outcomes] == [("Stopped", 75)] * 2
     step = committed_steps(folder)[0]
-    assert 1 <= step < 10
+    assert 0 <= step < 10
     assert f"stopped at step {step} on request" in outcomes[0]["message"]
     folder.delete(run_layout.STOP)
     assert plain.train("stopped", 2, "resume") == uninterrupted
@@ -179,3 +179,26 @@ def test_a_loss_that_is_not_finite_ends_every_rank_and_commits_nothing(workshop:
     assert [(o["outcome"], o["exit_code"]) for o in outcomes] == [("NonFiniteLoss", 5)] * 2
     assert "the loss of step 1 is nan" in outcomes[0]["message"]
     assert workshop.store.sub("infinite").list(run_layout.CHECKPOINTS) == []
+
+
+def samples(run: Store, generation: int) -> dict[int, str]:
+    lines = [json.loads(line) for line in run.get(run_layout.metrics(generation)).splitlines()]
+    return {line["step"]: line["samples"] for line in lines if line["kind"] == "step"}
+
+
+def test_the_window_of_a_loss_that_is_not_finite_is_left_out_by_the_next_start(workshop: Workshop) -> None:
+    def start(name: str, how: str, *overrides: str) -> set[str]:
+        config = workshop.config(name, *overrides)
+        outcomes = launch(2, "run", dump_config(config), workshop.prepare(config).train, how)
+        return {outcome["outcome"] for outcome in outcomes}
+
+    assert start("poisoned", "poison") == {"NonFiniteLoss"}
+    run = workshop.store.sub("poisoned")
+    assert committed_steps(run) == [5]
+    assert start("poisoned", "poison") == {"finished"}
+    assert start("healthy", "start", "train.steps=11") == {"finished"}
+    healthy, mended = samples(workshop.store.sub("healthy"), 1), {**samples(run, 1), **samples(run, 2)}
+    assert mended == {step: healthy[step if step < 7 else step + 1] for step in range(1, 11)}
+
+    assert start("poisoned-2", "poison", "retry.skip_bad_window=false") == {"NonFiniteLoss"}
+    assert start("poisoned-2", "poison", "retry.skip_bad_window=false") == {"NonFiniteLoss"}

@@ -1,114 +1,120 @@
-"""Runs under a real Ray on this machine, started and ended by the `capstan` command itself."""
+"""Runs that are stopped, refused or mistaken, on a Ray cluster of one machine."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
-from launcher.status import read_generation, read_status
-from tests.cli.conftest import ENVIRONMENT
+from launcher.status import read_generation, read_status, request_stop
+from tests.dist.launch import launch
 from tests.material import Workshop
+from tests.ray.cluster import Driver, alive, losses, ray_cluster, steps, write
+from trainer.config import dump_config
 from trainer.manifest import committed_steps
-from trainer.store import Store, open_store
+from trainer.store import open_store
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(400)
+
+STEPS = 60
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("workshop"))
+def address() -> Iterator[str]:
+    with ray_cluster(1) as cluster:
+        yield str(cluster.address)
 
 
-class Driver:
-    """A `capstan` process; leaving the context kills it."""
-
-    def __init__(self, folder: Path, *arguments: str) -> None:
-        self.log = folder / "driver.log"
-        with self.log.open("ab") as log:
-            command = [sys.executable, "-m", "launcher.cli", *arguments]
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=ENVIRONMENT, cwd=folder)
-
-    def __enter__(self) -> "Driver":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def wait_for(self, run: Store, generation: int, step: int) -> dict:
-        """The generation's records once it has reached `step` and committed something."""
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            records = read_generation(run, generation)
-            if records.get("commit") and records["step"][-1]["step"] >= step:
-                return records
-            assert self.process.poll() is None, self.log.read_text()
-            time.sleep(0.05)
-        raise AssertionError(f"step {step} was not reached: {self.log.read_text()}")
-
-    def end(self) -> int:
-        return self.process.wait(timeout=150)
-
-
-def losses(run: Store, *generations: int) -> dict[int, float]:
-    return {r["step"]: r["loss"] for number in generations for r in read_generation(run, number)["step"]}
-
-
-def write(folder: Path, workshop: Workshop, name: str, *overrides: str) -> str:
-    """Its paths are relative to `folder`, the driver's directory: ranks must find them too."""
-    paths = {
-        "run.store": workshop.folder / "store",
-        "model.base": workshop.base,
-        "sharding.deepspeed": workshop.policy,
-    }
-    relative = [f"{key}={os.path.relpath(path, folder)}" for key, path in paths.items()]
-    relative.append(f"data.train=[{{path: {os.path.relpath(workshop.data, folder)}}}]")
-    settings = ["cluster.workers=2", "train.steps=60", "checkpoint.every_steps=5", *relative, *overrides]
-    config = workshop.config(name, *settings)
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    return str(path)
-
-
-def test_a_killed_rank_is_replaced_and_a_stop_resumes_with_the_same_losses(workshop: Workshop, tmp_path: Path):
-    """One run meets both: rank 1 is killed (-9), Ray's group starts again; then Ctrl-C, exit 75, and resume."""
+def test_a_run_stops_in_every_phase_and_goes_on_where_it_was(workshop: Workshop, tmp_path: Path, address: str):
     store = workshop.folder / "store"
-    run = open_store(str(store)).sub("hurt")
-    with Driver(tmp_path, "train", write(tmp_path, workshop, "hurt")) as driver:
-        os.kill(driver.wait_for(run, 1, step=7)["start"][0]["pids"][1], signal.SIGKILL)
-        driver.wait_for(run, 2, step=20)
-        driver.process.send_signal(signal.SIGINT)
-        assert driver.end() == 75, driver.log.read_text()
-    before = read_status(run)
-    assert before.state == "stopped"
-    assert before.restarts[0].reason.startswith("rank ")
-    assert before.step == committed_steps(run)[0]
+    run = open_store(str(store)).sub("stopped")
+    settings = (f"cluster.ray.address={address}", f"train.steps={STEPS}", "run.seed=4")
+    config = write(
+        tmp_path, workshop, "stopped", "data.on_too_long=drop", *settings
+    )  # not compiled yet by another test
 
-    with Driver(tmp_path, "resume", "hurt", "--store", str(store), "--json") as driver:
-        assert driver.end() == 0, driver.log.read_text()
-    assert read_status(run).state == "finished"
-    assert read_generation(run, 3)["start"][0]["step"] == before.step
+    def resumed(*overrides: str) -> Driver:
+        return Driver(tmp_path, "resume", "stopped", "--store", str(store), "--json", *overrides)
 
-    with Driver(tmp_path, "train", write(tmp_path, workshop, "undisturbed")) as driver:
-        assert driver.end() == 0, driver.log.read_text()
-    expected = losses(open_store(str(store)).sub("undisturbed"), 1)
-    assert len(expected) == 60
-    assert losses(run, 1, 2, 3) == expected
-
-
-def test_a_mistake_found_by_a_rank_ends_the_run_at_once_with_its_sentence(workshop: Workshop, tmp_path: Path):
-    config = write(tmp_path, workshop, "mistaken", "model.attention=varlen", "retry.failures=3")
+    # While its data is compiled: nothing is there to be committed, and the name is free again.
     with Driver(tmp_path, "train", config) as driver:
+        driver.wait_for_words("compiling train data")
+        driver.signal(signal.SIGTERM)
+        assert driver.end() == 75, driver.log.read_text()
+    assert not run.exists("config.yaml")
+
+    # While the ranks load the model: the state before the first step is committed.
+    with Driver(tmp_path, "train", config) as driver:
+        driver.wait_until(run, 1, lambda _: run.exists("metrics/000001.jsonl"), "a rank")
+        driver.signal(signal.SIGTERM)
+        assert driver.end() == 75, driver.log.read_text()
+    started = read_generation(run, 1)["start"]
+    assert read_status(run).state == "stopped"
+    assert committed_steps(run)[0] <= 2
+
+    # While it trains, by `capstan stop`.
+    with resumed() as driver:
+        pids = driver.wait_for(run, 2, step=7)["start"][0]["pids"]
+        request_stop(run, by="capstan stop")
+        assert driver.end() == 75, driver.log.read_text()
+        assert json.loads(driver.last_line("{"))["state"] == "stopped"
+    assert committed_steps(run)[0] == read_status(run).step >= 7
+
+    # While it saves.
+    with resumed("checkpoint.every_steps=1") as driver:
+        pids += driver.wait_for(run, 3, step=12)["start"][0]["pids"]
+        driver.signal(signal.SIGUSR1)
+        assert driver.end() == 75, driver.log.read_text()
+    assert "on request" in read_status(run).reason
+    assert not run.exists("STOP")  # a signal's request ends with the process that got it
+    assert not any(map(alive, [*pids, *(started[0]["pids"] if started else ())]))
+
+    with resumed() as driver:
+        assert driver.end() == 0, driver.log.read_text()
+    undisturbed = workshop.config("not-stopped", "data.on_too_long=drop", *settings)
+    launch(2, "run", dump_config(undisturbed), workshop.prepare(undisturbed).train)
+    expected = workshop.store.sub("not-stopped")
+    assert losses(run, 1, 2, 3, 4) == losses(expected, 1)
+    assert [step["samples"] for step in steps(run, 1, 2, 3, 4).values()] == [
+        step["samples"] for step in steps(expected, 1).values()
+    ]
+
+
+def test_a_mistake_found_by_a_rank_ends_the_run_at_once_with_its_sentence(
+    workshop: Workshop, tmp_path: Path, address: str
+):
+    settings = ("model.attention=varlen", "retry.failures=3", f"cluster.ray.address={address}")
+    with Driver(tmp_path, "train", write(tmp_path, workshop, "mistaken", *settings), "--json") as driver:
         assert driver.end() == 2
         output = driver.log.read_text()
     assert "model.attention: 'varlen' cannot run here" in output.splitlines()[-1]
     assert "Traceback" not in output
     status = read_status(open_store(str(workshop.folder / "store")).sub("mistaken"))
     assert (status.state, status.generation) == ("failed", 1)
-    assert json.dumps(status.to_json())
+    assert json.loads(driver.last_line("{")) == {**status.to_json(), "quiet_seconds": pytest.approx(0, abs=60)}
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (
+            ["cluster.workers=16", "cluster.gpus_per_worker=1", "cluster.ray.start_timeout=1"],
+            ("16 ranks find no room", "asked for 16 GPUs, the cluster has 0", "cluster.ray.start_timeout"),
+        ),
+        (["cluster.ray.address=127.0.0.1:1"], ("no Ray cluster answers at '127.0.0.1:1'", "ray start --head")),
+        (["cluster.ray.address=http://127.0.0.1:8265"], ("submit ray", "head:6379")),
+    ],
+    ids=["too-many", "unreachable", "dashboard"],
+)
+def test_an_impossible_request_is_one_sentence(
+    workshop: Workshop, tmp_path: Path, address: str, override: list[str], words: tuple[str, ...]
+):
+    config = write(tmp_path, workshop, "impossible", f"cluster.ray.address={address}", *override)
+    with Driver(tmp_path, "train", config) as driver:
+        assert driver.end() == 2, driver.log.read_text()
+    said = driver.last_line("capstan: ")
+    for word in words:
+        assert word in said
+    assert "Traceback" not in driver.log.read_text()
+    assert not open_store(str(workshop.folder / "store")).exists("impossible/config.yaml")

@@ -1,34 +1,92 @@
-"""The launcher's policy after a worker group dies, without a worker group."""
+"""The launcher's policy after a worker group ends, without a worker group."""
+
+import pytest
 
 from launcher import retry
-from launcher.retry import Failure
+from launcher.retry import Failure, RankDied
 from launcher.status import read_status
-from trainer.errors import CapstanError, ConfigError, DataError, NonFiniteLoss, Stopped, StorageError, Superseded
+from trainer.config import Retry
+from trainer.errors import (
+    CapstanError,
+    ConfigError,
+    DataError,
+    DoesNotFit,
+    Interrupted,
+    NonFiniteLoss,
+    Stopped,
+    StorageError,
+    Superseded,
+)
 from trainer.run_layout import metrics
-from trainer.store import open_store
+from trainer.store import Store, open_store
 
-CRASH = Failure("rank 1 died: killed", None)
+
+def crash(step: int | None = None) -> Failure:
+    return Failure("rank 1 died: killed", None, step=step)
+
+
+PREEMPTED = Failure("the machine of rank 1 was lost", None, "preemption")
+RESIZED = Failure("stopped at step 7 because 4 ranks instead of 2 find room", Interrupted("grow"), "resize")
+NOT_FINITE = Failure(
+    "the loss of step 7 is nan", NonFiniteLoss("the loss of step 7 is nan", {"epoch": 0, "next_bin": 24})
+)
 
 
 def test_a_crash_is_tried_again_until_the_budget_is_used_up():
-    assert retry.decide([CRASH], budget=2).error is None
-    assert retry.decide([CRASH, CRASH], budget=2).error is None
-    last = retry.decide([CRASH, CRASH, CRASH], budget=2).error
+    rules = Retry(failures=2)
+    assert retry.decide([crash()], rules).error is None
+    assert retry.decide([crash(), crash()], rules).error is None
+    last = retry.decide([crash(), crash(), crash()], rules).error
     assert isinstance(last, CapstanError)
     assert last.exit_code == 1
     assert "retry.failures: 2" in str(last)
 
 
-def test_what_would_only_fail_again_ends_the_run_at_once():
-    for error in (ConfigError("wrong"), DataError("bad"), NonFiniteLoss("nan"), Stopped("asked"), Superseded("newer")):
-        decision = retry.decide([Failure(str(error), error)], budget=5)
-        assert decision.error is error
+def test_a_second_crash_in_the_same_step_ends_the_run_and_says_so():
+    assert retry.decide([crash(7), crash(12)], Retry()).error is None
+    error = retry.decide([crash(7), crash(12), crash(7)], Retry()).error
+    assert error is not None
+    assert error.exit_code == 1
+    assert "second crash in step 7" in str(error)
+
+
+def test_machines_that_leave_are_counted_apart_from_failures():
+    rules = Retry(failures=1, preemptions=2)
+    assert retry.decide([crash(3), PREEMPTED, PREEMPTED], rules).error is None
+    assert retry.decide([PREEMPTED, PREEMPTED, crash(3)], rules).error is None
+    last = retry.decide([PREEMPTED, crash(3), PREEMPTED, PREEMPTED], rules).error
+    assert isinstance(last, Stopped)
+    assert "retry.preemptions: 2" in str(last)
+    assert retry.decide([PREEMPTED] * 100, Retry()).error is None
+
+
+def test_growing_uses_no_budget():
+    assert retry.decide([RESIZED] * 10, Retry(failures=0, preemptions=0)).error is None
+
+
+def test_a_loss_that_is_not_finite_is_left_out_once():
+    decision = retry.decide([crash(3), NOT_FINITE], Retry())
+    assert decision.error is None
+    assert "without the rows of that step" in decision.reason
+    assert retry.decide([NOT_FINITE, crash(3), NOT_FINITE], Retry()).error is NOT_FINITE.error
+    assert retry.decide([NOT_FINITE], Retry(skip_bad_window=False)).error is NOT_FINITE.error
+    assert NOT_FINITE.error is not None
+    assert NOT_FINITE.error.exit_code == 5
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ConfigError("wrong"), DataError("bad"), DoesNotFit("out of memory"), Stopped("asked"), Superseded("newer")],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_would_only_fail_again_ends_the_run_at_once(error: CapstanError):
+    assert retry.decide([Failure(str(error), error)], Retry(failures=5)).error is error
 
 
 def test_a_failing_store_is_tried_again_and_keeps_its_exit_code():
     down = Failure("503", StorageError("503"))
-    assert retry.decide([down], budget=1).error is None
-    final = retry.decide([down, down], budget=1).error
+    assert retry.decide([down], Retry(failures=1)).error is None
+    final = retry.decide([down, down], Retry(failures=1)).error
     assert isinstance(final, StorageError)
     assert final.exit_code == 6
 
@@ -45,14 +103,53 @@ def test_a_crash_names_the_lowest_rank_and_the_first_line_of_its_error():
 
 
 def test_a_rank_that_is_gone_is_the_cause_of_broken_connections_elsewhere():
-    failure = retry.classify({0: RuntimeError("connection closed by peer"), 1: retry.RankDied("killed by a signal")})
+    failure = retry.classify({0: RuntimeError("connection closed by peer"), 1: RankDied("killed by a signal")})
     assert failure.reason == "rank 1 died: killed by a signal"
 
 
-def test_the_reason_of_a_crash_is_left_in_the_runs_folder(tmp_path):
+def test_a_lost_machine_is_the_cause_of_whatever_else_went_wrong():
+    failure = retry.classify({0: StorageError("reset"), 2: RankDied("gone", machine_lost=True), 3: RankDied("gone")})
+    assert (failure.kind, failure.reason) == ("preemption", "the machine of rank 2 was taken away")
+
+
+def test_an_interruption_is_a_preemption_unless_the_driver_asked_for_it():
+    errors = {0: Interrupted("stopped at step 3"), 1: Interrupted("stopped at step 3")}
+    assert retry.classify(errors).kind == "preemption"
+    assert retry.classify(errors, resizing=True).kind == "resize"
+
+
+@pytest.fixture
+def run(tmp_path) -> Store:
     run = open_store(str(tmp_path)).sub("run")
-    run.put(metrics(1), b'{"kind": "start", "step": 0, "total_steps": 5, "world_size": 1, "time": 1.0}\n')
-    retry.record_end(run, CRASH)
+    run.put(metrics(1), b'{"kind": "start", "step": 4, "total_steps": 9, "world_size": 1, "time": 1.0}\n')
+    return run
+
+
+def test_the_reason_of_a_crash_is_left_in_the_runs_folder(run: Store):
+    retry.record_end(run, crash())
     retry.record_end(run, Failure("told already", ConfigError("told already")))
     status = read_status(run)
-    assert (status.state, status.reason) == ("failed", CRASH.reason)
+    assert (status.state, status.reason) == ("failed", crash().reason)
+
+
+def test_the_records_tell_the_step_of_a_crash(run: Store):
+    assert retry.explained(run, crash()).step == 5
+    run.put(metrics(2), b"")
+    assert retry.explained(run, crash()).step is None
+
+
+def test_ranks_that_named_a_hang_explain_why_they_died(run: Store):
+    retry.record_end(run, crash())
+    hang = b'{"kind": "end", "outcome": "failed", "reason": "rank 1 hangs in load", "hung_ranks": [1]}\n'
+    run.put(metrics(2), hang)
+    explained = retry.explained(run, crash())
+    assert explained.reason == "rank 1 hangs in load"
+    retry.record_end(run, explained)
+    assert run.get(metrics(2)) == hang
+
+
+def test_a_run_that_ended_before_it_had_a_rank_has_its_reason(tmp_path):
+    run = open_store(str(tmp_path)).sub("early")
+    retry.record_end(run, Failure("no data", DataError("no data")))
+    status = read_status(run)
+    assert (status.state, status.reason) == ("failed", "no data")

@@ -5,6 +5,7 @@ Happens before a process group exists: compiling can take long, and a collective
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -86,6 +87,23 @@ def find(config: Config) -> dict[str, Input]:
     elif data.held_out:
         inputs["eval"] = (train, Part(data.held_out, data.held_out_seed, held_out=True))
     return inputs
+
+
+def wait_until_prepared(
+    config: Config, base: Base, store: Store, wait: Callable[[], None] = lambda: time.sleep(2)
+) -> None:
+    """Return once another process has compiled the run's data into `store`, however long that takes."""
+    for key in locate(config, base).values():
+        while not _compiled(store, key):
+            wait()
+
+
+def _compiled(store: Store, key: str) -> bool:
+    try:
+        open_dataset(store, key)
+    except NotFound:
+        return False
+    return True
 
 
 def locate(config: Config, base: Base, inputs: dict[str, Input] | None = None) -> dict[str, str]:

@@ -1,0 +1,217 @@
+"""The Ray cluster of a run: joined or started here, and how many ranks find room in it now."""
+
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from trainer.config import Config
+from trainer.errors import ConfigError
+
+_LOOK_SECONDS = 1.0
+_SETTLE_SECONDS = 5.0
+"""An elastic run starts with fewer than it may have once no more has come for so long."""
+
+
+@contextmanager
+def local_ray(workers: int) -> Iterator[str]:
+    """A Ray of this process's own on this machine, with room for `workers` ranks; its address. Ends with the process."""
+    # OpenMP's idle threads spin at barriers by default: on cores that two ranks share, that is many times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    import ray
+
+    # One CPU a worker is what Ray books; ranks may outnumber the cores of a laptop.
+    cpus = max(os.cpu_count() or 1, workers)
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    _quiet()
+    try:
+        yield ray.get_runtime_context().gcs_address
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def joined_ray(address: str) -> Iterator[str]:
+    """A running cluster; yields its dashboard's address, which may be empty.
+
+    Raises:
+        ConfigError: it cannot be reached, refuses the token, or runs another Ray or Python.
+    """
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    if address.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"cluster.ray.address: {address!r} is the address of a dashboard, which takes jobs (`capstan submit ray`). To train "
+            "from here give the cluster's own, such as head:6379."
+        )
+    try:
+        context = ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
+        _quiet()
+    except AuthenticationError as error:
+        raise refused_token(address) from error
+    except Exception as error:  # Ray raises many kinds here, its own, gRPC's and the standard ones
+        raise _not_joined(address, error) from error
+    try:
+        yield f"http://{context.dashboard_url}" if context.dashboard_url else ""
+    finally:
+        ray.shutdown()
+
+
+def _quiet() -> None:
+    """A dead machine's last log lines, which Ray prints to every driver, say nothing that the run's own words do not."""
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher
+
+    global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
+
+
+def refused_token(address: str) -> ConfigError:
+    return ConfigError(
+        f"the Ray cluster at {address!r} refused the token. Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) "
+        "to the cluster's own."
+    )
+
+
+def _not_joined(address: str, error: Exception) -> ConfigError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if len(versions := re.findall(r"(?:Ray|Python): (\S+)", str(error))) == 4:
+        return ConfigError(
+            f"cluster.ray.address: the cluster at {address!r} has Ray {versions[0]} and Python {versions[1]}, this machine Ray "
+            f"{versions[2]} and Python {versions[3]}. Use the same on both, or `capstan submit ray`, whose driver runs there."
+        )
+    return ConfigError(
+        f"cluster.ray.address: no Ray cluster answers at {address!r} ({lines[0].rstrip('.')}). "
+        "Start one with `ray start --head`, or leave the setting out to start Ray here."
+    )
+
+
+def alive_machines() -> dict[str, str]:
+    """The cluster's machines: Ray's id of each and what to call it."""
+    import ray
+
+    return {
+        node["NodeID"]: f"{node['NodeManagerHostname']}/{node['NodeID'][:8]}" for node in ray.nodes() if node["Alive"]
+    }
+
+
+def lost_machines(before: Mapping[str, str], within: float) -> list[str]:
+    """Which of `before` are gone, as soon as any is, or after `within` seconds."""
+    deadline = time.monotonic() + within
+    while True:
+        now = alive_machines()
+        lost = [name for node, name in before.items() if node not in now]
+        if lost or time.monotonic() > deadline:
+            return lost
+        time.sleep(0.2)
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a run asks of the cluster: ranks from `fewest` to `most`, and the resources of each by Ray's names."""
+
+    fewest: int
+    most: int
+    each: dict[str, float]
+
+    @property
+    def gpus(self) -> int:
+        return int(self.each.get("GPU", 0))
+
+    @property
+    def elastic(self) -> bool:
+        return self.fewest < self.most
+
+
+def need(config: Config) -> Need:
+    """From the configuration, with the cluster's GPUs where it leaves the number open."""
+    import ray
+
+    rules = config.cluster.ray
+    available = int(ray.cluster_resources().get("GPU", 0))
+    gpus = config.cluster.gpus_per_worker if config.cluster.gpus_per_worker is not None else int(available > 0)
+    each: dict[str, float] = {"CPU": rules.cpus_per_worker, **({"GPU": float(gpus)} if gpus else {}), **rules.resources}
+    if rules.memory_per_worker:
+        each["memory"] = rules.memory_per_worker * 2**30
+    whole = available if gpus else 1
+    return Need(config.cluster.fewest_workers or whole, config.cluster.most_workers or whole, each)
+
+
+def fits(free: Mapping[str, Mapping[str, float]], each: Mapping[str, float]) -> int:
+    """How many ranks find room in what is free on each machine."""
+    return sum(
+        int(min(machine.get(name, 0.0) // amount for name, amount in each.items() if amount > 0))
+        for machine in free.values()
+    )
+
+
+def room(each: Mapping[str, float]) -> int:
+    """How many more ranks the cluster has room for now."""
+    from ray._private.state import available_resources_per_node  # no public name gives what is free on each machine
+
+    return fits(available_resources_per_node(), each)
+
+
+def shortage(asked: int, each: Mapping[str, float], total: Mapping[str, float]) -> str:
+    """What a cluster with `total` lacks for `asked` ranks: "asked for 16 GPUs, the cluster has 8"."""
+    missing = []
+    for name, amount in each.items():
+        needed, has = amount * asked, total.get(name, 0.0)
+        if needed > has:
+            unit, scale = (
+                ("GiB of memory", 2**30) if name == "memory" else (f"{name}s" if name in ("GPU", "CPU") else name, 1)
+            )
+            missing.append(f"asked for {needed / scale:g} {unit}, the cluster has {has / scale:g}")
+    return " and ".join(missing) or "the cluster's machines are busy, or no single one is large enough for a rank"
+
+
+def wait_for_room(
+    asked: Callable[[], Need], timeout: float, *, can_grow: bool, log: Callable[[str], None], stop: Callable[[], None]
+) -> tuple[Need, int]:
+    """What is asked of the cluster, which may depend on the machines that have joined, and how many ranks to start.
+
+    Returns once there is room for enough; `stop` may raise to end the wait. Meanwhile a placement group asks for all of them, which is what makes an autoscaling cluster add machines.
+
+    Raises:
+        ConfigError: there is no room for the fewest within `timeout` seconds, or with not `can_grow` there never will be.
+    """
+    import ray
+    from ray.util import placement_group, remove_placement_group
+
+    began = changed = time.monotonic()
+    seen, told = -1, False
+    demand = None
+    try:
+        while True:
+            stop()
+            wanted = asked()
+            now, found = time.monotonic(), min(room(wanted.each), wanted.most)
+            if demand is not None and demand.wait(0):
+                found = wanted.most  # the room is taken by the demand itself
+            if found != seen:
+                seen, changed = found, now
+            if found >= wanted.most or (found >= wanted.fewest and now - changed >= _SETTLE_SECONDS):
+                return wanted, found
+            total = ray.cluster_resources()
+            short = shortage(wanted.fewest, wanted.each, total)
+            if found < wanted.fewest and (now - began >= timeout or not (can_grow or _enough(wanted, total))):
+                waited = f" after {timeout:.0f} seconds (cluster.ray.start_timeout)" if can_grow else ""
+                raise ConfigError(
+                    f"cluster.workers: {wanted.fewest} ranks find no room{waited}: {short}. Lower it, or free some."
+                )
+            if demand is None and can_grow and not _enough(wanted, total):
+                demand = placement_group([wanted.each] * wanted.most)
+            if found < wanted.fewest and not told:
+                told = True
+                log(f"waiting for room for {wanted.fewest} ranks: {short}")
+            time.sleep(_LOOK_SECONDS)
+    finally:
+        if demand is not None:
+            remove_placement_group(demand)
+
+
+def _enough(wanted: Need, total: Mapping[str, float]) -> bool:
+    """Whether the cluster as a whole could hold the fewest, were it free."""
+    return all(total.get(name, 0.0) >= amount * wanted.fewest for name, amount in wanted.each.items())

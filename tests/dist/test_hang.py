@@ -1,0 +1,33 @@
+"""A rank that hangs is named, every rank that can leaves its stack, and all of them end."""
+
+from pathlib import Path
+
+import pytest
+
+from launcher.status import read_log, read_status
+from tests.dist.launch import RankFailed, launch
+from tests.material import Workshop
+from trainer.config import dump_config
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(Path(tmp_path_factory.mktemp("workshop")))
+
+
+@pytest.mark.parametrize(
+    ("how", "named", "speaker"),
+    [("stuck", "rank 1 hangs in step of step 3: no progress", 0), ("freeze", "rank 0 hangs: no answer", 1)],
+)
+def test_a_rank_that_hangs_is_named_and_the_others_end(workshop: Workshop, how: str, named: str, speaker: int) -> None:
+    config = workshop.config(how, "timeouts.step=6", "timeouts.load=60")
+    with pytest.raises(RankFailed, match="ended with exit code 1"):
+        launch(2, "run", dump_config(config), workshop.prepare(config).train, how)
+    run = workshop.store.sub(how)
+    status = read_status(run)
+    assert status.state == "failed"
+    assert status.reason.startswith(named)
+    assert "timeouts.step" in status.reason
+    log = read_log(run, speaker)
+    assert named in log
+    assert "File" in log.partition("Python stacks")[2]

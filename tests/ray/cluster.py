@@ -1,0 +1,127 @@
+"""A Ray cluster of several machines' worth of processes on this one, and `capstan` processes that use it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ray.cluster_utils import Cluster
+
+from launcher.status import read_generation
+from tests.cli.conftest import ENVIRONMENT
+from tests.material import Workshop
+from trainer.store import Store
+
+Records = dict[str, list[dict[str, Any]]]
+
+
+@contextmanager
+def ray_cluster(nodes: int, cpus: int = 2, **head: Any) -> Iterator[Cluster]:
+    """A head without room for ranks, where drivers live, and `nodes` machines with room for `cpus` ranks each."""
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 * 2**20, **head},
+    )
+    try:
+        for _ in range(nodes):
+            add_machine(cluster, cpus)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def add_machine(cluster: Cluster, cpus: int = 2) -> Any:
+    return cluster.add_node(num_cpus=cpus, object_store_memory=80 * 2**20)
+
+
+class Driver:
+    """A `capstan` process; leaving the context kills it."""
+
+    def __init__(self, folder: Path, *arguments: str, environment: dict[str, str] | None = None) -> None:
+        self.log = folder / "driver.log"
+        with self.log.open("ab") as log:
+            command = [sys.executable, "-m", "launcher.cli", *arguments]
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, env={**ENVIRONMENT, **(environment or {})}, cwd=folder
+            )
+
+    def __enter__(self) -> "Driver":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def wait_for(self, run: Store, generation: int, step: int) -> Records:
+        """The generation's records once it has reached `step` and committed something."""
+        return self.wait_until(
+            run, generation, lambda seen: seen.get("commit") and seen["step"][-1]["step"] >= step, f"step {step}"
+        )
+
+    def wait_until(self, run: Store, generation: int, holds: Callable[[Records], Any], what: str) -> Records:
+        deadline = time.monotonic() + 150
+        while time.monotonic() < deadline:
+            records = read_generation(run, generation)
+            if holds(records):
+                return records
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.05)
+        raise AssertionError(f"{what} did not come in generation {generation}: {self.log.read_text()}")
+
+    def wait_for_words(self, words: str) -> None:
+        """Return once the process has printed `words`."""
+        deadline = time.monotonic() + 60
+        while words not in self.log.read_text():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.02)
+
+    def last_line(self, start: str) -> str:
+        """The last line of its output that begins with `start`."""
+        return [line for line in self.log.read_text().splitlines() if line.startswith(start)][-1]
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def end(self) -> int:
+        return self.process.wait(timeout=240)
+
+
+def steps(run: Store, *generations: int) -> dict[int, dict[str, Any]]:
+    """The run's history: of a step taken twice, the later generation's."""
+    return {record["step"]: record for number in generations for record in read_generation(run, number)["step"]}
+
+
+def losses(run: Store, *generations: int) -> dict[int, float]:
+    return {step: record["loss"] for step, record in steps(run, *generations).items()}
+
+
+def write(folder: Path, workshop: Workshop, name: str, *overrides: str) -> str:
+    """Its paths are relative to `folder`, the driver's directory: ranks must find them too."""
+    paths = {
+        "run.store": workshop.folder / "store",
+        "model.base": workshop.base,
+        "sharding.deepspeed": workshop.policy,
+    }
+    relative = [f"{key}={os.path.relpath(path, folder)}" for key, path in paths.items()]
+    relative.append(f"data.train=[{{path: {os.path.relpath(workshop.data, folder)}}}]")
+    settings = ["cluster.workers=2", "train.steps=60", "checkpoint.every_steps=5", *relative, *overrides]
+    config = workshop.config(name, *settings)
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return str(path)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and was not waited for does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state not in ("Z", "X")

@@ -1,0 +1,135 @@
+"""`capstan submit ray`: the driver as a job of a cluster that asks for a token."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import ray
+
+from launcher.ray_cluster import _not_joined
+from launcher.status import read_status
+from tests.cli.conftest import ENVIRONMENT
+from tests.material import Workshop
+from tests.ray.cluster import write
+from trainer.store import open_store
+
+pytestmark = pytest.mark.timeout(300)
+
+TOKEN = "0123456789abcdef0123456789abcdef"
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """A cluster of one machine: the addresses of its GCS and its dashboard."""
+
+    gcs: str
+    dashboard: str
+
+
+def with_token(token: str) -> dict[str, str]:
+    return {**ENVIRONMENT, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    ports = []
+    for _ in range(2):
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            ports.append(listener.getsockname()[1])
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=1"]
+    command += [f"--port={ports[0]}", f"--dashboard-port={ports[1]}", "--node-ip-address=127.0.0.1"]
+    command += [f"--object-store-memory={80 * 2**20}", "--disable-usage-stats"]
+    log = tmp_path_factory.mktemp("head") / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=with_token(TOKEN), start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not _answers(f"http://127.0.0.1:{ports[1]}/api/version"):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        yield Guarded(f"127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}")
+    finally:
+        os.killpg(process.pid, 15)
+        try:
+            process.wait(timeout=40)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        request = urllib.request.Request(url, headers={"Authorization": f"Bearer {TOKEN}"})
+        return urllib.request.urlopen(request, timeout=5).status == 200
+    except OSError:
+        return False
+
+
+def capstan(token: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "launcher.cli", *arguments]
+    return subprocess.run(command, env=with_token(token), cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+def test_a_submitted_run_is_a_job_of_the_cluster_and_its_folder_tells_the_rest(
+    workshop: Workshop, tmp_path: Path, guarded: Guarded
+):
+    settings = (f"cluster.ray.address={guarded.dashboard}", "cluster.workers=1", "train.steps=8")
+    config = write(tmp_path, workshop, "job", *settings)
+    run = open_store(str(workshop.folder / "store")).sub("job")
+
+    planned = capstan(TOKEN, tmp_path, "submit", "ray", config, "--dry-run", "--json")
+    assert json.loads(planned.stdout)["dry_run"] is True
+    assert not run.exists("config.yaml")
+
+    wrong = capstan("f" * 32, tmp_path, "submit", "ray", config)
+    assert wrong.returncode == 2
+    assert "refused the token" in wrong.stderr.splitlines()[-1]
+    assert "Traceback" not in wrong.stderr
+    assert not run.exists("config.yaml")
+
+    done = capstan(TOKEN, tmp_path, "submit", "ray", config, "--json")
+    assert done.returncode == 0, done.stderr
+    submitted = json.loads(done.stdout)
+    assert submitted["run"] == "job"
+    assert submitted["next"] == f"capstan status {run.uri} --watch"
+    watched = capstan(TOKEN, tmp_path, "status", run.uri, "--watch", "--json")
+    status = json.loads(watched.stdout)
+    assert (status["state"], status["step"]) == ("finished", 8)
+    assert status["dashboard"].startswith("http://127.0.0.1:")
+    assert run.exists("snapshot.tar.zst")
+    said = json.loads(capstan(TOKEN, tmp_path, "logs", run.uri, "--driver", "--json").stdout)
+    assert "finished" in said["text"].splitlines()[-1]
+    assert read_status(run).generation == 1
+
+    taken = capstan(TOKEN, tmp_path, "submit", "ray", config)
+    assert taken.returncode == 2
+    assert "run.name: 'job' exists" in taken.stderr
+
+
+def test_to_train_with_a_wrong_token_is_one_sentence(workshop: Workshop, tmp_path: Path, guarded: Guarded):
+    config = write(tmp_path, workshop, "intruder", f"cluster.ray.address={guarded.gcs}", "cluster.workers=1")
+    done = capstan("f" * 32, tmp_path, "train", config)
+    assert done.returncode == 2
+    assert "refused the token" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_another_version_of_ray_or_python_is_one_sentence():
+    from ray._private.utils import check_version_info
+
+    with pytest.raises(RuntimeError) as raised:
+        check_version_info({"ray_version": "2.9.0", "python_version": "3.10.4"}, "process 1")
+    said = str(_not_joined("head:6379", raised.value))
+    assert "\n" not in said
+    for word in ("Ray 2.9.0 and Python 3.10.4", f"Ray {ray.__version__} and Python", "Use the same"):
+        assert word in said

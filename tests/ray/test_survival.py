@@ -1,0 +1,127 @@
+"""A run over several machines loses ranks, machines and its driver, and ends with the losses of an undisturbed one."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
+
+from launcher.status import read_driver_log, read_generation, read_log, read_status
+from tests.dist.launch import launch
+from tests.material import Workshop
+from tests.ray.cluster import Driver, add_machine, alive, ray_cluster, steps, write
+from trainer.config import dump_config
+from trainer.store import Store, open_store
+
+pytestmark = pytest.mark.timeout(600)
+
+STEPS, COMMIT_EVERY = 120, 4
+SETTINGS = (
+    "cluster.workers=[2,4]",
+    "cluster.ray.resize_interval=1",
+    f"train.steps={STEPS}",
+    f"checkpoint.every_steps={COMMIT_EVERY}",
+    "timeouts.step=15",
+)
+
+
+def undisturbed(workshop: Workshop) -> Store:
+    """The same run by two ranks of a process group, without Ray."""
+    config = workshop.config("undisturbed", f"train.steps={STEPS}")
+    outcomes = launch(2, "run", dump_config(config), workshop.prepare(config).train)
+    assert {outcome["outcome"] for outcome in outcomes} == {"finished"}
+    return workshop.store.sub("undisturbed")
+
+
+def test_a_run_survives_its_ranks_machines_and_driver(workshop: Workshop, tmp_path: Path):
+    run = open_store(str(workshop.folder / "store")).sub("survivor")
+    with ray_cluster(2) as cluster:
+        address = str(cluster.address)
+        config = write(tmp_path, workshop, "survivor", *SETTINGS, f"cluster.ray.address={address}")
+        with Driver(tmp_path, "train", config) as driver:
+            # A rank is killed.
+            first = driver.wait_for(run, 1, step=6)["start"][0]
+            assert first["world_size"] == 4
+            assert len(set(first["machines"])) == 2
+            os.kill(first["pids"][3], signal.SIGKILL)
+
+            # A rank is frozen.
+            second = driver.wait_for(run, 2, step=16)["start"][0]
+            os.kill(second["pids"][1], signal.SIGSTOP)
+            frozen = time.monotonic()
+
+            # A machine is lost for good: its raylet is killed, which ends its ranks.
+            third = driver.wait_for(run, 3, step=26)["start"][0]
+            assert time.monotonic() - frozen < 120
+            assert not alive(second["pids"][1])
+            lost = cluster.list_all_nodes()[-1]
+            cluster.remove_node(lost, allow_graceful=False)
+
+            # The run goes on with what is left, and grows when a machine comes.
+            fourth = driver.wait_for(run, 4, step=36)["start"][0]
+            assert fourth["world_size"] == 2
+            added = add_machine(cluster)
+            fifth = driver.wait_for(run, 5, step=46)["start"][0]
+            assert fifth["world_size"] == 4
+
+            # Ray announces that it will take that machine away.
+            drain(address, added.node_id, seconds=60)
+            sixth = driver.wait_for(run, 6, step=56)["start"][0]
+            assert sixth["world_size"] == 2
+
+            # The driver is killed; its ranks end with it.
+            driver.process.kill()
+            driver.process.wait()
+        for_seconds(20, lambda: not any(map(alive, sixth["pids"])))
+
+        with Driver(tmp_path, "resume", "survivor", "--store", str(workshop.folder / "store"), "--json") as driver:
+            assert driver.end() == 0, driver.log.read_text()
+
+    status = read_status(run)
+    assert (status.state, status.step, status.generation) == ("finished", STEPS, 7)
+    reasons = [restart.reason for restart in status.restarts]
+    assert reasons[0].startswith("rank 3 died")
+    assert reasons[1].startswith("rank 1 hangs in ")
+    assert "no sign of life for 15 s (timeouts.step)" in reasons[1]
+    assert reasons[2].startswith("lost ")
+    assert "4 ranks instead of 2 find room" in reasons[3]
+    assert "because a machine of the run is being taken away" in reasons[4]
+    assert "killed or lost" in reasons[5]
+    for rank in (0, 2, 3):  # the frozen one cannot speak
+        assert "rank 1 hangs in " in (log := read_log(run, rank, generation=2))
+        assert "Current thread" in log
+    assert third["step"] >= 12
+    driver_words = read_driver_log(run)
+    assert len(driver_words.splitlines()) < 30
+    assert "(2 of 3 restarts)" in driver_words
+
+    # What was trained, and on what, is what an undisturbed run trains.
+    expected, taken = steps(undisturbed(workshop), 1), steps(run, *range(1, 8))
+    assert taken.keys() == expected.keys() == set(range(1, STEPS + 1))
+    assert {step: record["samples"] for step, record in taken.items()} == {
+        step: record["samples"] for step, record in expected.items()
+    }
+    assert max(abs(taken[step]["loss"] - expected[step]["loss"]) for step in expected) < 1e-3
+
+    # Nothing but the work since the last commit was done twice.
+    for generation in range(2, 8):
+        reached = read_generation(run, generation - 1)["step"][-1]["step"]
+        resumed = read_generation(run, generation)["start"][0]["step"]
+        assert resumed % COMMIT_EVERY == 0 or "stopped at step" in reasons[generation - 2]
+        assert reached - resumed <= 2 * COMMIT_EVERY  # the commit before the last, where the last was still uploading
+
+
+def drain(address: str, node_id: str, seconds: float) -> None:
+    """What a cloud's notice of a preemption becomes in Ray."""
+    preemption = 2  # DRAIN_NODE_REASON_PREEMPTION in Ray's autoscaler.proto
+    accepted, why = GcsClient(address).drain_node(node_id, preemption, "preempted", int((time.time() + seconds) * 1000))
+    assert accepted, why
+
+
+def for_seconds(seconds: float, holds) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -1,0 +1,31 @@
+"""A GPU that runs out of memory: the run ends with exit code 4 and what was planned."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.material import Workshop
+from trainer.base import resolve_base
+from trainer.errors import DoesNotFit
+from trainer.metrics import Metrics, claim_generation
+from trainer.rank import _outcome
+from trainer.ranks import Ranks
+from trainer.run_layout import metrics
+
+
+def test_out_of_memory_names_the_largest_parts_of_the_plan(tmp_path: Path):
+    workshop = Workshop(tmp_path)
+    config = workshop.config("large")
+    run = workshop.store.sub("large")
+    told = Metrics(run, claim_generation(run), writes=True, flush_seconds=60, tensorboard=False)
+    ranks = Ranks(0, 2, 2, torch.device("cpu"))
+    with pytest.raises(DoesNotFit) as raised, _outcome(told, config, resolve_base(config.model), ranks):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+    told.close()
+    assert raised.value.exit_code == 4
+    assert "The plan for 2 ranks is " in str(raised.value)
+    assert "GiB a GPU: " in str(raised.value)
+    end = json.loads(run.get(metrics(1)).splitlines()[-1])
+    assert (end["outcome"], end["reason"]) == ("failed", str(raised.value))
