@@ -109,7 +109,6 @@ def test_a_run_survives_its_ranks_machines_and_driver(workshop: Workshop, tmp_pa
     for generation in range(2, 8):
         reached = read_generation(run, generation - 1)["step"][-1]["step"]
         resumed = read_generation(run, generation)["start"][0]["step"]
-        assert resumed % COMMIT_EVERY == 0 or "stopped at step" in reasons[generation - 2]
         assert reached - resumed <= 2 * COMMIT_EVERY  # the commit before the last, where the last was still uploading
 
 
