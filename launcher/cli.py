@@ -266,7 +266,7 @@ def logs(
     as_json: Json = False,
 ) -> None:
     """A rank's log, or the driver's."""
-    from launcher.status import follow_log, read_driver_log, read_log
+    from launcher.logs import follow_log, read_driver_log, read_log
 
     folder = _open_run(run, store)
     if follow and (as_json or driver or job):

@@ -4,11 +4,9 @@ The record is `metrics/<generation>.jsonl`, one file a start of the run and one 
 goes on from a committed checkpoint, so its steps replace equal and later ones of the generations before it.
 """
 
-import codecs
 import difflib
 import json
 import os
-import re
 import socket
 import time
 from collections import Counter, defaultdict
@@ -160,7 +158,7 @@ class _Generation:
         return start["step"] if start else None
 
 
-class _Appended:
+class Appended:
     """Reads of a growing object only what was appended since the last look."""
 
     def __init__(self, run: Store, key: str) -> None:
@@ -180,7 +178,7 @@ class Follower:
     def __init__(self, run: Store, clock: Callable[[], float] = time.time) -> None:
         self._run, self._clock = run, clock
         self._generations: dict[int, _Generation] = {}
-        self._files: dict[int, _Appended] = {}
+        self._files: dict[int, Appended] = {}
 
     def read(self) -> RunStatus:
         files = self._read_metrics()
@@ -222,7 +220,7 @@ class Follower:
         files = {run_layout.generation_of(entry.key): entry for entry in self._run.list(run_layout.METRICS)}
         found = {number: entry for number, entry in sorted(files.items(), key=lambda item: item[0] or 0) if number}
         for number, entry in found.items():
-            file = self._files.setdefault(number, _Appended(self._run, entry.key))
+            file = self._files.setdefault(number, Appended(self._run, entry.key))
             self._generations.setdefault(number, _Generation()).add(file.read(entry.size))
         return found
 
@@ -394,7 +392,7 @@ def watch(
             )
             if last_look:
                 return status
-            wait(_poll_seconds(run))
+            wait(poll_seconds(run))
 
 
 def watch_table(
@@ -411,13 +409,13 @@ def watch_table(
             try:
                 status = follower.read()
             except StorageError:
-                wait(_poll_seconds(run))  # the run has its own patience with the store; the view must not end first
+                wait(poll_seconds(run))  # the run has its own patience with the store; the view must not end first
                 continue
             live.update(render(status), refresh=True)
             ended = ended + 1 if status.state in ENDED else 0
             if over() if over else ended == 2:  # between an end and a restart there is a moment
                 return status
-            wait(_poll_seconds(run))
+            wait(poll_seconds(run))
 
 
 def _facts(status: RunStatus) -> str:
@@ -435,74 +433,6 @@ def _facts(status: RunStatus) -> str:
     return " · ".join(parts)
 
 
-def _poll_seconds(run: Store) -> float:
+def poll_seconds(run: Store) -> float:
     """A bucket bills each listing; a folder does not."""
     return 0.5 if run.uri.startswith(("file://", "memory://")) else 5.0
-
-
-# --- logs
-
-
-def read_log(run: Store, rank: int, generation: int | None = None) -> str:
-    """What `rank` printed in `generation`; by default in the newest one that it has a log of.
-
-    Raises `ConfigError` when there is no such log, naming the ranks that have one.
-    """
-    logs = _logs(run)
-    newest = max((number for number, owner in logs if owner == rank), default=None)
-    chosen = newest if generation is None else generation
-    if chosen is None or (chosen, rank) not in logs:
-        of = "" if generation is None else f" in generation {generation}"
-        known = sorted({owner for number, owner in logs if generation in (None, number)})
-        ranks = ", ".join(map(str, known)) or "none"
-        raise ConfigError(f"rank {rank} of {run.uri} has no log{of}. Ranks with one: {ranks}.")
-    return run.get(run_layout.rank_log(chosen, rank)).decode(errors="replace")
-
-
-def read_driver_log(run: Store) -> str:
-    """What the run's drivers said, one line each with its time."""
-    try:
-        return run.get(run_layout.DRIVER_LOG).decode(errors="replace")
-    except NotFound as error:
-        raise ConfigError(
-            f"{run.uri} has no driver's log: its ranks were started by torchrun or srun, or it never ran."
-        ) from error
-
-
-def follow_log(
-    run: Store,
-    rank: int,
-    generation: int | None = None,
-    *,
-    stop: Callable[[], bool] = lambda: False,
-    wait: Callable[[float], None] = time.sleep,
-) -> Iterator[str]:
-    """What `rank` prints, as it comes in, until `stop()` is true. Without `generation` it goes on into every new one."""
-    first = generation
-    readers: dict[int, tuple[_Appended, codecs.IncrementalDecoder]] = {}
-    while True:
-        last_look = stop()
-        logs = {number: entry for (number, owner), entry in sorted(_logs(run).items()) if owner == rank}
-        if first is None:
-            first = max(logs, default=None)
-        for number, entry in logs.items():
-            if first is None or number < first or generation not in (None, number):
-                continue
-            if number not in readers:
-                readers[number] = _Appended(run, entry.key), codecs.getincrementaldecoder("utf-8")("replace")
-            appended, decoder = readers[number]
-            if text := decoder.decode(appended.read(entry.size)):
-                yield text
-        if last_look:
-            return
-        wait(_poll_seconds(run))
-
-
-def _logs(run: Store) -> dict[tuple[int, int], Entry]:
-    """(generation, rank) -> the log's entry."""
-    found = {}
-    for entry in run.list(run_layout.LOGS):
-        numbers = [int(digits) for digits in re.findall(r"\d+", entry.key)]
-        if len(numbers) == 2 and run_layout.rank_log(*numbers) == entry.key:
-            found[numbers[0], numbers[1]] = entry
-    return found

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.status import read_log, read_status
+from launcher.logs import read_log
+from launcher.status import read_status
 from tests.dist.launch import RankFailed, launch
 from tests.material import Workshop
 from trainer.config import dump_config

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from launcher.logs import follow_log, read_log
 from launcher.status import (
     Follower,
     RunStatus,
     find_run,
-    follow_log,
     read_generation,
-    read_log,
     read_status,
     render,
     request_stop,
