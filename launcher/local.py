@@ -8,9 +8,9 @@ from launcher.data_build import compile_progress
 from launcher.driver import drive
 from launcher.submission import anchored, check, claim, keep_code, release
 from trainer import run_layout
-from trainer.base import resolve_base
+from trainer.base import Base, resolve_base
 from trainer.config import Config
-from trainer.data.prepare import prepare, wait_until_prepared
+from trainer.data.prepare import Datasets, prepare, wait_until_prepared
 from trainer.errors import CapstanError
 from trainer.store import open_store
 

@@ -178,7 +178,8 @@ def _dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
 def samples_key(batches: list[MicroBatch]) -> int:
     """Of one rank's documents of a step, so that the sum over ranks tells which they were, whatever the world size."""
     documents = np.array([number for batch in batches for number in batch.documents], dtype=np.uint64)
-    bins = np.array([(epoch << 40) + k for batch in batches for epoch, k in batch.bins], dtype=np.uint64)
+    places = [(at.epoch << 48) + (at.window << 24) + at.bin for batch in batches for at in batch.bins]
+    bins = np.array(places, dtype=np.uint64)
     # Halves of 32 bits: sums of millions of them are exact in the float64 of an exchange.
     return sum(int((splitmix64(numbers) >> np.uint64(32)).sum()) for numbers in (documents, bins))
 

@@ -102,7 +102,7 @@ def _poison(number: int) -> None:
     plain = Engine.loss
 
     def poisoned(self: Engine, batch: MicroBatch) -> Tensor:
-        return plain(self, batch) * (float("nan") if (0, number) in batch.bins else 1.0)
+        return plain(self, batch) * (float("nan") if Position(0, 0, number) in batch.bins else 1.0)
 
     Engine.loss = poisoned
 
