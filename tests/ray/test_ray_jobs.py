@@ -35,7 +35,8 @@ class Guarded:
 
 
 def with_token(token: str) -> dict[str, str]:
-    return {**ENVIRONMENT, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # a job's entrypoint is the cluster's own `python`
+    return {**ENVIRONMENT, "PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
 
 
 @pytest.fixture(scope="module")
