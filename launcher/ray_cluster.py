@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from trainer.config import Config
 from trainer.errors import ConfigError
 
 _LOOK_SECONDS = 1.0
+_KNOCK_SECONDS = 10.0
 _SETTLE_SECONDS = 5.0
 """An elastic run starts with fewer than it may have once no more has come for so long."""
 
@@ -48,6 +50,7 @@ def joined_ray(address: str) -> Iterator[str]:
             f"cluster.ray.address: {address!r} is the address of a dashboard, which takes jobs (`capstan submit ray`). To train "
             "from here give the cluster's own, such as head:6379."
         )
+    _knock(address)
     try:
         context = ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
         _quiet()
@@ -59,6 +62,17 @@ def joined_ray(address: str) -> Iterator[str]:
         yield f"http://{context.dashboard_url}" if context.dashboard_url else ""
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raises `ConfigError` when nothing listens at a HOST:PORT, which Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if "/" in address or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS).close()
+    except OSError as error:
+        raise _not_joined(address, error) from error
 
 
 def _quiet() -> None:
