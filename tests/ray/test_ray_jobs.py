@@ -28,9 +28,8 @@ TOKEN = "0123456789abcdef0123456789abcdef"
 
 @dataclass(frozen=True)
 class Guarded:
-    """A cluster of one machine: the addresses of its GCS and its dashboard."""
+    """A cluster of one machine: the address of its dashboard."""
 
-    gcs: str
     dashboard: str
 
 
@@ -58,7 +57,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
-        yield Guarded(f"127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}")
+        yield Guarded(f"http://127.0.0.1:{ports[1]}")
     finally:
         os.killpg(process.pid, 15)
         try:
@@ -102,7 +101,7 @@ def test_a_submitted_run_is_a_job_of_the_cluster_and_its_folder_tells_the_rest(
     assert done.returncode == 0, done.stderr
     submitted = json.loads(done.stdout)
     assert submitted["run"] == "job"
-    assert submitted["next"] == f"capstan status {run.uri} --watch"
+    assert submitted["next"] == f"capstan status {submitted['uri']} --watch"
     watched = capstan(TOKEN, tmp_path, "status", run.uri, "--watch", "--json")
     status = json.loads(watched.stdout)
     assert (status["state"], status["step"]) == ("finished", 8)
