@@ -49,8 +49,9 @@ def load_ours(base: Path, settings: dict[str, Any], ranks: Any) -> dict[str, Any
     from trainer.load import DTYPES, load_model
 
     config = run_config(base)
-    attention = choose_attention("sdpa", ranks.device, DTYPES["bf16"])
-    model, report = load_model(resolve_base(config.model), config, settings, ranks, attention)
+    found = resolve_base(config.model)
+    attention = choose_attention("sdpa", ranks.device, DTYPES["bf16"], found.config)
+    model, report = load_model(found, config, settings, ranks, attention)
     Engine(model, attention, config.optim, settings, ranks)
     return {"read_bytes": report.read_bytes, "shard_bytes": report.kept_bytes}
 

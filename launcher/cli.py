@@ -103,7 +103,7 @@ def plan(
     """Memory per GPU and host, batch arithmetic and traffic of a run, without a GPU. Exit code 4 when it does not fit."""
     from launcher.report import plan_table
     from trainer.architecture import mismatches
-    from trainer.base import resolve_base
+    from trainer.base import read_base_config
     from trainer.config import load_config
     from trainer.errors import DoesNotFit
     from trainer.plan import make_plan
@@ -111,10 +111,10 @@ def plan(
     run = load_config(config, overrides or ())
     world_size = run.cluster.most_workers or 1
     memory = int(gpu_memory * 2**30) if gpu_memory else None
-    base = resolve_base(run.model)
-    result = make_plan(run, base.config, world_size, ranks_per_node or world_size, memory)
+    base_config = read_base_config(run.model)
+    result = make_plan(run, base_config, world_size, ranks_per_node or world_size, memory)
     _emit(result, as_json, plan_table)
-    if mistakes := mismatches(run, base.config):
+    if mistakes := mismatches(run, base_config):
         raise ConfigError("\n".join(mistakes))
     if result.shortfalls:
         raise DoesNotFit("\n".join(result.shortfalls))

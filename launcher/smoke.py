@@ -26,7 +26,7 @@ from launcher.ray_cluster import local_ray
 from launcher.smoke_verdict import STEPS, SmokePlan, SmokeResult
 from launcher.status import read_generation
 from launcher.submission import anchored
-from trainer.base import resolve_base
+from trainer.base import read_base_config
 from trainer.config import Config, Source, dump_config, load_config, override, parse_config
 from trainer.data.rows import rows
 from trainer.data.sources import expand
@@ -171,7 +171,7 @@ class _Life:
     def plan(self, config: Config) -> None:
         with self.phase("plan"):
             workers = config.cluster.most_workers or 1
-            shortfalls = make_plan(config, resolve_base(config.model).config, workers, workers, None).shortfalls
+            shortfalls = make_plan(config, read_base_config(config.model), workers, workers, None).shortfalls
         if shortfalls:
             raise DoesNotFit("\n".join(shortfalls))
 

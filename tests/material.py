@@ -41,6 +41,39 @@ KINDS: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 24},
     "phi3": {"model_type": "phi3", "sliding_window": 16},
+    "gemma2": {
+        "model_type": "gemma2",
+        "head_dim": 24,
+        "sliding_window": 16,
+        "tie_word_embeddings": True,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 2.0,
+    },
+    "gemma3": {"model_type": "gemma3_text", "head_dim": 24, "sliding_window": 16, "tie_word_embeddings": True},
+    # Experts of 3,010 and 1,505 weights: an odd number of nibbles, and no whole blocks.
+    "mixtral": {
+        "model_type": "mixtral",
+        "hidden_size": 35,
+        "head_dim": 10,
+        "intermediate_size": 43,
+        "num_local_experts": 3,
+    },
+    "qwen3-moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 24,
+        "moe_intermediate_size": 43,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+    },
+    "gpt-oss": {
+        "model_type": "gpt_oss",
+        "hidden_size": 35,
+        "head_dim": 10,
+        "intermediate_size": 43,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 16,
+    },
     # Weights whose number is no multiple of a block: 1,440, 720 and 1,800.
     "ragged": {
         "model_type": "llama",

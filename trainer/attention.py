@@ -1,7 +1,7 @@
 """Which attention kernel runs, picked once, and the reason for the log.
 
-All of them honour document borders: flash-attn and PyTorch's varlen kernel through cu_seqlens, SDPA through the
-block-diagonal mask that transformers builds from restarting position_ids.
+All of them honour document borders: flash-attn and PyTorch's varlen kernel through cu_seqlens, SDPA and the eager one,
+which is plain matrix products and holds all scores at once, through the block-diagonal mask that transformers builds from restarting position_ids.
 """
 
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from trainer.errors import ConfigError
 
 VARLEN = "capstan_varlen"
+KERNELS = ("flash_attention_2", "varlen", "sdpa", "eager")  # in the order of preference
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Attention:
 
     def arguments(self, cu_seqlens: Tensor, max_seqlen: int) -> dict[str, Any]:
         """What the model's forward needs beside input_ids and position_ids to keep packed documents apart."""
-        if self.name == "sdpa":
+        if self.name in ("sdpa", "eager"):
             return {}
         return {
             "cu_seq_lens_q": cu_seqlens,
@@ -37,11 +38,11 @@ class Attention:
         }
 
 
-def choose_attention(setting: str, device: torch.device, dtype: torch.dtype) -> Attention:
-    """Resolve `model.attention`; raises `ConfigError` when the named kernel cannot run here."""
-    missing = unavailable(device, dtype)
+def choose_attention(setting: str, device: torch.device, dtype: torch.dtype, base_config: dict[str, Any]) -> Attention:
+    """Resolve `model.attention`; raises `ConfigError` when the named kernel cannot run here, or not this base."""
+    missing = {**unavailable(device, dtype), **unable(base_config)}
     if setting == "auto":
-        kernel = next(name for name in ("flash_attention_2", "varlen", "sdpa") if name not in missing)
+        kernel = next(name for name in KERNELS if name not in missing)
         why = "; ".join(f"no {name}: {reason}" for name, reason in missing.items()) or "fastest available"
     elif setting in missing:
         raise ConfigError(f"model.attention: {setting!r} cannot run here: {missing[setting]}. Use auto.")
@@ -52,6 +53,16 @@ def choose_attention(setting: str, device: torch.device, dtype: torch.dtype) -> 
         AttentionMaskInterface.register(VARLEN, _no_mask)
         return Attention(VARLEN, why)
     return Attention(kernel, why)
+
+
+def unable(base_config: dict[str, Any]) -> dict[str, str]:
+    """Kernel -> why it would give other results than the base's own attention."""
+    kind = base_config["model_type"]
+    if base_config.get("attn_logit_softcapping", 50.0 if kind == "gemma2" else None):
+        return dict.fromkeys(("varlen", "sdpa"), "it does not cap attention logits, as this base does")
+    if kind == "gpt_oss":
+        return dict.fromkeys(("flash_attention_2", "varlen", "sdpa"), "it has no attention sinks, as this base has")
+    return {}
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str]:

@@ -1,21 +1,25 @@
-"""The base model's directory: where it is, what it says of itself, and whether this project can train it.
+"""The base model: where it is, what it says of itself, and whether this project can train it.
 
-Everything here is read without torch and before any rank starts, so that a wrong base costs seconds.
+Everything here is read without torch and before any rank starts, so that a wrong base costs seconds. Weights stay where
+they are, in a directory or a bucket; config.json and the tokenizer's files are always in a directory.
 """
 
 import hashlib
 import json
+import os
 import re
+import tempfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from trainer.architecture import ARCHITECTURES, mismatches, read_architecture
+from trainer.architecture import ARCHITECTURES, mismatches, read_architecture, stored_names
 from trainer.config import Config, Model
-from trainer.errors import ConfigError
-from trainer.safetensors_index import TensorSource, read_index
-from trainer.store import Store, open_store
+from trainer.errors import ConfigError, NotFound
+from trainer.safetensors_index import INDEX_FILE, Source, Stacked, TensorSource, read_index
+from trainer.store import SCHEMES, Entry, Store, open_store
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # a path that begins with a dot is none
@@ -31,23 +35,33 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt"]
+_COPY_BYTES = 64 * 2**20
+_CONFIG = "config.json"
+_SMALL_FILES = ("*.json", "*.model", "*.jinja", "merges.txt")
 
 
 @dataclass(frozen=True)
 class Base:
-    """A Hugging Face model directory with safetensors files; `config` is its parsed config.json."""
+    """A Hugging Face model with safetensors files.
 
+    `name` is where it is, for messages; `directory` holds config.json and the tokenizer's files, `store` the weights;
+    `config` is the parsed config.json.
+    """
+
+    name: str
     directory: Path
+    store: Store
     config: dict[str, Any]
-
-    @cached_property
-    def store(self) -> Store:
-        return open_store(str(self.directory))
 
     @cached_property
     def tensors(self) -> dict[str, TensorSource]:
         return read_index(self.store)
+
+    @cached_property
+    def versions(self) -> list[tuple[str, int, str]]:
+        """Name, size and version (ETag, or time of change) of each file of weights."""
+        entries = (entry for entry in self.store.list() if entry.key.endswith(".safetensors") and "/" not in entry.key)
+        return [(entry.key, entry.size, entry.version) for entry in entries]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -59,43 +73,150 @@ class Base:
 
 
 def resolve_base(model: Model) -> Base:
-    """Find the base: a directory, or a Hub id (downloaded through huggingface_hub's cache).
+    """Find the base: a directory, a bucket's folder, or a Hub id (downloaded through huggingface_hub's cache).
 
     Raises:
         ConfigError: it is missing, has no config.json, or is of an architecture that is not supported.
+        StorageError: the bucket does not answer or refuses.
     """
+    if _in_bucket(model):
+        store = open_store(model.base, setting="model.base")
+        return _base(store.uri, _small_files(store), store)
+    directory = _directory(model, [*_SMALL_FILES, "*.safetensors"])
+    return _base(str(directory), directory, open_store(str(directory), setting="model.base"))
+
+
+def base_files(model: Model) -> Path:
+    """A directory with config.json and the tokenizer's files; the weights are not downloaded for it."""
+    if _in_bucket(model):
+        return _small_files(open_store(model.base, setting="model.base"))
+    return _directory(model, list(_SMALL_FILES))
+
+
+def _base(name: str, directory: Path, store: Store) -> Base:
+    return Base(name, directory, store, _read_config(name, _local(directory / _CONFIG)))
+
+
+def _directory(model: Model, patterns: list[str]) -> Path:
+    """The local directory, or the snapshot of a Hub id with the files that match."""
     directory = Path(model.base).expanduser()
-    if not directory.is_dir():
-        directory = _from_hub(model)
-    path = directory / "config.json"
+    if directory.is_dir():
+        return directory
+
+    def download(hub: Any) -> str:
+        # Folders hold other formats, consolidated files the same weights under other names.
+        others = ["*/*", "consolidated*"]
+        return hub.snapshot_download(
+            model.base, revision=model.revision, allow_patterns=patterns, ignore_patterns=others
+        )
+
+    return Path(_from_hub(model, download))
+
+
+def read_base_config(model: Model) -> dict[str, Any]:
+    """The parsed config.json of the base alone: nothing else is downloaded.
+
+    Raises:
+        ConfigError: it is missing, has no config.json, or is of an architecture that is not supported.
+        StorageError: the bucket does not answer or refuses.
+    """
+    if _in_bucket(model):
+        store = open_store(model.base, setting="model.base")
+        return _read_config(store.uri, lambda: store.get(_CONFIG))
+    directory = Path(model.base).expanduser()
+    if directory.is_dir():
+        return _read_config(str(directory), _local(directory / _CONFIG))
+    path = _from_hub(model, lambda hub: hub.hf_hub_download(model.base, _CONFIG, revision=model.revision))
+    return _read_config(model.base, _local(Path(path)))
+
+
+def _in_bucket(model: Model) -> bool:
+    return model.base.startswith(tuple(f"{scheme}://" for scheme in SCHEMES))
+
+
+def _small_files(store: Store) -> Path:
+    """A folder of this machine's cache with the base's small files, fetched once for each version of them."""
+    entries = [
+        entry
+        for entry in store.list()
+        if "/" not in entry.key and entry.key != INDEX_FILE and any(Path(entry.key).match(p) for p in _SMALL_FILES)
+    ]
+    versions = json.dumps([store.uri, [[entry.key, entry.version] for entry in entries]])
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capstan" / "bases"
+    folder = cache / hashlib.sha256(versions.encode()).hexdigest()[:16]
+    if not folder.is_dir():
+        _fetch(store, entries, folder)
+    return folder
+
+
+def _fetch(store: Store, entries: list[Entry], folder: Path) -> None:
+    """Fill a new `folder`; every rank of a machine may do so at once, and the first to rename its own wins."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as partial:
+        whole = Path(partial) / "whole"
+        whole.mkdir()
+        for entry in entries:
+            (whole / entry.key).write_bytes(store.get(entry.key))
+        try:
+            whole.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+
+
+def copy_weights(base: Base, folder: Path) -> None:
+    """Copy the base's files into `folder`: for tools that read neither a bucket nor ranges."""
+    for path in base.directory.iterdir():
+        if path.is_file() and path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    for entry in base.store.list():
+        if "/" in entry.key or not entry.key.endswith((".safetensors", INDEX_FILE)):
+            continue
+        with (folder / entry.key).open("wb") as file:
+            for begin in range(0, entry.size, _COPY_BYTES):
+                file.write(base.store.get_range(entry.key, begin, min(entry.size, begin + _COPY_BYTES)))
+
+
+def _local(path: Path) -> Callable[[], bytes]:
+    def read() -> bytes:
+        try:
+            return path.read_bytes()
+        except FileNotFoundError as error:
+            raise NotFound(f"{path} does not exist.") from error
+
+    return read
+
+
+def _read_config(name: str, read: Callable[[], bytes]) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"model.base: {directory} has no config.json. Give a Hugging Face model directory."
-        ) from error
+        config = json.loads(read())
+    except NotFound as error:
+        raise ConfigError(f"model.base: {name} has no config.json. Give a Hugging Face model directory.") from error
     except ValueError as error:
-        raise ConfigError(f"model.base: {path} is not JSON ({error}). Copy the model again.") from error
+        raise ConfigError(f"model.base: {name}/config.json is not JSON ({error}). Copy the model again.") from error
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
-        raise ConfigError(f"model.base: {directory} is a {kind!r} model. Supported are {', '.join(ARCHITECTURES)}.")
-    if config.get("quantization_config"):
+        raise ConfigError(f"model.base: {name} is a {kind!r} model. Supported are {', '.join(ARCHITECTURES)}.")
+    if config.get("use_bidirectional_attention"):
         raise ConfigError(
-            f"model.base: {directory} is quantized already. Give the 16-bit model; quant.type quantizes it."
+            f"model.base: {name} attends in both directions (use_bidirectional_attention). Give a causal model."
         )
-    return Base(directory, config)
+    if config.get("quantization_config"):
+        raise ConfigError(f"model.base: {name} is quantized already. Give the 16-bit model; quant.type quantizes it.")
+    return config
 
 
-def _from_hub(model: Model) -> Path:
+def _from_hub(model: Model, get: Callable[[Any], str]) -> str:
     if not _HUB_ID.fullmatch(model.base):
         raise ConfigError(
-            f"model.base: the directory {model.base!r} does not exist. Give a Hugging Face model directory or a Hub id."
+            f"model.base: the directory {model.base!r} does not exist. Give a Hugging Face model directory, a bucket's "
+            "URI or a Hub id."
         )
-    from huggingface_hub import snapshot_download
+    import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model.base, revision=model.revision, allow_patterns=_FILES))
+        return get(huggingface_hub)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
@@ -109,27 +230,42 @@ def check_base(base: Base, config: Config) -> None:
     wrong = mismatches(config, base.config)
     if wrong:
         raise ConfigError("\n".join(wrong))
-    for name, shape in read_architecture(base.config, config.model.layers).linear_shapes().items():
-        check_tensor(base, name, shape)
+    for name, shape in read_architecture(base.config, config.model.layers).weight_shapes().items():
+        find_source(base, name, shape)
     embedding = base.tensors.get("model.embed_tokens.weight")
     if embedding is None:
-        raise ConfigError(
-            f"model.base: {base.directory} has no tensor model.embed_tokens.weight. Copy the model again."
-        )
-    rows, tokens = embedding.shape[0], tokenizer_size(base.directory)
+        raise ConfigError(f"model.base: {base.name} has no tensor model.embed_tokens.weight. Copy the model again.")
+    rows, tokens = embedding.shape[0], tokenizer_size(base.directory, base.name)
     if tokens > rows:
         raise ConfigError(
-            f"model.base: the tokenizer of {base.directory} has {tokens} tokens, the embedding {rows} rows. "
+            f"model.base: the tokenizer of {base.name} has {tokens} tokens, the embedding {rows} rows. "
             "Use the tokenizer that belongs to this model, or resize the embedding with resize_token_embeddings()."
         )
 
 
-def check_tensor(base: Base, name: str, shape: tuple[int, ...]) -> None:
-    """Raises `ConfigError` unless the files have the tensor, of this shape and a type that can be read."""
+def find_source(base: Base, name: str, shape: tuple[int, ...]) -> Source:
+    """What the files hold of the model's parameter `name`.
+
+    Raises:
+        ConfigError: they lack it, have it in another shape, or in a type that cannot be read.
+    """
+    names = (name,) if name in base.tensors else stored_names(base.config, name)
+    slices = shape[0] if len(shape) == 3 else 1
+    # Experts that are stored singly: (experts, rows, columns) of files that have rows / parts of each.
+    part_shape = shape if len(names) == 1 else (shape[1] * slices // len(names), shape[2])
+    parts = tuple(_checked(base, stored, part_shape) for stored in names)
+    if len({part.dtype for part in parts}) > 1:
+        raise ConfigError(
+            f"model.base: the experts of {name} are of several types in {base.name}. Copy the model again."
+        )
+    return parts[0] if len(parts) == 1 else Stacked(parts, shape)
+
+
+def _checked(base: Base, name: str, shape: tuple[int, ...]) -> TensorSource:
     source = base.tensors.get(name)
     if source is None:
         raise ConfigError(
-            f"model.base: {base.directory} has no tensor {name}, which its architecture needs. Copy the model again."
+            f"model.base: {base.name} has no tensor {name}, which its architecture needs. Copy the model again."
         )
     if source.shape != shape:
         raise ConfigError(
@@ -138,9 +274,34 @@ def check_tensor(base: Base, name: str, shape: tuple[int, ...]) -> None:
         )
     if source.dtype not in WEIGHT_DTYPES:
         raise ConfigError(f"model.base: {name} is of type {source.dtype}. Readable are {', '.join(WEIGHT_DTYPES)}.")
+    return source
 
 
-def tokenizer_size(directory: Path) -> int:
+def check_no_other(base: Base, names: Iterable[str], ignored: Iterable[str], layers: int | None) -> None:
+    """Raises `ConfigError` when the files have a tensor that is no part of the model's parameters `names`.
+
+    Such a model is not the one that config.json describes: a bias or a layer would be left out without a word. `ignored`
+    are patterns that transformers ignores as well; with `layers` the rest of the base is left out on purpose.
+    """
+    known = set(names)
+    for name in list(known):
+        known.update(stored_names(base.config, name))
+    left_out = [*ignored, r"rotary_emb\.inv_freq$"]
+    if base.config.get("tie_word_embeddings", True):
+        left_out.append(r"^lm_head\.weight$")
+    if layers:
+        left_out.append(r"^model\.layers\.")
+    others = [
+        name for name in base.tensors if name not in known and not any(re.search(pattern, name) for pattern in left_out)
+    ]
+    if others:
+        raise ConfigError(
+            f"model.base: {base.name} has the tensor {others[0]}, which the architecture of its config.json has not "
+            f"({len(others)} such tensors). Give the config.json that belongs to these files."
+        )
+
+
+def tokenizer_size(directory: Path, name: str) -> int:
     """One more than the largest token id, from the tokenizer's own files."""
     ids = [-1]
     if (directory / "tokenizer.json").is_file():
@@ -154,6 +315,6 @@ def tokenizer_size(directory: Path) -> int:
         ids.append(SentencePieceProcessor(model_file=str(directory / "tokenizer.model")).vocab_size() - 1)
     else:
         raise ConfigError(
-            f"model.base: {directory} has neither tokenizer.json nor tokenizer.model. Copy the tokenizer's files there."
+            f"model.base: {name} has neither tokenizer.json nor tokenizer.model. Copy the tokenizer's files there."
         )
     return max(ids) + 1

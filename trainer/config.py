@@ -60,13 +60,16 @@ class Model(Section):
     """The base model that stays frozen."""
 
     base: str = _field(
-        about="A Hugging Face model directory with safetensors files, or a Hub id.", example="/models/Llama-3.1-8B"
+        about="A Hugging Face model with safetensors files: a directory, an s3://, gs:// or az:// URI (read from there by "
+        "ranges, without a local copy), or a Hub id (downloaded into Hugging Face's cache).",
+        example="/models/Llama-3.1-8B",
     )
     revision: str | None = _field(None, about="Branch, tag or commit of a Hub id.", example="main")
-    attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = _field(
+    attention: Literal["auto", "flash_attention_2", "varlen", "sdpa", "eager"] = _field(
         "auto",
         about="Attention kernel. auto takes flash_attention_2 (the flash-attn package), else varlen (PyTorch's own), "
-        "else sdpa; the log says which and why.",
+        "else sdpa, else eager (plain products, which hold all scores at once), whichever can run here and does what the base "
+        "needs; the log says which and why.",
         example="sdpa",
     )
     dtype: Literal["bf16", "fp32"] = _field(
@@ -90,11 +93,22 @@ class Quant(Section):
     )
     double: bool = _field(False, about="Quantize the scales too, to 8 bits (saves 0.37 bits a weight).", example=True)
 
+    cache: bool = _field(
+        False,
+        about="Keep the quantized base in the store (under bases/, half a byte a weight, shared by all runs) and read it "
+        "from there next time: a quarter of the bytes, at any number of ranks. Every byte is checked against its hash.",
+        example=True,
+    )
+
     @model_validator(mode="after")
     def _scales(self) -> "Quant":
         if self.type == "none" and self.double:
             raise ValueError(
                 "quant.double: true has no effect with quant.type: none. Remove it, or set quant.type: nf4."
+            )
+        if self.type == "none" and self.cache:
+            raise ValueError(
+                "quant.cache: true has no effect with quant.type: none. Remove it, or set quant.type: nf4."
             )
         return self
 
@@ -333,10 +347,11 @@ class Sharding(Section):
         about="A DeepSpeed policy: the name of a file in ds_configs, or the path of your own. auto is zero3 on several GPUs, single_gpu on one, cpu without.",
         example="zero3",
     )
-    scope: Literal["world", "node"] = _field(
-        "world",
+    scope: Literal["auto", "world", "node"] = _field(
+        "auto",
         about="Over which ranks the frozen base is divided: all of them, or those of one node (each node then holds a "
-        "whole base and no frozen weight crosses the network).",
+        "whole base and no frozen weight crosses the network). auto is node where there are several nodes and their GPUs "
+        "have the memory, as `capstan plan --gpu-memory` tells; else world.",
         example="node",
     )
 

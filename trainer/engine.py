@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed.runtime.zero.partition_parameters import Init
+from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 from transformers import PreTrainedModel
 
 from trainer.attention import Attention
@@ -36,6 +37,11 @@ def zero_init(deepspeed_config: dict[str, Any], dtype: torch.dtype) -> Init:
     deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]
     deepspeed.init_distributed(verbose=False)  # first: Init takes the world size from it
     return Init(config_dict_or_path=deepspeed_config, dtype=dtype)
+
+
+def gather_as_one(module: nn.Module) -> None:
+    """Have ZeRO-3 gather the parameters of `module` and of all modules inside it when its own forward is called."""
+    set_z3_leaf_module(module, True)
 
 
 @dataclass(frozen=True)

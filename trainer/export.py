@@ -9,7 +9,6 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from fnmatch import fnmatch
@@ -20,7 +19,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from trainer import run_layout
-from trainer.base import TOKENIZER_FILES
+from trainer.base import TOKENIZER_FILES, base_files
 from trainer.config import Config, parse_config
 from trainer.errors import CapstanError, ConfigError
 from trainer.load import DTYPES, lora_config
@@ -72,18 +71,9 @@ def _small_files(config: Config, manifest: Manifest) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory(prefix="capstan-export-") as folder:
         adapter.save_pretrained(folder)
         settings = Path(folder, _SETTINGS).read_bytes()
-    tokenizer = {path.name: path.read_bytes() for path in _tokenizer_files(Path(manifest.base["path"]))}
+    base = base_files(config.model)
+    tokenizer = {path.name: path.read_bytes() for pattern in TOKENIZER_FILES for path in base.glob(pattern)}
     return {**tokenizer, _CARD: _model_card(config, manifest).encode(), _SETTINGS: settings}
-
-
-def _tokenizer_files(base: Path) -> Iterator[Path]:
-    if not base.is_dir():
-        raise ConfigError(
-            f"model.base: the folder {base}, which has the tokenizer, is not on this machine. Export where it is, or put "
-            "the tokenizer's files there; weights are not needed."
-        )
-    for pattern in TOKENIZER_FILES:
-        yield from base.glob(pattern)
 
 
 def master_weights(run: Store, manifest: Manifest) -> dict[str, Tensor]:

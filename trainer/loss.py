@@ -15,7 +15,12 @@ _CHUNK_BYTES = 2**28  # of fp32 logits
 
 
 class LossHead(nn.Linear):
-    """The output head: logits without labels, the summed loss with them."""
+    """The output head: logits without labels, the summed loss with them.
+
+    With `softcap` c every logit z is c * tanh(z / c), as in Gemma 2.
+    """
+
+    softcap: float | None = None
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         """hidden (..., T, H).
@@ -24,14 +29,15 @@ class LossHead(nn.Linear):
         -log p(label), a () fp32 tensor in nats, which is 0 with a zero gradient for a row without targets.
         """
         if labels is None:
-            return super().forward(hidden)
+            logits = super().forward(hidden)
+            return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
         wanted = labels != IGNORE
-        return _FrozenCrossEntropy.apply(hidden[wanted], self.weight, labels[wanted])  # type: ignore[no-any-return]
+        return _FrozenCrossEntropy.apply(hidden[wanted], self.weight, labels[wanted], self.softcap)  # type: ignore[no-any-return]
 
 
 class _FrozenCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
         """hidden (N, H), weight (V, H), targets (N,) -> () fp32."""
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -39,6 +45,10 @@ class _FrozenCrossEntropy(torch.autograd.Function):
         for begin in range(0, hidden.shape[0], size):
             part = slice(begin, begin + size)
             logits = (hidden[part] @ weight.T).float()  # (n, V)
+            slope = None
+            if softcap is not None:
+                bent = torch.tanh(logits.div_(softcap))
+                logits, slope = bent * softcap, bent.square_().neg_().add_(1)
             log_normalizer = logits.logsumexp(-1, keepdim=True)
             target = targets[part].unsqueeze(-1)
             total += (log_normalizer - logits.gather(-1, target)).sum()
@@ -46,11 +56,13 @@ class _FrozenCrossEntropy(torch.autograd.Function):
                 # d(-log softmax[target]) / d logits = softmax - one_hot(target)
                 probabilities = logits.sub_(log_normalizer).exp_()
                 probabilities.scatter_add_(-1, target, torch.full_like(target, -1, dtype=torch.float32))
+                if slope is not None:
+                    probabilities *= slope
                 grad[part] = probabilities.to(weight.dtype) @ weight
         ctx.grad = grad
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         # In fp32 first: the scale (1 / targets) can be too small for the product's rounding in bf16 to be harmless.
-        return (ctx.grad.float() * grad_output).to(ctx.grad.dtype), None, None
+        return (ctx.grad.float() * grad_output).to(ctx.grad.dtype), None, None, None

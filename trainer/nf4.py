@@ -19,80 +19,146 @@ NESTED_BLOCK = 256  # bitsandbytes' block of absmax values under double quantiza
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of one quantized tensor. `numel` weights; the last block may be short, an odd last nibble is padded."""
+    """Sizes of `slices` quantized tensors of `numel` weights each, one after another and each quantized by itself.
+
+    A matrix is one slice, the experts of a layer are one each. A slice's last block may be short, its odd last nibble is
+    padded. All sizes but `slice_*` are those of all slices together.
+    """
 
     numel: int
     block_size: int
+    slices: int = 1
 
     @property
-    def packed_bytes(self) -> int:
+    def slice_bytes(self) -> int:
         return -(-self.numel // 2)
 
     @property
-    def blocks(self) -> int:
+    def slice_blocks(self) -> int:
         return -(-self.numel // self.block_size)
 
     @property
+    def slice_nested_blocks(self) -> int:
+        return -(-self.slice_blocks // NESTED_BLOCK)
+
+    @property
+    def packed_bytes(self) -> int:
+        return self.slices * self.slice_bytes
+
+    @property
+    def blocks(self) -> int:
+        return self.slices * self.slice_blocks
+
+    @property
     def nested_blocks(self) -> int:
-        return -(-self.blocks // NESTED_BLOCK)
+        return self.slices * self.slice_nested_blocks
 
 
-class FrozenLinear4bit(nn.Linear):
-    """`y = x W^T + b` with W in 4 bits; x is (..., in_features).
+@dataclass(frozen=True)
+class Format:
+    """How weights are stored in 4 bits, and the type that they are multiplied in."""
 
-    Parameters, each frozen, uint8, flat and partitioned by ZeRO-3:
-        weight: (ceil(numel / 2),), two weights a byte
-        absmax: (4 * blocks,), fp32 scales as bytes; or (blocks,), 8-bit codes, under double quantization
-        nested_absmax: (4 * nested_blocks,), only under double quantization
+    quant_type: Literal["nf4", "fp4"]
+    block_size: int
+    double: bool
+    dtype: torch.dtype
+
+
+class Packed(nn.Module):
+    """Weights in 4 bits. Parameters, each frozen, uint8, flat and partitioned by ZeRO-3, sizes as in `layout`:
+
+    weight: (packed_bytes,), two weights a byte
+    absmax: (4 * blocks,), fp32 scales as bytes; or (blocks,), 8-bit codes, under double quantization
+    nested_absmax: (4 * nested_blocks,), only under double quantization
     """
 
+    weight: Tensor
     absmax: nn.Parameter
     nested_absmax: nn.Parameter
     absmax_mean: Tensor
+    format: Format
+    layout: Layout
+    slice_shape: tuple[int, int]
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        quant_type: Literal["nf4", "fp4"],
-        block_size: int,
-        double: bool,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__(in_features, out_features, bias=False, device="meta")
-        self.quant_type, self.block_size, self.nested, self.dtype = quant_type, block_size, double, dtype
-        self.layout = Layout(in_features * out_features, block_size)
-        if double:
-            # The mean of absmax: one number, the same on every rank.
-            self.absmax_mean = nn.Buffer(torch.zeros((), dtype=torch.float32), persistent=False)
+    def _pack(self, shape: tuple[int, int], slices: int, form: Format) -> None:
+        self.format, self.slice_shape = form, shape
+        self.layout = Layout(math.prod(shape), form.block_size, slices)
+        if form.double:
+            # The mean of each slice's absmax, the same on every rank.
+            self.absmax_mean = nn.Buffer(torch.zeros(slices, dtype=torch.float32), persistent=False)
 
-    def dequantize(self) -> Tensor:
-        """W, (out_features, in_features) in the compute dtype. The parameters must be gathered."""
-        absmax = self._dequantize_absmax() if self.nested else self.absmax.data.view(torch.float32)
+    def dequantize(self, index: int = 0) -> Tensor:
+        """Slice `index`, of `slice_shape` in the compute dtype. The parameters must be gathered."""
+        form, layout = self.format, self.layout
+        packed = self.weight.data[index * layout.slice_bytes : (index + 1) * layout.slice_bytes]
         state = bnb.QuantState(
-            absmax=absmax,
-            shape=torch.Size((self.out_features, self.in_features)),
-            dtype=self.dtype,
-            blocksize=self.block_size,
-            quant_type=self.quant_type,
+            absmax=self._scales(index),
+            shape=torch.Size(self.slice_shape),
+            dtype=form.dtype,
+            blocksize=form.block_size,
+            quant_type=form.quant_type,
         )
-        return bnb.dequantize_4bit(self.weight.data.view(-1, 1), state)
+        return bnb.dequantize_4bit(packed.view(-1, 1), state)
 
-    def _dequantize_absmax(self) -> Tensor:
+    def _scales(self, index: int) -> Tensor:
+        """fp32 absmax of one slice, (slice_blocks,)."""
+        blocks, nested = self.layout.slice_blocks, self.layout.slice_nested_blocks
+        if not self.format.double:
+            return self.absmax.data.view(torch.float32)[index * blocks : (index + 1) * blocks]
         state = bnb.QuantState(
-            absmax=self.nested_absmax.data.view(torch.float32),
+            absmax=self.nested_absmax.data.view(torch.float32)[index * nested : (index + 1) * nested],
             code=_nested_code(self.weight.device),
             blocksize=NESTED_BLOCK,
             dtype=torch.float32,
         )
-        return bnb.dequantize_blockwise(self.absmax.data, state) + self.absmax_mean
+        codes = self.absmax.data[index * blocks : (index + 1) * blocks]
+        return bnb.dequantize_blockwise(codes, state) + self.absmax_mean[index]
+
+
+class FrozenLinear4bit(Packed, nn.Linear):
+    """`y = x W^T + b` with W in 4 bits; x is (..., in_features)."""
+
+    def __init__(self, in_features: int, out_features: int, form: Format) -> None:
+        nn.Linear.__init__(self, in_features, out_features, bias=False, device="meta")
+        self._pack((out_features, in_features), 1, form)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _FrozenMatmul.apply(x, self)
+        return _FrozenMatmul.apply(x, self, 0, self.bias, True)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.quant_type}, block_size={self.block_size}, double={self.nested}"
+        return f"{self.in_features}, {self.out_features}, {self.format}"
+
+
+class FrozenStack4bit(Packed):
+    """Matrices in 4 bits where a mixture of experts has one 3-D parameter: `stack[i]` stands for matrix i in a product.
+
+    It takes the parameter's place inside the experts' module, whose own forward multiplies with `stack[i]` by
+    `nn.functional.linear` or `@`. That module must be a leaf to ZeRO-3, as nothing calls this one's forward.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], form: Format) -> None:
+        super().__init__()
+        self._pack((shape[1], shape[2]), shape[0], form)
+
+    def __getitem__(self, index: int | Tensor) -> "_Slice":
+        return _Slice(self, int(index))
+
+
+class _Slice:
+    """Matrix `index` of a stack, dequantized only inside a product: torch asks `__torch_function__` how to multiply."""
+
+    def __init__(self, stack: FrozenStack4bit, index: int) -> None:
+        self.stack, self.index = stack, index
+
+    @classmethod
+    def __torch_function__(cls, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Tensor:
+        x, matrix, *rest = args
+        if isinstance(matrix, _Slice) and not rest and not kwargs:
+            if function is nn.functional.linear:
+                return _FrozenMatmul.apply(x, matrix.stack, matrix.index, None, True)
+            if function in (Tensor.matmul, Tensor.__matmul__, torch.matmul):
+                return _FrozenMatmul.apply(x, matrix.stack, matrix.index, None, False)
+        raise AssertionError(f"the experts' forward calls {function} on a quantized matrix")
 
 
 class _FrozenMatmul(torch.autograd.Function):
@@ -102,13 +168,16 @@ class _FrozenMatmul(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: FrozenLinear4bit) -> Tensor:
-        ctx.module = module
-        return nn.functional.linear(x, module.dequantize(), module.bias)
+    def forward(ctx: Any, x: Tensor, module: Packed, index: int, bias: Tensor | None, transposed: bool) -> Tensor:
+        """x (..., in) by slice `index`, which is (out, in) where `transposed`, else (in, out)."""
+        ctx.module, ctx.index, ctx.transposed = module, index, transposed
+        weight = module.dequantize(index)
+        return nn.functional.linear(x, weight, bias) if transposed else x @ weight
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad @ ctx.module.dequantize(), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        weight = ctx.module.dequantize(ctx.index)
+        return grad @ (weight if ctx.transposed else weight.T), None, None, None, None
 
 
 def quantize_blocks(weights: Tensor, quant_type: str, block_size: int) -> tuple[Tensor, Tensor]:

@@ -7,18 +7,19 @@ function.
 
 from dataclasses import asdict, dataclass
 from math import ceil
-from typing import Any
+from typing import Any, Literal
 
 from trainer.architecture import Architecture, mismatches, read_architecture
 from trainer.config import Config, Quant
 from trainer.deepspeed_config import build_deepspeed_config
 
+Scope = Literal["world", "node"]
 # trainer/nf4.py: scales that share a second scale under double quantization.
 _NESTED_BLOCK = 256
 # trainer/loss.py: bytes of fp32 logits computed at once.
 _LOGITS_CHUNK_BYTES = 2**28
-# trainer/load.py: tensors read ahead of the one that is quantized, and that one.
-_TENSORS_IN_FLIGHT = 5
+# trainer/reading.py: pieces of the base read ahead and the one that is quantized, each twice while it is handed over.
+_READ_BYTES = 2 * 9 * 4 * 2**20
 # CUDA's context, NCCL's buffers and the allocator's slack: an allowance, not a measurement.
 _CONTEXT_BYTES = 2**30
 
@@ -85,7 +86,10 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Plan:
-    """The needs of a run, and in `shortfalls` one sentence for each thing that does not fit."""
+    """The needs of a run, and in `shortfalls` one sentence for each thing that does not fit.
+
+    `scope` is `sharding.scope`, with auto decided.
+    """
 
     parameters: Parameters
     batch: Batch
@@ -93,6 +97,7 @@ class Plan:
     memory_per_host: HostMemory
     traffic_per_step: Traffic
     checkpoint_bytes: int
+    scope: Scope
     deepspeed: dict[str, Any]
     shortfalls: list[str]
 
@@ -111,10 +116,11 @@ class _Inputs:
     world_size: int
     ranks_per_node: int
     accumulation: int
+    scope: Scope
 
     @property
     def group(self) -> int:
-        return self.world_size if self.config.sharding.scope == "world" else min(self.ranks_per_node, self.world_size)
+        return self.world_size if self.scope == "world" else min(self.ranks_per_node, self.world_size)
 
     @property
     def item(self) -> int:
@@ -143,11 +149,8 @@ def make_plan(
     Raises:
         ConfigError: the base is of a type that cannot be planned, or the DeepSpeed policy cannot be used.
     """
-    accumulation = ceil(config.train.global_batch / (world_size * config.train.micro_batch))
-    on_gpu = config.cluster.gpus_per_worker != 0
-    deepspeed = build_deepspeed_config(config, world_size, accumulation, on_gpu)
-    model = read_architecture(base_config, config.model.layers)
-    given = _Inputs(config, model, deepspeed["zero_optimization"], world_size, ranks_per_node, accumulation)
+    scope = choose_scope(config, base_config, world_size, ranks_per_node, gpu_memory)
+    given, deepspeed = _inputs(config, base_config, world_size, ranks_per_node, scope)
     memory = _gpu_memory(given)
     return Plan(
         parameters=_parameters(given),
@@ -156,9 +159,35 @@ def make_plan(
         memory_per_host=_host_memory(given),
         traffic_per_step=_traffic(given),
         checkpoint_bytes=12 * sum(given.adapter_sizes),  # fp32 master weight and AdamW's two moments
+        scope=scope,
         deepspeed=deepspeed,
         shortfalls=_shortfalls(given, base_config, memory.total, gpu_memory),
     )
+
+
+def choose_scope(
+    config: Config, base_config: dict[str, Any], world_size: int, ranks_per_node: int, gpu_memory: int | None
+) -> Scope:
+    """`sharding.scope`, with auto decided: node where there are several, all alike, and a GPU is known to hold its part
+    of a whole base a node; then no frozen weight crosses the network. Otherwise world."""
+    if config.sharding.scope != "auto":
+        return config.sharding.scope
+    if gpu_memory is None or world_size <= ranks_per_node or world_size % ranks_per_node:
+        return "world"
+    given, _ = _inputs(config, base_config, world_size, ranks_per_node, "node")
+    return "node" if _gpu_memory(given).total <= gpu_memory else "world"
+
+
+def _inputs(
+    config: Config, base_config: dict[str, Any], world_size: int, ranks_per_node: int, scope: Scope
+) -> tuple[_Inputs, dict[str, Any]]:
+    """What the formulas share, and DeepSpeed's dictionary."""
+    accumulation = ceil(config.train.global_batch / (world_size * config.train.micro_batch))
+    on_gpu = config.cluster.gpus_per_worker != 0
+    deepspeed = build_deepspeed_config(config, world_size, accumulation, on_gpu)
+    model = read_architecture(base_config, config.model.layers)
+    zero = deepspeed["zero_optimization"]
+    return _Inputs(config, model, zero, world_size, ranks_per_node, accumulation, scope), deepspeed
 
 
 def quantized_bytes(numel: int, quant: Quant) -> int:
@@ -193,11 +222,11 @@ def _batch(given: _Inputs) -> Batch:
 
 
 def _layer_bytes(given: _Inputs) -> int:
-    """Bytes of the linear weights of one decoder layer as they are stored."""
+    """Bytes of the linear weights and experts of one decoder layer as they are stored."""
     quant = given.config.quant
     if quant.type == "none":
-        return given.item * sum(linear.weights for linear in given.model.linears)
-    return sum(quantized_bytes(linear.weights, quant) for linear in given.model.linears)
+        return given.item * sum(given.model.matrices)
+    return sum(quantized_bytes(weights, quant) for weights in given.model.matrices)
 
 
 def _base_bytes(given: _Inputs) -> int:
@@ -225,7 +254,7 @@ def _gpu_memory(given: _Inputs) -> GpuMemory:
         "frozen_quantized": 0 if given.offloaded else ceil(linear / given.group),
         "frozen_unquantized": 0 if given.offloaded else ceil(unquantized / given.group),
         "gathered_layers": _gathered(given),
-        "dequantized_weight": given.item * max(linear.weights for linear in model.linears),
+        "dequantized_weight": given.item * max(model.matrices),
         "adapter_weights": given.item * (whole + ceil(trainable / world_size)),
         "adapter_states": 16 * ceil(trainable / world_size),
         "gradient_buckets": 4 * given.zero.get("reduce_bucket_size", 500_000_000),
@@ -279,12 +308,9 @@ def _logits(given: _Inputs) -> int:
 
 
 def _host_memory(given: _Inputs) -> HostMemory:
-    """Bytes on one node: each rank's share of the largest tensors in flight, as read (2 bytes a weight) and converted,
-    and the base's partitions where the policy offloads them."""
-    model = given.model
-    largest = max(model.vocabulary * model.hidden, max(linear.weights for linear in model.linears))
+    """Bytes on one node: each rank's pieces in flight, and the base's partitions where the policy offloads them."""
     ranks = min(given.ranks_per_node, given.world_size)
-    reads = ranks * (_TENSORS_IN_FLIGHT * 2 + given.item) * ceil(largest / given.group)
+    reads = ranks * _READ_BYTES
     offloaded = ranks * ceil(_base_bytes(given) / given.group) if given.offloaded else 0
     return HostMemory(reads, offloaded, reads + offloaded)
 
@@ -312,7 +338,7 @@ def _traffic(given: _Inputs) -> Traffic:
 
     far = max(0, world_size - given.ranks_per_node)
     crossing = (adapters + gradients) * far // max(1, world_size - 1)
-    if config.sharding.scope == "world":
+    if given.scope == "world":
         crossing += base * far // max(1, world_size - 1)
     return Traffic(base, adapters, gradients, base + adapters + gradients, crossing)
 
@@ -320,7 +346,7 @@ def _traffic(given: _Inputs) -> Traffic:
 def _shortfalls(given: _Inputs, base_config: dict[str, Any], needed: int, gpu_memory: int | None) -> list[str]:
     config = given.config
     found = mismatches(config, base_config)
-    if config.sharding.scope == "node" and given.world_size % min(given.ranks_per_node, given.world_size):
+    if given.scope == "node" and given.world_size % min(given.ranks_per_node, given.world_size):
         found.append(
             f"sharding.scope: node needs as many ranks on every node, but {given.world_size} ranks are not a multiple of "
             f"{given.ranks_per_node} a node. Change cluster.workers, or set sharding.scope: world."
@@ -340,7 +366,7 @@ def _remedy(given: _Inputs) -> str:
         return "Set train.activation_checkpointing: true."
     if config.quant.type == "none":
         return "Set quant.type: nf4."
-    if config.sharding.scope == "node":
+    if given.scope == "node":
         return "Set sharding.scope: world, or use more GPUs a node."
     if not given.offloaded:
         return "Use more GPUs, lower data.sequence_length, or set sharding.deepspeed: zero3_offload_cpu."

@@ -66,9 +66,10 @@ def run_rank(config: Config, datasets: Datasets | None, *, resume: bool, starter
         CapstanError: of the kind whose exit code the process should end with; `Stopped` when asked to stop.
     """
     starter = starter or Starter()
-    base = resolve_base(config.model)
-    check_base(base, config)
     ranks = join(group_timeout(config))
+    with ranks.agreeing():
+        base = resolve_base(config.model)
+        check_base(base, config)
     torch.set_num_threads(
         config.cluster.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // ranks.ranks_per_node)
     )
@@ -126,9 +127,11 @@ def _train(
     deepspeed_config = build_deepspeed_config(
         config, world_size=ranks.world_size, accumulation=stream.accumulation, on_gpu=ranks.device.type == "cuda"
     )
-    attention = choose_attention(config.model.attention, ranks.device, DTYPES[config.model.dtype])
+    attention = choose_attention(config.model.attention, ranks.device, DTYPES[config.model.dtype], base.config)
     _log(ranks, f"attention: {attention.name} ({attention.why})")
-    model, report = load_model(base, config, deepspeed_config, ranks, attention)
+    model, report = load_model(
+        base, config, deepspeed_config, ranks, attention, log=lambda text: print(text, flush=True)
+    )
     engine = Engine(model, attention, config.optim, deepspeed_config, ranks)
     assert checksums(model) == report.checksums, "deepspeed.initialize changed packed weights"
     identity = Identity(
@@ -140,6 +143,7 @@ def _train(
     checkpoints = Checkpoints(run, ranks, generation, identity, config.checkpoint, _versions(), metrics.write_now)
     restored = checkpoints.restore(engine, required=resume, log=lambda text: print(text, flush=True))
     step, position = (restored.step, Position.from_json(restored.position)) if restored else (0, Position())
+    read_bytes = ranks.sum(report.read_bytes)
     processes = ranks.gather_objects((socket.gethostname(), os.getpid(), starter.machine))
     metrics.write(
         "start",
@@ -154,7 +158,8 @@ def _train(
         device=str(ranks.device),
         attention=attention.name,
         load_seconds=round(report.seconds, 3),
-        read_bytes=report.read_bytes,
+        load_gigabytes_per_second=round(read_bytes / 1e9 / report.seconds, 3),
+        read_bytes=int(read_bytes),
         kept_bytes=report.kept_bytes,
         start_seconds=round(time.time() - starter.began, 3),
         **starter.facts,
@@ -184,10 +189,10 @@ def _train(
 
 def _base_identity(config: Config, base: Base) -> dict[str, object]:
     return {
-        "path": str(base.directory),
+        "path": base.name,
         "fingerprint": base.fingerprint,
         "layers": config.model.layers,
-        **{f"quant.{key}": value for key, value in config.quant.model_dump(mode="json").items()},
+        **{f"quant.{key}": value for key, value in config.quant.model_dump(mode="json", exclude={"cache"}).items()},
     }
 
 

@@ -5,7 +5,8 @@ bit-identical results and decide alike.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -20,12 +21,26 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """One process of `world_size`; `device` is where its tensors live."""
+    """One process of `world_size`; `local_rank` counts those of its node; `device` is where its tensors live."""
 
     rank: int
     world_size: int
     ranks_per_node: int
+    local_rank: int
     device: torch.device
+
+    def have_even_nodes(self) -> bool:
+        """Whether every node has as many ranks, and those of a node follow each other. Collective."""
+        return all(
+            (per_node, local_rank) == (self.ranks_per_node, rank % self.ranks_per_node)
+            for rank, (per_node, local_rank) in enumerate(self.gather(self.ranks_per_node, self.local_rank))
+        )
+
+    def least_device_memory(self) -> int | None:
+        """Bytes of the smallest GPU of all ranks; None on CPUs. Collective."""
+        if self.device.type != "cuda":
+            return None
+        return int(min(row[0] for row in self.gather(torch.cuda.get_device_properties(self.device).total_memory)))
 
     def gather(self, *values: float) -> list[list[float]]:
         """`values` of every rank, in rank order. Collective."""
@@ -72,6 +87,37 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def agree(self, failure: Exception | None, *values: float) -> list[list[float]]:
+        """`values` of every rank, unless one of them failed: then the same error on all, so that none waits for it. Collective.
+
+        Raises:
+            CapstanError: the first failing rank's, of its own kind and exit code. A failure of another kind (a bug) is
+                raised as it is where it happened.
+        """
+        rows = self.gather(float(failure is not None), *values)
+        if not any(row[0] for row in rows):
+            return [row[1:] for row in rows]
+        told = (
+            failure if isinstance(failure, CapstanError) or failure is None else f"{type(failure).__name__}: {failure}"
+        )
+        reports = self.gather_objects(told)
+        if failure is not None and not isinstance(failure, CapstanError):
+            raise failure
+        rank, report = next((rank, report) for rank, report in enumerate(reports) if report is not None)
+        if isinstance(report, CapstanError):
+            raise report from failure
+        raise CapstanError(f"rank {rank} failed: {report}") from failure
+
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """What fails in the block on one rank fails on all (see `agree`). Collective; the block itself must not be."""
+        failure = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        self.agree(failure)
+
 
 def join(timeout: timedelta = timedelta(minutes=30)) -> Ranks:
     """Join the process group that Ray Train, torchrun or srun laid out in the environment (or a group of one).
@@ -96,4 +142,5 @@ def join(timeout: timedelta = timedelta(minutes=30)) -> Ranks:
                 world_size=1,
             )
     world_size = dist.get_world_size()
-    return Ranks(dist.get_rank(), world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), device)
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return Ranks(dist.get_rank(), world_size, ranks_per_node, int(os.environ.get("LOCAL_RANK", 0)), device)

@@ -84,6 +84,11 @@ def manifest_step(key: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def bases(fingerprint: str) -> str:
+    """Where a quantized base lies, relative to the store's root: runs share it."""
+    return f"bases/{fingerprint}"
+
+
 def dataset(fingerprint: str) -> str:
     """Where a compiled data set lies, relative to the store's root: runs share it."""
     return f"data/{fingerprint}/"

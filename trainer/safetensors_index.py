@@ -8,14 +8,38 @@ import json
 import math
 import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from trainer.errors import ConfigError, NotFound
 from trainer.store import Store
 
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000
+
+
+class Source(Protocol):
+    """A tensor that can be read in parts: `dtype` as safetensors names it."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read(self, begin: int, end: int) -> bytearray:
+        """The bytes of elements [begin, end) of the flattened tensor: only these leave the store."""
+        ...
+
+
+def item_bytes(source: Source) -> int:
+    """Bytes of one element."""
+    return DTYPE_BYTES[source.dtype]
+
+
+def numel(source: Source) -> int:
+    """Elements of the whole tensor."""
+    return math.prod(source.shape)
 
 
 @dataclass(frozen=True)
@@ -28,18 +52,52 @@ class TensorSource:
     shape: tuple[int, ...]
     offset: int
 
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
     def byte_range(self, begin: int, end: int) -> tuple[int, int]:
         """Where elements [begin, end) of the flattened tensor lie in the file."""
         size = DTYPE_BYTES[self.dtype]
         return self.offset + size * begin, self.offset + size * end
 
     def read(self, begin: int, end: int) -> bytearray:
-        """The bytes of elements [begin, end) of the flattened tensor: only these leave the store."""
         return self.store.get_range(self.key, *self.byte_range(begin, end))
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Tensors of one dtype, one after another, as one tensor of `shape`: a mixture's experts, which files hold singly."""
+
+    parts: tuple[TensorSource, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        return self.parts[0].dtype
+
+    def read(self, begin: int, end: int) -> bytearray:
+        data, start = bytearray(), 0
+        for part in self.parts:
+            size = numel(part)
+            first, last = max(begin - start, 0), min(end - start, size)
+            if first < last:
+                data += part.read(first, last)
+            start += size
+        return data
+
+
+@dataclass(frozen=True)
+class AsBytes:
+    """Another tensor's bytes, as a flat uint8 tensor."""
+
+    source: Source
+    dtype: str = "U8"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (numel(self.source) * item_bytes(self.source),)
+
+    def read(self, begin: int, end: int) -> bytearray:
+        size = item_bytes(self.source)
+        first = begin // size
+        return self.source.read(first, -(-end // size))[begin - first * size : end - first * size]
 
 
 def read_index(store: Store) -> dict[str, TensorSource]:
@@ -55,7 +113,8 @@ def read_index(store: Store) -> dict[str, TensorSource]:
         raise ConfigError(
             f"model.base: {store.uri} holds no *.safetensors file. Convert the model with save_pretrained(), which writes them."
         )
-    files = _indexed_files(store) or set(sizes)
+    # Without an index there is one file; some repositories keep the same weights beside it in another layout.
+    files = _indexed_files(store) or ({SINGLE_FILE} if SINGLE_FILE in sizes else set(sizes))
     missing = sorted(files - set(sizes))
     if missing:
         raise ConfigError(

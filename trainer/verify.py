@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trainer import run_layout
 from trainer.attention import choose_attention
-from trainer.base import resolve_base
+from trainer.base import copy_weights, resolve_base
 from trainer.checkpoint import load_partitions
 from trainer.config import Config, parse_config
 from trainer.deepspeed_config import build_deepspeed_config
@@ -49,10 +49,17 @@ def compare_logits(run: Store, step: int, adapter: Store) -> Proof:
     base = resolve_base(config.model)
     tokens = torch.arange(3, 3 + _PROBE_TOKENS).remainder(base.config["vocab_size"])[None]
     trained = _trained_logits(run, step, config, tokens)
-    with tempfile.TemporaryDirectory(prefix="capstan-verify-") as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="capstan-verify-") as folder,
+        tempfile.TemporaryDirectory(prefix="capstan-base-") as copy,
+    ):
         for entry in adapter.list():
             Path(folder, entry.key).write_bytes(adapter.get(entry.key))
-        exported, plain = _exported_logits(config, base.directory, Path(folder), tokens)
+        local = base.directory
+        if base.store.uri != f"file://{local}":  # transformers reads directories only
+            local = Path(copy)
+            copy_weights(base, local)
+        exported, plain = _exported_logits(config, local, Path(folder), tokens)
     return Proof(
         adapter_logits_max_diff=float((trained - exported).abs().max()),
         tolerance=_TOLERATED_SHARE * float(trained.abs().max()),
@@ -62,12 +69,12 @@ def compare_logits(run: Store, step: int, adapter: Store) -> Proof:
 
 def _trained_logits(run: Store, step: int, config: Config, tokens: Tensor) -> Tensor:
     """Through our own sharded loader, engine and restore, as one rank: (1, T, V) fp32."""
-    ranks = join()
-    attention = choose_attention(config.model.attention, ranks.device, DTYPES[config.model.dtype])
+    ranks, base = join(), resolve_base(config.model)
+    attention = choose_attention(config.model.attention, ranks.device, DTYPES[config.model.dtype], base.config)
     settings = build_deepspeed_config(
         config, world_size=ranks.world_size, accumulation=1, on_gpu=ranks.device.type == "cuda"
     )
-    model, _ = load_model(resolve_base(config.model), config, settings, ranks, attention)
+    model, _ = load_model(base, config, settings, ranks, attention)
     engine = Engine(model, attention, config.optim, settings, ranks)
     manifest = whole_checkpoint(run, step)
     load_partitions(run, manifest, engine.partitions())

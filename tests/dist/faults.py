@@ -364,7 +364,7 @@ class Alone(Ranks):
     """A rank that is the only one of its run, in a process that has others for other things."""
 
     def __init__(self, ranks: Ranks) -> None:
-        super().__init__(0, 1, 1, ranks.device)
+        super().__init__(0, 1, 1, 0, ranks.device)
 
     def gather(self, *values: float) -> list[list[float]]:
         return [list(values)]

@@ -1,9 +1,10 @@
 """What the ranks of a test run: each function is collective, takes and returns JSON. Tensors go through files."""
 
+import json
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,14 @@ from trainer.data.prepare import Datasets
 from trainer.data.stream import MicroBatch, Position, Stream, train_stream
 from trainer.deepspeed_config import build_deepspeed_config
 from trainer.engine import Engine
-from trainer.errors import CapstanError
+from trainer.errors import CapstanError, StorageError
 from trainer.load import DTYPES, LoadReport, checksums, load_model
 from trainer.loop import Training, train
 from trainer.metrics import Metrics, StopSignal
 from trainer.nf4 import FrozenLinear4bit
 from trainer.rank import run_rank
 from trainer.ranks import Ranks, join
+from trainer.safetensors_index import numel
 from trainer.store import Store, open_store
 from trainer.verify import compare_logits
 
@@ -119,6 +121,7 @@ class Assembled:
     attention: Attention
     report: LoadReport
     run: Store
+    log: list[str]
     events: list[dict[str, Any]] = field(default_factory=list)
 
     def checkpoints(self, generation: int = 1, base: str = "ours") -> Checkpoints:
@@ -169,10 +172,12 @@ def _assemble(config: Config, fingerprint: str | None = None) -> Assembled:
         stream = train_stream(config, open_dataset(store, fingerprint), ranks.rank, ranks.world_size)
         accumulation = stream.accumulation
     settings = build_deepspeed_config(config, ranks.world_size, accumulation, on_gpu=False)
-    attention = choose_attention(config.model.attention, ranks.device, DTYPES[config.model.dtype])
-    model, report = load_model(resolve_base(config.model), config, settings, ranks, attention)
+    base = resolve_base(config.model)
+    attention = choose_attention(config.model.attention, ranks.device, DTYPES[config.model.dtype], base.config)
+    log: list[str] = []
+    model, report = load_model(base, config, settings, ranks, attention, log.append)
     engine = Engine(model, attention, config.optim, settings, ranks)
-    return Assembled(config, ranks, engine, stream, attention, report, store.sub(config.run.name))
+    return Assembled(config, ranks, engine, stream, attention, report, store.sub(config.run.name), log)
 
 
 # Gradients.
@@ -245,6 +250,76 @@ def plain_first_step(config_text: str, fingerprint: str, destination: str) -> di
     return {"loss": nats, "grad_norm": float(norm), "targets": targets, "row_targets": rows}
 
 
+# Traffic.
+
+# Method of a process group -> bytes that a rank of n receives, of the bytes of the largest tensor given.
+_COLLECTIVES: dict[str, Any] = {
+    "all_gather_single": lambda size, n: size * (n - 1) / n,
+    "all_gather_single_coalesced": lambda size, n: size * (n - 1) / n,
+    "allgather": lambda size, n: size * (n - 1) / n,
+    "allgather_coalesced": lambda size, n: size * (n - 1) / n,
+    "allreduce": lambda size, n: 2 * size * (n - 1) / n,
+    "allreduce_coalesced": lambda size, n: 2 * size * (n - 1) / n,
+    "broadcast": lambda size, _: size,
+    "reduce": lambda size, _: size,
+    "reduce_scatter": lambda size, n: size * (n - 1) / n,
+    "reduce_scatter_single": lambda size, n: size * (n - 1) / n,
+    "reduce_scatter_single_coalesced": lambda size, n: size * (n - 1) / n,
+    "all_to_all_single": lambda size, n: size * (n - 1) / n,
+    "alltoall": lambda size, n: size * (n - 1) / n,
+    "gather": lambda size, _: size,
+    "scatter": lambda size, _: size,
+    "send": lambda size, _: size,
+}
+
+
+def step_traffic(config_text: str, fingerprint: str) -> dict[str, Any]:
+    """What this rank receives in the second step, by the extent of the group (its own node or not) and the dtype.
+
+    -> {"inside": {dtype: bytes}, "across": {dtype: bytes}, "frozen": the ranks that frozen parameters are gathered from}
+    """
+    here = _assemble(parse_config(config_text), fingerprint)
+    steps = train(here.training(), 0, Position())
+    next(steps)
+    received: dict[str, dict[str, float]] = {"inside": {}, "across": {}}
+    ranks = here.ranks
+
+    def count(group: Any, name: str, tensors: list[Tensor]) -> None:
+        nodes = {rank // ranks.ranks_per_node for rank in torch.distributed.get_process_group_ranks(group)}
+        largest = max(tensors, key=lambda tensor: tensor.nbytes)
+        by_dtype = received["across" if len(nodes) > 1 else "inside"]
+        size = _COLLECTIVES[name](largest.nbytes, group.size())
+        by_dtype[str(largest.dtype)] = by_dtype.get(str(largest.dtype), 0) + size
+
+    _watch_collectives(count)
+    next(steps)
+    frozen: list[Any] = [p for p in here.engine.model.parameters() if not p.requires_grad]
+    groups = {tuple(torch.distributed.get_process_group_ranks(p.ds_process_group)) for p in frozen}
+    return {**received, "frozen": sorted(groups)}
+
+
+def _watch_collectives(count: Any) -> None:
+    def watch(name: str) -> None:
+        plain = getattr(torch.distributed.ProcessGroup, name)
+
+        def watched(group: Any, *arguments: Any, **options: Any) -> Any:
+            count(group, name, list(_tensors([*arguments, *options.values()])))
+            return plain(group, *arguments, **options)
+
+        setattr(torch.distributed.ProcessGroup, name, watched)
+
+    for name in _COLLECTIVES:
+        watch(name)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
 # Loading.
 
 
@@ -262,7 +337,7 @@ def quantized_bytes(config_text: str, bases: list[str], quants: list[list[str]])
             for name, module in model.named_modules():
                 if isinstance(module, FrozenLinear4bit):
                     source = found.tensors[f"{name.removesuffix('.base_layer')}.weight"]
-                    whole = torch.frombuffer(source.read(0, source.numel), dtype=torch.bfloat16).view(source.shape)
+                    whole = torch.frombuffer(source.read(0, numel(source)), dtype=torch.bfloat16).view(source.shape)
                     problems = _differences(module, whole, config)
                     compared += 1
                     differing += [f"{Path(base).name} {' '.join(overrides)} {name}: {problem}" for problem in problems]
@@ -279,7 +354,7 @@ def _differences(module: FrozenLinear4bit, whole: Tensor, config: Config) -> lis
         theirs: dict[str, Any] = {"weight": packed.view(-1), "dequantized": bnb.dequantize_4bit(packed, state)}
         if quant.double:
             ours |= {"absmax": module.absmax.data, "nested": module.nested_absmax.data.view(torch.float32)}
-            ours |= {"mean": module.absmax_mean}
+            ours |= {"mean": module.absmax_mean[0]}
             assert state.state2 is not None
             theirs |= {"absmax": state.absmax, "nested": state.state2.absmax, "mean": state.offset}
         else:
@@ -313,9 +388,25 @@ def loaded_logits(config_text: str, bases: list[str], overrides: list[str], dest
                     name: [str(buffer.dtype), buffer.double().sum().item()] for name, buffer in model.named_buffers()
                 },
                 "digest": logits.double().sum().item(),
+                "log": here.log,
             }
         )
     return facts
+
+
+def load_that_fails_on(rank: int, config_text: str, reads: int) -> dict[str, Any]:
+    """Load the base; `rank` alone cannot read any more after so many reads. -> how the load ended on this rank."""
+    config = parse_config(config_text)
+    plain, done = Store.get_range, []
+
+    def get_range(self: Store, key: str, start: int, end: int) -> bytearray:
+        done.append(key)
+        if os.environ["RANK"] == str(rank) and key.endswith(".safetensors") and len(done) > reads:
+            raise StorageError(f"cannot read {key}: the test took it away.")
+        return plain(self, key, start, end)
+
+    Store.get_range = get_range
+    return _outcome_of(lambda: _assemble(config))
 
 
 def stock_logits(bases: list[str], quant_type: str, double: bool, destination: str) -> list[dict[str, Any]]:
@@ -333,9 +424,16 @@ def stock_logits(bases: list[str], quant_type: str, double: bool, destination: s
                 bnb_4bit_use_double_quant=double,
                 bnb_4bit_compute_dtype=torch.bfloat16,
             )
+        kind = json.loads(Path(base, "config.json").read_text())
         model: Any = AutoModelForCausalLM.from_pretrained(
-            base, dtype=torch.bfloat16, quantization_config=quantization, attn_implementation="sdpa"
+            base,
+            dtype=torch.bfloat16,
+            quantization_config=quantization,
+            attn_implementation=choose_attention("auto", torch.device("cpu"), torch.bfloat16, kind).name,
+            experts_implementation="eager",
         )
+        if quantization is not None:
+            _quantize_experts(model, quant_type, double)
         # Some CPUs have a fused 4-bit product that rounds differently; bitsandbytes does not use it in training mode.
         model.train()
         with torch.no_grad():
@@ -344,6 +442,17 @@ def stock_logits(bases: list[str], quant_type: str, double: bool, destination: s
         buffers = {n: [str(b.dtype), b.double().sum().item()] for n, b in model.named_buffers() if "rotary" in n}
         facts.append({"buffers": buffers})
     return facts
+
+
+def _quantize_experts(model: Any, quant_type: str, double: bool) -> None:
+    """bitsandbytes on each matrix of a mixture of experts, which transformers leaves in 16 bits."""
+    for parameter in model.parameters():
+        if parameter.ndim == 3:
+            for matrix in parameter.data:
+                packed, state = bnb.quantize_4bit(
+                    matrix, blocksize=64, quant_type=quant_type, compress_statistics=double
+                )
+                matrix.copy_(bnb.dequantize_4bit(packed, state))
 
 
 def _probe() -> Tensor:

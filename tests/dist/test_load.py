@@ -9,10 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from launcher.local_s3 import S3Server
+
 from tests.dist.launch import launch
 from tests.material import KINDS, Workshop, make_base
 from trainer.base import ARCHITECTURES
 from trainer.config import dump_config
+from trainer.store import open_store
 
 # World size, and ranks of one "node" where the base is sharded inside a node only.
 WORLDS = [(1, None), (2, None), (3, None), (4, None), (4, 2)]
@@ -48,7 +51,7 @@ CASES = {
     "2-ranks-nf4": Case(2, None, "nf4"),
     "3-ranks-fp4-double": Case(3, None, "fp4-double"),
     "2-ranks-none": Case(2, None, "none"),
-    "2-nodes-of-2-nf4": Case(4, 2, "nf4", ("llama", "qwen2", "phi3")),
+    "2-nodes-of-2-nf4": Case(4, 2, "nf4", ("llama", "qwen2", "phi3", "gemma3", "mixtral")),
 }
 
 
@@ -173,3 +176,35 @@ def test_inside_a_node_each_node_reads_and_keeps_a_whole_base(load: Callable[[st
     world, node = (load(name).facts["llama"] for name in ("2-ranks-nf4", "2-nodes-of-2-nf4"))
     for key in ("kept_bytes", "read_bytes"):
         assert [fact[key] for fact in node] == [fact[key] for fact in world] * 2
+
+
+def test_a_rank_that_cannot_read_stops_all_with_its_own_sentence(workshop: Workshop) -> None:
+    config = dump_config(workshop.config("load", "quant.double=true"))
+    results = launch(3, "load_that_fails_on", 1, config, 20)
+    for result in results:
+        assert result["outcome"] == "StorageError"
+        assert result["exit_code"] == 6
+        assert result["message"].startswith("cannot read model-")
+
+
+def test_a_base_in_a_bucket_is_read_by_ranges_and_gives_the_same_logits(
+    workshop: Workshop,
+    load: Callable[[str], Loaded],
+    bases: dict[str, Path],
+    s3: S3Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    uri = f"{s3.uri('test-bases')}/llama"
+    bucket = open_store(uri)
+    for path in bases["llama"].iterdir():
+        bucket.put(path.name, path.read_bytes())
+    config = dump_config(workshop.config("load"))
+    facts = [rank[0] for rank in launch(2, "loaded_logits", config, [uri], [], str(tmp_path))]
+    expected = load("2-ranks-nf4")
+    assert torch.equal(load_file(tmp_path / "llama.safetensors")["logits"], expected.logits["llama"])
+    assert [fact["read_bytes"] for fact in facts] == [fact["read_bytes"] for fact in expected.facts["llama"]]
+    local = {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    assert "config.json" in local
+    assert not any(name.endswith(".safetensors") for name in local)

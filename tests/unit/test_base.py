@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.material import Workshop
+from tests.material import KINDS, SIZES, Workshop
+from trainer.architecture import mismatches
 from trainer.base import check_base, resolve_base, tokenizer_size
+from trainer.config import override, parse_config
 from trainer.errors import ConfigError
 
 
@@ -34,13 +36,22 @@ def edit(path: Path, **values: object) -> None:
 
 def test_a_sound_base_passes(workshop: Workshop, base: Path) -> None:
     check(workshop, base)
-    assert tokenizer_size(base) == 259
+    assert tokenizer_size(base, str(base)) == 259
 
 
 def test_rows_longer_than_the_positions_are_refused(workshop: Workshop, base: Path) -> None:
     check(workshop, base, "data.sequence_length=256")
     with pytest.raises(ConfigError, match=r"data\.sequence_length: 257 exceeds the base's 256 positions"):
         check(workshop, base, "data.sequence_length=257")
+
+
+def test_gpt_oss_is_refused_packed_rows() -> None:
+    config = parse_config(
+        "run: {name: a}\nmodel: {base: b}\ndata: {train: [{path: c}]}\ntrain: {steps: 1}\n", ["data.sequence_length=64"]
+    )
+    (sentence,) = mismatches(config, {**SIZES, **KINDS["gpt-oss"]})
+    assert "data.packing" in sentence
+    assert not mismatches(override(config, "data.packing=false"), {**SIZES, **KINDS["gpt-oss"]})
 
 
 def test_more_layers_than_the_base_has_are_refused(workshop: Workshop, base: Path) -> None:
@@ -81,7 +92,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "config is no JSON": (no_json, "config.json is not JSON"),
     "other architecture": (
         lambda base: edit(base / "config.json", model_type="mamba"),
-        "is a 'mamba' model. Supported are llama, mistral",
+        "is a 'mamba' model. Supported are gemma2, .*llama, mistral",
     ),
     "quantized already": (
         lambda base: edit(base / "config.json", quantization_config={"quant_method": "gptq"}),

@@ -26,7 +26,9 @@ def row(share_of_targets: float = 0.6) -> tuple[Tensor, Tensor]:
     return hidden, labels
 
 
-def test_value_and_gradient_are_those_of_cross_entropy(head: LossHead) -> None:
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_value_and_gradient_are_those_of_cross_entropy(head: LossHead, softcap: float | None) -> None:
+    head.softcap = softcap
     hidden, labels = row()
     reference = torch.nn.functional.cross_entropy(head(hidden)[0], labels[0], ignore_index=IGNORE, reduction="sum")
     (expected,) = torch.autograd.grad(reference / 17, hidden)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainer.nf4 import FrozenLinear4bit, Layout, quantize_absmax, quantize_blocks, share
+from trainer.nf4 import Format, FrozenLinear4bit, FrozenStack4bit, Layout, quantize_absmax, quantize_blocks, share
 
 Kind = Literal["nf4", "fp4"]
 IN, OUT = 90, 70  # 6,300 weights: no multiple of a block
@@ -19,14 +19,14 @@ def layer(kind: Kind, double: bool, dtype: torch.dtype = torch.float32) -> tuple
     """A layer filled from random weights, and the weight that bitsandbytes makes of them."""
     torch.manual_seed(1)
     source = torch.randn(OUT, IN, dtype=dtype)
-    module = FrozenLinear4bit(IN, OUT, quant_type=kind, block_size=64, double=double, dtype=dtype)
+    module = FrozenLinear4bit(IN, OUT, Format(kind, 64, double, dtype))
     packed, absmax = quantize_blocks(source.view(-1), kind, 64)
     module.weight = torch.nn.Parameter(packed, requires_grad=False)
     if double:
         codes, nested, mean = quantize_absmax(absmax)
         module.absmax = torch.nn.Parameter(codes, requires_grad=False)
         module.nested_absmax = torch.nn.Parameter(nested.view(torch.uint8), requires_grad=False)
-        module.absmax_mean = torch.nn.Buffer(mean, persistent=False)
+        module.absmax_mean = torch.nn.Buffer(mean[None], persistent=False)
     else:
         module.absmax = torch.nn.Parameter(absmax.view(torch.uint8), requires_grad=False)
     module.bias = torch.nn.Parameter(torch.randn(OUT, dtype=dtype), requires_grad=False)
@@ -45,6 +45,41 @@ def test_output_and_input_gradient_are_those_of_the_dequantized_weight(kind: Kin
     upstream = torch.randn_like(y)
     y.backward(upstream)
     torch.testing.assert_close(x.grad, upstream @ weight)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_stack_multiplies_like_the_3d_parameter_it_stands_for_and_autograd_keeps_none_of_it(double: bool) -> None:
+    torch.manual_seed(2)
+    source = torch.randn(3, 43, 35)  # 1,505 weights a matrix: an odd number, and no whole blocks
+    stack = FrozenStack4bit((3, 43, 35), Format("nf4", 64, double, torch.float32))
+    whole = torch.empty_like(source)
+    packed, absmax, nested, means = [], [], [], []
+    for index, matrix in enumerate(source):
+        code, state = bnb.quantize_4bit(matrix, quant_type="nf4", compress_statistics=double)
+        whole[index] = bnb.dequantize_4bit(code, state)
+        packed.append(code.view(-1))
+        absmax.append(state.absmax)
+        if double:
+            assert state.state2 is not None
+            assert state.offset is not None
+            nested.append(state.state2.absmax)
+            means.append(state.offset)
+    stack.weight = torch.nn.Parameter(torch.cat(packed), requires_grad=False)
+    stack.absmax = torch.nn.Parameter(torch.cat(absmax).view(torch.uint8), requires_grad=False)
+    if double:
+        stack.nested_absmax = torch.nn.Parameter(torch.cat(nested).view(torch.uint8), requires_grad=False)
+        stack.absmax_mean = torch.nn.Buffer(torch.stack(means))
+    x, z = torch.randn(5, 35, requires_grad=True), torch.randn(5, 43, requires_grad=True)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        y = torch.nn.functional.linear(x, stack[torch.tensor(1)])  # type: ignore[arg-type]
+        w = z @ stack[2]  # type: ignore[operator]
+    assert saved == []
+    assert torch.equal(y, x @ whole[1].T)
+    assert torch.equal(w, z @ whole[2])
+    (y.sum() + w.sum()).backward()
+    torch.testing.assert_close(x.grad, torch.ones_like(y) @ whole[1])
+    torch.testing.assert_close(z.grad, torch.ones_like(w) @ whole[2].T)
 
 
 def test_autograd_keeps_no_weight_between_forward_and_backward() -> None:

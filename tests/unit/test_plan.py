@@ -63,10 +63,15 @@ def meta_model(base_config: dict[str, Any]) -> Any:
         {"model_type": "qwen3", "head_dim": 32},
         {"model_type": "qwen3", "head_dim": 32, "attention_bias": True},
         {"model_type": "phi3"},
+        {"model_type": "gemma2"},
+        {"model_type": "gemma3_text", "head_dim": 32},
+        {"model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2},
+        {"model_type": "qwen3_moe", "num_experts": 5, "moe_intermediate_size": 20, "num_experts_per_tok": 2},
+        {"model_type": "gpt_oss", "num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 32},
     ],
     ids=lambda extra: "-".join(f"{value}" for value in extra.values()),
 )
-@pytest.mark.parametrize("targets", ["all-linear", "[o_proj, down_proj]", "[layers.1.self_attn.o_proj]"])
+@pytest.mark.parametrize("targets", ["all-linear", "[o_proj, k_proj]", "[layers.1.self_attn.o_proj]"])
 def test_parameters_are_those_of_the_transformers_model(extra: dict[str, Any], targets: str):
     from peft import LoraConfig, get_peft_model
 
@@ -76,7 +81,8 @@ def test_parameters_are_those_of_the_transformers_model(extra: dict[str, Any], t
 
     model = meta_model(base_config)
     assert planned.frozen == sum(parameter.numel() for parameter in model.parameters())
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=given.tuning.targets))
+    names = read_architecture(base_config).target_names(given.tuning.targets)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=names))
     assert planned.trainable == adapted.get_nb_trainable_parameters()[0]
 
 
@@ -84,7 +90,8 @@ def test_every_architecture_that_can_be_trained_can_be_planned():
     from trainer.base import ARCHITECTURES
 
     for kind in ARCHITECTURES:
-        read_architecture({**TINY, "model_type": kind})
+        experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+        read_architecture({**TINY, **experts, "model_type": kind})
 
 
 def test_only_the_first_layers_are_counted_when_asked():
@@ -204,13 +211,25 @@ def test_too_little_gpu_memory_is_told_with_both_numbers_and_a_remedy():
     assert make_plan(config(), LLAMA_70B, 16, 8, 80 * GIB).shortfalls == []
 
 
+def test_auto_keeps_the_base_inside_a_node_where_it_fits_and_nodes_are_alike():
+    def scope(gpu_memory: int | None, world_size: int = 16, *overrides: str) -> str:
+        return make_plan(config(*overrides), LLAMA_70B, world_size, 8, gpu_memory).scope
+
+    assert scope(80 * GIB) == "node"
+    assert scope(8 * GIB) == "world"
+    assert scope(None) == "world"
+    assert scope(80 * GIB, 8) == "world"  # one node: the same
+    assert scope(80 * GIB, 12) == "world"
+    assert scope(8 * GIB, 16, "sharding.scope=node") == "node"
+
+
 def test_nodes_of_different_size_cannot_each_hold_a_copy():
     (message,) = make_plan(config("sharding.scope=node"), LLAMA_70B, 10, 4, None).shortfalls
     assert "10 ranks are not a multiple of 4 a node" in message
 
 
 def test_an_unknown_architecture_is_refused():
-    with pytest.raises(ConfigError, match="'gpt2'. Supported are llama, mistral, phi3, qwen2, qwen3"):
+    with pytest.raises(ConfigError, match="'gpt2'. Supported are gemma2, gemma3_text, gpt_oss, llama, mistral"):
         make_plan(config(), {"model_type": "gpt2"}, 1, 1, None)
 
 
