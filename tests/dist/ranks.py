@@ -35,6 +35,7 @@ from trainer.nf4 import FrozenLinear4bit
 from trainer.rank import run_rank
 from trainer.ranks import Ranks, join
 from trainer.safetensors_index import numel
+from trainer.schedule import learning_rate
 from trainer.store import Store, open_store
 from trainer.verify import compare_logits
 
@@ -250,6 +251,57 @@ def plain_first_step(config_text: str, fingerprint: str, destination: str) -> di
     return {"loss": nats, "grad_norm": float(norm), "targets": targets, "row_targets": rows}
 
 
+# Loss curves.
+
+
+def losses(config_text: str, fingerprint: str) -> list[float]:
+    """The loss of every step, in nats a target."""
+    here = _assemble(parse_config(config_text), fingerprint)
+    return [record["loss"] for record in train(here.training(), 0, Position())]
+
+
+def stock_losses(config_text: str, fingerprint: str) -> list[float]:
+    """The same by transformers, bitsandbytes and PEFT alone: one process, a 4-bit model, torch's AdamW, one mean a step."""
+    from peft import inject_adapter_in_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from trainer.load import lora_config
+
+    config = parse_config(config_text)
+    torch.set_num_threads(1)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        config.model.base, dtype=torch.bfloat16, quantization_config=quantization, attn_implementation="sdpa"
+    )
+    model.requires_grad_(False).train()
+    torch.manual_seed(config.run.seed)
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    inject_adapter_in_model(lora_config(config.tuning, names), model)
+    adapters = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    optim = config.optim
+    optimizer = torch.optim.AdamW(adapters, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
+    stream = train_stream(config, open_dataset(open_store(config.run.store), fingerprint), rank=0, world_size=1)
+    curve, position, steps = [], Position(), config.train.steps
+    assert steps
+    for step in range(1, steps + 1):
+        batches = [batch.to(torch.device("cpu")) for batch in stream.step(position)]
+        targets, nats = sum(batch.targets for batch in batches), 0.0
+        for batch in batches:
+            logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits[0]
+            loss = torch.nn.functional.cross_entropy(logits.float(), batch.labels[0], reduction="sum") / targets
+            loss.backward()
+            nats += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(adapters, optim.grad_clip)
+        optimizer.param_groups[0]["lr"] = learning_rate(optim, step, steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append(nats)
+        position = stream.advance(position)
+    return curve
+
+
 # Traffic.
 
 # Method of a process group -> bytes that a rank of n receives, of the bytes of the largest tensor given.
@@ -392,6 +444,25 @@ def loaded_logits(config_text: str, bases: list[str], overrides: list[str], dest
             }
         )
     return facts
+
+
+def load_memory(config_text: str) -> dict[str, Any]:
+    """How far this process's resident memory rises above what it was before the load, in bytes."""
+    config, ranks = parse_config(config_text), join()
+    torch.set_num_threads(1)
+    base = resolve_base(config.model)
+    settings = build_deepspeed_config(config, ranks.world_size, 1, on_gpu=False)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = _memory("VmRSS")
+    _, report = load_model(base, config, settings, ranks, Attention("sdpa", ""))
+    grown = _memory("VmHWM") - before
+    return {"grown_bytes": grown, "kept_bytes": report.kept_bytes, "read_bytes": report.read_bytes}
+
+
+def _memory(what: str) -> int:
+    """Bytes, as /proc/self/status has them."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[what].split()[0]) * 1024
 
 
 def load_that_fails_on(rank: int, config_text: str, reads: int) -> dict[str, Any]:

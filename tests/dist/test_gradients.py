@@ -64,3 +64,13 @@ def test_loss_and_gradients_are_those_of_plain_pytorch(steps: Any, layout: tuple
     assert record["loss"] == pytest.approx(plain["loss"], rel=tolerance / 3)
     assert record["grad_norm"] == pytest.approx(plain["grad_norm"], rel=tolerance)
     assert distance(gradients, plain_gradients) < tolerance
+
+
+def test_twenty_steps_give_the_losses_of_the_stock_path(workshop: Workshop) -> None:
+    config = workshop.config("curve", "train.steps=20", "checkpoint.every_steps=0", "train.activation_checkpointing=false")
+    fingerprint = workshop.prepare(config).train
+    (stock,) = launch(1, "stock_losses", dump_config(config), fingerprint)
+    ours = launch(2, "losses", dump_config(config), fingerprint)[0]
+    assert len(ours) == len(stock) == 20
+    assert stock[0] - stock[-1] > 0.1  # it learns
+    assert ours == pytest.approx(stock, abs=1e-2)

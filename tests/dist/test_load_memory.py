@@ -1,0 +1,28 @@
+"""A rank's memory during a load is its share and a few read pieces, as the kernel counts it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.dist.launch import launch
+from tests.material import Workshop, make_base
+from trainer.config import dump_config
+from trainer.reading import PIECE_BYTES, PIECES_IN_FLIGHT
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some 100 million weights, so that a share is large beside what Python takes by itself."""
+    sizes: dict[str, Any] = {"vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6}
+    return make_base(tmp_path_factory.mktemp("large") / "base", shard_size="100MB", **sizes)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_peak_is_the_share_and_the_pieces_in_flight(workshop: Workshop, base: Path, world_size: int) -> None:
+    config = dump_config(workshop.config("load", f"model.base={base}"))
+    files = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    results = launch(world_size, "load_memory", config)
+    assert sum(result["read_bytes"] for result in results) <= 1.1 * files
+    for result in results:
+        assert result["grown_bytes"] <= 1.3 * result["kept_bytes"] + 2 * PIECE_BYTES * PIECES_IN_FLIGHT
