@@ -71,7 +71,8 @@ class Group:
 
 @contextmanager
 def running(
-    world_size: int, function: str, *arguments: Any, ranks_per_node: int | None = None, timeout: float = TIMEOUT
+    world_size: int, function: str, *arguments: Any, ranks_per_node: int | None = None, timeout: float = TIMEOUT,
+    extra_environment: dict[str, str] | None = None,
 ) -> Iterator[Group]:
     """`world_size` ranks that run `function(*arguments)`; the arguments and results are JSON.
 
@@ -88,6 +89,7 @@ def running(
         processes = []
         for rank in range(world_size):
             environment = {
+                **(extra_environment or {}),
                 "RANK": rank,
                 "WORLD_SIZE": world_size,
                 "LOCAL_RANK": rank % per_node,

@@ -328,7 +328,7 @@ _COLLECTIVES: dict[str, Any] = {
 def step_traffic(config_text: str, fingerprint: str) -> dict[str, Any]:
     """What this rank receives in the second step, by the extent of the group (its own node or not) and the dtype.
 
-    -> {"inside": {dtype: bytes}, "across": {dtype: bytes}, "frozen": the ranks that frozen parameters are gathered from}
+    -> {"inside": {dtype: bytes}, "across": {dtype: bytes}, both without pickled objects, "frozen": the ranks that frozen parameters are gathered from}
     """
     here = _assemble(parse_config(config_text), fingerprint)
     steps = train(here.training(), 0, Position())
@@ -362,6 +362,16 @@ def _watch_collectives(count: Any) -> None:
 
     for name in _COLLECTIVES:
         watch(name)
+    # What ranks tell each other as objects travels as uint8 too, but is none of the model's.
+    plain_objects, plain_count = torch.distributed.all_gather_object, count
+
+    def objects(*arguments: Any, **options: Any) -> None:
+        nonlocal count
+        count = lambda *_: None  # noqa: E731
+        plain_objects(*arguments, **options)
+        count = plain_count
+
+    torch.distributed.all_gather_object = objects
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -193,15 +193,15 @@ def test_a_base_in_a_bucket_is_read_by_ranges_and_gives_the_same_logits(
     bases: dict[str, Path],
     s3: S3Server,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    environment = {**s3.environment, "XDG_CACHE_HOME": str(tmp_path / "cache")}
     uri = f"{s3.uri('test-bases')}/llama"
     bucket = open_store(uri)
     for path in bases["llama"].iterdir():
         bucket.put(path.name, path.read_bytes())
     config = dump_config(workshop.config("load"))
-    facts = [rank[0] for rank in launch(2, "loaded_logits", config, [uri], [], str(tmp_path))]
+    results = launch(2, "loaded_logits", config, [uri], [], str(tmp_path), extra_environment=environment)
+    facts = [rank[0] for rank in results]
     expected = load("2-ranks-nf4")
     assert torch.equal(load_file(tmp_path / "llama.safetensors")["logits"], expected.logits["llama"])
     assert [fact["read_bytes"] for fact in facts] == [fact["read_bytes"] for fact in expected.facts["llama"]]
