@@ -83,23 +83,6 @@ class Stacked:
         return data
 
 
-@dataclass(frozen=True)
-class AsBytes:
-    """Another tensor's bytes, as a flat uint8 tensor."""
-
-    source: Source
-    dtype: str = "U8"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (numel(self.source) * item_bytes(self.source),)
-
-    def read(self, begin: int, end: int) -> bytearray:
-        size = item_bytes(self.source)
-        first = begin // size
-        return self.source.read(first, -(-end // size))[begin - first * size : end - first * size]
-
-
 def read_index(store: Store) -> dict[str, TensorSource]:
     """All tensors of a Hugging Face model directory, single-file or indexed.
 

@@ -108,7 +108,7 @@ def test_a_killed_run_goes_on_with_bit_identical_losses(
     assert steps_taken(plain.folder("same"), 2) == [6, 7, 8, 9, 10]
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("world_size", [1, 3, 4])
 def test_a_killed_run_of_two_ranks_goes_on_at_another_world_size(
     plain: Runs, killed: str, uninterrupted: dict[int, float], world_size: int
 ) -> None:
@@ -119,10 +119,14 @@ def test_a_killed_run_of_two_ranks_goes_on_at_another_world_size(
     assert read_manifest(plain.folder(name), 10).world_size == world_size
 
 
-def test_a_killed_run_of_one_rank_goes_on_with_two(plain: Runs, uninterrupted: dict[int, float]) -> None:
-    plain.kill_after_five("from-1", 1)
-    assert plain.train("from-1", 2, "resume") == pytest.approx(uninterrupted, abs=TOLERANCE)
-    assert steps_taken(plain.folder("from-1"), 2) == [6, 7, 8, 9, 10]
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_a_killed_run_of_another_world_size_goes_on_with_two(
+    plain: Runs, uninterrupted: dict[int, float], world_size: int
+) -> None:
+    name = f"from-{world_size}"
+    plain.kill_after_five(name, world_size)
+    assert plain.train(name, 2, "resume") == pytest.approx(uninterrupted, abs=TOLERANCE)
+    assert steps_taken(plain.folder(name), 2) == [6, 7, 8, 9, 10]
 
 
 def test_three_ranks_that_do_not_divide_the_global_batch_have_the_losses_of_two(workshop: Workshop) -> None:

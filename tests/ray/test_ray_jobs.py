@@ -49,8 +49,9 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     command += [f"--port={ports[0]}", f"--dashboard-port={ports[1]}", "--node-ip-address=127.0.0.1"]
     command += [f"--object-store-memory={80 * 2**20}", "--disable-usage-stats"]
     log = tmp_path_factory.mktemp("head") / "log"
+    environment = {**with_token(TOKEN), "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=with_token(TOKEN), start_new_session=True)
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
     try:
         deadline = time.monotonic() + 120
         while not _answers(f"http://127.0.0.1:{ports[1]}/api/version"):
@@ -80,6 +81,10 @@ def capstan(token: str, folder: Path, *arguments: str) -> subprocess.CompletedPr
     return subprocess.run(command, env=with_token(token), cwd=folder, capture_output=True, text=True, timeout=240)
 
 
+def driver_log(uri: str, folder: Path) -> str:
+    return json.loads(capstan(TOKEN, folder, "logs", uri, "--driver", "--json").stdout)["text"]
+
+
 def test_a_submitted_run_is_a_job_of_the_cluster_and_its_folder_tells_the_rest(
     workshop: Workshop, tmp_path: Path, guarded: Guarded
 ):
@@ -107,8 +112,9 @@ def test_a_submitted_run_is_a_job_of_the_cluster_and_its_folder_tells_the_rest(
     assert (status["state"], status["step"]) == ("finished", 8)
     assert status["dashboard"].startswith("http://127.0.0.1:")
     assert run.exists("snapshot.tar.zst")
-    said = json.loads(capstan(TOKEN, tmp_path, "logs", run.uri, "--driver", "--json").stdout)
-    assert "finished" in said["text"].splitlines()[-1]
+    deadline = time.monotonic() + 60  # the ranks have said that they are done; the driver ends a moment later
+    while "finished" not in driver_log(run.uri, tmp_path).splitlines()[-1]:
+        assert time.monotonic() < deadline
     assert read_status(run).generation == 1
 
     taken = capstan(TOKEN, tmp_path, "submit", "ray", config)

@@ -20,7 +20,7 @@ def test_out_of_memory_names_the_largest_parts_of_the_plan(tmp_path: Path):
     config = workshop.config("large")
     run = workshop.store.sub("large")
     told = Metrics(run, claim_generation(run), writes=True, flush_seconds=60, tensorboard=False)
-    ranks = Ranks(0, 2, 2, torch.device("cpu"))
+    ranks = Ranks(0, 2, 2, 0, torch.device("cpu"))
     with pytest.raises(DoesNotFit) as raised, _outcome(told, config, resolve_base(config.model), ranks):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
     told.close()
