@@ -22,7 +22,11 @@ def test_a_cluster_ends_with_everything_on_it_also_when_a_test_fails(cluster: Cl
     def fail_while_a_job_runs() -> None:
         with Cluster(tmp_path / "other", nodes=2) as other:
             other.run("sbatch", "--nodes=2", "--output=/dev/null", "--wrap", "srun /bin/sleep 1000", cwd=tmp_path)
-            other.wait_until(lambda: "/bin/sleep 1000" in other.processes("n2").values(), 20, "the job runs on n2")
+            other.wait_until(
+                lambda: all("/bin/sleep 1000" in other.processes(node).values() for node in other.nodes),
+                30,
+                "the job runs on both nodes",
+            )
             pids.extend([*other.processes("n1"), *other.processes("n2")])
             assert cluster.processes("n2") == {}
             raise ZeroDivisionError
