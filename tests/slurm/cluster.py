@@ -62,6 +62,9 @@ class Cluster:
         if LOGIN in self._inits:
             os.kill(self._inits[LOGIN], 9)
         for process in self._started:
+            # It ends after its init, which the kernel ends after everything else in its namespace.
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=30 if LOGIN in self._inits else 0)
             process.kill()
             process.wait()
 
