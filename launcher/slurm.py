@@ -71,6 +71,9 @@ def submit(config: Config, *, resume: bool, after: str | None, dry_run: bool) ->
     layout = slurm_script.shape(config)
     if config.cluster.workers is None:
         config = override(config, f"cluster.workers={layout.nodes * layout.ranks_per_node}")
+    if config.retry.preemptions is None:
+        # No machine comes in place of a lost one inside a job: the driver ends at once, and the job is requeued.
+        config = override(config, "retry.preemptions=0")
     check(config, resume=resume)
     code = snapshot.take(Path.cwd())
     run = run_folder(config)

@@ -61,7 +61,7 @@ def end(config: Config, exit_code: int, signal: str, nodes: list[dict]) -> str:
     *earlier, current = attempts(run)
     before = [attempt for attempt in earlier if attempt.submission == current.submission]
     status = read_status(run)
-    lost = [] if exit_code in (0, Stopped.exit_code) else silent_nodes(nodes)
+    lost = silent_nodes(nodes) if exit_code else []
     ending = Ending(
         exit_code,
         signal=signal,

@@ -104,10 +104,12 @@ def _meaning(ending: Ending, supervised: bool, *, newly_bad: bool) -> tuple[Kind
     code, because = ending.exit_code, f": {ending.reason}" if ending.reason else ""
     if code == 0:
         return "finished", "", False
-    if code == Stopped.exit_code and (ending.stopped_by or not ending.signal):
-        return "stopped", f"stopped by {ending.stopped_by or 'request'}", False
+    if code == Stopped.exit_code and ending.stopped_by:
+        return "stopped", f"stopped by {ending.stopped_by}", False
     if ending.lost_nodes:
         return "node lost", f"no answer from {', '.join(ending.lost_nodes)}", True
+    if code == Stopped.exit_code and not ending.signal:
+        return "stopped", ending.reason or "stopped by request", False
     if code in _MISTAKES:
         return "mistake", ending.reason or f"exit code {code}", False
     if ending.signal:

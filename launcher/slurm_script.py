@@ -4,6 +4,7 @@ Nothing is interpolated into code. An option is quoted for Slurm, which splits `
 bash. What the user's `cluster.slurm.setup` holds is shell, and stands in the file as shell.
 """
 
+import math
 import shlex
 import sys
 from collections.abc import Iterator
@@ -45,7 +46,8 @@ def shape(config: Config) -> Shape:
             f"cluster.workers: {per_node} ranks on each node need as many GPUs; cluster.slurm.gpus_per_node is "
             f"{slurm.gpus_per_node}. Lower the one or raise the other."
         )
-    cpus = slurm.cpus_per_node or per_node * (config.cluster.threads_per_worker or 1)
+    each = max(config.cluster.threads_per_worker or 1, config.cluster.ray.cpus_per_worker)
+    cpus = slurm.cpus_per_node or math.ceil(per_node * each)
     if cpus < per_node:
         raise ConfigError(f"cluster.slurm.cpus_per_node: {cpus} is less than the {per_node} ranks on each node.")
     return Shape(slurm.nodes, per_node, cpus)
@@ -95,6 +97,7 @@ def render(config: Config, run_uri: str, submission: str, options: dict[str, str
         "LAUNCH": slurm.launch,
         "RANKS_PER_NODE": node.ranks_per_node,
         "CPUS_PER_NODE": node.cpus_per_node,
+        "RAY_CPUS": math.ceil(node.ranks_per_node * config.cluster.ray.cpus_per_worker),
         "LOCAL_DIR": slurm.local_dir,
     }
     lines = [

@@ -21,7 +21,7 @@ ray_node() {
   mkdir -m 700 "$LOCAL" || exit 1 # never one that exists: on a shared /tmp it could be somebody else's
   trap 'rm -rf -- "$LOCAL"' EXIT
   (umask 077 && cat >"$LOCAL/token")
-  local options=(--block --disable-usage-stats --num-cpus="$RANKS_PER_NODE" --num-gpus="${SLURM_GPUS_ON_NODE:-0}"
+  local options=(--block --disable-usage-stats --num-cpus="$RAY_CPUS" --num-gpus="${SLURM_GPUS_ON_NODE:-0}"
     --object-store-memory=268435456 --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0)
   if [ "$SLURM_PROCID" = 0 ]; then
     options+=(--head --node-ip-address="${RAY_ADDRESS%:*}" --port="${RAY_ADDRESS#*:}" --temp-dir="$LOCAL/ray"
@@ -46,7 +46,7 @@ start_ray() {
   read -r port CLIENT_PORT < <("${python[@]}" launcher.slurm_job ports)
   export CLIENT_PORT RAY_ADDRESS=${address:-$(hostname -I | awk '{ print $1 }')}:$port
   export LOCAL=$LOCAL_DIR/capstan-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
-  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$LOCAL/token RANKS_PER_NODE
+  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$LOCAL/token RAY_CPUS
   export RAY_USAGE_STATS_ENABLED=0 RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # it ends when its work has ended
   srun --overlap --kill-on-bad-exit=1 --label --cpu-bind=none --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
     --cpus-per-task="$CPUS_PER_NODE" \

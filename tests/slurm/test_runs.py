@@ -57,7 +57,7 @@ def test_a_job_whose_node_is_gone_goes_on_with_the_nodes_that_are_left(
     """The driver notices before Slurm does, as on a real cluster (30 seconds and 300); here it is 10 and 30."""
     sooner = {"period_ms": 1000, "timeout_ms": 2000, "failure_threshold": 5}
     setup = [f"export RAY_health_check_{name}={value}" for name, value in sooner.items()]
-    job = site.submit(site.config("unlucky", "retry.failures=0", f"cluster.slurm.setup={json.dumps(setup)}"))
+    job = site.submit(site.config("unlucky", f"cluster.slurm.setup={json.dumps(setup)}"))
     site.wait_for_step("unlucky", generation=1)
     lost = site.attempts("unlucky")[0].nodes[1]
     site.cluster.power_off(lost)

@@ -38,6 +38,8 @@ def judged(ending: Ending, *before: Attempt, budget: int = 3, supervised: bool =
         (Ending(75), "stopped", False, 75),
         (Ending(75, signal="USR1", stopped_by="capstan stop"), "stopped", False, 75),
         (Ending(1, lost_nodes=["n2"]), "node lost", True, 75),
+        (Ending(75, lost_nodes=["n2"]), "node lost", True, 75),  # the driver found too few machines left
+        (Ending(75, lost_nodes=["n2"], stopped_by="capstan stop"), "stopped", False, 75),
         (Ending(2, lost_nodes=["n2"]), "node lost", True, 75),  # too few workers came: because the node is gone
         (Ending(137), "failure", True, 75),
         (Ending(RAY_DID_NOT_START), "failure", True, 75),

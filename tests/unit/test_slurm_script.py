@@ -92,6 +92,7 @@ CONTAINER=(apptainer exec --nv '/images/my image.sif')
 LAUNCH=ray
 RANKS_PER_NODE=8
 CPUS_PER_NODE=96
+RAY_CPUS=8
 LOCAL_DIR=/tmp
 
 # cluster.slurm.setup
@@ -160,6 +161,7 @@ def test_a_layout_that_cannot_be_is_refused(overrides: list[str], message: str) 
 def test_every_gpu_gets_a_rank_unless_told_otherwise() -> None:
     assert shape(config("cluster.slurm.gpus_per_node=8")).ranks_per_node == 8
     assert shape(config("cluster.slurm.gpus_per_node=8", "cluster.workers=4")).ranks_per_node == 2
+    assert shape(config("cluster.slurm.gpus_per_node=8", "cluster.ray.cpus_per_worker=6")).cpus_per_node == 48
 
 
 def test_the_example_divides_its_ranks_over_its_nodes() -> None:
