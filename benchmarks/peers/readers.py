@@ -193,9 +193,10 @@ def datasets_map(folder: Path) -> dict[str, float]:
     import os
 
     from datasets import load_dataset
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    # The class that the folder names is of a newer transformers than the peers have.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
     rows = load_dataset("json", data_files=str(folder / "talks.jsonl"), split="train")
 
     def encode(batch: dict[str, Any]) -> dict[str, Any]:
