@@ -59,7 +59,7 @@ class Metrics:
         self._lines.append(json.dumps({"kind": kind, **values, "time": round(time.time(), 3)}))
         if self._board is not None and kind in ("step", "eval"):
             for name, value in values.items():
-                if name != "step":
+                if name != "step" and not isinstance(value, str):
                     self._board.add_scalar(f"{kind}/{name}", value, values["step"])
 
     def flush(self) -> None:

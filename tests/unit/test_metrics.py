@@ -71,7 +71,7 @@ def test_tensorboard_events_lie_in_the_runs_folder(run: Store) -> None:
 
     ours = metrics(run, tensorboard=True)
     for step in (1, 2):
-        ours.write("step", step=step, loss=1.0 / step)
+        ours.write("step", step=step, loss=1.0 / step, samples="88ed09c9")  # a text is no curve
     ours.close()
     folder = run.uri.removeprefix("file://") + "/" + run_layout.tensorboard(1)
     events = EventAccumulator(folder).Reload().Scalars("step/loss")
