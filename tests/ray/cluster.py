@@ -40,6 +40,9 @@ def add_machine(cluster: Cluster, cpus: int = 2) -> Any:
     return cluster.add_node(num_cpus=cpus, object_store_memory=80 * 2**20)
 
 
+PATIENCE = 300.0  # seconds; a restart takes 20 of them on an idle machine
+
+
 class Driver:
     """A `capstan` process; leaving the context kills it."""
 
@@ -65,7 +68,7 @@ class Driver:
         )
 
     def wait_until(self, run: Store, generation: int, holds: Callable[[Records], Any], what: str) -> Records:
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             records = read_generation(run, generation)
             if holds(records):
@@ -76,7 +79,7 @@ class Driver:
 
     def wait_for_words(self, words: str) -> None:
         """Return once the process has printed `words`."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while words not in self.log.read_text():
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
@@ -90,7 +93,7 @@ class Driver:
         self.process.send_signal(number)
 
     def end(self) -> int:
-        return self.process.wait(timeout=240)
+        return self.process.wait(timeout=PATIENCE)
 
 
 def steps(run: Store, *generations: int) -> dict[int, dict[str, Any]]:

@@ -15,7 +15,7 @@ from trainer.config import dump_config
 from trainer.manifest import committed_steps
 from trainer.store import open_store
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 
 STEPS = 60
 

@@ -16,7 +16,7 @@ from tests.ray.cluster import Driver, add_machine, alive, ray_cluster, steps, wr
 from trainer.config import dump_config
 from trainer.store import Store, open_store
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 
 STEPS, COMMIT_EVERY = 120, 4
 SETTINGS = (
@@ -75,7 +75,7 @@ def test_a_run_survives_its_ranks_machines_and_driver(workshop: Workshop, tmp_pa
             # The driver is killed; its ranks end with it.
             driver.process.kill()
             driver.process.wait()
-        for_seconds(20, lambda: not any(map(alive, sixth["pids"])))
+        for_seconds(60, lambda: not any(map(alive, sixth["pids"])))
 
         with Driver(tmp_path, "resume", "survivor", "--store", str(workshop.folder / "store"), "--json") as driver:
             assert driver.end() == 0, driver.log.read_text()
