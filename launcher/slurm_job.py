@@ -61,6 +61,9 @@ def end(config: Config, exit_code: int, signal: str, nodes: list[dict]) -> str:
     *earlier, current = attempts(run)
     before = [attempt for attempt in earlier if attempt.submission == current.submission]
     status = read_status(run)
+    if exit_code and _ranks_stopped(run, current.started):
+        # srun's own code may be that of a rank which it killed because another had ended a moment before.
+        exit_code = Stopped.exit_code
     lost = silent_nodes(nodes) if exit_code else []
     ending = Ending(
         exit_code,
@@ -131,6 +134,12 @@ def _nodes_of_dead_ranks(run: Store, since: float, nodes: list[dict]) -> list[st
 
 def _short(host: str) -> str:
     return host.partition(".")[0]
+
+
+def _ranks_stopped(run: Store, since: float) -> bool:
+    """Whether the ranks have said, after `since`, that they committed and stopped."""
+    ends = read_generation(run, read_status(run).generation).get("end")
+    return bool(ends) and ends[-1]["outcome"] == "stopped" and ends[-1]["time"] >= since
 
 
 def _stopped_by(run: Store) -> str | None:

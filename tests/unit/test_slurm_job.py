@@ -109,6 +109,18 @@ def test_a_signalled_run_is_requeued_and_a_stopped_one_is_not(
     assert end(config, 75, "USR1", nodes) == "end 75"
 
 
+@pytest.mark.parametrize(("when", "answer", "kind"), [("now", "end 75", "stopped"), ("earlier", "requeue", "failure")])
+def test_ranks_that_stopped_have_stopped_whatever_became_of_the_step(
+    config: Config, run: Store, nodes: list[dict[str, Any]], when: str, answer: str, kind: str
+) -> None:
+    start(config)
+    said = {"now": time.time() + 1, "earlier": 0}[when]
+    generation(run, 1, {"kind": "end", "outcome": "stopped", "step": None, "reason": "on request", "time": said})
+    request_stop(run, by="capstan stop")
+    assert end(config, 143, "", nodes) == answer  # srun ends what is left when one rank has ended
+    assert attempts(run)[-1].kind == kind
+
+
 def test_where_jobs_form_a_chain_none_requeues_itself(config: Config, run: Store, nodes: list[dict[str, Any]]) -> None:
     start(config)
     chained = config.model_copy(
