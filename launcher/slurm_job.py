@@ -61,7 +61,7 @@ def end(config: Config, exit_code: int, signal: str, nodes: list[dict]) -> str:
     *earlier, current = attempts(run)
     before = [attempt for attempt in earlier if attempt.submission == current.submission]
     status = read_status(run)
-    if exit_code and _ranks_stopped(run, current.started):
+    if exit_code and _ranks_stopped(run, status.generation, current.started):
         # srun's own code may be that of a rank which it killed because another had ended a moment before.
         exit_code = Stopped.exit_code
     lost = silent_nodes(nodes) if exit_code else []
@@ -70,8 +70,8 @@ def end(config: Config, exit_code: int, signal: str, nodes: list[dict]) -> str:
         signal=signal,
         stopped_by=_stopped_by(run),
         lost_nodes=lost,
-        failed_nodes=[] if lost else _nodes_of_dead_ranks(run, current.started, nodes),
-        step=_step(run),
+        failed_nodes=[] if lost else _nodes_of_dead_ranks(run, status.generation, current.started, nodes),
+        step=status.last_commit_step or 0,
         reason=status.reason,
     )
     slurm = config.cluster.slurm
@@ -116,11 +116,11 @@ def silent_nodes(nodes: list[dict]) -> list[str]:
         return [node["name"] for node, up in zip(nodes, pool.map(answers, nodes), strict=True) if not up]
 
 
-def _nodes_of_dead_ranks(run: Store, since: float, nodes: list[dict]) -> list[str]:
-    """The node of the rank that each generation begun after `since` ended with, by Slurm's names of nodes."""
+def _nodes_of_dead_ranks(run: Store, newest: int, since: float, nodes: list[dict]) -> list[str]:
+    """The node of the rank that each generation up to `newest` begun after `since` ended with, by Slurm's names of nodes."""
     names = {_short(node["hostname"]): node["name"] for node in nodes}
     found = []
-    for generation in range(read_status(run).generation, 0, -1):
+    for generation in range(newest, 0, -1):
         records = read_generation(run, generation)
         started = records["start"][-1] if records.get("start") else None
         if started and started["time"] < since:
@@ -136,9 +136,9 @@ def _short(host: str) -> str:
     return host.partition(".")[0]
 
 
-def _ranks_stopped(run: Store, since: float) -> bool:
-    """Whether the ranks have said, after `since`, that they committed and stopped."""
-    ends = read_generation(run, read_status(run).generation).get("end")
+def _ranks_stopped(run: Store, generation: int, since: float) -> bool:
+    """Whether the ranks of `generation` have said, after `since`, that they committed and stopped."""
+    ends = read_generation(run, generation).get("end")
     return bool(ends) and ends[-1]["outcome"] == "stopped" and ends[-1]["time"] >= since
 
 
