@@ -9,10 +9,12 @@ import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.resources import files
+from pathlib import Path
 
 from trainer.config import Config
 from trainer.errors import ConfigError
+
+_BODY = Path(__file__).resolve().parents[1] / "slurm" / "run.sh"
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def render(config: Config, run_uri: str, submission: str, options: dict[str, str
     ]
     if slurm.setup:
         lines += ["# cluster.slurm.setup", *slurm.setup, ""]
-    body = (files("slurm") / "run.sh").read_text(encoding="utf-8")
+    body = _BODY.read_text(encoding="utf-8")
     return "\n".join([*lines, body])
 
 
