@@ -2,7 +2,6 @@
 
 import json
 import re
-from importlib.resources import files
 from pathlib import Path
 
 from launcher.slurm_script import slurm_quoted
@@ -29,7 +28,7 @@ def test_a_dry_run_prints_the_batch_file_and_changes_nothing(site: Site) -> None
     done = site.capstan("submit", "slurm", config, "--dry-run")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("#!/bin/bash\n#SBATCH --job-name=capstan:unborn\n#SBATCH --nodes=2\n")
-    assert done.stdout.rstrip().endswith((files("slurm") / "run.sh").read_text().rstrip())
+    assert done.stdout.rstrip().endswith((Path(__file__).parents[2] / "slurm" / "run.sh").read_text().rstrip())
     assert not (site.folder / "store/unborn").exists()
     assert site.cluster.run("sbatch", "--test-only", input=done.stdout) == ""
 

@@ -1,7 +1,6 @@
 """The batch file: what it holds, and that nothing that a user writes breaks out of its place in it."""
 
 import subprocess
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -36,7 +35,7 @@ def script(run: Config, uri: str = "s3://bucket/runs/big") -> str:
 
 
 def header_and_body(text: str) -> tuple[str, str]:
-    body = (files("slurm") / "run.sh").read_text()
+    body = (Path(__file__).parents[2] / "slurm" / "run.sh").read_text()
     assert text.endswith(body)
     return text.removesuffix(body), body
 
