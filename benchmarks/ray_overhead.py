@@ -26,7 +26,7 @@ from trainer.config import dump_config, override
 from trainer.store import Store
 
 BASE: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8}
-TORCHRUN = ["torchrun", "--nproc-per-node", "2", "--master-port", "0", "--no-python"]
+TORCHRUN = ["torchrun", "--standalone", "--nproc-per-node", "2", "--no-python"]
 ENVIRONMENT = {
     **os.environ,
     "CUDA_VISIBLE_DEVICES": "",
