@@ -1,0 +1,101 @@
+"""The run's configuration: one tree of models, read from YAML, with dotted overrides (`train.steps=20`).
+
+Every field has a unit (where it has one), a description and an example; `docs/configuration.md` is generated from them.
+A setting that would be ignored is an error, an unknown key is refused with the nearest name.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from trainer.config.cluster import Slurm
+from trainer.config.data import Data, Source
+from trainer.config.mistakes import explained, unknown_keys
+from trainer.config.model import Model, Quant, Tuning
+from trainer.config.training import Checkpoint, Optim, Retry, Timeouts
+from trainer.config.tree import Config, fields
+from trainer.errors import ConfigError
+
+__all__ = [
+    "Checkpoint",
+    "Config",
+    "Data",
+    "Model",
+    "Optim",
+    "Quant",
+    "Retry",
+    "Slurm",
+    "Source",
+    "Timeouts",
+    "Tuning",
+    "dump_config",
+    "fields",
+    "load_config",
+    "override",
+    "parse_config",
+]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `key.path=value` overrides (values are YAML), and validate.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or a setting is unknown, missing or wrong. All are named at once.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the configuration {str(path)!r} cannot be read: {error}.") from error
+    return parse_config(text, overrides, name=str(path))
+
+
+def parse_config(text: str, overrides: Sequence[str] = (), name: str = "config") -> Config:
+    """Like `load_config`, from the YAML text itself."""
+    tree = _yaml(text, name)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{name} is not a configuration: its top level must be sections such as 'run:' and 'model:'.")
+    for override in overrides:
+        _apply(tree, override)
+    unknown = list(unknown_keys(tree, Config, ""))
+    if unknown:
+        raise ConfigError("\n".join(unknown))
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(explained(error.errors()))) from error
+
+
+def dump_config(config: Config) -> str:
+    """The YAML text of `config`, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def override(config: Config, *overrides: str) -> Config:
+    """A copy of `config` with dotted overrides applied and validated again."""
+    return parse_config(dump_config(config), overrides)
+
+
+def _yaml(text: str, name: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{name}{where} is not YAML: {getattr(error, 'problem', error)}.") from error
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: expected key=value. Example: train.steps=20.")
+    *sections, leaf = key.split(".")
+    node = tree
+    for section in sections:
+        child = node.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {section!r} is a value, not a section.")
+        node = child
+    node[leaf] = _yaml(value, f"override {override!r}")

@@ -1,0 +1,197 @@
+"""The machines: how many ranks, and what Ray and Slurm are asked for."""
+
+import re
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from trainer.config.section import Section, setting
+
+
+class Ray(Section):
+    """The Ray cluster that runs the workers."""
+
+    address: str | None = setting(
+        None, about="A running cluster. Without it Ray starts on this machine for this run.", example="auto"
+    )
+    start_timeout: float = setting(
+        300, about="How long to wait for the workers that were asked for.", example=600, gt=0, unit="seconds"
+    )
+    resize_interval: float = setting(
+        60,
+        about="How often a run with cluster.workers: [fewest, most] looks for room for more ranks.",
+        example=300,
+        gt=0,
+        unit="seconds",
+    )
+    cpus_per_worker: float = setting(1, about="CPUs that Ray books for each rank.", example=8, gt=0, unit="CPUs")
+    memory_per_worker: float | None = setting(
+        None, about="Host memory that Ray books for each rank. Default: none is booked.", example=64, gt=0, unit="GiB"
+    )
+    resources: dict[str, float] = setting(
+        {}, about="Custom resources that Ray books for each rank.", example={"accelerator_type:H100": 0.01}
+    )
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = setting(
+        "PACK",
+        about="How Ray lays the ranks out over machines: PACK fills one after the other, SPREAD takes as many as there are; "
+        "STRICT refuses anything else.",
+        example="SPREAD",
+    )
+    runtime_env: dict[str, Any] = setting(
+        {},
+        about="Ray's runtime environment for `capstan submit ray`: env_vars, pip, image_uri and so on. The code of the "
+        "snapshot is its working_dir.",
+        example={"env_vars": {"NCCL_SOCKET_IFNAME": "eth0"}},
+    )
+
+    @model_validator(mode="after")
+    def _own_working_dir(self) -> "Ray":
+        if "working_dir" in self.runtime_env:
+            raise ValueError(
+                "cluster.ray.runtime_env: working_dir is the snapshot of your checkout and cannot be set. Remove it."
+            )
+        return self
+
+
+class Slurm(Section):
+    """The job that `capstan submit slurm` makes: its resources, and how it goes on after a time limit or a lost node."""
+
+    nodes: int = setting(1, about="Machines.", example=2, ge=1, unit="nodes")
+    gpus_per_node: int | None = setting(
+        None, about="GPUs of each node. Default: none, the ranks run on CPUs.", example=8, ge=1, unit="GPUs"
+    )
+    gpu_type: str | None = setting(None, about="Which GPUs, by Slurm's name for them.", example="h100")
+    cpus_per_node: int | None = setting(
+        None,
+        about="CPUs of each node. Default: cluster.threads_per_worker for each of its ranks, or one.",
+        example=96,
+        ge=1,
+        unit="CPUs",
+    )
+    memory_per_node: str | None = setting(
+        None,
+        about="Memory of each node, in Slurm's notation; 0 is all of it. Default: the partition's.",
+        example="900G",
+        pattern=r"^\d+[KMGT]?$",
+    )
+    partition: str | None = setting(None, about="Partition, or several with commas.", example="gpu")
+    account: str | None = setting(None, about="Account that is charged.", example="nlp")
+    qos: str | None = setting(None, about="Quality of service.", example="high")
+    time: str | None = setting(
+        None,
+        about="Time limit of one job, after which the run goes on in the next. Default: the partition's.",
+        example="24:00:00",
+        pattern=r"^(\d+-)?\d+(:\d+){0,2}$",
+        unit="[days-]hours:minutes:seconds",
+    )
+    constraint: str | None = setting(None, about="Features that nodes must have.", example="ib&h100")
+    exclude: str | None = setting(None, about="Nodes not to use.", example="n[7,12]")
+    comment: str | None = setting(None, about="A comment, as Slurm records it.", example="second try")
+    extra: list[str] = setting([], about="More options of sbatch, one each.", example=["--reservation=team"])
+    setup: list[str] = setting(
+        [],
+        about="Shell lines that run first in the job, such as loading modules.",
+        example=["module load cuda/12.8"],
+    )
+    container: list[str] = setting(
+        [],
+        about="Words put before each Python command on the nodes.",
+        example=["apptainer", "exec", "--nv", "/images/capstan.sif"],
+    )
+    python: str | None = setting(
+        None, about="Python on the nodes. Default: the one that submits.", example="/opt/capstan/bin/python"
+    )
+    local_dir: str = setting(
+        "/tmp", about="A folder on each node's own disk, for Ray's session.", example="/local/scratch"
+    )
+    output: str | None = setting(
+        None,
+        about="Folder of the job's output file. Default: the run's folder where the store is one, else the current folder.",
+        example="/home/me/logs",
+    )
+    launch: Literal["ray", "direct"] = setting(
+        "ray",
+        about="ray starts Ray on the nodes; direct starts the ranks with srun, and nothing restarts them inside a job.",
+        example="direct",
+    )
+    signal_seconds: int = setting(
+        300,
+        about="How long before the time limit the run commits and stops. A commit and the end must fit in.",
+        example=600,
+        ge=30,
+        le=65535,
+        unit="seconds",
+    )
+    chain: int = setting(
+        0,
+        about="Where jobs must not be requeued: how many jobs to submit that follow each other. 0 is one that requeues itself.",
+        example=4,
+        ge=0,
+        le=100,
+        unit="jobs",
+    )
+
+    @model_validator(mode="after")
+    def _one_line_each(self) -> "Slurm":
+        for name, given in self:
+            for value in given if isinstance(given, list) else [given]:
+                if isinstance(value, str) and (not value.strip() or not value.isprintable()):
+                    raise ValueError(
+                        f"cluster.slurm.{name}: {value!r} is not allowed. It is one line of printable text, and not empty."
+                    )
+        for option in self.extra:
+            if not re.match(r"^-(-[a-z][a-z-]*|[A-Za-z])(=|$)", option):
+                raise ValueError(
+                    f"cluster.slurm.extra: {option!r} is not allowed. Give each option as --name=value or --name."
+                )
+        if self.gpu_type and not self.gpus_per_node:
+            raise ValueError("cluster.slurm.gpu_type: has no effect without cluster.slurm.gpus_per_node. Set that too.")
+        return self
+
+
+class Cluster(Section):
+    """How many ranks, and on what."""
+
+    workers: int | tuple[int, int] | None = setting(
+        None,
+        about="Ranks, or [fewest, most] for a run that goes on with fewer when machines leave the Ray cluster and grows when "
+        "they come. Default: one for each GPU of the cluster, one without GPUs.",
+        example=[8, 32],
+        unit="ranks",
+    )
+    gpus_per_worker: Literal[0, 1] | None = setting(
+        None, about="GPUs of each rank. Default: 1 where there are GPUs, else 0.", example=1, unit="GPUs"
+    )
+    threads_per_worker: int | None = setting(
+        None,
+        about="CPU threads of each rank (OMP_NUM_THREADS). Default: the machine's cores divided by its ranks.",
+        example=8,
+        ge=1,
+        unit="threads",
+    )
+    ray: Ray = Ray()
+    slurm: Slurm = Slurm()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _range(cls, given: Any) -> Any:
+        """Before pydantic's own checks: they would report each branch of the union."""
+        workers = given.get("workers") if isinstance(given, dict) else None
+        bounds: list[Any] = list(workers) if isinstance(workers, list | tuple) else [workers, workers]
+        whole = all(isinstance(bound, int) and not isinstance(bound, bool) for bound in bounds)
+        if workers is not None and not (whole and len(bounds) == 2 and 1 <= bounds[0] <= bounds[1]):
+            raise ValueError(
+                f"cluster.workers: {workers!r} is not allowed. Give a whole number from 1, or [fewest, most] with "
+                "1 <= fewest <= most. Example: [8, 32]."
+            )
+        return given
+
+    @property
+    def fewest_workers(self) -> int | None:
+        """Ranks that the run needs at least; None where the cluster decides."""
+        return self.workers[0] if isinstance(self.workers, tuple) else self.workers
+
+    @property
+    def most_workers(self) -> int | None:
+        """Ranks that the run takes at most; None where the cluster decides."""
+        return self.workers[1] if isinstance(self.workers, tuple) else self.workers

@@ -1,0 +1,96 @@
+"""What is wrong with a configuration, in one sentence a setting: its name, the value, what is allowed, an example."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from trainer.config.section import Section
+from trainer.config.tree import Config, fields, sections_in
+
+# What is to be written in YAML, where pydantic speaks of Python's types: error type -> words.
+_EXPECTED = {
+    "model_type": "Input should be a section of settings",
+    "dict_type": "Input should be a section of names and values",
+    "list_type": "Input should be a list",
+    "string_type": "Input should be text",
+}
+
+
+def unknown_keys(tree: Any, model: type[BaseModel], prefix: str) -> Iterator[str]:
+    """Keys of `tree` that `model` does not know, each with the nearest name or what is allowed there."""
+    if not isinstance(tree, dict):
+        return
+    for key, value in tree.items():
+        field = model.model_fields.get(key)
+        if field is None:
+            close = difflib.get_close_matches(str(key), model.model_fields, n=1, cutoff=0.5) or _elsewhere(str(key))
+            hint = f"Did you mean {close[0]!r}?" if close else f"Allowed here: {', '.join(model.model_fields)}."
+            yield f"{prefix}{key}: unknown setting. {hint}"
+            continue
+        for child in sections_in(field.annotation):
+            items = value if isinstance(value, list) else [value]
+            for index, item in enumerate(items):
+                yield from unknown_keys(
+                    item, child, f"{prefix}{key}[{index}]." if isinstance(value, list) else f"{prefix}{key}."
+                )
+
+
+def _elsewhere(key: str) -> list[str]:
+    """Where in the tree a key of this very name lives, for settings put into the wrong section."""
+    return [path for path, _ in fields() if path.rpartition(".")[2] == key]
+
+
+def explained(errors: Sequence[Any]) -> Iterator[str]:
+    """One sentence for each wrong setting: its name, the value, what is allowed, an example.
+
+    pydantic reports every branch of a union under a tag such as `list[str]`: the branch that got deepest is the one that
+    was meant, and branches that got equally far are alternatives.
+    """
+    unions: dict[tuple[Any, ...], list[Any]] = {}
+    for item in errors:
+        location = item["loc"]
+        tag = next((i for i, part in enumerate(location) if _is_union_tag(part)), len(location))
+        unions.setdefault(location[:tag], []).append(item)
+    for items in unions.values():
+        depth = max(len(item["loc"]) for item in items)
+        settings: dict[tuple[Any, ...], list[Any]] = {}
+        for item in items:
+            if len(item["loc"]) == depth:
+                settings.setdefault(tuple(part for part in item["loc"] if not _is_union_tag(part)), []).append(item)
+        yield from (_sentence(path, same) for path, same in settings.items())
+
+
+def _sentence(path: tuple[Any, ...], errors: Sequence[Any]) -> str:
+    first = errors[0]
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
+    field = _field_at([part for part in path if not isinstance(part, int)])
+    example = ""
+    if field is not None and field.examples:
+        example = f" Example: {yaml.safe_dump(field.examples[0], default_flow_style=True).strip().removesuffix('...').strip()}."
+    if first["type"] == "missing":
+        return f"{name}: missing, and it has no default.{example}"
+    messages = [_EXPECTED.get(item["type"]) or str(item["msg"]).removesuffix(".") for item in errors]
+    allowed = " or ".join([messages[0], *(message.removeprefix("Input should be ") for message in messages[1:])])
+    return f"{name}: {first['input']!r} is not allowed. {allowed}.{example}"
+
+
+def _is_union_tag(part: Any) -> bool:
+    """pydantic adds the branch of a union to a location, such as `literal['all-linear']` or `list[str]`."""
+    return isinstance(part, str) and "[" in part
+
+
+def _field_at(path: list[Any]) -> FieldInfo | None:
+    model: type[BaseModel] = Config
+    field = None
+    for part in path:
+        field = model.model_fields.get(part)
+        if field is None:
+            return None
+        model = next(sections_in(field.annotation), Section)
+    return field

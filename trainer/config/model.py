@@ -1,0 +1,82 @@
+"""What is tuned and how: the base, its quantization, the adapters."""
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from trainer.config.section import Section, setting
+
+
+class Model(Section):
+    """The base model that stays frozen."""
+
+    base: str = setting(
+        about="A Hugging Face model with safetensors files: a directory, an s3://, gs:// or az:// URI (read from there by "
+        "ranges, without a local copy), or a Hub id (downloaded into Hugging Face's cache).",
+        example="/models/Llama-3.1-8B",
+    )
+    revision: str | None = setting(None, about="Branch, tag or commit of a Hub id.", example="main")
+    attention: Literal["auto", "flash_attention_2", "varlen", "sdpa", "eager"] = setting(
+        "auto",
+        about="Attention kernel. auto takes flash_attention_2 (the flash-attn package), else varlen (PyTorch's own), "
+        "else sdpa, else eager (plain products, which hold all scores at once), whichever can run here and does what the base "
+        "needs; the log says which and why.",
+        example="sdpa",
+    )
+    dtype: Literal["bf16", "fp32"] = setting(
+        "bf16", about="Type of activations and of everything that is not quantized.", example="bf16"
+    )
+    layers: int | None = setting(
+        None,
+        about="Use only the first layers of the base: for smoke runs of a large model.",
+        example=2,
+        ge=1,
+        unit="layers",
+    )
+
+
+class Quant(Section):
+    """How the frozen linear layers are stored."""
+
+    type: Literal["nf4", "fp4", "none"] = setting("nf4", about="4-bit type, or none for 16-bit weights.", example="nf4")
+    block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] = setting(
+        64, about="Weights that share one scale (absmax).", example=64, unit="weights"
+    )
+    double: bool = setting(False, about="Quantize the scales too, to 8 bits (saves 0.37 bits a weight).", example=True)
+
+    cache: bool = setting(
+        False,
+        about="Keep the quantized base in the store (under bases/, half a byte a weight, shared by all runs) and read it "
+        "from there next time: a quarter of the bytes, at any number of ranks. Every byte is checked against its hash.",
+        example=True,
+    )
+
+    @model_validator(mode="after")
+    def _scales(self) -> "Quant":
+        if self.type == "none" and self.double:
+            raise ValueError(
+                "quant.double: true has no effect with quant.type: none. Remove it, or set quant.type: nf4."
+            )
+        if self.type == "none" and self.cache:
+            raise ValueError(
+                "quant.cache: true has no effect with quant.type: none. Remove it, or set quant.type: nf4."
+            )
+        return self
+
+
+class Tuning(Section):
+    """What learns: low-rank adapters on the frozen layers."""
+
+    method: Literal["lora", "rslora"] = setting(
+        "lora", about="lora scales by alpha / rank, rslora by alpha / sqrt(rank).", example="rslora"
+    )
+    rank: int = setting(16, about="Rank of the adapters.", example=16, ge=1, le=4096)
+    alpha: float = setting(
+        32.0, about="Scale of the adapters' output, before the division by the rank.", example=32, gt=0
+    )
+    dropout: float = setting(0.0, about="Share of the adapters' inputs dropped in training.", example=0.05, ge=0, lt=1)
+    targets: Literal["all-linear"] | list[str] = setting(
+        "all-linear",
+        about="Which linear layers get an adapter: all-linear (all but the output head), or names.",
+        example=["q_proj", "v_proj"],
+    )

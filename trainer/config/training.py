@@ -1,0 +1,217 @@
+"""The course of a run: its steps, its optimizer, its division over the ranks, its checkpoints and its metrics."""
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from trainer.config.section import Section, setting
+
+
+class Run(Section):
+    """Which run this is and where it lives."""
+
+    name: str = setting(
+        about="Name of the run: a folder of this name is made in the store. Letters, digits, '.', '_' and '-'.",
+        example="llama-8b-support",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
+    )
+    store: str = setting(
+        "runs",
+        about="Where runs, compiled data and checkpoints are kept: a folder, or an s3://, gs:// or az:// URI.",
+        example="s3://bucket/runs",
+    )
+    store_retry: float = setting(
+        120,
+        about="How long a request to a failing bucket is tried again, with growing pauses, before it counts as failed.",
+        example=600,
+        gt=0,
+        unit="seconds",
+    )
+    store_timeout: float = setting(
+        60,
+        about="How long one request to a bucket may take; uploads go in parts of 32 MiB, four at a time.",
+        example=300,
+        gt=0,
+        unit="seconds",
+    )
+    seed: int = setting(0, about="Decides the data order, the adapter's start and dropout.", example=7, ge=0, lt=2**32)
+
+
+class Optim(Section):
+    """AdamW and its schedule."""
+
+    lr: float = setting(2e-4, about="Peak learning rate.", example=2e-4, gt=0, le=1)
+    schedule: Literal["cosine", "linear", "constant"] = setting(
+        "cosine", about="Course of the learning rate after warm-up.", example="cosine"
+    )
+    warmup_steps: int = setting(
+        0, about="Steps over which the learning rate rises from 0.", example=100, ge=0, unit="steps"
+    )
+    min_lr_ratio: float = setting(
+        0.1, about="Last learning rate, as a share of lr (cosine and linear).", example=0.1, ge=0, le=1
+    )
+    betas: tuple[float, float] = setting(
+        (0.9, 0.999), about="Decay of the first and second moment.", example=[0.9, 0.95]
+    )
+    eps: float = setting(1e-8, about="Added to the root of the second moment.", example=1e-8, gt=0)
+    weight_decay: float = setting(0.0, about="Decoupled weight decay of the adapters.", example=0.01, ge=0)
+    lora_plus_ratio: float = setting(
+        1.0,
+        about="Learning rate of the adapters' B matrices, as a multiple of lr (LoRA+); 1 treats both matrices alike.",
+        example=16,
+        gt=0,
+        le=1000,
+    )
+    grad_clip: float = setting(1.0, about="Largest norm of the gradient; 0 turns clipping off.", example=1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _moments(self) -> "Optim":
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(
+                f"optim.betas: {list(self.betas)} is not allowed. Both must be in [0, 1). Example: [0.9, 0.95]."
+            )
+        return self
+
+
+class Train(Section):
+    """How long and in what portions."""
+
+    steps: int | None = setting(None, about="Optimizer steps. Give this or epochs.", example=1000, ge=1, unit="steps")
+    epochs: int | None = setting(
+        None, about="Passes over the training data. Give this or steps.", example=3, ge=1, unit="epochs"
+    )
+    global_batch: int = setting(
+        8,
+        about="Packed rows in one optimizer step over all ranks. Accumulation is derived, so that the loss curve does not "
+        "move with the number of GPUs.",
+        example=64,
+        ge=1,
+        unit="rows",
+    )
+    micro_batch: int = setting(
+        1, about="Packed rows a rank takes through the model at once.", example=1, ge=1, unit="rows"
+    )
+    activation_checkpointing: bool = setting(
+        True, about="Recompute activations in the backward pass: less memory, about a third more time.", example=True
+    )
+    eval_every: int = setting(
+        0, about="Evaluate every so many steps and at the end; 0 is only at the end.", example=100, ge=0, unit="steps"
+    )
+
+    @model_validator(mode="after")
+    def _length(self) -> "Train":
+        if (self.steps is None) == (self.epochs is None):
+            given = "both" if self.steps else "neither"
+            raise ValueError(
+                f"train.steps and train.epochs: {given} given. Set exactly one of them. Example: train.steps: 1000."
+            )
+        return self
+
+
+class Sharding(Section):
+    """How DeepSpeed divides the model."""
+
+    deepspeed: str = setting(
+        "auto",
+        about="A DeepSpeed policy: the name of a file in ds_configs, or the path of your own. auto is zero3 on several GPUs, single_gpu on one, cpu without.",
+        example="zero3",
+    )
+    scope: Literal["auto", "world", "node"] = setting(
+        "auto",
+        about="Over which ranks the frozen base is divided: all of them, or those of one node (each node then holds a "
+        "whole base and no frozen weight crosses the network). auto is node where there are several nodes and their GPUs "
+        "have the memory, as `capstan plan --gpu-memory` tells; else world.",
+        example="node",
+    )
+
+
+class Checkpoint(Section):
+    """When training state is committed to the store."""
+
+    every_steps: int = setting(
+        100, about="Commit every so many steps; 0 turns this rule off.", example=100, ge=0, unit="steps"
+    )
+    every_minutes: float = setting(
+        30,
+        about="Commit when so long has passed since the last; 0 turns this rule off.",
+        example=15,
+        ge=0,
+        unit="minutes",
+    )
+    keep_last: int = setting(3, about="Newest checkpoints to keep.", example=3, ge=1, unit="checkpoints")
+    keep_every: int = setting(
+        0,
+        about="Also keep every checkpoint whose step is a multiple of this; 0 keeps none.",
+        example=1000,
+        ge=0,
+        unit="steps",
+    )
+    keep_best: int = setting(
+        0,
+        about="Also keep so many checkpoints with the lowest evaluation loss, and commit after every evaluation; 0 keeps "
+        "none.",
+        example=2,
+        ge=0,
+        unit="checkpoints",
+    )
+    when_busy: Literal["wait", "skip"] = setting(
+        "wait",
+        about="What a save does that is due while the one before is still being uploaded: wait for it, or be skipped. "
+        "The metrics say how long and how often.",
+        example="skip",
+    )
+    failed_saves: int = setting(
+        3,
+        about="Saves that may fail one after the other before the run ends with exit code 6. The first and the last save "
+        "of a start may not fail at all.",
+        example=0,
+        ge=0,
+        unit="saves",
+    )
+
+
+class Retry(Section):
+    """How often a run starts again by itself."""
+
+    failures: int = setting(
+        3,
+        about="Restarts after a crash before the run gives up. Configuration and data errors are never retried, and a second "
+        "crash at the same step ends the run.",
+        example=3,
+        ge=0,
+        unit="restarts",
+    )
+    preemptions: int | None = setting(
+        None,
+        about="Restarts after a machine was taken away or lost, counted apart from crashes. Default: any number.",
+        example=20,
+        ge=0,
+        unit="restarts",
+    )
+    skip_bad_window: bool = setting(
+        True,
+        about="After a loss that is not finite: go back to the last commit and leave that step's rows out, once. Without it, "
+        "or the second time, the run ends with exit code 5.",
+        example=False,
+    )
+
+
+class Timeouts(Section):
+    """How long a rank may take over one thing before it counts as hanging, is named, and the ranks start again."""
+
+    load: float = setting(
+        3600, about="For loading the model and restoring its checkpoint.", example=1800, gt=0, unit="seconds"
+    )
+    step: float = setting(
+        900, about="For one step, or one step's data, or one evaluation.", example=300, gt=0, unit="seconds"
+    )
+    save: float = setting(3600, about="For waiting until a checkpoint is committed.", example=900, gt=0, unit="seconds")
+
+
+class Track(Section):
+    """Where metrics go, besides the run's folder."""
+
+    tensorboard: bool = setting(True, about="Write TensorBoard events into the run's folder.", example=True)
+    flush_seconds: float = setting(
+        5.0, about="How often metrics and logs are written to the store.", example=10, gt=0, unit="seconds"
+    )

@@ -1,0 +1,61 @@
+"""The whole tree of settings, and a walk over it."""
+
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from pydantic import BaseModel, model_validator
+from pydantic.fields import FieldInfo
+
+from trainer.config.cluster import Cluster
+from trainer.config.data import Data
+from trainer.config.model import Model, Quant, Tuning
+from trainer.config.section import Section
+from trainer.config.training import Checkpoint, Optim, Retry, Run, Sharding, Timeouts, Track, Train
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: Run
+    model: Model
+    quant: Quant = Quant()
+    tuning: Tuning = Tuning()
+    data: Data
+    optim: Optim = Optim()
+    train: Train
+    sharding: Sharding = Sharding()
+    checkpoint: Checkpoint = Checkpoint()
+    cluster: Cluster = Cluster()
+    retry: Retry = Retry()
+    timeouts: Timeouts = Timeouts()
+    track: Track = Track()
+
+    @model_validator(mode="after")
+    def _used(self) -> "Config":
+        if self.train.eval_every and not (self.data.eval or self.data.held_out):
+            raise ValueError(
+                "train.eval_every: has no effect without data.eval or data.held_out. Set one of them, or set it to 0."
+            )
+        if self.tuning.targets == []:
+            raise ValueError("tuning.targets: [] leaves nothing to learn. Name layers, or set all-linear.")
+        if self.checkpoint.keep_best and not self.train.eval_every:
+            raise ValueError("checkpoint.keep_best: has no effect without train.eval_every. Set that, or set it to 0.")
+        return self
+
+
+def fields(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting, depth first, as (dotted name, field)."""
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from fields(annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that a field of this type holds, in lists and options too."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from sections_in(argument)
