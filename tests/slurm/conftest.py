@@ -1,7 +1,8 @@
 """The cluster that these tests share, and runs on it."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import NoReturn
 
 import pytest
 
@@ -9,13 +10,18 @@ from tests.slurm.cluster import Cluster, missing
 from tests.slurm.site import Site
 
 
+def without(why: str, environment: Mapping[str, str]) -> NoReturn:
+    """Skip what needs a cluster; in CI, where one has to run, fail."""
+    if environment.get("CI"):
+        pytest.fail(why)
+    pytest.skip(why)
+
+
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A real Slurm with three nodes. Where none can run the tests are skipped, which in CI is a failure."""
     if why := missing():
-        if os.environ.get("CI"):
-            pytest.fail(why)
-        pytest.skip(why)
+        without(why, os.environ)
     with Cluster(tmp_path_factory.mktemp("slurm")) as running:
         yield running
 

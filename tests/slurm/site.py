@@ -1,8 +1,10 @@
 """A user of the cluster: submits runs with the real command, and watches what becomes of them."""
 
 import json
+import math
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,15 @@ class Site:
 
         self.wait_for(name, reached, f"generation {generation} of {name} reaches step {step}")
         return read_generation(self.run(name), generation)["start"][0]
+
+    def let_time_run_out(self, job: int, signal_seconds: int) -> None:
+        """Give a running job the smallest time limit that still leaves it its `signal_seconds`.
+
+        Slurm counts in minutes, looks every 30 seconds, and sends the signal up to 30 seconds early.
+        """
+        ran = time.time() - self.cluster.job(job)["start_time"]["number"]
+        minutes = math.ceil((ran + signal_seconds) / 60)
+        self.cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
 
     def assert_ends(self, name: str, job: int, state: str, exit_code: int | None = None) -> None:
         """Wait for the job's end, and check how Slurm calls it."""

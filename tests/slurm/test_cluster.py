@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import NETWORK, Cluster, missing
+from tests.slurm.conftest import without
 
 
 def test_nodes_have_addresses_host_names_and_gpus_of_their_own(cluster: Cluster) -> None:
@@ -56,3 +57,10 @@ def test_traffic_between_nodes_is_counted(cluster: Cluster) -> None:
 def test_a_machine_that_cannot_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert (missing() or "").startswith("a virtual Slurm cluster needs slurmctld, slurmd")
+
+
+def test_where_no_cluster_can_run_tests_are_skipped_and_in_ci_they_fail() -> None:
+    with pytest.raises(pytest.skip.Exception, match="it needs root"):
+        without("it needs root", {})
+    with pytest.raises(pytest.fail.Exception, match="it needs root"):
+        without("it needs root", {"CI": "true"})

@@ -7,45 +7,52 @@ import sys
 
 import pytest
 
-from launcher.status import read_status
+from launcher.status import read_generation, read_status
 from tests.cli.conftest import ENVIRONMENT
 from tests.slurm.site import Site
 
 pytestmark = pytest.mark.timeout(900)
 
 
-def test_an_interrupted_job_goes_on_beside_another_on_the_same_nodes(site: Site, undisturbed: dict[int, float]) -> None:
-    """It gets the signal that Slurm sends ahead of a time limit, then its driver is killed. The other, submitted from
-    inside a job, is cancelled at the end."""
-    hurt = site.submit(site.config("hurt", "cluster.slurm.exclude=n3", "retry.failures=1"))
-    beside = site.config("beside", "cluster.slurm.exclude=n3", "train.steps=5000")
+def test_a_job_goes_on_after_its_time_limit_and_a_crash(site: Site, undisturbed: dict[int, float]) -> None:
+    """It was submitted from inside a job. Beside it on the same nodes runs another, which is cancelled. Then Slurm's time
+    limit comes near, and in the next start the driver is killed."""
+    beside = site.submit(site.config("beside", "cluster.workers=2", "cluster.slurm.exclude=n3", "train.steps=5000"))
+    limits = ("cluster.slurm.time='60'", "cluster.slurm.signal_seconds=30", "retry.failures=1")
+    hurt_config = site.config("hurt", "cluster.slurm.exclude=n3", *limits)
     inside = ["srun", "--mem=1G", "--ntasks=2", "bash", "-c", '[ "$SLURM_PROCID" = 1 ] || exec "$@"', "bash"]
-    command = [*inside, sys.executable, "-m", "launcher.cli", "submit", "slurm", beside]
+    command = [*inside, sys.executable, "-m", "launcher.cli", "submit", "slurm", hurt_config]
     site.cluster.run(*command, cwd=site.folder, environment=ENVIRONMENT)
-    other = hurt + 2  # the one between is the srun that submitted it
+    hurt = beside + 2  # the one between is the srun that submitted it
 
     site.wait_for_step("hurt", generation=1)
-    site.cluster.run("scancel", "--signal=USR1", "--batch", str(hurt))
+    site.cluster.limit("n2", "1mbit")  # a step takes seconds: the run lasts until Slurm's signal
+    site.wait_for_step("beside", generation=1)
+    site.cluster.run("scancel", str(beside))
+    site.assert_ends("beside", beside, "CANCELLED")
+    site.let_time_run_out(hurt, signal_seconds=30)
+    site.wait_for("hurt", lambda: site.cluster.job(hurt)["restart_cnt"] == 1, "Slurm's signal, and the requeue")
+    site.cluster.limit("n2", None)
+    site.cluster.run("scontrol", "update", f"JobId={hurt}", "TimeLimit=60")
+
     site.wait_for_step("hurt", generation=2, step=12)
     drivers = [
         pid for pid, command in site.cluster.processes("n1").items() if f"{site.run('hurt').uri} --add" in command
     ]
     os.kill(drivers[0], signal.SIGKILL)
     site.assert_ends("hurt", hurt, "COMPLETED")
-    site.wait_for_step("beside", generation=1)
-    site.cluster.run("scancel", str(other))
-    site.assert_ends("beside", other, "CANCELLED")
     site.assert_nothing_is_left()
 
-    preempted, crashed, last = site.attempts("hurt")
-    assert (preempted.kind, preempted.exit_code, preempted.goes_on) == ("preempted", 75, True)
+    limited, crashed, last = site.attempts("hurt")
+    assert (limited.kind, limited.exit_code, limited.goes_on) == ("preempted", 75, True)
+    assert limited.reason == "Slurm's signal: the time limit was near, or the job was preempted"
     assert (crashed.kind, crashed.reason) == ("failure", "the driver was killed by signal 9")
     assert (last.kind, last.restart) == ("finished", 2)
     next_door = site.attempts("beside")[0]
-    assert preempted.nodes == crashed.nodes == last.nodes == next_door.nodes == ["n1", "n2"]
-    assert next_door.started < (preempted.ended or 0.0)
+    assert limited.nodes == crashed.nodes == last.nodes == next_door.nodes == ["n1", "n2"]
+    assert limited.started < read_generation(site.run("beside"), 1)["step"][-1]["time"]
     status = read_status(site.run("hurt"))
-    assert (status.state, status.generation, status.restarts[0].step) == ("finished", 3, preempted.step)
+    assert (status.state, status.generation, status.restarts[0].step) == ("finished", 3, limited.step)
     assert site.losses("hurt") == undisturbed
     assert read_status(site.run("beside")).last_commit_step
     assert site.status("beside")["slurm"]["jobs"][0]["state"] == "CANCELLED"
@@ -54,10 +61,10 @@ def test_an_interrupted_job_goes_on_beside_another_on_the_same_nodes(site: Site,
 def test_a_job_whose_node_is_gone_goes_on_with_the_nodes_that_are_left(
     site: Site, undisturbed: dict[int, float]
 ) -> None:
-    """The driver notices before Slurm does, as on a real cluster (30 seconds and 300); here it is 10 and 30."""
-    sooner = {"period_ms": 1000, "timeout_ms": 2000, "failure_threshold": 5}
+    """The driver notices before Slurm does, as on a real cluster (30 seconds and 300); here it is 6 and 20."""
+    sooner = {"period_ms": 1000, "timeout_ms": 2000, "failure_threshold": 3}
     setup = [f"export RAY_health_check_{name}={value}" for name, value in sooner.items()]
-    job = site.submit(site.config("unlucky", f"cluster.slurm.setup={json.dumps(setup)}"))
+    job = site.submit(site.config("unlucky", "cluster.workers=2", f"cluster.slurm.setup={json.dumps(setup)}"))
     site.wait_for_step("unlucky", generation=1)
     lost = site.attempts("unlucky")[0].nodes[1]
     site.cluster.power_off(lost)
@@ -71,13 +78,13 @@ def test_a_job_whose_node_is_gone_goes_on_with_the_nodes_that_are_left(
     assert (first.kind, first.reason, first.failed_nodes) == ("node lost", f"no answer from {lost}", [lost])
     assert last.kind == "finished"
     assert lost not in last.nodes
-    assert site.losses("unlucky") == undisturbed
+    assert site.losses("unlucky") == pytest.approx(undisturbed, abs=1e-3)  # two ranks here, four there
 
 
 def test_where_jobs_must_not_be_requeued_the_next_of_a_chain_goes_on(site: Site, undisturbed: dict[int, float]) -> None:
     """The second of three is stopped, which takes the third with it; submitted again, the run finishes in the first of
     three, and the others find nothing to do."""
-    config = site.config("chained", "cluster.slurm.launch=direct", "cluster.slurm.chain=3")
+    config = site.config("chained", "cluster.workers=2", "cluster.slurm.launch=direct", "cluster.slurm.chain=3")
     first = site.submit(config)
     site.wait_for_step("chained", generation=1)
     site.cluster.run("scancel", "--signal=USR1", "--batch", str(first))
@@ -95,4 +102,4 @@ def test_where_jobs_must_not_be_requeued_the_next_of_a_chain_goes_on(site: Site,
         site.assert_ends("chained", job, "COMPLETED")
     site.assert_nothing_is_left()
     assert [attempt.kind for attempt in site.attempts("chained")] == ["preempted", "stopped", "finished"]
-    assert site.losses("chained") == undisturbed
+    assert site.losses("chained") == pytest.approx(undisturbed, abs=1e-3)  # two ranks here, four there
