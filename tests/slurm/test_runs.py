@@ -58,6 +58,27 @@ def test_a_job_goes_on_after_its_time_limit_and_a_crash(site: Site, undisturbed:
     assert site.status("beside")["slurm"]["jobs"][0]["state"] == "CANCELLED"
 
 
+def test_a_job_that_slurm_preempts_commits_and_goes_on(site: Site, undisturbed: dict[int, float]) -> None:
+    """A job of a partition with a higher priority takes its nodes."""
+    settings = ("cluster.workers=2", "cluster.slurm.exclude=n3", "cluster.slurm.launch=direct")
+    job = site.submit(site.config("preempted", *settings))
+    site.wait_for_step("preempted", generation=1)
+    site.cluster.limit("n2", "1mbit")  # a step takes seconds: the run lasts until the other job has come
+    urgent = ["sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclude=n3", "--exclusive"]
+    taker = int(site.cluster.run(*urgent, "--output=/dev/null", "--wrap=true", cwd=site.folder))
+    site.wait_for("preempted", lambda: site.cluster.job(job)["restart_cnt"] == 1, "the preemption, and the requeue")
+    site.cluster.limit("n2", None)
+    site.assert_ends("preempted", job, "COMPLETED")
+    assert site.cluster.job(taker)["job_state"] == ["COMPLETED"]
+    site.assert_nothing_is_left()
+
+    first, last = site.attempts("preempted")
+    assert (first.kind, first.exit_code, last.kind) == ("preempted", 75, "finished")
+    before, after = (read_generation(site.run("preempted"), generation) for generation in (1, 2))
+    assert before["step"][-1]["step"] == first.step == after["start"][0]["step"]
+    assert site.losses("preempted") == pytest.approx(undisturbed, abs=1e-3)  # two ranks here, four there
+
+
 def test_a_job_whose_node_is_gone_goes_on_with_the_nodes_that_are_left(
     site: Site, undisturbed: dict[int, float]
 ) -> None:
