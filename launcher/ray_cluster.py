@@ -1,5 +1,6 @@
 """The Ray cluster of a run: joined or started here, and how many ranks find room in it now."""
 
+import json
 import logging
 import os
 import re
@@ -8,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from trainer.config import Config
 from trainer.errors import ConfigError
@@ -65,12 +67,28 @@ def joined_ray(address: str) -> Iterator[str]:
 
 
 def _knock(address: str) -> None:
-    """Raises `ConfigError` when nothing listens at a HOST:PORT, which Ray itself would try for minutes."""
+    """Ask a HOST:PORT whether it is a Ray that lets us in: Ray itself would try for long, and not say why it gave up.
+
+    Raises:
+        ConfigError: nothing listens there, or it refuses the token.
+    """
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel  # no public name gives a channel that carries the token
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
     host, _, port = address.rpartition(":")
     if "/" in address or not port.isdigit():
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS).close()
+        channel: Any = init_grpc_channel(address)
+        with channel:
+            request = gcs_service_pb2.CheckAliveRequest()  # pyright: ignore[reportAttributeAccessIssue]
+            gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).CheckAlive(request, timeout=_KNOCK_SECONDS)
+    except grpc.RpcError as error:
+        if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.UNAUTHENTICATED:
+            raise refused_token(address) from error
+        raise _not_joined(address, error) from error
     except OSError as error:
         raise _not_joined(address, error) from error
 
@@ -168,6 +186,11 @@ def room(each: Mapping[str, float]) -> int:
     return fits(available_resources_per_node(), each)
 
 
+def _bundle(each: Mapping[str, float]) -> str:
+    """What one rank needs, in Ray's own words for resources: {"CPU": 1, "GPU": 1}."""
+    return json.dumps({name: int(amount) if amount == int(amount) else amount for name, amount in each.items()})
+
+
 def shortage(asked: int, each: Mapping[str, float], total: Mapping[str, float]) -> str:
     """What a cluster with `total` lacks for `asked` ranks: "asked for 16 GPUs, the cluster has 8"."""
     missing = []
@@ -219,7 +242,8 @@ def wait_for_room(
                 demand = placement_group([wanted.each] * wanted.most)
             if found < wanted.fewest and not told:
                 told = True
-                log(f"waiting for room for {wanted.fewest} ranks: {short}")
+                demanded = f". An autoscaler is asked for {wanted.most} times {_bundle(wanted.each)}" if demand else ""
+                log(f"waiting for room for {wanted.fewest} ranks: {short}{demanded}")
             time.sleep(_LOOK_SECONDS)
     finally:
         if demand is not None:

@@ -28,8 +28,9 @@ TOKEN = "0123456789abcdef0123456789abcdef"
 
 @dataclass(frozen=True)
 class Guarded:
-    """A cluster of one machine: the address of its dashboard."""
+    """A cluster of one machine: its own address, and its dashboard's."""
 
+    address: str
     dashboard: str
 
 
@@ -58,7 +59,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
-        yield Guarded(f"http://127.0.0.1:{ports[1]}")
+        yield Guarded(f"127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}")
     finally:
         os.killpg(process.pid, 15)
         try:
@@ -120,6 +121,19 @@ def test_a_submitted_run_is_a_job_of_the_cluster_and_its_folder_tells_the_rest(
     taken = capstan(TOKEN, tmp_path, "submit", "ray", config)
     assert taken.returncode == 2
     assert "run.name: 'job' exists" in taken.stderr
+
+
+@pytest.mark.parametrize("mode", ["token", "disabled"])
+def test_a_wrong_token_or_none_is_called_so_by_train_too(
+    workshop: Workshop, tmp_path: Path, guarded: Guarded, mode: str
+):
+    config = write(tmp_path, workshop, "unknown", f"cluster.ray.address={guarded.address}")
+    command = [sys.executable, "-m", "launcher.cli", "train", config]
+    environment = {**with_token("f" * 32), "RAY_AUTH_MODE": mode}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert f"the Ray cluster at '{guarded.address}' refused the token" in done.stderr.splitlines()[-1]
+    assert "Unauthenticated" not in done.stderr
 
 
 def test_another_version_of_ray_or_python_is_one_sentence():

@@ -1,6 +1,6 @@
 """How many ranks find room on a cluster, and what it lacks, from the numbers alone."""
 
-from launcher.ray_cluster import fits, shortage
+from launcher.ray_cluster import _bundle, fits, shortage
 
 GPU_RANK = {"CPU": 4.0, "GPU": 1.0}
 
@@ -22,3 +22,9 @@ def test_what_is_missing_is_said_in_numbers():
         "fast_disk, the cluster has 0"
     )
     assert "busy" in shortage(2, GPU_RANK, total)
+
+
+def test_what_an_autoscaler_is_asked_for_is_said_in_rays_words():
+    assert _bundle({"CPU": 4.0, "GPU": 1.0, "accelerator_type:H100": 0.01}) == (
+        '{"CPU": 4, "GPU": 1, "accelerator_type:H100": 0.01}'
+    )
