@@ -266,7 +266,7 @@ def _drain_notice() -> Callable[[], bool]:
 
 
 def _gauges(run: str) -> Callable[[Mapping[str, float]], None]:
-    """Puts rank 0's step records into Ray's Prometheus metrics: capstan_step, capstan_loss, capstan_tokens_per_second."""
+    """Puts rank 0's step records into Ray's Prometheus metrics: capstan_step, capstan_loss and so on."""
     from ray.util.metrics import Gauge
 
     gauges = {
@@ -275,6 +275,7 @@ def _gauges(run: str) -> Callable[[Mapping[str, float]], None]:
             ("step", "Optimizer steps done"),
             ("loss", "Loss of the last step, nats a target token"),
             ("tokens_per_second", "Tokens a second of the last step, all ranks"),
+            ("restarts", "Starts of the run after its first"),
         )
     }
     for gauge in gauges.values():

@@ -48,7 +48,8 @@ class RunStatus:
     """A run at one moment. Losses are in nats per target token, times in seconds; None is what is not known yet.
 
     `machines` has the ranks on each; `quiet_seconds` is the time since the newest sign of life; `reason` is why the newest
-    generation ended.
+    generation ended. `start_seconds` has what the newest start took: `launch` (processes and imports), `load` (the base),
+    `restore` (a checkpoint), and `first_step`, all of it until the first update was done.
     """
 
     run: str
@@ -58,6 +59,7 @@ class RunStatus:
     world_size: int | None = None
     machines: dict[str, int] = field(default_factory=dict)
     dashboard: str | None = None
+    start_seconds: dict[str, float] = field(default_factory=dict)
     step: int = 0
     total_steps: int | None = None
     loss_first: float | None = None
@@ -200,6 +202,7 @@ class Follower:
             world_size=self._newest_value("start", "world_size"),
             machines=dict(Counter(self._newest_value("start", "machines") or ())),
             dashboard=self._newest_value("start", "dashboard"),
+            start_seconds=_start_seconds(newest),
             step=step,
             total_steps=total,
             loss_first=self._first_loss(),
@@ -277,6 +280,12 @@ def _state(newest: _Generation, quiet: float) -> State:
     return "running" if newest.last("step") else "starting"
 
 
+def _start_seconds(records: _Generation) -> dict[str, float]:
+    start, first = records.last("start") or {}, records.last("first_step")
+    parts = {part: start[f"{part}_seconds"] for part in ("launch", "load", "restore") if f"{part}_seconds" in start}
+    return parts | ({"first_step": first["seconds"]} if first else {})
+
+
 def _rates(records: _Generation) -> tuple[float | None, float | None]:
     """(tokens per second, seconds per step) over the last steps; None before the first."""
     recent = list(islice(reversed(records.by_kind["step"]), _RATE_STEPS))
@@ -318,6 +327,7 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
         yield "speed", f"{status.tokens_per_second:,.0f} tokens/s{eta}"
     yield "ranks", "" if status.world_size is None else _ranks_line(status)
     yield "dashboard", status.dashboard or ""
+    yield "started", _start_line(status)
     if status.last_commit_step is not None:
         age = duration(status.last_commit_age_seconds or 0.0)
         yield "checkpoint", f"step {status.last_commit_step:,}, {age} ago"
@@ -333,6 +343,14 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
 def _ranks_line(status: RunStatus) -> str:
     by_machine = ", ".join(f"{name}: {ranks}" for name, ranks in status.machines.items())
     return f"{status.world_size}" + (f" ({by_machine})" if by_machine else "")
+
+
+def _start_line(status: RunStatus) -> str:
+    parts = dict(status.start_seconds)
+    if "first_step" not in parts:
+        return ""
+    total = parts.pop("first_step")
+    return f"{total:.1f} s to the first step ({', '.join(f'{part} {took:.1f} s' for part, took in parts.items())})"
 
 
 def _loss_line(status: RunStatus) -> str:

@@ -66,6 +66,7 @@ def run_rank(config: Config, datasets: Datasets | None, *, resume: bool, starter
         CapstanError: of the kind whose exit code the process should end with; `Stopped` when asked to stop.
     """
     starter = starter or Starter()
+    launch_seconds = time.time() - starter.began
     ranks = join(group_timeout(config))
     with ranks.agreeing():
         base = resolve_base(config.model)
@@ -93,7 +94,21 @@ def run_rank(config: Config, datasets: Datasets | None, *, resume: bool, starter
         heart = Heart(ranks, config.timeouts, _last_words(run, generation, metrics, flush_log))
         stack.callback(heart.close)
         with _outcome(metrics, config, base, ranks):
-            _train(config, shared, base, ranks, store, run, generation, metrics, stop, heart, starter, resume=resume)
+            _train(
+                config,
+                shared,
+                base,
+                ranks,
+                store,
+                run,
+                generation,
+                metrics,
+                stop,
+                heart,
+                starter,
+                launch_seconds,
+                resume=resume,
+            )
 
 
 def group_timeout(config: Config) -> timedelta:
@@ -113,6 +128,7 @@ def _train(
     stop: StopSignal,
     heart: Heart,
     starter: Starter,
+    launch_seconds: float,
     *,
     resume: bool,
 ) -> None:
@@ -141,7 +157,9 @@ def _train(
         order=train_order(config, train_data.manifest).to_json(),
     )
     checkpoints = Checkpoints(run, ranks, generation, identity, config.checkpoint, _versions(), metrics.write_now)
+    restoring = time.monotonic()
     restored = checkpoints.restore(engine, required=resume, log=lambda text: print(text, flush=True))
+    restore_seconds = time.monotonic() - restoring
     step, position = (restored.step, Position.from_json(restored.position)) if restored else (0, Position())
     read_bytes = ranks.sum(report.read_bytes)
     processes = ranks.gather_objects((socket.gethostname(), os.getpid(), starter.machine))
@@ -157,7 +175,9 @@ def _train(
         machines=[machine for _, _, machine in processes],
         device=str(ranks.device),
         attention=attention.name,
+        launch_seconds=round(launch_seconds, 3),
         load_seconds=round(report.seconds, 3),
+        restore_seconds=round(restore_seconds, 3),
         load_gigabytes_per_second=round(read_bytes / 1e9 / report.seconds, 3),
         read_bytes=int(read_bytes),
         kept_bytes=report.kept_bytes,
@@ -183,7 +203,7 @@ def _train(
         if record["step"] == step + 1:
             metrics.write("first_step", step=step + 1, seconds=round(time.time() - starter.began, 3))
         metrics.write("step", **record, **peak_memory(ranks.device))
-        starter.observe(record)
+        starter.observe({**record, "restarts": generation - 1})
     metrics.write("end", outcome="finished", step=total_steps, reason="")
 
 

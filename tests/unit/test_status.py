@@ -271,3 +271,14 @@ def test_following_a_log_yields_what_is_appended_and_goes_on_into_the_next_gener
     run.put(run_layout.rank_log(2, 0), b"one\n")
     followed: Iterator[str] = follow_log(run, 0, stop=lambda: left[0] == 0, wait=write_more)
     assert list(followed) == ["one\n", "caf", "\u00e9\n", "resumed\n"]
+
+
+def test_what_the_newest_start_took_is_told_in_its_parts(run: Store) -> None:
+    parts = {"launch_seconds": 12.0, "load_seconds": 3.0, "restore_seconds": 0.5}
+    write(run, 1, {**start(1), **parts}, {"kind": "first_step", "step": 1, "seconds": 17.25, "time": NOW})
+    status = read_status(run, lambda: NOW)
+    assert status.start_seconds == {"launch": 12.0, "load": 3.0, "restore": 0.5, "first_step": 17.25}
+    console = Console(file=io.StringIO(), width=120)
+    console.print(render(status))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "17.2 s to the first step (launch 12.0 s, load 3.0 s, restore 0.5 s)" in shown
