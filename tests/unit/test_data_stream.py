@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from trainer.config import Config, Data
 from trainer.data import order
 from trainer.data.compile import compile_dataset
-from trainer.data.dataset import Dataset
+from trainer.data.dataset import Blocks, Dataset
 from trainer.data.order import EpochPlan, Order, Window
 from trainer.data.sources import expand
 from trainer.data.stream import PAD, MicroBatch, Position, Stream, eval_stream
@@ -219,3 +220,21 @@ def test_evaluation_visits_every_document_once_with_equal_micro_batches_on_each_
     ranks = [[batch for (batch,) in eval_stream(CONFIG, dataset, rank, 3).epoch(0)] for rank in range(3)]
     assert len({len(batches) for batches in ranks}) == 1
     assert Counter(d for batches in ranks for b in batches for d in b.documents) == Counter(range(DOCUMENTS))
+
+
+def test_evaluation_reads_no_window_twice_and_none_of_a_next_epoch(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[int] = []
+    plain = Dataset.read
+
+    def observed(self: Dataset, numbers: np.ndarray) -> Blocks:
+        reads.extend(numbers.tolist())
+        return plain(self, numbers)
+
+    monkeypatch.setattr(Dataset, "read", observed)
+    source = eval_stream(CONFIG, dataset, 0, 1)
+    for expected in (3, 2):  # of three blocks, one a window; the last window is still there for the second time
+        reads.clear()
+        assert sum(len(batch.documents) for (batch,) in source.epoch(0)) == DOCUMENTS
+        assert len(set(reads)) == len(reads) == expected

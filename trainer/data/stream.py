@@ -93,11 +93,18 @@ class Stream:
 
     A rank's `accumulation`, the micro-batches of a step, is derived: global_batch / (world_size * micro_batch), rounded
     up. In memory are the window in use and the two after it, read in the background, and for a moment the one before: at
-    most 4 x 64 MiB of tokens, unless single documents are longer than a block.
+    most 4 x 64 MiB of tokens, unless single documents are longer than a block. Nothing is read ahead beyond `epochs`.
     """
 
     def __init__(
-        self, dataset: Dataset, order: Order, global_batch: int, micro_batch: int, rank: int, world_size: int
+        self,
+        dataset: Dataset,
+        order: Order,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        epochs: int | None = None,
     ) -> None:
         assert len(order.weights) == len(dataset.manifest.sources)
         assert 0 <= rank < world_size
@@ -108,6 +115,7 @@ class Stream:
         self._micro_batch = micro_batch
         self._rank = rank
         self._world_size = world_size
+        self._epochs = epochs
         self._padding = np.full(order.sequence_length, PAD, np.uint32)
         self._numbers = np.arange(micro_batch * order.sequence_length, dtype=np.int32)
         # The windows ahead may be of the next epoch.
@@ -170,9 +178,11 @@ class Stream:
         data = self.dataset
         return EpochPlan(data.offsets, data.blocks, data.block_sources, self._order, epoch)
 
-    def _next_window(self, place: tuple[int, int]) -> tuple[int, int]:
+    def _next_window(self, place: tuple[int, int]) -> tuple[int, int] | None:
         epoch, window = place
-        return (epoch, window + 1) if window + 1 < self._plan(epoch).num_windows else (epoch + 1, 0)
+        if window + 1 < self._plan(epoch).num_windows:
+            return epoch, window + 1
+        return None if epoch + 1 == self._epochs else (epoch + 1, 0)
 
     def _load(self, place: tuple[int, int]) -> _Loaded:
         epoch, window = place
@@ -228,7 +238,7 @@ class _ReadAhead:
     """Windows by place, loaded in the background before they are asked for in turn."""
 
     def __init__(
-        self, load: Callable[[tuple[int, int]], _Loaded], after: Callable[[tuple[int, int]], tuple[int, int]]
+        self, load: Callable[[tuple[int, int]], _Loaded], after: Callable[[tuple[int, int]], tuple[int, int] | None]
     ) -> None:
         self._load = load
         self._after = after
@@ -238,8 +248,8 @@ class _ReadAhead:
     def get(self, place: tuple[int, int]) -> _Loaded:
         """The window at `place`; begins to load those after it, and forgets the others."""
         wanted = [place]
-        while len(wanted) <= WINDOWS_AHEAD:
-            wanted.append(self._after(wanted[-1]))
+        while len(wanted) <= WINDOWS_AHEAD and (following := self._after(wanted[-1])):
+            wanted.append(following)
         self._loading = {key: self._loading.get(key) or self._pool.submit(self._load, key) for key in wanted}
         return self._loading[place].result()
 
@@ -247,7 +257,8 @@ class _ReadAhead:
 def train_stream(config: Config, dataset: Dataset, rank: int, world_size: int) -> Stream:
     """The stream of a run's training data."""
     order = train_order(config, dataset.manifest)
-    return Stream(dataset, order, config.train.global_batch, config.train.micro_batch, rank, world_size)
+    epochs = config.train.epochs
+    return Stream(dataset, order, config.train.global_batch, config.train.micro_batch, rank, world_size, epochs)
 
 
 def eval_stream(config: Config, dataset: Dataset, rank: int, world_size: int) -> Stream:
@@ -257,4 +268,4 @@ def eval_stream(config: Config, dataset: Dataset, rank: int, world_size: int) ->
     """
     micro_batch = config.train.micro_batch
     order = eval_order(config, dataset.manifest)
-    return Stream(dataset, order, world_size * micro_batch, micro_batch, rank, world_size)
+    return Stream(dataset, order, world_size * micro_batch, micro_batch, rank, world_size, epochs=1)
