@@ -29,7 +29,13 @@ def talk(question: str, answer: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
-def check(tmp_path: Path, rows: list[Any], evaluation: list[Any] = (), **data: Any) -> Report:  # pyright: ignore
+def check(
+    tmp_path: Path,
+    rows: list[Any],
+    evaluation: list[Any] = (),  # pyright: ignore
+    processes: int = 1,
+    **data: Any,
+) -> Report:
     """The report on rows of one file each; a `bytes` row is a line as it stands."""
     sources: dict[str, Any] = {}
     for what, content in (("train", rows), ("eval", evaluation)):
@@ -49,7 +55,7 @@ def check(tmp_path: Path, rows: list[Any], evaluation: list[Any] = (), **data: A
             "train": {"steps": 1},
         }
     )
-    return check_data(config, byte_tokenizer(), find(config), lambda *_: None)
+    return check_data(config, byte_tokenizer(), find(config), lambda *_: None, processes)
 
 
 def found(report: Report) -> Findings:
@@ -107,6 +113,13 @@ def test_an_odd_conversation_is_counted(tmp_path: Path, messages: list[tuple[str
     row = {"messages": [{"role": role, "content": content} for role, content in messages]}
     train = found(check(tmp_path, [talk("a", "b"), row]))
     assert (train.bad_rows, getattr(train, fault)) == (0, 1)
+
+
+def test_other_processes_find_the_same(tmp_path: Path) -> None:
+    rows = [talk(sentence(n % 300, 5), "yes") if n % 50 else {"messages": n} for n in range(500)]
+    alone = check(tmp_path, rows, rows[:40])
+    assert found(alone).exact_duplicates > 0
+    assert check(tmp_path, rows, rows[:40], processes=2) == alone
 
 
 def test_what_is_cut_at_the_sequence_length(tmp_path: Path) -> None:

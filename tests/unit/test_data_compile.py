@@ -1,9 +1,14 @@
 import json
+import multiprocessing
 from collections import Counter
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
+import pyarrow
+import pyarrow.parquet
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -96,7 +101,7 @@ def test_a_killed_compilation_goes_on_after_its_last_shard(
     other = open_store(str(tmp_path / "other"))
     expected = build(other, data)
     encoded: list[str] = []
-    plain = Encoder.encode
+    plain = Encoder.__call__
 
     def observed(self: Encoder, batch: Batch) -> Encoded:
         encoded.append(f"{Path(batch.uri).name}:{batch.first}")
@@ -106,7 +111,7 @@ def test_a_killed_compilation_goes_on_after_its_last_shard(
         if now.documents == 2100:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Encoder, "encode", observed)
+    monkeypatch.setattr(Encoder, "__call__", observed)
     with pytest.raises(KeyboardInterrupt):
         build(store, data, progress=die_in_the_second_file)
     encoded.clear()
@@ -116,6 +121,41 @@ def test_a_killed_compilation_goes_on_after_its_last_shard(
     assert {entry.key for entry in folder.list()} == {entry.key for entry in other.sub(f"data/{FINGERPRINT}").list()}
     for entry in folder.list("tokens-"):
         assert folder.get(entry.key) == other.sub(f"data/{FINGERPRINT}").get(entry.key)
+
+
+def compile_and_stop(data: Data, folder: str, reached: Event) -> None:
+    """Another process: compiles on two cores in small shards, and in the second file waits to be killed."""
+    shards.SHARD_TOKENS, rows.BATCH_ROWS = 2000, 100
+
+    def report(now: Progress) -> None:
+        if now.documents == 2100:
+            reached.set()
+            multiprocessing.Event().wait(120)
+
+    build(open_store(folder), data, processes=2, progress=report)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_sigkill_leaves_no_process_and_finished_shards_are_not_compiled_again(tmp_path: Path, store: Store) -> None:
+    data = settings(*(write(tmp_path / f"{name}.jsonl", texts(0, 1200)) for name in "ab"))
+    spawning = multiprocessing.get_context("spawn")
+    reached = spawning.Event()
+    victim = spawning.Process(target=compile_and_stop, args=(data, str(tmp_path / "store"), reached), daemon=False)
+    victim.start()
+    try:
+        assert reached.wait(60)
+        workers = psutil.Process(victim.pid).children(recursive=True)
+    finally:
+        victim.kill()
+        victim.join(10)
+    assert victim.exitcode == -9
+    assert not psutil.wait_procs(workers, timeout=20)[1]
+    folder = tmp_path / "store/data" / FINGERPRINT
+    finished = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.bin")}
+    assert len(finished) == 3 * len(list(folder.glob("progress-*"))) >= 3
+    manifest = build(store, data).manifest
+    assert manifest == build(open_store(str(tmp_path / "other")), data).manifest
+    assert {name: (folder / name).stat().st_mtime_ns for name in finished} == finished
 
 
 def test_a_writer_that_loses_the_race_opens_the_winners(tmp_path: Path, store: Store) -> None:
@@ -160,6 +200,32 @@ def test_a_bad_row_fails_with_file_and_line_or_is_skipped_and_counted(
     assert (manifest.counters.rows, manifest.counters.bad_rows, manifest.documents) == (3, 1, 2)
     assert len(manifest.bad_rows) == 1
     assert manifest.bad_rows[0].startswith(f"{path}:2: ")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_row_of_100_mb_is_a_bad_row(tmp_path: Path, store: Store, name: str) -> None:
+    path = tmp_path / name
+    text = "1 2 " * 25_000_000
+    if name.endswith(".parquet"):
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["1", text, "2"]}), path)
+    else:
+        path.write_text(f'{{"text": "1"}}\n{{"text": "{text}"}}\n{{"text": "2"}}\n')
+    with pytest.raises(DataError, match=rf"{name}:2: .*(64|67|16),\d+.*set data\.on_bad_row: skip"):
+        build(store, settings(str(path)))
+    manifest = build(store, settings(str(path), on_bad_row="skip")).manifest
+    assert (manifest.documents, manifest.counters.bad_rows) == (2, 1)
+
+
+def test_a_template_that_raises_makes_a_bad_row(tmp_path: Path, store: Store) -> None:
+    template = "{{ raise_exception('no such talk') if messages[0].content == '13' else messages[0].content }}"
+    (tmp_path / "t.jinja").write_text(template)
+    talks = [{"messages": [{"role": "user", "content": f"{n} {n}" if n != 13 else "13"}]} for n in range(20)]
+    path = write(tmp_path / "a.jsonl", talks)
+    options = {"format": "chat", "template": str(tmp_path / "t.jinja"), "loss_on": "all"}
+    with pytest.raises(DataError, match=r"a\.jsonl:14: the chat template refuses the conversation: no such talk"):
+        build(store, settings(path, **options))
+    manifest = build(store, settings(path, on_bad_row="skip", **options)).manifest
+    assert (manifest.documents, manifest.counters.bad_rows) == (19, 1)
 
 
 def test_only_the_first_bad_rows_are_described(tmp_path: Path, store: Store) -> None:
@@ -238,6 +304,17 @@ def test_a_damaged_block_is_found_and_its_neighbours_are_read(tmp_path: Path, st
     assert len(dataset.read(np.array([0, 2])).tokens) == 344 * 4
     with pytest.raises(StorageError, match=rf"{FINGERPRINT}/tokens-00000\.bin: bytes 4096 to 8192 are not what was"):
         dataset.read(np.array([0, 1, 2]))
+
+
+def test_a_truncated_or_deleted_shard_is_named(tmp_path: Path, store: Store) -> None:
+    dataset = build(store, settings(write(tmp_path / "a.jsonl", texts(0, 600))))
+    key = f"data/{FINGERPRINT}/tokens-00000.bin"
+    store.put(key, store.get(key)[:-8])
+    with pytest.raises(StorageError, match=rf"{key}: .*truncated"):
+        dataset.read(np.array([0, 2]))
+    store.delete(key)
+    with pytest.raises(NotFound, match=rf"{key} does not exist"):
+        dataset.read(np.array([0]))
 
 
 @pytest.mark.parametrize("name", ["documents-00000.bin", "blocks-00000.bin"])

@@ -1,8 +1,8 @@
 """What is in the data: a report on a run's sources, before anything is compiled or trained."""
 
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from trainer.data.dataset import BLOCK_DOCUMENTS
 from trainer.data.duplicates import Fingerprint, Seen
 from trainer.data.encode import BAD_ROWS_SHOWN, Part
 from trainer.data.order import EpochPlan, Order
+from trainer.data.pool import map_batches, processes_for
 from trainer.data.prepare import Input
 from trainer.data.rows import Batch, batches
 from trainer.data.sources import SourceFile
@@ -82,80 +83,125 @@ def check_data(
     tokenizer: "PreTrainedTokenizerBase",
     inputs: dict[str, Input],
     progress: Callable[[str, int, int], None],
+    processes: int | None = None,
 ) -> Report:
     """Read and tokenize every row of `inputs` (see `prepare.find`); `progress` gets the split, bytes read and all bytes.
+
+    `processes` is by default one for each core, and 1 (this one) for small sources.
 
     Raises:
         ConfigError: the tokenizer cannot serve `data.format`.
         DataError: a file as a whole is damaged.
     """
-    renderer = Renderer(tokenizer, config.data)
     trained = Seen()
     splits: dict[str, Findings] = {}
     refusals: list[str] = []
     for what, (files, part) in inputs.items():
-        inspection = _Inspection(config, renderer, part, trained if what == "train" else Seen(), trained)
-        size, before = sum(file.size for file in files), 0
-        for file in files:
-            for batch in batches(file):
-                inspection.take(batch)
-                progress(what, before + batch.read, size)
-            before += file.size
-        splits[what] = inspection.finish(is_train=what == "train")
+        size = sum(file.size for file in files)
+        start = partial(_Inspector, config.data, tokenizer, part)
+        collected = _Collected(trained if what == "train" else Seen(), trained)
+        for inspected, read in map_batches(_read(files), start, processes or processes_for(size)):
+            collected.take(inspected)
+            progress(what, read, size)
+        splits[what] = collected.finish(config.data)
         refusals += _refusals(config.data, what, splits[what], files)
     return Report(splits, refusals)
 
 
-class _Inspection:
-    def __init__(self, config: Config, renderer: Renderer, part: Part, seen: Seen, trained: Seen) -> None:
-        self._config = config
-        self._renderer = renderer
+def _read(files: list[SourceFile]) -> Iterator[tuple[Batch, int]]:
+    """Every batch, and how many bytes of all files were read by its end."""
+    before = 0
+    for file in files:
+        for batch in batches(file):
+            yield batch, before + batch.read
+        before += file.size
+
+
+@dataclass
+class _Inspected:
+    """What one batch holds: what can be counted in it, the tokens of each document, and each one's place and text."""
+
+    found: Findings = field(default_factory=Findings)
+    lengths: list[int] = field(default_factory=list)
+    texts: list[tuple[str, Fingerprint]] = field(default_factory=list)
+
+
+class _Inspector:
+    """Looks at batches one by one, in whatever process."""
+
+    def __init__(self, data: Data, tokenizer: "PreTrainedTokenizerBase", part: Part) -> None:
+        self._data = data
+        self._renderer = Renderer(tokenizer, data)
         self._part = part
-        self._seen = seen
-        self._trained = trained
-        self._found = Findings()
-        self._in_train = Counter({"exact": 0, "near": 0})
-        self._lengths: list[int] = []
 
-    def take(self, batch: Batch) -> None:
-        rows = [(where, row) for where, row in batch.rows(self._bad_line) if self._part.has(row)]
+    def __call__(self, batch: Batch) -> _Inspected:
+        result = _Inspected()
+        found, limit = result.found, self._data.sequence_length
+
+        def bad_line(error: DataError) -> None:
+            if not self._part.held_out:
+                found.rows += 1
+                found.undecodable += "not UTF-8" in str(error)
+                _bad(found, error)
+
+        rows = [(where, row) for where, row in batch.rows(bad_line) if self._part.has(row)]
         for (where, row), example in zip(rows, self._renderer.encode([row for _, row in rows]), strict=True):
-            self._found.rows += 1
+            found.rows += 1
             if isinstance(example, DataError):
-                self._bad(DataError(f"{where}: {example}"))
+                _bad(found, DataError(f"{where}: {example}"))
                 continue
-            self._converse(self._renderer.turns(row), where)
-            limit = self._config.data.sequence_length
-            self._found.too_long += len(example.tokens) > limit
-            self._found.tokens_cut += max(0, len(example.tokens) - limit)
-            self._found.without_targets += not example.targets[:limit].any()
-            self._found.tokens += len(example.tokens)
-            self._found.targets += int(example.targets.sum())
-            self._lengths.append(len(example.tokens))
+            turns = self._renderer.turns(row)
+            self._converse(found, turns)
+            # Many rows share a system message: it says nothing about whether they are alike.
+            spoken = "\n".join(turn.content for turn in turns if turn.role not in ("system", "developer"))
+            result.texts.append((where, Fingerprint.of(spoken)))
+            result.lengths.append(len(example.tokens))
+            found.documents += 1
+            found.tokens += len(example.tokens)
+            found.targets += int(example.targets.sum())
+            found.too_long += len(example.tokens) > limit
+            found.tokens_cut += max(0, len(example.tokens) - limit)
+            found.without_targets += not example.targets[:limit].any()
+        return result
 
-    def _bad_line(self, error: DataError) -> None:
-        if not self._part.held_out:
-            self._found.rows += 1
-            self._found.undecodable += "not UTF-8" in str(error)
-            self._bad(error)
-
-    def _bad(self, error: DataError) -> None:
-        self._found.bad_rows += 1
-        if len(self._found.bad_row_examples) < BAD_ROWS_SHOWN:
-            self._found.bad_row_examples.append(str(error))
-
-    def _converse(self, turns: list[Turn], where: str) -> None:
-        found, roles = self._found, [turn.role for turn in turns]
-        if self._config.data.format == "chat":
+    def _converse(self, found: Findings, turns: list[Turn]) -> None:
+        roles = [turn.role for turn in turns]
+        if self._data.format == "chat":
             found.one_sided += not {"user", "assistant"} <= set(roles)
             spoken = [role for role in roles if role != "tool"]
             found.odd_roles += any(a == b for a, b in pairwise(spoken)) or "system" in roles[1:]
         found.empty_turns += any(not turn.content.strip() and not turn.calls for turn in turns)
         found.undecodable += any(_REPLACEMENT in turn.content for turn in turns)
-        # Many rows share a system message: it says nothing about whether they are alike.
-        text = Fingerprint.of("\n".join(turn.content for turn in turns if turn.role not in ("system", "developer")))
-        if self._seen is not self._trained and (match := self._trained.find(text)):
-            self._in_train[match[0]] += 1
+
+
+def _bad(found: Findings, error: DataError) -> None:
+    found.bad_rows += 1
+    found.bad_row_examples = [*found.bad_row_examples, str(error)][:BAD_ROWS_SHOWN]
+
+
+class _Collected:
+    """The batches of a split, in their order; `seen` are its texts so far, `trained` those of the training data."""
+
+    def __init__(self, seen: Seen, trained: Seen) -> None:
+        self._seen = seen
+        self._trained = trained
+        self._found = Findings(in_train=None if seen is trained else {"exact": 0, "near": 0})
+        self._lengths: list[int] = []
+
+    def take(self, batch: _Inspected) -> None:
+        for name, value in vars(batch.found).items():
+            if isinstance(value, int):
+                setattr(self._found, name, getattr(self._found, name) + value)
+        examples = [*self._found.bad_row_examples, *batch.found.bad_row_examples]
+        self._found.bad_row_examples = examples[:BAD_ROWS_SHOWN]
+        self._lengths += batch.lengths
+        for where, text in batch.texts:
+            self._compare(where, text)
+
+    def _compare(self, where: str, text: Fingerprint) -> None:
+        found = self._found
+        if found.in_train is not None and (match := self._trained.find(text)):
+            found.in_train[match[0]] += 1
             self._example(where, match[1])
         if match := self._seen.find(text):
             found.exact_duplicates += match[0] == "exact"
@@ -168,12 +214,8 @@ class _Inspection:
         if len(self._found.duplicate_examples) < _EXAMPLES:
             self._found.duplicate_examples.append((where, earlier))
 
-    def finish(self, is_train: bool) -> Findings:
-        found, data = self._found, self._config.data
-        found.documents = len(self._lengths)
-        lengths = np.array(self._lengths, np.int64)
-        if not is_train:
-            found.in_train = dict(self._in_train)
+    def finish(self, data: Data) -> Findings:
+        found, lengths = self._found, np.array(self._lengths, np.int64)
         if len(lengths):
             quantiles = {"min": 0, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1}
             found.lengths = {name: int(np.quantile(lengths, q)) for name, q in quantiles.items()}

@@ -8,9 +8,9 @@ bytes, and a killed one goes on after its last shard. Nothing counts before the 
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,8 @@ from trainer.base import TOKENIZER_FILES
 from trainer.config import Data
 from trainer.data.chat import template_text
 from trainer.data.dataset import FORMAT, MANIFEST, Counters, Dataset, Manifest, SourceRecord, open_dataset
-from trainer.data.encode import EVERYTHING, Part, encode_all
+from trainer.data.encode import EVERYTHING, Encoder, Part
+from trainer.data.pool import map_batches, processes_for
 from trainer.data.rows import Batch, batches
 from trainer.data.shards import Place, ShardWriter
 from trainer.data.sources import SourceFile
@@ -29,9 +30,6 @@ from trainer.store import Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# Below this, starting other processes takes longer than the work.
-_BYTES_FOR_PROCESSES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -103,8 +101,8 @@ def compile_dataset(
         if progress is not None:
             progress(Progress(bytes_done, size, writer.counters.rows, writer.documents, writer.tokens))
 
-    reading = _read(files, writer.next)
-    for encoded, at in encode_all(reading, data, tokenizer, part, processes or _processes(size)):
+    start = partial(Encoder, data, tokenizer, part)
+    for encoded, at in map_batches(_read(files, writer.next), start, processes or processes_for(size)):
         if encoded.error:
             raise DataError(encoded.error)
         writer.add(at.source, encoded, at.after)
@@ -137,10 +135,6 @@ def _read(files: Sequence[SourceFile], start: Place) -> Iterator[tuple[Batch, _A
         if file.store.head(file.key).version != file.version:
             raise DataError(f"{file.uri}: changed while it was read. Start again when it is complete.")
         before += file.size
-
-
-def _processes(size: int) -> int:
-    return len(os.sched_getaffinity(0)) if size >= _BYTES_FOR_PROCESSES else 1
 
 
 def _manifest(fingerprint: str, files: Sequence[SourceFile], writer: ShardWriter) -> Manifest:

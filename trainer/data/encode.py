@@ -1,16 +1,10 @@
-"""Batches of rows into tokens: which rows become documents, in this process or over all cores."""
+"""Batches of rows into tokens: which rows become documents."""
 
 import hashlib
 import json
-import multiprocessing
-import os
-import threading
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from multiprocessing import connection
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BAD_ROWS_SHOWN = 20
-_BATCHES_AHEAD = 4
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,14 +65,18 @@ class _Fatal(Exception):
 
 
 class Encoder:
-    """Turns batches into documents as the settings say, and counts what did not become one."""
+    """Turns batches into documents as the settings say, and counts what did not become one.
+
+    Raises:
+        ConfigError: the tokenizer cannot serve `data.format`.
+    """
 
     def __init__(self, data: Data, tokenizer: "PreTrainedTokenizerBase", part: Part) -> None:
         self._data = data
         self._renderer = Renderer(tokenizer, data)
         self._part = part
 
-    def encode(self, batch: Batch) -> Encoded:
+    def __call__(self, batch: Batch) -> Encoded:
         result = Encoded(np.empty(0, TOKEN), np.empty(0, np.int64))
         documents: list[NDArray[np.uint32]] = []
         try:
@@ -135,53 +130,3 @@ class Encoder:
                 yield tokens[start : start + limit] | np.where(piece, TARGET_BIT, np.uint32(0))
         if not trained:
             result.counters.without_targets += 1
-
-
-def encode_all(
-    work: Iterable[tuple[Batch, T]], data: Data, tokenizer: "PreTrainedTokenizerBase", part: Part, processes: int
-) -> Iterator[tuple[Encoded, T]]:
-    """Every batch encoded, with what came beside it, in order whatever the number of `processes`; 1 is this one.
-
-    Raises:
-        ConfigError: the tokenizer cannot serve `data.format`.
-    """
-    encoder = Encoder(data, tokenizer, part)  # also where others work: a wrong setting is told here and once
-    if processes == 1:
-        yield from ((encoder.encode(batch), beside) for batch, beside in work)
-        return
-    spawning = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, spawning, _start_worker, (data, tokenizer, part)) as pool:
-        waiting: deque[tuple[Future[Encoded], T]] = deque()
-        try:
-            for batch, beside in work:
-                waiting.append((pool.submit(_encode, batch), beside))
-                if len(waiting) > _BATCHES_AHEAD * processes:
-                    encoded, beside = waiting.popleft()
-                    yield encoded.result(), beside
-            for encoded, beside in waiting:
-                yield encoded.result(), beside
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-_encoder: Encoder | None = None
-
-
-def _start_worker(data: Data, tokenizer: "PreTrainedTokenizerBase", part: Part) -> None:
-    global _encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken already
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoder = Encoder(data, tokenizer, part)
-
-
-def _end_with_parent() -> None:
-    """A pool's worker would wait for ever for a parent that was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
-
-
-def _encode(batch: Batch) -> Encoded:
-    assert _encoder is not None
-    return _encoder.encode(batch)
