@@ -101,11 +101,14 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Memory per GPU and host, batch arithmetic and traffic of a run, without a GPU. Exit code 4 when it does not fit."""
+    from dataclasses import replace
+
     from launcher.report import plan_table
     from trainer.architecture import mismatches
     from trainer.base import read_base_config
     from trainer.config import load_config
-    from trainer.errors import DoesNotFit
+    from trainer.data.sources import unusable
+    from trainer.errors import DataError, DoesNotFit
     from trainer.plan import make_plan
 
     run = load_config(config, overrides or ())
@@ -113,11 +116,12 @@ def plan(
     memory = int(gpu_memory * 2**30) if gpu_memory else None
     base_config = read_base_config(run.model)
     result = make_plan(run, base_config, world_size, ranks_per_node or world_size, memory)
+    missing = unusable(run.data)
+    result = replace(result, shortfalls=[*result.shortfalls, *missing])
     _emit(result, as_json, plan_table)
-    if mistakes := mismatches(run, base_config):
-        raise ConfigError("\n".join(mistakes))
     if result.shortfalls:
-        raise DoesNotFit("\n".join(result.shortfalls))
+        kind = ConfigError if mismatches(run, base_config) else DataError if missing else DoesNotFit
+        raise kind("\n".join(result.shortfalls))
 
 
 @data_app.command("build")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from trainer.config import Source
+from trainer.config import Data, Source
 from trainer.errors import DataError, NotFound, StorageError
 from trainer.store import Store, open_store
 
@@ -55,20 +55,21 @@ def expand(sources: Sequence[Source], setting: str) -> list[SourceFile]:
     Raises:
         DataError: a path does not exist, matches nothing, or is of a kind that cannot be read.
     """
-    files = []
-    for index, source in enumerate(sources):
-        name = f"{setting}[{index}].path"
-        found = _find(source.path, index, name)
-        if not found:
-            raise DataError(f"{name}: {source.path!r} matches no file. Name a file or a glob that exists.")
-        for file in found:
-            if not file.key.endswith(tuple(_SUFFIXES)):
-                raise DataError(
-                    f"{name}: {file.uri} cannot be read. Allowed are {', '.join(_SUFFIXES)}, and the folder of a saved HF "
-                    "data set or of MDS shards."
-                )
-        files += found
-    return files
+    return [
+        file for index, source in enumerate(sources) for file in _find(source.path, index, f"{setting}[{index}].path")
+    ]
+
+
+def unusable(data: Data) -> list[str]:
+    """One sentence for each source of a run that has no file to read."""
+    sentences = []
+    for setting, sources in (("data.train", data.train), ("data.eval", data.eval)):
+        for index, source in enumerate(sources):
+            try:
+                _find(source.path, index, f"{setting}[{index}].path")
+            except DataError as error:
+                sentences.append(str(error))
+    return sentences
 
 
 def _find(path: str, source: int, name: str) -> list[SourceFile]:
@@ -76,7 +77,16 @@ def _find(path: str, source: int, name: str) -> list[SourceFile]:
     if scheme not in _SCHEMES:
         allowed = ", ".join(f"{scheme}://" for scheme in _SCHEMES)
         raise DataError(f"{name}: {path!r} has the scheme {scheme!r}. Allowed are a local path, or {allowed}.")
-    return _find_local(path, source, name) if scheme == "file" else _find_remote(path, source, name)
+    found = _find_local(path, source, name) if scheme == "file" else _find_remote(path, source, name)
+    if not found:
+        raise DataError(f"{name}: {path!r} matches no file. Name a file or a glob that exists.")
+    for file in found:
+        if not file.key.endswith(tuple(_SUFFIXES)):
+            raise DataError(
+                f"{name}: {file.uri} cannot be read. Allowed are {', '.join(_SUFFIXES)}, and the folder of a saved HF "
+                "data set or of MDS shards."
+            )
+    return found
 
 
 def _find_local(path: str, source: int, name: str) -> list[SourceFile]:
