@@ -2,7 +2,7 @@
 
     python readers.py LIBRARY FOLDER    prints one JSON object: tokens/s in file order and shuffled, seconds to resume
 
-FOLDER holds tokens.bin (uint32) and offsets.npy; a library's own files are written beside them once.
+Speeds are those of an epoch, or of its first 15 seconds. FOLDER holds tokens.bin (uint32) and offsets.npy; a library's own files are written beside them once.
 """
 
 # pyright: reportMissingImports=false
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-SEED, RESUME_AT = 7, 0.75
+SEED, RESUME_AT, LONGEST_SECONDS = 7, 0.75, 15.0
 
 
 def documents(folder: Path) -> Iterator[np.ndarray]:
@@ -36,6 +36,8 @@ def tokens_per_second(samples: Iterable[np.ndarray]) -> float:
     began, tokens = time.perf_counter(), 0
     for sample in samples:
         tokens += len(sample)
+        if time.perf_counter() - began > LONGEST_SECONDS:
+            break
     return tokens / (time.perf_counter() - began)
 
 
@@ -195,8 +197,10 @@ def datasets_map(folder: Path) -> dict[str, float]:
     from datasets import load_dataset
     from transformers import PreTrainedTokenizerFast
 
-    # The class that the folder names is of a newer transformers than the peers have.
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
+    # The tokenizer_config.json is of a newer transformers than the peers have.
+    saved = folder / "tokenizer"
+    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(saved / "tokenizer.json"))
+    tokenizer.chat_template = (saved / "chat_template.jinja").read_text(encoding="utf-8")
     rows = load_dataset("json", data_files=str(folder / "talks.jsonl"), split="train")
 
     def encode(batch: dict[str, Any]) -> dict[str, Any]:
