@@ -162,6 +162,12 @@ def test_a_saved_hf_data_set_is_read_in_its_order(tmp_path: Path) -> None:
         assert found == list(zip(names, ROWS, strict=True))
 
 
+def test_a_saved_hf_data_set_without_rows_has_no_file(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text('{"_data_files": []}')
+    with pytest.raises(DataError, match=r"matches no file"):
+        find(tmp_path)
+
+
 def test_a_data_set_of_several_splits_asks_for_one(tmp_path: Path) -> None:
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     with pytest.raises(DataError, match=r"holds the splits train, test\. Name one, for example .*/train"):

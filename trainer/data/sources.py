@@ -129,7 +129,9 @@ def _find_remote(path: str, source: int, name: str) -> list[SourceFile]:
 def _find_in_folder(store: Store, uri: str, source: int, name: str) -> list[SourceFile]:
     """The files of a data set that is a folder: what `Dataset.save_to_disk` wrote, or MDS shards with their index."""
     try:
-        keys = _saved_dataset(store, uri, name) or _mds_shards(store)
+        keys = _saved_dataset(store, uri, name)
+        if keys is None:
+            keys = _mds_shards(store)
         if keys is None:
             raise DataError(
                 f"{name}: {uri!r} is a folder, but neither a saved HF data set (state.json) nor MDS shards (index.json). "
