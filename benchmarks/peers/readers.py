@@ -191,8 +191,9 @@ def grain_packed(folder: Path) -> dict[str, float]:
 
 
 def datasets_map(folder: Path) -> dict[str, float]:
-    """Compiling: conversations through the chat template and the tokenizer, on as many processes as there are cores."""
+    """Compiling: from a file of conversations, through the chat template and the tokenizer, on a process for each core."""
     import os
+    import tempfile
 
     from datasets import load_dataset
     from transformers import PreTrainedTokenizerFast
@@ -201,20 +202,19 @@ def datasets_map(folder: Path) -> dict[str, float]:
     saved = folder / "tokenizer"
     tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(saved / "tokenizer.json"))
     tokenizer.chat_template = (saved / "chat_template.jinja").read_text(encoding="utf-8")
-    rows = load_dataset("json", data_files=str(folder / "talks.jsonl"), split="train")
 
     def encode(batch: dict[str, Any]) -> dict[str, Any]:
         texts = [tokenizer.apply_chat_template(talk, tokenize=False) for talk in batch["messages"]]
         return {"input_ids": tokenizer(texts, add_special_tokens=False)["input_ids"]}
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    began = time.perf_counter()
-    columns = rows.column_names
-    done: Any = rows.map(
-        encode, batched=True, remove_columns=columns, num_proc=len(os.sched_getaffinity(0)), load_from_cache_file=False
-    )
-    seconds = time.perf_counter() - began
-    return {"tokens_per_second": sum(len(row) for row in done.with_format("numpy")["input_ids"]) / seconds}
+    with tempfile.TemporaryDirectory(dir=folder) as cache:
+        began = time.perf_counter()
+        rows = load_dataset("json", data_files=str(folder / "talks.jsonl"), split="train", cache_dir=cache)
+        columns, cores = rows.column_names, len(os.sched_getaffinity(0))
+        done: Any = rows.map(encode, batched=True, remove_columns=columns, num_proc=cores, load_from_cache_file=False)
+        seconds = time.perf_counter() - began
+        return {"tokens_per_second": sum(len(row) for row in done.with_format("numpy")["input_ids"]) / seconds}
 
 
 if __name__ == "__main__":
