@@ -59,7 +59,7 @@ class FaultyStore(Store):
     def get_range(self, key: str, start: int, end: int) -> bytearray:
         return self._fault.around(f"get_range {key}", lambda: Store.get_range(self, key, start, end))
 
-    def get_ranges(self, key: str, starts: list[int], ends: list[int]) -> list[bytes]:
+    def get_ranges(self, key: str, starts: list[int], ends: list[int]) -> list[Buffer]:
         return self._fault.around(f"get_ranges {key}", lambda: Store.get_ranges(self, key, starts, ends))
 
     def put_chunks(self, key: str, chunks: Iterable[Buffer], size: int) -> None:

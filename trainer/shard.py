@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from trainer.errors import NotFound
 from trainer.safetensors_index import read_header
-from trainer.store import PART_BYTES, Store
+from trainer.store import PART_BYTES, Buffer, Store
 
 STATES = ("master", "exp_avg", "exp_avg_sq")
 _HASH_BYTES = 2**20
@@ -106,7 +106,7 @@ class Piece(NamedTuple):
     end: int
 
 
-def read_states(run: Store, shard: Shard, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, bytes]]:
+def read_states(run: Store, shard: Shard, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Buffer]]:
     """Each piece with its fp32 bytes, all of them in `shard`.
 
     Only these bytes leave the store: near ones in one request, and a part's worth at a time.
@@ -124,6 +124,6 @@ def read_states(run: Store, shard: Shard, pieces: Iterable[Piece]) -> Iterator[t
     yield from _fetch(run, shard, batch, ranges)
 
 
-def _fetch(run: Store, shard: Shard, pieces: list[Piece], ranges: list[Interval]) -> Iterator[tuple[Piece, bytes]]:
+def _fetch(run: Store, shard: Shard, pieces: list[Piece], ranges: list[Interval]) -> Iterator[tuple[Piece, Buffer]]:
     data = run.get_ranges(shard.key, [begin for begin, _ in ranges], [end for _, end in ranges])
     yield from zip(pieces, data, strict=True)

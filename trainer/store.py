@@ -74,8 +74,8 @@ class Store:
         self._check_length(key, start, end, len(data))
         return data
 
-    def get_ranges(self, key: str, starts: list[int], ends: list[int]) -> list[bytes]:
-        """Several ranges at once; near ones are merged into one request, and all are in flight together."""
+    def get_ranges(self, key: str, starts: list[int], ends: list[int]) -> list[Buffer]:
+        """Several ranges at once, in read-only buffers; near ones are merged into one request, and all are in flight together."""
         if not starts:
             return []
         try:
@@ -90,7 +90,7 @@ class Store:
             ) from error
         for start, end, part in zip(starts, ends, parts, strict=True):
             self._check_length(key, start, end, len(part))
-        return [bytes(part) for part in parts]
+        return [memoryview(part) for part in parts]
 
     def chunks(self, key: str, size: int) -> Iterator[bytearray]:
         """An object of `size` bytes, part by part: one is in memory at a time, and each is retried by itself."""

@@ -16,7 +16,7 @@ from trainer.data.order import Order
 from trainer.data.sources import SourceFile, expand
 from trainer.data.stream import Position, Stream
 from trainer.errors import DataError, NotFound, StorageError
-from trainer.store import Store, open_store
+from trainer.store import Buffer, Store, open_store
 
 DOCUMENTS = 2000
 FINGERPRINT = "f" * 20
@@ -123,9 +123,9 @@ def test_a_block_that_was_damaged_on_its_way_is_fetched_once_more(
     dataset = in_bucket(s3, "way", lines)
     plain = Store.get_ranges
 
-    def damaged(self: Store, key: str, starts: list[int], ends: list[int]) -> list[bytes]:
+    def damaged(self: Store, key: str, starts: list[int], ends: list[int]) -> list[Buffer]:
         first, *others = plain(self, key, starts, ends)
-        return [bytes([first[0] ^ 1]) + first[1:], *others]
+        return [bytes([first[0] ^ 1]) + bytes(first[1:]), *others]
 
     monkeypatch.setattr(Store, "get_ranges", damaged)
     assert rows(dataset) == expected

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trainer import run_layout
 from trainer.errors import StorageError, Unreachable
-from trainer.store import Store
+from trainer.store import Buffer, Store
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -118,24 +118,21 @@ class Reads:
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """Some blocks in memory, end to end: `tokens` (tokens,) uint32 with `TARGET_BIT` set on trained ones."""
+    """Some blocks in memory: `parts` has for each of `numbers` its (tokens,) uint32, with `TARGET_BIT` set on trained ones."""
 
     dataset: "Dataset"
     numbers: NDArray[np.int64]
-    tokens: NDArray[np.uint32]
+    parts: list[NDArray[np.uint32]]
 
-    def places(self, documents: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Where each of `documents` begins and ends in `tokens`, (documents,) int64 both."""
-        data = self.dataset
-        first = data.offsets[data.blocks[self.numbers]]
-        sizes = data.offsets[data.blocks[self.numbers + 1]] - first
-        moved = np.cumsum(sizes) - sizes - first
-        index = np.searchsorted(data.blocks[self.numbers], documents, side="right") - 1
-        return data.offsets[documents] + moved[index], data.offsets[documents + 1] + moved[index]
-
-    def document(self, number: int) -> NDArray[np.uint32]:
-        begin, end = self.places(np.array([number]))
-        return self.tokens[begin[0] : end[0]]
+    def gather(self, documents: NDArray[np.int64]) -> NDArray[np.uint32]:
+        """The tokens of `documents`, end to end in their order."""
+        data, firsts = self.dataset, self.dataset.blocks[self.numbers]
+        index = np.searchsorted(firsts, documents, side="right") - 1
+        block_starts = data.offsets[firsts[index]]
+        begins = (data.offsets[documents] - block_starts).tolist()
+        ends = (data.offsets[documents + 1] - block_starts).tolist()
+        parts = (self.parts[block] for block in index.tolist())
+        return np.concatenate([part[begin:end] for part, begin, end in zip(parts, begins, ends, strict=True)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,9 +178,9 @@ class Dataset:
         with ThreadPoolExecutor(_READERS) as pool:
             parts = [part for shard in pool.map(self._read_shard, by_shard, by_shard.values()) for part in shard]
         # Blocks of a shard follow each other, and so do the shards: the parts are in the order of the numbers.
-        return Blocks(self, numbers, np.concatenate([np.frombuffer(part, TOKEN) for part in parts]))
+        return Blocks(self, numbers, [np.frombuffer(part, TOKEN) for part in parts])
 
-    def _read_shard(self, shard: int, blocks: list[int]) -> list[bytes]:
+    def _read_shard(self, shard: int, blocks: list[int]) -> list[Buffer]:
         key = self.manifest.shards[shard].tokens_file.key
         shard_start = self.offsets[self.blocks[np.searchsorted(self.block_shards, shard)]]
         starts = ((self.offsets[self.blocks[blocks]] - shard_start) * TOKEN.itemsize).tolist()
@@ -192,7 +189,7 @@ class Dataset:
         for index, (block, start, end) in enumerate(zip(blocks, starts, ends, strict=True)):
             if not self._intact(block, data[index]):
                 self.reads.refetched += 1
-                data[index] = bytes(self._patiently(lambda s=start, e=end: self.store.get_range(key, s, e)))
+                data[index] = self._patiently(lambda s=start, e=end: self.store.get_range(key, s, e))
                 if not self._intact(block, data[index]):
                     raise StorageError(
                         f"{self.store.uri}/{key}: bytes {start} to {end} are not what was written (their SHA-256 "
@@ -214,7 +211,7 @@ class Dataset:
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
-    def _intact(self, block: int, raw: bytes) -> bool:
+    def _intact(self, block: int, raw: Buffer) -> bool:
         return hashlib.sha256(raw).digest() == self.digests[block]
 
 

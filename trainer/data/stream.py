@@ -80,12 +80,11 @@ class MicroBatch:
 
 @dataclass(frozen=True, eq=False)
 class _Loaded:
-    """A window in memory: `tokens` of its blocks, and where in them each of its documents begins and ends."""
+    """A window in memory: the `tokens` of its documents in the plan's order, and `offsets` (documents + 1,) of where each begins."""
 
     plan: Window
     tokens: NDArray[np.uint32]
-    begins: NDArray[np.int64]
-    ends: NDArray[np.int64]
+    offsets: NDArray[np.int64]
 
 
 class Stream:
@@ -187,30 +186,34 @@ class Stream:
     def _load(self, place: tuple[int, int]) -> _Loaded:
         epoch, window = place
         plan = self._plan(epoch).window(window)
-        blocks = self.dataset.read(plan.blocks)
-        return _Loaded(plan, blocks.tokens, *blocks.places(plan.documents))
+        lengths = self.dataset.offsets[plan.documents + 1] - self.dataset.offsets[plan.documents]
+        tokens = self.dataset.read(plan.blocks).gather(plan.documents)
+        return _Loaded(plan, tokens, np.concatenate([[0], np.cumsum(lengths)]))
 
     def _pack(self, bins: list[Position]) -> MicroBatch:
         """Lay bins end to end, each padded to the sequence length; missing ones are padding."""
         pieces: list[NDArray[np.uint32]] = []
+        ends: list[int] = []  # of the segments so far
         documents: list[int] = []
-        padding = 0
+        length, padding = self._order.sequence_length, 0
         for row in range(self._micro_batch):
-            room = self._order.sequence_length
+            room = length
             if row < len(bins):
                 loaded = self._windows.get((bins[row].epoch, bins[row].window))
-                part = slice(*loaded.plan.borders[bins[row].bin : bins[row].bin + 2])
-                begins, ends = loaded.begins[part], loaded.ends[part]
-                pieces += [loaded.tokens[a:b] for a, b in zip(begins.tolist(), ends.tolist(), strict=True)]
-                documents += loaded.plan.documents[part].tolist()
-                room -= int((ends - begins).sum())
+                first, last = loaded.plan.borders[bins[row].bin : bins[row].bin + 2].tolist()
+                begin, end = loaded.offsets[[first, last]].tolist()
+                pieces.append(loaded.tokens[begin:end])
+                ends += (loaded.offsets[first + 1 : last + 1] + (row * length - begin)).tolist()
+                documents += loaded.plan.documents[first:last].tolist()
+                room -= end - begin
             if room:
                 pieces.append(self._padding[:room])
+                ends.append((row + 1) * length)
                 padding += room
         stored = np.concatenate(pieces)
         input_ids = (stored & ~TARGET_BIT).view(np.int32)
-        sizes = np.array([len(piece) for piece in pieces], np.int32)
-        borders = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+        borders = np.array([0, *ends], np.int32)
+        sizes = np.diff(borders)
         return MicroBatch(
             input_ids=torch.from_numpy(input_ids)[None],
             labels=torch.from_numpy(_labels(stored, input_ids))[None],
@@ -226,10 +229,11 @@ class Stream:
 
 def _labels(stored: NDArray[np.uint32], input_ids: NDArray[np.int32]) -> NDArray[np.int32]:
     """What each position must predict, (T,) both. A document's first token is never trained, so none crosses its border."""
-    labels = stored.view(np.int32) >> 31  # all ones where the top bit, `TARGET_BIT`, is set
-    labels &= input_ids - np.int32(IGNORE)
-    labels += np.int32(IGNORE)
-    labels[:-1] = labels[1:]
+    labels = np.empty_like(input_ids)
+    following = labels[:-1]
+    np.right_shift(stored.view(np.int32)[1:], 31, out=following)  # all ones where the top bit, `TARGET_BIT`, is set
+    following &= input_ids[1:] - np.int32(IGNORE)
+    following += np.int32(IGNORE)
     labels[-1] = IGNORE
     return labels
 
@@ -244,9 +248,13 @@ class _ReadAhead:
         self._after = after
         self._pool = ThreadPoolExecutor(WINDOWS_AHEAD, "read-ahead")
         self._loading: dict[tuple[int, int], Future[_Loaded]] = {}
+        self._place: tuple[int, int] | None = None
 
     def get(self, place: tuple[int, int]) -> _Loaded:
         """The window at `place`; begins to load those after it, and forgets the others."""
+        if place == self._place:
+            return self._loading[place].result()
+        self._place = place
         wanted = [place]
         while len(wanted) <= WINDOWS_AHEAD and (following := self._after(wanted[-1])):
             wanted.append(following)
