@@ -1,10 +1,13 @@
 """Memory and time of loading a 4-bit base on several ranks: ours beside transformers + bitsandbytes + DeepSpeed.
 
-    python benchmarks/load.py [--ranks 2] [--layers 8]
+    python benchmarks/load.py [--ranks 1 2 4] [--layers 20]
 
-Both sides load the same random bf16 base, made on the spot, into ZeRO-3 with LoRA, one after the other on this machine.
-Memory is each process's peak resident set as the kernel counts it (VmHWM), above its own peak after its imports. Ours
-reports the bytes it read from the files; the stock side reads whole files through mmap, which counts as resident.
+Both sides load the same random bf16 base, made on the spot, and put it with LoRA into ZeRO-3, one after the other on this
+machine. The parent measures its ranks from outside, by what the kernel counts of each process: the peak of its resident
+memory (VmHWM, which includes pages of files that are mapped) above what was resident when its imports were done, and the
+bytes that it read from files by system calls (rchar). The stock side maps the files instead of reading them.
+
+"allowed" is what our load may take: 1.3 x the rank's share of the base, and the pieces that are read ahead.
 """
 
 import argparse
@@ -14,6 +17,7 @@ import os
 import platform
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 2048, 5632, 32000
+TIMEOUT = 900.0
 
 
 def make_base(folder: Path, layers: int) -> int:
@@ -42,7 +47,7 @@ def make_base(folder: Path, layers: int) -> int:
     return model.num_parameters()
 
 
-def load_ours(base: Path, settings: dict[str, Any], ranks: Any) -> dict[str, Any]:
+def load_ours(base: Path, settings: dict[str, Any], ranks: Any, loaded: Callable[[int], None]) -> None:
     from trainer.attention import choose_attention
     from trainer.base import resolve_base
     from trainer.engine import Engine
@@ -52,11 +57,11 @@ def load_ours(base: Path, settings: dict[str, Any], ranks: Any) -> dict[str, Any
     found = resolve_base(config.model)
     attention = choose_attention("sdpa", ranks.device, DTYPES["bf16"], found.config)
     model, report = load_model(found, config, settings, ranks, attention)
+    loaded(report.kept_bytes)
     Engine(model, attention, config.optim, settings, ranks)
-    return {"read_bytes": report.read_bytes, "shard_bytes": report.kept_bytes}
 
 
-def load_stock(base: Path, settings: dict[str, Any], ranks: Any) -> dict[str, Any]:
+def load_stock(base: Path, settings: dict[str, Any], ranks: Any, loaded: Callable[[int], None]) -> None:
     import deepspeed
     import torch
     from peft import get_peft_model
@@ -75,10 +80,10 @@ def load_stock(base: Path, settings: dict[str, Any], ranks: Any) -> dict[str, An
     )
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=quantization)
     adapted = get_peft_model(model, lora_config(run_config(base).tuning, "all-linear"))
+    loaded(sum(parameter.nbytes for parameter in model.parameters()))
     trainable = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     deepspeed.initialize(model=adapted, optimizer=torch.optim.AdamW(trainable), config=settings)
     del keep
-    return {}
 
 
 def run_config(base: Path) -> Any:
@@ -93,53 +98,95 @@ def run_config(base: Path) -> Any:
     return parse_config(json.dumps(tree))
 
 
-def rank_main(side: str, base: Path, rank: int, world: int, port: int, results: Any) -> None:
-    """One rank: imports, then the load; reports its peaks, in bytes, and seconds."""
+def rank_main(side: str, base: Path, rank: int, world: int, port: int, parent: Any) -> None:
+    """One rank. It waits for the parent, which looks at it, before the load, after it and with the engine made."""
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1",
     )  # fmt: skip
     import deepspeed
     import torch
+    import transformers.models.llama.modeling_llama
 
     import trainer.rank
     from trainer.deepspeed_config import build_deepspeed_config
     from trainer.ranks import join
 
-    assert trainer.rank is not None  # both sides import the same stack before they are measured
+    # Both sides import the same stack before they are measured.
+    assert (trainer.rank, transformers.models.llama.modeling_llama) is not None
     torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]  # no side's seconds include a compiler's
     ranks = join()
     settings = build_deepspeed_config(run_config(base), world_size=world, accumulation=1, on_gpu=False)
-    before, started = peak_bytes(), time.monotonic()
-    report = {"ours": load_ours, "stock": load_stock}[side](base, settings, ranks)
-    seconds = time.monotonic() - started
-    results.put({"grown_bytes": peak_bytes() - before, "seconds": seconds, **report})
+
+    def show(value: int) -> None:
+        parent.send(value)
+        parent.recv()
+
+    show(0)
+    {"ours": load_ours, "stock": load_stock}[side](base, settings, ranks, show)
+    show(0)
 
 
-def peak_bytes() -> int:
-    """Peak resident memory of this process, as the kernel counts it."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("no VmHWM in /proc/self/status")
+def resident(pid: int, what: str) -> int:
+    """VmRSS or VmHWM of a process, in bytes."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(status[what].split()[0]) * 1024
 
 
-def measure(side: str, base: Path, world: int) -> list[dict[str, Any]]:
+def read_bytes(pid: int) -> int:
+    """Bytes that a process has read by system calls."""
+    counts = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
+    return int(counts["rchar"])
+
+
+def measure(side: str, base: Path, world: int) -> dict[str, float]:
+    """Bytes of the largest rank (`load`, `engine`, `kept`) and of all (`read`), and seconds of the load and with the engine."""
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     rendezvous = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     context = multiprocessing.get_context("spawn")
-    results: Any = context.Queue()
-    processes = [
-        context.Process(target=rank_main, args=(side, base, rank, world, rendezvous.port, results), daemon=True)
-        for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
+    pipes, processes = [], []
+    for rank in range(world):
+        mine, theirs = context.Pipe()
+        arguments = (side, base, rank, world, rendezvous.port, theirs)
+        processes.append(context.Process(target=rank_main, args=arguments, daemon=True))
+        pipes.append(mine)
+
+    def everyone() -> list[int]:
+        """What all ranks show, once they do."""
+        if not all(pipe.poll(TIMEOUT) for pipe in pipes):
+            raise TimeoutError(f"a rank of {side} did not answer within {TIMEOUT:.0f} s")
+        return [pipe.recv() for pipe in pipes]
+
+    def go_on() -> None:
+        for pipe in pipes:
+            pipe.send(None)
+
     try:
-        return [results.get(timeout=900) for _ in processes]
+        for process in processes:
+            process.start()
+        everyone()
+        pids = [process.pid for process in processes if process.pid]
+        before, read = [resident(pid, "VmRSS") for pid in pids], [read_bytes(pid) for pid in pids]
+        for pid in pids:
+            Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak starts again from here
+        started = time.monotonic()
+        go_on()
+        kept, load_seconds = everyone(), time.monotonic() - started
+        result: dict[str, float] = {
+            "load": max(resident(pid, "VmHWM") - start for pid, start in zip(pids, before, strict=True)),
+            "read": sum(read_bytes(pid) - start for pid, start in zip(pids, read, strict=True)),
+            "kept": max(kept),
+            "load_seconds": load_seconds,
+        }
+        started = time.monotonic()
+        go_on()
+        everyone()
+        result["seconds"] = load_seconds + time.monotonic() - started
+        result["engine"] = max(resident(pid, "VmHWM") - start for pid, start in zip(pids, before, strict=True))
+        return result
     finally:
         for process in processes:
             process.kill()
@@ -148,9 +195,12 @@ def measure(side: str, base: Path, world: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--layers", type=int, default=20)
+    parser.add_argument("--sides", nargs="+", choices=["stock", "ours"], default=["stock", "ours"])
     arguments = parser.parse_args()
+    from trainer.reading import PIECE_BYTES, PIECES_IN_FLIGHT
+
     with tempfile.TemporaryDirectory(prefix="capstan-bench-") as folder:
         base = Path(folder) / "base"
         context = multiprocessing.get_context("spawn")
@@ -158,21 +208,27 @@ def main() -> None:
             parameters = pool.apply(make_base, (base, arguments.layers))
         files = sum(path.stat().st_size for path in base.glob("*.safetensors"))
         table = Table(
-            "load", "memory a rank, MB", "seconds", "read by all, MB", "shard a rank, MB",
-            title=f"{parameters / 1e6:.0f} M parameters, {files / 1e6:.0f} MB of bf16 files, {arguments.ranks} ranks",
+            "ranks", "load", "kept a rank, MB", "allowed, MB", "peak of the load, MB", "with the engine, MB",
+            "read by all / files", "load, s", "with the engine, s",
+            title=f"{parameters / 1e6:.0f} M parameters, {files / 1e6:.0f} MB of bf16 files; peaks are of the largest rank",
             caption=f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         )  # fmt: skip
-        for side in ("stock", "ours"):
-            rows = measure(side, base, arguments.ranks)
-            read, shard = (sum(row.get(key, 0) for row in rows) for key in ("read_bytes", "shard_bytes"))
-            table.add_row(
-                side,
-                f"{max(row['grown_bytes'] for row in rows) / 1e6:.0f}",
-                f"{max(row['seconds'] for row in rows):.1f}",
-                f"{read / 1e6:.0f}" if read else "mmap",
-                f"{shard / len(rows) / 1e6:.0f}" if shard else "whole base, then partitioned",
-            )
-        Console().print(table)
+        for world in arguments.ranks:
+            for side in arguments.sides:
+                found = measure(side, base, world)
+                allowed = 1.3 * found["kept"] + PIECE_BYTES * PIECES_IN_FLIGHT
+                table.add_row(
+                    str(world),
+                    side,
+                    f"{found['kept'] / 1e6:.0f}",
+                    f"{allowed / 1e6:.0f}" if side == "ours" else "",
+                    f"{found['load'] / 1e6:.0f}",
+                    f"{found['engine'] / 1e6:.0f}",
+                    f"{found['read'] / files:.2f}" if side == "ours" else "mapped, whole, by each",
+                    f"{found['load_seconds']:.1f}",
+                    f"{found['seconds']:.1f}",
+                )
+        Console(width=160).print(table)
 
 
 if __name__ == "__main__":
