@@ -176,6 +176,12 @@ def _refusals(policy: dict[str, Any], file: str) -> list[str]:
     for key in cast(dict[str, Any], zero):
         if key in _ZERO_OWNERS:
             found.append(f"{where} zero_optimization.{key}, which belongs to {_ZERO_OWNERS[key]}. Remove it there.")
+    offload = cast(dict[str, Any], zero).get("offload_param")
+    if isinstance(offload, dict) and cast(dict[str, Any], offload).get("device") == "nvme":
+        found.append(
+            f"{where} zero_optimization.offload_param.device to nvme, but DeepSpeed swaps parameters through buffers of "
+            "model.dtype, which cannot hold the bytes of a 4-bit base. Set it to cpu."
+        )
     stage = cast(dict[str, Any], zero).get("stage", 3)
     if stage != 3:
         found.append(f"{where} zero_optimization.stage to {stage!r}. Capstan trains with stage 3. Remove it there.")

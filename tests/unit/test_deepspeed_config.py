@@ -81,7 +81,7 @@ def test_the_run_decides_precision_clipping_and_batch():
 
 
 def test_an_own_policy_is_taken_as_it_is(own_policy):
-    zero = {"stage3_prefetch_bucket_size": 7, "offload_param": {"device": "nvme", "nvme_path": "/local"}}
+    zero = {"stage3_prefetch_bucket_size": 7, "offload_param": {"device": "cpu"}}
     built = build_deepspeed_config(own_policy({"zero_optimization": zero}), 2, 1, on_gpu=True)
     assert built["zero_optimization"] == {**zero, "stage": 3}
 
@@ -107,6 +107,12 @@ def test_another_stage_is_refused(own_policy):
     assert message.startswith(
         "sharding.deepspeed: my.json sets zero_optimization.stage to 2. Capstan trains with stage 3."
     )
+
+
+def test_parameters_on_nvme_are_refused_with_the_reason(own_policy):
+    message = refusal(own_policy({"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": "/local"}}}))
+    assert "offload_param.device to nvme, but DeepSpeed swaps parameters through buffers of model.dtype" in message
+    assert message.endswith("Set it to cpu.")
 
 
 def test_a_zero_setting_that_the_run_owns_is_refused(own_policy):

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from trainer.config.section import Section, setting
 
@@ -80,3 +80,13 @@ class Tuning(Section):
         about="Which linear layers get an adapter: all-linear (all but the output head), or names.",
         example=["q_proj", "v_proj"],
     )
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _no_dora(cls, method: object) -> object:
+        if method == "dora":
+            raise ValueError(
+                "tuning.method: dora needs the norm of each row of a whole weight matrix, which no rank holds. "
+                "Allowed are lora and rslora."
+            )
+        return method
