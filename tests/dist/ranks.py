@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests import material
-from trainer import run_layout
+from trainer import nf4, run_layout
 from trainer.attention import Attention, choose_attention
 from trainer.base import resolve_base
 from trainer.checkpoint import Checkpoints, Identity
@@ -28,6 +28,7 @@ from trainer.data.stream import MicroBatch, Position, Stream, train_stream
 from trainer.deepspeed_config import build_deepspeed_config
 from trainer.engine import Engine
 from trainer.errors import CapstanError, StorageError
+from trainer.filling import as_tensor
 from trainer.load import DTYPES, LoadReport, checksums, load_model
 from trainer.loop import Training, train
 from trainer.metrics import Metrics, StopSignal
@@ -399,7 +400,7 @@ def quantized_bytes(config_text: str, bases: list[str], quants: list[list[str]])
             for name, module in model.named_modules():
                 if isinstance(module, FrozenLinear4bit):
                     source = found.tensors[f"{name.removesuffix('.base_layer')}.weight"]
-                    whole = torch.frombuffer(source.read(0, numel(source)), dtype=torch.bfloat16).view(source.shape)
+                    whole = as_tensor(source.read(0, numel(source)), source).view(source.shape).bfloat16()
                     problems = _differences(module, whole, config)
                     compared += 1
                     differing += [f"{Path(base).name} {' '.join(overrides)} {name}: {problem}" for problem in problems]
@@ -469,6 +470,36 @@ def load_memory(config_text: str) -> dict[str, Any]:
     return {"grown_bytes": grown, "kept_bytes": report.kept_bytes, "read_bytes": report.read_bytes}
 
 
+def step_memory(config_text: str) -> dict[str, int]:
+    """Bytes by which a step raises this process's resident memory: as it is, and with every gathered weight kept to its end.
+
+    -> {"released", "kept", "packed": bytes of the packed weights, whole}
+    """
+    here = _assemble(parse_config(config_text))
+    _step_growth(here.engine)  # the first step finds out in which order parameters are used
+    released, plain = _step_growth(here.engine), nf4.FrozenLinear4bit.dequantize
+    held: list[Tensor] = []
+
+    def keeping(module: Any, index: int = 0) -> Tensor:
+        held.append(module.weight.data)
+        return plain(module, index)
+
+    nf4.FrozenLinear4bit.dequantize = keeping
+    kept = _step_growth(here.engine)
+    packed: list[Any] = [p for p in here.engine.model.parameters() if p.dtype == torch.uint8]
+    return {"released": released, "kept": kept, "packed": sum(parameter.ds_numel for parameter in packed)}
+
+
+def _step_growth(engine: Engine) -> int:
+    tokens, borders = torch.arange(16)[None], torch.tensor([0, 16], dtype=torch.int32)
+    batch = MicroBatch(tokens, tokens, tokens, borders, 16, 16, 16, (), ())
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = _memory("VmRSS")
+    engine.backward(engine.loss(batch), last=True)
+    engine.step(1e-4)
+    return _memory("VmHWM") - before
+
+
 def _memory(what: str) -> int:
     """Bytes, as /proc/self/status has them."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -497,9 +528,9 @@ def stock_logits(bases: list[str], quant_type: str, double: bool, destination: s
     torch.set_num_threads(1)
     facts = []
     for base in bases:
-        quantization = None
+        quantization: dict[str, Any] = {}  # with None given, transformers forgets that a base came quantized
         if quant_type != "none":
-            quantization = BitsAndBytesConfig(
+            quantization["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type=quant_type,
                 bnb_4bit_use_double_quant=double,
@@ -509,11 +540,11 @@ def stock_logits(bases: list[str], quant_type: str, double: bool, destination: s
         model: Any = AutoModelForCausalLM.from_pretrained(
             base,
             dtype=torch.bfloat16,
-            quantization_config=quantization,
+            **quantization,
             attn_implementation=choose_attention("auto", torch.device("cpu"), torch.bfloat16, kind).name,
             experts_implementation="eager",
         )
-        if quantization is not None:
+        if quantization:
             _quantize_experts(model, quant_type, double)
         # Some CPUs have a fused 4-bit product that rounds differently; bitsandbytes does not use it in training mode.
         model.train()

@@ -1,5 +1,6 @@
 """A rank's memory during a load is its share and a few read pieces, as the kernel counts it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,21 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some 100 million weights, so that a share is large beside what Python takes by itself."""
     sizes: dict[str, Any] = {"vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6}
     return make_base(tmp_path_factory.mktemp("large") / "base", shard_size="100MB", **sizes)
+
+
+def test_a_step_without_checkpointing_holds_no_gathered_weight_until_its_backward(
+    workshop: Workshop, base: Path, tmp_path: Path
+) -> None:
+    policy = json.loads(workshop.policy.read_text())
+    # By itself DeepSpeed keeps what it will use again within a billion parameters, which is all of so small a base.
+    policy["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+    (tmp_path / "policy.json").write_text(json.dumps(policy))
+    config = workshop.config(
+        "step", f"model.base={base}", f"sharding.deepspeed={tmp_path}/policy.json", "train.activation_checkpointing=false"
+    )
+    for result in launch(2, "step_memory", dump_config(config)):
+        assert result["kept"] > 0.8 * result["packed"]
+        assert result["released"] < result["kept"] - 0.7 * result["packed"]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
