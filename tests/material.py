@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from trainer.base import resolve_base
 from trainer.config import Config, parse_config
@@ -107,6 +107,15 @@ def make_base(
             if parameter.ndim == 1:  # norms start as ones and biases as zeros, which would hide a mix-up
                 parameter.add_(0.3 * torch.randn_like(parameter))
     model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def quantize_base(source: Path, folder: Path, **quantization: Any) -> Path:
+    """`source` as transformers and bitsandbytes write it in 4 bits."""
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, **quantization)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, quantization_config=settings)
+    model.save_pretrained(folder, max_shard_size="40KB")
     byte_tokenizer().save_pretrained(folder)
     return folder
 

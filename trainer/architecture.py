@@ -217,6 +217,15 @@ def mismatches(config: Config, base_config: dict[str, Any]) -> list[str]:
             "data.packing: documents of one row would see each other, as transformers' gpt_oss has no mask for their "
             "borders. Set data.packing: false."
         )
+    if stored := base_config.get("quantization_config"):
+        kind, double = stored.get("bnb_4bit_quant_type", "fp4"), bool(stored.get("bnb_4bit_use_double_quant"))
+        if (config.quant.type, config.quant.double) != (kind, double):
+            found.append(
+                f"quant: the base is quantized already, and loaded as it is. Set quant.type: {kind} and quant.double: "
+                f"{str(double).lower()}."
+            )
+        if config.quant.cache:
+            found.append("quant.cache: true has no effect, as the base is quantized already. Remove it.")
     for target in [] if config.tuning.targets == "all-linear" else config.tuning.targets:
         if not model.adapted([target]):
             names = ", ".join(linear.path.rpartition(".")[2] for linear in model.linears)

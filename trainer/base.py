@@ -201,8 +201,12 @@ def _read_config(name: str, read: Callable[[], bytes]) -> dict[str, Any]:
         raise ConfigError(
             f"model.base: {name} attends in both directions (use_bidirectional_attention). Give a causal model."
         )
-    if config.get("quantization_config"):
-        raise ConfigError(f"model.base: {name} is quantized already. Give the 16-bit model; quant.type quantizes it.")
+    stored = config.get("quantization_config")
+    if stored and not (stored.get("quant_method") == "bitsandbytes" and stored.get("load_in_4bit")):
+        raise ConfigError(
+            f"model.base: {name} is quantized already, and not to 4 bits by bitsandbytes. Give the 16-bit model; quant.type "
+            "quantizes it."
+        )
     return config
 
 
@@ -230,8 +234,9 @@ def check_base(base: Base, config: Config) -> None:
     wrong = mismatches(config, base.config)
     if wrong:
         raise ConfigError("\n".join(wrong))
-    for name, shape in read_architecture(base.config, config.model.layers).weight_shapes().items():
-        find_source(base, name, shape)
+    if not base.config.get("quantization_config"):
+        for name, shape in read_architecture(base.config, config.model.layers).weight_shapes().items():
+            find_source(base, name, shape)
     embedding = base.tensors.get("model.embed_tokens.weight")
     if embedding is None:
         raise ConfigError(f"model.base: {base.name} has no tensor model.embed_tokens.weight. Copy the model again.")

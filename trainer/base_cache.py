@@ -10,6 +10,7 @@ Packed bytes do not depend on the ranks, so a reader takes the ranges it needs f
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
@@ -18,9 +19,9 @@ from trainer import run_layout
 from trainer.base import Base
 from trainer.config import Config
 from trainer.errors import AlreadyExists, Damaged, NotFound, StorageError
-from trainer.filling import PackedSources
 from trainer.partition import Partition
 from trainer.ranks import Ranks
+from trainer.safetensors_index import PackedSources
 from trainer.store import Store
 
 FORMAT = 1
@@ -133,7 +134,7 @@ def write_cache(
 ) -> None:
     """Commit the first `writers` ranks' partitions, which are one whole copy of the base. Collective.
 
-    A store that fails costs the cache, not the run.
+    A store that fails costs the cache, not the run. Objects of attempts that came to nothing are removed.
     """
     attempt: str = ranks.broadcast(uuid4().hex[:8])
     failure, writer = "", _Writer(folder, f"{attempt}/rank-{ranks.rank:05d}")
@@ -149,6 +150,8 @@ def write_cache(
     if ranks.rank == 0:
         if not failed:
             failed = _commit(folder, [extents for _, extents in reports], means)
+        with suppress(StorageError):
+            _collect(folder, attempt, failed=bool(failed))
         log(
             f"the quantized base is not cached: {failed}" if failed else f"the quantized base is cached in {folder.uri}"
         )
@@ -168,6 +171,17 @@ def _commit(folder: Store, parts: list[dict[str, list[list[Any]]]], means: dict[
     except StorageError as error:
         return str(error)
     return ""
+
+
+def _collect(folder: Store, attempt: str, *, failed: bool) -> None:
+    """Remove what no manifest will ever name: a failed `attempt`, or all but the committed one."""
+    if failed:
+        folder.delete_folder(f"{attempt}/")
+        return
+    named = {extent.key for tensor in open_cache(folder).tensors.values() for extent in tensor.extents}
+    for entry in folder.list():
+        if entry.key != MANIFEST and entry.key not in named:
+            folder.delete(entry.key)
 
 
 @dataclass

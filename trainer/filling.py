@@ -15,7 +15,7 @@ from torch import Tensor
 from trainer.nf4 import Format, Layout, Packed, quantize_absmax, quantize_blocks, share
 from trainer.partition import Partition, Partitioner
 from trainer.reading import Piece, cut
-from trainer.safetensors_index import Source, numel
+from trainer.safetensors_index import PackedSources, Source, numel
 
 # Weights; a multiple of every block size. bitsandbytes needs some 20 bytes a weight while it quantizes on a CPU.
 _QUANTIZED_AT_ONCE = 2**19
@@ -51,16 +51,6 @@ class PackedPartitions:
     weight: Partition
     absmax: Partition
     nested_absmax: Partition | None
-
-
-@dataclass(frozen=True)
-class PackedSources:
-    """One module's packed weights where they are stored already; `mean` is that of absmax, one for each slice."""
-
-    weight: Source
-    absmax: Source
-    nested_absmax: Source | None
-    mean: list[float] | None
 
 
 def make_packed(module: Packed, partitioner: Partitioner) -> PackedPartitions:

@@ -18,13 +18,14 @@ from trainer.base import Base, check_no_other, find_source
 from trainer.base_cache import MANIFEST, cache_folder, open_cache, write_cache
 from trainer.config import Config, Tuning
 from trainer.errors import Damaged
-from trainer.filling import PackedSources
 from trainer.loss import LossHead
 from trainer.partition import Partitioner
 from trainer.placement import Placement, place_partitions
 from trainer.plan import choose_scope
+from trainer.prequantized import packed_sources
 from trainer.ranks import Ranks
 from trainer.reading import run_jobs
+from trainer.safetensors_index import PackedSources
 from trainer.store import open_store
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -61,11 +62,21 @@ def load_model(
     def fill(stored: Callable[[str], PackedSources | None]) -> _Filled:
         with ranks.agreeing():
             model = empty_model(base, config, attention)
+            packed = packed_sources(base, config)
             # A tied weight is listed once, under its first name.
-            sources = {name: find_source(base, name, tuple(given.shape)) for name, given in model.named_parameters()}
-            check_no_other(base, sources, model._keys_to_ignore_on_load_unexpected or (), config.model.layers)
+            sources = {
+                name: find_source(base, name, tuple(given.shape))
+                for name, given in model.named_parameters()
+                if name.removesuffix(".weight") not in packed
+            }
+            with_packed = [name for name in base.tensors if name.partition(".weight")[0] in packed]
+            check_no_other(
+                base, [*sources, *with_packed], model._keys_to_ignore_on_load_unexpected or (), config.model.layers
+            )
         partitioner = Partitioner(deepspeed_config, dtype, scope, ranks)
-        placement = place_partitions(model, config.quant, dtype, partitioner, sources.__getitem__, stored)
+        placement = place_partitions(
+            model, config.quant, dtype, partitioner, sources.__getitem__, lambda path: packed.get(path) or stored(path)
+        )
         return _Filled(model, placement, partitioner, run_jobs(placement.jobs, ranks, log))
 
     filled = _through_cache(base, config, ranks, fill, log) if config.quant.cache else fill(lambda path: None)
@@ -96,7 +107,8 @@ def _through_cache(
     log: Callable[[str], None],
 ) -> _Filled:
     """From the store's quantized base where there is one; otherwise, or where it is damaged, from the source and into it."""
-    folder = cache_folder(base, config, open_store(config.run.store))
+    store = open_store(config.run.store, retry_seconds=config.run.store_retry, request_seconds=config.run.store_timeout)
+    folder = cache_folder(base, config, store)
     with ranks.agreeing():
         # One rank looks: another might find what somebody commits in this very moment.
         there = ranks.rank == 0 and folder.exists(MANIFEST)

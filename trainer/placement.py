@@ -9,11 +9,11 @@ from transformers import PreTrainedModel
 
 from trainer.config import Quant
 from trainer.engine import gather_as_one
-from trainer.filling import Copy, PackedPartitions, PackedSources, Quantize, copy_packed, make_packed
+from trainer.filling import Copy, PackedPartitions, Quantize, copy_packed, make_packed
 from trainer.nf4 import Format, FrozenLinear4bit, FrozenStack4bit, Packed
 from trainer.partition import Partition, Partitioner
 from trainer.reading import Job
-from trainer.safetensors_index import Source
+from trainer.safetensors_index import PackedSources, Source
 
 
 @dataclass

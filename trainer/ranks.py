@@ -60,21 +60,10 @@ class Ranks:
         return every
 
     def together(self, action: Callable[[], T]) -> list[T]:
-        """`action`'s result on every rank, in rank order. Collective.
-
-        A `CapstanError` that it raises on one rank is raised on all: a rank that raised alone would leave the others
-        waiting in their next collective.
-        """
-        error, result = None, None
-        try:
+        """`action`'s result on every rank, in rank order; what it raises on one is raised on all. Collective."""
+        with self.agreeing():
             result = action()
-        except CapstanError as caught:
-            error = caught
-        every = self.gather_objects((error, result))
-        for error, _ in every:
-            if error is not None:
-                raise error
-        return [result for _, result in every]
+        return self.gather_objects(result)
 
     def on_first(self, action: Callable[[], T]) -> T:
         """What `action` returns, or raises, on rank 0; the others do not run it. Collective."""

@@ -83,6 +83,16 @@ class Stacked:
         return data
 
 
+@dataclass(frozen=True)
+class PackedSources:
+    """One module's packed weights where they are stored already, all as bytes; `mean` is that of absmax, one for each slice."""
+
+    weight: Source
+    absmax: Source
+    nested_absmax: Source | None
+    mean: list[float] | None
+
+
 def read_index(store: Store) -> dict[str, TensorSource]:
     """All tensors of a Hugging Face model directory, single-file or indexed.
 

@@ -3,21 +3,22 @@
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from bitsandbytes.nn.modules import Linear4bit
+from bitsandbytes import functional as bnb
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from peft import PeftModel
-from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from trainer import run_layout
 from trainer.attention import choose_attention
 from trainer.base import copy_weights, resolve_base
 from trainer.checkpoint import load_partitions
-from trainer.config import Config, parse_config
+from trainer.config import Config, Quant, parse_config
 from trainer.deepspeed_config import build_deepspeed_config
 from trainer.engine import Engine
-from trainer.errors import ConfigError
 from trainer.load import DTYPES, load_model, model_config
 from trainer.manifest import whole_checkpoint
 from trainer.ranks import join
@@ -48,6 +49,7 @@ def compare_logits(run: Store, step: int, adapter: Store) -> Proof:
     config = parse_config(run.get(run_layout.CONFIG).decode())
     base = resolve_base(config.model)
     tokens = torch.arange(3, 3 + _PROBE_TOKENS).remainder(base.config["vocab_size"])[None]
+    quantizes = config.quant.type != "none" and not base.config.get("quantization_config")
     trained = _trained_logits(run, step, config, tokens)
     with (
         tempfile.TemporaryDirectory(prefix="capstan-verify-") as folder,
@@ -59,7 +61,7 @@ def compare_logits(run: Store, step: int, adapter: Store) -> Proof:
         if base.store.uri != f"file://{local}":  # transformers reads directories only
             local = Path(copy)
             copy_weights(base, local)
-        exported, plain = _exported_logits(config, local, Path(folder), tokens)
+        exported, plain = _exported_logits(config, local, Path(folder), tokens, quantizes=quantizes)
     return Proof(
         adapter_logits_max_diff=float((trained - exported).abs().max()),
         tolerance=_TOLERATED_SHARE * float(trained.abs().max()),
@@ -82,25 +84,15 @@ def _trained_logits(run: Store, step: int, config: Config, tokens: Tensor) -> Te
     return engine.logits(tokens.to(ranks.device)).float().cpu()
 
 
-def _exported_logits(config: Config, base: Path, adapter: Path, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Through transformers and PEFT alone, with the adapter and without: (1, T, V) fp32 each."""
-    dtype, quant = DTYPES[config.model.dtype], config.quant
-    if quant.type != "none" and quant.block_size != 64:
-        raise ConfigError(
-            f"quant.block_size: {quant.block_size} cannot be verified, as transformers quantizes in blocks of 64 only. "
-            "Export without --verify."
-        )
-    quantization = None
-    if quant.type != "none":
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quant.type,
-            bnb_4bit_use_double_quant=quant.double,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    model = AutoModelForCausalLM.from_pretrained(
-        base, config=model_config(base, config.model.layers), dtype=dtype, quantization_config=quantization
-    )
+def _exported_logits(
+    config: Config, base: Path, adapter: Path, tokens: Tensor, *, quantizes: bool
+) -> tuple[Tensor, Tensor]:
+    """Through transformers, bitsandbytes and PEFT alone, with the adapter and without: (1, T, V) fp32 each."""
+    dtype = DTYPES[config.model.dtype]
+    model: Any = AutoModelForCausalLM.from_pretrained(base, config=model_config(base, config.model.layers), dtype=dtype)
+    if quantizes:
+        _quantize(model, config.quant, dtype)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     model = PeftModel.from_pretrained(model, str(adapter)).eval()
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -111,3 +103,18 @@ def _exported_logits(config: Config, base: Path, adapter: Path, tokens: Tensor) 
         with model.disable_adapter():
             plain = model(input_ids=tokens.to(model.device)).logits.float().cpu()
     return adapted, plain
+
+
+def _quantize(model: nn.Module, quant: Quant, dtype: torch.dtype) -> None:
+    """bitsandbytes on every matrix. transformers' own way has blocks of 64 only, and leaves experts in 16 bits."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    form = {"blocksize": quant.block_size, "quant_type": quant.type, "compress_statistics": quant.double}
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Linear and path != "lm_head":
+            layer = Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=dtype, device="meta")
+            weight: Any = Params4bit(module.weight.data, requires_grad=False, **form)
+            layer.weight = weight.to(device)  # which quantizes it
+            layer.bias = module.bias
+            model.set_submodule(path, layer)
+    for matrix in (matrix for parameter in model.parameters() if parameter.ndim == 3 for matrix in parameter.data):
+        matrix.copy_(bnb.dequantize_4bit(*bnb.quantize_4bit(matrix.to(device), **form)))

@@ -480,9 +480,9 @@ def step_memory(config_text: str) -> dict[str, int]:
     released, plain = _step_growth(here.engine), nf4.FrozenLinear4bit.dequantize
     held: list[Tensor] = []
 
-    def keeping(module: Any, index: int = 0) -> Tensor:
-        held.append(module.weight.data)
-        return plain(module, index)
+    def keeping(self: FrozenLinear4bit, index: int = 0) -> Tensor:
+        held.append(self.weight.data)
+        return plain(self, index)
 
     nf4.FrozenLinear4bit.dequantize = keeping
     kept = _step_growth(here.engine)

@@ -8,7 +8,9 @@ from safetensors.torch import load_file
 
 from tests.dist.launch import launch
 from tests.material import Workshop, make_base
+from trainer.base_cache import open_cache
 from trainer.config import dump_config
+from trainer.store import open_store
 
 KINDS = ("llama", "mixtral")
 
@@ -60,6 +62,9 @@ def test_the_cache_is_written_once_and_read_at_another_world_size_and_scope(
     assert again > from_source
     assert sum("is damaged between bytes" in line for line in log) == len(KINDS)
     assert [path.read_bytes() for path in manifests] != written
+    for manifest in manifests:  # of the damaged attempt nothing is left
+        named = {extent.key for tensor in open_cache(open_store(str(manifest.parent))).tensors.values() for extent in tensor.extents}
+        assert {entry.key for entry in open_store(str(manifest.parent)).list()} == {manifest.name, *named}
 
     healed, _ = load(1)
     assert all(torch.equal(one, other) for one, other in zip(logits(), expected, strict=True))

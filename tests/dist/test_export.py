@@ -26,7 +26,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A finished run of two ranks, committed after steps 1, 2 and 4."""
     # bitsandbytes' fused CPU kernel, which plain transformers uses where it can, wants widths that divide by 32.
     workshop = Workshop(tmp_path_factory.mktemp("export"), intermediate_size=192)
-    config = workshop.config("done", "train.steps=4", "checkpoint.every_steps=2", "optim.lr=0.01", "tuning.rank=5")
+    config = workshop.config("done", "train.steps=4", "checkpoint.every_steps=2", "optim.lr=0.01", "tuning.rank=5", "quant.block_size=128")
     run = workshop.store.sub("done")
     run.put(run_layout.CONFIG, dump_config(config).encode())
     outcomes = launch(2, "run", dump_config(config), workshop.prepare(config).train)

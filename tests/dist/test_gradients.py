@@ -4,6 +4,7 @@ DeepSpeed divides gradients by the world size and, unless told otherwise, by the
 optimizer gets are therefore compared with a plain PyTorch step, and not only among themselves.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,14 @@ def test_twenty_steps_give_the_losses_of_the_stock_path(workshop: Workshop) -> N
     assert len(ours) == len(stock) == 20
     assert stock[0] - stock[-1] > 0.1  # it learns
     assert ours == pytest.approx(stock, abs=1e-2)
+
+
+def test_parameters_offloaded_to_the_cpu_give_the_same_losses(workshop: Workshop, tmp_path: Path) -> None:
+    """Without a GPU the partitions lie where they lay, but DeepSpeed goes its other way through load, gathers and step."""
+    policy = json.loads(workshop.policy.read_text())
+    policy["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": False}
+    (tmp_path / "offload.json").write_text(json.dumps(policy))
+    config = workshop.config("offload", "train.steps=3")
+    fingerprint = workshop.prepare(config).train
+    away = workshop.config("offloaded", "train.steps=3", f"sharding.deepspeed={tmp_path}/offload.json")
+    assert launch(2, "losses", dump_config(away), fingerprint) == launch(2, "losses", dump_config(config), fingerprint)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from launcher.local_s3 import S3Server
 
 from tests.dist.launch import launch
-from tests.material import KINDS, Workshop, make_base
+from tests.material import KINDS, Workshop, make_base, quantize_base
 from trainer.base import ARCHITECTURES
 from trainer.config import dump_config
 from trainer.store import open_store
@@ -174,6 +174,25 @@ def test_all_ranks_together_read_the_files_once_and_keep_equal_shares(
     assert 0.9 * files < sum(fact["read_bytes"] for fact in facts) <= 1.1 * files
     kept = [fact["kept_bytes"] for fact in facts]
     assert max(kept) < 1.05 * sum(kept) / len(kept)
+
+
+@pytest.mark.parametrize(("world_size", "quant_type", "double"), [(3, "nf4", True), (2, "fp4", False)])
+def test_a_base_that_came_quantized_gives_the_logits_of_transformers_own_load(
+    workshop: Workshop, bases: dict[str, Path], tmp_path: Path, world_size: int, quant_type: str, double: bool
+) -> None:
+    kinds = ("llama", "qwen2", "gemma3", "ragged")
+    stored = {"bnb_4bit_quant_type": quant_type, "bnb_4bit_use_double_quant": double}
+    names = [str(quantize_base(bases[kind], tmp_path / kind, **stored)) for kind in kinds]
+    for side in ("ours", "stock"):
+        (tmp_path / side).mkdir()
+    config = dump_config(workshop.config("load", f"quant.type={quant_type}", f"quant.double={str(double).lower()}"))
+    results = launch(world_size, "loaded_logits", config, names, [], str(tmp_path / "ours"))
+    launch(1, "stock_logits", names, "none", False, str(tmp_path / "stock"))
+    for index, kind in enumerate(kinds):
+        ours, expected = (load_file(tmp_path / side / f"{kind}.safetensors")["logits"] for side in ("ours", "stock"))
+        assert torch.equal(ours, expected), f"{kind}: largest difference {float((ours - expected).abs().max())}"
+        files = sum(path.stat().st_size for path in (tmp_path / kind).glob("*.safetensors"))
+        assert sum(rank[index]["read_bytes"] for rank in results) <= files
 
 
 def test_inside_a_node_each_node_reads_and_keeps_a_whole_base(load: Callable[[str], Loaded]) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.material import KINDS, SIZES, Workshop
 from trainer.architecture import mismatches
-from trainer.base import check_base, resolve_base, tokenizer_size
+from trainer.base import check_base, check_no_other, resolve_base, tokenizer_size
 from trainer.config import override, parse_config
 from trainer.errors import ConfigError
 
@@ -96,7 +96,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "quantized already": (
         lambda base: edit(base / "config.json", quantization_config={"quant_method": "gptq"}),
-        "is quantized already. Give the 16-bit model",
+        "is quantized already, and not to 4 bits by bitsandbytes. Give the 16-bit model",
     ),
     "no safetensors": (remove("*.safetensors"), r"holds no \*.safetensors file. Convert the model"),
     "one file missing": (remove("model-00002-*"), "names model-00002-.*, which is not there"),
@@ -113,6 +113,17 @@ def test_a_base_that_lacks_something_is_refused_by_name(workshop: Workshop, base
         check(workshop, base)
     assert error.value.exit_code == 2
     assert str(base) in str(error.value)
+
+
+def test_a_tensor_that_the_architecture_has_not_is_refused_by_name(workshop: Workshop, base: Path) -> None:
+    found = resolve_base(workshop.config("extra", f"model.base={base}").model)
+    names = [name for name in found.tensors if not name.endswith("q_proj.weight")]
+    check_no_other(found, found.tensors, ignored=[], layers=None)
+    with pytest.raises(
+        ConfigError, match=r"has the tensor model\.layers\.0\.self_attn\.q_proj\.weight.*\(2 such"
+    ) as error:
+        check_no_other(found, names, ignored=[], layers=None)
+    assert error.value.exit_code == 2
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./missing", "one", "a/b/c"])

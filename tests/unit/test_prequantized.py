@@ -1,0 +1,90 @@
+"""A base that bitsandbytes quantized is loaded as it is, or refused with what does not fit."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.material import Workshop, quantize_base
+from trainer.architecture import mismatches
+from trainer.base import check_base, resolve_base
+from trainer.errors import ConfigError
+from trainer.prequantized import packed_sources
+
+DOUBLE = "quant.double=true"
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("prequantized"))
+
+
+@pytest.fixture(scope="module")
+def quantized(workshop: Workshop) -> Path:
+    return quantize_base(
+        workshop.base, workshop.folder / "4bit", bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+
+
+def check(workshop: Workshop, base: Path, *overrides: str) -> int:
+    """-> the number of packed matrices."""
+    config = workshop.config("check", f"model.base={base}", *overrides)
+    found = resolve_base(config.model)
+    check_base(found, config)
+    return len(packed_sources(found, config))
+
+
+def refusal(workshop: Workshop, base: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        check(workshop, base, *overrides)
+    return str(error.value)
+
+
+def test_every_matrix_is_found_packed(workshop: Workshop, quantized: Path) -> None:
+    assert check(workshop, quantized, DOUBLE) == 2 * 7
+    assert check(workshop, quantized, DOUBLE, "model.layers=1") == 7
+    assert check(workshop, workshop.base) == 0
+
+
+def test_settings_that_do_not_fit_are_refused_with_those_that_do(workshop: Workshop, quantized: Path) -> None:
+    expected = "quant: the base is quantized already, and loaded as it is. Set quant.type: nf4 and quant.double: true."
+    assert refusal(workshop, quantized) == expected
+    assert refusal(workshop, quantized, DOUBLE, "quant.type=fp4") == expected
+    assert refusal(workshop, quantized, DOUBLE, "quant.block_size=128").startswith(
+        f"quant.block_size: 128, but {Q_PROJ} is stored with 64 in "
+    )
+    assert f"{Q_PROJ} was bfloat16 before it was quantized" in refusal(workshop, quantized, DOUBLE, "model.dtype=fp32")
+    config = workshop.config("check", f"model.base={quantized}", DOUBLE, "quant.cache=true")
+    (mistake,) = mismatches(config, json.loads((quantized / "config.json").read_text()))
+    assert mistake.startswith("quant.cache: true has no effect")
+
+
+def test_eight_bits_are_refused(workshop: Workshop, quantized: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(quantized, tmp_path / "base"))
+    settings = json.loads((base / "config.json").read_text())
+    settings["quantization_config"] |= {"load_in_4bit": False, "load_in_8bit": True}
+    (base / "config.json").write_text(json.dumps(settings))
+    assert "is quantized already, and not to 4 bits by bitsandbytes" in refusal(workshop, base, DOUBLE)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "expected"),
+    [
+        (".quant_state.bitsandbytes__nf4", f"its {Q_PROJ} is not in 4 bits, as all linear layers and experts must be"),
+        (".absmax", f"{Q_PROJ}.absmax has 0 bytes in .*, 64 by config.json. Copy the model again."),
+        (".nested_quant_map", f"the scales of {Q_PROJ} in .* are not stored as bitsandbytes stores them today"),
+    ],
+)
+def test_a_part_that_is_missing_is_named(
+    workshop: Workshop, quantized: Path, tmp_path: Path, tensor: str, expected: str
+) -> None:
+    base = Path(shutil.copytree(quantized, tmp_path / "base"))
+    for file in base.glob("*.safetensors"):
+        tensors = load_file(file)
+        if tensors.pop(Q_PROJ + tensor, None) is not None:
+            save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=expected):
+        check(workshop, base, DOUBLE)
