@@ -1,9 +1,10 @@
 """Steps per second under Ray Train beside the same run under torchrun, and how long either takes to its first step.
 
-    python benchmarks/ray_overhead.py [--rounds 2] [--steps 40]
+    python benchmarks/ray_overhead.py [--ranks 1] [--rounds 3] [--steps 40]
 
-Both sides run `capstan train` on one configuration with two CPU ranks, in turns. A step's time is the median of a run's
-steps after the fifth, from the run's own metrics; a side's is the best of its rounds. "First step" is from the command to
+Both sides run `capstan train` on one configuration with CPU ranks of one thread, in turns. Ray's own processes (raylet, GCS,
+controller, agents) want a core besides the ranks': with as many ranks as cores, what they take is taken from the ranks.
+A step's time is the median of a run's steps after the fifth, from the run's own metrics; a side's is the best of its rounds. "First step" is from the command to
 the end of the first update; "resumed" the same for `capstan resume` of the finished run with more steps to take.
 """
 
@@ -26,7 +27,6 @@ from trainer.config import dump_config, override
 from trainer.store import Store
 
 BASE: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8}
-TORCHRUN = ["torchrun", "--standalone", "--nproc-per-node", "2", "--no-python"]
 ENVIRONMENT = {
     **os.environ,
     "CUDA_VISIBLE_DEVICES": "",
@@ -36,11 +36,12 @@ ENVIRONMENT = {
 }
 
 
-def run(side: str, *arguments: str) -> float:
+def run(side: str, ranks: int, *arguments: str) -> float:
     """Run the command to its end; seconds since 1970 at its start."""
     command = [sys.executable, "-m", "launcher.cli", *arguments]
     if side == "torchrun":
-        command = [str(Path(sys.executable).parent / TORCHRUN[0]), *TORCHRUN[1:], *command]
+        torchrun = str(Path(sys.executable).with_name("torchrun"))
+        command = [torchrun, "--standalone", "--nproc-per-node", str(ranks), "--no-python", *command]
     started = time.time()
     subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, timeout=600)
     return started
@@ -52,7 +53,8 @@ def seconds_to_first_step(store: Store, generation: int, started: float) -> floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
     given = parser.parse_args()
     step_seconds: dict[str, list[float]] = {"torchrun": [], "Ray Train": []}
@@ -63,18 +65,22 @@ def main() -> None:
         for number in range(given.rounds):
             for side in step_seconds:
                 name = f"{side.split()[0]}-{number}"
-                settings = (f"train.steps={given.steps}", "cluster.workers=2", "checkpoint.every_steps=1000")
+                settings = (
+                    f"train.steps={given.steps}",
+                    f"cluster.workers={given.ranks}",
+                    "checkpoint.every_steps=1000",
+                )
                 config = override(workshop.config(name, *settings), "data.sequence_length=256")
                 workshop.prepare(config)
                 path = Path(folder) / f"{name}.yaml"
                 path.write_text(dump_config(config))
                 store = workshop.store.sub(name)
-                began = run(side, "train", str(path))
+                began = run(side, given.ranks, "train", str(path))
                 first[side].append(seconds_to_first_step(store, 1, began))
                 step_seconds[side].append(
                     statistics.median(record["seconds"] for record in read_generation(store, 1)["step"][5:])
                 )
-                began = run(side, "resume", store.uri, f"train.steps={given.steps + 2}")
+                began = run(side, given.ranks, "resume", store.uri, f"train.steps={given.steps + 2}")
                 resumed[side].append(seconds_to_first_step(store, 2, began))
     table = Table("started by", "seconds a step", "steps/s against torchrun", "first step", "resumed")
     best = min(step_seconds["torchrun"])

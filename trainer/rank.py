@@ -35,6 +35,7 @@ from trainer.errors import CapstanError, DoesNotFit, NonFiniteLoss, Stopped, Sto
 from trainer.heartbeat import Heart, Verdict
 from trainer.load import DTYPES, checksums, load_model
 from trainer.loop import Training, stop_before_training, train
+from trainer.manifest import Manifest
 from trainer.metrics import Metrics, StopSignal, claim_generation, peak_memory, rank_log
 from trainer.plan import make_plan
 from trainer.ranks import Ranks, join
@@ -94,21 +95,8 @@ def run_rank(config: Config, datasets: Datasets | None, *, resume: bool, starter
         heart = Heart(ranks, config.timeouts, _last_words(run, generation, metrics, flush_log))
         stack.callback(heart.close)
         with _outcome(metrics, config, base, ranks):
-            _train(
-                config,
-                shared,
-                base,
-                ranks,
-                store,
-                run,
-                generation,
-                metrics,
-                stop,
-                heart,
-                starter,
-                launch_seconds,
-                resume=resume,
-            )
+            start = _Start(config, base, ranks, store, run, generation, metrics, stop, heart, starter, launch_seconds)
+            _train(start, shared, resume=resume)
 
 
 def group_timeout(config: Config) -> timedelta:
@@ -116,30 +104,46 @@ def group_timeout(config: Config) -> timedelta:
     return timedelta(seconds=120 + max(config.timeouts.model_dump().values()))
 
 
-def _train(
-    config: Config,
-    datasets: Datasets,
-    base: Base,
-    ranks: Ranks,
-    store: Store,
-    run: Store,
-    generation: int,
-    metrics: Metrics,
-    stop: StopSignal,
-    heart: Heart,
-    starter: Starter,
-    launch_seconds: float,
-    *,
-    resume: bool,
-) -> None:
+@dataclass(frozen=True)
+class _Start:
+    """One start of the run, on this rank."""
+
+    config: Config
+    base: Base
+    ranks: Ranks
+    store: Store
+    run: Store
+    generation: int
+    metrics: Metrics
+    stop: StopSignal
+    heart: Heart
+    starter: Starter
+    launch_seconds: float
+
+
+def _train(start: _Start, datasets: Datasets, *, resume: bool) -> None:
+    metrics, starter = start.metrics, start.starter
+    training, restored = _assemble(start, datasets, resume=resume)
+    step, position = (restored.step, Position.from_json(restored.position)) if restored else (0, Position())
+    stop_before_training(training, step, position, committed=restored is not None)
+    for record in train(training, step, position):
+        if record["step"] == step + 1:
+            metrics.write("first_step", step=step + 1, seconds=round(time.time() - starter.began, 3))
+        metrics.write("step", **record, **peak_memory(start.ranks.device))
+        starter.observe({**record, "restarts": start.generation - 1})
+    metrics.write("end", outcome="finished", step=training.total_steps, reason="")
+
+
+def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Training, Manifest | None]:
+    """Data, model, engine and checkpoints, put together; and the checkpoint that the state comes from, if any."""
+    config, base, ranks, run = start.config, start.base, start.ranks, start.run
     if ranks.rank == 0:
         run.put(run_layout.ENVIRONMENT, _environment(ranks))
-    train_data = open_dataset(store, datasets.train)
+    train_data = open_dataset(start.store, datasets.train)
     stream = train_stream(config, train_data, ranks.rank, ranks.world_size)
     held_out = None
     if datasets.eval:
-        held_out = eval_stream(config, open_dataset(store, datasets.eval), ranks.rank, ranks.world_size)
-    total_steps = config.train.steps or sum(-(-bins // config.train.global_batch) for bins in datasets.epoch_bins)
+        held_out = eval_stream(config, open_dataset(start.store, datasets.eval), ranks.rank, ranks.world_size)
     deepspeed_config = build_deepspeed_config(
         config, world_size=ranks.world_size, accumulation=stream.accumulation, on_gpu=ranks.device.type == "cuda"
     )
@@ -156,34 +160,12 @@ def _train(
         adapter=config.tuning.model_dump(mode="json"),
         order=train_order(config, train_data.manifest).to_json(),
     )
-    checkpoints = Checkpoints(run, ranks, generation, identity, config.checkpoint, _versions(), metrics.write_now)
+    checkpoints = Checkpoints(
+        run, ranks, start.generation, identity, config.checkpoint, _versions(), start.metrics.write_now
+    )
     restoring = time.monotonic()
     restored = checkpoints.restore(engine, required=resume, log=lambda text: print(text, flush=True))
     restore_seconds = time.monotonic() - restoring
-    step, position = (restored.step, Position.from_json(restored.position)) if restored else (0, Position())
-    read_bytes = ranks.sum(report.read_bytes)
-    processes = ranks.gather_objects((socket.gethostname(), os.getpid(), starter.machine))
-    metrics.write(
-        "start",
-        generation=generation,
-        world_size=ranks.world_size,
-        step=step,
-        total_steps=total_steps,
-        host=processes[0][0],
-        hosts=[host for host, _, _ in processes],
-        pids=[pid for _, pid, _ in processes],
-        machines=[machine for _, _, machine in processes],
-        device=str(ranks.device),
-        attention=attention.name,
-        launch_seconds=round(launch_seconds, 3),
-        load_seconds=round(report.seconds, 3),
-        restore_seconds=round(restore_seconds, 3),
-        load_gigabytes_per_second=round(read_bytes / 1e9 / report.seconds, 3),
-        read_bytes=int(read_bytes),
-        kept_bytes=report.kept_bytes,
-        start_seconds=round(time.time() - starter.began, 3),
-        **starter.facts,
-    )
     skipped = ranks.broadcast(bad_windows(run) if ranks.rank == 0 and config.retry.skip_bad_window else [])
     training = Training(
         config,
@@ -192,19 +174,36 @@ def _train(
         stream,
         held_out,
         checkpoints,
-        metrics,
-        stop,
-        total_steps,
-        pulse=heart,
+        start.metrics,
+        start.stop,
+        config.train.steps or sum(-(-bins // config.train.global_batch) for bins in datasets.epoch_bins),
+        pulse=start.heart,
         skipped=tuple(map(Position.from_json, skipped)),
     )
-    stop_before_training(training, step, position, committed=restored is not None)
-    for record in train(training, step, position):
-        if record["step"] == step + 1:
-            metrics.write("first_step", step=step + 1, seconds=round(time.time() - starter.began, 3))
-        metrics.write("step", **record, **peak_memory(ranks.device))
-        starter.observe({**record, "restarts": generation - 1})
-    metrics.write("end", outcome="finished", step=total_steps, reason="")
+    read_bytes = ranks.sum(report.read_bytes)
+    processes = ranks.gather_objects((socket.gethostname(), os.getpid(), start.starter.machine))
+    start.metrics.write(
+        "start",
+        generation=start.generation,
+        world_size=ranks.world_size,
+        step=restored.step if restored else 0,
+        total_steps=training.total_steps,
+        host=processes[0][0],
+        hosts=[host for host, _, _ in processes],
+        pids=[pid for _, pid, _ in processes],
+        machines=[machine for _, _, machine in processes],
+        device=str(ranks.device),
+        attention=attention.name,
+        launch_seconds=round(start.launch_seconds, 3),
+        load_seconds=round(report.seconds, 3),
+        restore_seconds=round(restore_seconds, 3),
+        load_gigabytes_per_second=round(read_bytes / 1e9 / report.seconds, 3),
+        read_bytes=int(read_bytes),
+        kept_bytes=report.kept_bytes,
+        start_seconds=round(time.time() - start.starter.began, 3),
+        **start.starter.facts,
+    )
+    return training, restored
 
 
 def _base_identity(config: Config, base: Base) -> dict[str, object]:

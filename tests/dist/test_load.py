@@ -53,6 +53,8 @@ CASES = {
     "2-ranks-nf4": Case(2, None, "nf4"),
     "3-ranks-fp4-double": Case(3, None, "fp4-double"),
     "2-ranks-none": Case(2, None, "none"),
+    "4-ranks-nf4": Case(4, None, "nf4", FAMILIES),
+    "1-node-of-1-nf4": Case(1, 1, "nf4", FAMILIES),
     "2-nodes-of-1-nf4": Case(2, 1, "nf4", FAMILIES),
     "3-nodes-of-1-nf4": Case(3, 1, "nf4", FAMILIES),
     "2-nodes-of-2-nf4": Case(4, 2, "nf4", FAMILIES),
@@ -119,12 +121,14 @@ def test_every_supported_architecture_is_among_the_bases() -> None:
 
 @pytest.mark.parametrize("world", WORLDS, ids=lambda world: "-ranks-in-nodes-of-".join(map(str, filter(None, world))))
 def test_packed_bytes_and_scales_are_those_of_quantizing_the_whole_tensor(
-    workshop: Workshop, bases: dict[str, Path], world: tuple[int, int | None]
+    workshop: Workshop, bases: dict[str, Path], world: tuple[int, int | None], tmp_path: Path
 ) -> None:
     world_size, per_node = world
     scope = ["sharding.scope=node"] if per_node else []
     config = dump_config(workshop.config("load", "model.layers=1", *scope))
     given = [bases["llama"], bases["ragged"], bases["speck"]]
+    # Other types are turned into model.dtype first, as transformers does.
+    given += [make_base(tmp_path / str(dtype), "ragged", dtype) for dtype in (torch.float16, torch.float32)]
     quants = QUANTS[:2] if per_node else QUANTS
     results = launch(
         world_size, "quantized_bytes", config, [str(base) for base in given], quants, ranks_per_node=per_node
