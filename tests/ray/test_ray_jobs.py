@@ -15,7 +15,7 @@ import pytest
 import ray
 
 from launcher.ray_cluster import _not_joined
-from launcher.status import read_status
+from launcher.status import ENDED, read_status
 from tests.cli.conftest import ENVIRONMENT
 from tests.material import Workshop
 from tests.ray.cluster import write
@@ -28,10 +28,11 @@ TOKEN = "0123456789abcdef0123456789abcdef"
 
 @dataclass(frozen=True)
 class Guarded:
-    """A cluster of one machine: its own address, and its dashboard's."""
+    """A cluster of one machine: its own address, its dashboard's, and that of its Prometheus metrics."""
 
     address: str
     dashboard: str
+    metrics: str
 
 
 def with_token(token: str) -> dict[str, str]:
@@ -42,15 +43,19 @@ def with_token(token: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     ports = []
-    for _ in range(2):
+    for _ in range(3):
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             ports.append(listener.getsockname()[1])
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=1"]
     command += [f"--port={ports[0]}", f"--dashboard-port={ports[1]}", "--node-ip-address=127.0.0.1"]
-    command += [f"--object-store-memory={80 * 2**20}", "--disable-usage-stats"]
+    command += [f"--metrics-export-port={ports[2]}", f"--object-store-memory={80 * 2**20}", "--disable-usage-stats"]
     log = tmp_path_factory.mktemp("head") / "log"
-    environment = {**with_token(TOKEN), "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+    environment = {
+        **with_token(TOKEN),
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        "RAY_metrics_report_interval_ms": "200",  # default 10 s, longer than the run
+    }
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
     try:
@@ -59,7 +64,9 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
-        yield Guarded(f"127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}")
+        yield Guarded(
+            *(f"{scheme}127.0.0.1:{port}" for scheme, port in zip(("", "http://", "http://"), ports, strict=True))
+        )
     finally:
         os.killpg(process.pid, 15)
         try:
@@ -77,6 +84,13 @@ def _answers(url: str) -> bool:
         return False
 
 
+def gauges(guarded: Guarded) -> set[str]:
+    """Names of ours among the cluster's Prometheus metrics."""
+    with urllib.request.urlopen(f"{guarded.metrics}/metrics", timeout=5) as answer:
+        lines = answer.read().decode().splitlines()
+    return {line.partition("{")[0] for line in lines if line.startswith("ray_capstan_")}
+
+
 def capstan(token: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "launcher.cli", *arguments]
     return subprocess.run(command, env=with_token(token), cwd=folder, capture_output=True, text=True, timeout=240)
@@ -89,7 +103,7 @@ def driver_log(uri: str, folder: Path) -> str:
 def test_a_submitted_run_is_a_job_of_the_cluster_and_its_folder_tells_the_rest(
     workshop: Workshop, tmp_path: Path, guarded: Guarded
 ):
-    settings = (f"cluster.ray.address={guarded.dashboard}", "cluster.workers=1", "train.steps=8")
+    settings = (f"cluster.ray.address={guarded.dashboard}", "cluster.workers=1", "train.steps=40")
     config = write(tmp_path, workshop, "job", *settings)
     run = open_store(str(workshop.folder / "store")).sub("job")
 
@@ -108,9 +122,13 @@ def test_a_submitted_run_is_a_job_of_the_cluster_and_its_folder_tells_the_rest(
     submitted = json.loads(done.stdout)
     assert submitted["run"] == "job"
     assert submitted["next"] == f"capstan status {submitted['uri']} --watch"
+    expected = {f"ray_capstan_{name}" for name in ("step", "loss", "tokens_per_second", "restarts")}
+    while gauges(guarded) != expected:
+        assert read_status(run).state not in ENDED, f"{gauges(guarded)} when the run was over"
+        time.sleep(0.2)
     watched = capstan(TOKEN, tmp_path, "status", run.uri, "--watch", "--json")
     status = json.loads(watched.stdout)
-    assert (status["state"], status["step"]) == ("finished", 8)
+    assert (status["state"], status["step"]) == ("finished", 40)
     assert status["dashboard"].startswith("http://127.0.0.1:")
     assert run.exists("snapshot.tar.zst")
     deadline = time.monotonic() + 60  # the ranks have said that they are done; the driver ends a moment later
