@@ -113,7 +113,7 @@ def _attempt(life: _Life, wanted: Need, workers: int) -> retry.Failure | None:
             if end.error is not None:
                 return end
             # Ray reports a rank's death together with its machine's; a broken connection is seen long before either.
-            told = any(isinstance(error, retry.RankDied) for error in errors.values())
+            told = any(isinstance(error, retry.RankDied) and error.confirmed for error in errors.values())
             lost = lost_machines(machines, within=0 if told else _LOSS_SECONDS)
             return retry.Failure(f"lost {', '.join(lost)}", None, "preemption") if lost else end
         except PreemptionError as error:
@@ -219,7 +219,7 @@ class _Watch:
 
 def _original(error: BaseException) -> BaseException:
     """Ray wraps what the train function raised, to carry its traceback; a dead process has an error of its own."""
-    from ray.exceptions import OutOfMemoryError, RayActorError
+    from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError
     from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 
     if isinstance(error, WorkerHealthCheckFailedError):
@@ -230,7 +230,8 @@ def _original(error: BaseException) -> BaseException:
             "host needs; use fewer ranks on a machine, or larger machines."
         )
     if isinstance(error, RayActorError):
-        return retry.RankDied(str(error).strip().splitlines()[-1], machine_lost=error.preempted)
+        words = str(error).strip().splitlines()[-1]
+        return retry.RankDied(words, error.preempted, confirmed=not isinstance(error, ActorUnavailableError))
     return error._base_exc if isinstance(error, UserExceptionWithTraceback) else error
 
 

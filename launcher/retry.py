@@ -39,11 +39,15 @@ class Decision:
 
 
 class RankDied(Exception):
-    """A rank's process is gone: killed, out of memory, or with `machine_lost` taken away with its machine."""
+    """A rank's process is gone: killed, out of memory, or with `machine_lost` taken away with its machine.
 
-    def __init__(self, text: str, machine_lost: bool = False) -> None:
+    Without `confirmed` no more is known than that it cannot be reached.
+    """
+
+    def __init__(self, text: str, machine_lost: bool = False, confirmed: bool = True) -> None:
         super().__init__(text)
         self.machine_lost = machine_lost
+        self.confirmed = confirmed
 
 
 def classify(errors: WorkerErrors, *, resizing: bool = False) -> Failure:

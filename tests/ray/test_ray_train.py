@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 
+from launcher.ray_train import _original
+from launcher.retry import RankDied
 from launcher.status import read_generation, read_status, request_stop
 from tests.dist.launch import launch
 from tests.material import Workshop
@@ -119,3 +122,11 @@ def test_an_impossible_request_is_one_sentence(
         assert word in said
     assert "Traceback" not in driver.log.read_text()
     assert not open_store(str(workshop.folder / "store")).exists("impossible/config.yaml")
+
+
+def test_a_rank_that_cannot_be_reached_may_have_gone_with_its_machine():
+    died, unreachable = _original(ActorDiedError()), _original(ActorUnavailableError("connection reset", None))
+    assert isinstance(died, RankDied)
+    assert died.confirmed
+    assert isinstance(unreachable, RankDied)
+    assert not unreachable.confirmed

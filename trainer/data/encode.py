@@ -127,6 +127,6 @@ class Encoder:
             piece[:1] = False  # nothing in the piece predicts it
             if piece.any():
                 trained = True
-                yield tokens[start : start + limit] | np.where(piece, TARGET_BIT, np.uint32(0))
+                yield tokens[start : start + limit] | piece * TARGET_BIT
         if not trained:
             result.counters.without_targets += 1
