@@ -53,6 +53,11 @@ class Base:
     store: Store
     config: dict[str, Any]
 
+    @property
+    def quantized(self) -> bool:
+        """Whether the weights are stored in 4 bits already, as bitsandbytes packs them."""
+        return bool(self.config.get("quantization_config"))
+
     @cached_property
     def tensors(self) -> dict[str, TensorSource]:
         return read_index(self.store)
@@ -234,7 +239,7 @@ def check_base(base: Base, config: Config) -> None:
     wrong = mismatches(config, base.config)
     if wrong:
         raise ConfigError("\n".join(wrong))
-    if not base.config.get("quantization_config"):
+    if not base.quantized:
         for name, shape in read_architecture(base.config, config.model.layers).weight_shapes().items():
             find_source(base, name, shape)
     embedding = base.tensors.get("model.embed_tokens.weight")

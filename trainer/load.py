@@ -26,7 +26,7 @@ from trainer.prequantized import packed_sources
 from trainer.ranks import Ranks
 from trainer.reading import run_jobs
 from trainer.safetensors_index import PackedSources
-from trainer.store import open_store
+from trainer.store import open_run_store
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -107,8 +107,7 @@ def _through_cache(
     log: Callable[[str], None],
 ) -> _Filled:
     """From the store's quantized base where there is one; otherwise, or where it is damaged, from the source and into it."""
-    store = open_store(config.run.store, retry_seconds=config.run.store_retry, request_seconds=config.run.store_timeout)
-    folder = cache_folder(base, config, store)
+    folder = cache_folder(base, config, open_run_store(config))
     with ranks.agreeing():
         # One rank looks: another might find what somebody commits in this very moment.
         there = ranks.rank == 0 and folder.exists(MANIFEST)

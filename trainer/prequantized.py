@@ -29,7 +29,7 @@ def packed_sources(base: Base, config: Config) -> dict[str, PackedSources]:
     Raises:
         ConfigError: a matrix is not in 4 bits, or is stored otherwise than `config.quant` says.
     """
-    if not base.config.get("quantization_config"):
+    if not base.quantized:
         return {}
     shapes = read_architecture(base.config, config.model.layers).weight_shapes()
     facts = _read_facts(base, [*shapes])

@@ -40,7 +40,7 @@ from trainer.metrics import Metrics, StopSignal, claim_generation, peak_memory, 
 from trainer.plan import make_plan
 from trainer.ranks import Ranks, join
 from trainer.records import add_record, bad_windows
-from trainer.store import Store, open_store
+from trainer.store import Store, open_run_store
 
 _VERSIONS = ("capstan-llm", "torch", "deepspeed", "transformers", "peft", "bitsandbytes", "ray", "obstore")
 
@@ -76,7 +76,7 @@ def run_rank(config: Config, datasets: Datasets | None, *, resume: bool, starter
         config.cluster.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // ranks.ranks_per_node)
     )
     shared: Datasets = ranks.broadcast(datasets)
-    store = open_store(config.run.store, retry_seconds=config.run.store_retry, request_seconds=config.run.store_timeout)
+    store = open_run_store(config)
     run = store.sub(config.run.name)
     generation: int = ranks.broadcast(claim_generation(run) if ranks.rank == 0 else None)
     with rank_log(run, generation, ranks.rank, config.track.flush_seconds) as flush_log, ExitStack() as stack:

@@ -18,6 +18,7 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import LocalStore, MemoryStore, from_url
 
+from trainer.config import Config
 from trainer.errors import AlreadyExists, ConfigError, NotFound, StorageError, Unreachable
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -254,6 +255,12 @@ def _passes(error: BaseException) -> bool:
 def _first(pattern: str, text: str) -> str | None:
     match = re.search(pattern, text)
     return match[match.re.groups] if match else None
+
+
+def open_run_store(config: Config) -> Store:
+    """`run.store` of a configuration, with its time limits; see `open_store`."""
+    run = config.run
+    return open_store(run.store, retry_seconds=run.store_retry, request_seconds=run.store_timeout)
 
 
 def open_store(

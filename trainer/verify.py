@@ -49,7 +49,7 @@ def compare_logits(run: Store, step: int, adapter: Store) -> Proof:
     config = parse_config(run.get(run_layout.CONFIG).decode())
     base = resolve_base(config.model)
     tokens = torch.arange(3, 3 + _PROBE_TOKENS).remainder(base.config["vocab_size"])[None]
-    quantizes = config.quant.type != "none" and not base.config.get("quantization_config")
+    quantizes = config.quant.type != "none" and not base.quantized
     trained = _trained_logits(run, step, config, tokens)
     with (
         tempfile.TemporaryDirectory(prefix="capstan-verify-") as folder,
@@ -89,10 +89,11 @@ def _exported_logits(
 ) -> tuple[Tensor, Tensor]:
     """Through transformers, bitsandbytes and PEFT alone, with the adapter and without: (1, T, V) fp32 each."""
     dtype = DTYPES[config.model.dtype]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = AutoModelForCausalLM.from_pretrained(base, config=model_config(base, config.model.layers), dtype=dtype)
     if quantizes:
-        _quantize(model, config.quant, dtype)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+        _quantize(model, config.quant, dtype, device)
+    model.to(device)
     model = PeftModel.from_pretrained(model, str(adapter)).eval()
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -105,9 +106,8 @@ def _exported_logits(
     return adapted, plain
 
 
-def _quantize(model: nn.Module, quant: Quant, dtype: torch.dtype) -> None:
+def _quantize(model: nn.Module, quant: Quant, dtype: torch.dtype, device: torch.device) -> None:
     """bitsandbytes on every matrix. transformers' own way has blocks of 64 only, and leaves experts in 16 bits."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     form = {"blocksize": quant.block_size, "quant_type": quant.type, "compress_statistics": quant.double}
     for path, module in list(model.named_modules()):
         if type(module) is nn.Linear and path != "lm_head":
