@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,13 +28,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from trainer.config import Data
-from trainer.data.compile import compile_dataset
 from trainer.data.dataset import FORMAT, MANIFEST, TARGET_BIT, Manifest, SourceRecord, open_dataset
 from trainer.data.encode import Encoded
 from trainer.data.order import EpochPlan, Order
 from trainer.data.shards import Place, ShardWriter
-from trainer.data.sources import expand
 from trainer.data.stream import Position, Stream
 from trainer.run_layout import dataset as dataset_key
 from trainer.store import Store, open_store
@@ -42,6 +40,7 @@ SEQUENCE_LENGTH = 8192
 PEERS = ("mosaicml-streaming==0.13.0", "litdata==0.2.76", "datasets==5.0.1", "grain==0.2.18")
 PEER_DOCUMENTS = 100_000
 READERS = Path(__file__).parent / "peers" / "readers.py"
+COMPILE_OURS = Path(__file__).parent / "peers" / "compile_ours.py"
 # Whether another number of ranks reads on in the same global order, after each library's documentation.
 LIBRARIES = {"mosaicml": "yes", "litdata": "no", "hf_datasets": "no", "grain": "by hand", "grain_packed": "no"}
 WORDS = "the a data run model token batch step store rank node memory loss train row file block hash order plan".split()
@@ -161,20 +160,6 @@ def write_talks(folder: Path, count: int) -> None:
     tokenizer.save_pretrained(folder / "tokenizer")
 
 
-def compile_ours(folder: Path) -> float:
-    """Tokens/s, targets and shards included."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    data = Data.model_validate({"train": [{"path": str(folder / "talks.jsonl")}], "sequence_length": SEQUENCE_LENGTH})
-    with tempfile.TemporaryDirectory(dir=folder) as store:
-        began = time.perf_counter()
-        cores = len(os.sched_getaffinity(0))
-        files = expand(data.train, "data.train")
-        done = compile_dataset(data, files, tokenizer, open_store(store), "compiled", processes=cores)
-        return done.manifest.tokens / (time.perf_counter() - began)
-
-
 def peers_python(folder: Path) -> Path:
     """The Python of an environment with the peers, made once."""
     python = folder / "peers" / "bin" / "python"
@@ -185,9 +170,14 @@ def peers_python(folder: Path) -> Path:
 
 
 def read_peer(python: Path, library: str, folder: Path) -> dict[str, float]:
-    done = subprocess.run([python, READERS, library, folder], capture_output=True, text=True, timeout=900)
+    return measured(python, READERS, library, folder)
+
+
+def measured(*command: str | Path) -> dict[str, float]:
+    """What a program prints in its last line."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     if done.returncode:
-        raise SystemExit(f"{library} failed:\n{done.stderr[-2000:]}")
+        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -246,11 +236,15 @@ def main() -> None:
 
     if not (folder / "talks.jsonl").exists():
         write_talks(folder, given.talks)
-    ours_speed = max(compile_ours(folder) for _ in range(2))
-    peer_speed = max(read_peer(python, "datasets_map", folder)["tokens_per_second"] for _ in range(2))
+    speeds = {"ours": list[float](), "datasets.map": list[float]()}
+    for _ in range(3):  # in turns, as the machine's speed drifts
+        speeds["ours"].append(measured(sys.executable, COMPILE_OURS, folder)["tokens_per_second"])
+        speeds["datasets.map"].append(read_peer(python, "datasets_map", folder)["tokens_per_second"])
+    ratios = sorted(ours / peer for ours, peer in zip(*speeds.values(), strict=True))
     print(
-        f"compiling on {len(os.sched_getaffinity(0))} cores: ours {ours_speed / 1e6:.3f} Mtok/s, datasets.map "
-        f"{peer_speed / 1e6:.3f} Mtok/s, ratio {ours_speed / peer_speed:.2f}"
+        f"compiling on {len(os.sched_getaffinity(0))} cores: "
+        + ", ".join(f"{side} {statistics.median(each) / 1e6:.3f} Mtok/s" for side, each in speeds.items())
+        + f"; ratio, pair by pair: {', '.join(f'{ratio:.2f}' for ratio in ratios)}"
     )
 
 

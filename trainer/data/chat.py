@@ -8,7 +8,7 @@ included, as both are prefixes of the whole text.
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config import Data
+from trainer.data.spans import Span, Spelling, overlapping
 from trainer.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 # Far above what the longest sequence can keep; it would take minutes and gigabytes to tokenize.
 LONGEST_TEXT = 16 * 2**20
 
-Span = tuple[int, int]
 Message = dict[str, Any]
 
 
@@ -99,6 +99,7 @@ class Renderer:
         self._backend: Any = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._spelling = Spelling(self._backend)
         self._data = data
         if data.format == "chat":
             self._template = _chat_template(tokenizer, data)
@@ -113,7 +114,8 @@ class Renderer:
         """Each row's tokens and targets, or what is wrong with it; the error's text has no place in it."""
         rendered = [self._render_or_error(row) for row in rows]
         texts = [document.text for document in rendered if isinstance(document, Rendered)]
-        encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
+        encode = self._backend.encode_batch_fast if self._spelling.usable else self._backend.encode_batch
+        encodings = iter(encode(texts, add_special_tokens=False))
         return [
             self._example(next(encodings), document) if isinstance(document, Rendered) else document
             for document in rendered
@@ -177,13 +179,21 @@ class Renderer:
 
     def _example(self, encoding: Any, document: Rendered) -> Example:
         tokens = np.array(encoding.ids, np.uint32)
-        targets = _overlapping(encoding, document.spans)
+        targets = self._targets(encoding, tokens, document)
         if self._bos is not None and tokens[:1].tolist() != [self._bos]:
             tokens, targets = np.append(np.uint32(self._bos), tokens), np.append(False, targets)
         if self._eos is not None and tokens[-1:].tolist() != [self._eos]:
             tokens, targets = np.append(tokens, np.uint32(self._eos)), np.append(targets, document.end_trained)
         targets[:1] = False
         return Example(tokens, targets)
+
+    def _targets(self, encoding: Any, tokens: NDArray[np.uint32], document: Rendered) -> NDArray[np.bool_]:
+        if self._spelling.usable:
+            targets = self._spelling.overlapping(document.text, tokens, document.spans)
+            if targets is not None:
+                return targets
+            encoding = self._backend.encode(document.text, add_special_tokens=False)
+        return overlapping(encoding, document.spans)
 
     def _chat(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> Rendered | Example:
         conversation = _Conversation(self._tokenizer, self._template, messages, tools)
@@ -291,30 +301,6 @@ def _framing(tokenizer: "PreTrainedTokenizerBase", data: Data) -> tuple[int | No
     bos: Any = tokenizer.bos_token_id
     adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     return bos if adds_bos else None, eos
-
-
-def _overlapping(encoding: Any, spans: Sequence[Span]) -> NDArray[np.bool_]:
-    """Which tokens share a character with a span, (tokens,).
-
-    A token across the border counts: "A: " + "yes" may be tokenized as "A", ":", " yes". Asks for the tokens at the borders
-    alone, as the encoding's list of all offsets takes half as long to make as the tokens themselves.
-    """
-    targets = np.zeros(len(encoding), bool)
-    for start, end in spans:
-        first = _token_at(encoding, range(start, end))
-        last = _token_at(encoding, range(end - 1, start - 1, -1))
-        if first is not None and last is not None:
-            # One character may be several tokens, of which the first was found.
-            while last + 1 < len(targets) and encoding.token_to_chars(last + 1)[0] < end:
-                last += 1
-            targets[first : last + 1] = True
-    return targets
-
-
-def _token_at(encoding: Any, characters: Iterable[int]) -> int | None:
-    """The first token of the first of these characters that is in any: a tokenizer may drop white space."""
-    found = (encoding.char_to_token(character) for character in characters)
-    return next((token for token in found if token is not None), None)
 
 
 def _messages(value: Any) -> list[Message]:

@@ -3,16 +3,20 @@
 import gc
 import multiprocessing
 import os
+import pickle
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import connection
+from pathlib import Path
 from typing import Any, TypeVar
 
 from trainer.data.rows import Batch
 
-_BATCHES_AHEAD = 4
+_BATCHES_AHEAD = 8
 # Below this, starting other processes takes longer than the work.
 _BYTES_FOR_PROCESSES = 16 * 2**20
 
@@ -36,8 +40,7 @@ def map_batches(
     if processes == 1:
         yield from ((here(batch), beside) for batch, beside in work)
         return
-    spawning = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, spawning, _start_worker, (start,)) as pool:
+    with _worker_pool(start, processes) as pool:
         waiting: deque[tuple[Future[R], T]] = deque()
         try:
             for batch, beside in work:
@@ -51,14 +54,26 @@ def map_batches(
             pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _worker_pool(start: Callable[[], Callable[[Batch], Any]], processes: int) -> Iterator[ProcessPoolExecutor]:
+    # In a file, as what is handed to a process that starts goes through a pipe: with a tokenizer in it, which is larger than
+    # a pipe holds, each process would be started only when the one before has finished its imports.
+    with tempfile.NamedTemporaryFile(prefix="capstan-start-") as file:
+        pickle.dump(start, file)
+        file.flush()
+        spawning = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, spawning, _start_worker, (file.name,)) as pool:
+            yield pool
+
+
 _worker: Callable[[Batch], Any] | None = None
 
 
-def _start_worker(start: Callable[[], Callable[[Batch], Any]]) -> None:
+def _start_worker(start: str) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken already
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker = start()
+    _worker = pickle.loads(Path(start).read_bytes())()
     gc.freeze()  # what was imported stays; without this a tenth of the time goes to looking through it for garbage
 
 

@@ -1,0 +1,32 @@
+"""Our side of the compiling that benchmarks/data.py compares: as `capstan data build` does it, in a process that knows no torch."""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from trainer.config import Data
+from trainer.data.compile import compile_dataset
+from trainer.data.sources import expand
+from trainer.store import open_store
+
+
+def main(folder: Path) -> None:
+    """Tokens/s from the file to tokens on disk, with targets and hashes."""
+    # Not above: each worker process imports this file again, as it does what `capstan` imports.
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    data = Data.model_validate({"train": [{"path": str(folder / "talks.jsonl")}], "sequence_length": 8192})
+    with tempfile.TemporaryDirectory(dir=folder) as store:
+        began = time.perf_counter()
+        cores = len(os.sched_getaffinity(0))
+        files = expand(data.train, "data.train")
+        done = compile_dataset(data, files, tokenizer, open_store(store), "compiled", processes=cores)
+        print(json.dumps({"tokens_per_second": done.manifest.tokens / (time.perf_counter() - began)}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
