@@ -55,7 +55,7 @@ def _emit(value: Any, as_json: bool, show: Callable[[Any], Any]) -> None:
 
 def _open_run(run: str, store: str) -> Any:
     """The run's folder; raises `ConfigError`, naming the runs there are, when it does not exist."""
-    from launcher.status import find_run
+    from launcher.runs import find_run
 
     return find_run(run, store)
 
@@ -222,7 +222,8 @@ def submit_slurm(
 
 def _train(config: Any, *, resume: bool, as_json: bool) -> None:
     from launcher.local import is_silent_rank, start
-    from launcher.status import read_status, render
+    from launcher.status import read_status
+    from launcher.status_view import render
     from launcher.submission import run_folder
     from trainer.run_layout import CONFIG
 
@@ -246,7 +247,8 @@ def status(
 ) -> None:
     """What a run is doing, from its folder alone; for a run submitted to Slurm, Slurm's word on its jobs too."""
     from launcher.slurm_queue import is_over, record, slurm_status
-    from launcher.status import read_status, render, watch_table
+    from launcher.status import read_status
+    from launcher.status_view import render, watch_table
 
     folder = _open_run(run, store)
     job = record(folder)
@@ -292,7 +294,7 @@ def logs(
 def stop(run: RunName, store: StoreOption = "runs", as_json: Json = False, dry_run: DryRun = False) -> None:
     """Ask a run to commit a checkpoint and end with exit code 75; a Slurm job that has not started is cancelled."""
     from launcher import slurm_queue
-    from launcher.status import request_stop
+    from launcher.run_requests import request_stop
 
     folder = _open_run(run, store)
     if job := slurm_queue.record(folder):

@@ -21,7 +21,8 @@ from contextlib import contextmanager, suppress
 from launcher import retry
 from launcher.data_build import compile_progress
 from launcher.ray_train import run_on_ray
-from launcher.status import request_stop, stop_requester, watch
+from launcher.run_requests import request_stop, stop_requester
+from launcher.status_view import watch
 from launcher.submission import run_folder
 from trainer import run_layout
 from trainer.base import resolve_base
