@@ -35,7 +35,6 @@ def plan(
     from dataclasses import replace
 
     from launcher.report import plan_table
-    from trainer.architecture import mismatches
     from trainer.base import read_base_config
     from trainer.config import load_config
     from trainer.data.sources import unusable
@@ -45,13 +44,12 @@ def plan(
     run = load_config(config, overrides or ())
     world_size = run.cluster.most_workers or 1
     memory = int(gpu_memory * 2**30) if gpu_memory else None
-    base_config = read_base_config(run.model)
-    result = make_plan(run, base_config, world_size, ranks_per_node or world_size, memory)
+    result = make_plan(run, read_base_config(run.model), world_size, ranks_per_node or world_size, memory)
     missing = unusable(run.data)
     result = replace(result, shortfalls=[*result.shortfalls, *missing])
     emit(result, as_json, plan_table)
     if result.shortfalls:
-        kind = ConfigError if mismatches(run, base_config) else DataError if missing else DoesNotFit
+        kind = ConfigError if result.mismatches else DataError if missing else DoesNotFit
         raise kind("\n".join(result.shortfalls))
 
 
