@@ -347,7 +347,7 @@ def _traffic(given: _Inputs) -> Traffic:
 
 
 def _shortfalls(given: _Inputs, needed: int, gpu_memory: int | None) -> list[str]:
-    found = []
+    found = list[str]()
     if given.scope == "node" and given.world_size % min(given.ranks_per_node, given.world_size):
         found.append(
             f"sharding.scope: node needs as many ranks on every node, but {given.world_size} ranks are not a multiple of "
