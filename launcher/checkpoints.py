@@ -10,7 +10,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from launcher.status import duration
+from launcher.status_view import duration
 from trainer import run_layout
 from trainer.config import parse_config
 from trainer.errors import NothingToResume

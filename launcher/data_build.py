@@ -19,7 +19,7 @@ from trainer.data.compile import Progress
 from trainer.data.dataset import Manifest, open_dataset
 from trainer.data.prepare import locate, prepare
 from trainer.errors import NotFound
-from trainer.store import open_store
+from trainer.store import open_run_store
 
 _LOG_SECONDS = 10.0
 
@@ -96,7 +96,7 @@ def _figures(manifest: Manifest) -> dict[str, int]:
 
 def build(path: Path, overrides: Sequence[str], *, dry_run: bool, log: Callable[[str], None]) -> Built:
     config = load_config(path, overrides)
-    base, store = resolve_base(config.model), open_store(config.run.store)
+    base, store = resolve_base(config.model), open_run_store(config)
     check_base(base, config)
     if not dry_run:
         with compile_progress(log, bar=sys.stderr.isatty()) as show:

@@ -21,7 +21,8 @@ from contextlib import contextmanager, suppress
 from launcher import retry
 from launcher.data_build import compile_progress
 from launcher.ray_train import run_on_ray
-from launcher.status import request_stop, stop_requester, watch
+from launcher.run_requests import request_stop, stop_requester
+from launcher.status_view import watch
 from launcher.submission import run_folder
 from trainer import run_layout
 from trainer.base import resolve_base
@@ -29,7 +30,7 @@ from trainer.config import Config, parse_config
 from trainer.data.compile import Progress
 from trainer.data.prepare import Datasets, prepare
 from trainer.errors import CapstanError, ConfigError, NotFound, Stopped, StorageError
-from trainer.store import Store, open_store
+from trainer.store import Store, open_run_store, open_store
 
 _LOOK_SECONDS = 2.0
 
@@ -94,7 +95,7 @@ def _prepare(config: Config, run: Store, log: Callable[[str], None]) -> Datasets
                 looked = time.monotonic()
                 _stop_if_asked(run, "while its data was compiled")
 
-        return prepare(config, resolve_base(config.model), open_store(config.run.store), progress)
+        return prepare(config, resolve_base(config.model), open_run_store(config), progress)
 
 
 def _stop_if_asked(run: Store, when: str) -> None:
@@ -171,6 +172,7 @@ def open_submitted(uri: str) -> Config:
     """The configuration in a run's folder; the folder's place counts where the configuration names another store."""
     store, _, name = uri.rstrip("/").rpartition("/")
     try:
+        # With the usual time limits: the run's own are in what is read here.
         text = open_store(store).sub(name).get(run_layout.CONFIG).decode()
     except NotFound as error:
         raise ConfigError(f"{uri} holds no {run_layout.CONFIG}. Give the URI that `capstan submit` printed.") from error

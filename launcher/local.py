@@ -12,7 +12,7 @@ from trainer.base import Base, resolve_base
 from trainer.config import Config
 from trainer.data.prepare import Datasets, prepare, wait_until_prepared
 from trainer.errors import CapstanError
-from trainer.store import open_store
+from trainer.store import Store, open_run_store
 
 
 def start(config: Config, *, resume: bool, live: bool, log: Callable[[str], None]) -> None:
@@ -49,22 +49,22 @@ def is_silent_rank() -> bool:
 def _as_rank(config: Config, *, resume: bool, log: Callable[[str], None]) -> None:
     restarted = any(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     datasets = None
-    store = open_store(config.run.store)
+    store = open_run_store(config)
     if is_silent_rank():
         # Without a process group: rank 0 may compile for longer than a collective waits, and ends everybody if it fails.
         wait_until_prepared(config, resolve_base(config.model), store)
     else:
         base = check(config, resume=resume, restarted=restarted)
-        datasets = _prepare(config, base, log)
+        datasets = _prepare(config, base, store, log)
         claim(config, resume=resume, code=keep_code(log), restarted=restarted)
     from trainer.rank import run_rank
 
     run_rank(config, datasets, resume=resume)
 
 
-def _prepare(config: Config, base: Base, log: Callable[[str], None]) -> Datasets:
+def _prepare(config: Config, base: Base, store: Store, log: Callable[[str], None]) -> Datasets:
     with compile_progress(log, bar=False) as show:
-        return prepare(config, base, open_store(config.run.store), show)
+        return prepare(config, base, store, show)
 
 
 def slurm_rank(environment: Mapping[str, str]) -> dict[str, str]:

@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 
-from launcher.status import Appended, poll_seconds
+from launcher.tail import Appended, poll_seconds
 from trainer import run_layout
 from trainer.errors import ConfigError, NotFound
 from trainer.store import Entry, Store

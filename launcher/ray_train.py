@@ -17,7 +17,7 @@ from typing import Any
 
 from launcher import retry
 from launcher.ray_cluster import Need, alive_machines, joined_ray, local_ray, lost_machines, need, room, wait_for_room
-from launcher.status import request_restart, stop_requester
+from launcher.run_requests import request_restart, stop_requester
 from trainer import run_layout
 from trainer.config import Config, dump_config, parse_config
 from trainer.data.prepare import Datasets

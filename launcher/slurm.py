@@ -11,8 +11,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from launcher import slurm_script, snapshot
+from launcher.runs import find_run
 from launcher.slurm_queue import Record, call, cancel, jobs_of, record, words
-from launcher.status import find_run
 from launcher.submission import anchored, check, claim, release, run_folder
 from trainer import run_layout
 from trainer.config import Config, override

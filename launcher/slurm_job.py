@@ -20,9 +20,10 @@ from dataclasses import asdict, replace
 
 from launcher import retry
 from launcher.driver import open_submitted
+from launcher.run_requests import stop_requester
 from launcher.slurm_policy import Attempt, Ending, Verdict, is_over, judge
 from launcher.slurm_queue import attempts
-from launcher.status import read_generation, read_status, stop_requester
+from launcher.status import read_generation, read_status
 from launcher.submission import run_folder
 from trainer import run_layout
 from trainer.config import Config

@@ -14,8 +14,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from launcher import retry
+from launcher.run_requests import request_stop
 from launcher.slurm_policy import Attempt
-from launcher.status import ENDED, RunStatus, read_status, render, request_stop
+from launcher.status import ENDED, RunStatus, read_status
+from launcher.status_view import render
 from trainer import run_layout
 from trainer.errors import ConfigError, NotFound, Stopped
 from trainer.store import Store

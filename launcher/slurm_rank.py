@@ -9,7 +9,7 @@ from trainer.base import resolve_base
 from trainer.config import Config
 from trainer.data.prepare import prepare
 from trainer.errors import CapstanError, Stopped
-from trainer.store import open_store
+from trainer.store import open_run_store
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
 def _run(config: Config, rank: int) -> None:
     from trainer.rank import run_rank
 
-    store = open_store(config.run.store)
+    store = open_run_store(config)
     datasets = prepare(config, resolve_base(config.model), store, lambda *_: None) if rank == 0 else None
     run_rank(config, datasets, resume=False)
 

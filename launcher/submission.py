@@ -16,7 +16,7 @@ from trainer.config import Config, dump_config, override
 from trainer.deepspeed_config import build_deepspeed_config
 from trainer.errors import AlreadyExists, ConfigError, NothingToResume
 from trainer.manifest import committed_steps
-from trainer.store import Store, open_store
+from trainer.store import Store, open_run_store
 
 
 def anchored(config: Config) -> Config:
@@ -81,7 +81,7 @@ def release(run: Store) -> None:
 
 
 def run_folder(config: Config) -> Store:
-    return open_store(config.run.store).sub(config.run.name)
+    return open_run_store(config).sub(config.run.name)
 
 
 def keep_code(log: Callable[[str], None]) -> snapshot.Snapshot | None:

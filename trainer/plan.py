@@ -88,7 +88,8 @@ class Traffic:
 class Plan:
     """The needs of a run, and in `shortfalls` one sentence for each thing that does not fit.
 
-    `scope` is `sharding.scope`, with auto decided.
+    `mismatches` are those of them that ask more of the base than it has, on any machine. `scope` is `sharding.scope`,
+    with auto decided.
     """
 
     parameters: Parameters
@@ -99,6 +100,7 @@ class Plan:
     checkpoint_bytes: int
     scope: Scope
     deepspeed: dict[str, Any]
+    mismatches: list[str]
     shortfalls: list[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -151,7 +153,7 @@ def make_plan(
     """
     scope = choose_scope(config, base_config, world_size, ranks_per_node, gpu_memory)
     given, deepspeed = _inputs(config, base_config, world_size, ranks_per_node, scope)
-    memory = _gpu_memory(given)
+    memory, wrong = _gpu_memory(given), mismatches(config, base_config)
     return Plan(
         parameters=_parameters(given),
         batch=_batch(given),
@@ -161,7 +163,8 @@ def make_plan(
         checkpoint_bytes=12 * sum(given.adapter_sizes),  # fp32 master weight and AdamW's two moments
         scope=scope,
         deepspeed=deepspeed,
-        shortfalls=_shortfalls(given, base_config, memory.total, gpu_memory),
+        mismatches=wrong,
+        shortfalls=[*wrong, *_shortfalls(given, memory.total, gpu_memory)],
     )
 
 
@@ -343,9 +346,8 @@ def _traffic(given: _Inputs) -> Traffic:
     return Traffic(base, adapters, gradients, base + adapters + gradients, crossing)
 
 
-def _shortfalls(given: _Inputs, base_config: dict[str, Any], needed: int, gpu_memory: int | None) -> list[str]:
-    config = given.config
-    found = mismatches(config, base_config)
+def _shortfalls(given: _Inputs, needed: int, gpu_memory: int | None) -> list[str]:
+    found = list[str]()
     if given.scope == "node" and given.world_size % min(given.ranks_per_node, given.world_size):
         found.append(
             f"sharding.scope: node needs as many ranks on every node, but {given.world_size} ranks are not a multiple of "

@@ -41,6 +41,19 @@ def tokens_per_second(samples: Iterable[np.ndarray]) -> float:
     return tokens / (time.perf_counter() - began)
 
 
+def seconds_to_resume(reader: Callable[[], Any], samples: int) -> float:
+    """From the state of a reader that has given so many samples to the first one of another reader."""
+    before = reader()
+    for _ in islice(before, samples):
+        pass
+    state = before.state_dict()
+    began = time.perf_counter()
+    resumed = reader()
+    resumed.load_state_dict(state)
+    next(iter(resumed))
+    return time.perf_counter() - began
+
+
 def once(path: Path, write: Callable[[Path], None]) -> Path:
     """`path`, written now if it is not there; a half written one never is."""
     if not path.exists():
@@ -94,15 +107,8 @@ def litdata(folder: Path) -> dict[str, float]:
         return StreamingDataLoader(dataset, batch_size=1, num_workers=0, collate_fn=lambda batch: batch[0])
 
     result = {shuffle: tokens_per_second(loader(shuffle)) for shuffle in (False, True)}
-    before = loader(True)
-    for _ in islice(before, int(RESUME_AT * count(folder))):
-        pass
-    state = before.state_dict()
-    began = time.perf_counter()
-    resumed = loader(True)
-    resumed.load_state_dict(state)
-    next(iter(resumed))
-    return {"sequential": result[False], "shuffled": result[True], "resume": time.perf_counter() - began}
+    resume = seconds_to_resume(lambda: loader(True), int(RESUME_AT * count(folder)))
+    return {"sequential": result[False], "shuffled": result[True], "resume": resume}
 
 
 def hf_datasets(folder: Path) -> dict[str, float]:
@@ -129,15 +135,8 @@ def hf_datasets(folder: Path) -> dict[str, float]:
         return (sample["tokens"] for sample in samples)
 
     result = {shuffle: tokens_per_second(tokens(dataset(shuffle))) for shuffle in (False, True)}
-    before = dataset(True)
-    for _ in islice(before, int(RESUME_AT * count(folder))):
-        pass
-    state = before.state_dict()
-    began = time.perf_counter()
-    resumed = dataset(True)
-    resumed.load_state_dict(state)
-    next(iter(resumed))
-    return {"sequential": result[False], "shuffled": result[True], "resume": time.perf_counter() - began}
+    resume = seconds_to_resume(lambda: dataset(True), int(RESUME_AT * count(folder)))
+    return {"sequential": result[False], "shuffled": result[True], "resume": resume}
 
 
 class _Documents:

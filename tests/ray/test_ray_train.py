@@ -10,7 +10,8 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from launcher.ray_train import _original
 from launcher.retry import RankDied
-from launcher.status import read_generation, read_status, request_stop
+from launcher.run_requests import request_stop
+from launcher.status import read_generation, read_status
 from tests.dist.launch import launch
 from tests.material import Workshop
 from tests.ray.cluster import Driver, alive, losses, ray_cluster, steps, write

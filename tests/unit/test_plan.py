@@ -197,11 +197,14 @@ def test_a_checkpoint_is_three_fp32_values_for_each_trainable_parameter():
 
 def test_every_shortfall_is_told_at_once():
     given = config("data.sequence_length=200000", "model.layers=81", "tuning.targets=[q_proj, c_attn]")
-    assert make_plan(given, LLAMA_70B, 2, 2, 8 * GIB).shortfalls[:3] == [
+    plan = make_plan(given, LLAMA_70B, 2, 2, 8 * GIB)
+    assert plan.mismatches == [
         "data.sequence_length: 200000 exceeds the base's 131072 positions (config.json). Lower it.",
         "model.layers: 81 exceeds the base's 80 layers (config.json). Lower it.",
         "tuning.targets: 'c_attn' is no linear layer that can be adapted. The base has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj.",
     ]
+    assert plan.shortfalls[:-1] == plan.mismatches
+    assert plan.shortfalls[-1].startswith("memory: ")
 
 
 def test_too_little_gpu_memory_is_told_with_both_numbers_and_a_remedy():

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from launcher.run_requests import request_stop
 from launcher.slurm_job import begin, end, free_ports, silent_nodes
 from launcher.slurm_queue import attempts
-from launcher.status import read_status, request_stop
+from launcher.status import read_status
 from trainer import run_layout
 from trainer.config import Config, dump_config, parse_config
 from trainer.store import Store, open_store

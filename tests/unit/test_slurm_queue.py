@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from launcher import slurm_queue
+from launcher.run_requests import stop_requester
 from launcher.slurm import clean_environment
 from launcher.slurm_queue import Job, Record, is_over, job_output, jobs_of, parse_sacct, parse_squeue, stop
-from launcher.status import read_status, stop_requester
+from launcher.status import read_status
 from trainer import run_layout
 from trainer.errors import ConfigError
 from trainer.store import Store, open_store

@@ -10,17 +10,10 @@ import pytest
 from rich.console import Console
 
 from launcher.logs import follow_log, read_log
-from launcher.status import (
-    Follower,
-    RunStatus,
-    find_run,
-    read_generation,
-    read_status,
-    render,
-    request_stop,
-    runs,
-    watch,
-)
+from launcher.run_requests import request_stop
+from launcher.runs import find_run, runs
+from launcher.status import Follower, RunStatus, read_generation, read_status
+from launcher.status_view import render, watch
 from trainer import run_layout
 from trainer.errors import ConfigError
 from trainer.store import Store, open_store

@@ -1,0 +1,63 @@
+"""A store that does not answer is given up within `run.store_retry` and `run.store_timeout`, whoever opens it first."""
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import local, slurm_rank, submission
+from launcher.data_build import build
+from tests.material import Workshop
+from trainer.config import Config, dump_config
+from trainer.errors import StorageError
+
+# With the default limits one request alone would take longer.
+pytestmark = pytest.mark.timeout(30)
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("limits"))
+
+
+@pytest.fixture
+def config(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Iterator[Config]:
+    """A run in a bucket of a server that accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "any")
+        yield shop.config("mine", "run.store=s3://bucket/runs", "run.store_timeout=0.3", "run.store_retry=0.1")
+
+
+def log(_: str) -> None: ...
+
+
+def given_up() -> Any:
+    return pytest.raises(StorageError, match=r"did not answer in time")
+
+
+def test_before_a_run_starts(config: Config) -> None:
+    with given_up():
+        submission.check(config, resume=False)
+
+
+def test_as_data_is_compiled(config: Config, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_config(config))
+    with given_up():
+        build(path, (), dry_run=False, log=log)
+
+
+def test_by_a_rank_of_torchrun_that_waits_for_compiled_data(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with given_up():
+        local.start(config, resume=False, live=False, log=log)
+
+
+def test_by_a_rank_of_srun_that_compiles(config: Config) -> None:
+    with given_up():
+        slurm_rank._run(config, rank=0)
