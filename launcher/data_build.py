@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from launcher.ray_cluster import address_of, is_dashboard
+from launcher.ray_data import join_and_map
 from trainer.base import check_base, resolve_base
 from trainer.config import load_config
 from trainer.data.compile import Progress
@@ -95,12 +98,15 @@ def _figures(manifest: Manifest) -> dict[str, int]:
 
 
 def build(path: Path, overrides: Sequence[str], *, dry_run: bool, log: Callable[[str], None]) -> Built:
+    """Compile what is missing: on the Ray cluster of cluster.ray.address or RAY_ADDRESS, else on this machine's cores."""
     config = load_config(path, overrides)
     base, store = resolve_base(config.model), open_run_store(config)
     check_base(base, config)
     if not dry_run:
+        cluster = address_of(config)
+        mapper = partial(join_and_map, cluster, log) if cluster and not is_dashboard(cluster) else None
         with compile_progress(log, bar=sys.stderr.isatty()) as show:
-            prepare(config, base, store, show)
+            prepare(config, base, store, show, mapper)
     splits: dict[str, tuple[str, Manifest | None]] = {}
     for what, key in locate(config, base).items():
         try:

@@ -16,10 +16,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 
 from launcher import retry
 from launcher.data_build import compile_progress
+from launcher.ray_cluster import address_of, joined_ray
+from launcher.ray_data import map_on_cluster
 from launcher.ray_train import run_on_ray
 from launcher.run_requests import request_stop, stop_requester
 from launcher.status_view import watch
@@ -28,6 +31,7 @@ from trainer import run_layout
 from trainer.base import resolve_base
 from trainer.config import Config, parse_config
 from trainer.data.compile import Progress
+from trainer.data.pool import Mapper
 from trainer.data.prepare import Datasets, prepare
 from trainer.errors import CapstanError, ConfigError, NotFound, Stopped, StorageError
 from trainer.store import Store, open_run_store, open_store
@@ -46,8 +50,10 @@ def drive(config: Config, *, resume: bool, live: bool, log: Callable[[str], None
     journal = _Journal(run, log)
 
     def work() -> None:
-        datasets = _prepare(config, run, log)
-        run_on_ray(config, datasets, run, resume=resume, address=address, log=journal.write)
+        cluster = address_of(config, address)
+        with joined_ray(cluster) if cluster else nullcontext() as dashboard:
+            datasets = _prepare(config, run, log, partial(map_on_cluster, journal.write) if cluster else None)
+            run_on_ray(config, datasets, run, resume=resume, dashboard=dashboard, log=journal.write)
 
     try:
         # Beside the main thread, which is then free for signals: in it, Ray would install handlers of its own.
@@ -82,7 +88,7 @@ class _Journal:
             self._run.put(run_layout.DRIVER_LOG, self._text.encode())
 
 
-def _prepare(config: Config, run: Store, log: Callable[[str], None]) -> Datasets:
+def _prepare(config: Config, run: Store, log: Callable[[str], None], mapper: Mapper | None) -> Datasets:
     looked = 0.0
     _stop_if_asked(run, "before it started")
     # Lines, also on a terminal: the run's live view is there already.
@@ -95,7 +101,7 @@ def _prepare(config: Config, run: Store, log: Callable[[str], None]) -> Datasets
                 looked = time.monotonic()
                 _stop_if_asked(run, "while its data was compiled")
 
-        return prepare(config, resolve_base(config.model), open_run_store(config), progress)
+        return prepare(config, resolve_base(config.model), open_run_store(config), progress, mapper)
 
 
 def _stop_if_asked(run: Store, when: str) -> None:

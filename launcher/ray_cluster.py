@@ -37,6 +37,11 @@ def local_ray(workers: int) -> Iterator[str]:
         ray.shutdown()
 
 
+def address_of(config: Config, given: str | None = None) -> str | None:
+    """The cluster to join: the one `given`, else that of cluster.ray.address or RAY_ADDRESS; None where Ray starts here."""
+    return given or config.cluster.ray.address or os.environ.get("RAY_ADDRESS")
+
+
 @contextmanager
 def joined_ray(address: str) -> Iterator[str]:
     """A running cluster; yields its dashboard's address, which may be empty.
@@ -47,7 +52,7 @@ def joined_ray(address: str) -> Iterator[str]:
     import ray
     from ray.exceptions import AuthenticationError
 
-    if address.startswith(("http://", "https://")):
+    if is_dashboard(address):
         raise ConfigError(
             f"cluster.ray.address: {address!r} is the address of a dashboard, which takes jobs (`capstan submit ray`). To train "
             "from here give the cluster's own, such as head:6379."
@@ -64,6 +69,11 @@ def joined_ray(address: str) -> Iterator[str]:
         yield f"http://{context.dashboard_url}" if context.dashboard_url else ""
     finally:
         ray.shutdown()
+
+
+def is_dashboard(address: str) -> bool:
+    """Whether this address takes jobs, and no driver."""
+    return address.startswith(("http://", "https://"))
 
 
 def _knock(address: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from launcher import snapshot
-from launcher.ray_cluster import refused_token
+from launcher.ray_cluster import address_of, refused_token
 from launcher.submission import anchored, check, claim, release, run_folder
 from trainer import run_layout
 from trainer.config import Config
@@ -59,7 +59,7 @@ def submit(config: Config, *, resume: bool, dry_run: bool) -> Submission:
     check(config, resume=resume)
     code = snapshot.take(Path.cwd())
     run = run_folder(config)
-    address = config.cluster.ray.address or os.environ.get("RAY_ADDRESS")
+    address = address_of(config)
     command = ["python" if address else sys.executable, "-m", "launcher.driver", run.uri]
     command += ["--resume"] if resume else []
     command += ["--address", "auto"] if address else []

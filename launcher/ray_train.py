@@ -12,11 +12,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from launcher import retry
-from launcher.ray_cluster import Need, alive_machines, joined_ray, local_ray, lost_machines, need, room, wait_for_room
+from launcher.ray_cluster import Need, alive_machines, local_ray, lost_machines, need, room, wait_for_room
 from launcher.run_requests import request_restart, stop_requester
 from trainer import run_layout
 from trainer.config import Config, dump_config, parse_config
@@ -50,11 +51,11 @@ class _Life:
 
 
 def run_on_ray(
-    config: Config, datasets: Datasets, run: Store, *, resume: bool, address: str | None, log: Callable[[str], None]
+    config: Config, datasets: Datasets, run: Store, *, resume: bool, dashboard: str | None, log: Callable[[str], None]
 ) -> None:
-    """Train on a Ray cluster, or on a Ray started here for this run, until done or beyond the budgets.
+    """Train on the Ray cluster that this process has joined, or on a Ray started here, until done or beyond the budgets.
 
-    `address` is the cluster's; by default cluster.ray.address or RAY_ADDRESS.
+    `dashboard` is the address of the joined cluster's, which may be empty; None starts a Ray for this run.
 
     Raises:
         CapstanError: the run's own, or a crash's with its reason.
@@ -65,15 +66,15 @@ def run_on_ray(
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.cluster.ray.start_timeout)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a rank's end is noticed; default 2
     began = time.time()
-    address = address or config.cluster.ray.address or os.environ.get("RAY_ADDRESS")
-    with joined_ray(address) if address else local_ray(config.cluster.most_workers or 1) as joined:
-        life = _Life(config, datasets, run, resume, joined if address else "", began)
+    joined = dashboard is not None
+    with nullcontext() if joined else local_ray(config.cluster.most_workers or 1):
+        life = _Life(config, datasets, run, resume, dashboard or "", began)
         ends: list[retry.Failure] = []
         while True:
             patience = config.cluster.ray.start_timeout
             try:
                 wanted, workers = wait_for_room(
-                    lambda: need(config), patience, can_grow=bool(address), log=log, stop=life.stop_if_asked
+                    lambda: need(config), patience, can_grow=joined, log=log, stop=life.stop_if_asked
                 )
             except ConfigError as error:
                 if not ends or not committed_steps(run):

@@ -5,10 +5,12 @@ import os
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from trainer.config import Data
 from trainer.data.compile import compile_dataset
+from trainer.data.pool import map_batches
 from trainer.data.sources import expand
 from trainer.store import open_store
 
@@ -24,7 +26,9 @@ def main(folder: Path) -> None:
         began = time.perf_counter()
         cores = len(os.sched_getaffinity(0))
         files = expand(data.train, "data.train")
-        done = compile_dataset(data, files, tokenizer, open_store(store), "compiled", processes=cores)
+        done = compile_dataset(
+            data, files, tokenizer, open_store(store), "compiled", mapper=partial(map_batches, processes=cores)
+        )
         print(json.dumps({"tokens_per_second": done.manifest.tokens / (time.perf_counter() - began)}))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tests.material import byte_tokenizer
 from trainer.config import Config
 from trainer.data.check import Findings, Report, check_data
 from trainer.data.duplicates import Fingerprint, Seen
+from trainer.data.pool import Mapper, map_batches
 from trainer.data.prepare import find
 
 TEMPLATE = (
@@ -33,7 +35,7 @@ def check(
     tmp_path: Path,
     rows: list[Any],
     evaluation: list[Any] = (),  # pyright: ignore
-    processes: int = 1,
+    mapper: Mapper | None = None,
     **data: Any,
 ) -> Report:
     """The report on rows of one file each; a `bytes` row is a line as it stands."""
@@ -55,7 +57,7 @@ def check(
             "train": {"steps": 1},
         }
     )
-    return check_data(config, byte_tokenizer(), find(config), lambda *_: None, processes)
+    return check_data(config, byte_tokenizer(), find(config), lambda *_: None, mapper)
 
 
 def found(report: Report) -> Findings:
@@ -119,7 +121,7 @@ def test_other_processes_find_the_same(tmp_path: Path) -> None:
     rows = [talk(sentence(n % 300, 5), "yes") if n % 50 else {"messages": n} for n in range(500)]
     alone = check(tmp_path, rows, rows[:40])
     assert found(alone).exact_duplicates > 0
-    assert check(tmp_path, rows, rows[:40], processes=2) == alone
+    assert check(tmp_path, rows, rows[:40], mapper=partial(map_batches, processes=2)) == alone
 
 
 def test_what_is_cut_at_the_sequence_length(tmp_path: Path) -> None:

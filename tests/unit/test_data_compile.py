@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 from collections import Counter
+from functools import partial
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from trainer.data import rows, shards
 from trainer.data.compile import Progress, compile_dataset, fingerprint, hash_tokenizer
 from trainer.data.dataset import TARGET_BIT, Dataset, open_dataset
 from trainer.data.encode import Encoded, Encoder, Part
+from trainer.data.pool import map_batches
 from trainer.data.rows import Batch
 from trainer.data.sources import expand
 from trainer.errors import DataError, NotFound, StorageError
@@ -132,7 +134,7 @@ def compile_and_stop(data: Data, folder: str, reached: Event) -> None:
             reached.set()
             multiprocessing.Event().wait(120)
 
-    build(open_store(folder), data, processes=2, progress=report)
+    build(open_store(folder), data, mapper=partial(map_batches, processes=2), progress=report)
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -170,8 +172,8 @@ def test_a_writer_that_loses_the_race_opens_the_winners(tmp_path: Path, store: S
 @pytest.mark.usefixtures("small_shards")
 def test_other_processes_give_the_same_data_set(tmp_path: Path, store: Store) -> None:
     data = settings(write(tmp_path / "a.jsonl", [*texts(0, 500), 1, *texts(0, 200)]), on_bad_row="skip")
-    alone = build(open_store(str(tmp_path / "other")), data, processes=1)
-    assert build(store, data, processes=2).manifest == alone.manifest
+    alone = build(open_store(str(tmp_path / "other")), data)
+    assert build(store, data, mapper=partial(map_batches, processes=2)).manifest == alone.manifest
 
 
 @pytest.mark.usefixtures("small_shards")

@@ -14,7 +14,7 @@ from trainer.data.dataset import BLOCK_DOCUMENTS
 from trainer.data.duplicates import Fingerprint, Seen
 from trainer.data.encode import BAD_ROWS_SHOWN, Part
 from trainer.data.order import EpochPlan, Order
-from trainer.data.pool import map_batches, processes_for
+from trainer.data.pool import Mapper, mapper_for
 from trainer.data.prepare import Input
 from trainer.data.rows import Batch, batches
 from trainer.data.sources import SourceFile
@@ -83,11 +83,11 @@ def check_data(
     tokenizer: "PreTrainedTokenizerBase",
     inputs: dict[str, Input],
     progress: Callable[[str, int, int], None],
-    processes: int | None = None,
+    mapper: Mapper | None = None,
 ) -> Report:
     """Read and tokenize every row of `inputs` (see `prepare.find`); `progress` gets the split, bytes read and all bytes.
 
-    `processes` is by default one for each core, and 1 (this one) for small sources.
+    `mapper` reads the batches, by default as `mapper_for` says.
 
     Raises:
         ConfigError: the tokenizer cannot serve `data.format`.
@@ -100,7 +100,7 @@ def check_data(
         size = sum(file.size for file in files)
         start = partial(_Inspector, config.data, tokenizer, part)
         collected = _Collected(trained if what == "train" else Seen(), trained)
-        for inspected, read in map_batches(_read(files), start, processes or processes_for(size)):
+        for inspected, read in (mapper or mapper_for(size))(_read(files), start):
             collected.take(inspected)
             progress(what, read, size)
         splits[what] = collected.finish(config.data)

@@ -21,7 +21,7 @@ from trainer.config import Data
 from trainer.data.chat import template_text
 from trainer.data.dataset import FORMAT, MANIFEST, Counters, Dataset, Manifest, SourceRecord, open_dataset
 from trainer.data.encode import EVERYTHING, Encoder, Part
-from trainer.data.pool import map_batches, processes_for
+from trainer.data.pool import Mapper, mapper_for
 from trainer.data.rows import Batch, batches
 from trainer.data.shards import Place, ShardWriter
 from trainer.data.sources import SourceFile
@@ -78,13 +78,13 @@ def compile_dataset(
     store: Store,
     fingerprint: str,
     part: Part = EVERYTHING,
-    processes: int | None = None,
+    mapper: Mapper | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Dataset:
     """Compile `files` into `store` and open the result; what is there already is opened as it is.
 
-    `store` is the root that runs share, `fingerprint` comes from the function of that name. `processes` is by default one
-    for each core, and 1 (this one) for small sources.
+    `store` is the root that runs share, `fingerprint` comes from the function of that name. `mapper` encodes the
+    batches, by default as `mapper_for` says.
 
     Raises:
         ConfigError: the tokenizer cannot serve `data.format`.
@@ -102,7 +102,7 @@ def compile_dataset(
             progress(Progress(bytes_done, size, writer.counters.rows, writer.documents, writer.tokens))
 
     start = partial(Encoder, data, tokenizer, part)
-    for encoded, at in map_batches(_read(files, writer.next), start, processes or processes_for(size)):
+    for encoded, at in (mapper or mapper_for(size))(_read(files, writer.next), start):
         if encoded.error:
             raise DataError(encoded.error)
         writer.add(at.source, encoded, at.after)

@@ -1,4 +1,4 @@
-"""Work on batches of rows, in this process or over all cores of the machine."""
+"""Work on batches of rows, in this process or over all cores of the machine; a `Mapper` may have others too."""
 
 import gc
 import multiprocessing
@@ -10,32 +10,43 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from trainer.data.rows import Batch
 
 _BATCHES_AHEAD = 8
 # Below this, starting other processes takes longer than the work.
-_BYTES_FOR_PROCESSES = 16 * 2**20
+BYTES_FOR_PROCESSES = 16 * 2**20
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def processes_for(size: int) -> int:
-    """How many processes work on sources of `size` bytes: one for each core, and 1 (this one) for small sources."""
-    return len(os.sched_getaffinity(0)) if size >= _BYTES_FOR_PROCESSES else 1
+class Mapper(Protocol):
+    """Every batch's result, with what came beside it, in order whatever does the work.
+
+    `start` makes, in each process, what the batches are given to; what it raises is raised here, and once.
+    """
+
+    def __call__(
+        self, work: Iterable[tuple[Batch, T]], start: Callable[[], Callable[[Batch], R]]
+    ) -> Iterator[tuple[R, T]]: ...
+
+
+def mapper_for(size: int, many: Mapper | None = None) -> Mapper:
+    """Who works on sources of `size` bytes: `many`, by default a process for each core, and for small sources this process."""
+    if size < BYTES_FOR_PROCESSES:
+        return partial(map_batches, processes=1)
+    return many or partial(map_batches, processes=len(os.sched_getaffinity(0)))
 
 
 def map_batches(
     work: Iterable[tuple[Batch, T]], start: Callable[[], Callable[[Batch], R]], processes: int
 ) -> Iterator[tuple[R, T]]:
-    """Every batch's result, with what came beside it, in order whatever the number of `processes`; 1 is this one.
-
-    `start` makes, in each process, what the batches are given to; what it raises is raised here, and once.
-    """
+    """A `Mapper` over `processes` of this machine; 1 is this one."""
     here = start()
     if processes == 1:
         yield from ((here(batch), beside) for batch, beside in work)

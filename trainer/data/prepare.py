@@ -17,6 +17,7 @@ from trainer.data.compile import Progress, compile_dataset, fingerprint, hash_to
 from trainer.data.dataset import Dataset, Manifest, open_dataset
 from trainer.data.encode import EVERYTHING, Part
 from trainer.data.order import EpochPlan, Order
+from trainer.data.pool import Mapper, mapper_for
 from trainer.data.sources import SourceFile, expand
 from trainer.errors import DataError, NotFound
 from trainer.store import Store
@@ -40,9 +41,15 @@ class Datasets:
 
 
 def prepare(
-    config: Config, base: Base, store: Store, progress: Callable[[str, Progress], None] = lambda what, now: None
+    config: Config,
+    base: Base,
+    store: Store,
+    progress: Callable[[str, Progress], None] = lambda what, now: None,
+    mapper: Mapper | None = None,
 ) -> Datasets:
     """Compile the run's training and evaluation data unless the store has them; `progress` gets "train" or "eval" too.
+
+    `mapper` encodes what is not small, by default on this machine's cores.
 
     Raises:
         DataError: a source is missing, unreadable, or holds nothing to learn from.
@@ -59,7 +66,8 @@ def prepare(
                 progress(what, now)
 
             tokenizer = load_tokenizer(base)
-            datasets[what] = compile_dataset(config.data, files, tokenizer, store, key, part, progress=report)
+            who = mapper_for(sum(file.size for file in files), mapper)
+            datasets[what] = compile_dataset(config.data, files, tokenizer, store, key, part, who, report)
     order = train_order(config, datasets["train"].manifest)
     bins = _epoch_bins(datasets["train"], order, config.train.epochs, store) if config.train.epochs else []
     held_out = datasets.get("eval")

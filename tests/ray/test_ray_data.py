@@ -1,0 +1,96 @@
+"""Compiling over the machines of a cluster gives what one machine gives, also when one of them is lost."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from launcher import ray_data
+from launcher.ray_cluster import joined_ray
+from launcher.ray_data import map_on_cluster
+from tests.material import Workshop, byte_tokenizer
+from tests.ray.cluster import Driver, ray_cluster, write
+from trainer.config import Data
+from trainer.data.compile import Progress, compile_dataset
+from trainer.data.dataset import Manifest
+from trainer.data.pool import BYTES_FOR_PROCESSES
+from trainer.data.rows import Batch, batches
+from trainer.data.sources import expand
+from trainer.errors import DataError
+from trainer.store import open_store
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def texts(folder: Path, rows: int) -> Data:
+    path = folder / "texts.jsonl"
+    path.write_text(
+        "".join(json.dumps({"text": f"row {number} " * (number % 50 + 1)}) + "\n" for number in range(rows))
+    )
+    return Data.model_validate({"train": [{"path": str(path)}], "format": "text", "sequence_length": 256})
+
+
+def build(data: Data, folder: Path, mapper: Any = None, progress: Callable[[Progress], None] | None = None) -> Manifest:
+    files = expand(data.train, "data.train")
+    store = open_store(str(folder))
+    return compile_dataset(data, files, byte_tokenizer(), store, "f" * 20, mapper=mapper, progress=progress).manifest
+
+
+def test_all_machines_compile_and_one_of_them_may_be_lost(tmp_path: Path) -> None:
+    data = texts(tmp_path, 20_000)
+    alone = build(data, tmp_path / "alone")
+    with ray_cluster(2) as cluster, joined_ray(str(cluster.address)):
+        (file,) = expand(data.train, "data.train")
+        work = ((batch, None) for batch in batches(file))
+        assert len({machine for machine, _ in map_on_cluster(print, work, partial(returned, where))}) == 2
+
+        machines = cluster.list_all_nodes()
+
+        def lose_a_machine(now: Progress) -> None:
+            if now.bytes_done and len(machines) == 3:
+                cluster.remove_node(machines.pop(), allow_graceful=False)
+
+        assert build(data, tmp_path / "cluster", partial(map_on_cluster, print), lose_a_machine) == alone
+        assert len(machines) == 2
+
+
+def returned(value: Any) -> Any:
+    return value
+
+
+def where(batch: Batch) -> str:
+    return ray.get_runtime_context().get_node_id()
+
+
+def test_rows_that_kill_every_process_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_data, "_RETRIES", 1)
+    batch = Batch("rows.jsonl", 129, [b"{}"], 2)
+    with (
+        ray_cluster(1) as cluster,
+        joined_ray(str(cluster.address)),
+        pytest.raises(DataError, match=r"rows.jsonl: the rows from 129 on .* died 2 times"),
+    ):
+        list(map_on_cluster(print, [(batch, None)], partial(returned, die)))
+
+
+def die(batch: Batch) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_data_build_compiles_on_the_cluster_of_the_run(workshop: Workshop, tmp_path: Path) -> None:
+    row = json.dumps({"prompt": "p " * 30, "completion": "c " * 30})
+    many = tmp_path / "many.jsonl"
+    many.write_text(f"{row}\n" * (BYTES_FOR_PROCESSES // len(row) + 1))
+    with ray_cluster(1) as cluster:
+        settings = (f"data.train=[{{path: {many}}}]", f"cluster.ray.address={cluster.address}")
+        config = write(tmp_path, workshop, "build", *settings)
+        with Driver(tmp_path, "data", "build", config, "--json") as driver:
+            assert driver.end() == 0, driver.log.read_text()
+            assert "compiling on the 2 CPUs of the Ray cluster" in driver.log.read_text()
+            assert json.loads(driver.last_line("{"))["train"]["documents"] == many.read_text().count("\n")
