@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from trainer.ranks import Ranks
 from trainer.safetensors_index import Source, item_bytes
@@ -34,6 +34,15 @@ class Piece:
 
     def read(self) -> bytearray:
         return self.source.read(self.begin, self.end)
+
+
+class Readable(Protocol):
+    """A piece of any kind."""
+
+    def read(self) -> bytearray: ...
+
+
+AnyPiece = TypeVar("AnyPiece", bound=Readable)
 
 
 class Job(Protocol):
@@ -73,7 +82,7 @@ def run_jobs(jobs: Sequence[Job], ranks: Ranks, log: Callable[[str], None]) -> i
     pool = ThreadPoolExecutor(PIECES_IN_FLIGHT, thread_name_prefix="read")
     _give_freed_memory_back(above_bytes=2**20)
     try:
-        reads = _ahead(pool, (piece for job in jobs for piece in job.pieces()))
+        reads = read_ahead(pool, (piece for job in jobs for piece in job.pieces()))
         for part in _rounds(jobs):
             failure = None
             try:
@@ -105,9 +114,9 @@ def _give_freed_memory_back(above_bytes: int) -> None:
     libc.mallopt(_M_TRIM_THRESHOLD, 2 * above_bytes)
 
 
-def _ahead(pool: ThreadPoolExecutor, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, bytearray]]:
+def read_ahead(pool: ThreadPoolExecutor, pieces: Iterable[AnyPiece]) -> Iterator[tuple[AnyPiece, bytearray]]:
     """Pieces with their bytes, in order; reads run ahead."""
-    pending: deque[tuple[Piece, Future[bytearray]]] = deque()
+    pending: deque[tuple[AnyPiece, Future[bytearray]]] = deque()
     for piece in pieces:
         pending.append((piece, pool.submit(piece.read)))
         if len(pending) >= PIECES_IN_FLIGHT:
