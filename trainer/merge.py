@@ -41,7 +41,7 @@ from trainer.export import (
 )
 from trainer.filling import as_tensor
 from trainer.manifest import Manifest, whole_checkpoint
-from trainer.reading import PIECE_BYTES, PIECES_IN_FLIGHT, cut, read_ahead
+from trainer.reading import PIECE_BYTES, PIECES_IN_FLIGHT, cut, freed_memory_given_back, read_ahead
 from trainer.safetensors_index import INDEX_FILE, SINGLE_FILE, TensorSource, numel
 from trainer.store import Store, open_store
 
@@ -119,6 +119,7 @@ def low_rank_updates(adapter: dict[str, Tensor], tuning: Tuning) -> dict[str, Lo
     return updates
 
 
+@freed_memory_given_back()
 def _write_weights(base: Base, updates: dict[str, LowRankUpdate], destination: Store, report: Report) -> None:
     """The files of weights, and their index where there are several."""
     adapted = [(_stored(base, name, update.shape), update) for name, update in updates.items()]

@@ -308,8 +308,7 @@ def _exported(root: Store, run: Store, fault: Fault, name: str, kind: str) -> tu
 
 def exportable(root: Store, folder: Path) -> Store:
     """A run with its configuration and a checkpoint of step 4, over a base of two files."""
-    config = material.Workshop(folder, "speck", shard_size="4KB").config("done")
-    config.run.store = root.uri
+    config = material.Workshop(folder, "speck", shard_size="4KB").config("done", f"run.store={root.uri}")
     material.commit(root.sub("done"), config)
     return root.sub("done")
 

@@ -74,7 +74,7 @@ def test_a_merged_model_in_plain_transformers_is_base_and_adapter_and_close_to_w
     (proof,) = launch(1, "merge_proof", run.uri, 4, str(tmp_path / "merged"))
 
     assert proof["merged_logits_max_diff"] <= proof["tolerance"] < proof["adapter_logits_effect"]
-    # The rest is the error of quantizing the base, which was trained on but is not merged into.
+    # The error of quantizing the base, which was trained on but is not merged into.
     assert proof["tolerance"] < proof["trained_logits_max_diff"]
 
 

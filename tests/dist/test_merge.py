@@ -13,12 +13,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launcher.local_s3 import S3Server
+from tests.dist.launch import launch
 from tests.material import Workshop, commit, make_base, quantize_base
 from trainer.errors import ConfigError, NothingToResume
 from trainer.export import export_adapter
 from trainer.merge import export_merged
+from trainer.reading import PIECE_BYTES, PIECES_IN_FLIGHT
 from trainer.safetensors_index import INDEX_FILE, read_index
-from trainer.store import Store, open_store
+from trainer.store import PART_BYTES, Store, open_store
 
 
 @pytest.fixture(scope="module")
@@ -166,3 +168,32 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_written(workshop: W
     with pytest.raises(NothingToResume, match="of step 3. Committed are: 4"):
         export_merged(workshop.store.sub("done"), open_store(str(tmp_path / "merged")), step=3)
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("cheat", ["", "lora_A", "config.json"])
+def test_the_proof_holds_for_what_was_merged_and_for_nothing_else(tmp_path: Path, cheat: str) -> None:
+    # bitsandbytes' fused CPU kernel, which plain transformers uses where it can, wants widths that divide by 32.
+    workshop = Workshop(tmp_path, intermediate_size=192)
+    run, other = committed(workshop, "done", "tuning.rank=5", "quant.type=none"), workshop.store.sub("other")
+    merged = tmp_path / "merged"
+    if cheat == "lora_A":  # of another step
+        commit(other, workshop.config("other", "tuning.rank=5"), step=5)
+    export_merged(other if cheat == "lora_A" else run, open_store(str(merged)))
+    if cheat == "config.json":
+        settings = json.loads((merged / "config.json").read_text())
+        (merged / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 0.1}))
+    (proof,) = launch(1, "merge_proof", run.uri, 4, str(merged))
+    assert proof["tolerance"] < proof["adapter_logits_effect"]
+    assert (proof["merged_logits_max_diff"] <= proof["tolerance"]) == (not cheat)
+    # Nothing was quantized: the trained model differs by the arithmetic of bf16.
+    assert (proof["trained_logits_max_diff"] <= 2 * proof["tolerance"]) == (not cheat)
+
+
+def test_the_peak_of_a_merge_is_a_few_pieces_and_parts(workshop: Workshop, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"vocab_size": 70_000, "hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 2}
+    base = make_base(tmp_path / "base", shard_size="1GB", **sizes)
+    run = committed(workshop, "heavy", f"model.base={base}")
+    (grown,) = launch(1, "merge_memory", run.uri, str(tmp_path / "merged"))
+    # Parts on their way out, and pieces: as read and, twice that size, in fp32.
+    allowed = 6 * PART_BYTES + (PIECES_IN_FLIGHT + 1) * 3 * PIECE_BYTES
+    assert grown <= allowed < 0.8 * (tmp_path / "merged/model.safetensors").stat().st_size
