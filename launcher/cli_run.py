@@ -134,6 +134,7 @@ def export(
     run: RunName,
     destination: Annotated[str, typer.Argument(metavar="DEST", help="A new folder, or an s3://, gs:// or az:// URI.")],
     store: StoreOption = "runs",
+    merge: Annotated[bool, typer.Option("--merge", help="The whole model: base and adapter, merged.")] = False,
     step: Annotated[int | None, typer.Option(help="Which checkpoint. Default: the newest that is whole.")] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare its logits in plain transformers + PEFT with the trained model's.")
@@ -141,8 +142,9 @@ def export(
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Write a committed checkpoint as a PEFT adapter, to a folder or a bucket."""
+    """Write a committed checkpoint as a PEFT adapter, or merged with its base, to a folder or a bucket."""
     from launcher.export import export_run
 
-    result = export_run(open_run(run, store), destination, step=step, verify=verify, dry_run=dry_run)
+    folder = open_run(run, store)
+    result = export_run(folder, destination, merge=merge, step=step, verify=verify, dry_run=dry_run)
     emit(result, as_json, lambda exported: exported.sentence())

@@ -1,4 +1,4 @@
-"""`capstan export`: the adapter, and on request the proof that it is the trained model.
+"""`capstan export`: the adapter, or base and adapter merged, and on request the proof that it is the trained model.
 
 Both run in a process of their own, which may import torch.
 """
@@ -6,36 +6,67 @@ Both run in a process of their own, which may import torch.
 import json
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from trainer.base import check_mergeable, read_base_config
+from trainer.config import parse_config
 from trainer.errors import CapstanError, NothingToResume
 from trainer.manifest import committed_steps
+from trainer.run_layout import CONFIG
 from trainer.store import Store
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written; with --verify also what trainer.verify.Proof measured."""
+    """What was written; with --verify also what trainer.verify.Proof or, for a merged model, MergeProof measured."""
 
     destination: str
     step: int
+    merged: bool
+    bytes: int | None = None
     adapter_logits_max_diff: float | None = None
+    merged_logits_max_diff: float | None = None
     tolerance: float | None = None
     adapter_logits_effect: float | None = None
+    trained_logits_max_diff: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def proven(self) -> bool:
+        difference = self.merged_logits_max_diff if self.merged else self.adapter_logits_max_diff
+        return proven(difference, self.tolerance, self.adapter_logits_effect)
+
     def sentence(self) -> str:
-        proof = ""
+        what = "base and adapter, merged," if self.merged else "adapter"
+        size = "" if self.bytes is None else f" ({decimal(self.bytes)})"
+        return f"{what} of step {self.step} in {self.destination}{size}{self._proof()}"
+
+    def _proof(self) -> str:
+        bounds = (
+            f"(allowed {self.tolerance:.3g}, the adapter changes them by up to {self.adapter_logits_effect:.3g})"
+            if self.tolerance is not None
+            else ""
+        )
         if self.adapter_logits_max_diff is not None:
-            proof = (
-                f"; its logits in transformers + PEFT differ by at most {self.adapter_logits_max_diff:.3g} "
-                f"(allowed {self.tolerance:.3g}, the adapter changes them by up to {self.adapter_logits_effect:.3g})"
+            return f"; its logits in transformers + PEFT differ by at most {self.adapter_logits_max_diff:.3g} {bounds}"
+        if self.merged_logits_max_diff is not None:
+            return (
+                f"; its logits in transformers differ from those of base and adapter side by side by at most "
+                f"{self.merged_logits_max_diff:.3g} {bounds}, from those of the model as it was trained by at most "
+                f"{self.trained_logits_max_diff:.3g}"
             )
-        return f"adapter of step {self.step} in {self.destination}{proof}"
+        return ""
 
 
 def proven(difference: float | None, tolerance: float | None, effect: float | None) -> bool:
@@ -45,36 +76,77 @@ def proven(difference: float | None, tolerance: float | None, effect: float | No
     return difference <= tolerance < effect
 
 
-def export_run(run: Store, destination: str, *, step: int | None, verify: bool, dry_run: bool) -> Exported:
+def export_run(run: Store, destination: str, *, merge: bool, step: int | None, verify: bool, dry_run: bool) -> Exported:
     """`destination` is a folder or an s3://, gs:// or az:// URI; `step` None is the newest whole checkpoint.
 
-    Raises `CapstanError` when there is none, the destination is taken, or the adapter does not verify.
+    Raises `CapstanError` when there is none, the destination is taken, the base cannot be merged into, or what was written
+    does not verify.
     """
     if "://" not in destination:
         destination = str(Path(destination).expanduser().absolute())
     if dry_run:
-        steps = committed_steps(run)
-        if not steps or step not in (None, *steps):
-            which = "" if step is None else f" of step {step}"
-            raise NothingToResume(f"{run.uri} has no committed checkpoint{which}.")
-        return Exported(f"{destination} (dry run: nothing written)", steps[0] if step is None else step)
+        return Exported(f"{destination} (dry run: nothing written)", _planned_step(run, step, merge=merge), merge)
     options = [*(["--step", str(step)] if step is not None else []), *(["--verify"] if verify else [])]
-    made = _module("trainer.export", run.uri, destination, *options)
-    result = Exported(destination, **made)
-    if verify and not proven(result.adapter_logits_max_diff, result.tolerance, result.adapter_logits_effect):
+    with _bar("merging") as watch:
+        made = _module("trainer.merge" if merge else "trainer.export", run.uri, destination, *options, watch=watch)
+    result = Exported(destination, merged=merge, **made)
+    if verify and not result.proven:
         raise CapstanError(f"{result.sentence()}. It does not prove to be what was trained; do not use it.")
     return result
 
 
-def _module(name: str, *arguments: str) -> dict[str, Any]:
-    """Run one of the trainer's modules that print a JSON object; its error and exit code become ours."""
-    done = subprocess.run([sys.executable, "-m", name, *arguments], capture_output=True, text=True)
-    if done.returncode:
-        _, expected, sentence = done.stderr.rpartition("capstan: ")
+def _planned_step(run: Store, step: int | None, *, merge: bool) -> int:
+    if merge:
+        model = parse_config(run.get(CONFIG).decode()).model
+        check_mergeable(model, read_base_config(model))
+    steps = committed_steps(run)
+    if not steps or step not in (None, *steps):
+        which = "" if step is None else f" of step {step}"
+        raise NothingToResume(f"{run.uri} has no committed checkpoint{which}.")
+    return steps[0] if step is None else step
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on the terminal, drawn from the first time that it is told of bytes done and bytes in all."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, visible=False)
+        yield lambda done, total: progress.update(task, completed=done, total=total, visible=True)
+
+
+def _module(name: str, *arguments: str, watch: Callable[[int, int], None]) -> dict[str, Any]:
+    """Run one of the trainer's modules that print a JSON object; its error and exit code become ours.
+
+    `watch` is told of its lines "progress DONE TOTAL".
+    """
+    command = [sys.executable, "-m", name, *arguments]
+    last = ""
+    with tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+            try:
+                for line in process.stdout or ():
+                    if line.startswith("progress "):
+                        watch(*map(int, line.split()[1:]))
+                    last = line
+            except BaseException:  # Ctrl-C, or nobody reads the bar any more
+                process.kill()
+                raise
+        errors.seek(0)
+        said = errors.read()
+    if process.returncode:
+        _, expected, sentence = said.rpartition("capstan: ")
         if not expected:
-            print(done.stderr, file=sys.stderr)
-            raise CapstanError(f"{name} ended with exit code {done.returncode}; its output is above.")
+            print(said, file=sys.stderr)
+            raise CapstanError(f"{name} ended with exit code {process.returncode}; its output is above.")
         error = CapstanError(sentence.strip())
-        error.exit_code = done.returncode
+        error.exit_code = process.returncode
         raise error
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(last)

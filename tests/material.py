@@ -1,5 +1,6 @@
 """Small real material for the tests: bases of awkward sizes, a byte tokenizer, documents, run configurations."""
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -10,10 +11,14 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
+from trainer import run_layout
+from trainer.architecture import read_architecture
 from trainer.base import resolve_base
-from trainer.config import Config, parse_config
+from trainer.config import Config, dump_config, parse_config
 from trainer.data.prepare import Datasets, prepare
-from trainer.store import open_store
+from trainer.manifest import Manifest
+from trainer.shard import Layout, write_shard
+from trainer.store import Store, open_store
 
 SEQUENCE = 64
 SPECIALS = ("<pad>", "<s>", "</s>")
@@ -153,6 +158,26 @@ def make_policy(path: Path) -> Path:
     policy["zero_optimization"]["stage3_param_persistence_threshold"] = 600
     path.write_text(json.dumps(policy), encoding="utf-8")
     return path
+
+
+def commit(run: Store, config: Config, step: int = 4) -> None:
+    """Make `run` a run of `config` that was committed after `step`, with adapters of random numbers."""
+    base = resolve_base(config.model)
+    run.put(run_layout.CONFIG, dump_config(config).encode())
+    rank, shapes = config.tuning.rank, dict[str, list[int]]()
+    architecture = read_architecture(base.config)
+    for layer, linear in itertools.product(range(architecture.layers), architecture.linears):
+        path = f"model.layers.{layer}.{linear.path}"
+        shapes |= {
+            f"{path}.lora_A.default.weight": [rank, linear.inputs],
+            f"{path}.lora_B.default.weight": [linear.outputs, rank],
+        }
+    layout = Layout({name: (0, rows * columns) for name, (rows, columns) in shapes.items()})
+    states = 0.1 * torch.randn(layout.numel, generator=torch.Generator().manual_seed(step))
+    shard = write_shard(run, run_layout.shard(step, "000001-000001", 0), layout, memoryview(states.numpy().tobytes()))
+    identity = {"path": base.name, "fingerprint": base.fingerprint}
+    manifest = Manifest(step, 1, 1, 0.0, step, {}, "data", {}, identity, {}, {}, {}, None, shapes, [shard])
+    run.create(run_layout.manifest(step), manifest.to_json())
 
 
 class Workshop:

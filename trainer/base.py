@@ -35,7 +35,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_COPY_BYTES = 64 * 2**20
 _CONFIG = "config.json"
 _SMALL_FILES = ("*.json", "*.model", "*.jinja", "merges.txt")
 
@@ -96,6 +95,11 @@ def base_files(model: Model) -> Path:
     if _in_bucket(model):
         return _small_files(open_store(model.base, setting="model.base"))
     return _directory(model, list(_SMALL_FILES))
+
+
+def named_files(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
+    """Name -> content of those that are there."""
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
 def _base(name: str, directory: Path, store: Store) -> Base:
@@ -177,9 +181,14 @@ def copy_weights(base: Base, folder: Path) -> None:
     for entry in base.store.list():
         if "/" in entry.key or not entry.key.endswith((".safetensors", INDEX_FILE)):
             continue
-        with (folder / entry.key).open("wb") as file:
-            for begin in range(0, entry.size, _COPY_BYTES):
-                file.write(base.store.get_range(entry.key, begin, min(entry.size, begin + _COPY_BYTES)))
+        copy_object(base.store, entry, folder)
+
+
+def copy_object(store: Store, entry: Entry, folder: Path) -> None:
+    """Copy one object into `folder`, a part at a time."""
+    with (folder / entry.key).open("wb") as file:
+        for chunk in store.chunks(entry.key, entry.size):
+            file.write(chunk)
 
 
 def _local(path: Path) -> Callable[[], bytes]:
@@ -250,6 +259,20 @@ def check_base(base: Base, config: Config) -> None:
         raise ConfigError(
             f"model.base: the tokenizer of {base.name} has {tokens} tokens, the embedding {rows} rows. "
             "Use the tokenizer that belongs to this model, or resize the embedding with resize_token_embeddings()."
+        )
+
+
+def check_mergeable(model: Model, base_config: dict[str, Any]) -> None:
+    """Raises `ConfigError` for a base that an adapter cannot be merged into; reads no weights."""
+    if base_config.get("quantization_config"):
+        raise ConfigError(
+            f"--merge: {model.base} is stored in 4 bits, where no merged weight fits. Leave out --merge: PEFT and vLLM load "
+            "the adapter beside it."
+        )
+    if model.layers:
+        raise ConfigError(
+            f"--merge: the run has the first {model.layers} layers of its base only (model.layers), and would leave the rest "
+            "untrained. Leave out --merge."
         )
 
 

@@ -2,24 +2,27 @@
 
 The folder, on a disk or in a bucket, is what PEFT's `save_pretrained` writes (adapter_config.json,
 adapter_model.safetensors), plus the tokenizer's files and a model card with the run's facts. adapter_config.json is
-written last: PEFT loads nothing without it, so an export that was killed is not mistaken for one.
+written last: PEFT loads nothing without it, so an export that was killed is not mistaken for one. What the export of a merged
+model (trainer/merge.py) has in common with it is here too.
 """
 
 import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from trainer import run_layout
-from trainer.base import TOKENIZER_FILES, base_files
+from trainer.base import TOKENIZER_FILES, base_files, named_files
 from trainer.config import Config, parse_config
 from trainer.errors import CapstanError, ConfigError
 from trainer.load import DTYPES, lora_config
@@ -29,7 +32,9 @@ from trainer.store import Store, open_store
 
 _SETTINGS = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
-_CARD = "README.md"
+# Written first, and says by these words whose a half export is.
+CARD = "README.md"
+TRAINED = "trained with Capstan"
 
 
 def export_adapter(run: Store, destination: Store, step: int | None = None) -> Manifest:
@@ -40,14 +45,12 @@ def export_adapter(run: Store, destination: Store, step: int | None = None) -> M
         StorageError: it is damaged, or a store fails.
         ConfigError: `destination` holds something that is no half export, or the base's folder is not here.
     """
-    config = parse_config(run.get(run_layout.CONFIG).decode())
-    taken = {entry.key for entry in destination.list()}
-    if taken and not _half_export(taken):
-        raise ConfigError(f"the destination {destination.uri} is not empty. Name a new folder.")
+    config = run_config(run)
+    check_destination(destination, _WEIGHTS, *TOKENIZER_FILES)
     manifest = whole_checkpoint(run, step)
     files = _small_files(config, manifest)
-    dtype = DTYPES[config.model.dtype]
-    weights = {_peft_name(name): tensor.to(dtype) for name, tensor in master_weights(run, manifest).items()}
+    weights = {_peft_name(name): tensor for name, tensor in adapter_weights(run, manifest, config).items()}
+    destination.put(CARD, files.pop(CARD))
     destination.put(_WEIGHTS, safetensors_bytes(weights, metadata={"format": "pt"}))
     settings = files.pop(_SETTINGS)
     for name, content in files.items():
@@ -56,10 +59,18 @@ def export_adapter(run: Store, destination: Store, step: int | None = None) -> M
     return manifest
 
 
-def _half_export(names: set[str]) -> bool:
-    """Whether an export that was killed left these: the weights, which come first, but not the settings."""
-    ours = (_WEIGHTS, _CARD, *TOKENIZER_FILES)
-    return _WEIGHTS in names and all(any(fnmatch(name, pattern) for pattern in ours) for name in names)
+def run_config(run: Store) -> Config:
+    return parse_config(run.get(run_layout.CONFIG).decode())
+
+
+def check_destination(destination: Store, *ours: str) -> None:
+    """Raises `ConfigError` if it holds anything but what an export that was killed left: its card and files like `ours`."""
+    taken = {entry.key for entry in destination.list()}
+    if not taken:
+        return
+    known = all(any(fnmatch(name, pattern) for pattern in (CARD, *ours)) for name in taken)
+    if not (known and CARD in taken and TRAINED.encode() in destination.get(CARD)):
+        raise ConfigError(f"the destination {destination.uri} is not empty. Name a new folder.")
 
 
 def _small_files(config: Config, manifest: Manifest) -> dict[str, bytes]:
@@ -71,9 +82,8 @@ def _small_files(config: Config, manifest: Manifest) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory(prefix="capstan-export-") as folder:
         adapter.save_pretrained(folder)
         settings = Path(folder, _SETTINGS).read_bytes()
-    base = base_files(config.model)
-    tokenizer = {path.name: path.read_bytes() for pattern in TOKENIZER_FILES for path in base.glob(pattern)}
-    return {**tokenizer, _CARD: _model_card(config, manifest).encode(), _SETTINGS: settings}
+    card = model_card(config, manifest, "peft", f"A LoRA adapter {TRAINED}.")
+    return {**named_files(base_files(config.model), TOKENIZER_FILES), CARD: card, _SETTINGS: settings}
 
 
 def master_weights(run: Store, manifest: Manifest) -> dict[str, Tensor]:
@@ -86,12 +96,19 @@ def master_weights(run: Store, manifest: Manifest) -> dict[str, Tensor]:
     return {name: tensor.view(manifest.shapes[name]) for name, tensor in flat.items()}
 
 
+def adapter_weights(run: Store, manifest: Manifest, config: Config) -> dict[str, Tensor]:
+    """The trained parameters in `model.dtype`: what the training's forward pass multiplied with."""
+    dtype = DTYPES[config.model.dtype]
+    return {name: tensor.to(dtype) for name, tensor in master_weights(run, manifest).items()}
+
+
 def _peft_name(name: str) -> str:
     """PEFT saves under the wrapped model's names and without the adapter's own name."""
     return f"base_model.model.{name.replace('.default.', '.')}"
 
 
-def _model_card(config: Config, manifest: Manifest) -> str:
+def model_card(config: Config, manifest: Manifest, library: str, what: str) -> bytes:
+    """The file that a hub shows: `what` it is, in a sentence, and the facts of its run."""
     facts = {
         "base": config.model.base,
         "run": config.run.name,
@@ -111,13 +128,13 @@ def _model_card(config: Config, manifest: Manifest) -> str:
     }
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     return (
-        f"---\nlibrary_name: peft\nbase_model: {config.model.base}\n---\n\n# {config.run.name}\n\n"
-        f"A LoRA adapter trained with Capstan.\n\n| | |\n|---|---|\n{rows}\n"
-    )
+        f"---\nlibrary_name: {library}\nbase_model: {config.model.base}\n---\n\n# {config.run.name}\n\n"
+        f"{what}\n\n| | |\n|---|---|\n{rows}\n"
+    ).encode()
 
 
-def main() -> None:
-    """`python -m trainer.export` prints one JSON object: the step, and what --verify measured."""
+def command(export: Callable[[Store, Store, int | None], Manifest], prove: Callable[[Store, int, Store], Any]) -> None:
+    """A module's command line: prints one JSON object, the step, the bytes written, and what --verify measured."""
     parser = argparse.ArgumentParser()
     parser.add_argument("run")
     parser.add_argument("destination")
@@ -126,17 +143,21 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         run, destination = open_store(arguments.run), open_store(arguments.destination, setting="DEST")
-        step = export_adapter(run, destination, arguments.step).step
-        result: dict[str, float] = {"step": step}
+        step = export(run, destination, arguments.step).step
+        result: dict[str, float] = {"step": step, "bytes": sum(entry.size for entry in destination.list())}
         if arguments.verify:
-            from trainer.verify import compare_logits
-
-            result |= asdict(compare_logits(run, step, destination))
+            result |= asdict(prove(run, step, destination))
     except CapstanError as error:
         print(f"capstan: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     print(json.dumps(result))
 
 
+def _prove(run: Store, step: int, adapter: Store) -> Any:
+    from trainer.verify import compare_logits
+
+    return compare_logits(run, step, adapter)
+
+
 if __name__ == "__main__":
-    main()
+    command(export_adapter, _prove)

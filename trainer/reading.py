@@ -9,8 +9,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from trainer.ranks import Ranks
 from trainer.safetensors_index import Source, item_bytes
@@ -34,6 +35,15 @@ class Piece:
 
     def read(self) -> bytearray:
         return self.source.read(self.begin, self.end)
+
+
+class Readable(Protocol):
+    """A piece of any kind."""
+
+    def read(self) -> bytearray: ...
+
+
+AnyPiece = TypeVar("AnyPiece", bound=Readable)
 
 
 class Job(Protocol):
@@ -60,6 +70,27 @@ def cut(source: Source, begin: int, end: int, multiple: int) -> Iterator[tuple[i
         yield first, min(end, first + step)
 
 
+@contextmanager
+def freed_memory_given_back() -> Iterator[None]:
+    """Have glibc return what is freed at once if it is a mebibyte or more.
+
+    By itself it raises this limit up to 32 MiB as buffers are freed, and keeps whatever is smaller for later: after a
+    load that would be as much again as the shard.
+    """
+    _set_limit(2**20)
+    try:
+        yield
+    finally:
+        _set_limit(_GLIBC_DEFAULT_LIMIT)
+
+
+def _set_limit(freed_bytes: int) -> None:
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, freed_bytes)
+    libc.mallopt(_M_TRIM_THRESHOLD, 2 * freed_bytes)
+
+
+@freed_memory_given_back()
 def run_jobs(jobs: Sequence[Job], ranks: Ranks, log: Callable[[str], None]) -> int:
     """Do them all; returns the bytes that this rank read. Collective.
 
@@ -71,9 +102,8 @@ def run_jobs(jobs: Sequence[Job], ranks: Ranks, log: Callable[[str], None]) -> i
         total += sum((piece.end - piece.begin) * item_bytes(piece.source) for piece in job.pieces())
     progress = _Progress(sum(row[0] for row in ranks.gather(float(total))), log if ranks.rank == 0 else None)
     pool = ThreadPoolExecutor(PIECES_IN_FLIGHT, thread_name_prefix="read")
-    _give_freed_memory_back(above_bytes=2**20)
     try:
-        reads = _ahead(pool, (piece for job in jobs for piece in job.pieces()))
+        reads = read_ahead(pool, (piece for job in jobs for piece in job.pieces()))
         for part in _rounds(jobs):
             failure = None
             try:
@@ -90,24 +120,12 @@ def run_jobs(jobs: Sequence[Job], ranks: Ranks, log: Callable[[str], None]) -> i
     finally:
         # A read that is being retried need not be waited for: nobody wants its bytes any more.
         pool.shutdown(wait=False, cancel_futures=True)
-        _give_freed_memory_back(above_bytes=_GLIBC_DEFAULT_LIMIT)
     return done
 
 
-def _give_freed_memory_back(above_bytes: int) -> None:
-    """Have glibc return what is freed at once if it is that large.
-
-    By itself it raises this limit up to 32 MiB as buffers are freed, and keeps whatever is smaller for later: after a
-    load that would be as much again as the shard.
-    """
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_M_MMAP_THRESHOLD, above_bytes)
-    libc.mallopt(_M_TRIM_THRESHOLD, 2 * above_bytes)
-
-
-def _ahead(pool: ThreadPoolExecutor, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, bytearray]]:
+def read_ahead(pool: ThreadPoolExecutor, pieces: Iterable[AnyPiece]) -> Iterator[tuple[AnyPiece, bytearray]]:
     """Pieces with their bytes, in order; reads run ahead."""
-    pending: deque[tuple[Piece, Future[bytearray]]] = deque()
+    pending: deque[tuple[AnyPiece, Future[bytearray]]] = deque()
     for piece in pieces:
         pending.append((piece, pool.submit(piece.read)))
         if len(pending) >= PIECES_IN_FLIGHT:

@@ -1,6 +1,12 @@
-"""Proof of an export: the adapter in plain transformers + PEFT gives the logits of the model that Capstan trained."""
+"""Proof of an export: in plain transformers (and PEFT) it gives the logits of the model that Capstan trained.
+
+A merged model is not quite that one where the base was quantized for training, as it is merged into the base's own
+weights. What is proven of it is the merging: its logits are those of base and adapter side by side, neither quantized.
+"""
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +16,11 @@ from bitsandbytes import functional as bnb
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from trainer import run_layout
 from trainer.attention import choose_attention
-from trainer.base import copy_weights, resolve_base
+from trainer.base import Base, copy_object, copy_weights, resolve_base
 from trainer.checkpoint import load_partitions
 from trainer.config import Config, Quant, parse_config
 from trainer.deepspeed_config import build_deepspeed_config
@@ -24,8 +30,9 @@ from trainer.manifest import whole_checkpoint
 from trainer.ranks import join
 from trainer.store import Store
 
-# Both sides multiply the same dequantized weights in the same dtype, but may add in another order (kernels differ),
-# which moves a bf16 logit by its last bits: 1/256 of its size each.
+# Of the largest logit. An adapter: both sides multiply the same dequantized weights in the same dtype, but may add in another
+# order (kernels differ), which moves a bf16 logit by its last bits: 1/256 of its size each. A merged model: rounding its
+# weights to bf16 moves each by up to 1/512 of its size; tiny random models, which are the worst, move by 1 to 1.5 %.
 _TOLERATED_SHARE = 0.02
 _PROBE_TOKENS = 64
 
@@ -44,29 +51,89 @@ class Proof:
     adapter_logits_effect: float
 
 
+@dataclass(frozen=True)
+class MergeProof:
+    """Logits of the merged model against those of base and adapter side by side in transformers + PEFT, over a fixed row of
+    tokens, both computed in fp32: what differs is that a sum of weights was rounded to the type that the base has.
+
+    `merged_logits_max_diff`, `tolerance` and `adapter_logits_effect` are as in `Proof`. `trained_logits_max_diff`: the
+    largest absolute difference from the trained model, which quantized its base and computed in `model.dtype`; no bound.
+    """
+
+    merged_logits_max_diff: float
+    tolerance: float
+    adapter_logits_effect: float
+    trained_logits_max_diff: float
+
+
 def compare_logits(run: Store, step: int, adapter: Store) -> Proof:
     """The model of `step` and the exported adapter, in this process, one after the other."""
     config = parse_config(run.get(run_layout.CONFIG).decode())
     base = resolve_base(config.model)
-    tokens = torch.arange(3, 3 + _PROBE_TOKENS).remainder(base.config["vocab_size"])[None]
-    quantizes = config.quant.type != "none" and not base.quantized
+    tokens = _probe(base)
+    quant = None if config.quant.type == "none" or base.quantized else config.quant
     trained = _trained_logits(run, step, config, tokens)
-    with (
-        tempfile.TemporaryDirectory(prefix="capstan-verify-") as folder,
-        tempfile.TemporaryDirectory(prefix="capstan-base-") as copy,
-    ):
-        for entry in adapter.list():
-            Path(folder, entry.key).write_bytes(adapter.get(entry.key))
-        local = base.directory
-        if base.store.uri != f"file://{local}":  # transformers reads directories only
-            local = Path(copy)
-            copy_weights(base, local)
-        exported, plain = _exported_logits(config, local, Path(folder), tokens, quantizes=quantizes)
+    with _base_directory(base) as local, _directory(adapter) as folder:
+        architecture, dtype = model_config(local, config.model.layers), DTYPES[config.model.dtype]
+        exported, plain = _adapted_logits(architecture, local, folder, tokens, dtype, quant)
     return Proof(
-        adapter_logits_max_diff=float((trained - exported).abs().max()),
+        adapter_logits_max_diff=_difference(trained, exported),
         tolerance=_TOLERATED_SHARE * float(trained.abs().max()),
-        adapter_logits_effect=float((exported - plain).abs().max()),
+        adapter_logits_effect=_difference(exported, plain),
     )
+
+
+def compare_merged(run: Store, step: int, adapter: Store, merged: Store) -> MergeProof:
+    """The model of `step`, its exported adapter beside the base, and the merged model, one after the other."""
+    config = parse_config(run.get(run_layout.CONFIG).decode())
+    base = resolve_base(config.model)
+    tokens = _probe(base)
+    trained = _trained_logits(run, step, config, tokens)
+    with _base_directory(base) as local, _directory(adapter) as folder:
+        architecture = model_config(local, config.model.layers)
+        adapted, plain = _adapted_logits(architecture, local, folder, tokens, torch.float32, None)
+    with _directory(merged) as folder:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        exported = _logits(model.to(_device()).eval(), tokens)
+    return MergeProof(
+        merged_logits_max_diff=_difference(adapted, exported),
+        tolerance=_TOLERATED_SHARE * float(adapted.abs().max()),
+        adapter_logits_effect=_difference(adapted, plain),
+        trained_logits_max_diff=_difference(trained, exported),
+    )
+
+
+def _probe(base: Base) -> Tensor:
+    """Tokens (1, T)."""
+    return torch.arange(3, 3 + _PROBE_TOKENS).remainder(base.config["vocab_size"])[None]
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    """The largest, absolute."""
+    return float((one - other).abs().max())
+
+
+@contextmanager
+def _directory(store: Store) -> Iterator[Path]:
+    """Where transformers and PEFT, which read directories only, find a store's files: there, or copied for a while."""
+    if store.uri.startswith("file://"):
+        yield Path(store.uri.removeprefix("file://"))
+        return
+    with tempfile.TemporaryDirectory(prefix="capstan-verify-") as folder:
+        for entry in store.list():
+            copy_object(store, entry, Path(folder))
+        yield Path(folder)
+
+
+@contextmanager
+def _base_directory(base: Base) -> Iterator[Path]:
+    """The same for a base, whose small files are on this machine already."""
+    if base.store.uri == f"file://{base.directory}":
+        yield base.directory
+        return
+    with tempfile.TemporaryDirectory(prefix="capstan-base-") as folder:
+        copy_weights(base, Path(folder))
+        yield Path(folder)
 
 
 def _trained_logits(run: Store, step: int, config: Config, tokens: Tensor) -> Tensor:
@@ -84,26 +151,32 @@ def _trained_logits(run: Store, step: int, config: Config, tokens: Tensor) -> Te
     return engine.logits(tokens.to(ranks.device)).float().cpu()
 
 
-def _exported_logits(
-    config: Config, base: Path, adapter: Path, tokens: Tensor, *, quantizes: bool
+def _adapted_logits(
+    config: PretrainedConfig, base: Path, adapter: Path, tokens: Tensor, dtype: torch.dtype, quant: Quant | None
 ) -> tuple[Tensor, Tensor]:
     """Through transformers, bitsandbytes and PEFT alone, with the adapter and without: (1, T, V) fp32 each."""
-    dtype = DTYPES[config.model.dtype]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = AutoModelForCausalLM.from_pretrained(base, config=model_config(base, config.model.layers), dtype=dtype)
-    if quantizes:
-        _quantize(model, config.quant, dtype, device)
+    device = _device()
+    model: Any = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=dtype)
+    if quant is not None:
+        _quantize(model, quant, dtype, device)
     model.to(device)
     model = PeftModel.from_pretrained(model, str(adapter)).eval()
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # In eval mode bitsandbytes repacks weights for a fused CPU kernel, which only takes widths divisible by 32.
             module.train()
+    adapted = _logits(model, tokens)
+    with model.disable_adapter():
+        return adapted, _logits(model, tokens)
+
+
+def _logits(model: Any, tokens: Tensor) -> Tensor:
     with torch.no_grad():
-        adapted = model(input_ids=tokens.to(model.device)).logits.float().cpu()
-        with model.disable_adapter():
-            plain = model(input_ids=tokens.to(model.device)).logits.float().cpu()
-    return adapted, plain
+        return model(input_ids=tokens.to(model.device)).logits.float().cpu()
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _quantize(model: nn.Module, quant: Quant, dtype: torch.dtype, device: torch.device) -> None:

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.cli.conftest import Capstan
-from tests.material import Workshop
+from tests.material import Workshop, commit
 from trainer.store import open_store
 
 
@@ -111,6 +111,22 @@ def test_two_runs_of_one_name(capstan: Capstan, config: Path, tmp_path: Path):
 def test_a_destination_that_holds_something_is_not_overwritten(capstan: Capstan, config: Path, tmp_path: Path):
     open_store(str(tmp_path / "store")).put("mine/config.yaml", config.read_bytes())
     refused(capstan("export", "mine", tmp_path, "--store", tmp_path / "store"), 2, "not empty")
+
+
+def test_a_merge_that_cannot_be_is_refused_by_its_dry_run_too(capstan: Capstan, workshop: Workshop, tmp_path: Path):
+    store = open_store(str(tmp_path / "store"))
+    for name, overrides in (("cut", ["model.layers=1"]), ("whole", [])):
+        commit(store.sub(name), workshop.config(name, *overrides))
+    for dry_run in ("--dry-run", "--json"):
+        done = capstan("export", "cut", tmp_path / "merged", "--merge", dry_run, "--store", tmp_path / "store")
+        refused(done, 2, "--merge", "first 1 layers", "Leave out --merge")
+    planned = capstan("export", "whole", "merged", "--merge", "--dry-run", "--json", "--store", tmp_path / "store")
+    assert json.loads(planned.stdout)["step"] == 4, planned.stderr
+    assert not (tmp_path / "merged").exists()
+    done = capstan("export", "whole", "merged", "--merge", "--json", "--store", tmp_path / "store")
+    merged = json.loads(done.stdout)
+    assert (merged["step"], merged["merged"], done.stderr) == (4, True, "")
+    assert merged["bytes"] == sum(path.stat().st_size for path in (tmp_path / "merged").iterdir())
 
 
 def test_more_workers_than_the_cluster_has_gpus(capstan: Capstan, config: Path):

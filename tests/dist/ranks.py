@@ -31,6 +31,7 @@ from trainer.errors import CapstanError, StorageError
 from trainer.filling import as_tensor
 from trainer.load import DTYPES, LoadReport, checksums, load_model
 from trainer.loop import Training, train
+from trainer.merge import prove_merged, export_merged
 from trainer.metrics import Metrics, StopSignal
 from trainer.nf4 import FrozenLinear4bit
 from trainer.rank import run_rank
@@ -640,6 +641,21 @@ def export_proof(run_uri: str, step: int, adapter: str) -> dict[str, float]:
     """What `capstan export --verify` measures."""
     torch.set_num_threads(1)
     return asdict(compare_logits(open_store(run_uri), step, open_store(adapter)))
+
+
+def merge_proof(run_uri: str, step: int, merged: str) -> dict[str, float]:
+    """What `capstan export --merge --verify` measures."""
+    torch.set_num_threads(1)
+    return asdict(prove_merged(open_store(run_uri), step, open_store(merged)))
+
+
+def merge_memory(run_uri: str, merged: str) -> int:
+    """How far this process's resident memory rises above what it was before the merge, in bytes."""
+    torch.set_num_threads(1)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = _memory("VmRSS")
+    export_merged(open_store(run_uri), open_store(merged))
+    return _memory("VmHWM") - before
 
 
 # DeepSpeed's private names.

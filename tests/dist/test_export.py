@@ -17,6 +17,7 @@ from trainer import run_layout
 from trainer.config import dump_config
 from trainer.errors import ConfigError, NothingToResume, StorageError
 from trainer.export import export_adapter, master_weights
+from trainer.merge import export_merged
 from trainer.manifest import committed_steps, read_manifest
 from trainer.store import Store, open_store
 
@@ -64,6 +65,17 @@ def test_transformers_and_peft_give_the_trained_models_logits(run: Store, tmp_pa
     (proof,) = launch(1, "export_proof", run.uri, 4, str(tmp_path / "adapter"))
 
     assert proof["adapter_logits_max_diff"] <= proof["tolerance"] < proof["adapter_logits_effect"]
+
+
+def test_a_merged_model_in_plain_transformers_is_base_and_adapter_and_close_to_what_was_trained(
+    run: Store, tmp_path: Path
+) -> None:
+    export_merged(run, open_store(str(tmp_path / "merged")))
+    (proof,) = launch(1, "merge_proof", run.uri, 4, str(tmp_path / "merged"))
+
+    assert proof["merged_logits_max_diff"] <= proof["tolerance"] < proof["adapter_logits_effect"]
+    # The error of quantizing the base, which was trained on but is not merged into.
+    assert proof["tolerance"] < proof["trained_logits_max_diff"]
 
 
 def test_the_directory_has_the_tokenizer_the_settings_and_the_runs_facts(run: Store, tmp_path: Path) -> None:

@@ -57,19 +57,23 @@ def test_a_process_killed_at_any_operation_of_a_save_leaves_the_commit_before_or
 
 
 @each("local", "s3")
-def test_a_process_killed_at_any_operation_of_an_export_leaves_nothing_that_loads(uri: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_a_process_killed_at_any_operation_of_an_export_leaves_nothing_that_loads(
+    uri: str, tmp_path: Path, kind: str
+) -> None:
     launch(1, "faults.prepare_export", uri, str(tmp_path))
-    killed = kill_at_each_operation("faults.killed_export", uri)
+    killed = kill_at_each_operation("faults.killed_export", uri, kind)
     assert killed >= 12
-    assert launch(1, "faults.after_killed_exports", uri, killed) == [[]]
+    assert launch(1, "faults.after_killed_exports", uri, kind, killed) == [[]]
 
 
 @each(*STORES)
-def test_an_export_survives_a_fault_at_each_operation(uri: str, tmp_path: Path) -> None:
-    (result,) = launch(1, "faults.exports", uri, str(tmp_path))
+@pytest.mark.parametrize(("kind", "last"), [("adapter", "adapter_config.json"), ("merged", "config.json")])
+def test_an_export_survives_a_fault_at_each_operation(uri: str, tmp_path: Path, kind: str, last: str) -> None:
+    (result,) = launch(1, "faults.exports", uri, str(tmp_path), kind)
     assert result["wrong"] == []
     assert len([operation for operation in result["operations"] if operation.startswith("put")]) >= 4
-    assert result["operations"][-1] == "create adapter_config.json"
+    assert result["operations"][-1] == f"create {last}"
 
 
 @pytest.mark.parametrize("uri", ["local"], indirect=True)
