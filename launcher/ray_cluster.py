@@ -5,10 +5,12 @@ import logging
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from trainer.config import Config
@@ -25,12 +27,17 @@ def local_ray(workers: int) -> Iterator[str]:
     """A Ray of this process's own on this machine, with room for `workers` ranks; its address. Ends with the process."""
     # OpenMP's idle threads spin at barriers by default: on cores that two ranks share, that is many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody announces that this machine will be taken away
     import ray
 
+    # Ray Train takes as long to import as Ray's processes take to start.
+    importing = threading.Thread(target=import_module, args=("ray.train.torch",), daemon=True)
+    importing.start()
     # One CPU a worker is what Ray books; ranks may outnumber the cores of a laptop.
     cpus = max(os.cpu_count() or 1, workers)
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     _quiet()
+    importing.join()
     try:
         yield ray.get_runtime_context().gcs_address
     finally:

@@ -99,6 +99,7 @@ def _work(handle: list[Any], batch: Batch) -> Any:
     key = handle[0].hex()
     if _worker is None or _worker[0] != key:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task has one CPU
-        _worker = key, ray.get(handle[0])()
+        start: Any = ray.get(handle[0])
+        _worker = key, start()
         gc.freeze()
     return _worker[1](batch)

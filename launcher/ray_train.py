@@ -42,7 +42,7 @@ class _Life:
     datasets: Datasets
     run: Store
     resume: bool
-    dashboard: str
+    dashboard: str | None
     began: float
 
     def stop_if_asked(self) -> None:
@@ -68,7 +68,7 @@ def run_on_ray(
     began = time.time()
     joined = dashboard is not None
     with nullcontext() if joined else local_ray(config.cluster.most_workers or 1):
-        life = _Life(config, datasets, run, resume, dashboard or "", began)
+        life = _Life(config, datasets, run, resume, dashboard, began)
         ends: list[retry.Failure] = []
         while True:
             patience = config.cluster.ray.start_timeout
@@ -135,6 +135,7 @@ def _trainer(life: _Life, wanted: Need, workers: int, storage: str) -> Any:
         "resume": life.resume,
         "facts": {"dashboard": life.dashboard} if life.dashboard else {},
         "began": life.began,
+        "joined": life.dashboard is not None,
     }
     longest = max(life.config.timeouts.model_dump().values())
     return TorchTrainer(
@@ -248,7 +249,8 @@ def _rank(arguments: dict[str, Any]) -> None:
 
     config = parse_config(arguments["config"])
     machine = f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:8]}"
-    starter = Starter(arguments["facts"], machine, _drain_notice(), _gauges(config.run.name), arguments["began"])
+    preempted = _drain_notice() if arguments["joined"] else lambda: False
+    starter = Starter(arguments["facts"], machine, preempted, _gauges(config.run.name), arguments["began"])
     run_rank(config, Datasets(**arguments["datasets"]), resume=arguments["resume"], starter=starter)
 
 
