@@ -23,9 +23,9 @@ def sources(shop: Workshop, *settings: str) -> str:
 def test_a_fraction_is_a_share_of_an_epochs_tokens(shop: Workshop) -> None:
     config = shop.config("replay", sources(shop, "fraction: 0.2", "fraction: 0.1"))
     manifest = open_dataset(shop.store, shop.prepare(config).train).manifest
-    given = train_order(config, manifest)
-    visited = [weight * source.tokens for weight, source in zip(given.weights, manifest.sources, strict=True)]
-    assert given.weights[0] == 1
+    weights = train_order(config).weights_for([source.tokens for source in manifest.sources])
+    visited = [weight * source.tokens for weight, source in zip(weights, manifest.sources, strict=True)]
+    assert weights[0] == 1
     assert [tokens / sum(visited) for tokens in visited] == pytest.approx([0.7, 0.2, 0.1])
 
 

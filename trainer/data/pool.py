@@ -56,6 +56,7 @@ _worker: Callable[[Batch], Any] | None = None
 
 def _start_worker(start: Callable[[], Callable[[Batch], Any]]) -> None:
     global _worker
+    os.nice(10)  # ranks may train beside it
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken already
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = start()
