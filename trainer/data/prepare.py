@@ -81,13 +81,15 @@ def prepare_start(
 def _compile(
     config: Config, base: Base, store: Store, what: str, key: str, given: Input, progress: Report
 ) -> Iterator[int]:
-    """Each chapter's number once it is compiled, also where that was long ago."""
-    (files, part), chapters = given, range(count_chapters(given[0]))
+    """Each chapter's number once it is compiled; the last one's where all are already."""
+    files, part = given
+    last = count_chapters(files) - 1
+    chapters = iter([last])
     if not _is_compiled(store, key):
         report = partial(progress, what)
         chapters = compile_chapters(config.data, files, load_tokenizer(base), store, key, part, progress=report)
     for chapter in chapters:
-        if what == "train" and chapter == count_chapters(files) - 1:
+        if what == "train" and chapter == last:
             _check_fractions(config, read_manifest(store, key))
         yield chapter
 
