@@ -48,7 +48,7 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
     """
     ranks, engine, checkpoints = run.ranks, run.engine, run.checkpoints
     first_step, last_save = step + 1, time.monotonic()
-    reader = run.stream.read_from(position, compiling=lambda: run.pulse("compile", step + 1))
+    reader = run.stream.read_from(position, compiling=lambda: _wait(run, step))
     while step < run.total_steps:
         started = time.monotonic()
         run.pulse("data", step + 1)
@@ -134,6 +134,12 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
             checkpoints.finish()
         if stopping and step < run.total_steps:
             raise _stopped(run, stopping, step)
+
+
+def _wait(run: Training, step: int) -> None:
+    """Show that the run is alive while the data of the step after `step` is still compiled."""
+    run.pulse("compile", step + 1)
+    run.metrics.write("compiling", step=step)
 
 
 def _keep(run: Training, step: int, position: Position) -> None:

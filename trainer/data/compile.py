@@ -192,7 +192,7 @@ def _read_source(files: Sequence[SourceFile], chapters: int, start: Place) -> It
         skipped, read = start.batch if number == start.file else 0, 0
         for index, batch in enumerate(batches(file)):
             if index >= skipped:
-                # Of what was read before the batch, as that is known whoever reads it. A reader may be ahead of its rows.
+                # By what was read before the batch, not by its end: the last batch of a source ends at all of its bytes.
                 chapter = min(chapters * (before + read) // size, chapters - 1)
                 yield batch, _At(file.source, chapter, Place(file=number, batch=index + 1), before + batch.read)
             read = batch.read

@@ -114,7 +114,7 @@ class EpochPlan:
         offsets: (documents + 1,) int64, where each document begins in the chapter, in tokens, and the end.
         blocks: (blocks + 1,) int64, the first document of each block, and the number of documents.
         block_sources: (blocks,) int32, the source that a block's documents come from.
-        turn: the how manieth chapter of the epoch it is, from 0.
+        turn: the place of the chapter in the order that the epoch takes them, from 0.
 
     At weight 1 every document is in exactly one bin of every epoch.
     """

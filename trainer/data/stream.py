@@ -21,12 +21,12 @@ from trainer.data.prepare import eval_order, nothing_visited, train_order
 from trainer.loss import IGNORE
 
 WINDOWS_AHEAD = 2
-_LOOK_SECONDS = 1.0
+_LOOK_SECONDS = 5.0
 # Any id does: padding is a segment of its own and has no targets.
 PAD = 0
 
 
-# A window: its epoch, the how manieth chapter of that, and which of the chapter's windows.
+# A window: its epoch, the place of its chapter in the order of the epoch, and its number in the chapter.
 Place = tuple[int, int, int]
 
 
@@ -157,7 +157,7 @@ class Stream:
     def read_from(self, position: Position, compiling: Callable[[], None] = lambda: None) -> Iterator[list[MicroBatch]]:
         """Every step from `position` on, without end; the next one is read while the caller works on the last.
 
-        Calls `compiling` now and then while the caller has to wait for a chapter that is not compiled yet.
+        Calls `compiling` every five seconds while the caller has to wait for a chapter that is not compiled yet.
 
         Raises:
             DataError, Stopped: on every rank at the same step, for a chapter that will not be compiled.
