@@ -28,6 +28,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from trainer.data.chapters import whole
 from trainer.data.dataset import FORMAT, MANIFEST, TARGET_BIT, Manifest, SourceRecord, open_dataset
 from trainer.data.encode import Encoded
 from trainer.data.order import EpochPlan, Order
@@ -60,7 +61,7 @@ def write_tokens(folder: Path, lengths: np.ndarray) -> None:
 def write_dataset(store: Store, fingerprint: str, lengths: np.ndarray, tokens: np.ndarray) -> None:
     """Documents in our compiled format, without a tokenizer."""
     folder = store.sub(dataset_key(fingerprint))
-    writer = ShardWriter(folder)
+    writer = ShardWriter(folder, sources=1)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     for first in range(0, len(lengths), 10_000):
         part = slice(first, first + 10_000)
@@ -73,6 +74,7 @@ def write_dataset(store: Store, fingerprint: str, lengths: np.ndarray, tokens: n
     manifest = Manifest(
         format=FORMAT,
         fingerprint=fingerprint,
+        chapters=1,
         sources=[SourceRecord(**totals)],
         shards=writer.shards,
         counters=writer.counters,
@@ -84,7 +86,7 @@ def write_dataset(store: Store, fingerprint: str, lengths: np.ndarray, tokens: n
 
 def stream(store: Store, fingerprint: str, sequence_length: int = SEQUENCE_LENGTH) -> Stream:
     order = Order((1.0,), sequence_length, packing=True, seed=7)
-    return Stream(open_dataset(store, fingerprint), order, global_batch=8, micro_batch=1, rank=0, world_size=1)
+    return Stream(whole(open_dataset(store, fingerprint)), order, global_batch=8, micro_batch=1, rank=0, world_size=1)
 
 
 def read_ours(store: Store, fingerprint: str) -> dict[str, float]:
@@ -104,7 +106,7 @@ def read_ours(store: Store, fingerprint: str) -> dict[str, float]:
 
 
 def _planned(source: Stream) -> tuple[Any, ...]:
-    data = source.dataset
+    data = source.chapters.get(0)
     return data.offsets, data.blocks, data.block_sources, Order((1.0,), SEQUENCE_LENGTH, packing=True, seed=7)
 
 

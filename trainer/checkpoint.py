@@ -52,7 +52,8 @@ class _Pending:
 class Checkpoints:
     """One run's checkpoints, as one rank of one generation writes them.
 
-    `record` gets what happens as (kind, values): commit, save_skipped, save_failed, prune_failed.
+    `record` gets what happens as (kind, values): commit, save_skipped, save_failed, prune_failed. `newest` is the step of
+    the last save that was begun.
     """
 
     run: Store
@@ -62,6 +63,7 @@ class Checkpoints:
     rules: config.Checkpoint
     versions: dict[str, str]
     record: Callable[..., None]
+    newest: int | None = None
     _saves: int = 0
     _skipped: int = 0
     _failures: int = 0  # in a row
@@ -95,7 +97,7 @@ class Checkpoints:
         partitions = engine.partitions()
         layout = Layout({part.name: (part.begin, part.end) for part in partitions if part.end > part.begin})
         data = self._copy(layout, partitions)
-        self._saves += 1
+        self._saves, self.newest = self._saves + 1, step
         key = run_layout.shard(step, run_layout.attempt(self.generation, self._saves), self.ranks.rank)
         manifest = Manifest(
             step=step,

@@ -24,7 +24,7 @@ from trainer import ranks as ranks_module
 from trainer.config import Timeouts
 from trainer.ranks import Ranks
 
-Phase = Literal["load", "data", "step", "save", "evaluate"]
+Phase = Literal["load", "data", "compile", "step", "save", "evaluate"]
 Pulse: TypeAlias = Callable[[Phase, int], None]
 
 HUNG = 1
@@ -47,7 +47,7 @@ class Beat:
 
     @property
     def place(self) -> str:
-        return f"{self.phase} of step {self.step}" if self.phase in ("data", "step") else self.phase
+        return f"{self.phase} of step {self.step}" if self.phase in ("data", "compile", "step") else self.phase
 
 
 class Verdict(NamedTuple):
@@ -77,7 +77,8 @@ class Judge:
         now = self._clock()
         for rank, beat in enumerate(beats):
             last = self._last.get(rank)
-            if last is None or last.begun != beat.begun:
+            # A rank whose data is still compiled waits for no rank, and for as long as that takes.
+            if last is None or last.begun != beat.begun or beat.phase == "compile":
                 self._moved[rank] = now
             if last is None or last.turns != beat.turns:
                 self._heard[rank] = now
@@ -124,8 +125,8 @@ class Heart:
             threading.Thread(target=work, name=f"heart{work.__name__}", daemon=True).start()
 
     def __call__(self, phase: Phase, step: int = 0) -> None:
-        """This rank begins `phase`, for the update that makes `step`."""
-        self._beat = Beat(phase, step, self._beat.begun + 1, self._beat.turns)
+        """This rank begins `phase`, for the update that makes `step`. "compile" is a part of "data" that not every rank has."""
+        self._beat = Beat(phase, step, self._beat.begun + (phase != "compile"), self._beat.turns)
 
     def close(self) -> None:
         self._closed.set()

@@ -14,7 +14,7 @@ from trainer.config import Config
 from trainer.data.order import hash_key, splitmix64
 from trainer.data.stream import MicroBatch, Position, Stream
 from trainer.engine import Engine
-from trainer.errors import Interrupted, NonFiniteLoss, Stopped
+from trainer.errors import DataError, Interrupted, NonFiniteLoss, Stopped
 from trainer.heartbeat import Pulse, silent_pulse
 from trainer.metrics import Metrics, Stop, StopSignal
 from trainer.ranks import Ranks
@@ -43,15 +43,21 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
 
     Raises:
         NonFiniteLoss: on every rank, before anything is saved.
+        DataError: on every rank, with a checkpoint committed, because the rest of the data cannot be compiled.
         Stopped: on every rank, after a stop request, with a checkpoint committed; `Interrupted` to be started again.
     """
     ranks, engine, checkpoints = run.ranks, run.engine, run.checkpoints
     first_step, last_save = step + 1, time.monotonic()
-    reader = run.stream.read_from(position)
+    reader = run.stream.read_from(position, compiling=lambda: _wait(run, step))
     while step < run.total_steps:
         started = time.monotonic()
         run.pulse("data", step + 1)
-        batches = next(reader)  # this rank's micro-batches of the global batch; the same number on every rank
+        try:
+            batches = next(reader)  # this rank's micro-batches of the global batch; the same number on every rank
+        except (DataError, Stopped):  # on every rank: the next chapter of the data will not be compiled
+            if step >= first_step:
+                _keep(run, step, position)
+            raise
         waited = time.monotonic() - started
         if position in run.skipped:
             run.metrics.write("skip", step=step, window=position.to_json())
@@ -71,7 +77,7 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
 
         # One exchange, and every rank draws the same conclusions from it. Rank 0's clock decides when to save.
         tokens = sum(batch.tokens for batch in batches)
-        since_save, repeated = time.monotonic() - last_save, run.stream.dataset.reads.repeated
+        since_save, repeated = time.monotonic() - last_save, run.stream.chapters.reads.repeated
         rows = ranks.gather(
             float(nats),
             tokens,
@@ -130,6 +136,20 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
             raise _stopped(run, stopping, step)
 
 
+def _wait(run: Training, step: int) -> None:
+    """Show that the run is alive while the data of the step after `step` is still compiled."""
+    run.pulse("compile", step + 1)
+    run.metrics.write("compiling", step=step)
+
+
+def _keep(run: Training, step: int, position: Position) -> None:
+    """Commit the state at `step`, if it is not yet, before the run ends. Collective."""
+    run.pulse("save", step)
+    if run.checkpoints.newest != step:
+        run.checkpoints.save(run.engine, step, position.to_json(), eval_loss=None, may_skip=False)
+    run.checkpoints.finish()
+
+
 def stop_before_training(run: Training, step: int, position: Position, *, committed: bool) -> None:
     """End here when it was asked for while the model was loaded: nothing is trained yet. Collective.
 
@@ -178,7 +198,9 @@ def _dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
 def samples_key(batches: list[MicroBatch]) -> int:
     """Of one rank's documents of a step, so that the sum over ranks tells which they were, whatever the world size."""
     documents = np.array([number for batch in batches for number in batch.documents], dtype=np.uint64)
-    places = [(at.epoch << 48) + (at.window << 24) + at.bin for batch in batches for at in batch.bins]
+    places = [
+        (at.epoch << 48) + (at.chapter << 40) + (at.window << 24) + at.bin for batch in batches for at in batch.bins
+    ]
     bins = np.array(places, dtype=np.uint64)
     # Halves of 32 bits: sums of millions of them are exact in the float64 of an exchange.
     return sum(int((splitmix64(numbers) >> np.uint64(32)).sum()) for numbers in (documents, bins))

@@ -27,7 +27,7 @@ class Manifest:
     world_size: int
     created: float  # seconds since 1970
     updates: int  # AdamW's own step count
-    position: dict[str, int]  # of the data: epoch, window, bin
+    position: dict[str, int]  # of the data: epoch, chapter, window, bin
     dataset: str  # fingerprint of the compiled training data
     order: dict[str, Any]  # what else the data's order depends on: version, seed, packing, weights, sequence length
     base: dict[str, Any]  # path and fingerprint of the base, and how it is quantized

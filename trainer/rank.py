@@ -26,6 +26,7 @@ from trainer.attention import choose_attention
 from trainer.base import Base, check_base, resolve_base
 from trainer.checkpoint import Checkpoints, Identity
 from trainer.config import Config
+from trainer.data.chapters import open_chapters
 from trainer.data.dataset import open_dataset
 from trainer.data.prepare import Datasets, train_order
 from trainer.data.stream import Position, eval_stream, train_stream
@@ -139,8 +140,7 @@ def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Train
     config, base, ranks, run = start.config, start.base, start.ranks, start.run
     if ranks.rank == 0:
         run.put(run_layout.ENVIRONMENT, _environment(ranks))
-    train_data = open_dataset(start.store, datasets.train)
-    stream = train_stream(config, train_data, ranks.rank, ranks.world_size)
+    stream = train_stream(config, open_chapters(start.store, datasets.train, run), ranks.rank, ranks.world_size)
     held_out = None
     if datasets.eval:
         held_out = eval_stream(config, open_dataset(start.store, datasets.eval), ranks.rank, ranks.world_size)
@@ -158,7 +158,7 @@ def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Train
         dataset=datasets.train,
         base=_base_identity(config, base),
         adapter=config.tuning.model_dump(mode="json"),
-        order=train_order(config, train_data.manifest).to_json(),
+        order=train_order(config).to_json(),
     )
     checkpoints = Checkpoints(
         run, ranks, start.generation, identity, config.checkpoint, _versions(), start.metrics.write_now

@@ -22,7 +22,7 @@ from trainer.attention import Attention, choose_attention
 from trainer.base import resolve_base
 from trainer.checkpoint import Checkpoints, Identity
 from trainer.config import Config, override, parse_config
-from trainer.data.dataset import open_dataset
+from trainer.data.chapters import Chapters, open_chapters
 from trainer.data.prepare import Datasets
 from trainer.data.stream import MicroBatch, Position, Stream, train_stream
 from trainer.deepspeed_config import build_deepspeed_config
@@ -165,6 +165,11 @@ def _adapter_value(name: str, shape: tuple[int, ...]) -> Tensor:
     return (0.1 * torch.randn(shape, generator=generator)).bfloat16().float()
 
 
+def _chapters(config: Config, fingerprint: str) -> Chapters:
+    store = open_store(config.run.store)
+    return open_chapters(store, fingerprint, store.sub(config.run.name))
+
+
 def _assemble(config: Config, fingerprint: str | None = None) -> Assembled:
     ranks = join()
     torch.set_num_threads(1)
@@ -172,7 +177,7 @@ def _assemble(config: Config, fingerprint: str | None = None) -> Assembled:
     stream: Any = None
     accumulation = 1
     if fingerprint:
-        stream = train_stream(config, open_dataset(store, fingerprint), ranks.rank, ranks.world_size)
+        stream = train_stream(config, _chapters(config, fingerprint), ranks.rank, ranks.world_size)
         accumulation = stream.accumulation
     settings = build_deepspeed_config(config, ranks.world_size, accumulation, on_gpu=False)
     base = resolve_base(config.model)
@@ -232,7 +237,7 @@ def plain_first_step(config_text: str, fingerprint: str, destination: str) -> di
     adapters = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
     for name, parameter in adapters.items():
         parameter.data = _adapter_value(name, tuple(parameter.shape)).to(dtype)
-    stream = train_stream(config, open_dataset(open_store(config.run.store), fingerprint), rank=0, world_size=1)
+    stream = train_stream(config, _chapters(config, fingerprint), rank=0, world_size=1)
     batches = [batch.to(torch.device("cpu")) for batch in stream.step(Position())]
     targets = sum(batch.targets for batch in batches)
     nats = 0.0
@@ -284,7 +289,7 @@ def stock_losses(config_text: str, fingerprint: str) -> list[float]:
     adapters = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
     optim = config.optim
     optimizer = torch.optim.AdamW(adapters, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
-    stream = train_stream(config, open_dataset(open_store(config.run.store), fingerprint), rank=0, world_size=1)
+    stream = train_stream(config, _chapters(config, fingerprint), rank=0, world_size=1)
     curve, position, steps = [], Position(), config.train.steps
     assert steps
     for step in range(1, steps + 1):

@@ -46,10 +46,12 @@ PATIENCE = 300.0  # seconds; a restart takes 20 of them on an idle machine
 class Driver:
     """A `capstan` process; leaving the context kills it."""
 
-    def __init__(self, folder: Path, *arguments: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, *arguments: str, environment: dict[str, str] | None = None, module: str = "launcher.cli"
+    ) -> None:
         self.log = folder / "driver.log"
         with self.log.open("ab") as log:
-            command = [sys.executable, "-m", "launcher.cli", *arguments]
+            command = [sys.executable, "-m", module, *arguments]
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=log, env={**ENVIRONMENT, **(environment or {})}, cwd=folder
             )

@@ -10,6 +10,7 @@ import pytest
 from launcher.local_s3 import S3Server
 from tests.material import byte_tokenizer
 from trainer.config import Data
+from trainer.data.chapters import whole
 from trainer.data.compile import compile_dataset, fingerprint
 from trainer.data.dataset import Dataset, open_dataset
 from trainer.data.order import Order
@@ -34,7 +35,7 @@ def build(path: str, store: Store) -> Dataset:
 
 def stream(dataset: Dataset) -> Stream:
     order = Order((1.0,), sequence_length=256, packing=True, seed=3)
-    return Stream(dataset, order, global_batch=8, micro_batch=1, rank=0, world_size=1, epochs=1)
+    return Stream(whole(dataset), order, global_batch=8, micro_batch=1, rank=0, world_size=1, epochs=1)
 
 
 def rows(dataset: Dataset) -> list[list[int]]:

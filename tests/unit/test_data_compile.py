@@ -327,6 +327,14 @@ def test_a_damaged_index_is_found_on_opening(tmp_path: Path, store: Store, name:
         open_dataset(store, FINGERPRINT)
 
 
+def test_an_index_that_is_gone_is_damage_and_not_a_data_set_to_wait_for(tmp_path: Path, store: Store) -> None:
+    build(store, settings(write(tmp_path / "a.jsonl", texts(0, 600))))
+    store.delete(f"data/{FINGERPRINT}/blocks-00000.bin")
+    with pytest.raises(StorageError, match=r"blocks-00000\.bin does not exist\. Delete .* compiled again") as raised:
+        open_dataset(store, FINGERPRINT)
+    assert not isinstance(raised.value, NotFound)
+
+
 def test_the_fingerprint_covers_all_that_decides_a_token(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", texts(0, 5))
     (tmp_path / "t.jinja").write_text("{{ messages }}")

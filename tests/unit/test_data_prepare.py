@@ -3,10 +3,13 @@
 import pytest
 
 from tests.material import Workshop, make_data
-from trainer.data.dataset import open_dataset
+from trainer.base import resolve_base
+from trainer.data.chapters import open_chapters
+from trainer.data.dataset import open_chapter, open_dataset
 from trainer.data.order import EpochPlan
-from trainer.data.prepare import train_order
-from trainer.errors import ConfigError, DataError
+from trainer.data.prepare import prepare_start, train_order
+from trainer.data.stream import train_stream
+from trainer.errors import ConfigError, DataError, NotFound
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +26,9 @@ def sources(shop: Workshop, *settings: str) -> str:
 def test_a_fraction_is_a_share_of_an_epochs_tokens(shop: Workshop) -> None:
     config = shop.config("replay", sources(shop, "fraction: 0.2", "fraction: 0.1"))
     manifest = open_dataset(shop.store, shop.prepare(config).train).manifest
-    given = train_order(config, manifest)
-    visited = [weight * source.tokens for weight, source in zip(given.weights, manifest.sources, strict=True)]
-    assert given.weights[0] == 1
+    weights = train_order(config).weights_for([source.tokens for source in manifest.sources])
+    visited = [weight * source.tokens for weight, source in zip(weights, manifest.sources, strict=True)]
+    assert weights[0] == 1
     assert [tokens / sum(visited) for tokens in visited] == pytest.approx([0.7, 0.2, 0.1])
 
 
@@ -78,6 +81,44 @@ def test_epochs_are_planned_once_and_their_length_is_kept(shop: Workshop, monkey
     assert list(longer.epoch_bins[:2]) == list(first.epoch_bins)
     shop.prepare(shop.config("seed", "train.epochs=1", "train.steps=null", "run.seed=99"))
     assert planned == [0, 1, 2, 0]
+
+
+@pytest.fixture
+def chapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our 60 documents are several chapters."""
+    monkeypatch.setattr("trainer.data.compile.CHAPTER_BYTES", 1024)
+    monkeypatch.setattr("trainer.data.rows.BATCH_ROWS", 4)
+    monkeypatch.setattr("trainer.data.rows._READ_BYTES", 64)
+
+
+@pytest.mark.usefixtures("chapters")
+def test_a_run_of_so_many_steps_starts_with_the_first_chapter_and_all_of_the_evaluation_data(shop: Workshop) -> None:
+    other = make_data(shop.folder / "eval.jsonl", documents=40, seed=8)
+    config = shop.config("start", f"data.eval=[{{path: {other}}}]", "data.on_too_long=drop", "train.eval_every=5")
+    datasets, rest = prepare_start(config, resolve_base(config.model), shop.store)
+    assert datasets.eval
+    assert open_dataset(shop.store, datasets.eval).manifest.documents == 40
+    first = open_chapter(shop.store, datasets.train, 0).manifest
+    assert 0 < first.documents < 60
+    with pytest.raises(NotFound):
+        open_dataset(shop.store, datasets.train)
+    assert list(rest) == list(range(1, first.chapters))
+    assert open_dataset(shop.store, datasets.train).manifest.documents == 60
+    again, rest = prepare_start(config, resolve_base(config.model), shop.store)
+    assert again == datasets
+    assert not list(rest)
+
+
+@pytest.mark.usefixtures("chapters")
+def test_a_run_of_epochs_starts_with_all_its_data_as_its_bins_are_counted(shop: Workshop) -> None:
+    config = shop.config("counted", "data.on_too_long=split", "train.epochs=2", "train.steps=null")
+    datasets, rest = prepare_start(config, resolve_base(config.model), shop.store)
+    assert not list(rest)
+    given = open_chapters(shop.store, datasets.train, shop.store.sub("counted"))
+    assert given.count > 1
+    stream = train_stream(config, given, rank=0, world_size=1)
+    for epoch, bins in enumerate(datasets.epoch_bins):
+        assert bins == sum(len(batch.bins) for step in stream.epoch(epoch) for batch in step)
 
 
 def test_an_epoch_without_documents_is_refused_before_anything_starts(shop: Workshop) -> None:

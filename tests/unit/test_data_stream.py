@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from trainer.config import Config, Data
 from trainer.data import order
+from trainer.data.chapters import whole
 from trainer.data.compile import compile_dataset
 from trainer.data.dataset import Blocks, Dataset
 from trainer.data.order import EpochPlan, Order, Window
@@ -55,7 +56,7 @@ def stream(dataset: Dataset, **options: Any) -> Stream:
     share: dict[str, Any] = {"global_batch": 24, "micro_batch": 1, "rank": 0, "world_size": 1}
     for name, value in options.items():
         (given if name in given else share)[name] = value
-    return Stream(dataset, Order(**given), **share)
+    return Stream(whole(dataset), Order(**given), **share)
 
 
 CONFIG = Config.model_validate(

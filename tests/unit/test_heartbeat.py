@@ -56,6 +56,19 @@ def test_the_rank_that_the_others_wait_for_is_named_with_its_phase_and_the_setti
     assert 10 < clock.now <= 12
 
 
+def test_a_rank_whose_data_is_still_compiled_does_not_hang():
+    clock = Clock()
+    clock.begin("data", 0, 1, 2)
+    clock.phases[1] = clock.phases[2] = "compile"
+    clock.begin("step", 0)
+    assert clock.run(1000) is None
+    clock.begin("step", 1)  # it has come on two ranks, and the third hangs in what is left to read
+    clock.phases[2] = "data"
+    verdict = clock.run(30)
+    assert verdict is not None
+    assert verdict.ranks == [2]
+
+
 def test_each_phase_has_its_own_limit():
     limits: list[tuple[Phase, int]] = [("load", 100), ("step", 10), ("save", 50)]
     for phase, seconds in limits:

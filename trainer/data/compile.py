@@ -2,16 +2,19 @@
 
 The fingerprint names the result before it exists: it covers everything that decides a token. Rows are encoded on all
 cores and written in their order, so the result is the same on any machine: of two racing compilations both write the same
-bytes, and a killed one goes on after its last shard. Nothing counts before the manifest is there.
+bytes, and a killed one goes on after its last shard. Nothing counts before a manifest says so.
+
+A large data set is compiled in chapters. Each takes the same share of every source, so that all have the same mixture and
+training can begin with the first.
 """
 
 import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +22,16 @@ from trainer import run_layout
 from trainer.base import TOKENIZER_FILES
 from trainer.config import Data
 from trainer.data.chat import template_text
-from trainer.data.dataset import FORMAT, MANIFEST, Counters, Dataset, Manifest, SourceRecord, open_dataset
+from trainer.data.dataset import (
+    FORMAT,
+    MANIFEST,
+    Counters,
+    Dataset,
+    Manifest,
+    SourceRecord,
+    chapter_key,
+    open_dataset,
+)
 from trainer.data.encode import EVERYTHING, Encoder, Part
 from trainer.data.pool import Mapper, mapper_for
 from trainer.data.rows import Batch, batches
@@ -30,6 +42,9 @@ from trainer.store import Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+CHAPTER_BYTES = 4 * 2**30
+"""Of sources, in a chapter. Small enough to be compiled soon, and large enough to be shuffled in."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +77,7 @@ def fingerprint(
     inputs = {
         "format_version": FORMAT,
         "sources": [[file.source, file.uri, file.version, file.size] for file in files],
+        "chapters": count_chapters(files),
         "tokenizer": dict(tokenizer_files),
         "template": template_text(data),
         "settings": data.model_dump(include={"format", "fields", "sequence_length", "on_too_long", "on_bad_row"}),
@@ -69,6 +85,11 @@ def fingerprint(
         "part": [part.fraction, part.seed, part.held_out],
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def count_chapters(files: Sequence[SourceFile]) -> int:
+    """How many chapters a data set of these sources has: 1 unless they are large."""
+    return max(1, -(-sum(file.size for file in files) // CHAPTER_BYTES))
 
 
 def compile_dataset(
@@ -91,10 +112,31 @@ def compile_dataset(
         DataError: a row cannot be used and the settings say fail, a file changed meanwhile, or no row is trainable.
         StorageError: a source or the store failed.
     """
-    folder = store.sub(run_layout.dataset(fingerprint))
+    for _ in compile_chapters(data, files, tokenizer, store, fingerprint, part, mapper, progress):
+        pass
+    return open_dataset(store, fingerprint)
+
+
+def compile_chapters(
+    data: Data,
+    files: Sequence[SourceFile],
+    tokenizer: "PreTrainedTokenizerBase",
+    store: Store,
+    fingerprint: str,
+    part: Part = EVERYTHING,
+    mapper: Mapper | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Iterator[int]:
+    """`compile_dataset` step by step: yields the number of each chapter once it can be opened, in order from 0.
+
+    Each chapter is a call of the `mapper`, and none is under way while the caller has a number.
+    """
+    folder, chapters = store.sub(run_layout.dataset(fingerprint)), count_chapters(files)
     if folder.exists(MANIFEST):
-        return open_dataset(store, fingerprint)
-    writer = ShardWriter(folder)
+        yield from range(chapters)
+        return
+    writer = ShardWriter(folder, files[-1].source + 1)
+    yield from range(writer.chapter)  # a compilation that was killed had committed them
     size = sum(file.size for file in files)
 
     def report(bytes_done: int) -> None:
@@ -102,42 +144,70 @@ def compile_dataset(
             progress(Progress(bytes_done, size, writer.counters.rows, writer.documents, writer.tokens))
 
     start = partial(Encoder, data, tokenizer, part)
-    for encoded, at in (mapper or mapper_for(size))(_read(files, writer.next), start):
-        if encoded.error:
-            raise DataError(encoded.error)
-        writer.add(at.source, encoded, at.after)
-        report(at.bytes_done)
+    for chapter, work in groupby(_read(files, chapters, writer.next), lambda batch: batch[1].chapter):
+        while writer.chapter < chapter:
+            writer.close()
+            _commit(folder, chapter_key(writer.chapter), _manifest(fingerprint, files, writer))
+            yield writer.chapter
+            writer.chapter += 1
+        for encoded, at in (mapper or mapper_for(size))(work, start):
+            if encoded.error:
+                raise DataError(encoded.error)
+            writer.add(at.source, encoded, at.after)
+            report(at.bytes_done)
     writer.close()
     if not writer.shards:
         raise DataError(_nothing_to_train(writer.counters))
-    _commit(folder, _manifest(fingerprint, files, writer))
+    _commit(folder, MANIFEST, _manifest(fingerprint, files, writer))
     writer.forget()
     report(size)
-    return open_dataset(store, fingerprint)
+    yield from range(writer.chapter, chapters)
 
 
 @dataclass(frozen=True)
 class _At:
-    """Where a batch lies: its source, the place behind it, and how many bytes of all files were read by then."""
+    """Where a batch lies: its source and chapter, the place behind it, and the bytes read by then, of its source or of all."""
 
     source: int
+    chapter: int
     after: Place
     bytes_done: int
 
 
-def _read(files: Sequence[SourceFile], start: Place) -> Iterator[tuple[Batch, _At]]:
-    """Every batch from `start` on. Raises `DataError` for a file that is not what it was when it was found."""
+def _read(files: Sequence[SourceFile], chapters: int, starts: Sequence[Place]) -> Iterator[tuple[Batch, _At]]:
+    """Every batch from `starts` on, which has a place for each source: chapter by chapter, and in it source by source."""
+    owned = [[file for file in files if file.source == source] for source in range(len(starts))]
+    readers = [_read_source(own, chapters, start) for own, start in zip(owned, starts, strict=True)]
+    ahead = [next(reader, None) for reader in readers]
+    done = [sum(file.size for file in own[: start.file]) for own, start in zip(owned, starts, strict=True)]
+    for chapter in range(chapters):
+        for source, reader in enumerate(readers):
+            while (item := ahead[source]) and item[1].chapter == chapter:
+                batch, at = item
+                done[source] = at.bytes_done
+                yield batch, replace(at, bytes_done=sum(done))
+                ahead[source] = next(reader, None)
+
+
+def _read_source(files: Sequence[SourceFile], chapters: int, start: Place) -> Iterator[tuple[Batch, _At]]:
+    """The batches of one source from `start` on. Raises `DataError` for a file that is not what it was when it was found."""
+    size = max(1, sum(file.size for file in files))
     before = sum(file.size for file in files[: start.file])
     for number, file in enumerate(files[start.file :], start.file):
-        skipped = start.batch if number == start.file else 0
-        for index, batch in enumerate(islice(batches(file), skipped, None), skipped):
-            yield batch, _At(file.source, Place(file=number, batch=index + 1), before + batch.read)
+        skipped, read = start.batch if number == start.file else 0, 0
+        for index, batch in enumerate(batches(file)):
+            if index >= skipped:
+                # By what was read before the batch, not by its end: the last batch of a source ends at all of its bytes.
+                chapter = min(chapters * (before + read) // size, chapters - 1)
+                yield batch, _At(file.source, chapter, Place(file=number, batch=index + 1), before + batch.read)
+            read = batch.read
         if file.store.head(file.key).version != file.version:
             raise DataError(f"{file.uri}: changed while it was read. Start again when it is complete.")
         before += file.size
 
 
 def _manifest(fingerprint: str, files: Sequence[SourceFile], writer: ShardWriter) -> Manifest:
+    """Of all chapters so far."""
     sources = [SourceRecord() for _ in range(files[-1].source + 1)]
     for file in files:
         sources[file.source].files.append(file.uri)
@@ -149,6 +219,7 @@ def _manifest(fingerprint: str, files: Sequence[SourceFile], writer: ShardWriter
     return Manifest(
         format=FORMAT,
         fingerprint=fingerprint,
+        chapters=count_chapters(files),
         documents=sum(source.documents for source in sources),
         tokens=sum(source.tokens for source in sources),
         targets=sum(source.targets for source in sources),
@@ -159,10 +230,10 @@ def _manifest(fingerprint: str, files: Sequence[SourceFile], writer: ShardWriter
     )
 
 
-def _commit(folder: Store, manifest: Manifest) -> None:
+def _commit(folder: Store, key: str, manifest: Manifest) -> None:
     # Another writer of the same fingerprint may have been faster, with the same bytes.
     with contextlib.suppress(AlreadyExists):
-        folder.create(MANIFEST, manifest.model_dump_json(indent=1).encode())
+        folder.create(key, manifest.model_dump_json(indent=1).encode())
 
 
 def _nothing_to_train(counters: Counters) -> str:

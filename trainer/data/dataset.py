@@ -3,7 +3,7 @@
 A folder holds shards of documents and a manifest, written last. Shard i is three files: `tokens-i.bin`, the tokens of
 its documents end to end; `documents-i.bin`, where each begins; `blocks-i.bin`, the first document and a SHA-256 of every
 block. A block is the unit of reading and of checking: up to 256 documents and, unless one document alone is longer, up to
-1 MiB of tokens.
+1 MiB of tokens. Shards belong to chapters: a large data set has several, and each can be opened as soon as it is compiled.
 """
 
 import hashlib
@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trainer import run_layout
-from trainer.errors import StorageError, Unreachable
+from trainer.errors import NotFound, StorageError, Unreachable
 from trainer.store import Buffer, Store
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 BLOCK_DOCUMENTS = 256
 BLOCK_TOKENS = 2**18
@@ -56,9 +56,10 @@ class FileRecord(Record):
 
 
 class ShardRecord(Record):
-    """A shard holds documents of one source only."""
+    """A shard holds documents of one source in one chapter only."""
 
     source: int
+    chapter: int
     documents: int
     tokens: int
     targets: int
@@ -91,10 +92,14 @@ class Counters(Record):
 
 
 class Manifest(Record):
-    """What a data set holds. `bad_rows` describes the first few of them, as `file:line: reason`."""
+    """What a data set of so many `chapters` holds, or has so far while it is compiled.
+
+    `bad_rows` describes the first few of them, as `file:line: reason`.
+    """
 
     format: int
     fingerprint: str
+    chapters: int
     documents: int
     tokens: int
     targets: int
@@ -114,6 +119,20 @@ class Reads:
     @property
     def repeated(self) -> int:
         return self.retried + self.refetched
+
+    def patiently(self, request: Callable[[], T]) -> T:
+        """A request that is repeated while the store is out of reach: it may be restarting."""
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        pause = _FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                return request()
+            except Unreachable:
+                if time.monotonic() + pause > deadline:
+                    raise
+                self.retried += 1
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,14 +156,16 @@ class Blocks:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """An opened data set. Documents are numbered through all shards, and so are blocks.
+    """An opened data set, or a chapter of one. Documents are numbered through its shards, and so are blocks.
 
     Attributes:
+        manifest: with no shards but those that are open.
         store: the folder of the data set.
         offsets: (documents + 1,) int64, where each document begins in the data set, in tokens, and the end.
         blocks: (blocks + 1,) int64, the first document of each block, and the number of documents.
         block_shards: (blocks,) int32, the shard that each block lies in.
         digests: the SHA-256 of each block's tokens.
+        first_document: the number that its first document has in the whole data set.
         reads: what reading had to repeat.
     """
 
@@ -154,6 +175,7 @@ class Dataset:
     blocks: NDArray[np.int64]
     block_shards: NDArray[np.int32]
     digests: list[bytes]
+    first_document: int = 0
     reads: Reads = field(default_factory=Reads)
 
     @property
@@ -185,11 +207,11 @@ class Dataset:
         shard_start = self.offsets[self.blocks[np.searchsorted(self.block_shards, shard)]]
         starts = ((self.offsets[self.blocks[blocks]] - shard_start) * TOKEN.itemsize).tolist()
         ends = ((self.offsets[self.blocks[np.array(blocks) + 1]] - shard_start) * TOKEN.itemsize).tolist()
-        data = self._patiently(lambda: self.store.get_ranges(key, starts, ends))
+        data = self.reads.patiently(lambda: self.store.get_ranges(key, starts, ends))
         for index, (block, start, end) in enumerate(zip(blocks, starts, ends, strict=True)):
             if not self._intact(block, data[index]):
                 self.reads.refetched += 1
-                data[index] = self._patiently(lambda s=start, e=end: self.store.get_range(key, s, e))
+                data[index] = self.reads.patiently(lambda s=start, e=end: self.store.get_range(key, s, e))
                 if not self._intact(block, data[index]):
                     raise StorageError(
                         f"{self.store.uri}/{key}: bytes {start} to {end} are not what was written (their SHA-256 "
@@ -197,64 +219,96 @@ class Dataset:
                     )
         return data
 
-    def _patiently(self, request: Callable[[], T]) -> T:
-        """A request that is repeated while the store is out of reach: it may be restarting."""
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        pause = _FIRST_PAUSE_SECONDS
-        while True:
-            try:
-                return request()
-            except Unreachable:
-                if time.monotonic() + pause > deadline:
-                    raise
-                self.reads.retried += 1
-                time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
-
     def _intact(self, block: int, raw: Buffer) -> bool:
         return hashlib.sha256(raw).digest() == self.digests[block]
 
 
+def chapter_key(chapter: int) -> str:
+    """The manifest up to and with `chapter`, while later ones are still compiled."""
+    return f"chapter-{chapter:05d}.json"
+
+
+def read_manifest(store: Store, fingerprint: str, chapter: int | None = None) -> Manifest:
+    """The manifest of a whole data set; where a `chapter` is given, one with this chapter and all before it suffices.
+
+    Raises:
+        NotFound: it was not written yet.
+        StorageError: it is damaged, or of another format.
+    """
+    folder = store.sub(run_layout.dataset(fingerprint))
+    try:
+        return _parse(folder, MANIFEST)
+    except NotFound:
+        if chapter is None:
+            raise
+        return _parse(folder, chapter_key(chapter))
+
+
+def _parse(folder: Store, key: str) -> Manifest:
+    try:
+        manifest = Manifest.model_validate_json(folder.get(key))
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"]
+        raise StorageError(f"{folder.uri}/{key}: not a manifest of this format ({problem}). Delete it.") from error
+    if manifest.format != FORMAT:
+        raise StorageError(f"{folder.uri}/{key}: has format {manifest.format}, but {FORMAT} is needed. Delete it.")
+    return manifest
+
+
 def open_dataset(store: Store, fingerprint: str) -> Dataset:
-    """Open a compiled data set; `store` is the root that runs share. Reads all lengths, but no tokens.
+    """Open a compiled data set, whole; `store` is the root that runs share. Reads all lengths, but no tokens.
 
     Raises:
         NotFound: it is not there, or its manifest was not written yet.
         StorageError: it is damaged, or of another format.
     """
-    folder = store.sub(run_layout.dataset(fingerprint))
-    try:
-        manifest = Manifest.model_validate_json(folder.get(MANIFEST))
-    except ValidationError as error:
-        problem = error.errors()[0]["msg"]
-        raise StorageError(f"{folder.uri}/{MANIFEST}: not a manifest of this format ({problem}). Delete it.") from error
-    if manifest.format != FORMAT:
-        raise StorageError(f"{folder.uri}/{MANIFEST}: has format {manifest.format}, but {FORMAT} is needed. Delete it.")
+    manifest = read_manifest(store, fingerprint)
+    return _open_shards(store, manifest, manifest.shards, 0)
+
+
+def open_chapter(store: Store, fingerprint: str, chapter: int) -> Dataset:
+    """Open one chapter of a data set, all of which may not be compiled yet.
+
+    Raises:
+        NotFound: the chapter is not compiled yet.
+        StorageError: it is damaged, or of another format.
+    """
+    manifest = read_manifest(store, fingerprint, chapter)
+    shards = [shard for shard in manifest.shards if shard.chapter == chapter]
+    before = sum(shard.documents for shard in manifest.shards if shard.chapter < chapter)
+    return _open_shards(store, manifest, shards, before)
+
+
+def _open_shards(store: Store, manifest: Manifest, shards: list[ShardRecord], before: int) -> Dataset:
+    """The data set of these `shards` alone; so many documents lie `before` them."""
+    folder = store.sub(run_layout.dataset(manifest.fingerprint))
     with ThreadPoolExecutor(_READERS) as pool:
-        offsets = list(pool.map(_reader(folder, OFFSET), [shard.documents_file for shard in manifest.shards]))
-        blocks = list(pool.map(_reader(folder, BLOCK), [shard.blocks_file for shard in manifest.shards]))
-    return _assemble(manifest, folder, offsets, blocks)
-
-
-def _assemble(manifest: Manifest, folder: Store, offsets: list[NDArray], blocks: list[NDArray]) -> Dataset:
-    """`offsets`: for each shard (documents + 1,) uint64 in tokens; `blocks`: for each shard (blocks,) of `BLOCK`."""
-    lengths = np.concatenate([np.diff(part.astype(np.int64)) for part in offsets])
-    documents = np.array([shard.documents for shard in manifest.shards], np.int64)
+        offsets = list(pool.map(_reader(folder, OFFSET), [shard.documents_file for shard in shards]))
+        blocks = list(pool.map(_reader(folder, BLOCK), [shard.blocks_file for shard in shards]))
+    # offsets: for each shard (documents + 1,) uint64 in tokens; blocks: for each shard (blocks,) of `BLOCK`.
+    lengths = np.concatenate([np.zeros(0, np.int64), *(np.diff(part.astype(np.int64)) for part in offsets)])
+    documents = np.array([shard.documents for shard in shards], np.int64)
     firsts = np.cumsum(documents) - documents
     starts = [first + part["document"].astype(np.int64) for first, part in zip(firsts, blocks, strict=True)]
     return Dataset(
-        manifest=manifest,
+        manifest=manifest.model_copy(update={"shards": shards}),
         store=folder.failing_fast(),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         blocks=np.concatenate([*starts, [documents.sum()]]),
-        block_shards=np.repeat(np.arange(len(blocks), dtype=np.int32), [len(part) for part in blocks]),
+        block_shards=np.repeat(
+            np.arange(len(blocks), dtype=np.int32), np.array([len(part) for part in blocks], np.int64)
+        ),
         digests=[digest.tobytes() for part in blocks for digest in part["sha256"]],
+        first_document=before,
     )
 
 
 def _reader(folder: Store, dtype: np.dtype) -> Callable[[FileRecord], NDArray]:
     def read(file: FileRecord) -> NDArray:
-        data = folder.get(file.key)
+        try:
+            data = folder.get(file.key)
+        except NotFound as error:  # which would mean, of a manifest, that one only has to wait for it
+            raise StorageError(f"{error} Delete {folder.uri}, and the data is compiled again.") from error
         if hashlib.sha256(data).hexdigest() != file.sha256:
             raise StorageError(
                 f"{folder.uri}/{file.key}: not what was written (its SHA-256 differs). Delete {folder.uri}, and the data "

@@ -1,15 +1,19 @@
 """The order of an epoch: which documents share a bin, and in which order bins are used.
 
-A window of an epoch is a pure function of (lengths and blocks of the data set, the order's settings, epoch, number of the
+A window of an epoch is a pure function of (lengths and blocks of its chapter, the order's settings, epoch, number of the
 window). It knows no ranks, so any number of them takes the same bins in the same global order; and no other window, so
 a run resumes by planning the one it stopped in.
 
-    blocks of documents -> seeded permutation -> windows of 64 blocks -> bins, packed in a window
+    chapters of the data set, one after the other
+    -> blocks of a chapter's documents -> seeded permutation -> windows of 64 blocks -> bins, packed in a window
     -> seeded permutation of the bins in a window
+
+Nearly every data set is one chapter. Of several the first epoch takes each as soon as it is compiled.
 
 Documents are read in blocks, so that reading is a few long ranges; a window is what a rank holds in memory.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -23,7 +27,7 @@ VERSION = 2
 """Changes whenever the same data and settings would give another order: a checkpoint's position is worth nothing then."""
 WINDOW_BLOCKS = 64
 
-_BLOCKS, _TIES, _BINS, _PHASE = 1, 2, 3, 4
+_BLOCKS, _TIES, _BINS, _PHASE, _CHAPTERS = 1, 2, 3, 4, 5
 
 
 def splitmix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -51,22 +55,39 @@ def permutation(count: int, *key: int) -> NDArray[np.int64]:
     return np.argsort(splitmix64(np.arange(count, dtype=np.uint64) ^ hash_key(*key)), kind="stable")
 
 
+def turns(chapters: int, seed: int, epoch: int) -> list[int]:
+    """The chapters in the order that an epoch takes them: the first one, as they are compiled."""
+    return permutation(chapters, seed, epoch, _CHAPTERS).tolist() if epoch else list(range(chapters))
+
+
 @dataclass(frozen=True)
 class Order:
     """What the order depends on beside the data set and the epoch.
 
-    `weights` are visits an epoch of each source's documents. A fraction takes turns: at 0.5 a document is visited in every
-    second epoch, and half of the documents in each. `sequence_length` is a bin's capacity in tokens; `packing` False gives
-    every document a bin of its own.
+    `weights` are visits an epoch of each source's documents. A part of a visit takes turns: at 0.5 a document is visited in
+    every second epoch, and half of the documents in each. A source that has one of `fractions` gets this share of the tokens
+    instead. `sequence_length` is a bin's capacity in tokens; `packing` False gives every document a bin of its own.
     """
 
     weights: tuple[float, ...]
     sequence_length: int
     packing: bool
     seed: int
+    fractions: tuple[float | None, ...] = ()
+
+    def weights_for(self, tokens: Sequence[int]) -> list[float]:
+        """The weight of each source of a chapter that has so many `tokens` of it; 0 for a fraction of nothing."""
+        fractions = self.fractions or (None,) * len(self.weights)
+        sources = list(zip(self.weights, fractions, tokens, strict=True))
+        plain = sum(weight * size for weight, fraction, size in sources if fraction is None)
+        total = plain / (1 - sum(fraction or 0 for fraction in fractions))
+        return [
+            weight if fraction is None else fraction * total / size if size else 0.0
+            for weight, fraction, size in sources
+        ]
 
     def to_json(self) -> dict[str, Any]:
-        return {"version": VERSION, **asdict(self), "weights": list(self.weights)}
+        return {"version": VERSION, **asdict(self), "weights": list(self.weights), "fractions": list(self.fractions)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,12 +108,13 @@ class Window:
 
 
 class EpochPlan:
-    """The windows of one epoch.
+    """The windows of one epoch in one chapter.
 
     Args:
-        offsets: (documents + 1,) int64, where each document begins in the data set, in tokens, and the end.
+        offsets: (documents + 1,) int64, where each document begins in the chapter, in tokens, and the end.
         blocks: (blocks + 1,) int64, the first document of each block, and the number of documents.
         block_sources: (blocks,) int32, the source that a block's documents come from.
+        turn: the place of the chapter in the order that the epoch takes them, from 0.
 
     At weight 1 every document is in exactly one bin of every epoch.
     """
@@ -104,12 +126,16 @@ class EpochPlan:
         block_sources: NDArray[np.int32],
         order: Order,
         epoch: int,
+        turn: int = 0,
     ) -> None:
         self._offsets = offsets
         self._blocks = blocks
         self._order = order
         self.epoch = epoch
-        self._block_weights = np.asarray(order.weights, np.float64)[block_sources]
+        self._key = epoch + (turn << 32)  # chapters of the same size are not permuted alike
+        tokens = np.bincount(block_sources, np.diff(offsets[blocks]), minlength=len(order.weights))
+        weights = order.weights_for(tokens.astype(np.int64).tolist())
+        self._block_weights = np.asarray(weights, np.float64)[block_sources]
         # Each visit is a block with all its documents, or with those whose turn the fraction of the weight is.
         whole = np.floor(self._block_weights).astype(np.int64)
         partial = self._block_weights > whole
@@ -117,12 +143,12 @@ class EpochPlan:
         for source in np.flatnonzero(np.bincount(block_sources[partial]) >= WINDOW_BLOCKS):
             mine = np.flatnonzero(block_sources == source)
             phase = (permutation(len(mine), order.seed, _PHASE, int(source)) + 0.5) / len(mine)
-            whole[mine] = _visits(phase, order.weights[source], epoch)
+            whole[mine] = _visits(phase, weights[source], epoch)
             partial[mine] = False
         partial = np.flatnonzero(partial)
         visits = np.concatenate([np.repeat(np.arange(len(whole)), whole), partial])
         is_partial = np.arange(len(visits)) >= whole.sum()
-        sequence = permutation(len(visits), order.seed, epoch, _BLOCKS)
+        sequence = permutation(len(visits), order.seed, self._key, _BLOCKS)
         self._visits, self._is_partial = visits[sequence], is_partial[sequence]
         self.window = lru_cache(maxsize=4)(self._window)
 
@@ -131,14 +157,14 @@ class EpochPlan:
         return -(-len(self._visits) // WINDOW_BLOCKS)
 
     def count_bins(self) -> int:
-        """Bins of the epoch. Packs all of it: about a second for three million documents."""
+        """Bins of the epoch in the chapter. Packs all of it: about a second for three million documents."""
         return sum(self._window(index).num_bins for index in range(self.num_windows))
 
     def _window(self, index: int) -> Window:
         part = slice(index * WINDOW_BLOCKS, (index + 1) * WINDOW_BLOCKS)
         visits, is_partial = self._visits[part], self._is_partial[part]
         documents = np.concatenate([self._documents(int(b), bool(p)) for b, p in zip(visits, is_partial, strict=True)])
-        documents = documents[permutation(len(documents), self._order.seed, self.epoch, _TIES, index)]
+        documents = documents[permutation(len(documents), self._order.seed, self._key, _TIES, index)]
         if self._order.packing:
             lengths = self._offsets[documents + 1] - self._offsets[documents]
             longest_first = np.argsort(-lengths, kind="stable")
@@ -147,7 +173,7 @@ class EpochPlan:
         else:
             bins = np.arange(len(documents))
         sizes = np.bincount(bins)
-        sequence = permutation(len(sizes), self._order.seed, self.epoch, _BINS, index)
+        sequence = permutation(len(sizes), self._order.seed, self._key, _BINS, index)
         place = np.empty_like(sequence)
         place[sequence] = np.arange(len(sequence))
         return Window(

@@ -38,9 +38,12 @@ class Mapper(Protocol):
 
 def mapper_for(size: int, many: Mapper | None = None) -> Mapper:
     """Who works on sources of `size` bytes: `many`, by default a process for each core, and for small sources this process."""
-    if size < BYTES_FOR_PROCESSES:
-        return partial(map_batches, processes=1)
-    return many or partial(map_batches, processes=len(os.sched_getaffinity(0)))
+    return partial(map_batches, processes=1) if size < BYTES_FOR_PROCESSES else many or map_on_cores
+
+
+def map_on_cores(work: Iterable[tuple[Batch, T]], start: Callable[[], Callable[[Batch], R]]) -> Iterator[tuple[R, T]]:
+    """A `Mapper` over a process for each core of this machine."""
+    return map_batches(work, start, len(os.sched_getaffinity(0)))
 
 
 def map_batches(
@@ -82,6 +85,7 @@ _worker: Callable[[Batch], Any] | None = None
 
 def _start_worker(start: str) -> None:
     global _worker
+    os.nice(10)  # ranks may train beside it
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken already
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = pickle.loads(Path(start).read_bytes())()

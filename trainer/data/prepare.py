@@ -1,22 +1,24 @@
 """From a run's configuration to compiled data: finds the sources, names the result, compiles what is missing.
 
-Happens before a process group exists: compiling can take long, and a collective would time out meanwhile.
+Happens before a process group exists: compiling can take long, and a collective would time out meanwhile. Of data in
+several chapters a run needs the first one to start; whoever owns its ranks may compile the others beside them.
 """
 
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from trainer import run_layout
 from trainer.base import Base
 from trainer.config import Config
-from trainer.data.compile import Progress, compile_dataset, fingerprint, hash_tokenizer
-from trainer.data.dataset import Dataset, Manifest, open_dataset
+from trainer.data.compile import Progress, compile_chapters, count_chapters, fingerprint, hash_tokenizer
+from trainer.data.dataset import Manifest, open_chapter, read_manifest
 from trainer.data.encode import EVERYTHING, Part
-from trainer.data.order import EpochPlan, Order
+from trainer.data.order import EpochPlan, Order, turns
 from trainer.data.pool import Mapper, mapper_for
 from trainer.data.sources import SourceFile, expand
 from trainer.errors import DataError, NotFound
@@ -40,11 +42,14 @@ class Datasets:
     epoch_bins: Sequence[int] = ()
 
 
+Report = Callable[[str, Progress], None]
+
+
 def prepare(
     config: Config,
     base: Base,
     store: Store,
-    progress: Callable[[str, Progress], None] = lambda what, now: None,
+    progress: Report = lambda what, now: None,
     mapper: Mapper | None = None,
 ) -> Datasets:
     """Compile the run's training and evaluation data unless the store has them; `progress` gets "train" or "eval" too.
@@ -54,24 +59,62 @@ def prepare(
     Raises:
         DataError: a source is missing, unreadable, or holds nothing to learn from.
     """
+    datasets, rest = prepare_start(config, base, store, progress, mapper)
+    for _ in rest:
+        pass
+    return datasets
+
+
+def prepare_start(
+    config: Config,
+    base: Base,
+    store: Store,
+    progress: Report = lambda what, now: None,
+    mapper: Mapper | None = None,
+) -> tuple[Datasets, Iterator[int]]:
+    """`prepare` as far as a run needs to start; the rest is done while what comes second, chapter by chapter, is taken.
+
+    It is nothing where the data is one chapter, or `train.epochs` ends the run: then all bins have to be counted first.
+    """
     inputs = find(config)
-    datasets: dict[str, Dataset] = {}
-    for what, key in locate(config, base, inputs).items():
-        try:
-            datasets[what] = open_dataset(store, key)
-        except NotFound:
-            files, part = inputs[what]
+    keys = locate(config, base, inputs)
+    compiling = {
+        what: _compile(config, base, store, what, key, inputs[what], progress, mapper) for what, key in keys.items()
+    }
+    for _ in compiling.pop("eval", ()):
+        pass
+    rest = compiling["train"]
+    next(rest)
+    bins: list[int] = []
+    if config.train.epochs:
+        for _ in rest:
+            pass
+        bins = _epoch_bins(store, keys["train"], train_order(config), config.train.epochs)
+    return Datasets(keys["train"], keys.get("eval"), bins), rest
 
-            def report(now: Progress, what: str = what) -> None:
-                progress(what, now)
 
-            tokenizer = load_tokenizer(base)
-            who = mapper_for(sum(file.size for file in files), mapper)
-            datasets[what] = compile_dataset(config.data, files, tokenizer, store, key, part, who, report)
-    order = train_order(config, datasets["train"].manifest)
-    bins = _epoch_bins(datasets["train"], order, config.train.epochs, store) if config.train.epochs else []
-    held_out = datasets.get("eval")
-    return Datasets(datasets["train"].manifest.fingerprint, held_out and held_out.manifest.fingerprint, bins)
+def _compile(
+    config: Config,
+    base: Base,
+    store: Store,
+    what: str,
+    key: str,
+    given: Input,
+    progress: Report,
+    mapper: Mapper | None,
+) -> Iterator[int]:
+    """Each chapter's number once it is compiled; the last one's where all are already."""
+    files, part = given
+    last = count_chapters(files) - 1
+    chapters = iter([last])
+    if not _is_compiled(store, key):
+        report = partial(progress, what)
+        who = mapper_for(sum(file.size for file in files), mapper)
+        chapters = compile_chapters(config.data, files, load_tokenizer(base), store, key, part, who, report)
+    for chapter in chapters:
+        if what == "train" and chapter == last:
+            _check_fractions(config, read_manifest(store, key))
+        yield chapter
 
 
 def load_tokenizer(base: Base) -> "PreTrainedTokenizerBase":
@@ -102,13 +145,13 @@ def wait_until_prepared(
 ) -> None:
     """Return once another process has compiled the run's data into `store`, however long that takes."""
     for key in locate(config, base).values():
-        while not _compiled(store, key):
+        while not _is_compiled(store, key):
             wait()
 
 
-def _compiled(store: Store, key: str) -> bool:
+def _is_compiled(store: Store, key: str) -> bool:
     try:
-        open_dataset(store, key)
+        read_manifest(store, key)
     except NotFound:
         return False
     return True
@@ -121,24 +164,11 @@ def locate(config: Config, base: Base, inputs: dict[str, Input] | None = None) -
     return {what: fingerprint(config.data, files, tokenizer, part) for what, (files, part) in found.items()}
 
 
-def train_order(config: Config, manifest: Manifest) -> Order:
-    """The order of a run's training data; a source's `fraction` becomes the weight that gives it.
-
-    Raises:
-        DataError: a source with a fraction holds nothing.
-    """
-    given, tokens = config.data.train, [source.tokens for source in manifest.sources]
-    plain = sum(source.weight * size for source, size in zip(given, tokens, strict=True) if source.fraction is None)
-    total = plain / (1 - sum(source.fraction or 0 for source in given))
-    weights = []
-    for index, (source, size) in enumerate(zip(given, tokens, strict=True)):
-        if source.fraction is None:
-            weights.append(source.weight)
-        elif size:
-            weights.append(source.fraction * total / size)
-        else:
-            raise DataError(f"data.train[{index}]: has a fraction of {source.fraction}, but no document. Remove it.")
-    return Order(tuple(weights), config.data.sequence_length, config.data.packing, config.run.seed)
+def train_order(config: Config) -> Order:
+    """The order of a run's training data."""
+    data = config.data
+    weights, fractions = (source.weight for source in data.train), (source.fraction for source in data.train)
+    return Order(tuple(weights), data.sequence_length, data.packing, config.run.seed, tuple(fractions))
 
 
 def eval_order(config: Config, manifest: Manifest) -> Order:
@@ -146,27 +176,44 @@ def eval_order(config: Config, manifest: Manifest) -> Order:
     return Order((1.0,) * len(manifest.sources), config.data.sequence_length, config.data.packing, seed=0)
 
 
-def nothing_visited(epoch: int, order: Order, documents: int) -> DataError:
+def _check_fractions(config: Config, manifest: Manifest) -> None:
+    """A chapter may lack a source, but not all of them."""
+    for index, (source, found) in enumerate(zip(config.data.train, manifest.sources, strict=True)):
+        if source.fraction is not None and not found.tokens:
+            raise DataError(f"data.train[{index}]: has a fraction of {source.fraction}, but no document. Remove it.")
+
+
+def nothing_visited(epoch: int, order: Order) -> DataError:
     return DataError(
         f"data.train: epoch {epoch} visits no document, as weights of {', '.join(map(str, order.weights))} are too "
-        f"small for {documents} documents. Raise a weight."
+        "small for so few documents. Raise a weight."
     )
 
 
-def _epoch_bins(dataset: Dataset, order: Order, epochs: int, store: Store) -> list[int]:
+def _epoch_bins(store: Store, fingerprint: str, order: Order, epochs: int) -> list[int]:
     """Bins of each of the first `epochs` epochs: planned once, and kept beside the data for the next start."""
     settings = json.dumps(order.to_json(), sort_keys=True)
     key = f"bins-{hashlib.sha256(settings.encode()).hexdigest()[:20]}.json"
-    folder = store.sub(run_layout.dataset(dataset.manifest.fingerprint))
+    folder = store.sub(run_layout.dataset(fingerprint))
     try:
         bins: list[int] = json.loads(folder.get(key))["bins"]
     except NotFound:
         bins = []
-    if len(bins) < epochs:
-        for epoch in range(len(bins), epochs):
-            plan = EpochPlan(dataset.offsets, dataset.blocks, dataset.block_sources, order, epoch)
-            bins.append(plan.count_bins())
-            if not bins[-1]:
-                raise nothing_visited(epoch, order, len(dataset.offsets) - 1)
+    if missing := range(len(bins), epochs):
+        chapters = read_manifest(store, fingerprint).chapters
+        bins += _count_bins(store, fingerprint, order, missing, chapters)
         folder.put(key, json.dumps({"order": order.to_json(), "bins": bins}).encode())
     return bins[:epochs]
+
+
+def _count_bins(store: Store, fingerprint: str, order: Order, epochs: range, chapters: int) -> list[int]:
+    bins = dict.fromkeys(epochs, 0)
+    for chapter in range(chapters):  # of which one at a time is in memory
+        data = open_chapter(store, fingerprint, chapter)
+        for epoch in epochs:
+            turn = turns(chapters, order.seed, epoch).index(chapter)
+            bins[epoch] += EpochPlan(data.offsets, data.blocks, data.block_sources, order, epoch, turn).count_bins()
+    for epoch, count in bins.items():
+        if not count:
+            raise nothing_visited(epoch, order)
+    return list(bins.values())

@@ -17,6 +17,7 @@ from trainer.data.dataset import (
     FileRecord,
     Record,
     ShardRecord,
+    chapter_key,
 )
 from trainer.data.encode import BAD_ROWS_SHOWN, Encoded
 from trainer.errors import NotFound
@@ -24,35 +25,36 @@ from trainer.store import Store
 
 
 class Place(Record):
-    """Where a compilation reads on: batch `batch` of file `file`, both from 0."""
+    """Where a compilation reads on in a source: batch `batch` of its file `file`, both from 0."""
 
     file: int = 0
     batch: int = 0
 
 
 class Entry(Record):
-    """The state after a shard: what is needed to go on as if nothing had happened."""
+    """The state after a shard: what is needed to go on as if nothing had happened. `next` has a place for each source."""
 
     shard: ShardRecord
-    next: Place
+    next: list[Place]
     counters: Counters
     bad_rows: list[str]
 
 
 class ShardWriter:
-    """Collects encoded batches of one source after another into shards.
+    """Collects encoded batches of one source after another, chapter after chapter, into shards.
 
     Shards begin and end with a batch, so that a compilation can go on at one.
     """
 
-    def __init__(self, folder: Store) -> None:
+    def __init__(self, folder: Store, sources: int) -> None:
         self.counters = Counters()
         self.bad_rows: list[str] = []
         self.shards: list[ShardRecord] = []
-        self.next = Place()
+        self.next = [Place()] * sources
         self._folder = folder
         self._resume()
         self._source = 0
+        self.chapter = self.shards[-1].chapter if self.shards else 0
         self._start()
 
     @property
@@ -78,7 +80,7 @@ class ShardWriter:
             self.next, self.counters, self.bad_rows = entry.next, entry.counters, entry.bad_rows
 
     def add(self, source: int, batch: Encoded, after: Place) -> None:
-        """Take the documents and the counts of the next batch; `after` is the place behind it."""
+        """Take the documents and the counts of the chapter's next batch; `after` is the place behind it in its source."""
         if source != self._source or self._tokens + len(batch.tokens) > SHARD_TOKENS:
             self.close()
             self._source = source
@@ -86,7 +88,7 @@ class ShardWriter:
         self._tokens += len(batch.tokens)
         self.counters = self.counters.plus(batch.counters)
         self.bad_rows = [*self.bad_rows, *batch.bad_rows][:BAD_ROWS_SHOWN]
-        self.next = after
+        self.next[source] = after
 
     def close(self) -> None:
         """Write the documents collected so far, if there are any, and note in the journal that they are written."""
@@ -98,9 +100,11 @@ class ShardWriter:
         self._start()
 
     def forget(self) -> None:
-        """Remove the journal: the manifest says everything now."""
+        """Remove the journal and the chapters' own manifests: the one of the whole says everything now."""
         for number in range(len(self.shards)):
             self._folder.delete(_journal(number))
+        for chapter in range(self.chapter):
+            self._folder.delete(chapter_key(chapter))
 
     def _write(self, number: int) -> ShardRecord:
         tokens = np.concatenate([batch.tokens for batch in self._batches])
@@ -108,6 +112,7 @@ class ShardWriter:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         return ShardRecord(
             source=self._source,
+            chapter=self.chapter,
             documents=len(lengths),
             tokens=len(tokens),
             targets=sum(batch.targets for batch in self._batches),

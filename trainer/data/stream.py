@@ -1,11 +1,11 @@
 """Gives each rank its part of every global step, as packed rows.
 
 A global step takes the next `global_batch` bins of the epoch's plan. Which rank gets which of them follows from
-arithmetic alone, so the documents of a step never depend on the number of ranks, and a position is three integers.
+arithmetic alone, so the documents of a step never depend on the number of ranks, and a position is four integers.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
@@ -14,23 +14,33 @@ import torch
 from numpy.typing import NDArray
 
 from trainer.config import Config
+from trainer.data.chapters import Chapters, whole
 from trainer.data.dataset import TARGET_BIT, Dataset
-from trainer.data.order import EpochPlan, Order, Window
+from trainer.data.order import EpochPlan, Order, Window, turns
 from trainer.data.prepare import eval_order, nothing_visited, train_order
 from trainer.loss import IGNORE
 
 WINDOWS_AHEAD = 2
+_LOOK_SECONDS = 5.0
 # Any id does: padding is a segment of its own and has no targets.
 PAD = 0
 
 
+# A window: its epoch, the place of its chapter in the order of the epoch, and its number in the chapter.
+Place = tuple[int, int, int]
+
+
 @dataclass(frozen=True)
 class Position:
-    """Where a global step begins: at a bin of a window of an epoch. It knows no ranks; a checkpoint stores it."""
+    """Where a global step begins: at a bin of a window of an epoch. It knows no ranks; a checkpoint stores it.
+
+    `chapter` counts the chapters in the order of the epoch; nearly every data set has but one.
+    """
 
     epoch: int = 0
     window: int = 0
     bin: int = 0
+    chapter: int = 0
 
     def to_json(self) -> dict[str, int]:
         return asdict(self)
@@ -80,15 +90,19 @@ class MicroBatch:
 
 @dataclass(frozen=True, eq=False)
 class _Loaded:
-    """A window in memory: the `tokens` of its documents in the plan's order, and `offsets` (documents + 1,) of where each begins."""
+    """A window in memory: the `tokens` of its documents in the plan's order, and `offsets` (documents + 1,) of where each begins.
+
+    Documents have their `numbers` in the whole data set.
+    """
 
     plan: Window
+    numbers: NDArray[np.int64]
     tokens: NDArray[np.uint32]
     offsets: NDArray[np.int64]
 
 
 class Stream:
-    """One rank's view of a data set in one order.
+    """One rank's view of a data set, chapter by chapter, in one order.
 
     A rank's `accumulation`, the micro-batches of a step, is derived: global_batch / (world_size * micro_batch), rounded
     up. In memory are the window in use and the two after it, read in the background, and for a moment the one before: at
@@ -97,7 +111,7 @@ class Stream:
 
     def __init__(
         self,
-        dataset: Dataset,
+        chapters: Chapters,
         order: Order,
         global_batch: int,
         micro_batch: int,
@@ -105,10 +119,9 @@ class Stream:
         world_size: int,
         epochs: int | None = None,
     ) -> None:
-        assert len(order.weights) == len(dataset.manifest.sources)
         assert 0 <= rank < world_size
         self.accumulation = -(-global_batch // (world_size * micro_batch))
-        self.dataset = dataset
+        self.chapters = chapters
         self._order = order
         self._global_batch = global_batch
         self._micro_batch = micro_batch
@@ -117,7 +130,7 @@ class Stream:
         self._epochs = epochs
         self._padding = np.full(order.sequence_length, PAD, np.uint32)
         self._numbers = np.arange(micro_batch * order.sequence_length, dtype=np.int32)
-        # The windows ahead may be of the next epoch.
+        # The windows ahead may be of the next chapter or epoch.
         self._plan = lru_cache(maxsize=2)(self._make_plan)
         self._windows = _ReadAhead(self._load, self._next_window)
 
@@ -141,15 +154,27 @@ class Stream:
         """Where the next global step begins: after the last bin of an epoch, at the first of the next."""
         return self._take(position)[1]
 
-    def read_from(self, position: Position) -> Iterator[list[MicroBatch]]:
-        """Every step from `position` on, without end; the next one is read while the caller works on the last."""
+    def read_from(self, position: Position, compiling: Callable[[], None] = lambda: None) -> Iterator[list[MicroBatch]]:
+        """Every step from `position` on, without end; the next one is read while the caller works on the last.
+
+        Calls `compiling` every five seconds while the caller has to wait for a chapter that is not compiled yet.
+
+        Raises:
+            DataError, Stopped: on every rank at the same step, for a chapter that will not be compiled.
+        """
         with ThreadPoolExecutor(1, "next-step") as pool:
-            ahead = pool.submit(self.step, position)
-            while True:
-                batches = ahead.result()
-                position = self.advance(position)
+            try:
                 ahead = pool.submit(self.step, position)
-                yield batches
+                while True:
+                    while not wait([ahead], _LOOK_SECONDS).done:
+                        if self.chapters.awaited:
+                            compiling()
+                    batches = ahead.result()
+                    position = self.advance(position)
+                    ahead = pool.submit(self.step, position)
+                    yield batches
+            finally:
+                self.chapters.close()
 
     def epoch(self, epoch: int) -> Iterator[list[MicroBatch]]:
         """Every step of one epoch: as many on each rank, with as many micro-batches."""
@@ -160,35 +185,51 @@ class Stream:
 
     def _take(self, position: Position) -> tuple[list[Position], Position]:
         """The bins of the step that begins at `position`, and where the next step begins."""
-        epoch, window, place = position.epoch, position.window, position.bin
-        plan = self._plan(epoch)
+        epoch, chapter, window, place = position.epoch, position.chapter, position.window, position.bin
         taken: list[Position] = []
-        while window < plan.num_windows:
-            end = min(plan.window(window).num_bins, place + self._global_batch - len(taken))
-            taken += (Position(epoch, window, k) for k in range(place, end))
-            if end < plan.window(window).num_bins:
-                return taken, Position(epoch, window, end)
-            window, place = window + 1, 0
-        if not taken:
-            raise nothing_visited(epoch, self._order, len(self.dataset.offsets) - 1)
-        return taken, Position(epoch + 1)
+        # A step that is full does not wait for the chapter behind it.
+        while chapter < self.chapters.count and len(taken) < self._global_batch:
+            plan = self._plan(epoch, chapter)
+            while window < plan.num_windows:
+                end = min(plan.window(window).num_bins, place + self._global_batch - len(taken))
+                taken += (Position(epoch, window, k, chapter) for k in range(place, end))
+                if end < plan.window(window).num_bins:
+                    return taken, Position(epoch, window, end, chapter)
+                window, place = window + 1, 0
+            chapter, window = chapter + 1, 0
+        if chapter < self.chapters.count:
+            return taken, Position(epoch, chapter=chapter)
+        if not taken and position == Position(epoch):
+            raise nothing_visited(epoch, self._order)
+        # Without any, the last chapters of the epoch have nothing to visit.
+        return (taken, Position(epoch + 1)) if taken else self._take(Position(epoch + 1))
 
-    def _make_plan(self, epoch: int) -> EpochPlan:
-        data = self.dataset
-        return EpochPlan(data.offsets, data.blocks, data.block_sources, self._order, epoch)
+    def _chapter(self, epoch: int, turn: int) -> int:
+        return turns(self.chapters.count, self._order.seed, epoch)[turn]
 
-    def _next_window(self, place: tuple[int, int]) -> tuple[int, int] | None:
-        epoch, window = place
-        if window + 1 < self._plan(epoch).num_windows:
-            return epoch, window + 1
-        return None if epoch + 1 == self._epochs else (epoch + 1, 0)
+    def _make_plan(self, epoch: int, turn: int) -> EpochPlan:
+        data = self.chapters.get(self._chapter(epoch, turn))
+        return EpochPlan(data.offsets, data.blocks, data.block_sources, self._order, epoch, turn)
 
-    def _load(self, place: tuple[int, int]) -> _Loaded:
-        epoch, window = place
-        plan = self._plan(epoch).window(window)
-        lengths = self.dataset.offsets[plan.documents + 1] - self.dataset.offsets[plan.documents]
-        tokens = self.dataset.read(plan.blocks).gather(plan.documents)
-        return _Loaded(plan, tokens, np.concatenate([[0], np.cumsum(lengths)]))
+    def _next_window(self, place: Place) -> Place | None:
+        """What is read ahead of need never waits: after the first window of a chapter that is not there, nothing follows."""
+        epoch, turn, window = place
+        if not self.chapters.has(self._chapter(epoch, turn)):
+            return None
+        if window + 1 < self._plan(epoch, turn).num_windows:
+            return epoch, turn, window + 1
+        if turn + 1 < self.chapters.count:
+            return epoch, turn + 1, 0
+        return None if epoch + 1 == self._epochs else (epoch + 1, 0, 0)
+
+    def _load(self, place: Place) -> _Loaded:
+        epoch, turn, window = place
+        data = self.chapters.get(self._chapter(epoch, turn))
+        plan = self._plan(epoch, turn).window(window)
+        lengths = data.offsets[plan.documents + 1] - data.offsets[plan.documents]
+        tokens = data.read(plan.blocks).gather(plan.documents)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        return _Loaded(plan, plan.documents + data.first_document, tokens, offsets)
 
     def _pack(self, bins: list[Position]) -> MicroBatch:
         """Lay bins end to end, each padded to the sequence length; missing ones are padding."""
@@ -199,12 +240,12 @@ class Stream:
         for row in range(self._micro_batch):
             room = length
             if row < len(bins):
-                loaded = self._windows.get((bins[row].epoch, bins[row].window))
+                loaded = self._windows.get((bins[row].epoch, bins[row].chapter, bins[row].window))
                 first, last = loaded.plan.borders[bins[row].bin : bins[row].bin + 2].tolist()
                 begin, end = loaded.offsets[[first, last]].tolist()
                 pieces.append(loaded.tokens[begin:end])
                 ends += (loaded.offsets[first + 1 : last + 1] + (row * length - begin)).tolist()
-                documents += loaded.plan.documents[first:last].tolist()
+                documents += loaded.numbers[first:last].tolist()
                 room -= end - begin
             if room:
                 pieces.append(self._padding[:room])
@@ -241,16 +282,14 @@ def _labels(stored: NDArray[np.uint32], input_ids: NDArray[np.int32]) -> NDArray
 class _ReadAhead:
     """Windows by place, loaded in the background before they are asked for in turn."""
 
-    def __init__(
-        self, load: Callable[[tuple[int, int]], _Loaded], after: Callable[[tuple[int, int]], tuple[int, int] | None]
-    ) -> None:
+    def __init__(self, load: Callable[[Place], _Loaded], after: Callable[[Place], Place | None]) -> None:
         self._load = load
         self._after = after
         self._pool = ThreadPoolExecutor(WINDOWS_AHEAD, "read-ahead")
-        self._loading: dict[tuple[int, int], Future[_Loaded]] = {}
-        self._place: tuple[int, int] | None = None
+        self._loading: dict[Place, Future[_Loaded]] = {}
+        self._place: Place | None = None
 
-    def get(self, place: tuple[int, int]) -> _Loaded:
+    def get(self, place: Place) -> _Loaded:
         """The window at `place`; begins to load those after it, and forgets the others."""
         if place == self._place:
             return self._loading[place].result()
@@ -262,11 +301,11 @@ class _ReadAhead:
         return self._loading[place].result()
 
 
-def train_stream(config: Config, dataset: Dataset, rank: int, world_size: int) -> Stream:
+def train_stream(config: Config, chapters: Chapters, rank: int, world_size: int) -> Stream:
     """The stream of a run's training data."""
-    order = train_order(config, dataset.manifest)
+    order = train_order(config)
     epochs = config.train.epochs
-    return Stream(dataset, order, config.train.global_batch, config.train.micro_batch, rank, world_size, epochs)
+    return Stream(chapters, order, config.train.global_batch, config.train.micro_batch, rank, world_size, epochs)
 
 
 def eval_stream(config: Config, dataset: Dataset, rank: int, world_size: int) -> Stream:
@@ -276,4 +315,4 @@ def eval_stream(config: Config, dataset: Dataset, rank: int, world_size: int) ->
     """
     micro_batch = config.train.micro_batch
     order = eval_order(config, dataset.manifest)
-    return Stream(dataset, order, world_size * micro_batch, micro_batch, rank, world_size, epochs=1)
+    return Stream(whole(dataset), order, world_size * micro_batch, micro_batch, rank, world_size, epochs=1)
