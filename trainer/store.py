@@ -46,21 +46,24 @@ class Entry:
 
 
 class Store:
-    """A folder in an object store. `uri` names it; keys are relative to it."""
+    """A folder in an object store. `uri` names it; keys are relative to it; one request may take `request_seconds`."""
 
-    def __init__(self, uri: str, backend: Any, prefix: str = "") -> None:
+    def __init__(self, uri: str, backend: Any, prefix: str = "", request_seconds: float = REQUEST_SECONDS) -> None:
         self.uri = uri.rstrip("/")
         self._backend = backend
         self._prefix = prefix
+        self._request_seconds = request_seconds
 
     def sub(self, name: str) -> "Store":
         """The folder `name` inside this one."""
         name = name.strip("/")
-        return Store(f"{self.uri}/{name}", self._backend, f"{self._prefix}{name}/")
+        return Store(f"{self.uri}/{name}", self._backend, f"{self._prefix}{name}/", self._request_seconds)
 
     def failing_fast(self) -> "Store":
         """The same folder without retries: for a caller that repeats, and counts, failed requests itself."""
-        return self if isinstance(self._backend, LocalStore | MemoryStore) else open_store(self.uri, retry_seconds=0)
+        if isinstance(self._backend, LocalStore | MemoryStore):
+            return self
+        return open_store(self.uri, retry_seconds=0, request_seconds=self._request_seconds)
 
     def get(self, key: str) -> bytes:
         with self._errors("read", key):
@@ -300,7 +303,7 @@ def open_store(
         options["client_options"]["allow_http"] = True
         options["virtual_hosted_style_request"] = False
     try:
-        return Store(uri, from_url(uri, **options))
+        return Store(uri, from_url(uri, **options), request_seconds=request_seconds)
     except (BaseError, ValueError, OSError) as error:
         raise ConfigError(f"{setting}: {uri!r} cannot be opened: {_reason(error)}.") from error
 

@@ -12,6 +12,7 @@ from launcher.data_build import build
 from tests.material import Workshop
 from trainer.config import Config, dump_config
 from trainer.errors import StorageError
+from trainer.store import open_run_store
 
 # With the default limits one request alone would take longer.
 pytestmark = pytest.mark.timeout(30)
@@ -42,6 +43,11 @@ def given_up() -> Any:
 def test_before_a_run_starts(config: Config) -> None:
     with given_up():
         submission.check(config, resume=False)
+
+
+def test_by_who_repeats_failed_requests_itself(config: Config) -> None:
+    with given_up():
+        open_run_store(config).sub("data").failing_fast().get("manifest.json")
 
 
 def test_as_data_is_compiled(config: Config, tmp_path: Path) -> None:
