@@ -19,7 +19,7 @@ from launcher.ray_data import join_and_map
 from trainer.base import check_base, resolve_base
 from trainer.config import load_config
 from trainer.data.compile import Progress
-from trainer.data.dataset import Manifest, open_dataset
+from trainer.data.dataset import Manifest, read_manifest
 from trainer.data.prepare import locate, prepare
 from trainer.errors import NotFound
 from trainer.store import open_run_store
@@ -104,13 +104,18 @@ def build(path: Path, overrides: Sequence[str], *, dry_run: bool, log: Callable[
     check_base(base, config)
     if not dry_run:
         cluster = address_of(config)
-        mapper = partial(join_and_map, cluster, log) if cluster and not is_dashboard(cluster) else None
+        if cluster and is_dashboard(cluster):
+            log(
+                f"compiling on this machine: {cluster} takes jobs, and no driver. Give the cluster's own address, such as head:6379."
+            )
+            cluster = None
+        mapper = partial(join_and_map, cluster, log) if cluster else None
         with compile_progress(log, bar=sys.stderr.isatty()) as show:
             prepare(config, base, store, show, mapper)
     splits: dict[str, tuple[str, Manifest | None]] = {}
     for what, key in locate(config, base).items():
         try:
-            splits[what] = (key, open_dataset(store, key).manifest)
+            splits[what] = (key, read_manifest(store, key))
         except NotFound:
             splits[what] = (key, None)
     return Built(splits)

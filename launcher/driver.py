@@ -14,33 +14,20 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
-from functools import partial
-from typing import Any
 
-from launcher import retry
-from launcher.data_build import compile_progress
+from launcher import compiling, retry
 from launcher.ray_cluster import address_of, joined_ray
-from launcher.ray_data import map_on_cluster
 from launcher.ray_train import run_on_ray
 from launcher.run_requests import request_stop, stop_requester
 from launcher.status_view import watch
 from launcher.submission import run_folder
 from trainer import run_layout
-from trainer.base import resolve_base
 from trainer.config import Config, parse_config
-from trainer.data.chapters import give_up
-from trainer.data.compile import Progress
-from trainer.data.dataset import Reads
-from trainer.data.pool import Mapper, map_on_cores
-from trainer.data.prepare import Datasets, prepare_start
-from trainer.errors import CapstanError, ConfigError, NotFound, Stopped, StorageError
-from trainer.records import add_record, generations
-from trainer.store import Store, open_run_store, open_store
-
-_LOOK_SECONDS = 2.0
+from trainer.errors import CapstanError, ConfigError, NotFound, StorageError
+from trainer.store import Store, open_store
 
 
 def drive(config: Config, *, resume: bool, live: bool, log: Callable[[str], None], address: str | None = None) -> None:
@@ -55,12 +42,11 @@ def drive(config: Config, *, resume: bool, live: bool, log: Callable[[str], None
     journal = _Journal(run, log)
 
     def work() -> None:
-        over = threading.Event()
         cluster = address_of(config, address)
         with joined_ray(cluster) if cluster else nullcontext() as dashboard:
-            everywhere = partial(map_on_cluster, journal.write) if cluster else map_on_cores
-            datasets, rest = _prepare(config, run, log, over, everywhere)
-            with _compiling(rest, run, log, over):
+            compilation = compiling.Compilation(config, run, log)
+            datasets, rest = compilation.begin(on_cluster=bool(cluster))
+            with compilation.beside(rest):
                 run_on_ray(config, datasets, run, resume=resume, dashboard=dashboard, log=journal.write)
 
     try:
@@ -96,77 +82,6 @@ class _Journal:
             self._run.put(run_layout.DRIVER_LOG, self._text.encode())
 
 
-def _prepare(
-    config: Config, run: Store, log: Callable[[str], None], over: threading.Event, everywhere: Mapper
-) -> tuple[Datasets, Iterator[int]]:
-    """The data that the run starts with, and what compiles the rest of it, until it is stopped or all is `over`."""
-    looked, started = 0.0, False
-    _stop_if_asked(run, "before it started")
-    # Lines, also on a terminal: the run's live view is there already.
-    with compile_progress(log, bar=False) as show:
-
-        def progress(what: str, now: Progress) -> None:
-            nonlocal looked
-            if not started:
-                show(what, now)
-            if over.is_set():
-                raise Stopped("the run has ended, and needs no more data.")
-            if time.monotonic() - looked > _LOOK_SECONDS:
-                looked = time.monotonic()
-                _stop_if_asked(run, "while its data was compiled")
-
-        def mapper(work: Iterable[Any], start: Callable[[], Any]) -> Iterator[Any]:
-            # Beside the ranks on this machine alone: tasks would book the CPUs that they are about to take.
-            return (map_on_cores if started else everywhere)(work, start)
-
-        base, store = resolve_base(config.model), open_run_store(config)
-        prepared = prepare_start(config, base, store, progress, mapper)
-        started = True  # beside the training a line for each chapter is enough
-        return prepared
-
-
-def _stop_if_asked(run: Store, when: str) -> None:
-    if who := stop_requester(run):
-        raise Stopped(f"stopped by {who} {when}; what was committed before stays. Start it again to go on.")
-
-
-@contextmanager
-def _compiling(rest: Iterator[int], run: Store, log: Callable[[str], None], over: threading.Event) -> Iterator[None]:
-    """Compile the rest of the data beside the ranks, and stop when they end.
-
-    Where it fails the ranks commit and end, whether they wait for data or have some left; then that is how the run ends.
-    """
-    failure: Exception | None = None
-
-    def work() -> None:
-        nonlocal failure
-        try:
-            for chapter in rest:
-                log(f"chapter {chapter + 1} of the training data is compiled")
-        except Exception as error:
-            if over.is_set():
-                return
-            patiently = Reads().patiently  # it may be the store that failed
-            if not isinstance(error, Stopped):
-                failure = error
-                patiently(partial(request_stop, run, by=_COMPILATION))
-            patiently(partial(give_up, run, error))
-
-    thread = threading.Thread(target=work, name="compile", daemon=True)
-    thread.start()
-    try:
-        yield
-    except CapstanError:
-        if failure is None:
-            raise
-        for generation in generations(run)[-1:]:  # its ranks know no more than that they were to stop
-            add_record(run, generation, "end", outcome="failed", step=None, reason=str(failure))
-        raise failure from None
-    finally:
-        over.set()
-        thread.join(timeout=_LOOK_SECONDS)  # it looks at every batch of rows
-
-
 def _in_a_thread(work: Callable[[], None]) -> None:
     done: Future[None] = Future()
 
@@ -189,12 +104,11 @@ def _in_a_thread(work: Callable[[], None]) -> None:
 
 def _forget_own_stop(run: Store) -> None:
     """A stop that a signal or the compilation asked for ends this process's work, not the next one's; a person's stays."""
-    if stop_requester(run) in {_COMPILATION, *(number.name for number in _SIGNALS)}:
+    if stop_requester(run) in {compiling.BY, *(number.name for number in _SIGNALS)}:
         run.delete(run_layout.STOP)
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_COMPILATION = "the compilation of its data"
 
 
 @contextmanager

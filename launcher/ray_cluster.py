@@ -5,12 +5,10 @@ import logging
 import os
 import re
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 from trainer.config import Config
@@ -27,17 +25,12 @@ def local_ray(workers: int) -> Iterator[str]:
     """A Ray of this process's own on this machine, with room for `workers` ranks; its address. Ends with the process."""
     # OpenMP's idle threads spin at barriers by default: on cores that two ranks share, that is many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody announces that this machine will be taken away
     import ray
 
-    # Ray Train takes as long to import as Ray's processes take to start.
-    importing = threading.Thread(target=import_module, args=("ray.train.torch",), daemon=True)
-    importing.start()
     # One CPU a worker is what Ray books; ranks may outnumber the cores of a laptop.
     cpus = max(os.cpu_count() or 1, workers)
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     _quiet()
-    importing.join()
     try:
         yield ray.get_runtime_context().gcs_address
     finally:
@@ -115,6 +108,11 @@ def _quiet() -> None:
     from ray._private.ray_logging import global_worker_stdstream_dispatcher
 
     global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
+
+
+def first_line(error: BaseException) -> str:
+    """What one of Ray's errors, which go on for many lines, says first."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 
 def refused_token(address: str) -> ConfigError:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from launcher import snapshot
-from launcher.ray_cluster import address_of, refused_token
+from launcher.ray_cluster import address_of, first_line, refused_token
 from launcher.submission import anchored, check, claim, release, run_folder
 from trainer import run_layout
 from trainer.config import Config
@@ -100,7 +100,7 @@ def _client(address: str) -> Any:
         raise refused_token(address) from error
     except (ConnectionError, RuntimeError, ValueError, requests.RequestException) as error:
         raise ConfigError(
-            f"cluster.ray.address: no Ray job server answers at {address!r} ({_first_line(error)}). Give the dashboard's "
+            f"cluster.ray.address: no Ray job server answers at {address!r} ({first_line(error)}). Give the dashboard's "
             "address, such as http://head:8265, and start the head with `ray start --head --dashboard-host 0.0.0.0`."
         ) from error
 
@@ -114,7 +114,7 @@ def _submit_job(client: Any, planned: Submission, archive: bytes) -> str:
                 entrypoint=planned.entrypoint, runtime_env=runtime_env, metadata={"capstan_run": planned.uri}
             )
         except (RuntimeError, ValueError, ConnectionError) as error:
-            raise ConfigError(f"the Ray cluster at {planned.address} refused the job: {_first_line(error)}") from error
+            raise ConfigError(f"the Ray cluster at {planned.address} refused the job: {first_line(error)}") from error
 
 
 def _start_process(command: list[str]) -> str:
@@ -127,7 +127,3 @@ def _start_process(command: list[str]) -> str:
         start_new_session=True,
     )
     return f"process {process.pid}"
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")

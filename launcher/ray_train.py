@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from typing import Any
 
 from launcher import retry
-from launcher.ray_cluster import Need, alive_machines, local_ray, lost_machines, need, room, wait_for_room
+from launcher.ray_cluster import Need, alive_machines, first_line, local_ray, lost_machines, need, room, wait_for_room
 from launcher.run_requests import request_restart, stop_requester
 from trainer import run_layout
 from trainer.config import Config, dump_config, parse_config
@@ -67,6 +68,10 @@ def run_on_ray(
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a rank's end is noticed; default 2
     began = time.time()
     joined = dashboard is not None
+    # Nobody announces that the machine will be taken away on which this process has started its Ray.
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = str(int(joined))
+    # It takes as long to import as Ray's processes take to start.
+    threading.Thread(target=import_module, args=("ray.train.torch",), daemon=True).start()
     with nullcontext() if joined else local_ray(config.cluster.most_workers or 1):
         life = _Life(config, datasets, run, resume, dashboard, began)
         ends: list[retry.Failure] = []
@@ -118,10 +123,10 @@ def _attempt(life: _Life, wanted: Need, workers: int) -> retry.Failure | None:
             lost = lost_machines(machines, within=0 if told else _LOSS_SECONDS)
             return retry.Failure(f"lost {', '.join(lost)}", None, "preemption") if lost else end
         except PreemptionError as error:
-            return retry.Failure(f"a machine was taken away ({_first_line(error)})", None, "preemption")
+            return retry.Failure(f"a machine was taken away ({first_line(error)})", None, "preemption")
         except ControllerError as error:
             cause = error.controller_failure
-            return retry.Failure(f"Ray could not start the ranks ({type(cause).__name__}: {_first_line(cause)})", None)
+            return retry.Failure(f"Ray could not start the ranks ({type(cause).__name__}: {first_line(cause)})", None)
     return None
 
 
@@ -228,17 +233,13 @@ def _original(error: BaseException) -> BaseException:
         error = error.health_check_failure
     if isinstance(error, OutOfMemoryError):
         return DoesNotFit(
-            f"Ray ended a rank because its machine ran low on host memory ({_first_line(error)}). `capstan plan` shows what a "
+            f"Ray ended a rank because its machine ran low on host memory ({first_line(error)}). `capstan plan` shows what a "
             "host needs; use fewer ranks on a machine, or larger machines."
         )
     if isinstance(error, RayActorError):
         words = str(error).strip().splitlines()[-1]
         return retry.RankDied(words, error.preempted, confirmed=not isinstance(error, ActorUnavailableError))
     return error._base_exc if isinstance(error, UserExceptionWithTraceback) else error
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 
 def _rank(arguments: dict[str, Any]) -> None:

@@ -126,7 +126,8 @@ class Heart:
 
     def __call__(self, phase: Phase, step: int = 0) -> None:
         """This rank begins `phase`, for the update that makes `step`. "compile" is a part of "data" that not every rank has."""
-        self._beat = Beat(phase, step, self._beat.begun + (phase != "compile"), self._beat.turns)
+        inside = phase == "compile" or (self._beat.phase == "compile" and phase == "data")
+        self._beat = Beat(phase, step, self._beat.begun + (not inside), self._beat.turns)
 
     def close(self) -> None:
         self._closed.set()

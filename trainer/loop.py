@@ -48,7 +48,7 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
     """
     ranks, engine, checkpoints = run.ranks, run.engine, run.checkpoints
     first_step, last_save = step + 1, time.monotonic()
-    reader = run.stream.read_from(position, compiling=lambda: _wait(run, step))
+    reader = run.stream.read_from(position, compiling=lambda awaited: _wait(run, step, awaited))
     while step < run.total_steps:
         started = time.monotonic()
         run.pulse("data", step + 1)
@@ -136,10 +136,11 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
             raise _stopped(run, stopping, step)
 
 
-def _wait(run: Training, step: int) -> None:
+def _wait(run: Training, step: int, awaited: bool) -> None:
     """Show that the run is alive while the data of the step after `step` is still compiled."""
-    run.pulse("compile", step + 1)
-    run.metrics.write("compiling", step=step)
+    run.pulse("compile" if awaited else "data", step + 1)
+    if awaited:
+        run.metrics.write("compiling", step=step)
 
 
 def _keep(run: Training, step: int, position: Position) -> None:

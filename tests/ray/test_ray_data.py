@@ -48,7 +48,7 @@ def test_all_machines_compile_and_one_of_them_may_be_lost(tmp_path: Path) -> Non
     with ray_cluster(2) as cluster, joined_ray(str(cluster.address)):
         (file,) = expand(data.train, "data.train")
         work = ((batch, None) for batch in batches(file))
-        assert len({machine for machine, _ in map_on_cluster(print, work, partial(returned, where))}) == 2
+        assert len({machine for machine, _ in map_on_cluster(print, idle, work, partial(returned, where))}) == 2
 
         machines = cluster.list_all_nodes()
 
@@ -56,8 +56,11 @@ def test_all_machines_compile_and_one_of_them_may_be_lost(tmp_path: Path) -> Non
             if now.bytes_done and len(machines) == 3:
                 cluster.remove_node(machines.pop(), allow_graceful=False)
 
-        assert build(data, tmp_path / "cluster", partial(map_on_cluster, print), lose_a_machine) == alone
+        assert build(data, tmp_path / "cluster", partial(map_on_cluster, print, idle), lose_a_machine) == alone
         assert len(machines) == 2
+
+
+def idle() -> None: ...
 
 
 def returned(value: Any) -> Any:
@@ -76,7 +79,7 @@ def test_rows_that_kill_every_process_are_named(tmp_path: Path, monkeypatch: pyt
         joined_ray(str(cluster.address)),
         pytest.raises(DataError, match=r"rows.jsonl: the rows from 129 on .* died 2 times"),
     ):
-        list(map_on_cluster(print, [(batch, None)], partial(returned, die)))
+        list(map_on_cluster(print, idle, [(batch, None)], partial(returned, die)))
 
 
 def die(batch: Batch) -> None:

@@ -1,21 +1,29 @@
 """Data sets of several chapters: what is in each, their order, and reading one while the next is still compiled."""
 
+import gzip
+import json
+import pickle
+import random
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from tests.unit.test_data_compile import FINGERPRINT, settings, word_tokenizer, write
 from trainer import run_layout
 from trainer.config import Data
+from trainer.config.data import Source
 from trainer.data import chapters, compile, order, rows, shards, stream
 from trainer.data.chapters import Chapters, give_up, open_chapters
 from trainer.data.compile import Progress, compile_chapters, compile_dataset, count_chapters
 from trainer.data.dataset import open_chapter, open_dataset
 from trainer.data.order import Order, turns
+from trainer.data.shards import Place
 from trainer.data.sources import expand
 from trainer.data.stream import MicroBatch, Position, Stream
 from trainer.errors import CapstanError, DataError, NotFound, Stopped
@@ -106,6 +114,33 @@ def test_every_chapter_has_its_share_of_every_source(store: Store, compiled: Cha
     assert not [key for key in keys if key.startswith(("chapter-", "progress-"))]
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "arrow"])
+def test_a_small_source_is_spread_over_all_chapters(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is read at one stroke, in the batches and with the buffers of every day."""
+    monkeypatch.undo()
+    draw = random.Random(0)
+    content = [{"text": f"{draw.getrandbits(2000):x}"} for _ in range(12_000)]
+    path, lines = tmp_path / f"small.{kind}", "".join(json.dumps(row) + "\n" for row in content).encode()
+    match kind:
+        case "jsonl":
+            path.write_bytes(lines)
+        case "jsonl.gz":
+            path.write_bytes(gzip.compress(lines))
+        case "parquet":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), path)
+        case "arrow":
+            table = pyarrow.Table.from_pylist(content)
+            with pyarrow.ipc.new_stream(path, table.schema) as writer:
+                writer.write_table(table, max_chunksize=8000)
+    files = expand([Source(path=str(path))], "data.train")
+    counts, bad_rows = Counter[int](), list[DataError]()
+    for batch, at in compile._read(files, 4, [Place()]):
+        counts[at.chapter] += len(list(batch.rows(bad_rows.append)))
+        assert len(pickle.dumps(batch)) < 2 * 128 * 520
+    assert (sum(counts.values()), bad_rows) == (12_000, [])
+    assert all(abs(counts[chapter] - 3000) < 700 for chapter in range(4))
+
+
 def test_every_document_is_visited_once_an_epoch_and_chapters_change_their_places(compiled: Chapters) -> None:
     for number in (0, 1):
         batches = epoch(compiled, number)
@@ -180,7 +215,7 @@ def test_a_reader_gets_a_chapter_once_it_is_compiled(store: Store, data: Data, c
     with pytest.raises(NotFound):
         open_chapter(other, FINGERPRINT, 1)
 
-    def compile_one_more() -> None:
+    def compile_one_more(_: bool) -> None:
         done.extend(islice(compiling, 1))
 
     source = streamed(open_chapters(other, FINGERPRINT, other.sub("run")))
@@ -203,7 +238,7 @@ def test_a_reader_ends_with_the_reason_when_no_more_is_compiled(store: Store, da
     next(compiling)
     source = streamed(open_chapters(store, FINGERPRINT, run))
     with pytest.raises(type(error), match=str(error)):
-        read.extend(source.read_from(Position(), lambda: give_up(run, error)))
+        read.extend(source.read_from(Position(), lambda _: give_up(run, error)))
     assert {place.chapter for step in read for batch in step for place in batch.bins} == {0}
     assert 5 < len(read) < 10
 

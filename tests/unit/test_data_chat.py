@@ -264,6 +264,11 @@ def test_a_token_across_the_border_and_every_byte_of_a_character_are_trained() -
     example = Renderer(bpe, data(format="prompt_completion")).one({"prompt": "e\u0301", "completion": "e\u0301"})
     assert len(example.tokens) == 5
     assert example.targets.tolist() == [False, False, True, True, True]
+    # White space is text, also where a tokenizer leaves it out of its offsets.
+    bpe.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    for prompt in ("e\u0301", "\u00e9"):
+        example = Renderer(bpe, data(format="prompt_completion")).one({"prompt": prompt, "completion": "  yo"})
+        assert example.targets.tolist() == [False, False, True, True, True]
 
 
 @pytest.mark.parametrize(

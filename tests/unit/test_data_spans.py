@@ -69,4 +69,5 @@ def test_only_a_byte_level_tokenizer_is_usable() -> None:
     words = Tokenizer(models.WordLevel({"one": 0, "two": 1, "<unk>": 2}, unk_token="<unk>"))
 
     assert SPELLING.usable
+    assert not Spelling(byte_level(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True))).usable
     assert not Spelling(words).usable

@@ -25,7 +25,7 @@ class Chapters:
     """`count` chapters, of which `open_chapter` opens one, or raises `NotFound` until it is compiled.
 
     At most four are held. `given_up` gives the reason once no more of them will be compiled. `reads` says what reading them
-    had to repeat; `awaited` is whether somebody waits for one.
+    had to repeat.
     """
 
     def __init__(
@@ -35,7 +35,9 @@ class Chapters:
         given_up: Callable[[], CapstanError | None] = lambda: None,
         reads: Reads | None = None,
     ) -> None:
-        self.count, self.reads, self.awaited = count, reads or Reads(), False
+        self.count, self.reads = count, reads or Reads()
+        self._needed: list[int] = []
+        self._uncompiled: set[int] = set()
         self._open_chapter, self._given_up = open_chapter, given_up
         self._closed = threading.Event()
         self._pool = ThreadPoolExecutor(_OPEN, "chapters")
@@ -48,7 +50,16 @@ class Chapters:
             DataError, Stopped: it will not be.
             StorageError: it cannot be read, or is damaged.
         """
-        return self._opening(chapter).result()
+        self._needed.append(chapter)
+        try:
+            return self._opening(chapter).result()
+        finally:
+            self._needed.remove(chapter)
+
+    @property
+    def awaited(self) -> bool:
+        """Whether somebody waits for a chapter that is not compiled yet."""
+        return not self._uncompiled.isdisjoint(self._needed)
 
     def has(self, chapter: int) -> bool:
         """Whether `get` would not wait; if it would, the chapter is opened in the background."""
@@ -70,9 +81,9 @@ class Chapters:
             except NotFound:
                 if error is not None:
                     raise error from None
-                self.awaited = True
+                self._uncompiled.add(chapter)
             else:
-                self.awaited = False
+                self._uncompiled.discard(chapter)
                 return replace(data, reads=self.reads)
             if self._closed.wait(LOOK_SECONDS):
                 raise CancelledError

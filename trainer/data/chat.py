@@ -95,10 +95,15 @@ class Renderer:
                 "Use a base with a tokenizer.json."
             )
         self._tokenizer = tokenizer
+        from tokenizers import Tokenizer
+
         # What a call of the tokenizer would do too: a tokenizer.json may ask for truncation or padding.
-        self._backend: Any = tokenizer.backend_tokenizer
+        backend: Any = tokenizer.backend_tokenizer
+        self._backend: Any = Tokenizer.from_str(backend.to_str())
         self._backend.no_truncation()
         self._backend.no_padding()
+        # It frames texts, which is done here, and may leave a token's white space out of its offsets.
+        self._backend.post_processor = None
         self._spelling = Spelling(self._backend)
         self._data = data
         if data.format == "chat":

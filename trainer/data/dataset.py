@@ -6,6 +6,7 @@ block. A block is the unit of reading and of checking: up to 256 documents and, 
 1 MiB of tokens. Shards belong to chapters: a large data set has several, and each can be opened as soon as it is compiled.
 """
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Callable
@@ -236,12 +237,11 @@ def read_manifest(store: Store, fingerprint: str, chapter: int | None = None) ->
         StorageError: it is damaged, or of another format.
     """
     folder = store.sub(run_layout.dataset(fingerprint))
-    try:
-        return _parse(folder, MANIFEST)
-    except NotFound:
-        if chapter is None:
-            raise
-        return _parse(folder, chapter_key(chapter))
+    if chapter is not None:
+        for key in (MANIFEST, chapter_key(chapter)):
+            with contextlib.suppress(NotFound):
+                return _parse(folder, key)
+    return _parse(folder, MANIFEST)  # also where it was written between the two looks, and the chapter's own removed
 
 
 def _parse(folder: Store, key: str) -> Manifest:

@@ -4,11 +4,13 @@ import gc
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import connection
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from trainer.data.rows import Batch
+from trainer.errors import DoesNotFit
 
 _BATCHES_AHEAD = 8
 # Below this, starting other processes takes longer than the work.
@@ -64,6 +67,11 @@ def map_batches(
                     yield result.result(), beside
             for result, beside in waiting:
                 yield result.result(), beside
+        except BrokenProcessPool as error:
+            raise DoesNotFit(
+                "a process that reads the data was killed, as happens when the machine's memory runs out. Free some and start "
+                "again: what is compiled stays."
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -87,6 +95,7 @@ def _start_worker(start: str) -> None:
     global _worker
     os.nice(10)  # ranks may train beside it
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken already
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal; what it means the parent decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = pickle.loads(Path(start).read_bytes())()
     gc.freeze()  # what was imported stays; without this a tenth of the time goes to looking through it for garbage

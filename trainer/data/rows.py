@@ -18,6 +18,8 @@ from trainer.store import Store
 
 BATCH_ROWS = 128
 _BATCH_BYTES = 2**20
+# Of what was decompressed: so far may what is known of the place in a compressed file be ahead.
+_BUFFER_BYTES = 2**18
 # Longer lines are bad rows: a line is held in memory, and no sequence can keep so much text.
 LONGEST_LINE = 64 * 2**20
 # One request of this size keeps a bucket busy for about as long as it takes to answer.
@@ -103,19 +105,24 @@ def _parse(line: bytes, number: int) -> Row:
 
 
 def _json_lines(file: SourceFile, compression: str | None) -> Iterator[Batch]:
-    raw = ObjectReader(file)
-    stream = pyarrow.input_stream(io.BufferedReader(raw, _READ_BYTES), compression=compression)
+    source = _buffered(file)
+    stream = pyarrow.input_stream(source, compression=compression)
     # pyarrow's streams are raw streams in all but their declared type; its own readline is a Python loop.
-    buffered = io.BufferedReader(stream, _READ_BYTES)  # pyright: ignore[reportArgumentType]
-    number, lines, size = 1, [], 0
+    buffered = io.BufferedReader(stream, _BUFFER_BYTES)  # pyright: ignore[reportArgumentType]
+    number, lines, size, before = 1, [], 0, 0
+
+    def read() -> int:
+        # Of what is compressed no more is known than how much went into the decompression, which is a little ahead.
+        return source.tell() if compression else before + size
+
     for line in _bounded_lines(buffered):
         lines.append(line)
         size += len(line)
         if len(lines) == BATCH_ROWS or size >= _BATCH_BYTES:
-            yield Batch(file.uri, number, lines, raw.tell())
-            number, lines, size = number + len(lines), [], 0
+            yield Batch(file.uri, number, lines, read())
+            number, before, lines, size = number + len(lines), before + size, [], 0
     if lines:
-        yield Batch(file.uri, number, lines, raw.tell())
+        yield Batch(file.uri, number, lines, read())
 
 
 def _bounded_lines(stream: io.BufferedReader) -> Iterator[bytes]:
@@ -127,25 +134,24 @@ def _bounded_lines(stream: io.BufferedReader) -> Iterator[bytes]:
 
 
 def _parquet(file: SourceFile) -> Iterator[Batch]:
-    table = pyarrow.parquet.ParquetFile(_buffered(file))
-    yield from _numbered(file, table.iter_batches(batch_size=BATCH_ROWS), max(1, table.metadata.num_rows))
+    table, first = pyarrow.parquet.ParquetFile(_buffered(file)), 1
+    for part in table.iter_batches(batch_size=BATCH_ROWS):
+        yield Batch(file.uri, first, part, file.size * (first + part.num_rows - 1) // max(1, table.metadata.num_rows))
+        first += part.num_rows
 
 
 def _arrow(file: SourceFile) -> Iterator[Batch]:
     """A file of a saved HF data set: the streaming form of Arrow's IPC format."""
-    stream = pyarrow.ipc.open_stream(_buffered(file))
-    parts = (
-        batch.slice(start, BATCH_ROWS) for batch in stream for start in range(0, max(1, batch.num_rows), BATCH_ROWS)
-    )
-    yield from _numbered(file, parts, None)
-
-
-def _numbered(file: SourceFile, parts: Iterator[pyarrow.RecordBatch], total: int | None) -> Iterator[Batch]:
-    first = 1
-    for part in parts:
-        read = file.size * (first + part.num_rows - 1) // total if total else 0
-        yield Batch(file.uri, first, part, read)
-        first += part.num_rows
+    source, first, begin = _buffered(file), 1, 0
+    for batch in pyarrow.ipc.open_stream(source):
+        end, count = source.tell(), max(1, batch.num_rows)
+        for start in range(0, count, BATCH_ROWS):
+            # Through its serialized form, as a slice takes all of the batch along when it goes to another process.
+            slice_ = batch.slice(start, BATCH_ROWS)
+            part = pyarrow.ipc.read_record_batch(slice_.serialize(), slice_.schema)
+            yield Batch(file.uri, first, part, begin + (end - begin) * (start + part.num_rows) // count)
+            first += part.num_rows
+        begin = end
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 Span = tuple[int, int]
+_SAMPLE = "one two"
 
 
 class Spelling:
@@ -26,8 +27,6 @@ class Spelling:
         vocabulary = backend.get_vocab(with_added_tokens=True)
         added = {number: token.content for number, token in backend.get_added_tokens_decoder().items()}
         alphabet = _alphabet()
-        self.usable = vocabulary.keys() >= alphabet.keys()
-        """Whether the tokenizer is a byte-level one at all."""
         self._bytes = [b""] * (max(vocabulary.values(), default=-1) + 1)
         for token, number in vocabulary.items():
             if number not in added and alphabet.keys() >= set(token):
@@ -35,6 +34,9 @@ class Spelling:
         for number, content in added.items():
             self._bytes[number] = content.encode()
         self._sizes = np.array([len(spelled) for spelled in self._bytes], np.int64)
+        ids = np.array(backend.encode(_SAMPLE, add_special_tokens=False).ids, np.uint32)
+        self.usable = vocabulary.keys() >= alphabet.keys() and self.overlapping(_SAMPLE, ids, ()) is not None
+        """Whether the tokenizer is a byte-level one at all."""
 
     def overlapping(self, text: str, tokens: NDArray[np.uint32], spans: Sequence[Span]) -> NDArray[np.bool_] | None:
         """Which of `tokens` share a character with a span, (tokens,).

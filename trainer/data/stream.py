@@ -154,10 +154,13 @@ class Stream:
         """Where the next global step begins: after the last bin of an epoch, at the first of the next."""
         return self._take(position)[1]
 
-    def read_from(self, position: Position, compiling: Callable[[], None] = lambda: None) -> Iterator[list[MicroBatch]]:
+    def read_from(
+        self, position: Position, compiling: Callable[[bool], None] = lambda awaited: None
+    ) -> Iterator[list[MicroBatch]]:
         """Every step from `position` on, without end; the next one is read while the caller works on the last.
 
-        Calls `compiling` every five seconds while the caller has to wait for a chapter that is not compiled yet.
+        Calls `compiling(True)` every five seconds while the caller has to wait for a chapter that is not compiled yet, and
+        `compiling(False)` once it is, should the step's data take longer.
 
         Raises:
             DataError, Stopped: on every rank at the same step, for a chapter that will not be compiled.
@@ -166,9 +169,11 @@ class Stream:
             try:
                 ahead = pool.submit(self.step, position)
                 while True:
+                    awaited = False
                     while not wait([ahead], _LOOK_SECONDS).done:
-                        if self.chapters.awaited:
-                            compiling()
+                        before, awaited = awaited, self.chapters.awaited
+                        if before or awaited:
+                            compiling(awaited)
                     batches = ahead.result()
                     position = self.advance(position)
                     ahead = pool.submit(self.step, position)

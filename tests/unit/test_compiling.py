@@ -1,0 +1,98 @@
+"""The rest of a run's data, compiled beside its ranks: what is told to whom when it cannot go on."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher import compiling
+from launcher.compiling import Compilation
+from launcher.run_requests import stop_requester
+from tests.faulty import Fault, FaultyStore
+from trainer import run_layout
+from trainer.errors import DataError, Stopped, Unreachable
+from trainer.store import Store, open_store
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setattr(compiling, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(compiling, "_AGAIN_SECONDS", 0.01)
+    return open_store(str(tmp_path / "run"))
+
+
+def compilation(run: Store, *again: Iterator[int]) -> tuple[Compilation, list[str]]:
+    """Whose beginnings after the first one give `again`; and what it says."""
+    words: list[str] = []
+    made, rests = Compilation(None, run, words.append), iter(again)  # pyright: ignore[reportArgumentType]
+    made.begin = lambda *, on_cluster: (None, next(rests))  # pyright: ignore[reportAttributeAccessIssue]
+    return made, words
+
+
+def chapters(*numbers: int, then: BaseException | None = None, done: threading.Event | None = None) -> Iterator[int]:
+    yield from numbers
+    if then:
+        raise then
+    if done:
+        done.set()
+
+
+def told(run: Store) -> bool:
+    return run.exists(run_layout.NO_MORE_DATA)
+
+
+def stop_when_told(run: Store) -> None:
+    """What ranks do."""
+    while not (told(run) and stop_requester(run)):
+        threading.Event().wait(0.01)
+    raise Stopped("as asked")
+
+
+def test_it_goes_on_when_a_store_that_was_out_of_reach_is_back(run: Store) -> None:
+    done = threading.Event()
+    made, words = compilation(run, chapters(0, 1, then=Unreachable("gone")), chapters(0, 1, 2, done=done))
+    with made.beside(chapters(1, then=Unreachable("the store does not answer"))):
+        assert done.wait(10)
+    assert [word for word in words if word.startswith("chapter")] == [
+        f"chapter {number} of the training data is compiled" for number in (2, 3)
+    ]
+    assert any("the store does not answer" in word for word in words)
+    assert not told(run)
+
+
+def test_a_failure_is_told_to_the_ranks_and_is_how_the_run_ends(run: Store) -> None:
+    made, _ = compilation(run)
+    with pytest.raises(DataError, match="line 7"), made.beside(chapters(1, then=DataError("line 7"))):
+        stop_when_told(run)
+    assert stop_requester(run) == compiling.BY
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("a mistake of ours")])
+def test_whatever_ends_it_is_told(run: Store, error: BaseException) -> None:
+    made, _ = compilation(run)
+    with pytest.raises(type(error)), made.beside(chapters(1, then=error)):
+        stop_when_told(run)
+
+
+def test_it_is_told_also_when_the_store_fails_meanwhile(run: Store) -> None:
+    for at in (1, 2):
+        made, _ = compilation(FaultyStore(run, Fault(at)))
+        with pytest.raises(DataError), made.beside(chapters(then=DataError("line 7"))):
+            stop_when_told(run)
+        run.delete(run_layout.NO_MORE_DATA)
+        run.delete(run_layout.STOP)
+
+
+def test_nothing_is_told_once_the_run_is_over(run: Store) -> None:
+    over = threading.Event()
+    made, _ = compilation(run)
+
+    def rest() -> Iterator[int]:
+        over.wait(10)
+        yield from chapters(then=DataError("line 7"))
+
+    with made.beside(rest()):
+        made._over.set()
+        over.set()
+    assert not told(run)
