@@ -34,14 +34,14 @@ def test_a_run_stops_in_every_phase_and_goes_on_where_it_was(workshop: Workshop,
     store = workshop.folder / "store"
     run = open_store(str(store)).sub("stopped")
     settings = (f"cluster.ray.address={address}", f"train.steps={STEPS}", "run.seed=4")
-    config = write(
-        tmp_path, workshop, "stopped", "data.on_too_long=drop", *settings
-    )  # not compiled yet by another test
 
     def resumed(*overrides: str) -> Driver:
         return Driver(tmp_path, "resume", "stopped", "--store", str(store), "--json", *overrides)
 
-    # While its data is compiled: nothing is there to be committed, and the name is free again.
+    # While its data, which takes some seconds, is compiled: nothing is there to be committed, and the name is free again.
+    many = tmp_path / "many.jsonl"
+    many.write_text((json.dumps({"prompt": "p " * 40, "completion": "c " * 40}) + "\n") * 50_000)
+    config = write(tmp_path, workshop, "stopped", *settings, f"data.train=[{{path: {many}}}]")
     with Driver(tmp_path, "train", config) as driver:
         driver.wait_for_words("compiling train data")
         driver.signal(signal.SIGTERM)
@@ -49,6 +49,7 @@ def test_a_run_stops_in_every_phase_and_goes_on_where_it_was(workshop: Workshop,
     assert not run.exists("config.yaml")
 
     # While the ranks load the model: the state before the first step is committed.
+    config = write(tmp_path, workshop, "stopped", *settings)
     with Driver(tmp_path, "train", config) as driver:
         driver.wait_until(run, 1, lambda _: run.exists("metrics/000001.jsonl"), "a rank")
         driver.signal(signal.SIGTERM)
@@ -76,7 +77,7 @@ def test_a_run_stops_in_every_phase_and_goes_on_where_it_was(workshop: Workshop,
 
     with resumed() as driver:
         assert driver.end() == 0, driver.log.read_text()
-    undisturbed = workshop.config("not-stopped", "data.on_too_long=drop", *settings)
+    undisturbed = workshop.config("not-stopped", *settings)
     launch(2, "run", dump_config(undisturbed), workshop.prepare(undisturbed).train)
     expected = workshop.store.sub("not-stopped")
     assert losses(run, 1, 2, 3, 4) == losses(expected, 1)
