@@ -68,9 +68,9 @@ def submit(config: Config, *, resume: bool, after: str | None, dry_run: bool) ->
         NothingToResume: `resume`, and nothing is committed.
     """
     config = anchored(config)
-    layout = slurm_script.shape(config)
+    job_shape = slurm_script.shape(config)
     if config.cluster.workers is None:
-        config = override(config, f"cluster.workers={layout.nodes * layout.ranks_per_node}")
+        config = override(config, f"cluster.workers={job_shape.nodes * job_shape.ranks_per_node}")
     if config.retry.preemptions is None:
         # No machine comes in place of a lost one inside a job: the driver ends at once, and the job is requeued.
         config = override(config, "retry.preemptions=0")
@@ -83,13 +83,13 @@ def submit(config: Config, *, resume: bool, after: str | None, dry_run: bool) ->
         config, str(output).replace("%", "%%").replace("%%j", "%j"), [_finished(after, config)] if after else []
     )
     submission = secrets.token_hex(4)
-    script = slurm_script.render(config, run.uri, submission, options)
+    batch_file = slurm_script.render(config, run.uri, submission, options)
     done = Submission(
         run=config.run.name,
         uri=run.uri,
         jobs=[],
         output=str(output),
-        script=script,
+        script=batch_file,
         snapshot=code.sentence(),
         next=f"capstan status {run.uri} --watch",
         dry_run=dry_run,
@@ -98,9 +98,9 @@ def submit(config: Config, *, resume: bool, after: str | None, dry_run: bool) ->
         return done
     claim(config, resume=resume, code=code)
     try:
-        run.put(run_layout.SLURM_SCRIPT, script.encode())
+        run.put(run_layout.SLURM_SCRIPT, batch_file.encode())
         output.parent.mkdir(parents=True, exist_ok=True)
-        jobs = _sbatch(script, max(1, config.cluster.slurm.chain), clean_environment(os.environ, options))
+        jobs = _sbatch(batch_file, max(1, config.cluster.slurm.chain), clean_environment(os.environ, options))
     except BaseException:
         if not resume:
             run.delete(run_layout.SLURM_SCRIPT)
@@ -120,10 +120,10 @@ def _check_idle(run: Store) -> None:
         )
 
 
-def _sbatch(script: str, count: int, environment: Mapping[str, str]) -> list[int]:
+def _sbatch(batch_file: str, count: int, environment: Mapping[str, str]) -> list[int]:
     jobs: list[int] = []
     for _ in range(count):
-        answer = call("sbatch", "--parsable", given=script, environment=environment)
+        answer = call("sbatch", "--parsable", given=batch_file, environment=environment)
         if answer.returncode:
             cancel(jobs)
             raise ConfigError(f"Slurm refuses the job: {words(answer)}")

@@ -172,9 +172,9 @@ def commit(run: Store, config: Config, step: int = 4) -> None:
             f"{path}.lora_A.default.weight": [rank, linear.inputs],
             f"{path}.lora_B.default.weight": [linear.outputs, rank],
         }
-    layout = Layout({name: (0, rows * columns) for name, (rows, columns) in shapes.items()})
-    states = 0.1 * torch.randn(layout.numel, generator=torch.Generator().manual_seed(step))
-    shard = write_shard(run, run_layout.shard(step, "000001-000001", 0), layout, memoryview(states.numpy().tobytes()))
+    shard_layout = Layout({name: (0, rows * columns) for name, (rows, columns) in shapes.items()})
+    states = 0.1 * torch.randn(shard_layout.numel, generator=torch.Generator().manual_seed(step))
+    shard = write_shard(run, run_layout.shard(step, "000001-000001", 0), shard_layout, memoryview(states.numpy().tobytes()))
     identity = {"path": base.name, "fingerprint": base.fingerprint}
     manifest = Manifest(step, 1, 1, 0.0, step, {}, "data", {}, identity, {}, {}, {}, None, shapes, [shard])
     run.create(run_layout.manifest(step), manifest.to_json())

@@ -95,8 +95,8 @@ class Checkpoints:
         started = time.monotonic()
         self._settle()
         partitions = engine.partitions()
-        layout = Layout({part.name: (part.begin, part.end) for part in partitions if part.end > part.begin})
-        data = self._copy(layout, partitions)
+        shard_layout = Layout({part.name: (part.begin, part.end) for part in partitions if part.end > part.begin})
+        data = self._copy(shard_layout, partitions)
         self._saves, self.newest = self._saves + 1, step
         key = run_layout.shard(step, run_layout.attempt(self.generation, self._saves), self.ranks.rank)
         manifest = Manifest(
@@ -116,18 +116,18 @@ class Checkpoints:
             shapes={part.name: list(part.shape) for part in partitions},
             shards=[],
         )
-        upload = self._uploads.submit(write_shard, self.run, key, layout, data)
+        upload = self._uploads.submit(write_shard, self.run, key, shard_layout, data)
         self._pending = _Pending(manifest, started, time.monotonic() - started, upload)
 
-    def _copy(self, layout: Layout, partitions: list[TrainablePartition]) -> memoryview:
+    def _copy(self, shard_layout: Layout, partitions: list[TrainablePartition]) -> memoryview:
         """The states as bytes of host memory, laid out as the file is. The memory is one block, kept for every save."""
         on_gpu = self.ranks.device.type == "cuda"
         if self._block is None:
             # Pinned: the copies run at the bus's speed, and none waits for the one before.
-            self._block = torch.empty(layout.numel, dtype=torch.float32, pin_memory=on_gpu)
-        assert self._block.numel() == layout.numel, "a partition's size does not change during a run"
+            self._block = torch.empty(shard_layout.numel, dtype=torch.float32, pin_memory=on_gpu)
+        assert self._block.numel() == shard_layout.numel, "a partition's size does not change during a run"
         states = {part.name: part.states for part in partitions}
-        for name, state, begin, end in layout.places():
+        for name, state, begin, end in shard_layout.places():
             self._block[begin:end].copy_(states[name][state], non_blocking=on_gpu)
         if on_gpu:
             torch.cuda.synchronize()

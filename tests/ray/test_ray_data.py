@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import ray
 
-from launcher import ray_data
+from launcher import ray_data as cluster_data
 from launcher.ray_cluster import joined_ray
 from launcher.ray_data import map_on_cluster
 from tests.material import Workshop, byte_tokenizer
@@ -72,7 +72,7 @@ def where(batch: Batch) -> str:
 
 
 def test_rows_that_kill_every_process_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_data, "_RETRIES", 1)
+    monkeypatch.setattr(cluster_data, "_RETRIES", 1)
     batch = Batch("rows.jsonl", 129, [b"{}"], 2)
     with (
         ray_cluster(1) as cluster,
