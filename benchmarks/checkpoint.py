@@ -76,7 +76,7 @@ class Bench:
 
 class Ours:
     def __init__(self, bench: Bench, place: str) -> None:
-        from trainer.checkpoint import Checkpoints, Identity
+        from trainer.checkpoint.checkpoints import Checkpoints, Identity
         from trainer.config import Checkpoint
         from trainer.store import open_store
 
@@ -97,8 +97,8 @@ class Ours:
         assert self.checkpoints.restore(self.bench.engine, required=True, log=print)
 
     def size(self) -> int:
-        from trainer.manifest import committed_steps, read_manifest
-        from trainer.run_layout import manifest
+        from trainer.checkpoint.manifest import committed_steps, read_manifest
+        from trainer.run.layout import manifest
 
         step = committed_steps(self.run)[0]
         return read_manifest(self.run, step).size + self.run.head(manifest(step)).size
@@ -231,14 +231,14 @@ def rank_main(rank: int, world: int, port: int, folder: str, bucket: str, lora_r
 
     import torch
 
-    from trainer.attention import choose_attention
-    from trainer.base import resolve_base
+    from trainer.base.load import DTYPES, load_model
+    from trainer.base.locate import resolve_base
     from trainer.config import override
-    from trainer.deepspeed_config import build_deepspeed_config
-    from trainer.engine import Engine
-    from trainer.load import DTYPES, load_model
+    from trainer.model.attention import choose_attention
     from trainer.ranks import join
     from trainer.store import open_store
+    from trainer.zero.engine import Engine
+    from trainer.zero.policy import build_deepspeed_config
 
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
@@ -296,7 +296,7 @@ def show(report: dict[str, Any], ranks: int) -> None:
 
 
 def main() -> None:
-    from launcher.local_s3 import serve_s3
+    from launcher.smoke.local_s3 import serve_s3
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)

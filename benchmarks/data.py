@@ -34,7 +34,7 @@ from trainer.data.encode import Encoded
 from trainer.data.order import EpochPlan, Order
 from trainer.data.shards import Place, ShardWriter
 from trainer.data.stream import Position, Stream
-from trainer.run_layout import dataset as dataset_key
+from trainer.run.layout import dataset as dataset_key
 from trainer.store import Store, open_store
 
 SEQUENCE_LENGTH = 8192

@@ -48,10 +48,10 @@ def make_base(folder: Path, layers: int) -> int:
 
 
 def load_ours(base: Path, settings: dict[str, Any], ranks: Any, loaded: Callable[[int], None]) -> None:
-    from trainer.attention import choose_attention
-    from trainer.base import resolve_base
-    from trainer.engine import Engine
-    from trainer.load import DTYPES, load_model
+    from trainer.base.load import DTYPES, load_model
+    from trainer.base.locate import resolve_base
+    from trainer.model.attention import choose_attention
+    from trainer.zero.engine import Engine
 
     config = run_config(base)
     found = resolve_base(config.model)
@@ -68,7 +68,7 @@ def load_stock(base: Path, settings: dict[str, Any], ranks: Any, loaded: Callabl
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    from trainer.load import lora_config
+    from trainer.base.load import lora_config
 
     deepspeed.init_distributed(verbose=False)
     keep = HfDeepSpeedConfig(settings)  # transformers looks for a live one to know of ZeRO-3
@@ -109,8 +109,8 @@ def rank_main(side: str, base: Path, rank: int, world: int, port: int, parent: A
     import transformers.models.llama.modeling_llama
 
     import trainer.rank
-    from trainer.deepspeed_config import build_deepspeed_config
     from trainer.ranks import join
+    from trainer.zero.policy import build_deepspeed_config
 
     # Both sides import the same stack before they are measured.
     assert (trainer.rank, transformers.models.llama.modeling_llama) is not None
@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--sides", nargs="+", choices=["stock", "ours"], default=["stock", "ours"])
     arguments = parser.parse_args()
-    from trainer.reading import PIECE_BYTES, PIECES_IN_FLIGHT
+    from trainer.base.reading import PIECE_BYTES, PIECES_IN_FLIGHT
 
     with tempfile.TemporaryDirectory(prefix="capstan-bench-") as folder:
         base = Path(folder) / "base"

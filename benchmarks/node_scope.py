@@ -22,10 +22,10 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the cluster that the tests share
 
-from launcher.status import read_generation
+from launcher.view.status import read_generation
 from tests.slurm.cluster import Cluster, missing
 from tests.slurm.site import Site
-from trainer.base import resolve_base
+from trainer.base.locate import resolve_base
 from trainer.config import load_config
 from trainer.plan import make_plan
 

@@ -28,7 +28,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests.material makes the base
 
-from launcher.status import read_generation
+from launcher.view.status import read_generation
 from tests.material import Workshop
 from trainer.config import Config, dump_config, override
 from trainer.store import Store

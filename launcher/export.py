@@ -17,17 +17,17 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from trainer.base import check_mergeable, read_base_config
+from trainer.base.locate import check_mergeable, read_base_config
+from trainer.checkpoint.manifest import committed_steps
 from trainer.config import parse_config
 from trainer.errors import CapstanError, NothingToResume
-from trainer.manifest import committed_steps
-from trainer.run_layout import CONFIG
+from trainer.run.layout import CONFIG
 from trainer.store import Store
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written; with --verify also what trainer.verify.Proof or, for a merged model, MergeProof measured."""
+    """What was written; with --verify also what trainer.export.verify.Proof or, for a merged model, MergeProof measured."""
 
     destination: str
     step: int
@@ -88,7 +88,9 @@ def export_run(run: Store, destination: str, *, merge: bool, step: int | None, v
         return Exported(f"{destination} (dry run: nothing written)", _planned_step(run, step, merge=merge), merge)
     options = [*(["--step", str(step)] if step is not None else []), *(["--verify"] if verify else [])]
     with _bar("merging") as watch:
-        made = _module("trainer.merge" if merge else "trainer.export", run.uri, destination, *options, watch=watch)
+        made = _module(
+            "trainer.export.merged" if merge else "trainer.export.adapter", run.uri, destination, *options, watch=watch
+        )
     result = Exported(destination, merged=merge, **made)
     if verify and not result.proven:
         raise CapstanError(f"{result.sentence()}. It does not prove to be what was trained; do not use it.")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.local_s3 import S3Server, available, serve_s3
+from launcher.smoke.local_s3 import S3Server, available, serve_s3
 
 
 @pytest.fixture(scope="session")

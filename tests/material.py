@@ -11,13 +11,13 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
-from trainer import run_layout
-from trainer.architecture import read_architecture
-from trainer.base import resolve_base
+from trainer.base.architecture import read_architecture
+from trainer.base.locate import resolve_base
+from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.shard import Layout, write_shard
 from trainer.config import Config, dump_config, parse_config
 from trainer.data.prepare import Datasets, prepare
-from trainer.manifest import Manifest
-from trainer.shard import Layout, write_shard
+from trainer.run import layout
 from trainer.store import Store, open_store
 
 SEQUENCE = 64
@@ -163,7 +163,7 @@ def make_policy(path: Path) -> Path:
 def commit(run: Store, config: Config, step: int = 4) -> None:
     """Make `run` a run of `config` that was committed after `step`, with adapters of random numbers."""
     base = resolve_base(config.model)
-    run.put(run_layout.CONFIG, dump_config(config).encode())
+    run.put(layout.CONFIG, dump_config(config).encode())
     rank, shapes = config.tuning.rank, dict[str, list[int]]()
     architecture = read_architecture(base.config)
     for layer, linear in itertools.product(range(architecture.layers), architecture.linears):
@@ -174,10 +174,10 @@ def commit(run: Store, config: Config, step: int = 4) -> None:
         }
     shard_layout = Layout({name: (0, rows * columns) for name, (rows, columns) in shapes.items()})
     states = 0.1 * torch.randn(shard_layout.numel, generator=torch.Generator().manual_seed(step))
-    shard = write_shard(run, run_layout.shard(step, "000001-000001", 0), shard_layout, memoryview(states.numpy().tobytes()))
+    shard = write_shard(run, layout.shard(step, "000001-000001", 0), shard_layout, memoryview(states.numpy().tobytes()))
     identity = {"path": base.name, "fingerprint": base.fingerprint}
     manifest = Manifest(step, 1, 1, 0.0, step, {}, "data", {}, identity, {}, {}, {}, None, shapes, [shard])
-    run.create(run_layout.manifest(step), manifest.to_json())
+    run.create(layout.manifest(step), manifest.to_json())
 
 
 class Workshop:

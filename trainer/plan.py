@@ -9,16 +9,16 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any, Literal
 
-from trainer.architecture import Architecture, mismatches, read_architecture
+from trainer.base.architecture import Architecture, mismatches, read_architecture
 from trainer.config import Config, Quant
-from trainer.deepspeed_config import build_deepspeed_config
+from trainer.zero.policy import build_deepspeed_config
 
 Scope = Literal["world", "node"]
-# trainer/nf4.py: scales that share a second scale under double quantization.
+# trainer/model/nf4.py: scales that share a second scale under double quantization.
 _NESTED_BLOCK = 256
-# trainer/loss.py: bytes of fp32 logits computed at once.
+# trainer/model/head.py: bytes of fp32 logits computed at once.
 _LOGITS_CHUNK_BYTES = 2**28
-# trainer/reading.py: pieces of the base read ahead and the one that is quantized, each twice while it is handed over.
+# trainer/base/reading.py: pieces of the base read ahead and the one that is quantized, each twice while it is handed over.
 _READ_BYTES = 2 * 9 * 4 * 2**20
 # CUDA's context, NCCL's buffers and the allocator's slack: an allowance, not a measurement.
 _CONTEXT_BYTES = 2**30

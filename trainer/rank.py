@@ -1,7 +1,7 @@
 """What one rank runs, whoever started it: Ray Train, torchrun, srun, or this process alone.
 
 assemble: data -> base -> sharded model -> engine -> checkpoints      (this file)
-train:    one generator over steps                                    (trainer/loop.py)
+train:    one generator over steps                                    (trainer/train/loop.py)
 """
 
 import json
@@ -21,27 +21,27 @@ from importlib.metadata import version
 
 import torch
 
-from trainer import run_layout
-from trainer.attention import choose_attention
-from trainer.base import Base, check_base, resolve_base
-from trainer.checkpoint import Checkpoints, Identity
+from trainer.base.load import DTYPES, checksums, load_model
+from trainer.base.locate import Base, check_base, resolve_base
+from trainer.checkpoint.checkpoints import Checkpoints, Identity
+from trainer.checkpoint.manifest import Manifest
 from trainer.config import Config
 from trainer.data.chapters import open_chapters
 from trainer.data.dataset import open_dataset
 from trainer.data.prepare import Datasets, train_order
 from trainer.data.stream import Position, eval_stream, train_stream
-from trainer.deepspeed_config import build_deepspeed_config
-from trainer.engine import Engine
 from trainer.errors import CapstanError, DoesNotFit, NonFiniteLoss, Stopped, StorageError
-from trainer.heartbeat import Heart, Verdict
-from trainer.load import DTYPES, checksums, load_model
-from trainer.loop import Training, stop_before_training, train
-from trainer.manifest import Manifest
-from trainer.metrics import Metrics, StopSignal, claim_generation, peak_memory, rank_log
+from trainer.model.attention import choose_attention
 from trainer.plan import make_plan
 from trainer.ranks import Ranks, join
-from trainer.records import add_record, bad_windows
+from trainer.run import layout
+from trainer.run.metrics import Metrics, StopSignal, claim_generation, peak_memory, rank_log
+from trainer.run.records import add_record, bad_windows
 from trainer.store import Store, open_run_store
+from trainer.train.heartbeat import Heart, Verdict
+from trainer.train.loop import Training, stop_before_training, train
+from trainer.zero.engine import Engine
+from trainer.zero.policy import build_deepspeed_config
 
 _VERSIONS = ("capstan-llm", "torch", "deepspeed", "transformers", "peft", "bitsandbytes", "ray", "obstore")
 
@@ -139,7 +139,7 @@ def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Train
     """Data, model, engine and checkpoints, put together; and the checkpoint that the state comes from, if any."""
     config, base, ranks, run = start.config, start.base, start.ranks, start.run
     if ranks.rank == 0:
-        run.put(run_layout.ENVIRONMENT, _environment(ranks))
+        run.put(layout.ENVIRONMENT, _environment(ranks))
     stream = train_stream(config, open_chapters(start.store, datasets.train, run), ranks.rank, ranks.world_size)
     held_out = None
     if datasets.eval:

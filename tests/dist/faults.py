@@ -16,17 +16,17 @@ from torch import Tensor
 from tests import material
 from tests.dist.ranks import _outcome_of
 from tests.faulty import Fault, FaultyStore
-from trainer import run_layout
-from trainer.checkpoint import Checkpoints, Identity
+from trainer.run import layout
+from trainer.checkpoint.checkpoints import Checkpoints, Identity
 from trainer.config import Checkpoint, dump_config, parse_config
-from trainer.engine import TrainablePartition
+from trainer.zero.engine import TrainablePartition
 from trainer.errors import StorageError
-from trainer.export import export_adapter, master_weights
-from trainer.merge import export_merged
-from trainer.manifest import committed_steps, problems_of, read_manifest, whole_checkpoint
+from trainer.export.adapter import export_adapter, master_weights
+from trainer.export.merged import export_merged
+from trainer.checkpoint.manifest import committed_steps, problems_of, read_manifest, whole_checkpoint
 from trainer.ranks import Ranks, join
-from trainer.retention import Retention, plan_removal, remove
-from trainer.shard import STATES
+from trainer.checkpoint.retention import Retention, plan_removal, remove
+from trainer.checkpoint.shard import STATES
 from trainer.store import Store, open_store
 
 SHAPES = {
@@ -119,9 +119,9 @@ def left_over(run: Store) -> list[str]:
     """What no commit refers to after a removal that takes orphans of any age."""
     later = lambda: datetime.now(UTC) + timedelta(hours=1)
     remove(run, plan_removal(run, Retention(1), orphan_hours=0, now=later))
-    keys = {entry.key for entry in run.list(run_layout.CHECKPOINTS)}
+    keys = {entry.key for entry in run.list(layout.CHECKPOINTS)}
     for step in committed_steps(run):
-        keys -= {run_layout.manifest(step), *(shard.key for shard in read_manifest(run, step).shards)}
+        keys -= {layout.manifest(step), *(shard.key for shard in read_manifest(run, step).shards)}
     return sorted(keys)
 
 

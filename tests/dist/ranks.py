@@ -17,29 +17,30 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests import material
-from trainer import nf4, run_layout
-from trainer.attention import Attention, choose_attention
-from trainer.base import resolve_base
-from trainer.checkpoint import Checkpoints, Identity
+from trainer.model import nf4
+from trainer.run import layout
+from trainer.model.attention import Attention, choose_attention
+from trainer.base.locate import resolve_base
+from trainer.checkpoint.checkpoints import Checkpoints, Identity
 from trainer.config import Config, override, parse_config
 from trainer.data.chapters import Chapters, open_chapters
 from trainer.data.prepare import Datasets
 from trainer.data.stream import MicroBatch, Position, Stream, train_stream
-from trainer.deepspeed_config import build_deepspeed_config
-from trainer.engine import Engine
+from trainer.zero.policy import build_deepspeed_config
+from trainer.zero.engine import Engine
 from trainer.errors import CapstanError, StorageError
-from trainer.filling import as_tensor
-from trainer.load import DTYPES, LoadReport, checksums, load_model
-from trainer.loop import Training, train
-from trainer.merge import prove_merged, export_merged
-from trainer.metrics import Metrics, StopSignal
-from trainer.nf4 import FrozenLinear4bit
+from trainer.base.filling import as_tensor
+from trainer.base.load import DTYPES, LoadReport, checksums, load_model
+from trainer.train.loop import Training, train
+from trainer.export.merged import prove_merged, export_merged
+from trainer.run.metrics import Metrics, StopSignal
+from trainer.model.nf4 import FrozenLinear4bit
 from trainer.rank import run_rank
 from trainer.ranks import Ranks, join
 from trainer.safetensors_index import numel
-from trainer.schedule import learning_rate
+from trainer.train.schedule import learning_rate
 from trainer.store import Store, open_store
-from trainer.verify import compare_logits
+from trainer.export.verify import compare_logits
 
 STATES = ("master", "exp_avg", "exp_avg_sq")
 
@@ -84,7 +85,7 @@ def _hold_after(run: Store, step: int) -> None:
     plain = Engine.step
 
     def held(self: Engine, lr: float) -> float:
-        if run.exists(run_layout.manifest(step)):
+        if run.exists(layout.manifest(step)):
             threading.Event().wait()  # until SIGKILL
         return plain(self, lr)
 
@@ -223,7 +224,7 @@ def plain_first_step(config_text: str, fingerprint: str, destination: str) -> di
     from peft import inject_adapter_in_model
     from transformers import AutoModelForCausalLM
 
-    from trainer.load import lora_config
+    from trainer.base.load import lora_config
 
     config = parse_config(config_text)
     dtype = DTYPES[config.model.dtype]
@@ -272,7 +273,7 @@ def stock_losses(config_text: str, fingerprint: str) -> list[float]:
     from peft import inject_adapter_in_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from trainer.load import lora_config
+    from trainer.base.load import lora_config
 
     config = parse_config(config_text)
     torch.set_num_threads(1)
@@ -667,7 +668,7 @@ def merge_memory(run_uri: str, merged: str) -> int:
 
 
 def engine_internals(config_text: str, fingerprint: str) -> dict[str, Any]:
-    """What trainer/engine.py takes from DeepSpeed, looked at from the public side."""
+    """What trainer/zero/engine.py takes from DeepSpeed, looked at from the public side."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     here = _assemble(parse_config(config_text), fingerprint)

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from tests.dist.launch import launch
 from tests.material import Workshop
-from trainer import run_layout
+from trainer.run import layout
 from trainer.config import dump_config
-from trainer.manifest import committed_steps, read_manifest
+from trainer.checkpoint.manifest import committed_steps, read_manifest
 from trainer.store import Store
 
 SAVED = [2, 3]  # steps, beside the loop's own save of the first
@@ -128,7 +128,7 @@ def truncate(run: Store, key: str) -> None:
 def test_a_damaged_checkpoint_is_passed_over_on_all_ranks(small: Saved, tmp_path: Path, what: str, damage: Any) -> None:
     name = f"damaged-{what}-{damage.__name__}"
     run = small.copy(name)
-    key = run_layout.manifest(3) if what == "manifest" else read_manifest(run, 3).shards[1].key
+    key = layout.manifest(3) if what == "manifest" else read_manifest(run, 3).shards[1].key
     damage(run, key)
     results = launch(2, "restore", *small.of(name), str(tmp_path))
     assert [(result["outcome"], result["step"], result["updates"]) for result in results] == [("finished", 2, 2)] * 2
@@ -154,8 +154,8 @@ def test_a_manifest_of_a_newer_version_is_an_error_on_all_ranks_and_never_passed
     small: Saved, tmp_path: Path
 ) -> None:
     run = small.copy("newer")
-    tree = json.loads(run.get(run_layout.manifest(3)))
-    run.put(run_layout.manifest(3), json.dumps({**tree, "format": 99}).encode())
+    tree = json.loads(run.get(layout.manifest(3)))
+    run.put(layout.manifest(3), json.dumps({**tree, "format": 99}).encode())
     results = launch(2, "restore", *small.of("newer"), str(tmp_path))
     assert [(result["outcome"], result["exit_code"]) for result in results] == [("StorageError", 6)] * 2
     assert "is of format 99; this version reads format 2. Use the version that wrote it." in results[1]["message"]
@@ -168,7 +168,7 @@ def test_a_run_goes_on_past_a_damaged_checkpoint_and_commits_its_step_again(smal
         assert (outcome["outcome"], outcome["message"]) == ("finished", "")
     launch(1, "restore", *small.of("again"), str(tmp_path))
     assert_bitwise_equal(whole(tmp_path), small.states)
-    assert len([entry for entry in run.list(run_layout.checkpoint(3)) if "manifest.damaged" in entry.key]) == 1
+    assert len([entry for entry in run.list(layout.checkpoint(3)) if "manifest.damaged" in entry.key]) == 1
 
 
 @pytest.mark.parametrize("what", ["shards", "manifests"])
@@ -176,7 +176,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(small: Save
     name = f"all-damaged-{what}"
     run = small.copy(name)
     for step in committed_steps(run):
-        flip_a_byte(run, read_manifest(run, step).shards[0].key if what == "shards" else run_layout.manifest(step))
+        flip_a_byte(run, read_manifest(run, step).shards[0].key if what == "shards" else layout.manifest(step))
     results = launch(2, "restore_and_train", *small.of(name), 3)
     assert [(result["outcome"], result["exit_code"]) for result in results] == [("StorageError", 6)] * 2
     assert f"no checkpoint of {run.uri} is whole" in results[0]["message"]
@@ -201,7 +201,7 @@ def test_a_checkpoint_of_another_adapter_or_base_is_refused_with_both_values(
 def test_a_generation_that_was_overtaken_must_not_commit(small: Saved) -> None:
     run = small.workshop.store.sub("overtaken")
     for generation in (1, 2):
-        run.put(run_layout.metrics(generation), b"")
+        run.put(layout.metrics(generation), b"")
     outcomes = launch(2, "save_as_generation", *small.of("overtaken"), 1)
     assert [(outcome["outcome"], outcome["exit_code"]) for outcome in outcomes] == [("Superseded", 6)] * 2
     assert "generation 2 of this run has started; generation 1 must not commit" in outcomes[0]["message"]
@@ -212,7 +212,7 @@ def test_a_generation_that_was_overtaken_must_not_commit(small: Saved) -> None:
 
 def test_a_manifest_is_plain_json_that_names_every_interval(small: Saved) -> None:
     run = small.workshop.store.sub(small.name)
-    body = json.loads(run.get(run_layout.manifest(3)))["body"]
+    body = json.loads(run.get(layout.manifest(3)))["body"]
     for name, shape in body["shapes"].items():
         intervals = sorted(shard["intervals"][name] for shard in body["shards"] if name in shard["intervals"])
         assert [begin for begin, _ in intervals] == [0, *(end for _, end in intervals[:-1])]

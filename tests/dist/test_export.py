@@ -10,15 +10,15 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launcher.local_s3 import S3Server
+from launcher.smoke.local_s3 import S3Server
 from tests.dist.launch import launch
 from tests.material import Workshop
-from trainer import run_layout
+from trainer.run import layout
 from trainer.config import dump_config
 from trainer.errors import ConfigError, NothingToResume, StorageError
-from trainer.export import export_adapter, master_weights
-from trainer.merge import export_merged
-from trainer.manifest import committed_steps, read_manifest
+from trainer.export.adapter import export_adapter, master_weights
+from trainer.export.merged import export_merged
+from trainer.checkpoint.manifest import committed_steps, read_manifest
 from trainer.store import Store, open_store
 
 
@@ -29,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Store:
     workshop = Workshop(tmp_path_factory.mktemp("export"), intermediate_size=192)
     config = workshop.config("done", "train.steps=4", "checkpoint.every_steps=2", "optim.lr=0.01", "tuning.rank=5", "quant.block_size=128")
     run = workshop.store.sub("done")
-    run.put(run_layout.CONFIG, dump_config(config).encode())
+    run.put(layout.CONFIG, dump_config(config).encode())
     outcomes = launch(2, "run", dump_config(config), workshop.prepare(config).train)
     assert {outcome["outcome"] for outcome in outcomes} == {"finished"}
     assert committed_steps(run) == [4, 2, 1]
@@ -145,7 +145,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_none_at_all_is_an_error(run: St
     with pytest.raises(StorageError, match="no checkpoint of .* is whole"):
         export_adapter(ours, destination)
     for step in committed_steps(ours):
-        ours.delete(run_layout.manifest(step))
+        ours.delete(layout.manifest(step))
     with pytest.raises(NothingToResume, match="has no committed checkpoint"):
         export_adapter(ours, destination)
     assert not (tmp_path / "adapter").exists()

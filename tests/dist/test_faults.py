@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.local_s3 import S3Server
+from launcher.smoke.local_s3 import S3Server
 from tests.dist.launch import launch, running
-from trainer.manifest import committed_steps, read_manifest
+from trainer.checkpoint.manifest import committed_steps, read_manifest
 from trainer.store import open_store
 
 STORES = ["memory", "local", "s3"]

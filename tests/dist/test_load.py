@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launcher.local_s3 import S3Server
+from launcher.smoke.local_s3 import S3Server
 
 from tests.dist.launch import launch
 from tests.material import KINDS, Workshop, make_base, quantize_base
-from trainer.base import ARCHITECTURES
+from trainer.base.locate import ARCHITECTURES
 from trainer.config import dump_config
 from trainer.store import open_store
 

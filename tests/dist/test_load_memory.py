@@ -9,7 +9,7 @@ import pytest
 from tests.dist.launch import launch
 from tests.material import Workshop, make_base
 from trainer.config import dump_config
-from trainer.reading import PIECE_BYTES, PIECES_IN_FLIGHT
+from trainer.base.reading import PIECE_BYTES, PIECES_IN_FLIGHT
 
 
 @pytest.fixture(scope="module")

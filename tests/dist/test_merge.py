@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launcher.local_s3 import S3Server
+from launcher.smoke.local_s3 import S3Server
 from tests.dist.launch import launch
 from tests.material import Workshop, commit, make_base, quantize_base
 from trainer.errors import ConfigError, NothingToResume
-from trainer.export import export_adapter
-from trainer.merge import export_merged
-from trainer.reading import PIECE_BYTES, PIECES_IN_FLIGHT
+from trainer.export.adapter import export_adapter
+from trainer.export.merged import export_merged
+from trainer.base.reading import PIECE_BYTES, PIECES_IN_FLIGHT
 from trainer.safetensors_index import INDEX_FILE, read_index
 from trainer.store import PART_BYTES, Store, open_store
 

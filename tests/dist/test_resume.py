@@ -9,9 +9,9 @@ import pytest
 
 from tests.dist.launch import launch, running
 from tests.material import Workshop
-from trainer import run_layout
+from trainer.run import layout
 from trainer.config import Config, dump_config
-from trainer.manifest import committed_steps, read_manifest
+from trainer.checkpoint.manifest import committed_steps, read_manifest
 from trainer.store import Store
 
 TOLERANCE = 1e-3  # nats, at another world size
@@ -48,7 +48,7 @@ class Runs:
         """Kill every rank with SIGKILL once step 5 is committed and more steps were taken."""
         folder = self.folder(name)
         with running(world_size, "run", *self.arguments(name), "hold") as ranks:
-            ranks.wait_until(lambda: folder.exists(run_layout.manifest(5)))
+            ranks.wait_until(lambda: folder.exists(layout.manifest(5)))
             ranks.kill()
         assert committed_steps(folder) == [5, 1]
 
@@ -60,8 +60,8 @@ class Runs:
 def losses(run: Store, generation: int | None = None) -> dict[int, float]:
     """Step -> loss; where generations took the same step, the later one's."""
     found: dict[int, float] = {}
-    for entry in run.list(run_layout.METRICS):
-        if generation in (None, run_layout.generation_of(entry.key)):
+    for entry in run.list(layout.METRICS):
+        if generation in (None, layout.generation_of(entry.key)):
             records = map(json.loads, run.get(entry.key).splitlines())
             found |= {record["step"]: record["loss"] for record in records if record["kind"] == "step"}
     return found
@@ -145,13 +145,13 @@ def test_a_stop_request_ends_every_rank_with_a_commit_and_the_run_goes_on(
     plain: Runs, uninterrupted: dict[int, float]
 ) -> None:
     folder = plain.folder("stopped")
-    folder.put(run_layout.STOP, b"")
+    folder.put(layout.STOP, b"")
     outcomes = launch(2, "run", *plain.arguments("stopped"))
     assert [(o["outcome"], o["exit_code"]) for o in outcomes] == [("Stopped", 75)] * 2
     step = committed_steps(folder)[0]
     assert 0 <= step < 10
     assert f"stopped at step {step} on request" in outcomes[0]["message"]
-    folder.delete(run_layout.STOP)
+    folder.delete(layout.STOP)
     assert plain.train("stopped", 2, "resume") == uninterrupted
 
 
@@ -182,11 +182,11 @@ def test_a_loss_that_is_not_finite_ends_every_rank_and_commits_nothing(workshop:
     outcomes = launch(2, "run", dump_config(config), workshop.prepare(config).train)
     assert [(o["outcome"], o["exit_code"]) for o in outcomes] == [("NonFiniteLoss", 5)] * 2
     assert "the loss of step 1 is nan" in outcomes[0]["message"]
-    assert workshop.store.sub("infinite").list(run_layout.CHECKPOINTS) == []
+    assert workshop.store.sub("infinite").list(layout.CHECKPOINTS) == []
 
 
 def samples(run: Store, generation: int) -> dict[int, str]:
-    lines = [json.loads(line) for line in run.get(run_layout.metrics(generation)).splitlines()]
+    lines = [json.loads(line) for line in run.get(layout.metrics(generation)).splitlines()]
     return {line["step"]: line["samples"] for line in lines if line["kind"] == "step"}
 
 

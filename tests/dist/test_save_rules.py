@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from launcher.status import read_generation
+from launcher.view.status import read_generation
 from tests.dist.launch import launch
 from tests.material import Workshop, make_data
 from trainer.config import dump_config
-from trainer.manifest import committed_steps, read_manifest
+from trainer.checkpoint.manifest import committed_steps, read_manifest
 
 
 def kinds(result: dict[str, Any]) -> list[tuple[str, int]]:

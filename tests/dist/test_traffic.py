@@ -2,7 +2,7 @@
 
 from tests.dist.launch import launch
 from tests.material import Workshop
-from trainer.base import resolve_base
+from trainer.base.locate import resolve_base
 from trainer.config import dump_config
 from trainer.plan import make_plan
 

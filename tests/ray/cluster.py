@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from ray.cluster_utils import Cluster
 
-from launcher.status import read_generation
+from launcher.view.status import read_generation
 from tests.cli.conftest import ENVIRONMENT
 from tests.material import Workshop
 from trainer.store import Store

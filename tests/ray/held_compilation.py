@@ -7,8 +7,8 @@ import sys
 import time
 from typing import Any
 
-from launcher.cli import main
-from launcher.status import read_generation
+from launcher.cli.__main__ import main
+from launcher.view.status import read_generation
 from trainer.data import compile, rows
 from trainer.data.shards import ShardWriter
 from trainer.store import open_store

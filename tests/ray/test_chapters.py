@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from launcher.status import read_status
+from launcher.view.status import read_status
 from tests.dist.launch import launch
 from tests.material import Workshop, make_data
 from tests.ray.cluster import Driver, losses, steps, write
 from tests.ray.held_compilation import SMALL
-from trainer.base import resolve_base
+from trainer.base.locate import resolve_base
+from trainer.checkpoint.manifest import committed_steps
 from trainer.config import dump_config
 from trainer.data.dataset import open_chapter
 from trainer.data.order import EpochPlan
 from trainer.data.prepare import prepare, train_order
-from trainer.manifest import committed_steps
 from trainer.store import Store, open_store
 
 pytestmark = pytest.mark.timeout(600)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import ray
 
-from launcher import ray_data as cluster_data
-from launcher.ray_cluster import joined_ray
-from launcher.ray_data import map_on_cluster
+from launcher.ray import data as cluster_data
+from launcher.ray.cluster import joined_ray
+from launcher.ray.data import map_on_cluster
 from tests.material import Workshop, byte_tokenizer
 from tests.ray.cluster import Driver, ray_cluster, write
 from trainer.config import Data

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from launcher.ray_cluster import _not_joined
-from launcher.status import ENDED, read_status
+from launcher.ray.cluster import _not_joined
+from launcher.view.status import ENDED, read_status
 from tests.cli.conftest import ENVIRONMENT
 from tests.material import Workshop
 from tests.ray.cluster import write

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from launcher.ray_train import _original
-from launcher.retry import RankDied
-from launcher.run_requests import request_stop
-from launcher.status import read_generation, read_status
+from launcher.policy.retry import RankDied
+from launcher.ray.train import _original
+from launcher.view.status import read_generation, read_status
 from tests.dist.launch import launch
 from tests.material import Workshop
 from tests.ray.cluster import Driver, alive, losses, ray_cluster, steps, write
+from trainer.checkpoint.manifest import committed_steps
 from trainer.config import dump_config
-from trainer.manifest import committed_steps
+from trainer.run.requests import request_stop
 from trainer.store import open_store
 
 pytestmark = pytest.mark.timeout(900)

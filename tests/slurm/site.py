@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from launcher.slurm_policy import Attempt
-from launcher.slurm_queue import attempts
-from launcher.status import read_generation
+from launcher.policy.jobs import Attempt
+from launcher.slurm.queue import attempts
+from launcher.view.status import read_generation
 from tests.cli.conftest import ENVIRONMENT
 from tests.material import Workshop
 from tests.slurm.cluster import LOGIN, Cluster

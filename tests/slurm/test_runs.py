@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from launcher.status import read_generation, read_status
+from launcher.view.status import read_generation, read_status
 from tests.cli.conftest import ENVIRONMENT
 from tests.slurm.site import Site
 

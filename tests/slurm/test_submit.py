@@ -4,14 +4,14 @@ import json
 import re
 from pathlib import Path
 
-from launcher.slurm_script import slurm_quoted
+from launcher.slurm.script import slurm_quoted
 from tests.slurm.cluster import Cluster
 from tests.slurm.site import Site
-from trainer import run_layout
+from trainer.run import layout
 
 HELD = "cluster.slurm.extra=[--hold]"
 
-# It answers as launcher.slurm_job and a rank would: the first rank ends with 1, which leads to a start without its node.
+# It answers as launcher.slurm.job and a rank would: the first rank ends with 1, which leads to a start without its node.
 FAKE_PYTHON = """\
 #!/bin/bash
 case "$2 $3 ${SLURM_RESTART_COUNT:-0}" in
@@ -41,7 +41,7 @@ def test_a_refusal_is_told_in_slurms_own_words_and_the_name_stays_free(site: Sit
         "capstan: Slurm refuses the job: invalid partition specified: nope; "
         "Batch job submission failed: Invalid partition name specified"
     )
-    assert not site.run("misplaced").exists(run_layout.CONFIG)
+    assert not site.run("misplaced").exists(layout.CONFIG)
 
 
 def test_a_pending_job_says_why_it_waits_and_stop_cancels_it(site: Site) -> None:
@@ -53,10 +53,10 @@ def test_a_pending_job_says_why_it_waits_and_stop_cancels_it(site: Site) -> None
     assert re.search(rf"job {job} +PENDING: held; `scontrol release` lets it go", shown)
     taken = site.capstan("submit", "slurm", config)
     assert (taken.returncode, "'waiting' exists in" in taken.stderr) == (2, True)
-    site.run("waiting").put(run_layout.manifest(5), b"{}")  # as if it had committed: it may be resumed, but not twice
+    site.run("waiting").put(layout.manifest(5), b"{}")  # as if it had committed: it may be resumed, but not twice
     twice = site.capstan("submit", "slurm", config, "--resume")
     assert (twice.returncode, f"job {job} of {site.run('waiting').uri} is PENDING" in twice.stderr) == (2, True)
-    site.run("waiting").delete(run_layout.manifest(5))
+    site.run("waiting").delete(layout.manifest(5))
 
     assert "is to be cancelled" in site.capstan("stop", site.folder / "store/waiting", "--dry-run").stderr
     assert site.status("waiting")["slurm"]["jobs"][0]["state"] == "PENDING"
@@ -126,8 +126,8 @@ def test_the_job_is_requeued_without_the_node_that_is_bad(site: Site, tmp_path: 
 
 def test_the_record_of_a_submission_is_in_the_runs_folder(site: Site) -> None:
     job = site.submit(site.config("kept", HELD))
-    record = json.loads(site.run("kept").get(run_layout.SLURM_JOB))
+    record = json.loads(site.run("kept").get(layout.SLURM_JOB))
     assert record["jobs"] == [job]
-    assert site.run("kept").get(run_layout.SLURM_SCRIPT).startswith(b"#!/bin/bash\n#SBATCH")
-    assert site.run("kept").exists(run_layout.SNAPSHOT)
+    assert site.run("kept").get(layout.SLURM_SCRIPT).startswith(b"#!/bin/bash\n#SBATCH")
+    assert site.run("kept").exists(layout.SNAPSHOT)
     site.capstan("stop", site.folder / "store/kept")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.local_s3 import S3Server
+from launcher.smoke.local_s3 import S3Server
 from tests.material import byte_tokenizer
 from trainer.config import Data
 from trainer.data.chapters import whole

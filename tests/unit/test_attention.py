@@ -8,11 +8,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.material import KINDS, SIZES
-from trainer.attention import KERNELS, choose_attention, unable, unavailable
 from trainer.data.stream import MicroBatch, Position
-from trainer.engine import RowLoss
 from trainer.errors import ConfigError
-from trainer.loss import IGNORE, LossHead
+from trainer.model.attention import KERNELS, choose_attention, unable, unavailable
+from trainer.model.head import IGNORE, LossHead
+from trainer.zero.engine import RowLoss
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.material import KINDS, SIZES, Workshop
-from trainer.architecture import mismatches
-from trainer.base import check_base, check_no_other, resolve_base, tokenizer_size
+from trainer.base.architecture import mismatches
+from trainer.base.locate import check_base, check_no_other, resolve_base, tokenizer_size
 from trainer.config import override, parse_config
 from trainer.errors import ConfigError
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.material import make_base
-from trainer.base import base_files, read_base_config, resolve_base
+from trainer.base.locate import base_files, read_base_config, resolve_base
 from trainer.config import Model
 from trainer.errors import ConfigError, NotFound, StorageError
 from trainer.safetensors_index import numel

@@ -8,12 +8,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from launcher.cli import app
+from launcher.cli.__main__ import app
 from tests.unit.test_manifest import manifest
-from trainer import run_layout
+from trainer.checkpoint.manifest import committed_steps
+from trainer.checkpoint.shard import Layout, write_shard
 from trainer.errors import CapstanError, ConfigError
-from trainer.manifest import committed_steps
-from trainer.shard import Layout, write_shard
+from trainer.run import layout
 from trainer.store import Store, open_store
 
 CONFIG = {
@@ -29,19 +29,19 @@ CONFIG = {
 def run(tmp_path: Path) -> Store:
     """A run with commits of steps 1 to 4, of two shards each, and an orphan."""
     run = open_store(str(tmp_path)).sub("mine")
-    run.put(run_layout.CONFIG, yaml.safe_dump(CONFIG).encode())
+    run.put(layout.CONFIG, yaml.safe_dump(CONFIG).encode())
     for step in (1, 2, 3, 4):
         shards = [
             write_shard(
                 run,
-                run_layout.shard(step, "000002-000001", rank),
+                layout.shard(step, "000002-000001", rank),
                 Layout({"w": (rank, rank + 1)}),
                 memoryview(bytes(12)),
             )
             for rank in range(2)
         ]
-        run.create(run_layout.manifest(step), manifest(step, shards, eval_loss=1 / step).to_json())
-    run.put(run_layout.shard(9, "000001-000001", 0), b"lost")
+        run.create(layout.manifest(step), manifest(step, shards, eval_loss=1 / step).to_json())
+    run.put(layout.shard(9, "000001-000001", 0), b"lost")
     return run
 
 
@@ -58,7 +58,7 @@ def test_ls_tells_size_age_world_size_and_loss(run: Store) -> None:
     assert [row["step"] for row in found["checkpoints"]] == [4, 3, 2, 1]
     first = found["checkpoints"][0]
     assert (first["world_size"], first["generation"], first["eval_loss"]) == (2, 2, 0.25)
-    assert first["bytes"] == sum(e.size for e in run.list(run_layout.checkpoint(4)) if "shard" in e.key)
+    assert first["bytes"] == sum(e.size for e in run.list(layout.checkpoint(4)) if "shard" in e.key)
     assert first["age_seconds"] > 0
     text = capstan(run, "ls").stdout
     assert "world size" in text
@@ -68,10 +68,10 @@ def test_ls_tells_size_age_world_size_and_loss(run: Store) -> None:
 def test_verify_reads_every_byte_and_names_what_is_wrong(run: Store) -> None:
     whole = capstan(run, "verify", "--json")
     assert (whole.exit_code, answer(whole)["problems"], answer(whole)["verified"]) == (0, {}, True)
-    key = run_layout.shard(3, "000002-000001", 1)
+    key = layout.shard(3, "000002-000001", 1)
     run.put(key, run.get(key)[:-1] + b"\x01")
-    run.delete(run_layout.shard(2, "000002-000001", 0))
-    run.put(run_layout.manifest(1), b"{")
+    run.delete(layout.shard(2, "000002-000001", 0))
+    run.put(layout.manifest(1), b"{")
     damaged = capstan(run, "verify", "--json")
     problems = answer(damaged)["problems"]
     assert damaged.exit_code == 6
@@ -109,7 +109,7 @@ def test_prune_takes_other_rules_and_orphans_of_any_age(run: Store) -> None:
     result = capstan(run, "prune", *rules)
     assert "removed checkpoints of steps: 1, 2; orphans: 1;" in " ".join(result.stdout.split())
     assert committed_steps(run) == [4, 3]
-    assert run.list(run_layout.checkpoint(9)) == []
+    assert run.list(layout.checkpoint(9)) == []
 
 
 def test_a_misspelt_run_or_store_is_named_and_leaves_no_folder(run: Store, tmp_path: Path) -> None:

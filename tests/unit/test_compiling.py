@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from launcher import compiling
-from launcher.compiling import Compilation
-from launcher.run_requests import stop_requester
+from launcher.drive import compiling
+from launcher.drive.compiling import Compilation
 from tests.faulty import Fault, FaultyStore
-from trainer import run_layout
 from trainer.errors import DataError, Stopped, Unreachable
+from trainer.run import layout
+from trainer.run.requests import stop_requester
 from trainer.store import Store, open_store
 
 
@@ -39,7 +39,7 @@ def chapters(*numbers: int, then: BaseException | None = None, done: threading.E
 
 
 def told(run: Store) -> bool:
-    return run.exists(run_layout.NO_MORE_DATA)
+    return run.exists(layout.NO_MORE_DATA)
 
 
 def stop_when_told(run: Store) -> None:
@@ -80,8 +80,8 @@ def test_it_is_told_also_when_the_store_fails_meanwhile(run: Store) -> None:
         made, _ = compilation(FaultyStore(run, Fault(at)))
         with pytest.raises(DataError), made.beside(chapters(then=DataError("line 7"))):
             stop_when_told(run)
-        run.delete(run_layout.NO_MORE_DATA)
-        run.delete(run_layout.STOP)
+        run.delete(layout.NO_MORE_DATA)
+        run.delete(layout.STOP)
 
 
 def test_nothing_is_told_once_the_run_is_over(run: Store) -> None:

@@ -15,7 +15,6 @@ import pyarrow.parquet
 import pytest
 
 from tests.unit.test_data_compile import FINGERPRINT, settings, word_tokenizer, write
-from trainer import run_layout
 from trainer.config import Data
 from trainer.config.data import Source
 from trainer.data import chapters, compile, order, rows, shards, stream
@@ -27,6 +26,7 @@ from trainer.data.shards import Place
 from trainer.data.sources import expand
 from trainer.data.stream import MicroBatch, Position, Stream
 from trainer.errors import CapstanError, DataError, NotFound, Stopped
+from trainer.run import layout
 from trainer.store import Store, open_store
 
 A, B = 520, 230
@@ -192,7 +192,7 @@ def test_a_killed_compilation_gives_the_same_bytes(tmp_path: Path, store: Store,
         with pytest.raises(KeyboardInterrupt):
             list(compilation(store, data, progress=die))
     assert list(compilation(store, data)) == [0, 1, 2, 3]
-    folder, expected = (each.sub(run_layout.dataset(FINGERPRINT)) for each in (store, other))
+    folder, expected = (each.sub(layout.dataset(FINGERPRINT)) for each in (store, other))
     assert {entry.key: folder.get(entry.key) for entry in folder.list()} == {
         entry.key: expected.get(entry.key) for entry in expected.list()
     }

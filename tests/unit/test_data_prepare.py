@@ -3,7 +3,7 @@
 import pytest
 
 from tests.material import Workshop, make_data
-from trainer.base import resolve_base
+from trainer.base.locate import resolve_base
 from trainer.data.chapters import open_chapters
 from trainer.data.dataset import open_chapter, open_dataset
 from trainer.data.order import EpochPlan

@@ -21,7 +21,7 @@ from trainer.data.order import EpochPlan, Order, Window
 from trainer.data.sources import expand
 from trainer.data.stream import PAD, MicroBatch, Position, Stream, eval_stream
 from trainer.errors import DataError
-from trainer.loss import IGNORE
+from trainer.model.head import IGNORE
 from trainer.store import open_store
 
 LENGTH, EOS, DOCUMENTS = 32, 1000, 700

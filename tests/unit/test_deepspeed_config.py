@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from trainer.config import Config, parse_config
-from trainer.deepspeed_config import build_deepspeed_config, choose_policy, policy_names
 from trainer.errors import ConfigError
+from trainer.zero.policy import build_deepspeed_config, choose_policy, policy_names
 
 RUN = "run: {name: demo}\nmodel: {base: /models/tiny}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
 

@@ -1,7 +1,7 @@
 """Who is to blame when ranks hang: the judge over beats and a clock of its own."""
 
 from trainer.config import Timeouts
-from trainer.heartbeat import Beat, Judge, Phase, Verdict
+from trainer.train.heartbeat import Beat, Judge, Phase, Verdict
 
 LIMITS = Timeouts(load=100, step=10, save=50)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer import loss as loss_module
-from trainer.loss import IGNORE, LossHead
+from trainer.model import head as loss_module
+from trainer.model.head import IGNORE, LossHead
 
 T, H, V = 50, 12, 31
 

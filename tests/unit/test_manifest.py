@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-from trainer import run_layout
-from trainer.errors import StorageError
-from trainer.manifest import (
+from trainer.checkpoint.manifest import (
     Manifest,
     committed_steps,
     parse_manifest,
     read_manifest,
     readable_manifests,
 )
-from trainer.shard import Shard, verify_shard
+from trainer.checkpoint.shard import Shard, verify_shard
+from trainer.errors import StorageError
+from trainer.run import layout
 from trainer.store import Store, open_store
 
 
@@ -46,8 +46,8 @@ def run(tmp_path: Path) -> Store:
 
 
 def commit(run: Store, step: int) -> None:
-    run.put(run_layout.shard(step, "attempt", 0), b"data")
-    run.create(run_layout.manifest(step), manifest(step).to_json())
+    run.put(layout.shard(step, "attempt", 0), b"data")
+    run.create(layout.manifest(step), manifest(step).to_json())
 
 
 def test_a_manifest_comes_back_as_it_was() -> None:
@@ -83,24 +83,24 @@ def test_only_a_manifest_makes_a_checkpoint(run: Store) -> None:
     commit(run, 10)
     commit(run, 9)
     commit(run, 100)
-    run.put(run_layout.shard(200, "attempt", 0), b"data")
+    run.put(layout.shard(200, "attempt", 0), b"data")
     assert committed_steps(run) == [100, 10, 9]
 
 
 def test_readable_manifests_are_newest_first_and_say_what_was_passed_over(run: Store) -> None:
     for step in (1, 2, 3):
         commit(run, step)
-    run.put(run_layout.manifest(3), b"{")
+    run.put(layout.manifest(3), b"{")
     skipped: list[str] = []
     assert [found.step for found in readable_manifests(run, skipped)] == [2, 1]
     assert len(skipped) == 1
-    assert run_layout.manifest(3) in skipped[0]
+    assert layout.manifest(3) in skipped[0]
 
 
 def test_a_step_is_committed_once(run: Store) -> None:
     commit(run, 1)
     with pytest.raises(StorageError, match="exists already"):
-        run.create(run_layout.manifest(1), b"another")
+        run.create(layout.manifest(1), b"another")
     assert read_manifest(run, 1) == manifest(1)
 
 
@@ -134,4 +134,4 @@ def test_a_store_that_fails_is_not_a_damaged_checkpoint(run: Store) -> None:
     with pytest.raises(StorageError, match="503"):
         list(readable_manifests(failing, []))
     with pytest.raises(StorageError, match="503"):
-        verify_shard(failing, Shard(run_layout.shard(5, "attempt", 0), 4, "", {}))
+        verify_shard(failing, Shard(layout.shard(5, "attempt", 0), 4, "", {}))

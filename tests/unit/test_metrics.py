@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from trainer import run_layout
 from trainer.errors import StorageError
-from trainer.metrics import Every, Metrics, StopSignal, claim_generation, rank_log
+from trainer.run import layout
+from trainer.run.metrics import Every, Metrics, StopSignal, claim_generation, rank_log
 from trainer.store import Store, open_store
 
 
@@ -42,7 +42,7 @@ def metrics(run: Store, *, writes: bool = True, tensorboard: bool = False) -> Me
 
 
 def records(run: Store) -> list[dict[str, object]]:
-    return [json.loads(line) for line in run.get(run_layout.metrics(1)).splitlines()]
+    return [json.loads(line) for line in run.get(layout.metrics(1)).splitlines()]
 
 
 def test_each_record_is_one_json_object_a_line(run: Store) -> None:
@@ -73,7 +73,7 @@ def test_tensorboard_events_lie_in_the_runs_folder(run: Store) -> None:
     for step in (1, 2):
         ours.write("step", step=step, loss=1.0 / step, samples="88ed09c9")  # a text is no curve
     ours.close()
-    folder = run.uri.removeprefix("file://") + "/" + run_layout.tensorboard(1)
+    folder = run.uri.removeprefix("file://") + "/" + layout.tensorboard(1)
     events = EventAccumulator(folder).Reload().Scalars("step/loss")
     assert [(event.step, event.value) for event in events] == [(1, 1.0), (2, 0.5)]
 
@@ -98,7 +98,7 @@ def test_a_stop_key_is_seen(run: Store) -> None:
     stop = StopSignal(run, watches=False, seconds=60)
     stop._look()
     assert not stop.requested
-    run.put(run_layout.STOP, b"")
+    run.put(layout.STOP, b"")
     stop._look()
     assert stop.requested
     stop.close()
@@ -109,10 +109,10 @@ def test_a_ranks_log_has_what_python_and_child_processes_print(run: Store, capfd
         print("from python", flush=True)
         os.write(2, b"from C\n")
         subprocess.run([sys.executable, "-c", "print('from a child')"], check=True, timeout=60)
-    log = run.get(run_layout.rank_log(2, 3)).decode()
+    log = run.get(layout.rank_log(2, 3)).decode()
     assert log.splitlines() == ["from python", "from C", "from a child"]
     os.write(2, b"afterwards\n")
-    assert "afterwards" not in run.get(run_layout.rank_log(2, 3)).decode()
+    assert "afterwards" not in run.get(layout.rank_log(2, 3)).decode()
 
 
 def test_a_ranks_log_is_sent_again_only_when_it_has_grown(

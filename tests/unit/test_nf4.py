@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainer.nf4 import Format, FrozenLinear4bit, FrozenStack4bit, Layout, quantize_absmax, quantize_blocks, share
+from trainer.model.nf4 import Format, FrozenLinear4bit, FrozenStack4bit, Layout, quantize_absmax, quantize_blocks, share
 
 Kind = Literal["nf4", "fp4"]
 IN, OUT = 90, 70  # 6,300 weights: no multiple of a block

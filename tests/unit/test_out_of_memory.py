@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from tests.material import Workshop
-from trainer.base import resolve_base
+from trainer.base.locate import resolve_base
 from trainer.errors import DoesNotFit
-from trainer.metrics import Metrics, claim_generation
 from trainer.rank import _outcome
 from trainer.ranks import Ranks
-from trainer.run_layout import metrics
+from trainer.run.layout import metrics
+from trainer.run.metrics import Metrics, claim_generation
 
 
 def test_out_of_memory_names_the_largest_parts_of_the_plan(tmp_path: Path):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from trainer.architecture import read_architecture
+from trainer.base.architecture import read_architecture
 from trainer.config import Config, Quant, parse_config
 from trainer.errors import ConfigError
 from trainer.plan import make_plan, quantized_bytes
@@ -87,7 +87,7 @@ def test_parameters_are_those_of_the_transformers_model(extra: dict[str, Any], t
 
 
 def test_every_architecture_that_can_be_trained_can_be_planned():
-    from trainer.base import ARCHITECTURES
+    from trainer.base.locate import ARCHITECTURES
 
     for kind in ARCHITECTURES:
         experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
@@ -122,9 +122,10 @@ def test_quantized_bytes_are_those_that_bitsandbytes_stores(numel: int, block_si
 
 
 def test_the_chunk_of_logits_is_that_of_the_loss():
-    from trainer import loss, plan
+    from trainer import plan
+    from trainer.model import head
 
-    assert plan._LOGITS_CHUNK_BYTES == loss._CHUNK_BYTES
+    assert plan._LOGITS_CHUNK_BYTES == head._CHUNK_BYTES
 
 
 def test_the_base_is_divided_by_the_ranks_that_share_a_copy():

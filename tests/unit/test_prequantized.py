@@ -8,10 +8,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.material import Workshop, quantize_base
-from trainer.architecture import mismatches
-from trainer.base import check_base, resolve_base
+from trainer.base.architecture import mismatches
+from trainer.base.locate import check_base, resolve_base
+from trainer.base.prequantized import packed_sources
 from trainer.errors import ConfigError
-from trainer.prequantized import packed_sources
 
 DOUBLE = "quant.double=true"
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"

@@ -1,6 +1,6 @@
 """How many ranks find room on a cluster, and what it lacks, from the numbers alone."""
 
-from launcher.ray_cluster import _bundle, fits, shortage
+from launcher.ray.cluster import _bundle, fits, shortage
 
 GPU_RANK = {"CPU": 4.0, "GPU": 1.0}
 

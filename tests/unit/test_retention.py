@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.unit.test_manifest import manifest
-from trainer import run_layout
-from trainer.manifest import committed_steps
-from trainer.retention import Removal, Retention, plan_removal, remove
-from trainer.shard import Shard
+from trainer.checkpoint.manifest import committed_steps
+from trainer.checkpoint.retention import Removal, Retention, plan_removal, remove
+from trainer.checkpoint.shard import Shard
+from trainer.run import layout
 from trainer.store import Store, open_store
 
 
@@ -20,9 +20,9 @@ def run(tmp_path: Path) -> Store:
 
 
 def commit(run: Store, step: int, attempt: str = "000001-000001", eval_loss: float | None = None) -> None:
-    key = run_layout.shard(step, attempt, 0)
+    key = layout.shard(step, attempt, 0)
     run.put(key, b"data")
-    run.create(run_layout.manifest(step), manifest(step, [Shard(key, 4, "", {})], eval_loss).to_json())
+    run.create(layout.manifest(step), manifest(step, [Shard(key, 4, "", {})], eval_loss).to_json())
 
 
 def later(hours: float) -> Callable[[], datetime]:
@@ -56,7 +56,7 @@ def test_of_equal_losses_the_newer_is_kept() -> None:
 def test_losses_come_from_the_manifests_and_a_damaged_one_has_none(run: Store) -> None:
     for step, loss in ((1, 0.5), (2, 0.1), (3, None), (4, 0.9)):
         commit(run, step, eval_loss=loss)
-    run.put(run_layout.manifest(2), b"{")
+    run.put(layout.manifest(2), b"{")
     assert plan_removal(run, Retention(1, keep_best=1)).kept == [4, 1]
 
 
@@ -73,20 +73,20 @@ def test_a_removal_deletes_the_manifest_before_its_shards(run: Store, monkeypatc
     monkeypatch.setattr(Store, "delete", observed)
     removal = plan_removal(run, Retention(1))
     assert (removal.steps, removal.kept, removal.orphans) == ([1], [2], [])
-    assert removal.bytes == sum(entry.size for entry in run.list(run_layout.checkpoint(1)))
+    assert removal.bytes == sum(entry.size for entry in run.list(layout.checkpoint(1)))
     assert deleted == [], "a plan changes nothing"
     remove(run, removal)
-    assert deleted == [run_layout.manifest(1), run_layout.shard(1, "000001-000001", 0)]
-    assert run.list(run_layout.checkpoint(1)) == []
+    assert deleted == [layout.manifest(1), layout.shard(1, "000001-000001", 0)]
+    assert run.list(layout.checkpoint(1)) == []
     assert committed_steps(run) == [2]
 
 
 def test_orphans_go_when_they_are_old_and_what_a_commit_names_stays(run: Store) -> None:
     commit(run, 5, "000002-000001")
     orphans = [
-        run_layout.damaged_manifest(5, 2),
-        run_layout.shard(5, "000001-000003", 0),  # of a dead attempt at a step that was committed later
-        run_layout.shard(7, "000001-000004", 1),  # of a save that never came to its commit
+        layout.damaged_manifest(5, 2),
+        layout.shard(5, "000001-000003", 0),  # of a dead attempt at a step that was committed later
+        layout.shard(7, "000001-000004", 1),  # of a save that never came to its commit
     ]
     for key in orphans:
         run.put(key, b"lost")
@@ -97,11 +97,11 @@ def test_orphans_go_when_they_are_old_and_what_a_commit_names_stays(run: Store) 
     remove(run, old)
     remove(run, old)
     left = [entry.key for entry in run.list()]
-    assert left == [run_layout.shard(5, "000002-000001", 0), run_layout.manifest(5)]
+    assert left == [layout.shard(5, "000002-000001", 0), layout.manifest(5)]
 
 
 def test_beside_a_damaged_manifest_nothing_is_an_orphan(run: Store) -> None:
     commit(run, 5)
-    run.put(run_layout.shard(5, "000009-000001", 0), b"x")
-    run.put(run_layout.manifest(5), b"{")
+    run.put(layout.shard(5, "000009-000001", 0), b"x")
+    run.put(layout.manifest(5), b"{")
     assert plan_removal(run, Retention(1), now=later(1000)).orphans == []

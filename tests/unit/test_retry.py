@@ -2,9 +2,9 @@
 
 import pytest
 
-from launcher import retry
-from launcher.retry import Failure, RankDied
-from launcher.status import read_status
+from launcher.policy import retry
+from launcher.policy.retry import Failure, RankDied
+from launcher.view.status import read_status
 from trainer.config import Retry
 from trainer.errors import (
     CapstanError,
@@ -17,7 +17,7 @@ from trainer.errors import (
     StorageError,
     Superseded,
 )
-from trainer.run_layout import metrics
+from trainer.run.layout import metrics
 from trainer.store import Store, open_store
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from launcher.sample import Sample, Sizes, make_sample
-from launcher.stdlib_docs import pairs, split
+from launcher.smoke.sample import Sample, Sizes, make_sample
+from launcher.smoke.stdlib_docs import pairs, split
 
 SMALL = Sizes(hidden=64, intermediate=128, layers=1, steps=12, batch=4, sequence_length=64)
 
@@ -28,7 +28,7 @@ def tokenizer(sample: Sample) -> Any:
 
 
 def test_the_pairs_are_the_same_in_every_process() -> None:
-    program = "import hashlib; from launcher.stdlib_docs import pairs; print(hashlib.sha256(repr(pairs()).encode()).hexdigest())"
+    program = "import hashlib; from launcher.smoke.stdlib_docs import pairs; print(hashlib.sha256(repr(pairs()).encode()).hexdigest())"
     digests = {
         subprocess.run(
             [sys.executable, "-c", program],
@@ -134,5 +134,7 @@ def test_a_made_sample_is_not_made_again_and_a_half_made_one_is(sample: Sample) 
 
 
 def test_importing_the_module_leaves_torch_alone() -> None:
-    program = "import sys, launcher.sample; assert not {'torch', 'transformers', 'sentencepiece'} & set(sys.modules)"
+    program = (
+        "import sys, launcher.smoke.sample; assert not {'torch', 'transformers', 'sentencepiece'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

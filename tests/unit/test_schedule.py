@@ -3,7 +3,7 @@
 import pytest
 
 from trainer.config import Optim
-from trainer.schedule import learning_rate
+from trainer.train.schedule import learning_rate
 
 
 def rates(total: int, **settings: object) -> list[float]:

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from launcher.run_requests import request_stop
-from launcher.slurm_job import begin, end, free_ports, silent_nodes
-from launcher.slurm_queue import attempts
-from launcher.status import read_status
-from trainer import run_layout
+from launcher.slurm.job import begin, end, free_ports, silent_nodes
+from launcher.slurm.queue import attempts
+from launcher.view.status import read_status
 from trainer.config import Config, dump_config, parse_config
+from trainer.run import layout
+from trainer.run.requests import request_stop
 from trainer.store import Store, open_store
 
 
@@ -35,7 +35,7 @@ retry: {{failures: 1}}
 @pytest.fixture
 def run(config: Config) -> Store:
     run = open_store(config.run.store).sub("big")
-    run.put(run_layout.CONFIG, dump_config(config).encode())
+    run.put(layout.CONFIG, dump_config(config).encode())
     return run
 
 
@@ -57,7 +57,7 @@ def start(config: Config, restart: int = 0, submission: str = "s") -> str:
 def generation(run: Store, number: int, *records: dict[str, Any]) -> None:
     facts = {"kind": "start", "step": 0, "total_steps": 20, "world_size": 2, "time": time.time()}
     lines = [{**facts, "hosts": ["host1.cluster", "host2.cluster"]}, *records]
-    run.put(run_layout.metrics(number), "".join(json.dumps(line) + "\n" for line in lines).encode())
+    run.put(layout.metrics(number), "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def died(rank: int) -> dict[str, Any]:

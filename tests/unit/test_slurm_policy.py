@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from launcher.slurm_policy import (
+from launcher.policy.jobs import (
     FRUITLESS,
     RAY_DID_NOT_START,
     Attempt,

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from launcher import slurm_queue
-from launcher.run_requests import stop_requester
-from launcher.slurm import clean_environment
-from launcher.slurm_queue import Job, Record, is_over, job_output, jobs_of, parse_sacct, parse_squeue, stop
-from launcher.status import read_status
-from trainer import run_layout
+from launcher.slurm import queue
+from launcher.slurm.queue import Job, Record, is_over, job_output, jobs_of, parse_sacct, parse_squeue, stop
+from launcher.slurm.submit import clean_environment
+from launcher.view.status import read_status
 from trainer.errors import ConfigError
+from trainer.run import layout
+from trainer.run.requests import stop_requester
 from trainer.store import Store, open_store
 
 
@@ -86,13 +86,13 @@ class FakeSlurm:
 @pytest.fixture
 def run(tmp_path: Path) -> Store:
     run = open_store(str(tmp_path)).sub("big")
-    run.put(run_layout.CONFIG, b"run: {name: big}\n")
+    run.put(layout.CONFIG, b"run: {name: big}\n")
     return run
 
 
 def slurm(monkeypatch: pytest.MonkeyPatch, **answers: str) -> FakeSlurm:
     fake = FakeSlurm(**answers)
-    monkeypatch.setattr(slurm_queue, "call", fake)
+    monkeypatch.setattr(queue, "call", fake)
     return fake
 
 
@@ -141,7 +141,7 @@ def test_the_output_is_that_of_the_newest_job_that_has_begun(run: Store, tmp_pat
     with pytest.raises(ConfigError, match="was not submitted to Slurm"):
         job_output(run)
     record = {"jobs": [12, 13], "submission": "s", "submitted": 0.0, "output": f"{tmp_path}/slurm-%j.out"}
-    run.put(run_layout.SLURM_JOB, json.dumps(record).encode())
+    run.put(layout.SLURM_JOB, json.dumps(record).encode())
     with pytest.raises(ConfigError, match="the job has not begun"):
         job_output(run)
     (tmp_path / "slurm-12.out").write_text("hello\n")
@@ -151,7 +151,7 @@ def test_the_output_is_that_of_the_newest_job_that_has_begun(run: Store, tmp_pat
 def test_a_machine_without_slurm_is_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match=r"sbatch: not found\. Use a machine that Slurm is installed on"):
-        slurm_queue.call("sbatch")
+        queue.call("sbatch")
     assert jobs_of(RECORD) == []
 
 

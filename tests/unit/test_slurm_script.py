@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.slurm_script import Shape, options, render, shape, slurm_quoted
+from launcher.slurm.script import Shape, options, render, shape, slurm_quoted
 from trainer.config import Config, Slurm, load_config, parse_config
 from trainer.errors import ConfigError
 

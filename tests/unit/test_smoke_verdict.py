@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from launcher.smoke_verdict import STEPS, SmokeResult
+from launcher.smoke.verdict import STEPS, SmokeResult
 
 GOOD = SmokeResult(
     steps=STEPS,

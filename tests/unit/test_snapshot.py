@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import snapshot
+from launcher.start import snapshot
 from trainer.errors import ConfigError
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from launcher.logs import follow_log, read_log
-from launcher.run_requests import request_stop
-from launcher.runs import find_run, runs
-from launcher.status import Follower, RunStatus, read_generation, read_status
-from launcher.status_view import render, watch
-from trainer import run_layout
+from launcher.view.logs import follow_log, read_log
+from launcher.view.runs import find_run, runs
+from launcher.view.status import Follower, RunStatus, read_generation, read_status
+from launcher.view.tables import render, watch
 from trainer.errors import ConfigError
+from trainer.run import layout
+from trainer.run.requests import request_stop
 from trainer.store import Store, open_store
 
 NOW = 1_800_000_000.0
@@ -48,7 +48,7 @@ def end(outcome: str, reason: str = "") -> dict[str, Any]:
 
 def write(run: Store, generation: int, *records: dict[str, Any], torn: bytes = b"") -> None:
     lines = "".join(json.dumps(record) + "\n" for record in records)
-    run.put(run_layout.metrics(generation), lines.encode() + torn)
+    run.put(layout.metrics(generation), lines.encode() + torn)
 
 
 def status_at(run: Store, now: float = NOW) -> RunStatus:
@@ -62,7 +62,7 @@ def test_a_run_without_metrics_is_starting(run: Store) -> None:
 
 def test_a_claimed_generation_that_loads_for_minutes_is_still_starting(run: Store) -> None:
     write(run, 1)
-    modified = run.head(run_layout.metrics(1)).modified.timestamp()
+    modified = run.head(layout.metrics(1)).modified.timestamp()
     status = status_at(run, modified + 300)
     assert status.state == "starting"
     assert status.quiet_seconds == pytest.approx(300)
@@ -123,10 +123,10 @@ def test_restarts_name_their_reasons(run: Store) -> None:
 
 def test_the_last_commit_is_what_the_store_holds(run: Store) -> None:
     write(run, 1, start(1), step(12, 2.0))
-    run.put(run_layout.shard(12, "attempt", 0), b"not committed")
+    run.put(layout.shard(12, "attempt", 0), b"not committed")
     for number in (5, 10):
-        run.put(run_layout.manifest(number), b"{}")
-    committed = run.head(run_layout.manifest(10)).modified.timestamp()
+        run.put(layout.manifest(number), b"{}")
+    committed = run.head(layout.manifest(10)).modified.timestamp()
     status = status_at(run, committed + 42)
     assert status.last_commit_step == 10
     assert status.last_commit_age_seconds == pytest.approx(42)
@@ -166,7 +166,7 @@ def test_a_follower_reads_only_what_was_appended(run: Store, monkeypatch: pytest
     follower.read()
     write(run, 1, start(1), *(step(number, 3.0) for number in range(1, 101)))
     assert follower.read().step == 100
-    assert sum(read) == run.head(run_layout.metrics(1)).size
+    assert sum(read) == run.head(layout.metrics(1)).size
 
 
 def test_read_generation_groups_by_kind_in_order(run: Store) -> None:
@@ -227,15 +227,15 @@ def test_a_missing_run_names_the_runs_there_are(store: Store, run: Store) -> Non
 
 def test_a_stop_request_says_when_and_by_whom(run: Store) -> None:
     request_stop(run, by="alice")
-    assert json.loads(run.get(run_layout.STOP)).keys() == {"time", "by"}
-    assert json.loads(run.get(run_layout.STOP))["by"] == "alice"
+    assert json.loads(run.get(layout.STOP)).keys() == {"time", "by"}
+    assert json.loads(run.get(layout.STOP))["by"] == "alice"
     assert status_at(run).stop_requested
 
 
 def test_read_log_takes_the_newest_generation_of_that_rank(run: Store) -> None:
-    run.put(run_layout.rank_log(1, 0), b"old")
-    run.put(run_layout.rank_log(2, 0), "neu: é\n".encode())
-    run.put(run_layout.rank_log(1, 1), b"rank 1")
+    run.put(layout.rank_log(1, 0), b"old")
+    run.put(layout.rank_log(2, 0), "neu: é\n".encode())
+    run.put(layout.rank_log(1, 1), b"rank 1")
     assert read_log(run, 0) == "neu: é\n"
     assert read_log(run, 0, generation=1) == "old"
     assert read_log(run, 1) == "rank 1"
@@ -248,9 +248,9 @@ def test_read_log_takes_the_newest_generation_of_that_rank(run: Store) -> None:
 def test_following_a_log_yields_what_is_appended_and_goes_on_into_the_next_generation(run: Store) -> None:
     writes = iter(
         [
-            (run_layout.rank_log(2, 0), "one\ncaf\u00e9"[:-1].encode() + b"\xc3"),  # ends inside a character
-            (run_layout.rank_log(2, 0), "one\ncaf\u00e9\n".encode()),
-            (run_layout.rank_log(3, 0), b"resumed\n"),
+            (layout.rank_log(2, 0), "one\ncaf\u00e9"[:-1].encode() + b"\xc3"),  # ends inside a character
+            (layout.rank_log(2, 0), "one\ncaf\u00e9\n".encode()),
+            (layout.rank_log(3, 0), b"resumed\n"),
         ]
     )
     left = [3]
@@ -260,8 +260,8 @@ def test_following_a_log_yields_what_is_appended_and_goes_on_into_the_next_gener
         run.put(key, data)
         left[0] -= 1
 
-    run.put(run_layout.rank_log(1, 0), b"before\n")
-    run.put(run_layout.rank_log(2, 0), b"one\n")
+    run.put(layout.rank_log(1, 0), b"before\n")
+    run.put(layout.rank_log(2, 0), b"one\n")
     followed: Iterator[str] = follow_log(run, 0, stop=lambda: left[0] == 0, wait=write_more)
     assert list(followed) == ["one\n", "caf", "\u00e9\n", "resumed\n"]
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from launcher import local, slurm_rank, submission
-from launcher.data_build import build
+from launcher.data.build import build
+from launcher.drive import local
+from launcher.slurm import rank
+from launcher.start import claim
 from tests.material import Workshop
 from trainer.config import Config, dump_config
 from trainer.errors import StorageError
@@ -42,7 +44,7 @@ def given_up() -> Any:
 
 def test_before_a_run_starts(config: Config) -> None:
     with given_up():
-        submission.check(config, resume=False)
+        claim.check(config, resume=False)
 
 
 def test_by_who_repeats_failed_requests_itself(config: Config) -> None:
@@ -66,4 +68,4 @@ def test_by_a_rank_of_torchrun_that_waits_for_compiled_data(config: Config, monk
 
 def test_by_a_rank_of_srun_that_compiles(config: Config) -> None:
     with given_up():
-        slurm_rank._run(config, rank=0)
+        rank._run(config, rank=0)

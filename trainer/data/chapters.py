@@ -1,6 +1,6 @@
 """Opens the chapters of a data set as a reader comes near them, and waits for those that are still compiled.
 
-The process that compiles them owns the ranks (launcher/driver.py): when it cannot go on it leaves its reason in the run's
+The process that compiles them owns the ranks (launcher/drive/driver.py): when it cannot go on it leaves its reason in the run's
 folder, and when it is killed without a word the ranks end with it. So a wait needs no time limit and no other sign of life.
 """
 
@@ -11,9 +11,9 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
 
-from trainer import run_layout
 from trainer.data.dataset import Dataset, Reads, open_chapter, read_manifest
 from trainer.errors import CapstanError, DataError, NotFound, Stopped
+from trainer.run import layout
 from trainer.store import Store
 
 LOOK_SECONDS = 2.0
@@ -107,12 +107,12 @@ def open_chapters(store: Store, fingerprint: str, run: Store) -> Chapters:
 def give_up(run: Store, error: BaseException) -> None:
     """Tell the ranks of `run` that no more of its data will be compiled, as they may be waiting for it."""
     reason = {"reason": str(error), "stopped": isinstance(error, Stopped)}
-    run.put(run_layout.NO_MORE_DATA, json.dumps(reason).encode())
+    run.put(layout.NO_MORE_DATA, json.dumps(reason).encode())
 
 
 def _given_up(run: Store) -> CapstanError | None:
     try:
-        given = json.loads(run.get(run_layout.NO_MORE_DATA))
+        given = json.loads(run.get(layout.NO_MORE_DATA))
     except NotFound:
         return None
     return (Stopped if given["stopped"] else DataError)(given["reason"])

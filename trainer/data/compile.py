@@ -18,8 +18,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer import run_layout
-from trainer.base import TOKENIZER_FILES
+from trainer.base.locate import TOKENIZER_FILES
 from trainer.config import Data
 from trainer.data.chat import template_text
 from trainer.data.dataset import (
@@ -38,6 +37,7 @@ from trainer.data.rows import Batch, batches
 from trainer.data.shards import Place, ShardWriter
 from trainer.data.sources import SourceFile
 from trainer.errors import AlreadyExists, DataError
+from trainer.run import layout
 from trainer.store import Store
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def compile_chapters(
 
     Each chapter is a call of the `mapper`, and none is under way while the caller has a number.
     """
-    folder, chapters = store.sub(run_layout.dataset(fingerprint)), count_chapters(files)
+    folder, chapters = store.sub(layout.dataset(fingerprint)), count_chapters(files)
     if folder.exists(MANIFEST):
         yield from range(chapters)
         return

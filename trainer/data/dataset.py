@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from trainer import run_layout
 from trainer.errors import NotFound, StorageError, Unreachable
+from trainer.run import layout
 from trainer.store import Buffer, Store
 
 FORMAT = 3
@@ -236,7 +236,7 @@ def read_manifest(store: Store, fingerprint: str, chapter: int | None = None) ->
         NotFound: it was not written yet.
         StorageError: it is damaged, or of another format.
     """
-    folder = store.sub(run_layout.dataset(fingerprint))
+    folder = store.sub(layout.dataset(fingerprint))
     if chapter is not None:
         for key in (MANIFEST, chapter_key(chapter)):
             with contextlib.suppress(NotFound):
@@ -281,7 +281,7 @@ def open_chapter(store: Store, fingerprint: str, chapter: int) -> Dataset:
 
 def _open_shards(store: Store, manifest: Manifest, shards: list[ShardRecord], before: int) -> Dataset:
     """The data set of these `shards` alone; so many documents lie `before` them."""
-    folder = store.sub(run_layout.dataset(manifest.fingerprint))
+    folder = store.sub(layout.dataset(manifest.fingerprint))
     with ThreadPoolExecutor(_READERS) as pool:
         offsets = list(pool.map(_reader(folder, OFFSET), [shard.documents_file for shard in shards]))
         blocks = list(pool.map(_reader(folder, BLOCK), [shard.blocks_file for shard in shards]))

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from trainer import run_layout
-from trainer.base import Base
+from trainer.base.locate import Base
 from trainer.config import Config
 from trainer.data.compile import Progress, compile_chapters, count_chapters, fingerprint, hash_tokenizer
 from trainer.data.dataset import Manifest, open_chapter, read_manifest
@@ -22,6 +21,7 @@ from trainer.data.order import EpochPlan, Order, turns
 from trainer.data.pool import Mapper, mapper_for
 from trainer.data.sources import SourceFile, expand
 from trainer.errors import DataError, NotFound
+from trainer.run import layout
 from trainer.store import Store
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def _epoch_bins(store: Store, fingerprint: str, order: Order, epochs: int) -> li
     """Bins of each of the first `epochs` epochs: planned once, and kept beside the data for the next start."""
     settings = json.dumps(order.to_json(), sort_keys=True)
     key = f"bins-{hashlib.sha256(settings.encode()).hexdigest()[:20]}.json"
-    folder = store.sub(run_layout.dataset(fingerprint))
+    folder = store.sub(layout.dataset(fingerprint))
     try:
         bins: list[int] = json.loads(folder.get(key))["bins"]
     except NotFound:

@@ -18,7 +18,7 @@ from trainer.data.chapters import Chapters, whole
 from trainer.data.dataset import TARGET_BIT, Dataset
 from trainer.data.order import EpochPlan, Order, Window, turns
 from trainer.data.prepare import eval_order, nothing_visited, train_order
-from trainer.loss import IGNORE
+from trainer.model.head import IGNORE
 
 WINDOWS_AHEAD = 2
 _LOOK_SECONDS = 5.0

@@ -1,0 +1,80 @@
+"""The `capstan` command: its verbs, in the order that --help shows them.
+
+Nothing heavy is imported here: what a verb needs is imported when the verb runs.
+"""
+
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from launcher.cli.before import config_schema, data_build, data_check, doctor, plan, smoke
+from launcher.cli.options import log
+from launcher.cli.run import checkpoints_ls, checkpoints_prune, checkpoints_verify, export, logs, status, stop
+from launcher.cli.start import resume, submit_ray, submit_slurm, train
+from trainer.errors import CapstanError
+
+app = typer.Typer(
+    help="Fine-tune language models that are too large for one machine. --debug anywhere adds the traceback of an error.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"capstan {version('capstan-llm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Fine-tune language models that are too large for one machine. --debug anywhere adds the traceback of an error."""
+
+
+def _add_group(name: str, help: str, **verbs: Callable[..., None]) -> None:
+    group = typer.Typer(help=help, no_args_is_help=True)
+    for verb, function in verbs.items():
+        group.command(verb)(function)
+    app.add_typer(group, name=name)
+
+
+for _verb in (doctor, plan, train, resume, status, logs, stop, export, smoke):
+    app.command()(_verb)
+_add_group("data", "Compile and inspect training data.", build=data_build, check=data_check)
+_add_group("submit", "Hand a run over to a cluster and return.", ray=submit_ray, slurm=submit_slurm)
+_add_group("config", "The configuration's schema.", schema=config_schema)
+_add_group(
+    "checkpoints",
+    "A run's committed checkpoints.",
+    ls=checkpoints_ls,
+    verify=checkpoints_verify,
+    prune=checkpoints_prune,
+)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one sentence and its exit code; `--debug` anywhere shows the traceback too."""
+    debug = "--debug" in sys.argv[1:]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(args=arguments)
+    except CapstanError as error:
+        if debug:
+            traceback.print_exc()
+        log(f"capstan: {error}")
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Verbs that need no run: they look at this machine, a configuration or its data, or try it all in small."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launcher.cli.options import ConfigFile, DryRun, Json, Overrides, emit, log
+from trainer.errors import ConfigError
+
+
+def doctor(
+    store: Annotated[
+        str | None, typer.Option("--store", envvar="CAPSTAN_STORE", help="A store to write a probe to.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check this machine: versions, accelerator, kernels, a store; say what is missing and how to get it."""
+    from launcher.doctor import diagnose, report_table
+
+    report = diagnose(store)
+    emit(report, as_json, report_table)
+    raise typer.Exit(0 if report.ok else 2)
+
+
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpu_memory: Annotated[float | None, typer.Option(help="Memory of one GPU, in GiB.")] = None,
+    ranks_per_node: Annotated[int | None, typer.Option(help="Ranks on one node. Default: all of them.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Memory per GPU and host, batch arithmetic and traffic of a run, without a GPU. Exit code 4 when it does not fit."""
+    from dataclasses import replace
+
+    from launcher.view.plan import plan_table
+    from trainer.base.locate import read_base_config
+    from trainer.config import load_config
+    from trainer.data.sources import unusable
+    from trainer.errors import DataError, DoesNotFit
+    from trainer.plan import make_plan
+
+    run = load_config(config, overrides or ())
+    world_size = run.cluster.most_workers or 1
+    memory = int(gpu_memory * 2**30) if gpu_memory else None
+    result = make_plan(run, read_base_config(run.model), world_size, ranks_per_node or world_size, memory)
+    missing = unusable(run.data)
+    result = replace(result, shortfalls=[*result.shortfalls, *missing])
+    emit(result, as_json, plan_table)
+    if result.shortfalls:
+        kind = ConfigError if result.mismatches else DataError if missing else DoesNotFit
+        raise kind("\n".join(result.shortfalls))
+
+
+def data_build(config: ConfigFile, overrides: Overrides = None, as_json: Json = False, dry_run: DryRun = False) -> None:
+    """Compile the sources into token shards, as train does by itself when they are missing."""
+    from launcher.data.build import build
+
+    emit(build(config, overrides or (), dry_run=dry_run, log=log), as_json, lambda result: result.table())
+
+
+def data_check(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Report on the sources: lengths, duplicates, odd and bad rows. Exit code 3 when train would refuse them."""
+    from launcher.data.check import check, report_table
+    from trainer.errors import DataError
+
+    report = check(config, overrides or ())
+    emit(report, as_json, report_table)
+    if report.refusals:
+        raise DataError("\n".join(report.refusals))
+
+
+def config_schema() -> None:
+    """Print the JSON Schema of the configuration, for editors."""
+    from trainer.config import Config
+
+    print(json.dumps(Config.model_json_schema(), indent=2))
+
+
+def smoke(
+    config: Annotated[
+        Path | None,
+        typer.Argument(metavar="[CONFIG]", help="Your own run, scaled down. Default: a small one, made on the spot."),
+    ] = None,
+    overrides: Overrides = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Use only the first layers of your base.")] = None,
+    directory: Annotated[
+        Path, typer.Option("--dir", help="Where it works; kept, so that a second time is faster.")
+    ] = Path("smoke"),
+    as_json: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Take one run through its whole life in small: train, kill, resume on another world size, export, verify."""
+    from launcher.smoke.life import plan_smoke, run_smoke
+    from launcher.smoke.verdict import table
+
+    if dry_run:
+        planned = plan_smoke(config, overrides or (), layers=layers, directory=directory)
+        emit(planned, as_json, lambda plan: plan.text())
+        return
+    result = run_smoke(config, overrides or (), layers=layers, directory=directory, show=not as_json)
+    emit(result, as_json, table)
+    raise typer.Exit(0 if result.ok else result.exit_code or 1)

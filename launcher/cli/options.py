@@ -1,0 +1,41 @@
+"""What verbs share: their arguments and options, how they find a run, and how they answer."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings to change, such as train.steps=20.")
+]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name in the store, or its full URI.")]
+StoreOption = Annotated[str, typer.Option("--store", envvar="CAPSTAN_STORE", help="The store that RUN is in.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; logs go to stderr.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+
+
+def log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def emit(value: Any, as_json: bool, show: Callable[[Any], Any]) -> None:
+    """One JSON object on stdout, or what `show` makes of the value: text as it is, anything else printed by rich."""
+    if as_json:
+        print(json.dumps(value.to_json()))
+    elif isinstance(shown := show(value), str):
+        print(shown)
+    else:
+        from rich.console import Console
+
+        Console().print(shown)
+
+
+def open_run(run: str, store: str) -> Any:
+    """The run's folder; raises `ConfigError`, naming the runs there are, when it does not exist."""
+    from launcher.view.runs import find_run
+
+    return find_run(run, store)

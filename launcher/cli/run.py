@@ -1,0 +1,150 @@
+"""Verbs about a run that is there, going on or ended: what it does, what it left, and how to stop it."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from launcher.cli.options import DryRun, Json, RunName, StoreOption, emit, log, open_run
+from trainer.errors import ConfigError
+
+
+def status(
+    run: RunName,
+    store: StoreOption = "runs",
+    follow: Annotated[bool, typer.Option("--watch", help="Keep showing it until the run ends.")] = False,
+    as_json: Json = False,
+) -> None:
+    """What a run is doing, from its folder alone; for a run submitted to Slurm, Slurm's word on its jobs too."""
+    from launcher.slurm.queue import is_over, record, slurm_status
+    from launcher.view.status import read_status
+    from launcher.view.tables import render, watch_table
+
+    folder = open_run(run, store)
+    job = record(folder)
+    if follow:
+        watch_table(folder, is_over(folder, job) if job else None)
+    if job and (as_json or not follow):
+        emit(slurm_status(folder, job), as_json, lambda status: status.table())
+    elif as_json or not follow:
+        emit(read_status(folder), as_json, render)
+
+
+def logs(
+    run: RunName,
+    store: StoreOption = "runs",
+    rank: Annotated[int, typer.Option(help="Whose log.")] = 0,
+    generation: Annotated[int | None, typer.Option(help="Which start of the run. Default: the newest.")] = None,
+    driver: Annotated[bool, typer.Option("--driver", help="What the driver said, instead of a rank.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as the log grows.")] = False,
+    job: Annotated[bool, typer.Option("--job", help="The Slurm job's own output instead: Ray and the driver.")] = False,
+    as_json: Json = False,
+) -> None:
+    """A rank's log, or the driver's."""
+    from launcher.view.logs import follow_log, read_driver_log, read_log
+
+    folder = open_run(run, store)
+    if follow and (as_json or driver or job):
+        raise ConfigError("--follow shows a rank's log as it grows. Leave out --json, --driver and --job, or --follow.")
+    if driver or job or as_json:
+        from launcher.slurm.queue import job_output
+
+        text = job_output(folder) if job else read_driver_log(folder) if driver else read_log(folder, rank, generation)
+        owner = {"job": True} if job else {"driver": True} if driver else {"rank": rank, "generation": generation}
+        print(json.dumps({"run": folder.uri, **owner, "text": text}) if as_json else text, end="\n" if as_json else "")
+    elif follow:
+        for text in follow_log(folder, rank, generation):
+            print(text, end="", flush=True)
+    else:
+        print(read_log(folder, rank, generation), end="")
+
+
+def stop(run: RunName, store: StoreOption = "runs", as_json: Json = False, dry_run: DryRun = False) -> None:
+    """Ask a run to commit a checkpoint and end with exit code 75; a Slurm job that has not started is cancelled."""
+    from launcher.slurm import queue
+    from trainer.run.requests import request_stop
+
+    folder = open_run(run, store)
+    if job := queue.record(folder):
+        what = queue.stop(folder, job, dry_run=dry_run)
+    elif dry_run:
+        what = f"would ask {folder.uri} to stop"
+    else:
+        request_stop(folder, by="capstan stop")
+        what = f"asked {folder.uri} to stop"
+    if as_json:
+        print(json.dumps({"run": folder.uri, "stop_requested": not dry_run, "dry_run": dry_run, "what": what}))
+    else:
+        log(what if dry_run else f"{what}; `capstan status {run}` shows what becomes of it")
+
+
+def checkpoints_ls(run: RunName, store: StoreOption = "runs", as_json: Json = False) -> None:
+    """List committed checkpoints: step, size, age, world size, evaluation loss."""
+    from launcher.view.checkpoints import checkpoint_table, list_checkpoints
+
+    emit(list_checkpoints(open_run(run, store)), as_json, checkpoint_table)
+
+
+def checkpoints_verify(
+    run: RunName,
+    store: StoreOption = "runs",
+    step: Annotated[int | None, typer.Option(help="Only this one. Default: all.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Read every checkpoint whole and compare it with its hashes. Exit code 6 when one is damaged."""
+    from launcher.view.checkpoints import checkpoint_table, verify_checkpoints
+
+    found = verify_checkpoints(open_run(run, store), step)
+    emit(found, as_json, checkpoint_table)
+    raise typer.Exit(0 if found.ok else 6)
+
+
+def checkpoints_prune(
+    run: RunName,
+    store: StoreOption = "runs",
+    keep_last: Annotated[int | None, typer.Option(min=1, help="Default: the run's checkpoint.keep_last.")] = None,
+    keep_every: Annotated[int | None, typer.Option(min=0, help="Default: the run's checkpoint.keep_every.")] = None,
+    keep_best: Annotated[int | None, typer.Option(min=0, help="Default: the run's checkpoint.keep_best.")] = None,
+    orphan_hours: Annotated[
+        float,
+        typer.Option(
+            min=0, help="Remove what no commit refers to when it is so old. Below an hour only when no job runs."
+        ),
+    ] = 24.0,
+    as_json: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Remove the checkpoints that the rules do not keep, and what dead saves left behind."""
+    from launcher.view.checkpoints import prune_checkpoints
+
+    folder = open_run(run, store)
+    pruned = prune_checkpoints(
+        folder,
+        keep_last=keep_last,
+        keep_every=keep_every,
+        keep_best=keep_best,
+        orphan_hours=orphan_hours,
+        dry_run=dry_run,
+        log=log,
+    )
+    emit(pruned, as_json, lambda result: result.sentence())
+
+
+def export(
+    run: RunName,
+    destination: Annotated[str, typer.Argument(metavar="DEST", help="A new folder, or an s3://, gs:// or az:// URI.")],
+    store: StoreOption = "runs",
+    merge: Annotated[bool, typer.Option("--merge", help="The whole model: base and adapter, merged.")] = False,
+    step: Annotated[int | None, typer.Option(help="Which checkpoint. Default: the newest that is whole.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare its logits in plain transformers + PEFT with the trained model's.")
+    ] = False,
+    as_json: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Write a committed checkpoint as a PEFT adapter, or merged with its base, to a folder or a bucket."""
+    from launcher.export import export_run
+
+    folder = open_run(run, store)
+    result = export_run(folder, destination, merge=merge, step=step, verify=verify, dry_run=dry_run)
+    emit(result, as_json, lambda exported: exported.sentence())

@@ -1,0 +1,92 @@
+"""Verbs that start or continue a run: here and now, or on a cluster."""
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from launcher.cli.options import ConfigFile, DryRun, Json, Overrides, RunName, StoreOption, emit, log, open_run
+from trainer.errors import CapstanError
+
+
+def train(config: ConfigFile, overrides: Overrides = None, as_json: Json = False, dry_run: DryRun = False) -> None:
+    """Train here and now: under Ray on this machine (or cluster.ray.address), or as a rank of torchrun or srun."""
+    from trainer.config import load_config
+
+    _train(load_config(config, overrides or ()), resume=False, as_json=as_json, dry_run=dry_run)
+
+
+def resume(
+    run: RunName,
+    overrides: Overrides = None,
+    store: StoreOption = "runs",
+    as_json: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Continue a run from its newest committed checkpoint, at any number of workers."""
+    from trainer.config import parse_config
+    from trainer.run.layout import CONFIG
+
+    folder = open_run(run, store)
+    # Where it was found counts: a run may have been moved since it was configured.
+    found = f"run.store={folder.uri.rpartition('/')[0]}"
+    config = parse_config(folder.get(CONFIG).decode(), [found, *(overrides or ())])
+    _train(config, resume=True, as_json=as_json, dry_run=dry_run)
+
+
+def _train(config: Any, *, resume: bool, as_json: bool, dry_run: bool) -> None:
+    from launcher.drive.local import is_silent_rank, start
+    from launcher.start.claim import check, run_folder
+    from launcher.view.status import read_status
+    from launcher.view.tables import render
+    from trainer.config import dump_config
+    from trainer.run.layout import CONFIG
+
+    if dry_run:
+        check(config, resume=resume)
+        print(json.dumps(config.model_dump(mode="json")) if as_json else dump_config(config).rstrip())
+        return
+    try:
+        start(config, resume=resume, live=not as_json and sys.stderr.isatty(), log=log)
+    except CapstanError:
+        # What became of it is worth knowing also after a stop or a failure; a mistake leaves no run to speak of.
+        if as_json and not is_silent_rank() and run_folder(config).exists(CONFIG):
+            emit(read_status(run_folder(config)), as_json, render)
+        raise
+    if not is_silent_rank():
+        emit(read_status(run_folder(config)), as_json, render)
+
+
+def submit_ray(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest commit.")] = False,
+    as_json: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Submit to the Ray cluster of cluster.ray.address or RAY_ADDRESS; without one, start in the background here."""
+    from launcher.ray.jobs import submit
+    from trainer.config import load_config
+
+    submitted = submit(load_config(config, overrides or ()), resume=resume, dry_run=dry_run)
+    emit(submitted, as_json, lambda result: result.text())
+
+
+def submit_slurm(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest commit.")] = False,
+    after: Annotated[
+        str | None,
+        typer.Option("--after", metavar="RUN", help="Start when this run, submitted to Slurm, has finished."),
+    ] = None,
+    as_json: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Submit a batch job to Slurm; --dry-run prints the batch file."""
+    from launcher.slurm.submit import submit
+    from trainer.config import load_config
+
+    submitted = submit(load_config(config, overrides or ()), resume=resume, after=after, dry_run=dry_run)
+    emit(submitted, as_json, lambda result: result.text())

@@ -1,0 +1,1 @@
+"""`capstan data`: compile and inspect training data."""

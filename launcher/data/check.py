@@ -1,0 +1,80 @@
+"""`capstan data check`: a report on the data, on the terminal or as JSON."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from trainer.base.locate import check_base, resolve_base
+from trainer.config import load_config
+from trainer.data.check import Findings, Report, check_data
+from trainer.data.prepare import find, load_tokenizer
+
+_BAR = 30
+
+
+def check(path: Path, overrides: Sequence[str]) -> Report:
+    """Read every row of the run's sources, and tokenize it."""
+    config = load_config(path, overrides)
+    base = resolve_base(config.model)
+    check_base(base, config)
+    inputs = find(config)
+    with Bars(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
+        tasks = {what: bars.add_task(f"reading {what} data") for what in inputs}
+
+        def show(what: str, done: int, size: int) -> None:
+            bars.update(tasks[what], completed=done, total=size)
+
+        return check_data(config, load_tokenizer(base), inputs, show)
+
+
+def report_table(report: Report) -> RenderableType:
+    """The report for a terminal: counts side by side, lengths, and examples of what is wrong."""
+    counts = Table("", *(f"{what} data" for what in report.splits))
+    columns = [_counts(found) for found in report.splits.values()]
+    for name in columns[0]:
+        counts.add_row(name, *(column.get(name, "") for column in columns))
+    parts: list[RenderableType] = [counts]
+    for what, found in report.splits.items():
+        parts.append(_histogram(what, found))
+        parts += [Text(f"bad row: {text}") for text in found.bad_row_examples]
+        parts += [Text(f"alike: {row} and {earlier}") for row, earlier in found.duplicate_examples]
+    return Group(*parts)
+
+
+def _counts(found: Findings) -> dict[str, str]:
+    def of_rows(count: int) -> str:
+        return f"{count:,} ({100 * count / max(found.rows, 1):.2f} %)" if count else "0"
+
+    shared = found.in_train
+    return {
+        "rows": f"{found.rows:,}",
+        "documents": f"{found.documents:,}",
+        "tokens": f"{found.tokens:,}",
+        "trained tokens": f"{found.targets:,} ({100 * found.targets / max(found.tokens, 1):.1f} %)",
+        "lengths": ", ".join(f"{name} {value:,}" for name, value in found.lengths.items()),
+        "longer than sequence_length": of_rows(found.too_long),
+        "tokens above it": f"{found.tokens_cut:,}",
+        "fill of packed rows": f"{found.fill:.4f} ({found.packed_rows:,} rows)",
+        "bad rows": of_rows(found.bad_rows),
+        "undecodable bytes": of_rows(found.undecodable),
+        "nothing to train on": of_rows(found.without_targets),
+        "one-sided": of_rows(found.one_sided),
+        "an empty turn": of_rows(found.empty_turns),
+        "odd roles": of_rows(found.odd_roles),
+        "exact duplicates": of_rows(found.exact_duplicates),
+        "near duplicates": of_rows(found.near_duplicates),
+        "also in the training data": f"{shared['exact']:,} exactly, {shared['near']:,} nearly" if shared else "",
+    }
+
+
+def _histogram(what: str, found: Findings) -> Table:
+    table = Table(f"tokens, {what} data", "documents", "", show_edge=False)
+    most = max(found.histogram.values(), default=1)
+    for bound, count in sorted(found.histogram.items()):
+        table.add_row(f"up to {bound:,}", f"{count:,}", "█" * -(-_BAR * count // most))
+    return table

@@ -1,0 +1,131 @@
+"""A run's data, compiled by its driver: before the ranks start and, of data in chapters, beside them."""
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from launcher.data.build import compile_progress
+from launcher.ray.data import map_on_cluster
+from trainer.base.locate import resolve_base
+from trainer.config import Config
+from trainer.data.chapters import give_up
+from trainer.data.compile import Progress
+from trainer.data.pool import map_on_cores
+from trainer.data.prepare import Datasets, prepare_start
+from trainer.errors import CapstanError, Stopped, StorageError, Unreachable
+from trainer.run.records import add_record, generations
+from trainer.run.requests import request_stop, stop_requester
+from trainer.store import Store, open_run_store
+
+BY = "the compilation of its data"
+"""Who asks for a stop where the rest of the data cannot be compiled."""
+_LOOK_SECONDS = 2.0
+_AGAIN_SECONDS = 10.0
+
+
+class Compilation:
+    """The data of `run`, whose folder has the stop requests; `log` gets how far it is."""
+
+    def __init__(self, config: Config, run: Store, log: Callable[[str], None]) -> None:
+        self._config, self._run, self._log = config, run, log
+        self._over = threading.Event()
+        self._looked, self._told = 0.0, 0
+
+    def begin(self, *, on_cluster: bool) -> tuple[Datasets, Iterator[int]]:
+        """The data that the run starts with, and what compiles the rest of it.
+
+        Raises `Stopped`, there and here, when that is asked for.
+        """
+        self._stop_if_asked("before it started")
+        beside = False
+        # Lines, also on a terminal: the run's live view is there already.
+        with compile_progress(self._log, bar=False) as show:
+
+            def progress(what: str, now: Progress) -> None:
+                if not beside:  # then a line for each chapter is enough
+                    show(what, now)
+                self._look()
+
+            def mapper(work: Iterable[Any], start: Callable[[], Any]) -> Iterator[Any]:
+                # Beside the ranks on this machine alone: tasks would book the CPUs that they are about to take.
+                if on_cluster and not beside:
+                    return map_on_cluster(self._log, self._look, work, start)
+                return map_on_cores(work, start)
+
+            base, store = resolve_base(self._config.model), open_run_store(self._config)
+            prepared = prepare_start(self._config, base, store, progress, mapper)
+            beside = True
+            return prepared
+
+    def _look(self) -> None:
+        if self._over.is_set():
+            raise Stopped("the run has ended, and needs no more data.")
+        if time.monotonic() - self._looked > _LOOK_SECONDS:
+            self._looked = time.monotonic()
+            self._stop_if_asked("while its data was compiled")
+
+    def _stop_if_asked(self, when: str) -> None:
+        if who := stop_requester(self._run):
+            raise Stopped(f"stopped by {who} {when}; what was committed before stays. Start it again to go on.")
+
+    @contextmanager
+    def beside(self, rest: Iterator[int]) -> Iterator[None]:
+        """Compile the `rest` of the data while ranks work, and stop when they end.
+
+        Where it fails the ranks commit and end, whether they wait for data or have some left; then that is how the run ends.
+        """
+        failure: BaseException | None = None
+
+        def work() -> None:
+            nonlocal failure
+            try:
+                self._finish(rest)
+            except BaseException as error:  # whatever it is, ranks may be waiting for what does not come
+                if self._over.is_set():
+                    return
+                failure = None if isinstance(error, Stopped) else error
+                self._give_up(error)
+
+        thread = threading.Thread(target=work, name="compile", daemon=True)
+        thread.start()
+        try:
+            yield
+        except CapstanError:
+            if failure is None:
+                raise
+            for generation in generations(self._run)[-1:]:  # its ranks know no more than that they were to stop
+                add_record(self._run, generation, "end", outcome="failed", step=None, reason=str(failure))
+            raise failure from None
+        finally:
+            self._over.set()
+            thread.join(timeout=_LOOK_SECONDS)  # it looks at every batch of rows
+
+    def _finish(self, rest: Iterator[int]) -> None:
+        while True:
+            try:
+                for chapter in rest:
+                    if chapter >= self._told:
+                        self._log(f"chapter {chapter + 1} of the training data is compiled")
+                        self._told = chapter + 1
+                return
+            except Unreachable as error:  # the ranks have patience with a store, too
+                self._log(f"compiling goes on when the store can be reached: {error}")
+                rest = self._again()
+
+    def _again(self) -> Iterator[int]:
+        while not self._over.wait(_AGAIN_SECONDS):
+            with suppress(Unreachable):
+                return self.begin(on_cluster=False)[1]
+        raise Stopped("the run has ended, and needs no more data.")
+
+    def _give_up(self, error: BaseException) -> None:
+        """Say so in the run's folder, however long the store is out of reach."""
+        while not self._over.is_set():
+            with suppress(StorageError):
+                give_up(self._run, error)
+                if not isinstance(error, Stopped):
+                    request_stop(self._run, by=BY)
+                return
+            self._over.wait(_LOOK_SECONDS)

@@ -1,0 +1,90 @@
+"""`capstan train` and `capstan resume`: the run here and now, as the driver of its own Ray or as one rank of a group."""
+
+import os
+import subprocess
+from collections.abc import Callable, Mapping
+
+from launcher.data.build import compile_progress
+from launcher.drive.driver import drive
+from launcher.start.claim import anchored, check, claim, keep_code, release
+from trainer.base.locate import Base, resolve_base
+from trainer.config import Config
+from trainer.data.prepare import Datasets, prepare, wait_until_prepared
+from trainer.errors import CapstanError
+from trainer.run import layout
+from trainer.store import Store, open_run_store
+
+
+def start(config: Config, *, resume: bool, live: bool, log: Callable[[str], None]) -> None:
+    """Run or continue `config`'s run here and now, as a driver of Ray or as one rank of torchrun's or srun's group.
+
+    Raises:
+        CapstanError: with the exit code that the process should end with.
+    """
+    os.environ.update(slurm_rank(os.environ))
+    config = anchored(config)
+    if is_rank():
+        _as_rank(config, resume=resume, log=log)
+        return
+    check(config, resume=resume)
+    run = claim(config, resume=resume, code=keep_code(log))
+    try:
+        drive(config, resume=resume, live=live, log=log)
+    except CapstanError:
+        if not run.list(layout.METRICS):
+            release(run)  # no rank ever started: the name is free again
+        raise
+
+
+def is_rank() -> bool:
+    """Whether torchrun or srun made this process as one of several."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def is_silent_rank() -> bool:
+    """Whether another rank speaks for this process."""
+    return is_rank() and os.environ["RANK"] != "0"
+
+
+def _as_rank(config: Config, *, resume: bool, log: Callable[[str], None]) -> None:
+    restarted = any(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    datasets = None
+    store = open_run_store(config)
+    if is_silent_rank():
+        # Without a process group: rank 0 may compile for longer than a collective waits, and ends everybody if it fails.
+        wait_until_prepared(config, resolve_base(config.model), store)
+    else:
+        base = check(config, resume=resume, restarted=restarted)
+        datasets = _prepare(config, base, store, log)
+        claim(config, resume=resume, code=keep_code(log), restarted=restarted)
+    from trainer.rank import run_rank
+
+    run_rank(config, datasets, resume=resume)
+
+
+def _prepare(config: Config, base: Base, store: Store, log: Callable[[str], None]) -> Datasets:
+    with compile_progress(log, bar=False) as show:
+        return prepare(config, base, store, show)
+
+
+def slurm_rank(environment: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun would have set, for a task of an srun step with several; empty elsewhere."""
+    if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
+        return {}
+    nodes = subprocess.run(
+        ["scontrol", "show", "hostnames", environment["SLURM_STEP_NODELIST"]],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+    ).stdout.split()
+    tasks = int(environment["SLURM_STEP_NUM_TASKS"])
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(tasks // len(nodes)),
+        "MASTER_ADDR": nodes[0],
+        # Every task derives the same port, and jobs that share a node derive different ones.
+        "MASTER_PORT": str(20000 + int(environment["SLURM_JOB_ID"]) % 20000),
+    }

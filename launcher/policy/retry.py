@@ -1,0 +1,145 @@
+"""What happens after a worker group ends: pure policy over what its ranks ended of.
+
+A rank's own `CapstanError` tells a mistake or a request apart from a crash: configuration, data and memory would only fail
+again, a stop is meant; a crash and a failing store are worth another attempt. Machines that leave are nobody's failure and
+have a budget of their own.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from textwrap import shorten
+from typing import Literal, TypeAlias
+
+from trainer.config import Retry
+from trainer.errors import CapstanError, Interrupted, NonFiniteLoss, Stopped, StorageError, Superseded
+from trainer.run import layout
+from trainer.run.records import add_record, generations, read_records
+from trainer.store import Store
+
+WorkerErrors: TypeAlias = Mapping[int, BaseException]
+Kind = Literal["failure", "preemption", "resize"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an attempt ended. `error` is the ranks' own, None is a crash; `step` is the one that was not finished."""
+
+    reason: str
+    error: CapstanError | None
+    kind: Kind = "failure"
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Either `error` ends the run, or it starts again for `reason`."""
+
+    reason: str
+    error: CapstanError | None
+
+
+class RankDied(Exception):
+    """A rank's process is gone: killed, out of memory, or with `machine_lost` taken away with its machine.
+
+    Without `confirmed` no more is known than that it cannot be reached.
+    """
+
+    def __init__(self, text: str, machine_lost: bool = False, confirmed: bool = True) -> None:
+        super().__init__(text)
+        self.machine_lost = machine_lost
+        self.confirmed = confirmed
+
+
+def classify(errors: WorkerErrors, *, resizing: bool = False) -> Failure:
+    """The cause among what the ranks died of; `resizing`: they were asked to end because more machines had come.
+
+    A lost machine comes first, then an error of ours, then a rank that is gone: the ranks left behind fail with broken
+    connections.
+    """
+    lost = sorted(rank for rank, error in errors.items() if isinstance(error, RankDied) and error.machine_lost)
+    if lost:
+        return Failure(f"the machine of rank {', '.join(map(str, lost))} was taken away", None, "preemption")
+    ours = [(rank, error) for rank, error in sorted(errors.items()) if isinstance(error, CapstanError)]
+    if ours:
+        error = ours[0][1]
+        kind: Kind = "failure" if not isinstance(error, Interrupted) else "resize" if resizing else "preemption"
+        return Failure(str(error), error, kind)
+    rank, error = min(errors.items(), key=lambda item: (not isinstance(item[1], RankDied), item[0]))
+    first_line = shorten(next(iter(str(error).strip().splitlines()), ""), 160, placeholder=" ...")
+    if isinstance(error, RankDied):
+        return Failure(f"rank {rank} died: {first_line}", None)
+    return Failure(f"rank {rank} failed: {type(error).__name__}: {first_line}", None)
+
+
+def decide(ends: Sequence[Failure], rules: Retry) -> Decision:
+    """Another attempt, or the error that ends the run; `ends` are all attempts' so far, the newest last."""
+    newest = ends[-1]
+    again = "Starting again from the last commit"
+    if newest.kind == "resize":
+        return Decision(f"{newest.reason}. {again}.", None)
+    if newest.kind == "preemption":
+        return _after_preemption(ends, rules)
+    if isinstance(newest.error, NonFiniteLoss):
+        before = sum(isinstance(end.error, NonFiniteLoss) for end in ends[:-1])
+        if rules.skip_bad_window and not before:
+            return Decision(f"{newest.reason} {again}, without the rows of that step.", None)
+        return Decision(newest.reason, newest.error)
+    if newest.error is not None and not _worth_another_attempt(newest.error):
+        return Decision(newest.reason, newest.error)
+    failures = [end for end in ends if end.kind == "failure" and not isinstance(end.error, NonFiniteLoss)]
+    if newest.error is None and newest.step is not None and any(end.step == newest.step for end in failures[:-1]):
+        ending = f"{newest.reason}. It is the second crash in step {newest.step}, so another start would not help. See `capstan logs`."
+        return Decision(ending, CapstanError(ending))
+    if len(failures) > rules.failures:
+        ending = f"{newest.reason} (failure {len(failures)}; retry.failures: {rules.failures}). See `capstan logs`."
+        return Decision(ending, type(newest.error)(ending) if newest.error else CapstanError(ending))
+    return Decision(f"{newest.reason}. {again} ({len(failures)} of {rules.failures} restarts).", None)
+
+
+def _after_preemption(ends: Sequence[Failure], rules: Retry) -> Decision:
+    newest, count = ends[-1], sum(end.kind == "preemption" for end in ends)
+    if rules.preemptions is not None and count > rules.preemptions:
+        ending = (
+            f"{newest.reason} (preemption {count}; retry.preemptions: {rules.preemptions}). `capstan resume` goes on."
+        )
+        return Decision(ending, Stopped(ending))
+    of = "" if rules.preemptions is None else f" of {rules.preemptions}"
+    return Decision(f"{newest.reason}. Starting again from the last commit (preemption {count}{of}).", None)
+
+
+def _worth_another_attempt(error: CapstanError) -> bool:
+    return isinstance(error, StorageError) and not isinstance(error, Superseded)
+
+
+def explained(run: Store, failure: Failure) -> Failure:
+    """`failure` with what its generation's records tell: a hang that the ranks named, and the step they were in."""
+    numbers = generations(run)
+    records = list(read_records(run, numbers[-1])) if numbers else []
+    reason = failure.reason
+    if failure.error is None:
+        reason = next((record["reason"] for record in records if "hung_ranks" in record), reason)
+    begun = [record["step"] + 1 for record in records if record["kind"] in ("start", "step")]
+    return Failure(reason, failure.error, failure.kind, max(begun, default=None))
+
+
+def record_restart(run: Store, reason: str) -> None:
+    """Say in the newest generation's metrics that its end is not the run's."""
+    if numbers := generations(run):
+        add_record(run, numbers[-1], "restart", reason=reason)
+
+
+def record_end(run: Store, failure: Failure) -> None:
+    """Write why the newest generation ended into its metrics, unless its ranks did.
+
+    After a crash in any case: rank 0 is gone itself, or saw only a broken connection. A run that ended before it had a
+    rank gets its first generation here.
+    """
+    numbers = generations(run)
+    if not numbers:
+        numbers = [1]
+        run.create(layout.metrics(1), b"")
+    ends = [record for record in read_records(run, numbers[-1]) if record["kind"] == "end"]
+    if ends and (failure.error is not None or ends[-1]["reason"] == failure.reason):
+        return
+    outcome = "stopped" if isinstance(failure.error, Stopped) else "failed"
+    add_record(run, numbers[-1], "end", outcome=outcome, step=None, reason=failure.reason)

@@ -1,0 +1,129 @@
+"""`capstan submit ray`: the run's driver as a job of a Ray cluster, or without one as a process of its own on this machine."""
+
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launcher.ray.cluster import address_of, first_line, refused_token
+from launcher.start import snapshot
+from launcher.start.claim import anchored, check, claim, release, run_folder
+from trainer.config import Config
+from trainer.errors import ConfigError
+from trainer.run import layout
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What was handed over, or with `dry_run` what would be. `job` is Ray's submission id, or `process N`."""
+
+    run: str
+    uri: str
+    address: str | None
+    job: str | None
+    entrypoint: str
+    runtime_env: dict[str, Any]
+    snapshot: str
+    config: dict[str, Any]
+    next: str
+    dry_run: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def text(self) -> str:
+        """For people: the run and the next command; of a dry run everything."""
+        where = f"the Ray cluster at {self.address}" if self.address else "a Ray of its own on this machine"
+        if not self.dry_run:
+            return f"run {self.run}: submitted to {where} as {self.job}\nnext: {self.next}"
+        return (
+            f"run {self.run}: would be submitted to {where}\nfolder: {self.uri}\nsnapshot: {self.snapshot}\n"
+            f"entrypoint: {self.entrypoint}\nruntime environment: {self.runtime_env}\n\n{yaml.safe_dump(self.config, sort_keys=False).rstrip()}"
+        )
+
+
+def submit(config: Config, *, resume: bool, dry_run: bool) -> Submission:
+    """Check, claim the name, keep the code, and start the driver elsewhere; returns without waiting for it.
+
+    Raises:
+        ConfigError: a setting is wrong, the name is taken, or the cluster cannot be reached or refuses.
+        NothingToResume: `resume`, and nothing is committed.
+    """
+    config = anchored(config)
+    check(config, resume=resume)
+    code = snapshot.take(Path.cwd())
+    run = run_folder(config)
+    address = address_of(config)
+    command = ["python" if address else sys.executable, "-m", "launcher.drive.driver", run.uri]
+    command += ["--resume"] if resume else []
+    command += ["--address", "auto"] if address else []
+    planned = Submission(
+        run=config.run.name,
+        uri=run.uri,
+        address=address,
+        job=None,
+        entrypoint=shlex.join(command),
+        runtime_env=dict(config.cluster.ray.runtime_env) if address else {},
+        snapshot=code.sentence(),
+        config=config.model_dump(mode="json"),
+        next=f"capstan status {run.uri} --watch",
+        dry_run=dry_run,
+    )
+    if dry_run:
+        return planned
+    client = _client(address) if address else None
+    claim(config, resume=resume, code=code)
+    try:
+        job = _submit_job(client, planned, run.get(layout.SNAPSHOT)) if client else _start_process(command)
+    except BaseException:
+        if not resume:
+            release(run)
+        raise
+    return Submission(**{**asdict(planned), "job": job})
+
+
+def _client(address: str) -> Any:
+    import requests
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    os.environ["RAY_ADDRESS"] = address  # which Ray lets override the argument
+    try:
+        return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise refused_token(address) from error
+    except (ConnectionError, RuntimeError, ValueError, requests.RequestException) as error:
+        raise ConfigError(
+            f"cluster.ray.address: no Ray job server answers at {address!r} ({first_line(error)}). Give the dashboard's "
+            "address, such as http://head:8265, and start the head with `ray start --head --dashboard-host 0.0.0.0`."
+        ) from error
+
+
+def _submit_job(client: Any, planned: Submission, archive: bytes) -> str:
+    with tempfile.TemporaryDirectory(prefix="capstan-submit-") as folder:
+        code = snapshot.unpack(archive, Path(folder))
+        runtime_env = {**planned.runtime_env, **({"working_dir": str(code)} if code.is_dir() else {})}
+        try:
+            return client.submit_job(
+                entrypoint=planned.entrypoint, runtime_env=runtime_env, metadata={"capstan_run": planned.uri}
+            )
+        except (RuntimeError, ValueError, ConnectionError) as error:
+            raise ConfigError(f"the Ray cluster at {planned.address} refused the job: {first_line(error)}") from error
+
+
+def _start_process(command: list[str]) -> str:
+    """The driver in a session of its own, so that it outlives this terminal; what it says is in the run's folder."""
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    return f"process {process.pid}"

@@ -1,0 +1,293 @@
+"""A run's ranks under Ray Train: worker group, rendezvous and liveness are Ray's, what happens after an end is ours.
+
+Each attempt is one `TorchTrainer.fit()` without retries of its own, with as many ranks as the cluster has room for;
+`retry.decide` then says whether there is another. The train function restores by itself, so an attempt needs to know
+nothing of the one before. An elastic run grows by being asked to commit and start again: Ray Train's own resizing would
+kill the ranks in the middle of a step.
+"""
+
+import os
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from typing import Any
+
+from launcher.policy import retry
+from launcher.ray.cluster import Need, alive_machines, first_line, local_ray, lost_machines, need, room, wait_for_room
+from trainer.checkpoint.manifest import committed_steps
+from trainer.config import Config, dump_config, parse_config
+from trainer.data.prepare import Datasets
+from trainer.errors import ConfigError, DoesNotFit, Stopped
+from trainer.run import layout
+from trainer.run.records import generations, read_records
+from trainer.run.requests import request_restart, stop_requester
+from trainer.store import Store
+
+_LOOK_SECONDS = 2.0
+_LOSS_SECONDS = 30.0
+"""In which Ray's health checks find a dead machine."""
+# How long past a machine's announced end the ranks may still be at their commit: the announcement is a guess.
+_PREEMPTION_GRACE_SECONDS = 30.0
+
+
+@dataclass
+class _Life:
+    """A run on its cluster, over all its attempts."""
+
+    config: Config
+    datasets: Datasets
+    run: Store
+    resume: bool
+    dashboard: str | None
+    began: float
+
+    def stop_if_asked(self) -> None:
+        if who := stop_requester(self.run):
+            raise Stopped(f"stopped by {who} while the run was starting; what was committed before stays.")
+
+
+def run_on_ray(
+    config: Config, datasets: Datasets, run: Store, *, resume: bool, dashboard: str | None, log: Callable[[str], None]
+) -> None:
+    """Train on the Ray cluster that this process has joined, or on a Ray started here, until done or beyond the budgets.
+
+    `dashboard` is the address of the joined cluster's, which may be empty; None starts a Ray for this run.
+
+    Raises:
+        CapstanError: the run's own, or a crash's with its reason.
+    """
+    os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # ranks stay where the user's command was given
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.cluster.ray.start_timeout)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a rank's end is noticed; default 2
+    began = time.time()
+    joined = dashboard is not None
+    # Nobody announces that the machine will be taken away on which this process has started its Ray.
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = str(int(joined))
+    # It takes as long to import as Ray's processes take to start.
+    threading.Thread(target=import_module, args=("ray.train.torch",), daemon=True).start()
+    with nullcontext() if joined else local_ray(config.cluster.most_workers or 1):
+        life = _Life(config, datasets, run, resume, dashboard, began)
+        ends: list[retry.Failure] = []
+        while True:
+            patience = config.cluster.ray.start_timeout
+            try:
+                wanted, workers = wait_for_room(
+                    lambda: need(config), patience, can_grow=joined, log=log, stop=life.stop_if_asked
+                )
+            except ConfigError as error:
+                if not ends or not committed_steps(run):
+                    raise
+                raise Stopped(f"{ends[-1].reason}; since then: {error} `capstan resume` goes on.") from error
+            end = _attempt(life, wanted, workers)
+            if end is None:
+                return
+            end = retry.explained(run, end)
+            retry.record_end(run, end)
+            ends.append(end)
+            decision = retry.decide(ends, config.retry)
+            if decision.error is not None:
+                raise decision.error
+            retry.record_restart(run, decision.reason)
+            log(decision.reason)
+            life.began = time.time()
+
+
+def _attempt(life: _Life, wanted: Need, workers: int) -> retry.Failure | None:
+    """One life of the worker group; returns why it ended, or None when the run is done."""
+    from ray.train import ControllerError, WorkerGroupError
+    from ray.train.v2.api.exceptions import PreemptionError
+
+    life.run.delete(layout.RESTART)
+    machines = alive_machines()
+    with tempfile.TemporaryDirectory(prefix="capstan-ray-", ignore_cleanup_errors=True) as storage:
+        fit = _Background(_trainer(life, wanted, workers, storage).fit)
+        watch = _Watch(life, wanted, workers)
+        while not fit.ended(within=0.5):
+            watch.look()
+        try:
+            fit.result()
+        except WorkerGroupError as error:
+            errors = {rank: _original(failure) for rank, failure in error.worker_failures.items()}
+            end = retry.classify(errors, resizing=watch.resizing)
+            if end.error is not None:
+                return end
+            # Ray reports a rank's death together with its machine's; a broken connection is seen long before either.
+            told = any(isinstance(error, retry.RankDied) and error.confirmed for error in errors.values())
+            lost = lost_machines(machines, within=0 if told else _LOSS_SECONDS)
+            return retry.Failure(f"lost {', '.join(lost)}", None, "preemption") if lost else end
+        except PreemptionError as error:
+            return retry.Failure(f"a machine was taken away ({first_line(error)})", None, "preemption")
+        except ControllerError as error:
+            cause = error.controller_failure
+            return retry.Failure(f"Ray could not start the ranks ({type(cause).__name__}: {first_line(cause)})", None)
+    return None
+
+
+def _trainer(life: _Life, wanted: Need, workers: int, storage: str) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    arguments = {
+        "config": dump_config(life.config),
+        "datasets": asdict(life.datasets),
+        "resume": life.resume,
+        "facts": {"dashboard": life.dashboard} if life.dashboard else {},
+        "began": life.began,
+        "joined": life.dashboard is not None,
+    }
+    longest = max(life.config.timeouts.model_dump().values())
+    return TorchTrainer(
+        _rank,
+        train_loop_config=arguments,
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=wanted.gpus > 0,
+            resources_per_worker=wanted.each,
+            placement_strategy=life.config.cluster.ray.placement,
+        ),
+        torch_config=TorchConfig(backend="nccl" if wanted.gpus else "gloo", timeout_s=int(longest) + 120),
+        # Checkpoints and metrics go to the run's own store; Ray Train only wants a place to put nothing.
+        run_config=RunConfig(
+            name=life.config.run.name,
+            storage_path=storage,
+            failure_config=FailureConfig(
+                max_failures=0,
+                controller_failure_limit=0,
+                max_preemption_failures=0,
+                preemption_grace_s=_PREEMPTION_GRACE_SECONDS,
+            ),
+        ),
+    )
+
+
+class _Background:
+    """A call in a thread that nobody has to wait for: what ends Ray ends the call too."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call, self._error = call, None
+        self._thread = threading.Thread(target=self._run, name="fit", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._call()
+        except BaseException as error:
+            self._error = error
+
+    def ended(self, within: float) -> bool:
+        self._thread.join(within)
+        return not self._thread.is_alive()
+
+    def result(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+class _Watch:
+    """What the driver looks at while ranks work: room for more of them, and a stop that need not wait for a step."""
+
+    def __init__(self, life: _Life, wanted: Need, workers: int) -> None:
+        self._life, self._wanted, self._workers = life, wanted, workers
+        self.resizing = False
+        self._before = max(generations(life.run), default=0)
+        self._training = False
+        self._looked = self._counted = time.monotonic()
+
+    def look(self) -> None:
+        """Raises `Stopped` when a stop was asked for, nothing new is trained and something is committed already."""
+        now = time.monotonic()
+        if now - self._looked >= _LOOK_SECONDS and not self._training:
+            self._looked = now
+            self._training = self._has_started()
+            if not self._training and committed_steps(self._life.run):
+                self._life.stop_if_asked()
+        interval = self._life.config.cluster.ray.resize_interval
+        if self._training and self._workers < self._wanted.most and now - self._counted >= interval:
+            self._counted = now
+            more = min(room(self._wanted.each), self._wanted.most - self._workers)
+            if more > 0 and not self.resizing:
+                self.resizing = True
+                request_restart(
+                    self._life.run, f"because {self._workers + more} ranks instead of {self._workers} find room"
+                )
+
+    def _has_started(self) -> bool:
+        newest = max(generations(self._life.run), default=0)
+        records = read_records(self._life.run, newest) if newest > self._before else iter(())
+        return any(record["kind"] == "start" for record in records)
+
+
+def _original(error: BaseException) -> BaseException:
+    """Ray wraps what the train function raised, to carry its traceback; a dead process has an error of its own."""
+    from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
+
+    if isinstance(error, WorkerHealthCheckFailedError):
+        error = error.health_check_failure
+    if isinstance(error, OutOfMemoryError):
+        return DoesNotFit(
+            f"Ray ended a rank because its machine ran low on host memory ({first_line(error)}). `capstan plan` shows what a "
+            "host needs; use fewer ranks on a machine, or larger machines."
+        )
+    if isinstance(error, RayActorError):
+        words = str(error).strip().splitlines()[-1]
+        return retry.RankDied(words, error.preempted, confirmed=not isinstance(error, ActorUnavailableError))
+    return error._base_exc if isinstance(error, UserExceptionWithTraceback) else error
+
+
+def _rank(arguments: dict[str, Any]) -> None:
+    """The train function: one rank, in a Ray worker. The only place where the launcher meets torch."""
+    import ray
+
+    from trainer.rank import Starter, run_rank
+
+    config = parse_config(arguments["config"])
+    machine = f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:8]}"
+    preempted = _drain_notice() if arguments["joined"] else lambda: False
+    starter = Starter(arguments["facts"], machine, preempted, _gauges(config.run.name), arguments["began"])
+    run_rank(config, Datasets(**arguments["datasets"]), resume=arguments["resume"], starter=starter)
+
+
+def _drain_notice() -> Callable[[], bool]:
+    """Whether Ray has announced that a machine of this group will be taken away."""
+    import ray.train
+
+    announced = threading.Event()
+
+    def ask() -> None:
+        while not announced.wait(1.0):  # each question is a barrier of all ranks, so it is asked beside the training
+            if ray.train.get_preemption_info() is not None:
+                announced.set()
+
+    threading.Thread(target=ask, name="drain-notice", daemon=True).start()
+    return announced.is_set
+
+
+def _gauges(run: str) -> Callable[[Mapping[str, float]], None]:
+    """Puts rank 0's step records into Ray's Prometheus metrics: capstan_step, capstan_loss and so on."""
+    from ray.util.metrics import Gauge
+
+    gauges = {
+        name: Gauge(f"capstan_{name}", description, tag_keys=("run",))
+        for name, description in (
+            ("step", "Optimizer steps done"),
+            ("loss", "Loss of the last step, nats a target token"),
+            ("tokens_per_second", "Tokens a second of the last step, all ranks"),
+            ("restarts", "Starts of the run after its first"),
+        )
+    }
+    for gauge in gauges.values():
+        gauge.set_default_tags({"run": run})
+
+    def show(record: Mapping[str, float]) -> None:
+        for name, gauge in gauges.items():
+            gauge.set(record[name])
+
+    return show

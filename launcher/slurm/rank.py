@@ -1,0 +1,35 @@
+"""One rank of a submitted run, as srun starts it (`cluster.slurm.launch: direct`): python -m launcher.slurm.rank RUN_URI"""
+
+import os
+import sys
+
+from launcher.drive.driver import open_submitted
+from launcher.drive.local import slurm_rank
+from trainer.base.locate import resolve_base
+from trainer.config import Config
+from trainer.data.prepare import prepare
+from trainer.errors import CapstanError, Stopped
+from trainer.store import open_run_store
+
+
+def main() -> None:
+    os.environ.update(slurm_rank(os.environ))
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        _run(open_submitted(sys.argv[1]), rank)
+    except CapstanError as error:
+        print(f"capstan: {error}", file=sys.stderr, flush=True)
+        # srun kills the step at the first exit code that is not 0: rank 0, which has the most to write, gives it.
+        sys.exit(0 if isinstance(error, Stopped) and rank > 0 else error.exit_code)
+
+
+def _run(config: Config, rank: int) -> None:
+    from trainer.rank import run_rank
+
+    store = open_run_store(config)
+    datasets = prepare(config, resolve_base(config.model), store, lambda *_: None) if rank == 0 else None
+    run_rank(config, datasets, resume=False)
+
+
+if __name__ == "__main__":
+    main()

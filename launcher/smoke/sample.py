@@ -1,0 +1,319 @@
+"""The material of a smoke run, made on the spot: chat data, a tokenizer and a small base model. Nothing is downloaded.
+
+The data is the documentation of the running Python's standard library, as questions and answers. The base is an ordinary Hugging Face directory of the Llama architecture,
+trained for some seconds on the library's source code, so that it knows something and has something to learn.
+
+Run it as a process of its own (`python -m launcher.smoke.sample DIR`): it imports torch, and hundreds of stdlib modules.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from launcher.smoke.stdlib_docs import LONGEST, pairs, source_code, split
+
+_SHARDS = 4
+_LONGEST_CODE = 20_000  # characters of a module
+
+_SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|pad|>")
+_CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{ '<|im_start|>' + message['role'] + '\\n' }}
+{%- if message['role'] == 'assistant' -%}
+{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}
+{%- else -%}
+{{ message['content'] + '<|im_end|>\\n' }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{ '<|im_start|>assistant\\n' }}
+{%- endif -%}
+"""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the sample is. `batch` is in rows, `sequence_length` in tokens."""
+
+    vocabulary: int = 2048
+    hidden: int = 256
+    intermediate: int = 704
+    layers: int = 4
+    steps: int = 24
+    batch: int = 8
+    sequence_length: int = 128
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Where the material lies (absolute paths), and what it is. Losses are in nats per token."""
+
+    base: str
+    train: list[str]
+    eval: list[str]
+    train_pairs: int
+    eval_pairs: int
+    vocabulary: int
+    parameters: int
+    loss_before: float
+    loss_after: float
+    seconds: dict[str, float]
+
+
+def make_sample(
+    directory: Path, seed: int = 0, sizes: Sizes | None = None, report: Callable[[str], None] = lambda line: None
+) -> Sample:
+    """Make what is missing under `directory`; `sample.json`, written last, says that it is complete.
+
+    The same Python, seed and sizes give the same data and tokenizer, and on the same machine the same base.
+    """
+    sizes = sizes or Sizes()
+    directory = directory.absolute()
+    made_with = {"directory": str(directory), "python": sys.version, "seed": seed, "sizes": asdict(sizes)}
+    done = directory / "sample.json"
+    if done.exists() and (record := json.loads(done.read_text()))["made_with"] == made_with:
+        report(f"already made: {directory}")
+        return Sample(**record["sample"])
+    done.unlink(missing_ok=True)
+
+    seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def part(name: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        seconds[name] = round(time.monotonic() - start, 2)
+
+    with part("data"):
+        train, held_out = split(pairs())
+        train_files = [
+            _write_jsonl(directory / "data" / f"train-{shard:05d}.jsonl", train[shard::_SHARDS])
+            for shard in range(_SHARDS)
+        ]
+        eval_file = _write_jsonl(directory / "data" / "eval.jsonl", held_out)
+    report(f"data: {len(train):,} + {len(held_out):,} question-answer pairs, {seconds['data']} s")
+
+    base = directory / "base"
+    with part("tokenizer"):
+        vocabulary = _make_tokenizer(base, train, sizes.vocabulary)
+    report(f"tokenizer: {vocabulary:,} tokens, {seconds['tokenizer']} s")
+
+    with part("base"):
+        parameters, loss_before, loss_after = _make_base(base, sizes, seed)
+    report(f"base: {parameters:,} parameters, loss {loss_before:.2f} -> {loss_after:.2f} nats, {seconds['base']} s")
+
+    sample = Sample(
+        base=str(base),
+        train=train_files,
+        eval=[eval_file],
+        train_pairs=len(train),
+        eval_pairs=len(held_out),
+        vocabulary=vocabulary,
+        parameters=parameters,
+        loss_before=loss_before,
+        loss_after=loss_after,
+        seconds=seconds,
+    )
+    unfinished = done.with_suffix(".tmp")
+    unfinished.write_text(json.dumps({"made_with": made_with, "sample": asdict(sample)}, indent=2))
+    unfinished.replace(done)
+    return sample
+
+
+# --- the data
+
+
+def _write_jsonl(path: Path, rows: list[tuple[str, str]]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for question, answer in rows:
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+    return str(path)
+
+
+# --- the tokenizer
+
+
+def _make_tokenizer(base: Path, rows: list[tuple[str, str]], vocabulary: int) -> int:
+    """Train a sentencepiece BPE model and write it the way Llama's is: `tokenizer.model` and its fast twin.
+
+    Returns the number of tokens, special ones included.
+    """
+    import sentencepiece
+
+    base.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for row in rows for text in row for line in text.splitlines() if line),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocabulary - len(_SPECIAL_TOKENS),
+        character_coverage=0.9995,
+        byte_fallback=True,
+        split_digits=True,
+        # The text comes back as it was: no Unicode folding, no lost indentation, no space put before the first word.
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        allow_whitespace_only_pieces=True,
+        max_sentence_length=LONGEST * 4,
+        num_threads=2,
+        minloglevel=2,
+    )
+    (base / "tokenizer.model").write_bytes(model.getvalue())
+    tokenizer = _fast_tokenizer(model.getvalue())
+    tokenizer.save_pretrained(base)
+    return len(tokenizer)
+
+
+def _fast_tokenizer(model: bytes) -> Any:
+    """The same tokenizer in the `tokenizers` library, which gives offsets into the text."""
+    import sentencepiece
+    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    pieces = {processor.id_to_piece(index): index for index in range(processor.get_piece_size())}
+    scores = {piece: processor.get_score(index) for piece, index in pieces.items()}
+    # A BPE model is its vocabulary and the order of its merges; sentencepiece keeps the order as falling scores.
+    merges = sorted(
+        (
+            (-scores[piece], piece[:cut], piece[cut:])
+            for piece, index in pieces.items()
+            if not (processor.is_byte(index) or processor.is_control(index) or processor.is_unknown(index))
+            for cut in range(1, len(piece))
+            if piece[:cut] in pieces and piece[cut:] in pieces
+        ),
+        key=lambda merge: (merge[0], pieces[merge[1]], pieces[merge[2]]),
+    )
+    backend = Tokenizer(
+        BPE(pieces, [merge[1:] for merge in merges], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIAL_TOKENS])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        additional_special_tokens=["<|im_start|>"],
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = _CHAT_TEMPLATE
+    return tokenizer
+
+
+# --- the base model
+
+
+def _make_base(base: Path, sizes: Sizes, seed: int) -> tuple[int, float, float]:
+    """Train a small Llama on the library's source code and write it in bf16.
+
+    Returns (parameters, mean loss of the first and of the last tenth of the steps).
+    """
+    import torch
+    from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(seed)
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    config = LlamaConfig(
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.intermediate,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config)
+    losses = _pretrain(model, _tokens(tokenizer, source_code(), sizes), sizes)
+
+    model.bfloat16()
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    # Several files and an index, as every large model has.
+    model.save_pretrained(base, max_shard_size=f"{max(1, parameters * 2 // 3 // 1000)}KB")
+    tenth = max(1, len(losses) // 10)
+    return parameters, sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+
+
+def _tokens(tokenizer: Any, texts: list[str], sizes: Sizes) -> Any:
+    """(steps, batch, sequence_length + 1) int64: the texts in a seeded order, as much of them as the steps read."""
+    import torch
+
+    needed = sizes.steps * sizes.batch * (sizes.sequence_length + 1)
+    stream: list[int] = []
+    while len(stream) < needed:
+        for index in torch.randperm(len(texts)).tolist():
+            stream += tokenizer.encode(texts[index][:_LONGEST_CODE], add_special_tokens=False)
+            if len(stream) >= needed:
+                break
+    return torch.tensor(stream[:needed]).view(sizes.steps, sizes.batch, sizes.sequence_length + 1)
+
+
+def _pretrain(model: Any, batches: Any, sizes: Sizes) -> list[float]:
+    """AdamW over `batches` with a linear warm-up and decay; the loss of each step, in nats per token."""
+    import torch
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01)
+    warmup = max(1, sizes.steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (sizes.steps - step) / max(1, sizes.steps - warmup))
+    )
+    losses = []
+    for batch in batches:
+        logits = model(input_ids=batch[:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(loss.item())
+    return losses
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m launcher.smoke.sample", description="Make the smoke run's material."
+    )
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print the sample as one JSON object")
+    arguments = parser.parse_args()
+    # OpenMP's threads spin at barriers by default; on cores that other processes use too, that is 30 times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    console = Console(stderr=True, highlight=False)
+    # Imported libraries print to stdout, which belongs to --json.
+    with console.status("making the sample"), contextlib.redirect_stdout(sys.stderr):
+        sample = make_sample(arguments.directory, arguments.seed, report=console.print)
+    if arguments.json:
+        print(json.dumps(asdict(sample)))
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,151 @@
+"""`capstan checkpoints ls | verify | prune`: what a run has committed, whether it is whole, and what may go."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console, Group
+from rich.filesize import decimal
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from launcher.view.tables import duration
+from trainer.checkpoint.manifest import Manifest, committed_steps, readable_manifests
+from trainer.checkpoint.retention import Removal, Retention, plan_removal, remove
+from trainer.checkpoint.shard import verify_shard
+from trainer.config import parse_config
+from trainer.errors import NothingToResume
+from trainer.run import layout
+from trainer.store import Store
+
+
+@dataclass(frozen=True)
+class CheckpointList:
+    """A run's committed checkpoints, newest first, and what is wrong with others.
+
+    `problems` is by step: a manifest that cannot be read and, when `verified`, shards that are not what was written.
+    """
+
+    run: str
+    manifests: list[Manifest]
+    verified: bool = False
+    problems: dict[int, list[str]] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        rows = [
+            {
+                "step": manifest.step,
+                "bytes": manifest.size,
+                "created": manifest.created,
+                "age_seconds": round(max(0.0, time.time() - manifest.created), 1),
+                "world_size": manifest.world_size,
+                "generation": manifest.generation,
+                "eval_loss": manifest.eval_loss,
+            }
+            for manifest in self.manifests
+        ]
+        problems = {str(step): reasons for step, reasons in self.problems.items()}
+        return {"run": self.run, "checkpoints": rows, "verified": self.verified, "problems": problems}
+
+
+def list_checkpoints(run: Store) -> CheckpointList:
+    """What the manifests say."""
+    found = CheckpointList(run.uri, [])
+    for step in committed_steps(run):
+        problems: list[str] = []
+        found.manifests.extend(readable_manifests(run, problems, [step]))
+        if problems:
+            found.problems[step] = problems
+    return found
+
+
+def verify_checkpoints(run: Store, step: int | None, console: Console | None = None) -> CheckpointList:
+    """Read every shard (of `step`) and compare it with its manifest, showing the progress on stderr.
+
+    Raises `NothingToResume` when there is nothing to verify.
+    """
+    listed = list_checkpoints(run)
+    steps = {manifest.step for manifest in listed.manifests} | listed.problems.keys()
+    if not steps if step is None else step not in steps:
+        which = "" if step is None else f" of step {step}"
+        raise NothingToResume(f"{run.uri} has no committed checkpoint{which}.")
+    chosen = [manifest for manifest in listed.manifests if step in (None, manifest.step)]
+    problems = {number: reasons for number, reasons in listed.problems.items() if step in (None, number)}
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
+    with Progress(*columns, console=console or Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("verifying", total=sum(manifest.size for manifest in chosen))
+        for manifest in chosen:
+            progress.update(task, description=f"verifying step {manifest.step:,}")
+            for shard in manifest.shards:
+                if problem := verify_shard(run, shard):
+                    problems.setdefault(manifest.step, []).append(problem)
+                progress.advance(task, shard.size)
+    return CheckpointList(run.uri, chosen, verified=True, problems=problems)
+
+
+def checkpoint_table(found: CheckpointList) -> Group:
+    table = Table("step", "size", "age", "world size", "generation", "eval loss")
+    if found.verified:
+        table.add_column("state")
+    rows = {manifest.step: manifest for manifest in found.manifests}
+    for step in sorted(rows.keys() | found.problems.keys(), reverse=True):
+        state = [] if not found.verified else ["damaged" if step in found.problems else "whole"]
+        table.add_row(f"{step:,}", *(_cells(rows[step]) if step in rows else ["?"] * 5), *state)
+    return Group(table, *(f"step {step:,}: {text}" for step, texts in found.problems.items() for text in texts))
+
+
+def _cells(manifest: Manifest) -> list[str]:
+    loss = "" if manifest.eval_loss is None else f"{manifest.eval_loss:.4f}"
+    age = duration(max(0.0, time.time() - manifest.created))
+    return [decimal(manifest.size), age, str(manifest.world_size), str(manifest.generation), loss]
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a prune removed, or with `dry_run` would remove."""
+
+    run: str
+    dry_run: bool
+    removal: Removal
+
+    def to_json(self) -> dict[str, Any]:
+        return {"run": self.run, "dry_run": self.dry_run, **asdict(self.removal)}
+
+    def sentence(self) -> str:
+        removal = self.removal
+        steps = ", ".join(f"{step:,}" for step in sorted(removal.steps)) or "none"
+        kept = ", ".join(f"{step:,}" for step in sorted(removal.kept)) or "none"
+        verb = "would remove" if self.dry_run else "removed"
+        return (
+            f"{verb} checkpoints of steps: {steps}; orphans: {len(removal.orphans)}; {decimal(removal.bytes)} in all. "
+            f"Kept steps: {kept}."
+        )
+
+
+def prune_checkpoints(
+    run: Store,
+    *,
+    keep_last: int | None,
+    keep_every: int | None,
+    keep_best: int | None,
+    orphan_hours: float,
+    dry_run: bool,
+    log: Callable[[str], None],
+) -> Pruned:
+    """Apply the run's own retention rules, or the given ones, and collect orphans older than `orphan_hours`."""
+    rules = parse_config(run.get(layout.CONFIG).decode()).checkpoint
+    retention = Retention(
+        rules.keep_last if keep_last is None else keep_last,
+        rules.keep_every if keep_every is None else keep_every,
+        rules.keep_best if keep_best is None else keep_best,
+    )
+    removal = plan_removal(run, retention, orphan_hours=orphan_hours)
+    if not dry_run:
+        log(f"removing {len(removal.steps)} checkpoints and {len(removal.orphans)} orphans of {run.uri}")
+        remove(run, removal)
+    return Pruned(run.uri, dry_run, removal)

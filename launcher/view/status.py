@@ -1,0 +1,235 @@
+"""What a run is doing, from its folder alone: no scheduler, no Ray, and it works as well when the run's machines are gone.
+
+The record is `metrics/<generation>.jsonl`, one file a start of the run and one JSON object a line. A later generation
+goes on from a committed checkpoint, so its steps replace equal and later ones of the generations before it.
+"""
+
+import json
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import Any, Literal
+
+from launcher.view.tail import Appended
+from trainer.errors import NotFound
+from trainer.run import layout
+from trainer.store import Entry, Store
+
+Record = dict[str, Any]
+State = Literal["starting", "running", "restarting", "silent", "finished", "stopped", "failed"]
+
+ENDED: tuple[State, ...] = ("finished", "stopped", "failed")
+SILENT_SECONDS = 120.0
+_RATE_STEPS = 10
+_NO_END = "killed or lost: it ended without a word"
+
+
+@dataclass(frozen=True)
+class Restart:
+    """One start of the run after the first: from which step, and why the generation before it ended."""
+
+    generation: int
+    step: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run at one moment. Losses are in nats per target token, times in seconds; None is what is not known yet.
+
+    `machines` has the ranks on each; `quiet_seconds` is the time since the newest sign of life; `reason` is why the newest
+    generation ended. `start_seconds` has what the newest start took: `launch` (processes and imports), `load` (the base),
+    `restore` (a checkpoint), and `first_step`, all of it until the first update was done.
+    """
+
+    run: str
+    state: State
+    generation: int = 0
+    restarts: list[Restart] = field(default_factory=list)
+    world_size: int | None = None
+    machines: dict[str, int] = field(default_factory=dict)
+    dashboard: str | None = None
+    start_seconds: dict[str, float] = field(default_factory=dict)
+    step: int = 0
+    total_steps: int | None = None
+    loss_first: float | None = None
+    loss: float | None = None
+    eval_loss: float | None = None
+    tokens_per_second: float | None = None
+    eta_seconds: float | None = None
+    last_commit_step: int | None = None
+    last_commit_age_seconds: float | None = None
+    quiet_seconds: float | None = None
+    failed_saves: int = 0
+    skipped_saves: int = 0
+    stop_requested: bool = False
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, under the names above."""
+        return asdict(self)
+
+
+def read_status(run: Store, clock: Callable[[], float] = time.time) -> RunStatus:
+    """The run now. `clock` gives seconds since 1970. A folder with nothing in it is a run that is starting."""
+    return Follower(run, clock).read()
+
+
+def read_generation(run: Store, generation: int) -> dict[str, list[Record]]:
+    """The records of one start of the run by their kind, in the order they were written."""
+    records = _Generation()
+    with suppress(NotFound):
+        records.add(run.get(layout.metrics(generation)))
+    return records.by_kind
+
+
+class _Generation:
+    """The records of one generation, parsed as they come in."""
+
+    def __init__(self) -> None:
+        self.by_kind: dict[str, list[Record]] = defaultdict(list)
+        self.last_time: float | None = None
+        self._tail = b""
+
+    def add(self, data: bytes) -> None:
+        """`data` may end in the middle of a line, which the next call completes."""
+        *lines, self._tail = (self._tail + data).split(b"\n")
+        for line in lines:
+            try:
+                record = json.loads(line)
+                self.by_kind[record["kind"]].append(record)
+            except (ValueError, KeyError, TypeError):
+                continue  # torn by a crash of the machine that wrote it
+            self.last_time = record.get("time", self.last_time)
+
+    def last(self, kind: str) -> Record | None:
+        return self.by_kind[kind][-1] if self.by_kind[kind] else None
+
+    @property
+    def start_step(self) -> int | None:
+        start = self.last("start")
+        return start["step"] if start else None
+
+
+class Follower:
+    """Reads a run's status again and again, each time only what is new."""
+
+    def __init__(self, run: Store, clock: Callable[[], float] = time.time) -> None:
+        self._run, self._clock = run, clock
+        self._generations: dict[int, _Generation] = {}
+        self._files: dict[int, Appended] = {}
+
+    def read(self) -> RunStatus:
+        files = self._read_metrics()
+        if not self._generations:
+            return RunStatus(self._run.uri, "starting", stop_requested=self._run.exists(layout.STOP))
+        number = max(self._generations)
+        newest = self._generations[number]
+        now = self._clock()
+        quiet = max(0.0, now - (newest.last_time or files[number].modified.timestamp()))
+        step, total = self._step(), self._newest_value("start", "total_steps")
+        tokens_per_second, step_seconds = _rates(newest)
+        commit = self._last_commit()
+        end = newest.last("end")
+        return RunStatus(
+            run=self._run.uri,
+            state=_state(newest, quiet),
+            generation=number,
+            restarts=self._restarts(),
+            world_size=self._newest_value("start", "world_size"),
+            machines=dict(Counter(self._newest_value("start", "machines") or ())),
+            dashboard=self._newest_value("start", "dashboard"),
+            start_seconds=_start_seconds(newest),
+            step=step,
+            total_steps=total,
+            loss_first=self._first_loss(),
+            loss=self._newest_value("step", "loss"),
+            eval_loss=self._newest_value("eval", "loss"),
+            tokens_per_second=tokens_per_second,
+            eta_seconds=None if end or total is None or step_seconds is None else (total - step) * step_seconds,
+            last_commit_step=commit[0] if commit else None,
+            last_commit_age_seconds=max(0.0, now - commit[1]) if commit else None,
+            quiet_seconds=quiet,
+            failed_saves=self._count("save_failed"),
+            skipped_saves=self._count("save_skipped"),
+            stop_requested=self._run.exists(layout.STOP),
+            reason=end["reason"] if end else "",
+        )
+
+    def _read_metrics(self) -> dict[int, Entry]:
+        files = {layout.generation_of(entry.key): entry for entry in self._run.list(layout.METRICS)}
+        found = {number: entry for number, entry in sorted(files.items(), key=lambda item: item[0] or 0) if number}
+        for number, entry in found.items():
+            file = self._files.setdefault(number, Appended(self._run, entry.key))
+            self._generations.setdefault(number, _Generation()).add(file.read(entry.size))
+        return found
+
+    def _newest_first(self) -> list[_Generation]:
+        return [self._generations[number] for number in sorted(self._generations, reverse=True)]
+
+    def _newest_value(self, kind: str, name: str) -> Any:
+        """Of the newest generation that has written a record of this kind: one just restarted has no loss yet."""
+        return next((record.get(name) for records in self._newest_first() if (record := records.last(kind))), None)
+
+    def _count(self, kind: str) -> int:
+        """Records of this kind in all generations."""
+        return sum(len(records.by_kind[kind]) for records in self._generations.values())
+
+    def _step(self) -> int:
+        for records in self._newest_first():
+            if step := records.last("step"):
+                return step["step"]
+            if records.start_step is not None:
+                return records.start_step
+        return 0
+
+    def _first_loss(self) -> float | None:
+        """The loss of the lowest step, by the newest generation that took it."""
+        firsts = [records.by_kind["step"][0] for records in self._newest_first() if records.last("step")]
+        return min(firsts, key=lambda record: record["step"])["loss"] if firsts else None
+
+    def _restarts(self) -> list[Restart]:
+        numbers = sorted(self._generations)
+        restarts = []
+        for before, number in zip(numbers[:-1], numbers[1:], strict=True):
+            end = self._generations[before].last("end")
+            reason = (end["reason"] or end["outcome"]) if end else _NO_END
+            restarts.append(Restart(number, self._generations[number].start_step, reason))
+        return restarts
+
+    def _last_commit(self) -> tuple[int, float] | None:
+        """(step, seconds since 1970) of the newest manifest: what is in the store, whatever the metrics say."""
+        entries = self._run.list(layout.CHECKPOINTS)
+        commits = ((layout.manifest_step(entry.key), entry.modified.timestamp()) for entry in entries)
+        return max(((step, when) for step, when in commits if step is not None), default=None)
+
+
+def _state(newest: _Generation, quiet: float) -> State:
+    end = newest.last("end")
+    if newest.last("restart"):
+        return "restarting" if quiet < SILENT_SECONDS else "silent"
+    if end:
+        return end["outcome"]
+    if newest.last("start") is None:
+        return "starting"  # a large base takes minutes to load, without a line
+    if quiet >= SILENT_SECONDS:
+        return "silent"
+    return "running" if newest.last("step") else "starting"
+
+
+def _start_seconds(records: _Generation) -> dict[str, float]:
+    start, first = records.last("start") or {}, records.last("first_step")
+    parts = {part: start[f"{part}_seconds"] for part in ("launch", "load", "restore") if f"{part}_seconds" in start}
+    return parts | ({"first_step": first["seconds"]} if first else {})
+
+
+def _rates(records: _Generation) -> tuple[float | None, float | None]:
+    """(tokens per second, seconds per step) over the last steps; None before the first."""
+    recent = list(islice(reversed(records.by_kind["step"]), _RATE_STEPS))
+    seconds = sum(record["seconds"] for record in recent)
+    if not seconds:
+        return None, None
+    return sum(record["tokens"] for record in recent) / seconds, seconds / len(recent)

@@ -1,0 +1,167 @@
+"""A run's status for people: as a table, and on a terminal live, as the run goes on."""
+
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from launcher.view.status import ENDED, SILENT_SECONDS, Follower, RunStatus, State
+from launcher.view.tail import poll_seconds
+from trainer.errors import StorageError
+from trainer.store import Store
+
+
+def render(status: RunStatus) -> RenderableType:
+    """A small table of what is known."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, text in _lines(status):
+        if text:
+            table.add_row(name, text)
+    return table
+
+
+_COLORS: dict[State, str] = {"finished": "green", "running": "green", "failed": "red", "silent": "yellow"}
+
+
+def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
+    yield "run", status.run
+    color = _COLORS.get(status.state)
+    state = f"[{color}]{status.state}[/]" if color else status.state
+    if status.state not in ENDED and status.quiet_seconds is not None and status.quiet_seconds >= SILENT_SECONDS:
+        state += f", nothing written for {duration(status.quiet_seconds)}"
+    yield "state", state + (", asked to stop" if status.stop_requested and status.state not in ENDED else "")
+    yield "reason", _escaped(status.reason)
+    yield "step", f"{status.step:,}" + (f" of {status.total_steps:,}" if status.total_steps is not None else "")
+    yield "loss", _loss_line(status)
+    if status.tokens_per_second is not None:
+        eta = f", {duration(status.eta_seconds)} left" if status.eta_seconds is not None else ""
+        yield "speed", f"{status.tokens_per_second:,.0f} tokens/s{eta}"
+    yield "ranks", "" if status.world_size is None else _ranks_line(status)
+    yield "dashboard", status.dashboard or ""
+    yield "started", _start_line(status)
+    if status.last_commit_step is not None:
+        age = duration(status.last_commit_age_seconds or 0.0)
+        yield "checkpoint", f"step {status.last_commit_step:,}, {age} ago"
+    else:
+        yield "checkpoint", "none committed"
+    lost = ((status.failed_saves, "failed"), (status.skipped_saves, "skipped"))
+    yield "saves", ", ".join(f"{count:,} {what}" for count, what in lost if count)
+    for restart in status.restarts:
+        where = "" if restart.step is None else f" at step {restart.step:,}"
+        yield f"start {restart.generation}", _escaped(f"went on{where} after: {restart.reason}")
+
+
+def _ranks_line(status: RunStatus) -> str:
+    by_machine = ", ".join(f"{name}: {ranks}" for name, ranks in status.machines.items())
+    return f"{status.world_size}" + (f" ({by_machine})" if by_machine else "")
+
+
+def _start_line(status: RunStatus) -> str:
+    parts = dict(status.start_seconds)
+    if "first_step" not in parts:
+        return ""
+    total = parts.pop("first_step")
+    return f"{total:.1f} s to the first step ({', '.join(f'{part} {took:.1f} s' for part, took in parts.items())})"
+
+
+def _loss_line(status: RunStatus) -> str:
+    if status.loss is None or status.loss_first is None:
+        return ""
+    evaluated = f", held out {status.eval_loss:.4f}" if status.eval_loss is not None else ""
+    return f"{status.loss:.4f} nats (first {status.loss_first:.4f}){evaluated}"
+
+
+def _escaped(text: str) -> str:
+    """Without rich's markup: an error message may hold [brackets]."""
+    return text.replace("[", r"\[")
+
+
+def duration(seconds: float) -> str:
+    """Two units: 45 s, 12 min 5 s, 3 h 20 min, 2 d 4 h."""
+    whole = round(seconds)
+    for size, unit, smaller, small_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // smaller} {small_unit}"
+    return f"{whole} s"
+
+
+def watch(
+    run: Store,
+    stop: Callable[[], bool],
+    *,
+    console: Console | None = None,
+    wait: Callable[[float], None] = time.sleep,
+) -> RunStatus:
+    """Show the run's progress on stderr until `stop()` is true; returns the status it saw last."""
+    follower = Follower(run)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        TextColumn("{task.completed:,}/{task.fields[total_steps]}"),
+        TextColumn("{task.fields[facts]}"),
+    )
+    with Progress(*columns, console=console or Console(stderr=True)) as progress:
+        task = progress.add_task("starting", total=None, total_steps="?", facts="")
+        status = RunStatus(run.uri, "starting")
+        while True:
+            last_look = stop()
+            try:
+                status = follower.read()
+                facts = _facts(status)
+            except StorageError:
+                # The run has its own patience with the store; the view of it must not end first.
+                facts = "the store does not answer"
+            progress.update(
+                task,
+                description=status.state,
+                completed=status.step,
+                total=status.total_steps,
+                total_steps="?" if status.total_steps is None else f"{status.total_steps:,}",
+                facts=facts,
+            )
+            if last_look:
+                return status
+            wait(poll_seconds(run))
+
+
+def watch_table(
+    run: Store,
+    over: Callable[[], bool] | None = None,
+    *,
+    console: Console | None = None,
+    wait: Callable[[float], None] = time.sleep,
+) -> RunStatus:
+    """Show all that is known, again and again, until the run has ended, or `over()`; returns the status it saw last."""
+    follower, ended = Follower(run), 0
+    with Live(console=console or Console(stderr=True), auto_refresh=False) as live:
+        while True:
+            try:
+                status = follower.read()
+            except StorageError:
+                wait(poll_seconds(run))  # the run has its own patience with the store; the view must not end first
+                continue
+            live.update(render(status), refresh=True)
+            ended = ended + 1 if status.state in ENDED else 0
+            if over() if over else ended == 2:  # between an end and a restart there is a moment
+                return status
+            wait(poll_seconds(run))
+
+
+def _facts(status: RunStatus) -> str:
+    parts = []
+    if status.loss is not None:
+        parts.append(f"loss {status.loss:.4f}")
+    if status.tokens_per_second is not None:
+        parts.append(f"{status.tokens_per_second:,.0f} tokens/s")
+    if status.eta_seconds is not None:
+        parts.append(f"{duration(status.eta_seconds)} left")
+    if status.last_commit_step is not None:
+        parts.append(f"committed {status.last_commit_step:,}")
+    if status.restarts:
+        parts.append(f"start {status.generation}")
+    return " · ".join(parts)

@@ -1,0 +1,189 @@
+"""From safetensors files to a sharded, quantized, adapted model: no rank ever holds more of the base than its share."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from trainer.base.architecture import read_architecture
+from trainer.base.cache import MANIFEST, cache_folder, open_cache, write_cache
+from trainer.base.locate import Base, check_no_other, find_source
+from trainer.base.placement import Placement, place_partitions
+from trainer.base.prequantized import packed_sources
+from trainer.base.reading import run_jobs
+from trainer.config import Config, Tuning
+from trainer.errors import Damaged
+from trainer.model.attention import Attention
+from trainer.model.head import LossHead
+from trainer.plan import choose_scope
+from trainer.ranks import Ranks
+from trainer.safetensors_index import PackedSources
+from trainer.store import open_run_store
+from trainer.zero.partition import Partitioner
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass
+class LoadReport:
+    """What the load did on this rank: bytes read from the store, bytes kept, seconds."""
+
+    read_bytes: int = 0
+    kept_bytes: int = 0
+    seconds: float = 0.0
+    checksums: dict[str, int] = field(default_factory=dict)
+
+
+def load_model(
+    base: Base,
+    config: Config,
+    deepspeed_config: dict[str, Any],
+    ranks: Ranks,
+    attention: Attention,
+    log: Callable[[str], None] = lambda text: None,
+) -> tuple[PreTrainedModel, LoadReport]:
+    """The base, sharded over the ranks, with fresh adapters on it; `log` gets rank 0's progress. Collective.
+
+    Raises:
+        CapstanError: on every rank, when one cannot read a tensor, or the files lack it or have it in another shape or type.
+    """
+    started = time.monotonic()
+    memory = ranks.least_device_memory()
+    scope = choose_scope(config, base.config, ranks.world_size, ranks.ranks_per_node, memory)
+    dtype = DTYPES[config.model.dtype]
+
+    def fill(stored: Callable[[str], PackedSources | None]) -> _Filled:
+        with ranks.agreeing():
+            model = empty_model(base, config, attention)
+            packed = packed_sources(base, config)
+            # A tied weight is listed once, under its first name.
+            sources = {
+                name: find_source(base, name, tuple(given.shape))
+                for name, given in model.named_parameters()
+                if name.removesuffix(".weight") not in packed
+            }
+            with_packed = [name for name in base.tensors if name.partition(".weight")[0] in packed]
+            check_no_other(
+                base, [*sources, *with_packed], model._keys_to_ignore_on_load_unexpected or (), config.model.layers
+            )
+        partitioner = Partitioner(deepspeed_config, dtype, scope, ranks)
+        placement = place_partitions(
+            model, config.quant, dtype, partitioner, sources.__getitem__, lambda path: packed.get(path) or stored(path)
+        )
+        return _Filled(model, placement, partitioner, run_jobs(placement.jobs, ranks, log))
+
+    filled = _through_cache(base, config, ranks, fill, log) if config.quant.cache else fill(lambda path: None)
+    model = filled.model
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(ranks.device)
+    targets = read_architecture(base.config, config.model.layers).target_names(config.tuning.targets)
+    add_adapters(model, lora_config(config.tuning, targets), dtype, config.run.seed)
+    seconds = time.monotonic() - started
+    return model, LoadReport(filled.read_bytes, filled.partitioner.kept_bytes, seconds, checksums(model))
+
+
+@dataclass(frozen=True)
+class _Filled:
+    """The sharded model without adapters, and the bytes that this rank read for it."""
+
+    model: PreTrainedModel
+    placement: Placement
+    partitioner: Partitioner
+    read_bytes: int
+
+
+def _through_cache(
+    base: Base,
+    config: Config,
+    ranks: Ranks,
+    fill: Callable[[Callable[[str], PackedSources | None]], _Filled],
+    log: Callable[[str], None],
+) -> _Filled:
+    """From the store's quantized base where there is one; otherwise, or where it is damaged, from the source and into it."""
+    folder = cache_folder(base, config, open_run_store(config))
+    with ranks.agreeing():
+        # One rank looks: another might find what somebody commits in this very moment.
+        there = ranks.rank == 0 and folder.exists(MANIFEST)
+    if ranks.broadcast(there):
+        try:
+            with ranks.agreeing():
+                cached = open_cache(folder)
+            return fill(cached.sources)
+        except Damaged as error:
+            if ranks.rank == 0:
+                log(f"quant.cache: {error} The base is quantized from its source again.")
+            with ranks.agreeing():
+                if ranks.rank == 0:
+                    folder.delete(MANIFEST)
+    filled = fill(lambda path: None)
+    writers = filled.partitioner.size
+    write_cache(folder, filled.placement.partitions(), filled.placement.means(), writers, ranks, log)
+    return filled
+
+
+def empty_model(base: Base, config: Config, attention: Attention) -> PreTrainedModel:
+    """The architecture with parameters on `meta` and real buffers (rotary frequencies), its head a `LossHead`."""
+    architecture = model_config(base.directory, config.model.layers)
+    architecture.use_cache = False
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            architecture,
+            dtype=DTYPES[config.model.dtype],
+            attn_implementation=attention.name,
+            experts_implementation="eager",  # multiplies with one expert's matrix at a time, as FrozenStack4bit allows
+        )
+    model.tie_weights()  # init_empty_weights gives every module its own parameter
+    head = LossHead(model.lm_head.in_features, model.lm_head.out_features, bias=False, device="meta")
+    head.weight = model.lm_head.weight
+    head.softcap = getattr(architecture, "final_logit_softcapping", None)
+    model.lm_head = head
+    if config.train.activation_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def model_config(directory: Path, layers: int | None) -> PretrainedConfig:
+    """transformers' configuration of the base, cut to its first `layers`."""
+    config = AutoConfig.from_pretrained(directory)
+    if layers:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    return config
+
+
+def checksums(model: nn.Module) -> dict[str, int]:
+    """The sum of this rank's bytes of each packed parameter, to show that nothing cast or moved them."""
+    return {
+        name: int(parameter.ds_tensor.sum(dtype=torch.int64))  # type: ignore[attr-defined]
+        for name, parameter in model.named_parameters()
+        if parameter.dtype == torch.uint8
+    }
+
+
+def lora_config(tuning: Tuning, targets: str | Iterable[str]) -> LoraConfig:
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=tuning.rank,
+        lora_alpha=tuning.alpha,  # type: ignore[arg-type]  # annotated int, used as a factor
+        lora_dropout=tuning.dropout,
+        use_rslora=tuning.method == "rslora",
+        target_modules=targets if isinstance(targets, str) else sorted(targets),
+    )
+
+
+def add_adapters(model: PreTrainedModel, adapter: LoraConfig, dtype: torch.dtype, seed: int) -> None:
+    """Put PEFT's LoRA layers around the targets, the same random start on every rank and world size."""
+    torch.manual_seed(seed)
+    inject_adapter_in_model(adapter, model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,353 @@
+"""The base model: where it is, what it says of itself, and whether this project can train it.
+
+Everything here is read without torch and before any rank starts, so that a wrong base costs seconds. Weights stay where
+they are, in a directory or a bucket; config.json and the tokenizer's files are always in a directory.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from trainer.base.architecture import ARCHITECTURES, mismatches, read_architecture, stored_names
+from trainer.config import Config, Model
+from trainer.errors import ConfigError, NotFound
+from trainer.safetensors_index import INDEX_FILE, Source, Stacked, TensorSource, read_index
+from trainer.store import SCHEMES, Entry, Store, open_store
+
+WEIGHT_DTYPES = ("BF16", "F16", "F32")
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # a path that begins with a dot is none
+# What decides what a tokenizer does.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_CONFIG = "config.json"
+_SMALL_FILES = ("*.json", "*.model", "*.jinja", "merges.txt")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A Hugging Face model with safetensors files.
+
+    `name` is where it is, for messages; `directory` holds config.json and the tokenizer's files, `store` the weights;
+    `config` is the parsed config.json.
+    """
+
+    name: str
+    directory: Path
+    store: Store
+    config: dict[str, Any]
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the weights are stored in 4 bits already, as bitsandbytes packs them."""
+        return bool(self.config.get("quantization_config"))
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorSource]:
+        return read_index(self.store)
+
+    @cached_property
+    def versions(self) -> list[tuple[str, int, str]]:
+        """Name, size and version (ETag, or time of change) of each file of weights."""
+        entries = (entry for entry in self.store.list() if entry.key.endswith(".safetensors") and "/" not in entry.key)
+        return [(entry.key, entry.size, entry.version) for entry in entries]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes when the architecture, the tensors' names, shapes, types or places change. Weights are not hashed."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"{name} {tensor.key} {tensor.dtype} {tensor.shape} {tensor.offset}\n".encode())
+        return digest.hexdigest()[:16]
+
+
+def resolve_base(model: Model) -> Base:
+    """Find the base: a directory, a bucket's folder, or a Hub id (downloaded through huggingface_hub's cache).
+
+    Raises:
+        ConfigError: it is missing, has no config.json, or is of an architecture that is not supported.
+        StorageError: the bucket does not answer or refuses.
+    """
+    if _in_bucket(model):
+        store = open_store(model.base, setting="model.base")
+        return _base(store.uri, _small_files(store), store)
+    directory = _directory(model, [*_SMALL_FILES, "*.safetensors"])
+    return _base(str(directory), directory, open_store(str(directory), setting="model.base"))
+
+
+def base_files(model: Model) -> Path:
+    """A directory with config.json and the tokenizer's files; the weights are not downloaded for it."""
+    if _in_bucket(model):
+        return _small_files(open_store(model.base, setting="model.base"))
+    return _directory(model, list(_SMALL_FILES))
+
+
+def named_files(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
+    """Name -> content of those that are there."""
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+
+
+def _base(name: str, directory: Path, store: Store) -> Base:
+    return Base(name, directory, store, _read_config(name, _local(directory / _CONFIG)))
+
+
+def _directory(model: Model, patterns: list[str]) -> Path:
+    """The local directory, or the snapshot of a Hub id with the files that match."""
+    directory = Path(model.base).expanduser()
+    if directory.is_dir():
+        return directory
+
+    def download(hub: Any) -> str:
+        # Folders hold other formats, consolidated files the same weights under other names.
+        others = ["*/*", "consolidated*"]
+        return hub.snapshot_download(
+            model.base, revision=model.revision, allow_patterns=patterns, ignore_patterns=others
+        )
+
+    return Path(_from_hub(model, download))
+
+
+def read_base_config(model: Model) -> dict[str, Any]:
+    """The parsed config.json of the base alone: nothing else is downloaded.
+
+    Raises:
+        ConfigError: it is missing, has no config.json, or is of an architecture that is not supported.
+        StorageError: the bucket does not answer or refuses.
+    """
+    if _in_bucket(model):
+        store = open_store(model.base, setting="model.base")
+        return _read_config(store.uri, lambda: store.get(_CONFIG))
+    directory = Path(model.base).expanduser()
+    if directory.is_dir():
+        return _read_config(str(directory), _local(directory / _CONFIG))
+    path = _from_hub(model, lambda hub: hub.hf_hub_download(model.base, _CONFIG, revision=model.revision))
+    return _read_config(model.base, _local(Path(path)))
+
+
+def _in_bucket(model: Model) -> bool:
+    return model.base.startswith(tuple(f"{scheme}://" for scheme in SCHEMES))
+
+
+def _small_files(store: Store) -> Path:
+    """A folder of this machine's cache with the base's small files, fetched once for each version of them."""
+    entries = [
+        entry
+        for entry in store.list()
+        if "/" not in entry.key and entry.key != INDEX_FILE and any(Path(entry.key).match(p) for p in _SMALL_FILES)
+    ]
+    versions = json.dumps([store.uri, [[entry.key, entry.version] for entry in entries]])
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capstan" / "bases"
+    folder = cache / hashlib.sha256(versions.encode()).hexdigest()[:16]
+    if not folder.is_dir():
+        _fetch(store, entries, folder)
+    return folder
+
+
+def _fetch(store: Store, entries: list[Entry], folder: Path) -> None:
+    """Fill a new `folder`; every rank of a machine may do so at once, and the first to rename its own wins."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as partial:
+        whole = Path(partial) / "whole"
+        whole.mkdir()
+        for entry in entries:
+            (whole / entry.key).write_bytes(store.get(entry.key))
+        try:
+            whole.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+
+
+def copy_weights(base: Base, folder: Path) -> None:
+    """Copy the base's files into `folder`: for tools that read neither a bucket nor ranges."""
+    for path in base.directory.iterdir():
+        if path.is_file() and path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    for entry in base.store.list():
+        if "/" in entry.key or not entry.key.endswith((".safetensors", INDEX_FILE)):
+            continue
+        copy_object(base.store, entry, folder)
+
+
+def copy_object(store: Store, entry: Entry, folder: Path) -> None:
+    """Copy one object into `folder`, a part at a time."""
+    with (folder / entry.key).open("wb") as file:
+        for chunk in store.chunks(entry.key, entry.size):
+            file.write(chunk)
+
+
+def _local(path: Path) -> Callable[[], bytes]:
+    def read() -> bytes:
+        try:
+            return path.read_bytes()
+        except FileNotFoundError as error:
+            raise NotFound(f"{path} does not exist.") from error
+
+    return read
+
+
+def _read_config(name: str, read: Callable[[], bytes]) -> dict[str, Any]:
+    try:
+        config = json.loads(read())
+    except NotFound as error:
+        raise ConfigError(f"model.base: {name} has no config.json. Give a Hugging Face model directory.") from error
+    except ValueError as error:
+        raise ConfigError(f"model.base: {name}/config.json is not JSON ({error}). Copy the model again.") from error
+    kind = config.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise ConfigError(f"model.base: {name} is a {kind!r} model. Supported are {', '.join(ARCHITECTURES)}.")
+    if config.get("use_bidirectional_attention"):
+        raise ConfigError(
+            f"model.base: {name} attends in both directions (use_bidirectional_attention). Give a causal model."
+        )
+    stored = config.get("quantization_config")
+    if stored and not (stored.get("quant_method") == "bitsandbytes" and stored.get("load_in_4bit")):
+        raise ConfigError(
+            f"model.base: {name} is quantized already, and not to 4 bits by bitsandbytes. Give the 16-bit model; quant.type "
+            "quantizes it."
+        )
+    return config
+
+
+def _from_hub(model: Model, get: Callable[[Any], str]) -> str:
+    if not _HUB_ID.fullmatch(model.base):
+        raise ConfigError(
+            f"model.base: the directory {model.base!r} does not exist. Give a Hugging Face model directory, a bucket's "
+            "URI or a Hub id."
+        )
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return get(huggingface_hub)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model.base: {model.base!r} is no directory here, and the Hub did not give it ({reason}). "
+            "Check the name, HF_TOKEN for a gated model, or download it to a directory first."
+        ) from error
+
+
+def check_base(base: Base, config: Config) -> None:
+    """Everything about the base and the run's settings that can be wrong before a byte of weights is read."""
+    wrong = mismatches(config, base.config)
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    if not base.quantized:
+        for name, shape in read_architecture(base.config, config.model.layers).weight_shapes().items():
+            find_source(base, name, shape)
+    embedding = base.tensors.get("model.embed_tokens.weight")
+    if embedding is None:
+        raise ConfigError(f"model.base: {base.name} has no tensor model.embed_tokens.weight. Copy the model again.")
+    rows, tokens = embedding.shape[0], tokenizer_size(base.directory, base.name)
+    if tokens > rows:
+        raise ConfigError(
+            f"model.base: the tokenizer of {base.name} has {tokens} tokens, the embedding {rows} rows. "
+            "Use the tokenizer that belongs to this model, or resize the embedding with resize_token_embeddings()."
+        )
+
+
+def check_mergeable(model: Model, base_config: dict[str, Any]) -> None:
+    """Raises `ConfigError` for a base that an adapter cannot be merged into; reads no weights."""
+    if base_config.get("quantization_config"):
+        raise ConfigError(
+            f"--merge: {model.base} is stored in 4 bits, where no merged weight fits. Leave out --merge: PEFT and vLLM load "
+            "the adapter beside it."
+        )
+    if model.layers:
+        raise ConfigError(
+            f"--merge: the run has the first {model.layers} layers of its base only (model.layers), and would leave the rest "
+            "untrained. Leave out --merge."
+        )
+
+
+def find_source(base: Base, name: str, shape: tuple[int, ...]) -> Source:
+    """What the files hold of the model's parameter `name`.
+
+    Raises:
+        ConfigError: they lack it, have it in another shape, or in a type that cannot be read.
+    """
+    names = (name,) if name in base.tensors else stored_names(base.config, name)
+    slices = shape[0] if len(shape) == 3 else 1
+    # Experts that are stored singly: (experts, rows, columns) of files that have rows / parts of each.
+    part_shape = shape if len(names) == 1 else (shape[1] * slices // len(names), shape[2])
+    parts = tuple(_checked(base, stored, part_shape) for stored in names)
+    if len({part.dtype for part in parts}) > 1:
+        raise ConfigError(
+            f"model.base: the experts of {name} are of several types in {base.name}. Copy the model again."
+        )
+    return parts[0] if len(parts) == 1 else Stacked(parts, shape)
+
+
+def _checked(base: Base, name: str, shape: tuple[int, ...]) -> TensorSource:
+    source = base.tensors.get(name)
+    if source is None:
+        raise ConfigError(
+            f"model.base: {base.name} has no tensor {name}, which its architecture needs. Copy the model again."
+        )
+    if source.shape != shape:
+        raise ConfigError(
+            f"model.base: {name} is {list(source.shape)} in {source.key}, {list(shape)} by config.json. "
+            "Copy the model again."
+        )
+    if source.dtype not in WEIGHT_DTYPES:
+        raise ConfigError(f"model.base: {name} is of type {source.dtype}. Readable are {', '.join(WEIGHT_DTYPES)}.")
+    return source
+
+
+def check_no_other(base: Base, names: Iterable[str], ignored: Iterable[str], layers: int | None) -> None:
+    """Raises `ConfigError` when the files have a tensor that is no part of the model's parameters `names`.
+
+    Such a model is not the one that config.json describes: a bias or a layer would be left out without a word. `ignored`
+    are patterns that transformers ignores as well; with `layers` the rest of the base is left out on purpose.
+    """
+    known = set(names)
+    for name in list(known):
+        known.update(stored_names(base.config, name))
+    left_out = [*ignored, r"rotary_emb\.inv_freq$"]
+    if base.config.get("tie_word_embeddings", True):
+        left_out.append(r"^lm_head\.weight$")
+    if layers:
+        left_out.append(r"^model\.layers\.")
+    others = [
+        name for name in base.tensors if name not in known and not any(re.search(pattern, name) for pattern in left_out)
+    ]
+    if others:
+        raise ConfigError(
+            f"model.base: {base.name} has the tensor {others[0]}, which the architecture of its config.json has not "
+            f"({len(others)} such tensors). Give the config.json that belongs to these files."
+        )
+
+
+def tokenizer_size(directory: Path, name: str) -> int:
+    """One more than the largest token id, from the tokenizer's own files."""
+    ids = [-1]
+    if (directory / "tokenizer.json").is_file():
+        tokenizer = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+        vocabulary = tokenizer["model"]["vocab"]
+        ids.append(len(vocabulary) - 1 if isinstance(vocabulary, list) else max(vocabulary.values(), default=-1))
+        ids += [token["id"] for token in tokenizer.get("added_tokens", [])]
+    elif (directory / "tokenizer.model").is_file():
+        from sentencepiece import SentencePieceProcessor
+
+        ids.append(SentencePieceProcessor(model_file=str(directory / "tokenizer.model")).vocab_size() - 1)
+    else:
+        raise ConfigError(
+            f"model.base: {name} has neither tokenizer.json nor tokenizer.model. Copy the tokenizer's files there."
+        )
+    return max(ids) + 1

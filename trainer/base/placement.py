@@ -1,0 +1,103 @@
+"""Partitions in the place of the parameters of a model on `meta`, and 4-bit modules in that of its matrices."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from trainer.base.filling import Copy, PackedPartitions, Quantize, copy_packed, make_packed
+from trainer.base.reading import Job
+from trainer.config import Quant
+from trainer.model.nf4 import Format, FrozenLinear4bit, FrozenStack4bit, Packed
+from trainer.safetensors_index import PackedSources, Source
+from trainer.zero.engine import gather_as_one
+from trainer.zero.partition import Partition, Partitioner
+
+
+@dataclass
+class Placement:
+    """What fills the partitions; and the packed modules by the names that they have before adapters are around them."""
+
+    jobs: list[Job] = field(default_factory=list)
+    packed: dict[str, tuple[Packed, PackedPartitions]] = field(default_factory=dict)
+
+    def partitions(self) -> dict[str, Partition]:
+        """Of all packed parameters, by name."""
+        return {
+            f"{path}.{name}": partition
+            for path, (_, made) in self.packed.items()
+            for name, partition in vars(made).items()
+            if partition is not None
+        }
+
+    def means(self) -> dict[str, list[float]]:
+        """Of absmax, by module, under double quantization."""
+        return {path: module.absmax_mean.tolist() for path, (module, _) in self.packed.items() if module.format.double}
+
+
+def place_partitions(
+    model: PreTrainedModel,
+    quant: Quant,
+    dtype: torch.dtype,
+    partitioner: Partitioner,
+    source: Callable[[str], Source],
+    stored: Callable[[str], PackedSources | None],
+) -> Placement:
+    """Replace every parameter of `model`.
+
+    Args:
+        dtype: of what is not quantized, and of the products.
+        source: where a parameter is read from.
+        stored: where a module's packed weights are read from, or None where they are quantized from `source`.
+    """
+    placement = Placement()
+    for name, parameter in list(model.named_parameters()):
+        path = name.removesuffix(".weight")
+        packed = _packed_module(model, name, parameter, quant, dtype)
+        if packed is None:
+            partition = partitioner.make(parameter.shape, dtype)
+            _replace(model, parameter, partition.parameter)
+            placement.jobs.append(Copy(source(name), partition))
+            continue
+        made = make_packed(packed, partitioner)
+        placement.packed[path] = packed, made
+        found = stored(path)
+        if found is None:
+            placement.jobs.append(Quantize(source(name), packed, made, partitioner))
+        else:
+            placement.jobs += copy_packed(packed, made, found)
+    return placement
+
+
+def _replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
+    """In every module that shares it: a tied weight stays tied."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter is old:
+                setattr(module, name, new)
+
+
+def _packed_module(
+    model: nn.Module, name: str, parameter: nn.Parameter, quant: Quant, dtype: torch.dtype
+) -> Packed | None:
+    """What takes the parameter's place where it is a linear layer's or the experts' of a mixture, and is quantized."""
+    if quant.type == "none":
+        return None
+    form = Format(quant.type, quant.block_size, quant.double, dtype)
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if type(owner) is nn.Linear and leaf == "weight":
+        layer = FrozenLinear4bit(owner.in_features, owner.out_features, form)
+        layer.bias = owner.bias  # still on meta; it is a parameter of its own
+        model.set_submodule(path, layer)
+        return layer
+    if parameter.ndim == 3:
+        experts, rows, columns = parameter.shape
+        stack = FrozenStack4bit((experts, rows, columns), form)
+        delattr(owner, leaf)
+        owner.add_module(leaf, stack)
+        gather_as_one(owner)
+        return stack
+    return None

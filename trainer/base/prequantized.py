@@ -1,0 +1,126 @@
+"""Bases that bitsandbytes has quantized to 4 bits: their packed bytes are loaded as they are.
+
+Beside each packed `weight`, `save_pretrained` writes `weight.absmax` and `weight.quant_state.bitsandbytes__nf4` (or fp4),
+JSON as bytes; under double quantization also `weight.nested_absmax` and `weight.nested_quant_map`.
+"""
+
+import hashlib
+import json
+import math
+from typing import Any
+
+from trainer.base.architecture import read_architecture
+from trainer.base.locate import Base
+from trainer.config import Config
+from trainer.errors import ConfigError
+from trainer.safetensors_index import DTYPE_BYTES, PackedSources, TensorSource, numel
+
+_NESTED_BLOCK = 256
+# SHA-256 of bitsandbytes.functional.create_dynamic_map() as fp32: what 8-bit scales stand for.
+_NESTED_MAP = "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"
+_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+def packed_sources(base: Base, config: Config) -> dict[str, PackedSources]:
+    """The packed weights of every quantized layer of `base`, by its module's path; empty where `base` is in 16 bits.
+
+    Reads a few hundred bytes a layer, all at once, and no weight.
+
+    Raises:
+        ConfigError: a matrix is not in 4 bits, or is stored otherwise than `config.quant` says.
+    """
+    if not base.quantized:
+        return {}
+    shapes = read_architecture(base.config, config.model.layers).weight_shapes()
+    facts = _read_facts(base, [*shapes])
+    return {
+        name.removesuffix(".weight"): _checked(base, config, name, shape, *facts[name])
+        for name, shape in shapes.items()
+    }
+
+
+def _read_facts(base: Base, names: list[str]) -> dict[str, tuple[dict[str, Any], bytes]]:
+    """Of each weight, the JSON of its quant_state and the bytes of its nested_quant_map (empty without one)."""
+    wanted: dict[str, TensorSource] = {}
+    for name in names:
+        state = next((base.tensors[key] for key in _state_keys(name) if key in base.tensors), None)
+        if state is None:
+            raise ConfigError(
+                f"model.base: {base.name} is quantized, but its {name} is not in 4 bits, as all linear layers and experts "
+                "must be. Give the 16-bit model; quant.type quantizes it."
+            )
+        wanted[name] = state
+        if nested := base.tensors.get(f"{name}.nested_quant_map"):
+            wanted[f"{name}.nested_quant_map"] = nested
+    read: dict[str, bytes] = {}
+    for file in {source.key for source in wanted.values()}:
+        inside = {name: source for name, source in wanted.items() if source.key == file}
+        ranges = [source.byte_range(0, numel(source)) for source in inside.values()]
+        parts = base.store.get_ranges(file, [begin for begin, _ in ranges], [end for _, end in ranges])
+        read |= {name: bytes(part) for name, part in zip(inside, parts, strict=True)}
+    return {name: (_parsed(base, name, read[name]), read.get(f"{name}.nested_quant_map", b"")) for name in names}
+
+
+def _state_keys(name: str) -> list[str]:
+    return [f"{name}.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")]
+
+
+def _parsed(base: Base, name: str, data: bytes) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = json.loads(data)
+        if missing := {"quant_type", "blocksize", "dtype", "shape"} - state.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        return state
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"model.base: the quant_state of {name} in {base.name} cannot be read ({error}). Copy the model again."
+        ) from error
+
+
+def _checked(
+    base: Base, config: Config, name: str, shape: tuple[int, ...], state: dict[str, Any], nested_map: bytes
+) -> PackedSources:
+    quant, double = config.quant, "nested_offset" in state
+    stored = {"quant.type": state["quant_type"], "quant.block_size": state["blocksize"], "quant.double": double}
+    given = {"quant.type": quant.type, "quant.block_size": quant.block_size, "quant.double": quant.double}
+    for setting, value in stored.items():
+        if value != given[setting]:
+            raise ConfigError(
+                f"{setting}: {str(given[setting]).lower()}, but {name} is stored with {str(value).lower()} in {base.name}, "
+                f"which is loaded as it is. Set {setting}: {str(value).lower()}."
+            )
+    standard = state.get("nested_blocksize") == _NESTED_BLOCK and hashlib.sha256(nested_map).hexdigest() == _NESTED_MAP
+    if state["dtype"] != _DTYPES[config.model.dtype]:
+        raise ConfigError(
+            f"model.base: {name} was {state['dtype']} before it was quantized, and would be rounded twice as {config.model.dtype} "
+            f"(model.dtype) in {base.name}. Give the 16-bit model; quant.type quantizes it."
+        )
+    if double and not standard:
+        raise ConfigError(
+            f"model.base: the scales of {name} in {base.name} are not stored as bitsandbytes stores them today. "
+            "Give the 16-bit model; quant.type quantizes it."
+        )
+    weights = math.prod(shape)
+    blocks = math.ceil(weights / quant.block_size)
+    found = PackedSources(
+        weight=_bytes(base, name, math.ceil(weights / 2)),
+        absmax=_bytes(base, f"{name}.absmax", blocks if double else 4 * blocks),
+        nested_absmax=_bytes(base, f"{name}.nested_absmax", 4 * math.ceil(blocks / _NESTED_BLOCK)) if double else None,
+        mean=[state["nested_offset"]] if double else None,
+    )
+    if tuple(state["shape"]) != shape:
+        raise ConfigError(
+            f"model.base: {name} is {state['shape']} in {base.name}, {list(shape)} by config.json. Copy the model again."
+        )
+    return found
+
+
+def _bytes(base: Base, name: str, size: int) -> TensorSource:
+    """The tensor `name`, whatever its type, as the `size` bytes that it must have."""
+    source = base.tensors.get(name)
+    there = 0 if source is None else numel(source) * DTYPE_BYTES[source.dtype]
+    if source is None or there != size:
+        raise ConfigError(
+            f"model.base: {name} has {there} bytes in {base.name}, {size} by config.json. Copy the model again."
+        )
+    return TensorSource(source.store, source.key, "U8", (size,), source.offset)

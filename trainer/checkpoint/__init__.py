@@ -1,0 +1,1 @@
+"""Shards, manifests, retention; saving and restoring what learns."""

@@ -1,0 +1,355 @@
+"""Training state to the store and back, at any world size.
+
+Save: each rank copies its intervals of what learns into host memory (the loop's only wait), and uploads them in the
+background. The loop calls `advance` at every step border with whether all ranks are `ready`; once all shards are up,
+rank 0 writes the manifest with a create-only PUT, in the background too: the commit. Restore: newest manifest first;
+every shard is hashed once across the ranks; where one is damaged, all ranks fall back together; each rank reads the byte
+ranges that overlap its intervals.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer import config
+from trainer.checkpoint.manifest import Manifest, committed_steps, read_manifest, readable_manifests
+from trainer.checkpoint.retention import Retention, plan_removal, remove
+from trainer.checkpoint.shard import STATES, Layout, Piece, Shard, read_states, verify_shard, write_shard
+from trainer.errors import AlreadyExists, ConfigError, NothingToResume, StorageError, Superseded
+from trainer.ranks import Ranks
+from trainer.run import layout
+from trainer.store import Store
+from trainer.zero.engine import Engine, TrainablePartition
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a checkpoint belongs to: a restore refuses another base, adapter, data set or order of it."""
+
+    dataset: str
+    base: dict[str, Any]
+    adapter: dict[str, Any]
+    order: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class _Pending:
+    """A save under way: first `work` is this rank's upload, then, with all shards in the `manifest`, the commit."""
+
+    manifest: Manifest
+    started: float
+    stall: float
+    work: Future[Any]
+    uploaded: bool = False
+
+
+@dataclass
+class Checkpoints:
+    """One run's checkpoints, as one rank of one generation writes them.
+
+    `record` gets what happens as (kind, values): commit, save_skipped, save_failed, prune_failed. `newest` is the step of
+    the last save that was begun.
+    """
+
+    run: Store
+    ranks: Ranks
+    generation: int
+    identity: Identity
+    rules: config.Checkpoint
+    versions: dict[str, str]
+    record: Callable[..., None]
+    newest: int | None = None
+    _saves: int = 0
+    _skipped: int = 0
+    _failures: int = 0  # in a row
+    _error: StorageError | None = None  # of the newest save
+    _pending: _Pending | None = None
+    _block: Tensor | None = None
+    _uploads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
+    _pruning: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "prune"))
+
+    # --- save
+
+    def save(
+        self,
+        engine: Engine,
+        step: int,
+        position: dict[str, Any],
+        *,
+        eval_loss: float | None = None,
+        may_skip: bool = True,
+    ) -> None:
+        """Begin to save the state after `step` updates. Collective.
+
+        While the save before is not done, waits for it; or skips this one, if the rules say so and the caller lets it.
+        """
+        if self._pending and may_skip and self.rules.when_busy == "skip":
+            self._skipped += 1
+            self.record("save_skipped", step=step, skipped=self._skipped)
+            return
+        started = time.monotonic()
+        self._settle()
+        partitions = engine.partitions()
+        shard_layout = Layout({part.name: (part.begin, part.end) for part in partitions if part.end > part.begin})
+        data = self._copy(shard_layout, partitions)
+        self._saves, self.newest = self._saves + 1, step
+        key = layout.shard(step, layout.attempt(self.generation, self._saves), self.ranks.rank)
+        manifest = Manifest(
+            step=step,
+            generation=self.generation,
+            world_size=self.ranks.world_size,
+            created=time.time(),
+            updates=engine.updates,
+            position=position,
+            dataset=self.identity.dataset,
+            order=self.identity.order,
+            base=self.identity.base,
+            adapter=self.identity.adapter,
+            groups=engine.groups,
+            versions=self.versions,
+            eval_loss=eval_loss,
+            shapes={part.name: list(part.shape) for part in partitions},
+            shards=[],
+        )
+        upload = self._uploads.submit(write_shard, self.run, key, shard_layout, data)
+        self._pending = _Pending(manifest, started, time.monotonic() - started, upload)
+
+    def _copy(self, shard_layout: Layout, partitions: list[TrainablePartition]) -> memoryview:
+        """The states as bytes of host memory, laid out as the file is. The memory is one block, kept for every save."""
+        on_gpu = self.ranks.device.type == "cuda"
+        if self._block is None:
+            # Pinned: the copies run at the bus's speed, and none waits for the one before.
+            self._block = torch.empty(shard_layout.numel, dtype=torch.float32, pin_memory=on_gpu)
+        assert self._block.numel() == shard_layout.numel, "a partition's size does not change during a run"
+        states = {part.name: part.states for part in partitions}
+        for name, state, begin, end in shard_layout.places():
+            self._block[begin:end].copy_(states[name][state], non_blocking=on_gpu)
+        if on_gpu:
+            torch.cuda.synchronize()
+        return self._block.view(torch.uint8).numpy().data
+
+    @property
+    def ready(self) -> bool:
+        """Whether this rank's background work on the save is done, or there is none."""
+        return self._pending is None or self._pending.work.done()
+
+    def advance(self, all_ready: bool) -> None:
+        """Take the save under way a stage further, once every rank is ready: to the commit, then to its end. Collective.
+
+        Raises:
+            StorageError: too many saves failed one after the other; `Superseded` when a later generation has taken over
+                the run.
+        """
+        pending = self._pending
+        if pending is None or not all_ready:
+            return
+        # What failed on one rank fails on all: a rank that raised alone would leave the others in their next collective.
+        outcomes = self.ranks.gather_objects(_outcome(pending.work))
+        failed = next((rank for rank, outcome in enumerate(outcomes) if isinstance(outcome, StorageError)), None)
+        if failed is not None:
+            self._fail(failed, pending.manifest.step, outcomes[failed])
+        elif not pending.uploaded:
+            pending.uploaded = True
+            pending.manifest = replace(pending.manifest, shards=outcomes)
+            pending.work = self._uploads.submit(self._commit, pending.manifest)
+        else:
+            self._end(pending)
+
+    def _end(self, pending: _Pending) -> None:
+        self._pending, self._failures = None, 0
+        self.record(
+            "commit",
+            step=pending.manifest.step,
+            bytes=pending.manifest.size,
+            seconds=round(time.monotonic() - pending.started, 3),
+            stall_seconds=round(pending.stall, 4),
+            key=layout.manifest(pending.manifest.step),
+        )
+        if self.ranks.rank == 0:
+            self._pruning.submit(self._prune)
+
+    def _fail(self, rank: int, step: int, error: StorageError) -> None:
+        self._pending = None
+        self._failures += 1
+        if not isinstance(error, Superseded):
+            error = StorageError(f"rank {rank} could not save the checkpoint of step {step}: {error}")
+        self._error = error
+        self.record("save_failed", step=step, rank=rank, failures=self._failures, reason=str(error))
+        if isinstance(error, Superseded) or self._failures > self.rules.failed_saves:
+            raise error
+
+    def _settle(self) -> None:
+        """Wait for the save under way, to its end. Collective."""
+        self._error = None
+        while self._pending is not None:
+            _outcome(self._pending.work)
+            self.advance(all_ready=True)
+
+    def finish(self) -> None:
+        """Wait until the save under way is committed. Collective; raises `StorageError` when it failed."""
+        self._settle()
+        if self._error is not None:
+            raise self._error
+
+    def prove(self) -> None:
+        """`finish`, then read the checkpoint back: a run that cannot save ends now and not at its first loss of a rank.
+
+        Collective; raises `StorageError` when the store returns something else than was written.
+        """
+        assert self._pending is not None
+        step = self._pending.manifest.step
+        self.finish()
+        problems = self._verify(self.ranks.on_first(lambda: read_manifest(self.run, step)))
+        if problems:
+            raise StorageError(f"{self.run.uri} does not keep what is written to it: {problems[0]}")
+
+    def _commit(self, manifest: Manifest) -> None:
+        """On rank 0 write the manifest, unless a later generation has taken over."""
+        if self.ranks.rank != 0:
+            return
+        newest = max((layout.generation_of(entry.key) or 0 for entry in self.run.list(layout.METRICS)), default=0)
+        if newest > self.generation:
+            raise Superseded(
+                f"{self.run.uri}: generation {newest} of this run has started; generation {self.generation} must not "
+                "commit any more. Two jobs of one run are alive: end one."
+            )
+        key, content = layout.manifest(manifest.step), manifest.to_json()
+        try:
+            self.run.create(key, content)
+        except AlreadyExists:
+            # Ours, when the answer to a first attempt was lost on the way and the request was sent again.
+            if self.run.get(key) != content:
+                raise
+
+    def _prune(self) -> None:
+        """In the background after each commit; what fails now is tried again after the next."""
+        rules = Retention(self.rules.keep_last, self.rules.keep_every, self.rules.keep_best)
+        try:
+            remove(self.run, plan_removal(self.run, rules))
+        except StorageError as error:
+            self.record("prune_failed", reason=str(error))
+
+    # --- restore
+
+    def restore(self, engine: Engine, required: bool, log: Callable[[str], None]) -> Manifest | None:
+        """Load the newest whole checkpoint into `engine`. Collective; None when the run has none.
+
+        Raises, on all ranks alike:
+            NothingToResume: there is none, and `required`.
+            ConfigError: it belongs to another base, adapter or data set.
+            StorageError: there are some, but none is whole: starting over would hide that. Or the store fails.
+        """
+        self._settle()
+        damaged = False
+        for manifest, problems in self._candidates():
+            for problem in problems:
+                log(f"checkpoint skipped: {problem}")
+            damaged |= bool(problems)
+            if manifest is None:
+                continue
+            _check_identity(manifest, self.identity)
+            self.ranks.together(lambda found=manifest: load_partitions(self.run, found, engine.partitions()))
+            engine.refresh(manifest.updates)
+            _log_changes(manifest.groups, engine.groups, log)
+            self.ranks.on_first(lambda found=manifest: self._set_aside(newer_than=found.step))
+            return manifest
+        if damaged:
+            raise StorageError(
+                f"no checkpoint of {self.run.uri} is whole; the ranks' logs say why. Restore its files, or start a run of "
+                "another name."
+            )
+        if required:
+            raise NothingToResume(f"{self.run.uri} has no committed checkpoint. Start it with `capstan train`.")
+        return None
+
+    def _candidates(self) -> Iterator[tuple[Manifest | None, list[str]]]:
+        """Newest first, the same on every rank: a whole checkpoint, or None and what is wrong with it."""
+        for step in self.ranks.on_first(lambda: committed_steps(self.run)):
+            manifest, problems = self.ranks.on_first(lambda step=step: self._read(step))
+            if manifest is not None:
+                problems = self._verify(manifest)
+            yield (None if problems else manifest), problems
+
+    def _read(self, step: int) -> tuple[Manifest | None, list[str]]:
+        problems: list[str] = []
+        return next(readable_manifests(self.run, problems, [step]), None), problems
+
+    def _verify(self, manifest: Manifest) -> list[str]:
+        """What is wrong with the shards' bytes, on any rank; the shards are divided over them. Collective."""
+        mine = manifest.shards[self.ranks.rank :: self.ranks.world_size]
+        found = self.ranks.together(lambda: [p for shard in mine if (p := verify_shard(self.run, shard))])
+        return [problem for problems in found for problem in problems]
+
+    def _set_aside(self, newer_than: int) -> None:
+        """Rename the damaged checkpoints' manifests: their steps come again, and a commit only ever creates."""
+        for step in committed_steps(self.run):
+            if step > newer_than:
+                key = layout.manifest(step)
+                self.run.put(layout.damaged_manifest(step, self.generation), self.run.get(key))
+                self.run.delete(key)
+
+
+def _outcome(work: Future[Any]) -> Any:
+    """What the background work returned, or a `StorageError` that says why it failed. Waits for it."""
+    error = work.exception()
+    if error is None:
+        return work.result()
+    return error if isinstance(error, StorageError) else StorageError(f"{type(error).__name__}: {error}.")
+
+
+def _check_identity(manifest: Manifest, identity: Identity) -> None:
+    """What the checkpoint was trained on must be what this run trains on, and its position must mean the same."""
+    parts = (
+        ("base", manifest.base, identity.base),
+        ("adapter", manifest.adapter, identity.adapter),
+        ("data order", manifest.order, identity.order),
+    )
+    for what, saved, given in parts:
+        for key in sorted(saved.keys() | given.keys()):
+            if key != "path" and saved.get(key) != given.get(key):
+                raise ConfigError(
+                    f"the checkpoint of step {manifest.step} has {what} {key}: {saved.get(key)!r}, the configuration gives "
+                    f"{given.get(key)!r}. Set it back, or start a run of another name."
+                )
+    if manifest.dataset != identity.dataset:
+        raise ConfigError(
+            f"the checkpoint of step {manifest.step} was trained on data {manifest.dataset}, the configuration's sources give "
+            f"{identity.dataset}. Restore the sources, or start a run of another name."
+        )
+
+
+def _log_changes(saved: dict[str, Any], given: dict[str, Any], log: Callable[[str], None]) -> None:
+    """Hyperparameters of the optimizer may change from one start to the next: the configuration's count."""
+    for group, settings in json.loads(json.dumps(given)).items():
+        for name, value in settings.items():
+            before = saved.get(group, {}).get(name)
+            if before != value:
+                log(f"optimizer group {group}: {name} is {value} from now on; the checkpoint was saved with {before}")
+
+
+def load_partitions(run: Store, manifest: Manifest, partitions: list[TrainablePartition]) -> None:
+    """Fill the partitions' states from whatever intervals the checkpoint's ranks wrote: any world size loads."""
+    shapes = {part.name: list(part.shape) for part in partitions}
+    assert shapes == manifest.shapes, "the adapter's identity was checked, so its shapes must agree"
+    mine = {part.name: part for part in partitions}
+    for shard in manifest.shards:
+        pieces = [piece for part in partitions for piece in _overlap(part, shard)]
+        if not pieces:
+            continue
+        for (name, state, begin, end), data in read_states(run, shard, pieces):
+            part = mine[name]
+            values = torch.frombuffer(bytearray(data), dtype=torch.float32)
+            part.states[state][begin - part.begin : end - part.begin] = values
+
+
+def _overlap(part: TrainablePartition, shard: Shard) -> list[Piece]:
+    """What `shard` holds of a partition."""
+    saved_begin, saved_end = shard.intervals.get(part.name, (0, 0))
+    begin, end = max(part.begin, saved_begin), min(part.end, saved_end)
+    return [Piece(part.name, state, begin, end) for state in STATES] if begin < end else []

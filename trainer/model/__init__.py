@@ -1,0 +1,1 @@
+"""What computes: 4-bit weights, attention, the output head with its loss."""

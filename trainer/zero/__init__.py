@@ -1,0 +1,1 @@
+"""Everything DeepSpeed: the policy, partitions and the engine. Nothing else imports it."""

@@ -1,0 +1,201 @@
+"""The training engine: DeepSpeed behind the few calls that the loop and the checkpoints need.
+
+The only file that imports deepspeed. Private names of DeepSpeed 0.19 are touched in
+`partitions` and `refresh`; tests/dist/test_engine.py fails when upstream changes them.
+"""
+
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the import: DeepSpeed picks its accelerator then
+
+import deepspeed
+from deepspeed.runtime.zero.partition_parameters import Init
+from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
+from transformers import PreTrainedModel
+
+from trainer.checkpoint.shard import STATES
+from trainer.config import Optim
+from trainer.data.stream import MicroBatch
+from trainer.model.attention import Attention
+from trainer.ranks import Ranks
+
+# DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates, once a gather: the log would hold little else.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+
+
+def zero_init(deepspeed_config: dict[str, Any], dtype: torch.dtype) -> Init:
+    """What turns plain parameters into ZeRO-3 ones, over the process group that `ranks.join` made."""
+    # Tell DeepSpeed that no op can be compiled: it would build one for inference collectives (a minute of g++), and a rank
+    # killed meanwhile leaves a lock file on which every later start on this machine waits for ever.
+    deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]
+    deepspeed.init_distributed(verbose=False)  # first: Init takes the world size from it
+    return Init(config_dict_or_path=deepspeed_config, dtype=dtype)
+
+
+def gather_as_one(module: nn.Module) -> None:
+    """Have ZeRO-3 gather the parameters of `module` and of all modules inside it when its own forward is called."""
+    set_z3_leaf_module(module, True)
+
+
+@dataclass(frozen=True)
+class TrainablePartition:
+    """This rank's part of one trainable parameter: elements [begin, end) of the flattened tensor, padding left out.
+
+    `states` are live 1-D fp32 views of length end - begin: the master weight and AdamW's two moments.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+    states: dict[str, Tensor]
+
+
+class RowLoss(nn.Module):
+    """What DeepSpeed wraps: one packed row in, its summed loss out."""
+
+    def __init__(self, model: PreTrainedModel, attention: Attention) -> None:
+        super().__init__()
+        self.model, self.attention = model, attention
+
+    def forward(self, batch: MicroBatch) -> Tensor:
+        """The sum over the row's targets of -log p, () fp32, nats."""
+        hidden = self.model.model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            **self.attention.arguments(batch.cu_seqlens, batch.max_seqlen),
+        ).last_hidden_state
+        return self.model.lm_head(hidden, batch.labels)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """One unpacked row (1, T) int64 -> (1, T, V)."""
+        length = tokens.shape[1]
+        borders = torch.tensor([0, length], dtype=torch.int32, device=tokens.device)
+        hidden = self.model.model(input_ids=tokens, use_cache=False, **self.attention.arguments(borders, length))
+        return self.model.lm_head(hidden.last_hidden_state)
+
+
+class Engine:
+    """A model under ZeRO-3 with AdamW on its adapters. Every method but `partitions` is collective."""
+
+    def __init__(
+        self, model: PreTrainedModel, attention: Attention, optim: Optim, deepspeed_config: dict[str, Any], ranks: Ranks
+    ) -> None:
+        self.ranks = ranks
+        self.model = model
+        optimizer = torch.optim.AdamW(
+            _groups(model, optim), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+        )
+        # Any: DeepSpeed's annotations would have every attribute be a tensor or a module.
+        self._engine: Any = deepspeed.initialize(
+            model=RowLoss(model, attention), optimizer=optimizer, config=deepspeed_config
+        )[0]
+
+    def loss(self, batch: MicroBatch) -> Tensor:
+        """The row's summed loss in nats, () fp32, with its graph."""
+        return self._engine(batch.to(self.ranks.device))
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of `loss`, summed over ranks and calls, to the step's; `last` marks the step's last call.
+
+        DeepSpeed averages over ranks; multiplying by the world size makes that the sum which token-normalised loss means.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> float:
+        """Clip, update, and return the gradient's global norm before clipping."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr * group["lr_ratio"]
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm())
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Plain logits of one unpacked row, without dropout: (1, T) int64 -> (1, T, V)."""
+        self.evaluating(True)
+        with torch.no_grad():
+            result = self._engine.module.logits(tokens)
+        self.evaluating(False)
+        return result
+
+    def evaluating(self, on: bool) -> None:
+        """Switch dropout off (or on again)."""
+        self._engine.train(not on)
+
+    def partitions(self) -> list[TrainablePartition]:
+        """This rank's part of everything that learns, as live views: without collectives, in a fixed order."""
+        zero, found = self._engine.optimizer, []
+        for group, parameters in enumerate(zero.fp16_groups):
+            flat = zero.fp32_partitioned_groups_flat[group]
+            states = {"master": flat.data, **_moments(zero.optimizer, flat)}
+            for parameter in parameters:
+                _, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+                begin = min(parameter.ds_numel, zero._get_param_partition_rank(parameter) * size)
+                end = min(parameter.ds_numel, begin + size)
+                found.append(
+                    TrainablePartition(
+                        self._engine.param_names[parameter].removeprefix("model."),
+                        tuple(parameter.ds_shape),
+                        begin,
+                        end,
+                        {key: state.narrow(0, offset, end - begin) for key, state in states.items()},
+                    )
+                )
+        return found
+
+    @property
+    def groups(self) -> dict[str, dict[str, Any]]:
+        """The optimizer's groups by name, with the hyperparameters that do not follow from the step."""
+        names = ("lr_ratio", "betas", "eps", "weight_decay")
+        return {group["name"]: {name: group[name] for name in names} for group in self._engine.optimizer.param_groups}
+
+    @property
+    def updates(self) -> int:
+        """AdamW's step count, which its bias correction depends on."""
+        zero = self._engine.optimizer
+        state = zero.optimizer.state[zero.fp32_partitioned_groups_flat[0]]
+        return int(state["step"]) if state else 0
+
+    def refresh(self, updates: int) -> None:
+        """After writing into `partitions`: set AdamW's step count and derive the 16-bit weights from the masters."""
+        zero = self._engine.optimizer
+        zero.checkpoint_event_prologue()
+        for group, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            zero.optimizer.state[flat]["step"] = torch.tensor(float(updates))
+            half = zero.fp16_partitioned_groups_flat[group]
+            half.data.copy_(flat.data)
+            views = zero.unflatten(half, zero.fp16_partitioned_groups[group])
+            for partition, view in zip(zero.fp16_partitioned_groups[group], views, strict=True):
+                partition.data = view.data
+        # Small parameters stay whole on every rank: refresh those copies too.
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].partition(zero.persistent_parameters)
+        zero.checkpoint_event_epilogue()
+
+
+def _groups(model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
+    """The two matrices of the adapters apart: LoRA+ (https://arxiv.org/abs/2402.12354) lets B learn faster than A."""
+    ratios = {"lora_A": 1.0, "lora_B": optim.lora_plus_ratio}
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"name": kind, "lr_ratio": ratio, "params": [parameter for name, parameter in trainable if f".{kind}." in name]}
+        for kind, ratio in ratios.items()
+    ]
+    assert sum(len(group["params"]) for group in groups) == len(trainable), "something learns that is in no group"
+    return groups
+
+
+def _moments(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor]:
+    """AdamW's moments of one flat group; it makes them at the first step, a restore needs them before."""
+    state = optimizer.state[flat]
+    if not state:
+        state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat))
+    return {key: state[key] for key in STATES[1:]}
