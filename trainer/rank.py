@@ -35,8 +35,10 @@ from trainer.model.attention import choose_attention
 from trainer.plan import make_plan
 from trainer.ranks import Ranks, join
 from trainer.run import layout
-from trainer.run.metrics import Metrics, StopSignal, claim_generation, peak_memory, rank_log
+from trainer.run.log import rank_log
+from trainer.run.metrics import Metrics, claim_generation, peak_memory
 from trainer.run.records import add_record, bad_windows
+from trainer.run.requests import StopSignal
 from trainer.store import Store, open_run_store
 from trainer.train.heartbeat import Heart, Verdict
 from trainer.train.loop import Training, stop_before_training, train

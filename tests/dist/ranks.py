@@ -33,7 +33,8 @@ from trainer.base.filling import as_tensor
 from trainer.base.load import DTYPES, LoadReport, checksums, load_model
 from trainer.train.loop import Training, train
 from trainer.export.merged import prove_merged, export_merged
-from trainer.run.metrics import Metrics, StopSignal
+from trainer.run.metrics import Metrics
+from trainer.run.requests import StopSignal
 from trainer.model.nf4 import FrozenLinear4bit
 from trainer.rank import run_rank
 from trainer.ranks import Ranks, join

@@ -12,7 +12,10 @@ import pytest
 
 from trainer.errors import StorageError
 from trainer.run import layout
-from trainer.run.metrics import Every, Metrics, StopSignal, claim_generation, rank_log
+from trainer.run.background import Every
+from trainer.run.log import rank_log
+from trainer.run.metrics import Metrics, claim_generation
+from trainer.run.requests import StopSignal
 from trainer.store import Store, open_store
 
 

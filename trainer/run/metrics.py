@@ -1,26 +1,20 @@
-"""What a run tells the world: one JSON object a line in the store, TensorBoard events, and each rank's log.
+"""What a run tells the world: one JSON object a line in the store, and TensorBoard events.
 
 Object stores cannot append, so a file is written again whole every `flush_seconds` from a background thread.
 """
 
 import json
-import os
 import resource
-import select
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trainer.errors import AlreadyExists, StorageError
+from trainer.errors import AlreadyExists
 from trainer.run import layout
+from trainer.run.background import Every, try_now
 from trainer.store import Store
 
 
@@ -82,98 +76,10 @@ class Metrics:
     def close(self) -> None:
         if self._flusher is not None:
             self._flusher.stop()
-            _try(self.flush)
+            try_now(self.flush)
         if self._board is not None:
             self._board.close()
         self._folder.cleanup()
-
-
-class Every:
-    """Calls `action` every so many seconds in a background thread. A store that fails now is tried again next time."""
-
-    def __init__(self, seconds: float, action: Callable[[], None]) -> None:
-        self._woken = threading.Event()
-        self._stopped = False
-        self._seconds, self._action = seconds, action
-        self._thread = threading.Thread(target=self._loop, name=f"every-{seconds}s", daemon=True)
-        self._thread.start()
-
-    def _loop(self) -> None:
-        while True:
-            self._woken.wait(self._seconds)
-            if self._stopped:
-                return
-            self._woken.clear()
-            _try(self._action)
-
-    def now(self) -> None:
-        """Call `action` now, in the thread."""
-        self._woken.set()
-
-    def stop(self) -> None:
-        self._stopped = True
-        self._woken.set()
-        self._thread.join()
-
-
-def _try(action: Callable[[], None]) -> None:
-    """Metrics and logs must never decide how a run ends."""
-    try:
-        action()
-    except StorageError as error:
-        print(f"will be tried again: {error}", file=sys.stderr)
-
-
-@contextmanager
-def rank_log(run: Store, generation: int, rank: int, flush_seconds: float) -> Iterator[Callable[[], None]]:
-    """Send everything this process prints, libraries and C code included, to the rank's log in the store as well.
-
-    File descriptors 1 and 2 go through a pipe; a thread copies it to where they led before and to the log. Yields a
-    function that brings the store up to date, for a process that is about to end at once.
-    """
-    key = layout.rank_log(generation, rank)
-    written, sent = bytearray(), 0
-    read_end, write_end = os.pipe()
-    saved = os.dup(1), os.dup(2)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.dup2(write_end, 1)
-    os.dup2(write_end, 2)
-    os.close(write_end)
-
-    def copy() -> None:
-        while data := os.read(read_end, 65536):
-            written.extend(data)
-            with suppress(OSError):  # the terminal may be gone; reading must go on, or every print would block
-                os.write(saved[1], data)
-
-    def send() -> None:
-        nonlocal sent
-        log = bytes(written)
-        if len(log) > sent:
-            run.put(key, log)
-            sent = len(log)
-
-    copier = threading.Thread(target=copy, name="rank-log", daemon=True)
-    copier.start()
-    flusher = Every(flush_seconds, send)
-
-    def flush() -> None:
-        deadline = time.monotonic() + 1
-        while select.select([read_end], [], [], 0)[0] and time.monotonic() < deadline:
-            time.sleep(0.01)  # the copier is still at it
-        _try(send)
-
-    try:
-        yield flush
-    finally:
-        flusher.stop()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.dup2(saved[0], 1)
-        os.dup2(saved[1], 2)
-        copier.join(timeout=5)  # ends when the last copy of the pipe's write end is closed
-        _try(send)
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
@@ -182,42 +88,3 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
         peak["device_peak_bytes"] = torch.cuda.max_memory_allocated(device)
     return peak
-
-
-class Stop(IntEnum):
-    """What a run is asked to do at its next step border, the stronger the higher."""
-
-    NO = 0
-    RESTART = 1  # commit, and be started again
-    END = 2  # commit, and end with exit code 75
-
-
-class StopSignal:
-    """What somebody asked this run for: `request()` (a signal handler), the STOP or RESTART key in the run's folder, or
-    `preempted()`, which tells that a machine of the run is about to leave."""
-
-    def __init__(
-        self, run: Store, *, watches: bool, seconds: float, preempted: Callable[[], bool] = lambda: False
-    ) -> None:
-        self._asked, self.reason = Stop.NO, "on request"
-        self._run, self._preempted = run, preempted
-        self._watcher = Every(seconds, self._look) if watches else None
-
-    @property
-    def requested(self) -> Stop:
-        if self._asked is Stop.NO and self._preempted():
-            self._asked, self.reason = Stop.RESTART, "because a machine of the run is being taken away"
-        return self._asked
-
-    def request(self) -> None:
-        self._asked, self.reason = Stop.END, "on request"
-
-    def _look(self) -> None:
-        if self._run.exists(layout.STOP):
-            self.request()
-        elif self._asked is Stop.NO and self._run.exists(layout.RESTART):
-            self._asked, self.reason = Stop.RESTART, json.loads(self._run.get(layout.RESTART))["reason"]
-
-    def close(self) -> None:
-        if self._watcher is not None:
-            self._watcher.stop()

@@ -4,10 +4,13 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from enum import IntEnum
 
 from trainer.errors import NotFound
 from trainer.run import layout
+from trainer.run.background import Every
 from trainer.store import Store
 
 
@@ -27,3 +30,42 @@ def stop_requester(run: Store) -> str | None:
     with suppress(NotFound):
         return json.loads(run.get(layout.STOP))["by"]
     return None
+
+
+class Stop(IntEnum):
+    """What a run is asked to do at its next step border, the stronger the higher."""
+
+    NO = 0
+    RESTART = 1  # commit, and be started again
+    END = 2  # commit, and end with exit code 75
+
+
+class StopSignal:
+    """What somebody asked this run for: `request()` (a signal handler), the STOP or RESTART key in the run's folder, or
+    `preempted()`, which tells that a machine of the run is about to leave."""
+
+    def __init__(
+        self, run: Store, *, watches: bool, seconds: float, preempted: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._asked, self.reason = Stop.NO, "on request"
+        self._run, self._preempted = run, preempted
+        self._watcher = Every(seconds, self._look) if watches else None
+
+    @property
+    def requested(self) -> Stop:
+        if self._asked is Stop.NO and self._preempted():
+            self._asked, self.reason = Stop.RESTART, "because a machine of the run is being taken away"
+        return self._asked
+
+    def request(self) -> None:
+        self._asked, self.reason = Stop.END, "on request"
+
+    def _look(self) -> None:
+        if self._run.exists(layout.STOP):
+            self.request()
+        elif self._asked is Stop.NO and self._run.exists(layout.RESTART):
+            self._asked, self.reason = Stop.RESTART, json.loads(self._run.get(layout.RESTART))["reason"]
+
+    def close(self) -> None:
+        if self._watcher is not None:
+            self._watcher.stop()

@@ -15,7 +15,8 @@ from trainer.data.order import hash_key, splitmix64
 from trainer.data.stream import MicroBatch, Position, Stream
 from trainer.errors import DataError, Interrupted, NonFiniteLoss, Stopped
 from trainer.ranks import Ranks
-from trainer.run.metrics import Metrics, Stop, StopSignal
+from trainer.run.metrics import Metrics
+from trainer.run.requests import Stop, StopSignal
 from trainer.train.heartbeat import Pulse, silent_pulse
 from trainer.train.schedule import learning_rate
 from trainer.zero.engine import Engine
