@@ -22,7 +22,8 @@ from importlib.metadata import version
 import torch
 
 from trainer.base.load import DTYPES, checksums, load_model
-from trainer.base.locate import Base, check_base, resolve_base
+from trainer.base.locate import Base, resolve_base
+from trainer.base.parameters import check_base
 from trainer.checkpoint.checkpoints import Checkpoints, Identity
 from trainer.checkpoint.manifest import Manifest
 from trainer.config import Config

@@ -16,7 +16,8 @@ from rich.table import Table
 
 from launcher.ray.cluster import address_of, is_dashboard
 from launcher.ray.data import join_and_map
-from trainer.base.locate import check_base, resolve_base
+from trainer.base.locate import resolve_base
+from trainer.base.parameters import check_base
 from trainer.config import load_config
 from trainer.data.compile import Progress
 from trainer.data.dataset import Manifest, read_manifest

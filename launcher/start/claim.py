@@ -10,7 +10,8 @@ from pathlib import Path
 
 from launcher.start import snapshot
 from launcher.view.status import SILENT_SECONDS, read_status
-from trainer.base.locate import Base, check_base, resolve_base
+from trainer.base.locate import Base, resolve_base
+from trainer.base.parameters import check_base
 from trainer.checkpoint.manifest import committed_steps
 from trainer.config import Config, dump_config, override
 from trainer.errors import AlreadyExists, ConfigError, NothingToResume

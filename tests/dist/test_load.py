@@ -13,7 +13,7 @@ from launcher.smoke.local_s3 import S3Server
 
 from tests.dist.launch import launch
 from tests.material import KINDS, Workshop, make_base, quantize_base
-from trainer.base.locate import ARCHITECTURES
+from trainer.base.architecture import ARCHITECTURES
 from trainer.config import dump_config
 from trainer.store import open_store
 

@@ -9,7 +9,8 @@ import pytest
 
 from tests.material import KINDS, SIZES, Workshop
 from trainer.base.architecture import mismatches
-from trainer.base.locate import check_base, check_no_other, resolve_base, tokenizer_size
+from trainer.base.locate import resolve_base, tokenizer_size
+from trainer.base.parameters import check_base, check_no_other
 from trainer.config import override, parse_config
 from trainer.errors import ConfigError
 

@@ -87,7 +87,7 @@ def test_parameters_are_those_of_the_transformers_model(extra: dict[str, Any], t
 
 
 def test_every_architecture_that_can_be_trained_can_be_planned():
-    from trainer.base.locate import ARCHITECTURES
+    from trainer.base.architecture import ARCHITECTURES
 
     for kind in ARCHITECTURES:
         experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.material import Workshop, quantize_base
 from trainer.base.architecture import mismatches
-from trainer.base.locate import check_base, resolve_base
+from trainer.base.locate import resolve_base
+from trainer.base.parameters import check_base
 from trainer.base.prequantized import packed_sources
 from trainer.errors import ConfigError
 

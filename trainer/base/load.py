@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from trainer.base.architecture import read_architecture
 from trainer.base.cache import MANIFEST, cache_folder, open_cache, write_cache
-from trainer.base.locate import Base, check_no_other, find_source
+from trainer.base.locate import Base
+from trainer.base.parameters import check_no_other, find_source
 from trainer.base.placement import Placement, place_partitions
 from trainer.base.prequantized import packed_sources
 from trainer.base.reading import run_jobs

@@ -19,15 +19,8 @@ from typing import Any
 from torch import Tensor
 
 from trainer.base.filling import as_tensor
-from trainer.base.locate import (
-    TOKENIZER_FILES,
-    Base,
-    check_mergeable,
-    find_source,
-    named_files,
-    read_base_config,
-    resolve_base,
-)
+from trainer.base.locate import TOKENIZER_FILES, Base, check_mergeable, named_files, read_base_config, resolve_base
+from trainer.base.parameters import find_source
 from trainer.base.reading import PIECE_BYTES, PIECES_IN_FLIGHT, cut, freed_memory_given_back, read_ahead
 from trainer.checkpoint.manifest import Manifest, whole_checkpoint
 from trainer.config import Config, Tuning
