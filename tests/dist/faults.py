@@ -19,7 +19,7 @@ from tests.faulty import Fault, FaultyStore
 from trainer.run import layout
 from trainer.checkpoint.checkpoints import Checkpoints, Identity
 from trainer.config import Checkpoint, dump_config, parse_config
-from trainer.zero.engine import TrainablePartition
+from trainer.checkpoint.learner import TrainablePartition
 from trainer.errors import StorageError
 from trainer.export.adapter import export_adapter, master_weights
 from trainer.export.merged import export_merged
@@ -37,7 +37,7 @@ RULES = Checkpoint(keep_last=1, failed_saves=100)
 
 
 @dataclass
-class Learner:
+class FakeLearner:
     """In the engine's place: states that tell their parameter, their kind and the step that they are of."""
 
     ranks: Ranks
@@ -92,7 +92,7 @@ def save(run: Store, ranks: Ranks, step: int, generation: int = 1) -> list[dict[
     """Save and prove the state of `step`; the removal of what retention drops comes in between, in a fixed order."""
     ours, events = checkpoints(run, ranks, generation)
     ours._pruning = InTurn()
-    learner: Any = Learner(ranks, step)
+    learner = FakeLearner(ranks, step)
     ours.save(learner, step, {"next_bin": step})
     ours.prove()
     return events
@@ -184,7 +184,7 @@ def restores_with_one_faulty_rank(uri: str) -> dict[str, Any]:
 
 
 def _restore(run: Store, ranks: Ranks, fault: Fault) -> dict[str, Any]:
-    learner: Any = Learner(ranks)
+    learner = FakeLearner(ranks)
     ours, _ = checkpoints(FaultyStore(run, fault), ranks, 2)
     outcome = _outcome_of(lambda: ours.restore(learner, required=True, log=print))
     if outcome["outcome"] == "finished":
@@ -214,7 +214,7 @@ def saves_while_one_is_under_way(uri: str, when_busy: str) -> dict[str, Any]:
     ranks, run = join(), Held(open_store(uri))
     ours, events = checkpoints(run, ranks)
     ours.rules = Checkpoint(keep_last=9, when_busy=when_busy)  # type: ignore[arg-type]
-    learner: Any = Learner(ranks, 1)
+    learner = FakeLearner(ranks, 1)
     ours.save(learner, 1, {})
     ours.advance(all_ready=ours.ready)
     held = not ours.ready and committed_steps(run) == []
@@ -233,7 +233,7 @@ def saves_on_a_failing_store(uri: str, allowed: int) -> dict[str, Any]:
     ranks, run = join(), open_store(uri)
     ours, events = checkpoints(run, ranks)
     ours.rules = Checkpoint(failed_saves=allowed)
-    learner: Any = Learner(ranks)
+    learner = FakeLearner(ranks)
     ended = None
     for step in range(1, 10):
         # The first operation of a save is the upload.
@@ -251,7 +251,7 @@ def saves_with_losses(uri: str, losses: list[float | None]) -> list[int]:
     ranks, run = join(), open_store(uri)
     ours, _ = checkpoints(run, ranks)
     ours.rules, ours._pruning = Checkpoint(keep_last=1, keep_best=1), InTurn()
-    learner: Any = Learner(ranks)
+    learner = FakeLearner(ranks)
     for step, loss in enumerate(losses, start=1):
         ours.save(learner, step, {}, eval_loss=loss)
         ours.finish()
@@ -341,7 +341,7 @@ def race(uri: str) -> dict[str, Any]:
     ranks, run = join(), open_store(uri)
     alone = Alone(ranks)
     ours, events = checkpoints(run, alone, generation=ranks.rank + 1)
-    learner: Any = Learner(alone, 1)
+    learner = FakeLearner(alone, 1)
     ours.save(learner, 1, {"next_bin": ranks.rank})
     ranks.gather(0.0)
     outcome = _outcome_of(ours.finish)
@@ -384,7 +384,7 @@ def save_through_an_outage(uri: str, marks: str, megabytes: int) -> dict[str, An
             super().put_chunks(key, observed(), size)
 
     ours, events = checkpoints(Watched(run.uri, run._backend, run._prefix), ranks, 2)
-    learner: Any = Learner(ranks, 2)
+    learner = FakeLearner(ranks, 2)
     name = next(iter(SHAPES))
     SHAPES[name] = (megabytes, 2**18 // 3)
     ours.save(learner, 2, {"next_bin": 2})

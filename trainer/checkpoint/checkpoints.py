@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from trainer import config
+from trainer.checkpoint.learner import Learner, TrainablePartition
 from trainer.checkpoint.manifest import Manifest, committed_steps, read_manifest, readable_manifests
 from trainer.checkpoint.retention import Retention, plan_removal, remove
 from trainer.checkpoint.shard import STATES, Layout, Piece, Shard, read_states, verify_shard, write_shard
@@ -25,7 +26,6 @@ from trainer.errors import AlreadyExists, ConfigError, NothingToResume, StorageE
 from trainer.ranks import Ranks
 from trainer.run import layout
 from trainer.store import Store
-from trainer.zero.engine import Engine, TrainablePartition
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Checkpoints:
 
     def save(
         self,
-        engine: Engine,
+        learner: Learner,
         step: int,
         position: dict[str, Any],
         *,
@@ -95,7 +95,7 @@ class Checkpoints:
             return
         started = time.monotonic()
         self._settle()
-        partitions = engine.partitions()
+        partitions = learner.partitions()
         shard_layout = Layout({part.name: (part.begin, part.end) for part in partitions if part.end > part.begin})
         data = self._copy(shard_layout, partitions)
         self._saves, self.newest = self._saves + 1, step
@@ -105,13 +105,13 @@ class Checkpoints:
             generation=self.generation,
             world_size=self.ranks.world_size,
             created=time.time(),
-            updates=engine.updates,
+            updates=learner.updates,
             position=position,
             dataset=self.identity.dataset,
             order=self.identity.order,
             base=self.identity.base,
             adapter=self.identity.adapter,
-            groups=engine.groups,
+            groups=learner.groups,
             versions=self.versions,
             eval_loss=eval_loss,
             shapes={part.name: list(part.shape) for part in partitions},
@@ -237,8 +237,8 @@ class Checkpoints:
 
     # --- restore
 
-    def restore(self, engine: Engine, required: bool, log: Callable[[str], None]) -> Manifest | None:
-        """Load the newest whole checkpoint into `engine`. Collective; None when the run has none.
+    def restore(self, learner: Learner, required: bool, log: Callable[[str], None]) -> Manifest | None:
+        """Load the newest whole checkpoint into `learner`. Collective; None when the run has none.
 
         Raises, on all ranks alike:
             NothingToResume: there is none, and `required`.
@@ -254,9 +254,9 @@ class Checkpoints:
             if manifest is None:
                 continue
             _check_identity(manifest, self.identity)
-            self.ranks.together(lambda found=manifest: load_partitions(self.run, found, engine.partitions()))
-            engine.refresh(manifest.updates)
-            _log_changes(manifest.groups, engine.groups, log)
+            self.ranks.together(lambda found=manifest: load_partitions(self.run, found, learner.partitions()))
+            learner.refresh(manifest.updates)
+            _log_changes(manifest.groups, learner.groups, log)
             self.ranks.on_first(lambda found=manifest: self._set_aside(newer_than=found.step))
             return manifest
         if damaged:

@@ -6,7 +6,6 @@ The only file that imports deepspeed. Private names of DeepSpeed 0.19 are touche
 
 import os
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 from transformers import PreTrainedModel
 
+from trainer.checkpoint.learner import TrainablePartition
 from trainer.checkpoint.shard import STATES
 from trainer.config import Optim
 from trainer.data.stream import MicroBatch
@@ -42,20 +42,6 @@ def zero_init(deepspeed_config: dict[str, Any], dtype: torch.dtype) -> Init:
 def gather_as_one(module: nn.Module) -> None:
     """Have ZeRO-3 gather the parameters of `module` and of all modules inside it when its own forward is called."""
     set_z3_leaf_module(module, True)
-
-
-@dataclass(frozen=True)
-class TrainablePartition:
-    """This rank's part of one trainable parameter: elements [begin, end) of the flattened tensor, padding left out.
-
-    `states` are live 1-D fp32 views of length end - begin: the master weight and AdamW's two moments.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-    states: dict[str, Tensor]
 
 
 class RowLoss(nn.Module):
