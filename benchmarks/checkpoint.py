@@ -76,7 +76,8 @@ class Bench:
 
 class Ours:
     def __init__(self, bench: Bench, place: str) -> None:
-        from trainer.checkpoint.checkpoints import Checkpoints, Identity
+        from trainer.checkpoint.checkpoints import Checkpoints
+        from trainer.checkpoint.identity import Identity
         from trainer.config import Checkpoint
         from trainer.store import open_store
 

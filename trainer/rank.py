@@ -24,14 +24,15 @@ import torch
 from trainer.base.load import DTYPES, checksums, load_model
 from trainer.base.locate import Base, resolve_base
 from trainer.base.parameters import check_base
-from trainer.checkpoint.checkpoints import Checkpoints, Identity
+from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.checkpoint.manifest import Manifest
 from trainer.config import Config
 from trainer.data.chapters import open_chapters
 from trainer.data.dataset import open_dataset
-from trainer.data.prepare import Datasets, train_order
+from trainer.data.prepare import Datasets
 from trainer.data.stream import Position, eval_stream, train_stream
 from trainer.errors import CapstanError, DoesNotFit, NonFiniteLoss, Stopped, StorageError
+from trainer.identity import identity_of
 from trainer.model.attention import choose_attention
 from trainer.plan import make_plan
 from trainer.ranks import Ranks, join
@@ -157,12 +158,7 @@ def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Train
     )
     engine = Engine(model, attention, config.optim, deepspeed_config, ranks)
     assert checksums(model) == report.checksums, "deepspeed.initialize changed packed weights"
-    identity = Identity(
-        dataset=datasets.train,
-        base=_base_identity(config, base),
-        adapter=config.tuning.model_dump(mode="json"),
-        order=train_order(config).to_json(),
-    )
+    identity = identity_of(config, base, datasets.train)
     checkpoints = Checkpoints(
         run, ranks, start.generation, identity, config.checkpoint, _versions(), start.metrics.write_now
     )
@@ -207,15 +203,6 @@ def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Train
         **start.starter.facts,
     )
     return training, restored
-
-
-def _base_identity(config: Config, base: Base) -> dict[str, object]:
-    return {
-        "path": base.name,
-        "fingerprint": base.fingerprint,
-        "layers": config.model.layers,
-        **{f"quant.{key}": value for key, value in config.quant.model_dump(mode="json", exclude={"cache"}).items()},
-    }
 
 
 def _environment(ranks: Ranks) -> bytes:

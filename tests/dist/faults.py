@@ -17,7 +17,8 @@ from tests import material
 from tests.dist.ranks import _outcome_of
 from tests.faulty import Fault, FaultyStore
 from trainer.run import layout
-from trainer.checkpoint.checkpoints import Checkpoints, Identity
+from trainer.checkpoint.checkpoints import Checkpoints
+from trainer.checkpoint.identity import Identity
 from trainer.config import Checkpoint, dump_config, parse_config
 from trainer.checkpoint.learner import TrainablePartition
 from trainer.errors import StorageError

@@ -21,7 +21,8 @@ from trainer.model import nf4
 from trainer.run import layout
 from trainer.model.attention import Attention, choose_attention
 from trainer.base.locate import resolve_base
-from trainer.checkpoint.checkpoints import Checkpoints, Identity
+from trainer.checkpoint.checkpoints import Checkpoints
+from trainer.checkpoint.identity import Identity
 from trainer.config import Config, override, parse_config
 from trainer.data.chapters import Chapters, open_chapters
 from trainer.data.prepare import Datasets

@@ -8,7 +8,10 @@ import pytest
 HEAVY = ("torch", "ray", "deepspeed", "transformers", "peft", "bitsandbytes", "pyarrow")
 
 
-@pytest.mark.parametrize("module", ["launcher.cli.__main__", "launcher.doctor", "trainer.plan", "trainer.zero.policy"])
+@pytest.mark.parametrize(
+    "module",
+    ["launcher.cli.__main__", "launcher.doctor", "trainer.plan", "trainer.zero.policy", "trainer.checkpoint.identity"],
+)
 def test_importing_leaves_heavy_libraries_out(module: str):
     code = f"import sys, {module}; print(*(name for name in {HEAVY!r} if name in sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -18,24 +18,15 @@ import torch
 from torch import Tensor
 
 from trainer import config
+from trainer.checkpoint.identity import Identity, check_identity
 from trainer.checkpoint.learner import Learner, TrainablePartition
 from trainer.checkpoint.manifest import Manifest, committed_steps, read_manifest, readable_manifests
 from trainer.checkpoint.retention import Retention, plan_removal, remove
 from trainer.checkpoint.shard import STATES, Layout, Piece, Shard, read_states, verify_shard, write_shard
-from trainer.errors import AlreadyExists, ConfigError, NothingToResume, StorageError, Superseded
+from trainer.errors import AlreadyExists, NothingToResume, StorageError, Superseded
 from trainer.ranks import Ranks
 from trainer.run import layout
 from trainer.store import Store
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a checkpoint belongs to: a restore refuses another base, adapter, data set or order of it."""
-
-    dataset: str
-    base: dict[str, Any]
-    adapter: dict[str, Any]
-    order: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -253,7 +244,7 @@ class Checkpoints:
             damaged |= bool(problems)
             if manifest is None:
                 continue
-            _check_identity(manifest, self.identity)
+            check_identity(manifest, self.identity)
             self.ranks.together(lambda found=manifest: load_partitions(self.run, found, learner.partitions()))
             learner.refresh(manifest.updates)
             _log_changes(manifest.groups, learner.groups, log)
@@ -301,27 +292,6 @@ def _outcome(work: Future[Any]) -> Any:
     if error is None:
         return work.result()
     return error if isinstance(error, StorageError) else StorageError(f"{type(error).__name__}: {error}.")
-
-
-def _check_identity(manifest: Manifest, identity: Identity) -> None:
-    """What the checkpoint was trained on must be what this run trains on, and its position must mean the same."""
-    parts = (
-        ("base", manifest.base, identity.base),
-        ("adapter", manifest.adapter, identity.adapter),
-        ("data order", manifest.order, identity.order),
-    )
-    for what, saved, given in parts:
-        for key in sorted(saved.keys() | given.keys()):
-            if key != "path" and saved.get(key) != given.get(key):
-                raise ConfigError(
-                    f"the checkpoint of step {manifest.step} has {what} {key}: {saved.get(key)!r}, the configuration gives "
-                    f"{given.get(key)!r}. Set it back, or start a run of another name."
-                )
-    if manifest.dataset != identity.dataset:
-        raise ConfigError(
-            f"the checkpoint of step {manifest.step} was trained on data {manifest.dataset}, the configuration's sources give "
-            f"{identity.dataset}. Restore the sources, or start a run of another name."
-        )
 
 
 def _log_changes(saved: dict[str, Any], given: dict[str, Any], log: Callable[[str], None]) -> None:

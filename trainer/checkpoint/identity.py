@@ -1,0 +1,45 @@
+"""What a checkpoint belongs to, and whether a run may go on from it.
+
+The ranks compare before they load a checkpoint, and the launcher compares before it writes anything: both ask here, so
+that neither accepts what the other refuses. Without torch.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainer.checkpoint.manifest import Manifest
+from trainer.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A restore refuses a checkpoint of another base, adapter, data set or order of it.
+
+    `dataset` is the fingerprint of the compiled training data.
+    """
+
+    dataset: str
+    base: dict[str, Any]
+    adapter: dict[str, Any]
+    order: dict[str, Any] = field(default_factory=dict)
+
+
+def check_identity(manifest: Manifest, identity: Identity) -> None:
+    """Raise `ConfigError` when the checkpoint was trained on something else than this run trains on."""
+    parts = (
+        ("base", manifest.base, identity.base),
+        ("adapter", manifest.adapter, identity.adapter),
+        ("data order", manifest.order, identity.order),
+    )
+    for what, saved, given in parts:
+        for key in sorted(saved.keys() | given.keys()):
+            if key != "path" and saved.get(key) != given.get(key):
+                raise ConfigError(
+                    f"the checkpoint of step {manifest.step} has {what} {key}: {saved.get(key)!r}, the configuration gives "
+                    f"{given.get(key)!r}. Set it back, or start a run of another name."
+                )
+    if manifest.dataset != identity.dataset:
+        raise ConfigError(
+            f"the checkpoint of step {manifest.step} was trained on data {manifest.dataset}, the configuration's sources give "
+            f"{identity.dataset}. Restore the sources, or start a run of another name."
+        )
