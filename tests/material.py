@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 
 from trainer.base.architecture import read_architecture
 from trainer.base.locate import resolve_base
-from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.shard import Layout, write_shard
+from trainer.checkpoint.manifest import CheckpointManifest
+from trainer.checkpoint.shard import ShardLayout, write_shard
 from trainer.config import Config, dump_config, parse_config
 from trainer.data.prepare import Datasets, prepare
 from trainer.run import layout
@@ -172,11 +172,11 @@ def commit(run: Store, config: Config, step: int = 4) -> None:
             f"{path}.lora_A.default.weight": [rank, linear.inputs],
             f"{path}.lora_B.default.weight": [linear.outputs, rank],
         }
-    shard_layout = Layout({name: (0, rows * columns) for name, (rows, columns) in shapes.items()})
+    shard_layout = ShardLayout({name: (0, rows * columns) for name, (rows, columns) in shapes.items()})
     states = 0.1 * torch.randn(shard_layout.numel, generator=torch.Generator().manual_seed(step))
     shard = write_shard(run, layout.shard(step, "000001-000001", 0), shard_layout, memoryview(states.numpy().tobytes()))
     identity = {"path": base.name, "fingerprint": base.fingerprint}
-    manifest = Manifest(step, 1, 1, 0.0, step, {}, "data", {}, identity, {}, {}, {}, None, shapes, [shard])
+    manifest = CheckpointManifest(step, 1, 1, 0.0, step, {}, "data", {}, identity, {}, {}, {}, None, shapes, [shard])
     run.create(layout.manifest(step), manifest.to_json())
 
 

@@ -25,7 +25,7 @@ from trainer.base.load import DTYPES, checksums, load_model
 from trainer.base.locate import Base, resolve_base
 from trainer.base.parameters import check_base
 from trainer.checkpoint.checkpoints import Checkpoints
-from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config
 from trainer.data.chapters import open_chapters
 from trainer.data.dataset import open_dataset
@@ -139,7 +139,7 @@ def _train(start: _Start, datasets: Datasets, *, resume: bool) -> None:
     metrics.write("end", outcome="finished", step=training.total_steps, reason="")
 
 
-def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Training, Manifest | None]:
+def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Training, CheckpointManifest | None]:
     """Data, model, engine and checkpoints, put together; and the checkpoint that the state comes from, if any."""
     config, base, ranks, run = start.config, start.base, start.ranks, start.run
     if ranks.rank == 0:

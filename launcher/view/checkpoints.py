@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from launcher.view.tables import duration
-from trainer.checkpoint.manifest import Manifest, committed_steps, readable_manifests
+from trainer.checkpoint.manifest import CheckpointManifest, committed_steps, readable_manifests
 from trainer.checkpoint.retention import Removal, Retention, plan_removal, remove
 from trainer.checkpoint.shard import verify_shard
 from trainer.config import parse_config
@@ -28,7 +28,7 @@ class CheckpointList:
     """
 
     run: str
-    manifests: list[Manifest]
+    manifests: list[CheckpointManifest]
     verified: bool = False
     problems: dict[int, list[str]] = field(default_factory=dict)
 
@@ -99,7 +99,7 @@ def checkpoint_table(found: CheckpointList) -> Group:
     return Group(table, *(f"step {step:,}: {text}" for step, texts in found.problems.items() for text in texts))
 
 
-def _cells(manifest: Manifest) -> list[str]:
+def _cells(manifest: CheckpointManifest) -> list[str]:
     loss = "" if manifest.eval_loss is None else f"{manifest.eval_loss:.4f}"
     age = duration(max(0.0, time.time() - manifest.created))
     return [decimal(manifest.size), age, str(manifest.world_size), str(manifest.generation), loss]

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 from launcher.cli.__main__ import app
 from tests.unit.test_manifest import manifest
 from trainer.checkpoint.manifest import committed_steps
-from trainer.checkpoint.shard import Layout, write_shard
+from trainer.checkpoint.shard import ShardLayout, write_shard
 from trainer.errors import CapstanError, ConfigError
 from trainer.run import layout
 from trainer.store import Store, open_store
@@ -35,7 +35,7 @@ def run(tmp_path: Path) -> Store:
             write_shard(
                 run,
                 layout.shard(step, "000002-000001", rank),
-                Layout({"w": (rank, rank + 1)}),
+                ShardLayout({"w": (rank, rank + 1)}),
                 memoryview(bytes(12)),
             )
             for rank in range(2)

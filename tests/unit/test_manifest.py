@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from trainer.checkpoint.manifest import (
-    Manifest,
+    CheckpointManifest,
     committed_steps,
     parse_manifest,
     read_manifest,
@@ -20,8 +20,8 @@ from trainer.run import layout
 from trainer.store import Store, open_store
 
 
-def manifest(step: int, shards: list[Shard] | None = None, eval_loss: float | None = None) -> Manifest:
-    return Manifest(
+def manifest(step: int, shards: list[Shard] | None = None, eval_loss: float | None = None) -> CheckpointManifest:
+    return CheckpointManifest(
         step=step,
         generation=2,
         world_size=2,

@@ -20,9 +20,9 @@ from torch import Tensor
 from trainer import config
 from trainer.checkpoint.identity import Identity, check_identity
 from trainer.checkpoint.learner import Learner, TrainablePartition
-from trainer.checkpoint.manifest import Manifest, committed_steps, read_manifest, readable_manifests
+from trainer.checkpoint.manifest import CheckpointManifest, committed_steps, read_manifest, readable_manifests
 from trainer.checkpoint.retention import Retention, plan_removal, remove
-from trainer.checkpoint.shard import STATES, Layout, Piece, Shard, read_states, verify_shard, write_shard
+from trainer.checkpoint.shard import STATES, Shard, ShardLayout, StateSlice, read_states, verify_shard, write_shard
 from trainer.errors import AlreadyExists, NothingToResume, StorageError, Superseded
 from trainer.ranks import Ranks
 from trainer.run import layout
@@ -33,7 +33,7 @@ from trainer.store import Store
 class _Pending:
     """A save under way: first `work` is this rank's upload, then, with all shards in the `manifest`, the commit."""
 
-    manifest: Manifest
+    manifest: CheckpointManifest
     started: float
     stall: float
     work: Future[Any]
@@ -87,11 +87,11 @@ class Checkpoints:
         started = time.monotonic()
         self._settle()
         partitions = learner.partitions()
-        shard_layout = Layout({part.name: (part.begin, part.end) for part in partitions if part.end > part.begin})
+        shard_layout = ShardLayout({part.name: (part.begin, part.end) for part in partitions if part.end > part.begin})
         data = self._copy(shard_layout, partitions)
         self._saves, self.newest = self._saves + 1, step
         key = layout.shard(step, layout.attempt(self.generation, self._saves), self.ranks.rank)
-        manifest = Manifest(
+        manifest = CheckpointManifest(
             step=step,
             generation=self.generation,
             world_size=self.ranks.world_size,
@@ -111,7 +111,7 @@ class Checkpoints:
         upload = self._uploads.submit(write_shard, self.run, key, shard_layout, data)
         self._pending = _Pending(manifest, started, time.monotonic() - started, upload)
 
-    def _copy(self, shard_layout: Layout, partitions: list[TrainablePartition]) -> memoryview:
+    def _copy(self, shard_layout: ShardLayout, partitions: list[TrainablePartition]) -> memoryview:
         """The states as bytes of host memory, laid out as the file is. The memory is one block, kept for every save."""
         on_gpu = self.ranks.device.type == "cuda"
         if self._block is None:
@@ -200,7 +200,7 @@ class Checkpoints:
         if problems:
             raise StorageError(f"{self.run.uri} does not keep what is written to it: {problems[0]}")
 
-    def _commit(self, manifest: Manifest) -> None:
+    def _commit(self, manifest: CheckpointManifest) -> None:
         """On rank 0 write the manifest, unless a later generation has taken over."""
         if self.ranks.rank != 0:
             return
@@ -228,7 +228,7 @@ class Checkpoints:
 
     # --- restore
 
-    def restore(self, learner: Learner, required: bool, log: Callable[[str], None]) -> Manifest | None:
+    def restore(self, learner: Learner, required: bool, log: Callable[[str], None]) -> CheckpointManifest | None:
         """Load the newest whole checkpoint into `learner`. Collective; None when the run has none.
 
         Raises, on all ranks alike:
@@ -259,7 +259,7 @@ class Checkpoints:
             raise NothingToResume(f"{self.run.uri} has no committed checkpoint. Start it with `capstan train`.")
         return None
 
-    def _candidates(self) -> Iterator[tuple[Manifest | None, list[str]]]:
+    def _candidates(self) -> Iterator[tuple[CheckpointManifest | None, list[str]]]:
         """Newest first, the same on every rank: a whole checkpoint, or None and what is wrong with it."""
         for step in self.ranks.on_first(lambda: committed_steps(self.run)):
             manifest, problems = self.ranks.on_first(lambda step=step: self._read(step))
@@ -267,11 +267,11 @@ class Checkpoints:
                 problems = self._verify(manifest)
             yield (None if problems else manifest), problems
 
-    def _read(self, step: int) -> tuple[Manifest | None, list[str]]:
+    def _read(self, step: int) -> tuple[CheckpointManifest | None, list[str]]:
         problems: list[str] = []
         return next(readable_manifests(self.run, problems, [step]), None), problems
 
-    def _verify(self, manifest: Manifest) -> list[str]:
+    def _verify(self, manifest: CheckpointManifest) -> list[str]:
         """What is wrong with the shards' bytes, on any rank; the shards are divided over them. Collective."""
         mine = manifest.shards[self.ranks.rank :: self.ranks.world_size]
         found = self.ranks.together(lambda: [p for shard in mine if (p := verify_shard(self.run, shard))])
@@ -303,7 +303,7 @@ def _log_changes(saved: dict[str, Any], given: dict[str, Any], log: Callable[[st
                 log(f"optimizer group {group}: {name} is {value} from now on; the checkpoint was saved with {before}")
 
 
-def load_partitions(run: Store, manifest: Manifest, partitions: list[TrainablePartition]) -> None:
+def load_partitions(run: Store, manifest: CheckpointManifest, partitions: list[TrainablePartition]) -> None:
     """Fill the partitions' states from whatever intervals the checkpoint's ranks wrote: any world size loads."""
     shapes = {part.name: list(part.shape) for part in partitions}
     assert shapes == manifest.shapes, "the adapter's identity was checked, so its shapes must agree"
@@ -318,8 +318,8 @@ def load_partitions(run: Store, manifest: Manifest, partitions: list[TrainablePa
             part.states[state][begin - part.begin : end - part.begin] = values
 
 
-def _overlap(part: TrainablePartition, shard: Shard) -> list[Piece]:
+def _overlap(part: TrainablePartition, shard: Shard) -> list[StateSlice]:
     """What `shard` holds of a partition."""
     saved_begin, saved_end = shard.intervals.get(part.name, (0, 0))
     begin, end = max(part.begin, saved_begin), min(part.end, saved_end)
-    return [Piece(part.name, state, begin, end) for state in STATES] if begin < end else []
+    return [StateSlice(part.name, state, begin, end) for state in STATES] if begin < end else []

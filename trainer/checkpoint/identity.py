@@ -7,7 +7,7 @@ that neither accepts what the other refuses. Without torch.
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.errors import ConfigError
 
 
@@ -24,7 +24,7 @@ class Identity:
     order: dict[str, Any] = field(default_factory=dict)
 
 
-def check_identity(manifest: Manifest, identity: Identity) -> None:
+def check_identity(manifest: CheckpointManifest, identity: Identity) -> None:
     """Raise `ConfigError` when the checkpoint was trained on something else than this run trains on."""
     parts = (
         ("base", manifest.base, identity.base),

@@ -19,7 +19,7 @@ FORMAT = 2
 
 
 @dataclass(frozen=True)
-class Manifest:
+class CheckpointManifest:
     """A committed checkpoint: the state after `step` updates."""
 
     step: int
@@ -52,7 +52,7 @@ def _digest(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def parse_manifest(data: bytes, where: str) -> Manifest:
+def parse_manifest(data: bytes, where: str) -> CheckpointManifest:
     """Raises `Damaged` unless `data` is a whole manifest, and `StorageError` when it is of another format."""
     try:
         tree = json.loads(data)
@@ -69,7 +69,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         Shard(s["key"], s["size"], s["sha256"], {name: (begin, end) for name, (begin, end) in s["intervals"].items()})
         for s in body.pop("shards")
     ]
-    return Manifest(**body, shards=shards)
+    return CheckpointManifest(**body, shards=shards)
 
 
 def committed_steps(run: Store) -> list[int]:
@@ -78,12 +78,12 @@ def committed_steps(run: Store) -> list[int]:
     return sorted((step for step in steps if step is not None), reverse=True)
 
 
-def read_manifest(run: Store, step: int) -> Manifest:
+def read_manifest(run: Store, step: int) -> CheckpointManifest:
     key = layout.manifest(step)
     return parse_manifest(run.get(key), f"{run.uri}/{key}")
 
 
-def readable_manifests(run: Store, skipped: list[str], steps: list[int] | None = None) -> Iterator[Manifest]:
+def readable_manifests(run: Store, skipped: list[str], steps: list[int] | None = None) -> Iterator[CheckpointManifest]:
     """Committed checkpoints (of `steps`), newest first; the reason for every damaged one is added to `skipped`.
 
     Raises `StorageError` when the store cannot be read or a manifest is of an unknown format: neither is damage.
@@ -95,12 +95,12 @@ def readable_manifests(run: Store, skipped: list[str], steps: list[int] | None =
             skipped.append(str(error))
 
 
-def problems_of(run: Store, manifest: Manifest) -> list[str]:
+def problems_of(run: Store, manifest: CheckpointManifest) -> list[str]:
     """What is wrong with its shards; a store that fails raises `StorageError`."""
     return [problem for shard in manifest.shards if (problem := verify_shard(run, shard))]
 
 
-def whole_checkpoint(run: Store, step: int | None = None) -> Manifest:
+def whole_checkpoint(run: Store, step: int | None = None) -> CheckpointManifest:
     """The checkpoint of `step`, or the newest whose shards all verify; damaged ones are passed over.
 
     Raises:

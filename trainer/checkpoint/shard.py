@@ -33,7 +33,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ShardLayout:
     """Where the states of each interval lie in a shard's data, in elements: one parameter's three beside each other."""
 
     intervals: dict[str, Interval]
@@ -65,7 +65,7 @@ class Layout:
         return struct.pack("<Q", len(text)) + text
 
 
-def write_shard(run: Store, key: str, layout: Layout, data: memoryview) -> Shard:
+def write_shard(run: Store, key: str, layout: ShardLayout, data: memoryview) -> Shard:
     """Hash and upload the file in one pass. `data`: the bytes of `layout`, which must not change meanwhile."""
     header = layout.header()
     digest = hashlib.sha256()
@@ -97,7 +97,7 @@ def verify_shard(run: Store, shard: Shard) -> str | None:
     return None if digest.hexdigest() == shard.sha256 else f"{where} does not match its sha256."
 
 
-class Piece(NamedTuple):
+class StateSlice(NamedTuple):
     """Elements [begin, end) of one state of a parameter's flattened tensor."""
 
     name: str
@@ -106,13 +106,13 @@ class Piece(NamedTuple):
     end: int
 
 
-def read_states(run: Store, shard: Shard, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Buffer]]:
+def read_states(run: Store, shard: Shard, pieces: Iterable[StateSlice]) -> Iterator[tuple[StateSlice, Buffer]]:
     """Each piece with its fp32 bytes, all of them in `shard`.
 
     Only these bytes leave the store: near ones in one request, and a part's worth at a time.
     """
     header = read_header(run, shard.key, shard.size)
-    batch: list[Piece] = []
+    batch: list[StateSlice] = []
     ranges: list[Interval] = []
     for piece in pieces:
         first = shard.intervals[piece.name][0]
@@ -124,6 +124,8 @@ def read_states(run: Store, shard: Shard, pieces: Iterable[Piece]) -> Iterator[t
     yield from _fetch(run, shard, batch, ranges)
 
 
-def _fetch(run: Store, shard: Shard, pieces: list[Piece], ranges: list[Interval]) -> Iterator[tuple[Piece, Buffer]]:
+def _fetch(
+    run: Store, shard: Shard, pieces: list[StateSlice], ranges: list[Interval]
+) -> Iterator[tuple[StateSlice, Buffer]]:
     data = run.get_ranges(shard.key, [begin for begin, _ in ranges], [end for _, end in ranges])
     yield from zip(pieces, data, strict=True)

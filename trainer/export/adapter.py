@@ -23,8 +23,8 @@ from torch import Tensor
 
 from trainer.base.load import DTYPES, lora_config
 from trainer.base.locate import TOKENIZER_FILES, base_files, named_files
-from trainer.checkpoint.manifest import Manifest, whole_checkpoint
-from trainer.checkpoint.shard import Piece, read_states
+from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
+from trainer.checkpoint.shard import StateSlice, read_states
 from trainer.config import Config, parse_config
 from trainer.errors import CapstanError, ConfigError
 from trainer.run import layout
@@ -37,7 +37,7 @@ CARD = "README.md"
 TRAINED = "trained with Capstan"
 
 
-def export_adapter(run: Store, destination: Store, step: int | None = None) -> Manifest:
+def export_adapter(run: Store, destination: Store, step: int | None = None) -> CheckpointManifest:
     """Write the adapter of `step`, or of the newest whole checkpoint, to `destination`; returns its manifest.
 
     Raises:
@@ -73,7 +73,7 @@ def check_destination(destination: Store, *ours: str) -> None:
         raise ConfigError(f"the destination {destination.uri} is not empty. Name a new folder.")
 
 
-def _small_files(config: Config, manifest: Manifest) -> dict[str, bytes]:
+def _small_files(config: Config, manifest: CheckpointManifest) -> dict[str, bytes]:
     """Everything but the weights: file name -> content."""
     adapter = lora_config(config.tuning, {name.split(".lora_")[0].rpartition(".")[2] for name in manifest.shapes})
     adapter.inference_mode = True
@@ -86,17 +86,17 @@ def _small_files(config: Config, manifest: Manifest) -> dict[str, bytes]:
     return {**named_files(base_files(config.model), TOKENIZER_FILES), CARD: card, _SETTINGS: settings}
 
 
-def master_weights(run: Store, manifest: Manifest) -> dict[str, Tensor]:
+def master_weights(run: Store, manifest: CheckpointManifest) -> dict[str, Tensor]:
     """Every trained parameter, whole, in fp32, by its name in the model."""
     flat = {name: torch.empty(torch.Size(shape).numel()) for name, shape in manifest.shapes.items()}
     for shard in manifest.shards:
-        pieces = (Piece(name, "master", begin, end) for name, (begin, end) in shard.intervals.items())
+        pieces = (StateSlice(name, "master", begin, end) for name, (begin, end) in shard.intervals.items())
         for (name, _, begin, end), data in read_states(run, shard, pieces):
             flat[name][begin:end] = torch.frombuffer(bytearray(data), dtype=torch.float32)
     return {name: tensor.view(manifest.shapes[name]) for name, tensor in flat.items()}
 
 
-def adapter_weights(run: Store, manifest: Manifest, config: Config) -> dict[str, Tensor]:
+def adapter_weights(run: Store, manifest: CheckpointManifest, config: Config) -> dict[str, Tensor]:
     """The trained parameters in `model.dtype`: what the training's forward pass multiplied with."""
     dtype = DTYPES[config.model.dtype]
     return {name: tensor.to(dtype) for name, tensor in master_weights(run, manifest).items()}
@@ -107,7 +107,7 @@ def _peft_name(name: str) -> str:
     return f"base_model.model.{name.replace('.default.', '.')}"
 
 
-def model_card(config: Config, manifest: Manifest, library: str, what: str) -> bytes:
+def model_card(config: Config, manifest: CheckpointManifest, library: str, what: str) -> bytes:
     """The file that a hub shows: `what` it is, in a sentence, and the facts of its run."""
     facts = {
         "base": config.model.base,
@@ -133,7 +133,9 @@ def model_card(config: Config, manifest: Manifest, library: str, what: str) -> b
     ).encode()
 
 
-def command(export: Callable[[Store, Store, int | None], Manifest], prove: Callable[[Store, int, Store], Any]) -> None:
+def command(
+    export: Callable[[Store, Store, int | None], CheckpointManifest], prove: Callable[[Store, int, Store], Any]
+) -> None:
     """A module's command line: prints one JSON object, the step, the bytes written, and what --verify measured."""
     parser = argparse.ArgumentParser()
     parser.add_argument("run")

@@ -22,7 +22,7 @@ from trainer.base.filling import as_tensor
 from trainer.base.locate import TOKENIZER_FILES, Base, check_mergeable, named_files, read_base_config, resolve_base
 from trainer.base.parameters import find_source
 from trainer.base.reading import PIECE_BYTES, PIECES_IN_FLIGHT, cut, freed_memory_given_back, read_ahead
-from trainer.checkpoint.manifest import Manifest, whole_checkpoint
+from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
 from trainer.config import Config, Tuning
 from trainer.errors import ConfigError
 from trainer.export.adapter import (
@@ -46,7 +46,7 @@ Report = Callable[[int, int], None]
 
 def export_merged(
     run: Store, destination: Store, step: int | None = None, report: Report = lambda done, total: None
-) -> Manifest:
+) -> CheckpointManifest:
     """Write the model of `step`, or of the newest whole checkpoint, to `destination`; returns its manifest.
 
     Raises:
