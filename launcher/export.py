@@ -19,9 +19,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from trainer.base.locate import check_mergeable, read_base_config
 from trainer.checkpoint.manifest import committed_steps
-from trainer.config import parse_config
 from trainer.errors import CapstanError, NothingToResume
-from trainer.run.layout import CONFIG
+from trainer.run.folder import run_config
 from trainer.store import Store
 
 
@@ -99,7 +98,7 @@ def export_run(run: Store, destination: str, *, merge: bool, step: int | None, v
 
 def _planned_step(run: Store, step: int | None, *, merge: bool) -> int:
     if merge:
-        model = parse_config(run.get(CONFIG).decode()).model
+        model = run_config(run).model
         check_mergeable(model, read_base_config(model))
     steps = committed_steps(run)
     if not steps or step not in (None, *steps):

@@ -25,13 +25,9 @@ def resume(
     dry_run: DryRun = False,
 ) -> None:
     """Continue a run from its newest committed checkpoint, at any number of workers."""
-    from trainer.config import parse_config
-    from trainer.run.layout import CONFIG
+    from trainer.run.folder import run_config
 
-    folder = open_run(run, store)
-    # Where it was found counts: a run may have been moved since it was configured.
-    found = f"run.store={folder.uri.rpartition('/')[0]}"
-    config = parse_config(folder.get(CONFIG).decode(), [found, *(overrides or ())])
+    config = run_config(open_run(run, store), overrides or ())
     _train(config, resume=True, as_json=as_json, dry_run=dry_run)
 
 

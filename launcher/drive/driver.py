@@ -24,9 +24,10 @@ from launcher.ray.cluster import address_of, joined_ray
 from launcher.ray.train import run_on_ray
 from launcher.start.claim import run_folder
 from launcher.view.tables import watch
-from trainer.config import Config, parse_config
-from trainer.errors import CapstanError, ConfigError, NotFound, StorageError
+from trainer.config import Config
+from trainer.errors import CapstanError, NotFound, StorageError
 from trainer.run import layout
+from trainer.run.folder import run_config
 from trainer.run.requests import request_stop, stop_requester
 from trainer.store import Store, open_store
 
@@ -149,13 +150,9 @@ def _live(run: Store, on: bool) -> Iterator[None]:
 
 
 def open_submitted(uri: str) -> Config:
-    """The configuration in a run's folder; the folder's place counts where the configuration names another store."""
+    """The configuration in a run's folder, by the URI that `capstan submit` printed."""
     store, _, name = uri.rstrip("/").rpartition("/")
-    try:
-        text = open_store(store).sub(name).get(layout.CONFIG).decode()
-    except NotFound as error:
-        raise ConfigError(f"{uri} holds no {layout.CONFIG}. Give the URI that `capstan submit` printed.") from error
-    return parse_config(text, [f"run.store={store}"])
+    return run_config(open_store(store).sub(name))
 
 
 def main() -> None:

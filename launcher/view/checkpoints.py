@@ -14,9 +14,8 @@ from launcher.view.tables import duration
 from trainer.checkpoint.manifest import CheckpointManifest, committed_steps, readable_manifests
 from trainer.checkpoint.retention import Removal, Retention, plan_removal, remove
 from trainer.checkpoint.shard import verify_shard
-from trainer.config import parse_config
 from trainer.errors import NothingToResume
-from trainer.run import layout
+from trainer.run.folder import run_config
 from trainer.store import Store
 
 
@@ -138,7 +137,7 @@ def prune_checkpoints(
     log: Callable[[str], None],
 ) -> Pruned:
     """Apply the run's own retention rules, or the given ones, and collect orphans older than `orphan_hours`."""
-    rules = parse_config(run.get(layout.CONFIG).decode()).checkpoint
+    rules = run_config(run).checkpoint
     retention = Retention(
         rules.keep_last if keep_last is None else keep_last,
         rules.keep_every if keep_every is None else keep_every,

@@ -25,9 +25,9 @@ from trainer.base.load import DTYPES, lora_config
 from trainer.base.locate import TOKENIZER_FILES, base_files, named_files
 from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
 from trainer.checkpoint.shard import StateSlice, read_states
-from trainer.config import Config, parse_config
+from trainer.config import Config
 from trainer.errors import CapstanError, ConfigError
-from trainer.run import layout
+from trainer.run.folder import run_config
 from trainer.store import Store, open_store
 
 _SETTINGS = "adapter_config.json"
@@ -57,10 +57,6 @@ def export_adapter(run: Store, destination: Store, step: int | None = None) -> C
         destination.put(name, content)
     destination.create(_SETTINGS, settings)
     return manifest
-
-
-def run_config(run: Store) -> Config:
-    return parse_config(run.get(layout.CONFIG).decode())
 
 
 def check_destination(destination: Store, *ours: str) -> None:

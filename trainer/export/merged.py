@@ -33,8 +33,8 @@ from trainer.export.adapter import (
     command,
     export_adapter,
     model_card,
-    run_config,
 )
+from trainer.run.folder import run_config
 from trainer.safetensors_index import INDEX_FILE, SINGLE_FILE, TensorSource, numel
 from trainer.store import Store, open_store
 

@@ -22,10 +22,10 @@ from trainer.base.load import DTYPES, load_model, model_config
 from trainer.base.locate import Base, copy_object, copy_weights, resolve_base
 from trainer.checkpoint.checkpoints import load_partitions
 from trainer.checkpoint.manifest import whole_checkpoint
-from trainer.config import Config, Quant, parse_config
+from trainer.config import Config, Quant
 from trainer.model.attention import choose_attention
 from trainer.ranks import join
-from trainer.run import layout
+from trainer.run.folder import run_config
 from trainer.store import Store
 from trainer.zero.engine import Engine
 from trainer.zero.policy import build_deepspeed_config
@@ -68,7 +68,7 @@ class MergeProof:
 
 def compare_logits(run: Store, step: int, adapter: Store) -> Proof:
     """The model of `step` and the exported adapter, in this process, one after the other."""
-    config = parse_config(run.get(layout.CONFIG).decode())
+    config = run_config(run)
     base = resolve_base(config.model)
     tokens = _probe(base)
     quant = None if config.quant.type == "none" or base.quantized else config.quant
@@ -85,7 +85,7 @@ def compare_logits(run: Store, step: int, adapter: Store) -> Proof:
 
 def compare_merged(run: Store, step: int, adapter: Store, merged: Store) -> MergeProof:
     """The model of `step`, its exported adapter beside the base, and the merged model, one after the other."""
-    config = parse_config(run.get(layout.CONFIG).decode())
+    config = run_config(run)
     base = resolve_base(config.model)
     tokens = _probe(base)
     trained = _trained_logits(run, step, config, tokens)

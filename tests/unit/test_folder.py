@@ -1,0 +1,31 @@
+"""A run's configuration is read from its folder, whose place and name count."""
+
+from pathlib import Path
+
+import pytest
+
+from trainer.errors import ConfigError
+from trainer.run import layout
+from trainer.run.folder import run_config
+from trainer.store import open_store
+
+CONFIG = b"run: {name: orig, store: /elsewhere}\nmodel: {base: b}\ndata: {train: [{path: rows.jsonl}]}\ntrain: {steps: 1, global_batch: 1}\n"
+
+
+@pytest.mark.parametrize("name", ["fork", "007", "1e5"])
+def test_a_copied_run_is_the_run_of_its_own_folder(tmp_path: Path, name: str) -> None:
+    folder = open_store(str(tmp_path)).sub(name)
+    folder.put(layout.CONFIG, CONFIG)
+    config = run_config(folder, ["run.seed=7"])
+    assert (config.run.name, config.run.store, config.run.seed) == (name, str(tmp_path), 7)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(None, "is no run"), (b"run: \xff", "not UTF-8"), (b"[]", "is not a configuration")]
+)
+def test_a_folder_without_a_readable_configuration_says_so(tmp_path: Path, content: bytes | None, said: str) -> None:
+    folder = open_store(str(tmp_path)).sub("demo")
+    if content is not None:
+        folder.put(layout.CONFIG, content)
+    with pytest.raises(ConfigError, match=said):
+        run_config(folder)

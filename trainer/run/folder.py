@@ -1,0 +1,30 @@
+"""Reads a run's configuration from its folder: the one place where everybody does."""
+
+import json
+from collections.abc import Sequence
+
+from trainer.config import Config, parse_config
+from trainer.errors import ConfigError, NotFound
+from trainer.run import layout
+from trainer.store import Store
+
+
+def run_config(folder: Store, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of the run in `folder`, with dotted `overrides`.
+
+    The folder's own place and name replace `run.store` and `run.name`: a run may have been moved, or copied to another name.
+    Raises `ConfigError` when the folder holds none, or one that is wrong.
+    """
+    key = f"{folder.uri}/{layout.CONFIG}"
+    store, _, name = folder.uri.removeprefix("file://").rpartition("/")
+    try:
+        text = folder.get(layout.CONFIG).decode()
+    except NotFound as error:
+        raise ConfigError(
+            f"{folder.uri} holds no {layout.CONFIG}, so it is no run. Give a run's name or its URI."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{key} is not UTF-8 text ({error.reason} at byte {error.start}). Restore it.") from error
+    # As JSON, since a name such as 007 would be a number in YAML.
+    found = [f"run.store={json.dumps(store, ensure_ascii=False)}", f"run.name={json.dumps(name, ensure_ascii=False)}"]
+    return parse_config(text, [*found, *overrides], key)
