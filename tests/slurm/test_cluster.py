@@ -1,12 +1,13 @@
 """The virtual cluster itself: it is a real Slurm, stays apart from others, and ends with everything on it."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import NETWORK, Cluster, missing
-from tests.slurm.conftest import without
+from tests.needs import need
+from tests.slurm.cluster import NETWORK, PROGRAMS, Cluster, missing
 
 
 def test_nodes_have_addresses_host_names_and_gpus_of_their_own(cluster: Cluster) -> None:
@@ -15,13 +16,15 @@ def test_nodes_have_addresses_host_names_and_gpus_of_their_own(cluster: Cluster)
     assert sorted(seen.splitlines()) == [f"n1 {NETWORK}.11  0,1 2", f"n3 {NETWORK}.13  0,1 2"]
 
 
-def test_a_cluster_ends_with_everything_on_it_also_when_a_test_fails(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_cluster_ends_with_everything_on_it_also_when_a_test_fails(
+    cluster: Cluster, make_cluster: Callable[..., Cluster], tmp_path: Path
+) -> None:
     """And one beside another, with the same names and addresses, does not touch it."""
     devices = os.listdir("/sys/class/net")
     pids: list[int] = []
 
     def fail_while_a_job_runs() -> None:
-        with Cluster(tmp_path / "other", nodes=2) as other:
+        with make_cluster(tmp_path / "other", nodes=2) as other:
             other.run("sbatch", "--nodes=2", "--output=/dev/null", "--wrap", "srun /bin/sleep 1000", cwd=tmp_path)
             other.wait_until(
                 lambda: all("/bin/sleep 1000" in other.processes(node).values() for node in other.nodes),
@@ -40,8 +43,10 @@ def test_a_cluster_ends_with_everything_on_it_also_when_a_test_fails(cluster: Cl
     assert set(cluster.states().values()) == {"IDLE"}
 
 
-def test_a_node_that_is_powered_off_is_gone_and_comes_back(tmp_path: Path) -> None:
-    with Cluster(tmp_path / "cluster", nodes=1, gpus=1) as alone:
+def test_a_node_that_is_powered_off_is_gone_and_comes_back(
+    make_cluster: Callable[..., Cluster], tmp_path: Path
+) -> None:
+    with make_cluster(tmp_path / "cluster", nodes=1, gpus=1) as alone:
         alone.power_off("n1")
         alone.boot("n1")
         alone.wait_until(lambda: alone.states() == {"n1": "IDLE"}, 30, "n1 is back")
@@ -56,11 +61,13 @@ def test_traffic_between_nodes_is_counted(cluster: Cluster) -> None:
 
 def test_a_machine_that_cannot_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert (missing() or "").startswith("a virtual Slurm cluster needs slurmctld, slurmd")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert missing() == f"a virtual Slurm cluster needs root, {', '.join(PROGRAMS)} (.ci/run installs the programs)"
 
 
-def test_where_no_cluster_can_run_tests_are_skipped_and_in_ci_they_fail() -> None:
+def test_what_this_machine_lacks_skips_a_test_and_in_ci_fails_it() -> None:
+    need(None)
     with pytest.raises(pytest.skip.Exception, match="it needs root"):
-        without("it needs root", {})
+        need("it needs root", {})
     with pytest.raises(pytest.fail.Exception, match="it needs root"):
-        without("it needs root", {"CI": "true"})
+        need("it needs root", {"CI": "true"})

@@ -195,8 +195,9 @@ def unprivileged() -> Iterator[None]:
 
 
 def test_a_folder_that_may_not_be_written_says_so(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    folder = tmp_path / "store"
+    folder, closed = tmp_path / "store", tmp_path / "closed"
     folder.mkdir()
+    closed.mkdir(mode=0)
     store = open_store(str(folder))
     folder.chmod(0o555)
     request.getfixturevalue("unprivileged")
@@ -204,7 +205,7 @@ def test_a_folder_that_may_not_be_written_says_so(tmp_path: Path, request: pytes
         store.put("a/b", b"x")
     assert_one_line(caught.value)
     with pytest.raises(StorageError, match="cannot be used.*Permission denied"):
-        open_store(str(folder / "deeper"))
+        open_store(str(closed / "deeper"))
 
 
 def test_a_store_inside_a_file_says_so(tmp_path: Path) -> None:
