@@ -32,11 +32,13 @@ def resume(
 
 
 def _train(config: Any, *, resume: bool, as_json: bool, dry_run: bool) -> None:
-    from launcher.drive.local import is_silent_rank, start
-    from launcher.start.claim import check, run_folder
+    from launcher.drive.local import start
+    from launcher.start.claim import check
+    from launcher.start.group import is_silent_rank
     from launcher.view.status import read_status
     from launcher.view.tables import render
     from trainer.config import dump_config
+    from trainer.run.folder import run_folder
     from trainer.run.layout import CONFIG
 
     if dry_run:

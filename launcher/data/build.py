@@ -1,65 +1,24 @@
-"""`capstan data build`: compile ahead of time; and how a compilation shows how far it is, whoever started it."""
+"""`capstan data build`: compile ahead of time."""
 
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
 from rich.table import Table
 
 from launcher.ray.cluster import address_of, is_dashboard
 from launcher.ray.data import join_and_map
+from launcher.view.compiling import compile_progress
 from trainer.base.locate import resolve_base
 from trainer.base.parameters import check_base
 from trainer.config import load_config
-from trainer.data.compile import Progress
 from trainer.data.dataset import Manifest, read_manifest
 from trainer.data.prepare import locate, prepare
 from trainer.errors import NotFound
 from trainer.store import open_run_store
-
-_LOG_SECONDS = 10.0
-
-
-@contextmanager
-def compile_progress(log: Callable[[str], None], *, bar: bool) -> Iterator[Callable[[str, Progress], None]]:
-    """Shows what `prepare` reports: as a bar on the terminal, or as a line of the log now and then."""
-    first: tuple[float, int] | None = None
-
-    def describe(what: str, now: Progress) -> str:
-        nonlocal first
-        first = first or (time.monotonic(), now.tokens)
-        speed = (now.tokens - first[1]) / max(time.monotonic() - first[0], 1e-3)
-        return f"compiling {what} data: {now.documents:,} documents, {now.tokens:,} tokens, {speed:,.0f} tokens/s"
-
-    if not bar:
-        next_line = 0.0
-
-        def line(what: str, now: Progress) -> None:
-            nonlocal next_line
-            if time.monotonic() >= next_line:
-                log(f"{describe(what, now)} ({100 * now.bytes_done / max(now.bytes, 1):.0f} %)")
-                next_line = time.monotonic() + _LOG_SECONDS
-
-        yield line
-        return
-    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
-    with Bars(*columns, console=Console(stderr=True)) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def draw(what: str, now: Progress) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what)
-            bars.update(tasks[what], description=describe(what, now), completed=now.bytes_done, total=now.bytes)
-
-        yield draw
 
 
 @dataclass(frozen=True)

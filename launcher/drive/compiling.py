@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from launcher.data.build import compile_progress
 from launcher.ray.data import map_on_cluster
+from launcher.view.compiling import compile_progress
 from trainer.base.locate import resolve_base
 from trainer.config import Config
 from trainer.data.chapters import give_up

@@ -19,15 +19,14 @@ from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 
 from launcher.drive import compiling
-from launcher.policy import retry
 from launcher.ray.cluster import address_of, joined_ray
 from launcher.ray.train import run_on_ray
-from launcher.start.claim import run_folder
 from launcher.view.tables import watch
 from trainer.config import Config
-from trainer.errors import CapstanError, NotFound, StorageError
+from trainer.errors import CapstanError, NotFound, Stopped, StorageError
 from trainer.run import layout
-from trainer.run.folder import run_config
+from trainer.run.folder import run_config, run_folder
+from trainer.run.records import record_end
 from trainer.run.requests import request_stop, stop_requester
 from trainer.store import Store, open_store
 
@@ -149,12 +148,6 @@ def _live(run: Store, on: bool) -> Iterator[None]:
             viewer.join(timeout=5)
 
 
-def open_submitted(uri: str) -> Config:
-    """The configuration in a run's folder, by the URI that `capstan submit` printed."""
-    store, _, name = uri.rstrip("/").rpartition("/")
-    return run_config(open_store(store).sub(name))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m launcher.drive.driver", description=__doc__)
     parser.add_argument("run", metavar="RUN_URI", help="the run's folder, as `capstan submit` printed it")
@@ -166,16 +159,15 @@ def main() -> None:
         print(text, file=sys.stderr, flush=True)
 
     try:
-        config = open_submitted(given.run)
+        run = open_store(given.run)
+        config = run_config(run)
         try:
             drive(config, resume=given.resume, live=False, log=log, address=given.address)
         except CapstanError as error:
-            retry.record_end(run_folder(config), retry.Failure(str(error), error))
+            record_end(run, str(error), stopped=isinstance(error, Stopped))
             raise
         except Exception as error:
-            retry.record_end(
-                run_folder(config), retry.Failure(f"the driver failed: {type(error).__name__}: {error}", None)
-            )
+            record_end(run, f"the driver failed: {type(error).__name__}: {error}", crash=True)
             raise
     except CapstanError as error:
         log(f"capstan: {error}")

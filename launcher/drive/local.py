@@ -1,12 +1,12 @@
 """`capstan train` and `capstan resume`: the run here and now, as the driver of its own Ray or as one rank of a group."""
 
 import os
-import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-from launcher.data.build import compile_progress
 from launcher.drive.driver import drive
 from launcher.start.claim import anchored, check, claim, keep_code, release
+from launcher.start.group import is_rank, is_silent_rank, slurm_rank
+from launcher.view.compiling import compile_progress
 from trainer.base.locate import Base, resolve_base
 from trainer.config import Config
 from trainer.data.prepare import Datasets, prepare, wait_until_prepared
@@ -36,16 +36,6 @@ def start(config: Config, *, resume: bool, live: bool, log: Callable[[str], None
         raise
 
 
-def is_rank() -> bool:
-    """Whether torchrun or srun made this process as one of several."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def is_silent_rank() -> bool:
-    """Whether another rank speaks for this process."""
-    return is_rank() and os.environ["RANK"] != "0"
-
-
 def _as_rank(config: Config, *, resume: bool, log: Callable[[str], None]) -> None:
     restarted = any(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     datasets = None
@@ -65,26 +55,3 @@ def _as_rank(config: Config, *, resume: bool, log: Callable[[str], None]) -> Non
 def _prepare(config: Config, base: Base, store: Store, log: Callable[[str], None]) -> Datasets:
     with compile_progress(log, bar=False) as show:
         return prepare(config, base, store, show)
-
-
-def slurm_rank(environment: Mapping[str, str]) -> dict[str, str]:
-    """What torchrun would have set, for a task of an srun step with several; empty elsewhere."""
-    if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
-        return {}
-    nodes = subprocess.run(
-        ["scontrol", "show", "hostnames", environment["SLURM_STEP_NODELIST"]],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=30,
-    ).stdout.split()
-    tasks = int(environment["SLURM_STEP_NUM_TASKS"])
-    return {
-        "RANK": environment["SLURM_PROCID"],
-        "WORLD_SIZE": str(tasks),
-        "LOCAL_RANK": environment["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": str(tasks // len(nodes)),
-        "MASTER_ADDR": nodes[0],
-        # Every task derives the same port, and jobs that share a node derive different ones.
-        "MASTER_PORT": str(20000 + int(environment["SLURM_JOB_ID"]) % 20000),
-    }

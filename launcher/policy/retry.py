@@ -5,16 +5,13 @@ again, a stop is meant; a crash and a failing store are worth another attempt. M
 have a budget of their own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import shorten
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from trainer.config import Retry
 from trainer.errors import CapstanError, Interrupted, NonFiniteLoss, Stopped, StorageError, Superseded
-from trainer.run import layout
-from trainer.run.records import add_record, generations, read_records
-from trainer.store import Store
 
 WorkerErrors: TypeAlias = Mapping[int, BaseException]
 Kind = Literal["failure", "preemption", "resize"]
@@ -111,35 +108,11 @@ def _worth_another_attempt(error: CapstanError) -> bool:
     return isinstance(error, StorageError) and not isinstance(error, Superseded)
 
 
-def explained(run: Store, failure: Failure) -> Failure:
+def explained(failure: Failure, records: Iterable[Mapping[str, Any]]) -> Failure:
     """`failure` with what its generation's records tell: a hang that the ranks named, and the step they were in."""
-    numbers = generations(run)
-    records = list(read_records(run, numbers[-1])) if numbers else []
+    records = list(records)
     reason = failure.reason
     if failure.error is None:
         reason = next((record["reason"] for record in records if "hung_ranks" in record), reason)
     begun = [record["step"] + 1 for record in records if record["kind"] in ("start", "step")]
     return Failure(reason, failure.error, failure.kind, max(begun, default=None))
-
-
-def record_restart(run: Store, reason: str) -> None:
-    """Say in the newest generation's metrics that its end is not the run's."""
-    if numbers := generations(run):
-        add_record(run, numbers[-1], "restart", reason=reason)
-
-
-def record_end(run: Store, failure: Failure) -> None:
-    """Write why the newest generation ended into its metrics, unless its ranks did.
-
-    After a crash in any case: rank 0 is gone itself, or saw only a broken connection. A run that ended before it had a
-    rank gets its first generation here.
-    """
-    numbers = generations(run)
-    if not numbers:
-        numbers = [1]
-        run.create(layout.metrics(1), b"")
-    ends = [record for record in read_records(run, numbers[-1]) if record["kind"] == "end"]
-    if ends and (failure.error is not None or ends[-1]["reason"] == failure.reason):
-        return
-    outcome = "stopped" if isinstance(failure.error, Stopped) else "failed"
-    add_record(run, numbers[-1], "end", outcome=outcome, step=None, reason=failure.reason)

@@ -13,10 +13,11 @@ import yaml
 
 from launcher.ray.cluster import address_of, first_line, refused_token
 from launcher.start import snapshot
-from launcher.start.claim import anchored, check, claim, release, run_folder
+from launcher.start.claim import anchored, check, claim, release
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.run import layout
+from trainer.run.folder import run_folder
 
 
 @dataclass(frozen=True)

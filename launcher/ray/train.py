@@ -24,7 +24,7 @@ from trainer.config import Config, dump_config, parse_config
 from trainer.data.prepare import Datasets
 from trainer.errors import ConfigError, DoesNotFit, Stopped
 from trainer.run import layout
-from trainer.run.records import generations, read_records
+from trainer.run.records import generations, newest_records, read_records, record_end, record_restart
 from trainer.run.requests import request_restart, stop_requester
 from trainer.store import Store
 
@@ -88,13 +88,13 @@ def run_on_ray(
             end = _attempt(life, wanted, workers)
             if end is None:
                 return
-            end = retry.explained(run, end)
-            retry.record_end(run, end)
+            end = retry.explained(end, newest_records(run))
+            record_end(run, end.reason, stopped=isinstance(end.error, Stopped), crash=end.error is None)
             ends.append(end)
             decision = retry.decide(ends, config.retry)
             if decision.error is not None:
                 raise decision.error
-            retry.record_restart(run, decision.reason)
+            record_restart(run, decision.reason)
             log(decision.reason)
             life.began = time.time()
 

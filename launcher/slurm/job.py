@@ -18,17 +18,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 
-from launcher.drive.driver import open_submitted
-from launcher.policy import retry
 from launcher.policy.jobs import Attempt, Ending, Verdict, is_over, judge
 from launcher.slurm.queue import attempts
-from launcher.start.claim import run_folder
 from launcher.view.status import read_generation, read_status
 from trainer.config import Config
 from trainer.errors import CapstanError, Stopped
 from trainer.run import layout
+from trainer.run.folder import run_config, run_folder
+from trainer.run.records import record_end
 from trainer.run.requests import stop_requester
-from trainer.store import Store
+from trainer.store import Store, open_store
 
 _ANSWER_SECONDS = 5.0
 _RANK_DIED = re.compile(r"rank (\d+) died")  # a rank that failed may only have lost its connection to a dead one
@@ -48,7 +47,7 @@ def begin(config: Config, submission: str, job: int, restart: int, nodes: list[s
     if before and before[-1].ended is None:
         lost = replace(before[-1], kind="node lost", step=_step(run), reason=_LOST)
         _record(run, lost)
-        retry.record_end(run, retry.Failure(_LOST, None))
+        record_end(run, _LOST, crash=True)
     _record(run, Attempt(len(every) + 1, submission, job, restart, nodes, time.time(), step=_step(run)))
     return "run"
 
@@ -89,7 +88,7 @@ def end(config: Config, exit_code: int, signal: str, nodes: list[dict]) -> str:
     )
     _record(run, done)
     if exit_code not in (0, Stopped.exit_code) and status.state not in ("failed", "stopped"):
-        retry.record_end(run, retry.Failure(verdict.reason, None))  # nobody who lived could say it
+        record_end(run, verdict.reason, crash=True)  # nobody who lived could say it
     _say(done, verdict)
     if not verdict.goes_on or slurm.chain:
         return f"end {verdict.exit_code}"
@@ -189,7 +188,7 @@ def main() -> None:
         if given.verb == "ports":
             print(*free_ports(2))
             return
-        config = open_submitted(given.run)
+        config = run_config(open_store(given.run))
         if given.verb == "begin":
             job, restart = (int(os.environ.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"))
             print(begin(config, given.submission, job, restart, given.nodes))

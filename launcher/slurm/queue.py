@@ -13,12 +13,12 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from launcher.policy import retry
 from launcher.policy.jobs import Attempt
 from launcher.view.status import ENDED, RunStatus, read_status
 from launcher.view.tables import render
-from trainer.errors import ConfigError, NotFound, Stopped
+from trainer.errors import ConfigError, NotFound
 from trainer.run import layout
+from trainer.run.records import record_end
 from trainer.run.requests import request_stop
 from trainer.store import Store
 
@@ -153,8 +153,7 @@ def stop(run: Store, found: Record, *, dry_run: bool) -> str:
     if running or not jobs:
         request_stop(run, by="capstan stop")
     elif read_status(run).state not in ENDED:
-        reason = "cancelled by capstan stop while its job waited"
-        retry.record_end(run, retry.Failure(reason, Stopped(reason)))
+        record_end(run, "cancelled by capstan stop while its job waited", stopped=True)
     return sentence
 
 

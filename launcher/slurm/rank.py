@@ -3,20 +3,20 @@
 import os
 import sys
 
-from launcher.drive.driver import open_submitted
-from launcher.drive.local import slurm_rank
+from launcher.start.group import slurm_rank
 from trainer.base.locate import resolve_base
 from trainer.config import Config
 from trainer.data.prepare import prepare
 from trainer.errors import CapstanError, Stopped
-from trainer.store import open_run_store
+from trainer.run.folder import run_config
+from trainer.store import open_run_store, open_store
 
 
 def main() -> None:
     os.environ.update(slurm_rank(os.environ))
     rank = int(os.environ.get("RANK", 0))
     try:
-        _run(open_submitted(sys.argv[1]), rank)
+        _run(run_config(open_store(sys.argv[1])), rank)
     except CapstanError as error:
         print(f"capstan: {error}", file=sys.stderr, flush=True)
         # srun kills the step at the first exit code that is not 0: rank 0, which has the most to write, gives it.

@@ -13,11 +13,12 @@ from urllib.parse import urlsplit
 from launcher.slurm import script
 from launcher.slurm.queue import Record, call, cancel, jobs_of, record, words
 from launcher.start import snapshot
-from launcher.start.claim import anchored, check, claim, release, run_folder
+from launcher.start.claim import anchored, check, claim, release
 from launcher.view.runs import find_run
 from trainer.config import Config, override
 from trainer.errors import ConfigError
 from trainer.run import layout
+from trainer.run.folder import run_folder
 from trainer.store import Store
 
 # What torchrun, srun and Ray set for the process that submits, and must not reach the job's own ranks.

@@ -16,7 +16,8 @@ from trainer.checkpoint.manifest import committed_steps
 from trainer.config import Config, dump_config, override
 from trainer.errors import AlreadyExists, ConfigError, NothingToResume
 from trainer.run import layout
-from trainer.store import Store, open_run_store
+from trainer.run.folder import run_folder
+from trainer.store import Store
 from trainer.zero.policy import build_deepspeed_config
 
 
@@ -79,10 +80,6 @@ def release(run: Store) -> None:
     run.delete(layout.CONFIG)
     run.delete(layout.SNAPSHOT)
     run.delete(layout.DRIVER_LOG)
-
-
-def run_folder(config: Config) -> Store:
-    return open_run_store(config).sub(config.run.name)
 
 
 def keep_code(log: Callable[[str], None]) -> snapshot.Snapshot | None:

@@ -6,7 +6,7 @@ import pytest
 
 from trainer.errors import ConfigError
 from trainer.run import layout
-from trainer.run.folder import run_config
+from trainer.run.folder import run_config, run_folder
 from trainer.store import open_store
 
 CONFIG = b"run: {name: orig, store: /elsewhere}\nmodel: {base: b}\ndata: {train: [{path: rows.jsonl}]}\ntrain: {steps: 1, global_batch: 1}\n"
@@ -18,6 +18,15 @@ def test_a_copied_run_is_the_run_of_its_own_folder(tmp_path: Path, name: str) ->
     folder.put(layout.CONFIG, CONFIG)
     config = run_config(folder, ["run.seed=7"])
     assert (config.run.name, config.run.store, config.run.seed) == (name, str(tmp_path), 7)
+    assert run_folder(config).uri == folder.uri
+
+
+@pytest.mark.parametrize("override", ["run.name=orig", "run.store=/somewhere", "run={name: orig}"])
+def test_an_override_does_not_lead_to_another_run(tmp_path: Path, override: str) -> None:
+    folder = open_store(str(tmp_path)).sub("fork")
+    folder.put(layout.CONFIG, CONFIG)
+    with pytest.raises(ConfigError, match=f"^{override.partition('=')[0]}: .* would be another run than .*fork"):
+        run_config(folder, [override])
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from trainer.errors import (
     Superseded,
 )
 from trainer.run.layout import metrics
+from trainer.run.records import newest_records, record_end
 from trainer.store import Store, open_store
 
 
@@ -125,31 +126,30 @@ def run(tmp_path) -> Store:
     return run
 
 
+def test_the_records_tell_the_step_of_a_crash(run: Store):
+    assert retry.explained(crash(), newest_records(run)).step == 5
+    run.put(metrics(2), b"")
+    assert retry.explained(crash(), newest_records(run)).step is None
+
+
+def test_ranks_that_named_a_hang_explain_why_they_died(run: Store):
+    hang = b'{"kind": "end", "outcome": "failed", "reason": "rank 1 hangs in load", "hung_ranks": [1]}\n'
+    run.put(metrics(2), hang)
+    explained = retry.explained(crash(), newest_records(run))
+    assert explained.reason == "rank 1 hangs in load"
+    record_end(run, explained.reason, crash=True)
+    assert run.get(metrics(2)) == hang
+
+
 def test_the_reason_of_a_crash_is_left_in_the_runs_folder(run: Store):
-    retry.record_end(run, crash())
-    retry.record_end(run, Failure("told already", ConfigError("told already")))
+    record_end(run, crash().reason, crash=True)
+    record_end(run, "told already")
     status = read_status(run)
     assert (status.state, status.reason) == ("failed", crash().reason)
 
 
-def test_the_records_tell_the_step_of_a_crash(run: Store):
-    assert retry.explained(run, crash()).step == 5
-    run.put(metrics(2), b"")
-    assert retry.explained(run, crash()).step is None
-
-
-def test_ranks_that_named_a_hang_explain_why_they_died(run: Store):
-    retry.record_end(run, crash())
-    hang = b'{"kind": "end", "outcome": "failed", "reason": "rank 1 hangs in load", "hung_ranks": [1]}\n'
-    run.put(metrics(2), hang)
-    explained = retry.explained(run, crash())
-    assert explained.reason == "rank 1 hangs in load"
-    retry.record_end(run, explained)
-    assert run.get(metrics(2)) == hang
-
-
 def test_a_run_that_ended_before_it_had_a_rank_has_its_reason(tmp_path):
     run = open_store(str(tmp_path)).sub("early")
-    retry.record_end(run, Failure("no data", DataError("no data")))
+    record_end(run, "no data")
     status = read_status(run)
     assert (status.state, status.reason) == ("failed", "no data")

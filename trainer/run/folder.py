@@ -1,4 +1,4 @@
-"""Reads a run's configuration from its folder: the one place where everybody does."""
+"""A run's folder in its store, and the configuration in it: the one place where everybody reads it."""
 
 import json
 from collections.abc import Sequence
@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from trainer.config import Config, parse_config
 from trainer.errors import ConfigError, NotFound
 from trainer.run import layout
-from trainer.store import Store
+from trainer.store import Store, open_run_store
+
+
+def run_folder(config: Config) -> Store:
+    return open_run_store(config).sub(config.run.name)
 
 
 def run_config(folder: Store, overrides: Sequence[str] = ()) -> Config:
     """The configuration of the run in `folder`, with dotted `overrides`.
 
     The folder's own place and name replace `run.store` and `run.name`: a run may have been moved, or copied to another name.
-    Raises `ConfigError` when the folder holds none, or one that is wrong.
+    Raises `ConfigError` when the folder holds none, or one that is wrong, or when an override would lead to another run.
     """
     key = f"{folder.uri}/{layout.CONFIG}"
     store, _, name = folder.uri.removeprefix("file://").rpartition("/")
@@ -25,6 +29,13 @@ def run_config(folder: Store, overrides: Sequence[str] = ()) -> Config:
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{key} is not UTF-8 text ({error.reason} at byte {error.start}). Restore it.") from error
+    for override in overrides:
+        setting, _, value = override.partition("=")
+        if setting in ("run", "run.name", "run.store"):
+            raise ConfigError(
+                f"{setting}: {value!r} would be another run than {folder.uri}, which goes on in its own folder. Leave it out; a "
+                "copy of the folder is a run of its own."
+            )
     # As JSON, since a name such as 007 would be a number in YAML.
     found = [f"run.store={json.dumps(store, ensure_ascii=False)}", f"run.name={json.dumps(name, ensure_ascii=False)}"]
     return parse_config(text, [*found, *overrides], key)

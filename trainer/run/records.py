@@ -36,6 +36,34 @@ def add_record(run: Store, generation: int, kind: str, **values: Any) -> None:
     run.put(key, run.get(key) + line.encode() + b"\n")
 
 
+def newest_records(run: Store) -> list[dict[str, Any]]:
+    """The records of the run's newest start; none before it has one."""
+    numbers = generations(run)
+    return list(read_records(run, numbers[-1])) if numbers else []
+
+
+def record_restart(run: Store, reason: str) -> None:
+    """Say in the newest generation's records that its end is not the run's."""
+    if numbers := generations(run):
+        add_record(run, numbers[-1], "restart", reason=reason)
+
+
+def record_end(run: Store, reason: str, *, stopped: bool = False, crash: bool = False) -> None:
+    """Write why the newest generation ended into its records, unless its ranks did.
+
+    After a `crash` in any case: rank 0 is gone itself, or saw only a broken connection. A run that ended before it had a
+    rank gets its first generation here.
+    """
+    numbers = generations(run)
+    if not numbers:
+        numbers = [1]
+        run.create(layout.metrics(1), b"")
+    ends = [record for record in read_records(run, numbers[-1]) if record["kind"] == "end"]
+    if ends and (not crash or ends[-1]["reason"] == reason):
+        return
+    add_record(run, numbers[-1], "end", outcome="stopped" if stopped else "failed", step=None, reason=reason)
+
+
 def bad_windows(run: Store) -> list[dict[str, int]]:
     """Positions whose step had a loss that was not finite, in earlier starts of the run."""
     found = []

@@ -1,0 +1,47 @@
+"""How far a compilation of data is, for people: a bar on a terminal, or a line of a log now and then."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+from trainer.data.compile import Progress
+
+_LOG_SECONDS = 10.0
+
+
+@contextmanager
+def compile_progress(log: Callable[[str], None], *, bar: bool) -> Iterator[Callable[[str, Progress], None]]:
+    """Shows what `prepare` reports: as a bar on the terminal, or as a line of the log now and then."""
+    first: tuple[float, int] | None = None
+
+    def describe(what: str, now: Progress) -> str:
+        nonlocal first
+        first = first or (time.monotonic(), now.tokens)
+        speed = (now.tokens - first[1]) / max(time.monotonic() - first[0], 1e-3)
+        return f"compiling {what} data: {now.documents:,} documents, {now.tokens:,} tokens, {speed:,.0f} tokens/s"
+
+    if not bar:
+        next_line = 0.0
+
+        def line(what: str, now: Progress) -> None:
+            nonlocal next_line
+            if time.monotonic() >= next_line:
+                log(f"{describe(what, now)} ({100 * now.bytes_done / max(now.bytes, 1):.0f} %)")
+                next_line = time.monotonic() + _LOG_SECONDS
+
+        yield line
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def draw(what: str, now: Progress) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what)
+            bars.update(tasks[what], description=describe(what, now), completed=now.bytes_done, total=now.bytes)
+
+        yield draw
