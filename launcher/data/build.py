@@ -15,6 +15,7 @@ from launcher.view.compiling import compile_progress
 from trainer.base.locate import resolve_base
 from trainer.base.parameters import check_base
 from trainer.config import load_config
+from trainer.config.secrets import refuse_secrets
 from trainer.data.dataset import Manifest, read_manifest
 from trainer.data.prepare import locate, prepare
 from trainer.errors import NotFound
@@ -60,6 +61,7 @@ def _figures(manifest: Manifest) -> dict[str, int]:
 def build(path: Path, overrides: Sequence[str], *, dry_run: bool, log: Callable[[str], None]) -> Built:
     """Compile what is missing: on the Ray cluster of cluster.ray.address or RAY_ADDRESS, else on this machine's cores."""
     config = load_config(path, overrides)
+    refuse_secrets(config)
     base, store = resolve_base(config.model), open_run_store(config)
     check_base(base, config)
     if not dry_run:

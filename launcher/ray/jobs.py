@@ -42,7 +42,7 @@ class Submission:
         """For people: the run and the next command; of a dry run everything."""
         where = f"the Ray cluster at {self.address}" if self.address else "a Ray of its own on this machine"
         if not self.dry_run:
-            return f"run {self.run}: submitted to {where} as {self.job}\nnext: {self.next}"
+            return f"run {self.run}: submitted to {where} as {self.job}\nsnapshot: {self.snapshot}\nnext: {self.next}"
         return (
             f"run {self.run}: would be submitted to {where}\nfolder: {self.uri}\nsnapshot: {self.snapshot}\n"
             f"entrypoint: {self.entrypoint}\nruntime environment: {self.runtime_env}\n\n{yaml.safe_dump(self.config, sort_keys=False).rstrip()}"

@@ -57,7 +57,7 @@ class Submission:
         if self.dry_run:
             return self.script.rstrip()
         jobs = f"job {self.jobs[0]}" if len(self.jobs) == 1 else f"jobs {', '.join(map(str, self.jobs))}"
-        return f"run {self.run}: submitted to Slurm as {jobs}\nnext: {self.next}"
+        return f"run {self.run}: submitted to Slurm as {jobs}\nsnapshot: {self.snapshot}\nnext: {self.next}"
 
 
 def submit(config: Config, *, resume: bool, after: str | None, dry_run: bool) -> Submission:

@@ -14,6 +14,7 @@ from trainer.base.locate import Base, resolve_base
 from trainer.base.parameters import check_base
 from trainer.checkpoint.manifest import committed_steps
 from trainer.config import Config, dump_config, override
+from trainer.config.secrets import refuse_secrets
 from trainer.errors import AlreadyExists, ConfigError, NothingToResume
 from trainer.run import layout
 from trainer.run.folder import run_folder
@@ -45,9 +46,10 @@ def check(config: Config, *, resume: bool, restarted: bool = False) -> Base:
     `restarted`: whoever started this process did so before, so the name is this run's already.
 
     Raises:
-        ConfigError: the name is taken, or the base does not fit the settings.
+        ConfigError: the name is taken, a setting holds a secret, or the base does not fit the settings.
         NothingToResume: `resume`, and nothing is committed.
     """
+    refuse_secrets(config)
     base = resolve_base(config.model)
     check_base(base, config)
     build_deepspeed_config(config, world_size=config.cluster.most_workers or 1, accumulation=1, on_gpu=False)
@@ -85,10 +87,13 @@ def release(run: Store) -> None:
 def keep_code(log: Callable[[str], None]) -> snapshot.Snapshot | None:
     """The snapshot of the current directory's checkout, for a run that goes on without one where it is too large."""
     try:
-        return snapshot.take(Path.cwd())
+        taken = snapshot.take(Path.cwd())
     except ConfigError as error:
         log(f"no copy of the code is kept with the run: {error}")
         return None
+    if left_out := taken.left_out():
+        log(f"the copy of the code that is kept with the run: {left_out}")
+    return taken
 
 
 def _taken_by_another(run: Store) -> bool:

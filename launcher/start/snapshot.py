@@ -4,11 +4,12 @@
 
     config.yaml        the configuration, every default written out
     requirements.txt   the installed distributions, as `name==version` lines
-    git.json           commit, branch, remote, and whether files differ from the commit
+    git.json           commit, branch, remote, whether files differ from the commit, and which were left out
     git.diff           that difference
-    code/...           the tracked files as they are, changes included
+    code/...           the tracked files as they are, changes included, and links as links
 
-Outside a git checkout there is no git.json, no git.diff and no code.
+Files that look like secrets by their names are left out of the code and of the difference, and the remote has no
+credentials. Outside a git checkout there is no git.json, no git.diff and no code.
 """
 
 import io
@@ -16,26 +17,70 @@ import json
 import subprocess
 import tarfile
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
 from importlib.metadata import distributions
 from pathlib import Path
 
 import zstandard
 
+from trainer.config.secrets import without_credentials
 from trainer.errors import ConfigError
 
 MOST_BYTES = 64 * 2**20
-"""Of the tracked files, uncompressed: code, not data."""
+"""How large the tracked files may be together, uncompressed: a snapshot is for code, not for data."""
 _GIT_SECONDS = 60
+# Names, in lower case, of files and folders that hold secrets. Code such as credentials.py stays: the run may import it.
+_SECRETS = (
+    *(
+        ".env",
+        ".env.*",
+        "*.env",
+        ".netrc",
+        ".npmrc",
+        ".pypirc",
+        ".htpasswd",
+        ".ssh",
+        ".aws",
+        ".azure",
+        ".gnupg",
+        ".kube",
+    ),
+    *(
+        "*.pem",
+        "*.key",
+        "*.p12",
+        "*.pfx",
+        "*.jks",
+        "*.keystore",
+        "*.kdbx",
+        "id_rsa*",
+        "id_dsa*",
+        "id_ecdsa*",
+        "id_ed25519*",
+    ),
+    *(
+        "*credential*",
+        "*secret*",
+        "*password*",
+        "*service?account*.json",
+        "token",
+        "*.token",
+        "*_token",
+        "*kubeconfig*",
+    ),
+)
+_CODE = (".py", ".pyi", ".md", ".rst")
 
 
 @dataclass(frozen=True)
 class GitState:
-    """Where the code was; `dirty` means that tracked files differ from `commit`."""
+    """Where the code was; `dirty` means that tracked files differ from `commit`, `left_out` are files that look like secrets."""
 
     commit: str | None
     branch: str | None
     remote: str | None
     dirty: bool
+    left_out: list[str]
 
 
 @dataclass(frozen=True)
@@ -66,7 +111,14 @@ class Snapshot:
             return "no git checkout here: the configuration and the installed versions"
         changed = " with changes" if self.git.dirty else ""
         commit = (self.git.commit or "no commit yet")[:12]
-        return f"{len(self.files)} tracked files of {self.root} ({commit}{changed}, {self.size / 1e6:.1f} MB)"
+        kept = f"{len(self.files)} tracked files of {self.root} ({commit}{changed}, {self.size / 1e6:.1f} MB)"
+        return kept + (f"; {self.left_out()}" if self.git.left_out else "")
+
+    def left_out(self) -> str:
+        """Which files are not in it as they look like secrets; empty when there are none."""
+        names = self.git.left_out if self.git else []
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        return f"left out, as they look like secrets: {', '.join(names[:5])}{more}" if names else ""
 
 
 def take(directory: Path) -> Snapshot:
@@ -79,10 +131,9 @@ def take(directory: Path) -> Snapshot:
     if top is None:
         return Snapshot()
     root = Path(top.strip())
-    listed = _git(root, "ls-files", "-z") or ""
-    # A tracked file may be deleted, a submodule is a folder, and a link may lead anywhere.
-    files = [path for name in listed.split("\0") if name and _is_plain(root / (path := Path(name)))]
-    sizes = {path: (root / path).stat().st_size for path in files}
+    tracked = _names(root, "ls-files", "-z")
+    files = [Path(name) for name in tracked if not _looks_secret(name) and _is_there(root, Path(name))]
+    sizes = {path: (root / path).lstat().st_size for path in files}
     total = sum(sizes.values())
     if total > MOST_BYTES:
         largest = ", ".join(
@@ -100,15 +151,29 @@ def take(directory: Path) -> Snapshot:
             ("remote", "get-url", "origin"),
         )
     )
-    diff = _git(root, "diff", "HEAD") or ""
-    return Snapshot(root, sorted(files), GitState(commit, branch, remote, dirty=bool(diff)), diff, total)
+    changed = _names(root, "diff", "HEAD", "-z", "--name-only", "--no-renames")
+    secret = sorted({name for name in (*tracked, *changed) if _looks_secret(name)})
+    apart = [f":(top,exclude,literal){name}" for name in secret]
+    diff = _git(root, "diff", "HEAD", "--no-renames", "--no-color", "--no-ext-diff", "--no-textconv", "--", ".", *apart)
+    state = GitState(commit, branch, remote and without_credentials(remote), bool(changed), secret)
+    return Snapshot(root, sorted(files), state, diff or "", total)
 
 
 def unpack(archive: bytes, directory: Path) -> Path:
-    """Lay a snapshot's content out in `directory`; returns the folder of its code, which may be missing."""
+    """Lay a snapshot's content out in `directory`; returns the folder of its code, which may be missing.
+
+    Links that lead out of it stay behind: they mean something on the machine that they were made on.
+    """
     with tarfile.open(fileobj=io.BytesIO(zstandard.ZstdDecompressor().decompressobj().decompress(archive))) as tar:
-        tar.extractall(directory, filter="data")
+        tar.extractall(directory, filter=_inside)
     return directory / "code"
+
+
+def _inside(member: tarfile.TarInfo, directory: str) -> tarfile.TarInfo | None:
+    try:
+        return tarfile.data_filter(member, directory)
+    except (tarfile.AbsoluteLinkError, tarfile.LinkOutsideDestinationError):
+        return None
 
 
 def _git(directory: Path, *arguments: str) -> str | None:
@@ -120,8 +185,24 @@ def _git(directory: Path, *arguments: str) -> str | None:
     return done.stdout.decode(errors="replace") if done.returncode == 0 else None
 
 
-def _is_plain(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink()
+def _names(root: Path, *arguments: str) -> list[str]:
+    """The paths that git lists with -z."""
+    return [name for name in (_git(root, *arguments) or "").split("\0") if name]
+
+
+def _is_there(root: Path, path: Path) -> bool:
+    """Whether the tracked `path` is a file or a link in the checkout: it may be deleted, or be a submodule's folder.
+
+    Where one of its folders is a link by now, it is not there for git either: the link may lead anywhere.
+    """
+    if any((root / folder).is_symlink() for folder in path.parents):
+        return False
+    return (root / path).is_symlink() or (root / path).is_file()
+
+
+def _looks_secret(name: str) -> bool:
+    parts = Path(name.lower()).parts
+    return not name.lower().endswith(_CODE) and any(fnmatch(part, pattern) for part in parts for pattern in _SECRETS)
 
 
 def _installed() -> str:

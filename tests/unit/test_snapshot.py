@@ -1,10 +1,14 @@
 """The copy of the user's code that a run keeps."""
 
 import json
+import os
+import shutil
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from launcher.start import snapshot
 from trainer.errors import ConfigError
@@ -16,13 +20,28 @@ def checkout(tmp_path: Path) -> Path:
     (root / "package").mkdir(parents=True)
     (root / "package" / "code.py").write_text("committed = 1\n")
     (root / ".gitignore").write_text("*.bin\n")
-    for command in (
-        ["init", "-q"],
-        ["add", "."],
-        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "first"],
-    ):
-        subprocess.run(["git", *command], cwd=root, check=True, timeout=30)
+    git(root, "init", "-q")
+    commit(root)
     return root
+
+
+def git(root: Path, *arguments: str) -> None:
+    subprocess.run(["git", *arguments], cwd=root, check=True, timeout=30)
+
+
+def commit(root: Path) -> None:
+    git(root, "add", ".")
+    git(root, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "what is there")
+
+
+def kept(checkout: Path, out: Path) -> dict[str, str]:
+    """What a snapshot of `checkout` has of its code, laid out in `out`: the text of each file, `-> TARGET` of each link."""
+    code = snapshot.unpack(snapshot.take(checkout).archive("a: 1\n"), out)
+    return {
+        path.relative_to(code).as_posix(): f"-> {os.readlink(path)}" if path.is_symlink() else path.read_text()
+        for path in code.rglob("*")
+        if path.is_symlink() or path.is_file()
+    }
 
 
 def test_the_tracked_files_are_kept_as_they_are_with_their_git_state(checkout: Path, tmp_path: Path):
@@ -58,3 +77,73 @@ def test_tracked_data_that_is_too_large_is_named(checkout: Path, monkeypatch: py
     monkeypatch.setattr(snapshot, "MOST_BYTES", 10)
     with pytest.raises(ConfigError, match=r"package/code.py .* Leave data out of git"):
         snapshot.take(checkout)
+
+
+def test_links_are_kept_as_links_and_a_folder_that_became_one_is_not_followed(checkout: Path, tmp_path: Path):
+    (checkout / "alias.py").symlink_to("package/code.py")
+    (checkout / "etc").mkdir()
+    (checkout / "etc" / "passwd").write_text("tracked")
+    commit(checkout)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "passwd").write_text("not of the checkout")
+    shutil.rmtree(checkout / "etc")
+    (checkout / "etc").symlink_to(elsewhere)
+    files = kept(checkout, tmp_path / "out")
+    assert files == {".gitignore": "*.bin\n", "package/code.py": "committed = 1\n", "alias.py": "-> package/code.py"}
+
+
+def test_a_link_that_leads_out_of_the_checkout_is_kept_as_a_link_and_not_laid_out(checkout: Path, tmp_path: Path):
+    (checkout / "users").symlink_to("/etc/passwd")
+    (checkout / "above").symlink_to("../../../outside")
+    commit(checkout)
+    (checkout / "package" / "code.py").unlink()
+    (checkout / "package" / "code.py").symlink_to("/etc/passwd")
+    assert kept(checkout, tmp_path / "out") == {".gitignore": "*.bin\n"}
+    (tmp_path / "plain.tar").write_bytes(
+        zstandard.ZstdDecompressor().decompressobj().decompress(snapshot.take(checkout).archive("a: 1\n"))
+    )
+    with tarfile.open(tmp_path / "plain.tar") as tar:
+        links = {member.name: member.linkname for member in tar if member.issym()}
+    assert links == {
+        "code/users": "/etc/passwd",
+        "code/above": "../../../outside",
+        "code/package/code.py": "/etc/passwd",
+    }
+
+
+SECRET_FILES = [
+    ".env",
+    "prod.env",
+    "certs/server.PEM",
+    "id_rsa",
+    "aws_credentials",
+    "config/secrets/db.yaml",
+    ".aws/config",
+]
+
+
+def test_files_that_look_like_secrets_are_left_out_of_the_code_and_of_the_difference(checkout: Path, tmp_path: Path):
+    for name in (*SECRET_FILES, "package/credentials.py", "removed.key"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text("hidden = 1\n")
+    commit(checkout)
+    for name in SECRET_FILES:
+        (checkout / name).write_text("hidden = 2\n")
+    git(checkout, "rm", "-q", "removed.key")
+    taken = snapshot.take(checkout)
+    assert taken.git is not None
+    assert taken.git.dirty
+    assert taken.git.left_out == sorted([*SECRET_FILES, "removed.key"])
+    assert set(kept(checkout, tmp_path / "out")) == {".gitignore", "package/code.py", "package/credentials.py"}
+    assert "hidden" not in taken.diff
+    assert "left out, as they look like secrets: .aws/config, .env, " in taken.sentence()
+    assert taken.sentence().endswith("and 3 more")
+    assert json.loads((tmp_path / "out" / "git.json").read_text())["left_out"] == taken.git.left_out
+
+
+def test_the_remote_is_kept_without_its_password_or_token(checkout: Path):
+    git(checkout, "remote", "add", "origin", "https://me:hidden@host/group/project.git")
+    taken = snapshot.take(checkout)
+    assert taken.git is not None
+    assert taken.git.remote == "https://host/group/project.git"

@@ -1,0 +1,124 @@
+"""No secret of a user's reaches the store: not in the configuration, and not in a message."""
+
+from pathlib import Path
+
+import pytest
+
+from launcher.data.build import build
+from launcher.start import claim
+from tests.material import Workshop
+from trainer.config import Config, dump_config, override
+from trainer.config.secrets import has_credentials, names_secret, refuse_secrets, without_credentials
+from trainer.errors import ConfigError
+
+ENV_VARS = "cluster.ray.runtime_env.env_vars"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return Workshop(tmp_path_factory.mktemp("secrets")).config("mine")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "way"),
+    [
+        (f"{ENV_VARS}.HF_TOKEN", "hidden", "ray start"),
+        (f"{ENV_VARS}.my-api-key", "hidden", "ray start"),
+        (f"{ENV_VARS}.AWS_ACCESS_KEY_ID", "hidden", "ray start"),
+        (f"{ENV_VARS}.DBPASSWORD", "/hidden", "ray start"),
+        (f"{ENV_VARS}.SECRET_OF_THE_HUB", "hidden", "ray start"),
+        (f"{ENV_VARS}.HUB", "hf_hiddenhiddenhiddenhiddenhiddenhidden", "ray start"),
+        ("cluster.ray.runtime_env.pip", "[--extra-index-url, 'https://me:hidden@host/simple']", "ray start"),
+        ("cluster.ray.runtime_env.pip", "['git+https://hidden@github.com/a/b']", "ray start"),
+        ("cluster.ray.runtime_env.image_uri", "https://me:hid/den@host/image", "ray start"),
+        ("cluster.slurm.setup", "[module load cuda, export WANDB_API_KEY=hidden]", "sbatch passes on"),
+        ("cluster.slurm.setup", "['export HF_TOKEN=\"hidden\"; true']", "sbatch passes on"),
+        ("cluster.slurm.setup", "[hf auth login --token hidden]", "sbatch passes on"),
+        ("cluster.slurm.extra", "['--export=ALL,HF_TOKEN=hidden']", "sbatch passes on"),
+        ("cluster.slurm.container", "[docker, run, -e, HF_TOKEN=hidden]", "sbatch passes on"),
+        ("cluster.slurm.container", "[apptainer, exec, --docker-password, hidden]", "sbatch passes on"),
+        ("cluster.slurm.container", "[apptainer, exec, --env=HF_TOKEN=hidden]", "sbatch passes on"),
+        ("run.store", "s3://AKIA:hidden@bucket/runs", "AWS_SECRET_ACCESS_KEY"),
+        ("model.base", "https://host/model?X-Amz-Signature=hidden", "AWS_SECRET_ACCESS_KEY"),
+        ("data.train", "[{path: 'az://container/rows.jsonl?sv=2022&sig=hidden'}]", "AWS_SECRET_ACCESS_KEY"),
+    ],
+)
+def test_a_setting_with_a_secret_is_refused_with_the_way_to_pass_it(
+    config: Config, setting: str, value: str, way: str
+) -> None:
+    with pytest.raises(ConfigError, match=way) as caught:
+        refuse_secrets(override(config, f"{setting}={value}"))
+    assert str(caught.value).startswith(setting)
+    assert "looks like a secret" in str(caught.value)
+    assert "hid" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        (f"{ENV_VARS}.TOKENIZERS_PARALLELISM", "'false'"),
+        (f"{ENV_VARS}.HF_TOKEN_PATH", "/shared/token"),
+        (f"{ENV_VARS}.GOOGLE_APPLICATION_CREDENTIALS", "/etc/keys/me.json"),
+        (f"{ENV_VARS}.HF_TOKEN", "'${HF_TOKEN}'"),
+        (f"{ENV_VARS}.HF_HUB_DISABLE_IMPLICIT_TOKEN", "'1'"),
+        (f"{ENV_VARS}.NCCL_IB_PKEY", "'0x7fff'"),
+        ("cluster.slurm.setup", "['export HF_TOKEN=$(cat ~/.hf_token)', 'export MY_KEY=\"$OTHER\"']"),
+        ("cluster.slurm.container", "[apptainer, exec, --nv, 'docker://user@host:5000/image@sha256']"),
+        ("cluster.ray.address", "http://head:8265"),
+        ("cluster.ray.runtime_env.pip", "['a @ git+ssh://git@host/b.git']"),
+        ("model.base", "hf-internal/tiny_token_model"),
+    ],
+)
+def test_what_only_says_where_a_secret_is_or_sounds_like_one_is_allowed(
+    config: Config, setting: str, value: str
+) -> None:
+    refuse_secrets(override(config, f"{setting}={value}"))
+
+
+def test_no_command_that_writes_to_the_store_writes_a_secret(config: Config, tmp_path: Path) -> None:
+    config = override(config, f"run.store={tmp_path / 'store'}", f"{ENV_VARS}.HF_TOKEN=hidden")
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match="HF_TOKEN"):
+            claim.check(config, resume=resume)
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_config(config))
+    with pytest.raises(ConfigError, match="HF_TOKEN"):
+        build(path, (), dry_run=False, log=print)
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("url", "without"),
+    [
+        ("https://me:hidden@host:8080/a/b.git", "https://host:8080/a/b.git"),
+        ("https://hidden@host/a.git", "https://host/a.git"),
+        ("https://me:hid@den@host/a", "https://host/a"),
+        ("https://me:hid/den@host/a", "https://host/a"),
+        ("https://host/a?token=hidden#x", "https://host/a"),
+        ("https://host:8080/a@b", "https://host:8080/a@b"),
+        ("ssh://git@host/a.git", "ssh://host/a.git"),
+        ("git@host:a/b.git", "git@host:a/b.git"),
+        ("/srv/a.git", "/srv/a.git"),
+        ("cannot GET https://host/a?sig=hidden: 403", "cannot GET https://host/a 403"),
+    ],
+)
+def test_a_url_is_shown_without_its_credentials(url: str, without: str) -> None:
+    assert without_credentials(url) == without
+    assert not has_credentials(without)
+
+
+def test_names_of_secrets() -> None:
+    for name in (
+        "KEY",
+        "API_KEY",
+        "apikey",
+        "TOKEN",
+        "HF_TOKEN_2",
+        "db-password",
+        "CLIENT_SECRET",
+        "AWS_ACCESS_KEY_ID",
+    ):
+        assert names_secret(name), name
+    for name in ("", "123", "TOKENIZERS_PARALLELISM", "MAX_TOKENS", "KEYBOARD", "TOKEN_FILE", "UCX_IB_PKEY"):
+        assert not names_secret(name), name

@@ -1,0 +1,89 @@
+"""Names and texts that look like secrets. Everyone who may read a run's folder reads all of it, so none is written there."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from trainer.config.tree import Config
+from trainer.errors import ConfigError
+
+_SECRET = ("KEY", "KEYS", "TOKEN", "SECRET", "SECRETS", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS")
+_NOT_ITSELF = ("FILE", "PATH", "DIR", "URL", "MODE")  # HF_TOKEN_PATH says where the token is
+_HARMLESS = re.compile(r"|0|1|true|false|yes|no|on|off|[~.]?/[\w.-]*[/.][\w./-]*|\$.*|`.*", re.IGNORECASE | re.DOTALL)
+# `NAME=value` and `--name value`. The value is only looked at, as another assignment may begin in it (--env=NAME=value).
+_ASSIGNED = re.compile(r"(?:\b([A-Za-z_]\w*)=|--([A-Za-z][\w-]*)(?:=|\s+(?!-)))(?=[\"']?([^\s\"',;|&)]+))")
+_TOKEN = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{30,}|gh[pousr]_\w{30,}|github_pat_\w{20,}|glpat-[\w-]{16,}|sk-[A-Za-z0-9]{20,}"
+    r"|sk-(?:proj|ant)-[\w-]{20,}|xox[abps]-[\w-]{10,}|(?:AKIA|ASIA)[A-Z0-9]{16})\b"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY|\bBearer\s+[\w.~+/-]{16,}|\bAccountKey=\w"
+)
+# Scheme, user and password, the rest, the query. A password may hold a slash; what follows a port is none.
+_URL = re.compile(
+    r"(\w[\w+.-]*://)([^/\s?#\"']*@|[^/\s:@]+:(?!\d+(?:/|$))[^\s@]*@)?([^\s?#\"']*)(\?[^\s\"']*)?", re.ASCII
+)
+_PASS = {
+    "cluster.ray": "Set it in the environment of `ray start` on the cluster's nodes, which its jobs inherit.",
+    "cluster.slurm": "Export it in the shell that submits, which sbatch passes on to the job, or read it in the job from a file "
+    "of your own: export NAME=$(cat ~/.name).",
+}
+_PASS_ELSEWHERE = "Give it in the environment of the process, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+
+
+def refuse_secrets(config: Config) -> None:
+    """Raises `ConfigError` for every setting that holds a secret, without repeating it."""
+    found = [
+        f"{setting}: {what} looks like a secret, and the configuration is kept in the store for all to read. Remove it. "
+        + next((way for section, way in _PASS.items() if setting.startswith(section)), _PASS_ELSEWHERE)
+        for setting, text in _texts(config.model_dump(mode="json"), "")
+        if (what := _secret_in(setting, text))
+    ]
+    if found:
+        raise ConfigError("\n".join(found))
+
+
+def names_secret(name: str) -> bool:
+    """Whether a variable or an option of this name holds a secret: HF_TOKEN does, TOKENIZERS_PARALLELISM does not."""
+    words = [word for word in re.findall("[A-Z]+", name.upper()) if word != "PKEY"]  # a partition of InfiniBand
+    return any(word.endswith(_SECRET) for word in words) and words[-1] not in _NOT_ITSELF
+
+
+def without_credentials(text: str) -> str:
+    """`text` with each URL in it rid of user, password and query, where tokens and signatures stand."""
+    return _URL.sub(lambda url: url[1] + url[3], text)
+
+
+def has_credentials(text: str) -> bool:
+    """Whether a URL in `text` has a password, a token for a user, or a signature or token in its query."""
+    for scheme, user, _, query in _URL.findall(text):
+        if ":" in user or (user and scheme.endswith(("http://", "https://"))):
+            return True
+        names = [name.upper() for name in re.findall(r"[?&]([^=&]+)=", query)]
+        if any(names_secret(name) or name.endswith(("SIG", "SIGNATURE", "ACCESSKEYID")) for name in names):
+            return True
+    return False
+
+
+def _secret_in(setting: str, text: str) -> str | None:
+    """What in `text` looks like a secret, for a message that may be kept."""
+    if names_secret(setting.rpartition(".")[2]) and not _HARMLESS.fullmatch(text):
+        return "its value"
+    for variable, option, value in _ASSIGNED.findall(text):
+        if names_secret(variable or option) and not _HARMLESS.fullmatch(value):
+            return f"the value of {variable or '--' + option}"
+    if has_credentials(text):
+        return "a user, password or signature in a URL"
+    return "a token" if _TOKEN.search(text) else None
+
+
+def _texts(tree: Any, path: str) -> Iterator[tuple[str, str]]:
+    """(setting, text) of every leaf; a list of words or lines is one text, as an option and its value may be two words."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _texts(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(tree, list) and not all(isinstance(item, str) for item in tree):
+        for index, item in enumerate(tree):
+            yield from _texts(item, f"{path}[{index}]")
+    elif isinstance(tree, list):
+        yield path, "\n".join(tree)
+    elif tree is not None:
+        yield path, str(tree)
