@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the models in trainer/config.py.
+"""Writes docs/configuration.md from the models in trainer/config/.
 
 python -m launcher.config_docs            write the page
 python -m launcher.config_docs --check    exit 1 when the page is not what would be written
@@ -23,10 +23,11 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 _HEADER = """\
 # Configuration
 
-<!-- Written by `python -m launcher.config_docs` from trainer/config.py: change the settings there. -->
+<!-- Written by `python -m launcher.config_docs` from trainer/config/: change the settings there. -->
 
 A run is one YAML file. Any setting can be overridden on the command line by its dotted name, with a YAML value:
-`capstan train run.yaml train.steps=20 tuning.targets=[q_proj,v_proj]`. Unknown settings are refused with the nearest name.
+`capstan train run.yaml train.steps=20 tuning.targets=[q_proj,v_proj]`; the last override of a setting counts. Unknown settings
+are refused with the nearest name, and so is a key that a file gives twice.
 `capstan config schema` prints the JSON Schema, for completion in an editor.
 """
 
@@ -124,7 +125,7 @@ def _value(value: Any) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Write docs/configuration.md from trainer/config.py.")
+    parser = argparse.ArgumentParser(description="Write docs/configuration.md from trainer/config/.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the page is out of date")
     if not parser.parse_args().check:
         PAGE.write_text(render(), encoding="utf-8")

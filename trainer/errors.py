@@ -5,6 +5,14 @@ given, what is allowed, what to do) and the command line prints it without a tra
 `AssertionError` and keeps its traceback.
 """
 
+_LONGEST_SHOWN = 100
+
+
+def shown(value: object) -> str:
+    """`value` as a message quotes it: on one line, and cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 3]}..."
+
 
 class CapstanError(Exception):
     """Base of every error with a message meant for the user; `exit_code` is the process's exit status."""

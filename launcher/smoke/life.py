@@ -28,7 +28,7 @@ from launcher.start.claim import anchored
 from launcher.view.status import read_generation
 from trainer.base.locate import read_base_config
 from trainer.checkpoint.manifest import committed_steps
-from trainer.config import Config, Source, dump_config, load_config, override, parse_config
+from trainer.config import Config, Source, assignment, dump_config, load_config, override, parse_config
 from trainer.data.rows import rows
 from trainer.data.sources import expand
 from trainer.errors import CapstanError, DataError, DoesNotFit
@@ -261,25 +261,25 @@ def scale_down(config: Config, store: str, ray_address: str, layers: int | None)
     settings: dict[str, Any] = {
         "run.store": store,
         "train.steps": STEPS,
-        "train.epochs": "null",
+        "train.epochs": None,
         "train.global_batch": min(config.train.global_batch, GLOBAL_BATCH),
         "train.micro_batch": 1,
         "data.sequence_length": min(config.data.sequence_length, SEQUENCE_LENGTH),
         "checkpoint.every_steps": COMMIT_EVERY,
         "checkpoint.keep_last": STEPS,
         "cluster.workers": min(workers, local_gpus() or 2, 2),
-        "cluster.gpus_per_worker": "null",
+        "cluster.gpus_per_worker": None,
         "model.attention": "auto",
         "optim.warmup_steps": min(config.optim.warmup_steps, 2),
         "train.eval_every": 0,
-        "cluster.ray.address": ray_address,
+        "cluster.ray.address": ray_address or None,
         "retry.failures": 0,
         "retry.skip_bad_window": False,
         "track.flush_seconds": 0.2,
     }
     if layers:
         settings["model.layers"] = layers
-    return override(config, *(f"{key}={value}" for key, value in settings.items()))
+    return override(config, *(assignment(key, value) for key, value in settings.items()))
 
 
 def local_gpus() -> int:

@@ -4,16 +4,16 @@
 torch is imported or a scheduler is asked.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from launcher.start import snapshot
 from launcher.view.status import SILENT_SECONDS, read_status
 from trainer.base.locate import Base, resolve_base
 from trainer.base.parameters import check_base
 from trainer.checkpoint.manifest import committed_steps
-from trainer.config import Config, dump_config, override
+from trainer.config import Config, assignment, dump_config, override
 from trainer.config.secrets import refuse_secrets
 from trainer.errors import AlreadyExists, ConfigError, NothingToResume
 from trainer.run import layout
@@ -28,7 +28,7 @@ def anchored(config: Config) -> Config:
     def absolute(path: str) -> str:
         return path if "://" in path else str(Path(path).expanduser().absolute())
 
-    changes = {"run.store": absolute(config.run.store)}
+    changes: dict[str, Any] = {"run.store": absolute(config.run.store)}
     for key, path in (("model.base", config.model.base), ("sharding.deepspeed", config.sharding.deepspeed)):
         if Path(path).expanduser().exists():
             changes[key] = absolute(path)
@@ -36,8 +36,8 @@ def anchored(config: Config) -> Config:
         changes["data.template"] = absolute(config.data.template)
     for what, sources in (("train", config.data.train), ("eval", config.data.eval)):
         moved = [source.model_copy(update={"path": absolute(source.path)}).model_dump() for source in sources]
-        changes[f"data.{what}"] = json.dumps(moved)
-    return override(config, *(f"{key}={value}" for key, value in changes.items()))
+        changes[f"data.{what}"] = moved
+    return override(config, *(assignment(key, value) for key, value in changes.items()))
 
 
 def check(config: Config, *, resume: bool, restarted: bool = False) -> Base:

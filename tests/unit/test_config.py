@@ -6,8 +6,9 @@ import pytest
 import yaml
 from pydantic import BaseModel, TypeAdapter
 
-from trainer.config import Config, dump_config, fields, load_config, override, parse_config
+from trainer.config import Config, assignment, dump_config, fields, load_config, override, parse_config
 from trainer.errors import ConfigError
+from trainer.run import layout
 
 MINIMAL = """\
 run: {name: demo}
@@ -40,6 +41,12 @@ def test_an_override_leaves_the_original_as_it_was():
     config = parse_config(MINIMAL)
     assert override(config, "train.steps=3").train.steps == 3
     assert config.train.steps == 10
+
+
+@pytest.mark.parametrize("value", ["/data #1: a", "null", "", "\U0001f600\n", "~", "'", 5, None, [{"path": "a: b"}]])
+def test_an_assignment_gives_a_setting_this_very_value(value: object):
+    config = parse_config(MINIMAL, [assignment("cluster.ray.runtime_env", {"any": value})])
+    assert config.cluster.ray.runtime_env == {"any": value}
 
 
 def test_dump_and_load_are_inverse():
@@ -82,12 +89,35 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(setting: str, expected:
         ("train.epochs=1", "train.steps and train.epochs: both given."),
         ("data.loss_on=completion", "data.loss_on: 'completion' does not exist in data.format: chat."),
         ("data.fields={text: body}", "data.fields: 'text' is not a field of data.format: chat."),
+        ("optim.lr=.nan", "optim.lr: nan is not allowed."),
+        ("optim.eps=.inf", "optim.eps: inf is not allowed. Numbers are finite here, and at most 4294967296."),
+        ("timeouts.step=1e400", "timeouts.step: '1e400' is not allowed. Numbers are finite here"),
+        ("run.store_retry=1e300", "run.store_retry: '1e300' is not allowed. Numbers are finite here"),
+        ("train.steps=99999999999999", "train.steps: 99999999999999 is not allowed. Numbers are finite here"),
+        (
+            "cluster.ray.resources={a: .nan}",
+            "cluster.ray.resources: {'a': nan} is not allowed. Numbers are finite here",
+        ),
+        ("cluster.ray.runtime_env={a: [.inf]}", "cluster.ray.runtime_env: {'a': [inf]} is not allowed. Numbers are"),
+        ("run.name=data", "run.name: 'data' is not allowed. The store keeps what runs share in a folder of this name."),
+        ("run.name=bases", "run.name: 'bases' is not allowed."),
+        ('run.name="a\\n"', "run.name: 'a\\n' is not allowed."),
+        ("run.name={name: 1, name: 2}", "override 'run.name={name: 1, name: 2}', line 1, column 11 is not YAML"),
+        ("train.steps=0b_", "override 'train.steps=0b_', line 1, column 1 is not YAML: '0b_' cannot be read as"),
+        (f"run.name=[{'x' * 5000}]", "run.name: ['xxxxxx"),
+        ("a." * 5000 + "b=1", "override 'a.a.a."),
     ],
 )
 def test_a_wrong_value_is_refused_in_one_line_with_setting_value_and_remedy(setting: str, expected: str):
     message = refusal(setting)
     assert message.startswith(expected)
     assert "\n" not in message
+    assert len(message) < 400
+
+
+def test_the_folders_that_a_store_shares_are_no_names_of_runs():
+    for shared in (layout.dataset("x"), layout.bases("x")):
+        assert "a folder of this name" in refusal(f"run.name={shared.partition('/')[0]}")
 
 
 def test_a_setting_without_effect_is_refused():
@@ -103,6 +133,12 @@ def test_dora_is_refused_with_the_reason():
 def test_every_mistake_is_named_at_once():
     message = refusal("quant.type=nf5", "tuning.rank=0")
     assert [line.split(":")[0] for line in message.splitlines()] == ["quant.type", "tuning.rank"]
+
+
+def test_of_very_many_mistakes_twenty_are_named():
+    message = refusal(text=MINIMAL + "".join(f"x{number}: 1\n" for number in range(1000)))
+    assert len(message.splitlines()) == 21
+    assert message.endswith("... and 980 more like these.")
 
 
 def test_a_missing_setting_is_named_with_an_example():
@@ -122,6 +158,13 @@ def test_an_override_below_a_value_is_refused():
 def test_a_missing_file_is_named(tmp_path):
     path = tmp_path / "none.yaml"
     with pytest.raises(ConfigError, match=r"none\.yaml.*No such file"):
+        load_config(path)
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes("run: {name: é}".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"run\.yaml is not text in UTF-8 \(byte 12\)\. Save it as UTF-8\."):
         load_config(path)
 
 

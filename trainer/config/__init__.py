@@ -13,11 +13,12 @@ from pydantic import ValidationError
 
 from trainer.config.cluster import Slurm
 from trainer.config.data import Data, Source
-from trainer.config.mistakes import explained, unknown_keys
+from trainer.config.mistakes import explained, listed, unknown_keys
 from trainer.config.model import Model, Quant, Tuning
 from trainer.config.training import Checkpoint, Optim, Retry, Timeouts
 from trainer.config.tree import Config, fields
-from trainer.errors import ConfigError
+from trainer.config.yaml_reader import read_yaml
+from trainer.errors import ConfigError, shown
 
 __all__ = [
     "Checkpoint",
@@ -31,6 +32,7 @@ __all__ = [
     "Source",
     "Timeouts",
     "Tuning",
+    "assignment",
     "dump_config",
     "fields",
     "load_config",
@@ -38,34 +40,36 @@ __all__ = [
     "parse_config",
 ]
 
+_MOST_SECTIONS = 8
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `key.path=value` overrides (values are YAML), and validate.
+    """Read a YAML file, apply `key.path=value` overrides (values are YAML; the last of one key counts), and validate.
 
     Raises:
         ConfigError: the file is missing or not YAML, or a setting is unknown, missing or wrong. All are named at once.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the configuration {str(path)!r} cannot be read: {error}.") from error
+        text = Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the configuration {shown(str(path))} cannot be read: {error}.") from error
     return parse_config(text, overrides, name=str(path))
 
 
-def parse_config(text: str, overrides: Sequence[str] = (), name: str = "config") -> Config:
+def parse_config(text: str | bytes, overrides: Sequence[str] = (), name: str = "config") -> Config:
     """Like `load_config`, from the YAML text itself."""
-    tree = _yaml(text, name)
+    tree = read_yaml(text, name)
     if not isinstance(tree, dict):
         raise ConfigError(f"{name} is not a configuration: its top level must be sections such as 'run:' and 'model:'.")
     for override in overrides:
         _apply(tree, override)
     unknown = list(unknown_keys(tree, Config, ""))
     if unknown:
-        raise ConfigError("\n".join(unknown))
+        raise ConfigError(listed(unknown))
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(explained(error.errors()))) from error
+        raise ConfigError(listed([*explained(error.errors())])) from error
 
 
 def dump_config(config: Config) -> str:
@@ -78,24 +82,23 @@ def override(config: Config, *overrides: str) -> Config:
     return parse_config(dump_config(config), overrides)
 
 
-def _yaml(text: str, name: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{name}{where} is not YAML: {getattr(error, 'problem', error)}.") from error
+def assignment(key: str, value: Any) -> str:
+    """The override that gives the setting `key` this very value, which need not be YAML text: a path may hold `: ` or ` #`."""
+    return f"{key}={yaml.safe_dump(value, default_flow_style=True)}"
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
+    name = f"override {shown(override)}"
     if not equals or not key:
-        raise ConfigError(f"override {override!r}: expected key=value. Example: train.steps=20.")
+        raise ConfigError(f"{name}: expected key=value. Example: train.steps=20.")
     *sections, leaf = key.split(".")
+    if len(sections) > _MOST_SECTIONS:
+        raise ConfigError(f"{name}: no setting has so many dots in its name.")
     node = tree
     for section in sections:
         child = node.setdefault(section, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"override {override!r}: {section!r} is a value, not a section.")
+            raise ConfigError(f"{name}: {section!r} is a value, not a section.")
         node = child
-    node[leaf] = _yaml(value, f"override {override!r}")
+    node[leaf] = read_yaml(value, name)

@@ -10,6 +10,9 @@ from pydantic.fields import FieldInfo
 
 from trainer.config.section import Section
 from trainer.config.tree import Config, fields, sections_in
+from trainer.errors import shown
+
+_MOST_SENTENCES = 20
 
 # What is to be written in YAML, where pydantic speaks of Python's types: error type -> words.
 _EXPECTED = {
@@ -18,6 +21,12 @@ _EXPECTED = {
     "list_type": "Input should be a list",
     "string_type": "Input should be text",
 }
+
+
+def listed(sentences: Sequence[str]) -> str:
+    """The sentences, a line each, as far as somebody would read them."""
+    rest = len(sentences) - _MOST_SENTENCES
+    return "\n".join([*sentences[:_MOST_SENTENCES], *([f"... and {rest} more like these."] if rest > 0 else [])])
 
 
 def unknown_keys(tree: Any, model: type[BaseModel], prefix: str) -> Iterator[str]:
@@ -29,7 +38,7 @@ def unknown_keys(tree: Any, model: type[BaseModel], prefix: str) -> Iterator[str
         if field is None:
             close = difflib.get_close_matches(str(key), model.model_fields, n=1, cutoff=0.5) or _elsewhere(str(key))
             hint = f"Did you mean {close[0]!r}?" if close else f"Allowed here: {', '.join(model.model_fields)}."
-            yield f"{prefix}{key}: unknown setting. {hint}"
+            yield f"{prefix}{shown(key)[1:-1] if isinstance(key, str) else shown(key)}: unknown setting. {hint}"
             continue
         for child in sections_in(field.annotation):
             items = value if isinstance(value, list) else [value]
@@ -77,7 +86,7 @@ def _sentence(path: tuple[Any, ...], errors: Sequence[Any]) -> str:
         return f"{name}: missing, and it has no default.{example}"
     messages = [_EXPECTED.get(item["type"]) or str(item["msg"]).removesuffix(".") for item in errors]
     allowed = " or ".join([messages[0], *(message.removeprefix("Input should be ") for message in messages[1:])])
-    return f"{name}: {first['input']!r} is not allowed. {allowed}.{example}"
+    return f"{name}: {shown(first['input'])} is not allowed. {allowed}.{example}"
 
 
 def _is_union_tag(part: Any) -> bool:

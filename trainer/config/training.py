@@ -2,9 +2,11 @@
 
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from trainer.config.section import Section, setting
+
+_SHARED_FOLDERS = ("bases", "data")  # beside the runs in a store; trainer/run/layout.py
 
 
 class Run(Section):
@@ -35,6 +37,15 @@ class Run(Section):
         unit="seconds",
     )
     seed: int = setting(0, about="Decides the data order, the adapter's start and dropout.", example=7, ge=0, lt=2**32)
+
+    @field_validator("name")
+    @classmethod
+    def _not_the_stores_own(cls, name: str) -> str:
+        if name in _SHARED_FOLDERS:
+            raise ValueError(
+                f"run.name: {name!r} is not allowed. The store keeps what runs share in a folder of this name. Choose another."
+            )
+        return name
 
 
 class Optim(Section):

@@ -1,9 +1,8 @@
 """A run's folder in its store, and the configuration in it: the one place where everybody reads it."""
 
-import json
 from collections.abc import Sequence
 
-from trainer.config import Config, parse_config
+from trainer.config import Config, assignment, parse_config
 from trainer.errors import ConfigError, NotFound
 from trainer.run import layout
 from trainer.store import Store, open_run_store
@@ -36,6 +35,4 @@ def run_config(folder: Store, overrides: Sequence[str] = ()) -> Config:
                 f"{setting}: {value!r} would be another run than {folder.uri}, which goes on in its own folder. Leave it out; a "
                 "copy of the folder is a run of its own."
             )
-    # As JSON, since a name such as 007 would be a number in YAML.
-    found = [f"run.store={json.dumps(store, ensure_ascii=False)}", f"run.name={json.dumps(name, ensure_ascii=False)}"]
-    return parse_config(text, [*found, *overrides], key)
+    return parse_config(text, [assignment("run.store", store), assignment("run.name", name), *overrides], key)
