@@ -48,7 +48,12 @@ def trees(draw: st.DrawFn) -> str:
     return yaml.safe_dump(tree, allow_unicode=draw(st.booleans()))
 
 
-FUZZ = settings(max_examples=250, deadline=10_000, derandomize=True, suppress_health_check=[*HealthCheck])
+FUZZ = settings(
+    max_examples=250,
+    deadline=10_000,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 
 
 def answered(text: str | bytes, given: list[str]) -> None:

@@ -6,6 +6,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, TypeAdapter
 
+from launcher.start.claim import anchored
 from trainer.config import Config, assignment, dump_config, fields, load_config, override, parse_config
 from trainer.errors import ConfigError
 from trainer.run import layout
@@ -47,6 +48,14 @@ def test_an_override_leaves_the_original_as_it_was():
 def test_an_assignment_gives_a_setting_this_very_value(value: object):
     config = parse_config(MINIMAL, [assignment("cluster.ray.runtime_env", {"any": value})])
     assert config.cluster.ray.runtime_env == {"any": value}
+
+
+@pytest.mark.parametrize("name", ["data #1.jsonl", "a: b.jsonl", "\U0001f600.jsonl", "null"])
+def test_a_path_that_yaml_would_read_otherwise_is_made_absolute_and_kept(name: str, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(MINIMAL, [assignment("data.train", [{"path": name}]), assignment("run.store", name)])
+    found = anchored(config)
+    assert (found.data.train[0].path, found.run.store) == (str(tmp_path / name), str(tmp_path / name))
 
 
 def test_dump_and_load_are_inverse():
