@@ -232,13 +232,14 @@ def rank_main(rank: int, world: int, port: int, folder: str, bucket: str, lora_r
 
     import torch
 
-    from trainer.base.load import DTYPES, load_model
+    from trainer.base.load import DTYPES
     from trainer.base.locate import resolve_base
     from trainer.config import override
     from trainer.model.attention import choose_attention
+    from trainer.objective.sft import NextTokens
     from trainer.ranks import join
     from trainer.store import open_store
-    from trainer.zero.engine import Engine
+    from trainer.train.assemble import assemble
     from trainer.zero.policy import build_deepspeed_config
 
     torch.set_num_threads(1)
@@ -248,8 +249,7 @@ def rank_main(rank: int, world: int, port: int, folder: str, bucket: str, lora_r
     settings = build_deepspeed_config(config, world_size=world, accumulation=1, on_gpu=False)
     base = resolve_base(config.model)
     attention = choose_attention("sdpa", ranks.device, DTYPES["bf16"], base.config)
-    model, _ = load_model(base, config, settings, ranks, attention)
-    engine = Engine(model, attention, config.optim, settings, ranks)
+    engine, _ = assemble(base, config, settings, ranks, attention, "world", NextTokens())
     bench = Bench(ranks, engine, Path(folder), open_store(bucket))
     bench.step()
     undisturbed = statistics.median(bench.step() for _ in range(repeats))

@@ -48,17 +48,24 @@ def make_base(folder: Path, layers: int) -> int:
 
 
 def load_ours(base: Path, settings: dict[str, Any], ranks: Any, loaded: Callable[[int], None]) -> None:
+    from trainer.base.architecture import read_architecture
     from trainer.base.load import DTYPES, load_model
     from trainer.base.locate import resolve_base
     from trainer.model.attention import choose_attention
+    from trainer.model.packed import PackedModel
+    from trainer.objective.sft import NextTokens
+    from trainer.tuning.method import find_method
     from trainer.zero.engine import Engine
 
     config = run_config(base)
     found = resolve_base(config.model)
     attention = choose_attention("sdpa", ranks.device, DTYPES["bf16"], found.config)
-    model, report = load_model(found, config, settings, ranks, attention)
+    model, report = load_model(found, config, settings, ranks, attention, "world")
+    method = find_method(config.tuning)
+    method.attach(model, read_architecture(found.config), DTYPES["bf16"], seed=0)
     loaded(report.kept_bytes)
-    Engine(model, attention, config.optim, settings, ranks)
+    groups = method.groups(model, config.optim)
+    Engine(PackedModel(model, attention), NextTokens().loss, groups, config.optim, settings, ranks)
 
 
 def load_stock(base: Path, settings: dict[str, Any], ranks: Any, loaded: Callable[[int], None]) -> None:
@@ -68,7 +75,7 @@ def load_stock(base: Path, settings: dict[str, Any], ranks: Any, loaded: Callabl
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    from trainer.base.load import lora_config
+    from trainer.tuning.lora import METHODS
 
     deepspeed.init_distributed(verbose=False)
     keep = HfDeepSpeedConfig(settings)  # transformers looks for a live one to know of ZeRO-3
@@ -79,7 +86,7 @@ def load_stock(base: Path, settings: dict[str, Any], ranks: Any, loaded: Callabl
         bnb_4bit_quant_storage=torch.uint8,
     )
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=quantization)
-    adapted = get_peft_model(model, lora_config(run_config(base).tuning, "all-linear"))
+    adapted = get_peft_model(model, METHODS["lora"](run_config(base).tuning).peft_config("all-linear"))
     loaded(sum(parameter.nbytes for parameter in model.parameters()))
     trainable = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     deepspeed.initialize(model=adapted, optimizer=torch.optim.AdamW(trainable), config=settings)

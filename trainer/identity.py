@@ -1,21 +1,30 @@
-"""What this configuration's checkpoints belong to: its base, its adapter, its data and their order."""
+"""What this configuration's checkpoints belong to: its base, its method, its data and their order.
+
+Every key is named here or by the method, never taken over from a dump of settings: a setting that is added later stays out,
+or comes with a default for the checkpoints that were written before it.
+"""
 
 from trainer.base.locate import Base
 from trainer.checkpoint.identity import Identity
 from trainer.config import Config
 from trainer.data.prepare import train_order
+from trainer.tuning.method import find_method
 
 
 def identity_of(config: Config, base: Base, dataset: str) -> Identity:
     """`dataset` is the fingerprint of the compiled training data."""
+    method = find_method(config.tuning)
     return Identity(
         dataset=dataset,
         base={
             "path": base.name,
             "fingerprint": base.fingerprint,
             "layers": config.model.layers,
-            **{f"quant.{key}": value for key, value in config.quant.model_dump(mode="json", exclude={"cache"}).items()},
+            "quant.type": config.quant.type,
+            "quant.block_size": config.quant.block_size,
+            "quant.double": config.quant.double,
         },
-        adapter=config.tuning.model_dump(mode="json"),
+        adapter=method.identity,
         order=train_order(config).to_json(),
+        defaults=method.defaults,
     )

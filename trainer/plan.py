@@ -6,14 +6,15 @@ function.
 """
 
 from dataclasses import asdict, dataclass
-from math import ceil
-from typing import Any, Literal
+from functools import cached_property
+from math import ceil, prod
+from typing import Any
 
 from trainer.base.architecture import Architecture, mismatches, read_architecture
 from trainer.config import Config, Quant
-from trainer.zero.policy import build_deepspeed_config
+from trainer.tuning.method import find_method, tuning_mismatches
+from trainer.zero.policy import Scope, build_deepspeed_config
 
-Scope = Literal["world", "node"]
 # trainer/model/nf4.py: scales that share a second scale under double quantization.
 _NESTED_BLOCK = 256
 # trainer/model/head.py: bytes of fp32 logits computed at once.
@@ -128,11 +129,10 @@ class _Inputs:
     def item(self) -> int:
         return 2 if self.config.model.dtype == "bf16" else 4
 
-    @property
+    @cached_property
     def adapter_sizes(self) -> list[int]:
-        """Elements of each adapter matrix: A is (rank, in), B is (out, rank)."""
-        tuning = self.config.tuning
-        return [tuning.rank * side for at in self.model.adapted(tuning.targets) for side in (at.inputs, at.outputs)]
+        """Elements of each parameter that learns."""
+        return [prod(shape) for shape in find_method(self.config.tuning).shapes(self.model).values()]
 
     @property
     def offloaded(self) -> bool:
@@ -153,7 +153,8 @@ def make_plan(
     """
     scope = choose_scope(config, base_config, world_size, ranks_per_node, gpu_memory)
     given, deepspeed = _inputs(config, base_config, world_size, ranks_per_node, scope)
-    memory, wrong = _gpu_memory(given), mismatches(config, base_config)
+    memory = _gpu_memory(given)
+    wrong = [*mismatches(config, base_config), *tuning_mismatches(config, given.model)]
     return Plan(
         parameters=_parameters(given),
         batch=_batch(given),
@@ -172,9 +173,11 @@ def choose_scope(
     config: Config, base_config: dict[str, Any], world_size: int, ranks_per_node: int, gpu_memory: int | None
 ) -> Scope:
     """`sharding.scope`, with auto decided: node where there are several, all alike, and a GPU is known to hold its part
-    of a whole base a node; then no frozen weight crosses the network. Otherwise world."""
+    of a whole base a node; then no frozen weight crosses the network. Otherwise world, as where the base itself learns."""
     if config.sharding.scope != "auto":
         return config.sharding.scope
+    if find_method(config.tuning).trains_base:
+        return "world"
     if gpu_memory is None or world_size <= ranks_per_node or world_size % ranks_per_node:
         return "world"
     given, _ = _inputs(config, base_config, world_size, ranks_per_node, "node")

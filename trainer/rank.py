@@ -21,7 +21,8 @@ from importlib.metadata import version
 
 import torch
 
-from trainer.base.load import DTYPES, checksums, load_model
+from trainer.base.architecture import read_architecture
+from trainer.base.load import DTYPES
 from trainer.base.locate import Base, resolve_base
 from trainer.base.parameters import check_base
 from trainer.checkpoint.checkpoints import Checkpoints
@@ -34,7 +35,9 @@ from trainer.data.stream import Position, eval_stream, train_stream
 from trainer.errors import CapstanError, DoesNotFit, NonFiniteLoss, Stopped, StorageError
 from trainer.identity import identity_of
 from trainer.model.attention import choose_attention
-from trainer.plan import make_plan
+from trainer.objective.objective import Objective
+from trainer.objective.sft import NextTokens
+from trainer.plan import choose_scope, make_plan
 from trainer.ranks import Ranks, join
 from trainer.run import layout
 from trainer.run.log import rank_log
@@ -42,9 +45,10 @@ from trainer.run.metrics import Metrics, claim_generation, peak_memory
 from trainer.run.records import add_record, bad_windows
 from trainer.run.requests import StopSignal
 from trainer.store import Store, open_run_store
+from trainer.train.assemble import assemble
 from trainer.train.heartbeat import Heart, Verdict
 from trainer.train.loop import Training, stop_before_training, train
-from trainer.zero.engine import Engine
+from trainer.tuning.method import check_tuning
 from trainer.zero.policy import build_deepspeed_config
 
 _VERSIONS = ("capstan-llm", "torch", "deepspeed", "transformers", "peft", "bitsandbytes", "ray", "obstore")
@@ -62,7 +66,14 @@ class Starter:
     began: float = field(default_factory=time.time)
 
 
-def run_rank(config: Config, datasets: Datasets | None, *, resume: bool, starter: Starter | None = None) -> None:
+def run_rank(
+    config: Config,
+    datasets: Datasets | None,
+    *,
+    resume: bool,
+    starter: Starter | None = None,
+    objective: Objective | None = None,
+) -> None:
     """Train `config`'s run as one rank, from its newest checkpoint or, unless `resume` demands one, from the start.
 
     `datasets` are in the store already; rank 0's count. Restores by itself, always: whoever restarts a rank calls this
@@ -77,6 +88,7 @@ def run_rank(config: Config, datasets: Datasets | None, *, resume: bool, starter
     with ranks.agreeing():
         base = resolve_base(config.model)
         check_base(base, config)
+        check_tuning(config, read_architecture(base.config, config.model.layers))
     torch.set_num_threads(
         config.cluster.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // ranks.ranks_per_node)
     )
@@ -100,7 +112,20 @@ def run_rank(config: Config, datasets: Datasets | None, *, resume: bool, starter
         heart = Heart(ranks, config.timeouts, _last_words(run, generation, metrics, flush_log))
         stack.callback(heart.close)
         with _outcome(metrics, config, base, ranks):
-            start = _Start(config, base, ranks, store, run, generation, metrics, stop, heart, starter, launch_seconds)
+            start = _Start(
+                config,
+                base,
+                ranks,
+                store,
+                run,
+                generation,
+                metrics,
+                stop,
+                heart,
+                starter,
+                objective or NextTokens(),
+                launch_seconds,
+            )
             _train(start, shared, resume=resume)
 
 
@@ -123,6 +148,7 @@ class _Start:
     stop: StopSignal
     heart: Heart
     starter: Starter
+    objective: Objective
     launch_seconds: float
 
 
@@ -153,11 +179,11 @@ def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Train
     )
     attention = choose_attention(config.model.attention, ranks.device, DTYPES[config.model.dtype], base.config)
     _log(ranks, f"attention: {attention.name} ({attention.why})")
-    model, report = load_model(
-        base, config, deepspeed_config, ranks, attention, log=lambda text: print(text, flush=True)
+    memory = ranks.least_device_memory()
+    scope = choose_scope(config, base.config, ranks.world_size, ranks.ranks_per_node, memory)
+    engine, report = assemble(
+        base, config, deepspeed_config, ranks, attention, scope, start.objective, lambda text: print(text, flush=True)
     )
-    engine = Engine(model, attention, config.optim, deepspeed_config, ranks)
-    assert checksums(model) == report.checksums, "deepspeed.initialize changed packed weights"
     identity = identity_of(config, base, datasets.train)
     checkpoints = Checkpoints(
         run, ranks, start.generation, identity, config.checkpoint, _versions(), start.metrics.write_now
@@ -170,6 +196,7 @@ def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Train
         config,
         ranks,
         engine,
+        start.objective,
         stream,
         held_out,
         checkpoints,

@@ -31,13 +31,16 @@ from trainer.zero.policy import build_deepspeed_config
 from trainer.zero.engine import Engine
 from trainer.errors import CapstanError, StorageError
 from trainer.base.filling import as_tensor
-from trainer.base.load import DTYPES, LoadReport, checksums, load_model
+from trainer.base.load import DTYPES, LoadReport, load_model
 from trainer.train.loop import Training, train
 from trainer.export.merged import prove_merged, export_merged
 from trainer.run.metrics import Metrics
 from trainer.run.requests import StopSignal
 from trainer.model.nf4 import FrozenLinear4bit
+from trainer.objective.sft import NextTokens
+from trainer.plan import choose_scope
 from trainer.rank import run_rank
+from trainer.train.assemble import assemble, checksums
 from trainer.ranks import Ranks, join
 from trainer.safetensors_index import numel
 from trainer.train.schedule import learning_rate
@@ -109,8 +112,8 @@ def _in_step(number: int, strike: Callable[[], object]) -> None:
 def _poison(number: int) -> None:
     plain = Engine.loss
 
-    def poisoned(self: Engine, batch: MicroBatch) -> Tensor:
-        return plain(self, batch) * (float("nan") if Position(0, 0, number) in batch.bins else 1.0)
+    def poisoned(self: Engine, row: Any) -> Tensor:
+        return plain(self, row) * (float("nan") if Position(0, 0, number) in row.bins else 1.0)
 
     Engine.loss = poisoned
 
@@ -144,7 +147,7 @@ class Assembled:
         total = self.config.train.steps
         assert total
         return Training(
-            self.config, self.ranks, self.engine, self.stream, None, self.checkpoints(generation), metrics, stop, total
+            self.config, self.ranks, self.engine, NextTokens(), self.stream, None, self.checkpoints(generation), metrics, stop, total
         )
 
     def states(self) -> dict[str, Tensor]:
@@ -186,8 +189,8 @@ def _assemble(config: Config, fingerprint: str | None = None) -> Assembled:
     base = resolve_base(config.model)
     attention = choose_attention(config.model.attention, ranks.device, DTYPES[config.model.dtype], base.config)
     log: list[str] = []
-    model, report = load_model(base, config, settings, ranks, attention, log.append)
-    engine = Engine(model, attention, config.optim, settings, ranks)
+    scope = choose_scope(config, base.config, ranks.world_size, ranks.ranks_per_node, None)
+    engine, report = assemble(base, config, settings, ranks, attention, scope, NextTokens(), log.append)
     return Assembled(config, ranks, engine, stream, attention, report, store.sub(config.run.name), log)
 
 
@@ -226,7 +229,7 @@ def plain_first_step(config_text: str, fingerprint: str, destination: str) -> di
     from peft import inject_adapter_in_model
     from transformers import AutoModelForCausalLM
 
-    from trainer.base.load import lora_config
+    from trainer.tuning.lora import METHODS
 
     config = parse_config(config_text)
     dtype = DTYPES[config.model.dtype]
@@ -236,7 +239,7 @@ def plain_first_step(config_text: str, fingerprint: str, destination: str) -> di
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             module.weight.data = bnb.dequantize_4bit(*bnb.quantize_4bit(module.weight.data, quant_type="nf4")).to(dtype)
-    inject_adapter_in_model(lora_config(config.tuning, "all-linear"), model)
+    inject_adapter_in_model(METHODS[config.tuning.method](config.tuning).peft_config("all-linear"), model)
     adapters = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
     for name, parameter in adapters.items():
         parameter.data = _adapter_value(name, tuple(parameter.shape)).to(dtype)
@@ -275,7 +278,7 @@ def stock_losses(config_text: str, fingerprint: str) -> list[float]:
     from peft import inject_adapter_in_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from trainer.base.load import lora_config
+    from trainer.tuning.lora import METHODS
 
     config = parse_config(config_text)
     torch.set_num_threads(1)
@@ -288,7 +291,7 @@ def stock_losses(config_text: str, fingerprint: str) -> list[float]:
     model.requires_grad_(False).train()
     torch.manual_seed(config.run.seed)
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    inject_adapter_in_model(lora_config(config.tuning, names), model)
+    inject_adapter_in_model(METHODS[config.tuning.method](config.tuning).peft_config(names), model)
     adapters = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
     optim = config.optim
     optimizer = torch.optim.AdamW(adapters, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
@@ -405,7 +408,7 @@ def quantized_bytes(config_text: str, bases: list[str], quants: list[list[str]])
             config = override(parse_config(config_text), f"model.base={base}", *overrides)
             settings = build_deepspeed_config(config, ranks.world_size, 1, on_gpu=False)
             found = resolve_base(config.model)
-            model, _ = load_model(found, config, settings, ranks, Attention("sdpa", ""))
+            model, _ = load_model(found, config, settings, ranks, Attention("sdpa", ""), "world")
             for name, module in model.named_modules():
                 if isinstance(module, FrozenLinear4bit):
                     source = found.tensors[f"{name.removesuffix('.base_layer')}.weight"]
@@ -452,8 +455,7 @@ def loaded_logits(config_text: str, bases: list[str], overrides: list[str], dest
         model = here.engine.model
         facts.append(
             {
-                "moved": checksums(model) != here.report.checksums,
-                "packed": len(here.report.checksums),
+                "packed": len(checksums(model)),
                 "read_bytes": here.report.read_bytes,
                 "kept_bytes": here.report.kept_bytes,
                 "buffers": {
@@ -474,7 +476,7 @@ def load_memory(config_text: str) -> dict[str, Any]:
     settings = build_deepspeed_config(config, ranks.world_size, 1, on_gpu=False)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = _memory("VmRSS")
-    _, report = load_model(base, config, settings, ranks, Attention("sdpa", ""))
+    _, report = load_model(base, config, settings, ranks, Attention("sdpa", ""), "world")
     grown = _memory("VmHWM") - before
     return {"grown_bytes": grown, "kept_bytes": report.kept_bytes, "read_bytes": report.read_bytes}
 

@@ -12,7 +12,8 @@ from trainer.data.stream import MicroBatch, Position
 from trainer.errors import ConfigError
 from trainer.model.attention import KERNELS, choose_attention, unable, unavailable
 from trainer.model.head import IGNORE, LossHead
-from trainer.zero.engine import RowLoss
+from trainer.model.packed import PackedModel
+from trainer.objective.sft import NextTokens
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -29,7 +30,7 @@ A, B, PADDING = 23, 30, 11  # tokens of two documents and of the padding behind 
     ],
     ids=lambda param: "-".join(map(str, param)),
 )
-def model(request: pytest.FixtureRequest) -> RowLoss:
+def model(request: pytest.FixtureRequest) -> PackedModel:
     """A small model behind the kernel; mistral's and phi3's windows are shorter than the documents."""
     kernel, dtype, kind = request.param
     attention = choose_attention(kernel, DEVICE, dtype, KINDS[kind])
@@ -41,12 +42,12 @@ def model(request: pytest.FixtureRequest) -> RowLoss:
     head = LossHead(model.lm_head.in_features, model.lm_head.out_features, bias=False, device="meta")
     head.weight = model.lm_head.weight.requires_grad_(False)
     model.lm_head = head
-    return RowLoss(model.to(DEVICE), attention)
+    return PackedModel(model.to(DEVICE), attention)
 
 
-def tolerance(model: RowLoss) -> float:
+def tolerance(model: PackedModel) -> float:
     """Of a sum of losses, relative: kernels add in another order for another row length."""
-    return 1e-5 if next(model.parameters()).dtype == FP32 else 1e-2
+    return 1e-5 if next(model.model.parameters()).dtype == FP32 else 1e-2
 
 
 def row(documents: list[Tensor], trained: list[bool], padding: int = 0) -> MicroBatch:
@@ -77,11 +78,15 @@ def documents(seed: int) -> tuple[Tensor, Tensor]:
     return tuple(torch.randint(3, SIZES["vocab_size"], (length,), generator=generator) for length in (A, B))  # type: ignore[return-value]
 
 
-def loss_and_gradients(model: RowLoss, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-    model.zero_grad()
-    loss = model(batch)
+def nats(model: PackedModel, batch: MicroBatch) -> Tensor:
+    return NextTokens().loss(model, batch)
+
+
+def loss_and_gradients(model: PackedModel, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    model.model.zero_grad()
+    loss = nats(model, batch)
     loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), {name: p.grad.clone() for name, p in model.model.named_parameters() if p.grad is not None}
 
 
 def same(one: Tensor, other: Tensor, mixture: bool) -> bool:
@@ -92,7 +97,7 @@ def same(one: Tensor, other: Tensor, mixture: bool) -> bool:
     return float((one.double() - other.double()).norm()) <= 1e-3 * float(other.double().norm())
 
 
-def test_another_document_in_the_row_changes_neither_loss_nor_gradients(model: RowLoss) -> None:
+def test_another_document_in_the_row_changes_neither_loss_nor_gradients(model: PackedModel) -> None:
     before, ours = documents(1)
     other, _ = documents(2)
     assert not torch.equal(before, other)
@@ -106,14 +111,16 @@ def test_another_document_in_the_row_changes_neither_loss_nor_gradients(model: R
         assert [name for name in gradients if not same(gradients[name], changed_gradients[name], mixture)] == []
 
 
-def test_a_documents_own_tokens_do_change_its_loss(model: RowLoss) -> None:
+def test_a_documents_own_tokens_do_change_its_loss(model: PackedModel) -> None:
     one, ours = documents(1)
     changed = ours.clone()
     changed[0] = (changed[0] + 1).remainder(SIZES["vocab_size"])
-    assert not torch.equal(model(row([one, ours], [False, True])), model(row([one, changed], [False, True])))
+    assert not torch.equal(
+        nats(model, row([one, ours], [False, True])), nats(model, row([one, changed], [False, True]))
+    )
 
 
-def test_a_packed_rows_loss_is_the_sum_of_its_documents_alone(model: RowLoss) -> None:
+def test_a_packed_rows_loss_is_the_sum_of_its_documents_alone(model: PackedModel) -> None:
     first, second = documents(3)
     packed, gradients = loss_and_gradients(model, row([first, second], [True, True], PADDING))
     alone = [loss_and_gradients(model, row([document], [True])) for document in (first, second)]
@@ -124,7 +131,7 @@ def test_a_packed_rows_loss_is_the_sum_of_its_documents_alone(model: RowLoss) ->
         assert float((gradient.double() - together).norm() / together.norm()) < 3 * tolerance(model), name
 
 
-def test_a_row_of_padding_alone_has_no_loss_and_no_gradient(model: RowLoss) -> None:
+def test_a_row_of_padding_alone_has_no_loss_and_no_gradient(model: PackedModel) -> None:
     loss, gradients = loss_and_gradients(model, row([], [], padding=A + B))
     assert float(loss) == 0.0
     assert not any(gradient.any() for gradient in gradients.values())

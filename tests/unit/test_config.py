@@ -134,11 +134,6 @@ def test_a_setting_without_effect_is_refused():
     assert message.startswith("quant.double: true has no effect with quant.type: none.")
 
 
-def test_dora_is_refused_with_the_reason():
-    message = refusal("tuning.method=dora")
-    assert message.startswith("tuning.method: dora needs the norm of each row of a whole weight matrix")
-
-
 def test_every_mistake_is_named_at_once():
     message = refusal("quant.type=nf5", "tuning.rank=0")
     assert [line.split(":")[0] for line in message.splitlines()] == ["quant.type", "tuning.rank"]

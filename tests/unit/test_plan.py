@@ -81,7 +81,8 @@ def test_parameters_are_those_of_the_transformers_model(extra: dict[str, Any], t
 
     model = meta_model(base_config)
     assert planned.frozen == sum(parameter.numel() for parameter in model.parameters())
-    names = read_architecture(base_config).target_names(given.tuning.targets)
+    wanted = given.tuning.targets
+    names = read_architecture(base_config).linear_names if wanted == "all-linear" else wanted
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=names))
     assert planned.trainable == adapted.get_nb_trainable_parameters()[0]
 

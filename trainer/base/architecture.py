@@ -3,7 +3,7 @@
 The counts are tested against the models that transformers builds from the same config.json.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,23 +112,16 @@ class Architecture:
                 shapes |= {f"{layer}.mlp.experts.{name}": shape for name, shape in self.experts.matrices.items()}
         return shapes
 
-    def target_names(self, targets: str | list[str]) -> list[str]:
-        """`tuning.targets` as PEFT is given them. Its own all-linear also takes routers and experts, where there are any."""
-        if isinstance(targets, list):
-            return targets
+    @property
+    def linear_names(self) -> list[str]:
+        """The last names of the linear layers of a decoder layer, as tools that adapt them are told, sorted."""
         return sorted({linear.path.rpartition(".")[2] for linear in self.linears})
 
-    def adapted(self, targets: str | Iterable[str]) -> list[Linear]:
-        """The linear layers of the whole model that get an adapter; PEFT matches a target to the end of a name."""
-        if targets == "all-linear":
-            return list(self.linears) * self.layers
-        names = tuple(f".{target}" for target in ([targets] if isinstance(targets, str) else targets))
-        return [
-            linear
-            for layer in range(self.layers)
-            for linear in self.linears
-            if f".model.layers.{layer}.{linear.path}".endswith(names)
-        ]
+    def linear_layers(self) -> dict[str, Linear]:
+        """Path in the model -> every linear layer that can be adapted, in the model's order."""
+        return {
+            f"model.layers.{layer}.{linear.path}": linear for layer in range(self.layers) for linear in self.linears
+        }
 
 
 def read_architecture(base_config: dict[str, Any], layers: int | None = None) -> Architecture:
@@ -226,10 +219,6 @@ def mismatches(config: Config, base_config: dict[str, Any]) -> list[str]:
             )
         if config.quant.cache:
             found.append("quant.cache: true has no effect, as the base is quantized already. Remove it.")
-    for target in [] if config.tuning.targets == "all-linear" else config.tuning.targets:
-        if not model.adapted([target]):
-            names = ", ".join(linear.path.rpartition(".")[2] for linear in model.linears)
-            found.append(f"tuning.targets: {target!r} is no linear layer that can be adapted. The base has {names}.")
     return found
 
 

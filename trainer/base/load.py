@@ -1,33 +1,30 @@
-"""From safetensors files to a sharded, quantized, adapted model: no rank ever holds more of the base than its share."""
+"""From safetensors files to a sharded, quantized model: no rank ever holds more of the base than its share."""
 
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from peft import LoraConfig, inject_adapter_in_model
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from trainer.base.architecture import read_architecture
 from trainer.base.cache import MANIFEST, cache_folder, open_cache, write_cache
 from trainer.base.locate import Base
 from trainer.base.parameters import check_no_other, find_source
 from trainer.base.placement import Placement, place_partitions
 from trainer.base.prequantized import packed_sources
 from trainer.base.reading import run_jobs
-from trainer.config import Config, Tuning
+from trainer.config import Config
 from trainer.errors import Damaged
 from trainer.model.attention import Attention
 from trainer.model.head import LossHead
-from trainer.plan import choose_scope
 from trainer.ranks import Ranks
 from trainer.safetensors_index import PackedSources
 from trainer.store import open_run_store
 from trainer.zero.partition import Partitioner
+from trainer.zero.policy import Scope
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -39,7 +36,6 @@ class LoadReport:
     read_bytes: int = 0
     kept_bytes: int = 0
     seconds: float = 0.0
-    checksums: dict[str, int] = field(default_factory=dict)
 
 
 def load_model(
@@ -48,16 +44,15 @@ def load_model(
     deepspeed_config: dict[str, Any],
     ranks: Ranks,
     attention: Attention,
+    scope: Scope,
     log: Callable[[str], None] = lambda text: None,
 ) -> tuple[PreTrainedModel, LoadReport]:
-    """The base, sharded over the ranks, with fresh adapters on it; `log` gets rank 0's progress. Collective.
+    """The base, sharded over the ranks by `scope`, nothing of it trainable; `log` gets rank 0's progress. Collective.
 
     Raises:
         CapstanError: on every rank, when one cannot read a tensor, or the files lack it or have it in another shape or type.
     """
     started = time.monotonic()
-    memory = ranks.least_device_memory()
-    scope = choose_scope(config, base.config, ranks.world_size, ranks.ranks_per_node, memory)
     dtype = DTYPES[config.model.dtype]
 
     def fill(stored: Callable[[str], PackedSources | None]) -> _Filled:
@@ -84,10 +79,8 @@ def load_model(
     model = filled.model
     for buffer in model.buffers():
         buffer.data = buffer.data.to(ranks.device)
-    targets = read_architecture(base.config, config.model.layers).target_names(config.tuning.targets)
-    add_adapters(model, lora_config(config.tuning, targets), dtype, config.run.seed)
     seconds = time.monotonic() - started
-    return model, LoadReport(filled.read_bytes, filled.partitioner.kept_bytes, seconds, checksums(model))
+    return model, LoadReport(filled.read_bytes, filled.partitioner.kept_bytes, seconds)
 
 
 @dataclass(frozen=True)
@@ -158,33 +151,3 @@ def model_config(directory: Path, layers: int | None) -> PretrainedConfig:
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:layers]
     return config
-
-
-def checksums(model: nn.Module) -> dict[str, int]:
-    """The sum of this rank's bytes of each packed parameter, to show that nothing cast or moved them."""
-    return {
-        name: int(parameter.ds_tensor.sum(dtype=torch.int64))  # type: ignore[attr-defined]
-        for name, parameter in model.named_parameters()
-        if parameter.dtype == torch.uint8
-    }
-
-
-def lora_config(tuning: Tuning, targets: str | Iterable[str]) -> LoraConfig:
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=tuning.rank,
-        lora_alpha=tuning.alpha,  # type: ignore[arg-type]  # annotated int, used as a factor
-        lora_dropout=tuning.dropout,
-        use_rslora=tuning.method == "rslora",
-        target_modules=targets if isinstance(targets, str) else sorted(targets),
-    )
-
-
-def add_adapters(model: PreTrainedModel, adapter: LoraConfig, dtype: torch.dtype, seed: int) -> None:
-    """Put PEFT's LoRA layers around the targets, the same random start on every rank and world size."""
-    torch.manual_seed(seed)
-    inject_adapter_in_model(adapter, model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-        if "lora_" in name:
-            parameter.data = parameter.data.to(dtype)

@@ -4,6 +4,7 @@ The ranks compare before they load a checkpoint, and the launcher compares befor
 that neither accepts what the other refuses. Without torch.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,13 +16,16 @@ from trainer.errors import ConfigError
 class Identity:
     """A restore refuses a checkpoint of another base, adapter, data set or order of it.
 
-    `dataset` is the fingerprint of the compiled training data.
+    `dataset` is the fingerprint of the compiled training data. Keys whose value is that of `defaults` may be missing, in
+    this identity as in a checkpoint's: whatever is added to an identity later has a default, so that checkpoints of before
+    can still be continued.
     """
 
     dataset: str
     base: dict[str, Any]
     adapter: dict[str, Any]
     order: dict[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 def check_identity(manifest: CheckpointManifest, identity: Identity) -> None:
@@ -33,10 +37,11 @@ def check_identity(manifest: CheckpointManifest, identity: Identity) -> None:
     )
     for what, saved, given in parts:
         for key in sorted(saved.keys() | given.keys()):
-            if key != "path" and saved.get(key) != given.get(key):
+            before, now = (values.get(key, identity.defaults.get(key)) for values in (saved, given))
+            if key != "path" and before != now:
                 raise ConfigError(
-                    f"the checkpoint of step {manifest.step} has {what} {key}: {saved.get(key)!r}, the configuration gives "
-                    f"{given.get(key)!r}. Set it back, or start a run of another name."
+                    f"the checkpoint of step {manifest.step} has {what} {key}: {before!r}, the configuration gives "
+                    f"{now!r}. Set it back, or start a run of another name."
                 )
     if manifest.dataset != identity.dataset:
         raise ConfigError(

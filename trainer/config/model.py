@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import model_validator
 
 from trainer.config.section import Section, setting
 
@@ -67,8 +67,10 @@ class Quant(Section):
 class Tuning(Section):
     """What learns: low-rank adapters on the frozen layers."""
 
-    method: Literal["lora", "rslora"] = setting(
-        "lora", about="lora scales by alpha / rank, rslora by alpha / sqrt(rank).", example="rslora"
+    method: str = setting(
+        "lora",
+        about="lora or rslora: low-rank adapters, scaled by alpha / rank or by alpha / sqrt(rank).",
+        example="rslora",
     )
     rank: int = setting(16, about="Rank of the adapters.", example=16, ge=1, le=4096)
     alpha: float = setting(
@@ -80,13 +82,3 @@ class Tuning(Section):
         about="Which linear layers get an adapter: all-linear (all but the output head), or names.",
         example=["q_proj", "v_proj"],
     )
-
-    @field_validator("method", mode="before")
-    @classmethod
-    def _no_dora(cls, method: object) -> object:
-        if method == "dora":
-            raise ValueError(
-                "tuning.method: dora needs the norm of each row of a whole weight matrix, which no rank holds. "
-                "Allowed are lora and rslora."
-            )
-        return method

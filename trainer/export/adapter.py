@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from trainer.base.load import DTYPES, lora_config
+from trainer.base.load import DTYPES
 from trainer.base.locate import TOKENIZER_FILES, base_files, named_files
 from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
 from trainer.checkpoint.shard import StateSlice, read_states
@@ -29,6 +29,7 @@ from trainer.config import Config
 from trainer.errors import CapstanError, ConfigError
 from trainer.run.folder import run_config
 from trainer.store import Store, open_store
+from trainer.tuning.lora import METHODS
 
 _SETTINGS = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
@@ -71,7 +72,8 @@ def check_destination(destination: Store, *ours: str) -> None:
 
 def _small_files(config: Config, manifest: CheckpointManifest) -> dict[str, bytes]:
     """Everything but the weights: file name -> content."""
-    adapter = lora_config(config.tuning, {name.split(".lora_")[0].rpartition(".")[2] for name in manifest.shapes})
+    targets = {name.split(".lora_")[0].rpartition(".")[2] for name in manifest.shapes}
+    adapter = METHODS[config.tuning.method](config.tuning).peft_config(targets)
     adapter.inference_mode = True
     adapter.base_model_name_or_path = config.model.base  # a Hub id stays one, not this machine's cache
     adapter.revision = config.model.revision

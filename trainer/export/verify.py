@@ -18,16 +18,17 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from trainer.base.load import DTYPES, load_model, model_config
+from trainer.base.load import DTYPES, model_config
 from trainer.base.locate import Base, copy_object, copy_weights, resolve_base
 from trainer.checkpoint.checkpoints import load_partitions
 from trainer.checkpoint.manifest import whole_checkpoint
 from trainer.config import Config, Quant
 from trainer.model.attention import choose_attention
+from trainer.objective.sft import NextTokens
 from trainer.ranks import join
 from trainer.run.folder import run_config
 from trainer.store import Store
-from trainer.zero.engine import Engine
+from trainer.train.assemble import assemble
 from trainer.zero.policy import build_deepspeed_config
 
 # Of the largest logit. An adapter: both sides multiply the same dequantized weights in the same dtype, but may add in another
@@ -143,8 +144,7 @@ def _trained_logits(run: Store, step: int, config: Config, tokens: Tensor) -> Te
     settings = build_deepspeed_config(
         config, world_size=ranks.world_size, accumulation=1, on_gpu=ranks.device.type == "cuda"
     )
-    model, _ = load_model(base, config, settings, ranks, attention)
-    engine = Engine(model, attention, config.optim, settings, ranks)
+    engine, _ = assemble(base, config, settings, ranks, attention, "world", NextTokens())
     manifest = whole_checkpoint(run, step)
     load_partitions(run, manifest, engine.partitions())
     engine.refresh(manifest.updates)

@@ -1,19 +1,21 @@
-"""The training loop. Step s is the state after s updates; step 0 is the base with fresh adapters."""
+"""The training loop. Step s is the state after s updates; step 0 is the base with what learns as it was attached."""
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.config import Config
 from trainer.data.order import hash_key, splitmix64
 from trainer.data.stream import MicroBatch, Position, Stream
 from trainer.errors import DataError, Interrupted, NonFiniteLoss, Stopped
+from trainer.objective.objective import Objective
 from trainer.ranks import Ranks
 from trainer.run.metrics import Metrics
 from trainer.run.requests import Stop, StopSignal
@@ -29,6 +31,7 @@ class Training:
     config: Config
     ranks: Ranks
     engine: Engine
+    objective: Objective
     stream: Stream
     eval_stream: Stream | None
     checkpoints: Checkpoints
@@ -37,6 +40,19 @@ class Training:
     total_steps: int
     pulse: Pulse = silent_pulse
     skipped: tuple[Position, ...] = ()  # their loss was not finite in an earlier start of the run
+
+
+class _RankStep(NamedTuple):
+    """One rank's part of a step, as all ranks tell each other after the backward passes: plain numbers."""
+
+    loss: float  # summed over its rows
+    tokens: float
+    stop: float  # a `Stop`
+    saved: float  # whether its background work on the last save is done
+    since_save: float  # seconds
+    waited: float  # seconds, for data
+    repeated: float  # reads of data, so far
+    samples: float
 
 
 def train(run: Training, step: int, position: Position) -> Iterator[dict[str, Any]]:
@@ -57,7 +73,7 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
             batches = next(reader)  # this rank's micro-batches of the global batch; the same number on every rank
         except (DataError, Stopped):  # on every rank: the next chapter of the data will not be compiled
             if step >= first_step:
-                _keep(run, step, position)
+                _commit_before_the_end(run, step, position)
             raise
         waited = time.monotonic() - started
         if position in run.skipped:
@@ -66,32 +82,15 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
             continue
 
         run.pulse("step", step + 1)
-        # The loss is the mean over the target tokens of the global batch, so a token weighs the same whatever the
+        # The loss is the mean over the targets of the global batch, so a target weighs the same whatever the
         # accumulation, the packing and the number of ranks: count them all before the first backward pass.
-        targets = ranks.sum(sum(batch.targets for batch in batches))
-        nats = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        for index, batch in enumerate(batches):
-            torch.manual_seed(_dropout_seed(run.config.run.seed, step, index, ranks.rank))
-            loss = engine.loss(batch)
-            nats += loss.detach()
-            engine.backward(loss / targets, last=index == len(batches) - 1)
+        targets = ranks.sum(sum(map(run.objective.weight, batches)))
+        loss = _gradients(run, batches, step, targets)
 
         # One exchange, and every rank draws the same conclusions from it. Rank 0's clock decides when to save.
-        tokens = sum(batch.tokens for batch in batches)
-        since_save, repeated = time.monotonic() - last_save, run.stream.chapters.reads.repeated
-        rows = ranks.gather(
-            float(nats),
-            tokens,
-            run.stop.requested,
-            checkpoints.ready,
-            since_save,
-            waited,
-            repeated,
-            samples_key(batches),
-        )
-        mean_loss = sum(row[0] for row in rows) / targets
-        stopping = Stop(int(max(row[2] for row in rows)))
-        minutes_since_save = rows[0][4] / 60
+        every = _exchange(run, batches, loss, since_save=time.monotonic() - last_save, waited=waited)
+        mean_loss = sum(rank.loss for rank in every) / targets
+        stopping = Stop(int(max(rank.stop for rank in every)))
         if not math.isfinite(mean_loss):
             raise _not_finite("loss", step + 1, mean_loss, position)
 
@@ -102,32 +101,15 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
             raise _not_finite("gradient", step, grad_norm, position)
         position = run.stream.advance(position)
         seconds = time.monotonic() - started
-        total_tokens = sum(int(row[1]) for row in rows)
-        yield {
-            "step": step,
-            "loss": mean_loss,
-            "lr": lr,
-            "grad_norm": grad_norm,
-            "tokens": total_tokens,
-            "targets": int(targets),
-            "samples": f"{int(sum(row[7] for row in rows)) % 2**32:08x}",
-            "seconds": round(seconds, 4),
-            "tokens_per_second": round(total_tokens / seconds, 1),
-            "data_seconds": round(max(row[5] for row in rows), 4),  # waited for data, on the rank that waited longest
-            "data_repeats": int(sum(row[6] for row in rows)),  # reads repeated so far, on all ranks
-        }
+        yield {"step": step, "loss": mean_loss, "lr": lr, "grad_norm": grad_norm, **_totals(every, targets, seconds)}
 
         run.pulse("save", step)
-        checkpoints.advance(all_ready=all(row[3] for row in rows))
-        evaluated = None
-        if run.eval_stream and (step == run.total_steps or (_eval_is_due(run.config, step) and not stopping)):
-            evaluated = evaluate(run, run.eval_stream)
-            run.metrics.write("eval", step=step, **evaluated)
-            run.pulse("save", step)
-        last, best = stopping or step == run.total_steps, run.config.checkpoint.keep_best and evaluated
-        if step == first_step or last or best or _save_is_due(run.config, step, minutes_since_save):
-            loss = evaluated["loss"] if evaluated else None
-            checkpoints.save(engine, step, position.to_json(), eval_loss=loss, may_skip=not last)
+        checkpoints.advance(all_ready=all(rank.saved for rank in every))
+        last = bool(stopping) or step == run.total_steps
+        evaluated = _evaluate_if_due(run, step, stopping)
+        best = run.config.checkpoint.keep_best and evaluated is not None
+        if step == first_step or last or best or _save_is_due(run.config, step, every[0].since_save / 60):
+            checkpoints.save(engine, step, position.to_json(), eval_loss=evaluated, may_skip=not last)
             last_save = time.monotonic()
         if step == first_step:
             checkpoints.prove()
@@ -137,19 +119,64 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
             raise _stopped(run, stopping, step)
 
 
+def _gradients(run: Training, batches: Sequence[MicroBatch], step: int, targets: float) -> Tensor:
+    """Add up the gradients of this rank's part of the step after `step`; returns its summed loss, () fp64."""
+    loss = torch.zeros((), dtype=torch.float64, device=run.ranks.device)
+    for index, batch in enumerate(batches):
+        torch.manual_seed(_dropout_seed(run.config.run.seed, step, index, run.ranks.rank))
+        row_loss = run.engine.loss(batch)
+        loss += row_loss.detach()
+        run.engine.backward(row_loss / targets, last=index == len(batches) - 1)
+    return loss
+
+
+def _exchange(
+    run: Training, batches: Sequence[MicroBatch], loss: Tensor, *, since_save: float, waited: float
+) -> list[_RankStep]:
+    """Every rank's part of the step, in rank order. Collective."""
+    mine = _RankStep(
+        loss=float(loss),
+        tokens=sum(batch.tokens for batch in batches),
+        stop=run.stop.requested,
+        saved=run.checkpoints.ready,
+        since_save=since_save,
+        waited=waited,
+        repeated=run.stream.chapters.reads.repeated,
+        samples=samples_key(batches),
+    )
+    return [_RankStep(*rank) for rank in run.ranks.gather(*mine)]
+
+
+def _totals(every: Sequence[_RankStep], targets: float, seconds: float) -> dict[str, Any]:
+    """The part of a step's record that adds up over the ranks."""
+    tokens = sum(int(rank.tokens) for rank in every)
+    return {
+        "tokens": tokens,
+        "targets": int(targets),
+        "samples": f"{int(sum(rank.samples for rank in every)) % 2**32:08x}",
+        "seconds": round(seconds, 4),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "data_seconds": round(max(rank.waited for rank in every), 4),  # on the rank that waited longest
+        "data_repeats": int(sum(rank.repeated for rank in every)),  # reads repeated so far, on all ranks
+    }
+
+
+def _evaluate_if_due(run: Training, step: int, stopping: Stop) -> float | None:
+    """The loss of the evaluation data, in nats, where the state at `step` is evaluated. Collective."""
+    due = step == run.total_steps or (_eval_is_due(run.config, step) and not stopping)
+    if run.eval_stream is None or not due:
+        return None
+    evaluated = evaluate(run, run.eval_stream)
+    run.metrics.write("eval", step=step, **evaluated)
+    run.pulse("save", step)
+    return evaluated["loss"]
+
+
 def _wait(run: Training, step: int, awaited: bool) -> None:
     """Show that the run is alive while the data of the step after `step` is still compiled."""
     run.pulse("compile" if awaited else "data", step + 1)
     if awaited:
         run.metrics.write("compiling", step=step)
-
-
-def _keep(run: Training, step: int, position: Position) -> None:
-    """Commit the state at `step`, if it is not yet, before the run ends. Collective."""
-    run.pulse("save", step)
-    if run.checkpoints.newest != step:
-        run.checkpoints.save(run.engine, step, position.to_json(), eval_loss=None, may_skip=False)
-    run.checkpoints.finish()
 
 
 def stop_before_training(run: Training, step: int, position: Position, *, committed: bool) -> None:
@@ -161,9 +188,16 @@ def stop_before_training(run: Training, step: int, position: Position, *, commit
     if not stopping:
         return
     if not committed:
-        run.checkpoints.save(run.engine, step, position.to_json(), eval_loss=None, may_skip=False)
-        run.checkpoints.finish()
+        _commit_before_the_end(run, step, position)
     raise _stopped(run, stopping, step)
+
+
+def _commit_before_the_end(run: Training, step: int, position: Position) -> None:
+    """Commit the state at `step`, if it is not yet. Collective."""
+    run.pulse("save", step)
+    if run.checkpoints.newest != step:
+        run.checkpoints.save(run.engine, step, position.to_json(), eval_loss=None, may_skip=False)
+    run.checkpoints.finish()
 
 
 def _stopped(run: Training, stopping: Stop, step: int) -> Stopped:
@@ -197,8 +231,8 @@ def _dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
     return int(hash_key(seed, step, micro_batch, rank))
 
 
-def samples_key(batches: list[MicroBatch]) -> int:
-    """Of one rank's documents of a step, so that the sum over ranks tells which they were, whatever the world size."""
+def samples_key(batches: Sequence[MicroBatch]) -> int:
+    """A number for one rank's documents of a step: the sum over ranks tells which they were, whatever the world size."""
     documents = np.array([number for batch in batches for number in batch.documents], dtype=np.uint64)
     places = [
         (at.epoch << 48) + (at.chapter << 40) + (at.window << 24) + at.bin for batch in batches for at in batch.bins
@@ -211,13 +245,13 @@ def samples_key(batches: list[MicroBatch]) -> int:
 def evaluate(run: Training, stream: Stream) -> dict[str, float]:
     """The mean loss over every target of the evaluation data, in nats. Collective."""
     run.engine.evaluating(True)
-    nats, targets = 0.0, 0
+    loss, targets = 0.0, 0
     with torch.no_grad():
         for batches in stream.epoch(0):
             run.pulse("evaluate", 0)
             for batch in batches:
-                nats += float(run.engine.loss(batch))
-                targets += batch.targets
+                loss += float(run.engine.loss(batch))
+                targets += run.objective.weight(batch)
     run.engine.evaluating(False)
     total = run.ranks.sum(targets)
-    return {"loss": run.ranks.sum(nats) / total, "targets": int(total)}
+    return {"loss": run.ranks.sum(loss) / total, "targets": int(total)}

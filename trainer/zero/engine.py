@@ -1,12 +1,13 @@
 """The training engine: DeepSpeed behind the few calls that the loop and the checkpoints need.
 
-The only file that imports deepspeed. Private names of DeepSpeed 0.19 are touched in
-`partitions` and `refresh`; tests/dist/test_engine.py fails when upstream changes them.
+Private names of DeepSpeed 0.19 are touched in `partitions` and `refresh`; tests/dist/test_engine.py fails when upstream
+changes them.
 """
 
 import os
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +18,11 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
-from transformers import PreTrainedModel
 
 from trainer.checkpoint.learner import TrainablePartition
 from trainer.checkpoint.shard import STATES
 from trainer.config import Optim
-from trainer.data.stream import MicroBatch
-from trainer.model.attention import Attention
+from trainer.model.packed import PackedModel
 from trainer.ranks import Ranks
 
 # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates, once a gather: the log would hold little else.
@@ -44,50 +43,54 @@ def gather_as_one(module: nn.Module) -> None:
     set_z3_leaf_module(module, True)
 
 
-class RowLoss(nn.Module):
-    """What DeepSpeed wraps: one packed row in, its summed loss out."""
+class Row(Protocol):
+    """One packed row, as the loss takes it."""
 
-    def __init__(self, model: PreTrainedModel, attention: Attention) -> None:
+    def to(self, device: torch.device) -> Self: ...
+
+
+class _Wrapped(nn.Module):
+    """What DeepSpeed wraps: one packed row in, its summed loss out, in one call that ZeRO-3's hooks can follow."""
+
+    def __init__(self, packed: PackedModel, loss: Callable[[PackedModel, Any], Tensor]) -> None:
         super().__init__()
-        self.model, self.attention = model, attention
+        self.model, self.packed, self._loss = packed.model, packed, loss
 
-    def forward(self, batch: MicroBatch) -> Tensor:
-        """The sum over the row's targets of -log p, () fp32, nats."""
-        hidden = self.model.model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            **self.attention.arguments(batch.cu_seqlens, batch.max_seqlen),
-        ).last_hidden_state
-        return self.model.lm_head(hidden, batch.labels)
-
-    def logits(self, tokens: Tensor) -> Tensor:
-        """One unpacked row (1, T) int64 -> (1, T, V)."""
-        length = tokens.shape[1]
-        borders = torch.tensor([0, length], dtype=torch.int32, device=tokens.device)
-        hidden = self.model.model(input_ids=tokens, use_cache=False, **self.attention.arguments(borders, length))
-        return self.model.lm_head(hidden.last_hidden_state)
+    def forward(self, row: Any) -> Tensor:
+        return self._loss(self.packed, row)
 
 
 class Engine:
-    """A model under ZeRO-3 with AdamW on its adapters. Every method but `partitions` is collective."""
+    """A model under ZeRO-3 with AdamW on what learns. Every method but `partitions` is collective.
+
+    `loss` maps the model and a row to the row's summed loss; `groups` are the optimizer's, each with its name, its
+    parameters and `lr_ratio`, its factor on the learning rate.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, attention: Attention, optim: Optim, deepspeed_config: dict[str, Any], ranks: Ranks
+        self,
+        packed: PackedModel,
+        loss: Callable[[PackedModel, Any], Tensor],
+        groups: list[dict[str, Any]],
+        optim: Optim,
+        deepspeed_config: dict[str, Any],
+        ranks: Ranks,
     ) -> None:
         self.ranks = ranks
-        self.model = model
+        self.model = packed.model
+        trainable = sum(parameter.requires_grad for parameter in self.model.parameters())
+        assert sum(len(group["params"]) for group in groups) == trainable, "something learns that is in no group"
         optimizer = torch.optim.AdamW(
-            _groups(model, optim), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+            groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
         )
         # Any: DeepSpeed's annotations would have every attribute be a tensor or a module.
         self._engine: Any = deepspeed.initialize(
-            model=RowLoss(model, attention), optimizer=optimizer, config=deepspeed_config
+            model=_Wrapped(packed, loss), optimizer=optimizer, config=deepspeed_config
         )[0]
 
-    def loss(self, batch: MicroBatch) -> Tensor:
-        """The row's summed loss in nats, () fp32, with its graph."""
-        return self._engine(batch.to(self.ranks.device))
+    def loss(self, row: Row) -> Tensor:
+        """The row's summed loss, () fp32, with its graph."""
+        return self._engine(row.to(self.ranks.device))
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of `loss`, summed over ranks and calls, to the step's; `last` marks the step's last call.
@@ -108,7 +111,7 @@ class Engine:
         """Plain logits of one unpacked row, without dropout: (1, T) int64 -> (1, T, V)."""
         self.evaluating(True)
         with torch.no_grad():
-            result = self._engine.module.logits(tokens)
+            result = self._engine.module.packed.logits(tokens)
         self.evaluating(False)
         return result
 
@@ -165,18 +168,6 @@ class Engine:
         if zero.persistent_parameters:
             zero.persistent_parameters[0].partition(zero.persistent_parameters)
         zero.checkpoint_event_epilogue()
-
-
-def _groups(model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
-    """The two matrices of the adapters apart: LoRA+ (https://arxiv.org/abs/2402.12354) lets B learn faster than A."""
-    ratios = {"lora_A": 1.0, "lora_B": optim.lora_plus_ratio}
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = [
-        {"name": kind, "lr_ratio": ratio, "params": [parameter for name, parameter in trainable if f".{kind}." in name]}
-        for kind, ratio in ratios.items()
-    ]
-    assert sum(len(group["params"]) for group in groups) == len(trainable), "something learns that is in no group"
-    return groups
 
 
 def _moments(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor]:

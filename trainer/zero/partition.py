@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from trainer.errors import ConfigError
 from trainer.model.nf4 import share
-from trainer.plan import Scope
 from trainer.ranks import Ranks
 from trainer.zero.engine import zero_init
+from trainer.zero.policy import Scope
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,13 @@ Sources: deepspeed/runtime/config.py (top level), deepspeed/runtime/zero/config.
 import difflib
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from trainer.config import Config
 from trainer.errors import ConfigError
+
+Scope = Literal["world", "node"]
+"""Over which ranks one copy of the base is divided: all of them, or those of each node."""
 
 # Beside the trainer package, in a checkout and in site-packages alike.
 _POLICY_FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"

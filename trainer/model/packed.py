@@ -1,0 +1,52 @@
+"""A causal model over packed rows: documents of one row never see each other."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trainer.model.attention import Attention
+from trainer.model.head import LossHead
+
+
+class PackedRow(Protocol):
+    """The inputs of one packed row of T tokens: ids and positions (1, T) int64, borders of documents (documents + 1,) int32."""
+
+    @property
+    def input_ids(self) -> Tensor: ...
+    @property
+    def position_ids(self) -> Tensor: ...
+    @property
+    def cu_seqlens(self) -> Tensor: ...
+    @property
+    def max_seqlen(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class PackedModel:
+    """`model` with the attention kernel that was chosen for it."""
+
+    model: PreTrainedModel
+    attention: Attention
+
+    @property
+    def head(self) -> LossHead:
+        return self.model.lm_head
+
+    def hidden(self, row: PackedRow) -> Tensor:
+        """Hidden states of a packed row before the output head, (1, T, H)."""
+        return self.model.model(
+            input_ids=row.input_ids,
+            position_ids=row.position_ids,
+            use_cache=False,
+            **self.attention.arguments(row.cu_seqlens, row.max_seqlen),
+        ).last_hidden_state
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Logits of one unpacked row: (1, T) int64 -> (1, T, V)."""
+        length = tokens.shape[1]
+        borders = torch.tensor([0, length], dtype=torch.int32, device=tokens.device)
+        hidden = self.model.model(input_ids=tokens, use_cache=False, **self.attention.arguments(borders, length))
+        return self.head(hidden.last_hidden_state)

@@ -1,0 +1,1 @@
+"""What training minimises, one file each; objective.py is what each of them must say of itself."""

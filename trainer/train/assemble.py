@@ -1,0 +1,54 @@
+"""A sharded model that can learn: the base on this rank, the run's method on it, the engine around both."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.base.architecture import read_architecture
+from trainer.base.load import DTYPES, LoadReport, load_model
+from trainer.base.locate import Base
+from trainer.config import Config
+from trainer.model.attention import Attention
+from trainer.model.packed import PackedModel
+from trainer.objective.objective import Objective
+from trainer.ranks import Ranks
+from trainer.tuning.method import find_method
+from trainer.zero.engine import Engine
+from trainer.zero.policy import Scope
+
+
+def assemble(
+    base: Base,
+    config: Config,
+    deepspeed_config: dict[str, Any],
+    ranks: Ranks,
+    attention: Attention,
+    scope: Scope,
+    objective: Objective,
+    log: Callable[[str], None] = lambda text: None,
+) -> tuple[Engine, LoadReport]:
+    """Load the base, attach what learns, and put DeepSpeed around it; `log` gets rank 0's progress. Collective.
+
+    Raises:
+        CapstanError: on every rank, when one cannot read a tensor, or the files lack it or have it in another shape or type.
+    """
+    model, report = load_model(base, config, deepspeed_config, ranks, attention, scope, log)
+    method = find_method(config.tuning)
+    architecture = read_architecture(base.config, config.model.layers)
+    method.attach(model, architecture, DTYPES[config.model.dtype], config.run.seed)
+    before = checksums(model)
+    groups = method.groups(model, config.optim)
+    engine = Engine(PackedModel(model, attention), objective.loss, groups, config.optim, deepspeed_config, ranks)
+    assert checksums(model) == before, "deepspeed.initialize changed packed weights"
+    return engine, report
+
+
+def checksums(model: nn.Module) -> dict[str, int]:
+    """The sum of this rank's bytes of each packed parameter, to show that nothing cast or moved them."""
+    return {
+        name: int(parameter.ds_tensor.sum(dtype=torch.int64))  # type: ignore[attr-defined]
+        for name, parameter in model.named_parameters()
+        if parameter.dtype == torch.uint8
+    }

@@ -1,0 +1,117 @@
+"""What a way to fine-tune must say of itself, and how it is found by the name in `tuning.method`.
+
+A method is one file in this folder. Its `METHODS` maps each name that `tuning.method` may have to a function that makes
+the method from the section's settings. Importing the file loads no torch, as `plan` counts on a login node; whatever
+handles tensors imports torch when it is called.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any, Protocol
+
+from trainer import tuning
+from trainer.base.architecture import Architecture
+from trainer.config import Config, Optim, Tuning
+from trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+class Method(Protocol):
+    """One way to fine-tune, with the settings of one run."""
+
+    @property
+    def settings(self) -> Collection[str]:
+        """The settings of the section `tuning` that it reads. A value for any other is refused, as it would be ignored."""
+        ...
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether parameters of the base learn, so that one copy of them must be divided over all ranks."""
+        ...
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must have been trained with to be continued, as JSON; values as in `defaults` are left out."""
+        ...
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """The meaning of a key that an identity lacks. A key that is added later comes with a default of here, so that
+        older checkpoints stay what they are; a default never changes, whatever becomes of the configuration's."""
+        ...
+
+    def mismatches(self, architecture: Architecture) -> list[str]:
+        """A sentence for each setting that asks more of the base than it has."""
+        ...
+
+    def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+        """Name in the model -> shape of every parameter that learns."""
+        ...
+
+    def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
+        """Make of a sharded base the model that learns: the same start on every rank and at every world size."""
+        ...
+
+    def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
+        """The optimizer's groups, each with `name`, `params` and `lr_ratio`, a factor on the learning rate."""
+        ...
+
+    def switched_off(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        """Inside, `model` computes as its base does: the reference of preference losses and of proofs."""
+        ...
+
+
+def methods() -> dict[str, Callable[[Tuning], Method]]:
+    """Every method of this folder, by the names that `tuning.method` may have."""
+    found: dict[str, Callable[[Tuning], Method]] = {}
+    for module in iter_modules(tuning.__path__):
+        if module.name != "method":
+            found |= import_module(f"{tuning.__name__}.{module.name}").METHODS
+    return found
+
+
+def find_method(settings: Tuning) -> Method:
+    """The method that `tuning.method` names.
+
+    Raises:
+        ConfigError: there is none of that name, or a setting has a value that it does not read.
+    """
+    known = methods()
+    if settings.method not in known:
+        close = difflib.get_close_matches(settings.method, known, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise ConfigError(
+            f"tuning.method: {settings.method!r} is not allowed. Allowed are {', '.join(sorted(known))}.{hint}"
+        )
+    method = known[settings.method](settings)
+    for name, field in Tuning.model_fields.items():
+        if name not in ("method", *method.settings) and getattr(settings, name) != field.default:
+            raise ConfigError(f"tuning.{name}: has no effect with tuning.method: {settings.method}. Remove it.")
+    return method
+
+
+def check_tuning(config: Config, architecture: Architecture) -> None:
+    """Raises `ConfigError` when the run's method is unknown, or asks of the base or of the run more than it has."""
+    wrong = tuning_mismatches(config, architecture)
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+
+
+def tuning_mismatches(config: Config, architecture: Architecture) -> list[str]:
+    """A sentence for each setting that does not suit the run's method; raises `ConfigError` when that is unknown."""
+    method = find_method(config.tuning)
+    wrong = method.mismatches(architecture)
+    if method.trains_base and config.sharding.scope == "node":
+        wrong.append(
+            f"sharding.scope: node keeps a copy of the base on every node, which tuning.method: {config.tuning.method} would "
+            "train apart. Set sharding.scope: world."
+        )
+    return wrong
