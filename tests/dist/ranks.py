@@ -41,6 +41,7 @@ from trainer.objective.sft import NextTokens
 from trainer.plan import choose_scope
 from trainer.rank import run_rank
 from trainer.train.assemble import assemble, checksums
+from trainer.tuning.method import find_method
 from trainer.ranks import Ranks, join
 from trainer.safetensors_index import numel
 from trainer.train.schedule import learning_rate
@@ -134,7 +135,7 @@ class Assembled:
     events: list[dict[str, Any]] = field(default_factory=list)
 
     def checkpoints(self, generation: int = 1, base: str = "ours") -> Checkpoints:
-        identity = Identity("data", {"fingerprint": base}, self.config.tuning.model_dump(mode="json"))
+        identity = Identity("data", {"fingerprint": base}, find_method(self.config.tuning).identity)
         rules = self.config.checkpoint
         return Checkpoints(self.run, self.ranks, generation, identity, rules, {"capstan-llm": "0"}, self.note)
 
