@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from trainer.checkpoint.identity import Identity, check_identity
-from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Tuning
 from trainer.errors import ConfigError
 from trainer.tuning.method import find_method
@@ -15,9 +15,9 @@ LORA = find_method(Tuning(rank=8, alpha=16))
 OURS = Identity("data", {"fingerprint": "f", "quant.type": "nf4"}, LORA.identity, {"version": 2}, LORA.defaults)
 
 
-def saved(**changed: Any) -> Manifest:
+def saved(**changed: Any) -> CheckpointManifest:
     parts = {"base": OURS.base, "adapter": OURS.adapter, "order": OURS.order, "dataset": "data", **changed}
-    return Manifest(
+    return CheckpointManifest(
         4, 1, 1, 0.0, 4, {}, parts["dataset"], parts["order"], parts["base"], parts["adapter"], {}, {}, None, {}, []
     )
 

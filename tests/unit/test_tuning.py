@@ -67,9 +67,7 @@ def test_lora_has_two_matrices_for_each_target(targets: object, count: int):
 
 def test_a_target_that_the_base_has_not_is_named():
     (sentence,) = find_method(Tuning(targets=["query"])).mismatches(LLAMA)
-    assert sentence.startswith(
-        "tuning.targets: 'query' is no linear layer that can be adapted. The base has q_proj,"
-    )
+    assert sentence.startswith("tuning.targets: 'query' is no linear layer that can be adapted. The base has q_proj,")
 
 
 def test_finding_a_method_loads_no_torch():
