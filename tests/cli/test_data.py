@@ -32,6 +32,15 @@ def test_a_changed_source_is_compiled_anew(capstan: Capstan, config: Path, tmp_p
     assert changed["fingerprint"] != built["fingerprint"]
 
 
+def test_data_built_from_a_relative_path_is_found_by_its_absolute_one(capstan: Capstan, config: Path, tmp_path: Path):
+    make_data(tmp_path / "rows.jsonl", documents=30)
+    built = json.loads(capstan("data", "build", config, "data.train=[{path: ./*.jsonl}]", "--json").stdout)["train"]
+    absolute = f"data.train=[{{path: {tmp_path}/rows.jsonl}}]"
+    found = json.loads(capstan("data", "build", config, absolute, "--dry-run", "--json").stdout)["train"]
+    assert found == built
+    assert found["compiled"]
+
+
 def test_plan_says_at_once_that_sources_are_missing(capstan: Capstan, config: Path):
     sources = ("data.train=[{path: no-*.jsonl}]", "data.eval=[{path: gone.parquet}]")
     done = capstan("plan", config, *sources, "--json")

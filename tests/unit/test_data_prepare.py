@@ -2,12 +2,13 @@
 
 import pytest
 
+from launcher.start.claim import anchored
 from tests.material import Workshop, make_data
 from trainer.base.locate import resolve_base
 from trainer.data.chapters import open_chapters
 from trainer.data.dataset import open_chapter, open_dataset
 from trainer.data.order import EpochPlan
-from trainer.data.prepare import prepare_start, train_order
+from trainer.data.prepare import locate, prepare_start, train_order
 from trainer.data.stream import train_stream
 from trainer.errors import ConfigError, DataError, NotFound
 
@@ -119,6 +120,22 @@ def test_a_run_of_epochs_starts_with_all_its_data_as_its_bins_are_counted(shop: 
     stream = train_stream(config, given, rank=0, world_size=1)
     for epoch, bins in enumerate(datasets.epoch_bins):
         assert bins == sum(len(batch.bins) for step in stream.epoch(epoch) for batch in step)
+
+
+def test_a_relative_path_names_the_same_data_as_the_anchored_one_that_train_and_submit_see(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shop.folder)
+    other = make_data(shop.folder / "others.jsonl", seed=8)
+    (shop.folder / "t.jinja").write_text("{{ messages }}")
+    settings = ["data.format=chat", "data.template=t.jinja", "model.base=base"]
+    for path in ("train.jsonl", "./train.jsonl", "others*.jsonl"):
+        given = shop.config(
+            "relative", f"data.train=[{{path: {path}}}]", f"data.eval=[{{path: {other.name}}}]", *settings
+        )
+        anchor = anchored(given)
+        assert anchor.data.train[0].path != given.data.train[0].path
+        assert locate(given, resolve_base(given.model)) == locate(anchor, resolve_base(anchor.model))
 
 
 def test_an_epoch_without_documents_is_refused_before_anything_starts(shop: Workshop) -> None:

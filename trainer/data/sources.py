@@ -90,7 +90,8 @@ def _find(path: str, source: int, name: str) -> list[SourceFile]:
 
 
 def _find_local(path: str, source: int, name: str) -> list[SourceFile]:
-    local = Path(unquote(urlsplit(path).path) if "://" in path else path).expanduser()
+    # Absolute, as it is part of the fingerprint: whoever compiles and whoever trains may stand in different directories.
+    local = Path(unquote(urlsplit(path).path) if "://" in path else path).expanduser().absolute()
     # A name with brackets in it may be a file, and not a pattern.
     if local.exists():
         matches = [local]
