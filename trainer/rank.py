@@ -96,7 +96,10 @@ def run_rank(
     store = open_run_store(config)
     run = store.sub(config.run.name)
     generation: int = ranks.broadcast(claim_generation(run) if ranks.rank == 0 else None)
-    with rank_log(run, generation, ranks.rank, config.track.flush_seconds) as flush_log, ExitStack() as stack:
+    with (
+        rank_log(run, generation, ranks.rank, ranks.world_size, config.track.flush_seconds) as flush_log,
+        ExitStack() as stack,
+    ):
         metrics = Metrics(
             run,
             generation,
@@ -186,7 +189,14 @@ def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Train
     )
     identity = identity_of(config, base, datasets.train)
     checkpoints = Checkpoints(
-        run, ranks, start.generation, identity, config.checkpoint, _versions(), start.metrics.write_now
+        run,
+        ranks,
+        start.generation,
+        identity,
+        config.checkpoint,
+        _versions(),
+        record=start.metrics.write_now,
+        before_commit=start.metrics.flush,
     )
     restoring = time.monotonic()
     restored = checkpoints.restore(engine, required=resume, log=lambda text: print(text, flush=True))

@@ -45,7 +45,7 @@ class Checkpoints:
     """One run's checkpoints, as one rank of one generation writes them.
 
     `record` gets what happens as (kind, values): commit, save_skipped, save_failed, prune_failed. `newest` is the step of
-    the last save that was begun.
+    the last save that was begun. `before_commit` is called on rank 0 before each manifest is written, beside the training.
     """
 
     run: Store
@@ -55,6 +55,7 @@ class Checkpoints:
     rules: config.Checkpoint
     versions: dict[str, str]
     record: Callable[..., None]
+    before_commit: Callable[[], None] = lambda: None
     newest: int | None = None
     _saves: int = 0
     _skipped: int = 0
@@ -204,6 +205,7 @@ class Checkpoints:
         """On rank 0 write the manifest, unless a later generation has taken over."""
         if self.ranks.rank != 0:
             return
+        self.before_commit()
         newest = max((layout.generation_of(entry.key) or 0 for entry in self.run.list(layout.METRICS)), default=0)
         if newest > self.generation:
             raise Superseded(

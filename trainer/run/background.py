@@ -1,20 +1,49 @@
-"""Work that a run does again and again beside its training, and that never decides how it ends."""
+"""Work beside the training that never decides how it ends: metrics, logs, and the look for requests."""
 
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
-from trainer.errors import StorageError
+
+def say(text: str) -> None:
+    """A line on stderr; one that cannot be written, as to a full disk, is dropped."""
+    with suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
+class Harmless:
+    """Calls what may fail in any way without harm. A failure is said once, and again only after a success in between."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._failing = what, False
+
+    def __call__(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except BaseException as error:  # a panic inside obstore is no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit) and _in_main_thread():
+                raise
+            if not self._failing:
+                said = f"{type(error).__name__}: {error}".rstrip(".")
+                say(f"{self._what} failed, which does not end the run, and will be tried again: {said}.")
+            self._failing = True
+        else:
+            self._failing = False
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 class Every:
-    """Calls `action` every so many seconds in a background thread. A store that fails now is tried again next time."""
+    """Calls `action` every so many seconds in a background thread, which outlives every failure of it."""
 
-    def __init__(self, seconds: float, action: Callable[[], None]) -> None:
+    def __init__(self, seconds: float, action: Callable[[], object], what: str) -> None:
         self._woken = threading.Event()
         self._stopped = False
-        self._seconds, self._action = seconds, action
-        self._thread = threading.Thread(target=self._loop, name=f"every-{seconds}s", daemon=True)
+        self._seconds, self._action, self._harmless = seconds, action, Harmless(what)
+        self._thread = threading.Thread(target=self._loop, name=what, daemon=True)
         self._thread.start()
 
     def _loop(self) -> None:
@@ -23,7 +52,7 @@ class Every:
             if self._stopped:
                 return
             self._woken.clear()
-            try_now(self._action)
+            self._harmless(self._action)
 
     def now(self) -> None:
         """Call `action` now, in the thread."""
@@ -33,11 +62,3 @@ class Every:
         self._stopped = True
         self._woken.set()
         self._thread.join()
-
-
-def try_now(action: Callable[[], None]) -> None:
-    """Metrics and logs must never decide how a run ends."""
-    try:
-        action()
-    except StorageError as error:
-        print(f"will be tried again: {error}", file=sys.stderr)

@@ -23,20 +23,36 @@ SLURM_ATTEMPTS = "slurm/attempts/"
 _STEP = re.compile(r"checkpoints/step-(\d{9})/.+")
 _MANIFEST = re.compile(r"checkpoints/step-(\d{9})/manifest\.json")
 _GENERATION = re.compile(r"metrics/(\d{6})\.jsonl")
+_RECORDS = re.compile(r"metrics/(\d{6})\.jsonl(\.added-.+)?")
 
 
 def metrics(generation: int) -> str:
-    """One JSON object a line; `generation` counts the starts of a run, from 1."""
+    """The stream (trainer/run/segments.py) of the records of a start, one JSON object a line.
+
+    `generation` counts the starts of a run, from 1. Creating this key is what claims the number.
+    """
     return f"{METRICS}{generation:06d}.jsonl"
 
 
 def generation_of(key: str) -> int | None:
-    """The generation whose metrics `key` holds, or None for any other key."""
+    """The generation that `key` claims, or None for any other key: one key a generation."""
     match = _GENERATION.fullmatch(key)
     return int(match[1]) if match else None
 
 
+def added_record(generation: int, name: str) -> str:
+    """A record of somebody else than the generation's rank 0; `name` is unique, and sorts by time."""
+    return f"{metrics(generation)}.added-{name}"
+
+
+def records_of(stream: str) -> int | None:
+    """The generation that the records of a stream belong to, or None for a stream of something else."""
+    match = _RECORDS.fullmatch(stream)
+    return int(match[1]) if match else None
+
+
 def rank_log(generation: int, rank: int) -> str:
+    """The stream (trainer/run/segments.py) of all that a rank's process printed."""
     return f"{LOGS}{generation:06d}/rank-{rank:05d}.log"
 
 

@@ -1,4 +1,4 @@
-"""Each rank's log in the run's folder: everything its process prints."""
+"""Each rank's log in the run's folder: everything that its process prints."""
 
 import os
 import select
@@ -9,19 +9,48 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from trainer.run import layout
-from trainer.run.background import Every, try_now
+from trainer.run.background import Every, Harmless
+from trainer.run.segments import BLOCK_BYTES, Appender
 from trainer.store import Store
+
+_FIRST_SECONDS = 30.0
+"""Rank 0's log is sent this often in the long run."""
+_OTHERS_SECONDS = 20.0
+"""The logs of all other ranks together are sent this often in the long run."""
+_AT_ONCE = 10
+"""So many times a rank may send its log as soon as something is printed; a quiet time earns them back."""
+
+
+class Allowance:
+    """One more every `seconds`, of which at most `most` are kept."""
+
+    def __init__(self, seconds: float, most: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._seconds, self._most, self._clock = seconds, most, clock
+        self._left, self._looked = float(most), clock()
+
+    def take(self) -> bool:
+        """Whether there was one to take."""
+        now = self._clock()
+        self._left = min(float(self._most), self._left + (now - self._looked) / self._seconds)
+        self._looked = now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
 
 
 @contextmanager
-def rank_log(run: Store, generation: int, rank: int, flush_seconds: float) -> Iterator[Callable[[], None]]:
+def rank_log(
+    folder: Store, generation: int, rank: int, world_size: int, flush_seconds: float
+) -> Iterator[Callable[[], None]]:
     """Send everything this process prints, libraries and C code included, to the rank's log in the store as well.
 
     File descriptors 1 and 2 go through a pipe; a thread copies it to where they led before and to the log. Yields a
-    function that brings the store up to date, for a process that is about to end at once.
+    function that brings the store up to date, for a process that is about to end at once. A rank that prints little is sent
+    within `flush_seconds`; the requests of all ranks together are bounded.
     """
-    key = layout.rank_log(generation, rank)
-    written, sent = bytearray(), 0
+    log = Appender(folder, layout.rank_log(generation, rank))
+    allowance = Allowance(_OTHERS_SECONDS * world_size if rank else _FIRST_SECONDS, _AT_ONCE)
     read_end, write_end = os.pipe()
     saved = os.dup(1), os.dup(2)
     sys.stdout.flush()
@@ -31,27 +60,27 @@ def rank_log(run: Store, generation: int, rank: int, flush_seconds: float) -> It
     os.close(write_end)
 
     def copy() -> None:
+        # Whatever fails here, reading must go on: every print would block. And nothing may be printed: it would come here.
         while data := os.read(read_end, 65536):
-            written.extend(data)
-            with suppress(OSError):  # the terminal may be gone; reading must go on, or every print would block
+            with suppress(Exception):
+                log.append(data)
+            with suppress(OSError):
                 os.write(saved[1], data)
 
-    def send() -> None:
-        nonlocal sent
-        log = bytes(written)
-        if len(log) > sent:
-            run.put(key, log)
-            sent = len(log)
+    def send_if_due() -> None:
+        if log.unsent and (log.unsent >= BLOCK_BYTES or allowance.take()):
+            log.flush()
 
     copier = threading.Thread(target=copy, name="rank-log", daemon=True)
     copier.start()
-    flusher = Every(flush_seconds, send)
+    flusher = Every(flush_seconds, send_if_due, "sending the log")
+    harmless = Harmless("sending the log")
 
     def flush() -> None:
         deadline = time.monotonic() + 1
         while select.select([read_end], [], [], 0)[0] and time.monotonic() < deadline:
             time.sleep(0.01)  # the copier is still at it
-        try_now(send)
+        harmless(log.flush)
 
     try:
         yield flush
@@ -62,4 +91,4 @@ def rank_log(run: Store, generation: int, rank: int, flush_seconds: float) -> It
         os.dup2(saved[0], 1)
         os.dup2(saved[1], 2)
         copier.join(timeout=5)  # ends when the last copy of the pipe's write end is closed
-        try_now(send)
+        harmless(log.close)

@@ -1,30 +1,29 @@
-"""What a run tells the world: one JSON object a line in the store, and TensorBoard events.
+"""What a run tells the world as it goes on: records for anyone, and curves for TensorBoard."""
 
-Object stores cannot append, so a file is written again whole every `flush_seconds` from a background thread.
-"""
-
-import json
 import resource
-import tempfile
-import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from trainer.errors import AlreadyExists
 from trainer.run import layout
-from trainer.run.background import Every, try_now
+from trainer.run.background import Every, Harmless
+from trainer.run.curves import Curves
+from trainer.run.records import generations, record_line
+from trainer.run.segments import Appender
 from trainer.store import Store
 
+_CURVES_SECONDS = 60.0
+"""TensorBoard's events follow the records at this distance: people look at curves less often than at a status."""
 
-def claim_generation(run: Store) -> int:
-    """The number of this start of the run, from 1: claimed by creating its metrics file, so two starts never share one."""
-    taken = [layout.generation_of(entry.key) or 0 for entry in run.list(layout.METRICS)]
-    generation = max(taken, default=0) + 1
+
+def claim_generation(folder: Store) -> int:
+    """The number of this start of the run, from 1: claimed by creating its metrics, so two starts never share one."""
+    generation = max(generations(folder), default=0) + 1
     while True:
         try:
-            run.create(layout.metrics(generation), b"")
+            folder.create(layout.metrics(generation), b"")
         except AlreadyExists:
             generation += 1
         else:
@@ -32,54 +31,52 @@ def claim_generation(run: Store) -> int:
 
 
 class Metrics:
-    """The metrics of one generation; rank 0 writes, the others' calls do nothing."""
+    """The metrics of one generation; rank 0 writes, the others' calls do nothing. No call fails, whatever goes wrong."""
 
-    def __init__(self, run: Store, generation: int, *, writes: bool, flush_seconds: float, tensorboard: bool) -> None:
-        self._run, self._key = run, layout.metrics(generation)
-        self._writes = writes
-        self._lines: list[str] = []
-        self._folder = tempfile.TemporaryDirectory(prefix="capstan-tensorboard-")
-        self._events = layout.tensorboard(generation)
-        self._board = None
-        if writes and tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+    def __init__(
+        self, folder: Store, generation: int, *, writes: bool, flush_seconds: float, tensorboard: bool
+    ) -> None:
+        self._records = Appender(folder, layout.metrics(generation)) if writes else None
+        self._recording, self._drawing = Harmless("writing the metrics"), Harmless("writing TensorBoard's events")
+        self._curves: Curves | None = None
+        self._flushers: list[Every] = []
+        if self._records is None:
+            return
+        self._flushers.append(Every(flush_seconds, self._records.flush, "writing the metrics"))
+        if tensorboard:
+            self._drawing(lambda: self._draw(Curves(folder, generation), max(flush_seconds, _CURVES_SECONDS)))
 
-            self._board = SummaryWriter(self._folder.name)
-        self._flusher = Every(flush_seconds, self.flush) if writes else None
+    def _draw(self, curves: Curves, seconds: float) -> None:
+        self._curves = curves
+        self._flushers.append(Every(seconds, curves.flush, "writing TensorBoard's events"))
 
     def write(self, kind: str, **values: Any) -> None:
-        if not self._writes:
+        if (records := self._records) is None:
             return
-        self._lines.append(json.dumps({"kind": kind, **values, "time": round(time.time(), 3)}))
-        if self._board is not None and kind in ("step", "eval"):
-            for name, value in values.items():
-                if name != "step" and not isinstance(value, str):
-                    self._board.add_scalar(f"{kind}/{name}", value, values["step"])
+        self._recording(lambda: records.append(record_line(kind, values)))
+        if (curves := self._curves) is not None and kind in ("step", "eval"):
+            self._drawing(lambda: curves.add(kind, values))
 
     def flush(self) -> None:
-        """Bring the store up to date."""
-        if not self._writes:
-            return
-        lines = list(self._lines)
-        self._run.put(self._key, "".join(line + "\n" for line in lines).encode())
-        if self._board is not None:
-            self._board.flush()
-            for path in Path(self._folder.name).iterdir():
-                self._run.put(self._events + path.name, path.read_bytes())
+        """Bring the records in the store up to date."""
+        self._with_records(Appender.flush)
 
     def write_now(self, kind: str, **values: Any) -> None:
         """`write`, and bring the store up to date outside the rhythm, without waiting for it."""
         self.write(kind, **values)
-        if self._flusher is not None:
-            self._flusher.now()
+        for flusher in self._flushers[:1]:
+            flusher.now()
 
     def close(self) -> None:
-        if self._flusher is not None:
-            self._flusher.stop()
-            try_now(self.flush)
-        if self._board is not None:
-            self._board.close()
-        self._folder.cleanup()
+        for flusher in self._flushers:
+            flusher.stop()
+        self._with_records(Appender.close)
+        if (curves := self._curves) is not None:
+            self._drawing(curves.close)
+
+    def _with_records(self, action: Callable[[Appender], None]) -> None:
+        if (records := self._records) is not None:
+            self._recording(lambda: action(records))
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

@@ -1,74 +1,108 @@
-"""The records of a run: `metrics/<generation>.jsonl` in its folder, one JSON object a line, as anyone reads and adds to them.
+"""The records of a run, one JSON object a line, as anyone reads and adds to them.
 
-The generation's rank 0 writes its file whole, again and again (trainer/run/metrics.py); whoever adds a record does it when that
-rank is gone.
+The generation's rank 0 writes the stream `metrics/<generation>.jsonl` (trainer/run/metrics.py). Anyone else adds a record as an
+object of its own beside it, so that no two ever write the same object.
 """
 
 import json
+import secrets
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 from trainer.run import layout
+from trainer.run.segments import Appended, Segment, length, streams
 from trainer.store import Store
 
+Record: TypeAlias = dict[str, Any]
 
-def generations(run: Store) -> list[int]:
+
+def record_line(kind: str, values: Mapping[str, Any]) -> bytes:
+    """The line of a record of this kind made now."""
+    return json.dumps({"kind": kind, **values, "time": round(time.time(), 3)}).encode() + b"\n"
+
+
+def generations(folder: Store) -> list[int]:
     """The numbers of the run's starts, in order."""
-    numbers = (layout.generation_of(entry.key) for entry in run.list(layout.METRICS))
+    numbers = (layout.generation_of(entry.key) for entry in folder.list(layout.METRICS))
     return [number for number in numbers if number is not None]
 
 
-def read_records(run: Store, generation: int) -> Iterator[dict[str, Any]]:
-    """The whole lines of a generation's file; one torn by a crash is left out."""
-    for line in run.get(layout.metrics(generation)).splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "kind" in record:
-            yield record
+class RecordReader:
+    """The records of one generation; each look gives only the new ones, in the order they were written."""
+
+    def __init__(self, folder: Store, generation: int) -> None:
+        self._folder, self._generation = folder, generation
+        self._streams: dict[str, Appended] = {}
+        self._torn: dict[str, bytes] = defaultdict(bytes)
+
+    def read(self, found: Mapping[str, Sequence[Segment]]) -> Iterator[Record]:
+        """`found` has the segments of the run's metrics, by stream; a line that is not whole yet is left for later."""
+        # The generation's own stream sorts before what was added to it, which was added when its rank 0 was gone.
+        for stream in sorted(name for name in found if layout.records_of(name) == self._generation):
+            reader = self._streams.setdefault(stream, Appended(self._folder))
+            *lines, self._torn[stream] = (self._torn[stream] + reader.read(found[stream])).split(b"\n")
+            for line in lines:
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue  # torn by a crash of the machine that wrote it
+                if isinstance(record, dict) and "kind" in record:
+                    yield record
+
+    def missed(self, found: Mapping[str, Sequence[Segment]]) -> bool:
+        """Whether some of `found` could not be read, because it has been replaced since it was listed."""
+        return any(reader.position < length(found[stream]) for stream, reader in self._streams.items())
 
 
-def add_record(run: Store, generation: int, kind: str, **values: Any) -> None:
-    key = layout.metrics(generation)
-    line = json.dumps({"kind": kind, **values, "time": round(time.time(), 3)})
-    run.put(key, run.get(key) + line.encode() + b"\n")
+def read_records(folder: Store, generation: int) -> Iterator[Record]:
+    """All records of a generation so far; none where it does not exist."""
+    reader, found = RecordReader(folder, generation), streams(folder.list(layout.METRICS))
+    yield from reader.read(found)
+    if reader.missed(found):  # segments were replaced since the listing
+        yield from reader.read(streams(folder.list(layout.METRICS)))
 
 
-def newest_records(run: Store) -> list[dict[str, Any]]:
+def add_record(folder: Store, generation: int, kind: str, **values: Any) -> None:
+    """Add a record to a generation of which this process is not rank 0."""
+    name = f"{time.time_ns():019d}-{secrets.token_hex(4)}"
+    folder.put(layout.added_record(generation, name), record_line(kind, values))
+
+
+def newest_records(folder: Store) -> list[Record]:
     """The records of the run's newest start; none before it has one."""
-    numbers = generations(run)
-    return list(read_records(run, numbers[-1])) if numbers else []
+    numbers = generations(folder)
+    return list(read_records(folder, numbers[-1])) if numbers else []
 
 
-def record_restart(run: Store, reason: str) -> None:
+def record_restart(folder: Store, reason: str) -> None:
     """Say in the newest generation's records that its end is not the run's."""
-    if numbers := generations(run):
-        add_record(run, numbers[-1], "restart", reason=reason)
+    if numbers := generations(folder):
+        add_record(folder, numbers[-1], "restart", reason=reason)
 
 
-def record_end(run: Store, reason: str, *, stopped: bool = False, crash: bool = False) -> None:
+def record_end(folder: Store, reason: str, *, stopped: bool = False, crash: bool = False) -> None:
     """Write why the newest generation ended into its records, unless its ranks did.
 
     After a `crash` in any case: rank 0 is gone itself, or saw only a broken connection. A run that ended before it had a
     rank gets its first generation here.
     """
-    numbers = generations(run)
+    numbers = generations(folder)
     if not numbers:
         numbers = [1]
-        run.create(layout.metrics(1), b"")
-    ends = [record for record in read_records(run, numbers[-1]) if record["kind"] == "end"]
+        folder.create(layout.metrics(1), b"")
+    ends = [record for record in read_records(folder, numbers[-1]) if record["kind"] == "end"]
     if ends and (not crash or ends[-1]["reason"] == reason):
         return
-    add_record(run, numbers[-1], "end", outcome="stopped" if stopped else "failed", step=None, reason=reason)
+    add_record(folder, numbers[-1], "end", outcome="stopped" if stopped else "failed", step=None, reason=reason)
 
 
-def bad_windows(run: Store) -> list[dict[str, int]]:
+def bad_windows(folder: Store) -> list[dict[str, int]]:
     """Positions whose step had a loss that was not finite, in earlier starts of the run."""
     found = []
-    for generation in generations(run):
-        for record in read_records(run, generation):
+    for generation in generations(folder):
+        for record in read_records(folder, generation):
             if record["kind"] == "end" and record.get("bad_window") not in (None, *found):
                 found.append(record["bad_window"])
     return found

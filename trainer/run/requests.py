@@ -1,5 +1,6 @@
 """What is asked of a run that goes on, through its folder: to stop, or to be started again by its driver."""
 
+import itertools
 import json
 import os
 import socket
@@ -14,21 +15,21 @@ from trainer.run.background import Every
 from trainer.store import Store
 
 
-def request_stop(run: Store, by: str | None = None) -> None:
+def request_stop(folder: Store, by: str | None = None) -> None:
     """Ask the run to commit a checkpoint and end. `by` says who asks; the default names this process and host."""
     request = {"time": time.time(), "by": by or f"process {os.getpid()} on {socket.gethostname()}"}
-    run.put(layout.STOP, json.dumps(request).encode())
+    folder.put(layout.STOP, json.dumps(request).encode())
 
 
-def request_restart(run: Store, reason: str) -> None:
+def request_restart(folder: Store, reason: str) -> None:
     """Ask the ranks to commit a checkpoint and end, so that the driver starts them again; `reason` completes "stopped"."""
-    run.put(layout.RESTART, json.dumps({"time": time.time(), "reason": reason}).encode())
+    folder.put(layout.RESTART, json.dumps({"time": time.time(), "reason": reason}).encode())
 
 
-def stop_requester(run: Store) -> str | None:
+def stop_requester(folder: Store) -> str | None:
     """Who has asked the run to stop; None when nobody has."""
     with suppress(NotFound):
-        return json.loads(run.get(layout.STOP))["by"]
+        return json.loads(folder.get(layout.STOP))["by"]
     return None
 
 
@@ -45,11 +46,13 @@ class StopSignal:
     `preempted()`, which tells that a machine of the run is about to leave."""
 
     def __init__(
-        self, run: Store, *, watches: bool, seconds: float, preempted: Callable[[], bool] = lambda: False
+        self, folder: Store, *, watches: bool, seconds: float, preempted: Callable[[], bool] = lambda: False
     ) -> None:
         self._asked, self.reason = Stop.NO, "on request"
-        self._run, self._preempted = run, preempted
-        self._watcher = Every(seconds, self._look) if watches else None
+        self._folder, self._preempted = folder, preempted
+        # One request a look: it goes on as long as the run. A restart, which only an elastic run is asked for, can wait.
+        self._keys = itertools.cycle((layout.STOP, layout.STOP, layout.RESTART))
+        self._watcher = Every(seconds, self._look, "looking for a stop request") if watches else None
 
     @property
     def requested(self) -> Stop:
@@ -61,10 +64,13 @@ class StopSignal:
         self._asked, self.reason = Stop.END, "on request"
 
     def _look(self) -> None:
-        if self._run.exists(layout.STOP):
+        key = next(self._keys)
+        if self._asked is Stop.END or not self._folder.exists(key):
+            return
+        if key == layout.STOP:
             self.request()
-        elif self._asked is Stop.NO and self._run.exists(layout.RESTART):
-            self._asked, self.reason = Stop.RESTART, json.loads(self._run.get(layout.RESTART))["reason"]
+        elif self._asked is Stop.NO:
+            self._asked, self.reason = Stop.RESTART, json.loads(self._folder.get(key))["reason"]
 
     def close(self) -> None:
         if self._watcher is not None:
