@@ -5,40 +5,41 @@ import re
 import time
 from collections.abc import Callable, Iterator
 
-from launcher.view.tail import Appended, poll_seconds
+from launcher.view.tail import poll_seconds
 from trainer.errors import ConfigError, NotFound
 from trainer.run import layout
-from trainer.store import Entry, Store
+from trainer.run.segments import Appended, Segment, read_stream, streams
+from trainer.store import Store
 
 
-def read_log(run: Store, rank: int, generation: int | None = None) -> str:
+def read_log(folder: Store, rank: int, generation: int | None = None) -> str:
     """What `rank` printed in `generation`; by default in the newest one that it has a log of.
 
     Raises `ConfigError` when there is no such log, naming the ranks that have one.
     """
-    logs = _logs(run)
+    logs = _logs(folder)
     newest = max((number for number, owner in logs if owner == rank), default=None)
     chosen = newest if generation is None else generation
     if chosen is None or (chosen, rank) not in logs:
         of = "" if generation is None else f" in generation {generation}"
         known = sorted({owner for number, owner in logs if generation in (None, number)})
         ranks = ", ".join(map(str, known)) or "none"
-        raise ConfigError(f"rank {rank} of {run.uri} has no log{of}. Ranks with one: {ranks}.")
-    return run.get(layout.rank_log(chosen, rank)).decode(errors="replace")
+        raise ConfigError(f"rank {rank} of {folder.uri} has no log{of}. Ranks with one: {ranks}.")
+    return read_stream(folder, layout.LOGS, layout.rank_log(chosen, rank)).decode(errors="replace")
 
 
-def read_driver_log(run: Store) -> str:
+def read_driver_log(folder: Store) -> str:
     """What the run's drivers said, one line each with its time."""
     try:
-        return run.get(layout.DRIVER_LOG).decode(errors="replace")
+        return folder.get(layout.DRIVER_LOG).decode(errors="replace")
     except NotFound as error:
         raise ConfigError(
-            f"{run.uri} has no driver's log: its ranks were started by torchrun or srun, or it never ran."
+            f"{folder.uri} has no driver's log: its ranks were started by torchrun or srun, or it never ran."
         ) from error
 
 
 def follow_log(
-    run: Store,
+    folder: Store,
     rank: int,
     generation: int | None = None,
     *,
@@ -50,27 +51,27 @@ def follow_log(
     readers: dict[int, tuple[Appended, codecs.IncrementalDecoder]] = {}
     while True:
         last_look = stop()
-        logs = {number: entry for (number, owner), entry in sorted(_logs(run).items()) if owner == rank}
+        logs = {number: segments for (number, owner), segments in sorted(_logs(folder).items()) if owner == rank}
         if first is None:
             first = max(logs, default=None)
-        for number, entry in logs.items():
+        for number, segments in logs.items():
             if first is None or number < first or generation not in (None, number):
                 continue
             if number not in readers:
-                readers[number] = Appended(run, entry.key), codecs.getincrementaldecoder("utf-8")("replace")
+                readers[number] = Appended(folder), codecs.getincrementaldecoder("utf-8")("replace")
             appended, decoder = readers[number]
-            if text := decoder.decode(appended.read(entry.size)):
+            if text := decoder.decode(appended.read(segments)):
                 yield text
         if last_look:
             return
-        wait(poll_seconds(run))
+        wait(poll_seconds(folder))
 
 
-def _logs(run: Store) -> dict[tuple[int, int], Entry]:
-    """(generation, rank) -> the log's entry."""
+def _logs(folder: Store) -> dict[tuple[int, int], list[Segment]]:
+    """(generation, rank) -> the log's segments."""
     found = {}
-    for entry in run.list(layout.LOGS):
-        numbers = [int(digits) for digits in re.findall(r"\d+", entry.key)]
-        if len(numbers) == 2 and layout.rank_log(*numbers) == entry.key:
-            found[numbers[0], numbers[1]] = entry
+    for stream, segments in streams(folder.list(layout.LOGS)).items():
+        numbers = [int(digits) for digits in re.findall(r"\d+", stream)]
+        if len(numbers) == 2 and layout.rank_log(*numbers) == stream:
+            found[numbers[0], numbers[1]] = segments
     return found

@@ -1,24 +1,20 @@
 """What a run is doing, from its folder alone: no scheduler, no Ray, and it works as well when the run's machines are gone.
 
-The record is `metrics/<generation>.jsonl`, one file a start of the run and one JSON object a line. A later generation
-goes on from a committed checkpoint, so its steps replace equal and later ones of the generations before it.
+A generation is one start of the run; its records are in `metrics/` (trainer/run/records.py). A later generation goes on from
+a committed checkpoint, so its steps replace equal and later ones of the generations before it.
 """
 
-import json
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable
-from contextlib import suppress
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from typing import Any, Literal
 
-from launcher.view.tail import Appended
-from trainer.errors import NotFound
 from trainer.run import layout
-from trainer.store import Entry, Store
+from trainer.run.records import Record, RecordReader, read_records
+from trainer.run.segments import streams
+from trainer.store import Store
 
-Record = dict[str, Any]
 State = Literal["starting", "running", "restarting", "silent", "finished", "stopped", "failed"]
 
 ENDED: tuple[State, ...] = ("finished", "stopped", "failed")
@@ -73,40 +69,41 @@ class RunStatus:
         return asdict(self)
 
 
-def read_status(run: Store, clock: Callable[[], float] = time.time) -> RunStatus:
+def read_status(folder: Store, clock: Callable[[], float] = time.time) -> RunStatus:
     """The run now. `clock` gives seconds since 1970. A folder with nothing in it is a run that is starting."""
-    return Follower(run, clock).read()
+    return Follower(folder, clock).read()
 
 
-def read_generation(run: Store, generation: int) -> dict[str, list[Record]]:
+def read_generation(folder: Store, generation: int) -> dict[str, list[Record]]:
     """The records of one start of the run by their kind, in the order they were written."""
-    records = _Generation()
-    with suppress(NotFound):
-        records.add(run.get(layout.metrics(generation)))
-    return records.by_kind
+    by_kind: dict[str, list[Record]] = defaultdict(list)
+    for record in read_records(folder, generation):
+        by_kind[record["kind"]].append(record)
+    return by_kind
 
 
 class _Generation:
-    """The records of one generation, parsed as they come in."""
+    """What a status needs of one generation's records: it stays small, however many there are."""
 
     def __init__(self) -> None:
-        self.by_kind: dict[str, list[Record]] = defaultdict(list)
+        self.count: Counter[str] = Counter()
+        self.first: dict[str, Record] = {}
+        self._last: dict[str, Record] = {}
+        self.recent_steps: deque[Record] = deque(maxlen=_RATE_STEPS)
         self.last_time: float | None = None
-        self._tail = b""
 
-    def add(self, data: bytes) -> None:
-        """`data` may end in the middle of a line, which the next call completes."""
-        *lines, self._tail = (self._tail + data).split(b"\n")
-        for line in lines:
-            try:
-                record = json.loads(line)
-                self.by_kind[record["kind"]].append(record)
-            except (ValueError, KeyError, TypeError):
-                continue  # torn by a crash of the machine that wrote it
+    def add(self, records: Iterable[Record]) -> None:
+        for record in records:
+            kind = record["kind"]
+            self.count[kind] += 1
+            self.first.setdefault(kind, record)
+            self._last[kind] = record
+            if kind == "step":
+                self.recent_steps.append(record)
             self.last_time = record.get("time", self.last_time)
 
     def last(self, kind: str) -> Record | None:
-        return self.by_kind[kind][-1] if self.by_kind[kind] else None
+        return self._last.get(kind)
 
     @property
     def start_step(self) -> int | None:
@@ -117,25 +114,25 @@ class _Generation:
 class Follower:
     """Reads a run's status again and again, each time only what is new."""
 
-    def __init__(self, run: Store, clock: Callable[[], float] = time.time) -> None:
-        self._run, self._clock = run, clock
+    def __init__(self, folder: Store, clock: Callable[[], float] = time.time) -> None:
+        self._folder, self._clock = folder, clock
         self._generations: dict[int, _Generation] = {}
-        self._files: dict[int, Appended] = {}
+        self._readers: dict[int, RecordReader] = {}
 
     def read(self) -> RunStatus:
-        files = self._read_metrics()
+        written = self._read_metrics()
         if not self._generations:
-            return RunStatus(self._run.uri, "starting", stop_requested=self._run.exists(layout.STOP))
+            return RunStatus(self._folder.uri, "starting", stop_requested=self._folder.exists(layout.STOP))
         number = max(self._generations)
         newest = self._generations[number]
         now = self._clock()
-        quiet = max(0.0, now - (newest.last_time or files[number].modified.timestamp()))
+        quiet = max(0.0, now - (newest.last_time or written[number]))
         step, total = self._step(), self._newest_value("start", "total_steps")
         tokens_per_second, step_seconds = _rates(newest)
         commit = self._last_commit()
         end = newest.last("end")
         return RunStatus(
-            run=self._run.uri,
+            run=self._folder.uri,
             state=_state(newest, quiet),
             generation=number,
             restarts=self._restarts(),
@@ -155,28 +152,33 @@ class Follower:
             quiet_seconds=quiet,
             failed_saves=self._count("save_failed"),
             skipped_saves=self._count("save_skipped"),
-            stop_requested=self._run.exists(layout.STOP),
+            stop_requested=self._folder.exists(layout.STOP),
             reason=end["reason"] if end else "",
         )
 
-    def _read_metrics(self) -> dict[int, Entry]:
-        files = {layout.generation_of(entry.key): entry for entry in self._run.list(layout.METRICS)}
-        found = {number: entry for number, entry in sorted(files.items(), key=lambda item: item[0] or 0) if number}
-        for number, entry in found.items():
-            file = self._files.setdefault(number, Appended(self._run, entry.key))
-            self._generations.setdefault(number, _Generation()).add(file.read(entry.size))
-        return found
+    def _read_metrics(self) -> dict[int, float]:
+        """Read what is new; returns when something was last written for each generation, in seconds since 1970."""
+        found = streams(self._folder.list(layout.METRICS))
+        written: dict[int, float] = {}
+        for stream, segments in found.items():
+            if number := layout.records_of(stream):
+                newest = max(segment.entry.modified.timestamp() for segment in segments)
+                written[number] = max(newest, written.get(number, 0.0))
+        for number in sorted(written):
+            reader = self._readers.setdefault(number, RecordReader(self._folder, number))
+            self._generations.setdefault(number, _Generation()).add(reader.read(found))
+        return written
 
     def _newest_first(self) -> list[_Generation]:
         return [self._generations[number] for number in sorted(self._generations, reverse=True)]
 
     def _newest_value(self, kind: str, name: str) -> Any:
-        """Of the newest generation that has written a record of this kind: one just restarted has no loss yet."""
+        """The value from the newest generation that has written a record of this kind: one just restarted has no loss yet."""
         return next((record.get(name) for records in self._newest_first() if (record := records.last(kind))), None)
 
     def _count(self, kind: str) -> int:
         """Records of this kind in all generations."""
-        return sum(len(records.by_kind[kind]) for records in self._generations.values())
+        return sum(records.count[kind] for records in self._generations.values())
 
     def _step(self) -> int:
         for records in self._newest_first():
@@ -188,7 +190,7 @@ class Follower:
 
     def _first_loss(self) -> float | None:
         """The loss of the lowest step, by the newest generation that took it."""
-        firsts = [records.by_kind["step"][0] for records in self._newest_first() if records.last("step")]
+        firsts = [records.first["step"] for records in self._newest_first() if records.last("step")]
         return min(firsts, key=lambda record: record["step"])["loss"] if firsts else None
 
     def _restarts(self) -> list[Restart]:
@@ -202,7 +204,7 @@ class Follower:
 
     def _last_commit(self) -> tuple[int, float] | None:
         """(step, seconds since 1970) of the newest manifest: what is in the store, whatever the metrics say."""
-        entries = self._run.list(layout.CHECKPOINTS)
+        entries = self._folder.list(layout.CHECKPOINTS)
         commits = ((layout.manifest_step(entry.key), entry.modified.timestamp()) for entry in entries)
         return max(((step, when) for step, when in commits if step is not None), default=None)
 
@@ -228,7 +230,7 @@ def _start_seconds(records: _Generation) -> dict[str, float]:
 
 def _rates(records: _Generation) -> tuple[float | None, float | None]:
     """(tokens per second, seconds per step) over the last steps; None before the first."""
-    recent = list(islice(reversed(records.by_kind["step"]), _RATE_STEPS))
+    recent = records.recent_steps
     seconds = sum(record["seconds"] for record in recent)
     if not seconds:
         return None, None

@@ -1,9 +1,7 @@
-"""Starts of a run get numbers of their own; metrics, logs and stop requests reach the run's folder."""
+"""Starts of a run get numbers of their own; metrics reach the run's folder, and never decide how a run ends."""
 
 import json
-import os
-import subprocess
-import sys
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from trainer.errors import StorageError
-from trainer.run import layout
-from trainer.run.background import Every
-from trainer.run.log import rank_log
+from trainer.run import layout, segments
+from trainer.run.curves import Curves
 from trainer.run.metrics import Metrics, claim_generation
-from trainer.run.requests import StopSignal
+from trainer.run.records import add_record, read_records
 from trainer.store import Store, open_store
 
 
@@ -81,60 +78,62 @@ def test_tensorboard_events_lie_in_the_runs_folder(run: Store) -> None:
     assert [(event.step, event.value) for event in events] == [(1, 1.0), (2, 0.5)]
 
 
-def test_a_store_that_fails_once_is_tried_again(capfd: pytest.CaptureFixture[str]) -> None:
-    again = threading.Event()
-    calls: list[int] = []
+def test_curves_are_those_of_every_segment(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    def flaky() -> None:
-        calls.append(1)
-        if len(calls) == 1:
-            raise StorageError("the bucket is away")
-        again.set()
-
-    every = Every(0.001, flaky)
-    assert again.wait(timeout=30)
-    every.stop()
-    assert "will be tried again: the bucket is away" in capfd.readouterr().err
-
-
-def test_a_stop_key_is_seen(run: Store) -> None:
-    stop = StopSignal(run, watches=False, seconds=60)
-    stop._look()
-    assert not stop.requested
-    run.put(layout.STOP, b"")
-    stop._look()
-    assert stop.requested
-    stop.close()
+    monkeypatch.setattr(segments, "BLOCK_BYTES", 1000)
+    ours = metrics(run, tensorboard=True)
+    assert ours._curves is not None
+    for step in range(200):
+        ours.write("step", step=step, loss=float(step))
+        ours._curves.flush()
+    ours.close()
+    folder = run.uri.removeprefix("file://") + "/" + layout.tensorboard(1)
+    assert len(list(Path(folder).iterdir())) > 5
+    events = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload().Scalars("step/loss")
+    assert [(event.step, event.value) for event in events] == [(step, float(step)) for step in range(200)]
 
 
-def test_a_ranks_log_has_what_python_and_child_processes_print(run: Store, capfd: pytest.CaptureFixture[str]) -> None:
-    with capfd.disabled(), rank_log(run, 2, 3, flush_seconds=3600):
-        print("from python", flush=True)
-        os.write(2, b"from C\n")
-        subprocess.run([sys.executable, "-c", "print('from a child')"], check=True, timeout=60)
-    log = run.get(layout.rank_log(2, 3)).decode()
-    assert log.splitlines() == ["from python", "from C", "from a child"]
-    os.write(2, b"afterwards\n")
-    assert "afterwards" not in run.get(layout.rank_log(2, 3)).decode()
+def test_what_others_add_comes_after_what_rank_0_wrote_and_is_never_overwritten(run: Store) -> None:
+    ours = metrics(run)
+    claim_generation(run)
+    ours.write("step", step=1)
+    ours.flush()
+    add_record(run, 1, "end", reason="rank 0 is gone")
+    add_record(run, 1, "restart", reason="again")
+    ours.write("step", step=2)  # it was not gone after all
+    ours.close()
+    assert [record["kind"] for record in read_records(run, 1)] == ["step", "step", "end", "restart"]
+    assert claim_generation(run) == 2
 
 
-def test_a_ranks_log_is_sent_again_only_when_it_has_grown(
-    run: Store, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("failure", [StorageError("away"), OSError(28, "No space left on device"), ValueError("a bug")])
+def test_no_failure_of_metrics_reaches_the_training(
+    run: Store, failure: Exception, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    sent: list[int] = []
-    several = threading.Event()
+    def fails(*_: object) -> None:
+        raise failure
 
-    def observed(_: Store, key: str, data: bytes) -> None:
-        sent.append(len(data))
+    with monkeypatch.context() as broken:
+        for owner, method in ((Store, "put"), (Curves, "add"), (Curves, "__init__")):
+            broken.setattr(owner, method, fails)
+        ours = metrics(run, tensorboard=True)
+        for step in range(3):
+            ours.write("step", step=step)
+            ours.flush()
+        ours.write("step", step=3, loss=object())  # no JSON
+    said = capfd.readouterr().err
+    assert said.count("sending the metrics failed, which does not end the run") == 1
+    assert said.count("making TensorBoard's events failed") == 1
+    assert said.count("making a record failed") == 1
+    assert str(failure) in said
+    ours.close()
+    assert [record["step"] for record in read_records(run, 1)] == [0, 1, 2]
 
-    def beat(self: Every) -> None:
-        for _ in range(3):
-            self._action()
-        several.set()
 
-    monkeypatch.setattr(Store, "put", observed)
-    monkeypatch.setattr(Every, "_loop", beat)
-    with capfd.disabled(), rank_log(run, 1, 0, flush_seconds=3600):
-        assert several.wait(timeout=30)
-        print("grown", flush=True)
-    assert sent == [len("grown\n")]
+def test_metrics_need_no_room_on_the_ranks_machine(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
+    ours = metrics(run, tensorboard=True)
+    ours.write("step", step=1, loss=1.0)
+    ours.close()
+    assert {entry.key.partition("/")[0] for entry in run.list()} == {"metrics", "tensorboard"}

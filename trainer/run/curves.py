@@ -15,7 +15,7 @@ class Curves:
     """Each number of a record as a point of the curve `<kind>/<name>`. A segment is a whole events file to TensorBoard."""
 
     def __init__(self, folder: Store, generation: int) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"

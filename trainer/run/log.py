@@ -69,12 +69,12 @@ def rank_log(
 
     def send_if_due() -> None:
         if log.unsent and (log.unsent >= BLOCK_BYTES or allowance.take()):
-            log.flush()
+            harmless(log.flush)
 
+    harmless = Harmless("sending the log")
     copier = threading.Thread(target=copy, name="rank-log", daemon=True)
     copier.start()
     flusher = Every(flush_seconds, send_if_due, "sending the log")
-    harmless = Harmless("sending the log")
 
     def flush() -> None:
         deadline = time.monotonic() + 1

@@ -16,6 +16,7 @@ from trainer.store import Store
 
 _CURVES_SECONDS = 60.0
 """TensorBoard's events follow the records at this distance: people look at curves less often than at a status."""
+_SENDING, _SENDING_CURVES = "sending the metrics", "sending TensorBoard's events"
 
 
 def claim_generation(folder: Store) -> int:
@@ -37,18 +38,19 @@ class Metrics:
         self, folder: Store, generation: int, *, writes: bool, flush_seconds: float, tensorboard: bool
     ) -> None:
         self._records = Appender(folder, layout.metrics(generation)) if writes else None
-        self._recording, self._drawing = Harmless("writing the metrics"), Harmless("writing TensorBoard's events")
+        self._recording, self._drawing = Harmless("making a record"), Harmless("making TensorBoard's events")
+        self._sending, self._sending_curves = Harmless(_SENDING), Harmless(_SENDING_CURVES)
         self._curves: Curves | None = None
         self._flushers: list[Every] = []
         if self._records is None:
             return
-        self._flushers.append(Every(flush_seconds, self._records.flush, "writing the metrics"))
+        self._flushers.append(Every(flush_seconds, self.flush, _SENDING))
         if tensorboard:
             self._drawing(lambda: self._draw(Curves(folder, generation), max(flush_seconds, _CURVES_SECONDS)))
 
     def _draw(self, curves: Curves, seconds: float) -> None:
         self._curves = curves
-        self._flushers.append(Every(seconds, curves.flush, "writing TensorBoard's events"))
+        self._flushers.append(Every(seconds, lambda: self._sending_curves(curves.flush), _SENDING_CURVES))
 
     def write(self, kind: str, **values: Any) -> None:
         if (records := self._records) is None:
@@ -72,11 +74,11 @@ class Metrics:
             flusher.stop()
         self._with_records(Appender.close)
         if (curves := self._curves) is not None:
-            self._drawing(curves.close)
+            self._sending_curves(curves.close)
 
     def _with_records(self, action: Callable[[Appender], None]) -> None:
         if (records := self._records) is not None:
-            self._recording(lambda: action(records))
+            self._sending(lambda: action(records))
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

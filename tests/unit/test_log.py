@@ -1,0 +1,81 @@
+"""A rank's log has all that its process prints, with bounded memory and few requests."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher.view.logs import read_log
+from trainer.run import layout
+from trainer.run.background import Every
+from trainer.run.log import Allowance, rank_log
+from trainer.store import Store, open_store
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path))
+
+
+def test_a_ranks_log_has_what_python_and_child_processes_print(run: Store, capfd: pytest.CaptureFixture[str]) -> None:
+    with capfd.disabled(), rank_log(run, 2, 3, 4, flush_seconds=3600):
+        print("from python", flush=True)
+        os.write(2, b"from C\n")
+        subprocess.run([sys.executable, "-c", "print('from a child')"], check=True, timeout=60)
+    log = run.get(layout.rank_log(2, 3)).decode()
+    assert log.splitlines() == ["from python", "from C", "from a child"]
+    os.write(2, b"afterwards\n")
+    assert "afterwards" not in run.get(layout.rank_log(2, 3)).decode()
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes of each write to the store."""
+    sizes: list[int] = []
+    put = Store.put
+    monkeypatch.setattr(Store, "put", lambda self, key, data: (sizes.append(len(data)), put(self, key, data))[1])
+    return sizes
+
+
+def test_a_log_is_sent_again_only_when_it_has_grown(
+    run: Store, sent: list[int], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[object] = []
+    monkeypatch.setattr(Every, "_loop", lambda self: looks.append(self._action))
+    with capfd.disabled(), rank_log(run, 1, 0, 1, flush_seconds=3600) as flush:
+        flush()
+        print("grown", flush=True)
+        for _ in range(3):
+            flush()
+    assert sent == [len("grown\n")]
+    assert len(looks) == 1
+
+
+def test_ranks_that_print_all_the_time_make_few_requests_together() -> None:
+    now = [0.0]
+    ranks = 64
+    allowances = [Allowance(20.0 * ranks, 10, lambda: now[0]) for _ in range(ranks)]
+    taken = []
+    for look in range(5 * 720):  # five hours, each rank looks every five seconds
+        now[0] = look * 5.0
+        taken.append(sum(allowance.take() for allowance in allowances))
+    assert sum(taken[:12]) == 10 * ranks  # the first minute of all comes at once
+    assert sum(taken[-720:]) <= 3600 / 20 + ranks  # the last hour
+    quiet = allowances[0]
+    now[0] += 20 * ranks * 3
+    assert [quiet.take() for _ in range(3)] == [True] * 3  # a quiet time was earned back
+
+
+def test_a_log_that_is_sent_in_pieces_is_read_as_one(
+    run: Store, sent: list[int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with capfd.disabled(), rank_log(run, 1, 5, 8, flush_seconds=3600) as flush:
+        for number in range(40):
+            print("line", number, flush=True)
+            flush()
+        assert len(run.list(layout.LOGS)) > 1
+        assert read_log(run, 5) == "".join(f"line {number}\n" for number in range(40))
+    assert [entry.key for entry in run.list(layout.LOGS)] == [layout.rank_log(1, 5)]
+    assert read_log(run, 5) == "".join(f"line {number}\n" for number in range(40))

@@ -1,0 +1,71 @@
+"""A run's threads see what it is asked for, with few requests, and outlive every failure."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from trainer.errors import StorageError
+from trainer.run import layout
+from trainer.run.background import Every
+from trainer.run.requests import Stop, StopSignal, request_restart, request_stop
+from trainer.store import Store, open_store
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path))
+
+
+class Panic(BaseException):
+    """Like those of obstore."""
+
+
+@pytest.mark.parametrize(
+    "failure", [StorageError("the bucket is away"), KeyError("reason"), Panic("a bug"), SystemExit(1)]
+)
+def test_a_thread_outlives_every_failure_and_says_it_once(
+    failure: BaseException, capfd: pytest.CaptureFixture[str]
+) -> None:
+    again = threading.Event()
+    calls: list[int] = []
+
+    def flaky() -> None:
+        calls.append(1)
+        if len(calls) > 5:
+            again.set()
+        raise failure
+
+    every = Every(0.001, flaky, "watching")
+    assert again.wait(timeout=30)
+    every.stop()
+    said = capfd.readouterr().err
+    assert said.count("watching failed, which does not end the run, and will be tried again") == 1
+    assert str(failure) in said
+
+
+def test_stop_and_restart_are_seen_in_turns(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    exists = Store.exists
+    monkeypatch.setattr(Store, "exists", lambda self, key: (asked.append(key), exists(self, key))[1])
+    stop = StopSignal(run, watches=False, seconds=60)
+    for _ in range(3):
+        stop._look()
+    assert sorted(asked) == [layout.RESTART, layout.STOP, layout.STOP]
+    assert stop.requested is Stop.NO
+    request_restart(run, "because more machines have come")
+    for _ in range(3):
+        stop._look()
+    assert (stop.requested, stop.reason) == (Stop.RESTART, "because more machines have come")
+    request_stop(run)
+    for _ in range(2):
+        stop._look()
+    assert (stop.requested, stop.reason) == (Stop.END, "on request")
+
+
+def test_nothing_is_looked_for_once_the_run_is_to_end(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = StopSignal(run, watches=False, seconds=60)
+    stop.request()
+    monkeypatch.setattr(Store, "exists", lambda self, key: pytest.fail("a request"))
+    for _ in range(3):
+        stop._look()
