@@ -222,7 +222,13 @@ class Timeouts(Section):
 class Track(Section):
     """Where metrics go, besides the run's folder."""
 
-    tensorboard: bool = setting(True, about="Write TensorBoard events into the run's folder.", example=True)
+    tensorboard: bool = setting(
+        True, about="Write TensorBoard events into the run's folder, once a minute.", example=True
+    )
     flush_seconds: float = setting(
-        5.0, about="How often metrics and logs are written to the store.", example=10, gt=0, unit="seconds"
+        5.0,
+        about="How often metrics are written to the store, and logs that have grown, which a rank that prints a lot sends less often.",
+        example=10,
+        gt=0,
+        unit="seconds",
     )
