@@ -32,6 +32,7 @@ _PARTS_IN_FLIGHT = 4
 RETRY_SECONDS = 30.0
 # Of one request, its body included: a part on a slow line has to fit in.
 REQUEST_SECONDS = 60.0
+_MERGED_BYTES = 2**20  # ranges whose gap is at most so large are one request
 _BACKOFF: Any = {"init_backoff": timedelta(milliseconds=500), "max_backoff": timedelta(seconds=4), "base": 3}
 
 
@@ -82,19 +83,21 @@ class Store:
         """Several ranges at once, in read-only buffers; near ones are merged into one request, and all are in flight together."""
         if not starts:
             return []
-        try:
-            with self._errors("read", key):
-                parts = obstore.get_ranges(self._backend, self._prefix + key, starts=starts, ends=ends)
-        except BaseException as error:
-            # A range that starts past the end makes obstore panic (a BaseException of a class it does not export).
-            if type(error).__name__ != "PanicException":
-                raise
-            raise StorageError(
-                f"{self.uri}/{key}: bytes up to {max(ends)} were asked for, but the object ends before. It is truncated."
-            ) from error
-        for start, end, part in zip(starts, ends, parts, strict=True):
+        spans, owners = _merged(starts, ends)
+        with self._errors("read", key):
+            data = obstore.get_ranges(
+                self._backend,
+                self._prefix + key,
+                starts=[start for start, _ in spans],
+                ends=[end for _, end in spans],
+                coalesce=0,
+            )
+        for (start, end), part in zip(spans, data, strict=True):
             self._check_length(key, start, end, len(part))
-        return [memoryview(part) for part in parts]
+        parts = ((memoryview(data[owner]), spans[owner][0]) for owner in owners)
+        return [
+            part[start - first : end - first] for (part, first), start, end in zip(parts, starts, ends, strict=True)
+        ]
 
     def chunks(self, key: str, size: int) -> Iterator[bytearray]:
         """An object of `size` bytes, part by part: one is in memory at a time, and each is retried by itself."""
@@ -213,6 +216,23 @@ class Store:
                 raise AlreadyExists(f"{where} exists already.") from error
             kind = Unreachable if _passes(error) else StorageError
             raise kind(f"cannot {verb} {where}: {_reason(error)}.") from error
+
+
+def _merged(starts: list[int], ends: list[int]) -> tuple[list[tuple[int, int]], list[int]]:
+    """Spans that cover the ranges, as few as gaps of `_MERGED_BYTES` allow; and for each range which of them has it.
+
+    obstore would merge them too, but its Rust code panics where a merged object ends before one of its ranges begins.
+    """
+    spans: list[tuple[int, int]] = []
+    owners = [0] * len(starts)
+    for index in sorted(range(len(starts)), key=starts.__getitem__):
+        start, end = starts[index], ends[index]
+        if spans and start - spans[-1][1] <= _MERGED_BYTES:
+            spans[-1] = spans[-1][0], max(spans[-1][1], end)
+        else:
+            spans.append((start, end))
+        owners[index] = len(spans) - 1
+    return spans, owners
 
 
 # Where a cloud machine asks for its role, on AWS, GCP and Azure: reached only when nothing else gave credentials.

@@ -74,6 +74,24 @@ def test_a_range_beyond_the_end_is_an_error_and_never_short_data(store: Store, s
         store.get_ranges("key", [0, start], [1, 9])
 
 
+def test_ranges_come_in_the_order_they_were_asked_for_near_or_far_or_overlapping(store: Store) -> None:
+    data = os.urandom(4 * 2**20)
+    store.put("key", data)
+    starts, ends = [3_500_000, 0, 5, 100, 1_200_000, 4], [3_500_009, 10, 8, 2_000_000, 1_200_001, 3_000_000]
+    assert [bytes(part) for part in store.get_ranges("key", starts, ends)] == [
+        data[start:end] for start, end in zip(starts, ends, strict=True)
+    ]
+
+
+def test_a_truncated_object_is_one_sentence_without_a_word_of_rust(store: Store, capfd) -> None:
+    store.put("key", b"123")
+    with pytest.raises(
+        StorageError, match="key: bytes 0 to 150 were asked for, but the object ends at 3. It is truncat"
+    ):
+        store.get_ranges("key", [0, 50, 120], [2, 60, 150])
+    assert capfd.readouterr().err == ""
+
+
 def test_an_object_that_comes_in_pieces_is_read_back_whole_and_in_parts(store: Store) -> None:
     piece = os.urandom(2**20)
     pieces = 2 * PART_BYTES // 2**20 + 3
