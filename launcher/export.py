@@ -18,9 +18,9 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from trainer.base.locate import check_mergeable, read_base_config
-from trainer.checkpoint.manifest import committed_steps
-from trainer.errors import CapstanError, NothingToResume
-from trainer.run.folder import run_config
+from trainer.checkpoint.manifest import committed_steps, readable_manifests
+from trainer.errors import CapstanError, NothingToResume, StorageError
+from trainer.export.trained import trained_config
 from trainer.store import Store
 
 
@@ -97,14 +97,17 @@ def export_run(run: Store, destination: str, *, merge: bool, step: int | None, v
 
 
 def _planned_step(run: Store, step: int | None, *, merge: bool) -> int:
-    if merge:
-        model = run_config(run).model
-        check_mergeable(model, read_base_config(model))
-    steps = committed_steps(run)
+    steps, damaged = committed_steps(run), list[str]()
     if not steps or step not in (None, *steps):
         which = "" if step is None else f" of step {step}"
         raise NothingToResume(f"{run.uri} has no committed checkpoint{which}.")
-    return steps[0] if step is None else step
+    manifest = next(readable_manifests(run, damaged, steps if step is None else [step]), None)
+    if manifest is None:
+        raise StorageError(damaged[0])
+    if merge:
+        model = trained_config(run, manifest).model
+        check_mergeable(model, read_base_config(model))
+    return manifest.step
 
 
 @contextmanager

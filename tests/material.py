@@ -17,6 +17,7 @@ from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.checkpoint.shard import ShardLayout, write_shard
 from trainer.config import Config, dump_config, parse_config
 from trainer.data.prepare import Datasets, prepare
+from trainer.identity import identity_of
 from trainer.run import layout
 from trainer.store import Store, open_store
 
@@ -175,8 +176,10 @@ def commit(run: Store, config: Config, step: int = 4) -> None:
     shard_layout = ShardLayout({name: (0, rows * columns) for name, (rows, columns) in shapes.items()})
     states = 0.1 * torch.randn(shard_layout.numel, generator=torch.Generator().manual_seed(step))
     shard = write_shard(run, layout.shard(step, "000001-000001", 0), shard_layout, memoryview(states.numpy().tobytes()))
-    identity = {"path": base.name, "fingerprint": base.fingerprint}
-    manifest = CheckpointManifest(step, 1, 1, 0.0, step, {}, "data", {}, identity, {}, {}, {}, None, shapes, [shard])
+    ours = identity_of(config, base, "data")
+    manifest = CheckpointManifest(
+        step, 1, 1, 0.0, step, {}, ours.dataset, ours.order, ours.base, ours.adapter, {}, {}, None, shapes, [shard]
+    )
     run.create(layout.manifest(step), manifest.to_json())
 
 

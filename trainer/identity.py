@@ -18,6 +18,9 @@ def identity_of(config: Config, base: Base, dataset: str) -> Identity:
         dataset=dataset,
         base={
             "path": base.name,
+            "name": config.model.base,
+            "revision": config.model.revision,
+            "dtype": config.model.dtype,
             "fingerprint": base.fingerprint,
             "layers": config.model.layers,
             "quant.type": config.quant.type,

@@ -81,7 +81,7 @@ def resolve_base(model: Model) -> Base:
         ConfigError: it is missing, has no config.json, or is of an architecture that is not supported.
         StorageError: the bucket does not answer or refuses.
     """
-    if _in_bucket(model):
+    if in_bucket(model.base):
         store = open_store(model.base, setting="model.base")
         return _base(store.uri, _small_files(store), store)
     directory = _directory(model, [*_SMALL_FILES, "*.safetensors"])
@@ -90,7 +90,7 @@ def resolve_base(model: Model) -> Base:
 
 def base_files(model: Model) -> Path:
     """A directory with config.json and the tokenizer's files; the weights are not downloaded for it."""
-    if _in_bucket(model):
+    if in_bucket(model.base):
         return _small_files(open_store(model.base, setting="model.base"))
     return _directory(model, list(_SMALL_FILES))
 
@@ -127,7 +127,7 @@ def read_base_config(model: Model) -> dict[str, Any]:
         ConfigError: it is missing, has no config.json, or is of an architecture that is not supported.
         StorageError: the bucket does not answer or refuses.
     """
-    if _in_bucket(model):
+    if in_bucket(model.base):
         store = open_store(model.base, setting="model.base")
         return _read_config(store.uri, lambda: store.get(_CONFIG))
     directory = Path(model.base).expanduser()
@@ -137,8 +137,13 @@ def read_base_config(model: Model) -> dict[str, Any]:
     return _read_config(model.base, _local(Path(path)))
 
 
-def _in_bucket(model: Model) -> bool:
-    return model.base.startswith(tuple(f"{scheme}://" for scheme in SCHEMES))
+def in_bucket(base: str) -> bool:
+    return base.startswith(tuple(f"{scheme}://" for scheme in SCHEMES))
+
+
+def is_hub_id(base: str) -> bool:
+    """Whether `base` has the form of a Hub id. A directory of that name goes first."""
+    return bool(_HUB_ID.fullmatch(base))
 
 
 def _small_files(store: Store) -> Path:
@@ -223,7 +228,7 @@ def _read_config(name: str, read: Callable[[], bytes]) -> dict[str, Any]:
 
 
 def _from_hub(model: Model, get: Callable[[Any], str]) -> str:
-    if not _HUB_ID.fullmatch(model.base):
+    if not is_hub_id(model.base):
         raise ConfigError(
             f"model.base: the directory {model.base!r} does not exist. Give a Hugging Face model directory, a bucket's "
             "URI or a Hub id."

@@ -11,6 +11,9 @@ from typing import Any
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.errors import ConfigError
 
+# Facts about the base that may change from one start to the next. An export reads them in the manifest.
+_BESIDE_IDENTITY = {"path", "name", "revision", "dtype"}
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -38,7 +41,7 @@ def check_identity(manifest: CheckpointManifest, identity: Identity) -> None:
     for what, saved, given in parts:
         for key in sorted(saved.keys() | given.keys()):
             before, now = (values.get(key, identity.defaults.get(key)) for values in (saved, given))
-            if key != "path" and before != now:
+            if key not in _BESIDE_IDENTITY and before != now:
                 raise ConfigError(
                     f"the checkpoint of step {manifest.step} has {what} {key}: {before!r}, the configuration gives "
                     f"{now!r}. Set it back, or start a run of another name."

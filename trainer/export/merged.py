@@ -7,7 +7,6 @@ config.json is written last: nothing loads a model without it, so a merge that w
 """
 
 import json
-import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -16,36 +15,28 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from trainer.base.filling import as_tensor
-from trainer.base.locate import TOKENIZER_FILES, Base, check_mergeable, named_files, read_base_config, resolve_base
+from trainer.base.locate import TOKENIZER_FILES, Base, check_mergeable, named_files, read_base_config
 from trainer.base.parameters import find_source
 from trainer.base.reading import PIECE_BYTES, PIECES_IN_FLIGHT, cut, freed_memory_given_back, read_ahead
 from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
-from trainer.config import Config, Tuning
-from trainer.errors import ConfigError
-from trainer.export.adapter import (
-    CARD,
-    TRAINED,
-    adapter_weights,
-    check_destination,
-    command,
-    export_adapter,
-    model_card,
-)
-from trainer.run.folder import run_config
+from trainer.config import Config
+from trainer.export.adapter import adapter_weights, export_adapter
+from trainer.export.command import command
+from trainer.export.folder import CARD, TRAINED, check_destination, model_card
+from trainer.export.lora import LowRankUpdate, low_rank_updates
+from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.safetensors_index import INDEX_FILE, SINGLE_FILE, TensorSource, numel
 from trainer.store import Store, open_store
 
 _CONFIG = "config.json"
 _SMALL_FILES = ("generation_config.json", *TOKENIZER_FILES)
-# Of bytes written and of all bytes.
-Report = Callable[[int, int], None]
+# Told how many bytes are written, and how many there are in all.
+BytesWritten = Callable[[int, int], None]
 
 
 def export_merged(
-    run: Store, destination: Store, step: int | None = None, report: Report = lambda done, total: None
+    run: Store, destination: Store, step: int | None = None, report: BytesWritten = lambda done, total: None
 ) -> CheckpointManifest:
     """Write the model of `step`, or of the newest whole checkpoint, to `destination`; returns its manifest.
 
@@ -55,16 +46,11 @@ def export_merged(
         ConfigError: `destination` holds something that is no half export, or the base cannot be merged into, is not here,
             or is another than the run's.
     """
-    config = run_config(run)
-    check_mergeable(config.model, read_base_config(config.model))
     check_destination(destination, "*.safetensors", INDEX_FILE, *_SMALL_FILES)
     manifest = whole_checkpoint(run, step)
-    base = resolve_base(config.model)
-    if base.fingerprint != manifest.base["fingerprint"]:
-        raise ConfigError(
-            f"model.base: {base.name} is not the model that the checkpoint of step {manifest.step} was trained on (other "
-            "config.json, tensors or files). Put that one back."
-        )
+    config = trained_config(run, manifest)
+    check_mergeable(config.model, read_base_config(config.model))
+    base = resolve_trained_base(config.model, manifest)
     updates = low_rank_updates(adapter_weights(run, manifest, config), config.tuning)
     card = model_card(config, manifest, "transformers", _description(config))
     destination.put(CARD, card)
@@ -80,40 +66,8 @@ def _description(config: Config) -> str:
     return f"A model {TRAINED}: a LoRA adapter, merged into the weights of its base.{over}"
 
 
-@dataclass(frozen=True)
-class LowRankUpdate:
-    """What an adapter adds to a weight (outputs, inputs): scaling * up @ down; up (outputs, rank), down (rank, inputs), fp32."""
-
-    up: Tensor
-    down: Tensor
-    scaling: float
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.up.shape[0], self.down.shape[1]
-
-    def add_to(self, rows: Tensor, first: int) -> None:
-        """Add it to some rows of the weight, of which `first` is the number of the first, in place."""
-        rows = rows.view(-1, self.shape[1])
-        change = self.up[first : first + len(rows)] @ self.down
-        rows.copy_(change.mul_(self.scaling).add_(rows))
-
-
-def low_rank_updates(adapter: dict[str, Tensor], tuning: Tuning) -> dict[str, LowRankUpdate]:
-    """Name of each adapted weight in the model -> its update. `adapter`: trained parameter by its name in the model."""
-    scaling = tuning.alpha / (math.sqrt(tuning.rank) if tuning.method == "rslora" else tuning.rank)
-    updates: dict[str, LowRankUpdate] = {}
-    for name in adapter:
-        path, found, rest = name.partition(".lora_A.")
-        if found:
-            up, down = adapter[f"{path}.lora_B.{rest}"].float(), adapter[name].float()
-            updates[f"{path}.weight"] = LowRankUpdate(up, down, scaling)
-    assert 2 * len(updates) == len(adapter), "something else than LoRA's matrices was trained"
-    return updates
-
-
 @freed_memory_given_back()
-def _write_weights(base: Base, updates: dict[str, LowRankUpdate], destination: Store, report: Report) -> None:
+def _write_weights(base: Base, updates: dict[str, LowRankUpdate], destination: Store, report: BytesWritten) -> None:
     """The files of weights, and their index where there are several."""
     adapted = [(_stored(base, name, update.shape), update) for name, update in updates.items()]
     files = {source.key for source in base.tensors.values()}
@@ -139,7 +93,7 @@ def _stored(base: Base, name: str, shape: tuple[int, int]) -> TensorSource:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _FileRange:
     """Bytes [begin, end) of a file of the base, and how they change."""
 
     store: Store
@@ -173,19 +127,23 @@ def _merged_bytes(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _pieces(store: Store, key: str, size: int, adapted: list[tuple[TensorSource, LowRankUpdate]]) -> Iterator[_Piece]:
+def _pieces(
+    store: Store, key: str, size: int, adapted: list[tuple[TensorSource, LowRankUpdate]]
+) -> Iterator[_FileRange]:
     """The whole file, in order: whole rows of adapted weights, and what lies between these, header included, as it is."""
 
-    def copied(begin: int, end: int) -> Iterator[_Piece]:
+    def copied(begin: int, end: int) -> Iterator[_FileRange]:
         for first in range(begin, end, PIECE_BYTES):
-            yield _Piece(store, key, first, min(end, first + PIECE_BYTES))
+            yield _FileRange(store, key, first, min(end, first + PIECE_BYTES))
 
     position = 0
     for source, update in sorted(adapted, key=lambda pair: pair[0].offset):
         yield from copied(position, source.offset)
         columns = update.shape[1]
         for begin, end in cut(source, 0, numel(source), multiple=columns):
-            yield _Piece(store, key, *source.byte_range(begin, end), partial(_add, source, update, begin // columns))
+            yield _FileRange(
+                store, key, *source.byte_range(begin, end), partial(_add, source, update, begin // columns)
+            )
         _, position = source.byte_range(0, numel(source))
     yield from copied(position, size)
 
@@ -203,7 +161,7 @@ def prove_merged(run: Store, step: int, merged: Store) -> Any:
         return compare_merged(run, step, adapter, merged)
 
 
-def _print_progress() -> Report:
+def _print_progress() -> BytesWritten:
     """Lines for whoever started this process: "progress", bytes done, bytes in all."""
     last = 0.0
 

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from trainer.base.load import DTYPES, model_config
-from trainer.base.locate import Base, copy_object, copy_weights, resolve_base
+from trainer.base.locate import Base, copy_object, copy_weights
 from trainer.checkpoint.checkpoints import load_partitions
-from trainer.checkpoint.manifest import whole_checkpoint
+from trainer.checkpoint.manifest import CheckpointManifest, read_manifest
 from trainer.config import Config, Quant
+from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.model.attention import choose_attention
 from trainer.objective.sft import NextTokens
 from trainer.ranks import join
-from trainer.run.folder import run_config
 from trainer.store import Store
 from trainer.train.assemble import assemble
 from trainer.zero.policy import build_deepspeed_config
@@ -69,11 +69,12 @@ class MergeProof:
 
 def compare_logits(run: Store, step: int, adapter: Store) -> Proof:
     """The model of `step` and the exported adapter, in this process, one after the other."""
-    config = run_config(run)
-    base = resolve_base(config.model)
+    manifest = read_manifest(run, step)
+    config = trained_config(run, manifest)
+    base = resolve_trained_base(config.model, manifest)
     tokens = _probe(base)
     quant = None if config.quant.type == "none" or base.quantized else config.quant
-    trained = _trained_logits(run, step, config, tokens)
+    trained = _trained_logits(run, manifest, config, base, tokens)
     with _base_directory(base) as local, _directory(adapter) as folder:
         architecture, dtype = model_config(local, config.model.layers), DTYPES[config.model.dtype]
         exported, plain = _adapted_logits(architecture, local, folder, tokens, dtype, quant)
@@ -86,10 +87,11 @@ def compare_logits(run: Store, step: int, adapter: Store) -> Proof:
 
 def compare_merged(run: Store, step: int, adapter: Store, merged: Store) -> MergeProof:
     """The model of `step`, its exported adapter beside the base, and the merged model, one after the other."""
-    config = run_config(run)
-    base = resolve_base(config.model)
+    manifest = read_manifest(run, step)
+    config = trained_config(run, manifest)
+    base = resolve_trained_base(config.model, manifest)
     tokens = _probe(base)
-    trained = _trained_logits(run, step, config, tokens)
+    trained = _trained_logits(run, manifest, config, base, tokens)
     with _base_directory(base) as local, _directory(adapter) as folder:
         architecture = model_config(local, config.model.layers)
         adapted, plain = _adapted_logits(architecture, local, folder, tokens, torch.float32, None)
@@ -137,15 +139,14 @@ def _base_directory(base: Base) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _trained_logits(run: Store, step: int, config: Config, tokens: Tensor) -> Tensor:
+def _trained_logits(run: Store, manifest: CheckpointManifest, config: Config, base: Base, tokens: Tensor) -> Tensor:
     """Through our own sharded loader, engine and restore, as one rank: (1, T, V) fp32."""
-    ranks, base = join(), resolve_base(config.model)
+    ranks = join()
     attention = choose_attention(config.model.attention, ranks.device, DTYPES[config.model.dtype], base.config)
     settings = build_deepspeed_config(
         config, world_size=ranks.world_size, accumulation=1, on_gpu=ranks.device.type == "cuda"
     )
     engine, _ = assemble(base, config, settings, ranks, attention, "world", NextTokens())
-    manifest = whole_checkpoint(run, step)
     load_partitions(run, manifest, engine.partitions())
     engine.refresh(manifest.updates)
     return engine.logits(tokens.to(ranks.device)).float().cpu()

@@ -1,0 +1,131 @@
+"""`capstan export` as a user calls it, on a run that was really trained: what comes out is what was trained, or nothing."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Capstan
+from tests.dist.launch import launch
+from tests.material import Workshop, make_base
+from trainer.checkpoint.manifest import read_manifest
+from trainer.config import dump_config, parse_config
+from trainer.run import layout
+from trainer.store import Store
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A finished run of one rank, committed after steps 1 and 6; rank 5, alpha 20."""
+    # bitsandbytes' fused CPU kernel, which plain transformers uses where it can, wants widths that divide by 32.
+    workshop = Workshop(tmp_path_factory.mktemp("trained"), intermediate_size=192)
+    settings = ("train.steps=6", "tuning.rank=5", "tuning.alpha=20", "optim.lr=0.01", "quant.block_size=128")
+    config = workshop.config("done", *settings)
+    run = workshop.store.sub("done")
+    run.put(layout.CONFIG, dump_config(config).encode())
+    (outcome,) = launch(1, "run", dump_config(config), workshop.prepare(config).train, timeout=200)
+    assert outcome["outcome"] == "finished"
+    return run
+
+
+@pytest.fixture
+def run(trained: Store, tmp_path: Path) -> Iterator[Store]:
+    """The same run, for a test to change; its data and its base stay where they are."""
+    settings = trained.get(layout.CONFIG)
+    shutil.copytree(trained.uri.removeprefix("file://"), tmp_path / "before")
+    yield trained
+    shutil.rmtree(trained.uri.removeprefix("file://"))
+    shutil.copytree(tmp_path / "before", trained.uri.removeprefix("file://"))
+    assert trained.get(layout.CONFIG) == settings
+
+
+def configure(run: Store, *overrides: str) -> None:
+    """What a hand in config.yaml does, and what a resume did that was refused too late."""
+    changed = parse_config(run.get(layout.CONFIG).decode(), overrides)
+    run.put(layout.CONFIG, dump_config(changed).encode())
+
+
+def exported(capstan: Capstan, run: Store, folder: Path, *options: str) -> dict[str, object]:
+    done = capstan("export", run.uri, folder, "--json", *options, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("tuning.alpha=320",),
+        ("tuning.rank=32",),
+        ("tuning.method=rslora", "tuning.targets=[q_proj]"),
+        ("quant.type=none", "model.dtype=fp32", "model.layers=1"),
+    ],
+    ids=str,
+)
+def test_an_adapter_is_what_was_trained_whatever_config_yaml_says_now(
+    capstan: Capstan, run: Store, tmp_path: Path, change: tuple[str, ...]
+) -> None:
+    expected = tmp_path / "expected"
+    exported(capstan, run, expected)
+    configure(run, *change)
+    exported(capstan, run, tmp_path / "adapter", "--verify")
+    for file in expected.iterdir():
+        assert (tmp_path / "adapter" / file.name).read_bytes() == file.read_bytes(), file.name
+    settings = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"], settings["use_rslora"]) == (5, 20, False)
+
+
+def test_an_adapter_names_the_base_it_was_trained_on(capstan: Capstan, run: Store, tmp_path: Path) -> None:
+    configure(run, f"model.base={make_base(tmp_path / 'other', 'qwen2')}")
+    exported(capstan, run, tmp_path / "adapter", "--verify")
+    base = read_manifest(run, 6).base["path"]
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == base
+    assert f"base_model: {base}" in (tmp_path / "adapter/README.md").read_text()
+
+
+def test_a_merge_is_of_what_was_trained_whatever_config_yaml_says_now(
+    capstan: Capstan, run: Store, tmp_path: Path
+) -> None:
+    exported(capstan, run, tmp_path / "expected", "--merge")
+    configure(run, "tuning.alpha=320", "model.layers=1", f"model.base={make_base(tmp_path / 'other', 'qwen2')}")
+    assert exported(capstan, run, tmp_path / "planned", "--merge", "--dry-run")["step"] == 6
+    exported(capstan, run, tmp_path / "merged", "--merge", "--verify")
+    for file in (tmp_path / "expected").iterdir():
+        assert (tmp_path / "merged" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_base_that_moved_is_found_by_config_yaml_and_known_by_its_fingerprint(
+    capstan: Capstan, run: Store, tmp_path: Path
+) -> None:
+    base = Path(read_manifest(run, 6).base["path"])
+    moved, other = tmp_path / "moved", make_base(tmp_path / "other", "qwen2")
+    base.rename(moved)
+    try:
+        configure(run, f"model.base={other}")
+        refused = capstan("export", run.uri, tmp_path / "adapter")
+        configure(run, f"model.base={moved}")
+        exported(capstan, run, tmp_path / "adapter")
+    finally:
+        moved.rename(base)
+    assert (refused.returncode, "Traceback" in refused.stderr) == (2, False)
+    assert f"{other} is not the model that the checkpoint of step 6 was trained on" in refused.stderr
+    settings = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(moved)
+
+
+def test_a_manifest_of_before_names_its_base_and_the_rest_is_in_config_yaml(
+    capstan: Capstan, run: Store, tmp_path: Path
+) -> None:
+    """Format 2 of the first release knew the base's path, layers and quantization, but no `name`, `revision` or `dtype`."""
+    manifest = read_manifest(run, 6)
+    known = {key: value for key, value in manifest.base.items() if key not in ("name", "revision", "dtype")}
+    exported(capstan, run, tmp_path / "expected")
+    run.put(layout.manifest(6), replace(manifest, base=known).to_json())
+    configure(run, f"model.base={make_base(tmp_path / 'other', 'qwen2')}", "tuning.rank=32")
+    exported(capstan, run, tmp_path / "adapter")
+    for file in (tmp_path / "expected").iterdir():
+        assert (tmp_path / "adapter" / file.name).read_bytes() == file.read_bytes(), file.name

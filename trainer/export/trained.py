@@ -1,0 +1,84 @@
+"""What a checkpoint was trained as. Its manifest is the truth: config.yaml says what the next start was asked to do.
+
+A manifest that was written before some value was recorded falls back to config.yaml for that value alone.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from trainer.base.locate import Base, in_bucket, is_hub_id, resolve_base
+from trainer.checkpoint.manifest import CheckpointManifest
+from trainer.config import Config, Model, Tuning
+from trainer.errors import ConfigError, Damaged
+from trainer.run.folder import run_config
+from trainer.store import Store
+from trainer.tuning.method import methods
+
+# Where huggingface_hub keeps a model. Manifests without a `name` have this path for a base that was given by its Hub id.
+_SNAPSHOT = re.compile(r".*/models--([^/]+)--([^/]+)/snapshots/([^/]+)")
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+def trained_config(run: Store, manifest: CheckpointManifest) -> Config:
+    """config.yaml, with the base, its quantization, and the tuning method and its settings from the manifest.
+
+    Raises:
+        ConfigError: config.yaml cannot be read, or the base is not where the manifest says, and config.yaml names another.
+        Damaged: the manifest holds settings that do not exist.
+    """
+    given = run_config(run)
+    recorded = {key: manifest.base[key] for key in ("layers", "dtype") if key in manifest.base}
+    quant = {key.removeprefix("quant."): value for key, value in manifest.base.items() if key.startswith("quant.")}
+    sections = {
+        "model": _updated(given.model, {**recorded, **_place(manifest, given.model)}, manifest),
+        "quant": _updated(given.quant, quant, manifest),
+        "tuning": _tuning(manifest) if manifest.adapter else given.tuning,
+    }
+    return given.model_copy(update=sections)
+
+
+def resolve_trained_base(model: Model, manifest: CheckpointManifest) -> Base:
+    """The base, with its weights. Raises `ConfigError` when it is not here, or is another than the checkpoint's."""
+    base = resolve_base(model)
+    if base.fingerprint != manifest.base["fingerprint"]:
+        raise ConfigError(
+            f"model.base: {base.name} is not the model that the checkpoint of step {manifest.step} was trained on (other "
+            "config.json, tensors or files). Put that one back."
+        )
+    return base
+
+
+def _place(manifest: CheckpointManifest, given: Model) -> dict[str, Any]:
+    """The name of the base in the run's configuration of then. A directory that has moved is where config.yaml says."""
+    name, revision = manifest.base.get("name"), manifest.base.get("revision")
+    if name is None:
+        name = manifest.base["path"]
+        if snapshot := _SNAPSHOT.fullmatch(name):
+            name = f"{snapshot[1]}/{snapshot[2]}"
+            revision = given.revision if given.base == name else snapshot[3]
+    if not (in_bucket(name) or is_hub_id(name) or Path(name).expanduser().is_dir()) and given.base != name:
+        resolve_trained_base(given, manifest)
+        return {}
+    return {"base": name, "revision": revision}
+
+
+def _tuning(manifest: CheckpointManifest) -> Tuning:
+    """A setting that the manifest leaves out has its method's default, whatever config.yaml says."""
+    make = methods().get(manifest.adapter.get("method", ""))
+    defaults = make(Tuning()).defaults if make else {}
+    return _updated(Tuning(), {**defaults, **manifest.adapter}, manifest)
+
+
+def _updated(settings: Settings, values: dict[str, Any], manifest: CheckpointManifest) -> Settings:
+    try:
+        return type(settings).model_validate({**settings.model_dump(), **values})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise Damaged(
+            f"the manifest of step {manifest.step} has {'.'.join(map(str, problem['loc']))}: {problem['input']!r}, which this "
+            f"version does not know ({problem['msg']}). Use the version that wrote it."
+        ) from error
