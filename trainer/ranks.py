@@ -67,8 +67,12 @@ class Ranks:
 
     def on_first(self, action: Callable[[], T]) -> T:
         """What `action` returns, or raises, on rank 0; the others do not run it. Collective."""
-        result: Any = self.together(lambda: action() if self.rank == 0 else None)[0]
-        return result
+        result: Any = None
+        with self.agreeing():
+            if self.rank == 0:
+                result = action()
+        # Not `together`: a gather makes room on each rank for as many objects as there are ranks, each of the largest size.
+        return self.broadcast(result)
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's object. Collective."""

@@ -11,9 +11,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from launcher.view.tables import duration
-from trainer.checkpoint.manifest import CheckpointManifest, committed_steps, readable_manifests
+from trainer.checkpoint.manifest import CheckpointManifest, committed_steps, readable_manifests, shard_problem
 from trainer.checkpoint.retention import Removal, Retention, plan_removal, remove
-from trainer.checkpoint.shard import verify_shard
 from trainer.errors import NothingToResume
 from trainer.run.folder import run_config
 from trainer.store import Store
@@ -80,8 +79,8 @@ def verify_checkpoints(run: Store, step: int | None, console: Console | None = N
         task = progress.add_task("verifying", total=sum(manifest.size for manifest in chosen))
         for manifest in chosen:
             progress.update(task, description=f"verifying step {manifest.step:,}")
-            for shard in manifest.shards:
-                if problem := verify_shard(run, shard):
+            for number, shard in enumerate(manifest.shards):
+                if problem := shard_problem(run, manifest, number):
                     problems.setdefault(manifest.step, []).append(problem)
                 progress.advance(task, shard.size)
     return CheckpointList(run.uri, chosen, verified=True, problems=problems)
@@ -122,7 +121,7 @@ class Pruned:
         verb = "would remove" if self.dry_run else "removed"
         return (
             f"{verb} checkpoints of steps: {steps}; orphans: {len(removal.orphans)}; {decimal(removal.bytes)} in all. "
-            f"Kept steps: {kept}."
+            f"Kept steps: {kept}." + (f" Attention: {removal.warning}" if removal.warning else "")
         )
 
 

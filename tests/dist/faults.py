@@ -94,7 +94,7 @@ def save(run: Store, ranks: Ranks, step: int, generation: int = 1) -> list[dict[
     ours, events = checkpoints(run, ranks, generation)
     ours._pruning = InTurn()
     learner = FakeLearner(ranks, step)
-    ours.save(learner, step, {"next_bin": step})
+    ours.save(learner, step, {"bin": step})
     ours.prove()
     return events
 
@@ -193,6 +193,13 @@ def _restore(run: Store, ranks: Ranks, fault: Fault) -> dict[str, Any]:
             for state, values in part.states.items():
                 assert torch.equal(values, whole_state(part.name, state, 4)[part.begin : part.end])
     return outcome
+
+
+def restores_format_2(uri: str) -> dict[str, Any]:
+    """Restore the checkpoint of step 4 that commit add275c wrote, and read it whole as an export does."""
+    ranks, run = join(), open_store(uri)
+    outcome = _restore(run, ranks, Fault())
+    return {**outcome, "wrong": wrong_with(run, 4)}
 
 
 # Rules of saving.
@@ -343,7 +350,7 @@ def race(uri: str) -> dict[str, Any]:
     alone = Alone(ranks)
     ours, events = checkpoints(run, alone, generation=ranks.rank + 1)
     learner = FakeLearner(alone, 1)
-    ours.save(learner, 1, {"next_bin": ranks.rank})
+    ours.save(learner, 1, {"bin": ranks.rank})
     ranks.gather(0.0)
     outcome = _outcome_of(ours.finish)
     ranks.gather(0.0)
@@ -388,7 +395,7 @@ def save_through_an_outage(uri: str, marks: str, megabytes: int) -> dict[str, An
     learner = FakeLearner(ranks, 2)
     name = next(iter(SHAPES))
     SHAPES[name] = (megabytes, 2**18 // 3)
-    ours.save(learner, 2, {"next_bin": 2})
+    ours.save(learner, 2, {"bin": 2})
     while ours._pending is not None:
         ours.advance(all_ready=ours.ready)  # as the loop does at each step's border
         steps += 1

@@ -9,9 +9,8 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from launcher.cli.__main__ import app
-from tests.unit.test_manifest import manifest
+from tests.checkpoints import commit
 from trainer.checkpoint.manifest import committed_steps
-from trainer.checkpoint.shard import ShardLayout, write_shard
 from trainer.errors import CapstanError, ConfigError
 from trainer.run import layout
 from trainer.store import Store, open_store
@@ -31,16 +30,7 @@ def run(tmp_path: Path) -> Store:
     run = open_store(str(tmp_path)).sub("mine")
     run.put(layout.CONFIG, yaml.safe_dump(CONFIG).encode())
     for step in (1, 2, 3, 4):
-        shards = [
-            write_shard(
-                run,
-                layout.shard(step, "000002-000001", rank),
-                ShardLayout({"w": (rank, rank + 1)}),
-                memoryview(bytes(12)),
-            )
-            for rank in range(2)
-        ]
-        run.create(layout.manifest(step), manifest(step, shards, eval_loss=1 / step).to_json())
+        commit(run, step, attempt="000002-000001", eval_loss=1 / step)
     run.put(layout.shard(9, "000001-000001", 0), b"lost")
     return run
 

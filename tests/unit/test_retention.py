@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.test_manifest import manifest
+from tests.checkpoints import commit, manifest, write_shards
 from trainer.checkpoint.manifest import committed_steps
 from trainer.checkpoint.retention import Removal, Retention, plan_removal, remove
-from trainer.checkpoint.shard import Shard
 from trainer.run import layout
 from trainer.store import Store, open_store
 
@@ -17,12 +16,6 @@ from trainer.store import Store, open_store
 @pytest.fixture
 def run(tmp_path: Path) -> Store:
     return open_store(str(tmp_path))
-
-
-def commit(run: Store, step: int, attempt: str = "000001-000001", eval_loss: float | None = None) -> None:
-    key = layout.shard(step, attempt, 0)
-    run.put(key, b"data")
-    run.create(layout.manifest(step), manifest(step, [Shard(key, 4, "", {})], eval_loss).to_json())
 
 
 def later(hours: float) -> Callable[[], datetime]:
@@ -76,13 +69,65 @@ def test_a_removal_deletes_the_manifest_before_its_shards(run: Store, monkeypatc
     assert removal.bytes == sum(entry.size for entry in run.list(layout.checkpoint(1)))
     assert deleted == [], "a plan changes nothing"
     remove(run, removal)
-    assert deleted == [layout.manifest(1), layout.shard(1, "000001-000001", 0)]
+    assert deleted == [layout.manifest(1), *(layout.shard(1, "000001-000001", rank) for rank in range(2))]
     assert run.list(layout.checkpoint(1)) == []
     assert committed_steps(run) == [2]
 
 
+def damage(run: Store, step: int) -> None:
+    key = layout.shard(step, "000001-000001", 1)
+    run.put(key, run.get(key)[:-1] + b"?")
+
+
+def cover_nothing(run: Store, step: int) -> None:
+    """A manifest of two shards that says it were all of three: whole by its hash, but not by what it covers."""
+    written = manifest(step, write_shards(run, step, ranks=3)[:2])
+    run.put(layout.manifest(step), written.to_json())
+
+
+def no_manifest(run: Store, step: int) -> None:
+    run.put(layout.manifest(step), b"{")
+
+
+@pytest.mark.parametrize("harm", [damage, cover_nothing, no_manifest])
+def test_the_last_whole_checkpoint_stays_when_all_newer_are_damaged(run: Store, harm: Callable[..., None]) -> None:
+    for step in (1, 2, 3, 4, 5):
+        commit(run, step)
+    harm(run, 5)
+    harm(run, 4)
+    removal = plan_removal(run, Retention(1))
+    assert (removal.kept, removal.steps, removal.proven) == ([5, 3], [4, 2, 1], 3)
+    assert removal.damaged.keys() == {5, 4}
+    assert str(removal.warning).startswith("the checkpoint of step 5 is damaged: ")
+    assert str(removal.warning).endswith("Step 3 stays.")
+    remove(run, removal)
+    assert committed_steps(run) == [5, 3]
+
+
+def test_nothing_is_removed_when_no_checkpoint_is_whole(run: Store) -> None:
+    for step in (1, 2, 3):
+        commit(run, step)
+        damage(run, step)
+    removal = plan_removal(run, Retention(1))
+    assert (removal.kept, removal.steps, removal.bytes, removal.proven) == ([3, 2, 1], [], 0, None)
+    assert "Nothing is removed" in str(removal.warning)
+
+
+def test_a_checkpoint_that_is_known_to_be_whole_is_not_read_again(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2, 3):
+        commit(run, step)
+    read: list[str] = []
+    plain = Store.chunks
+    monkeypatch.setattr(Store, "chunks", lambda store, key, size: read.append(key) or plain(store, key, size))
+    assert plan_removal(run, Retention(9)).proven is None
+    assert plan_removal(run, Retention(2), proven=2).proven == 2
+    assert read == []
+    assert plan_removal(run, Retention(2), proven=1).proven == 3
+    assert read == [layout.shard(3, "000001-000001", rank) for rank in range(2)]
+
+
 def test_orphans_go_when_they_are_old_and_what_a_commit_names_stays(run: Store) -> None:
-    commit(run, 5, "000002-000001")
+    commit(run, 5, attempt="000002-000001")
     orphans = [
         layout.damaged_manifest(5, 2),
         layout.shard(5, "000001-000003", 0),  # of a dead attempt at a step that was committed later
@@ -97,7 +142,7 @@ def test_orphans_go_when_they_are_old_and_what_a_commit_names_stays(run: Store) 
     remove(run, old)
     remove(run, old)
     left = [entry.key for entry in run.list()]
-    assert left == [layout.shard(5, "000002-000001", 0), layout.manifest(5)]
+    assert left == [*(layout.shard(5, "000002-000001", rank) for rank in range(2)), layout.manifest(5)]
 
 
 def test_beside_a_damaged_manifest_nothing_is_an_orphan(run: Store) -> None:

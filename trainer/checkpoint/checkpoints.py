@@ -8,6 +8,7 @@ ranges that overlap its intervals.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,11 +19,19 @@ import torch
 from torch import Tensor
 
 from trainer import config
+from trainer.checkpoint.division import EvenDivision
 from trainer.checkpoint.identity import Identity, check_identity
 from trainer.checkpoint.learner import Learner, TrainablePartition
-from trainer.checkpoint.manifest import CheckpointManifest, committed_steps, read_manifest, readable_manifests
+from trainer.checkpoint.manifest import (
+    CheckpointManifest,
+    committed_steps,
+    read_manifest,
+    readable_manifests,
+    shard_problem,
+)
+from trainer.checkpoint.reading import read_elements
 from trainer.checkpoint.retention import Retention, plan_removal, remove
-from trainer.checkpoint.shard import STATES, Shard, ShardLayout, StateSlice, read_states, verify_shard, write_shard
+from trainer.checkpoint.shard import ShardLayout, write_shard
 from trainer.errors import AlreadyExists, NothingToResume, StorageError, Superseded
 from trainer.ranks import Ranks
 from trainer.run import layout
@@ -64,6 +73,8 @@ class Checkpoints:
     _pending: _Pending | None = None
     _block: Tensor | None = None
     _uploads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
+    _proven: int | None = None  # step of a checkpoint that was read and found whole
+    _next_pruning: Future[None] | None = None
     _pruning: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "prune"))
 
     # --- save
@@ -88,7 +99,12 @@ class Checkpoints:
         started = time.monotonic()
         self._settle()
         partitions = learner.partitions()
-        shard_layout = ShardLayout({part.name: (part.begin, part.end) for part in partitions if part.end > part.begin})
+        shapes = _shapes(partitions)
+        division = EvenDivision({name: math.prod(shape) for name, shape in shapes.items()}, self.ranks.world_size)
+        assert all((part.begin, part.end) == division.interval(part.name, self.ranks.rank) for part in partitions), (
+            "a manifest writes no intervals: whoever reads it derives them by this rule"
+        )
+        shard_layout = ShardLayout(division.intervals(self.ranks.rank))
         data = self._copy(shard_layout, partitions)
         self._saves, self.newest = self._saves + 1, step
         key = layout.shard(step, layout.attempt(self.generation, self._saves), self.ranks.rank)
@@ -106,7 +122,7 @@ class Checkpoints:
             groups=learner.groups,
             versions=self.versions,
             eval_loss=eval_loss,
-            shapes={part.name: list(part.shape) for part in partitions},
+            shapes=shapes,
             shards=[],
         )
         upload = self._uploads.submit(write_shard, self.run, key, shard_layout, data)
@@ -163,8 +179,10 @@ class Checkpoints:
             stall_seconds=round(pending.stall, 4),
             key=layout.manifest(pending.manifest.step),
         )
-        if self.ranks.rank == 0:
-            self._pruning.submit(self._prune)
+        # A removal that has not begun yet will see this commit too.
+        waits = self._next_pruning and not (self._next_pruning.running() or self._next_pruning.done())
+        if self.ranks.rank == 0 and not waits:
+            self._next_pruning = self._pruning.submit(self._prune)
 
     def _fail(self, rank: int, step: int, error: StorageError) -> None:
         self._pending = None
@@ -200,6 +218,7 @@ class Checkpoints:
         problems = self._verify(self.ranks.on_first(lambda: read_manifest(self.run, step)))
         if problems:
             raise StorageError(f"{self.run.uri} does not keep what is written to it: {problems[0]}")
+        self._proven = step
 
     def _commit(self, manifest: CheckpointManifest) -> None:
         """On rank 0 write the manifest, unless a later generation has taken over."""
@@ -224,9 +243,14 @@ class Checkpoints:
         """In the background after each commit; what fails now is tried again after the next."""
         rules = Retention(self.rules.keep_last, self.rules.keep_every, self.rules.keep_best)
         try:
-            remove(self.run, plan_removal(self.run, rules))
+            removal = plan_removal(self.run, rules, proven=self._proven)
+            remove(self.run, removal)
         except StorageError as error:
             self.record("prune_failed", reason=str(error))
+            return
+        self._proven = removal.proven or self._proven
+        if removal.warning:
+            self.record("prune_failed", reason=removal.warning)
 
     # --- restore
 
@@ -241,14 +265,17 @@ class Checkpoints:
         self._settle()
         damaged = False
         for manifest, problems in self._candidates():
+            if manifest is not None:
+                check_identity(manifest, self.identity)
+                problems = _other_shapes(manifest, learner.partitions())
             for problem in problems:
                 log(f"checkpoint skipped: {problem}")
             damaged |= bool(problems)
-            if manifest is None:
+            if manifest is None or problems:
                 continue
-            check_identity(manifest, self.identity)
             self.ranks.together(lambda found=manifest: load_partitions(self.run, found, learner.partitions()))
             learner.refresh(manifest.updates)
+            self._proven = manifest.step
             _log_changes(manifest.groups, learner.groups, log)
             self.ranks.on_first(lambda found=manifest: self._set_aside(newer_than=found.step))
             return manifest
@@ -275,8 +302,8 @@ class Checkpoints:
 
     def _verify(self, manifest: CheckpointManifest) -> list[str]:
         """What is wrong with the shards' bytes, on any rank; the shards are divided over them. Collective."""
-        mine = manifest.shards[self.ranks.rank :: self.ranks.world_size]
-        found = self.ranks.together(lambda: [p for shard in mine if (p := verify_shard(self.run, shard))])
+        mine = range(self.ranks.rank, len(manifest.shards), self.ranks.world_size)
+        found = self.ranks.together(lambda: [p for number in mine if (p := shard_problem(self.run, manifest, number))])
         return [problem for problems in found for problem in problems]
 
     def _set_aside(self, newer_than: int) -> None:
@@ -305,23 +332,23 @@ def _log_changes(saved: dict[str, Any], given: dict[str, Any], log: Callable[[st
                 log(f"optimizer group {group}: {name} is {value} from now on; the checkpoint was saved with {before}")
 
 
+def _other_shapes(manifest: CheckpointManifest, partitions: list[TrainablePartition]) -> list[str]:
+    """Adapters of one identity have one set of shapes: with others, the manifest is wrong."""
+    if manifest.shapes == _shapes(partitions):
+        return []
+    return [f"the manifest of step {manifest.step} names other parameters or shapes than its adapter has."]
+
+
+def _shapes(partitions: list[TrainablePartition]) -> dict[str, list[int]]:
+    return {part.name: list(part.shape) for part in partitions}
+
+
 def load_partitions(run: Store, manifest: CheckpointManifest, partitions: list[TrainablePartition]) -> None:
     """Fill the partitions' states from whatever intervals the checkpoint's ranks wrote: any world size loads."""
-    shapes = {part.name: list(part.shape) for part in partitions}
-    assert shapes == manifest.shapes, "the adapter's identity was checked, so its shapes must agree"
     mine = {part.name: part for part in partitions}
-    for shard in manifest.shards:
-        pieces = [piece for part in partitions for piece in _overlap(part, shard)]
-        if not pieces:
-            continue
-        for (name, state, begin, end), data in read_states(run, shard, pieces):
-            part = mine[name]
-            values = torch.frombuffer(bytearray(data), dtype=torch.float32)
-            part.states[state][begin - part.begin : end - part.begin] = values
-
-
-def _overlap(part: TrainablePartition, shard: Shard) -> list[StateSlice]:
-    """What `shard` holds of a partition."""
-    saved_begin, saved_end = shard.intervals.get(part.name, (0, 0))
-    begin, end = max(part.begin, saved_begin), min(part.end, saved_end)
-    return [StateSlice(part.name, state, begin, end) for state in STATES] if begin < end else []
+    wanted = {part.name: (part.begin, part.end) for part in partitions}
+    for (name, state, begin, end), data in read_elements(run, manifest, wanted):
+        part = mine[name]
+        part.states[state][begin - part.begin : end - part.begin] = torch.frombuffer(
+            bytearray(data), dtype=torch.float32
+        )

@@ -1,75 +1,140 @@
 """The checkpoint manifest: what a committed checkpoint consists of, and the proof that it is whole.
 
-Format 2, JSON: {"format": 2, "sha256": <of the canonical JSON of body>, "body": {...}}. A checkpoint exists when its
-manifest does. Readable without torch or DeepSpeed; docs/checkpoint-format.md describes every field.
+Format 3, JSON: {"format": 3, "sha256": <of the canonical JSON of body>, "body": {...}}. A checkpoint exists when its
+manifest does. Readable without torch or DeepSpeed; docs/checkpoint-format.md describes every field. Format 2, which lists
+each shard's intervals, is read for ever.
 """
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import cached_property
+from typing import Annotated, Any, ClassVar
 
-from trainer.checkpoint.shard import Shard, verify_shard
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from trainer.checkpoint.division import Division, EvenDivision, ListedDivision
+from trainer.checkpoint.shard import BYTES_PER_ELEMENT, Shard, verify_shard
 from trainer.errors import Damaged, NotFound, NothingToResume, StorageError
 from trainer.run import layout
 from trainer.store import Store
 
-FORMAT = 2
+FORMAT = 3
+_LISTING_FORMAT = 2  # it lists the intervals of each shard
+
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Positive = Annotated[int, Field(ge=1, lt=2**63)]
+_Place = Annotated[str, Field(pattern="^(epoch|chapter|window|bin)$")]
+_Shape = Annotated[list[_Positive], Field(max_length=8)]
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)
 class CheckpointManifest:
     """A committed checkpoint: the state after `step` updates."""
 
-    step: int
-    generation: int
-    world_size: int
+    __pydantic_config__: ClassVar = ConfigDict(strict=True, allow_inf_nan=False)
+
+    step: Annotated[int, Field(ge=0, lt=10**9)]
+    generation: _Count
+    world_size: _Positive
     created: float  # seconds since 1970
-    updates: int  # AdamW's own step count
-    position: dict[str, int]  # of the data: epoch, chapter, window, bin
+    updates: _Count  # AdamW's own step count
+    position: dict[_Place, _Count]  # of the data
     dataset: str  # fingerprint of the compiled training data
     order: dict[str, Any]  # what else the data's order depends on: version, seed, packing, weights, sequence length
     base: dict[str, Any]  # path and fingerprint of the base, and how it is quantized
     adapter: dict[str, Any]  # method, rank, alpha and targets
     groups: dict[str, dict[str, Any]]  # of the optimizer: name -> hyperparameters
     versions: dict[str, str]  # of the software that wrote it
-    eval_loss: float | None  # nats a target token, where the step was evaluated
-    shapes: dict[str, list[int]]  # of every trainable parameter
-    shards: list[Shard]
+    # Nats a target token, where the step was evaluated. An infinite loss is no loss: it cannot be compared.
+    eval_loss: Annotated[float | None, BeforeValidator(_finite)]
+    shapes: Annotated[dict[str, _Shape], Field(min_length=1)]  # of every trainable parameter
+    shards: list[Shard]  # in the order of the ranks that wrote them
 
     @property
     def size(self) -> int:
         """Bytes of all shards."""
         return sum(shard.size for shard in self.shards)
 
+    @cached_property
+    def numels(self) -> dict[str, int]:
+        """Elements of every trainable parameter."""
+        return {name: math.prod(shape) for name, shape in self.shapes.items()}
+
+    @cached_property
+    def division(self) -> Division:
+        """Which elements each of `shards` holds."""
+        listed = [shard.intervals for shard in self.shards if shard.intervals is not None]
+        return ListedDivision(self.numels, listed) if listed else EvenDivision(self.numels, len(self.shards))
+
+    def problem(self) -> str | None:
+        """Why this cannot be a whole checkpoint, whatever lies in its shards; None when it can."""
+        if any(layout.shard_step(shard.key) != self.step for shard in self.shards):
+            return f"it names files that are no shards of step {self.step}"
+        if len(self.shards) != self.world_size:
+            return f"it names {len(self.shards)} shards, but {self.world_size} ranks wrote it"
+        if len({shard.key for shard in self.shards}) < len(self.shards):
+            return "it names a shard twice"
+        if self.size < BYTES_PER_ELEMENT * sum(self.numels.values()):
+            return "its shards are too small for the parameters that it names"
+        return self.division.problem()
+
     def to_json(self) -> bytes:
-        body = asdict(self)
-        return json.dumps({"format": FORMAT, "sha256": _digest(body), "body": body}, sort_keys=True).encode()
+        body = asdict(self) | {"eval_loss": _finite(self.eval_loss)}
+        for shard in body["shards"]:
+            assert shard.pop("intervals") is None, "only format 2 lists intervals"
+        digest = hashlib.sha256(_canonical(body)).hexdigest()
+        return json.dumps({"format": FORMAT, "sha256": digest, "body": body}, sort_keys=True, allow_nan=False).encode()
 
 
-def _digest(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+_READER = TypeAdapter(CheckpointManifest)
+
+
+def _canonical(body: Any) -> bytes:
+    return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _first_problem(error: ValidationError) -> str:
+    found = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, found['loc']))}: {found['msg']}"
 
 
 def parse_manifest(data: bytes, where: str) -> CheckpointManifest:
-    """Raises `Damaged` unless `data` is a whole manifest, and `StorageError` when it is of another format."""
+    """The manifest in `data`, whose shards hold every trainable element exactly once, if they are what it says.
+
+    Raises `Damaged` when it is none, and `StorageError` when it is of another format.
+    """
     try:
         tree = json.loads(data)
-        known, body, digest = tree["format"] == FORMAT, tree["body"], tree["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
+        number, body, digest = tree["format"], tree["body"], tree["sha256"]
+        canonical = _canonical(body)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Damaged(f"{where} is damaged: it is not a manifest.") from error
-    if not known:
+    if type(number) is not int or number < _LISTING_FORMAT:
+        raise Damaged(f"{where} is damaged: it is not a manifest.")
+    if number > FORMAT:
         raise StorageError(
-            f"{where} is of format {tree['format']}; this version reads format {FORMAT}. Use the version that wrote it."
+            f"{where} is of format {number}; this version reads formats {_LISTING_FORMAT} and {FORMAT}. Use the version "
+            "that wrote it."
         )
-    if digest != _digest(body):
+    if digest != hashlib.sha256(canonical).hexdigest():
         raise Damaged(f"{where} is damaged: its content does not match its sha256.")
-    shards = [
-        Shard(s["key"], s["size"], s["sha256"], {name: (begin, end) for name, (begin, end) in s["intervals"].items()})
-        for s in body.pop("shards")
-    ]
-    return CheckpointManifest(**body, shards=shards)
+    try:
+        manifest = _READER.validate_json(canonical)
+    except ValidationError as error:
+        raise Damaged(f"{where} is damaged: {_first_problem(error)}.") from error
+    lists = number == _LISTING_FORMAT
+    if any((shard.intervals is not None) != lists for shard in manifest.shards):
+        raise Damaged(f"{where} is damaged: a manifest of format {number} {'lists' if lists else 'has no'} intervals.")
+    if problem := manifest.problem():
+        raise Damaged(f"{where} is damaged: {problem}.")
+    return manifest
 
 
 def committed_steps(run: Store) -> list[int]:
@@ -79,8 +144,12 @@ def committed_steps(run: Store) -> list[int]:
 
 
 def read_manifest(run: Store, step: int) -> CheckpointManifest:
+    """Raises `NotFound`, and what `parse_manifest` raises."""
     key = layout.manifest(step)
-    return parse_manifest(run.get(key), f"{run.uri}/{key}")
+    manifest = parse_manifest(run.get(key), f"{run.uri}/{key}")
+    if manifest.step != step:
+        raise Damaged(f"{run.uri}/{key} is damaged: it is the manifest of step {manifest.step}.")
+    return manifest
 
 
 def readable_manifests(run: Store, skipped: list[str], steps: list[int] | None = None) -> Iterator[CheckpointManifest]:
@@ -97,7 +166,13 @@ def readable_manifests(run: Store, skipped: list[str], steps: list[int] | None =
 
 def problems_of(run: Store, manifest: CheckpointManifest) -> list[str]:
     """What is wrong with its shards; a store that fails raises `StorageError`."""
-    return [problem for shard in manifest.shards if (problem := verify_shard(run, shard))]
+    found = (shard_problem(run, manifest, number) for number in range(len(manifest.shards)))
+    return [problem for problem in found if problem]
+
+
+def shard_problem(run: Store, manifest: CheckpointManifest, number: int) -> str | None:
+    """What is wrong with one of its shards, or None."""
+    return verify_shard(run, manifest.shards[number], manifest.division.intervals(number))
 
 
 def whole_checkpoint(run: Store, step: int | None = None) -> CheckpointManifest:

@@ -1,7 +1,8 @@
 """Which checkpoints a run keeps, and the removal of the others and of what dead saves left behind.
 
-A removed checkpoint loses its manifest first, so it is never chosen half gone; a removal that dies in between leaves
-shards that nothing refers to, and those are orphans like any other.
+Nothing is removed before one of those that stay was read and found whole, so the last good checkpoint outlives newer ones
+that are damaged. A removed checkpoint loses its manifest first, so it is never chosen half gone; a removal that dies in
+between leaves shards that nothing refers to, and those are orphans like any other.
 """
 
 from collections import defaultdict
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
-from trainer.checkpoint.manifest import read_manifest, readable_manifests
+from trainer.checkpoint.manifest import read_manifest, readable_manifests, shard_problem
 from trainer.errors import Damaged, NotFound
 from trainer.run import layout
 from trainer.store import Entry, Store
@@ -35,22 +36,42 @@ class Retention:
 
 @dataclass
 class Removal:
-    """What is to go: whole checkpoints by step, and single objects that no commit refers to; `bytes` of both."""
+    """What is to go: checkpoints by step, and single objects that no commit refers to; `bytes` of both.
+
+    `proven` is the step of one that stays and is whole. `damaged` says of every step that was read before it what is
+    wrong with it.
+    """
 
     kept: list[int] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     orphans: list[str] = field(default_factory=list)
     bytes: int = 0
+    proven: int | None = None
+    damaged: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def warning(self) -> str | None:
+        """What a person must know: the rules alone would have left no whole checkpoint."""
+        if not self.damaged:
+            return None
+        step, problem = next(iter(self.damaged.items()))
+        stays = "Nothing is removed, as no older one is whole" if self.proven is None else f"Step {self.proven} stays"
+        return f"the checkpoint of step {step} is damaged: {problem} {stays}."
 
 
 def plan_removal(
     run: Store,
     rules: Retention,
     *,
+    proven: int | None = None,
     orphan_hours: float = ORPHAN_HOURS,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> Removal:
-    """What `rules` remove from the run, and which orphans are older than `orphan_hours`. Changes nothing."""
+    """What `rules` remove from the run, and which orphans are older than `orphan_hours`. Changes nothing.
+
+    Reads every byte of one checkpoint that stays, unless `proven`, a step known to be whole, does. Where all that `rules`
+    keep are damaged, the newest whole one stays too; where none is whole, all stay.
+    """
     folders: dict[int, list[Entry]] = defaultdict(list)
     for entry in run.list(layout.CHECKPOINTS):
         step = layout.step_of(entry.key)
@@ -64,6 +85,8 @@ def plan_removal(
         losses = {found.step: found.eval_loss for found in manifests if found.eval_loss is not None}
     removal = Removal(steps=rules.removable(newest_first, losses))
     removal.kept = [step for step in newest_first if step not in removal.steps]
+    if removal.steps:
+        _keep_a_whole_one(run, removal, proven)
     for step in removal.steps:
         removal.bytes += sum(entry.size for entry in folders[step])
     before = now() - timedelta(hours=orphan_hours)
@@ -73,6 +96,31 @@ def plan_removal(
                 removal.orphans.append(entry.key)
                 removal.bytes += entry.size
     return removal
+
+
+def _keep_a_whole_one(run: Store, removal: Removal, proven: int | None) -> None:
+    """Move steps from those that go to those that stay, until a whole one stays."""
+    if proven in removal.kept:
+        removal.proven = proven
+        return
+    for step in [*removal.kept, *removal.steps]:
+        problem = _problem(run, step)
+        if problem is None:
+            removal.proven = step
+            removal.kept = sorted({*removal.kept, step}, reverse=True)
+            removal.steps = [other for other in removal.steps if other != step]
+            return
+        removal.damaged[step] = problem
+    removal.kept, removal.steps = sorted([*removal.kept, *removal.steps], reverse=True), []
+
+
+def _problem(run: Store, step: int) -> str | None:
+    """The first thing that is wrong with the checkpoint of `step`; None when it is whole."""
+    try:
+        manifest = read_manifest(run, step)
+    except (Damaged, NotFound) as error:
+        return str(error)
+    return next(filter(None, (shard_problem(run, manifest, number) for number in range(len(manifest.shards)))), None)
 
 
 def _unreferenced(run: Store, step: int, entries: list[Entry], *, committed: bool) -> list[Entry]:

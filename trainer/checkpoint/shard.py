@@ -7,36 +7,40 @@ https://github.com/huggingface/safetensors#format: 8 bytes little-endian header 
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
-from trainer.errors import NotFound
-from trainer.safetensors_index import read_header
+from pydantic import ConfigDict, Field
+
+from trainer.checkpoint.division import Interval
+from trainer.errors import ConfigError, Damaged, NotFound
+from trainer.safetensors_index import TensorSource, read_header
 from trainer.store import PART_BYTES, Buffer, Store
 
 STATES = ("master", "exp_avg", "exp_avg_sq")
 _HASH_BYTES = 2**20
 _ELEMENT_BYTES = 4  # every state is fp32
-
-Interval = tuple[int, int]
+BYTES_PER_ELEMENT = len(STATES) * _ELEMENT_BYTES  # of a trainable parameter
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What one rank wrote. `intervals`: parameter name -> [begin, end) of its flattened elements in this shard."""
+    """The file that one rank wrote. `intervals`: listed by manifests of format 2 only; see `trainer.checkpoint.division`."""
+
+    __pydantic_config__: ClassVar = ConfigDict(strict=True)
 
     key: str
-    size: int
-    sha256: str
-    intervals: dict[str, Interval]
+    size: Annotated[int, Field(ge=0, lt=2**63)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    intervals: dict[str, Interval] | None = None
 
 
 @dataclass(frozen=True)
 class ShardLayout:
     """Where the states of each interval lie in a shard's data, in elements: one parameter's three beside each other."""
 
-    intervals: dict[str, Interval]
+    intervals: Mapping[str, Interval]
 
     @property
     def numel(self) -> int:
@@ -79,11 +83,14 @@ def write_shard(run: Store, key: str, layout: ShardLayout, data: memoryview) -> 
 
     size = len(header) + len(data)
     run.put_chunks(key, hashed(), size)
-    return Shard(key, size, digest.hexdigest(), layout.intervals)
+    return Shard(key, size, digest.hexdigest())
 
 
-def verify_shard(run: Store, shard: Shard) -> str | None:
-    """None when the shard's bytes are what was written, else what is wrong; a store that fails raises `StorageError`."""
+def verify_shard(run: Store, shard: Shard, intervals: Mapping[str, Interval]) -> str | None:
+    """None when the shard's bytes are what was written and hold `intervals`, else what is wrong.
+
+    A store that fails raises `StorageError`.
+    """
     where = f"{run.uri}/{shard.key}"
     try:
         size = run.head(shard.key).size
@@ -92,9 +99,25 @@ def verify_shard(run: Store, shard: Shard) -> str | None:
         digest = hashlib.sha256()
         for chunk in run.chunks(shard.key, size):
             digest.update(chunk)
-    except NotFound as error:
+        if digest.hexdigest() != shard.sha256:
+            return f"{where} does not match its sha256."
+        _tensors(run, shard, intervals)
+    except (Damaged, NotFound) as error:
         return str(error)
-    return None if digest.hexdigest() == shard.sha256 else f"{where} does not match its sha256."
+    return None
+
+
+def _tensors(run: Store, shard: Shard, intervals: Mapping[str, Interval]) -> dict[str, TensorSource]:
+    """The shard's tensors by `parameter|state`; raises `Damaged` unless they are the three states of `intervals`."""
+    try:
+        tensors = read_header(run, shard.key, shard.size)
+    except ConfigError as error:
+        raise Damaged(str(error)) from error
+    lengths = {name: end - begin for name, (begin, end) in intervals.items()}
+    expected = {f"{name}|{state}": ("F32", (length,)) for name, length in lengths.items() for state in STATES}
+    if {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()} != expected:
+        raise Damaged(f"{run.uri}/{shard.key} does not hold the elements that its manifest says.")
+    return tensors
 
 
 class StateSlice(NamedTuple):
@@ -106,26 +129,31 @@ class StateSlice(NamedTuple):
     end: int
 
 
-def read_states(run: Store, shard: Shard, pieces: Iterable[StateSlice]) -> Iterator[tuple[StateSlice, Buffer]]:
-    """Each piece with its fp32 bytes, all of them in `shard`.
+def read_states(
+    run: Store, shard: Shard, intervals: Mapping[str, Interval], slices: Iterable[StateSlice]
+) -> Iterator[tuple[StateSlice, Buffer]]:
+    """Each slice with its fp32 bytes, all of them in `shard`, which holds `intervals`.
 
-    Only these bytes leave the store: near ones in one request, and a part's worth at a time.
+    Only these bytes leave the store: near ones in one request, and a part's worth at a time. Raises `Damaged` when the
+    shard holds something else.
     """
-    header = read_header(run, shard.key, shard.size)
+    tensors = _tensors(run, shard, intervals)
     batch: list[StateSlice] = []
     ranges: list[Interval] = []
-    for piece in pieces:
-        first = shard.intervals[piece.name][0]
-        if sum(end - begin for begin, end in ranges) > PART_BYTES:
+    size = 0
+    for each in slices:
+        if size > PART_BYTES:
             yield from _fetch(run, shard, batch, ranges)
-            batch, ranges = [], []
-        batch.append(piece)
-        ranges.append(header[f"{piece.name}|{piece.state}"].byte_range(piece.begin - first, piece.end - first))
+            batch, ranges, size = [], [], 0
+        first = intervals[each.name][0]
+        batch.append(each)
+        ranges.append(tensors[f"{each.name}|{each.state}"].byte_range(each.begin - first, each.end - first))
+        size += _ELEMENT_BYTES * (each.end - each.begin)
     yield from _fetch(run, shard, batch, ranges)
 
 
 def _fetch(
-    run: Store, shard: Shard, pieces: list[StateSlice], ranges: list[Interval]
+    run: Store, shard: Shard, slices: list[StateSlice], ranges: list[Interval]
 ) -> Iterator[tuple[StateSlice, Buffer]]:
     data = run.get_ranges(shard.key, [begin for begin, _ in ranges], [end for _, end in ranges])
-    yield from zip(pieces, data, strict=True)
+    yield from zip(slices, data, strict=True)

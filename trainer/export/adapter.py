@@ -14,7 +14,7 @@ from torch import Tensor
 from trainer.base.load import DTYPES
 from trainer.base.locate import TOKENIZER_FILES, base_files, named_files
 from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
-from trainer.checkpoint.shard import StateSlice, read_states
+from trainer.checkpoint.reading import read_elements
 from trainer.config import Config
 from trainer.export.command import command
 from trainer.export.folder import CARD, TRAINED, check_destination, model_card
@@ -59,11 +59,10 @@ def _small_files(config: Config, manifest: CheckpointManifest) -> dict[str, byte
 
 def master_weights(run: Store, manifest: CheckpointManifest) -> dict[str, Tensor]:
     """Every trained parameter, whole, in fp32, by its name in the model."""
-    flat = {name: torch.empty(torch.Size(shape).numel()) for name, shape in manifest.shapes.items()}
-    for shard in manifest.shards:
-        pieces = (StateSlice(name, "master", begin, end) for name, (begin, end) in shard.intervals.items())
-        for (name, _, begin, end), data in read_states(run, shard, pieces):
-            flat[name][begin:end] = torch.frombuffer(bytearray(data), dtype=torch.float32)
+    flat = {name: torch.empty(numel) for name, numel in manifest.numels.items()}
+    every = {name: (0, numel) for name, numel in manifest.numels.items()}
+    for (name, _, begin, end), data in read_elements(run, manifest, every, states=("master",)):
+        flat[name][begin:end] = torch.frombuffer(bytearray(data), dtype=torch.float32)
     return {name: tensor.view(manifest.shapes[name]) for name, tensor in flat.items()}
 
 

@@ -21,6 +21,7 @@ SLURM_SCRIPT = "slurm/run.sbatch"
 SLURM_ATTEMPTS = "slurm/attempts/"
 
 _STEP = re.compile(r"checkpoints/step-(\d{9})/.+")
+_SHARD = re.compile(r"checkpoints/step-(\d{9})/[\w-]+/shard-\d{5,}\.safetensors")
 _MANIFEST = re.compile(r"checkpoints/step-(\d{9})/manifest\.json")
 _GENERATION = re.compile(r"metrics/(\d{6})\.jsonl")
 _RECORDS = re.compile(r"metrics/(\d{6})\.jsonl(\.added-.+)?")
@@ -83,6 +84,12 @@ def attempt(generation: int, save: int) -> str:
 def shard(step: int, attempt: str, rank: int) -> str:
     """`attempt` is unique to one save, so that a dead save can never be mistaken for part of a later one."""
     return f"{checkpoint(step)}{attempt}/shard-{rank:05d}.safetensors"
+
+
+def shard_step(key: str) -> int | None:
+    """The step of whose checkpoint `key` is a shard, or None for any other key."""
+    match = _SHARD.fullmatch(key)
+    return int(match[1]) if match else None
 
 
 def manifest(step: int) -> str:
