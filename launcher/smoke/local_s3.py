@@ -53,7 +53,7 @@ class S3Server:
         self._directory = directory.absolute()
         self._secret = secrets.token_hex(16)
         # Each service has a port for HTTP and one for gRPC; left alone, weed takes port + 10000 for gRPC.
-        ports = iter(_free_ports(2 * len(_SERVICES)))
+        ports = iter(free_ports(2 * len(_SERVICES)))
         self._ports = {service: (next(ports), next(ports)) for service in _SERVICES}
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -108,7 +108,7 @@ class S3Server:
                 # Not in the terminal's process group: Ctrl-C asks the training run to commit a checkpoint, and
                 # the store has to be there for that.
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
         try:
             self._wait_until_ready(self._process)
@@ -212,7 +212,7 @@ def _request(method: str, port: int, path: str) -> tuple[int, bytes]:
         connection.close()
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """`count` ports that nobody listens on.
 
     They are below Linux's range for outgoing connections (32768 and up) and above Ray's workers (10002 to 19999), so
@@ -233,7 +233,7 @@ def _free_ports(count: int) -> list[int]:
     raise StorageError(f"the local S3 server needs {count} free ports between 20000 and 32767, and found {len(free)}.")
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Run in the child before exec: the kernel kills it when its parent is gone.
 
     A parent that is itself killed with -9 (the smoke run and the tests do that) runs no `finally`, and a server left

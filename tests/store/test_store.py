@@ -1,4 +1,4 @@
-"""The store's promises, the same in memory, on a local folder and on a real S3 server."""
+"""The store's promises, the same in memory, on a local folder, on two real S3 servers and on one of Azure's kind."""
 
 import hashlib
 import os
@@ -162,9 +162,10 @@ def test_a_local_store_survives_reopening(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "a" / "b").read_bytes() == b"x"
 
 
-@pytest.mark.parametrize("name", ["plain", "50% of #1, ü~"])
-def test_reading_makes_no_folder_and_writing_makes_the_one_that_was_named(tmp_path: Path, name: str) -> None:
-    store = open_store(str(tmp_path / name / "runs"))
+@pytest.mark.parametrize("form", ["{}", "file://{}"])
+@pytest.mark.parametrize("name", ["plain", "50% of #1? ü~"])
+def test_reading_makes_no_folder_and_writing_makes_the_one_that_was_named(tmp_path: Path, name: str, form: str) -> None:
+    store = open_store(form.format(tmp_path / name / "runs"))
     assert (store.list(), store.folders(), store.exists("a")) == ([], [], False)
     assert list(tmp_path.iterdir()) == []
     store.put("a", b"x")
@@ -234,9 +235,49 @@ def test_a_store_inside_a_file_says_so(tmp_path: Path) -> None:
         open_store(str(tmp_path / "file" / "deeper"))
 
 
-@pytest.mark.parametrize("uri", ["ftp://host/x", "s3://"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "ftp://host/x",
+        "s3://",
+        "gs://",
+        "az:///runs",
+        "S3://bucket",
+        "file://runs",
+        "s3://bucket/runs?part=1",
+        "gs://bucket/run#1",
+    ],
+)
 def test_a_uri_that_is_none_of_ours_is_refused_by_the_setting_that_has_it(uri: str) -> None:
     for setting in ("run.store", "DEST"):
         with pytest.raises(ConfigError, match=f"^{setting}: ") as caught:
             open_store(uri, setting=setting)
         assert_one_line(caught.value)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["s3://AKIA:hidden@bucket/runs", "gs://hidden@bucket/runs", "az://box/a?sv=1&sig=hidden", "ftp://me:hidden@host/x"],
+)
+def test_credentials_in_a_uri_are_refused_and_not_repeated(uri: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        open_store(uri)
+    assert "hidden" not in str(caught.value)
+    assert_one_line(caught.value)
+
+
+@pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"])
+def test_an_endpoint_may_have_no_tls_under_each_of_its_names_and_its_password_is_not_repeated(
+    monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "any")
+    monkeypatch.setenv(variable, "http://me:hidden@127.0.0.1:1")
+    with pytest.raises(StorageError, match=r"http://127.0.0.1:1 cannot be reached \(Connection refused\)"):
+        open_store("s3://bucket/runs", retry_seconds=0.1).get("key")
+    monkeypatch.setenv(variable, "me:hidden@127.0.0.1:1")
+    with pytest.raises(ConfigError, match=f"^{variable}: .* is no address of a server") as caught:
+        open_store("s3://bucket/runs")
+    assert "hidden" not in str(caught.value)

@@ -114,8 +114,8 @@ def _find_remote(path: str, source: int, name: str) -> list[SourceFile]:
     if _WILDCARDS & set(folder):
         raise DataError(f"{name}: {path!r} has a wildcard in a folder. In a bucket only the last part may have one.")
     if not _WILDCARDS & set(pattern) and not pattern.endswith(tuple(_SUFFIXES)):
-        return _find_in_folder(open_store(path), path.rstrip("/"), source, name)
-    store = open_store(folder)
+        return _find_in_folder(open_store(path, setting=name), path.rstrip("/"), source, name)
+    store = open_store(folder, setting=name)
     try:
         if _WILDCARDS & set(pattern):
             entries = [entry for entry in store.list() if "/" not in entry.key]
