@@ -1,5 +1,6 @@
 """A run's life over az:// and over a second S3 server: train, go on, verify, export, by the real command."""
 
+import json
 import os
 import subprocess
 import sys
@@ -44,6 +45,4 @@ def test_train_resume_verify_and_export(server: str, request: pytest.FixtureRequ
     capstan("train", "run.yaml")
     capstan("resume", f"{store}/life", "train.steps=4")
     assert "damaged" not in capstan("checkpoints", "verify", f"{store}/life")
-    capstan("export", f"{store}/life", f"{store}/adapter")
-    capstan("export", f"{store}/life", tmp_path / "adapter", "--step", 4)
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert json.loads(capstan("export", f"{store}/life", f"{store}/adapter", "--json"))["step"] == 4
