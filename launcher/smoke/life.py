@@ -28,7 +28,7 @@ from launcher.start.claim import anchored
 from launcher.view.status import read_generation
 from trainer.base.locate import read_base_config
 from trainer.checkpoint.manifest import committed_steps
-from trainer.config import Config, Source, assignment, dump_config, load_config, override, parse_config
+from trainer.config import Config, Data, Source, assignment, dump_config, load_config, override, parse_config
 from trainer.data.rows import rows
 from trainer.data.sources import expand
 from trainer.errors import CapstanError, DataError, DoesNotFit
@@ -150,25 +150,13 @@ class _Life:
             config = given
             with self.phase(f"the first {ROWS_OF_A_SOURCE} rows of each source"):
                 config = config.model_copy(
-                    update={"data": config.data.model_copy(update={"train": self.head(config.data.train), "eval": []})}
+                    update={
+                        "data": config.data.model_copy(
+                            update={"train": first_rows(config.data, self.directory), "eval": []}
+                        )
+                    }
                 )
         return scale_down(config, self.store_uri, self.ray_address, layers)
-
-    def head(self, sources: Sequence[Source]) -> list[Source]:
-        """The first rows of each source, as files of our own: a smoke run need not tokenize a whole data set."""
-
-        def refuse(error: DataError) -> None:
-            raise error
-
-        small: list[Source] = []
-        for index, source in enumerate(sources):
-            target = self.directory / f"source-{index}.jsonl"
-            found = (row for file in expand([source], "data.train") for _, row in rows(file, refuse))
-            target.write_text(
-                "".join(json.dumps(row) + "\n" for row in islice(found, ROWS_OF_A_SOURCE)), encoding="utf-8"
-            )
-            small.append(source.model_copy(update={"path": str(target)}))
-        return small
 
     def plan(self, config: Config) -> None:
         with self.phase("plan"):
@@ -253,6 +241,24 @@ def _newest_commit(metrics: dict[str, list[dict[str, Any]]]) -> int:
 
 def _newest_step(metrics: dict[str, list[dict[str, Any]]]) -> int:
     return metrics["step"][-1]["step"] if metrics.get("step") else 0
+
+
+def first_rows(data: Data, directory: Path) -> list[Source]:
+    """The first rows of each source, as files in `directory`: a smoke run need not tokenize a whole data set."""
+
+    def bad(error: DataError) -> None:
+        if data.on_bad_row == "fail":
+            raise error
+
+    small: list[Source] = []
+    for index, source in enumerate(data.train):
+        found = (row for file in expand([source], "data.train") for _, row in rows(file, bad))
+        # A table may have columns that JSON has no values for, such as dates.
+        lines = (json.dumps(row, default=str) + "\n" for row in islice(found, ROWS_OF_A_SOURCE))
+        target = directory / f"source-{index}.jsonl"
+        target.write_text("".join(lines), encoding="utf-8")
+        small.append(source.model_copy(update={"path": str(target)}))
+    return small
 
 
 def scale_down(config: Config, store: str, ray_address: str, layers: int | None) -> Config:

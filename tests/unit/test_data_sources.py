@@ -16,7 +16,7 @@ from trainer.data import rows as reading
 from trainer.data import sources
 from trainer.data.rows import rows
 from trainer.data.sources import SourceFile, expand
-from trainer.errors import DataError, NotFound
+from trainer.errors import ConfigError, DataError, NotFound
 from trainer.store import Store
 
 ROWS = [{"text": "one"}, {"text": "zwei ä"}, {"text": "three"}]
@@ -68,6 +68,19 @@ def test_a_path_that_cannot_be_used_is_named_with_its_setting(tmp_path: Path, na
     with pytest.raises(DataError, match=message):
         find(tmp_path / "a.jsonl", tmp_path / name)
     assert not (tmp_path / "missing").exists()
+
+
+@pytest.mark.parametrize(
+    "path", ["x" * 5000 + ".jsonl", "~nobody-of-this-name/x.jsonl", "\udcff.jsonl", "*.jsonl", "s3://", "az://c/x"]
+)
+def test_a_path_that_no_system_knows_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
+    (tmp_path / "\udcff.jsonl").write_bytes(LINES)
+    with pytest.raises((DataError, ConfigError), match=r"^data\.train\[0\]\.path: [^\n]*$"):
+        find(path)
 
 
 def test_an_unknown_scheme_names_the_allowed_ones() -> None:
@@ -194,7 +207,7 @@ def test_a_folder_in_a_bucket_is_a_data_set_too(tmp_path: Path, monkeypatch: pyt
     store = Store("s3://bucket/saved", MemoryStore())
     for path in (tmp_path / "saved").iterdir():
         store.put(path.name, path.read_bytes())
-    monkeypatch.setattr(sources, "open_store", {"s3://bucket/saved/": store}.__getitem__)
+    monkeypatch.setattr(sources, "open_store", lambda uri, setting: {"s3://bucket/saved/": store}[uri])
     assert [row for file in find("s3://bucket/saved/") for _, row in rows(file, fail)] == ROWS
 
 
@@ -206,7 +219,7 @@ def test_a_line_that_is_too_long_is_a_bad_row_and_never_whole_in_memory(
     bad: list[str] = []
     assert [where for where, _ in rows(find(path)[0], lambda error: bad.append(str(error)))] == [f"{path}:2"]
     assert bad == [f"{path}:1: not JSON (the line has more than 1,000 bytes)"]
-    assert max(len(line) for batch in reading.batches(find(path)[0]) for line in batch.content) == 1001  # pyright: ignore
+    assert max(len(line) for batch in reading.batches(find(path)[0]) for line in batch.content.lines) == 1001  # pyright: ignore
 
 
 @pytest.fixture
@@ -217,7 +230,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> None:
         store.put(key, LINES)
     store.put("b.jsonl.zst", zstandard.compress(LINES))
     folders = {store.uri: store}
-    monkeypatch.setattr(sources, "open_store", folders.__getitem__)
+    monkeypatch.setattr(sources, "open_store", lambda uri, setting: folders[uri])
 
 
 @pytest.mark.usefixtures("bucket")

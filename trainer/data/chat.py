@@ -6,7 +6,6 @@ itself; otherwise a turn reaches from the end of the generation prompt to the en
 included, as both are prefixes of the whole text.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,21 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config import Data
+from trainer.data.messages import Message, read_messages, read_tools, text_of
 from trainer.data.spans import Span, Spelling, overlapping
 from trainer.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ROLES = ("system", "developer", "user", "assistant", "tool")
-_SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system"}
 # The same expression as in transformers, which fills the mask only if it matches.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_SURROGATE = re.compile("[\ud800-\udfff]")
-# Far above what the longest sequence can keep; it would take minutes and gigabytes to tokenize.
-LONGEST_TEXT = 16 * 2**20
-
-Message = dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +124,8 @@ class Renderer:
             return self.render(row)
         except DataError as error:
             return error
+        except RecursionError:
+            return DataError("its values are nested too deeply")
 
     def render(self, row: dict[str, Any]) -> Rendered | Example:
         """A row's text and what of it is trained; tokens already, where a template with tags says it of them.
@@ -140,11 +135,12 @@ class Renderer:
         """
         match self._data.format:
             case "chat":
-                return self._chat(_messages(self._field(row, "messages")), self._tools(row))
+                tools = read_tools(row.get(self._data.fields.get("tools", "tools")))
+                return self._chat(read_messages(self._field(row, "messages")), tools)
             case "prompt_completion":
-                prompt, completion = (_text(self._field(row, name), name) for name in ("prompt", "completion"))
+                prompt, completion = (text_of(self._field(row, name), name) for name in ("prompt", "completion"))
             case "text":
-                prompt, completion = "", _text(self._field(row, "text"), "text")
+                prompt, completion = "", text_of(self._field(row, "text"), "text")
         start = 0 if self._data.targets == "all" else len(prompt)
         # An empty completion is a gap in the data: it must not teach the model to say nothing.
         return Rendered(prompt + completion, [(start, len(prompt) + len(completion))], end_trained=bool(completion))
@@ -157,30 +153,19 @@ class Renderer:
         """
         match self._data.format:
             case "chat":
-                messages = _messages(self._field(row, "messages"))
+                messages = read_messages(self._field(row, "messages"))
                 return [Turn(message["role"], message["content"], "tool_calls" in message) for message in messages]
             case "prompt_completion":
                 roles = {"prompt": "user", "completion": "assistant"}
-                return [Turn(role, _text(self._field(row, name), name)) for name, role in roles.items()]
+                return [Turn(role, text_of(self._field(row, name), name)) for name, role in roles.items()]
             case "text":
-                return [Turn("assistant", _text(self._field(row, "text"), "text"))]
+                return [Turn("assistant", text_of(self._field(row, "text"), "text"))]
 
     def _field(self, row: dict[str, Any], name: str) -> Any:
         name = self._data.fields.get(name, name)
         if name not in row:
             raise DataError(f"no field {name!r} (the row has: {', '.join(row) or 'none'}); data.fields renames fields")
         return row[name]
-
-    def _tools(self, row: dict[str, Any]) -> list[dict[str, Any]] | None:
-        """The functions that the conversation may call, as the template gets them: objects, or JSON of them."""
-        tools = row.get(self._data.fields.get("tools", "tools"))
-        if isinstance(tools, str) and tools:
-            tools = _json(tools)
-        if not tools:
-            return None
-        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-            raise DataError(f"the tools are {_kind(tools)}, and not a list of objects")
-        return tools
 
     def _example(self, encoding: Any, document: Rendered) -> Example:
         tokens = np.array(encoding.ids, np.uint32)
@@ -244,7 +229,7 @@ class _Conversation:
     def render(self, count: int, generation_prompt: bool = False) -> str:
         """The text of the first `count` messages."""
         text = self._apply(count, tokenize=False, add_generation_prompt=generation_prompt)
-        return _text(text, "conversation's text")
+        return text_of(text, "conversation's text")
 
     def prefix(self, count: int, whole: str, generation_prompt: bool = False) -> int:
         """Length of the text of the first `count` messages, which must begin the whole text."""
@@ -306,61 +291,3 @@ def _framing(tokenizer: "PreTrainedTokenizerBase", data: Data) -> tuple[int | No
     bos: Any = tokenizer.bos_token_id
     adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     return bos if adds_bos else None, eos
-
-
-def _messages(value: Any) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise DataError(f"the messages are {_kind(value)}, and not a list with at least one message")
-    return [_message(message, turn) for turn, message in enumerate(value, 1)]
-
-
-def _message(message: Any, turn: int) -> Message:
-    """One message as {role, content} and whatever else the template may use, from OpenAI's or ShareGPT's form."""
-    if not isinstance(message, dict):
-        raise DataError(f"turn {turn} is {_kind(message)}, and not an object with role and content")
-    if message.get("from") is not None and message.get("role") is None:
-        given, content, rest = message["from"], message.get("value"), {}
-        role, names = _SHAREGPT.get(given) if isinstance(given, str) else None, tuple(_SHAREGPT)
-    else:
-        given, content = message.get("role"), message.get("content")
-        rest = {key: value for key, value in message.items() if value is not None}
-        role, names = given, _ROLES
-        if rest.get("tool_calls"):
-            rest["tool_calls"] = [_tool_call(call, turn) for call in rest["tool_calls"]]
-            content = content or ""  # a call needs no words
-    if role not in _ROLES:
-        raise DataError(f"turn {turn} has the role {given!r}; allowed are {', '.join(names)}")
-    return {**rest, "role": role, "content": _text(content, f"content of turn {turn}")}
-
-
-def _tool_call(call: Any, turn: int) -> Any:
-    """A call as templates want it: OpenAI writes its arguments as a string of JSON."""
-    if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
-        raise DataError(f"turn {turn} has a tool call that is {_kind(call)}, and not an object with a function")
-    arguments = call["function"].get("arguments")
-    if isinstance(arguments, str):
-        arguments = _json(arguments)
-    return {**call, "function": {**call["function"], "arguments": arguments}}
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"tools are given as text that is not JSON ({error})") from error
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"the {name} is {_kind(value)}, and not a string")
-    if len(value) > LONGEST_TEXT:
-        raise DataError(f"the {name} has {len(value):,} characters; at most {LONGEST_TEXT:,} are allowed")
-    if not value.isascii() and _SURROGATE.search(value):
-        raise DataError(f"the {name} has half of a surrogate pair in it, which is no character")
-    return value
-
-
-def _kind(value: Any) -> str:
-    return {"NoneType": "null", "list": "an empty list" if not value else "a list", "dict": "an object"}.get(
-        type(value).__name__, f"of type {type(value).__name__}"
-    )

@@ -16,7 +16,7 @@ from trainer.data.encode import BAD_ROWS_SHOWN, Part
 from trainer.data.order import EpochPlan, Order
 from trainer.data.pool import Mapper, mapper_for
 from trainer.data.prepare import Input
-from trainer.data.rows import Batch, batches
+from trainer.data.rows import Batch, at, batches
 from trainer.data.sources import SourceFile
 from trainer.errors import DataError
 
@@ -138,17 +138,16 @@ class _Inspector:
         result = _Inspected()
         found, limit = result.found, self._data.sequence_length
 
-        def bad_line(error: DataError) -> None:
-            if not self._part.held_out:
-                found.rows += 1
-                found.undecodable += "not UTF-8" in str(error)
-                _bad(found, error)
+        def bad(error: DataError) -> None:
+            found.rows += 1
+            found.undecodable += "not UTF-8" in str(error)
+            _bad(found, error)
 
-        rows = [(where, row) for where, row in batch.rows(bad_line) if self._part.has(row)]
+        rows = self._part.rows(batch, bad)
         for (where, row), example in zip(rows, self._renderer.encode([row for _, row in rows]), strict=True):
             found.rows += 1
             if isinstance(example, DataError):
-                _bad(found, DataError(f"{where}: {example}"))
+                _bad(found, at(where, example))
                 continue
             turns = self._renderer.turns(row)
             self._converse(found, turns)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from trainer.config import Data
 from trainer.data.chat import Example, Renderer
 from trainer.data.dataset import TARGET_BIT, TOKEN, Counters
-from trainer.data.rows import Batch, Row
+from trainer.data.rows import Batch, OnBad, Row, at
 from trainer.errors import DataError
 
 if TYPE_CHECKING:
@@ -36,6 +36,17 @@ class Part:
         content = json.dumps(row, sort_keys=True, default=str).encode("utf-8", "surrogatepass")
         digest = hashlib.blake2b(content, digest_size=8, salt=self.seed.to_bytes(8, "little")).digest()
         return (int.from_bytes(digest, "little") < self.fraction * 2**64) == self.held_out
+
+    def rows(self, batch: Batch, on_bad: OnBad) -> list[tuple[str, Row]]:
+        """The rows of a batch that are on this side, with their places. A bad row counts once: among those trained on."""
+        report: OnBad = (lambda error: None) if self.held_out else on_bad
+        rows: list[tuple[str, Row]] = []
+        for where, row in batch.rows(report):
+            try:
+                rows += [(where, row)] if self.has(row) else []
+            except RecursionError:
+                report(at(where, DataError("its values are nested too deeply")))
+        return rows
 
 
 EVERYTHING = Part()
@@ -80,12 +91,10 @@ class Encoder:
         result = Encoded(np.empty(0, TOKEN), np.empty(0, np.int64))
         documents: list[NDArray[np.uint32]] = []
         try:
-            # A line that is no row is counted once, and with the rows that are trained on.
-            report = (lambda error: None) if self._part.held_out else (lambda error: self._bad(result, error))
-            rows = [(where, row) for where, row in batch.rows(report) if self._part.has(row)]
+            rows = self._part.rows(batch, lambda error: self._bad(result, error))
             for (where, _), example in zip(rows, self._renderer.encode([row for _, row in rows]), strict=True):
                 if isinstance(example, DataError):
-                    self._bad(result, DataError(f"{where}: {example}"))
+                    self._bad(result, at(where, example))
                 else:
                     result.counters.rows += 1
                     documents += self._documents(result, where, example)

@@ -1,70 +1,78 @@
 """Reads the rows of a source's file, in batches that travel between processes undecoded."""
 
+import codecs
 import io
-import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
+from trainer.data import mds, tables
 from trainer.data.sources import SourceFile, split_suffix
 from trainer.errors import DataError
 from trainer.store import Store
 
 BATCH_ROWS = 128
 _BATCH_BYTES = 2**20
-# Of what was decompressed: so far may what is known of the place in a compressed file be ahead.
+# In a compressed file the reported position may run ahead by this many decompressed bytes.
 _BUFFER_BYTES = 2**18
 # Longer lines are bad rows: a line is held in memory, and no sequence can keep so much text.
 LONGEST_LINE = 64 * 2**20
 # One request of this size keeps a bucket busy for about as long as it takes to answer.
 _READ_BYTES = 8 * 2**20
+# Enough for a sentence with a few names from the row in it.
+_LONGEST_REASON = 400
+# What readers raise for content that is not what it should be; sizes in it may ask for more than any memory.
+_DAMAGE = (pyarrow.ArrowException, OSError, ValueError, ArithmeticError, MemoryError, RecursionError)
 
 Row = dict[str, Any]
 OnBad = Callable[[DataError], None]
 
 
+class Content(Protocol):
+    """What rows are made of, undecoded: some lines of JSON, a part of an Arrow table, or samples of an MDS shard."""
+
+    def rows(self) -> Iterable[Row | DataError | None]:
+        """Each row in turn; in its place what is wrong with it, or None where there is none."""
+        ...
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Some rows that follow each other: lines of JSON, rows in Arrow's form, or samples of an MDS shard.
+    """Some rows of a file that follow each other.
 
     `first` is the number of the first, from 1; `read` says how much of the file's size was read by their end, in bytes.
     """
 
     uri: str
     first: int
-    content: "list[bytes] | pyarrow.RecordBatch | _Samples"
+    content: Content
     read: int
 
     def rows(self, on_bad: OnBad) -> Iterator[tuple[str, Row]]:
         """Every row with its place, `file:line` (`file:row` where there are no lines). Empty lines are no rows.
 
-        What is no row goes to `on_bad`, which may raise; otherwise reading goes on.
+        A bad row goes to `on_bad`, which may raise; otherwise reading goes on.
         """
-        if isinstance(self.content, list):
-            yield from self._lines(self.content, on_bad)
-        else:
-            rows = self.content.rows() if isinstance(self.content, _Samples) else self.content.to_pylist()
-            yield from ((f"{self.uri}:{self.first + index}", row) for index, row in enumerate(rows))
-
-    def _lines(self, lines: list[bytes], on_bad: OnBad) -> Iterator[tuple[str, Row]]:
-        for number, line in enumerate(lines, self.first):
-            if line.isspace():
-                continue
+        for number, row in enumerate(self.content.rows(), self.first):
             where = f"{self.uri}:{number}"
-            try:
-                row = _parse(line, number)
-            except UnicodeDecodeError as error:
-                on_bad(DataError(f"{where}: not UTF-8 ({error})"))
-            except (ValueError, RecursionError) as error:
-                on_bad(DataError(f"{where}: not JSON ({error})"))
-            else:
+            if isinstance(row, DataError):
+                on_bad(at(where, row))
+            elif row is not None:
                 yield where, row
+
+
+def at(where: str, error: DataError) -> DataError:
+    """The error of a row with its place, as one printable line: rows bring every character, and names of any length."""
+    reason = str(error)
+    if len(reason) > _LONGEST_REASON:
+        reason = f"{reason[:_LONGEST_REASON]}..."
+    text = f"{where}: {reason}"
+    return DataError("".join(char if char.isprintable() else ascii(char)[1:-1] for char in text))
 
 
 def batches(file: SourceFile) -> Iterator[Batch]:
@@ -85,8 +93,9 @@ def batches(file: SourceFile) -> Iterator[Batch]:
                 yield from _arrow(file)
             case ".mds":
                 yield from _mds(file, compression)
-    except (pyarrow.ArrowException, OSError, ValueError, KeyError, IndexError) as error:
-        raise DataError(f"{file.uri}: damaged or not of the kind its name says ({error}). Replace the file.") from error
+    except _DAMAGE as error:
+        reason = at(file.uri, DataError(f"damaged or not of the kind its name says ({error})"))
+        raise DataError(f"{reason}. Replace the file.") from error
 
 
 def rows(file: SourceFile, on_bad: OnBad) -> Iterator[tuple[str, Row]]:
@@ -95,13 +104,30 @@ def rows(file: SourceFile, on_bad: OnBad) -> Iterator[tuple[str, Row]]:
         yield from batch.rows(on_bad)
 
 
-def _parse(line: bytes, number: int) -> Row:
+@dataclass(frozen=True)
+class Lines:
+    """Lines of JSON, each with its end. `begins` says whether the first is that of the file."""
+
+    lines: list[bytes]
+    begins: bool
+
+    def rows(self) -> Iterable[Row | DataError | None]:
+        for index, line in enumerate(self.lines):
+            yield _parse(line.removeprefix(codecs.BOM_UTF8) if self.begins and not index else line)
+
+
+def _parse(line: bytes) -> Row | DataError | None:
+    if not line or line.isspace():
+        return None
     if len(line) > LONGEST_LINE:
-        raise ValueError(f"the line has more than {LONGEST_LINE:,} bytes")
-    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    if not isinstance(row, dict):
-        raise ValueError(f"an object is needed, this is {type(row).__name__}")
-    return row
+        return DataError(f"not JSON (the line has more than {LONGEST_LINE:,} bytes)")
+    try:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return DataError(f"not UTF-8 ({error})")
+    except (ValueError, RecursionError) as error:
+        return DataError(f"not JSON ({error})")
+    return row if isinstance(row, dict) else DataError(f"not JSON (an object is needed, this is {type(row).__name__})")
 
 
 def _json_lines(file: SourceFile, compression: str | None) -> Iterator[Batch]:
@@ -112,17 +138,17 @@ def _json_lines(file: SourceFile, compression: str | None) -> Iterator[Batch]:
     number, lines, size, before = 1, [], 0, 0
 
     def read() -> int:
-        # Of what is compressed no more is known than how much went into the decompression, which is a little ahead.
+        # The decompression reads ahead of the lines, so in a compressed file this is a little too much.
         return source.tell() if compression else before + size
 
     for line in _bounded_lines(buffered):
         lines.append(line)
         size += len(line)
         if len(lines) == BATCH_ROWS or size >= _BATCH_BYTES:
-            yield Batch(file.uri, number, lines, read())
+            yield Batch(file.uri, number, Lines(lines, number == 1), read())
             number, before, lines, size = number + len(lines), before + size, [], 0
     if lines:
-        yield Batch(file.uri, number, lines, read())
+        yield Batch(file.uri, number, Lines(lines, number == 1), read())
 
 
 def _bounded_lines(stream: io.BufferedReader) -> Iterator[bytes]:
@@ -135,74 +161,46 @@ def _bounded_lines(stream: io.BufferedReader) -> Iterator[bytes]:
 
 def _parquet(file: SourceFile) -> Iterator[Batch]:
     table, first = pyarrow.parquet.ParquetFile(_buffered(file)), 1
-    for part in table.iter_batches(batch_size=BATCH_ROWS):
-        yield Batch(file.uri, first, part, file.size * (first + part.num_rows - 1) // max(1, table.metadata.num_rows))
+    for part in map(tables.checked, table.iter_batches(batch_size=BATCH_ROWS)):
+        read = file.size * (first + part.num_rows - 1) // max(1, table.metadata.num_rows)
+        yield Batch(file.uri, first, tables.Table(part), read)
         first += part.num_rows
 
 
 def _arrow(file: SourceFile) -> Iterator[Batch]:
     """A file of a saved HF data set: the streaming form of Arrow's IPC format."""
     source, first, begin = _buffered(file), 1, 0
-    for batch in pyarrow.ipc.open_stream(source):
+    for batch in map(tables.checked, pyarrow.ipc.open_stream(source)):
         end, count = source.tell(), max(1, batch.num_rows)
         for start in range(0, count, BATCH_ROWS):
-            # Through its serialized form, as a slice takes all of the batch along when it goes to another process.
-            slice_ = batch.slice(start, BATCH_ROWS)
-            part = pyarrow.ipc.read_record_batch(slice_.serialize(), slice_.schema)
-            yield Batch(file.uri, first, part, begin + (end - begin) * (start + part.num_rows) // count)
+            part = tables.alone(batch.slice(start, BATCH_ROWS))
+            yield Batch(file.uri, first, tables.Table(part), begin + (end - begin) * (start + part.num_rows) // count)
             first += part.num_rows
         begin = end
 
 
 @dataclass(frozen=True)
-class _Samples:
-    """Samples of an MDS shard. `columns` are (name, encoding, size in bytes or None where each sample says it)."""
+class Samples:
+    """Samples of an MDS shard with these columns."""
 
-    columns: list[tuple[str, str, int | None]]
+    columns: list[mds.Column]
     samples: list[bytes]
 
-    def rows(self) -> Iterator[Row]:
-        return map(self._decode, self.samples)
-
-    def _decode(self, sample: bytes) -> Row:
-        """Sizes of the columns that vary (uint32 each), then all values end to end."""
-        at = 4 * sum(size is None for _, _, size in self.columns)
-        varying = iter(np.frombuffer(sample[:at], "<u4").tolist())
-        row = {}
-        for name, encoding, size in self.columns:
-            end = at + (next(varying) if size is None else size)
-            if encoding in _MDS_DECODERS:
-                row[name] = _MDS_DECODERS[encoding](sample[at:end])
-            at = end
-        return row
-
-
-# What fields of text data are written as. Other columns (images, pickles, ...) are left out of the row.
-_MDS_DECODERS: dict[str, Callable[[bytes], Any]] = {
-    "str": lambda value: value.decode("utf-8"),
-    "json": json.loads,
-    "int": lambda value: int.from_bytes(value, "little", signed=True),
-}
+    def rows(self) -> Iterable[Row | DataError | None]:
+        for sample in self.samples:
+            try:
+                yield mds.decode_sample(self.columns, sample)
+            except (ValueError, RecursionError) as error:
+                yield DataError(f"not a sample of its shard ({error})")
 
 
 def _mds(file: SourceFile, compression: str | None) -> Iterator[Batch]:
-    """A shard of MosaicML Streaming's MDS format, version 2.
-
-    uint32 samples, uint32 offsets (samples + 1 of them), a JSON object that describes the columns, the samples.
-    """
     source: Any = _buffered(file)
     content = pyarrow.input_stream(source, compression=compression).read() if compression else source.read()
-    count = int.from_bytes(content[:4], "little")
-    offsets = np.frombuffer(content, "<u4", count + 1, offset=4).tolist()
-    header = json.loads(content[4 * (count + 2) : offsets[0]])
-    columns = list(zip(header["column_names"], header["column_encodings"], header["column_sizes"], strict=True))
-    if offsets[-1] > len(content):
-        raise ValueError("it ends before its last sample")
-    samples = [content[begin:end] for begin, end in itertools.pairwise(offsets)]
-    for first in range(0, count, BATCH_ROWS):
+    columns, samples = mds.read_shard(content)
+    for first in range(0, len(samples), BATCH_ROWS):
         part = samples[first : first + BATCH_ROWS]
-        read = file.size * (first + len(part)) // count
-        yield Batch(file.uri, first + 1, _Samples(columns, part), read)
+        yield Batch(file.uri, first + 1, Samples(columns, part), file.size * (first + len(part)) // len(samples))
 
 
 class ObjectReader(io.RawIOBase):

@@ -77,7 +77,10 @@ def _find(path: str, source: int, name: str) -> list[SourceFile]:
     if scheme not in _SCHEMES:
         allowed = ", ".join(f"{scheme}://" for scheme in _SCHEMES)
         raise DataError(f"{name}: {path!r} has the scheme {scheme!r}. Allowed are a local path, or {allowed}.")
-    found = _find_local(path, source, name) if scheme == "file" else _find_remote(path, source, name)
+    try:
+        found = _find_local(path, source, name) if scheme == "file" else _find_remote(path, source, name)
+    except (OSError, RuntimeError, UnicodeError) as error:  # a name too long, a home of nobody, a name that is no text
+        raise DataError(f"{name}: {path!r} cannot be used: {error}. Rename the file, or correct the path.") from error
     if not found:
         raise DataError(f"{name}: {path!r} matches no file. Name a file or a glob that exists.")
     for file in found:
@@ -100,10 +103,10 @@ def _find_local(path: str, source: int, name: str) -> list[SourceFile]:
     else:
         raise DataError(f"{name}: {path!r} does not exist. Name a file or a glob that exists.")
     if local.is_dir():
-        return _find_in_folder(open_store(str(local)), str(local), source, name)
+        return _find_in_folder(open_store(str(local), setting=name), str(local), source, name)
     files = []
     for match in matches:
-        store = open_store(str(match.parent))
+        store = open_store(str(match.parent), setting=name)
         entry = store.head(match.name)
         files.append(SourceFile(str(match), store, match.name, entry.size, entry.version, source))
     return files
@@ -138,8 +141,8 @@ def _find_in_folder(store: Store, uri: str, source: int, name: str) -> list[Sour
                 f"{name}: {uri!r} is a folder, but neither a saved HF data set (state.json) nor MDS shards (index.json). "
                 f"Name its files, for example {uri.rstrip('/')}/*.jsonl."
             )
-        entries = [store.head(key) for key in keys]
-    except (StorageError, KeyError, TypeError, ValueError) as error:
+        entries = [store.head(key) for key in map(_checked_key, keys)]
+    except (StorageError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise DataError(f"{name}: the data set {uri!r} cannot be read: {error}") from error
     return [SourceFile(f"{uri.rstrip('/')}/{e.key}", store, e.key, e.size, e.version, source) for e in entries]
 
@@ -147,9 +150,10 @@ def _find_in_folder(store: Store, uri: str, source: int, name: str) -> list[Sour
 def _saved_dataset(store: Store, uri: str, name: str) -> list[str] | None:
     splits = _read_json(store, "dataset_dict.json")
     if splits is not None:
+        names = list(map(str, splits["splits"]))
         raise DataError(
-            f"{name}: {uri!r} holds the splits {', '.join(splits['splits'])}. Name one, for example "
-            f"{uri.rstrip('/')}/{splits['splits'][0]}."
+            f"{name}: {uri!r} holds the splits {', '.join(names) or 'none'}. Name one, for example "
+            f"{'/'.join([uri.rstrip('/'), *names[:1]])}."
         )
     state = _read_json(store, "state.json")
     return None if state is None else [file["filename"] for file in state["_data_files"]]
@@ -169,3 +173,10 @@ def _read_json(store: Store, key: str) -> Any | None:
         return json.loads(store.get(key))
     except NotFound:
         return None
+
+
+def _checked_key(key: Any) -> str:
+    """A file's name in an index; an index must not lead out of its folder."""
+    if not isinstance(key, str) or not key or {"", ".", ".."} & set(key.split("/")):
+        raise ValueError(f"its index names the file {key!r}, which is no file in this folder")
+    return key

@@ -1,0 +1,92 @@
+"""Reads the messages and tools of a row, in OpenAI's or ShareGPT's form, as a chat template wants them."""
+
+import json
+import re
+from typing import Any
+
+from trainer.errors import DataError
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system"}
+_SURROGATE = re.compile("[\ud800-\udfff]")
+# Far above what the longest sequence can keep; it would take minutes and gigabytes to tokenize.
+LONGEST_TEXT = 16 * 2**20
+
+Message = dict[str, Any]
+"""One message as `role`, `content` and whatever else the template may use."""
+
+
+def read_messages(value: Any) -> list[Message]:
+    """Raises `DataError` with the turn, from 1, for what is no conversation."""
+    if not isinstance(value, list) or not value:
+        raise DataError(f"the messages are {_kind(value)}, and not a list with at least one message")
+    return [_message(message, turn) for turn, message in enumerate(value, 1)]
+
+
+def _message(message: Any, turn: int) -> Message:
+    if not isinstance(message, dict):
+        raise DataError(f"turn {turn} is {_kind(message)}, and not an object with role and content")
+    if message.get("from") is not None and message.get("role") is None:
+        given, content, rest = message["from"], message.get("value"), {}
+        role, names = _SHAREGPT.get(given) if isinstance(given, str) else None, tuple(_SHAREGPT)
+    else:
+        given, content = message.get("role"), message.get("content")
+        rest = {key: value for key, value in message.items() if value is not None}
+        role, names = given, _ROLES
+        if rest.get("tool_calls"):
+            rest["tool_calls"] = _tool_calls(rest["tool_calls"], turn)
+            content = content or ""  # a call needs no words
+    if role not in _ROLES:
+        raise DataError(f"turn {turn} has the role {given!r}; allowed are {', '.join(names)}")
+    return {**rest, "role": role, "content": text_of(content, f"content of turn {turn}")}
+
+
+def _tool_calls(calls: Any, turn: int) -> list[Any]:
+    """Calls as templates want them: OpenAI writes their arguments as a string of JSON."""
+    if not isinstance(calls, list):
+        raise DataError(f"the tool calls of turn {turn} are {_kind(calls)}, and not a list")
+    for call in calls:
+        if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
+            raise DataError(f"turn {turn} has a tool call that is {_kind(call)}, and not an object with a function")
+    return [
+        {**call, "function": {**call["function"], "arguments": _arguments(call["function"].get("arguments"), turn)}}
+        for call in calls
+    ]
+
+
+def _arguments(arguments: Any, turn: int) -> Any:
+    return _json(arguments, f"arguments of a call in turn {turn}") if isinstance(arguments, str) else arguments
+
+
+def read_tools(value: Any) -> list[dict[str, Any]] | None:
+    """The functions that a conversation may call: objects, or JSON of them."""
+    tools = _json(value, "tools") if isinstance(value, str) and value else value
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise DataError(f"the tools are {_kind(tools)}, and not a list of objects")
+    return tools
+
+
+def _json(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"the {name} are given as text that is not JSON ({error})") from error
+
+
+def text_of(value: Any, name: str) -> str:
+    """`value`, which messages call `name`. Raises `DataError` unless it is a string that can be tokenized."""
+    if not isinstance(value, str):
+        raise DataError(f"the {name} is {_kind(value)}, and not a string")
+    if len(value) > LONGEST_TEXT:
+        raise DataError(f"the {name} has {len(value):,} characters; at most {LONGEST_TEXT:,} are allowed")
+    if not value.isascii() and _SURROGATE.search(value):
+        raise DataError(f"the {name} has half of a surrogate pair in it, which is no character")
+    return value
+
+
+def _kind(value: Any) -> str:
+    return {"NoneType": "null", "list": "an empty list" if not value else "a list", "dict": "an object"}.get(
+        type(value).__name__, f"of type {type(value).__name__}"
+    )
