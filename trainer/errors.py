@@ -5,6 +5,8 @@ given, what is allowed, what to do) and the command line prints it without a tra
 `AssertionError` and keeps its traceback.
 """
 
+# What json.loads raises: the second for text that nests too deep.
+NOT_JSON = (ValueError, RecursionError)
 _LONGEST_SHOWN = 100
 
 

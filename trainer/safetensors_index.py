@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from trainer.errors import ConfigError, NotFound
+from trainer.errors import NOT_JSON, ConfigError, NotFound, shown
 from trainer.store import Store
 
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -121,10 +121,13 @@ def read_index(store: Store) -> dict[str, TensorSource]:
 
 def _indexed_files(store: Store) -> set[str] | None:
     try:
-        return set(json.loads(store.get(INDEX_FILE))["weight_map"].values())
+        files = set(json.loads(store.get(INDEX_FILE))["weight_map"].values())
+        if not all(isinstance(file, str) for file in files):
+            raise TypeError
+        return files
     except NotFound:
         return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (*NOT_JSON, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"model.base: {store.uri}/{INDEX_FILE} is not a safetensors index. Copy the model again."
         ) from error
@@ -143,8 +146,10 @@ def read_header(store: Store, key: str, file_size: int) -> dict[str, TensorSourc
     try:
         header: dict[str, Any] = json.loads(bytes(store.get_range(key, 8, 8 + length)))
         header.pop("__metadata__", None)
-        return {name: _source(store, key, 8 + length, info, file_size) for name, info in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        tensors = {name: _source(store, key, 8 + length, info, file_size) for name, info in header.items()}
+        _check_no_byte_is_shared(tensors, 8 + length, file_size)
+        return tensors
+    except (*NOT_JSON, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(f"{where} is damaged: its header cannot be read ({error}). Copy it again.") from error
 
 
@@ -152,9 +157,23 @@ def _source(store: Store, key: str, data_start: int, info: dict[str, Any], file_
     begin, end = info["data_offsets"]
     shape, dtype = tuple(info["shape"]), info["dtype"]
     if dtype not in DTYPE_BYTES:
-        raise ValueError(f"dtype {dtype} is not supported")
+        raise ValueError(f"dtype {shown(dtype)} is not supported")
+    if not all(type(number) is int for number in (begin, end, *shape)) or min(shape, default=0) < 0:
+        raise ValueError(f"shape {shown(shape)} and bytes {shown(begin)} to {shown(end)} are no sizes")
     if end - begin != math.prod(shape) * DTYPE_BYTES[dtype] or begin < 0:
         raise ValueError(f"shape {list(shape)} of {dtype} does not fill bytes {begin} to {end}")
     if data_start + end > file_size:
         raise ValueError(f"it ends at byte {data_start + end}, the file at {file_size}")
     return TensorSource(store, key, dtype, shape, data_start + begin)
+
+
+def _check_no_byte_is_shared(tensors: dict[str, TensorSource], data_start: int, file_size: int) -> None:
+    """Raises `ValueError` unless the tensors follow each other and fill the file, as the format demands."""
+    sizes = {name: numel(source) * item_bytes(source) for name, source in tensors.items()}
+    expected = data_start
+    for name in sorted(tensors, key=lambda name: (tensors[name].offset, sizes[name])):
+        if tensors[name].offset != expected:
+            raise ValueError(f"{shown(name)} begins at byte {tensors[name].offset}, and not at byte {expected}")
+        expected += sizes[name]
+    if expected != file_size:
+        raise ValueError(f"its tensors end at byte {expected}, the file at {file_size}")

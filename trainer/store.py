@@ -19,7 +19,7 @@ from obstore.store import LocalStore, MemoryStore, from_url
 
 from trainer.config import Config
 from trainer.config.secrets import without_credentials
-from trainer.errors import AlreadyExists, ConfigError, NotFound, StorageError, Unreachable
+from trainer.errors import AlreadyExists, ConfigError, Damaged, NotFound, StorageError, Unreachable
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -185,7 +185,7 @@ class Store:
 
     def _check_length(self, key: str, start: int, end: int, length: int) -> None:
         if length != end - start:
-            raise StorageError(
+            raise Damaged(
                 f"{self.uri}/{key}: bytes {start} to {end} were asked for, but the object ends at {start + length}. "
                 "It is truncated."
             )
@@ -228,7 +228,7 @@ class Store:
         except (BaseError, OSError) as error:
             if type(error).__name__ == "AlreadyExistsError":
                 raise AlreadyExists(f"{where} exists already.") from error
-            kind = Unreachable if _passes(error) else StorageError
+            kind = Damaged if _beyond_the_end(error) else Unreachable if _passes(error) else StorageError
             raise kind(f"cannot {verb} {where}: {self._reason(error)}.") from error
 
     def _reason(self, error: BaseException) -> str:
@@ -287,6 +287,14 @@ def _passes(error: BaseException) -> bool:
     if status:
         return status.startswith("5") or status in ("408", "429")
     return "error sending request" in text or "error decoding response body" in text or "operation timed out" in text
+
+
+def _beyond_the_end(error: BaseException) -> bool:
+    """Whether the object ends before the bytes that were asked for: it is not what was written."""
+    return (
+        any(words in str(error) for words in ("range was invalid", "Invalid range"))
+        or _first(r"status code: (\d{3})", str(error)) == "416"
+    )
 
 
 def _first(pattern: str, text: str) -> str | None:

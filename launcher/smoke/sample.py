@@ -233,7 +233,7 @@ def _make_base(base: Path, sizes: Sizes, seed: int) -> tuple[int, float, float]:
     logging.disable_progress_bar()
     torch.manual_seed(seed)
     torch.set_num_threads(min(2, torch.get_num_threads()))
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     config = LlamaConfig(
         vocab_size=-(-len(tokenizer) // 64) * 64,
         hidden_size=sizes.hidden,

@@ -9,10 +9,14 @@ import pytest
 
 from tests.material import KINDS, SIZES, Workshop
 from trainer.base.architecture import mismatches
-from trainer.base.locate import resolve_base, tokenizer_size
+from trainer.base.description import tokenizer_size
+from trainer.base.load import empty_model
+from trainer.base.locate import resolve_base
 from trainer.base.parameters import check_base, check_no_other
 from trainer.config import override, parse_config
+from trainer.data.prepare import load_tokenizer
 from trainer.errors import ConfigError
+from trainer.model.attention import Attention
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +73,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused_with_both_sizes(worksh
         check(workshop, base)
 
 
-def remove(pattern: str) -> Callable[[Path], None]:
+def remove(pattern: str) -> Callable[[Path], object]:
     def damage(base: Path) -> None:
         for path in list(base.glob(pattern)):
             path.unlink()
@@ -84,21 +88,73 @@ def drop_embedding(base: Path) -> None:
     edit(index, weight_map={name: file for name, file in names.items() if file != embedding})
 
 
-def no_json(base: Path) -> None:
-    (base / "config.json").write_text("{")
+def text(name: str, content: str) -> Callable[[Path], object]:
+    return lambda base: (base / name).write_text(content)
 
 
-DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+def folder_in_place_of_config(base: Path) -> None:
+    (base / "config.json").unlink()
+    (base / "config.json").mkdir()
+
+
+def config(**values: object) -> Callable[[Path], object]:
+    return lambda base: edit(base / "config.json", **values)
+
+
+def tokenizer(**values: object) -> Callable[[Path], object]:
+    return lambda base: edit(base / "tokenizer.json", **values)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (remove("config.json"), "has no config.json. Give a Hugging Face model directory"),
-    "config is no JSON": (no_json, "config.json is not JSON"),
-    "other architecture": (
-        lambda base: edit(base / "config.json", model_type="mamba"),
-        "is a 'mamba' model. Supported are gemma2, .*llama, mistral",
+    "config is no JSON": (text("config.json", "{"), "config.json is not JSON"),
+    "config is not UTF-8": (
+        lambda base: (base / "config.json").write_bytes(b"\xff\xfe{"),
+        "config.json is not JSON",
+    ),
+    "config is deep": (text("config.json", "[" * 100_000), "config.json is not JSON"),
+    "config is a list": (text("config.json", "[1]"), r"config.json is no JSON object, but \[1\]"),
+    "config is null": (text("config.json", "null"), "config.json is no JSON object, but None"),
+    "config is a folder": (
+        folder_in_place_of_config,
+        "config.json cannot be read",
+    ),
+    "no layers": (config(num_hidden_layers=0), "has num_hidden_layers 0. Possible are whole numbers from 1 to 10000"),
+    "fewer than no layers": (config(num_hidden_layers=-1), "has num_hidden_layers -1"),
+    "a billion layers": (config(num_hidden_layers=10**9), "has num_hidden_layers 1000000000"),
+    "an empty vocabulary": (config(vocab_size=0), "has vocab_size 0"),
+    "a size of text": (config(hidden_size="a"), "has hidden_size 'a'"),
+    "a size of a fraction": (config(head_dim=1.5), "has head_dim 1.5"),
+    "a size of true": (config(num_key_value_heads=True), "has num_key_value_heads True"),
+    "heads that do not divide": (
+        config(num_key_value_heads=3),
+        "4 num_attention_heads, which 3 num_key_value_heads do not",
+    ),
+    "other architecture": (config(model_type="mamba"), "is a 'mamba' model. Supported are gemma2, .*llama, mistral"),
+    "no name of an architecture": (config(model_type=["llama"]), r"is a \['llama'\] model. Supported are"),
+    "code of its own": (
+        config(model_type="mine", auto_map={"AutoModelForCausalLM": "mine.Model"}),
+        r"is a 'mine' model. Its own code \(auto_map\) is never run",
     ),
     "quantized already": (
-        lambda base: edit(base / "config.json", quantization_config={"quant_method": "gptq"}),
+        config(quantization_config={"quant_method": "gptq"}),
         "is quantized already, and not to 4 bits by bitsandbytes. Give the 16-bit model",
     ),
+    "quantized by text": (config(quantization_config="x"), "has the quantization_config 'x', which is no JSON object"),
+    "another embedding": (
+        config(vocab_size=300),
+        r"model\.embed_tokens\.weight is \[259, 64\] .*, \[300, 64\] by config",
+    ),
+    "tokenizer is no JSON": (text("tokenizer.json", "{"), "tokenizer.json of .* cannot be read"),
+    "tokenizer is a list": (text("tokenizer.json", "[]"), "tokenizer.json of .* cannot be read"),
+    "tokenizer is deep": (text("tokenizer.json", "[" * 100_000), "tokenizer.json of .* cannot be read"),
+    "tokenizer without a model": (
+        text("tokenizer.json", "{}"),
+        r"tokenizer.json of .* cannot be read \(it lacks 'model'\)",
+    ),
+    "tokenizer without tokens": (tokenizer(model={"vocab": {}}, added_tokens=[]), "its vocabulary is empty"),
+    "tokenizer with ids of text": (tokenizer(model={"vocab": {"a": "b"}}), "ids that are no whole numbers"),
+    "tokenizer with other additions": (tokenizer(added_tokens=5), "tokenizer.json of .* cannot be read"),
     "no safetensors": (remove("*.safetensors"), r"holds no \*.safetensors file. Convert the model"),
     "one file missing": (remove("model-00002-*"), "names model-00002-.*, which is not there"),
     "no embedding": (drop_embedding, r"has no tensor model\.embed_tokens\.weight"),
@@ -114,6 +170,40 @@ def test_a_base_that_lacks_something_is_refused_by_name(workshop: Workshop, base
         check(workshop, base)
     assert error.value.exit_code == 2
     assert str(base) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "reason"),
+    [
+        (
+            "tokenizer.json",
+            {"model": {"type": "BPE", "vocab": {}}},
+            r"the tokenizer of .* cannot be read \(.*\)\. Copy",
+        ),
+        ("tokenizer_config.json", {"tokenizer_class": 5}, "the tokenizer of .* cannot be read"),
+        (
+            "tokenizer_config.json",
+            {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}},
+            r"the tokenizer of .* needs code that the base brings along \(auto_map\), which is never run",
+        ),
+    ],
+)
+def test_a_tokenizer_that_transformers_cannot_read_is_refused(
+    workshop: Workshop, base: Path, file: str, values: dict[str, object], reason: str
+) -> None:
+    edit(base / file, **values)
+    with pytest.raises(ConfigError, match=reason):
+        load_tokenizer(resolve_base(workshop.config("t", f"model.base={base}").model))
+
+
+@pytest.mark.parametrize("values", [{"hidden_act": "none such"}, {"rope_parameters": "x"}, {"rms_norm_eps": "x"}])
+def test_a_configuration_that_transformers_cannot_build_is_refused(
+    workshop: Workshop, base: Path, values: dict[str, object]
+) -> None:
+    edit(base / "config.json", **values)
+    config = workshop.config("t", f"model.base={base}")
+    with pytest.raises(ConfigError, match=r"config\.json of .* cannot be read \(.*\)\. Copy the model again\."):
+        empty_model(resolve_base(config.model), config, Attention("sdpa", ""))
 
 
 def test_a_tensor_that_the_architecture_has_not_is_refused_by_name(workshop: Workshop, base: Path) -> None:

@@ -43,7 +43,7 @@ def test_a_file_that_the_index_names_and_is_not_there_is_named(folder: Path) -> 
         read_index(open_store(str(folder)))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 5}}', "[" * 100_000])
 def test_a_damaged_index_is_refused(folder: Path, text: str) -> None:
     (folder / INDEX_FILE).write_text(text)
     with pytest.raises(ConfigError, match="is not a safetensors index"):
@@ -70,10 +70,20 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "larger shape": (lambda header: header["a"].update(shape=[4, 4]), r"shape \[4, 4\] of F32 does not fill"),
     "other type": (lambda header: header["b"].update(dtype="F32"), r"shape \[6\] of F32 does not fill"),
-    "unknown type": (lambda header: header["b"].update(dtype="F4"), "dtype F4 is not supported"),
+    "unknown type": (lambda header: header["b"].update(dtype="F4"), "dtype 'F4' is not supported"),
     "beyond the end": (lambda header: header["a"].update(data_offsets=[1000, 1048]), "it ends at byte"),
     "negative": (lambda header: header["a"].update(data_offsets=[-48, 0]), "does not fill bytes -48 to 0"),
     "no offsets": (lambda header: header["a"].pop("data_offsets"), "header cannot be read"),
+    "not a whole number": (lambda header: header["a"].update(data_offsets=[0.0, 48.0]), "are no sizes"),
+    "shape of text": (lambda header: header["a"].update(shape=["3", 4]), "are no sizes"),
+    "negative shape": (lambda header: header["a"].update(shape=[-3, -4]), "are no sizes"),
+    "type of another kind": (lambda header: header["a"].update(dtype=["F32"]), "header cannot be read"),
+    "shared bytes": (
+        lambda header: header["b"].update(data_offsets=[36, 48]),
+        "'b' begins at byte .*, and not at byte",
+    ),
+    "a gap": (lambda header: header.pop("a"), "'b' begins at byte .*, and not at byte"),
+    "bytes left over": (lambda header: header.pop("b"), "its tensors end at byte .*, the file at"),
     "no tensor": (lambda header: header.update(a=3), "header cannot be read"),
 }
 
@@ -101,6 +111,12 @@ def test_a_header_that_claims_more_than_the_file_is_not_read(folder: Path) -> No
     store = open_store(str(folder))
     with pytest.raises(ConfigError, match=f"its header claims {2**60} bytes"):
         read_header(store, "model.safetensors", path.stat().st_size)
+
+
+def test_a_header_that_nests_without_end_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 100_000) + b"[" * 100_000)
+    with pytest.raises(ConfigError, match="its header cannot be read"):
+        read_index(open_store(str(folder)))
 
 
 def test_bytes_that_are_no_json_are_refused(folder: Path) -> None:

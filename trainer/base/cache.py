@@ -9,6 +9,8 @@ Packed bytes do not depend on the ranks, so a reader takes the ranges it needs f
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,7 +19,7 @@ from uuid import uuid4
 
 from trainer.base.locate import Base
 from trainer.config import Config
-from trainer.errors import AlreadyExists, Damaged, NotFound, StorageError
+from trainer.errors import NOT_JSON, AlreadyExists, Damaged, NotFound, StorageError, shown
 from trainer.ranks import Ranks
 from trainer.run import layout
 from trainer.safetensors_index import PackedSources
@@ -28,6 +30,7 @@ FORMAT = 1
 CHUNK_BYTES = 256 * 2**10
 _OBJECT_BYTES = 32 * 2**20
 MANIFEST = "manifest.json"
+_KEY = re.compile(r"[0-9a-f]{8}/rank-[0-9]{5,}-[0-9]{4,}\.bin")
 _HASH_CHARACTERS = 32  # the first half of a SHA-256, as hexadecimal digits
 
 
@@ -86,11 +89,11 @@ class BaseCache:
     means: dict[str, list[float]]
 
     def sources(self, path: str) -> PackedSources:
-        """Of the module at `path`."""
-        nested = self.tensors.get(f"{path}.nested_absmax")
-        return PackedSources(
-            self.tensors[f"{path}.weight"], self.tensors[f"{path}.absmax"], nested, self.means.get(path)
-        )
+        """The packed weights of the module at `path`; raises `Damaged` where it has none."""
+        weight, absmax, nested = (self.tensors.get(f"{path}.{part}") for part in ("weight", "absmax", "nested_absmax"))
+        if weight is None or absmax is None:
+            raise Damaged(f"{self.store.uri}/{MANIFEST} has no {path}.")
+        return PackedSources(weight, absmax, nested, self.means.get(path))
 
 
 def cache_folder(base: Base, config: Config, store: Store) -> Store:
@@ -113,15 +116,34 @@ def open_cache(folder: Store) -> BaseCache:
         body: dict[str, Any] = outer["body"]
         if outer["sha256"] != _digest(body):
             raise ValueError("its hash differs")
+        if body["format"] != FORMAT:
+            raise ValueError(f"its format is {shown(body['format'])}")
+        tensors = {name: _cached(folder, name, extents) for name, extents in body["tensors"].items()}
+        means = {path: [float(mean) for mean in slices] for path, slices in body["means"].items()}
     except NotFound as error:
         raise Damaged(f"{folder.uri}/{MANIFEST} is gone.") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (*NOT_JSON, LookupError, TypeError, AttributeError) as error:
         raise Damaged(f"{folder.uri}/{MANIFEST} is damaged: {error}.") from error
-    tensors = {
-        name: CachedTensor(folder, tuple(Extent(*extent) for extent in sorted(extents)), (max(e[1] for e in extents),))
-        for name, extents in body["tensors"].items()
-    }
-    return BaseCache(folder, tensors, body["means"])
+    return BaseCache(folder, tensors, means)
+
+
+def _cached(folder: Store, name: str, given: list[list[Any]]) -> CachedTensor:
+    """Raises `ValueError` unless its extents follow each other from 0 on, in objects of this cache and no other place."""
+    extents = tuple(Extent(*extent) for extent in sorted(given))
+    expected = 0
+    for extent in extents:
+        numbers = (extent.begin, extent.end, extent.offset)
+        chunks = math.ceil((extent.end - extent.begin) / CHUNK_BYTES)
+        if (
+            not all(type(number) is int for number in numbers)
+            or not expected == extent.begin < extent.end
+            or extent.offset < 0
+            or not _KEY.fullmatch(extent.key)
+            or len(extent.hashes) != chunks * _HASH_CHARACTERS
+        ):
+            raise ValueError(f"its extents of {shown(name)} are not what was written")
+        expected = extent.end
+    return CachedTensor(folder, extents, (expected,))
 
 
 def write_cache(

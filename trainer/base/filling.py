@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.base.reading import Piece, cut
+from trainer.errors import Damaged
 from trainer.model.nf4 import Format, Layout, Packed, quantize_absmax, quantize_blocks, share
 from trainer.safetensors_index import PackedSources, Source, numel
 from trainer.zero.partition import Partition, Partitioner
@@ -55,11 +56,11 @@ class PackedPartitions:
 
 def make_packed(module: Packed, partitioner: Partitioner) -> PackedPartitions:
     """Partitions of the sizes that `module` needs, which become its parameters."""
-    layout, double = module.layout, module.format.double
+    weight, absmax, nested_absmax = _packed_bytes(module)
     made = PackedPartitions(
-        partitioner.make((layout.packed_bytes,), torch.uint8),
-        partitioner.make((layout.blocks if double else 4 * layout.blocks,), torch.uint8),
-        partitioner.make((4 * layout.nested_blocks,), torch.uint8) if double else None,
+        partitioner.make((weight,), torch.uint8),
+        partitioner.make((absmax,), torch.uint8),
+        partitioner.make((nested_absmax,), torch.uint8) if nested_absmax else None,
     )
     module.weight, module.absmax = made.weight.parameter, made.absmax.parameter
     if made.nested_absmax is not None:
@@ -67,8 +68,20 @@ def make_packed(module: Packed, partitioner: Partitioner) -> PackedPartitions:
     return made
 
 
+def _packed_bytes(module: Packed) -> tuple[int, int, int]:
+    """Of `weight`, `absmax` and, under double quantization, `nested_absmax`, else 0."""
+    layout, double = module.layout, module.format.double
+    return layout.packed_bytes, layout.blocks if double else 4 * layout.blocks, 4 * layout.nested_blocks * double
+
+
 def copy_packed(module: Packed, made: PackedPartitions, stored: PackedSources) -> list[Copy]:
-    """What fills them from what is stored."""
+    """What fills them from what is stored; raises `Damaged` where that has other sizes."""
+    there = tuple(
+        0 if source is None else numel(source) for source in (stored.weight, stored.absmax, stored.nested_absmax)
+    )
+    means = 0 if stored.mean is None else len(stored.mean)
+    if there != _packed_bytes(module) or means != module.layout.slices * module.format.double:
+        raise Damaged(f"packed weights of {there} bytes were found, where {_packed_bytes(module)} belong.")
     jobs = [Copy(stored.weight, made.weight), Copy(stored.absmax, made.absmax)]
     if made.nested_absmax is not None:
         assert stored.nested_absmax is not None

@@ -11,6 +11,7 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from trainer.base.cache import MANIFEST, cache_folder, open_cache, write_cache
+from trainer.base.description import read_by_transformers
 from trainer.base.locate import Base
 from trainer.base.parameters import check_no_other, find_source
 from trainer.base.placement import Placement, place_partitions
@@ -124,11 +125,12 @@ def _through_cache(
 
 def empty_model(base: Base, config: Config, attention: Attention) -> PreTrainedModel:
     """The architecture with parameters on `meta` and real buffers (rotary frequencies), its head a `LossHead`."""
-    architecture = model_config(base.directory, config.model.layers)
-    architecture.use_cache = False
-    with init_empty_weights(include_buffers=False):
+    with read_by_transformers(base.name, "config.json"), init_empty_weights(include_buffers=False):
+        architecture = model_config(base.directory, config.model.layers)
+        architecture.use_cache = False
         model = AutoModelForCausalLM.from_config(
             architecture,
+            trust_remote_code=False,
             dtype=DTYPES[config.model.dtype],
             attn_implementation=attention.name,
             experts_implementation="eager",  # multiplies with one expert's matrix at a time, as FrozenStack4bit allows
@@ -145,7 +147,7 @@ def empty_model(base: Base, config: Config, attention: Attention) -> PreTrainedM
 
 def model_config(directory: Path, layers: int | None) -> PretrainedConfig:
     """transformers' configuration of the base, cut to its first `layers`."""
-    config = AutoConfig.from_pretrained(directory)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     if layers:
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):

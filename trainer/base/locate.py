@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from trainer.base.architecture import ARCHITECTURES
+from trainer.base.description import parse_base_config
 from trainer.config import Model
 from trainer.errors import ConfigError, NotFound
 from trainer.safetensors_index import INDEX_FILE, TensorSource, read_index
@@ -206,25 +206,12 @@ def _local(path: Path) -> Callable[[], bytes]:
 
 def _read_config(name: str, read: Callable[[], bytes]) -> dict[str, Any]:
     try:
-        config = json.loads(read())
+        data = read()
     except NotFound as error:
         raise ConfigError(f"model.base: {name} has no config.json. Give a Hugging Face model directory.") from error
-    except ValueError as error:
-        raise ConfigError(f"model.base: {name}/config.json is not JSON ({error}). Copy the model again.") from error
-    kind = config.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise ConfigError(f"model.base: {name} is a {kind!r} model. Supported are {', '.join(ARCHITECTURES)}.")
-    if config.get("use_bidirectional_attention"):
-        raise ConfigError(
-            f"model.base: {name} attends in both directions (use_bidirectional_attention). Give a causal model."
-        )
-    stored = config.get("quantization_config")
-    if stored and not (stored.get("quant_method") == "bitsandbytes" and stored.get("load_in_4bit")):
-        raise ConfigError(
-            f"model.base: {name} is quantized already, and not to 4 bits by bitsandbytes. Give the 16-bit model; quant.type "
-            "quantizes it."
-        )
-    return config
+    except OSError as error:
+        raise ConfigError(f"model.base: {name}/config.json cannot be read ({error}).") from error
+    return parse_base_config(name, data)
 
 
 def _from_hub(model: Model, get: Callable[[Any], str]) -> str:
@@ -258,22 +245,3 @@ def check_mergeable(model: Model, base_config: dict[str, Any]) -> None:
             f"--merge: the run has the first {model.layers} layers of its base only (model.layers), and would leave the rest "
             "untrained. Leave out --merge."
         )
-
-
-def tokenizer_size(directory: Path, name: str) -> int:
-    """One more than the largest token id, from the tokenizer's own files."""
-    ids = [-1]
-    if (directory / "tokenizer.json").is_file():
-        tokenizer = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
-        vocabulary = tokenizer["model"]["vocab"]
-        ids.append(len(vocabulary) - 1 if isinstance(vocabulary, list) else max(vocabulary.values(), default=-1))
-        ids += [token["id"] for token in tokenizer.get("added_tokens", [])]
-    elif (directory / "tokenizer.model").is_file():
-        from sentencepiece import SentencePieceProcessor
-
-        ids.append(SentencePieceProcessor(model_file=str(directory / "tokenizer.model")).vocab_size() - 1)
-    else:
-        raise ConfigError(
-            f"model.base: {name} has neither tokenizer.json nor tokenizer.model. Copy the tokenizer's files there."
-        )
-    return max(ids) + 1

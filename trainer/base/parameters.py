@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable
 
 from trainer.base.architecture import mismatches, read_architecture, stored_names
-from trainer.base.locate import Base, tokenizer_size
+from trainer.base.description import tokenizer_size
+from trainer.base.locate import Base
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.safetensors_index import Source, Stacked, TensorSource
@@ -20,16 +21,15 @@ def check_base(base: Base, config: Config) -> None:
     wrong = mismatches(config, base.config)
     if wrong:
         raise ConfigError("\n".join(wrong))
+    architecture = read_architecture(base.config, config.model.layers)
+    find_source(base, "model.embed_tokens.weight", (architecture.vocabulary, architecture.hidden))
     if not base.quantized:
-        for name, shape in read_architecture(base.config, config.model.layers).weight_shapes().items():
+        for name, shape in architecture.weight_shapes().items():
             find_source(base, name, shape)
-    embedding = base.tensors.get("model.embed_tokens.weight")
-    if embedding is None:
-        raise ConfigError(f"model.base: {base.name} has no tensor model.embed_tokens.weight. Copy the model again.")
-    rows, tokens = embedding.shape[0], tokenizer_size(base.directory, base.name)
-    if tokens > rows:
+    tokens = tokenizer_size(base.directory, base.name)
+    if tokens > architecture.vocabulary:
         raise ConfigError(
-            f"model.base: the tokenizer of {base.name} has {tokens} tokens, the embedding {rows} rows. "
+            f"model.base: the tokenizer of {base.name} has {tokens} tokens, the embedding {architecture.vocabulary} rows. "
             "Use the tokenizer that belongs to this model, or resize the embedding with resize_token_embeddings()."
         )
 
@@ -60,7 +60,7 @@ def _checked(base: Base, name: str, shape: tuple[int, ...]) -> TensorSource:
         )
     if source.shape != shape:
         raise ConfigError(
-            f"model.base: {name} is {list(source.shape)} in {source.key}, {list(shape)} by config.json. "
+            f"model.base: {name} is {list(source.shape)} in {base.name}/{source.key}, {list(shape)} by config.json. "
             "Copy the model again."
         )
     if source.dtype not in WEIGHT_DTYPES:

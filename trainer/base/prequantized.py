@@ -12,10 +12,11 @@ from typing import Any
 from trainer.base.architecture import read_architecture
 from trainer.base.locate import Base
 from trainer.config import Config
-from trainer.errors import ConfigError
+from trainer.errors import NOT_JSON, ConfigError
 from trainer.safetensors_index import DTYPE_BYTES, PackedSources, TensorSource, numel
 
 _NESTED_BLOCK = 256
+_MOST_NUMBERS = 2**16  # more than any quant_state or nested_quant_map has
 # SHA-256 of bitsandbytes.functional.create_dynamic_map() as fp32: what 8-bit scales stand for.
 _NESTED_MAP = "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
@@ -52,6 +53,11 @@ def _read_facts(base: Base, names: list[str]) -> dict[str, tuple[dict[str, Any],
         wanted[name] = state
         if nested := base.tensors.get(f"{name}.nested_quant_map"):
             wanted[f"{name}.nested_quant_map"] = nested
+    for name, source in wanted.items():
+        if not 0 < numel(source) <= _MOST_NUMBERS:
+            raise ConfigError(
+                f"model.base: what {base.name} says of the 4 bits of {name} has {numel(source)} numbers. Copy the model again."
+            )
     read: dict[str, bytes] = {}
     for file in {source.key for source in wanted.values()}:
         inside = {name: source for name, source in wanted.items() if source.key == file}
@@ -70,8 +76,10 @@ def _parsed(base: Base, name: str, data: bytes) -> dict[str, Any]:
         state: dict[str, Any] = json.loads(data)
         if missing := {"quant_type", "blocksize", "dtype", "shape"} - state.keys():
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        if not isinstance(state["shape"], list) or not isinstance(state.get("nested_offset", 0.0), float):
+            raise ValueError("its shape is no list, or its nested_offset no number")
         return state
-    except (ValueError, AttributeError) as error:
+    except (*NOT_JSON, AttributeError) as error:
         raise ConfigError(
             f"model.base: the quant_state of {name} in {base.name} cannot be read ({error}). Copy the model again."
         ) from error

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from trainer.base.description import read_by_transformers
 from trainer.base.locate import Base
 from trainer.config import Config
 from trainer.data.compile import Progress, compile_chapters, count_chapters, fingerprint, hash_tokenizer
@@ -121,7 +122,8 @@ def load_tokenizer(base: Base) -> "PreTrainedTokenizerBase":
     """The base's tokenizer. Takes seconds of imports, so only what reads rows asks for it."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(base.directory)
+    with read_by_transformers(base.name, "the tokenizer"):
+        return AutoTokenizer.from_pretrained(base.directory, trust_remote_code=False)
 
 
 def find(config: Config) -> dict[str, Input]:

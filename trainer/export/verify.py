@@ -96,7 +96,7 @@ def compare_merged(run: Store, step: int, adapter: Store, merged: Store) -> Merg
         architecture = model_config(local, config.model.layers)
         adapted, plain = _adapted_logits(architecture, local, folder, tokens, torch.float32, None)
     with _directory(merged) as folder:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
         exported = _logits(model.to(_device()).eval(), tokens)
     return MergeProof(
         merged_logits_max_diff=_difference(adapted, exported),
@@ -157,7 +157,7 @@ def _adapted_logits(
 ) -> tuple[Tensor, Tensor]:
     """Through transformers, bitsandbytes and PEFT alone, with the adapter and without: (1, T, V) fp32 each."""
     device = _device()
-    model: Any = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=dtype, trust_remote_code=False)
     if quant is not None:
         _quantize(model, quant, dtype, device)
     model.to(device)
