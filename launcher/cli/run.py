@@ -16,12 +16,12 @@ def status(
     as_json: Json = False,
 ) -> None:
     """What a run is doing, from its folder alone; for a run submitted to Slurm, Slurm's word on its jobs too."""
-    from launcher.slurm.queue import is_over, record, slurm_status
+    from launcher.slurm.queue import is_over, slurm_status, submitted_jobs
     from launcher.view.status import read_status
     from launcher.view.tables import render, watch_table
 
     folder = open_run(run, store)
-    job = record(folder)
+    job = submitted_jobs(folder)
     if follow:
         watch_table(folder, is_over(folder, job) if job else None)
     if job and (as_json or not follow):
@@ -65,7 +65,7 @@ def stop(run: RunName, store: StoreOption = "runs", as_json: Json = False, dry_r
     from trainer.run.requests import request_stop
 
     folder = open_run(run, store)
-    if job := queue.record(folder):
+    if job := queue.submitted_jobs(folder):
         what = queue.stop(folder, job, dry_run=dry_run)
     elif dry_run:
         what = f"would ask {folder.uri} to stop"

@@ -1,4 +1,4 @@
-"""What the end of a job's work means, and whether the job starts again: pure policy over what the job saw.
+"""Decides what the end of a job's work means, and whether the job starts again: pure policy over what the job saw.
 
 Beside `retry`, which restarts ranks inside one job, this restarts the job: after a time limit, a lost node, or a driver
 that died. Two budgets, as there: preemptions and lost nodes are free, failures are few.
@@ -16,7 +16,7 @@ Kind = Literal["finished", "stopped", "preempted", "node lost", "failure", "mist
 RAY_DID_NOT_START = 70
 """The exit code by which the batch script says so (EX_SOFTWARE of sysexits.h)."""
 FRUITLESS = 5
-"""So many starts in a row without a new commit end the run: it would never get anywhere."""
+"""After so many starts in a row without a new commit the run ends: it would never get anywhere."""
 BAD_NODE_FAILURES = 2
 _SIGNALS = {
     "USR1": "Slurm's signal: the time limit was near, or the job was preempted",
@@ -65,7 +65,7 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class JobDecision:
     """Whether the job `goes_on`, without the nodes to `exclude`, or ends with `exit_code`."""
 
     goes_on: bool
@@ -75,7 +75,7 @@ class Verdict:
     exclude: list[str] = field(default_factory=list)
 
 
-def judge(ending: Ending, before: Sequence[Attempt], *, budget: int, supervised: bool) -> Verdict:
+def judge(ending: Ending, before: Sequence[Attempt], *, budget: int, supervised: bool) -> JobDecision:
     """`before` are the earlier attempts of the same submission, oldest first; `budget` is the number of failures allowed.
 
     `supervised`: a driver has restarted dead ranks itself within the budget, so that its own exit code 1 is final.
@@ -85,7 +85,7 @@ def judge(ending: Ending, before: Sequence[Attempt], *, budget: int, supervised:
     if kind == "failure" and again:
         failures = 1 + sum(attempt.kind == "failure" for attempt in before)
         if failures > budget:
-            return Verdict(
+            return JobDecision(
                 False, kind, f"{reason} (failure {failures}; retry.failures: {budget})", ending.exit_code or 1
             )
     if again and fruitless(before, ending.step) + 1 >= FRUITLESS:
@@ -93,10 +93,10 @@ def judge(ending: Ending, before: Sequence[Attempt], *, budget: int, supervised:
             f"{reason}; {FRUITLESS} starts in a row ended without a new commit (the newest is of step {ending.step}). "
             "Raise cluster.slurm.time or cluster.slurm.signal_seconds, or commit more often (checkpoint.every_minutes)."
         )
-        return Verdict(False, "failure", reason, ending.exit_code or 1)
+        return JobDecision(False, "failure", reason, ending.exit_code or 1)
     if again and bad:
         reason += f"; excluded from now on: {', '.join(bad)}"
-    return Verdict(again, kind, reason, Stopped.exit_code if again else ending.exit_code, bad if again else [])
+    return JobDecision(again, kind, reason, Stopped.exit_code if again else ending.exit_code, bad if again else [])
 
 
 def _meaning(ending: Ending, supervised: bool, *, newly_bad: bool) -> tuple[Kind, str, bool]:

@@ -1,7 +1,7 @@
-"""What happens after a worker group ends: pure policy over what its ranks ended of.
+"""Decides what happens after a worker group ends: pure policy over the errors that ended its ranks.
 
 A rank's own `CapstanError` tells a mistake or a request apart from a crash: configuration, data and memory would only fail
-again, a stop is meant; a crash and a failing store are worth another attempt. Machines that leave are nobody's failure and
+again, a stop is meant; a crash and a failing store are worth another attempt. Nodes that leave are nobody's failure and
 have a budget of their own.
 """
 
@@ -36,24 +36,24 @@ class Decision:
 
 
 class RankDied(Exception):
-    """A rank's process is gone: killed, out of memory, or with `machine_lost` taken away with its machine.
+    """A rank's process is gone: killed, out of memory, or with `node_lost` taken away with its node.
 
     Without `confirmed` no more is known than that it cannot be reached.
     """
 
-    def __init__(self, text: str, machine_lost: bool = False, confirmed: bool = True) -> None:
+    def __init__(self, text: str, node_lost: bool = False, confirmed: bool = True) -> None:
         super().__init__(text)
-        self.machine_lost = machine_lost
+        self.node_lost = node_lost
         self.confirmed = confirmed
 
 
 def classify(errors: WorkerErrors, *, resizing: bool = False) -> Failure:
-    """The cause among what the ranks died of; `resizing`: they were asked to end because more machines had come.
+    """The cause among the errors that ended the ranks; `resizing`: they were asked to end because more nodes had come.
 
-    A lost machine comes first, then an error of ours, then a rank that is gone: the ranks left behind fail with broken
+    A lost node comes first, then an error of ours, then a rank that is gone: the ranks left behind fail with broken
     connections.
     """
-    lost = sorted(rank for rank, error in errors.items() if isinstance(error, RankDied) and error.machine_lost)
+    lost = sorted(rank for rank, error in errors.items() if isinstance(error, RankDied) and error.node_lost)
     if lost:
         return Failure(f"the machine of rank {', '.join(map(str, lost))} was taken away", None, "preemption")
     ours = [(rank, error) for rank, error in sorted(errors.items()) if isinstance(error, CapstanError)]

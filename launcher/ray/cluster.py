@@ -17,7 +17,7 @@ from trainer.errors import ConfigError
 _LOOK_SECONDS = 1.0
 _KNOCK_SECONDS = 10.0
 _SETTLE_SECONDS = 5.0
-"""An elastic run starts with fewer than it may have once no more has come for so long."""
+"""An elastic run starts with fewer ranks than it may have once no more room has come for so long."""
 
 
 @contextmanager
@@ -104,14 +104,14 @@ def _knock(address: str) -> None:
 
 
 def _quiet() -> None:
-    """A dead machine's last log lines, which Ray prints to every driver, say nothing that the run's own words do not."""
+    """Turn off a dead node's last log lines, which Ray prints to every driver: the run's own words say as much."""
     from ray._private.ray_logging import global_worker_stdstream_dispatcher
 
     global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
 
 
 def first_line(error: BaseException) -> str:
-    """What one of Ray's errors, which go on for many lines, says first."""
+    """The first line of one of Ray's errors, which go on for many."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 
@@ -135,8 +135,8 @@ def _not_joined(address: str, error: Exception) -> ConfigError:
     )
 
 
-def alive_machines() -> dict[str, str]:
-    """The cluster's machines: Ray's id of each and what to call it."""
+def alive_nodes() -> dict[str, str]:
+    """The cluster's nodes: Ray's id of each and a name for people, HOST/ID."""
     import ray
 
     return {
@@ -144,11 +144,11 @@ def alive_machines() -> dict[str, str]:
     }
 
 
-def lost_machines(before: Mapping[str, str], within: float) -> list[str]:
+def lost_nodes(before: Mapping[str, str], within: float) -> list[str]:
     """Which of `before` are gone, as soon as any is, or after `within` seconds."""
     deadline = time.monotonic() + within
     while True:
-        now = alive_machines()
+        now = alive_nodes()
         lost = [name for node, name in before.items() if node not in now]
         if lost or time.monotonic() > deadline:
             return lost
@@ -157,7 +157,7 @@ def lost_machines(before: Mapping[str, str], within: float) -> list[str]:
 
 @dataclass(frozen=True)
 class Need:
-    """What a run asks of the cluster: ranks from `fewest` to `most`, and the resources of each by Ray's names."""
+    """A run's demand on the cluster: ranks from `fewest` to `most`, and the resources of each by Ray's names."""
 
     fewest: int
     most: int
@@ -187,27 +187,26 @@ def need(config: Config) -> Need:
 
 
 def fits(free: Mapping[str, Mapping[str, float]], each: Mapping[str, float]) -> int:
-    """How many ranks find room in what is free on each machine."""
+    """How many ranks find room in the free resources of each node."""
     return sum(
-        int(min(machine.get(name, 0.0) // amount for name, amount in each.items() if amount > 0))
-        for machine in free.values()
+        int(min(node.get(name, 0.0) // amount for name, amount in each.items() if amount > 0)) for node in free.values()
     )
 
 
 def room(each: Mapping[str, float]) -> int:
     """How many more ranks the cluster has room for now."""
-    from ray._private.state import available_resources_per_node  # no public name gives what is free on each machine
+    from ray._private.state import available_resources_per_node  # no public name gives the free resources of each node
 
     return fits(available_resources_per_node(), each)
 
 
 def _bundle(each: Mapping[str, float]) -> str:
-    """What one rank needs, in Ray's own words for resources: {"CPU": 1, "GPU": 1}."""
+    """One rank's needs in Ray's own words for resources: {"CPU": 1, "GPU": 1}."""
     return json.dumps({name: int(amount) if amount == int(amount) else amount for name, amount in each.items()})
 
 
 def shortage(asked: int, each: Mapping[str, float], total: Mapping[str, float]) -> str:
-    """What a cluster with `total` lacks for `asked` ranks: "asked for 16 GPUs, the cluster has 8"."""
+    """The resources that a cluster with `total` lacks for `asked` ranks: "asked for 16 GPUs, the cluster has 8"."""
     missing = []
     for name, amount in each.items():
         needed, has = amount * asked, total.get(name, 0.0)
@@ -222,9 +221,10 @@ def shortage(asked: int, each: Mapping[str, float], total: Mapping[str, float]) 
 def wait_for_room(
     asked: Callable[[], Need], timeout: float, *, can_grow: bool, log: Callable[[str], None], stop: Callable[[], None]
 ) -> tuple[Need, int]:
-    """What is asked of the cluster, which may depend on the machines that have joined, and how many ranks to start.
+    """The demand on the cluster, which may depend on the nodes that have joined, and how many ranks to start.
 
-    Returns once there is room for enough; `stop` may raise to end the wait. Meanwhile a placement group asks for all of them, which is what makes an autoscaling cluster add machines.
+    Returns once there is room for enough; `stop` may raise to end the wait. Meanwhile a placement group asks for all
+    of them, which makes an autoscaling cluster add nodes.
 
     Raises:
         ConfigError: there is no room for the fewest within `timeout` seconds, or with not `can_grow` there never will be.

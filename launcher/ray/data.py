@@ -1,6 +1,6 @@
-"""Compiling on all CPUs of a Ray cluster: batches of rows travel to its machines as tasks, a CPU each.
+"""Compiling on all CPUs of a Ray cluster: batches of rows travel to its nodes as tasks, a CPU each.
 
-The rows are read and the shards written here, in their order, so the result is the same as on one machine. A machine that
+The rows are read and the shards written here, in their order, so the result is the same as on one machine. A node that
 is lost takes its tasks along, and Ray starts them elsewhere; one that joins gets its share from the next batch on.
 """
 
@@ -19,7 +19,7 @@ _BATCHES_AHEAD = 3
 _LOOK_SECONDS = 5.0
 _WAIT_SECONDS = 1.0
 _PATIENCE_SECONDS = 60.0
-# A batch that ends its process so often would do it for ever, as one that crashes the tokenizer.
+# A batch that ends its process so often, such as one that crashes the tokenizer, would do it for ever.
 _RETRIES = 5
 
 T = TypeVar("T")
@@ -39,11 +39,11 @@ def map_on_cluster(
 
     Raises:
         DataError: the process that works on a batch dies again and again.
-        ConfigError: Capstan cannot be imported on a machine of the cluster.
+        ConfigError: Capstan cannot be imported on a node of the cluster.
     """
     import ray
 
-    start()  # what it raises belongs here
+    start()  # an error of it is raised here, and not in a task
     task: Any = ray.remote(num_cpus=1, max_retries=_RETRIES)(_work)
     handle = ray.put(start)
     waiting: deque[tuple[Any, str, T]] = deque()

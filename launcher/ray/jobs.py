@@ -21,8 +21,8 @@ from trainer.run.folder import run_folder
 
 
 @dataclass(frozen=True)
-class Submission:
-    """What was handed over, or with `dry_run` what would be. `job` is Ray's submission id, or `process N`."""
+class RaySubmission:
+    """A run as it was handed over, or with `dry_run` would be. `job` is Ray's submission id, or `process N`."""
 
     run: str
     uri: str
@@ -49,7 +49,7 @@ class Submission:
         )
 
 
-def submit(config: Config, *, resume: bool, dry_run: bool) -> Submission:
+def submit(config: Config, *, resume: bool, dry_run: bool) -> RaySubmission:
     """Check, claim the name, keep the code, and start the driver elsewhere; returns without waiting for it.
 
     Raises:
@@ -64,7 +64,7 @@ def submit(config: Config, *, resume: bool, dry_run: bool) -> Submission:
     command = ["python" if address else sys.executable, "-m", "launcher.drive.driver", run.uri]
     command += ["--resume"] if resume else []
     command += ["--address", "auto"] if address else []
-    planned = Submission(
+    planned = RaySubmission(
         run=config.run.name,
         uri=run.uri,
         address=address,
@@ -86,7 +86,7 @@ def submit(config: Config, *, resume: bool, dry_run: bool) -> Submission:
         if not resume:
             release(run)
         raise
-    return Submission(**{**asdict(planned), "job": job})
+    return RaySubmission(**{**asdict(planned), "job": job})
 
 
 def _client(address: str) -> Any:
@@ -106,7 +106,7 @@ def _client(address: str) -> Any:
         ) from error
 
 
-def _submit_job(client: Any, planned: Submission, archive: bytes) -> str:
+def _submit_job(client: Any, planned: RaySubmission, archive: bytes) -> str:
     with tempfile.TemporaryDirectory(prefix="capstan-submit-") as folder:
         code = snapshot.unpack(archive, Path(folder))
         runtime_env = {**planned.runtime_env, **({"working_dir": str(code)} if code.is_dir() else {})}

@@ -18,7 +18,7 @@ from importlib import import_module
 from typing import Any
 
 from launcher.policy import retry
-from launcher.ray.cluster import Need, alive_machines, first_line, local_ray, lost_machines, need, room, wait_for_room
+from launcher.ray.cluster import Need, alive_nodes, first_line, local_ray, lost_nodes, need, room, wait_for_room
 from trainer.checkpoint.manifest import committed_steps
 from trainer.config import Config, dump_config, parse_config
 from trainer.data.prepare import Datasets
@@ -30,13 +30,13 @@ from trainer.store import Store
 
 _LOOK_SECONDS = 2.0
 _LOSS_SECONDS = 30.0
-"""In which Ray's health checks find a dead machine."""
-# How long past a machine's announced end the ranks may still be at their commit: the announcement is a guess.
+"""Ray's health checks find a dead node within this time."""
+# The ranks may still be at their commit for so long past a node's announced end: the announcement is a guess.
 _PREEMPTION_GRACE_SECONDS = 30.0
 
 
 @dataclass
-class _Life:
+class _ClusterRun:
     """A run on its cluster, over all its attempts."""
 
     config: Config
@@ -68,24 +68,24 @@ def run_on_ray(
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a rank's end is noticed; default 2
     began = time.time()
     joined = dashboard is not None
-    # Nobody announces that the machine will be taken away on which this process has started its Ray.
+    # Nobody announces the end of the machine that this process has started its Ray on.
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = str(int(joined))
-    # It takes as long to import as Ray's processes take to start.
+    # Ray Train takes as long to import as Ray's processes take to start, so both happen at once.
     threading.Thread(target=import_module, args=("ray.train.torch",), daemon=True).start()
     with nullcontext() if joined else local_ray(config.cluster.most_workers or 1):
-        life = _Life(config, datasets, run, resume, dashboard, began)
+        cluster_run = _ClusterRun(config, datasets, run, resume, dashboard, began)
         ends: list[retry.Failure] = []
         while True:
             patience = config.cluster.ray.start_timeout
             try:
                 wanted, workers = wait_for_room(
-                    lambda: need(config), patience, can_grow=joined, log=log, stop=life.stop_if_asked
+                    lambda: need(config), patience, can_grow=joined, log=log, stop=cluster_run.stop_if_asked
                 )
             except ConfigError as error:
                 if not ends or not committed_steps(run):
                     raise
                 raise Stopped(f"{ends[-1].reason}; since then: {error} `capstan resume` goes on.") from error
-            end = _attempt(life, wanted, workers)
+            end = _attempt(cluster_run, wanted, workers)
             if end is None:
                 return
             end = retry.explained(end, newest_records(run))
@@ -96,19 +96,19 @@ def run_on_ray(
                 raise decision.error
             record_restart(run, decision.reason)
             log(decision.reason)
-            life.began = time.time()
+            cluster_run.began = time.time()
 
 
-def _attempt(life: _Life, wanted: Need, workers: int) -> retry.Failure | None:
-    """One life of the worker group; returns why it ended, or None when the run is done."""
+def _attempt(cluster_run: _ClusterRun, wanted: Need, workers: int) -> retry.Failure | None:
+    """One start of the worker group; returns why it ended, or None when the run is done."""
     from ray.train import ControllerError, WorkerGroupError
     from ray.train.v2.api.exceptions import PreemptionError
 
-    life.run.delete(layout.RESTART)
-    machines = alive_machines()
+    cluster_run.run.delete(layout.RESTART)
+    nodes = alive_nodes()
     with tempfile.TemporaryDirectory(prefix="capstan-ray-", ignore_cleanup_errors=True) as storage:
-        fit = _Background(_trainer(life, wanted, workers, storage).fit)
-        watch = _Watch(life, wanted, workers)
+        fit = _Background(_trainer(cluster_run, wanted, workers, storage).fit)
+        watch = _Watch(cluster_run, wanted, workers)
         while not fit.ended(within=0.5):
             watch.look()
         try:
@@ -118,9 +118,9 @@ def _attempt(life: _Life, wanted: Need, workers: int) -> retry.Failure | None:
             end = retry.classify(errors, resizing=watch.resizing)
             if end.error is not None:
                 return end
-            # Ray reports a rank's death together with its machine's; a broken connection is seen long before either.
+            # Ray reports a rank's death together with its node's; a broken connection is seen long before either.
             told = any(isinstance(error, retry.RankDied) and error.confirmed for error in errors.values())
-            lost = lost_machines(machines, within=0 if told else _LOSS_SECONDS)
+            lost = lost_nodes(nodes, within=0 if told else _LOSS_SECONDS)
             return retry.Failure(f"lost {', '.join(lost)}", None, "preemption") if lost else end
         except PreemptionError as error:
             return retry.Failure(f"a machine was taken away ({first_line(error)})", None, "preemption")
@@ -130,19 +130,19 @@ def _attempt(life: _Life, wanted: Need, workers: int) -> retry.Failure | None:
     return None
 
 
-def _trainer(life: _Life, wanted: Need, workers: int, storage: str) -> Any:
+def _trainer(cluster_run: _ClusterRun, wanted: Need, workers: int, storage: str) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     arguments = {
-        "config": dump_config(life.config),
-        "datasets": asdict(life.datasets),
-        "resume": life.resume,
-        "facts": {"dashboard": life.dashboard} if life.dashboard else {},
-        "began": life.began,
-        "joined": life.dashboard is not None,
+        "config": dump_config(cluster_run.config),
+        "datasets": asdict(cluster_run.datasets),
+        "resume": cluster_run.resume,
+        "facts": {"dashboard": cluster_run.dashboard} if cluster_run.dashboard else {},
+        "began": cluster_run.began,
+        "joined": cluster_run.dashboard is not None,
     }
-    longest = max(life.config.timeouts.model_dump().values())
+    longest = max(cluster_run.config.timeouts.model_dump().values())
     return TorchTrainer(
         _rank,
         train_loop_config=arguments,
@@ -150,12 +150,12 @@ def _trainer(life: _Life, wanted: Need, workers: int, storage: str) -> Any:
             num_workers=workers,
             use_gpu=wanted.gpus > 0,
             resources_per_worker=wanted.each,
-            placement_strategy=life.config.cluster.ray.placement,
+            placement_strategy=cluster_run.config.cluster.ray.placement,
         ),
         torch_config=TorchConfig(backend="nccl" if wanted.gpus else "gloo", timeout_s=int(longest) + 120),
         # Checkpoints and metrics go to the run's own store; Ray Train only wants a place to put nothing.
         run_config=RunConfig(
-            name=life.config.run.name,
+            name=cluster_run.config.run.name,
             storage_path=storage,
             failure_config=FailureConfig(
                 max_failures=0,
@@ -168,7 +168,7 @@ def _trainer(life: _Life, wanted: Need, workers: int, storage: str) -> Any:
 
 
 class _Background:
-    """A call in a thread that nobody has to wait for: what ends Ray ends the call too."""
+    """A call in a thread that nobody has to wait for: it ends with Ray at the latest."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
         self._call, self._error = call, None
@@ -191,12 +191,12 @@ class _Background:
 
 
 class _Watch:
-    """What the driver looks at while ranks work: room for more of them, and a stop that need not wait for a step."""
+    """Looks, while ranks work, for room for more of them, and for a stop that need not wait for a step."""
 
-    def __init__(self, life: _Life, wanted: Need, workers: int) -> None:
-        self._life, self._wanted, self._workers = life, wanted, workers
+    def __init__(self, cluster_run: _ClusterRun, wanted: Need, workers: int) -> None:
+        self._cluster_run, self._wanted, self._workers = cluster_run, wanted, workers
         self.resizing = False
-        self._before = max(generations(life.run), default=0)
+        self._before = max(generations(cluster_run.run), default=0)
         self._training = False
         self._looked = self._counted = time.monotonic()
 
@@ -206,21 +206,21 @@ class _Watch:
         if now - self._looked >= _LOOK_SECONDS and not self._training:
             self._looked = now
             self._training = self._has_started()
-            if not self._training and committed_steps(self._life.run):
-                self._life.stop_if_asked()
-        interval = self._life.config.cluster.ray.resize_interval
+            if not self._training and committed_steps(self._cluster_run.run):
+                self._cluster_run.stop_if_asked()
+        interval = self._cluster_run.config.cluster.ray.resize_interval
         if self._training and self._workers < self._wanted.most and now - self._counted >= interval:
             self._counted = now
             more = min(room(self._wanted.each), self._wanted.most - self._workers)
             if more > 0 and not self.resizing:
                 self.resizing = True
                 request_restart(
-                    self._life.run, f"because {self._workers + more} ranks instead of {self._workers} find room"
+                    self._cluster_run.run, f"because {self._workers + more} ranks instead of {self._workers} find room"
                 )
 
     def _has_started(self) -> bool:
-        newest = max(generations(self._life.run), default=0)
-        records = read_records(self._life.run, newest) if newest > self._before else iter(())
+        newest = max(generations(self._cluster_run.run), default=0)
+        records = read_records(self._cluster_run.run, newest) if newest > self._before else iter(())
         return any(record["kind"] == "start" for record in records)
 
 
@@ -249,14 +249,14 @@ def _rank(arguments: dict[str, Any]) -> None:
     from trainer.rank import Starter, run_rank
 
     config = parse_config(arguments["config"])
-    machine = f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:8]}"
+    node = f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:8]}"
     preempted = _drain_notice() if arguments["joined"] else lambda: False
-    starter = Starter(arguments["facts"], machine, preempted, _gauges(config.run.name), arguments["began"])
+    starter = Starter(arguments["facts"], node, preempted, _gauges(config.run.name), arguments["began"])
     run_rank(config, Datasets(**arguments["datasets"]), resume=arguments["resume"], starter=starter)
 
 
 def _drain_notice() -> Callable[[], bool]:
-    """Whether Ray has announced that a machine of this group will be taken away."""
+    """Whether Ray has announced that a node of this group will be taken away."""
     import ray.train
 
     announced = threading.Event()

@@ -1,4 +1,4 @@
-"""What the batch file asks of us on the nodes, beside the driver. Each answer is one line on stdout, for bash's `read`.
+"""Answers to the batch file on the nodes, beside the driver: each is one line on stdout, for bash's `read`.
 
     python -m launcher.slurm.job begin RUN_URI NODE ...         "run", or "end CODE" when there is nothing left to do
     python -m launcher.slurm.job end RUN_URI --exit-code N ...  "requeue EXCLUDED_NODES", or "end CODE"
@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 
-from launcher.policy.jobs import Attempt, Ending, Verdict, is_over, judge
+from launcher.policy.jobs import Attempt, Ending, JobDecision, is_over, judge
 from launcher.slurm.queue import attempts
 from launcher.view.status import read_generation, read_status
 from trainer.config import Config
@@ -75,29 +75,29 @@ def end(config: Config, exit_code: int, signal: str, nodes: list[dict]) -> str:
         reason=status.reason,
     )
     slurm = config.cluster.slurm
-    verdict = judge(ending, before, budget=config.retry.failures, supervised=slurm.launch == "ray")
+    decision = judge(ending, before, budget=config.retry.failures, supervised=slurm.launch == "ray")
     done = replace(
         current,
         ended=time.time(),
         exit_code=exit_code,
-        kind=verdict.kind,
-        reason=verdict.reason,
+        kind=decision.kind,
+        reason=decision.reason,
         failed_nodes=[*ending.failed_nodes, *ending.lost_nodes],
         step=ending.step,
-        goes_on=verdict.goes_on,
+        goes_on=decision.goes_on,
     )
     _record(run, done)
     if exit_code not in (0, Stopped.exit_code) and status.state not in ("failed", "stopped"):
-        record_end(run, verdict.reason, crash=True)  # nobody who lived could say it
-    _say(done, verdict)
-    if not verdict.goes_on or slurm.chain:
-        return f"end {verdict.exit_code}"
-    excluded = verdict.exclude and ([slurm.exclude] if slurm.exclude else []) + verdict.exclude
+        record_end(run, decision.reason, crash=True)  # no rank was left that could say it
+    _say(done, decision)
+    if not decision.goes_on or slurm.chain:
+        return f"end {decision.exit_code}"
+    excluded = decision.exclude and ([slurm.exclude] if slurm.exclude else []) + decision.exclude
     return f"requeue {','.join(excluded)}".strip()
 
 
-def _say(attempt: Attempt, verdict: Verdict) -> None:
-    then = "starting again from the last commit" if verdict.goes_on else f"exit code {verdict.exit_code}"
+def _say(attempt: Attempt, decision: JobDecision) -> None:
+    then = "starting again from the last commit" if decision.goes_on else f"exit code {decision.exit_code}"
     because = f" ({attempt.reason})" if attempt.reason else ""
     print(f"capstan: {attempt.kind}{because}; step {attempt.step} is committed; {then}", file=sys.stderr, flush=True)
 
@@ -127,13 +127,13 @@ def _nodes_of_dead_ranks(run: Store, newest: int, since: float, nodes: list[dict
             break
         died = _RANK_DIED.match(records["end"][-1]["reason"] or "") if records.get("end") else None
         if started and died and int(died[1]) < len(started["hosts"]):
-            host = _short(started["hosts"][int(died[1])])
-            found.append(names.get(host, host))
+            hostname = _short(started["hosts"][int(died[1])])
+            found.append(names.get(hostname, hostname))
     return found
 
 
-def _short(host: str) -> str:
-    return host.partition(".")[0]
+def _short(hostname: str) -> str:
+    return hostname.partition(".")[0]
 
 
 def _ranks_stopped(run: Store, generation: int, since: float) -> bool:

@@ -27,7 +27,7 @@ _POLL_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Record:
+class SubmittedJobs:
     """A run's newest submission as its folder keeps it, in slurm/job.json.
 
     `submission` tells its jobs from those of another one; `output` is a path with %j for the job's number.
@@ -40,7 +40,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """A job as Slurm sees it. `reason` is Slurm's word for why it waits or ended; times are seconds since 1970.
 
     `start` is when it began, or for a pending job when Slurm expects it to. Accounting does not say `restarts`.
@@ -94,7 +94,7 @@ class SlurmStatus:
     """A run's folder and Slurm's word side by side. `jobs` is empty where Slurm cannot be asked or has forgotten them."""
 
     run: RunStatus
-    jobs: list[Job]
+    jobs: list[SlurmJob]
     attempts: list[Attempt]
 
     def to_json(self) -> dict[str, Any]:
@@ -117,11 +117,11 @@ class SlurmStatus:
         return Group(render(self.run), rows)
 
 
-def slurm_status(run: Store, found: Record) -> SlurmStatus:
+def slurm_status(run: Store, found: SubmittedJobs) -> SlurmStatus:
     return SlurmStatus(read_status(run), jobs_of(found), attempts(run))
 
 
-def is_over(run: Store, found: Record) -> Callable[[], bool]:
+def is_over(run: Store, found: SubmittedJobs) -> Callable[[], bool]:
     """Whether the run has ended and no job of it will go on; asks Slurm only every few seconds."""
     asked, active = 0.0, True
 
@@ -136,7 +136,7 @@ def is_over(run: Store, found: Record) -> Callable[[], bool]:
     return over
 
 
-def stop(run: Store, found: Record, *, dry_run: bool) -> str:
+def stop(run: Store, found: SubmittedJobs, *, dry_run: bool) -> str:
     """Cancel the jobs that have not started, and ask the one that runs to commit and end. Says what was done."""
     jobs = [job for job in jobs_of(found) if job.is_active]
     waiting = [job.job for job in jobs if job.is_pending]
@@ -158,8 +158,8 @@ def stop(run: Store, found: Record, *, dry_run: bool) -> str:
 
 
 def job_output(run: Store) -> str:
-    """What the newest job that has begun printed. Raises `ConfigError` when the run has no such job."""
-    found = record(run)
+    """The output of the newest job that has begun. Raises `ConfigError` when the run has no such job."""
+    found = submitted_jobs(run)
     if found is None:
         raise ConfigError(f"{run.uri} was not submitted to Slurm, so there is no job's output.")
     for job in reversed(found.jobs):
@@ -170,10 +170,10 @@ def job_output(run: Store) -> str:
     )
 
 
-def record(run: Store) -> Record | None:
+def submitted_jobs(run: Store) -> SubmittedJobs | None:
     """The run's newest submission to Slurm, if it has one."""
     with suppress(NotFound):
-        return Record(**json.loads(run.get(layout.SLURM_JOB)))
+        return SubmittedJobs(**json.loads(run.get(layout.SLURM_JOB)))
     return None
 
 
@@ -182,7 +182,7 @@ def attempts(run: Store) -> list[Attempt]:
     return [Attempt(**json.loads(run.get(entry.key))) for entry in run.list(layout.SLURM_ATTEMPTS)]
 
 
-def jobs_of(found: Record) -> list[Job]:
+def jobs_of(found: SubmittedJobs) -> list[SlurmJob]:
     """Slurm's word on the jobs, from the controller as long as it remembers them, else from the accounting.
 
     A job that neither knows is missing; without Slurm's commands on this machine all are.
@@ -201,10 +201,10 @@ def jobs_of(found: Record) -> list[Job]:
     return sorted(jobs, key=lambda job: job.job)
 
 
-def parse_squeue(text: str) -> list[Job]:
+def parse_squeue(text: str) -> list[SlurmJob]:
     """The jobs in squeue's JSON. A state is a list of a base state and flags, of which a flag such as COMPLETING says more."""
     return [
-        Job(
+        SlurmJob(
             job=job["job_id"],
             state=_state(job["job_state"]),
             reason="" if job["state_reason"] == "None" else job["state_reason"],
@@ -216,7 +216,7 @@ def parse_squeue(text: str) -> list[Job]:
     ]
 
 
-def parse_sacct(text: str) -> list[Job]:
+def parse_sacct(text: str) -> list[SlurmJob]:
     """The lines of `sacct --parsable2`: JobIDRaw|State|Reason|Start|NodeList."""
     found = []
     for line in text.splitlines():
@@ -225,7 +225,7 @@ def parse_sacct(text: str) -> list[Job]:
         with suppress(ValueError):
             began = time.mktime(time.strptime(start, "%Y-%m-%dT%H:%M:%S"))
         # "CANCELLED by 1000" names who did it.
-        found.append(Job(int(number), state.partition(" ")[0], "" if reason == "None" else reason, began, nodes))
+        found.append(SlurmJob(int(number), state.partition(" ")[0], "" if reason == "None" else reason, began, nodes))
     return found
 
 
@@ -264,6 +264,6 @@ def call(
 
 
 def words(answer: subprocess.CompletedProcess[str]) -> str:
-    """What a command of Slurm's said, in one line and without its own prefix."""
+    """The words of a command of Slurm's, in one line and without its own prefix."""
     lines = [re.sub(r"^\w+: (error: )?", "", line) for line in answer.stderr.strip().splitlines()]
     return "; ".join(filter(None, lines)) or f"exit code {answer.returncode}"

@@ -19,7 +19,7 @@ _BODY = Path(__file__).resolve().parents[2] / "slurm" / "run.sh"
 
 @dataclass(frozen=True)
 class Shape:
-    """What the job asks of each of its nodes."""
+    """The nodes of a job, and the ranks and CPUs of each."""
 
     nodes: int
     ranks_per_node: int

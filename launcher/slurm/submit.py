@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from launcher.slurm import script
-from launcher.slurm.queue import Record, call, cancel, jobs_of, record, words
+from launcher.slurm.queue import SubmittedJobs, call, cancel, jobs_of, submitted_jobs, words
 from launcher.start import snapshot
 from launcher.start.claim import anchored, check, claim, release
 from launcher.view.runs import find_run
@@ -21,7 +21,7 @@ from trainer.run import layout
 from trainer.run.folder import run_folder
 from trainer.store import Store
 
-# What torchrun, srun and Ray set for the process that submits, and must not reach the job's own ranks.
+# torchrun, srun and Ray set these for the process that submits; they must not reach the job's own ranks.
 _OF_THIS_PROCESS = (
     "RANK",
     "WORLD_SIZE",
@@ -37,8 +37,8 @@ _OF_ITS_JOB = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDIN
 
 
 @dataclass(frozen=True)
-class Submission:
-    """What was handed over to Slurm, or with `dry_run` what would be; `script` is the batch file."""
+class SlurmSubmission:
+    """A run as it was handed over to Slurm, or with `dry_run` would be; `script` is the batch file."""
 
     run: str
     uri: str
@@ -60,7 +60,7 @@ class Submission:
         return f"run {self.run}: submitted to Slurm as {jobs}\nsnapshot: {self.snapshot}\nnext: {self.next}"
 
 
-def submit(config: Config, *, resume: bool, after: str | None, dry_run: bool) -> Submission:
+def submit(config: Config, *, resume: bool, after: str | None, dry_run: bool) -> SlurmSubmission:
     """Check, write the batch file, claim the name, keep the code, and submit; returns without waiting for the job.
 
     `after` is a run, a name in the same store or a URI, that has to finish first.
@@ -86,7 +86,7 @@ def submit(config: Config, *, resume: bool, after: str | None, dry_run: bool) ->
     )
     submission = secrets.token_hex(4)
     batch_file = script.render(config, run.uri, submission, options)
-    done = Submission(
+    done = SlurmSubmission(
         run=config.run.name,
         uri=run.uri,
         jobs=[],
@@ -108,13 +108,13 @@ def submit(config: Config, *, resume: bool, after: str | None, dry_run: bool) ->
             run.delete(layout.SLURM_SCRIPT)
             release(run)
         raise
-    run.put(layout.SLURM_JOB, json.dumps(asdict(Record(jobs, submission, time.time(), str(output)))).encode())
+    run.put(layout.SLURM_JOB, json.dumps(asdict(SubmittedJobs(jobs, submission, time.time(), str(output)))).encode())
     return replace(done, jobs=jobs)
 
 
 def _check_idle(run: Store) -> None:
     """Two jobs of one run would take turns in fencing each other off."""
-    found = record(run)
+    found = submitted_jobs(run)
     active = [job for job in jobs_of(found) if job.is_active] if found else []
     if active:
         raise ConfigError(
@@ -134,7 +134,7 @@ def _sbatch(batch_file: str, count: int, environment: Mapping[str, str]) -> list
 
 
 def clean_environment(environment: Mapping[str, str], options: Mapping[str, str | None]) -> dict[str, str]:
-    """What the job inherits: nothing of a job or a rank that this process itself is part of.
+    """The environment that the job inherits: nothing of a job or a rank that this process itself is part of.
 
     An SBATCH_ variable would win over the file's `#SBATCH` line, so it goes where the file has that option.
     """
@@ -161,7 +161,7 @@ def _output_folder(config: Config, run: Store) -> Path:
 def _finished(run: str, config: Config) -> str:
     """The dependency on the end of `run`."""
     folder = find_run(run, config.run.store)
-    found = record(folder)
+    found = submitted_jobs(folder)
     if found is None:
         raise ConfigError(f"--after: {run!r} was not submitted to Slurm, so no job can wait for it.")
     return f"afterok:{found.jobs[-1]}"

@@ -2,7 +2,7 @@
 
     material -> plan -> undisturbed run -> run killed (-9) in the middle -> resumed on another world size -> export -> verify
 
-Each part is the real command in a process of its own, so what is proven is what a user runs.
+Each part is the real command in a process of its own, so the proof holds for the commands that a user runs.
 """
 
 import json
@@ -22,7 +22,7 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 
 from launcher.ray.cluster import local_ray
 from launcher.smoke import local_s3
-from launcher.smoke.part import Part
+from launcher.smoke.command import Command
 from launcher.smoke.verdict import STEPS, SmokePlan, SmokeResult
 from launcher.start.claim import anchored
 from launcher.view.status import read_generation
@@ -43,13 +43,13 @@ ROWS_OF_A_SOURCE = 2000
 def run_smoke(
     path: Path | None, overrides: Sequence[str], *, layers: int | None, directory: Path, show: bool
 ) -> SmokeResult:
-    """Take one run through its life under `directory`. What goes wrong in it is in the result, not raised."""
+    """Take one run through its life under `directory`. A failure in it is in the result, and not raised."""
     started = time.monotonic()
     given = anchored(load_config(path, overrides)) if path is not None else None
     life = _Life(directory.absolute(), SmokeResult(), show)
     with life.progress:
         try:
-            # Made while the store and Ray start, as that is mostly waiting.
+            # The material is made while the store and Ray start, as that is mostly waiting.
             making = (
                 life.begin("launcher.smoke.sample", str(life.directory / "sample"), "--json") if path is None else None
             )
@@ -65,7 +65,7 @@ def run_smoke(
 
 
 def plan_smoke(path: Path | None, overrides: Sequence[str], *, layers: int | None, directory: Path) -> SmokePlan:
-    """What `run_smoke` would do; `config` is the user's own in small, without what only the running parts know."""
+    """The plan of `run_smoke`; `config` is the user's own in small, without what only the running commands know."""
     given = anchored(load_config(path, overrides)) if path is not None else None
     small = scale_down(given, str(directory.absolute() / "store"), "", layers) if given is not None else None
     return SmokePlan(str(directory.absolute()), STEPS, COMMIT_EVERY, small.model_dump(mode="json") if small else None)
@@ -129,7 +129,7 @@ class _Life:
     def material(
         self,
         given: Config | None,
-        making: Part | None,
+        making: Command | None,
         overrides: Sequence[str],
         layers: int | None,
     ) -> Config:
@@ -193,8 +193,10 @@ class _Life:
     def export(self) -> None:
         with self.phase("exported, and verified in plain transformers + PEFT"):
             adapter = self.directory / self.store_uri.rpartition("/")[2] / "adapter"
-            part = self.begin("launcher.cli", "export", f"{self.store_uri}/smoke", str(adapter), "--verify", "--json")
-            exported = json.loads(part.output())
+            command = self.begin(
+                "launcher.cli", "export", f"{self.store_uri}/smoke", str(adapter), "--verify", "--json"
+            )
+            exported = json.loads(command.output())
         self.result.adapter_logits_max_diff = exported["adapter_logits_max_diff"]
         self.result.adapter_logits_allowed = exported["tolerance"]
         self.result.adapter_logits_effect = exported["adapter_logits_effect"]
@@ -204,15 +206,15 @@ class _Life:
         path.write_text(dump_config(override(config, f"run.name={name}")), encoding="utf-8")
         return str(path)
 
-    def begin(self, module: str, *arguments: str) -> Part:
-        return Part(self.directory / "smoke.log", module, *arguments)
+    def begin(self, module: str, *arguments: str) -> Command:
+        return Command(self.directory / "smoke.log", module, *arguments)
 
-    def follow(self, part: Part, run: Store, generation: int, task: TaskID) -> None:
+    def follow(self, command: Command, run: Store, generation: int, task: TaskID) -> None:
         """Show the steps of `run` until its process ends, which must be well."""
-        with part:
-            while part.runs():
+        with command:
+            while command.runs():
                 self.show(task, read_generation(run, generation))
-        part.check()
+        command.check()
 
     def show(self, task: TaskID, metrics: dict[str, list[dict[str, Any]]]) -> None:
         if metrics.get("step"):
@@ -220,10 +222,10 @@ class _Life:
             text = f"[dim]step {newest['step']} of {STEPS}, loss {newest['loss']:.3f}"
             self.progress.update(task, completed=newest["step"], steps=text)
 
-    def kill(self, part: Part, run: Store, task: TaskID) -> int:
+    def kill(self, command: Command, run: Store, task: TaskID) -> int:
         """Kill -9 the ranks and their driver in the middle of the run, after a commit; returns the step they had reached."""
-        with part:
-            while part.runs():
+        with command:
+            while command.runs():
                 metrics = read_generation(run, 1)
                 self.show(task, metrics)
                 if _newest_commit(metrics) >= COMMIT_EVERY and _newest_step(metrics) >= KILL_AFTER:
@@ -231,7 +233,7 @@ class _Life:
                         os.kill(pid, signal.SIGKILL)
                     break
             else:
-                raise CapstanError(f"the run to be killed ended by itself: {part.last_words()}")
+                raise CapstanError(f"the run to be killed ended by itself: {command.last_words()}")
         return _newest_step(read_generation(run, 1))
 
 

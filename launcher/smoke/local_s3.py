@@ -63,7 +63,7 @@ class S3Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a process needs in its environment for `open_store(server.uri(bucket))`."""
+        """The environment that `open_store(server.uri(bucket))` needs."""
         # The server is on loopback: a site's HTTP proxy cannot reach it, and would be asked first.
         no_proxy = ",".join(filter(None, [os.environ.get("NO_PROXY"), os.environ.get("no_proxy"), _HOST]))
         return {

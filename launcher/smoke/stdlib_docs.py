@@ -1,4 +1,4 @@
-"""Text that every Python brings along: the documentation and the source code of its standard library.
+"""Reads text that every Python brings along: the documentation and the source code of its standard library.
 
 "What does os.path.join do?" and its docstring are thousands of real question-answer pairs, without a download.
 """
@@ -59,7 +59,7 @@ def _modules(name: str) -> Iterator[tuple[str, ModuleType]]:
     try:
         module = importlib.import_module(name)
     except Exception:
-        return  # of another operating system, or of a library that this Python was built without
+        return  # it belongs to another operating system, or to a library that this Python was built without
     yield name, module
     for folder in getattr(module, "__path__", []):
         for path in sorted(Path(folder).iterdir()):

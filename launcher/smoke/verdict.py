@@ -1,4 +1,4 @@
-"""What a smoke run proved: every claim was measured in that very run, or does not hold."""
+"""The findings of a smoke run: every claim was measured in that very run, or does not hold."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ RESUME_GAP_ALLOWED = 1e-3  # nats: another world size adds the same numbers in a
 
 @dataclass(frozen=True)
 class SmokePlan:
-    """What a smoke run would do in `directory`; `config` None is the sample made on the spot."""
+    """A smoke run that would work in `directory`; `config` None is the sample made on the spot."""
 
     directory: str
     steps: int
@@ -32,7 +32,7 @@ class SmokePlan:
         )
 
 
-class Check(NamedTuple):
+class Finding(NamedTuple):
     what: str
     measured: str
     required: str
@@ -41,7 +41,8 @@ class Check(NamedTuple):
 
 @dataclass
 class SmokeResult:
-    """What was measured. Losses in nats a target token, the mean of several steps; `error` says which part failed, None when all ran."""
+    """Everything that was measured. Losses in nats a target token, the mean of several steps; `error` says which part failed, None when
+    all ran."""
 
     steps: int | None = None
     loss_first: float | None = None
@@ -59,39 +60,39 @@ class SmokeResult:
     store: str | None = None
     device: str | None = None
     error: str | None = None
-    exit_code: int = 0  # of the part that failed
+    exit_code: int = 0  # that of the part that failed
     phases: dict[str, float] = field(default_factory=dict)  # seconds of each
 
     @property
-    def checks(self) -> list[Check]:
+    def checks(self) -> list[Finding]:
         """Every claim of the table; one that was not measured does not hold."""
         one_gpu = self.device is not None and self.device.startswith("cuda") and self.world_before == 1
         other_size = (
             "1 -> 1 (one GPU: the world size stays 1)" if one_gpu else f"{self.world_before} -> {self.world_after}"
         )
         return [
-            Check(
+            Finding(
                 "loss falls",
                 f"{_short(self.loss_first)} -> {_short(self.loss_last)} nats",
                 "last < first",
                 _less(self.loss_last, self.loss_first),
             ),
-            Check("killed (-9) at step", str(self.killed_at_step), f"< {STEPS}", _less(self.killed_at_step, STEPS)),
-            Check("resumed at step", str(self.resumed_at_step), "from a commit", bool(self.resumed_at_step)),
-            Check("world size", other_size, "changes", one_gpu or _less(self.world_after, self.world_before)),
-            Check(
+            Finding("killed (-9) at step", str(self.killed_at_step), f"< {STEPS}", _less(self.killed_at_step, STEPS)),
+            Finding("resumed at step", str(self.resumed_at_step), "from a commit", bool(self.resumed_at_step)),
+            Finding("world size", other_size, "changes", one_gpu or _less(self.world_after, self.world_before)),
+            Finding(
                 "loss against an undisturbed run",
                 f"{_short(self.resume_loss_gap)} nats",
                 f"<= {RESUME_GAP_ALLOWED}",
                 self.resume_loss_gap is not None and self.resume_loss_gap <= RESUME_GAP_ALLOWED,
             ),
-            Check(
+            Finding(
                 "adapter's logits in transformers + PEFT",
                 f"differ by {_short(self.adapter_logits_max_diff)}",
                 f"<= {_short(self.adapter_logits_allowed)} (its effect: {_short(self.adapter_logits_effect)})",
                 proven(self.adapter_logits_max_diff, self.adapter_logits_allowed, self.adapter_logits_effect),
             ),
-            Check(
+            Finding(
                 "checkpoints committed",
                 f"{self.checkpoints} in {self.store}",
                 ">= 2",
@@ -116,7 +117,7 @@ def _less(small: float | None, large: float | None) -> bool:
 
 
 def table(result: SmokeResult) -> Table:
-    """What was proven, a line each."""
+    """A table with a line for each finding."""
     title = f"capstan smoke: {'everything holds' if result.ok else 'NOT OK'} ({result.seconds} s on {result.device})"
     shown = Table("checked", "measured", "required", "", title=title)
     for check in result.checks:

@@ -1,4 +1,4 @@
-"""What a run was started from: the tracked files of the user's git checkout, their git state, the installed versions.
+"""The code that a run was started from: the tracked files of the user's git checkout, their git state, the installed versions.
 
 `snapshot.tar.zst` in the run's folder holds
 
@@ -177,7 +177,7 @@ def _inside(member: tarfile.TarInfo, directory: str) -> tarfile.TarInfo | None:
 
 
 def _git(directory: Path, *arguments: str) -> str | None:
-    """What git prints; None where git or a checkout is missing, or the question has no answer."""
+    """The output of git; None where git or a checkout is missing, or the question has no answer."""
     try:
         done = subprocess.run(["git", "-C", str(directory), *arguments], capture_output=True, timeout=_GIT_SECONDS)
     except (FileNotFoundError, subprocess.TimeoutExpired):

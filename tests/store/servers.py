@@ -30,7 +30,7 @@ _REQUEST_SECONDS = 5.0
 
 
 def lack(program: str) -> str | None:
-    """What is missing for `program`, azurite or moto, in one line."""
+    """One line on what is missing for `program`, azurite or moto; None when it is there."""
     there = {"azurite": _AZURITE.exists() and _node() is not None, "moto": _MOTO.exists()}
     return None if there[program] else f"{program} is not installed (make servers)"
 

@@ -50,7 +50,7 @@ def lines(tmp_path: Path) -> bytes:
 
 @pytest.fixture
 def expected(tmp_path: Path, lines: bytes) -> list[list[int]]:
-    """What comes from a disk."""
+    """The rows as they come from a disk."""
     (tmp_path / "a.jsonl").write_bytes(lines)
     return rows(build(str(tmp_path / "a.jsonl"), open_store(str(tmp_path / "store"))))
 

@@ -67,7 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _claims(authorization: str) -> str:
-    """What a service account says of itself in a token that it signs: a JWT is header.claims.signature in base64."""
+    """The claims of a token that a service account signs: a JWT is header.claims.signature in base64."""
     middle = authorization.removeprefix("Bearer ").split(".")[1:2]
     return "".join(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)).decode() for part in middle)
 

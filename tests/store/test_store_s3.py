@@ -1,4 +1,4 @@
-"""What a user reads when S3 refuses, and what a killed server leaves (SeaweedFS)."""
+"""The sentences that a user reads when S3 refuses, and the state that a killed server leaves (SeaweedFS)."""
 
 import os
 import socket

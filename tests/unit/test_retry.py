@@ -109,7 +109,7 @@ def test_a_rank_that_is_gone_is_the_cause_of_broken_connections_elsewhere():
 
 
 def test_a_lost_machine_is_the_cause_of_whatever_else_went_wrong():
-    failure = retry.classify({0: StorageError("reset"), 2: RankDied("gone", machine_lost=True), 3: RankDied("gone")})
+    failure = retry.classify({0: StorageError("reset"), 2: RankDied("gone", node_lost=True), 3: RankDied("gone")})
     assert (failure.kind, failure.reason) == ("preemption", "the machine of rank 2 was taken away")
 
 

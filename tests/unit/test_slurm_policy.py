@@ -9,8 +9,8 @@ from launcher.policy.jobs import (
     RAY_DID_NOT_START,
     Attempt,
     Ending,
+    JobDecision,
     Kind,
-    Verdict,
     bad_nodes,
     is_over,
     judge,
@@ -23,7 +23,7 @@ def attempt(number: int = 1, kind: Kind = "failure", failed_nodes: tuple[str, ..
     return Attempt(number, "s", 12, number - 1, ["n1", "n2"], 0.0, 1.0, 1, kind, "", list(failed_nodes), step)
 
 
-def judged(ending: Ending, *before: Attempt, budget: int = 3, supervised: bool = True) -> Verdict:
+def judged(ending: Ending, *before: Attempt, budget: int = 3, supervised: bool = True) -> JobDecision:
     return judge(ending, before, budget=budget, supervised=supervised)
 
 
@@ -50,8 +50,8 @@ def judged(ending: Ending, *before: Attempt, budget: int = 3, supervised: bool =
     ],
 )
 def test_what_an_end_means(ending: Ending, kind: Kind, goes_on: bool, exit_code: int) -> None:
-    verdict = judged(ending)
-    assert (verdict.kind, verdict.goes_on, verdict.exit_code) == (kind, goes_on, exit_code)
+    decision = judged(ending)
+    assert (decision.kind, decision.goes_on, decision.exit_code) == (kind, goes_on, exit_code)
 
 
 def test_without_a_driver_a_crash_of_a_rank_is_worth_another_start() -> None:
@@ -70,15 +70,15 @@ def test_failures_are_counted_and_preemptions_are_not() -> None:
 def test_starts_that_never_reach_a_commit_end_the_run() -> None:
     earlier = [attempt(number, "preempted", step=10) for number in range(1, FRUITLESS)]
     assert judged(PREEMPTED, *earlier[1:]).goes_on
-    verdict = judged(PREEMPTED, *earlier)
-    assert not verdict.goes_on
-    assert "5 starts in a row ended without a new commit (the newest is of step 10)" in verdict.reason
+    decision = judged(PREEMPTED, *earlier)
+    assert not decision.goes_on
+    assert "5 starts in a row ended without a new commit (the newest is of step 10)" in decision.reason
     assert judged(replace(PREEMPTED, step=11), *earlier).goes_on
 
 
 def test_a_node_on_which_ranks_die_twice_is_excluded() -> None:
     once = Ending(1, failed_nodes=["n2"], reason="rank 3 died: killed")
-    assert judged(once) == Verdict(False, "failure", "rank 3 died: killed", 1)
+    assert judged(once) == JobDecision(False, "failure", "rank 3 died: killed", 1)
     twice = judged(once, attempt(1, "failure", ("n2", "n1")))
     assert (twice.goes_on, twice.exclude) == (True, ["n2"])
     assert "excluded from now on: n2" in twice.reason

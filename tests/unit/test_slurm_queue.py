@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from launcher.slurm import queue
-from launcher.slurm.queue import Job, Record, is_over, job_output, jobs_of, parse_sacct, parse_squeue, stop
+from launcher.slurm.queue import SlurmJob, SubmittedJobs, is_over, job_output, jobs_of, parse_sacct, parse_squeue, stop
 from launcher.slurm.submit import clean_environment
 from launcher.view.status import read_status
 from trainer.errors import ConfigError
@@ -41,12 +41,12 @@ def squeue(*jobs: dict[str, Any]) -> str:
 def test_a_running_and_a_pending_job() -> None:
     waits = job(13, "PENDING", state_reason="Resources", start_time=number(None), nodes="")
     running, pending = parse_squeue(squeue(job(restart_cnt=2), waits))
-    assert running == Job(12, "RUNNING", "", 1_800_000_000, "n[1-2]", 2)
+    assert running == SlurmJob(12, "RUNNING", "", 1_800_000_000, "n[1-2]", 2)
     assert running.sentence().startswith("RUNNING on n[1-2] since 20")
     assert running.sentence().endswith("restarted 2 times")
     assert pending.sentence() == ("PENDING: waits until enough nodes are free (Resources), no start is foreseen yet")
     assert (
-        Job(1, "PENDING", "NewReason", start=1_800_000_000)
+        SlurmJob(1, "PENDING", "NewReason", start=1_800_000_000)
         .sentence()
         .startswith("PENDING: NewReason, expected to start 2027-01-1")
     )
@@ -54,7 +54,7 @@ def test_a_running_and_a_pending_job() -> None:
 
 def test_older_versions_write_states_and_numbers_plainly() -> None:
     old = {**job(), "job_state": "COMPLETED", "start_time": 7, "restart_cnt": number(1)}
-    assert parse_squeue(squeue(old)) == [Job(12, "COMPLETED", "", 7, "n[1-2]", 1)]
+    assert parse_squeue(squeue(old)) == [SlurmJob(12, "COMPLETED", "", 7, "n[1-2]", 1)]
 
 
 def test_a_flag_says_more_than_the_base_state() -> None:
@@ -64,7 +64,7 @@ def test_a_flag_says_more_than_the_base_state() -> None:
 def test_accounting_knows_jobs_of_the_past() -> None:
     text = "12|CANCELLED by 1000|None|2026-11-24T18:00:00|n[1-2]\n13|TIMEOUT|None|Unknown|\n"
     began = time.mktime((2026, 11, 24, 18, 0, 0, 0, 0, -1))
-    assert parse_sacct(text) == [Job(12, "CANCELLED", "", began, "n[1-2]"), Job(13, "TIMEOUT")]
+    assert parse_sacct(text) == [SlurmJob(12, "CANCELLED", "", began, "n[1-2]"), SlurmJob(13, "TIMEOUT")]
 
 
 # --- a run's jobs, with Slurm's answers given
@@ -96,7 +96,7 @@ def slurm(monkeypatch: pytest.MonkeyPatch, **answers: str) -> FakeSlurm:
     return fake
 
 
-RECORD = Record([12, 13], "s", 0.0, "/nowhere/slurm-%j.out")
+RECORD = SubmittedJobs([12, 13], "s", 0.0, "/nowhere/slurm-%j.out")
 
 
 def test_what_the_controller_has_forgotten_accounting_may_know(monkeypatch: pytest.MonkeyPatch) -> None:

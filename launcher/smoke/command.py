@@ -1,4 +1,4 @@
-"""A part of the smoke run: one of our modules in a process of its own, as a user would start it, with an end to it."""
+"""One of our modules in a process of its own, as a user would start it, with an end to it."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ _LONGEST_SECONDS = 600.0
 _POLL_SECONDS = 0.2
 
 
-class Part:
+class Command:
     """`python -m module arguments`, started at once. Its stderr is appended to `log`; leaving its context kills it."""
 
     def __init__(self, log: Path, module: str, *arguments: str) -> None:
@@ -25,7 +25,7 @@ class Part:
                 stderr=stderr,
             )
 
-    def __enter__(self) -> "Part":
+    def __enter__(self) -> "Command":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -43,7 +43,7 @@ class Part:
         return False
 
     def output(self) -> str:
-        """What it printed, once it has ended well."""
+        """Its output, once it has ended well."""
         with self:
             try:
                 out, _ = self._process.communicate(timeout=_LONGEST_SECONDS)
