@@ -1,0 +1,37 @@
+"""docs/architecture.md names what is there: a file that moves, or a package that comes, takes the page along."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+def named() -> list[str]:
+    """The paths on the page. In the drawing a name without a folder is of the folder that its line, or one above, begins with."""
+    found, folder = [], ""
+    for line in PAGE.splitlines():
+        if begins := re.match(r" +((?:\w+/)+)(?= )", line):
+            folder = begins[1]
+        for name in re.findall(r"[\w./-]+\.(?:py|sh|toml)\b", line):
+            found.append(name if "/" in name or name == "pyproject.toml" else folder + name)
+    return found
+
+
+def test_every_file_that_the_page_names_exists() -> None:
+    assert len(named()) > 50
+    assert [name for name in named() if not (ROOT / name).is_file()] == []
+
+
+def test_every_package_is_named() -> None:
+    packages = {
+        f"{top}.{init.parent.name}" for top in ("trainer", "launcher") for init in (ROOT / top).glob("*/__init__.py")
+    }
+    assert len(packages) > 15
+    assert packages - set(re.findall(r"`(\w+\.\w+)`", PAGE)) == set()
+
+
+def test_it_is_one_screen_and_readme_and_contributing_lead_to_it() -> None:
+    assert len(PAGE.splitlines()) < 80
+    for page in ("README.md", "CONTRIBUTING.md"):
+        assert "(docs/architecture.md)" in (ROOT / page).read_text(encoding="utf-8")
