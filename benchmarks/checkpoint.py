@@ -98,7 +98,8 @@ class Ours:
         assert self.checkpoints.restore(self.bench.engine, required=True, log=print)
 
     def size(self) -> int:
-        from trainer.checkpoint.manifest import committed_steps, read_manifest
+        from trainer.checkpoint.listing import committed_steps
+        from trainer.checkpoint.manifest import read_manifest
         from trainer.run.layout import manifest
 
         step = committed_steps(self.run)[0]

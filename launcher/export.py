@@ -18,7 +18,8 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from trainer.base.locate import check_mergeable, read_base_config
-from trainer.checkpoint.manifest import committed_steps, readable_manifests
+from trainer.checkpoint.listing import committed_steps
+from trainer.checkpoint.manifest import readable_manifests
 from trainer.errors import CapstanError, NothingToResume, StorageError
 from trainer.export.trained import trained_config
 from trainer.store import Store

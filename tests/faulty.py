@@ -79,6 +79,9 @@ class FaultyStore(Store):
     def head(self, key: str) -> Entry:
         return self._fault.around(f"head {key}", lambda: Store.head(self, key))
 
+    def children(self, prefix: str = "") -> tuple[list[str], list[Entry]]:
+        return self._fault.around(f"list {prefix}", lambda: Store.children(self, prefix))
+
     def list(self, prefix: str = "") -> list[Entry]:
         return self._fault.around(f"list {prefix}", lambda: Store.list(self, prefix))
 

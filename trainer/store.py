@@ -155,11 +155,15 @@ class Store:
             return False
         return True
 
-    def folders(self) -> list[str]:
-        """Names of the folders directly in this one, sorted: one cheap request, however much lies inside them."""
-        with self._errors("list", ""):
-            listing = obstore.list_with_delimiter(self._backend, prefix=self._prefix or None)
-        return sorted(path.rstrip("/").rpartition("/")[2] for path in listing["common_prefixes"])
+    def children(self, prefix: str = "") -> tuple[list[str], list[Entry]]:
+        """(names of folders, objects) directly in the folder `prefix` (ending in `/` or empty), sorted.
+
+        However much lies in the folders, it takes one request for each thousand children.
+        """
+        with self._errors("list", prefix):
+            found = obstore.list_with_delimiter(self._backend, prefix=self._prefix + prefix or None)
+        names = sorted(path.rstrip("/").rpartition("/")[2] for path in found["common_prefixes"])
+        return names, sorted((self._entry(meta) for meta in found["objects"]), key=lambda entry: entry.key)
 
     def list(self, prefix: str = "") -> list[Entry]:
         """Every object under the folder `prefix` (ending in `/` or empty), sorted by key."""

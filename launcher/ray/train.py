@@ -19,7 +19,7 @@ from typing import Any
 
 from launcher.policy import retry
 from launcher.ray.cluster import Need, alive_nodes, first_line, local_ray, lost_nodes, need, room, wait_for_room
-from trainer.checkpoint.manifest import committed_steps
+from trainer.checkpoint.listing import committed_steps
 from trainer.config import Config, dump_config, parse_config
 from trainer.data.prepare import Datasets
 from trainer.errors import ConfigError, DoesNotFit, Stopped

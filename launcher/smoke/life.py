@@ -27,7 +27,7 @@ from launcher.smoke.verdict import STEPS, SmokePlan, SmokeResult
 from launcher.start.claim import anchored
 from launcher.view.status import read_generation
 from trainer.base.locate import read_base_config
-from trainer.checkpoint.manifest import committed_steps
+from trainer.checkpoint.listing import committed_steps
 from trainer.config import Config, Data, Source, assignment, dump_config, load_config, override, parse_config
 from trainer.data.rows import rows
 from trainer.data.sources import expand

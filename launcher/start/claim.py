@@ -12,7 +12,7 @@ from launcher.start import snapshot
 from launcher.view.status import SILENT_SECONDS, read_status
 from trainer.base.locate import Base, resolve_base
 from trainer.base.parameters import check_base
-from trainer.checkpoint.manifest import committed_steps
+from trainer.checkpoint.listing import committed_steps
 from trainer.config import Config, assignment, dump_config, override
 from trainer.config.secrets import refuse_secrets
 from trainer.errors import AlreadyExists, ConfigError, NothingToResume

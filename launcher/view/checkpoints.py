@@ -11,7 +11,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from launcher.view.tables import duration
-from trainer.checkpoint.manifest import CheckpointManifest, committed_steps, readable_manifests, shard_problem
+from trainer.checkpoint.listing import committed_steps
+from trainer.checkpoint.manifest import CheckpointManifest, readable_manifests, shard_problem
 from trainer.checkpoint.retention import Removal, Retention, plan_removal, remove
 from trainer.errors import NothingToResume
 from trainer.run.folder import run_config

@@ -25,4 +25,4 @@ def find_run(run: str, store: str) -> Store:
 
 def runs(store: Store) -> list[str]:
     """Names of the runs in `store`, sorted."""
-    return [name for name in store.folders() if store.exists(f"{name}/{layout.CONFIG}")]
+    return [name for name in store.children()[0] if store.exists(f"{name}/{layout.CONFIG}")]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from trainer.checkpoint.listing import committed
 from trainer.run import layout
 from trainer.run.records import Record, RecordReader, read_records
 from trainer.run.segments import streams
@@ -204,9 +205,8 @@ class Follower:
 
     def _last_commit(self) -> tuple[int, float] | None:
         """(step, seconds since 1970) of the newest manifest: what is in the store, whatever the metrics say."""
-        entries = self._folder.list(layout.CHECKPOINTS)
-        commits = ((layout.manifest_step(entry.key), entry.modified.timestamp()) for entry in entries)
-        return max(((step, when) for step, when in commits if step is not None), default=None)
+        newest = next(iter(committed(self._folder)), None)
+        return (newest.step, newest.manifest.modified.timestamp()) if newest and newest.manifest else None
 
 
 def _state(newest: _Generation, quiet: float) -> State:

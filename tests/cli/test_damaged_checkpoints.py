@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import Capstan
-from trainer.checkpoint.manifest import committed_steps, read_manifest
+from trainer.checkpoint.listing import committed_steps
+from trainer.checkpoint.manifest import read_manifest
 from trainer.run import layout
 from trainer.store import Store, open_store
 

@@ -24,7 +24,8 @@ from trainer.checkpoint.learner import TrainablePartition
 from trainer.errors import StorageError
 from trainer.export.adapter import export_adapter, master_weights
 from trainer.export.merged import export_merged
-from trainer.checkpoint.manifest import committed_steps, problems_of, read_manifest, whole_checkpoint
+from trainer.checkpoint.listing import committed_steps
+from trainer.checkpoint.manifest import problems_of, read_manifest, whole_checkpoint
 from trainer.ranks import Ranks, join
 from trainer.checkpoint.retention import Retention, plan_removal, remove
 from trainer.checkpoint.shard import STATES

@@ -16,7 +16,7 @@ from launcher.smoke.local_s3 import S3Server
 from launcher.view.status import read_generation
 from tests.dist.launch import launch
 from trainer.base.locate import resolve_base
-from trainer.checkpoint.manifest import committed_steps
+from trainer.checkpoint.listing import committed_steps
 from trainer.config import Config, dump_config, override, parse_config
 from trainer.data.chapters import open_chapters
 from trainer.data.prepare import prepare

@@ -13,7 +13,8 @@ from tests.dist.launch import launch
 from tests.material import Workshop
 from trainer.run import layout
 from trainer.config import dump_config
-from trainer.checkpoint.manifest import committed_steps, read_manifest
+from trainer.checkpoint.listing import committed_steps
+from trainer.checkpoint.manifest import read_manifest
 from trainer.store import Store
 
 SAVED = [2, 3]  # steps, beside the loop's own save of the first

@@ -18,7 +18,8 @@ from trainer.config import dump_config
 from trainer.errors import ConfigError, NothingToResume, StorageError
 from trainer.export.adapter import export_adapter, master_weights
 from trainer.export.merged import export_merged
-from trainer.checkpoint.manifest import committed_steps, read_manifest
+from trainer.checkpoint.listing import committed_steps
+from trainer.checkpoint.manifest import read_manifest
 from trainer.store import Store, open_store
 
 

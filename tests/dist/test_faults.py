@@ -6,7 +6,8 @@ import pytest
 
 from launcher.smoke.local_s3 import S3Server
 from tests.dist.launch import launch, running
-from trainer.checkpoint.manifest import committed_steps, read_manifest
+from trainer.checkpoint.listing import committed_steps
+from trainer.checkpoint.manifest import read_manifest
 from trainer.store import open_store
 
 STORES = ["memory", "local", "s3"]

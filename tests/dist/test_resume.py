@@ -11,7 +11,8 @@ from tests.dist.launch import launch, running
 from tests.material import Workshop
 from trainer.run import layout
 from trainer.config import Config, dump_config
-from trainer.checkpoint.manifest import committed_steps, read_manifest
+from trainer.checkpoint.listing import committed_steps
+from trainer.checkpoint.manifest import read_manifest
 from trainer.store import Store
 
 TOLERANCE = 1e-3  # nats, at another world size

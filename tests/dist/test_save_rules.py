@@ -9,7 +9,8 @@ from launcher.view.status import read_generation
 from tests.dist.launch import launch
 from tests.material import Workshop, make_data
 from trainer.config import dump_config
-from trainer.checkpoint.manifest import committed_steps, read_manifest
+from trainer.checkpoint.listing import committed_steps
+from trainer.checkpoint.manifest import read_manifest
 
 
 def kinds(result: dict[str, Any]) -> list[tuple[str, int]]:

@@ -12,7 +12,7 @@ from tests.material import Workshop, make_data
 from tests.ray.cluster import Driver, losses, steps, write
 from tests.ray.held_compilation import SMALL
 from trainer.base.locate import resolve_base
-from trainer.checkpoint.manifest import committed_steps
+from trainer.checkpoint.listing import committed_steps
 from trainer.config import dump_config
 from trainer.data.dataset import open_chapter
 from trainer.data.order import EpochPlan

@@ -14,7 +14,7 @@ from launcher.view.status import read_generation, read_status
 from tests.dist.launch import launch
 from tests.material import Workshop
 from tests.ray.cluster import Driver, alive, losses, ray_cluster, steps, write
-from trainer.checkpoint.manifest import committed_steps
+from trainer.checkpoint.listing import committed_steps
 from trainer.config import dump_config
 from trainer.run.requests import request_stop
 from trainer.store import open_store

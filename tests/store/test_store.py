@@ -166,7 +166,7 @@ def test_a_local_store_survives_reopening(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["plain", "50% of #1? ü~"])
 def test_reading_makes_no_folder_and_writing_makes_the_one_that_was_named(tmp_path: Path, name: str, form: str) -> None:
     store = open_store(form.format(tmp_path / name / "runs"))
-    assert (store.list(), store.folders(), store.exists("a")) == ([], [], False)
+    assert (store.list(), store.children(), store.exists("a")) == ([], ([], []), False)
     assert list(tmp_path.iterdir()) == []
     store.put("a", b"x")
     assert (tmp_path / name / "runs" / "a").read_bytes() == b"x"

@@ -12,7 +12,7 @@ from trainer.store import Store, open_store
 def test_an_endpoint_without_tls_is_allowed(azure: Store) -> None:
     azure.put("key", b"x")
     assert azure.failing_fast().get("key") == b"x"
-    assert azure.uri.rpartition("/")[2] in open_store(azure.uri.rpartition("/")[0]).folders()
+    assert azure.uri.rpartition("/")[2] in open_store(azure.uri.rpartition("/")[0]).children()[0]
 
 
 def test_a_wrong_key_is_refused_at_once(azure: Store, monkeypatch: pytest.MonkeyPatch) -> None:

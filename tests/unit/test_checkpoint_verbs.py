@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from launcher.cli.__main__ import app
 from tests.checkpoints import commit
-from trainer.checkpoint.manifest import committed_steps
+from trainer.checkpoint.listing import committed_steps
 from trainer.errors import CapstanError, ConfigError
 from trainer.run import layout
 from trainer.store import Store, open_store

@@ -11,13 +11,8 @@ import pytest
 
 from tests.checkpoints import ATTEMPT, NAME, commit, manifest, write_shards
 from trainer.checkpoint.division import EvenDivision, ListedDivision
-from trainer.checkpoint.manifest import (
-    committed_steps,
-    parse_manifest,
-    problems_of,
-    read_manifest,
-    readable_manifests,
-)
+from trainer.checkpoint.listing import committed_steps
+from trainer.checkpoint.manifest import parse_manifest, problems_of, read_manifest, readable_manifests
 from trainer.checkpoint.reading import plan_reads
 from trainer.errors import Damaged, StorageError
 from trainer.run import layout

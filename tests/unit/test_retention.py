@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import commit, manifest, write_shards
-from trainer.checkpoint.manifest import committed_steps
+from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.retention import Removal, Retention, plan_removal, remove
 from trainer.run import layout
 from trainer.store import Store, open_store

@@ -22,13 +22,8 @@ from trainer import config
 from trainer.checkpoint.division import EvenDivision
 from trainer.checkpoint.identity import Identity, check_identity
 from trainer.checkpoint.learner import Learner, TrainablePartition
-from trainer.checkpoint.manifest import (
-    CheckpointManifest,
-    committed_steps,
-    read_manifest,
-    readable_manifests,
-    shard_problem,
-)
+from trainer.checkpoint.listing import committed_steps
+from trainer.checkpoint.manifest import CheckpointManifest, read_manifest, readable_manifests, shard_problem
 from trainer.checkpoint.reading import read_elements
 from trainer.checkpoint.retention import Retention, plan_removal, remove
 from trainer.checkpoint.shard import ShardLayout, write_shard

@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from trainer.checkpoint.division import Division, EvenDivision, ListedDivision
+from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.shard import BYTES_PER_ELEMENT, Shard, verify_shard
 from trainer.errors import Damaged, NotFound, NothingToResume, StorageError
 from trainer.run import layout
@@ -135,12 +136,6 @@ def parse_manifest(data: bytes, where: str) -> CheckpointManifest:
     if problem := manifest.problem():
         raise Damaged(f"{where} is damaged: {problem}.")
     return manifest
-
-
-def committed_steps(run: Store) -> list[int]:
-    """Steps that have a manifest, newest first. Whether it is whole, `read_manifest` tells."""
-    steps = (layout.manifest_step(entry.key) for entry in run.list(layout.CHECKPOINTS))
-    return sorted((step for step in steps if step is not None), reverse=True)
 
 
 def read_manifest(run: Store, step: int) -> CheckpointManifest:

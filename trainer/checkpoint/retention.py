@@ -5,11 +5,11 @@ that are damaged. A removed checkpoint loses its manifest first, so it is never 
 between leaves shards that nothing refers to, and those are orphans like any other.
 """
 
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
+from trainer.checkpoint.listing import StepFolder, step_folders
 from trainer.checkpoint.manifest import read_manifest, readable_manifests, shard_problem
 from trainer.errors import Damaged, NotFound
 from trainer.run import layout
@@ -72,13 +72,8 @@ def plan_removal(
     Reads every byte of one checkpoint that stays, unless `proven`, a step known to be whole, does. Where all that `rules`
     keep are damaged, the newest whole one stays too; where none is whole, all stay.
     """
-    folders: dict[int, list[Entry]] = defaultdict(list)
-    for entry in run.list(layout.CHECKPOINTS):
-        step = layout.step_of(entry.key)
-        if step is not None:
-            folders[step].append(entry)
-    committed = {step for step, entries in folders.items() if any(e.key == layout.manifest(step) for e in entries)}
-    newest_first = sorted(committed, reverse=True)
+    folders = step_folders(run)
+    newest_first = [folder.step for folder in folders if folder.manifest is not None]
     losses: dict[int, float] = {}
     if rules.keep_best:
         manifests = readable_manifests(run, [], newest_first)
@@ -88,10 +83,12 @@ def plan_removal(
     if removal.steps:
         _keep_a_whole_one(run, removal, proven)
     for step in removal.steps:
-        removal.bytes += sum(entry.size for entry in folders[step])
+        removal.bytes += sum(entry.size for entry in run.list(layout.checkpoint(step)))
     before = now() - timedelta(hours=orphan_hours)
-    for step in sorted(folders.keys() - set(removal.steps)):
-        for entry in _unreferenced(run, step, folders[step], committed=step in committed):
+    for folder in reversed(folders):
+        if folder.step in removal.steps:
+            continue
+        for entry in _unreferenced(run, folder):
             if entry.modified < before:
                 removal.orphans.append(entry.key)
                 removal.bytes += entry.size
@@ -123,19 +120,18 @@ def _problem(run: Store, step: int) -> str | None:
     return next(filter(None, (shard_problem(run, manifest, number) for number in range(len(manifest.shards)))), None)
 
 
-def _unreferenced(run: Store, step: int, entries: list[Entry], *, committed: bool) -> list[Entry]:
+def _unreferenced(run: Store, folder: StepFolder) -> list[Entry]:
     """Objects of a step's folder that its commit does not name. A damaged manifest is taken to name them all."""
-    if not committed:
-        return entries
-    attempts = {entry.key.rpartition("/")[0] for entry in entries}
-    if len(attempts) <= 2:
-        return []  # the manifest's folder and one attempt's: the usual case costs no read
+    if folder.manifest is None:
+        return run.list(layout.checkpoint(folder.step))
+    if folder.attempts <= 1:
+        return []  # the usual case costs no request
     try:
-        manifest = read_manifest(run, step)
+        manifest = read_manifest(run, folder.step)
     except (Damaged, NotFound):
         return []
-    named = {layout.manifest(step), *(shard.key for shard in manifest.shards)}
-    return [entry for entry in entries if entry.key not in named]
+    named = {layout.manifest(folder.step), *(shard.key for shard in manifest.shards)}
+    return [entry for entry in run.list(layout.checkpoint(folder.step)) if entry.key not in named]
 
 
 def remove(run: Store, removal: Removal) -> None:

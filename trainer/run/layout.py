@@ -20,9 +20,8 @@ SLURM_JOB = "slurm/job.json"
 SLURM_SCRIPT = "slurm/run.sbatch"
 SLURM_ATTEMPTS = "slurm/attempts/"
 
-_STEP = re.compile(r"checkpoints/step-(\d{9})/.+")
+_STEP_FOLDER = re.compile(r"step-(\d{9})")
 _SHARD = re.compile(r"checkpoints/step-(\d{9})/[\w-]+/shard-\d{5,}\.safetensors")
-_MANIFEST = re.compile(r"checkpoints/step-(\d{9})/manifest\.json")
 _GENERATION = re.compile(r"metrics/(\d{6})\.jsonl")
 _RECORDS = re.compile(r"metrics/(\d{6})\.jsonl(\.added-.+)?")
 
@@ -70,9 +69,9 @@ def checkpoint(step: int) -> str:
     return f"{CHECKPOINTS}step-{step:09d}/"
 
 
-def step_of(key: str) -> int | None:
-    """The step in whose checkpoint folder `key` is, or None for any other key."""
-    match = _STEP.fullmatch(key)
+def step_of_folder(name: str) -> int | None:
+    """The step whose folder among the checkpoints is `name`, or None for any other name."""
+    match = _STEP_FOLDER.fullmatch(name)
     return int(match[1]) if match else None
 
 
@@ -100,12 +99,6 @@ def manifest(step: int) -> str:
 def damaged_manifest(step: int, generation: int) -> str:
     """Where `generation` puts the manifest of a checkpoint that it found damaged: it commits the step again."""
     return f"{checkpoint(step)}manifest.damaged-{generation:06d}.json"
-
-
-def manifest_step(key: str) -> int | None:
-    """The step whose manifest `key` is, or None for any other key."""
-    match = _MANIFEST.fullmatch(key)
-    return int(match[1]) if match else None
 
 
 def bases(fingerprint: str) -> str:

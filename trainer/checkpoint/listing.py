@@ -1,0 +1,44 @@
+"""What lies in a run's folder of checkpoints, found without listing every shard.
+
+A hundred checkpoints of a thousand ranks are a hundred thousand objects: a listing of all takes as many requests as a look
+into each checkpoint's folder, but a hundred times the bytes, and on a disk a look at each file.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from trainer.run import layout
+from trainer.store import Entry, Store
+
+_LOOKS_AT_A_TIME = 16
+
+
+class StepFolder(NamedTuple):
+    """The folder of one step's checkpoint. It is committed when it has a manifest."""
+
+    step: int
+    manifest: Entry | None
+    attempts: int
+
+
+def step_folders(run: Store) -> list[StepFolder]:
+    """Newest first: one request, and one for each folder."""
+    names = run.children(layout.CHECKPOINTS)[0]
+    steps = sorted((step for name in names if (step := layout.step_of_folder(name)) is not None), reverse=True)
+    with ThreadPoolExecutor(_LOOKS_AT_A_TIME) as pool:
+        return list(pool.map(lambda step: _look(run, step), steps))
+
+
+def _look(run: Store, step: int) -> StepFolder:
+    attempts, entries = run.children(layout.checkpoint(step))
+    manifest = next((entry for entry in entries if entry.key == layout.manifest(step)), None)
+    return StepFolder(step, manifest, len(attempts))
+
+
+def committed(run: Store) -> list[StepFolder]:
+    """Those that have a manifest, newest first. Whether it is whole, reading it tells."""
+    return [folder for folder in step_folders(run) if folder.manifest is not None]
+
+
+def committed_steps(run: Store) -> list[int]:
+    return [folder.step for folder in committed(run)]
