@@ -46,7 +46,7 @@ from trainer.run.records import add_record, bad_windows
 from trainer.run.requests import StopSignal
 from trainer.store import Store, open_run_store
 from trainer.train.assemble import assemble
-from trainer.train.heartbeat import Heart, Verdict
+from trainer.train.heartbeat import Hang, Heart
 from trainer.train.loop import Training, stop_before_training, train
 from trainer.tuning.method import check_tuning
 from trainer.zero.policy import build_deepspeed_config
@@ -299,15 +299,15 @@ def planned_memory(config: Config, base: Base, ranks: Ranks) -> str:
 
 def _last_words(
     run: Store, generation: int, metrics: Metrics, flush_log: Callable[[], None]
-) -> Callable[[Verdict, bool], None]:
+) -> Callable[[Hang, bool], None]:
     """What a rank leaves in the run's folder before it ends because some rank hangs."""
 
-    def say(verdict: Verdict, mine: bool) -> None:
+    def say(hang: Hang, mine: bool) -> None:
         flush_log()
         if not mine:
             return
-        end = {"outcome": "failed", "step": None, "reason": verdict.reason, "hung_ranks": verdict.ranks}
-        if 0 in verdict.ranks:  # then this rank is another, and rank 0 may never write again
+        end = {"outcome": "failed", "step": None, "reason": hang.reason, "hung_ranks": hang.ranks}
+        if 0 in hang.ranks:  # then this rank is another, and rank 0 may never write again
             with suppress(StorageError):
                 add_record(run, generation, "end", **end)
         metrics.write_now("end", **end)

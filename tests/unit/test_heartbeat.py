@@ -1,7 +1,7 @@
 """Who is to blame when ranks hang: the judge over beats and a clock of its own."""
 
 from trainer.config import Timeouts
-from trainer.train.heartbeat import Beat, Judge, Phase, Verdict
+from trainer.train.heartbeat import Beat, Hang, Judge, Phase
 
 LIMITS = Timeouts(load=100, step=10, save=50)
 
@@ -23,7 +23,7 @@ class Clock:
             self.phases[rank] = phase
             self.begun[rank] += 1
 
-    def run(self, seconds: int) -> Verdict | None:
+    def run(self, seconds: int) -> Hang | None:
         for _ in range(seconds):
             self.now += 1
             self.turns = [turn + (rank not in self.frozen) for rank, turn in enumerate(self.turns)]

@@ -1,36 +1,37 @@
 """Finds the rank that hangs, whoever started the ranks: Ray, torchrun or srun.
 
-A rank says what it begins (`pulse("step", 12)`). A thread of its own publishes that, with a count of its own turns, in a
-key-value server beside rank 0; rank 0 judges by its own clock. Where one rank has begun less than the others, they wait for
-it: it is the one that hangs. A thread that publishes nothing belongs to a process that is frozen, gone or cut off. Once a
-verdict is out, every rank that can writes its Python stacks to its log and ends, so that the group is started again.
+A rank says what it begins (`pulse("step", 12)`). A thread of its own tells that to rank 0, with a count of its own turns;
+rank 0 judges by its own clock. Where one rank has begun less than the others, they wait for it: it is the one that hangs. A
+thread that tells nothing belongs to a process that is frozen, gone or cut off. Once rank 0 has found a rank to hang, every
+rank that can writes its Python stacks to its log and ends, so that the group is started again.
 """
 
 import faulthandler
-import json
 import os
+import secrets
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from datetime import timedelta
-from typing import Literal, NamedTuple, TypeAlias
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, NamedTuple, TypeAlias
 
-from torch.distributed import DistError, TCPStore, distributed_c10d  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import distributed_c10d
 
 from trainer import ranks as ranks_module
 from trainer.config import Timeouts
 from trainer.ranks import Ranks
+from trainer.run.background import Harmless, say
+from trainer.train.signed_lines import Line, Server
 
 Phase = Literal["load", "data", "compile", "step", "save", "evaluate"]
 Pulse: TypeAlias = Callable[[Phase, int], None]
 
 HUNG = 1
-"""The exit code of a rank that ends because of a verdict."""
+"""The exit code of a rank that ends because some rank hangs."""
 _FAREWELL_SECONDS = 5.0
-_VERDICT, _HEARD = "verdict", "heard"
 _EXCHANGES = {distributed_c10d.__file__, ranks_module.__file__}
 
 
@@ -50,8 +51,8 @@ class Beat:
         return f"{self.phase} of step {self.step}" if self.phase in ("data", "compile", "step") else self.phase
 
 
-class Verdict(NamedTuple):
-    """Why the ranks end, and which of them are to blame."""
+class Hang(NamedTuple):
+    """Why the ranks end, and which of them hang."""
 
     reason: str
     ranks: list[int]
@@ -72,8 +73,8 @@ class Judge:
         self._moved: dict[int, float] = {}
         self._heard: dict[int, float] = {}
 
-    def look(self, beats: Sequence[Beat]) -> Verdict | None:
-        """`beats` in rank order; a verdict once a rank is over the limit of its phase."""
+    def look(self, beats: Sequence[Beat]) -> Hang | None:
+        """`beats` in rank order; what hangs, once a rank is over the limit of its phase."""
         now = self._clock()
         for rank, beat in enumerate(beats):
             last = self._last.get(rank)
@@ -86,7 +87,7 @@ class Judge:
         limits = [limit(self._timeouts, beat.phase) for beat in beats]
         silent = [rank for rank in self._last if now - self._heard[rank] > limits[rank][1]]
         if silent:
-            return self._verdict(silent, limits, "no sign of life", "frozen, or cut off from the others")
+            return self._found(silent, limits, "no sign of life", "frozen, or cut off from the others")
         # Ranks that have begun more wait for those that have begun less, for as long as these may take.
         fewest = min(beat.begun for beat in beats)
         behind = [rank for rank, beat in enumerate(beats) if beat.begun == fewest]
@@ -94,14 +95,14 @@ class Judge:
         if not any(now - self._moved[rank] > limits[rank][1] for rank in behind):
             return None
         if len(behind) == len(beats):
-            return self._verdict(behind, limits, "no progress", "each waits for the others, or for what is outside")
-        return self._verdict(behind, limits, "no progress", "the others wait for it")
+            return self._found(behind, limits, "no progress", "each waits for the others, or for what is outside")
+        return self._found(behind, limits, "no progress", "the others wait for it")
 
-    def _verdict(self, ranks: list[int], limits: list[tuple[str, float]], what: str, why: str) -> Verdict:
+    def _found(self, ranks: list[int], limits: list[tuple[str, float]], what: str, why: str) -> Hang:
         beat, (setting, seconds) = self._last[ranks[0]], limits[ranks[0]]
         many = len(ranks) > 1
         named = f"rank{'s' if many else ''} {', '.join(map(str, ranks[:8]))}{' ...' if len(ranks) > 8 else ''}"
-        return Verdict(
+        return Hang(
             f"{named} hang{'' if many else 's'} in {beat.place}: {what} for {seconds:.0f} s ({setting}); {why}", ranks
         )
 
@@ -109,20 +110,28 @@ class Judge:
 class Heart:
     """This rank's pulse among the others'. Collective to make; calling it costs a few assignments.
 
-    `on_verdict(verdict, mine)` is called once before this process ends; `mine` says that this rank speaks for all.
+    `on_hang(hang, mine)` is called once before this process ends; `mine` says that this rank speaks for all.
     """
 
-    def __init__(self, ranks: Ranks, timeouts: Timeouts, on_verdict: Callable[[Verdict, bool], None]) -> None:
-        self._ranks, self._timeouts, self._on_verdict = ranks, timeouts, on_verdict
+    def __init__(self, ranks: Ranks, timeouts: Timeouts, on_hang: Callable[[Hang, bool], None]) -> None:
+        self._ranks, self._timeouts, self._on_hang = ranks, timeouts, on_hang
         self._beat = Beat("load", 0, 0, 0)
         self._answered = time.monotonic()
-        self._seconds = min(1.0, *(seconds / 5 for seconds in timeouts.model_dump().values()))
+        # A thousand ranks are heard at a rate that costs rank 0 no more than a few milliseconds a second.
+        self._seconds = min(
+            max(1.0, ranks.world_size / 200), *(seconds / 5 for seconds in timeouts.model_dump().values())
+        )
         self._main = threading.get_ident()
         self._closed, self._ending = threading.Event(), threading.Lock()
+        # On rank 0: what each rank said last, whom it found to hang, and which ranks know.
+        self._beats = [self._beat] * ranks.world_size
+        self._hang: Hang | None = None
+        self._told: set[int] = set()
         self._judge = Judge(timeouts) if ranks.rank == 0 else None
-        self._server = _serve(ranks)
-        for work in (self._publish, self._watch):
-            threading.Thread(target=work, name=f"heart{work.__name__}", daemon=True).start()
+        self._server, self._line = _connect(ranks, self._hear)
+        turn = self._turn_of_judge if ranks.rank == 0 else self._turn_of_other
+        for name, work in (("pulse", turn), ("watch", self._watch)):
+            threading.Thread(target=self._repeat, args=(name, work), name=f"heart-{name}", daemon=True).start()
 
     def __call__(self, phase: Phase, step: int = 0) -> None:
         """This rank begins `phase`, for the update that makes `step`. "compile" is a part of "data" that not every rank has."""
@@ -131,70 +140,95 @@ class Heart:
 
     def close(self) -> None:
         self._closed.set()
+        if self._server is not None:
+            self._server.close()
 
-    def _publish(self) -> None:
-        """Tell the server, listen for a verdict, and on rank 0 judge. Ends with the connection: `_watch` sees to the rest."""
-        turns = 0
-        with suppress(DistError):
-            while not self._closed.wait(self._seconds):
-                turns += 1
-                beat = self._beat
-                now = Beat(beat.phase, beat.step, beat.begun, turns, _in_an_exchange(self._main))
-                self._server.set(f"{self._ranks.rank}", json.dumps(asdict(now)))
-                if self._server.check([_VERDICT]):
-                    verdict = Verdict(*json.loads(self._server.get(_VERDICT)))
-                    self._say(verdict, mine=False)
-                    self._server.add(_HEARD, 1)
-                    os._exit(HUNG)
-                self._answered = time.monotonic()
-                if self._judge is not None and (verdict := self._judge.look(self._everyones())):
-                    self._pronounce(verdict)
-
-    def _watch(self) -> None:
-        """End when rank 0, where the server is, has not answered for longer than this rank's phase may take."""
+    def _repeat(self, name: str, work: Callable[[int], None]) -> None:
+        turns, harmless = 0, Harmless(f"the heartbeat's {name}")
         while not self._closed.wait(self._seconds):
-            setting, seconds = limit(self._timeouts, self._beat.phase)
-            if time.monotonic() - self._answered > seconds:
-                reason = (
-                    f"rank 0 hangs: no answer to the others for {seconds:.0f} s ({setting}); frozen, gone, or cut off "
-                    f"(rank {self._ranks.rank} was in {self._beat.place})"
-                )
-                self._say(Verdict(reason, [0]), mine=self._ranks.rank == 1)
-                os._exit(HUNG)
+            turns += 1
+            harmless(lambda turns=turns: work(turns))
 
-    def _everyones(self) -> list[Beat]:
-        keys = [f"{rank}" for rank in range(self._ranks.world_size)]
-        return [Beat(**json.loads(value)) for value in self._server.multi_get(keys)]
+    def _now(self, turns: int) -> Beat:
+        return replace(self._beat, turns=turns, waits=_in_an_exchange(self._main))
 
-    def _pronounce(self, verdict: Verdict) -> None:
+    def _hear(self, told: dict[str, Any]) -> dict[str, Any]:
+        """Rank 0's answer to another rank; called in the server's thread."""
+        rank, beat = told["rank"], Beat(**told["beat"])
+        if beat.turns > self._beats[rank].turns:  # else it is an old line, sent again by somebody who overheard it
+            self._beats[rank] = beat
+        if told["knows"]:
+            self._told.add(rank)
+        return {"turns": beat.turns, "hang": self._hang}
+
+    def _turn_of_judge(self, turns: int) -> None:
+        assert self._judge is not None
+        self._beats[0] = self._now(turns)
+        self._answered = time.monotonic()
+        if hang := self._judge.look(self._beats):
+            self._pronounce(hang)
+
+    def _turn_of_other(self, turns: int) -> None:
+        """Tell rank 0, and end when it says that some rank hangs. Where it does not answer, `_watch` sees to the rest."""
+        line = self._line
+        assert line is not None
+        told = {"rank": self._ranks.rank, "beat": asdict(self._now(turns)), "knows": False}
+        with suppress(OSError):
+            answer = line.ask(told)
+            if answer["turns"] != turns:
+                return
+            self._answered = time.monotonic()
+            if answer["hang"]:
+                self._end(Hang(*answer["hang"]), mine=False, tell=lambda: line.ask({**told, "knows": True}))
+
+    def _watch(self, _turns: int) -> None:
+        """End when rank 0 has not answered for longer than this rank's phase may take."""
+        setting, seconds = limit(self._timeouts, self._beat.phase)
+        if time.monotonic() - self._answered > seconds:
+            reason = (
+                f"rank 0 hangs: no answer to the others for {seconds:.0f} s ({setting}); frozen, gone, or cut off "
+                f"(rank {self._ranks.rank} was in {self._beat.place})"
+            )
+            self._end(Hang(reason, [0]), mine=self._ranks.rank == 1)
+
+    def _pronounce(self, hang: Hang) -> None:
         """Rank 0 tells the others, waits until those that can have heard it, and ends too."""
-        self._server.set(_VERDICT, json.dumps(verdict))
-        self._say(verdict, mine=True)
-        deadline = time.monotonic() + _FAREWELL_SECONDS
-        while self._server.add(_HEARD, 0) < self._ranks.world_size - 1 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        os._exit(HUNG)
 
-    def _say(self, verdict: Verdict, *, mine: bool) -> None:
-        """Stacks to the log, last words to the run's folder. The thread that comes second waits here for the end."""
+        def wait() -> None:
+            deadline = time.monotonic() + _FAREWELL_SECONDS + self._seconds
+            while len(self._told) < self._ranks.world_size - 1 and time.monotonic() < deadline:
+                time.sleep(0.05)
+
+        self._hang = hang
+        self._end(hang, mine=True, tell=wait)
+
+    def _end(self, hang: Hang, *, mine: bool, tell: Callable[[], None] = lambda: None) -> None:
+        """Stacks to the log, last words to the run's folder, `tell`, and the end. The thread that comes second waits for it."""
         self._ending.acquire()
         if self._closed.is_set():
-            raise SystemExit  # of this thread: the run has just ended by itself
-        print(f"{verdict.reason}. The Python stacks of this rank:", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(file=2, all_threads=True)
-        self._on_verdict(verdict, mine)
+            return  # the run has just ended by itself
+        say(f"{hang.reason}. The Python stacks of this rank:")
+        Harmless("writing the stacks")(lambda: faulthandler.dump_traceback(file=2, all_threads=True))
+        Harmless("leaving last words")(lambda: self._on_hang(hang, mine))
+        Harmless("telling the other ranks")(tell)
+        os._exit(HUNG)
 
 
-def _serve(ranks: Ranks) -> TCPStore:
-    """The key-value server at rank 0, with everyone's first beat in it. Collective."""
-    timeout = timedelta(seconds=60)
-    host = ranks.broadcast(os.environ.get("MASTER_ADDR", "127.0.0.1"))
-    server = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout) if ranks.rank == 0 else None
+def _connect(ranks: Ranks, hear: Callable[[Any], Any]) -> tuple[Server | None, Line | None]:
+    """Rank 0's server, at the address where the others reach it, and the others' lines to it. Collective."""
+    secret: bytes = ranks.broadcast(secrets.token_bytes(32) if ranks.rank == 0 else None)
+    name = ranks.broadcast(os.environ.get("MASTER_ADDR", "127.0.0.1"))
+    # A machine may know itself by an address of its own only, such as 127.0.1.1, so the last rank's answer counts.
+    host: str = ranks.gather_objects(_resolved(name))[-1]
+    server = Server(host, secret, hear) if ranks.rank == 0 and ranks.world_size > 1 else None
     port: int = ranks.broadcast(server.port if server else None)
-    server = server or TCPStore(host, port, is_master=False, timeout=timeout)
-    server.set(f"{ranks.rank}", json.dumps(asdict(Beat("load", 0, 0, 0))))
-    ranks.sum(0)  # all are in it before anyone reads
-    return server
+    return server, Line(host, port, secret) if ranks.rank else None
+
+
+def _resolved(name: str) -> str:
+    with suppress(OSError):
+        return str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
+    return name
 
 
 def _in_an_exchange(thread: int) -> bool:

@@ -1,0 +1,95 @@
+"""Who does not know the secret of a start is not listened to by its heartbeat, and disturbs nobody."""
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from trainer.train import signed_lines
+from trainer.train.signed_lines import Line, Server, sign, verified
+
+SECRET = b"of this start"
+
+
+@pytest.fixture
+def heard() -> list[object]:
+    return []
+
+
+@pytest.fixture
+def server(heard: list[object]) -> Iterator[Server]:
+    ours = Server("127.0.0.1", SECRET, lambda told: (heard.append(told), {"got": told})[1])
+    yield ours
+    ours.close()
+
+
+def stranger(port: int, *lines: bytes) -> bytes:
+    """What the server answers to lines sent one after the other."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        try:
+            connection.sendall(b"".join(lines))
+            return connection.recv(1000)
+        except ConnectionError:
+            return b""
+
+
+def test_a_rank_gets_the_answer_to_what_it_tells(server: Server, heard: list[object]) -> None:
+    line = Line("127.0.0.1", server.port, SECRET)
+    assert [line.ask({"turn": turn}) for turn in range(3)] == [{"got": {"turn": turn}} for turn in range(3)]
+    assert heard == [{"turn": 0}, {"turn": 1}, {"turn": 2}]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\n",
+        json.dumps({"hang": ["all of you", [0]]}).encode() + b"\n",
+        sign(b"another secret", {"hang": ["all of you", [0]]}),
+        sign(SECRET, {"a": 1}).replace(b'"a"', b'"b"'),
+        b"\xff" * 2**21,
+    ],
+)
+def test_a_line_without_the_secret_is_not_heard_or_answered(server: Server, heard: list[object], line: bytes) -> None:
+    rank = Line("127.0.0.1", server.port, SECRET)
+    rank.ask("before")
+    assert stranger(server.port, line) == b""
+    assert rank.ask("after") == {"got": "after"}
+    assert heard == ["before", "after"]
+
+
+def test_connections_that_say_nothing_keep_nobody_out_for_long(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signed_lines, "_STRANGERS", 4)
+    monkeypatch.setattr(signed_lines, "_PATIENCE_SECONDS", 0.2)
+    known = Line("127.0.0.1", server.port, SECRET)
+    known.ask("before")
+    silent = [socket.create_connection(("127.0.0.1", server.port), timeout=30) for _ in range(8)]
+    assert known.ask("meanwhile") == {"got": "meanwhile"}
+    assert [connection.recv(1) for connection in silent] == [b""] * 8  # hung up on
+    assert Line("127.0.0.1", server.port, SECRET).ask("late") == {"got": "late"}
+
+
+def test_it_listens_at_one_address_only(server: Server) -> None:
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", server.port), timeout=30)
+
+
+def test_an_answer_of_somebody_else_is_an_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as impostor:
+        line = Line("127.0.0.1", impostor.getsockname()[1], SECRET)
+
+        def answer() -> None:
+            connection, _ = impostor.accept()
+            connection.recv(1000)
+            connection.sendall(sign(b"guess", {"hang": ["all", [0]]}))
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(ConnectionError, match="not of the heartbeat's server"):
+            line.ask("anything")
+
+
+def test_what_is_signed_is_what_is_verified() -> None:
+    told = {"rank": 3, "text": "line\nbreaks stay inside"}
+    assert sign(SECRET, told).count(b"\n") == 1
+    assert verified(SECRET, sign(SECRET, told)) == told
