@@ -84,7 +84,7 @@ def run_rank(
     """
     starter = starter or Starter()
     launch_seconds = time.time() - starter.began
-    ranks = join(group_timeout(config))
+    ranks = join(group_timeout(config), timedelta(seconds=config.timeouts.meet))
     with ranks.agreeing():
         base = resolve_base(config.model)
         check_base(base, config)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from trainer.errors import CapstanError
 
@@ -112,10 +113,11 @@ class Ranks:
         self.agree(failure)
 
 
-def join(timeout: timedelta = timedelta(minutes=30)) -> Ranks:
+def join(timeout: timedelta = timedelta(minutes=30), meeting: timedelta = timedelta(minutes=15)) -> Ranks:
     """Join the process group that Ray Train, torchrun or srun laid out in the environment (or a group of one).
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. `timeout` is that of the group's
+    collectives. Raises `CapstanError`, which names the ranks that are missing, when not all have come within `meeting`.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -124,7 +126,9 @@ def join(timeout: timedelta = timedelta(minutes=30)) -> Ranks:
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            store = _meet(rank, world_size, meeting)
+            dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
         else:
             os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it
             dist.init_process_group(
@@ -137,3 +141,37 @@ def join(timeout: timedelta = timedelta(minutes=30)) -> Ranks:
     world_size = dist.get_world_size()
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     return Ranks(dist.get_rank(), world_size, ranks_per_node, int(os.environ.get("LOCAL_RANK", 0)), device)
+
+
+def _meet(rank: int, world_size: int, within: timedelta) -> Store:
+    """The key-value store at MASTER_ADDR and MASTER_PORT, once every rank has come to it."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # torchrun's agent serves the store itself, and the same one for each of its attempts.
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    keys = {f"here-{other}": other for other in range(world_size)}
+    missing: list[int] | None = None
+    try:
+        server = TCPStore(host, port, is_master=serves, timeout=within, wait_for_workers=False)
+        store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", server)
+        store.set(f"here-{rank}", "")
+        try:
+            store.wait(list(keys), within)
+        except dist.DistStoreError:  # time is up
+            missing = [other for key, other in keys.items() if not store.check([key])]
+        else:
+            return store
+    except dist.DistError as error:
+        if serves:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise CapstanError(f"rank 0 cannot serve the meeting of the ranks at {host}:{port}: {reason}.") from error
+    limit = f"{within.total_seconds():.0f} s (timeouts.meet)"
+    if missing is None:
+        raise CapstanError(
+            f"rank {rank} cannot reach rank 0 at {host}:{port} (MASTER_ADDR, MASTER_PORT): it did not come within {limit}, or "
+            "has given up. Its log or the job's output says why."
+        )
+    named = f"{', '.join(map(str, missing[:8]))}{' ...' if len(missing) > 8 else ''}"
+    raise CapstanError(
+        f"{world_size - len(missing)} of {world_size} ranks came together within {limit}; missing: {named}. They were killed, "
+        "or did not start: the job's output says why."
+    )

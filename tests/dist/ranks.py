@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,16 @@ def run(
         _in_step(3, lambda: os.kill(os.getpid(), signal.SIGSTOP))
     datasets = Datasets(fingerprint, eval_fingerprint) if os.environ["RANK"] == "0" else None
     return _outcome_of(lambda: run_rank(config, datasets, resume=how == "resume"))
+
+
+def meet(seconds: float, absent: list[int]) -> str:
+    """What a rank says that joins the others within `seconds`, where the `absent` never come."""
+    if int(os.environ["RANK"]) in absent:
+        return "absent"
+    try:
+        return f"{join(meeting=timedelta(seconds=seconds)).world_size} together"
+    except CapstanError as error:
+        return str(error)
 
 
 def _outcome_of(action: Any) -> dict[str, Any]:

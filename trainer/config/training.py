@@ -210,6 +210,13 @@ class Retry(Section):
 class Timeouts(Section):
     """How long a rank may take over one thing before it counts as hanging, is named, and the ranks start again."""
 
+    meet: float = setting(
+        900,
+        about="For all ranks to come together after they are started by torchrun or srun.",
+        example=300,
+        gt=0,
+        unit="seconds",
+    )
     load: float = setting(
         3600, about="For loading the model and restoring its checkpoint.", example=1800, gt=0, unit="seconds"
     )

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from torch.distributed import distributed_c10d
 
@@ -119,7 +119,7 @@ class Heart:
         self._answered = time.monotonic()
         # A thousand ranks are heard at a rate that costs rank 0 no more than a few milliseconds a second.
         self._seconds = min(
-            max(1.0, ranks.world_size / 200), *(seconds / 5 for seconds in timeouts.model_dump().values())
+            max(1.0, ranks.world_size / 200), *(limit(timeouts, phase)[1] / 5 for phase in get_args(Phase))
         )
         self._main = threading.get_ident()
         self._closed, self._ending = threading.Event(), threading.Lock()

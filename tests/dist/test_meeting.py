@@ -1,0 +1,35 @@
+"""Ranks that are started come together, or say who is missing, long before a collective's time limit."""
+
+import os
+import socket
+import time
+from datetime import timedelta
+
+import pytest
+
+from tests.dist.launch import launch
+from trainer.errors import CapstanError
+from trainer.ranks import join
+
+
+def test_ranks_that_all_come_are_together() -> None:
+    assert launch(3, "meet", 30, []) == ["3 together"] * 3
+
+
+def test_a_rank_that_never_comes_is_named_within_the_limit() -> None:
+    said = launch(3, "meet", 2, [1])
+    expected = "2 of 3 ranks came together within 2 s (timeouts.meet); missing: 1."
+    assert [text.startswith(expected) for text in said] == [True, False, True]
+
+
+def test_where_rank_0_never_comes_the_others_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    assert "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
+    began = time.monotonic()
+    with pytest.raises(CapstanError, match="rank 1 cannot reach rank 0 at 127.0.0.1:.* within 2 s \\(timeouts.meet\\)"):
+        join(meeting=timedelta(seconds=2))
+    assert time.monotonic() - began < 30
