@@ -28,6 +28,7 @@ from trainer.run import layout
 from trainer.run.folder import run_config, run_folder
 from trainer.run.records import record_end
 from trainer.run.requests import request_stop, stop_requester
+from trainer.scratch import collect_leftovers
 from trainer.store import Store, open_store
 
 
@@ -37,6 +38,7 @@ def drive(config: Config, *, resume: bool, live: bool, log: Callable[[str], None
     Raises:
         CapstanError: with the exit code that the process should end with.
     """
+    collect_leftovers()
     run = run_folder(config)
     _forget_own_stop(run)
     run.delete(layout.NO_MORE_DATA)

@@ -12,6 +12,7 @@ from trainer.config import Config
 from trainer.data.prepare import Datasets, prepare, wait_until_prepared
 from trainer.errors import CapstanError
 from trainer.run import layout
+from trainer.scratch import collect_leftovers
 from trainer.store import Store, open_run_store
 
 
@@ -39,6 +40,8 @@ def start(config: Config, *, resume: bool, live: bool, log: Callable[[str], None
 def _as_rank(config: Config, *, resume: bool, log: Callable[[str], None]) -> None:
     restarted = any(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     datasets = None
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        collect_leftovers()
     store = open_run_store(config)
     if is_silent_rank():
         # Without a process group: rank 0 may compile for longer than a collective waits, and ends everybody if it fails.

@@ -4,7 +4,6 @@ import os
 import shlex
 import subprocess
 import sys
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.run import layout
 from trainer.run.folder import run_folder
+from trainer.scratch import scratch_folder
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _client(address: str) -> Any:
 
 
 def _submit_job(client: Any, planned: RaySubmission, archive: bytes) -> str:
-    with tempfile.TemporaryDirectory(prefix="capstan-submit-") as folder:
+    with scratch_folder("submit") as folder:
         code = snapshot.unpack(archive, Path(folder))
         runtime_env = {**planned.runtime_env, **({"working_dir": str(code)} if code.is_dir() else {})}
         try:

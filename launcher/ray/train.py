@@ -8,7 +8,6 @@ kill the ranks in the middle of a step.
 
 import os
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -26,6 +25,7 @@ from trainer.errors import ConfigError, DoesNotFit, Stopped
 from trainer.run import layout
 from trainer.run.records import generations, newest_records, read_records, record_end, record_restart
 from trainer.run.requests import request_restart, stop_requester
+from trainer.scratch import scratch_folder
 from trainer.store import Store
 
 _LOOK_SECONDS = 2.0
@@ -106,7 +106,7 @@ def _attempt(cluster_run: _ClusterRun, wanted: Need, workers: int) -> retry.Fail
 
     cluster_run.run.delete(layout.RESTART)
     nodes = alive_nodes()
-    with tempfile.TemporaryDirectory(prefix="capstan-ray-", ignore_cleanup_errors=True) as storage:
+    with scratch_folder("ray") as storage:
         fit = _Background(_trainer(cluster_run, wanted, workers, storage).fit)
         watch = _Watch(cluster_run, wanted, workers)
         while not fit.ended(within=0.5):

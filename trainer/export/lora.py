@@ -1,7 +1,6 @@
 """What of an export belongs to LoRA: PEFT's settings and names, and what an adapter adds to a weight."""
 
 import json
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from trainer.config import Config, Tuning
+from trainer.scratch import scratch_folder
 from trainer.tuning.lora import METHODS
 
 PEFT_SETTINGS = "adapter_config.json"
@@ -22,7 +22,7 @@ def peft_settings(config: Config, names: Iterable[str]) -> bytes:
     adapter.inference_mode = True
     adapter.base_model_name_or_path = config.model.base  # a Hub id stays one, not this machine's cache
     adapter.revision = config.model.revision
-    with tempfile.TemporaryDirectory(prefix="capstan-export-") as folder:
+    with scratch_folder("export") as folder:
         adapter.save_pretrained(folder)
         settings = json.loads(Path(folder, PEFT_SETTINGS).read_bytes())
     settings["target_modules"].sort()  # PEFT writes a set, whose order changes from one process to the next

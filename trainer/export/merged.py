@@ -7,7 +7,6 @@ config.json is written last: nothing loads a model without it, so a merge that w
 """
 
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ from trainer.export.folder import CARD, TRAINED, check_destination, model_card
 from trainer.export.lora import LowRankUpdate, low_rank_updates
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.safetensors_index import INDEX_FILE, SINGLE_FILE, TensorSource, numel
+from trainer.scratch import scratch_folder
 from trainer.store import Store, open_store
 
 _CONFIG = "config.json"
@@ -155,7 +155,7 @@ def _add(source: TensorSource, update: LowRankUpdate, first: int, data: bytearra
 def prove_merged(run: Store, step: int, merged: Store) -> Any:
     from trainer.export.verify import compare_merged
 
-    with tempfile.TemporaryDirectory(prefix="capstan-adapter-") as folder:
+    with scratch_folder("adapter") as folder:
         adapter = open_store(folder)
         export_adapter(run, adapter, step)
         return compare_merged(run, step, adapter, merged)

@@ -4,7 +4,6 @@ A merged model is not quite that one where the base was quantized for training, 
 weights. What is proven of it is the merging: its logits are those of base and adapter side by side, neither quantized.
 """
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.model.attention import choose_attention
 from trainer.objective.sft import NextTokens
 from trainer.ranks import join
+from trainer.scratch import scratch_folder
 from trainer.store import Store
 from trainer.train.assemble import assemble
 from trainer.zero.policy import build_deepspeed_config
@@ -122,7 +122,7 @@ def _directory(store: Store) -> Iterator[Path]:
     if store.uri.startswith("file://"):
         yield Path(store.uri.removeprefix("file://"))
         return
-    with tempfile.TemporaryDirectory(prefix="capstan-verify-") as folder:
+    with scratch_folder("verify") as folder:
         for entry in store.list():
             copy_object(store, entry, Path(folder))
         yield Path(folder)
@@ -134,7 +134,7 @@ def _base_directory(base: Base) -> Iterator[Path]:
     if base.store.uri == f"file://{base.directory}":
         yield base.directory
         return
-    with tempfile.TemporaryDirectory(prefix="capstan-base-") as folder:
+    with scratch_folder("base") as folder:
         copy_weights(base, Path(folder))
         yield Path(folder)
 

@@ -1,0 +1,84 @@
+"""A killed process leaves its folders in /tmp; the next start removes them, and nothing that is somebody's."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from trainer import scratch
+from trainer.scratch import collect_leftovers, scratch_folder
+
+HOLD = """
+import sys
+from trainer.scratch import scratch_folder
+with scratch_folder("ray") as folder:
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(scratch, "_YOUNG_SECONDS", -1.0)
+    return tmp_path
+
+
+@pytest.fixture
+def holder(temporary: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process with a folder of its own."""
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+        process.kill()
+
+
+def test_the_folder_of_a_process_is_kept_while_it_lives_and_collected_after_a_kill(
+    holder: subprocess.Popen[str],
+) -> None:
+    assert holder.stdout is not None
+    folder = holder.stdout.readline().strip()
+    Path(folder, "something").write_text("left")
+    assert collect_leftovers() == []
+    holder.send_signal(signal.SIGKILL)
+    holder.wait(timeout=60)
+    assert Path(folder).exists()
+    assert collect_leftovers() == [folder]
+    assert not Path(folder).exists()
+
+
+def test_a_folder_that_is_not_locked_but_in_use_is_kept(temporary: Path) -> None:
+    folder = temporary / "capstan-tensorboard-abcd1234"
+    folder.mkdir()
+    with (folder / "events").open("w"):
+        assert collect_leftovers() == []
+    assert collect_leftovers() == [str(folder)]
+
+
+def test_what_is_not_ours_stays(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("capstan-ray-mine", "capstan-other-abcd1234", "ray-abcd1234", "capstan-ray-abcd1234.bak"):
+        (temporary / name).mkdir()
+    elsewhere = temporary / "elsewhere"
+    elsewhere.mkdir()
+    (temporary / "capstan-ray-abcd1234").symlink_to(elsewhere)
+    assert collect_leftovers() == []
+    (temporary / "capstan-ray-efgh5678").mkdir()
+    with monkeypatch.context() as somebody:
+        somebody.setattr(os, "getuid", lambda: 12345)
+        assert collect_leftovers() == []
+    monkeypatch.setattr(scratch, "_YOUNG_SECONDS", 60.0)
+    assert collect_leftovers() == []
+
+
+def test_a_folder_is_removed_at_its_end() -> None:
+    with scratch_folder("verify") as folder:
+        assert collect_leftovers() == []
+        assert Path(folder).is_dir()
+    assert not Path(folder).exists()
