@@ -20,7 +20,7 @@ from trainer.config import Data
 from trainer.data.compile import Progress, compile_dataset
 from trainer.data.dataset import Manifest
 from trainer.data.pool import BYTES_FOR_PROCESSES
-from trainer.data.rows import Batch, batches
+from trainer.data.rows import Batch, Lines, batches
 from trainer.data.sources import expand
 from trainer.errors import DataError
 from trainer.store import open_store
@@ -73,7 +73,7 @@ def where(batch: Batch) -> str:
 
 def test_rows_that_kill_every_process_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster_data, "_RETRIES", 1)
-    batch = Batch("rows.jsonl", 129, [b"{}"], 2)
+    batch = Batch("rows.jsonl", 129, Lines([b"{}"], begins=False), 2)
     with (
         ray_cluster(1) as cluster,
         joined_ray(str(cluster.address)),
