@@ -113,7 +113,7 @@ def check_package(requirement: Requirement, absent: State, install: str) -> Chec
 
 def _accelerator() -> Iterator[Check]:
     driver = shutil.which("nvidia-smi")
-    facts = _ask_torch()
+    facts = ask_torch()
     if isinstance(facts, str):
         yield Check("torch import", "missing", facts, "pip install --force-reinstall torch")
         return
@@ -137,7 +137,7 @@ def _accelerator() -> Iterator[Check]:
     yield Check("attention kernels", "ok", ", ".join(_attention_kernels(facts)))
 
 
-def _ask_torch() -> dict[str, Any] | str:
+def ask_torch() -> dict[str, Any] | str:
     """What torch says of this machine, or why it cannot be asked."""
     try:
         answer = subprocess.run(

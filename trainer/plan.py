@@ -8,7 +8,7 @@ function.
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import ceil, prod
-from typing import Any
+from typing import Any, Literal
 
 from trainer.base.architecture import Architecture, mismatches, read_architecture
 from trainer.config import Config, Quant
@@ -90,7 +90,7 @@ class Plan:
     """The needs of a run, and in `shortfalls` one sentence for each thing that does not fit.
 
     `mismatches` are those of them that ask more of the base than it has, on any machine. `scope` is `sharding.scope`,
-    with auto decided.
+    with auto decided. `device` is what the ranks are planned for: the CPU only where `cluster.gpus_per_worker` is 0.
     """
 
     parameters: Parameters
@@ -100,6 +100,7 @@ class Plan:
     traffic_per_step: Traffic
     checkpoint_bytes: int
     scope: Scope
+    device: Literal["gpu", "cpu"]
     deepspeed: dict[str, Any]
     mismatches: list[str]
     shortfalls: list[str]
@@ -163,6 +164,7 @@ def make_plan(
         traffic_per_step=_traffic(given),
         checkpoint_bytes=12 * sum(given.adapter_sizes),  # fp32 master weight and AdamW's two moments
         scope=scope,
+        device="cpu" if config.cluster.gpus_per_worker == 0 else "gpu",
         deepspeed=deepspeed,
         mismatches=wrong,
         shortfalls=[*wrong, *_shortfalls(given, memory.total, gpu_memory)],

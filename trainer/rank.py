@@ -32,6 +32,7 @@ from trainer.data.chapters import open_chapters
 from trainer.data.dataset import open_dataset
 from trainer.data.prepare import Datasets
 from trainer.data.stream import Position, eval_stream, train_stream
+from trainer.devices import check_device
 from trainer.errors import CapstanError, DoesNotFit, NonFiniteLoss, Stopped, StorageError
 from trainer.identity import identity_of
 from trainer.model.attention import choose_attention
@@ -84,6 +85,7 @@ def run_rank(
     """
     starter = starter or Starter()
     launch_seconds = time.time() - starter.began
+    check_device(config.cluster.gpus_per_worker, torch.cuda.device_count(), torch.version.cuda or torch.version.hip)
     ranks = join(group_timeout(config), timedelta(seconds=config.timeouts.meet))
     with ranks.agreeing():
         base = resolve_base(config.model)
@@ -228,7 +230,7 @@ def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Train
         hosts=[host for host, _, _ in processes],
         pids=[pid for _, pid, _ in processes],
         machines=[machine for _, _, machine in processes],
-        device=str(ranks.device),
+        device=ranks.device_name,
         attention=attention.name,
         launch_seconds=round(start.launch_seconds, 3),
         load_seconds=round(report.seconds, 3),
@@ -247,7 +249,7 @@ def _environment(ranks: Ranks) -> bytes:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": socket.gethostname(),
-        "device": str(ranks.device),
+        "device": ranks.device_name,
         "world_size": ranks.world_size,
         "versions": _versions(),
     }

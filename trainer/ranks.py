@@ -30,6 +30,13 @@ class Ranks:
     local_rank: int
     device: torch.device
 
+    @property
+    def device_name(self) -> str:
+        """For people: `cpu`, or a GPU's number and model."""
+        if self.device.type != "cuda":
+            return str(self.device)
+        return f"{self.device} ({torch.cuda.get_device_name(self.device)})"
+
     def have_even_nodes(self) -> bool:
         """Whether every node has as many ranks, and those of a node follow each other. Collective."""
         return all(

@@ -182,7 +182,7 @@ def need(config: Config) -> Need:
     each: dict[str, float] = {"CPU": rules.cpus_per_worker, **({"GPU": float(gpus)} if gpus else {}), **rules.resources}
     if rules.memory_per_worker:
         each["memory"] = rules.memory_per_worker * 2**30
-    whole = available if gpus else 1
+    whole = max(1, available) if gpus else 1
     return Need(config.cluster.fewest_workers or whole, config.cluster.most_workers or whole, each)
 
 

@@ -21,6 +21,7 @@ from launcher.ray.cluster import Need, alive_nodes, first_line, local_ray, lost_
 from trainer.checkpoint.listing import committed_steps
 from trainer.config import Config, dump_config, parse_config
 from trainer.data.prepare import Datasets
+from trainer.devices import stay_on_cpu
 from trainer.errors import ConfigError, DoesNotFit, Stopped
 from trainer.run import layout
 from trainer.run.records import generations, newest_records, read_records, record_end, record_restart
@@ -243,12 +244,14 @@ def _original(error: BaseException) -> BaseException:
 
 
 def _rank(arguments: dict[str, Any]) -> None:
-    """The train function: one rank, in a Ray worker. The only place where the launcher meets torch."""
+    """The train function: one rank, in a Ray worker."""
     import ray
 
+    config = parse_config(arguments["config"])
+    if config.cluster.gpus_per_worker == 0:
+        stay_on_cpu()
     from trainer.rank import Starter, run_rank
 
-    config = parse_config(arguments["config"])
     node = f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:8]}"
     preempted = _drain_notice() if arguments["joined"] else lambda: False
     starter = Starter(arguments["facts"], node, preempted, _gauges(config.run.name), arguments["began"])

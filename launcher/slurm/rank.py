@@ -7,6 +7,7 @@ from launcher.start.group import slurm_rank
 from trainer.base.locate import resolve_base
 from trainer.config import Config
 from trainer.data.prepare import prepare
+from trainer.devices import stay_on_cpu
 from trainer.errors import CapstanError, Stopped
 from trainer.run.folder import run_config
 from trainer.store import open_run_store, open_store
@@ -24,6 +25,8 @@ def main() -> None:
 
 
 def _run(config: Config, rank: int) -> None:
+    if config.cluster.gpus_per_worker == 0:
+        stay_on_cpu()
     from trainer.rank import run_rank
 
     store = open_run_store(config)

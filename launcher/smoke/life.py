@@ -8,7 +8,6 @@ Each part is the real command in a process of its own, so the proof holds for th
 import json
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -31,6 +30,7 @@ from trainer.checkpoint.listing import committed_steps
 from trainer.config import Config, Data, Source, assignment, dump_config, load_config, override, parse_config
 from trainer.data.rows import rows
 from trainer.data.sources import expand
+from trainer.devices import local_gpus
 from trainer.errors import CapstanError, DataError, DoesNotFit
 from trainer.plan import make_plan
 from trainer.store import Store, open_store
@@ -288,12 +288,3 @@ def scale_down(config: Config, store: str, ray_address: str, layers: int | None)
     if layers:
         settings["model.layers"] = layers
     return override(config, *(assignment(key, value) for key, value in settings.items()))
-
-
-def local_gpus() -> int:
-    """GPUs of this machine, without torch: 0 where nvidia-smi is missing or finds none."""
-    try:
-        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=30)
-    except FileNotFoundError:
-        return 0
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0

@@ -32,13 +32,14 @@ _MEANING = {
 def plan_table(plan: Plan) -> Group:
     """Parameters and batch, then a table of bytes for each of GPU, host and network."""
     facts = Table("run", "")
+    facts.add_row("device of a rank", {"gpu": "a GPU", "cpu": "the CPU (cluster.gpus_per_worker: 0)"}[plan.device])
     for name, value in (*asdict(plan.parameters).items(), *asdict(plan.batch).items()):
         facts.add_row(
             f"{name.replace('_', ' ')} {'parameters' if name in asdict(plan.parameters) else ''}".strip(), f"{value:,}"
         )
     facts.add_row("bytes of a checkpoint", decimal(plan.checkpoint_bytes))
     parts = (
-        ("memory of one GPU", plan.memory_per_gpu),
+        ("memory of one GPU" if plan.device == "gpu" else "memory of one rank", plan.memory_per_gpu),
         ("memory of one host", plan.memory_per_host),
         ("received by one rank in a step", plan.traffic_per_step),
     )

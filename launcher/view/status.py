@@ -37,7 +37,7 @@ class Restart:
 class RunStatus:
     """A run at one moment. Losses are in nats per target token, times in seconds; None is what is not known yet.
 
-    `machines` has the ranks on each; `quiet_seconds` is the time since the newest sign of life; `reason` is why the newest
+    `machines` has the ranks on each, `device` is what rank 0 computes on; `quiet_seconds` is the time since the newest sign of life; `reason` is why the newest
     generation ended. `start_seconds` has what the newest start took: `launch` (processes and imports), `load` (the base),
     `restore` (a checkpoint), and `first_step`, all of it until the first update was done.
     """
@@ -48,6 +48,7 @@ class RunStatus:
     restarts: list[Restart] = field(default_factory=list)
     world_size: int | None = None
     machines: dict[str, int] = field(default_factory=dict)
+    device: str | None = None
     dashboard: str | None = None
     start_seconds: dict[str, float] = field(default_factory=dict)
     step: int = 0
@@ -139,6 +140,7 @@ class Follower:
             restarts=self._restarts(),
             world_size=self._newest_value("start", "world_size"),
             machines=dict(Counter(self._newest_value("start", "machines") or ())),
+            device=self._newest_value("start", "device"),
             dashboard=self._newest_value("start", "dashboard"),
             start_seconds=_start_seconds(newest),
             step=step,

@@ -58,7 +58,11 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
 
 def _ranks_line(status: RunStatus) -> str:
     by_machine = ", ".join(f"{name}: {ranks}" for name, ranks in status.machines.items())
-    return f"{status.world_size}" + (f" ({by_machine})" if by_machine else "")
+    return (
+        f"{status.world_size}"
+        + (f" ({by_machine})" if by_machine else "")
+        + (f" on {status.device}" if status.device else "")
+    )
 
 
 def _start_line(status: RunStatus) -> str:

@@ -5,9 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from tests.cli.conftest import Capstan
+from tests.cli.conftest import ENVIRONMENT, Capstan
 from tests.material import Workshop, commit
 from trainer.store import open_store
 
@@ -129,10 +130,35 @@ def test_a_merge_that_cannot_be_is_refused_by_its_dry_run_too(capstan: Capstan, 
     assert merged["bytes"] == sum(path.stat().st_size for path in (tmp_path / "merged").iterdir())
 
 
-def test_more_workers_than_the_cluster_has_gpus(capstan: Capstan, config: Path):
-    refused(
-        capstan("train", config, "cluster.gpus_per_worker=1", "cluster.workers=2", timeout=100), 2, "2 GPUs", "has 0"
-    )
+@pytest.mark.parametrize("ranks", [{}, {"RANK": "0", "WORLD_SIZE": "1"}], ids=["ray", "torchrun"])
+def test_a_gpu_that_is_asked_for_and_is_not_there(
+    capstan: Capstan, config: Path, tmp_path: Path, ranks: dict[str, str], monkeypatch: pytest.MonkeyPatch
+):
+    for name, value in ranks.items():
+        monkeypatch.setitem(ENVIRONMENT, name, value)
+    done = capstan("train", config, "cluster.gpus_per_worker=1", timeout=200)
+    refused(done, 2, "cluster.gpus_per_worker: 1", "shows no GPU", "set it to 0")
+    assert not (tmp_path / "store/mine").exists()
+
+
+def test_gpus_that_this_torch_cannot_use(
+    capstan: Capstan, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)'\n")
+    program.chmod(0o755)
+    monkeypatch.setitem(ENVIRONMENT, "PATH", f"{tmp_path}:{ENVIRONMENT['PATH']}")
+    monkeypatch.setitem(ENVIRONMENT, "CUDA_VISIBLE_DEVICES", "0")
+    if not torch.cuda.is_available():
+        refused(capstan("train", config, timeout=200), 2, "cluster.gpus_per_worker", "has 1 GPUs, but this torch")
+
+
+def test_the_plan_names_the_device(capstan: Capstan, config: Path):
+    planned = {
+        setting: json.loads(capstan("plan", config, f"cluster.gpus_per_worker={setting}", "--json").stdout)
+        for setting in (0, 1)
+    }
+    assert [planned[setting]["device"] for setting in (0, 1)] == ["cpu", "gpu"]
 
 
 def test_weights_of_another_shape_than_the_architecture(

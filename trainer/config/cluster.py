@@ -160,7 +160,10 @@ class Cluster(Section):
         unit="ranks",
     )
     gpus_per_worker: Literal[0, 1] | None = setting(
-        None, about="GPUs of each rank. Default: 1 where there are GPUs, else 0.", example=1, unit="GPUs"
+        None,
+        about="GPUs of each rank; 0 is the CPU. Default: 1 where there are GPUs, else 0. GPUs that torch cannot use are an error.",
+        example=1,
+        unit="GPUs",
     )
     threads_per_worker: int | None = setting(
         None,
