@@ -1,5 +1,7 @@
 """No secret of a user's reaches the store: not in the configuration, and not in a message."""
 
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -122,3 +124,17 @@ def test_names_of_secrets() -> None:
         assert names_secret(name), name
     for name in ("", "123", "TOKENIZERS_PARALLELISM", "MAX_TOKENS", "KEYBOARD", "TOKEN_FILE", "UCX_IB_PKEY"):
         assert not names_secret(name), name
+
+
+@pytest.mark.parametrize(
+    "piece", ["a", "--a", "a=", "a://b:", "-----BEGIN A", "/.", "https://", " ", "sk-", "?a=", "$("]
+)
+def test_a_long_text_is_looked_through_quickly(config: Config, piece: str) -> None:
+    text = piece * (200_000 // len(piece)) + "!"
+    changed = config.model_copy(deep=True)
+    changed.cluster.ray.runtime_env["env_vars"] = {"OTHER": text}
+    began = time.monotonic()
+    with suppress(ConfigError):
+        refuse_secrets(changed)
+    without_credentials(text)
+    assert time.monotonic() - began < 5

@@ -9,17 +9,21 @@ from trainer.errors import ConfigError
 
 _SECRET = ("KEY", "KEYS", "TOKEN", "SECRET", "SECRETS", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS")
 _NOT_ITSELF = ("FILE", "PATH", "DIR", "URL", "MODE")  # HF_TOKEN_PATH says where the token is
-_HARMLESS = re.compile(r"|0|1|true|false|yes|no|on|off|[~.]?/[\w.-]*[/.][\w./-]*|\$.*|`.*", re.IGNORECASE | re.DOTALL)
+# Numbers of repetitions are bounded, or a long text without an end could take minutes.
+_HARMLESS = re.compile(
+    r"|0|1|true|false|yes|no|on|off|[~.]?/[\w.-]{0,200}[/.][\w./-]*|\$.*|`.*", re.IGNORECASE | re.DOTALL
+)
 # `NAME=value` and `--name value`. The value is only looked at, as another assignment may begin in it (--env=NAME=value).
-_ASSIGNED = re.compile(r"(?:\b([A-Za-z_]\w*)=|--([A-Za-z][\w-]*)(?:=|\s+(?!-)))(?=[\"']?([^\s\"',;|&)]+))")
+_ASSIGNED = re.compile(r"(?:\b([A-Za-z_]\w*)=|--([A-Za-z][\w-]{0,80})(?:=|\s+(?!-)))(?=[\"']?([^\s\"',;|&)]{1,200}))")
 _TOKEN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{30,}|gh[pousr]_\w{30,}|github_pat_\w{20,}|glpat-[\w-]{16,}|sk-[A-Za-z0-9]{20,}"
     r"|sk-(?:proj|ant)-[\w-]{20,}|xox[abps]-[\w-]{10,}|(?:AKIA|ASIA)[A-Z0-9]{16})\b"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY|\bBearer\s+[\w.~+/-]{16,}|\bAccountKey=\w"
+    r"|-----BEGIN [A-Z ]{0,30}PRIVATE KEY|\bBearer\s+[\w.~+/-]{16,}|\bAccountKey=\w"
 )
 # Scheme, user and password, the rest, the query. A password may hold a slash; what follows a port is none.
 _URL = re.compile(
-    r"(\w[\w+.-]*://)([^/\s?#\"']*@|[^/\s:@]+:(?!\d+(?:/|$))[^\s@]*@)?([^\s?#\"']*)(\?[^\s\"']*)?", re.ASCII
+    r"(\w[\w+.-]{0,20}://)([^/\s?#\"']{0,500}@|[^/\s:@]{1,200}:(?!\d+(?:/|$))[^\s@]{0,500}@)?([^\s?#\"']*)(\?[^\s\"']*)?",
+    re.ASCII,
 )
 _PASS = {
     "cluster.ray": "Set it in the environment of `ray start` on the cluster's nodes, which its jobs inherit.",
