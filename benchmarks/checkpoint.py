@@ -249,7 +249,7 @@ def rank_main(rank: int, world: int, port: int, folder: str, bucket: str, lora_r
     config = override(run_config(Path(folder, "base")), f"tuning.rank={lora_rank}")
     settings = build_deepspeed_config(config, world_size=world, accumulation=1, on_gpu=False)
     base = resolve_base(config.model)
-    attention = choose_attention("sdpa", ranks.device, DTYPES["bf16"], base.config)
+    attention = choose_attention("sdpa", ranks.device, DTYPES["bf16"], base.architecture)
     engine, _ = assemble(base, config, settings, ranks, attention, "world", NextTokens())
     bench = Bench(ranks, engine, Path(folder), open_store(bucket))
     bench.step()

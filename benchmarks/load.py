@@ -48,7 +48,6 @@ def make_base(folder: Path, layers: int) -> int:
 
 
 def load_ours(base: Path, settings: dict[str, Any], ranks: Any, loaded: Callable[[int], None]) -> None:
-    from trainer.base.architecture import read_architecture
     from trainer.base.load import DTYPES, load_model
     from trainer.base.locate import resolve_base
     from trainer.model.attention import choose_attention
@@ -59,10 +58,10 @@ def load_ours(base: Path, settings: dict[str, Any], ranks: Any, loaded: Callable
 
     config = run_config(base)
     found = resolve_base(config.model)
-    attention = choose_attention("sdpa", ranks.device, DTYPES["bf16"], found.config)
+    attention = choose_attention("sdpa", ranks.device, DTYPES["bf16"], found.architecture)
     model, report = load_model(found, config, settings, ranks, attention, "world")
     method = find_method(config.tuning)
-    method.attach(model, read_architecture(found.config), DTYPES["bf16"], seed=0)
+    method.attach(model, found.architecture, DTYPES["bf16"], seed=0)
     loaded(report.kept_bytes)
     groups = method.groups(model, config.optim)
     Engine(PackedModel(model, attention), NextTokens().loss, groups, config.optim, settings, ranks)

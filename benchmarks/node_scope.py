@@ -67,7 +67,7 @@ def measure(site: Site, scope: str, rate: str | None, steps: int) -> Measured:
 def planned(site: Site, scope: str) -> int:
     """Bytes that both nodes receive from each other in a step, by `capstan plan`."""
     config = load_config(site.config("plan", f"sharding.scope={scope}", "sharding.deepspeed=cpu"))
-    plan = make_plan(config, resolve_base(config.model).config, 4, 2, None)
+    plan = make_plan(config, resolve_base(config.model).description, 4, 2, None)
     return 4 * plan.traffic_per_step.from_other_nodes
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from trainer.base.locate import check_mergeable, read_base_config
+from trainer.base.locate import check_mergeable, describe_base
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import readable_manifests
 from trainer.errors import CapstanError, NothingToResume, StorageError
@@ -107,7 +107,7 @@ def _planned_step(run: Store, step: int | None, *, merge: bool) -> int:
         raise StorageError(damaged[0])
     if merge:
         model = trained_config(run, manifest).model
-        check_mergeable(model, read_base_config(model))
+        check_mergeable(model, describe_base(model))
     return manifest.step
 
 

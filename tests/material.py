@@ -1,7 +1,7 @@
 """Small real material for the tests: bases of awkward sizes, a byte tokenizer, documents, run configurations."""
 
-import itertools
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
-from trainer.base.architecture import read_architecture
 from trainer.base.locate import resolve_base
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.checkpoint.shard import ShardLayout, write_shard
@@ -20,6 +19,7 @@ from trainer.data.prepare import Datasets, prepare
 from trainer.identity import identity_of
 from trainer.run import layout
 from trainer.store import Store, open_store
+from trainer.tuning.method import find_method
 
 SEQUENCE = 64
 SPECIALS = ("<pad>", "<s>", "</s>")
@@ -165,15 +165,8 @@ def commit(run: Store, config: Config, step: int = 4) -> None:
     """Make `run` a run of `config` that was committed after `step`, with adapters of random numbers."""
     base = resolve_base(config.model)
     run.put(layout.CONFIG, dump_config(config).encode())
-    rank, shapes = config.tuning.rank, dict[str, list[int]]()
-    architecture = read_architecture(base.config)
-    for layer, linear in itertools.product(range(architecture.layers), architecture.linears):
-        path = f"model.layers.{layer}.{linear.path}"
-        shapes |= {
-            f"{path}.lora_A.default.weight": [rank, linear.inputs],
-            f"{path}.lora_B.default.weight": [linear.outputs, rank],
-        }
-    shard_layout = ShardLayout({name: (0, rows * columns) for name, (rows, columns) in shapes.items()})
+    shapes = {name: list(shape) for name, shape in find_method(config.tuning).shapes(base.architecture).items()}
+    shard_layout = ShardLayout({name: (0, math.prod(shape)) for name, shape in shapes.items()})
     states = 0.1 * torch.randn(shard_layout.numel, generator=torch.Generator().manual_seed(step))
     shard = write_shard(run, layout.shard(step, "000001-000001", 0), shard_layout, memoryview(states.numpy().tobytes()))
     ours = identity_of(config, base, "data")

@@ -10,7 +10,8 @@ from functools import cached_property
 from math import ceil, prod
 from typing import Any, Literal
 
-from trainer.base.architecture import Architecture, mismatches, read_architecture
+from trainer.base.architecture import Architecture
+from trainer.base.base import Description
 from trainer.config import Config, Quant
 from trainer.tuning.method import find_method, tuning_mismatches
 from trainer.zero.policy import Scope, build_deepspeed_config
@@ -140,22 +141,20 @@ class _Inputs:
         return self.zero.get("offload_param", {}).get("device", "none") != "none"
 
 
-def make_plan(
-    config: Config, base_config: dict[str, Any], world_size: int, ranks_per_node: int, gpu_memory: int | None
-) -> Plan:
+def make_plan(config: Config, base: Description, world_size: int, ranks_per_node: int, gpu_memory: int | None) -> Plan:
     """Plan a run on `world_size` ranks, `ranks_per_node` of them on each node.
 
     Args:
-        base_config: the parsed config.json of the base.
+        base: what config.json says of it.
         gpu_memory: bytes of one GPU; None when there is none to compare with.
 
     Raises:
-        ConfigError: the base is of a type that cannot be planned, or the DeepSpeed policy cannot be used.
+        ConfigError: the method is unknown, or the DeepSpeed policy cannot be used.
     """
-    scope = choose_scope(config, base_config, world_size, ranks_per_node, gpu_memory)
-    given, deepspeed = _inputs(config, base_config, world_size, ranks_per_node, scope)
+    scope = choose_scope(config, base.architecture, world_size, ranks_per_node, gpu_memory)
+    given, deepspeed = _inputs(config, base.architecture, world_size, ranks_per_node, scope)
     memory = _gpu_memory(given)
-    wrong = [*mismatches(config, base_config), *tuning_mismatches(config, given.model)]
+    wrong = [*base.mismatches(config), *tuning_mismatches(config, given.model)]
     return Plan(
         parameters=_parameters(given),
         batch=_batch(given),
@@ -172,7 +171,7 @@ def make_plan(
 
 
 def choose_scope(
-    config: Config, base_config: dict[str, Any], world_size: int, ranks_per_node: int, gpu_memory: int | None
+    config: Config, model: Architecture, world_size: int, ranks_per_node: int, gpu_memory: int | None
 ) -> Scope:
     """`sharding.scope`, with auto decided: node where there are several, all alike, and a GPU is known to hold its part
     of a whole base a node; then no frozen weight crosses the network. Otherwise world, as where the base itself learns."""
@@ -182,18 +181,17 @@ def choose_scope(
         return "world"
     if gpu_memory is None or world_size <= ranks_per_node or world_size % ranks_per_node:
         return "world"
-    given, _ = _inputs(config, base_config, world_size, ranks_per_node, "node")
+    given, _ = _inputs(config, model, world_size, ranks_per_node, "node")
     return "node" if _gpu_memory(given).total <= gpu_memory else "world"
 
 
 def _inputs(
-    config: Config, base_config: dict[str, Any], world_size: int, ranks_per_node: int, scope: Scope
+    config: Config, model: Architecture, world_size: int, ranks_per_node: int, scope: Scope
 ) -> tuple[_Inputs, dict[str, Any]]:
     """What the formulas share, and DeepSpeed's dictionary."""
     accumulation = ceil(config.train.global_batch / (world_size * config.train.micro_batch))
     on_gpu = config.cluster.gpus_per_worker != 0
     deepspeed = build_deepspeed_config(config, world_size, accumulation, on_gpu)
-    model = read_architecture(base_config, config.model.layers)
     zero = deepspeed["zero_optimization"]
     return _Inputs(config, model, zero, world_size, ranks_per_node, accumulation, scope), deepspeed
 
@@ -210,11 +208,10 @@ def quantized_bytes(numel: int, quant: Quant) -> int:
 
 
 def _parameters(given: _Inputs) -> Parameters:
-    model, trainable = given.model, sum(given.adapter_sizes)
-    frozen = model.embedding_weights + model.linear_weights + model.small_weights
-    return Parameters(
-        model.embedding_weights, model.linear_weights, model.small_weights, frozen, trainable, frozen + trainable
-    )
+    weights, trainable = given.model.weights, sum(given.adapter_sizes)
+    embedding, linear, small = weights("embedding", "head"), weights("linear", "experts"), weights("small")
+    frozen = embedding + linear + small
+    return Parameters(embedding, linear, small, frozen, trainable, frozen + trainable)
 
 
 def _batch(given: _Inputs) -> Batch:
@@ -229,18 +226,19 @@ def _batch(given: _Inputs) -> Batch:
     )
 
 
-def _layer_bytes(given: _Inputs) -> int:
-    """Bytes of the linear weights and experts of one decoder layer as they are stored."""
+def _layer_bytes(given: _Inputs) -> list[int]:
+    """Bytes of the linear weights and experts of each decoder layer as they are stored."""
     quant = given.config.quant
-    if quant.type == "none":
-        return given.item * sum(given.model.matrices)
-    return sum(quantized_bytes(weights, quant) for weights in given.model.matrices)
+
+    def stored(weights: int) -> int:
+        return given.item * weights if quant.type == "none" else quantized_bytes(weights, quant)
+
+    return [sum(map(stored, given.model.matrices(layer))) for layer in range(given.model.layers)]
 
 
 def _base_bytes(given: _Inputs) -> int:
     """Bytes of one whole copy of the frozen base as it is stored."""
-    model = given.model
-    return model.layers * _layer_bytes(given) + given.item * (model.embedding_weights + model.small_weights)
+    return sum(_layer_bytes(given)) + given.item * given.model.weights("embedding", "head", "small")
 
 
 def _gpu_memory(given: _Inputs) -> GpuMemory:
@@ -251,8 +249,8 @@ def _gpu_memory(given: _Inputs) -> GpuMemory:
     master, two moments and accumulated gradient (16 bytes an element) / world size.
     """
     config, model, world_size = given.config, given.model, given.world_size
-    linear = model.layers * _layer_bytes(given)
-    unquantized = given.item * (model.embedding_weights + model.small_weights)
+    linear = sum(_layer_bytes(given))
+    unquantized = given.item * model.weights("embedding", "head", "small")
     if config.quant.type == "none":
         linear, unquantized = 0, unquantized + linear
     trainable = sum(given.adapter_sizes)
@@ -262,7 +260,7 @@ def _gpu_memory(given: _Inputs) -> GpuMemory:
         "frozen_quantized": 0 if given.offloaded else ceil(linear / given.group),
         "frozen_unquantized": 0 if given.offloaded else ceil(unquantized / given.group),
         "gathered_layers": _gathered(given),
-        "dequantized_weight": given.item * max(model.matrices),
+        "dequantized_weight": given.item * max(size for layer in range(model.layers) for size in model.matrices(layer)),
         "adapter_weights": given.item * (whole + ceil(trainable / world_size)),
         "adapter_states": 16 * ceil(trainable / world_size),
         "gradient_buckets": 4 * given.zero.get("reduce_bucket_size", 500_000_000),
@@ -276,14 +274,13 @@ def _gpu_memory(given: _Inputs) -> GpuMemory:
 def _gathered(given: _Inputs) -> int:
     """Bytes of frozen parameters that are whole on a GPU at one moment.
 
-    The largest of decoder layer, embedding and head, plus what ZeRO-3 holds ahead and behind: the prefetch bucket, and
+    The largest of decoder layers, embedding and head, plus what ZeRO-3 holds ahead and behind: the prefetch bucket, and
     the layers it keeps because the backward pass reuses them within max_reuse_distance, half of it on either side of the
     turn from forward to backward. Never more than the whole base; nothing when a partition is the whole parameter.
     """
     if given.group == 1 and not given.offloaded:
         return 0
-    layer = _layer_bytes(given)
-    largest = max(layer, given.item * given.model.vocabulary * given.model.hidden)
+    largest = max(*_layer_bytes(given), given.item * given.model.vocabulary * given.model.hidden)
     elements = given.zero.get("stage3_prefetch_bucket_size", 50_000_000)
     elements += given.zero.get("stage3_max_reuse_distance", 1_000_000_000) // 2
     # A quantized parameter is made of bytes, any other of 16- or 32-bit values.
@@ -333,7 +330,7 @@ def _traffic(given: _Inputs) -> Traffic:
     config, world_size, group = given.config, given.world_size, given.group
     element_bytes = given.item if config.quant.type == "none" else 1
     reuse = given.zero.get("stage3_max_reuse_distance", 1_000_000_000) * element_bytes
-    recomputed = config.train.activation_checkpointing and 2 * _layer_bytes(given) > reuse
+    recomputed = config.train.activation_checkpointing and 2 * max(_layer_bytes(given)) > reuse
     passes = given.accumulation * (3 if recomputed else 2)
     threshold = given.zero.get("stage3_param_persistence_threshold", 100_000)
     small = sum(size for size in given.adapter_sizes if size <= threshold)

@@ -21,10 +21,9 @@ from importlib.metadata import version
 
 import torch
 
-from trainer.base.architecture import read_architecture
+from trainer.base.check import check_base
 from trainer.base.load import DTYPES
 from trainer.base.locate import Base, resolve_base
-from trainer.base.parameters import check_base
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config
@@ -90,7 +89,7 @@ def run_rank(
     with ranks.agreeing():
         base = resolve_base(config.model)
         check_base(base, config)
-        check_tuning(config, read_architecture(base.config, config.model.layers))
+        check_tuning(config, base.architecture)
     torch.set_num_threads(
         config.cluster.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // ranks.ranks_per_node)
     )
@@ -182,10 +181,10 @@ def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Train
     deepspeed_config = build_deepspeed_config(
         config, world_size=ranks.world_size, accumulation=stream.accumulation, on_gpu=ranks.device.type == "cuda"
     )
-    attention = choose_attention(config.model.attention, ranks.device, DTYPES[config.model.dtype], base.config)
+    attention = choose_attention(config.model.attention, ranks.device, DTYPES[config.model.dtype], base.architecture)
     _log(ranks, f"attention: {attention.name} ({attention.why})")
     memory = ranks.least_device_memory()
-    scope = choose_scope(config, base.config, ranks.world_size, ranks.ranks_per_node, memory)
+    scope = choose_scope(config, base.architecture, ranks.world_size, ranks.ranks_per_node, memory)
     engine, report = assemble(
         base, config, deepspeed_config, ranks, attention, scope, start.objective, lambda text: print(text, flush=True)
     )
@@ -292,7 +291,7 @@ def _outcome(metrics: Metrics, config: Config, base: Base, ranks: Ranks) -> Iter
 
 def planned_memory(config: Config, base: Base, ranks: Ranks) -> str:
     """What `capstan plan` expects of one GPU, its three largest parts first."""
-    memory = asdict(make_plan(config, base.config, ranks.world_size, ranks.ranks_per_node, None).memory_per_gpu)
+    memory = asdict(make_plan(config, base.description, ranks.world_size, ranks.ranks_per_node, None).memory_per_gpu)
     total = memory.pop("total")
     largest = sorted(memory.items(), key=lambda part: -part[1])[:3]
     parts = ", ".join(f"{name.replace('_', ' ')} {size / 2**30:.1f} GiB" for name, size in largest)

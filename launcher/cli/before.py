@@ -35,7 +35,7 @@ def plan(
     from dataclasses import replace
 
     from launcher.view.plan import plan_table
-    from trainer.base.locate import read_base_config
+    from trainer.base.locate import describe_base
     from trainer.config import load_config
     from trainer.data.sources import unusable
     from trainer.errors import DataError, DoesNotFit
@@ -44,7 +44,7 @@ def plan(
     run = load_config(config, overrides or ())
     world_size = run.cluster.most_workers or 1
     memory = int(gpu_memory * 2**30) if gpu_memory else None
-    result = make_plan(run, read_base_config(run.model), world_size, ranks_per_node or world_size, memory)
+    result = make_plan(run, describe_base(run.model), world_size, ranks_per_node or world_size, memory)
     missing = unusable(run.data)
     result = replace(result, shortfalls=[*result.shortfalls, *missing])
     emit(result, as_json, plan_table)

@@ -12,8 +12,8 @@ from rich.table import Table
 from launcher.ray.cluster import address_of, is_dashboard
 from launcher.ray.data import join_and_map
 from launcher.view.compiling import compile_progress
+from trainer.base.check import check_base
 from trainer.base.locate import resolve_base
-from trainer.base.parameters import check_base
 from trainer.config import load_config
 from trainer.config.secrets import refuse_secrets
 from trainer.data.dataset import Manifest, read_manifest

@@ -9,8 +9,8 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from trainer.base.check import check_base
 from trainer.base.locate import resolve_base
-from trainer.base.parameters import check_base
 from trainer.config import load_config
 from trainer.data.check import Findings, Report, check_data
 from trainer.data.prepare import find, load_tokenizer

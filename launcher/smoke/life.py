@@ -25,7 +25,7 @@ from launcher.smoke.command import Command
 from launcher.smoke.verdict import STEPS, SmokePlan, SmokeResult
 from launcher.start.claim import anchored
 from launcher.view.status import read_generation
-from trainer.base.locate import read_base_config
+from trainer.base.locate import describe_base
 from trainer.checkpoint.listing import committed_steps
 from trainer.config import Config, Data, Source, assignment, dump_config, load_config, override, parse_config
 from trainer.data.rows import rows
@@ -161,7 +161,7 @@ class _Life:
     def plan(self, config: Config) -> None:
         with self.phase("plan"):
             workers = config.cluster.most_workers or 1
-            shortfalls = make_plan(config, read_base_config(config.model), workers, workers, None).shortfalls
+            shortfalls = make_plan(config, describe_base(config.model), workers, workers, None).shortfalls
         if shortfalls:
             raise DoesNotFit("\n".join(shortfalls))
 

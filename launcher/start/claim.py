@@ -10,8 +10,8 @@ from typing import Any
 
 from launcher.start import snapshot
 from launcher.view.status import SILENT_SECONDS, read_status
+from trainer.base.check import check_base
 from trainer.base.locate import Base, resolve_base
-from trainer.base.parameters import check_base
 from trainer.checkpoint.listing import committed_steps
 from trainer.config import Config, assignment, dump_config, override
 from trainer.config.secrets import refuse_secrets
@@ -19,6 +19,7 @@ from trainer.errors import AlreadyExists, ConfigError, NothingToResume
 from trainer.run import layout
 from trainer.run.folder import run_folder
 from trainer.store import Store
+from trainer.tuning.method import check_tuning
 from trainer.zero.policy import build_deepspeed_config
 
 
@@ -52,6 +53,7 @@ def check(config: Config, *, resume: bool, restarted: bool = False) -> Base:
     refuse_secrets(config)
     base = resolve_base(config.model)
     check_base(base, config)
+    check_tuning(config, base.architecture)
     build_deepspeed_config(config, world_size=config.cluster.most_workers or 1, accumulation=1, on_gpu=False)
     run = run_folder(config)
     if resume and not committed_steps(run):

@@ -21,6 +21,7 @@ from tests import material
 from trainer.model import nf4
 from trainer.run import layout
 from trainer.model.attention import Attention, choose_attention
+from trainer.base.description import describe
 from trainer.base.locate import resolve_base
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.checkpoint.identity import Identity
@@ -199,9 +200,9 @@ def _assemble(config: Config, fingerprint: str | None = None) -> Assembled:
         accumulation = stream.accumulation
     settings = build_deepspeed_config(config, ranks.world_size, accumulation, on_gpu=False)
     base = resolve_base(config.model)
-    attention = choose_attention(config.model.attention, ranks.device, DTYPES[config.model.dtype], base.config)
+    attention = choose_attention(config.model.attention, ranks.device, DTYPES[config.model.dtype], base.architecture)
     log: list[str] = []
-    scope = choose_scope(config, base.config, ranks.world_size, ranks.ranks_per_node, None)
+    scope = choose_scope(config, base.architecture, ranks.world_size, ranks.ranks_per_node, None)
     engine, report = assemble(base, config, settings, ranks, attention, scope, NextTokens(), log.append)
     return Assembled(config, ranks, engine, stream, attention, report, store.sub(config.run.name), log)
 
@@ -559,12 +560,12 @@ def stock_logits(bases: list[str], quant_type: str, double: bool, destination: s
                 bnb_4bit_use_double_quant=double,
                 bnb_4bit_compute_dtype=torch.bfloat16,
             )
-        kind = json.loads(Path(base, "config.json").read_text())
+        needs = describe(json.loads(Path(base, "config.json").read_text())).architecture
         model: Any = AutoModelForCausalLM.from_pretrained(
             base,
             dtype=torch.bfloat16,
             **quantization,
-            attn_implementation=choose_attention("auto", torch.device("cpu"), torch.bfloat16, kind).name,
+            attn_implementation=choose_attention("auto", torch.device("cpu"), torch.bfloat16, needs).name,
             experts_implementation="eager",
         )
         if quantization:

@@ -13,7 +13,7 @@ from launcher.smoke.local_s3 import S3Server
 
 from tests.dist.launch import launch
 from tests.material import KINDS, Workshop, make_base, quantize_base
-from trainer.base.architecture import ARCHITECTURES
+from trainer.base.families import FAMILIES
 from trainer.config import dump_config
 from trainer.store import open_store
 
@@ -116,7 +116,7 @@ def stock(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> d
 
 
 def test_every_supported_architecture_is_among_the_bases() -> None:
-    assert {settings["model_type"] for settings in KINDS.values()} == set(ARCHITECTURES)
+    assert {settings["model_type"] for settings in KINDS.values()} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("world", WORLDS, ids=lambda world: "-ranks-in-nodes-of-".join(map(str, filter(None, world))))

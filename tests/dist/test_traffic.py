@@ -11,7 +11,7 @@ def test_only_what_the_adapters_need_crosses_between_nodes(workshop: Workshop) -
     config = workshop.config("traffic", "sharding.scope=node", "train.global_batch=8")
     datasets = workshop.prepare(config)
     results = launch(4, "step_traffic", dump_config(config), datasets.train, ranks_per_node=2)
-    planned = make_plan(config, resolve_base(config.model).config, 4, 2, None).traffic_per_step
+    planned = make_plan(config, resolve_base(config.model).description, 4, 2, None).traffic_per_step
     for rank, received in enumerate(results):
         node = rank // 2
         assert received["frozen"] == [[2 * node, 2 * node + 1]]

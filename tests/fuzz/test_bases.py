@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.material import Workshop
-from trainer.base.locate import read_base_config, resolve_base
-from trainer.base.parameters import check_base
+from trainer.base.check import check_base
+from trainer.base.locate import describe_base, resolve_base
 from trainer.config import Config
 from trainer.errors import CapstanError
 from trainer.plan import make_plan
@@ -70,7 +70,7 @@ def restore(contents: dict[Path, bytes]) -> None:
 def answered(config: Config) -> None:
     """What every verb asks of a base without reading its weights."""
     for ask in (
-        lambda: make_plan(config, read_base_config(config.model), 2, 2, None),
+        lambda: make_plan(config, describe_base(config.model), 2, 2, None),
         lambda: check_base(resolve_base(config.model), config),
     ):
         refusal = None

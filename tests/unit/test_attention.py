@@ -8,6 +8,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.material import KINDS, SIZES
+from trainer.base.architecture import Architecture
+from trainer.base.families import read_architecture
 from trainer.data.stream import MicroBatch, Position
 from trainer.errors import ConfigError
 from trainer.model.attention import KERNELS, choose_attention, unable, unavailable
@@ -33,7 +35,7 @@ A, B, PADDING = 23, 30, 11  # tokens of two documents and of the padding behind 
 def model(request: pytest.FixtureRequest) -> PackedModel:
     """A small model behind the kernel; mistral's and phi3's windows are shorter than the documents."""
     kernel, dtype, kind = request.param
-    attention = choose_attention(kernel, DEVICE, dtype, KINDS[kind])
+    attention = choose_attention(kernel, DEVICE, dtype, architecture(kind))
     torch.manual_seed(7)
     config = AutoConfig.for_model(**{"tie_word_embeddings": False, **SIZES, **KINDS[kind]})
     model: Any = AutoModelForCausalLM.from_config(
@@ -43,6 +45,10 @@ def model(request: pytest.FixtureRequest) -> PackedModel:
     head.weight = model.lm_head.weight.requires_grad_(False)
     model.lm_head = head
     return PackedModel(model.to(DEVICE), attention)
+
+
+def architecture(kind: str) -> Architecture:
+    return read_architecture({**SIZES, **KINDS[kind]})
 
 
 def tolerance(model: PackedModel) -> float:
@@ -138,7 +144,7 @@ def test_a_row_of_padding_alone_has_no_loss_and_no_gradient(model: PackedModel) 
 
 
 def test_auto_takes_the_fastest_kernel_and_says_why() -> None:
-    chosen = choose_attention("auto", torch.device("cpu"), BF16, KINDS["llama"])
+    chosen = choose_attention("auto", torch.device("cpu"), BF16, architecture("llama"))
     assert chosen.name == "sdpa"
     assert "no flash_attention_2: it needs a CUDA device" in chosen.why
 
@@ -147,16 +153,16 @@ def test_auto_takes_the_fastest_kernel_and_says_why() -> None:
     ("kind", "lack"), [("gemma2", "does not cap attention logits"), ("gpt-oss", "no attention sinks")]
 )
 def test_a_kernel_that_would_change_the_base_is_refused(kind: str, lack: str) -> None:
-    assert choose_attention("auto", torch.device("cpu"), BF16, KINDS[kind]).name == "eager"
+    assert choose_attention("auto", torch.device("cpu"), BF16, architecture(kind)).name == "eager"
     with pytest.raises(ConfigError, match=f"'sdpa' cannot run here: it .*{lack}"):
-        choose_attention("sdpa", torch.device("cpu"), BF16, KINDS[kind])
-    assert "flash_attention_2" in unable({"model_type": "gpt_oss"})
-    assert "flash_attention_2" not in unable({"model_type": "gemma2"})
+        choose_attention("sdpa", torch.device("cpu"), BF16, architecture(kind))
+    assert "flash_attention_2" in unable(architecture("gpt-oss"))
+    assert "flash_attention_2" not in unable(architecture("gemma2"))
 
 
 def test_a_kernel_that_cannot_run_is_refused_with_the_reason() -> None:
     with pytest.raises(
         ConfigError, match="model.attention: 'varlen' cannot run here: it needs a CUDA device. Use auto"
     ):
-        choose_attention("varlen", torch.device("cpu"), BF16, KINDS["llama"])
+        choose_attention("varlen", torch.device("cpu"), BF16, architecture("llama"))
     assert set(unavailable(torch.device("cuda"), FP32)) == {"flash_attention_2", "varlen"}

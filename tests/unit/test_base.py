@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.material import KINDS, SIZES, Workshop
-from trainer.base.architecture import mismatches
-from trainer.base.description import tokenizer_size
+from trainer.base.check import check_base
+from trainer.base.config_json import tokenizer_size
+from trainer.base.description import describe
 from trainer.base.load import empty_model
 from trainer.base.locate import resolve_base
-from trainer.base.parameters import check_base, check_no_other
+from trainer.base.parameters import check_no_other
 from trainer.config import override, parse_config
 from trainer.data.prepare import load_tokenizer
 from trainer.errors import ConfigError
@@ -54,9 +55,10 @@ def test_gpt_oss_is_refused_packed_rows() -> None:
     config = parse_config(
         "run: {name: a}\nmodel: {base: b}\ndata: {train: [{path: c}]}\ntrain: {steps: 1}\n", ["data.sequence_length=64"]
     )
-    (sentence,) = mismatches(config, {**SIZES, **KINDS["gpt-oss"]})
+    gpt_oss = describe({**SIZES, **KINDS["gpt-oss"]})
+    (sentence,) = gpt_oss.mismatches(config)
     assert "data.packing" in sentence
-    assert not mismatches(override(config, "data.packing=false"), {**SIZES, **KINDS["gpt-oss"]})
+    assert not gpt_oss.mismatches(override(config, "data.packing=false"))
 
 
 def test_more_layers_than_the_base_has_are_refused(workshop: Workshop, base: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.material import make_base
-from trainer.base.locate import base_files, read_base_config, resolve_base
+from trainer.base.locate import base_files, describe_base, resolve_base
 from trainer.config import Model
 from trainer.errors import ConfigError, NotFound, StorageError
 from trainer.safetensors_index import numel
@@ -122,13 +122,13 @@ def test_weights_are_read_by_ranges_and_small_files_come_once(bucket: Bucket, fo
 
 
 def test_a_plan_asks_for_config_json_alone(bucket: Bucket) -> None:
-    assert read_base_config(MODEL)["model_type"] == "llama"
+    assert describe_base(MODEL).architecture.hidden == 64
     assert bucket.asked == ["config.json"]
 
 
 def test_a_folder_without_config_json_is_no_base(bucket: Bucket) -> None:
     with pytest.raises(ConfigError, match=r"model\.base: s3://bucket/other has no config\.json"):
-        read_base_config(Model(base="s3://bucket/other"))
+        describe_base(Model(base="s3://bucket/other"))
 
 
 def test_a_bucket_that_is_overloaded_for_a_while_is_asked_again(bucket: Bucket, folder: Path) -> None:

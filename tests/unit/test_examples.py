@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from trainer.base.description import describe
 from trainer.config import load_config
 from trainer.plan import Plan, make_plan
 
@@ -37,7 +38,8 @@ LLAMA_405B = LLAMA_8B | {
 
 
 def plan(name: str, base: dict[str, Any], ranks: int, ranks_per_node: int, gib: int, *overrides: str) -> Plan:
-    return make_plan(load_config(EXAMPLES / f"{name}.yaml", overrides), base, ranks, ranks_per_node, gib * GIB)
+    config = load_config(EXAMPLES / f"{name}.yaml", overrides)
+    return make_plan(config, describe(base, config.model.layers), ranks, ranks_per_node, gib * GIB)
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)

@@ -134,3 +134,13 @@ def test_shares_tile_the_tensor_in_order(numel: int, world_size: int) -> None:
     assert [begin for begin, _ in shares] == [0, *(end for _, end in shares[:-1])]
     assert shares[-1][1] == numel
     assert max(end - begin for begin, end in shares) == -(-numel // world_size)
+
+
+def test_a_bias_that_learns_gets_the_gradient_of_a_plain_layer():
+    module, whole = layer("nf4", double=False)
+    module.bias.requires_grad_()
+    bias = module.bias.detach().clone().requires_grad_()
+    x, grad = torch.randn(3, 5, IN), torch.randn(3, 5, OUT)
+    module(x).backward(grad)
+    torch.nn.functional.linear(x, whole, bias).backward(grad)
+    torch.testing.assert_close(module.bias.grad, bias.grad)

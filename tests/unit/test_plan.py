@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-from trainer.base.architecture import read_architecture
+from trainer.base.description import describe
+from trainer.base.families import FAMILIES, read_architecture
 from trainer.config import Config, Quant, parse_config
 from trainer.errors import ConfigError
-from trainer.plan import make_plan, quantized_bytes
+from trainer.plan import Plan, make_plan, quantized_bytes
 
 RUN = "run: {name: demo}\nmodel: {base: /models/tiny}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
 GIB = 2**30
@@ -40,6 +41,12 @@ TINY = {
 
 def config(*overrides: str) -> Config:
     return parse_config(RUN, overrides)
+
+
+def plan_of(
+    config: Config, base_config: dict[str, Any], world_size: int, ranks_per_node: int, gpu_memory: int | None
+) -> Plan:
+    return make_plan(config, describe(base_config, config.model.layers), world_size, ranks_per_node, gpu_memory)
 
 
 def meta_model(base_config: dict[str, Any]) -> Any:
@@ -77,9 +84,11 @@ def test_parameters_are_those_of_the_transformers_model(extra: dict[str, Any], t
 
     base_config = {**TINY, **extra}
     given = config(f"tuning.targets={targets}", "tuning.rank=4")
-    planned = make_plan(given, base_config, world_size=2, ranks_per_node=2, gpu_memory=None).parameters
+    planned = plan_of(given, base_config, world_size=2, ranks_per_node=2, gpu_memory=None).parameters
 
     model = meta_model(base_config)
+    ours = {parameter.name: parameter.shape for parameter in read_architecture(base_config).parameters}
+    assert ours == {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert planned.frozen == sum(parameter.numel() for parameter in model.parameters())
     wanted = given.tuning.targets
     names = read_architecture(base_config).linear_names if wanted == "all-linear" else wanted
@@ -88,16 +97,14 @@ def test_parameters_are_those_of_the_transformers_model(extra: dict[str, Any], t
 
 
 def test_every_architecture_that_can_be_trained_can_be_planned():
-    from trainer.base.architecture import ARCHITECTURES
-
-    for kind in ARCHITECTURES:
+    for kind in FAMILIES:
         experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
         read_architecture({**TINY, **experts, "model_type": kind})
 
 
 def test_only_the_first_layers_are_counted_when_asked():
-    whole = make_plan(config(), LLAMA_70B, 8, 8, None).parameters
-    part = make_plan(config("model.layers=2"), LLAMA_70B, 8, 8, None).parameters
+    whole = plan_of(config(), LLAMA_70B, 8, 8, None).parameters
+    part = plan_of(config("model.layers=2"), LLAMA_70B, 8, 8, None).parameters
     assert part.linear * 40 == whole.linear
     assert part.embedding == whole.embedding
 
@@ -130,8 +137,8 @@ def test_the_chunk_of_logits_is_that_of_the_loss():
 
 
 def test_the_base_is_divided_by_the_ranks_that_share_a_copy():
-    world = make_plan(config(), LLAMA_70B, 16, 8, None).memory_per_gpu
-    node = make_plan(config("sharding.scope=node"), LLAMA_70B, 16, 8, None).memory_per_gpu
+    world = plan_of(config(), LLAMA_70B, 16, 8, None).memory_per_gpu
+    node = plan_of(config("sharding.scope=node"), LLAMA_70B, 16, 8, None).memory_per_gpu
     assert node.frozen_quantized == pytest.approx(2 * world.frozen_quantized, rel=1e-6)
     assert node.adapter_states == world.adapter_states, "adapters are always divided by all ranks"
     # 70B in 4.5 bits a weight (nibble + fp32 scale for each 64) over 16 ranks
@@ -139,43 +146,43 @@ def test_the_base_is_divided_by_the_ranks_that_share_a_copy():
 
 
 def test_the_parts_add_up():
-    memory = make_plan(config(), LLAMA_70B, 16, 8, None).to_json()["memory_per_gpu"]
+    memory = plan_of(config(), LLAMA_70B, 16, 8, None).to_json()["memory_per_gpu"]
     assert memory.pop("total") == sum(memory.values())
 
 
 def test_one_rank_gathers_nothing_and_receives_nothing():
-    plan = make_plan(config(), {**TINY, "model_type": "llama"}, 1, 1, None)
+    plan = plan_of(config(), {**TINY, "model_type": "llama"}, 1, 1, None)
     assert plan.memory_per_gpu.gathered_layers == 0
     assert plan.traffic_per_step.total == 0
 
 
 def test_offloading_moves_the_base_from_the_gpus_to_the_host():
-    here = make_plan(config(), LLAMA_70B, 8, 8, None)
-    away = make_plan(config("sharding.deepspeed=zero3_offload_cpu"), LLAMA_70B, 8, 8, None)
+    here = plan_of(config(), LLAMA_70B, 8, 8, None)
+    away = plan_of(config("sharding.deepspeed=zero3_offload_cpu"), LLAMA_70B, 8, 8, None)
     moved = here.memory_per_gpu.frozen_quantized + here.memory_per_gpu.frozen_unquantized
     assert away.memory_per_gpu.frozen_quantized == away.memory_per_gpu.frozen_unquantized == 0
     assert away.memory_per_host.offloaded_base == pytest.approx(8 * moved, rel=1e-6)
 
 
 def test_with_scope_node_only_adapters_cross_nodes():
-    world = make_plan(config(), LLAMA_70B, 16, 8, None).traffic_per_step
-    node = make_plan(config("sharding.scope=node"), LLAMA_70B, 16, 8, None).traffic_per_step
+    world = plan_of(config(), LLAMA_70B, 16, 8, None).traffic_per_step
+    node = plan_of(config("sharding.scope=node"), LLAMA_70B, 16, 8, None).traffic_per_step
     assert node.base_gathers > 0
     assert node.from_other_nodes < node.adapter_gathers + node.adapter_gradients
     assert world.from_other_nodes > 10 * node.from_other_nodes
-    assert make_plan(config(), LLAMA_70B, 8, 8, None).traffic_per_step.from_other_nodes == 0
+    assert plan_of(config(), LLAMA_70B, 8, 8, None).traffic_per_step.from_other_nodes == 0
 
 
 def test_traffic_grows_with_accumulation():
-    one = make_plan(config("train.global_batch=16"), LLAMA_70B, 16, 8, None)
-    four = make_plan(config("train.global_batch=64"), LLAMA_70B, 16, 8, None)
+    one = plan_of(config("train.global_batch=16"), LLAMA_70B, 16, 8, None)
+    four = plan_of(config("train.global_batch=64"), LLAMA_70B, 16, 8, None)
     assert (one.batch.accumulation, four.batch.accumulation) == (1, 4)
     assert four.traffic_per_step.base_gathers == pytest.approx(4 * one.traffic_per_step.base_gathers)
 
 
 def test_activation_checkpointing_saves_memory():
-    on = make_plan(config(), LLAMA_70B, 8, 8, None).memory_per_gpu.activations
-    off = make_plan(config("train.activation_checkpointing=false"), LLAMA_70B, 8, 8, None).memory_per_gpu.activations
+    on = plan_of(config(), LLAMA_70B, 8, 8, None).memory_per_gpu.activations
+    off = plan_of(config("train.activation_checkpointing=false"), LLAMA_70B, 8, 8, None).memory_per_gpu.activations
     assert off > 10 * on
 
 
@@ -187,19 +194,19 @@ def test_accumulation_is_derived_and_uneven_rows_are_told(
     world_size: int, micro_batch: int, accumulation: int, empty_rows: int
 ):
     given = config("train.global_batch=10", f"train.micro_batch={micro_batch}", "data.sequence_length=100")
-    batch = make_plan(given, {**TINY, "model_type": "llama"}, world_size, 8, None).batch
+    batch = plan_of(given, {**TINY, "model_type": "llama"}, world_size, 8, None).batch
     assert (batch.accumulation, batch.empty_rows, batch.rows, batch.tokens) == (accumulation, empty_rows, 10, 1000)
 
 
 def test_a_checkpoint_is_three_fp32_values_for_each_trainable_parameter():
-    plan = make_plan(config(), LLAMA_70B, 16, 8, None)
+    plan = plan_of(config(), LLAMA_70B, 16, 8, None)
     assert plan.parameters.trainable == 207_093_760  # rank 16 on the seven layers of 70B
     assert plan.checkpoint_bytes == 12 * 207_093_760
 
 
 def test_every_shortfall_is_told_at_once():
     given = config("data.sequence_length=200000", "model.layers=81", "tuning.targets=[q_proj, c_attn]")
-    plan = make_plan(given, LLAMA_70B, 2, 2, 8 * GIB)
+    plan = plan_of(given, LLAMA_70B, 2, 2, 8 * GIB)
     assert plan.mismatches == [
         "data.sequence_length: 200000 exceeds the base's 131072 positions (config.json). Lower it.",
         "model.layers: 81 exceeds the base's 80 layers (config.json). Lower it.",
@@ -210,15 +217,15 @@ def test_every_shortfall_is_told_at_once():
 
 
 def test_too_little_gpu_memory_is_told_with_both_numbers_and_a_remedy():
-    (message,) = make_plan(config(), LLAMA_70B, 2, 2, 16 * GIB).shortfalls
+    (message,) = plan_of(config(), LLAMA_70B, 2, 2, 16 * GIB).shortfalls
     assert message.startswith("memory: ")
     assert "16.0 GiB are there. Use more GPUs" in message
-    assert make_plan(config(), LLAMA_70B, 16, 8, 80 * GIB).shortfalls == []
+    assert plan_of(config(), LLAMA_70B, 16, 8, 80 * GIB).shortfalls == []
 
 
 def test_auto_keeps_the_base_inside_a_node_where_it_fits_and_nodes_are_alike():
     def scope(gpu_memory: int | None, world_size: int = 16, *overrides: str) -> str:
-        return make_plan(config(*overrides), LLAMA_70B, world_size, 8, gpu_memory).scope
+        return plan_of(config(*overrides), LLAMA_70B, world_size, 8, gpu_memory).scope
 
     assert scope(80 * GIB) == "node"
     assert scope(8 * GIB) == "world"
@@ -229,20 +236,20 @@ def test_auto_keeps_the_base_inside_a_node_where_it_fits_and_nodes_are_alike():
 
 
 def test_nodes_of_different_size_cannot_each_hold_a_copy():
-    (message,) = make_plan(config("sharding.scope=node"), LLAMA_70B, 10, 4, None).shortfalls
+    (message,) = plan_of(config("sharding.scope=node"), LLAMA_70B, 10, 4, None).shortfalls
     assert "10 ranks are not a multiple of 4 a node" in message
 
 
 def test_an_unknown_architecture_is_refused():
-    with pytest.raises(ConfigError, match="'gpt2'. Supported are gemma2, gemma3_text, gpt_oss, llama, mistral"):
-        make_plan(config(), {"model_type": "gpt2"}, 1, 1, None)
+    with pytest.raises(ConfigError, match="'gpt2' model. Supported are gemma2, gemma3_text, gpt_oss, llama, mistral"):
+        plan_of(config(), {"model_type": "gpt2"}, 1, 1, None)
 
 
 def test_a_config_without_sizes_is_refused():
     with pytest.raises(ConfigError, match="no whole number hidden_size"):
-        make_plan(config(), {"model_type": "llama"}, 1, 1, None)
+        plan_of(config(), {"model_type": "llama"}, 1, 1, None)
 
 
 def test_the_plan_is_json():
-    tree = make_plan(config(), LLAMA_70B, 16, 8, None).to_json()
+    tree = plan_of(config(), LLAMA_70B, 16, 8, None).to_json()
     assert json.loads(json.dumps(tree)) == tree

@@ -8,9 +8,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.material import Workshop, quantize_base
-from trainer.base.architecture import mismatches
+from trainer.base.check import check_base
 from trainer.base.locate import resolve_base
-from trainer.base.parameters import check_base
 from trainer.base.prequantized import packed_sources
 from trainer.errors import ConfigError
 
@@ -47,7 +46,6 @@ def refusal(workshop: Workshop, base: Path, *overrides: str) -> str:
 def test_every_matrix_is_found_packed(workshop: Workshop, quantized: Path) -> None:
     assert check(workshop, quantized, DOUBLE) == 2 * 7
     assert check(workshop, quantized, DOUBLE, "model.layers=1") == 7
-    assert check(workshop, workshop.base) == 0
 
 
 def test_settings_that_do_not_fit_are_refused_with_those_that_do(workshop: Workshop, quantized: Path) -> None:
@@ -59,7 +57,7 @@ def test_settings_that_do_not_fit_are_refused_with_those_that_do(workshop: Works
     )
     assert f"{Q_PROJ} was bfloat16 before it was quantized" in refusal(workshop, quantized, DOUBLE, "model.dtype=fp32")
     config = workshop.config("check", f"model.base={quantized}", DOUBLE, "quant.cache=true")
-    (mistake,) = mismatches(config, json.loads((quantized / "config.json").read_text()))
+    (mistake,) = resolve_base(config.model).description.mismatches(config)
     assert mistake.startswith("quant.cache: true has no effect")
 
 

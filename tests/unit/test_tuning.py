@@ -8,7 +8,7 @@ import pytest
 
 from tests.material import KINDS, SIZES
 from trainer import tuning
-from trainer.base.architecture import read_architecture
+from trainer.base.families import read_architecture
 from trainer.config import Tuning
 from trainer.errors import ConfigError
 from trainer.tuning.method import find_method, methods

@@ -102,7 +102,7 @@ def cache_folder(base: Base, config: Config, store: Store) -> Store:
         FORMAT,
         base.fingerprint,
         base.versions,
-        config.quant.model_dump(mode="json", exclude={"cache"}),
+        {"type": config.quant.type, "block_size": config.quant.block_size, "double": config.quant.double},
         config.model.dtype,
         config.model.layers,
     ]

@@ -10,12 +10,11 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from trainer.base.base import Base
 from trainer.base.cache import MANIFEST, cache_folder, open_cache, write_cache
-from trainer.base.description import read_by_transformers
-from trainer.base.locate import Base
-from trainer.base.parameters import check_no_other, find_source
+from trainer.base.config_json import read_by_transformers
+from trainer.base.parameters import check_no_other
 from trainer.base.placement import Placement, place_partitions
-from trainer.base.prequantized import packed_sources
 from trainer.base.reading import run_jobs
 from trainer.config import Config
 from trainer.errors import Damaged
@@ -59,20 +58,19 @@ def load_model(
     def fill(stored: Callable[[str], PackedSources | None]) -> _Filled:
         with ranks.agreeing():
             model = empty_model(base, config, attention)
-            packed = packed_sources(base, config)
             # A tied weight is listed once, under its first name.
-            sources = {
-                name: find_source(base, name, tuple(given.shape))
-                for name, given in model.named_parameters()
-                if name.removesuffix(".weight") not in packed
-            }
-            with_packed = [name for name in base.tensors if name.partition(".weight")[0] in packed]
-            check_no_other(
-                base, [*sources, *with_packed], model._keys_to_ignore_on_load_unexpected or (), config.model.layers
-            )
+            shapes = {name: tuple(given.shape) for name, given in model.named_parameters()}
+            weights = base.stored.open(base, config, shapes)
+            ignored = model._keys_to_ignore_on_load_unexpected or ()
+            check_no_other(base, weights.tensors, ignored, config.model.layers)
         partitioner = Partitioner(deepspeed_config, dtype, scope, ranks)
         placement = place_partitions(
-            model, config.quant, dtype, partitioner, sources.__getitem__, lambda path: packed.get(path) or stored(path)
+            model,
+            config.quant,
+            dtype,
+            partitioner,
+            weights.sources.__getitem__,
+            lambda path: weights.packed.get(path) or stored(path),
         )
         return _Filled(model, placement, partitioner, run_jobs(placement.jobs, ranks, log))
 

@@ -9,15 +9,15 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from trainer.base.description import parse_base_config
+from trainer.base.base import Base, Description
+from trainer.base.config_json import parse_base_config
+from trainer.base.description import describe
 from trainer.config import Model
 from trainer.errors import ConfigError, NotFound
-from trainer.safetensors_index import INDEX_FILE, TensorSource, read_index
+from trainer.safetensors_index import INDEX_FILE
 from trainer.store import SCHEMES, Entry, Store, open_store
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # a path that begins with a dot is none
@@ -37,43 +37,6 @@ _CONFIG = "config.json"
 _SMALL_FILES = ("*.json", "*.model", "*.jinja", "merges.txt")
 
 
-@dataclass(frozen=True)
-class Base:
-    """A Hugging Face model with safetensors files.
-
-    `name` is where it is, for messages; `directory` holds config.json and the tokenizer's files, `store` the weights;
-    `config` is the parsed config.json.
-    """
-
-    name: str
-    directory: Path
-    store: Store
-    config: dict[str, Any]
-
-    @property
-    def quantized(self) -> bool:
-        """Whether the weights are stored in 4 bits already, as bitsandbytes packs them."""
-        return bool(self.config.get("quantization_config"))
-
-    @cached_property
-    def tensors(self) -> dict[str, TensorSource]:
-        return read_index(self.store)
-
-    @cached_property
-    def versions(self) -> list[tuple[str, int, str]]:
-        """Name, size and version (ETag, or time of change) of each file of weights."""
-        entries = (entry for entry in self.store.list() if entry.key.endswith(".safetensors") and "/" not in entry.key)
-        return [(entry.key, entry.size, entry.version) for entry in entries]
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Changes when the architecture, the tensors' names, shapes, types or places change. Weights are not hashed."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for name, tensor in sorted(self.tensors.items()):
-            digest.update(f"{name} {tensor.key} {tensor.dtype} {tensor.shape} {tensor.offset}\n".encode())
-        return digest.hexdigest()[:16]
-
-
 def resolve_base(model: Model) -> Base:
     """Find the base: a directory, a bucket's folder, or a Hub id (downloaded through huggingface_hub's cache).
 
@@ -83,9 +46,9 @@ def resolve_base(model: Model) -> Base:
     """
     if in_bucket(model.base):
         store = open_store(model.base, setting="model.base")
-        return _base(store.uri, _small_files(store), store)
+        return _base(model, store.uri, _small_files(store), store)
     directory = _directory(model, [*_SMALL_FILES, "*.safetensors"])
-    return _base(str(directory), directory, open_store(str(directory), setting="model.base"))
+    return _base(model, str(directory), directory, open_store(str(directory), setting="model.base"))
 
 
 def base_files(model: Model) -> Path:
@@ -100,8 +63,9 @@ def named_files(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
-def _base(name: str, directory: Path, store: Store) -> Base:
-    return Base(name, directory, store, _read_config(name, _local(directory / _CONFIG)))
+def _base(model: Model, name: str, directory: Path, store: Store) -> Base:
+    config = _read_config(name, _local(directory / _CONFIG))
+    return Base(name, directory, store, config, describe(config, model.layers, name=name))
 
 
 def _directory(model: Model, patterns: list[str]) -> Path:
@@ -120,8 +84,8 @@ def _directory(model: Model, patterns: list[str]) -> Path:
     return Path(_from_hub(model, download))
 
 
-def read_base_config(model: Model) -> dict[str, Any]:
-    """The parsed config.json of the base alone: nothing else is downloaded.
+def describe_base(model: Model) -> Description:
+    """What the base's config.json says: nothing else is downloaded.
 
     Raises:
         ConfigError: it is missing, has no config.json, or is of an architecture that is not supported.
@@ -129,12 +93,13 @@ def read_base_config(model: Model) -> dict[str, Any]:
     """
     if in_bucket(model.base):
         store = open_store(model.base, setting="model.base")
-        return _read_config(store.uri, lambda: store.get(_CONFIG))
-    directory = Path(model.base).expanduser()
-    if directory.is_dir():
-        return _read_config(str(directory), _local(directory / _CONFIG))
-    path = _from_hub(model, lambda hub: hub.hf_hub_download(model.base, _CONFIG, revision=model.revision))
-    return _read_config(model.base, _local(Path(path)))
+        name, read = store.uri, lambda: store.get(_CONFIG)
+    elif (directory := Path(model.base).expanduser()).is_dir():
+        name, read = str(directory), _local(directory / _CONFIG)
+    else:
+        path = _from_hub(model, lambda hub: hub.hf_hub_download(model.base, _CONFIG, revision=model.revision))
+        name, read = model.base, _local(Path(path))
+    return describe(_read_config(name, read), model.layers, name=name)
 
 
 def in_bucket(base: str) -> bool:
@@ -233,12 +198,11 @@ def _from_hub(model: Model, get: Callable[[Any], str]) -> str:
         ) from error
 
 
-def check_mergeable(model: Model, base_config: dict[str, Any]) -> None:
+def check_mergeable(model: Model, base: Description) -> None:
     """Raises `ConfigError` for a base that an adapter cannot be merged into; reads no weights."""
-    if base_config.get("quantization_config"):
+    if base.stored.unmergeable:
         raise ConfigError(
-            f"--merge: {model.base} is stored in 4 bits, where no merged weight fits. Leave out --merge: PEFT and vLLM load "
-            "the adapter beside it."
+            f"--merge: {model.base} is {base.stored.unmergeable}. Leave out --merge: PEFT and vLLM load the adapter beside it."
         )
     if model.layers:
         raise ConfigError(

@@ -7,10 +7,12 @@ JSON as bytes; under double quantization also `weight.nested_absmax` and `weight
 import hashlib
 import json
 import math
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from trainer.base.architecture import read_architecture
-from trainer.base.locate import Base
+from trainer.base.base import Base, StoredWeights
+from trainer.base.parameters import find_source
 from trainer.config import Config
 from trainer.errors import NOT_JSON, ConfigError
 from trainer.safetensors_index import DTYPE_BYTES, PackedSources, TensorSource, numel
@@ -22,17 +24,56 @@ _NESTED_MAP = "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
+@dataclass(frozen=True)
+class BitsAndBytes4bit:
+    """Linear layers and experts in 4 bits, all else as in a plain base; `quantization` is what config.json says of it."""
+
+    quantization: dict[str, Any]
+
+    unmergeable: ClassVar[str | None] = "stored in 4 bits, where no merged weight fits"
+    quantized: ClassVar[bool] = True
+
+    @staticmethod
+    def stores(quantization: dict[str, Any]) -> bool:
+        """Whether a quantization_config is of this format."""
+        return quantization.get("quant_method") == "bitsandbytes" and bool(quantization.get("load_in_4bit"))
+
+    def mismatches(self, config: Config) -> list[str]:
+        found, stored = list[str](), self.quantization
+        kind, double = stored.get("bnb_4bit_quant_type", "fp4"), bool(stored.get("bnb_4bit_use_double_quant"))
+        if (config.quant.type, config.quant.double) != (kind, double):
+            found.append(
+                f"quant: the base is quantized already, and loaded as it is. Set quant.type: {kind} and quant.double: "
+                f"{str(double).lower()}."
+            )
+        if config.quant.cache:
+            found.append("quant.cache: true has no effect, as the base is quantized already. Remove it.")
+        return found
+
+    def check(self, base: Base, config: Config) -> None:
+        """Nothing beyond `mismatches`: the files are checked when they are opened, which reads their facts anyway."""
+
+    def open(self, base: Base, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> StoredWeights:
+        packed = packed_sources(base, config)
+        sources = {
+            name: find_source(base, name, shape)
+            for name, shape in shapes.items()
+            if name.removesuffix(".weight") not in packed
+        }
+        beside = {name for name in base.tensors if name.partition(".weight")[0] in packed}
+        names = base.architecture.stored_names
+        return StoredWeights(sources, beside | {s for name in sources for s in (name, *names(name))}, packed)
+
+
 def packed_sources(base: Base, config: Config) -> dict[str, PackedSources]:
-    """The packed weights of every quantized layer of `base`, by its module's path; empty where `base` is in 16 bits.
+    """The packed weights of every quantized layer of `base`, by its module's path.
 
     Reads a few hundred bytes a layer, all at once, and no weight.
 
     Raises:
         ConfigError: a matrix is not in 4 bits, or is stored otherwise than `config.quant` says.
     """
-    if not base.quantized:
-        return {}
-    shapes = read_architecture(base.config, config.model.layers).weight_shapes()
+    shapes = base.architecture.quantizable()
     facts = _read_facts(base, [*shapes])
     return {
         name.removesuffix(".weight"): _checked(base, config, name, shape, *facts[name])

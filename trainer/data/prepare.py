@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from trainer.base.description import read_by_transformers
+from trainer.base.config_json import read_by_transformers
 from trainer.base.locate import Base
 from trainer.config import Config
 from trainer.data.compile import Progress, compile_chapters, count_chapters, fingerprint, hash_tokenizer

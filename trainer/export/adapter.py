@@ -1,14 +1,13 @@
-"""A PEFT adapter from a committed checkpoint: without a GPU, and without the base in memory.
+"""What was learnt, from a committed checkpoint: without a GPU, and without the base in memory.
 
-The folder, on a disk or in a bucket, is what PEFT's `save_pretrained` writes (adapter_config.json,
-adapter_model.safetensors), plus the tokenizer's files and a model card with the run's facts. adapter_config.json is
-written last: PEFT loads nothing without it, so an export that was killed is not mistaken for one.
+The folder, on a disk or in a bucket, holds the files of the run's method (for LoRA what PEFT's `save_pretrained` writes),
+the tokenizer's files and a model card with the run's facts. The file without which nothing loads is written last, so an
+export that was killed is not mistaken for one.
 """
 
 from typing import Any
 
 import torch
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from trainer.base.load import DTYPES
@@ -18,11 +17,9 @@ from trainer.checkpoint.reading import read_elements
 from trainer.config import Config
 from trainer.export.command import command
 from trainer.export.folder import CARD, TRAINED, check_destination, model_card
-from trainer.export.lora import PEFT_SETTINGS, peft_name, peft_settings
 from trainer.export.trained import trained_config
 from trainer.store import Store
-
-_WEIGHTS = "adapter_model.safetensors"
+from trainer.tuning.method import find_method
 
 
 def export_adapter(run: Store, destination: Store, step: int | None = None) -> CheckpointManifest:
@@ -33,28 +30,18 @@ def export_adapter(run: Store, destination: Store, step: int | None = None) -> C
         StorageError: it is damaged, or a store fails.
         ConfigError: `destination` holds something that is no half export, or the base's folder is not here.
     """
-    check_destination(destination, _WEIGHTS, *TOKENIZER_FILES)
     manifest = whole_checkpoint(run, step)
     config = trained_config(run, manifest)
-    files = _small_files(config, manifest)
-    weights = {peft_name(name): tensor for name, tensor in adapter_weights(run, manifest, config).items()}
-    destination.put(CARD, files.pop(CARD))
-    destination.put(_WEIGHTS, safetensors_bytes(weights, metadata={"format": "pt"}))
-    settings = files.pop(PEFT_SETTINGS)
-    for name, content in files.items():
+    method = find_method(config.tuning)
+    check_destination(destination, *method.file_names, *TOKENIZER_FILES)
+    tokenizer = named_files(base_files(config.model), TOKENIZER_FILES)
+    exported = method.export(adapter_weights(run, manifest, config), config.model)
+    *names, last = exported.files
+    destination.put(CARD, model_card(config, manifest, exported.library, f"{exported.what} {TRAINED}."))
+    for name, content in {**{name: exported.files[name] for name in names}, **tokenizer}.items():
         destination.put(name, content)
-    destination.create(PEFT_SETTINGS, settings)
+    destination.create(last, exported.files[last])
     return manifest
-
-
-def _small_files(config: Config, manifest: CheckpointManifest) -> dict[str, bytes]:
-    """Everything but the weights: file name -> content."""
-    card = model_card(config, manifest, "peft", f"A LoRA adapter {TRAINED}.")
-    return {
-        **named_files(base_files(config.model), TOKENIZER_FILES),
-        CARD: card,
-        PEFT_SETTINGS: peft_settings(config, manifest.shapes),
-    }
 
 
 def master_weights(run: Store, manifest: CheckpointManifest) -> dict[str, Tensor]:

@@ -2,32 +2,33 @@
 
 Each file has the name, the header and the length of the base's own, so its tensors keep their names, types and places;
 only the bytes of adapted weights differ. These are the base's weights as they are stored, not as they were quantized for
-training, plus scaling * B @ A (LoRA, arXiv:2106.09685), added in fp32 and rounded once to the type they are stored in.
+training, plus what the run's method adds to them, in fp32, and rounded once to the type they are stored in.
 config.json is written last: nothing loads a model without it, so a merge that was killed is not mistaken for one.
 """
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from trainer.base.filling import as_tensor
-from trainer.base.locate import TOKENIZER_FILES, Base, check_mergeable, named_files, read_base_config
+from trainer.base.locate import TOKENIZER_FILES, Base, check_mergeable, describe_base, named_files
 from trainer.base.parameters import find_source
 from trainer.base.reading import PIECE_BYTES, PIECES_IN_FLIGHT, cut, freed_memory_given_back, read_ahead
 from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
 from trainer.config import Config
+from trainer.errors import ConfigError
 from trainer.export.adapter import adapter_weights, export_adapter
 from trainer.export.command import command
 from trainer.export.folder import CARD, TRAINED, check_destination, model_card
-from trainer.export.lora import LowRankUpdate, low_rank_updates
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.safetensors_index import INDEX_FILE, SINGLE_FILE, TensorSource, numel
 from trainer.scratch import scratch_folder
 from trainer.store import Store, open_store
+from trainer.tuning.method import WeightUpdate, find_method
 
 _CONFIG = "config.json"
 _SMALL_FILES = ("generation_config.json", *TOKENIZER_FILES)
@@ -49,9 +50,12 @@ def export_merged(
     check_destination(destination, "*.safetensors", INDEX_FILE, *_SMALL_FILES)
     manifest = whole_checkpoint(run, step)
     config = trained_config(run, manifest)
-    check_mergeable(config.model, read_base_config(config.model))
+    check_mergeable(config.model, describe_base(config.model))
+    method = find_method(config.tuning)
+    if method.unmergeable:
+        raise ConfigError(f"--merge: {method.unmergeable}. Leave out --merge.")
     base = resolve_trained_base(config.model, manifest)
-    updates = low_rank_updates(adapter_weights(run, manifest, config), config.tuning)
+    updates = method.updates(adapter_weights(run, manifest, config))
     card = model_card(config, manifest, "transformers", _description(config))
     destination.put(CARD, card)
     _write_weights(base, updates, destination, report)
@@ -67,7 +71,7 @@ def _description(config: Config) -> str:
 
 
 @freed_memory_given_back()
-def _write_weights(base: Base, updates: dict[str, LowRankUpdate], destination: Store, report: BytesWritten) -> None:
+def _write_weights(base: Base, updates: Mapping[str, WeightUpdate], destination: Store, report: BytesWritten) -> None:
     """The files of weights, and their index where there are several."""
     adapted = [(_stored(base, name, update.shape), update) for name, update in updates.items()]
     files = {source.key for source in base.tensors.values()}
@@ -112,7 +116,7 @@ def _merged_bytes(
     store: Store,
     key: str,
     size: int,
-    adapted: list[tuple[TensorSource, LowRankUpdate]],
+    adapted: list[tuple[TensorSource, WeightUpdate]],
     report: Callable[[int], None],
 ) -> Iterator[bytearray]:
     """One file, piece by piece. Pieces are read and merged on threads of their own, some ahead of the upload."""
@@ -128,7 +132,7 @@ def _merged_bytes(
 
 
 def _pieces(
-    store: Store, key: str, size: int, adapted: list[tuple[TensorSource, LowRankUpdate]]
+    store: Store, key: str, size: int, adapted: list[tuple[TensorSource, WeightUpdate]]
 ) -> Iterator[_FileRange]:
     """The whole file, in order: whole rows of adapted weights, and what lies between these, header included, as it is."""
 
@@ -148,7 +152,7 @@ def _pieces(
     yield from copied(position, size)
 
 
-def _add(source: TensorSource, update: LowRankUpdate, first: int, data: bytearray) -> None:
+def _add(source: TensorSource, update: WeightUpdate, first: int, data: bytearray) -> None:
     update.add_to(as_tensor(data, source), first)
 
 

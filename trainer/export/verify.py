@@ -73,7 +73,7 @@ def compare_logits(run: Store, step: int, adapter: Store) -> Proof:
     config = trained_config(run, manifest)
     base = resolve_trained_base(config.model, manifest)
     tokens = _probe(base)
-    quant = None if config.quant.type == "none" or base.quantized else config.quant
+    quant = None if config.quant.type == "none" or base.stored.quantized else config.quant
     trained = _trained_logits(run, manifest, config, base, tokens)
     with _base_directory(base) as local, _directory(adapter) as folder:
         architecture, dtype = model_config(local, config.model.layers), DTYPES[config.model.dtype]
@@ -108,7 +108,7 @@ def compare_merged(run: Store, step: int, adapter: Store, merged: Store) -> Merg
 
 def _probe(base: Base) -> Tensor:
     """Tokens (1, T)."""
-    return torch.arange(3, 3 + _PROBE_TOKENS).remainder(base.config["vocab_size"])[None]
+    return torch.arange(3, 3 + _PROBE_TOKENS).remainder(base.architecture.vocabulary)[None]
 
 
 def _difference(one: Tensor, other: Tensor) -> float:
@@ -142,7 +142,7 @@ def _base_directory(base: Base) -> Iterator[Path]:
 def _trained_logits(run: Store, manifest: CheckpointManifest, config: Config, base: Base, tokens: Tensor) -> Tensor:
     """Through our own sharded loader, engine and restore, as one rank: (1, T, V) fp32."""
     ranks = join()
-    attention = choose_attention(config.model.attention, ranks.device, DTYPES[config.model.dtype], base.config)
+    attention = choose_attention(config.model.attention, ranks.device, DTYPES[config.model.dtype], base.architecture)
     settings = build_deepspeed_config(
         config, world_size=ranks.world_size, accumulation=1, on_gpu=ranks.device.type == "cuda"
     )

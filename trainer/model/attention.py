@@ -6,7 +6,7 @@ which is plain matrix products and holds all scores at once, through the block-d
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,9 +38,18 @@ class Attention:
         }
 
 
-def choose_attention(setting: str, device: torch.device, dtype: torch.dtype, base_config: dict[str, Any]) -> Attention:
+class AttentionNeeds(Protocol):
+    """What a base's attention computes beyond softmax(QK)V; see trainer.base.architecture.Architecture."""
+
+    @property
+    def caps_attention(self) -> bool: ...
+    @property
+    def has_sinks(self) -> bool: ...
+
+
+def choose_attention(setting: str, device: torch.device, dtype: torch.dtype, needs: AttentionNeeds) -> Attention:
     """Resolve `model.attention`; raises `ConfigError` when the named kernel cannot run here, or not this base."""
-    missing = {**unavailable(device, dtype), **unable(base_config)}
+    missing = {**unavailable(device, dtype), **unable(needs)}
     if setting == "auto":
         kernel = next(name for name in KERNELS if name not in missing)
         why = "; ".join(f"no {name}: {reason}" for name, reason in missing.items()) or "fastest available"
@@ -55,12 +64,11 @@ def choose_attention(setting: str, device: torch.device, dtype: torch.dtype, bas
     return Attention(kernel, why)
 
 
-def unable(base_config: dict[str, Any]) -> dict[str, str]:
+def unable(needs: AttentionNeeds) -> dict[str, str]:
     """Kernel -> why it would give other results than the base's own attention."""
-    kind = base_config["model_type"]
-    if base_config.get("attn_logit_softcapping", 50.0 if kind == "gemma2" else None):
+    if needs.caps_attention:
         return dict.fromkeys(("varlen", "sdpa"), "it does not cap attention logits, as this base does")
-    if kind == "gpt_oss":
+    if needs.has_sinks:
         return dict.fromkeys(("flash_attention_2", "varlen", "sdpa"), "it has no attention sinks, as this base has")
     return {}
 

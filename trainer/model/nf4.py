@@ -175,9 +175,10 @@ class _FrozenMatmul(torch.autograd.Function):
         return nn.functional.linear(x, weight, bias) if transposed else x @ weight
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Tensor | None, None]:  # type: ignore[override]
         weight = ctx.module.dequantize(ctx.index)
-        return grad @ (weight if ctx.transposed else weight.T), None, None, None, None
+        bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
+        return grad @ (weight if ctx.transposed else weight.T), None, None, bias, None
 
 
 def quantize_blocks(weights: Tensor, quant_type: str, block_size: int) -> tuple[Tensor, Tensor]:

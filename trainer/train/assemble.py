@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.base.architecture import read_architecture
 from trainer.base.load import DTYPES, LoadReport, load_model
 from trainer.base.locate import Base
 from trainer.config import Config
@@ -36,8 +35,7 @@ def assemble(
     """
     model, report = load_model(base, config, deepspeed_config, ranks, attention, scope, log)
     method = find_method(config.tuning)
-    architecture = read_architecture(base.config, config.model.layers)
-    method.attach(model, architecture, DTYPES[config.model.dtype], config.run.seed)
+    method.attach(model, base.architecture, DTYPES[config.model.dtype], config.run.seed)
     before = checksums(model)
     groups = method.groups(model, config.optim)
     engine = Engine(PackedModel(model, attention), objective.loss, groups, config.optim, deepspeed_config, ranks)

@@ -5,23 +5,48 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Architecture, Linear
-from trainer.config import Optim, Tuning
+from trainer.config import Model, Optim, Tuning
+from trainer.scratch import scratch_folder
+from trainer.tuning.method import ExportedFiles
 
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 # PEFT's names of the two matrices in the model: `<linear layer>.lora_A.<adapter's name>.weight`.
 _ADAPTER = "default"
+# The two files of PEFT's `save_pretrained`; PEFT loads nothing without the settings.
+_WEIGHTS, _SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """scaling * up @ down; up (outputs, rank), down (rank, inputs), fp32."""
+
+    up: Tensor
+    down: Tensor
+    scaling: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.up.shape[0], self.down.shape[1]
+
+    def add_to(self, rows: Tensor, first: int) -> None:
+        rows = rows.view(-1, self.shape[1])
+        change = self.up[first : first + len(rows)] @ self.down
+        rows.copy_(change.mul_(self.scaling).add_(rows))
 
 
 @dataclass(frozen=True)
@@ -31,9 +56,11 @@ class Lora:
     tuning: Tuning
     rank_stabilized: bool
 
-    settings: ClassVar = ("rank", "alpha", "dropout", "targets")
-    defaults: ClassVar = {"dropout": 0.0, "targets": "all-linear"}
-    trains_base: ClassVar = False
+    settings: ClassVar[Collection[str]] = ("rank", "alpha", "dropout", "targets")
+    defaults: ClassVar[Mapping[str, Any]] = {"dropout": 0.0, "targets": "all-linear"}
+    trains_base: ClassVar[bool] = False
+    unmergeable: ClassVar[str | None] = None
+    file_names: ClassVar[Collection[str]] = (_WEIGHTS, _SETTINGS)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -113,6 +140,36 @@ class Lora:
             for layer in layers:
                 layer._disable_adapters = False
 
+    def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
+        """PEFT's folder."""
+        from safetensors.torch import save
+
+        adapter = self.peft_config({name.split(".lora_")[0].rpartition(".")[2] for name in weights})
+        adapter.inference_mode = True
+        adapter.base_model_name_or_path = model.base  # a Hub id stays one, not this machine's cache
+        adapter.revision = model.revision
+        with scratch_folder("export") as folder:
+            adapter.save_pretrained(folder)
+            settings = json.loads(Path(folder, _SETTINGS).read_bytes())
+        settings["target_modules"].sort()  # PEFT writes a set, whose order changes from one process to the next
+        # PEFT saves under the wrapped model's names and without the adapter's own name.
+        named = {f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}": matrix for name, matrix in weights.items()}
+        files = {
+            _WEIGHTS: save(named, metadata={"format": "pt"}),
+            _SETTINGS: json.dumps(settings, indent=2, sort_keys=True).encode(),
+        }
+        return ExportedFiles("peft", "A LoRA adapter", files)
+
+    def updates(self, weights: dict[str, Tensor]) -> dict[str, LowRankUpdate]:
+        updates: dict[str, LowRankUpdate] = {}
+        for name in weights:
+            path, found, rest = name.partition(".lora_A.")
+            if found:
+                up, down = weights[f"{path}.lora_B.{rest}"].float(), weights[name].float()
+                updates[f"{path}.weight"] = LowRankUpdate(up, down, self.scaling)
+        assert 2 * len(updates) == len(weights), "something else than LoRA's matrices was trained"
+        return updates
+
 
 def _matching(architecture: Architecture, targets: str | Iterable[str]) -> dict[str, Linear]:
     """Path in the model -> linear layer that gets an adapter; PEFT matches a target to the end of a path."""
@@ -123,4 +180,7 @@ def _matching(architecture: Architecture, targets: str | Iterable[str]) -> dict[
     return {path: linear for path, linear in linears.items() if f".{path}".endswith(ends)}
 
 
-METHODS = {"lora": partial(Lora, rank_stabilized=False), "rslora": partial(Lora, rank_stabilized=True)}
+METHODS: dict[str, Callable[[Tuning], Lora]] = {
+    "lora": partial(Lora, rank_stabilized=False),
+    "rslora": partial(Lora, rank_stabilized=True),
+}

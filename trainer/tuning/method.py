@@ -10,43 +10,63 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from trainer import tuning
 from trainer.base.architecture import Architecture
-from trainer.config import Config, Optim, Tuning
+from trainer.config import Config, Model, Optim, Tuning
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
     from transformers import PreTrainedModel
+
+
+class WeightUpdate(Protocol):
+    """What a merge adds to one weight, a matrix (outputs, inputs)."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    def add_to(self, rows: Tensor, first: int) -> None:
+        """Add it to some rows of the weight, in fp32 and in place; `first` is the number of the first of them."""
+        ...
+
+
+@dataclass(frozen=True)
+class ExportedFiles:
+    """What an export holds beside the tokenizer: `library` loads it, `what` it is begins a sentence; `files` are in the
+    order in which they are written, and without the last one nothing loads."""
+
+    library: str
+    what: str
+    files: dict[str, bytes]
 
 
 class Method(Protocol):
     """One way to fine-tune, with the settings of one run."""
 
-    @property
-    def settings(self) -> Collection[str]:
-        """The settings of the section `tuning` that it reads. A value for any other is refused, as it would be ignored."""
-        ...
-
-    @property
-    def trains_base(self) -> bool:
-        """Whether parameters of the base learn, so that one copy of them must be divided over all ranks."""
-        ...
+    settings: ClassVar[Collection[str]]
+    """The settings of the section `tuning` that it reads. A value for any other is refused, as it would be ignored."""
+    defaults: ClassVar[Mapping[str, Any]]
+    """The meaning of a key that an identity lacks. A key that is added later comes with a default of here, so that older
+    checkpoints stay what they are; a default never changes, whatever becomes of the configuration's."""
+    trains_base: ClassVar[bool]
+    """Whether parameters of the base learn, so that one copy of them must be divided over all ranks."""
 
     @property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must have been trained with to be continued, as JSON; values as in `defaults` are left out."""
         ...
 
-    @property
-    def defaults(self) -> Mapping[str, Any]:
-        """The meaning of a key that an identity lacks. A key that is added later comes with a default of here, so that
-        older checkpoints stay what they are; a default never changes, whatever becomes of the configuration's."""
-        ...
+    unmergeable: ClassVar[str | None]
+    """Why what was learnt cannot become part of the base's weights, as a clause; None if it can."""
+    file_names: ClassVar[Collection[str]]
+    """The files that `export` makes, as patterns."""
 
     def mismatches(self, architecture: Architecture) -> list[str]:
         """A sentence for each setting that asks more of the base than it has."""
@@ -66,6 +86,15 @@ class Method(Protocol):
 
     def switched_off(self, model: PreTrainedModel) -> AbstractContextManager[None]:
         """Inside, `model` computes as its base does: the reference of preference losses and of proofs."""
+        ...
+
+    def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
+        """Files that other programs load. `weights` by name in the model, in the type of the training's forward pass;
+        `model` names the base."""
+        ...
+
+    def updates(self, weights: dict[str, Tensor]) -> Mapping[str, WeightUpdate]:
+        """Name of each weight of the base that a merge changes -> its change; unless `unmergeable`."""
         ...
 
 

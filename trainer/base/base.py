@@ -1,0 +1,102 @@
+"""A base as the other rooms see it: what it is made of, and a protocol for the ways in which its files store that.
+
+The seam of stored formats: a format is one class that says which settings suit it, checks the files before a weight is
+read, and names the stored bytes of each parameter. Ranged reading, quantizing and placing know nothing of it.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from trainer.base.architecture import Architecture, mismatches
+from trainer.config import Config
+from trainer.safetensors_index import PackedSources, Source, TensorSource, read_index
+from trainer.store import Store
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """Where the bytes of the model's parameters are: `sources` by parameter, or `packed` by module where they are in 4
+    bits already. `tensors` are the names in the files of all that is read."""
+
+    sources: dict[str, Source]
+    tensors: set[str]
+    packed: dict[str, PackedSources] = field(default_factory=dict)
+
+
+class StoredFormat(Protocol):
+    """How the files of a base store its weights."""
+
+    unmergeable: ClassVar[str | None]
+    """Why no weights with an adapter merged in can be written in this format, as a clause; None if they can."""
+    quantized: ClassVar[bool]
+    """Whether the weights are loaded in the 4 bits that they are stored in."""
+
+    def mismatches(self, config: Config) -> list[str]:
+        """A sentence for each setting that does not suit what config.json says of the format."""
+        ...
+
+    def check(self, base: "Base", config: Config) -> None:
+        """Raises `ConfigError` when the files lack a weight or have it otherwise than they should; reads no weight."""
+        ...
+
+    def open(self, base: "Base", config: Config, shapes: Mapping[str, tuple[int, ...]]) -> StoredWeights:
+        """Where each parameter of the model is stored, `shapes` by name. Raises `ConfigError` as `check` does."""
+        ...
+
+
+@dataclass(frozen=True)
+class Description:
+    """What config.json alone says of a base."""
+
+    architecture: Architecture
+    stored: StoredFormat
+
+    def mismatches(self, config: Config) -> list[str]:
+        """A sentence for each setting of `config` that asks more of the base than it has, or otherwise."""
+        return [*mismatches(config, self.architecture), *self.stored.mismatches(config)]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A Hugging Face model with safetensors files.
+
+    `name` is where it is, for messages; `directory` holds config.json and the tokenizer's files, `store` the weights;
+    `config` is the parsed config.json, `description` what it says.
+    """
+
+    name: str
+    directory: Path
+    store: Store
+    config: dict[str, Any]
+    description: Description
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.description.architecture
+
+    @property
+    def stored(self) -> StoredFormat:
+        return self.description.stored
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorSource]:
+        return read_index(self.store)
+
+    @cached_property
+    def versions(self) -> list[tuple[str, int, str]]:
+        """Name, size and version (ETag, or time of change) of each file of weights."""
+        entries = (entry for entry in self.store.list() if entry.key.endswith(".safetensors") and "/" not in entry.key)
+        return [(entry.key, entry.size, entry.version) for entry in entries]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes when the architecture, the tensors' names, shapes, types or places change. Weights are not hashed."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"{name} {tensor.key} {tensor.dtype} {tensor.shape} {tensor.offset}\n".encode())
+        return digest.hexdigest()[:16]

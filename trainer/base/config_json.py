@@ -1,0 +1,119 @@
+"""What a base says of itself, in config.json and the tokenizer's files: other people's files, checked before they are used.
+
+transformers reads them too, and raises whatever comes up; here each mistake is one sentence. Code that a base brings along
+(`auto_map`) is never run.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import NOT_JSON, CapstanError, ConfigError, shown
+
+_MOST_LAYERS = 10_000
+_MOST_EXPERTS = 10_000
+# Sizes in config.json -> the largest that is possible. Lists are as long as there are layers and experts.
+_SIZES = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim", "vocab_size"), 2**31),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "max_position_embeddings"), 2**31),
+    **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), _MOST_EXPERTS),
+    "num_hidden_layers": _MOST_LAYERS,
+}
+
+
+def parse_base_config(name: str, data: bytes) -> dict[str, Any]:
+    """The config.json of the base `name`.
+
+    Raises:
+        ConfigError: it is not JSON, or has sizes or types that cannot be.
+    """
+    try:
+        config = json.loads(data)
+    except NOT_JSON as error:
+        raise ConfigError(f"model.base: {name}/config.json is not JSON ({error}). Copy the model again.") from error
+    if not isinstance(config, dict):
+        raise ConfigError(
+            f"model.base: {name}/config.json is no JSON object, but {shown(config)}. Copy the model again."
+        )
+    for key, largest in _SIZES.items():
+        value = config.get(key)
+        if value is not None and not (type(value) is int and 1 <= value <= largest):
+            raise ConfigError(
+                f"model.base: {name}/config.json has {key} {shown(value)}. Possible are whole numbers from 1 to {largest}. "
+                "Copy the model again."
+            )
+    heads, shared = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if heads and shared and heads % shared:
+        raise ConfigError(
+            f"model.base: {name}/config.json has {heads} num_attention_heads, which {shared} num_key_value_heads do not "
+            "divide. Copy the model again."
+        )
+    stored = config.get("quantization_config")
+    if stored is not None and not isinstance(stored, dict):
+        raise ConfigError(
+            f"model.base: {name}/config.json has the quantization_config {shown(stored)}, which is no JSON object. Copy the "
+            "model again."
+        )
+    return config
+
+
+def tokenizer_size(directory: Path, name: str) -> int:
+    """One more than the largest token id, from the tokenizer's own files.
+
+    Raises:
+        ConfigError: there are none, or they cannot be read.
+    """
+    if (directory / "tokenizer.json").is_file():
+        try:
+            return _largest_id(json.loads((directory / "tokenizer.json").read_bytes())) + 1
+        except (OSError, *NOT_JSON, LookupError, TypeError, AttributeError) as error:
+            raise ConfigError(_unreadable(name, "tokenizer.json", error)) from error
+    if (directory / "tokenizer.model").is_file():
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            return SentencePieceProcessor(model_file=str(directory / "tokenizer.model")).vocab_size()
+        except (OSError, RuntimeError) as error:
+            raise ConfigError(_unreadable(name, "tokenizer.model", error)) from error
+    raise ConfigError(
+        f"model.base: {name} has neither tokenizer.json nor tokenizer.model. Copy the tokenizer's files there."
+    )
+
+
+def _largest_id(tokenizer: dict[str, Any]) -> int:
+    vocabulary = tokenizer["model"]["vocab"]
+    ids = [len(vocabulary) - 1, *(token["id"] for token in tokenizer.get("added_tokens", []))]
+    if not isinstance(vocabulary, list):
+        ids += vocabulary.values()
+    if not all(type(token) is int and token >= 0 for token in ids):
+        raise ValueError("its vocabulary is empty, or has ids that are no whole numbers")
+    return max(ids)
+
+
+@contextmanager
+def read_by_transformers(name: str, what: str) -> Iterator[None]:
+    """Around transformers as it reads `what` of the base `name`.
+
+    Raises:
+        ConfigError: in place of the many kinds of error that it and its libraries raise for what they cannot read.
+    """
+    try:
+        yield
+    except CapstanError:
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"model.base: {what} of {name} needs code that the base brings along (auto_map), which is never run. Give a "
+                "base that transformers knows."
+            ) from error
+        raise ConfigError(_unreadable(name, what, error)) from error
+
+
+def _unreadable(name: str, what: str, error: Exception) -> str:
+    reason = next(iter(str(error).strip().splitlines()), "")
+    if isinstance(error, LookupError):
+        reason = f"it lacks {reason}"
+    return f"model.base: {what} of {name} cannot be read ({shown(reason)[1:-1] or type(error).__name__}). Copy the model again."
