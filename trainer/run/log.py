@@ -24,19 +24,26 @@ _AT_ONCE = 10
 class Allowance:
     """One more every `seconds`, of which at most `most` are kept."""
 
-    def __init__(self, seconds: float, most: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, seconds: float, most: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._seconds, self._most, self._clock = seconds, most, clock
-        self._left, self._looked = float(most), clock()
+        self._left, self._looked = most, clock()
 
     def take(self) -> bool:
         """Whether there was one to take."""
         now = self._clock()
-        self._left = min(float(self._most), self._left + (now - self._looked) / self._seconds)
+        self._left = min(self._most, self._left + (now - self._looked) / self._seconds)
         self._looked = now
         if self._left < 1:
             return False
         self._left -= 1
         return True
+
+
+def log_allowance(rank: int, world_size: int, clock: Callable[[], float] = time.monotonic) -> Allowance:
+    """How often `rank` may send its log: all ranks but the first share one budget, however many they are."""
+    # The fraction spreads them: ranks that began together would otherwise send their logs together, too.
+    most = _AT_ONCE + rank / world_size
+    return Allowance(_OTHERS_SECONDS * world_size if rank else _FIRST_SECONDS, most, clock)
 
 
 @contextmanager
@@ -50,7 +57,7 @@ def rank_log(
     within `flush_seconds`; the requests of all ranks together are bounded.
     """
     log = Appender(folder, layout.rank_log(generation, rank))
-    allowance = Allowance(_OTHERS_SECONDS * world_size if rank else _FIRST_SECONDS, _AT_ONCE)
+    allowance = log_allowance(rank, world_size)
     read_end, write_end = os.pipe()
     saved = os.dup(1), os.dup(2)
     sys.stdout.flush()

@@ -14,7 +14,7 @@ from trainer.run.records import generations, record_line
 from trainer.run.segments import Appender
 from trainer.store import Store
 
-_CURVES_SECONDS = 60.0
+CURVES_SECONDS = 60.0
 """TensorBoard's events follow the records at this distance: people look at curves less often than at a status."""
 _SENDING, _SENDING_CURVES = "sending the metrics", "sending TensorBoard's events"
 
@@ -46,11 +46,11 @@ class Metrics:
             return
         self._flushers.append(Every(flush_seconds, self.flush, _SENDING))
         if tensorboard:
-            self._drawing(lambda: self._draw(Curves(folder, generation), max(flush_seconds, _CURVES_SECONDS)))
+            self._drawing(lambda: self._draw(Curves(folder, generation), max(flush_seconds, CURVES_SECONDS)))
 
     def _draw(self, curves: Curves, seconds: float) -> None:
         self._curves = curves
-        self._flushers.append(Every(seconds, lambda: self._sending_curves(curves.flush), _SENDING_CURVES))
+        self._flushers.append(Every(seconds, self.flush_curves, _SENDING_CURVES))
 
     def write(self, kind: str, **values: Any) -> None:
         if (records := self._records) is None:
@@ -62,6 +62,11 @@ class Metrics:
     def flush(self) -> None:
         """Bring the records in the store up to date."""
         self._with_records(Appender.flush)
+
+    def flush_curves(self) -> None:
+        """Bring TensorBoard's events in the store up to date."""
+        if (curves := self._curves) is not None:
+            self._sending_curves(curves.flush)
 
     def write_now(self, kind: str, **values: Any) -> None:
         """`write`, and bring the store up to date outside the rhythm, without waiting for it."""
