@@ -61,7 +61,7 @@ def test_ranks_that_print_all_the_time_make_few_requests_together() -> None:
     for look in range(5 * 720):  # five hours, each rank looks every five seconds
         now[0] = look * 5.0
         taken.append(sum(allowance.take() for allowance in allowances))
-    assert sum(taken[:12]) == 10 * (ranks - 1)  # the first minute of all comes at once
+    assert 10 * (ranks - 1) <= sum(taken[:12]) < 11 * (ranks - 1)  # the first minute of all comes at once
     for hour in range(1, 5):
         assert sum(taken[hour * 720 : (hour + 1) * 720]) <= 3600 / 20 + 1
     quiet = allowances[0]
