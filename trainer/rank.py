@@ -18,11 +18,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from importlib.metadata import version
+from typing import Any
 
 import torch
 
 from trainer.base.check import check_base
-from trainer.base.load import DTYPES
+from trainer.base.load import DTYPES, LoadReport
 from trainer.base.locate import Base, resolve_base
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.checkpoint.manifest import CheckpointManifest
@@ -217,30 +218,34 @@ def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Train
         pulse=start.heart,
         skipped=tuple(map(Position.from_json, skipped)),
     )
-    read_bytes = ranks.sum(report.read_bytes)
-    processes = ranks.gather_objects((socket.gethostname(), os.getpid(), start.starter.machine))
+    step = restored.step if restored else 0
+    facts = {"step": step, "total_steps": training.total_steps, "restore_seconds": round(restore_seconds, 3)}
+    _record_start(start, report, attention=attention.name, **facts)
+    return training, restored
+
+
+def _record_start(start: _Start, report: LoadReport, **facts: Any) -> None:
+    """Write what this start is and how long each part of it took. Collective."""
+    read_bytes = start.ranks.sum(report.read_bytes)
+    processes = start.ranks.gather_objects((socket.gethostname(), os.getpid(), start.starter.machine))
     start.metrics.write(
         "start",
         generation=start.generation,
-        world_size=ranks.world_size,
-        step=restored.step if restored else 0,
-        total_steps=training.total_steps,
+        world_size=start.ranks.world_size,
+        **facts,
         host=processes[0][0],
         hosts=[host for host, _, _ in processes],
         pids=[pid for _, pid, _ in processes],
         machines=[machine for _, _, machine in processes],
-        device=ranks.device_name,
-        attention=attention.name,
+        device=start.ranks.device_name,
         launch_seconds=round(start.launch_seconds, 3),
         load_seconds=round(report.seconds, 3),
-        restore_seconds=round(restore_seconds, 3),
         load_gigabytes_per_second=round(read_bytes / 1e9 / report.seconds, 3),
         read_bytes=int(read_bytes),
         kept_bytes=report.kept_bytes,
         start_seconds=round(time.time() - start.starter.began, 3),
         **start.starter.facts,
     )
-    return training, restored
 
 
 def _environment(ranks: Ranks) -> bytes:
