@@ -29,8 +29,9 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.data.chapters import whole
-from trainer.data.dataset import FORMAT, MANIFEST, TARGET_BIT, Manifest, SourceRecord, open_dataset
+from trainer.data.dataset import open_dataset
 from trainer.data.encode import Encoded
+from trainer.data.manifest import FORMAT, MANIFEST, TARGET_BIT, DatasetManifest, SourceRecord
 from trainer.data.order import EpochPlan, Order
 from trainer.data.shards import Place, ShardWriter
 from trainer.data.stream import Position, Stream
@@ -71,7 +72,7 @@ def write_dataset(store: Store, fingerprint: str, lengths: np.ndarray, tokens: n
     writer.close()
     writer.forget()
     totals: Any = {"documents": len(lengths), "tokens": int(offsets[-1]), "targets": int(offsets[-1]) - len(lengths)}
-    manifest = Manifest(
+    manifest = DatasetManifest(
         format=FORMAT,
         fingerprint=fingerprint,
         chapters=1,

@@ -16,7 +16,8 @@ from trainer.base.check import check_base
 from trainer.base.locate import resolve_base
 from trainer.config import load_config
 from trainer.config.secrets import refuse_secrets
-from trainer.data.dataset import Manifest, read_manifest
+from trainer.data.dataset import read_manifest
+from trainer.data.manifest import DatasetManifest
 from trainer.data.prepare import locate, prepare
 from trainer.errors import NotFound
 from trainer.store import open_run_store
@@ -26,11 +27,11 @@ from trainer.store import open_run_store
 class Built:
     """What is compiled, by split; None where a dry run found that it still has to be."""
 
-    splits: dict[str, tuple[str, Manifest | None]]
+    splits: dict[str, tuple[str, DatasetManifest | None]]
 
     def to_json(self) -> dict[str, Any]:
         return {
-            what: {"fingerprint": key, "compiled": manifest is not None, **(_figures(manifest) if manifest else {})}
+            what: {"fingerprint": key, "compiled": manifest is not None, **(_to_json(manifest) if manifest else {})}
             for what, (key, manifest) in self.splits.items()
         }
 
@@ -44,7 +45,12 @@ class Built:
         return table
 
 
-def _figures(manifest: Manifest) -> dict[str, int]:
+def _to_json(manifest: DatasetManifest) -> dict[str, Any]:
+    left_out = {name: found.model_dump() for name, found in (manifest.left_out or {}).items()}
+    return {**_figures(manifest), "left_out": left_out}
+
+
+def _figures(manifest: DatasetManifest) -> dict[str, int]:
     shards, counters = manifest.shards, manifest.counters
     return {
         "documents": sum(shard.documents for shard in shards),
@@ -74,8 +80,8 @@ def build(path: Path, overrides: Sequence[str], *, dry_run: bool, log: Callable[
         mapper = partial(join_and_map, cluster, log) if cluster else None
         with compile_progress(log, bar=sys.stderr.isatty()) as show:
             prepare(config, base, store, show, mapper)
-    splits: dict[str, tuple[str, Manifest | None]] = {}
-    for what, key in locate(config, base).items():
+    splits: dict[str, tuple[str, DatasetManifest | None]] = {}
+    for what, key in locate(config, base, store, keep=not dry_run).items():
         try:
             splits[what] = (key, read_manifest(store, key))
         except NotFound:

@@ -9,16 +9,17 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from launcher.view.compiling import describe_left_out
 from trainer.base.check import check_base
 from trainer.base.locate import resolve_base
 from trainer.config import load_config
-from trainer.data.check import Findings, Report, check_data
+from trainer.data.check import DataReport, Findings, check_data
 from trainer.data.prepare import find, load_tokenizer
 
 _BAR = 30
 
 
-def check(path: Path, overrides: Sequence[str]) -> Report:
+def check(path: Path, overrides: Sequence[str]) -> DataReport:
     """Read every row of the run's sources, and tokenize it."""
     config = load_config(path, overrides)
     base = resolve_base(config.model)
@@ -33,7 +34,7 @@ def check(path: Path, overrides: Sequence[str]) -> Report:
         return check_data(config, load_tokenizer(base), inputs, show)
 
 
-def report_table(report: Report) -> RenderableType:
+def report_table(report: DataReport) -> RenderableType:
     """The report for a terminal: counts side by side, lengths, and examples of what is wrong."""
     counts = Table("", *(f"{what} data" for what in report.splits))
     columns = [_counts(found) for found in report.splits.values()]
@@ -43,6 +44,8 @@ def report_table(report: Report) -> RenderableType:
     for what, found in report.splits.items():
         parts.append(_histogram(what, found))
         parts += [Text(f"bad row: {text}") for text in found.bad_row_examples]
+        parts += [Text(f"left out by the chat template: {text}") for text in describe_left_out(found.left_out)]
+        parts += [Text(f"a field of no use: {text}") for text in describe_left_out(found.unused_fields)]
         parts += [Text(f"alike: {row} and {earlier}") for row, earlier in found.duplicate_examples]
     return Group(*parts)
 

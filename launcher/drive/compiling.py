@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from launcher.ray.data import map_on_cluster
-from launcher.view.compiling import compile_progress
+from launcher.view.compiling import compile_progress, log_left_out
 from trainer.base.locate import resolve_base
 from trainer.config import Config
 from trainer.data.chapters import give_up
@@ -44,8 +44,10 @@ class Compilation:
         with compile_progress(self._log, bar=False) as show:
 
             def progress(what: str, now: Progress) -> None:
-                if not beside:  # then a line for each chapter is enough
+                if not beside:
                     show(what, now)
+                else:  # a line for each chapter is enough
+                    log_left_out(self._log, what, now)
                 self._look()
 
             def mapper(work: Iterable[Any], start: Callable[[], Any]) -> Iterator[Any]:

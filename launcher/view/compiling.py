@@ -1,7 +1,7 @@
 """How far a compilation of data is, for people: a bar on a terminal, or a line of a log now and then."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -9,6 +9,7 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
 from trainer.data.compile import Progress
+from trainer.data.manifest import LeftOut
 
 _LOG_SECONDS = 10.0
 
@@ -32,6 +33,7 @@ def compile_progress(log: Callable[[str], None], *, bar: bool) -> Iterator[Calla
             if time.monotonic() >= next_line:
                 log(f"{describe(what, now)} ({100 * now.bytes_done / max(now.bytes, 1):.0f} %)")
                 next_line = time.monotonic() + _LOG_SECONDS
+            log_left_out(log, what, now)
 
         yield line
         return
@@ -43,5 +45,16 @@ def compile_progress(log: Callable[[str], None], *, bar: bool) -> Iterator[Calla
             if what not in tasks:
                 tasks[what] = bars.add_task(what)
             bars.update(tasks[what], description=describe(what, now), completed=now.bytes_done, total=now.bytes)
+            log_left_out(log, what, now)
 
         yield draw
+
+
+def log_left_out(log: Callable[[str], None], what: str, now: Progress) -> None:
+    """Say, once all rows are compiled, what of them the model will never see."""
+    if now.left_out:
+        log(f"{what} data: the chat template leaves out what rows carry: {'; '.join(describe_left_out(now.left_out))}")
+
+
+def describe_left_out(left_out: Mapping[str, LeftOut]) -> list[str]:
+    return [f"{name} in {found.rows:,} rows, such as {found.examples[0]}" for name, found in left_out.items()]

@@ -18,7 +18,7 @@ from tests.material import Workshop, byte_tokenizer
 from tests.ray.cluster import Driver, ray_cluster, write
 from trainer.config import Data
 from trainer.data.compile import Progress, compile_dataset
-from trainer.data.dataset import Manifest
+from trainer.data.manifest import DatasetManifest
 from trainer.data.pool import BYTES_FOR_PROCESSES
 from trainer.data.rows import Batch, Lines, batches
 from trainer.data.sources import expand
@@ -36,7 +36,9 @@ def texts(folder: Path, rows: int) -> Data:
     return Data.model_validate({"train": [{"path": str(path)}], "format": "text", "sequence_length": 256})
 
 
-def build(data: Data, folder: Path, mapper: Any = None, progress: Callable[[Progress], None] | None = None) -> Manifest:
+def build(
+    data: Data, folder: Path, mapper: Any = None, progress: Callable[[Progress], None] | None = None
+) -> DatasetManifest:
     files = expand(data.train, "data.train")
     store = open_store(str(folder))
     return compile_dataset(data, files, byte_tokenizer(), store, "f" * 20, mapper=mapper, progress=progress).manifest

@@ -147,6 +147,110 @@ def test_a_conversation_without_an_answer_has_no_targets() -> None:
     assert not any(Renderer(tokenizer(TAGGED), data()).one({"messages": TALK[:2]}).targets)
 
 
+def weighted(*weights: Any) -> list[dict[str, Any]]:
+    """TALK, whose messages have these weights; None for none."""
+    return [message if w is None else {**message, "weight": w} for message, w in zip(TALK, weights, strict=True)]
+
+
+@pytest.mark.parametrize("template", [CHATML, TAGGED])
+@pytest.mark.parametrize(
+    ("loss_on", "weights", "expected"),
+    [
+        (None, (None, None, 0, None, None), ["ciao", "<|im_end|>"]),
+        (None, (0, 0, 0, 0, 1), ["ciao", "<|im_end|>"]),
+        (None, (None, None, 0.0, None, False), []),
+        ("last_assistant", (None, None, 1, None, 0), []),
+        ("last_assistant", (None, None, 0, None, 1), ["ciao", "<|im_end|>"]),
+    ],
+)
+def test_a_message_of_weight_zero_is_not_trained(
+    template: str, loss_on: str | None, weights: tuple[Any, ...], expected: list[str]
+) -> None:
+    example = Renderer(tokenizer(template), data(loss_on=loss_on)).one({"messages": weighted(*weights)})
+    plain = Renderer(tokenizer(template), data(loss_on=loss_on)).one({"messages": TALK})
+    assert example.tokens.tolist() == plain.tokens.tolist()
+    assert trained(example) == expected
+
+
+@pytest.mark.parametrize("template", [CHATML, TAGGED])
+def test_where_all_is_trained_a_message_of_weight_zero_is_not(template: str) -> None:
+    messages = weighted(None, 0, None, None, 0)
+    example = Renderer(tokenizer(template), data(loss_on="all")).one({"messages": messages})
+    words = [word for word in trained(example) if word != "\n"]
+    assistant = ["<|im_start|>", "assistant", "yo", "yo", "<|im_end|>"]
+    assert words == [
+        "system",
+        "be",
+        "brief",
+        "<|im_end|>",
+        "|",
+        *assistant,
+        "<|im_start|>",
+        "user",
+        "bye",
+        "<|im_end|>",
+    ]
+
+
+@pytest.mark.parametrize("weight", [0.5, -1, 2, "0", [], {}, float("nan")])
+def test_any_other_weight_is_a_bad_row(weight: Any) -> None:
+    for messages in (
+        weighted(None, None, weight, None, None),
+        [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y", "weight": weight}],
+    ):
+        with pytest.raises(DataError, match=r"turn [23] has the weight .*; allowed are 0, which is not trained, and 1"):
+            Renderer(tokenizer(), data()).one({"messages": messages})
+
+
+def test_a_weight_counts_in_sharegpts_form_too() -> None:
+    talk = [
+        {"from": "human", "value": "hi"},
+        {"from": "gpt", "value": "yo", "weight": 0},
+        {"from": "human", "value": "bye"},
+    ]
+    example = Renderer(tokenizer(), data()).one({"messages": [*talk, {"from": "gpt", "value": "ciao"}]})
+    assert trained(example) == ["ciao", "<|im_end|>"]
+
+
+CALL = {"type": "function", "id": "1", "function": {"name": "weather", "arguments": '{"city": "Rom"}'}}
+WITH_CALL = [
+    {"role": "user", "content": "how is the weather ?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "content": 'it\'s\n"fine" 🌞', "tool_call_id": "1"},
+    {"role": "assistant", "content": " fine ", "reasoning_content": "the tool says so"},
+]
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+COMPLETE = (
+    "{{ tools }}{% for m in messages %}<|im_start|>{{ m.role }} {{ m.tool_call_id }} {{ m.reasoning_content }} "
+    "{{ m.content | trim if m.role != 'tool' else m.content | tojson }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "missing"),
+    [
+        (COMPLETE, []),
+        (CHATML, ["tools", "tool_calls", "tool_call_id", "reasoning_content"]),
+        ("{{ tools }}" + CHATML, ["tool_calls", "tool_call_id", "reasoning_content"]),
+        (COMPLETE.replace("call.function | tojson", "call.function.name"), ["tool_calls"]),
+        (COMPLETE.replace("{{ tools }}", ""), ["tools"]),
+        (COMPLETE.replace("in messages", "in messages if m.role != 'tool'"), ["content of tool", "tool_call_id"]),
+        ("{{ messages[0].content }}" + COMPLETE.replace("in messages", "in messages[1:]"), []),
+    ],
+)
+def test_what_a_row_carries_and_the_template_leaves_out_is_named(template: str, missing: list[str]) -> None:
+    """That the tools or the question name the function does not hide that a call is gone."""
+    row = {"messages": WITH_CALL, "tools": TOOLS, "id": 5}
+    example = Renderer(tokenizer(template), data(loss_on="all")).one(row)
+    assert sorted(example.left_out) == sorted(missing)
+
+
+def test_what_sharegpts_form_has_no_place_for_is_named() -> None:
+    talk = [{"from": "human", "value": "hi", "mood": "bye"}, {"from": "gpt", "value": "yo", "weight": 1}]
+    assert Renderer(tokenizer(), data()).one({"messages": talk}).left_out == ["mood"]
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_turn() -> None:
     renderer = Renderer(tokenizer(FORGETFUL), data())
     with pytest.raises(DataError, match=r"^turn 3: .* not how the whole begins.*generation"):

@@ -1,5 +1,6 @@
 """What `capstan data check` finds, on data whose faults are known."""
 
+import io
 import json
 import random
 from functools import partial
@@ -7,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from launcher.data.check import report_table
 from tests.material import byte_tokenizer
 from trainer.config import Config
-from trainer.data.check import Findings, Report, check_data
+from trainer.data.check import DataReport, Findings, check_data
 from trainer.data.duplicates import Fingerprint, Seen
 from trainer.data.pool import Mapper, map_batches
 from trainer.data.prepare import find
@@ -37,7 +40,7 @@ def check(
     evaluation: list[Any] = (),  # pyright: ignore
     mapper: Mapper | None = None,
     **data: Any,
-) -> Report:
+) -> DataReport:
     """The report on rows of one file each; a `bytes` row is a line as it stands."""
     sources: dict[str, Any] = {}
     for what, content in (("train", rows), ("eval", evaluation)):
@@ -60,7 +63,7 @@ def check(
     return check_data(config, byte_tokenizer(), find(config), lambda *_: None, mapper)
 
 
-def found(report: Report) -> Findings:
+def found(report: DataReport) -> Findings:
     assert report.to_json()["train"]["rows"] == report.splits["train"].rows
     return report.splits["train"]
 
@@ -115,6 +118,28 @@ def test_an_odd_conversation_is_counted(tmp_path: Path, messages: list[tuple[str
     row = {"messages": [{"role": role, "content": content} for role, content in messages]}
     train = found(check(tmp_path, [talk("a", "b"), row]))
     assert (train.bad_rows, getattr(train, fault)) == (0, 1)
+
+
+def test_calls_of_tools_and_their_answers_are_no_odd_roles_and_what_the_template_leaves_out_is_named(
+    tmp_path: Path,
+) -> None:
+    call = {"function": {"name": "weather", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call, call]},
+        *({"role": "tool", "content": "sun"} for _ in range(2)),
+        {"role": "assistant", "content": "fine"},
+    ]
+    report = check(tmp_path, [{**talk("a", "b"), "id": 1}, {"messages": messages, "id": 2}, {"messages": messages}])
+    train = found(report)
+    assert (train.bad_rows, train.odd_roles) == (0, 0)
+    path = tmp_path / "train.jsonl"
+    printed = report.to_json()["train"]
+    assert printed["left_out"] == {"tool_calls": {"rows": 2, "examples": [f"{path}:2", f"{path}:3"]}}
+    assert printed["unused_fields"] == {"id": {"rows": 2, "examples": [f"{path}:1", f"{path}:2"]}}
+    console = Console(width=250, record=True, file=io.StringIO())
+    console.print(report_table(report))
+    assert f"left out by the chat template: tool_calls in 2 rows, such as {path}:2" in console.export_text()
 
 
 def test_other_processes_find_the_same(tmp_path: Path) -> None:

@@ -14,14 +14,16 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from launcher.view.compiling import compile_progress
 from trainer.config import Data
 from trainer.data import rows, shards
 from trainer.data.compile import Progress, compile_dataset, fingerprint, hash_tokenizer
-from trainer.data.dataset import TARGET_BIT, Dataset, open_dataset
+from trainer.data.dataset import Dataset, open_dataset
 from trainer.data.encode import Encoded, Encoder, Part
+from trainer.data.manifest import TARGET_BIT, LeftOut
 from trainer.data.pool import map_batches
 from trainer.data.rows import Batch
-from trainer.data.sources import expand
+from trainer.data.sources import SourceFile, expand
 from trainer.errors import DataError, NotFound, StorageError
 from trainer.store import Store, open_store
 
@@ -323,14 +325,16 @@ def test_a_truncated_or_deleted_shard_is_named(tmp_path: Path, store: Store) -> 
 def test_a_damaged_index_is_found_on_opening(tmp_path: Path, store: Store, name: str) -> None:
     build(store, settings(write(tmp_path / "a.jsonl", texts(0, 600))))
     damage(store, f"data/{FINGERPRINT}/{name}", 9)
-    with pytest.raises(StorageError, match=rf"{name}: not what was written"):
+    with pytest.raises(StorageError, match=rf"{name} is damaged"):
         open_dataset(store, FINGERPRINT)
 
 
 def test_an_index_that_is_gone_is_damage_and_not_a_data_set_to_wait_for(tmp_path: Path, store: Store) -> None:
     build(store, settings(write(tmp_path / "a.jsonl", texts(0, 600))))
     store.delete(f"data/{FINGERPRINT}/blocks-00000.bin")
-    with pytest.raises(StorageError, match=r"blocks-00000\.bin does not exist\. Delete .* compiled again") as raised:
+    with pytest.raises(
+        StorageError, match=r"blocks-00000\.bin is damaged \(it does not exist\)\. Delete .* compiled again"
+    ) as raised:
         open_dataset(store, FINGERPRINT)
     assert not isinstance(raised.value, NotFound)
 
@@ -360,6 +364,38 @@ def test_the_fingerprint_covers_all_that_decides_a_token(tmp_path: Path) -> None
     write(tmp_path / "a.jsonl", texts(1, 5))
     others.append(of(data))
     assert len({base, *others}) == len(others) + 1
+
+
+def test_the_fingerprint_of_data_is_that_of_earlier_versions_unless_messages_have_weights() -> None:
+    files = [SourceFile("/data/a.jsonl", open_store("memory://"), "a.jsonl", 9, "v1", 0)]
+    chat, text = (settings("a.jsonl", **options) for options in ({"format": "chat", "sequence_length": 2048}, {}))
+    hashes = {"tokenizer.json": "00"}
+    assert fingerprint(chat, files, hashes) == "ce8581df7048cb9c53f2"
+    assert fingerprint(text, files, hashes, Part(0.1, 4, held_out=True)) == "e1802d60f397cd5de223"
+    assert fingerprint(chat, files, hashes, weighted=True) != fingerprint(chat, files, hashes)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_what_the_template_leaves_out_is_counted_and_said_once_also_after_a_kill(tmp_path: Path, store: Store) -> None:
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
+    talks = [{"messages": [{"role": "user", "content": "1 2 3", "mood": "9"}]} for _ in range(900)]
+    path = write(
+        tmp_path / "a.jsonl", [*talks, *({"messages": [{"role": "user", "content": "4"}]} for _ in range(100))]
+    )
+    data = settings(path, format="chat", template=str(tmp_path / "t.jinja"), loss_on="all")
+
+    def die(now: Progress) -> None:
+        if now.documents == 800:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(store, data, progress=die)
+    said: list[str] = []
+    with compile_progress(said.append, bar=False) as show:
+        manifest = build(store, data, progress=partial(show, "train")).manifest
+    assert manifest.left_out == {"mood": LeftOut(rows=900, examples=[f"{path}:{n}" for n in (1, 2, 3)])}
+    assert said[-1] == f"train data: the chat template leaves out what rows carry: mood in 900 rows, such as {path}:1"
+    assert sum("leaves out" in line for line in said) == 1
 
 
 def test_hash_tokenizer_covers_the_files_that_are_there(tmp_path: Path) -> None:

@@ -1,16 +1,24 @@
 """From a configuration to compiled data, its order and its length in steps."""
 
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from launcher.start.claim import anchored
 from tests.material import Workshop, make_data
 from trainer.base.locate import resolve_base
 from trainer.data.chapters import open_chapters
+from trainer.data.compile import fingerprint, hash_tokenizer
 from trainer.data.dataset import open_chapter, open_dataset
 from trainer.data.order import EpochPlan
-from trainer.data.prepare import locate, prepare_start, train_order
+from trainer.data.prepare import find, locate, prepare, prepare_start, train_order, wait_until_prepared
 from trainer.data.stream import train_stream
 from trainer.errors import ConfigError, DataError, NotFound
+from trainer.store import open_store
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +143,60 @@ def test_a_relative_path_names_the_same_data_as_the_anchored_one_that_train_and_
         )
         anchor = anchored(given)
         assert anchor.data.train[0].path != given.data.train[0].path
-        assert locate(given, resolve_base(given.model)) == locate(anchor, resolve_base(anchor.model))
+        assert locate(given, resolve_base(given.model), shop.store) == locate(
+            anchor, resolve_base(anchor.model), shop.store
+        )
+
+
+def write_talks(path: Path, *weights: Any) -> Path:
+    """A conversation for each weight, of its answer; None for none."""
+    answers = [{"role": "assistant", "content": "yo"} | ({} if w is None else {"weight": w}) for w in weights]
+    rows = [{"messages": [{"role": "user", "content": "hi"}, answer]} for answer in answers]
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_only_rows_with_weights_give_other_data_than_earlier_versions_made(
+    shop: Workshop, tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those ignored weights, so what they compiled must not be taken for it."""
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role }} {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    store = open_store(str(tmp_path / "store"))
+
+    def compiled(name: str, *weights: Any) -> tuple[bool, int]:
+        """Whether it has the fingerprint of before, and how many rows are trained on."""
+        path = write_talks(tmp_path / f"{name}.{ending}", *weights)
+        config = shop.config(
+            "weights", f"data.train=[{{path: {path}}}]", "data.format=chat", f"data.template={template}"
+        )
+        base = resolve_base(config.model)
+        (files, part) = find(config)["train"]
+        before = fingerprint(config.data, files, hash_tokenizer(base.directory), part)
+        key = prepare(config, base, store).train
+        wait_until_prepared(config, base, store, wait=lambda: pytest.fail("it is prepared"))
+        return key == before, open_dataset(store, key).manifest.documents
+
+    assert compiled("plain", None, None) == (True, 2)
+    assert compiled("ones", 1, None) == (True, 2)
+    late = [None] * 400
+    assert compiled("late", *late, 0) == (False, 400)
+    assert compiled("false", 0, 1) == (False, 1)
+    monkeypatch.setattr("trainer.data.prepare.find_weights", lambda *_: pytest.fail("it was looked for before"))
+    for name in ("ones", "false"):
+        config = shop.config(
+            "weights",
+            f"data.train=[{{path: {tmp_path}/{name}.{ending}}}]",
+            "data.format=chat",
+            f"data.template={template}",
+        )
+        assert prepare(config, resolve_base(config.model), store)
 
 
 def test_an_epoch_without_documents_is_refused_before_anything_starts(shop: Workshop) -> None:

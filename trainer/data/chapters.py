@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from trainer.data.dataset import Dataset, Reads, open_chapter, read_manifest
-from trainer.errors import CapstanError, DataError, NotFound, Stopped
+from trainer.errors import CapstanError, Damaged, DataError, NotFound, Stopped
 from trainer.run import layout
 from trainer.store import Store
 
@@ -113,6 +113,8 @@ def give_up(run: Store, error: BaseException) -> None:
 def _given_up(run: Store) -> CapstanError | None:
     try:
         given = json.loads(run.get(layout.NO_MORE_DATA))
+        return (Stopped if given["stopped"] else DataError)(given["reason"])
     except NotFound:
         return None
-    return (Stopped if given["stopped"] else DataError)(given["reason"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Damaged(f"{run.uri}/{layout.NO_MORE_DATA} is damaged: it does not say why the data ends.") from error

@@ -8,7 +8,7 @@ included, as both are prefixes of the whole text.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config import Data
-from trainer.data.messages import Message, read_messages, read_tools, text_of
+from trainer.data.left_out import left_out
+from trainer.data.messages import Message, is_trained, read_messages, read_tools, text_of
 from trainer.data.spans import Span, Spelling, overlapping
 from trainer.errors import ConfigError, DataError
 
@@ -31,23 +32,26 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 class Example:
     """A tokenized document: `tokens` (n,) uint32, and `targets` (n,) bool, whether each is trained.
 
-    The first never is: nothing predicts it.
+    The first never is: nothing predicts it. `left_out` names what the row carries and its text does not contain.
     """
 
     tokens: NDArray[np.uint32]
     targets: NDArray[np.bool_]
+    left_out: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Rendered:
     """A document's text, and the characters of it that are trained: `spans` are sorted and disjoint.
 
-    `end_trained` says whether the end-of-text token is trained, which texts without a chat template get.
+    `end_trained` says whether the end-of-text token is trained, which texts without a chat template get. `left_out` is as in
+    `Example`.
     """
 
     text: str
     spans: list[Span]
     end_trained: bool = True
+    left_out: Sequence[str] = ()
 
 
 def template_text(data: Data) -> str | None:
@@ -135,8 +139,7 @@ class Renderer:
         """
         match self._data.format:
             case "chat":
-                tools = read_tools(row.get(self._data.fields.get("tools", "tools")))
-                return self._chat(read_messages(self._field(row, "messages")), tools)
+                return self._chat(self._field(row, "messages"), row.get(self._data.fields.get("tools", "tools")))
             case "prompt_completion":
                 prompt, completion = (text_of(self._field(row, name), name) for name in ("prompt", "completion"))
             case "text":
@@ -161,6 +164,12 @@ class Renderer:
             case "text":
                 return [Turn("assistant", text_of(self._field(row, "text"), "text"))]
 
+    def unused(self, row: dict[str, Any]) -> list[str]:
+        """The fields of a row that are not looked at."""
+        names = {"chat": ("messages", "tools"), "prompt_completion": ("prompt", "completion"), "text": ("text",)}
+        used = {self._data.fields.get(name, name) for name in names[self._data.format]}
+        return [name for name in row if name not in used]
+
     def _field(self, row: dict[str, Any], name: str) -> Any:
         name = self._data.fields.get(name, name)
         if name not in row:
@@ -175,7 +184,7 @@ class Renderer:
         if self._eos is not None and tokens[-1:].tolist() != [self._eos]:
             tokens, targets = np.append(tokens, np.uint32(self._eos)), np.append(targets, document.end_trained)
         targets[:1] = False
-        return Example(tokens, targets)
+        return Example(tokens, targets, document.left_out)
 
     def _targets(self, encoding: Any, tokens: NDArray[np.uint32], document: Rendered) -> NDArray[np.bool_]:
         if self._spelling.usable:
@@ -185,18 +194,30 @@ class Renderer:
             encoding = self._backend.encode(document.text, add_special_tokens=False)
         return overlapping(encoding, document.spans)
 
-    def _chat(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> Rendered | Example:
+    def _chat(self, given: Any, given_tools: Any) -> Rendered | Example:
+        messages, tools = read_messages(given), read_tools(given_tools)
         conversation = _Conversation(self._tokenizer, self._template, messages, tools)
         whole = conversation.render(len(messages))
+        lacking = [
+            *(["tools"] if tools and conversation.ignores_tools(whole) else []),
+            *left_out(given, messages, whole),
+        ]
+        untrained = [
+            (conversation.prefix(turn, whole), conversation.prefix(turn + 1, whole))
+            for turn, message in enumerate(messages)
+            if not is_trained(message)
+        ]
         if self._data.targets == "all":
-            return Rendered(whole, [(0, len(whole))])
-        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+            return Rendered(whole, _between(untrained, len(whole)), left_out=lacking)
+        turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
         if self._data.targets == "last_assistant":
             turns = turns[-1:]
         if self._tagged:
-            start = conversation.prefix(turns[0], whole) if turns and self._data.targets == "last_assistant" else 0
-            return conversation.tagged(start)
-        return Rendered(whole, [self._turn(conversation, turn, whole) for turn in turns])
+            if turns and self._data.targets == "last_assistant":
+                untrained = [(0, conversation.prefix(turns[0], whole)), *untrained]
+            return replace(conversation.tagged(untrained), left_out=lacking)
+        turns = [turn for turn in turns if is_trained(messages[turn])]
+        return Rendered(whole, [self._turn(conversation, turn, whole) for turn in turns], left_out=lacking)
 
     def _turn(self, conversation: "_Conversation", turn: int, whole: str) -> Span:
         """Characters of the whole text that the model has to write in an assistant's turn."""
@@ -231,6 +252,13 @@ class _Conversation:
         text = self._apply(count, tokenize=False, add_generation_prompt=generation_prompt)
         return text_of(text, "conversation's text")
 
+    def ignores_tools(self, whole: str) -> bool:
+        """Whether the text would be the same without tools."""
+        try:
+            return self._apply(len(self._messages), tokenize=False, add_generation_prompt=False, tools=None) == whole
+        except DataError:
+            return False
+
     def prefix(self, count: int, whole: str, generation_prompt: bool = False) -> int:
         """Length of the text of the first `count` messages, which must begin the whole text."""
         if count == 0:
@@ -246,8 +274,8 @@ class _Conversation:
             )
         return len(prefix)
 
-    def tagged(self, start: int) -> Example:
-        """Tokens, of which those are trained that the template's tags enclose, and that reach beyond character `start`."""
+    def tagged(self, untrained: Sequence[Span]) -> Example:
+        """Tokens, of which those are trained that the template's tags enclose and that lie in none of these spans."""
         encoding = self._apply(
             len(self._messages),
             tokenize=True,
@@ -255,16 +283,24 @@ class _Conversation:
             return_assistant_tokens_mask=True,
             tokenizer_kwargs={"return_offsets_mapping": True},
         )
-        ends = np.array([end for _, end in encoding["offset_mapping"]], np.int64)
-        targets = np.array(encoding["assistant_masks"], bool) & (ends > start)
+        offsets = np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2)
+        targets = np.array(encoding["assistant_masks"], bool)
+        for begin, end in untrained:
+            targets &= (offsets[:, 0] < begin) | (offsets[:, 1] > end)
         targets[:1] = False
         return Example(np.array(encoding["input_ids"], np.uint32), targets)
 
     def _apply(self, count: int, **options: Any) -> Any:
         try:
-            return self._tokenizer.apply_chat_template(self._messages[:count], **self._options, **options)
+            return self._tokenizer.apply_chat_template(self._messages[:count], **(self._options | options))
         except Exception as error:  # a template is a program of the user's: it may raise anything
             raise DataError(f"the chat template refuses the conversation: {error}") from error
+
+
+def _between(spans: Sequence[Span], end: int) -> list[Span]:
+    """The characters up to `end` that are in none of the spans, which are sorted."""
+    borders = [0, *(border for span in spans for border in span), end]
+    return list(zip(borders[::2], borders[1::2], strict=True))
 
 
 def _chat_template(tokenizer: "PreTrainedTokenizerBase", data: Data) -> str:

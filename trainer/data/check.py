@@ -12,7 +12,8 @@ from trainer.config import Config, Data
 from trainer.data.chat import Renderer, Turn
 from trainer.data.dataset import BLOCK_DOCUMENTS
 from trainer.data.duplicates import Fingerprint, Seen
-from trainer.data.encode import BAD_ROWS_SHOWN, Part
+from trainer.data.encode import BAD_ROWS_SHOWN, Part, left_out_of
+from trainer.data.manifest import LeftOut, add_left_out
 from trainer.data.order import EpochPlan, Order
 from trainer.data.pool import Mapper, mapper_for
 from trainer.data.prepare import Input
@@ -38,7 +39,9 @@ class Findings:
         without_targets: nothing in them is trained, so they are left out.
         one_sided: without a user's or without an assistant's turn.
         empty_turns: with a turn that says nothing.
-        odd_roles: one role twice in a row, or a system message after the first turn.
+        odd_roles: one role twice in a row (but several tools may answer), or a system message after the first turn.
+        left_out: what rows carry and their text does not contain, such as calls that the chat template ignores.
+        unused_fields: fields of rows that `data.format` has no use for.
         exact_duplicates, near_duplicates: like an earlier row of this split; `duplicate_examples` are (row, earlier row).
         in_train: of evaluation rows, those that are trained on too, exactly or nearly.
         fill: share of tokens in packed rows that are not padding, at this sequence length.
@@ -63,19 +66,28 @@ class Findings:
     fill: float = 0.0
     lengths: dict[str, int] = field(default_factory=dict)
     histogram: dict[int, int] = field(default_factory=dict)
+    left_out: dict[str, LeftOut] = field(default_factory=dict)
+    unused_fields: dict[str, LeftOut] = field(default_factory=dict)
     bad_row_examples: list[str] = field(default_factory=list)
     duplicate_examples: list[tuple[str, str]] = field(default_factory=list)
 
+    def to_json(self) -> dict[str, Any]:
+        named = {
+            name: {what: found.model_dump() for what, found in getattr(self, name).items()}
+            for name in ("left_out", "unused_fields")
+        }
+        return {**asdict(self), **named}
+
 
 @dataclass(frozen=True)
-class Report:
+class DataReport:
     """The findings by split, and why `capstan train` would refuse the data, if it would."""
 
     splits: dict[str, Findings]
     refusals: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        return {**{what: asdict(found) for what, found in self.splits.items()}, "refusals": self.refusals}
+        return {**{what: found.to_json() for what, found in self.splits.items()}, "refusals": self.refusals}
 
 
 def check_data(
@@ -84,7 +96,7 @@ def check_data(
     inputs: dict[str, Input],
     progress: Callable[[str, int, int], None],
     mapper: Mapper | None = None,
-) -> Report:
+) -> DataReport:
     """Read and tokenize every row of `inputs` (see `prepare.find`); `progress` gets the split, bytes read and all bytes.
 
     `mapper` reads the batches, by default as `mapper_for` says.
@@ -105,7 +117,7 @@ def check_data(
             progress(what, read, size)
         splits[what] = collected.finish(config.data)
         refusals += _refusals(config.data, what, splits[what], files)
-    return Report(splits, refusals)
+    return DataReport(splits, refusals)
 
 
 def _read(files: list[SourceFile]) -> Iterator[tuple[Batch, int]]:
@@ -149,6 +161,8 @@ class _Inspector:
             if isinstance(example, DataError):
                 _bad(found, at(where, example))
                 continue
+            add_left_out(found.left_out, left_out_of(example.left_out, where))
+            add_left_out(found.unused_fields, left_out_of(self._renderer.unused(row), where))
             turns = self._renderer.turns(row)
             self._converse(found, turns)
             # Many rows share a system message: it says nothing about whether they are alike.
@@ -167,8 +181,7 @@ class _Inspector:
         roles = [turn.role for turn in turns]
         if self._data.format == "chat":
             found.one_sided += not {"user", "assistant"} <= set(roles)
-            spoken = [role for role in roles if role != "tool"]
-            found.odd_roles += any(a == b for a, b in pairwise(spoken)) or "system" in roles[1:]
+            found.odd_roles += any(a == b != "tool" for a, b in pairwise(roles)) or "system" in roles[1:]
         found.empty_turns += any(not turn.content.strip() and not turn.calls for turn in turns)
         found.undecodable += any(_REPLACEMENT in turn.content for turn in turns)
 
@@ -191,6 +204,8 @@ class _Collected:
         for name, value in vars(batch.found).items():
             if isinstance(value, int):
                 setattr(self._found, name, getattr(self._found, name) + value)
+        add_left_out(self._found.left_out, batch.found.left_out)
+        add_left_out(self._found.unused_fields, batch.found.unused_fields)
         examples = [*self._found.bad_row_examples, *batch.found.bad_row_examples]
         self._found.bad_row_examples = examples[:BAD_ROWS_SHOWN]
         self._lengths += batch.lengths

@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -21,17 +21,9 @@ from typing import TYPE_CHECKING
 from trainer.base.locate import TOKENIZER_FILES
 from trainer.config import Data
 from trainer.data.chat import template_text
-from trainer.data.dataset import (
-    FORMAT,
-    MANIFEST,
-    Counters,
-    Dataset,
-    Manifest,
-    SourceRecord,
-    chapter_key,
-    open_dataset,
-)
+from trainer.data.dataset import Dataset, open_dataset
 from trainer.data.encode import EVERYTHING, Encoder, Part
+from trainer.data.manifest import FORMAT, MANIFEST, Counters, DatasetManifest, LeftOut, SourceRecord, chapter_key
 from trainer.data.pool import Mapper, mapper_for
 from trainer.data.rows import Batch, batches
 from trainer.data.shards import Place, ShardWriter
@@ -49,13 +41,17 @@ CHAPTER_BYTES = 4 * 2**30
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a compilation is, in bytes of its sources; the others are what was read and kept so far."""
+    """How far a compilation is, in bytes of its sources; rows, documents and tokens are what was read and kept so far.
+
+    `left_out` comes with the last report: what rows carry and their text does not contain.
+    """
 
     bytes_done: int
     bytes: int
-    rows: int
-    documents: int
-    tokens: int
+    rows: int = 0
+    documents: int = 0
+    tokens: int = 0
+    left_out: Mapping[str, LeftOut] = field(default_factory=dict)
 
 
 def hash_tokenizer(directory: Path) -> dict[str, str]:
@@ -65,11 +61,16 @@ def hash_tokenizer(directory: Path) -> dict[str, str]:
 
 
 def fingerprint(
-    data: Data, files: Sequence[SourceFile], tokenizer_files: Mapping[str, str], part: Part = EVERYTHING
+    data: Data,
+    files: Sequence[SourceFile],
+    tokenizer_files: Mapping[str, str],
+    part: Part = EVERYTHING,
+    weighted: bool = False,
 ) -> str:
     """20 hex digits that change with the sources' content, the tokenizer, the template or a setting that matters.
 
-    `tokenizer_files` comes from `hash_tokenizer`. Weights and packing belong to the epoch's plan and are not in it.
+    `tokenizer_files` comes from `hash_tokenizer`. The sources' weights and packing belong to the epoch's plan and are not in
+    it. `weighted` says whether messages have weights, which earlier versions ignored: their data sets have the name without.
 
     Raises:
         ConfigError: `data.template` cannot be read.
@@ -83,6 +84,7 @@ def fingerprint(
         "settings": data.model_dump(include={"format", "fields", "sequence_length", "on_too_long", "on_bad_row"}),
         "targets": data.targets,
         "part": [part.fraction, part.seed, part.held_out],
+        **({"weighted": True} if weighted else {}),
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:20]
 
@@ -139,9 +141,10 @@ def compile_chapters(
     yield from range(writer.chapter)  # a compilation that was killed had committed them
     size = sum(file.size for file in files)
 
-    def report(bytes_done: int) -> None:
+    def report(bytes_done: int, left_out: Mapping[str, LeftOut] | None = None) -> None:
         if progress is not None:
-            progress(Progress(bytes_done, size, writer.counters.rows, writer.documents, writer.tokens))
+            rows, documents, tokens = writer.counters.rows, writer.documents, writer.tokens
+            progress(Progress(bytes_done, size, rows, documents, tokens, left_out or {}))
 
     start = partial(Encoder, data, tokenizer, part)
     for chapter, work in groupby(_read(files, chapters, writer.next), lambda batch: batch[1].chapter):
@@ -160,7 +163,7 @@ def compile_chapters(
         raise DataError(_nothing_to_train(writer.counters))
     _commit(folder, MANIFEST, _manifest(fingerprint, files, writer))
     writer.forget()
-    report(size)
+    report(size, writer.left_out)
     yield from range(writer.chapter, chapters)
 
 
@@ -206,7 +209,7 @@ def _read_source(files: Sequence[SourceFile], chapters: int, start: Place) -> It
         before += file.size
 
 
-def _manifest(fingerprint: str, files: Sequence[SourceFile], writer: ShardWriter) -> Manifest:
+def _manifest(fingerprint: str, files: Sequence[SourceFile], writer: ShardWriter) -> DatasetManifest:
     """Of all chapters so far."""
     sources = [SourceRecord() for _ in range(files[-1].source + 1)]
     for file in files:
@@ -216,7 +219,7 @@ def _manifest(fingerprint: str, files: Sequence[SourceFile], writer: ShardWriter
         source.documents += shard.documents
         source.tokens += shard.tokens
         source.targets += shard.targets
-    return Manifest(
+    return DatasetManifest(
         format=FORMAT,
         fingerprint=fingerprint,
         chapters=count_chapters(files),
@@ -227,13 +230,14 @@ def _manifest(fingerprint: str, files: Sequence[SourceFile], writer: ShardWriter
         shards=writer.shards,
         counters=writer.counters,
         bad_rows=writer.bad_rows,
+        left_out=writer.left_out or None,
     )
 
 
-def _commit(folder: Store, key: str, manifest: Manifest) -> None:
+def _commit(folder: Store, key: str, manifest: DatasetManifest) -> None:
     # Another writer of the same fingerprint may have been faster, with the same bytes.
     with contextlib.suppress(AlreadyExists):
-        folder.create(key, manifest.model_dump_json(indent=1).encode())
+        folder.create(key, manifest.sealed())
 
 
 def _nothing_to_train(counters: Counters) -> str:

@@ -16,22 +16,26 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
 
-from trainer.errors import NotFound, StorageError, Unreachable
+from trainer.data.manifest import (
+    BLOCK,
+    MANIFEST,
+    OFFSET,
+    TOKEN,
+    DatasetManifest,
+    FileRecord,
+    ShardRecord,
+    chapter_key,
+    damaged,
+    parse_manifest,
+)
+from trainer.errors import Damaged, NotFound, Unreachable
 from trainer.run import layout
 from trainer.store import Buffer, Store
 
-FORMAT = 3
-MANIFEST = "manifest.json"
 BLOCK_DOCUMENTS = 256
 BLOCK_TOKENS = 2**18
 SHARD_TOKENS = 2**24
-TOKEN = np.dtype("<u4")
-OFFSET = np.dtype("<u8")
-BLOCK = np.dtype([("document", "<u8"), ("sha256", "V32")])
-# The top bit of a stored token says that it is trained; the rest is its id.
-TARGET_BIT = np.uint32(1 << 31)
 # Enough requests in flight to hide a bucket's latency.
 _READERS = 16
 # A store that restarts, or a gateway that is replaced, takes minutes; a run's ranks wait for it together.
@@ -40,74 +44,6 @@ _FIRST_PAUSE_SECONDS = 0.25
 _LONGEST_PAUSE_SECONDS = 5.0
 
 T = TypeVar("T")
-
-
-class Record(BaseModel):
-    """Something that is written as JSON beside the tokens."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class FileRecord(Record):
-    """An object of the data set: `key` in its folder, `size` in bytes, `sha256` in hex."""
-
-    key: str
-    size: int
-    sha256: str
-
-
-class ShardRecord(Record):
-    """A shard holds documents of one source in one chapter only."""
-
-    source: int
-    chapter: int
-    documents: int
-    tokens: int
-    targets: int
-    tokens_file: FileRecord
-    documents_file: FileRecord
-    blocks_file: FileRecord
-
-
-class SourceRecord(Record):
-    """What a source contributed. `files` are its files' URIs."""
-
-    documents: int = 0
-    tokens: int = 0
-    targets: int = 0
-    files: list[str] = []
-
-
-class Counters(Record):
-    """What became of the rows: those that are no documents, and those that were cut to the sequence length."""
-
-    rows: int = 0
-    bad_rows: int = 0
-    dropped: int = 0
-    truncated: int = 0
-    split: int = 0
-    without_targets: int = 0
-
-    def plus(self, other: "Counters") -> "Counters":
-        return Counters(**{name: value + getattr(other, name) for name, value in self})
-
-
-class Manifest(Record):
-    """What a data set of so many `chapters` holds, or has so far while it is compiled.
-
-    `bad_rows` describes the first few of them, as `file:line: reason`.
-    """
-
-    format: int
-    fingerprint: str
-    chapters: int
-    documents: int
-    tokens: int
-    targets: int
-    sources: list[SourceRecord]
-    shards: list[ShardRecord]
-    counters: Counters
-    bad_rows: list[str]
 
 
 @dataclass
@@ -170,7 +106,7 @@ class Dataset:
         reads: what reading had to repeat.
     """
 
-    manifest: Manifest
+    manifest: DatasetManifest
     store: Store
     offsets: NDArray[np.int64]
     blocks: NDArray[np.int64]
@@ -214,7 +150,7 @@ class Dataset:
                 self.reads.refetched += 1
                 data[index] = self.reads.patiently(lambda s=start, e=end: self.store.get_range(key, s, e))
                 if not self._intact(block, data[index]):
-                    raise StorageError(
+                    raise Damaged(
                         f"{self.store.uri}/{key}: bytes {start} to {end} are not what was written (their SHA-256 "
                         f"differs). Delete {self.store.uri}, and the data is compiled again."
                     )
@@ -224,35 +160,24 @@ class Dataset:
         return hashlib.sha256(raw).digest() == self.digests[block]
 
 
-def chapter_key(chapter: int) -> str:
-    """The manifest up to and with `chapter`, while later ones are still compiled."""
-    return f"chapter-{chapter:05d}.json"
-
-
-def read_manifest(store: Store, fingerprint: str, chapter: int | None = None) -> Manifest:
+def read_manifest(store: Store, fingerprint: str, chapter: int | None = None) -> DatasetManifest:
     """The manifest of a whole data set; where a `chapter` is given, one with this chapter and all before it suffices.
 
     Raises:
         NotFound: it was not written yet.
-        StorageError: it is damaged, or of another format.
+        Damaged: it is not what was written.
+        StorageError: it is of another format.
     """
     folder = store.sub(layout.dataset(fingerprint))
+
+    def read(key: str) -> DatasetManifest:
+        return parse_manifest(folder.get(key), f"{folder.uri}/{key}", fingerprint)
+
     if chapter is not None:
         for key in (MANIFEST, chapter_key(chapter)):
             with contextlib.suppress(NotFound):
-                return _parse(folder, key)
-    return _parse(folder, MANIFEST)  # also where it was written between the two looks, and the chapter's own removed
-
-
-def _parse(folder: Store, key: str) -> Manifest:
-    try:
-        manifest = Manifest.model_validate_json(folder.get(key))
-    except ValidationError as error:
-        problem = error.errors()[0]["msg"]
-        raise StorageError(f"{folder.uri}/{key}: not a manifest of this format ({problem}). Delete it.") from error
-    if manifest.format != FORMAT:
-        raise StorageError(f"{folder.uri}/{key}: has format {manifest.format}, but {FORMAT} is needed. Delete it.")
-    return manifest
+                return read(key)
+    return read(MANIFEST)  # also where it was written between the two looks, and the chapter's own removed
 
 
 def open_dataset(store: Store, fingerprint: str) -> Dataset:
@@ -279,12 +204,14 @@ def open_chapter(store: Store, fingerprint: str, chapter: int) -> Dataset:
     return _open_shards(store, manifest, shards, before)
 
 
-def _open_shards(store: Store, manifest: Manifest, shards: list[ShardRecord], before: int) -> Dataset:
+def _open_shards(store: Store, manifest: DatasetManifest, shards: list[ShardRecord], before: int) -> Dataset:
     """The data set of these `shards` alone; so many documents lie `before` them."""
     folder = store.sub(layout.dataset(manifest.fingerprint))
     with ThreadPoolExecutor(_READERS) as pool:
         offsets = list(pool.map(_reader(folder, OFFSET), [shard.documents_file for shard in shards]))
         blocks = list(pool.map(_reader(folder, BLOCK), [shard.blocks_file for shard in shards]))
+    for shard, ends, firsts in zip(shards, offsets, blocks, strict=True):
+        _check_index(folder, shard, ends, firsts["document"])
     # offsets: for each shard (documents + 1,) uint64 in tokens; blocks: for each shard (blocks,) of `BLOCK`.
     lengths = np.concatenate([np.zeros(0, np.int64), *(np.diff(part.astype(np.int64)) for part in offsets)])
     documents = np.array([shard.documents for shard in shards], np.int64)
@@ -305,15 +232,24 @@ def _open_shards(store: Store, manifest: Manifest, shards: list[ShardRecord], be
 
 def _reader(folder: Store, dtype: np.dtype) -> Callable[[FileRecord], NDArray]:
     def read(file: FileRecord) -> NDArray:
+        where = f"{folder.uri}/{file.key}"
         try:
             data = folder.get(file.key)
-        except NotFound as error:  # which would mean, of a manifest, that one only has to wait for it
-            raise StorageError(f"{error} Delete {folder.uri}, and the data is compiled again.") from error
-        if hashlib.sha256(data).hexdigest() != file.sha256:
-            raise StorageError(
-                f"{folder.uri}/{file.key}: not what was written (its SHA-256 differs). Delete {folder.uri}, and the data "
-                "is compiled again."
-            )
+        except NotFound as error:  # a caller takes that for a data set that is not compiled yet, and waits
+            raise damaged(where, "it does not exist") from error
+        if len(data) != file.size or hashlib.sha256(data).hexdigest() != file.sha256:
+            raise damaged(where, "it is not what was written: its SHA-256 differs")
         return np.frombuffer(data, dtype)
 
     return read
+
+
+def _check_index(folder: Store, shard: ShardRecord, offsets: NDArray[np.uint64], firsts: NDArray[np.uint64]) -> None:
+    """Raises `Damaged` unless documents and blocks follow each other from the shard's first token to its last.
+
+    `offsets` (documents + 1,) are where its documents begin, in tokens, and the end; `firsts` (blocks,) each block's first.
+    """
+    borders = np.append(firsts, np.uint64(shard.documents))
+    whole = offsets[0] == 0 and offsets[-1] == shard.tokens and borders[0] == 0
+    if not whole or (offsets[1:] <= offsets[:-1]).any() or (borders[1:] <= borders[:-1]).any():
+        raise damaged(f"{folder.uri}/{shard.documents_file.key}", "its documents or blocks do not follow each other")

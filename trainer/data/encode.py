@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from trainer.config import Data
 from trainer.data.chat import Example, Renderer
-from trainer.data.dataset import TARGET_BIT, TOKEN, Counters
-from trainer.data.rows import Batch, OnBad, Row, at
+from trainer.data.manifest import TARGET_BIT, TOKEN, Counters, LeftOut, add_left_out
+from trainer.data.rows import Batch, OnBad, Row, at, printable
 from trainer.errors import DataError
 
 if TYPE_CHECKING:
@@ -64,11 +64,17 @@ class Encoded:
     lengths: NDArray[np.int64]
     counters: Counters = field(default_factory=Counters)
     bad_rows: list[str] = field(default_factory=list)
+    left_out: dict[str, LeftOut] = field(default_factory=dict)
     error: str | None = None
 
     @property
     def targets(self) -> int:
         return int(np.count_nonzero(self.tokens & TARGET_BIT))
+
+
+def left_out_of(names: Iterable[str], where: str) -> dict[str, LeftOut]:
+    """Things that the row at `where` carries in vain, ready to be added up."""
+    return {printable(name): LeftOut(rows=1, examples=[where]) for name in names}
 
 
 class _Fatal(Exception):
@@ -97,6 +103,7 @@ class Encoder:
                     self._bad(result, at(where, example))
                 else:
                     result.counters.rows += 1
+                    add_left_out(result.left_out, left_out_of(example.left_out, where))
                     documents += self._documents(result, where, example)
         except _Fatal as error:
             result.error = str(error)

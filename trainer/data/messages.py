@@ -26,8 +26,9 @@ def read_messages(value: Any) -> list[Message]:
 def _message(message: Any, turn: int) -> Message:
     if not isinstance(message, dict):
         raise DataError(f"turn {turn} is {_kind(message)}, and not an object with role and content")
+    weight = _weight(message.get("weight"), turn)
     if message.get("from") is not None and message.get("role") is None:
-        given, content, rest = message["from"], message.get("value"), {}
+        given, content, rest = message["from"], message.get("value"), weight
         role, names = _SHAREGPT.get(given) if isinstance(given, str) else None, tuple(_SHAREGPT)
     else:
         given, content = message.get("role"), message.get("content")
@@ -39,6 +40,23 @@ def _message(message: Any, turn: int) -> Message:
     if role not in _ROLES:
         raise DataError(f"turn {turn} has the role {given!r}; allowed are {', '.join(names)}")
     return {**rest, "role": role, "content": text_of(content, f"content of turn {turn}")}
+
+
+def is_weighted(messages: Any) -> bool:
+    """Whether weights decide what is trained of a row's messages, or spoil the row. Takes whatever stands in their place."""
+    given = messages if isinstance(messages, list) else []
+    return any(isinstance(message, dict) and message.get("weight") not in (None, 1) for message in given)
+
+
+def is_trained(message: Message) -> bool:
+    """Whether OpenAI's `weight` lets a message be trained."""
+    return message.get("weight") != 0
+
+
+def _weight(weight: Any, turn: int) -> Message:
+    if weight not in (None, 0, 1):
+        raise DataError(f"turn {turn} has the weight {weight!r}; allowed are 0, which is not trained, and 1")
+    return {} if weight is None else {"weight": weight}
 
 
 def _tool_calls(calls: Any, turn: int) -> list[Any]:

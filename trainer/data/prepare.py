@@ -10,18 +10,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer.base.config_json import read_by_transformers
 from trainer.base.locate import Base
 from trainer.config import Config
 from trainer.data.compile import Progress, compile_chapters, count_chapters, fingerprint, hash_tokenizer
-from trainer.data.dataset import Manifest, open_chapter, read_manifest
+from trainer.data.dataset import open_chapter, read_manifest
 from trainer.data.encode import EVERYTHING, Part
+from trainer.data.manifest import Count, DatasetManifest, Record, unsealed
 from trainer.data.order import EpochPlan, Order, turns
 from trainer.data.pool import Mapper, mapper_for
 from trainer.data.sources import SourceFile, expand
-from trainer.errors import DataError, NotFound
+from trainer.data.weights import find_weights, keep_weights, kept_weights
+from trainer.errors import Damaged, DataError, NotFound
 from trainer.run import layout
 from trainer.store import Store
 
@@ -78,7 +80,7 @@ def prepare_start(
     It is nothing where the data is one chapter, or `train.epochs` ends the run: then all bins have to be counted first.
     """
     inputs = find(config)
-    keys = locate(config, base, inputs)
+    keys = locate(config, base, store, inputs, progress)
     compiling = {
         what: _compile(config, base, store, what, key, inputs[what], progress, mapper) for what, key in keys.items()
     }
@@ -146,8 +148,11 @@ def wait_until_prepared(
     config: Config, base: Base, store: Store, wait: Callable[[], None] = lambda: time.sleep(2)
 ) -> None:
     """Return once another process has compiled the run's data into `store`, however long that takes."""
-    for key in locate(config, base).values():
-        while not _is_compiled(store, key):
+    for files, part in find(config).values():
+        name = partial(fingerprint, config.data, files, hash_tokenizer(base.directory), part)
+        while (weighted := kept_weights(store, name()) if config.data.format == "chat" else False) is None:
+            wait()
+        while not _is_compiled(store, name(weighted)):
             wait()
 
 
@@ -159,11 +164,44 @@ def _is_compiled(store: Store, key: str) -> bool:
     return True
 
 
-def locate(config: Config, base: Base, inputs: dict[str, Input] | None = None) -> dict[str, str]:
-    """The fingerprints of "train" and, where there is any, "eval": known before anything is compiled."""
+def locate(
+    config: Config,
+    base: Base,
+    store: Store,
+    inputs: dict[str, Input] | None = None,
+    progress: Report = lambda what, now: None,
+    keep: bool = True,
+) -> dict[str, str]:
+    """The fingerprints of "train" and, where there is any, "eval": known before anything is compiled.
+
+    The rows of conversations are looked through for weights, once: what is found is kept in the store if `keep` says so.
+
+    Raises:
+        DataError: a source is missing, or a file as a whole is damaged.
+    """
     tokenizer = hash_tokenizer(base.directory)
-    found = inputs or find(config)
-    return {what: fingerprint(config.data, files, tokenizer, part) for what, (files, part) in found.items()}
+    keys: dict[str, str] = {}
+    found: dict[tuple[SourceFile, ...], bool] = {}  # the same files may be split between both
+    for what, (files, part) in (inputs or find(config)).items():
+        keys[what] = plain = fingerprint(config.data, files, tokenizer, part)
+        if config.data.format != "chat":
+            continue
+        weighted = kept_weights(store, plain)
+        if weighted is None:
+            same, size = tuple(files), sum(file.size for file in files)
+            if same not in found:
+                show = partial(_show_reading, progress, what, size)
+                found[same] = find_weights(config.data, files, show)
+            weighted = found[same]
+            if keep:
+                keep_weights(store, plain, weighted)
+        if weighted:
+            keys[what] = fingerprint(config.data, files, tokenizer, part, weighted)
+    return keys
+
+
+def _show_reading(progress: Report, what: str, size: int, read: int) -> None:
+    progress(what, Progress(min(read, size), size))
 
 
 def train_order(config: Config) -> Order:
@@ -173,12 +211,12 @@ def train_order(config: Config) -> Order:
     return Order(tuple(weights), data.sequence_length, data.packing, config.run.seed, tuple(fractions))
 
 
-def eval_order(config: Config, manifest: Manifest) -> Order:
+def eval_order(config: Config, manifest: DatasetManifest) -> Order:
     """Every document once, in an order that the run's seed does not move."""
     return Order((1.0,) * len(manifest.sources), config.data.sequence_length, config.data.packing, seed=0)
 
 
-def _check_fractions(config: Config, manifest: Manifest) -> None:
+def _check_fractions(config: Config, manifest: DatasetManifest) -> None:
     """A chapter may lack a source, but not all of them."""
     for index, (source, found) in enumerate(zip(config.data.train, manifest.sources, strict=True)):
         if source.fraction is not None and not found.tokens:
@@ -192,25 +230,32 @@ def nothing_visited(epoch: int, order: Order) -> DataError:
     )
 
 
+class Bins(Record):
+    """Bins of each epoch of a data set in an order."""
+
+    order: dict[str, Any]
+    bins: list[Count]
+
+
 def _epoch_bins(store: Store, fingerprint: str, order: Order, epochs: int) -> list[int]:
     """Bins of each of the first `epochs` epochs: planned once, and kept beside the data for the next start."""
     settings = json.dumps(order.to_json(), sort_keys=True)
     key = f"bins-{hashlib.sha256(settings.encode()).hexdigest()[:20]}.json"
     folder = store.sub(layout.dataset(fingerprint))
     try:
-        bins: list[int] = json.loads(folder.get(key))["bins"]
-    except NotFound:
+        bins = unsealed(Bins, folder.get(key), f"{folder.uri}/{key}").bins
+    except (NotFound, Damaged):  # what is damaged is counted again
         bins = []
     if missing := range(len(bins), epochs):
         chapters = read_manifest(store, fingerprint).chapters
         bins += _count_bins(store, fingerprint, order, missing, chapters)
-        folder.put(key, json.dumps({"order": order.to_json(), "bins": bins}).encode())
+        folder.put(key, Bins(order=order.to_json(), bins=bins).sealed())
     return bins[:epochs]
 
 
 def _count_bins(store: Store, fingerprint: str, order: Order, epochs: range, chapters: int) -> list[int]:
     bins = dict.fromkeys(epochs, 0)
-    for chapter in range(chapters):  # of which one at a time is in memory
+    for chapter in range(chapters):  # one at a time is in memory
         data = open_chapter(store, fingerprint, chapter)
         for epoch in epochs:
             turn = turns(chapters, order.seed, epoch).index(chapter)

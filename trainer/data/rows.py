@@ -4,7 +4,7 @@ import codecs
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import pyarrow
@@ -40,6 +40,10 @@ class Content(Protocol):
         """Each row in turn; in its place what is wrong with it, or None where there is none."""
         ...
 
+    def with_key(self, key: str) -> "Content":
+        """At least the rows that have `key` somewhere in them, without decoding any."""
+        ...
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -52,6 +56,10 @@ class Batch:
     first: int
     content: Content
     read: int
+
+    def with_key(self, key: str) -> "Batch":
+        """At least the rows that have `key` somewhere in them, at whatever place."""
+        return replace(self, content=self.content.with_key(key))
 
     def rows(self, on_bad: OnBad) -> Iterator[tuple[str, Row]]:
         """Every row with its place, `file:line` (`file:row` where there are no lines). Empty lines are no rows.
@@ -67,12 +75,14 @@ class Batch:
 
 
 def at(where: str, error: DataError) -> DataError:
-    """The error of a row with its place, as one printable line: rows bring every character, and names of any length."""
-    reason = str(error)
-    if len(reason) > _LONGEST_REASON:
-        reason = f"{reason[:_LONGEST_REASON]}..."
-    text = f"{where}: {reason}"
-    return DataError("".join(char if char.isprintable() else ascii(char)[1:-1] for char in text))
+    """The error of a row with its place, as one line."""
+    return DataError(f"{where}: {printable(str(error))}")
+
+
+def printable(text: str) -> str:
+    """`text` on one line and not too long: rows bring every character, and names of any length."""
+    shown = text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in shown)
 
 
 def batches(file: SourceFile) -> Iterator[Batch]:
@@ -114,6 +124,10 @@ class Lines:
     def rows(self) -> Iterable[Row | DataError | None]:
         for index, line in enumerate(self.lines):
             yield _parse(line.removeprefix(codecs.BOM_UTF8) if self.begins and not index else line)
+
+    def with_key(self, key: str) -> "Lines":
+        quoted = f'"{key}"'.encode()
+        return replace(self, lines=[line for line in self.lines if quoted in line])
 
 
 def _parse(line: bytes) -> Row | DataError | None:
@@ -192,6 +206,10 @@ class Samples:
                 yield mds.decode_sample(self.columns, sample)
             except (ValueError, RecursionError) as error:
                 yield DataError(f"not a sample of its shard ({error})")
+
+    def with_key(self, key: str) -> "Samples":
+        quoted = f'"{key}"'.encode()
+        return replace(self, samples=[sample for sample in self.samples if quoted in sample])
 
 
 def _mds(file: SourceFile, compression: str | None) -> Iterator[Batch]:

@@ -6,38 +6,41 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.dataset import (
+from trainer.data.dataset import BLOCK_DOCUMENTS, BLOCK_TOKENS, SHARD_TOKENS
+from trainer.data.encode import BAD_ROWS_SHOWN, Encoded
+from trainer.data.manifest import (
     BLOCK,
-    BLOCK_DOCUMENTS,
-    BLOCK_TOKENS,
     OFFSET,
-    SHARD_TOKENS,
     TOKEN,
+    Count,
     Counters,
     FileRecord,
+    LeftOut,
     Record,
     ShardRecord,
+    add_left_out,
     chapter_key,
+    unsealed,
 )
-from trainer.data.encode import BAD_ROWS_SHOWN, Encoded
-from trainer.errors import NotFound
+from trainer.errors import Damaged, NotFound
 from trainer.store import Store
 
 
 class Place(Record):
     """Where a compilation reads on in a source: batch `batch` of its file `file`, both from 0."""
 
-    file: int = 0
-    batch: int = 0
+    file: Count = 0
+    batch: Count = 0
 
 
-class Entry(Record):
-    """The state after a shard: what is needed to go on as if nothing had happened. `next` has a place for each source."""
+class JournalEntry(Record):
+    """The state after a shard, by which a compilation goes on as if nothing had happened. `next` has a place for each source."""
 
     shard: ShardRecord
     next: list[Place]
     counters: Counters
     bad_rows: list[str]
+    left_out: dict[str, LeftOut] | None = None
 
 
 class ShardWriter:
@@ -49,6 +52,7 @@ class ShardWriter:
     def __init__(self, folder: Store, sources: int) -> None:
         self.counters = Counters()
         self.bad_rows: list[str] = []
+        self.left_out: dict[str, LeftOut] = {}
         self.shards: list[ShardRecord] = []
         self.next = [Place()] * sources
         self._folder = folder
@@ -70,14 +74,18 @@ class ShardWriter:
         self._tokens = 0
 
     def _resume(self) -> None:
-        """Go on after the last of the shards that the journal has without a gap."""
+        """Go on after the last of the shards that the journal has without a gap; what is damaged is compiled again."""
         while True:
+            key = _journal(len(self.shards))
             try:
-                entry = Entry.model_validate_json(self._folder.get(_journal(len(self.shards))))
-            except NotFound:
+                entry = unsealed(JournalEntry, self._folder.get(key), f"{self._folder.uri}/{key}")
+            except (NotFound, Damaged):
+                return
+            if len(entry.next) != len(self.next):
                 return
             self.shards.append(entry.shard)
             self.next, self.counters, self.bad_rows = entry.next, entry.counters, entry.bad_rows
+            self.left_out = entry.left_out or {}
 
     def add(self, source: int, batch: Encoded, after: Place) -> None:
         """Take the documents and the counts of the chapter's next batch; `after` is the place behind it in its source."""
@@ -88,6 +96,7 @@ class ShardWriter:
         self._tokens += len(batch.tokens)
         self.counters = self.counters.plus(batch.counters)
         self.bad_rows = [*self.bad_rows, *batch.bad_rows][:BAD_ROWS_SHOWN]
+        add_left_out(self.left_out, batch.left_out)
         self.next[source] = after
 
     def close(self) -> None:
@@ -95,8 +104,14 @@ class ShardWriter:
         if self._tokens:
             number = len(self.shards)
             self.shards.append(self._write(number))
-            entry = Entry(shard=self.shards[-1], next=self.next, counters=self.counters, bad_rows=self.bad_rows)
-            self._folder.put(_journal(number), entry.model_dump_json().encode())
+            entry = JournalEntry(
+                shard=self.shards[-1],
+                next=self.next,
+                counters=self.counters,
+                bad_rows=self.bad_rows,
+                left_out=self.left_out or None,
+            )
+            self._folder.put(_journal(number), entry.sealed())
         self._start()
 
     def forget(self) -> None:

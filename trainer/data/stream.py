@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from trainer.config import Config
 from trainer.data.chapters import Chapters, whole
-from trainer.data.dataset import TARGET_BIT, Dataset
+from trainer.data.dataset import Dataset
+from trainer.data.manifest import TARGET_BIT
 from trainer.data.order import EpochPlan, Order, Window, turns
 from trainer.data.prepare import eval_order, nothing_visited, train_order
 from trainer.model.head import IGNORE

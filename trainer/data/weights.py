@@ -1,0 +1,58 @@
+"""Finds out whether a run's rows weigh their messages, before anything is compiled.
+
+Earlier versions ignored the `weight` of a message. What they compiled of rows without weights is as good as ever, and found
+under its old fingerprint; what is compiled of rows with weights gets another one. So the rows have to be looked through
+once. It takes a small part of what compiling takes, and its result is kept beside the data.
+"""
+
+from collections.abc import Callable, Sequence
+
+from trainer.config import Data
+from trainer.data.manifest import Record, unsealed
+from trainer.data.messages import is_weighted
+from trainer.data.rows import batches
+from trainer.data.sources import SourceFile
+from trainer.errors import Damaged, DataError, NotFound
+from trainer.run import layout
+from trainer.store import Store
+
+_KEY = "weights.json"
+
+
+class Weights(Record):
+    """Whether the data set in whose folder this lies has messages with weights, and therefore another name."""
+
+    weighted: bool
+
+
+def kept_weights(store: Store, fingerprint: str) -> bool | None:
+    """What was found out about the data of this fingerprint, the one without weights; None if nothing was."""
+    folder = store.sub(layout.dataset(fingerprint))
+    try:
+        return unsealed(Weights, folder.get(_KEY), f"{folder.uri}/{_KEY}").weighted
+    except (NotFound, Damaged):
+        return None
+
+
+def keep_weights(store: Store, fingerprint: str, weighted: bool) -> None:
+    store.sub(layout.dataset(fingerprint)).put(_KEY, Weights(weighted=weighted).sealed())
+
+
+def find_weights(data: Data, files: Sequence[SourceFile], progress: Callable[[int], None]) -> bool:
+    """Whether any message of any row has a weight that is not 1; `progress` gets the bytes of the files read so far.
+
+    Raises:
+        DataError: a file as a whole is damaged.
+    """
+    name, before = data.fields.get("messages", "messages"), 0
+
+    def skip(error: DataError) -> None:
+        """Whether bad rows matter is told when they are compiled."""
+
+    for file in files:
+        for batch in batches(file):
+            if any(is_weighted(row.get(name)) for _, row in batch.with_key("weight").rows(skip)):
+                return True
+            progress(before + batch.read)
+        before += file.size
+    return False
