@@ -21,59 +21,29 @@ from trainer.base.locate import check_mergeable, describe_base
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import readable_manifests
 from trainer.errors import CapstanError, NothingToResume, StorageError
+from trainer.export.proof import Proof
 from trainer.export.trained import trained_config
 from trainer.store import Store
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written; with --verify also what trainer.export.verify.Proof or, for a merged model, MergeProof measured."""
+    """What was written, and with --verify the proof."""
 
     destination: str
     step: int
     merged: bool
     bytes: int | None = None
-    adapter_logits_max_diff: float | None = None
-    merged_logits_max_diff: float | None = None
-    tolerance: float | None = None
-    adapter_logits_effect: float | None = None
-    trained_logits_max_diff: float | None = None
+    proof: Proof | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    @property
-    def proven(self) -> bool:
-        difference = self.merged_logits_max_diff if self.merged else self.adapter_logits_max_diff
-        return proven(difference, self.tolerance, self.adapter_logits_effect)
-
     def sentence(self) -> str:
         what = "base and adapter, merged," if self.merged else "adapter"
         size = "" if self.bytes is None else f" ({decimal(self.bytes)})"
-        return f"{what} of step {self.step} in {self.destination}{size}{self._proof()}"
-
-    def _proof(self) -> str:
-        bounds = (
-            f"(allowed {self.tolerance:.3g}, the adapter changes them by up to {self.adapter_logits_effect:.3g})"
-            if self.tolerance is not None
-            else ""
-        )
-        if self.adapter_logits_max_diff is not None:
-            return f"; its logits in transformers + PEFT differ by at most {self.adapter_logits_max_diff:.3g} {bounds}"
-        if self.merged_logits_max_diff is not None:
-            return (
-                f"; its logits in transformers differ from those of base and adapter side by side by at most "
-                f"{self.merged_logits_max_diff:.3g} {bounds}, from those of the model as it was trained by at most "
-                f"{self.trained_logits_max_diff:.3g}"
-            )
-        return ""
-
-
-def proven(difference: float | None, tolerance: float | None, effect: float | None) -> bool:
-    """Whether logits differ tolerably, and the adapter's own effect is so large that this means something."""
-    if difference is None or tolerance is None or effect is None:
-        return False
-    return difference <= tolerance < effect
+        proof = "" if self.proof is None else f"; {self.proof.sentence()}"
+        return f"{what} of step {self.step} in {self.destination}{size}{proof}"
 
 
 def export_run(run: Store, destination: str, *, merge: bool, step: int | None, verify: bool, dry_run: bool) -> Exported:
@@ -91,9 +61,10 @@ def export_run(run: Store, destination: str, *, merge: bool, step: int | None, v
         made = _module(
             "trainer.export.merged" if merge else "trainer.export.adapter", run.uri, destination, *options, watch=watch
         )
-    result = Exported(destination, merged=merge, **made)
-    if verify and not result.proven:
-        raise CapstanError(f"{result.sentence()}. It does not prove to be what was trained; do not use it.")
+    proof = Proof(**made["proof"]) if verify else None
+    result = Exported(destination, made["step"], merge, made["bytes"], proof)
+    if proof is not None and not proof.holds:
+        raise CapstanError(f"{result.sentence()}. {proof.verdict}")
     return result
 
 

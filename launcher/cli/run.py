@@ -137,7 +137,7 @@ def export(
     merge: Annotated[bool, typer.Option("--merge", help="The whole model: base and adapter, merged.")] = False,
     step: Annotated[int | None, typer.Option(help="Which checkpoint. Default: the newest that is whole.")] = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Compare its logits in plain transformers + PEFT with the trained model's.")
+        bool, typer.Option("--verify", help="Compare its predictions in transformers + PEFT with the trained model's.")
     ] = False,
     as_json: Json = False,
     dry_run: DryRun = False,

@@ -32,6 +32,7 @@ from trainer.data.rows import rows
 from trainer.data.sources import expand
 from trainer.devices import local_gpus
 from trainer.errors import CapstanError, DataError, DoesNotFit
+from trainer.export.proof import Proof
 from trainer.plan import make_plan
 from trainer.store import Store, open_store
 
@@ -197,9 +198,7 @@ class _Life:
                 "launcher.cli", "export", f"{self.store_uri}/smoke", str(adapter), "--verify", "--json"
             )
             exported = json.loads(command.output())
-        self.result.adapter_logits_max_diff = exported["adapter_logits_max_diff"]
-        self.result.adapter_logits_allowed = exported["tolerance"]
-        self.result.adapter_logits_effect = exported["adapter_logits_effect"]
+        self.result.proof = Proof(**exported["proof"])
 
     def file(self, config: Config, name: str) -> str:
         path = self.directory / f"{name}.yaml"

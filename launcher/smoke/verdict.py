@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import yaml
 from rich.table import Table
 
-from launcher.export import proven
+from trainer.export.proof import Proof
 
 STEPS = 15
 RESUME_GAP_ALLOWED = 1e-3  # nats: another world size adds the same numbers in another order
@@ -52,9 +52,7 @@ class SmokeResult:
     world_before: int | None = None
     world_after: int | None = None
     resume_loss_gap: float | None = None
-    adapter_logits_max_diff: float | None = None
-    adapter_logits_allowed: float | None = None
-    adapter_logits_effect: float | None = None
+    proof: Proof | None = None  # of the exported adapter
     checkpoints: int | None = None
     seconds: float | None = None
     store: str | None = None
@@ -86,18 +84,32 @@ class SmokeResult:
                 f"<= {RESUME_GAP_ALLOWED}",
                 self.resume_loss_gap is not None and self.resume_loss_gap <= RESUME_GAP_ALLOWED,
             ),
-            Finding(
-                "adapter's logits in transformers + PEFT",
-                f"differ by {_short(self.adapter_logits_max_diff)}",
-                f"<= {_short(self.adapter_logits_allowed)} (its effect: {_short(self.adapter_logits_effect)})",
-                proven(self.adapter_logits_max_diff, self.adapter_logits_allowed, self.adapter_logits_effect),
-            ),
+            *self._export_findings(),
             Finding(
                 "checkpoints committed",
                 f"{self.checkpoints} in {self.store}",
                 ">= 2",
                 bool(self.checkpoints and self.checkpoints >= 2),
             ),
+        ]
+
+    def _export_findings(self) -> list[Finding]:
+        """The exported adapter in transformers + PEFT against the trained model, by either measure."""
+        proof = self.proof
+        if proof is None:
+            return [Finding("exported adapter's predictions", "not measured", "those of the trained model", False)]
+        measures = (
+            ("distributions (KL)", proof.kl, proof.kl_allowed, proof.kl_effect),
+            ("trained tokens", proof.log_prob, proof.log_prob_allowed, proof.log_prob_effect),
+        )
+        return [
+            Finding(
+                f"exported adapter's {what}",
+                f"differ by {_short(found)} nats",
+                f"<= {_short(allowed)} (its effect: {_short(effect)})",
+                proof.holds and found <= allowed,
+            )
+            for what, found, allowed, effect in measures
         ]
 
     @property

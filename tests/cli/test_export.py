@@ -2,17 +2,19 @@
 
 import json
 import shutil
+import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Capstan
+from tests.cli.conftest import ENVIRONMENT, Capstan
 from tests.dist.launch import launch
 from tests.material import Workshop, make_base
 from trainer.checkpoint.manifest import read_manifest
 from trainer.config import dump_config, parse_config
+from trainer.export.proof import Proof
 from trainer.run import layout
 from trainer.store import Store
 
@@ -129,3 +131,54 @@ def test_a_manifest_of_before_names_its_base_and_the_rest_is_in_config_yaml(
     exported(capstan, run, tmp_path / "adapter")
     for file in (tmp_path / "expected").iterdir():
         assert (tmp_path / "adapter" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+# What stands in a module that Python imports before the command's own: a fault between the checkpoint and the files.
+FAULTS = {
+    "alpha off by a tenth": """
+        change_settings = lambda settings: settings | {"lora_alpha": 1.1 * settings["lora_alpha"]}
+    """,
+    "one matrix of one layer zeroed": """
+        name = "base_model.model.model.layers.1.self_attn.k_proj.lora_A.weight"
+        change = lambda weights: weights | {name: torch.zeros_like(weights[name])}
+    """,
+    "two layers swapped": """
+        swapped = {"layers.0.self_attn.q_proj": "layers.1.self_attn.q_proj"}
+        swapped |= {value: key for key, value in swapped.items()}
+        def other(name):
+            return next((name.replace(old, new) for old, new in swapped.items() if old in name), name)
+        change = lambda weights: {name: weights[other(name)] for name in weights}
+    """,
+}
+_HARNESS = """
+import json, sys
+if "trainer.export.adapter" in sys.orig_argv:
+    import torch
+    import safetensors.torch
+    from trainer.store import Store
+    change = change_settings = lambda given: given
+    save, create = safetensors.torch.save, Store.create
+    safetensors.torch.save = lambda weights, metadata: save(change(weights), metadata)
+    Store.create = lambda store, key, data: create(store, key, json.dumps(change_settings(json.loads(data))).encode())
+"""
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_adapter_that_is_not_what_was_trained_is_refused(
+    capstan: Capstan, trained: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(_HARNESS + textwrap.indent(textwrap.dedent(FAULTS[fault]), "    "))
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(tmp_path))
+    done = capstan("export", trained.uri, tmp_path / "adapter", "--verify", timeout=300)
+    assert done.returncode == 1, done.stdout
+    assert "Traceback" not in done.stderr
+    assert done.stderr.rstrip().endswith("It is not what was trained; do not use it."), done.stderr
+    assert (tmp_path / "adapter/adapter_model.safetensors").exists()
+
+
+def test_a_right_adapter_is_proven_and_the_figures_are_told(capstan: Capstan, trained: Store, tmp_path: Path) -> None:
+    done = capstan("export", trained.uri, tmp_path / "adapter", "--verify", "--json", timeout=300)
+    proof = Proof(**json.loads(done.stdout)["proof"])
+    assert proof.holds
+    assert (proof.computed_in, proof.rows) == ("fp32", "8 rows of the training data")
+    assert 100 * proof.kl_allowed < 0.01 * proof.kl_effect, "an alpha that is off by a tenth would not be seen"

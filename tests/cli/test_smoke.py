@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.cli.conftest import Capstan
+from trainer.export.proof import Proof
 
 REQUIRED = {
     "ok",
@@ -16,7 +17,7 @@ REQUIRED = {
     "world_before",
     "world_after",
     "resume_loss_gap",
-    "adapter_logits_max_diff",
+    "proof",
     "checkpoints",
     "seconds",
 }
@@ -35,7 +36,9 @@ def test_smoke_proves_the_whole_life_of_a_run(capstan: Capstan):
     assert 0 < result["resumed_at_step"] <= result["killed_at_step"] < 15
     assert (result["world_before"], result["world_after"]) == (2, 1)
     assert 0 <= result["resume_loss_gap"] <= 1e-3
-    assert 0 <= result["adapter_logits_max_diff"] <= result["adapter_logits_allowed"] < result["adapter_logits_effect"]
+    proof = Proof(**result["proof"])
+    assert proof.holds
+    assert (proof.computed_in, proof.rows) == ("fp32", "8 rows of the training data")
     assert result["checkpoints"] >= 2
     assert result["store"].startswith("S3")
     assert all(check["held"] for check in result["checks"])

@@ -35,7 +35,7 @@ from trainer.errors import CapstanError, StorageError
 from trainer.base.filling import as_tensor
 from trainer.base.load import DTYPES, LoadReport, load_model
 from trainer.train.loop import Training, train
-from trainer.export.merged import prove_merged, export_merged
+from trainer.export.merged import export_merged
 from trainer.run.metrics import Metrics
 from trainer.run.requests import StopSignal
 from trainer.model.nf4 import FrozenLinear4bit
@@ -48,7 +48,7 @@ from trainer.ranks import Ranks, join
 from trainer.safetensors_index import numel
 from trainer.train.schedule import learning_rate
 from trainer.store import Store, open_store
-from trainer.export.verify import compare_logits
+from trainer.export.verify import prove_adapter, prove_merged
 
 STATES = ("master", "exp_avg", "exp_avg_sq")
 
@@ -663,7 +663,7 @@ def save_as_generation(config_text: str, fingerprint: str, generation: int) -> d
 def export_proof(run_uri: str, step: int, adapter: str) -> dict[str, float]:
     """What `capstan export --verify` measures."""
     torch.set_num_threads(1)
-    return asdict(compare_logits(open_store(run_uri), step, open_store(adapter)))
+    return asdict(prove_adapter(open_store(run_uri), step, open_store(adapter)))
 
 
 def merge_proof(run_uri: str, step: int, merged: str) -> dict[str, float]:

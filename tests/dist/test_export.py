@@ -20,6 +20,7 @@ from trainer.export.adapter import export_adapter, master_weights
 from trainer.export.merged import export_merged
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import read_manifest
+from trainer.export.proof import Proof
 from trainer.store import Store, open_store
 
 
@@ -61,11 +62,13 @@ def test_peft_loads_the_adapter_and_finds_the_master_weights(run: Store, tmp_pat
     assert all(value.any() for value in masters.values()), "something was never trained"
 
 
-def test_transformers_and_peft_give_the_trained_models_logits(run: Store, tmp_path: Path) -> None:
+def test_transformers_and_peft_predict_what_the_trained_model_predicts(run: Store, tmp_path: Path) -> None:
     export_adapter(run, open_store(str(tmp_path / "adapter")))
     (proof,) = launch(1, "export_proof", run.uri, 4, str(tmp_path / "adapter"))
 
-    assert proof["adapter_logits_max_diff"] <= proof["tolerance"] < proof["adapter_logits_effect"]
+    assert Proof(**proof).holds
+    assert proof["kl_allowed"] < 1e-4 * proof["kl_effect"]
+    assert (proof["computed_in"], proof["rows"]) == ("fp32", "8 rows of the training data")
 
 
 def test_a_merged_model_in_plain_transformers_is_base_and_adapter_and_close_to_what_was_trained(
@@ -74,9 +77,9 @@ def test_a_merged_model_in_plain_transformers_is_base_and_adapter_and_close_to_w
     export_merged(run, open_store(str(tmp_path / "merged")))
     (proof,) = launch(1, "merge_proof", run.uri, 4, str(tmp_path / "merged"))
 
-    assert proof["merged_logits_max_diff"] <= proof["tolerance"] < proof["adapter_logits_effect"]
-    # The error of quantizing the base, which was trained on but is not merged into.
-    assert proof["tolerance"] < proof["trained_logits_max_diff"]
+    assert Proof(**proof).holds
+    # Rounding the sums costs something; the error of quantizing the base, which is not merged into, more.
+    assert proof["kl_allowed"] < proof["rounding_kl"] < proof["trained_kl"]
 
 
 def test_the_directory_has_the_tokenizer_the_settings_and_the_runs_facts(run: Store, tmp_path: Path) -> None:

@@ -5,7 +5,18 @@ from dataclasses import replace
 import pytest
 
 from launcher.smoke.verdict import STEPS, SmokeResult
+from trainer.export.proof import Proof
 
+PROOF = Proof(
+    kl=1e-9,
+    kl_allowed=1e-8,
+    kl_effect=0.1,
+    log_prob=1e-5,
+    log_prob_allowed=1e-4,
+    log_prob_effect=0.3,
+    computed_in="fp32",
+    rows="8 rows of the training data",
+)
 GOOD = SmokeResult(
     steps=STEPS,
     loss_first=7.0,
@@ -15,9 +26,7 @@ GOOD = SmokeResult(
     world_before=2,
     world_after=1,
     resume_loss_gap=0.0,
-    adapter_logits_max_diff=0.01,
-    adapter_logits_allowed=0.05,
-    adapter_logits_effect=0.8,
+    proof=PROOF,
     checkpoints=4,
     device="cpu",
 )
@@ -36,10 +45,12 @@ def test_ok_when_everything_was_measured_and_holds():
         {"resume_loss_gap": 0.002},
         {"resume_loss_gap": float("nan")},
         {"resume_loss_gap": None},
-        {"adapter_logits_max_diff": 0.06},
-        {"adapter_logits_max_diff": float("nan")},
-        {"adapter_logits_max_diff": None},
-        {"adapter_logits_effect": 0.04},
+        {"proof": None},
+        {"proof": replace(PROOF, kl=2e-8)},
+        {"proof": replace(PROOF, kl=float("nan"))},
+        {"proof": replace(PROOF, log_prob=2e-4)},
+        {"proof": replace(PROOF, log_prob=float("nan"))},
+        {"proof": replace(PROOF, kl_effect=1e-8)},
         {"killed_at_step": None},
         {"killed_at_step": STEPS},
         {"resumed_at_step": None},

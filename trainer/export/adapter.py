@@ -5,8 +5,6 @@ the tokenizer's files and a model card with the run's facts. The file without wh
 export that was killed is not mistaken for one.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -17,6 +15,7 @@ from trainer.checkpoint.reading import read_elements
 from trainer.config import Config
 from trainer.export.command import command
 from trainer.export.folder import CARD, TRAINED, check_destination, model_card
+from trainer.export.proof import Proof
 from trainer.export.trained import trained_config
 from trainer.store import Store
 from trainer.tuning.method import find_method
@@ -59,10 +58,10 @@ def adapter_weights(run: Store, manifest: CheckpointManifest, config: Config) ->
     return {name: tensor.to(dtype) for name, tensor in master_weights(run, manifest).items()}
 
 
-def _prove(run: Store, step: int, adapter: Store) -> Any:
-    from trainer.export.verify import compare_logits
+def _prove(run: Store, step: int, adapter: Store) -> Proof:
+    from trainer.export.verify import prove_adapter
 
-    return compare_logits(run, step, adapter)
+    return prove_adapter(run, step, adapter)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ from typing import Any
 
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.errors import CapstanError
+from trainer.export.proof import Proof
 from trainer.store import Store, open_store
 
 
 def command(
-    export: Callable[[Store, Store, int | None], CheckpointManifest], prove: Callable[[Store, int, Store], Any]
+    export: Callable[[Store, Store, int | None], CheckpointManifest], prove: Callable[[Store, int, Store], Proof]
 ) -> None:
-    """Prints one JSON object: the step, the bytes written, and with --verify the fields of the proof."""
+    """Prints one JSON object: the step, the bytes written, and with --verify the proof."""
     parser = argparse.ArgumentParser()
     parser.add_argument("run")
     parser.add_argument("destination")
@@ -27,7 +28,7 @@ def command(
         step = export(run, destination, arguments.step).step
         result: dict[str, Any] = {"step": step, "bytes": sum(entry.size for entry in destination.list())}
         if arguments.verify:
-            result |= asdict(prove(run, step, destination))
+            result["proof"] = asdict(prove(run, step, destination))
     except CapstanError as error:
         print(f"capstan: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from trainer.base.filling import as_tensor
 from trainer.base.locate import TOKENIZER_FILES, Base, check_mergeable, describe_base, named_files
@@ -21,13 +20,13 @@ from trainer.base.reading import PIECE_BYTES, PIECES_IN_FLIGHT, cut, freed_memor
 from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
 from trainer.config import Config
 from trainer.errors import ConfigError
-from trainer.export.adapter import adapter_weights, export_adapter
+from trainer.export.adapter import adapter_weights
 from trainer.export.command import command
 from trainer.export.folder import CARD, TRAINED, check_destination, model_card
+from trainer.export.proof import Proof
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.safetensors_index import INDEX_FILE, SINGLE_FILE, TensorSource, numel
-from trainer.scratch import scratch_folder
-from trainer.store import Store, open_store
+from trainer.store import Store
 from trainer.tuning.method import WeightUpdate, find_method
 
 _CONFIG = "config.json"
@@ -156,13 +155,10 @@ def _add(source: TensorSource, update: WeightUpdate, first: int, data: bytearray
     update.add_to(as_tensor(data, source), first)
 
 
-def prove_merged(run: Store, step: int, merged: Store) -> Any:
-    from trainer.export.verify import compare_merged
+def _prove(run: Store, step: int, merged: Store) -> Proof:
+    from trainer.export.verify import prove_merged
 
-    with scratch_folder("adapter") as folder:
-        adapter = open_store(folder)
-        export_adapter(run, adapter, step)
-        return compare_merged(run, step, adapter, merged)
+    return prove_merged(run, step, merged)
 
 
 def _print_progress() -> BytesWritten:
@@ -179,4 +175,4 @@ def _print_progress() -> BytesWritten:
 
 
 if __name__ == "__main__":
-    command(partial(export_merged, report=_print_progress()), prove_merged)
+    command(partial(export_merged, report=_print_progress()), _prove)

@@ -1,119 +1,213 @@
-"""Proof of an export: in plain transformers (and PEFT) it gives the logits of the model that Capstan trained.
+"""Proof of an export: in plain transformers (and PEFT) it predicts what the model that Capstan trained predicts.
 
-A merged model is not quite that one where the base was quantized for training, as it is merged into the base's own
-weights. What is proven of it is the merging: its logits are those of base and adapter side by side, neither quantized.
+Compared are distributions over the next token on rows of the run's own data (trainer/export/distributions.py), in fp32: there
+the two sides differ by the order of additions alone. Where fp32 does not fit, or the base is stored in 4 bits for products in
+bf16, both sides compute in `model.dtype`. What may differ is measured on the spot in either case, by moving the last bits of
+every product. The adapter's own effect is the control: a difference that is allowed must be smaller.
+
+A merged model is not quite the trained one where the base was quantized for training, as it is merged into the base's own
+weights. What is proven of it is the merging: it predicts what PEFT's own merge predicts, rounded to the same types.
 """
 
+import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes import functional as bnb
-from bitsandbytes.nn.modules import Linear4bit, Params4bit
-from peft import PeftModel
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from torch import Tensor
 
+from trainer.base.filling import SOURCE_DTYPES
 from trainer.base.load import DTYPES, model_config
 from trainer.base.locate import Base, copy_object, copy_weights
+from trainer.base.parameters import WEIGHT_DTYPES
 from trainer.checkpoint.checkpoints import load_partitions
 from trainer.checkpoint.manifest import CheckpointManifest, read_manifest
-from trainer.config import Config, Quant
+from trainer.config import Config, override
+from trainer.export import plain
+from trainer.export.adapter import export_adapter
+from trainer.export.distributions import Distance, distance
+from trainer.export.proof import Proof
+from trainer.export.rows import Probe, find_probe
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.model.attention import choose_attention
 from trainer.objective.sft import NextTokens
 from trainer.ranks import join
 from trainer.scratch import scratch_folder
-from trainer.store import Store
+from trainer.store import Store, open_store
 from trainer.train.assemble import assemble
 from trainer.zero.policy import build_deepspeed_config
 
-# Of the largest logit. An adapter: both sides multiply the same dequantized weights in the same dtype, but may add in another
-# order (kernels differ), which moves a bf16 logit by its last bits: 1/256 of its size each. A merged model: rounding its
-# weights to bf16 moves each by up to 1/512 of its size; tiny random models, which are the worst, move by 1 to 1.5 %.
-_TOLERATED_SHARE = 0.02
-_PROBE_TOKENS = 64
+# How far a product's outputs are moved to measure what rounding does, as a share of themselves: one last bit in bf16; in fp32
+# five bits, as the order of thousands of additions reaches so far.
+_SHAKEN_BY = {"bf16": 2**-8, "fp32": 2**-18}
+# A divergence grows with the square of a difference.
+_TOLERATED_NOISE = 3.0
 
 
 @dataclass(frozen=True)
-class Proof:
-    """Logits of the trained model against those of the exported adapter, over a fixed row of tokens.
+class Trained:
+    """The checkpoint that was exported, as it was trained."""
 
-    `adapter_logits_max_diff`: the largest absolute difference of any logit. `tolerance`: 2 % of the largest logit.
-    `adapter_logits_effect`: the largest absolute change that the adapter makes to the base's logits; a proof is only
-    worth something when it exceeds the tolerance.
-    """
+    run: Store
+    manifest: CheckpointManifest
+    config: Config
+    base: Base
 
-    adapter_logits_max_diff: float
-    tolerance: float
-    adapter_logits_effect: float
+    @classmethod
+    def at(cls, run: Store, step: int) -> "Trained":
+        manifest = read_manifest(run, step)
+        config = trained_config(run, manifest)
+        return cls(run, manifest, config, resolve_trained_base(config.model, manifest))
 
+    @cached_property
+    def probe(self) -> Probe:
+        return find_probe(self.run, self.config, self.manifest, self.base)
 
-@dataclass(frozen=True)
-class MergeProof:
-    """Logits of the merged model against those of base and adapter side by side in transformers + PEFT, over a fixed row of
-    tokens, both computed in fp32: what differs is that a sum of weights was rounded to the type that the base has.
+    @cached_property
+    def computed_in(self) -> str:
+        return (
+            "fp32"
+            if not self.base.stored.quantized and _fits_in_fp32(self.config, self.base)
+            else self.config.model.dtype
+        )
 
-    `merged_logits_max_diff`, `tolerance` and `adapter_logits_effect` are as in `Proof`. `trained_logits_max_diff`: the
-    largest absolute difference from the trained model, which quantized its base and computed in `model.dtype`; no bound.
-    """
-
-    merged_logits_max_diff: float
-    tolerance: float
-    adapter_logits_effect: float
-    trained_logits_max_diff: float
-
-
-def compare_logits(run: Store, step: int, adapter: Store) -> Proof:
-    """The model of `step` and the exported adapter, in this process, one after the other."""
-    manifest = read_manifest(run, step)
-    config = trained_config(run, manifest)
-    base = resolve_trained_base(config.model, manifest)
-    tokens = _probe(base)
-    quant = None if config.quant.type == "none" or base.stored.quantized else config.quant
-    trained = _trained_logits(run, manifest, config, base, tokens)
-    with _base_directory(base) as local, _directory(adapter) as folder:
-        architecture, dtype = model_config(local, config.model.layers), DTYPES[config.model.dtype]
-        exported, plain = _adapted_logits(architecture, local, folder, tokens, dtype, quant)
-    return Proof(
-        adapter_logits_max_diff=_difference(trained, exported),
-        tolerance=_TOLERATED_SHARE * float(trained.abs().max()),
-        adapter_logits_effect=_difference(exported, plain),
-    )
+    def logits(self, computed_in: str) -> list[Tensor]:
+        """Through our own sharded loader, engine and restore, as one rank: for each row (P, V) fp32."""
+        ranks, base = join(), self.base
+        config = override(self.config, f"model.dtype={computed_in}", "model.attention=auto", "quant.cache=false")
+        attention = choose_attention(config.model.attention, ranks.device, DTYPES[computed_in], base.architecture)
+        on_gpu = ranks.device.type == "cuda"
+        settings = build_deepspeed_config(config, world_size=ranks.world_size, accumulation=1, on_gpu=on_gpu)
+        engine, _ = assemble(base, config, settings, ranks, attention, "world", NextTokens())
+        partitions = engine.partitions()
+        load_partitions(self.run, self.manifest, partitions)
+        for part in partitions:  # as the forward passes of the training had them, and as they are exported
+            part.states["master"].copy_(part.states["master"].to(DTYPES[self.config.model.dtype]))
+        engine.refresh(self.manifest.updates)
+        return [engine.logits(row.tokens.to(ranks.device))[0, row.places].float().cpu() for row in self.probe.rows]
 
 
-def compare_merged(run: Store, step: int, adapter: Store, merged: Store) -> MergeProof:
-    """The model of `step`, its exported adapter beside the base, and the merged model, one after the other."""
-    manifest = read_manifest(run, step)
-    config = trained_config(run, manifest)
-    base = resolve_trained_base(config.model, manifest)
-    tokens = _probe(base)
-    trained = _trained_logits(run, manifest, config, base, tokens)
-    with _base_directory(base) as local, _directory(adapter) as folder:
-        architecture = model_config(local, config.model.layers)
-        adapted, plain = _adapted_logits(architecture, local, folder, tokens, torch.float32, None)
+def prove_adapter(run: Store, step: int, adapter: Store) -> Proof:
+    """The model of `step` against the exported adapter, in this process, one after the other."""
+    trained = Trained.at(run, step)
+    computed_in, rows = trained.computed_in, trained.probe.rows
+    expected = trained.logits(computed_in)
+    _give_memory_back()
+    with _base_directory(trained.base) as base, _directory(adapter) as folder:
+        model = _plain_base(trained, base, computed_in)
+        model = plain.add_adapter(model, folder)
+        with _computing(model, computed_in):
+            found = plain.place_logits(model, rows)
+            with plain.shaken(model, _SHAKEN_BY[computed_in]):
+                noise = distance(found, plain.place_logits(model, rows), rows)
+            with model.disable_adapter():
+                effect = distance(found, plain.place_logits(model, rows), rows)
+    return _proof(trained.probe, computed_in, distance(expected, found, rows), noise, effect)
+
+
+def prove_merged(run: Store, step: int, merged: Store) -> Proof:
+    """The merged model against PEFT's merge of the exported adapter, in fp32; and, for information, the model of `step`."""
+    trained = Trained.at(run, step)
+    rows = trained.probe.rows
+    as_trained = trained.logits(trained.computed_in)
+    _give_memory_back()
+    stored = {
+        name: SOURCE_DTYPES[source.dtype]
+        for name, source in trained.base.tensors.items()
+        if source.dtype in WEIGHT_DTYPES
+    }
+    with _base_directory(trained.base) as base, scratch_folder("adapter") as folder:
+        export_adapter(run, open_store(folder), step)
+        model = plain.load_plain(base, _held_in(trained.base)).to(plain.device())
+        model = plain.add_adapter(model, Path(folder))
+        with plain.computing_in_fp32(model):
+            beside = plain.place_logits(model, rows)
+            with model.disable_adapter():
+                alone = plain.place_logits(model, rows)
+            plain.merge_and_round(model, stored)
+            expected = plain.place_logits(model, rows)
+            with plain.shaken(model, _SHAKEN_BY["fp32"]):
+                noise = distance(expected, plain.place_logits(model, rows), rows)
+    del model
+    _give_memory_back()
     with _directory(merged) as folder:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
-        exported = _logits(model.to(_device()).eval(), tokens)
-    return MergeProof(
-        merged_logits_max_diff=_difference(adapted, exported),
-        tolerance=_TOLERATED_SHARE * float(adapted.abs().max()),
-        adapter_logits_effect=_difference(adapted, plain),
-        trained_logits_max_diff=_difference(trained, exported),
+        model = plain.load_plain(folder, _held_in(trained.base)).to(plain.device())
+        with plain.computing_in_fp32(model):
+            found = plain.place_logits(model, rows)
+    return _proof(
+        trained.probe,
+        "fp32",
+        distance(expected, found, rows),
+        noise,
+        distance(found, alone, rows),
+        trained_kl=distance(as_trained, found, rows).kl,
+        rounding_kl=distance(beside, found, rows).kl,
     )
 
 
-def _probe(base: Base) -> Tensor:
-    """Tokens (1, T)."""
-    return torch.arange(3, 3 + _PROBE_TOKENS).remainder(base.architecture.vocabulary)[None]
+def _proof(
+    probe: Probe, computed_in: str, found: Distance, noise: Distance, effect: Distance, **information: float
+) -> Proof:
+    return Proof(
+        kl=found.kl,
+        kl_allowed=_TOLERATED_NOISE**2 * noise.kl,
+        kl_effect=effect.kl,
+        log_prob=found.log_prob,
+        log_prob_allowed=_TOLERATED_NOISE * noise.log_prob,
+        log_prob_effect=effect.log_prob,
+        computed_in=computed_in,
+        rows=probe.origin,
+        **information,
+    )
 
 
-def _difference(one: Tensor, other: Tensor) -> float:
-    """The largest, absolute."""
-    return float((one - other).abs().max())
+def _plain_base(trained: Trained, folder: Path, computed_in: str) -> Any:
+    """The base in transformers, quantized as it was for training."""
+    config, base = trained.config, trained.base
+    dtype = DTYPES[computed_in]
+    held = _held_in(base) if computed_in == "fp32" else dtype
+    model = plain.load_plain(folder, held, model_config(folder, config.model.layers))
+    if config.quant.type != "none" and not base.stored.quantized:
+        plain.quantize(model, config.quant, dtype)
+    return model.to(plain.device())
+
+
+@contextmanager
+def _computing(model: Any, computed_in: str) -> Iterator[None]:
+    if computed_in != "fp32":
+        yield
+        return
+    with plain.computing_in_fp32(model):
+        yield
+
+
+def _held_in(base: Base) -> torch.dtype:
+    """The type that holds every weight of the files as it is."""
+    types = {source.dtype for source in base.tensors.values() if source.dtype in WEIGHT_DTYPES}
+    return SOURCE_DTYPES[types.pop()] if len(types) == 1 else torch.float32
+
+
+def _fits_in_fp32(config: Config, base: Base) -> bool:
+    """Whether the trained side, which holds all that is not quantized as it computes, may be in fp32."""
+    model = base.architecture
+    packed = 4.0 if config.quant.type == "none" else 0.5 + 4 / config.quant.block_size
+    needed = packed * model.weights("linear", "experts") + 4 * model.weights("embedding", "head", "small")
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 1.25 * needed < free
+
+
+def _give_memory_back() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextmanager
@@ -137,58 +231,3 @@ def _base_directory(base: Base) -> Iterator[Path]:
     with scratch_folder("base") as folder:
         copy_weights(base, Path(folder))
         yield Path(folder)
-
-
-def _trained_logits(run: Store, manifest: CheckpointManifest, config: Config, base: Base, tokens: Tensor) -> Tensor:
-    """Through our own sharded loader, engine and restore, as one rank: (1, T, V) fp32."""
-    ranks = join()
-    attention = choose_attention(config.model.attention, ranks.device, DTYPES[config.model.dtype], base.architecture)
-    settings = build_deepspeed_config(
-        config, world_size=ranks.world_size, accumulation=1, on_gpu=ranks.device.type == "cuda"
-    )
-    engine, _ = assemble(base, config, settings, ranks, attention, "world", NextTokens())
-    load_partitions(run, manifest, engine.partitions())
-    engine.refresh(manifest.updates)
-    return engine.logits(tokens.to(ranks.device)).float().cpu()
-
-
-def _adapted_logits(
-    config: PretrainedConfig, base: Path, adapter: Path, tokens: Tensor, dtype: torch.dtype, quant: Quant | None
-) -> tuple[Tensor, Tensor]:
-    """Through transformers, bitsandbytes and PEFT alone, with the adapter and without: (1, T, V) fp32 each."""
-    device = _device()
-    model: Any = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=dtype, trust_remote_code=False)
-    if quant is not None:
-        _quantize(model, quant, dtype, device)
-    model.to(device)
-    model = PeftModel.from_pretrained(model, str(adapter)).eval()
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            # In eval mode bitsandbytes repacks weights for a fused CPU kernel, which only takes widths divisible by 32.
-            module.train()
-    adapted = _logits(model, tokens)
-    with model.disable_adapter():
-        return adapted, _logits(model, tokens)
-
-
-def _logits(model: Any, tokens: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=tokens.to(model.device)).logits.float().cpu()
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _quantize(model: nn.Module, quant: Quant, dtype: torch.dtype, device: torch.device) -> None:
-    """bitsandbytes on every matrix. transformers' own way has blocks of 64 only, and leaves experts in 16 bits."""
-    form = {"blocksize": quant.block_size, "quant_type": quant.type, "compress_statistics": quant.double}
-    for path, module in list(model.named_modules()):
-        if type(module) is nn.Linear and path != "lm_head":
-            layer = Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=dtype, device="meta")
-            weight: Any = Params4bit(module.weight.data, requires_grad=False, **form)
-            layer.weight = weight.to(device)  # which quantizes it
-            layer.bias = module.bias
-            model.set_submodule(path, layer)
-    for matrix in (matrix for parameter in model.parameters() if parameter.ndim == 3 for matrix in parameter.data):
-        matrix.copy_(bnb.dequantize_4bit(*bnb.quantize_4bit(matrix.to(device), **form)))

@@ -1,0 +1,135 @@
+"""The exported side of a proof: what a user loads, by transformers, bitsandbytes and PEFT alone.
+
+Nothing of Capstan's own model is used here, so that a mistake in it cannot hide itself.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes import functional as bnb
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from trainer.config import Quant
+from trainer.export.rows import ProbeRow
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_plain(folder: Path, dtype: torch.dtype, config: PretrainedConfig | None = None) -> Any:
+    """A model as transformers reads it, ready to predict; `config` where it is not the folder's own."""
+    own = {} if config is None else {"config": config}
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **own)
+    return model.eval()
+
+
+def add_adapter(model: Any, adapter: Path) -> Any:
+    """`model` with an adapter around it, as PEFT reads it."""
+    adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
+    for module in adapted.modules():
+        if isinstance(module, Linear4bit):
+            # In eval mode bitsandbytes repacks weights for a fused CPU kernel, which only takes widths divisible by 32.
+            module.train()
+    return adapted
+
+
+def place_logits(model: Any, rows: Sequence[ProbeRow]) -> list[Tensor]:
+    """For each row the logits (P, V) fp32 at its places, on the CPU."""
+    with torch.no_grad():
+        return [
+            model(input_ids=row.tokens.to(model.device), use_cache=False).logits[0, row.places].float().cpu()
+            for row in rows
+        ]
+
+
+def quantize(model: nn.Module, quant: Quant, dtype: torch.dtype) -> None:
+    """bitsandbytes on every matrix, multiplied in `dtype`.
+
+    transformers' own way has blocks of 64 only, and leaves experts in 16 bits.
+    """
+    form = {"blocksize": quant.block_size, "quant_type": quant.type, "compress_statistics": quant.double}
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Linear and path != "lm_head":
+            layer = Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=dtype, device="meta")
+            weight: Any = Params4bit(module.weight.data, requires_grad=False, **form)
+            weight = weight.to(device())  # which quantizes it
+            weight.quant_state.dtype = dtype
+            layer.weight = weight
+            layer.bias = module.bias
+            model.set_submodule(path, layer)
+    for parameter in (parameter for parameter in model.parameters() if parameter.ndim == 3):
+        matrices = parameter.data.to(dtype)
+        for matrix in matrices:
+            packed, state = bnb.quantize_4bit(matrix.to(device()), **form)
+            matrix.copy_(bnb.dequantize_4bit(packed, state))
+        parameter.data = matrices
+
+
+@contextmanager
+def computing_in_fp32(model: Any) -> Iterator[None]:
+    """Decoder layer by decoder layer: a 16-bit weight is in fp32 only while its layer computes, which is exact."""
+    plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    parts = [
+        part for child in plain.model.children() for part in (child if isinstance(child, nn.ModuleList) else [child])
+    ]
+    hooks = [hook for part in [*parts, plain.lm_head] for hook in _in_fp32(part)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _in_fp32(part: nn.Module) -> list[Any]:
+    before: list[tuple[Tensor, Tensor]] = []
+
+    def widen(*_: Any) -> None:
+        for tensor in [*part.parameters(), *part.buffers()]:
+            if tensor.dtype in (torch.bfloat16, torch.float16):
+                before.append((tensor, tensor.data))
+                tensor.data = tensor.data.float()
+
+    def restore(*_: Any) -> None:
+        while before:
+            tensor, data = before.pop()
+            tensor.data = data
+
+    return [part.register_forward_pre_hook(widen), part.register_forward_hook(restore, always_call=True)]
+
+
+@contextmanager
+def shaken(model: nn.Module, size: float) -> Iterator[None]:
+    """Every linear layer's outputs moved by up to `size` of themselves, at random but always alike."""
+    generator = torch.Generator(device()).manual_seed(0)
+
+    def shake(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        noise = torch.rand(output.shape, generator=generator, device=output.device, dtype=torch.float32).mul_(2).sub_(1)
+        return (output.float() * (1 + size * noise)).to(output.dtype)
+
+    hooks = [module.register_forward_hook(shake) for module in model.modules() if isinstance(module, nn.Linear)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def merge_and_round(model: Any, stored: dict[str, torch.dtype]) -> None:
+    """PEFT's own merge of the adapters into their weights, in fp32, each then rounded to the type it is `stored` in."""
+    layers: Any = (
+        (path, module) for path, module in model.get_base_model().named_modules() if isinstance(module, BaseTunerLayer)
+    )
+    for path, module in layers:
+        weight = module.get_base_layer().weight
+        held = weight.dtype
+        module.float()
+        module.merge()
+        weight.data = weight.data.to(stored[f"{path}.weight"]).to(held)

@@ -1,0 +1,95 @@
+"""The rows that a proof compares two models on: documents of the run's own data, the same ones at every call."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trainer.base.locate import Base
+from trainer.checkpoint.manifest import CheckpointManifest
+from trainer.config import Config
+from trainer.data.dataset import TARGET_BIT, Dataset, open_chapter
+from trainer.data.prepare import locate
+from trainer.errors import ConfigError, DataError, StorageError
+from trainer.store import Store, open_store
+
+ROWS, TOKENS, TARGETS = 8, 512, 32  # rows, tokens of a row, and trained tokens that are looked at in a row: at most
+_CANDIDATES = 64  # documents, as some may have nothing that is trained
+_FALLBACK_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class ProbeRow:
+    """One unpacked document or its end.
+
+    Attributes:
+        tokens: (1, T) int64.
+        places: (P,) int64, the positions whose next token is trained.
+        targets: (P,) int64, that token.
+    """
+
+    tokens: Tensor
+    places: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The rows, and what they are in words, such as "8 rows of the evaluation data"."""
+
+    rows: list[ProbeRow]
+    origin: str
+
+
+def find_probe(run: Store, config: Config, manifest: CheckpointManifest, base: Base) -> Probe:
+    """Rows of the run's compiled evaluation data, else of its training data, else tokens that are no text.
+
+    Compiled data may have been deleted, or never been in this store.
+    """
+    root = open_store(run.uri.rpartition("/")[0])
+    for what, fingerprint in _datasets(config, manifest, base):
+        try:
+            rows = list(_rows(open_chapter(root, fingerprint, 0)))[:ROWS]
+        except StorageError:  # or `NotFound`, which is one
+            continue
+        if rows:
+            return Probe(rows, f"{len(rows)} rows of the {what} data")
+    tokens = torch.arange(3, 3 + _FALLBACK_TOKENS).remainder(base.architecture.vocabulary)
+    row = ProbeRow(tokens[None], torch.arange(_FALLBACK_TOKENS - 1), tokens[1:])
+    return Probe([row], f"tokens 3 to {2 + _FALLBACK_TOKENS}, as the run's compiled data is gone")
+
+
+def _datasets(config: Config, manifest: CheckpointManifest, base: Base) -> Iterator[tuple[str, str]]:
+    try:
+        found = locate(config, base)
+    except (ConfigError, DataError, StorageError):  # the sources are gone; what was compiled of them may be there
+        found = {}
+    if "eval" in found:
+        yield "evaluation", found["eval"]
+    yield "training", manifest.dataset
+
+
+def _rows(data: Dataset) -> Iterator[ProbeRow]:
+    """Documents at even distances, each cut to its last tokens up to the last one that is trained."""
+    documents = len(data.offsets) - 1
+    for number in np.unique(np.linspace(0, documents - 1, _CANDIDATES, dtype=np.int64)):
+        block = np.searchsorted(data.blocks, number, side="right") - 1
+        row = _row(data.read(np.array([block])).gather(np.array([number])))
+        if row is not None:
+            yield row
+
+
+def _row(stored: NDArray[np.uint32]) -> ProbeRow | None:
+    trained = np.flatnonzero(stored & TARGET_BIT)
+    if not len(trained):
+        return None
+    first = max(0, int(trained[-1]) + 1 - TOKENS)
+    tokens = torch.from_numpy((stored[first : trained[-1] + 1] & ~TARGET_BIT).astype(np.int64))
+    seen = trained[trained > first] - first  # the first token of a row is predicted from nothing
+    if not len(seen):
+        return None
+    chosen = torch.from_numpy(seen[np.unique(np.linspace(0, len(seen) - 1, TARGETS, dtype=np.int64))])
+    return ProbeRow(tokens[None], chosen - 1, tokens[chosen])
