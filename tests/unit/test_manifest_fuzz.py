@@ -1,0 +1,141 @@
+"""Whatever a manifest holds, it is damaged, of a newer format, or one that every reader can rely on. Never a traceback."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from launcher.view.checkpoints import checkpoint_table, list_checkpoints
+from tests.checkpoints import manifest
+from trainer.checkpoint.division import Interval
+from trainer.checkpoint.manifest import CheckpointManifest, parse_manifest
+from trainer.checkpoint.reading import plan_reads
+from trainer.checkpoint.retention import Removal, Retention, plan_removal
+from trainer.errors import Damaged, StorageError
+from trainer.run import layout
+from trainer.store import open_store
+
+GOLDEN = Path(__file__).parents[1] / "golden/checkpoint-format-2"
+TREES = [manifest(4).to_json(), (GOLDEN / layout.manifest(4)).read_bytes()]
+
+scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.sampled_from([0, -1, 1, 2**31, 2**63, 2**64, 10**400, 1e308, float("nan"), float("inf"), -0.0, 1.0]),
+    st.text(st.characters(codec=None)),  # lone surrogates too
+    st.sampled_from(["../x", "/etc/passwd", "", "\ud800", "\x00", "a|b", layout.manifest(4)]),
+)
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)
+)
+
+
+def paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every place in a tree."""
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(found for key, child in children for found in paths(child, (*path, key)))]
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> bytes:
+    """A manifest of either format with up to three places replaced, removed or doubled; mostly sealed as its writer would."""
+    tree = json.loads(draw(st.sampled_from(TREES)))
+    for _ in range(draw(st.integers(0, 3))):
+        path = draw(st.sampled_from(paths(tree)[1:]))
+        parent = tree
+        for key in path[:-1]:
+            parent = parent[key]
+        match draw(st.sampled_from(["replace", "remove", "double"])):
+            case "replace":
+                parent[path[-1]] = draw(values)
+            case "remove":
+                del parent[path[-1]]
+            case "double" if isinstance(parent, list):
+                parent.insert(path[-1], parent[path[-1]])
+        if not tree:
+            break
+    if draw(st.integers(0, 9)) and "body" in tree:
+        text = json.dumps(tree["body"], sort_keys=True, separators=(",", ":"))
+        tree["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    return json.dumps(tree).encode()
+
+
+def check(data: bytes) -> None:
+    found = outcome_of(lambda: parse_manifest(data, "here"))
+    if isinstance(found, CheckpointManifest):
+        check_what_readers_rely_on(found)
+    else:
+        assert str(found).startswith("here is damaged: " if isinstance(found, Damaged) else "here is of format ")
+
+
+def outcome_of(action: Callable[[], Any]) -> Any:
+    try:
+        return action()
+    except StorageError as error:
+        return error
+
+
+def check_what_readers_rely_on(found: CheckpointManifest) -> None:
+    assert len(found.shards) == found.world_size
+    assert all(shard.key.startswith(layout.checkpoint(found.step)) and ".." not in shard.key for shard in found.shards)
+    everything = {name: (0, numel) for name, numel in found.numels.items()}
+    held: dict[str, list[Interval]] = {name: [] for name in everything}
+    for _, overlaps in plan_reads(found.division, everything):
+        for name, interval in overlaps.items():
+            held[name].append(interval)
+    for name, intervals in held.items():
+        borders = [border for interval in sorted(intervals) for border in interval]
+        assert (borders[0], borders[-1]) == everything[name]
+        assert borders[1:-1:2] == borders[2::2], "each element is held once"
+    if all(shard.intervals is None for shard in found.shards):
+        assert parse_manifest(found.to_json(), "here") == found
+
+
+@settings(max_examples=300, deadline=2000, suppress_health_check=[HealthCheck.too_slow])
+@given(mutated())
+def test_a_changed_manifest_is_damaged_or_can_be_relied_on(data: bytes) -> None:
+    check(data)
+
+
+@settings(max_examples=200, deadline=2000)
+@given(st.one_of(st.binary(), values.map(lambda value: json.dumps(value).encode()), st.text().map(str.encode)))
+def test_any_bytes_are_damaged_or_can_be_relied_on(data: bytes) -> None:
+    check(data)
+
+
+@pytest.mark.parametrize("deep", [b"[", b'{"body":', b'{"format": 3, "sha256": "", "body":['])
+def test_a_manifest_that_nests_without_end_is_damaged(deep: bytes) -> None:
+    with pytest.raises(Damaged):
+        parse_manifest(deep * 100_000, "here")
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"step": ' + b"9" * 5000 + b"}", b'{"created": NaN}', b'{"dataset": "\\ud800"}', b"[" * 990 + b"]" * 990]
+)
+def test_a_body_that_no_writer_makes_is_damaged(body: bytes) -> None:
+    with pytest.raises(Damaged):
+        parse_manifest(b'{"format": 3, "sha256": "", "body": ' + body + b"}", "here")
+
+
+@settings(max_examples=60, deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=mutated())
+def test_the_verbs_list_and_plan_over_any_manifest(data: bytes, tmp_path: Path) -> None:
+    run = open_store(str(tmp_path))
+    run.put(layout.manifest(4), data)
+    run.put(layout.manifest(2), manifest(2).to_json())
+
+    def verbs() -> Removal:
+        checkpoint_table(list_checkpoints(run))
+        return plan_removal(run, Retention(1, keep_best=1))
+
+    found = outcome_of(verbs)
+    if isinstance(found, Removal):
+        assert found.steps == [], "nothing is whole: no shard is there"
+    else:
+        assert "is of format" in str(found)
