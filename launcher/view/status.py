@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from trainer.checkpoint.listing import committed
+from trainer.checkpoint.listing import newest_commit
 from trainer.run import layout
 from trainer.run.records import Record, RecordReader, read_records
 from trainer.run.segments import streams
@@ -207,7 +207,7 @@ class Follower:
 
     def _last_commit(self) -> tuple[int, float] | None:
         """(step, seconds since 1970) of the newest manifest: what is in the store, whatever the metrics say."""
-        newest = next(iter(committed(self._folder)), None)
+        newest = newest_commit(self._folder)
         return (newest.step, newest.manifest.modified.timestamp()) if newest and newest.manifest else None
 
 

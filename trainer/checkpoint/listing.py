@@ -23,10 +23,19 @@ class StepFolder(NamedTuple):
 
 def step_folders(run: Store) -> list[StepFolder]:
     """Newest first: one request, and one for each folder."""
-    names = run.children(layout.CHECKPOINTS)[0]
-    steps = sorted((step for name in names if (step := layout.step_of_folder(name)) is not None), reverse=True)
     with ThreadPoolExecutor(_LOOKS_AT_A_TIME) as pool:
-        return list(pool.map(lambda step: _look(run, step), steps))
+        return list(pool.map(lambda step: _look(run, step), _steps(run)))
+
+
+def newest_commit(run: Store) -> StepFolder | None:
+    """Two requests, unless the newest folders are of saves that never came to their commit."""
+    looks = (_look(run, step) for step in _steps(run))
+    return next((folder for folder in looks if folder.manifest is not None), None)
+
+
+def _steps(run: Store) -> list[int]:
+    names = run.children(layout.CHECKPOINTS)[0]
+    return sorted((step for name in names if (step := layout.step_of_folder(name)) is not None), reverse=True)
 
 
 def _look(run: Store, step: int) -> StepFolder:
@@ -35,10 +44,6 @@ def _look(run: Store, step: int) -> StepFolder:
     return StepFolder(step, manifest, len(attempts))
 
 
-def committed(run: Store) -> list[StepFolder]:
-    """Those that have a manifest, newest first. Whether it is whole, reading it tells."""
-    return [folder for folder in step_folders(run) if folder.manifest is not None]
-
-
 def committed_steps(run: Store) -> list[int]:
-    return [folder.step for folder in committed(run)]
+    """Steps that have a manifest, newest first. Whether it is whole, reading it tells."""
+    return [folder.step for folder in step_folders(run) if folder.manifest is not None]
