@@ -135,7 +135,7 @@ def run_rank(
 
 
 def group_timeout(config: Config) -> timedelta:
-    """Of collectives: after the heartbeat's limits, which say more."""
+    """The time limit of a collective. It is later than the heartbeat's limits, as the heartbeat names the rank that hangs."""
     return timedelta(seconds=120 + max(config.timeouts.model_dump().values()))
 
 
