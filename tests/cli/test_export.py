@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import ENVIRONMENT, Capstan
+from tests.dist import runs
 from tests.dist.launch import launch
 from tests.material import Workshop, make_base
 from trainer.checkpoint.manifest import read_manifest
@@ -30,7 +31,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Store:
     config = workshop.config("done", *settings)
     run = workshop.store.sub("done")
     run.put(layout.CONFIG, dump_config(config).encode())
-    (outcome,) = launch(1, "run", dump_config(config), workshop.prepare(config).train, timeout=200)
+    (outcome,) = launch(1, runs.run, dump_config(config), workshop.prepare(config).train, timeout=200)
     assert outcome["outcome"] == "finished"
     return run
 

@@ -1,6 +1,5 @@
 """What ranks run that save, restore and export while their store fails, stalls or kills them."""
 
-import json
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -13,22 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests import material
-from tests.dist.ranks import _outcome_of
+from tests.dist.runs import outcome_of
 from tests.faulty import Fault, FaultyStore
-from trainer.run import layout
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.checkpoint.identity import Identity
-from trainer.config import Checkpoint, dump_config, parse_config
 from trainer.checkpoint.learner import TrainablePartition
-from trainer.errors import StorageError
-from trainer.export.adapter import export_adapter, master_weights
-from trainer.export.merged import export_merged
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import problems_of, read_manifest, whole_checkpoint
-from trainer.ranks import Ranks, join
 from trainer.checkpoint.retention import Retention, plan_removal, remove
 from trainer.checkpoint.shard import STATES
+from trainer.config import Checkpoint
+from trainer.errors import StorageError
+from trainer.export.adapter import master_weights
+from trainer.ranks import Ranks, join
+from trainer.run import layout
 from trainer.store import Store, open_store
 
 SHAPES = {
@@ -119,7 +116,10 @@ def wrong_with(run: Store, at_least: int) -> list[str]:
 
 def left_over(run: Store) -> list[str]:
     """What no commit refers to after a removal that takes orphans of any age."""
-    later = lambda: datetime.now(UTC) + timedelta(hours=1)
+
+    def later() -> datetime:
+        return datetime.now(UTC) + timedelta(hours=1)
+
     remove(run, plan_removal(run, Retention(1), orphan_hours=0, now=later))
     keys = {entry.key for entry in run.list(layout.CHECKPOINTS)}
     for step in committed_steps(run):
@@ -133,11 +133,11 @@ def saves(uri: str) -> dict[str, Any]:
     seen: Counter[str] = Counter()
     wrong: list[str] = []
     operations: list[str] = []
-    for how, at in _faults(operations):
+    for how, at in each_fault(operations):
         run = root.sub(f"{how}-{at}")
         save(run, ranks, 1)
-        fault = Fault(at, how, stalled=lambda run=run: wrong.extend(wrong_with(run, 1)))
-        outcome = _outcome_of(lambda run=run, fault=fault: save(FaultyStore(run, fault), ranks, 2))
+        fault = Fault(at, how, stalled=lambda run=run, wrong=wrong: wrong.extend(wrong_with(run, 1)))
+        outcome = outcome_of(lambda run=run, fault=fault: save(FaultyStore(run, fault), ranks, 2))
         operations[:] = operations or fault.operations
         found = wrong_with(run, 2 if outcome["outcome"] == "finished" else 1)
         save(run, ranks, 3, generation=2)  # whatever went wrong, the next start saves
@@ -147,7 +147,7 @@ def saves(uri: str) -> dict[str, Any]:
     return {"operations": operations, "outcomes": seen, "wrong": wrong}
 
 
-def _faults(operations: list[str]) -> Iterator[tuple[str, int]]:
+def each_fault(operations: list[str]) -> Iterator[tuple[str, int]]:
     """First none, to count the operations; then each of them, each way."""
     yield "fail", 0
     for how in ("fail", "lost", "stall"):
@@ -188,7 +188,7 @@ def restores_with_one_faulty_rank(uri: str) -> dict[str, Any]:
 def _restore(run: Store, ranks: Ranks, fault: Fault) -> dict[str, Any]:
     learner = FakeLearner(ranks)
     ours, _ = checkpoints(FaultyStore(run, fault), ranks, 2)
-    outcome = _outcome_of(lambda: ours.restore(learner, required=True, log=print))
+    outcome = outcome_of(lambda: ours.restore(learner, required=True, log=print))
     if outcome["outcome"] == "finished":
         for part in learner.partitions():
             for state, values in part.states.items():
@@ -248,7 +248,7 @@ def saves_on_a_failing_store(uri: str, allowed: int) -> dict[str, Any]:
         # The first operation of a save is the upload.
         ours.run = run if step == 3 else FaultyStore(run, Fault(1))
         ours.save(learner, step, {})
-        outcome = _outcome_of(ours._settle)
+        outcome = outcome_of(ours._settle)
         if outcome["outcome"] != "finished":
             ended = {"step": step, **outcome}
             break
@@ -282,69 +282,6 @@ def a_removal_that_fails(uri: str) -> list[str]:
     ]
 
 
-# Exports: of the adapter, and merged. Each with the file without which nothing loads what it has left.
-
-EXPORTS = {"adapter": (export_adapter, "adapter_config.json"), "merged": (export_merged, "config.json")}
-
-
-def exports(uri: str, folder: str, kind: str) -> dict[str, Any]:
-    """An export, once for each operation on the run's store and the destination, and each way to go wrong."""
-    root, last = open_store(uri), EXPORTS[kind][1]
-    run = exportable(root, Path(folder))
-    expected = _exported(root, run, Fault(), "expected", kind)[0]
-    wrong: list[str] = []
-    operations: list[str] = []
-    for how, at in _faults(operations):
-        fault, name = Fault(at, how), f"{how}-{at}"
-        left, outcome = _exported(root, run, fault, name, kind)
-        operations[:] = operations or fault.operations
-        if last in left and left != expected:
-            wrong.append(f"{name}: a half export can be loaded")
-        if outcome["outcome"] == "finished" and left != expected:
-            wrong.append(f"{name}: it ended well, but the files are others")
-        if outcome["outcome"] != "finished" and last not in left:
-            again, _ = _exported(root, run, Fault(), name, kind)
-            wrong += [] if again == expected else [f"{name}: exporting again does not mend it"]
-        wrong += [f"{name}: {text}" for text in problems_of(run, read_manifest(run, 4))]
-    return {"operations": operations, "wrong": wrong}
-
-
-def _exported(root: Store, run: Store, fault: Fault, name: str, kind: str) -> tuple[dict[str, bytes], dict[str, Any]]:
-    destination, (export, _) = root.sub("exports").sub(name), EXPORTS[kind]
-    outcome = _outcome_of(lambda: export(FaultyStore(run, fault), FaultyStore(destination, fault)))
-    return {entry.key: destination.get(entry.key) for entry in destination.list()}, outcome
-
-
-def exportable(root: Store, folder: Path) -> Store:
-    """A run with its configuration and a checkpoint of step 4, over a base of two files."""
-    config = material.Workshop(folder, "speck", shard_size="4KB").config("done", f"run.store={root.uri}")
-    material.commit(root.sub("done"), config)
-    return root.sub("done")
-
-
-def prepare_export(uri: str, folder: str) -> None:
-    exportable(open_store(uri), Path(folder))
-
-
-def killed_export(uri: str, kind: str, at: int) -> None:
-    """Dies at operation `at`, if it has so many."""
-    root = open_store(uri)
-    _exported(root, root.sub("done"), Fault(at, "kill"), str(at), kind)
-
-
-def after_killed_exports(uri: str, kind: str, count: int) -> list[str]:
-    """What is wrong with the `count` destinations, and with exporting to them again."""
-    root, wrong = open_store(uri), []
-    run = root.sub("done")
-    expected, _ = _exported(root, run, Fault(), "expected", kind)
-    for at in range(1, count + 1):
-        left = {entry.key for entry in root.sub("exports").sub(str(at)).list()}
-        wrong += [f"killed at {at}: a half export can be loaded"] if EXPORTS[kind][1] in left else []
-        again, _ = _exported(root, run, Fault(), str(at), kind)
-        wrong += [] if again == expected else [f"killed at {at}: exporting again does not mend it"]
-    return wrong + problems_of(run, read_manifest(run, 4))
-
-
 def race(uri: str) -> dict[str, Any]:
     """Each rank is a run of its own: both save one step of one folder at the same time."""
     ranks, run = join(), open_store(uri)
@@ -353,7 +290,7 @@ def race(uri: str) -> dict[str, Any]:
     learner = FakeLearner(alone, 1)
     ours.save(learner, 1, {"bin": ranks.rank})
     ranks.gather(0.0)
-    outcome = _outcome_of(ours.finish)
+    outcome = outcome_of(ours.finish)
     ranks.gather(0.0)
     return {**outcome, "kinds": [event["kind"] for event in events], "wrong": wrong_with(run, 1)}
 
@@ -410,4 +347,3 @@ def save_through_an_outage(uri: str, marks: str, megabytes: int) -> dict[str, An
 def _pause() -> None:
     """A step's time."""
     torch.randn(200, 200).matmul(torch.randn(200, 200))
-

@@ -1,6 +1,7 @@
-"""Runs a function of tests/dist/ranks.py (or another module here) as several ranks: real processes, each with an end.
+"""Runs a function of a module as several ranks: real processes, each with an end.
 
-The processes are forked from a server that has imported the training stack once, as that import takes seconds.
+Such functions stand beside the tests that use them, in a file for each topic. They are collective, and take and return JSON;
+tensors go through files. The processes are forked from a server that has imported the training stack once, as that import takes seconds.
 """
 
 import faulthandler
@@ -71,12 +72,16 @@ class Group:
 
 @contextmanager
 def running(
-    world_size: int, function: str, *arguments: Any, ranks_per_node: int | None = None, timeout: float = TIMEOUT,
+    world_size: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    ranks_per_node: int | None = None,
+    timeout: float = TIMEOUT,
     extra_environment: dict[str, str] | None = None,
 ) -> Iterator[Group]:
     """`world_size` ranks that run `function(*arguments)`; the arguments and results are JSON.
 
-    `function` is a name in tests/dist/ranks.py, or `module.name`.
+    `function` is found again in each process by its module and name, so it is one of a module's own.
     """
     before = dict(os.environ)
     os.environ.update(_ENVIRONMENT)  # the server, and so every rank, inherits it
@@ -100,8 +105,10 @@ def running(
                 # The server may be older than the S3 server, whose address and keys are these.
                 **{name: value for name, value in os.environ.items() if name.startswith("AWS_")},
             }
-            given = (function, json.dumps(arguments), {k: str(v) for k, v in environment.items()}, folder, int(timeout))
-            processes.append(context.Process(target=_run_rank, args=given, daemon=True))
+            given = {name: str(value) for name, value in environment.items()}
+            what = (function.__module__, function.__qualname__, json.dumps(arguments))
+            process = context.Process(target=_run_rank, args=(*what, given, folder, int(timeout)), daemon=True)
+            processes.append(process)
         group = Group(processes, Path(folder), timeout)
         try:
             for process in processes:
@@ -113,13 +120,15 @@ def running(
             os.environ.update(before)
 
 
-def launch(world_size: int, function: str, *arguments: Any, **options: Any) -> list[Any]:
+def launch(world_size: int, function: Callable[..., Any], *arguments: Any, **options: Any) -> list[Any]:
     """Run to the end: the results of `function` in rank order."""
     with running(world_size, function, *arguments, **options) as group:
         return group.wait()
 
 
-def _run_rank(function: str, arguments: str, environment: dict[str, str], folder: str, timeout: int) -> None:
+def _run_rank(
+    module: str, function: str, arguments: str, environment: dict[str, str], folder: str, timeout: int
+) -> None:
     """In the new process: output to a file, the function, its result to another."""
     signal.alarm(timeout + 5)  # an end even if whoever waits for us is gone
     rank = environment["RANK"]
@@ -131,9 +140,7 @@ def _run_rank(function: str, arguments: str, environment: dict[str, str], folder
     os.environ.update(environment)
     import torch.distributed as dist
 
-    module, _, name = function.rpartition(".")
-    functions = import_module(f"tests.dist.{module or 'ranks'}")
-    result = getattr(functions, name)(*json.loads(arguments))
+    result = getattr(import_module(module), function)(*json.loads(arguments))
     Path(folder, f"{rank}.json").write_text(json.dumps(result))
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.dist import loading
 from tests.dist.launch import launch
 from tests.material import Workshop, make_base
 from trainer.base.cache import open_cache
@@ -30,7 +31,7 @@ def test_the_cache_is_written_once_and_read_at_another_world_size_and_scope(
     def load(world_size: int, *overrides: str, per_node: int | None = None) -> tuple[int, list[str]]:
         """Writes logits; -> bytes read by all ranks, and rank 0's log."""
         results = launch(
-            world_size, "loaded_logits", config, bases, list(overrides), str(tmp_path), ranks_per_node=per_node
+            world_size, loading.loaded_logits, config, bases, list(overrides), str(tmp_path), ranks_per_node=per_node
         )
         return sum(fact["read_bytes"] for rank in results for fact in rank), [
             line for fact in results[0] for line in fact["log"]
@@ -63,7 +64,11 @@ def test_the_cache_is_written_once_and_read_at_another_world_size_and_scope(
     assert sum("is damaged between bytes" in line for line in log) == len(KINDS)
     assert [path.read_bytes() for path in manifests] != written
     for manifest in manifests:  # of the damaged attempt nothing is left
-        named = {extent.key for tensor in open_cache(open_store(str(manifest.parent))).tensors.values() for extent in tensor.extents}
+        named = {
+            extent.key
+            for tensor in open_cache(open_store(str(manifest.parent))).tensors.values()
+            for extent in tensor.extents
+        }
         assert {entry.key for entry in open_store(str(manifest.parent)).list()} == {manifest.name, *named}
 
     healed, _ = load(1)

@@ -14,6 +14,7 @@ import torch
 
 from launcher.smoke.local_s3 import S3Server
 from launcher.view.status import read_generation
+from tests.dist import runs
 from tests.dist.launch import launch
 from trainer.base.locate import resolve_base
 from trainer.checkpoint.listing import committed_steps
@@ -57,7 +58,7 @@ def train(bucket: Store, tmp_path: Path) -> Callable[..., dict[int, float]]:
         config = override(of_run(bucket), f"run.name={name}", f"sharding.deepspeed={BEFORE / 'policy.json'}")
         cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
         arguments, starts = (dump_config(config), FACTS["dataset"], how), 2 if how == "resume" else 1
-        outcomes = launch(world_size, "run", *arguments, extra_environment=cache)
+        outcomes = launch(world_size, runs.run, *arguments, extra_environment=cache)
         assert {outcome["outcome"] for outcome in outcomes} == {"finished"}, outcomes
         return {
             record["step"]: record["loss"] for record in read_generation(bucket.sub(f"store/{name}"), starts)["step"]

@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.dist import faults, saving
 from tests.dist.launch import launch
 from tests.material import Workshop
-from trainer.run import layout
-from trainer.config import dump_config
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import read_manifest
+from trainer.config import dump_config
+from trainer.run import layout
 from trainer.store import Store
 
 SAVED = [2, 3]  # steps, beside the loop's own save of the first
@@ -29,7 +30,7 @@ class Saved:
         self.overrides = (f"tuning.rank={rank}", "optim.lora_plus_ratio=4", "checkpoint.every_steps=0")
         folder.mkdir()
         self.arguments = self.of(self.name)
-        self.updates = launch(2, "train_and_save", *self.arguments, SAVED, str(folder))
+        self.updates = launch(2, saving.train_and_save, *self.arguments, SAVED, str(folder))
         self.states = whole(folder)
 
     def of(self, name: str, *more: str) -> tuple[str, str]:
@@ -73,7 +74,7 @@ def small(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Saved
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_every_optimizer_tensor_comes_back_bit_for_bit(saved: Saved, tmp_path: Path, world_size: int) -> None:
-    results = launch(world_size, "restore", *saved.arguments, str(tmp_path))
+    results = launch(world_size, saving.restore, *saved.arguments, str(tmp_path))
     assert all(result["step"] == 3 and result["updates"] == 3 for result in results), results
     assert all(result["half"] for result in results), "16-bit weights are not the masters'"
     assert_bitwise_equal(whole(tmp_path), saved.states)
@@ -87,7 +88,9 @@ def test_a_manifest_names_the_optimizers_groups_with_their_hyperparameters(small
 
 
 def test_a_changed_hyperparameter_counts_from_the_resume_on_and_is_told(small: Saved, tmp_path: Path) -> None:
-    (result,) = launch(1, "restore", *small.of(small.name, "optim.lora_plus_ratio=2", "optim.eps=1e-6"), str(tmp_path))
+    (result,) = launch(
+        1, saving.restore, *small.of(small.name, "optim.lora_plus_ratio=2", "optim.eps=1e-6"), str(tmp_path)
+    )
     assert result["outcome"] == "finished"
     assert result["log"] == [
         "optimizer group lora_A: eps is 1e-06 from now on; the checkpoint was saved with 1e-08",
@@ -131,7 +134,7 @@ def test_a_damaged_checkpoint_is_passed_over_on_all_ranks(small: Saved, tmp_path
     run = small.copy(name)
     key = layout.manifest(3) if what == "manifest" else read_manifest(run, 3).shards[1].key
     damage(run, key)
-    results = launch(2, "restore", *small.of(name), str(tmp_path))
+    results = launch(2, saving.restore, *small.of(name), str(tmp_path))
     assert [(result["outcome"], result["step"], result["updates"]) for result in results] == [("finished", 2, 2)] * 2
     lines = [line for result in results for line in result["log"]]
     assert any("skipped" in line and key in line for line in lines), lines
@@ -146,7 +149,7 @@ def test_a_flipped_bit_is_found_in_each_shard_by_ranks_of_another_number(
     run = small.copy(name)
     key = read_manifest(run, 3).shards[shard].key
     flip_a_byte(run, key)
-    results = launch(3, "restore", *small.of(name), str(tmp_path))
+    results = launch(3, saving.restore, *small.of(name), str(tmp_path))
     assert [result["step"] for result in results] == [2, 2, 2]
     assert all(f"{key} does not match its sha256" in result["log"][0] for result in results)
 
@@ -157,17 +160,19 @@ def test_a_manifest_of_a_newer_version_is_an_error_on_all_ranks_and_never_passed
     run = small.copy("newer")
     tree = json.loads(run.get(layout.manifest(3)))
     run.put(layout.manifest(3), json.dumps({**tree, "format": 99}).encode())
-    results = launch(2, "restore", *small.of("newer"), str(tmp_path))
+    results = launch(2, saving.restore, *small.of("newer"), str(tmp_path))
     assert [(result["outcome"], result["exit_code"]) for result in results] == [("StorageError", 6)] * 2
-    assert "is of format 99; this version reads formats 2 and 3. Use the version that wrote it." in results[1]["message"]
+    assert (
+        "is of format 99; this version reads formats 2 and 3. Use the version that wrote it." in results[1]["message"]
+    )
 
 
 def test_a_run_goes_on_past_a_damaged_checkpoint_and_commits_its_step_again(small: Saved, tmp_path: Path) -> None:
     run = small.copy("again")
     flip_a_byte(run, read_manifest(run, 3).shards[1].key)
-    for outcome in launch(2, "restore_and_train", *small.of("again"), 3):
+    for outcome in launch(2, saving.restore_and_train, *small.of("again"), 3):
         assert (outcome["outcome"], outcome["message"]) == ("finished", "")
-    launch(1, "restore", *small.of("again"), str(tmp_path))
+    launch(1, saving.restore, *small.of("again"), str(tmp_path))
     assert_bitwise_equal(whole(tmp_path), small.states)
     assert len([entry for entry in run.list(layout.checkpoint(3)) if "manifest.damaged" in entry.key]) == 1
 
@@ -178,7 +183,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(small: Save
     run = small.copy(name)
     for step in committed_steps(run):
         flip_a_byte(run, read_manifest(run, step).shards[0].key if what == "shards" else layout.manifest(step))
-    results = launch(2, "restore_and_train", *small.of(name), 3)
+    results = launch(2, saving.restore_and_train, *small.of(name), 3)
     assert [(result["outcome"], result["exit_code"]) for result in results] == [("StorageError", 6)] * 2
     assert f"no checkpoint of {run.uri} is whole" in results[0]["message"]
 
@@ -194,7 +199,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(small: Save
 def test_a_checkpoint_of_another_adapter_or_base_is_refused_with_both_values(
     small: Saved, tmp_path: Path, setting: str, base: str, words: tuple[str, ...]
 ) -> None:
-    results = launch(2, "restore", *small.of(small.name, setting), str(tmp_path), base)
+    results = launch(2, saving.restore, *small.of(small.name, setting), str(tmp_path), base)
     assert [(result["outcome"], result["exit_code"]) for result in results] == [("ConfigError", 2)] * 2
     assert all(word in results[0]["message"] for word in words), results[0]["message"]
 
@@ -203,18 +208,18 @@ def test_a_generation_that_was_overtaken_must_not_commit(small: Saved) -> None:
     run = small.workshop.store.sub("overtaken")
     for generation in (1, 2):
         run.put(layout.metrics(generation), b"")
-    outcomes = launch(2, "save_as_generation", *small.of("overtaken"), 1)
+    outcomes = launch(2, saving.save_as_generation, *small.of("overtaken"), 1)
     assert [(outcome["outcome"], outcome["exit_code"]) for outcome in outcomes] == [("Superseded", 6)] * 2
     assert "generation 2 of this run has started; generation 1 must not commit" in outcomes[0]["message"]
     assert committed_steps(run) == []
-    assert launch(2, "save_as_generation", *small.of("overtaken"), 2)[0]["outcome"] == "finished"
+    assert launch(2, saving.save_as_generation, *small.of("overtaken"), 2)[0]["outcome"] == "finished"
     assert committed_steps(run) == [1]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_a_checkpoint_of_format_2_resumes_on_any_number_of_ranks(tmp_path: Path, world_size: int) -> None:
     shutil.copytree(Path(__file__).parents[1] / "golden/checkpoint-format-2", tmp_path, dirs_exist_ok=True)
-    for result in launch(world_size, "faults.restores_format_2", str(tmp_path)):
+    for result in launch(world_size, faults.restores_format_2, str(tmp_path)):
         assert result == {"outcome": "finished", "exit_code": 0, "message": "", "wrong": []}
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.dist import engine
 from tests.dist.launch import launch
 from tests.material import Workshop
 from trainer.config import dump_config
@@ -14,7 +15,7 @@ from trainer.config import dump_config
 def internals(workshop: Workshop) -> list[dict[str, Any]]:
     """Of three ranks, after one step; LoRA rank 7 makes partitions of unequal length."""
     config = workshop.config("engine", "tuning.rank=7")
-    return launch(3, "engine_internals", dump_config(config), workshop.prepare(config).train)
+    return launch(3, engine.engine_internals, dump_config(config), workshop.prepare(config).train)
 
 
 def test_partitions_are_the_masters_and_moments_that_deepspeed_shows(internals: list[dict[str, Any]]) -> None:

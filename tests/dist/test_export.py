@@ -11,16 +11,17 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launcher.smoke.local_s3 import S3Server
+from tests.dist import proofs, runs
 from tests.dist.launch import launch
 from tests.material import Workshop
-from trainer.run import layout
+from trainer.checkpoint.listing import committed_steps
+from trainer.checkpoint.manifest import read_manifest
 from trainer.config import dump_config
 from trainer.errors import ConfigError, NothingToResume, StorageError
 from trainer.export.adapter import export_adapter, master_weights
 from trainer.export.merged import export_merged
-from trainer.checkpoint.listing import committed_steps
-from trainer.checkpoint.manifest import read_manifest
 from trainer.export.proof import Proof
+from trainer.run import layout
 from trainer.store import Store, open_store
 
 
@@ -29,10 +30,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A finished run of two ranks, committed after steps 1, 2 and 4."""
     # bitsandbytes' fused CPU kernel, which plain transformers uses where it can, wants widths that divide by 32.
     workshop = Workshop(tmp_path_factory.mktemp("export"), intermediate_size=192)
-    config = workshop.config("done", "train.steps=4", "checkpoint.every_steps=2", "optim.lr=0.01", "tuning.rank=5", "quant.block_size=128")
+    config = workshop.config(
+        "done", "train.steps=4", "checkpoint.every_steps=2", "optim.lr=0.01", "tuning.rank=5", "quant.block_size=128"
+    )
     run = workshop.store.sub("done")
     run.put(layout.CONFIG, dump_config(config).encode())
-    outcomes = launch(2, "run", dump_config(config), workshop.prepare(config).train)
+    outcomes = launch(2, runs.run, dump_config(config), workshop.prepare(config).train)
     assert {outcome["outcome"] for outcome in outcomes} == {"finished"}
     assert committed_steps(run) == [4, 2, 1]
     return run
@@ -64,7 +67,7 @@ def test_peft_loads_the_adapter_and_finds_the_master_weights(run: Store, tmp_pat
 
 def test_transformers_and_peft_predict_what_the_trained_model_predicts(run: Store, tmp_path: Path) -> None:
     export_adapter(run, open_store(str(tmp_path / "adapter")))
-    (proof,) = launch(1, "export_proof", run.uri, 4, str(tmp_path / "adapter"))
+    (proof,) = launch(1, proofs.export_proof, run.uri, 4, str(tmp_path / "adapter"))
 
     assert Proof(**proof).holds
     assert proof["kl_allowed"] < 1e-4 * proof["kl_effect"]
@@ -75,7 +78,7 @@ def test_a_merged_model_in_plain_transformers_is_base_and_adapter_and_close_to_w
     run: Store, tmp_path: Path
 ) -> None:
     export_merged(run, open_store(str(tmp_path / "merged")))
-    (proof,) = launch(1, "merge_proof", run.uri, 4, str(tmp_path / "merged"))
+    (proof,) = launch(1, proofs.merge_proof, run.uri, 4, str(tmp_path / "merged"))
 
     assert Proof(**proof).holds
     # Rounding the sums costs something; the error of quantizing the base, which is not merged into, more.

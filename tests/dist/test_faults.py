@@ -1,10 +1,12 @@
 """Whatever a store does at whichever operation: the newest commit loads and verifies, and half a thing is never chosen."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from launcher.smoke.local_s3 import S3Server
+from tests.dist import export_faults, faults
 from tests.dist.launch import launch, running
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import read_manifest
@@ -30,7 +32,7 @@ def each(*kinds: str) -> pytest.MarkDecorator:
 
 @each(*STORES)
 def test_a_save_and_the_removal_after_it_survive_a_fault_at_each_operation(uri: str) -> None:
-    (result,) = launch(1, "faults.saves", uri)
+    (result,) = launch(1, faults.saves, uri)
     assert result["wrong"] == []
     verbs = {operation.split()[0] for operation in result["operations"]}
     assert verbs == {"put", "list", "create", "get", "head", "get_range", "delete"}
@@ -39,7 +41,7 @@ def test_a_save_and_the_removal_after_it_survive_a_fault_at_each_operation(uri: 
     assert sum(result["outcomes"].values()) == 1 + 3 * len(result["operations"])
 
 
-def kill_at_each_operation(function: str, *arguments: str | int) -> int:
+def kill_at_each_operation(function: Callable[..., None], *arguments: str | int) -> int:
     """Run `function` once for each of its operations, and kill it there; how many that were."""
     at, code = 0, KILLED
     while code == KILLED:
@@ -52,9 +54,9 @@ def kill_at_each_operation(function: str, *arguments: str | int) -> int:
 
 @each("local", "s3")
 def test_a_process_killed_at_any_operation_of_a_save_leaves_the_commit_before_or_the_new_one(uri: str) -> None:
-    killed = kill_at_each_operation("faults.killed_save", uri)
+    killed = kill_at_each_operation(faults.killed_save, uri)
     assert killed >= 10
-    assert launch(1, "faults.after_kills", uri, killed) == [[]]
+    assert launch(1, faults.after_kills, uri, killed) == [[]]
 
 
 @each("local", "s3")
@@ -62,16 +64,16 @@ def test_a_process_killed_at_any_operation_of_a_save_leaves_the_commit_before_or
 def test_a_process_killed_at_any_operation_of_an_export_leaves_nothing_that_loads(
     uri: str, tmp_path: Path, kind: str
 ) -> None:
-    launch(1, "faults.prepare_export", uri, str(tmp_path))
-    killed = kill_at_each_operation("faults.killed_export", uri, kind)
+    launch(1, export_faults.prepare_export, uri, str(tmp_path))
+    killed = kill_at_each_operation(export_faults.killed_export, uri, kind)
     assert killed >= 12
-    assert launch(1, "faults.after_killed_exports", uri, kind, killed) == [[]]
+    assert launch(1, export_faults.after_killed_exports, uri, kind, killed) == [[]]
 
 
 @each(*STORES)
 @pytest.mark.parametrize(("kind", "last"), [("adapter", "adapter_config.json"), ("merged", "config.json")])
 def test_an_export_survives_a_fault_at_each_operation(uri: str, tmp_path: Path, kind: str, last: str) -> None:
-    (result,) = launch(1, "faults.exports", uri, str(tmp_path), kind)
+    (result,) = launch(1, export_faults.exports, uri, str(tmp_path), kind)
     assert result["wrong"] == []
     assert len([operation for operation in result["operations"] if operation.startswith("put")]) >= 4
     assert result["operations"][-1] == f"create {last}"
@@ -79,7 +81,7 @@ def test_an_export_survives_a_fault_at_each_operation(uri: str, tmp_path: Path, 
 
 @pytest.mark.parametrize("uri", ["local"], indirect=True)
 def test_a_rank_that_fails_alone_in_a_restore_fails_on_all_with_one_message(uri: str) -> None:
-    results = launch(3, "faults.restores_with_one_faulty_rank", uri)
+    results = launch(3, faults.restores_with_one_faulty_rank, uri)
     assert results[0]["messages"] == results[1]["messages"] == results[2]["messages"]
     undisturbed, *failed = results[0]["messages"]
     assert undisturbed == ""
@@ -89,7 +91,7 @@ def test_a_rank_that_fails_alone_in_a_restore_fails_on_all_with_one_message(uri:
 
 @each("local", "s3")
 def test_of_two_writers_of_one_step_one_commits_and_the_other_is_told(uri: str) -> None:
-    results = launch(2, "faults.race", uri)
+    results = launch(2, faults.race, uri)
     assert sorted(result["outcome"] for result in results) == ["StorageError", "finished"]
     assert sorted(result["kinds"] for result in results) == [["commit"], ["save_failed"]]
     assert [result["wrong"] for result in results] == [[], []]
@@ -100,7 +102,7 @@ def test_of_two_writers_of_one_step_one_commits_and_the_other_is_told(uri: str) 
 
 
 def test_a_save_outlives_the_servers_death_while_training_goes_on(own_server: S3Server, tmp_path: Path) -> None:
-    with running(1, "faults.save_through_an_outage", f"{own_server.uri('run')}/x", str(tmp_path), 96) as rank:
+    with running(1, faults.save_through_an_outage, f"{own_server.uri('run')}/x", str(tmp_path), 96) as rank:
         rank.wait_until((tmp_path / "under-way").exists)
         own_server.kill()
         (tmp_path / "killed").touch()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.dist import curves, gradients
 from tests.dist.launch import launch
 from tests.material import Workshop
 from trainer.config import dump_config
@@ -31,7 +32,7 @@ def steps(request: pytest.FixtureRequest, workshop: Workshop, tmp_path_factory: 
     for layout in ["plain", *LAYOUTS]:
         world_size, micro_batch = (1, 1) if layout == "plain" else layout
         config = workshop.config("gradients", f"model.dtype={dtype}", f"train.micro_batch={micro_batch}")
-        function = "plain_first_step" if layout == "plain" else "first_step"
+        function = gradients.plain_first_step if layout == "plain" else gradients.first_step
         file = folder / "gradients.safetensors"
         arguments = dump_config(config), workshop.prepare(config).train, str(file)
         found[layout] = launch(world_size, function, *arguments)[0], load_file(file)
@@ -68,10 +69,12 @@ def test_loss_and_gradients_are_those_of_plain_pytorch(steps: Any, layout: tuple
 
 
 def test_twenty_steps_give_the_losses_of_the_stock_path(workshop: Workshop) -> None:
-    config = workshop.config("curve", "train.steps=20", "checkpoint.every_steps=0", "train.activation_checkpointing=false")
+    config = workshop.config(
+        "curve", "train.steps=20", "checkpoint.every_steps=0", "train.activation_checkpointing=false"
+    )
     fingerprint = workshop.prepare(config).train
-    (stock,) = launch(1, "stock_losses", dump_config(config), fingerprint)
-    ours = launch(2, "losses", dump_config(config), fingerprint)[0]
+    (stock,) = launch(1, curves.stock_losses, dump_config(config), fingerprint)
+    ours = launch(2, curves.losses, dump_config(config), fingerprint)[0]
     assert len(ours) == len(stock) == 20
     assert stock[0] - stock[-1] > 0.1  # it learns
     assert ours == pytest.approx(stock, abs=1e-2)
@@ -85,4 +88,6 @@ def test_parameters_offloaded_to_the_cpu_give_the_same_losses(workshop: Workshop
     config = workshop.config("offload", "train.steps=3")
     fingerprint = workshop.prepare(config).train
     away = workshop.config("offloaded", "train.steps=3", f"sharding.deepspeed={tmp_path}/offload.json")
-    assert launch(2, "losses", dump_config(away), fingerprint) == launch(2, "losses", dump_config(config), fingerprint)
+    assert launch(2, curves.losses, dump_config(away), fingerprint) == launch(
+        2, curves.losses, dump_config(config), fingerprint
+    )

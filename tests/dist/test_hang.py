@@ -6,6 +6,7 @@ import pytest
 
 from launcher.view.logs import read_log
 from launcher.view.status import read_status
+from tests.dist import runs
 from tests.dist.launch import RankFailed, launch
 from tests.material import Workshop
 from trainer.config import dump_config
@@ -23,7 +24,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 def test_a_rank_that_hangs_is_named_and_the_others_end(workshop: Workshop, how: str, named: str, speaker: int) -> None:
     config = workshop.config(how, "timeouts.step=6", "timeouts.load=60")
     with pytest.raises(RankFailed, match="ended with exit code 1"):
-        launch(2, "run", dump_config(config), workshop.prepare(config).train, how)
+        launch(2, runs.run, dump_config(config), workshop.prepare(config).train, how)
     run = workshop.store.sub(how)
     status = read_status(run)
     assert status.state == "failed"

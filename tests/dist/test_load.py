@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from launcher.smoke.local_s3 import S3Server
-
+from tests.dist import loading
 from tests.dist.launch import launch
 from tests.material import KINDS, Workshop, make_base, quantize_base
 from trainer.base.families import FAMILIES
@@ -31,7 +31,7 @@ QUANTS = [
 ]
 STORED: dict[str, tuple[str, bool]] = {"nf4": ("nf4", False), "fp4-double": ("fp4", True), "none": ("none", False)}
 # One base of each architecture: the other kinds are a Llama of special sizes.
-FAMILIES = tuple(kind for kind in KINDS if kind not in ("llama-tied", "ragged", "speck"))
+ONE_OF_EACH = tuple(kind for kind in KINDS if kind not in ("llama-tied", "ragged", "speck"))
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ CASES = {
     "2-ranks-nf4": Case(2, None, "nf4"),
     "3-ranks-fp4-double": Case(3, None, "fp4-double"),
     "2-ranks-none": Case(2, None, "none"),
-    "4-ranks-nf4": Case(4, None, "nf4", FAMILIES),
-    "1-node-of-1-nf4": Case(1, 1, "nf4", FAMILIES),
-    "2-nodes-of-1-nf4": Case(2, 1, "nf4", FAMILIES),
-    "3-nodes-of-1-nf4": Case(3, 1, "nf4", FAMILIES),
-    "2-nodes-of-2-nf4": Case(4, 2, "nf4", FAMILIES),
+    "4-ranks-nf4": Case(4, None, "nf4", ONE_OF_EACH),
+    "1-node-of-1-nf4": Case(1, 1, "nf4", ONE_OF_EACH),
+    "2-nodes-of-1-nf4": Case(2, 1, "nf4", ONE_OF_EACH),
+    "3-nodes-of-1-nf4": Case(3, 1, "nf4", ONE_OF_EACH),
+    "2-nodes-of-2-nf4": Case(4, 2, "nf4", ONE_OF_EACH),
 }
 
 
@@ -90,7 +90,13 @@ def load(
             config = dump_config(workshop.config("load", *case.scope))
             names = [str(bases[kind]) for kind in case.kinds]
             results = launch(
-                case.world_size, "loaded_logits", config, names, overrides, str(folder), ranks_per_node=case.per_node
+                case.world_size,
+                loading.loaded_logits,
+                config,
+                names,
+                overrides,
+                str(folder),
+                ranks_per_node=case.per_node,
             )
             done[name] = Loaded(
                 {kind: load_file(folder / f"{kind}.safetensors")["logits"] for kind in case.kinds},
@@ -107,7 +113,9 @@ def stock(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> d
     found = {}
     for stored, (quant_type, double) in STORED.items():
         folder = tmp_path_factory.mktemp(f"stock-{stored}")
-        (facts,) = launch(1, "stock_logits", [str(bases[kind]) for kind in KINDS], quant_type, double, str(folder))
+        (facts,) = launch(
+            1, loading.stock_logits, [str(bases[kind]) for kind in KINDS], quant_type, double, str(folder)
+        )
         found[stored] = Loaded(
             {kind: load_file(folder / f"{kind}.safetensors")["logits"] for kind in KINDS},
             {kind: [fact] for kind, fact in zip(KINDS, facts, strict=True)},
@@ -131,7 +139,7 @@ def test_packed_bytes_and_scales_are_those_of_quantizing_the_whole_tensor(
     given += [make_base(tmp_path / str(dtype), "ragged", dtype) for dtype in (torch.float16, torch.float32)]
     quants = QUANTS[:2] if per_node else QUANTS
     results = launch(
-        world_size, "quantized_bytes", config, [str(base) for base in given], quants, ranks_per_node=per_node
+        world_size, loading.quantized_bytes, config, [str(base) for base in given], quants, ranks_per_node=per_node
     )
     for result in results:
         assert result["differing"] == []
@@ -189,8 +197,8 @@ def test_a_base_that_came_quantized_gives_the_logits_of_transformers_own_load(
     for side in ("ours", "stock"):
         (tmp_path / side).mkdir()
     config = dump_config(workshop.config("load", f"quant.type={quant_type}", f"quant.double={str(double).lower()}"))
-    results = launch(world_size, "loaded_logits", config, names, [], str(tmp_path / "ours"))
-    launch(1, "stock_logits", names, "none", False, str(tmp_path / "stock"))
+    results = launch(world_size, loading.loaded_logits, config, names, [], str(tmp_path / "ours"))
+    launch(1, loading.stock_logits, names, "none", False, str(tmp_path / "stock"))
     for index, kind in enumerate(kinds):
         ours, expected = (load_file(tmp_path / side / f"{kind}.safetensors")["logits"] for side in ("ours", "stock"))
         assert torch.equal(ours, expected), f"{kind}: largest difference {float((ours - expected).abs().max())}"
@@ -206,7 +214,7 @@ def test_inside_a_node_each_node_reads_and_keeps_a_whole_base(load: Callable[[st
 
 def test_a_rank_that_cannot_read_stops_all_with_its_own_sentence(workshop: Workshop) -> None:
     config = dump_config(workshop.config("load", "quant.double=true"))
-    results = launch(3, "load_that_fails_on", 1, config, 20)
+    results = launch(3, loading.load_that_fails_on, 1, config, 20)
     for result in results:
         assert result["outcome"] == "StorageError"
         assert result["exit_code"] == 6
@@ -226,7 +234,7 @@ def test_a_base_in_a_bucket_is_read_by_ranges_and_gives_the_same_logits(
     for path in bases["llama"].iterdir():
         bucket.put(path.name, path.read_bytes())
     config = dump_config(workshop.config("load"))
-    results = launch(2, "loaded_logits", config, [uri], [], str(tmp_path), extra_environment=environment)
+    results = launch(2, loading.loaded_logits, config, [uri], [], str(tmp_path), extra_environment=environment)
     facts = [rank[0] for rank in results]
     expected = load("2-ranks-nf4")
     assert torch.equal(load_file(tmp_path / "llama.safetensors")["logits"], expected.logits["llama"])

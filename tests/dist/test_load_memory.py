@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from tests.dist import memory
 from tests.dist.launch import launch
 from tests.material import Workshop, make_base
-from trainer.config import dump_config
 from trainer.base.reading import PIECE_BYTES, PIECES_IN_FLIGHT
+from trainer.config import dump_config
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +28,12 @@ def test_a_step_without_checkpointing_holds_no_gathered_weight_until_its_backwar
     policy["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
     (tmp_path / "policy.json").write_text(json.dumps(policy))
     config = workshop.config(
-        "step", f"model.base={base}", f"sharding.deepspeed={tmp_path}/policy.json", "train.activation_checkpointing=false"
+        "step",
+        f"model.base={base}",
+        f"sharding.deepspeed={tmp_path}/policy.json",
+        "train.activation_checkpointing=false",
     )
-    for result in launch(2, "step_memory", dump_config(config)):
+    for result in launch(2, memory.step_memory, dump_config(config)):
         assert result["kept"] > 0.8 * result["packed"]
         assert result["released"] < result["kept"] - 0.7 * result["packed"]
 
@@ -38,7 +42,7 @@ def test_a_step_without_checkpointing_holds_no_gathered_weight_until_its_backwar
 def test_the_peak_is_the_share_and_the_pieces_in_flight(workshop: Workshop, base: Path, world_size: int) -> None:
     config = dump_config(workshop.config("load", f"model.base={base}"))
     files = sum(path.stat().st_size for path in base.glob("*.safetensors"))
-    results = launch(world_size, "load_memory", config)
+    results = launch(world_size, memory.load_memory, config)
     assert sum(result["read_bytes"] for result in results) <= 1.1 * files
     for result in results:
         assert result["grown_bytes"] <= 1.3 * result["kept_bytes"] + 2 * PIECE_BYTES * PIECES_IN_FLIGHT

@@ -7,17 +7,18 @@ from datetime import timedelta
 
 import pytest
 
+from tests.dist import runs
 from tests.dist.launch import launch
 from trainer.errors import CapstanError
 from trainer.ranks import join
 
 
 def test_ranks_that_all_come_are_together() -> None:
-    assert launch(3, "meet", 30, []) == ["3 together"] * 3
+    assert launch(3, runs.meet, 30, []) == ["3 together"] * 3
 
 
 def test_a_rank_that_never_comes_is_named_within_the_limit() -> None:
-    said = launch(3, "meet", 2, [1])
+    said = launch(3, runs.meet, 2, [1])
     expected = "2 of 3 ranks came together within 2 s (timeouts.meet); missing: 1."
     assert [text.startswith(expected) for text in said] == [True, False, True]
 

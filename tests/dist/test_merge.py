@@ -13,13 +13,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launcher.smoke.local_s3 import S3Server
+from tests.dist import memory, proofs
 from tests.dist.launch import launch
 from tests.material import Workshop, commit, make_base, quantize_base
+from trainer.base.reading import PIECE_BYTES, PIECES_IN_FLIGHT
 from trainer.errors import ConfigError, NothingToResume
 from trainer.export.adapter import export_adapter
 from trainer.export.merged import export_merged
 from trainer.export.proof import Proof
-from trainer.base.reading import PIECE_BYTES, PIECES_IN_FLIGHT
 from trainer.safetensors_index import INDEX_FILE, read_index
 from trainer.store import PART_BYTES, Store, open_store
 
@@ -98,10 +99,14 @@ def test_a_matrix_of_several_pieces_is_merged_row_by_row(workshop: Workshop, tmp
     export_merged(run, open_store(str(tmp_path / "merged")), report=lambda done, total: progress.append((done, total)))
 
     expected = merged_by_peft(run, base, tmp_path / "adapter").state_dict()
-    found = {name: value for file in (tmp_path / "merged").glob("*.safetensors") for name, value in load_file(file).items()}
+    found = {
+        name: value for file in (tmp_path / "merged").glob("*.safetensors") for name, value in load_file(file).items()
+    }
     assert found.keys() == expected.keys()
     for name, value in found.items():
-        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6)  # products of fewer rows may add in another order
+        torch.testing.assert_close(
+            value, expected[name], rtol=0, atol=1e-6
+        )  # products of fewer rows may add in another order
     assert progress == sorted(progress)
     assert set(progress[-1]) == {sum(path.stat().st_size for path in base.glob("*.safetensors"))}
     assert len(progress) > 3 * 6001 * 448 * 4 / 2**22
@@ -158,7 +163,9 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_written(workshop: W
     cut = committed(workshop, "cut", "model.layers=1")
     assert "the first 1 layers of its base only (model.layers)" in refusal(cut)
     packed = quantize_base(workshop.base, tmp_path / "4bit", bnb_4bit_quant_type="nf4")
-    assert "is stored in 4 bits, where no merged weight fits" in refusal(committed(workshop, "packed", f"model.base={packed}"))
+    assert "is stored in 4 bits, where no merged weight fits" in refusal(
+        committed(workshop, "packed", f"model.base={packed}")
+    )
     base = Path(shutil.copytree(workshop.base, tmp_path / "base"))
     other = committed(workshop, "other", f"model.base={base}")
     settings = json.loads((base / "config.json").read_text())
@@ -183,7 +190,7 @@ def test_the_proof_holds_for_what_was_merged_and_for_nothing_else(tmp_path: Path
     if cheat == "config.json":
         settings = json.loads((merged / "config.json").read_text())
         (merged / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 0.1}))
-    (proof,) = launch(1, "merge_proof", run.uri, 4, str(merged))
+    (proof,) = launch(1, proofs.merge_proof, run.uri, 4, str(merged))
     assert Proof(**proof).holds == (not cheat)
     assert proof["kl_allowed"] < 1e-4 * proof["kl_effect"]
     assert proof["rows"].endswith("as the run's compiled data is gone")
@@ -192,10 +199,15 @@ def test_the_proof_holds_for_what_was_merged_and_for_nothing_else(tmp_path: Path
 
 
 def test_the_peak_of_a_merge_is_a_few_pieces_and_parts(workshop: Workshop, tmp_path: Path) -> None:
-    sizes: dict[str, Any] = {"vocab_size": 70_000, "hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {
+        "vocab_size": 70_000,
+        "hidden_size": 1024,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 2,
+    }
     base = make_base(tmp_path / "base", shard_size="1GB", **sizes)
     run = committed(workshop, "heavy", f"model.base={base}")
-    (grown,) = launch(1, "merge_memory", run.uri, str(tmp_path / "merged"))
+    (grown,) = launch(1, memory.merge_memory, run.uri, str(tmp_path / "merged"))
     # Parts on their way out, and pieces: as read and, twice that size, in fp32.
     allowed = 6 * PART_BYTES + (PIECES_IN_FLIGHT + 1) * 3 * PIECE_BYTES
     assert grown <= allowed < 0.8 * (tmp_path / "merged/model.safetensors").stat().st_size

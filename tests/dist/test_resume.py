@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.dist import runs
 from tests.dist.launch import launch, running
 from tests.material import Workshop
-from trainer.run import layout
-from trainer.config import Config, dump_config
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import read_manifest
+from trainer.config import Config, dump_config
+from trainer.run import layout
 from trainer.store import Store
 
 TOLERANCE = 1e-3  # nats, at another world size
@@ -41,14 +42,14 @@ class Runs:
 
     def train(self, name: str, world_size: int, how: str = "start") -> dict[int, float]:
         """Start or resume the run and let it end: the losses in its folder by step."""
-        outcomes = launch(world_size, "run", *self.arguments(name), how)
+        outcomes = launch(world_size, runs.run, *self.arguments(name), how)
         assert {outcome["outcome"] for outcome in outcomes} == {"finished"}, outcomes
         return losses(self.folder(name))
 
     def kill_after_five(self, name: str, world_size: int) -> None:
         """Kill every rank with SIGKILL once step 5 is committed and more steps were taken."""
         folder = self.folder(name)
-        with running(world_size, "run", *self.arguments(name), "hold") as ranks:
+        with running(world_size, runs.run, *self.arguments(name), "hold") as ranks:
             ranks.wait_until(lambda: folder.exists(layout.manifest(5)))
             ranks.kill()
         assert committed_steps(folder) == [5, 1]
@@ -135,7 +136,9 @@ def test_three_ranks_that_do_not_divide_the_global_batch_have_the_losses_of_two(
     assert runs.train("three", 3) == pytest.approx(runs.train("two", 2), abs=1e-5)
 
 
-def test_dropout_and_optimizer_groups_are_resumed_bit_identically(dropping: Runs, uninterrupted: dict[int, float]) -> None:
+def test_dropout_and_optimizer_groups_are_resumed_bit_identically(
+    dropping: Runs, uninterrupted: dict[int, float]
+) -> None:
     whole = dropping.train("whole", 2)
     assert whole != pytest.approx(uninterrupted, abs=TOLERANCE), "dropout changes nothing, so this test shows nothing"
     dropping.kill_after_five("killed", 2)
@@ -147,7 +150,7 @@ def test_a_stop_request_ends_every_rank_with_a_commit_and_the_run_goes_on(
 ) -> None:
     folder = plain.folder("stopped")
     folder.put(layout.STOP, b"")
-    outcomes = launch(2, "run", *plain.arguments("stopped"))
+    outcomes = launch(2, runs.run, *plain.arguments("stopped"))
     assert [(o["outcome"], o["exit_code"]) for o in outcomes] == [("Stopped", 75)] * 2
     step = committed_steps(folder)[0]
     assert 0 <= step < 10
@@ -157,7 +160,7 @@ def test_a_stop_request_ends_every_rank_with_a_commit_and_the_run_goes_on(
 
 
 def test_a_signal_to_one_rank_stops_all_of_them_with_a_commit(plain: Runs, uninterrupted: dict[int, float]) -> None:
-    outcomes = launch(2, "run", *plain.arguments("signalled"), "terminate")
+    outcomes = launch(2, runs.run, *plain.arguments("signalled"), "terminate")
     assert [(o["outcome"], o["exit_code"]) for o in outcomes] == [("Stopped", 75)] * 2
     # The signal comes in step 3, after the ranks' exchange, so that all learn of it in step 4.
     assert committed_steps(plain.folder("signalled")) == [4, 1]
@@ -165,7 +168,7 @@ def test_a_signal_to_one_rank_stops_all_of_them_with_a_commit(plain: Runs, unint
 
 
 def test_resuming_without_a_commit_is_refused_on_every_rank(plain: Runs) -> None:
-    outcomes = launch(2, "run", *plain.arguments("nothing"), "resume")
+    outcomes = launch(2, runs.run, *plain.arguments("nothing"), "resume")
     assert [(o["outcome"], o["exit_code"]) for o in outcomes] == [("NothingToResume", 7)] * 2
 
 
@@ -180,7 +183,7 @@ def test_a_loss_that_is_not_finite_ends_every_rank_and_commits_nothing(workshop:
             tensors["model.norm.weight"][3] = float("inf")
             save_file(tensors, file, metadata={"format": "pt"})
     config = workshop.config("infinite", f"model.base={base}", "checkpoint.every_steps=1")
-    outcomes = launch(2, "run", dump_config(config), workshop.prepare(config).train)
+    outcomes = launch(2, runs.run, dump_config(config), workshop.prepare(config).train)
     assert [(o["outcome"], o["exit_code"]) for o in outcomes] == [("NonFiniteLoss", 5)] * 2
     assert "the loss of step 1 is nan" in outcomes[0]["message"]
     assert workshop.store.sub("infinite").list(layout.CHECKPOINTS) == []
@@ -194,7 +197,7 @@ def samples(run: Store, generation: int) -> dict[int, str]:
 def test_the_window_of_a_loss_that_is_not_finite_is_left_out_by_the_next_start(workshop: Workshop) -> None:
     def start(name: str, how: str, *overrides: str) -> set[str]:
         config = workshop.config(name, *overrides)
-        outcomes = launch(2, "run", dump_config(config), workshop.prepare(config).train, how)
+        outcomes = launch(2, runs.run, dump_config(config), workshop.prepare(config).train, how)
         return {outcome["outcome"] for outcome in outcomes}
 
     assert start("poisoned", "poison") == {"NonFiniteLoss"}

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 
 from launcher.view.status import read_generation
+from tests.dist import faults, runs
 from tests.dist.launch import launch
 from tests.material import Workshop, make_data
-from trainer.config import dump_config
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import read_manifest
+from trainer.config import dump_config
 
 
 def kinds(result: dict[str, Any]) -> list[tuple[str, int]]:
@@ -18,7 +19,7 @@ def kinds(result: dict[str, Any]) -> list[tuple[str, int]]:
 
 
 def test_a_save_that_is_due_too_early_is_skipped_and_counted_but_not_one_that_must_be(tmp_path: Path) -> None:
-    (result,) = launch(1, "faults.saves_while_one_is_under_way", str(tmp_path), "skip")
+    (result,) = launch(1, faults.saves_while_one_is_under_way, str(tmp_path), "skip")
     assert result["held"]
     assert kinds(result) == [("save_skipped", 2), ("commit", 1), ("commit", 3)]
     assert result["events"][0]["skipped"] == 1
@@ -26,7 +27,7 @@ def test_a_save_that_is_due_too_early_is_skipped_and_counted_but_not_one_that_mu
 
 
 def test_a_save_that_is_due_too_early_waits_and_its_stall_is_told(tmp_path: Path) -> None:
-    (result,) = launch(1, "faults.saves_while_one_is_under_way", str(tmp_path), "wait")
+    (result,) = launch(1, faults.saves_while_one_is_under_way, str(tmp_path), "wait")
     assert result["held"]
     assert kinds(result) == [("commit", 1), ("commit", 2), ("commit", 3)]
     stalls = [event["stall_seconds"] for event in result["events"]]
@@ -35,7 +36,7 @@ def test_a_save_that_is_due_too_early_waits_and_its_stall_is_told(tmp_path: Path
 
 @pytest.mark.parametrize(("allowed", "ends_at"), [(0, 1), (2, 6)])
 def test_saves_may_fail_so_often_in_a_row_and_no_more(tmp_path: Path, allowed: int, ends_at: int) -> None:
-    results = launch(2, "faults.saves_on_a_failing_store", str(tmp_path), allowed)
+    results = launch(2, faults.saves_on_a_failing_store, str(tmp_path), allowed)
     for result in results:
         assert result["ended"]["step"] == ends_at
         assert (result["ended"]["outcome"], result["ended"]["exit_code"]) == ("StorageError", 6)
@@ -46,12 +47,12 @@ def test_saves_may_fail_so_often_in_a_row_and_no_more(tmp_path: Path, allowed: i
 
 
 def test_a_removal_that_fails_is_told_and_the_save_is_good(tmp_path: Path) -> None:
-    (events,) = launch(1, "faults.a_removal_that_fails", str(tmp_path))
+    (events,) = launch(1, faults.a_removal_that_fails, str(tmp_path))
     assert events == ["commit", "prune_failed checkpoints/step-000000001/manifest.json is held."]
 
 
 def test_the_best_by_evaluation_loss_outlives_newer_ones(tmp_path: Path) -> None:
-    assert launch(1, "faults.saves_with_losses", str(tmp_path), [0.9, 0.5, 0.7, None, 0.6]) == [[5, 2]]
+    assert launch(1, faults.saves_with_losses, str(tmp_path), [0.9, 0.5, 0.7, None, 0.6]) == [[5, 2]]
 
 
 def test_each_evaluation_is_committed_with_its_loss_when_the_best_are_kept(workshop: Workshop, tmp_path: Path) -> None:
@@ -65,7 +66,7 @@ def test_each_evaluation_is_committed_with_its_loss_when_the_best_are_kept(works
         "checkpoint.keep_best=1",
     )
     datasets = workshop.prepare(config)
-    (outcome,) = launch(1, "run", dump_config(config), datasets.train, "start", datasets.eval)
+    (outcome,) = launch(1, runs.run, dump_config(config), datasets.train, "start", datasets.eval)
     assert outcome["outcome"] == "finished", outcome
     run = workshop.store.sub("best")
     assert committed_steps(run) == [5, 4, 2, 1]

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from launcher.view.status import read_generation
+from tests.dist import seams
 from tests.dist.launch import launch
 from tests.dist.seams import TOYS
 from tests.material import Workshop
@@ -39,7 +40,7 @@ def train(workshop: Workshop, config: Config, ranks: int, how: str = "start", ob
     """The losses of this start's steps."""
     run = workshop.store.sub(config.run.name)
     run.put(layout.CONFIG, dump_config(config).encode())  # as the launcher does before any rank starts
-    launch(ranks, "seams.train_with_toys", dump_config(config), workshop.prepare(config).train, how, objective)
+    launch(ranks, seams.train_with_toys, dump_config(config), workshop.prepare(config).train, how, objective)
     records = read_generation(run, 1 if how == "start" else 2)
     return [record["loss"] for record in records["step"]]
 
@@ -74,8 +75,10 @@ def test_a_method_that_trains_the_base_refuses_a_copy_of_it_on_every_node(worksh
     config = biases("any", 3, workshop)
     architecture = resolve_base(config.model).architecture
     assert tuning_mismatches(config, architecture) == []
-    (sentence,) = tuning_mismatches(workshop.config("any", "tuning.method=biases", "sharding.scope=node",
-        "tuning.rank=16", "tuning.alpha=32"), architecture)
+    (sentence,) = tuning_mismatches(
+        workshop.config("any", "tuning.method=biases", "sharding.scope=node", "tuning.rank=16", "tuning.alpha=32"),
+        architecture,
+    )
     assert sentence.startswith("sharding.scope: node keeps a copy of the base on every node")
 
 

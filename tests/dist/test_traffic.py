@@ -1,5 +1,6 @@
 """Where the base is sharded inside nodes, no frozen weight crosses between them, and what crosses is what `plan` says."""
 
+from tests.dist import traffic
 from tests.dist.launch import launch
 from tests.material import Workshop
 from trainer.base.locate import resolve_base
@@ -10,7 +11,7 @@ from trainer.plan import make_plan
 def test_only_what_the_adapters_need_crosses_between_nodes(workshop: Workshop) -> None:
     config = workshop.config("traffic", "sharding.scope=node", "train.global_batch=8")
     datasets = workshop.prepare(config)
-    results = launch(4, "step_traffic", dump_config(config), datasets.train, ranks_per_node=2)
+    results = launch(4, traffic.step_traffic, dump_config(config), datasets.train, ranks_per_node=2)
     planned = make_plan(config, resolve_base(config.model).description, 4, 2, None).traffic_per_step
     for rank, received in enumerate(results):
         node = rank // 2
@@ -18,7 +19,9 @@ def test_only_what_the_adapters_need_crosses_between_nodes(workshop: Workshop) -
         inside, across = received["inside"], received["across"]
         assert set(across) == {"torch.float32", "torch.bfloat16", "torch.float64"}  # no packed weight
         assert across["torch.float32"] == planned.adapter_gradients
-        assert 0 < across["torch.bfloat16"] <= planned.adapter_gathers  # what is still there from the forward is not gathered again
+        assert (
+            0 < across["torch.bfloat16"] <= planned.adapter_gathers
+        )  # what is still there from the forward is not gathered again
         assert across["torch.float64"] < 1000  # the numbers that the loop agrees on
         assert sum(across.values()) * 2 / 3 <= planned.from_other_nodes  # two of a rank's three peers
         assert 0 < sum(inside.values()) <= planned.base_gathers

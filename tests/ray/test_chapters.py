@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from launcher.view.status import read_status
+from tests.dist import runs
 from tests.dist.launch import launch
 from tests.material import Workshop, make_data
 from tests.ray.cluster import Driver, losses, steps, write
@@ -37,7 +38,7 @@ def ahead(workshop: Workshop, folder: Path, data: Path) -> tuple[Store, int]:
     )
     store = open_store(config.run.store)
     datasets = prepare(config, resolve_base(config.model), store)
-    launch(2, "run", dump_config(config), datasets.train)
+    launch(2, runs.run, dump_config(config), datasets.train)
     first = open_chapter(store, datasets.train, 0)
     assert first.manifest.chapters > 2
     plan = EpochPlan(first.offsets, first.blocks, first.block_sources, train_order(config), epoch=0)

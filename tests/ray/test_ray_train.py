@@ -11,6 +11,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from launcher.policy.retry import RankDied
 from launcher.ray.train import _original
 from launcher.view.status import read_generation, read_status
+from tests.dist import runs
 from tests.dist.launch import launch
 from tests.material import Workshop
 from tests.ray.cluster import Driver, alive, losses, ray_cluster, steps, write
@@ -78,7 +79,7 @@ def test_a_run_stops_in_every_phase_and_goes_on_where_it_was(workshop: Workshop,
     with resumed() as driver:
         assert driver.end() == 0, driver.log.read_text()
     undisturbed = workshop.config("not-stopped", *settings)
-    launch(2, "run", dump_config(undisturbed), workshop.prepare(undisturbed).train)
+    launch(2, runs.run, dump_config(undisturbed), workshop.prepare(undisturbed).train)
     expected = workshop.store.sub("not-stopped")
     assert losses(run, 1, 2, 3, 4) == losses(expected, 1)
     assert [step["samples"] for step in steps(run, 1, 2, 3, 4).values()] == [

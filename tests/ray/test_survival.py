@@ -10,6 +10,7 @@ from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
 
 from launcher.view.logs import read_driver_log, read_log
 from launcher.view.status import read_generation, read_status
+from tests.dist import runs
 from tests.dist.launch import launch
 from tests.material import Workshop
 from tests.ray.cluster import Driver, add_machine, alive, ray_cluster, steps, write
@@ -31,7 +32,7 @@ SETTINGS = (
 def undisturbed(workshop: Workshop) -> Store:
     """The same run by two ranks of a process group, without Ray."""
     config = workshop.config("undisturbed", f"train.steps={STEPS}")
-    outcomes = launch(2, "run", dump_config(config), workshop.prepare(config).train)
+    outcomes = launch(2, runs.run, dump_config(config), workshop.prepare(config).train)
     assert {outcome["outcome"] for outcome in outcomes} == {"finished"}
     return workshop.store.sub("undisturbed")
 

@@ -1,0 +1,111 @@
+"""A rank put together piece by piece, for what lies between two steps."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.base.load import DTYPES, LoadReport
+from trainer.base.locate import resolve_base
+from trainer.checkpoint.checkpoints import Checkpoints
+from trainer.checkpoint.identity import Identity
+from trainer.config import Config
+from trainer.data.chapters import Chapters, open_chapters
+from trainer.data.stream import Stream, train_stream
+from trainer.model.attention import Attention, choose_attention
+from trainer.objective.sft import NextTokens
+from trainer.plan import choose_scope
+from trainer.ranks import Ranks, join
+from trainer.run.metrics import Metrics
+from trainer.run.requests import StopSignal
+from trainer.store import Store, open_store
+from trainer.train.assemble import assemble
+from trainer.train.loop import Training
+from trainer.tuning.method import find_method
+from trainer.zero.engine import Engine
+from trainer.zero.policy import build_deepspeed_config
+
+STATES = ("master", "exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Assembled:
+    config: Config
+    ranks: Ranks
+    engine: Engine
+    stream: Stream
+    attention: Attention
+    report: LoadReport
+    run: Store
+    log: list[str]
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    def checkpoints(self, generation: int = 1, base: str = "ours") -> Checkpoints:
+        identity = Identity("data", {"fingerprint": base}, find_method(self.config.tuning).identity)
+        rules = self.config.checkpoint
+        return Checkpoints(self.run, self.ranks, generation, identity, rules, {"capstan-llm": "0"}, self.note)
+
+    def note(self, kind: str, **values: Any) -> None:
+        self.events.append({"kind": kind, **values})
+
+    def training(self, generation: int = 1) -> Training:
+        metrics = Metrics(self.run, 1, writes=False, flush_seconds=60, tensorboard=False)
+        stop = StopSignal(self.run, watches=False, seconds=60)
+        total = self.config.train.steps
+        assert total
+        return Training(
+            self.config,
+            self.ranks,
+            self.engine,
+            NextTokens(),
+            self.stream,
+            None,
+            self.checkpoints(generation),
+            metrics,
+            stop,
+            total,
+        )
+
+    def states(self) -> dict[str, Tensor]:
+        """This rank's intervals of what learns: `name|state|begin` -> values."""
+        return {
+            f"{part.name}|{key}|{part.begin}": part.states[key].clone()
+            for part in self.engine.partitions()
+            for key in STATES
+        }
+
+    def set_masters(self) -> None:
+        """Adapters that are not zero, the same whatever the ranks: with B = 0 the gradient of A would be 0."""
+        for part in self.engine.partitions():
+            part.states["master"].copy_(adapter_value(part.name, part.shape).view(-1)[part.begin : part.end])
+        self.engine.refresh(0)
+
+
+def adapter_value(name: str, shape: tuple[int, ...]) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(name.encode()))
+    # Values that bf16 holds exactly, so that masters and 16-bit weights agree.
+    return (0.1 * torch.randn(shape, generator=generator)).bfloat16().float()
+
+
+def chapters_of(config: Config, fingerprint: str) -> Chapters:
+    store = open_store(config.run.store)
+    return open_chapters(store, fingerprint, store.sub(config.run.name))
+
+
+def assemble_run(config: Config, fingerprint: str | None = None) -> Assembled:
+    ranks = join()
+    torch.set_num_threads(1)
+    store = open_store(config.run.store)
+    stream: Any = None
+    accumulation = 1
+    if fingerprint:
+        stream = train_stream(config, chapters_of(config, fingerprint), ranks.rank, ranks.world_size)
+        accumulation = stream.accumulation
+    settings = build_deepspeed_config(config, ranks.world_size, accumulation, on_gpu=False)
+    base = resolve_base(config.model)
+    attention = choose_attention(config.model.attention, ranks.device, DTYPES[config.model.dtype], base.architecture)
+    log: list[str] = []
+    scope = choose_scope(config, base.architecture, ranks.world_size, ranks.ranks_per_node, None)
+    engine, report = assemble(base, config, settings, ranks, attention, scope, NextTokens(), log.append)
+    return Assembled(config, ranks, engine, stream, attention, report, store.sub(config.run.name), log)

@@ -1,0 +1,48 @@
+"""DeepSpeed's private names, looked at from the public side."""
+
+from typing import Any
+
+import deepspeed
+import torch
+
+from tests.dist.assembled import STATES, assemble_run
+from trainer.config import parse_config
+from trainer.data.stream import Position
+from trainer.train.loop import train
+
+
+def engine_internals(config_text: str, fingerprint: str) -> dict[str, Any]:
+    """What trainer/zero/engine.py takes from DeepSpeed, looked at from the public side."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    here = assemble_run(parse_config(config_text), fingerprint)
+    here.set_masters()
+    record = next(train(here.training(), 0, Position()))
+    wrapped: Any = here.engine._engine
+    zero = wrapped.optimizer
+    wrong = []
+    parts = {part.name: part for part in here.engine.partitions()}
+    for name, parameter in here.engine.model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part = parts.pop(name)
+        public = {"master": safe_get_full_fp32_param(parameter)}
+        public |= {key: safe_get_full_optimizer_state(parameter, key) for key in STATES[1:]}
+        for key, whole in public.items():
+            assert whole is not None
+            if not torch.equal(whole.reshape(-1)[part.begin : part.end], part.states[key]):
+                wrong.append(f"{name} {key}")
+    frozen: list[Any] = [p for p in here.engine.model.parameters() if not p.requires_grad]
+    return {
+        "wrong": wrong,
+        "left_over": list(parts),
+        "intervals": {part.name: [part.begin, part.end, *part.shape] for part in here.engine.partitions()},
+        "updates": here.engine.updates,
+        "grad_norm": record["grad_norm"],
+        "compiled": deepspeed.comm.comm.cdb.shm_comm_op is not None,
+        "persistent": len(zero.persistent_parameters),
+        "whole_after_step": [p.ds_shape for p in frozen if p.ds_status.name == "AVAILABLE" and not p.ds_persist],
+        "partitioned": sum(not p.ds_persist for p in frozen),
+        "held": sum(p.ds_tensor.numel() for p in frozen if not p.ds_persist),
+        "numel": sum(p.ds_numel for p in frozen if not p.ds_persist),
+    }

@@ -1,0 +1,82 @@
+"""The first step's gradients, ours and by PyTorch alone."""
+
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import torch
+from deepspeed.utils import safe_get_full_grad
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tests.dist.assembled import adapter_value, assemble_run, chapters_of
+from trainer.base.load import DTYPES
+from trainer.config import parse_config
+from trainer.data.stream import Position, train_stream
+from trainer.train.loop import train
+
+
+def first_step(config_text: str, fingerprint: str, destination: str) -> dict[str, Any]:
+    """One step of the loop from `adapter_value`; rank 0 writes the gradients that the optimizer got. -> the record."""
+    here = assemble_run(parse_config(config_text), fingerprint)
+    here.set_masters()
+    gradients: dict[str, Tensor] = {}
+    step = here.engine.step
+
+    def observed(lr: float) -> float:
+        for name, parameter in here.engine.model.named_parameters():
+            if parameter.requires_grad:
+                gradient = safe_get_full_grad(parameter)
+                assert gradient is not None
+                gradients[name] = gradient.float().clone()
+        return step(lr)
+
+    here.engine.step = observed  # type: ignore[method-assign]
+    record = next(train(here.training(), 0, Position()))
+    if here.ranks.rank == 0:
+        save_file(gradients, destination)
+    return {
+        "loss": record["loss"],
+        "grad_norm": record["grad_norm"],
+        "targets": record["targets"],
+        "accumulation": here.stream.accumulation,
+    }
+
+
+def plain_first_step(config_text: str, fingerprint: str, destination: str) -> dict[str, Any]:
+    """The same by transformers and PEFT alone: one process, each document by itself, one mean over all targets."""
+    from peft import inject_adapter_in_model
+    from transformers import AutoModelForCausalLM
+
+    from trainer.tuning.lora import METHODS
+
+    config = parse_config(config_text)
+    dtype = DTYPES[config.model.dtype]
+    torch.set_num_threads(1)
+    model: Any = AutoModelForCausalLM.from_pretrained(config.model.base, dtype=dtype, attn_implementation="eager")
+    model.requires_grad_(False)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.weight.data = bnb.dequantize_4bit(*bnb.quantize_4bit(module.weight.data, quant_type="nf4")).to(dtype)
+    inject_adapter_in_model(METHODS[config.tuning.method](config.tuning).peft_config("all-linear"), model)
+    adapters = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+    for name, parameter in adapters.items():
+        parameter.data = adapter_value(name, tuple(parameter.shape)).to(dtype)
+    stream = train_stream(config, chapters_of(config, fingerprint), rank=0, world_size=1)
+    batches = [batch.to(torch.device("cpu")) for batch in stream.step(Position())]
+    targets = sum(batch.targets for batch in batches)
+    nats = 0.0
+    for batch in batches:
+        borders = batch.cu_seqlens.tolist()
+        for begin, end in zip(borders, borders[1:], strict=False):
+            labels = batch.labels[0, begin:end]
+            if (labels == -100).all():
+                continue
+            logits = model(input_ids=batch.input_ids[:, begin:end]).logits[0].float()
+            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / targets
+            loss.backward()
+            nats += float(loss.detach())
+    gradients = {name: parameter.grad.float() for name, parameter in adapters.items()}
+    save_file(gradients, destination)
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    rows = [batch.targets for batch in batches]
+    return {"loss": nats, "grad_norm": float(norm), "targets": targets, "row_targets": rows}

@@ -1,0 +1,165 @@
+"""What the loader makes of a base, beside what transformers and bitsandbytes make of it."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import deepspeed
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tests import material
+from tests.dist.assembled import assemble_run
+from tests.dist.runs import outcome_of
+from trainer.base.description import describe
+from trainer.base.filling import as_tensor
+from trainer.base.load import load_model
+from trainer.base.locate import resolve_base
+from trainer.config import Config, override, parse_config
+from trainer.errors import StorageError
+from trainer.model.attention import Attention, choose_attention
+from trainer.model.nf4 import FrozenLinear4bit
+from trainer.ranks import join
+from trainer.safetensors_index import numel
+from trainer.store import Store
+from trainer.train.assemble import checksums
+from trainer.zero.policy import build_deepspeed_config
+
+
+def quantized_bytes(config_text: str, bases: list[str], quants: list[list[str]]) -> dict[str, Any]:
+    """Load every base with every quantization; names what differs from bitsandbytes quantizing the whole tensor."""
+    ranks = join()
+    torch.set_num_threads(1)
+    differing, compared = [], 0
+    for base in bases:
+        for overrides in quants:
+            config = override(parse_config(config_text), f"model.base={base}", *overrides)
+            settings = build_deepspeed_config(config, ranks.world_size, 1, on_gpu=False)
+            found = resolve_base(config.model)
+            model, _ = load_model(found, config, settings, ranks, Attention("sdpa", ""), "world")
+            for name, module in model.named_modules():
+                if isinstance(module, FrozenLinear4bit):
+                    source = found.tensors[f"{name.removesuffix('.base_layer')}.weight"]
+                    whole = as_tensor(source.read(0, numel(source)), source).view(source.shape).bfloat16()
+                    problems = _differences(module, whole, config)
+                    compared += 1
+                    differing += [f"{Path(base).name} {' '.join(overrides)} {name}: {problem}" for problem in problems]
+    return {"compared": compared, "differing": differing}
+
+
+def _differences(module: FrozenLinear4bit, whole: Tensor, config: Config) -> list[str]:
+    quant = config.quant
+    packed, state = bnb.quantize_4bit(
+        whole, blocksize=quant.block_size, quant_type=quant.type, compress_statistics=quant.double
+    )
+    with deepspeed.zero.GatheredParameters(list(module.parameters(recurse=False))):
+        ours: dict[str, Any] = {"weight": module.weight.data, "dequantized": module.dequantize()}
+        theirs: dict[str, Any] = {"weight": packed.view(-1), "dequantized": bnb.dequantize_4bit(packed, state)}
+        if quant.double:
+            ours |= {"absmax": module.absmax.data, "nested": module.nested_absmax.data.view(torch.float32)}
+            ours |= {"mean": module.absmax_mean[0]}
+            assert state.state2 is not None
+            theirs |= {"absmax": state.absmax, "nested": state.state2.absmax, "mean": state.offset}
+        else:
+            ours |= {"absmax": module.absmax.data.view(torch.float32)}
+            theirs |= {"absmax": state.absmax}
+        return [
+            f"{key}: {tuple(ours[key].shape)} and {tuple(theirs[key].shape)}, "
+            f"{int((ours[key] != theirs[key]).sum()) if ours[key].shape == theirs[key].shape else 'all'} differ"
+            for key in ours
+            if ours[key].dtype != theirs[key].dtype or not torch.equal(ours[key], theirs[key])
+        ]
+
+
+def loaded_logits(config_text: str, bases: list[str], overrides: list[str], destination: str) -> list[dict[str, Any]]:
+    """Through loader and engine: rank 0 writes each base's logits as `<base's name>.safetensors` under `destination`."""
+    facts = []
+    for base in bases:
+        config = override(parse_config(config_text), f"model.base={base}", *overrides)
+        here = assemble_run(config)
+        logits = here.engine.logits(_probe())
+        if here.ranks.rank == 0:
+            save_file({"logits": logits.contiguous()}, f"{destination}/{Path(base).name}.safetensors")
+        model = here.engine.model
+        facts.append(
+            {
+                "packed": len(checksums(model)),
+                "read_bytes": here.report.read_bytes,
+                "kept_bytes": here.report.kept_bytes,
+                "buffers": {
+                    name: [str(buffer.dtype), buffer.double().sum().item()] for name, buffer in model.named_buffers()
+                },
+                "digest": logits.double().sum().item(),
+                "log": here.log,
+            }
+        )
+    return facts
+
+
+def load_that_fails_on(rank: int, config_text: str, reads: int) -> dict[str, Any]:
+    """Load the base; `rank` alone cannot read any more after so many reads. -> how the load ended on this rank."""
+    config = parse_config(config_text)
+    plain, done = Store.get_range, []
+
+    def get_range(self: Store, key: str, start: int, end: int) -> bytearray:
+        done.append(key)
+        if os.environ["RANK"] == str(rank) and key.endswith(".safetensors") and len(done) > reads:
+            raise StorageError(f"cannot read {key}: the test took it away.")
+        return plain(self, key, start, end)
+
+    Store.get_range = get_range
+    return outcome_of(lambda: assemble_run(config))
+
+
+def stock_logits(bases: list[str], quant_type: str, double: bool, destination: str) -> list[dict[str, Any]]:
+    """The same through transformers and bitsandbytes alone, as one process."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    torch.set_num_threads(1)
+    facts = []
+    for base in bases:
+        quantization: dict[str, Any] = {}  # with None given, transformers forgets that a base came quantized
+        if quant_type != "none":
+            quantization["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=quant_type,
+                bnb_4bit_use_double_quant=double,
+                bnb_4bit_compute_dtype=torch.bfloat16,
+            )
+        needs = describe(json.loads(Path(base, "config.json").read_text())).architecture
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            base,
+            dtype=torch.bfloat16,
+            **quantization,
+            attn_implementation=choose_attention("auto", torch.device("cpu"), torch.bfloat16, needs).name,
+            experts_implementation="eager",
+        )
+        if quantization:
+            _quantize_experts(model, quant_type, double)
+        # Some CPUs have a fused 4-bit product that rounds differently; bitsandbytes does not use it in training mode.
+        model.train()
+        with torch.no_grad():
+            logits = model(input_ids=_probe(), use_cache=False).logits
+        save_file({"logits": logits.contiguous()}, f"{destination}/{Path(base).name}.safetensors")
+        buffers = {n: [str(b.dtype), b.double().sum().item()] for n, b in model.named_buffers() if "rotary" in n}
+        facts.append({"buffers": buffers})
+    return facts
+
+
+def _quantize_experts(model: Any, quant_type: str, double: bool) -> None:
+    """bitsandbytes on each matrix of a mixture of experts, which transformers leaves in 16 bits."""
+    for parameter in model.parameters():
+        if parameter.ndim == 3:
+            for matrix in parameter.data:
+                packed, state = bnb.quantize_4bit(
+                    matrix, blocksize=64, quant_type=quant_type, compress_statistics=double
+                )
+                matrix.copy_(bnb.dequantize_4bit(packed, state))
+
+
+def _probe() -> Tensor:
+    """One row that is longer than the sliding windows, (1, 48)."""
+    return torch.arange(48).mul(37).remainder(material.SIZES["vocab_size"])[None]

@@ -1,0 +1,93 @@
+"""Whole runs, through the one function that every launcher calls, and what goes wrong on their way."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from torch import Tensor
+
+from trainer.config import parse_config
+from trainer.data.prepare import Datasets
+from trainer.data.stream import Position
+from trainer.errors import CapstanError
+from trainer.rank import run_rank
+from trainer.ranks import join
+from trainer.run import layout
+from trainer.store import Store, open_store
+from trainer.zero.engine import Engine
+
+
+def run(config_text: str, fingerprint: str, how: str = "start", eval_fingerprint: str | None = None) -> dict[str, Any]:
+    """`run_rank`, and how it ended. `how`: start, resume, or something that goes wrong on the way.
+
+    hold: after the commit of step 5 showed up, no rank finishes another step.
+    terminate: rank 1 alone gets SIGTERM in its third step.
+    poison: the loss of bin 26 of the first epoch, which is in step 7, is not a number.
+    stuck: rank 1 never comes out of its third step. freeze: rank 0 gets SIGSTOP in its third step.
+    """
+    config = parse_config(config_text)
+    if how == "hold":
+        _hold_after(open_store(config.run.store).sub(config.run.name), step=5)
+    if how == "terminate" and os.environ["RANK"] == "1":
+        _in_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    if how == "poison":
+        _poison(26)
+    if how == "stuck" and os.environ["RANK"] == "1":
+        _in_step(3, lambda: threading.Event().wait())
+    if how == "freeze" and os.environ["RANK"] == "0":
+        _in_step(3, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    datasets = Datasets(fingerprint, eval_fingerprint) if os.environ["RANK"] == "0" else None
+    return outcome_of(lambda: run_rank(config, datasets, resume=how == "resume"))
+
+
+def meet(seconds: float, absent: list[int]) -> str:
+    """What a rank says that joins the others within `seconds`, where the `absent` never come."""
+    if int(os.environ["RANK"]) in absent:
+        return "absent"
+    try:
+        return f"{join(meeting=timedelta(seconds=seconds)).world_size} together"
+    except CapstanError as error:
+        return str(error)
+
+
+def outcome_of(action: Any) -> dict[str, Any]:
+    try:
+        action()
+    except CapstanError as error:
+        return {"outcome": type(error).__name__, "exit_code": error.exit_code, "message": str(error)}
+    return {"outcome": "finished", "exit_code": 0, "message": ""}
+
+
+def _hold_after(run: Store, step: int) -> None:
+    plain = Engine.step
+
+    def held(self: Engine, lr: float) -> float:
+        if run.exists(layout.manifest(step)):
+            threading.Event().wait()  # until SIGKILL
+        return plain(self, lr)
+
+    Engine.step = held
+
+
+def _in_step(number: int, strike: Callable[[], object]) -> None:
+    plain, steps = Engine.step, []
+
+    def struck(self: Engine, lr: float) -> float:
+        steps.append(lr)
+        if len(steps) == number:
+            strike()
+        return plain(self, lr)
+
+    Engine.step = struck
+
+
+def _poison(number: int) -> None:
+    plain = Engine.loss
+
+    def poisoned(self: Engine, row: Any) -> Tensor:
+        return plain(self, row) * (float("nan") if Position(0, 0, number) in row.bins else 1.0)
+
+    Engine.loss = poisoned

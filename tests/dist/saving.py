@@ -1,0 +1,74 @@
+"""Ranks that save and restore."""
+
+from typing import Any
+
+import deepspeed
+import torch
+from safetensors.torch import save_file
+
+from tests.dist.assembled import assemble_run
+from tests.dist.runs import outcome_of
+from trainer.config import parse_config
+from trainer.data.stream import Position
+from trainer.train.loop import train
+
+
+def train_and_save(config_text: str, fingerprint: str, saves: list[int], destination: str) -> int:
+    """Train, save after each step of `saves`, the last being the end; writes this rank's states. -> AdamW's count."""
+    here = assemble_run(parse_config(config_text), fingerprint)
+    checkpoints = here.checkpoints()
+    for record in train(here.training(), 0, Position()):
+        if record["step"] in saves:
+            checkpoints.save(here.engine, record["step"], Position(0, 0, 4 * record["step"]).to_json())
+            checkpoints.finish()
+        if record["step"] == saves[-1]:
+            break
+    save_file(here.states(), f"{destination}/{here.ranks.rank}.safetensors")
+    return here.engine.updates
+
+
+def restore(config_text: str, fingerprint: str, destination: str, base: str = "ours") -> dict[str, Any]:
+    """Restore into a fresh engine; writes this rank's states. `half`: whether the 16-bit weights are the masters'."""
+    here = assemble_run(parse_config(config_text), fingerprint)
+    log: list[str] = []
+    manifest = None
+
+    def restored() -> None:
+        nonlocal manifest
+        manifest = here.checkpoints(base=base).restore(here.engine, required=True, log=log.append)
+
+    outcome = outcome_of(restored)
+    if manifest is None:
+        return {**outcome, "log": log}
+    save_file(here.states(), f"{destination}/{here.ranks.rank}.safetensors")
+    half = True
+    trainable = [(n, p) for n, p in here.engine.model.named_parameters() if p.requires_grad]
+    parts = {part.name: part for part in here.engine.partitions()}
+    with deepspeed.zero.GatheredParameters([parameter for _, parameter in trainable]):
+        for name, parameter in trainable:
+            part = parts[name]
+            mine = parameter.data.view(-1)[part.begin : part.end]
+            half &= torch.equal(mine, part.states["master"].to(parameter.dtype))
+    return {**outcome, "log": log, "step": manifest.step, "updates": here.engine.updates, "half": half}
+
+
+def restore_and_train(config_text: str, fingerprint: str, last: int) -> dict[str, Any]:
+    """Restore what there is, as a restarted rank does, and train past step `last`, the first that is new and so committed."""
+    here = assemble_run(parse_config(config_text), fingerprint)
+
+    def action() -> None:
+        training = here.training(generation=2)
+        manifest = training.checkpoints.restore(here.engine, required=False, log=print)
+        assert manifest is not None, "training started over"
+        for record in train(training, manifest.step, Position.from_json(manifest.position)):
+            if record["step"] > last:
+                break
+
+    return outcome_of(action)
+
+
+def save_as_generation(config_text: str, fingerprint: str, generation: int) -> dict[str, Any]:
+    here = assemble_run(parse_config(config_text), fingerprint)
+    checkpoints = here.checkpoints(generation)
+    checkpoints.save(here.engine, 1, Position(0, 0, 4).to_json())
+    return outcome_of(checkpoints.finish)
