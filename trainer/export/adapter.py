@@ -12,13 +12,13 @@ from trainer.base.load import DTYPES
 from trainer.base.locate import TOKENIZER_FILES, base_files, named_files
 from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
 from trainer.checkpoint.reading import read_elements
-from trainer.config import Config
+from trainer.config import Config, Tuning
 from trainer.export.command import command
 from trainer.export.folder import CARD, TRAINED, check_destination, model_card
 from trainer.export.proof import Proof
 from trainer.export.trained import trained_config
 from trainer.store import Store
-from trainer.tuning.method import find_method
+from trainer.tuning.method import find_method, methods
 
 
 def export_adapter(run: Store, destination: Store, step: int | None = None) -> CheckpointManifest:
@@ -29,10 +29,12 @@ def export_adapter(run: Store, destination: Store, step: int | None = None) -> C
         StorageError: it is damaged, or a store fails.
         ConfigError: `destination` holds something that is no half export, or the base's folder is not here.
     """
+    # Before the shards are read, so by the files of every method.
+    ours = [name for make in methods().values() for name in make(Tuning()).file_names]
+    check_destination(destination, *ours, *TOKENIZER_FILES)
     manifest = whole_checkpoint(run, step)
     config = trained_config(run, manifest)
     method = find_method(config.tuning)
-    check_destination(destination, *method.file_names, *TOKENIZER_FILES)
     tokenizer = named_files(base_files(config.model), TOKENIZER_FILES)
     exported = method.export(adapter_weights(run, manifest, config), config.model)
     *names, last = exported.files

@@ -11,7 +11,8 @@ from torch import Tensor
 from trainer.base.locate import Base
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config
-from trainer.data.dataset import TARGET_BIT, Dataset, open_chapter
+from trainer.data.dataset import Dataset, open_chapter
+from trainer.data.manifest import TARGET_BIT
 from trainer.data.prepare import locate
 from trainer.errors import ConfigError, DataError, StorageError
 from trainer.store import Store, open_store
