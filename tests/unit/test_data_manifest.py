@@ -1,0 +1,181 @@
+"""What lies beside compiled tokens: sealed, looked at for sense, and named when it is damaged."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.material import Workshop
+from trainer.base.locate import resolve_base
+from trainer.data.chapters import Chapters, open_chapters
+from trainer.data.dataset import open_chapter, open_dataset, read_manifest
+from trainer.data.manifest import Counters, unsealed
+from trainer.data.prepare import prepare_start
+from trainer.errors import Damaged, NotFound, StorageError
+from trainer.run import layout
+from trainer.store import Store
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Workshop:
+    return Workshop(tmp_path)
+
+
+@pytest.fixture
+def dataset(shop: Workshop) -> Store:
+    """The folder of a compiled data set."""
+    return shop.store.sub(layout.dataset(shop.prepare(shop.config("sealed")).train))
+
+
+def rewrite(folder: Store, key: str, change: Change, *, sealed: bool) -> None:
+    tree = json.loads(folder.get(key))
+    assert len(tree["sha256"]) == 64
+    change(tree)
+    if not sealed:
+        del tree["sha256"]
+    folder.put(key, json.dumps(tree).encode())
+
+
+def opened(shop: Workshop, folder: Store) -> Any:
+    return open_dataset(shop.store, folder.uri.rpartition("/")[2])
+
+
+def test_a_manifest_without_a_seal_is_that_of_an_earlier_version(shop: Workshop, dataset: Store) -> None:
+    before = opened(shop, dataset).manifest
+    rewrite(dataset, "manifest.json", lambda tree: None, sealed=False)
+    assert opened(shop, dataset).manifest == before
+
+
+def test_what_only_the_seal_can_tell_is_damage(shop: Workshop, dataset: Store) -> None:
+    rewrite(dataset, "manifest.json", lambda tree: tree["counters"].update(rows=7), sealed=True)
+    with pytest.raises(
+        Damaged, match=r"manifest\.json is damaged \(its content does not match its sha256\)\. Delete .*/data/\w+,"
+    ):
+        opened(shop, dataset)
+
+
+def first(tree: dict[str, Any]) -> dict[str, Any]:
+    return tree["shards"][0]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda tree: first(tree)["tokens_file"].update(key="../../x"), "shards.0.tokens_file.key"),
+        (lambda tree: first(tree)["blocks_file"].update(key="/etc/passwd"), "shards.0.blocks_file.key"),
+        (lambda tree: first(tree)["documents_file"].update(sha256="x"), "shards.0.documents_file.sha256"),
+        (lambda tree: first(tree).update(documents=61), "the sizes of its files"),
+        (lambda tree: first(tree).update(source=1), "a shard belongs to a source"),
+        (lambda tree: first(tree).update(chapter=1), "a shard belongs to a source or a chapter"),
+        (lambda tree: first(tree).update(targets=1), "the targets of its shards do not add up"),
+        (lambda tree: tree.update(tokens=10**30), "tokens"),
+        (lambda tree: tree.update(tokens=True), "tokens"),
+        (lambda tree: tree.update(chapters=0), "chapters"),
+        (lambda tree: tree.update(documents=-1), "documents"),
+        (lambda tree: tree.update(shards=None), "shards"),
+        (lambda tree: tree.update(fingerprint="../../x"), "it is the manifest of the data set '../../x'"),
+        (lambda tree: tree.update(more=1), "more"),
+        (lambda tree: tree.pop("sources"), "sources"),
+        (lambda tree: tree.update(format="three"), "format"),
+    ],
+)
+def test_a_manifest_that_makes_no_sense_is_damage(shop: Workshop, dataset: Store, change: Change, reason: str) -> None:
+    rewrite(dataset, "manifest.json", change, sealed=False)
+    with pytest.raises(Damaged, match=r"manifest\.json is damaged \(.*\)\. Delete ") as found:
+        opened(shop, dataset)
+    assert reason in str(found.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"5", b"\xff", b"[" * 100_000, b'{"format": 3}'])
+def test_what_is_no_manifest_is_damage_for_whoever_looks(shop: Workshop, dataset: Store, content: bytes) -> None:
+    dataset.put("manifest.json", content)
+    with pytest.raises(Damaged, match=r"manifest\.json is damaged"):
+        opened(shop, dataset)
+    with pytest.raises(Damaged, match=r"manifest\.json is damaged"):
+        shop.prepare(shop.config("sealed"))
+
+
+def test_a_later_format_is_no_damage(shop: Workshop, dataset: Store) -> None:
+    dataset.put("manifest.json", b'{"format": 4, "other": 1}')
+    with pytest.raises(StorageError, match="has format 4, but 3 is needed") as found:
+        opened(shop, dataset)
+    assert not isinstance(found.value, Damaged)
+
+
+@pytest.fixture
+def chapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The 60 documents are several chapters."""
+    monkeypatch.setattr("trainer.data.compile.CHAPTER_BYTES", 1024)
+    monkeypatch.setattr("trainer.data.rows.BATCH_ROWS", 4)
+    monkeypatch.setattr("trainer.data.rows._READ_BYTES", 64)
+
+
+@pytest.mark.usefixtures("chapters")
+def test_the_manifest_of_a_chapter_is_sealed_too(shop: Workshop) -> None:
+    config = shop.config("chapters")
+    datasets, _ = prepare_start(config, resolve_base(config.model), shop.store)
+    folder = shop.store.sub(layout.dataset(datasets.train))
+    rewrite(folder, "chapter-00000.json", lambda tree: tree["counters"].update(rows=7), sealed=True)
+    for look in (open_chapter, read_manifest):
+        with pytest.raises(Damaged, match=r"chapter-00000\.json is damaged"):
+            look(shop.store, datasets.train, 0)
+    with pytest.raises(Damaged, match=r"chapter-00000\.json is damaged"):
+        open_chapters(shop.store, datasets.train, shop.store.sub("chapters"))
+
+
+@pytest.mark.usefixtures("chapters")
+@pytest.mark.parametrize("content", [b"{", b'{"shard": 5}', None])
+def test_a_damaged_journal_is_compiled_again(shop: Workshop, content: bytes | None) -> None:
+    """None: a sealed one whose counts are others."""
+    config = shop.config("journal")
+    expected = shop.prepare(config).train
+    reference = read_manifest(shop.store, expected)
+    shop.store.delete_folder(layout.dataset(expected))
+    prepare_start(config, resolve_base(config.model), shop.store)
+    folder = shop.store.sub(layout.dataset(expected))
+    if content is None:
+        rewrite(folder, "progress-00000.json", lambda tree: tree["counters"].update(rows=999), sealed=True)
+    else:
+        folder.put("progress-00000.json", content)
+    assert shop.prepare(config).train == expected
+    assert read_manifest(shop.store, expected) == reference
+
+
+def test_bins_that_are_damaged_are_counted_again(shop: Workshop) -> None:
+    config = shop.config("bins", "train.epochs=2", "train.steps=null")
+    expected = shop.prepare(config)
+    folder = shop.store.sub(layout.dataset(expected.train))
+    (key,) = (entry.key for entry in folder.list() if entry.key.startswith("bins-"))
+    for content in (b"{", b'{"bins": ["x"], "order": {}}', folder.get(key).replace(b'"bins": [', b'"bins": [ 9,')):
+        folder.put(key, content)
+        assert shop.prepare(config) == expected
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"[" * 100_000])
+def test_a_damaged_word_that_no_more_data_comes_is_named(shop: Workshop, content: bytes) -> None:
+    datasets = shop.prepare(shop.config("end"))
+    run = shop.store.sub("end")
+    run.put(layout.NO_MORE_DATA, content)
+    found = open_chapters(shop.store, datasets.train, run)
+
+    def missing(chapter: int) -> Any:
+        raise NotFound(str(chapter))
+
+    chapters = Chapters(2, missing, found._given_up)
+    try:
+        with pytest.raises(Damaged, match="is damaged: it does not say why the data ends"):
+            chapters.get(1)
+    finally:
+        chapters.close()
+        found.close()
+
+
+def test_a_seal_covers_everything() -> None:
+    sealed = Counters(rows=5).sealed()
+    assert unsealed(Counters, sealed, "s://x/y.json") == Counters(rows=5)
+    with pytest.raises(Damaged, match=r"s://x/y\.json is damaged .* Delete s://x, and"):
+        unsealed(Counters, sealed.replace(b'"rows": 5', b'"rows": 6'), "s://x/y.json")
