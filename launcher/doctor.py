@@ -50,7 +50,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Report:
+class Diagnosis:
     """All findings; `ok` is false when something that every run needs is missing."""
 
     checks: tuple[Check, ...]
@@ -63,7 +63,7 @@ class Report:
         return {"ok": self.ok, "checks": [asdict(check) for check in self.checks]}
 
 
-def diagnose(store_uri: str | None) -> Report:
+def diagnose(store_uri: str | None) -> Diagnosis:
     """Look at this machine; with `store_uri` also write, read and delete one small object there. Raises nothing."""
     checks = [
         Check("python", "ok", platform.python_version()),
@@ -74,10 +74,10 @@ def diagnose(store_uri: str | None) -> Report:
     ]
     if store_uri is not None:
         checks.append(check_store(store_uri))
-    return Report(tuple(checks))
+    return Diagnosis(tuple(checks))
 
 
-def report_table(report: Report) -> Group:
+def report_table(report: Diagnosis) -> Group:
     """A table of the findings, and below it what to do about each gap."""
     signs = {"ok": "[green]✓[/]", "optional": "[yellow]·[/]", "missing": "[red]✗[/]"}
     table = Table("", "What", "Found", "How to get it")

@@ -39,7 +39,7 @@ class Parameters:
 
 
 @dataclass(frozen=True)
-class Batch:
+class GlobalBatch:
     """One optimizer step. `empty_rows` are computed without targets, as global_batch does not divide evenly."""
 
     world_size: int
@@ -95,7 +95,7 @@ class Plan:
     """
 
     parameters: Parameters
-    batch: Batch
+    batch: GlobalBatch
     memory_per_gpu: GpuMemory
     memory_per_host: HostMemory
     traffic_per_step: Traffic
@@ -214,10 +214,10 @@ def _parameters(given: _Inputs) -> Parameters:
     return Parameters(embedding, linear, small, frozen, trainable, frozen + trainable)
 
 
-def _batch(given: _Inputs) -> Batch:
+def _batch(given: _Inputs) -> GlobalBatch:
     train = given.config.train
     rows = given.accumulation * given.world_size * train.micro_batch
-    return Batch(
+    return GlobalBatch(
         world_size=given.world_size,
         accumulation=given.accumulation,
         rows=train.global_batch,

@@ -19,7 +19,7 @@ SINGLE_FILE = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000
 
 
-class Source(Protocol):
+class StoredTensor(Protocol):
     """A tensor that can be read in parts: `dtype` as safetensors names it."""
 
     @property
@@ -32,12 +32,12 @@ class Source(Protocol):
         ...
 
 
-def item_bytes(source: Source) -> int:
+def item_bytes(source: StoredTensor) -> int:
     """Bytes of one element."""
     return DTYPE_BYTES[source.dtype]
 
 
-def numel(source: Source) -> int:
+def numel(source: StoredTensor) -> int:
     """Elements of the whole tensor."""
     return math.prod(source.shape)
 
@@ -87,9 +87,9 @@ class Stacked:
 class PackedSources:
     """One module's packed weights where they are stored already, all as bytes; `mean` is that of absmax, one for each slice."""
 
-    weight: Source
-    absmax: Source
-    nested_absmax: Source | None
+    weight: StoredTensor
+    absmax: StoredTensor
+    nested_absmax: StoredTensor | None
     mean: list[float] | None
 
 

@@ -8,7 +8,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 from launcher import doctor
-from launcher.doctor import Check, Report, check_package, check_store, diagnose, report_table
+from launcher.doctor import Check, Diagnosis, check_package, check_store, diagnose, report_table
 
 
 def test_this_machine_can_run(tmp_path):
@@ -57,7 +57,7 @@ def test_a_torch_that_does_not_import_is_told(monkeypatch):
 
 
 def test_the_table_ends_in_a_verdict():
-    report = Report(
+    report = Diagnosis(
         (Check("ray", "missing", "not installed", "pip install 'ray[train]'"), Check("GPUs", "optional", "none"))
     )
     screen = Console(file=io.StringIO(), width=100)

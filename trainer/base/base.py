@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 
 from trainer.base.architecture import Architecture, mismatches
 from trainer.config import Config
-from trainer.safetensors_index import PackedSources, Source, TensorSource, read_index
+from trainer.safetensors_index import PackedSources, StoredTensor, TensorSource, read_index
 from trainer.store import Store
 
 
@@ -23,7 +23,7 @@ class StoredWeights:
     """Where the bytes of the model's parameters are: `sources` by parameter, or `packed` by module where they are in 4
     bits already. `tensors` are the names in the files of all that is read."""
 
-    sources: dict[str, Source]
+    sources: dict[str, StoredTensor]
     tensors: set[str]
     packed: dict[str, PackedSources] = field(default_factory=dict)
 

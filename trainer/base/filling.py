@@ -15,7 +15,7 @@ from torch import Tensor
 from trainer.base.reading import Piece, cut
 from trainer.errors import Damaged
 from trainer.model.nf4 import Format, Layout, Packed, quantize_absmax, quantize_blocks, share
-from trainer.safetensors_index import PackedSources, Source, numel
+from trainer.safetensors_index import PackedSources, StoredTensor, numel
 from trainer.zero.partition import Partition, Partitioner
 
 # Weights; a multiple of every block size. bitsandbytes needs some 20 bytes a weight while it quantizes on a CPU.
@@ -23,14 +23,14 @@ _QUANTIZED_AT_ONCE = 2**19
 SOURCE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8}
 
 
-def as_tensor(data: bytearray, source: Source) -> Tensor:
+def as_tensor(data: bytearray, source: StoredTensor) -> Tensor:
     return torch.frombuffer(data, dtype=SOURCE_DTYPES[source.dtype])
 
 
 class Copy:
     """A tensor that is stored as it is, in the partition's dtype."""
 
-    def __init__(self, source: Source, partition: Partition) -> None:
+    def __init__(self, source: StoredTensor, partition: Partition) -> None:
         self._source, self._partition = source, partition
         self.numel = numel(source)
 
@@ -69,7 +69,7 @@ def make_packed(module: Packed, partitioner: Partitioner) -> PackedPartitions:
 
 
 def _packed_bytes(module: Packed) -> tuple[int, int, int]:
-    """Of `weight`, `absmax` and, under double quantization, `nested_absmax`, else 0."""
+    """Sizes of `weight`, `absmax` and, under double quantization, `nested_absmax`, else 0."""
     layout, double = module.layout, module.format.double
     return layout.packed_bytes, layout.blocks if double else 4 * layout.blocks, 4 * layout.nested_blocks * double
 
@@ -98,7 +98,7 @@ class Quantize:
     gathered when all ranks have computed theirs. They are 1/16 byte a weight, for one tensor at a time.
     """
 
-    def __init__(self, source: Source, module: Packed, made: PackedPartitions, partitioner: Partitioner) -> None:
+    def __init__(self, source: StoredTensor, module: Packed, made: PackedPartitions, partitioner: Partitioner) -> None:
         self._source, self._module, self._ranks = source, module, partitioner
         self._format: Format = module.format
         self._layout: Layout = module.layout

@@ -5,12 +5,12 @@ from collections.abc import Collection, Iterable
 
 from trainer.base.base import Base
 from trainer.errors import ConfigError
-from trainer.safetensors_index import Source, Stacked, TensorSource
+from trainer.safetensors_index import Stacked, StoredTensor, TensorSource
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 
 
-def find_source(base: Base, name: str, shape: tuple[int, ...]) -> Source:
+def find_source(base: Base, name: str, shape: tuple[int, ...]) -> StoredTensor:
     """What the files hold of the model's parameter `name`.
 
     Raises:

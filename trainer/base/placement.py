@@ -11,7 +11,7 @@ from trainer.base.filling import Copy, PackedPartitions, Quantize, copy_packed, 
 from trainer.base.reading import Job
 from trainer.config import Quant
 from trainer.model.nf4 import Format, FrozenLinear4bit, FrozenStack4bit, Packed
-from trainer.safetensors_index import PackedSources, Source
+from trainer.safetensors_index import PackedSources, StoredTensor
 from trainer.zero.engine import gather_as_one
 from trainer.zero.partition import Partition, Partitioner
 
@@ -24,7 +24,7 @@ class Placement:
     packed: dict[str, tuple[Packed, PackedPartitions]] = field(default_factory=dict)
 
     def partitions(self) -> dict[str, Partition]:
-        """Of all packed parameters, by name."""
+        """All packed parameters' partitions, by name."""
         return {
             f"{path}.{name}": partition
             for path, (_, made) in self.packed.items()
@@ -33,7 +33,7 @@ class Placement:
         }
 
     def means(self) -> dict[str, list[float]]:
-        """Of absmax, by module, under double quantization."""
+        """The means of absmax by module, under double quantization."""
         return {path: module.absmax_mean.tolist() for path, (module, _) in self.packed.items() if module.format.double}
 
 
@@ -42,7 +42,7 @@ def place_partitions(
     quant: Quant,
     dtype: torch.dtype,
     partitioner: Partitioner,
-    source: Callable[[str], Source],
+    source: Callable[[str], StoredTensor],
     stored: Callable[[str], PackedSources | None],
 ) -> Placement:
     """Replace every parameter of `model`.

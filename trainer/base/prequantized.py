@@ -82,7 +82,7 @@ def packed_sources(base: Base, config: Config) -> dict[str, PackedSources]:
 
 
 def _read_facts(base: Base, names: list[str]) -> dict[str, tuple[dict[str, Any], bytes]]:
-    """Of each weight, the JSON of its quant_state and the bytes of its nested_quant_map (empty without one)."""
+    """Name of each weight -> the JSON of its quant_state, and the bytes of its nested_quant_map (empty without one)."""
     wanted: dict[str, TensorSource] = {}
     for name in names:
         state = next((base.tensors[key] for key in _state_keys(name) if key in base.tensors), None)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from trainer.ranks import Ranks
-from trainer.safetensors_index import Source, item_bytes
+from trainer.safetensors_index import StoredTensor, item_bytes
 
 # The memory of a load beside its result: so many pieces of so many bytes, as read, and one while it is quantized.
 PIECE_BYTES = 4 * 2**20
@@ -28,7 +28,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _GLIBC_DEFAULT_LIMIT = -1, -3, 32 * 2**20
 class Piece:
     """Elements [begin, end) of `source`, and what to do with their bytes."""
 
-    source: Source
+    source: StoredTensor
     begin: int
     end: int
     place: Callable[[bytearray], None]
@@ -63,7 +63,7 @@ class Job(Protocol):
         ...
 
 
-def cut(source: Source, begin: int, end: int, multiple: int) -> Iterator[tuple[int, int]]:
+def cut(source: StoredTensor, begin: int, end: int, multiple: int) -> Iterator[tuple[int, int]]:
     """[begin, end) of `source` in pieces of at most `PIECE_BYTES`, each a multiple of `multiple` elements long."""
     step = max(1, PIECE_BYTES // item_bytes(source) // multiple) * multiple
     for first in range(begin, end, step):

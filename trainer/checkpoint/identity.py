@@ -39,7 +39,8 @@ def check_identity(manifest: CheckpointManifest, identity: Identity) -> None:
         ("data order", manifest.order, identity.order),
     )
     for what, saved, given in parts:
-        for key in sorted(saved.keys() | given.keys()):
+        # Another method has other settings, which would say less.
+        for key in sorted(saved.keys() | given.keys(), key=lambda key: (key != "method", key)):
             before, now = (values.get(key, identity.defaults.get(key)) for values in (saved, given))
             if key not in _BESIDE_IDENTITY and before != now:
                 raise ConfigError(

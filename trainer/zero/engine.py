@@ -43,7 +43,7 @@ def gather_as_one(module: nn.Module) -> None:
     set_z3_leaf_module(module, True)
 
 
-class Row(Protocol):
+class DeviceRow(Protocol):
     """One packed row, as the loss takes it."""
 
     def to(self, device: torch.device) -> Self: ...
@@ -88,7 +88,7 @@ class Engine:
             model=_Wrapped(packed, loss), optimizer=optimizer, config=deepspeed_config
         )[0]
 
-    def loss(self, row: Row) -> Tensor:
+    def loss(self, row: DeviceRow) -> Tensor:
         """The row's summed loss, () fp32, with its graph."""
         return self._engine(row.to(self.ranks.device))
 
