@@ -14,7 +14,7 @@ ATTEMPT = "000001-000001"
 
 
 def manifest(step: int, shards: list[Shard] | None = None, eval_loss: float | None = None) -> CheckpointManifest:
-    """Of `shards`; without, of two that nobody wrote."""
+    """A manifest of `shards`, or of two that nobody wrote."""
     shards = shards or [Shard(layout.shard(step, ATTEMPT, rank), 400, f"{rank:064x}") for rank in range(2)]
     return CheckpointManifest(
         step=step,

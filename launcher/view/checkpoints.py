@@ -53,7 +53,7 @@ class CheckpointList:
 
 
 def list_checkpoints(run: Store) -> CheckpointList:
-    """What the manifests say."""
+    """List what the manifests say, without reading a shard."""
     found = CheckpointList(run.uri, [])
     for step in committed_steps(run):
         problems: list[str] = []
@@ -106,7 +106,7 @@ def _cells(manifest: CheckpointManifest) -> list[str]:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What a prune removed, or with `dry_run` would remove."""
+    """The outcome of a prune: removed, or with `dry_run` to be removed."""
 
     run: str
     dry_run: bool

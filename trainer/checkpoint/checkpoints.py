@@ -152,7 +152,7 @@ class Checkpoints:
         pending = self._pending
         if pending is None or not all_ready:
             return
-        # What failed on one rank fails on all: a rank that raised alone would leave the others in their next collective.
+        # A failure on one rank fails all: a rank that raised alone would leave the others in their next collective.
         outcomes = self.ranks.gather_objects(_outcome(pending.work))
         failed = next((rank for rank, outcome in enumerate(outcomes) if isinstance(outcome, StorageError)), None)
         if failed is not None:
@@ -296,7 +296,7 @@ class Checkpoints:
         return next(readable_manifests(self.run, problems, [step]), None), problems
 
     def _verify(self, manifest: CheckpointManifest) -> list[str]:
-        """What is wrong with the shards' bytes, on any rank; the shards are divided over them. Collective."""
+        """The shards' problems that any rank found; the shards are divided over the ranks. Collective."""
         mine = range(self.ranks.rank, len(manifest.shards), self.ranks.world_size)
         found = self.ranks.together(lambda: [p for number in mine if (p := shard_problem(self.run, manifest, number))])
         return [problem for problems in found for problem in problems]
@@ -311,7 +311,7 @@ class Checkpoints:
 
 
 def _outcome(work: Future[Any]) -> Any:
-    """What the background work returned, or a `StorageError` that says why it failed. Waits for it."""
+    """The result of the background work, or a `StorageError` that says why it failed. Waits for it."""
     error = work.exception()
     if error is None:
         return work.result()

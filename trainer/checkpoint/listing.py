@@ -1,4 +1,4 @@
-"""What lies in a run's folder of checkpoints, found without listing every shard.
+"""The folders of a run's checkpoints, found without listing every shard.
 
 A hundred checkpoints of a thousand ranks are a hundred thousand objects: a listing of all takes as many requests as a look
 into each checkpoint's folder, but a hundred times the bytes, and on a disk a look at each file.

@@ -160,13 +160,13 @@ def readable_manifests(run: Store, skipped: list[str], steps: list[int] | None =
 
 
 def problems_of(run: Store, manifest: CheckpointManifest) -> list[str]:
-    """What is wrong with its shards; a store that fails raises `StorageError`."""
+    """The problems of its shards; a store that fails raises `StorageError`."""
     found = (shard_problem(run, manifest, number) for number in range(len(manifest.shards)))
     return [problem for problem in found if problem]
 
 
 def shard_problem(run: Store, manifest: CheckpointManifest, number: int) -> str | None:
-    """What is wrong with one of its shards, or None."""
+    """The problem of one of its shards, or None."""
     return verify_shard(run, manifest.shards[number], manifest.division.intervals(number))
 
 

@@ -36,7 +36,7 @@ class Retention:
 
 @dataclass
 class Removal:
-    """What is to go: checkpoints by step, and single objects that no commit refers to; `bytes` of both.
+    """Planned removals: checkpoints by step, and single objects that no commit refers to; `bytes` of both.
 
     `proven` is the step of one that stays and is whole. `damaged` says of every step that was read before it what is
     wrong with it.
@@ -51,7 +51,7 @@ class Removal:
 
     @property
     def warning(self) -> str | None:
-        """What a person must know: the rules alone would have left no whole checkpoint."""
+        """A sentence for people, when the rules alone would have left no whole checkpoint."""
         if not self.damaged:
             return None
         step, problem = next(iter(self.damaged.items()))
@@ -67,7 +67,7 @@ def plan_removal(
     orphan_hours: float = ORPHAN_HOURS,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> Removal:
-    """What `rules` remove from the run, and which orphans are older than `orphan_hours`. Changes nothing.
+    """Find what `rules` remove from the run, and which orphans are older than `orphan_hours`. Changes nothing.
 
     Reads every byte of one checkpoint that stays, unless `proven`, a step known to be whole, does. Where all that `rules`
     keep are damaged, the newest whole one stays too; where none is whole, all stay.

@@ -55,7 +55,7 @@ class ShardLayout:
                 offset += end - begin
 
     def header(self) -> bytes:
-        """What stands before the data in the file."""
+        """The bytes before the data in the file."""
         tensors = {
             f"{name}|{state}": {
                 "dtype": "F32",
