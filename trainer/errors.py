@@ -88,5 +88,11 @@ class Stopped(CapstanError):
     exit_code = 75
 
 
+class NothingCommitted(Stopped):
+    """The run stopped on request before its first commit, so there is nothing to resume."""
+
+    exit_code = NothingToResume.exit_code
+
+
 class Interrupted(Stopped):
     """The ranks ended with a checkpoint committed in order to be started again: a machine leaves, or more have come."""

@@ -45,6 +45,7 @@ from trainer.run.log import rank_log
 from trainer.run.metrics import Metrics, claim_generation, peak_memory
 from trainer.run.records import add_record, bad_windows
 from trainer.run.requests import StopSignal
+from trainer.run.settings import record_settings
 from trainer.store import Store, open_run_store
 from trainer.train.assemble import assemble
 from trainer.train.heartbeat import Hang, Heart
@@ -246,6 +247,10 @@ def _record_start(start: _Start, report: LoadReport, **facts: Any) -> None:
         start_seconds=round(time.time() - start.starter.began, 3),
         **start.starter.facts,
     )
+    if start.ranks.rank == 0:
+        for change in record_settings(start.run, start.generation, start.config):
+            start.metrics.write("change", **change._asdict())
+            _log(start.ranks, change.sentence())
 
 
 def _environment(ranks: Ranks) -> bytes:

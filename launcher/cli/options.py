@@ -15,6 +15,9 @@ Overrides = Annotated[
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name in the store, or its full URI.")]
 StoreOption = Annotated[str, typer.Option("--store", envvar="CAPSTAN_STORE", help="The store that RUN is in.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; logs go to stderr.")]
+TakeOver = Annotated[
+    bool, typer.Option("--take-over", help="Also when the run is alive: what it has not committed is lost.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
 
 

@@ -62,6 +62,8 @@ def logs(
 def stop(run: RunName, store: StoreOption = "runs", as_json: Json = False, dry_run: DryRun = False) -> None:
     """Ask a run to commit a checkpoint and end with exit code 75; a Slurm job that has not started is cancelled."""
     from launcher.slurm import queue
+    from launcher.start.stopping import give_up_waiting
+    from trainer.run.folder import command
     from trainer.run.requests import request_stop
 
     folder = open_run(run, store)
@@ -72,10 +74,12 @@ def stop(run: RunName, store: StoreOption = "runs", as_json: Json = False, dry_r
     else:
         request_stop(folder, by="capstan stop")
         what = f"asked {folder.uri} to stop"
+    if not dry_run:
+        give_up_waiting(folder)
     if as_json:
         print(json.dumps({"run": folder.uri, "stop_requested": not dry_run, "dry_run": dry_run, "what": what}))
     else:
-        log(what if dry_run else f"{what}; `capstan status {run}` shows what becomes of it")
+        log(what if dry_run else f"{what}; {command('status', folder)} shows what becomes of it")
 
 
 def checkpoints_ls(run: RunName, store: StoreOption = "runs", as_json: Json = False) -> None:

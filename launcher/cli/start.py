@@ -6,7 +6,18 @@ from typing import Annotated, Any
 
 import typer
 
-from launcher.cli.options import ConfigFile, DryRun, Json, Overrides, RunName, StoreOption, emit, log, open_run
+from launcher.cli.options import (
+    ConfigFile,
+    DryRun,
+    Json,
+    Overrides,
+    RunName,
+    StoreOption,
+    TakeOver,
+    emit,
+    log,
+    open_run,
+)
 from trainer.errors import CapstanError
 
 
@@ -14,13 +25,14 @@ def train(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
     """Train here and now: under Ray on this machine (or cluster.ray.address), or as a rank of torchrun or srun."""
     from trainer.config import load_config
 
-    _train(load_config(config, overrides or ()), resume=False, as_json=as_json, dry_run=dry_run)
+    _train(load_config(config, overrides or ()), resume=False, take_over=False, as_json=as_json, dry_run=dry_run)
 
 
 def resume(
     run: RunName,
     overrides: Overrides = None,
     store: StoreOption = "runs",
+    take_over: TakeOver = False,
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -28,12 +40,13 @@ def resume(
     from trainer.run.folder import run_config
 
     config = run_config(open_run(run, store), overrides or ())
-    _train(config, resume=True, as_json=as_json, dry_run=dry_run)
+    _train(config, resume=True, take_over=take_over, as_json=as_json, dry_run=dry_run)
 
 
-def _train(config: Any, *, resume: bool, as_json: bool, dry_run: bool) -> None:
+def _train(config: Any, *, resume: bool, take_over: bool, as_json: bool, dry_run: bool) -> None:
     from launcher.drive.local import start
-    from launcher.start.claim import check
+    from launcher.slurm.queue import check_no_job
+    from launcher.start.check import check
     from launcher.start.group import is_silent_rank
     from launcher.view.status import read_status
     from launcher.view.tables import render
@@ -41,12 +54,14 @@ def _train(config: Any, *, resume: bool, as_json: bool, dry_run: bool) -> None:
     from trainer.run.folder import run_folder
     from trainer.run.layout import CONFIG
 
+    if not (take_over or is_silent_rank()):
+        check_no_job(run_folder(config))
     if dry_run:
-        check(config, resume=resume)
+        check(config, resume=resume, take_over=take_over)
         print(json.dumps(config.model_dump(mode="json")) if as_json else dump_config(config).rstrip())
         return
     try:
-        start(config, resume=resume, live=not as_json and sys.stderr.isatty(), log=log)
+        start(config, resume=resume, take_over=take_over, live=not as_json and sys.stderr.isatty(), log=log)
     except CapstanError:
         # What became of it is worth knowing also after a stop or a failure; a mistake leaves no run to speak of.
         if as_json and not is_silent_rank() and run_folder(config).exists(CONFIG):
@@ -60,6 +75,7 @@ def submit_ray(
     config: ConfigFile,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest commit.")] = False,
+    take_over: TakeOver = False,
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -67,7 +83,9 @@ def submit_ray(
     from launcher.ray.jobs import submit
     from trainer.config import load_config
 
-    submitted = submit(load_config(config, overrides or ()), resume=resume, dry_run=dry_run)
+    submitted = submit(
+        load_config(config, overrides or ()), resume=resume, take_over=take_over, dry_run=dry_run, log=log
+    )
     emit(submitted, as_json, lambda result: result.text())
 
 
@@ -75,6 +93,7 @@ def submit_slurm(
     config: ConfigFile,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest commit.")] = False,
+    take_over: TakeOver = False,
     after: Annotated[
         str | None,
         typer.Option("--after", metavar="RUN", help="Start when this run, submitted to Slurm, has finished."),
@@ -86,5 +105,6 @@ def submit_slurm(
     from launcher.slurm.submit import submit
     from trainer.config import load_config
 
-    submitted = submit(load_config(config, overrides or ()), resume=resume, after=after, dry_run=dry_run)
+    given = load_config(config, overrides or ())
+    submitted = submit(given, resume=resume, take_over=take_over, after=after, dry_run=dry_run, log=log)
     emit(submitted, as_json, lambda result: result.text())

@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from launcher.ray.data import map_on_cluster
+from launcher.start.stopping import stop_if_asked
 from launcher.view.compiling import compile_progress, log_left_out
 from trainer.base.locate import resolve_base
 from trainer.config import Config
@@ -15,7 +16,8 @@ from trainer.data.compile import Progress
 from trainer.data.pool import map_on_cores
 from trainer.data.prepare import Datasets, prepare_start
 from trainer.errors import CapstanError, Stopped, StorageError, Unreachable
-from trainer.run.records import add_record, generations
+from trainer.run import layout
+from trainer.run.records import generations, record_end
 from trainer.run.requests import request_stop, stop_requester
 from trainer.store import Store, open_run_store
 
@@ -23,6 +25,12 @@ BY = "the compilation of its data"
 """Who asks for a stop where the rest of the data cannot be compiled."""
 _LOOK_SECONDS = 2.0
 _AGAIN_SECONDS = 10.0
+
+
+def forget_stop_by_compilation(run: Store) -> None:
+    """It ends the start whose data could not be compiled, not the next one."""
+    if stop_requester(run) == BY:
+        run.delete(layout.STOP)
 
 
 class Compilation:
@@ -38,7 +46,7 @@ class Compilation:
 
         Raises `Stopped`, there and here, when that is asked for.
         """
-        self._stop_if_asked("before it started")
+        stop_if_asked(self._run, "before it started")
         beside = False
         # Lines, also on a terminal: the run's live view is there already.
         with compile_progress(self._log, bar=False) as show:
@@ -66,11 +74,7 @@ class Compilation:
             raise Stopped("the run has ended, and needs no more data.")
         if time.monotonic() - self._looked > _LOOK_SECONDS:
             self._looked = time.monotonic()
-            self._stop_if_asked("while its data was compiled")
-
-    def _stop_if_asked(self, when: str) -> None:
-        if who := stop_requester(self._run):
-            raise Stopped(f"stopped by {who} {when}; what was committed before stays. Start it again to go on.")
+            stop_if_asked(self._run, "while its data was compiled")
 
     @contextmanager
     def beside(self, rest: Iterator[int]) -> Iterator[None]:
@@ -97,8 +101,8 @@ class Compilation:
         except CapstanError:
             if failure is None:
                 raise
-            for generation in generations(self._run)[-1:]:  # its ranks know no more than that they were to stop
-                add_record(self._run, generation, "end", outcome="failed", step=None, reason=str(failure))
+            if generations(self._run):  # whose ranks know no more than that they were to stop
+                record_end(self._run, str(failure), crash=True)
             raise failure from None
         finally:
             self._over.set()

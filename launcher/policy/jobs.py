@@ -9,7 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from trainer.errors import ConfigError, DataError, DoesNotFit, NonFiniteLoss, NothingToResume, Stopped
+from trainer.errors import (
+    ConfigError,
+    DataError,
+    DoesNotFit,
+    NonFiniteLoss,
+    NothingCommitted,
+    NothingToResume,
+    Stopped,
+)
 
 Kind = Literal["finished", "stopped", "preempted", "node lost", "failure", "mistake"]
 
@@ -22,6 +30,7 @@ _SIGNALS = {
     "USR1": "Slurm's signal: the time limit was near, or the job was preempted",
     "TERM": "Slurm ended the job: scancel, a preemption, or the time limit",
 }
+_STOPPED = {Stopped.exit_code, NothingCommitted.exit_code}
 _MISTAKES = {error.exit_code for error in (ConfigError, DataError, DoesNotFit, NonFiniteLoss, NothingToResume)}
 
 
@@ -104,13 +113,13 @@ def _meaning(ending: Ending, supervised: bool, *, newly_bad: bool) -> tuple[Kind
     code, because = ending.exit_code, f": {ending.reason}" if ending.reason else ""
     if code == 0:
         return "finished", "", False
-    if code == Stopped.exit_code and ending.stopped_by:
+    if code in _STOPPED and ending.stopped_by:
         return "stopped", f"stopped by {ending.stopped_by}", False
     if ending.lost_nodes:
         return "node lost", f"no answer from {', '.join(ending.lost_nodes)}", True
     if code == Stopped.exit_code and not ending.signal:
         return "stopped", ending.reason or "stopped by request", False
-    if code in _MISTAKES:
+    if code in _MISTAKES and not (code in _STOPPED and ending.signal):
         return "mistake", ending.reason or f"exit code {code}", False
     if ending.signal:
         return "preempted", _SIGNALS.get(ending.signal, ending.signal), True

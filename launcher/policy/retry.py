@@ -11,7 +11,7 @@ from textwrap import shorten
 from typing import Any, Literal, TypeAlias
 
 from trainer.config import Retry
-from trainer.errors import CapstanError, Interrupted, NonFiniteLoss, Stopped, StorageError, Superseded
+from trainer.errors import CapstanError, Interrupted, NonFiniteLoss, NothingCommitted, Stopped, StorageError, Superseded
 
 WorkerErrors: TypeAlias = Mapping[int, BaseException]
 Kind = Literal["failure", "preemption", "resize"]
@@ -68,14 +68,17 @@ def classify(errors: WorkerErrors, *, resizing: bool = False) -> Failure:
     return Failure(f"rank {rank} failed: {type(error).__name__}: {first_line}", None)
 
 
-def decide(ends: Sequence[Failure], rules: Retry) -> Decision:
-    """Another attempt, or the error that ends the run; `ends` are all attempts' so far, the newest last."""
+def decide(ends: Sequence[Failure], rules: Retry, *, committed: bool) -> Decision:
+    """Another attempt, or the error that ends the run; `ends` are all attempts' so far, the newest last.
+
+    `committed`: the run has a checkpoint, so that it can be resumed.
+    """
     newest = ends[-1]
     again = "Starting again from the last commit"
     if newest.kind == "resize":
         return Decision(f"{newest.reason}. {again}.", None)
     if newest.kind == "preemption":
-        return _after_preemption(ends, rules)
+        return _after_preemption(ends, rules, committed)
     if isinstance(newest.error, NonFiniteLoss):
         before = sum(isinstance(end.error, NonFiniteLoss) for end in ends[:-1])
         if rules.skip_bad_window and not before:
@@ -93,13 +96,13 @@ def decide(ends: Sequence[Failure], rules: Retry) -> Decision:
     return Decision(f"{newest.reason}. {again} ({len(failures)} of {rules.failures} restarts).", None)
 
 
-def _after_preemption(ends: Sequence[Failure], rules: Retry) -> Decision:
+def _after_preemption(ends: Sequence[Failure], rules: Retry, committed: bool) -> Decision:
     newest, count = ends[-1], sum(end.kind == "preemption" for end in ends)
     if rules.preemptions is not None and count > rules.preemptions:
-        ending = (
-            f"{newest.reason} (preemption {count}; retry.preemptions: {rules.preemptions}). `capstan resume` goes on."
-        )
-        return Decision(ending, Stopped(ending))
+        ending = f"{newest.reason} (preemption {count}; retry.preemptions: {rules.preemptions})."
+        if committed:
+            return Decision(ending, Stopped(f"{ending} `capstan resume` goes on."))
+        return Decision(ending, NothingCommitted(f"{ending} Nothing is committed: start it again."))
     of = "" if rules.preemptions is None else f" of {rules.preemptions}"
     return Decision(f"{newest.reason}. Starting again from the last commit (preemption {count}{of}).", None)
 

@@ -4,6 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import yaml
 
 from launcher.ray.cluster import address_of, first_line, refused_token
 from launcher.start import snapshot
-from launcher.start.claim import anchored, check, claim, release
+from launcher.start.check import anchored, check
+from launcher.start.claim import claimed
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.run import layout
@@ -49,15 +51,17 @@ class RaySubmission:
         )
 
 
-def submit(config: Config, *, resume: bool, dry_run: bool) -> RaySubmission:
+def submit(
+    config: Config, *, resume: bool, take_over: bool, dry_run: bool, log: Callable[[str], None]
+) -> RaySubmission:
     """Check, claim the name, keep the code, and start the driver elsewhere; returns without waiting for it.
 
     Raises:
-        ConfigError: a setting is wrong, the name is taken, or the cluster cannot be reached or refuses.
+        ConfigError: a setting is wrong, the name is taken, the run is alive, or the cluster cannot be reached or refuses.
         NothingToResume: `resume`, and nothing is committed.
     """
     config = anchored(config)
-    check(config, resume=resume)
+    check(config, resume=resume, take_over=take_over, elsewhere=True)
     code = snapshot.take(Path.cwd())
     run = run_folder(config)
     address = address_of(config)
@@ -79,13 +83,8 @@ def submit(config: Config, *, resume: bool, dry_run: bool) -> RaySubmission:
     if dry_run:
         return planned
     client = _client(address) if address else None
-    claim(config, resume=resume, code=code)
-    try:
+    with claimed(config, by="capstan submit ray", resume=resume, code=code, log=log, waits=True):
         job = _submit_job(client, planned, run.get(layout.SNAPSHOT)) if client else _start_process(command)
-    except BaseException:
-        if not resume:
-            release(run)
-        raise
     return RaySubmission(**{**asdict(planned), "job": job})
 
 

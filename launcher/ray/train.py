@@ -18,14 +18,16 @@ from typing import Any
 
 from launcher.policy import retry
 from launcher.ray.cluster import Need, alive_nodes, first_line, local_ray, lost_nodes, need, room, wait_for_room
+from launcher.start.stopping import stop_if_asked
 from trainer.checkpoint.listing import committed_steps
 from trainer.config import Config, dump_config, parse_config
 from trainer.data.prepare import Datasets
 from trainer.devices import stay_on_cpu
 from trainer.errors import ConfigError, DoesNotFit, Stopped
 from trainer.run import layout
+from trainer.run.folder import command, run_folder
 from trainer.run.records import generations, newest_records, read_records, record_end, record_restart
-from trainer.run.requests import request_restart, stop_requester
+from trainer.run.requests import request_restart
 from trainer.scratch import scratch_folder
 from trainer.store import Store
 
@@ -47,10 +49,6 @@ class _ClusterRun:
     dashboard: str | None
     began: float
 
-    def stop_if_asked(self) -> None:
-        if who := stop_requester(self.run):
-            raise Stopped(f"stopped by {who} while the run was starting; what was committed before stays.")
-
 
 def run_on_ray(
     config: Config, datasets: Datasets, run: Store, *, resume: bool, dashboard: str | None, log: Callable[[str], None]
@@ -65,6 +63,7 @@ def run_on_ray(
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # ranks stay where the user's command was given
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"  # it would log each printed line a second time
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.cluster.ray.start_timeout)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a rank's end is noticed; default 2
     began = time.time()
@@ -77,22 +76,25 @@ def run_on_ray(
         cluster_run = _ClusterRun(config, datasets, run, resume, dashboard, began)
         ends: list[retry.Failure] = []
         while True:
-            patience = config.cluster.ray.start_timeout
             try:
                 wanted, workers = wait_for_room(
-                    lambda: need(config), patience, can_grow=joined, log=log, stop=cluster_run.stop_if_asked
+                    lambda: need(config),
+                    config.cluster.ray.start_timeout,
+                    can_grow=joined,
+                    log=log,
+                    stop=lambda: stop_if_asked(run, "while the run was starting"),
                 )
+                end = _attempt(cluster_run, wanted, workers)
             except ConfigError as error:
                 if not ends or not committed_steps(run):
                     raise
-                raise Stopped(f"{ends[-1].reason}; since then: {error} `capstan resume` goes on.") from error
-            end = _attempt(cluster_run, wanted, workers)
+                raise Stopped(f"{ends[-1].reason}; since then: {error} {command('resume', run)} goes on.") from error
             if end is None:
                 return
             end = retry.explained(end, newest_records(run))
             record_end(run, end.reason, stopped=isinstance(end.error, Stopped), crash=end.error is None)
             ends.append(end)
-            decision = retry.decide(ends, config.retry)
+            decision = retry.decide(ends, config.retry, committed=bool(committed_steps(run)))
             if decision.error is not None:
                 raise decision.error
             record_restart(run, decision.reason)
@@ -101,11 +103,15 @@ def run_on_ray(
 
 
 def _attempt(cluster_run: _ClusterRun, wanted: Need, workers: int) -> retry.Failure | None:
-    """One start of the worker group; returns why it ended, or None when the run is done."""
+    """One start of the worker group; returns why it ended, or None when the run is done.
+
+    Raises `ConfigError` when its ranks do not begin in time, and `Stopped` when it need not go on.
+    """
     from ray.train import ControllerError, WorkerGroupError
     from ray.train.v2.api.exceptions import PreemptionError
 
     cluster_run.run.delete(layout.RESTART)
+    cluster_run.run.delete(layout.RANKS_BEGUN)
     nodes = alive_nodes()
     with scratch_folder("ray") as storage:
         fit = _Background(_trainer(cluster_run, wanted, workers, storage).fit)
@@ -192,23 +198,25 @@ class _Background:
 
 
 class _Watch:
-    """Looks, while ranks work, for room for more of them, and for a stop that need not wait for a step."""
+    """What the driver looks at while ranks work: whether they begin, room for more, a stop that need not wait for a step."""
 
     def __init__(self, cluster_run: _ClusterRun, wanted: Need, workers: int) -> None:
         self._cluster_run, self._wanted, self._workers = cluster_run, wanted, workers
         self.resizing = False
         self._before = max(generations(cluster_run.run), default=0)
-        self._training = False
-        self._looked = self._counted = time.monotonic()
+        self._begun = self._training = False
+        self._began = self._looked = self._counted = time.monotonic()
 
     def look(self) -> None:
-        """Raises `Stopped` when a stop was asked for, nothing new is trained and something is committed already."""
+        """Raises `ConfigError` when the ranks do not begin in time, and `Stopped` when a stop was asked for, nothing new is
+        trained and something is committed already."""
         now = time.monotonic()
         if now - self._looked >= _LOOK_SECONDS and not self._training:
             self._looked = now
+            self._check_begun(now)
             self._training = self._has_started()
             if not self._training and committed_steps(self._cluster_run.run):
-                self._cluster_run.stop_if_asked()
+                stop_if_asked(self._cluster_run.run, "while the run was starting")
         interval = self._cluster_run.config.cluster.ray.resize_interval
         if self._training and self._workers < self._wanted.most and now - self._counted >= interval:
             self._counted = now
@@ -218,6 +226,18 @@ class _Watch:
                 request_restart(
                     self._cluster_run.run, f"because {self._workers + more} ranks instead of {self._workers} find room"
                 )
+
+    def _check_begun(self, now: float) -> None:
+        """Ray bounds the wait for resources, but not that for the processes of the ranks."""
+        patience = self._cluster_run.config.cluster.ray.start_timeout
+        if not self._begun and self._cluster_run.run.exists(layout.RANKS_BEGUN):
+            self._begun = True
+            self._cluster_run.run.delete(layout.RANKS_BEGUN)
+        if not self._begun and now - self._began >= patience:
+            raise ConfigError(
+                f"cluster.ray.start_timeout: {self._workers} ranks were asked for {patience:g} seconds ago and have not begun. "
+                "Raise it, or look for the cause in Ray's own logs (/tmp/ray/session_latest/logs on its machines)."
+            )
 
     def _has_started(self) -> bool:
         newest = max(generations(self._cluster_run.run), default=0)
@@ -245,11 +265,13 @@ def _original(error: BaseException) -> BaseException:
 
 def _rank(arguments: dict[str, Any]) -> None:
     """The train function: one rank, in a Ray worker."""
-    import ray
+    import ray.train
 
     config = parse_config(arguments["config"])
     if config.cluster.gpus_per_worker == 0:
         stay_on_cpu()
+    if ray.train.get_context().get_world_rank() == 0:
+        run_folder(config).put(layout.RANKS_BEGUN, b"")
     from trainer.rank import Starter, run_rank
 
     node = f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:8]}"

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -18,6 +19,7 @@ from launcher.view.status import ENDED, RunStatus, read_status
 from launcher.view.tables import render
 from trainer.errors import ConfigError, NotFound
 from trainer.run import layout
+from trainer.run.folder import command
 from trainer.run.records import record_end
 from trainer.run.requests import request_stop
 from trainer.store import Store
@@ -30,13 +32,15 @@ _POLL_SECONDS = 10.0
 class SubmittedJobs:
     """A run's newest submission as its folder keeps it, in slurm/job.json.
 
-    `submission` tells its jobs from those of another one; `output` is a path with %j for the job's number.
+    `submission` tells its jobs from those of another one; `output` is a path with %j for the job's number; `run` is the
+    folder whose jobs they are, which a copy of the folder is not.
     """
 
     jobs: list[int]
     submission: str
     submitted: float
     output: str
+    run: str = ""
 
 
 @dataclass(frozen=True)
@@ -173,8 +177,25 @@ def job_output(run: Store) -> str:
 def submitted_jobs(run: Store) -> SubmittedJobs | None:
     """The run's newest submission to Slurm, if it has one."""
     with suppress(NotFound):
-        return SubmittedJobs(**json.loads(run.get(layout.SLURM_JOB)))
+        found = SubmittedJobs(**json.loads(run.get(layout.SLURM_JOB)))
+        if not found.run or _place(found.run) == _place(run.uri):
+            return found
     return None
+
+
+def _place(uri: str) -> str:
+    """Where a folder really is: the same one may have been reached through a link."""
+    return str(Path(urlsplit(uri).path).resolve()) if uri.startswith("file://") else uri
+
+
+def check_no_job(run: Store) -> None:
+    """Raise `ConfigError` when a job of the run waits or runs: two starts of one run would fence each other off."""
+    found = submitted_jobs(run)
+    active = [job for job in jobs_of(found) if job.is_active] if found else []
+    if active:
+        raise ConfigError(
+            f"run.name: job {active[0].job} of {run.uri} is {active[0].state}. {command('stop', run)} ends it first."
+        )
 
 
 def attempts(run: Store) -> list[Attempt]:

@@ -9,7 +9,8 @@ from trainer.config import Config
 from trainer.data.prepare import prepare
 from trainer.devices import stay_on_cpu
 from trainer.errors import CapstanError, Stopped
-from trainer.run.folder import run_config
+from trainer.run.folder import run_config, run_folder
+from trainer.run.owner import owning
 from trainer.store import open_run_store, open_store
 
 
@@ -30,8 +31,12 @@ def _run(config: Config, rank: int) -> None:
     from trainer.rank import run_rank
 
     store = open_run_store(config)
-    datasets = prepare(config, resolve_base(config.model), store, lambda *_: None) if rank == 0 else None
-    run_rank(config, datasets, resume=False)
+    if rank:
+        run_rank(config, None, resume=False)
+        return
+    with owning(run_folder(config), "capstan submit slurm"):
+        datasets = prepare(config, resolve_base(config.model), store, lambda *_: None)
+        run_rank(config, datasets, resume=False)
 
 
 if __name__ == "__main__":

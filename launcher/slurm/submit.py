@@ -4,16 +4,17 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from launcher.slurm import script
-from launcher.slurm.queue import SubmittedJobs, call, cancel, jobs_of, submitted_jobs, words
+from launcher.slurm.queue import SubmittedJobs, call, cancel, check_no_job, submitted_jobs, words
 from launcher.start import snapshot
-from launcher.start.claim import anchored, check, claim, release
+from launcher.start.check import anchored, check
+from launcher.start.claim import claimed
 from launcher.view.runs import find_run
 from trainer.config import Config, override
 from trainer.errors import ConfigError
@@ -60,7 +61,15 @@ class SlurmSubmission:
         return f"run {self.run}: submitted to Slurm as {jobs}\nsnapshot: {self.snapshot}\nnext: {self.next}"
 
 
-def submit(config: Config, *, resume: bool, after: str | None, dry_run: bool) -> SlurmSubmission:
+def submit(
+    config: Config,
+    *,
+    resume: bool,
+    take_over: bool,
+    after: str | None,
+    dry_run: bool,
+    log: Callable[[str], None],
+) -> SlurmSubmission:
     """Check, write the batch file, claim the name, keep the code, and submit; returns without waiting for the job.
 
     `after` is a run, a name in the same store or a URI, that has to finish first.
@@ -76,10 +85,10 @@ def submit(config: Config, *, resume: bool, after: str | None, dry_run: bool) ->
     if config.retry.preemptions is None:
         # No machine comes in place of a lost one inside a job: the driver ends at once, and the job is requeued.
         config = override(config, "retry.preemptions=0")
-    check(config, resume=resume)
+    check(config, resume=resume, take_over=take_over, elsewhere=True)
     code = snapshot.take(Path.cwd())
     run = run_folder(config)
-    _check_idle(run)
+    check_no_job(run)
     output = _output_folder(config, run) / "slurm-%j.out"
     options = script.options(
         config, str(output).replace("%", "%%").replace("%%j", "%j"), [_finished(after, config)] if after else []
@@ -98,28 +107,13 @@ def submit(config: Config, *, resume: bool, after: str | None, dry_run: bool) ->
     )
     if dry_run:
         return done
-    claim(config, resume=resume, code=code)
-    try:
+    with claimed(config, by="capstan submit slurm", resume=resume, code=code, log=log, waits=True):
         run.put(layout.SLURM_SCRIPT, batch_file.encode())
         output.parent.mkdir(parents=True, exist_ok=True)
         jobs = _sbatch(batch_file, max(1, config.cluster.slurm.chain), clean_environment(os.environ, options))
-    except BaseException:
-        if not resume:
-            run.delete(layout.SLURM_SCRIPT)
-            release(run)
-        raise
-    run.put(layout.SLURM_JOB, json.dumps(asdict(SubmittedJobs(jobs, submission, time.time(), str(output)))).encode())
+    found = SubmittedJobs(jobs, submission, time.time(), str(output), run.uri)
+    run.put(layout.SLURM_JOB, json.dumps(asdict(found)).encode())
     return replace(done, jobs=jobs)
-
-
-def _check_idle(run: Store) -> None:
-    """Two jobs of one run would take turns in fencing each other off."""
-    found = submitted_jobs(run)
-    active = [job for job in jobs_of(found) if job.is_active] if found else []
-    if active:
-        raise ConfigError(
-            f"run.name: job {active[0].job} of {run.uri} is {active[0].state}. `capstan stop {run.uri}` ends it first."
-        )
 
 
 def _sbatch(batch_file: str, count: int, environment: Mapping[str, str]) -> list[int]:

@@ -23,7 +23,7 @@ from launcher.ray.cluster import local_ray
 from launcher.smoke import local_s3
 from launcher.smoke.command import Command
 from launcher.smoke.verdict import STEPS, SmokePlan, SmokeResult
-from launcher.start.claim import anchored
+from launcher.start.check import anchored
 from launcher.view.status import read_generation
 from trainer.base.locate import describe_base
 from trainer.checkpoint.listing import committed_steps

@@ -1,89 +1,65 @@
-"""A run before it starts: its settings checked, its paths made absolute, its name claimed, its code kept.
+"""Taking a run's folder for a start, and giving it back as it was when nothing comes of the start."""
 
-`capstan train` and `capstan submit` share this. Everything that can be wrong without data or a rank is found here, before
-torch is imported or a scheduler is asked.
-"""
-
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from launcher.start import snapshot
-from launcher.view.status import SILENT_SECONDS, read_status
-from trainer.base.check import check_base
-from trainer.base.locate import Base, resolve_base
-from trainer.checkpoint.listing import committed_steps
-from trainer.config import Config, assignment, dump_config, override
-from trainer.config.secrets import refuse_secrets
-from trainer.errors import AlreadyExists, ConfigError, NothingToResume
+from launcher.start.check import check_name
+from trainer.config import Config, dump_config
+from trainer.errors import AlreadyExists, ConfigError, NotFound
 from trainer.run import layout
-from trainer.run.folder import run_folder
+from trainer.run.folder import run_config, run_folder
+from trainer.run.owner import own
+from trainer.run.records import generations
+from trainer.run.settings import changes
 from trainer.store import Store
-from trainer.tuning.method import check_tuning
-from trainer.zero.policy import build_deepspeed_config
+
+_WRITTEN = (layout.CONFIG, layout.SNAPSHOT, layout.STOP, layout.OWNER, layout.DRIVER_LOG, layout.SLURM_SCRIPT)
+"""What a start writes or takes away before its first rank."""
 
 
-def anchored(config: Config) -> Config:
-    """`config` with its relative local paths made absolute: ranks, and a later resume, may have another directory."""
+@contextmanager
+def claimed(
+    config: Config,
+    *,
+    by: str,
+    resume: bool,
+    code: snapshot.Snapshot | None,
+    log: Callable[[str], None],
+    restarted: bool = False,
+    waits: bool = False,
+) -> Iterator[Store]:
+    """The run's folder made this configuration's for the body; as it was before, where the body fails before a rank began.
 
-    def absolute(path: str) -> str:
-        return path if "://" in path else str(Path(path).expanduser().absolute())
-
-    changes: dict[str, Any] = {"run.store": absolute(config.run.store)}
-    for key, path in (("model.base", config.model.base), ("sharding.deepspeed", config.sharding.deepspeed)):
-        if Path(path).expanduser().exists():
-            changes[key] = absolute(path)
-    if config.data.template:
-        changes["data.template"] = absolute(config.data.template)
-    for what, sources in (("train", config.data.train), ("eval", config.data.eval)):
-        moved = [source.model_copy(update={"path": absolute(source.path)}).model_dump() for source in sources]
-        changes[f"data.{what}"] = moved
-    return override(config, *(assignment(key, value) for key, value in changes.items()))
-
-
-def check(config: Config, *, resume: bool, restarted: bool = False) -> Base:
-    """Everything that can be told without data or ranks; changes nothing. Returns the base.
-
-    `restarted`: whoever started this process did so before, so the name is this run's already.
-
-    Raises:
-        ConfigError: the name is taken, a setting holds a secret, or the base does not fit the settings.
-        NothingToResume: `resume`, and nothing is committed.
-    """
-    refuse_secrets(config)
-    base = resolve_base(config.model)
-    check_base(base, config)
-    check_tuning(config, base.architecture)
-    build_deepspeed_config(config, world_size=config.cluster.most_workers or 1, accumulation=1, on_gpu=False)
-    run = run_folder(config)
-    if resume and not committed_steps(run):
-        raise NothingToResume(f"{run.uri} has no committed checkpoint. Start it with `capstan train`.")
-    if not (resume or restarted) and _taken_by_another(run):
-        raise _taken(config)
-    return base
-
-
-def claim(config: Config, *, resume: bool, code: snapshot.Snapshot | None, restarted: bool = False) -> Store:
-    """Make the run's folder this configuration's; returns the folder. Of several racing claims of a name one succeeds.
-
-    Writes config.yaml and the snapshot of the code, and takes back an earlier stop request.
+    Writes config.yaml and the snapshot of the code, says who has the run (`by`; with `waits` a job that it will be
+    submitted as), and takes back an earlier stop request; `log` gets what a resume changes. Of several racing claims of a
+    name one succeeds.
     """
     run = run_folder(config)
+    known = generations(run)
+    written = (*_WRITTEN, *map(layout.settings, known[-1:]))
+    before = _contents(run, written)
     if resume:
-        run.put(layout.CONFIG, dump_config(config).encode())  # with what this resume changed
-    elif not (restarted and run.exists(layout.CONFIG)):
+        old = run_config(run)
+        _keep_settings(run, known, old)
+        for change in changes(old.model_dump(mode="json"), config.model_dump(mode="json")):
+            log(change.sentence())
+        run.put(layout.CONFIG, dump_config(config).encode())
+    elif not (restarted and layout.CONFIG in before):
         _create(run, config)
-    if code is not None:
-        run.put(layout.SNAPSHOT, code.archive(dump_config(config)))
-    run.delete(layout.STOP)
-    return run
-
-
-def release(run: Store) -> None:
-    """Give a claimed name back: nothing was started under it."""
-    run.delete(layout.CONFIG)
-    run.delete(layout.SNAPSHOT)
-    run.delete(layout.DRIVER_LOG)
+    try:
+        own(run, by, waits=waits)
+        if code is not None:
+            run.put(layout.SNAPSHOT, code.archive(dump_config(config)))
+        run.delete(layout.STOP)
+        yield run
+    except BaseException:
+        if generations(run) == known:
+            _restore(run, before, written)
+        elif resume and not run.exists(layout.settings(max(generations(run)))):
+            _restore(run, before, (layout.CONFIG, layout.SNAPSHOT))  # its ranks refused before they trained with it
+        raise
 
 
 def keep_code(log: Callable[[str], None]) -> snapshot.Snapshot | None:
@@ -98,26 +74,35 @@ def keep_code(log: Callable[[str], None]) -> snapshot.Snapshot | None:
     return taken
 
 
-def _taken_by_another(run: Store) -> bool:
-    """A name is taken unless its run ended before it had anything to lose."""
-    if not run.exists(layout.CONFIG):
-        return False
-    status = read_status(run)
-    ended = status.state in ("failed", "stopped", "silent") or (status.quiet_seconds or 0) > SILENT_SECONDS
-    return not ended or bool(committed_steps(run))
-
-
 def _create(run: Store, config: Config) -> None:
-    if run.exists(layout.CONFIG) and not _taken_by_another(run):
-        run.delete(layout.CONFIG)
+    if run.exists(layout.CONFIG):
+        check_name(run)
+        run.delete(layout.CONFIG)  # its start died before it had anything to lose
     try:
         run.create(layout.CONFIG, dump_config(config).encode())
     except AlreadyExists as error:
-        raise _taken(config) from error
+        raise ConfigError(
+            f"run.name: somebody else has just claimed {run.uri}. A new run needs another name."
+        ) from error
 
 
-def _taken(config: Config) -> ConfigError:
-    name = config.run.name
-    return ConfigError(
-        f"run.name: {name!r} exists in {config.run.store}. `capstan resume {name}` continues it; a new run needs another name."
-    )
+def _keep_settings(run: Store, known: list[int], config: Config) -> None:
+    """An earlier version did not keep what each start trained with, so this is written before the settings change."""
+    if known and not run.list(layout.SETTINGS):
+        run.put(layout.settings(known[-1]), dump_config(config).encode())
+
+
+def _contents(run: Store, keys: tuple[str, ...]) -> dict[str, bytes]:
+    found = dict[str, bytes]()
+    for key in keys:
+        with suppress(NotFound):
+            found[key] = run.get(key)
+    return found
+
+
+def _restore(run: Store, before: dict[str, bytes], keys: tuple[str, ...]) -> None:
+    for key in keys:
+        if key in before:
+            run.put(key, before[key])
+        else:
+            run.delete(key)

@@ -12,9 +12,8 @@ from rich.table import Table
 
 from launcher.view.tables import duration
 from trainer.checkpoint.listing import committed_steps
-from trainer.checkpoint.manifest import CheckpointManifest, readable_manifests, shard_problem
+from trainer.checkpoint.manifest import CheckpointManifest, check_step, readable_manifests, shard_problem
 from trainer.checkpoint.retention import Removal, Retention, plan_removal, remove
-from trainer.errors import NothingToResume
 from trainer.run.folder import run_config
 from trainer.store import Store
 
@@ -66,13 +65,11 @@ def list_checkpoints(run: Store) -> CheckpointList:
 def verify_checkpoints(run: Store, step: int | None, console: Console | None = None) -> CheckpointList:
     """Read every shard (of `step`) and compare it with its manifest, showing the progress on stderr.
 
-    Raises `NothingToResume` when there is nothing to verify.
+    Raises `NothingToResume` when there is nothing to verify, and `ConfigError` when there is no such step.
     """
     listed = list_checkpoints(run)
     steps = {manifest.step for manifest in listed.manifests} | listed.problems.keys()
-    if not steps if step is None else step not in steps:
-        which = "" if step is None else f" of step {step}"
-        raise NothingToResume(f"{run.uri} has no committed checkpoint{which}.")
+    check_step(run, list(steps), step)
     chosen = [manifest for manifest in listed.manifests if step in (None, manifest.step)]
     problems = {number: reasons for number, reasons in listed.problems.items() if step in (None, number)}
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from trainer.checkpoint.listing import newest_commit
 from trainer.run import layout
+from trainer.run.owner import read_owner
 from trainer.run.records import Record, RecordReader, read_records
 from trainer.run.segments import streams
 from trainer.store import Store
@@ -21,6 +22,7 @@ State = Literal["starting", "running", "restarting", "silent", "finished", "stop
 ENDED: tuple[State, ...] = ("finished", "stopped", "failed")
 SILENT_SECONDS = 120.0
 _RATE_STEPS = 10
+_NEVER_BEGUN = "its start died before its first record, and nothing is lost; start it again from its configuration"
 _NO_END = "killed or lost: it ended without a word"
 
 
@@ -124,7 +126,7 @@ class Follower:
     def read(self) -> RunStatus:
         written = self._read_metrics()
         if not self._generations:
-            return RunStatus(self._folder.uri, "starting", stop_requested=self._folder.exists(layout.STOP))
+            return self._before_its_first_records()
         number = max(self._generations)
         newest = self._generations[number]
         now = self._clock()
@@ -133,9 +135,10 @@ class Follower:
         tokens_per_second, step_seconds = _rates(newest)
         commit = self._last_commit()
         end = newest.last("end")
+        alive = self._is_alive(newest, quiet, now)
         return RunStatus(
             run=self._folder.uri,
-            state=_state(newest, quiet),
+            state=_state(newest, alive),
             generation=number,
             restarts=self._restarts(),
             world_size=self._newest_value("start", "world_size"),
@@ -158,6 +161,19 @@ class Follower:
             stop_requested=self._folder.exists(layout.STOP),
             reason=end["reason"] if end else "",
         )
+
+    def _is_alive(self, newest: _Generation, quiet: float, now: float) -> bool:
+        if owner := read_owner(self._folder):
+            return owner.is_alive(now)
+        # Nobody wrote down who has the run: its records must do. A large base takes minutes to load, without a line.
+        return quiet < SILENT_SECONDS or not (newest.last("start") or newest.last("end"))
+
+    def _before_its_first_records(self) -> RunStatus:
+        now, owner = self._clock(), read_owner(self._folder)
+        dead = owner is not None and not owner.is_alive(now)
+        reason = _NEVER_BEGUN if dead else owner.sentence(now) if owner else ""
+        stopping = self._folder.exists(layout.STOP)
+        return RunStatus(self._folder.uri, "silent" if dead else "starting", stop_requested=stopping, reason=reason)
 
     def _read_metrics(self) -> dict[int, float]:
         """Read what is new; returns when something was last written for each generation, in seconds since 1970."""
@@ -197,7 +213,9 @@ class Follower:
         return min(firsts, key=lambda record: record["step"])["loss"] if firsts else None
 
     def _restarts(self) -> list[Restart]:
-        numbers = sorted(self._generations)
+        """Starts after the first. One that was refused before it trained is none, unless it is the newest."""
+        newest = max(self._generations)
+        numbers = [number for number in sorted(self._generations) if number == newest or not self._refused(number)]
         restarts = []
         for before, number in zip(numbers[:-1], numbers[1:], strict=True):
             end = self._generations[before].last("end")
@@ -205,22 +223,24 @@ class Follower:
             restarts.append(Restart(number, self._generations[number].start_step, reason))
         return restarts
 
+    def _refused(self, number: int) -> bool:
+        records = self._generations[number]
+        return records.start_step is None and records.last("end") is not None and records.last("restart") is None
+
     def _last_commit(self) -> tuple[int, float] | None:
         """(step, seconds since 1970) of the newest manifest: what is in the store, whatever the metrics say."""
         newest = newest_commit(self._folder)
         return (newest.step, newest.manifest.modified.timestamp()) if newest and newest.manifest else None
 
 
-def _state(newest: _Generation, quiet: float) -> State:
+def _state(newest: _Generation, alive: bool) -> State:
     end = newest.last("end")
-    if newest.last("restart"):
-        return "restarting" if quiet < SILENT_SECONDS else "silent"
-    if end:
+    if end and not newest.last("restart"):
         return end["outcome"]
-    if newest.last("start") is None:
-        return "starting"  # a large base takes minutes to load, without a line
-    if quiet >= SILENT_SECONDS:
+    if not alive:
         return "silent"
+    if newest.last("restart"):
+        return "restarting"
     return "running" if newest.last("step") else "starting"
 
 

@@ -104,9 +104,16 @@ def test_resume_with_nothing_committed(capstan: Capstan, config: Path, tmp_path:
     refused(capstan("resume", "mine", "--store", tmp_path / "store"), 7, "no committed checkpoint")
 
 
-def test_two_runs_of_one_name(capstan: Capstan, config: Path, tmp_path: Path):
+def test_two_runs_of_one_name(capstan: Capstan, config: Path, tmp_path: Path, workshop: Workshop):
+    commit(open_store(str(tmp_path / "store")).sub("mine"), workshop.config("mine"))
+    refused(
+        capstan("train", config), 2, "run.name: ", "mine exists", f"capstan resume mine --store {tmp_path / 'store'}"
+    )
+
+
+def test_a_name_that_was_claimed_a_moment_ago(capstan: Capstan, config: Path, tmp_path: Path):
     open_store(str(tmp_path / "store")).put("mine/config.yaml", config.read_bytes())
-    refused(capstan("train", config), 2, "run.name: 'mine'", "capstan resume mine")
+    refused(capstan("train", config), 2, "run.name: ", "has not begun", "capstan status mine --store")
 
 
 def test_a_destination_that_holds_something_is_not_overwritten(capstan: Capstan, config: Path, tmp_path: Path):

@@ -11,7 +11,8 @@ from typer.testing import CliRunner, Result
 from launcher.cli.__main__ import app
 from tests.checkpoints import commit
 from trainer.checkpoint.listing import committed_steps
-from trainer.errors import CapstanError, ConfigError
+from trainer.checkpoint.manifest import whole_checkpoint
+from trainer.errors import CapstanError, ConfigError, NothingToResume
 from trainer.run import layout
 from trainer.store import Store, open_store
 
@@ -76,11 +77,22 @@ def test_verify_reads_every_byte_and_names_what_is_wrong(run: Store) -> None:
     assert capstan(run, "verify", "--step", "3", "--json").exit_code == 6
 
 
-def test_verify_of_what_is_not_there_is_nothing_to_resume(run: Store) -> None:
+def test_a_step_that_is_not_there_is_a_wrong_argument(run: Store) -> None:
     failed = capstan(run, "verify", "--step", "7")
     assert isinstance(failed.exception, CapstanError)
-    assert failed.exception.exit_code == 7
-    assert "no committed checkpoint of step 7" in str(failed.exception)
+    assert failed.exception.exit_code == 2
+    assert "no committed checkpoint of step 7. Its steps are: 1, 2, 3, 4." in str(failed.exception)
+    with pytest.raises(ConfigError, match="no committed checkpoint of step 7. Its steps are: 1, 2, 3, 4."):
+        whole_checkpoint(run, 7)
+
+
+def test_without_any_checkpoint_there_is_nothing_to_resume(run: Store) -> None:
+    for step in committed_steps(run):
+        run.delete(layout.manifest(step))
+    failed = capstan(run, "verify", "--step", "7")
+    assert isinstance(failed.exception, NothingToResume)
+    with pytest.raises(NothingToResume):
+        whole_checkpoint(run, 7)
 
 
 def test_prune_follows_the_runs_own_rules_and_a_dry_run_changes_nothing(run: Store) -> None:

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, TypeAdapter
 
-from launcher.start.claim import anchored
+from launcher.start.check import anchored
 from trainer.config import Config, assignment, dump_config, fields, load_config, override, parse_config
 from trainer.errors import ConfigError
 from trainer.run import layout

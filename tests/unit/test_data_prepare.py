@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from launcher.start.claim import anchored
+from launcher.start.check import anchored
 from tests.material import Workshop, make_data
 from trainer.base.locate import resolve_base
 from trainer.data.chapters import open_chapters

@@ -22,6 +22,10 @@ from trainer.run.records import newest_records, record_end
 from trainer.store import Store, open_store
 
 
+def decide(ends: list[Failure], rules: Retry, *, committed: bool = True) -> retry.Decision:
+    return retry.decide(ends, rules, committed=committed)
+
+
 def crash(step: int | None = None) -> Failure:
     return Failure("rank 1 died: killed", None, step=step)
 
@@ -35,17 +39,17 @@ NOT_FINITE = Failure(
 
 def test_a_crash_is_tried_again_until_the_budget_is_used_up():
     rules = Retry(failures=2)
-    assert retry.decide([crash()], rules).error is None
-    assert retry.decide([crash(), crash()], rules).error is None
-    last = retry.decide([crash(), crash(), crash()], rules).error
+    assert decide([crash()], rules).error is None
+    assert decide([crash(), crash()], rules).error is None
+    last = decide([crash(), crash(), crash()], rules).error
     assert isinstance(last, CapstanError)
     assert last.exit_code == 1
     assert "retry.failures: 2" in str(last)
 
 
 def test_a_second_crash_in_the_same_step_ends_the_run_and_says_so():
-    assert retry.decide([crash(7), crash(12)], Retry()).error is None
-    error = retry.decide([crash(7), crash(12), crash(7)], Retry()).error
+    assert decide([crash(7), crash(12)], Retry()).error is None
+    error = decide([crash(7), crash(12), crash(7)], Retry()).error
     assert error is not None
     assert error.exit_code == 1
     assert "second crash in step 7" in str(error)
@@ -53,24 +57,24 @@ def test_a_second_crash_in_the_same_step_ends_the_run_and_says_so():
 
 def test_machines_that_leave_are_counted_apart_from_failures():
     rules = Retry(failures=1, preemptions=2)
-    assert retry.decide([crash(3), PREEMPTED, PREEMPTED], rules).error is None
-    assert retry.decide([PREEMPTED, PREEMPTED, crash(3)], rules).error is None
-    last = retry.decide([PREEMPTED, crash(3), PREEMPTED, PREEMPTED], rules).error
+    assert decide([crash(3), PREEMPTED, PREEMPTED], rules).error is None
+    assert decide([PREEMPTED, PREEMPTED, crash(3)], rules).error is None
+    last = decide([PREEMPTED, crash(3), PREEMPTED, PREEMPTED], rules).error
     assert isinstance(last, Stopped)
     assert "retry.preemptions: 2" in str(last)
-    assert retry.decide([PREEMPTED] * 100, Retry()).error is None
+    assert decide([PREEMPTED] * 100, Retry()).error is None
 
 
 def test_growing_uses_no_budget():
-    assert retry.decide([RESIZED] * 10, Retry(failures=0, preemptions=0)).error is None
+    assert decide([RESIZED] * 10, Retry(failures=0, preemptions=0)).error is None
 
 
 def test_a_loss_that_is_not_finite_is_left_out_once():
-    decision = retry.decide([crash(3), NOT_FINITE], Retry())
+    decision = decide([crash(3), NOT_FINITE], Retry())
     assert decision.error is None
     assert "without the rows of that step" in decision.reason
-    assert retry.decide([NOT_FINITE, crash(3), NOT_FINITE], Retry()).error is NOT_FINITE.error
-    assert retry.decide([NOT_FINITE], Retry(skip_bad_window=False)).error is NOT_FINITE.error
+    assert decide([NOT_FINITE, crash(3), NOT_FINITE], Retry()).error is NOT_FINITE.error
+    assert decide([NOT_FINITE], Retry(skip_bad_window=False)).error is NOT_FINITE.error
     assert NOT_FINITE.error is not None
     assert NOT_FINITE.error.exit_code == 5
 
@@ -81,13 +85,13 @@ def test_a_loss_that_is_not_finite_is_left_out_once():
     ids=lambda error: type(error).__name__,
 )
 def test_what_would_only_fail_again_ends_the_run_at_once(error: CapstanError):
-    assert retry.decide([Failure(str(error), error)], Retry(failures=5)).error is error
+    assert decide([Failure(str(error), error)], Retry(failures=5)).error is error
 
 
 def test_a_failing_store_is_tried_again_and_keeps_its_exit_code():
     down = Failure("503", StorageError("503"))
-    assert retry.decide([down], Retry(failures=1)).error is None
-    final = retry.decide([down, down], Retry(failures=1)).error
+    assert decide([down], Retry(failures=1)).error is None
+    final = decide([down, down], Retry(failures=1)).error
     assert isinstance(final, StorageError)
     assert final.exit_code == 6
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launcher.data.build import build
-from launcher.start import claim
+from launcher.start import check
 from tests.material import Workshop
 from trainer.config import Config, dump_config, override
 from trainer.config.secrets import has_credentials, names_secret, refuse_secrets, without_credentials
@@ -82,7 +82,7 @@ def test_no_command_that_writes_to_the_store_writes_a_secret(config: Config, tmp
     config = override(config, f"run.store={tmp_path / 'store'}", f"{ENV_VARS}.HF_TOKEN=hidden")
     for resume in (False, True):
         with pytest.raises(ConfigError, match="HF_TOKEN"):
-            claim.check(config, resume=resume)
+            check.check(config, resume=resume)
     path = tmp_path / "run.yaml"
     path.write_text(dump_config(config))
     with pytest.raises(ConfigError, match="HF_TOKEN"):

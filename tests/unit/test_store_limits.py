@@ -10,7 +10,7 @@ import pytest
 from launcher.data.build import build
 from launcher.drive import local
 from launcher.slurm import rank
-from launcher.start import claim
+from launcher.start import check
 from tests.material import Workshop
 from trainer.config import Config, dump_config
 from trainer.errors import StorageError
@@ -44,7 +44,7 @@ def given_up() -> Any:
 
 def test_before_a_run_starts(config: Config) -> None:
     with given_up():
-        claim.check(config, resume=False)
+        check.check(config, resume=False)
 
 
 def test_by_who_repeats_failed_requests_itself(config: Config) -> None:
@@ -63,7 +63,7 @@ def test_by_a_rank_of_torchrun_that_waits_for_compiled_data(config: Config, monk
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with given_up():
-        local.start(config, resume=False, live=False, log=log)
+        local.start(config, resume=False, take_over=False, live=False, log=log)
 
 
 def test_by_a_rank_of_srun_that_compiles(config: Config) -> None:

@@ -8,7 +8,7 @@ each shard's intervals, is read for ever.
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Annotated, Any, ClassVar
@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from trainer.checkpoint.division import Division, EvenDivision, ListedDivision
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.shard import BYTES_PER_ELEMENT, Shard, verify_shard
-from trainer.errors import Damaged, NotFound, NothingToResume, StorageError
+from trainer.errors import ConfigError, Damaged, NotFound, NothingToResume, StorageError
 from trainer.run import layout
 from trainer.store import Store
 
@@ -170,24 +170,31 @@ def shard_problem(run: Store, manifest: CheckpointManifest, number: int) -> str 
     return verify_shard(run, manifest.shards[number], manifest.division.intervals(number))
 
 
+def check_step(run: Store, steps: Sequence[int], step: int | None) -> None:
+    """Whether the run has checkpoints, its `steps`, and one of `step` if that is asked for; raises as `whole_checkpoint`."""
+    if not steps:
+        raise NothingToResume(f"{run.uri} has no committed checkpoint.")
+    if step is not None and step not in steps:
+        raise ConfigError(
+            f"--step: {run.uri} has no committed checkpoint of step {step}. Its steps are: {', '.join(map(str, sorted(steps)))}."
+        )
+
+
 def whole_checkpoint(run: Store, step: int | None = None) -> CheckpointManifest:
     """The checkpoint of `step`, or the newest whose shards all verify; damaged ones are passed over.
 
     Raises:
-        NothingToResume: there is none, or none of that step.
+        NothingToResume: there is none.
+        ConfigError: there are, but none of that step.
         StorageError: there are, but not a whole one.
     """
     steps = committed_steps(run)
-    if step is not None and step not in steps:
-        committed = ", ".join(map(str, reversed(steps))) or "none"
-        raise NothingToResume(f"{run.uri} has no committed checkpoint of step {step}. Committed are: {committed}.")
+    check_step(run, steps, step)
     skipped: list[str] = []
     for manifest in readable_manifests(run, skipped, steps if step is None else [step]):
         problems = problems_of(run, manifest)
         if not problems:
             return manifest
         skipped += problems
-    if skipped:
-        which = "no checkpoint" if step is None else f"the checkpoint of step {step}"
-        raise StorageError(f"{which} of {run.uri} is {'' if step is None else 'not '}whole: {skipped[0]}")
-    raise NothingToResume(f"{run.uri} has no committed checkpoint.")
+    which = "no checkpoint" if step is None else f"the checkpoint of step {step}"
+    raise StorageError(f"{which} of {run.uri} is {'' if step is None else 'not '}whole: {skipped[0]}")

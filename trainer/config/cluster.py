@@ -15,7 +15,11 @@ class Ray(Section):
         None, about="A running cluster. Without it Ray starts on this machine for this run.", example="auto"
     )
     start_timeout: float = setting(
-        300, about="How long to wait for the workers that were asked for.", example=600, gt=0, unit="seconds"
+        300,
+        about="How long to wait for room for the workers that were asked for, and then for their processes to begin.",
+        example=600,
+        gt=0,
+        unit="seconds",
     )
     resize_interval: float = setting(
         60,

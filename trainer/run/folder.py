@@ -1,15 +1,25 @@
 """A run's folder in its store, and the configuration in it: the one place where everybody reads it."""
 
+import os
+import shlex
 from collections.abc import Sequence
 
 from trainer.config import Config, assignment, parse_config
 from trainer.errors import ConfigError, NotFound
 from trainer.run import layout
-from trainer.store import Store, open_run_store
+from trainer.store import Store, open_run_store, open_store
 
 
 def run_folder(config: Config) -> Store:
     return open_run_store(config).sub(config.run.name)
+
+
+def command(verb: str, folder: Store) -> str:
+    """The command that does `verb` with the run, in backquotes; with its store where a bare name would not be found."""
+    store, _, name = folder.uri.rpartition("/")
+    usual = open_store(os.environ.get("CAPSTAN_STORE", "runs")).uri
+    where = "" if store == usual else f" --store {shlex.quote(store.removeprefix('file://'))}"
+    return f"`capstan {verb} {name}{where}`"
 
 
 def run_config(folder: Store, overrides: Sequence[str] = ()) -> Config:

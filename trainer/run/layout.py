@@ -11,6 +11,9 @@ SNAPSHOT = "snapshot.tar.zst"
 STOP = "STOP"
 RESTART = "RESTART"
 NO_MORE_DATA = "NO-MORE-DATA"
+OWNER = "OWNER"
+RANKS_BEGUN = "RANKS-BEGUN"
+SETTINGS = "settings/"
 METRICS = "metrics/"
 LOGS = "logs/"
 DRIVER_LOG = "logs/driver.log"
@@ -54,6 +57,11 @@ def records_of(stream: str) -> int | None:
 def rank_log(generation: int, rank: int) -> str:
     """The stream (trainer/run/segments.py) of all that a rank's process printed."""
     return f"{LOGS}{generation:06d}/rank-{rank:05d}.log"
+
+
+def settings(generation: int) -> str:
+    """The whole configuration that a start of the run trained with."""
+    return f"{SETTINGS}{generation:06d}.yaml"
 
 
 def slurm_attempt(number: int) -> str:

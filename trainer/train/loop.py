@@ -17,6 +17,7 @@ from trainer.data.stream import MicroBatch, Position, Stream
 from trainer.errors import DataError, Interrupted, NonFiniteLoss, Stopped
 from trainer.objective.objective import Objective
 from trainer.ranks import Ranks
+from trainer.run.folder import command
 from trainer.run.metrics import Metrics
 from trainer.run.requests import Stop, StopSignal
 from trainer.train.heartbeat import Pulse, silent_pulse
@@ -205,7 +206,7 @@ def _stopped(run: Training, stopping: Stop, step: int) -> Stopped:
     if stopping is Stop.RESTART:
         return Interrupted(f"stopped at step {step} {reason}, with a checkpoint committed")
     return Stopped(
-        f"stopped at step {step} {reason}, with a checkpoint committed. `capstan resume {run.config.run.name}` goes on."
+        f"stopped at step {step} {reason}, with a checkpoint committed. {command('resume', run.checkpoints.run)} goes on."
     )
 
 

@@ -1,0 +1,31 @@
+"""The driver's few words, kept in the run's folder after those of the drivers before it."""
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from trainer.errors import NotFound, StorageError
+from trainer.run import layout
+from trainer.store import Store
+
+
+class Journal:
+    """Lines for `capstan logs RUN --driver`; `log` shows those that a person should see at once."""
+
+    def __init__(self, run: Store, log: Callable[[str], None]) -> None:
+        self._run, self._log = run, log
+        self._text = ""
+        with suppress(NotFound):
+            self._text = run.get(layout.DRIVER_LOG).decode(errors="replace")
+        self.keep(f"driver of process {os.getpid()} on {socket.gethostname()}")
+
+    def write(self, line: str) -> None:
+        self._log(line)
+        self.keep(line)
+
+    def keep(self, line: str) -> None:
+        self._text += f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n"
+        with suppress(StorageError):  # words must never decide how a run ends
+            self._run.put(layout.DRIVER_LOG, self._text.encode())

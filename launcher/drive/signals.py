@@ -1,0 +1,72 @@
+"""Signals of a driver: each asks the run to commit and end. The driver's work leaves the main thread free for them."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+
+from trainer.errors import StorageError
+from trainer.run import layout
+from trainer.run.requests import request_stop, stop_requester
+from trainer.store import Store
+
+ENDED_AT_ONCE = 130
+"""The exit code after a second Ctrl-C."""
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+@contextmanager
+def stop_on_signals(run: Store) -> Iterator[None]:
+    """SIGTERM, SIGUSR1 and Ctrl-C ask for a stop through the run's folder; a second Ctrl-C ends this process at once."""
+
+    def ask(number: int, _frame: object) -> None:
+        name = signal.Signals(number).name
+        # In a thread: a store that does not answer must not keep this one from the next signal.
+        threading.Thread(target=_ask, args=(run, name), name="stop", daemon=True).start()
+        if number == signal.SIGINT:
+            print("stopping after a commit; Ctrl-C again ends at once", file=sys.stderr, flush=True)
+            signal.signal(signal.SIGINT, lambda *_: os._exit(ENDED_AT_ONCE))
+
+    before = {number: signal.signal(number, ask) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ask(run: Store, name: str) -> None:
+    try:
+        request_stop(run, by=name)
+    except StorageError as error:
+        print(f"{name}: the run could not be asked to stop: {error}", file=sys.stderr, flush=True)
+
+
+def forget_stop_by_signal(run: Store) -> None:
+    """A stop that a signal asked for ends this process's work, not the next one's; what a person asked for stays."""
+    if stop_requester(run) in {number.name for number in _SIGNALS}:
+        run.delete(layout.STOP)
+
+
+def beside_main_thread(work: Callable[[], None]) -> None:
+    """Run `work` in a thread, and raise here what it raises; in the main thread Ray would install handlers of its own."""
+    done: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    thread = threading.Thread(target=run, name="driver", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(timeout=0.2)  # short, as Python runs signal handlers only between its own instructions
+        for number in _SIGNALS:
+            signal.signal(number, signal.getsignal(number))  # above Ray's own, which print a stack trace first
+    done.result()

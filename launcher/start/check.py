@@ -1,0 +1,134 @@
+"""Whether a run may start: everything that can be refused without a rank, before anything is written.
+
+Torch is not imported and no scheduler is asked, so a refusal costs seconds and leaves no trace.
+"""
+
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from launcher.view.status import SILENT_SECONDS, read_status
+from trainer.base.check import check_base
+from trainer.base.locate import Base, resolve_base
+from trainer.checkpoint.identity import check_identity
+from trainer.checkpoint.listing import committed_steps
+from trainer.checkpoint.manifest import readable_manifests
+from trainer.config import Config, assignment, override
+from trainer.config.secrets import refuse_secrets
+from trainer.data.prepare import locate
+from trainer.errors import ConfigError, DataError, NotFound, NothingToResume, StorageError
+from trainer.identity import identity_of
+from trainer.run import layout
+from trainer.run.folder import command, run_folder
+from trainer.run.owner import read_owner
+from trainer.store import Store, open_run_store
+from trainer.tuning.method import check_tuning
+from trainer.zero.policy import build_deepspeed_config
+
+
+def anchored(config: Config) -> Config:
+    """`config` with its relative local paths made absolute: ranks, and a later resume, may have another directory."""
+
+    def absolute(path: str) -> str:
+        return path if "://" in path else str(Path(path).expanduser().absolute())
+
+    changes: dict[str, Any] = {"run.store": absolute(config.run.store)}
+    for key, path in (("model.base", config.model.base), ("sharding.deepspeed", config.sharding.deepspeed)):
+        if Path(path).expanduser().exists():
+            changes[key] = absolute(path)
+    if config.data.template:
+        changes["data.template"] = absolute(config.data.template)
+    for what, sources in (("train", config.data.train), ("eval", config.data.eval)):
+        moved = [source.model_copy(update={"path": absolute(source.path)}).model_dump() for source in sources]
+        changes[f"data.{what}"] = moved
+    return override(config, *(assignment(key, value) for key, value in changes.items()))
+
+
+def check(
+    config: Config, *, resume: bool, take_over: bool = False, restarted: bool = False, elsewhere: bool = False
+) -> Base:
+    """Refuse what would fail, or harm another run or this one; changes nothing. Returns the base.
+
+    `take_over`: start even if the run is alive. `restarted`: whoever started this process did so before, so the name is
+    this run's already. `elsewhere`: it will train on other machines, and its data need not be seen from here.
+
+    Raises:
+        ConfigError: a setting holds a secret, the base does not fit the settings, the newest checkpoint belongs to other ones, the run is alive, or
+            the name is taken.
+        DataError: the data of the run to resume is not there.
+        NothingToResume: `resume`, and nothing is committed.
+        StorageError: `resume`, and no checkpoint can be read.
+    """
+    refuse_secrets(config)
+    base = resolve_base(config.model)
+    check_base(base, config)
+    check_tuning(config, base.architecture)
+    build_deepspeed_config(config, world_size=config.cluster.most_workers or 1, accumulation=1, on_gpu=False)
+    run = run_folder(config)
+    if restarted:
+        return base
+    if not take_over:
+        check_idle(run, resume=resume)
+    if resume:
+        _check_checkpoint(run, config, base, elsewhere=elsewhere)
+    else:
+        check_name(run)
+    return base
+
+
+def check_idle(run: Store, *, resume: bool) -> None:
+    """Raise `ConfigError` when somebody has the run: a second start would take it over in the middle of its work."""
+    if who := in_use(run):
+        or_else = "--take-over goes on without it, and what it has not committed is lost"
+        raise ConfigError(
+            f"run.name: {run.uri} is in use by {who}. {command('stop', run)} ends it; "
+            f"{or_else if resume else 'a new run needs another name'}."
+        )
+
+
+def in_use(run: Store) -> str | None:
+    """Who has the run now, in words; None when nobody has, or whoever had it is dead."""
+    if owner := read_owner(run):
+        return owner.sentence(time.time()) if owner.is_alive(time.time()) else None
+    # Nobody wrote down who has it: an earlier version started it, or it has ended. Only its records tell, and not exactly.
+    status = read_status(run)
+    if status.state not in ("running", "restarting") and not (status.state == "starting" and status.generation):
+        return None
+    quiet = status.quiet_seconds or 0.0
+    return f"its start {status.generation} wrote {quiet:.0f} s ago" if quiet < SILENT_SECONDS else None
+
+
+def check_name(run: Store) -> None:
+    """Raise `ConfigError` unless the name is free: a run that died before its first commit has nothing to lose."""
+    if not run.exists(layout.CONFIG):
+        return
+    if committed_steps(run):
+        raise ConfigError(
+            f"run.name: {run.uri} exists and has checkpoints. {command('resume', run)} continues it; a new run needs another "
+            "name."
+        )
+    with suppress(NotFound):
+        age = time.time() - run.head(layout.CONFIG).modified.timestamp()
+        if read_owner(run) is None and not read_status(run).generation and age < SILENT_SECONDS:
+            raise ConfigError(
+                f"run.name: {run.uri} was claimed {age:.0f} s ago and has not begun. {command('status', run)} shows what becomes "
+                f"of it; if nothing does, the name is free again after {SILENT_SECONDS:.0f} s."
+            )
+
+
+def _check_checkpoint(run: Store, config: Config, base: Base, *, elsewhere: bool) -> None:
+    """What the ranks will ask of the checkpoint that they load, as far as its manifest tells."""
+    steps, damaged = committed_steps(run), list[str]()
+    if not steps:
+        raise NothingToResume(f"{run.uri} has no committed checkpoint. Start it with `capstan train`.")
+    manifest = next(readable_manifests(run, damaged, steps), None)
+    if manifest is None:
+        raise StorageError(f"no checkpoint of {run.uri} is whole: {damaged[0]}")
+    try:
+        dataset = locate(config, base, open_run_store(config), keep=False)["train"]
+    except DataError:
+        if not elsewhere:
+            raise
+        dataset = manifest.dataset  # the ranks see the data, and compare it
+    check_identity(manifest, identity_of(config, base, dataset))

@@ -1,0 +1,30 @@
+"""A stop that is asked for while no rank is there to commit, so that the start itself has to end."""
+
+from trainer.checkpoint.listing import committed_steps
+from trainer.errors import NothingCommitted, Stopped
+from trainer.run import layout
+from trainer.run.folder import command
+from trainer.run.owner import read_owner
+from trainer.run.records import record_end
+from trainer.run.requests import stop_requester
+from trainer.store import Store
+
+
+def stop_if_asked(run: Store, when: str) -> None:
+    """Raise `Stopped` when somebody has asked the run to stop; `NothingCommitted` where there is nothing to resume then."""
+    if who := stop_requester(run):
+        if committed_steps(run):
+            raise Stopped(
+                f"stopped by {who} {when}; what was committed before stays. {command('resume', run)} goes on."
+            )
+        raise NothingCommitted(
+            f"stopped by {who} {when}, and nothing is committed. Start it again from its configuration."
+        )
+
+
+def give_up_waiting(run: Store) -> None:
+    """Free a run that was submitted and whose turn has not come: nobody else is there to say that it has ended."""
+    owner = read_owner(run)
+    if owner is not None and owner.waits:
+        record_end(run, "stopped before its job had begun", stopped=True)
+        run.delete(layout.OWNER)

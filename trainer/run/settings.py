@@ -1,0 +1,50 @@
+"""The settings that each start of a run trained with, and what changed from one start to the next."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import yaml
+
+from trainer.config import Config, dump_config
+from trainer.run import layout
+from trainer.store import Store
+
+_PLACE = ("run.name", "run.store")
+"""Where the run is, which a copied or moved folder changes."""
+
+
+class Change(NamedTuple):
+    """A setting by its dotted name, with its value before and from now on."""
+
+    setting: str
+    old: Any
+    new: Any
+
+    def sentence(self) -> str:
+        return f"{self.setting} is {json.dumps(self.new)} from now on; it was {json.dumps(self.old)}"
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
+    """What differs between two configurations, given as trees; the place of the run is left out."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    return [
+        Change(name, before.get(name), after.get(name))
+        for name in after | before
+        if name not in _PLACE and before.get(name) != after.get(name)
+    ]
+
+
+def record_settings(run: Store, generation: int, config: Config) -> list[Change]:
+    """Keep what this start trains with; returns what changed since the start before it that trained."""
+    earlier = [entry.key for entry in run.list(layout.SETTINGS) if entry.key < layout.settings(generation)]
+    run.put(layout.settings(generation), dump_config(config).encode())
+    return changes(yaml.safe_load(run.get(max(earlier))), config.model_dump(mode="json")) if earlier else []
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
