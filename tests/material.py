@@ -161,15 +161,15 @@ def make_policy(path: Path) -> Path:
     return path
 
 
-def commit(run: Store, config: Config, step: int = 4) -> None:
-    """Make `run` a run of `config` that was committed after `step`, with adapters of random numbers."""
+def commit(run: Store, config: Config, step: int = 4, dataset: str = "data") -> None:
+    """Make `run` a run of `config` on `dataset` that was committed after `step`, with adapters of random numbers."""
     base = resolve_base(config.model)
     run.put(layout.CONFIG, dump_config(config).encode())
     shapes = {name: list(shape) for name, shape in find_method(config.tuning).shapes(base.architecture).items()}
     shard_layout = ShardLayout({name: (0, math.prod(shape)) for name, shape in shapes.items()})
     states = 0.1 * torch.randn(shard_layout.numel, generator=torch.Generator().manual_seed(step))
     shard = write_shard(run, layout.shard(step, "000001-000001", 0), shard_layout, memoryview(states.numpy().tobytes()))
-    ours = identity_of(config, base, "data")
+    ours = identity_of(config, base, dataset)
     manifest = CheckpointManifest(
         step, 1, 1, 0.0, step, {}, ours.dataset, ours.order, ours.base, ours.adapter, {}, {}, None, shapes, [shard]
     )

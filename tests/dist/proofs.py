@@ -1,9 +1,12 @@
 """The proofs of exports, each in a process of its own."""
 
 from dataclasses import asdict
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from trainer.export import verify
 from trainer.export.verify import prove_adapter, prove_merged
 from trainer.store import open_store
 
@@ -12,6 +15,25 @@ def export_proof(run_uri: str, step: int, adapter: str) -> dict[str, float]:
     """What `capstan export --verify` measures."""
     torch.set_num_threads(1)
     return asdict(prove_adapter(open_store(run_uri), step, open_store(adapter)))
+
+
+def proof_in_bf16(run_uri: str, step: int, adapter: str) -> dict[str, Any]:
+    """The same where fp32 does not fit; and the largest logit of the trained model, and the largest difference of one."""
+    compared: list[Tensor] = []
+    distance = verify.distance
+
+    def observed(one: Any, other: Any, rows: Any) -> Any:
+        compared[:] = torch.cat(list(one)), torch.cat(list(other))
+        return distance(one, other, rows)
+
+    verify.distance, verify._fits_in_fp32 = observed, lambda config, base: False
+    proof = export_proof(run_uri, step, adapter)
+    trained, exported = compared  # the last of the comparisons
+    return {
+        "proof": proof,
+        "largest_logit": float(trained.abs().max()),
+        "largest_difference": float((trained - exported).abs().max()),
+    }
 
 
 def merge_proof(run_uri: str, step: int, merged: str) -> dict[str, float]:

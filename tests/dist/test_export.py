@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launcher.smoke.local_s3 import S3Server
 from tests.dist import proofs, runs
 from tests.dist.launch import launch
-from tests.material import Workshop
+from tests.material import Workshop, commit
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import read_manifest
 from trainer.config import dump_config
@@ -72,6 +73,32 @@ def test_transformers_and_peft_predict_what_the_trained_model_predicts(run: Stor
     assert Proof(**proof).holds
     assert proof["kl_allowed"] < 1e-4 * proof["kl_effect"]
     assert (proof["computed_in"], proof["rows"]) == ("fp32", "8 rows of the training data")
+
+
+@pytest.mark.timeout(400)
+def test_a_right_export_of_a_deep_base_with_large_logits_is_proven_where_its_single_logits_differ(
+    tmp_path: Path,
+) -> None:
+    """As real models have them: logits of 70, sliding windows, and sixteen layers that add up what rounding does."""
+    workshop = Workshop(tmp_path, "gemma3", intermediate_size=192, num_hidden_layers=16)
+    for file in workshop.base.glob("*.safetensors"):
+        tensors = load_file(file)
+        if "model.norm.weight" in tensors:
+            tensors["model.norm.weight"] = 20 * (1 + tensors["model.norm.weight"].float()).bfloat16() - 1
+            save_file(tensors, file, metadata={"format": "pt"})
+    config = workshop.config("loud")
+    run = workshop.store.sub("loud")
+    commit(run, config, dataset=workshop.prepare(config).train)
+    export_adapter(run, open_store(str(tmp_path / "adapter")))
+
+    (found,) = launch(1, proofs.proof_in_bf16, run.uri, 4, str(tmp_path / "adapter"), timeout=300)
+    assert found["largest_logit"] > 50
+    assert found["largest_difference"] > 0.02 * found["largest_logit"], "a rule for single logits would have held"
+    assert Proof(**found["proof"]).holds
+    assert found["proof"]["computed_in"] == "bf16"
+    (proof,) = launch(1, proofs.export_proof, run.uri, 4, str(tmp_path / "adapter"), timeout=300)
+    assert Proof(**proof).holds
+    assert (proof["computed_in"], proof["kl_allowed"] < 1e-6) == ("fp32", True)
 
 
 def test_a_merged_model_in_plain_transformers_is_base_and_adapter_and_close_to_what_was_trained(

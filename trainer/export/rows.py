@@ -51,7 +51,7 @@ def find_probe(run: Store, config: Config, manifest: CheckpointManifest, base: B
     Compiled data may have been deleted, or never been in this store.
     """
     root = open_store(run.uri.rpartition("/")[0])
-    for what, fingerprint in _datasets(config, manifest, base):
+    for what, fingerprint in _datasets(config, manifest, base, root):
         try:
             rows = list(_rows(open_chapter(root, fingerprint, 0)))[:ROWS]
         except StorageError:  # or `NotFound`, which is one
@@ -63,9 +63,9 @@ def find_probe(run: Store, config: Config, manifest: CheckpointManifest, base: B
     return Probe([row], f"tokens 3 to {2 + _FALLBACK_TOKENS}, as the run's compiled data is gone")
 
 
-def _datasets(config: Config, manifest: CheckpointManifest, base: Base) -> Iterator[tuple[str, str]]:
+def _datasets(config: Config, manifest: CheckpointManifest, base: Base, root: Store) -> Iterator[tuple[str, str]]:
     try:
-        found = locate(config, base)
+        found = locate(config, base, root, keep=False)
     except (ConfigError, DataError, StorageError):  # the sources are gone; what was compiled of them may be there
         found = {}
     if "eval" in found:
