@@ -25,7 +25,7 @@ from trainer.store import open_run_store
 
 @dataclass(frozen=True)
 class Built:
-    """What is compiled, by split; None where a dry run found that it still has to be."""
+    """The compiled data by split; None where a dry run found that it still has to be compiled."""
 
     splits: dict[str, tuple[str, DatasetManifest | None]]
 

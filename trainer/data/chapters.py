@@ -22,7 +22,7 @@ _OPEN = 4
 
 
 class Chapters:
-    """`count` chapters, of which `open_chapter` opens one, or raises `NotFound` until it is compiled.
+    """`count` chapters. `open_chapter` opens one, or raises `NotFound` until it is compiled.
 
     At most four are held. `given_up` gives the reason once no more of them will be compiled. `reads` says what reading them
     had to repeat.

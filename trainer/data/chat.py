@@ -94,7 +94,7 @@ class Renderer:
         self._tokenizer = tokenizer
         from tokenizers import Tokenizer
 
-        # What a call of the tokenizer would do too: a tokenizer.json may ask for truncation or padding.
+        # A call of the tokenizer would switch both off too: a tokenizer.json may ask for them.
         backend: Any = tokenizer.backend_tokenizer
         self._backend: Any = Tokenizer.from_str(backend.to_str())
         self._backend.no_truncation()
@@ -149,7 +149,7 @@ class Renderer:
         return Rendered(prompt + completion, [(start, len(prompt) + len(completion))], end_trained=bool(completion))
 
     def turns(self, row: dict[str, Any]) -> list[Turn]:
-        """What a row consists of, in any format: a completion is an assistant's turn, and so is a plain text.
+        """The turns of a row, in any format: a completion is an assistant's turn, and so is a plain text.
 
         Raises:
             DataError: as `render`.
@@ -275,7 +275,7 @@ class _Conversation:
         return len(prefix)
 
     def tagged(self, untrained: Sequence[Span]) -> Example:
-        """Tokens, of which those are trained that the template's tags enclose and that lie in none of these spans."""
+        """Tokens; the targets are those that the template's tags enclose and that lie in none of the `untrained` spans."""
         encoding = self._apply(
             len(self._messages),
             tokenize=True,

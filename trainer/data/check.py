@@ -1,4 +1,4 @@
-"""What is in the data: a report on a run's sources, before anything is compiled or trained."""
+"""A report on what a run's sources hold, before anything is compiled or trained."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -30,7 +30,7 @@ _REPLACEMENT = "\ufffd"
 
 @dataclass
 class Findings:
-    """What was found in the rows of one split. Counts are rows, unless they say otherwise.
+    """The findings in the rows of one split. Counts are rows, unless they say otherwise.
 
     Attributes:
         bad_rows: could not be used; `bad_row_examples` says of the first ones why.
@@ -131,7 +131,7 @@ def _read(files: list[SourceFile]) -> Iterator[tuple[Batch, int]]:
 
 @dataclass
 class _Inspected:
-    """What one batch holds: what can be counted in it, the tokens of each document, and each one's place and text."""
+    """The findings in one batch, the number of tokens of each of its documents, and the place and text of each."""
 
     found: Findings = field(default_factory=Findings)
     lengths: list[int] = field(default_factory=list)

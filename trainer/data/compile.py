@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHAPTER_BYTES = 4 * 2**30
-"""Of sources, in a chapter. Small enough to be compiled soon, and large enough to be shuffled in."""
+"""Size of the sources of a chapter. It is small enough to be compiled soon, and large enough to be shuffled in."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def _read_source(files: Sequence[SourceFile], chapters: int, start: Place) -> It
         skipped, read = start.batch if number == start.file else 0, 0
         for index, batch in enumerate(batches(file)):
             if index >= skipped:
-                # By what was read before the batch, not by its end: the last batch of a source ends at all of its bytes.
+                # Use the position before the batch: after the last one it equals the size, which would give one chapter too many.
                 chapter = min(chapters * (before + read) // size, chapters - 1)
                 yield batch, _At(file.source, chapter, Place(file=number, batch=index + 1), before + batch.read)
             read = batch.read
@@ -210,7 +210,7 @@ def _read_source(files: Sequence[SourceFile], chapters: int, start: Place) -> It
 
 
 def _manifest(fingerprint: str, files: Sequence[SourceFile], writer: ShardWriter) -> DatasetManifest:
-    """Of all chapters so far."""
+    """The manifest of all chapters so far."""
     sources = [SourceRecord() for _ in range(files[-1].source + 1)]
     for file in files:
         sources[file.source].files.append(file.uri)

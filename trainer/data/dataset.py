@@ -48,7 +48,7 @@ T = TypeVar("T")
 
 @dataclass
 class Reads:
-    """What reading had to repeat so far: requests because the store failed, blocks because their hash differed."""
+    """Counts what reading had to repeat: requests because the store failed, blocks because their hash differed."""
 
     retried: int = 0
     refetched: int = 0
@@ -192,7 +192,7 @@ def open_dataset(store: Store, fingerprint: str) -> Dataset:
 
 
 def open_chapter(store: Store, fingerprint: str, chapter: int) -> Dataset:
-    """Open one chapter of a data set, all of which may not be compiled yet.
+    """Open one chapter of a data set; others may not be compiled yet.
 
     Raises:
         NotFound: the chapter is not compiled yet.

@@ -54,7 +54,7 @@ EVERYTHING = Part()
 
 @dataclass
 class Encoded:
-    """What a batch became.
+    """The documents of a batch.
 
     `tokens` (tokens,) uint32 are those of its documents end to end, with `TARGET_BIT` set on trained ones, and `lengths`
     (documents,) how many each has. `error` is the first row that ends the compilation, if any does.

@@ -40,7 +40,7 @@ def left_out(given: list[dict[str, Any]], messages: list[Message], text: str) ->
 
 
 def _pieces(raw: dict[str, Any], message: Message) -> Iterator[tuple[str, str]]:
-    """What a message carries, each piece with what it is called."""
+    """The texts that a message carries, each after its name."""
     yield f"content of {message['role']}", message["content"].strip()
     for call in message.get("tool_calls") or []:
         name, arguments = call["function"].get("name"), call["function"]["arguments"]

@@ -105,7 +105,7 @@ class ShardRecord(Record):
 
 
 class SourceRecord(Record):
-    """What a source contributed. `files` are its files' URIs."""
+    """The share of one source. `files` are its files' URIs."""
 
     documents: Count = 0
     tokens: Count = 0
@@ -114,7 +114,7 @@ class SourceRecord(Record):
 
 
 class Counters(Record):
-    """What became of the rows: those that are no documents, and those that were cut to the sequence length."""
+    """Counts of rows: all, those that are no documents, and those that were cut to the sequence length."""
 
     rows: Count = 0
     bad_rows: Count = 0
@@ -144,7 +144,7 @@ def add_left_out(total: dict[str, LeftOut], more: Mapping[str, LeftOut]) -> None
 
 
 class DatasetManifest(Record):
-    """What a data set of so many `chapters` holds, or has so far while it is compiled.
+    """The content of a data set of so many `chapters`, or of those that are compiled so far.
 
     `bad_rows` describes the first few of them, as `file:line: reason`. `left_out` is there where the chat template leaves
     out something that rows carry.

@@ -62,7 +62,7 @@ def turns(chapters: int, seed: int, epoch: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Order:
-    """What the order depends on beside the data set and the epoch.
+    """The settings that the order depends on, beside the data set and the epoch.
 
     `weights` are visits an epoch of each source's documents. A part of a visit takes turns: at 0.5 a document is visited in
     every second epoch, and half of the documents in each. A source that has one of `fractions` gets this share of the tokens
@@ -139,7 +139,7 @@ class EpochPlan:
         # Each visit is a block with all its documents, or with those whose turn the fraction of the weight is.
         whole = np.floor(self._block_weights).astype(np.int64)
         partial = self._block_weights > whole
-        # Of a large source whole blocks take turns: a small share of it must not mean to read all of it.
+        # The blocks of a large source take turns as wholes: a small share of it must not mean to read all of it.
         for source in np.flatnonzero(np.bincount(block_sources[partial]) >= WINDOW_BLOCKS):
             mine = np.flatnonzero(block_sources == source)
             phase = (permutation(len(mine), order.seed, _PHASE, int(source)) + 0.5) / len(mine)

@@ -45,14 +45,14 @@ class Datasets:
     epoch_bins: Sequence[int] = ()
 
 
-Report = Callable[[str, Progress], None]
+OnProgress = Callable[[str, Progress], None]
 
 
 def prepare(
     config: Config,
     base: Base,
     store: Store,
-    progress: Report = lambda what, now: None,
+    progress: OnProgress = lambda what, now: None,
     mapper: Mapper | None = None,
 ) -> Datasets:
     """Compile the run's training and evaluation data unless the store has them; `progress` gets "train" or "eval" too.
@@ -72,12 +72,13 @@ def prepare_start(
     config: Config,
     base: Base,
     store: Store,
-    progress: Report = lambda what, now: None,
+    progress: OnProgress = lambda what, now: None,
     mapper: Mapper | None = None,
 ) -> tuple[Datasets, Iterator[int]]:
-    """`prepare` as far as a run needs to start; the rest is done while what comes second, chapter by chapter, is taken.
+    """`prepare` as far as a run needs to start. Iterating over the second value compiles the rest, a chapter at a time.
 
-    It is nothing where the data is one chapter, or `train.epochs` ends the run: then all bins have to be counted first.
+    It yields the number of each chapter, and is empty where the data is one chapter, or where `train.epochs` ends the run: then
+    all bins have to be counted first.
     """
     inputs = find(config)
     keys = locate(config, base, store, inputs, progress)
@@ -103,7 +104,7 @@ def _compile(
     what: str,
     key: str,
     given: Input,
-    progress: Report,
+    progress: OnProgress,
     mapper: Mapper | None,
 ) -> Iterator[int]:
     """Each chapter's number once it is compiled; the last one's where all are already."""
@@ -169,7 +170,7 @@ def locate(
     base: Base,
     store: Store,
     inputs: dict[str, Input] | None = None,
-    progress: Report = lambda what, now: None,
+    progress: OnProgress = lambda what, now: None,
     keep: bool = True,
 ) -> dict[str, str]:
     """The fingerprints of "train" and, where there is any, "eval": known before anything is compiled.
@@ -200,7 +201,7 @@ def locate(
     return keys
 
 
-def _show_reading(progress: Report, what: str, size: int, read: int) -> None:
+def _show_reading(progress: OnProgress, what: str, size: int, read: int) -> None:
     progress(what, Progress(min(read, size), size))
 
 

@@ -26,7 +26,7 @@ LONGEST_LINE = 64 * 2**20
 _READ_BYTES = 8 * 2**20
 # Enough for a sentence with a few names from the row in it.
 _LONGEST_REASON = 400
-# What readers raise for content that is not what it should be; sizes in it may ask for more than any memory.
+# Readers raise these for damaged content; the sizes in it may ask for more than any memory.
 _DAMAGE = (pyarrow.ArrowException, OSError, ValueError, ArithmeticError, MemoryError, RecursionError)
 
 Row = dict[str, Any]
@@ -34,7 +34,7 @@ OnBad = Callable[[DataError], None]
 
 
 class Content(Protocol):
-    """What rows are made of, undecoded: some lines of JSON, a part of an Arrow table, or samples of an MDS shard."""
+    """Undecoded rows: some lines of JSON, a part of an Arrow table, or samples of an MDS shard."""
 
     def rows(self) -> Iterable[Row | DataError | None]:
         """Each row in turn; in its place what is wrong with it, or None where there is none."""
@@ -166,7 +166,7 @@ def _json_lines(file: SourceFile, compression: str | None) -> Iterator[Batch]:
 
 
 def _bounded_lines(stream: io.BufferedReader) -> Iterator[bytes]:
-    """Lines, of which one that is longer than is allowed comes with a byte too many and without its rest."""
+    """All lines. One that is longer than is allowed comes with a byte too many and without its rest."""
     while line := stream.readline(LONGEST_LINE + 1):
         yield line
         while len(line) > LONGEST_LINE and not line.endswith(b"\n"):

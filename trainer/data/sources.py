@@ -43,7 +43,7 @@ class SourceFile:
 
 
 def split_suffix(key: str) -> tuple[str, str | None]:
-    """What kind of file a name stands for (.jsonl, .parquet, .arrow or .mds), and how it is compressed."""
+    """The kind of file that a name stands for (.jsonl, .parquet, .arrow or .mds), and its compression."""
     return next(found for suffix, found in _SUFFIXES.items() if key.endswith(suffix))
 
 

@@ -65,7 +65,7 @@ def overlapping(encoding: Any, spans: Sequence[Span]) -> NDArray[np.bool_]:
         first = _token_at(encoding, range(start, end))
         last = _token_at(encoding, range(end - 1, start - 1, -1))
         if first is not None and last is not None:
-            # One character may be several tokens, of which the first was found.
+            # One character may be several tokens, and the first of them was found.
             while last + 1 < len(targets) and encoding.token_to_chars(last + 1)[0] < end:
                 last += 1
             targets[first : last + 1] = True

@@ -28,7 +28,7 @@ PAD = 0
 
 
 # A window: its epoch, the place of its chapter in the order of the epoch, and its number in the chapter.
-Place = tuple[int, int, int]
+WindowPlace = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Position:
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """What a rank takes through the model at once: one packed row of T = micro_batch * sequence_length tokens.
+    """The input of one forward pass: one packed row of T = micro_batch * sequence_length tokens.
 
     Attributes:
         input_ids: (1, T) int32.
@@ -217,8 +217,8 @@ class Stream:
         data = self.chapters.get(self._chapter(epoch, turn))
         return EpochPlan(data.offsets, data.blocks, data.block_sources, self._order, epoch, turn)
 
-    def _next_window(self, place: Place) -> Place | None:
-        """What is read ahead of need never waits: after the first window of a chapter that is not there, nothing follows."""
+    def _next_window(self, place: WindowPlace) -> WindowPlace | None:
+        """The next window to prefetch, or None. Never blocks on an uncompiled chapter."""
         epoch, turn, window = place
         if not self.chapters.has(self._chapter(epoch, turn)):
             return None
@@ -228,7 +228,7 @@ class Stream:
             return epoch, turn + 1, 0
         return None if epoch + 1 == self._epochs else (epoch + 1, 0, 0)
 
-    def _load(self, place: Place) -> _Loaded:
+    def _load(self, place: WindowPlace) -> _Loaded:
         epoch, turn, window = place
         data = self.chapters.get(self._chapter(epoch, turn))
         plan = self._plan(epoch, turn).window(window)
@@ -275,7 +275,7 @@ class Stream:
 
 
 def _labels(stored: NDArray[np.uint32], input_ids: NDArray[np.int32]) -> NDArray[np.int32]:
-    """What each position must predict, (T,) both. A document's first token is never trained, so none crosses its border."""
+    """The token that each position must predict, (T,) both. No label crosses a border: a document's first token is no target."""
     labels = np.empty_like(input_ids)
     following = labels[:-1]
     np.right_shift(stored.view(np.int32)[1:], 31, out=following)  # all ones where the top bit, `TARGET_BIT`, is set
@@ -288,14 +288,16 @@ def _labels(stored: NDArray[np.uint32], input_ids: NDArray[np.int32]) -> NDArray
 class _ReadAhead:
     """Windows by place, loaded in the background before they are asked for in turn."""
 
-    def __init__(self, load: Callable[[Place], _Loaded], after: Callable[[Place], Place | None]) -> None:
+    def __init__(
+        self, load: Callable[[WindowPlace], _Loaded], after: Callable[[WindowPlace], WindowPlace | None]
+    ) -> None:
         self._load = load
         self._after = after
         self._pool = ThreadPoolExecutor(WINDOWS_AHEAD, "read-ahead")
-        self._loading: dict[Place, Future[_Loaded]] = {}
-        self._place: Place | None = None
+        self._loading: dict[WindowPlace, Future[_Loaded]] = {}
+        self._place: WindowPlace | None = None
 
-    def get(self, place: Place) -> _Loaded:
+    def get(self, place: WindowPlace) -> _Loaded:
         """The window at `place`; begins to load those after it, and forgets the others."""
         if place == self._place:
             return self._loading[place].result()

@@ -29,7 +29,7 @@ def checked(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
 
 
 def _stored(kind: Any) -> Any:
-    """What a type is in memory, at any depth: bytes for text, numbers for dates and times."""
+    """The type that the same memory has at any depth without its meaning: bytes for text, numbers for dates and times."""
     types = pyarrow.types
     if types.is_string(kind):
         return pyarrow.binary()

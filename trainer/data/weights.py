@@ -26,7 +26,7 @@ class Weights(Record):
 
 
 def kept_weights(store: Store, fingerprint: str) -> bool | None:
-    """What was found out about the data of this fingerprint, the one without weights; None if nothing was."""
+    """The answer that was kept for the data of this fingerprint, the one without weights; None if there is none."""
     folder = store.sub(layout.dataset(fingerprint))
     try:
         return unsealed(Weights, folder.get(_KEY), f"{folder.uri}/{_KEY}").weighted
