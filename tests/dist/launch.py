@@ -14,8 +14,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from importlib import import_module
 from multiprocessing import connection, get_context
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from typing import Any
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 TIMEOUT = 60.0
+_IMPORT_TIMEOUT = 300.0
 _ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -67,7 +70,17 @@ class Group:
             process.join()
 
     def _output(self, rank: int) -> str:
-        return (self._folder / f"{rank}.log").read_text(errors="replace")[-3000:]
+        log = self._folder / f"{rank}.log"
+        return log.read_text(errors="replace")[-3000:] if log.exists() else "it has not begun"
+
+
+@cache
+def _imported(context: ForkServerContext) -> None:
+    """Wait until the server has imported the training stack, which takes long where files are cold: no rank's time counts it."""
+    process = context.Process(target=os.getpid)
+    process.start()
+    process.join(_IMPORT_TIMEOUT)
+    assert process.exitcode == 0, "the server did not import the training stack"
 
 
 @contextmanager
@@ -87,6 +100,7 @@ def running(
     os.environ.update(_ENVIRONMENT)  # the server, and so every rank, inherits it
     context = get_context("forkserver")
     context.set_forkserver_preload(["trainer.rank", "peft", "bitsandbytes", "transformers.models.llama.modeling_llama"])
+    _imported(context)
     # The rendezvous listens here before any rank starts, on a port that the system chose.
     rendezvous = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
     per_node = ranks_per_node or world_size
