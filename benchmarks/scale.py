@@ -26,7 +26,8 @@ from trainer.checkpoint.manifest import CheckpointManifest, parse_manifest, read
 from trainer.checkpoint.reading import plan_reads
 from trainer.checkpoint.retention import Retention, plan_removal, remove
 from trainer.checkpoint.shard import BYTES_PER_ELEMENT, Shard
-from trainer.run import layout, log
+from trainer.run import layout
+from trainer.run.log import log_allowance
 from trainer.run.records import record_line
 from trainer.run.segments import Appender
 from trainer.store import Buffer, Entry, Store, open_store
@@ -205,8 +206,7 @@ def requests_at_rest(ranks: int) -> int:
     metrics = trainer.run.metrics.Metrics(store, 1, writes=True, flush_seconds=FLUSH_SECONDS, tensorboard=True)
     trainer.run.requests.StopSignal(store, watches=True, seconds=FLUSH_SECONDS)
     logs = [Appender(store, layout.rank_log(1, rank)) for rank in range(ranks)]
-    every = [log._OTHERS_SECONDS * ranks if rank else log._FIRST_SECONDS for rank in range(ranks)]
-    allowances = [log.Allowance(seconds, log._AT_ONCE, lambda: now) for seconds in every]
+    allowances = [log_allowance(rank, ranks, lambda: now) for rank in range(ranks)]
     due: dict[int, list[Callable[[], object]]] = defaultdict(list)
     for seconds, action in Timer.timers:
         for moment in range(int(seconds), 2 * HOUR + 1, int(seconds)):
