@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -20,6 +19,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from trainer.base.locate import check_mergeable, describe_base
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import readable_manifests
+from trainer.config.paths import local_path
 from trainer.errors import CapstanError, NothingToResume, StorageError
 from trainer.export.proof import Proof
 from trainer.export.trained import trained_config
@@ -53,7 +53,7 @@ def export_run(run: Store, destination: str, *, merge: bool, step: int | None, v
     does not verify.
     """
     if "://" not in destination:
-        destination = str(Path(destination).expanduser().absolute())
+        destination = str(local_path(destination, "DEST"))
     if dry_run:
         return Exported(f"{destination} (dry run: nothing written)", _planned_step(run, step, merge=merge), merge)
     options = [*(["--step", str(step)] if step is not None else []), *(["--verify"] if verify else [])]

@@ -18,6 +18,7 @@ from obstore.exceptions import BaseError
 from obstore.store import LocalStore, MemoryStore, from_url
 
 from trainer.config import Config
+from trainer.config.paths import absolute_path
 from trainer.config.secrets import without_credentials
 from trainer.errors import AlreadyExists, ConfigError, Damaged, NotFound, StorageError, Unreachable
 
@@ -381,7 +382,7 @@ def _open_folder(uri: str, setting: str) -> Store:
         raise ConfigError(
             f"{setting}: {uri!r} names no folder of this machine. Give its path, or file:///PATH with three slashes."
         )
-    path = Path(name).expanduser().absolute()
+    path = absolute_path(name, setting)
     try:
         root = next(folder for folder in (path, *path.parents) if folder.exists())
         if not root.is_dir():

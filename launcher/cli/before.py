@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.cli.options import ConfigFile, DryRun, Json, Overrides, emit, log
+from launcher.cli.options import ConfigFile, DryRun, Json, Overrides, emit, finite, log
 from trainer.errors import ConfigError
 
 
@@ -27,8 +27,10 @@ def doctor(
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
-    gpu_memory: Annotated[float | None, typer.Option(help="Memory of one GPU, in GiB.")] = None,
-    ranks_per_node: Annotated[int | None, typer.Option(help="Ranks on one node. Default: all of them.")] = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option(min=0.001, max=1e6, callback=finite, help="Memory of one GPU, in GiB.")
+    ] = None,
+    ranks_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on one node. Default: all of them.")] = None,
     as_json: Json = False,
 ) -> None:
     """Memory per GPU and host, batch arithmetic and traffic of a run, without a GPU. Exit code 4 when it does not fit."""

@@ -1,6 +1,7 @@
 """What verbs share: their arguments and options, how they find a run, and how they answer."""
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,13 @@ TakeOver = Annotated[
     bool, typer.Option("--take-over", help="Also when the run is alive: what it has not committed is lost.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+
+
+def finite(value: float | None) -> float | None:
+    """For options that are numbers: click takes `nan` and, without a bound, `inf`."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no number to count with.")
+    return value
 
 
 def log(text: str) -> None:

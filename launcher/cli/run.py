@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.cli.options import DryRun, Json, RunName, StoreOption, emit, log, open_run
+from launcher.cli.options import DryRun, Json, RunName, StoreOption, emit, finite, log, open_run
 from trainer.errors import ConfigError
 
 
@@ -112,7 +112,10 @@ def checkpoints_prune(
     orphan_hours: Annotated[
         float,
         typer.Option(
-            min=0, help="Remove what no commit refers to when it is so old. Below an hour only when no job runs."
+            min=0,
+            max=1e6,
+            callback=finite,
+            help="Remove what no commit refers to when it is so old. Below an hour only when no job runs.",
         ),
     ] = 24.0,
     as_json: Json = False,

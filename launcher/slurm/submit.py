@@ -17,6 +17,7 @@ from launcher.start.check import anchored, check
 from launcher.start.claim import claimed
 from launcher.view.runs import find_run
 from trainer.config import Config, override
+from trainer.config.paths import absolute_path
 from trainer.errors import ConfigError
 from trainer.run import layout
 from trainer.run.folder import run_folder
@@ -148,7 +149,7 @@ def clean_environment(environment: Mapping[str, str], options: Mapping[str, str 
 
 def _output_folder(config: Config, run: Store) -> Path:
     if config.cluster.slurm.output:
-        return Path(config.cluster.slurm.output).expanduser().absolute()
+        return absolute_path(config.cluster.slurm.output, "cluster.slurm.output")
     return Path(urlsplit(run.uri).path) if run.uri.startswith("file://") else Path.cwd()
 
 

@@ -5,7 +5,6 @@ Torch is not imported and no scheduler is asked, so a refusal costs seconds and 
 
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from launcher.view.status import SILENT_SECONDS, read_status
@@ -15,6 +14,7 @@ from trainer.checkpoint.identity import check_identity
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import readable_manifests
 from trainer.config import Config, assignment, override
+from trainer.config.paths import absolute_path, local_path
 from trainer.config.secrets import refuse_secrets
 from trainer.data.prepare import locate
 from trainer.errors import ConfigError, DataError, NotFound, NothingToResume, StorageError
@@ -30,17 +30,20 @@ from trainer.zero.policy import build_deepspeed_config
 def anchored(config: Config) -> Config:
     """`config` with its relative local paths made absolute: ranks, and a later resume, may have another directory."""
 
-    def absolute(path: str) -> str:
-        return path if "://" in path else str(Path(path).expanduser().absolute())
+    def absolute(path: str, setting: str) -> str:
+        return path if "://" in path else str(absolute_path(path, setting))
 
-    changes: dict[str, Any] = {"run.store": absolute(config.run.store)}
+    changes: dict[str, Any] = {"run.store": absolute(config.run.store, "run.store")}
     for key, path in (("model.base", config.model.base), ("sharding.deepspeed", config.sharding.deepspeed)):
-        if Path(path).expanduser().exists():
-            changes[key] = absolute(path)
+        if local_path(path, key).exists():
+            changes[key] = absolute(path, key)
     if config.data.template:
-        changes["data.template"] = absolute(config.data.template)
+        changes["data.template"] = absolute(config.data.template, "data.template")
     for what, sources in (("train", config.data.train), ("eval", config.data.eval)):
-        moved = [source.model_copy(update={"path": absolute(source.path)}).model_dump() for source in sources]
+        paths = (absolute(source.path, f"data.{what}[{index}].path") for index, source in enumerate(sources))
+        moved = [
+            source.model_copy(update={"path": path}).model_dump() for source, path in zip(sources, paths, strict=True)
+        ]
         changes[f"data.{what}"] = moved
     return override(config, *(assignment(key, value) for key, value in changes.items()))
 

@@ -1,10 +1,13 @@
 """The runs of a store, by name: a folder that holds a configuration is a run."""
 
 import difflib
+import re
 
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, shown
 from trainer.run import layout
 from trainer.store import Store, open_store
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # a folder that a run's name can be
 
 
 def find_run(run: str, store: str) -> Store:
@@ -14,13 +17,12 @@ def find_run(run: str, store: str) -> Store:
     """
     parent, _, name = run.rstrip("/").rpartition("/") if "/" in run else (store, "", run)
     root = open_store(parent)
-    folder = root.sub(name)
-    if name and folder.exists(layout.CONFIG):
-        return folder
+    if _NAME.fullmatch(name) and root.exists(f"{name}/{layout.CONFIG}"):
+        return root.sub(name)
     names = runs(root)
     close = difflib.get_close_matches(name, names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise ConfigError(f"there is no run {name!r} in {root.uri}.{hint} Runs there: {', '.join(names) or 'none'}.")
+    raise ConfigError(f"there is no run {shown(name)} in {root.uri}.{hint} Runs there: {', '.join(names) or 'none'}.")
 
 
 def runs(store: Store) -> list[str]:

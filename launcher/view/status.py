@@ -142,7 +142,7 @@ class Follower:
             generation=number,
             restarts=self._restarts(),
             world_size=self._newest_value("start", "world_size"),
-            machines=dict(Counter(self._newest_value("start", "machines") or ())),
+            machines=dict(Counter(map(str, self._newest_value("start", "machines") or ()))),
             device=self._newest_value("start", "device"),
             dashboard=self._newest_value("start", "dashboard"),
             start_seconds=_start_seconds(newest),
@@ -210,7 +210,7 @@ class Follower:
     def _first_loss(self) -> float | None:
         """The loss of the lowest step, by the newest generation that took it."""
         firsts = [records.first["step"] for records in self._newest_first() if records.last("step")]
-        return min(firsts, key=lambda record: record["step"])["loss"] if firsts else None
+        return min(firsts, key=lambda record: record["step"]).get("loss") if firsts else None
 
     def _restarts(self) -> list[Restart]:
         """Starts after the first. One that was refused before it trained is none, unless it is the newest."""
@@ -253,7 +253,7 @@ def _start_seconds(records: _Generation) -> dict[str, float]:
 def _rates(records: _Generation) -> tuple[float | None, float | None]:
     """(tokens per second, seconds per step) over the last steps; None before the first."""
     recent = records.recent_steps
-    seconds = sum(record["seconds"] for record in recent)
+    seconds = sum(record.get("seconds", 0) for record in recent)
     if not seconds:
         return None, None
-    return sum(record["tokens"] for record in recent) / seconds, seconds / len(recent)
+    return sum(record.get("tokens", 0) for record in recent) / seconds, seconds / len(recent)

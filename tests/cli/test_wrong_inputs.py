@@ -46,6 +46,48 @@ def test_debug_shows_the_traceback_too(capstan: Capstan, config: Path):
     assert "Traceback" in done.stderr
 
 
+@pytest.mark.parametrize("name", ["..", ".", "a\nb", "", "-", "~no-such-user/x", "x" * 5000])
+def test_what_can_be_no_run_is_refused(capstan: Capstan, tmp_path: Path, name: str):
+    (tmp_path / "store").mkdir()
+    refused(capstan("status", "--store", tmp_path / "store", "--", name), 2)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("plan", "run.yaml", "--gpu-memory", "nan"),
+        ("plan", "run.yaml", "--gpu-memory", "inf"),
+        ("plan", "run.yaml", "--ranks-per-node", "0"),
+        ("checkpoints", "prune", "mine", "--orphan-hours", "inf"),
+        ("checkpoints", "prune", "mine", "--orphan-hours", "nan"),
+    ],
+    ids=lambda arguments: " ".join(arguments[-2:]),
+)
+def test_an_option_that_is_no_number_to_count_with_is_refused(
+    capstan: Capstan, config: Path, arguments: tuple[str, ...]
+):
+    done = capstan(*arguments)
+    assert done.returncode == 2
+    assert f"Invalid value for '{arguments[-2]}'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "path"),
+    [
+        ("model.base", "~no-such-user/x"),
+        ("model.base", "x" * 300),
+        ("run.store", "~no-such-user/x"),
+        ("sharding.deepspeed", "x" * 300),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_what_can_be_no_path_is_refused(capstan: Capstan, config: Path, setting: str, path: str):
+    refused(
+        capstan("train", config, f"{setting}={path}", "--dry-run"), 2, f"{setting}: ", "cannot be a path on this mac"
+    )
+
+
 def test_a_missing_configuration(capstan: Capstan):
     refused(capstan("train", "nothing.yaml"), 2, "nothing.yaml")
 

@@ -68,6 +68,24 @@ def test_a_claimed_generation_that_loads_for_minutes_is_still_starting(run: Stor
     assert status.quiet_seconds == pytest.approx(300)
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"kind": "step"},
+        {"kind": "step", "step": "3", "loss": 1.0, "tokens": 1, "seconds": 1.0},
+        {"kind": "start", "machines": 5, "step": 0},
+        {"kind": "end"},
+        {"kind": ["end"]},
+    ],
+    ids=str,
+)
+def test_a_record_that_lacks_what_everybody_needs_is_left_out(run: Store, odd: dict) -> None:
+    write(run, 1, start(1), step(1, 3.0))
+    plain = status_at(run, NOW + 5)
+    write(run, 1, start(1), odd, step(1, 3.0), odd)
+    assert status_at(run, NOW + 5) == plain
+
+
 def test_a_running_run(run: Store) -> None:
     write(run, 1, start(1), step(1, 3.0), step(2, 2.5), {"kind": "eval", "step": 2, "loss": 2.7, "targets": 9})
     status = status_at(run, NOW + 5)

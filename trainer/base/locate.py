@@ -16,6 +16,7 @@ from trainer.base.base import Base, Description
 from trainer.base.config_json import parse_base_config
 from trainer.base.description import describe
 from trainer.config import Model
+from trainer.config.paths import local_path
 from trainer.errors import ConfigError, NotFound
 from trainer.safetensors_index import INDEX_FILE
 from trainer.store import SCHEMES, Entry, Store, open_store
@@ -70,7 +71,7 @@ def _base(model: Model, name: str, directory: Path, store: Store) -> Base:
 
 def _directory(model: Model, patterns: list[str]) -> Path:
     """The local directory, or the snapshot of a Hub id with the files that match."""
-    directory = Path(model.base).expanduser()
+    directory = local_path(model.base, "model.base")
     if directory.is_dir():
         return directory
 
@@ -94,7 +95,7 @@ def describe_base(model: Model) -> Description:
     if in_bucket(model.base):
         store = open_store(model.base, setting="model.base")
         name, read = store.uri, lambda: store.get(_CONFIG)
-    elif (directory := Path(model.base).expanduser()).is_dir():
+    elif (directory := local_path(model.base, "model.base")).is_dir():
         name, read = str(directory), _local(directory / _CONFIG)
     else:
         path = _from_hub(model, lambda hub: hub.hf_hub_download(model.base, _CONFIG, revision=model.revision))

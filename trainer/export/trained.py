@@ -4,7 +4,6 @@ A manifest that was written before some value was recorded falls back to config.
 """
 
 import re
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from trainer.base.locate import Base, in_bucket, is_hub_id, resolve_base
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config, Model, Tuning
+from trainer.config.paths import local_path
 from trainer.errors import ConfigError, Damaged
 from trainer.run.folder import run_config
 from trainer.store import Store
@@ -60,7 +60,7 @@ def _place(manifest: CheckpointManifest, given: Model) -> dict[str, Any]:
         if snapshot := _SNAPSHOT.fullmatch(name):
             name = f"{snapshot[1]}/{snapshot[2]}"
             revision = given.revision if given.base == name else snapshot[3]
-    if not (in_bucket(name) or is_hub_id(name) or Path(name).expanduser().is_dir()) and given.base != name:
+    if not (in_bucket(name) or is_hub_id(name) or local_path(name, "model.base").is_dir()) and given.base != name:
         resolve_trained_base(given, manifest)
         return {}
     return {"base": name, "revision": revision}

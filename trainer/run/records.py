@@ -11,16 +11,46 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from trainer.errors import NOT_JSON
 from trainer.run import layout
 from trainer.run.segments import Appended, Segment, length, streams
 from trainer.store import Store
 
 Record: TypeAlias = dict[str, Any]
 
+# What whoever reads records finds in those of each kind, and the types of values wherever they stand.
+_NEEDED = {
+    "start": {"step"},
+    "step": {"step"},
+    "first_step": {"seconds"},
+    "end": {"outcome", "reason"},
+    "restart": {"reason"},
+}
+_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("step", "world_size", "total_steps"), int),
+    **dict.fromkeys(("loss", "tokens", "seconds", "time"), int | float),
+    **dict.fromkeys(("launch_seconds", "load_seconds", "restore_seconds"), int | float),
+    **dict.fromkeys(("outcome", "reason", "device", "dashboard"), str),
+    "machines": list,
+}
+
 
 def record_line(kind: str, values: Mapping[str, Any]) -> bytes:
     """The line of a record of this kind made now."""
     return json.dumps({"kind": kind, **values, "time": round(time.time(), 3)}).encode() + b"\n"
+
+
+def _parsed(line: bytes) -> Record | None:
+    """The record in a line; None for one that was torn by a crash, or lacks what everybody takes for granted."""
+    try:
+        record = json.loads(line)
+    except NOT_JSON:
+        return None
+    if not isinstance(record, dict) or not isinstance(kind := record.get("kind"), str):
+        return None
+    given = {name: value for name, value in record.items() if value is not None}
+    sound = _NEEDED.get(kind, set()) <= given.keys()
+    return record if sound and all(isinstance(given[name], _TYPES[name]) for name in given.keys() & _TYPES) else None
 
 
 def generations(folder: Store) -> list[int]:
@@ -44,11 +74,7 @@ class RecordReader:
             reader = self._streams.setdefault(stream, Appended(self._folder))
             *lines, self._torn[stream] = (self._torn[stream] + reader.read(found[stream])).split(b"\n")
             for line in lines:
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue  # torn by a crash of the machine that wrote it
-                if isinstance(record, dict) and "kind" in record:
+                if (record := _parsed(line)) is not None:
                     yield record
 
     def missed(self, found: Mapping[str, Sequence[Segment]]) -> bool:

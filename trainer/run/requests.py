@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from enum import IntEnum
 
-from trainer.errors import NotFound
+from trainer.errors import NOT_JSON, NotFound
 from trainer.run import layout
 from trainer.run.background import Every
 from trainer.store import Store
@@ -29,8 +29,16 @@ def request_restart(folder: Store, reason: str) -> None:
 def stop_requester(folder: Store) -> str | None:
     """Who has asked the run to stop; None when nobody has."""
     with suppress(NotFound):
-        return json.loads(folder.get(layout.STOP))["by"]
+        return _word(folder, layout.STOP, "by", "somebody")
     return None
+
+
+def _word(folder: Store, key: str, name: str, otherwise: str) -> str:
+    """What a request says under `name`. It counts whatever it says: an empty STOP, made by hand, stops a run too."""
+    try:
+        return str(json.loads(folder.get(key))[name])
+    except (*NOT_JSON, LookupError, TypeError):
+        return otherwise
 
 
 class Stop(IntEnum):
@@ -70,7 +78,7 @@ class StopSignal:
         if key == layout.STOP:
             self.request()
         elif self._asked is Stop.NO:
-            self._asked, self.reason = Stop.RESTART, json.loads(self._folder.get(key))["reason"]
+            self._asked, self.reason = Stop.RESTART, _word(self._folder, key, "reason", "on request")
 
     def close(self) -> None:
         if self._watcher is not None:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from trainer.config import Config
-from trainer.errors import ConfigError
+from trainer.config.paths import local_path
+from trainer.errors import ConfigError, shown
 
 Scope = Literal["world", "node"]
 """Over which ranks one copy of the base is divided: all of them, or those of each node."""
@@ -136,14 +137,13 @@ def _load_policy(name: str) -> dict[str, Any]:
 
 
 def _find_policy(name: str) -> Path:
-    bundled = _POLICY_FOLDER / f"{name}.json"
-    if "/" not in name and bundled.is_file():
-        return bundled
-    own = Path(name).expanduser()
+    if name in policy_names():
+        return _POLICY_FOLDER / f"{name}.json"
+    own = local_path(name, "sharding.deepspeed")
     if own.is_file():
         return own
     raise ConfigError(
-        f"sharding.deepspeed: {name!r} is neither a file nor a policy's name. "
+        f"sharding.deepspeed: {shown(name)} is neither a file nor a policy's name. "
         f"Allowed are auto, {', '.join(policy_names())}, or the path of your own DeepSpeed JSON."
     )
 

@@ -1,0 +1,32 @@
+"""Paths that a person gave, on a command line or in a setting."""
+
+from pathlib import Path
+
+from trainer.errors import ConfigError, shown
+
+
+def absolute_path(text: str, setting: str) -> Path:
+    """`text` as an absolute path, a `~` in it replaced; `setting` is what messages call it.
+
+    Raises:
+        ConfigError: nobody's home is called so.
+    """
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:
+        raise ConfigError(f"{setting}: {shown(text)} cannot be a path on this machine: {error}") from error
+
+
+def local_path(text: str, setting: str) -> Path:
+    """`absolute_path` of what may be looked at.
+
+    Raises:
+        ConfigError: it is too long, or lies in a folder that is closed to this user.
+    """
+    path = absolute_path(text, setting)
+    try:
+        path.exists()
+    except OSError as error:
+        reason = error.strerror
+        raise ConfigError(f"{setting}: {shown(text)} cannot be a path on this machine: {reason}.") from error
+    return path
