@@ -99,7 +99,7 @@ def test_what_others_add_comes_after_what_rank_0_wrote_and_is_never_overwritten(
     claim_generation(run)
     ours.write("step", step=1)
     ours.flush()
-    add_record(run, 1, "end", reason="rank 0 is gone")
+    add_record(run, 1, "end", outcome="failed", reason="rank 0 is gone")
     add_record(run, 1, "restart", reason="again")
     ours.write("step", step=2)  # it was not gone after all
     ours.close()
