@@ -5,7 +5,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from launcher.start import snapshot
-from launcher.start.check import check_name
+from launcher.start.check import check_idle, check_name
 from trainer.config import Config, dump_config
 from trainer.errors import AlreadyExists, ConfigError, NotFound
 from trainer.run import layout
@@ -76,6 +76,7 @@ def keep_code(log: Callable[[str], None]) -> snapshot.Snapshot | None:
 
 def _create(run: Store, config: Config) -> None:
     if run.exists(layout.CONFIG):
+        check_idle(run, resume=False)
         check_name(run)
         run.delete(layout.CONFIG)  # its start died before it had anything to lose
     try:

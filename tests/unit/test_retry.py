@@ -112,6 +112,14 @@ def test_a_rank_that_is_gone_is_the_cause_of_broken_connections_elsewhere():
     assert failure.reason == "rank 1 died: killed by a signal"
 
 
+def test_beyond_the_budget_of_preemptions_a_run_without_a_commit_cannot_be_resumed():
+    rules = Retry(preemptions=0)
+    for committed, exit_code in ((True, 75), (False, 7)):
+        error = decide([PREEMPTED], rules, committed=committed).error
+        assert isinstance(error, Stopped)
+        assert error.exit_code == exit_code
+
+
 def test_a_lost_machine_is_the_cause_of_whatever_else_went_wrong():
     failure = retry.classify({0: StorageError("reset"), 2: RankDied("gone", node_lost=True), 3: RankDied("gone")})
     assert (failure.kind, failure.reason) == ("preemption", "the machine of rank 2 was taken away")

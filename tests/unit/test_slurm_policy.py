@@ -47,6 +47,8 @@ def judged(ending: Ending, *before: Attempt, budget: int = 3, supervised: bool =
         (Ending(6), "failure", False, 6),
         *((Ending(code), "mistake", False, code) for code in (2, 3, 4, 5, 7)),
         (Ending(3, signal="USR1"), "mistake", False, 3),
+        (Ending(7, signal="USR1"), "preempted", True, 75),  # before its first commit
+        (Ending(7, stopped_by="capstan stop"), "stopped", False, 7),
     ],
 )
 def test_what_an_end_means(ending: Ending, kind: Kind, goes_on: bool, exit_code: int) -> None:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +175,15 @@ def test_a_job_inherits_nothing_of_the_job_or_rank_that_submits_it() -> None:
     assert clean_environment({**kept, **gone}, options) == kept
     # Outside a job the user's own choice of GPUs is meant.
     assert clean_environment({"CUDA_VISIBLE_DEVICES": "0"}, options) == {"CUDA_VISIBLE_DEVICES": "0"}
+
+
+def test_a_copied_run_does_not_have_the_jobs_of_the_one_it_was_copied_from(tmp_path: Path) -> None:
+    runs = open_store(str(tmp_path / "runs"))
+    orig, fork = runs.sub("orig"), runs.sub("fork")
+    record = json.dumps(asdict(SubmittedJobs([12], "s", 0.0, "out", orig.uri))).encode()
+    for folder in (orig, fork):
+        folder.put(layout.SLURM_JOB, record)
+    assert queue.submitted_jobs(fork) is None
+    assert queue.submitted_jobs(orig) is not None
+    (tmp_path / "link").symlink_to(tmp_path / "runs")
+    assert queue.submitted_jobs(open_store(str(tmp_path / "link/orig"))) is not None, "the same folder by another way"

@@ -293,3 +293,13 @@ def test_what_the_newest_start_took_is_told_in_its_parts(run: Store) -> None:
     console.print(render(status))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "17.2 s to the first step (launch 12.0 s, load 3.0 s, restore 0.5 s)" in shown
+
+
+def test_a_start_that_was_refused_does_not_fill_the_status(run: Store) -> None:
+    write(run, 1, start(1), step(1, 5.0), end("stopped", "stopped by alice"))
+    for generation in (2, 3):
+        write(run, generation, end("failed", f"refused {generation}"))
+    assert status_at(run).reason == "refused 3"
+    write(run, 4, start(4, step=1), step(2, 4.0))
+    (restart,) = status_at(run).restarts
+    assert (restart.generation, restart.reason) == (4, "stopped by alice")
