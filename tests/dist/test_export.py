@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from launcher.smoke.local_s3 import S3Server
 from tests.dist import proofs, runs
 from tests.dist.launch import launch
-from tests.material import Workshop, commit
+from tests.material import Workshop, commit, quantize_base
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import read_manifest
 from trainer.config import dump_config
@@ -99,6 +99,19 @@ def test_a_right_export_of_a_deep_base_with_large_logits_is_proven_where_its_sin
     (proof,) = launch(1, proofs.export_proof, run.uri, 4, str(tmp_path / "adapter"), timeout=300)
     assert Proof(**proof).holds
     assert (proof["computed_in"], proof["kl_allowed"] < 1e-6) == ("fp32", True)
+
+
+def test_an_export_over_a_base_that_is_stored_in_4_bits_is_proven_against_the_rounding_of_bf16(tmp_path: Path) -> None:
+    workshop = Workshop(tmp_path, intermediate_size=192)
+    base = quantize_base(workshop.base, tmp_path / "4bit", bnb_4bit_quant_type="nf4")
+    config, run = workshop.config("packed", f"model.base={base}"), workshop.store.sub("packed")
+    commit(run, config, dataset=workshop.prepare(config).train)
+    export_adapter(run, open_store(str(tmp_path / "adapter")))
+
+    (proof,) = launch(1, proofs.export_proof, run.uri, 4, str(tmp_path / "adapter"), timeout=200)
+    assert Proof(**proof).holds
+    assert (proof["computed_in"], proof["rows"]) == ("bf16", "8 rows of the training data")
+    assert 0 < proof["kl"] < proof["kl_allowed"] < 0.01 * proof["kl_effect"]
 
 
 def test_a_merged_model_in_plain_transformers_is_base_and_adapter_and_close_to_what_was_trained(

@@ -10,7 +10,6 @@ weights. What is proven of it is the merging: it predicts what PEFT's own merge 
 """
 
 import gc
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,11 +69,8 @@ class Trained:
 
     @cached_property
     def computed_in(self) -> str:
-        return (
-            "fp32"
-            if not self.base.stored.quantized and _fits_in_fp32(self.config, self.base)
-            else self.config.model.dtype
-        )
+        exact = not self.base.stored.quantized and _fits_in_fp32(self.config, self.base)
+        return "fp32" if exact else self.config.model.dtype
 
     def logits(self, computed_in: str) -> list[Tensor]:
         """Through our own sharded loader, engine and restore, as one rank: for each row (P, V) fp32."""
@@ -197,11 +193,15 @@ def _fits_in_fp32(config: Config, base: Base) -> bool:
     model = base.architecture
     packed = 4.0 if config.quant.type == "none" else 0.5 + 4 / config.quant.block_size
     needed = packed * model.weights("linear", "experts") + 4 * model.weights("embedding", "head", "small")
+    return 1.25 * needed < _available_memory()
+
+
+def _available_memory() -> int:
+    """Bytes of the GPU, where there is one, else of the host; Linux counts what it would give up of its caches."""
     if torch.cuda.is_available():
-        free, _ = torch.cuda.mem_get_info()
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 1.25 * needed < free
+        return torch.cuda.mem_get_info()[0]
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+    return 1024 * int(fields["MemAvailable"].split()[0])
 
 
 def _give_memory_back() -> None:

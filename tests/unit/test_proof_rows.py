@@ -1,0 +1,72 @@
+"""What a proof compares: fixed rows of the run's data, and distances between distributions."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.material import Workshop, commit, make_data
+from trainer.base.locate import resolve_base
+from trainer.checkpoint.manifest import read_manifest
+from trainer.data.prepare import load_tokenizer
+from trainer.export.distributions import distance
+from trainer.export.rows import ROWS, TARGETS, TOKENS, Probe, ProbeRow, find_probe
+
+
+def probe_of(workshop: Workshop, *overrides: str, compiled: bool = True) -> Probe:
+    config, run = workshop.config("run", *overrides), workshop.store.sub("run")
+    dataset = workshop.prepare(config).train if compiled else "gone"
+    commit(run, config, dataset=dataset)
+    return find_probe(run, config, read_manifest(run, 4), resolve_base(config.model))
+
+
+def test_rows_are_documents_of_the_training_data_and_the_same_ones_at_every_call(tmp_path: Path) -> None:
+    workshop = Workshop(tmp_path)
+    probe = probe_of(workshop)
+    assert (len(probe.rows), probe.origin) == (ROWS, "8 rows of the training data")
+    again = find_probe(
+        workshop.store.sub("run"),
+        workshop.config("run"),
+        read_manifest(workshop.store.sub("run"), 4),
+        resolve_base(workshop.config("run").model),
+    )
+    for row, same in zip(probe.rows, again.rows, strict=True):
+        assert torch.equal(row.tokens, same.tokens)
+    tokenizer = load_tokenizer(resolve_base(workshop.config("run").model))
+    documents = ["".join(json.loads(line).values()) for line in workshop.data.read_text().splitlines()]
+    for row in probe.rows:
+        assert torch.equal(row.tokens[0, row.places + 1], row.targets)
+        assert tokenizer.decode(row.tokens[0], skip_special_tokens=True) in documents
+
+
+def test_rows_of_the_evaluation_data_go_first(tmp_path: Path) -> None:
+    other = make_data(tmp_path / "other.jsonl", documents=12, seed=9)
+    assert probe_of(Workshop(tmp_path), f"data.eval=[{{path: {other}}}]").origin == "8 rows of the evaluation data"
+
+
+def test_the_end_of_a_long_document_counts_up_to_its_last_trained_token(tmp_path: Path) -> None:
+    workshop = Workshop(tmp_path, max_position_embeddings=2048)
+    row = {"prompt": "?" * 700, "completion": "!" * 300}
+    workshop.data.write_text(json.dumps(row) + "\n")
+    (found,) = probe_of(workshop, "data.sequence_length=1024").rows
+    assert found.tokens.shape == (1, TOKENS)
+    assert len(found.places) == TARGETS
+    assert found.places[-1] == TOKENS - 2
+
+
+def test_without_compiled_data_tokens_take_their_place_and_it_is_said(tmp_path: Path) -> None:
+    probe = probe_of(Workshop(tmp_path), compiled=False)
+    assert probe.origin == "tokens 3 to 66, as the run's compiled data is gone"
+    assert torch.equal(probe.rows[0].targets, torch.arange(4, 67))
+
+
+def test_the_distance_is_the_mean_divergence_and_the_trained_tokens_log_probabilities() -> None:
+    row = ProbeRow(torch.tensor([[5, 0, 1]]), torch.tensor([0, 1]), torch.tensor([0, 1]))
+    one = torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log()
+    other = torch.tensor([[0.5, 0.5], [0.5, 0.5]]).log()
+    found = distance([one], [other + 7], [row])  # a constant on all logits changes nothing
+    assert found.kl == pytest.approx((0.25 * math.log(0.5) + 0.75 * math.log(1.5)) / 2)
+    assert found.log_prob == pytest.approx(math.log(1.5) / 2)
+    assert distance([one], [one], [row]) == (0, 0)
