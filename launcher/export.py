@@ -28,7 +28,7 @@ from trainer.store import Store
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and with --verify the proof."""
+    """The export that was written, and with --verify its proof."""
 
     destination: str
     step: int

@@ -1,1 +1,1 @@
-"""What leaves a run: the adapter, the merged model, and the proof of either."""
+"""Exports of a run: the adapter, the merged model, and the proof of either."""

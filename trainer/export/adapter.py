@@ -1,4 +1,4 @@
-"""What was learnt, from a committed checkpoint: without a GPU, and without the base in memory.
+"""Exports the learnt weights of a committed checkpoint, without a GPU, and without the base in memory.
 
 The folder, on a disk or in a bucket, holds the files of the run's method (for LoRA what PEFT's `save_pretrained` writes),
 the tokenizer's files and a model card with the run's facts. The file without which nothing loads is written last, so an

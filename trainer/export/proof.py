@@ -1,4 +1,4 @@
-"""What `--verify` measures, and when it proves an export. Without torch: the launcher reads it."""
+"""The figures that `--verify` measures, and when they prove an export. Without torch, as the launcher reads them."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,12 @@ class Proof:
 
     Attributes:
         kl: KL divergence of the next token's distributions, the mean over the places that are trained, in nats a token.
-        kl_allowed: what rounding alone makes of it, by the largest.
+        kl_allowed: the largest divergence that rounding explains.
         kl_effect: the same divergence between the exported model and its base without the adapter.
         log_prob: the mean absolute difference of the trained tokens' log-probabilities, in nats a token.
         log_prob_allowed, log_prob_effect: likewise.
         computed_in: fp32 or bf16.
-        rows: what was predicted, such as "8 rows of the evaluation data".
+        rows: the rows in words, such as "8 rows of the evaluation data".
         trained_kl: of a merged model, the divergence from the model as it was trained, over its quantized base. No bound.
         rounding_kl: of a merged model, the divergence from base and adapter side by side, whose sum is not rounded. No bound.
     """

@@ -1,4 +1,4 @@
-"""What a checkpoint was trained as. Its manifest is the truth: config.yaml says what the next start was asked to do.
+"""The settings that a checkpoint was trained with. Its manifest is the truth; config.yaml is a request for the next start.
 
 A manifest that was written before some value was recorded falls back to config.yaml for that value alone.
 """
