@@ -9,10 +9,11 @@ import pyarrow.parquet
 import pytest
 
 from launcher.start.check import anchored
+from launcher.view.compiling import compile_progress
 from tests.material import Workshop, make_data
 from trainer.base.locate import resolve_base
 from trainer.data.chapters import open_chapters
-from trainer.data.compile import fingerprint, hash_tokenizer
+from trainer.data.compile import Progress, fingerprint, hash_tokenizer
 from trainer.data.dataset import open_chapter, open_dataset
 from trainer.data.order import EpochPlan
 from trainer.data.prepare import find, locate, prepare, prepare_start, train_order, wait_until_prepared
@@ -197,6 +198,22 @@ def test_only_rows_with_weights_give_other_data_than_earlier_versions_made(
             f"data.template={template}",
         )
         assert prepare(config, resolve_base(config.model), store)
+
+
+def test_looking_for_weights_is_said_and_can_be_stopped(shop: Workshop, tmp_path: Path) -> None:
+    config = shop.config(
+        "look", f"data.train=[{{path: {write_talks(tmp_path / 'a.jsonl', None)}}}]", "data.format=chat"
+    )
+    said: list[str] = []
+
+    def stop(what: str, now: Progress) -> None:
+        with compile_progress(said.append, bar=False) as show:
+            show(what, now)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, resolve_base(config.model), open_store(str(tmp_path / "store")), stop)
+    assert said == ["looking through the train data (100 %)"]
 
 
 def test_an_epoch_without_documents_is_refused_before_anything_starts(shop: Workshop) -> None:
