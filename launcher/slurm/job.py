@@ -21,10 +21,12 @@ from dataclasses import asdict, replace
 from launcher.policy.jobs import Attempt, Ending, JobDecision, is_over, judge
 from launcher.slurm.queue import attempts
 from launcher.view.status import read_generation, read_status
+from trainer.checkpoint.listing import committed_steps
 from trainer.config import Config
-from trainer.errors import CapstanError, Stopped
+from trainer.errors import CapstanError, NothingCommitted, Stopped
 from trainer.run import layout
 from trainer.run.folder import run_config, run_folder
+from trainer.run.owner import end_waiting
 from trainer.run.records import record_end
 from trainer.run.requests import stop_requester
 from trainer.store import Store, open_store
@@ -36,6 +38,7 @@ _RANK_DIED = re.compile(r"rank (\d+) died")  # a rank that failed may only have 
 def begin(config: Config, submission: str, job: int, restart: int, nodes: list[str]) -> str:
     """Record the start; the batch file's next line."""
     run = run_folder(config)
+    end_waiting(run)  # its turn has come, whatever becomes of it
     every = attempts(run)
     if read_status(run).state == "finished":
         return "end 0"
@@ -43,7 +46,7 @@ def begin(config: Config, submission: str, job: int, restart: int, nodes: list[s
     if over := is_over(before):
         return f"end {over.exit_code}"
     if _stopped_by(run):
-        return f"end {Stopped.exit_code}"
+        return f"end {(Stopped if committed_steps(run) else NothingCommitted).exit_code}"
     if before and before[-1].ended is None:
         lost = replace(before[-1], kind="node lost", step=_step(run), reason=_LOST)
         _record(run, lost)

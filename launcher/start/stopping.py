@@ -2,9 +2,8 @@
 
 from trainer.checkpoint.listing import committed_steps
 from trainer.errors import NothingCommitted, Stopped
-from trainer.run import layout
 from trainer.run.folder import command
-from trainer.run.owner import read_owner
+from trainer.run.owner import end_waiting
 from trainer.run.records import record_end
 from trainer.run.requests import stop_requester
 from trainer.store import Store
@@ -24,7 +23,5 @@ def stop_if_asked(run: Store, when: str) -> None:
 
 def give_up_waiting(run: Store) -> None:
     """Free a run that was submitted and whose turn has not come: nobody else is there to say that it has ended."""
-    owner = read_owner(run)
-    if owner is not None and owner.waits:
+    if end_waiting(run):
         record_end(run, "stopped before its job had begun", stopped=True)
-        run.delete(layout.OWNER)

@@ -10,6 +10,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from launcher.policy.retry import RankDied
 from launcher.ray.train import _original
+from launcher.view.logs import read_log
 from launcher.view.status import read_generation, read_status
 from tests.dist import runs
 from tests.dist.launch import launch
@@ -46,7 +47,8 @@ def test_a_run_stops_in_every_phase_and_goes_on_where_it_was(workshop: Workshop,
     with Driver(tmp_path, "train", config) as driver:
         driver.wait_for_words("compiling train data")
         driver.signal(signal.SIGTERM)
-        assert driver.end() == 75, driver.log.read_text()
+        assert driver.end() == 7, driver.log.read_text()
+        assert "nothing is committed" in driver.last_line("capstan: ")
     assert not run.exists("config.yaml")
 
     # While the ranks load the model: the state before the first step is committed.
@@ -78,6 +80,7 @@ def test_a_run_stops_in_every_phase_and_goes_on_where_it_was(workshop: Workshop,
 
     with resumed() as driver:
         assert driver.end() == 0, driver.log.read_text()
+    assert read_log(run, 0).count("attention: ") == 1, "a rank's log has each line once"
     undisturbed = workshop.config("not-stopped", *settings)
     launch(2, runs.run, dump_config(undisturbed), workshop.prepare(undisturbed).train)
     expected = workshop.store.sub("not-stopped")
@@ -109,10 +112,11 @@ def test_a_mistake_found_by_a_rank_ends_the_run_at_once_with_its_sentence(
             ["cluster.workers=16", "cluster.gpus_per_worker=1", "cluster.ray.start_timeout=1"],
             ("16 ranks find no room", "asked for 16 GPUs, the cluster has 0", "cluster.ray.start_timeout"),
         ),
+        (["cluster.ray.start_timeout=0.01"], ("cluster.ray.start_timeout: 1 ranks", "have not begun")),
         (["cluster.ray.address=127.0.0.1:1"], ("no Ray cluster answers at '127.0.0.1:1'", "ray start --head")),
         (["cluster.ray.address=http://127.0.0.1:8265"], ("submit ray", "head:6379")),
     ],
-    ids=["too-many", "unreachable", "dashboard"],
+    ids=["too-many", "slow", "unreachable", "dashboard"],
 )
 def test_an_impossible_request_is_one_sentence(
     workshop: Workshop, tmp_path: Path, address: str, override: list[str], words: tuple[str, ...]

@@ -14,6 +14,7 @@ from launcher.slurm.queue import attempts
 from launcher.view.status import read_status
 from trainer.config import Config, dump_config, parse_config
 from trainer.run import layout
+from trainer.run.owner import own, read_owner
 from trainer.run.requests import request_stop
 from trainer.store import Store, open_store
 
@@ -77,8 +78,12 @@ def test_a_finished_run_needs_no_start(config: Config, run: Store) -> None:
 
 
 def test_a_run_that_was_asked_to_stop_does_not_start(config: Config, run: Store) -> None:
+    own(run, "capstan submit slurm", waits=True)
     request_stop(run, by="capstan stop")
+    assert start(config) == "end 7", "nothing is committed"
+    run.create(layout.manifest(4), b"a checkpoint")
     assert start(config) == "end 75"
+    assert read_owner(run) is None, "its turn has come"
 
 
 def test_an_attempt_that_never_ended_was_lost_with_its_node(config: Config, run: Store) -> None:

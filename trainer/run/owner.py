@@ -73,6 +73,15 @@ def own(run: Store, by: str, *, waits: bool = False) -> Owner:
     return owner
 
 
+def end_waiting(run: Store) -> bool:
+    """Whether the run was that of a submitted job whose turn had not come; from now on it is nobody's."""
+    owner = read_owner(run)
+    if owner is None or not owner.waits:
+        return False
+    run.delete(layout.OWNER)
+    return True
+
+
 @contextmanager
 def owning(run: Store, by: str) -> Iterator[None]:
     """Have the run as long as the body lasts, or until somebody else takes it over."""
