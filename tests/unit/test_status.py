@@ -303,3 +303,18 @@ def test_a_start_that_was_refused_does_not_fill_the_status(run: Store) -> None:
     write(run, 4, start(4, step=1), step(2, 4.0))
     (restart,) = status_at(run).restarts
     assert (restart.generation, restart.reason) == (4, "stopped by alice")
+
+
+@pytest.mark.parametrize("kind", ["start", "step", "end", "eval", "first_step", "restart", "commit", 5, None])
+def test_a_record_that_is_not_one_of_ours_is_left_out(run: Store, kind: object) -> None:
+    names = (
+        "step loss seconds tokens reason outcome machines world_size total_steps time launch_seconds dashboard device"
+    )
+    values = (None, "x", -1, [], {}, [[]], float("inf"), True)
+    whole = {**start(1), **step(1, 3.0), **end("finished")}
+    odd = [{"kind": kind}, *({**whole, "kind": kind, name: value} for name in names.split() for value in values)]
+    for record in odd:
+        write(run, 1, start(1), step(1, 3.0), record, torn=b'[1]\n"text"\n5\n\xff\n' + b"[" * 100_000 + b"\n")
+        console = Console(file=io.StringIO(), width=120)
+        console.print(render(status_at(run)))
+        json.dumps(status_at(run).to_json())
