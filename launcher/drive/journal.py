@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from trainer.errors import NotFound, StorageError
+from trainer.errors import NotFound
 from trainer.run import layout
+from trainer.run.background import Harmless
 from trainer.store import Store
 
 
@@ -16,6 +17,7 @@ class Journal:
 
     def __init__(self, run: Store, log: Callable[[str], None]) -> None:
         self._run, self._log = run, log
+        self._harmless = Harmless("keeping the driver's log")
         self._text = ""
         with suppress(NotFound):
             self._text = run.get(layout.DRIVER_LOG).decode(errors="replace")
@@ -27,5 +29,4 @@ class Journal:
 
     def keep(self, line: str) -> None:
         self._text += f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n"
-        with suppress(StorageError):  # words must never decide how a run ends
-            self._run.put(layout.DRIVER_LOG, self._text.encode())
+        self._harmless(lambda: self._run.put(layout.DRIVER_LOG, self._text.encode()))
