@@ -145,7 +145,7 @@ def test_a_destination_that_holds_something_is_refused(run: Store, tmp_path: Pat
 
 def test_a_step_can_be_chosen(run: Store, tmp_path: Path) -> None:
     assert export_adapter(run, open_store(str(tmp_path / "two")), step=2).step == 2
-    with pytest.raises(NothingToResume, match="of step 3. Committed are: 1, 2, 4"):
+    with pytest.raises(ConfigError, match="of step 3. Its steps are: 1, 2, 4"):
         export_adapter(run, open_store(str(tmp_path / "three")), step=3)
     assert not (tmp_path / "three").exists()
 
