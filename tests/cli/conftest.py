@@ -1,9 +1,11 @@
 """The real `capstan` command, as a process with a time-out and an end."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import yaml
 
 from tests.material import Workshop
 
+ROOT = Path(__file__).parents[2]
 Capstan = Callable[..., subprocess.CompletedProcess[str]]
 
 ENVIRONMENT = {
@@ -26,11 +29,50 @@ ENVIRONMENT = {
 def capstan(tmp_path: Path) -> Capstan:
     """`capstan(*arguments, timeout=...)` in an empty folder; both streams as text."""
 
-    def run(*arguments: object, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: object, timeout: float = 200) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "launcher.cli", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=tmp_path, env=ENVIRONMENT)
 
     return run
+
+
+@dataclass(frozen=True)
+class Installed:
+    """An environment that has Capstan from its `wheel` only; the dependencies are those of this process."""
+
+    wheel: Path
+    folder: Path
+
+    @property
+    def python(self) -> Path:
+        return self.folder / "bin/python"
+
+    @property
+    def capstan(self) -> Path:
+        return self.folder / "bin/capstan"
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    """The wheel of the checkout, built of a copy and installed into an environment of its own. Needs no network."""
+    source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
+    for name in ("trainer", "launcher", "ds_configs", "slurm"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip"]
+    offline = ["--quiet", "--no-index", "--no-deps", "--disable-pip-version-check"]
+    build = ["wheel", *offline, "--no-build-isolation", "--wheel-dir", str(source / "dist"), str(source)]
+    subprocess.run([*pip, *build], check=True, timeout=200)
+    (wheel,) = (source / "dist").glob("*.whl")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=100)
+    into = ["--python", str(folder / "bin/python"), "install", *offline, str(wheel)]
+    subprocess.run([*pip, *into], check=True, timeout=200)
+    (own,) = folder.glob("lib/python*/site-packages")
+    # Folders that a .pth file names are searched last, and .pth files in them, such as the checkout's, are not read.
+    dependencies = [path for path in sys.path if path.endswith("site-packages")]
+    (own / "dependencies.pth").write_text("\n".join(dependencies) + "\n", encoding="utf-8")
+    return Installed(wheel, folder)
 
 
 @pytest.fixture(scope="session")

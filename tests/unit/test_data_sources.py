@@ -96,6 +96,7 @@ def test_an_unknown_scheme_names_the_allowed_ones() -> None:
         ("a.jsonl.gz", gzip.compress(LINES[:20]) + gzip.compress(LINES[20:])),
         ("a.jsonl.zst", zstandard.compress(LINES)),
     ],
+    ids=["plain", "bom", "gzip", "zstd"],
 )
 def test_every_compression_gives_the_same_rows(tmp_path: Path, name: str, content: bytes) -> None:
     path = write(tmp_path / name, content)
