@@ -33,7 +33,7 @@ SIDES = ("ours", "DeepSpeed", "DeepSpeed, frozen excluded", "DCP async_save")
 
 @dataclass
 class Bench:
-    """What the sides of one rank share."""
+    """The objects that all compared sides use on one rank."""
 
     ranks: Any
     engine: Any
@@ -107,7 +107,7 @@ class Ours:
 
 
 class Files:
-    """What DeepSpeed and DCP have in common: files in a folder, which go to the bucket afterwards."""
+    """The common part of DeepSpeed and DCP: files in a folder, which go to the bucket afterwards."""
 
     def __init__(self, bench: Bench, place: str) -> None:
         self.bench, self.place, self.count = bench, place, 0
@@ -160,7 +160,7 @@ class Dcp(Files):
         import torch.distributed as dist
 
         super().__init__(bench, place)
-        # Of its own: its background thread calls collectives, beside those of training.
+        # DCP needs a group of its own: its background thread calls collectives, beside those of training.
         self.group: Any = dist.new_group(backend="gloo")
 
     def state(self) -> dict[str, Any]:

@@ -177,7 +177,7 @@ def read_peer(python: Path, library: str, folder: Path) -> dict[str, float]:
 
 
 def measured(*command: str | Path) -> dict[str, float]:
-    """What a program prints in its last line."""
+    """The JSON object that a program prints in its last line."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stderr[-2000:]}")

@@ -161,7 +161,7 @@ def measure(side: str, base: Path, world: int) -> dict[str, float]:
         pipes.append(mine)
 
     def everyone() -> list[int]:
-        """What all ranks show, once they do."""
+        """The numbers that the ranks show, one from each, once all have shown theirs."""
         if not all(pipe.poll(TIMEOUT) for pipe in pipes):
             raise TimeoutError(f"a rank of {side} did not answer within {TIMEOUT:.0f} s")
         return [pipe.recv() for pipe in pipes]

@@ -1,4 +1,4 @@
-"""What a long run's metrics, curves, logs and looks for requests cost, against a real S3 server and simulated time.
+"""The cost of a long run's metrics, curves, logs and looks for requests, against a real S3 server and simulated time.
 
     python benchmarks/metrics.py [--steps 100000] [--seconds-a-step 1] [--ranks 1024]
 
@@ -81,7 +81,7 @@ class Rhythms:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of rank 0: bytes made and written, requests an hour by verb, and growth of memory in bytes."""
+    """The cost on rank 0: bytes made and written, requests an hour by verb, and growth of memory in bytes."""
 
     made: int
     written: int
@@ -90,7 +90,7 @@ class Cost:
 
 
 def step_record(step: int) -> dict[str, Any]:
-    """What the loop writes for a step, with numbers of as many digits."""
+    """A record of a step like the loop's, with numbers of as many digits."""
     return {
         "step": step,
         "loss": 2.0 + math.sin(step) / 3,

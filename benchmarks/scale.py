@@ -1,4 +1,4 @@
-"""What a run of 16 to 1,024 ranks asks of rank 0 and of the store, simulated without training.
+"""The load of a run of 16 to 1,024 ranks on rank 0 and on the store, simulated without training.
 
     python benchmarks/scale.py [--ranks 16 64 256 1024] [--checkpoints 100]
 
@@ -129,7 +129,7 @@ def measured(store: CountingStore, action: Callable[[], Any]) -> Measured:
 
 @dataclass
 class Row:
-    """What the run of so many ranks costs."""
+    """The costs of a run of `ranks` ranks."""
 
     ranks: int
     manifest_bytes: int

@@ -138,7 +138,7 @@ def _accelerator() -> Iterator[Check]:
 
 
 def ask_torch() -> dict[str, Any] | str:
-    """What torch says of this machine, or why it cannot be asked."""
+    """The facts that torch tells of this machine, or the reason why it cannot be asked."""
     try:
         answer = subprocess.run(
             [sys.executable, "-c", _TORCH_PROBE], capture_output=True, text=True, timeout=_TORCH_TIMEOUT, check=False

@@ -91,7 +91,7 @@ elif start_ray; then
 fi
 driver=
 
-# What the end means (finished, stopped, preempted, a failure within the budget) is decided and recorded in one place.
+# The kind of end (finished, stopped, preempted, a failure within the budget) is decided and recorded in one place.
 trap '' TERM USR1 # requeueing sends SIGTERM to this very script
 read -r verdict answer < <(scontrol show node "$SLURM_JOB_NODELIST" --json |
   "${python[@]}" launcher.slurm.job end "$RUN_URI" --exit-code "$code" --signal "$asked")

@@ -39,7 +39,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
-# What a base is called here -> its model_type and what it has beside `SIZES`.
+# The name of a base here -> its model_type and its settings beside `SIZES`.
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
     "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},

@@ -1,4 +1,4 @@
-"""What ranks compute on: a GPU each, or the CPU where that is meant or all there is. Without torch, as only ranks import it."""
+"""Devices of ranks: a GPU each, or the CPU if that is meant or all there is. Without torch, which only ranks import."""
 
 import os
 import socket

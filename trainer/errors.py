@@ -1,11 +1,11 @@
-"""What can go wrong for a user, each with the exit code that scripts and schedulers act on.
+"""Errors that a user can cause or meet, each with the exit code that scripts and schedulers act on.
 
 A `CapstanError` is a user's mistake or a failing machine: its text is one clear sentence (which setting, what was
 given, what is allowed, what to do) and the command line prints it without a traceback. A programmer's mistake is an
 `AssertionError` and keeps its traceback.
 """
 
-# What json.loads raises: the second for text that nests too deep.
+# The errors that json.loads raises: the second for text that nests too deep.
 NOT_JSON = (ValueError, RecursionError)
 _LONGEST_SHOWN = 100
 

@@ -1,4 +1,4 @@
-"""What this configuration's checkpoints belong to: its base, its method, its data and their order.
+"""The identity that a configuration gives its checkpoints: its base, its method, its data and their order.
 
 Every key is named here or by the method, never taken over from a dump of settings: a setting that is added later stays out,
 or comes with a default for the checkpoints that were written before it.

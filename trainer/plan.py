@@ -1,4 +1,4 @@
-"""What a run will need, by arithmetic: parameters, memory, batch, traffic. No GPU, no torch, nothing downloaded.
+"""The needs of a run, by arithmetic: parameters, memory, batch, traffic. No GPU, no torch, nothing downloaded.
 
 Everything that does not fit or does not match is reported at once, in `Plan.shortfalls`. Counts of parameters and bytes
 of stored tensors are exact; activations, gathered layers and host memory are estimates, by the formulas stated at each
@@ -113,7 +113,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What the formulas share. `group` ranks hold one copy of the base; `item` is the bytes of a 16- or 32-bit value."""
+    """The formulas' inputs. `group` ranks hold one copy of the base; `item` is the bytes of a 16- or 32-bit value."""
 
     config: Config
     model: Architecture
@@ -188,7 +188,7 @@ def choose_scope(
 def _inputs(
     config: Config, model: Architecture, world_size: int, ranks_per_node: int, scope: Scope
 ) -> tuple[_Inputs, dict[str, Any]]:
-    """What the formulas share, and DeepSpeed's dictionary."""
+    """The formulas' inputs, and DeepSpeed's dictionary."""
     accumulation = ceil(config.train.global_batch / (world_size * config.train.micro_batch))
     on_gpu = config.cluster.gpus_per_worker != 0
     deepspeed = build_deepspeed_config(config, world_size, accumulation, on_gpu)

@@ -1,4 +1,4 @@
-"""What one rank runs, whoever started it: Ray Train, torchrun, srun, or this process alone.
+"""The program of one rank, whoever started it: Ray Train, torchrun, srun, or this process alone.
 
 assemble: data -> base -> sharded model -> engine -> checkpoints      (this file)
 train:    one generator over steps                                    (trainer/train/loop.py)
@@ -58,8 +58,11 @@ _VERSIONS = ("capstan-llm", "torch", "deepspeed", "transformers", "peft", "bitsa
 
 @dataclass(frozen=True)
 class Starter:
-    """What only whoever started the ranks can tell: facts for the start's record, what this machine is called, whether one
-    is about to leave, who wants to see each step's record (rank 0's), and when the start began, in seconds since 1970."""
+    """The values that only the program which started the ranks knows.
+
+    They are facts for the start's record, the name of this machine, whether a machine of the run is about to leave, a
+    function that gets the record of each step on rank 0, and when the start began, in seconds since 1970.
+    """
 
     facts: Mapping[str, str] = field(default_factory=dict)
     machine: str = field(default_factory=socket.gethostname)
@@ -300,7 +303,7 @@ def _outcome(metrics: Metrics, config: Config, base: Base, ranks: Ranks) -> Iter
 
 
 def planned_memory(config: Config, base: Base, ranks: Ranks) -> str:
-    """What `capstan plan` expects of one GPU, its three largest parts first."""
+    """A sentence on the memory that `capstan plan` expects on one GPU: the total, and its three largest parts."""
     memory = asdict(make_plan(config, base.description, ranks.world_size, ranks.ranks_per_node, None).memory_per_gpu)
     total = memory.pop("total")
     largest = sorted(memory.items(), key=lambda part: -part[1])[:3]
@@ -311,7 +314,7 @@ def planned_memory(config: Config, base: Base, ranks: Ranks) -> str:
 def _last_words(
     run: Store, generation: int, metrics: Metrics, flush_log: Callable[[], None]
 ) -> Callable[[Hang, bool], None]:
-    """What a rank leaves in the run's folder before it ends because some rank hangs."""
+    """A function that writes a rank's log and end to the run's folder, before it ends because some rank hangs."""
 
     def say(hang: Hang, mine: bool) -> None:
         flush_log()

@@ -74,7 +74,7 @@ class Ranks:
         return self.gather_objects(result)
 
     def on_first(self, action: Callable[[], T]) -> T:
-        """What `action` returns, or raises, on rank 0; the others do not run it. Collective."""
+        """Run `action` on rank 0 alone; every rank gets its result, or its error (see `agree`). Collective."""
         result: Any = None
         with self.agreeing():
             if self.rank == 0:
@@ -111,7 +111,7 @@ class Ranks:
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:
-        """What fails in the block on one rank fails on all (see `agree`). Collective; the block itself must not be."""
+        """An error in the block on one rank ends it on all (see `agree`). Collective; the block itself must not be."""
         failure = None
         try:
             yield

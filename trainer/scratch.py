@@ -54,7 +54,7 @@ def _is_old_and_ours(path: Path) -> bool:
 
 
 def _open_paths() -> set[str]:
-    """What the living processes of this user have open: versions before this one do not lock their folders."""
+    """The paths that living processes of this user have open: versions before this one do not lock their folders."""
     paths = set()
     for link in (*Path("/proc").glob("[0-9]*/fd/*"), *Path("/proc").glob("[0-9]*/cwd")):
         with suppress(OSError):  # another user's, or gone by now

@@ -1,4 +1,4 @@
-"""What verbs share: their arguments and options, how they find a run, and how they answer."""
+"""The parts that verbs share: their arguments and options, how they find a run, and how they answer."""
 
 import json
 import math

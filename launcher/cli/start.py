@@ -63,7 +63,7 @@ def _train(config: Any, *, resume: bool, take_over: bool, as_json: bool, dry_run
     try:
         start(config, resume=resume, take_over=take_over, live=not as_json and sys.stderr.isatty(), log=log)
     except CapstanError:
-        # What became of it is worth knowing also after a stop or a failure; a mistake leaves no run to speak of.
+        # The run's status is worth knowing also after a stop or a failure; a mistake leaves no run to speak of.
         if as_json and not is_silent_rank() and run_folder(config).exists(CONFIG):
             emit(read_status(run_folder(config)), as_json, render)
         raise

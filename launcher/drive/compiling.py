@@ -22,7 +22,7 @@ from trainer.run.requests import request_stop, stop_requester
 from trainer.store import Store, open_run_store
 
 BY = "the compilation of its data"
-"""Who asks for a stop where the rest of the data cannot be compiled."""
+"""The author of a stop request that is made because the rest of the data cannot be compiled."""
 _LOOK_SECONDS = 2.0
 _AGAIN_SECONDS = 10.0
 

@@ -198,7 +198,7 @@ class _Background:
 
 
 class _Watch:
-    """What the driver looks at while ranks work: whether they begin, room for more, a stop that need not wait for a step."""
+    """The driver's checks while ranks work: whether they begin, room for more, a stop that need not wait for a step."""
 
     def __init__(self, cluster_run: _ClusterRun, wanted: Need, workers: int) -> None:
         self._cluster_run, self._wanted, self._workers = cluster_run, wanted, workers

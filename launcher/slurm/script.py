@@ -1,7 +1,7 @@
 """The batch file of a run, as text: `#SBATCH` options, the run's values as quoted shell words, then slurm/run.sh as it is.
 
 Nothing is interpolated into code. An option is quoted for Slurm, which splits `#SBATCH` lines itself, and a value for
-bash. What the user's `cluster.slurm.setup` holds is shell, and stands in the file as shell.
+bash. The user's `cluster.slurm.setup` is shell, and stands in the file as shell.
 """
 
 import math

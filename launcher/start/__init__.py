@@ -1,1 +1,1 @@
-"""What every start does first: claim the run's folder, keep the code."""
+"""The first steps of every start: claim the run's folder, keep the code."""

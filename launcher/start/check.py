@@ -91,7 +91,7 @@ def check_idle(run: Store, *, resume: bool) -> None:
 
 
 def in_use(run: Store) -> str | None:
-    """Who has the run now, in words; None when nobody has, or whoever had it is dead."""
+    """A phrase that says who has the run now; None when nobody has, or its owner is dead."""
     if owner := read_owner(run):
         return owner.sentence(time.time()) if owner.is_alive(time.time()) else None
     # Nobody wrote down who has it: an earlier version started it, or it has ended. Only its records tell, and not exactly.
@@ -121,7 +121,7 @@ def check_name(run: Store) -> None:
 
 
 def _check_checkpoint(run: Store, config: Config, base: Base, *, elsewhere: bool) -> None:
-    """What the ranks will ask of the checkpoint that they load, as far as its manifest tells."""
+    """Check the checkpoint that the ranks will load, as they will check it, as far as its manifest tells."""
     steps, damaged = committed_steps(run), list[str]()
     if not steps:
         raise NothingToResume(f"{run.uri} has no committed checkpoint. Start it with `capstan train`.")

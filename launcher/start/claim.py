@@ -16,7 +16,7 @@ from trainer.run.settings import changes
 from trainer.store import Store
 
 _WRITTEN = (layout.CONFIG, layout.SNAPSHOT, layout.STOP, layout.OWNER, layout.DRIVER_LOG, layout.SLURM_SCRIPT)
-"""What a start writes or takes away before its first rank."""
+"""The keys that a start writes or takes away before its first rank."""
 
 
 @contextmanager
@@ -33,8 +33,8 @@ def claimed(
     """The run's folder made this configuration's for the body; as it was before, where the body fails before a rank began.
 
     Writes config.yaml and the snapshot of the code, says who has the run (`by`; with `waits` a job that it will be
-    submitted as), and takes back an earlier stop request; `log` gets what a resume changes. Of several racing claims of a
-    name one succeeds.
+    submitted as), and takes back an earlier stop request; `log` gets what a resume changes. When several claims of a
+    name race, one succeeds.
     """
     run = run_folder(config)
     known = generations(run)

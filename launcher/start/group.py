@@ -16,7 +16,7 @@ def is_silent_rank() -> bool:
 
 
 def slurm_rank(environment: Mapping[str, str]) -> dict[str, str]:
-    """What torchrun would have set, for a task of an srun step with several; empty elsewhere."""
+    """The variables that torchrun would have set, for a task of an srun step with several tasks; empty elsewhere."""
     if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
         return {}
     nodes = subprocess.run(

@@ -1,1 +1,1 @@
-"""What a run's folder tells: status, logs, checkpoints, tables."""
+"""Views of a run's folder: status, logs, checkpoints, tables."""

@@ -1,4 +1,4 @@
-"""What a run's ranks and drivers printed, from its folder alone, during and after the run."""
+"""The output of a run's ranks and drivers, from its folder alone, during and after the run."""
 
 import codecs
 import re
@@ -13,7 +13,7 @@ from trainer.store import Store
 
 
 def read_log(folder: Store, rank: int, generation: int | None = None) -> str:
-    """What `rank` printed in `generation`; by default in the newest one that it has a log of.
+    """The output of `rank` in `generation`; by default in the newest one that it has a log of.
 
     Raises `ConfigError` when there is no such log, naming the ranks that have one.
     """
@@ -29,7 +29,7 @@ def read_log(folder: Store, rank: int, generation: int | None = None) -> str:
 
 
 def read_driver_log(folder: Store) -> str:
-    """What the run's drivers said, one line each with its time."""
+    """The messages of the run's drivers, one line each with its time."""
     try:
         return folder.get(layout.DRIVER_LOG).decode(errors="replace")
     except NotFound as error:
@@ -46,7 +46,7 @@ def follow_log(
     stop: Callable[[], bool] = lambda: False,
     wait: Callable[[float], None] = time.sleep,
 ) -> Iterator[str]:
-    """What `rank` prints, as it comes in, until `stop()` is true. Without `generation` it goes on into every new one."""
+    """The output of `rank` as it comes in, until `stop()` holds. Without `generation` it goes on into every new one."""
     first = generation
     readers: dict[int, tuple[Appended, codecs.IncrementalDecoder]] = {}
     while True:

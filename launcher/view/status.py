@@ -1,4 +1,4 @@
-"""What a run is doing, from its folder alone: no scheduler, no Ray, and it works as well when the run's machines are gone.
+"""The status of a run, from its folder alone: no scheduler, no Ray, and it works as well when its machines are gone.
 
 A generation is one start of the run; its records are in `metrics/` (trainer/run/records.py). A later generation goes on from
 a committed checkpoint, so its steps replace equal and later ones of the generations before it.
@@ -87,7 +87,7 @@ def read_generation(folder: Store, generation: int) -> dict[str, list[Record]]:
 
 
 class _Generation:
-    """What a status needs of one generation's records: it stays small, however many there are."""
+    """The part of one generation's records that a status needs: it stays small, however many records there are."""
 
     def __init__(self) -> None:
         self.count: Counter[str] = Counter()

@@ -48,7 +48,7 @@ def run(trained: Store, tmp_path: Path) -> Iterator[Store]:
 
 
 def configure(run: Store, *overrides: str) -> None:
-    """What a hand in config.yaml does, and what a resume did that was refused too late."""
+    """Change config.yaml, as a user does by hand, and as a resume once did that was refused too late."""
     changed = parse_config(run.get(layout.CONFIG).decode(), overrides)
     run.put(layout.CONFIG, dump_config(changed).encode())
 
@@ -134,7 +134,7 @@ def test_a_manifest_of_before_names_its_base_and_the_rest_is_in_config_yaml(
         assert (tmp_path / "adapter" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-# What stands in a module that Python imports before the command's own: a fault between the checkpoint and the files.
+# The code of a module that Python imports before the command's own: a fault between the checkpoint and the files.
 FAULTS = {
     "alpha off by a tenth": """
         change_settings = lambda settings: settings | {"lora_alpha": 1.1 * settings["lora_alpha"]}

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder while it goes on, through the real command: killed at any moment, and read as one."""
+"""Records and logs of a run by the real command: it is killed at any moment, and all that is left is read as one."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def test_records_up_to_a_commit_survive_a_kill_and_all_starts_are_read_as_one(
     records = read_generation(folder, 2)
     assert [record["step"] for record in records["step"]] == list(range(committed + 1, 61))
     assert [record["outcome"] for record in records["end"]] == ["finished"]
-    # What was written in pieces is one object at the end, and its key is the one of every version.
+    # A stream that was written in pieces is one object at the end, and its key is the one of every version.
     keys = [entry.key for entry in folder.list(layout.METRICS)]
     assert keys == [layout.metrics(1), layout.metrics(2)]
     lines = folder.get(layout.metrics(2)).splitlines()

@@ -12,7 +12,7 @@ from trainer.train.loop import train
 
 
 def engine_internals(config_text: str, fingerprint: str) -> dict[str, Any]:
-    """What trainer/zero/engine.py takes from DeepSpeed, looked at from the public side."""
+    """The internals that trainer/zero/engine.py takes from DeepSpeed, compared with DeepSpeed's public functions."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     here = assemble_run(parse_config(config_text), fingerprint)

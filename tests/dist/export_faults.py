@@ -63,7 +63,7 @@ def killed_export(uri: str, kind: str, at: int) -> None:
 
 
 def after_killed_exports(uri: str, kind: str, count: int) -> list[str]:
-    """What is wrong with the `count` destinations, and with exporting to them again."""
+    """The problems of the `count` destinations that killed exports left, and of exporting to them again."""
     root, wrong = open_store(uri), []
     run = root.sub("done")
     expected, _ = _exported(root, run, Fault(), "expected", kind)

@@ -1,4 +1,4 @@
-"""What ranks run that save, restore and export while their store fails, stalls or kills them."""
+"""Ranks that save, restore and export while their store fails, stalls or kills them."""
 
 import threading
 from collections import Counter
@@ -115,7 +115,7 @@ def wrong_with(run: Store, at_least: int) -> list[str]:
 
 
 def left_over(run: Store) -> list[str]:
-    """What no commit refers to after a removal that takes orphans of any age."""
+    """The keys that no commit refers to after a removal that takes orphans of any age."""
 
     def later() -> datetime:
         return datetime.now(UTC) + timedelta(hours=1)
@@ -163,7 +163,7 @@ def killed_save(uri: str, at: int) -> None:
 
 
 def after_kills(root: str, count: int) -> list[str]:
-    """What is wrong with the `count` runs that killed saves left, before and after another start saves."""
+    """The problems of the `count` runs that killed saves left, before and after another start saves."""
     ranks, wrong = join(), []
     for at in range(1, count + 1):
         run = open_store(root).sub(str(at))

@@ -1,4 +1,4 @@
-"""What the loader makes of a base, beside what transformers and bitsandbytes make of it."""
+"""A base as the loader makes it, and beside it as transformers and bitsandbytes make it."""
 
 import json
 import os

@@ -12,7 +12,7 @@ from trainer.store import open_store
 
 
 def export_proof(run_uri: str, step: int, adapter: str) -> dict[str, float]:
-    """What `capstan export --verify` measures."""
+    """The measurements of `capstan export --verify`."""
     torch.set_num_threads(1)
     return asdict(prove_adapter(open_store(run_uri), step, open_store(adapter)))
 
@@ -37,6 +37,6 @@ def proof_in_bf16(run_uri: str, step: int, adapter: str) -> dict[str, Any]:
 
 
 def merge_proof(run_uri: str, step: int, merged: str) -> dict[str, float]:
-    """What `capstan export --merge --verify` measures."""
+    """The measurements of `capstan export --merge --verify`."""
     torch.set_num_threads(1)
     return asdict(prove_merged(open_store(run_uri), step, open_store(merged)))

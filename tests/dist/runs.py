@@ -44,7 +44,7 @@ def run(config_text: str, fingerprint: str, how: str = "start", eval_fingerprint
 
 
 def meet(seconds: float, absent: list[int]) -> str:
-    """What a rank says that joins the others within `seconds`, where the `absent` never come."""
+    """The words of a rank that joins the others within `seconds`, where the `absent` never come."""
     if int(os.environ["RANK"]) in absent:
         return "absent"
     try:

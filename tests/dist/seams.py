@@ -1,4 +1,4 @@
-"""What the ranks of tests/dist/test_seams.py run."""
+"""The functions that the ranks of tests/dist/test_seams.py run."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What an earlier version wrote is read today, and what it computed is computed today.
+"""Files that an earlier version wrote are read today, and results that it computed are computed today.
 
 `golden/before` holds the bucket of a run by that version: its base, rows, compiled data, quantized base and a checkpoint.
 In a bucket all names are the same wherever the tests run, and so are the versions of files, which are hashes there.

@@ -13,7 +13,7 @@ from trainer.config import dump_config
 
 @pytest.fixture(scope="module")
 def internals(workshop: Workshop) -> list[dict[str, Any]]:
-    """Of three ranks, after one step; LoRA rank 7 makes partitions of unequal length."""
+    """The internals of three ranks, after one step; LoRA rank 7 makes partitions of unequal length."""
     config = workshop.config("engine", "tuning.rank=7")
     return launch(3, engine.engine_internals, dump_config(config), workshop.prepare(config).train)
 

@@ -1,4 +1,4 @@
-"""Whatever a store does at whichever operation: the newest commit loads and verifies, and half a thing is never chosen."""
+"""A store may fail at any operation: the newest commit still loads and verifies, and half a thing is never chosen."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -63,7 +63,7 @@ CASES = {
 
 @dataclass
 class Loaded:
-    """What a load gave: of each kind, rank 0's logits and every rank's facts."""
+    """The results of a load: for each kind of base, rank 0's logits and every rank's facts."""
 
     logits: dict[str, torch.Tensor]
     facts: dict[str, list[dict[str, Any]]]

@@ -1,4 +1,4 @@
-"""What a rank receives in a step."""
+"""The bytes that a rank receives in a step."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -33,7 +33,7 @@ _COLLECTIVES: dict[str, Any] = {
 
 
 def step_traffic(config_text: str, fingerprint: str) -> dict[str, Any]:
-    """What this rank receives in the second step, by the extent of the group (its own node or not) and the dtype.
+    """The bytes that this rank receives in the second step, by the group's extent (its own node or not) and the dtype.
 
     -> {"inside": {dtype: bytes}, "across": {dtype: bytes}, both without pickled objects, "frozen": the ranks that frozen parameters are gathered from}
     """
@@ -69,7 +69,7 @@ def _watch_collectives(count: Any) -> None:
 
     for name in _COLLECTIVES:
         watch(name)
-    # What ranks tell each other as objects travels as uint8 too, but is none of the model's.
+    # Objects that ranks send each other travel as uint8 too, but they are no traffic of the model's.
     plain_objects, plain_count = torch.distributed.all_gather_object, count
 
     def objects(*arguments: Any, **options: Any) -> None:

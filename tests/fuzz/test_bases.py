@@ -68,7 +68,7 @@ def restore(contents: dict[Path, bytes]) -> None:
 
 
 def answered(config: Config) -> None:
-    """What every verb asks of a base without reading its weights."""
+    """Ask of a base what every verb asks without reading its weights. A refusal must be short and of exit code 2."""
     for ask in (
         lambda: make_plan(config, describe_base(config.model), 2, 2, None),
         lambda: check_base(resolve_base(config.model), config),

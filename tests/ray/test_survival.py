@@ -99,7 +99,7 @@ def test_a_run_survives_its_ranks_machines_and_driver(workshop: Workshop, tmp_pa
     assert len(driver_words.splitlines()) < 30
     assert "(2 of 3 restarts)" in driver_words
 
-    # What was trained, and on what, is what an undisturbed run trains.
+    # The steps, their samples and their losses are those of an undisturbed run.
     expected, taken = steps(undisturbed(workshop), 1), steps(run, *range(1, 8))
     assert taken.keys() == expected.keys() == set(range(1, STEPS + 1))
     assert {step: record["samples"] for step, record in taken.items()} == {
@@ -115,7 +115,7 @@ def test_a_run_survives_its_ranks_machines_and_driver(workshop: Workshop, tmp_pa
 
 
 def drain(address: str, node_id: str, seconds: float) -> None:
-    """What a cloud's notice of a preemption becomes in Ray."""
+    """Tell Ray that a node will be preempted, in the form that a cloud's notice takes there."""
     preemption = 2  # DRAIN_NODE_REASON_PREEMPTION in Ray's autoscaler.proto
     accepted, why = GcsClient(address).drain_node(node_id, preemption, "preempted", int((time.time() + seconds) * 1000))
     assert accepted, why

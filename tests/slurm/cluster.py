@@ -136,7 +136,7 @@ class Cluster:
         os.kill(self._inits.pop(node), 9)
 
     def processes(self, node: str) -> dict[int, str]:
-        """What runs on a node beside Slurm and the node's init: host pid -> command line."""
+        """The processes on a node beside Slurm and the node's init: host pid -> command line."""
         init = self._inits[node]
         namespace = os.readlink(f"/proc/{init}/ns/pid")
         found = {}

@@ -71,7 +71,7 @@ class Site:
         return found
 
     def output(self, name: str) -> str:
-        """What the run's jobs printed."""
+        """The output of the run's jobs."""
         return "\n".join(path.read_text() for path in sorted((self.folder / "store" / name).glob("slurm-*.out")))
 
     def wait_for(self, name: str, condition: Callable[[], Any], what: str) -> None:

@@ -19,7 +19,7 @@ from trainer.objective.sft import NextTokens
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BF16, FP32 = torch.bfloat16, torch.float32
-# What can run here, in each dtype that it can run in.
+# The kernels that can run here, each with every dtype that it can run in.
 HERE = [(name, dtype) for dtype in (BF16, FP32) for name in KERNELS if name not in unavailable(DEVICE, dtype)]
 A, B, PADDING = 23, 30, 11  # tokens of two documents and of the padding behind them
 
@@ -52,7 +52,7 @@ def architecture(kind: str) -> Architecture:
 
 
 def tolerance(model: PackedModel) -> float:
-    """Of a sum of losses, relative: kernels add in another order for another row length."""
+    """The relative tolerance of a sum of losses: kernels add in another order for another row length."""
     return 1e-5 if next(model.model.parameters()).dtype == FP32 else 1e-2
 
 

@@ -23,7 +23,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 
 
 def compilation(run: Store, *again: Iterator[int]) -> tuple[Compilation, list[str]]:
-    """Whose beginnings after the first one give `again`; and what it says."""
+    """A compilation that gives the next of `again` each time it begins anew, and the list of its messages."""
     words: list[str] = []
     made, rests = Compilation(None, run, words.append), iter(again)  # pyright: ignore[reportArgumentType]
     made.begin = lambda *, on_cluster: (None, next(rests))  # pyright: ignore[reportAttributeAccessIssue]
@@ -43,7 +43,7 @@ def told(run: Store) -> bool:
 
 
 def stop_when_told(run: Store) -> None:
-    """What ranks do."""
+    """Do what ranks do: stop once the data has ended and a stop is asked for."""
     while not (told(run) and stop_requester(run)):
         threading.Event().wait(0.01)
     raise Stopped("as asked")

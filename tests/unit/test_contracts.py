@@ -35,12 +35,12 @@ class Copy:
             text.writelines(f"\nimport {name}\n" for name in imports)
 
     def modules(self, pattern: str) -> list[str]:
-        """What `pattern`, such as trainer.tuning.*, stands for."""
+        """The modules that `pattern`, such as trainer.tuning.*, stands for."""
         found = self.root.glob(pattern.replace(".", "/").replace("*", "*.py"))
         return sorted(f"{pattern.rpartition('.')[0]}.{path.stem}" for path in found if path.stem != "__init__")
 
     def lint(self) -> str:
-        """What the linter says of the contracts that are broken."""
+        """The linter's report on the contracts that are broken."""
         environment = {**os.environ, "PYTHONPATH": str(self.root), "COLUMNS": "500"}
         command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
         done = subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=200)

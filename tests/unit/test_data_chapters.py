@@ -233,7 +233,7 @@ def test_a_reader_gets_a_chapter_once_it_is_compiled(store: Store, data: Data, c
     "error", [DataError("a.jsonl:7: not JSON"), Stopped("stopped by SIGTERM")], ids=["bad", "stop"]
 )
 def test_a_reader_ends_with_the_reason_when_no_more_is_compiled(store: Store, data: Data, error: CapstanError) -> None:
-    """What there is of the data is read first."""
+    """The data that is already compiled is read first."""
     compiling, run, read = compilation(store, data), store.sub("run"), []
     next(compiling)
     source = streamed(open_chapters(store, FINGERPRINT, run))

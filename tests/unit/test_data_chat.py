@@ -363,7 +363,7 @@ def test_a_token_across_the_border_and_every_byte_of_a_character_are_trained() -
     assert example.targets.tolist() == [False, True, True]
     example = renderer.one({"prompt": "hi", "completion": "🙂"})
     assert example.targets.tolist() == [False] + [True] * 5
-    # What the tokenizer rewrites cannot be found by its bytes: three characters become two tokens of two bytes each.
+    # Text that the tokenizer rewrites is not found by its bytes: three characters become two tokens of two bytes each.
     bpe.backend_tokenizer.normalizer = normalizers.NFC()
     example = Renderer(bpe, data(format="prompt_completion")).one({"prompt": "e\u0301", "completion": "e\u0301"})
     assert len(example.tokens) == 5

@@ -1,4 +1,4 @@
-"""What `capstan data check` finds, on data whose faults are known."""
+"""The findings of `capstan data check`, on data whose faults are known."""
 
 import io
 import json
@@ -180,7 +180,7 @@ def test_nothing_to_train_on_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("changed", "alike"), [(0, True), (2, True), (30, False), (60, False)])
 def test_near_is_a_matter_of_how_much_differs(changed: int, alike: bool) -> None:
-    """Of 60 words, the last `changed` are others."""
+    """The second text has 60 words like the first one, but its last `changed` words are others."""
     misses = 0
     for seed in range(20):
         seen, text = Seen(), sentence(seed)

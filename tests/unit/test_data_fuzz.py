@@ -1,6 +1,6 @@
 """Rows of every format, and everything written beside compiled tokens, with any damage: a sentence and its exit code, or sound.
 
-What a fuzzer found once is a case of its own in test_data_hostile.py and test_data_manifest.py.
+A fault that a fuzzer found once has a case of its own in test_data_hostile.py and test_data_manifest.py.
 """
 
 import datetime

@@ -45,7 +45,7 @@ def build(path: Path, on_bad_row: str, part: Part = EVERYTHING) -> Dataset:
 
 
 def is_refused_or_skipped(path: Path, reason: str, row: int = 2, rows: int = 3, part: Part = EVERYTHING) -> None:
-    """Of the `rows` of a file, `row` is bad: it ends the compilation with one line, or is counted and left out."""
+    """Row `row` of the file's `rows` is bad: it ends the compilation with one line, or is counted and left out."""
     with pytest.raises(DataError) as refused:
         build(path, "fail", part)
     text = str(refused.value)

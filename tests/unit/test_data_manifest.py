@@ -1,4 +1,4 @@
-"""What lies beside compiled tokens: sealed, looked at for sense, and named when it is damaged."""
+"""The objects beside compiled tokens: sealed, looked at for sense, and named when they are damaged."""
 
 import json
 from collections.abc import Callable

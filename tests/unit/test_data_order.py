@@ -102,7 +102,7 @@ def written_order() -> str:
 
 
 def test_the_order_is_golden() -> None:
-    """A resumed run must find the order it left. Who changes the file must change `order.VERSION` too.
+    """A resumed run must find the order it left. A change to the golden file needs a new `order.VERSION` too.
 
     `python -m tests.unit.test_data_order > tests/golden/order.txt` writes it.
     """

@@ -133,7 +133,7 @@ def test_a_file_that_went_away_is_no_damaged_file(tmp_path: Path) -> None:
 
 
 def save_hf_dataset(folder: Path) -> None:
-    """What `Dataset.save_to_disk` writes: Arrow streams, and state.json which names them in order."""
+    """Write the files that `Dataset.save_to_disk` writes: Arrow streams, and state.json which names them in order."""
     folder.mkdir()
     for name, part in (("data-00000-of-00002.arrow", ROWS[:2]), ("data-00001-of-00002.arrow", ROWS[2:])):
         table = pyarrow.Table.from_pylist(part)

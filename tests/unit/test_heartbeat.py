@@ -1,4 +1,4 @@
-"""Who is to blame when ranks hang: the judge over beats and a clock of its own."""
+"""The ranks to blame for a hang: the judge over beats and a clock of its own."""
 
 from trainer.config import Timeouts
 from trainer.train.heartbeat import Beat, Hang, Judge, Phase

@@ -1,4 +1,4 @@
-"""Whatever a manifest holds, it is damaged, of a newer format, or one that every reader can rely on. Never a traceback."""
+"""A manifest with any content is damaged, of a newer format, or reliable for every reader. Never a traceback."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Who has a run: known exactly where its process is, by its beats elsewhere."""
+"""The owner of a run: known exactly where its process is, by its beats elsewhere."""
 
 import json
 import os

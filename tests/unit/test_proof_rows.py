@@ -1,4 +1,4 @@
-"""What a proof compares: fixed rows of the run's data, and distances between distributions."""
+"""The parts of a proof: fixed rows of the run's data, and distances between distributions."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Who does not know the secret of a start is not listened to by its heartbeat, and disturbs nobody."""
+"""A stranger who does not know the secret of a start is not listened to by its heartbeat, and disturbs nobody."""
 
 import json
 import socket
@@ -26,7 +26,7 @@ def server(heard: list[object]) -> Iterator[Server]:
 
 
 def stranger(port: int, *lines: bytes) -> bytes:
-    """What the server answers to lines sent one after the other."""
+    """The server's answer to lines sent one after the other."""
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         try:
             connection.sendall(b"".join(lines))

@@ -1,4 +1,4 @@
-"""What the end of a job means: each case of the policy, without a scheduler."""
+"""The meaning of a job's end: each case of the policy, without a scheduler."""
 
 from dataclasses import replace
 

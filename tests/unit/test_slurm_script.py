@@ -18,7 +18,7 @@ data: {train: [{path: d.jsonl}]}
 train: {steps: 5}
 cluster: {slurm: {nodes: 2}}
 """
-# What a shell, Slurm's own parser or a careless template would act on.
+# Text that a shell, Slurm's own parser or a careless template would act on.
 HOSTILE = st.lists(
     st.sampled_from([*"\"'`$(){}[]<>|&;#!*?~\\%@=, abc", "$(touch owned)", "hetjob", "'; exit 9; '", "é", "#SBATCH"]),
     min_size=1,

@@ -35,7 +35,7 @@ def commit(root: Path) -> None:
 
 
 def kept(checkout: Path, out: Path) -> dict[str, str]:
-    """What a snapshot of `checkout` has of its code, laid out in `out`: the text of each file, `-> TARGET` of each link."""
+    """The code in a snapshot of `checkout`, laid out in `out`: the text of each file, `-> TARGET` of each link."""
     code = snapshot.unpack(snapshot.take(checkout).archive("a: 1\n"), out)
     return {
         path.relative_to(code).as_posix(): f"-> {os.readlink(path)}" if path.is_symlink() else path.read_text()

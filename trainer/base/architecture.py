@@ -1,7 +1,7 @@
-"""What a decoder-only model is made of: its parameters and sizes, known without loading torch.
+"""The architecture of a decoder-only model: its parameters and sizes, known without loading torch.
 
-`trainer/base/families.py` makes an `Architecture` of a config.json. Whoever plans, loads, tunes or picks a kernel asks here,
-and no other file knows what a model is called.
+`trainer/base/families.py` makes an `Architecture` of a config.json. Code that plans, loads, tunes or picks a kernel
+asks here, and no other file knows what a model is called.
 """
 
 import math

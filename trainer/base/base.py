@@ -51,7 +51,7 @@ class StoredFormat(Protocol):
 
 @dataclass(frozen=True)
 class Description:
-    """What config.json alone says of a base."""
+    """The facts about a base that its config.json alone tells."""
 
     architecture: Architecture
     stored: StoredFormat

@@ -1,4 +1,4 @@
-"""What a base says of itself, in config.json and the tokenizer's files: other people's files, checked before they are used.
+"""Reads config.json and the tokenizer's files of a base: other people's files, which are checked before they are used.
 
 transformers reads them too, and raises whatever comes up; here each mistake is one sentence. Code that a base brings along
 (`auto_map`) is never run.

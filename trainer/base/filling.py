@@ -75,7 +75,7 @@ def _packed_bytes(module: Packed) -> tuple[int, int, int]:
 
 
 def copy_packed(module: Packed, made: PackedPartitions, stored: PackedSources) -> list[Copy]:
-    """What fills them from what is stored; raises `Damaged` where that has other sizes."""
+    """The jobs that fill `made` with the packed weights in `stored`; raises `Damaged` where these have other sizes."""
     there = tuple(
         0 if source is None else numel(source) for source in (stored.weight, stored.absmax, stored.nested_absmax)
     )

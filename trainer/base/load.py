@@ -31,7 +31,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass
 class LoadReport:
-    """What the load did on this rank: bytes read from the store, bytes kept, seconds."""
+    """The work of a load on this rank: bytes read from the store, bytes kept, seconds."""
 
     read_bytes: int = 0
     kept_bytes: int = 0

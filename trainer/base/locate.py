@@ -22,7 +22,7 @@ from trainer.safetensors_index import INDEX_FILE
 from trainer.store import SCHEMES, Entry, Store, open_store
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # a path that begins with a dot is none
-# What decides what a tokenizer does.
+# The files that decide what a tokenizer does.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -86,7 +86,7 @@ def _directory(model: Model, patterns: list[str]) -> Path:
 
 
 def describe_base(model: Model) -> Description:
-    """What the base's config.json says: nothing else is downloaded.
+    """The description of the base by its config.json; nothing else is downloaded.
 
     Raises:
         ConfigError: it is missing, has no config.json, or is of an architecture that is not supported.

@@ -11,7 +11,7 @@ WEIGHT_DTYPES = ("BF16", "F16", "F32")
 
 
 def find_source(base: Base, name: str, shape: tuple[int, ...]) -> StoredTensor:
-    """What the files hold of the model's parameter `name`.
+    """The tensor in the files that holds the parameter `name`, or a stack of them where experts are stored singly.
 
     Raises:
         ConfigError: they lack it, have it in another shape, or in a type that cannot be read.

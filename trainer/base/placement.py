@@ -18,7 +18,7 @@ from trainer.zero.partition import Partition, Partitioner
 
 @dataclass
 class Placement:
-    """What fills the partitions; and the packed modules by the names that they have before adapters are around them."""
+    """The jobs that fill the partitions, and the packed modules by their names before adapters are around them."""
 
     jobs: list[Job] = field(default_factory=list)
     packed: dict[str, tuple[Packed, PackedPartitions]] = field(default_factory=dict)
@@ -82,7 +82,7 @@ def _replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
 def _packed_module(
     model: nn.Module, name: str, parameter: nn.Parameter, quant: Quant, dtype: torch.dtype
 ) -> Packed | None:
-    """What takes the parameter's place where it is a linear layer's or the experts' of a mixture, and is quantized."""
+    """The packed module put in place of a linear layer or a mixture's experts; None if `name` is not quantized."""
     if quant.type == "none":
         return None
     form = Format(quant.type, quant.block_size, quant.double, dtype)

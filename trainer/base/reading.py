@@ -55,7 +55,7 @@ class Job(Protocol):
         ...
 
     def pieces(self) -> Iterator[Piece]:
-        """What this rank has to read, in pieces of at most `PIECE_BYTES`."""
+        """The ranges that this rank has to read, in pieces of at most `PIECE_BYTES`."""
         ...
 
     def finish(self) -> None:

@@ -1,4 +1,4 @@
-"""What a checkpoint belongs to, and whether a run may go on from it.
+"""The identity of a checkpoint (its base, adapter, data and their order), and whether a run may go on from it.
 
 The ranks compare before they load a checkpoint, and the launcher compares before it writes anything: both ask here, so
 that neither accepts what the other refuses. Without torch.

@@ -21,7 +21,7 @@ class TrainablePartition:
 
 
 class Learner(Protocol):
-    """Whatever learns: the engine in a run, a stand-in where a test needs no model."""
+    """The object that learns: the engine in a run, a stand-in where a test needs no model."""
 
     def partitions(self) -> list[TrainablePartition]:
         """This rank's part of everything that learns, as live views: without collectives, in a fixed order."""

@@ -1,4 +1,4 @@
-"""What is learnt from."""
+"""The settings of the data: its sources, their format, and how documents become rows."""
 
 from typing import Literal
 
@@ -41,7 +41,7 @@ class Source(Section):
 
 
 class Data(Section):
-    """What is learnt from."""
+    """The data to train and evaluate on: its sources, their format, and how documents become rows."""
 
     train: list[Source] = setting(about="Training sources.", example=[{"path": "data/train.jsonl"}], min_length=1)
     eval: list[Source] = setting(

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in one sentence a setting: its name, the value, what is allowed, an example."""
+"""The mistakes in a configuration, one sentence for each setting: its name, the value, what is allowed, an example."""
 
 import difflib
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from trainer.errors import shown
 
 _MOST_SENTENCES = 20
 
-# What is to be written in YAML, where pydantic speaks of Python's types: error type -> words.
+# pydantic speaks of Python's types, but users write YAML: type of error -> the words about YAML.
 _EXPECTED = {
     "model_type": "Input should be a section of settings",
     "dict_type": "Input should be a section of names and values",

@@ -1,4 +1,4 @@
-"""What is tuned and how: the base, its quantization, the adapters."""
+"""The settings of the model: the base, its quantization, the adapters."""
 
 from typing import Literal
 
@@ -65,7 +65,7 @@ class Quant(Section):
 
 
 class Tuning(Section):
-    """What learns: low-rank adapters on the frozen layers."""
+    """The part that learns: low-rank adapters on the frozen layers."""
 
     method: str = setting(
         "lora",

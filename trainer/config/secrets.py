@@ -68,7 +68,7 @@ def has_credentials(text: str) -> bool:
 
 
 def _secret_in(setting: str, text: str) -> str | None:
-    """What in `text` looks like a secret, for a message that may be kept."""
+    """The kind of secret that `text` seems to hold, in words for a message that may be kept; None if it holds none."""
     if names_secret(setting.rpartition(".")[2]) and not _HARMLESS.fullmatch(text):
         return "its value"
     for variable, option, value in _ASSIGNED.findall(text):

@@ -1,4 +1,4 @@
-"""What every section of the configuration is made of."""
+"""The base class of the configuration's sections, and the function that declares a setting in them."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -2,7 +2,7 @@
 
 PyYAML's safe loader runs no code, but it lets the last of two equal keys win, follows aliases to sizes that no machine
 holds, recurses as deep as the text nests, and lets Python's own exceptions out for a scalar that is no value. Here each
-of these is one sentence with its line. What looks like a date stays text: no setting is a date.
+of these is one sentence with its line. Text that looks like a date stays text: no setting is a date.
 """
 
 from typing import Any

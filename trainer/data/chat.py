@@ -70,7 +70,7 @@ def template_text(data: Data) -> str | None:
 
 @dataclass(frozen=True)
 class Turn:
-    """Who says what; `calls` says whether with a call of a tool."""
+    """One message: the role that says it and its text; `calls` says whether it has a call of a tool."""
 
     role: str
     content: str

@@ -64,7 +64,7 @@ class Seen:
         return None
 
     def add(self, text: Fingerprint, where: str) -> None:
-        """Remember a text. Of those that share a band the first stands for all."""
+        """Remember a text. The first of several texts that share a band stands for all of them."""
         self._exact.setdefault(text.exact, where)
         for band in text.bands():
             self._bands.setdefault(band, (where, text.minima))

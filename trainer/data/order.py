@@ -8,7 +8,7 @@ a run resumes by planning the one it stopped in.
     -> blocks of a chapter's documents -> seeded permutation -> windows of 64 blocks -> bins, packed in a window
     -> seeded permutation of the bins in a window
 
-Nearly every data set is one chapter. Of several the first epoch takes each as soon as it is compiled.
+Nearly every data set is one chapter. Where there are several, the first epoch takes each as soon as it is compiled.
 
 Documents are read in blocks, so that reading is a few long ranges; a window is what a rank holds in memory.
 """

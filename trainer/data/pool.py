@@ -40,7 +40,7 @@ class Mapper(Protocol):
 
 
 def mapper_for(size: int, many: Mapper | None = None) -> Mapper:
-    """Who works on sources of `size` bytes: `many`, by default a process for each core, and for small sources this process."""
+    """The mapper for sources of `size` bytes: this process if they are small, else `many` or a process a core."""
     return partial(map_batches, processes=1) if size < BYTES_FOR_PROCESSES else many or map_on_cores
 
 

@@ -1,7 +1,8 @@
 """From a run's configuration to compiled data: finds the sources, names the result, compiles what is missing.
 
-Happens before a process group exists: compiling can take long, and a collective would time out meanwhile. Of data in
-several chapters a run needs the first one to start; whoever owns its ranks may compile the others beside them.
+Happens before a process group exists: compiling can take long, and a collective would time out meanwhile. If the
+data has several chapters, a run needs only the first one to start; the process that owns its ranks may compile the
+others beside them.
 """
 
 import hashlib

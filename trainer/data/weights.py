@@ -1,8 +1,8 @@
 """Finds out whether a run's rows weigh their messages, before anything is compiled.
 
-Earlier versions ignored the `weight` of a message. What they compiled of rows without weights is as good as ever, and found
-under its old fingerprint; what is compiled of rows with weights gets another one. So the rows have to be looked through
-once. It takes a small part of what compiling takes, and its result is kept beside the data.
+Earlier versions ignored the `weight` of a message. Data that they compiled of rows without weights is as good as ever,
+and found under its old fingerprint; data compiled of rows with weights gets another one. So the rows have to be looked
+through once. It takes a small part of what compiling takes, and its result is kept beside the data.
 """
 
 from collections.abc import Callable, Sequence

@@ -2,11 +2,11 @@
 
 Compared are distributions over the next token on rows of the run's own data (trainer/export/distributions.py), in fp32: there
 the two sides differ by the order of additions alone. Where fp32 does not fit, or the base is stored in 4 bits for products in
-bf16, both sides compute in `model.dtype`. What may differ is measured on the spot in either case, by moving the last bits of
-every product. The adapter's own effect is the control: a difference that is allowed must be smaller.
+bf16, both sides compute in `model.dtype`. In either case the allowed difference is measured on the spot, by moving the
+last bits of every product. The adapter's own effect is the control: a difference that is allowed must be smaller.
 
 A merged model is not quite the trained one where the base was quantized for training, as it is merged into the base's own
-weights. What is proven of it is the merging: it predicts what PEFT's own merge predicts, rounded to the same types.
+weights. Only the merging is proven for it: it predicts what PEFT's own merge predicts, rounded to the same types.
 """
 
 import gc

@@ -27,7 +27,7 @@ class Attention:
     why: str
 
     def arguments(self, cu_seqlens: Tensor, max_seqlen: int) -> dict[str, Any]:
-        """What the model's forward needs beside input_ids and position_ids to keep packed documents apart."""
+        """The arguments of the model's forward, beside input_ids and position_ids, that keep packed documents apart."""
         if self.name in ("sdpa", "eager"):
             return {}
         return {
@@ -39,7 +39,7 @@ class Attention:
 
 
 class AttentionNeeds(Protocol):
-    """What a base's attention computes beyond softmax(QK)V; see trainer.base.architecture.Architecture."""
+    """The computations of a base's attention beyond softmax(QK)V; see trainer.base.architecture.Architecture."""
 
     @property
     def caps_attention(self) -> bool: ...

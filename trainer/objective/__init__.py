@@ -1,1 +1,1 @@
-"""What training minimises, one file each; objective.py is what each of them must say of itself."""
+"""The objectives that training minimises, one file each; objective.py is the interface that each of them has."""

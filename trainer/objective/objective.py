@@ -1,4 +1,4 @@
-"""What an objective is to the engine, which sums losses, and to the loop, which divides them by weights."""
+"""The interface of an objective: losses, which the engine sums, and weights, by which the loop divides the sum."""
 
 from typing import Protocol
 

@@ -65,7 +65,7 @@ def settings(generation: int) -> str:
 
 
 def slurm_attempt(number: int) -> str:
-    """What became of one start of a Slurm job; `number` counts them from 1."""
+    """The key of the record of one start of a Slurm job; `number` counts the starts from 1."""
     return f"{SLURM_ATTEMPTS}{number:06d}.json"
 
 

@@ -67,7 +67,7 @@ def rank_log(
     os.close(write_end)
 
     def copy() -> None:
-        # Whatever fails here, reading must go on: every print would block. And nothing may be printed: it would come here.
+        # Reading must go on whatever fails: every print would block. And nothing may be printed: it would come here.
         while data := os.read(read_end, 65536):
             with suppress(Exception):
                 log.append(data)

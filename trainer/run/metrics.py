@@ -1,4 +1,4 @@
-"""What a run tells the world as it goes on: records for anyone, and curves for TensorBoard."""
+"""The metrics that a run writes as it goes on: records for anyone, and curves for TensorBoard."""
 
 import resource
 from collections.abc import Callable

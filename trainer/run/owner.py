@@ -1,7 +1,7 @@
-"""Who has a run now: the key OWNER in its folder, which the process that started it keeps fresh as long as it lives.
+"""The owner of a run: the key OWNER in its folder, which the process that started it keeps fresh as long as it lives.
 
-Records do not tell whether a run is alive: a compilation, a large base or a long step leaves none for minutes. Whoever is
-about to start a run looks here first. At rest this costs two requests every `BEAT_SECONDS`.
+Records do not tell whether a run is alive: a compilation, a large base or a long step leaves none for minutes. A
+command that is about to start a run looks here first. At rest this costs two requests every `BEAT_SECONDS`.
 """
 
 import json
@@ -59,7 +59,7 @@ class Owner:
 
 
 def read_owner(run: Store) -> Owner | None:
-    """Who had the run last, alive or not; None where nobody did, or the last one left it in order."""
+    """The run's last owner, alive or not; None where it never had one, or the last one left it in order."""
     with suppress(NotFound):
         return Owner(**json.loads(run.get(layout.OWNER)))
     return None

@@ -18,7 +18,7 @@ from trainer.store import Store
 
 Record: TypeAlias = dict[str, Any]
 
-# What whoever reads records finds in those of each kind, and the types of values wherever they stand.
+# The values that every reader may rely on in a record of each kind, and the types of values in records of all kinds.
 _NEEDED = {
     "start": {"step"},
     "step": {"step"},

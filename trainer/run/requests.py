@@ -1,4 +1,4 @@
-"""What is asked of a run that goes on, through its folder: to stop, or to be started again by its driver."""
+"""Requests to a run in progress, through its folder: to stop, or to be started again by its driver."""
 
 import itertools
 import json
@@ -27,14 +27,14 @@ def request_restart(folder: Store, reason: str) -> None:
 
 
 def stop_requester(folder: Store) -> str | None:
-    """Who has asked the run to stop; None when nobody has."""
+    """The name of the person or program that has asked the run to stop; None when nobody has."""
     with suppress(NotFound):
         return _word(folder, layout.STOP, "by", "somebody")
     return None
 
 
 def _word(folder: Store, key: str, name: str, otherwise: str) -> str:
-    """What a request says under `name`. It counts whatever it says: an empty STOP, made by hand, stops a run too."""
+    """The text under `name` in a request, else `otherwise`: an empty STOP, made by hand, stops a run too."""
     try:
         return str(json.loads(folder.get(key))[name])
     except (*NOT_JSON, LookupError, TypeError):
@@ -42,7 +42,7 @@ def _word(folder: Store, key: str, name: str, otherwise: str) -> str:
 
 
 class Stop(IntEnum):
-    """What a run is asked to do at its next step border, the stronger the higher."""
+    """A request for the next step border of a run; the stronger one has the higher number."""
 
     NO = 0
     RESTART = 1  # commit, and be started again
@@ -50,7 +50,7 @@ class Stop(IntEnum):
 
 
 class StopSignal:
-    """What somebody asked this run for: `request()` (a signal handler), the STOP or RESTART key in the run's folder, or
+    """The strongest request to this run, from `request()` (a signal handler), the STOP or RESTART key in its folder, or
     `preempted()`, which tells that a machine of the run is about to leave."""
 
     def __init__(

@@ -25,7 +25,7 @@ from trainer.store import Entry, Store
 BLOCK_BYTES = 2**20
 SHORT_WRITES = 8
 LIMIT_BYTES = 8 * BLOCK_BYTES
-"""What a stream keeps in memory while its store does not answer; what comes after that is lost, and counted."""
+"""The most that a stream keeps in memory while its store does not answer; later bytes are lost, and counted."""
 _READS_AT_A_TIME = 16
 _SEGMENT = re.compile(r"(.+)\.(\d{12})")
 
@@ -131,7 +131,8 @@ class Appended:
         self.position = 0
 
     def read(self, segments: Sequence[Segment]) -> bytes:
-        """What the stream's `segments`, as of a listing, hold beyond `position`; what is gone since comes with the next look."""
+        """The bytes beyond `position` in the stream's `segments`, as of a listing. Bytes of objects that are gone
+        since come with the next look."""
         wanted, position = [], self.position
         for begin, entry in segments:
             end = begin + entry.size

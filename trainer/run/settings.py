@@ -26,7 +26,7 @@ class Change(NamedTuple):
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
-    """What differs between two configurations, given as trees; the place of the run is left out."""
+    """The settings that differ between two configurations, given as trees; the place of the run is left out."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
     return [
         Change(name, before.get(name), after.get(name))

@@ -37,8 +37,8 @@ _EXCHANGES = {distributed_c10d.__file__, ranks_module.__file__}
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank was at when its thread looked: `begun` counts its phases, `turns` the thread's own looks, and `waits` is
-    whether it was inside an exchange with the other ranks."""
+    """The place of a rank when its thread looked: `begun` counts its phases, `turns` the thread's own looks, and
+    `waits` is whether it was inside an exchange with the other ranks."""
 
     phase: Phase
     step: int

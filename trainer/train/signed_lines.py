@@ -1,8 +1,8 @@
 """The wire of the heartbeat: a rank sends rank 0 a signed line now and then, and gets a signed line back.
 
 A line is JSON behind its HMAC-SHA256 under a secret that rank 0 made for this start and told the others through the process
-group. Whoever reaches the port without it is not listened to: a key-value server such as torch's TCPStore would let them
-overwrite or delete what the ranks say, signed or not.
+group. A stranger who reaches the port without it is not listened to: a key-value server such as torch's TCPStore would
+let them overwrite or delete what the ranks say, signed or not.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ def sign(secret: bytes, told: Any) -> bytes:
 
 
 def verified(secret: bytes, line: bytes) -> Any:
-    """What a line tells, or None where it is not signed with `secret`."""
+    """The value that a line carries, or None where it is not signed with `secret`."""
     digest, _, text = line.rstrip(b"\n").partition(b" ")
     expected = hmac.new(secret, text, hashlib.sha256).hexdigest().encode()
     return json.loads(text) if hmac.compare_digest(digest, expected) else None

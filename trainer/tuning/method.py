@@ -1,8 +1,8 @@
-"""What a way to fine-tune must say of itself, and how it is found by the name in `tuning.method`.
+"""The interface of a way to fine-tune, and how one is found by its name in `tuning.method`.
 
 A method is one file in this folder. Its `METHODS` maps each name that `tuning.method` may have to a function that makes
-the method from the section's settings. Importing the file loads no torch, as `plan` counts on a login node; whatever
-handles tensors imports torch when it is called.
+the method from the section's settings. Importing the file loads no torch, as `plan` counts on a login node; code
+that handles tensors imports torch when it is called.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class WeightUpdate(Protocol):
-    """What a merge adds to one weight, a matrix (outputs, inputs)."""
+    """The change that a merge adds to one weight, a matrix (outputs, inputs)."""
 
     @property
     def shape(self) -> tuple[int, int]: ...
@@ -39,8 +39,8 @@ class WeightUpdate(Protocol):
 
 @dataclass(frozen=True)
 class ExportedFiles:
-    """What an export holds beside the tokenizer: `library` loads it, `what` it is begins a sentence; `files` are in the
-    order in which they are written, and without the last one nothing loads."""
+    """The files of an export beside the tokenizer. `library` loads them, and `what` says what they are, to begin a
+    sentence; `files` are in the order in which they are written, and without the last one nothing loads."""
 
     library: str
     what: str
@@ -60,7 +60,7 @@ class Method(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must have been trained with to be continued, as JSON; values as in `defaults` are left out."""
+        """The settings that a checkpoint must share to be continued, as JSON; values as in `defaults` are left out."""
         ...
 
     unmergeable: ClassVar[str | None]

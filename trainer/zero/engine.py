@@ -30,7 +30,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distri
 
 
 def zero_init(deepspeed_config: dict[str, Any], dtype: torch.dtype) -> Init:
-    """What turns plain parameters into ZeRO-3 ones, over the process group that `ranks.join` made."""
+    """DeepSpeed's `Init`, which makes plain parameters ZeRO-3 ones, over the process group that `ranks.join` made."""
     # Tell DeepSpeed that no op can be compiled: it would build one for inference collectives (a minute of g++), and a rank
     # killed meanwhile leaves a lock file on which every later start on this machine waits for ever.
     deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]
@@ -50,7 +50,7 @@ class DeviceRow(Protocol):
 
 
 class _Wrapped(nn.Module):
-    """What DeepSpeed wraps: one packed row in, its summed loss out, in one call that ZeRO-3's hooks can follow."""
+    """The module for DeepSpeed: one packed row in, its summed loss out, in one call that ZeRO-3's hooks can follow."""
 
     def __init__(self, packed: PackedModel, loss: Callable[[PackedModel, Any], Tensor]) -> None:
         super().__init__()

@@ -49,7 +49,7 @@ class Partitioner:
         parameter = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
         if self.group is not None:
             parameter.ds_zero_partition_process_group = self.group  # type: ignore[attr-defined]  # read by the next call
-        # What deepspeed.zero.Init does to each parameter, less its broadcast of rank 0's data.
+        # The steps of deepspeed.zero.Init for each parameter, without its broadcast of rank 0's data.
         self._zero._convert_to_deepspeed_param(parameter)
         parameter.partition()  # type: ignore[attr-defined]
         parameter.data = parameter.data.to(self.device)  # empty by now; DeepSpeed's own are on the device too

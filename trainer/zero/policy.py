@@ -1,9 +1,9 @@
 """A DeepSpeed policy file and the run's configuration become one complete DeepSpeed dictionary.
 
 A policy is plain DeepSpeed JSON that says how the model is divided and moved: ZeRO's buckets, offload, communication
-types. Whatever the run's configuration decides (batch, optimizer, precision, clipping) is refused in a policy, with the
-name of the setting that owns it: a value that stood in two places could differ. "auto", as Hugging Face writes it, means
-"not decided here", so such a key counts as absent and none reaches DeepSpeed.
+types. A key that the run's configuration decides (batch, optimizer, precision, clipping) is refused in a policy, with
+the name of the setting that owns it: a value that stood in two places could differ. "auto", as Hugging Face writes it,
+means "not decided here", so such a key counts as absent and none reaches DeepSpeed.
 
 Sources: deepspeed/runtime/config.py (top level), deepspeed/runtime/zero/config.py (zero_optimization).
 """
@@ -23,8 +23,8 @@ Scope = Literal["world", "node"]
 # Beside the trainer package, in a checkout and in site-packages alike.
 _POLICY_FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 
-# What a policy may set. DeepSpeed ignores an unknown key at the top level without a word, so we name them all; inside
-# zero_optimization it refuses unknown keys itself.
+# The keys that a policy may set. DeepSpeed ignores an unknown key at the top level without a word, so we name them all;
+# inside zero_optimization it refuses unknown keys itself.
 _POLICY_KEYS = (
     "zero_optimization",
     "communication_data_type",
