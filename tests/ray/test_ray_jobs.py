@@ -138,7 +138,7 @@ def test_a_submitted_run_is_a_job_of_the_cluster_and_its_folder_tells_the_rest(
 
     taken = capstan(TOKEN, tmp_path, "submit", "ray", config)
     assert taken.returncode == 2
-    assert "run.name: 'job' exists" in taken.stderr
+    assert "exists and has checkpoints" in taken.stderr
 
 
 @pytest.mark.parametrize("mode", ["token", "disabled"])

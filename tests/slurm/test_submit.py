@@ -15,10 +15,10 @@ HELD = "cluster.slurm.extra=[--hold]"
 FAKE_PYTHON = """\
 #!/bin/bash
 case "$2 $3 ${SLURM_RESTART_COUNT:-0}" in
-  *slurm_job\\ begin*) echo run ;;
-  *slurm_job\\ end\\ 0) echo "$*" >>"$FOLDER/ends"; echo "requeue $(cat "$FOLDER/node.0")" ;;
-  *slurm_job\\ end*) echo "$*" >>"$FOLDER/ends"; echo "end 0" ;;
-  *slurm_rank*) echo "$SLURMD_NODENAME" >"$FOLDER/node.${SLURM_RESTART_COUNT:-0}"; exit $((1 - ${SLURM_RESTART_COUNT:-0})) ;;
+  *slurm.job\\ begin*) echo run ;;
+  *slurm.job\\ end\\ 0) echo "$*" >>"$FOLDER/ends"; echo "requeue $(cat "$FOLDER/node.0")" ;;
+  *slurm.job\\ end*) echo "$*" >>"$FOLDER/ends"; echo "end 0" ;;
+  *slurm.rank*) echo "$SLURMD_NODENAME" >"$FOLDER/node.${SLURM_RESTART_COUNT:-0}"; exit $((1 - ${SLURM_RESTART_COUNT:-0})) ;;
 esac
 """
 
@@ -52,7 +52,7 @@ def test_a_pending_job_says_why_it_waits_and_stop_cancels_it(site: Site) -> None
     shown = site.capstan("status", site.folder / "store/waiting").stdout
     assert re.search(rf"job {job} +PENDING: held; `scontrol release` lets it go", shown)
     taken = site.capstan("submit", "slurm", config)
-    assert (taken.returncode, "'waiting' exists in" in taken.stderr) == (2, True)
+    assert (taken.returncode, "whose job has not begun" in taken.stderr) == (2, True)
     site.run("waiting").put(layout.manifest(5), b"{}")  # as if it had committed: it may be resumed, but not twice
     twice = site.capstan("submit", "slurm", config, "--resume")
     assert (twice.returncode, f"job {job} of {site.run('waiting').uri} is PENDING" in twice.stderr) == (2, True)
