@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 
 from launcher.slurm.script import slurm_quoted
+from tests.material import commit
 from tests.slurm.cluster import Cluster
 from tests.slurm.site import Site
+from trainer.config import load_config
 from trainer.run import layout
 
 HELD = "cluster.slurm.extra=[--hold]"
@@ -53,8 +55,9 @@ def test_a_pending_job_says_why_it_waits_and_stop_cancels_it(site: Site) -> None
     assert re.search(rf"job {job} +PENDING: held; `scontrol release` lets it go", shown)
     taken = site.capstan("submit", "slurm", config)
     assert (taken.returncode, "whose job has not begun" in taken.stderr) == (2, True)
-    site.run("waiting").put(layout.manifest(5), b"{}")  # as if it had committed: it may be resumed, but not twice
-    twice = site.capstan("submit", "slurm", config, "--resume")
+    data = site.workshop.prepare(load_config(config)).train
+    commit(site.run("waiting"), load_config(config), step=5, dataset=data)  # it may be resumed, but not twice
+    twice = site.capstan("submit", "slurm", config, "--resume", "--take-over")
     assert (twice.returncode, f"job {job} of {site.run('waiting').uri} is PENDING" in twice.stderr) == (2, True)
     site.run("waiting").delete(layout.manifest(5))
 
