@@ -1,11 +1,12 @@
 # Every target first makes .venv, and brings it up to date when the dependencies change.
 #   make smoke    the whole life of a run in small, on this machine
-#   make test     the tests              make test ARGS='-k nf4'
+#   make test     the tests              make test ARGS='-k nf4'      WORKERS=8 where there are more processors
 #   make servers  Azurite and moto, for those tests of tests/store that are skipped without them
 #   make check    format, lint, types, import direction, generated docs
 #   make bench    every benchmark        make bench ARGS=benchmarks/one.py
 
 PYTHON ?= python3
+WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -21,7 +22,7 @@ smoke: $(STAMP)
 	$(BIN)/capstan smoke $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 servers: .servers/.installed
 

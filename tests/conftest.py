@@ -9,6 +9,10 @@ import pytest
 from launcher.smoke.local_s3 import S3Server, available, serve_s3
 from tests.needs import need
 
+# Every rank, of this process or below it, imports bitsandbytes, which decorates functions that no test calls with
+# torch.compile: the compiler's import would take a quarter of a rank's start.
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
+
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:

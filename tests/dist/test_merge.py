@@ -17,7 +17,7 @@ from tests.dist import memory, proofs
 from tests.dist.launch import launch
 from tests.material import Workshop, commit, make_base, quantize_base
 from trainer.base.reading import PIECE_BYTES, PIECES_IN_FLIGHT
-from trainer.errors import ConfigError, NothingToResume
+from trainer.errors import ConfigError
 from trainer.export.adapter import export_adapter
 from trainer.export.merged import export_merged
 from trainer.export.proof import Proof
@@ -173,7 +173,7 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_written(workshop: W
     assert "is not the model that the checkpoint of step 4 was trained on" in refusal(other)
     shutil.rmtree(base)
     assert "does not exist" in refusal(other)
-    with pytest.raises(NothingToResume, match="of step 3. Committed are: 4"):
+    with pytest.raises(ConfigError, match="no committed checkpoint of step 3. Its steps are: 4"):
         export_merged(workshop.store.sub("done"), open_store(str(tmp_path / "merged")), step=3)
     assert not (tmp_path / "merged").exists()
 

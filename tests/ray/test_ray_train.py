@@ -112,7 +112,7 @@ def test_a_mistake_found_by_a_rank_ends_the_run_at_once_with_its_sentence(
             ["cluster.workers=16", "cluster.gpus_per_worker=1", "cluster.ray.start_timeout=1"],
             ("16 ranks find no room", "asked for 16 GPUs, the cluster has 0", "cluster.ray.start_timeout"),
         ),
-        (["cluster.ray.start_timeout=0.01"], ("cluster.ray.start_timeout: 1 ranks", "have not begun")),
+        (["cluster.ray.start_timeout=0.01"], ("cluster.ray.start_timeout: 2 ranks", "have not begun")),
         (["cluster.ray.address=127.0.0.1:1"], ("no Ray cluster answers at '127.0.0.1:1'", "ray start --head")),
         (["cluster.ray.address=http://127.0.0.1:8265"], ("submit ray", "head:6379")),
     ],

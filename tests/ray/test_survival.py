@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(1200)
 
 STEPS, COMMIT_EVERY = 120, 4
 SETTINGS = (
-    "cluster.workers=[2,4]",
+    "cluster.workers=[1,2]",
     "cluster.ray.resize_interval=1",
     f"train.steps={STEPS}",
     f"checkpoint.every_steps={COMMIT_EVERY}",
@@ -39,15 +39,15 @@ def undisturbed(workshop: Workshop) -> Store:
 
 def test_a_run_survives_its_ranks_machines_and_driver(workshop: Workshop, tmp_path: Path):
     run = open_store(str(workshop.folder / "store")).sub("survivor")
-    with ray_cluster(2) as cluster:
+    with ray_cluster(2, cpus=1) as cluster:
         address = str(cluster.address)
         config = write(tmp_path, workshop, "survivor", *SETTINGS, f"cluster.ray.address={address}")
         with Driver(tmp_path, "train", config) as driver:
             # A rank is killed.
             first = driver.wait_for(run, 1, step=6)["start"][0]
-            assert first["world_size"] == 4
+            assert first["world_size"] == 2
             assert len(set(first["machines"])) == 2
-            os.kill(first["pids"][3], signal.SIGKILL)
+            os.kill(first["pids"][1], signal.SIGKILL)
 
             # A rank is frozen.
             second = driver.wait_for(run, 2, step=16)["start"][0]
@@ -63,15 +63,15 @@ def test_a_run_survives_its_ranks_machines_and_driver(workshop: Workshop, tmp_pa
 
             # The run goes on with what is left, and grows when a machine comes.
             fourth = driver.wait_for(run, 4, step=36)["start"][0]
-            assert fourth["world_size"] == 2
-            added = add_machine(cluster)
+            assert fourth["world_size"] == 1
+            added = add_machine(cluster, cpus=1)
             fifth = driver.wait_for(run, 5, step=46)["start"][0]
-            assert fifth["world_size"] == 4
+            assert fifth["world_size"] == 2
 
             # Ray announces that it will take that machine away.
             drain(address, added.node_id, seconds=60)
             sixth = driver.wait_for(run, 6, step=56)["start"][0]
-            assert sixth["world_size"] == 2
+            assert sixth["world_size"] == 1
 
             # The driver is killed; its ranks end with it.
             driver.process.kill()
@@ -84,16 +84,15 @@ def test_a_run_survives_its_ranks_machines_and_driver(workshop: Workshop, tmp_pa
     status = read_status(run)
     assert (status.state, status.step, status.generation) == ("finished", STEPS, 7)
     reasons = [restart.reason for restart in status.restarts]
-    assert reasons[0].startswith("rank 3 died")
+    assert reasons[0].startswith("rank 1 died")
     assert reasons[1].startswith("rank 1 hangs in ")
     assert "no sign of life for 15 s (timeouts.step)" in reasons[1]
     assert reasons[2].startswith("lost ")
-    assert "4 ranks instead of 2 find room" in reasons[3]
+    assert "2 ranks instead of 1 find room" in reasons[3]
     assert "because a machine of the run is being taken away" in reasons[4]
     assert "killed or lost" in reasons[5]
-    for rank in (0, 2, 3):  # the frozen one cannot speak
-        assert "rank 1 hangs in " in (log := read_log(run, rank, generation=2))
-        assert "Current thread" in log
+    assert "rank 1 hangs in " in (log := read_log(run, 0, generation=2))  # the frozen one cannot speak
+    assert "Current thread" in log
     assert third["step"] >= 12
     driver_words = read_driver_log(run)
     assert len(driver_words.splitlines()) < 30

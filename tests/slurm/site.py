@@ -21,7 +21,7 @@ from trainer.store import Store
 
 PATIENCE = 400.0  # seconds; a start of Ray takes 20 of them on an idle machine
 LAYOUT = (
-    "cluster.workers=4",
+    "cluster.workers=2",
     "cluster.slurm.nodes=2",
     "cluster.slurm.memory_per_node=4G",  # two jobs fit on a node
     "cluster.slurm.local_dir=/mnt",
@@ -29,7 +29,7 @@ LAYOUT = (
 
 
 class Site:
-    """Runs over two nodes with two CPU ranks each, of 30 steps with a commit after every fifth."""
+    """Runs over two nodes with one CPU rank each, of 30 steps with a commit after every fifth."""
 
     def __init__(self, cluster: Cluster, folder: Path, **sizes: Any) -> None:
         self.cluster = cluster
