@@ -80,11 +80,11 @@ code=70 # Ray did not start
 if [ "$LAUNCH" = direct ]; then
   srun --kill-on-bad-exit=1 --cpu-bind=none --ntasks="$((RANKS_PER_NODE * SLURM_NNODES))" \
     --ntasks-per-node="$RANKS_PER_NODE" --cpus-per-task="$((CPUS_PER_NODE / RANKS_PER_NODE))" \
-    "${python[@]}" launcher.slurm.rank "$RUN_URI" &
+    "${python[@]}" launcher.slurm.rank "$RUN_URI" "$SUBMISSION" &
   driver=$!
   wait_for_driver
 elif start_ray; then
-  "${python[@]}" launcher.drive.driver "$RUN_URI" --address "$RAY_ADDRESS" &
+  "${python[@]}" launcher.drive.driver "$RUN_URI" --submission "$SUBMISSION" --address "$RAY_ADDRESS" &
   driver=$!
   if [ -n "$asked" ]; then kill -s "$asked" "$driver"; fi
   wait_for_driver

@@ -1,6 +1,6 @@
 """The process that owns a run: it has the data compiled, keeps the ranks alive on Ray, and ends with the run's exit code.
 
-    python -m launcher.drive.driver RUN_URI [--resume] [--address HOST:PORT]
+    python -m launcher.drive.driver RUN_URI --submission ID [--resume] [--address HOST:PORT]
 
 drives a run whose folder `capstan submit` has made: the entrypoint of a Ray job, or of a batch script on its own Ray.
 `capstan train` and `capstan resume` do the same in the foreground.
@@ -26,12 +26,14 @@ from launcher.drive.journal import Journal
 from launcher.drive.signals import beside_main_thread, forget_stop_by_signal, stop_on_signals
 from launcher.ray.cluster import address_of, joined_ray
 from launcher.ray.train import run_on_ray
+from launcher.start.check import check_turn
+from launcher.start.claim import claimed
 from launcher.view.tables import watch
 from trainer.config import Config
-from trainer.errors import CapstanError, Stopped
+from trainer.errors import CapstanError, Stopped, Superseded
 from trainer.run import layout
-from trainer.run.folder import run_config, run_folder
-from trainer.run.owner import owning
+from trainer.run.folder import submitted_config
+from trainer.run.owner import Ownership
 from trainer.run.records import record_end
 from trainer.scratch import collect_leftovers
 from trainer.store import Store, open_store
@@ -39,22 +41,20 @@ from trainer.store import Store, open_store
 
 def drive(
     config: Config,
+    owner: Ownership,
     *,
-    by: str,
     resume: bool,
     live: bool,
     log: Callable[[str], None],
     address: str | None = None,
 ) -> None:
-    """Compile what is missing and train until done, stopped, or beyond help; the run's folder is claimed already.
-
-    `by` is the command that others are told of who want the run meanwhile.
+    """Compile what is missing and train until done, stopped, or beyond help; the run is `owner`'s already.
 
     Raises:
         CapstanError: with the exit code that the process should end with.
     """
     collect_leftovers()
-    run = run_folder(config)
+    run = owner.run
     _forget_own_stop(run)
     run.delete(layout.NO_MORE_DATA)
     journal = Journal(run, log)
@@ -65,10 +65,10 @@ def drive(
             compilation = Compilation(config, run, log)
             datasets, rest = compilation.begin(on_cluster=bool(cluster))
             with compilation.beside(rest):
-                run_on_ray(config, datasets, run, resume=resume, dashboard=dashboard, log=journal.write)
+                run_on_ray(config, datasets, owner, resume=resume, dashboard=dashboard, log=journal.write)
 
     try:
-        with owning(run, by), stop_on_signals(run), _live(run, live):
+        with stop_on_signals(owner), _live(run, live):
             beside_main_thread(work)
     except CapstanError as error:
         journal.keep(f"ended with exit code {error.exit_code}: {error}")
@@ -76,7 +76,8 @@ def drive(
     else:
         journal.keep("finished")
     finally:
-        _forget_own_stop(run)
+        if not owner.lost:
+            _forget_own_stop(run)
 
 
 def _forget_own_stop(run: Store) -> None:
@@ -102,6 +103,7 @@ def _live(run: Store, on: bool) -> Iterator[None]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m launcher.drive.driver", description=__doc__)
     parser.add_argument("run", metavar="RUN_URI", help="the run's folder, as `capstan submit` printed it")
+    parser.add_argument("--submission", help="the run's owner until now; by default the run is taken over")
     parser.add_argument("--resume", action="store_true", help="end with exit code 7 when nothing is committed")
     parser.add_argument("--address", help="the Ray cluster, instead of cluster.ray.address")
     given = parser.parse_args()
@@ -111,9 +113,15 @@ def main() -> None:
 
     try:
         run = open_store(given.run)
-        config = run_config(run)
+        config, submission = submitted_config(run), given.submission
+        if submission:
+            check_turn(run, submission)
+        how = {"by": "capstan submit", "group": submission, "again": submission, "take_over": submission is None}
         try:
-            drive(config, by="capstan submit", resume=given.resume, live=False, log=log, address=given.address)
+            with claimed(config, resume=True, code=None, log=log, **how) as owner:
+                drive(config, owner, resume=given.resume, live=False, log=log, address=given.address)
+        except Superseded:
+            raise  # the run's records are another start's
         except CapstanError as error:
             record_end(run, str(error), stopped=isinstance(error, Stopped))
             raise

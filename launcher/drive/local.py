@@ -8,13 +8,12 @@ from launcher.drive.driver import drive
 from launcher.ray.cluster import address_of
 from launcher.start.check import anchored, check
 from launcher.start.claim import claimed, keep_code
-from launcher.start.group import is_rank, is_silent_rank, slurm_rank
+from launcher.start.group import group_name, is_rank, is_silent_rank, restarted_as, slurm_rank
+from launcher.start.waiting import wait_for_first_rank
 from launcher.view.compiling import compile_progress
-from trainer.base.locate import resolve_base
 from trainer.config import Config
-from trainer.data.prepare import Datasets, prepare, wait_until_prepared
+from trainer.data.prepare import Datasets, prepare
 from trainer.devices import check_device, local_gpus, stay_on_cpu
-from trainer.run.owner import owning
 from trainer.scratch import collect_leftovers
 from trainer.store import open_run_store
 
@@ -43,28 +42,27 @@ def _as_driver(config: Config, *, resume: bool, take_over: bool, live: bool, log
     if address_of(config) is None:
         _check_device(config)
     check(config, resume=resume, take_over=take_over)
-    by = _command(resume)
-    with claimed(config, by=by, resume=resume, code=keep_code(log), log=log):
-        drive(config, by=by, resume=resume, live=live, log=log)
+    by, code = _command(resume), keep_code(log)
+    with claimed(config, by=by, resume=resume, code=code, log=log, take_over=take_over) as owner:
+        drive(config, owner, resume=resume, live=live, log=log)
 
 
 def _as_first_rank(config: Config, *, resume: bool, take_over: bool, log: Callable[[str], None]) -> None:
-    restarted = any(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    group, again = group_name(os.environ), restarted_as(os.environ)
     _check_device(config)
-    base = check(config, resume=resume, take_over=take_over, restarted=restarted)
-    with compile_progress(log, bar=False) as show:
-        datasets = prepare(config, base, open_run_store(config), show)
+    base = check(config, resume=resume, take_over=take_over, again=again)
     by, code = _command(resume), keep_code(log)
-    with (
-        claimed(config, by=by, resume=resume, code=code, log=log, restarted=restarted) as run,
-        owning(run, by),
-    ):
+    how = {"by": by, "take_over": take_over, "group": group, "again": again}
+    with claimed(config, resume=resume, code=code, log=log, **how):
+        with compile_progress(log, bar=False) as show:
+            datasets = prepare(config, base, open_run_store(config), show)
         _run_rank(config, datasets, resume=resume)
 
 
 def _as_silent_rank(config: Config, *, resume: bool) -> None:
-    """Without a process group: rank 0 may compile for longer than a collective waits, and ends everybody if it fails."""
-    wait_until_prepared(config, resolve_base(config.model), open_run_store(config))
+    """Without a process group: rank 0 may compile for longer than a collective waits."""
+    # torchrun ends the other ranks itself when rank 0 ends; srun may not.
+    wait_for_first_rank(config, None if "TORCHELASTIC_RUN_ID" in os.environ else group_name(os.environ))
     _run_rank(config, None, resume=resume)
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from trainer.errors import StorageError
 from trainer.run import layout
+from trainer.run.owner import Ownership
 from trainer.run.requests import request_stop, stop_requester
 from trainer.store import Store
 
@@ -19,13 +20,13 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 @contextmanager
-def stop_on_signals(run: Store) -> Iterator[None]:
+def stop_on_signals(owner: Ownership) -> Iterator[None]:
     """SIGTERM, SIGUSR1 and Ctrl-C ask for a stop through the run's folder; a second Ctrl-C ends this process at once."""
 
     def ask(number: int, _frame: object) -> None:
         name = signal.Signals(number).name
         # In a thread: a store that does not answer must not keep this one from the next signal.
-        threading.Thread(target=_ask, args=(run, name), name="stop", daemon=True).start()
+        threading.Thread(target=_ask, args=(owner, name), name="stop", daemon=True).start()
         if number == signal.SIGINT:
             print("stopping after a commit; Ctrl-C again ends at once", file=sys.stderr, flush=True)
             signal.signal(signal.SIGINT, lambda *_: os._exit(ENDED_AT_ONCE))
@@ -38,9 +39,16 @@ def stop_on_signals(run: Store) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _ask(run: Store, name: str) -> None:
+def _ask(owner: Ownership, name: str) -> None:
     try:
-        request_stop(run, by=name)
+        if owner.lost:  # a request would stop the start that has the run now
+            print(
+                f"{name}: {owner.run.uri} has been taken over by another start, so this one ends",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(ENDED_AT_ONCE)
+        request_stop(owner.run, by=name)
     except StorageError as error:
         print(f"{name}: the run could not be asked to stop: {error}", file=sys.stderr, flush=True)
 

@@ -1,6 +1,7 @@
 """`capstan submit ray`: the run's driver as a job of a Ray cluster, or without one as a process of its own on this machine."""
 
 import os
+import secrets
 import shlex
 import subprocess
 import sys
@@ -65,7 +66,9 @@ def submit(
     code = snapshot.take(Path.cwd())
     run = run_folder(config)
     address = address_of(config)
+    submission = secrets.token_hex(4)
     command = ["python" if address else sys.executable, "-m", "launcher.drive.driver", run.uri]
+    command += ["--submission", submission]
     command += ["--resume"] if resume else []
     command += ["--address", "auto"] if address else []
     planned = RaySubmission(
@@ -83,7 +86,8 @@ def submit(
     if dry_run:
         return planned
     client = _client(address) if address else None
-    with claimed(config, by="capstan submit ray", resume=resume, code=code, log=log, waits=True):
+    how = {"take_over": take_over, "group": submission, "waits": True}
+    with claimed(config, by="capstan submit ray", resume=resume, code=code, log=log, **how):
         job = _submit_job(client, planned, run.get(layout.SNAPSHOT)) if client else _start_process(command)
     return RaySubmission(**{**asdict(planned), "job": job})
 

@@ -26,6 +26,7 @@ from trainer.devices import stay_on_cpu
 from trainer.errors import ConfigError, DoesNotFit, Stopped
 from trainer.run import layout
 from trainer.run.folder import command, run_folder
+from trainer.run.owner import Ownership
 from trainer.run.records import generations, newest_records, read_records, record_end, record_restart
 from trainer.run.requests import request_restart
 from trainer.scratch import scratch_folder
@@ -51,7 +52,13 @@ class _ClusterRun:
 
 
 def run_on_ray(
-    config: Config, datasets: Datasets, run: Store, *, resume: bool, dashboard: str | None, log: Callable[[str], None]
+    config: Config,
+    datasets: Datasets,
+    owner: Ownership,
+    *,
+    resume: bool,
+    dashboard: str | None,
+    log: Callable[[str], None],
 ) -> None:
     """Train on the Ray cluster that this process has joined, or on a Ray started here, until done or beyond the budgets.
 
@@ -66,7 +73,7 @@ def run_on_ray(
     os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"  # it would log each printed line a second time
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.cluster.ray.start_timeout)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a rank's end is noticed; default 2
-    began = time.time()
+    began, run = time.time(), owner.run
     joined = dashboard is not None
     # Nobody announces the end of the machine that this process has started its Ray on.
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = str(int(joined))
@@ -76,6 +83,7 @@ def run_on_ray(
         cluster_run = _ClusterRun(config, datasets, run, resume, dashboard, began)
         ends: list[retry.Failure] = []
         while True:
+            owner.check()
             try:
                 wanted, workers = wait_for_room(
                     lambda: need(config),
@@ -91,6 +99,7 @@ def run_on_ray(
                 raise Stopped(f"{ends[-1].reason}; since then: {error} {command('resume', run)} goes on.") from error
             if end is None:
                 return
+            owner.check()  # the newest records would be another start's
             end = retry.explained(end, newest_records(run))
             record_end(run, end.reason, stopped=isinstance(end.error, Stopped), crash=end.error is None)
             ends.append(end)

@@ -20,13 +20,14 @@ from dataclasses import asdict, replace
 
 from launcher.policy.jobs import Attempt, Ending, JobDecision, is_over, judge
 from launcher.slurm.queue import attempts
+from launcher.start.check import check_turn
 from launcher.view.status import read_generation, read_status
 from trainer.checkpoint.listing import committed_steps
 from trainer.config import Config
 from trainer.errors import CapstanError, NothingCommitted, Stopped
 from trainer.run import layout
-from trainer.run.folder import run_config, run_folder
-from trainer.run.owner import end_waiting
+from trainer.run.folder import run_folder, submitted_config
+from trainer.run.owner import end_group, ended_waiting, newest_number, take
 from trainer.run.records import record_end
 from trainer.run.requests import stop_requester
 from trainer.store import Store, open_store
@@ -38,7 +39,8 @@ _RANK_DIED = re.compile(r"rank (\d+) died")  # a rank that failed may only have 
 def begin(config: Config, submission: str, job: int, restart: int, nodes: list[str]) -> str:
     """Record the start; the batch file's next line."""
     run = run_folder(config)
-    end_waiting(run)  # its turn has come, whatever becomes of it
+    check_turn(run, submission)
+    ended_waiting(run)  # its turn has come, whatever becomes of it
     every = attempts(run)
     if read_status(run).state == "finished":
         return "end 0"
@@ -51,6 +53,8 @@ def begin(config: Config, submission: str, job: int, restart: int, nodes: list[s
         lost = replace(before[-1], kind="node lost", step=_step(run), reason=_LOST)
         _record(run, lost)
         record_end(run, _LOST, crash=True)
+    # The batch script has the run from here on; its driver, which takes a while to start, claims it again.
+    take(run, "capstan submit slurm", newest_number(run), group=submission, place=f"job {job}")
     _record(run, Attempt(len(every) + 1, submission, job, restart, nodes, time.time(), step=_step(run)))
     return "run"
 
@@ -62,6 +66,7 @@ def end(config: Config, exit_code: int, signal: str, nodes: list[dict]) -> str:
     """Judge and record the end of the newest attempt; the batch file's next line. `nodes` is scontrol's JSON."""
     run = run_folder(config)
     *earlier, current = attempts(run)
+    end_group(run, current.submission)  # where its driver could not, or never began
     before = [attempt for attempt in earlier if attempt.submission == current.submission]
     status = read_status(run)
     if exit_code and _ranks_stopped(run, status.generation, current.started):
@@ -191,7 +196,7 @@ def main() -> None:
         if given.verb == "ports":
             print(*free_ports(2))
             return
-        config = run_config(open_store(given.run))
+        config = submitted_config(open_store(given.run))
         if given.verb == "begin":
             job, restart = (int(os.environ.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"))
             print(begin(config, given.submission, job, restart, given.nodes))

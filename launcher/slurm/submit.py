@@ -108,7 +108,8 @@ def submit(
     )
     if dry_run:
         return done
-    with claimed(config, by="capstan submit slurm", resume=resume, code=code, log=log, waits=True):
+    how = {"take_over": take_over, "group": submission, "waits": True}
+    with claimed(config, by="capstan submit slurm", resume=resume, code=code, log=log, **how):
         run.put(layout.SLURM_SCRIPT, batch_file.encode())
         output.parent.mkdir(parents=True, exist_ok=True)
         jobs = _sbatch(batch_file, max(1, config.cluster.slurm.chain), clean_environment(os.environ, options))

@@ -21,7 +21,7 @@ from trainer.errors import ConfigError, DataError, NotFound, NothingToResume, St
 from trainer.identity import identity_of
 from trainer.run import layout
 from trainer.run.folder import command, run_folder
-from trainer.run.owner import read_owner
+from trainer.run.owner import FRESH_SECONDS, age, last_owner, read_owner
 from trainer.store import Store, open_run_store
 from trainer.tuning.method import check_tuning
 from trainer.zero.policy import build_deepspeed_config
@@ -49,12 +49,12 @@ def anchored(config: Config) -> Config:
 
 
 def check(
-    config: Config, *, resume: bool, take_over: bool = False, restarted: bool = False, elsewhere: bool = False
+    config: Config, *, resume: bool, take_over: bool = False, again: str | None = None, elsewhere: bool = False
 ) -> Base:
     """Refuse what would fail, or harm another run or this one; changes nothing. Returns the base.
 
-    `take_over`: start even if the run is alive. `restarted`: whoever started this process did so before, so the name is
-    this run's already. `elsewhere`: it will train on other machines, and its data need not be seen from here.
+    `take_over`: start even if the run is alive. `again`: the name of this process's group, where it was
+    started again and may have the run already. `elsewhere`: it will train on other machines, and its data need not be seen from here.
 
     Raises:
         ConfigError: a setting holds a secret, the base does not fit the settings, the newest checkpoint belongs to other ones, the run is alive, or
@@ -69,7 +69,7 @@ def check(
     check_tuning(config, base.architecture)
     build_deepspeed_config(config, world_size=config.cluster.most_workers or 1, accumulation=1, on_gpu=False)
     run = run_folder(config)
-    if restarted:
+    if has_run(run, again):
         return base
     if not take_over:
         check_idle(run, resume=resume)
@@ -80,9 +80,28 @@ def check(
     return base
 
 
-def check_idle(run: Store, *, resume: bool) -> None:
-    """Raise `ConfigError` when somebody has the run: a second start would take it over in the middle of its work."""
-    if who := in_use(run):
+def has_run(run: Store, group: str | None) -> bool:
+    """Whether the run's last owner was of `group`."""
+    owner = last_owner(run) if group else None
+    return owner is not None and group in (owner.group or "").split()
+
+
+def check_turn(run: Store, submission: str) -> None:
+    """Raise `ConfigError` when a job's turn has come and somebody else has taken its run since it was submitted."""
+    owner = last_owner(run)
+    if owner is not None and owner.group != submission:
+        raise ConfigError(
+            f"run.name: {run.uri} was taken by `{owner.by}` on {owner.host} since this job was submitted, so the job ends. "
+            f"{command('status', run)} shows the run."
+        )
+
+
+def check_idle(run: Store, *, resume: bool, by_store: bool = False) -> None:
+    """Raise `ConfigError` when somebody has the run: a second start would take it over in the middle of its work.
+
+    `by_store`: an owner elsewhere is judged by the store's clock, whatever the two machines' clocks say; this writes a key.
+    """
+    if who := in_use(run, by_store=by_store):
         or_else = "--take-over goes on without it, and what it has not committed is lost"
         raise ConfigError(
             f"run.name: {run.uri} is in use by {who}. {command('stop', run)} ends it; "
@@ -90,10 +109,12 @@ def check_idle(run: Store, *, resume: bool) -> None:
         )
 
 
-def in_use(run: Store) -> str | None:
+def in_use(run: Store, *, by_store: bool = False) -> str | None:
     """A phrase that says who has the run now; None when nobody has, or its owner is dead."""
+    now = time.time()
     if owner := read_owner(run):
-        return owner.sentence(time.time()) if owner.is_alive(time.time()) else None
+        alive = owner.is_alive(now) or (by_store and not owner.is_here and age(run, owner) < FRESH_SECONDS)
+        return owner.sentence(now) if alive else None
     # Nobody wrote down who has it: an earlier version started it, or it has ended. Only its records tell, and not exactly.
     status = read_status(run)
     if status.state not in ("running", "restarting") and not (status.state == "starting" and status.generation):
@@ -104,18 +125,16 @@ def in_use(run: Store) -> str | None:
 
 def check_name(run: Store) -> None:
     """Raise `ConfigError` unless the name is free: a run that died before its first commit has nothing to lose."""
-    if not run.exists(layout.CONFIG):
-        return
     if committed_steps(run):
         raise ConfigError(
             f"run.name: {run.uri} exists and has checkpoints. {command('resume', run)} continues it; a new run needs another "
             "name."
         )
     with suppress(NotFound):
-        age = time.time() - run.head(layout.CONFIG).modified.timestamp()
-        if read_owner(run) is None and not read_status(run).generation and age < SILENT_SECONDS:
+        seconds = time.time() - run.head(layout.CONFIG).modified.timestamp()
+        if last_owner(run) is None and not read_status(run).generation and seconds < SILENT_SECONDS:
             raise ConfigError(
-                f"run.name: {run.uri} was claimed {age:.0f} s ago and has not begun. {command('status', run)} shows what becomes "
+                f"run.name: {run.uri} was claimed {seconds:.0f} s ago and has not begun. {command('status', run)} shows what becomes "
                 f"of it; if nothing does, the name is free again after {SILENT_SECONDS:.0f} s."
             )
 

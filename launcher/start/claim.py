@@ -1,21 +1,21 @@
 """Taking a run's folder for a start, and giving it back as it was when nothing comes of the start."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from launcher.start import snapshot
-from launcher.start.check import check_idle, check_name
+from launcher.start.check import check_idle, check_name, has_run
 from trainer.config import Config, dump_config
-from trainer.errors import AlreadyExists, ConfigError, NotFound
+from trainer.errors import ConfigError, NotFound
 from trainer.run import layout
 from trainer.run.folder import run_config, run_folder
-from trainer.run.owner import own
+from trainer.run.owner import Ownership, newest_number, take
 from trainer.run.records import generations
 from trainer.run.settings import changes
 from trainer.store import Store
 
-_WRITTEN = (layout.CONFIG, layout.SNAPSHOT, layout.STOP, layout.OWNER, layout.DRIVER_LOG, layout.SLURM_SCRIPT)
+_WRITTEN = (layout.CONFIG, layout.SUBMITTED, layout.SNAPSHOT, layout.STOP, layout.DRIVER_LOG, layout.SLURM_SCRIPT)
 """The keys that a start writes or takes away before its first rank."""
 
 
@@ -27,39 +27,63 @@ def claimed(
     resume: bool,
     code: snapshot.Snapshot | None,
     log: Callable[[str], None],
-    restarted: bool = False,
+    take_over: bool = False,
+    group: str | None = None,
+    again: str | None = None,
     waits: bool = False,
-) -> Iterator[Store]:
-    """The run's folder made this configuration's for the body; as it was before, where the body fails before a rank began.
+) -> Iterator[Ownership]:
+    """The run taken for the body, its folder made this configuration's; as it was before, where the body fails before a rank trained.
 
-    Writes config.yaml and the snapshot of the code, says who has the run (`by`; with `waits` a job that it will be
-    submitted as), and takes back an earlier stop request; `log` gets what a resume changes. When several claims of a
-    name race, one succeeds.
+    Writes config.yaml and the snapshot of the code, and takes back an earlier stop request; `log` gets what a resume
+    changes. `by` and `group` are the owner's; a start of a group that was called `again` and has the run goes on with it.
+    With `waits` the run is taken for a job that is about to be submitted, which claims it again when its turn comes:
+    until then the settings of a resume stand beside config.yaml. When several claims of a run race, one succeeds.
     """
     run = run_folder(config)
+    number, ours = newest_number(run), has_run(run, again)
+    if not (take_over or ours):
+        check_idle(run, resume=resume, by_store=True)
     known = generations(run)
-    written = (*_WRITTEN, *map(layout.settings, known[-1:]))
-    before = _contents(run, written)
-    if resume:
-        old = run_config(run)
-        _keep_settings(run, known, old)
-        for change in changes(old.model_dump(mode="json"), config.model_dump(mode="json")):
-            log(change.sentence())
-        run.put(layout.CONFIG, dump_config(config).encode())
-    elif not (restarted and layout.CONFIG in before):
-        _create(run, config)
+    before = _contents(run, (*_WRITTEN, *map(layout.settings, known[-1:])))
+    opens = resume or (ours and layout.CONFIG in before)
+    if not opens:
+        check_name(run)
+    owner = take(run, by, number, group=group, waits=waits)
     try:
-        own(run, by, waits=waits)
+        _write(run, config, known, opens=opens, waits=waits, log=log)
         if code is not None:
             run.put(layout.SNAPSHOT, code.archive(dump_config(config)))
-        run.delete(layout.STOP)
-        yield run
+        if not ours:
+            run.delete(layout.STOP)
+        if not (ours or waits):
+            run.delete(layout.SUBMITTED)  # its job is not the run's any more
+        with nullcontext() if waits else owner.kept_fresh():
+            yield owner
     except BaseException:
-        if generations(run) == known:
-            _restore(run, before, written)
-        elif resume and not run.exists(layout.settings(max(generations(run)))):
-            _restore(run, before, (layout.CONFIG, layout.SNAPSHOT))  # its ranks refused before they trained with it
+        if not owner.lost:
+            _restore(run, before, known)
+            owner.end()
         raise
+    if not waits:
+        owner.end()
+
+
+def _write(
+    run: Store, config: Config, known: list[int], *, opens: bool, waits: bool, log: Callable[[str], None]
+) -> None:
+    """config.yaml, or what stands for it until a submitted job's turn comes."""
+    text = dump_config(config).encode()
+    if opens:
+        old = run_config(run)
+        for change in changes(old.model_dump(mode="json"), config.model_dump(mode="json")):
+            log(change.sentence())
+        if not waits:
+            _keep_settings(run, known, old)
+            run.put(layout.CONFIG, text)
+    else:
+        run.put(layout.CONFIG, text)  # over that of a start that died before it had anything to lose
+    if waits:
+        run.put(layout.SUBMITTED, text)
 
 
 def keep_code(log: Callable[[str], None]) -> snapshot.Snapshot | None:
@@ -72,19 +96,6 @@ def keep_code(log: Callable[[str], None]) -> snapshot.Snapshot | None:
     if left_out := taken.left_out():
         log(f"the copy of the code that is kept with the run: {left_out}")
     return taken
-
-
-def _create(run: Store, config: Config) -> None:
-    if run.exists(layout.CONFIG):
-        check_idle(run, resume=False)
-        check_name(run)
-        run.delete(layout.CONFIG)  # its start died before it had anything to lose
-    try:
-        run.create(layout.CONFIG, dump_config(config).encode())
-    except AlreadyExists as error:
-        raise ConfigError(
-            f"run.name: somebody else has just claimed {run.uri}. A new run needs another name."
-        ) from error
 
 
 def _keep_settings(run: Store, known: list[int], config: Config) -> None:
@@ -101,8 +112,12 @@ def _contents(run: Store, keys: tuple[str, ...]) -> dict[str, bytes]:
     return found
 
 
-def _restore(run: Store, before: dict[str, bytes], keys: tuple[str, ...]) -> None:
-    for key in keys:
+def _restore(run: Store, before: dict[str, bytes], known: list[int]) -> None:
+    """Put back what was there, but for what ranks have begun with or trained with since."""
+    new = [generation for generation in generations(run) if generation not in known]
+    if any(run.exists(layout.settings(generation)) for generation in new) or (new and layout.CONFIG not in before):
+        return
+    for key in (layout.CONFIG, layout.SNAPSHOT) if new else (*_WRITTEN, *map(layout.settings, known[-1:])):
         if key in before:
             run.put(key, before[key])
         else:

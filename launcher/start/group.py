@@ -1,6 +1,7 @@
 """The group of ranks that torchrun or srun has started this process in, by its environment."""
 
 import os
+import socket
 import subprocess
 from collections.abc import Mapping
 
@@ -13,6 +14,29 @@ def is_rank() -> bool:
 def is_silent_rank() -> bool:
     """Whether another rank speaks for this process."""
     return is_rank() and os.environ["RANK"] != "0"
+
+
+def group_name(environment: Mapping[str, str]) -> str | None:
+    """Names of the srun step and of the torchrun that this process belongs to, one word each; None without either."""
+    return " ".join(filter(None, (_step_name(environment), _torchrun_name(environment)))) or None
+
+
+def restarted_as(environment: Mapping[str, str]) -> str | None:
+    """The one of those names that was there before, where torchrun or Slurm has started this group again; else None."""
+    if int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        return _torchrun_name(environment)
+    return _step_name(environment) if int(environment.get("SLURM_RESTART_COUNT", 0)) else None
+
+
+def _step_name(environment: Mapping[str, str]) -> str | None:
+    job = environment.get("SLURM_JOB_ID")
+    return f"slurm-{job}.{environment.get('SLURM_STEP_ID', 'batch')}" if job else None
+
+
+def _torchrun_name(environment: Mapping[str, str]) -> str | None:
+    """By --rdzv-id, which all its nodes share; without one by the agent, which starts the ranks of its node again."""
+    name = environment.get("TORCHELASTIC_RUN_ID")
+    return f"torchrun-{socket.gethostname()}-{os.getppid()}" if name == "none" else name and f"torchrun-{name}"
 
 
 def slurm_rank(environment: Mapping[str, str]) -> dict[str, str]:

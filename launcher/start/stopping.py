@@ -3,7 +3,7 @@
 from trainer.checkpoint.listing import committed_steps
 from trainer.errors import NothingCommitted, Stopped
 from trainer.run.folder import command
-from trainer.run.owner import end_waiting
+from trainer.run.owner import ended_waiting
 from trainer.run.records import record_end
 from trainer.run.requests import stop_requester
 from trainer.store import Store
@@ -23,5 +23,5 @@ def stop_if_asked(run: Store, when: str) -> None:
 
 def give_up_waiting(run: Store) -> None:
     """Free a run that was submitted and whose turn has not come: nobody else is there to say that it has ended."""
-    if end_waiting(run):
+    if ended_waiting(run):
         record_end(run, "stopped before its job had begun", stopped=True)

@@ -135,10 +135,13 @@ class Follower:
         tokens_per_second, step_seconds = _rates(newest)
         commit = self._last_commit()
         end = newest.last("end")
-        alive = self._is_alive(newest, quiet, now)
+        owner = read_owner(self._folder)
+        alive = owner.is_alive(now) if owner else _is_heard_of(newest, quiet)
+        # Somebody has taken the run again since its last start ended, and has no ranks yet.
+        taken = owner if owner and alive and end and owner.since > end["time"] and not newest.last("restart") else None
         return RunStatus(
             run=self._folder.uri,
-            state=_state(newest, alive),
+            state="starting" if taken else _state(newest, alive),
             generation=number,
             restarts=self._restarts(),
             world_size=self._newest_value("start", "world_size"),
@@ -159,14 +162,8 @@ class Follower:
             failed_saves=self._count("save_failed"),
             skipped_saves=self._count("save_skipped"),
             stop_requested=self._folder.exists(layout.STOP),
-            reason=end["reason"] if end else "",
+            reason=taken.sentence(now) if taken else end["reason"] if end else "",
         )
-
-    def _is_alive(self, newest: _Generation, quiet: float, now: float) -> bool:
-        if owner := read_owner(self._folder):
-            return owner.is_alive(now)
-        # Nobody wrote down who has the run: its records must do. A large base takes minutes to load, without a line.
-        return quiet < SILENT_SECONDS or not (newest.last("start") or newest.last("end"))
 
     def _before_its_first_records(self) -> RunStatus:
         now, owner = self._clock(), read_owner(self._folder)
@@ -231,6 +228,11 @@ class Follower:
         """(step, seconds since 1970) of the newest manifest: what is in the store, whatever the metrics say."""
         newest = newest_commit(self._folder)
         return (newest.step, newest.manifest.modified.timestamp()) if newest and newest.manifest else None
+
+
+def _is_heard_of(newest: _Generation, quiet: float) -> bool:
+    """Whether a run that has no owner lives, by its records: a large base takes minutes to load, without a line."""
+    return quiet < SILENT_SECONDS or not (newest.last("start") or newest.last("end"))
 
 
 def _state(newest: _Generation, alive: bool) -> State:

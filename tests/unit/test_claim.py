@@ -1,17 +1,23 @@
 """A run's folder is taken for a start, and given back as it was when nothing comes of it."""
 
+import os
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
+from launcher.start.check import check_turn
 from launcher.start.claim import claimed
+from launcher.start.group import group_name, restarted_as
+from launcher.start.waiting import wait_for_first_rank
 from tests.material import Workshop
 from trainer.config import Config, dump_config, override
 from trainer.errors import CapstanError, ConfigError, DataError
 from trainer.run import layout
-from trainer.run.folder import run_config, run_folder
+from trainer.run.folder import run_config, run_folder, submitted_config
+from trainer.run.owner import Ownership, read_owner, take
 from trainer.run.requests import request_stop
 from trainer.run.settings import Change, record_settings
 from trainer.store import Store
@@ -34,16 +40,17 @@ def run(config: Config) -> Store:
 
 
 def contents(run: Store) -> dict[str, bytes]:
-    return {entry.key: run.get(entry.key) for entry in run.list()}
+    """All but who has had it: that somebody has tried to take a run stays known."""
+    return {entry.key: run.get(entry.key) for entry in run.list() if not entry.key.startswith(layout.OWNERS)}
 
 
 def resumed(config: Config, log: list[str] | None = None):
     said = [] if log is None else log
-    return claimed(config, by="capstan resume", resume=True, code=None, log=said.append)
+    return claimed(config, by="capstan resume", resume=True, code=None, log=said.append, take_over=True)
 
 
 def ends_with(
-    error: CapstanError, claim: AbstractContextManager[Store], meanwhile: Callable[[], None] = lambda: None
+    error: CapstanError, claim: AbstractContextManager[Ownership], meanwhile: Callable[[], None] = lambda: None
 ) -> None:
     def start() -> None:
         with claim:
@@ -107,3 +114,103 @@ def test_of_two_claims_of_a_new_name_one_succeeds(config: Config) -> None:
         claimed(config, by="capstan train", resume=False, code=None, log=print),
     ):
         raise AssertionError("the name was claimed twice")
+
+
+def test_a_start_that_was_taken_over_puts_nothing_back(config: Config, run: Store) -> None:
+    now = override(config, "train.steps=99")
+
+    def meanwhile() -> None:
+        with resumed(now):
+            run.create(layout.metrics(2), b"")
+            record_settings(run, 2, now)
+
+    ends_with(DataError("too late"), resumed(override(config, "train.steps=77")), meanwhile)
+    assert run_config(run).train.steps == 99
+    assert read_owner(run) is None, "the other has ended in order"
+
+
+def test_settings_of_a_start_that_trained_stay_though_its_next_attempt_did_not_begin(
+    config: Config, run: Store
+) -> None:
+    now = override(config, "train.steps=77")
+
+    def meanwhile() -> None:
+        run.create(layout.metrics(2), b"")
+        record_settings(run, 2, now)
+        run.create(layout.metrics(3), b"")
+
+    ends_with(DataError("later"), resumed(now), meanwhile)
+    assert run_config(run).train.steps == 77
+
+
+def test_a_submitted_resume_changes_the_run_only_when_its_ranks_train(config: Config, run: Store) -> None:
+    now = override(config, "train.steps=77")
+    how = {"by": "capstan submit ray", "resume": True, "code": None, "log": print, "take_over": True, "group": "job"}
+    with claimed(now, **how, waits=True):
+        pass
+    assert run_config(run).train.steps == 10
+    assert submitted_config(run).train.steps == 77
+    check_turn(run, "job")
+
+    def turn() -> AbstractContextManager[Ownership]:
+        return claimed(submitted_config(run), **{**how, "take_over": False}, again="job")
+
+    ends_with(DataError("no data there"), turn())
+    assert run_config(run).train.steps == 10
+    assert submitted_config(run).train.steps == 77, "the job may be started again"
+    with turn():
+        assert run_config(run).train.steps == 77
+
+    with resumed(config):
+        assert submitted_config(run) == run_config(run), "the job has nothing to do with the run any more"
+    with pytest.raises(ConfigError, match="was taken by `capstan resume` on .* since this job was submitted"):
+        check_turn(run, "job")
+
+
+def test_a_group_that_is_started_again_goes_on_with_its_own_run_alone(config: Config) -> None:
+    how = {"by": "capstan train", "resume": False, "code": None, "log": print}
+    with claimed(config, **how, group="slurm-1.0 torchrun-a"):
+        with (
+            pytest.raises(ConfigError, match="in use|has not begun"),
+            claimed(config, **how, group="slurm-1.0 torchrun-b", again="torchrun-b"),
+        ):
+            raise AssertionError("another group's run was taken")
+        with claimed(config, **how, group="slurm-1.0 torchrun-a", again="torchrun-a"):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("environment", "name", "again"),
+    [
+        ({}, None, None),
+        ({"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "0"}, "torchrun-x", None),
+        ({"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "1"}, "torchrun-x", "torchrun-x"),
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}, "slurm-7.0", None),
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_RESTART_COUNT": "2"}, "slurm-7.0", "slurm-7.0"),
+        ({"SLURM_JOB_ID": "7", "TORCHELASTIC_RUN_ID": "x"}, "slurm-7.batch torchrun-x", None),
+    ],
+)
+def test_a_group_keeps_its_name_over_restarts(environment: dict[str, str], name: str | None, again: str | None) -> None:
+    assert (group_name(environment), restarted_as(environment)) == (name, again)
+
+
+def test_torchruns_agent_names_a_group_that_was_given_no_name() -> None:
+    environment = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "1"}
+    assert restarted_as(environment) == group_name(environment)
+    assert str(os.getppid()) in (group_name(environment) or "")
+
+
+def test_a_rank_waits_for_data_as_long_as_rank_0_lives(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    run = run_folder(config)
+    first = take(run, "capstan train", 0, group="srun")
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+        if clock[0] > 10 * config.timeouts.meet:
+            first.end()
+
+    with pytest.raises(DataError, match=r"timeouts\.meet: rank 0, which compiles the data"):
+        wait_for_first_rank(config, "srun", sleep)
+    assert 11 * config.timeouts.meet < clock[0] < 12 * config.timeouts.meet

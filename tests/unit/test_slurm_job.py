@@ -11,10 +11,11 @@ import pytest
 
 from launcher.slurm.job import begin, end, free_ports, silent_nodes
 from launcher.slurm.queue import attempts
-from launcher.view.status import read_status
+from launcher.view.status import read_generation, read_status
 from trainer.config import Config, dump_config, parse_config
+from trainer.errors import ConfigError
 from trainer.run import layout
-from trainer.run.owner import own, read_owner
+from trainer.run.owner import newest_number, read_owner, take
 from trainer.run.requests import request_stop
 from trainer.store import Store, open_store
 
@@ -78,7 +79,7 @@ def test_a_finished_run_needs_no_start(config: Config, run: Store) -> None:
 
 
 def test_a_run_that_was_asked_to_stop_does_not_start(config: Config, run: Store) -> None:
-    own(run, "capstan submit slurm", waits=True)
+    take(run, "capstan submit slurm", newest_number(run), group="s", waits=True)
     request_stop(run, by="capstan stop")
     assert start(config) == "end 7", "nothing is committed"
     run.create(layout.manifest(4), b"a checkpoint")
@@ -93,7 +94,8 @@ def test_an_attempt_that_never_ended_was_lost_with_its_node(config: Config, run:
     lost, now = attempts(run)
     assert (lost.kind, lost.reason) == ("node lost", "a node failed or the job was preempted: Slurm started it again")
     assert now.kind is None
-    assert read_status(run).reason == lost.reason
+    assert read_generation(run, 1)["end"][-1]["reason"] == lost.reason
+    assert read_status(run).state == "starting"
 
 
 def test_a_later_job_of_a_chain_ends_as_the_one_that_ended_the_run(
@@ -102,7 +104,10 @@ def test_a_later_job_of_a_chain_ends_as_the_one_that_ended_the_run(
     start(config)
     assert end(config, 3, "", nodes) == "end 3"
     assert start(config) == "end 3"
+    take(run, "capstan submit slurm", newest_number(run), group="another", waits=True)
     assert start(config, submission="another") == "run"
+    with pytest.raises(ConfigError, match="was taken by `capstan submit slurm` on .* since this job was submitted"):
+        start(config)
 
 
 def test_a_signalled_run_is_requeued_and_a_stopped_one_is_not(

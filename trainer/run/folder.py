@@ -22,19 +22,24 @@ def command(verb: str, folder: Store) -> str:
     return f"`capstan {verb} {name}{where}`"
 
 
-def run_config(folder: Store, overrides: Sequence[str] = ()) -> Config:
+def submitted_config(folder: Store) -> Config:
+    """The configuration that a job of the run was submitted with: its own until its turn has come, then the run's."""
+    return run_config(folder, document=layout.SUBMITTED if folder.exists(layout.SUBMITTED) else layout.CONFIG)
+
+
+def run_config(folder: Store, overrides: Sequence[str] = (), document: str = layout.CONFIG) -> Config:
     """The configuration of the run in `folder`, with dotted `overrides`.
 
     The folder's own place and name replace `run.store` and `run.name`: a run may have been moved, or copied to another name.
     Raises `ConfigError` when the folder holds none, or one that is wrong, or when an override would lead to another run.
     """
-    key = f"{folder.uri}/{layout.CONFIG}"
+    key = f"{folder.uri}/{document}"
     store, _, name = folder.uri.removeprefix("file://").rpartition("/")
     try:
-        text = folder.get(layout.CONFIG).decode()
+        text = folder.get(document).decode()
     except NotFound as error:
         raise ConfigError(
-            f"{folder.uri} holds no {layout.CONFIG}, so it is no run. Give a run's name or its URI."
+            f"{folder.uri} holds no {document}, so it is no run. Give a run's name or its URI."
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{key} is not UTF-8 text ({error.reason} at byte {error.start}). Restore it.") from error

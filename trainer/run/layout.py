@@ -11,7 +11,8 @@ SNAPSHOT = "snapshot.tar.zst"
 STOP = "STOP"
 RESTART = "RESTART"
 NO_MORE_DATA = "NO-MORE-DATA"
-OWNER = "OWNER"
+OWNERS = "owners/"
+SUBMITTED = "submitted.yaml"
 RANKS_BEGUN = "RANKS-BEGUN"
 SETTINGS = "settings/"
 METRICS = "metrics/"
@@ -26,6 +27,7 @@ SLURM_ATTEMPTS = "slurm/attempts/"
 _STEP_FOLDER = re.compile(r"step-(\d{9})")
 _SHARD = re.compile(r"checkpoints/step-(\d{9})/[\w-]+/shard-\d{5,}\.safetensors")
 _GENERATION = re.compile(r"metrics/(\d{6})\.jsonl")
+_OWNER = re.compile(r"owners/(\d{6})\.json")
 _RECORDS = re.compile(r"metrics/(\d{6})\.jsonl(\.added-.+)?")
 
 
@@ -57,6 +59,17 @@ def records_of(stream: str) -> int | None:
 def rank_log(generation: int, rank: int) -> str:
     """The stream (trainer/run/segments.py) of all that a rank's process printed."""
     return f"{LOGS}{generation:06d}/rank-{rank:05d}.log"
+
+
+def owner(number: int) -> str:
+    """The key that a start of the run creates to take it; `number` counts from 1 how often it was taken."""
+    return f"{OWNERS}{number:06d}.json"
+
+
+def owner_of(key: str) -> int | None:
+    """The number of the owner that `key` is of, or None for any other key."""
+    match = _OWNER.fullmatch(key)
+    return int(match[1]) if match else None
 
 
 def settings(generation: int) -> str:

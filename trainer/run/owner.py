@@ -1,7 +1,10 @@
-"""The owner of a run: the key OWNER in its folder, which the process that started it keeps fresh as long as it lives.
+"""The owner of a run: the process or the submitted job that has it, known from keys in its folder.
 
-Records do not tell whether a run is alive: a compilation, a large base or a long step leaves none for minutes. A
-command that is about to start a run looks here first. At rest this costs two requests every `BEAT_SECONDS`.
+Every start that takes a run creates the next of the keys owners/000001.json, owners/000002.json and so on, and the highest
+number has the run: of several starts that take it at once only one can create the key, and a start that was taken over
+sees a higher number than its own. The owner keeps its key fresh as long as it lives, and marks it as ended when it ends
+in order. Records do not tell whether a run is alive: a compilation, a large base or a long step leaves none for minutes.
+At rest an owner costs one request every `BEAT_SECONDS`.
 """
 
 import json
@@ -10,10 +13,11 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from uuid import uuid4
 
-from trainer.errors import NotFound, StorageError
+from trainer.errors import AlreadyExists, ConfigError, NotFound, StorageError, Superseded
 from trainer.run import layout
 from trainer.run.background import Every
 from trainer.store import Store
@@ -25,10 +29,12 @@ FRESH_SECONDS = 100.0
 
 @dataclass(frozen=True)
 class Owner:
-    """`by` is what was started, such as "capstan train"; `time` is its last beat, in seconds since 1970.
+    """`by` is the command that was given, such as "capstan train"; `since` and `time`, its last beat, are in seconds since 1970.
 
     `process` is None for a submitted job whose turn has not come yet. A process number means something in one `place`
-    only (a boot of a machine and a namespace of it), and names one process together with when that was `born`.
+    only (a boot of a machine and a namespace of it), and names one process together with when that was `born`. All
+    processes of one submission, or of one torchrun, have the same `group`. `run` is the run's name: an owner of another
+    name came with a copy of that run's folder.
     """
 
     by: str
@@ -36,18 +42,29 @@ class Owner:
     place: str
     process: int | None
     born: str | None
+    since: float
     time: float
+    run: str
+    group: str | None = None
+    ended: bool = False
 
     @property
     def waits(self) -> bool:
         return self.process is None
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this process can see the owner's, so that no clock is needed."""
+        return self.place == _place() and self.process is not None and _born(self.process) != _HIDDEN
+
     def is_alive(self, now: float) -> bool:
         """Exact where the owner runs; on other machines an owner lives until it has not been heard of for a while."""
+        if self.ended:
+            return False
         if self.process is None:
             return True
-        if self.place == _place():
-            return self.born == _born(self.process)
+        if self.is_here:
+            return self.born is not None and self.born == _born(self.process)
         return now - self.time < FRESH_SECONDS
 
     def sentence(self, now: float) -> str:
@@ -58,58 +75,126 @@ class Owner:
         return f"`{self.by}` (process {self.process} on {self.host}), heard of {age}"
 
 
+class Ownership:
+    """A run that this process has taken, as owner `number`."""
+
+    def __init__(self, run: Store, number: int, owner: Owner) -> None:
+        self.run, self._number, self._owner = run, number, owner
+
+    @property
+    def lost(self) -> bool:
+        """Whether another start has taken the run over since."""
+        return newest_number(self.run) > self._number
+
+    def check(self) -> None:
+        """Raise `Superseded` when the run has been taken over: what it does from now on is another's."""
+        if self.lost:
+            raise Superseded(f"{self.run.uri} has been taken over by another start. This one ends.")
+
+    @contextmanager
+    def kept_fresh(self) -> Iterator[None]:
+        """Say every `BEAT_SECONDS` that the owner lives, as long as the body lasts."""
+        # Without retries: the next beat is one, and the end must not wait for a store that is gone.
+        impatient = self.run.failing_fast()
+        beat = Every(BEAT_SECONDS, lambda: self._write(impatient), "saying who has the run")
+        try:
+            yield
+        finally:
+            beat.stop()
+
+    def end(self) -> None:
+        """Let others have the run. An owner that cannot say so any more is soon known to be gone."""
+        with suppress(StorageError):
+            self._write(self.run.failing_fast(), ended=True)
+
+    def _write(self, run: Store, ended: bool = False) -> None:
+        run.put(layout.owner(self._number), _as_json(replace(self._owner, time=time.time(), ended=ended)))
+
+
+def newest_number(run: Store) -> int:
+    """How often the run has been taken."""
+    return max((layout.owner_of(entry.key) or 0 for entry in run.list(layout.OWNERS)), default=0)
+
+
 def read_owner(run: Store) -> Owner | None:
     """The run's last owner, alive or not; None where it never had one, or the last one left it in order."""
+    found = last_owner(run)
+    return None if found is None or found.ended else found
+
+
+def last_owner(run: Store) -> Owner | None:
+    """The run's last owner, also where it has ended; None where it never had one."""
+    key = layout.owner(newest_number(run))
     with suppress(NotFound):
-        return Owner(**json.loads(run.get(layout.OWNER)))
+        written = run.head(key).modified.timestamp()
+        owner = _parsed(run.get(key), written, _name(run))
+        return owner if owner.run == _name(run) else None
     return None
 
 
-def own(run: Store, by: str, *, waits: bool = False) -> Owner:
-    """Make the run this process's own, or with `waits` that of the job which this process is about to submit."""
-    process = None if waits else os.getpid()
-    owner = Owner(by, socket.gethostname(), _place(), process, _born(os.getpid()), time.time())
-    _write(run, owner)
-    return owner
+def take(
+    run: Store, by: str, after: int, *, group: str | None = None, waits: bool = False, place: str | None = None
+) -> Ownership:
+    """Make the run this process's, or with `waits` that of the job which it is about to submit.
+
+    `after` is the `newest_number` that the decision to take the run rests on. A `place` of the caller's own says that the
+    owner outlives this process. Raises `ConfigError` when somebody has taken the run since.
+    """
+    now, process = time.time(), None if waits else os.getpid()
+    born = _born(os.getpid())
+    owner = Owner(by, socket.gethostname(), place or _place(), process, born, now, now, _name(run), group)
+    try:
+        run.create(layout.owner(after + 1), _as_json(owner))
+    except AlreadyExists as error:
+        raise ConfigError(f"run.name: somebody else has just taken {run.uri}. Look at its status first.") from error
+    return Ownership(run, after + 1, owner)
 
 
-def end_waiting(run: Store) -> bool:
+def ended_waiting(run: Store) -> bool:
     """Whether the run was that of a submitted job whose turn had not come; from now on it is nobody's."""
-    owner = read_owner(run)
+    number, owner = newest_number(run), read_owner(run)
     if owner is None or not owner.waits:
         return False
-    run.delete(layout.OWNER)
+    Ownership(run, number, owner).end()
     return True
 
 
-@contextmanager
-def owning(run: Store, by: str) -> Iterator[None]:
-    """Have the run as long as the body lasts, or until somebody else takes it over."""
-    owner = own(run, by)
-    # Without retries: the next beat is one, and the end must not wait for a store that is gone.
-    impatient = run.failing_fast()
-    beat = Every(BEAT_SECONDS, lambda: _beat(impatient, owner), "saying who has the run")
+def end_group(run: Store, group: str) -> None:
+    """Let others have the run that a process of `group` had, and did not end."""
+    number, owner = newest_number(run), read_owner(run)
+    if owner is not None and owner.group == group:
+        Ownership(run, number, owner).end()
+
+
+def age(run: Store, owner: Owner) -> float:
+    """Seconds since the last beat by the store's clock alone, as machines' clocks may differ; writes a key for a moment."""
+    key = f"{layout.OWNERS}clock-{uuid4().hex}"
+    run.put(key, b"")
     try:
-        yield
+        now = run.head(key).modified
     finally:
-        beat.stop()
-        with suppress(StorageError):  # an owner that is gone is known to be gone
-            if _is_own(run, owner):
-                run.delete(layout.OWNER)
+        run.delete(key)
+    return (now - run.head(layout.owner(newest_number(run))).modified).total_seconds()
 
 
-def _beat(run: Store, owner: Owner) -> None:
-    if _is_own(run, owner):
-        _write(run, replace(owner, time=time.time()))
+def _parsed(data: bytes, written: float, name: str) -> Owner:
+    """The owner in a key; an unreadable one is somebody who was heard of when it was written."""
+    unknown = Owner("an unreadable owner", "?", "?", 0, None, written, written, name)
+    known = {field.name for field in fields(Owner)}
+    try:
+        found = Owner(**{key: value for key, value in json.loads(data).items() if key in known})
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return unknown
+    numbers = isinstance(found.time, int | float) and isinstance(found.since, int | float)
+    return found if numbers and isinstance(found.process, int | None) else unknown
 
 
-def _is_own(run: Store, owner: Owner) -> bool:
-    found = read_owner(run)
-    return found is not None and replace(found, time=owner.time) == owner
+def _as_json(owner: Owner) -> bytes:
+    return json.dumps(asdict(owner)).encode()
 
 
-def _write(run: Store, owner: Owner) -> None:
-    run.put(layout.OWNER, json.dumps(asdict(owner)).encode())
+def _name(run: Store) -> str:
+    return run.uri.rpartition("/")[2]
 
 
 def _place() -> str:
@@ -117,11 +202,25 @@ def _place() -> str:
     return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
 
 
+_HIDDEN = "hidden"
+
+
 def _born(process: int) -> str | None:
-    """When the process began, in clock ticks since the boot; None when it has ended."""
+    """When the process began, in clock ticks since the boot; None when it has ended, `_HIDDEN` where /proc does not tell."""
     try:
         stat = Path(f"/proc/{process}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
-        return None
-    state, *fields = stat.rpartition(")")[2].split()  # proc(5): the name before it may hold anything
-    return None if state in "ZX" else fields[18]
+        return _HIDDEN if _exists(process) else None
+    state, *fields_after = stat.rpartition(")")[2].split()  # proc(5): the name before it may hold anything
+    return None if state in "ZX" else fields_after[18]
+
+
+def _exists(process: int) -> bool:
+    """Whether there is such a process of somebody's: /proc may be mounted so that others' are not seen (hidepid)."""
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return False  # one of ours, which would be in /proc: it has ended since

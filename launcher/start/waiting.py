@@ -1,0 +1,37 @@
+"""Ranks that start before the run's data is there: they wait as long as rank 0, which compiles it, lives."""
+
+import time
+from collections.abc import Callable
+
+from trainer.base.locate import resolve_base
+from trainer.config import Config
+from trainer.data.prepare import wait_until_prepared
+from trainer.errors import DataError
+from trainer.run.folder import run_folder
+from trainer.run.owner import last_owner
+from trainer.store import open_run_store
+
+_LOOK_SECONDS = 2.0
+
+
+def wait_for_first_rank(config: Config, group: str | None, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Return once the run's data is compiled; meanwhile rank 0, of `group` where that is known, has the run.
+
+    Raises:
+        DataError: it has not had the run for `timeouts.meet` seconds.
+    """
+    run, alone_since = run_folder(config), time.monotonic()
+
+    def wait() -> None:
+        nonlocal alone_since
+        owner = last_owner(run)
+        if owner is not None and group in (None, owner.group) and owner.is_alive(time.time()):
+            alone_since = time.monotonic()
+        elif time.monotonic() - alone_since > config.timeouts.meet:
+            raise DataError(
+                f"timeouts.meet: rank 0, which compiles the data, has not been heard of for {config.timeouts.meet:g} s, so this rank "
+                "ends. Its own output says why it did not start."
+            )
+        sleep(_LOOK_SECONDS)
+
+    wait_until_prepared(config, resolve_base(config.model), open_run_store(config), wait)
