@@ -4,7 +4,7 @@
 
     config.yaml        the configuration, every default written out
     requirements.txt   the installed distributions, as `name==version` lines
-    git.json           commit, branch, remote, whether files differ from the commit, and which were left out
+    git.json           commit, branch, remote, whether files differ from the commit, which were left out or cannot be read
     git.diff           that difference
     code/...           the tracked files as they are, changes included, and links as links
 
@@ -14,12 +14,15 @@ credentials. Outside a git checkout there is no git.json, no git.diff and no cod
 
 import io
 import json
+import os
 import subprocess
 import tarfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 from importlib.metadata import distributions
 from pathlib import Path
+from typing import NamedTuple
 
 import zstandard
 
@@ -30,65 +33,39 @@ MOST_BYTES = 64 * 2**20
 """How large the tracked files may be together, uncompressed: a snapshot is for code, not for data."""
 _GIT_SECONDS = 60
 # Names, in lower case, of files and folders that hold secrets. Code such as credentials.py stays: the run may import it.
-_SECRETS = (
-    *(
-        ".env",
-        ".env.*",
-        "*.env",
-        ".netrc",
-        ".npmrc",
-        ".pypirc",
-        ".htpasswd",
-        ".ssh",
-        ".aws",
-        ".azure",
-        ".gnupg",
-        ".kube",
-    ),
-    *(
-        "*.pem",
-        "*.key",
-        "*.p12",
-        "*.pfx",
-        "*.jks",
-        "*.keystore",
-        "*.kdbx",
-        "id_rsa*",
-        "id_dsa*",
-        "id_ecdsa*",
-        "id_ed25519*",
-    ),
-    *(
-        "*credential*",
-        "*secret*",
-        "*password*",
-        "*service?account*.json",
-        "token",
-        "*.token",
-        "*_token",
-        "*kubeconfig*",
-    ),
-)
+_SECRETS = """
+    .env .env.* *.env .envrc .netrc _netrc .npmrc .pypirc .htpasswd .passwd* .pgpass pgpass.conf .my.cnf .mylogin.cnf
+    .s3cfg .boto rclone.conf kaggle.json .dockercfg .dockerconfigjson .vault-token .ssh .aws .azure .gnupg .kube
+    *.pem *.key *.p12 *.pfx *.ppk *.jks *.keystore *.kdbx id_rsa* id_dsa* id_ecdsa* id_ed25519*
+    *credential* *secret* *password* *service?account*.json *kubeconfig* *.tfvars *.tfvars.json *.tfstate *.tfstate.*
+    token token.json token.pickle *token.txt *.token *_token stored_tokens *api_key* *api-key* *apikey*
+""".split()
+_SECRET_PATHS = ("*/.docker/config.json", "*/.config/gcloud/*", "*/.config/gh/hosts.yml")
+"""Files that only their folder tells from others of that name."""
 _CODE = (".py", ".pyi", ".md", ".rst")
 
 
 @dataclass(frozen=True)
 class GitState:
-    """Where the code was; `dirty` means that tracked files differ from `commit`, `left_out` are files that look like secrets."""
+    """Where the code was; `dirty` means that tracked files differ from `commit`, `left_out` are files that look like secrets.
+
+    Names that are not UTF-8 text have surrogates in them, as `os.fsdecode` makes them.
+    """
 
     commit: str | None
     branch: str | None
     remote: str | None
     dirty: bool
     left_out: list[str]
+    unreadable: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The tracked `files` (relative to `root`) of a checkout; without one, nothing but the installed versions."""
+    """The tracked `files` of the checkout at `root`, packed; without one, nothing but the installed versions."""
 
     root: Path | None = None
-    files: list[Path] = field(default_factory=list)
+    files: list["_File"] = field(default_factory=list)
     git: GitState | None = None
     diff: str = ""
     size: int = 0
@@ -101,9 +78,9 @@ class Snapshot:
             _add(tar, "requirements.txt", _installed().encode())
             if self.root is not None and self.git is not None:
                 _add(tar, "git.json", json.dumps(asdict(self.git), indent=1).encode())
-                _add(tar, "git.diff", self.diff.encode())
-                for path in self.files:
-                    tar.add(self.root / path, f"code/{path}", recursive=False, filter=_without_owner)
+                _add(tar, "git.diff", os.fsencode(self.diff))
+                for file in self.files:
+                    tar.addfile(file.member, io.BytesIO(file.content))
         return zstandard.compress(packed.getvalue(), 9)
 
     def sentence(self) -> str:
@@ -111,14 +88,20 @@ class Snapshot:
             return "no git checkout here: the configuration and the installed versions"
         changed = " with changes" if self.git.dirty else ""
         commit = (self.git.commit or "no commit yet")[:12]
-        kept = f"{len(self.files)} tracked files of {self.root} ({commit}{changed}, {self.size / 1e6:.1f} MB)"
-        return kept + (f"; {self.left_out()}" if self.git.left_out else "")
+        kept = f"{len(self.files)} tracked files of {_printable(str(self.root))} ({commit}{changed}, {self.size / 1e6:.1f} MB)"
+        return kept + (f"; {left_out}" if (left_out := self.left_out()) else "")
 
     def left_out(self) -> str:
-        """Which files are not in it as they look like secrets; empty when there are none."""
-        names = self.git.left_out if self.git else []
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        return f"left out, as they look like secrets: {', '.join(names[:5])}{more}" if names else ""
+        """Which tracked files are not in it, and why; empty when all are."""
+        if self.git is None:
+            return ""
+        why = {"as they look like secrets": self.git.left_out, "as they cannot be read": self.git.unreadable}
+        return "; ".join(f"left out, {reason}: {_listed(names)}" for reason, names in why.items() if names)
+
+
+class _File(NamedTuple):
+    member: tarfile.TarInfo
+    content: bytes
 
 
 def take(directory: Path) -> Snapshot:
@@ -130,19 +113,11 @@ def take(directory: Path) -> Snapshot:
     top = _git(directory, "rev-parse", "--show-toplevel")
     if top is None:
         return Snapshot()
-    root = Path(top.strip())
+    root = Path(top.removesuffix("\n"))
     tracked = _names(root, "ls-files", "-z")
-    files = [Path(name) for name in tracked if not _looks_secret(name) and _is_there(root, Path(name))]
-    sizes = {path: (root / path).lstat().st_size for path in files}
-    total = sum(sizes.values())
-    if total > MOST_BYTES:
-        largest = ", ".join(
-            f"{path} ({sizes[path] / 1e6:.0f} MB)" for path in sorted(files, key=sizes.__getitem__)[:-4:-1]
-        )
-        raise ConfigError(
-            f"the tracked files of {root} are {total / 1e6:.0f} MB, a snapshot takes at most {MOST_BYTES / 1e6:.0f} MB. "
-            f"The largest are {largest}. Leave data out of git, or start the run from another folder."
-        )
+    wanted = [Path(name) for name in sorted(tracked) if not _looks_secret(name) and _is_there(root, Path(name))]
+    _check_size(root, wanted)
+    files, unreadable = _read(root, wanted)
     commit, branch, remote = (
         (_git(root, *arguments) or "").strip() or None
         for arguments in (
@@ -151,12 +126,52 @@ def take(directory: Path) -> Snapshot:
             ("remote", "get-url", "origin"),
         )
     )
-    changed = _names(root, "diff", "HEAD", "-z", "--name-only", "--no-renames")
+    # The user's own settings of git must neither change the difference nor show a file of a submodule in it.
+    diff = ("diff", "HEAD", "--no-renames", "--no-color", "--no-ext-diff", "--no-textconv", "--submodule=short")
+    without = [_exclude(name) for name in unreadable]  # git would give up at one
+    changed = _names(root, *diff, "-z", "--name-only", "--", ".", *without)
     secret = sorted({name for name in (*tracked, *changed) if _looks_secret(name)})
-    apart = [f":(top,exclude,literal){name}" for name in secret]
-    diff = _git(root, "diff", "HEAD", "--no-renames", "--no-color", "--no-ext-diff", "--no-textconv", "--", ".", *apart)
-    state = GitState(commit, branch, remote and without_credentials(remote), bool(changed), secret)
-    return Snapshot(root, sorted(files), state, diff or "", total)
+    text = _git(root, *diff, "--", ".", *without, *map(_exclude, secret))
+    state = GitState(commit, branch, remote and without_credentials(remote), bool(changed), secret, unreadable)
+    return Snapshot(root, files, state, text or "", sum(len(file.content) for file in files))
+
+
+def _check_size(root: Path, files: list[Path]) -> None:
+    sizes = dict[Path, int]()
+    for path in files:
+        with suppress(OSError):
+            sizes[path] = (root / path).lstat().st_size
+    total = sum(sizes.values())
+    if total > MOST_BYTES:
+        largest = ", ".join(
+            f"{_printable(str(path))} ({sizes[path] / 1e6:.0f} MB)"
+            for path in sorted(sizes, key=sizes.__getitem__)[:-4:-1]
+        )
+        raise ConfigError(
+            f"the tracked files of {_printable(str(root))} are {total / 1e6:.0f} MB, a snapshot takes at most {MOST_BYTES / 1e6:.0f} MB. "
+            f"The largest are {largest}. Leave data out of git, or start the run from another folder."
+        )
+
+
+def _read(root: Path, paths: list[Path]) -> tuple[list[_File], list[str]]:
+    """The files, and the names of those that cannot be read or are gone by now."""
+    files, unreadable = list[_File](), list[str]()
+    with tarfile.open(fileobj=io.BytesIO(), mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for path in paths:
+            try:
+                member = _without_owner(tar.gettarinfo(root / path, f"code/{path}"))
+                content = (root / path).read_bytes() if member.isreg() else b""
+            except OSError:
+                unreadable.append(str(path))
+            else:
+                member.size = len(content)
+                files.append(_File(member, content))
+    return files, unreadable
+
+
+def _exclude(name: str) -> str:
+    """The pathspec by which git leaves out a file."""
+    return f":(top,exclude,literal){name}"
 
 
 def unpack(archive: bytes, directory: Path) -> Path:
@@ -182,7 +197,7 @@ def _git(directory: Path, *arguments: str) -> str | None:
         done = subprocess.run(["git", "-C", str(directory), *arguments], capture_output=True, timeout=_GIT_SECONDS)
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.decode(errors="replace") if done.returncode == 0 else None
+    return os.fsdecode(done.stdout) if done.returncode == 0 else None
 
 
 def _names(root: Path, *arguments: str) -> list[str]:
@@ -201,8 +216,22 @@ def _is_there(root: Path, path: Path) -> bool:
 
 
 def _looks_secret(name: str) -> bool:
-    parts = Path(name.lower()).parts
-    return not name.lower().endswith(_CODE) and any(fnmatch(part, pattern) for part in parts for pattern in _SECRETS)
+    name = name.lower()
+    if name.endswith(_CODE):
+        return False
+    return any(fnmatchcase(part, pattern) for part in Path(name).parts for pattern in _SECRETS) or any(
+        fnmatchcase(f"/{name}", pattern) for pattern in _SECRET_PATHS
+    )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(map(_printable, names[:5])) + more
+
+
+def _printable(name: str) -> str:
+    """A file's name in a message that is written as UTF-8."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _installed() -> str:

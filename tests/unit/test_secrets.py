@@ -1,17 +1,20 @@
 """No secret of a user's reaches the store: not in the configuration, and not in a message."""
 
+import json
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import yaml
 
 from launcher.data.build import build
 from launcher.start import check
 from tests.material import Workshop
-from trainer.config import Config, dump_config, override
-from trainer.config.secrets import has_credentials, names_secret, refuse_secrets, without_credentials
+from trainer.config import Config, dump_config, override, parse_config
+from trainer.config.secrets import has_credentials, masked, names_secret, refuse_secrets, without_credentials
 from trainer.errors import ConfigError
+from trainer.run.settings import changes
 
 ENV_VARS = "cluster.ray.runtime_env.env_vars"
 
@@ -40,6 +43,18 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
         ("cluster.slurm.container", "[docker, run, -e, HF_TOKEN=hidden]", "sbatch passes on"),
         ("cluster.slurm.container", "[apptainer, exec, --docker-password, hidden]", "sbatch passes on"),
         ("cluster.slurm.container", "[apptainer, exec, --env=HF_TOKEN=hidden]", "sbatch passes on"),
+        ("cluster.slurm.setup", f"[wandb login {'0123456789abcdef' * 2}01234567]", "sbatch passes on"),
+        ("cluster.slurm.setup", f"[wandb login --relogin {'0123456789abcdef' * 2}01234567]", "sbatch passes on"),
+        ("cluster.slurm.setup", "['curl -su me:hidden https://host/a']", "sbatch passes on"),
+        ("cluster.slurm.setup", "['curl https://host/a \\\n --user \"me:hidden\"']", "sbatch passes on"),
+        ("cluster.slurm.setup", "['curl -H \"PRIVATE-TOKEN: hidden\" https://host']", "sbatch passes on"),
+        ("cluster.slurm.setup", "['curl -H \"Authorization: Basic hiddenhidden\" https://host']", "sbatch passes on"),
+        ("cluster.slurm.setup", "[docker login -u me -p hidden]", "sbatch passes on"),
+        ("cluster.slurm.setup", "[sshpass -p hidden ssh host]", "sbatch passes on"),
+        ("cluster.slurm.setup", "[export MYSQL_PWD=hidden]", "sbatch passes on"),
+        (f"{ENV_VARS}.DB_PASS", "hidden", "ray start"),
+        (f"{ENV_VARS}.AWS_SECRET_ACCESS_KEY", "/hidXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY9", "ray start"),
+        ("cluster.slurm.setup", "[export S3_KEY=/hidXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY9]", "sbatch passes on"),
         ("run.store", "s3://AKIA:hidden@bucket/runs", "AWS_SECRET_ACCESS_KEY"),
         ("model.base", "https://host/model?X-Amz-Signature=hidden", "AWS_SECRET_ACCESS_KEY"),
         ("data.train", "[{path: 'az://container/rows.jsonl?sv=2022&sig=hidden'}]", "AWS_SECRET_ACCESS_KEY"),
@@ -53,6 +68,7 @@ def test_a_setting_with_a_secret_is_refused_with_the_way_to_pass_it(
     assert str(caught.value).startswith(setting)
     assert "looks like a secret" in str(caught.value)
     assert "hid" not in str(caught.value)
+    assert "0123" not in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -67,6 +83,15 @@ def test_a_setting_with_a_secret_is_refused_with_the_way_to_pass_it(
         (f"{ENV_VARS}.NCCL_IB_PKEY", "'0x7fff'"),
         ("cluster.slurm.setup", "['export HF_TOKEN=$(cat ~/.hf_token)', 'export MY_KEY=\"$OTHER\"']"),
         ("cluster.slurm.container", "[apptainer, exec, --nv, 'docker://user@host:5000/image@sha256']"),
+        ("cluster.slurm.setup", "['wandb login $WANDB_API_KEY', 'wandb login \"$(cat ~/.wandb)\"', wandb offline]"),
+        ("cluster.slurm.setup", "['curl -u \"me:$PASSWORD\" https://host', 'curl -fsSL https://host:80/a', cd a:b]"),
+        (
+            "cluster.slurm.setup",
+            "['curl -O https://host/a', 'docker run -u 1000:1000 -p 80:80 image', ssh login -p 22]",
+        ),
+        ("cluster.slurm.setup", "['curl -H \"X-Token: $TOKEN\" https://host', 'docker login -u me --password-stdin']"),
+        ("cluster.slurm.container", "[apptainer, exec, --pwd, work, --pass, three]"),
+        (f"{ENV_VARS}.MY_KEY", "/home/somebody/Projects/keys/mine12345678"),  # 40 characters, and a path all the same
         ("cluster.ray.address", "http://head:8265"),
         ("cluster.ray.runtime_env.pip", "['a @ git+ssh://git@host/b.git']"),
         ("model.base", "hf-internal/tiny_token_model"),
@@ -76,6 +101,30 @@ def test_what_only_says_where_a_secret_is_or_sounds_like_one_is_allowed(
     config: Config, setting: str, value: str
 ) -> None:
     refuse_secrets(override(config, f"{setting}={value}"))
+
+
+def test_settings_are_kept_without_the_secrets_of_an_earlier_version(config: Config) -> None:
+    tree = override(
+        config,
+        f"{ENV_VARS}={{HF_TOKEN: hidden, OTHER: shown}}",
+        "cluster.slurm.setup=[module load cuda, export WANDB_API_KEY=hidden]",
+        "data.train=[{path: 'az://container/rows.jsonl?sv=2022&sig=hidden'}, {path: shown.jsonl}]",
+    ).model_dump(mode="json")
+    kept = masked(tree)
+    assert "hidden" not in json.dumps(kept)
+    assert kept["cluster"]["ray"]["runtime_env"]["env_vars"]["OTHER"] == "shown"
+    assert kept["data"]["train"][1] == tree["data"]["train"][1]
+    assert {name for name in tree if kept[name] != tree[name]} == {"cluster", "data"}
+    parse_config(yaml.safe_dump(kept))
+
+
+def test_a_secret_that_is_no_longer_there_is_named_and_not_shown(config: Config) -> None:
+    old = override(config, f"{ENV_VARS}.HF_TOKEN=hidden")
+    for before, after in ((old, config), (config, old)):
+        (change,) = changes(before.model_dump(mode="json"), after.model_dump(mode="json"))
+        assert change.setting == f"{ENV_VARS}.HF_TOKEN"
+        assert "hidden" not in change.sentence()
+        assert "looks like a secret" in change.sentence()
 
 
 def test_no_command_that_writes_to_the_store_writes_a_secret(config: Config, tmp_path: Path) -> None:
@@ -127,7 +176,24 @@ def test_names_of_secrets() -> None:
 
 
 @pytest.mark.parametrize(
-    "piece", ["a", "--a", "a=", "a://b:", "-----BEGIN A", "/.", "https://", " ", "sk-", "?a=", "$("]
+    "piece",
+    [
+        "a",
+        "--a",
+        "a=",
+        "a://b:",
+        "curl -u ",
+        "wandb login ",
+        "curl a\\",
+        "docker login -",
+        "-----BEGIN A",
+        "/.",
+        "https://",
+        " ",
+        "sk-",
+        "?a=",
+        "$(",
+    ],
 )
 def test_a_long_text_is_looked_through_quickly(config: Config, piece: str) -> None:
     text = piece * (200_000 // len(piece)) + "!"

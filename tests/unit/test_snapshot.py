@@ -120,11 +120,20 @@ SECRET_FILES = [
     "aws_credentials",
     "config/secrets/db.yaml",
     ".aws/config",
+    ".docker/config.json",
+    "infrastructure/terraform.tfvars",
+    *(".envrc", ".pgpass", ".s3cfg", ".boto", ".my.cnf", ".vault-token", "rclone.conf"),
+    *("token.txt", "hf_token.txt", "api_key.txt"),
+]
+ORDINARY_FILES = [
+    *("data/tokens.txt", "tokenizer.json", "added_tokens.json", "special_tokens_map.json", "token_counts.csv"),
+    *("config.json", ".docker/Dockerfile", "my.cnf", "keyboard.txt", "variables.tf", "hosts.yml"),
 ]
 
 
 def test_files_that_look_like_secrets_are_left_out_of_the_code_and_of_the_difference(checkout: Path, tmp_path: Path):
-    for name in (*SECRET_FILES, "package/credentials.py", "removed.key"):
+    ordinary = {*ORDINARY_FILES, "package/credentials.py"}
+    for name in (*SECRET_FILES, *ordinary, "removed.key"):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         (checkout / name).write_text("hidden = 1\n")
     commit(checkout)
@@ -135,10 +144,10 @@ def test_files_that_look_like_secrets_are_left_out_of_the_code_and_of_the_differ
     assert taken.git is not None
     assert taken.git.dirty
     assert taken.git.left_out == sorted([*SECRET_FILES, "removed.key"])
-    assert set(kept(checkout, tmp_path / "out")) == {".gitignore", "package/code.py", "package/credentials.py"}
+    assert set(kept(checkout, tmp_path / "out")) == {".gitignore", "package/code.py", *ordinary}
     assert "hidden" not in taken.diff
-    assert "left out, as they look like secrets: .aws/config, .env, " in taken.sentence()
-    assert taken.sentence().endswith("and 3 more")
+    assert "left out, as they look like secrets: .aws/config, .boto, " in taken.sentence()
+    assert taken.sentence().endswith(f"and {len(SECRET_FILES) + 1 - 5} more")
     assert json.loads((tmp_path / "out" / "git.json").read_text())["left_out"] == taken.git.left_out
 
 
@@ -147,3 +156,69 @@ def test_the_remote_is_kept_without_its_password_or_token(checkout: Path):
     taken = snapshot.take(checkout)
     assert taken.git is not None
     assert taken.git.remote == "https://host/group/project.git"
+
+
+def test_a_secret_of_a_submodule_is_not_in_the_difference(checkout: Path, tmp_path: Path):
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    git(inner, "init", "-q")
+    (inner / ".env").write_text("KEY=hidden 1\n")
+    commit(inner)
+    git(checkout, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(inner), "sub")
+    commit(checkout)
+    git(checkout, "config", "diff.submodule", "diff")
+    (checkout / "sub" / ".env").write_text("KEY=hidden 2\n")
+    commit(checkout / "sub")
+    taken = snapshot.take(checkout)
+    assert "+Subproject commit" in taken.diff
+    assert "hidden" not in taken.diff
+
+
+def test_names_that_are_not_utf_8_are_names_like_others(checkout: Path, tmp_path: Path):
+    secret, code = (os.fsdecode(name) for name in (b"prod\xff.env", b"code\xff.txt"))
+    for name in (secret, code):
+        (checkout / name).write_text("hidden 1\n" if name == secret else "shown 1\n")
+    commit(checkout)
+    for name in (secret, code):
+        (checkout / name).write_text("hidden 2\n" if name == secret else "shown \udcff\n", errors="surrogateescape")
+    taken = snapshot.take(checkout)
+    assert taken.git is not None
+    assert taken.git.left_out == [secret]
+    taken.sentence().encode()
+    archive = taken.archive("a: 1\n")
+    assert snapshot.unpack(archive, tmp_path / "out").joinpath(code).read_bytes() == b"shown \xff\n"
+    difference = (tmp_path / "out" / "git.diff").read_bytes()
+    assert b"+shown \xff" in difference
+    assert b"hidden" not in difference
+    assert json.loads((tmp_path / "out" / "git.json").read_text())["left_out"] == [secret]
+
+
+def test_a_file_that_vanishes_or_cannot_be_read_is_left_out_and_named(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (checkout / "gone.py").write_text("")
+    (checkout / "closed.py").write_text("hidden\n")
+    commit(checkout)
+    (checkout / "package" / "code.py").write_text("changed = 2\n")
+    check_size, read = snapshot._check_size, Path.read_bytes
+
+    def look_and_lose(root: Path, files: list[Path]) -> None:
+        check_size(root, files)
+        (root / "gone.py").unlink()
+
+    def refuse(path: Path) -> bytes:
+        if path.name == "closed.py":
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    monkeypatch.setattr(snapshot, "_check_size", look_and_lose)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    taken = snapshot.take(checkout)
+    assert taken.sentence().endswith("; left out, as they cannot be read: closed.py, gone.py")
+    (checkout / "package" / "code.py").unlink()  # the copy was made already
+    files = snapshot.unpack(taken.archive("a: 1\n"), tmp_path / "out")
+    monkeypatch.undo()
+    assert (files / "package" / "code.py").read_text() == "changed = 2\n"
+    assert not (files / "gone.py").exists()
+    assert json.loads((tmp_path / "out" / "git.json").read_text())["unreadable"] == ["closed.py", "gone.py"]
+    assert "+changed = 2" in (tmp_path / "out" / "git.diff").read_text()

@@ -8,23 +8,41 @@ from trainer.config.tree import Config
 from trainer.errors import ConfigError
 
 _SECRET = ("KEY", "KEYS", "TOKEN", "SECRET", "SECRETS", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS")
+_LAST = ("PWD", "PASS")  # MYSQL_PWD and DB_PASS are secrets; PWD and --pass, which have no other word, are not
 _NOT_ITSELF = ("FILE", "PATH", "DIR", "URL", "MODE")  # HF_TOKEN_PATH says where the token is
 # Numbers of repetitions are bounded, or a long text without an end could take minutes.
 _HARMLESS = re.compile(
     r"|0|1|true|false|yes|no|on|off|[~.]?/[\w.-]{0,200}[/.][\w./-]*|\$.*|`.*", re.IGNORECASE | re.DOTALL
 )
-# `NAME=value` and `--name value`. The value is only looked at, as another assignment may begin in it (--env=NAME=value).
-_ASSIGNED = re.compile(r"(?:\b([A-Za-z_]\w*)=|--([A-Za-z][\w-]{0,80})(?:=|\s+(?!-)))(?=[\"']?([^\s\"',;|&)]{1,200}))")
+# AWS's secret keys are 40 characters of base64, which may begin with a slash and hold others, as a path does.
+_AWS_SECRET = re.compile(r"(?=(?:[^A-Z]*[A-Z]){4})(?=(?:[^a-z]*[a-z]){4})(?=\D*\d)[A-Za-z0-9/+]{40}")
+# `NAME=value`, `--name value` and `-H "name: value"`. The value is only looked at, as another assignment may begin in it
+# (--env=NAME=value).
+_ASSIGNED = re.compile(
+    r"(?:\b([A-Za-z_]\w*)=|(?:-H|--header)[\s=]{0,9}[\"']?([\w-]{1,80}):\s{0,9}|--([A-Za-z][\w-]{0,80})(?:=|\s+(?!-)))"
+    r"(?=[\"']?([^\s\"',;|&)]{1,200}))"
+)
+# The rest of a command, up to the word that is looked for: a line that ends in a backslash goes on.
+_SAME_COMMAND = r"(?:[^\n;|&\\]|\\[\s\S]){0,300}?"
+# Commands that take a secret as a word without a name.
+_COMMAND = re.compile(
+    rf"\bwandb\s+login\s{_SAME_COMMAND}(?<!\S)[\"']?\w{{40}}"
+    rf"|\bcurl\s{_SAME_COMMAND}(?<!\S)(?:-[A-Za-z]{{0,8}}[uU]\s{{0,9}}|--(?:proxy-)?user[\s=]{{1,9}})[\"']?"
+    r"[^\s:\"'$]{1,200}:(?![\s\"'$`])"
+    rf"|\b(?:sshpass|(?:docker|podman|registry|az)\s+login)\s{_SAME_COMMAND}(?<!\S)-p\s{{0,9}}[\"']?(?![\s\"'$`-])\S"
+)
 _TOKEN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{30,}|gh[pousr]_\w{30,}|github_pat_\w{20,}|glpat-[\w-]{16,}|sk-[A-Za-z0-9]{20,}"
     r"|sk-(?:proj|ant)-[\w-]{20,}|xox[abps]-[\w-]{10,}|(?:AKIA|ASIA)[A-Z0-9]{16})\b"
     r"|-----BEGIN [A-Z ]{0,30}PRIVATE KEY|\bBearer\s+[\w.~+/-]{16,}|\bAccountKey=\w"
+    r"|\bAuthorization:\s{0,9}(?:Basic|Token)\s{1,9}[\w.~+/=-]{8,}|\bwandb_v1_\w{20,}"
 )
 # Scheme, user and password, the rest, the query. A password may hold a slash; what follows a port is none.
 _URL = re.compile(
     r"(\w[\w+.-]{0,20}://)([^/\s?#\"']{0,500}@|[^/\s:@]{1,200}:(?!\d+(?:/|$))[^\s@]{0,500}@)?([^\s?#\"']*)(\?[^\s\"']*)?",
     re.ASCII,
 )
+_MASK = "(removed, as it looks like a secret)"
 _PASS = {
     "cluster.ray": "Set it in the environment of `ray start` on the cluster's nodes, which its jobs inherit.",
     "cluster.slurm": "Export it in the shell that submits, which sbatch passes on to the job, or read it in the job from a file "
@@ -48,7 +66,21 @@ def refuse_secrets(config: Config) -> None:
 def names_secret(name: str) -> bool:
     """Whether a variable or an option of this name holds a secret: HF_TOKEN does, TOKENIZERS_PARALLELISM does not."""
     words = [word for word in re.findall("[A-Z]+", name.upper()) if word != "PKEY"]  # a partition of InfiniBand
+    if words[1:] and words[-1] in _LAST:
+        return True
     return any(word.endswith(_SECRET) for word in words) and words[-1] not in _NOT_ITSELF
+
+
+def masked(tree: Any, setting: str = "") -> Any:
+    """A copy of `tree`, settings as plain values that begin at `setting`, with a word in place of each value that holds a
+    secret: for settings of an earlier version, which did not refuse them."""
+    if isinstance(tree, dict):
+        return {key: masked(value, f"{setting}.{key}" if setting else str(key)) for key, value in tree.items()}
+    if isinstance(tree, list) and not all(isinstance(item, str) for item in tree):
+        return [masked(item, f"{setting}[{index}]") for index, item in enumerate(tree)]
+    if not any(_secret_in(setting, text) for _, text in _texts(tree, setting)):
+        return tree
+    return [_MASK] if isinstance(tree, list) else _MASK
 
 
 def without_credentials(text: str) -> str:
@@ -69,14 +101,21 @@ def has_credentials(text: str) -> bool:
 
 def _secret_in(setting: str, text: str) -> str | None:
     """The kind of secret that `text` seems to hold, in words for a message that may be kept; None if it holds none."""
-    if names_secret(setting.rpartition(".")[2]) and not _HARMLESS.fullmatch(text):
+    if names_secret(setting.rpartition(".")[2]) and not _is_harmless(text):
         return "its value"
-    for variable, option, value in _ASSIGNED.findall(text):
-        if names_secret(variable or option) and not _HARMLESS.fullmatch(value):
-            return f"the value of {variable or '--' + option}"
+    for variable, header, option, value in _ASSIGNED.findall(text):
+        if names_secret(variable or header or option) and not _is_harmless(value):
+            return f"the value of {variable or header or '--' + option}"
+    if _COMMAND.search(text):
+        return "a word of its command"
     if has_credentials(text):
         return "a user, password or signature in a URL"
     return "a token" if _TOKEN.search(text) else None
+
+
+def _is_harmless(value: str) -> bool:
+    """Whether a value says where the secret is, or switches something."""
+    return bool(_HARMLESS.fullmatch(value)) and not _AWS_SECRET.fullmatch(value)
 
 
 def _texts(tree: Any, path: str) -> Iterator[tuple[str, str]]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from trainer.config import Config, dump_config
+from trainer.config.secrets import masked
 from trainer.run import layout
 from trainer.store import Store
 
@@ -15,7 +16,7 @@ _PLACE = ("run.name", "run.store")
 
 
 class Change(NamedTuple):
-    """A setting by its dotted name, with its value before and from now on."""
+    """A setting by its dotted name, with its value before and from now on; neither shows a secret of an earlier version."""
 
     setting: str
     old: Any
@@ -29,7 +30,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
     """The settings that differ between two configurations, given as trees; the place of the run is left out."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
     return [
-        Change(name, before.get(name), after.get(name))
+        Change(name, masked(before.get(name), name), masked(after.get(name), name))
         for name in after | before
         if name not in _PLACE and before.get(name) != after.get(name)
     ]
