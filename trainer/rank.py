@@ -251,9 +251,12 @@ def _record_start(start: _Start, report: LoadReport, **facts: Any) -> None:
         **start.starter.facts,
     )
     if start.ranks.rank == 0:
-        for change in record_settings(start.run, start.generation, start.config):
-            start.metrics.write("change", **change._asdict())
-            _log(start.ranks, change.sentence())
+        try:
+            for change in record_settings(start.run, start.generation, start.config):
+                start.metrics.write("change", **change._asdict())
+                _log(start.ranks, change.sentence())
+        except StorageError as error:  # a record never decides how a run ends
+            _log(start.ranks, f"the settings of this start could not be kept, which does not end the run: {error}")
 
 
 def _environment(ranks: Ranks) -> bytes:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Group, RenderableType
 from rich.table import Table
 
@@ -26,6 +27,7 @@ from trainer.store import Store
 
 _SECONDS = 60
 _POLL_SECONDS = 10.0
+_Record = TypeVar("_Record")
 
 
 @dataclass(frozen=True)
@@ -175,12 +177,10 @@ def job_output(run: Store) -> str:
 
 
 def submitted_jobs(run: Store) -> SubmittedJobs | None:
-    """The run's newest submission to Slurm, if it has one."""
-    with suppress(NotFound):
-        found = SubmittedJobs(**json.loads(run.get(layout.SLURM_JOB)))
-        if not found.run or _place(found.run) == _place(run.uri):
-            return found
-    return None
+    """The run's newest submission to Slurm; None where it has none, or the record of it is damaged."""
+    found = _record(run, layout.SLURM_JOB, SubmittedJobs)
+    ours = found is not None and found.jobs and (not found.run or _place(found.run) == _place(run.uri))
+    return found if ours else None
 
 
 def _place(uri: str) -> str:
@@ -199,8 +199,16 @@ def check_no_job(run: Store) -> None:
 
 
 def attempts(run: Store) -> list[Attempt]:
-    """The starts of the run's jobs, oldest first."""
-    return [Attempt(**json.loads(run.get(entry.key))) for entry in run.list(layout.SLURM_ATTEMPTS)]
+    """The starts of the run's jobs, oldest first; without those whose record is damaged."""
+    found = (_record(run, entry.key, Attempt) for entry in run.list(layout.SLURM_ATTEMPTS))
+    return [attempt for attempt in found if attempt is not None]
+
+
+def _record(run: Store, key: str, kind: type[_Record]) -> _Record | None:
+    """The record under `key`; None where there is none, or one that nobody can use."""
+    with suppress(NotFound, ValidationError):
+        return TypeAdapter(kind).validate_json(run.get(key))
+    return None
 
 
 def jobs_of(found: SubmittedJobs) -> list[SlurmJob]:

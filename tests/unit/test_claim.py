@@ -13,7 +13,7 @@ from launcher.start.claim import claimed
 from launcher.start.group import group_name, restarted_as
 from launcher.start.waiting import wait_for_first_rank
 from tests.material import Workshop
-from trainer.config import Config, dump_config, override
+from trainer.config import Config, dump_config, override, parse_config
 from trainer.errors import CapstanError, ConfigError, DataError
 from trainer.run import layout
 from trainer.run.folder import run_config, run_folder, submitted_config
@@ -105,6 +105,18 @@ def test_the_first_resume_of_an_earlier_versions_run_knows_what_it_was_trained_w
     with resumed(override(config, "train.steps=77")):
         (change,) = record_settings(run, 2, override(config, "train.steps=77"))
     assert change == ("train.steps", 10, 77)
+
+
+@pytest.mark.parametrize("damaged", [b"", b"a: [", b"\xff", b"- 1\n", b"a: !unknown 1\n"], ids=str)
+def test_settings_that_cannot_be_read_are_as_if_they_were_not_kept(config: Config, run: Store, damaged: bytes) -> None:
+    run.put(layout.settings(2), damaged)
+    now = override(config, "train.steps=77")
+    (change,) = record_settings(run, 3, now)
+    assert change.setting == "train.steps", "as compared with the start before"
+    run.put(layout.settings(1), damaged)
+    run.delete(layout.settings(3))
+    assert record_settings(run, 3, now) == []
+    assert parse_config(run.get(layout.settings(3))) == now
 
 
 def test_of_two_claims_of_a_new_name_one_succeeds(config: Config) -> None:

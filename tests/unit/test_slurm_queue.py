@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from launcher.policy.jobs import Attempt
 from launcher.slurm import queue
 from launcher.slurm.queue import SlurmJob, SubmittedJobs, is_over, job_output, jobs_of, parse_sacct, parse_squeue, stop
 from launcher.slurm.submit import clean_environment
@@ -187,3 +188,24 @@ def test_a_copied_run_does_not_have_the_jobs_of_the_one_it_was_copied_from(tmp_p
     assert queue.submitted_jobs(orig) is not None
     (tmp_path / "link").symlink_to(tmp_path / "runs")
     assert queue.submitted_jobs(open_store(str(tmp_path / "link/orig"))) is not None, "the same folder by another way"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"{}", b'{"jobs": 12, "submission": "s", "submitted": 0, "output": "o"}', b"\xff"],
+    ids=str,
+)
+def test_a_damaged_record_of_a_job_is_none(run: Store, content: bytes) -> None:
+    run.put(layout.SLURM_JOB, content)
+    assert queue.submitted_jobs(run) is None
+    queue.check_no_job(run)
+    whole = [Attempt(number, "s", 12, 0, ["n1"], 0.0, failed_nodes=["n1"]) for number in (1, 3)]
+    for attempt in whole:
+        run.put(layout.slurm_attempt(attempt.number), json.dumps(asdict(attempt)).encode())
+    run.put(layout.slurm_attempt(2), content)
+    assert queue.attempts(run) == whole
+
+
+def test_a_submission_without_a_job_is_none(run: Store) -> None:
+    run.put(layout.SLURM_JOB, json.dumps(asdict(SubmittedJobs([], "s", 0.0, "out"))).encode())
+    assert queue.submitted_jobs(run) is None

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,14 +77,19 @@ def test_a_claimed_generation_that_loads_for_minutes_is_still_starting(run: Stor
         {"kind": "start", "machines": 5, "step": 0},
         {"kind": "end"},
         {"kind": ["end"]},
+        {"kind": "step", "step": 1, "loss": 3.0, "tokens": 1, "seconds": math.inf},
+        {"kind": "step", "step": 1, "loss": 3.0, "tokens": 1, "seconds": math.nan},
+        {"kind": "step", "step": 1, "loss": 3.0, "tokens": 1, "seconds": 10**400},
+        {"kind": "first_step", "seconds": -math.inf},
     ],
-    ids=str,
+    ids=lambda odd: str(odd)[:80],
 )
 def test_a_record_that_lacks_what_everybody_needs_is_left_out(run: Store, odd: dict) -> None:
     write(run, 1, start(1), step(1, 3.0))
     plain = status_at(run, NOW + 5)
     write(run, 1, start(1), odd, step(1, 3.0), odd)
     assert status_at(run, NOW + 5) == plain
+    Console(file=io.StringIO()).print(render(status_at(run, NOW + 5)))
 
 
 def test_a_running_run(run: Store) -> None:

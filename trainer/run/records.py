@@ -50,7 +50,12 @@ def _parsed(line: bytes) -> Record | None:
         return None
     given = {name: value for name, value in record.items() if value is not None}
     sound = _NEEDED.get(kind, set()) <= given.keys()
-    return record if sound and all(isinstance(given[name], _TYPES[name]) for name in given.keys() & _TYPES) else None
+    return record if sound and all(_is_sound(given[name], _TYPES[name]) for name in given.keys() & _TYPES) else None
+
+
+def _is_sound(value: Any, of: Any) -> bool:
+    """Whether it is of the type; NaN, infinity and what sums up to it are no numbers that anybody could show."""
+    return isinstance(value, of) and (not isinstance(value, int | float) or abs(value) < 2**63)
 
 
 def generations(folder: Store) -> list[int]:

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
-
-import yaml
 
 from trainer.config import Config, dump_config
 from trainer.config.secrets import masked
+from trainer.config.yaml_reader import read_yaml
+from trainer.errors import ConfigError, NotFound
 from trainer.run import layout
 from trainer.store import Store
 
@@ -37,10 +38,20 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
 
 
 def record_settings(run: Store, generation: int, config: Config) -> list[Change]:
-    """Keep what this start trains with; returns what changed since the start before it that trained."""
-    earlier = [entry.key for entry in run.list(layout.SETTINGS) if entry.key < layout.settings(generation)]
+    """Keep what this start trains with; returns what changed since the start before it that trained, as far as that can be
+    read."""
+    keys = [entry.key for entry in run.list(layout.SETTINGS) if entry.key < layout.settings(generation)]
     run.put(layout.settings(generation), dump_config(config).encode())
-    return changes(yaml.safe_load(run.get(max(earlier))), config.model_dump(mode="json")) if earlier else []
+    earlier = next(filter(None, (_kept(run, key) for key in sorted(keys, reverse=True))), None)
+    return changes(earlier, config.model_dump(mode="json")) if earlier else []
+
+
+def _kept(run: Store, key: str) -> dict[str, Any] | None:
+    """The settings under `key`; None where they are damaged or gone."""
+    with suppress(ConfigError, NotFound):
+        if isinstance(tree := read_yaml(run.get(key), key), dict):
+            return tree
+    return None
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
