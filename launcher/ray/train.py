@@ -11,8 +11,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from typing import Any
 
@@ -23,11 +23,12 @@ from trainer.checkpoint.listing import committed_steps
 from trainer.config import Config, dump_config, parse_config
 from trainer.data.prepare import Datasets
 from trainer.devices import stay_on_cpu
-from trainer.errors import ConfigError, DoesNotFit, Stopped
+from trainer.errors import CapstanError, ConfigError, DoesNotFit, Stopped, StorageError
 from trainer.run import layout
+from trainer.run.background import say
 from trainer.run.folder import command, run_folder
 from trainer.run.owner import Ownership
-from trainer.run.records import generations, newest_records, read_records, record_end, record_restart
+from trainer.run.records import generations, newest_records, record_end, record_restart
 from trainer.run.requests import request_restart
 from trainer.scratch import scratch_folder
 from trainer.store import Store
@@ -41,14 +42,25 @@ _PREEMPTION_GRACE_SECONDS = 30.0
 
 @dataclass
 class _ClusterRun:
-    """A run on its cluster, over all its attempts."""
+    """A run on its cluster, over all its attempts: `ends` are theirs so far.
+
+    `before` is the newest generation before the attempt that is made now; `committed`: the run has a checkpoint. Both are
+    what the store has told last.
+    """
 
     config: Config
     datasets: Datasets
-    run: Store
+    owner: Ownership
     resume: bool
     dashboard: str | None
     began: float
+    ends: list[retry.Failure] = field(default_factory=list)
+    before: int = 0
+    committed: bool = False
+
+    @property
+    def run(self) -> Store:
+        return self.owner.run
 
 
 def run_on_ray(
@@ -80,11 +92,11 @@ def run_on_ray(
     # Ray Train takes as long to import as Ray's processes take to start, so both happen at once.
     threading.Thread(target=import_module, args=("ray.train.torch",), daemon=True).start()
     with nullcontext() if joined else local_ray(config.cluster.most_workers or 1):
-        cluster_run = _ClusterRun(config, datasets, run, resume, dashboard, began)
-        ends: list[retry.Failure] = []
+        cluster_run = _ClusterRun(config, datasets, owner, resume, dashboard, began)
         while True:
-            owner.check()
             try:
+                owner.check()
+                cluster_run.before = max(generations(run), default=0)
                 wanted, workers = wait_for_room(
                     lambda: need(config),
                     config.cluster.ray.start_timeout,
@@ -93,22 +105,51 @@ def run_on_ray(
                     stop=lambda: stop_if_asked(run, "while the run was starting"),
                 )
                 end = _attempt(cluster_run, wanted, workers)
-            except ConfigError as error:
-                if not ends or not committed_steps(run):
-                    raise
-                raise Stopped(f"{ends[-1].reason}; since then: {error} {command('resume', run)} goes on.") from error
+            except Superseded:
+                raise
+            except StorageError as error:
+                end = retry.Failure(str(error), error)
+            except (ConfigError, Stopped) as error:
+                if cluster_run.ends:
+                    raise _between_attempts(cluster_run, error) from None
+                raise
             if end is None:
                 return
-            owner.check()  # the newest records would be another start's
-            end = retry.explained(end, newest_records(run))
-            record_end(run, end.reason, stopped=isinstance(end.error, Stopped), crash=end.error is None)
-            ends.append(end)
-            decision = retry.decide(ends, config.retry, committed=bool(committed_steps(run)))
+            decision = _after(cluster_run, end)
             if decision.error is not None:
                 raise decision.error
-            record_restart(run, decision.reason)
             log(decision.reason)
             cluster_run.began = time.time()
+
+
+def _after(cluster_run: _ClusterRun, end: retry.Failure) -> retry.Decision:
+    """Keep why an attempt ended, and decide what follows, which a store that does not answer keeps nobody from."""
+    run, before = cluster_run.run, cluster_run.before
+    try:
+        cluster_run.owner.check()  # the newest records would be another start's
+        end = retry.explained(end, newest_records(run, after=before))
+        record_end(run, end.reason, stopped=isinstance(end.error, Stopped), crash=end.error is None, after=before)
+        cluster_run.committed = bool(committed_steps(run))
+    except Superseded:
+        raise
+    except StorageError as error:
+        say(f"why this start ended could not be kept, which does not end the run: {error}")
+    cluster_run.ends.append(end)
+    decision = retry.decide(cluster_run.ends, cluster_run.config.retry, committed=cluster_run.committed)
+    if decision.error is None:
+        with suppress(StorageError):
+            record_restart(run, decision.reason)
+    return decision
+
+
+def _between_attempts(cluster_run: _ClusterRun, error: ConfigError | Stopped) -> CapstanError:
+    """The error that ends a run which has trained before, kept as the end of the start that comes to nothing."""
+    if isinstance(error, ConfigError) and cluster_run.committed:
+        resume = command("resume", cluster_run.run)
+        error = Stopped(f"{cluster_run.ends[-1].reason}; since then: {error} {resume} goes on.")
+    with suppress(StorageError):
+        record_end(cluster_run.run, str(error), stopped=isinstance(error, Stopped), after=cluster_run.before)
+    return error
 
 
 def _attempt(cluster_run: _ClusterRun, wanted: Need, workers: int) -> retry.Failure | None:
@@ -212,13 +253,22 @@ class _Watch:
     def __init__(self, cluster_run: _ClusterRun, wanted: Need, workers: int) -> None:
         self._cluster_run, self._wanted, self._workers = cluster_run, wanted, workers
         self.resizing = False
-        self._before = max(generations(cluster_run.run), default=0)
-        self._begun = self._training = False
+        self._begun = self._training = self._asked = self._failing = False
         self._began = self._looked = self._counted = time.monotonic()
 
     def look(self) -> None:
         """Raises `ConfigError` when the ranks do not begin in time, and `Stopped` when a stop was asked for, nothing new is
-        trained and something is committed already."""
+        trained and something is committed already. A store that does not answer is asked again at the next look."""
+        try:
+            self._look()
+        except StorageError as error:
+            if not self._failing:
+                say(f"looking after the ranks failed, which does not end the run, and will be tried again: {error}")
+            self._failing = True
+        else:
+            self._failing = False
+
+    def _look(self) -> None:
         now = time.monotonic()
         if now - self._looked >= _LOOK_SECONDS and not self._training:
             self._looked = now
@@ -230,11 +280,12 @@ class _Watch:
         if self._training and self._workers < self._wanted.most and now - self._counted >= interval:
             self._counted = now
             more = min(room(self._wanted.each), self._wanted.most - self._workers)
-            if more > 0 and not self.resizing:
-                self.resizing = True
+            if more > 0 and not self._asked:
+                self.resizing = True  # a request that fails may have reached the ranks all the same
                 request_restart(
                     self._cluster_run.run, f"because {self._workers + more} ranks instead of {self._workers} find room"
                 )
+                self._asked = True
 
     def _check_begun(self, now: float) -> None:
         """Ray bounds the wait for resources, but not that for the processes of the ranks."""
@@ -249,8 +300,7 @@ class _Watch:
             )
 
     def _has_started(self) -> bool:
-        newest = max(generations(self._cluster_run.run), default=0)
-        records = read_records(self._cluster_run.run, newest) if newest > self._before else iter(())
+        records = newest_records(self._cluster_run.run, after=self._cluster_run.before)
         return any(record["kind"] == "start" for record in records)
 
 

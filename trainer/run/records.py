@@ -9,9 +9,10 @@ import secrets
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeAlias
 
-from trainer.errors import NOT_JSON
+from trainer.errors import NOT_JSON, AlreadyExists
 from trainer.run import layout
 from trainer.run.segments import Appended, Segment, length, streams
 from trainer.store import Store
@@ -101,10 +102,10 @@ def add_record(folder: Store, generation: int, kind: str, **values: Any) -> None
     folder.put(layout.added_record(generation, name), record_line(kind, values))
 
 
-def newest_records(folder: Store) -> list[Record]:
-    """The records of the run's newest start; none before it has one."""
-    numbers = generations(folder)
-    return list(read_records(folder, numbers[-1])) if numbers else []
+def newest_records(folder: Store, *, after: int = 0) -> list[Record]:
+    """The records of the run's newest start; none where it has no generation after this one."""
+    newest = max(generations(folder), default=0)
+    return list(read_records(folder, newest)) if newest > after else []
 
 
 def record_restart(folder: Store, reason: str) -> None:
@@ -113,20 +114,21 @@ def record_restart(folder: Store, reason: str) -> None:
         add_record(folder, numbers[-1], "restart", reason=reason)
 
 
-def record_end(folder: Store, reason: str, *, stopped: bool = False, crash: bool = False) -> None:
+def record_end(folder: Store, reason: str, *, stopped: bool = False, crash: bool = False, after: int = 0) -> None:
     """Write why the newest generation ended into its records, unless its ranks did.
 
-    After a `crash` in any case: rank 0 is gone itself, or saw only a broken connection. A run that ended before it had a
-    rank gets its first generation here.
+    After a `crash` in any case: rank 0 is gone itself, or saw only a broken connection. A start that ended before it had a
+    rank, so that no generation is newer than `after`, gets its generation here.
     """
-    numbers = generations(folder)
-    if not numbers:
-        numbers = [1]
-        folder.create(layout.metrics(1), b"")
-    ends = [record for record in read_records(folder, numbers[-1]) if record["kind"] == "end"]
+    newest = max(generations(folder), default=0)
+    if newest <= after:
+        newest = after + 1
+        with suppress(AlreadyExists):  # its rank 0 was there this moment
+            folder.create(layout.metrics(newest), b"")
+    ends = [record for record in read_records(folder, newest) if record["kind"] == "end"]
     if ends and (not crash or ends[-1]["reason"] == reason):
         return
-    add_record(folder, numbers[-1], "end", outcome="stopped" if stopped else "failed", step=None, reason=reason)
+    add_record(folder, newest, "end", outcome="stopped" if stopped else "failed", step=None, reason=reason)
 
 
 def bad_windows(folder: Store) -> list[dict[str, int]]:
