@@ -2,6 +2,10 @@
 
 A folder is locked as long as its process lives, however that ends: unlike a process number, the kernel's lock is never
 mistaken for another's, not even by a container that shares the directory.
+
+    python -m trainer.scratch DIRECTORY
+
+removes what is left in a directory, as slurm/run.sh does on each node.
 """
 
 import fcntl
@@ -9,6 +13,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,7 +21,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # The names that `tempfile` makes from our prefixes. TensorBoard's are of versions before this one.
-_OURS = re.compile(r"capstan-(ray|tensorboard|submit|verify|base|adapter|export|start)-[a-z0-9_]{8}")
+# slurm/run.sh makes its own, from the job and its restart.
+_OURS = re.compile(r"capstan-(?:(?:ray|tensorboard|submit|verify|base|adapter|export|start)-[a-z0-9_]{8}|\d+-\d+)")
 _YOUNG_SECONDS = 60.0
 """A folder this new may not be locked yet."""
 
@@ -34,10 +40,12 @@ def scratch_folder(purpose: str) -> Iterator[str]:
             os.close(held)
 
 
-def collect_leftovers() -> list[str]:
-    """Remove what processes of this user that are gone left in the temporary directory; returns the paths."""
+def collect_leftovers(directory: str | None = None) -> list[str]:
+    """Remove what processes of this user that are gone left in `directory`, or in the temporary one; returns the paths."""
     with suppress(OSError):  # nothing here may keep a run from starting
-        found = [Path(entry.path) for entry in os.scandir(tempfile.gettempdir()) if _OURS.fullmatch(entry.name)]
+        found = [
+            Path(entry.path) for entry in os.scandir(directory or tempfile.gettempdir()) if _OURS.fullmatch(entry.name)
+        ]
         old = [path for path in found if _is_old_and_ours(path)]
         in_use = _open_paths() if old else set()
         gone = [path for path in old if not any(f"{used}/".startswith(f"{path}/") for used in in_use) and _remove(path)]
@@ -79,3 +87,7 @@ def _remove(path: Path) -> bool:
     finally:
         os.close(held)
     return True
+
+
+if __name__ == "__main__":
+    collect_leftovers(sys.argv[1])

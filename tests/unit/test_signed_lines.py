@@ -70,6 +70,20 @@ def test_connections_that_say_nothing_keep_nobody_out_for_long(server: Server, m
     assert Line("127.0.0.1", server.port, SECRET).ask("late") == {"got": "late"}
 
 
+def test_however_many_say_nothing_a_rank_that_comes_later_is_heard(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signed_lines, "_STRANGERS", 4)
+    monkeypatch.setattr(signed_lines, "_PATIENCE_SECONDS", 60.0)
+    silent = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(5)]
+    assert silent[0].recv(1) == b"", "the oldest made room"
+    rank = Line("127.0.0.1", server.port, SECRET)
+    assert [rank.ask(turn) for turn in range(2)] == [{"got": 0}, {"got": 1}]
+    silent += [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(5)]
+    assert silent[5].recv(1) == b""
+    assert rank.ask("still") == {"got": "still"}, "one that is known is no stranger"
+
+
 def test_it_listens_at_one_address_only(server: Server) -> None:
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", server.port), timeout=30)

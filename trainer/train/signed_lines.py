@@ -19,7 +19,7 @@ from trainer.run.background import say
 _LINE_BYTES = 2**20
 _PATIENCE_SECONDS = 10.0
 _STRANGERS = 256
-"""So many connections may be open that have not sent a signed line yet."""
+"""So many connections may be open that have not sent a signed line yet; one more takes the place of the oldest."""
 
 
 def sign(secret: bytes, told: Any) -> bytes:
@@ -39,7 +39,8 @@ class Server:
     """Answers the lines of whoever knows the secret by `answer`, in a thread of its own, at one address of this machine."""
 
     def __init__(self, host: str, secret: bytes, answer: Callable[[Any], Any]) -> None:
-        self._secret, self._answer, self._strangers = secret, answer, 0
+        self._secret, self._answer = secret, answer
+        self._strangers = dict[asyncio.StreamWriter, None]()  # the oldest first
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             self._listening = socket.create_server((host, 0), family=family, backlog=4096)
@@ -63,7 +64,7 @@ class Server:
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            line = await self._first_line(reader)
+            line = await self._first_line(reader, writer)
             while (told := verified(self._secret, line)) is not None:
                 writer.write(sign(self._secret, self._answer(told)))
                 await writer.drain()
@@ -73,14 +74,16 @@ class Server:
         finally:
             writer.close()
 
-    async def _first_line(self, reader: asyncio.StreamReader) -> bytes:
-        if self._strangers >= _STRANGERS:
-            return b""
-        self._strangers += 1
+    async def _first_line(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        if len(self._strangers) >= _STRANGERS:  # a rank speaks at once, so it is not the one that is hung up on
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            oldest.transport.abort()
+        self._strangers[writer] = None
         try:
             return await asyncio.wait_for(reader.readline(), _PATIENCE_SECONDS)
         finally:
-            self._strangers -= 1
+            self._strangers.pop(writer, None)
 
 
 class Line:
