@@ -80,7 +80,7 @@ def submit(
         runtime_env=dict(config.cluster.ray.runtime_env) if address else {},
         snapshot=code.sentence(),
         config=config.model_dump(mode="json"),
-        next=f"capstan status {run.uri} --watch",
+        next=f"capstan status {shlex.quote(run.uri)} --watch",
         dry_run=dry_run,
     )
     if dry_run:

@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -103,7 +104,7 @@ def submit(
         output=str(output),
         script=batch_file,
         snapshot=code.sentence(),
-        next=f"capstan status {run.uri} --watch",
+        next=f"capstan status {shlex.quote(run.uri)} --watch",
         dry_run=dry_run,
     )
     if dry_run:

@@ -1,9 +1,13 @@
 """A run's configuration is read from its folder, whose place and name count."""
 
+import shlex
 from pathlib import Path
 
 import pytest
 
+from launcher.ray import jobs as ray
+from launcher.slurm import submit as slurm
+from tests.material import Workshop
 from trainer.errors import ConfigError
 from trainer.run import layout
 from trainer.run.folder import run_config, run_folder
@@ -38,3 +42,13 @@ def test_a_folder_without_a_readable_configuration_says_so(tmp_path: Path, conte
         folder.put(layout.CONFIG, content)
     with pytest.raises(ConfigError, match=said):
         run_config(folder)
+
+
+def test_the_next_command_of_a_submission_can_be_pasted(tmp_path: Path) -> None:
+    config = Workshop(tmp_path).config("mine", f"run.store={tmp_path / 'my runs'}", "cluster.workers=2")
+    told = [
+        ray.submit(config, resume=False, take_over=False, dry_run=True, log=print),
+        slurm.submit(config, resume=False, take_over=False, after=None, dry_run=True, log=print),
+    ]
+    for submission in told:
+        assert shlex.split(submission.next) == ["capstan", "status", submission.uri, "--watch"]

@@ -280,7 +280,7 @@ class Checkpoints:
                 "another name."
             )
         if required:
-            raise NothingToResume(f"{self.run.uri} has no committed checkpoint. Start it with `capstan train`.")
+            raise NothingToResume(f"{self.run.uri} has no committed checkpoint. Start it again from its configuration.")
         return None
 
     def _candidates(self) -> Iterator[tuple[CheckpointManifest | None, list[str]]]:
