@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from launcher.policy.retry import is_machine_lost
 from trainer.errors import (
     ConfigError,
     DataError,
@@ -117,6 +118,8 @@ def _meaning(ending: Ending, supervised: bool, *, newly_bad: bool) -> tuple[Kind
         return "stopped", f"stopped by {ending.stopped_by}", False
     if ending.lost_nodes:
         return "node lost", f"no answer from {', '.join(ending.lost_nodes)}", True
+    if code in _STOPPED and not ending.signal and is_machine_lost(ending.reason):
+        return "node lost", ending.reason, True  # by Ray, though Slurm still reaches it
     if code == Stopped.exit_code and not ending.signal:
         return "stopped", ending.reason or "stopped by request", False
     if code in _MISTAKES and not (code in _STOPPED and ending.signal):

@@ -5,16 +5,18 @@ again, a stop is meant; a crash and a failing store are worth another attempt. N
 have a budget of their own.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import shorten
 from typing import Any, Literal, TypeAlias
 
 from trainer.config import Retry
 from trainer.errors import CapstanError, Interrupted, NonFiniteLoss, NothingCommitted, Stopped, StorageError, Superseded
+from trainer.run.requests import MACHINE_LEAVES
 
 WorkerErrors: TypeAlias = Mapping[int, BaseException]
 Kind = Literal["failure", "preemption", "resize"]
+_LOST = "lost a machine: "
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,15 @@ class RankDied(Exception):
         self.confirmed = confirmed
 
 
+def lost_machine(which: str) -> Failure:
+    return Failure(f"{_LOST}{which}", None, "preemption")
+
+
+def is_machine_lost(reason: str) -> bool:
+    """Whether this reason of a start's end, as its record keeps it, is a machine that left: nobody's failure."""
+    return reason.startswith(_LOST) or MACHINE_LEAVES in reason
+
+
 def classify(errors: WorkerErrors, *, resizing: bool = False) -> Failure:
     """The cause among the errors that ended the ranks; `resizing`: they were asked to end because more nodes had come.
 
@@ -55,7 +66,7 @@ def classify(errors: WorkerErrors, *, resizing: bool = False) -> Failure:
     """
     lost = sorted(rank for rank, error in errors.items() if isinstance(error, RankDied) and error.node_lost)
     if lost:
-        return Failure(f"the machine of rank {', '.join(map(str, lost))} was taken away", None, "preemption")
+        return lost_machine(f"that of rank {', '.join(map(str, lost))}")
     ours = [(rank, error) for rank, error in sorted(errors.items()) if isinstance(error, CapstanError)]
     if ours:
         error = ours[0][1]
@@ -68,17 +79,18 @@ def classify(errors: WorkerErrors, *, resizing: bool = False) -> Failure:
     return Failure(f"rank {rank} failed: {type(error).__name__}: {first_line}", None)
 
 
-def decide(ends: Sequence[Failure], rules: Retry, *, committed: bool) -> Decision:
+def decide(ends: Sequence[Failure], rules: Retry, *, committed: bool, command: Callable[[str], str]) -> Decision:
     """Another attempt, or the error that ends the run; `ends` are all attempts' so far, the newest last.
 
-    `committed`: the run has a checkpoint, so that it can be resumed.
+    `committed`: the run has a checkpoint, so that it can be resumed. `command` writes out the one that does a verb with the
+    run.
     """
     newest = ends[-1]
     again = "Starting again from the last commit"
     if newest.kind == "resize":
         return Decision(f"{newest.reason}. {again}.", None)
     if newest.kind == "preemption":
-        return _after_preemption(ends, rules, committed)
+        return _after_preemption(ends, rules, committed, command)
     if isinstance(newest.error, NonFiniteLoss):
         before = sum(isinstance(end.error, NonFiniteLoss) for end in ends[:-1])
         if rules.skip_bad_window and not before:
@@ -86,23 +98,30 @@ def decide(ends: Sequence[Failure], rules: Retry, *, committed: bool) -> Decisio
         return Decision(newest.reason, newest.error)
     if newest.error is not None and not _worth_another_attempt(newest.error):
         return Decision(newest.reason, newest.error)
+    see = f"{command('logs')} shows more."
     failures = [end for end in ends if end.kind == "failure" and not isinstance(end.error, NonFiniteLoss)]
     if newest.error is None and newest.step is not None and any(end.step == newest.step for end in failures[:-1]):
-        ending = f"{newest.reason}. It is the second crash in step {newest.step}, so another start would not help. See `capstan logs`."
+        ending = (
+            f"{newest.reason}. It is the second crash in step {newest.step}, so another start would not help. {see}"
+        )
         return Decision(ending, CapstanError(ending))
     if len(failures) > rules.failures:
-        ending = f"{newest.reason} (failure {len(failures)}; retry.failures: {rules.failures}). See `capstan logs`."
+        ending = f"{newest.reason} (failure {len(failures)}; retry.failures: {rules.failures}). {see}"
         return Decision(ending, type(newest.error)(ending) if newest.error else CapstanError(ending))
     return Decision(f"{newest.reason}. {again} ({len(failures)} of {rules.failures} restarts).", None)
 
 
-def _after_preemption(ends: Sequence[Failure], rules: Retry, committed: bool) -> Decision:
+def _after_preemption(
+    ends: Sequence[Failure], rules: Retry, committed: bool, command: Callable[[str], str]
+) -> Decision:
     newest, count = ends[-1], sum(end.kind == "preemption" for end in ends)
     if rules.preemptions is not None and count > rules.preemptions:
         ending = f"{newest.reason} (preemption {count}; retry.preemptions: {rules.preemptions})."
         if committed:
-            return Decision(ending, Stopped(f"{ending} `capstan resume` goes on."))
-        return Decision(ending, NothingCommitted(f"{ending} Nothing is committed: start it again."))
+            return Decision(ending, Stopped(f"{ending} {command('resume')} goes on."))
+        return Decision(
+            ending, NothingCommitted(f"{ending} Nothing is committed: start it again from its configuration.")
+        )
     of = "" if rules.preemptions is None else f" of {rules.preemptions}"
     return Decision(f"{newest.reason}. Starting again from the last commit (preemption {count}{of}).", None)
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -23,7 +24,7 @@ from trainer.checkpoint.listing import committed_steps
 from trainer.config import Config, dump_config, parse_config
 from trainer.data.prepare import Datasets
 from trainer.devices import stay_on_cpu
-from trainer.errors import CapstanError, ConfigError, DoesNotFit, Stopped, StorageError
+from trainer.errors import CapstanError, ConfigError, DoesNotFit, Stopped, StorageError, Superseded
 from trainer.run import layout
 from trainer.run.background import say
 from trainer.run.folder import command, run_folder
@@ -135,7 +136,8 @@ def _after(cluster_run: _ClusterRun, end: retry.Failure) -> retry.Decision:
     except StorageError as error:
         say(f"why this start ended could not be kept, which does not end the run: {error}")
     cluster_run.ends.append(end)
-    decision = retry.decide(cluster_run.ends, cluster_run.config.retry, committed=cluster_run.committed)
+    rules, tell = cluster_run.config.retry, partial(command, folder=run)
+    decision = retry.decide(cluster_run.ends, rules, committed=cluster_run.committed, command=tell)
     if decision.error is None:
         with suppress(StorageError):
             record_restart(run, decision.reason)
@@ -178,9 +180,9 @@ def _attempt(cluster_run: _ClusterRun, wanted: Need, workers: int) -> retry.Fail
             # Ray reports a rank's death together with its node's; a broken connection is seen long before either.
             told = any(isinstance(error, retry.RankDied) and error.confirmed for error in errors.values())
             lost = lost_nodes(nodes, within=0 if told else _LOSS_SECONDS)
-            return retry.Failure(f"lost {', '.join(lost)}", None, "preemption") if lost else end
+            return retry.lost_machine(", ".join(lost)) if lost else end
         except PreemptionError as error:
-            return retry.Failure(f"a machine was taken away ({first_line(error)})", None, "preemption")
+            return retry.lost_machine(first_line(error))
         except ControllerError as error:
             cause = error.controller_failure
             return retry.Failure(f"Ray could not start the ranks ({type(cause).__name__}: {first_line(cause)})", None)

@@ -23,7 +23,7 @@ from trainer.store import Store, open_store
 
 
 def decide(ends: list[Failure], rules: Retry, *, committed: bool = True) -> retry.Decision:
-    return retry.decide(ends, rules, committed=committed)
+    return retry.decide(ends, rules, committed=committed, command="`capstan {} mine --store /my/runs`".format)
 
 
 def crash(step: int | None = None) -> Failure:
@@ -45,6 +45,7 @@ def test_a_crash_is_tried_again_until_the_budget_is_used_up():
     assert isinstance(last, CapstanError)
     assert last.exit_code == 1
     assert "retry.failures: 2" in str(last)
+    assert str(last).endswith("`capstan logs mine --store /my/runs` shows more.")
 
 
 def test_a_second_crash_in_the_same_step_ends_the_run_and_says_so():
@@ -53,6 +54,7 @@ def test_a_second_crash_in_the_same_step_ends_the_run_and_says_so():
     assert error is not None
     assert error.exit_code == 1
     assert "second crash in step 7" in str(error)
+    assert str(error).endswith("`capstan logs mine --store /my/runs` shows more.")
 
 
 def test_machines_that_leave_are_counted_apart_from_failures():
@@ -62,6 +64,7 @@ def test_machines_that_leave_are_counted_apart_from_failures():
     last = decide([PREEMPTED, crash(3), PREEMPTED, PREEMPTED], rules).error
     assert isinstance(last, Stopped)
     assert "retry.preemptions: 2" in str(last)
+    assert str(last).endswith("`capstan resume mine --store /my/runs` goes on.")
     assert decide([PREEMPTED] * 100, Retry()).error is None
 
 
@@ -122,7 +125,7 @@ def test_beyond_the_budget_of_preemptions_a_run_without_a_commit_cannot_be_resum
 
 def test_a_lost_machine_is_the_cause_of_whatever_else_went_wrong():
     failure = retry.classify({0: StorageError("reset"), 2: RankDied("gone", node_lost=True), 3: RankDied("gone")})
-    assert (failure.kind, failure.reason) == ("preemption", "the machine of rank 2 was taken away")
+    assert (failure.kind, failure.reason) == ("preemption", "lost a machine: that of rank 2")
 
 
 def test_an_interruption_is_a_preemption_unless_the_driver_asked_for_it():

@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 
+from launcher.policy.retry import decide, lost_machine
 from launcher.slurm.job import begin, end, free_ports, silent_nodes
 from launcher.slurm.queue import attempts
 from launcher.view.status import read_generation, read_status
-from trainer.config import Config, dump_config, parse_config
+from trainer.config import Config, Retry, dump_config, parse_config
 from trainer.errors import ConfigError
 from trainer.run import layout
 from trainer.run.owner import newest_number, read_owner, take
+from trainer.run.records import record_end
 from trainer.run.requests import request_stop
 from trainer.store import Store, open_store
 
@@ -175,6 +177,24 @@ def test_a_node_that_does_not_answer_is_lost_before_slurm_knows(
     assert end(config, 2, "", nodes) == "requeue"
     (attempt,) = attempts(run)
     assert (attempt.reason, attempt.failed_nodes) == ("no answer from n2", ["n2"])
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_a_node_that_only_ray_has_lost_is_lost(
+    config: Config, run: Store, nodes: list[dict[str, Any]], committed: bool
+) -> None:
+    start(config)
+    generation(run, 1)
+    if committed:
+        run.create(layout.manifest(4), b"a checkpoint")
+    lost = lost_machine("host2/0a1b2c3d")
+    record_end(run, lost.reason, crash=True)  # as the driver does before it ends
+    final = decide([lost], Retry(preemptions=0), committed=committed, command=str).error
+    assert final is not None
+    assert end(config, final.exit_code, "", nodes) == "requeue"
+    (attempt,) = attempts(run)
+    assert (attempt.kind, attempt.reason) == ("node lost", lost.reason)
+    assert start(config, restart=1) == "run"
 
 
 def test_a_driver_that_was_killed_leaves_its_reason_in_the_status(

@@ -15,7 +15,11 @@ from launcher.policy.jobs import (
     is_over,
     judge,
 )
+from launcher.policy.retry import lost_machine
+from trainer.run.requests import MACHINE_LEAVES
 
+LOST = lost_machine("host2/0a1b2c3d").reason
+LEFT = f"stopped at step 3 {MACHINE_LEAVES}"
 PREEMPTED = Ending(75, signal="USR1", step=10)
 
 
@@ -38,6 +42,12 @@ def judged(ending: Ending, *before: Attempt, budget: int = 3, supervised: bool =
         (Ending(75), "stopped", False, 75),
         (Ending(75, signal="USR1", stopped_by="capstan stop"), "stopped", False, 75),
         (Ending(1, lost_nodes=["n2"]), "node lost", True, 75),
+        (Ending(75, reason=LOST), "node lost", True, 75),  # its slurmd answers, its Ray does not
+        (Ending(7, reason=LOST), "node lost", True, 75),  # before the first commit
+        (Ending(75, reason=LEFT), "node lost", True, 75),
+        (Ending(75, reason=LOST, stopped_by="capstan stop"), "stopped", False, 75),
+        (Ending(75, signal="USR1", reason=LOST), "preempted", True, 75),
+        (Ending(3, reason=LOST), "mistake", False, 3),
         (Ending(75, lost_nodes=["n2"]), "node lost", True, 75),  # the driver found too few machines left
         (Ending(75, lost_nodes=["n2"], stopped_by="capstan stop"), "stopped", False, 75),
         (Ending(2, lost_nodes=["n2"]), "node lost", True, 75),  # too few workers came: because the node is gone

@@ -14,6 +14,9 @@ from trainer.run import layout
 from trainer.run.background import Every
 from trainer.store import Store
 
+MACHINE_LEAVES = "because a machine of the run is being taken away"
+"""Completes "stopped", in the reason of a start's end."""
+
 
 def request_stop(folder: Store, by: str | None = None) -> None:
     """Ask the run to commit a checkpoint and end. `by` says who asks; the default names this process and host."""
@@ -65,7 +68,7 @@ class StopSignal:
     @property
     def requested(self) -> Stop:
         if self._asked is Stop.NO and self._preempted():
-            self._asked, self.reason = Stop.RESTART, "because a machine of the run is being taken away"
+            self._asked, self.reason = Stop.RESTART, MACHINE_LEAVES
         return self._asked
 
     def request(self) -> None:
