@@ -4,9 +4,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
+import yaml
+
 from launcher.start import snapshot
 from launcher.start.check import check_idle, check_name, has_run
 from trainer.config import Config, dump_config
+from trainer.config.secrets import masked
 from trainer.errors import ConfigError, NotFound
 from trainer.run import layout
 from trainer.run.folder import run_config, run_folder
@@ -101,7 +104,8 @@ def keep_code(log: Callable[[str], None]) -> snapshot.Snapshot | None:
 def _keep_settings(run: Store, known: list[int], config: Config) -> None:
     """An earlier version did not keep what each start trained with, so this is written before the settings change."""
     if known and not run.list(layout.SETTINGS):
-        run.put(layout.settings(known[-1]), dump_config(config).encode())
+        tree = masked(config.model_dump(mode="json"))  # an earlier version did not refuse a secret in a setting
+        run.put(layout.settings(known[-1]), yaml.safe_dump(tree, sort_keys=False).encode())
 
 
 def _contents(run: Store, keys: tuple[str, ...]) -> dict[str, bytes]:

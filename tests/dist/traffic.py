@@ -70,15 +70,21 @@ def _watch_collectives(count: Any) -> None:
     for name in _COLLECTIVES:
         watch(name)
     # Objects that ranks send each other travel as uint8 too, but they are no traffic of the model's.
-    plain_objects, plain_count = torch.distributed.all_gather_object, count
+    plain_count = count
 
-    def objects(*arguments: Any, **options: Any) -> None:
-        nonlocal count
-        count = lambda *_: None  # noqa: E731
-        plain_objects(*arguments, **options)
-        count = plain_count
+    def uncount(name: str) -> None:
+        plain = getattr(torch.distributed, name)
 
-    torch.distributed.all_gather_object = objects
+        def objects(*arguments: Any, **options: Any) -> None:
+            nonlocal count
+            count = lambda *_: None  # noqa: E731
+            plain(*arguments, **options)
+            count = plain_count
+
+        setattr(torch.distributed, name, objects)
+
+    for name in ("all_gather_object", "broadcast_object_list"):
+        uncount(name)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

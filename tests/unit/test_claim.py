@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+import yaml
 
 from launcher.start.check import check_turn
 from launcher.start.claim import claimed
@@ -226,3 +227,16 @@ def test_a_rank_waits_for_data_as_long_as_rank_0_lives(config: Config, monkeypat
     with pytest.raises(DataError, match=r"timeouts\.meet: rank 0, which compiles the data"):
         wait_for_first_rank(config, "srun", sleep)
     assert 11 * config.timeouts.meet < clock[0] < 12 * config.timeouts.meet
+
+
+def test_a_secret_of_an_earlier_versions_settings_is_not_written_again(config: Config, run: Store) -> None:
+    run.delete(layout.settings(1))
+    secret = "hf_" + "Ab3" * 11
+    old = config.model_dump(mode="json")
+    old["cluster"]["ray"]["runtime_env"] = {"env_vars": {"HF_TOKEN": secret}}
+    run.put(layout.CONFIG, yaml.safe_dump(old).encode())
+    said: list[str] = []
+    with resumed(config, said):
+        pass
+    assert not [key for key, data in contents(run).items() if secret.encode() in data]
+    assert [line for line in said if "HF_TOKEN" in line and secret not in line]

@@ -15,9 +15,10 @@ from launcher.ray.cluster import Need
 from launcher.view.status import read_status
 from trainer.config import Config, parse_config
 from trainer.data.prepare import Datasets
-from trainer.errors import CapstanError, ConfigError, Stopped, StorageError, Unreachable
+from trainer.errors import CapstanError, ConfigError, Stopped, StorageError, Superseded, Unreachable
 from trainer.run import layout
 from trainer.run.folder import run_folder
+from trainer.run.owner import take
 from trainer.run.records import read_records
 from trainer.store import Store
 
@@ -66,7 +67,8 @@ def drive(config: Config, monkeypatch: pytest.MonkeyPatch, *attempts: Attempt) -
     monkeypatch.setattr(train, "import_module", lambda name: None)
     monkeypatch.setattr(train, "wait_for_room", lambda *_, **__: (Need(1, 1, {}), 1))
     monkeypatch.setattr(train, "_attempt", lambda cluster_run, *_: next(script)(cluster_run.run))
-    train.run_on_ray(config, Datasets("d", None), run_folder(config), resume=False, dashboard="", log=log.append)
+    owner = take(run_folder(config), "capstan train", 0)
+    train.run_on_ray(config, Datasets("d", None), owner, resume=False, dashboard="", log=log.append)
     assert next(script, None) is None
     return log
 
@@ -153,7 +155,8 @@ def test_a_store_that_never_answers_again_ends_the_run_with_its_own_exit_code(
 def test_a_look_that_the_store_fails_is_said_once_and_made_again(
     config: Config, run: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cluster_run = train._ClusterRun(config, Datasets("d", None), run, False, "", time.time())
+    owner = take(run, "capstan train", 0)
+    cluster_run = train._ClusterRun(config, Datasets("d", None), owner, False, "", time.time())
     watch = train._Watch(cluster_run, Need(1, 4, {}), 2)
     monkeypatch.setattr(train, "_LOOK_SECONDS", 0.0)
     monkeypatch.setattr(train, "room", lambda each: 2)
@@ -172,3 +175,16 @@ def test_a_look_that_the_store_fails_is_said_once_and_made_again(
     watch._counted -= 100
     watch.look()
     assert "4 ranks instead of 2" in run.get(layout.RESTART).decode()
+
+
+def test_a_run_that_was_taken_over_gets_no_end_and_no_other_attempt(
+    config: Config, run: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taken_over(run: Store) -> Failure:
+        take(run, "capstan resume", 1)
+        ranks_that(2, end=None)(run)
+        return Failure("rank 0 died", None)
+
+    with pytest.raises(Superseded, match="has been taken over"):
+        drive(config, monkeypatch, ranks_that(1, end=Failure("rank 1 died", None)), taken_over)
+    assert (ends(run, 1), ends(run, 2)) == (["rank 1 died"], [])
