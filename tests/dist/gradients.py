@@ -10,9 +10,11 @@ from torch import Tensor
 
 from tests.dist.assembled import adapter_value, assemble_run, chapters_of
 from trainer.base.load import DTYPES
+from trainer.base.locate import resolve_base
 from trainer.config import parse_config
 from trainer.data.stream import Position, train_stream
 from trainer.train.loop import train
+from trainer.tuning.method import find_method
 
 
 def first_step(config_text: str, fingerprint: str, destination: str) -> dict[str, Any]:
@@ -47,18 +49,21 @@ def plain_first_step(config_text: str, fingerprint: str, destination: str) -> di
     from peft import inject_adapter_in_model
     from transformers import AutoModelForCausalLM
 
-    from trainer.tuning.lora import METHODS
-
     config = parse_config(config_text)
     dtype = DTYPES[config.model.dtype]
     torch.set_num_threads(1)
     model: Any = AutoModelForCausalLM.from_pretrained(config.model.base, dtype=dtype, attn_implementation="eager")
     model.requires_grad_(False)
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+        if isinstance(module, torch.nn.Linear) and name != "lm_head" and config.quant.type != "none":
             module.weight.data = bnb.dequantize_4bit(*bnb.quantize_4bit(module.weight.data, quant_type="nf4")).to(dtype)
-    inject_adapter_in_model(METHODS[config.tuning.method](config.tuning).peft_config("all-linear"), model)
-    adapters = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+    method: Any = find_method(config.tuning)
+    architecture = resolve_base(config.model).architecture
+    names = architecture.linear_names if method.targets == "all-linear" else method.targets
+    inject_adapter_in_model(method.peft_config(names), model)
+    ours = {_plain_name(name): name for name in method.shapes(architecture)}
+    adapters = {ours[_plain_name(name)]: part for name, part in model.named_parameters() if part.requires_grad}
+    assert len(adapters) == len(ours)
     for name, parameter in adapters.items():
         parameter.data = adapter_value(name, tuple(parameter.shape)).to(dtype)
     stream = train_stream(config, chapters_of(config, fingerprint), rank=0, world_size=1)
@@ -80,3 +85,8 @@ def plain_first_step(config_text: str, fingerprint: str, destination: str) -> di
     norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
     rows = [batch.targets for batch in batches]
     return {"loss": nats, "grad_norm": float(norm), "targets": targets, "row_targets": rows}
+
+
+def _plain_name(name: str) -> str:
+    """A parameter's name without the adapter's, and without what PEFT's own modules are made of."""
+    return name.replace(".default", "").removesuffix(".weight")

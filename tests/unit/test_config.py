@@ -88,7 +88,10 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(setting: str, expected:
         ),
         ("data.train=[]", "data.train: [] is not allowed. List should have at least 1 item"),
         ("data.train=[{path: a, weight: -1}]", "data.train[0].weight: -1 is not allowed."),
-        ("tuning.targets=linear", "tuning.targets: 'linear' is not allowed. Input should be 'all-linear' or a list."),
+        (
+            "tuning.targets=linear",
+            "tuning.targets: 'linear' is not allowed. Input should be 'auto' or 'all-linear' or a list.",
+        ),
         ("tuning.targets=[q_proj, 1]", "tuning.targets[1]: 1 is not allowed. Input should be text."),
         ("data.fields=text", "data.fields: 'text' is not allowed. Input should be a section of names and values."),
         ("model=tiny", "model: 'tiny' is not allowed. Input should be a section of settings."),

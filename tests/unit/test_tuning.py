@@ -24,7 +24,7 @@ def refusal(**settings: object) -> str:
 
 def test_an_unknown_method_is_refused_with_the_nearest_name():
     assert refusal(method="rs-lora") == (
-        "tuning.method: 'rs-lora' is not allowed. Allowed are lora, rslora. Did you mean rslora?"
+        f"tuning.method: 'rs-lora' is not allowed. Allowed are {', '.join(sorted(methods()))}. Did you mean rslora?"
     )
 
 

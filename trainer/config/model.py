@@ -65,11 +65,12 @@ class Quant(Section):
 
 
 class Tuning(Section):
-    """The part that learns: low-rank adapters on the frozen layers."""
+    """The part that learns, on the frozen layers. docs/methods.md says when to use which method."""
 
     method: str = setting(
         "lora",
-        about="lora or rslora: low-rank adapters, scaled by alpha / rank or by alpha / sqrt(rank).",
+        about="lora or rslora: low-rank adapters, scaled by alpha / rank or by alpha / sqrt(rank). dora: those of lora, and a "
+        "length for each row of a weight. ia3: vectors that scale keys, values and the MLP's inner activations.",
         example="rslora",
     )
     rank: int = setting(16, about="Rank of the adapters.", example=16, ge=1, le=4096)
@@ -77,8 +78,14 @@ class Tuning(Section):
         32.0, about="Scale of the adapters' output, before the division by the rank.", example=32, gt=0
     )
     dropout: float = setting(0.0, about="Share of the adapters' inputs dropped in training.", example=0.05, ge=0, lt=1)
-    targets: Literal["all-linear"] | list[str] = setting(
-        "all-linear",
-        about="Which linear layers get an adapter: all-linear (all but the output head), or names.",
+    targets: Literal["auto", "all-linear"] | list[str] = setting(
+        "auto",
+        about="Which linear layers get an adapter: all-linear (all but the output head), or names. auto is all-linear, but "
+        "k_proj, v_proj and down_proj for ia3.",
         example=["q_proj", "v_proj"],
+    )
+    feedforward: list[str] | None = setting(
+        None,
+        about="Those of the targets whose inputs ia3 scales, where it scales the outputs of the others. Default: those that end in down_proj.",
+        example=["down_proj"],
     )

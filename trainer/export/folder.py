@@ -31,7 +31,7 @@ def model_card(config: Config, manifest: CheckpointManifest, library: str, what:
         "run": config.run.name,
         "step": manifest.step,
         "evaluation loss": "not evaluated at this step" if manifest.eval_loss is None else f"{manifest.eval_loss:.4f}",
-        "adapter": json.dumps(config.tuning.model_dump(mode="json")),
+        "adapter": json.dumps(config.tuning.model_dump(mode="json", exclude_none=True)),
         "optimizer": json.dumps(manifest.groups),
         "quantization": json.dumps(config.quant.model_dump(mode="json", exclude={"cache"})),
         "computed in": config.model.dtype,

@@ -2,7 +2,7 @@
 
 Each file has the name, the header and the length of the base's own, so its tensors keep their names, types and places;
 only the bytes of adapted weights differ. These are the base's weights as they are stored, not as they were quantized for
-training, plus what the run's method adds to them, in fp32, and rounded once to the type they are stored in.
+training, changed as the run's method says, in fp32, and rounded once to the type they are stored in.
 config.json is written last: nothing loads a model without it, so a merge that was killed is not mistaken for one.
 """
 
@@ -54,7 +54,7 @@ def export_merged(
     if method.unmergeable:
         raise ConfigError(f"--merge: {method.unmergeable}. Leave out --merge.")
     base = resolve_trained_base(config.model, manifest)
-    updates = method.updates(adapter_weights(run, manifest, config))
+    updates = method.updates(adapter_weights(run, manifest, config), base.architecture)
     card = model_card(config, manifest, "transformers", _description(config))
     destination.put(CARD, card)
     _write_weights(base, updates, destination, report)
@@ -66,7 +66,7 @@ def export_merged(
 
 def _description(config: Config) -> str:
     over = "" if config.quant.type == "none" else f" The adapter was trained over the base in {config.quant.type}."
-    return f"A model {TRAINED}: a LoRA adapter, merged into the weights of its base.{over}"
+    return f"A model {TRAINED} by {config.tuning.method}: the adapter is merged into the weights of its base.{over}"
 
 
 @freed_memory_given_back()
@@ -89,7 +89,7 @@ def _write_weights(base: Base, updates: Mapping[str, WeightUpdate], destination:
         destination.put(INDEX_FILE, json.dumps(index, indent=2).encode())
 
 
-def _stored(base: Base, name: str, shape: tuple[int, int]) -> TensorSource:
+def _stored(base: Base, name: str, shape: tuple[int, ...]) -> TensorSource:
     source = find_source(base, name, shape)
     assert isinstance(source, TensorSource), "only experts are stored in parts, and they have no adapters"
     return source
@@ -142,7 +142,7 @@ def _pieces(
     position = 0
     for source, update in sorted(adapted, key=lambda pair: pair[0].offset):
         yield from copied(position, source.offset)
-        columns = update.shape[1]
+        columns = update.shape[-1]
         for begin, end in cut(source, 0, numel(source), multiple=columns):
             yield _FileRange(
                 store, key, *source.byte_range(begin, end), partial(_add, source, update, begin // columns)
@@ -152,7 +152,7 @@ def _pieces(
 
 
 def _add(source: TensorSource, update: WeightUpdate, first: int, data: bytearray) -> None:
-    update.add_to(as_tensor(data, source), first)
+    update.apply_to(as_tensor(data, source), first)
 
 
 def _prove(run: Store, step: int, merged: Store) -> Proof:

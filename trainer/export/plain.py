@@ -128,8 +128,9 @@ def merge_and_round(model: Any, stored: dict[str, torch.dtype]) -> None:
         (path, module) for path, module in model.get_base_model().named_modules() if isinstance(module, BaseTunerLayer)
     )
     for path, module in layers:
-        weight = module.get_base_layer().weight
-        held = weight.dtype
+        weights = list(module.get_base_layer().named_parameters(recurse=False))
+        held = {name: weight.dtype for name, weight in weights}
         module.float()
         module.merge()
-        weight.data = weight.data.to(stored[f"{path}.weight"]).to(held)
+        for name, weight in weights:  # a bias too: some methods change it
+            weight.data = weight.data.to(stored[f"{path}.{name}"]).to(held[name])

@@ -1,7 +1,7 @@
 """The interface of a way to fine-tune, and how one is found by its name in `tuning.method`.
 
 A method is one file in this folder. Its `METHODS` maps each name that `tuning.method` may have to a function that makes
-the method from the section's settings. Importing the file loads no torch, as `plan` counts on a login node; code
+the method from the section's settings; a file without `METHODS` is something that several methods share. Importing the file loads no torch, as `plan` counts on a login node; code
 that handles tensors imports torch when it is called.
 """
 
@@ -25,15 +25,19 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+# Settings outside the section `tuning` that not every method reads.
+OPTIM_OF_SOME = ("optim.lora_plus_ratio",)
+
 
 class WeightUpdate(Protocol):
-    """The change that a merge adds to one weight, a matrix (outputs, inputs)."""
+    """What becomes of one weight of the base in a merge. Its rows are those of a matrix (-1, shape[-1])."""
 
     @property
-    def shape(self) -> tuple[int, int]: ...
+    def shape(self) -> tuple[int, ...]: ...
 
-    def add_to(self, rows: Tensor, first: int) -> None:
-        """Add it to some rows of the weight, in fp32 and in place; `first` is the number of the first of them."""
+    def apply_to(self, rows: Tensor, first: int) -> None:
+        """Change some whole rows of the weight in place, flat as they are stored, computing in fp32; `first` is the
+        number of the first of them."""
         ...
 
 
@@ -51,7 +55,8 @@ class Method(Protocol):
     """One way to fine-tune, with the settings of one run."""
 
     settings: ClassVar[Collection[str]]
-    """The settings of the section `tuning` that it reads. A value for any other is refused, as it would be ignored."""
+    """The settings of the section `tuning` that it reads, and those of `OPTIM_OF_SOME`, with their section. A value for any
+    other of them is refused, as it would be ignored."""
     defaults: ClassVar[Mapping[str, Any]]
     """The meaning of a key that an identity lacks. A key that is added later comes with a default of here, so that older
     checkpoints stay what they are; a default never changes, whatever becomes of the configuration's."""
@@ -93,7 +98,7 @@ class Method(Protocol):
         `model` names the base."""
         ...
 
-    def updates(self, weights: dict[str, Tensor]) -> Mapping[str, WeightUpdate]:
+    def updates(self, weights: Mapping[str, Tensor], architecture: Architecture) -> Mapping[str, WeightUpdate]:
         """Name of each weight of the base that a merge changes -> its change; unless `unmergeable`."""
         ...
 
@@ -102,8 +107,7 @@ def methods() -> dict[str, Callable[[Tuning], Method]]:
     """Every method of this folder, by the names that `tuning.method` may have."""
     found: dict[str, Callable[[Tuning], Method]] = {}
     for module in iter_modules(tuning.__path__):
-        if module.name != "method":
-            found |= import_module(f"{tuning.__name__}.{module.name}").METHODS
+        found |= getattr(import_module(f"{tuning.__name__}.{module.name}"), "METHODS", {})
     return found
 
 
@@ -138,6 +142,10 @@ def tuning_mismatches(config: Config, architecture: Architecture) -> list[str]:
     """A sentence for each setting that does not suit the run's method; raises `ConfigError` when that is unknown."""
     method = find_method(config.tuning)
     wrong = method.mismatches(architecture)
+    for name in OPTIM_OF_SOME:
+        field = name.removeprefix("optim.")
+        if name not in method.settings and getattr(config.optim, field) != Optim.model_fields[field].default:
+            wrong.append(f"{name}: has no effect with tuning.method: {config.tuning.method}. Remove it.")
     if method.trains_base and config.sharding.scope == "node":
         wrong.append(
             f"sharding.scope: node keeps a copy of the base on every node, which tuning.method: {config.tuning.method} would "

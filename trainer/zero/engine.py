@@ -6,7 +6,8 @@ changes them.
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, Self
 
 import torch
@@ -41,6 +42,19 @@ def zero_init(deepspeed_config: dict[str, Any], dtype: torch.dtype) -> Init:
 def gather_as_one(module: nn.Module) -> None:
     """Have ZeRO-3 gather the parameters of `module` and of all modules inside it when its own forward is called."""
     set_z3_leaf_module(module, True)
+
+
+def gather_with(module: nn.Module, other: nn.Module) -> None:
+    """Have ZeRO-3 hold the parameters of `other` whole while `module` computes, forward and backward, beside its own."""
+    for parameter in other.parameters():
+        deepspeed.zero.register_external_parameter(module, parameter)
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """The sharded parameters of `module` are whole inside, to be read only. Collective, before the engine is made."""
+    with deepspeed.zero.GatheredParameters(list(module.parameters())):
+        yield
 
 
 class DeviceRow(Protocol):

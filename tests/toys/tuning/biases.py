@@ -53,7 +53,7 @@ class Biases:
 
         return ExportedFiles("transformers", "The biases of a model", {"biases.safetensors": save(weights)})
 
-    def updates(self, weights: dict[str, Tensor]) -> dict[str, WeightUpdate]:
+    def updates(self, weights: Mapping[str, Tensor], architecture: Architecture) -> dict[str, WeightUpdate]:
         raise AssertionError(self.unmergeable)
 
 

@@ -1,0 +1,225 @@
+"""DoRA and (IA)^3 over a sharded base are PEFT's: in gradients, over a restart, exported and merged."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from launcher.view.status import read_generation
+from tests.dist import gradients, linear_adapters, proofs, runs, traffic
+from tests.dist.launch import launch
+from tests.dist.test_gradients import distance
+from tests.dist.test_merge import logits, merged_by_peft
+from tests.material import Workshop, commit, make_base
+from trainer.checkpoint.manifest import whole_checkpoint
+from trainer.config import Config, dump_config, load_config
+from trainer.export.adapter import export_adapter, master_weights
+from trainer.export.merged import export_merged
+from trainer.export.proof import Proof
+from trainer.run import layout
+from trainer.store import Store, open_store
+
+METHODS = ("dora", "ia3")
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """A base with biases in q, k and v; bitsandbytes' CPU kernels want rows of whole blocks."""
+    here = Workshop(tmp_path_factory.mktemp("adapters"), "qwen2", intermediate_size=192)
+    policy = here.policy.read_text()
+    assert '"stage3_param_persistence_threshold": 600' in policy
+    # Every parameter in parts, vectors too, so that a gather which is missing is seen.
+    here.policy.write_text(policy.replace(": 600", ": 0"))
+    return here
+
+
+def adapting(workshop: Workshop, method: str, name: str, *overrides: str) -> Config:
+    """A run of the workshop with the `tuning` of the method's own example."""
+    return workshop.config(name, *overrides).model_copy(
+        update={"tuning": load_config(EXAMPLES / f"8b-{method}.yaml").tuning}
+    )
+
+
+def run_ranks(workshop: Workshop, config: Config, ranks: int, how: str = "start") -> list[float]:
+    """The losses of this start's steps."""
+    run = workshop.store.sub(config.run.name)
+    run.put(layout.CONFIG, dump_config(config).encode())
+    outcomes = launch(ranks, runs.run, dump_config(config), workshop.prepare(config).train, how)
+    assert [outcome["message"] for outcome in outcomes] == [""] * ranks
+    return [record["loss"] for record in read_generation(run, 1 if how == "start" else 2)["step"]]
+
+
+def committed(workshop: Workshop, config: Config) -> Store:
+    """A run with a checkpoint of random numbers."""
+    run = workshop.store.sub(config.run.name)
+    commit(run, config)
+    return run
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("quant", ["nf4", "none"])
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_are_those_of_pefts_own_modules_on_documents_by_themselves(
+    workshop: Workshop, tmp_path: Path, method: str, quant: str
+) -> None:
+    config = adapting(workshop, method, "gradients", "model.dtype=fp32", f"quant.type={quant}")
+    arguments = dump_config(config), workshop.prepare(config).train
+    expected = tmp_path / "plain.safetensors"
+    (plain,) = launch(1, gradients.plain_first_step, *arguments, str(expected))
+    theirs = load_file(expected)
+    assert all(gradient.norm() > 0 for gradient in theirs.values())
+    for ranks in (1, 2, 3) if quant == "nf4" else (2,):
+        file = tmp_path / f"{ranks}.safetensors"
+        record = launch(ranks, gradients.first_step, *arguments, str(file))[0]
+        assert record["loss"] == pytest.approx(plain["loss"], rel=3e-6)
+        assert distance(load_file(file), theirs) < 1e-5, ranks
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_goes_on_bit_by_bit_at_its_world_size_and_closely_at_another(
+    workshop: Workshop, tmp_path: Path, method: str
+) -> None:
+    def config(name: str, steps: int) -> Config:
+        constant = ("optim.schedule=constant", "optim.warmup_steps=0", "optim.lr=0.01")
+        return adapting(workshop, method, name, *constant, f"train.steps={steps}")
+
+    def masters(name: str) -> dict[str, Tensor]:
+        run = workshop.store.sub(name)
+        return master_weights(run, whole_checkpoint(run, 10))
+
+    whole = run_ranks(workshop, config(f"{method}-whole", 10), ranks=2)
+    assert whole[-1] < whole[0]
+    first = run_ranks(workshop, config(f"{method}-2", 5), ranks=2)
+    for ranks in (1, 3):
+        shutil.copytree(workshop.folder / f"store/{method}-2", workshop.folder / f"store/{method}-{ranks}")
+    ends = {n: run_ranks(workshop, config(f"{method}-{n}", 10), n, how="resume") for n in (1, 2, 3)}
+    assert [*first, *ends[2]] == whole
+    expected, found = masters(f"{method}-whole"), masters(f"{method}-2")
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
+    for ranks in (1, 3):
+        assert ends[ranks] == pytest.approx(whole[5:], rel=1e-3)
+
+
+@pytest.mark.timeout(300)
+def test_doras_magnitudes_start_as_the_bases_row_norms_at_any_world_size_and_in_any_scope(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    """And the model starts as its base, to the bit where no layer has a bias."""
+    base = make_base(tmp_path / "base", "llama", intermediate_size=192)
+    starts: list[dict[str, Tensor]] = []
+    for ranks, per_node in ((1, 1), (2, 2), (3, 3), (4, 2)):
+        config = adapting(
+            workshop, "dora", "start", f"model.base={base}", f"sharding.scope={'node' if per_node < ranks else 'world'}"
+        )
+        file = tmp_path / f"{ranks}.safetensors"
+        found = launch(ranks, linear_adapters.start, dump_config(config), str(file), ranks_per_node=per_node)
+        assert found == [{"whole": 0, "starts_as_base": True, "is_base_switched_off": True, "learns": True}] * ranks
+        starts.append(load_file(file))
+    expected = linear_adapters.row_norms(base)
+    assert len(expected) == 14
+    for start in starts:
+        assert start.keys() == starts[0].keys()
+        assert all(torch.equal(values, starts[0][name]) for name, values in start.items())
+    for path, norms in expected.items():
+        assert torch.equal(starts[0][f"{path}.lora_magnitude_vector"], norms), path
+
+
+def test_dora_gathers_no_more_of_the_base_than_lora(workshop: Workshop, tmp_path: Path) -> None:
+    """In a policy that keeps nothing for the next use: a weight that a layer's norm lost would be gathered again."""
+    policy = json.loads(workshop.policy.read_text())
+    policy["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+    (tmp_path / "policy.json").write_text(json.dumps(policy))
+    packed: dict[str, list[float]] = {}
+    for method in ("lora", "dora"):
+        settings = (f"tuning.method={method}", f"sharding.deepspeed={tmp_path}/policy.json", "tuning.dropout=0.1")
+        config = workshop.config(f"traffic-{method}", *settings)
+        results = launch(2, traffic.step_traffic, dump_config(config), workshop.prepare(config).train)
+        packed[method] = [received["inside"]["torch.uint8"] for received in results]
+    assert all(0 < dora <= lora for dora, lora in zip(packed["dora"], packed["lora"], strict=True))
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def run(request: pytest.FixtureRequest, workshop: Workshop) -> Store:
+    """A run with a committed step of a method, over a base in 4 bits."""
+    return committed(workshop, adapting(workshop, request.param, f"{request.param}-done"))
+
+
+def test_peft_has_the_logits_of_the_trained_model_and_a_broken_file_is_caught(run: Store, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    export_adapter(run, open_store(str(folder)))
+    (proof,) = launch(1, proofs.export_proof, run.uri, 4, str(folder))
+    assert Proof(**proof).holds
+    assert proof["computed_in"] == "fp32"
+    assert proof["kl_allowed"] < 1e-4 * proof["kl_effect"]
+
+    file = folder / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if name.endswith(("lora_magnitude_vector", "ia3_l")))
+    weights[name] = weights[name].roll(1, 0 if weights[name].shape[0] > 1 else 1)
+    save_file(weights, file, metadata={"format": "pt"})
+    (proof,) = launch(1, proofs.export_proof, run.uri, 4, str(folder))
+    assert not Proof(**proof).holds
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("kind", "dtype"), [("qwen2", torch.bfloat16), ("llama-tied", torch.float32)])
+def test_a_merged_model_is_what_peft_merges(
+    workshop: Workshop, tmp_path: Path, method: str, kind: str, dtype: torch.dtype
+) -> None:
+    base = make_base(tmp_path / "base", kind, dtype)
+    run = committed(workshop, adapting(workshop, method, f"{method}-{kind}", f"model.base={base}"))
+    export_merged(run, open_store(str(tmp_path / "merged")))
+
+    expected = merged_by_peft(run, base, tmp_path / "adapter").to(dtype).state_dict()
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    plain: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    assert expected.keys() == model.state_dict().keys()
+    changed = set[str]()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+        if not torch.equal(value, plain.state_dict()[name]):
+            changed.add(name.partition(".self_attn.")[2] or name.partition(".mlp.")[2])
+    wanted = {"k_proj", "v_proj", "down_proj"} if method == "ia3" else {"q_proj", "k_proj", "v_proj", "o_proj"}
+    wanted |= set() if method == "ia3" else {"gate_proj", "up_proj", "down_proj"}
+    biases = {"k_proj.bias", "v_proj.bias"} if (method, kind) == ("ia3", "qwen2") else set[str]()
+    assert changed == {f"{name}.weight" for name in wanted} | biases
+    plain.load_state_dict(expected)
+    assert torch.equal(logits(model), logits(plain))
+
+
+def test_a_merge_is_proven_and_a_broken_file_is_caught(run: Store, tmp_path: Path) -> None:
+    export_merged(run, open_store(str(tmp_path / "merged")))
+    (proof,) = launch(1, proofs.merge_proof, run.uri, 4, str(tmp_path / "merged"))
+    assert Proof(**proof).holds
+    file = next(
+        path for path in (tmp_path / "merged").glob("*.safetensors") if any("down_proj" in n for n in load_file(path))
+    )
+    weights = load_file(file)
+    name = next(name for name in weights if "down_proj" in name)
+    weights[name] = weights[name].roll(1, 0)
+    save_file(weights, file, metadata={"format": "pt"})
+    (proof,) = launch(1, proofs.merge_proof, run.uri, 4, str(tmp_path / "merged"))
+    assert not Proof(**proof).holds
+
+
+def test_peft_reads_every_parameter_of_an_export(run: Store, workshop: Workshop, tmp_path: Path) -> None:
+    manifest = export_adapter(run, open_store(str(tmp_path / "adapter")))
+    base: Any = AutoModelForCausalLM.from_pretrained(workshop.base, dtype=torch.bfloat16)
+    model = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    read = {
+        name.removeprefix("base_model.model.").replace(".default", "").removesuffix(".weight"): value
+        for name, value in model.named_parameters()
+        if "lora_" in name or "ia3_" in name
+    }
+    masters = master_weights(run, manifest)
+    assert read.keys() == masters.keys()
+    assert all(torch.equal(read[name].float(), value.bfloat16().float()) for name, value in masters.items())

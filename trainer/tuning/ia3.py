@@ -1,0 +1,155 @@
+"""(IA)^3 (arXiv:2205.05638): keys, values and the MLP's inner activations are scaled, element by element, by vectors.
+
+A layer's vector is (outputs, 1) and scales what leaves it, its bias included; in a feed-forward layer it is (1, inputs) and
+scales what enters. These are PEFT's shapes and names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from trainer.base.architecture import Architecture
+from trainer.config import Model, Optim, Tuning
+from trainer.tuning.linear_adapters import (
+    ALL_LINEAR,
+    PEFT_FILES,
+    Targets,
+    explicit,
+    flagged,
+    layer_names,
+    matching,
+    peft_files,
+    unknown_targets,
+)
+from trainer.tuning.method import ExportedFiles
+
+if TYPE_CHECKING:
+    import torch
+    from peft import IA3Config
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+# Keys, values, and the product that the MLP's inner activations enter.
+_AUTO = ["k_proj", "v_proj", "down_proj"]
+_FEEDFORWARD = "down_proj"
+_VECTOR = "ia3_l"
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """A weight (outputs, inputs) times `factors`, (outputs, 1) or (1, inputs), fp32; or a bias (outputs,), one row, times
+    (1, outputs)."""
+
+    shape: tuple[int, ...]
+    factors: Tensor
+
+    def apply_to(self, rows: Tensor, first: int) -> None:
+        rows = rows.view(-1, self.shape[-1])
+        factors = self.factors if len(self.factors) == 1 else self.factors[first : first + len(rows)]
+        rows.copy_(rows.float() * factors)
+
+
+@dataclass(frozen=True)
+class Ia3:
+    """Vectors that scale the outputs, or the inputs, of linear layers."""
+
+    tuning: Tuning
+
+    settings: ClassVar[Collection[str]] = ("targets", "feedforward")
+    defaults: ClassVar[Mapping[str, Any]] = {"targets": _AUTO, "feedforward": None}
+    trains_base: ClassVar[bool] = False
+    unmergeable: ClassVar[str | None] = None
+    file_names: ClassVar[Collection[str]] = PEFT_FILES
+
+    @property
+    def targets(self) -> Targets:
+        return _AUTO if self.tuning.targets == "auto" else self.tuning.targets
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return explicit(self.tuning, self.settings, self.defaults, self.targets)
+
+    def feedforward(self, targets: list[str]) -> list[str]:
+        """Those of `targets` whose inputs are scaled."""
+        if self.tuning.feedforward is None:
+            return [target for target in targets if target.endswith(_FEEDFORWARD)]
+        return [target for target in targets if target in self.tuning.feedforward]
+
+    def mismatches(self, architecture: Architecture) -> list[str]:
+        targets = self._names(architecture)
+        strangers = [name for name in self.tuning.feedforward or () if name not in targets]
+        found = [
+            f"tuning.feedforward: {name!r} is none of tuning.targets ({', '.join(targets)}). Name it there too, or remove it."
+            for name in strangers
+        ]
+        missing = [target for target in targets if not matching(architecture, [target])]
+        if self.tuning.targets == "auto" and missing:
+            return [
+                *found,
+                f"tuning.targets: auto is {', '.join(_AUTO)} with tuning.method: ia3, but the base has no {', '.join(missing)}. "
+                f"Name layers of it: {layer_names(architecture)}.",
+            ]
+        return [*found, *unknown_targets(architecture, self.targets)]
+
+    def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+        inputs_scaled = self._inputs_scaled(architecture)
+        return {
+            f"{path}.{_VECTOR}": (1, linear.inputs) if path.endswith(inputs_scaled) else (linear.outputs, 1)
+            for path, linear in matching(architecture, self.targets).items()
+        }
+
+    def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
+        from torch import nn
+
+        from trainer.model.ia3 import ScaledLinear
+
+        inputs_scaled = self._inputs_scaled(architecture)
+        for path in matching(architecture, self.targets):
+            base = model.get_submodule(path)
+            assert isinstance(base, nn.Linear)
+            model.set_submodule(path, ScaledLinear(base, path.endswith(inputs_scaled), dtype))
+
+    def _names(self, architecture: Architecture) -> list[str]:
+        return architecture.linear_names if isinstance(self.targets, str) else self.targets
+
+    def _inputs_scaled(self, architecture: Architecture) -> tuple[str, ...]:
+        """Ends of the paths of feed-forward layers; PEFT compares them so, without the dot before a name."""
+        return tuple(self.feedforward(self._names(architecture)))
+
+    def peft_config(self, targets: list[str]) -> IA3Config:
+        """PEFT's description of the vectors."""
+        from peft import IA3Config
+
+        return IA3Config(task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=self.feedforward(targets))
+
+    def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
+        vectors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return [{"name": _VECTOR, "lr_ratio": 1.0, "params": vectors}]
+
+    def switched_off(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        from trainer.model.ia3 import ScaledLinear
+
+        return flagged([module for module in model.modules() if isinstance(module, ScaledLinear)], "active", False)
+
+    def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
+        """PEFT's folder."""
+        every = sorted({name.split(".")[-2] for name in weights})
+        config = self.peft_config(every if self.targets == ALL_LINEAR else list(self.targets))
+        return ExportedFiles("peft", "An (IA)^3 adapter", peft_files(config, weights, model))
+
+    def updates(self, weights: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Scaling]:
+        shapes = {parameter.name: parameter.shape for parameter in architecture.parameters}
+        updates: dict[str, Scaling] = {}
+        for name, vector in weights.items():
+            path = name.removesuffix(f".{_VECTOR}")
+            factors, (outputs, inputs) = vector.float(), shapes[f"{path}.weight"]
+            updates[f"{path}.weight"] = Scaling((outputs, inputs), factors)
+            if factors.shape == (outputs, 1) and f"{path}.bias" in shapes:
+                updates[f"{path}.bias"] = Scaling((outputs,), factors.view(1, outputs))
+        return updates
+
+
+METHODS: dict[str, Callable[[Tuning], Ia3]] = {"ia3": Ia3}

@@ -1,0 +1,107 @@
+"""What methods that adapt single linear layers have in common: how layers are named, and PEFT's files.
+
+This module is no method: it has no `METHODS`. The methods that use it know it, and it knows none of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.base.architecture import Architecture, Linear
+from trainer.config import Model, Tuning
+from trainer.scratch import scratch_folder
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftConfig
+    from torch import Tensor
+
+# The two files of PEFT's `save_pretrained`; PEFT loads nothing without the settings.
+_WEIGHTS, _SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+PEFT_FILES = (_WEIGHTS, _SETTINGS)
+ALL_LINEAR = "all-linear"
+
+Targets = str | list[str]
+"""`all-linear`, or names of layers."""
+
+
+def explicit(
+    tuning: Tuning, settings: Collection[str], defaults: Mapping[str, Any], targets: Targets
+) -> dict[str, Any]:
+    """A method's identity: its name and its `settings`, those left out that are as in `defaults`; `targets` as they are
+    understood, whatever the configuration calls them."""
+    given = {**tuning.model_dump(mode="json", include={"method", *settings}), "targets": targets}
+    return {key: value for key, value in given.items() if key not in defaults or value != defaults[key]}
+
+
+def matching(architecture: Architecture, targets: Targets) -> dict[str, Linear]:
+    """Path in the model -> linear layer that gets an adapter; a target is the end of a path, as PEFT matches it."""
+    linears = architecture.linear_layers()
+    if targets == ALL_LINEAR:
+        return linears
+    ends = tuple(f".{target}" for target in targets)
+    return {path: linear for path, linear in linears.items() if f".{path}".endswith(ends)}
+
+
+def unknown_targets(architecture: Architecture, targets: Targets) -> list[str]:
+    """A sentence for each target that is no layer of the base."""
+    return [
+        f"tuning.targets: {target!r} is no linear layer that can be adapted. The base has {layer_names(architecture)}."
+        for target in ([] if targets == ALL_LINEAR else targets)
+        if not matching(architecture, [target])
+    ]
+
+
+def layer_names(architecture: Architecture) -> str:
+    """The last names of the base's linear layers, for messages."""
+    return ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in architecture.linear_layers()))
+
+
+def lora_config(tuning: Tuning, targets: str | Iterable[str], **options: Any) -> LoraConfig:
+    """PEFT's description of low-rank adapters, `targets` as PEFT matches them to the end of a module's name."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=tuning.rank,
+        lora_alpha=tuning.alpha,  # type: ignore[arg-type]  # annotated int, used as a factor
+        lora_dropout=tuning.dropout,
+        target_modules=targets if isinstance(targets, str) else sorted(targets),
+        **options,
+    )
+
+
+def peft_files(config: PeftConfig, weights: dict[str, Tensor], model: Model) -> dict[str, bytes]:
+    """PEFT's folder; `weights` by the names that PEFT saves them under, less the wrapped model's own prefix."""
+    from safetensors.torch import save
+
+    config.inference_mode = True
+    config.base_model_name_or_path = model.base  # a Hub id stays one, not this machine's cache
+    config.revision = model.revision
+    with scratch_folder("export") as folder:
+        config.save_pretrained(folder)
+        settings = json.loads(Path(folder, _SETTINGS).read_bytes())
+    for value in settings.values():
+        if isinstance(value, list):
+            value.sort()  # PEFT writes sets, whose order changes from one process to the next
+    named = {f"base_model.model.{name}": weight for name, weight in weights.items()}
+    return {
+        _WEIGHTS: save(named, metadata={"format": "pt"}),
+        _SETTINGS: json.dumps(settings, indent=2, sort_keys=True).encode(),
+    }
+
+
+@contextmanager
+def flagged(layers: Iterable[Any], flag: str, value: bool) -> Iterator[None]:
+    """Every layer's attribute `flag` is `value` inside, and the opposite afterwards."""
+    layers = list(layers)
+    for layer in layers:
+        setattr(layer, flag, value)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            setattr(layer, flag, not value)
