@@ -1,4 +1,6 @@
-"""The chunked, token-summed loss is cross entropy, in value and gradient, and never holds a whole row of logits."""
+"""The chunked, token-summed loss is cross entropy, in value and gradients, and never holds a whole row of logits."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -78,3 +80,78 @@ def test_without_gradients_the_value_is_the_same(head: LossHead) -> None:
     with torch.no_grad():
         evaluated = head(hidden, labels)
     assert torch.equal(evaluated, head(hidden, labels).detach())
+
+
+def learning_head(rows: int, monkeypatch: pytest.MonkeyPatch) -> LossHead:
+    monkeypatch.setattr(loss_module, "_CHUNK_BYTES", rows * 4 * V)
+    torch.manual_seed(2)
+    return LossHead(H, V, bias=False)
+
+
+@pytest.mark.parametrize("rows", [1, 7, T])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_a_head_that_learns_has_the_gradients_of_cross_entropy(
+    rows: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = learning_head(rows, monkeypatch)
+    head.softcap = softcap
+    hidden, labels = row()
+    reference = torch.nn.functional.cross_entropy(head(hidden)[0], labels[0], ignore_index=IGNORE, reduction="sum")
+    expected = torch.autograd.grad(reference / 17, (hidden, head.weight))
+    value = head(hidden, labels)
+    torch.testing.assert_close(value, reference)
+    for gradient, other in zip(torch.autograd.grad(value / 17, (hidden, head.weight)), expected, strict=True):
+        torch.testing.assert_close(gradient, other)
+    head.requires_grad_(False)  # the control: a head that is taken for a frozen one would learn nothing
+    with pytest.raises(RuntimeError, match="appears to not have been used|does not require grad"):
+        torch.autograd.grad(head(hidden, labels), head.weight)
+
+
+def test_an_embedding_that_is_the_head_too_has_the_sum_of_both_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, (_, labels) = learning_head(7, monkeypatch), row()
+    tokens = torch.arange(T)[None] % V
+
+    def gradient(loss_of: Callable[[Tensor], Tensor]) -> Tensor:
+        hidden = torch.nn.functional.embedding(tokens, head.weight).tanh()
+        return torch.autograd.grad(loss_of(hidden), head.weight)[0]
+
+    expected = gradient(
+        lambda hidden: torch.nn.functional.cross_entropy(
+            head(hidden)[0], labels[0], ignore_index=IGNORE, reduction="sum"
+        )
+    )
+    torch.testing.assert_close(gradient(lambda hidden: head(hidden, labels)), expected)
+    half = gradient(
+        lambda hidden: loss_module._FrozenCrossEntropy.apply(  # type: ignore[arg-type,return-value]
+            hidden[labels != IGNORE], head.weight, labels[labels != IGNORE], head
+        ).sum()
+    )
+    assert float((half - expected).norm() / expected.norm()) > 0.1, "the control: without the head's part"
+
+
+def test_the_gradient_of_a_bf16_head_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks of one target it is as good as in one chunk; summed in bf16 it would lose what each target adds."""
+    exact = learning_head(T, monkeypatch)
+    hidden, labels = (value.repeat(1, 20, 1) if value.ndim == 3 else value.repeat(1, 20) for value in row())
+    hidden = hidden.detach()
+    (expected,) = torch.autograd.grad(exact(hidden, labels), exact.weight)
+
+    def error(rows: int) -> float:
+        head = learning_head(rows, monkeypatch).bfloat16()
+        (gradient,) = torch.autograd.grad(head(hidden.bfloat16(), labels), head.weight)
+        assert gradient.dtype == torch.bfloat16
+        return float((gradient.float() - expected).norm() / expected.norm())
+
+    assert error(1) < 1.5 * error(20 * T) < 0.02
+
+
+def test_an_evaluation_of_a_head_that_learns_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, (hidden, labels) = learning_head(7, monkeypatch), row()
+    with torch.no_grad():
+        evaluated = head(hidden, labels)
+    assert evaluated.grad_fn is None
+    assert torch.equal(evaluated, head(hidden, labels).detach())
+    empty = head(*row(share_of_targets=0))
+    empty.backward()
+    assert head.weight.grad is not None
+    assert (float(empty.detach()), head.weight.grad.any().item()) == (0, False)

@@ -1,9 +1,11 @@
 """The output head and token-summed cross entropy, without ever holding the logits of a whole row.
 
-The head is frozen, so the gradient with respect to the hidden states can be computed chunk by chunk in the forward
-pass: no recomputation, and ZeRO-3 gathers the head once a micro-batch instead of once a chunk and pass.
+Where the head is frozen, the gradient with respect to the hidden states is computed chunk by chunk in the forward pass: no
+recomputation, and ZeRO-3 gathers the head once a micro-batch instead of once a chunk and pass. Where it learns, tied to the
+embedding or not, the backward pass makes the logits of each chunk again and sums the weight's gradient over them in fp32.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,37 +34,80 @@ class LossHead(nn.Linear):
             logits = super().forward(hidden)
             return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
         wanted = labels != IGNORE
-        return _FrozenCrossEntropy.apply(hidden[wanted], self.weight, labels[wanted], self.softcap)  # type: ignore[no-any-return]
+        function = _LearningCrossEntropy if self.weight.requires_grad else _FrozenCrossEntropy
+        nats: Tensor = function.apply(hidden[wanted], self.weight, labels[wanted], self)  # type: ignore[assignment]
+        return nats.sum()
 
 
 class _FrozenCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
-        """hidden (N, H), weight (V, H), targets (N,) -> () fp32."""
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, head: LossHead) -> Tensor:
+        """hidden (N, H), weight (V, H), targets (N,) -> (N,) fp32, the nats of each target."""
+        nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        size = max(1, _CHUNK_BYTES // (4 * weight.shape[0]))
-        for begin in range(0, hidden.shape[0], size):
-            part = slice(begin, begin + size)
-            logits = (hidden[part] @ weight.T).float()  # (n, V)
-            slope = None
-            if softcap is not None:
-                bent = torch.tanh(logits.div_(softcap))
-                logits, slope = bent * softcap, bent.square_().neg_().add_(1)
-            log_normalizer = logits.logsumexp(-1, keepdim=True)
-            target = targets[part].unsqueeze(-1)
-            total += (log_normalizer - logits.gather(-1, target)).sum()
+        for part in _parts(hidden, weight):
+            chunk = _Chunk(hidden[part], weight, targets[part], head.softcap)
+            nats[part] = chunk.nats()
             if grad is not None:
-                # d(-log softmax[target]) / d logits = softmax - one_hot(target)
-                probabilities = logits.sub_(log_normalizer).exp_()
-                probabilities.scatter_add_(-1, target, torch.full_like(target, -1, dtype=torch.float32))
-                if slope is not None:
-                    probabilities *= slope
-                grad[part] = probabilities.to(weight.dtype) @ weight
+                grad[part] = chunk.gradient().to(weight.dtype) @ weight
         ctx.grad = grad
-        return total
+        return nats
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         # In fp32 first: the scale (1 / targets) can be too small for the product's rounding in bf16 to be harmless.
-        return (ctx.grad.float() * grad_output).to(ctx.grad.dtype), None, None, None
+        return (ctx.grad.float() * grad_output[:, None]).to(ctx.grad.dtype), None, None, None
+
+
+class _LearningCrossEntropy(torch.autograd.Function):
+    """Keeps the module, never the gathered weight, which ZeRO-3 gathers again before the module's backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, head: LossHead) -> Tensor:
+        """hidden (N, H), weight (V, H), targets (N,) -> (N,) fp32, the nats of each target."""
+        ctx.save_for_backward(hidden, targets)
+        ctx.head = head
+        nats = [_Chunk(hidden[p], weight, targets[p], head.softcap).nats() for p in _parts(hidden, weight)]
+        return torch.cat(nats) if nats else torch.zeros(0, dtype=torch.float32, device=hidden.device)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        (hidden, targets), weight = ctx.saved_tensors, ctx.head.weight.detach()
+        grad = torch.empty_like(hidden)
+        weight_grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        for part in _parts(hidden, weight):
+            logits_grad = _Chunk(hidden[part], weight, targets[part], ctx.head.softcap).gradient()
+            logits_grad = logits_grad.mul_(grad_output[part, None]).to(weight.dtype)
+            grad[part] = logits_grad @ weight
+            weight_grad += logits_grad.T @ hidden[part]
+        return grad, weight_grad.to(weight.dtype), None, None
+
+
+def _parts(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    """Slices of the N rows of `hidden` whose logits are made at one time."""
+    size = max(1, _CHUNK_BYTES // (4 * weight.shape[0]))
+    for begin in range(0, len(hidden), size):
+        yield slice(begin, begin + size)
+
+
+class _Chunk:
+    """The logits of n targets: hidden (n, H), weight (V, H), targets (n,)."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> None:
+        logits = (hidden @ weight.T).float()  # (n, V)
+        self._slope = None
+        if softcap is not None:
+            bent = torch.tanh(logits.div_(softcap))
+            logits, self._slope = bent * softcap, bent.square_().neg_().add_(1)
+        self._logits, self._target = logits, targets.unsqueeze(-1)
+        self._log_normalizer = logits.logsumexp(-1, keepdim=True)
+
+    def nats(self) -> Tensor:
+        """-log p of each target, (n,) fp32."""
+        return (self._log_normalizer - self._logits.gather(-1, self._target)).squeeze(-1)
+
+    def gradient(self) -> Tensor:
+        """d nats / d logits before the softcap, (n, V) fp32, in the memory of the logits: softmax - one_hot(target)."""
+        probabilities = self._logits.sub_(self._log_normalizer).exp_()
+        probabilities.scatter_add_(-1, self._target, torch.full_like(self._target, -1, dtype=torch.float32))
+        return probabilities if self._slope is None else probabilities.mul_(self._slope)
