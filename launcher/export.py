@@ -1,4 +1,4 @@
-"""`capstan export`: the adapter, or base and adapter merged, and on request the proof that it is the trained model.
+"""`capstan export`: the adapter, base and adapter merged, or the tuned base; and on request the proof that it is the trained model.
 
 Both run in a process of their own, which may import torch.
 """
@@ -24,23 +24,28 @@ from trainer.errors import CapstanError, NothingToResume, StorageError
 from trainer.export.proof import Proof
 from trainer.export.trained import trained_config
 from trainer.store import Store
+from trainer.tuning.method import find_method
 
 
 @dataclass(frozen=True)
 class Exported:
-    """The export that was written, and with --verify its proof."""
+    """The export that was written, and with --verify its proof. `merged`: it is a whole model; `tuned_base`: as the base
+    itself was tuned, with --merge or without."""
 
     destination: str
     step: int
     merged: bool
     bytes: int | None = None
     proof: Proof | None = None
+    tuned_base: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     def sentence(self) -> str:
         what = "base and adapter, merged," if self.merged else "adapter"
+        if self.tuned_base:
+            what = "the whole model (its base was tuned, so an export and a merge are the same)"
         size = "" if self.bytes is None else f" ({decimal(self.bytes)})"
         proof = "" if self.proof is None else f"; {self.proof.sentence()}"
         return f"{what} of step {self.step} in {self.destination}{size}{proof}"
@@ -55,20 +60,24 @@ def export_run(run: Store, destination: str, *, merge: bool, step: int | None, v
     if "://" not in destination:
         destination = str(local_path(destination, "DEST"))
     if dry_run:
-        return Exported(f"{destination} (dry run: nothing written)", _planned_step(run, step, merge=merge), merge)
+        step, tuned_base = _planned(run, step, merge=merge)
+        where = f"{destination} (dry run: nothing written)"
+        return Exported(where, step, merge or tuned_base, tuned_base=tuned_base)
     options = [*(["--step", str(step)] if step is not None else []), *(["--verify"] if verify else [])]
-    with _bar("merging") as watch:
+    with _bar("merging" if merge else "exporting") as watch:
         made = _module(
             "trainer.export.merged" if merge else "trainer.export.adapter", run.uri, destination, *options, watch=watch
         )
     proof = Proof(**made["proof"]) if verify else None
-    result = Exported(destination, made["step"], merge, made["bytes"], proof)
+    tuned_base: bool = made["tuned_base"]
+    result = Exported(destination, made["step"], merge or tuned_base, made["bytes"], proof, tuned_base)
     if proof is not None and not proof.holds:
         raise CapstanError(f"{result.sentence()}. {proof.verdict}")
     return result
 
 
-def _planned_step(run: Store, step: int | None, *, merge: bool) -> int:
+def _planned(run: Store, step: int | None, *, merge: bool) -> tuple[int, bool]:
+    """The step that would be exported, and whether the base itself was tuned."""
     steps, damaged = committed_steps(run), list[str]()
     if not steps or step not in (None, *steps):
         which = "" if step is None else f" of step {step}"
@@ -76,10 +85,11 @@ def _planned_step(run: Store, step: int | None, *, merge: bool) -> int:
     manifest = next(readable_manifests(run, damaged, steps if step is None else [step]), None)
     if manifest is None:
         raise StorageError(damaged[0])
-    if merge:
-        model = trained_config(run, manifest).model
-        check_mergeable(model, describe_base(model))
-    return manifest.step
+    config = trained_config(run, manifest)
+    tuned_base = find_method(config.tuning).exports_model
+    if merge and not tuned_base:
+        check_mergeable(config.model, describe_base(config.model))
+    return manifest.step, tuned_base
 
 
 @contextmanager

@@ -5,14 +5,15 @@ of stored tensors are exact; activations, gathered layers and host memory are es
 function.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, prod
-from typing import Any, Literal
+from typing import Any
 
 from trainer.base.architecture import Architecture
 from trainer.base.base import Description
 from trainer.config import Config, Quant
+from trainer.needs import GlobalBatch, GpuMemory, HostMemory, Parameters, Plan, Traffic
 from trainer.tuning.method import find_method, tuning_mismatches
 from trainer.zero.policy import Scope, build_deepspeed_config
 
@@ -24,91 +25,6 @@ _LOGITS_CHUNK_BYTES = 2**28
 _READ_BYTES = 2 * 9 * 4 * 2**20
 # CUDA's context, NCCL's buffers and the allocator's slack: an allowance, not a measurement.
 _CONTEXT_BYTES = 2**30
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Elements of the model. `frozen` is embedding + linear + small (norms and biases); `trainable` are the adapters."""
-
-    embedding: int
-    linear: int
-    small: int
-    frozen: int
-    trainable: int
-    total: int
-
-
-@dataclass(frozen=True)
-class GlobalBatch:
-    """One optimizer step. `empty_rows` are computed without targets, as global_batch does not divide evenly."""
-
-    world_size: int
-    accumulation: int
-    rows: int
-    empty_rows: int
-    tokens: int
-
-
-@dataclass(frozen=True)
-class GpuMemory:
-    """Bytes on one GPU at the peak of a step."""
-
-    frozen_quantized: int
-    frozen_unquantized: int
-    gathered_layers: int
-    dequantized_weight: int
-    adapter_weights: int
-    adapter_states: int
-    gradient_buckets: int
-    activations: int
-    logits: int
-    context: int
-    total: int
-
-
-@dataclass(frozen=True)
-class HostMemory:
-    """Bytes of host memory on one node, the Python processes themselves left out."""
-
-    reads_during_load: int
-    offloaded_base: int
-    total: int
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes one rank receives in one optimizer step. `from_other_nodes` is the part of `total` that crosses nodes."""
-
-    base_gathers: int
-    adapter_gathers: int
-    adapter_gradients: int
-    total: int
-    from_other_nodes: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The needs of a run, and in `shortfalls` one sentence for each thing that does not fit.
-
-    `mismatches` are those of them that ask more of the base than it has, on any machine. `scope` is `sharding.scope`,
-    with auto decided. `device` is what the ranks are planned for: the CPU only where `cluster.gpus_per_worker` is 0.
-    """
-
-    parameters: Parameters
-    batch: GlobalBatch
-    memory_per_gpu: GpuMemory
-    memory_per_host: HostMemory
-    traffic_per_step: Traffic
-    checkpoint_bytes: int
-    scope: Scope
-    device: Literal["gpu", "cpu"]
-    deepspeed: dict[str, Any]
-    mismatches: list[str]
-    shortfalls: list[str]
-
-    def to_json(self) -> dict[str, Any]:
-        """A tree of plain values; bytes and elements are whole numbers."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -132,9 +48,23 @@ class _Inputs:
         return 2 if self.config.model.dtype == "bf16" else 4
 
     @cached_property
-    def adapter_sizes(self) -> list[int]:
-        """Elements of each parameter that learns."""
-        return [prod(shape) for shape in find_method(self.config.tuning).shapes(self.model).values()]
+    def learning(self) -> dict[str, int]:
+        """Elements of each parameter that learns, by name: of the adapters, or of the base itself."""
+        return {name: prod(shape) for name, shape in find_method(self.config.tuning).shapes(self.model).items()}
+
+    @property
+    def trainable(self) -> int:
+        return sum(self.learning.values())
+
+    @property
+    def share(self) -> int:
+        """Elements of what learns that one rank has."""
+        return ceil(self.trainable / self.world_size)
+
+    @cached_property
+    def learning_base(self) -> int:
+        """Elements of the base's own parameters that learn; these are stored in 16 or 32 bits."""
+        return sum(parameter.numel for parameter in self.model.parameters if parameter.name in self.learning)
 
     @property
     def offloaded(self) -> bool:
@@ -161,7 +91,7 @@ def make_plan(config: Config, base: Description, world_size: int, ranks_per_node
         memory_per_gpu=memory,
         memory_per_host=_host_memory(given),
         traffic_per_step=_traffic(given),
-        checkpoint_bytes=12 * sum(given.adapter_sizes),  # fp32 master weight and AdamW's two moments
+        checkpoint_bytes=12 * given.trainable,  # fp32 master weight and AdamW's two moments
         scope=scope,
         device="cpu" if config.cluster.gpus_per_worker == 0 else "gpu",
         deepspeed=deepspeed,
@@ -208,10 +138,10 @@ def quantized_bytes(numel: int, quant: Quant) -> int:
 
 
 def _parameters(given: _Inputs) -> Parameters:
-    weights, trainable = given.model.weights, sum(given.adapter_sizes)
+    weights = given.model.weights
     embedding, linear, small = weights("embedding", "head"), weights("linear", "experts"), weights("small")
-    frozen = embedding + linear + small
-    return Parameters(embedding, linear, small, frozen, trainable, frozen + trainable)
+    frozen = embedding + linear + small - given.learning_base
+    return Parameters(embedding, linear, small, frozen, given.trainable, frozen + given.trainable)
 
 
 def _batch(given: _Inputs) -> GlobalBatch:
@@ -237,42 +167,56 @@ def _layer_bytes(given: _Inputs) -> list[int]:
 
 
 def _base_bytes(given: _Inputs) -> int:
-    """Bytes of one whole copy of the frozen base as it is stored."""
+    """Bytes of one whole copy of the base as it is stored."""
     return sum(_layer_bytes(given)) + given.item * given.model.weights("embedding", "head", "small")
 
 
 def _gpu_memory(given: _Inputs) -> GpuMemory:
     """Bytes on one GPU.
 
-    The base: its stored bytes / the ranks that share one copy, nothing where it is offloaded.
-    Adapters: the 16-bit partition and, where a matrix is under ZeRO-3's persistence threshold, a whole copy; then fp32
-    master, two moments and accumulated gradient (16 bytes an element) / world size.
+    What is frozen: its stored bytes / the ranks that share one copy, nothing where it is offloaded.
+    What learns, adapters or the base itself: the 16-bit partition and, where a parameter is under ZeRO-3's persistence
+    threshold, a whole copy; then fp32 master, two moments and accumulated gradient (16 bytes an element) / world size.
     """
     config, model, world_size = given.config, given.model, given.world_size
     linear = sum(_layer_bytes(given))
     unquantized = given.item * model.weights("embedding", "head", "small")
     if config.quant.type == "none":
         linear, unquantized = 0, unquantized + linear
-    trainable = sum(given.adapter_sizes)
+    unquantized -= given.item * given.learning_base
     threshold = given.zero.get("stage3_param_persistence_threshold", 100_000)
-    whole = sum(size for size in given.adapter_sizes if size <= threshold) if world_size > 1 else 0
+    whole = sum(size for size in given.learning.values() if size <= threshold) if world_size > 1 else 0
+    matrices = [size for layer in range(model.layers) for size in model.matrices(layer)]
+    dequantized = 0 if config.quant.type == "none" else given.item * max(matrices)
+    passes = {
+        "gathered_layers": _gathered(given),
+        "dequantized_weight": dequantized,
+        "whole_gradient": (4 + given.item) * max(given.learning.values(), default=0),
+        "activations": _activations(given),
+        "logits": _logits(given),
+    }
     parts = {
         "frozen_quantized": 0 if given.offloaded else ceil(linear / given.group),
         "frozen_unquantized": 0 if given.offloaded else ceil(unquantized / given.group),
-        "gathered_layers": _gathered(given),
-        "dequantized_weight": given.item * max(size for layer in range(model.layers) for size in model.matrices(layer)),
-        "adapter_weights": given.item * (whole + ceil(trainable / world_size)),
-        "adapter_states": 16 * ceil(trainable / world_size),
+        "adapter_weights": given.item * (whole + given.share),
+        "adapter_states": 16 * given.share,
         "gradient_buckets": 4 * given.zero.get("reduce_bucket_size", 500_000_000),
-        "activations": _activations(given),
-        "logits": _logits(given),
+        **passes,
+        "optimizer_step": max(0, _optimizer_step(given) - sum(passes.values())),
         "context": _CONTEXT_BYTES,
     }
     return GpuMemory(**parts, total=sum(parts.values()))
 
 
+def _optimizer_step(given: _Inputs) -> int:
+    """Bytes that the update takes when the passes have freed theirs, for one sub-group of DeepSpeed's at a time: in fp32 a
+    copy of the gradient and the root of the second moment, which torch's AdamW holds twice on a CPU."""
+    on_cpu = given.config.cluster.gpus_per_worker == 0
+    return (12 if on_cpu else 8) * min(given.share, given.zero.get("sub_group_size", 1_000_000_000))
+
+
 def _gathered(given: _Inputs) -> int:
-    """Bytes of frozen parameters that are whole on a GPU at one moment.
+    """Bytes of the base's parameters that are whole on a GPU at one moment.
 
     The largest of decoder layers, embedding and head, plus what ZeRO-3 holds ahead and behind: the prefetch bucket, and
     the layers it keeps because the backward pass reuses them within max_reuse_distance, half of it on either side of the
@@ -313,11 +257,13 @@ def _logits(given: _Inputs) -> int:
 
 
 def _host_memory(given: _Inputs) -> HostMemory:
-    """Bytes on one node: each rank's pieces in flight, and the base's partitions where the policy offloads them."""
+    """Bytes on one node: each rank's pieces in flight, the base's partitions where the policy offloads them, and the copies
+    of what learns that checkpoints are uploaded from."""
     ranks = min(given.ranks_per_node, given.world_size)
     reads = ranks * _READ_BYTES
     offloaded = ranks * ceil(_base_bytes(given) / given.group) if given.offloaded else 0
-    return HostMemory(reads, offloaded, reads + offloaded)
+    copies = 12 * ranks * given.share
+    return HostMemory(reads, offloaded, copies, reads + offloaded + copies)
 
 
 def _traffic(given: _Inputs) -> Traffic:
@@ -325,7 +271,7 @@ def _traffic(given: _Inputs) -> Traffic:
 
     The base is gathered in the forward and in the backward pass of every micro-batch, and a third time for the
     recomputation of activations when a layer is too large to be kept until its own backward (max_reuse_distance).
-    Adapter gradients are reduce-scattered in fp32 after every micro-batch; DeepSpeed does not wait for the last.
+    What learns, adapters or the base itself, is gathered as often. Its gradients are reduce-scattered in fp32 after every micro-batch; DeepSpeed does not wait for the last.
     """
     config, world_size, group = given.config, given.world_size, given.group
     element_bytes = given.item if config.quant.type == "none" else 1
@@ -333,11 +279,12 @@ def _traffic(given: _Inputs) -> Traffic:
     recomputed = config.train.activation_checkpointing and 2 * max(_layer_bytes(given)) > reuse
     passes = given.accumulation * (3 if recomputed else 2)
     threshold = given.zero.get("stage3_param_persistence_threshold", 100_000)
-    small = sum(size for size in given.adapter_sizes if size <= threshold)
-    large = sum(given.adapter_sizes) - small
+    small = sum(size for size in given.learning.values() if size <= threshold)
+    large = given.trainable - small
 
-    base = passes * _base_bytes(given) * (group - 1) // group
-    # A small adapter matrix is whole everywhere and gathered once, after its update.
+    frozen = _base_bytes(given) - given.item * given.learning_base
+    base = passes * frozen * (group - 1) // group
+    # A small parameter that learns is whole everywhere and gathered once, after its update.
     adapters = given.item * (small + passes * large) * (world_size - 1) // world_size
     gradients = given.accumulation * 4 * (small + large) * (world_size - 1) // world_size
 
@@ -368,7 +315,7 @@ def _remedy(given: _Inputs) -> str:
     config = given.config
     if not config.train.activation_checkpointing:
         return "Set train.activation_checkpointing: true."
-    if config.quant.type == "none":
+    if config.quant.type == "none" and not find_method(config.tuning).exports_model:
         return "Set quant.type: nf4."
     if given.scope == "node":
         return "Set sharding.scope: world, or use more GPUs a node."

@@ -149,7 +149,8 @@ def export(
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Write a committed checkpoint as a PEFT adapter, or merged with its base, to a folder or a bucket."""
+    """Write a committed checkpoint as a PEFT adapter, or merged with its base, to a folder or a bucket. A run that tuned the
+    base itself (tuning.method: full) is written as the whole model, with --merge or without."""
     from launcher.export import export_run
 
     folder = open_run(run, store)

@@ -12,7 +12,7 @@ import pytest
 from tests.cli.conftest import ENVIRONMENT, Capstan
 from tests.dist import runs
 from tests.dist.launch import launch
-from tests.material import Workshop, make_base
+from tests.material import Workshop, commit, make_base
 from trainer.checkpoint.manifest import read_manifest
 from trainer.config import dump_config, parse_config
 from trainer.export.proof import Proof
@@ -183,3 +183,21 @@ def test_a_right_adapter_is_proven_and_the_figures_are_told(capstan: Capstan, tr
     assert proof.holds
     assert (proof.computed_in, proof.rows) == ("fp32", "8 rows of the training data")
     assert 100 * proof.kl_allowed < 0.01 * proof.kl_effect, "an alpha that is off by a tenth would not be seen"
+
+
+def test_a_run_whose_base_was_tuned_is_written_as_the_whole_model_with_merge_or_without(
+    capstan: Capstan, tmp_path: Path
+) -> None:
+    workshop = Workshop(tmp_path)
+    run = workshop.store.sub("full")
+    method = ("tuning.method=full", "tuning.rank=16", "tuning.alpha=32", "quant.type=none")
+    commit(run, workshop.config("full", *method))
+    assert exported(capstan, run, tmp_path / "planned", "--dry-run")["tuned_base"] is True
+    found = exported(capstan, run, tmp_path / "model")
+    assert (found["merged"], found["tuned_base"], found["step"]) == (True, True, 4)
+    done = capstan("export", run.uri, tmp_path / "merged", "--merge", timeout=300)
+    assert done.returncode == 0, done.stderr
+    text = " ".join(done.stdout.split())
+    assert "the whole model (its base was tuned, so an export and a merge are the same) of step 4 in" in text
+    for file in (tmp_path / "model").iterdir():
+        assert (tmp_path / "merged" / file.name).read_bytes() == file.read_bytes(), file.name

@@ -23,7 +23,7 @@ from trainer.checkpoint.retention import Retention, plan_removal, remove
 from trainer.checkpoint.shard import STATES
 from trainer.config import Checkpoint
 from trainer.errors import StorageError
-from trainer.export.adapter import master_weights
+from trainer.export.learnt import master_weights
 from trainer.ranks import Ranks, join
 from trainer.run import layout
 from trainer.store import Store, open_store

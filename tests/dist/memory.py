@@ -1,4 +1,4 @@
-"""How much memory a load, a step and a merge take."""
+"""How much memory a load, a step, a whole training and an export take."""
 
 from pathlib import Path
 from typing import Any
@@ -7,10 +7,15 @@ import torch
 from torch import Tensor
 
 from tests.dist.assembled import assemble_run
+from trainer import store
+from trainer.base import reading
 from trainer.base.load import load_model
 from trainer.base.locate import resolve_base
+from trainer.checkpoint import shard
 from trainer.config import parse_config
-from trainer.data.stream import MicroBatch
+from trainer.data.stream import MicroBatch, Position
+from trainer.export import merged
+from trainer.export.adapter import export_adapter
 from trainer.export.merged import export_merged
 from trainer.model import nf4
 from trainer.model.attention import Attention
@@ -61,6 +66,24 @@ def _step_growth(engine: Engine) -> int:
     return _memory("VmHWM") - before
 
 
+def training_memory(config_text: str, fingerprint: str) -> int:
+    """How far this process's resident memory rises above what it was before the load, in bytes, in a load and two steps."""
+    join()
+    torch.set_num_threads(1)
+    # Have glibc return what is freed during all of it, not only during the load, as CUDA's allocator would reuse it.
+    reading._GLIBC_DEFAULT_LIMIT = 2**20
+    with reading.freed_memory_given_back():
+        before = _peak_from_here()
+        here = assemble_run(parse_config(config_text), fingerprint)
+        position = Position()
+        for _ in range(2):
+            for batch in (batches := here.stream.step(position)):
+                here.engine.backward(here.engine.loss(batch) / 100, last=batch is batches[-1])
+            here.engine.step(1e-4)
+            position = here.stream.advance(position)
+    return _memory("VmHWM") - before
+
+
 def _peak_from_here() -> int:
     """Let the peak start again from the memory that is resident now, in bytes."""
     Path("/proc/self/clear_refs").write_text("5")
@@ -73,9 +96,19 @@ def _memory(what: str) -> int:
     return int(status[what].split()[0]) * 1024
 
 
-def merge_memory(run_uri: str, merged: str) -> int:
+def small_export_memory(run_uri: str, destination: str) -> int:
+    """The same for an export in pieces and parts that are a sixteenth and a thirty-second of the real ones."""
+    reading.PIECE_BYTES = merged.PIECE_BYTES = 2**18
+    store.PART_BYTES = shard.PART_BYTES = 2**20
+    torch.set_num_threads(1)
+    before = _peak_from_here()
+    export_adapter(store.open_store(run_uri), store.open_store(destination))
+    return _memory("VmHWM") - before
+
+
+def merge_memory(run_uri: str, destination: str) -> int:
     """How far this process's resident memory rises above what it was before the merge, in bytes."""
     torch.set_num_threads(1)
     before = _peak_from_here()
-    export_merged(open_store(run_uri), open_store(merged))
+    export_merged(open_store(run_uri), open_store(destination))
     return _memory("VmHWM") - before

@@ -204,6 +204,34 @@ def test_a_checkpoint_is_three_fp32_values_for_each_trainable_parameter():
     assert plan.checkpoint_bytes == 12 * 207_093_760
 
 
+def test_full_fine_tuning_has_eighteen_bytes_a_parameter_over_the_ranks_and_checkpoints_of_twelve():
+    full = plan_of(config("tuning.method=full", "quant.type=none"), LLAMA_70B, 64, 8, None)
+    every = 70_553_706_496
+    assert (full.parameters.total, full.parameters.trainable, full.parameters.frozen) == (every, every, 0)
+    assert full.checkpoint_bytes == 12 * every
+    assert full.memory_per_host.checkpoint_copy == pytest.approx(12 * every / 8, rel=1e-6)
+    memory = full.memory_per_gpu
+    assert memory.frozen_quantized == memory.frozen_unquantized == memory.dequantized_weight == 0
+    assert memory.adapter_weights + memory.adapter_states == pytest.approx(18 * every / 64, rel=2e-3)
+    assert full.traffic_per_step.base_gathers == 0
+    assert full.scope == "world"
+
+
+def test_what_does_not_learn_of_a_base_that_is_tuned_in_part_is_frozen():
+    last = plan_of(
+        config("tuning.method=full", "tuning.train=[model.layers.79.*]", "quant.type=none"), LLAMA_70B, 8, 8, None
+    )
+    layer = 80 * 855_654_400
+    assert last.parameters.trainable * 80 == layer
+    assert last.parameters.frozen + last.parameters.trainable == last.parameters.total
+    assert last.memory_per_gpu.frozen_unquantized == pytest.approx(2 * last.parameters.frozen / 8, rel=1e-6)
+
+
+def test_the_remedy_of_full_fine_tuning_is_no_quantization():
+    (message,) = plan_of(config("tuning.method=full", "quant.type=none"), LLAMA_70B, 8, 8, 80 * GIB).shortfalls
+    assert "Use more GPUs" in message
+
+
 def test_every_shortfall_is_told_at_once():
     given = config("data.sequence_length=200000", "model.layers=81", "tuning.targets=[q_proj, c_attn]")
     plan = plan_of(given, LLAMA_70B, 2, 2, 8 * GIB)

@@ -9,9 +9,9 @@ import pytest
 from tests.material import KINDS, SIZES
 from trainer import tuning
 from trainer.base.families import read_architecture
-from trainer.config import Tuning
+from trainer.config import Tuning, parse_config
 from trainer.errors import ConfigError
-from trainer.tuning.method import find_method, methods
+from trainer.tuning.method import Method, find_method, methods, tuning_mismatches
 
 LLAMA = read_architecture({**SIZES, **KINDS["llama"]})
 
@@ -77,3 +77,61 @@ def test_finding_a_method_loads_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.stdout.split(), done.returncode) == ([], 0), done.stderr
+
+
+def full(train: object = "all") -> Method:
+    return find_method(Tuning.model_validate({"method": "full", "train": train}))
+
+
+def test_full_trains_every_parameter_of_the_base_or_those_that_patterns_name():
+    every = {parameter.name: parameter.shape for parameter in LLAMA.parameters}
+    assert full().shapes(LLAMA) == every
+    assert full(["*"]).shapes(LLAMA) == every
+    assert set(full(["model.layers.1.*"]).shapes(LLAMA)) == {name for name in every if ".1." in name}
+    norms = full(["*norm.weight"]).shapes(LLAMA)
+    assert len(norms) == 2 * 2 + 1
+    assert "model.norm.weight" in norms
+
+
+def test_a_pattern_that_names_nothing_is_refused_with_the_names_there_are():
+    (sentence,) = full(["*.bias", "lm_head.weight"]).mismatches(LLAMA)
+    assert sentence.startswith("tuning.train: '*.bias' matches no parameter of the base.")
+    assert "The base has model.embed_tokens.weight, model.layers.*.self_attn.q_proj.weight," in sentence
+    assert sentence.count("q_proj") == 1
+    assert full([]).mismatches(LLAMA) == [
+        "tuning.train: [] trains nothing. Name parameters by patterns, or set tuning.train: all."
+    ]
+
+
+def test_fulls_identity_names_its_patterns_where_there_are_some():
+    assert full().identity == {"method": "full"}
+    assert full(["*norm.weight"]).identity == {"method": "full", "train": ["*norm.weight"]}
+
+
+def test_full_refuses_what_lora_reads_and_lora_what_full_reads():
+    assert refusal(method="full", rank=4) == "tuning.rank: has no effect with tuning.method: full. Remove it."
+    assert refusal(train=["*"]) == "tuning.train: has no effect with tuning.method: lora. Remove it."
+
+
+def test_full_needs_a_base_in_16_or_32_bits_of_which_there_is_one_copy():
+    def wrong(*overrides: str) -> list[str]:
+        text = "run: {name: demo}\nmodel: {base: /m}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
+        return tuning_mismatches(parse_config(text, ("tuning.method=full", *overrides)), LLAMA)
+
+    assert wrong("quant.type=none") == []
+    assert wrong() == [
+        "quant.type: nf4 stores the base in 4 bits, and tuning.method: full trains its weights themselves. Set quant.type: "
+        "none, over a base that is stored in 16 or 32 bits."
+    ]
+    (sentence,) = wrong("quant.type=none", "sharding.scope=node")
+    assert "which tuning.method: full would train apart. Set sharding.scope: world." in sentence
+
+
+def test_full_cannot_be_switched_off():
+    with (
+        pytest.raises(ConfigError, match="full cannot be switched off, as the base itself learns"),
+        full().switched_off(
+            None  # type: ignore[arg-type]
+        ),
+    ):
+        pass

@@ -1,12 +1,14 @@
 """Which stored tensors make each parameter of the model, from the headers of the files alone."""
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 
 from trainer.base.base import Base
 from trainer.errors import ConfigError
-from trainer.safetensors_index import Stacked, StoredTensor, TensorSource
+from trainer.safetensors_index import Stacked, StoredTensor, TensorSource, numel
 
+# In every family of trainer/base/families.py.
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 
 
@@ -26,6 +28,22 @@ def find_source(base: Base, name: str, shape: tuple[int, ...]) -> StoredTensor:
             f"model.base: the experts of {name} are of several types in {base.name}. Copy the model again."
         )
     return parts[0] if len(parts) == 1 else Stacked(parts, shape)
+
+
+def stored_parts(base: Base, name: str, shape: tuple[int, ...]) -> Iterator[tuple[TensorSource, int]]:
+    """Every tensor of the files that holds elements of the parameter `name`, with the number of the first of these.
+
+    Raises `ConfigError` as `find_source` does.
+    """
+    source = find_source(base, name, shape)
+    begin = 0
+    for part in source.parts if isinstance(source, Stacked) else (source,):
+        assert isinstance(part, TensorSource)
+        yield part, begin
+        begin += numel(part)
+    if base.architecture.tied and name == _EMBEDDING and _HEAD in base.tensors:
+        # Some files hold a tied weight twice; transformers unties what differs.
+        yield _checked(base, _HEAD, shape), 0
 
 
 def _checked(base: Base, name: str, shape: tuple[int, ...]) -> TensorSource:

@@ -10,7 +10,7 @@ ranges that overlap its intervals.
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,7 +26,7 @@ from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import CheckpointManifest, read_manifest, readable_manifests, shard_problem
 from trainer.checkpoint.reading import read_elements
 from trainer.checkpoint.retention import Retention, plan_removal, remove
-from trainer.checkpoint.shard import ShardLayout, write_shard
+from trainer.checkpoint.shard import STATES, ShardLayout, write_shard
 from trainer.errors import AlreadyExists, NothingToResume, StorageError, Superseded
 from trainer.ranks import Ranks
 from trainer.run import layout
@@ -338,11 +338,13 @@ def _shapes(partitions: list[TrainablePartition]) -> dict[str, list[int]]:
     return {part.name: list(part.shape) for part in partitions}
 
 
-def load_partitions(run: Store, manifest: CheckpointManifest, partitions: list[TrainablePartition]) -> None:
-    """Fill the partitions' states from whatever intervals the checkpoint's ranks wrote: any world size loads."""
+def load_partitions(
+    run: Store, manifest: CheckpointManifest, partitions: list[TrainablePartition], states: Sequence[str] = STATES
+) -> None:
+    """Fill the partitions' `states` from whatever intervals the checkpoint's ranks wrote: any world size loads."""
     mine = {part.name: part for part in partitions}
     wanted = {part.name: (part.begin, part.end) for part in partitions}
-    for (name, state, begin, end), data in read_elements(run, manifest, wanted):
+    for (name, state, begin, end), data in read_elements(run, manifest, wanted, states):
         part = mine[name]
         part.states[state][begin - part.begin : end - part.begin] = torch.frombuffer(
             bytearray(data), dtype=torch.float32

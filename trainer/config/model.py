@@ -1,4 +1,4 @@
-"""The settings of the model: the base, its quantization, the adapters."""
+"""The settings of the model: the base, its quantization, what learns."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ from trainer.config.section import Section, setting
 
 
 class Model(Section):
-    """The base model that stays frozen."""
+    """The base model."""
 
     base: str = setting(
         about="A Hugging Face model with safetensors files: a directory, an s3://, gs:// or az:// URI (read from there by "
@@ -36,7 +36,7 @@ class Model(Section):
 
 
 class Quant(Section):
-    """How the frozen linear layers are stored."""
+    """How the linear layers are stored, which then stay frozen."""
 
     type: Literal["nf4", "fp4", "none"] = setting("nf4", about="4-bit type, or none for 16-bit weights.", example="nf4")
     block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] = setting(
@@ -65,12 +65,13 @@ class Quant(Section):
 
 
 class Tuning(Section):
-    """The part that learns, on the frozen layers. docs/methods.md says when to use which method."""
+    """The part that learns, on the frozen layers or of them. docs/methods.md says when to use which method."""
 
     method: str = setting(
         "lora",
         about="lora or rslora: low-rank adapters, scaled by alpha / rank or by alpha / sqrt(rank). dora: those of lora, and a "
-        "length for each row of a weight. ia3: vectors that scale keys, values and the MLP's inner activations.",
+        "length for each row of a weight. ia3: vectors that scale keys, values and the MLP's inner activations. full: the base "
+        "itself, which needs quant.type: none.",
         example="rslora",
     )
     rank: int = setting(16, about="Rank of the adapters.", example=16, ge=1, le=4096)
@@ -88,4 +89,10 @@ class Tuning(Section):
         None,
         about="Those of the targets whose inputs ia3 scales, where it scales the outputs of the others. Default: those that end in down_proj.",
         example=["down_proj"],
+    )
+    train: Literal["all"] | list[str] = setting(
+        "all",
+        about="Which parameters of the base learn with method full: all, or patterns of their whole names, where * is any "
+        "text (last layers, norms, biases).",
+        example=["model.layers.31.*", "*norm.weight"],
     )

@@ -65,7 +65,9 @@ class Optim(Section):
         (0.9, 0.999), about="Decay of the first and second moment.", example=[0.9, 0.95]
     )
     eps: float = setting(1e-8, about="Added to the root of the second moment.", example=1e-8, gt=0)
-    weight_decay: float = setting(0.0, about="Decoupled weight decay of the adapters.", example=0.01, ge=0)
+    weight_decay: float = setting(
+        0.0, about="Decoupled weight decay of what learns; with method full, of matrices only.", example=0.01, ge=0
+    )
     lora_plus_ratio: float = setting(
         1.0,
         about="Learning rate of the adapters' B matrices, as a multiple of lr (LoRA+); 1 treats both matrices alike.",

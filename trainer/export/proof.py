@@ -10,7 +10,7 @@ class Proof:
     Attributes:
         kl: KL divergence of the next token's distributions, the mean over the places that are trained, in nats a token.
         kl_allowed: the largest divergence that rounding explains.
-        kl_effect: the same divergence between the exported model and its base without the adapter.
+        kl_effect: the same divergence between the exported model and its base as it was before the training.
         log_prob: the mean absolute difference of the trained tokens' log-probabilities, in nats a token.
         log_prob_allowed, log_prob_effect: likewise.
         computed_in: fp32 or bf16.
@@ -44,17 +44,17 @@ class Proof:
         if self.holds:
             return "It is what was trained."
         if self.is_alike:
-            return "That proves nothing: the adapter changes no more than rounding does. Train longer, or export without --verify."
+            return "That proves nothing: what was learnt changes no more than rounding does. Train longer, or export without --verify."
         return "It is not what was trained; do not use it."
 
     def sentence(self) -> str:
         figures = (
-            f"KL {self.kl:.2g} nats a token (allowed {self.kl_allowed:.2g}; the adapter's own effect is {self.kl_effect:.2g}), "
+            f"KL {self.kl:.2g} nats a token (allowed {self.kl_allowed:.2g}; the training's own effect is {self.kl_effect:.2g}), "
             f"log-probabilities of the trained tokens {self.log_prob:.2g} nats (allowed {self.log_prob_allowed:.2g}, effect "
             f"{self.log_prob_effect:.2g}), computed in {self.computed_in} on {self.rows}"
         )
         if self.trained_kl is None or self.rounding_kl is None:
-            return f"its predictions in transformers + PEFT against the trained model's: {figures}"
+            return f"its predictions in transformers (and PEFT) against the trained model's: {figures}"
         return (
             f"its predictions in transformers against PEFT's own merge: {figures}; KL {self.rounding_kl:.2g} from base and "
             f"adapter side by side, whose sum is not rounded, and {self.trained_kl:.2g} from the model as it was trained"

@@ -7,6 +7,9 @@ last bits of every product. The adapter's own effect is the control: a differenc
 
 A merged model is not quite the trained one where the base was quantized for training, as it is merged into the base's own
 weights. Only the merging is proven for it: it predicts what PEFT's own merge predicts, rounded to the same types.
+
+Where the base itself has learnt, the model's files must also be, byte for byte, those that the checkpoint and the base make:
+no prediction shows a single bit that has flipped among billions.
 """
 
 import gc
@@ -23,13 +26,16 @@ from torch import Tensor
 from trainer.base.filling import SOURCE_DTYPES
 from trainer.base.load import DTYPES, model_config
 from trainer.base.locate import Base, copy_object, copy_weights
-from trainer.base.parameters import WEIGHT_DTYPES
+from trainer.base.parameters import WEIGHT_DTYPES, find_source
 from trainer.checkpoint.checkpoints import load_partitions
+from trainer.checkpoint.learner import TrainablePartition
 from trainer.checkpoint.manifest import CheckpointManifest, read_manifest
 from trainer.config import Config, override
+from trainer.errors import CapstanError
 from trainer.export import plain
 from trainer.export.adapter import export_adapter
 from trainer.export.distributions import Distance, distance
+from trainer.export.merged import ChangedFile, changed_files
 from trainer.export.proof import Proof
 from trainer.export.rows import Probe, find_probe
 from trainer.export.trained import resolve_trained_base, trained_config
@@ -39,6 +45,7 @@ from trainer.ranks import join
 from trainer.scratch import scratch_folder
 from trainer.store import Store, open_store
 from trainer.train.assemble import assemble
+from trainer.tuning.method import Method, find_method
 from trainer.zero.policy import build_deepspeed_config
 
 # How far a product's outputs are moved to measure what rounding does, as a share of themselves: one last bit in bf16; in fp32
@@ -46,6 +53,7 @@ from trainer.zero.policy import build_deepspeed_config
 _SHAKEN_BY = {"bf16": 2**-8, "fp32": 2**-18}
 # A divergence grows with the square of a difference.
 _TOLERATED_NOISE = 3.0
+_DO_NOT_USE = "do not use it, and export again."
 
 
 @dataclass(frozen=True)
@@ -63,13 +71,17 @@ class Trained:
         config = trained_config(run, manifest)
         return cls(run, manifest, config, resolve_trained_base(config.model, manifest))
 
+    @property
+    def method(self) -> Method:
+        return find_method(self.config.tuning)
+
     @cached_property
     def probe(self) -> Probe:
         return find_probe(self.run, self.config, self.manifest, self.base)
 
     @cached_property
     def computed_in(self) -> str:
-        exact = not self.base.stored.quantized and _fits_in_fp32(self.config, self.base)
+        exact = not self.base.stored.quantized and _fits_in_fp32(self.config, self.base, self.manifest)
         return "fp32" if exact else self.config.model.dtype
 
     def logits(self, computed_in: str) -> list[Tensor]:
@@ -81,16 +93,24 @@ class Trained:
         settings = build_deepspeed_config(config, world_size=ranks.world_size, accumulation=1, on_gpu=on_gpu)
         engine, _ = assemble(base, config, settings, ranks, attention, "world", NextTokens())
         partitions = engine.partitions()
-        load_partitions(self.run, self.manifest, partitions)
+        load_partitions(self.run, self.manifest, partitions, states=("master",))
         for part in partitions:  # as the forward passes of the training had them, and as they are exported
-            part.states["master"].copy_(part.states["master"].to(DTYPES[self.config.model.dtype]))
+            part.states["master"].copy_(self._exported(part))
         engine.refresh(self.manifest.updates)
         return [engine.logits(row.tokens.to(ranks.device))[0, row.places].float().cpu() for row in self.probe.rows]
+
+    def _exported(self, part: TrainablePartition) -> Tensor:
+        values = part.states["master"].to(DTYPES[self.config.model.dtype])
+        if not self.method.exports_model:
+            return values
+        return values.to(SOURCE_DTYPES[find_source(self.base, part.name, part.shape).dtype])
 
 
 def prove_adapter(run: Store, step: int, adapter: Store) -> Proof:
     """The model of `step` against the exported adapter, in this process, one after the other."""
     trained = Trained.at(run, step)
+    if trained.method.exports_model:
+        return _prove_model(trained, adapter)
     computed_in, rows = trained.computed_in, trained.probe.rows
     expected = trained.logits(computed_in)
     _give_memory_back()
@@ -109,6 +129,8 @@ def prove_adapter(run: Store, step: int, adapter: Store) -> Proof:
 def prove_merged(run: Store, step: int, merged: Store) -> Proof:
     """The merged model against PEFT's merge of the exported adapter, in fp32; and, for information, the model of `step`."""
     trained = Trained.at(run, step)
+    if trained.method.exports_model:
+        return _prove_model(trained, merged)
     rows = trained.probe.rows
     as_trained = trained.logits(trained.computed_in)
     _give_memory_back()
@@ -144,6 +166,47 @@ def prove_merged(run: Store, step: int, merged: Store) -> Proof:
         trained_kl=distance(as_trained, found, rows).kl,
         rounding_kl=distance(beside, found, rows).kl,
     )
+
+
+def _prove_model(trained: Trained, destination: Store) -> Proof:
+    """A model whose base has learnt itself: its bytes, and then its predictions against those of the model of `step`, with
+    those of the base as it was for the effect.
+
+    Raises `CapstanError` where a file has other bytes than it should.
+    """
+    for file in changed_files(trained.run, trained.manifest, trained.config, trained.base):
+        _check_bytes(file, destination)
+    computed_in, rows = trained.computed_in, trained.probe.rows
+    expected = trained.logits(computed_in)
+    _give_memory_back()
+    with _directory(destination) as folder:
+        model = plain.load_plain(folder, _held_in(trained.base)).to(plain.device())
+        with _computing(model, computed_in):
+            found = plain.place_logits(model, rows)
+            with plain.shaken(model, _SHAKEN_BY[computed_in]):
+                noise = distance(found, plain.place_logits(model, rows), rows)
+    del model
+    _give_memory_back()
+    with _base_directory(trained.base) as folder:
+        model = _plain_base(trained, folder, computed_in)
+        with _computing(model, computed_in):
+            effect = distance(found, plain.place_logits(model, rows), rows)
+    return _proof(trained.probe, computed_in, distance(expected, found, rows), noise, effect)
+
+
+def _check_bytes(file: ChangedFile, destination: Store) -> None:
+    """Raises `CapstanError` unless `destination` holds the file with these very bytes."""
+    where, position = f"{destination.uri}/{file.key}", 0
+    size = destination.head(file.key).size
+    if size != file.size:
+        raise CapstanError(f"{where} has {size} bytes instead of {file.size}: {_DO_NOT_USE}")
+    for chunk in file.chunks():
+        end = position + len(chunk)
+        if destination.get_range(file.key, position, end) != chunk:
+            raise CapstanError(
+                f"{where} differs from what was trained between bytes {position} and {end}: {_DO_NOT_USE}"
+            )
+        position = end
 
 
 def _proof(
@@ -188,11 +251,13 @@ def _held_in(base: Base) -> torch.dtype:
     return SOURCE_DTYPES[types.pop()] if len(types) == 1 else torch.float32
 
 
-def _fits_in_fp32(config: Config, base: Base) -> bool:
-    """Whether the trained side, which holds all that is not quantized as it computes, may be in fp32."""
+def _fits_in_fp32(config: Config, base: Base, manifest: CheckpointManifest) -> bool:
+    """Whether the trained side may be in fp32: it holds all that is not quantized as it computes, and of what learns also a
+    master and room for a gradient."""
     model = base.architecture
     packed = 4.0 if config.quant.type == "none" else 0.5 + 4 / config.quant.block_size
     needed = packed * model.weights("linear", "experts") + 4 * model.weights("embedding", "head", "small")
+    needed += 8 * sum(manifest.numels.values())
     return 1.25 * needed < _available_memory()
 
 

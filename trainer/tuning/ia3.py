@@ -61,6 +61,7 @@ class Ia3:
     settings: ClassVar[Collection[str]] = ("targets", "feedforward")
     defaults: ClassVar[Mapping[str, Any]] = {"targets": _AUTO, "feedforward": None}
     trains_base: ClassVar[bool] = False
+    exports_model: ClassVar[bool] = False
     unmergeable: ClassVar[str | None] = None
     file_names: ClassVar[Collection[str]] = PEFT_FILES
 

@@ -65,6 +65,7 @@ class Lora:
     settings: ClassVar[Collection[str]] = ("rank", "alpha", "dropout", "targets", "optim.lora_plus_ratio")
     defaults: ClassVar[Mapping[str, Any]] = {"dropout": 0.0, "targets": ALL_LINEAR}
     trains_base: ClassVar[bool] = False
+    exports_model: ClassVar[bool] = False
     unmergeable: ClassVar[str | None] = None
     file_names: ClassVar[Collection[str]] = PEFT_FILES
 

@@ -8,6 +8,7 @@ that handles tensors imports torch when it is called.
 from __future__ import annotations
 
 import difflib
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -27,6 +28,19 @@ if TYPE_CHECKING:
 
 # Settings outside the section `tuning` that not every method reads.
 OPTIM_OF_SOME = ("optim.lora_plus_ratio",)
+
+
+class LearntWeights(Mapping[str, "Tensor"]):
+    """What a checkpoint holds of each parameter that learns, by its name in the model and in the type of the training's
+    forward pass. As a mapping it reads all of them into memory at the first look-up; `part` reads what it returns."""
+
+    @property
+    @abstractmethod
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    @abstractmethod
+    def part(self, name: str, begin: int, end: int) -> Tensor:
+        """Elements [begin, end) of the flattened parameter; any thread may ask."""
 
 
 class WeightUpdate(Protocol):
@@ -62,6 +76,9 @@ class Method(Protocol):
     checkpoints stay what they are; a default never changes, whatever becomes of the configuration's."""
     trains_base: ClassVar[bool]
     """Whether parameters of the base learn, so that one copy of them must be divided over all ranks."""
+    exports_model: ClassVar[bool]
+    """Whether an export is the whole model, the base's own files with `updates` in them, so that a merge is the same and
+    `export` is never called. The base is then trained as it is stored, in 16 or 32 bits."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -98,7 +115,7 @@ class Method(Protocol):
         `model` names the base."""
         ...
 
-    def updates(self, weights: Mapping[str, Tensor], architecture: Architecture) -> Mapping[str, WeightUpdate]:
+    def updates(self, weights: LearntWeights, architecture: Architecture) -> Mapping[str, WeightUpdate]:
         """Name of each weight of the base that a merge changes -> its change; unless `unmergeable`."""
         ...
 
@@ -150,5 +167,10 @@ def tuning_mismatches(config: Config, architecture: Architecture) -> list[str]:
         wrong.append(
             f"sharding.scope: node keeps a copy of the base on every node, which tuning.method: {config.tuning.method} would "
             "train apart. Set sharding.scope: world."
+        )
+    if method.exports_model and config.quant.type != "none":
+        wrong.append(
+            f"quant.type: {config.quant.type} stores the base in 4 bits, and tuning.method: {config.tuning.method} trains its "
+            "weights themselves. Set quant.type: none, over a base that is stored in 16 or 32 bits."
         )
     return wrong

@@ -1,4 +1,4 @@
-"""Frozen parameters that are born as ZeRO-3 partitions and filled piece by piece: no rank ever holds a whole one."""
+"""Parameters of the base that are born as ZeRO-3 partitions and filled piece by piece: no rank ever holds a whole one."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from trainer.zero.policy import Scope
 
 @dataclass(frozen=True)
 class Partition:
-    """One frozen parameter; this rank holds elements [begin, end) of the flat tensor, in `local`."""
+    """One parameter; this rank holds elements [begin, end) of the flat tensor, in `local`."""
 
     parameter: nn.Parameter
     begin: int
@@ -30,6 +30,11 @@ class Partition:
             self.local[first - self.begin : last - self.begin].copy_(values[first - offset : last - offset])
 
 
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of all of a parameter: a ZeRO-3 one's own is (0,) while it is not gathered."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 class Partitioner:
     """Makes partitions over the ranks that share one copy of the base: all of them, or those of a node. Collective."""
 
@@ -41,7 +46,7 @@ class Partitioner:
         self._zero = zero_init(deepspeed_config, dtype)
 
     def make(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Partition:
-        """A frozen parameter of `shape` whose partition is still to be written.
+        """A parameter of `shape`, frozen until a method has it learn, whose partition is still to be written.
 
         The `torch.empty` below is as large as the whole tensor, but nothing of it is ever touched, so none of it is
         resident: DeepSpeed only copies this rank's part into the partition that it allocates.

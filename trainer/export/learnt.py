@@ -1,0 +1,55 @@
+"""The learnt weights of a committed checkpoint, from whatever ranks wrote it: in parts, or each parameter whole."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from trainer.checkpoint.manifest import CheckpointManifest
+from trainer.checkpoint.reading import read_elements
+from trainer.store import Store
+from trainer.tuning.method import LearntWeights
+
+
+def master_weights(run: Store, manifest: CheckpointManifest) -> dict[str, Tensor]:
+    """Every trained parameter, whole, in fp32, by its name in the model."""
+    flat = {name: torch.empty(numel) for name, numel in manifest.numels.items()}
+    every = {name: (0, numel) for name, numel in manifest.numels.items()}
+    for (name, _, begin, end), data in read_elements(run, manifest, every, states=("master",)):
+        flat[name][begin:end] = torch.frombuffer(bytearray(data), dtype=torch.float32)
+    return {name: tensor.view(manifest.shapes[name]) for name, tensor in flat.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class CheckpointWeights(LearntWeights):
+    """Those parameters, in `dtype`."""
+
+    run: Store
+    manifest: CheckpointManifest
+    dtype: torch.dtype
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: tuple(shape) for name, shape in self.manifest.shapes.items()}
+
+    def part(self, name: str, begin: int, end: int) -> Tensor:
+        values = torch.empty(end - begin)
+        wanted = {name: (begin, end)}
+        for (_, _, first, last), data in read_elements(self.run, self.manifest, wanted, states=("master",)):
+            values[first - begin : last - begin] = torch.frombuffer(bytearray(data), dtype=torch.float32)
+        return values.to(self.dtype)
+
+    @cached_property
+    def _whole(self) -> dict[str, Tensor]:
+        return {name: values.to(self.dtype) for name, values in master_weights(self.run, self.manifest).items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._whole[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.manifest.shapes)
+
+    def __len__(self) -> int:
+        return len(self.manifest.shapes)

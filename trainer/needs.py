@@ -1,0 +1,95 @@
+"""The needs of a run in numbers, as `trainer/plan.py` counts them and `capstan plan --json` prints them."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from trainer.zero.policy import Scope
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Elements of the model. The base is embedding + linear + small (norms and biases); `frozen` is the part of it that does
+    not learn, `trainable` are adapters or the other part."""
+
+    embedding: int
+    linear: int
+    small: int
+    frozen: int
+    trainable: int
+    total: int
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """One optimizer step. `empty_rows` are computed without targets, as global_batch does not divide evenly."""
+
+    world_size: int
+    accumulation: int
+    rows: int
+    empty_rows: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    """Bytes on one GPU at the peak of a step."""
+
+    frozen_quantized: int
+    frozen_unquantized: int
+    gathered_layers: int
+    dequantized_weight: int
+    adapter_weights: int
+    adapter_states: int
+    whole_gradient: int
+    gradient_buckets: int
+    activations: int
+    logits: int
+    optimizer_step: int
+    context: int
+    total: int
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes of host memory on one node, the Python processes themselves left out."""
+
+    reads_during_load: int
+    offloaded_base: int
+    checkpoint_copy: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes one rank receives in one optimizer step. `from_other_nodes` is the part of `total` that crosses nodes."""
+
+    base_gathers: int
+    adapter_gathers: int
+    adapter_gradients: int
+    total: int
+    from_other_nodes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The needs of a run, and in `shortfalls` one sentence for each thing that does not fit.
+
+    `mismatches` are those of them that ask more of the base than it has, on any machine. `scope` is `sharding.scope`,
+    with auto decided. `device` is what the ranks are planned for: the CPU only where `cluster.gpus_per_worker` is 0.
+    """
+
+    parameters: Parameters
+    batch: GlobalBatch
+    memory_per_gpu: GpuMemory
+    memory_per_host: HostMemory
+    traffic_per_step: Traffic
+    checkpoint_bytes: int
+    scope: Scope
+    device: Literal["gpu", "cpu"]
+    deepspeed: dict[str, Any]
+    mismatches: list[str]
+    shortfalls: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """A tree of plain values; bytes and elements are whole numbers."""
+        return asdict(self)

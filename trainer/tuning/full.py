@@ -1,0 +1,117 @@
+"""Full fine-tuning: the base's own parameters learn, all of them or those that `tuning.train` names.
+
+ZeRO-3 divides the 16-bit weights, their fp32 masters, AdamW's moments and the gradients over all ranks: about 18 bytes a
+parameter over the world size (ZeRO, arXiv:1910.02054, section 3.1). Matrices decay, norms and biases do not, as in GPT-3's
+training and in transformers' Trainer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from trainer.base.architecture import Architecture
+from trainer.config import Model, Optim, Tuning
+from trainer.errors import ConfigError
+from trainer.tuning.method import ExportedFiles, LearntWeights
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class TrainedWeight:
+    """The trained values of the parameter `name`, read from the checkpoint as they are needed."""
+
+    weights: LearntWeights
+    name: str
+    shape: tuple[int, ...]
+
+    def apply_to(self, rows: Tensor, first: int) -> None:
+        begin = first * self.shape[-1]
+        rows.copy_(self.weights.part(self.name, begin, begin + rows.numel()))
+
+
+@dataclass(frozen=True)
+class Full:
+    """The base learns itself; `tuning.train` are patterns of the names of those parameters that do."""
+
+    tuning: Tuning
+
+    settings: ClassVar[Collection[str]] = ("train",)
+    defaults: ClassVar[Mapping[str, Any]] = {"train": "all"}
+    trains_base: ClassVar[bool] = True
+    exports_model: ClassVar[bool] = True
+    unmergeable: ClassVar[str | None] = None
+    # config.json, without which nothing loads, is in none but a whole export.
+    file_names: ClassVar[Collection[str]] = ("*.safetensors", "*.safetensors.index.json", "generation_config.json")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        patterns = {} if self.tuning.train == "all" else {"train": self.tuning.train}
+        return {"method": self.tuning.method, **patterns}
+
+    @property
+    def _patterns(self) -> list[str]:
+        return ["*"] if self.tuning.train == "all" else self.tuning.train
+
+    def mismatches(self, architecture: Architecture) -> list[str]:
+        if not self._patterns:
+            return ["tuning.train: [] trains nothing. Name parameters by patterns, or set tuning.train: all."]
+        names = [parameter.name for parameter in architecture.parameters]
+        shown = ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
+        return [
+            f"tuning.train: {pattern!r} matches no parameter of the base. Patterns are of whole names, and * is any text. "
+            f"The base has {shown}."
+            for pattern in self._patterns
+            if not any(fnmatchcase(name, pattern) for name in names)
+        ]
+
+    def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+        return {
+            parameter.name: parameter.shape
+            for parameter in architecture.parameters
+            if any(fnmatchcase(parameter.name, pattern) for pattern in self._patterns)
+        }
+
+    def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
+        learning = self.shapes(architecture)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in learning)
+
+    def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
+        """Matrices, which decay, and all else, which does not."""
+        from trainer.zero.partition import whole_shape
+
+        learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        matrices = [parameter for parameter in learning if len(whole_shape(parameter)) > 1]
+        vectors = [parameter for parameter in learning if len(whole_shape(parameter)) <= 1]
+        groups = [
+            {"name": "matrices", "lr_ratio": 1.0, "weight_decay": optim.weight_decay, "params": matrices},
+            {"name": "vectors", "lr_ratio": 1.0, "weight_decay": 0.0, "params": vectors},
+        ]
+        return [group for group in groups if group["params"]]
+
+    @contextmanager
+    def switched_off(self, model: PreTrainedModel) -> Iterator[None]:
+        """Raises `ConfigError`: no rank keeps the base as it was."""
+        raise ConfigError(
+            f"tuning.method: {self.tuning.method} cannot be switched off, as the base itself learns. Use a method that adds "
+            "to the base, such as lora."
+        )
+        yield
+
+    def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
+        raise AssertionError("an export is the whole model")
+
+    def updates(self, weights: LearntWeights, architecture: Architecture) -> dict[str, TrainedWeight]:
+        return {name: TrainedWeight(weights, name, shape) for name, shape in weights.shapes.items()}
+
+
+METHODS: dict[str, Callable[[Tuning], Full]] = {"full": Full}
