@@ -96,7 +96,7 @@ def test_an_attempt_without_ranks_is_not_judged_by_the_records_of_the_one_before
 def test_the_end_of_a_run_whose_last_attempt_had_no_ranks_is_its_status(
     config: Config, run: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(CapstanError, match="failure 3"):
+    with pytest.raises(CapstanError, match="failure 3.*`capstan logs big --store /.*` shows more"):
         drive(config, monkeypatch, ranks_that(1, end=Failure("rank 1 died", None)), no_ranks, no_ranks)
     status = read_status(run)
     assert (status.state, status.reason) == ("failed", NOTHING_STARTED.reason)
