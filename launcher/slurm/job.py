@@ -55,7 +55,8 @@ def begin(config: Config, submission: str, job: int, restart: int, nodes: list[s
         record_end(run, _LOST, crash=True)
     # The batch script has the run from here on; its driver, which takes a while to start, claims it again.
     take(run, "capstan submit slurm", newest_number(run), group=submission, place=f"job {job}")
-    _record(run, Attempt(len(every) + 1, submission, job, restart, nodes, time.time(), step=_step(run)))
+    number = 1 + max((attempt.number for attempt in every), default=0)
+    _record(run, Attempt(number, submission, job, restart, nodes, time.time(), step=_step(run)))
     return "run"
 
 
@@ -65,7 +66,10 @@ _LOST = "a node failed or the job was preempted: Slurm started it again"
 def end(config: Config, exit_code: int, signal: str, nodes: list[dict]) -> str:
     """Judge and record the end of the newest attempt; the batch file's next line. `nodes` is scontrol's JSON."""
     run = run_folder(config)
-    *earlier, current = attempts(run)
+    every = attempts(run)
+    if not every:  # its record is damaged or gone, and nobody can say what it was
+        return f"end {exit_code}"
+    *earlier, current = every
     end_group(run, current.submission)  # where its driver could not, or never began
     before = [attempt for attempt in earlier if attempt.submission == current.submission]
     status = read_status(run)

@@ -143,7 +143,7 @@ def _check_checkpoint(run: Store, config: Config, base: Base, *, elsewhere: bool
     """Check the checkpoint that the ranks will load, as they will check it, as far as its manifest tells."""
     steps, damaged = committed_steps(run), list[str]()
     if not steps:
-        raise NothingToResume(f"{run.uri} has no committed checkpoint. Start it with `capstan train`.")
+        raise NothingToResume(f"{run.uri} has no committed checkpoint. Start it again from its configuration.")
     manifest = next(readable_manifests(run, damaged, steps), None)
     if manifest is None:
         raise StorageError(f"no checkpoint of {run.uri} is whole: {damaged[0]}")

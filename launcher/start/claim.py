@@ -105,7 +105,7 @@ def _keep_settings(run: Store, known: list[int], config: Config) -> None:
     """An earlier version did not keep what each start trained with, so this is written before the settings change."""
     if known and not run.list(layout.SETTINGS):
         tree = masked(config.model_dump(mode="json"))  # an earlier version did not refuse a secret in a setting
-        run.put(layout.settings(known[-1]), yaml.safe_dump(tree, sort_keys=False).encode())
+        run.put(layout.settings(known[-1]), yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).encode())
 
 
 def _contents(run: Store, keys: tuple[str, ...]) -> dict[str, bytes]:

@@ -273,7 +273,7 @@ def test_the_peak_of_an_export_is_a_few_pieces_and_parts(workshop: Workshop, tmp
     commit(run, config_of(workshop, "heavy", f"model.base={base}"))
     (grown,) = launch(1, memory.small_export_memory, run.uri, str(tmp_path / "model"))
     size = (tmp_path / "model/model.safetensors").stat().st_size
-    assert grown < 0.3 * size, f"{grown} for a file of {size}"
+    assert grown < 0.5 * size, f"{grown} for a file of {size}"
 
 
 def test_a_run_of_the_first_layers_has_no_model_to_export(workshop: Workshop, tmp_path: Path) -> None:
