@@ -176,6 +176,22 @@ def commit(run: Store, config: Config, step: int = 4, dataset: str = "data") -> 
     run.create(layout.manifest(step), manifest.to_json())
 
 
+def make_pairs(path: Path, pairs: int = 12, seed: int = 6) -> Path:
+    """A chosen and a rejected answer to each of some prompts, all of very different lengths."""
+    draw = random.Random(seed)
+    words = "the ant bee cat dog emu fox gnu hen ibis jay".split()
+    rows = [
+        {
+            "prompt": " ".join(draw.choices(words, k=draw.randint(1, 3))) + "? ",
+            "chosen": " ".join(draw.choices(words, k=draw.randint(1, 3))),
+            "rejected": " ".join(draw.choices(words, k=draw.randint(1, 4))) + "!",
+        }
+        for _ in range(pairs)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
 class Workshop:
     """A folder with a base, documents and a store; makes run configurations over them."""
 

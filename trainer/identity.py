@@ -1,6 +1,6 @@
-"""The identity that a configuration gives its checkpoints: its base, its method, its data and their order.
+"""The identity that a configuration gives its checkpoints: its base, its method, its objective, its data and their order.
 
-Every key is named here or by the method, never taken over from a dump of settings: a setting that is added later stays out,
+Every key is named here, by the method or by the objective, never taken over from a dump of settings: a setting that is added later stays out,
 or comes with a default for the checkpoints that were written before it.
 """
 
@@ -8,12 +8,13 @@ from trainer.base.locate import Base
 from trainer.checkpoint.identity import Identity
 from trainer.config import Config
 from trainer.data.prepare import train_order
+from trainer.objective.objective import find_objective
 from trainer.tuning.method import find_method
 
 
 def identity_of(config: Config, base: Base, dataset: str) -> Identity:
     """`dataset` is the fingerprint of the compiled training data."""
-    method = find_method(config.tuning)
+    method, objective = find_method(config.tuning), find_objective(config)
     return Identity(
         dataset=dataset,
         base={
@@ -29,5 +30,6 @@ def identity_of(config: Config, base: Base, dataset: str) -> Identity:
         },
         adapter=method.identity,
         order=train_order(config).to_json(),
-        defaults=method.defaults,
+        objective=objective.identity,
+        defaults={**objective.defaults, **method.defaults},
     )

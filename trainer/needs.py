@@ -21,13 +21,15 @@ class Parameters:
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """One optimizer step. `empty_rows` are computed without targets, as global_batch does not divide evenly."""
+    """One optimizer step. `empty_rows` are computed without targets, as global_batch does not divide evenly.
+    `reference_time_percent` is the time of the objective's passes through the reference, as a share of the others'."""
 
     world_size: int
     accumulation: int
     rows: int
     empty_rows: int
     tokens: int
+    reference_time_percent: int
 
 
 @dataclass(frozen=True)

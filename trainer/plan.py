@@ -14,6 +14,7 @@ from trainer.base.architecture import Architecture
 from trainer.base.base import Description
 from trainer.config import Config, Quant
 from trainer.needs import GlobalBatch, GpuMemory, HostMemory, Parameters, Plan, Traffic
+from trainer.objective.objective import find_objective, objective_mismatches
 from trainer.tuning.method import find_method, tuning_mismatches
 from trainer.zero.policy import Scope, build_deepspeed_config
 
@@ -66,6 +67,11 @@ class _Inputs:
         """Elements of the base's own parameters that learn; these are stored in 16 or 32 bits."""
         return sum(parameter.numel for parameter in self.model.parameters if parameter.name in self.learning)
 
+    @cached_property
+    def reference_passes(self) -> int:
+        """Forward passes of a micro-batch through the reference."""
+        return int(find_objective(self.config).reads_reference)
+
     @property
     def offloaded(self) -> bool:
         return self.zero.get("offload_param", {}).get("device", "none") != "none"
@@ -79,12 +85,12 @@ def make_plan(config: Config, base: Description, world_size: int, ranks_per_node
         gpu_memory: bytes of one GPU; None when there is none to compare with.
 
     Raises:
-        ConfigError: the method is unknown, or the DeepSpeed policy cannot be used.
+        ConfigError: the method or the objective is unknown, or the DeepSpeed policy cannot be used.
     """
     scope = choose_scope(config, base.architecture, world_size, ranks_per_node, gpu_memory)
     given, deepspeed = _inputs(config, base.architecture, world_size, ranks_per_node, scope)
     memory = _gpu_memory(given)
-    wrong = [*base.mismatches(config), *tuning_mismatches(config, given.model)]
+    wrong = [*base.mismatches(config), *tuning_mismatches(config, given.model), *objective_mismatches(config)]
     return Plan(
         parameters=_parameters(given),
         batch=_batch(given),
@@ -145,6 +151,8 @@ def _parameters(given: _Inputs) -> Parameters:
 
 
 def _batch(given: _Inputs) -> GlobalBatch:
+    """Time is counted in passes: with frozen weights a backward pass makes as many products as a forward pass, and activation
+    checkpointing repeats the forward pass."""
     train = given.config.train
     rows = given.accumulation * given.world_size * train.micro_batch
     return GlobalBatch(
@@ -153,6 +161,7 @@ def _batch(given: _Inputs) -> GlobalBatch:
         rows=train.global_batch,
         empty_rows=rows - train.global_batch,
         tokens=train.global_batch * given.config.data.sequence_length,
+        reference_time_percent=round(100 * given.reference_passes / (3 if train.activation_checkpointing else 2)),
     )
 
 
@@ -270,7 +279,8 @@ def _traffic(given: _Inputs) -> Traffic:
     """Bytes one rank receives in a step; from the W ranks of a group come (W - 1) / W of what is gathered.
 
     The base is gathered in the forward and in the backward pass of every micro-batch, and a third time for the
-    recomputation of activations when a layer is too large to be kept until its own backward (max_reuse_distance).
+    recomputation of activations when a layer is too large to be kept until its own backward (max_reuse_distance). A pass
+    through the reference gathers it once more.
     What learns, adapters or the base itself, is gathered as often. Its gradients are reduce-scattered in fp32 after every micro-batch; DeepSpeed does not wait for the last.
     """
     config, world_size, group = given.config, given.world_size, given.group
@@ -278,12 +288,13 @@ def _traffic(given: _Inputs) -> Traffic:
     reuse = given.zero.get("stage3_max_reuse_distance", 1_000_000_000) * element_bytes
     recomputed = config.train.activation_checkpointing and 2 * max(_layer_bytes(given)) > reuse
     passes = given.accumulation * (3 if recomputed else 2)
+    base_passes = passes + given.accumulation * given.reference_passes
     threshold = given.zero.get("stage3_param_persistence_threshold", 100_000)
     small = sum(size for size in given.learning.values() if size <= threshold)
     large = given.trainable - small
 
     frozen = _base_bytes(given) - given.item * given.learning_base
-    base = passes * frozen * (group - 1) // group
+    base = base_passes * frozen * (group - 1) // group
     # A small parameter that learns is whole everywhere and gathered once, after its update.
     adapters = given.item * (small + passes * large) * (world_size - 1) // world_size
     gradients = given.accumulation * 4 * (small + large) * (world_size - 1) // world_size

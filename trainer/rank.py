@@ -36,8 +36,7 @@ from trainer.devices import check_device
 from trainer.errors import CapstanError, DoesNotFit, NonFiniteLoss, Stopped, StorageError
 from trainer.identity import identity_of
 from trainer.model.attention import choose_attention
-from trainer.objective.objective import Objective
-from trainer.objective.sft import NextTokens
+from trainer.objective.objective import Objective, check_objective, find_objective
 from trainer.plan import choose_scope, make_plan
 from trainer.ranks import Ranks, join
 from trainer.run import layout
@@ -77,7 +76,6 @@ def run_rank(
     *,
     resume: bool,
     starter: Starter | None = None,
-    objective: Objective | None = None,
 ) -> None:
     """Train `config`'s run as one rank, from its newest checkpoint or, unless `resume` demands one, from the start.
 
@@ -95,6 +93,7 @@ def run_rank(
         base = resolve_base(config.model)
         check_base(base, config)
         check_tuning(config, base.architecture)
+        check_objective(config)
     torch.set_num_threads(
         config.cluster.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // ranks.ranks_per_node)
     )
@@ -132,7 +131,7 @@ def run_rank(
                 stop,
                 heart,
                 starter,
-                objective or NextTokens(),
+                find_objective(config),
                 launch_seconds,
             )
             _train(start, shared, resume=resume)

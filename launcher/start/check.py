@@ -19,6 +19,7 @@ from trainer.config.secrets import refuse_secrets
 from trainer.data.prepare import locate
 from trainer.errors import ConfigError, DataError, NotFound, NothingToResume, StorageError
 from trainer.identity import identity_of
+from trainer.objective.objective import check_objective
 from trainer.run import layout
 from trainer.run.folder import command, run_folder
 from trainer.run.owner import FRESH_SECONDS, age, last_owner, read_owner
@@ -67,6 +68,7 @@ def check(
     base = resolve_base(config.model)
     check_base(base, config)
     check_tuning(config, base.architecture)
+    check_objective(config)
     build_deepspeed_config(config, world_size=config.cluster.most_workers or 1, accumulation=1, on_gpu=False)
     run = run_folder(config)
     if has_run(run, again):

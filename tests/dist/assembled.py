@@ -14,7 +14,7 @@ from trainer.config import Config
 from trainer.data.chapters import Chapters, open_chapters
 from trainer.data.stream import Stream, train_stream
 from trainer.model.attention import Attention, choose_attention
-from trainer.objective.sft import NextTokens
+from trainer.objective.objective import Objective, find_objective
 from trainer.plan import choose_scope
 from trainer.ranks import Ranks, join
 from trainer.run.metrics import Metrics
@@ -49,7 +49,7 @@ class Assembled:
     def note(self, kind: str, **values: Any) -> None:
         self.events.append({"kind": kind, **values})
 
-    def training(self, generation: int = 1) -> Training:
+    def training(self, generation: int = 1, objective: Objective | None = None) -> Training:
         metrics = Metrics(self.run, 1, writes=False, flush_seconds=60, tensorboard=False)
         stop = StopSignal(self.run, watches=False, seconds=60)
         total = self.config.train.steps
@@ -58,7 +58,7 @@ class Assembled:
             self.config,
             self.ranks,
             self.engine,
-            NextTokens(),
+            objective or find_objective(self.config),
             self.stream,
             None,
             self.checkpoints(generation),
@@ -107,5 +107,5 @@ def assemble_run(config: Config, fingerprint: str | None = None) -> Assembled:
     attention = choose_attention(config.model.attention, ranks.device, DTYPES[config.model.dtype], base.architecture)
     log: list[str] = []
     scope = choose_scope(config, base.architecture, ranks.world_size, ranks.ranks_per_node, None)
-    engine, report = assemble(base, config, settings, ranks, attention, scope, NextTokens(), log.append)
+    engine, report = assemble(base, config, settings, ranks, attention, scope, find_objective(config), log.append)
     return Assembled(config, ranks, engine, stream, attention, report, store.sub(config.run.name), log)

@@ -1,10 +1,8 @@
 """The functions that the ranks of tests/dist/test_seams.py run."""
 
 from pathlib import Path
-from typing import Any
 
-from tests.toys.every_second import EverySecond
-from trainer import tuning
+from trainer import objective, tuning
 from trainer.config import parse_config
 from trainer.data.prepare import Datasets
 from trainer.rank import run_rank
@@ -12,8 +10,8 @@ from trainer.rank import run_rank
 TOYS = Path(__file__).parents[1] / "toys"
 
 
-def train_with_toys(config_text: str, fingerprint: str, how: str, toy_objective: bool) -> None:
-    """`run_rank` with the toy methods beside the project's own. `how`: start or resume."""
+def train_with_toys(config_text: str, fingerprint: str, how: str) -> None:
+    """`run_rank` with the toy methods and objectives beside the project's own. `how`: start or resume."""
     tuning.__path__.append(str(TOYS / "tuning"))
-    objective: Any = EverySecond() if toy_objective else None
-    run_rank(parse_config(config_text), Datasets(fingerprint, None), resume=how == "resume", objective=objective)
+    objective.__path__.append(str(TOYS / "objective"))
+    run_rank(parse_config(config_text), Datasets(fingerprint, None), resume=how == "resume")

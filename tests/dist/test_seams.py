@@ -11,7 +11,7 @@ from tests.dist import seams
 from tests.dist.launch import launch
 from tests.dist.seams import TOYS
 from tests.material import Workshop
-from trainer import tuning
+from trainer import objective, tuning
 from trainer.base.filling import as_tensor
 from trainer.base.locate import resolve_base
 from trainer.config import Config, dump_config
@@ -33,14 +33,15 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 @pytest.fixture(autouse=True)
 def toys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "__path__", [*tuning.__path__, str(TOYS / "tuning")])
+    for package, name in ((tuning, "tuning"), (objective, "objective")):
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(TOYS / name)])
 
 
-def train(workshop: Workshop, config: Config, ranks: int, how: str = "start", objective: bool = False) -> list[float]:
+def train(workshop: Workshop, config: Config, ranks: int, how: str = "start") -> list[float]:
     """The losses of this start's steps."""
     run = workshop.store.sub(config.run.name)
     run.put(layout.CONFIG, dump_config(config).encode())  # as the launcher does before any rank starts
-    launch(ranks, seams.train_with_toys, dump_config(config), workshop.prepare(config).train, how, objective)
+    launch(ranks, seams.train_with_toys, dump_config(config), workshop.prepare(config).train, how)
     records = read_generation(run, 1 if how == "start" else 2)
     return [record["loss"] for record in records["step"]]
 
@@ -91,15 +92,22 @@ def test_a_checkpoint_of_one_method_is_not_continued_with_another(workshop: Work
 def test_an_objective_of_one_file_trains_resumes_at_another_world_size_and_exports(
     workshop: Workshop, tmp_path: Path
 ) -> None:
-    def config(name: str, steps: int) -> Config:
-        return workshop.config(name, *CONSTANT, f"train.steps={steps}")
+    def config(name: str, steps: int, *more: str) -> Config:
+        return workshop.config(name, *CONSTANT, f"train.steps={steps}", *more)
 
+    toy = "objective.name=every_second"
     plain = train(workshop, config("plain", 3), ranks=2)
-    whole = train(workshop, config("every-second", 6), ranks=2, objective=True)
+    whole = train(workshop, config("every-second", 6, toy), ranks=2)
     assert whole[:3] != pytest.approx(plain, abs=2e-3)
-    first = train(workshop, config("every-second-parts", 3), ranks=2, objective=True)
-    rest = train(workshop, config("every-second-parts", 6), ranks=3, how="resume", objective=True)
+    first = train(workshop, config("every-second-parts", 3, toy), ranks=2)
+    rest = train(workshop, config("every-second-parts", 6, toy), ranks=3, how="resume")
     assert [*first, *rest] == pytest.approx(whole, abs=2e-3)
+    for record in read_generation(workshop.store.sub("every-second-parts"), 2)["step"]:
+        assert round(record["rows"] * record["targets"]) == 6, (
+            "a measure is summed over all rows, of which two are empty"
+        )
+    with pytest.raises(AssertionError, match="has objective name: 'every_second', the configuration gives 'sft'"):
+        train(workshop, config("every-second-parts", 9), ranks=1, how="resume")
     exported = export_adapter(workshop.store.sub("every-second-parts"), open_store(str(tmp_path / "adapter")))
     assert exported.step == 6
     assert (tmp_path / "adapter/adapter_model.safetensors").is_file()

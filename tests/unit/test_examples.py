@@ -54,6 +54,7 @@ def test_an_example_is_valid_and_says_what_it_is(path: Path) -> None:
         ("8b-one-gpu", LLAMA_8B, 1, 1, 24),
         ("8b-dora", LLAMA_8B, 1, 1, 24),
         ("8b-ia3", LLAMA_8B, 1, 1, 24),
+        ("dpo", LLAMA_8B, 1, 1, 24),
         ("70b-2x8", LLAMA_70B, 16, 8, 80),
         ("405b-2x8", LLAMA_405B, 16, 8, 80),
         ("elastic", LLAMA_8B, 32, 8, 24),

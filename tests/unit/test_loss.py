@@ -43,6 +43,21 @@ def test_value_and_gradient_are_those_of_cross_entropy(head: LossHead, softcap: 
     assert not gradient[labels == IGNORE].any()
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_each_targets_nats_may_weigh_differently(head: LossHead, softcap: float | None) -> None:
+    head.softcap = softcap
+    hidden, labels = row()
+    reference = torch.nn.functional.cross_entropy(head(hidden)[0], labels[0], ignore_index=IGNORE, reduction="none")
+    reference = reference[labels[0] != IGNORE]
+    weights = torch.linspace(-1, 2, len(reference))
+    (expected,) = torch.autograd.grad((weights * reference).sum(), hidden)
+    nats = head(hidden, labels, per_target=True)
+    (gradient,) = torch.autograd.grad((weights * nats).sum(), hidden)
+    assert nats.dtype == torch.float32
+    torch.testing.assert_close(nats, reference)
+    torch.testing.assert_close(gradient, expected)
+
+
 def test_a_row_without_targets_has_no_loss_and_no_gradient(head: LossHead) -> None:
     hidden, labels = row(share_of_targets=0)
     value = head(hidden, labels)

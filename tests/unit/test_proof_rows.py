@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.material import Workshop, commit, make_data
+from tests.material import Workshop, commit, make_data, make_pairs
 from trainer.base.locate import resolve_base
 from trainer.checkpoint.manifest import read_manifest
 from trainer.data.prepare import load_tokenizer
@@ -54,6 +54,18 @@ def test_the_end_of_a_long_document_counts_up_to_its_last_trained_token(tmp_path
     assert found.tokens.shape == (1, TOKENS)
     assert len(found.places) == TARGETS
     assert found.places[-1] == TOKENS - 2
+
+
+def test_a_row_of_a_pair_is_its_chosen_answer(tmp_path: Path) -> None:
+    workshop = Workshop(tmp_path)
+    make_pairs(workshop.data)
+    probe = probe_of(workshop, "data.format=preference", "objective.name=dpo", "data.sequence_length=96")
+    tokenizer = load_tokenizer(resolve_base(workshop.config("run").model))
+    pairs = map(json.loads, workshop.data.read_text().splitlines())
+    chosen = [pair["prompt"] + pair["chosen"] for pair in pairs]
+    assert len(probe.rows) == ROWS
+    for row in probe.rows:
+        assert tokenizer.decode(row.tokens[0], skip_special_tokens=True) in chosen
 
 
 def test_without_compiled_data_tokens_take_their_place_and_it_is_said(tmp_path: Path) -> None:

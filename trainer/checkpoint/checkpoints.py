@@ -114,6 +114,7 @@ class Checkpoints:
             order=self.identity.order,
             base=self.identity.base,
             adapter=self.identity.adapter,
+            objective=self.identity.objective,
             groups=learner.groups,
             versions=self.versions,
             eval_loss=eval_loss,

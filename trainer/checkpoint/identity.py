@@ -1,4 +1,4 @@
-"""The identity of a checkpoint (its base, adapter, data and their order), and whether a run may go on from it.
+"""The identity of a checkpoint (its base, adapter, objective, data and their order), and whether a run may go on from it.
 
 The ranks compare before they load a checkpoint, and the launcher compares before it writes anything: both ask here, so
 that neither accepts what the other refuses. Without torch.
@@ -17,7 +17,7 @@ _BESIDE_IDENTITY = {"path", "name", "revision", "dtype"}
 
 @dataclass(frozen=True)
 class Identity:
-    """A restore refuses a checkpoint of another base, adapter, data set or order of it.
+    """A restore refuses a checkpoint of another base, adapter, objective, data set or order of it.
 
     `dataset` is the fingerprint of the compiled training data. Keys whose value is that of `defaults` may be missing, in
     this identity as in a checkpoint's: whatever is added to an identity later has a default, so that checkpoints of before
@@ -29,6 +29,7 @@ class Identity:
     adapter: dict[str, Any]
     order: dict[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    objective: dict[str, Any] = field(default_factory=dict)
 
 
 def check_identity(manifest: CheckpointManifest, identity: Identity) -> None:
@@ -36,13 +37,14 @@ def check_identity(manifest: CheckpointManifest, identity: Identity) -> None:
     parts = (
         ("base", manifest.base, identity.base),
         ("adapter", manifest.adapter, identity.adapter),
+        ("objective", manifest.objective, identity.objective),
         ("data order", manifest.order, identity.order),
     )
     for what, saved, given in parts:
-        # Another method has other settings, which would say less.
-        for key in sorted(saved.keys() | given.keys(), key=lambda key: (key != "method", key)):
+        # Another method or objective has other settings, which would say less.
+        for key in sorted(saved.keys() | given.keys(), key=lambda key: (key not in ("method", "name"), key)):
             before, now = (values.get(key, identity.defaults.get(key)) for values in (saved, given))
-            if key not in _BESIDE_IDENTITY and before != now:
+            if not (what == "base" and key in _BESIDE_IDENTITY) and before != now:
                 raise ConfigError(
                     f"the checkpoint of step {manifest.step} has {what} {key}: {before!r}, the configuration gives "
                     f"{now!r}. Set it back, or start a run of another name."

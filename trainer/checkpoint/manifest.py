@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
@@ -57,6 +57,7 @@ class CheckpointManifest:
     eval_loss: Annotated[float | None, BeforeValidator(_finite)]
     shapes: Annotated[dict[str, _Shape], Field(min_length=1)]  # of every trainable parameter
     shards: list[Shard]  # in the order of the ranks that wrote them
+    objective: dict[str, Any] = field(default_factory=dict)  # name and settings, without those of sft and of defaults
 
     @property
     def size(self) -> int:
@@ -90,6 +91,8 @@ class CheckpointManifest:
         body = asdict(self) | {"eval_loss": _finite(self.eval_loss)}
         for shard in body["shards"]:
             assert shard.pop("intervals") is None, "only format 2 lists intervals"
+        if not self.objective:
+            del body["objective"]  # manifests of the next-token loss are those of before there were others
         digest = hashlib.sha256(_canonical(body)).hexdigest()
         return json.dumps({"format": FORMAT, "sha256": digest, "body": body}, sort_keys=True, allow_nan=False).encode()
 

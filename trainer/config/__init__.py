@@ -15,6 +15,7 @@ from trainer.config.cluster import Slurm
 from trainer.config.data import Data, Source
 from trainer.config.mistakes import explained, listed, unknown_keys
 from trainer.config.model import Model, Quant, Tuning
+from trainer.config.objective import ObjectiveSettings
 from trainer.config.training import Checkpoint, Optim, Retry, Timeouts
 from trainer.config.tree import Config, fields
 from trainer.config.yaml_reader import read_yaml
@@ -25,6 +26,7 @@ __all__ = [
     "Config",
     "Data",
     "Model",
+    "ObjectiveSettings",
     "Optim",
     "Quant",
     "Retry",

@@ -6,6 +6,14 @@ from pydantic import model_validator
 
 from trainer.config.section import Section, setting
 
+FIELDS = {
+    "chat": ("messages", "tools"),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+    "preference": ("prompt", "chosen", "rejected", "tools"),
+}
+"""The fields of a row by `data.format`, as `data.fields` renames them."""
+
 
 class Source(Section):
     """One place that documents come from."""
@@ -57,12 +65,15 @@ class Data(Section):
         unit="share of rows",
     )
     held_out_seed: int = setting(0, about="Chooses other rows to hold out.", example=1, ge=0, lt=2**32)
-    format: Literal["chat", "prompt_completion", "text"] = setting(
-        "chat", about="chat: a list of messages; prompt_completion: two strings; text: one string.", example="chat"
+    format: Literal["chat", "prompt_completion", "text", "preference"] = setting(
+        "chat",
+        about="chat: a list of messages; prompt_completion: two strings; text: one string; preference: a chosen and a rejected "
+        "answer to one prompt, as messages or strings.",
+        example="chat",
     )
     fields: dict[str, str] = setting(
         {},
-        about="Names of the fields in your rows, where they differ from messages, tools, prompt, completion and text.",
+        about="Names of the fields in your rows, where they differ from messages, tools, prompt, completion, text, chosen and rejected.",
         example={"messages": "conversations"},
     )
     template: str | None = setting(
@@ -70,7 +81,7 @@ class Data(Section):
     )
     loss_on: Literal["assistant", "last_assistant", "completion", "all"] | None = setting(
         None,
-        about="Which tokens are trained. Default: assistant for chat, completion for prompt_completion, all for text.",
+        about="Which tokens are trained. Default: assistant for chat, completion for prompt_completion and preference, all for text.",
         example="last_assistant",
     )
     sequence_length: int = setting(2048, about="Length of a packed row.", example=8192, ge=8, le=2**20, unit="tokens")
@@ -93,19 +104,18 @@ class Data(Section):
             "chat": ("assistant", "last_assistant", "all"),
             "prompt_completion": ("completion", "all"),
             "text": ("all",),
+            "preference": ("completion",),
         }
         if self.loss_on and self.loss_on not in allowed[self.format]:
             raise ValueError(
                 f"data.loss_on: {self.loss_on!r} does not exist in data.format: {self.format}. "
                 f"Allowed there: {', '.join(allowed[self.format])}."
             )
-        names = {"chat": ("messages", "tools"), "prompt_completion": ("prompt", "completion"), "text": ("text",)}[
-            self.format
-        ]
         for name in self.fields:
-            if name not in names:
+            if name not in FIELDS[self.format]:
                 raise ValueError(
-                    f"data.fields: {name!r} is not a field of data.format: {self.format}. Allowed there: {', '.join(names)}."
+                    f"data.fields: {name!r} is not a field of data.format: {self.format}. Allowed there: "
+                    f"{', '.join(FIELDS[self.format])}."
                 )
         return self
 
@@ -134,11 +144,25 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _template(self) -> "Data":
-        if self.template and self.format != "chat":
+        if self.template and self.format not in ("chat", "preference"):
             raise ValueError(f"data.template: has no effect with data.format: {self.format}. Remove it.")
         return self
+
+    @model_validator(mode="after")
+    def _whole_pairs(self) -> "Data":
+        if self.format == "preference" and self.on_too_long == "split":
+            raise ValueError(
+                "data.on_too_long: split would part a pair of data.format: preference. Set it to truncate, drop or fail."
+            )
+        return self
+
+    @property
+    def too_long_remedies(self) -> str:
+        """The other values of `on_too_long` that a row may be refused with."""
+        return "truncate or drop" if self.format == "preference" else "truncate, split or drop"
 
     @property
     def targets(self) -> str:
         """`loss_on`, or its default for the format."""
-        return self.loss_on or {"chat": "assistant", "prompt_completion": "completion", "text": "all"}[self.format]
+        defaults = {"chat": "assistant", "text": "all"}
+        return self.loss_on or defaults.get(self.format, "completion")

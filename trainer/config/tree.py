@@ -9,6 +9,7 @@ from pydantic.fields import FieldInfo
 from trainer.config.cluster import Cluster
 from trainer.config.data import Data
 from trainer.config.model import Model, Quant, Tuning
+from trainer.config.objective import ObjectiveSettings
 from trainer.config.section import Section
 from trainer.config.training import Checkpoint, Optim, Retry, Run, Sharding, Timeouts, Track, Train
 
@@ -20,6 +21,7 @@ class Config(Section):
     model: Model
     quant: Quant = Quant()
     tuning: Tuning = Tuning()
+    objective: ObjectiveSettings = ObjectiveSettings()
     data: Data
     optim: Optim = Optim()
     train: Train

@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config import Data
+from trainer.config.data import FIELDS
 from trainer.data.left_out import left_out
+from trainer.data.manifest import TARGET_BIT
 from trainer.data.messages import Message, is_trained, read_messages, read_tools, text_of
 from trainer.data.spans import Span, Spelling, overlapping
 from trainer.errors import ConfigError, DataError
@@ -38,6 +40,29 @@ class Example:
     tokens: NDArray[np.uint32]
     targets: NDArray[np.bool_]
     left_out: Sequence[str] = ()
+
+    @property
+    def teaches(self) -> bool:
+        """Whether anything of it is trained."""
+        return bool(self.targets.any())
+
+    def cut(self, limit: int) -> "Example":
+        """Its first `limit` tokens."""
+        return Example(self.tokens[:limit], self.targets[:limit], self.left_out)
+
+    def pieces(self, limit: int) -> "list[Example]":
+        """Pieces of `limit` tokens, and the rest; nothing in a piece predicts its first token."""
+        pieces = [
+            Example(self.tokens[start : start + limit], self.targets[start : start + limit].copy())
+            for start in range(0, len(self.tokens), limit)
+        ]
+        for piece in pieces:
+            piece.targets[:1] = False
+        return pieces
+
+    def stored(self) -> NDArray[np.uint32]:
+        """The tokens as a data set holds them, (n,), with `TARGET_BIT` set on trained ones."""
+        return self.tokens | self.targets * TARGET_BIT
 
 
 @dataclass(frozen=True)
@@ -142,7 +167,7 @@ class Renderer:
                 return self._chat(self._field(row, "messages"), row.get(self._data.fields.get("tools", "tools")))
             case "prompt_completion":
                 prompt, completion = (text_of(self._field(row, name), name) for name in ("prompt", "completion"))
-            case "text":
+            case _:  # text
                 prompt, completion = "", text_of(self._field(row, "text"), "text")
         start = 0 if self._data.targets == "all" else len(prompt)
         # An empty completion is a gap in the data: it must not teach the model to say nothing.
@@ -161,20 +186,15 @@ class Renderer:
             case "prompt_completion":
                 roles = {"prompt": "user", "completion": "assistant"}
                 return [Turn(role, text_of(self._field(row, name), name)) for name, role in roles.items()]
-            case "text":
+            case _:  # text
                 return [Turn("assistant", text_of(self._field(row, "text"), "text"))]
 
     def unused(self, row: dict[str, Any]) -> list[str]:
         """The fields of a row that are not looked at."""
-        names = {"chat": ("messages", "tools"), "prompt_completion": ("prompt", "completion"), "text": ("text",)}
-        used = {self._data.fields.get(name, name) for name in names[self._data.format]}
-        return [name for name in row if name not in used]
+        return unused_fields(row, self._data)
 
     def _field(self, row: dict[str, Any], name: str) -> Any:
-        name = self._data.fields.get(name, name)
-        if name not in row:
-            raise DataError(f"no field {name!r} (the row has: {', '.join(row) or 'none'}); data.fields renames fields")
-        return row[name]
+        return field_of(row, name, self._data)
 
     def _example(self, encoding: Any, document: Rendered) -> Example:
         tokens = np.array(encoding.ids, np.uint32)
@@ -295,6 +315,20 @@ class _Conversation:
             return self._tokenizer.apply_chat_template(self._messages[:count], **(self._options | options))
         except Exception as error:  # a template is a program of the user's: it may raise anything
             raise DataError(f"the chat template refuses the conversation: {error}") from error
+
+
+def field_of(row: dict[str, Any], name: str, data: Data) -> Any:
+    """The value of a field by its name here, which `data.fields` may change. Raises `DataError` where there is none."""
+    name = data.fields.get(name, name)
+    if name not in row:
+        raise DataError(f"no field {name!r} (the row has: {', '.join(row) or 'none'}); data.fields renames fields")
+    return row[name]
+
+
+def unused_fields(row: dict[str, Any], data: Data) -> list[str]:
+    """The fields of a row that `data.format` has no use for."""
+    used = {data.fields.get(name, name) for name in FIELDS[data.format]}
+    return [name for name in row if name not in used]
 
 
 def _between(spans: Sequence[Span], end: int) -> list[Span]:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainer.config import Config, Data
-from trainer.data.chat import Renderer, Turn
+from trainer.data.chat import Turn
 from trainer.data.dataset import BLOCK_DOCUMENTS
 from trainer.data.duplicates import Fingerprint, Seen
-from trainer.data.encode import BAD_ROWS_SHOWN, Part, left_out_of
+from trainer.data.encode import BAD_ROWS_SHOWN, Part, left_out_of, renderer_for
 from trainer.data.manifest import LeftOut, add_left_out
 from trainer.data.order import EpochPlan, Order
 from trainer.data.pool import Mapper, mapper_for
@@ -143,7 +143,7 @@ class _Inspector:
 
     def __init__(self, data: Data, tokenizer: "PreTrainedTokenizerBase", part: Part) -> None:
         self._data = data
-        self._renderer = Renderer(tokenizer, data)
+        self._renderer = renderer_for(tokenizer, data)
         self._part = part
 
     def __call__(self, batch: Batch) -> _Inspected:
@@ -174,7 +174,7 @@ class _Inspector:
             found.targets += int(example.targets.sum())
             found.too_long += len(example.tokens) > limit
             found.tokens_cut += max(0, len(example.tokens) - limit)
-            found.without_targets += not example.targets[:limit].any()
+            found.without_targets += not example.cut(limit).teaches
         return result
 
     def _converse(self, found: Findings, turns: list[Turn]) -> None:
@@ -259,7 +259,7 @@ def _refusals(data: Data, what: str, found: Findings, files: list[SourceFile]) -
     if found.too_long and data.on_too_long == "fail":
         refusals.append(
             f"data.{what}: {found.too_long} rows are longer than data.sequence_length: {data.sequence_length}. Raise it, or "
-            "set data.on_too_long to truncate, split or drop."
+            f"set data.on_too_long to {data.too_long_remedies}."
         )
     if found.documents == found.without_targets:
         refusals.append(

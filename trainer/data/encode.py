@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from trainer.config import Data
 from trainer.data.chat import Example, Renderer
 from trainer.data.manifest import TARGET_BIT, TOKEN, Counters, LeftOut, add_left_out
+from trainer.data.pairs import Pair, PairRenderer
 from trainer.data.rows import Batch, OnBad, Row, at, printable
 from trainer.errors import DataError
 
@@ -77,6 +78,11 @@ def left_out_of(names: Iterable[str], where: str) -> dict[str, LeftOut]:
     return {printable(name): LeftOut(rows=1, examples=[where]) for name in names}
 
 
+def renderer_for(tokenizer: "PreTrainedTokenizerBase", data: Data) -> Renderer | PairRenderer:
+    """The renderer of rows of `data.format`. Raises `ConfigError` when the tokenizer cannot serve it."""
+    return PairRenderer(tokenizer, data) if data.format == "preference" else Renderer(tokenizer, data)
+
+
 class _Fatal(Exception):
     """A row ends the compilation."""
 
@@ -90,7 +96,7 @@ class Encoder:
 
     def __init__(self, data: Data, tokenizer: "PreTrainedTokenizerBase", part: Part) -> None:
         self._data = data
-        self._renderer = Renderer(tokenizer, data)
+        self._renderer = renderer_for(tokenizer, data)
         self._part = part
 
     def __call__(self, batch: Batch) -> Encoded:
@@ -118,31 +124,25 @@ class Encoder:
         result.counters.bad_rows += 1
         result.bad_rows.append(str(error))
 
-    def _documents(self, result: Encoded, where: str, example: Example) -> Iterator[NDArray[np.uint32]]:
+    def _documents(self, result: Encoded, where: str, example: Example | Pair) -> Iterator[NDArray[np.uint32]]:
         """The example as it is stored: cut to the sequence length or into pieces, without those that train nothing."""
-        tokens, targets = example.tokens, example.targets
-        limit = self._data.sequence_length
-        if len(tokens) > limit:
+        length, limit = len(example.tokens), self._data.sequence_length
+        if length > limit:
             match self._data.on_too_long:
                 case "fail":
                     raise _Fatal(
-                        f"{where}: {len(tokens)} tokens, but data.sequence_length is {limit}. Raise it, or set "
-                        "data.on_too_long to truncate, split or drop."
+                        f"{where}: {length} tokens, but data.sequence_length is {limit}. Raise it, or set "
+                        f"data.on_too_long to {self._data.too_long_remedies}."
                     )
                 case "drop":
                     result.counters.dropped += 1
                     return
                 case "truncate":
                     result.counters.truncated += 1
-                    tokens, targets = tokens[:limit], targets[:limit]
+                    example = example.cut(limit)
                 case "split":
                     result.counters.split += 1
-        trained = False
-        for start in range(0, len(tokens), limit):
-            piece = targets[start : start + limit].copy()
-            piece[:1] = False  # nothing in the piece predicts it
-            if piece.any():
-                trained = True
-                yield tokens[start : start + limit] | piece * TARGET_BIT
-        if not trained:
+        teaching = [piece.stored() for piece in example.pieces(limit) if piece.teaches]
+        if not teaching:
             result.counters.without_targets += 1
+        yield from teaching

@@ -20,8 +20,11 @@ MANIFEST = "manifest.json"
 TOKEN = np.dtype("<u4")
 OFFSET = np.dtype("<u8")
 BLOCK = np.dtype([("document", "<u8"), ("sha256", "V32")])
-# The top bit of a stored token says that it is trained; the rest is its id.
+# The top bit of a stored token says that it is trained; its id is what is below both bits.
 TARGET_BIT = np.uint32(1 << 31)
+# The bit below it says that a token is the first of the rejected answer of a pair.
+REJECTED_BIT = np.uint32(1 << 30)
+ID_BITS = np.uint32(REJECTED_BIT - 1)
 _SEAL = "sha256"
 _LEFT_OUT_NAMES, _LEFT_OUT_EXAMPLES = 20, 3
 

@@ -6,7 +6,7 @@ arithmetic alone, so the documents of a step never depend on the number of ranks
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from trainer.config import Config
 from trainer.data.chapters import Chapters, whole
 from trainer.data.dataset import Dataset
-from trainer.data.manifest import TARGET_BIT
+from trainer.data.manifest import ID_BITS, REJECTED_BIT, TARGET_BIT
 from trainer.data.order import EpochPlan, Order, Window, turns
 from trainer.data.prepare import eval_order, nothing_visited, train_order
 from trainer.model.head import IGNORE
@@ -59,13 +59,14 @@ class MicroBatch:
         input_ids: (1, T) int32.
         labels: (1, T) int32, already shifted: what each position must predict, `IGNORE` where that is nothing.
         position_ids: (1, T) int32, from 0 in each segment.
-        cu_seqlens: (segments + 1,) int32, borders of the segments from 0 to T. A segment is a document, or the padding
-            at the end of a bin.
+        cu_seqlens: (segments + 1,) int32, borders of the segments from 0 to T. A segment is a document, an answer of a
+            pair, or the padding at the end of a bin.
         max_seqlen: tokens of the longest segment.
         tokens: tokens of documents, without the padding.
         targets: labels that are not `IGNORE`.
         bins: the positions of the bins in the row, without the empty ones.
-        documents: their documents, in the order of the row.
+        documents: their documents, in the order of the row; a pair counts as one.
+        rejected: (pairs,) int32, the segments that are rejected answers; the segment before each is the chosen one.
     """
 
     input_ids: torch.Tensor
@@ -77,6 +78,7 @@ class MicroBatch:
     targets: int
     bins: tuple[Position, ...]
     documents: tuple[int, ...]
+    rejected: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same row on `device`, with int64 for what the model and the loss take; half the bytes travel."""
@@ -86,6 +88,7 @@ class MicroBatch:
             labels=self.labels.to(device).long(),
             position_ids=self.position_ids.to(device).long(),
             cu_seqlens=self.cu_seqlens.to(device),
+            rejected=self.rejected.to(device).long(),
         )
 
 
@@ -258,8 +261,9 @@ class Stream:
                 ends.append((row + 1) * length)
                 padding += room
         stored = np.concatenate(pieces)
-        input_ids = (stored & ~TARGET_BIT).view(np.int32)
-        borders = np.array([0, *ends], np.int32)
+        input_ids = (stored & ID_BITS).view(np.int32)
+        parted = np.flatnonzero(stored & REJECTED_BIT)  # where the second document of a pair begins
+        borders = np.sort(np.array([0, *ends, *parted], np.int32))
         sizes = np.diff(borders)
         return MicroBatch(
             input_ids=torch.from_numpy(input_ids)[None],
@@ -271,6 +275,7 @@ class Stream:
             targets=int(np.count_nonzero(stored >= TARGET_BIT)),
             bins=tuple(bins),
             documents=tuple(documents),
+            rejected=torch.from_numpy(np.searchsorted(borders, parted).astype(np.int32)),
         )
 
 

@@ -12,7 +12,7 @@ from trainer.base.locate import Base
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config
 from trainer.data.dataset import Dataset, open_chapter
-from trainer.data.manifest import TARGET_BIT
+from trainer.data.manifest import ID_BITS, REJECTED_BIT, TARGET_BIT
 from trainer.data.prepare import locate
 from trainer.errors import ConfigError, DataError, StorageError
 from trainer.store import Store, open_store
@@ -84,11 +84,13 @@ def _rows(data: Dataset) -> Iterator[ProbeRow]:
 
 
 def _row(stored: NDArray[np.uint32]) -> ProbeRow | None:
+    rejected = np.flatnonzero(stored & REJECTED_BIT)
+    stored = stored[: rejected[0]] if len(rejected) else stored  # of a pair, the chosen answer
     trained = np.flatnonzero(stored & TARGET_BIT)
     if not len(trained):
         return None
     first = max(0, int(trained[-1]) + 1 - TOKENS)
-    tokens = torch.from_numpy((stored[first : trained[-1] + 1] & ~TARGET_BIT).astype(np.int64))
+    tokens = torch.from_numpy((stored[first : trained[-1] + 1] & ID_BITS).astype(np.int64))
     seen = trained[trained > first] - first  # the first token of a row is predicted from nothing
     if not len(seen):
         return None

@@ -24,11 +24,12 @@ class LossHead(nn.Linear):
 
     softcap: float | None = None
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, per_target: bool = False) -> Tensor:
         """hidden (..., T, H).
 
         Without labels: logits (..., T, V). With labels (..., T), -100 where there is no target: the sum over targets of
-        -log p(label), a () fp32 tensor in nats, which is 0 with a zero gradient for a row without targets.
+        -log p(label), a () fp32 tensor in nats, which is 0 with a zero gradient for a row without targets; or, `per_target`,
+        the summands, (targets,), in the order of the labels.
         """
         if labels is None:
             logits = super().forward(hidden)
@@ -36,7 +37,7 @@ class LossHead(nn.Linear):
         wanted = labels != IGNORE
         function = _LearningCrossEntropy if self.weight.requires_grad else _FrozenCrossEntropy
         nats: Tensor = function.apply(hidden[wanted], self.weight, labels[wanted], self)  # type: ignore[assignment]
-        return nats.sum()
+        return nats if per_target else nats.sum()
 
 
 class _FrozenCrossEntropy(torch.autograd.Function):

@@ -1,21 +1,137 @@
-"""The interface of an objective: losses, which the engine sums, and weights, by which the loop divides the sum."""
+"""The interface of an objective, and how one is found by its name in `objective.name`.
 
-from typing import Protocol
+An objective is one file in this folder. Its `OBJECTIVES` maps each name that `objective.name` may have to a function that
+makes the objective from the section's settings and the run's method. Importing the file loads no torch, as `plan` counts on
+a login node; code that handles tensors imports torch when it is called.
+"""
 
-from torch import Tensor
+from __future__ import annotations
 
-from trainer.data.stream import MicroBatch
-from trainer.model.packed import PackedModel
+import difflib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any, Protocol
+
+from trainer import objective as folder
+from trainer.config import Config, ObjectiveSettings
+from trainer.errors import ConfigError
+from trainer.tuning.method import Method, find_method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.data.stream import MicroBatch
+    from trainer.model.packed import PackedModel
 
 
 class Objective(Protocol):
-    """Minimised is the sum of `loss` over the sum of `weight`, both over all rows of the global batch."""
+    """Something to minimise, with the settings of one run: the sum of the loss over the sum of `weight`, both over all rows
+    of the global batch."""
+
+    @property
+    def settings(self) -> Collection[str]:
+        """The settings of the section `objective` that it reads. A value for any other is refused, as it would be ignored."""
+        ...
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """The meaning of a key that an identity lacks; see `trainer.tuning.method.Method.defaults`."""
+        ...
+
+    @property
+    def formats(self) -> Collection[str]:
+        """The values of `data.format` whose rows it can learn from."""
+        ...
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether the loss compares with the base without what learns, which costs a forward pass more for each row."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """The thing that `weight` counts, as records name it: targets or pairs."""
+        ...
+
+    @property
+    def measures(self) -> Sequence[str]:
+        """Names of further figures, which records show as means over the global batch beside the loss."""
+        ...
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings that a checkpoint must share to be continued, as JSON; values as in `defaults` are left out."""
+        ...
+
+    def mismatches(self) -> list[str]:
+        """A sentence for each setting that contradicts another one of the section."""
+        ...
 
     def loss(self, model: PackedModel, batch: MicroBatch) -> Tensor:
-        """The summed loss of one packed row on the model's device, () fp32 with its graph. It calls the model once or
-        more, but always in one call of this function: ZeRO-3's trace of what is gathered begins and ends with it."""
+        """The sums of one packed row, fp32 on the model's device: () the loss with its graph; with `measures`, (1 + measures,)
+        the loss and then each of them, without a graph. It calls the model once or more, but always in one call of this
+        function: ZeRO-3's trace of what is gathered begins and ends with it."""
         ...
 
     def weight(self, batch: MicroBatch) -> int:
-        """How much the row counts in the mean; 0 for a row of padding. Known without the model."""
+        """How much the row counts in the means; 0 for a row of padding. Known without the model."""
         ...
+
+
+def objectives() -> dict[str, Callable[[ObjectiveSettings, Method], Objective]]:
+    """Every objective of this folder, by the names that `objective.name` may have."""
+    found: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {}
+    for module in iter_modules(folder.__path__):
+        if module.name != "objective":
+            found |= import_module(f"{folder.__name__}.{module.name}").OBJECTIVES
+    return found
+
+
+def find_objective(config: Config) -> Objective:
+    """The objective that `objective.name` names, for the run's method.
+
+    Raises:
+        ConfigError: there is none of that name, or a setting has a value that it does not read.
+    """
+    given, known = config.objective, objectives()
+    if given.name not in known:
+        close = difflib.get_close_matches(given.name, known, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise ConfigError(
+            f"objective.name: {given.name!r} is not allowed. Allowed are {', '.join(sorted(known))}.{hint}"
+        )
+    found = known[given.name](given, find_method(config.tuning))
+    for name, field in ObjectiveSettings.model_fields.items():
+        if name not in ("name", *found.settings) and getattr(given, name) != field.default:
+            raise ConfigError(f"objective.{name}: has no effect with objective.name: {given.name}. Remove it.")
+    return found
+
+
+def check_objective(config: Config) -> None:
+    """Raises `ConfigError` when the run's objective is unknown, or asks more of the run than it has."""
+    wrong = objective_mismatches(config)
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+
+
+def objective_mismatches(config: Config) -> list[str]:
+    """A sentence for each setting that does not suit the run's objective; raises `ConfigError` when that is unknown."""
+    objective, name = find_objective(config), config.objective.name
+    wrong = objective.mismatches()
+    if config.data.format not in objective.formats:
+        wrong.append(
+            f"data.format: {config.data.format} has no rows for objective.name: {name}. Set it to "
+            f"{' or '.join(objective.formats)}, or choose another objective."
+        )
+    if objective.reads_reference and find_method(config.tuning).trains_base:
+        wrong.append(
+            f"objective.name: {name} compares with the base, which tuning.method: {config.tuning.method} changes and cannot "
+            "switch off. Choose a method that leaves the base as it is, or an objective without a reference: orpo or simpo."
+        )
+    return wrong
+
+
+def identity_without(defaults: Mapping[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """`given` without what is as in `defaults`."""
+    return {key: value for key, value in given.items() if key not in defaults or value != defaults[key]}

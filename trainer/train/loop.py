@@ -46,7 +46,6 @@ class Training:
 class _RankStep(NamedTuple):
     """One rank's part of a step, as all ranks tell each other after the backward passes: plain numbers."""
 
-    loss: float  # summed over its rows
     tokens: float
     stop: float  # a `Stop`
     saved: float  # whether its background work on the last save is done
@@ -83,14 +82,14 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
             continue
 
         run.pulse("step", step + 1)
-        # The loss is the mean over the targets of the global batch, so a target weighs the same whatever the
+        # The loss is the mean over the targets (or pairs) of the global batch, so each weighs the same whatever the
         # accumulation, the packing and the number of ranks: count them all before the first backward pass.
-        targets = ranks.sum(sum(map(run.objective.weight, batches)))
-        loss = _gradients(run, batches, step, targets)
+        weight = ranks.sum(sum(map(run.objective.weight, batches)))
+        sums = _gradients(run, batches, step, weight)
 
         # One exchange, and every rank draws the same conclusions from it. Rank 0's clock decides when to save.
-        every = _exchange(run, batches, loss, since_save=time.monotonic() - last_save, waited=waited)
-        mean_loss = sum(rank.loss for rank in every) / targets
+        every, totals = _exchange(run, batches, sums, since_save=time.monotonic() - last_save, waited=waited)
+        mean_loss, *measures = (total / weight for total in totals)
         stopping = Stop(int(max(rank.stop for rank in every)))
         if not math.isfinite(mean_loss):
             raise _not_finite("loss", step + 1, mean_loss, position)
@@ -102,7 +101,8 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
             raise _not_finite("gradient", step, grad_norm, position)
         position = run.stream.advance(position)
         seconds = time.monotonic() - started
-        yield {"step": step, "loss": mean_loss, "lr": lr, "grad_norm": grad_norm, **_totals(every, targets, seconds)}
+        record = {"step": step, "loss": mean_loss, "lr": lr, "grad_norm": grad_norm, run.objective.unit: int(weight)}
+        yield record | _totals(every, seconds) | dict(zip(run.objective.measures, measures, strict=True))
 
         run.pulse("save", step)
         checkpoints.advance(all_ready=all(rank.saved for rank in every))
@@ -120,23 +120,22 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
             raise _stopped(run, stopping, step)
 
 
-def _gradients(run: Training, batches: Sequence[MicroBatch], step: int, targets: float) -> Tensor:
-    """Add up the gradients of this rank's part of the step after `step`; returns its summed loss, () fp64."""
-    loss = torch.zeros((), dtype=torch.float64, device=run.ranks.device)
+def _gradients(run: Training, batches: Sequence[MicroBatch], step: int, weight: float) -> Tensor:
+    """Add up the gradients of this rank's part of the step after `step`; returns its summed loss and measures, fp64."""
+    sums = torch.zeros(1 + len(run.objective.measures), dtype=torch.float64, device=run.ranks.device)
     for index, batch in enumerate(batches):
         torch.manual_seed(_dropout_seed(run.config.run.seed, step, index, run.ranks.rank))
-        row_loss = run.engine.loss(batch)
-        loss += row_loss.detach()
-        run.engine.backward(row_loss / targets, last=index == len(batches) - 1)
-    return loss
+        row = run.engine.loss(batch).reshape(-1)
+        sums += row.detach()
+        run.engine.backward(row[0] / weight, last=index == len(batches) - 1)
+    return sums
 
 
 def _exchange(
-    run: Training, batches: Sequence[MicroBatch], loss: Tensor, *, since_save: float, waited: float
-) -> list[_RankStep]:
-    """Every rank's part of the step, in rank order. Collective."""
+    run: Training, batches: Sequence[MicroBatch], sums: Tensor, *, since_save: float, waited: float
+) -> tuple[list[_RankStep], list[float]]:
+    """Every rank's part of the step, in rank order, and the `sums` over all ranks. Collective."""
     mine = _RankStep(
-        loss=float(loss),
         tokens=sum(batch.tokens for batch in batches),
         stop=run.stop.requested,
         saved=run.checkpoints.ready,
@@ -145,15 +144,16 @@ def _exchange(
         repeated=run.stream.chapters.reads.repeated,
         samples=samples_key(batches),
     )
-    return [_RankStep(*rank) for rank in run.ranks.gather(*mine)]
+    every = run.ranks.gather(*mine, *sums.tolist())
+    totals = [sum(column, 0.0) for column in zip(*(rank[len(mine) :] for rank in every), strict=True)]
+    return [_RankStep(*rank[: len(mine)]) for rank in every], totals
 
 
-def _totals(every: Sequence[_RankStep], targets: float, seconds: float) -> dict[str, Any]:
+def _totals(every: Sequence[_RankStep], seconds: float) -> dict[str, Any]:
     """The part of a step's record that adds up over the ranks."""
     tokens = sum(int(rank.tokens) for rank in every)
     return {
         "tokens": tokens,
-        "targets": int(targets),
         "samples": f"{int(sum(rank.samples for rank in every)) % 2**32:08x}",
         "seconds": round(seconds, 4),
         "tokens_per_second": round(tokens / seconds, 1),
@@ -244,15 +244,16 @@ def samples_key(batches: Sequence[MicroBatch]) -> int:
 
 
 def evaluate(run: Training, stream: Stream) -> dict[str, float]:
-    """The mean loss over every target of the evaluation data, in nats. Collective."""
+    """The mean loss over every target (or pair) of the evaluation data, in nats, and the measures. Collective."""
     run.engine.evaluating(True)
-    loss, targets = 0.0, 0
+    sums, weight = torch.zeros(1 + len(run.objective.measures), dtype=torch.float64), 0
     with torch.no_grad():
         for batches in stream.epoch(0):
             run.pulse("evaluate", 0)
             for batch in batches:
-                loss += float(run.engine.loss(batch))
-                targets += run.objective.weight(batch)
+                sums += run.engine.loss(batch).reshape(-1).cpu()
+                weight += run.objective.weight(batch)
     run.engine.evaluating(False)
-    total = run.ranks.sum(targets)
-    return {"loss": run.ranks.sum(loss) / total, "targets": int(total)}
+    total = run.ranks.sum(weight)
+    means = [run.ranks.sum(value) / total for value in sums.tolist()]
+    return {**dict(zip(("loss", *run.objective.measures), means, strict=True)), run.objective.unit: int(total)}

@@ -64,7 +64,7 @@ class DeviceRow(Protocol):
 
 
 class _Wrapped(nn.Module):
-    """The module for DeepSpeed: one packed row in, its summed loss out, in one call that ZeRO-3's hooks can follow."""
+    """The module for DeepSpeed: one packed row in, its sums out, in one call that ZeRO-3's hooks can follow."""
 
     def __init__(self, packed: PackedModel, loss: Callable[[PackedModel, Any], Tensor]) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class _Wrapped(nn.Module):
 class Engine:
     """A model under ZeRO-3 with AdamW on what learns. Every method but `partitions` is collective.
 
-    `loss` maps the model and a row to the row's summed loss; `groups` are the optimizer's, each with its name, its
+    `loss` maps the model and a row to sums over the row, of which the first is the loss; `groups` are the optimizer's, each with its name, its
     parameters and `lr_ratio`, its factor on the learning rate.
     """
 
@@ -103,7 +103,7 @@ class Engine:
         )[0]
 
     def loss(self, row: DeviceRow) -> Tensor:
-        """The row's summed loss, () fp32, with its graph."""
+        """The sums that the loss function makes of the row, fp32, with their graph."""
         return self._engine(row.to(self.ranks.device))
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

@@ -1,0 +1,53 @@
+"""A toy objective: the next token at every second position only, so that its loss and its weights are not those of sft.
+
+One file, as trainer/objective/objective.py wants it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from trainer.config import ObjectiveSettings
+from trainer.objective.objective import Objective
+from trainer.tuning.method import Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.data.stream import MicroBatch
+    from trainer.model.packed import PackedModel
+
+IGNORE = -100
+
+
+class EverySecond:
+    settings: Collection[str] = ()
+    defaults: Mapping[str, Any] = {"name": "sft"}
+    formats: Collection[str] = ("prompt_completion",)
+    reads_reference: bool = False
+    unit: str = "targets"
+    measures: Sequence[str] = ("rows",)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"name": "every_second"}
+
+    def mismatches(self) -> list[str]:
+        return []
+
+    def loss(self, model: PackedModel, batch: MicroBatch) -> Tensor:
+        import torch
+
+        labels = batch.labels.clone()
+        labels[:, 1::2] = IGNORE
+        loss = model.head(model.hidden(batch), labels)
+        return torch.stack([loss, torch.ones_like(loss)])
+
+    def weight(self, batch: MicroBatch) -> int:
+        return int((batch.labels[:, ::2] != IGNORE).sum())
+
+
+OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {
+    "every_second": lambda settings, method: EverySecond()
+}

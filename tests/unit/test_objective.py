@@ -1,0 +1,143 @@
+"""Objectives are chosen by name, refuse what they do not read, and tell their checkpoints apart from those of others."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.toys.tuning.biases import METHODS as TOYS
+from tests.unit.test_plan import LLAMA_70B
+from trainer import tuning
+from trainer.base.description import describe
+from trainer.checkpoint.identity import Identity, check_identity
+from trainer.checkpoint.manifest import CheckpointManifest
+from trainer.config import Config, parse_config
+from trainer.errors import ConfigError
+from trainer.objective.objective import check_objective, find_objective
+from trainer.plan import Plan, make_plan
+
+RUN = "run: {name: demo}\nmodel: {base: b}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
+
+
+def config(*overrides: str) -> Config:
+    pairs = () if not overrides or overrides[0].endswith("sft") else ("data.format=preference",)
+    return parse_config(RUN, (*pairs, *overrides))
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "orpo", "simpo"])
+def test_an_objective_is_found_by_its_name(name: str) -> None:
+    check_objective(config(f"objective.name={name}"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ("objective.name=dpoo",),
+            "objective.name: 'dpoo' is not allowed. Allowed are dpo, orpo, sft, simpo. Did you mean dpo?",
+        ),
+        (
+            ("objective.name=sft", "objective.beta=1"),
+            "objective.beta: has no effect with objective.name: sft. Remove it.",
+        ),
+        (
+            ("objective.name=dpo", "objective.gamma=2"),
+            "objective.gamma: has no effect with objective.name: dpo. Remove it.",
+        ),
+        (
+            ("objective.name=orpo", "objective.loss_type=ipo"),
+            "objective.loss_type: has no effect with objective.name: orpo.",
+        ),
+        (("objective.name=simpo", "objective.label_smoothing=0.1"), "objective.label_smoothing: has no effect with"),
+        (
+            ("objective.name=dpo", "objective.loss_type=ipo", "objective.label_smoothing=0.1"),
+            "objective.label_smoothing: 0.1 has no effect with objective.loss_type: ipo.",
+        ),
+        (
+            ("objective.name=sft", "data.format=preference"),
+            "data.format: preference has no rows for objective.name: sft.",
+        ),
+        (("objective.name=dpo", "data.format=chat"), "Set it to preference, or choose another objective."),
+    ],
+)
+def test_a_setting_that_does_not_suit_the_objective_is_refused_in_one_sentence(
+    overrides: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_objective(config(*overrides))
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_method_that_changes_the_base_gives_no_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(__file__).parents[1] / "toys/tuning"
+    monkeypatch.setattr(tuning, "__path__", [*tuning.__path__, str(folder)])
+    assert "biases" in TOYS
+    check_objective(config("objective.name=orpo", "tuning.method=biases"))
+    with pytest.raises(ConfigError, match="objective.name: dpo compares with the base, which tuning.method: biases"):
+        check_objective(config("objective.name=dpo", "tuning.method=biases"))
+
+
+def identity(*overrides: str) -> Identity:
+    objective = find_objective(config(*overrides))
+    return Identity("data", {}, {}, objective=objective.identity, defaults=objective.defaults)
+
+
+def manifest(objective: dict[str, Any]) -> CheckpointManifest:
+    return CheckpointManifest(4, 1, 1, 0.0, 4, {}, "data", {}, {}, {}, {}, {}, None, {}, [], objective)
+
+
+def test_a_checkpoint_keeps_its_objective_without_defaults() -> None:
+    assert identity("objective.name=sft").objective == {}
+    assert identity("objective.name=dpo", "objective.beta=0.1").objective == {"name": "dpo"}
+    assert identity("objective.name=dpo", "objective.loss_type=ipo").objective == {"name": "dpo", "loss_type": "ipo"}
+    simpo = identity("objective.name=simpo", "objective.gamma=1.4")
+    assert simpo.objective == {"name": "simpo", "gamma": 1.4}
+    assert b"objective" not in manifest({}).to_json(), "manifests of sft are what they were"
+    assert b'"objective": {"name": "dpo"}' in manifest({"name": "dpo"}).to_json()
+
+
+@pytest.mark.parametrize(
+    ("saved", "overrides", "said"),
+    [
+        ({}, ("objective.name=dpo",), "has objective name: 'sft', the configuration gives 'dpo'"),
+        ({"name": "dpo"}, ("objective.name=sft",), "has objective name: 'dpo', the configuration gives 'sft'"),
+        (
+            {"name": "dpo"},
+            ("objective.name=dpo", "objective.beta=0.2"),
+            "objective beta: 0.1, the configuration gives 0.2",
+        ),
+        (
+            {"name": "dpo", "beta": 0.2},
+            ("objective.name=orpo",),
+            "has objective name: 'dpo', the configuration gives 'orpo'",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_objective_is_refused(
+    saved: dict[str, Any], overrides: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_identity(manifest(saved), identity(*overrides))
+
+
+def test_a_checkpoint_of_the_same_objective_is_continued() -> None:
+    check_identity(manifest({}), identity("objective.name=sft"))
+    check_identity(manifest({"name": "dpo", "beta": 0.2}), identity("objective.name=dpo", "objective.beta=0.2"))
+
+
+def planned(*overrides: str) -> Plan:
+    return make_plan(config(*overrides), describe(LLAMA_70B, None), 16, 8, None)
+
+
+def test_plan_counts_the_pass_through_the_reference() -> None:
+    sft, dpo, orpo = (planned(f"objective.name={name}") for name in ("sft", "dpo", "orpo"))
+    assert orpo.traffic_per_step == sft.traffic_per_step
+    assert dpo.traffic_per_step.base_gathers * 2 == sft.traffic_per_step.base_gathers * 3
+    assert dpo.traffic_per_step.adapter_gathers == sft.traffic_per_step.adapter_gathers
+    assert (sft.batch.reference_time_percent, dpo.batch.reference_time_percent) == (0, 33)
+    slower = planned("objective.name=dpo", "train.activation_checkpointing=false")
+    assert slower.batch.reference_time_percent == 50
+    assert planned("objective.name=dpo", "data.format=chat").mismatches == [
+        "data.format: chat has no rows for objective.name: dpo. Set it to preference, or choose another objective."
+    ]

@@ -1,0 +1,42 @@
+"""The settings of the objective: what training minimises."""
+
+from typing import Literal
+
+from trainer.config.section import Section, setting
+
+
+class ObjectiveSettings(Section):
+    """The loss that training minimises. docs/preference.md says when to use which, and gives the formulas."""
+
+    name: str = setting(
+        "sft",
+        about="sft: the next token. dpo, orpo or simpo: a chosen answer against a rejected one (data.format: preference).",
+        example="dpo",
+    )
+    loss_type: Literal["sigmoid", "hinge", "ipo"] = setting(
+        "sigmoid", about="dpo's function of the margin between chosen and rejected.", example="ipo"
+    )
+    beta: float | None = setting(
+        None,
+        about="dpo: how strongly the model is held to the reference. orpo: weight of the odds ratio beside the next-token "
+        "loss. simpo: scale of the log-probability a token. Default: 0.1, for simpo 2.",
+        example=0.1,
+        gt=0,
+        le=100,
+    )
+    label_smoothing: float = setting(
+        0.0,
+        about="dpo with loss_type: sigmoid: share of the pairs that are thought to be the wrong way round.",
+        example=0.1,
+        ge=0,
+        lt=0.5,
+        unit="share of pairs",
+    )
+    gamma: float = setting(
+        1.0,
+        about="simpo: margin by which the chosen answer's reward should exceed the rejected one's.",
+        example=1.6,
+        ge=0,
+        le=100,
+        unit="reward",
+    )

@@ -1,0 +1,220 @@
+"""Preferences: of two answers to a prompt the chosen one shall become likelier than the rejected one.
+
+With x the prompt, c and r the chosen and the rejected answer, |y| the number of trained tokens, and s the logistic function,
+the loss of a pair is, in nats and averaged over the pairs of the global batch:
+
+    dpo     h = log p(c|x) / q(c|x) - log p(r|x) / q(r|x), where q is the reference, the base without what learns
+      sigmoid   -(1 - e) log s(beta h) - e log s(-beta h), e the label smoothing       DPO, arXiv:2305.18290, equation 7
+      hinge     max(0, 1 - beta h)                                                     RSO, arXiv:2309.06657, section 3.2
+      ipo       (h - 1 / (2 beta))^2                                                   IPO, arXiv:2310.12036, equation 17
+    orpo    -m(c) - beta log s(o(c) - o(r)), with the mean m(y) = log p(y|x) / |y| and the log odds
+            o(y) = m(y) - log(1 - exp m(y))                                            ORPO, arXiv:2403.07691, equations 6 and 7
+    simpo   -log s(beta m(c) - beta m(r) - gamma)                                      SimPO, arXiv:2405.14734, equation 6
+
+The reward of an answer is beta log p(y|x) / q(y|x) in dpo and beta m(y) in the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from trainer.config import ObjectiveSettings
+from trainer.objective.objective import Objective, identity_without
+from trainer.tuning.method import Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.data.stream import MicroBatch
+    from trainer.model.packed import PackedModel
+
+_MEASURES = (
+    "reward_chosen",
+    "reward_rejected",
+    "reward_margin",
+    "reward_accuracy",  # the share of pairs whose chosen answer has the higher reward
+    "length_chosen",  # trained tokens
+    "length_rejected",
+)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers to one side of some pairs: log p summed over the trained tokens, in nats, and their number; (pairs,) fp32."""
+
+    log_p: Tensor
+    tokens: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """log p a token; every answer of a data set has one."""
+        return self.log_p / self.tokens
+
+
+def read_answers(model: PackedModel, batch: MicroBatch) -> tuple[Answers, Answers]:
+    """The chosen and the rejected answers of a row, by one pass through the model."""
+    import torch
+
+    from trainer.model.head import IGNORE
+
+    nats, targets = model.head(model.hidden(batch), batch.labels, per_target=True), batch.labels[0] != IGNORE
+    segments = len(batch.cu_seqlens) - 1
+    sizes = batch.cu_seqlens.diff().long()
+    owner = torch.repeat_interleave(torch.arange(segments, device=nats.device), sizes, output_size=targets.numel())
+    owner = owner[targets]  # of each target, the segment that it is in
+    log_p = torch.zeros(segments, device=nats.device).index_add(0, owner, -nats)
+    tokens = torch.zeros(segments, device=nats.device).index_add(0, owner, torch.ones_like(nats))
+    chosen, rejected = batch.rejected - 1, batch.rejected
+    return Answers(log_p[chosen], tokens[chosen]), Answers(log_p[rejected], tokens[rejected])
+
+
+Sides = tuple[Answers, Answers]
+"""The chosen and the rejected answers."""
+
+
+class Judged(NamedTuple):
+    """The losses of some pairs, the rewards of their chosen and of their rejected answers, and one more figure; (pairs,) fp32."""
+
+    losses: Tensor
+    rewards: tuple[Tensor, Tensor]
+    more: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One of the objectives: the settings that it reads with their defaults, its formula, and the names of the figures that
+    the formula adds. The formula gets an object with these settings, the answers' log-probabilities by the model, and by the
+    reference where it reads one."""
+
+    defaults: Mapping[str, Any]
+    formula: Callable[[Any, Sides, Sides | None], Judged]
+    more: tuple[str, ...] = ()
+    reads_reference: bool = False
+
+
+def dpo(given: Any, answers: Sides, reference: Sides | None) -> Judged:
+    """The formulas of the module's docstring, as are those of the functions below."""
+    from torch.nn.functional import logsigmoid, relu
+
+    assert reference is not None
+    chosen, rejected = (mine.log_p - base.log_p for mine, base in zip(answers, reference, strict=True))
+    margin = chosen - rejected
+    match given.loss_type:
+        case "sigmoid":
+            straight, swapped = logsigmoid(given.beta * margin), logsigmoid(-given.beta * margin)
+            losses = -(1 - given.label_smoothing) * straight - given.label_smoothing * swapped
+        case "hinge":
+            losses = relu(1 - given.beta * margin)
+        case _:  # ipo
+            losses = (margin - 1 / (2 * given.beta)).square()
+    return Judged(losses, (given.beta * chosen, given.beta * rejected), ((chosen + rejected) / 2,))
+
+
+def orpo(given: Any, answers: Sides, reference: Sides | None) -> Judged:
+    from torch.nn.functional import logsigmoid
+
+    chosen, rejected = (side.mean for side in answers)
+    losses = -chosen - given.beta * logsigmoid(_log_odds(chosen) - _log_odds(rejected))
+    return Judged(losses, (given.beta * chosen, given.beta * rejected), (-chosen,))
+
+
+def _log_odds(mean: Tensor) -> Tensor:
+    """log p / (1 - p) of p = exp(mean)."""
+    import torch
+
+    # A probability that rounds to 1 would have infinite odds, and a gradient that is no number.
+    mean = mean.clamp(max=-1e-6)
+    return mean - torch.log(-torch.expm1(mean))
+
+
+def simpo(given: Any, answers: Sides, reference: Sides | None) -> Judged:
+    from torch.nn.functional import logsigmoid
+
+    chosen, rejected = (given.beta * side.mean for side in answers)
+    return Judged(-logsigmoid(chosen - rejected - given.gamma), (chosen, rejected))
+
+
+@dataclass(frozen=True)
+class Preference:
+    """An objective over pairs. The reference is the model with what learns switched off."""
+
+    given: ObjectiveSettings  # with the kind's own default where beta is not set
+    kind: Kind
+    method: Method
+
+    @property
+    def formats(self) -> Collection[str]:
+        return ("preference",)
+
+    @property
+    def unit(self) -> str:
+        return "pairs"
+
+    @property
+    def settings(self) -> Collection[str]:
+        return tuple(self.kind.defaults)
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        return {"name": "sft", **self.kind.defaults}
+
+    @property
+    def reads_reference(self) -> bool:
+        return self.kind.reads_reference
+
+    @property
+    def measures(self) -> Sequence[str]:
+        return (*_MEASURES, *self.kind.more)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return identity_without(self.defaults, {name: getattr(self.given, name) for name in self.defaults})
+
+    def mismatches(self) -> list[str]:
+        if self.given.label_smoothing and self.given.loss_type != "sigmoid":
+            return [
+                f"objective.label_smoothing: {self.given.label_smoothing} has no effect with objective.loss_type: "
+                f"{self.given.loss_type}. Remove it, or set loss_type: sigmoid."
+            ]
+        return []
+
+    def weight(self, batch: MicroBatch) -> int:
+        return len(batch.rejected)
+
+    def loss(self, model: PackedModel, batch: MicroBatch) -> Tensor:
+        import torch
+
+        reference = None
+        if self.reads_reference:
+            with torch.no_grad(), self.method.switched_off(model.model):
+                reference = read_answers(model, batch)
+        answers = read_answers(model, batch)
+        losses, (chosen, rejected), more = self.kind.formula(self.given, answers, reference)
+        lengths = (side.tokens for side in answers)
+        measures = (chosen, rejected, chosen - rejected, (chosen > rejected).float(), *lengths, *more)
+        return torch.stack([losses.sum(), *(measure.detach().sum() for measure in measures)])
+
+
+KINDS = {
+    "dpo": Kind(
+        {"beta": 0.1, "loss_type": "sigmoid", "label_smoothing": 0.0},
+        dpo,
+        more=("log_ratio",),  # the mean of log p / q over the answers of a pair, in nats an answer
+        reads_reference=True,
+    ),
+    "orpo": Kind({"beta": 0.1}, orpo, more=("nats_chosen",)),  # its next-token loss, in nats a token
+    "simpo": Kind({"beta": 2.0, "gamma": 1.0}, simpo),
+}
+
+
+def _make(kind: Kind, given: ObjectiveSettings, method: Method) -> Preference:
+    beta = kind.defaults["beta"] if given.beta is None else given.beta
+    return Preference(given.model_copy(update={"beta": beta}), kind, method)
+
+
+OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {
+    name: partial(_make, kind) for name, kind in KINDS.items()
+}
