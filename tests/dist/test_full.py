@@ -30,7 +30,7 @@ from trainer.safetensors_index import read_index
 from trainer.store import Store, open_store
 
 FULL = ("tuning.method=full", "tuning.rank=16", "tuning.alpha=32", "quant.type=none")
-# Of the last layer and the norms: what is before the first of them has no gradient to pass on.
+# The last layer and the norms: nothing before the first of them has a gradient to pass on.
 SELECTED = ("model.layers.1.*", "model.norm.weight")
 
 
@@ -313,5 +313,5 @@ def test_the_traffic_of_a_step_is_what_plan_counts(workshop: Workshop) -> None:
     for rank in received:
         assert rank["frozen"] == []
         assert rank["across"]["torch.float32"] == planned.adapter_gradients
-        # What is still there from the forward pass is not gathered again.
+        # A weight that is still there from the forward pass is not gathered again.
         assert 0.5 * planned.adapter_gathers <= rank["across"]["torch.bfloat16"] <= planned.adapter_gathers

@@ -132,7 +132,7 @@ def numbers(begin: int, count: int) -> str:
 
 
 def pair(begin: int, prompt: int, chosen: int, rejected: int) -> dict[str, str]:
-    """Of numbers, each a token; the end token comes behind either answer."""
+    """A tokenizer of numbers, each a token; the end token comes behind either answer."""
     return {
         "prompt": numbers(begin, prompt) + " ",
         "chosen": numbers(begin + 10, chosen),

@@ -1,4 +1,4 @@
-"""What methods that adapt single linear layers have in common: how layers are named, and PEFT's files.
+"""The common part of methods that adapt single linear layers: how layers are named, and PEFT's files.
 
 This module is no method: it has no `METHODS`. The methods that use it know it, and it knows none of them.
 """

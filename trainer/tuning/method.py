@@ -31,7 +31,7 @@ OPTIM_OF_SOME = ("optim.lora_plus_ratio",)
 
 
 class LearntWeights(Mapping[str, "Tensor"]):
-    """What a checkpoint holds of each parameter that learns, by its name in the model and in the type of the training's
+    """The weights that a checkpoint holds of each parameter that learns, by its name in the model and in the type of the training's
     forward pass. As a mapping it reads all of them into memory at the first look-up; `part` reads what it returns."""
 
     @property
@@ -44,7 +44,7 @@ class LearntWeights(Mapping[str, "Tensor"]):
 
 
 class WeightUpdate(Protocol):
-    """What becomes of one weight of the base in a merge. Its rows are those of a matrix (-1, shape[-1])."""
+    """The change of one weight of the base in a merge. Its rows are those of a matrix (-1, shape[-1])."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
