@@ -3,18 +3,19 @@
 Nothing of Capstan's own model is used here, so that a mistake in it cannot hide itself.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from bitsandbytes import functional as bnb
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from trainer.config import Quant
 from trainer.export.rows import ProbeRow
@@ -24,11 +25,27 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_plain(folder: Path, dtype: torch.dtype, config: PretrainedConfig | None = None) -> Any:
-    """A model as transformers reads it, ready to predict; `config` where it is not the folder's own."""
-    own = {} if config is None else {"config": config}
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **own)
+def load_plain(
+    folder: Path, held: torch.dtype, computed: torch.dtype, config: PretrainedConfig | None = None
+) -> Any:
+    """A model as transformers reads it, ready to predict, its weights in `held`; `config` where it is not the folder's own.
+
+    Its constants are those of a model in `computed`: Gemma's factor on embeddings is rounded to the type of the model.
+    """
+    config = config or AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=held, trust_remote_code=False, config=config)
+    if held != computed:
+        with init_empty_weights(include_buffers=False):
+            other: Any = AutoModelForCausalLM.from_config(config, dtype=computed, trust_remote_code=False)
+        round_buffers(model, dict(other.named_buffers()))
     return model.eval()
+
+
+def round_buffers(model: nn.Module, alike: Mapping[str, Tensor]) -> None:
+    """Give the buffers whose type follows the model's the values that they have in another type's model, `alike` by name."""
+    for name, buffer in model.named_buffers():
+        if alike[name].dtype != buffer.dtype:
+            buffer.data = alike[name].float().to(buffer.device)
 
 
 def add_adapter(model: Any, adapter: Path) -> Any:

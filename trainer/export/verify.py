@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from trainer.base.filling import SOURCE_DTYPES
-from trainer.base.load import DTYPES, model_config
+from trainer.base.load import DTYPES, empty_model, model_config
 from trainer.base.locate import Base, copy_object, copy_weights
 from trainer.base.parameters import WEIGHT_DTYPES, find_source
 from trainer.checkpoint.checkpoints import load_partitions
@@ -79,6 +79,10 @@ class Trained:
     def probe(self) -> Probe:
         return find_probe(self.run, self.config, self.manifest, self.base)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.config.model.dtype]
+
     @cached_property
     def computed_in(self) -> str:
         exact = not self.base.stored.quantized and _fits_in_fp32(self.config, self.base, self.manifest)
@@ -92,6 +96,7 @@ class Trained:
         on_gpu = ranks.device.type == "cuda"
         settings = build_deepspeed_config(config, world_size=ranks.world_size, accumulation=1, on_gpu=on_gpu)
         engine, _ = assemble(base, config, settings, ranks, attention, "world", NextTokens())
+        plain.round_buffers(engine.model, dict(empty_model(base, self.config, attention).named_buffers()))
         partitions = engine.partitions()
         load_partitions(self.run, self.manifest, partitions, states=("master",))
         for part in partitions:  # as the forward passes of the training had them, and as they are exported
@@ -100,7 +105,7 @@ class Trained:
         return [engine.logits(row.tokens.to(ranks.device))[0, row.places].float().cpu() for row in self.probe.rows]
 
     def _exported(self, part: TrainablePartition) -> Tensor:
-        values = part.states["master"].to(DTYPES[self.config.model.dtype])
+        values = part.states["master"].to(self.dtype)
         if not self.method.exports_model:
             return values
         return values.to(SOURCE_DTYPES[find_source(self.base, part.name, part.shape).dtype])
@@ -141,7 +146,7 @@ def prove_merged(run: Store, step: int, merged: Store) -> Proof:
     }
     with _base_directory(trained.base) as base, scratch_folder("adapter") as folder:
         export_adapter(run, open_store(folder), step)
-        model = plain.load_plain(base, _held_in(trained.base)).to(plain.device())
+        model = plain.load_plain(base, _held_in(trained.base), trained.dtype).to(plain.device())
         model = plain.add_adapter(model, Path(folder))
         with plain.computing_in_fp32(model):
             beside = plain.place_logits(model, rows)
@@ -154,7 +159,7 @@ def prove_merged(run: Store, step: int, merged: Store) -> Proof:
     del model
     _give_memory_back()
     with _directory(merged) as folder:
-        model = plain.load_plain(folder, _held_in(trained.base)).to(plain.device())
+        model = plain.load_plain(folder, _held_in(trained.base), trained.dtype).to(plain.device())
         with plain.computing_in_fp32(model):
             found = plain.place_logits(model, rows)
     return _proof(
@@ -180,7 +185,7 @@ def _prove_model(trained: Trained, destination: Store) -> Proof:
     expected = trained.logits(computed_in)
     _give_memory_back()
     with _directory(destination) as folder:
-        model = plain.load_plain(folder, _held_in(trained.base)).to(plain.device())
+        model = plain.load_plain(folder, _held_in(trained.base), trained.dtype).to(plain.device())
         with _computing(model, computed_in):
             found = plain.place_logits(model, rows)
             with plain.shaken(model, _SHAKEN_BY[computed_in]):
@@ -230,7 +235,7 @@ def _plain_base(trained: Trained, folder: Path, computed_in: str) -> Any:
     config, base = trained.config, trained.base
     dtype = DTYPES[computed_in]
     held = _held_in(base) if computed_in == "fp32" else dtype
-    model = plain.load_plain(folder, held, model_config(folder, config.model.layers))
+    model = plain.load_plain(folder, held, trained.dtype, model_config(folder, config.model.layers))
     if config.quant.type != "none" and not base.stored.quantized:
         plain.quantize(model, config.quant, dtype)
     return model.to(plain.device())
