@@ -102,6 +102,18 @@ def test_a_right_export_of_a_deep_base_with_large_logits_is_proven_where_its_sin
     assert (proof["computed_in"], proof["kl_allowed"] < 1e-6) == ("fp32", True)
 
 
+def test_constants_that_are_rounded_to_the_type_of_the_model_are_those_of_the_training(tmp_path: Path) -> None:
+    """Gemma multiplies embeddings by sqrt(48), which is 6.9375 in bf16 and 6.9282 in fp32."""
+    workshop = Workshop(tmp_path, "gemma3", intermediate_size=192, hidden_size=48)
+    config, run = workshop.config("scaled"), workshop.store.sub("scaled")
+    commit(run, config, dataset=workshop.prepare(config).train)
+    export_adapter(run, open_store(str(tmp_path / "adapter")))
+
+    (proof,) = launch(1, proofs.export_proof, run.uri, 4, str(tmp_path / "adapter"), timeout=300)
+    assert Proof(**proof).holds
+    assert (proof["computed_in"], proof["kl_allowed"] < 1e-6) == ("fp32", True)
+
+
 def test_an_export_over_a_base_that_is_stored_in_4_bits_is_proven_against_the_rounding_of_bf16(tmp_path: Path) -> None:
     workshop = Workshop(tmp_path, intermediate_size=192)
     base = quantize_base(workshop.base, tmp_path / "4bit", bnb_4bit_quant_type="nf4")
@@ -142,6 +154,15 @@ def test_a_destination_that_holds_something_is_refused(run: Store, tmp_path: Pat
     with pytest.raises(ConfigError, match="is not empty"):
         export_adapter(run, open_store(str(tmp_path)))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("export", [export_adapter, export_merged])
+def test_a_whole_export_is_no_half_one_and_stays_as_it_is(run: Store, tmp_path: Path, export: Any) -> None:
+    export(run, open_store(str(tmp_path)), 4)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ConfigError, match="is not empty"):
+        export(run, open_store(str(tmp_path)), 2)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_step_can_be_chosen(run: Store, tmp_path: Path) -> None:

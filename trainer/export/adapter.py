@@ -6,6 +6,7 @@ card with the run's facts. The file without which nothing loads is written last,
 for one.
 """
 
+from fnmatch import fnmatch
 from functools import partial
 
 from trainer.base.load import DTYPES
@@ -48,6 +49,7 @@ def export_adapter(
     weights = CheckpointWeights(run, manifest, DTYPES[config.model.dtype])
     exported = method.export(dict(weights), config.model)
     *names, last = exported.files
+    assert not any(fnmatch(last, pattern) for pattern in method.file_names), "a whole export would count as a half one"
     destination.put(CARD, model_card(config, manifest, exported.library, f"{exported.what} {TRAINED}."))
     for name, content in {**{name: exported.files[name] for name in names}, **tokenizer}.items():
         destination.put(name, content)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # The two files of PEFT's `save_pretrained`; PEFT loads nothing without the settings.
 _WEIGHTS, _SETTINGS = "adapter_model.safetensors", "adapter_config.json"
-PEFT_FILES = (_WEIGHTS, _SETTINGS)
+PEFT_FILES = (_WEIGHTS,)  # of a half export: the settings are written last
 ALL_LINEAR = "all-linear"
 
 Targets = str | list[str]

@@ -88,7 +88,7 @@ class Method(Protocol):
     unmergeable: ClassVar[str | None]
     """Why what was learnt cannot become part of the base's weights, as a clause; None if it can."""
     file_names: ClassVar[Collection[str]]
-    """The files that `export` makes, as patterns."""
+    """The files that `export` makes before the last one, as patterns: a half export has no others, and no whole one counts as half."""
 
     def mismatches(self, architecture: Architecture) -> list[str]:
         """A sentence for each setting that asks more of the base than it has."""

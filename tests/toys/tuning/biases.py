@@ -24,7 +24,7 @@ class Biases:
     trains_base: ClassVar[bool] = True
     exports_model: ClassVar[bool] = False
     unmergeable: ClassVar[str | None] = "a toy cannot be merged"
-    file_names: ClassVar[Collection[str]] = ("biases.safetensors",)
+    file_names: ClassVar[Collection[str]] = ()
 
     @property
     def identity(self) -> dict[str, Any]:
