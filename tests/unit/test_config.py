@@ -86,6 +86,22 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(setting: str, expected:
             "tuning.rank=0",
             "tuning.rank: 0 is not allowed. Input should be greater than or equal to 1. Example: 16.",
         ),
+        (
+            "optim.lr=yes",
+            "optim.lr: True is not allowed. Input should be a number, without zeros before it. Example: 0.0002.",
+        ),
+        ("tuning.rank=on", "tuning.rank: True is not allowed. Input should be a number"),
+        ("train.steps=010", "train.steps: '010' is not allowed. Input should be a number, without zeros before it."),
+        ("train.steps=1:30", "train.steps: '1:30' is not allowed. Input should be a valid integer"),
+        ("model.layers=true", "model.layers: True is not allowed. Input should be a number"),
+        ("quant.block_size=010", "quant.block_size: '010' is not allowed. Input should be a number"),
+        ("cluster.gpus_per_worker=true", "cluster.gpus_per_worker: True is not allowed. Input should be a number"),
+        ("optim.betas=[0.9, true]", "optim.betas: [0.9, True] is not allowed. Input should be a number"),
+        (
+            "cluster.ray.resources={a: true}",
+            "cluster.ray.resources: {'a': True} is not allowed. Input should be a number",
+        ),
+        ("data.train=[{path: a, weight: true}]", "data.train[0].weight: True is not allowed. Input should be a number"),
         ("data.train=[]", "data.train: [] is not allowed. List should have at least 1 item"),
         ("data.train=[{path: a, weight: -1}]", "data.train[0].weight: -1 is not allowed."),
         (

@@ -1,5 +1,7 @@
 """YAML becomes plain values, or one sentence with its line: never a traceback, a hang, or a value that nobody wrote."""
 
+import time
+
 import pytest
 
 from trainer.config.yaml_reader import read_yaml
@@ -19,6 +21,12 @@ LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("x: &x {a: 1, b: 2}\ny: {<<: *x, a: 3}", {"x": {"a": 1, "b": 2}, "y": {"a": 3, "b": 2}}),
         ("x: {y: &y {<<: {a: 1}, a: 2}}\nz: {<<: *y}", {"x": {"y": {"a": 2}}, "z": {"a": 2}}),
         ("a: =", {"a": "="}),
+        ("[010, -017, 0o10, 1:30, 1:30.5, 24:00:00]", ["010", "-017", "0o10", "1:30", "1:30.5", "24:00:00"]),
+        (
+            "[0, -1, +2, 0x10, 0b11, 1_000, 1., .5, -1.5e+3, 0.25, -.inf]",
+            [0, -1, 2, 16, 3, 1000, 1.0, 0.5, -1500.0, 0.25, -float("inf")],
+        ),
+        ("1e-4", "1e-4"),
         ('a: "\\U0001F600"', {"a": "\U0001f600"}),
     ],
 )
@@ -48,9 +56,12 @@ def test_plain_values_are_read_as_they_are_written(text: str, value: object):
         ("a: &a {<<: [{b: 1}, c]}", "what is merged with << is no other mapping."),
         ("<<: {a: 1}\n<<: {b: 1}", "'<<' is given twice, first in line 1."),
         (
-            f"- &a {{{', '.join(f'k{n}: 0' for n in range(5000))}}}\n" + "- {<<: *a}\n" * 20_000,
+            f"- &a {{{', '.join(f'k{n}: 0' for n in range(1000))}}}\n" + "- {<<: *a}\n" * 200,
             "merges make it too large.",
         ),
+        ("[" + "1," * 260_000 + "]", "it has more than 20000 keys and values."),
+        ("".join(f"k{n}: 0\n" for n in range(50_000)), "it has more than 20000 keys and values."),
+        ("- &a 1\n" + "- *a\n" * 100_000, "it has more than 20000 keys and values."),
         ("a: &a [*a]", "an alias refers to what it is part of."),
         ('a: "\\ud800"', "cannot be read as text."),
         ('a: "b\\0"', "cannot be read as text."),
@@ -60,8 +71,10 @@ def test_plain_values_are_read_as_they_are_written(text: str, value: object):
     ],
 )
 def test_what_would_surprise_is_refused_in_one_sentence(text: str | bytes, sentence: str):
+    began = time.process_time()
     with pytest.raises(ConfigError) as caught:
         read_yaml(text, "run.yaml")
+    assert time.process_time() - began < 5
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 300

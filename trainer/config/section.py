@@ -1,37 +1,60 @@
 """The base class of the configuration's sections, and the function that declares a setting in them."""
 
+import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 # As seconds, these are 136 years: what Python's clocks and the C library still take.
 _LARGEST = 2**32
+# 8 in YAML 1.1 and in C, but 10 to whoever reads it, pydantic included.
+_LEADING_ZERO = re.compile(r"[-+]?0[\d_]+")
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _nothing_else_is_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds = set(_kinds(cls.model_fields[info.field_name or ""].annotation))
+        if kinds & {int, float} and bool not in kinds:
+            for given in _scalars(value):
+                if isinstance(given, bool) or (isinstance(given, str) and _LEADING_ZERO.fullmatch(given)):
+                    raise PydanticCustomError("number", "Input should be a number, without zeros before it")
+        return value
+
     @field_validator("*")
     @classmethod
     def _no_number_is_endless(cls, value: Any) -> Any:
-        if not all(abs(number) <= _LARGEST for number in _numbers(value)):
+        numbers = (given for given in _scalars(value) if isinstance(given, int | float))
+        if not all(abs(number) <= _LARGEST for number in numbers):
             raise PydanticCustomError(
                 "endless", "Numbers are finite here, and at most {largest}", {"largest": _LARGEST}
             )
         return value
 
 
-def _numbers(value: Any) -> Iterator[float]:
-    """Every number in `value`, and in the lists and mappings that it holds."""
-    if isinstance(value, int | float):
-        yield value
-    elif isinstance(value, list | tuple):
+def _scalars(value: Any) -> Iterator[Any]:
+    """`value`, or what the lists and mappings in its place hold at any depth."""
+    if isinstance(value, list | tuple):
         for item in value:
-            yield from _numbers(item)
+            yield from _scalars(item)
     elif isinstance(value, dict):
-        yield from _numbers(list(value.values()))
+        yield from _scalars(list(value.values()))
+    else:
+        yield value
+
+
+def _kinds(annotation: Any) -> Iterator[type]:
+    """The types that a setting's annotation is made of, those of a Literal's values among them."""
+    inside = get_args(annotation)
+    for kind in inside:
+        yield from _kinds(kind)
+    if not inside:
+        yield annotation if isinstance(annotation, type) else type(annotation)
 
 
 def setting(default: Any = ..., *, about: str, example: Any, unit: str | None = None, **constraints: Any) -> Any:

@@ -25,9 +25,7 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_plain(
-    folder: Path, held: torch.dtype, computed: torch.dtype, config: PretrainedConfig | None = None
-) -> Any:
+def load_plain(folder: Path, held: torch.dtype, computed: torch.dtype, config: PretrainedConfig | None = None) -> Any:
     """A model as transformers reads it, ready to predict, its weights in `held`; `config` where it is not the folder's own.
 
     Its constants are those of a model in `computed`: Gemma's factor on embeddings is rounded to the type of the model.
