@@ -8,6 +8,8 @@ from transformers import PreTrainedTokenizerFast
 from trainer.config import Data
 from trainer.data import chat
 from trainer.data.chat import Example
+from trainer.data.left_out import left_out
+from trainer.data.messages import read_messages
 from trainer.errors import ConfigError, DataError
 
 CHATML = (
@@ -249,6 +251,50 @@ def test_what_a_row_carries_and_the_template_leaves_out_is_named(template: str, 
 def test_what_sharegpts_form_has_no_place_for_is_named() -> None:
     talk = [{"from": "human", "value": "hi", "mood": "bye"}, {"from": "gpt", "value": "yo", "weight": 1}]
     assert Renderer(tokenizer(), data()).one({"messages": talk}).left_out == ["mood"]
+
+
+@pytest.mark.parametrize(
+    ("message", "lost"),
+    [
+        ({"from": "human", "value": "hi", "tool_calls": [{"function": {"name": "look_up"}}]}, ["tool_calls"]),
+        ({"from": "human", "value": "hi", "content": "OTHER"}, ["content"]),
+        ({"from": "human", "value": "hi", "content": None, "role": None, "tool_calls": []}, []),
+        ({"role": "user", "content": "hi", "value": "OTHER"}, ["value"]),
+        ({"role": "user", "content": "hi", "from": "Alice"}, ["from"]),
+        ({"role": "user", "content": "hi", "from": None, "value": None, "weight": 1}, []),
+    ],
+)
+def test_the_keys_of_the_other_form_are_left_out_too(message: dict[str, Any], lost: list[str]) -> None:
+    assert Renderer(tokenizer(), data()).one({"messages": [message, TALK[2]]}).left_out == lost
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("content", "note"),
+    [
+        ("\\n" * 40, "n " * 19 + "zzz"),
+        ("n " * 500_000, "n " * 19 + "zzz"),
+        ("n" + "!" * 500_000 + "n", "n n z"),
+        ("a" * 500_000, "a" * 99 + " z"),
+    ],
+)
+def test_what_is_left_out_is_found_in_one_pass_over_the_text(content: str, note: str) -> None:
+    given = [{"role": "user", "content": content, "note": note}]
+    assert left_out(given, read_messages(given), f"<user>{content}</user>") == ["note"]
+
+
+@pytest.mark.parametrize(
+    ("text", "note", "lost"),
+    [
+        ('hi {"note": "one\\n two\\tthree"}', "one\n\ntwo three", []),
+        ("hi one two  three", " one\ntwo three\n", []),
+        ("hi C:\\\\new", "C:\\new", []),
+        ("hi one two", "one three", ["note"]),
+    ],
+)
+def test_what_stands_in_the_text_otherwise_is_not_left_out(text: str, note: str, lost: list[str]) -> None:
+    given = [{"role": "user", "content": "hi", "note": note}]
+    assert left_out(given, read_messages(given), text) == lost
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_turn() -> None:

@@ -3,16 +3,17 @@
 import json
 import re
 from collections.abc import Iterator
+from functools import cached_property
+from itertools import islice
 from typing import Any
 
-from trainer.data.messages import Message
+from trainer.data.messages import Message, own_keys
 
 _WORD = re.compile(r"\w+")
-# So many words are enough to know a text by. Between them may be anything but words; JSON writes a line break as \n.
-_WORDS = 20
-_BETWEEN = r"(?:\W|\\[a-z])+"
-# A weight is no text, and the others are looked at by themselves.
-_OWN = {"role", "content", "tool_calls", "weight", "from", "value"}
+# So many words, or the beginning of a word as long as this, are enough to know a text by. Between them may be anything else.
+_WORDS, _LONG_WORD = 20, 100
+# JSON writes a line break as \n. Both are two characters of white space here, so that places stay what they are.
+_ESCAPE = re.compile(r"\\[a-z]")
 
 
 def left_out(given: list[dict[str, Any]], messages: list[Message], text: str) -> list[str]:
@@ -22,15 +23,16 @@ def left_out(given: list[dict[str, Any]], messages: list[Message], text: str) ->
     message before, as it is or with other characters between its words: templates trim text, and write some of it as JSON.
     """
     missing: dict[str, None] = {}
+    rendered = _Rendered(text)
     begin = 0
     for raw, message in zip(given, messages, strict=True):
         end = begin
         for what, piece in _pieces(raw, message):
             if what in missing:
                 continue
-            place = _end_of(piece, text, begin)
+            place = rendered.end_of(piece, begin)
             if place is None and what.startswith("content"):
-                place = _end_of(piece, text, 0)  # a system message may move to another place
+                place = rendered.end_of(piece, 0)  # a system message may move to another place
             if place is None:
                 missing[what] = None
             else:
@@ -47,7 +49,8 @@ def _pieces(raw: dict[str, Any], message: Message) -> Iterator[tuple[str, str]]:
         yield from (
             ("tool_calls", text) for text in _strings([name, list(arguments) if isinstance(arguments, dict) else []])
         )
-    for key in (key for key in raw if key not in _OWN):
+    own = own_keys(raw)
+    for key in (key for key in raw if key not in own):
         yield from ((key, piece.strip()) for piece in _strings(raw[key]))
 
 
@@ -62,12 +65,27 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _end_of(piece: str, text: str, begin: int) -> int | None:
-    """Where `piece`, or enough of it to know it by, ends in the text from `begin` on."""
-    for written in (piece, json.dumps(piece, ensure_ascii=False)[1:-1]):
-        place = text.find(written, begin)
-        if place >= 0:
-            return place + len(written)
-    words = _WORD.findall(piece)[:_WORDS]
-    match = re.compile(_BETWEEN.join(words)).search(text, begin) if words else None
-    return match and match.end()
+class _Rendered:
+    """The text of a conversation, in which pieces are searched."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    @cached_property
+    def _plain(self) -> str:
+        return _ESCAPE.sub("  ", self._text)
+
+    def end_of(self, piece: str, begin: int) -> int | None:
+        """Where `piece`, or enough of it to know it by, ends in the text from `begin` on."""
+        for written in (piece, json.dumps(piece, ensure_ascii=False)[1:-1]):
+            place = self._text.find(written, begin)
+            if place >= 0:
+                return place + len(written)
+        words = list[str]()
+        for found in islice(_WORD.finditer(_ESCAPE.sub("  ", piece)), _WORDS):
+            words.append(found[0][:_LONG_WORD])
+            if len(found[0]) > _LONG_WORD:
+                break
+        # What is between words begins and ends where they do, in one way only: a search takes one pass over the text.
+        match = re.compile(r"\W+".join(words)).search(self._plain, begin) if words else None
+        return match and match.end()

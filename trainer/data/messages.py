@@ -27,7 +27,7 @@ def _message(message: Any, turn: int) -> Message:
     if not isinstance(message, dict):
         raise DataError(f"turn {turn} is {_kind(message)}, and not an object with role and content")
     weight = _weight(message.get("weight"), turn)
-    if message.get("from") is not None and message.get("role") is None:
+    if _is_sharegpts(message):
         given, content, rest = message["from"], message.get("value"), weight
         role, names = _SHAREGPT.get(given) if isinstance(given, str) else None, tuple(_SHAREGPT)
     else:
@@ -40,6 +40,15 @@ def _message(message: Any, turn: int) -> Message:
     if role not in _ROLES:
         raise DataError(f"turn {turn} has the role {given!r}; allowed are {', '.join(names)}")
     return {**rest, "role": role, "content": text_of(content, f"content of turn {turn}")}
+
+
+def _is_sharegpts(message: Message) -> bool:
+    return message.get("from") is not None and message.get("role") is None
+
+
+def own_keys(message: Message) -> set[str]:
+    """The keys of a row's message that its form gives a meaning; the template may know others, or not."""
+    return {"weight", *(("from", "value") if _is_sharegpts(message) else ("role", "content", "tool_calls"))}
 
 
 def is_weighted(messages: Any) -> bool:
