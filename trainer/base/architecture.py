@@ -6,6 +6,7 @@ asks here, and no other file knows what a model is called.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from trainer.config import Config
@@ -53,9 +54,10 @@ class Architecture:
 
     `intermediate` is the width of an MLP for one token, all active experts together. `tied`: head and embedding are one
     matrix. `positions` is the longest sequence, where the model has a limit. The attention caps its logits
-    (`caps_attention`), or has a sink for each head (`has_sinks`), which not every kernel computes. `isolates_documents`:
+    (`caps_attention`, Gemma 2), or has a sink for each head (`has_sinks`), which not every kernel computes. `isolates_documents`:
     transformers' mask of it honours the borders of packed documents. `stored_as` maps a parameter to the tensors of the
-    files that make it up, in order, where these are not one tensor of its own name.
+    files that make it up, in order, where these are not one tensor of its own name. With `softcap` c the head's logits z are
+    c * tanh(z / c).
     """
 
     layers: int
@@ -72,6 +74,7 @@ class Architecture:
     caps_attention: bool = False
     has_sinks: bool = False
     isolates_documents: bool = True
+    softcap: float | None = None
 
     def weights(self, *kinds: Kind) -> int:
         """Elements of all parameters of these kinds."""
@@ -79,7 +82,14 @@ class Architecture:
 
     def matrices(self, layer: int) -> list[int]:
         """Weights of each matrix of one decoder layer that is quantized by itself."""
-        return [size for parameter in self.parameters if parameter.layer == layer for size in parameter.matrices]
+        return self._matrices.get(layer, [])
+
+    @cached_property
+    def _matrices(self) -> dict[int | None, list[int]]:
+        found: dict[int | None, list[int]] = {}
+        for parameter in self.parameters:
+            found.setdefault(parameter.layer, []).extend(parameter.matrices)
+        return found
 
     def quantizable(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every weight that can be quantized."""

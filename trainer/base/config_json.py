@@ -14,6 +14,7 @@ from trainer.errors import NOT_JSON, CapstanError, ConfigError, shown
 
 _MOST_LAYERS = 10_000
 _MOST_EXPERTS = 10_000
+_MOST_EXPERTS_IN_ALL = 2**17  # the largest models have some 25,000; each has names of its own in the files
 # Sizes in config.json -> the largest that is possible. Lists are as long as there are layers and experts.
 _SIZES = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim", "vocab_size"), 2**31),
@@ -50,11 +51,27 @@ def parse_base_config(name: str, data: bytes) -> dict[str, Any]:
             f"model.base: {name}/config.json has {heads} num_attention_heads, which {shared} num_key_value_heads do not "
             "divide. Copy the model again."
         )
+    layers, experts = config.get("num_hidden_layers"), config.get("num_local_experts") or config.get("num_experts")
+    if layers and experts and layers * experts > _MOST_EXPERTS_IN_ALL:
+        raise ConfigError(
+            f"model.base: {name}/config.json has {layers} num_hidden_layers of {experts} experts each. Possible are "
+            f"{_MOST_EXPERTS_IN_ALL} experts in all. Copy the model again."
+        )
+    active = config.get("num_experts_per_tok")
+    if active and experts and active > experts:
+        raise ConfigError(
+            f"model.base: {name}/config.json has {active} num_experts_per_tok, but {experts} experts. Copy the model again."
+        )
     stored = config.get("quantization_config")
     if stored is not None and not isinstance(stored, dict):
         raise ConfigError(
             f"model.base: {name}/config.json has the quantization_config {shown(stored)}, which is no JSON object. Copy the "
             "model again."
+        )
+    if stored == {}:
+        raise ConfigError(
+            f"model.base: {name}/config.json has an empty quantization_config, which transformers cannot read. Remove it from "
+            "there."
         )
     return config
 

@@ -17,6 +17,11 @@ _EXPERTS: dict[str, dict[str, tuple[str, ...]]] = {
     "qwen3_moe": {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)},
     "gpt_oss": {},
 }
+# What config.json calls a cap on logits -> the families that compute with it, each with its default.
+_CAPS: dict[str, dict[str, float | None]] = {
+    "final_logit_softcapping": {"gemma2": 30.0, "gemma3_text": None},
+    "attn_logit_softcapping": {"gemma2": 50.0},
+}
 # Decoder-only families whose logits are tested against transformers + bitsandbytes.
 FAMILIES = ("gemma2", "gemma3_text", "gpt_oss", "llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe")
 
@@ -122,10 +127,21 @@ class _Reader:
             positions=self.config.get("max_position_embeddings"),
             parameters=tuple(parameters),
             stored_as={name: names for name, names in stored.items() if names != (name,)},
-            caps_attention=bool(self.config.get("attn_logit_softcapping", 50.0 if self.kind == "gemma2" else None)),
+            caps_attention=self._cap("attn_logit_softcapping") is not None,
             has_sinks=self.kind == "gpt_oss",
             isolates_documents=self.kind != "gpt_oss",
+            softcap=self._cap("final_logit_softcapping"),
         )
+
+    def _cap(self, key: str) -> float | None:
+        defaults = _CAPS[key]
+        value = self.config.get(key, defaults[self.kind]) if self.kind in defaults else None
+        if value is not None and not (type(value) in (int, float) and 0 < value < 2**31):
+            raise ConfigError(
+                f"model.base: config.json has {key} {shown(value)}. Possible are positive numbers and null. Copy the model "
+                "again."
+            )
+        return value
 
     def _layer(self) -> Iterator[tuple[str, tuple[int, ...], Kind]]:
         """Name in the decoder layer, shape and kind of each of its parameters."""

@@ -136,7 +136,7 @@ def empty_model(base: Base, config: Config, attention: Attention) -> PreTrainedM
     model.tie_weights()  # init_empty_weights gives every module its own parameter
     head = LossHead(model.lm_head.in_features, model.lm_head.out_features, bias=False, device="meta")
     head.weight = model.lm_head.weight
-    head.softcap = getattr(architecture, "final_logit_softcapping", None)
+    head.softcap = base.architecture.softcap
     model.lm_head = head
     if config.train.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
