@@ -97,7 +97,8 @@ def read_index(store: Store) -> dict[str, TensorSource]:
     """All tensors of a Hugging Face model directory, single-file or indexed.
 
     Raises:
-        ConfigError: no safetensors file, a file that the index names is missing or truncated, or a damaged header.
+        ConfigError: no safetensors file, or none of a name that transformers knows; a file that the index names is missing or
+            truncated, or a damaged header.
     """
     sizes = {
         entry.key: entry.size for entry in store.list() if entry.key.endswith(".safetensors") and "/" not in entry.key
@@ -107,7 +108,13 @@ def read_index(store: Store) -> dict[str, TensorSource]:
             f"model.base: {store.uri} holds no *.safetensors file. Convert the model with save_pretrained(), which writes them."
         )
     # Without an index there is one file; some repositories keep the same weights beside it in another layout.
-    files = _indexed_files(store) or ({SINGLE_FILE} if SINGLE_FILE in sizes else set(sizes))
+    indexed = _indexed_files(store)
+    if not indexed and SINGLE_FILE not in sizes:
+        raise ConfigError(
+            f"model.base: {store.uri} holds {min(sizes)}, but neither {SINGLE_FILE} nor {INDEX_FILE}, where transformers looks. "
+            f"Rename a single file to {SINGLE_FILE}, or convert the model with save_pretrained()."
+        )
+    files = indexed or {SINGLE_FILE}
     missing = sorted(files - set(sizes))
     if missing:
         raise ConfigError(

@@ -4,19 +4,24 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.material import KINDS, SIZES, Workshop
 from trainer.base.check import check_base
 from trainer.base.config_json import tokenizer_size
 from trainer.base.description import describe
+from trainer.base.families import read_architecture
 from trainer.base.load import empty_model
 from trainer.base.locate import resolve_base
 from trainer.base.parameters import check_no_other
 from trainer.config import override, parse_config
 from trainer.data.prepare import load_tokenizer
 from trainer.errors import ConfigError
+from trainer.export import plain
 from trainer.model.attention import Attention
 
 
@@ -61,6 +66,31 @@ def test_gpt_oss_is_refused_packed_rows() -> None:
     assert not gpt_oss.mismatches(override(config, "data.packing=false"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "given"), [(kind, {}) for kind in KINDS] + [("llama", {"final_logit_softcapping": 2.0})]
+)
+def test_logits_are_capped_as_transformers_caps_them(workshop: Workshop, kind: str, given: dict[str, float]) -> None:
+    """A family that knows no cap ignores what config.json says of one."""
+    settings = {**SIZES, **KINDS[kind], "vocab_size": 32, "num_hidden_layers": 1, **given}
+    model: Any = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**settings), experts_implementation="eager"
+    ).eval()
+    torch.nn.init.normal_(model.lm_head.weight, std=9.0)
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        hidden = model.model(ids).last_hidden_state
+        logits, cap = model.lm_head(hidden), read_architecture(model.config.to_dict()).softcap
+        ours = logits if cap is None else cap * torch.tanh(logits / cap)
+        assert torch.allclose(model(ids).logits, ours, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("value", ["x", 0, -1.0, True, float("nan"), [1]])
+def test_a_cap_that_is_no_positive_number_is_refused(value: object) -> None:
+    for key in ("final_logit_softcapping", "attn_logit_softcapping"):
+        with pytest.raises(ConfigError, match=rf"config\.json has {key} .*\. Possible are positive numbers and null\."):
+            read_architecture({**SIZES, **KINDS["gemma2"], key: value})
+
+
 def test_more_layers_than_the_base_has_are_refused(workshop: Workshop, base: Path) -> None:
     check(workshop, base, "model.layers=2")
     with pytest.raises(ConfigError, match=r"model\.layers: 3 exceeds the base's 2 layers"):
@@ -88,6 +118,11 @@ def drop_embedding(base: Path) -> None:
     names = json.loads(index.read_text())["weight_map"]
     embedding = names["model.embed_tokens.weight"]
     edit(index, weight_map={name: file for name, file in names.items() if file != embedding})
+
+
+def other_name(base: Path) -> None:
+    remove("model*")(base)
+    (base / "weights.safetensors").write_bytes(b"")
 
 
 def text(name: str, content: str) -> Callable[[Path], object]:
@@ -142,6 +177,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         config(quantization_config={"quant_method": "gptq"}),
         "is quantized already, and not to 4 bits by bitsandbytes. Give the 16-bit model",
     ),
+    "quantized by nothing": (config(quantization_config={}), "has an empty quantization_config, which transformers"),
+    "too many experts": (
+        config(num_hidden_layers=10_000, num_experts=10_000),
+        "has 10000 num_hidden_layers of 10000 experts each. Possible are 131072 experts in all",
+    ),
+    "more experts for a token than there are": (
+        config(model_type="mixtral", num_local_experts=8, num_experts_per_tok=9),
+        "has 9 num_experts_per_tok, but 8 experts",
+    ),
     "quantized by text": (config(quantization_config="x"), "has the quantization_config 'x', which is no JSON object"),
     "another embedding": (
         config(vocab_size=300),
@@ -158,6 +202,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "tokenizer with ids of text": (tokenizer(model={"vocab": {"a": "b"}}), "ids that are no whole numbers"),
     "tokenizer with other additions": (tokenizer(added_tokens=5), "tokenizer.json of .* cannot be read"),
     "no safetensors": (remove("*.safetensors"), r"holds no \*.safetensors file. Convert the model"),
+    "a single file of another name": (
+        other_name,
+        r"holds weights\.safetensors, but neither model\.safetensors nor model\.safetensors\.index\.json, where",
+    ),
     "one file missing": (remove("model-00002-*"), "names model-00002-.*, which is not there"),
     "no embedding": (drop_embedding, r"has no tensor model\.embed_tokens\.weight"),
     "no tokenizer": (remove("tokenizer.json"), "has neither tokenizer.json nor tokenizer.model"),
@@ -206,6 +254,14 @@ def test_a_configuration_that_transformers_cannot_build_is_refused(
     config = workshop.config("t", f"model.base={base}")
     with pytest.raises(ConfigError, match=r"config\.json of .* cannot be read \(.*\)\. Copy the model again\."):
         empty_model(resolve_base(config.model), config, Attention("sdpa", ""))
+
+
+def test_an_export_that_transformers_or_peft_cannot_read_is_one_sentence(base: Path, tmp_path: Path) -> None:
+    remove("*.safetensors")(base)
+    with pytest.raises(ConfigError, match=r"^--verify: transformers cannot read .*/base \(.*\), so nothing is proven"):
+        plain.load_plain(base, torch.bfloat16, torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"^--verify: PEFT cannot read .* \(.*\), so nothing is proven"):
+        plain.add_adapter(torch.nn.Linear(1, 1), tmp_path)
 
 
 def test_a_tensor_that_the_architecture_has_not_is_refused_by_name(workshop: Workshop, base: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from trainer.config import Quant
+from trainer.errors import ConfigError, shown
 from trainer.export.rows import ProbeRow
 
 
@@ -29,9 +30,13 @@ def load_plain(folder: Path, held: torch.dtype, computed: torch.dtype, config: P
     """A model as transformers reads it, ready to predict, its weights in `held`; `config` where it is not the folder's own.
 
     Its constants are those of a model in `computed`: Gemma's factor on embeddings is rounded to the type of the model.
+
+    Raises:
+        ConfigError: transformers cannot read it.
     """
-    config = config or AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=held, trust_remote_code=False, config=config)
+    with _reading("transformers", folder):
+        config = config or AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=held, trust_remote_code=False, config=config)
     if held != computed:
         with init_empty_weights(include_buffers=False):
             other: Any = AutoModelForCausalLM.from_config(config, dtype=computed, trust_remote_code=False)
@@ -47,13 +52,26 @@ def round_buffers(model: nn.Module, alike: Mapping[str, Tensor]) -> None:
 
 
 def add_adapter(model: Any, adapter: Path) -> Any:
-    """`model` with an adapter around it, as PEFT reads it."""
-    adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
+    """`model` with an adapter around it, as PEFT reads it. Raises `ConfigError` when it cannot."""
+    with _reading("PEFT", adapter):
+        adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
     for module in adapted.modules():
         if isinstance(module, Linear4bit):
             # In eval mode bitsandbytes repacks weights for a fused CPU kernel, which only takes widths divisible by 32.
             module.train()
     return adapted
+
+
+@contextmanager
+def _reading(library: str, folder: Path) -> Iterator[None]:
+    """Around a library that raises whatever comes up for a folder that it cannot read."""
+    try:
+        yield
+    except Exception as error:
+        reason = shown(next(iter(str(error).strip().splitlines()), type(error).__name__))[1:-1]
+        raise ConfigError(
+            f"--verify: {library} cannot read {folder} ({reason}), so nothing is proven of the export."
+        ) from error
 
 
 def place_logits(model: Any, rows: Sequence[ProbeRow]) -> list[Tensor]:
