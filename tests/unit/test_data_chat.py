@@ -305,6 +305,22 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_turn() -> No
     assert trained(last.one({"messages": TALK})) == ["<think></think>", "ciao", "<|im_end|>"]
 
 
+@pytest.mark.timeout(60)
+def test_a_conversation_whose_turns_would_take_very_long_to_find_is_a_bad_row() -> None:
+    long = [TALK[1], TALK[2]] * 600
+    refusal = r"^1,200 turns of \d+,\d+ characters are too long to find 600 of them in the text; split the conversation"
+    with pytest.raises(DataError, match=refusal):
+        Renderer(tokenizer(), data()).one({"messages": long})
+    with pytest.raises(DataError, match="1,200 turns .* to find 1,200 of them"):
+        Renderer(tokenizer(), data(loss_on="all")).one({"messages": [{**message, "weight": 0} for message in long]})
+    wide = [{"role": "user", "content": "hi " * 50_000}, TALK[2]] * 100
+    with pytest.raises(DataError, match="200 turns of .* to find 100 of them"):
+        Renderer(tokenizer(), data()).one({"messages": wide[:198] + TALK[1:3]})
+    assert len(Renderer(tokenizer(), data()).one({"messages": long[:200]}).tokens)
+    for template, loss_on in ((CHATML, "last_assistant"), (CHATML, "all"), (TAGGED, "assistant")):
+        assert any(Renderer(tokenizer(template), data(loss_on=loss_on)).one({"messages": long}).targets)
+
+
 def test_a_template_that_raises_is_quoted() -> None:
     template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(DataError, match="the chat template refuses the conversation: roles must alternate"):

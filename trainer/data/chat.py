@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 # The same expression as in transformers, which fills the mask only if it matches.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Finding a turn renders all that is before it, twice. For the turns of one row together, these are the most messages and
+# characters, some five seconds' work: about 1,000 turns of which every second one is the assistant's.
+_MOST_MESSAGES, _MOST_CHARACTERS = 2**19, 2**30
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,11 +225,9 @@ class Renderer:
             *(["tools"] if tools and conversation.ignores_tools(whole) else []),
             *left_out(given, messages, whole),
         ]
-        untrained = [
-            (conversation.prefix(turn, whole), conversation.prefix(turn + 1, whole))
-            for turn, message in enumerate(messages)
-            if not is_trained(message)
-        ]
+        silent = [turn for turn, message in enumerate(messages) if not is_trained(message)]
+        conversation.check_size(silent, whole)
+        untrained = [(conversation.prefix(turn, whole), conversation.prefix(turn + 1, whole)) for turn in silent]
         if self._data.targets == "all":
             return Rendered(whole, _between(untrained, len(whole)), left_out=lacking)
         turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
@@ -237,6 +238,7 @@ class Renderer:
                 untrained = [(0, conversation.prefix(turns[0], whole)), *untrained]
             return replace(conversation.tagged(untrained), left_out=lacking)
         turns = [turn for turn in turns if is_trained(messages[turn])]
+        conversation.check_size([*silent, *turns], whole)
         return Rendered(whole, [self._turn(conversation, turn, whole) for turn in turns], left_out=lacking)
 
     def _turn(self, conversation: "_Conversation", turn: int, whole: str) -> Span:
@@ -271,6 +273,16 @@ class _Conversation:
         """The text of the first `count` messages."""
         text = self._apply(count, tokenize=False, add_generation_prompt=generation_prompt)
         return text_of(text, "conversation's text")
+
+    def check_size(self, turns: Sequence[int], whole: str) -> None:
+        """Raises `DataError` where finding these turns in the whole text would take very long."""
+        messages, most = sum(2 * turn + 1 for turn in turns), _MOST_MESSAGES
+        if messages > most or messages * len(whole) > _MOST_CHARACTERS * len(self._messages):
+            raise DataError(
+                f"{len(self._messages):,} turns of {len(whole):,} characters are too long to find {len(turns):,} of them in the "
+                "text; split the conversation, give data.template a template with {% generation %} tags, or set data.loss_on: "
+                "last_assistant or all"
+            )
 
     def ignores_tools(self, whole: str) -> bool:
         """Whether the text would be the same without tools."""
