@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -5,6 +6,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from tests.material import byte_tokenizer
 from trainer.config import Data
 from trainer.data import chat
 from trainer.data.chat import Example
@@ -449,6 +451,44 @@ def test_text_is_framed_once(adds_bos: bool, text: str, expected: list[str]) -> 
     example = Renderer(tokenizer(adds_bos=adds_bos), data(format="text")).one({"text": text})
     assert tokenizer().convert_ids_to_tokens(example.tokens.tolist()) == expected
     assert example.targets.tolist() == [False] + [True] * (len(expected) - 1)
+
+
+def damaged_tokenizer(**parts: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes whose tokenizer.json has other `parts`: transformers loads it all the same."""
+    whole = json.loads(byte_tokenizer().backend_tokenizer.to_str()) | parts
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(whole)), eos_token="</s>")
+    made.chat_template = CHATML
+    return made
+
+
+UNIGRAM = {"type": "Unigram", "unk_id": None, "vocab": [["</s>", 0], *([letter, -1.0] for letter in "onetw hia")]}
+
+
+@pytest.mark.parametrize("format_", ["chat", "text"])
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        (
+            {"model": {"type": "WordLevel", "vocab": {"</s>": 0, "hi": 1}, "unk_token": "[UNK]"}},
+            r"Missing \[UNK\] token",
+        ),
+        ({"model": UNIGRAM | {"vocab": UNIGRAM["vocab"][:3]}, "pre_tokenizer": None}, "`unk_id` is missing"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAAAA=="}}, "index out of bounds"),
+    ],
+)
+def test_a_tokenizer_that_loads_and_cannot_encode_is_refused(parts: dict[str, Any], reason: str, format_: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^model\.base: the tokenizer of .* cannot be read \(.*{reason}.*\)\. Copy"):
+        Renderer(damaged_tokenizer(**parts), data(format=format_))
+
+
+def test_a_text_that_the_tokenizer_has_no_tokens_for_is_a_bad_row_and_a_panic_ends_it_all() -> None:
+    renderer = Renderer(damaged_tokenizer(model=UNIGRAM, pre_tokenizer=None), data(format="text"))
+    first, bad, last = renderer.encode([{"text": "hi"}, {"text": "hi yo"}, {"text": "hihi"}])
+    assert (type(first), type(last)) == (Example, Example)
+    assert "the tokenizer cannot encode it (" in str(bad)
+    renderer._backend.normalizer = normalizers.Precompiled(bytes(4))
+    with pytest.raises(ConfigError, match="the tokenizer of .* cannot be read"):
+        renderer.encode([{"text": "hi"}])
 
 
 def test_text_without_an_end_token_is_a_configuration_error() -> None:

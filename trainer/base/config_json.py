@@ -120,7 +120,9 @@ def read_by_transformers(name: str, what: str) -> Iterator[None]:
         yield
     except CapstanError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and not _is_panic(error):
+            raise
         if "trust_remote_code" in str(error):
             raise ConfigError(
                 f"model.base: {what} of {name} needs code that the base brings along (auto_map), which is never run. Give a "
@@ -129,7 +131,22 @@ def read_by_transformers(name: str, what: str) -> Iterator[None]:
         raise ConfigError(_unreadable(name, what, error)) from error
 
 
-def _unreadable(name: str, what: str, error: Exception) -> str:
+@contextmanager
+def without_panics(name: str, what: str) -> Iterator[None]:
+    """The same for panics of Rust code alone. Raises `ConfigError` for them, which are no `Exception`."""
+    try:
+        yield
+    except BaseException as error:
+        if not _is_panic(error):
+            raise
+        raise ConfigError(_unreadable(name, what, error)) from error
+
+
+def _is_panic(error: BaseException) -> bool:
+    return type(error).__name__ == "PanicException"  # each library written in Rust has a class of its own
+
+
+def _unreadable(name: str, what: str, error: BaseException) -> str:
     reason = next(iter(str(error).strip().splitlines()), "")
     if isinstance(error, LookupError):
         reason = f"it lacks {reason}"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.base.config_json import read_by_transformers, without_panics
 from trainer.config import Data
 from trainer.config.data import FIELDS
 from trainer.data.left_out import left_out
@@ -123,13 +124,14 @@ class Renderer:
         from tokenizers import Tokenizer
 
         # A call of the tokenizer would switch both off too: a tokenizer.json may ask for them.
-        backend: Any = tokenizer.backend_tokenizer
-        self._backend: Any = Tokenizer.from_str(backend.to_str())
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        # It frames texts, which is done here, and may leave a token's white space out of its offsets.
-        self._backend.post_processor = None
-        self._spelling = Spelling(self._backend)
+        with read_by_transformers(tokenizer.name_or_path, "the tokenizer"):
+            backend: Any = tokenizer.backend_tokenizer
+            self._backend: Any = Tokenizer.from_str(backend.to_str())
+            self._backend.no_truncation()
+            self._backend.no_padding()
+            # It frames texts, which is done here, and may leave a token's white space out of its offsets.
+            self._backend.post_processor = None
+            self._spelling = Spelling(self._backend)
         self._data = data
         if data.format == "chat":
             self._template = _chat_template(tokenizer, data)
@@ -138,18 +140,33 @@ class Renderer:
             self._after_end = re.compile(f"(?:{'|'.join(map(re.escape, special)) or '(?!)'})(\\s+)\\Z")
             self._bos = self._eos = None  # the template writes them
         else:
-            self._bos, self._eos = _framing(tokenizer, data)
+            with read_by_transformers(tokenizer.name_or_path, "the tokenizer"):
+                self._bos, self._eos = _framing(tokenizer, data)
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[Example | DataError]:
-        """Each row's tokens and targets, or what is wrong with it; the error's text has no place in it."""
-        rendered = [self._render_or_error(row) for row in rows]
-        texts = [document.text for document in rendered if isinstance(document, Rendered)]
+        """Each row's tokens and targets, or what is wrong with it; the error's text has no place in it.
+
+        Raises:
+            ConfigError: the tokenizer breaks down.
+        """
+        with without_panics(self._tokenizer.name_or_path, "the tokenizer"):
+            rendered = [self._render_or_error(row) for row in rows]
+            texts = [document.text for document in rendered if isinstance(document, Rendered)]
+            encodings = iter(self._encodings(texts))
+            return [
+                self._example(next(encodings), document) if isinstance(document, Rendered) else document
+                for document in rendered
+            ]
+
+    def _encodings(self, texts: list[str]) -> list[Any]:
+        """The encoding of each text, or a `DataError`: one that has no token for a character may raise."""
         encode = self._backend.encode_batch_fast if self._spelling.usable else self._backend.encode_batch
-        encodings = iter(encode(texts, add_special_tokens=False))
-        return [
-            self._example(next(encodings), document) if isinstance(document, Rendered) else document
-            for document in rendered
-        ]
+        try:
+            return encode(texts, add_special_tokens=False)
+        except Exception as error:  # of this very type
+            if len(texts) == 1:
+                return [DataError(f"the tokenizer cannot encode it ({error})")]
+            return [encoding for text in texts for encoding in self._encodings([text])]
 
     def _render_or_error(self, row: dict[str, Any]) -> Rendered | Example | DataError:
         try:
@@ -199,7 +216,9 @@ class Renderer:
     def _field(self, row: dict[str, Any], name: str) -> Any:
         return field_of(row, name, self._data)
 
-    def _example(self, encoding: Any, document: Rendered) -> Example:
+    def _example(self, encoding: Any, document: Rendered) -> Example | DataError:
+        if isinstance(encoding, DataError):
+            return encoding
         tokens = np.array(encoding.ids, np.uint32)
         targets = self._targets(encoding, tokens, document)
         if self._bos is not None and tokens[:1].tolist() != [self._bos]:
