@@ -39,6 +39,7 @@ def check(
     rows: list[Any],
     evaluation: list[Any] = (),  # pyright: ignore
     mapper: Mapper | None = None,
+    template: str = TEMPLATE,
     **data: Any,
 ) -> DataReport:
     """The report on rows of one file each; a `bytes` row is a line as it stands."""
@@ -48,7 +49,7 @@ def check(
             lines = (row if isinstance(row, bytes) else json.dumps(row).encode() for row in content)
             (tmp_path / f"{what}.jsonl").write_bytes(b"\n".join(lines))
             sources[what] = [{"path": str(tmp_path / f"{what}.jsonl")}]
-    (tmp_path / "t.jinja").write_text(TEMPLATE)
+    (tmp_path / "t.jinja").write_text(template)
     settings = {"sequence_length": 2048, **data}
     if data.get("format", "chat") == "chat":
         settings["template"] = str(tmp_path / "t.jinja")
@@ -176,6 +177,17 @@ def test_duplicates_are_found_within_a_split_and_between_training_and_evaluation
 def test_nothing_to_train_on_is_refused(tmp_path: Path) -> None:
     report = check(tmp_path, [{"messages": [{"role": "user", "content": "hi"}]}])
     assert "nothing to train on in 1 rows" in report.refusals[0]
+
+
+@pytest.mark.parametrize("others", [[], [talk("a", "b")]])
+def test_a_row_that_the_template_renders_to_nothing_is_packed_into_no_row(tmp_path: Path, others: list[Any]) -> None:
+    template = "{% for m in messages %}{% if m.role != 'system' %}" + TEMPLATE.partition("%}")[2].replace(
+        "{% endfor %}", "{% endif %}{% endfor %}"
+    )
+    nothing = {"messages": [{"role": "system", "content": "be brief"}]}
+    train = found(check(tmp_path, [nothing, *others], template=template))
+    assert (train.documents, train.without_targets, train.packed_rows) == (1 + len(others), 1, len(others))
+    assert (train.lengths["min"], train.fill > 0) == (0, bool(others))
 
 
 @pytest.mark.parametrize(("changed", "alike"), [(0, True), (2, True), (30, False), (60, False)])

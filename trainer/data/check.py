@@ -236,12 +236,14 @@ class _Collected:
             above = 2 ** np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
             bounds, counts = np.unique(above, return_counts=True)
             found.histogram = dict(zip(bounds.tolist(), counts.tolist(), strict=True))
-            found.packed_rows, found.fill = _pack(np.minimum(lengths, data.sequence_length), data)
+            found.packed_rows, found.fill = _pack(np.minimum(lengths[lengths > 0], data.sequence_length), data)
         return found
 
 
 def _pack(lengths: np.ndarray, data: Data) -> tuple[int, float]:
-    """Packed rows of the documents, and the share of their tokens that is no padding."""
+    """Packed rows of the documents, none of which is empty, and the share of their tokens that is no padding."""
+    if not len(lengths):
+        return 0, 0.0
     blocks = np.array([*range(0, len(lengths), BLOCK_DOCUMENTS), len(lengths)])
     order = Order((1.0,), data.sequence_length, data.packing, seed=0)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
