@@ -71,7 +71,16 @@ def test_a_path_that_cannot_be_used_is_named_with_its_setting(tmp_path: Path, na
 
 
 @pytest.mark.parametrize(
-    "path", ["x" * 5000 + ".jsonl", "~nobody-of-this-name/x.jsonl", "\udcff.jsonl", "*.jsonl", "s3://", "az://c/x"]
+    "path",
+    [
+        "x" * 5000 + ".jsonl",
+        "~nobody-of-this-name/x.jsonl",
+        "\udcff.jsonl",
+        "*.jsonl",
+        "line/*.jsonl",
+        "s3://",
+        "az://c/x",
+    ],
 )
 def test_a_path_that_no_system_knows_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
@@ -79,6 +88,8 @@ def test_a_path_that_no_system_knows_is_one_sentence(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
     (tmp_path / "\udcff.jsonl").write_bytes(LINES)
+    (tmp_path / "line").mkdir()
+    (tmp_path / "line/a\nb.jsonl").write_bytes(LINES)
     with pytest.raises((DataError, ConfigError), match=r"^data\.train\[0\]\.path: [^\n]*$"):
         find(path)
 

@@ -79,8 +79,9 @@ def _find(path: str, source: int, name: str) -> list[SourceFile]:
         raise DataError(f"{name}: {path!r} has the scheme {scheme!r}. Allowed are a local path, or {allowed}.")
     try:
         found = _find_local(path, source, name) if scheme == "file" else _find_remote(path, source, name)
-    except (OSError, RuntimeError, UnicodeError) as error:  # a name too long, a home of nobody, a name that is no text
-        raise DataError(f"{name}: {path!r} cannot be used: {error}. Rename the file, or correct the path.") from error
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a home of nobody, a name that is no text
+        reason = " ".join(str(error).split())
+        raise DataError(f"{name}: {path!r} cannot be used: {reason}. Rename the file, or correct the path.") from error
     if not found:
         raise DataError(f"{name}: {path!r} matches no file. Name a file or a glob that exists.")
     for file in found:
