@@ -147,6 +147,55 @@ COLUMNS: dict[str, Callable[[], pyarrow.Array]] = {
 }
 
 
+def as_text(column: pyarrow.Array, kind: Any) -> pyarrow.Array:
+    """The memory of a column of bytes as another type, as a writer of its own may write it into a file."""
+    message = pyarrow.record_batch([column], ["in"]).serialize()
+    return pyarrow.ipc.read_record_batch(message, pyarrow.schema([("in", kind)])).column(0)
+
+
+TEXT, BYTES, BAD = pyarrow.string(), pyarrow.binary(), pyarrow.array([b"x", b"\xff\xfe", b"z"])
+EACH = pyarrow.array([0, 1, 2], pyarrow.int32())
+# What Parquet has no form for.
+ARROW_COLUMNS: dict[str, Callable[[], pyarrow.Array]] = {
+    "a map": lambda: as_text(
+        pyarrow.MapArray.from_arrays([0, 1, 2, 3], ["a", "b", "c"], BAD), pyarrow.map_(TEXT, TEXT)
+    ),
+    "a list of one": lambda: as_text(pyarrow.FixedSizeListArray.from_arrays(BAD, 1), pyarrow.list_(TEXT, 1)),
+    "a view": lambda: as_text(
+        pyarrow.ListViewArray.from_arrays(EACH, pyarrow.array([1, 1, 1], pyarrow.int32()), BAD), pyarrow.list_view(TEXT)
+    ),
+    "a large view": lambda: as_text(
+        pyarrow.LargeListViewArray.from_arrays([0, 1, 2], [1, 1, 1], BAD), pyarrow.large_list_view(TEXT)
+    ),
+    "a sparse union": lambda: as_text(
+        pyarrow.UnionArray.from_sparse(pyarrow.array([0] * 3, pyarrow.int8()), [BAD]),
+        pyarrow.sparse_union([pyarrow.field("0", TEXT)]),
+    ),
+    "a dense union in a list": lambda: pyarrow.ListArray.from_arrays(
+        [0, 1, 2, 3],
+        as_text(
+            pyarrow.UnionArray.from_dense(pyarrow.array([0] * 3, pyarrow.int8()), EACH, [BAD]),
+            pyarrow.dense_union([pyarrow.field("0", TEXT)]),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ARROW_COLUMNS)
+def test_text_that_is_not_utf_8_at_any_depth_of_a_column_that_nobody_needs_is_a_bad_row(
+    tmp_path: Path, name: str
+) -> None:
+    other = ARROW_COLUMNS[name]()
+    is_refused_or_skipped(write_table(tmp_path / "a.arrow", messages=[GOOD["messages"]] * 3, other=other), "")
+
+
+def test_a_number_with_more_digits_than_its_type_is_read_as_it_is(tmp_path: Path) -> None:
+    digits = pyarrow.py_buffer(b"".join(number.to_bytes(16, "little") for number in (1, 10**30, 2**127 - 1)))
+    other = pyarrow.Array.from_buffers(pyarrow.decimal128(3, 0), 3, [None, digits])
+    path = write_table(tmp_path / "a.arrow", messages=[GOOD["messages"]] * 3, other=other)
+    assert build(path, "fail").manifest.counters.rows == 3
+
+
 def write_table(path: Path, **columns: Any) -> Path:
     table = pyarrow.table(columns)
     if path.suffix == ".parquet":

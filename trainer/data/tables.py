@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow
+import pyarrow.ipc
 
 from trainer.errors import DataError
 
@@ -23,14 +24,28 @@ def checked(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
         batch.validate(full=True)
     except pyarrow.ArrowInvalid:
         # Text that is not UTF-8 and times that do not exist harm nobody before they are decoded.
-        raw = pyarrow.schema([field.with_type(_stored(field.type)) for field in batch.schema])
-        batch.cast(raw).validate(full=True)
+        for column in batch.columns:
+            _as_stored(column).validate(full=True)
     return batch
+
+
+def _as_stored(column: pyarrow.Array) -> pyarrow.Array:
+    field = pyarrow.field("column", _stored(column.type))
+    try:
+        return column.cast(field.type)
+    except pyarrow.ArrowNotImplementedError:
+        # Arrow's messages hold memory as it is, and another schema gives it another meaning; but they know no dictionaries.
+        message = pyarrow.record_batch([column], ["column"]).serialize()
+        return pyarrow.ipc.read_record_batch(message, pyarrow.schema([field])).column(0)
 
 
 def _stored(kind: Any) -> Any:
     """The type that the same memory has at any depth without its meaning: bytes for text, numbers for dates and times."""
     types = pyarrow.types
+
+    def inside(field: pyarrow.Field) -> pyarrow.Field:
+        return field.with_type(_stored(field.type))
+
     if types.is_string(kind):
         return pyarrow.binary()
     if types.is_large_string(kind):
@@ -39,13 +54,28 @@ def _stored(kind: Any) -> Any:
         return pyarrow.binary_view()
     if types.is_date(kind) or types.is_time(kind):
         return pyarrow.int32() if kind.bit_width == 32 else pyarrow.int64()
+    if types.is_decimal(kind):
+        return pyarrow.binary(kind.bit_width // 8)
     if types.is_dictionary(kind):
         return pyarrow.dictionary(kind.index_type, _stored(kind.value_type))
     if types.is_struct(kind):
-        return pyarrow.struct([field.with_type(_stored(field.type)) for field in kind])
-    if types.is_list(kind) or types.is_large_list(kind):
-        make = pyarrow.list_ if types.is_list(kind) else pyarrow.large_list
-        return make(kind.value_field.with_type(_stored(kind.value_type)))
+        return pyarrow.struct([inside(field) for field in kind])
+    if types.is_map(kind):
+        return pyarrow.map_(inside(kind.key_field), inside(kind.item_field), kind.keys_sorted)
+    if types.is_fixed_size_list(kind):
+        return pyarrow.list_(inside(kind.value_field), kind.list_size)
+    if types.is_union(kind):
+        return pyarrow.union([inside(field) for field in kind], kind.mode, kind.type_codes)
+    if types.is_run_end_encoded(kind):
+        return pyarrow.run_end_encoded(kind.run_end_type, _stored(kind.value_type))
+    for is_one, make in (
+        (types.is_list, pyarrow.list_),
+        (types.is_large_list, pyarrow.large_list),
+        (types.is_list_view, pyarrow.list_view),
+        (types.is_large_list_view, pyarrow.large_list_view),
+    ):
+        if is_one(kind):
+            return make(inside(kind.value_field))
     return kind
 
 
