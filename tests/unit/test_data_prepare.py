@@ -14,11 +14,13 @@ from tests.material import Workshop, make_data
 from trainer.base.locate import resolve_base
 from trainer.data.chapters import open_chapters
 from trainer.data.compile import Progress, fingerprint, hash_tokenizer
-from trainer.data.dataset import open_chapter, open_dataset
+from trainer.data.dataset import MANIFEST, open_chapter, open_dataset
+from trainer.data.manifest import DatasetManifest
 from trainer.data.order import EpochPlan
 from trainer.data.prepare import find, locate, prepare, prepare_start, train_order, wait_until_prepared
 from trainer.data.stream import train_stream
-from trainer.errors import ConfigError, DataError, NotFound
+from trainer.errors import ConfigError, Damaged, DataError, NotFound
+from trainer.run import layout
 from trainer.store import open_store
 
 
@@ -220,3 +222,24 @@ def test_an_epoch_without_documents_is_refused_before_anything_starts(shop: Work
     source = f"data.train=[{{path: {shop.data}, weight: 0.000001}}]"
     with pytest.raises(DataError, match="epoch 0 visits no document.* Raise a weight"):
         shop.prepare(shop.config("few", source, "train.epochs=1", "train.steps=null"))
+
+
+@pytest.mark.parametrize("epochs", ["train.epochs=null", "train.epochs=2"])
+def test_a_sealed_manifest_of_another_number_of_sources_is_damaged(shop: Workshop, tmp_path: Path, epochs: str) -> None:
+    steps = f"train.steps={10 if epochs.endswith('null') else 'null'}"
+    config = shop.config("sources", f"run.store={tmp_path}", epochs, steps)
+    base, store = resolve_base(config.model), open_store(str(tmp_path))
+    key = f"{layout.dataset(prepare(config, base, store).train)}{MANIFEST}"
+    whole = json.loads(store.get(key))
+    del whole["sha256"]
+    nothing: dict[str, Any] = {"documents": 0, "tokens": 0, "targets": 0}
+    for change in (
+        {"sources": [], "shards": [], **nothing},
+        {"sources": [*whole["sources"], {**nothing, "files": []}]},
+    ):
+        manifest = DatasetManifest.model_validate({**whole, **change})
+        store.put(key, manifest.sealed())
+        with pytest.raises(
+            Damaged, match=rf"is damaged \(it has {len(manifest.sources)} sources, and the data 1\)\. Delete"
+        ):
+            prepare(config, base, store)

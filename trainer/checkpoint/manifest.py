@@ -44,7 +44,7 @@ class CheckpointManifest:
     step: Annotated[int, Field(ge=0, lt=10**9)]
     generation: _Count
     world_size: _Positive
-    created: float  # seconds since 1970
+    created: Annotated[float, Field(ge=0, lt=253_402_300_800)]  # seconds since 1970, before the year 10,000
     updates: _Count  # AdamW's own step count
     position: dict[_Place, _Count]  # of the data
     dataset: str  # fingerprint of the compiled training data

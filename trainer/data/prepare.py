@@ -17,9 +17,9 @@ from trainer.base.config_json import read_by_transformers
 from trainer.base.locate import Base
 from trainer.config import Config
 from trainer.data.compile import Progress, compile_chapters, count_chapters, fingerprint, hash_tokenizer
-from trainer.data.dataset import open_chapter, read_manifest
+from trainer.data.dataset import MANIFEST, open_chapter, read_manifest
 from trainer.data.encode import EVERYTHING, Part
-from trainer.data.manifest import Count, DatasetManifest, Record, unsealed
+from trainer.data.manifest import Count, DatasetManifest, Record, damaged, unsealed
 from trainer.data.order import EpochPlan, Order, turns
 from trainer.data.pool import Mapper, mapper_for
 from trainer.data.sources import SourceFile, expand
@@ -117,8 +117,13 @@ def _compile(
         who = mapper_for(sum(file.size for file in files), mapper)
         chapters = compile_chapters(config.data, files, load_tokenizer(base), store, key, part, who, report)
     for chapter in chapters:
-        if what == "train" and chapter == last:
-            _check_fractions(config, read_manifest(store, key))
+        if chapter == last:
+            manifest = read_manifest(store, key)
+            if len(manifest.sources) != files[-1].source + 1:
+                where = f"{store.sub(layout.dataset(key)).uri}/{MANIFEST}"
+                raise damaged(where, f"it has {len(manifest.sources)} sources, and the data {files[-1].source + 1}")
+            if what == "train":
+                _check_fractions(config, manifest)
         yield chapter
 
 

@@ -18,9 +18,9 @@ from trainer.export.folder import CARD, TRAINED, check_destination, model_card
 from trainer.export.learnt import CheckpointWeights
 from trainer.export.merged import write_model
 from trainer.export.proof import Proof
-from trainer.export.trained import trained_config
+from trainer.export.trained import trained_config, trained_method
 from trainer.store import Store
-from trainer.tuning.method import find_method, methods
+from trainer.tuning.method import methods
 
 
 def export_adapter(
@@ -40,7 +40,7 @@ def export_adapter(
     check_destination(destination, *ours, *TOKENIZER_FILES)
     manifest = whole_checkpoint(run, step)
     config = trained_config(run, manifest)
-    method = find_method(config.tuning)
+    method = trained_method(config, manifest)
     check_destination(destination, *method.file_names, *TOKENIZER_FILES)
     if method.exports_model:
         write_model(run, manifest, config, destination, report)

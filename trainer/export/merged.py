@@ -25,7 +25,7 @@ from trainer.export.command import BytesWritten, command, print_progress
 from trainer.export.folder import CARD, TRAINED, check_destination, model_card
 from trainer.export.learnt import CheckpointWeights
 from trainer.export.proof import Proof
-from trainer.export.trained import resolve_trained_base, trained_config
+from trainer.export.trained import resolve_trained_base, trained_config, trained_method
 from trainer.safetensors_index import INDEX_FILE, SINGLE_FILE, TensorSource, numel
 from trainer.store import Store
 from trainer.tuning.method import WeightUpdate, find_method
@@ -48,7 +48,7 @@ def export_merged(
     check_destination(destination, "*.safetensors", INDEX_FILE, *_SMALL_FILES)
     manifest = whole_checkpoint(run, step)
     config = trained_config(run, manifest)
-    method = find_method(config.tuning)
+    method = trained_method(config, manifest)
     if not method.exports_model:
         check_mergeable(config.model, describe_base(config.model))
     if method.unmergeable:

@@ -4,21 +4,24 @@ A manifest that was written before some value was recorded falls back to config.
 """
 
 import re
+from types import NoneType
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from trainer.base.locate import Base, in_bucket, is_hub_id, resolve_base
+from trainer.base.locate import Base, describe_base, in_bucket, is_hub_id, resolve_base
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config, Model, Tuning
 from trainer.config.paths import local_path
-from trainer.errors import ConfigError, Damaged
+from trainer.errors import ConfigError, Damaged, shown
 from trainer.run.folder import run_config
 from trainer.store import Store
-from trainer.tuning.method import methods
+from trainer.tuning.method import Method, find_method, methods
 
 # Where huggingface_hub keeps a model. Manifests without a `name` have this path for a base that was given by its Hub id.
 _SNAPSHOT = re.compile(r".*/models--([^/]+)--([^/]+)/snapshots/([^/]+)")
+# What is known of the place of a base, and its type in a manifest.
+_PLACE = {"path": str, "fingerprint": str, "name": (str, NoneType), "revision": (str, NoneType)}
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -28,8 +31,14 @@ def trained_config(run: Store, manifest: CheckpointManifest) -> Config:
 
     Raises:
         ConfigError: config.yaml cannot be read, or the base is not where the manifest says, and config.yaml names another.
-        Damaged: the manifest holds settings that do not exist.
+        Damaged: the manifest holds settings that do not exist, or does not say where the base is.
     """
+    for key, kind in _PLACE.items():
+        if not isinstance(manifest.base.get(key), kind):
+            raise Damaged(
+                f"the manifest of step {manifest.step} is damaged: it has base.{key}: {shown(manifest.base.get(key))}. Export "
+                "another step."
+            )
     given = run_config(run)
     recorded = {key: manifest.base[key] for key in ("layers", "dtype") if key in manifest.base}
     quant = {key.removeprefix("quant."): value for key, value in manifest.base.items() if key.startswith("quant.")}
@@ -39,6 +48,21 @@ def trained_config(run: Store, manifest: CheckpointManifest) -> Config:
         "tuning": _tuning(manifest) if manifest.adapter else given.tuning,
     }
     return given.model_copy(update=sections)
+
+
+def trained_method(config: Config, manifest: CheckpointManifest) -> Method:
+    """The method of `config`, which is that of `trained_config`. Raises `Damaged` when other parameters were trained."""
+    method = find_method(config.tuning)
+    expected = {name: list(shape) for name, shape in method.shapes(describe_base(config.model).architecture).items()}
+    for name in sorted(expected.keys() | manifest.shapes.keys()):
+        given, held = expected.get(name), manifest.shapes.get(name)
+        if given != held:
+            raise Damaged(
+                f"the checkpoint of step {manifest.step} has {shown(name)} of shape {held}, but its settings of tuning "
+                f"({', '.join(f'{key}: {shown(value)}' for key, value in method.identity.items())}) give {given} on "
+                f"{config.model.base}. Export another step, or put the base back that it was trained on."
+            )
+    return method
 
 
 def resolve_trained_base(model: Model, manifest: CheckpointManifest) -> Base:
@@ -68,7 +92,8 @@ def _place(manifest: CheckpointManifest, given: Model) -> dict[str, Any]:
 
 def _tuning(manifest: CheckpointManifest) -> Tuning:
     """A setting that the manifest leaves out has its method's default, whatever config.yaml says."""
-    make = methods().get(manifest.adapter.get("method", ""))
+    name = manifest.adapter.get("method", "")
+    make = methods().get(name) if isinstance(name, str) else None
     defaults = make(Tuning()).defaults if make else {}
     return _updated(Tuning(), {**defaults, **manifest.adapter}, manifest)
 
