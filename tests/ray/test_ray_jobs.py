@@ -43,13 +43,15 @@ def with_token(token: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     ports = []
-    for _ in range(3):
+    for _ in range(4):
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             ports.append(listener.getsockname()[1])
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=1"]
     command += [f"--port={ports[0]}", f"--dashboard-port={ports[1]}", "--node-ip-address=127.0.0.1"]
     command += [f"--metrics-export-port={ports[2]}", f"--object-store-memory={80 * 2**20}", "--disable-usage-stats"]
+    # The agent takes jobs. Its usual port is that of a Ray of other tests, which run at the same time.
+    command.append(f"--dashboard-agent-listen-port={ports[3]}")
     log = tmp_path_factory.mktemp("head") / "log"
     environment = {
         **with_token(TOKEN),
@@ -65,7 +67,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
         yield Guarded(
-            *(f"{scheme}127.0.0.1:{port}" for scheme, port in zip(("", "http://", "http://"), ports, strict=True))
+            *(f"{scheme}127.0.0.1:{port}" for scheme, port in zip(("", "http://", "http://"), ports[:3], strict=True))
         )
     finally:
         os.killpg(process.pid, 15)

@@ -37,7 +37,9 @@ def test_a_job_goes_on_after_its_time_limit_and_a_crash(site: Site, undisturbed:
 
     site.wait_for_step("hurt", generation=2, step=12)
     drivers = [
-        pid for pid, command in site.cluster.processes("n1").items() if f"{site.run('hurt').uri} --add" in command
+        pid
+        for pid, command in site.cluster.processes("n1").items()
+        if f"launcher.drive.driver {site.run('hurt').uri} " in command
     ]
     os.kill(drivers[0], signal.SIGKILL)
     site.assert_ends("hurt", hurt, "COMPLETED")
