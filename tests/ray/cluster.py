@@ -40,7 +40,7 @@ def add_machine(cluster: Cluster, cpus: int = 2) -> Any:
     return cluster.add_node(num_cpus=cpus, object_store_memory=80 * 2**20)
 
 
-PATIENCE = 300.0  # seconds; a restart takes 20 of them on an idle machine
+PATIENCE = 600.0  # seconds; a restart takes 20 of them on an idle machine
 
 
 class Driver:

@@ -21,7 +21,7 @@ from trainer.config import dump_config
 from trainer.run.requests import request_stop
 from trainer.store import open_store
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1200)
 
 STEPS = 60
 

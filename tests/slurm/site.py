@@ -19,7 +19,7 @@ from tests.material import Workshop
 from tests.slurm.cluster import LOGIN, Cluster
 from trainer.store import Store
 
-PATIENCE = 400.0  # seconds; a start of Ray takes 20 of them on an idle machine
+PATIENCE = 600.0  # seconds; a start of Ray takes 20 of them on an idle machine
 LAYOUT = (
     "cluster.workers=2",
     "cluster.slurm.nodes=2",
