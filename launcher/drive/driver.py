@@ -20,6 +20,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 from launcher.drive.compiling import Compilation, forget_stop_by_compilation
 from launcher.drive.journal import Journal
@@ -57,9 +58,8 @@ def drive(
     run = owner.run
     _forget_own_stop(run)
     run.delete(layout.NO_MORE_DATA)
-    journal = Journal(run, log)
 
-    def work() -> None:
+    def work(journal: Journal) -> None:
         cluster = address_of(config, address)
         with joined_ray(cluster) if cluster else nullcontext() as dashboard:
             compilation = Compilation(config, run, log)
@@ -69,12 +69,13 @@ def drive(
 
     try:
         with stop_on_signals(owner), _live(run, live):
-            beside_main_thread(work)
-    except CapstanError as error:
-        journal.keep(f"ended with exit code {error.exit_code}: {error}")
-        raise
-    else:
-        journal.keep("finished")
+            journal = Journal(run, log)  # whoever sees its first line may send a signal
+            try:
+                beside_main_thread(partial(work, journal))
+            except CapstanError as error:
+                journal.keep(f"ended with exit code {error.exit_code}: {error}")
+                raise
+            journal.keep("finished")
     finally:
         if not owner.lost:
             _forget_own_stop(run)

@@ -196,5 +196,5 @@ def test_a_start_that_ends_before_its_first_record_leaves_its_name_free(trained:
         status = json.loads(capstan("status", "early", "--json", cwd=store.parent).stdout)
         assert status["state"] == "silent"
         assert "start it again" in status["reason"]
-        refused(capstan("resume", "early", cwd=store.parent), 7, "capstan train")
+        refused(capstan("resume", "early", cwd=store.parent), 7, "Start it again")
     assert capstan("train", "run.yaml", *mine, "--dry-run", cwd=store.parent).returncode == 0
