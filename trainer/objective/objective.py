@@ -7,15 +7,13 @@ a login node; code that handles tensors imports torch when it is called.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from importlib import import_module
-from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trainer import objective as folder
 from trainer.config import Config, ObjectiveSettings
 from trainer.errors import ConfigError
+from trainer.registry import chosen, kinds, refuse_unread
 from trainer.tuning.method import Method, find_method
 
 if TYPE_CHECKING:
@@ -81,11 +79,7 @@ class Objective(Protocol):
 
 def objectives() -> dict[str, Callable[[ObjectiveSettings, Method], Objective]]:
     """Every objective of this folder, by the names that `objective.name` may have."""
-    found: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {}
-    for module in iter_modules(folder.__path__):
-        if module.name != "objective":
-            found |= import_module(f"{folder.__name__}.{module.name}").OBJECTIVES
-    return found
+    return kinds(folder, "OBJECTIVES")
 
 
 def find_objective(config: Config) -> Objective:
@@ -94,18 +88,10 @@ def find_objective(config: Config) -> Objective:
     Raises:
         ConfigError: there is none of that name, or a setting has a value that it does not read.
     """
-    given, known = config.objective, objectives()
-    if given.name not in known:
-        close = difflib.get_close_matches(given.name, known, n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        raise ConfigError(
-            f"objective.name: {given.name!r} is not allowed. Allowed are {', '.join(sorted(known))}.{hint}"
-        )
-    found = known[given.name](given, find_method(config.tuning))
-    for name, field in ObjectiveSettings.model_fields.items():
-        if name not in ("name", *found.settings) and getattr(given, name) != field.default:
-            raise ConfigError(f"objective.{name}: has no effect with objective.name: {given.name}. Remove it.")
-    return found
+    given = config.objective
+    objective = chosen(objectives(), "objective.name", given.name)(given, find_method(config.tuning))
+    refuse_unread(given, "objective.name", objective.settings)
+    return objective
 
 
 def check_objective(config: Config) -> None:
@@ -130,8 +116,3 @@ def objective_mismatches(config: Config) -> list[str]:
             "switch off. Choose a method that leaves the base as it is, or an objective without a reference: orpo or simpo."
         )
     return wrong
-
-
-def identity_without(defaults: Mapping[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """`given` without what is as in `defaults`."""
-    return {key: value for key, value in given.items() if key not in defaults or value != defaults[key]}

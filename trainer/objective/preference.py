@@ -22,7 +22,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.config import ObjectiveSettings
-from trainer.objective.objective import Objective, identity_without
+from trainer.objective.objective import Objective
+from trainer.registry import without_defaults
 from trainer.tuning.method import Method
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ class Preference:
 
     @property
     def identity(self) -> dict[str, Any]:
-        return identity_without(self.defaults, {name: getattr(self.given, name) for name in self.defaults})
+        return without_defaults({name: getattr(self.given, name) for name in self.defaults}, self.defaults)
 
     def mismatches(self) -> list[str]:
         if self.given.label_smoothing and self.given.loss_type != "sigmoid":

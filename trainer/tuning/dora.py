@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from trainer.base.architecture import Architecture
 from trainer.config import Model, Optim, Tuning
 from trainer.tuning.linear_adapters import (
-    ALL_LINEAR,
-    PEFT_FILES,
-    Targets,
-    explicit,
+    LOW_RANK_DEFAULTS,
+    LOW_RANK_SETTINGS,
+    LinearAdapters,
     flagged,
     lora_config,
     matching,
     peft_files,
-    unknown_targets,
 )
 from trainer.tuning.method import ExportedFiles
 
@@ -59,33 +57,16 @@ class DoraUpdate:
 
 
 @dataclass(frozen=True)
-class Dora:
+class Dora(LinearAdapters):
     """Adapters on linear layers, with a magnitude for each of their outputs."""
 
-    tuning: Tuning
-
-    settings: ClassVar[Collection[str]] = ("rank", "alpha", "dropout", "targets", "optim.lora_plus_ratio")
-    defaults: ClassVar[Mapping[str, Any]] = {"dropout": 0.0, "targets": ALL_LINEAR}
-    trains_base: ClassVar[bool] = False
-    exports_model: ClassVar[bool] = False
-    unmergeable: ClassVar[str | None] = None
-    file_names: ClassVar[Collection[str]] = PEFT_FILES
-
-    @property
-    def targets(self) -> Targets:
-        return ALL_LINEAR if self.tuning.targets == "auto" else self.tuning.targets
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return explicit(self.tuning, self.settings, self.defaults, self.targets)
+    settings: ClassVar[Collection[str]] = LOW_RANK_SETTINGS
+    defaults: ClassVar[Mapping[str, Any]] = LOW_RANK_DEFAULTS
 
     @property
     def scaling(self) -> float:
         """The factor on B @ A."""
         return self.tuning.alpha / self.tuning.rank
-
-    def mismatches(self, architecture: Architecture) -> list[str]:
-        return unknown_targets(architecture, self.targets)
 
     def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         rank, shapes = self.tuning.rank, dict[str, tuple[int, ...]]()

@@ -15,14 +15,12 @@ from trainer.base.architecture import Architecture
 from trainer.config import Model, Optim, Tuning
 from trainer.tuning.linear_adapters import (
     ALL_LINEAR,
-    PEFT_FILES,
+    LinearAdapters,
     Targets,
-    explicit,
     flagged,
     layer_names,
     matching,
     peft_files,
-    unknown_targets,
 )
 from trainer.tuning.method import ExportedFiles
 
@@ -53,25 +51,12 @@ class Scaling:
 
 
 @dataclass(frozen=True)
-class Ia3:
+class Ia3(LinearAdapters):
     """Vectors that scale the outputs, or the inputs, of linear layers."""
-
-    tuning: Tuning
 
     settings: ClassVar[Collection[str]] = ("targets", "feedforward")
     defaults: ClassVar[Mapping[str, Any]] = {"targets": _AUTO, "feedforward": None}
-    trains_base: ClassVar[bool] = False
-    exports_model: ClassVar[bool] = False
-    unmergeable: ClassVar[str | None] = None
-    file_names: ClassVar[Collection[str]] = PEFT_FILES
-
-    @property
-    def targets(self) -> Targets:
-        return _AUTO if self.tuning.targets == "auto" else self.tuning.targets
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return explicit(self.tuning, self.settings, self.defaults, self.targets)
+    auto: ClassVar[Targets] = _AUTO
 
     def feedforward(self, targets: list[str]) -> list[str]:
         """Those of `targets` whose inputs are scaled."""
@@ -93,7 +78,7 @@ class Ia3:
                 f"tuning.targets: auto is {', '.join(_AUTO)} with tuning.method: ia3, but the base has no {', '.join(missing)}. "
                 f"Name layers of it: {layer_names(architecture)}.",
             ]
-        return [*found, *unknown_targets(architecture, self.targets)]
+        return [*found, *super().mismatches(architecture)]
 
     def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         inputs_scaled = self._inputs_scaled(architecture)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Architecture, Linear
 from trainer.config import Model, Tuning
+from trainer.registry import without_defaults
 from trainer.scratch import scratch_folder
 
 if TYPE_CHECKING:
@@ -27,14 +29,40 @@ ALL_LINEAR = "all-linear"
 Targets = str | list[str]
 """`all-linear`, or names of layers."""
 
+# Methods with LoRA's two matrices read these settings.
+LOW_RANK_SETTINGS = ("rank", "alpha", "dropout", "targets", "optim.lora_plus_ratio")
+LOW_RANK_DEFAULTS = {"dropout": 0.0, "targets": ALL_LINEAR}
 
-def explicit(
-    tuning: Tuning, settings: Collection[str], defaults: Mapping[str, Any], targets: Targets
-) -> dict[str, Any]:
-    """A method's identity: its name and its `settings`, those left out that are as in `defaults`; `targets` as they are
-    understood, whatever the configuration calls them."""
-    given = {**tuning.model_dump(mode="json", include={"method", *settings}), "targets": targets}
-    return {key: value for key, value in given.items() if key not in defaults or value != defaults[key]}
+
+@dataclass(frozen=True)
+class LinearAdapters:
+    """The part of a method that is the same whatever it adds to the linear layers of a frozen base.
+
+    `auto` is what `tuning.targets: auto` means for the method.
+    """
+
+    tuning: Tuning
+
+    settings: ClassVar[Collection[str]]
+    defaults: ClassVar[Mapping[str, Any]]
+    auto: ClassVar[Targets] = ALL_LINEAR
+    trains_base: ClassVar[bool] = False
+    exports_model: ClassVar[bool] = False
+    unmergeable: ClassVar[str | None] = None
+    file_names: ClassVar[Collection[str]] = PEFT_FILES
+
+    @property
+    def targets(self) -> Targets:
+        return self.auto if self.tuning.targets == "auto" else self.tuning.targets
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """`targets` as they are understood, whatever the configuration calls them."""
+        given = self.tuning.model_dump(mode="json", include={"method", *self.settings})
+        return without_defaults({**given, "targets": self.targets}, self.defaults)
+
+    def mismatches(self, architecture: Architecture) -> list[str]:
+        return unknown_targets(architecture, self.targets)
 
 
 def matching(architecture: Architecture, targets: Targets) -> dict[str, Linear]:

@@ -16,14 +16,13 @@ from trainer.base.architecture import Architecture
 from trainer.config import Model, Optim, Tuning
 from trainer.tuning.linear_adapters import (
     ALL_LINEAR,
-    PEFT_FILES,
-    Targets,
-    explicit,
+    LOW_RANK_DEFAULTS,
+    LOW_RANK_SETTINGS,
+    LinearAdapters,
     flagged,
     lora_config,
     matching,
     peft_files,
-    unknown_targets,
 )
 from trainer.tuning.method import ExportedFiles
 
@@ -56,35 +55,19 @@ class LowRankUpdate:
 
 
 @dataclass(frozen=True)
-class Lora:
+class Lora(LinearAdapters):
     """Adapters on linear layers; `rank_stabilized` is rsLoRA's scaling."""
 
-    tuning: Tuning
     rank_stabilized: bool
 
-    settings: ClassVar[Collection[str]] = ("rank", "alpha", "dropout", "targets", "optim.lora_plus_ratio")
-    defaults: ClassVar[Mapping[str, Any]] = {"dropout": 0.0, "targets": ALL_LINEAR}
-    trains_base: ClassVar[bool] = False
-    exports_model: ClassVar[bool] = False
-    unmergeable: ClassVar[str | None] = None
-    file_names: ClassVar[Collection[str]] = PEFT_FILES
-
-    @property
-    def targets(self) -> Targets:
-        return ALL_LINEAR if self.tuning.targets == "auto" else self.tuning.targets
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return explicit(self.tuning, self.settings, self.defaults, self.targets)
+    settings: ClassVar[Collection[str]] = LOW_RANK_SETTINGS
+    defaults: ClassVar[Mapping[str, Any]] = LOW_RANK_DEFAULTS
 
     @property
     def scaling(self) -> float:
         """The factor on B @ A."""
         rank = self.tuning.rank
         return self.tuning.alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
-
-    def mismatches(self, architecture: Architecture) -> list[str]:
-        return unknown_targets(architecture, self.targets)
 
     def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}

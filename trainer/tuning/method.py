@@ -7,19 +7,17 @@ that handles tensors imports torch when it is called.
 
 from __future__ import annotations
 
-import difflib
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib import import_module
-from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from trainer import tuning
 from trainer.base.architecture import Architecture
 from trainer.config import Config, Model, Optim, Tuning
 from trainer.errors import ConfigError
+from trainer.registry import chosen, kinds, refuse_unread
 
 if TYPE_CHECKING:
     import torch
@@ -122,10 +120,7 @@ class Method(Protocol):
 
 def methods() -> dict[str, Callable[[Tuning], Method]]:
     """Every method of this folder, by the names that `tuning.method` may have."""
-    found: dict[str, Callable[[Tuning], Method]] = {}
-    for module in iter_modules(tuning.__path__):
-        found |= getattr(import_module(f"{tuning.__name__}.{module.name}"), "METHODS", {})
-    return found
+    return kinds(tuning, "METHODS")
 
 
 def find_method(settings: Tuning) -> Method:
@@ -134,17 +129,8 @@ def find_method(settings: Tuning) -> Method:
     Raises:
         ConfigError: there is none of that name, or a setting has a value that it does not read.
     """
-    known = methods()
-    if settings.method not in known:
-        close = difflib.get_close_matches(settings.method, known, n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        raise ConfigError(
-            f"tuning.method: {settings.method!r} is not allowed. Allowed are {', '.join(sorted(known))}.{hint}"
-        )
-    method = known[settings.method](settings)
-    for name, field in Tuning.model_fields.items():
-        if name not in ("method", *method.settings) and getattr(settings, name) != field.default:
-            raise ConfigError(f"tuning.{name}: has no effect with tuning.method: {settings.method}. Remove it.")
+    method = chosen(methods(), "tuning.method", settings.method)(settings)
+    refuse_unread(settings, "tuning.method", method.settings)
     return method
 
 
