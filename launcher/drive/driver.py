@@ -27,8 +27,7 @@ from launcher.drive.journal import Journal
 from launcher.drive.signals import beside_main_thread, forget_stop_by_signal, stop_on_signals
 from launcher.ray.cluster import address_of, joined_ray
 from launcher.ray.train import run_on_ray
-from launcher.start.check import check_turn
-from launcher.start.claim import claimed
+from launcher.start.claim import turn
 from launcher.view.tables import watch
 from trainer.config import Config
 from trainer.errors import CapstanError, Stopped, Superseded
@@ -114,12 +113,10 @@ def main() -> None:
 
     try:
         run = open_store(given.run)
-        config, submission = submitted_config(run), given.submission
-        if submission:
-            check_turn(run, submission)
-        how = {"by": "capstan submit", "group": submission, "again": submission, "take_over": submission is None}
+        config = submitted_config(run)
+        claim = turn(config, given.submission, by="capstan submit", log=log)
         try:
-            with claimed(config, resume=True, code=None, log=log, **how) as owner:
+            with claim as owner:
                 drive(config, owner, resume=given.resume, live=False, log=log, address=given.address)
         except Superseded:
             raise  # the run's records are another start's

@@ -3,8 +3,7 @@
 import os
 import sys
 
-from launcher.start.check import check_turn
-from launcher.start.claim import claimed
+from launcher.start.claim import turn
 from launcher.start.group import slurm_rank
 from launcher.start.waiting import wait_for_first_rank
 from trainer.base.locate import resolve_base
@@ -13,7 +12,7 @@ from trainer.data.prepare import prepare
 from trainer.devices import stay_on_cpu
 from trainer.errors import CapstanError, Stopped
 from trainer.run.folder import submitted_config
-from trainer.store import Store, open_run_store, open_store
+from trainer.store import open_run_store, open_store
 
 
 def main() -> None:
@@ -21,14 +20,14 @@ def main() -> None:
     rank = int(os.environ.get("RANK", 0))
     try:
         run, submission = open_store(sys.argv[1]), (sys.argv[2] if len(sys.argv) > 2 else None)
-        _run(run, submitted_config(run), submission, rank)
+        _run(submitted_config(run), submission, rank)
     except CapstanError as error:
         _log(f"capstan: {error}")
         # srun kills the step at the first exit code that is not 0: rank 0, which has the most to write, gives it.
         sys.exit(0 if isinstance(error, Stopped) and rank > 0 else error.exit_code)
 
 
-def _run(run: Store, config: Config, submission: str | None, rank: int) -> None:
+def _run(config: Config, submission: str | None, rank: int) -> None:
     if config.cluster.gpus_per_worker == 0:
         stay_on_cpu()
     from trainer.rank import run_rank
@@ -37,10 +36,7 @@ def _run(run: Store, config: Config, submission: str | None, rank: int) -> None:
         wait_for_first_rank(config, submission)
         run_rank(config, None, resume=False)
         return
-    if submission:
-        check_turn(run, submission)
-    how = {"by": "capstan submit slurm", "group": submission, "again": submission, "take_over": submission is None}
-    with claimed(config, resume=True, code=None, log=_log, **how):
+    with turn(config, submission, by="capstan submit slurm", log=_log):
         datasets = prepare(config, resolve_base(config.model), open_run_store(config), lambda *_: None)
         run_rank(config, datasets, resume=False)
 

@@ -115,7 +115,7 @@ def in_use(run: Store, *, by_store: bool = False) -> str | None:
     """A phrase that says who has the run now; None when nobody has, or its owner is dead."""
     now = time.time()
     if owner := read_owner(run):
-        alive = owner.is_alive(now) or (by_store and not owner.is_here and age(run, owner) < FRESH_SECONDS)
+        alive = owner.is_alive(now) or (by_store and not owner.is_here and age(run) < FRESH_SECONDS)
         return owner.sentence(now) if alive else None
     # Nobody wrote down who has it: an earlier version started it, or it has ended. Only its records tell, and not exactly.
     status = read_status(run)

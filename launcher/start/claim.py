@@ -1,13 +1,13 @@
 """Taking a run's folder for a start, and giving it back as it was when nothing comes of the start."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import yaml
 
 from launcher.start import snapshot
-from launcher.start.check import check_idle, check_name, has_run
+from launcher.start.check import check_idle, check_name, check_turn, has_run
 from trainer.config import Config, dump_config
 from trainer.config.secrets import masked
 from trainer.errors import ConfigError, NotFound
@@ -69,6 +69,21 @@ def claimed(
         raise
     if not waits:
         owner.end()
+
+
+def turn(
+    config: Config, submission: str | None, *, by: str, log: Callable[[str], None]
+) -> AbstractContextManager[Ownership]:
+    """`claimed` for a submitted job of `config` whose turn has come; a job of a version that did not tell its `submission`
+    takes the run over.
+
+    Raises:
+        ConfigError: at once, when somebody else has taken the run since it was submitted.
+    """
+    if submission:
+        check_turn(run_folder(config), submission)
+    again = {"group": submission, "again": submission, "take_over": submission is None}
+    return claimed(config, by=by, resume=True, code=None, log=log, **again)
 
 
 def _write(

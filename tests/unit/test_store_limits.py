@@ -14,7 +14,6 @@ from launcher.start import check
 from tests.material import Workshop
 from trainer.config import Config, dump_config
 from trainer.errors import StorageError
-from trainer.run.folder import run_folder
 from trainer.store import open_run_store
 
 # With the default limits one request alone would take longer.
@@ -69,4 +68,4 @@ def test_by_a_rank_of_torchrun_that_waits_for_compiled_data(config: Config, monk
 
 def test_by_a_rank_of_srun_that_compiles(config: Config) -> None:
     with given_up():
-        rank._run(run_folder(config), config, None, rank=0)
+        rank._run(config, None, rank=0)

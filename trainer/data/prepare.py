@@ -7,7 +7,6 @@ others beside them.
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -151,10 +150,8 @@ def find(config: Config) -> dict[str, Input]:
     return inputs
 
 
-def wait_until_prepared(
-    config: Config, base: Base, store: Store, wait: Callable[[], None] = lambda: time.sleep(2)
-) -> None:
-    """Return once another process has compiled the run's data into `store`, however long that takes."""
+def wait_until_prepared(config: Config, base: Base, store: Store, wait: Callable[[], None]) -> None:
+    """Return once another process has compiled the run's data into `store`; `wait` is called between two looks."""
     for files, part in find(config).values():
         name = partial(fingerprint, config.data, files, hash_tokenizer(base.directory), part)
         while (weighted := kept_weights(store, name()) if config.data.format == "chat" else False) is None:

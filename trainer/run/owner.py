@@ -11,7 +11,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from uuid import uuid4
 from trainer.errors import AlreadyExists, ConfigError, NotFound, StorageError, Superseded
 from trainer.run import layout
 from trainer.run.background import Every
-from trainer.store import Store
+from trainer.store import Entry, Store
 
 BEAT_SECONDS = 30.0
 FRESH_SECONDS = 100.0
@@ -76,10 +76,10 @@ class Owner:
 
 
 class Ownership:
-    """A run that this process has taken, as owner `number`."""
+    """A run as its owner `number` has it."""
 
     def __init__(self, run: Store, number: int, owner: Owner) -> None:
-        self.run, self._number, self._owner = run, number, owner
+        self.run, self._number, self.owner = run, number, owner
 
     @property
     def lost(self) -> bool:
@@ -108,12 +108,12 @@ class Ownership:
             self._write(self.run.failing_fast(), ended=True)
 
     def _write(self, run: Store, ended: bool = False) -> None:
-        run.put(layout.owner(self._number), _as_json(replace(self._owner, time=time.time(), ended=ended)))
+        run.put(layout.owner(self._number), _as_json(replace(self.owner, time=time.time(), ended=ended)))
 
 
 def newest_number(run: Store) -> int:
     """How often the run has been taken."""
-    return max((layout.owner_of(entry.key) or 0 for entry in run.list(layout.OWNERS)), default=0)
+    return _newest(run)[0]
 
 
 def read_owner(run: Store) -> Owner | None:
@@ -124,12 +124,25 @@ def read_owner(run: Store) -> Owner | None:
 
 def last_owner(run: Store) -> Owner | None:
     """The run's last owner, also where it has ended; None where it never had one."""
-    key = layout.owner(newest_number(run))
-    with suppress(NotFound):
-        written = run.head(key).modified.timestamp()
-        owner = _parsed(run.get(key), written, _name(run))
-        return owner if owner.run == _name(run) else None
+    found = _last(run)
+    return found and found.owner
+
+
+def _last(run: Store) -> Ownership | None:
+    """As `last_owner`, with its number, which belongs to it whoever takes the run meanwhile."""
+    number, entry = _newest(run)
+    if entry is None:
+        return None
+    with suppress(NotFound):  # the run's folder is being deleted
+        owner = _parsed(run.get(entry.key), entry.modified.timestamp(), _name(run))
+        return Ownership(run, number, owner) if owner.run == _name(run) else None
     return None
+
+
+def _newest(run: Store) -> tuple[int, Entry | None]:
+    """The last owner's number and key, by one listing; 0 and None where the run was never taken."""
+    found = [(number, entry) for entry in run.list(layout.OWNERS) if (number := layout.owner_of(entry.key))]
+    return max(found, key=lambda pair: pair[0], default=(0, None))
 
 
 def take(
@@ -152,22 +165,24 @@ def take(
 
 def ended_waiting(run: Store) -> bool:
     """Whether the run was that of a submitted job whose turn had not come; from now on it is nobody's."""
-    number, owner = newest_number(run), read_owner(run)
-    if owner is None or not owner.waits:
-        return False
-    Ownership(run, number, owner).end()
-    return True
+    return _end_if(run, lambda owner: owner.waits)
 
 
 def end_group(run: Store, group: str) -> None:
     """Let others have the run that a process of `group` had, and did not end."""
-    number, owner = newest_number(run), read_owner(run)
-    if owner is not None and owner.group == group:
-        Ownership(run, number, owner).end()
+    _end_if(run, lambda owner: owner.group == group)
 
 
-def age(run: Store, owner: Owner) -> float:
-    """Seconds since the last beat by the store's clock alone, as machines' clocks may differ; writes a key for a moment."""
+def _end_if(run: Store, condition: Callable[[Owner], bool]) -> bool:
+    found = _last(run)
+    if found is None or found.owner.ended or not condition(found.owner):
+        return False
+    found.end()
+    return True
+
+
+def age(run: Store) -> float:
+    """Seconds since the last owner's beat by the store's clock alone, as machines' clocks may differ; writes a key for a moment."""
     key = f"{layout.OWNERS}clock-{uuid4().hex}"
     run.put(key, b"")
     try:
