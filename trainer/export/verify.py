@@ -13,7 +13,7 @@ no prediction shows a single bit that has flipped among billions.
 """
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,7 +37,7 @@ from trainer.export.adapter import export_adapter
 from trainer.export.distributions import Distance, distance
 from trainer.export.merged import ChangedFile, changed_files
 from trainer.export.proof import Proof
-from trainer.export.rows import Probe, find_probe
+from trainer.export.rows import Probe, ProbeRow, find_probe
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.model.attention import choose_attention
 from trainer.objective.sft import NextTokens
@@ -71,7 +71,7 @@ class Trained:
         config = trained_config(run, manifest)
         return cls(run, manifest, config, resolve_trained_base(config.model, manifest))
 
-    @property
+    @cached_property
     def method(self) -> Method:
         return find_method(self.config.tuning)
 
@@ -123,9 +123,7 @@ def prove_adapter(run: Store, step: int, adapter: Store) -> Proof:
         model = _plain_base(trained, base, computed_in)
         model = plain.add_adapter(model, folder)
         with _computing(model, computed_in):
-            found = plain.place_logits(model, rows)
-            with plain.shaken(model, _SHAKEN_BY[computed_in]):
-                noise = distance(found, plain.place_logits(model, rows), rows)
+            found, noise = _predictions(model, rows, computed_in)
             with model.disable_adapter():
                 effect = distance(found, plain.place_logits(model, rows), rows)
     return _proof(trained.probe, computed_in, distance(expected, found, rows), noise, effect)
@@ -153,9 +151,7 @@ def prove_merged(run: Store, step: int, merged: Store) -> Proof:
             with model.disable_adapter():
                 alone = plain.place_logits(model, rows)
             plain.merge_and_round(model, stored)
-            expected = plain.place_logits(model, rows)
-            with plain.shaken(model, _SHAKEN_BY["fp32"]):
-                noise = distance(expected, plain.place_logits(model, rows), rows)
+            expected, noise = _predictions(model, rows, "fp32")
     del model
     _give_memory_back()
     with _directory(merged) as folder:
@@ -187,9 +183,7 @@ def _prove_model(trained: Trained, destination: Store) -> Proof:
     with _directory(destination) as folder:
         model = plain.load_plain(folder, _held_in(trained.base), trained.dtype).to(plain.device())
         with _computing(model, computed_in):
-            found = plain.place_logits(model, rows)
-            with plain.shaken(model, _SHAKEN_BY[computed_in]):
-                noise = distance(found, plain.place_logits(model, rows), rows)
+            found, noise = _predictions(model, rows, computed_in)
     del model
     _give_memory_back()
     with _base_directory(trained.base) as folder:
@@ -197,6 +191,13 @@ def _prove_model(trained: Trained, destination: Store) -> Proof:
         with _computing(model, computed_in):
             effect = distance(found, plain.place_logits(model, rows), rows)
     return _proof(trained.probe, computed_in, distance(expected, found, rows), noise, effect)
+
+
+def _predictions(model: Any, rows: Sequence[ProbeRow], computed_in: str) -> tuple[list[Tensor], Distance]:
+    """The logits at the rows' places, and how far the last bits of every product move them."""
+    found = plain.place_logits(model, rows)
+    with plain.shaken(model, _SHAKEN_BY[computed_in]):
+        return found, distance(found, plain.place_logits(model, rows), rows)
 
 
 def _check_bytes(file: ChangedFile, destination: Store) -> None:
