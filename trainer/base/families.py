@@ -17,7 +17,7 @@ _EXPERTS: dict[str, dict[str, tuple[str, ...]]] = {
     "qwen3_moe": {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)},
     "gpt_oss": {},
 }
-# What config.json calls a cap on logits -> the families that compute with it, each with its default.
+# The name of a cap on logits in config.json -> the families that compute with it, each with its default.
 _CAPS: dict[str, dict[str, float | None]] = {
     "final_logit_softcapping": {"gemma2": 30.0, "gemma3_text": None},
     "attn_logit_softcapping": {"gemma2": 50.0},

@@ -86,6 +86,6 @@ class _Rendered:
             words.append(found[0][:_LONG_WORD])
             if len(found[0]) > _LONG_WORD:
                 break
-        # What is between words begins and ends where they do, in one way only: a search takes one pass over the text.
+        # A gap between words begins and ends where the words do, in one way only: a search takes one pass over the text.
         match = re.compile(r"\W+".join(words)).search(self._plain, begin) if words else None
         return match and match.end()

@@ -20,7 +20,7 @@ from trainer.tuning.method import Method, find_method, methods
 
 # Where huggingface_hub keeps a model. Manifests without a `name` have this path for a base that was given by its Hub id.
 _SNAPSHOT = re.compile(r".*/models--([^/]+)--([^/]+)/snapshots/([^/]+)")
-# What is known of the place of a base, and its type in a manifest.
+# The keys that tell the place of a base, and their types in a manifest.
 _PLACE = {"path": str, "fingerprint": str, "name": (str, NoneType), "revision": (str, NoneType)}
 
 Settings = TypeVar("Settings", bound=BaseModel)
