@@ -32,7 +32,7 @@ SETTINGS = (
 def undisturbed(workshop: Workshop) -> Store:
     """The same run by two ranks of a process group, without Ray."""
     config = workshop.config("undisturbed", f"train.steps={STEPS}")
-    outcomes = launch(2, runs.run, dump_config(config), workshop.prepare(config).train)
+    outcomes = launch(2, runs.run, dump_config(config), workshop.prepare(config).train, timeout=300)
     assert {outcome["outcome"] for outcome in outcomes} == {"finished"}
     return workshop.store.sub("undisturbed")
 
