@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import torch
 from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.dist.assembled import Assembled, adapter_value, assemble_run, chapters_of
+from tests.nf4 import dequantized
 from trainer.base.load import DTYPES
 from trainer.base.locate import resolve_base
 from trainer.config import parse_config
@@ -62,7 +62,7 @@ def plain_first_step(config_text: str, fingerprint: str, destination: str) -> di
     model.requires_grad_(False)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head" and config.quant.type != "none":
-            module.weight.data = bnb.dequantize_4bit(*bnb.quantize_4bit(module.weight.data, quant_type="nf4")).to(dtype)
+            module.weight.data = dequantized(module.weight.data)
     method: Any = find_method(config.tuning)
     architecture = resolve_base(config.model).architecture
     names = architecture.linear_names if method.targets == "all-linear" else method.targets

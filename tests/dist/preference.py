@@ -4,13 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.dist.assembled import adapter_value, assemble_run, chapters_of
 from tests.dist.gradients import observed_gradients
+from tests.nf4 import dequantized
 from trainer.config import Config, override, parse_config
 from trainer.data.stream import Position, train_stream
 from trainer.objective.objective import find_objective
@@ -68,7 +68,7 @@ def plain_first_steps(
     model.requires_grad_(False)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            module.weight.data = bnb.dequantize_4bit(*bnb.quantize_4bit(module.weight.data, quant_type="nf4"))
+            module.weight.data = dequantized(module.weight.data)
     with torch.no_grad():
         reference = [answers(model, config, pair, glued) for pair in pairs]
     inject_adapter_in_model(METHODS[config.tuning.method](config.tuning).peft_config("all-linear"), model)

@@ -90,7 +90,12 @@ def quantize(model: nn.Module, quant: Quant, dtype: torch.dtype) -> None:
     """
     form = {"blocksize": quant.block_size, "quant_type": quant.type, "compress_statistics": quant.double}
     for path, module in list(model.named_modules()):
-        if type(module) is nn.Linear and path != "lm_head":
+        if type(module) is not nn.Linear or path == "lm_head":
+            continue
+        if device().type == "cpu" and module.in_features % quant.block_size:
+            # On a CPU, bitsandbytes 0.50 misreads matrices whose rows are not whole blocks.
+            module.weight.data = _dequantized(module.weight.data, dtype, form)
+        else:
             layer = Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=dtype, device="meta")
             weight: Any = Params4bit(module.weight.data, requires_grad=False, **form)
             weight = weight.to(device())  # which quantizes it
@@ -101,9 +106,14 @@ def quantize(model: nn.Module, quant: Quant, dtype: torch.dtype) -> None:
     for parameter in (parameter for parameter in model.parameters() if parameter.ndim == 3):
         matrices = parameter.data.to(dtype)
         for matrix in matrices:
-            packed, state = bnb.quantize_4bit(matrix.to(device()), **form)
-            matrix.copy_(bnb.dequantize_4bit(packed, state))
+            matrix.copy_(_dequantized(matrix, dtype, form))
         parameter.data = matrices
+
+
+def _dequantized(matrix: Tensor, dtype: torch.dtype, form: Mapping[str, Any]) -> Tensor:
+    """`matrix` in `dtype`, quantized and dequantized as one row, where it was."""
+    packed, state = bnb.quantize_4bit(matrix.to(device(), dtype).flatten(), **form)
+    return bnb.dequantize_4bit(packed, state).view_as(matrix).to(matrix.device)
 
 
 @contextmanager
