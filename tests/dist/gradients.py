@@ -11,7 +11,7 @@ from tests.dist.assembled import Assembled, adapter_value, assemble_run, chapter
 from tests.nf4 import dequantized
 from trainer.base.load import DTYPES
 from trainer.base.locate import resolve_base
-from trainer.config import parse_config
+from trainer.config import Config, parse_config
 from trainer.data.stream import Position, train_stream
 from trainer.train.loop import train
 from trainer.tuning.method import find_method
@@ -83,7 +83,7 @@ def plain_first_step(config_text: str, fingerprint: str, destination: str) -> di
             if (labels == -100).all():
                 continue
             logits = model(input_ids=batch.input_ids[:, begin:end]).logits[0].float()
-            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / targets
+            loss = _loss(logits, labels, config) / targets
             loss.backward()
             nats += float(loss.detach())
     gradients = {name: parameter.grad.float() for name, parameter in adapters.items()}
@@ -91,6 +91,13 @@ def plain_first_step(config_text: str, fingerprint: str, destination: str) -> di
     norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
     rows = [batch.targets for batch in batches]
     return {"loss": nats, "grad_norm": float(norm), "targets": targets, "row_targets": rows}
+
+
+def _loss(logits: Tensor, labels: Tensor, config: Config) -> Tensor:
+    """The summed cross entropy and z-loss of a document's logits (n, V) fp32 and labels (n,)."""
+    smoothing, z_loss = config.objective.label_smoothing, config.objective.z_loss
+    nats = torch.nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+    return nats + z_loss * (torch.logsumexp(logits[labels != -100], -1) ** 2).sum()
 
 
 def _plain_name(name: str) -> str:
