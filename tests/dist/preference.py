@@ -56,19 +56,12 @@ def plain_first_steps(
     `glued`: the rejected answer's tokens see those of the chosen one, as they must not.
     """
     from peft import inject_adapter_in_model
-    from transformers import AutoModelForCausalLM
 
     from trainer.tuning.lora import METHODS
 
     config = parse_config(config_text)
     torch.set_num_threads(1)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        config.model.base, dtype=torch.float32, attn_implementation="eager"
-    )
-    model.requires_grad_(False)
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            module.weight.data = dequantized(module.weight.data)
+    model = plain_base(config)
     with torch.no_grad():
         reference = [answers(model, config, pair, glued) for pair in pairs]
     inject_adapter_in_model(METHODS[config.tuning.method](config.tuning).peft_config("all-linear"), model)
@@ -89,6 +82,20 @@ def plain_first_steps(
         names = ("loss", "reward_chosen", "reward_rejected", "reward_accuracy")
         found[name] = dict(zip(names, measures.tolist(), strict=True))
     return found
+
+
+def plain_base(config: Config) -> Any:
+    """The run's base by transformers alone, in fp32, frozen, with the weights that NF4 holds."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        config.model.base, dtype=torch.float32, attn_implementation="eager"
+    )
+    model.requires_grad_(False)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.weight.data = dequantized(module.weight.data)
+    return model
 
 
 def answers(model: Any, config: Config, pair: dict[str, str], glued: bool) -> tuple[Tensor, Tensor]:
