@@ -53,16 +53,9 @@ def observed_gradients(here: Assembled) -> dict[str, Tensor]:
 def plain_first_step(config_text: str, fingerprint: str, destination: str) -> dict[str, Any]:
     """The same by transformers and PEFT alone: one process, each document by itself, one mean over all targets."""
     from peft import inject_adapter_in_model
-    from transformers import AutoModelForCausalLM
 
     config = parse_config(config_text)
-    dtype = DTYPES[config.model.dtype]
-    torch.set_num_threads(1)
-    model: Any = AutoModelForCausalLM.from_pretrained(config.model.base, dtype=dtype, attn_implementation="eager")
-    model.requires_grad_(False)
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name != "lm_head" and config.quant.type != "none":
-            module.weight.data = dequantized(module.weight.data)
+    model = plain_base(config)
     method: Any = find_method(config.tuning)
     architecture = resolve_base(config.model).architecture
     names = architecture.linear_names if method.targets == "all-linear" else method.targets
@@ -70,8 +63,30 @@ def plain_first_step(config_text: str, fingerprint: str, destination: str) -> di
     ours = {_plain_name(name): name for name in method.shapes(architecture)}
     adapters = {ours[_plain_name(name)]: part for name, part in model.named_parameters() if part.requires_grad}
     assert len(adapters) == len(ours)
+    return plain_step(config, fingerprint, model, adapters, destination)
+
+
+def plain_base(config: Config) -> Any:
+    """The frozen base in transformers, its matrices rounded to what 4 bits hold where the run quantizes them."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = DTYPES[config.model.dtype]
+    torch.set_num_threads(1)
+    options: Any = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model: Any = AutoModelForCausalLM.from_pretrained(config.model.base, dtype=dtype, **options)
+    model.requires_grad_(False)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head" and config.quant.type != "none":
+            module.weight.data = dequantized(module.weight.data)
+    return model
+
+
+def plain_step(
+    config: Config, fingerprint: str, model: Any, adapters: dict[str, Any], destination: str
+) -> dict[str, Any]:
+    """Writes the gradients of `adapters`, parameters of `model` by our names, at `adapter_value`. -> the record."""
     for name, parameter in adapters.items():
-        parameter.data = adapter_value(name, tuple(parameter.shape)).to(dtype)
+        parameter.data = adapter_value(name, tuple(parameter.shape)).to(parameter.dtype)
     stream = train_stream(config, chapters_of(config, fingerprint), rank=0, world_size=1)
     batches = [batch.to(torch.device("cpu")) for batch in stream.step(Position())]
     targets = sum(batch.targets for batch in batches)

@@ -9,8 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.dist.assembled import adapter_value, assemble_run, chapters_of
-from tests.dist.gradients import observed_gradients
-from tests.nf4 import dequantized
+from tests.dist.gradients import observed_gradients, plain_base
 from trainer.config import Config, override, parse_config
 from trainer.data.stream import Position, train_stream
 from trainer.objective.objective import find_objective
@@ -82,20 +81,6 @@ def plain_first_steps(
         names = ("loss", "reward_chosen", "reward_rejected", "reward_accuracy")
         found[name] = dict(zip(names, measures.tolist(), strict=True))
     return found
-
-
-def plain_base(config: Config) -> Any:
-    """The run's base by transformers alone, in fp32, frozen, with the weights that NF4 holds."""
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        config.model.base, dtype=torch.float32, attn_implementation="eager"
-    )
-    model.requires_grad_(False)
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            module.weight.data = dequantized(module.weight.data)
-    return model
 
 
 def answers(model: Any, config: Config, pair: dict[str, str], glued: bool) -> tuple[Tensor, Tensor]:

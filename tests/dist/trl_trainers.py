@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from tests.dist.assembled import adapter_value, assemble_run, chapters_of
-from tests.dist.preference import plain_base
+from tests.dist.gradients import plain_base
 from trainer.config import Config, parse_config
 from trainer.data.stream import Position, train_stream
 from trainer.train.loop import train
