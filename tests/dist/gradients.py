@@ -1,5 +1,6 @@
 """The first step's gradients, ours and by PyTorch alone."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -11,8 +12,8 @@ from torch import Tensor
 from tests.dist.assembled import Assembled, adapter_value, assemble_run, chapters_of
 from trainer.base.load import DTYPES
 from trainer.base.locate import resolve_base
-from trainer.config import parse_config
-from trainer.data.stream import Position, train_stream
+from trainer.config import Config, parse_config
+from trainer.data.stream import MicroBatch, Position, train_stream
 from trainer.train.loop import train
 from trainer.tuning.method import find_method
 
@@ -53,16 +54,10 @@ def observed_gradients(here: Assembled) -> dict[str, Tensor]:
 def plain_first_step(config_text: str, fingerprint: str, destination: str) -> dict[str, Any]:
     """The same by transformers and PEFT alone: one process, each document by itself, one mean over all targets."""
     from peft import inject_adapter_in_model
-    from transformers import AutoModelForCausalLM
 
     config = parse_config(config_text)
     dtype = DTYPES[config.model.dtype]
-    torch.set_num_threads(1)
-    model: Any = AutoModelForCausalLM.from_pretrained(config.model.base, dtype=dtype, attn_implementation="eager")
-    model.requires_grad_(False)
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name != "lm_head" and config.quant.type != "none":
-            module.weight.data = bnb.dequantize_4bit(*bnb.quantize_4bit(module.weight.data, quant_type="nf4")).to(dtype)
+    model = plain_base(config)
     method: Any = find_method(config.tuning)
     architecture = resolve_base(config.model).architecture
     names = architecture.linear_names if method.targets == "all-linear" else method.targets
@@ -72,25 +67,48 @@ def plain_first_step(config_text: str, fingerprint: str, destination: str) -> di
     assert len(adapters) == len(ours)
     for name, parameter in adapters.items():
         parameter.data = adapter_value(name, tuple(parameter.shape)).to(dtype)
-    stream = train_stream(config, chapters_of(config, fingerprint), rank=0, world_size=1)
-    batches = [batch.to(torch.device("cpu")) for batch in stream.step(Position())]
+    batches = first_rows(config, fingerprint)
     targets = sum(batch.targets for batch in batches)
     nats = 0.0
-    for batch in batches:
-        borders = batch.cu_seqlens.tolist()
-        for begin, end in zip(borders, borders[1:], strict=False):
-            labels = batch.labels[0, begin:end]
-            if (labels == -100).all():
-                continue
-            logits = model(input_ids=batch.input_ids[:, begin:end]).logits[0].float()
-            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / targets
-            loss.backward()
-            nats += float(loss.detach())
+    for tokens, labels in documents(batches):
+        logits = model(input_ids=tokens).logits[0].float()
+        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / targets
+        loss.backward()
+        nats += float(loss.detach())
     gradients = {name: parameter.grad.float() for name, parameter in adapters.items()}
     save_file(gradients, destination)
     norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
     rows = [batch.targets for batch in batches]
     return {"loss": nats, "grad_norm": float(norm), "targets": targets, "row_targets": rows}
+
+
+def plain_base(config: Config) -> Any:
+    """The frozen base in transformers, with weights as they are after a quantization to NF4 and back."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = DTYPES[config.model.dtype]
+    torch.set_num_threads(1)
+    model: Any = AutoModelForCausalLM.from_pretrained(config.model.base, dtype=dtype, attn_implementation="eager")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head" and config.quant.type != "none":
+            module.weight.data = bnb.dequantize_4bit(*bnb.quantize_4bit(module.weight.data, quant_type="nf4")).to(dtype)
+    return model.requires_grad_(False)
+
+
+def first_rows(config: Config, fingerprint: str) -> list[MicroBatch]:
+    """All rows of the first step."""
+    stream = train_stream(config, chapters_of(config, fingerprint), rank=0, world_size=1)
+    return [batch.to(torch.device("cpu")) for batch in stream.step(Position())]
+
+
+def documents(batches: list[MicroBatch], reserved: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens (1, n) and labels (n,) of each document with a target, without the positions that are `reserved` before it."""
+    for batch in batches:
+        borders = batch.cu_seqlens.tolist()
+        for begin, end in zip(borders, borders[1:], strict=False):
+            begin += reserved
+            if (batch.labels[0, begin:end] != -100).any():
+                yield batch.input_ids[:, begin:end], batch.labels[0, begin:end]
 
 
 def _plain_name(name: str) -> str:
