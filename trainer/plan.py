@@ -73,6 +73,12 @@ class _Inputs:
         return int(find_objective(self.config).reads_reference)
 
     @property
+    def row(self) -> int:
+        """Positions of a packed row, with those that are reserved for a method's virtual tokens (trainer/data/order.py)."""
+        data = self.config.data
+        return data.sequence_length + data.segments * find_method(self.config.tuning).virtual.reserved
+
+    @property
     def offloaded(self) -> bool:
         return self.zero.get("offload_param", {}).get("device", "none") != "none"
 
@@ -160,7 +166,7 @@ def _batch(given: _Inputs) -> GlobalBatch:
         accumulation=given.accumulation,
         rows=train.global_batch,
         empty_rows=rows - train.global_batch,
-        tokens=train.global_batch * given.config.data.sequence_length,
+        tokens=train.global_batch * given.row,
         reference_time_percent=round(100 * given.reference_passes / (3 if train.activation_checkpointing else 2)),
     )
 
@@ -250,7 +256,7 @@ def _activations(given: _Inputs) -> int:
     2m + h.
     """
     model, config = given.model, given.config
-    tokens = config.train.micro_batch * config.data.sequence_length
+    tokens = config.train.micro_batch * given.row
     layer = 6 * model.hidden + 2 * model.query_size + 2 * model.key_value_size + 4 * model.intermediate
     kept = model.layers * model.hidden + layer if config.train.activation_checkpointing else model.layers * layer
     return given.item * tokens * (kept + 2 * model.intermediate + model.hidden)
@@ -260,7 +266,7 @@ def _logits(given: _Inputs) -> int:
     """Bytes of the chunked loss: logits of n tokens in 16 bits, in fp32, and again in 16 bits as a gradient; and the
     gradient of the hidden states of all T tokens."""
     model, config = given.model, given.config
-    tokens = config.train.micro_batch * config.data.sequence_length
+    tokens = config.train.micro_batch * given.row
     chunk = min(tokens, max(1, _LOGITS_CHUNK_BYTES // (4 * model.vocabulary)))
     return chunk * model.vocabulary * (4 + 2 * given.item) + given.item * tokens * model.hidden
 

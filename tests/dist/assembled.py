@@ -104,7 +104,9 @@ def assemble_run(config: Config, fingerprint: str | None = None) -> Assembled:
         accumulation = stream.accumulation
     settings = build_deepspeed_config(config, ranks.world_size, accumulation, on_gpu=False)
     base = resolve_base(config.model)
-    attention = choose_attention(config.model.attention, ranks.device, DTYPES[config.model.dtype], base.architecture)
+    refused = find_method(config.tuning).virtual.refused_kernels
+    dtype = DTYPES[config.model.dtype]
+    attention = choose_attention(config.model.attention, ranks.device, dtype, base.architecture, refused)
     log: list[str] = []
     scope = choose_scope(config, base.architecture, ranks.world_size, ranks.ranks_per_node, None)
     engine, report = assemble(base, config, settings, ranks, attention, scope, find_objective(config), log.append)

@@ -1,5 +1,6 @@
 """The first step's gradients, ours and by PyTorch alone."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from tests.nf4 import dequantized
 from trainer.base.load import DTYPES
 from trainer.base.locate import resolve_base
 from trainer.config import Config, parse_config
-from trainer.data.stream import Position, train_stream
+from trainer.data.stream import MicroBatch, Position, train_stream
 from trainer.train.loop import train
 from trainer.tuning.method import find_method
 
@@ -87,25 +88,34 @@ def plain_step(
     """Writes the gradients of `adapters`, parameters of `model` by our names, at `adapter_value`. -> the record."""
     for name, parameter in adapters.items():
         parameter.data = adapter_value(name, tuple(parameter.shape)).to(parameter.dtype)
-    stream = train_stream(config, chapters_of(config, fingerprint), rank=0, world_size=1)
-    batches = [batch.to(torch.device("cpu")) for batch in stream.step(Position())]
+    batches = first_rows(config, fingerprint)
     targets = sum(batch.targets for batch in batches)
     nats = 0.0
-    for batch in batches:
-        borders = batch.cu_seqlens.tolist()
-        for begin, end in zip(borders, borders[1:], strict=False):
-            labels = batch.labels[0, begin:end]
-            if (labels == -100).all():
-                continue
-            logits = model(input_ids=batch.input_ids[:, begin:end]).logits[0].float()
-            loss = _loss(logits, labels, config) / targets
-            loss.backward()
-            nats += float(loss.detach())
+    for tokens, labels in documents(batches):
+        loss = _loss(model(input_ids=tokens).logits[0].float(), labels, config) / targets
+        loss.backward()
+        nats += float(loss.detach())
     gradients = {name: parameter.grad.float() for name, parameter in adapters.items()}
     save_file(gradients, destination)
     norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
     rows = [batch.targets for batch in batches]
     return {"loss": nats, "grad_norm": float(norm), "targets": targets, "row_targets": rows}
+
+
+def first_rows(config: Config, fingerprint: str) -> list[MicroBatch]:
+    """All rows of the first step."""
+    stream = train_stream(config, chapters_of(config, fingerprint), rank=0, world_size=1)
+    return [batch.to(torch.device("cpu")) for batch in stream.step(Position())]
+
+
+def documents(batches: list[MicroBatch], reserved: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens (1, n) and labels (n,) of each document with a target, without the positions that are `reserved` before it."""
+    for batch in batches:
+        borders = batch.cu_seqlens.tolist()
+        for begin, end in zip(borders, borders[1:], strict=False):
+            begin += reserved
+            if (batch.labels[0, begin:end] != -100).any():
+                yield batch.input_ids[:, begin:end], batch.labels[0, begin:end]
 
 
 def _loss(logits: Tensor, labels: Tensor, config: Config) -> Tensor:

@@ -57,7 +57,8 @@ class Architecture:
     (`caps_attention`, Gemma 2), or has a sink for each head (`has_sinks`), which not every kernel computes. `isolates_documents`:
     transformers' mask of it honours the borders of packed documents. `stored_as` maps a parameter to the tensors of the
     files that make it up, in order, where these are not one tensor of its own name. With `softcap` c the head's logits z are
-    c * tanh(z / c).
+    c * tanh(z / c). `head_size` is the width of one attention head. `sliding_window` is the number of tokens that layers see back,
+    themselves included, where some do not see all.
     """
 
     layers: int
@@ -66,6 +67,7 @@ class Architecture:
     intermediate: int
     query_size: int
     key_value_size: int
+    head_size: int
     vocabulary: int
     tied: bool
     positions: int | None
@@ -75,6 +77,11 @@ class Architecture:
     has_sinks: bool = False
     isolates_documents: bool = True
     softcap: float | None = None
+    sliding_window: int | None = None
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.key_value_size // self.head_size
 
     def weights(self, *kinds: Kind) -> int:
         """Elements of all parameters of these kinds."""

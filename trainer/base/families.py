@@ -22,6 +22,18 @@ _CAPS: dict[str, dict[str, float | None]] = {
     "final_logit_softcapping": {"gemma2": 30.0, "gemma3_text": None},
     "attn_logit_softcapping": {"gemma2": 50.0},
 }
+# The families whose layers may see a window of tokens back only -> its size where config.json does not say.
+_WINDOWS: dict[str, int | None] = {
+    "gemma2": 4096,
+    "gemma3_text": 4096,
+    "gpt_oss": 128,
+    "mistral": 4096,
+    "mixtral": None,
+    "phi3": None,
+    "qwen2": 4096,
+    "qwen3": 4096,
+    "qwen3_moe": 4096,
+}
 # Decoder-only families whose logits are tested against transformers + bitsandbytes.
 FAMILIES = ("gemma2", "gemma3_text", "gpt_oss", "llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe")
 
@@ -122,6 +134,7 @@ class _Reader:
             intermediate=active * self.intermediate,
             query_size=self.query,
             key_value_size=self.key_value,
+            head_size=self.head,
             vocabulary=vocabulary,
             tied=tied,
             positions=self.config.get("max_position_embeddings"),
@@ -131,7 +144,16 @@ class _Reader:
             has_sinks=self.kind == "gpt_oss",
             isolates_documents=self.kind != "gpt_oss",
             softcap=self._cap("final_logit_softcapping"),
+            sliding_window=self._window(),
         )
+
+    def _window(self) -> int | None:
+        kinds = self.config.get("layer_types")
+        if self.kind not in _WINDOWS or (kinds and "sliding_attention" not in kinds):
+            return None
+        if self.kind.startswith("qwen") and not self.config.get("use_sliding_window"):
+            return None
+        return self.config.get("sliding_window", _WINDOWS[self.kind]) or None
 
     def _cap(self, key: str) -> float | None:
         defaults = _CAPS[key]

@@ -162,6 +162,11 @@ class Data(Section):
         return "truncate or drop" if self.format == "preference" else "truncate, split or drop"
 
     @property
+    def segments(self) -> int:
+        """Segments of a row that one document is: a pair of answers is two."""
+        return 2 if self.format == "preference" else 1
+
+    @property
     def targets(self) -> str:
         """`loss_on`, or its default for the format."""
         defaults = {"chat": "assistant", "text": "all"}

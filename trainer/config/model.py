@@ -70,8 +70,9 @@ class Tuning(Section):
     method: str = setting(
         "lora",
         about="lora or rslora: low-rank adapters, scaled by alpha / rank or by alpha / sqrt(rank). dora: those of lora, and a "
-        "length for each row of a weight. ia3: vectors that scale keys, values and the MLP's inner activations. full: the base "
-        "itself, which needs quant.type: none. adapter: bottleneck layers after attention and MLP.",
+        "length for each row of a weight. ia3: vectors that scale keys, values and the MLP's inner activations. adapter: "
+        "bottleneck layers after attention and MLP. prompt: virtual tokens before each document. full: the base itself, which "
+        "needs quant.type: none.",
         example="rslora",
     )
     rank: int = setting(16, about="Rank of the adapters.", example=16, ge=1, le=4096)
@@ -104,6 +105,21 @@ class Tuning(Section):
         "houlsby",
         about="Where bottleneck layers are: houlsby, after attention and after the MLP; pfeiffer, after the MLP (method adapter).",
         example="pfeiffer",
+    )
+    virtual_tokens: int = setting(
+        20,
+        about="Tokens that prompt learns and puts before each document.",
+        example=100,
+        ge=1,
+        le=4096,
+        unit="tokens",
+    )
+    init_text: str | None = setting(
+        None,
+        about="Text whose tokens, repeated or cut to virtual_tokens, are those that prompt starts from. Default: tokens drawn from "
+        "the vocabulary by run.seed.",
+        example="Classify the message as spam or not: ",
+        min_length=1,
     )
     train: Literal["all"] | list[str] = setting(
         "all",

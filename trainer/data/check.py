@@ -1,7 +1,7 @@
 """A report on what a run's sources hold, before anything is compiled or trained."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from trainer.data.encode import BAD_ROWS_SHOWN, Part, left_out_of, renderer_for
 from trainer.data.manifest import LeftOut, add_left_out
 from trainer.data.order import EpochPlan, Order
 from trainer.data.pool import Mapper, mapper_for
-from trainer.data.prepare import Input
+from trainer.data.prepare import Input, train_order
 from trainer.data.rows import Batch, at, batches
 from trainer.data.sources import SourceFile
 from trainer.errors import DataError
@@ -115,7 +115,7 @@ def check_data(
         for inspected, read in (mapper or mapper_for(size))(_read(files), start):
             collected.take(inspected)
             progress(what, read, size)
-        splits[what] = collected.finish(config.data)
+        splits[what] = collected.finish(replace(train_order(config), weights=(1.0,), fractions=(), seed=0))
         refusals += _refusals(config.data, what, splits[what], files)
     return DataReport(splits, refusals)
 
@@ -228,7 +228,7 @@ class _Collected:
         if len(self._found.duplicate_examples) < _EXAMPLES:
             self._found.duplicate_examples.append((where, earlier))
 
-    def finish(self, data: Data) -> Findings:
+    def finish(self, order: Order) -> Findings:
         found, lengths = self._found, np.array(self._lengths, np.int64)
         if len(lengths):
             quantiles = {"min": 0, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1}
@@ -236,19 +236,18 @@ class _Collected:
             above = 2 ** np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
             bounds, counts = np.unique(above, return_counts=True)
             found.histogram = dict(zip(bounds.tolist(), counts.tolist(), strict=True))
-            found.packed_rows, found.fill = _pack(np.minimum(lengths[lengths > 0], data.sequence_length), data)
+            found.packed_rows, found.fill = _pack(np.minimum(lengths[lengths > 0], order.sequence_length), order)
         return found
 
 
-def _pack(lengths: np.ndarray, data: Data) -> tuple[int, float]:
+def _pack(lengths: np.ndarray, order: Order) -> tuple[int, float]:
     """Packed rows of the documents, none of which is empty, and the share of their tokens that is no padding."""
     if not len(lengths):
         return 0, 0.0
     blocks = np.array([*range(0, len(lengths), BLOCK_DOCUMENTS), len(lengths)])
-    order = Order((1.0,), data.sequence_length, data.packing, seed=0)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     bins = EpochPlan(offsets, blocks, np.zeros(len(blocks) - 1, np.int32), order, epoch=0).count_bins()
-    return bins, round(int(lengths.sum()) / (bins * data.sequence_length), 4)
+    return bins, round(int((lengths + order.beside).sum()) / (bins * order.capacity), 4)
 
 
 def _refusals(data: Data, what: str, found: Findings, files: list[SourceFile]) -> list[str]:

@@ -66,7 +66,8 @@ class Order:
 
     `weights` are visits an epoch of each source's documents. A part of a visit takes turns: at 0.5 a document is visited in
     every second epoch, and half of the documents in each. A source that has one of `fractions` gets this share of the tokens
-    instead. `sequence_length` is a bin's capacity in tokens; `packing` False gives every document a bin of its own.
+    instead. `sequence_length` is a bin's capacity in tokens; `packing` False gives every document a bin of its own. Before each of
+    a document's `segments` lie `reserved` positions; a bin has room for those of one document of `sequence_length` tokens.
     """
 
     weights: tuple[float, ...]
@@ -74,6 +75,18 @@ class Order:
     packing: bool
     seed: int
     fractions: tuple[float | None, ...] = ()
+    reserved: int = 0
+    segments: int = 1
+
+    @property
+    def beside(self) -> int:
+        """Positions that a document takes beside its tokens."""
+        return self.reserved * self.segments
+
+    @property
+    def capacity(self) -> int:
+        """Positions of a bin."""
+        return self.sequence_length + self.beside
 
     def weights_for(self, tokens: Sequence[int]) -> list[float]:
         """The weight of each source of a chapter that has so many `tokens` of it; 0 for a fraction of nothing."""
@@ -87,7 +100,11 @@ class Order:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        return {"version": VERSION, **asdict(self), "weights": list(self.weights), "fractions": list(self.fractions)}
+        lists = {"weights": list(self.weights), "fractions": list(self.fractions)}
+        tree = {"version": VERSION, **asdict(self), **lists}
+        if not self.reserved:  # as before there were any
+            del tree["reserved"], tree["segments"]
+        return tree
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +186,7 @@ class EpochPlan:
             lengths = self._offsets[documents + 1] - self._offsets[documents]
             longest_first = np.argsort(-lengths, kind="stable")
             documents = documents[longest_first]
-            bins = best_fit_decreasing(lengths[longest_first], self._order.sequence_length)
+            bins = best_fit_decreasing(lengths[longest_first] + self._order.beside, self._order.capacity)
         else:
             bins = np.arange(len(documents))
         sizes = np.bincount(bins)

@@ -8,7 +8,7 @@ others beside them.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from trainer.data.weights import find_weights, keep_weights, kept_weights
 from trainer.errors import Damaged, DataError, NotFound
 from trainer.run import layout
 from trainer.store import Store
+from trainer.tuning.method import find_method
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -212,12 +213,20 @@ def train_order(config: Config) -> Order:
     """The order of a run's training data."""
     data = config.data
     weights, fractions = (source.weight for source in data.train), (source.fraction for source in data.train)
-    return Order(tuple(weights), data.sequence_length, data.packing, config.run.seed, tuple(fractions))
+    return Order(
+        tuple(weights),
+        data.sequence_length,
+        data.packing,
+        config.run.seed,
+        tuple(fractions),
+        reserved=find_method(config.tuning).virtual.reserved,
+        segments=data.segments,
+    )
 
 
 def eval_order(config: Config, manifest: DatasetManifest) -> Order:
     """Every document once, in an order that the run's seed does not move."""
-    return Order((1.0,) * len(manifest.sources), config.data.sequence_length, config.data.packing, seed=0)
+    return replace(train_order(config), weights=(1.0,) * len(manifest.sources), fractions=(), seed=0)
 
 
 def _check_fractions(config: Config, manifest: DatasetManifest) -> None:

@@ -53,7 +53,7 @@ class Position:
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """The input of one forward pass: one packed row of T = micro_batch * sequence_length tokens.
+    """The input of one forward pass: one packed row of T tokens, micro_batch times a bin's capacity.
 
     Attributes:
         input_ids: (1, T) int32.
@@ -62,7 +62,7 @@ class MicroBatch:
         cu_seqlens: (segments + 1,) int32, borders of the segments from 0 to T. A segment is a document, an answer of a
             pair, or the padding at the end of a bin.
         max_seqlen: tokens of the longest segment.
-        tokens: tokens of documents, without the padding.
+        tokens: tokens of documents, without the padding and what is reserved.
         targets: labels that are not `IGNORE`.
         bins: the positions of the bins in the row, without the empty ones.
         documents: their documents, in the order of the row; a pair counts as one.
@@ -132,8 +132,8 @@ class Stream:
         self._rank = rank
         self._world_size = world_size
         self._epochs = epochs
-        self._padding = np.full(order.sequence_length, PAD, np.uint32)
-        self._numbers = np.arange(micro_batch * order.sequence_length, dtype=np.int32)
+        self._padding = np.full(order.capacity, PAD, np.uint32)
+        self._numbers = np.arange(micro_batch * order.capacity, dtype=np.int32)
         # The windows ahead may be of the next chapter or epoch.
         self._plan = lru_cache(maxsize=2)(self._make_plan)
         self._windows = _ReadAhead(self._load, self._next_window)
@@ -238,14 +238,16 @@ class Stream:
         lengths = data.offsets[plan.documents + 1] - data.offsets[plan.documents]
         tokens = data.read(plan.blocks).gather(plan.documents)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
+        if self._order.reserved:
+            tokens, offsets = reserve(tokens, offsets, self._order.reserved)
         return _Loaded(plan, plan.documents + data.first_document, tokens, offsets)
 
     def _pack(self, bins: list[Position]) -> MicroBatch:
-        """Lay bins end to end, each padded to the sequence length; missing ones are padding."""
+        """Lay bins end to end, each padded to its capacity; missing ones are padding."""
         pieces: list[NDArray[np.uint32]] = []
         ends: list[int] = []  # of the segments so far
         documents: list[int] = []
-        length, padding = self._order.sequence_length, 0
+        length, padding = self._order.capacity, 0
         for row in range(self._micro_batch):
             room = length
             if row < len(bins):
@@ -271,12 +273,27 @@ class Stream:
             position_ids=torch.from_numpy(self._numbers[: len(stored)] - np.repeat(borders[:-1], sizes))[None],
             cu_seqlens=torch.from_numpy(borders),
             max_seqlen=int(sizes.max()),
-            tokens=len(stored) - padding,
+            tokens=len(stored) - padding - len(documents) * self._order.beside,
             targets=int(np.count_nonzero(stored >= TARGET_BIT)),
             bins=tuple(bins),
             documents=tuple(documents),
             rejected=torch.from_numpy(np.searchsorted(borders, parted).astype(np.int32)),
         )
+
+
+def reserve(
+    tokens: NDArray[np.uint32], offsets: NDArray[np.int64], positions: int
+) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    """Documents with so many untrained `positions` before each, and before the rejected answer of each pair.
+
+    `tokens` are those of the documents end to end, `offsets` (documents + 1,) where each begins, and the end.
+    """
+    rejected = np.flatnonzero(tokens & REJECTED_BIT)
+    starts = np.sort(np.concatenate([offsets[:-1], rejected]))
+    reserved = np.full((len(starts), positions), PAD, np.uint32)
+    reserved[:, 0] |= tokens[starts] & REJECTED_BIT  # the answer begins here now
+    tokens = np.insert(tokens & ~REJECTED_BIT, np.repeat(starts, positions), reserved.ravel())
+    return tokens, offsets + positions * np.searchsorted(starts, offsets)
 
 
 def _labels(stored: NDArray[np.uint32], input_ids: NDArray[np.int32]) -> NDArray[np.int32]:

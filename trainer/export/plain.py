@@ -87,7 +87,11 @@ def place_logits(model: Any, rows: Sequence[ProbeRow]) -> list[Tensor]:
     """For each row the logits (P, V) fp32 at its places, on the CPU."""
     with torch.no_grad():
         return [
-            model(input_ids=row.tokens.to(model.device), use_cache=False).logits[0, row.places].float().cpu()
+            # From the end: virtual tokens of an adapter have logits too, before those of the row.
+            model(input_ids=row.tokens.to(model.device), use_cache=False)
+            .logits[0, row.places - row.tokens.shape[1]]
+            .float()
+            .cpu()
             for row in rows
         ]
 

@@ -92,7 +92,8 @@ class Trained:
         """Through our own sharded loader, engine and restore, as one rank: for each row (P, V) fp32."""
         ranks, base = join(), self.base
         config = override(self.config, f"model.dtype={computed_in}", "model.attention=auto", "quant.cache=false")
-        attention = choose_attention(config.model.attention, ranks.device, DTYPES[computed_in], base.architecture)
+        dtype, refused = DTYPES[computed_in], self.method.virtual.refused_kernels
+        attention = choose_attention(config.model.attention, ranks.device, dtype, base.architecture, refused)
         on_gpu = ranks.device.type == "cuda"
         settings = build_deepspeed_config(config, world_size=ranks.world_size, accumulation=1, on_gpu=on_gpu)
         engine, _ = assemble(base, config, settings, ranks, attention, "world", NextTokens())

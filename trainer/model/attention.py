@@ -4,6 +4,7 @@ All of them honour document borders: flash-attn and PyTorch's varlen kernel thro
 which is plain matrix products and holds all scores at once, through the block-diagonal mask that transformers builds from restarting position_ids.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -47,9 +48,18 @@ class AttentionNeeds(Protocol):
     def has_sinks(self) -> bool: ...
 
 
-def choose_attention(setting: str, device: torch.device, dtype: torch.dtype, needs: AttentionNeeds) -> Attention:
-    """Resolve `model.attention`; raises `ConfigError` when the named kernel cannot run here, or not this base."""
-    missing = {**unavailable(device, dtype), **unable(needs)}
+def choose_attention(
+    setting: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    needs: AttentionNeeds,
+    refused: Mapping[str, str] | None = None,
+) -> Attention:
+    """Resolve `model.attention`; raises `ConfigError` when the named kernel cannot run here, or not this base.
+
+    `refused` gives the reason for each kernel that the run's method cannot compute with.
+    """
+    missing = {**unavailable(device, dtype), **unable(needs), **(refused or {})}
     if setting == "auto":
         kernel = next(name for name in KERNELS if name not in missing)
         why = "; ".join(f"no {name}: {reason}" for name, reason in missing.items()) or "fastest available"
@@ -58,8 +68,8 @@ def choose_attention(setting: str, device: torch.device, dtype: torch.dtype, nee
     else:
         kernel, why = setting, "set by model.attention"
     if kernel == "varlen":
-        AttentionInterface.register(VARLEN, _varlen_attention)
-        AttentionMaskInterface.register(VARLEN, _no_mask)
+        AttentionInterface.register(VARLEN, varlen_attention)
+        AttentionMaskInterface.register(VARLEN, no_mask)
         return Attention(VARLEN, why)
     return Attention(kernel, why)
 
@@ -87,11 +97,11 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     return reasons
 
 
-def _no_mask(*_args: Any, **_kwargs: Any) -> None:
+def no_mask(*_args: Any, **_kwargs: Any) -> None:
     """Borders travel as cu_seqlens."""
 
 
-def _varlen_attention(
+def varlen_attention(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -101,10 +111,15 @@ def _varlen_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor,
+    cu_seq_lens_k: Tensor,
     max_length_q: int,
+    max_length_k: int,
     **_kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query (1, heads, T, head_dim), key and value (1, kv_heads, T, head_dim) -> (1, T, heads, head_dim)."""
+    """query (1, heads, T, head_dim), key and value (1, kv_heads, K, head_dim) -> (1, T, heads, head_dim).
+
+    A document's tokens are the last of its keys, of which it may have more.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
@@ -113,9 +128,9 @@ def _varlen_attention(
         k,
         v,
         cu_seq_lens_q,
-        cu_seq_lens_q,
+        cu_seq_lens_k,
         max_length_q,
-        max_length_q,
+        max_length_k,
         scale=scaling,
         # (left, right): causal is a right window of 0; transformers counts the token itself into its window.
         window_size=(sliding_window - 1 if sliding_window else -1, 0),

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trainer.model.attention import Attention
@@ -26,10 +26,11 @@ class PackedRow(Protocol):
 
 @dataclass(frozen=True)
 class PackedModel:
-    """`model` with the attention kernel that was chosen for it."""
+    """`model` with the attention kernel that was chosen for it. It wants `reserved` positions before each document."""
 
     model: PreTrainedModel
     attention: Attention
+    reserved: int = 0
 
     @property
     def head(self) -> LossHead:
@@ -46,7 +47,12 @@ class PackedModel:
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits of one unpacked row: (1, T) int64 -> (1, T, V)."""
+        tokens = nn.functional.pad(tokens, (self.reserved, 0))
         length = tokens.shape[1]
-        borders = torch.tensor([0, length], dtype=torch.int32, device=tokens.device)
-        hidden = self.model.model(input_ids=tokens, use_cache=False, **self.attention.arguments(borders, length))
-        return self.head(hidden.last_hidden_state)
+        hidden = self.model.model(
+            input_ids=tokens,
+            position_ids=torch.arange(length, device=tokens.device)[None],
+            use_cache=False,
+            **self.attention.arguments(torch.tensor([0, length], dtype=torch.int32, device=tokens.device), length),
+        ).last_hidden_state
+        return self.head(hidden[:, self.reserved :])

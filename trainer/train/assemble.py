@@ -38,7 +38,8 @@ def assemble(
     method.attach(model, base.architecture, DTYPES[config.model.dtype], config.run.seed)
     before = checksums(model)
     groups = method.groups(model, config.optim)
-    engine = Engine(PackedModel(model, attention), objective.loss, groups, config.optim, deepspeed_config, ranks)
+    packed = PackedModel(model, attention, method.virtual.reserved)
+    engine = Engine(packed, objective.loss, groups, config.optim, deepspeed_config, ranks)
     assert checksums(model) == before, "deepspeed.initialize changed packed weights"
     return engine, report
 

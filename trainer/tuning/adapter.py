@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from trainer.base.architecture import Architecture
 from trainer.config import Model, Optim, Tuning
 from trainer.tuning.linear_adapters import flagged
-from trainer.tuning.method import ExportedFiles, LearntWeights, WeightUpdate
+from trainer.tuning.method import ExportedFiles, LearntWeights, VirtualTokens, WeightUpdate
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +40,7 @@ class BottleneckAdapters:
     exports_model: ClassVar[bool] = False
     unmergeable: ClassVar[str | None] = "a bottleneck adapter is not linear, so no weight of the base can hold it"
     file_names: ClassVar[Collection[str]] = (_WEIGHTS, _LOADER)
+    virtual = VirtualTokens()
 
     @property
     def identity(self) -> dict[str, Any]:

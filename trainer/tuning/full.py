@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from trainer.base.architecture import Architecture
 from trainer.config import Model, Optim, Tuning
 from trainer.errors import ConfigError
-from trainer.tuning.method import ExportedFiles, LearntWeights
+from trainer.tuning.method import ExportedFiles, LearntWeights, VirtualTokens
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +51,7 @@ class Full:
     unmergeable: ClassVar[str | None] = None
     # config.json, without which nothing loads, is in none but a whole export.
     file_names: ClassVar[Collection[str]] = ("*.safetensors", "*.safetensors.index.json", "generation_config.json")
+    virtual = VirtualTokens()
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from trainer.base.architecture import Architecture, Linear
 from trainer.config import Model, Tuning
 from trainer.registry import without_defaults
 from trainer.scratch import scratch_folder
+from trainer.tuning.method import VirtualTokens
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig
@@ -50,6 +51,7 @@ class LinearAdapters:
     exports_model: ClassVar[bool] = False
     unmergeable: ClassVar[str | None] = None
     file_names: ClassVar[Collection[str]] = PEFT_FILES
+    virtual = VirtualTokens()
 
     @property
     def targets(self) -> Targets:
@@ -102,8 +104,10 @@ def lora_config(tuning: Tuning, targets: str | Iterable[str], **options: Any) ->
     )
 
 
-def peft_files(config: PeftConfig, weights: dict[str, Tensor], model: Model) -> dict[str, bytes]:
-    """PEFT's folder; `weights` by the names that PEFT saves them under, less the wrapped model's own prefix."""
+def peft_files(
+    config: PeftConfig, weights: dict[str, Tensor], model: Model, prefix: str = "base_model.model."
+) -> dict[str, bytes]:
+    """PEFT's folder; `weights` by the names that PEFT saves them under, less `prefix`, which is that of a wrapped model."""
     from safetensors.torch import save
 
     config.inference_mode = True
@@ -115,7 +119,7 @@ def peft_files(config: PeftConfig, weights: dict[str, Tensor], model: Model) -> 
     for value in settings.values():
         if isinstance(value, list):
             value.sort()  # PEFT writes sets, whose order changes from one process to the next
-    named = {f"base_model.model.{name}": weight for name, weight in weights.items()}
+    named = {f"{prefix}{name}": weight for name, weight in weights.items()}
     return {
         _WEIGHTS: save(named, metadata={"format": "pt"}),
         _SETTINGS: json.dumps(settings, indent=2, sort_keys=True).encode(),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
@@ -64,6 +64,24 @@ class ExportedFiles:
     files: dict[str, bytes]
 
 
+@dataclass(frozen=True)
+class VirtualTokens:
+    """Tokens that are learnt and stand before the first token of each document, `count` of them.
+
+    They take the first positions of the document in its packed row (`in_row`), or lie beside the row as keys and values.
+    `refused_kernels` gives for each attention kernel that cannot compute with them the reason, as a clause.
+    """
+
+    count: int = 0
+    in_row: bool = False
+    refused_kernels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def reserved(self) -> int:
+        """Positions of a packed row before each document."""
+        return self.count if self.in_row else 0
+
+
 class Method(Protocol):
     """One way to fine-tune, with the settings of one run."""
 
@@ -88,6 +106,11 @@ class Method(Protocol):
     """Why what was learnt cannot become part of the base's weights, as a clause; None if it can."""
     file_names: ClassVar[Collection[str]]
     """The files that `export` makes before the last one, as patterns: a half export has no others, and no whole one counts as half."""
+
+    @property
+    def virtual(self) -> VirtualTokens:
+        """The virtual tokens that it adds; most methods have none, which is `VirtualTokens()`."""
+        ...
 
     def mismatches(self, architecture: Architecture) -> list[str]:
         """A sentence for each setting that asks more of the base than it has."""
@@ -169,5 +192,39 @@ def tuning_mismatches(config: Config, architecture: Architecture) -> list[str]:
         wrong.append(
             f"quant.type: {config.quant.type} stores the base in 4 bits, and tuning.method: {config.tuning.method} trains its "
             "weights themselves. Set quant.type: none, over a base that is stored in 16 or 32 bits."
+        )
+    return [*wrong, *_virtual_token_mismatches(config, method.virtual, architecture)]
+
+
+def _virtual_token_mismatches(config: Config, virtual: VirtualTokens, architecture: Architecture) -> list[str]:
+    """A sentence for each setting of the run that leaves no room for the virtual tokens, or would hide them."""
+    if not virtual.count:
+        return []
+    method, length = f"tuning.method: {config.tuning.method}", config.data.sequence_length
+    needed, window, kernel, wrong = length + virtual.count, architecture.sliding_window, config.model.attention, []
+    if config.data.on_too_long == "split":
+        wrong.append(
+            f"data.on_too_long: split makes documents that begin in the middle of a text, and {method} puts its virtual tokens "
+            "before a text's beginning. Set it to truncate, drop or fail."
+        )
+    if architecture.positions and length <= architecture.positions < needed:
+        wrong.append(
+            f"tuning.virtual_tokens: {virtual.count} before {length} tokens (data.sequence_length) exceed the base's "
+            f"{architecture.positions} positions (config.json). Lower one of them."
+        )
+    if window and not virtual.in_row:
+        wrong.append(
+            f"{method} gives each layer keys and values that every token sees, and layers of this base see {window} tokens back "
+            "only (a sliding window). Choose another method, such as prompt or lora."
+        )
+    elif window and window < needed:
+        wrong.append(
+            f"{method} needs every token to see its virtual tokens, and layers of this base see {window} tokens back only (a "
+            f"sliding window), fewer than the {needed} of tuning.virtual_tokens and data.sequence_length. Lower these, or "
+            "choose another method."
+        )
+    if kernel in virtual.refused_kernels:
+        wrong.append(
+            f"model.attention: {kernel} cannot run with {method}: {virtual.refused_kernels[kernel]}. Use auto."
         )
     return wrong

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Architecture
 from trainer.config import Model, Optim, Tuning
-from trainer.tuning.method import ExportedFiles, Method, WeightUpdate
+from trainer.tuning.method import ExportedFiles, Method, VirtualTokens, WeightUpdate
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,7 @@ class Biases:
     exports_model: ClassVar[bool] = False
     unmergeable: ClassVar[str | None] = "a toy cannot be merged"
     file_names: ClassVar[Collection[str]] = ()
+    virtual = VirtualTokens()
 
     @property
     def identity(self) -> dict[str, Any]:
