@@ -192,6 +192,22 @@ def make_pairs(path: Path, pairs: int = 12, seed: int = 6) -> Path:
     return path
 
 
+def make_labelled(path: Path, rows: int = 12, seed: int = 6) -> Path:
+    """An answer to each of some prompts, no two of which are the same; every third answer is undesired."""
+    draw = random.Random(seed)
+    words = "the ant bee cat dog emu fox gnu hen ibis jay".split()
+    labelled = [
+        {
+            "prompt": f"{number} " + " ".join(draw.choices(words, k=draw.randint(1, 3))) + "? ",
+            "completion": " ".join(draw.choices(words, k=draw.randint(1, 4))),
+            "label": number % 3 != 2,
+        }
+        for number in range(rows)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in labelled), encoding="utf-8")
+    return path
+
+
 class Workshop:
     """A folder with a base, documents and a store; makes run configurations over them."""
 

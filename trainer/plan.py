@@ -14,7 +14,7 @@ from trainer.base.architecture import Architecture
 from trainer.base.base import Description
 from trainer.config import Config, Quant
 from trainer.needs import GlobalBatch, GpuMemory, HostMemory, Parameters, Plan, Traffic
-from trainer.objective.objective import find_objective, objective_mismatches
+from trainer.objective.objective import Survey, find_objective, objective_mismatches
 from trainer.tuning.method import find_method, tuning_mismatches
 from trainer.zero.policy import Scope, build_deepspeed_config
 
@@ -71,6 +71,11 @@ class _Inputs:
     def reference_passes(self) -> int:
         """Forward passes of a micro-batch through the reference."""
         return int(find_objective(self.config).reads_reference)
+
+    @cached_property
+    def survey(self) -> Survey | None:
+        """The objective's forward pass of each micro-batch before the losses of a step, if it needs one."""
+        return find_objective(self.config).survey
 
     @property
     def row(self) -> int:
@@ -158,16 +163,18 @@ def _parameters(given: _Inputs) -> Parameters:
 
 def _batch(given: _Inputs) -> GlobalBatch:
     """Time is counted in passes: with frozen weights a backward pass makes as many products as a forward pass, and activation
-    checkpointing repeats the forward pass."""
+    checkpointing repeats the forward pass. A survey takes some of the tokens, one forward pass each, and leaves the loss the others."""
     train = given.config.train
     rows = given.accumulation * given.world_size * train.micro_batch
+    passes = 3 if train.activation_checkpointing else 2
+    surveyed = given.survey.share if given.survey else 0
     return GlobalBatch(
         world_size=given.world_size,
         accumulation=given.accumulation,
         rows=train.global_batch,
         empty_rows=rows - train.global_batch,
         tokens=train.global_batch * given.row,
-        reference_time_percent=round(100 * given.reference_passes / (3 if train.activation_checkpointing else 2)),
+        reference_time_percent=round(100 * given.reference_passes / (surveyed + (1 - surveyed) * passes)),
     )
 
 
@@ -286,15 +293,16 @@ def _traffic(given: _Inputs) -> Traffic:
 
     The base is gathered in the forward and in the backward pass of every micro-batch, and a third time for the
     recomputation of activations when a layer is too large to be kept until its own backward (max_reuse_distance). A pass
-    through the reference gathers it once more.
-    What learns, adapters or the base itself, is gathered as often. Its gradients are reduce-scattered in fp32 after every micro-batch; DeepSpeed does not wait for the last.
+    through the reference and a survey gather it once more each.
+    What learns, adapters or the base itself, is gathered as often, but for the reference. Its gradients are reduce-scattered in fp32 after every micro-batch; DeepSpeed does not wait for the last.
     """
     config, world_size, group = given.config, given.world_size, given.group
     element_bytes = given.item if config.quant.type == "none" else 1
     reuse = given.zero.get("stage3_max_reuse_distance", 1_000_000_000) * element_bytes
     recomputed = config.train.activation_checkpointing and 2 * max(_layer_bytes(given)) > reuse
     passes = given.accumulation * (3 if recomputed else 2)
-    base_passes = passes + given.accumulation * given.reference_passes
+    surveys = int(given.survey is not None)
+    base_passes = passes + given.accumulation * (given.reference_passes + surveys)
     threshold = given.zero.get("stage3_param_persistence_threshold", 100_000)
     small = sum(size for size in given.learning.values() if size <= threshold)
     large = given.trainable - small
@@ -302,7 +310,7 @@ def _traffic(given: _Inputs) -> Traffic:
     frozen = _base_bytes(given) - given.item * given.learning_base
     base = base_passes * frozen * (group - 1) // group
     # A small parameter that learns is whole everywhere and gathered once, after its update.
-    adapters = given.item * (small + passes * large) * (world_size - 1) // world_size
+    adapters = given.item * (small + (passes + given.accumulation * surveys) * large) * (world_size - 1) // world_size
     gradients = given.accumulation * 4 * (small + large) * (world_size - 1) // world_size
 
     far = max(0, world_size - given.ranks_per_node)

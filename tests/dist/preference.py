@@ -26,16 +26,19 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
 }
 
 
-def first_steps(config_text: str, fingerprint: str, folder: str) -> dict[str, dict[str, Any]]:
-    """One step of the loop from `adapter_value` by each objective; rank 0 writes the gradients that the optimizer got.
+def first_steps(
+    config_text: str, fingerprint: str, folder: str, objectives: dict[str, list[str]]
+) -> dict[str, dict[str, Any]]:
+    """One step of the loop from `adapter_value` by each of the `objectives`, a name -> its settings; rank 0 writes the
+    gradients that the optimizer got.
 
     -> the record of each step.
     """
     config = parse_config(config_text)
-    here = assemble_run(override(config, *OBJECTIVES["sigmoid"]), fingerprint)
+    here = assemble_run(override(config, *next(iter(objectives.values()))), fingerprint)
     gradients = observed_gradients(here)
     records = {}
-    for name, settings in OBJECTIVES.items():
+    for name, settings in objectives.items():
         objective = find_objective(override(config, *settings))
         # One engine for all of them: only the function that it calls differs.
         here.engine._engine.module._loss = objective.loss
@@ -54,19 +57,12 @@ def plain_first_steps(
 
     `glued`: the rejected answer's tokens see those of the chosen one, as they must not.
     """
-    from peft import inject_adapter_in_model
-
-    from trainer.tuning.lora import METHODS
-
     config = parse_config(config_text)
     torch.set_num_threads(1)
     model = plain_base(config)
     with torch.no_grad():
         reference = [answers(model, config, pair, glued) for pair in pairs]
-    inject_adapter_in_model(METHODS[config.tuning.method](config.tuning).peft_config("all-linear"), model)
-    adapters = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
-    for name, parameter in adapters.items():
-        parameter.data = adapter_value(name, tuple(parameter.shape))
+    adapters = adapt(model, config)
     found = {}
     for name, formula in FORMULAS.items():
         model.zero_grad()
@@ -83,23 +79,36 @@ def plain_first_steps(
     return found
 
 
+def adapt(model: Any, config: Config) -> dict[str, Any]:
+    """Put PEFT's adapters with the weights of `adapter_value` on the model -> these, by name."""
+    from peft import inject_adapter_in_model
+
+    from trainer.tuning.lora import METHODS
+
+    inject_adapter_in_model(METHODS[config.tuning.method](config.tuning).peft_config("all-linear"), model)
+    adapters = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+    for name, parameter in adapters.items():
+        parameter.data = adapter_value(name, tuple(parameter.shape))
+    return adapters
+
+
 def answers(model: Any, config: Config, pair: dict[str, str], glued: bool) -> tuple[Tensor, Tensor]:
     """The log-probability of each trained token of the chosen and of the rejected answer: (tokens,) each."""
+    chosen, tokens = answer(model, config, pair["prompt"], pair["chosen"], [])
+    rejected, _ = answer(model, config, pair["prompt"], pair["rejected"], tokens if glued else [])
+    return chosen, rejected
+
+
+def answer(model: Any, config: Config, prompt: str, text: str, before: list[int]) -> tuple[Tensor, list[int]]:
+    """The log-probability of each token of the answer `text` and its end, behind the tokens `before`; and all of the tokens."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(config.model.base)
-    before: list[int] = []
-    found = []
-    for name in ("chosen", "rejected"):
-        prompt, answer = (
-            tokenizer(text, add_special_tokens=False)["input_ids"] for text in (pair["prompt"], pair[name])
-        )
-        tokens = torch.tensor([*before, *prompt, *answer, tokenizer.eos_token_id])
-        logits = model(input_ids=tokens[None]).logits[0, :-1].float()
-        log_p = logits.log_softmax(-1).gather(-1, tokens[1:, None])[:, 0]
-        found.append(log_p[len(before) + len(prompt) - 1 :])
-        before = tokens.tolist() if glued else []
-    return found[0], found[1]
+    asked, answered = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt, text))
+    tokens = torch.tensor([*before, *asked, *answered, tokenizer.eos_token_id])
+    logits = model(input_ids=tokens[None]).logits[0, :-1].float()
+    log_p = logits.log_softmax(-1).gather(-1, tokens[1:, None])[:, 0]
+    return log_p[len(before) + len(asked) - 1 :], tokens.tolist()
 
 
 Formula = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]

@@ -20,7 +20,7 @@ from tests.material import Workshop, make_pairs
 from trainer.base.locate import resolve_base
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import read_manifest
-from trainer.config import Config, dump_config
+from trainer.config import Config, dump_config, override
 from trainer.export.adapter import export_adapter
 from trainer.export.learnt import master_weights
 from trainer.plan import make_plan
@@ -66,7 +66,7 @@ def steps(workshop: Workshop, pairs: Path, tmp_path_factory: pytest.TempPathFact
         settings = ("train.global_batch=12", f"train.micro_batch={micro_batch}", f"data.packing={packing}")
         config = configured(workshop, pairs, "first", *settings)
         if layout_name in LAYOUTS:
-            ours = (dump_config(config), workshop.prepare(config).train, str(folder))
+            ours = (dump_config(config), workshop.prepare(config).train, str(folder), OBJECTIVES)
             records = launch(world_size, preference.first_steps, *ours, timeout=200)[0]
         else:
             plain = (dump_config(config), rows, str(folder), layout_name == "glued")
@@ -189,20 +189,24 @@ def test_an_export_of_dpo_is_loaded_by_peft(
         assert torch.equal(adapters[f"base_model.model.{name}"], value), name
 
 
+def base_gathers(workshop: Workshop, config: Config, folder: Path) -> tuple[float, int]:
+    """The bytes of the base that a rank of two receives in a step, as measured and as planned.
+
+    The policy keeps nothing gathered; the usual one keeps so small a base from one pass to the next.
+    """
+    policy = json.loads(workshop.policy.read_text())
+    policy["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
+    (folder / "policy.json").write_text(json.dumps(policy))
+    config = override(config, f"sharding.deepspeed={folder}/policy.json")
+    arguments = dump_config(config), workshop.prepare(config).train
+    received = launch(2, traffic.step_traffic, *arguments)[0]["inside"]["torch.uint8"]
+    plan = make_plan(config, resolve_base(config.model).description, 2, 2, None)
+    return received, plan.traffic_per_step.base_gathers
+
+
 def test_the_reference_costs_one_gather_of_the_base_more_and_no_other(
     workshop: Workshop, pairs: Path, tmp_path: Path
 ) -> None:
-    """With a policy that keeps nothing gathered; the usual one keeps so small a base from one pass to the next."""
-    policy = json.loads(workshop.policy.read_text())
-    policy["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
-    (tmp_path / "policy.json").write_text(json.dumps(policy))
-    received, planned = {}, {}
-    for name in ("orpo", "dpo"):
-        settings = (f"objective.name={name}", f"sharding.deepspeed={tmp_path}/policy.json")
-        config = configured(workshop, pairs, f"traffic-{name}", *settings)
-        arguments = dump_config(config), workshop.prepare(config).train
-        received[name] = launch(2, traffic.step_traffic, *arguments)[0]["inside"]["torch.uint8"]
-        planned[name] = make_plan(
-            config, resolve_base(config.model).description, 2, 2, None
-        ).traffic_per_step.base_gathers
-    assert received["dpo"] / received["orpo"] == pytest.approx(planned["dpo"] / planned["orpo"], rel=0.02)
+    configs = [configured(workshop, pairs, f"traffic-{name}", f"objective.name={name}") for name in ("dpo", "orpo")]
+    (dpo, planned_dpo), (orpo, planned_orpo) = (base_gathers(workshop, config, tmp_path) for config in configs)
+    assert dpo / orpo == pytest.approx(planned_dpo / planned_orpo, rel=0.02)

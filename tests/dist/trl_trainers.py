@@ -37,6 +37,18 @@ def dpo_losses(config_text: str, rows: list[dict[str, Any]]) -> list[float]:
     return _losses(config, rows, DPOTrainer, DPOConfig, beta=config.objective.beta)
 
 
+def kto_losses(config_text: str, rows: list[dict[str, Any]]) -> list[float]:
+    """The same of `trl.KTOTrainer`, which mismatches the answers of each step by one row."""
+    _alone()
+    from trl.trainer.kto_config import KTOConfig
+    from trl.trainer.kto_trainer import KTOTrainer
+
+    config = parse_config(config_text)
+    given = config.objective
+    weights = {"desirable_weight": given.desirable_weight, "undesirable_weight": given.undesirable_weight}
+    return _losses(config, rows, KTOTrainer, KTOConfig, beta=given.beta, **weights)
+
+
 def _alone() -> None:
     """Let accelerate see one process without a group, and nothing report to anywhere."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

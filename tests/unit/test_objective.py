@@ -20,11 +20,12 @@ RUN = "run: {name: demo}\nmodel: {base: b}\ndata: {train: [{path: a.jsonl}]}\ntr
 
 
 def config(*overrides: str) -> Config:
-    pairs = () if not overrides or overrides[0].endswith("sft") else ("data.format=preference",)
-    return parse_config(RUN, (*pairs, *overrides))
+    name = overrides[0].partition("=")[2] if overrides else "sft"
+    rows = {"sft": (), "kto": ("data.format=labelled",)}.get(name, ("data.format=preference",))
+    return parse_config(RUN, (*rows, *overrides))
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo", "orpo", "simpo"])
+@pytest.mark.parametrize("name", ["sft", "dpo", "orpo", "simpo", "kto"])
 def test_an_objective_is_found_by_its_name(name: str) -> None:
     check_objective(config(f"objective.name={name}"))
 
@@ -34,7 +35,7 @@ def test_an_objective_is_found_by_its_name(name: str) -> None:
     [
         (
             ("objective.name=dpoo",),
-            "objective.name: 'dpoo' is not allowed. Allowed are dpo, orpo, sft, simpo. Did you mean dpo?",
+            "objective.name: 'dpoo' is not allowed. Allowed are dpo, kto, orpo, sft, simpo. Did you mean dpo?",
         ),
         (
             ("objective.name=sft", "objective.beta=1"),
@@ -63,6 +64,11 @@ def test_an_objective_is_found_by_its_name(name: str) -> None:
             "data.format: preference has no rows for objective.name: sft.",
         ),
         (("objective.name=dpo", "data.format=chat"), "Set it to preference, or choose another objective."),
+        (("objective.name=kto", "data.format=preference"), "Set it to labelled, or choose another objective."),
+        (
+            ("objective.name=dpo", "objective.undesirable_weight=2"),
+            "objective.undesirable_weight: has no effect with objective.name: dpo.",
+        ),
     ],
 )
 def test_a_setting_that_does_not_suit_the_objective_is_refused_in_one_sentence(
@@ -79,8 +85,10 @@ def test_a_method_that_changes_the_base_gives_no_reference(monkeypatch: pytest.M
     monkeypatch.setattr(tuning, "__path__", [*tuning.__path__, str(folder)])
     assert "biases" in TOYS
     check_objective(config("objective.name=orpo", "tuning.method=biases"))
-    with pytest.raises(ConfigError, match="objective.name: dpo compares with the base, which tuning.method: biases"):
-        check_objective(config("objective.name=dpo", "tuning.method=biases"))
+    for name in ("dpo", "kto"):
+        said = f"objective.name: {name} compares with the base, which tuning.method: biases"
+        with pytest.raises(ConfigError, match=said):
+            check_objective(config(f"objective.name={name}", "tuning.method=biases"))
 
 
 def identity(*overrides: str) -> Identity:
@@ -100,6 +108,8 @@ def test_a_checkpoint_keeps_its_objective_without_defaults() -> None:
     assert identity("objective.name=dpo", "objective.loss_type=ipo").objective == {"name": "dpo", "loss_type": "ipo"}
     simpo = identity("objective.name=simpo", "objective.gamma=1.4")
     assert simpo.objective == {"name": "simpo", "gamma": 1.4}
+    kto = identity("objective.name=kto", "objective.beta=0.1", "objective.desirable_weight=0.5")
+    assert kto.objective == {"name": "kto", "desirable_weight": 0.5}
     assert b"objective" not in manifest({}).to_json(), "manifests of sft are what they were"
     assert b'"objective": {"name": "dpo"}' in manifest({"name": "dpo"}).to_json()
 
@@ -132,6 +142,15 @@ def test_a_checkpoint_of_another_objective_is_refused(
 def test_a_checkpoint_of_the_same_objective_is_continued() -> None:
     check_identity(manifest({}), identity("objective.name=sft"))
     check_identity(manifest({"name": "dpo", "beta": 0.2}), identity("objective.name=dpo", "objective.beta=0.2"))
+
+
+def test_plan_counts_the_passes_of_ktos_survey() -> None:
+    """A survey takes one forward pass of half of the tokens, and leaves the loss the other half."""
+    sft, kto = planned("objective.name=sft"), planned("objective.name=kto")
+    slower = planned("objective.name=kto", "train.activation_checkpointing=false")
+    assert kto.traffic_per_step.base_gathers == 2 * sft.traffic_per_step.base_gathers
+    assert kto.traffic_per_step.adapter_gathers > sft.traffic_per_step.adapter_gathers
+    assert (kto.batch.reference_time_percent, slower.batch.reference_time_percent) == (50, 67)
 
 
 def planned(*overrides: str) -> Plan:

@@ -11,6 +11,7 @@ FIELDS = {
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
     "preference": ("prompt", "chosen", "rejected", "tools"),
+    "labelled": ("prompt", "completion", "label", "tools"),
 }
 """The fields of a row by `data.format`, as `data.fields` renames them."""
 
@@ -65,15 +66,15 @@ class Data(Section):
         unit="share of rows",
     )
     held_out_seed: int = setting(0, about="Chooses other rows to hold out.", example=1, ge=0, lt=2**32)
-    format: Literal["chat", "prompt_completion", "text", "preference"] = setting(
+    format: Literal["chat", "prompt_completion", "text", "preference", "labelled"] = setting(
         "chat",
         about="chat: a list of messages; prompt_completion: two strings; text: one string; preference: a chosen and a rejected "
-        "answer to one prompt, as messages or strings.",
+        "answer to one prompt, as messages or strings; labelled: a prompt, a completion and a label, true for a desired one.",
         example="chat",
     )
     fields: dict[str, str] = setting(
         {},
-        about="Names of the fields in your rows, where they differ from messages, tools, prompt, completion, text, chosen and rejected.",
+        about="Names of the fields in your rows, where they differ from messages, tools, prompt, completion, text, chosen, rejected and label.",
         example={"messages": "conversations"},
     )
     template: str | None = setting(
@@ -81,7 +82,7 @@ class Data(Section):
     )
     loss_on: Literal["assistant", "last_assistant", "completion", "all"] | None = setting(
         None,
-        about="Which tokens are trained. Default: assistant for chat, completion for prompt_completion and preference, all for text.",
+        about="Which tokens are trained. Default: assistant for chat, completion for prompt_completion, preference and labelled, all for text.",
         example="last_assistant",
     )
     sequence_length: int = setting(2048, about="Length of a packed row.", example=8192, ge=8, le=2**20, unit="tokens")
@@ -105,6 +106,7 @@ class Data(Section):
             "prompt_completion": ("completion", "all"),
             "text": ("all",),
             "preference": ("completion",),
+            "labelled": ("completion",),
         }
         if self.loss_on and self.loss_on not in allowed[self.format]:
             raise ValueError(
@@ -144,27 +146,28 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _template(self) -> "Data":
-        if self.template and self.format not in ("chat", "preference"):
+        if self.template and self.format not in ("chat", "preference", "labelled"):
             raise ValueError(f"data.template: has no effect with data.format: {self.format}. Remove it.")
         return self
 
     @model_validator(mode="after")
-    def _whole_pairs(self) -> "Data":
-        if self.format == "preference" and self.on_too_long == "split":
+    def _whole_answers(self) -> "Data":
+        judged = {"preference": "part a pair", "labelled": "part an answer"}
+        if self.format in judged and self.on_too_long == "split":
             raise ValueError(
-                "data.on_too_long: split would part a pair of data.format: preference. Set it to truncate, drop or fail."
+                f"data.on_too_long: split would {judged[self.format]} of data.format: {self.format}. Set it to truncate, drop or fail."
             )
         return self
 
     @property
     def too_long_remedies(self) -> str:
         """The other values of `on_too_long` that a row may be refused with."""
-        return "truncate or drop" if self.format == "preference" else "truncate, split or drop"
+        return "truncate or drop" if self.format in ("preference", "labelled") else "truncate, split or drop"
 
     @property
     def segments(self) -> int:
-        """Segments of a row that one document is: a pair of answers is two."""
-        return 2 if self.format == "preference" else 1
+        """Segments of a row that one document is, at most: a pair of answers is two, and so are a labelled and a mismatched one."""
+        return 2 if self.format in ("preference", "labelled") else 1
 
     @property
     def targets(self) -> str:

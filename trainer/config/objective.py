@@ -10,7 +10,8 @@ class ObjectiveSettings(Section):
 
     name: str = setting(
         "sft",
-        about="sft: the next token. dpo, orpo or simpo: a chosen answer against a rejected one (data.format: preference).",
+        about="sft: the next token. dpo, orpo or simpo: a chosen answer against a rejected one (data.format: preference). "
+        "kto: desired and undesired answers (data.format: labelled).",
         example="dpo",
     )
     loss_type: Literal["sigmoid", "hinge", "ipo"] = setting(
@@ -18,7 +19,7 @@ class ObjectiveSettings(Section):
     )
     beta: float | None = setting(
         None,
-        about="dpo: how strongly the model is held to the reference. orpo: weight of the odds ratio beside the next-token "
+        about="dpo and kto: how strongly the model is held to the reference. orpo: weight of the odds ratio beside the next-token "
         "loss. simpo: scale of the log-probability a token. Default: 0.1, for simpo 2.",
         example=0.1,
         gt=0,
@@ -47,4 +48,14 @@ class ObjectiveSettings(Section):
         ge=0,
         le=100,
         unit="reward",
+    )
+    desirable_weight: float = setting(
+        1.0, about="kto: weight of the loss of a desired answer.", example=1.33, gt=0, le=1000
+    )
+    undesirable_weight: float = setting(
+        1.0,
+        about="kto: weight of the loss of an undesired answer. Let the two weights times the numbers of their answers be about equal.",
+        example=0.5,
+        gt=0,
+        le=1000,
     )

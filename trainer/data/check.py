@@ -13,7 +13,8 @@ from trainer.data.chat import Turn
 from trainer.data.dataset import BLOCK_DOCUMENTS
 from trainer.data.duplicates import Fingerprint, Seen
 from trainer.data.encode import BAD_ROWS_SHOWN, Part, left_out_of, renderer_for
-from trainer.data.manifest import LeftOut, add_left_out
+from trainer.data.labelled import one_kind
+from trainer.data.manifest import DESIRED_BIT, LeftOut, add_left_out
 from trainer.data.order import EpochPlan, Order
 from trainer.data.pool import Mapper, mapper_for
 from trainer.data.prepare import Input, train_order
@@ -37,6 +38,7 @@ class Findings:
         undecodable: not UTF-8, or with U+FFFD in it, which stands for bytes that once could not be decoded.
         too_long: longer than data.sequence_length; `tokens_cut` are the tokens above it.
         without_targets: nothing in them is trained, so they are left out.
+        desired: of those with labels that are not left out, the desired ones.
         one_sided: without a user's or without an assistant's turn.
         empty_turns: with a turn that says nothing.
         odd_roles: one role twice in a row (but several tools may answer), or a system message after the first turn.
@@ -56,6 +58,7 @@ class Findings:
     too_long: int = 0
     tokens_cut: int = 0
     without_targets: int = 0
+    desired: int = 0
     one_sided: int = 0
     empty_turns: int = 0
     odd_roles: int = 0
@@ -174,7 +177,9 @@ class _Inspector:
             found.targets += int(example.targets.sum())
             found.too_long += len(example.tokens) > limit
             found.tokens_cut += max(0, len(example.tokens) - limit)
-            found.without_targets += not example.cut(limit).teaches
+            kept = example.cut(limit)
+            found.without_targets += not kept.teaches
+            found.desired += kept.teaches and bool(kept.stored()[0] & DESIRED_BIT)
         return result
 
     def _converse(self, found: Findings, turns: list[Turn]) -> None:
@@ -267,4 +272,6 @@ def _refusals(data: Data, what: str, found: Findings, files: list[SourceFile]) -
             f"data.{what}: nothing to train on in {found.rows} rows of {len(files)} files. Check data.format, data.fields, "
             "data.loss_on and data.sequence_length."
         )
+    elif what == "train" and data.format == "labelled":
+        refusals += filter(None, [one_kind(found.desired, found.documents - found.without_targets)])
     return refusals

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from trainer.config import Data
 from trainer.data.chat import Example, Renderer
-from trainer.data.manifest import TARGET_BIT, TOKEN, Counters, LeftOut, add_left_out
+from trainer.data.labelled import Labelled, LabelledRenderer
+from trainer.data.manifest import DESIRED_BIT, TARGET_BIT, TOKEN, Counters, LeftOut, add_left_out
 from trainer.data.pairs import Pair, PairRenderer
 from trainer.data.rows import Batch, OnBad, Row, at, printable
 from trainer.errors import DataError
@@ -78,9 +79,10 @@ def left_out_of(names: Iterable[str], where: str) -> dict[str, LeftOut]:
     return {printable(name): LeftOut(rows=1, examples=[where]) for name in names}
 
 
-def renderer_for(tokenizer: "PreTrainedTokenizerBase", data: Data) -> Renderer | PairRenderer:
+def renderer_for(tokenizer: "PreTrainedTokenizerBase", data: Data) -> Renderer | PairRenderer | LabelledRenderer:
     """The renderer of rows of `data.format`. Raises `ConfigError` when the tokenizer cannot serve it."""
-    return PairRenderer(tokenizer, data) if data.format == "preference" else Renderer(tokenizer, data)
+    kinds = {"preference": PairRenderer, "labelled": LabelledRenderer}
+    return kinds.get(data.format, Renderer)(tokenizer, data)
 
 
 class _Fatal(Exception):
@@ -115,6 +117,8 @@ class Encoder:
             result.error = str(error)
         result.lengths = np.array([len(document) for document in documents], np.int64)
         result.tokens = np.concatenate([result.tokens, *documents])
+        if self._data.format == "labelled":
+            result.counters.desired = sum(bool(document[0] & DESIRED_BIT) for document in documents)
         return result
 
     def _bad(self, result: Encoded, error: DataError) -> None:
@@ -124,7 +128,9 @@ class Encoder:
         result.counters.bad_rows += 1
         result.bad_rows.append(str(error))
 
-    def _documents(self, result: Encoded, where: str, example: Example | Pair) -> Iterator[NDArray[np.uint32]]:
+    def _documents(
+        self, result: Encoded, where: str, example: Example | Pair | Labelled
+    ) -> Iterator[NDArray[np.uint32]]:
         """The example as it is stored: cut to the sequence length or into pieces, without those that train nothing."""
         length, limit = len(example.tokens), self._data.sequence_length
         if length > limit:

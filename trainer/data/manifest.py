@@ -20,11 +20,14 @@ MANIFEST = "manifest.json"
 TOKEN = np.dtype("<u4")
 OFFSET = np.dtype("<u8")
 BLOCK = np.dtype([("document", "<u8"), ("sha256", "V32")])
-# The top bit of a stored token says that it is trained; its id is what is below both bits.
+# The top bit of a stored token says that it is trained; its id is what is below all of these bits.
 TARGET_BIT = np.uint32(1 << 31)
 # The bit below it says that a token is the first of the rejected answer of a pair.
 REJECTED_BIT = np.uint32(1 << 30)
-ID_BITS = np.uint32(REJECTED_BIT - 1)
+# The next two say so of the first token of a desired answer, and of the mismatched answer behind a labelled one.
+DESIRED_BIT = np.uint32(1 << 29)
+MISMATCHED_BIT = np.uint32(1 << 28)
+ID_BITS = np.uint32(MISMATCHED_BIT - 1)
 _SEAL = "sha256"
 _LEFT_OUT_NAMES, _LEFT_OUT_EXAMPLES = 20, 3
 
@@ -117,7 +120,8 @@ class SourceRecord(Record):
 
 
 class Counters(Record):
-    """Counts of rows: all, those that are no documents, and those that were cut to the sequence length."""
+    """Counts of rows: all, those that are no documents, those that were cut to the sequence length, and, where rows have labels,
+    the desired answers that can be trained on."""
 
     rows: Count = 0
     bad_rows: Count = 0
@@ -125,9 +129,11 @@ class Counters(Record):
     truncated: Count = 0
     split: Count = 0
     without_targets: Count = 0
+    desired: Count | None = None
 
     def plus(self, other: "Counters") -> "Counters":
-        return Counters(**{name: value + getattr(other, name) for name, value in self})
+        both = {name: [count for count in (value, getattr(other, name)) if count is not None] for name, value in self}
+        return Counters(**{name: sum(counts) for name, counts in both.items() if counts})
 
 
 class LeftOut(Record):

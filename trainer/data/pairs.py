@@ -6,7 +6,6 @@ messages without one what chosen and rejected have in common at their beginning.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config import Data
-from trainer.data.chat import Example, Renderer, Turn, field_of, unused_fields
+from trainer.data.answers import AnswerRenderer, messages_of, untrained
+from trainer.data.chat import Example, Turn, field_of, unused_fields
 from trainer.data.manifest import REJECTED_BIT
-from trainer.data.messages import Message, read_messages, text_of
+from trainer.data.messages import Message, text_of
 from trainer.errors import DataError
 
 if TYPE_CHECKING:
@@ -72,26 +72,12 @@ class _Answers:
     rejected: dict[str, Any]
     turns: list[Turn]
 
-    @property
-    def in_messages(self) -> bool:
-        return "messages" in self.chosen
-
 
 class PairRenderer:
-    """Encodes rows of the format preference with one tokenizer; see `chat.Renderer`, which it gives each answer to."""
+    """Encodes rows of the format preference with one tokenizer; see `AnswerRenderer`, which it gives each answer to."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", data: Data) -> None:
-        self._tokenizer, self._data = tokenizer, data
-
-    @cached_property
-    def _messages(self) -> Renderer:
-        settings = {"format": "chat", "loss_on": "assistant", "fields": {}}
-        return Renderer(self._tokenizer, self._data.model_copy(update=settings))
-
-    @cached_property
-    def _texts(self) -> Renderer:
-        settings = {"format": "prompt_completion", "loss_on": "completion", "fields": {}, "template": None}
-        return Renderer(self._tokenizer, self._data.model_copy(update=settings))
+        self._data, self._encoded = data, AnswerRenderer(tokenizer, data)
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[Pair | DataError]:
         """Each row's pair, or what is wrong with it; the error's text has no place in it.
@@ -99,21 +85,10 @@ class PairRenderer:
         Raises:
             ConfigError: the tokenizer cannot serve rows of messages, or of strings, as `chat.Renderer` says.
         """
-        answers = [self._answers_or_error(row) for row in rows]
-        result: list[Pair | DataError | None] = [found if isinstance(found, DataError) else None for found in answers]
-        for in_messages in (True, False):
-            mine = [
-                (number, found)
-                for number, found in enumerate(answers)
-                if isinstance(found, _Answers) and found.in_messages == in_messages
-            ]
-            if not mine:
-                continue
-            renderer = self._messages if in_messages else self._texts
-            examples = iter(renderer.encode([row for _, found in mine for row in (found.chosen, found.rejected)]))
-            for (number, _), chosen, rejected in zip(mine, examples, examples, strict=False):
-                result[number] = _pair(chosen, rejected)
-        return [found for found in result if found is not None]
+        found = [self._answers_or_error(row) for row in rows]
+        answers = [both for both in found if isinstance(both, _Answers)]
+        examples = iter(self._encoded.encode([row for both in answers for row in (both.chosen, both.rejected)]))
+        return [_pair(next(examples), next(examples)) if isinstance(both, _Answers) else both for both in found]
 
     def turns(self, row: dict[str, Any]) -> list[Turn]:
         """The turns of the prompt and of the chosen answer, then those of the rejected one.
@@ -140,7 +115,7 @@ class PairRenderer:
         if chosen == rejected:
             raise DataError("chosen and rejected are the same, so nothing is preferred")
         if isinstance(chosen, list) or isinstance(rejected, list):
-            return self._conversations(row, _messages_of(chosen, "chosen"), _messages_of(rejected, "rejected"))
+            return self._conversations(row, messages_of(chosen, "chosen"), messages_of(rejected, "rejected"))
         prompt = text_of(field_of(row, "prompt", self._data), "prompt")
         texts = {name: text_of(given, name) for name, given in (("chosen", chosen), ("rejected", rejected))}
         turns = [Turn("user", prompt), *(Turn("assistant", text) for text in texts.values())]
@@ -150,7 +125,7 @@ class PairRenderer:
     def _conversations(self, row: dict[str, Any], chosen: list[Message], rejected: list[Message]) -> _Answers:
         given = row.get(self._data.fields.get("prompt", "prompt"))
         if isinstance(given, list):
-            prompt = _messages_of(given, "prompt")
+            prompt = messages_of(given, "prompt")
             chosen, rejected = prompt + chosen, prompt + rejected
         shared = len(list(takewhile(lambda two: two[0] == two[1], zip(chosen, rejected, strict=False))))
         # Data sets of today also repeat the first question as a string beside the messages that contain it.
@@ -160,7 +135,7 @@ class PairRenderer:
             )
         if shared == min(len(chosen), len(rejected)):
             raise DataError("chosen or rejected has no message beyond those that both begin with, so it is no answer")
-        prompt = [_untrained(message) for message in chosen[:shared]]
+        prompt = [untrained(message) for message in chosen[:shared]]
         tools = row.get(self._data.fields.get("tools", "tools"))
         turns = [
             Turn(message["role"], message["content"], "tool_calls" in message) for message in chosen + rejected[shared:]
@@ -170,17 +145,6 @@ class PairRenderer:
             {"messages": prompt + rejected[shared:], "tools": tools},
             turns,
         )
-
-
-def _messages_of(given: Any, name: str) -> list[Message]:
-    try:
-        return read_messages(given)
-    except DataError as error:
-        raise DataError(f"{name}: {error}") from error
-
-
-def _untrained(message: Message) -> Message:
-    return {**message, "weight": 0} if message["role"] == "assistant" else message
 
 
 def _pair(chosen: Example | DataError, rejected: Example | DataError) -> Pair | DataError:

@@ -18,6 +18,7 @@ from trainer.config import Config
 from trainer.data.compile import Progress, compile_chapters, count_chapters, fingerprint, hash_tokenizer
 from trainer.data.dataset import MANIFEST, open_chapter, read_manifest
 from trainer.data.encode import EVERYTHING, Part
+from trainer.data.labelled import one_kind
 from trainer.data.manifest import Count, DatasetManifest, Record, damaged, unsealed
 from trainer.data.order import EpochPlan, Order, turns
 from trainer.data.pool import Mapper, mapper_for
@@ -124,6 +125,7 @@ def _compile(
                 raise damaged(where, f"it has {len(manifest.sources)} sources, and the data {files[-1].source + 1}")
             if what == "train":
                 _check_fractions(config, manifest)
+                _check_labels(manifest)
         yield chapter
 
 
@@ -234,6 +236,12 @@ def _check_fractions(config: Config, manifest: DatasetManifest) -> None:
     for index, (source, found) in enumerate(zip(config.data.train, manifest.sources, strict=True)):
         if source.fraction is not None and not found.tokens:
             raise DataError(f"data.train[{index}]: has a fraction of {source.fraction}, but no document. Remove it.")
+
+
+def _check_labels(manifest: DatasetManifest) -> None:
+    desired = manifest.counters.desired
+    if desired is not None and (sentence := one_kind(desired, manifest.documents)):
+        raise DataError(sentence)
 
 
 def nothing_visited(epoch: int, order: Order) -> DataError:

@@ -7,16 +7,16 @@ arithmetic alone, so the documents of a step never depend on the number of ranks
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from trainer.config import Config
 from trainer.data.chapters import Chapters, whole
 from trainer.data.dataset import Dataset
-from trainer.data.manifest import ID_BITS, REJECTED_BIT, TARGET_BIT
+from trainer.data.manifest import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, REJECTED_BIT, TARGET_BIT
 from trainer.data.order import EpochPlan, Order, Window, turns
 from trainer.data.prepare import eval_order, nothing_visited, train_order
 from trainer.model.head import IGNORE
@@ -51,6 +51,10 @@ class Position:
         return cls(**value)
 
 
+def _none(dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(0, dtype=dtype)
+
+
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
     """The input of one forward pass: one packed row of T tokens, micro_batch times a bin's capacity.
@@ -60,13 +64,17 @@ class MicroBatch:
         labels: (1, T) int32, already shifted: what each position must predict, `IGNORE` where that is nothing.
         position_ids: (1, T) int32, from 0 in each segment.
         cu_seqlens: (segments + 1,) int32, borders of the segments from 0 to T. A segment is a document, an answer of a
-            pair, or the padding at the end of a bin.
+            pair, a labelled or a mismatched answer, or the padding at the end of a bin.
         max_seqlen: tokens of the longest segment.
         tokens: tokens of documents, without the padding and what is reserved.
         targets: labels that are not `IGNORE`.
         bins: the positions of the bins in the row, without the empty ones.
         documents: their documents, in the order of the row; a pair counts as one.
         rejected: (pairs,) int32, the segments that are rejected answers; the segment before each is the chosen one.
+        beginnings: (documents,) int32, the segments that documents begin with.
+        desired: (documents,) bool, whether each is a labelled answer that is desired.
+        mismatched: (mismatched,) int32, the segments that are mismatched answers; see trainer/data/labelled.py.
+        survey: the figures that the losses of the step were found to need beforehand; see trainer/objective/objective.py.
     """
 
     input_ids: torch.Tensor
@@ -78,7 +86,11 @@ class MicroBatch:
     targets: int
     bins: tuple[Position, ...]
     documents: tuple[int, ...]
-    rejected: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
+    rejected: torch.Tensor = field(default_factory=partial(_none, torch.int32))
+    beginnings: torch.Tensor = field(default_factory=partial(_none, torch.int32))
+    desired: torch.Tensor = field(default_factory=partial(_none, torch.bool))
+    mismatched: torch.Tensor = field(default_factory=partial(_none, torch.int32))
+    survey: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same row on `device`, with int64 for what the model and the loss take; half the bytes travel."""
@@ -89,7 +101,34 @@ class MicroBatch:
             position_ids=self.position_ids.to(device).long(),
             cu_seqlens=self.cu_seqlens.to(device),
             rejected=self.rejected.to(device).long(),
+            beginnings=self.beginnings.to(device).long(),
+            desired=self.desired.to(device),
+            mismatched=self.mismatched.to(device).long(),
+            survey=None if self.survey is None else self.survey.to(device),
         )
+
+    def part(self, segments: torch.Tensor) -> "PartOfRow":
+        """These of the row's segments alone, in rising order; the whole row where they are none, as a pass needs tokens."""
+        if not len(segments):
+            return PartOfRow(self.input_ids, self.labels, self.position_ids, self.cu_seqlens, self.max_seqlen)
+        sizes = self.cu_seqlens.diff()
+        kept = torch.zeros(len(sizes), dtype=torch.bool, device=sizes.device)
+        kept[segments] = True
+        places = torch.repeat_interleave(kept, sizes.long()).nonzero()[:, 0]
+        borders = torch.nn.functional.pad(sizes[segments].cumsum(0), (1, 0)).to(self.cu_seqlens.dtype)
+        ids, labels, positions = (row[:, places] for row in (self.input_ids, self.labels, self.position_ids))
+        return PartOfRow(ids, labels, positions, borders, self.max_seqlen)
+
+
+@dataclass(frozen=True, eq=False)
+class PartOfRow:
+    """Some segments of a row, as `MicroBatch` has all of them; `max_seqlen` may be more than the longest."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,6 +284,7 @@ class Stream:
     def _pack(self, bins: list[Position]) -> MicroBatch:
         """Lay bins end to end, each padded to its capacity; missing ones are padding."""
         pieces: list[NDArray[np.uint32]] = []
+        starts: list[int] = []  # of the documents so far
         ends: list[int] = []  # of the segments so far
         documents: list[int] = []
         length, padding = self._order.capacity, 0
@@ -255,6 +295,7 @@ class Stream:
                 first, last = loaded.plan.borders[bins[row].bin : bins[row].bin + 2].tolist()
                 begin, end = loaded.offsets[[first, last]].tolist()
                 pieces.append(loaded.tokens[begin:end])
+                starts += (loaded.offsets[first:last] + (row * length - begin)).tolist()
                 ends += (loaded.offsets[first + 1 : last + 1] + (row * length - begin)).tolist()
                 documents += loaded.numbers[first:last].tolist()
                 room -= end - begin
@@ -264,35 +305,45 @@ class Stream:
                 padding += room
         stored = np.concatenate(pieces)
         input_ids = (stored & ID_BITS).view(np.int32)
-        parted = np.flatnonzero(stored & REJECTED_BIT)  # where the second document of a pair begins
-        borders = np.sort(np.array([0, *ends, *parted], np.int32))
-        sizes = np.diff(borders)
+        # The second answer of a document begins inside it.
+        rejected, mismatched = np.flatnonzero(stored & REJECTED_BIT), np.flatnonzero(stored & MISMATCHED_BIT)
+        borders = np.sort(np.array([0, *ends, *rejected, *mismatched], np.int32))
+
+        def segments(places: ArrayLike) -> torch.Tensor:
+            return torch.from_numpy(np.searchsorted(borders, places).astype(np.int32))
+
+        begun = stored[np.array(starts, np.int64)]
+        sizes, answers = np.diff(borders), len(documents) + len(rejected) + len(mismatched)
         return MicroBatch(
             input_ids=torch.from_numpy(input_ids)[None],
             labels=torch.from_numpy(_labels(stored, input_ids))[None],
             position_ids=torch.from_numpy(self._numbers[: len(stored)] - np.repeat(borders[:-1], sizes))[None],
             cu_seqlens=torch.from_numpy(borders),
             max_seqlen=int(sizes.max()),
-            tokens=len(stored) - padding - len(documents) * self._order.beside,
+            tokens=len(stored) - padding - answers * self._order.reserved,
             targets=int(np.count_nonzero(stored >= TARGET_BIT)),
             bins=tuple(bins),
             documents=tuple(documents),
-            rejected=torch.from_numpy(np.searchsorted(borders, parted).astype(np.int32)),
+            rejected=segments(rejected),
+            beginnings=segments(starts),
+            desired=torch.from_numpy((begun & DESIRED_BIT).astype(np.bool_)),
+            mismatched=segments(mismatched),
         )
 
 
 def reserve(
     tokens: NDArray[np.uint32], offsets: NDArray[np.int64], positions: int
 ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-    """Documents with so many untrained `positions` before each, and before the rejected answer of each pair.
+    """Documents with so many untrained `positions` before each, and before the second answer of each that has two.
 
     `tokens` are those of the documents end to end, `offsets` (documents + 1,) where each begins, and the end.
     """
-    rejected = np.flatnonzero(tokens & REJECTED_BIT)
-    starts = np.sort(np.concatenate([offsets[:-1], rejected]))
+    marks = REJECTED_BIT | DESIRED_BIT | MISMATCHED_BIT
+    second = np.flatnonzero(tokens & (REJECTED_BIT | MISMATCHED_BIT))
+    starts = np.sort(np.concatenate([offsets[:-1], second]))
     reserved = np.full((len(starts), positions), PAD, np.uint32)
-    reserved[:, 0] |= tokens[starts] & REJECTED_BIT  # the answer begins here now
-    tokens = np.insert(tokens & ~REJECTED_BIT, np.repeat(starts, positions), reserved.ravel())
+    reserved[:, 0] |= tokens[starts] & marks  # the answer begins here now
+    tokens = np.insert(tokens & ~marks, np.repeat(starts, positions), reserved.ravel())
     return tokens, offsets + positions * np.searchsorted(starts, offsets)
 
 

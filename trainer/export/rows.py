@@ -12,7 +12,7 @@ from trainer.base.locate import Base
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config
 from trainer.data.dataset import Dataset, open_chapter
-from trainer.data.manifest import ID_BITS, REJECTED_BIT, TARGET_BIT
+from trainer.data.manifest import ID_BITS, MISMATCHED_BIT, REJECTED_BIT, TARGET_BIT
 from trainer.data.prepare import locate
 from trainer.errors import ConfigError, DataError, StorageError
 from trainer.store import Store, open_store
@@ -84,8 +84,8 @@ def _rows(data: Dataset) -> Iterator[ProbeRow]:
 
 
 def _row(stored: NDArray[np.uint32]) -> ProbeRow | None:
-    rejected = np.flatnonzero(stored & REJECTED_BIT)
-    stored = stored[: rejected[0]] if len(rejected) else stored  # of a pair, the chosen answer
+    second = np.flatnonzero(stored & (REJECTED_BIT | MISMATCHED_BIT))
+    stored = stored[: second[0]] if len(second) else stored  # of two answers, the first
     trained = np.flatnonzero(stored & TARGET_BIT)
     if not len(trained):
         return None

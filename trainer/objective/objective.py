@@ -8,6 +8,7 @@ a login node; code that handles tensors imports torch when it is called.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trainer import objective as folder
@@ -21,6 +22,21 @@ if TYPE_CHECKING:
 
     from trainer.data.stream import MicroBatch
     from trainer.model.packed import PackedModel
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Something to find over the whole global batch before the first loss of a step, which the losses depend on.
+
+    `look` maps the model and a row to (sums + k,) fp32, without a graph and without dropout: `sums` sums of the row, and behind them any k figures
+    that the loss of the same row wants to have again. It passes `share` of a row's tokens through the model, and leaves the others to the loss. All micro-batches of the step are looked at first; `MicroBatch.survey` is
+    then what was found in its row, with the sums over the global batch in place of the row's. As with a loss, one call may call
+    the model several times.
+    """
+
+    sums: int
+    share: float
+    look: Callable[[PackedModel, MicroBatch], Tensor]
 
 
 class Objective(Protocol):
@@ -48,8 +64,13 @@ class Objective(Protocol):
         ...
 
     @property
+    def survey(self) -> Survey | None:
+        """The survey before the losses of a step, for an objective that needs one."""
+        ...
+
+    @property
     def unit(self) -> str:
-        """The thing that `weight` counts, as records name it: targets or pairs."""
+        """The thing that `weight` counts, as records name it: targets, pairs or answers."""
         ...
 
     @property

@@ -22,7 +22,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.config import ObjectiveSettings
-from trainer.objective.objective import Objective
+from trainer.objective.answers import Answers, read_segments
+from trainer.objective.objective import Objective, Survey
 from trainer.registry import without_defaults
 from trainer.tuning.method import Method
 
@@ -42,34 +43,13 @@ _MEASURES = (
 )
 
 
-@dataclass(frozen=True)
-class Answers:
-    """The answers to one side of some pairs: log p summed over the trained tokens, in nats, and their number; (pairs,) fp32."""
-
-    log_p: Tensor
-    tokens: Tensor
-
-    @property
-    def mean(self) -> Tensor:
-        """log p a token; every answer of a data set has one."""
-        return self.log_p / self.tokens
-
-
 def read_answers(model: PackedModel, batch: MicroBatch) -> tuple[Answers, Answers]:
     """The chosen and the rejected answers of a row, by one pass through the model."""
-    import torch
-
-    from trainer.model.head import IGNORE
-
-    nats, targets = model.head(model.hidden(batch), batch.labels, per_target=True), batch.labels[0] != IGNORE
-    segments = len(batch.cu_seqlens) - 1
-    sizes = batch.cu_seqlens.diff().long()
-    owner = torch.repeat_interleave(torch.arange(segments, device=nats.device), sizes, output_size=targets.numel())
-    owner = owner[targets]  # of each target, the segment that it is in
-    log_p = torch.zeros(segments, device=nats.device).index_add(0, owner, -nats)
-    tokens = torch.zeros(segments, device=nats.device).index_add(0, owner, torch.ones_like(nats))
-    chosen, rejected = batch.rejected - 1, batch.rejected
-    return Answers(log_p[chosen], tokens[chosen]), Answers(log_p[rejected], tokens[rejected])
+    answers, chosen, rejected = read_segments(model, batch), batch.rejected - 1, batch.rejected
+    return (
+        Answers(answers.log_p[chosen], answers.tokens[chosen]),
+        Answers(answers.log_p[rejected], answers.tokens[rejected]),
+    )
 
 
 Sides = tuple[Answers, Answers]
@@ -161,6 +141,10 @@ class Preference:
     @property
     def defaults(self) -> Mapping[str, Any]:
         return {"name": "sft", **self.kind.defaults}
+
+    @property
+    def survey(self) -> Survey | None:
+        return None
 
     @property
     def reads_reference(self) -> bool:

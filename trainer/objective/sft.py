@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainer.config import ObjectiveSettings
-from trainer.objective.objective import Objective
+from trainer.objective.objective import Objective, Survey
 from trainer.registry import without_defaults
 from trainer.tuning.method import Method
 
@@ -27,6 +27,7 @@ class NextTokens:
     defaults: Mapping[str, Any] = {"name": "sft", "label_smoothing": 0.0, "z_loss": 0.0}
     formats: Collection[str] = ("chat", "prompt_completion", "text")
     reads_reference: bool = False
+    survey: Survey | None = None
     unit: str = "targets"
     measures: Sequence[str] = ()
 

@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -122,13 +123,27 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
 
 def _gradients(run: Training, batches: Sequence[MicroBatch], step: int, weight: float) -> Tensor:
     """Add up the gradients of this rank's part of the step after `step`; returns its summed loss and measures, fp64."""
+    surveys = _surveys(run, batches)
     sums = torch.zeros(1 + len(run.objective.measures), dtype=torch.float64, device=run.ranks.device)
     for index, batch in enumerate(batches):
         torch.manual_seed(_dropout_seed(run.config.run.seed, step, index, run.ranks.rank))
-        row = run.engine.loss(batch).reshape(-1)
+        row = run.engine.loss(replace(batch, survey=next(surveys))).reshape(-1)
         sums += row.detach()
         run.engine.backward(row[0] / weight, last=index == len(batches) - 1)
     return sums
+
+
+def _surveys(run: Training, batches: Iterable[MicroBatch]) -> Iterator[Tensor | None]:
+    """For each of this rank's micro-batches the `MicroBatch.survey` that its loss needs, if any, over those of all ranks. Collective."""
+    survey = run.objective.survey
+    if survey is None:
+        return repeat(None)
+    run.engine.evaluating(True)
+    rows = [run.engine.look(survey.look, batch) for batch in batches]
+    run.engine.evaluating(False)
+    mine = torch.stack([row[: survey.sums] for row in rows]).double().sum(0)
+    totals = torch.tensor(run.ranks.gather(*mine.tolist()), dtype=torch.float64, device=run.ranks.device).sum(0).float()
+    return (torch.cat([totals, row[survey.sums :]]) for row in rows)
 
 
 def _exchange(
@@ -244,16 +259,22 @@ def samples_key(batches: Sequence[MicroBatch]) -> int:
 
 
 def evaluate(run: Training, stream: Stream) -> dict[str, float]:
-    """The mean loss over every target (or pair) of the evaluation data, in nats, and the measures. Collective."""
+    """The mean loss over every target (or pair, or answer) of the evaluation data, in nats, and the measures. Collective."""
+    surveys = _surveys(run, _evaluated(run, stream))
     run.engine.evaluating(True)
     sums, weight = torch.zeros(1 + len(run.objective.measures), dtype=torch.float64), 0
     with torch.no_grad():
-        for batches in stream.epoch(0):
-            run.pulse("evaluate", 0)
-            for batch in batches:
-                sums += run.engine.loss(batch).reshape(-1).cpu()
-                weight += run.objective.weight(batch)
+        for batch in _evaluated(run, stream):
+            sums += run.engine.loss(replace(batch, survey=next(surveys))).reshape(-1).cpu()
+            weight += run.objective.weight(batch)
     run.engine.evaluating(False)
     total = run.ranks.sum(weight)
     means = [run.ranks.sum(value) / total for value in sums.tolist()]
     return {**dict(zip(("loss", *run.objective.measures), means, strict=True)), run.objective.unit: int(total)}
+
+
+def _evaluated(run: Training, stream: Stream) -> Iterator[MicroBatch]:
+    """This rank's rows of the evaluation data; each shows that the run is alive."""
+    for batches in stream.epoch(0):
+        run.pulse("evaluate", 0)
+        yield from batches

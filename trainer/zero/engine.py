@@ -70,8 +70,8 @@ class _Wrapped(nn.Module):
         super().__init__()
         self.model, self.packed, self._loss = packed.model, packed, loss
 
-    def forward(self, row: Any) -> Tensor:
-        return self._loss(self.packed, row)
+    def forward(self, row: Any, look: Callable[[PackedModel, Any], Tensor] | None = None) -> Tensor:
+        return (look or self._loss)(self.packed, row)
 
 
 class Engine:
@@ -105,6 +105,11 @@ class Engine:
     def loss(self, row: DeviceRow) -> Tensor:
         """The sums that the loss function makes of the row, fp32, with their graph."""
         return self._engine(row.to(self.ranks.device))
+
+    def look(self, look: Callable[[PackedModel, Any], Tensor], row: DeviceRow) -> Tensor:
+        """What `look` makes of the model and the row, without a graph."""
+        with torch.no_grad():
+            return self._engine(row.to(self.ranks.device), look)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of `loss`, summed over ranks and calls, to the step's; `last` marks the step's last call.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainer.config import ObjectiveSettings
-from trainer.objective.objective import Objective
+from trainer.objective.objective import Objective, Survey
 from trainer.tuning.method import Method
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ class EverySecond:
     defaults: Mapping[str, Any] = {"name": "sft"}
     formats: Collection[str] = ("prompt_completion",)
     reads_reference: bool = False
+    survey: Survey | None = None
     unit: str = "targets"
     measures: Sequence[str] = ("rows",)
 

@@ -1,0 +1,41 @@
+"""The log-probabilities of whole answers, which objectives that judge them have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.data.stream import MicroBatch, PartOfRow
+    from trainer.model.packed import PackedModel
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Some answers: log p summed over the trained tokens, in nats, and their number; (answers,) fp32."""
+
+    log_p: Tensor
+    tokens: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """log p a token; every answer of a data set has one."""
+        return self.log_p / self.tokens
+
+
+def read_segments(model: PackedModel, batch: MicroBatch | PartOfRow) -> Answers:
+    """The answers in each of a row's segments, by one pass through the model; one without trained tokens has 0 of both."""
+    import torch
+
+    from trainer.model.head import IGNORE
+
+    nats, targets = model.head(model.hidden(batch), batch.labels, per_target=True), batch.labels[0] != IGNORE
+    segments = len(batch.cu_seqlens) - 1
+    sizes = batch.cu_seqlens.diff().long()
+    owner = torch.repeat_interleave(torch.arange(segments, device=nats.device), sizes, output_size=targets.numel())
+    owner = owner[targets]  # of each target, the segment that it is in
+    log_p = torch.zeros(segments, device=nats.device).index_add(0, owner, -nats)
+    tokens = torch.zeros(segments, device=nats.device).index_add(0, owner, torch.ones_like(nats))
+    return Answers(log_p, tokens)

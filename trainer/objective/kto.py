@@ -1,0 +1,117 @@
+"""KTO: labelled answers; desired ones shall become likelier than by the reference, and undesired ones less likely.
+
+With x a prompt, y its answer, p the model, q the reference (the base without what learns) and s the logistic function, the loss of
+an answer is (arXiv:2402.01306, equation 7, with the weight of its kind as the constant that makes the best loss 0)
+
+    r(x, y) = log p(y|x) / q(y|x)
+    desired     desirable_weight   * (1 - s(beta (r(x, y) - z0)))
+    undesired   undesirable_weight * (1 - s(beta (z0 - r(x, y))))
+    z0 = max(0, mean of r(x, y') over the step's mismatched answers y'), without a gradient
+
+and is averaged over the answers of the global batch. z0 estimates KL(p || q) as there: each answer of the step brings its prompt
+with another row's answer (trainer/data/labelled.py). It is a mean over the whole global batch that every loss depends on, so it is found in a
+survey before the first loss: it is the same whatever the ranks, the accumulation and the packing. An evaluation takes it over all of its data.
+
+The survey passes through the reference, for both kinds of answers, and through the model without dropout for the mismatched ones; it hands log q(y|x)
+on to the loss, whose pass is over the labelled answers alone. In tokens that is as much work as next-token training on the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from trainer.config import ObjectiveSettings
+from trainer.objective.answers import read_segments
+from trainer.objective.objective import Objective, Survey
+from trainer.registry import without_defaults
+from trainer.tuning.method import Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.data.stream import MicroBatch
+    from trainer.model.packed import PackedModel
+
+_DEFAULTS = {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}
+
+
+class Kto:
+    """The formulas of the module's docstring. A reward is beta r(x, y)."""
+
+    settings: Collection[str] = tuple(_DEFAULTS)
+    defaults: Mapping[str, Any] = {"name": "sft", **_DEFAULTS}
+    formats: Collection[str] = ("labelled",)
+    reads_reference: bool = True
+    unit: str = "answers"
+    measures: Sequence[str] = (
+        "reward_desired",  # the mean over the desired answers, as the next over the others
+        "reward_undesired",
+        "reward_margin",
+        "kl",  # z0, in nats an answer
+        "log_ratio",  # the mean of r over all answers, in nats an answer
+        "length_desired",  # trained tokens
+        "length_undesired",
+    )
+
+    def __init__(self, given: ObjectiveSettings, method: Method) -> None:
+        self._beta = _DEFAULTS["beta"] if given.beta is None else given.beta
+        self._weights = given.desirable_weight, given.undesirable_weight
+        self._method = method
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        weights = dict(zip(("desirable_weight", "undesirable_weight"), self._weights, strict=True))
+        return without_defaults({"name": "kto", "beta": self._beta, **weights}, self.defaults)
+
+    def mismatches(self) -> list[str]:
+        return []
+
+    def weight(self, batch: MicroBatch) -> int:
+        return len(batch.documents)
+
+    @property
+    def survey(self) -> Survey:
+        return Survey(4, 0.5, self._survey)
+
+    def _survey(self, model: PackedModel, batch: MicroBatch) -> Tensor:
+        """Sums over the row: r of the mismatched answers, their number, the desired and the undesired answers. Then log q of each answer."""
+        import torch
+
+        with self._method.switched_off(model.model):
+            base = read_segments(model, batch).log_p
+        mismatched = read_segments(model, batch.part(batch.mismatched)).log_p[: len(batch.mismatched)]
+        desired = batch.desired.sum()
+        counts = (base.new_tensor(len(mismatched)), desired.float(), (len(batch.desired) - desired).float())
+        ratio = (mismatched - base[batch.mismatched]).sum()
+        return torch.cat([torch.stack([ratio, *counts]), base[batch.beginnings]])
+
+    def loss(self, model: PackedModel, batch: MicroBatch) -> Tensor:
+        import torch
+
+        assert batch.survey is not None
+        ratios, mismatched, desired, undesired = batch.survey[:4]
+        answers = read_segments(model, batch.part(batch.beginnings))
+        ratio = answers.log_p[: len(batch.beginnings)] - batch.survey[4:]
+        z0 = (ratios / mismatched.clamp(min=1)).clamp(min=0)
+        gain = self._beta * (ratio - z0)
+        for_desired, for_undesired = self._weights
+        losses = torch.where(batch.desired, for_desired * torch.sigmoid(-gain), for_undesired * torch.sigmoid(gain))
+
+        # A mean over one kind of answers, as a mean over all of them: the step's sums are divided by the number of all.
+        total = desired + undesired
+        of_desired = batch.desired * total / desired.clamp(min=1)
+        of_undesired = ~batch.desired * total / undesired.clamp(min=1)
+        rewards, lengths = self._beta * ratio.detach(), answers.tokens[: len(batch.beginnings)]
+        reward_desired, reward_undesired = (rewards * of_desired).sum(), (rewards * of_undesired).sum()
+        measures = (
+            reward_desired,
+            reward_undesired,
+            reward_desired - reward_undesired,
+            z0 * len(ratio),
+            ratio.detach().sum(),
+        )
+        return torch.stack([losses.sum(), *measures, (lengths * of_desired).sum(), (lengths * of_undesired).sum()])
+
+
+OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {"kto": Kto}
