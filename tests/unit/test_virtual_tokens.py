@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
 
-from tests.material import KINDS, SIZES, Workshop, make_pairs
+from tests.material import KINDS, SIZES, Workshop, make_labelled, make_pairs
 from tests.unit.test_attention import row
 from tests.unit.test_examples import EXAMPLES, LLAMA_8B
 from trainer.base.description import describe
@@ -54,12 +54,15 @@ def documents_of(workshop: Workshop, config: Config) -> dict[int, list[tuple[lis
                 rows = (each.input_ids[0], each.labels[0], each.position_ids[0])
                 found[number] = [tuple(values[b:e].tolist() for values in rows) for b, e in own]
             assert each.tokens == sum(e - b for b, e in kept) - len(kept) * train_order(config).reserved
-            assert len(each.rejected) == (len(each.documents) if segments == 2 else 0)
+            assert len(each.rejected) + len(each.mismatched) == (len(each.documents) if segments == 2 else 0)
+            if config.data.format == "labelled":
+                assert each.desired.tolist() == [number % 3 != 2 for number in each.documents]
+                assert each.mismatched.tolist() == [first + 1 for first in each.beginnings.tolist()]
     return found
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3])
-@pytest.mark.parametrize("kind", ["documents", "pairs", "apart"])
+@pytest.mark.parametrize("kind", ["documents", "pairs", "labelled", "apart"])
 def test_every_segment_has_its_own_reserved_positions_and_its_tokens_and_targets_as_before(
     workshop: Workshop, kind: str, micro_batch: int
 ) -> None:
@@ -67,6 +70,9 @@ def test_every_segment_has_its_own_reserved_positions_and_its_tokens_and_targets
     if kind == "pairs":
         pairs = make_pairs(workshop.folder / "pairs.jsonl", 40)
         settings += [f"data.train=[{{path: {pairs}}}]", "data.format=preference"]
+    if kind == "labelled":
+        rows = make_labelled(workshop.folder / "labelled.jsonl", 40)
+        settings += [f"data.train=[{{path: {rows}}}]", "data.format=labelled", "data.sequence_length=96"]
     if kind == "apart":
         settings += ["data.packing=false"]
     plain = workshop.config("plain", *settings)
