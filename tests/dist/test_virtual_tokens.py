@@ -27,8 +27,7 @@ from trainer.export.proof import Proof
 from trainer.run import layout
 from trainer.store import Store, open_store
 
-METHODS = ("prompt",)
-TOKENS = "tuning.virtual_tokens=5"
+METHODS = ("prompt", "prefix")
 pytestmark = pytest.mark.timeout(300)
 
 

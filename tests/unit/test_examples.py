@@ -55,6 +55,7 @@ def test_an_example_is_valid_and_says_what_it_is(path: Path) -> None:
         ("8b-dora", LLAMA_8B, 1, 1, 24),
         ("8b-ia3", LLAMA_8B, 1, 1, 24),
         ("8b-prompt", LLAMA_8B, 1, 1, 24),
+        ("8b-prefix", LLAMA_8B, 1, 1, 24),
         ("dpo", LLAMA_8B, 1, 1, 24),
         ("70b-2x8", LLAMA_70B, 16, 8, 80),
         ("405b-2x8", LLAMA_405B, 16, 8, 80),
@@ -82,7 +83,7 @@ def test_the_traffic_that_an_example_states_is_what_plan_counts(
     assert f"{node_gb} GB a rank and step by `capstan plan`, instead of {world_gb:,} GB" in text
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "prompt"])
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "prompt", "prefix"])
 def test_the_parameters_that_the_page_of_methods_states_are_what_plan_counts(method: str) -> None:
     name = "8b-one-gpu" if method == "lora" else f"8b-{method}"
     rank = ("tuning.rank=16",) if method in ("lora", "dora") else ()
