@@ -1,9 +1,9 @@
 """Cost of a checkpoint: ours beside DeepSpeed's save_checkpoint and torch's distributed checkpoint (DCP) async_save.
 
-    python benchmarks/checkpoint.py [--ranks 2] [--layers 4] [--lora-rank 128] [--repeats 3]
+    python benchmarks/checkpoint.py [--ranks 2] [--methods lora full] [--repeats 3]
 
-All sides save and restore the same state of one engine (a random 4-bit base with LoRA under ZeRO-3), one after the other,
-to one disk and one S3 server (SeaweedFS) on this machine. DeepSpeed and DCP write files; for S3 these are uploaded by
+All sides save and restore the same state of one engine (a random base under ZeRO-3, in 4 bits with LoRA or in 16 bits and
+learning itself), one after the other, to one disk and one S3 server (SeaweedFS) on this machine. DeepSpeed and DCP write files; for S3 these are uploaded by
 obstore afterwards, which counts as time to commit and not as a stall. DCP gets what learns, as ours does.
 """
 
@@ -29,6 +29,11 @@ from rich.table import Table
 
 TOKENS = 512  # of a rank in a step: a short one, which makes the share of a stall large
 SIDES = ("ours", "DeepSpeed", "DeepSpeed, frozen excluded", "DCP async_save")
+# Method -> layers and width of its base, and its settings.
+SUBJECTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
+    "lora": (4, 2048, ("tuning.rank=128",)),
+    "full": (8, 256, ("tuning.method=full", "quant.type=none")),
+}
 
 
 @dataclass
@@ -224,7 +229,7 @@ def measure(bench: Bench, side: str, place: str, repeats: int) -> dict[str, floa
     return {**dict(zip(names, slowest, strict=True)), "bytes": bench.ranks.sum(subject.size()) / bench.ranks.world_size}
 
 
-def rank_main(rank: int, world: int, port: int, folder: str, bucket: str, lora_rank: int, repeats: int) -> None:
+def rank_main(rank: int, world: int, port: int, folder: str, bucket: str, method: str, repeats: int) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1",
@@ -246,7 +251,7 @@ def rank_main(rank: int, world: int, port: int, folder: str, bucket: str, lora_r
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     ranks = join()
-    config = override(run_config(Path(folder, "base")), f"tuning.rank={lora_rank}")
+    config = override(run_config(Path(folder, "base")), *SUBJECTS[method][2])
     settings = build_deepspeed_config(config, world_size=world, accumulation=1, on_gpu=False)
     base = resolve_base(config.model)
     attention = choose_attention("sdpa", ranks.device, DTYPES["bf16"], base.architecture)
@@ -258,6 +263,8 @@ def rank_main(rank: int, world: int, port: int, folder: str, bucket: str, lora_r
     report: dict[str, Any] = {"step": undisturbed, "trainable": trainable, "rows": []}
     for place in ("disk", "S3"):
         for side in SIDES:
+            if method == "full" and side == "DeepSpeed, frozen excluded":
+                continue  # nothing is frozen
             report["rows"].append({"side": side, "place": place, **measure(bench, side, place, repeats)})
     if rank == 0:
         Path(folder, "report.json").write_text(json.dumps(report))
@@ -273,12 +280,12 @@ def rendezvous() -> Iterator[int]:
     yield store.port
 
 
-def show(report: dict[str, Any], ranks: int) -> None:
+def show(report: dict[str, Any], method: str, ranks: int) -> None:
     optimum = 12 * report["trainable"]
     table = Table(
         "save", "to", "stall, ms", "of a step", "first, ms", "MB", "of 12 B a parameter", "commit, s", "step beside it",
         "restore, s",
-        title=f"{report['trainable'] / 1e6:.1f} M trainable parameters, {ranks} ranks, step of {report['step']:.2f} s",
+        title=f"{method}: {report['trainable'] / 1e6:.1f} M trainable parameters, {ranks} ranks, step of {report['step']:.2f} s",
         caption=f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
     )  # fmt: skip
     for row in report["rows"]:
@@ -297,32 +304,35 @@ def show(report: dict[str, Any], ranks: int) -> None:
     Console(width=140).print(table)
 
 
-def main() -> None:
+def compare(method: str, ranks: int, repeats: int) -> dict[str, Any]:
+    """The report of all sides over the base of `method`."""
     from launcher.smoke.local_s3 import serve_s3
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--lora-rank", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=3)
-    arguments = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="capstan-bench-") as folder, serve_s3(Path(folder, "s3")) as server:
         os.environ.update(server.environment)
         with context.Pool(1) as pool:
-            pool.apply(make_base, (Path(folder, "base"), arguments.layers))
+            pool.apply(make_base, (Path(folder, "base"), *SUBJECTS[method][:2]))
         with rendezvous() as port:
-            given = (arguments.ranks, port, folder, server.uri("bench"), arguments.lora_rank, arguments.repeats)
-            processes = [
-                context.Process(target=rank_main, args=(rank, *given), daemon=True) for rank in range(arguments.ranks)
-            ]
+            given = (ranks, port, folder, server.uri("bench"), method, repeats)
+            processes = [context.Process(target=rank_main, args=(rank, *given), daemon=True) for rank in range(ranks)]
             for process in processes:
                 process.start()
             connection.wait([process.sentinel for process in processes], 1800)  # one that fails ends all
             for process in processes:
                 process.join(30)
                 process.kill()
-        show(json.loads(Path(folder, "report.json").read_text()), arguments.ranks)
+        return json.loads(Path(folder, "report.json").read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--methods", nargs="+", choices=[*SUBJECTS], default=[*SUBJECTS])
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    for method in arguments.methods:
+        show(compare(method, arguments.ranks, arguments.repeats), method, arguments.ranks)
 
 
 if __name__ == "__main__":

@@ -28,14 +28,14 @@ HIDDEN, INTERMEDIATE, VOCABULARY = 2048, 5632, 32000
 TIMEOUT = 900.0
 
 
-def make_base(folder: Path, layers: int) -> int:
+def make_base(folder: Path, layers: int, hidden: int = HIDDEN) -> int:
     """A random Llama-like base in several safetensors files; its parameters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
+        hidden_size=hidden,
+        intermediate_size=hidden * INTERMEDIATE // HIDDEN,
         num_hidden_layers=layers,
         num_attention_heads=16,
         num_key_value_heads=4,

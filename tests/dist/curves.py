@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from tests.dist.assembled import assemble_run, chapters_of
+from tests.nf4 import decode_layers
 from trainer.config import parse_config
 from trainer.data.stream import Position, train_stream
 from trainer.train.loop import train
@@ -32,6 +33,7 @@ def stock_losses(config_text: str, fingerprint: str) -> list[float]:
     model: Any = AutoModelForCausalLM.from_pretrained(
         config.model.base, dtype=torch.bfloat16, quantization_config=quantization, attn_implementation="sdpa"
     )
+    decode_layers(model)
     model.requires_grad_(False).train()
     torch.manual_seed(config.run.seed)
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

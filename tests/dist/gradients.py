@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import torch
 from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.dist.assembled import Assembled, adapter_value, assemble_run, chapters_of
+from tests.nf4 import dequantized
 from trainer.base.load import DTYPES
 from trainer.base.locate import resolve_base
 from trainer.config import Config, parse_config
@@ -56,7 +56,6 @@ def plain_first_step(config_text: str, fingerprint: str, destination: str) -> di
     from peft import inject_adapter_in_model
 
     config = parse_config(config_text)
-    dtype = DTYPES[config.model.dtype]
     model = plain_base(config)
     method: Any = find_method(config.tuning)
     architecture = resolve_base(config.model).architecture
@@ -65,14 +64,36 @@ def plain_first_step(config_text: str, fingerprint: str, destination: str) -> di
     ours = {_plain_name(name): name for name in method.shapes(architecture)}
     adapters = {ours[_plain_name(name)]: part for name, part in model.named_parameters() if part.requires_grad}
     assert len(adapters) == len(ours)
+    return plain_step(config, fingerprint, model, adapters, destination)
+
+
+def plain_base(config: Config) -> Any:
+    """The frozen base in transformers, its matrices rounded to what 4 bits hold where the run quantizes them."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = DTYPES[config.model.dtype]
+    torch.set_num_threads(1)
+    options: Any = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model: Any = AutoModelForCausalLM.from_pretrained(config.model.base, dtype=dtype, **options)
+    model.requires_grad_(False)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head" and config.quant.type != "none":
+            module.weight.data = dequantized(module.weight.data)
+    return model
+
+
+def plain_step(
+    config: Config, fingerprint: str, model: Any, adapters: dict[str, Any], destination: str
+) -> dict[str, Any]:
+    """Writes the gradients of `adapters`, parameters of `model` by our names, at `adapter_value`. -> the record."""
     for name, parameter in adapters.items():
-        parameter.data = adapter_value(name, tuple(parameter.shape)).to(dtype)
+        parameter.data = adapter_value(name, tuple(parameter.shape)).to(parameter.dtype)
     batches = first_rows(config, fingerprint)
     targets = sum(batch.targets for batch in batches)
     nats = 0.0
     for tokens, labels in documents(batches):
         logits = model(input_ids=tokens).logits[0].float()
-        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / targets
+        loss = _loss(logits, labels, config) / targets
         loss.backward()
         nats += float(loss.detach())
     gradients = {name: parameter.grad.float() for name, parameter in adapters.items()}
@@ -80,19 +101,6 @@ def plain_first_step(config_text: str, fingerprint: str, destination: str) -> di
     norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
     rows = [batch.targets for batch in batches]
     return {"loss": nats, "grad_norm": float(norm), "targets": targets, "row_targets": rows}
-
-
-def plain_base(config: Config) -> Any:
-    """The frozen base in transformers, with weights as they are after a quantization to NF4 and back."""
-    from transformers import AutoModelForCausalLM
-
-    dtype = DTYPES[config.model.dtype]
-    torch.set_num_threads(1)
-    model: Any = AutoModelForCausalLM.from_pretrained(config.model.base, dtype=dtype, attn_implementation="eager")
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name != "lm_head" and config.quant.type != "none":
-            module.weight.data = bnb.dequantize_4bit(*bnb.quantize_4bit(module.weight.data, quant_type="nf4")).to(dtype)
-    return model.requires_grad_(False)
 
 
 def first_rows(config: Config, fingerprint: str) -> list[MicroBatch]:
@@ -109,6 +117,13 @@ def documents(batches: list[MicroBatch], reserved: int = 0) -> Iterator[tuple[Te
             begin += reserved
             if (batch.labels[0, begin:end] != -100).any():
                 yield batch.input_ids[:, begin:end], batch.labels[0, begin:end]
+
+
+def _loss(logits: Tensor, labels: Tensor, config: Config) -> Tensor:
+    """The summed cross entropy and z-loss of a document's logits (n, V) fp32 and labels (n,)."""
+    smoothing, z_loss = config.objective.label_smoothing, config.objective.z_loss
+    nats = torch.nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+    return nats + z_loss * (torch.logsumexp(logits[labels != -100], -1) ** 2).sum()
 
 
 def _plain_name(name: str) -> str:

@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.dist.assembled import assemble_run
+from tests.nf4 import dequantized
 from trainer.config import parse_config
 from trainer.tuning.method import find_method
 
@@ -52,7 +52,7 @@ def row_norms(base: Path) -> dict[str, Tensor]:
     for file in base.glob("*.safetensors"):
         for name, weight in load_file(file).items():
             if name.endswith("_proj.weight"):
-                weight = bnb.dequantize_4bit(*bnb.quantize_4bit(weight.bfloat16(), quant_type="nf4"))
+                weight = dequantized(weight.bfloat16())
                 length = torch.linalg.vector_norm(weight.float(), dim=1)
                 norms[name.removesuffix(".weight")] = length.bfloat16().float()
     return norms

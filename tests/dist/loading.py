@@ -14,6 +14,7 @@ from torch import Tensor
 from tests import material
 from tests.dist.assembled import assemble_run
 from tests.dist.runs import outcome_of
+from tests.nf4 import decode_layers, decoded, dequantized
 from trainer.base.description import describe
 from trainer.base.filling import as_tensor
 from trainer.base.load import load_model
@@ -57,7 +58,7 @@ def _differences(module: FrozenLinear4bit, whole: Tensor, config: Config) -> lis
     )
     with deepspeed.zero.GatheredParameters(list(module.parameters(recurse=False))):
         ours: dict[str, Any] = {"weight": module.weight.data, "dequantized": module.dequantize()}
-        theirs: dict[str, Any] = {"weight": packed.view(-1), "dequantized": bnb.dequantize_4bit(packed, state)}
+        theirs: dict[str, Any] = {"weight": packed.view(-1), "dequantized": decoded(packed, state)}
         if quant.double:
             ours |= {"absmax": module.absmax.data, "nested": module.nested_absmax.data.view(torch.float32)}
             ours |= {"mean": module.absmax_mean[0]}
@@ -139,8 +140,7 @@ def stock_logits(bases: list[str], quant_type: str, double: bool, destination: s
         )
         if quantization:
             _quantize_experts(model, quant_type, double)
-        # Some CPUs have a fused 4-bit product that rounds differently; bitsandbytes does not use it in training mode.
-        model.train()
+        decode_layers(model)
         with torch.no_grad():
             logits = model(input_ids=_probe(), use_cache=False).logits
         save_file({"logits": logits.contiguous()}, f"{destination}/{Path(base).name}.safetensors")
@@ -154,10 +154,7 @@ def _quantize_experts(model: Any, quant_type: str, double: bool) -> None:
     for parameter in model.parameters():
         if parameter.ndim == 3:
             for matrix in parameter.data:
-                packed, state = bnb.quantize_4bit(
-                    matrix, blocksize=64, quant_type=quant_type, compress_statistics=double
-                )
-                matrix.copy_(bnb.dequantize_4bit(packed, state))
+                matrix.copy_(dequantized(matrix, quant_type, double=double))
 
 
 def _probe() -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.dist import runs
 from tests.dist.assembled import assemble_run
 from trainer import store
 from trainer.base import reading
@@ -81,6 +82,16 @@ def training_memory(config_text: str, fingerprint: str) -> int:
                 here.engine.backward(here.engine.loss(batch) / 100, last=batch is batches[-1])
             here.engine.step(1e-4)
             position = here.stream.advance(position)
+    return _memory("VmHWM") - before
+
+
+def run_memory(config_text: str, fingerprint: str) -> int:
+    """The same for a whole run, with its checkpoints."""
+    reading._GLIBC_DEFAULT_LIMIT = 2**20
+    with reading.freed_memory_given_back():
+        before = _peak_from_here()
+        outcome = runs.run(config_text, fingerprint)
+    assert outcome["outcome"] == "finished", outcome
     return _memory("VmHWM") - before
 
 

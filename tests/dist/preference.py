@@ -4,13 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.dist.assembled import adapter_value, assemble_run, chapters_of
-from tests.dist.gradients import observed_gradients
+from tests.dist.gradients import observed_gradients, plain_base
 from trainer.config import Config, override, parse_config
 from trainer.data.stream import Position, train_stream
 from trainer.objective.objective import find_objective
@@ -56,19 +55,12 @@ def plain_first_steps(
     `glued`: the rejected answer's tokens see those of the chosen one, as they must not.
     """
     from peft import inject_adapter_in_model
-    from transformers import AutoModelForCausalLM
 
     from trainer.tuning.lora import METHODS
 
     config = parse_config(config_text)
     torch.set_num_threads(1)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        config.model.base, dtype=torch.float32, attn_implementation="eager"
-    )
-    model.requires_grad_(False)
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            module.weight.data = bnb.dequantize_4bit(*bnb.quantize_4bit(module.weight.data, quant_type="nf4"))
+    model = plain_base(config)
     with torch.no_grad():
         reference = [answers(model, config, pair, glued) for pair in pairs]
     inject_adapter_in_model(METHODS[config.tuning.method](config.tuning).peft_config("all-linear"), model)

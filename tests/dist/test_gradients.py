@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.dist import curves, gradients
+from tests.dist import curves, gradients, runs
 from tests.dist.launch import launch
 from tests.material import Workshop
 from trainer.config import dump_config
+from trainer.run.layout import CONFIG, metrics
 
 # world size, micro_batch -> accumulation at a global batch of 4. Three ranks do not divide 4: two of their rows are empty.
 LAYOUTS = {(1, 1): 4, (1, 4): 1, (2, 1): 2, (2, 2): 1, (3, 1): 2}
@@ -66,6 +67,28 @@ def test_loss_and_gradients_are_those_of_plain_pytorch(steps: Any, layout: tuple
     assert record["loss"] == pytest.approx(plain["loss"], rel=tolerance / 3)
     assert record["grad_norm"] == pytest.approx(plain["grad_norm"], rel=tolerance)
     assert distance(gradients, plain_gradients) < tolerance
+
+
+def test_label_smoothing_and_z_loss_are_those_of_plain_pytorch_and_an_evaluation_is_without_them(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    held_out = ("data.held_out=0.2", "train.steps=1", "optim.lr=1e-12")
+    found = {}
+    for name, terms in {"plain": (), "terms": ("objective.label_smoothing=0.3", "objective.z_loss=0.02")}.items():
+        config = workshop.config(f"terms-{name}", "model.dtype=fp32", *held_out, *terms)
+        data, file = workshop.prepare(config), tmp_path / f"{name}.safetensors"
+        record = launch(2, gradients.first_step, dump_config(config), data.train, str(file))[0]
+        plain = launch(1, gradients.plain_first_step, dump_config(config), data.train, str(file) + "-plain")[0]
+        assert record["loss"] == pytest.approx(plain["loss"], rel=1e-5 / 3)
+        assert distance(load_file(file), load_file(str(file) + "-plain")) < 1e-5
+        workshop.store.sub(config.run.name).put(CONFIG, dump_config(config).encode())
+        launch(2, runs.run, dump_config(config), data.train, "start", data.eval)
+        records = workshop.store.sub(config.run.name).get(metrics(1)).splitlines()
+        (evaluated,) = (one["loss"] for one in map(json.loads, records) if one["kind"] == "eval")
+        found[name] = evaluated, record["loss"], load_file(file)
+    assert found["terms"][0] == pytest.approx(found["plain"][0], rel=1e-6)
+    assert found["terms"][1] > found["plain"][1] + 0.1
+    assert distance(found["terms"][2], found["plain"][2]) > 0.1, "the control: the terms change the gradient"
 
 
 def test_twenty_steps_give_the_losses_of_the_stock_path(workshop: Workshop) -> None:

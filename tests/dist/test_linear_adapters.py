@@ -85,7 +85,7 @@ def test_gradients_are_those_of_pefts_own_modules_on_documents_by_themselves(
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "adapter"])
 def test_a_run_goes_on_bit_by_bit_at_its_world_size_and_closely_at_another(
     workshop: Workshop, tmp_path: Path, method: str
 ) -> None:

@@ -18,11 +18,12 @@ from trainer.base.families import read_architecture
 from trainer.base.load import empty_model
 from trainer.base.locate import resolve_base
 from trainer.base.parameters import check_no_other
-from trainer.config import override, parse_config
+from trainer.config import Tuning, override, parse_config
 from trainer.data.prepare import load_tokenizer
 from trainer.errors import ConfigError
 from trainer.export import plain
 from trainer.model.attention import Attention
+from trainer.tuning.method import find_method
 
 
 @pytest.fixture(scope="module")
@@ -260,8 +261,9 @@ def test_an_export_that_transformers_or_peft_cannot_read_is_one_sentence(base: P
     remove("*.safetensors")(base)
     with pytest.raises(ConfigError, match=r"^--verify: transformers cannot read .*/base \(.*\), so nothing is proven"):
         plain.load_plain(base, torch.bfloat16, torch.bfloat16)
-    with pytest.raises(ConfigError, match=r"^--verify: PEFT cannot read .* \(.*\), so nothing is proven"):
-        plain.add_adapter(torch.nn.Linear(1, 1), tmp_path)
+    for name, library in (("lora", "PEFT"), ("adapter", "the method's own loader")):
+        with pytest.raises(ConfigError, match=rf"^--verify: {library} cannot read .* \(.*\), so nothing is proven"):
+            plain.add_adapter(torch.nn.Linear(1, 1), tmp_path, find_method(Tuning(method=name)))
 
 
 def test_a_tensor_that_the_architecture_has_not_is_refused_by_name(workshop: Workshop, base: Path) -> None:

@@ -54,6 +54,7 @@ def test_an_example_is_valid_and_says_what_it_is(path: Path) -> None:
         ("8b-one-gpu", LLAMA_8B, 1, 1, 24),
         ("8b-dora", LLAMA_8B, 1, 1, 24),
         ("8b-ia3", LLAMA_8B, 1, 1, 24),
+        ("8b-adapter", LLAMA_8B, 1, 1, 24),
         ("8b-prompt", LLAMA_8B, 1, 1, 24),
         ("8b-prefix", LLAMA_8B, 1, 1, 24),
         ("dpo", LLAMA_8B, 1, 1, 24),
@@ -83,11 +84,22 @@ def test_the_traffic_that_an_example_states_is_what_plan_counts(
     assert f"{node_gb} GB a rank and step by `capstan plan`, instead of {world_gb:,} GB" in text
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "prompt", "prefix"])
-def test_the_parameters_that_the_page_of_methods_states_are_what_plan_counts(method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("lora", ("tuning.rank=16",)),
+        ("dora", ("tuning.rank=16",)),
+        ("ia3", ()),
+        ("adapter", ("tuning.reduction=16", "tuning.placement=houlsby")),
+        ("prompt", ()),
+        ("prefix", ()),
+    ],
+)
+def test_the_parameters_that_the_page_of_methods_states_are_what_plan_counts(
+    method: str, settings: tuple[str, ...]
+) -> None:
     name = "8b-one-gpu" if method == "lora" else f"8b-{method}"
-    rank = ("tuning.rank=16",) if method in ("lora", "dora") else ()
-    counts = [plan(name, base, 1, 1, 24, *rank).parameters.trainable for base in (LLAMA_8B, LLAMA_70B)]
+    counts = [plan(name, base, 1, 1, 24, *settings).parameters.trainable for base in (LLAMA_8B, LLAMA_70B)]
     (row,) = (
         line for line in (EXAMPLES.parent / "docs/methods.md").read_text().splitlines() if f"](#{method})" in line
     )

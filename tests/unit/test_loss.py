@@ -7,9 +7,16 @@ import torch
 from torch import Tensor
 
 from trainer.model import head as loss_module
-from trainer.model.head import IGNORE, LossHead
+from trainer.model.head import IGNORE, LossHead, LossTerms
 
 T, H, V = 50, 12, 31
+TERMS = {
+    "plain": LossTerms(),
+    "smoothed": LossTerms(label_smoothing=0.2),
+    "z-loss": LossTerms(z_loss=0.03),
+    "both": LossTerms(0.2, 0.03),
+}
+with_terms = pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS)
 
 
 @pytest.fixture(params=[1, 7, T], ids=lambda rows: f"chunks-of-{rows}")
@@ -28,13 +35,22 @@ def row(share_of_targets: float = 0.6) -> tuple[Tensor, Tensor]:
     return hidden, labels
 
 
+def stock(logits: Tensor, labels: Tensor, terms: LossTerms) -> Tensor:
+    """The loss of each target by PyTorch's cross entropy, and the z-loss as PaLM states it: (targets,)."""
+    logits, labels = logits[labels != IGNORE], labels[labels != IGNORE]
+    smoothing, z_loss = terms
+    nats = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+    return nats + z_loss * torch.logsumexp(logits, -1) ** 2
+
+
+@with_terms
 @pytest.mark.parametrize("softcap", [None, 1.5])
-def test_value_and_gradient_are_those_of_cross_entropy(head: LossHead, softcap: float | None) -> None:
+def test_value_and_gradient_are_those_of_cross_entropy(head: LossHead, softcap: float | None, terms: LossTerms) -> None:
     head.softcap = softcap
     hidden, labels = row()
-    reference = torch.nn.functional.cross_entropy(head(hidden)[0], labels[0], ignore_index=IGNORE, reduction="sum")
+    reference = stock(head(hidden), labels, terms).sum()
     (expected,) = torch.autograd.grad(reference / 17, hidden)
-    value = head(hidden, labels)
+    value = head(hidden, labels, terms=terms)
     (gradient,) = torch.autograd.grad(value / 17, hidden)
     assert value.dtype == torch.float32
     torch.testing.assert_close(value, reference)
@@ -43,15 +59,15 @@ def test_value_and_gradient_are_those_of_cross_entropy(head: LossHead, softcap: 
     assert not gradient[labels == IGNORE].any()
 
 
+@with_terms
 @pytest.mark.parametrize("softcap", [None, 1.5])
-def test_each_targets_nats_may_weigh_differently(head: LossHead, softcap: float | None) -> None:
+def test_each_targets_nats_may_weigh_differently(head: LossHead, softcap: float | None, terms: LossTerms) -> None:
     head.softcap = softcap
     hidden, labels = row()
-    reference = torch.nn.functional.cross_entropy(head(hidden)[0], labels[0], ignore_index=IGNORE, reduction="none")
-    reference = reference[labels[0] != IGNORE]
+    reference = stock(head(hidden), labels, terms)
     weights = torch.linspace(-1, 2, len(reference))
     (expected,) = torch.autograd.grad((weights * reference).sum(), hidden)
-    nats = head(hidden, labels, per_target=True)
+    nats = head(hidden, labels, per_target=True, terms=terms)
     (gradient,) = torch.autograd.grad((weights * nats).sum(), hidden)
     assert nats.dtype == torch.float32
     torch.testing.assert_close(nats, reference)
@@ -75,7 +91,10 @@ def test_bf16_is_summed_in_fp32(head: LossHead) -> None:
     assert float(half) == pytest.approx(exact, rel=5e-3)
 
 
-def test_logits_of_one_chunk_only_exist_at_a_time(head: LossHead, monkeypatch: pytest.MonkeyPatch) -> None:
+@with_terms
+def test_logits_of_one_chunk_only_exist_at_a_time(
+    head: LossHead, monkeypatch: pytest.MonkeyPatch, terms: LossTerms
+) -> None:
     sizes: list[int] = []
     plain = Tensor.logsumexp
 
@@ -85,7 +104,7 @@ def test_logits_of_one_chunk_only_exist_at_a_time(head: LossHead, monkeypatch: p
 
     monkeypatch.setattr(Tensor, "logsumexp", observed)
     hidden, labels = row()
-    head(hidden, labels)
+    head(hidden, labels, terms=terms)
     assert max(sizes) <= loss_module._CHUNK_BYTES
     assert sum(sizes) == int((labels != IGNORE).sum()) * V * 4
 
@@ -97,23 +116,31 @@ def test_without_gradients_the_value_is_the_same(head: LossHead) -> None:
     assert torch.equal(evaluated, head(hidden, labels).detach())
 
 
+@pytest.mark.parametrize("terms", [terms for name, terms in TERMS.items() if name != "plain"])
+def test_the_checks_would_see_a_term_that_is_left_out(head: LossHead, terms: LossTerms) -> None:
+    hidden, labels = row()
+    found = [torch.autograd.grad(head(hidden, labels, terms=given), hidden)[0] for given in (terms, LossTerms())]
+    assert float((found[0] - found[1]).norm() / found[1].norm()) > 0.05
+
+
 def learning_head(rows: int, monkeypatch: pytest.MonkeyPatch) -> LossHead:
     monkeypatch.setattr(loss_module, "_CHUNK_BYTES", rows * 4 * V)
     torch.manual_seed(2)
     return LossHead(H, V, bias=False)
 
 
+@with_terms
 @pytest.mark.parametrize("rows", [1, 7, T])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_a_head_that_learns_has_the_gradients_of_cross_entropy(
-    rows: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+    rows: int, softcap: float | None, terms: LossTerms, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     head = learning_head(rows, monkeypatch)
     head.softcap = softcap
     hidden, labels = row()
-    reference = torch.nn.functional.cross_entropy(head(hidden)[0], labels[0], ignore_index=IGNORE, reduction="sum")
+    reference = stock(head(hidden), labels, terms).sum()
     expected = torch.autograd.grad(reference / 17, (hidden, head.weight))
-    value = head(hidden, labels)
+    value = head(hidden, labels, terms=terms)
     torch.testing.assert_close(value, reference)
     for gradient, other in zip(torch.autograd.grad(value / 17, (hidden, head.weight)), expected, strict=True):
         torch.testing.assert_close(gradient, other)
@@ -122,7 +149,10 @@ def test_a_head_that_learns_has_the_gradients_of_cross_entropy(
         torch.autograd.grad(head(hidden, labels), head.weight)
 
 
-def test_an_embedding_that_is_the_head_too_has_the_sum_of_both_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+@with_terms
+def test_an_embedding_that_is_the_head_too_has_the_sum_of_both_gradients(
+    monkeypatch: pytest.MonkeyPatch, terms: LossTerms
+) -> None:
     head, (_, labels) = learning_head(7, monkeypatch), row()
     tokens = torch.arange(T)[None] % V
 
@@ -130,15 +160,11 @@ def test_an_embedding_that_is_the_head_too_has_the_sum_of_both_gradients(monkeyp
         hidden = torch.nn.functional.embedding(tokens, head.weight).tanh()
         return torch.autograd.grad(loss_of(hidden), head.weight)[0]
 
-    expected = gradient(
-        lambda hidden: torch.nn.functional.cross_entropy(
-            head(hidden)[0], labels[0], ignore_index=IGNORE, reduction="sum"
-        )
-    )
-    torch.testing.assert_close(gradient(lambda hidden: head(hidden, labels)), expected)
+    expected = gradient(lambda hidden: stock(head(hidden), labels, terms).sum())
+    torch.testing.assert_close(gradient(lambda hidden: head(hidden, labels, terms=terms)), expected)
     half = gradient(
         lambda hidden: loss_module._FrozenCrossEntropy.apply(  # type: ignore[arg-type,return-value]
-            hidden[labels != IGNORE], head.weight, labels[labels != IGNORE], head
+            hidden[labels != IGNORE], head.weight, labels[labels != IGNORE], head, terms
         ).sum()
     )
     assert float((half - expected).norm() / expected.norm()) > 0.1, "the control: without the head's part"

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.nf4 import decoded, dequantized
 from trainer.model.nf4 import Format, FrozenLinear4bit, FrozenStack4bit, Layout, quantize_absmax, quantize_blocks, share
 
 Kind = Literal["nf4", "fp4"]
-IN, OUT = 90, 70  # 6,300 weights: no multiple of a block
+IN, OUT = 96, 71  # neither a row nor the whole is a number of whole blocks
 
 
 def layer(kind: Kind, double: bool, dtype: torch.dtype = torch.float32) -> tuple[FrozenLinear4bit, Tensor]:
@@ -30,7 +31,7 @@ def layer(kind: Kind, double: bool, dtype: torch.dtype = torch.float32) -> tuple
     else:
         module.absmax = torch.nn.Parameter(absmax.view(torch.uint8), requires_grad=False)
     module.bias = torch.nn.Parameter(torch.randn(OUT, dtype=dtype), requires_grad=False)
-    whole = bnb.dequantize_4bit(*bnb.quantize_4bit(source, blocksize=64, quant_type=kind, compress_statistics=double))
+    whole = dequantized(source, kind, double=double)
     return module, whole
 
 
@@ -56,7 +57,7 @@ def test_a_stack_multiplies_like_the_3d_parameter_it_stands_for_and_autograd_kee
     packed, absmax, nested, means = [], [], [], []
     for index, matrix in enumerate(source):
         code, state = bnb.quantize_4bit(matrix, quant_type="nf4", compress_statistics=double)
-        whole[index] = bnb.dequantize_4bit(code, state)
+        whole[index] = decoded(code, state)
         packed.append(code.view(-1))
         absmax.append(state.absmax)
         if double:

@@ -49,6 +49,11 @@ def test_an_objective_is_found_by_its_name(name: str) -> None:
             "objective.loss_type: has no effect with objective.name: orpo.",
         ),
         (("objective.name=simpo", "objective.label_smoothing=0.1"), "objective.label_smoothing: has no effect with"),
+        (("objective.name=dpo", "objective.z_loss=0.1"), "objective.z_loss: has no effect with objective.name: dpo."),
+        (
+            ("objective.name=dpo", "objective.label_smoothing=0.5"),
+            "objective.label_smoothing: 0.5 would have most pairs be the wrong way round. It is below 0.5 with",
+        ),
         (
             ("objective.name=dpo", "objective.loss_type=ipo", "objective.label_smoothing=0.1"),
             "objective.label_smoothing: 0.1 has no effect with objective.loss_type: ipo.",
@@ -89,6 +94,8 @@ def manifest(objective: dict[str, Any]) -> CheckpointManifest:
 
 def test_a_checkpoint_keeps_its_objective_without_defaults() -> None:
     assert identity("objective.name=sft").objective == {}
+    smoothed = identity("objective.name=sft", "objective.label_smoothing=0.6", "objective.z_loss=1e-4")
+    assert smoothed.objective == {"label_smoothing": 0.6, "z_loss": 1e-4}
     assert identity("objective.name=dpo", "objective.beta=0.1").objective == {"name": "dpo"}
     assert identity("objective.name=dpo", "objective.loss_type=ipo").objective == {"name": "dpo", "loss_type": "ipo"}
     simpo = identity("objective.name=simpo", "objective.gamma=1.4")
@@ -102,6 +109,7 @@ def test_a_checkpoint_keeps_its_objective_without_defaults() -> None:
     [
         ({}, ("objective.name=dpo",), "has objective name: 'sft', the configuration gives 'dpo'"),
         ({"name": "dpo"}, ("objective.name=sft",), "has objective name: 'dpo', the configuration gives 'sft'"),
+        ({}, ("objective.name=sft", "objective.z_loss=0.1"), "has objective z_loss: 0.0, the configuration gives 0.1"),
         (
             {"name": "dpo"},
             ("objective.name=dpo", "objective.beta=0.2"),

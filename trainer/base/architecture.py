@@ -117,6 +117,16 @@ class Architecture:
             if parameter.kind == "linear"
         }
 
+    def blocks(self) -> dict[int, list[str]]:
+        """Decoder layer -> the paths in the model of its blocks, each of whose outputs is added to the hidden states: first
+        attention, last the MLP or the mixture of experts."""
+        found: dict[int, dict[str, None]] = {}
+        for parameter in self.parameters:
+            if parameter.layer is not None and parameter.kind in ("linear", "experts"):
+                before, number, rest = parameter.name.partition(f".{parameter.layer}.")
+                found.setdefault(parameter.layer, {})[before + number + rest.partition(".")[0]] = None
+        return {layer: list(paths) for layer, paths in found.items()}
+
     def stored_names(self, name: str) -> tuple[str, ...]:
         """The tensors of the files that make up the parameter `name`, in order."""
         return self.stored_as.get(name, (name,))

@@ -70,8 +70,9 @@ class Tuning(Section):
     method: str = setting(
         "lora",
         about="lora or rslora: low-rank adapters, scaled by alpha / rank or by alpha / sqrt(rank). dora: those of lora, and a "
-        "length for each row of a weight. ia3: vectors that scale keys, values and the MLP's inner activations. prompt: virtual "
-        "tokens before each document. prefix: keys and values of such tokens in every layer. full: the base itself, which needs quant.type: none.",
+        "length for each row of a weight. ia3: vectors that scale keys, values and the MLP's inner activations. full: the base "
+        "itself, which needs quant.type: none. adapter: bottleneck layers after attention and MLP. prompt: virtual tokens before "
+        "each document. prefix: keys and values of such tokens in every layer.",
         example="rslora",
     )
     rank: int = setting(16, about="Rank of the adapters.", example=16, ge=1, le=4096)
@@ -89,6 +90,21 @@ class Tuning(Section):
         None,
         about="Those of the targets whose inputs ia3 scales, where it scales the outputs of the others. Default: those that end in down_proj.",
         example=["down_proj"],
+    )
+    reduction: int = setting(
+        16,
+        about="The base's hidden size over the width of a bottleneck layer, which is rounded down (method adapter).",
+        example=16,
+        ge=1,
+        le=65536,
+    )
+    activation: Literal["relu", "gelu", "silu", "tanh"] = setting(
+        "relu", about="The function between the two matrices of a bottleneck layer (method adapter).", example="gelu"
+    )
+    placement: Literal["houlsby", "pfeiffer"] = setting(
+        "houlsby",
+        about="Where bottleneck layers are: houlsby, after attention and after the MLP; pfeiffer, after the MLP (method adapter).",
+        example="pfeiffer",
     )
     virtual_tokens: int = setting(
         20,

@@ -6,7 +6,7 @@ from trainer.config.section import Section, setting
 
 
 class ObjectiveSettings(Section):
-    """The loss that training minimises. docs/preference.md says when to use which, and gives the formulas."""
+    """The loss that training minimises. docs/preference.md and docs/methods.md say when to use which, and give the formulas."""
 
     name: str = setting(
         "sft",
@@ -26,11 +26,19 @@ class ObjectiveSettings(Section):
     )
     label_smoothing: float = setting(
         0.0,
-        about="dpo with loss_type: sigmoid: share of the pairs that are thought to be the wrong way round.",
+        about="sft: share of a target's loss that is the mean over the vocabulary. dpo with loss_type: sigmoid: share of the "
+        "pairs that are thought to be the wrong way round, below 0.5.",
         example=0.1,
         ge=0,
-        lt=0.5,
-        unit="share of pairs",
+        lt=1,
+        unit="share",
+    )
+    z_loss: float = setting(
+        0.0,
+        about="sft: weight of log(Z)^2 beside the next-token loss, with Z the sum of exp over the logits.",
+        example=1e-4,
+        ge=0,
+        le=1,
     )
     gamma: float = setting(
         1.0,

@@ -1,10 +1,11 @@
-"""The exported side of a proof: what a user loads, by transformers, bitsandbytes and PEFT alone.
+"""The exported side of a proof: what a user loads, by transformers, bitsandbytes and PEFT alone, or by the loader that an export
+brings along where PEFT knows no such adapter.
 
 Nothing of Capstan's own model is used here, so that a mistake in it cannot hide itself.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from trainer.config import Quant
 from trainer.errors import ConfigError, shown
 from trainer.export.rows import ProbeRow
+from trainer.tuning.method import Method, OwnFormat
 
 
 def device() -> torch.device:
@@ -51,15 +53,22 @@ def round_buffers(model: nn.Module, alike: Mapping[str, Tensor]) -> None:
             buffer.data = alike[name].float().to(buffer.device)
 
 
-def add_adapter(model: Any, adapter: Path) -> Any:
-    """`model` with an adapter around it, as PEFT reads it. Raises `ConfigError` when it cannot."""
+def add_adapter(model: Any, adapter: Path, method: Method) -> tuple[Any, AbstractContextManager[None]]:
+    """`model` with an exported adapter, as PEFT or the method's own loader reads it, and a context without the adapter.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    if isinstance(method, OwnFormat):
+        with _reading("the method's own loader", adapter):
+            return model, method.load_exported(model, adapter)
     with _reading("PEFT", adapter):
         adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
     for module in adapted.modules():
         if isinstance(module, Linear4bit):
             # In eval mode bitsandbytes repacks weights for a fused CPU kernel, which only takes widths divisible by 32.
             module.train()
-    return adapted
+    return adapted, adapted.disable_adapter()
 
 
 @contextmanager
@@ -94,7 +103,12 @@ def quantize(model: nn.Module, quant: Quant, dtype: torch.dtype) -> None:
     """
     form = {"blocksize": quant.block_size, "quant_type": quant.type, "compress_statistics": quant.double}
     for path, module in list(model.named_modules()):
-        if type(module) is nn.Linear and path != "lm_head":
+        if type(module) is not nn.Linear or path == "lm_head":
+            continue
+        if device().type == "cpu" and module.in_features % quant.block_size:
+            # On a CPU, bitsandbytes 0.50 misreads matrices whose rows are not whole blocks.
+            module.weight.data = _dequantized(module.weight.data, dtype, form)
+        else:
             layer = Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=dtype, device="meta")
             weight: Any = Params4bit(module.weight.data, requires_grad=False, **form)
             weight = weight.to(device())  # which quantizes it
@@ -105,9 +119,14 @@ def quantize(model: nn.Module, quant: Quant, dtype: torch.dtype) -> None:
     for parameter in (parameter for parameter in model.parameters() if parameter.ndim == 3):
         matrices = parameter.data.to(dtype)
         for matrix in matrices:
-            packed, state = bnb.quantize_4bit(matrix.to(device()), **form)
-            matrix.copy_(bnb.dequantize_4bit(packed, state))
+            matrix.copy_(_dequantized(matrix, dtype, form))
         parameter.data = matrices
+
+
+def _dequantized(matrix: Tensor, dtype: torch.dtype, form: Mapping[str, Any]) -> Tensor:
+    """`matrix` in `dtype`, quantized and dequantized as one row, where it was."""
+    packed, state = bnb.quantize_4bit(matrix.to(device(), dtype).flatten(), **form)
+    return bnb.dequantize_4bit(packed, state).view_as(matrix).to(matrix.device)
 
 
 @contextmanager

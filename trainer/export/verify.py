@@ -122,10 +122,10 @@ def prove_adapter(run: Store, step: int, adapter: Store) -> Proof:
     _give_memory_back()
     with _base_directory(trained.base) as base, _directory(adapter) as folder:
         model = _plain_base(trained, base, computed_in)
-        model = plain.add_adapter(model, folder)
+        model, without = plain.add_adapter(model, folder, trained.method)
         with _computing(model, computed_in):
             found, noise = _predictions(model, rows, computed_in)
-            with model.disable_adapter():
+            with without:
                 effect = distance(found, plain.place_logits(model, rows), rows)
     return _proof(trained.probe, computed_in, distance(expected, found, rows), noise, effect)
 
@@ -146,10 +146,10 @@ def prove_merged(run: Store, step: int, merged: Store) -> Proof:
     with _base_directory(trained.base) as base, scratch_folder("adapter") as folder:
         export_adapter(run, open_store(folder), step)
         model = plain.load_plain(base, _held_in(trained.base), trained.dtype).to(plain.device())
-        model = plain.add_adapter(model, Path(folder))
+        model, without = plain.add_adapter(model, Path(folder), trained.method)
         with plain.computing_in_fp32(model):
             beside = plain.place_logits(model, rows)
-            with model.disable_adapter():
+            with without:
                 alone = plain.place_logits(model, rows)
             plain.merge_and_round(model, stored)
             expected, noise = _predictions(model, rows, "fp32")

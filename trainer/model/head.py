@@ -6,7 +6,7 @@ embedding or not, the backward pass makes the logits of each chunk again and sum
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,21 @@ from torch import Tensor, nn
 IGNORE = -100
 """The label of a position that predicts nothing (cross entropy's `ignore_index`)."""
 _CHUNK_BYTES = 2**28  # of fp32 logits
+
+
+class LossTerms(NamedTuple):
+    """The terms of a target's loss beside its -log p. Both are computed within the chunks of logits, forward and backward.
+
+    label_smoothing: e, the share of the loss that is the mean of -log p over the vocabulary
+        (arXiv:1512.00567, section 7).
+    z_loss: w, a summand of w * log(Z)^2 with Z the sum of exp over the logits (PaLM, arXiv:2204.02311, section 5).
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+_PLAIN = LossTerms()
 
 
 class LossHead(nn.Linear):
@@ -24,30 +39,32 @@ class LossHead(nn.Linear):
 
     softcap: float | None = None
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, per_target: bool = False) -> Tensor:
+    def forward(
+        self, hidden: Tensor, labels: Tensor | None = None, per_target: bool = False, terms: LossTerms = _PLAIN
+    ) -> Tensor:
         """hidden (..., T, H).
 
         Without labels: logits (..., T, V). With labels (..., T), -100 where there is no target: the sum over targets of
-        -log p(label), a () fp32 tensor in nats, which is 0 with a zero gradient for a row without targets; or, `per_target`,
-        the summands, (targets,), in the order of the labels.
+        -log p(label) with the further `terms`, a () fp32 tensor in nats, which is 0 with a zero gradient for a row without
+        targets; or, `per_target`, the summands, (targets,), in the order of the labels.
         """
         if labels is None:
             logits = super().forward(hidden)
             return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
         wanted = labels != IGNORE
         function = _LearningCrossEntropy if self.weight.requires_grad else _FrozenCrossEntropy
-        nats: Tensor = function.apply(hidden[wanted], self.weight, labels[wanted], self)  # type: ignore[assignment]
+        nats: Tensor = function.apply(hidden[wanted], self.weight, labels[wanted], self, terms)  # type: ignore[assignment]
         return nats if per_target else nats.sum()
 
 
 class _FrozenCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, head: LossHead) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, head: LossHead, terms: LossTerms) -> Tensor:
         """hidden (N, H), weight (V, H), targets (N,) -> (N,) fp32, the nats of each target."""
         nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for part in _parts(hidden, weight):
-            chunk = _Chunk(hidden[part], weight, targets[part], head.softcap)
+            chunk = _Chunk(hidden[part], weight, targets[part], head.softcap, terms)
             nats[part] = chunk.nats()
             if grad is not None:
                 grad[part] = chunk.gradient().to(weight.dtype) @ weight
@@ -55,33 +72,33 @@ class _FrozenCrossEntropy(torch.autograd.Function):
         return nats
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
         # In fp32 first: the scale (1 / targets) can be too small for the product's rounding in bf16 to be harmless.
-        return (ctx.grad.float() * grad_output[:, None]).to(ctx.grad.dtype), None, None, None
+        return (ctx.grad.float() * grad_output[:, None]).to(ctx.grad.dtype), None, None, None, None
 
 
 class _LearningCrossEntropy(torch.autograd.Function):
     """Keeps the module, never the gathered weight, which ZeRO-3 gathers again before the module's backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, head: LossHead) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, head: LossHead, terms: LossTerms) -> Tensor:
         """hidden (N, H), weight (V, H), targets (N,) -> (N,) fp32, the nats of each target."""
         ctx.save_for_backward(hidden, targets)
-        ctx.head = head
-        nats = [_Chunk(hidden[p], weight, targets[p], head.softcap).nats() for p in _parts(hidden, weight)]
+        ctx.head, ctx.terms = head, terms
+        nats = [_Chunk(hidden[p], weight, targets[p], head.softcap, terms).nats() for p in _parts(hidden, weight)]
         return torch.cat(nats) if nats else torch.zeros(0, dtype=torch.float32, device=hidden.device)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
         (hidden, targets), weight = ctx.saved_tensors, ctx.head.weight.detach()
         grad = torch.empty_like(hidden)
         weight_grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for part in _parts(hidden, weight):
-            logits_grad = _Chunk(hidden[part], weight, targets[part], ctx.head.softcap).gradient()
+            logits_grad = _Chunk(hidden[part], weight, targets[part], ctx.head.softcap, ctx.terms).gradient()
             logits_grad = logits_grad.mul_(grad_output[part, None]).to(weight.dtype)
             grad[part] = logits_grad @ weight
             weight_grad += logits_grad.T @ hidden[part]
-        return grad, weight_grad.to(weight.dtype), None, None
+        return grad, weight_grad.to(weight.dtype), None, None, None
 
 
 def _parts(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
@@ -94,21 +111,36 @@ def _parts(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
 class _Chunk:
     """The logits of n targets: hidden (n, H), weight (V, H), targets (n,)."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> None:
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, terms: LossTerms
+    ) -> None:
         logits = (hidden @ weight.T).float()  # (n, V)
         self._slope = None
         if softcap is not None:
             bent = torch.tanh(logits.div_(softcap))
             logits, self._slope = bent * softcap, bent.square_().neg_().add_(1)
-        self._logits, self._target = logits, targets.unsqueeze(-1)
+        self._logits, self._target, self._terms = logits, targets.unsqueeze(-1), terms
         self._log_normalizer = logits.logsumexp(-1, keepdim=True)
 
     def nats(self) -> Tensor:
-        """-log p of each target, (n,) fp32."""
-        return (self._log_normalizer - self._logits.gather(-1, self._target)).squeeze(-1)
+        """-log p of each target, with the further terms, (n,) fp32."""
+        smoothing, z_loss = self._terms
+        nats = self._log_normalizer - self._logits.gather(-1, self._target)
+        if smoothing:
+            uniform = self._log_normalizer - self._logits.mean(-1, keepdim=True)
+            nats = nats.lerp(uniform, smoothing)
+        if z_loss:
+            nats = nats + z_loss * self._log_normalizer.square()
+        return nats.squeeze(-1)
 
     def gradient(self) -> Tensor:
-        """d nats / d logits before the softcap, (n, V) fp32, in the memory of the logits: softmax - one_hot(target)."""
-        probabilities = self._logits.sub_(self._log_normalizer).exp_()
-        probabilities.scatter_add_(-1, self._target, torch.full_like(self._target, -1, dtype=torch.float32))
-        return probabilities if self._slope is None else probabilities.mul_(self._slope)
+        """d nats / d logits before the softcap, (n, V) fp32, in the memory of the logits. Without further terms it is
+        softmax - one_hot(target)."""
+        smoothing, z_loss = self._terms
+        slopes = self._logits.sub_(self._log_normalizer).exp_()
+        if z_loss:
+            slopes.mul_(1 + 2 * z_loss * self._log_normalizer)
+        if smoothing:
+            slopes.sub_(smoothing / slopes.shape[-1])
+        slopes.scatter_add_(-1, self._target, torch.full_like(self._target, smoothing - 1, dtype=torch.float32))
+        return slopes if self._slope is None else slopes.mul_(self._slope)

@@ -88,17 +88,21 @@ class Packed(nn.Module):
             self.absmax_mean = nn.Buffer(torch.zeros(slices, dtype=torch.float32), persistent=False)
 
     def dequantize(self, index: int = 0) -> Tensor:
-        """Slice `index`, of `slice_shape` in the compute dtype. The parameters must be gathered."""
+        """Slice `index`, of `slice_shape` in the compute dtype. The parameters must be gathered.
+
+        It is dequantized as one row, as it was quantized: on a CPU, bitsandbytes 0.50 lets every row begin a block, which is
+        wrong for rows that are not whole blocks.
+        """
         form, layout = self.format, self.layout
         packed = self.weight.data[index * layout.slice_bytes : (index + 1) * layout.slice_bytes]
         state = bnb.QuantState(
             absmax=self._scales(index),
-            shape=torch.Size(self.slice_shape),
+            shape=torch.Size([layout.numel]),
             dtype=form.dtype,
             blocksize=form.block_size,
             quant_type=form.quant_type,
         )
-        return bnb.dequantize_4bit(packed.view(-1, 1), state)
+        return bnb.dequantize_4bit(packed.view(-1, 1), state).view(self.slice_shape)
 
     def _scales(self, index: int) -> Tensor:
         """fp32 absmax of one slice, (slice_blocks,)."""

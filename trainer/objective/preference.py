@@ -175,12 +175,16 @@ class Preference:
         return without_defaults({name: getattr(self.given, name) for name in self.defaults}, self.defaults)
 
     def mismatches(self) -> list[str]:
+        wrong, smoothing = [], f"objective.label_smoothing: {self.given.label_smoothing}"
         if self.given.label_smoothing and self.given.loss_type != "sigmoid":
-            return [
-                f"objective.label_smoothing: {self.given.label_smoothing} has no effect with objective.loss_type: "
-                f"{self.given.loss_type}. Remove it, or set loss_type: sigmoid."
-            ]
-        return []
+            wrong.append(
+                f"{smoothing} has no effect with objective.loss_type: {self.given.loss_type}. Remove it, or set loss_type: sigmoid."
+            )
+        if self.given.label_smoothing >= 0.5:
+            wrong.append(
+                f"{smoothing} would have most pairs be the wrong way round. It is below 0.5 with objective.name: {self.given.name}."
+            )
+        return wrong
 
     def weight(self, batch: MicroBatch) -> int:
         return len(batch.rejected)

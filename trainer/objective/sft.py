@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config import ObjectiveSettings
 from trainer.objective.objective import Objective
+from trainer.registry import without_defaults
 from trainer.tuning.method import Method
 
 if TYPE_CHECKING:
@@ -17,27 +18,39 @@ if TYPE_CHECKING:
 
 
 class NextTokens:
-    """Mean of -log p over the targets, in nats."""
+    """Mean of -log p over the targets, in nats; in training with the terms of `trainer.model.head.LossTerms`.
 
-    settings: Collection[str] = ()
-    defaults: Mapping[str, Any] = {"name": "sft"}
+    An evaluation is without them, so that its loss is a likelihood and comparable between runs.
+    """
+
+    settings: Collection[str] = ("label_smoothing", "z_loss")
+    defaults: Mapping[str, Any] = {"name": "sft", "label_smoothing": 0.0, "z_loss": 0.0}
     formats: Collection[str] = ("chat", "prompt_completion", "text")
     reads_reference: bool = False
     unit: str = "targets"
     measures: Sequence[str] = ()
 
+    def __init__(self, label_smoothing: float = 0.0, z_loss: float = 0.0) -> None:
+        self._label_smoothing, self._z_loss = label_smoothing, z_loss
+
     @property
     def identity(self) -> dict[str, Any]:
-        return {}
+        given = {"label_smoothing": self._label_smoothing, "z_loss": self._z_loss}
+        return without_defaults(given, self.defaults)
 
     def mismatches(self) -> list[str]:
         return []
 
     def loss(self, model: PackedModel, batch: MicroBatch) -> Tensor:
-        return model.head(model.hidden(batch), batch.labels)
+        from trainer.model.head import LossTerms
+
+        terms = LossTerms(self._label_smoothing, self._z_loss) if model.head.training else LossTerms()
+        return model.head(model.hidden(batch), batch.labels, terms=terms)
 
     def weight(self, batch: MicroBatch) -> int:
         return batch.targets
 
 
-OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {"sft": lambda settings, method: NextTokens()}
+OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {
+    "sft": lambda given, method: NextTokens(given.label_smoothing, given.z_loss)
+}

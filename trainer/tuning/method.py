@@ -11,7 +11,8 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from trainer import tuning
 from trainer.base.architecture import Architecture
@@ -138,6 +139,16 @@ class Method(Protocol):
 
     def updates(self, weights: LearntWeights, architecture: Architecture) -> Mapping[str, WeightUpdate]:
         """Name of each weight of the base that a merge changes -> its change; unless `unmergeable`."""
+        ...
+
+
+@runtime_checkable
+class OwnFormat(Protocol):
+    """A method whose exports PEFT does not read has this beside `Method`."""
+
+    def load_exported(self, model: PreTrainedModel, folder: Path) -> AbstractContextManager[None]:
+        """Put what the files of `export` hold on the base as transformers made it, by the code that users are given. Inside
+        the context that is returned, `model` computes as its base does."""
         ...
 
 

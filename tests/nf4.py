@@ -1,0 +1,38 @@
+"""4-bit weights decoded by table in plain torch: an independent reference, as on a CPU bitsandbytes 0.50 misreads matrices whose
+rows are not whole blocks."""
+
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import torch
+from bitsandbytes.nn import Linear4bit
+from torch import Tensor, nn
+
+
+def decoded(packed: Tensor, state: bnb.QuantState) -> Tensor:
+    """The weights that bitsandbytes packed: each the table's value times its block's absmax, in the type that they had."""
+    absmax = state.absmax
+    if state.nested:
+        absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
+    pairs = packed.view(-1).view(torch.uint8)
+    numbers = torch.stack([pairs >> 4, pairs & 15], dim=1).view(-1)[: state.shape.numel()]
+    return (
+        (state.code[numbers.int()] * absmax.repeat_interleave(state.blocksize)[: len(numbers)])
+        .to(state.dtype)
+        .view(state.shape)
+    )
+
+
+def dequantized(weight: Tensor, quant_type: str = "nf4", block_size: int = 64, double: bool = False) -> Tensor:
+    """`weight` as it is after bitsandbytes has quantized it, in its own type."""
+    return decoded(*bnb.quantize_4bit(weight, blocksize=block_size, quant_type=quant_type, compress_statistics=double))
+
+
+def decode_layers(model: nn.Module) -> None:
+    """Give the 4-bit layers of a model, as transformers loads it, ordinary weights instead."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Linear4bit):
+            plain: Any = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            plain.weight = nn.Parameter(decoded(module.weight.data, module.weight.quant_state), requires_grad=False)
+            plain.bias = module.bias
+            model.set_submodule(path, plain)
