@@ -184,6 +184,9 @@ def test_plan_counts_the_positions_of_virtual_tokens() -> None:
     activations = [plan.memory_per_gpu.activations for plan in plans]
     assert activations == [activations[0] * (4096 + more) // 4096 for more in (0, 100, 200)]
     assert plans[1].checkpoint_bytes == 12 * 100 * 4096
+    prefix = make_plan(load_config(EXAMPLES / "8b-prefix.yaml"), describe(LLAMA_8B, None), 1, 1, None)
+    assert prefix.batch.tokens == 16 * 4096
+    assert prefix.checkpoint_bytes == 12 * 32 * 2 * 8 * 50 * 128
 
 
 def slow_varlen(
