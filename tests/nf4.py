@@ -5,22 +5,22 @@ from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit
 from torch import Tensor, nn
 
 
 def decoded(packed: Tensor, state: bnb.QuantState) -> Tensor:
     """The weights that bitsandbytes packed: each the table's value times its block's absmax, in the type that they had."""
+    assert state.shape is not None
+    assert state.code is not None
     absmax = state.absmax
     if state.nested:
+        assert state.offset is not None
         absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
     pairs = packed.view(-1).view(torch.uint8)
-    numbers = torch.stack([pairs >> 4, pairs & 15], dim=1).view(-1)[: state.shape.numel()]
-    return (
-        (state.code[numbers.int()] * absmax.repeat_interleave(state.blocksize)[: len(numbers)])
-        .to(state.dtype)
-        .view(state.shape)
-    )
+    numbers = torch.stack([pairs >> 4, pairs & 15], dim=1).view(-1)[: state.shape.numel()].int()
+    scales = absmax.repeat_interleave(state.blocksize)[: len(numbers)]
+    return (state.code[numbers] * scales).to(state.dtype).view(state.shape)
 
 
 def dequantized(weight: Tensor, quant_type: str = "nf4", block_size: int = 64, double: bool = False) -> Tensor:
@@ -33,6 +33,7 @@ def decode_layers(model: nn.Module) -> None:
     for path, module in list(model.named_modules()):
         if isinstance(module, Linear4bit):
             plain: Any = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-            plain.weight = nn.Parameter(decoded(module.weight.data, module.weight.quant_state), requires_grad=False)
+            weight: Any = module.weight
+            plain.weight = nn.Parameter(decoded(weight.data, weight.quant_state), requires_grad=False)
             plain.bias = module.bias
             model.set_submodule(path, plain)
