@@ -92,7 +92,8 @@ def plain_step(
     targets = sum(batch.targets for batch in batches)
     nats = 0.0
     for tokens, labels in documents(batches):
-        loss = _loss(model(input_ids=tokens).logits[0].float(), labels, config) / targets
+        logits = model(input_ids=tokens).logits[0].float()
+        loss = _loss(logits, labels, config) / targets
         loss.backward()
         nats += float(loss.detach())
     gradients = {name: parameter.grad.float() for name, parameter in adapters.items()}

@@ -18,13 +18,12 @@ def plain_first_step(config_text: str, fingerprint: str, destination: str, glued
 
     `glued`: the documents of a row are one document, as they must not be.
     """
-    from peft import PromptTuningConfig, get_peft_model
+    from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
     config = parse_config(config_text)
     tokens = config.tuning.virtual_tokens
-    model: Any = get_peft_model(
-        plain_base(config), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
-    )
+    kind = {"prompt": PromptTuningConfig, "prefix": PrefixTuningConfig}[config.tuning.method]
+    model: Any = get_peft_model(plain_base(config), kind(task_type="CAUSAL_LM", num_virtual_tokens=tokens))
     weight = model.prompt_encoder.default.embedding.weight
     shapes = _shapes(config)
     weight.data = peft_weight({name: adapter_value(name, shape) for name, shape in shapes.items()})
@@ -45,14 +44,20 @@ def plain_first_step(config_text: str, fingerprint: str, destination: str, glued
 
 def peft_weight(weights: dict[str, Tensor]) -> Tensor:
     """PEFT's one matrix of the parameters that learn."""
-    (weight,) = weights.values()
-    return weight
+    if "prompt.weight" in weights:
+        return weights["prompt.weight"]
+    every = torch.stack(list(weights.values()))  # layers, keys and values, heads, tokens, head
+    return every.permute(3, 0, 1, 2, 4).flatten(1).contiguous()
 
 
 def our_weights(weight: Tensor, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """The other way round."""
-    (name,) = shapes
-    return {name: weight}
+    if "prompt.weight" in shapes:
+        return {"prompt.weight": weight}
+    names = [f"model.layers.{layer}.self_attn.prefix" for layer in range(len(shapes))]
+    two, heads, tokens, size = shapes[names[0]]
+    every = weight.view(tokens, len(names), two, heads, size).permute(1, 2, 3, 0, 4)
+    return {name: values.contiguous() for name, values in zip(names, every, strict=True)}
 
 
 def _shapes(config: Config) -> dict[str, tuple[int, ...]]:

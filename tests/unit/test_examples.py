@@ -56,6 +56,7 @@ def test_an_example_is_valid_and_says_what_it_is(path: Path) -> None:
         ("8b-ia3", LLAMA_8B, 1, 1, 24),
         ("8b-adapter", LLAMA_8B, 1, 1, 24),
         ("8b-prompt", LLAMA_8B, 1, 1, 24),
+        ("8b-prefix", LLAMA_8B, 1, 1, 24),
         ("dpo", LLAMA_8B, 1, 1, 24),
         ("kto", LLAMA_8B, 1, 1, 24),
         ("70b-2x8", LLAMA_70B, 16, 8, 80),
@@ -92,6 +93,7 @@ def test_the_traffic_that_an_example_states_is_what_plan_counts(
         ("ia3", ()),
         ("adapter", ("tuning.reduction=16", "tuning.placement=houlsby")),
         ("prompt", ()),
+        ("prefix", ()),
     ],
 )
 def test_the_parameters_that_the_page_of_methods_states_are_what_plan_counts(

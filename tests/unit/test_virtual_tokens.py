@@ -22,13 +22,14 @@ from trainer.model import attention
 from trainer.model.attention import VARLEN, Attention
 from trainer.model.head import LossHead
 from trainer.model.packed import PackedModel
+from trainer.model.prefix import add_prefixes, attention_layers
 from trainer.model.prompt import add_prompt
 from trainer.objective.sft import NextTokens
 from trainer.plan import make_plan
 from trainer.tuning.linear_adapters import flagged
 from trainer.tuning.method import find_method, tuning_mismatches
 
-METHODS = ("prompt",)
+METHODS = ("prompt", "prefix")
 P = 5
 
 
@@ -135,6 +136,22 @@ def test_a_window_that_is_shorter_than_a_row_is_refused_for_a_prompt() -> None:
     assert mismatches("mistral", sliding_window=69) == []
 
 
+def test_a_prefix_refuses_every_window_and_kernels_that_take_no_keys_beside_a_rows_own() -> None:
+    (sentence,) = mismatches("mistral", method="prefix", sliding_window=4096)
+    assert sentence == (
+        "tuning.method: prefix gives each layer keys and values that every token sees, and layers of this base see 4096 tokens "
+        "back only (a sliding window). Choose another method, such as prompt or lora."
+    )
+    for kernel in ("eager", "flash_attention_2"):
+        (sentence,) = mismatches("llama", f"model.attention={kernel}", method="prefix")
+        assert sentence == (
+            f"model.attention: {kernel} cannot run with tuning.method: prefix: it takes no keys and values beside those of a row's "
+            "own tokens. Use auto."
+        )
+    for kind in ("gemma2", "gpt-oss"):  # whose attention only such kernels compute
+        assert any("a sliding window" in sentence for sentence in mismatches(kind, method="prefix"))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_settings_of_other_methods_are_refused_and_the_start_is_part_of_the_identity(method: str) -> None:
     config = with_method(
@@ -173,6 +190,9 @@ def test_plan_counts_the_positions_of_virtual_tokens() -> None:
     activations = [plan.memory_per_gpu.activations for plan in plans]
     assert activations == [activations[0] * (4096 + more) // 4096 for more in (0, 100, 200)]
     assert plans[1].checkpoint_bytes == 12 * 100 * 4096
+    prefix = make_plan(load_config(EXAMPLES / "8b-prefix.yaml"), describe(LLAMA_8B, None), 1, 1, None)
+    assert prefix.batch.tokens == 16 * 4096
+    assert prefix.checkpoint_bytes == 12 * 32 * 2 * 8 * 50 * 128
 
 
 def slow_varlen(
@@ -227,8 +247,14 @@ def model_of(kernel: Attention, kind: str) -> PackedModel:
 
 
 def with_virtual_tokens(packed: PackedModel, method: str) -> tuple[PackedModel, list[nn.Parameter], list[Any]]:
-    """The model with virtual tokens of random numbers, these, and the modules that have the flag `active`."""
+    """The model with virtual tokens of random numbers, these, and the modules that can switch them off."""
     torch.manual_seed(8)
+    if method == "prefix":
+        layers = attention_layers(packed.model)
+        add_prefixes(
+            packed.model, [torch.randn(2, SIZES["num_key_value_heads"], P, layers[0].head_dim) for _ in layers]
+        )
+        return packed, [layer.prefix for layer in layers], layers
     prompt = add_prompt(packed.model, torch.randn(P, SIZES["hidden_size"]))
     return PackedModel(packed.model, packed.attention, P), [prompt.weight], [prompt]
 
@@ -274,7 +300,7 @@ def test_documents_see_their_own_virtual_tokens_and_no_other_document(
         broken_loss = float(NextTokens().loss(packed, broken))
     assert abs(broken_loss / float(before[0]) - 1) > 1e-3, "the check would see a broken border"
 
-    with torch.no_grad(), flagged(switches, "active", False):
+    with torch.no_grad(), flagged(switches, "active" if method == "prompt" else "attends_to_prefix", False):
         off = NextTokens().loss(packed, reserved([one, ours], [True, True], packed.reserved, 2))
     assert float(off) == pytest.approx(sum(plain), rel=1e-5)
     assert abs(float(together[0]) / float(off) - 1) > 1e-3

@@ -71,8 +71,8 @@ class Tuning(Section):
         "lora",
         about="lora or rslora: low-rank adapters, scaled by alpha / rank or by alpha / sqrt(rank). dora: those of lora, and a "
         "length for each row of a weight. ia3: vectors that scale keys, values and the MLP's inner activations. adapter: "
-        "bottleneck layers after attention and MLP. prompt: virtual tokens before each document. full: the base itself, which "
-        "needs quant.type: none.",
+        "bottleneck layers after attention and MLP. prompt: virtual tokens before each document. prefix: keys and values of such "
+        "tokens in every layer. full: the base itself, which needs quant.type: none.",
         example="rslora",
     )
     rank: int = setting(16, about="Rank of the adapters.", example=16, ge=1, le=4096)
@@ -108,7 +108,7 @@ class Tuning(Section):
     )
     virtual_tokens: int = setting(
         20,
-        about="Tokens that prompt learns and puts before each document.",
+        about="Tokens that prompt and prefix learn and put before each document.",
         example=100,
         ge=1,
         le=4096,
@@ -116,7 +116,7 @@ class Tuning(Section):
     )
     init_text: str | None = setting(
         None,
-        about="Text whose tokens, repeated or cut to virtual_tokens, are those that prompt starts from. Default: tokens drawn from "
+        about="Text whose tokens, repeated or cut to virtual_tokens, are those that prompt and prefix start from. Default: tokens drawn from "
         "the vocabulary by run.seed.",
         example="Classify the message as spam or not: ",
         min_length=1,

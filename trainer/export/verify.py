@@ -236,7 +236,9 @@ def _plain_base(trained: Trained, folder: Path, computed_in: str) -> Any:
     """The base in transformers, quantized as it was for training."""
     config, base = trained.config, trained.base
     dtype = DTYPES[computed_in]
-    held = _held_in(base) if computed_in == "fp32" else dtype
+    # PEFT keeps a prefix in its base's type, so that of a training in fp32 needs such a base.
+    exact = torch.float32 if config.model.dtype == "fp32" else _held_in(base)
+    held = exact if computed_in == "fp32" else dtype
     model = plain.load_plain(folder, held, trained.dtype, model_config(folder, config.model.layers))
     if config.quant.type != "none" and not base.stored.quantized:
         plain.quantize(model, config.quant, dtype)

@@ -6,12 +6,13 @@ changes them.
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the import: DeepSpeed picks its accelerator then
@@ -55,6 +56,31 @@ def gathered(module: nn.Module) -> Iterator[None]:
     """The sharded parameters of `module` are whole inside, to be read only. Collective, before the engine is made."""
     with deepspeed.zero.GatheredParameters(list(module.parameters())):
         yield
+
+
+@contextmanager
+def gathered_in_turn(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """The sharded parameters of each of `modules` are whole while it computes, to be read only. Collective, before the engine is made."""
+    held = ExitStack()
+
+    def gather(module: nn.Module, _arguments: Any) -> None:
+        held.enter_context(gathered(module))
+
+    def release(_module: nn.Module, _arguments: Any, _output: Any) -> None:
+        held.close()
+
+    hooks = [hook for module in modules for hook in _around(module, gather, release)]
+    try:
+        yield
+    finally:
+        held.close()
+        for hook in hooks:
+            hook.remove()
+
+
+def _around(module: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> Iterator[RemovableHandle]:
+    yield module.register_forward_pre_hook(before)
+    yield module.register_forward_hook(after)
 
 
 class DeviceRow(Protocol):

@@ -1,0 +1,116 @@
+"""A prefix (arXiv:2101.00190): in every attention layer, keys and values that are learnt lie before those of each document.
+
+Prefix keys are not rotated, and a document's tokens are at the positions behind them, as in PEFT.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from trainer.model.attention import VARLEN, no_mask, varlen_attention
+
+
+def attention_layers(model: PreTrainedModel) -> list[Any]:
+    """The attention module of each decoder layer, in order."""
+    return [layer.self_attn for layer in model.model.layers]
+
+
+def add_prefixes(model: PreTrainedModel, starts: Iterable[Tensor]) -> None:
+    """Give each attention layer of `model` the parameter `prefix` (2, kv_heads, P, head): P keys, and P values.
+
+    The parameter is the attention module's own, so that ZeRO-3 gathers it there. While a layer's `attends_to_prefix` is false, in
+    all layers alike, the model computes as it would without prefixes.
+    """
+    layers = attention_layers(model)
+    for layer, start in zip(layers, starts, strict=True):
+        layer.prefix = nn.Parameter(start)
+        layer.attends_to_prefix = True
+    kernel = model.config._attn_implementation
+    assert kernel
+    attend, mask = {"sdpa": (_sdpa, sdpa_mask), VARLEN: (_varlen, no_mask)}[kernel]
+    AttentionInterface.register(f"{kernel}_with_prefix", attend)
+    AttentionMaskInterface.register(f"{kernel}_with_prefix", mask)
+    model.config._attn_implementation = f"{kernel}_with_prefix"
+    tokens = layers[0].prefix.shape[2]
+
+    def shift(_module: nn.Module, arguments: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if layers[0].attends_to_prefix:
+            given["position_ids"] = given["position_ids"] + tokens
+        return arguments, given
+
+    model.model.register_forward_pre_hook(shift, with_kwargs=True)
+
+
+@torch.no_grad()
+def keys_and_values(model: PreTrainedModel, tokens: Tensor) -> list[Tensor]:
+    """The keys, rotated, and the values that each attention layer makes of a text of `tokens` (P,): (2, kv_heads, P, head)."""
+    cache, training = DynamicCache(), model.training
+    borders = torch.tensor([0, len(tokens)], dtype=torch.int32, device=tokens.device)
+    model.eval()
+    model.model(
+        input_ids=tokens[None],
+        cache=cache,
+        use_cache=True,
+        cu_seq_lens_q=borders,
+        cu_seq_lens_k=borders,
+        max_length_q=len(tokens),
+        max_length_k=len(tokens),
+    )
+    model.train(training)
+    return [torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers]  # type: ignore[union-attr]
+
+
+def _sdpa(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
+) -> tuple[Tensor, None]:
+    """SDPA; every token of the row sees the one prefix that lies before the row's own keys."""
+    if module.attends_to_prefix:
+        length, tokens = query.shape[2], module.prefix.shape[2]
+        key, value = (
+            torch.cat([prefix[None], own], dim=2) for prefix, own in zip(module.prefix, (key, value), strict=True)
+        )
+        if attention_mask is None:  # one document, which SDPA alone would take for causal from its first key on
+            attention_mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=query.device).tril()
+        attention_mask = nn.functional.pad(attention_mask, (tokens, 0), value=True)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **given)
+
+
+def _varlen(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    cu_seq_lens_q: Tensor,
+    cu_seq_lens_k: Tensor,
+    max_length_q: int,
+    max_length_k: int,
+    **given: Any,
+) -> tuple[Tensor, None]:
+    """PyTorch's varlen kernel; the keys of each document are a copy of the prefix and its own."""
+    if module.attends_to_prefix:
+        tokens = module.prefix.shape[2]
+        source = prefixed(cu_seq_lens_q, tokens, key.shape[2])
+        both = (torch.cat([prefix[None], own], dim=2) for prefix, own in zip(module.prefix, (key, value), strict=True))
+        key, value = (part.index_select(2, source) for part in both)
+        documents = torch.arange(len(cu_seq_lens_q), dtype=torch.int32, device=source.device)
+        cu_seq_lens_k, max_length_k = cu_seq_lens_q + tokens * documents, max_length_q + tokens
+    lengths = {"max_length_q": max_length_q, "max_length_k": max_length_k}
+    borders = {"cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
+    return varlen_attention(module, query, key, value, attention_mask, **borders, **lengths, **given)
+
+
+def prefixed(borders: Tensor, tokens: int, length: int) -> Tensor:
+    """Where each key of a row of `length` tokens with `borders` (documents + 1,) comes from, when a prefix of so many `tokens` lies
+    before every document: a place in [prefix, row], (length + tokens * documents,) int64. It waits for no GPU."""
+    places = torch.arange(length + tokens * (len(borders) - 1), device=borders.device)
+    begins = borders + tokens * torch.arange(len(borders), device=borders.device)
+    document = torch.bucketize(places, begins[1:], right=True)
+    within = places - begins[document]
+    return torch.where(within < tokens, within, borders[document] + within)
