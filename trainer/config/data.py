@@ -85,7 +85,14 @@ class Data(Section):
         about="Which tokens are trained. Default: assistant for chat, completion for prompt_completion, preference and labelled, all for text.",
         example="last_assistant",
     )
-    sequence_length: int = setting(2048, about="Length of a packed row.", example=8192, ge=8, le=2**20, unit="tokens")
+    sequence_length: int = setting(
+        2048,
+        about="Length of a packed row, without what virtual tokens take.",
+        example=8192,
+        ge=8,
+        le=2**20,
+        unit="tokens",
+    )
     packing: bool = setting(True, about="Put several documents into one row; they never see each other.", example=True)
     on_too_long: Literal["truncate", "split", "drop", "fail"] = setting(
         "truncate",
