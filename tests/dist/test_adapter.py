@@ -150,9 +150,9 @@ def test_a_step_sends_the_gradients_that_plan_counts_and_gathers_no_more_of_the_
 
 @pytest.fixture(scope="module")
 def run(workshop: Workshop) -> Store:
-    """A run with a committed step, over a base in 4 bits."""
+    """A run with a committed step, over a base in 4 bits whose scales are quantized, too."""
     run = workshop.store.sub("done")
-    commit(run, adapting(workshop, "done", "tuning.activation=gelu"))
+    commit(run, adapting(workshop, "done", "tuning.activation=gelu", "quant.double=true"))
     return run
 
 

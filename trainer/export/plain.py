@@ -47,9 +47,12 @@ def load_plain(folder: Path, held: torch.dtype, computed: torch.dtype, config: P
 
 
 def round_buffers(model: nn.Module, alike: Mapping[str, Tensor]) -> None:
-    """Give the buffers whose type follows the model's the values that they have in another type's model, `alike` by name."""
+    """Give the buffers whose type follows the model's the values that they have in another type's model, `alike` by name.
+
+    Quantized weights have buffers of their own, which no other model has.
+    """
     for name, buffer in model.named_buffers():
-        if alike[name].dtype != buffer.dtype:
+        if name in alike and alike[name].dtype != buffer.dtype:
             buffer.data = alike[name].float().to(buffer.device)
 
 
