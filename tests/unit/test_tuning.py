@@ -11,7 +11,7 @@ from trainer import tuning
 from trainer.base.families import read_architecture
 from trainer.config import Tuning, parse_config
 from trainer.errors import ConfigError
-from trainer.tuning.method import Method, find_method, methods, tuning_mismatches
+from trainer.tuning.method import Method, find_method, method_of, methods, tuning_mismatches
 
 LLAMA = read_architecture({**SIZES, **KINDS["llama"]})
 
@@ -77,6 +77,36 @@ def test_finding_a_method_loads_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.stdout.split(), done.returncode) == ([], 0), done.stderr
+
+
+def adding(*overrides: str) -> Method:
+    text = "run: {name: demo}\nmodel: {base: /m, add_tokens: [<a>, <b>]}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
+    return method_of(parse_config(text, overrides))
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
+def test_added_tokens_are_rows_beside_an_adapter(method: str):
+    alone = find_method(Tuning(method=method))
+    for kind, more in (("llama", ("model.embed_tokens", "lm_head")), ("llama-tied", ("model.embed_tokens",))):
+        base = read_architecture({**SIZES, **KINDS[kind]})
+        rows = {f"{path}.trainable_tokens_delta": (2, 64) for path in more}
+        assert adding(f"tuning.method={method}").shapes(base) == {**alone.shapes(base), **rows}
+    assert adding(f"tuning.method={method}").identity == alone.identity
+
+
+@pytest.mark.parametrize("method", ["ia3", "full"])
+def test_a_method_that_learns_no_rows_of_tokens_refuses_them(method: str):
+    with pytest.raises(ConfigError) as caught:
+        adding(f"tuning.method={method}")
+    assert str(caught.value) == (
+        f"model.add_tokens: tuning.method: {method} learns no rows of tokens. Choose lora, rslora or dora, or remove it."
+    )
+
+
+@pytest.mark.parametrize(("tokens", "said"), [("[<a>, <b>, <a>]", "'<a>' is there twice"), ('[" "]', "' ' is no text")])
+def test_added_tokens_are_texts_that_differ(tokens: str, said: str):
+    with pytest.raises(ConfigError, match=f"model.add_tokens: {said}"):
+        adding(f"model.add_tokens={tokens}")
 
 
 def full(train: object = "all") -> Method:

@@ -33,6 +33,21 @@ class Model(Section):
         ge=1,
         unit="layers",
     )
+    add_tokens: list[str] = setting(
+        [],
+        about="Texts that become one token each, whose rows of the embedding and of the output head learn beside the adapter. A "
+        "token that the tokenizer has already, such as a reserved one, learns in its own row.",
+        example=["<tool>", "</tool>"],
+    )
+
+    @model_validator(mode="after")
+    def _tokens(self) -> "Model":
+        for index, token in enumerate(self.add_tokens):
+            if not token.strip():
+                raise ValueError(f"model.add_tokens: {token!r} is no text. Remove it.")
+            if token in self.add_tokens[:index]:
+                raise ValueError(f"model.add_tokens: {token!r} is there twice. Remove one of them.")
+        return self
 
 
 class Quant(Section):

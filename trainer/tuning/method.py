@@ -87,7 +87,7 @@ class Method(Protocol):
 
     settings: ClassVar[Collection[str]]
     """The settings of the section `tuning` that it reads, and those of `OPTIM_OF_SOME`, with their section. A value for any
-    other of them is refused, as it would be ignored."""
+    other of them is refused, as it would be ignored. So are settings of what learns beside a method, see `method_of`."""
     defaults: ClassVar[Mapping[str, Any]]
     """The meaning of a key that an identity lacks. A key that is added later comes with a default of here, so that older
     checkpoints stay what they are; a default never changes, whatever becomes of the configuration's."""
@@ -168,6 +168,21 @@ def find_method(settings: Tuning) -> Method:
     return method
 
 
+def method_of(config: Config) -> Method:
+    """The run's method: the one that `tuning.method` names, with what other settings have learn beside it.
+
+    A file of this folder says so by `AROUND`, a function for each such setting, which gets the method and the configuration, and
+    returns the method as it is where the setting is not used.
+
+    Raises:
+        ConfigError: as `find_method`, or the method cannot have beside it what a setting wants.
+    """
+    method = find_method(config.tuning)
+    for around in kinds(tuning, "AROUND").values():
+        method = around(method, config)
+    return method
+
+
 def check_tuning(config: Config, architecture: Architecture) -> None:
     """Raises `ConfigError` when the run's method is unknown, or asks of the base or of the run more than it has."""
     wrong = tuning_mismatches(config, architecture)
@@ -177,7 +192,7 @@ def check_tuning(config: Config, architecture: Architecture) -> None:
 
 def tuning_mismatches(config: Config, architecture: Architecture) -> list[str]:
     """A sentence for each setting that does not suit the run's method; raises `ConfigError` when that is unknown."""
-    method = find_method(config.tuning)
+    method = method_of(config)
     wrong = method.mismatches(architecture)
     for name in OPTIM_OF_SOME:
         field = name.removeprefix("optim.")
