@@ -68,6 +68,9 @@ def plain_first_step(config_text: str, fingerprint: str, destination: str) -> di
         plain.grow(model, max(ids) + 1)
         layers = ["embed_tokens"] if architecture.tied else ["embed_tokens", "lm_head"]
         described.trainable_token_indices = dict.fromkeys(layers, ids)
+    if config.tuning.modules_to_save:
+        described.modules_to_save = config.tuning.modules_to_save
+        described.ensure_weight_tying = architecture.tied
     inject_adapter_in_model(described, model)
     ours = {_plain_name(name): name for name in method.shapes(architecture)}
     adapters = {ours[_plain_name(name)]: part for name, part in model.named_parameters() if part.requires_grad}
@@ -135,4 +138,9 @@ def _loss(logits: Tensor, labels: Tensor, config: Config) -> Tensor:
 
 def _plain_name(name: str) -> str:
     """A parameter's name without the adapter's, and without what PEFT's own modules are made of."""
-    return name.replace(".default", "").replace(".token_adapter", "").removesuffix(".weight")
+    return (
+        name.replace(".default", "")
+        .replace(".token_adapter", "")
+        .replace(".modules_to_save", "")
+        .removesuffix(".weight")
+    )

@@ -109,6 +109,51 @@ def test_added_tokens_are_texts_that_differ(tokens: str, said: str):
         adding(f"model.add_tokens={tokens}")
 
 
+def saving(modules: list[str], kind: str = "llama", method: str = "lora", *overrides: str) -> list[str]:
+    """What is wrong with a run that has these modules learn."""
+    text = "run: {name: demo}\nmodel: {base: /m}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
+    settings = f"tuning.method={method}", f"tuning.modules_to_save=[{', '.join(modules)}]"
+    return tuning_mismatches(parse_config(text, (*settings, *overrides)), read_architecture({**SIZES, **KINDS[kind]}))
+
+
+def test_modules_learn_whole_beside_an_adapter_by_the_ends_of_their_paths():
+    names = Tuning(modules_to_save=["model.norm", "input_layernorm"])
+    text = "run: {name: demo}\nmodel: {base: /m}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
+    config = parse_config(text).model_copy(update={"tuning": names})
+    method, alone = method_of(config), find_method(Tuning())
+    added = method.shapes(LLAMA).keys() - alone.shapes(LLAMA).keys()
+    assert added == {"model.norm.weight", *(f"model.layers.{layer}.input_layernorm.weight" for layer in (0, 1))}
+    assert method.identity == {**alone.identity, "modules_to_save": ["model.norm", "input_layernorm"]}
+    assert method.trains_base
+    tied = read_architecture({**SIZES, **KINDS["llama-tied"]})
+    head = config.model_copy(update={"tuning": Tuning(modules_to_save=["lm_head"])})
+    assert method_of(head).shapes(tied).keys() - alone.shapes(tied).keys() == {"model.embed_tokens.weight"}
+
+
+def test_modules_that_cannot_learn_are_refused_with_those_that_can():
+    assert saving(["norm", "lm_head"]) == []
+    assert saving(["router"], "gpt-oss") == []
+    (stranger,) = saving(["final_norm"])
+    assert stranger == (
+        "tuning.modules_to_save: 'final_norm' is no module of the base. Name some of embed_tokens, input_layernorm, "
+        "post_attention_layernorm, norm, lm_head."
+    )
+    for name in ("q_proj", "mlp", "model"):
+        (sentence,) = saving([name])
+        assert sentence.startswith(
+            f"tuning.modules_to_save: {name!r} has linear layers or experts in it, which stay frozen."
+        )
+    (both,) = saving(["embed_tokens"], "llama", "lora", "model.add_tokens=[<a>]")
+    assert both.startswith(
+        "tuning.modules_to_save: 'embed_tokens' learns whole, and model.add_tokens has some of its rows learn."
+    )
+    (node,) = saving(["norm"], "llama", "lora", "sharding.scope=node")
+    assert "which tuning.modules_to_save: ['norm'] would train apart. Set sharding.scope: world." in node
+    assert saving(["norm"], "llama", "dora", "model.add_tokens=[<a>]") == []
+    with pytest.raises(ConfigError, match="tuning.modules_to_save: has no effect with tuning.method: full. Remove it."):
+        saving(["norm"], "llama", "full")
+
+
 def full(train: object = "all") -> Method:
     return find_method(Tuning.model_validate({"method": "full", "train": train}))
 

@@ -136,6 +136,12 @@ class Tuning(Section):
         example="Classify the message as spam or not: ",
         min_length=1,
     )
+    modules_to_save: list[str] = setting(
+        [],
+        about="Modules of the base that learn whole beside lora, rslora, dora or ia3, by the ends of their paths: norms, embed_tokens, "
+        "lm_head, routers. As in PEFT.",
+        example=["norm", "lm_head"],
+    )
     train: Literal["all"] | list[str] = setting(
         "all",
         about="Which parameters of the base learn with method full: all, or patterns of their whole names, where * is any "

@@ -14,7 +14,7 @@ from trainer import objective as folder
 from trainer.config import Config, ObjectiveSettings
 from trainer.errors import ConfigError
 from trainer.registry import chosen, kinds, refuse_unread
-from trainer.tuning.method import Method, method_of
+from trainer.tuning.method import Method, base_trained_by, method_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,7 +112,7 @@ def objective_mismatches(config: Config) -> list[str]:
         )
     if objective.reads_reference and method_of(config).trains_base:
         wrong.append(
-            f"objective.name: {name} compares with the base, which tuning.method: {config.tuning.method} changes and cannot "
-            "switch off. Choose a method that leaves the base as it is, or an objective without a reference: orpo or simpo."
+            f"objective.name: {name} compares with the base, which {base_trained_by(config)} changes and cannot switch off. "
+            "Choose a method that leaves the base as it is, or an objective without a reference: orpo or simpo."
         )
     return wrong

@@ -31,8 +31,16 @@ Targets = str | list[str]
 """`all-linear`, or names of layers."""
 
 # Methods with LoRA's two matrices read these settings.
-LOW_RANK_SETTINGS = ("rank", "alpha", "dropout", "targets", "optim.lora_plus_ratio", "model.add_tokens")
-LOW_RANK_DEFAULTS = {"dropout": 0.0, "targets": ALL_LINEAR}
+LOW_RANK_SETTINGS = (
+    "rank",
+    "alpha",
+    "dropout",
+    "targets",
+    "modules_to_save",
+    "optim.lora_plus_ratio",
+    "model.add_tokens",
+)
+LOW_RANK_DEFAULTS = {"dropout": 0.0, "targets": ALL_LINEAR, "modules_to_save": []}
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,19 @@ class WeightUpdate(Protocol):
 
 
 @dataclass(frozen=True)
+class TrainedWeight:
+    """The trained values of the base's own parameter `name`, read from the checkpoint as they are needed."""
+
+    weights: LearntWeights
+    name: str
+    shape: tuple[int, ...]
+
+    def apply_to(self, rows: Tensor, first: int) -> None:
+        begin = first * self.shape[-1]
+        rows.copy_(self.weights.part(self.name, begin, begin + rows.numel()))
+
+
+@dataclass(frozen=True)
 class ExportedFiles:
     """The files of an export beside the tokenizer. `library` loads them, and `what` says what they are, to begin a
     sentence; `files` are in the order in which they are written, and without the last one nothing loads."""
@@ -183,6 +196,12 @@ def method_of(config: Config) -> Method:
     return method
 
 
+def base_trained_by(config: Config) -> str:
+    """The setting that has parameters of the base learn, for messages."""
+    modules = config.tuning.modules_to_save
+    return f"tuning.modules_to_save: {modules}" if modules else f"tuning.method: {config.tuning.method}"
+
+
 def check_tuning(config: Config, architecture: Architecture) -> None:
     """Raises `ConfigError` when the run's method is unknown, or asks of the base or of the run more than it has."""
     wrong = tuning_mismatches(config, architecture)
@@ -200,8 +219,8 @@ def tuning_mismatches(config: Config, architecture: Architecture) -> list[str]:
             wrong.append(f"{name}: has no effect with tuning.method: {config.tuning.method}. Remove it.")
     if method.trains_base and config.sharding.scope == "node":
         wrong.append(
-            f"sharding.scope: node keeps a copy of the base on every node, which tuning.method: {config.tuning.method} would "
-            "train apart. Set sharding.scope: world."
+            f"sharding.scope: node keeps a copy of the base on every node, which {base_trained_by(config)} would train apart. Set "
+            "sharding.scope: world."
         )
     if method.exports_model and config.quant.type != "none":
         wrong.append(
