@@ -53,14 +53,14 @@ def load_ours(base: Path, settings: dict[str, Any], ranks: Any, loaded: Callable
     from trainer.model.attention import choose_attention
     from trainer.model.packed import PackedModel
     from trainer.objective.sft import NextTokens
-    from trainer.tuning.method import find_method
+    from trainer.tuning.method import method_of
     from trainer.zero.engine import Engine
 
     config = run_config(base)
     found = resolve_base(config.model)
     attention = choose_attention("sdpa", ranks.device, DTYPES["bf16"], found.architecture)
     model, report = load_model(found, config, settings, ranks, attention, "world")
-    method = find_method(config.tuning)
+    method = method_of(config)
     method.attach(model, found.architecture, DTYPES["bf16"], seed=0)
     loaded(report.kept_bytes)
     groups = method.groups(model, config.optim)

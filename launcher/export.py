@@ -24,7 +24,7 @@ from trainer.errors import CapstanError, NothingToResume, StorageError
 from trainer.export.proof import Proof
 from trainer.export.trained import trained_config
 from trainer.store import Store
-from trainer.tuning.method import find_method
+from trainer.tuning.method import method_of
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _planned(run: Store, step: int | None, *, merge: bool) -> tuple[int, bool]:
     if manifest is None:
         raise StorageError(damaged[0])
     config = trained_config(run, manifest)
-    tuned_base = find_method(config.tuning).exports_model
+    tuned_base = method_of(config).exports_model
     if merge and not tuned_base:
         check_mergeable(config.model, describe_base(config.model))
     return manifest.step, tuned_base

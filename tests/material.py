@@ -19,7 +19,7 @@ from trainer.data.prepare import Datasets, prepare
 from trainer.identity import identity_of
 from trainer.run import layout
 from trainer.store import Store, open_store
-from trainer.tuning.method import find_method
+from trainer.tuning.method import method_of
 
 SEQUENCE = 64
 SPECIALS = ("<pad>", "<s>", "</s>")
@@ -165,7 +165,7 @@ def commit(run: Store, config: Config, step: int = 4, dataset: str = "data") -> 
     """Make `run` a run of `config` on `dataset` that was committed after `step`, with adapters of random numbers."""
     base = resolve_base(config.model)
     run.put(layout.CONFIG, dump_config(config).encode())
-    shapes = {name: list(shape) for name, shape in find_method(config.tuning).shapes(base.architecture).items()}
+    shapes = {name: list(shape) for name, shape in method_of(config).shapes(base.architecture).items()}
     shard_layout = ShardLayout({name: (0, math.prod(shape)) for name, shape in shapes.items()})
     states = 0.1 * torch.randn(shard_layout.numel, generator=torch.Generator().manual_seed(step))
     shard = write_shard(run, layout.shard(step, "000001-000001", 0), shard_layout, memoryview(states.numpy().tobytes()))

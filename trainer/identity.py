@@ -9,12 +9,12 @@ from trainer.checkpoint.identity import Identity
 from trainer.config import Config
 from trainer.data.prepare import train_order
 from trainer.objective.objective import find_objective
-from trainer.tuning.method import find_method
+from trainer.tuning.method import method_of
 
 
 def identity_of(config: Config, base: Base, dataset: str) -> Identity:
     """`dataset` is the fingerprint of the compiled training data."""
-    method, objective = find_method(config.tuning), find_objective(config)
+    method, objective = method_of(config), find_objective(config)
     return Identity(
         dataset=dataset,
         base={
@@ -27,6 +27,7 @@ def identity_of(config: Config, base: Base, dataset: str) -> Identity:
             "quant.type": config.quant.type,
             "quant.block_size": config.quant.block_size,
             "quant.double": config.quant.double,
+            **({"add_tokens": config.model.add_tokens} if config.model.add_tokens else {}),
         },
         adapter=method.identity,
         order=train_order(config).to_json(),

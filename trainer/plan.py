@@ -15,7 +15,7 @@ from trainer.base.base import Description
 from trainer.config import Config, Quant
 from trainer.needs import GlobalBatch, GpuMemory, HostMemory, Parameters, Plan, Traffic
 from trainer.objective.objective import Survey, find_objective, objective_mismatches
-from trainer.tuning.method import find_method, tuning_mismatches
+from trainer.tuning.method import method_of, tuning_mismatches
 from trainer.zero.policy import Scope, build_deepspeed_config
 
 # trainer/model/nf4.py: scales that share a second scale under double quantization.
@@ -51,7 +51,7 @@ class _Inputs:
     @cached_property
     def learning(self) -> dict[str, int]:
         """Elements of each parameter that learns, by name: of the adapters, or of the base itself."""
-        return {name: prod(shape) for name, shape in find_method(self.config.tuning).shapes(self.model).items()}
+        return {name: prod(shape) for name, shape in method_of(self.config).shapes(self.model).items()}
 
     @property
     def trainable(self) -> int:
@@ -81,7 +81,7 @@ class _Inputs:
     def row(self) -> int:
         """Positions of a packed row, with those that are reserved for a method's virtual tokens (trainer/data/order.py)."""
         data = self.config.data
-        return data.sequence_length + data.segments * find_method(self.config.tuning).virtual.reserved
+        return data.sequence_length + data.segments * method_of(self.config).virtual.reserved
 
     @property
     def offloaded(self) -> bool:
@@ -124,7 +124,7 @@ def choose_scope(
     of a whole base a node; then no frozen weight crosses the network. Otherwise world, as where the base itself learns."""
     if config.sharding.scope != "auto":
         return config.sharding.scope
-    if find_method(config.tuning).trains_base:
+    if method_of(config).trains_base:
         return "world"
     if gpu_memory is None or world_size <= ranks_per_node or world_size % ranks_per_node:
         return "world"
@@ -340,7 +340,7 @@ def _remedy(given: _Inputs) -> str:
     config = given.config
     if not config.train.activation_checkpointing:
         return "Set train.activation_checkpointing: true."
-    if config.quant.type == "none" and not find_method(config.tuning).exports_model:
+    if config.quant.type == "none" and not method_of(config).exports_model:
         return "Set quant.type: nf4."
     if given.scope == "node":
         return "Set sharding.scope: world, or use more GPUs a node."

@@ -49,7 +49,7 @@ from trainer.store import Store, open_run_store
 from trainer.train.assemble import assemble
 from trainer.train.heartbeat import Hang, Heart
 from trainer.train.loop import Training, stop_before_training, train
-from trainer.tuning.method import check_tuning, find_method
+from trainer.tuning.method import check_tuning, method_of
 from trainer.zero.policy import build_deepspeed_config
 
 _VERSIONS = ("capstan-llm", "torch", "deepspeed", "transformers", "peft", "bitsandbytes", "ray", "obstore")
@@ -185,7 +185,7 @@ def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Train
     deepspeed_config = build_deepspeed_config(
         config, world_size=ranks.world_size, accumulation=stream.accumulation, on_gpu=ranks.device.type == "cuda"
     )
-    refused = find_method(config.tuning).virtual.refused_kernels
+    refused = method_of(config).virtual.refused_kernels
     dtype = DTYPES[config.model.dtype]
     attention = choose_attention(config.model.attention, ranks.device, dtype, base.architecture, refused)
     _log(ranks, f"attention: {attention.name} ({attention.why})")

@@ -22,7 +22,7 @@ from trainer.run.requests import StopSignal
 from trainer.store import Store, open_store
 from trainer.train.assemble import assemble
 from trainer.train.loop import Training
-from trainer.tuning.method import find_method
+from trainer.tuning.method import method_of
 from trainer.zero.engine import Engine
 from trainer.zero.policy import build_deepspeed_config
 
@@ -42,7 +42,7 @@ class Assembled:
     events: list[dict[str, Any]] = field(default_factory=list)
 
     def checkpoints(self, generation: int = 1, base: str = "ours") -> Checkpoints:
-        identity = Identity("data", {"fingerprint": base}, find_method(self.config.tuning).identity)
+        identity = Identity("data", {"fingerprint": base}, method_of(self.config).identity)
         rules = self.config.checkpoint
         return Checkpoints(self.run, self.ranks, generation, identity, rules, {"capstan-llm": "0"}, self.note)
 
@@ -104,7 +104,7 @@ def assemble_run(config: Config, fingerprint: str | None = None) -> Assembled:
         accumulation = stream.accumulation
     settings = build_deepspeed_config(config, ranks.world_size, accumulation, on_gpu=False)
     base = resolve_base(config.model)
-    refused = find_method(config.tuning).virtual.refused_kernels
+    refused = method_of(config).virtual.refused_kernels
     dtype = DTYPES[config.model.dtype]
     attention = choose_attention(config.model.attention, ranks.device, dtype, base.architecture, refused)
     log: list[str] = []

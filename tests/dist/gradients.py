@@ -12,10 +12,12 @@ from tests.dist.assembled import Assembled, adapter_value, assemble_run, chapter
 from tests.nf4 import dequantized
 from trainer.base.load import DTYPES
 from trainer.base.locate import resolve_base
+from trainer.base.tokenizer import find_rows
 from trainer.config import Config, parse_config
 from trainer.data.stream import MicroBatch, Position, train_stream
+from trainer.export import plain
 from trainer.train.loop import train
-from trainer.tuning.method import find_method
+from trainer.tuning.method import method_of
 
 
 def first_step(config_text: str, fingerprint: str, destination: str) -> dict[str, Any]:
@@ -57,10 +59,19 @@ def plain_first_step(config_text: str, fingerprint: str, destination: str) -> di
 
     config = parse_config(config_text)
     model = plain_base(config)
-    method: Any = find_method(config.tuning)
+    method: Any = method_of(config)
     architecture = resolve_base(config.model).architecture
     names = architecture.linear_names if method.targets == "all-linear" else method.targets
-    inject_adapter_in_model(method.peft_config(names), model)
+    described = method.peft_config(names)
+    if config.model.add_tokens:
+        ids = [row for row, _ in find_rows(config.model)]
+        plain.grow(model, max(ids) + 1)
+        layers = ["embed_tokens"] if architecture.tied else ["embed_tokens", "lm_head"]
+        described.trainable_token_indices = dict.fromkeys(layers, ids)
+    if config.tuning.modules_to_save:
+        described.modules_to_save = config.tuning.modules_to_save
+        described.ensure_weight_tying = architecture.tied
+    inject_adapter_in_model(described, model)
     ours = {_plain_name(name): name for name in method.shapes(architecture)}
     adapters = {ours[_plain_name(name)]: part for name, part in model.named_parameters() if part.requires_grad}
     assert len(adapters) == len(ours)
@@ -128,4 +139,9 @@ def _loss(logits: Tensor, labels: Tensor, config: Config) -> Tensor:
 
 def _plain_name(name: str) -> str:
     """A parameter's name without the adapter's, and without what PEFT's own modules are made of."""
-    return name.replace(".default", "").removesuffix(".weight")
+    return (
+        name.replace(".default", "")
+        .replace(".token_adapter", "")
+        .replace(".modules_to_save", "")
+        .removesuffix(".weight")
+    )

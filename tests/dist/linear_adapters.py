@@ -11,13 +11,16 @@ from torch import Tensor
 from tests.dist.assembled import assemble_run
 from tests.nf4 import dequantized
 from trainer.config import parse_config
-from trainer.tuning.method import find_method
+from trainer.tuning.method import method_of
 
 
-def start(config_text: str, destination: str) -> dict[str, Any]:
-    """Rank 0 writes every parameter that learns, fp32. -> what the model is then, and with adapters that have learnt."""
+def start(config_text: str, destination: str, first: int = 3) -> dict[str, Any]:
+    """Rank 0 writes every parameter that learns, fp32. -> what the model is then, and with adapters that have learnt.
+
+    It is asked about the tokens from `first` on.
+    """
     here = assemble_run(parse_config(config_text))
-    model, method = here.engine.model, find_method(here.config.tuning)
+    model, method = here.engine.model, method_of(here.config)
     every: list[tuple[str, Any]] = list(model.named_parameters())
     frozen = [parameter for _, parameter in every if not parameter.requires_grad and not parameter.ds_persist]
     assert frozen
@@ -30,7 +33,7 @@ def start(config_text: str, destination: str) -> dict[str, Any]:
             values[name] = value.clone().contiguous()
     if here.ranks.rank == 0:
         save_file(values, destination)
-    tokens = torch.arange(3, 40)[None]
+    tokens = torch.arange(first, first + 22)[None]
     begun = here.engine.logits(tokens)
     with method.switched_off(model):
         base = here.engine.logits(tokens)

@@ -4,18 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from launcher.start.check import anchored
 from launcher.view.compiling import compile_progress
-from tests.material import Workshop, make_data
+from tests.material import Workshop, byte_tokenizer, make_data
 from trainer.base.locate import resolve_base
 from trainer.data.chapters import open_chapters
 from trainer.data.compile import Progress, fingerprint, hash_tokenizer
 from trainer.data.dataset import MANIFEST, open_chapter, open_dataset
-from trainer.data.manifest import DatasetManifest
+from trainer.data.manifest import ID_BITS, DatasetManifest
 from trainer.data.order import EpochPlan
 from trainer.data.prepare import find, locate, prepare, prepare_start, train_order, wait_until_prepared
 from trainer.data.stream import train_stream
@@ -235,3 +236,33 @@ def test_a_sealed_manifest_of_another_number_of_sources_is_damaged(shop: Worksho
             Damaged, match=rf"is damaged \(it has {len(manifest.sources)} sources, and the data 1\)\. Delete"
         ):
             prepare(config, base, store)
+
+
+def test_an_added_token_is_one_id_wherever_its_text_stands_and_gives_the_data_another_name(tmp_path: Path) -> None:
+    """The rows of conversations too, whose template holds one; a token of the base stays as it is."""
+    shop = Workshop(tmp_path, "speck")
+    path, template = tmp_path / "talk.jsonl", tmp_path / "t.jinja"
+    path.write_text(
+        json.dumps({"messages": [{"role": "user", "content": "a<t>b"}, {"role": "assistant", "content": "x<t></s>"}]})
+    )
+    template.write_text(
+        "{% for m in messages %}<u>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<u>{% endif %}"
+    )
+    settings = (f"data.train=[{{path: {path}}}]", "data.format=chat", f"data.template={template}")
+
+    def compiled(*more: str) -> tuple[str, list[int]]:
+        config = shop.config("tokens", *settings, *more)
+        key = prepare(config, resolve_base(config.model), shop.store).train
+        data = open_dataset(shop.store, key)
+        return key, (data.read(np.array([0])).gather(np.array([0])) & ID_BITS).tolist()
+
+    plain, pieces = compiled()
+    added, tokens = compiled("model.add_tokens=[<u>, <t>, </s>]")
+    turned, other = compiled("model.add_tokens=[<t>, <u>, </s>]")
+    a, b, x = byte_tokenizer().encode("abx")
+    assert tokens == [259, a, 260, b, 259, x, 260, 2]
+    assert other == [260, a, 259, b, 260, x, 259, 2]
+    assert pieces[-1] == 2
+    assert len(pieces) == len("<u>a<t>b<u>x<t>") + 1
+    assert len({plain, added, turned}) == 3
+    assert compiled("model.add_tokens=[]")[0] == plain

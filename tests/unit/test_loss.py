@@ -74,6 +74,38 @@ def test_each_targets_nats_may_weigh_differently(head: LossHead, softcap: float 
     torch.testing.assert_close(gradient, expected)
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("terms", [LossTerms(), LossTerms(0.1, 0.01)], ids=["plain", "smoothed"])
+@pytest.mark.parametrize("ids", [[5, 2], [30, 31, 32], [33, 5, 31, 32, 0]], ids=["in-place", "behind", "both"])
+def test_rows_that_learn_stand_in_the_place_of_the_heads_own_and_behind_them(
+    head: LossHead, ids: list[int], softcap: float | None, terms: LossTerms
+) -> None:
+    head.softcap = softcap
+    hidden, labels = row()
+    places, vocabulary = torch.tensor(ids), max(V, *(place + 1 for place in ids))
+    labels[0, 1], labels[0, 2] = ids[0], ids[1]
+    rows, start = torch.nn.Parameter(torch.randn(len(ids), H)), torch.randn(len(ids), H)
+    own = torch.nn.functional.pad(head.weight, (0, 0, 0, vocabulary - V))
+
+    def reference(matrix: Tensor) -> Tensor:
+        logits = hidden[0] @ own.index_copy(0, places, matrix).T
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        wanted = labels[0] != IGNORE
+        logits, (smoothing, z_loss) = logits[wanted], terms
+        nats = torch.nn.functional.cross_entropy(logits, labels[0][wanted], reduction="none", label_smoothing=smoothing)
+        return nats + z_loss * logits.logsumexp(-1).square()
+
+    head.learn(places, rows, start)
+    weights = torch.linspace(-1, 2, int((labels != IGNORE).sum()))
+    expected = torch.autograd.grad((weights * reference(rows)).sum(), (hidden, rows))
+    nats = head(hidden, labels, per_target=True, terms=terms)
+    torch.testing.assert_close(nats, reference(rows))
+    torch.testing.assert_close(torch.autograd.grad((weights * nats).sum(), (hidden, rows)), expected)
+    assert head(hidden).shape == (1, T, vocabulary)
+    head.active = False
+    torch.testing.assert_close(head(hidden, labels, per_target=True, terms=terms), reference(start))
+
+
 def test_a_row_without_targets_has_no_loss_and_no_gradient(head: LossHead) -> None:
     hidden, labels = row(share_of_targets=0)
     value = head(hidden, labels)

@@ -11,7 +11,7 @@ from trainer import tuning
 from trainer.base.families import read_architecture
 from trainer.config import Tuning, parse_config
 from trainer.errors import ConfigError
-from trainer.tuning.method import Method, find_method, methods, tuning_mismatches
+from trainer.tuning.method import Method, find_method, method_of, methods, tuning_mismatches
 
 LLAMA = read_architecture({**SIZES, **KINDS["llama"]})
 
@@ -77,6 +77,81 @@ def test_finding_a_method_loads_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.stdout.split(), done.returncode) == ([], 0), done.stderr
+
+
+def adding(*overrides: str) -> Method:
+    text = "run: {name: demo}\nmodel: {base: /m, add_tokens: [<a>, <b>]}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
+    return method_of(parse_config(text, overrides))
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
+def test_added_tokens_are_rows_beside_an_adapter(method: str):
+    alone = find_method(Tuning(method=method))
+    for kind, more in (("llama", ("model.embed_tokens", "lm_head")), ("llama-tied", ("model.embed_tokens",))):
+        base = read_architecture({**SIZES, **KINDS[kind]})
+        rows = {f"{path}.trainable_tokens_delta": (2, 64) for path in more}
+        assert adding(f"tuning.method={method}").shapes(base) == {**alone.shapes(base), **rows}
+    assert adding(f"tuning.method={method}").identity == alone.identity
+
+
+@pytest.mark.parametrize("method", ["ia3", "full"])
+def test_a_method_that_learns_no_rows_of_tokens_refuses_them(method: str):
+    with pytest.raises(ConfigError) as caught:
+        adding(f"tuning.method={method}")
+    assert str(caught.value) == (
+        f"model.add_tokens: tuning.method: {method} learns no rows of tokens. Choose lora, rslora or dora, or remove it."
+    )
+
+
+@pytest.mark.parametrize(("tokens", "said"), [("[<a>, <b>, <a>]", "'<a>' is there twice"), ('[" "]', "' ' is no text")])
+def test_added_tokens_are_texts_that_differ(tokens: str, said: str):
+    with pytest.raises(ConfigError, match=f"model.add_tokens: {said}"):
+        adding(f"model.add_tokens={tokens}")
+
+
+def saving(modules: list[str], kind: str = "llama", method: str = "lora", *overrides: str) -> list[str]:
+    """What is wrong with a run that has these modules learn."""
+    text = "run: {name: demo}\nmodel: {base: /m}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
+    settings = f"tuning.method={method}", f"tuning.modules_to_save=[{', '.join(modules)}]"
+    return tuning_mismatches(parse_config(text, (*settings, *overrides)), read_architecture({**SIZES, **KINDS[kind]}))
+
+
+def test_modules_learn_whole_beside_an_adapter_by_the_ends_of_their_paths():
+    names = Tuning(modules_to_save=["model.norm", "input_layernorm"])
+    text = "run: {name: demo}\nmodel: {base: /m}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
+    config = parse_config(text).model_copy(update={"tuning": names})
+    method, alone = method_of(config), find_method(Tuning())
+    added = method.shapes(LLAMA).keys() - alone.shapes(LLAMA).keys()
+    assert added == {"model.norm.weight", *(f"model.layers.{layer}.input_layernorm.weight" for layer in (0, 1))}
+    assert method.identity == {**alone.identity, "modules_to_save": ["model.norm", "input_layernorm"]}
+    assert method.trains_base
+    tied = read_architecture({**SIZES, **KINDS["llama-tied"]})
+    head = config.model_copy(update={"tuning": Tuning(modules_to_save=["lm_head"])})
+    assert method_of(head).shapes(tied).keys() - alone.shapes(tied).keys() == {"model.embed_tokens.weight"}
+
+
+def test_modules_that_cannot_learn_are_refused_with_those_that_can():
+    assert saving(["norm", "lm_head"]) == []
+    assert saving(["router"], "gpt-oss") == []
+    (stranger,) = saving(["final_norm"])
+    assert stranger == (
+        "tuning.modules_to_save: 'final_norm' is no module of the base. Name some of embed_tokens, input_layernorm, "
+        "post_attention_layernorm, norm, lm_head."
+    )
+    for name in ("q_proj", "mlp", "model"):
+        (sentence,) = saving([name])
+        assert sentence.startswith(
+            f"tuning.modules_to_save: {name!r} has linear layers or experts in it, which stay frozen."
+        )
+    (both,) = saving(["embed_tokens"], "llama", "lora", "model.add_tokens=[<a>]")
+    assert both.startswith(
+        "tuning.modules_to_save: 'embed_tokens' learns whole, and model.add_tokens has some of its rows learn."
+    )
+    (node,) = saving(["norm"], "llama", "lora", "sharding.scope=node")
+    assert "which tuning.modules_to_save: ['norm'] would train apart. Set sharding.scope: world." in node
+    assert saving(["norm"], "llama", "dora", "model.add_tokens=[<a>]") == []
+    with pytest.raises(ConfigError, match="tuning.modules_to_save: has no effect with tuning.method: full. Remove it."):
+        saving(["norm"], "llama", "full")
 
 
 def full(train: object = "all") -> Method:

@@ -66,7 +66,7 @@ class Base:
     """A Hugging Face model with safetensors files.
 
     `name` is where it is, for messages; `directory` holds config.json and the tokenizer's files, `store` the weights;
-    `config` is the parsed config.json, `description` what it says.
+    `config` is the parsed config.json, `description` what it says. `added_tokens` are those that the run adds to the tokenizer.
     """
 
     name: str
@@ -74,6 +74,7 @@ class Base:
     store: Store
     config: dict[str, Any]
     description: Description
+    added_tokens: tuple[str, ...] = ()
 
     @property
     def architecture(self) -> Architecture:

@@ -66,7 +66,8 @@ def named_files(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
 
 def _base(model: Model, name: str, directory: Path, store: Store) -> Base:
     config = _read_config(name, _local(directory / _CONFIG))
-    return Base(name, directory, store, config, describe(config, model.layers, name=name))
+    description = describe(config, model.layers, name=name)
+    return Base(name, directory, store, config, description, tuple(model.add_tokens))
 
 
 def _directory(model: Model, patterns: list[str]) -> Path:

@@ -33,6 +33,21 @@ class Model(Section):
         ge=1,
         unit="layers",
     )
+    add_tokens: list[str] = setting(
+        [],
+        about="Texts that become one token each, whose rows of the embedding and of the output head learn beside the adapter. A "
+        "token that the tokenizer has already, such as a reserved one, learns in its own row.",
+        example=["<tool>", "</tool>"],
+    )
+
+    @model_validator(mode="after")
+    def _tokens(self) -> "Model":
+        for index, token in enumerate(self.add_tokens):
+            if not token.strip():
+                raise ValueError(f"model.add_tokens: {token!r} is no text. Remove it.")
+            if token in self.add_tokens[:index]:
+                raise ValueError(f"model.add_tokens: {token!r} is there twice. Remove one of them.")
+        return self
 
 
 class Quant(Section):
@@ -120,6 +135,12 @@ class Tuning(Section):
         "the vocabulary by run.seed.",
         example="Classify the message as spam or not: ",
         min_length=1,
+    )
+    modules_to_save: list[str] = setting(
+        [],
+        about="Modules of the base that learn whole beside lora, rslora, dora or ia3, by the ends of their paths: norms, embed_tokens, "
+        "lm_head, routers. As in PEFT.",
+        example=["norm", "lm_head"],
     )
     train: Literal["all"] | list[str] = setting(
         "all",

@@ -18,7 +18,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.base.locate import TOKENIZER_FILES
+from trainer.base.locate import TOKENIZER_FILES, named_files
 from trainer.config import Data
 from trainer.data.chat import template_text
 from trainer.data.dataset import Dataset, open_dataset
@@ -54,10 +54,13 @@ class Progress:
     left_out: Mapping[str, LeftOut] = field(default_factory=dict)
 
 
-def hash_tokenizer(directory: Path) -> dict[str, str]:
-    """SHA-256 of each of the files in a Hugging Face model directory that decide what a tokenizer does."""
-    files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+def hash_tokenizer(directory: Path, added_tokens: Sequence[str] = ()) -> dict[str, str]:
+    """SHA-256 of each of the files in a Hugging Face model directory that decide what a tokenizer does, and of the tokens that
+    a run adds to it, in their order, where there are any."""
+    contents = named_files(directory, TOKENIZER_FILES)
+    if added_tokens:
+        contents["model.add_tokens"] = json.dumps(list(added_tokens)).encode()
+    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 
 
 def fingerprint(

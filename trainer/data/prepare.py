@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from trainer.base.config_json import read_by_transformers
 from trainer.base.locate import Base
+from trainer.base.tokenizer import read_tokenizer
 from trainer.config import Config
 from trainer.data.compile import Progress, compile_chapters, count_chapters, fingerprint, hash_tokenizer
 from trainer.data.dataset import MANIFEST, open_chapter, read_manifest
@@ -27,7 +27,7 @@ from trainer.data.weights import find_weights, keep_weights, kept_weights
 from trainer.errors import Damaged, DataError, NotFound
 from trainer.run import layout
 from trainer.store import Store
-from trainer.tuning.method import find_method
+from trainer.tuning.method import method_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -130,11 +130,8 @@ def _compile(
 
 
 def load_tokenizer(base: Base) -> "PreTrainedTokenizerBase":
-    """The base's tokenizer. Takes seconds of imports, so only what reads rows asks for it."""
-    from transformers import AutoTokenizer
-
-    with read_by_transformers(base.name, "the tokenizer"):
-        return AutoTokenizer.from_pretrained(base.directory, trust_remote_code=False)
+    """The run's tokenizer. Takes seconds of imports, so only what reads rows asks for it."""
+    return read_tokenizer(base.directory, base.name, base.added_tokens)
 
 
 def find(config: Config) -> dict[str, Input]:
@@ -156,7 +153,7 @@ def find(config: Config) -> dict[str, Input]:
 def wait_until_prepared(config: Config, base: Base, store: Store, wait: Callable[[], None]) -> None:
     """Return once another process has compiled the run's data into `store`; `wait` is called between two looks."""
     for files, part in find(config).values():
-        name = partial(fingerprint, config.data, files, hash_tokenizer(base.directory), part)
+        name = partial(fingerprint, config.data, files, hash_tokenizer(base.directory, base.added_tokens), part)
         while (weighted := kept_weights(store, name()) if config.data.format == "chat" else False) is None:
             wait()
         while not _is_compiled(store, name(weighted)):
@@ -186,7 +183,7 @@ def locate(
     Raises:
         DataError: a source is missing, or a file as a whole is damaged.
     """
-    tokenizer = hash_tokenizer(base.directory)
+    tokenizer = hash_tokenizer(base.directory, base.added_tokens)
     keys: dict[str, str] = {}
     found: dict[tuple[SourceFile, ...], bool] = {}  # the same files may be split between both
     for what, (files, part) in (inputs or find(config)).items():
@@ -221,7 +218,7 @@ def train_order(config: Config) -> Order:
         data.packing,
         config.run.seed,
         tuple(fractions),
-        reserved=find_method(config.tuning).virtual.reserved,
+        reserved=method_of(config).virtual.reserved,
         segments=data.segments,
     )
 

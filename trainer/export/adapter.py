@@ -10,7 +10,8 @@ from fnmatch import fnmatch
 from functools import partial
 
 from trainer.base.load import DTYPES
-from trainer.base.locate import TOKENIZER_FILES, base_files, named_files
+from trainer.base.locate import TOKENIZER_FILES
+from trainer.base.tokenizer import tokenizer_files
 from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
 from trainer.config import Tuning
 from trainer.export.command import BytesWritten, command, print_progress
@@ -45,7 +46,7 @@ def export_adapter(
     if method.exports_model:
         write_model(run, manifest, config, destination, report)
         return manifest
-    tokenizer = named_files(base_files(config.model), TOKENIZER_FILES)
+    tokenizer = tokenizer_files(config.model)
     weights = CheckpointWeights(run, manifest, DTYPES[config.model.dtype])
     exported = method.export(dict(weights), config.model)
     *names, last = exported.files

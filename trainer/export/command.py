@@ -13,7 +13,7 @@ from trainer.errors import CapstanError
 from trainer.export.proof import Proof
 from trainer.export.trained import trained_config
 from trainer.store import Store, open_store
-from trainer.tuning.method import find_method
+from trainer.tuning.method import method_of
 
 # Told how many bytes are written, and how many there are in all.
 BytesWritten = Callable[[int, int], None]
@@ -46,7 +46,7 @@ def command(
         run, destination = open_store(arguments.run), open_store(arguments.destination, setting="DEST")
         manifest = export(run, destination, arguments.step)
         result: dict[str, Any] = {"step": manifest.step, "bytes": sum(entry.size for entry in destination.list())}
-        result["tuned_base"] = find_method(trained_config(run, manifest).tuning).exports_model
+        result["tuned_base"] = method_of(trained_config(run, manifest)).exports_model
         if arguments.verify:
             result["proof"] = asdict(prove(run, manifest.step, destination))
     except CapstanError as error:

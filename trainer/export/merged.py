@@ -4,20 +4,25 @@ Each file has the name, the header and the length of the base's own, so its tens
 only the bytes of weights that have changed differ. An adapter is merged into the base's weights as they are stored, not as
 they were quantized for training, in fp32, and rounded once to the type they are stored in. A base that has learnt itself has
 the trained weights in the place of its own, as the forward pass of the training had them.
+Where tokens were added that the base has no rows for, its embedding and head have more rows here: then the header of their
+file, and all that lies behind them in it, is written anew.
 config.json is written last: nothing loads a model without it, so a merge that was killed is not mistaken for one.
 """
 
 import json
-from collections.abc import Callable, Iterator
+import struct
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from trainer.base.filling import as_tensor
 from trainer.base.load import DTYPES
 from trainer.base.locate import TOKENIZER_FILES, Base, check_mergeable, describe_base, named_files
 from trainer.base.parameters import stored_parts
 from trainer.base.reading import PIECE_BYTES, PIECES_IN_FLIGHT, cut, freed_memory_given_back, read_ahead
+from trainer.base.tokenizer import tokenizer_files
 from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
 from trainer.config import Config
 from trainer.errors import ConfigError
@@ -26,12 +31,12 @@ from trainer.export.folder import CARD, TRAINED, check_destination, model_card
 from trainer.export.learnt import CheckpointWeights
 from trainer.export.proof import Proof
 from trainer.export.trained import resolve_trained_base, trained_config, trained_method
-from trainer.safetensors_index import INDEX_FILE, SINGLE_FILE, TensorSource, numel
+from trainer.safetensors_index import INDEX_FILE, SINGLE_FILE, TensorSource, item_bytes, numel
 from trainer.store import Store
-from trainer.tuning.method import WeightUpdate, find_method
+from trainer.tuning.method import WeightUpdate, method_of
 
 _CONFIG = "config.json"
-_SMALL_FILES = ("generation_config.json", *TOKENIZER_FILES)
+_SMALL_FILES = ("generation_config.json",)
 
 
 def export_merged(
@@ -45,7 +50,7 @@ def export_merged(
         ConfigError: `destination` holds something that is no half export, or the base cannot be merged into, is not here,
             or is another than the run's.
     """
-    check_destination(destination, "*.safetensors", INDEX_FILE, *_SMALL_FILES)
+    check_destination(destination, "*.safetensors", INDEX_FILE, *_SMALL_FILES, *TOKENIZER_FILES)
     manifest = whole_checkpoint(run, step)
     config = trained_config(run, manifest)
     method = trained_method(config, manifest)
@@ -76,14 +81,14 @@ def write_model(
             destination.put_chunks(file.key, file.chunks(lambda n, at=done: report(at + n, total)), file.size)
             done += file.size
     if {file.key for file in changed} != {SINGLE_FILE}:
-        destination.put(INDEX_FILE, _index(base))
-    for name, content in named_files(base.directory, _SMALL_FILES).items():
+        destination.put(INDEX_FILE, _index(base, changed))
+    for name, content in {**named_files(base.directory, _SMALL_FILES), **tokenizer_files(config.model)}.items():
         destination.put(name, content)
-    destination.create(_CONFIG, (base.directory / _CONFIG).read_bytes())
+    destination.create(_CONFIG, _config(base, changed))
 
 
 def _description(config: Config) -> str:
-    if find_method(config.tuning).exports_model:
+    if method_of(config).exports_model:
         return f"A model {TRAINED}: its base's own weights were fine-tuned, so there is no adapter to merge."
     over = "" if config.quant.type == "none" else f" The adapter was trained over the base in {config.quant.type}."
     return f"A model {TRAINED} by {config.tuning.method}: the adapter is merged into the weights of its base.{over}"
@@ -91,21 +96,40 @@ def _description(config: Config) -> str:
 
 @dataclass(frozen=True)
 class _Change:
-    """An update of one stored tensor, which holds the updated parameter from its element `begin` on."""
+    """An update of one stored tensor, which holds the updated parameter from its element `begin` on, and has `more` rows in the
+    new file."""
 
     source: TensorSource
     update: WeightUpdate
     begin: int
+    more: int
+
+    @property
+    def more_bytes(self) -> int:
+        return self.more * self.update.shape[-1] * item_bytes(self.source)
 
 
 @dataclass(frozen=True)
 class ChangedFile:
-    """A file of the base with the trained weights in it; `size` in bytes."""
+    """A file of the base with the trained weights in it. The base's own has `old_size` bytes, of which the first `old_header`
+    give way to the bytes `header`, where tensors have more rows now."""
 
     store: Store
     key: str
-    size: int
+    old_size: int
     changes: list[_Change]
+    header: bytes = b""
+    old_header: int = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.old_size + self.more_bytes + len(self.header) - self.old_header
+
+    @property
+    def more_bytes(self) -> int:
+        """Bytes of the rows that the base has not."""
+        return sum(change.more_bytes for change in self.changes)
 
     def chunks(self, report: Callable[[int], None] = lambda done: None) -> Iterator[bytearray]:
         """Its bytes in order. Pieces are read and changed on threads of their own, some ahead of whoever takes them."""
@@ -119,14 +143,16 @@ class ChangedFile:
             # Where the upload has failed, nobody wants what is still being read.
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _pieces(self) -> Iterator["_FileRange"]:
+    def _pieces(self) -> Iterator["_Piece"]:
         """Whole rows of changed weights, and what lies between these, header included, as it is."""
 
         def copied(begin: int, end: int) -> Iterator[_FileRange]:
             for first in range(begin, end, PIECE_BYTES):
                 yield _FileRange(self.store, self.key, first, min(end, first + PIECE_BYTES))
 
-        position = 0
+        position = self.old_header
+        if self.header:
+            yield _NewBytes(self.header)
         for change in sorted(self.changes, key=lambda change: change.source.offset):
             source, columns = change.source, change.update.shape[-1]
             yield from copied(position, source.offset)
@@ -136,29 +162,63 @@ class ChangedFile:
                     self.store, self.key, *source.byte_range(begin, end), partial(_apply, source, change.update, row)
                 )
             _, position = source.byte_range(0, numel(source))
-        yield from copied(position, self.size)
+            if change.more:
+                yield _NewBytes(bytes(change.more_bytes), partial(_apply, source, change.update, source.shape[0]))
+        yield from copied(position, self.old_size)
 
 
 def changed_files(run: Store, manifest: CheckpointManifest, config: Config, base: Base) -> list[ChangedFile]:
-    """The base's files of weights as they are after the training; nothing is read yet."""
+    """The base's files of weights as they are after the training; no weight is read yet."""
     learnt = CheckpointWeights(run, manifest, DTYPES[config.model.dtype])
+    shapes = {parameter.name: parameter.shape for parameter in base.architecture.parameters}
     changes = [
-        _Change(source, update, begin)
-        for name, update in find_method(config.tuning).updates(learnt, base.architecture).items()
-        for source, begin in stored_parts(base, name, update.shape)
+        _Change(source, update, begin, update.shape[0] - shapes[name][0])
+        for name, update in method_of(config).updates(learnt, base.architecture).items()
+        for source, begin in stored_parts(base, name, shapes[name])
     ]
     files = {source.key for source in base.tensors.values()}
     return [
-        ChangedFile(base.store, key, size, [change for change in changes if change.source.key == key])
+        _changed_file(base, key, size, [change for change in changes if change.source.key == key])
         for key, size, _ in base.versions
         if key in files
     ]
 
 
-def _index(base: Base) -> bytes:
+def _changed_file(base: Base, key: str, size: int, changes: list[_Change]) -> ChangedFile:
+    """With a header of the new shapes and places, where these are others than in the base."""
+    grown = {change.source.offset: change for change in changes if change.more}
+    if not grown:
+        return ChangedFile(base.store, key, size, changes)
+    (length,) = struct.unpack("<Q", base.store.get_range(key, 0, 8))
+    header: dict[str, Any] = json.loads(base.store.get_range(key, 8, 8 + length))
+    tensors, shift = (entry for name, entry in header.items() if name != "__metadata__"), 0
+    for tensor in sorted(tensors, key=lambda tensor: tensor["data_offsets"]):
+        begin, end = tensor["data_offsets"]
+        change = grown.get(8 + length + begin) if end > begin else None
+        more = 0
+        if change is not None:
+            more, tensor["shape"][0] = change.more_bytes, tensor["shape"][0] + change.more
+        tensor["data_offsets"] = [begin + shift, end + shift + more]
+        shift += more
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8, as the format's own writer has it
+    return ChangedFile(base.store, key, size, changes, struct.pack("<Q", len(text)) + text, 8 + length)
+
+
+def _config(base: Base, changed: Sequence[ChangedFile]) -> bytes:
+    """config.json, which says how many rows the embedding has."""
+    content = (base.directory / _CONFIG).read_bytes()
+    more = max((change.more for file in changed for change in file.changes), default=0)
+    if more == 0:
+        return content
+    return json.dumps({**json.loads(content), "vocab_size": base.architecture.vocabulary + more}, indent=2).encode()
+
+
+def _index(base: Base, changed: Sequence[ChangedFile]) -> bytes:
     """The index of several files of weights."""
     weight_map = {name: source.key for name, source in sorted(base.tensors.items())}
     bytes_of_tensors = sum(end - begin for begin, end in (s.byte_range(0, numel(s)) for s in base.tensors.values()))
+    bytes_of_tensors += sum(file.more_bytes for file in changed)
     return json.dumps({"metadata": {"total_size": bytes_of_tensors}, "weight_map": weight_map}, indent=2).encode()
 
 
@@ -176,6 +236,22 @@ class _FileRange:
         data = self.store.get_range(self.key, self.begin, self.end)
         self.change(data)
         return data
+
+
+@dataclass(frozen=True)
+class _NewBytes:
+    """Bytes that no file of the base has, and how they change."""
+
+    content: bytes
+    change: Callable[[bytearray], None] = lambda data: None
+
+    def read(self) -> bytearray:
+        data = bytearray(self.content)
+        self.change(data)
+        return data
+
+
+_Piece = _FileRange | _NewBytes
 
 
 def _apply(source: TensorSource, update: WeightUpdate, first: int, data: bytearray) -> None:

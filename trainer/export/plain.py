@@ -23,6 +23,8 @@ from trainer.errors import ConfigError, shown
 from trainer.export.rows import ProbeRow
 from trainer.tuning.method import Method, OwnFormat
 
+_EMBEDDING = "model.embed_tokens.weight"
+
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,11 +51,20 @@ def load_plain(folder: Path, held: torch.dtype, computed: torch.dtype, config: P
 def round_buffers(model: nn.Module, alike: Mapping[str, Tensor]) -> None:
     """Give the buffers whose type follows the model's the values that they have in another type's model, `alike` by name.
 
-    Quantized weights have buffers of their own, which no other model has.
+    That may be the model without what was put around its modules, and so without buffers that only these have, as quantized
+    weights do.
     """
     for name, buffer in model.named_buffers():
-        if name in alike and alike[name].dtype != buffer.dtype:
-            buffer.data = alike[name].float().to(buffer.device)
+        other = alike.get(name.replace(".base_layer.", "."))
+        if other is not None and other.dtype != buffer.dtype:
+            buffer.data = other.float().to(buffer.device)
+
+
+def grow(model: Any, vocabulary: int) -> Any:
+    """`model` with rows for so many tokens, where it has fewer: an adapter for new tokens brings their rows."""
+    if vocabulary > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    return model
 
 
 def add_adapter(model: Any, adapter: Path, method: Method) -> tuple[Any, AbstractContextManager[None]]:
@@ -192,4 +203,7 @@ def merge_and_round(model: Any, stored: dict[str, torch.dtype]) -> None:
         module.float()
         module.merge()
         for name, weight in weights:  # a bias too: some methods change it
-            weight.data = weight.data.to(stored[f"{path}.{name}"]).to(held[name])
+            wrapped = path.removesuffix(".token_adapter")
+            # A tied head has the embedding's weight, and none of its own in the files.
+            kind = stored.get(f"{wrapped}.{name}", stored[_EMBEDDING])
+            weight.data = weight.data.to(kind).to(held[name])

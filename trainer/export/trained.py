@@ -16,7 +16,7 @@ from trainer.config.paths import local_path
 from trainer.errors import ConfigError, Damaged, shown
 from trainer.run.folder import run_config
 from trainer.store import Store
-from trainer.tuning.method import Method, find_method, methods
+from trainer.tuning.method import Method, method_of, methods
 
 # Where huggingface_hub keeps a model. Manifests without a `name` have this path for a base that was given by its Hub id.
 _SNAPSHOT = re.compile(r".*/models--([^/]+)--([^/]+)/snapshots/([^/]+)")
@@ -41,6 +41,7 @@ def trained_config(run: Store, manifest: CheckpointManifest) -> Config:
             )
     given = run_config(run)
     recorded = {key: manifest.base[key] for key in ("layers", "dtype") if key in manifest.base}
+    recorded["add_tokens"] = manifest.base.get("add_tokens", [])
     quant = {key.removeprefix("quant."): value for key, value in manifest.base.items() if key.startswith("quant.")}
     sections = {
         "model": _updated(given.model, {**recorded, **_place(manifest, given.model)}, manifest),
@@ -52,7 +53,7 @@ def trained_config(run: Store, manifest: CheckpointManifest) -> Config:
 
 def trained_method(config: Config, manifest: CheckpointManifest) -> Method:
     """The method of `config`, which is that of `trained_config`. Raises `Damaged` when other parameters were trained."""
-    method = find_method(config.tuning)
+    method = method_of(config)
     expected = {name: list(shape) for name, shape in method.shapes(describe_base(config.model).architecture).items()}
     for name in sorted(expected.keys() | manifest.shapes.keys()):
         given, held = expected.get(name), manifest.shapes.get(name)

@@ -27,6 +27,7 @@ from trainer.base.filling import SOURCE_DTYPES
 from trainer.base.load import DTYPES, empty_model, model_config
 from trainer.base.locate import Base, copy_object, copy_weights
 from trainer.base.parameters import WEIGHT_DTYPES, find_source
+from trainer.base.tokenizer import find_rows
 from trainer.checkpoint.checkpoints import load_partitions
 from trainer.checkpoint.learner import TrainablePartition
 from trainer.checkpoint.manifest import CheckpointManifest, read_manifest
@@ -45,7 +46,7 @@ from trainer.ranks import join
 from trainer.scratch import scratch_folder
 from trainer.store import Store, open_store
 from trainer.train.assemble import assemble
-from trainer.tuning.method import Method, find_method
+from trainer.tuning.method import Method, method_of
 from trainer.zero.policy import build_deepspeed_config
 
 # How far a product's outputs are moved to measure what rounding does, as a share of themselves: one last bit in bf16; in fp32
@@ -73,11 +74,16 @@ class Trained:
 
     @cached_property
     def method(self) -> Method:
-        return find_method(self.config.tuning)
+        return method_of(self.config)
 
     @cached_property
     def probe(self) -> Probe:
         return find_probe(self.run, self.config, self.manifest, self.base)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the trained model's embedding, those of added tokens included."""
+        return max(self.base.architecture.vocabulary, *(row + 1 for row, _ in find_rows(self.config.model)), 0)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -145,7 +151,8 @@ def prove_merged(run: Store, step: int, merged: Store) -> Proof:
     }
     with _base_directory(trained.base) as base, scratch_folder("adapter") as folder:
         export_adapter(run, open_store(folder), step)
-        model = plain.load_plain(base, _held_in(trained.base), trained.dtype).to(plain.device())
+        model = plain.load_plain(base, _held_in(trained.base), trained.dtype)
+        model = plain.grow(model, trained.vocabulary).to(plain.device())
         model, without = plain.add_adapter(model, Path(folder), trained.method)
         with plain.computing_in_fp32(model):
             beside = plain.place_logits(model, rows)
@@ -242,7 +249,7 @@ def _plain_base(trained: Trained, folder: Path, computed_in: str) -> Any:
     model = plain.load_plain(folder, held, trained.dtype, model_config(folder, config.model.layers))
     if config.quant.type != "none" and not base.stored.quantized:
         plain.quantize(model, config.quant, dtype)
-    return model.to(plain.device())
+    return plain.grow(model, trained.vocabulary).to(plain.device())
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 Where the head is frozen, the gradient with respect to the hidden states is computed chunk by chunk in the forward pass: no
 recomputation, and ZeRO-3 gathers the head once a micro-batch instead of once a chunk and pass. Where it learns, tied to the
 embedding or not, the backward pass makes the logits of each chunk again and sums the weight's gradient over them in fp32.
+Where only the rows of some tokens learn, these are a small matrix of their own beside the frozen head.
 """
 
 from collections.abc import Iterator
@@ -31,6 +32,15 @@ class LossTerms(NamedTuple):
 _PLAIN = LossTerms()
 
 
+class Rows(NamedTuple):
+    """The rows `ids` (N,) int64 of a head of `vocabulary` rows are those of `matrix` (N, H). All that the head's own weight
+    lacks are among them."""
+
+    matrix: Tensor
+    ids: Tensor
+    vocabulary: int
+
+
 class LossHead(nn.Linear):
     """The output head: logits without labels, the summed loss with them.
 
@@ -38,6 +48,23 @@ class LossHead(nn.Linear):
     """
 
     softcap: float | None = None
+    active = True
+    trainable_tokens_delta: nn.Parameter  # PEFT's name
+    _ids: Tensor
+    _start: Tensor
+    _vocabulary: int | None = None
+
+    def learn(self, ids: Tensor, tokens: nn.Parameter, start: Tensor) -> None:
+        """Have `tokens` (N, H) be the rows `ids` (N,) int64, or `start` where `active` is off; V is then the larger vocabulary."""
+        self.trainable_tokens_delta = tokens
+        self._ids, self._start = nn.Buffer(ids, persistent=False), nn.Buffer(start, persistent=False)
+        self._vocabulary = max(self.out_features, int(ids.max()) + 1)
+
+    @property
+    def _rows(self) -> Rows | None:
+        if self._vocabulary is None:
+            return None
+        return Rows(self.trainable_tokens_delta if self.active else self._start, self._ids, self._vocabulary)
 
     def forward(
         self, hidden: Tensor, labels: Tensor | None = None, per_target: bool = False, terms: LossTerms = _PLAIN
@@ -48,12 +75,16 @@ class LossHead(nn.Linear):
         -log p(label) with the further `terms`, a () fp32 tensor in nats, which is 0 with a zero gradient for a row without
         targets; or, `per_target`, the summands, (targets,), in the order of the labels.
         """
+        rows = self._rows
         if labels is None:
-            logits = super().forward(hidden)
+            logits = _logits(hidden, self.weight, rows)
             return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
         wanted = labels != IGNORE
+        given: tuple[Any, ...] = hidden[wanted], self.weight, labels[wanted], self, terms
         function = _LearningCrossEntropy if self.weight.requires_grad else _FrozenCrossEntropy
-        nats: Tensor = function.apply(hidden[wanted], self.weight, labels[wanted], self, terms)  # type: ignore[assignment]
+        if rows is not None:
+            function, given = _RowsCrossEntropy, (*given, rows, rows.matrix, torch.is_grad_enabled())
+        nats: Tensor = function.apply(*given)  # type: ignore[assignment]
         return nats if per_target else nats.sum()
 
 
@@ -101,6 +132,52 @@ class _LearningCrossEntropy(torch.autograd.Function):
         return grad, weight_grad.to(weight.dtype), None, None, None
 
 
+class _RowsCrossEntropy(torch.autograd.Function):
+    """A frozen head of which some rows learn: the gradients of their logits are kept for the backward pass, (targets, rows)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        head: LossHead,
+        terms: LossTerms,
+        rows: Rows,
+        matrix: Tensor,
+        learns: bool,
+    ) -> Tensor:
+        """hidden (N, H), weight (V, H), targets (N,), matrix that of `rows` -> (N,) fp32, the nats of each target."""
+        nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        grad, of_rows = torch.empty_like(hidden), hidden.new_empty(len(hidden), len(matrix))
+        for part in _parts(hidden, weight):
+            chunk = _Chunk(hidden[part], weight, targets[part], head.softcap, terms, rows)
+            nats[part] = chunk.nats()
+            if learns:
+                logits_grad = chunk.gradient()
+                of_rows[part] = logits_grad[:, rows.ids]
+                own = logits_grad.index_fill_(1, rows.ids, 0)[:, : len(weight)]
+                grad[part] = own.to(weight.dtype) @ weight + of_rows[part] @ matrix
+        ctx.save_for_backward(hidden, grad, of_rows)
+        return nats
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        hidden, grad, of_rows = ctx.saved_tensors
+        grad, of_rows = ((part.float() * grad_output[:, None]).to(part.dtype) for part in (grad, of_rows))
+        return grad, None, None, None, None, None, of_rows.T @ hidden, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, rows: Rows | None) -> Tensor:
+    """hidden (..., H), weight (V, H) -> (..., V), or as many as `rows` say."""
+    logits = nn.functional.linear(hidden, weight)
+    if rows is None:
+        return logits
+    if rows.vocabulary > len(weight):
+        logits = nn.functional.pad(logits, (0, rows.vocabulary - len(weight)))
+    return logits.index_copy_(-1, rows.ids, nn.functional.linear(hidden, rows.matrix))
+
+
 def _parts(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
     """Slices of the N rows of `hidden` whose logits are made at one time."""
     size = max(1, _CHUNK_BYTES // (4 * weight.shape[0]))
@@ -112,9 +189,15 @@ class _Chunk:
     """The logits of n targets: hidden (n, H), weight (V, H), targets (n,)."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, terms: LossTerms
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        softcap: float | None,
+        terms: LossTerms,
+        rows: Rows | None = None,
     ) -> None:
-        logits = (hidden @ weight.T).float()  # (n, V)
+        logits = _logits(hidden, weight, rows).float()  # (n, V)
         self._slope = None
         if softcap is not None:
             bent = torch.tanh(logits.div_(softcap))

@@ -15,7 +15,7 @@ from trainer import objective as folder
 from trainer.config import Config, ObjectiveSettings
 from trainer.errors import ConfigError
 from trainer.registry import chosen, kinds, refuse_unread
-from trainer.tuning.method import Method, find_method
+from trainer.tuning.method import Method, base_trained_by, method_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,7 +110,7 @@ def find_objective(config: Config) -> Objective:
         ConfigError: there is none of that name, or a setting has a value that it does not read.
     """
     given = config.objective
-    objective = chosen(objectives(), "objective.name", given.name)(given, find_method(config.tuning))
+    objective = chosen(objectives(), "objective.name", given.name)(given, method_of(config))
     refuse_unread(given, "objective.name", objective.settings)
     return objective
 
@@ -131,9 +131,9 @@ def objective_mismatches(config: Config) -> list[str]:
             f"data.format: {config.data.format} has no rows for objective.name: {name}. Set it to "
             f"{' or '.join(objective.formats)}, or choose another objective."
         )
-    if objective.reads_reference and find_method(config.tuning).trains_base:
+    if objective.reads_reference and method_of(config).trains_base:
         wrong.append(
-            f"objective.name: {name} compares with the base, which tuning.method: {config.tuning.method} changes and cannot "
-            "switch off. Choose a method that leaves the base as it is, or an objective without a reference: orpo or simpo."
+            f"objective.name: {name} compares with the base, which {base_trained_by(config)} changes and cannot switch off. "
+            "Choose a method that leaves the base as it is, or an objective without a reference: orpo or simpo."
         )
     return wrong

@@ -13,7 +13,7 @@ from trainer.model.attention import Attention
 from trainer.model.packed import PackedModel
 from trainer.objective.objective import Objective
 from trainer.ranks import Ranks
-from trainer.tuning.method import find_method
+from trainer.tuning.method import method_of
 from trainer.zero.engine import Engine
 from trainer.zero.policy import Scope
 
@@ -34,7 +34,7 @@ def assemble(
         CapstanError: on every rank, when one cannot read a tensor, or the files lack it or have it in another shape or type.
     """
     model, report = load_model(base, config, deepspeed_config, ranks, attention, scope, log)
-    method = find_method(config.tuning)
+    method = method_of(config)
     method.attach(model, base.architecture, DTYPES[config.model.dtype], config.run.seed)
     before = checksums(model)
     groups = method.groups(model, config.optim)

@@ -17,25 +17,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from trainer.base.architecture import Architecture
 from trainer.config import Model, Optim, Tuning
 from trainer.errors import ConfigError
-from trainer.tuning.method import ExportedFiles, LearntWeights, VirtualTokens
+from trainer.tuning.method import ExportedFiles, LearntWeights, TrainedWeight, VirtualTokens
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True)
-class TrainedWeight:
-    """The trained values of the parameter `name`, read from the checkpoint as they are needed."""
-
-    weights: LearntWeights
-    name: str
-    shape: tuple[int, ...]
-
-    def apply_to(self, rows: Tensor, first: int) -> None:
-        begin = first * self.shape[-1]
-        rows.copy_(self.weights.part(self.name, begin, begin + rows.numel()))
 
 
 @dataclass(frozen=True)

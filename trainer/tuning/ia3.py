@@ -54,8 +54,8 @@ class Scaling:
 class Ia3(LinearAdapters):
     """Vectors that scale the outputs, or the inputs, of linear layers."""
 
-    settings: ClassVar[Collection[str]] = ("targets", "feedforward")
-    defaults: ClassVar[Mapping[str, Any]] = {"targets": _AUTO, "feedforward": None}
+    settings: ClassVar[Collection[str]] = ("targets", "feedforward", "modules_to_save")
+    defaults: ClassVar[Mapping[str, Any]] = {"targets": _AUTO, "feedforward": None, "modules_to_save": []}
     auto: ClassVar[Targets] = _AUTO
 
     def feedforward(self, targets: list[str]) -> list[str]:
@@ -112,7 +112,7 @@ class Ia3(LinearAdapters):
         return IA3Config(task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=self.feedforward(targets))
 
     def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
-        vectors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        vectors = [parameter for name, parameter in model.named_parameters() if name.endswith(f".{_VECTOR}")]
         return [{"name": _VECTOR, "lr_ratio": 1.0, "params": vectors}]
 
     def switched_off(self, model: PreTrainedModel) -> AbstractContextManager[None]:

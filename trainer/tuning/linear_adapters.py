@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,7 +16,7 @@ from trainer.base.architecture import Architecture, Linear
 from trainer.config import Model, Tuning
 from trainer.registry import without_defaults
 from trainer.scratch import scratch_folder
-from trainer.tuning.method import VirtualTokens
+from trainer.tuning.method import ExportedFiles, VirtualTokens
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig
@@ -31,8 +31,16 @@ Targets = str | list[str]
 """`all-linear`, or names of layers."""
 
 # Methods with LoRA's two matrices read these settings.
-LOW_RANK_SETTINGS = ("rank", "alpha", "dropout", "targets", "optim.lora_plus_ratio")
-LOW_RANK_DEFAULTS = {"dropout": 0.0, "targets": ALL_LINEAR}
+LOW_RANK_SETTINGS = (
+    "rank",
+    "alpha",
+    "dropout",
+    "targets",
+    "modules_to_save",
+    "optim.lora_plus_ratio",
+    "model.add_tokens",
+)
+LOW_RANK_DEFAULTS = {"dropout": 0.0, "targets": ALL_LINEAR, "modules_to_save": []}
 
 
 @dataclass(frozen=True)
@@ -124,6 +132,19 @@ def peft_files(
         _WEIGHTS: save(named, metadata={"format": "pt"}),
         _SETTINGS: json.dumps(settings, indent=2, sort_keys=True).encode(),
     }
+
+
+def with_peft_files(exported: ExportedFiles, weights: dict[str, Tensor], **settings: Any) -> ExportedFiles:
+    """PEFT's folder with more in it: `weights` as in `peft_files`, and `settings` of the adapter's description."""
+    from safetensors.torch import load, save
+
+    named = {f"base_model.model.{name}": weight.contiguous() for name, weight in weights.items()}
+    described = {**json.loads(exported.files[_SETTINGS]), **settings}
+    files = {
+        _WEIGHTS: save({**load(exported.files[_WEIGHTS]), **named}, metadata={"format": "pt"}),
+        _SETTINGS: json.dumps(described, indent=2, sort_keys=True).encode(),
+    }
+    return replace(exported, files=files)
 
 
 @contextmanager

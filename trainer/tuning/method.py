@@ -55,6 +55,19 @@ class WeightUpdate(Protocol):
 
 
 @dataclass(frozen=True)
+class TrainedWeight:
+    """The trained values of the base's own parameter `name`, read from the checkpoint as they are needed."""
+
+    weights: LearntWeights
+    name: str
+    shape: tuple[int, ...]
+
+    def apply_to(self, rows: Tensor, first: int) -> None:
+        begin = first * self.shape[-1]
+        rows.copy_(self.weights.part(self.name, begin, begin + rows.numel()))
+
+
+@dataclass(frozen=True)
 class ExportedFiles:
     """The files of an export beside the tokenizer. `library` loads them, and `what` says what they are, to begin a
     sentence; `files` are in the order in which they are written, and without the last one nothing loads."""
@@ -87,7 +100,7 @@ class Method(Protocol):
 
     settings: ClassVar[Collection[str]]
     """The settings of the section `tuning` that it reads, and those of `OPTIM_OF_SOME`, with their section. A value for any
-    other of them is refused, as it would be ignored."""
+    other of them is refused, as it would be ignored. So are settings of what learns beside a method, see `method_of`."""
     defaults: ClassVar[Mapping[str, Any]]
     """The meaning of a key that an identity lacks. A key that is added later comes with a default of here, so that older
     checkpoints stay what they are; a default never changes, whatever becomes of the configuration's."""
@@ -168,6 +181,27 @@ def find_method(settings: Tuning) -> Method:
     return method
 
 
+def method_of(config: Config) -> Method:
+    """The run's method: the one that `tuning.method` names, with what other settings have learn beside it.
+
+    A file of this folder says so by `AROUND`, a function for each such setting, which gets the method and the configuration, and
+    returns the method as it is where the setting is not used.
+
+    Raises:
+        ConfigError: as `find_method`, or the method cannot have beside it what a setting wants.
+    """
+    method = find_method(config.tuning)
+    for around in kinds(tuning, "AROUND").values():
+        method = around(method, config)
+    return method
+
+
+def base_trained_by(config: Config) -> str:
+    """The setting that has parameters of the base learn, for messages."""
+    modules = config.tuning.modules_to_save
+    return f"tuning.modules_to_save: {modules}" if modules else f"tuning.method: {config.tuning.method}"
+
+
 def check_tuning(config: Config, architecture: Architecture) -> None:
     """Raises `ConfigError` when the run's method is unknown, or asks of the base or of the run more than it has."""
     wrong = tuning_mismatches(config, architecture)
@@ -177,7 +211,7 @@ def check_tuning(config: Config, architecture: Architecture) -> None:
 
 def tuning_mismatches(config: Config, architecture: Architecture) -> list[str]:
     """A sentence for each setting that does not suit the run's method; raises `ConfigError` when that is unknown."""
-    method = find_method(config.tuning)
+    method = method_of(config)
     wrong = method.mismatches(architecture)
     for name in OPTIM_OF_SOME:
         field = name.removeprefix("optim.")
@@ -185,8 +219,8 @@ def tuning_mismatches(config: Config, architecture: Architecture) -> list[str]:
             wrong.append(f"{name}: has no effect with tuning.method: {config.tuning.method}. Remove it.")
     if method.trains_base and config.sharding.scope == "node":
         wrong.append(
-            f"sharding.scope: node keeps a copy of the base on every node, which tuning.method: {config.tuning.method} would "
-            "train apart. Set sharding.scope: world."
+            f"sharding.scope: node keeps a copy of the base on every node, which {base_trained_by(config)} would train apart. Set "
+            "sharding.scope: world."
         )
     if method.exports_model and config.quant.type != "none":
         wrong.append(

@@ -1,0 +1,136 @@
+"""Whole modules of the base that learn beside an adapter, in 16 bits: norms, the embedding, the output head, a mixture's routers.
+
+`tuning.modules_to_save` names them as PEFT does, by the end of their paths. Their parameters learn as with method full. In PEFT's
+folder they stand whole, beside the adapter; there a tied embedding is two modules with the same weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from trainer.base.architecture import Architecture, Parameter
+from trainer.base.locate import describe_base
+from trainer.config import Config, Model, Optim
+from trainer.errors import ConfigError
+from trainer.tuning.around import Around, SomeWeights
+from trainer.tuning.linear_adapters import with_peft_files
+from trainer.tuning.method import ExportedFiles, LearntWeights, Method, TrainedWeight, WeightUpdate
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+SETTING = "tuning.modules_to_save"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class WithModules(Around):
+    """A method over a frozen base, of which the modules called `names` learn."""
+
+    names: list[str]
+    adds_tokens: bool
+
+    @property
+    def trains_base(self) -> bool:
+        return True
+
+    def mismatches(self, architecture: Architecture) -> list[str]:
+        found = self.method.mismatches(architecture)
+        small = [path for path, parts in _modules(architecture).items() if all(map(_may_learn, parts))]
+        shown = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in small))
+        for name in self.names:
+            matched = _matching(architecture, [name])
+            if not matched or not all(_may_learn(part) for parts in matched.values() for part in parts):
+                what = (
+                    "is no module of the base"
+                    if not matched
+                    else "has linear layers or experts in it, which stay frozen"
+                )
+                found.append(f"{SETTING}: {name!r} {what}. Name some of {shown}.")
+            elif self.adds_tokens and _own(matched).keys() & {_EMBEDDING, _HEAD}:
+                found.append(
+                    f"{SETTING}: {name!r} learns whole, and model.add_tokens has some of its rows learn. Remove one of them."
+                )
+        return found
+
+    def _own(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+        return _own(_matching(architecture, self.names))
+
+    def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+        return {**self.method.shapes(architecture), **self._own(architecture)}
+
+    def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
+        self.method.attach(model, architecture, dtype, seed)
+        parameters = dict(model.named_parameters())
+        for name in self._own(architecture):
+            parameters[name].requires_grad_(True)
+
+    def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
+        """Without decay, which would also shrink the rows of tokens that the data lacks."""
+        theirs = self.method.groups(model, optim)
+        taken = {id(parameter) for group in theirs for parameter in group["params"]}
+        ours = [part for part in model.parameters() if part.requires_grad and id(part) not in taken]
+        return [*theirs, {"name": "modules", "lr_ratio": 1.0, "weight_decay": 0.0, "params": ours}]
+
+    @contextmanager
+    def switched_off(self, model: PreTrainedModel) -> Iterator[None]:
+        """Raises `ConfigError`: no rank keeps the modules as they were."""
+        raise ConfigError(f"{SETTING}: what the base was cannot be switched on, as modules of it learn. Remove it.")
+        yield
+
+    def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
+        """PEFT's folder of the method, with the modules in it."""
+        architecture = describe_base(model).architecture
+        own = self._own(architecture)
+        theirs = self.method.export({name: values for name, values in weights.items() if name not in own}, model)
+        ours = {name: values for name, values in weights.items() if name in own}
+        if architecture.tied and _EMBEDDING in ours:
+            ours[_HEAD] = ours[_EMBEDDING].clone()
+        paths = sorted({name.rpartition(".")[0] for name in ours})
+        return with_peft_files(theirs, ours, modules_to_save=paths)
+
+    def updates(self, weights: LearntWeights, architecture: Architecture) -> dict[str, WeightUpdate]:
+        theirs = self.method.updates(SomeWeights(weights, self.method.shapes(architecture)), architecture)
+        ours = {name: TrainedWeight(weights, name, shape) for name, shape in self._own(architecture).items()}
+        return {**theirs, **ours}
+
+
+def _modules(architecture: Architecture) -> dict[str, list[Parameter]]:
+    """Path in the model -> the parameters in it, for every module that has some, those of modules inside it included."""
+    found: dict[str, list[Parameter]] = {}
+    for parameter in architecture.parameters:
+        names = [parameter.name] + ([_HEAD] if architecture.tied and parameter.name == _EMBEDDING else [])
+        for name in names:
+            *parts, _ = name.split(".")
+            for end in range(1, len(parts) + 1):
+                found.setdefault(".".join(parts[:end]), []).append(parameter)
+    return found
+
+
+def _matching(architecture: Architecture, names: list[str]) -> dict[str, list[Parameter]]:
+    """Those modules whose paths end in one of `names`."""
+    ends = tuple(f".{name}" for name in names)
+    return {path: parts for path, parts in _modules(architecture).items() if f".{path}".endswith(ends)}
+
+
+def _own(modules: dict[str, list[Parameter]]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of their parameters."""
+    return {part.name: part.shape for parts in modules.values() for part in parts}
+
+
+def _may_learn(parameter: Parameter) -> bool:
+    """Whether it is in 16 bits in any case, and no adapter stands on it."""
+    return parameter.kind not in ("linear", "experts")
+
+
+def with_modules(method: Method, config: Config) -> Method:
+    names = config.tuning.modules_to_save
+    return cast(Method, WithModules(method, names, bool(config.model.add_tokens))) if names else method
+
+
+AROUND: dict[str, Callable[[Method, Config], Method]] = {SETTING: with_modules}
