@@ -22,7 +22,9 @@ class Parameters:
 @dataclass(frozen=True)
 class GlobalBatch:
     """One optimizer step. `empty_rows` are computed without targets, as global_batch does not divide evenly.
-    `reference_time_percent` is the time of the objective's passes through the reference, as a share of the others'."""
+    `reference_time_percent` is the time of the objective's passes through the reference, as a share of the others'. Where
+    the reference is stored there are none, but one pass over all data before the first step: `stored_reference_percent` of
+    the time of an epoch."""
 
     world_size: int
     accumulation: int
@@ -30,6 +32,7 @@ class GlobalBatch:
     empty_rows: int
     tokens: int
     reference_time_percent: int
+    stored_reference_percent: int
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from trainer.base.architecture import Architecture
 from trainer.base.base import Description
 from trainer.config import Config, Quant
 from trainer.needs import GlobalBatch, GpuMemory, HostMemory, Parameters, Plan, Traffic
-from trainer.objective.objective import Survey, find_objective, objective_mismatches
+from trainer.objective.objective import Survey, find_objective, objective_mismatches, reference_of
 from trainer.tuning.method import method_of, tuning_mismatches
 from trainer.zero.policy import Scope, build_deepspeed_config
 
@@ -70,7 +70,7 @@ class _Inputs:
     @cached_property
     def reference_passes(self) -> int:
         """Forward passes of a micro-batch through the reference."""
-        return int(find_objective(self.config).reads_reference)
+        return int(reference_of(self.config) == "adapter_off")
 
     @cached_property
     def survey(self) -> Survey | None:
@@ -162,19 +162,23 @@ def _parameters(given: _Inputs) -> Parameters:
 
 
 def _batch(given: _Inputs) -> GlobalBatch:
-    """Time is counted in passes: with frozen weights a backward pass makes as many products as a forward pass, and activation
-    checkpointing repeats the forward pass. A survey takes some of the tokens, one forward pass each, and leaves the loss the others."""
+    """Time is counted in passes: with frozen weights a backward pass makes as many products as a forward pass, and twice as
+    many where they learn; activation checkpointing repeats the forward pass. A survey takes some of the tokens, one forward pass
+    each, and leaves the loss the others."""
     train = given.config.train
     rows = given.accumulation * given.world_size * train.micro_batch
-    passes = 3 if train.activation_checkpointing else 2
     surveyed = given.survey.share if given.survey else 0
+    of_loss = 2 + train.activation_checkpointing + method_of(given.config).trains_base
+    passes = surveyed + (1 - surveyed) * of_loss
+    stored = reference_of(given.config) == "stored"
     return GlobalBatch(
         world_size=given.world_size,
         accumulation=given.accumulation,
         rows=train.global_batch,
         empty_rows=rows - train.global_batch,
         tokens=train.global_batch * given.row,
-        reference_time_percent=round(100 * given.reference_passes / (surveyed + (1 - surveyed) * passes)),
+        reference_time_percent=round(100 * given.reference_passes / passes),
+        stored_reference_percent=round(100 * stored / passes),
     )
 
 

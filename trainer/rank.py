@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -31,12 +32,12 @@ from trainer.config import Config
 from trainer.data.chapters import open_chapters
 from trainer.data.dataset import open_dataset
 from trainer.data.prepare import Datasets
-from trainer.data.stream import Position, eval_stream, train_stream
+from trainer.data.stream import Position, Stream, eval_stream, train_stream
 from trainer.devices import check_device
 from trainer.errors import CapstanError, DoesNotFit, NonFiniteLoss, Stopped, StorageError
 from trainer.identity import identity_of
-from trainer.model.attention import choose_attention
-from trainer.objective.objective import Objective, check_objective, find_objective
+from trainer.model.attention import Attention, choose_attention
+from trainer.objective.objective import Objective, check_objective, find_objective, reference_of
 from trainer.plan import choose_scope, make_plan
 from trainer.ranks import Ranks, join
 from trainer.run import layout
@@ -49,7 +50,9 @@ from trainer.store import Store, open_run_store
 from trainer.train.assemble import assemble
 from trainer.train.heartbeat import Hang, Heart
 from trainer.train.loop import Training, stop_before_training, train
+from trainer.train.reference import ReferencePass
 from trainer.tuning.method import check_tuning, method_of
+from trainer.zero.engine import Engine
 from trainer.zero.policy import build_deepspeed_config
 
 _VERSIONS = ("capstan-llm", "torch", "deepspeed", "transformers", "peft", "bitsandbytes", "ray", "obstore")
@@ -194,6 +197,8 @@ def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Train
     engine, report = assemble(
         base, config, deepspeed_config, ranks, attention, scope, start.objective, lambda text: print(text, flush=True)
     )
+    if reference_of(config) == "stored":  # before a restore: the base itself may learn
+        _read_reference(start, engine, attention, datasets, stream, held_out)
     identity = identity_of(config, base, datasets.train)
     checkpoints = Checkpoints(
         run,
@@ -227,6 +232,28 @@ def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Train
     facts = {"step": step, "total_steps": training.total_steps, "restore_seconds": round(restore_seconds, 3)}
     _record_start(start, report, attention=attention.name, **facts)
     return training, restored
+
+
+def _read_reference(
+    start: _Start, engine: Engine, attention: Attention, datasets: Datasets, stream: Stream, held_out: Stream | None
+) -> None:
+    """Give the streams the stored reference of their data, computed here unless it is there; after a stop request they may
+    be without it. Collective."""
+    reference = ReferencePass(
+        start.config,
+        start.base,
+        attention.name,
+        start.ranks,
+        engine,
+        start.objective,
+        start.store,
+        start.stop,
+        partial(_log, start.ranks),
+        start.heart,
+    )
+    stream.reference = reference.log_probabilities(datasets.train, stream.chapters)
+    if held_out is not None and datasets.eval:
+        held_out.reference = reference.log_probabilities(datasets.eval)
 
 
 def _record_start(start: _Start, report: LoadReport, **facts: Any) -> None:

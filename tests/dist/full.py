@@ -19,10 +19,10 @@ from trainer.tuning.method import find_method
 def plain_first_step(config_text: str, fingerprint: str, destination: str) -> dict[str, Any]:
     """The first step's gradients from `adapter_value`, each document by itself; one process, one mean over all targets."""
     config = parse_config(config_text)
-    model, learning = _plain_model(config)
+    model, learning = plain_model(config)
     for name, parameter in learning.items():
         parameter.data = adapter_value(name, tuple(parameter.shape)).to(parameter.dtype)
-    batches = _batches(_stream(config, fingerprint), Position())
+    batches = _batches(plain_stream(config, fingerprint), Position())
     targets = sum(batch.targets for batch in batches)
     nats = 0.0
     for batch in batches:
@@ -38,14 +38,14 @@ def plain_first_step(config_text: str, fingerprint: str, destination: str) -> di
 def plain_losses(config_text: str, fingerprint: str) -> list[float]:
     """The loss of every step by torch's AdamW, whose weight decay leaves out all that is no matrix."""
     config = parse_config(config_text)
-    model, learning = _plain_model(config)
+    model, learning = plain_model(config)
     matrices = [parameter for parameter in learning.values() if parameter.ndim > 1]
     vectors = [parameter for parameter in learning.values() if parameter.ndim == 1]
     optim, steps = config.optim, config.train.steps
     assert steps
     groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps)
-    stream, curve, position = _stream(config, fingerprint), list[float](), Position()
+    stream, curve, position = plain_stream(config, fingerprint), list[float](), Position()
     for step in range(1, steps + 1):
         batches = _batches(stream, position)
         targets, nats = sum(batch.targets for batch in batches), 0.0
@@ -64,7 +64,7 @@ def plain_losses(config_text: str, fingerprint: str) -> list[float]:
     return curve
 
 
-def _plain_model(config: Config) -> tuple[Any, dict[str, Any]]:
+def plain_model(config: Config) -> tuple[Any, dict[str, Any]]:
     """transformers' model, and those of its parameters that learn."""
     from transformers import AutoModelForCausalLM
 
@@ -78,7 +78,7 @@ def _plain_model(config: Config) -> tuple[Any, dict[str, Any]]:
     return model.train(), learning
 
 
-def _stream(config: Config, fingerprint: str) -> Stream:
+def plain_stream(config: Config, fingerprint: str) -> Stream:
     return train_stream(config, chapters_of(config, fingerprint), rank=0, world_size=1)
 
 

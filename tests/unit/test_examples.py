@@ -64,6 +64,7 @@ def test_an_example_is_valid_and_says_what_it_is(path: Path) -> None:
         ("405b-2x8", LLAMA_405B, 16, 8, 80),
         ("elastic", LLAMA_8B, 32, 8, 24),
         ("8b-full", LLAMA_8B, 8, 8, 80),
+        ("8b-dpo-full", LLAMA_8B, 8, 8, 80),
     ],
 )
 def test_an_example_fits_the_gpus_it_is_for(

@@ -13,7 +13,7 @@ from trainer.checkpoint.identity import Identity, check_identity
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config, parse_config
 from trainer.errors import ConfigError
-from trainer.objective.objective import check_objective, find_objective
+from trainer.objective.objective import check_objective, find_objective, reference_of
 from trainer.plan import Plan, make_plan
 
 RUN = "run: {name: demo}\nmodel: {base: b}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
@@ -50,6 +50,10 @@ def test_an_objective_is_found_by_its_name(name: str) -> None:
             "objective.loss_type: has no effect with objective.name: orpo.",
         ),
         (("objective.name=simpo", "objective.label_smoothing=0.1"), "objective.label_smoothing: has no effect with"),
+        (
+            ("objective.name=orpo", "objective.reference=stored"),
+            "objective.reference: has no effect with objective.name",
+        ),
         (("objective.name=dpo", "objective.z_loss=0.1"), "objective.z_loss: has no effect with objective.name: dpo."),
         (
             ("objective.name=dpo", "objective.label_smoothing=0.5"),
@@ -80,15 +84,26 @@ def test_a_setting_that_does_not_suit_the_objective_is_refused_in_one_sentence(
     assert "\n" not in str(error.value)
 
 
-def test_a_method_that_changes_the_base_gives_no_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_method_that_changes_the_base_wants_a_reference_that_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(__file__).parents[1] / "toys/tuning"
     monkeypatch.setattr(tuning, "__path__", [*tuning.__path__, str(folder)])
     assert "biases" in TOYS
     check_objective(config("objective.name=orpo", "tuning.method=biases"))
     for name in ("dpo", "kto"):
-        said = f"objective.name: {name} compares with the base, which tuning.method: biases"
+        check_objective(config(f"objective.name={name}", "tuning.method=biases"))
+        assert reference_of(config(f"objective.name={name}", "tuning.method=biases")) == "stored"
+        said = "objective.reference: adapter_off is not possible with tuning.method: biases"
         with pytest.raises(ConfigError, match=said):
-            check_objective(config(f"objective.name={name}", "tuning.method=biases"))
+            check_objective(config(f"objective.name={name}", "tuning.method=biases", "objective.reference=adapter_off"))
+
+
+def test_where_the_reference_comes_from_is_decided_where_there_is_one() -> None:
+    assert reference_of(config("objective.name=sft")) is None
+    assert reference_of(config("objective.name=simpo")) is None
+    for name in ("dpo", "kto"):
+        assert reference_of(config(f"objective.name={name}")) == "adapter_off"
+        assert reference_of(config(f"objective.name={name}", "objective.reference=stored")) == "stored"
+        assert identity(f"objective.name={name}", "objective.reference=stored").objective == {"name": name}
 
 
 def identity(*overrides: str) -> Identity:
@@ -150,6 +165,9 @@ def test_plan_counts_the_passes_of_ktos_survey() -> None:
     slower = planned("objective.name=kto", "train.activation_checkpointing=false")
     assert kto.traffic_per_step.base_gathers == 2 * sft.traffic_per_step.base_gathers
     assert kto.traffic_per_step.adapter_gathers > sft.traffic_per_step.adapter_gathers
+    stored = planned("objective.name=kto", "objective.reference=stored")
+    assert stored.traffic_per_step.base_gathers * 4 == kto.traffic_per_step.base_gathers * 3
+    assert (stored.batch.reference_time_percent, stored.batch.stored_reference_percent) == (0, 50)
     assert (kto.batch.reference_time_percent, slower.batch.reference_time_percent) == (50, 67)
 
 
@@ -165,6 +183,12 @@ def test_plan_counts_the_pass_through_the_reference() -> None:
     assert (sft.batch.reference_time_percent, dpo.batch.reference_time_percent) == (0, 33)
     slower = planned("objective.name=dpo", "train.activation_checkpointing=false")
     assert slower.batch.reference_time_percent == 50
+    stored = planned("objective.name=dpo", "objective.reference=stored")
+    assert stored.traffic_per_step == sft.traffic_per_step
+    assert (stored.batch.reference_time_percent, stored.batch.stored_reference_percent) == (0, 33)
+    assert sft.batch.stored_reference_percent == dpo.batch.stored_reference_percent == 0
+    full = planned("objective.name=dpo", "tuning.method=full", "quant.type=none")
+    assert (full.mismatches, full.batch.reference_time_percent, full.batch.stored_reference_percent) == ([], 0, 25)
     assert planned("objective.name=dpo", "data.format=chat").mismatches == [
         "data.format: chat has no rows for objective.name: dpo. Set it to preference, or choose another objective."
     ]

@@ -14,6 +14,13 @@ class ObjectiveSettings(Section):
         "kto: desired and undesired answers (data.format: labelled).",
         example="dpo",
     )
+    reference: Literal["auto", "adapter_off", "stored"] = setting(
+        "auto",
+        about="dpo and kto: where the base's log-probabilities come from. adapter_off: a second pass in every step, with what learns "
+        "switched off. stored: one pass over all data before the first step, kept beside the data. auto: adapter_off where the "
+        "method can be switched off, else stored.",
+        example="stored",
+    )
     loss_type: Literal["sigmoid", "hinge", "ipo"] = setting(
         "sigmoid", about="dpo's function of the margin between chosen and rejected.", example="ipo"
     )

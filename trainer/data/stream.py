@@ -75,6 +75,8 @@ class MicroBatch:
         desired: (documents,) bool, whether each is a labelled answer that is desired.
         mismatched: (mismatched,) int32, the segments that are mismatched answers; see trainer/data/labelled.py.
         survey: the figures that the losses of the step were found to need beforehand; see trainer/objective/objective.py.
+        reference: (documents, answers) fp32, log-probabilities of their answers by a stored reference, in nats; None
+            without one.
     """
 
     input_ids: torch.Tensor
@@ -91,6 +93,7 @@ class MicroBatch:
     desired: torch.Tensor = field(default_factory=partial(_none, torch.bool))
     mismatched: torch.Tensor = field(default_factory=partial(_none, torch.int32))
     survey: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same row on `device`, with int64 for what the model and the loss take; half the bytes travel."""
@@ -105,6 +108,7 @@ class MicroBatch:
             desired=self.desired.to(device),
             mismatched=self.mismatched.to(device).long(),
             survey=None if self.survey is None else self.survey.to(device),
+            reference=None if self.reference is None else self.reference.to(device),
         )
 
     def part(self, segments: torch.Tensor) -> "PartOfRow":
@@ -150,7 +154,12 @@ class Stream:
     A rank's `accumulation`, the micro-batches of a step, is derived: global_batch / (world_size * micro_batch), rounded
     up. In memory are the window in use and the two after it, read in the background, and for a moment the one before: at
     most 4 x 64 MiB of tokens, unless single documents are longer than a block. Nothing is read ahead beyond `epochs`.
+
+    `reference` may be set before the first step is read: (documents, answers) fp32 of the whole data set, from which each
+    row gets its own.
     """
+
+    reference: NDArray[np.float32] | None = None
 
     def __init__(
         self,
@@ -328,6 +337,7 @@ class Stream:
             beginnings=segments(starts),
             desired=torch.from_numpy((begun & DESIRED_BIT).astype(np.bool_)),
             mismatched=segments(mismatched),
+            reference=None if self.reference is None else torch.from_numpy(self.reference[documents]),
         )
 
 

@@ -78,13 +78,24 @@ class Kto:
         """Sums over the row: r of the mismatched answers, their number, the desired and the undesired answers. Then log q of each answer."""
         import torch
 
-        with self._method.switched_off(model.model):
-            base = read_segments(model, batch).log_p
+        base = batch.reference
+        if base is None:
+            with self._method.switched_off(model.model):
+                base = self.reference(model, batch)
         mismatched = read_segments(model, batch.part(batch.mismatched)).log_p[: len(batch.mismatched)]
         desired = batch.desired.sum()
         counts = (base.new_tensor(len(mismatched)), desired.float(), (len(batch.desired) - desired).float())
-        ratio = (mismatched - base[batch.mismatched]).sum()
-        return torch.cat([torch.stack([ratio, *counts]), base[batch.beginnings]])
+        ratio = (mismatched - base[_owners(batch), 1]).sum()
+        return torch.cat([torch.stack([ratio, *counts]), base[:, 0]])
+
+    def reference(self, model: PackedModel, batch: MicroBatch) -> Tensor:
+        """Of each document its labelled answer and the mismatched one behind it, 0 where there is none."""
+        import torch
+
+        log_p = read_segments(model, batch).log_p
+        mismatched = torch.zeros(len(batch.beginnings), device=log_p.device)
+        mismatched[_owners(batch)] = log_p[batch.mismatched]
+        return torch.stack([log_p[batch.beginnings], mismatched], dim=1)
 
     def loss(self, model: PackedModel, batch: MicroBatch) -> Tensor:
         import torch
@@ -112,6 +123,13 @@ class Kto:
             ratio.detach().sum(),
         )
         return torch.stack([losses.sum(), *measures, (lengths * of_desired).sum(), (lengths * of_undesired).sum()])
+
+
+def _owners(batch: MicroBatch) -> Tensor:
+    """The number in the row of the document that each mismatched answer is in, (mismatched,) int64."""
+    import torch
+
+    return torch.searchsorted(batch.beginnings, batch.mismatched, right=True) - 1
 
 
 OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {"kto": Kto}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from trainer import objective as folder
 from trainer.config import Config, ObjectiveSettings
@@ -60,7 +60,7 @@ class Objective(Protocol):
 
     @property
     def reads_reference(self) -> bool:
-        """Whether the loss compares with the base without what learns, which costs a forward pass more for each row."""
+        """Whether the loss compares with the base without what learns, by the values of `reference`; see `reference_of`."""
         ...
 
     @property
@@ -93,6 +93,11 @@ class Objective(Protocol):
         function: ZeRO-3's trace of what is gathered begins and ends with it."""
         ...
 
+    def reference(self, model: PackedModel, batch: MicroBatch) -> Tensor:
+        """The log-probabilities by `model`, which is the base then, of the answers of each document of a row, in the order of
+        `batch.documents`: (documents, answers) fp32, in nats. Where they are stored, `loss` finds them in `batch.reference`."""
+        ...
+
     def weight(self, batch: MicroBatch) -> int:
         """How much the row counts in the means; 0 for a row of padding. Known without the model."""
         ...
@@ -111,8 +116,18 @@ def find_objective(config: Config) -> Objective:
     """
     given = config.objective
     objective = chosen(objectives(), "objective.name", given.name)(given, method_of(config))
-    refuse_unread(given, "objective.name", objective.settings)
+    of_reference = ("reference",) if objective.reads_reference else ()
+    refuse_unread(given, "objective.name", (*objective.settings, *of_reference))
     return objective
+
+
+def reference_of(config: Config) -> Literal["adapter_off", "stored"] | None:
+    """`objective.reference`, with auto decided; None where the objective reads none."""
+    if not find_objective(config).reads_reference:
+        return None
+    if config.objective.reference != "auto":
+        return config.objective.reference
+    return "stored" if method_of(config).trains_base else "adapter_off"
 
 
 def check_objective(config: Config) -> None:
@@ -131,9 +146,9 @@ def objective_mismatches(config: Config) -> list[str]:
             f"data.format: {config.data.format} has no rows for objective.name: {name}. Set it to "
             f"{' or '.join(objective.formats)}, or choose another objective."
         )
-    if objective.reads_reference and method_of(config).trains_base:
+    if reference_of(config) == "adapter_off" and method_of(config).trains_base:
         wrong.append(
-            f"objective.name: {name} compares with the base, which {base_trained_by(config)} changes and cannot switch off. "
-            "Choose a method that leaves the base as it is, or an objective without a reference: orpo or simpo."
+            f"objective.reference: adapter_off is not possible with {base_trained_by(config)}, which changes the base and cannot be "
+            "switched off. Set it to stored."
         )
     return wrong

@@ -67,21 +67,21 @@ class Judged(NamedTuple):
 @dataclass(frozen=True)
 class Kind:
     """One of the objectives: the settings that it reads with their defaults, its formula, and the names of the figures that
-    the formula adds. The formula gets an object with these settings, the answers' log-probabilities by the model, and by the
-    reference where it reads one."""
+    the formula adds. The formula gets an object with these settings, the answers by the model, and where it reads a reference
+    the log-probabilities of the chosen and of the rejected answers by it, (2, pairs)."""
 
     defaults: Mapping[str, Any]
-    formula: Callable[[Any, Sides, Sides | None], Judged]
+    formula: Callable[[Any, Sides, Tensor | None], Judged]
     more: tuple[str, ...] = ()
     reads_reference: bool = False
 
 
-def dpo(given: Any, answers: Sides, reference: Sides | None) -> Judged:
+def dpo(given: Any, answers: Sides, reference: Tensor | None) -> Judged:
     """The formulas of the module's docstring, as are those of the functions below."""
     from torch.nn.functional import logsigmoid, relu
 
     assert reference is not None
-    chosen, rejected = (mine.log_p - base.log_p for mine, base in zip(answers, reference, strict=True))
+    chosen, rejected = (mine.log_p - base for mine, base in zip(answers, reference, strict=True))
     margin = chosen - rejected
     match given.loss_type:
         case "sigmoid":
@@ -94,7 +94,7 @@ def dpo(given: Any, answers: Sides, reference: Sides | None) -> Judged:
     return Judged(losses, (given.beta * chosen, given.beta * rejected), ((chosen + rejected) / 2,))
 
 
-def orpo(given: Any, answers: Sides, reference: Sides | None) -> Judged:
+def orpo(given: Any, answers: Sides, reference: Tensor | None) -> Judged:
     from torch.nn.functional import logsigmoid
 
     chosen, rejected = (side.mean for side in answers)
@@ -111,7 +111,7 @@ def _log_odds(mean: Tensor) -> Tensor:
     return mean - torch.log(-torch.expm1(mean))
 
 
-def simpo(given: Any, answers: Sides, reference: Sides | None) -> Judged:
+def simpo(given: Any, answers: Sides, reference: Tensor | None) -> Judged:
     from torch.nn.functional import logsigmoid
 
     chosen, rejected = (given.beta * side.mean for side in answers)
@@ -120,7 +120,7 @@ def simpo(given: Any, answers: Sides, reference: Sides | None) -> Judged:
 
 @dataclass(frozen=True)
 class Preference:
-    """An objective over pairs. The reference is the model with what learns switched off."""
+    """An objective over pairs. The reference is the model with what learns switched off, or stored beforehand."""
 
     given: ObjectiveSettings  # with the kind's own default where beta is not set
     kind: Kind
@@ -173,15 +173,21 @@ class Preference:
     def weight(self, batch: MicroBatch) -> int:
         return len(batch.rejected)
 
+    def reference(self, model: PackedModel, batch: MicroBatch) -> Tensor:
+        import torch
+
+        return torch.stack([side.log_p for side in read_answers(model, batch)], dim=1)
+
     def loss(self, model: PackedModel, batch: MicroBatch) -> Tensor:
         import torch
 
-        reference = None
-        if self.reads_reference:
+        reference = batch.reference
+        if self.reads_reference and reference is None:
             with torch.no_grad(), self.method.switched_off(model.model):
-                reference = read_answers(model, batch)
+                reference = self.reference(model, batch)
         answers = read_answers(model, batch)
-        losses, (chosen, rejected), more = self.kind.formula(self.given, answers, reference)
+        sides = None if reference is None else reference.T
+        losses, (chosen, rejected), more = self.kind.formula(self.given, answers, sides)
         lengths = (side.tokens for side in answers)
         measures = (chosen, rejected, chosen - rejected, (chosen > rejected).float(), *lengths, *more)
         return torch.stack([losses.sum(), *(measure.detach().sum() for measure in measures)])

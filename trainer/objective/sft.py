@@ -48,6 +48,9 @@ class NextTokens:
         terms = LossTerms(self._label_smoothing, self._z_loss) if model.head.training else LossTerms()
         return model.head(model.hidden(batch), batch.labels, terms=terms)
 
+    def reference(self, model: PackedModel, batch: MicroBatch) -> Tensor:
+        raise AssertionError("next tokens have no reference")
+
     def weight(self, batch: MicroBatch) -> int:
         return batch.targets
 

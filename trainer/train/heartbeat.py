@@ -26,7 +26,7 @@ from trainer.ranks import Ranks
 from trainer.run.background import Harmless, say
 from trainer.train.signed_lines import Line, Server
 
-Phase = Literal["load", "data", "compile", "step", "save", "evaluate"]
+Phase = Literal["load", "data", "compile", "step", "save", "evaluate", "reference"]
 Pulse: TypeAlias = Callable[[Phase, int], None]
 
 HUNG = 1

@@ -90,7 +90,8 @@ class DeviceRow(Protocol):
 
 
 class _Wrapped(nn.Module):
-    """The module for DeepSpeed: one packed row in, its sums out, in one call that ZeRO-3's hooks can follow."""
+    """The module for DeepSpeed: one packed row in, its sums out, in one call that ZeRO-3's hooks can follow; or what another
+    function than the loss makes of the row."""
 
     def __init__(self, packed: PackedModel, loss: Callable[[PackedModel, Any], Tensor]) -> None:
         super().__init__()

@@ -1,0 +1,164 @@
+"""The reference that is stored: one pass through the base over all data before the first step, and none in any step.
+
+The model is as it was attached, before a checkpoint is restored, so that a base that learns is still the base. Every rank
+computes its own rows of one order that knows no ranks; what is there already, from an earlier start or another run, is read.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.base.locate import Base
+from trainer.config import Config
+from trainer.data.chapters import Chapters
+from trainer.data.dataset import Dataset, open_dataset
+from trainer.data.prepare import eval_order
+from trainer.data.references import References, read_references, write_references
+from trainer.data.stream import MicroBatch, Position, eval_stream
+from trainer.errors import Damaged, NonFiniteLoss, NotFound
+from trainer.objective.objective import Objective
+from trainer.ranks import Ranks
+from trainer.run import layout
+from trainer.run.requests import StopSignal
+from trainer.store import Store
+from trainer.train.heartbeat import Pulse, silent_pulse
+from trainer.tuning.method import method_of
+from trainer.zero.engine import Engine
+
+_KEPT_SECONDS = 300.0  # between two writes of what is computed so far
+_TOLD_SECONDS = 30.0
+
+
+class _Part(NamedTuple):
+    """One rank's rows of a step: their documents, log-probabilities (documents, answers), and what it has to say."""
+
+    documents: list[int]
+    log_p: NDArray[np.float32]
+    stop: bool
+    clock: float  # seconds
+
+
+@dataclass(frozen=True)
+class ReferencePass:
+    """What the pass needs on this rank; `log` gets rank 0's lines."""
+
+    config: Config
+    base: Base
+    attention: str
+    ranks: Ranks
+    engine: Engine
+    objective: Objective
+    store: Store
+    stop: StopSignal
+    log: Callable[[str], None]
+    pulse: Pulse = silent_pulse
+
+    def log_probabilities(self, fingerprint: str, chapters: Chapters | None = None) -> NDArray[np.float32] | None:
+        """(documents, answers) of a data set, in nats; None where a stop was asked for meanwhile. Collective.
+
+        `chapters` are those of a data set that may still be compiled: the pass begins when it is whole.
+
+        Raises:
+            DataError, Stopped: it will not be.
+            NonFiniteLoss: the base gives an answer no finite log-probability.
+            StorageError: the store failed.
+        """
+        dataset = self._whole(fingerprint, chapters)
+        folder, facts = self.store.sub(layout.dataset(fingerprint)), self.ranks.on_first(lambda: self._facts(dataset))
+        found = self.ranks.on_first(lambda: self._read(folder, facts, dataset))
+        if found is not None and found.progress is None:
+            self.log(f"the reference of {len(found.log_p):,} {self.objective.unit} is in {folder.uri}")
+            return found.log_p
+        method = method_of(self.config)
+        self.engine.evaluating(True)
+        with nullcontext() if method.trains_base else method.switched_off(self.engine.model):
+            computed = self._compute(folder, facts, dataset, found)
+        self.engine.evaluating(False)
+        self.pulse("load", 0)
+        return computed
+
+    def _whole(self, fingerprint: str, chapters: Chapters | None) -> Dataset:
+        if chapters is not None and chapters.count > 1:
+            self.log("the reference is computed before the first step, so it waits until all data is compiled")
+            self.pulse("compile", 0)
+            chapters.get(chapters.count - 1)
+        return open_dataset(self.store, fingerprint)
+
+    def _facts(self, dataset: Dataset) -> dict[str, Any]:
+        """Everything that decides the values."""
+        model, quant = self.config.model, self.config.quant
+        return {
+            "format": 1,
+            "dataset": dataset.manifest.fingerprint,
+            "of": self.objective.unit,
+            "base": self.base.fingerprint,
+            "files": self.base.versions,
+            "layers": model.layers,
+            "dtype": model.dtype,
+            "quant": {"type": quant.type, "block_size": quant.block_size, "double": quant.double},
+            "attention": self.attention,
+        }
+
+    def _read(self, folder: Store, facts: dict[str, Any], dataset: Dataset) -> References | None:
+        try:
+            return read_references(folder, facts, dataset.manifest.documents)
+        except NotFound:
+            return None
+        except Damaged as error:
+            self.log(f"{error} The reference is computed again.")
+            return None
+
+    def _compute(
+        self, folder: Store, facts: dict[str, Any], dataset: Dataset, found: References | None
+    ) -> NDArray[np.float32] | None:
+        """All that `found` lacks. Rank 0 writes what there is from time to time, and at the end or a stop."""
+        order = eval_order(self.config, dataset.manifest).to_json()
+        stream = eval_stream(self.config, dataset, self.ranks.rank, self.ranks.world_size)
+        log_p, position = None, Position()
+        if found is not None and found.progress is not None and found.progress["order"] == order:
+            log_p, position = found.log_p.copy(), Position.from_json(found.progress["position"])
+        kept = told = time.monotonic()
+        while position.epoch == 0:
+            self.pulse("reference", 0)
+            every: list[_Part] = self.ranks.gather_objects(self._part(stream.step(position)))
+            position, now = stream.advance(position), every[0].clock  # rank 0's, so that all decide alike
+            if log_p is None:
+                log_p = np.full((dataset.manifest.documents, every[0].log_p.shape[1]), np.nan, np.float32)
+            for part in every:
+                log_p[part.documents] = part.log_p
+            whole, stopping = position.epoch > 0, any(part.stop for part in every)
+            if whole or now - told > _TOLD_SECONDS:
+                told = self._tell(log_p, now)
+            if whole:
+                self._check(log_p)
+            if whole or stopping or now - kept > _KEPT_SECONDS:
+                progress = None if whole else {"order": order, "position": position.to_json()}
+                references, kept = References(log_p, progress), now
+                self.ranks.on_first(partial(write_references, folder, facts, references))
+            if stopping and not whole:
+                return None
+        return log_p
+
+    def _part(self, batches: Sequence[MicroBatch]) -> _Part:
+        values = [self.engine.look(self.objective.reference, batch).float().cpu().numpy() for batch in batches]
+        documents = [number for batch in batches for number in batch.documents]
+        return _Part(documents, np.concatenate(values), bool(self.stop.requested), time.monotonic())
+
+    def _tell(self, log_p: NDArray[np.float32], now: float) -> float:
+        done = len(log_p) - int(np.isnan(log_p[:, 0]).sum())
+        self.log(f"the reference of {done:,} of {len(log_p):,} {self.objective.unit} is computed")
+        return now
+
+    def _check(self, log_p: NDArray[np.float32]) -> None:
+        wrong = np.flatnonzero(~np.isfinite(log_p).all(axis=1))
+        if len(wrong):
+            raise NonFiniteLoss(
+                f"the base gives {len(wrong):,} of {len(log_p):,} {self.objective.unit} of the data no finite log-probability, "
+                f"document {wrong[0]} first, so it cannot be their reference. Leave them out of the data."
+            )
