@@ -20,12 +20,13 @@ from rich.table import Table
 import trainer.run.metrics
 import trainer.run.requests
 from launcher.view.status import read_status
+from trainer.checkpoint.contents import Contents
 from trainer.checkpoint.division import EvenDivision
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import CheckpointManifest, parse_manifest, read_manifest
 from trainer.checkpoint.reading import plan_reads
 from trainer.checkpoint.retention import Retention, plan_removal, remove
-from trainer.checkpoint.shard import BYTES_PER_ELEMENT, Shard
+from trainer.checkpoint.shard import Shard
 from trainer.run import layout
 from trainer.run.log import log_allowance
 from trainer.run.records import record_line
@@ -144,7 +145,7 @@ class Row:
 def simulate(ranks: int, checkpoints: int) -> Row:
     store = CountingStore()
     numel = sum(rows * columns for rows, columns in shapes().values())
-    size = BYTES_PER_ELEMENT * -(-numel // ranks) + 600_000  # with the header
+    size = 12 * -(-numel // ranks) + 600_000  # with the header
     for step in range(1, checkpoints + 1):
         saved = manifest(step, ranks, size)
         for shard in saved.shards:
@@ -168,8 +169,8 @@ def simulate(ranks: int, checkpoints: int) -> Row:
         step = committed_steps(store)[0]
         found = read_manifest(store, step)
         others = max(1, 3 * ranks // 4)
-        mine = EvenDivision(found.numels, others).intervals(others // 2)
-        return len(list(plan_reads(found.division, mine)))
+        mine = Contents(EvenDivision(found.numels, others), found.contents.states, others).of(others // 2)
+        return len(list(plan_reads(found.contents, mine)))
 
     rules = Retention(checkpoints - 1, keep_best=1)  # all but one stay, and the best is asked of each manifest
     return Row(

@@ -2,9 +2,11 @@
 
 import struct
 
+from trainer.checkpoint.contents import Contents
 from trainer.checkpoint.division import EvenDivision
 from trainer.checkpoint.manifest import CheckpointManifest
-from trainer.checkpoint.shard import BYTES_PER_ELEMENT, Shard, ShardLayout, write_shard
+from trainer.checkpoint.shard import Shard, ShardLayout, write_shard
+from trainer.optimizer.optimizer import states_of
 from trainer.run import layout
 from trainer.store import Store
 
@@ -38,13 +40,15 @@ def manifest(step: int, shards: list[Shard] | None = None, eval_loss: float | No
 def write_shards(run: Store, step: int, ranks: int = 2, attempt: str = ATTEMPT) -> list[Shard]:
     """Shards whose elements are 1.0, 2.0, ... times the step."""
     division = EvenDivision({NAME: SHAPE[0] * SHAPE[1]}, ranks)
+    contents = Contents(division, {NAME: states_of("adamw", SHAPE)}, ranks)
     shards = []
     for rank in range(ranks):
         intervals = division.intervals(rank)
         values = [float(step * (1 + element)) for begin, end in intervals.values() for element in range(begin, end)] * 3
         data = struct.pack(f"<{len(values)}f", *values)
-        assert len(data) == BYTES_PER_ELEMENT * sum(end - begin for begin, end in intervals.values())
-        shards.append(write_shard(run, layout.shard(step, attempt, rank), ShardLayout(intervals), memoryview(data)))
+        shard_layout = ShardLayout(contents.of(rank))
+        assert len(data) == shard_layout.size
+        shards.append(write_shard(run, layout.shard(step, attempt, rank), shard_layout, memoryview(data)))
     return shards
 
 

@@ -1,4 +1,4 @@
-"""The identity that a configuration gives its checkpoints: its base, its method, its objective, its data and their order.
+"""The identity that a configuration gives its checkpoints: its base, its method, its objective, its optimizer, its data and their order.
 
 Every key is named here, by the method or by the objective, never taken over from a dump of settings: a setting that is added later stays out,
 or comes with a default for the checkpoints that were written before it.
@@ -32,5 +32,6 @@ def identity_of(config: Config, base: Base, dataset: str) -> Identity:
         adapter=method.identity,
         order=train_order(config).to_json(),
         objective=objective.identity,
+        optimizer=config.optim.name,
         defaults={**objective.defaults, **method.defaults},
     )

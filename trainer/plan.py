@@ -15,6 +15,7 @@ from trainer.base.base import Description
 from trainer.config import Config, Quant
 from trainer.needs import GlobalBatch, GpuMemory, HostMemory, Parameters, Plan, Traffic
 from trainer.objective.objective import Survey, find_objective, objective_mismatches, reference_of
+from trainer.optimizer.optimizer import State, find_optimizer, states_of
 from trainer.tuning.method import method_of, tuning_mismatches
 from trainer.zero.policy import Scope, build_deepspeed_config
 
@@ -49,9 +50,30 @@ class _Inputs:
         return 2 if self.config.model.dtype == "bf16" else 4
 
     @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter that learns, by name: of the adapters, or of the base itself."""
+        return method_of(self.config).shapes(self.model)
+
+    @cached_property
     def learning(self) -> dict[str, int]:
-        """Elements of each parameter that learns, by name: of the adapters, or of the base itself."""
-        return {name: prod(shape) for name, shape in method_of(self.config).shapes(self.model).items()}
+        """Elements of each of them."""
+        return {name: prod(shape) for name, shape in self.shapes.items()}
+
+    @cached_property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of the fp32 masters and of the optimizer's states."""
+        every = ((state, self.learning[name]) for name, shape in self.shapes.items() for state in self.states(shape))
+        return sum(state.item * state.size(numel) for state, numel in every)
+
+    @cached_property
+    def state_bytes(self) -> int:
+        """Bytes of the same on one rank, which has vectors whole, and the fp32 gradient that it adds up."""
+        every = (state for shape in self.shapes.values() for state in self.states(shape))
+        vectors = sum(state.item * state.length for state in every if state.length is not None)
+        return ceil((self.checkpoint_bytes - vectors) / self.world_size) + vectors + 4 * self.share
+
+    def states(self, shape: tuple[int, ...]) -> tuple[State, ...]:
+        return states_of(self.config.optim.name, shape)
 
     @property
     def trainable(self) -> int:
@@ -96,7 +118,7 @@ def make_plan(config: Config, base: Description, world_size: int, ranks_per_node
         gpu_memory: bytes of one GPU; None when there is none to compare with.
 
     Raises:
-        ConfigError: the method or the objective is unknown, or the DeepSpeed policy cannot be used.
+        ConfigError: the method, the objective or the optimizer is unknown, or the DeepSpeed policy cannot be used.
     """
     scope = choose_scope(config, base.architecture, world_size, ranks_per_node, gpu_memory)
     given, deepspeed = _inputs(config, base.architecture, world_size, ranks_per_node, scope)
@@ -108,7 +130,7 @@ def make_plan(config: Config, base: Description, world_size: int, ranks_per_node
         memory_per_gpu=memory,
         memory_per_host=_host_memory(given),
         traffic_per_step=_traffic(given),
-        checkpoint_bytes=12 * given.trainable,  # fp32 master weight and AdamW's two moments
+        checkpoint_bytes=given.checkpoint_bytes,
         scope=scope,
         device="cpu" if config.cluster.gpus_per_worker == 0 else "gpu",
         deepspeed=deepspeed,
@@ -202,7 +224,8 @@ def _gpu_memory(given: _Inputs) -> GpuMemory:
 
     What is frozen: its stored bytes / the ranks that share one copy, nothing where it is offloaded.
     What learns, adapters or the base itself: the 16-bit partition and, where a parameter is under ZeRO-3's persistence
-    threshold, a whole copy; then fp32 master, two moments and accumulated gradient (16 bytes an element) / world size.
+    threshold, a whole copy; then fp32 master, the optimizer's states and accumulated gradient (with AdamW 16 bytes an
+    element) / world size.
     """
     config, model, world_size = given.config, given.model, given.world_size
     linear = sum(_layer_bytes(given))
@@ -225,7 +248,7 @@ def _gpu_memory(given: _Inputs) -> GpuMemory:
         "frozen_quantized": 0 if given.offloaded else ceil(linear / given.group),
         "frozen_unquantized": 0 if given.offloaded else ceil(unquantized / given.group),
         "adapter_weights": given.item * (whole + given.share),
-        "adapter_states": 16 * given.share,
+        "adapter_states": given.state_bytes,
         "gradient_buckets": 4 * given.zero.get("reduce_bucket_size", 500_000_000),
         **passes,
         "optimizer_step": max(0, _optimizer_step(given) - sum(passes.values())),
@@ -235,10 +258,11 @@ def _gpu_memory(given: _Inputs) -> GpuMemory:
 
 
 def _optimizer_step(given: _Inputs) -> int:
-    """Bytes that the update takes when the passes have freed theirs, for one sub-group of DeepSpeed's at a time: in fp32 a
-    copy of the gradient and the root of the second moment, which torch's AdamW holds twice on a CPU."""
-    on_cpu = given.config.cluster.gpus_per_worker == 0
-    return (12 if on_cpu else 8) * min(given.share, given.zero.get("sub_group_size", 1_000_000_000))
+    """Bytes that the update takes when the passes have freed theirs, for one sub-group of DeepSpeed's at a time."""
+    portion = min(given.share, given.zero.get("sub_group_size", 1_000_000_000))
+    largest = ceil(max(given.learning.values(), default=0) / given.world_size)
+    on_gpu = given.config.cluster.gpus_per_worker != 0
+    return find_optimizer(given.config.optim).step_bytes(portion, largest, on_gpu)
 
 
 def _gathered(given: _Inputs) -> int:
@@ -288,7 +312,7 @@ def _host_memory(given: _Inputs) -> HostMemory:
     ranks = min(given.ranks_per_node, given.world_size)
     reads = ranks * _READ_BYTES
     offloaded = ranks * ceil(_base_bytes(given) / given.group) if given.offloaded else 0
-    copies = 12 * ranks * given.share
+    copies = ceil(ranks * given.checkpoint_bytes / given.world_size)
     return HostMemory(reads, offloaded, copies, reads + offloaded + copies)
 
 

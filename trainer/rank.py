@@ -38,6 +38,7 @@ from trainer.errors import CapstanError, DoesNotFit, NonFiniteLoss, Stopped, Sto
 from trainer.identity import identity_of
 from trainer.model.attention import Attention, choose_attention
 from trainer.objective.objective import Objective, check_objective, find_objective, reference_of
+from trainer.optimizer.optimizer import find_optimizer
 from trainer.plan import choose_scope, make_plan
 from trainer.ranks import Ranks, join
 from trainer.run import layout
@@ -97,6 +98,7 @@ def run_rank(
         check_base(base, config)
         check_tuning(config, base.architecture)
         check_objective(config)
+        find_optimizer(config.optim)
     torch.set_num_threads(
         config.cluster.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // ranks.ranks_per_node)
     )

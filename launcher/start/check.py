@@ -20,6 +20,7 @@ from trainer.data.prepare import locate
 from trainer.errors import ConfigError, DataError, NotFound, NothingToResume, StorageError
 from trainer.identity import identity_of
 from trainer.objective.objective import check_objective
+from trainer.optimizer.optimizer import find_optimizer
 from trainer.run import layout
 from trainer.run.folder import command, run_folder
 from trainer.run.owner import FRESH_SECONDS, age, last_owner, read_owner
@@ -69,6 +70,7 @@ def check(
     check_base(base, config)
     check_tuning(config, base.architecture)
     check_objective(config)
+    find_optimizer(config.optim)
     build_deepspeed_config(config, world_size=config.cluster.most_workers or 1, accumulation=1, on_gpu=False)
     run = run_folder(config)
     if has_run(run, again):

@@ -42,7 +42,8 @@ class Assembled:
     events: list[dict[str, Any]] = field(default_factory=list)
 
     def checkpoints(self, generation: int = 1, base: str = "ours") -> Checkpoints:
-        identity = Identity("data", {"fingerprint": base}, method_of(self.config).identity)
+        method = method_of(self.config).identity
+        identity = Identity("data", {"fingerprint": base}, method, optimizer=self.config.optim.name)
         rules = self.config.checkpoint
         return Checkpoints(self.run, self.ranks, generation, identity, rules, {"capstan-llm": "0"}, self.note)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.dist.assembled import STATES
 from tests.dist.runs import outcome_of
 from tests.faulty import Fault, FaultyStore
 from trainer.checkpoint.checkpoints import Checkpoints
@@ -20,7 +21,6 @@ from trainer.checkpoint.learner import TrainablePartition
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import problems_of, read_manifest, whole_checkpoint
 from trainer.checkpoint.retention import Retention, plan_removal, remove
-from trainer.checkpoint.shard import STATES
 from trainer.config import Checkpoint
 from trainer.errors import StorageError
 from trainer.export.learnt import master_weights

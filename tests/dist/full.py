@@ -1,6 +1,6 @@
 """Full fine-tuning by transformers and PyTorch alone."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.dist.assembled import adapter_value, chapters_of
 from trainer.base.load import DTYPES
 from trainer.base.locate import resolve_base
-from trainer.config import Config, parse_config
+from trainer.config import Config, Optim, parse_config
 from trainer.data.stream import MicroBatch, Position, Stream, train_stream
 from trainer.train.schedule import learning_rate
 from trainer.tuning.method import find_method
@@ -36,7 +36,8 @@ def plain_first_step(config_text: str, fingerprint: str, destination: str) -> di
 
 
 def plain_losses(config_text: str, fingerprint: str) -> list[float]:
-    """The loss of every step by torch's AdamW, whose weight decay leaves out all that is no matrix."""
+    """The loss of every step by torch's AdamW, bitsandbytes' or transformers' Adafactor, whose weight decay leaves out all that
+    is no matrix."""
     config = parse_config(config_text)
     model, learning = plain_model(config)
     matrices = [parameter for parameter in learning.values() if parameter.ndim > 1]
@@ -44,7 +45,7 @@ def plain_losses(config_text: str, fingerprint: str) -> list[float]:
     optim, steps = config.optim, config.train.steps
     assert steps
     groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps)
+    optimizer = _optimizers()[optim.name](groups, optim)
     stream, curve, position = plain_stream(config, fingerprint), list[float](), Position()
     for step in range(1, steps + 1):
         batches = _batches(stream, position)
@@ -62,6 +63,19 @@ def plain_losses(config_text: str, fingerprint: str) -> list[float]:
         curve.append(nats)
         position = stream.advance(position)
     return curve
+
+
+def _optimizers() -> dict[str, Callable[[Any, Optim], Any]]:
+    from bitsandbytes.optim.adamw import AdamW8bit
+    from transformers.optimization import Adafactor
+
+    return {
+        "adamw": lambda groups, optim: torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps),
+        "adamw_8bit": lambda groups, optim: AdamW8bit(groups, betas=optim.betas, eps=optim.eps),
+        "adafactor": lambda groups, optim: Adafactor(
+            groups, optim.lr, scale_parameter=False, relative_step=False, warmup_init=False
+        ),
+    }
 
 
 def plain_model(config: Config) -> tuple[Any, dict[str, Any]]:

@@ -17,19 +17,22 @@ from tests.dist.launch import RankFailed, launch
 from tests.dist.test_resume import losses
 from tests.material import Workshop, commit, make_base
 from trainer.base.locate import resolve_base
+from trainer.checkpoint.identity import check_identity
 from trainer.checkpoint.manifest import read_manifest
-from trainer.config import Config, dump_config
+from trainer.config import Config, dump_config, override
 from trainer.errors import ConfigError
 from trainer.export.adapter import export_adapter
 from trainer.export.learnt import master_weights
 from trainer.export.merged import export_merged
 from trainer.export.proof import Proof
+from trainer.identity import identity_of
 from trainer.plan import make_plan
 from trainer.run import layout
 from trainer.safetensors_index import read_index
 from trainer.store import Store, open_store
 
 FULL = ("tuning.method=full", "tuning.rank=16", "tuning.alpha=32", "quant.type=none")
+LORA = ("tuning.method=lora", "optim.lora_plus_ratio=2", "quant.type=nf4", "optim.lr=1e-2")
 # The last layer and the norms: nothing before the first of them has a gradient to pass on.
 SELECTED = ("model.layers.1.*", "model.norm.weight")
 
@@ -93,12 +96,17 @@ def test_what_learns_is_everything_or_what_is_named(steps: Any) -> None:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("kind", ["llama", "llama-tied"])
-def test_twenty_steps_of_two_ranks_have_the_losses_of_transformers_and_adamw(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "optimizer"),
+    [("llama", "adamw"), ("llama-tied", "adamw"), ("llama", "adamw_8bit"), ("mixtral", "adafactor")],
+)
+def test_twenty_steps_of_two_ranks_have_the_losses_of_transformers_and_the_stock_optimizer(
+    tmp_path: Path, kind: str, optimizer: str
+) -> None:
     workshop = Workshop(tmp_path, kind)
     set_policy(workshop, sub_group_size=20_000)  # so that a rank's share is updated in several portions
     overrides = ("model.dtype=fp32", "train.steps=20", "checkpoint.every_steps=0", "optim.weight_decay=0.1")
-    config = config_of(workshop, "curve", *overrides)
+    config = config_of(workshop, "curve", *overrides, f"optim.name={optimizer}")
     fingerprint = workshop.prepare(config).train
     (stock,) = launch(1, full.plain_losses, dump_config(config), fingerprint)
     ours = launch(2, curves.losses, dump_config(config), fingerprint)[0]
@@ -113,10 +121,12 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return Workshop(tmp_path_factory.mktemp("runs"), "llama-tied")
 
 
-def train(workshop: Workshop, name: str, steps: int, ranks: int, how: str = "start") -> dict[int, float]:
+def train(
+    workshop: Workshop, name: str, steps: int, ranks: int, how: str = "start", overrides: tuple[str, ...] = ()
+) -> dict[int, float]:
     """The losses of the run `name` by step, once it has taken `steps`."""
-    constant = ("optim.schedule=constant", "optim.warmup_steps=0", "optim.weight_decay=0.1")
-    config, run = config_of(workshop, name, *constant, f"train.steps={steps}"), workshop.store.sub(name)
+    constant = ("optim.schedule=constant", "optim.warmup_steps=0", "optim.weight_decay=0.1", f"train.steps={steps}")
+    config, run = config_of(workshop, name, *constant, *overrides), workshop.store.sub(name)
     run.put(layout.CONFIG, dump_config(config).encode())  # as the launcher does before any rank starts
     outcomes = launch(ranks, runs.run, dump_config(config), workshop.prepare(config).train, how)
     assert {outcome["outcome"] for outcome in outcomes} == {"finished"}, outcomes
@@ -135,17 +145,37 @@ def run(workshop: Workshop, whole: dict[int, float]) -> Store:
 
 
 @pytest.mark.timeout(400)
-def test_ten_steps_are_five_a_resume_and_five_more(workshop: Workshop, whole: dict[int, float]) -> None:
-    assert whole[1] - whole[10] > 0.3
-    train(workshop, "same", 5, ranks=2)
-    stores = workshop.folder / "store"
-    shutil.copytree(stores / "same", stores / "other")
-    assert train(workshop, "same", 10, ranks=2, how="resume") == whole
-    assert train(workshop, "other", 10, ranks=3, how="resume") == pytest.approx(whole, abs=1e-3)
-    same, straight = (
-        master_weights(store, read_manifest(store, 10)) for store in map(workshop.store.sub, ("same", "whole"))
-    )
-    assert all(torch.equal(same[name], values) for name, values in straight.items())
+@pytest.mark.parametrize(
+    ("optimizer", "more"),
+    [("adamw", ()), ("adamw_8bit", ()), ("adafactor", ()), ("adamw_8bit", LORA), ("adafactor", LORA)],
+    ids=["adamw", "adamw_8bit", "adafactor", "lora-adamw_8bit", "lora-adafactor"],
+)
+def test_ten_steps_are_five_a_resume_and_five_more(workshop: Workshop, optimizer: str, more: tuple[str, ...]) -> None:
+    """In a checkpoint of the size that `plan` counts, which another optimizer does not go on from."""
+    name, stores = f"{optimizer}-{len(more)}", workshop.folder / "store"
+    overrides = (*more, f"optim.name={optimizer}")
+    straight = train(workshop, f"{name}-straight", 10, ranks=2, overrides=overrides)
+    assert straight[1] - straight[10] > 0.1
+    train(workshop, f"{name}-same", 5, ranks=2, overrides=overrides)
+    shutil.copytree(stores / f"{name}-same", stores / f"{name}-other")
+    assert train(workshop, f"{name}-same", 10, ranks=2, how="resume", overrides=overrides) == straight
+    resumed = train(workshop, f"{name}-other", 10, ranks=3, how="resume", overrides=overrides)
+    assert resumed == pytest.approx(straight, abs=1e-3)
+    runs = [workshop.store.sub(f"{name}-{how}") for how in ("same", "straight")]
+    manifests = [read_manifest(run, 10) for run in runs]
+    same, whole = (master_weights(run, manifest) for run, manifest in zip(runs, manifests, strict=True))
+    assert all(torch.equal(same[name], values) for name, values in whole.items())
+
+    config = config_of(workshop, f"{name}-same", *overrides)
+    base = resolve_base(config.model)
+    plan = make_plan(config, base.description, 2, 2, None)
+    assert plan.checkpoint_bytes <= manifests[0].size < plan.checkpoint_bytes + 2 * 40_000
+    another = identity_of(override(config, "optim.name=adamw_8bit"), base, manifests[0].dataset)
+    if optimizer == "adamw_8bit":
+        check_identity(manifests[0], another)
+    else:
+        with pytest.raises(ConfigError, match=f"optimizer name: '{optimizer}', the configuration gives 'adamw_8bit'"):
+            check_identity(manifests[0], another)
 
 
 def test_a_checkpoint_has_twelve_bytes_for_each_parameter_divided_over_the_ranks(
@@ -286,8 +316,10 @@ def test_a_run_of_the_first_layers_has_no_model_to_export(workshop: Workshop, tm
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_the_memory_of_a_rank_grows_with_the_base_as_plan_counts(tmp_path: Path, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "optimizer"), [("bf16", "adamw"), ("fp32", "adamw"), ("bf16", "adamw_8bit"), ("bf16", "adafactor")]
+)
+def test_the_memory_of_a_rank_grows_with_the_base_as_plan_counts(tmp_path: Path, dtype: str, optimizer: str) -> None:
     """From one million to fifty million parameters, on two ranks: the process's own memory is in both."""
     found = list[tuple[int, int]]()
     for hidden, layers in ((64, 1), (768, 5)):
@@ -295,7 +327,12 @@ def test_the_memory_of_a_rank_grows_with_the_base_as_plan_counts(tmp_path: Path,
         folder = tmp_path / str(hidden)
         folder.mkdir()
         workshop = Workshop(folder, shard_size="1GB", num_hidden_layers=layers, **sizes)
-        here = ("sharding.deepspeed=cpu", "cluster.gpus_per_worker=0", "train.global_batch=2")
+        here = (
+            "sharding.deepspeed=cpu",
+            "cluster.gpus_per_worker=0",
+            "train.global_batch=2",
+            f"optim.name={optimizer}",
+        )
         config = config_of(workshop, "heavy", f"model.dtype={dtype}", *here)
         planned = make_plan(config, resolve_base(config.model).description, 2, 2, None).memory_per_gpu.total
         grown = launch(2, memory.training_memory, dump_config(config), workshop.prepare(config).train, timeout=300)

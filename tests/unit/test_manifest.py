@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from tests.checkpoints import ATTEMPT, NAME, commit, manifest, write_shards
+from trainer.checkpoint.contents import Contents, Key
 from trainer.checkpoint.division import EvenDivision, ListedDivision
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import parse_manifest, problems_of, read_manifest, readable_manifests
 from trainer.checkpoint.reading import plan_reads
 from trainer.errors import Damaged, StorageError
+from trainer.optimizer.optimizer import State
 from trainer.run import layout
 from trainer.store import Store, open_store
 
@@ -155,17 +157,34 @@ def test_a_loss_that_is_not_finite_is_read_as_none(run: Store) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 3, 16, 50])
 def test_each_rank_of_any_number_finds_its_elements_in_the_shards_of_another(ranks: int) -> None:
     numels = {"a": 20, "b": 1, "c": 7}
+    states = {
+        "a": (State("exp_avg"), State("scale", block=3), State("row", length=4)),
+        "b": (State("exp_avg"), State("scale", block=3)),
+        "c": (State("exp_avg", "U8"), State("row", length=2)),
+    }
+    everything = {Key(name, state): state.size(numels[name]) for name, every in states.items() for state in every}
     saved = [EvenDivision(numels, 3), ListedDivision(numels, [EvenDivision(numels, 3).intervals(i) for i in range(3)])]
     for division in saved:
         assert division.problem() is None
-        found: dict[str, list[int]] = {name: [] for name in numels}
+        contents, division_now = Contents(division, states, 3), EvenDivision(numels, ranks)
+        found: dict[Key, set[int]] = {key: set() for key in everything}
         for rank in range(ranks):
-            for shard, overlaps in plan_reads(division, EvenDivision(numels, ranks).intervals(rank)):
-                for name, (begin, end) in overlaps.items():
-                    first, last = division.intervals(shard)[name]
+            elements = {name: division_now.interval(name, rank) for name in numels}
+            wanted = {key: key.state.held(*elements[key.name]) for key in everything}
+            read: dict[Key, list[int]] = {key: [] for key in everything}
+            for shard, overlaps in plan_reads(contents, wanted):
+                for key, (begin, end) in overlaps.items():
+                    first, last = contents.of(shard)[key]
                     assert first <= begin < end <= last
-                    found[name] += range(begin, end)
-        assert found == {name: list(range(numel)) for name, numel in numels.items()}
+                    read[key] += range(begin, end)
+            assert read == {key: list(range(*interval)) for key, interval in wanted.items()}
+            for key, values in read.items():
+                found[key].update(values)
+        assert found == {key: set(range(size)) for key, size in everything.items()}
+        written = Contents(division_now, states, ranks)
+        for key, size in everything.items():
+            held = [written.of(rank).get(key, (0, 0)) for rank in range(ranks)]
+            assert [value for interval in held for value in range(*interval)] == list(range(size))
 
 
 def test_only_a_manifest_makes_a_checkpoint(run: Store) -> None:

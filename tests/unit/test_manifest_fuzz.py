@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from launcher.view.checkpoints import checkpoint_table, list_checkpoints
 from tests.checkpoints import manifest
+from trainer.checkpoint.contents import Key
 from trainer.checkpoint.division import Interval
 from trainer.checkpoint.manifest import CheckpointManifest, parse_manifest
 from trainer.checkpoint.reading import plan_reads
@@ -84,14 +85,15 @@ def outcome_of(action: Callable[[], Any]) -> Any:
 def check_what_readers_rely_on(found: CheckpointManifest) -> None:
     assert len(found.shards) == found.world_size
     assert all(shard.key.startswith(layout.checkpoint(found.step)) and ".." not in shard.key for shard in found.shards)
-    everything = {name: (0, numel) for name, numel in found.numels.items()}
-    held: dict[str, list[Interval]] = {name: [] for name in everything}
-    for _, overlaps in plan_reads(found.division, everything):
-        for name, interval in overlaps.items():
-            held[name].append(interval)
-    for name, intervals in held.items():
+    states = found.contents.states.items()
+    everything = {Key(name, each): (0, each.size(found.numels[name])) for name, every in states for each in every}
+    held: dict[Key, list[Interval]] = {key: [] for key in everything}
+    for _, overlaps in plan_reads(found.contents, everything):
+        for key, interval in overlaps.items():
+            held[key].append(interval)
+    for key, intervals in held.items():
         borders = [border for interval in sorted(intervals) for border in interval]
-        assert (borders[0], borders[-1]) == everything[name]
+        assert (borders[0], borders[-1]) == everything[key]
         assert borders[1:-1:2] == borders[2::2], "each element is held once"
     if all(shard.intervals is None for shard in found.shards):
         assert parse_manifest(found.to_json(), "here") == found

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trainer import config
+from trainer.checkpoint.contents import Contents, Key
 from trainer.checkpoint.division import EvenDivision
 from trainer.checkpoint.identity import Identity, check_identity
 from trainer.checkpoint.learner import Learner, TrainablePartition
@@ -26,8 +27,9 @@ from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import CheckpointManifest, read_manifest, readable_manifests, shard_problem
 from trainer.checkpoint.reading import read_elements
 from trainer.checkpoint.retention import Retention, plan_removal, remove
-from trainer.checkpoint.shard import STATES, ShardLayout, write_shard
+from trainer.checkpoint.shard import ShardLayout, write_shard
 from trainer.errors import AlreadyExists, NothingToResume, StorageError, Superseded
+from trainer.optimizer.optimizer import State, states_of
 from trainer.ranks import Ranks
 from trainer.run import layout
 from trainer.store import Store
@@ -99,7 +101,8 @@ class Checkpoints:
         assert all((part.begin, part.end) == division.interval(part.name, self.ranks.rank) for part in partitions), (
             "a manifest writes no intervals: whoever reads it derives them by this rule"
         )
-        shard_layout = ShardLayout(division.intervals(self.ranks.rank))
+        states = {name: states_of(self.identity.optimizer, shape) for name, shape in shapes.items()}
+        shard_layout = ShardLayout(Contents(division, states, self.ranks.world_size).of(self.ranks.rank))
         data = self._copy(shard_layout, partitions)
         self._saves, self.newest = self._saves + 1, step
         key = layout.shard(step, layout.attempt(self.generation, self._saves), self.ranks.rank)
@@ -115,6 +118,7 @@ class Checkpoints:
             base=self.identity.base,
             adapter=self.identity.adapter,
             objective=self.identity.objective,
+            optimizer=self.identity.optimizer,
             groups=learner.groups,
             versions=self.versions,
             eval_loss=eval_loss,
@@ -129,14 +133,15 @@ class Checkpoints:
         on_gpu = self.ranks.device.type == "cuda"
         if self._block is None:
             # Pinned: the copies run at the bus's speed, and none waits for the one before.
-            self._block = torch.empty(shard_layout.numel, dtype=torch.float32, pin_memory=on_gpu)
-        assert self._block.numel() == shard_layout.numel, "a partition's size does not change during a run"
-        states = {part.name: part.states for part in partitions}
-        for name, state, begin, end in shard_layout.places():
-            self._block[begin:end].copy_(states[name][state], non_blocking=on_gpu)
+            self._block = torch.empty(shard_layout.size, dtype=torch.uint8, pin_memory=on_gpu)
+        assert self._block.numel() == shard_layout.size, "a partition's size does not change during a run"
+        parts = {part.name: part for part in partitions}
+        for key, begin, end in shard_layout.places():
+            values = _slice(parts[key.name], key.state, *shard_layout.contents[key])
+            self._block[begin:end].view(values.dtype).copy_(values, non_blocking=on_gpu)
         if on_gpu:
             torch.cuda.synchronize()
-        return self._block.view(torch.uint8).numpy().data
+        return self._block.numpy().data
 
     @property
     def ready(self) -> bool:
@@ -339,14 +344,25 @@ def _shapes(partitions: list[TrainablePartition]) -> dict[str, list[int]]:
     return {part.name: list(part.shape) for part in partitions}
 
 
+def _slice(part: TrainablePartition, state: State, begin: int, end: int) -> Tensor:
+    """The values [begin, end) of a state, as a view; the rank holds these."""
+    first = state.held(part.begin, part.end)[0]
+    return part.states[state.name][begin - first : end - first]
+
+
 def load_partitions(
-    run: Store, manifest: CheckpointManifest, partitions: list[TrainablePartition], states: Sequence[str] = STATES
+    run: Store,
+    manifest: CheckpointManifest,
+    partitions: list[TrainablePartition],
+    states: Sequence[State] | None = None,
 ) -> None:
-    """Fill the partitions' `states` from whatever intervals the checkpoint's ranks wrote: any world size loads."""
+    """Fill the partitions' `states`, or all that they have, from whatever the checkpoint's ranks wrote: any world size loads."""
     mine = {part.name: part for part in partitions}
-    wanted = {part.name: (part.begin, part.end) for part in partitions}
-    for (name, state, begin, end), data in read_elements(run, manifest, wanted, states):
-        part = mine[name]
-        part.states[state][begin - part.begin : end - part.begin] = torch.frombuffer(
-            bytearray(data), dtype=torch.float32
-        )
+    wanted = {
+        Key(part.name, state): state.held(part.begin, part.end)
+        for part in partitions
+        for state in states or manifest.contents.states[part.name]
+    }
+    for (key, begin, end), data in read_elements(run, manifest, wanted):
+        values = _slice(mine[key.name], key.state, begin, end)
+        values.copy_(torch.frombuffer(bytearray(data), dtype=values.dtype))

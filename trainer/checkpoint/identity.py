@@ -1,4 +1,4 @@
-"""The identity of a checkpoint (its base, adapter, objective, data and their order), and whether a run may go on from it.
+"""The identity of a checkpoint (its base, adapter, objective, optimizer, data and their order), and whether a run may go on from it.
 
 The ranks compare before they load a checkpoint, and the launcher compares before it writes anything: both ask here, so
 that neither accepts what the other refuses. Without torch.
@@ -17,7 +17,7 @@ _BESIDE_IDENTITY = {"path", "name", "revision", "dtype"}
 
 @dataclass(frozen=True)
 class Identity:
-    """A restore refuses a checkpoint of another base, adapter, objective, data set or order of it.
+    """A restore refuses a checkpoint of another base, adapter, objective, optimizer, data set or order of it.
 
     `dataset` is the fingerprint of the compiled training data. Keys whose value is that of `defaults` may be missing, in
     this identity as in a checkpoint's: whatever is added to an identity later has a default, so that checkpoints of before
@@ -30,6 +30,7 @@ class Identity:
     order: dict[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     objective: dict[str, Any] = field(default_factory=dict)
+    optimizer: str = "adamw"
 
 
 def check_identity(manifest: CheckpointManifest, identity: Identity) -> None:
@@ -38,6 +39,7 @@ def check_identity(manifest: CheckpointManifest, identity: Identity) -> None:
         ("base", manifest.base, identity.base),
         ("adapter", manifest.adapter, identity.adapter),
         ("objective", manifest.objective, identity.objective),
+        ("optimizer", {"name": manifest.optimizer}, {"name": identity.optimizer}),
         ("data order", manifest.order, identity.order),
     )
     for what, saved, given in parts:

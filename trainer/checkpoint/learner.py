@@ -10,7 +10,8 @@ from torch import Tensor
 class TrainablePartition:
     """This rank's part of one trainable parameter: elements [begin, end) of the flattened tensor, padding left out.
 
-    `states` are live 1-D fp32 views of length end - begin: the master weight and AdamW's two moments.
+    `states` are live 1-D views by the names of the optimizer's states, each with the values that the state is held with: of
+    the master weight and AdamW's two moments, fp32 and of length end - begin.
     """
 
     name: str
@@ -34,7 +35,7 @@ class Learner(Protocol):
 
     @property
     def updates(self) -> int:
-        """AdamW's step count, which its bias correction depends on."""
+        """The optimizer's step count, which AdamW's bias correction and Adafactor's decay depend on."""
         ...
 
     def refresh(self, updates: int) -> None:

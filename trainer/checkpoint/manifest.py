@@ -15,10 +15,12 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
+from trainer.checkpoint.contents import Contents
 from trainer.checkpoint.division import Division, EvenDivision, ListedDivision
 from trainer.checkpoint.listing import committed_steps
-from trainer.checkpoint.shard import BYTES_PER_ELEMENT, Shard, verify_shard
+from trainer.checkpoint.shard import Shard, verify_shard
 from trainer.errors import ConfigError, Damaged, NotFound, NothingToResume, StorageError
+from trainer.optimizer.optimizer import optimizers, states_of
 from trainer.run import layout
 from trainer.store import Store
 
@@ -45,7 +47,7 @@ class CheckpointManifest:
     generation: _Count
     world_size: _Positive
     created: Annotated[float, Field(ge=0, lt=253_402_300_800)]  # seconds since 1970, before the year 10,000
-    updates: _Count  # AdamW's own step count
+    updates: _Count  # the optimizer's own step count
     position: dict[_Place, _Count]  # of the data
     dataset: str  # fingerprint of the compiled training data
     order: dict[str, Any]  # what else the data's order depends on: version, seed, packing, weights, sequence length
@@ -58,6 +60,7 @@ class CheckpointManifest:
     shapes: Annotated[dict[str, _Shape], Field(min_length=1)]  # of every trainable parameter
     shards: list[Shard]  # in the order of the ranks that wrote them
     objective: dict[str, Any] = field(default_factory=dict)  # name and settings, without those of sft and of defaults
+    optimizer: str = "adamw"  # it decides which states the shards hold
 
     @property
     def size(self) -> int:
@@ -75,6 +78,12 @@ class CheckpointManifest:
         listed = [shard.intervals for shard in self.shards if shard.intervals is not None]
         return ListedDivision(self.numels, listed) if listed else EvenDivision(self.numels, len(self.shards))
 
+    @cached_property
+    def contents(self) -> Contents:
+        """Which values of each state the `shards` hold."""
+        states = {name: states_of(self.optimizer, shape) for name, shape in self.shapes.items()}
+        return Contents(self.division, states, len(self.shards))
+
     def problem(self) -> str | None:
         """Why this cannot be a whole checkpoint, whatever lies in its shards; None when it can."""
         if any(layout.shard_step(shard.key) != self.step for shard in self.shards):
@@ -83,7 +92,8 @@ class CheckpointManifest:
             return f"it names {len(self.shards)} shards, but {self.world_size} ranks wrote it"
         if len({shard.key for shard in self.shards}) < len(self.shards):
             return "it names a shard twice"
-        if self.size < BYTES_PER_ELEMENT * sum(self.numels.values()):
+        states = ((state, self.numels[name]) for name, found in self.contents.states.items() for state in found)
+        if self.size < sum(state.item * state.size(numel) for state, numel in states):
             return "its shards are too small for the parameters that it names"
         return self.division.problem()
 
@@ -93,6 +103,8 @@ class CheckpointManifest:
             assert shard.pop("intervals") is None, "only format 2 lists intervals"
         if not self.objective:
             del body["objective"]  # manifests of the next-token loss are those of before there were others
+        if self.optimizer == "adamw":
+            del body["optimizer"]  # and so are those of AdamW
         digest = hashlib.sha256(_canonical(body)).hexdigest()
         return json.dumps({"format": FORMAT, "sha256": digest, "body": body}, sort_keys=True, allow_nan=False).encode()
 
@@ -133,6 +145,10 @@ def parse_manifest(data: bytes, where: str) -> CheckpointManifest:
         manifest = _READER.validate_json(canonical)
     except ValidationError as error:
         raise Damaged(f"{where} is damaged: {_first_problem(error)}.") from error
+    if manifest.optimizer not in optimizers():
+        raise StorageError(
+            f"{where} is of the optimizer {manifest.optimizer!r}, which this version does not have. Use the version that wrote it."
+        )
     lists = number == _LISTING_FORMAT
     if any((shard.intervals is not None) != lists for shard in manifest.shards):
         raise Damaged(f"{where} is damaged: a manifest of format {number} {'lists' if lists else 'has no'} intervals.")
@@ -170,7 +186,7 @@ def problems_of(run: Store, manifest: CheckpointManifest) -> list[str]:
 
 def shard_problem(run: Store, manifest: CheckpointManifest, number: int) -> str | None:
     """The problem of one of its shards, or None."""
-    return verify_shard(run, manifest.shards[number], manifest.division.intervals(number))
+    return verify_shard(run, manifest.shards[number], manifest.contents.of(number))
 
 
 def check_step(run: Store, steps: Sequence[int], step: int | None) -> None:

@@ -13,15 +13,13 @@ from typing import Annotated, ClassVar, NamedTuple
 
 from pydantic import ConfigDict, Field
 
+from trainer.checkpoint.contents import Key
 from trainer.checkpoint.division import Interval
 from trainer.errors import ConfigError, Damaged, NotFound
 from trainer.safetensors_index import TensorSource, read_header
 from trainer.store import PART_BYTES, Buffer, Store
 
-STATES = ("master", "exp_avg", "exp_avg_sq")
 _HASH_BYTES = 2**20
-_ELEMENT_BYTES = 4  # every state is fp32
-BYTES_PER_ELEMENT = len(STATES) * _ELEMENT_BYTES  # of a trainable parameter
 
 
 @dataclass(frozen=True)
@@ -38,35 +36,41 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """Where the states of each interval lie in a shard's data, in elements: one parameter's three beside each other."""
+    """Where the values of `contents` lie in a shard's data: one after the other, a parameter's beside each other."""
 
-    intervals: Mapping[str, Interval]
+    contents: Mapping[Key, Interval]
 
     @property
-    def numel(self) -> int:
-        return len(STATES) * sum(end - begin for begin, end in self.intervals.values())
+    def size(self) -> int:
+        """Bytes."""
+        return sum(key.state.item * (end - begin) for key, (begin, end) in self.contents.items())
 
-    def places(self) -> Iterator[tuple[str, str, int, int]]:
-        """(parameter, state, first element, one past the last)."""
+    def places(self) -> Iterator[tuple[Key, int, int]]:
+        """(state of a parameter, its first byte, one past the last)."""
         offset = 0
-        for name, (begin, end) in self.intervals.items():
-            for state in STATES:
-                yield name, state, offset, offset + end - begin
-                offset += end - begin
+        for key, (begin, end) in self.contents.items():
+            size = key.state.item * (end - begin)
+            yield key, offset, offset + size
+            offset += size
 
     def header(self) -> bytes:
         """The bytes before the data in the file."""
         tensors = {
-            f"{name}|{state}": {
-                "dtype": "F32",
-                "shape": [end - begin],
-                "data_offsets": [_ELEMENT_BYTES * begin, _ELEMENT_BYTES * end],
+            _title(key): {
+                "dtype": key.state.dtype,
+                "shape": [(end - begin) // key.state.item],
+                "data_offsets": [begin, end],
             }
-            for name, state, begin, end in self.places()
+            for key, begin, end in self.places()
         }
         text = json.dumps(tensors, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # so that the data is aligned
         return struct.pack("<Q", len(text)) + text
+
+
+def _title(key: Key) -> str:
+    """The tensor's name in the file."""
+    return f"{key.name}|{key.state.name}"
 
 
 def write_shard(run: Store, key: str, layout: ShardLayout, data: memoryview) -> Shard:
@@ -86,8 +90,8 @@ def write_shard(run: Store, key: str, layout: ShardLayout, data: memoryview) -> 
     return Shard(key, size, digest.hexdigest())
 
 
-def verify_shard(run: Store, shard: Shard, intervals: Mapping[str, Interval]) -> str | None:
-    """None when the shard's bytes are what was written and hold `intervals`, else what is wrong.
+def verify_shard(run: Store, shard: Shard, contents: Mapping[Key, Interval]) -> str | None:
+    """None when the shard's bytes are what was written and hold `contents`, else what is wrong.
 
     A store that fails raises `StorageError`.
     """
@@ -101,43 +105,41 @@ def verify_shard(run: Store, shard: Shard, intervals: Mapping[str, Interval]) ->
             digest.update(chunk)
         if digest.hexdigest() != shard.sha256:
             return f"{where} does not match its sha256."
-        _tensors(run, shard, intervals)
+        _tensors(run, shard, contents)
     except (Damaged, NotFound) as error:
         return str(error)
     return None
 
 
-def _tensors(run: Store, shard: Shard, intervals: Mapping[str, Interval]) -> dict[str, TensorSource]:
-    """The shard's tensors by `parameter|state`; raises `Damaged` unless they are the three states of `intervals`."""
+def _tensors(run: Store, shard: Shard, contents: Mapping[Key, Interval]) -> dict[str, TensorSource]:
+    """The shard's tensors by `parameter|state`; raises `Damaged` unless they are those of `contents`."""
     try:
         tensors = read_header(run, shard.key, shard.size)
     except ConfigError as error:
         raise Damaged(str(error)) from error
-    lengths = {name: end - begin for name, (begin, end) in intervals.items()}
-    expected = {f"{name}|{state}": ("F32", (length,)) for name, length in lengths.items() for state in STATES}
+    expected = {_title(key): (key.state.dtype, (end - begin,)) for key, (begin, end) in contents.items()}
     if {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()} != expected:
         raise Damaged(f"{run.uri}/{shard.key} does not hold the elements that its manifest says.")
     return tensors
 
 
 class StateSlice(NamedTuple):
-    """Elements [begin, end) of one state of a parameter's flattened tensor."""
+    """Values [begin, end) of one state of a parameter."""
 
-    name: str
-    state: str
+    key: Key
     begin: int
     end: int
 
 
 def read_states(
-    run: Store, shard: Shard, intervals: Mapping[str, Interval], slices: Iterable[StateSlice]
+    run: Store, shard: Shard, contents: Mapping[Key, Interval], slices: Iterable[StateSlice]
 ) -> Iterator[tuple[StateSlice, Buffer]]:
-    """Each slice with its fp32 bytes, all of them in `shard`, which holds `intervals`.
+    """Each slice with its bytes, all of them in `shard`, which holds `contents`.
 
     Only these bytes leave the store: near ones in one request, and a part's worth at a time. Raises `Damaged` when the
     shard holds something else.
     """
-    tensors = _tensors(run, shard, intervals)
+    tensors = _tensors(run, shard, contents)
     batch: list[StateSlice] = []
     ranges: list[Interval] = []
     size = 0
@@ -145,10 +147,10 @@ def read_states(
         if size > PART_BYTES:
             yield from _fetch(run, shard, batch, ranges)
             batch, ranges, size = [], [], 0
-        first = intervals[each.name][0]
+        first = contents[each.key][0]
         batch.append(each)
-        ranges.append(tensors[f"{each.name}|{each.state}"].byte_range(each.begin - first, each.end - first))
-        size += _ELEMENT_BYTES * (each.end - each.begin)
+        ranges.append(tensors[_title(each.key)].byte_range(each.begin - first, each.end - first))
+        size += each.key.state.item * (each.end - each.begin)
     yield from _fetch(run, shard, batch, ranges)
 
 

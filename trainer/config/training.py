@@ -49,8 +49,14 @@ class Run(Section):
 
 
 class Optim(Section):
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
+    name: str = setting(
+        "adamw",
+        about="adamw: AdamW with fp32 moments, 8 bytes for each element that learns. adamw_8bit: the same with moments of one "
+        "byte each. adafactor: of a matrix one number a row and one a column, and no first moment.",
+        example="adamw_8bit",
+    )
     lr: float = setting(2e-4, about="Peak learning rate.", example=2e-4, gt=0, le=1)
     schedule: Literal["cosine", "linear", "constant"] = setting(
         "cosine", about="Course of the learning rate after warm-up.", example="cosine"
@@ -62,9 +68,9 @@ class Optim(Section):
         0.1, about="Last learning rate, as a share of lr (cosine and linear).", example=0.1, ge=0, le=1
     )
     betas: tuple[float, float] = setting(
-        (0.9, 0.999), about="Decay of the first and second moment.", example=[0.9, 0.95]
+        (0.9, 0.999), about="Decay of the first and second moment (adamw, adamw_8bit).", example=[0.9, 0.95]
     )
-    eps: float = setting(1e-8, about="Added to the root of the second moment.", example=1e-8, gt=0)
+    eps: float = setting(1e-8, about="Added to the root of the second moment (adamw, adamw_8bit).", example=1e-8, gt=0)
     weight_decay: float = setting(
         0.0, about="Decoupled weight decay of what learns; with method full, of matrices only.", example=0.01, ge=0
     )

@@ -7,8 +7,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from trainer.checkpoint.contents import Key
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.checkpoint.reading import read_elements
+from trainer.optimizer.optimizer import MASTER
 from trainer.store import Store
 from trainer.tuning.method import LearntWeights
 
@@ -16,8 +18,8 @@ from trainer.tuning.method import LearntWeights
 def master_weights(run: Store, manifest: CheckpointManifest) -> dict[str, Tensor]:
     """Every trained parameter, whole, in fp32, by its name in the model."""
     flat = {name: torch.empty(numel) for name, numel in manifest.numels.items()}
-    every = {name: (0, numel) for name, numel in manifest.numels.items()}
-    for (name, _, begin, end), data in read_elements(run, manifest, every, states=("master",)):
+    every = {Key(name, MASTER): (0, numel) for name, numel in manifest.numels.items()}
+    for ((name, _), begin, end), data in read_elements(run, manifest, every):
         flat[name][begin:end] = torch.frombuffer(bytearray(data), dtype=torch.float32)
     return {name: tensor.view(manifest.shapes[name]) for name, tensor in flat.items()}
 
@@ -36,8 +38,8 @@ class CheckpointWeights(LearntWeights):
 
     def part(self, name: str, begin: int, end: int) -> Tensor:
         values = torch.empty(end - begin)
-        wanted = {name: (begin, end)}
-        for (_, _, first, last), data in read_elements(self.run, self.manifest, wanted, states=("master",)):
+        wanted = {Key(name, MASTER): (begin, end)}
+        for (_, first, last), data in read_elements(self.run, self.manifest, wanted):
             values[first - begin : last - begin] = torch.frombuffer(bytearray(data), dtype=torch.float32)
         return values.to(self.dtype)
 

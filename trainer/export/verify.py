@@ -42,6 +42,7 @@ from trainer.export.rows import Probe, ProbeRow, find_probe
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.model.attention import choose_attention
 from trainer.objective.sft import NextTokens
+from trainer.optimizer.optimizer import MASTER
 from trainer.ranks import join
 from trainer.scratch import scratch_folder
 from trainer.store import Store, open_store
@@ -105,7 +106,7 @@ class Trained:
         engine, _ = assemble(base, config, settings, ranks, attention, "world", NextTokens())
         plain.round_buffers(engine.model, dict(empty_model(base, self.config, attention).named_buffers()))
         partitions = engine.partitions()
-        load_partitions(self.run, self.manifest, partitions, states=("master",))
+        load_partitions(self.run, self.manifest, partitions, states=(MASTER,))
         for part in partitions:  # as the forward passes of the training had them, and as they are exported
             part.states["master"].copy_(self._exported(part))
         engine.refresh(self.manifest.updates)

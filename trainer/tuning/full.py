@@ -1,6 +1,6 @@
 """Full fine-tuning: the base's own parameters learn, all of them or those that `tuning.train` names.
 
-ZeRO-3 divides the 16-bit weights, their fp32 masters, AdamW's moments and the gradients over all ranks: about 18 bytes a
+ZeRO-3 divides the 16-bit weights, their fp32 masters, the moments and the gradients over all ranks: with AdamW about 18 bytes a
 parameter over the world size (ZeRO, arXiv:1910.02054, section 3.1). Matrices decay, norms and biases do not, as in GPT-3's
 training and in transformers' Trainer.
 """

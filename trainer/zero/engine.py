@@ -1,6 +1,6 @@
 """The training engine: DeepSpeed behind the few calls that the loop and the checkpoints need.
 
-Private names of DeepSpeed 0.19 are touched in `partitions` and `refresh`; tests/dist/test_engine.py fails when upstream
+Private names of DeepSpeed 0.19 are touched in `_part`, `partitions` and `refresh`; tests/dist/test_engine.py fails when upstream
 changes them.
 """
 
@@ -22,10 +22,11 @@ from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 
 from trainer.checkpoint.learner import TrainablePartition
-from trainer.checkpoint.shard import STATES
 from trainer.config import Optim
 from trainer.model.packed import PackedModel
+from trainer.optimizer.optimizer import MASTER, Part
 from trainer.ranks import Ranks
+from trainer.zero.divided import DividedOptimizer
 
 # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates, once a gather: the log would hold little else.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
@@ -102,7 +103,7 @@ class _Wrapped(nn.Module):
 
 
 class Engine:
-    """A model under ZeRO-3 with AdamW on what learns. Every method but `partitions` is collective.
+    """A model under ZeRO-3 with an optimizer on what learns. Every method but `partitions` is collective.
 
     `loss` maps the model and a row to sums over the row, of which the first is the loss; `groups` are the optimizer's, each with its name, its
     parameters and `lr_ratio`, its factor on the learning rate.
@@ -121,13 +122,14 @@ class Engine:
         self.model = packed.model
         trainable = sum(parameter.requires_grad for parameter in self.model.parameters())
         assert sum(len(group["params"]) for group in groups) == trainable, "something learns that is in no group"
-        optimizer = torch.optim.AdamW(
-            groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
-        )
+        self._optimizer = DividedOptimizer(groups, optim, ranks)
         # Any: DeepSpeed's annotations would have every attribute be a tensor or a module.
         self._engine: Any = deepspeed.initialize(
-            model=_Wrapped(packed, loss), optimizer=optimizer, config=deepspeed_config
+            model=_Wrapped(packed, loss), optimizer=self._optimizer, config=deepspeed_config
         )[0]
+        zero = self._engine.optimizer
+        for flat, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+            self._optimizer.divide(flat, [_part(zero, parameter) for parameter in parameters])
 
     def loss(self, row: DeviceRow) -> Tensor:
         """The sums that the loss function makes of the row, fp32, with their graph."""
@@ -168,39 +170,27 @@ class Engine:
     def partitions(self) -> list[TrainablePartition]:
         """This rank's part of everything that learns, as live views: without collectives, in a fixed order."""
         zero, found = self._engine.optimizer, []
-        for group, parameters in enumerate(zero.fp16_groups):
-            flat = zero.fp32_partitioned_groups_flat[group]
-            states = {"master": flat.data, **_moments(zero.optimizer, flat)}
-            for parameter in parameters:
-                _, offset, size = zero.grad_position[zero.get_param_id(parameter)]
-                begin = min(parameter.ds_numel, zero._get_param_partition_rank(parameter) * size)
-                end = min(parameter.ds_numel, begin + size)
-                found.append(
-                    TrainablePartition(
-                        self._engine.param_names[parameter].removeprefix("model."),
-                        tuple(parameter.ds_shape),
-                        begin,
-                        end,
-                        {key: state.narrow(0, offset, end - begin) for key, state in states.items()},
-                    )
-                )
+        for flat, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+            for parameter, part in zip(parameters, self._optimizer.parts(flat), strict=True):
+                name = self._engine.param_names[parameter].removeprefix("model.")
+                states = {MASTER.name: part.of(flat.data), **part.states}
+                found.append(TrainablePartition(name, part.shape, part.begin, part.end, states))
         return found
 
     @property
     def groups(self) -> dict[str, dict[str, Any]]:
         """The optimizer's groups by name, with the hyperparameters that do not follow from the step."""
-        names = ("lr_ratio", "betas", "eps", "weight_decay")
+        names = ("lr_ratio", "weight_decay", *self._optimizer.kind.settings)
         return {group["name"]: {name: group[name] for name in names} for group in self._engine.optimizer.param_groups}
 
     @property
     def updates(self) -> int:
-        """AdamW's step count, which its bias correction depends on."""
+        """The optimizer's step count, which AdamW's bias correction and Adafactor's decay depend on."""
         zero = self._engine.optimizer
-        state = zero.optimizer.state[zero.fp32_partitioned_groups_flat[0]]
-        return int(state["step"]) if state else 0
+        return int(zero.optimizer.state[zero.fp32_partitioned_groups_flat[0]]["step"])
 
     def refresh(self, updates: int) -> None:
-        """After writing into `partitions`: set AdamW's step count and derive the 16-bit weights from the masters."""
+        """After writing into `partitions`: set the optimizer's step count and derive the 16-bit weights from the masters."""
         zero = self._engine.optimizer
         zero.checkpoint_event_prologue()
         for group, flat in enumerate(zero.fp32_partitioned_groups_flat):
@@ -216,9 +206,9 @@ class Engine:
         zero.checkpoint_event_epilogue()
 
 
-def _moments(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor]:
-    """AdamW's moments of one flat group; it makes them at the first step, a restore needs them before."""
-    state = optimizer.state[flat]
-    if not state:
-        state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat))
-    return {key: state[key] for key in STATES[1:]}
+def _part(zero: Any, parameter: Any) -> Part:
+    """This rank's part of a parameter in its flat tensor."""
+    _, offset, share = zero.grad_position[zero.get_param_id(parameter)]
+    begin = min(parameter.ds_numel, zero._get_param_partition_rank(parameter) * share)
+    end = min(parameter.ds_numel, begin + share)
+    return Part(tuple(parameter.ds_shape), share, begin, end, offset)

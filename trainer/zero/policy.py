@@ -92,7 +92,7 @@ def build_deepspeed_config(config: Config, world_size: int, accumulation: int, o
         accumulation: micro-batches each rank takes through the model in one optimizer step.
         on_gpu: whether the ranks compute on GPUs; it decides only what `sharding.deepspeed: auto` means.
 
-    The optimizer is a torch AdamW handed to DeepSpeed as an object, so the dictionary names none.
+    The optimizer is handed to DeepSpeed as an object, so the dictionary names none.
 
     Raises:
         ConfigError: there is no such policy, it is not JSON, or it sets what it must not.
