@@ -60,6 +60,7 @@ class HostMemory:
 
     reads_during_load: int
     offloaded_base: int
+    offloaded_states: int
     checkpoint_copy: int
     total: int
 

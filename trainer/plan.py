@@ -106,6 +106,10 @@ class _Inputs:
         return data.sequence_length + data.segments * method_of(self.config).virtual.reserved
 
     @property
+    def states_offloaded(self) -> bool:
+        return self.zero.get("offload_optimizer", {}).get("device", "none") != "none"
+
+    @property
     def offloaded(self) -> bool:
         return self.zero.get("offload_param", {}).get("device", "none") != "none"
 
@@ -248,10 +252,10 @@ def _gpu_memory(given: _Inputs) -> GpuMemory:
         "frozen_quantized": 0 if given.offloaded else ceil(linear / given.group),
         "frozen_unquantized": 0 if given.offloaded else ceil(unquantized / given.group),
         "adapter_weights": given.item * (whole + given.share),
-        "adapter_states": given.state_bytes,
+        "adapter_states": 0 if given.states_offloaded else given.state_bytes,
         "gradient_buckets": 4 * given.zero.get("reduce_bucket_size", 500_000_000),
         **passes,
-        "optimizer_step": max(0, _optimizer_step(given) - sum(passes.values())),
+        "optimizer_step": 0 if given.states_offloaded else max(0, _optimizer_step(given) - sum(passes.values())),
         "context": _CONTEXT_BYTES,
     }
     return GpuMemory(**parts, total=sum(parts.values()))
@@ -261,7 +265,7 @@ def _optimizer_step(given: _Inputs) -> int:
     """Bytes that the update takes when the passes have freed theirs, for one sub-group of DeepSpeed's at a time."""
     portion = min(given.share, given.zero.get("sub_group_size", 1_000_000_000))
     largest = ceil(max(given.learning.values(), default=0) / given.world_size)
-    on_gpu = given.config.cluster.gpus_per_worker != 0
+    on_gpu = given.config.cluster.gpus_per_worker != 0 and not given.states_offloaded
     return find_optimizer(given.config.optim).step_bytes(portion, largest, on_gpu)
 
 
@@ -307,13 +311,14 @@ def _logits(given: _Inputs) -> int:
 
 
 def _host_memory(given: _Inputs) -> HostMemory:
-    """Bytes on one node: each rank's pieces in flight, the base's partitions where the policy offloads them, and the copies
-    of what learns that checkpoints are uploaded from."""
+    """Bytes on one node: each rank's pieces in flight, the base's partitions and the optimizer's states where the policy
+    offloads them, with one more gradient and what the update takes, and the copies of what learns that checkpoints are uploaded from."""
     ranks = min(given.ranks_per_node, given.world_size)
     reads = ranks * _READ_BYTES
     offloaded = ranks * ceil(_base_bytes(given) / given.group) if given.offloaded else 0
+    states = ranks * (given.state_bytes + 4 * given.share + _optimizer_step(given)) if given.states_offloaded else 0
     copies = ceil(ranks * given.checkpoint_bytes / given.world_size)
-    return HostMemory(reads, offloaded, copies, reads + offloaded + copies)
+    return HostMemory(reads, offloaded, states, copies, reads + offloaded + states + copies)
 
 
 def _traffic(given: _Inputs) -> Traffic:
@@ -370,6 +375,8 @@ def _remedy(given: _Inputs) -> str:
         return "Set train.activation_checkpointing: true."
     if config.quant.type == "none" and not method_of(config).exports_model:
         return "Set quant.type: nf4."
+    if find_method(config.tuning).exports_model and not given.states_offloaded:
+        return "Use more GPUs, set optim.name: adamw_8bit, or sharding.deepspeed: zero3_offload_optimizer."
     if given.scope == "node":
         return "Set sharding.scope: world, or use more GPUs a node."
     if not given.offloaded:

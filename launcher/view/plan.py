@@ -23,6 +23,7 @@ _MEANING = {
     "context": "CUDA context and kernels (allowance)",
     "reads_during_load": "read buffers during the load",
     "offloaded_base": "offloaded base",
+    "offloaded_states": "offloaded fp32 masters, gradients, moments, and what the update takes",
     "checkpoint_copy": "copies of what learns, from which checkpoints are uploaded",
     "base_gathers": "the frozen base, gathered layer by layer",
     "adapter_gathers": "what learns, gathered",

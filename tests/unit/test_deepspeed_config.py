@@ -115,6 +115,20 @@ def test_parameters_on_nvme_are_refused_with_the_reason(own_policy):
     assert message.endswith("Set it to cpu.")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("device", "nvme", "to nvme, where checkpoints do not find the moments. Set it to cpu."),
+        ("ratio", 0.5, "to 0.5, which DeepSpeed's own CPU Adam alone can do. Remove it there."),
+        ("super_offload", True, "to True, which DeepSpeed's own CPU Adam alone can do. Remove it there."),
+    ],
+)
+def test_moments_where_they_cannot_be_updated_or_saved_are_refused(own_policy, key: str, value: Any, reason: str):
+    offload = {"device": "cpu", key: value}
+    message = refusal(own_policy({"zero_optimization": {"offload_optimizer": offload}}))
+    assert message == f"sharding.deepspeed: my.json sets zero_optimization.offload_optimizer.{key} {reason}"
+
+
 def test_a_zero_setting_that_the_run_owns_is_refused(own_policy):
     message = refusal(own_policy({"zero_optimization": {"zero_hpz_partition_size": 8}}))
     assert "zero_optimization.zero_hpz_partition_size, which belongs to sharding.scope" in message
@@ -143,7 +157,7 @@ def test_auto_in_a_policy_leaves_the_decision_to_the_run(own_policy):
 def test_an_unknown_policy_is_refused_with_those_there_are():
     assert refusal(config("sharding.deepspeed=zero4")) == (
         "sharding.deepspeed: 'zero4' is neither a file nor a policy's name. "
-        "Allowed are auto, cpu, single_gpu, zero3, zero3_offload_cpu, or the path of your own DeepSpeed JSON."
+        "Allowed are auto, cpu, single_gpu, zero3, zero3_offload_cpu, zero3_offload_optimizer, or the path of your own DeepSpeed JSON."
     )
 
 

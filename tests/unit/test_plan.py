@@ -164,6 +164,18 @@ def test_offloading_moves_the_base_from_the_gpus_to_the_host():
     assert away.memory_per_host.offloaded_base == pytest.approx(8 * moved, rel=1e-6)
 
 
+def test_offloading_the_optimizer_leaves_the_weights_of_what_learns_on_the_gpus():
+    full = ("tuning.method=full", "quant.type=none")
+    here = plan_of(config(*full), LLAMA_70B, 8, 8, None)
+    away = plan_of(config(*full, "sharding.deepspeed=zero3_offload_optimizer"), LLAMA_70B, 8, 8, None)
+    every = here.parameters.trainable
+    assert away.memory_per_gpu.adapter_states == away.memory_per_gpu.optimizer_step == 0
+    assert away.memory_per_gpu.adapter_weights == here.memory_per_gpu.adapter_weights
+    # One gradient more than a GPU has, and the update of a sub-group of 1e8 elements on each rank.
+    assert away.memory_per_host.offloaded_states == pytest.approx(20 * every + 8 * 12 * 1e8, rel=1e-6)
+    assert here.memory_per_host.offloaded_states == 0
+
+
 def test_with_scope_node_only_adapters_cross_nodes():
     world = plan_of(config(), LLAMA_70B, 16, 8, None).traffic_per_step
     node = plan_of(config("sharding.scope=node"), LLAMA_70B, 16, 8, None).traffic_per_step

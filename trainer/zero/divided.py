@@ -40,8 +40,9 @@ class DividedOptimizer(torch.optim.Optimizer):
             for values in group["params"]:
                 if values.grad is not None:
                     self.state[values]["step"] += 1
-                    step = int(self.state[values]["step"])
-                    self.kind.update(self._flats[values], values.grad, group, step, self._reduce)
+                    flat, step = self._flats[values], int(self.state[values]["step"])
+                    flat.values = values.data  # DeepSpeed may have moved it
+                    self.kind.update(flat, values.grad, group, step, self._reduce)
 
     def _reduce(self, values: Tensor, how: Literal["sum", "max"]) -> None:
         # Offloaded states lie on the host, where NCCL reduces nothing.

@@ -185,7 +185,27 @@ def _refusals(policy: dict[str, Any], file: str) -> list[str]:
             f"{where} zero_optimization.offload_param.device to nvme, but DeepSpeed swaps parameters through buffers of "
             "model.dtype, which cannot hold the bytes of a 4-bit base. Set it to cpu."
         )
+    found += _optimizer_refusals(cast(dict[str, Any], zero).get("offload_optimizer"), where)
     stage = cast(dict[str, Any], zero).get("stage", 3)
     if stage != 3:
         found.append(f"{where} zero_optimization.stage to {stage!r}. Capstan trains with stage 3. Remove it there.")
+    return found
+
+
+def _optimizer_refusals(offload: Any, where: str) -> list[str]:
+    """One sentence for each way of keeping the optimizer off the GPU that needs another optimizer than `optim.name`'s."""
+    if not isinstance(offload, dict):
+        return []
+    given = cast(dict[str, Any], offload)
+    found: list[str] = []
+    if given.get("device") == "nvme":
+        found.append(
+            f"{where} zero_optimization.offload_optimizer.device to nvme, where checkpoints do not find the moments. Set it to cpu."
+        )
+    for key, whole in (("ratio", 1), ("super_offload", False)):
+        if given.get(key, whole) != whole:
+            found.append(
+                f"{where} zero_optimization.offload_optimizer.{key} to {given[key]!r}, which DeepSpeed's own CPU Adam alone can "
+                "do. Remove it there."
+            )
     return found
