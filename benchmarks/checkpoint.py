@@ -49,7 +49,7 @@ class Bench:
         """Seconds of one training step."""
         import torch
 
-        from trainer.data.stream import MicroBatch
+        from trainer.data.micro_batch import MicroBatch
 
         tokens = torch.arange(TOKENS).remainder(1000)[None]
         borders = torch.tensor([0, TOKENS], dtype=torch.int32)

@@ -32,9 +32,10 @@ from trainer.data.chapters import whole
 from trainer.data.dataset import open_dataset
 from trainer.data.encode import Encoded
 from trainer.data.manifest import FORMAT, MANIFEST, TARGET_BIT, DatasetManifest, SourceRecord
+from trainer.data.micro_batch import Position
 from trainer.data.order import EpochPlan, Order
 from trainer.data.shards import Place, ShardWriter
-from trainer.data.stream import Position, Stream
+from trainer.data.stream import Stream
 from trainer.run.layout import dataset as dataset_key
 from trainer.store import Store, open_store
 

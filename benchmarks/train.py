@@ -37,7 +37,7 @@ def rank_main(rank: int, world: int, port: int, folder: str, checkpointing: bool
     from trainer.base.load import DTYPES
     from trainer.base.locate import resolve_base
     from trainer.config import override
-    from trainer.data.stream import MicroBatch
+    from trainer.data.micro_batch import MicroBatch
     from trainer.model.attention import choose_attention
     from trainer.objective.objective import find_objective
     from trainer.ranks import join

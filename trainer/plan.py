@@ -375,7 +375,7 @@ def _remedy(given: _Inputs) -> str:
         return "Set train.activation_checkpointing: true."
     if config.quant.type == "none" and not method_of(config).exports_model:
         return "Set quant.type: nf4."
-    if find_method(config.tuning).exports_model and not given.states_offloaded:
+    if method_of(config).exports_model and not given.states_offloaded:
         return "Use more GPUs, set optim.name: adamw_8bit, or sharding.deepspeed: zero3_offload_optimizer."
     if given.scope == "node":
         return "Set sharding.scope: world, or use more GPUs a node."

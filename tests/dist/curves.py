@@ -7,7 +7,8 @@ import torch
 from tests.dist.assembled import assemble_run, chapters_of
 from tests.nf4 import decode_layers
 from trainer.config import parse_config
-from trainer.data.stream import Position, train_stream
+from trainer.data.micro_batch import Position
+from trainer.data.stream import train_stream
 from trainer.train.loop import train
 from trainer.train.schedule import learning_rate
 

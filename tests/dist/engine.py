@@ -7,7 +7,7 @@ import torch
 
 from tests.dist.assembled import STATES, assemble_run
 from trainer.config import parse_config
-from trainer.data.stream import Position
+from trainer.data.micro_batch import Position
 from trainer.train.loop import train
 
 

@@ -14,7 +14,8 @@ from trainer.base.load import DTYPES
 from trainer.base.locate import resolve_base
 from trainer.base.tokenizer import find_rows
 from trainer.config import Config, parse_config
-from trainer.data.stream import MicroBatch, Position, train_stream
+from trainer.data.micro_batch import MicroBatch, Position
+from trainer.data.stream import train_stream
 from trainer.export import plain
 from trainer.train.loop import train
 from trainer.tuning.method import method_of

@@ -14,7 +14,7 @@ from trainer.base.load import load_model
 from trainer.base.locate import resolve_base
 from trainer.checkpoint import shard
 from trainer.config import parse_config
-from trainer.data.stream import MicroBatch, Position
+from trainer.data.micro_batch import MicroBatch, Position
 from trainer.export import merged
 from trainer.export.adapter import export_adapter
 from trainer.export.merged import export_merged

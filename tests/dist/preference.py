@@ -11,7 +11,8 @@ from torch import Tensor
 from tests.dist.assembled import adapter_value, assemble_run, chapters_of
 from tests.dist.gradients import observed_gradients, plain_base
 from trainer.config import Config, override, parse_config
-from trainer.data.stream import Position, train_stream
+from trainer.data.micro_batch import Position
+from trainer.data.stream import train_stream
 from trainer.objective.objective import find_objective
 from trainer.train.loop import train
 

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from trainer.config import parse_config
+from trainer.data.micro_batch import Position
 from trainer.data.prepare import Datasets
-from trainer.data.stream import Position
 from trainer.errors import CapstanError
 from trainer.rank import run_rank
 from trainer.ranks import join

@@ -20,8 +20,9 @@ from trainer.base.locate import resolve_base
 from trainer.checkpoint.listing import committed_steps
 from trainer.config import Config, dump_config, override, parse_config
 from trainer.data.chapters import open_chapters
+from trainer.data.micro_batch import Position
 from trainer.data.prepare import prepare
-from trainer.data.stream import Position, train_stream
+from trainer.data.stream import train_stream
 from trainer.export.adapter import export_adapter
 from trainer.run import layout
 from trainer.store import Store, open_store

@@ -13,9 +13,10 @@ from trainer.config import Data
 from trainer.data.chapters import whole
 from trainer.data.compile import compile_dataset, fingerprint
 from trainer.data.dataset import Dataset, open_dataset
+from trainer.data.micro_batch import Position
 from trainer.data.order import Order
 from trainer.data.sources import SourceFile, expand
-from trainer.data.stream import Position, Stream
+from trainer.data.stream import Stream
 from trainer.errors import DataError, NotFound, StorageError
 from trainer.store import Buffer, Store, open_store
 

@@ -21,10 +21,11 @@ from trainer.data import chapters, compile, order, rows, shards, stream
 from trainer.data.chapters import Chapters, give_up, open_chapters
 from trainer.data.compile import Progress, compile_chapters, compile_dataset, count_chapters
 from trainer.data.dataset import open_chapter, open_dataset
+from trainer.data.micro_batch import MicroBatch, Position
 from trainer.data.order import Order, turns
 from trainer.data.shards import Place
 from trainer.data.sources import expand
-from trainer.data.stream import MicroBatch, Position, Stream
+from trainer.data.stream import Stream
 from trainer.errors import CapstanError, DataError, NotFound, Stopped
 from trainer.run import layout
 from trainer.store import Store, open_store

@@ -17,9 +17,10 @@ from trainer.data import order
 from trainer.data.chapters import whole
 from trainer.data.compile import compile_dataset
 from trainer.data.dataset import Blocks, Dataset
+from trainer.data.micro_batch import MicroBatch, Position
 from trainer.data.order import EpochPlan, Order, Window
 from trainer.data.sources import expand
-from trainer.data.stream import PAD, MicroBatch, Position, Stream, eval_stream
+from trainer.data.stream import PAD, Stream, eval_stream
 from trainer.errors import DataError
 from trainer.model.head import IGNORE
 from trainer.store import open_store

@@ -16,8 +16,9 @@ from trainer.base.families import read_architecture
 from trainer.config import Config, load_config, parse_config
 from trainer.data.chapters import whole
 from trainer.data.dataset import open_dataset
+from trainer.data.micro_batch import MicroBatch
 from trainer.data.prepare import train_order
-from trainer.data.stream import MicroBatch, Stream
+from trainer.data.stream import Stream
 from trainer.model import attention
 from trainer.model.attention import VARLEN, Attention
 from trainer.model.head import LossHead

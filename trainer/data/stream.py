@@ -4,10 +4,10 @@ A global step takes the next `global_batch` bins of the epoch's plan. Which rank
 arithmetic alone, so the documents of a step never depend on the number of ranks, and a position is four integers.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from trainer.config import Config
 from trainer.data.chapters import Chapters, whole
 from trainer.data.dataset import Dataset
 from trainer.data.manifest import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, REJECTED_BIT, TARGET_BIT
+from trainer.data.micro_batch import MicroBatch, Position
 from trainer.data.order import EpochPlan, Order, Window, turns
 from trainer.data.prepare import eval_order, nothing_visited, train_order
 from trainer.model.head import IGNORE
@@ -29,110 +30,6 @@ PAD = 0
 
 # A window: its epoch, the place of its chapter in the order of the epoch, and its number in the chapter.
 WindowPlace = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a global step begins: at a bin of a window of an epoch. It knows no ranks; a checkpoint stores it.
-
-    `chapter` counts the chapters in the order of the epoch; nearly every data set has but one.
-    """
-
-    epoch: int = 0
-    window: int = 0
-    bin: int = 0
-    chapter: int = 0
-
-    def to_json(self) -> dict[str, int]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, int]) -> "Position":
-        return cls(**value)
-
-
-def _none(dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(0, dtype=dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class MicroBatch:
-    """The input of one forward pass: one packed row of T tokens, micro_batch times a bin's capacity.
-
-    Attributes:
-        input_ids: (1, T) int32.
-        labels: (1, T) int32, already shifted: what each position must predict, `IGNORE` where that is nothing.
-        position_ids: (1, T) int32, from 0 in each segment.
-        cu_seqlens: (segments + 1,) int32, borders of the segments from 0 to T. A segment is a document, an answer of a
-            pair, a labelled or a mismatched answer, or the padding at the end of a bin.
-        max_seqlen: tokens of the longest segment.
-        tokens: tokens of documents, without the padding and what is reserved.
-        targets: labels that are not `IGNORE`.
-        bins: the positions of the bins in the row, without the empty ones.
-        documents: their documents, in the order of the row; a pair counts as one.
-        rejected: (pairs,) int32, the segments that are rejected answers; the segment before each is the chosen one.
-        beginnings: (documents,) int32, the segments that documents begin with.
-        desired: (documents,) bool, whether each is a labelled answer that is desired.
-        mismatched: (mismatched,) int32, the segments that are mismatched answers; see trainer/data/labelled.py.
-        survey: the figures that the losses of the step were found to need beforehand; see trainer/objective/objective.py.
-        reference: (documents, answers) fp32, log-probabilities of their answers by a stored reference, in nats; None
-            without one.
-    """
-
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    position_ids: torch.Tensor
-    cu_seqlens: torch.Tensor
-    max_seqlen: int
-    tokens: int
-    targets: int
-    bins: tuple[Position, ...]
-    documents: tuple[int, ...]
-    rejected: torch.Tensor = field(default_factory=partial(_none, torch.int32))
-    beginnings: torch.Tensor = field(default_factory=partial(_none, torch.int32))
-    desired: torch.Tensor = field(default_factory=partial(_none, torch.bool))
-    mismatched: torch.Tensor = field(default_factory=partial(_none, torch.int32))
-    survey: torch.Tensor | None = None
-    reference: torch.Tensor | None = None
-
-    def to(self, device: torch.device) -> "MicroBatch":
-        """The same row on `device`, with int64 for what the model and the loss take; half the bytes travel."""
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device).long(),
-            labels=self.labels.to(device).long(),
-            position_ids=self.position_ids.to(device).long(),
-            cu_seqlens=self.cu_seqlens.to(device),
-            rejected=self.rejected.to(device).long(),
-            beginnings=self.beginnings.to(device).long(),
-            desired=self.desired.to(device),
-            mismatched=self.mismatched.to(device).long(),
-            survey=None if self.survey is None else self.survey.to(device),
-            reference=None if self.reference is None else self.reference.to(device),
-        )
-
-    def part(self, segments: torch.Tensor) -> "PartOfRow":
-        """These of the row's segments alone, in rising order; the whole row where they are none, as a pass needs tokens."""
-        if not len(segments):
-            return PartOfRow(self.input_ids, self.labels, self.position_ids, self.cu_seqlens, self.max_seqlen)
-        sizes = self.cu_seqlens.diff()
-        kept = torch.zeros(len(sizes), dtype=torch.bool, device=sizes.device)
-        kept[segments] = True
-        places = torch.repeat_interleave(kept, sizes.long()).nonzero()[:, 0]
-        borders = torch.nn.functional.pad(sizes[segments].cumsum(0), (1, 0)).to(self.cu_seqlens.dtype)
-        ids, labels, positions = (row[:, places] for row in (self.input_ids, self.labels, self.position_ids))
-        return PartOfRow(ids, labels, positions, borders, self.max_seqlen)
-
-
-@dataclass(frozen=True, eq=False)
-class PartOfRow:
-    """Some segments of a row, as `MicroBatch` has all of them; `max_seqlen` may be more than the longest."""
-
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    position_ids: torch.Tensor
-    cu_seqlens: torch.Tensor
-    max_seqlen: int
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.config import Config
+from trainer.data.micro_batch import MicroBatch, Position
 from trainer.data.order import hash_key, splitmix64
-from trainer.data.stream import MicroBatch, Position, Stream
+from trainer.data.stream import Stream
 from trainer.errors import DataError, Interrupted, NonFiniteLoss, Stopped
 from trainer.objective.objective import Objective
 from trainer.ranks import Ranks

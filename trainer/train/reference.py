@@ -18,9 +18,10 @@ from trainer.base.locate import Base
 from trainer.config import Config
 from trainer.data.chapters import Chapters
 from trainer.data.dataset import Dataset, open_dataset
+from trainer.data.micro_batch import MicroBatch, Position
 from trainer.data.prepare import eval_order
 from trainer.data.references import References, read_references, write_references
-from trainer.data.stream import MicroBatch, Position, eval_stream
+from trainer.data.stream import eval_stream
 from trainer.errors import Damaged, NonFiniteLoss, NotFound
 from trainer.objective.objective import Objective
 from trainer.ranks import Ranks
