@@ -52,6 +52,7 @@ def test_an_example_is_valid_and_says_what_it_is(path: Path) -> None:
     ("name", "base", "ranks", "ranks_per_node", "gib"),
     [
         ("8b-one-gpu", LLAMA_8B, 1, 1, 24),
+        ("8b-rslora", LLAMA_8B, 1, 1, 24),
         ("8b-dora", LLAMA_8B, 1, 1, 24),
         ("8b-ia3", LLAMA_8B, 1, 1, 24),
         ("8b-adapter", LLAMA_8B, 1, 1, 24),

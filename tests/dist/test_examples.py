@@ -1,0 +1,52 @@
+"""Every example trains in small: its own settings, over a base and rows that are made here."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launcher.view.status import read_generation
+from tests.dist import runs
+from tests.dist.launch import launch
+from tests.material import Workshop, make_data, make_labelled, make_pairs
+from trainer.checkpoint.listing import committed_steps
+from trainer.config import Config, dump_config, load_config
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+
+
+def in_small(path: Path, workshop: Workshop) -> Config:
+    """The example with what is large or elsewhere replaced; its rows are prompts and completions where they are conversations."""
+    given = load_config(path).data
+    made = {"preference": make_pairs, "labelled": make_labelled}.get(given.format, make_data)
+    rows = made(workshop.folder / f"{given.format}.jsonl")
+    held_out = [{"path": str(make_data(workshop.folder / "eval.jsonl", seed=8))}] if given.eval else []
+    large = {
+        "run.store": workshop.folder / "store",
+        "model.base": workshop.base,
+        "model.dtype": "fp32",
+        "data.train": json.dumps([{"path": str(rows)}]),
+        "data.held_out": 0.3 if given.held_out else 0,
+        "data.eval": json.dumps(held_out),
+        "data.format": "prompt_completion" if given.format == "chat" else given.format,
+        "data.sequence_length": 96,
+        "train.epochs": "null",
+        "optim.lr": 0.001,
+        "optim.warmup_steps": 0,
+        "train.steps": 2,
+        "train.global_batch": 2,
+        "sharding.deepspeed": workshop.policy,
+        "cluster.threads_per_worker": 1,
+    }
+    return load_config(path, [f"{name}={value}" for name, value in large.items()])
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_trains_in_small(workshop: Workshop, path: Path) -> None:
+    config = in_small(path, workshop)
+    datasets = workshop.prepare(config)
+    (outcome,) = launch(1, runs.run, dump_config(config), datasets.train, "start", datasets.eval)
+    assert outcome["outcome"] == "finished", outcome
+    run = workshop.store.sub(config.run.name)
+    assert [record["grad_norm"] > 0 for record in read_generation(run, 1)["step"]] == [True, True]
+    assert committed_steps(run)[0] == 2
