@@ -40,6 +40,23 @@ def test_a_wrong_setting_is_named_with_its_value_and_what_is_allowed(capstan: Ca
     refused(capstan("train", config, override, timeout=100), 3 if "missing-" in override else 2, *words)
 
 
+@pytest.mark.parametrize("command", ["plan", "train"])
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [("tuning.method=lorra", "lora"), ("objective.name=dppo", "dpo"), ("optim.name=adamw8bit", "adamw_8bit")],
+)
+def test_an_unknown_kind_of_a_thing_is_named_with_the_nearest(
+    capstan: Capstan, config: Path, command: str, override: str, nearest: str
+):
+    setting, _, given = override.partition("=")
+    refused(
+        capstan(command, config, override, timeout=100),
+        2,
+        f"{setting}: {given!r} is not allowed",
+        f"Did you mean {nearest}?",
+    )
+
+
 def test_debug_shows_the_traceback_too(capstan: Capstan, config: Path):
     done = capstan("--debug", "train", config, "train.step=5")
     assert done.returncode == 2

@@ -133,5 +133,5 @@ def find_optimizer(settings: Optim) -> Optimizer:
 
 
 def states_of(name: str, shape: Sequence[int]) -> tuple[State, ...]:
-    """The states that the optimizer called `name` keeps of a parameter, the fp32 weight first."""
-    return MASTER, *optimizers()[name].states(tuple(shape))
+    """The states that the optimizer called `name` keeps of a parameter, the fp32 weight first; `ConfigError` where there is none."""
+    return MASTER, *chosen(optimizers(), "optim.name", name).states(tuple(shape))
