@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from launcher.smoke.local_s3 import S3Server, available, serve_s3
 from tests.needs import need
@@ -12,6 +13,10 @@ from tests.needs import need
 # Every rank, of this process or below it, imports bitsandbytes, which decorates functions that no test calls with
 # torch.compile: the compiler's import would take a quarter of a rank's start.
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
+
+# How long one of hypothesis' examples takes says how busy the machine is.
+settings.register_profile("unhurried", settings.default, deadline=None)
+settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session")

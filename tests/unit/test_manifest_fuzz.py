@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,11 @@ from trainer.run import layout
 from trainer.store import open_store
 
 GOLDEN = Path(__file__).parents[1] / "golden/checkpoint-format-2"
-TREES = [manifest(4).to_json(), (GOLDEN / layout.manifest(4)).read_bytes()]
+TREES = [
+    manifest(4).to_json(),
+    replace(manifest(4), optimizer="adamw_8bit").to_json(),
+    (GOLDEN / layout.manifest(4)).read_bytes(),
+]
 
 scalars = st.one_of(
     st.none(),
@@ -61,10 +66,13 @@ def mutated(draw: st.DrawFn) -> bytes:
                 parent.insert(path[-1], parent[path[-1]])
         if not tree:
             break
-    if draw(st.integers(0, 9)) and "body" in tree:
-        text = json.dumps(tree["body"], sort_keys=True, separators=(",", ":"))
-        tree["sha256"] = hashlib.sha256(text.encode()).hexdigest()
-    return json.dumps(tree).encode()
+    return signed(tree) if draw(st.integers(0, 9)) and "body" in tree else json.dumps(tree).encode()
+
+
+def signed(tree: dict[str, Any]) -> bytes:
+    """The manifest of a tree whose body may be anything, with the hash of it."""
+    text = json.dumps(tree["body"], sort_keys=True, separators=(",", ":"))
+    return json.dumps({**tree, "sha256": hashlib.sha256(text.encode()).hexdigest()}).encode()
 
 
 def check(data: bytes) -> None:
@@ -72,7 +80,8 @@ def check(data: bytes) -> None:
     if isinstance(found, CheckpointManifest):
         check_what_readers_rely_on(found)
     else:
-        assert str(found).startswith("here is damaged: " if isinstance(found, Damaged) else "here is of format ")
+        newer = "here is of format ", "here is of the optimizer "
+        assert str(found).startswith("here is damaged: " if isinstance(found, Damaged) else newer)
 
 
 def outcome_of(action: Callable[[], Any]) -> Any:
@@ -123,6 +132,15 @@ def test_a_manifest_that_nests_without_end_is_damaged(deep: bytes) -> None:
 def test_a_body_that_no_writer_makes_is_damaged(body: bytes) -> None:
     with pytest.raises(Damaged):
         parse_manifest(b'{"format": 3, "sha256": "", "body": ' + body + b"}", "here")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_number_that_json_lacks_is_damaged_wherever_it_stands(number: float) -> None:
+    tree = json.loads(TREES[0])
+    assert isinstance(parse_manifest(signed(tree), "here"), CheckpointManifest)
+    tree["body"]["adapter"] = {"alpha": [number]}
+    with pytest.raises(Damaged):
+        parse_manifest(signed(tree), "here")
 
 
 @settings(max_examples=60, deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from trainer.checkpoint.contents import Contents
 from trainer.checkpoint.division import Division, EvenDivision, ListedDivision
@@ -33,6 +33,15 @@ _Place = Annotated[str, Field(pattern="^(epoch|chapter|window|bin)$")]
 _Shape = Annotated[list[_Positive], Field(max_length=8)]
 
 
+def _as_json(facts: dict[str, Any]) -> dict[str, Any]:
+    """Raises `ValueError` for a number that JSON lacks, such as NaN, which Python's reader takes."""
+    json.dumps(facts, allow_nan=False)
+    return facts
+
+
+_Facts = Annotated[dict[str, Any], AfterValidator(_as_json)]
+
+
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -50,16 +59,16 @@ class CheckpointManifest:
     updates: _Count  # the optimizer's own step count
     position: dict[_Place, _Count]  # of the data
     dataset: str  # fingerprint of the compiled training data
-    order: dict[str, Any]  # what else the data's order depends on: version, seed, packing, weights, sequence length
-    base: dict[str, Any]  # path and fingerprint of the base, and how it is quantized
-    adapter: dict[str, Any]  # method, rank, alpha and targets
-    groups: dict[str, dict[str, Any]]  # of the optimizer: name -> hyperparameters
+    order: _Facts  # what else the data's order depends on: version, seed, packing, weights, sequence length
+    base: _Facts  # path and fingerprint of the base, and how it is quantized
+    adapter: _Facts  # method, rank, alpha and targets
+    groups: dict[str, _Facts]  # of the optimizer: name -> hyperparameters
     versions: dict[str, str]  # of the software that wrote it
     # Nats a target token, where the step was evaluated. An infinite loss is no loss: it cannot be compared.
     eval_loss: Annotated[float | None, BeforeValidator(_finite)]
     shapes: Annotated[dict[str, _Shape], Field(min_length=1)]  # of every trainable parameter
     shards: list[Shard]  # in the order of the ranks that wrote them
-    objective: dict[str, Any] = field(default_factory=dict)  # name and settings, without those of sft and of defaults
+    objective: _Facts = field(default_factory=dict)  # name and settings, without those of sft and of defaults
     optimizer: str = "adamw"  # it decides which states the shards hold
 
     @property
