@@ -155,7 +155,7 @@ def as_text(column: pyarrow.Array, kind: Any) -> pyarrow.Array:
 
 TEXT, BYTES, BAD = pyarrow.string(), pyarrow.binary(), pyarrow.array([b"x", b"\xff\xfe", b"z"])
 EACH = pyarrow.array([0, 1, 2], pyarrow.int32())
-# What Parquet has no form for.
+# Parquet has no form for these.
 ARROW_COLUMNS: dict[str, Callable[[], pyarrow.Array]] = {
     "a map": lambda: as_text(
         pyarrow.MapArray.from_arrays([0, 1, 2, 3], ["a", "b", "c"], BAD), pyarrow.map_(TEXT, TEXT)

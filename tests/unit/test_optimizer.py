@@ -16,7 +16,7 @@ from transformers.optimization import Adafactor
 
 from trainer.config import Optim
 from trainer.errors import ConfigError
-from trainer.optimizer.optimizer import Flat, Part, Reduce, find_optimizer, states_of
+from trainer.optimizer.optimizer import Flat, FlatPart, Reduce, find_optimizer, states_of
 
 # 8-bit blocks that borders cut, a matrix whose rows they cut, experts, and vectors below and above what is kept in bytes.
 SHAPES = [(70, 90), (3, 50, 41), (7,), (17, 241), (5000,)]
@@ -57,13 +57,13 @@ class Exchange:
         return reduce
 
 
-def parts_of(rank: int, ranks: int) -> Iterator[Part]:
+def parts_of(rank: int, ranks: int) -> Iterator[FlatPart]:
     """As ZeRO-3 lays them out: as much room for each parameter on every rank."""
     offset = 0
     for shape in SHAPES:
         numel = math.prod(shape)
         share = -(-numel // ranks)
-        yield Part(shape, share, min(numel, rank * share), min(numel, (rank + 1) * share), offset)
+        yield FlatPart(shape, share, min(numel, rank * share), min(numel, (rank + 1) * share), offset)
         offset += share
 
 

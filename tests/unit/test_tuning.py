@@ -110,7 +110,7 @@ def test_added_tokens_are_texts_that_differ(tokens: str, said: str):
 
 
 def saving(modules: list[str], kind: str = "llama", method: str = "lora", *overrides: str) -> list[str]:
-    """What is wrong with a run that has these modules learn."""
+    """The sentences about a run that has these modules learn."""
     text = "run: {name: demo}\nmodel: {base: /m}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
     settings = f"tuning.method={method}", f"tuning.modules_to_save=[{', '.join(modules)}]"
     return tuning_mismatches(parse_config(text, (*settings, *overrides)), read_architecture({**SIZES, **KINDS[kind]}))

@@ -89,7 +89,7 @@ class Kto:
         return torch.cat([torch.stack([ratio, *counts]), base[:, 0]])
 
     def reference(self, model: PackedModel, batch: MicroBatch) -> Tensor:
-        """Of each document its labelled answer and the mismatched one behind it, 0 where there is none."""
+        """The labelled answer of each document, and the mismatched one behind it, 0 where there is none."""
         import torch
 
         log_p = read_segments(model, batch).log_p

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from trainer.optimizer.optimizer import Flat, Optimizer, Part, Reduce, State
+from trainer.optimizer.optimizer import Flat, FlatPart, Optimizer, Reduce, State
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,7 +101,7 @@ def _take_means(flat: Flat, gradient: Tensor, decay: float, reduce: Reduce) -> N
             part.states[_ELEMENT].lerp_(part.of(gradient).square().add_(_EPS), 1 - decay)
 
 
-def _scale(part: Part, update: Tensor) -> None:
+def _scale(part: FlatPart, update: Tensor) -> None:
     """Divide the gradient by the root of what the states say of its square, in place."""
     if len(part.shape) < 2:
         update.mul_(part.states[_ELEMENT].rsqrt())
@@ -113,7 +113,7 @@ def _scale(part: Part, update: Tensor) -> None:
         run.of(update).mul_(by_row[run.rows, None]).mul_(by_column[run.columns])
 
 
-def _runs(part: Part) -> Iterator[_Run]:
+def _runs(part: FlatPart) -> Iterator[_Run]:
     """The part's elements, as few runs as cover them."""
     height, width = part.shape[-2:]
     begin = part.begin

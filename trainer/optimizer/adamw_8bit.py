@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from trainer.optimizer.optimizer import Flat, Optimizer, Part, Reduce, State
+from trainer.optimizer.optimizer import Flat, FlatPart, Optimizer, Reduce, State
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,11 +34,11 @@ class _Piece:
     end: int
     cut: int | None
 
-    def elements(self, part: Part, values: Tensor) -> Tensor:
+    def elements(self, part: FlatPart, values: Tensor) -> Tensor:
         """Its slice of one value an element of the part."""
         return values[self.begin - part.begin : self.end - part.begin]
 
-    def blocks(self, part: Part, scales: Tensor) -> Tensor:
+    def blocks(self, part: FlatPart, scales: Tensor) -> Tensor:
         """Its slice of one value a block."""
         first = part.begin // BLOCK
         return scales[self.begin // BLOCK - first : -(-self.end // BLOCK) - first]
@@ -79,7 +79,7 @@ class AdamW8bit:
                     _keep(part, piece, moment, values, scales.get((number, piece.cut, moment)))
 
 
-def _pieces(part: Part) -> Iterator[_Piece]:
+def _pieces(part: FlatPart) -> Iterator[_Piece]:
     """The part's elements: of a block that is cut by themselves, and otherwise many whole blocks together."""
     numel, begin = math.prod(part.shape), part.begin
     while begin < part.end:
@@ -126,7 +126,7 @@ def _cut_scales(
     return found
 
 
-def _moments(part: Part, piece: _Piece, gradients: Tensor, settings: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _moments(part: FlatPart, piece: _Piece, gradients: Tensor, settings: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """The piece's moments after this step, in fp32."""
     first, second = (_read(part, piece, moment) for moment in _MOMENTS)
     gradient, (beta1, beta2) = piece.elements(part, gradients), settings["betas"]
@@ -135,7 +135,7 @@ def _moments(part: Part, piece: _Piece, gradients: Tensor, settings: Mapping[str
     )
 
 
-def _read(part: Part, piece: _Piece, moment: str) -> Tensor:
+def _read(part: FlatPart, piece: _Piece, moment: str) -> Tensor:
     """The piece's moment in fp32, a copy."""
     from bitsandbytes.functional import dequantize_blockwise
 
@@ -146,7 +146,7 @@ def _read(part: Part, piece: _Piece, moment: str) -> Tensor:
     return dequantize_blockwise(kept, absmax=scales, code=_code(moment, kept.device), blocksize=BLOCK)
 
 
-def _keep(part: Part, piece: _Piece, moment: str, values: Tensor, scale: Tensor | None) -> None:
+def _keep(part: FlatPart, piece: _Piece, moment: str, values: Tensor, scale: Tensor | None) -> None:
     """Write the piece's moment. `scale` is that of its block, where it is cut."""
     import torch
     from bitsandbytes.functional import quantize_blockwise

@@ -57,7 +57,7 @@ MASTER = State("master")
 
 
 @dataclass
-class Part:
+class FlatPart:
     """Elements [begin, end) of a flattened parameter of `shape`, which lie at `offset` in a rank's flat tensor.
 
     Every rank has `share` elements of it, but for the last ones. `states` has the rank's values of each state, 1-D, by name.
@@ -79,7 +79,7 @@ class Flat:
     """One rank's flat fp32 tensor and its parts. `whole` has the states that are a tensor of the same length."""
 
     values: Tensor
-    parts: Sequence[Part]
+    parts: Sequence[FlatPart]
     whole: dict[str, Tensor] = field(default_factory=dict)
 
 

@@ -47,7 +47,7 @@ class _Part(NamedTuple):
 
 @dataclass(frozen=True)
 class ReferencePass:
-    """What the pass needs on this rank; `log` gets rank 0's lines."""
+    """The pass on this rank; `log` gets rank 0's lines."""
 
     config: Config
     base: Base

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.config import Optim
-from trainer.optimizer.optimizer import Flat, Part, find_optimizer
+from trainer.optimizer.optimizer import Flat, FlatPart, find_optimizer
 from trainer.ranks import Ranks
 
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -23,13 +23,13 @@ class DividedOptimizer(torch.optim.Optimizer):
         self._flats: dict[Tensor, Flat] = {}
         super().__init__(groups, read)
 
-    def divide(self, values: Tensor, parts: Sequence[Part]) -> None:
+    def divide(self, values: Tensor, parts: Sequence[FlatPart]) -> None:
         """Start with the flat tensor `values` that consists of `parts`: nothing was updated yet."""
         flat = self._flats[values] = Flat(values.data, parts)
         self.kind.start(flat)
         self.state[values] = {"step": torch.zeros(()), **flat.whole}
 
-    def parts(self, values: Tensor) -> Sequence[Part]:
+    def parts(self, values: Tensor) -> Sequence[FlatPart]:
         """The parts of a flat tensor, with their states as live views."""
         return self._flats[values].parts
 

@@ -24,7 +24,7 @@ from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 from trainer.checkpoint.learner import TrainablePartition
 from trainer.config import Optim
 from trainer.model.packed import PackedModel
-from trainer.optimizer.optimizer import MASTER, Part
+from trainer.optimizer.optimizer import MASTER, FlatPart
 from trainer.ranks import Ranks
 from trainer.zero.divided import DividedOptimizer
 
@@ -136,7 +136,7 @@ class Engine:
         return self._engine(row.to(self.ranks.device))
 
     def look(self, look: Callable[[PackedModel, Any], Tensor], row: DeviceRow) -> Tensor:
-        """What `look` makes of the model and the row, without a graph."""
+        """The values that `look` makes of the model and the row, without a graph."""
         with torch.no_grad():
             return self._engine(row.to(self.ranks.device), look)
 
@@ -206,9 +206,9 @@ class Engine:
         zero.checkpoint_event_epilogue()
 
 
-def _part(zero: Any, parameter: Any) -> Part:
+def _part(zero: Any, parameter: Any) -> FlatPart:
     """This rank's part of a parameter in its flat tensor."""
     _, offset, share = zero.grad_position[zero.get_param_id(parameter)]
     begin = min(parameter.ds_numel, zero._get_param_partition_rank(parameter) * share)
     end = min(parameter.ds_numel, begin + share)
-    return Part(tuple(parameter.ds_shape), share, begin, end, offset)
+    return FlatPart(tuple(parameter.ds_shape), share, begin, end, offset)
