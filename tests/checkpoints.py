@@ -6,7 +6,7 @@ from trainer.checkpoint.contents import Contents
 from trainer.checkpoint.division import EvenDivision
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.checkpoint.shard import Shard, ShardLayout, write_shard
-from trainer.optimizer.optimizer import states_of
+from trainer.optimizer.optimizer import states_by_name
 from trainer.run import layout
 from trainer.store import Store
 
@@ -40,7 +40,7 @@ def manifest(step: int, shards: list[Shard] | None = None, eval_loss: float | No
 def write_shards(run: Store, step: int, ranks: int = 2, attempt: str = ATTEMPT) -> list[Shard]:
     """Shards whose elements are 1.0, 2.0, ... times the step."""
     division = EvenDivision({NAME: SHAPE[0] * SHAPE[1]}, ranks)
-    contents = Contents(division, {NAME: states_of("adamw", SHAPE)}, ranks)
+    contents = Contents(division, states_by_name("adamw", {NAME: SHAPE}), ranks)
     shards = []
     for rank in range(ranks):
         intervals = division.intervals(rank)

@@ -19,7 +19,7 @@ from trainer.checkpoint.shard import ShardLayout, write_shard
 from trainer.config import Config, dump_config, parse_config
 from trainer.data.prepare import Datasets, prepare
 from trainer.identity import identity_of
-from trainer.optimizer.optimizer import states_of
+from trainer.optimizer.optimizer import states_by_name
 from trainer.run import layout
 from trainer.store import Store, open_store
 from trainer.tuning.method import method_of
@@ -170,8 +170,7 @@ def commit(run: Store, config: Config, step: int = 4, dataset: str = "data") -> 
     run.put(layout.CONFIG, dump_config(config).encode())
     shapes = {name: list(shape) for name, shape in method_of(config).shapes(base.architecture).items()}
     division = EvenDivision({name: math.prod(shape) for name, shape in shapes.items()}, 1)
-    states_by_name = {name: states_of("adamw", shape) for name, shape in shapes.items()}
-    shard_layout = ShardLayout(Contents(division, states_by_name, 1).of(0))
+    shard_layout = ShardLayout(Contents(division, states_by_name("adamw", shapes), 1).of(0))
     states = 0.1 * torch.randn(shard_layout.size // 4, generator=torch.Generator().manual_seed(step))
     shard = write_shard(run, layout.shard(step, "000001-000001", 0), shard_layout, memoryview(states.numpy().tobytes()))
     ours = identity_of(config, base, dataset)

@@ -15,7 +15,7 @@ from trainer.base.base import Description
 from trainer.config import Config, Quant
 from trainer.needs import GlobalBatch, GpuMemory, HostMemory, Parameters, Plan, Traffic
 from trainer.objective.objective import Survey, find_objective, objective_mismatches, reference_of
-from trainer.optimizer.optimizer import State, find_optimizer, states_of
+from trainer.optimizer.optimizer import State, find_optimizer, states_by_name
 from trainer.tuning.method import method_of, tuning_mismatches
 from trainer.zero.policy import Scope, build_deepspeed_config
 
@@ -62,18 +62,20 @@ class _Inputs:
     @cached_property
     def checkpoint_bytes(self) -> int:
         """Bytes of the fp32 masters and of the optimizer's states."""
-        every = ((state, self.learning[name]) for name, shape in self.shapes.items() for state in self.states(shape))
+        every = ((state, self.learning[name]) for name, states in self.states.items() for state in states)
         return sum(state.item * state.size(numel) for state, numel in every)
 
     @cached_property
     def state_bytes(self) -> int:
         """Bytes of the same on one rank, which has vectors whole, and the fp32 gradient that it adds up."""
-        every = (state for shape in self.shapes.values() for state in self.states(shape))
+        every = (state for states in self.states.values() for state in states)
         vectors = sum(state.item * state.length for state in every if state.length is not None)
         return ceil((self.checkpoint_bytes - vectors) / self.world_size) + vectors + 4 * self.share
 
-    def states(self, shape: tuple[int, ...]) -> tuple[State, ...]:
-        return states_of(self.config.optim.name, shape)
+    @cached_property
+    def states(self) -> dict[str, tuple[State, ...]]:
+        """The masters and the optimizer's states of each parameter that learns, by name."""
+        return states_by_name(self.config.optim.name, self.shapes)
 
     @property
     def trainable(self) -> int:

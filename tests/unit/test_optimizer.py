@@ -16,7 +16,7 @@ from transformers.optimization import Adafactor
 
 from trainer.config import Optim
 from trainer.errors import ConfigError
-from trainer.optimizer.optimizer import Flat, FlatPart, Reduce, find_optimizer, states_of
+from trainer.optimizer.optimizer import Flat, FlatPart, Reduce, State, find_optimizer, states_by_name
 
 # 8-bit blocks that borders cut, a matrix whose rows they cut, experts, and vectors below and above what is kept in bytes.
 SHAPES = [(70, 90), (3, 50, 41), (7,), (17, 241), (5000,)]
@@ -55,6 +55,10 @@ class Exchange:
             values.copy_(every.sum(0) if how == "sum" else every.max(0).values)
 
         return reduce
+
+
+def states_of(name: str, shape: tuple[int, ...]) -> tuple[State, ...]:
+    return states_by_name(name, {"": shape})[""]
 
 
 def parts_of(rank: int, ranks: int) -> Iterator[FlatPart]:

@@ -29,7 +29,7 @@ from trainer.checkpoint.reading import read_elements
 from trainer.checkpoint.retention import Retention, plan_removal, remove
 from trainer.checkpoint.shard import ShardLayout, write_shard
 from trainer.errors import AlreadyExists, NothingToResume, StorageError, Superseded
-from trainer.optimizer.optimizer import State, states_of
+from trainer.optimizer.optimizer import State, states_by_name
 from trainer.ranks import Ranks
 from trainer.run import layout
 from trainer.store import Store
@@ -101,7 +101,7 @@ class Checkpoints:
         assert all((part.begin, part.end) == division.interval(part.name, self.ranks.rank) for part in partitions), (
             "a manifest writes no intervals: whoever reads it derives them by this rule"
         )
-        states = {name: states_of(self.identity.optimizer, shape) for name, shape in shapes.items()}
+        states = states_by_name(self.identity.optimizer, shapes)
         shard_layout = ShardLayout(Contents(division, states, self.ranks.world_size).of(self.ranks.rank))
         data = self._copy(shard_layout, partitions)
         self._saves, self.newest = self._saves + 1, step

@@ -20,7 +20,7 @@ from trainer.checkpoint.division import Division, EvenDivision, ListedDivision
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.shard import Shard, verify_shard
 from trainer.errors import ConfigError, Damaged, NotFound, NothingToResume, StorageError
-from trainer.optimizer.optimizer import optimizers, states_of
+from trainer.optimizer.optimizer import optimizers, states_by_name
 from trainer.run import layout
 from trainer.store import Store
 
@@ -90,8 +90,7 @@ class CheckpointManifest:
     @cached_property
     def contents(self) -> Contents:
         """Which values of each state the `shards` hold."""
-        states = {name: states_of(self.optimizer, shape) for name, shape in self.shapes.items()}
-        return Contents(self.division, states, len(self.shards))
+        return Contents(self.division, states_by_name(self.optimizer, self.shapes), len(self.shards))
 
     def problem(self) -> str | None:
         """Why this cannot be a whole checkpoint, whatever lies in its shards; None when it can."""

@@ -132,6 +132,11 @@ def find_optimizer(settings: Optim) -> Optimizer:
     return found
 
 
-def states_of(name: str, shape: Sequence[int]) -> tuple[State, ...]:
-    """The states that the optimizer called `name` keeps of a parameter, the fp32 weight first; `ConfigError` where there is none."""
-    return MASTER, *chosen(optimizers(), "optim.name", name).states(tuple(shape))
+def states_by_name(name: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[State, ...]]:
+    """The states that the optimizer called `name` keeps of each parameter with these shapes, the fp32 weight first.
+
+    Raises:
+        ConfigError: there is no optimizer of that name.
+    """
+    kind = chosen(optimizers(), "optim.name", name)
+    return {parameter: (MASTER, *kind.states(tuple(shape))) for parameter, shape in shapes.items()}
