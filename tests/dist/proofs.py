@@ -1,20 +1,39 @@
-"""The proofs of exports, each in a process of its own."""
+"""The proofs of exports, each in a process of its own, and what tests of several methods ask of them."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tests.dist.launch import launch
 from trainer.export import verify
+from trainer.export.adapter import export_adapter
+from trainer.export.proof import Proof
 from trainer.export.verify import prove_adapter, prove_merged
-from trainer.store import open_store
+from trainer.store import Store, open_store
 
 
 def export_proof(run_uri: str, step: int, adapter: str) -> dict[str, float]:
     """The measurements of `capstan export --verify`."""
     torch.set_num_threads(1)
     return asdict(prove_adapter(open_store(run_uri), step, open_store(adapter)))
+
+
+def proof_of(run: Store, adapter: Path) -> Proof:
+    """The proof of an adapter of step 4, by a process of its own."""
+    (proof,) = launch(1, export_proof, run.uri, 4, str(adapter))
+    return Proof(**proof)
+
+
+def export_and_prove(run: Store, adapter: Path) -> None:
+    """Export step 4, and assert that its proof holds by far."""
+    export_adapter(run, open_store(str(adapter)))
+    proof = proof_of(run, adapter)
+    assert proof.holds
+    assert proof.computed_in == "fp32"
+    assert proof.kl_allowed < 1e-4 * proof.kl_effect
 
 
 def proof_in_bf16(run_uri: str, step: int, adapter: str) -> dict[str, Any]:

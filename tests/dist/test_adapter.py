@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.dist import bottleneck, gradients, linear_adapters, proofs, traffic
 from tests.dist.launch import RankFailed, launch
+from tests.dist.proofs import export_and_prove, proof_of
 from tests.dist.test_gradients import distance
 from tests.material import Workshop, commit
 from trainer.base.locate import resolve_base
@@ -22,7 +23,6 @@ from trainer.errors import ConfigError
 from trainer.export.adapter import export_adapter
 from trainer.export.learnt import master_weights
 from trainer.export.merged import export_merged
-from trainer.export.proof import Proof
 from trainer.plan import make_plan
 from trainer.store import Store, open_store
 from trainer.tuning.method import find_method
@@ -160,23 +160,17 @@ def test_the_exported_model_has_the_logits_of_the_trained_one_and_a_broken_file_
     run: Store, tmp_path: Path
 ) -> None:
     folder = tmp_path / "adapter"
-    export_adapter(run, open_store(str(folder)))
-    (proof,) = launch(1, proofs.export_proof, run.uri, 4, str(folder))
-    assert Proof(**proof).holds
-    assert proof["computed_in"] == "fp32"
-    assert proof["kl_allowed"] < 1e-4 * proof["kl_effect"]
+    export_and_prove(run, folder)
 
     file, settings = folder / "bottleneck.safetensors", folder / "bottleneck.json"
     weights = load_file(file)
     name = "model.layers.1.mlp.adapter.up.weight"
     save_file({**weights, name: weights[name].roll(1, 0)}, file, metadata={"format": "pt"})
-    (proof,) = launch(1, proofs.export_proof, run.uri, 4, str(folder))
-    assert not Proof(**proof).holds
+    assert not proof_of(run, folder).holds
 
     save_file(weights, file, metadata={"format": "pt"})
     settings.write_text(settings.read_text().replace("gelu", "relu"))
-    (proof,) = launch(1, proofs.export_proof, run.uri, 4, str(folder))
-    assert not Proof(**proof).holds
+    assert not proof_of(run, folder).holds
 
     del weights[name]
     save_file(weights, file, metadata={"format": "pt"})

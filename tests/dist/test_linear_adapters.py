@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from launcher.view.status import read_generation
 from tests.dist import gradients, linear_adapters, proofs, runs, traffic
 from tests.dist.launch import launch
+from tests.dist.proofs import export_and_prove, proof_of
 from tests.dist.test_gradients import distance
 from tests.dist.test_merge import logits, merged_by_peft
 from tests.material import Workshop, commit, make_base
@@ -162,19 +163,14 @@ def run(request: pytest.FixtureRequest, workshop: Workshop) -> Store:
 
 def test_peft_has_the_logits_of_the_trained_model_and_a_broken_file_is_caught(run: Store, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
-    export_adapter(run, open_store(str(folder)))
-    (proof,) = launch(1, proofs.export_proof, run.uri, 4, str(folder))
-    assert Proof(**proof).holds
-    assert proof["computed_in"] == "fp32"
-    assert proof["kl_allowed"] < 1e-4 * proof["kl_effect"]
+    export_and_prove(run, folder)
 
     file = folder / "adapter_model.safetensors"
     weights = load_file(file)
     name = next(name for name in weights if name.endswith(("lora_magnitude_vector", "ia3_l")))
     weights[name] = weights[name].roll(1, 0 if weights[name].shape[0] > 1 else 1)
     save_file(weights, file, metadata={"format": "pt"})
-    (proof,) = launch(1, proofs.export_proof, run.uri, 4, str(folder))
-    assert not Proof(**proof).holds
+    assert not proof_of(run, folder).holds
 
 
 @pytest.mark.parametrize("method", METHODS)

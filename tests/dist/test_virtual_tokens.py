@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.dist import gradients, linear_adapters, proofs, runs, virtual_tokens
 from tests.dist.launch import launch, running
+from tests.dist.proofs import export_and_prove, proof_of
 from tests.dist.test_gradients import distance
 from tests.dist.test_linear_adapters import adapting, committed, run_ranks
 from tests.dist.test_resume import losses
@@ -150,18 +151,13 @@ def run(request: pytest.FixtureRequest, workshop: Workshop) -> Store:
 
 def test_peft_has_the_logits_of_the_trained_model_and_a_broken_file_is_caught(run: Store, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
-    export_adapter(run, open_store(str(folder)))
-    (proof,) = launch(1, proofs.export_proof, run.uri, 4, str(folder))
-    assert Proof(**proof).holds
-    assert proof["computed_in"] == "fp32"
-    assert proof["kl_allowed"] < 1e-4 * proof["kl_effect"]
+    export_and_prove(run, folder)
 
     file = folder / "adapter_model.safetensors"
     # In another order the tokens of a prefix are the same prefix, as its keys have no positions.
     weights = {name: value.roll(1, 1) for name, value in load_file(file).items()}
     save_file(weights, file, metadata={"format": "pt"})
-    (proof,) = launch(1, proofs.export_proof, run.uri, 4, str(folder))
-    assert not Proof(**proof).holds
+    assert not proof_of(run, folder).holds
 
 
 @pytest.mark.parametrize("method", METHODS)
