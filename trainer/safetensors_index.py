@@ -65,7 +65,7 @@ class TensorSource:
 class Stacked:
     """Tensors of one dtype, one after another, as one tensor of `shape`: a mixture's experts, which files hold singly."""
 
-    parts: tuple[TensorSource, ...]
+    parts: tuple[StoredTensor, ...]
     shape: tuple[int, ...]
 
     @property

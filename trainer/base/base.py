@@ -40,6 +40,12 @@ class StoredFormat(Protocol):
         """A sentence for each setting that does not suit what config.json says of the format."""
         ...
 
+    def tensors(self, base: "Base") -> Mapping[str, StoredTensor]:
+        """The weights that the files hold in 16 or 32 bits, or that are such as they are read, by the names that a plain base
+        has for them: a weight in fewer bits and its scales are one tensor. Reads headers alone. Raises `ConfigError` where a
+        part of one is missing or has another shape or type than it should."""
+        ...
+
     def check(self, base: "Base", config: Config) -> None:
         """Raises `ConfigError` when the files lack a weight or have it otherwise than they should; reads no weight."""
         ...
@@ -87,6 +93,11 @@ class Base:
     @cached_property
     def tensors(self) -> dict[str, TensorSource]:
         return read_index(self.store)
+
+    @cached_property
+    def weights(self) -> Mapping[str, StoredTensor]:
+        """The same as the stored format reads them: what a plain base would hold, by name."""
+        return self.stored.tensors(self)
 
     @cached_property
     def versions(self) -> list[tuple[str, int, str]]:

@@ -18,7 +18,7 @@ def find_source(base: Base, name: str, shape: tuple[int, ...]) -> StoredTensor:
     Raises:
         ConfigError: they lack it, have it in another shape, or in a type that cannot be read.
     """
-    names = (name,) if name in base.tensors else base.architecture.stored_names(name)
+    names = (name,) if name in base.weights else base.architecture.stored_names(name)
     slices = shape[0] if len(shape) == 3 else 1
     # Experts that are stored singly: (experts, rows, columns) of files that have rows / parts of each.
     part_shape = shape if len(names) == 1 else (shape[1] * slices // len(names), shape[2])
@@ -41,20 +41,22 @@ def stored_parts(base: Base, name: str, shape: tuple[int, ...]) -> Iterator[tupl
         assert isinstance(part, TensorSource)
         yield part, begin
         begin += numel(part)
-    if base.architecture.tied and name == _EMBEDDING and _HEAD in base.tensors:
+    if base.architecture.tied and name == _EMBEDDING and _HEAD in base.weights:
         # Some files hold a tied weight twice; transformers unties what differs.
-        yield _checked(base, _HEAD, shape), 0
+        head = _checked(base, _HEAD, shape)
+        assert isinstance(head, TensorSource)
+        yield head, 0
 
 
-def _checked(base: Base, name: str, shape: tuple[int, ...]) -> TensorSource:
-    source = base.tensors.get(name)
+def _checked(base: Base, name: str, shape: tuple[int, ...]) -> StoredTensor:
+    source = base.weights.get(name)
     if source is None:
         raise ConfigError(
             f"model.base: {base.name} has no tensor {name}, which its architecture needs. Copy the model again."
         )
     if source.shape != shape:
         raise ConfigError(
-            f"model.base: {name} is {list(source.shape)} in {base.name}/{source.key}, {list(shape)} by config.json. "
+            f"model.base: {name} is {list(source.shape)} in {base.name}, {list(shape)} by config.json. "
             "Copy the model again."
         )
     if source.dtype not in WEIGHT_DTYPES:

@@ -7,6 +7,7 @@ from typing import ClassVar
 from trainer.base.base import Base, StoredWeights
 from trainer.base.parameters import find_source
 from trainer.config import Config
+from trainer.safetensors_index import StoredTensor
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,9 @@ class Plain:
 
     def mismatches(self, config: Config) -> list[str]:
         return []
+
+    def tensors(self, base: Base) -> Mapping[str, StoredTensor]:
+        return base.tensors
 
     def check(self, base: Base, config: Config) -> None:
         for name, shape in base.architecture.quantizable().items():

@@ -15,7 +15,7 @@ from trainer.base.base import Base, StoredWeights
 from trainer.base.parameters import find_source
 from trainer.config import Config
 from trainer.errors import NOT_JSON, ConfigError
-from trainer.safetensors_index import DTYPE_BYTES, PackedSources, TensorSource, numel
+from trainer.safetensors_index import DTYPE_BYTES, PackedSources, StoredTensor, TensorSource, numel
 
 _NESTED_BLOCK = 256
 _MOST_NUMBERS = 2**16  # more than any quant_state or nested_quant_map has
@@ -49,6 +49,11 @@ class BitsAndBytes4bit:
         if config.quant.cache:
             found.append("quant.cache: true has no effect, as the base is quantized already. Remove it.")
         return found
+
+    def tensors(self, base: Base) -> Mapping[str, StoredTensor]:
+        """All that is not in 4 bits; the rest are `packed_sources`."""
+        packed = {name.partition(".quant_state.")[0] for name in base.tensors if ".quant_state." in name}
+        return {name: base.tensors[name] for name in base.tensors if not packed & _names_before_dots(name)}
 
     def check(self, base: Base, config: Config) -> None:
         """Nothing beyond `mismatches`: the files are checked when they are opened, which reads their facts anyway."""
@@ -106,6 +111,12 @@ def _read_facts(base: Base, names: list[str]) -> dict[str, tuple[dict[str, Any],
         parts = base.store.get_ranges(file, [begin for begin, _ in ranges], [end for _, end in ranges])
         read |= {name: bytes(part) for name, part in zip(inside, parts, strict=True)}
     return {name: (_parsed(base, name, read[name]), read.get(f"{name}.nested_quant_map", b"")) for name in names}
+
+
+def _names_before_dots(name: str) -> set[str]:
+    """`name`, and what it is without its last one or two parts: the weight that an absmax or a quant_state belongs to."""
+    shorter = name.rpartition(".")[0]
+    return {name, shorter, shorter.rpartition(".")[0]}
 
 
 def _state_keys(name: str) -> list[str]:
