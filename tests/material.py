@@ -11,6 +11,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
+from tests.families import FAMILIES, KINDS, SIZES
 from trainer.base.locate import resolve_base
 from trainer.checkpoint.contents import Contents
 from trainer.checkpoint.division import EvenDivision
@@ -27,95 +28,22 @@ from trainer.tuning.method import method_of
 SEQUENCE = 64
 SPECIALS = ("<pad>", "<s>", "</s>")
 
-# No size is a power of two where it need not be; a vocabulary of 256 bytes and three special tokens.
-SIZES: dict[str, Any] = {
-    "vocab_size": 259,
-    "hidden_size": 64,
-    "intermediate_size": 172,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.1,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-# The name of a base here -> its model_type and its settings beside `SIZES`.
-KINDS: dict[str, dict[str, Any]] = {
-    "llama": {"model_type": "llama"},
-    "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
-    "mistral": {"model_type": "mistral", "sliding_window": 16},
-    "qwen2": {"model_type": "qwen2"},
-    "qwen3": {"model_type": "qwen3", "head_dim": 24},
-    "phi3": {"model_type": "phi3", "sliding_window": 16},
-    "gemma2": {
-        "model_type": "gemma2",
-        "head_dim": 24,
-        "sliding_window": 16,
-        "tie_word_embeddings": True,
-        "attn_logit_softcapping": 3.0,
-        "final_logit_softcapping": 2.0,
-    },
-    "gemma3": {"model_type": "gemma3_text", "head_dim": 24, "sliding_window": 16, "tie_word_embeddings": True},
-    # Experts of 3,010 and 1,505 weights: an odd number of nibbles, and no whole blocks.
-    "mixtral": {
-        "model_type": "mixtral",
-        "hidden_size": 35,
-        "head_dim": 10,
-        "intermediate_size": 43,
-        "num_local_experts": 3,
-    },
-    "qwen3-moe": {
-        "model_type": "qwen3_moe",
-        "head_dim": 24,
-        "moe_intermediate_size": 43,
-        "num_experts": 5,
-        "num_experts_per_tok": 2,
-    },
-    "gpt-oss": {
-        "model_type": "gpt_oss",
-        "hidden_size": 35,
-        "head_dim": 10,
-        "intermediate_size": 43,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "sliding_window": 16,
-    },
-    # Weights whose number is no multiple of a block: 1,440, 720 and 1,800.
-    "ragged": {
-        "model_type": "llama",
-        "hidden_size": 36,
-        "head_dim": 10,
-        "intermediate_size": 50,
-        "num_hidden_layers": 1,
-    },
-    # Tensors smaller than a block, and odd numbers of weights: 10 and 35.
-    "speck": {
-        "model_type": "llama",
-        "hidden_size": 5,
-        "head_dim": 2,
-        "intermediate_size": 7,
-        "num_attention_heads": 1,
-        "num_key_value_heads": 1,
-        "num_hidden_layers": 1,
-    },
-}
-
 
 def make_base(
     folder: Path, kind: str = "llama", dtype: torch.dtype = torch.bfloat16, shard_size: str = "40KB", **sizes: Any
 ) -> Path:
     """A random base of `kind` in the Hugging Face directory format, in several safetensors files."""
     torch.manual_seed(11)
-    settings = {"tie_word_embeddings": False, **SIZES, **KINDS[kind], **sizes}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
+    settings = {"tie_word_embeddings": False, **SIZES, **{**FAMILIES, **KINDS}[kind], **sizes}
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # norms start as ones and biases as zeros, which would hide a mix-up
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
+        for name, value in model.state_dict(keep_vars=True).items():
+            # Norms start as ones, biases and buffers as zeros, which would hide a mix-up.
+            if value.ndim == 1 or value.min() == value.max():
+                value.add_(0.3 * torch.randn_like(value))
+            if not any(part in name for part in model._keep_in_fp32_modules_strict):
+                value.data = value.data.to(dtype)
+    model.save_pretrained(folder, max_shard_size=shard_size)
     byte_tokenizer().save_pretrained(folder)
     return folder
 

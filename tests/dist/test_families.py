@@ -1,0 +1,111 @@
+"""Every family of models that the tests have is loaded, trained, exported and merged as transformers, bitsandbytes and PEFT would."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.dist import families
+from tests.dist.launch import launch
+from tests.material import Workshop, make_base
+from trainer.config import dump_config
+
+_SECONDS = 900  # many families in one go of the ranks
+pytestmark = pytest.mark.timeout(_SECONDS + 60)
+# Ranks and kind of base -> the facts that each of the ranks found.
+Facts = Callable[[int, str], list[dict[str, Any]]]
+# The families that the loader knows.
+KNOWN = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "mixtral", "qwen3-moe", "gpt-oss")
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {kind: str(make_base(folder / kind, kind)) for kind in KNOWN}
+
+
+@pytest.fixture(scope="module")
+def facts(workshop: Workshop, bases: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Facts:
+    """Two ranks train, export and merge as well; other numbers of them load and compare."""
+    config = workshop.config(
+        "families", "tuning.rank=4", "optim.lr=0.01", "checkpoint.every_steps=0", "train.global_batch=2"
+    )
+    done: dict[int, list[dict[str, Any]]] = {}
+
+    def get(ranks: int, kind: str) -> list[dict[str, Any]]:
+        if ranks not in done:
+            function, arguments = families.compared, (dump_config(config), bases)
+            if ranks == 2:
+                exports = tmp_path_factory.mktemp("exports")
+                function, arguments = families.trained, (*arguments, workshop.prepare(config).train, str(exports))
+            done[ranks] = launch(ranks, function, *arguments, timeout=_SECONDS)
+        found = [rank[kind] for rank in done[ranks]]
+        for rank in found:
+            assert "failed" not in rank, rank["failed"]
+        return found
+
+    return get
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("kind", KNOWN)
+def test_packed_bytes_are_bitsandbytes_and_all_else_and_the_logits_are_transformers(
+    facts: Facts, kind: str, ranks: int
+) -> None:
+    for found in facts(ranks, kind):
+        assert found["packed"]
+        assert found["differing"] == []
+        assert found["logits"] == 0
+        assert found["spread"] > 0.01
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_ten_steps_learn(facts: Facts, kind: str) -> None:
+    for found in facts(2, kind):
+        losses, norms = found["loss"], found["grad_norm"]
+        assert len(losses) == 10
+        assert sum(losses[-3:]) < sum(losses[:3]) - 0.5
+        assert min(norms) > 0.01
+        assert found["effect"] > 0.1 * found["spread"]
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_peft_adapts_the_very_layers_that_were_trained_and_has_the_logits(facts: Facts, kind: str) -> None:
+    found = facts(2, kind)[0]
+    assert found["adapted_elsewhere"] == []
+    assert found["peft"] == 0
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_the_merged_model_is_pefts_merge_and_differs_from_the_base_where_adapters_were(facts: Facts, kind: str) -> None:
+    found = facts(2, kind)[0]
+    assert found["merged"] == []
+    assert sorted(found["changed"]) == [f"{path}.weight" for path in found["adapted"]]
+
+
+def test_one_weight_one_row_of_an_expert_and_one_norm_that_differ_are_found(
+    workshop: Workshop, bases: dict[str, str], tmp_path: Path
+) -> None:
+    """The control of all that is compared."""
+    changed = {
+        "model.layers.0.self_attn.q_proj.weight": (7, 3),
+        "model.layers.1.mlp.experts.2.up_proj.weight": (5,),
+        "model.layers.1.post_attention_layernorm.weight": (9,),
+    }
+    other = Path(shutil.copytree(bases["qwen3-moe"], tmp_path / "other"))
+    for file in other.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in tensors.keys() & changed:
+            tensors[name][changed[name]] += 1.0
+        save_file(tensors, file, metadata={"format": "pt"})
+    base, config = {"qwen3-moe": bases["qwen3-moe"]}, dump_config(workshop.config("control"))
+    (found,) = launch(1, families.compared, config, base, {"qwen3-moe": str(other)})
+    assert found["qwen3-moe"]["logits"] > 0
+    assert found["qwen3-moe"]["differing"] == [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.mlp.experts.gate_up_proj",
+        "model.layers.1.post_attention_layernorm.weight: torch.bfloat16, torch.bfloat16",
+    ]
