@@ -8,6 +8,8 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit
 from torch import Tensor, nn
 
+from trainer.model.nf4 import Format, FrozenStack4bit
+
 
 def decoded(packed: Tensor, state: bnb.QuantState) -> Tensor:
     """The weights that bitsandbytes packed: each the table's value times its block's absmax, in the type that they had."""
@@ -37,3 +39,23 @@ def decode_layers(model: nn.Module) -> None:
             plain.weight = nn.Parameter(decoded(weight.data, weight.quant_state), requires_grad=False)
             plain.bias = module.bias
             model.set_submodule(path, plain)
+
+
+def packed_stack(source: Tensor, double: bool = False) -> tuple[FrozenStack4bit, Tensor]:
+    """A stack of matrices (n, rows, columns) as bitsandbytes packs each, and the weights that it then holds."""
+    stack = FrozenStack4bit((len(source), source.shape[1], source.shape[2]), Format("nf4", 64, double, source.dtype))
+    whole, parts = torch.empty_like(source), list[list[Tensor]]()
+    for index, matrix in enumerate(source):
+        code, state = bnb.quantize_4bit(matrix, quant_type="nf4", compress_statistics=double)
+        whole[index] = decoded(code, state)
+        parts.append([code.view(-1), state.absmax.view(torch.uint8)])
+        if double:
+            assert state.state2 is not None
+            assert state.offset is not None
+            parts[-1] += [state.state2.absmax.view(torch.uint8), state.offset[None]]
+    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+    for name, values in zip(("weight", "absmax", "nested_absmax"), columns, strict=False):
+        setattr(stack, name, nn.Parameter(values, requires_grad=False))
+    if double:
+        stack.absmax_mean = nn.Buffer(columns[3], persistent=False)
+    return stack, whole

@@ -21,6 +21,8 @@ from trainer.zero.policy import Scope, build_deepspeed_config
 
 # trainer/model/nf4.py: scales that share a second scale under double quantization.
 _NESTED_BLOCK = 256
+# trainer/model/experts.py: bytes of a mixture's experts that are dequantized at once.
+_EXPERTS_BYTES = 2**29
 # trainer/model/head.py: bytes of fp32 logits computed at once.
 _LOGITS_CHUNK_BYTES = 2**28
 # trainer/base/reading.py: pieces of the base read ahead and the one that is quantized, each twice while it is handed over.
@@ -241,8 +243,7 @@ def _gpu_memory(given: _Inputs) -> GpuMemory:
     unquantized -= given.item * given.learning_base
     threshold = given.zero.get("stage3_param_persistence_threshold", 100_000)
     whole = sum(size for size in given.learning.values() if size <= threshold) if world_size > 1 else 0
-    matrices = [size for layer in range(model.layers) for size in model.matrices(layer)]
-    dequantized = 0 if config.quant.type == "none" else given.item * max(matrices)
+    dequantized = 0 if config.quant.type == "none" else _dequantized(given)
     passes = {
         "gathered_layers": _gathered(given),
         "dequantized_weight": dequantized,
@@ -261,6 +262,16 @@ def _gpu_memory(given: _Inputs) -> GpuMemory:
         "context": _CONTEXT_BYTES,
     }
     return GpuMemory(**parts, total=sum(parts.values()))
+
+
+def _dequantized(given: _Inputs) -> int:
+    """Bytes of the 4-bit weights that are in 16 bits at one moment: one matrix, or as many of a mixture's experts as are
+    multiplied at once."""
+    return max(
+        max(given.item * parameter.matrices[0], min(_EXPERTS_BYTES, given.item * parameter.numel))
+        for parameter in given.model.parameters
+        if parameter.kind in ("linear", "experts")
+    )
 
 
 def _optimizer_step(given: _Inputs) -> int:

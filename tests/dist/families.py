@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tests.dist.assembled import Assembled, assemble_run
+from tests.experts import multiply_expert_by_expert
 from tests.material import SIZES
 from tests.nf4 import decoded
 from trainer.base.locate import resolve_base
@@ -149,7 +150,8 @@ def _distance(one: Tensor, other: Tensor) -> float:
 
 
 def stock_model(base: str, attention: str) -> Any:
-    kernels: Any = {"attn_implementation": attention, "experts_implementation": "eager"}
+    multiply_expert_by_expert()
+    kernels: Any = {"attn_implementation": attention}
     return AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, **kernels)
 
 

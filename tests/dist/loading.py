@@ -14,6 +14,7 @@ from torch import Tensor
 from tests import material
 from tests.dist.assembled import assemble_run
 from tests.dist.runs import outcome_of
+from tests.experts import multiply_expert_by_expert
 from tests.nf4 import decode_layers, decoded, dequantized
 from trainer.base.description import describe
 from trainer.base.filling import as_tensor
@@ -119,6 +120,7 @@ def stock_logits(bases: list[str], quant_type: str, double: bool, destination: s
     """The same through transformers and bitsandbytes alone, as one process."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    multiply_expert_by_expert()
     torch.set_num_threads(1)
     facts = []
     for base in bases:
@@ -136,7 +138,6 @@ def stock_logits(bases: list[str], quant_type: str, double: bool, destination: s
             dtype=torch.bfloat16,
             **quantization,
             attn_implementation=choose_attention("auto", torch.device("cpu"), torch.bfloat16, needs).name,
-            experts_implementation="eager",
         )
         if quantization:
             _quantize_experts(model, quant_type, double)

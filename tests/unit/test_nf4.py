@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.nf4 import decoded, dequantized
-from trainer.model.nf4 import Format, FrozenLinear4bit, FrozenStack4bit, Layout, quantize_absmax, quantize_blocks, share
+from tests.nf4 import dequantized, packed_stack
+from trainer.model.nf4 import Format, FrozenLinear4bit, Layout, quantize_absmax, quantize_blocks, share
 
 Kind = Literal["nf4", "fp4"]
 IN, OUT = 96, 71  # neither a row nor the whole is a number of whole blocks
@@ -49,38 +49,21 @@ def test_output_and_input_gradient_are_those_of_the_dequantized_weight(kind: Kin
 
 
 @pytest.mark.parametrize("double", [False, True])
-def test_a_stack_multiplies_like_the_3d_parameter_it_stands_for_and_autograd_keeps_none_of_it(double: bool) -> None:
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (3, 43, 35),  # 1,505 weights a matrix: an odd number, and no whole blocks
+        (3, 64, 64),  # whole blocks, but not of scales under double quantization
+        (3, 128, 128),  # whole blocks of both: dequantized together
+    ],
+    ids=lambda shape: f"{shape[1]}x{shape[2]}",
+)
+def test_any_matrices_of_a_stack_are_those_that_bitsandbytes_packed(shape: tuple[int, ...], double: bool) -> None:
     torch.manual_seed(2)
-    source = torch.randn(3, 43, 35)  # 1,505 weights a matrix: an odd number, and no whole blocks
-    stack = FrozenStack4bit((3, 43, 35), Format("nf4", 64, double, torch.float32))
-    whole = torch.empty_like(source)
-    packed, absmax, nested, means = [], [], [], []
-    for index, matrix in enumerate(source):
-        code, state = bnb.quantize_4bit(matrix, quant_type="nf4", compress_statistics=double)
-        whole[index] = decoded(code, state)
-        packed.append(code.view(-1))
-        absmax.append(state.absmax)
-        if double:
-            assert state.state2 is not None
-            assert state.offset is not None
-            nested.append(state.state2.absmax)
-            means.append(state.offset)
-    stack.weight = torch.nn.Parameter(torch.cat(packed), requires_grad=False)
-    stack.absmax = torch.nn.Parameter(torch.cat(absmax).view(torch.uint8), requires_grad=False)
-    if double:
-        stack.nested_absmax = torch.nn.Parameter(torch.cat(nested).view(torch.uint8), requires_grad=False)
-        stack.absmax_mean = torch.nn.Buffer(torch.stack(means))
-    x, z = torch.randn(5, 35, requires_grad=True), torch.randn(5, 43, requires_grad=True)
-    saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-        y = torch.nn.functional.linear(x, stack[torch.tensor(1)])  # type: ignore[arg-type]
-        w = z @ stack[2]  # type: ignore[operator]
-    assert saved == []
-    assert torch.equal(y, x @ whole[1].T)
-    assert torch.equal(w, z @ whole[2])
-    (y.sum() + w.sum()).backward()
-    torch.testing.assert_close(x.grad, torch.ones_like(y) @ whole[1])
-    torch.testing.assert_close(z.grad, torch.ones_like(w) @ whole[2].T)
+    stack, whole = packed_stack(torch.randn(shape), double)
+    for first, last in ((0, 3), (1, 2), (1, 3)):
+        assert torch.equal(stack.matrices(first, last), whole[first:last])
+    assert not torch.equal(stack.matrices(0, 1), whole[1:2])
 
 
 def test_autograd_keeps_no_weight_between_forward_and_backward() -> None:

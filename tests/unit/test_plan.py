@@ -136,6 +136,17 @@ def test_the_chunk_of_logits_is_that_of_the_loss():
     assert plan._LOGITS_CHUNK_BYTES == head._CHUNK_BYTES
 
 
+def test_a_mixtures_experts_are_dequantized_together_up_to_what_the_forward_pass_takes_at_once():
+    from trainer import plan
+    from trainer.model import experts
+
+    assert plan._EXPERTS_BYTES == experts.BUDGET
+    given = {**TINY, "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336}
+    for changes, expected in ({}, 2 * 8 * 192 * 64), (sizes, 2**29), ({**sizes, "intermediate_size": 2**17}, 2**31):
+        assert plan_of(config(), {**given, **changes}, 1, 1, None).memory_per_gpu.dequantized_weight == expected
+
+
 def test_the_base_is_divided_by_the_ranks_that_share_a_copy():
     world = plan_of(config(), LLAMA_70B, 16, 8, None).memory_per_gpu
     node = plan_of(config("sharding.scope=node"), LLAMA_70B, 16, 8, None).memory_per_gpu

@@ -19,6 +19,7 @@ from trainer.base.reading import run_jobs
 from trainer.config import Config
 from trainer.errors import Damaged
 from trainer.model.attention import Attention
+from trainer.model.experts import IMPLEMENTATION, prepare_experts
 from trainer.model.head import LossHead
 from trainer.ranks import Ranks
 from trainer.safetensors_index import PackedSources
@@ -131,8 +132,9 @@ def empty_model(base: Base, config: Config, attention: Attention) -> PreTrainedM
             trust_remote_code=False,
             dtype=DTYPES[config.model.dtype],
             attn_implementation=attention.name,
-            experts_implementation="eager",  # multiplies with one expert's matrix at a time, as FrozenStack4bit allows
+            experts_implementation=IMPLEMENTATION,
         )
+    prepare_experts(model)
     model.tie_weights()  # init_empty_weights gives every module its own parameter
     head = LossHead(model.lm_head.in_features, model.lm_head.out_features, bias=False, device="meta")
     head.weight = model.lm_head.weight

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from trainer.base.filling import Copy, PackedPartitions, Quantize, copy_packed, make_packed
 from trainer.base.reading import Job
 from trainer.config import Quant
+from trainer.model.experts import is_experts
 from trainer.model.nf4 import Format, FrozenLinear4bit, FrozenStack4bit, Packed
 from trainer.safetensors_index import PackedSources, StoredTensor
 from trainer.zero.engine import gather_as_one
@@ -53,6 +54,9 @@ def place_partitions(
         stored: where a module's packed weights are read from, or None where they are quantized from `source`.
     """
     placement = Placement()
+    for module in model.modules():
+        if is_experts(module):
+            gather_as_one(module)
     for name, parameter in list(model.named_parameters()):
         path = name.removesuffix(".weight")
         packed = _packed_module(model, name, parameter, quant, dtype)
@@ -93,11 +97,10 @@ def _packed_module(
         layer.bias = owner.bias  # still on meta; it is a parameter of its own
         model.set_submodule(path, layer)
         return layer
-    if parameter.ndim == 3:
+    if parameter.ndim == 3 and is_experts(owner):
         experts, rows, columns = parameter.shape
         stack = FrozenStack4bit((experts, rows, columns), form)
         delattr(owner, leaf)
         owner.add_module(leaf, stack)
-        gather_as_one(owner)
         return stack
     return None

@@ -87,36 +87,44 @@ class Packed(nn.Module):
             # The mean of each slice's absmax, the same on every rank.
             self.absmax_mean = nn.Buffer(torch.zeros(slices, dtype=torch.float32), persistent=False)
 
-    def dequantize(self, index: int = 0) -> Tensor:
-        """Slice `index`, of `slice_shape` in the compute dtype. The parameters must be gathered.
+    def matrices(self, first: int, last: int) -> Tensor:
+        """Slices [first, last), (last - first, *slice_shape) in the compute dtype. The parameters must be gathered.
 
-        It is dequantized as one row, as it was quantized: on a CPU, bitsandbytes 0.50 lets every row begin a block, which is
-        wrong for rows that are not whole blocks.
+        They are dequantized as one row, as they were quantized: on a CPU, bitsandbytes 0.50 lets every row begin a block,
+        which is wrong for rows that are not whole blocks.
         """
-        form, layout = self.format, self.layout
-        packed = self.weight.data[index * layout.slice_bytes : (index + 1) * layout.slice_bytes]
+        form, layout, count = self.format, self.layout, last - first
+        if count > 1 and not self._is_even:
+            return torch.cat([self.matrices(index, index + 1) for index in range(first, last)])
+        packed = self.weight.data[first * layout.slice_bytes : last * layout.slice_bytes]
         state = bnb.QuantState(
-            absmax=self._scales(index),
-            shape=torch.Size([layout.numel]),
+            absmax=self._scales(first, last),
+            shape=torch.Size([count * layout.numel]),
             dtype=form.dtype,
             blocksize=form.block_size,
             quant_type=form.quant_type,
         )
-        return bnb.dequantize_4bit(packed.view(-1, 1), state).view(self.slice_shape)
+        return bnb.dequantize_4bit(packed.view(-1, 1), state).view(count, *self.slice_shape)
 
-    def _scales(self, index: int) -> Tensor:
-        """fp32 absmax of one slice, (slice_blocks,)."""
+    @property
+    def _is_even(self) -> bool:
+        """Whether each slice is whole blocks, of absmax too: then neighbours are dequantized as one."""
+        layout = self.layout
+        return not (layout.numel % layout.block_size or (self.format.double and layout.slice_blocks % NESTED_BLOCK))
+
+    def _scales(self, first: int, last: int) -> Tensor:
+        """fp32 absmax of slices [first, last), (slice_blocks each,)."""
         blocks, nested = self.layout.slice_blocks, self.layout.slice_nested_blocks
         if not self.format.double:
-            return self.absmax.data.view(torch.float32)[index * blocks : (index + 1) * blocks]
+            return self.absmax.data.view(torch.float32)[first * blocks : last * blocks]
         state = bnb.QuantState(
-            absmax=self.nested_absmax.data.view(torch.float32)[index * nested : (index + 1) * nested],
+            absmax=self.nested_absmax.data.view(torch.float32)[first * nested : last * nested],
             code=_nested_code(self.weight.device),
             blocksize=NESTED_BLOCK,
             dtype=torch.float32,
         )
-        codes = self.absmax.data[index * blocks : (index + 1) * blocks]
-        return bnb.dequantize_blockwise(codes, state) + self.absmax_mean[index]
+        scales = bnb.dequantize_blockwise(self.absmax.data[first * blocks : last * blocks], state)
+        return (scales.view(-1, blocks) + self.absmax_mean[first:last, None]).view(-1)
 
 
 class FrozenLinear4bit(Packed, nn.Linear):
@@ -126,43 +134,25 @@ class FrozenLinear4bit(Packed, nn.Linear):
         nn.Linear.__init__(self, in_features, out_features, bias=False, device="meta")
         self._pack((out_features, in_features), 1, form)
 
+    def dequantize(self) -> Tensor:
+        """The weight, (out_features, in_features)."""
+        return self.matrices(0, 1)[0]
+
     def forward(self, x: Tensor) -> Tensor:
-        return _FrozenMatmul.apply(x, self, 0, self.bias, True)
+        return _FrozenMatmul.apply(x, self, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.format}"
 
 
 class FrozenStack4bit(Packed):
-    """Matrices in 4 bits where a mixture of experts has one 3-D parameter: `stack[i]` stands for matrix i in a product.
-
-    It takes the parameter's place inside the experts' module, whose own forward multiplies with `stack[i]` by
-    `nn.functional.linear` or `@`. That module must be a leaf to ZeRO-3, as nothing calls this one's forward.
+    """Matrices in 4 bits where a mixture of experts has one 3-D parameter, in the experts' module, whose forward pass is that of
+    trainer/model/experts.py. That module must be a leaf to ZeRO-3, as nothing calls this one's forward.
     """
 
     def __init__(self, shape: tuple[int, int, int], form: Format) -> None:
         super().__init__()
         self._pack((shape[1], shape[2]), shape[0], form)
-
-    def __getitem__(self, index: int | Tensor) -> "_Slice":
-        return _Slice(self, int(index))
-
-
-class _Slice:
-    """Matrix `index` of a stack, dequantized only inside a product: torch asks `__torch_function__` how to multiply."""
-
-    def __init__(self, stack: FrozenStack4bit, index: int) -> None:
-        self.stack, self.index = stack, index
-
-    @classmethod
-    def __torch_function__(cls, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Tensor:
-        x, matrix, *rest = args
-        if isinstance(matrix, _Slice) and not rest and not kwargs:
-            if function is nn.functional.linear:
-                return _FrozenMatmul.apply(x, matrix.stack, matrix.index, None, True)
-            if function in (Tensor.matmul, Tensor.__matmul__, torch.matmul):
-                return _FrozenMatmul.apply(x, matrix.stack, matrix.index, None, False)
-        raise AssertionError(f"the experts' forward calls {function} on a quantized matrix")
 
 
 class _FrozenMatmul(torch.autograd.Function):
@@ -172,17 +162,14 @@ class _FrozenMatmul(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: Packed, index: int, bias: Tensor | None, transposed: bool) -> Tensor:
-        """x (..., in) by slice `index`, which is (out, in) where `transposed`, else (in, out)."""
-        ctx.module, ctx.index, ctx.transposed = module, index, transposed
-        weight = module.dequantize(index)
-        return nn.functional.linear(x, weight, bias) if transposed else x @ weight
+    def forward(ctx: Any, x: Tensor, module: FrozenLinear4bit, bias: Tensor | None) -> Tensor:
+        ctx.module = module
+        return nn.functional.linear(x, module.dequantize(), bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Tensor | None, None]:  # type: ignore[override]
-        weight = ctx.module.dequantize(ctx.index)
-        bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
-        return grad @ (weight if ctx.transposed else weight.T), None, None, bias, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None]:  # type: ignore[override]
+        bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return grad @ ctx.module.dequantize(), None, bias
 
 
 def quantize_blocks(weights: Tensor, quant_type: str, block_size: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,214 @@
+"""One forward pass serves the experts of every family: transformers' own eager one, over the weights that 4 bits hold."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig
+
+from tests.nf4 import packed_stack
+from trainer.model import experts
+from trainer.model.experts import IMPLEMENTATION, is_experts, prepare_experts
+
+EXPERTS, WIDE, INNER, TOKENS, EACH = 8, 64, 48, 50, 3
+# The families call the same sizes by these names.
+SIZES = {
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), EXPERTS),
+    **dict.fromkeys(("hidden_size", "moe_hidden_size"), WIDE),
+    **dict.fromkeys(("intermediate_size", "moe_intermediate_size"), INNER),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token"), EACH),
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+# model_type -> the class of its experts, or of the whole mixture where that is what has a forward pass of ours.
+FAMILIES = {
+    "mixtral": "MixtralExperts",
+    "qwen2_moe": "Qwen2MoeExperts",
+    "qwen3_moe": "Qwen3MoeExperts",
+    "qwen3_next": "Qwen3NextExperts",
+    "qwen3_5_moe_text": "Qwen3_5MoeExperts",
+    "gpt_oss": "GptOssExperts",  # transposed stacks, biases, gate and up interleaved
+    "deepseek_v2": "DeepseekV2Experts",
+    "deepseek_v3": "DeepseekV3Experts",
+    "glm4_moe": "Glm4MoeExperts",
+    "glm4_moe_lite": "Glm4MoeLiteExperts",
+    "minimax_m2": "MiniMaxM2Experts",
+    "nemotron_h": "NemotronHExperts",  # no gate
+    "ernie4_5_moe": "Ernie4_5_MoeExperts",
+    "olmoe": "OlmoeExperts",
+    "granitemoe": "GraniteMoeExperts",
+    "granitemoehybrid": "GraniteMoeHybridExperts",
+    "gemma4_text": "Gemma4TextExperts",
+    "mimo_v2_flash": "MiMoV2FlashExperts",
+    "kimi_linear": "KimiLinearExperts",
+    "aria_text": "AriaExperts",  # transposed stacks
+    "muse_spark_text": "MuseSparkExperts",  # a norm behind each expert
+    "llama4_text": "Llama4TextMoe",  # no interface
+}
+
+
+def built(family: str, **sizes: int) -> Any:
+    """The family's experts with random weights in fp32, as transformers computes them by default."""
+    config = AutoConfig.for_model(family, **{**SIZES, **sizes})
+    config._experts_implementation = "eager"
+    module = import_module(type(config).__module__.replace("configuration", "modeling"))
+    made: Any = getattr(module, FAMILIES[family])(config).float()
+    torch.manual_seed(0)
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return made.requires_grad_(False)
+
+
+@dataclass
+class Pair:
+    """Experts of ours and of transformers with the same weights, and the parameters that learn in each."""
+
+    ours: Any
+    theirs: Any
+    our_learning: list[Tensor]
+    their_learning: list[Tensor]
+
+
+def pair(family: str, kind: str, **sizes: int) -> Pair:
+    """`kind`: packed, double (packed, with double quantization) or plain, where the stacks learn themselves."""
+    theirs = built(family, **sizes)
+    ours = copy.deepcopy(theirs)
+    prepare_experts(ours)
+    learning: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for path, module in list(ours.named_modules()):
+        if not is_experts(module):
+            continue
+        module.config = copy.deepcopy(getattr(module, "config", None))
+        if module.config is not None:
+            module.config._experts_implementation = IMPLEMENTATION
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            reference = theirs.get_submodule(path)
+            if parameter.ndim == 3 and kind != "plain":
+                stack, whole = packed_stack(parameter.data, kind == "double")
+                delattr(module, name)
+                module.add_module(name, stack)
+                getattr(reference, name).data = whole
+            else:
+                learning[0].append(parameter.requires_grad_())
+                learning[1].append(getattr(reference, name).requires_grad_())
+    return Pair(ours, theirs, *learning)
+
+
+def passes(module: Any, learning: list[Tensor], wide: int = WIDE) -> list[Tensor]:
+    """What the experts make of some tokens, and the gradients of the tokens, of the routing weights and of what learns."""
+    torch.manual_seed(1)
+    x = torch.randn(TOKENS, wide).requires_grad_()
+    weights, index = torch.randn(TOKENS, EXPERTS).softmax(-1).topk(EACH)
+    index[index == 5] = 4  # nobody visits expert 5, and some come twice to expert 4
+    weights = weights.detach().requires_grad_()
+    if hasattr(module, "router"):  # a whole mixture, which routes by itself
+        out, of = module(x)[0], [x, *learning]
+    else:
+        out, of = module(x, index, weights), [x, weights, *learning]
+    return [out.detach(), *torch.autograd.grad((out * torch.randn_like(out)).sum(), of)]
+
+
+def distance(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest difference, relative to the largest value of its tensor."""
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> None:
+    """So small products are faster without a second one."""
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_values_and_gradients_are_those_of_transformers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ("packed", "plain"):
+        both = pair(family, kind)
+        expected = passes(both.theirs, both.their_learning)
+        assert distance(passes(both.ours, both.our_learning), expected) < 1e-6, kind
+    both = pair(family, "packed")
+    expected = passes(both.theirs, both.their_learning)
+    monkeypatch.setattr(experts, "BUDGET", 3 * 4 * WIDE * 2 * INNER)
+    assert distance(passes(both.ours, both.our_learning), expected) < 1e-6, "three experts at a time"
+    stack: Any = next(module for module in both.ours.modules() if hasattr(module, "slice_shape"))
+    stack.weight.data[: stack.layout.slice_bytes] ^= 1
+    assert distance(passes(both.ours, both.our_learning), expected) > 1e-3, "the control: another bit in one expert"
+
+
+@pytest.mark.parametrize(("wide", "inner"), [(35, 43), (128, 64)])
+def test_any_sizes_and_double_quantization_are_those_of_transformers(
+    wide: int, inner: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """35 and 43 are no whole 16 bytes, and no whole blocks; matrices of 128 x 128 are whole blocks of scales too."""
+    for kind in ("packed", "double", "plain"):
+        both = pair("mixtral", kind, hidden_size=wide, intermediate_size=inner)
+        expected = passes(both.theirs, both.their_learning, wide)
+        for budget in (2**29, 3 * 4 * wide * 2 * inner):
+            monkeypatch.setattr(experts, "BUDGET", budget)
+            assert distance(passes(both.ours, both.our_learning, wide), expected) < 1e-6
+
+
+class Counted(TorchDispatchMode):
+    """How often a number is copied to the host, which waits for a GPU; a list of them is one copy and counted by `tolist`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.waits += function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def lists(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tensors that were asked for as lists."""
+    asked: list[int] = []
+    plain: Callable[[Tensor], Any] = Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda tensor: asked.append(tensor.numel()) or plain(tensor))
+    return asked
+
+
+def test_the_host_does_not_wait_where_a_stack_fits_and_once_a_pass_where_not(
+    lists: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = pair("qwen3_moe", "packed")
+    with Counted() as eager:
+        passes(both.theirs, [])
+    assert eager.waits > EXPERTS, "the control: transformers asks for each expert"
+    for budget, expected in ((2**29, 0), (3 * 4 * WIDE * 2 * INNER, 1)):
+        monkeypatch.setattr(experts, "BUDGET", budget)
+        lists.clear()
+        with Counted() as ours:
+            passes(both.ours, [])
+        assert (ours.waits, len(lists)) == (0, expected)
+
+
+def test_a_stack_is_dequantized_in_portions_and_not_where_nobody_visits(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = pair("mixtral", "packed")
+    asked: list[tuple[int, int]] = []
+    stack = both.ours.down_proj
+    plain = stack.matrices
+    monkeypatch.setattr(stack, "matrices", lambda first, last: asked.append((first, last)) or plain(first, last))
+    monkeypatch.setattr(experts, "BUDGET", 2 * 4 * WIDE * INNER)
+    x, index = torch.randn(6, WIDE), torch.tensor([[0, 1, 7]] * 6)
+    both.ours(x, index, torch.rand(6, 3))
+    assert asked == [(0, 2), (6, 8)]
+
+
+def test_the_same_bits_come_out_every_time_and_autograd_keeps_no_weight() -> None:
+    both = pair("gpt_oss", "packed")
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        first = passes(both.ours, both.our_learning)
+    again = passes(both.ours, both.our_learning)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert saved
+    assert not any(len(tensor) == EXPERTS and tensor.ndim == 3 for tensor in saved)
+    assert not any(tensor.dtype == torch.uint8 for tensor in saved)

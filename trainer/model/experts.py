@@ -1,0 +1,144 @@
+"""The experts of a mixture: one forward pass for every class that lets transformers choose one, over 4-bit stacks or 16-bit.
+
+It is registered as `capstan` with transformers' ExpertsInterface, and reads from a module what its class says of itself: has_gate,
+has_bias, is_transposed, has_post_expert_norm, and its own `_apply_gate`. Tokens' rows are sorted by expert (trainer/model/grouped.py)
+and multiplied in groups. A 4-bit stack is dequantized `BUDGET` bytes at a time, and again in the backward pass; one that fits costs no
+host synchronisation, a larger one costs one a pass for both of its products.
+"""
+
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd import Function
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from trainer.model.grouped import Groups
+from trainer.model.nf4 import FrozenStack4bit
+
+IMPLEMENTATION = "capstan"
+BUDGET = 2**29  # bytes of dequantized matrices at a time; trainer/plan.py counts with it
+_DOWN = "down_proj"
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether it is the experts' module of a mixture, whose 3-D parameters may be `FrozenStack4bit` instead."""
+    return "is_transposed" in vars(module)
+
+
+def prepare_experts(model: nn.Module) -> None:
+    """Give those experts of a model built with `IMPLEMENTATION` its forward pass whose class has no interface."""
+    for module in list(model.modules()):
+        if type(module).__name__ in _WITHOUT_INTERFACE:
+            _WITHOUT_INTERFACE[type(module).__name__](module)
+
+
+def experts_forward(self: nn.Module, hidden: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+    """hidden (T, D), each token's experts (T, k) int64 and their weights (T, k) -> (T, D)."""
+    groups = Groups(experts, _count(self))
+    rows = groups.restore(_through_experts(self, groups.dispatch(hidden), groups))
+    return (rows * weights.unsqueeze(-1)).sum(1).to(hidden.dtype)
+
+
+def _through_experts(self: Any, rows: Tensor, groups: Groups) -> Tensor:
+    """Rows (S, D), sorted by expert, through their experts -> (S, D)."""
+    if self.has_gate:
+        rows = self._apply_gate(_linear(self, "gate_up_proj", rows, groups))
+    else:
+        rows = self.act_fn(_linear(self, "up_proj", rows, groups))
+    rows = _linear(self, _DOWN, rows, groups)
+    return self.post_expert_norm(rows) if self.has_post_expert_norm else rows
+
+
+def _linear(self: Any, name: str, rows: Tensor, groups: Groups) -> Tensor:
+    stack = getattr(self, name)
+    learning = None if isinstance(stack, FrozenStack4bit) else stack
+    result = _GroupedLinear.apply(rows, learning, self, name, groups)
+    if self.has_bias:
+        result = result + getattr(self, f"{name}_bias")[groups.experts]
+    return result
+
+
+class _GroupedLinear(Function):
+    """Rows (S, in), sorted by expert, by the experts' matrices -> (S, out).
+
+    As in trainer/model/nf4.py the function keeps the module, never a gathered weight. `weight` is the stack of a base in 16 bits,
+    for its gradient alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor | None, module: Any, name: str, groups: Groups) -> Tensor:
+        ctx.module, ctx.name, ctx.groups = module, name, groups
+        if weight is not None and weight.requires_grad:
+            ctx.save_for_backward(rows)
+        return _product(rows, getattr(module, name), groups, module.is_transposed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[override]
+        module, groups, grad = ctx.module, ctx.groups, grad.contiguous()
+        of_rows = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_rows = _product(grad, getattr(module, ctx.name), groups, not module.is_transposed)
+        if ctx.needs_input_grad[1]:
+            (rows,) = ctx.saved_tensors
+            of_weight = groups.outer(rows, grad) if module.is_transposed else groups.outer(grad, rows)
+        return of_rows, of_weight, None, None, None
+
+
+def _product(rows: Tensor, stack: Any, groups: Groups, transposed: bool) -> Tensor:
+    """Rows (S, in) by a stack (count, out, in), or (count, in, out) where `transposed` -> (S, out)."""
+    if not isinstance(stack, FrozenStack4bit):
+        return groups.product(rows, stack.data if transposed else stack.data.mT)
+    layout, columns = stack.layout, stack.slice_shape[transposed]
+    portion = max(1, BUDGET // (layout.numel * stack.format.dtype.itemsize))
+    if portion >= layout.slices:
+        matrices = stack.matrices(0, layout.slices)
+        return groups.product(rows, matrices if transposed else matrices.mT)
+    result = rows.new_empty(len(rows), columns)
+    for first in range(0, layout.slices, portion):
+        last = min(first + portion, layout.slices)
+        begin, end = groups.ends[first], groups.ends[last]
+        if begin < end:  # nobody visits the others, so they are not dequantized
+            matrices = stack.matrices(first, last)
+            result[begin:end] = groups.product(rows, matrices if transposed else matrices.mT, first)
+            del matrices  # before the next are made
+    return result
+
+
+def _count(experts: Any) -> int:
+    stack = getattr(experts, _DOWN)
+    return stack.layout.slices if isinstance(stack, FrozenStack4bit) else len(stack)
+
+
+def _weighted_inputs_forward(self: nn.Module, hidden: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+    """As `experts_forward`, where the weights are those of the experts' inputs."""
+    groups = Groups(experts, _count(self))
+    rows = groups.dispatch(hidden) * groups.sort(weights.reshape(-1)).unsqueeze(-1)
+    return groups.restore(_through_experts(self, rows, groups)).sum(1)
+
+
+def _llama4(mixture: Any) -> None:
+    """transformers multiplies every token by every expert there, nearly all of them as zeros."""
+
+    def forward(self: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = hidden.reshape(-1, self.hidden_dim)
+        scores, logits = self.router(hidden)  # (T, count), 0 for the experts that a token does not visit
+        weights, experts = scores.topk(self.top_k, dim=1)
+        return self.shared_expert(hidden) + self.experts(hidden, experts, weights), logits
+
+    mixture.forward = MethodType(forward, mixture)
+    experts = mixture.experts
+    experts.has_gate, experts.is_transposed, experts.has_bias, experts.has_post_expert_norm = True, True, False, False
+    experts._apply_gate = MethodType(_gated, experts)
+    experts.forward = MethodType(_weighted_inputs_forward, experts)
+
+
+def _gated(self: Any, rows: Tensor) -> Tensor:
+    gate, up = rows.chunk(2, dim=-1)
+    return self.act_fn(gate) * up
+
+
+# The mixtures whose experts do not let transformers choose a forward pass, and how they get one.
+_WITHOUT_INTERFACE = {"Llama4TextMoe": _llama4}
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)

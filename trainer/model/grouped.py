@@ -1,0 +1,111 @@
+"""Products of rows with the matrices of their groups: each token's row goes to a few experts, each expert has a matrix.
+
+Rows are sorted by expert once, without a host synchronisation and without atomic additions, so that the same bits come out every
+time. A group's rows then lie together, and one kernel multiplies all groups (`torch.nn.functional.grouped_mm`).
+"""
+
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+_ALIGNMENT = 16  # bytes: the strides and addresses that torch's kernel can take
+
+
+class Groups:
+    """Rows by the expert that each goes to, of `experts` (T, k) int64: row t * k + i is token t's i-th.
+
+    offsets: (count,) int32, expert e has the sorted rows [offsets[e - 1], offsets[e])
+    order: (T * k,), the row that is at each place of the sorted ones; inverse: the place of each row
+    experts: (T * k,), the expert of each sorted row
+    """
+
+    def __init__(self, experts: Tensor, count: int) -> None:
+        self.each = experts.shape[-1]
+        self.experts, self.order = torch.sort(experts.reshape(-1), stable=True)
+        self.inverse = torch.empty_like(self.order)
+        self.inverse[self.order] = torch.arange(len(self.order), device=self.order.device)
+        # A search in what is sorted counts without bincount's synchronisation and histc's atomic additions.
+        numbers = torch.arange(count, device=self.experts.device, dtype=self.experts.dtype)
+        self.offsets = torch.searchsorted(self.experts, numbers, right=True).int()
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """`offsets` on the host, behind a 0: asking for them is the one host synchronisation."""
+        return [0, *self.offsets.tolist()]
+
+    def dispatch(self, tokens: Tensor) -> Tensor:
+        """tokens (T, D) -> (T * k, D), sorted by expert."""
+        return _Dispatch.apply(tokens, self.order, self.inverse, self.each)
+
+    def sort(self, rows: Tensor) -> Tensor:
+        """(T * k, ...) in the order of tokens -> sorted by expert."""
+        return _Permute.apply(rows, self.order, self.inverse)
+
+    def restore(self, rows: Tensor) -> Tensor:
+        """(T * k, D) sorted by expert -> (T, k, D)."""
+        return _Permute.apply(rows, self.inverse, self.order).unflatten(0, (-1, self.each))
+
+    def product(self, rows: Tensor, matrices: Tensor, first: int = 0) -> Tensor:
+        """The rows of experts [first, first + n) by the experts' matrices (n, in, out); `rows` (T * k, in) are all. Not
+        differentiable. Fewer experts than all, or sizes that are no whole 16 bytes, cost the host synchronisation."""
+        if len(matrices) == len(self.offsets):
+            offsets = self.offsets
+        else:
+            begin, end = self.ends[first], self.ends[first + len(matrices)]
+            rows, offsets = rows[begin:end], self.offsets[first : first + len(matrices)] - begin
+        if _fits(rows, matrices.shape[-1]):
+            return nn.functional.grouped_mm(_aligned(rows), _aligned(matrices), offs=offsets)
+        result = rows.new_empty(len(rows), matrices.shape[-1])
+        begin = self.ends[first]
+        for index, (start, end) in enumerate(pairwise(self.ends[first : first + len(matrices) + 1])):
+            torch.mm(rows[start - begin : end - begin], matrices[index], out=result[start - begin : end - begin])
+        return result
+
+    def outer(self, left: Tensor, right: Tensor) -> Tensor:
+        """left (T * k, a) and right (T * k, b) -> (count, a, b): left^T right of each expert's rows. Not differentiable."""
+        if _fits(left, right.shape[-1]):
+            return nn.functional.grouped_mm(_aligned(left).mT, _aligned(right), offs=self.offsets)
+        return torch.stack([left[start:end].mT @ right[start:end] for start, end in pairwise(self.ends)])
+
+
+def _fits(rows: Tensor, outputs: int) -> bool:
+    """Whether the rows, and those of `outputs` numbers that are made of them, are whole units of what torch's kernel takes."""
+    return not any(size * rows.itemsize % _ALIGNMENT for size in (rows.shape[-1], outputs))
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor where torch's kernel can read it: ZeRO-3 gathers parameters one after another, wherever one begins."""
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
+
+
+class _Dispatch(Function):
+    """Each token's row to its k places. The gradient is a gather and a sum of k rows, where autograd would add atomically."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, order: Tensor, inverse: Tensor, each: int) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.each = each
+        return tokens[order // each]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        (inverse,) = ctx.saved_tensors
+        return grad[inverse].unflatten(0, (-1, ctx.each)).sum(1), None, None, None
+
+
+class _Permute(Function):
+    """rows[index], where `inverse` is the inverse permutation of `index`: its gradient is a gather."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows[index]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (inverse,) = ctx.saved_tensors
+        return grad[inverse], None, None
