@@ -146,7 +146,7 @@ class Trial:
 
         self.config, self.objective, self.seconds = config, objective, list[float]()
         base, store = resolve_base(config.model), open_store(config.run.store)
-        check_tuning(config, base.architecture)
+        check_tuning(config, base.description)
         train, held_out = compile_data(config, folder)
         self.held_out = [eval_stream(config, open_dataset(store, found), 0, 1) for found in held_out]
         self.stream = train_stream(config, open_chapters(store, train, store.sub(config.run.name)), 0, 1)

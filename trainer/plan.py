@@ -16,7 +16,7 @@ from trainer.config import Config, Quant
 from trainer.needs import GlobalBatch, GpuMemory, HostMemory, Parameters, Plan, Traffic
 from trainer.objective.objective import Survey, find_objective, objective_mismatches, reference_of
 from trainer.optimizer.optimizer import State, find_optimizer, states_by_name
-from trainer.tuning.method import method_of, tuning_mismatches
+from trainer.tuning.method import method_of, stored_mismatches, tuning_mismatches
 from trainer.zero.policy import Scope, build_deepspeed_config
 
 # trainer/model/nf4.py: scales that share a second scale under double quantization.
@@ -131,7 +131,8 @@ def make_plan(config: Config, base: Description, world_size: int, ranks_per_node
     scope = choose_scope(config, base.architecture, world_size, ranks_per_node, gpu_memory)
     given, deepspeed = _inputs(config, base.architecture, world_size, ranks_per_node, scope)
     memory = _gpu_memory(given)
-    wrong = [*base.mismatches(config), *tuning_mismatches(config, given.model), *objective_mismatches(config)]
+    method = [*tuning_mismatches(config, given.model), *stored_mismatches(config, base.stored)]
+    wrong = [*base.mismatches(config), *method, *objective_mismatches(config)]
     return Plan(
         parameters=_parameters(given),
         batch=_batch(given),

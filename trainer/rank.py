@@ -97,7 +97,7 @@ def run_rank(
     with ranks.agreeing():
         base = resolve_base(config.model)
         check_base(base, config)
-        check_tuning(config, base.architecture)
+        check_tuning(config, base.description)
         check_objective(config)
         find_optimizer(config.optim)
     torch.set_num_threads(

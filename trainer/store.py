@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeAlias
 
 import obstore
@@ -62,13 +63,18 @@ class Entry:
 
 
 class Store:
-    """A folder in an object store. `uri` names it; keys are relative to it; one request may take `request_seconds`."""
+    """A folder in an object store. `uri` names it; keys are relative to it; one request may take `request_seconds`.
+
+    `range_bytes` counts the bytes that `get_range` has read, on any thread.
+    """
 
     def __init__(self, uri: str, backend: Any, prefix: str = "", request_seconds: float = REQUEST_SECONDS) -> None:
         self.uri = uri.rstrip("/")
         self._backend = backend
         self._prefix = prefix
         self._request_seconds = request_seconds
+        self.range_bytes = 0
+        self._counting = Lock()
 
     def sub(self, name: str) -> "Store":
         """The folder `name` inside this one."""
@@ -92,6 +98,8 @@ class Store:
         with self._errors("read", key):
             data = bytearray(obstore.get_range(self._backend, self._prefix + key, start=start, end=end))
         self._check_length(key, start, end, len(data))
+        with self._counting:
+            self.range_bytes += len(data)
         return data
 
     def get_ranges(self, key: str, starts: list[int], ends: list[int]) -> list[Buffer]:

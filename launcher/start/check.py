@@ -68,7 +68,7 @@ def check(
     refuse_secrets(config)
     base = resolve_base(config.model)
     check_base(base, config)
-    check_tuning(config, base.architecture)
+    check_tuning(config, base.description)
     check_objective(config)
     find_optimizer(config.optim)
     build_deepspeed_config(config, world_size=config.cluster.most_workers or 1, accumulation=1, on_gpu=False)

@@ -19,6 +19,11 @@ def losses(config_text: str, fingerprint: str) -> list[float]:
     return [record["loss"] for record in train(here.training(), 0, Position())]
 
 
+def losses_of_each(config_texts: list[str], fingerprint: str) -> list[list[float]]:
+    """The same of several runs, one after the other."""
+    return [losses(config_text, fingerprint) for config_text in config_texts]
+
+
 def stock_losses(config_text: str, fingerprint: str) -> list[float]:
     """The same by transformers, bitsandbytes and PEFT alone: one process, a 4-bit model, torch's AdamW, one mean a step."""
     from peft import inject_adapter_in_model

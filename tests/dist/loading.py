@@ -23,7 +23,7 @@ from trainer.base.locate import resolve_base
 from trainer.config import Config, override, parse_config
 from trainer.errors import StorageError
 from trainer.model.attention import Attention, choose_attention
-from trainer.model.nf4 import FrozenLinear4bit
+from trainer.model.nf4 import FrozenLinear4bit, Packed
 from trainer.ranks import join
 from trainer.safetensors_index import numel
 from trainer.store import Store
@@ -46,34 +46,70 @@ def quantized_bytes(config_text: str, bases: list[str], quants: list[list[str]])
                 if isinstance(module, FrozenLinear4bit):
                     source = found.tensors[f"{name.removesuffix('.base_layer')}.weight"]
                     whole = as_tensor(source.read(0, numel(source)), source).view(source.shape).bfloat16()
-                    problems = _differences(module, whole, config)
+                    problems = _differences(module, whole[None], config)
                     compared += 1
                     differing += [f"{Path(base).name} {' '.join(overrides)} {name}: {problem}" for problem in problems]
     return {"compared": compared, "differing": differing}
 
 
-def _differences(module: FrozenLinear4bit, whole: Tensor, config: Config) -> list[str]:
-    quant = config.quant
-    packed, state = bnb.quantize_4bit(
-        whole, blocksize=quant.block_size, quant_type=quant.type, compress_statistics=quant.double
-    )
+def _differences(module: Packed, matrices: Tensor, config: Config) -> list[str]:
+    """How the packed bytes differ from bitsandbytes' of each of the `matrices` (slices, outputs, inputs)."""
+    quant, theirs = config.quant, dict[str, list[Tensor]]()
+    for matrix in matrices:
+        packed, state = bnb.quantize_4bit(
+            matrix, blocksize=quant.block_size, quant_type=quant.type, compress_statistics=quant.double
+        )
+        found = {"weight": packed.view(-1), "dequantized": decoded(packed, state)[None], "absmax": state.absmax}
+        if quant.double:
+            assert state.state2 is not None
+            assert state.offset is not None
+            found |= {"nested": state.state2.absmax, "mean": state.offset[None]}
+        for key, tensor in found.items():
+            theirs.setdefault(key, []).append(tensor)
     with deepspeed.zero.GatheredParameters(list(module.parameters(recurse=False))):
-        ours: dict[str, Any] = {"weight": module.weight.data, "dequantized": module.dequantize()}
-        theirs: dict[str, Any] = {"weight": packed.view(-1), "dequantized": decoded(packed, state)}
+        slices = [module.dequantize(index) for index in range(module.layout.slices)]
+        ours: dict[str, Any] = {"weight": module.weight.data, "dequantized": torch.stack(slices)}
         if quant.double:
             ours |= {"absmax": module.absmax.data, "nested": module.nested_absmax.data.view(torch.float32)}
-            ours |= {"mean": module.absmax_mean[0]}
-            assert state.state2 is not None
-            theirs |= {"absmax": state.absmax, "nested": state.state2.absmax, "mean": state.offset}
+            ours |= {"mean": module.absmax_mean}
         else:
             ours |= {"absmax": module.absmax.data.view(torch.float32)}
-            theirs |= {"absmax": state.absmax}
+        every = {key: torch.cat(tensors) for key, tensors in theirs.items()}
         return [
-            f"{key}: {tuple(ours[key].shape)} and {tuple(theirs[key].shape)}, "
-            f"{int((ours[key] != theirs[key]).sum()) if ours[key].shape == theirs[key].shape else 'all'} differ"
+            f"{key}: {tuple(ours[key].shape)} and {tuple(every[key].shape)}, "
+            f"{int((ours[key] != every[key]).sum()) if ours[key].shape == every[key].shape else 'all'} differ"
             for key in ours
-            if ours[key].dtype != theirs[key].dtype or not torch.equal(ours[key], theirs[key])
+            if ours[key].dtype != every[key].dtype or not torch.equal(ours[key], every[key])
         ]
+
+
+def stored_bases(config_text: str, loads: list[tuple[str, str, list[str]]], destination: str) -> list[dict[str, Any]]:
+    """Load bases in fewer bits: each a name for its logits, which rank 0 writes, the base and overrides.
+
+    -> for each {"compared", "differing": packed matrices against bitsandbytes' of the base's folder "decoded", as transformers
+    loads that, "read_bytes", "log"}.
+    """
+    from transformers import AutoModelForCausalLM
+
+    facts = []
+    for name, base, overrides in loads:
+        config = override(parse_config(config_text), f"model.base={base}", *overrides)
+        here = assemble_run(config)
+        reference = AutoModelForCausalLM.from_pretrained(Path(base, "decoded"), dtype=torch.bfloat16)
+        expected, compared, differing = dict(reference.named_parameters()), 0, []
+        for path, module in here.engine.model.named_modules():
+            if isinstance(module, Packed):
+                plain = path.removesuffix(".base_layer")
+                whole = expected[plain if plain in expected else f"{plain}.weight"].detach()
+                problems = _differences(module, whole.view(-1, *whole.shape[-2:]), config)
+                compared += 1
+                differing += [f"{name} {plain}: {problem}" for problem in problems]
+        logits = here.engine.logits(_probe())
+        if here.ranks.rank == 0:
+            save_file({"logits": logits.contiguous()}, f"{destination}/{name}.safetensors")
+        read = here.report.read_bytes
+        facts.append({"compared": compared, "differing": differing, "read_bytes": read, "log": here.log})
+    return facts
 
 
 def loaded_logits(config_text: str, bases: list[str], overrides: list[str], destination: str) -> list[dict[str, Any]]:

@@ -176,7 +176,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "quantized already": (
         config(quantization_config={"quant_method": "gptq"}),
-        "is quantized already, and not to 4 bits by bitsandbytes. Give the 16-bit model",
+        "is stored by 'gptq', which cannot be read. Readable are .* Give the 16-bit model",
     ),
     "quantized by nothing": (config(quantization_config={}), "has an empty quantization_config, which transformers"),
     "too many experts": (

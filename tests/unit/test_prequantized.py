@@ -66,7 +66,7 @@ def test_eight_bits_are_refused(workshop: Workshop, quantized: Path, tmp_path: P
     settings = json.loads((base / "config.json").read_text())
     settings["quantization_config"] |= {"load_in_4bit": False, "load_in_8bit": True}
     (base / "config.json").write_text(json.dumps(settings))
-    assert "is quantized already, and not to 4 bits by bitsandbytes" in refusal(workshop, base, DOUBLE)
+    assert "is stored by 'bitsandbytes' (load_in_8bit True), which cannot be read" in refusal(workshop, base, DOUBLE)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,8 @@ class StoredFormat(Protocol):
     """Why no weights with an adapter merged in can be written in this format, as a clause; None if they can."""
     quantized: ClassVar[bool]
     """Whether the weights are loaded in the 4 bits that they are stored in."""
+    decoded: ClassVar[bool]
+    """Whether they are stored in fewer bits and become bf16 as they are read, which transformers must be told to do too."""
 
     def mismatches(self, config: Config) -> list[str]:
         """A sentence for each setting that does not suit what config.json says of the format."""

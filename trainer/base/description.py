@@ -1,12 +1,27 @@
 """From a parsed config.json to what it says: the architecture, and the format of the files."""
 
-from typing import Any
+from typing import Any, Protocol
 
-from trainer.base.base import Description
+from trainer.base.base import Description, StoredFormat
 from trainer.base.families import read_architecture
+from trainer.base.fp8 import Fp8
+from trainer.base.mxfp4 import Mxfp4
 from trainer.base.plain import Plain
 from trainer.base.prequantized import BitsAndBytes4bit
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, shown
+
+
+class _Quantized(Protocol):
+    """A format that a quantization_config tells of."""
+
+    def __call__(self, quantization: dict[str, Any]) -> StoredFormat: ...
+    @staticmethod
+    def stores(quantization: dict[str, Any]) -> bool: ...
+
+
+_FORMATS: tuple[_Quantized, ...] = (BitsAndBytes4bit, Fp8, Mxfp4)
+# The keys of a quantization_config that tell kinds of one method apart.
+_KINDS = ("quant_algo", "format", "expert_dtype", "load_in_8bit", "bits")
 
 
 def describe(base_config: dict[str, Any], layers: int | None = None, *, name: str = "the base") -> Description:
@@ -16,12 +31,18 @@ def describe(base_config: dict[str, Any], layers: int | None = None, *, name: st
         ConfigError: it is of a family or in a format that is not supported, or a size is missing.
     """
     architecture = read_architecture(base_config, layers, name=name)
-    quantization = base_config.get("quantization_config")
+    return Description(architecture, _stored(base_config.get("quantization_config"), name))
+
+
+def _stored(quantization: dict[str, Any] | None, name: str) -> StoredFormat:
     if not quantization:
-        return Description(architecture, Plain())
-    if BitsAndBytes4bit.stores(quantization):
-        return Description(architecture, BitsAndBytes4bit(quantization))
+        return Plain()
+    for stored in _FORMATS:
+        if stored.stores(quantization):
+            return stored(quantization)
+    kinds = [f"{key} {shown(quantization[key])}" for key in _KINDS if quantization.get(key)]
+    details = f" ({', '.join(kinds)})" if kinds else ""
     raise ConfigError(
-        f"model.base: {name} is quantized already, and not to 4 bits by bitsandbytes. Give the 16-bit model; quant.type "
-        "quantizes it."
+        f"model.base: {name} is stored by {shown(quantization.get('quant_method'))}{details}, which cannot be read. Readable are "
+        "16 and 32 bits, FP8 with scales for tiles, MXFP4, and 4 bits by bitsandbytes. Give the 16-bit model; quant.type quantizes it."
     )

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,9 @@ def load_model(
             weights.sources.__getitem__,
             lambda path: weights.packed.get(path) or stored(path),
         )
-        return _Filled(model, placement, partitioner, run_jobs(placement.jobs, ranks, log))
+        before = base.store.range_bytes
+        run_jobs(placement.jobs, ranks, log)
+        return _Filled(model, placement, partitioner, base.store.range_bytes - before)
 
     filled = _through_cache(base, config, ranks, fill, log) if config.quant.cache else fill(lambda path: None)
     model = filled.model
@@ -109,7 +111,8 @@ def _through_cache(
         try:
             with ranks.agreeing():
                 cached = open_cache(folder)
-            return fill(cached.sources)
+            filled = fill(cached.sources)
+            return replace(filled, read_bytes=filled.read_bytes + folder.range_bytes)
         except Damaged as error:
             if ranks.rank == 0:
                 log(f"quant.cache: {error} The base is quantized from its source again.")

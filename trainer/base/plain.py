@@ -16,6 +16,7 @@ class Plain:
 
     unmergeable: ClassVar[str | None] = None
     quantized: ClassVar[bool] = False
+    decoded: ClassVar[bool] = False
 
     def mismatches(self, config: Config) -> list[str]:
         return []

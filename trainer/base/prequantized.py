@@ -32,6 +32,7 @@ class BitsAndBytes4bit:
 
     unmergeable: ClassVar[str | None] = "stored in 4 bits, where no merged weight fits"
     quantized: ClassVar[bool] = True
+    decoded: ClassVar[bool] = False
 
     @staticmethod
     def stores(quantization: dict[str, Any]) -> bool:

@@ -91,8 +91,8 @@ def _set_limit(freed_bytes: int) -> None:
 
 
 @freed_memory_given_back()
-def run_jobs(jobs: Sequence[Job], ranks: Ranks, log: Callable[[str], None]) -> int:
-    """Do them all; returns the bytes that this rank read. Collective.
+def run_jobs(jobs: Sequence[Job], ranks: Ranks, log: Callable[[str], None]) -> None:
+    """Do them all. Collective.
 
     Raises:
         CapstanError: on every rank, when a read failed on one.
@@ -120,7 +120,6 @@ def run_jobs(jobs: Sequence[Job], ranks: Ranks, log: Callable[[str], None]) -> i
     finally:
         # A read that is being retried need not be waited for: nobody wants its bytes any more.
         pool.shutdown(wait=False, cancel_futures=True)
-    return done
 
 
 def read_ahead(pool: ThreadPoolExecutor, pieces: Iterable[AnyPiece]) -> Iterator[tuple[AnyPiece, bytearray]]:

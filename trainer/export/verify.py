@@ -14,7 +14,7 @@ no prediction shows a single bit that has flipped among billions.
 
 import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.base.dequantized import dequantized_by_transformers
 from trainer.base.filling import SOURCE_DTYPES
 from trainer.base.load import DTYPES, empty_model, model_config
 from trainer.base.locate import Base, copy_object, copy_weights
@@ -247,7 +248,9 @@ def _plain_base(trained: Trained, folder: Path, computed_in: str) -> Any:
     # PEFT keeps a prefix in its base's type, so that of a training in fp32 needs such a base.
     exact = torch.float32 if config.model.dtype == "fp32" else _held_in(base)
     held = exact if computed_in == "fp32" else dtype
-    model = plain.load_plain(folder, held, trained.dtype, model_config(folder, config.model.layers))
+    architecture = model_config(folder, config.model.layers)
+    with dequantized_by_transformers(architecture) if base.stored.decoded else nullcontext():
+        model = plain.load_plain(folder, held, trained.dtype, architecture)
     if config.quant.type != "none" and not base.stored.quantized:
         plain.quantize(model, config.quant, dtype)
     return plain.grow(model, trained.vocabulary).to(plain.device())
@@ -264,7 +267,7 @@ def _computing(model: Any, computed_in: str) -> Iterator[None]:
 
 def _held_in(base: Base) -> torch.dtype:
     """The type that holds every weight of the files as it is."""
-    types = {source.dtype for source in base.tensors.values() if source.dtype in WEIGHT_DTYPES}
+    types = {source.dtype for source in base.weights.values() if source.dtype in WEIGHT_DTYPES}
     return SOURCE_DTYPES[types.pop()] if len(types) == 1 else torch.float32
 
 

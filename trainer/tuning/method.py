@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from trainer import tuning
 from trainer.base.architecture import Architecture
+from trainer.base.base import Description, StoredFormat
 from trainer.config import Config, Model, Optim, Tuning
 from trainer.errors import ConfigError
 from trainer.registry import chosen, kinds, refuse_unread
@@ -202,9 +203,9 @@ def base_trained_by(config: Config) -> str:
     return f"tuning.modules_to_save: {modules}" if modules else f"tuning.method: {config.tuning.method}"
 
 
-def check_tuning(config: Config, architecture: Architecture) -> None:
+def check_tuning(config: Config, base: Description) -> None:
     """Raises `ConfigError` when the run's method is unknown, or asks of the base or of the run more than it has."""
-    wrong = tuning_mismatches(config, architecture)
+    wrong = [*tuning_mismatches(config, base.architecture), *stored_mismatches(config, base.stored)]
     if wrong:
         raise ConfigError("\n".join(wrong))
 
@@ -228,6 +229,16 @@ def tuning_mismatches(config: Config, architecture: Architecture) -> list[str]:
             "weights themselves. Set quant.type: none, over a base that is stored in 16 or 32 bits."
         )
     return [*wrong, *_virtual_token_mismatches(config, method.virtual, architecture)]
+
+
+def stored_mismatches(config: Config, stored: StoredFormat) -> list[str]:
+    """A sentence where the files of the base, which the run would export with new weights in them, cannot hold these."""
+    if not method_of(config).exports_model or not stored.unmergeable:
+        return []
+    return [
+        f"tuning.method: {config.tuning.method} exports the base's own files with the trained weights in them, and this base is "
+        f"{stored.unmergeable}. Give the 16-bit model, or choose another method, such as lora."
+    ]
 
 
 def _virtual_token_mismatches(config: Config, virtual: VirtualTokens, architecture: Architecture) -> list[str]:

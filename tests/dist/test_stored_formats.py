@@ -1,0 +1,136 @@
+"""A base in FP8 or MXFP4 is, at any number of ranks, the one that it is in 16 bits, for about the bytes of its files."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.dist import curves, loading
+from tests.dist.launch import launch
+from tests.dist.proofs import export_and_prove
+from tests.material import Workshop, commit, make_base
+from tests.stored import edit_config, store_in_fp8, store_in_mxfp4
+from trainer.config import dump_config
+from trainer.errors import ConfigError
+from trainer.export.merged import export_merged
+from trainer.store import open_store
+
+UNPACKED = ("data.packing=false",)  # gpt-oss
+# Packed matrices of each: linear layers, and stacks of experts.
+MATRICES = {"llama": 2 * 7, "awkward": 7, "whole": 2 * 7, "experts": 2 * (4 + 2), "gpt-oss": 2 * (4 + 2)}
+WRONG = "wrong"
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Bases as their makers store them; tiles that divide no side of an MLP, and scales of every type."""
+    folder = tmp_path_factory.mktemp("stored")
+    plain = folder / "plain"
+    llama, experts = make_base(plain / "llama"), make_base(plain / "experts", "qwen3-moe")
+    # Matrices of 192 and 576 rows in tiles of 128, as DeepSeek and Qwen have them.
+    sizes: dict[str, Any] = {"num_attention_heads": 8, "intermediate_size": 576, "num_hidden_layers": 1}
+    awkward = make_base(plain / "awkward", "qwen3", **sizes)
+    # As many experts as ranks share well, so that few are read twice.
+    gpt_oss = make_base(plain / "gpt-oss", "gpt-oss", hidden_size=96, intermediate_size=64, num_local_experts=12)
+    return {
+        "llama": store_in_fp8(llama, folder / "llama", (16, 32)),
+        "awkward": store_in_fp8(awkward, folder / "awkward", (128, 128), torch.bfloat16),
+        "whole": store_in_fp8(llama, folder / "whole", None, torch.bfloat16, ("activation_scale",)),
+        "experts": store_in_fp8(experts, folder / "experts", (16, 32), torch.float8_e8m0fnu),
+        "gpt-oss": store_in_mxfp4(gpt_oss, folder / "gpt-oss"),
+    }
+
+
+@pytest.fixture(scope="module")
+def stock(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], torch.Tensor]:
+    """The logits of transformers and bitsandbytes over the same bases in 16 bits, by base and quantization."""
+    found = {}
+    for quant, (quant_type, double) in {
+        "nf4": ("nf4", False),
+        "double": ("nf4", True),
+        "none": ("none", False),
+    }.items():
+        folder = tmp_path_factory.mktemp(quant)
+        for name, base in bases.items():
+            (folder / name).symlink_to(base / "decoded")
+        launch(1, loading.stock_logits, [str(folder / name) for name in bases], quant_type, double, str(folder))
+        found |= {(name, quant): load_file(folder / f"{name}.safetensors")["logits"] for name in bases}
+    return found
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("world_size", "quants"), [(1, ["nf4"]), (2, ["nf4", "none"]), (3, ["double"])])
+def test_packed_bytes_and_logits_are_those_of_the_same_base_in_16_bits(
+    workshop: Workshop,
+    bases: dict[str, Path],
+    stock: dict[tuple[str, str], torch.Tensor],
+    tmp_path: Path,
+    world_size: int,
+    quants: list[str],
+) -> None:
+    settings = {"nf4": [], "none": ["quant.type=none"], "double": ["quant.double=true"]}
+    cases = [(name, quant) for name in bases for quant in quants]
+    loads = [(f"{name}-{quant}", str(bases[name]), settings[quant]) for name, quant in cases]
+    config = dump_config(workshop.config("load", *UNPACKED))
+    results = launch(world_size, loading.stored_bases, config, loads, str(tmp_path), timeout=200)
+    for index, (name, quant) in enumerate(cases):
+        facts = [rank[index] for rank in results]
+        assert [fact["differing"] for fact in facts] == [[]] * world_size
+        assert {fact["compared"] for fact in facts} == {0 if quant == "none" else MATRICES[name]}
+        assert torch.equal(load_file(tmp_path / f"{name}-{quant}.safetensors")["logits"], stock[name, quant]), name
+        files = sum(path.stat().st_size for path in bases[name].glob("*.safetensors"))
+        assert sum(fact["read_bytes"] for fact in facts) <= 1.25 * files, name
+
+
+@pytest.mark.timeout(300)
+def test_a_cached_base_is_the_same_and_a_wrong_tile_shows(
+    workshop: Workshop, bases: dict[str, Path], stock: dict[tuple[str, str], torch.Tensor], tmp_path: Path
+) -> None:
+    wrong = store_in_fp8(bases["llama"].parent / "plain" / "llama", tmp_path / WRONG, (16, 32))
+    # As many tiles as those of 16 x 32 are.
+    edit_config(wrong, quantization_config={"quant_method": "fp8", "weight_block_size": [17, 33]})
+    cache = ["quant.cache=true"]
+    loads = [
+        (f"{name}-{when}", str(bases[name]), cache) for name in ("llama", "gpt-oss") for when in ("first", "later")
+    ]
+    config = dump_config(workshop.config("load", *UNPACKED))
+    results = launch(2, loading.stored_bases, config, [*loads, (WRONG, str(wrong), [])], str(tmp_path))
+    for index, name in ((0, "llama"), (2, "gpt-oss")):
+        for when in ("first", "later"):
+            assert torch.equal(load_file(tmp_path / f"{name}-{when}.safetensors")["logits"], stock[name, "nf4"])
+        first, later = ([rank[number] for rank in results] for number in (index, index + 1))
+        assert sum("the quantized base is cached in" in line for line in first[0]["log"]) == 1
+        assert not any("cached in" in line for line in later[0]["log"])
+        assert sum(fact["read_bytes"] for fact in later) < sum(fact["read_bytes"] for fact in first)
+        assert [fact["differing"] for fact in later] == [[], []]
+    assert len(results[0][-1]["differing"]) == 3 * MATRICES["llama"]  # weights, dequantized weights and scales of each
+
+
+@pytest.mark.timeout(300)
+def test_ten_steps_have_the_losses_of_the_same_base_in_16_bits(workshop: Workshop, bases: dict[str, Path]) -> None:
+    runs = [bases["experts"], bases["experts"] / "decoded", bases["gpt-oss"], bases["gpt-oss"] / "decoded"]
+    configs = [
+        workshop.config(f"run-{index}", f"model.base={base}", *UNPACKED, "checkpoint.every_steps=0")
+        for index, base in enumerate(runs)
+    ]
+    fingerprint = workshop.prepare(configs[0]).train
+    found: Any = launch(2, curves.losses_of_each, [dump_config(config) for config in configs], fingerprint, timeout=200)
+    experts, experts_decoded, gpt_oss, gpt_oss_decoded = found[0]
+    assert len(set(experts)) == len(set(gpt_oss)) == 10
+    assert experts == experts_decoded != gpt_oss == gpt_oss_decoded
+
+
+@pytest.mark.parametrize("name", ["awkward", "gpt-oss"])
+def test_an_export_is_proven_by_transformers_own_decoding_and_a_merge_is_refused(
+    workshop: Workshop, bases: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    config = workshop.config(f"export-{name}", f"model.base={bases[name]}", *UNPACKED)
+    run = workshop.store.sub(config.run.name)
+    commit(run, config, dataset=workshop.prepare(config).train)
+    export_and_prove(run, tmp_path / "adapter")
+    with pytest.raises(
+        ConfigError, match=r"^--merge: .* is stored in \w+, where no new weight fits. Leave out --merge"
+    ):
+        export_merged(run, open_store(str(tmp_path / "merged")))
