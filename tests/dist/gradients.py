@@ -63,7 +63,8 @@ def plain_first_step(config_text: str, fingerprint: str, destination: str) -> di
     method: Any = method_of(config)
     architecture = resolve_base(config.model).architecture
     names = architecture.linear_names if method.targets == "all-linear" else method.targets
-    described = method.peft_config(names)
+    feedforward = [name for name in names if name.endswith("down_proj")]
+    described = method.peft_config(names, *([feedforward] if config.tuning.method == "ia3" else []))
     if config.model.add_tokens:
         ids = [row for row, _ in find_rows(config.model)]
         plain.grow(model, max(ids) + 1)

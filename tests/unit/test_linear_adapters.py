@@ -1,13 +1,17 @@
 """DoRA's and (IA)^3's layers compute what the papers' formulas and PEFT's own modules compute, and start as their base."""
 
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from tests.material import KINDS, SIZES
+from trainer.base.architecture import Parameter
 from trainer.base.families import read_architecture
 from trainer.config import Optim, Tuning, parse_config
 from trainer.model.dora import DoraLinear
@@ -173,6 +177,47 @@ def test_an_identity_names_what_was_chosen_alone() -> None:
         "feedforward": ["o_proj"],
     }
     assert identity(method="ia3", targets="all-linear")["targets"] == "all-linear"
+
+
+@pytest.mark.parametrize(
+    ("targets", "adapted", "ends"),
+    [
+        ("all-linear", ".*", ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
+        (["self_attn.q_proj"], r".*\.q_proj", ["q_proj"]),
+        (["*.mlp.*_proj"], r".*\.mlp\..*", ["down_proj", "gate_proj", "up_proj"]),
+        (["*.0.self_attn.?_proj"], r".*\.0\.self_attn\..*", [f"0.self_attn.{name}_proj" for name in "koqv"]),
+        (["layers.1.mlp.up_proj", "v_proj"], r".*(\.1\.mlp\.up_proj|v_proj)", ["1.mlp.up_proj", "v_proj"]),
+    ],
+)
+def test_targets_are_ends_or_patterns_of_paths_and_peft_finds_the_same_layers(
+    targets: Any, adapted: str, ends: list[str]
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    method: Any = find_method(Tuning(targets=targets))
+    assert method.mismatches(LLAMA) == []
+    assert method.ends(LLAMA) == ends
+    ours = {name.partition(".lora_")[0] for name in method.shapes(LLAMA)}
+    assert ours == {path for path in LLAMA.linear_layers() if re.fullmatch(adapted, path)}
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SIZES, **KINDS["llama"]))
+    model = inject_adapter_in_model(method.peft_config(ends), model)
+    assert ours == {path for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def test_a_last_name_that_a_stack_of_experts_has_too_is_not_enough_for_peft() -> None:
+    stack = Parameter("model.layers.1.mlp.experts.down_proj", (3, 64, 172), "experts", 1)
+    mixture = replace(LLAMA, parameters=(*LLAMA.parameters, stack))
+    method: Any = find_method(Tuning(targets=["down_proj", "up_proj"]))
+    assert method.ends(mixture) == ["mlp.down_proj", "up_proj"]
+
+
+@pytest.mark.parametrize("target", ["*.mlp.query", "mlp.*"])
+def test_a_pattern_that_matches_nothing_is_refused_with_the_paths_there_are(target: str) -> None:
+    (sentence,) = find_method(Tuning(targets=[target, "q_proj"])).mismatches(LLAMA)
+    assert sentence.startswith(
+        f"tuning.targets: {target!r} matches the path of no linear layer that can be adapted. The base has "
+        "model.layers.*.self_attn.q_proj, "
+    )
 
 
 @pytest.mark.parametrize(

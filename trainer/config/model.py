@@ -97,8 +97,9 @@ class Tuning(Section):
     dropout: float = setting(0.0, about="Share of the adapters' inputs dropped in training.", example=0.05, ge=0, lt=1)
     targets: Literal["auto", "all-linear"] | list[str] = setting(
         "auto",
-        about="Which linear layers get an adapter: all-linear (all but the output head), or names. auto is all-linear, but "
-        "k_proj, v_proj and down_proj for ia3.",
+        about="Which linear layers get an adapter: all-linear (those of attention, of MLPs, of shared experts and of linear "
+        "attention, but no router and not the output head), names, which are ends of paths, or patterns of whole paths, where * "
+        "is any text. auto is all-linear, but k_proj, v_proj and down_proj for ia3.",
         example=["q_proj", "v_proj"],
     )
     feedforward: list[str] | None = setting(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Architecture
+from trainer.base.locate import describe_base
 from trainer.config import Model, Optim, Tuning
 from trainer.tuning.linear_adapters import (
     LOW_RANK_DEFAULTS,
@@ -116,7 +117,7 @@ class Dora(LinearAdapters):
         for name, weight in weights.items():
             path, _, kind = name.rpartition(".")
             named[f"{path}.{_SAVED_AS[kind]}"] = weight
-        config = self.peft_config({name.split(".")[-2] for name in weights})
+        config = self.peft_config(self.ends(describe_base(model).architecture))
         return ExportedFiles("peft", "A DoRA adapter", peft_files(config, named, model))
 
     def updates(self, weights: Mapping[str, Tensor], architecture: Architecture) -> dict[str, DoraUpdate]:

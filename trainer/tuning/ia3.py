@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Architecture
+from trainer.base.locate import describe_base
 from trainer.config import Model, Optim, Tuning
 from trainer.tuning.linear_adapters import (
-    ALL_LINEAR,
     LinearAdapters,
     Targets,
     flagged,
     layer_names,
     matching,
     peft_files,
+    shortest_ends,
 )
 from trainer.tuning.method import ExportedFiles
 
@@ -58,12 +59,6 @@ class Ia3(LinearAdapters):
     defaults: ClassVar[Mapping[str, Any]] = {"targets": _AUTO, "feedforward": None, "modules_to_save": []}
     auto: ClassVar[Targets] = _AUTO
 
-    def feedforward(self, targets: list[str]) -> list[str]:
-        """Those of `targets` whose inputs are scaled."""
-        if self.tuning.feedforward is None:
-            return [target for target in targets if target.endswith(_FEEDFORWARD)]
-        return [target for target in targets if target in self.tuning.feedforward]
-
     def mismatches(self, architecture: Architecture) -> list[str]:
         targets = self._names(architecture)
         strangers = [name for name in self.tuning.feedforward or () if name not in targets]
@@ -83,7 +78,7 @@ class Ia3(LinearAdapters):
     def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         inputs_scaled = self._inputs_scaled(architecture)
         return {
-            f"{path}.{_VECTOR}": (1, linear.inputs) if path.endswith(inputs_scaled) else (linear.outputs, 1)
+            f"{path}.{_VECTOR}": (1, linear.inputs) if path in inputs_scaled else (linear.outputs, 1)
             for path, linear in matching(architecture, self.targets).items()
         }
 
@@ -96,20 +91,22 @@ class Ia3(LinearAdapters):
         for path in matching(architecture, self.targets):
             base = model.get_submodule(path)
             assert isinstance(base, nn.Linear)
-            model.set_submodule(path, ScaledLinear(base, path.endswith(inputs_scaled), dtype))
+            model.set_submodule(path, ScaledLinear(base, path in inputs_scaled, dtype))
 
     def _names(self, architecture: Architecture) -> list[str]:
         return architecture.linear_names if isinstance(self.targets, str) else self.targets
 
-    def _inputs_scaled(self, architecture: Architecture) -> tuple[str, ...]:
-        """Ends of the paths of feed-forward layers; PEFT compares them so, without the dot before a name."""
-        return tuple(self.feedforward(self._names(architecture)))
+    def _inputs_scaled(self, architecture: Architecture) -> Collection[str]:
+        """Paths of feed-forward layers."""
+        if self.tuning.feedforward is not None:
+            return matching(architecture, self.tuning.feedforward)
+        return {path for path in matching(architecture, self.targets) if path.endswith(_FEEDFORWARD)}
 
-    def peft_config(self, targets: list[str]) -> IA3Config:
-        """PEFT's description of the vectors."""
+    def peft_config(self, targets: list[str], feedforward: list[str]) -> IA3Config:
+        """PEFT's description of the vectors; `feedforward` are those of `targets` whose inputs are scaled."""
         from peft import IA3Config
 
-        return IA3Config(task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=self.feedforward(targets))
+        return IA3Config(task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=feedforward)
 
     def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
         vectors = [parameter for name, parameter in model.named_parameters() if name.endswith(f".{_VECTOR}")]
@@ -122,8 +119,9 @@ class Ia3(LinearAdapters):
 
     def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
         """PEFT's folder."""
-        every = sorted({name.split(".")[-2] for name in weights})
-        config = self.peft_config(every if self.targets == ALL_LINEAR else list(self.targets))
+        architecture = describe_base(model).architecture
+        feedforward = shortest_ends(architecture, self._inputs_scaled(architecture))
+        config = self.peft_config(self.ends(architecture), feedforward)
         return ExportedFiles("peft", "An (IA)^3 adapter", peft_files(config, weights, model))
 
     def updates(self, weights: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Scaling]:

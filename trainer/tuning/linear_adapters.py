@@ -6,9 +6,11 @@ This module is no method: it has no `METHODS`. The methods that use it know it, 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,7 +30,7 @@ PEFT_FILES = (_WEIGHTS,)  # of a half export: the settings are written last
 ALL_LINEAR = "all-linear"
 
 Targets = str | list[str]
-"""`all-linear`, or names of layers."""
+"""`all-linear`, or names of layers: each the end of a path, or with a wildcard the pattern of one."""
 
 # Methods with LoRA's two matrices read these settings.
 LOW_RANK_SETTINGS = (
@@ -74,23 +76,65 @@ class LinearAdapters:
     def mismatches(self, architecture: Architecture) -> list[str]:
         return unknown_targets(architecture, self.targets)
 
+    def ends(self, architecture: Architecture) -> list[str]:
+        """The names by which PEFT finds the layers that are adapted, and no other."""
+        return shortest_ends(architecture, matching(architecture, self.targets))
+
 
 def matching(architecture: Architecture, targets: Targets) -> dict[str, Linear]:
-    """Path in the model -> linear layer that gets an adapter; a target is the end of a path, as PEFT matches it."""
+    """Path in the model -> linear layer that gets an adapter. A target is the end of a path, as PEFT matches it, or the pattern
+    of a whole path, as `tuning.train` has them."""
     linears = architecture.linear_layers()
     if targets == ALL_LINEAR:
         return linears
-    ends = tuple(f".{target}" for target in targets)
-    return {path: linear for path, linear in linears.items() if f".{path}".endswith(ends)}
+    patterns = [target for target in targets if _is_pattern(target)]
+    ends = tuple(f".{target}" for target in targets if not _is_pattern(target))
+    return {
+        path: linear
+        for path, linear in linears.items()
+        if f".{path}".endswith(ends) or any(fnmatchcase(path, pattern) for pattern in patterns)
+    }
+
+
+def _is_pattern(target: str) -> bool:
+    return any(wildcard in target for wildcard in "*?[")
 
 
 def unknown_targets(architecture: Architecture, targets: Targets) -> list[str]:
     """A sentence for each target that is no layer of the base."""
+    paths = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", path) for path in architecture.linear_layers())
     return [
-        f"tuning.targets: {target!r} is no linear layer that can be adapted. The base has {layer_names(architecture)}."
+        f"tuning.targets: {target!r} matches the path of no linear layer that can be adapted. The base has {', '.join(paths)}."
+        if _is_pattern(target)
+        else f"tuning.targets: {target!r} is no linear layer that can be adapted. The base has {layer_names(architecture)}."
         for target in ([] if targets == ALL_LINEAR else targets)
         if not matching(architecture, [target])
     ]
+
+
+def shortest_ends(architecture: Architecture, paths: Collection[str]) -> list[str]:
+    """Ends of `paths` that are those of no other module, as PEFT matches names to the ends of paths, sorted.
+
+    A last name alone where that suffices. It does not where another module has it too that gets no adapter: one of other
+    layers, or a stack of experts, which is a module where it is stored in 4 bits.
+    """
+    others: set[str] = set()
+    for parameter in architecture.parameters:
+        parts = parameter.name.split(".")
+        others |= {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+    others -= set(paths)
+    by_name: dict[str, list[list[str]]] = {}
+    for path in paths:
+        by_name.setdefault(path.rpartition(".")[2], []).append(path.split("."))
+    ends: set[str] = set()
+    for alike in by_name.values():
+        for length in range(1, max(map(len, alike)) + 1):
+            found = {".".join(parts[-length:]) for parts in alike}
+            # Without the dot before it, as PEFT compares the names of (IA)^3's feed-forward layers.
+            if not any(other.endswith(tuple(found)) for other in others):
+                break
+        ends |= found
+    return sorted(ends)
 
 
 def layer_names(architecture: Architecture) -> str:

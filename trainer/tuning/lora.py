@@ -13,9 +13,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Architecture
+from trainer.base.locate import describe_base
 from trainer.config import Model, Optim, Tuning
 from trainer.tuning.linear_adapters import (
-    ALL_LINEAR,
     LOW_RANK_DEFAULTS,
     LOW_RANK_SETTINGS,
     LinearAdapters,
@@ -81,9 +81,8 @@ class Lora(LinearAdapters):
         from peft import inject_adapter_in_model
 
         # PEFT's own all-linear also takes routers and experts, where there are any.
-        names = architecture.linear_names if self.targets == ALL_LINEAR else self.targets
         torch.manual_seed(seed)
-        inject_adapter_in_model(self.peft_config(names), model, adapter_name=_ADAPTER)
+        inject_adapter_in_model(self.peft_config(self.ends(architecture)), model, adapter_name=_ADAPTER)
         for name, parameter in model.named_parameters():
             learns = ".lora_" in name
             parameter.requires_grad_(learns)
@@ -110,7 +109,7 @@ class Lora(LinearAdapters):
 
     def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
         """PEFT's folder."""
-        config = self.peft_config({name.split(".lora_")[0].rpartition(".")[2] for name in weights})
+        config = self.peft_config(self.ends(describe_base(model).architecture))
         # PEFT saves without the adapter's own name.
         named = {name.replace(f".{_ADAPTER}.", "."): matrix for name, matrix in weights.items()}
         return ExportedFiles("peft", "A LoRA adapter", peft_files(config, named, model))
