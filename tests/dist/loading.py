@@ -67,8 +67,8 @@ def _differences(module: Packed, matrices: Tensor, config: Config) -> list[str]:
         for key, tensor in found.items():
             theirs.setdefault(key, []).append(tensor)
     with deepspeed.zero.GatheredParameters(list(module.parameters(recurse=False))):
-        slices = [module.dequantize(index) for index in range(module.layout.slices)]
-        ours: dict[str, Any] = {"weight": module.weight.data, "dequantized": torch.stack(slices)}
+        slices = module.matrices(0, module.layout.slices)
+        ours: dict[str, Any] = {"weight": module.weight.data, "dequantized": slices}
         if quant.double:
             ours |= {"absmax": module.absmax.data, "nested": module.nested_absmax.data.view(torch.float32)}
             ours |= {"mean": module.absmax_mean}

@@ -48,9 +48,9 @@ def step_memory(config_text: str) -> dict[str, int]:
     released, plain = _step_growth(here.engine), nf4.FrozenLinear4bit.dequantize
     held: list[Tensor] = []
 
-    def keeping(self: FrozenLinear4bit, index: int = 0) -> Tensor:
+    def keeping(self: FrozenLinear4bit) -> Tensor:
         held.append(self.weight.data)
-        return plain(self, index)
+        return plain(self)
 
     nf4.FrozenLinear4bit.dequantize = keeping
     kept = _step_growth(here.engine)
