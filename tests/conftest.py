@@ -14,6 +14,9 @@ from tests.needs import need
 # torch.compile: the compiler's import would take a quarter of a rank's start.
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
+# Architectures that are read once are kept here, not in the user's cache; ranks and commands inherit it.
+os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" / "home")
+
 # How long one of hypothesis' examples takes says how busy the machine is.
 settings.register_profile("unhurried", settings.default, deadline=None)
 settings.load_profile("unhurried")

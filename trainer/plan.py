@@ -10,6 +10,7 @@ from functools import cached_property
 from math import ceil, prod
 from typing import Any
 
+from trainer.base.activations import layer_values
 from trainer.base.architecture import Architecture
 from trainer.base.base import Description
 from trainer.config import Config, Quant
@@ -303,16 +304,16 @@ def _gathered(given: _Inputs) -> int:
 def _activations(given: _Inputs) -> int:
     """Bytes of activations of one micro-batch of T tokens, with an attention kernel that keeps no score matrix.
 
-    Counted as Korthikanti et al. do (arXiv:2205.05198, section 4), for a Llama layer with frozen linear layers. A layer
-    keeps, in values a token: 6h for the two norms (fp32 input, 16-bit output), 2q + 2kv for attention, 4m for the gated
-    MLP. Checkpointing keeps h a layer, and one layer's values while it is recomputed. On top come the widest gradients,
-    2m + h.
+    Counted as Korthikanti et al. do (arXiv:2205.05198, section 4), with frozen linear layers; see trainer/base/activations.py. Checkpointing
+    keeps the hidden state of each layer, and the largest layer's values while it is recomputed. On top come the widest gradients: a
+    hidden state, and two of what enters the last linear layer of a block.
     """
     model, config = given.model, given.config
     tokens = config.train.micro_batch * given.row
-    layer = 6 * model.hidden + 2 * model.query_size + 2 * model.key_value_size + 4 * model.intermediate
-    kept = model.layers * model.hidden + layer if config.train.activation_checkpointing else model.layers * layer
-    return given.item * tokens * (kept + 2 * model.intermediate + model.hidden)
+    layers = [layer_values(model, layer) for layer in range(model.layers)]
+    every = [layer.kept for layer in layers]
+    kept = model.layers * model.hidden + max(every) if config.train.activation_checkpointing else sum(every)
+    return ceil(given.item * tokens * (kept + 2 * max(layer.widest for layer in layers) + model.hidden))
 
 
 def _logits(given: _Inputs) -> int:

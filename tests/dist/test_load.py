@@ -13,7 +13,6 @@ from launcher.smoke.local_s3 import S3Server
 from tests.dist import loading
 from tests.dist.launch import launch
 from tests.material import KINDS, Workshop, make_base, quantize_base
-from trainer.base.families import FAMILIES
 from trainer.config import dump_config
 from trainer.store import open_store
 
@@ -121,10 +120,6 @@ def stock(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> d
             {kind: [fact] for kind, fact in zip(KINDS, facts, strict=True)},
         )
     return found
-
-
-def test_every_supported_architecture_is_among_the_bases() -> None:
-    assert {settings["model_type"] for settings in KINDS.values()} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("world", WORLDS, ids=lambda world: "-ranks-in-nodes-of-".join(map(str, filter(None, world))))

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.material import KINDS, SIZES
 from trainer.base.architecture import Architecture
-from trainer.base.families import read_architecture
+from trainer.base.architecture_cache import read_architecture
 from trainer.data.micro_batch import MicroBatch, Position
 from trainer.errors import ConfigError
 from trainer.model.attention import KERNELS, choose_attention, unable, unavailable

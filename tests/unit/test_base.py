@@ -11,10 +11,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.material import KINDS, SIZES, Workshop
+from trainer.base.architecture_cache import read_architecture
 from trainer.base.check import check_base
-from trainer.base.config_json import tokenizer_size
+from trainer.base.config_json import parse_base_config, tokenizer_size
 from trainer.base.description import describe
-from trainer.base.families import read_architecture
 from trainer.base.load import empty_model
 from trainer.base.locate import resolve_base
 from trainer.base.parameters import check_no_other
@@ -23,6 +23,7 @@ from trainer.data.prepare import load_tokenizer
 from trainer.errors import ConfigError
 from trainer.export import plain
 from trainer.model.attention import Attention
+from trainer.model.head import LossHead
 from trainer.tuning.method import find_method
 
 
@@ -67,29 +68,58 @@ def test_gpt_oss_is_refused_packed_rows() -> None:
     assert not gpt_oss.mismatches(override(config, "data.packing=false"))
 
 
-@pytest.mark.parametrize(
-    ("kind", "given"), [(kind, {}) for kind in KINDS] + [("llama", {"final_logit_softcapping": 2.0})]
-)
-def test_logits_are_capped_as_transformers_caps_them(workshop: Workshop, kind: str, given: dict[str, float]) -> None:
-    """A family that knows no cap ignores what config.json says of one."""
-    settings = {**SIZES, **KINDS[kind], "vocab_size": 32, "num_hidden_layers": 1, **given}
+# Settings of further families beside those of a Llama, by what they do to logits.
+LOGITS: dict[str, dict[str, Any]] = {
+    "multiplied": {"model_type": "cohere2", "logit_scale": 0.3, "tie_word_embeddings": True},
+    "divided": {"model_type": "granite", "logits_scaling": 3.0},
+    "divided before the head": {"model_type": "minicpm3", "dim_model_base": 24, "num_key_value_heads": 4},
+    "a cap of another family": {"final_logit_softcapping": 2.0},
+}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *LOGITS])
+def test_logits_are_made_of_hidden_states_as_transformers_makes_them(kind: str) -> None:
+    settings = {
+        **SIZES,
+        **(KINDS.get(kind) or {**KINDS["llama"], **LOGITS[kind]}),
+        "vocab_size": 32,
+        "num_hidden_layers": 1,
+    }
     model: Any = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(**settings), experts_implementation="eager"
     ).eval()
     torch.nn.init.normal_(model.lm_head.weight, std=9.0)
-    ids = torch.arange(3, 20)[None]
+    ids, found = torch.arange(3, 20)[None], read_architecture(model.config.to_dict())
+    head = LossHead(model.config.hidden_size, 32, bias=False)
+    head.weight = model.lm_head.weight
     with torch.no_grad():
-        hidden = model.model(ids).last_hidden_state
-        logits, cap = model.lm_head(hidden), read_architecture(model.config.to_dict()).softcap
-        ours = logits if cap is None else cap * torch.tanh(logits / cap)
-        assert torch.allclose(model(ids).logits, ours, rtol=1e-3, atol=1e-3)
+        hidden, expected = model.model(ids).last_hidden_state, model(ids).logits
+        plain = head(hidden)
+        head.factor, head.divisor, head.softcap = found.logit_factor, found.logit_divisor, found.softcap
+        torch.testing.assert_close(head(hidden), expected, rtol=1e-4, atol=1e-4)
+        changed = kind in ("gemma2", "multiplied", "divided", "divided before the head")
+        assert torch.equal(head(hidden), expected) or kind == "divided before the head"
+        assert torch.equal(plain, expected) is not changed
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"model_type": "phi"}, "a phi model, which has an output head that is no plain matrix"),
+        ({"model_type": "clvp_decoder"}, "a clvp_decoder model, which is no causal language model"),
+        ({"model_type": "gpt2"}, "a gpt2 model, which has no linear layers"),
+    ],
+)
+def test_a_model_that_is_built_otherwise_is_refused_by_name(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        read_architecture(settings)
 
 
 @pytest.mark.parametrize("value", ["x", 0, -1.0, True, float("nan"), [1]])
 def test_a_cap_that_is_no_positive_number_is_refused(value: object) -> None:
     for key in ("final_logit_softcapping", "attn_logit_softcapping"):
         with pytest.raises(ConfigError, match=rf"config\.json has {key} .*\. Possible are positive numbers and null\."):
-            read_architecture({**SIZES, **KINDS["gemma2"], key: value})
+            parse_base_config("base", json.dumps({**SIZES, **KINDS["gemma2"], key: value}).encode())
 
 
 def test_more_layers_than_the_base_has_are_refused(workshop: Workshop, base: Path) -> None:
@@ -168,11 +198,23 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         config(num_key_value_heads=3),
         "4 num_attention_heads, which 3 num_key_value_heads do not",
     ),
-    "other architecture": (config(model_type="mamba"), "is a 'mamba' model. Supported are gemma2, .*llama, mistral"),
-    "no name of an architecture": (config(model_type=["llama"]), r"is a \['llama'\] model. Supported are"),
+    "other architecture": (
+        config(model_type="mine", architectures=["Mine"]),
+        "is a 'mine' model, .* does not know. Give",
+    ),
+    "other name of an architecture": (
+        config(model_type="mine"),
+        r'is a .mine. model, .* Its "architectures" are .*: write "model_type": "llama" into its config.json',
+    ),
+    "an encoder with a decoder": (config(model_type="t5"), "is a t5 model, an encoder with a decoder. Give"),
+    "an encoder": (config(model_type="vit"), "is a vit model, which is no causal language model. Give one"),
+    "no name of an architecture": (
+        config(model_type=["llama"]),
+        r"is a \['llama'\] model, which transformers .* does not know",
+    ),
     "code of its own": (
         config(model_type="mine", auto_map={"AutoModelForCausalLM": "mine.Model"}),
-        r"is a 'mine' model. Its own code \(auto_map\) is never run",
+        r"is a 'mine' model, .* Its own code \(auto_map\) is never run",
     ),
     "quantized already": (
         config(quantization_config={"quant_method": "gptq"}),

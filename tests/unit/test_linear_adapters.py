@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.material import KINDS, SIZES
 from trainer.base.architecture import Parameter
-from trainer.base.families import read_architecture
+from trainer.base.architecture_cache import read_architecture
 from trainer.config import Optim, Tuning, parse_config
 from trainer.model.dora import DoraLinear
 from trainer.model.ia3 import ScaledLinear
@@ -225,7 +225,7 @@ def test_a_pattern_that_matches_nothing_is_refused_with_the_paths_there_are(targ
     [
         (
             {"targets": ["query"]},
-            "tuning.targets: 'query' is no linear layer that can be adapted. The base has qkv_proj,",
+            "tuning.targets: 'query' is no linear layer that can be adapted. The base has o_proj, qkv_proj,",
         ),
         (
             {},

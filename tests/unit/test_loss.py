@@ -17,6 +17,18 @@ TERMS = {
     "both": LossTerms(0.2, 0.03),
 }
 with_terms = pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS)
+# The factor and the divisor of the products with the head, and the cap.
+Logits = tuple[float, float, float | None]
+with_logits = pytest.mark.parametrize(
+    "logits",
+    [(1.0, 1.0, None), (1.0, 1.0, 1.5), (0.3, 1.0, None), (1.0, 0.7, 1.5)],
+    ids=["plain", "capped", "multiplied", "divided-and-capped"],
+)
+
+
+def made_by(logits: Logits, head: LossHead) -> LossHead:
+    head.factor, head.divisor, head.softcap = logits
+    return head
 
 
 @pytest.fixture(params=[1, 7, T], ids=lambda rows: f"chunks-of-{rows}")
@@ -44,9 +56,9 @@ def stock(logits: Tensor, labels: Tensor, terms: LossTerms) -> Tensor:
 
 
 @with_terms
-@pytest.mark.parametrize("softcap", [None, 1.5])
-def test_value_and_gradient_are_those_of_cross_entropy(head: LossHead, softcap: float | None, terms: LossTerms) -> None:
-    head.softcap = softcap
+@with_logits
+def test_value_and_gradient_are_those_of_cross_entropy(head: LossHead, logits: Logits, terms: LossTerms) -> None:
+    made_by(logits, head)
     hidden, labels = row()
     reference = stock(head(hidden), labels, terms).sum()
     (expected,) = torch.autograd.grad(reference / 17, hidden)
@@ -60,9 +72,9 @@ def test_value_and_gradient_are_those_of_cross_entropy(head: LossHead, softcap: 
 
 
 @with_terms
-@pytest.mark.parametrize("softcap", [None, 1.5])
-def test_each_targets_nats_may_weigh_differently(head: LossHead, softcap: float | None, terms: LossTerms) -> None:
-    head.softcap = softcap
+@with_logits
+def test_each_targets_nats_may_weigh_differently(head: LossHead, logits: Logits, terms: LossTerms) -> None:
+    made_by(logits, head)
     hidden, labels = row()
     reference = stock(head(hidden), labels, terms)
     weights = torch.linspace(-1, 2, len(reference))
@@ -74,13 +86,13 @@ def test_each_targets_nats_may_weigh_differently(head: LossHead, softcap: float 
     torch.testing.assert_close(gradient, expected)
 
 
-@pytest.mark.parametrize("softcap", [None, 1.5])
+@with_logits
 @pytest.mark.parametrize("terms", [LossTerms(), LossTerms(0.1, 0.01)], ids=["plain", "smoothed"])
 @pytest.mark.parametrize("ids", [[5, 2], [30, 31, 32], [33, 5, 31, 32, 0]], ids=["in-place", "behind", "both"])
 def test_rows_that_learn_stand_in_the_place_of_the_heads_own_and_behind_them(
-    head: LossHead, ids: list[int], softcap: float | None, terms: LossTerms
+    head: LossHead, ids: list[int], logits: Logits, terms: LossTerms
 ) -> None:
-    head.softcap = softcap
+    made_by(logits, head)
     hidden, labels = row()
     places, vocabulary = torch.tensor(ids), max(V, *(place + 1 for place in ids))
     labels[0, 1], labels[0, 2] = ids[0], ids[1]
@@ -88,12 +100,13 @@ def test_rows_that_learn_stand_in_the_place_of_the_heads_own_and_behind_them(
     own = torch.nn.functional.pad(head.weight, (0, 0, 0, vocabulary - V))
 
     def reference(matrix: Tensor) -> Tensor:
-        logits = hidden[0] @ own.index_copy(0, places, matrix).T
-        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        factor, divisor, softcap = logits
+        z = hidden[0] @ own.index_copy(0, places, matrix).T * factor / divisor
+        z = z if softcap is None else softcap * torch.tanh(z / softcap)
         wanted = labels[0] != IGNORE
-        logits, (smoothing, z_loss) = logits[wanted], terms
-        nats = torch.nn.functional.cross_entropy(logits, labels[0][wanted], reduction="none", label_smoothing=smoothing)
-        return nats + z_loss * logits.logsumexp(-1).square()
+        z, (smoothing, z_loss) = z[wanted], terms
+        nats = torch.nn.functional.cross_entropy(z, labels[0][wanted], reduction="none", label_smoothing=smoothing)
+        return nats + z_loss * z.logsumexp(-1).square()
 
     head.learn(places, rows, start)
     weights = torch.linspace(-1, 2, int((labels != IGNORE).sum()))
@@ -163,12 +176,12 @@ def learning_head(rows: int, monkeypatch: pytest.MonkeyPatch) -> LossHead:
 
 @with_terms
 @pytest.mark.parametrize("rows", [1, 7, T])
-@pytest.mark.parametrize("softcap", [None, 1.5])
+@with_logits
 def test_a_head_that_learns_has_the_gradients_of_cross_entropy(
-    rows: int, softcap: float | None, terms: LossTerms, monkeypatch: pytest.MonkeyPatch
+    rows: int, logits: Logits, terms: LossTerms, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     head = learning_head(rows, monkeypatch)
-    head.softcap = softcap
+    made_by(logits, head)
     hidden, labels = row()
     reference = stock(head(hidden), labels, terms).sum()
     expected = torch.autograd.grad(reference / 17, (hidden, head.weight))

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from trainer.base.architecture_cache import read_architecture
 from trainer.base.description import describe
-from trainer.base.families import FAMILIES, read_architecture
 from trainer.config import Config, Quant, parse_config
 from trainer.errors import ConfigError
 from trainer.plan import Plan, make_plan, quantized_bytes
@@ -94,12 +94,6 @@ def test_parameters_are_those_of_the_transformers_model(extra: dict[str, Any], t
     names = read_architecture(base_config).linear_names if wanted == "all-linear" else wanted
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=names))
     assert planned.trainable == adapted.get_nb_trainable_parameters()[0]
-
-
-def test_every_architecture_that_can_be_trained_can_be_planned():
-    for kind in FAMILIES:
-        experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
-        read_architecture({**TINY, **experts, "model_type": kind})
 
 
 def test_only_the_first_layers_are_counted_when_asked():
@@ -299,13 +293,8 @@ def test_nodes_of_different_size_cannot_each_hold_a_copy():
 
 
 def test_an_unknown_architecture_is_refused():
-    with pytest.raises(ConfigError, match="'gpt2' model. Supported are gemma2, gemma3_text, gpt_oss, llama, mistral"):
-        plan_of(config(), {"model_type": "gpt2"}, 1, 1, None)
-
-
-def test_a_config_without_sizes_is_refused():
-    with pytest.raises(ConfigError, match="no whole number hidden_size"):
-        plan_of(config(), {"model_type": "llama"}, 1, 1, None)
+    with pytest.raises(ConfigError, match="is a 'mine' model, which transformers .* does not know"):
+        plan_of(config(), {"model_type": "mine"}, 1, 1, None)
 
 
 def test_the_plan_is_json():

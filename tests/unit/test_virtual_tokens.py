@@ -11,8 +11,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from tests.material import KINDS, SIZES, Workshop, make_labelled, make_pairs
 from tests.unit.test_attention import row
 from tests.unit.test_examples import EXAMPLES, LLAMA_8B
+from trainer.base.architecture_cache import read_architecture
 from trainer.base.description import describe
-from trainer.base.families import read_architecture
 from trainer.config import Config, load_config, parse_config
 from trainer.data.chapters import whole
 from trainer.data.dataset import open_dataset
@@ -23,7 +23,7 @@ from trainer.model import attention
 from trainer.model.attention import VARLEN, Attention
 from trainer.model.head import LossHead
 from trainer.model.packed import PackedModel
-from trainer.model.prefix import add_prefixes, attention_layers
+from trainer.model.prefix import add_prefixes
 from trainer.model.prompt import add_prompt
 from trainer.objective.sft import NextTokens
 from trainer.plan import make_plan
@@ -251,9 +251,9 @@ def with_virtual_tokens(packed: PackedModel, method: str) -> tuple[PackedModel, 
     """The model with virtual tokens of random numbers, these, and the modules that can switch them off."""
     torch.manual_seed(8)
     if method == "prefix":
-        layers = attention_layers(packed.model)
+        layers: list[Any] = [layer.self_attn for layer in packed.model.model.layers]
         add_prefixes(
-            packed.model, [torch.randn(2, SIZES["num_key_value_heads"], P, layers[0].head_dim) for _ in layers]
+            packed.model, layers, [torch.randn(2, SIZES["num_key_value_heads"], P, layers[0].head_dim) for _ in layers]
         )
         return packed, [layer.prefix for layer in layers], layers
     prompt = add_prompt(packed.model, torch.randn(P, SIZES["hidden_size"]))

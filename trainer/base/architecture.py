@@ -1,13 +1,13 @@
-"""The architecture of a decoder-only model: its parameters and sizes, known without loading torch.
+"""The architecture of a causal language model: its parameters and sizes, known without loading torch.
 
-`trainer/base/families.py` makes an `Architecture` of a config.json. Code that plans, loads, tunes or picks a kernel
+`trainer/base/meta.py` reads it off the model that transformers builds. Code that plans, loads, tunes or picks a kernel
 asks here, and no other file knows what a model is called.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from trainer.config import Config
 
@@ -20,13 +20,15 @@ class Parameter:
 
     `kind`: the matrix (outputs, inputs) of a linear layer that can be quantized and adapted; a stack (experts, rows,
     columns) of a mixture's matrices, quantized one by one; embedding and head; `small` is all the rest: norms, biases,
-    routers. `layer` is None outside the decoder layers.
+    routers, convolutions. `layer` is None outside the decoder layers. `visits` is the share of a row's tokens that each of its
+    matrices multiplies: less than 1 for experts to which tokens are routed.
     """
 
     name: str
     shape: tuple[int, ...]
     kind: Kind
     layer: int | None = None
+    visits: float = 1.0
 
     @property
     def numel(self) -> int:
@@ -49,54 +51,94 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """A decoder-only model, cut to its first `layers` of `stored_layers` in the files.
+class AttentionLayer:
+    """The attention of one decoder layer, at `path` in the model: the keys of a token are (key_value_heads, head_size), or None
+    where they are no such thing. `window` is the number of tokens that a token sees, itself included, where it does not see all.
+    """
 
-    `intermediate` is the width of an MLP for one token, all active experts together. `tied`: head and embedding are one
-    matrix. `positions` is the longest sequence, where the model has a limit. The attention caps its logits
+    path: str
+    layer: int
+    key_value_heads: int | None
+    head_size: int | None
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A causal language model, cut to its first `layers` of `stored_layers` in the files.
+
+    Layers may differ. `embedding` and `head` are the names of these weights; `tied` maps a name to the parameter that it is
+    another name of, as often the head's to the embedding's. `buffers` are the shapes of those tensors in the files that are no
+    parameters. `positions` is the longest sequence, where the model has a limit. The attention caps its logits
     (`caps_attention`, Gemma 2), or has a sink for each head (`has_sinks`), which not every kernel computes. `isolates_documents`:
     transformers' mask of it honours the borders of packed documents. `stored_as` maps a parameter to the tensors of the
-    files that make it up, in order, where these are not one tensor of its own name. With `softcap` c the head's logits z are
-    c * tanh(z / c). `head_size` is the width of one attention head. `sliding_window` is the number of tokens that layers see back,
-    themselves included, where some do not see all.
+    files that make it up, in order, where these are not one tensor of its own name.
+    With logits z = `logit_factor` / `logit_divisor` * the product with the head, and `softcap` c, the model's are
+    c * tanh(z / c).
     """
 
     layers: int
     stored_layers: int
     hidden: int
-    intermediate: int
-    query_size: int
-    key_value_size: int
-    head_size: int
     vocabulary: int
-    tied: bool
+    embedding: str
+    head: str
     positions: int | None
     parameters: tuple[Parameter, ...]
-    stored_as: dict[str, tuple[str, ...]]
+    attention: tuple[AttentionLayer, ...] = ()
+    tied: dict[str, str] = field(default_factory=dict[str, str])
+    buffers: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    stored_as: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     caps_attention: bool = False
     has_sinks: bool = False
     isolates_documents: bool = True
+    logit_factor: float = 1.0
+    logit_divisor: float = 1.0
     softcap: float | None = None
-    sliding_window: int | None = None
 
     @property
-    def key_value_heads(self) -> int:
-        return self.key_value_size // self.head_size
+    def head_is_embedding(self) -> bool:
+        """Whether the head and the embedding are one matrix."""
+        return self.tied.get(self.head) == self.embedding
+
+    @property
+    def sliding_window(self) -> int | None:
+        """The fewest tokens that a token sees in some layer, itself included; None where it sees all in every layer."""
+        return min((layer.window for layer in self.attention if layer.window), default=None)
+
+    def to_json(self) -> dict[str, Any]:
+        """A tree of plain values."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(tree: dict[str, Any]) -> "Architecture":
+        """Raises `TypeError`, `KeyError` or `AttributeError` for a tree that `to_json` has not made."""
+        rest: dict[str, Any] = {
+            "parameters": tuple(_parameter(**part) for part in tree["parameters"]),
+            "attention": tuple(AttentionLayer(**layer) for layer in tree["attention"]),
+            "buffers": {name: tuple(shape) for name, shape in tree["buffers"].items()},
+            "stored_as": {name: tuple(names) for name, names in tree["stored_as"].items()},
+        }
+        return Architecture(**{**tree, **rest})
 
     def weights(self, *kinds: Kind) -> int:
         """Elements of all parameters of these kinds."""
         return sum(parameter.numel for parameter in self.parameters if parameter.kind in kinds)
 
-    def matrices(self, layer: int) -> list[int]:
-        """Weights of each matrix of one decoder layer that is quantized by itself."""
-        return self._matrices.get(layer, [])
+    def in_layer(self, layer: int) -> list[Parameter]:
+        """The parameters of one decoder layer, in the model's order."""
+        return self._layers.get(layer, [])
 
     @cached_property
-    def _matrices(self) -> dict[int | None, list[int]]:
-        found: dict[int | None, list[int]] = {}
+    def _layers(self) -> dict[int | None, list[Parameter]]:
+        found: dict[int | None, list[Parameter]] = {}
         for parameter in self.parameters:
-            found.setdefault(parameter.layer, []).extend(parameter.matrices)
+            found.setdefault(parameter.layer, []).append(parameter)
         return found
+
+    def matrices(self, layer: int) -> list[int]:
+        """Weights of each matrix of one decoder layer that is quantized by itself."""
+        return [size for parameter in self.in_layer(layer) for size in parameter.matrices]
 
     def quantizable(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every weight that can be quantized."""
@@ -130,6 +172,10 @@ class Architecture:
     def stored_names(self, name: str) -> tuple[str, ...]:
         """The tensors of the files that make up the parameter `name`, in order."""
         return self.stored_as.get(name, (name,))
+
+
+def _parameter(shape: list[int], **facts: Any) -> Parameter:
+    return Parameter(shape=tuple(shape), **facts)
 
 
 def mismatches(config: Config, model: Architecture) -> list[str]:

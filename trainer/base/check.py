@@ -16,7 +16,7 @@ def check_base(base: Base, config: Config) -> None:
     if wrong:
         raise ConfigError("\n".join(wrong))
     vocabulary = base.architecture.vocabulary
-    find_source(base, "model.embed_tokens.weight", (vocabulary, base.architecture.hidden))
+    find_source(base, base.architecture.embedding, (vocabulary, base.architecture.hidden))
     base.stored.check(base, config)
     tokens = tokenizer_size(base.directory, base.name)
     if tokens > vocabulary:

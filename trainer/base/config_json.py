@@ -22,6 +22,7 @@ _SIZES = {
     **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), _MOST_EXPERTS),
     "num_hidden_layers": _MOST_LAYERS,
 }
+_CAPS = ("final_logit_softcapping", "attn_logit_softcapping")
 
 
 def parse_base_config(name: str, data: bytes) -> dict[str, Any]:
@@ -44,6 +45,13 @@ def parse_base_config(name: str, data: bytes) -> dict[str, Any]:
             raise ConfigError(
                 f"model.base: {name}/config.json has {key} {shown(value)}. Possible are whole numbers from 1 to {largest}. "
                 "Copy the model again."
+            )
+    for key in _CAPS:
+        value = config.get(key)
+        if value is not None and not (type(value) in (int, float) and 0 < value < 2**31):
+            raise ConfigError(
+                f"model.base: {name}/config.json has {key} {shown(value)}. Possible are positive numbers and null. Copy the model "
+                "again."
             )
     heads, shared = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if heads and shared and heads % shared:

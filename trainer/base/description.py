@@ -2,8 +2,8 @@
 
 from typing import Any, Protocol
 
+from trainer.base.architecture_cache import read_architecture
 from trainer.base.base import Description, StoredFormat
-from trainer.base.families import read_architecture
 from trainer.base.fp8 import Fp8
 from trainer.base.mxfp4 import Mxfp4
 from trainer.base.plain import Plain
@@ -28,7 +28,7 @@ def describe(base_config: dict[str, Any], layers: int | None = None, *, name: st
     """Read the parsed config.json of the base that messages call `name`; `layers` cuts it to its first so many.
 
     Raises:
-        ConfigError: it is of a family or in a format that is not supported, or a size is missing.
+        ConfigError: it is of a kind or in a format that is not supported.
     """
     architecture = read_architecture(base_config, layers, name=name)
     return Description(architecture, _stored(base_config.get("quantization_config"), name))

@@ -3,16 +3,16 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trainer.base.base import Base
 from trainer.base.cache import MANIFEST, cache_folder, open_cache, write_cache
 from trainer.base.config_json import read_by_transformers
+from trainer.base.meta import model_config
 from trainer.base.parameters import check_no_other
 from trainer.base.placement import Placement, place_partitions
 from trainer.base.reading import run_jobs
@@ -72,6 +72,7 @@ def load_model(
             partitioner,
             weights.sources.__getitem__,
             lambda path: weights.packed.get(path) or stored(path),
+            base.architecture.quantizable(),
         )
         before = base.store.range_bytes
         run_jobs(placement.jobs, ranks, log)
@@ -139,20 +140,11 @@ def empty_model(base: Base, config: Config, attention: Attention) -> PreTrainedM
         )
     prepare_experts(model)
     model.tie_weights()  # init_empty_weights gives every module its own parameter
-    head = LossHead(model.lm_head.in_features, model.lm_head.out_features, bias=False, device="meta")
-    head.weight = model.lm_head.weight
-    head.softcap = base.architecture.softcap
-    model.lm_head = head
+    plain, facts = model.get_output_embeddings(), base.architecture
+    head = LossHead(plain.in_features, plain.out_features, bias=False, device="meta")
+    head.weight = plain.weight
+    head.factor, head.divisor, head.softcap = facts.logit_factor, facts.logit_divisor, facts.softcap
+    model.set_submodule(facts.head.removesuffix(".weight"), head)
     if config.train.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()
-
-
-def model_config(directory: Path, layers: int | None) -> PretrainedConfig:
-    """transformers' configuration of the base, cut to its first `layers`."""
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    if layers:
-        config.num_hidden_layers = layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
-    return config

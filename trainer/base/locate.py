@@ -5,13 +5,13 @@ Weights stay where they are, in a directory or a bucket; config.json and the tok
 
 import hashlib
 import json
-import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from trainer.base.architecture_cache import user_cache
 from trainer.base.base import Base, Description
 from trainer.base.config_json import parse_base_config
 from trainer.base.description import describe
@@ -121,8 +121,7 @@ def _small_files(store: Store) -> Path:
         if "/" not in entry.key and entry.key != INDEX_FILE and any(Path(entry.key).match(p) for p in _SMALL_FILES)
     ]
     versions = json.dumps([store.uri, [[entry.key, entry.version] for entry in entries]])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capstan" / "bases"
-    folder = cache / hashlib.sha256(versions.encode()).hexdigest()[:16]
+    folder = user_cache() / "bases" / hashlib.sha256(versions.encode()).hexdigest()[:16]
     if not folder.is_dir():
         _fetch(store, entries, folder)
     return folder

@@ -7,8 +7,6 @@ from trainer.base.base import Base
 from trainer.errors import ConfigError
 from trainer.safetensors_index import Stacked, StoredTensor, TensorSource, numel
 
-# In every family of trainer/base/families.py.
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 
 
@@ -41,11 +39,12 @@ def stored_parts(base: Base, name: str, shape: tuple[int, ...]) -> Iterator[tupl
         assert isinstance(part, TensorSource)
         yield part, begin
         begin += numel(part)
-    if base.architecture.tied and name == _EMBEDDING and _HEAD in base.weights:
+    for alias, of in base.architecture.tied.items():
         # Some files hold a tied weight twice; transformers unties what differs.
-        head = _checked(base, _HEAD, shape)
-        assert isinstance(head, TensorSource)
-        yield head, 0
+        if of == name and alias in base.weights:
+            again = _checked(base, alias, shape)
+            assert isinstance(again, TensorSource)
+            yield again, 0
 
 
 def _checked(base: Base, name: str, shape: tuple[int, ...]) -> StoredTensor:
@@ -71,8 +70,7 @@ def check_no_other(base: Base, known: Collection[str], ignored: Iterable[str], l
     are patterns that transformers ignores as well; with `layers` the rest of the base is left out on purpose.
     """
     left_out = [*ignored, r"rotary_emb\.inv_freq$"]
-    if base.architecture.tied:
-        left_out.append(r"^lm_head\.weight$")
+    left_out += [f"^{re.escape(alias)}$" for alias in base.architecture.tied]
     if layers:
         left_out.append(r"^model\.layers\.")
     others = [

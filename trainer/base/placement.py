@@ -1,6 +1,6 @@
 """Partitions in the place of the parameters of a model on `meta`, and 4-bit modules in that of its matrices."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -45,6 +45,7 @@ def place_partitions(
     partitioner: Partitioner,
     source: Callable[[str], StoredTensor],
     stored: Callable[[str], PackedSources | None],
+    quantizable: Collection[str],
 ) -> Placement:
     """Replace every parameter of `model`.
 
@@ -52,6 +53,7 @@ def place_partitions(
         dtype: of what is not quantized, and of the products.
         source: where a parameter is read from.
         stored: where a module's packed weights are read from, or None where they are quantized from `source`.
+        quantizable: the names of the weights that `quant` quantizes.
     """
     placement = Placement()
     for module in model.modules():
@@ -59,7 +61,7 @@ def place_partitions(
             gather_as_one(module)
     for name, parameter in list(model.named_parameters()):
         path = name.removesuffix(".weight")
-        packed = _packed_module(model, name, parameter, quant, dtype)
+        packed = _packed_module(model, name, parameter, quant, dtype) if name in quantizable else None
         if packed is None:
             partition = partitioner.make(parameter.shape, dtype)
             _replace(model, parameter, partition.parameter)
@@ -86,21 +88,19 @@ def _replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
 def _packed_module(
     model: nn.Module, name: str, parameter: nn.Parameter, quant: Quant, dtype: torch.dtype
 ) -> Packed | None:
-    """The packed module put in place of a linear layer or a mixture's experts; None if `name` is not quantized."""
+    """The packed module put in place of a linear layer or a mixture's experts; None if nothing is quantized."""
     if quant.type == "none":
         return None
     form = Format(quant.type, quant.block_size, quant.double, dtype)
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
-    if type(owner) is nn.Linear and leaf == "weight":
+    if isinstance(owner, nn.Linear):
         layer = FrozenLinear4bit(owner.in_features, owner.out_features, form)
         layer.bias = owner.bias  # still on meta; it is a parameter of its own
         model.set_submodule(path, layer)
         return layer
-    if parameter.ndim == 3 and is_experts(owner):
-        experts, rows, columns = parameter.shape
-        stack = FrozenStack4bit((experts, rows, columns), form)
-        delattr(owner, leaf)
-        owner.add_module(leaf, stack)
-        return stack
-    return None
+    experts, rows, columns = parameter.shape
+    stack = FrozenStack4bit((experts, rows, columns), form)
+    delattr(owner, leaf)
+    owner.add_module(leaf, stack)
+    return stack

@@ -4,7 +4,7 @@ brings along where PEFT knows no such adapter.
 Nothing of Capstan's own model is used here, so that a mistake in it cannot hide itself.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from trainer.config import Quant
 from trainer.errors import ConfigError, shown
 from trainer.export.rows import ProbeRow
+from trainer.model.parts import body
 from trainer.tuning.method import Method, OwnFormat
-
-_EMBEDDING = "model.embed_tokens.weight"
 
 
 def device() -> torch.device:
@@ -110,14 +109,14 @@ def place_logits(model: Any, rows: Sequence[ProbeRow]) -> list[Tensor]:
         ]
 
 
-def quantize(model: nn.Module, quant: Quant, dtype: torch.dtype) -> None:
-    """bitsandbytes on every matrix, multiplied in `dtype`.
+def quantize(model: nn.Module, quant: Quant, dtype: torch.dtype, weights: Collection[str]) -> None:
+    """bitsandbytes on every matrix of the `weights` by name, multiplied in `dtype`.
 
     transformers' own way has blocks of 64 only, and leaves experts in 16 bits.
     """
     form = {"blocksize": quant.block_size, "quant_type": quant.type, "compress_statistics": quant.double}
     for path, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or path == "lm_head":
+        if not isinstance(module, nn.Linear) or f"{path}.weight" not in weights:
             continue
         if device().type == "cpu" and module.in_features % quant.block_size:
             # On a CPU, bitsandbytes 0.50 misreads matrices whose rows are not whole blocks.
@@ -130,7 +129,8 @@ def quantize(model: nn.Module, quant: Quant, dtype: torch.dtype) -> None:
             layer.weight = weight
             layer.bias = module.bias
             model.set_submodule(path, layer)
-    for parameter in (parameter for parameter in model.parameters() if parameter.ndim == 3):
+    stacks = (part for name, part in model.named_parameters() if name in weights and part.ndim == 3)
+    for parameter in stacks:
         matrices = parameter.data.to(dtype)
         for matrix in matrices:
             matrix.copy_(_dequantized(matrix, dtype, form))
@@ -148,9 +148,9 @@ def computing_in_fp32(model: Any) -> Iterator[None]:
     """Decoder layer by decoder layer: a 16-bit weight is in fp32 only while its layer computes, which is exact."""
     plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     parts = [
-        part for child in plain.model.children() for part in (child if isinstance(child, nn.ModuleList) else [child])
+        part for child in body(plain).children() for part in (child if isinstance(child, nn.ModuleList) else [child])
     ]
-    hooks = [hook for part in [*parts, plain.lm_head] for hook in _in_fp32(part)]
+    hooks = [hook for part in [*parts, plain.get_output_embeddings()] for hook in _in_fp32(part)]
     try:
         yield
     finally:
@@ -192,8 +192,11 @@ def shaken(model: nn.Module, size: float) -> Iterator[None]:
             hook.remove()
 
 
-def merge_and_round(model: Any, stored: dict[str, torch.dtype]) -> None:
-    """PEFT's own merge of the adapters into their weights, in fp32, each then rounded to the type it is `stored` in."""
+def merge_and_round(model: Any, stored: dict[str, torch.dtype], embedding: str) -> None:
+    """PEFT's own merge of the adapters into their weights, in fp32, each then rounded to the type it is `stored` in.
+
+    `embedding` is the name of that weight.
+    """
     layers: Any = (
         (path, module) for path, module in model.get_base_model().named_modules() if isinstance(module, BaseTunerLayer)
     )
@@ -205,5 +208,5 @@ def merge_and_round(model: Any, stored: dict[str, torch.dtype]) -> None:
         for name, weight in weights:  # a bias too: some methods change it
             wrapped = path.removesuffix(".token_adapter")
             # A tied head has the embedding's weight, and none of its own in the files.
-            kind = stored.get(f"{wrapped}.{name}", stored[_EMBEDDING])
+            kind = stored.get(f"{wrapped}.{name}", stored[embedding])
             weight.data = weight.data.to(kind).to(held[name])

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from trainer.base.dequantized import dequantized_by_transformers
 from trainer.base.filling import SOURCE_DTYPES
-from trainer.base.load import DTYPES, empty_model, model_config
+from trainer.base.load import DTYPES, empty_model
 from trainer.base.locate import Base, copy_object, copy_weights
+from trainer.base.meta import model_config
 from trainer.base.parameters import WEIGHT_DTYPES, find_source
 from trainer.base.tokenizer import find_rows
 from trainer.checkpoint.checkpoints import load_partitions
@@ -160,7 +161,7 @@ def prove_merged(run: Store, step: int, merged: Store) -> Proof:
             beside = plain.place_logits(model, rows)
             with without:
                 alone = plain.place_logits(model, rows)
-            plain.merge_and_round(model, stored)
+            plain.merge_and_round(model, stored, trained.base.architecture.embedding)
             expected, noise = _predictions(model, rows, "fp32")
     del model
     _give_memory_back()
@@ -252,7 +253,7 @@ def _plain_base(trained: Trained, folder: Path, computed_in: str) -> Any:
     with dequantized_by_transformers(architecture) if base.stored.decoded else nullcontext():
         model = plain.load_plain(folder, held, trained.dtype, architecture)
     if config.quant.type != "none" and not base.stored.quantized:
-        plain.quantize(model, config.quant, dtype)
+        plain.quantize(model, config.quant, dtype, base.architecture.quantizable())
     return plain.grow(model, trained.vocabulary).to(plain.device())
 
 

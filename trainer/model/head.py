@@ -44,9 +44,11 @@ class Rows(NamedTuple):
 class LossHead(nn.Linear):
     """The output head: logits without labels, the summed loss with them.
 
-    With `softcap` c every logit z is c * tanh(z / c), as in Gemma 2.
+    A logit z is `factor` / `divisor` times the product with the weight, as in Cohere's models and Granite. With `softcap` c it
+    is then c * tanh(z / c), as in Gemma 2.
     """
 
+    factor = divisor = 1.0
     softcap: float | None = None
     active = True
     trainable_tokens_delta: nn.Parameter  # PEFT's name
@@ -77,7 +79,7 @@ class LossHead(nn.Linear):
         """
         rows = self._rows
         if labels is None:
-            logits = _logits(hidden, self.weight, rows)
+            logits = self.scaled(_logits(hidden, self.weight, rows))
             return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
         wanted = labels != IGNORE
         given: tuple[Any, ...] = hidden[wanted], self.weight, labels[wanted], self, terms
@@ -87,6 +89,11 @@ class LossHead(nn.Linear):
         nats: Tensor = function.apply(*given)  # type: ignore[assignment]
         return nats if per_target else nats.sum()
 
+    def scaled(self, logits: Tensor) -> Tensor:
+        """Logits of products, as the base scales them; or gradients of products of those of logits."""
+        logits = logits if self.factor == 1 else logits * self.factor
+        return logits if self.divisor == 1 else logits / self.divisor
+
 
 class _FrozenCrossEntropy(torch.autograd.Function):
     @staticmethod
@@ -95,7 +102,7 @@ class _FrozenCrossEntropy(torch.autograd.Function):
         nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for part in _parts(hidden, weight):
-            chunk = _Chunk(hidden[part], weight, targets[part], head.softcap, terms)
+            chunk = _Chunk(hidden[part], weight, targets[part], head, terms)
             nats[part] = chunk.nats()
             if grad is not None:
                 grad[part] = chunk.gradient().to(weight.dtype) @ weight
@@ -116,7 +123,7 @@ class _LearningCrossEntropy(torch.autograd.Function):
         """hidden (N, H), weight (V, H), targets (N,) -> (N,) fp32, the nats of each target."""
         ctx.save_for_backward(hidden, targets)
         ctx.head, ctx.terms = head, terms
-        nats = [_Chunk(hidden[p], weight, targets[p], head.softcap, terms).nats() for p in _parts(hidden, weight)]
+        nats = [_Chunk(hidden[p], weight, targets[p], head, terms).nats() for p in _parts(hidden, weight)]
         return torch.cat(nats) if nats else torch.zeros(0, dtype=torch.float32, device=hidden.device)
 
     @staticmethod
@@ -125,7 +132,7 @@ class _LearningCrossEntropy(torch.autograd.Function):
         grad = torch.empty_like(hidden)
         weight_grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for part in _parts(hidden, weight):
-            logits_grad = _Chunk(hidden[part], weight, targets[part], ctx.head.softcap, ctx.terms).gradient()
+            logits_grad = _Chunk(hidden[part], weight, targets[part], ctx.head, ctx.terms).gradient()
             logits_grad = logits_grad.mul_(grad_output[part, None]).to(weight.dtype)
             grad[part] = logits_grad @ weight
             weight_grad += logits_grad.T @ hidden[part]
@@ -151,7 +158,7 @@ class _RowsCrossEntropy(torch.autograd.Function):
         nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         grad, of_rows = torch.empty_like(hidden), hidden.new_empty(len(hidden), len(matrix))
         for part in _parts(hidden, weight):
-            chunk = _Chunk(hidden[part], weight, targets[part], head.softcap, terms, rows)
+            chunk = _Chunk(hidden[part], weight, targets[part], head, terms, rows)
             nats[part] = chunk.nats()
             if learns:
                 logits_grad = chunk.gradient()
@@ -193,12 +200,13 @@ class _Chunk:
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
-        softcap: float | None,
+        head: LossHead,
         terms: LossTerms,
         rows: Rows | None = None,
     ) -> None:
-        logits = _logits(hidden, weight, rows).float()  # (n, V)
-        self._slope = None
+        logits = head.scaled(_logits(hidden, weight, rows).float())  # (n, V)
+        self._head, self._slope = head, None
+        softcap = head.softcap
         if softcap is not None:
             bent = torch.tanh(logits.div_(softcap))
             logits, self._slope = bent * softcap, bent.square_().neg_().add_(1)
@@ -217,7 +225,7 @@ class _Chunk:
         return nats.squeeze(-1)
 
     def gradient(self) -> Tensor:
-        """d nats / d logits before the softcap, (n, V) fp32, in the memory of the logits. Without further terms it is
+        """d nats / d products before scale and softcap, (n, V) fp32, in the memory of the logits. Without further terms it is
         softmax - one_hot(target)."""
         smoothing, z_loss = self._terms
         slopes = self._logits.sub_(self._log_normalizer).exp_()
@@ -226,4 +234,4 @@ class _Chunk:
         if smoothing:
             slopes.sub_(smoothing / slopes.shape[-1])
         slopes.scatter_add_(-1, self._target, torch.full_like(self._target, smoothing - 1, dtype=torch.float32))
-        return slopes if self._slope is None else slopes.mul_(self._slope)
+        return self._head.scaled(slopes if self._slope is None else slopes.mul_(self._slope))

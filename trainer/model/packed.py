@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from trainer.model.attention import Attention
 from trainer.model.head import LossHead
+from trainer.model.parts import body
 
 
 class PackedRow(Protocol):
@@ -34,11 +35,13 @@ class PackedModel:
 
     @property
     def head(self) -> LossHead:
-        return self.model.lm_head
+        head = self.model.get_output_embeddings()
+        assert isinstance(head, LossHead)
+        return head
 
     def hidden(self, row: PackedRow) -> Tensor:
         """Hidden states of a packed row before the output head, (1, T, H)."""
-        return self.model.model(
+        return body(self.model)(
             input_ids=row.input_ids,
             position_ids=row.position_ids,
             use_cache=False,
@@ -49,7 +52,7 @@ class PackedModel:
         """Logits of one unpacked row: (1, T) int64 -> (1, T, V)."""
         tokens = nn.functional.pad(tokens, (self.reserved, 0))
         length = tokens.shape[1]
-        hidden = self.model.model(
+        hidden = body(self.model)(
             input_ids=tokens,
             position_ids=torch.arange(length, device=tokens.device)[None],
             use_cache=False,

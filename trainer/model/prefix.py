@@ -3,7 +3,7 @@
 Prefix keys are not rotated, and a document's tokens are at the positions behind them, as in PEFT.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,20 +13,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from trainer.model.attention import VARLEN, no_mask, varlen_attention
+from trainer.model.parts import body
 
 
-def attention_layers(model: PreTrainedModel) -> list[Any]:
-    """The attention module of each decoder layer, in order."""
-    return [layer.self_attn for layer in model.model.layers]
-
-
-def add_prefixes(model: PreTrainedModel, starts: Iterable[Tensor]) -> None:
-    """Give each attention layer of `model` the parameter `prefix` (2, kv_heads, P, head): P keys, and P values.
+def add_prefixes(model: PreTrainedModel, layers: Sequence[Any], starts: Iterable[Tensor]) -> None:
+    """Give each of the attention `layers` of `model` the parameter `prefix` (2, kv_heads, P, head): P keys, and P values.
 
     The parameter is the attention module's own, so that ZeRO-3 gathers it there. While a layer's `attends_to_prefix` is false, in
     all layers alike, the model computes as it would without prefixes.
     """
-    layers = attention_layers(model)
     for layer, start in zip(layers, starts, strict=True):
         layer.prefix = nn.Parameter(start)
         layer.attends_to_prefix = True
@@ -43,7 +38,7 @@ def add_prefixes(model: PreTrainedModel, starts: Iterable[Tensor]) -> None:
             given["position_ids"] = given["position_ids"] + tokens
         return arguments, given
 
-    model.model.register_forward_pre_hook(shift, with_kwargs=True)
+    body(model).register_forward_pre_hook(shift, with_kwargs=True)
 
 
 @torch.no_grad()
@@ -52,7 +47,7 @@ def keys_and_values(model: PreTrainedModel, tokens: Tensor) -> list[Tensor]:
     cache, training = DynamicCache(), model.training
     borders = torch.tensor([0, len(tokens)], dtype=torch.int32, device=tokens.device)
     model.eval()
-    model.model(
+    body(model)(
         input_ids=tokens[None],
         cache=cache,
         use_cache=True,

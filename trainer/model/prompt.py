@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trainer.model.parts import body
+
 
 class Prompt(nn.Module):
     """The embeddings of P virtual tokens. Parameter: weight (P, hidden)."""
@@ -41,7 +43,7 @@ def add_prompt(model: PreTrainedModel, start: Tensor) -> Prompt:
             given["cu_seq_lens_q"] = given["cu_seq_lens_k"] = _apart(given["cu_seq_lens_q"], tokens)
         return arguments, given
 
-    model.model.register_forward_pre_hook(enter, with_kwargs=True)
+    body(model).register_forward_pre_hook(enter, with_kwargs=True)
     return prompt
 
 

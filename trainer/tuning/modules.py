@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SETTING = "tuning.modules_to_save"
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class WithModules(Around):
                     else "has linear layers or experts in it, which stay frozen"
                 )
                 found.append(f"{SETTING}: {name!r} {what}. Name some of {shown}.")
-            elif self.adds_tokens and _own(matched).keys() & {_EMBEDDING, _HEAD}:
+            elif self.adds_tokens and _own(matched).keys() & {architecture.embedding, architecture.head}:
                 found.append(
                     f"{SETTING}: {name!r} learns whole, and model.add_tokens has some of its rows learn. Remove one of them."
                 )
@@ -89,8 +88,7 @@ class WithModules(Around):
         own = self._own(architecture)
         theirs = self.method.export({name: values for name, values in weights.items() if name not in own}, model)
         ours = {name: values for name, values in weights.items() if name in own}
-        if architecture.tied and _EMBEDDING in ours:
-            ours[_HEAD] = ours[_EMBEDDING].clone()
+        ours |= {alias: ours[name].clone() for alias, name in architecture.tied.items() if name in ours}
         paths = sorted({name.rpartition(".")[0] for name in ours})
         return with_peft_files(theirs, ours, modules_to_save=paths)
 
@@ -104,8 +102,8 @@ def _modules(architecture: Architecture) -> dict[str, list[Parameter]]:
     """Path in the model -> the parameters in it, for every module that has some, those of modules inside it included."""
     found: dict[str, list[Parameter]] = {}
     for parameter in architecture.parameters:
-        names = [parameter.name] + ([_HEAD] if architecture.tied and parameter.name == _EMBEDDING else [])
-        for name in names:
+        aliases = [alias for alias, name in architecture.tied.items() if name == parameter.name]
+        for name in [parameter.name, *aliases]:
             *parts, _ = name.split(".")
             for end in range(1, len(parts) + 1):
                 found.setdefault(".".join(parts[:end]), []).append(parameter)

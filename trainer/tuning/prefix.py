@@ -27,9 +27,14 @@ _NO_KEYS = "it takes no keys and values beside those of a row's own tokens"
 _KERNELS = {"flash_attention_2": _NO_KEYS, "eager": _NO_KEYS}
 
 
-def _name(layer: int) -> str:
-    """The name in the model; see trainer/model/prefix.py."""
-    return f"model.layers.{layer}.self_attn.prefix"
+def _attention_layers(model: PreTrainedModel) -> list[Any]:
+    """The modules that have a prefix, in the model's order."""
+    return [module for module in model.modules() if hasattr(module, "attends_to_prefix")]
+
+
+def _layer(name: str) -> int:
+    """The number of the decoder layer that a parameter is in."""
+    return int(next(part for part in name.split(".") if part.isdigit()))
 
 
 @dataclass(frozen=True)
@@ -40,30 +45,46 @@ class PrefixTuning(BesideBase):
     def virtual(self) -> VirtualTokens:
         return VirtualTokens(self.tuning.virtual_tokens, in_row=False, refused_kernels=_KERNELS)
 
+    def mismatches(self, architecture: Architecture) -> list[str]:
+        with_keys = {layer.layer: (layer.key_value_heads, layer.head_size) for layer in architecture.attention}
+        if len(with_keys) == architecture.layers and None not in [
+            size for sizes in with_keys.values() for size in sizes
+        ]:
+            return []
+        return [
+            "tuning.method: prefix needs keys and values of the same heads and width in every layer, which this base has not. "
+            "Choose prompt."
+        ]
+
     def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
-        shape = (2, architecture.key_value_heads, self.tuning.virtual_tokens, architecture.head_size)
-        return {_name(layer): shape for layer in range(architecture.layers)}
+        return {
+            f"{layer.path}.prefix": (2, layer.key_value_heads or 0, self.tuning.virtual_tokens, layer.head_size or 0)
+            for layer in architecture.attention
+        }
 
     def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
         """The prefixes start as the keys and values of a text, for which the base computes once, gathered layer by layer."""
+        from torch.nn import ModuleList
+
+        from trainer.model.parts import body
         from trainer.model.prefix import add_prefixes, keys_and_values
         from trainer.zero.engine import gathered_in_turn
 
-        body: Any = model.model
-        tokens = self.first_tokens(model, seed).to(body.embed_tokens.weight.device)
-        with gathered_in_turn([body.embed_tokens, *body.layers, body.norm]):
+        layers = [model.get_submodule(layer.path) for layer in architecture.attention]
+        parts = [
+            part for child in body(model).children() for part in (child if isinstance(child, ModuleList) else [child])
+        ]
+        embedding: Any = model.get_input_embeddings()
+        tokens = self.first_tokens(model, seed).to(embedding.weight.device)
+        with gathered_in_turn(parts):
             starts = keys_and_values(model, tokens)
-        add_prefixes(model, [start.to(dtype) for start in starts])
+        add_prefixes(model, layers, [start.to(dtype) for start in starts])
 
     def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
-        from trainer.model.prefix import attention_layers
-
-        return [{"name": "prefix", "lr_ratio": 1.0, "params": [layer.prefix for layer in attention_layers(model)]}]
+        return [{"name": "prefix", "lr_ratio": 1.0, "params": [layer.prefix for layer in _attention_layers(model)]}]
 
     def switched_off(self, model: PreTrainedModel) -> AbstractContextManager[None]:
-        from trainer.model.prefix import attention_layers
-
-        return flagged(attention_layers(model), "attends_to_prefix", False)
+        return flagged(_attention_layers(model), "attends_to_prefix", False)
 
     def peft_config(self, layers: int, key_value_heads: int, head_size: int) -> PrefixTuningConfig:
         """PEFT's description of the prefixes."""
@@ -82,7 +103,7 @@ class PrefixTuning(BesideBase):
         """PEFT's folder, whose one matrix is (virtual_tokens, layers * 2 * kv_heads * head)."""
         import torch
 
-        every = torch.stack([weights[_name(layer)] for layer in range(len(weights))])
+        every = torch.stack([weights[name] for name in sorted(weights, key=_layer)])
         layers, _, heads, tokens, size = every.shape
         matrix = every.permute(3, 0, 1, 2, 4).reshape(tokens, -1).contiguous()
         config = self.peft_config(layers, heads, size)

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SETTING = "model.add_tokens"
-_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 _ROWS = "trainable_tokens_delta"
 _SAVED_AS = f"token_adapter.{_ROWS}"
 
@@ -62,7 +61,8 @@ class WithTokens(Around):
 
     def _own(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         shape = len(self.model.add_tokens), architecture.hidden
-        return {f"{path}.{_ROWS}": shape for path in ([_EMBEDDING] if architecture.tied else [_EMBEDDING, _HEAD])}
+        weights = [architecture.embedding] + ([] if architecture.head_is_embedding else [architecture.head])
+        return {f"{weight.removesuffix('.weight')}.{_ROWS}": shape for weight in weights}
 
     def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         return {**self.method.shapes(architecture), **self._own(architecture)}
@@ -75,13 +75,13 @@ class WithTokens(Around):
         from trainer.model.tokens import TokenEmbedding
 
         self.method.attach(model, architecture, dtype, seed)
-        embedding, head = model.get_submodule(_EMBEDDING), cast(Any, model.get_submodule(_HEAD))
+        embedding, head = model.get_input_embeddings(), cast(Any, model.get_output_embeddings())
         assert isinstance(embedding, nn.Embedding)
         start = _means(embedding, self._rows)
         ids = torch.tensor(self._ids, device=start.device)
         layer = TokenEmbedding(embedding, ids, start)
-        model.set_submodule(_EMBEDDING, layer)
-        if architecture.tied:
+        model.set_submodule(architecture.embedding.removesuffix(".weight"), layer)
+        if architecture.head_is_embedding:
             head.learn(ids, layer.trainable_tokens_delta, start)
         else:
             start = _means(head, self._rows)
@@ -94,7 +94,7 @@ class WithTokens(Around):
     @contextmanager
     def switched_off(self, model: PreTrainedModel) -> Iterator[None]:
         """With the rows that a new token started as: the base has none for it."""
-        layers = [model.get_submodule(_EMBEDDING), model.get_submodule(_HEAD)]
+        layers = [model.get_input_embeddings(), model.get_output_embeddings()]
         with self.method.switched_off(model), flagged(layers, "active", False):
             yield
 

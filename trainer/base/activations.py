@@ -1,0 +1,46 @@
+"""The values that a decoder layer keeps between its forward and its backward pass, counted over the layers that it has."""
+
+from typing import NamedTuple
+
+from trainer.base.architecture import Architecture, Parameter
+
+
+class LayerValues(NamedTuple):
+    """The values a token that a decoder layer keeps for its backward pass, and those that enter the widest of its last layers."""
+
+    kept: float
+    widest: float
+
+
+def layer_values(model: Architecture, layer: int) -> LayerValues:
+    """The values that one decoder layer keeps of each token, in values of 16 or 32 bits.
+
+    Three for each weight of a norm: its input in fp32, and its output. In each block, such as attention or an MLP: what leaves
+    its linear layers but the last, what enters those that do not read the hidden state, and what enters the last; in an MLP as
+    much again, the gate's function. With h the hidden size, m an MLP's width, q and kv those of queries and keys, a Llama layer has
+    6h + 2q + 2kv + 4m. A mixture's matrices count by the share of tokens that visits them.
+    """
+    kept, blocks = 0.0, dict[str, list[Parameter]]()
+    for part in model.in_layer(layer):
+        if part.kind in ("linear", "experts"):
+            blocks.setdefault(part.name.removesuffix(".weight").rpartition(".")[0], []).append(part)
+        elif len(part.shape) == 1 and part.name.endswith(".weight"):
+            kept += 3 * part.numel
+    attention, widest = {found.path for found in model.attention}, 0.0
+    for path, parts in blocks.items():
+        last = next((part for part in reversed(parts) if model.hidden in part.shape[:-1]), parts[-1])
+        entering = _values(last, model.hidden, entering=True)
+        kept += entering * (1 if path in attention else 2)
+        kept += sum(_values(part, model.hidden, entering=False) for part in parts if part is not last)
+        kept += sum(part.shape[1] for part in parts if part is not last and model.hidden not in part.shape[1:])
+        widest = max(widest, entering)
+    return LayerValues(kept, widest)
+
+
+def _values(part: Parameter, hidden: int, *, entering: bool) -> float:
+    """Values a token that enter or leave a linear layer, or all experts of a stack; those of a stack may be transposed, so there
+    it is the width that is not `hidden`."""
+    if part.kind == "linear":
+        return part.shape[1] if entering else part.shape[0]
+    experts, rows, columns = part.shape
+    return part.visits * experts * (columns if rows == hidden else rows)

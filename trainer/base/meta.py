@@ -1,0 +1,300 @@
+"""The architecture of a base, read off the model that transformers builds without weights, on torch's `meta` device.
+
+    python -m trainer.base.meta < request > architecture
+
+transformers alone says which parameters there are, and how logits are made of hidden states; no table of families is here.
+What cannot be trained is refused by name.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from trainer.base.architecture import Architecture, AttentionLayer, Kind, Parameter
+from trainer.base.config_json import read_by_transformers
+from trainer.base.logits import probe_logits
+from trainer.errors import ConfigError, shown
+from trainer.model.parts import decoder_layers
+
+# Their masks are made without position_ids, so the documents of a packed row see each other.
+_MIX_DOCUMENTS = ("gpt_oss",)
+# The families' settings for how many experts a token is routed to.
+_ROUTED_TO = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_k",
+    "moe_top_k",
+    "top_k_experts",
+    "top_k",
+)
+# Mixtures of experts -> the names in their files of the matrices that transformers has as one parameter.
+_STORED_EXPERTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "mixtral": {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)},
+    "qwen3_moe": {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)},
+}
+
+
+def read_from_meta(base_config: Mapping[str, Any], layers: int | None, name: str) -> Architecture:
+    """The architecture that the parsed config.json of the base `name` describes, cut to its first `layers`.
+
+    Raises:
+        ConfigError: transformers does not know it, or it is no causal language model that can be trained.
+    """
+    kind = base_config.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise ConfigError(_unknown(base_config, name))
+    with read_by_transformers(name, "config.json"):
+        settings = {key: value for key, value in base_config.items() if key not in ("auto_map", "quantization_config")}
+        whole = CONFIG_MAPPING[kind].from_dict(settings)
+        config, stored_layers = _first_layers(_causal(whole, name), layers)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model.tie_weights()
+    return _Reader(model, config, name).architecture(stored_layers)
+
+
+def model_config(directory: Path, layers: int | None) -> PretrainedConfig:
+    """transformers' configuration of the language model of a base, cut to its first `layers`."""
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    return _first_layers(_causal(config, str(directory)), layers)[0]
+
+
+def _unknown(base_config: Mapping[str, Any], name: str) -> str:
+    kind, classes = base_config.get("model_type"), base_config.get("architectures")
+    code = " Its own code (auto_map) is never run." if base_config.get("auto_map") else ""
+    said = f"model.base: {name} is a {shown(kind)} model, which transformers {transformers.__version__} does not know.{code}"
+    for known, made in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        if isinstance(classes, list) and made in classes and made.lower().startswith(known.replace("_", "")):
+            return (
+                f'{said} Its "architectures" are those of another: write "model_type": "{known}" into its config.json.'
+            )
+    return f"{said} Give a causal language model that it knows."
+
+
+def _causal(config: PretrainedConfig, name: str) -> PretrainedConfig:
+    """The settings of the language model in those of a base, which may see or hear as well."""
+    kind = config.model_type
+    if config.is_encoder_decoder:
+        raise ConfigError(
+            f"model.base: {name} is a {kind} model, an encoder with a decoder. Give a causal language model."
+        )
+    text = config.get_text_config()
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigError(f"model.base: {name} is a {kind} model, which is no causal language model. Give one.")
+    if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
+        raise ConfigError(
+            f"model.base: {name} attends in both directions (use_bidirectional_attention). Give a causal model."
+        )
+    text.name_or_path = config.name_or_path
+    return text
+
+
+def _first_layers(config: PretrainedConfig, layers: int | None) -> tuple[PretrainedConfig, int]:
+    """`config` cut to its first `layers`, and how many it had. A list with an entry for each layer is cut too."""
+    count: int = config.num_hidden_layers
+    if not layers or layers >= count:
+        return config, count
+    for key, value in list(vars(config).items()):
+        if isinstance(value, (list, tuple)) and len(value) == count and not key.endswith(("_id", "_ids")):
+            setattr(config, key, value[:layers])
+    config.num_hidden_layers = layers
+    return config, count
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A model on `meta`, and its settings."""
+
+    model: PreTrainedModel
+    config: PretrainedConfig
+    name: str
+
+    def architecture(self, stored_layers: int) -> Architecture:
+        embedding, head = self._name(self.model.get_input_embeddings()), self._name(self._head)
+        logits = probe_logits(self.model, self._head)
+        if logits is None:
+            raise ConfigError(self._refusal("makes logits in a way that is not supported"))
+        parameters = tuple(self._parameters())
+        if not any(part.kind in ("linear", "experts") for part in parameters):
+            raise ConfigError(self._refusal("has no linear layers"))
+        return Architecture(
+            layers=len(self._layers),
+            stored_layers=max(stored_layers, len(self._layers)),
+            hidden=self._head.in_features,
+            vocabulary=next(part.shape[0] for part in parameters if part.name == embedding),
+            embedding=embedding,
+            head=head,
+            positions=getattr(self.config, "max_position_embeddings", None),
+            parameters=parameters,
+            attention=tuple(self._attention()),
+            tied=self._tied,
+            buffers=dict(self._buffers()),
+            stored_as=self._stored_as(parameters),
+            caps_attention=self._declared("attn_logit_softcapping") is not None,
+            has_sinks=any("sink" in part.name.rpartition(".")[2] for part in parameters),
+            isolates_documents=self.config.model_type not in _MIX_DOCUMENTS,
+            logit_factor=logits.factor,
+            logit_divisor=logits.divisor,
+            softcap=logits.softcap,
+        )
+
+    def _refusal(self, why: str) -> str:
+        return f"model.base: {self.name} is a {self.config.model_type} model, which {why}. Give another base."
+
+    @cached_property
+    def _head(self) -> nn.Linear:
+        head = self.model.get_output_embeddings()
+        if type(head) is not nn.Linear or head.bias is not None:
+            raise ConfigError(self._refusal("has an output head that is no plain matrix"))
+        return head
+
+    @cached_property
+    def _layers(self) -> nn.ModuleList:
+        layers = decoder_layers(self.model)
+        if layers is None:
+            raise ConfigError(self._refusal("has no list of decoder layers"))
+        return layers
+
+    @cached_property
+    def _modules(self) -> dict[str, nn.Module]:
+        return dict(self.model.named_modules())
+
+    def _name(self, module: nn.Module) -> str:
+        """The name of a module's weight in the model."""
+        return next(f"{path}.weight" for path, found in self._modules.items() if found is module)
+
+    def _declared(self, key: str) -> Any:
+        """A setting of the family itself: transformers keeps what else a config.json has, and does not read it."""
+        return getattr(self.config, key, None) if key in type(self.config).__dataclass_fields__ else None
+
+    @cached_property
+    def _tied(self) -> dict[str, str]:
+        first: dict[int, str] = {id(part): name for name, part in self.model.named_parameters()}
+        every = self.model.named_parameters(remove_duplicate=False)
+        return {name: first[id(part)] for name, part in every if first[id(part)] != name}
+
+    def _buffers(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        for name, tensor in self.model.state_dict().items():
+            if name not in parameters:
+                yield name, tuple(tensor.shape)
+
+    def _parameters(self) -> Iterator[Parameter]:
+        numbers = {id(module): number for number, layer in enumerate(self._layers) for module in layer.modules()}
+        routers = set(self._routers())
+        for name, parameter in self.model.named_parameters():
+            path, _, leaf = name.rpartition(".")
+            owner = self._modules[path]
+            layer = numbers.get(id(owner))
+            kind = self._kind(name, owner, leaf, parameter, layer)
+            if kind == "linear" and (path in routers or parameter.shape[0] == 1):
+                kind = "small"
+            visits = self._visits(path, parameter.shape[0]) if kind == "experts" else 1.0
+            yield Parameter(name, tuple(parameter.shape), kind, layer, visits)
+
+    def _kind(self, name: str, owner: nn.Module, leaf: str, parameter: Tensor, layer: int | None) -> Kind:
+        if owner is self._head:
+            return "head"
+        if isinstance(owner, nn.Embedding):
+            return "embedding"
+        if type(owner) is nn.Linear and leaf == "weight" and layer is not None:
+            return "linear"
+        return "experts" if layer is not None and self._is_stack(owner, parameter) else "small"
+
+    def _is_stack(self, owner: nn.Module, parameter: Tensor) -> bool:
+        """Whether it holds the matrices of a mixture's experts. Convolutions and recurrences have three dimensions as well."""
+        if parameter.ndim != 3 or isinstance(owner, nn.modules.conv._ConvNd):
+            return False
+        counts = (getattr(self.config, key, None) for key in dir(type(self.config)) if "experts" in key)
+        # transformers' interface of experts gives their class this attribute; Llama 4 and JetMoE are older.
+        return hasattr(owner, "has_gate") or parameter.shape[0] in [count for count in counts if type(count) is int]
+
+    def _routers(self) -> Iterator[str]:
+        """Paths of the linear layers beside a stack of experts that have an output for each of them, alone in their module: a
+        shared expert, which has three, may be as wide."""
+        for name, parameter in self.model.named_parameters():
+            path = name.rpartition(".")[0]
+            if self._is_stack(self._modules[path], parameter):
+                block = path.rpartition(".")[0]
+                for inner, module in self._modules[block].named_modules(prefix=block):
+                    if type(module) is nn.Linear and module.out_features == parameter.shape[0]:
+                        around = inner.rpartition(".")[0]
+                        linears = [type(child) for child in self._modules[around].children()].count(nn.Linear)
+                        if around == block or linears == 1:
+                            yield inner
+
+    def _visits(self, path: str, experts: int) -> float:
+        """The share of tokens that are routed to one of the `experts` at `path`, or 1 where nothing tells."""
+        block = self._modules[path.rpartition(".")[0]]
+        for owner in (self.config, *block.modules()):
+            for key in _ROUTED_TO:
+                routed = getattr(owner, key, None)
+                if type(routed) is int and routed > 0:
+                    return min(1.0, routed / experts)
+        return 1.0
+
+    def _attention(self) -> Iterator[AttentionLayer]:
+        for number, layer in enumerate(self._layers):
+            prefix = next(path for path, module in self._modules.items() if module is layer)
+            for path, module in layer.named_modules(prefix=prefix):
+                if isinstance(getattr(module, "is_causal", None), bool):
+                    yield AttentionLayer(path, number, *self._keys(module), self._window(module, number))
+
+    def _keys(self, module: nn.Module) -> tuple[int | None, int | None]:
+        """Heads of keys and the width of each, where values are alike."""
+        size, made_by = getattr(module, "head_dim", None), getattr(module, "k_proj", None)
+        if not isinstance(size, int):
+            return None, None
+        if isinstance(made_by, nn.Linear):
+            return made_by.out_features // size, size
+        heads = self._declared("num_key_value_heads")
+        return (heads, size) if isinstance(heads, int) and hasattr(module, "qkv_proj") else (None, None)
+
+    def _window(self, module: nn.Module, layer: int) -> int | None:
+        if hasattr(module, "sliding_window"):
+            return module.sliding_window or None  # type: ignore[return-value]
+        kinds = self._declared("layer_types")
+        if kinds:
+            size = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}.get(
+                kinds[layer]
+            )
+            return self._declared(size) if size else None
+        return self._declared("sliding_window") or None
+
+    def _stored_as(self, parameters: tuple[Parameter, ...]) -> dict[str, tuple[str, ...]]:
+        """transformers 5 holds the experts of a layer in one parameter, most files hold each by itself."""
+        stored = {part.name: self._stored(part) for part in parameters}
+        return {name: names for name, names in stored.items() if names != (name,)}
+
+    def _stored(self, parameter: Parameter) -> tuple[str, ...]:
+        kind = self.config.model_type
+        name = parameter.name.replace(".mlp.", ".block_sparse_moe.") if kind == "mixtral" else parameter.name
+        path, _, leaf = name.rpartition(".")
+        parts = _STORED_EXPERTS.get(kind, {}).get(leaf)
+        if parts is None or parameter.kind != "experts":
+            return (name,)
+        return tuple(f"{path}.{expert}.{part}.weight" for expert in range(parameter.shape[0]) for part in parts)
+
+
+def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return {"architecture": read_from_meta(request["config"], request["layers"], request["name"]).to_json()}
+    except ConfigError as error:
+        return {"refusal": str(error)}
+
+
+if __name__ == "__main__":
+    with suppress(BrokenPipeError):
+        json.dump(_answer(json.load(sys.stdin)), sys.stdout)
