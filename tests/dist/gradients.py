@@ -1,7 +1,7 @@
 """The first step's gradients, ours and by PyTorch alone."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed.utils import safe_get_full_grad
@@ -70,6 +70,9 @@ def plain_first_step(config_text: str, fingerprint: str, destination: str) -> di
         plain.grow(model, max(ids) + 1)
         layers = ["embed_tokens"] if architecture.tied else ["embed_tokens", "lm_head"]
         described.trainable_token_indices = dict.fromkeys(layers, ids)
+    if config.tuning.experts:
+        described.target_parameters = ["experts.gate_up_proj", "experts.down_proj"]
+        described.rank_pattern = dict.fromkeys(described.target_parameters, config.tuning.experts_rank)
     if config.tuning.modules_to_save:
         described.modules_to_save = config.tuning.modules_to_save
         described.ensure_weight_tying = architecture.tied
@@ -92,6 +95,8 @@ def plain_base(config: Config) -> Any:
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head" and config.quant.type != "none":
             module.weight.data = dequantized(module.weight.data)
+    for stack in (parameter for parameter in model.parameters() if parameter.ndim == 3 and config.quant.type != "none"):
+        stack.data = torch.stack([dequantized(matrix) for matrix in stack.data])
     return model
 
 
@@ -99,8 +104,11 @@ def plain_step(
     config: Config, fingerprint: str, model: Any, adapters: dict[str, Any], destination: str
 ) -> dict[str, Any]:
     """Writes the gradients of `adapters`, parameters of `model` by our names, at `adapter_value`. -> the record."""
+    layouts = {name: _layout(name, model) for name in adapters}
     for name, parameter in adapters.items():
-        parameter.data = adapter_value(name, tuple(parameter.shape)).to(parameter.dtype)
+        layout = layouts[name]
+        value = adapter_value(name, tuple(layout.ours(parameter.data).shape))
+        parameter.data = layout.theirs(value).to(parameter.dtype)
     batches = first_rows(config, fingerprint)
     targets = sum(batch.targets for batch in batches)
     nats = 0.0
@@ -109,7 +117,7 @@ def plain_step(
         loss = _loss(logits, labels, config) / targets
         loss.backward()
         nats += float(loss.detach())
-    gradients = {name: parameter.grad.float() for name, parameter in adapters.items()}
+    gradients = {name: layouts[name].ours(parameter.grad.float()).contiguous() for name, parameter in adapters.items()}
     save_file(gradients, destination)
     norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
     rows = [batch.targets for batch in batches]
@@ -139,11 +147,31 @@ def _loss(logits: Tensor, labels: Tensor, config: Config) -> Tensor:
     return nats + z_loss * (torch.logsumexp(logits[labels != -100], -1) ** 2).sum()
 
 
+class _Layout(NamedTuple):
+    """How an adapter's matrix in PEFT becomes ours, and the other way round."""
+
+    ours: Callable[[Tensor], Tensor] = lambda value: value
+    theirs: Callable[[Tensor], Tensor] = lambda value: value
+
+
+def _layout(name: str, model: Any) -> _Layout:
+    """PEFT lays the experts' matrices out in two dimensions: A by expert, B by rank and then by expert."""
+    path, found, _ = name.partition(".adapters.")
+    if not found:
+        return _Layout()
+    count = model.get_submodule(path).num_experts
+    if name.endswith(".lora_A"):
+        return _Layout(lambda a: a.unflatten(0, (count, -1)), lambda a: a.flatten(0, 1))
+    return _Layout(lambda b: b.unflatten(1, (-1, count)).permute(2, 0, 1), lambda b: b.permute(1, 2, 0).flatten(1))
+
+
 def _plain_name(name: str) -> str:
     """A parameter's name without the adapter's, and without what PEFT's own modules are made of."""
     return (
         name.replace(".default", "")
         .replace(".token_adapter", "")
         .replace(".modules_to_save", "")
+        .replace(".adapters.gate_up_proj", ".base_layer")
+        .replace(".adapters.down_proj", "")
         .removesuffix(".weight")
     )

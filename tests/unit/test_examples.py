@@ -29,6 +29,17 @@ LLAMA_70B = LLAMA_8B | {
     "num_hidden_layers": 80,
     "num_attention_heads": 64,
 }
+QWEN3_30B_A3B: dict[str, Any] = LLAMA_8B | {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "vocab_size": 151936,
+}
 LLAMA_405B = LLAMA_8B | {
     "hidden_size": 16384,
     "intermediate_size": 53248,
@@ -108,3 +119,12 @@ def test_the_parameters_that_the_page_of_methods_states_are_what_plan_counts(
         line for line in (EXAMPLES.parent / "docs/methods.md").read_text().splitlines() if f"](#{method})" in line
     )
     assert " / ".join(f"{count / 1e6:.1f} M" for count in counts) in row
+
+
+def test_the_parameters_of_experts_that_the_page_of_methods_states_are_what_plan_counts() -> None:
+    page = (EXAMPLES.parent / "docs/methods.md").read_text()
+    alone, both = (
+        plan("8b-one-gpu", QWEN3_30B_A3B, 1, 1, 24, "tuning.rank=32", *settings).parameters.trainable
+        for settings in ((), ("tuning.experts=true", "tuning.experts_rank=4"))
+    )
+    assert f"is {(both - alone) / 1e6:.1f} M parameters beside the {alone / 1e6:.1f} M of rank 32" in page

@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from tests.nf4 import packed_stack
 from trainer.model import experts
+from trainer.model.expert_lora import ExpertLora
 from trainer.model.experts import IMPLEMENTATION, is_experts, prepare_experts
 
 EXPERTS, WIDE, INNER, TOKENS, EACH = 8, 64, 48, 50, 3
@@ -101,6 +102,29 @@ def pair(family: str, kind: str, **sizes: int) -> Pair:
     return Pair(ours, theirs, *learning)
 
 
+def adapt(both: Pair, rank: int) -> None:
+    """LoRA on every stack, in transformers' experts by weights that are W + 2 * B @ A."""
+    for path, module in both.ours.named_modules():
+        if not is_experts(module):
+            continue
+        reference = both.theirs.get_submodule(path)
+        declared = getattr(reference, "is_transposed", False)  # as PEFT sees it
+        for name in ("gate_up_proj", "up_proj", "down_proj"):
+            if not hasattr(module, name):
+                continue
+            whole = getattr(reference, name).detach()
+            count, rows, columns = whole.shape
+            inputs, outputs = (rows, columns) if declared else (columns, rows)
+            a, b = 0.1 * torch.randn(count, rank, inputs), 0.1 * torch.randn(count, outputs, rank)
+            module.adapters[name] = ExpertLora(a, b, 2.0, swapped=module.is_transposed != declared)
+            both.our_learning += [module.adapters[name].lora_A, module.adapters[name].lora_B]
+            a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
+            both.their_learning += [a, b]
+            change = 2.0 * b @ a
+            delattr(reference, name)
+            setattr(reference, name, whole + (change.mT if declared else change))
+
+
 def passes(module: Any, learning: list[Tensor], wide: int = WIDE) -> list[Tensor]:
     """What the experts make of some tokens, and the gradients of the tokens, of the routing weights and of what learns."""
     torch.manual_seed(1)
@@ -139,6 +163,23 @@ def test_values_and_gradients_are_those_of_transformers(family: str, monkeypatch
     stack: Any = next(module for module in both.ours.modules() if hasattr(module, "slice_shape"))
     stack.weight.data[: stack.layout.slice_bytes] ^= 1
     assert distance(passes(both.ours, both.our_learning), expected) > 1e-3, "the control: another bit in one expert"
+
+
+@pytest.mark.parametrize(
+    ("family", "rank"),
+    [*((family, 4) for family in FAMILIES), ("qwen3_moe", 3), ("llama4_text", 3)],  # 3 is no whole 16 bytes
+)
+def test_lora_of_every_expert_is_that_of_weights_with_it_in_them(family: str, rank: int) -> None:
+    both = pair(family, "packed")
+    adapt(both, rank)
+    expected = passes(both.theirs, both.their_learning)
+    assert distance(passes(both.ours, both.our_learning), expected) < 2e-6
+    for module in both.ours.modules():
+        if isinstance(module, ExpertLora):
+            module.active = False
+    plain = pair(family, "packed")
+    assert torch.equal(passes(both.ours, [])[0], passes(plain.ours, [])[0]), "switched off"
+    assert distance(passes(plain.ours, [])[:1], expected[:1]) > 1e-2, "the control: it changes what comes out"
 
 
 @pytest.mark.parametrize(("wide", "inner"), [(35, 43), (128, 64)])
@@ -204,6 +245,7 @@ def test_a_stack_is_dequantized_in_portions_and_not_where_nobody_visits(monkeypa
 
 def test_the_same_bits_come_out_every_time_and_autograd_keeps_no_weight() -> None:
     both = pair("gpt_oss", "packed")
+    adapt(both, 3)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         first = passes(both.ours, both.our_learning)

@@ -8,8 +8,9 @@ import pytest
 
 from tests.material import KINDS, SIZES
 from trainer import tuning
+from trainer.base.architecture import Architecture
 from trainer.base.architecture_cache import read_architecture
-from trainer.config import Tuning, parse_config
+from trainer.config import Config, Tuning, parse_config
 from trainer.errors import ConfigError
 from trainer.tuning.method import Method, find_method, method_of, methods, tuning_mismatches
 
@@ -152,6 +153,61 @@ def test_modules_that_cannot_learn_are_refused_with_those_that_can():
     assert saving(["norm"], "llama", "dora", "model.add_tokens=[<a>]") == []
     with pytest.raises(ConfigError, match="tuning.modules_to_save: has no effect with tuning.method: full. Remove it."):
         saving(["norm"], "llama", "full")
+
+
+def with_experts(kind: str, *overrides: str) -> tuple[Config, Architecture]:
+    text = "run: {name: demo}\nmodel: {base: /m}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
+    sizes = {**SIZES, "num_experts_per_tok": 2, **KINDS[kind]}
+    return parse_config(text, ("tuning.experts=true", *overrides)), read_architecture(sizes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "a", "b"),
+    [
+        ("mixtral", (3, 4, 35), (3, 86, 4)),
+        ("gpt-oss", (4, 4, 35), (4, 86, 4)),  # its stacks are (experts, inputs, outputs)
+    ],
+)
+def test_experts_have_adapters_of_a_rank_of_their_own_beside_those_of_linear_layers(
+    kind: str, a: tuple[int, ...], b: tuple[int, ...]
+):
+    config, architecture = with_experts(kind, "tuning.experts_rank=4")
+    shapes, alone = method_of(config).shapes(architecture), find_method(Tuning()).shapes(architecture)
+    assert alone.items() <= shapes.items()
+    added = {name: shape for name, shape in shapes.items() if name not in alone}
+    assert len(added) == 2 * 2 * 2  # layers, stacks, A and B
+    path = "model.layers.1.mlp.experts.adapters"
+    assert (added[f"{path}.gate_up_proj.lora_A"], added[f"{path}.gate_up_proj.lora_B"]) == (a, b)
+    assert method_of(config).identity == {**find_method(Tuning()).identity, "experts": True, "experts_rank": 4}
+
+
+def test_the_experts_rank_is_that_of_the_linear_layers_unless_it_is_given():
+    (same, architecture), (given, _) = with_experts("mixtral"), with_experts("mixtral", "tuning.experts_rank=16")
+    assert method_of(same).identity == method_of(given).identity
+    assert method_of(same).identity == {**find_method(Tuning()).identity, "experts": True}
+    assert method_of(same).shapes(architecture) == method_of(given).shapes(architecture)
+
+
+def test_experts_that_cannot_be_adapted_are_refused_with_the_reason():
+    assert tuning_mismatches(*with_experts("mixtral")) == []
+    assert tuning_mismatches(*with_experts("llama")) == [
+        "tuning.experts: the base is no mixture of experts. Remove it."
+    ]
+    (dropout,) = tuning_mismatches(*with_experts("mixtral", "tuning.dropout=0.1"))
+    assert dropout == (
+        "tuning.dropout: 0.1 cannot be had with tuning.experts, as PEFT's adapters of experts have none. Set it to 0."
+    )
+    with pytest.raises(ConfigError) as dora:
+        method_of(with_experts("mixtral", "tuning.method=dora")[0])
+    assert str(dora.value) == (
+        "tuning.experts: tuning.method: dora has no adapters for experts, as PEFT has none. Choose lora or rslora, or remove it."
+    )
+    with pytest.raises(ConfigError, match="tuning.experts: has no effect with tuning.method: ia3. Remove it."):
+        method_of(with_experts("mixtral", "tuning.method=ia3")[0])
+    with pytest.raises(
+        ConfigError, match="tuning.experts_rank: 4 has no effect without tuning.experts: true. Remove it"
+    ):
+        with_experts("mixtral", "tuning.experts=false", "tuning.experts_rank=4")
 
 
 def full(train: object = "all") -> Method:

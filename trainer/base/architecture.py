@@ -22,6 +22,7 @@ class Parameter:
     columns) of a mixture's matrices, quantized one by one; embedding and head; `small` is all the rest: norms, biases,
     routers, convolutions. `layer` is None outside the decoder layers. `visits` is the share of a row's tokens that each of its
     matrices multiplies: less than 1 for experts to which tokens are routed.
+    A stack that is `transposed` has matrices (inputs, outputs), and its class says so.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Parameter:
     kind: Kind
     layer: int | None = None
     visits: float = 1.0
+    transposed: bool = False
 
     @property
     def numel(self) -> int:
@@ -158,6 +160,10 @@ class Architecture:
             for parameter in self.parameters
             if parameter.kind == "linear"
         }
+
+    def stacks(self) -> dict[str, Parameter]:
+        """Name -> every stack of a mixture's matrices, in the model's order."""
+        return {parameter.name: parameter for parameter in self.parameters if parameter.kind == "experts"}
 
     def blocks(self) -> dict[int, list[str]]:
         """Decoder layer -> the paths in the model of its blocks, each of whose outputs is added to the hidden states: first

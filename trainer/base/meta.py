@@ -25,6 +25,7 @@ from trainer.base.architecture import Architecture, AttentionLayer, Kind, Parame
 from trainer.base.config_json import read_by_transformers
 from trainer.base.logits import probe_logits
 from trainer.errors import ConfigError, shown
+from trainer.model.experts import is_experts, prepare_experts
 from trainer.model.parts import decoder_layers
 
 # Their masks are made without position_ids, so the documents of a packed row see each other.
@@ -62,6 +63,7 @@ def read_from_meta(base_config: Mapping[str, Any], layers: int | None, name: str
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         model.tie_weights()
+    prepare_experts(model)
     return _Reader(model, config, name).architecture(stored_layers)
 
 
@@ -201,8 +203,11 @@ class _Reader:
             kind = self._kind(name, owner, leaf, parameter, layer)
             if kind == "linear" and (path in routers or parameter.shape[0] == 1):
                 kind = "small"
-            visits = self._visits(path, parameter.shape[0]) if kind == "experts" else 1.0
-            yield Parameter(name, tuple(parameter.shape), kind, layer, visits)
+            shape = tuple(parameter.shape)
+            if kind == "experts":
+                yield Parameter(name, shape, kind, layer, self._visits(path, shape[0]), bool(owner.is_transposed))
+            else:
+                yield Parameter(name, shape, kind, layer)
 
     def _kind(self, name: str, owner: nn.Module, leaf: str, parameter: Tensor, layer: int | None) -> Kind:
         if owner is self._head:
@@ -215,11 +220,7 @@ class _Reader:
 
     def _is_stack(self, owner: nn.Module, parameter: Tensor) -> bool:
         """Whether it holds the matrices of a mixture's experts. Convolutions and recurrences have three dimensions as well."""
-        if parameter.ndim != 3 or isinstance(owner, nn.modules.conv._ConvNd):
-            return False
-        counts = (getattr(self.config, key, None) for key in dir(type(self.config)) if "experts" in key)
-        # transformers' interface of experts gives their class this attribute; Llama 4 and JetMoE are older.
-        return hasattr(owner, "has_gate") or parameter.shape[0] in [count for count in counts if type(count) is int]
+        return parameter.ndim == 3 and is_experts(owner)
 
     def _routers(self) -> Iterator[str]:
         """Paths of the linear layers beside a stack of experts that have an output for each of them, alone in their module: a

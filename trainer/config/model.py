@@ -137,6 +137,14 @@ class Tuning(Section):
         example="Classify the message as spam or not: ",
         min_length=1,
     )
+    experts: bool = setting(
+        False,
+        about="Adapters on every matrix of a mixture's experts as well (lora and rslora). Routers stay frozen.",
+        example=True,
+    )
+    experts_rank: int | None = setting(
+        None, about="Rank of the experts' adapters. Default: tuning.rank.", example=4, ge=1, le=4096
+    )
     modules_to_save: list[str] = setting(
         [],
         about="Modules of the base that learn whole beside lora, rslora, dora or ia3, by the ends of their paths: norms, embed_tokens, "
@@ -149,3 +157,11 @@ class Tuning(Section):
         "text (last layers, norms, biases).",
         example=["model.layers.31.*", "*norm.weight"],
     )
+
+    @model_validator(mode="after")
+    def _experts(self) -> "Tuning":
+        if self.experts_rank is not None and not self.experts:
+            raise ValueError(
+                f"tuning.experts_rank: {self.experts_rank} has no effect without tuning.experts: true. Remove it, or set that."
+            )
+        return self

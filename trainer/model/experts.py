@@ -27,10 +27,14 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def prepare_experts(model: nn.Module) -> None:
-    """Give those experts of a model built with `IMPLEMENTATION` its forward pass whose class has no interface."""
+    """Make the experts of a model that transformers built with `IMPLEMENTATION` ready for adapters, those of classes without the
+    interface too."""
     for module in list(model.modules()):
         if type(module).__name__ in _WITHOUT_INTERFACE:
             _WITHOUT_INTERFACE[type(module).__name__](module)
+    for module in list(model.modules()):
+        if is_experts(module):
+            module.adapters = nn.ModuleDict()
 
 
 def experts_forward(self: nn.Module, hidden: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
@@ -54,6 +58,8 @@ def _linear(self: Any, name: str, rows: Tensor, groups: Groups) -> Tensor:
     stack = getattr(self, name)
     learning = None if isinstance(stack, FrozenStack4bit) else stack
     result = _GroupedLinear.apply(rows, learning, self, name, groups)
+    if name in self.adapters and self.adapters[name].active:
+        result = result + self.adapters[name](rows, groups)
     if self.has_bias:
         result = result + getattr(self, f"{name}_bias")[groups.experts]
     return result

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-_ALIGNMENT = 16  # bytes: the strides and addresses that torch's kernel can take
+ALIGNMENT = 16  # bytes: the strides and addresses that torch's kernel can take
 
 
 class Groups:
@@ -74,12 +74,12 @@ class Groups:
 
 def _fits(rows: Tensor, outputs: int) -> bool:
     """Whether the rows, and those of `outputs` numbers that are made of them, are whole units of what torch's kernel takes."""
-    return not any(size * rows.itemsize % _ALIGNMENT for size in (rows.shape[-1], outputs))
+    return not any(size * rows.itemsize % ALIGNMENT for size in (rows.shape[-1], outputs))
 
 
 def _aligned(tensor: Tensor) -> Tensor:
     """The tensor where torch's kernel can read it: ZeRO-3 gathers parameters one after another, wherever one begins."""
-    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 class _Dispatch(Function):

@@ -39,10 +39,18 @@ LOW_RANK_SETTINGS = (
     "dropout",
     "targets",
     "modules_to_save",
+    "experts",
+    "experts_rank",
     "optim.lora_plus_ratio",
     "model.add_tokens",
 )
-LOW_RANK_DEFAULTS = {"dropout": 0.0, "targets": ALL_LINEAR, "modules_to_save": []}
+LOW_RANK_DEFAULTS = {
+    "dropout": 0.0,
+    "targets": ALL_LINEAR,
+    "modules_to_save": [],
+    "experts": False,
+    "experts_rank": None,
+}
 
 
 @dataclass(frozen=True)

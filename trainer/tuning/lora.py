@@ -66,7 +66,10 @@ class Lora(LinearAdapters):
     @property
     def scaling(self) -> float:
         """The factor on B @ A."""
-        rank = self.tuning.rank
+        return self.scaling_of(self.tuning.rank)
+
+    def scaling_of(self, rank: int) -> float:
+        """The same for adapters of another rank."""
         return self.tuning.alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
     def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:

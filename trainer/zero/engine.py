@@ -52,6 +52,13 @@ def gather_with(module: nn.Module, other: nn.Module) -> None:
         deepspeed.zero.register_external_parameter(module, parameter)
 
 
+def divide_now(module: nn.Module, beside: nn.Module) -> None:
+    """Divide the parameters of `module`, which every rank has whole and alike, over the ranks, as those of `beside` are divided
+    already. The engine does the same when it is made, but until then a rank would hold all of them. Collective."""
+    divided: Any = next(beside.parameters())
+    divided.convert_to_zero_parameters(list(module.parameters()))
+
+
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
     """The sharded parameters of `module` are whole inside, to be read only. Collective, before the engine is made."""

@@ -1,0 +1,176 @@
+"""LoRA on a mixture's experts over a sharded base is PEFT's: in gradients, over a restart, exported and merged."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tests.dist import gradients, linear_adapters, proofs
+from tests.dist.launch import launch
+from tests.dist.proofs import export_and_prove, proof_of
+from tests.dist.test_gradients import distance
+from tests.dist.test_linear_adapters import check_goes_on, committed
+from tests.dist.test_merge import merged_by_peft
+from tests.material import Workshop, make_base
+from trainer.config import Config, dump_config
+from trainer.export.adapter import export_adapter
+from trainer.export.learnt import master_weights
+from trainer.export.merged import export_merged
+from trainer.export.proof import Proof
+from trainer.store import Store, open_store
+
+# A base -> sizes that torch's grouped products take; transformers' default experts take no others.
+SIZES: dict[str, dict[str, Any]] = {
+    "qwen3-moe": {"moe_intermediate_size": 48, "num_experts": 6},
+    "gpt-oss": {"hidden_size": 64, "intermediate_size": 48, "head_dim": 16},  # transposed stacks, biases
+}
+# gpt-oss' masks have no borders of documents.
+SETTINGS = {"gpt-oss": ("data.packing=false",)}
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    here = Workshop(tmp_path_factory.mktemp("experts"), "qwen3-moe", **SIZES["qwen3-moe"])
+    policy = here.policy.read_text()
+    here.policy.write_text(policy.replace(": 600", ": 0"))  # every parameter in parts
+    return here
+
+
+def adapting(workshop: Workshop, kind: str, name: str, *overrides: str) -> Config:
+    """Experts have adapters of rank 3, which is no whole 16 bytes, linear layers of rank 8."""
+    folder = workshop.folder / kind
+    if not folder.exists():
+        make_base(folder, kind, **SIZES.get(kind, {}))
+    settings = (f"model.base={folder}", "tuning.experts=true", "tuning.experts_rank=3", *SETTINGS.get(kind, ()))
+    return workshop.config(name, *settings, *overrides)
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    ("kind", "quant", "worlds"),
+    [
+        ("qwen3-moe", "nf4", (1, 2, 3)),
+        ("gpt-oss", "none", (1, 2)),
+        ("mixtral", "nf4", (1, 2)),  # widths of 35 and 43
+    ],
+)
+def test_gradients_are_pefts_and_those_of_one_rank_at_any_world_size(
+    workshop: Workshop, tmp_path: Path, kind: str, quant: str, worlds: tuple[int, ...]
+) -> None:
+    config = adapting(workshop, kind, "gradients", "model.dtype=fp32", f"quant.type={quant}")
+    arguments = dump_config(config), workshop.prepare(config).train
+    expected = tmp_path / "plain.safetensors"
+    (plain,) = launch(1, gradients.plain_first_step, *arguments, str(expected))
+    theirs = load_file(expected)
+    stacked = [name for name in theirs if ".adapters." in name]
+    assert len(stacked) == 2 * 2 * 2  # layers, stacks, A and B
+    assert all(gradient.norm() > 0 for gradient in theirs.values())
+    ours: dict[int, dict[str, torch.Tensor]] = {}
+    for ranks in worlds:
+        file = tmp_path / f"{ranks}.safetensors"
+        record = launch(ranks, gradients.first_step, *arguments, str(file))[0]
+        assert record["loss"] == pytest.approx(plain["loss"], rel=3e-6)
+        ours[ranks] = load_file(file)
+        assert distance(ours[ranks], theirs) < 1e-5, ranks
+        assert distance(ours[ranks], ours[1]) < 1e-6, ranks
+    turned = {name: values.roll(1, 0) if name in stacked else values for name, values in theirs.items()}
+    assert distance(turned, theirs) > 0.1, "the control: the experts' gradients are not alike"
+
+
+@pytest.mark.timeout(300)
+def test_a_run_goes_on_bit_by_bit_at_its_world_size_and_closely_at_another(workshop: Workshop) -> None:
+    learnt = check_goes_on(
+        workshop, "experts", lambda name, *overrides: adapting(workshop, "qwen3-moe", name, *overrides)
+    )
+    assert all(values.any() for name, values in learnt.items() if ".adapters." in name)
+
+
+def test_the_start_is_the_bases_at_any_world_size_and_in_any_scope(workshop: Workshop, tmp_path: Path) -> None:
+    starts: list[dict[str, torch.Tensor]] = []
+    for ranks, per_node in ((1, 1), (3, 3), (4, 2)):
+        scope = "node" if per_node < ranks else "world"
+        config = adapting(workshop, "qwen3-moe", "start", f"sharding.scope={scope}")
+        file = tmp_path / f"{ranks}.safetensors"
+        found = launch(ranks, linear_adapters.start, dump_config(config), str(file), ranks_per_node=per_node)
+        assert found == [{"whole": 0, "starts_as_base": True, "is_base_switched_off": True, "learns": True}] * ranks
+        starts.append(load_file(file))
+    for start in starts:
+        assert start.keys() == starts[0].keys()
+        assert all(torch.equal(values, starts[0][name]) for name, values in start.items())
+    a = starts[0]["model.layers.0.mlp.experts.adapters.gate_up_proj.lora_A"]
+    assert a.shape == (6, 3, 64)
+    assert 0.9 / 8 < a.abs().max() <= 1 / 8  # uniform within 1 / sqrt(64), as in PEFT
+    assert not starts[0]["model.layers.0.mlp.experts.adapters.gate_up_proj.lora_B"].any()
+
+
+@pytest.fixture(scope="module", params=["qwen3-moe", "gpt-oss"])
+def run(request: pytest.FixtureRequest, workshop: Workshop) -> Store:
+    """A run with a committed step, over a base in 4 bits."""
+    kind = request.param
+    return committed(workshop, adapting(workshop, kind, f"{kind}-done", "tuning.method=rslora"))
+
+
+def test_peft_has_the_logits_of_the_trained_model_and_a_broken_file_is_caught(run: Store, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    export_and_prove(run, folder)
+
+    file = folder / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if name.endswith("experts.base_layer.lora_B.weight"))
+    weights[name] = weights[name].roll(1, 1)
+    save_file(weights, file, metadata={"format": "pt"})
+    assert not proof_of(run, folder).holds
+
+
+def test_peft_reads_every_parameter_without_a_warning(
+    run: Store, workshop: Workshop, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    manifest = export_adapter(run, open_store(str(tmp_path / "adapter")))
+    base: Any = AutoModelForCausalLM.from_pretrained(
+        workshop.folder / run.uri.rpartition("/")[2].removesuffix("-done"), dtype=torch.bfloat16
+    )
+    model = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    assert [str(warning.message) for warning in recwarn if "rank_pattern" in str(warning.message)] == []
+    read = {name: value for name, value in model.named_parameters() if "lora_" in name}
+    masters = master_weights(run, manifest)
+    assert len(read) == len(masters)
+    assert sum(value.numel() for value in read.values()) == sum(value.numel() for value in masters.values())
+    ours = "model.layers.1.mlp.experts.adapters.down_proj"
+    theirs = "base_model.model.model.layers.1.mlp.experts"
+    a, b = read[f"{theirs}.lora_A.default.weight"].float(), read[f"{theirs}.lora_B.default.weight"].float()
+    count = len(masters[f"{ours}.lora_A"])
+    for expert in range(count):
+        assert torch.equal(a[3 * expert : 3 * expert + 3], masters[f"{ours}.lora_A"][expert].bfloat16().float())
+        assert torch.equal(b[:, expert::count], masters[f"{ours}.lora_B"][expert].bfloat16().float())
+
+
+@pytest.mark.parametrize("kind", ["qwen3-moe", "gpt-oss", "mixtral"])
+def test_a_merged_model_is_what_peft_merges(workshop: Workshop, tmp_path: Path, kind: str) -> None:
+    run = committed(workshop, adapting(workshop, kind, f"{kind}-merged"))
+    export_merged(run, open_store(str(tmp_path / "merged")))
+
+    base = workshop.folder / kind
+    expected = merged_by_peft(run, base, tmp_path / "adapter").to(torch.bfloat16).state_dict()
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    plain: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    assert expected.keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+        assert torch.equal(value, plain.state_dict()[name]) == ("_proj" not in name or name.endswith("bias")), name
+
+
+def test_a_merge_is_proven_and_a_broken_file_is_caught(run: Store, tmp_path: Path) -> None:
+    export_merged(run, open_store(str(tmp_path / "merged")))
+    (proof,) = launch(1, proofs.merge_proof, run.uri, 4, str(tmp_path / "merged"))
+    assert Proof(**proof).holds
+    for file in (tmp_path / "merged").glob("*.safetensors"):
+        weights = load_file(file)
+        for name in [name for name in weights if "experts" in name and "down_proj" in name]:
+            weights[name] = weights[name].roll(1, 0)
+        save_file(weights, file, metadata={"format": "pt"})
+    (proof,) = launch(1, proofs.merge_proof, run.uri, 4, str(tmp_path / "merged"))
+    assert not Proof(**proof).holds

@@ -1,0 +1,62 @@
+"""Low-rank adapters of a mixture's experts (LoRA, arXiv:2106.09685): each expert's matrix is W + scaling * B @ A with its own A and B.
+
+The rows of all experts are multiplied in groups, and B @ A is never formed. As in trainer/model/nf4.py the function keeps the module,
+never the gathered A and B.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn.functional import pad
+
+from trainer.model.grouped import ALIGNMENT, Groups
+
+
+class ExpertLora(nn.Module):
+    """The adapter of a stack (E, rows, columns).
+
+    lora_A (E, r, in) and lora_B (E, out, r) are as PEFT has them, for which a stack's matrices are (out, in), or (in, out) where their
+    class says `is_transposed`. With `swapped` the class multiplies with matrices (in, out) without saying so: A then makes the outputs.
+    """
+
+    def __init__(self, lora_A: Tensor, lora_B: Tensor, scaling: float, *, swapped: bool) -> None:
+        super().__init__()
+        self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
+        self.rank, self.scaling, self.swapped = lora_A.shape[1], scaling, swapped
+        self.active = True
+
+    def forward(self, rows: Tensor, groups: Groups) -> Tensor:
+        """What it adds to the product of the rows (S, in), sorted by expert -> (S, out)."""
+        return _LowRank.apply(rows, self.lora_A, self.lora_B, self, groups)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The matrices of both products, (E, in, R) and (E, R, out). R is the rank in whole 16 bytes, which torch's kernel wants:
+        the rest of it is zeros."""
+        odd = -self.rank % (ALIGNMENT // self.lora_A.itemsize)
+        a, b = pad(self.lora_A.data, (0, 0, 0, odd)), pad(self.lora_B.data, (0, odd))
+        return (b, a) if self.swapped else (a.mT, b.mT)
+
+
+class _LowRank(Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, a: Tensor, b: Tensor, adapter: ExpertLora, groups: Groups) -> Tensor:
+        """`a` and `b` are there for their gradients alone."""
+        first, second = adapter.factors()
+        low = groups.product(rows, first).mul_(adapter.scaling)
+        ctx.save_for_backward(rows, low)
+        ctx.adapter, ctx.groups = adapter, groups
+        return groups.product(low, second)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:  # type: ignore[override]
+        adapter, groups, grad = ctx.adapter, ctx.groups, grad.contiguous()
+        rows, low = ctx.saved_tensors
+        first, second = adapter.factors()
+        of_low = groups.product(grad, second.mT).mul_(adapter.scaling)
+        of_rows = groups.product(of_low, first.mT) if ctx.needs_input_grad[0] else None
+        if adapter.swapped:
+            of_a, of_b = groups.outer(low, grad), groups.outer(rows, of_low)
+        else:
+            of_a, of_b = groups.outer(of_low, rows), groups.outer(grad, low)
+        return of_rows, of_a[:, : adapter.rank].contiguous(), of_b[:, :, : adapter.rank].contiguous(), None, None
