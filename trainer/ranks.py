@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from trainer.errors import CapstanError
@@ -60,6 +61,12 @@ class Ranks:
     def sum(self, value: float) -> float:
         """The sum over ranks, added in rank order. Collective."""
         return sum(row[0] for row in self.gather(value))
+
+    def total(self, counts: Tensor) -> Tensor:
+        """The sum over ranks of a tensor of whole numbers on this rank's device. Collective."""
+        every = counts.clone()
+        dist.all_reduce(every)
+        return every
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Small picklable objects of every rank, in rank order. Collective."""

@@ -9,7 +9,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.dist import gradients, linear_adapters, proofs
+from launcher.view.status import read_generation
+from tests.dist import gradients, linear_adapters, proofs, runs
 from tests.dist.launch import launch
 from tests.dist.proofs import export_and_prove, proof_of
 from tests.dist.test_gradients import distance
@@ -21,6 +22,7 @@ from trainer.export.adapter import export_adapter
 from trainer.export.learnt import master_weights
 from trainer.export.merged import export_merged
 from trainer.export.proof import Proof
+from trainer.run import layout
 from trainer.store import Store, open_store
 
 # A base -> sizes that torch's grouped products take; transformers' default experts take no others.
@@ -87,6 +89,36 @@ def test_a_run_goes_on_bit_by_bit_at_its_world_size_and_closely_at_another(works
         workshop, "experts", lambda name, *overrides: adapting(workshop, "qwen3-moe", name, *overrides)
     )
     assert all(values.any() for name, values in learnt.items() if ".adapters." in name)
+
+
+def test_the_metrics_say_which_experts_the_tokens_go_to_at_any_world_size(workshop: Workshop) -> None:
+    """Of the first step's training and of the evaluation after a step that changes next to nothing."""
+    found: list[dict[str, Any]] = []
+    for ranks in (1, 2):
+        few = ("train.steps=1", "data.held_out=0.2", "optim.lr=1e-12", "model.dtype=fp32")
+        config = adapting(workshop, "qwen3-moe", f"routed-{ranks}", *few)
+        run, data = workshop.store.sub(config.run.name), workshop.prepare(config)
+        run.put(layout.CONFIG, dump_config(config).encode())
+        (message,) = {
+            o["message"] for o in launch(ranks, runs.run, dump_config(config), data.train, "start", data.eval)
+        }
+        assert message == ""
+        found.append(read_generation(run, 1))
+    one, two = ({record["of"]: record["shares"] for record in records["experts"]} for records in found)
+    assert one.keys() == two.keys() == {"train", "eval"}
+    for of in one:
+        assert one[of].keys() == {f"model.layers.{layer}.mlp.experts" for layer in (0, 1)}
+        for path, shares in one[of].items():
+            assert len(shares) == 6
+            assert sum(shares) == pytest.approx(2, abs=1e-3)  # experts that a token visits
+            assert len(set(shares)) > 3
+            # Padding of the rows that are there for the second rank alone is counted too.
+            assert two[of][path] == pytest.approx(shares, abs=0.1 if of == "eval" else 1e-9)
+    (step,), (evaluated,) = found[0]["step"], found[0]["eval"]
+    for record, of in ((step, "train"), (evaluated, "eval")):
+        loads = [max(shares) * 6 / 2 for shares in one[of].values()]
+        assert record["expert_load"] == pytest.approx(max(loads), abs=1e-3)
+        assert record["experts_unused"] == sum(shares.count(0) for shares in one[of].values())
 
 
 def test_the_start_is_the_bases_at_any_world_size_and_in_any_scope(workshop: Workshop, tmp_path: Path) -> None:

@@ -243,6 +243,17 @@ def test_a_stack_is_dequantized_in_portions_and_not_where_nobody_visits(monkeypa
     assert asked == [(0, 2), (6, 8)]
 
 
+def test_the_visits_to_each_expert_are_counted_on_the_device(lists: list[int]) -> None:
+    both = pair("mixtral", "packed")
+    index = torch.tensor([[0, 1, 7]] * 6 + [[1, 2, 3]])
+    for _ in range(2):
+        with Counted() as counted:
+            both.ours(torch.randn(7, WIDE), index, torch.rand(7, 3))
+        assert (counted.waits, lists) == (0, [])
+    assert torch.equal(both.ours.visits, 2 * torch.bincount(index.flatten(), minlength=EXPERTS))
+    assert both.ours.each == 3
+
+
 def test_the_same_bits_come_out_every_time_and_autograd_keeps_no_weight() -> None:
     both = pair("gpt_oss", "packed")
     adapt(both, 3)

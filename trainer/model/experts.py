@@ -27,19 +27,22 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def prepare_experts(model: nn.Module) -> None:
-    """Make the experts of a model that transformers built with `IMPLEMENTATION` ready for adapters, those of classes without the
-    interface too."""
+    """Make the experts of a model that transformers built with `IMPLEMENTATION` ready for it and for adapters, those of classes
+    without the interface too. Their attribute `visits` counts the rows of each expert, (count,) on the device, where a token has
+    `each`; it is 0 before the first pass."""
     for module in list(model.modules()):
         if type(module).__name__ in _WITHOUT_INTERFACE:
             _WITHOUT_INTERFACE[type(module).__name__](module)
     for module in list(model.modules()):
         if is_experts(module):
             module.adapters = nn.ModuleDict()
+            counted: Any = module
+            counted.visits, counted.each = 0, 0
 
 
 def experts_forward(self: nn.Module, hidden: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
     """hidden (T, D), each token's experts (T, k) int64 and their weights (T, k) -> (T, D)."""
-    groups = Groups(experts, _count(self))
+    groups = _grouped(self, experts)
     rows = groups.restore(_through_experts(self, groups.dispatch(hidden), groups))
     return (rows * weights.unsqueeze(-1)).sum(1).to(hidden.dtype)
 
@@ -111,14 +114,17 @@ def _product(rows: Tensor, stack: Any, groups: Groups, transposed: bool) -> Tens
     return result
 
 
-def _count(experts: Any) -> int:
-    stack = getattr(experts, _DOWN)
-    return stack.layout.slices if isinstance(stack, FrozenStack4bit) else len(stack)
+def _grouped(self: Any, experts: Tensor) -> Groups:
+    """Each token's experts (T, k) as groups, counted in the module's `visits`."""
+    stack = getattr(self, _DOWN)
+    groups = Groups(experts, stack.layout.slices if isinstance(stack, FrozenStack4bit) else len(stack))
+    self.visits, self.each = groups.sizes.long() + self.visits, groups.each
+    return groups
 
 
 def _weighted_inputs_forward(self: nn.Module, hidden: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
     """As `experts_forward`, where the weights are those of the experts' inputs."""
-    groups = Groups(experts, _count(self))
+    groups = _grouped(self, experts)
     rows = groups.dispatch(hidden) * groups.sort(weights.reshape(-1)).unsqueeze(-1)
     return groups.restore(_through_experts(self, rows, groups)).sum(1)
 

@@ -37,6 +37,11 @@ class Groups:
         """`offsets` on the host, behind a 0: asking for them is the one host synchronisation."""
         return [0, *self.offsets.tolist()]
 
+    @property
+    def sizes(self) -> Tensor:
+        """The number of rows of each expert, (count,) int32."""
+        return torch.diff(self.offsets, prepend=self.offsets.new_zeros(1))
+
     def dispatch(self, tokens: Tensor) -> Tensor:
         """tokens (T, D) -> (T * k, D), sorted by expert."""
         return _Dispatch.apply(tokens, self.order, self.inverse, self.each)

@@ -23,6 +23,7 @@ from trainer.run.folder import command
 from trainer.run.metrics import Metrics
 from trainer.run.requests import Stop, StopSignal
 from trainer.train.heartbeat import Pulse, silent_pulse
+from trainer.train.routing import Routing
 from trainer.train.schedule import learning_rate
 from trainer.zero.engine import Engine
 
@@ -67,6 +68,7 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
     """
     ranks, engine, checkpoints = run.ranks, run.engine, run.checkpoints
     first_step, last_save = step + 1, time.monotonic()
+    routing = Routing(engine.model, ranks, run.metrics)
     reader = run.stream.read_from(position, compiling=lambda awaited: _wait(run, step, awaited))
     while step < run.total_steps:
         started = time.monotonic()
@@ -104,15 +106,17 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
         position = run.stream.advance(position)
         seconds = time.monotonic() - started
         record = {"step": step, "loss": mean_loss, "lr": lr, "grad_norm": grad_norm, run.objective.unit: int(weight)}
-        yield record | _totals(every, seconds) | dict(zip(run.objective.measures, measures, strict=True))
+        record |= dict(zip(run.objective.measures, measures, strict=True))
+        yield record | _totals(every, seconds) | routing.measured()
 
         run.pulse("save", step)
         checkpoints.advance(all_ready=all(rank.saved for rank in every))
         last = bool(stopping) or step == run.total_steps
-        evaluated = _evaluate_if_due(run, step, stopping)
+        evaluated = _evaluate_if_due(run, step, stopping, routing)
         best = run.config.checkpoint.keep_best and evaluated is not None
         if step == first_step or last or best or _save_is_due(run.config, step, every[0].since_save / 60):
             checkpoints.save(engine, step, position.to_json(), eval_loss=evaluated, may_skip=not last)
+            routing.report(step)
             last_save = time.monotonic()
         if step == first_step:
             checkpoints.prove()
@@ -178,12 +182,12 @@ def _totals(every: Sequence[_RankStep], seconds: float) -> dict[str, Any]:
     }
 
 
-def _evaluate_if_due(run: Training, step: int, stopping: Stop) -> float | None:
+def _evaluate_if_due(run: Training, step: int, stopping: Stop, routing: Routing) -> float | None:
     """The loss of the evaluation data, in nats, where the state at `step` is evaluated. Collective."""
     due = step == run.total_steps or (_eval_is_due(run.config, step) and not stopping)
     if run.eval_stream is None or not due:
         return None
-    evaluated = evaluate(run, run.eval_stream)
+    evaluated = evaluate(run, run.eval_stream) | routing.evaluated(step)
     run.metrics.write("eval", step=step, **evaluated)
     run.pulse("save", step)
     return evaluated["loss"]
