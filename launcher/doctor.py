@@ -26,6 +26,9 @@ from trainer.store import open_store
 
 State = Literal["ok", "optional", "missing"]
 
+# The extras of this distribution that bring faster kernels.
+_KERNELS = ("flash-attn", "linear-attention", "mamba")
+
 # Asked of torch in a fresh interpreter: importing it here would cost seconds and gigabytes of address space.
 _TORCH_PROBE = """
 import json, torch
@@ -91,13 +94,17 @@ def report_table(report: Diagnosis) -> Group:
 
 
 def _packages() -> Iterator[Check]:
-    """Every dependency that this distribution declares, installed and within its range; extras are optional."""
+    """Every dependency that this distribution declares, installed and within its range; kernels are optional."""
+    optional = dict[str, Check]()
     for text in metadata.requires("capstan-llm") or []:
         requirement = Requirement(text)
         if requirement.marker is None:
             yield check_package(requirement, "missing", f"pip install '{requirement}'")
-        elif requirement.marker.evaluate({"extra": "flash-attn"}):
-            yield check_package(requirement, "optional", "pip install --no-build-isolation 'capstan-llm[flash-attn]'")
+        for extra in _KERNELS:
+            if requirement.marker and requirement.marker.evaluate({"extra": extra}):
+                install = f"pip install --no-build-isolation 'capstan-llm[{extra}]'"
+                optional[requirement.name] = check_package(requirement, "optional", install)
+    yield from optional.values()
 
 
 def check_package(requirement: Requirement, absent: State, install: str) -> Check:

@@ -33,7 +33,7 @@ RUNS = {
     "qwen2": ("tuning.activation=gelu",),
     "gemma2": ("tuning.placement=pfeiffer", "tuning.activation=silu"),
     "mixtral": ("quant.type=none",),
-    "gpt-oss": ("quant.type=none", "tuning.activation=tanh", "data.packing=false"),
+    "gpt-oss": ("quant.type=none", "tuning.activation=tanh"),
 }
 
 

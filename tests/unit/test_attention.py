@@ -13,6 +13,7 @@ from trainer.base.architecture_cache import read_architecture
 from trainer.data.micro_batch import MicroBatch, Position
 from trainer.errors import ConfigError
 from trainer.model.attention import KERNELS, choose_attention, unable, unavailable
+from trainer.model.documents import keep_documents_apart
 from trainer.model.head import IGNORE, LossHead
 from trainer.model.packed import PackedModel
 from trainer.objective.sft import NextTokens
@@ -28,7 +29,9 @@ A, B, PADDING = 23, 30, 11  # tokens of two documents and of the padding behind 
     params=[
         (kernel, dtype, kind)
         for kernel, dtype in HERE
-        for kind in (("llama", "gemma2") if kernel == "eager" else ("llama", "mistral", "phi3", "gemma3", "qwen3-moe"))
+        for kind in (
+            ("llama", "gemma2", "gpt-oss") if kernel == "eager" else ("llama", "mistral", "phi3", "gemma3", "qwen3-moe")
+        )
     ],
     ids=lambda param: "-".join(map(str, param)),
 )
@@ -44,6 +47,7 @@ def model(request: pytest.FixtureRequest) -> PackedModel:
     head = LossHead(model.lm_head.in_features, model.lm_head.out_features, bias=False, device="meta")
     head.weight = model.lm_head.weight.requires_grad_(False)
     model.lm_head = head
+    keep_documents_apart(model)
     return PackedModel(model.to(DEVICE), attention)
 
 

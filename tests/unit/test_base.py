@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.material import KINDS, SIZES, Workshop
+from trainer.base.architecture import mismatches
 from trainer.base.architecture_cache import read_architecture
 from trainer.base.check import check_base
 from trainer.base.config_json import parse_base_config, tokenizer_size
-from trainer.base.description import describe
 from trainer.base.load import empty_model
 from trainer.base.locate import resolve_base
 from trainer.base.parameters import check_no_other
-from trainer.config import Tuning, override, parse_config
+from trainer.config import Tuning, override
 from trainer.data.prepare import load_tokenizer
 from trainer.errors import ConfigError
 from trainer.export import plain
@@ -52,20 +53,18 @@ def test_a_sound_base_passes(workshop: Workshop, base: Path) -> None:
     assert tokenizer_size(base, str(base)) == 259
 
 
+def test_packing_is_refused_where_documents_would_see_each_other(workshop: Workshop, base: Path) -> None:
+    config = workshop.config("check", f"model.base={base}")
+    mixing = replace(resolve_base(config.model).architecture, isolates_documents=False)
+    (sentence,) = mismatches(config, mixing)
+    assert "data.packing" in sentence
+    assert not mismatches(override(config, "data.packing=false"), mixing)
+
+
 def test_rows_longer_than_the_positions_are_refused(workshop: Workshop, base: Path) -> None:
     check(workshop, base, "data.sequence_length=256")
     with pytest.raises(ConfigError, match=r"data\.sequence_length: 257 exceeds the base's 256 positions"):
         check(workshop, base, "data.sequence_length=257")
-
-
-def test_gpt_oss_is_refused_packed_rows() -> None:
-    config = parse_config(
-        "run: {name: a}\nmodel: {base: b}\ndata: {train: [{path: c}]}\ntrain: {steps: 1}\n", ["data.sequence_length=64"]
-    )
-    gpt_oss = describe({**SIZES, **KINDS["gpt-oss"]})
-    (sentence,) = gpt_oss.mismatches(config)
-    assert "data.packing" in sentence
-    assert not gpt_oss.mismatches(override(config, "data.packing=false"))
 
 
 # Settings of further families beside those of a Llama, by what they do to logits.

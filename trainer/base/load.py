@@ -19,11 +19,13 @@ from trainer.base.reading import run_jobs
 from trainer.config import Config
 from trainer.errors import Damaged
 from trainer.model.attention import Attention
+from trainer.model.documents import keep_documents_apart, recomputed
 from trainer.model.experts import IMPLEMENTATION, prepare_experts
 from trainer.model.head import LossHead
 from trainer.ranks import Ranks
 from trainer.safetensors_index import PackedSources
 from trainer.store import open_run_store
+from trainer.zero.engine import gather_as_one
 from trainer.zero.partition import Partitioner
 from trainer.zero.policy import Scope
 
@@ -145,6 +147,8 @@ def empty_model(base: Base, config: Config, attention: Attention) -> PreTrainedM
     head.weight = plain.weight
     head.factor, head.divisor, head.softcap = facts.logit_factor, facts.logit_divisor, facts.softcap
     model.set_submodule(facts.head.removesuffix(".weight"), head)
+    for layer in keep_documents_apart(model):
+        gather_as_one(layer)  # it computes several times, and each rank another number of times, in one forward
     if config.train.activation_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": recomputed})
     return model.train()

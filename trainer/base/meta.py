@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,8 @@ from trainer.base.config_json import read_by_transformers
 from trainer.base.logits import probe_logits
 from trainer.errors import ConfigError, shown
 from trainer.model.experts import is_experts, prepare_experts
-from trainer.model.parts import decoder_layers
+from trainer.model.parts import body, decoder_layers
 
-# Their masks are made without position_ids, so the documents of a packed row see each other.
-_MIX_DOCUMENTS = ("gpt_oss",)
 # The families' settings for how many experts a token is routed to.
 _ROUTED_TO = (
     "num_experts_per_tok",
@@ -146,7 +145,7 @@ class _Reader:
             stored_as=self._stored_as(parameters),
             caps_attention=self._declared("attn_logit_softcapping") is not None,
             has_sinks=any("sink" in part.name.rpartition(".")[2] for part in parameters),
-            isolates_documents=self.config.model_type not in _MIX_DOCUMENTS,
+            isolates_documents="position_ids" in signature(body(self.model).forward).parameters,
             logit_factor=logits.factor,
             logit_divisor=logits.divisor,
             softcap=logits.softcap,

@@ -1,7 +1,7 @@
 """Which attention kernel runs, picked once, and the reason for the log.
 
 All of them honour document borders: flash-attn and PyTorch's varlen kernel through cu_seqlens, SDPA and the eager one,
-which is plain matrix products and holds all scores at once, through the block-diagonal mask that transformers builds from restarting position_ids.
+which is plain matrix products and holds all scores at once, through block-diagonal masks; see trainer/model/documents.py.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -18,6 +18,8 @@ from trainer.errors import ConfigError
 
 VARLEN = "capstan_varlen"
 KERNELS = ("flash_attention_2", "varlen", "sdpa", "eager")  # in the order of preference
+# The names that transformers gives what a layer's attention has beyond softmax(QK)V.
+_BEYOND = ("softcap", "s_aux", "position_bias", "indices")
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def no_mask(*_args: Any, **_kwargs: Any) -> None:
 
 
 def varlen_attention(
-    module: torch.nn.Module,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -114,16 +116,22 @@ def varlen_attention(
     cu_seq_lens_k: Tensor,
     max_length_q: int,
     max_length_k: int,
-    **_kwargs: Any,
+    **beyond: Any,
 ) -> tuple[Tensor, None]:
-    """query (1, heads, T, head_dim), key and value (1, kv_heads, K, head_dim) -> (1, T, heads, head_dim).
+    """query and key (1, heads or kv_heads, T or K, head_dim), value (1, kv_heads, K, value_dim) -> (1, T, heads, value_dim).
 
-    A document's tokens are the last of its keys, of which it may have more.
+    A document's tokens are the last of its keys, of which it may have more. Values that are narrower than keys, as in latent
+    attention, are widened with zeros for the kernel, which wants all alike.
     """
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen
 
+    assert all(beyond.get(name) is None for name in _BEYOND), (
+        f"varlen attention computes none of {_BEYOND}: see unable()"
+    )
+    width = value.shape[-1]
+    value = nn.functional.pad(value, (0, key.shape[-1] - width))
     q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
-    out = varlen_attn(
+    out = varlen.varlen_attn(
         q,
         k,
         v,
@@ -137,4 +145,4 @@ def varlen_attention(
         enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(out, Tensor)
-    return out.unsqueeze(0), None
+    return out[..., :width].unsqueeze(0), None

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface
 
 from trainer.model.attention import VARLEN, no_mask, varlen_attention
+from trainer.model.documents import sdpa_mask_of_row
 from trainer.model.parts import body
 
 
@@ -27,7 +28,7 @@ def add_prefixes(model: PreTrainedModel, layers: Sequence[Any], starts: Iterable
         layer.attends_to_prefix = True
     kernel = model.config._attn_implementation
     assert kernel
-    attend, mask = {"sdpa": (_sdpa, sdpa_mask), VARLEN: (_varlen, no_mask)}[kernel]
+    attend, mask = {"sdpa": (_sdpa, sdpa_mask_of_row), VARLEN: (_varlen, no_mask)}[kernel]
     AttentionInterface.register(f"{kernel}_with_prefix", attend)
     AttentionMaskInterface.register(f"{kernel}_with_prefix", mask)
     model.config._attn_implementation = f"{kernel}_with_prefix"

@@ -4,6 +4,7 @@ Private names of DeepSpeed 0.19 are touched in `_part`, `partitions` and `refres
 changes them.
 """
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -42,8 +43,18 @@ def zero_init(deepspeed_config: dict[str, Any], dtype: torch.dtype) -> Init:
 
 
 def gather_as_one(module: nn.Module) -> None:
-    """Have ZeRO-3 gather the parameters of `module` and of all modules inside it when its own forward is called."""
+    """Have ZeRO-3 gather the parameters of `module` and of all modules inside it when its own forward is called.
+
+    DeepSpeed reduces their gradients, and lets go of them, once it has those of the positional arguments: without any, before
+    there are gradients at all.
+    """
     set_z3_leaf_module(module, True)
+    first = list(inspect.signature(type(module).forward).parameters)[1]
+
+    def position(_module: nn.Module, arguments: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return (arguments, given) if arguments else ((given.pop(first),), given)
+
+    module.register_forward_pre_hook(position, with_kwargs=True)
 
 
 def gather_with(module: nn.Module, other: nn.Module) -> None:

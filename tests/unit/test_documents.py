@@ -1,0 +1,259 @@
+"""Packed documents do not see each other in any layer of any family: those that transformers keeps apart itself, and those that
+only trainer/model/documents.py does."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import varlen as kernel
+from torch.utils.checkpoint import CheckpointError
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.models.nemotron_h import modeling_nemotron_h
+
+from tests.families import FAMILIES, SIZES
+from trainer.model.attention import VARLEN, Attention, no_mask, varlen_attention
+from trainer.model.documents import batches, keep_documents_apart, knows_borders, mixers, recomputed
+
+_LATENT = {
+    key: FAMILIES["deepseek-v3"][key]
+    for key in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+}
+_INDEXED = {
+    "num_key_value_heads": 4,
+    "index_n_heads": 32,
+    "index_head_dim": 12,
+    "index_topk": 5,
+    "first_k_dense_replace": 2,
+}
+# Layers that none of the other families has.
+KINDS: dict[str, dict[str, Any]] = {
+    **FAMILIES,
+    "afmoe": {
+        "model_type": "afmoe",
+        "num_dense_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 16,
+    },
+    # Every token sees but a few keys, which a layer of its own picks.
+    "deepseek-v32": {"model_type": "deepseek_v32", **_LATENT, **_INDEXED},
+    # Some keys are those of whole stretches of tokens.
+    "deepseek-v4": {
+        "model_type": "deepseek_v4",
+        "layer_types": ["compressed_sparse_attention", "heavily_compressed_attention"],
+    },
+    "lfm2": {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
+    # Linear attention without a convolution.
+    "minimax": {"model_type": "minimax", "layer_types": ["linear_attention", "full_attention"], "num_local_experts": 3},
+}
+LENGTHS = (23, 30, 11, 1)  # of the row's documents: longer than the windows and the chunks of the bases
+A = LENGTHS[0]
+# Bases whose attention has no SDPA.
+EAGER_ONLY = {"deepseek-v4", "gemma2", "gemma4", "gemma4-moe", "gpt-oss", "mimo-v2-flash"}
+# Families whose documents transformers alone, with position_ids, lets see each other.
+LEAKING = (
+    "afmoe",
+    "deepseek-v4",
+    "gpt-oss",
+    "granitemoe-hybrid",
+    "kimi-linear",
+    "lfm2",
+    "minimax",
+    "nemotron-h",
+    "qwen3-next",
+    "qwen3_5",
+    "qwen3_5-moe",
+)
+# The layers that take documents in batches, where a base has any: the paths in the decoder.
+IN_BATCHES = {
+    "deepseek-v4": ["layers.0.self_attn", "layers.1.self_attn"],
+    "granitemoe-hybrid": ["layers.0.mamba"],
+    "kimi-linear": ["layers.0.self_attn", "layers.1.self_attn"],
+    "lfm2": ["layers.0.conv"],
+    "llama4": ["layers.2.self_attn"],
+    "minimax": ["layers.0.self_attn"],
+    "nemotron-h": ["layers.0.mixer"],
+    "qwen3-next": ["layers.0.linear_attn", "layers.2.linear_attn"],
+    "qwen3_5": ["layers.0.linear_attn"],
+    "qwen3_5-moe": ["layers.0.linear_attn"],
+}
+# Bases whose attention has sinks or caps its logits.
+BEYOND = {"gemma2", "gpt-oss", "mimo-v2-flash"}
+CASES = [
+    (kind, kernel) for kind in KINDS for kernel in ("sdpa", "eager") if kernel == "eager" or kind not in EAGER_ONLY
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """So small products are slower on several threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def build(kind: str, kernel: str = "eager", apart: bool = True) -> Any:
+    torch.manual_seed(7)
+    config = AutoConfig.for_model(**{"tie_word_embeddings": False, **SIZES, **KINDS[kind]})
+    model: Any = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=kernel, experts_implementation="eager"
+    )
+    if apart:
+        keep_documents_apart(model)
+    return model.eval()
+
+
+def hidden(model: Any, ids: Tensor, lengths: tuple[int, ...] = LENGTHS, **given: Any) -> Tensor:
+    """(T, H) of one row of documents."""
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    return model.model(input_ids=ids, position_ids=positions, use_cache=False, **given).last_hidden_state[0]
+
+
+def row(seed: int = 1) -> tuple[Tensor, Tensor]:
+    """A row of random tokens, and the same row with another first document."""
+    draw = torch.Generator().manual_seed(seed)
+    one, other = (torch.randint(3, SIZES["vocab_size"], (1, sum(LENGTHS)), generator=draw) for _ in range(2))
+    return one, torch.cat([other[:, :A], one[:, A:]], dim=1)
+
+
+def close(one: Tensor, other: Tensor) -> bool:
+    """Equal but for the order of additions, which a matrix product or an expert may choose by how many rows it has."""
+    return float((one - other).abs().max()) <= 1e-5 * float(other.abs().max())
+
+
+@pytest.mark.parametrize(("kind", "kernel"), CASES, ids=lambda name: name)
+@torch.no_grad()
+def test_a_document_is_what_it_is_alone_whatever_else_is_in_the_row(kind: str, kernel: str) -> None:
+    model = build(kind, kernel)
+    one, other = row()
+    packed, changed = hidden(model, one), hidden(model, other)
+    assert not close(changed[:A], packed[:A])
+    assert close(changed[A:], packed[A:])
+    alone = [hidden(model, document, (document.shape[1],)) for document in one.split(LENGTHS, dim=1)]
+    assert close(packed, torch.cat(alone))
+
+
+@pytest.mark.parametrize("kind", LEAKING)
+@torch.no_grad()
+def test_the_control_without_us_it_is_not(kind: str) -> None:
+    model = build(kind, apart=False)
+    one, other = row()
+    assert not close(hidden(model, other)[A:], hidden(model, one)[A:])
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "deepseek-v32", *IN_BATCHES])
+def test_layers_that_know_no_borders_are_found_by_what_they_are(kind: str) -> None:
+    model = build(kind, apart=False)
+    every = {id(module): path for path, module in model.model.named_modules()}
+    found = [every[id(mixer)] for mixer in mixers(model) if not knows_borders(mixer)]
+    assert found == IN_BATCHES.get(kind, [])
+
+
+@pytest.mark.parametrize("kind", ["gpt-oss", "kimi-linear", "llama4", "nemotron-h", "qwen3-next"])
+def test_gradients_are_the_sum_of_those_of_the_documents_alone_also_when_layers_are_recomputed(kind: str) -> None:
+    """Both rows are forward before either is backward, as with the two passes of a preference loss."""
+    rows = [(row(seed)[0], lengths) for seed, lengths in ((3, LENGTHS), (4, (11, 54)))]
+    alone = build(kind, apart=False)
+    for ids, lengths in rows:
+        for document in ids.split(lengths, dim=1):
+            _loss(hidden(alone, document, (document.shape[1],))).backward()
+    wanted = {name: parameter.grad for name, parameter in alone.named_parameters() if parameter.grad is not None}
+    for again in (recomputed, None):
+        model = build(kind).train()
+        given = {"use_reentrant": False, **({"context_fn": again} if again else {})}
+        model.activation_checkpointing_enable(given)
+        losses = [_loss(hidden(model, ids, lengths)) for ids, lengths in rows]
+        right = True
+        try:
+            for loss in losses:
+                loss.backward()
+        except CheckpointError:  # torch sees that other shapes are computed than before
+            right = False
+        right = right and all(
+            parameter.grad is None or float((parameter.grad - wanted[name]).norm()) <= 1e-4 * float(wanted[name].norm())
+            for name, parameter in model.named_parameters()
+        )
+        assert right == (again is not None or kind not in IN_BATCHES), "the control: layers forget their row"
+
+
+def _loss(states: Tensor) -> Tensor:
+    """The sum over tokens of something that is not the same for all of a state's elements."""
+    return (states * torch.linspace(-1, 1, states.shape[1])).tanh().sum()
+
+
+def test_documents_of_like_length_share_a_batch() -> None:
+    assert batches([5]) == [[0]]
+    assert batches([23, 30, 11, 1]) == [[1, 0], [2], [3]]
+    assert batches([7, 100, 8, 75, 74]) == [[1, 3], [4], [2, 0]]
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        lengths = torch.randint(1, 500, (int(torch.randint(1, 40, (), generator=draw)),), generator=draw).tolist()
+        found = batches(lengths)
+        assert sorted(document for batch in found for document in batch) == list(range(len(lengths)))
+        assert sum(len(batch) * lengths[batch[0]] for batch in found) <= 4 / 3 * sum(lengths)
+
+
+@torch.no_grad()
+def test_borders_that_other_layers_need_do_not_reach_a_layer_that_takes_batches() -> None:
+    """transformers refuses them where flash-linear-attention is not installed."""
+    one, _ = row()
+    borders = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    with pytest.raises(ValueError, match="can't keep packed sequences apart"):
+        hidden(build("qwen3-next", apart=False), one, cu_seq_lens_q=borders)
+    model = build("qwen3-next")
+    assert torch.equal(hidden(model, one, cu_seq_lens_q=borders), hidden(model, one))
+
+
+def test_projections_are_called_where_mamba_ssm_would_take_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A packed weight is no matrix, and an adapter beside a weight is not in it."""
+
+    def fused(*_arguments: Any, **_given: Any) -> Any:
+        raise AssertionError("the kernel that projects too")
+
+    monkeypatch.setattr(modeling_nemotron_h, "mamba2_split_conv1d_scan_combined", fused)
+    one, _ = row()
+    with pytest.raises(AssertionError, match="projects too"):
+        hidden(build("nemotron-h", apart=False).train(), one)
+    model = build("nemotron-h").train()
+    states = hidden(model, one)
+    assert all(module.training for module in model.modules())
+    assert torch.equal(states, hidden(model.eval(), one))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind != "llama4"])  # it attends within chunks
+@torch.no_grad()
+def test_cu_seqlens_reach_the_attention_of_every_layer(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's varlen kernel, in plain operations here, as it takes no tensors on a CPU."""
+    AttentionInterface.register(VARLEN, varlen_attention)
+    AttentionMaskInterface.register(VARLEN, no_mask)
+    monkeypatch.setattr(kernel, "varlen_attn", varlen_attn)
+    model, (one, _) = build(kind, VARLEN), row()
+    borders = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    given = Attention(VARLEN, "").arguments(borders, max(LENGTHS))
+    if kind in BEYOND:
+        with pytest.raises(AssertionError, match="varlen attention computes none of"):
+            hidden(model, one, **given)
+    else:
+        assert close(hidden(model, one, **given), hidden(build(kind), one))
+
+
+def varlen_attn(
+    query: Tensor, key: Tensor, value: Tensor, borders: Tensor, keys: Tensor, _longest: int, _most: int, **given: Any
+) -> Tensor:
+    """PyTorch's varlen_attn in plain operations, as it takes no tensors on a CPU: (T, heads, size) each."""
+    assert query.shape[-1] == key.shape[-1] == value.shape[-1]
+    assert torch.equal(borders, keys)
+    (left, right), results = given["window_size"], []
+    for begin, end in zip(borders.tolist(), borders.tolist()[1:], strict=False):
+        parts = (part[begin:end].transpose(0, 1) for part in (query, key, value))
+        back = torch.arange(end - begin)[:, None] - torch.arange(end - begin)
+        seen = (back >= -right) & ((back <= left) if left >= 0 else True)
+        attended = functional.scaled_dot_product_attention(
+            *parts, attn_mask=seen, scale=given["scale"], enable_gqa=given["enable_gqa"]
+        )
+        results.append(attended.transpose(0, 1))
+    return torch.cat(results)

@@ -1,0 +1,254 @@
+"""Documents of one packed row stay apart in every layer that mixes tokens, whichever model transformers builds.
+
+    row:      a a a a b b b b b c
+    batch:    a a a a +             a layer that knows no borders computes documents of like length as rows of a batch,
+              b b b b b             "+" being tokens whose results are dropped, and the longer ones before the shorter:
+              c                     it is causal, so no token sees what lies behind it
+
+Attention knows the borders from its mask or from cu_seqlens. transformers makes most masks from restarting position_ids, but
+some models make theirs without: here every mask that is made for a row gets the borders. Any other layer that mixes tokens
+(linear attention, a convolution, Mamba, attention that also compresses or picks keys) takes the documents apart, so that the
+kernels that are installed for it need not know about borders.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar, Token
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    and_masks,
+    causal_mask_function,
+    eager_mask,
+    find_packed_sequence_indices,
+    packed_sequence_mask_function,
+    sdpa_mask,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from trainer.model.parts import body
+
+# The names that layers of transformers have for what they keep of earlier tokens: whoever mixes tokens needs it to generate.
+_CACHES = {"cache", "past_key_values", "past_key_value", "cache_params", "layer_past"}
+# Arguments that speak of the whole row's borders, and mean nothing to a batch of documents.
+_BORDERS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+# A batch has no document shorter than this part of its longest one.
+_LIKE = 3 / 4
+
+
+def batches(lengths: list[int]) -> list[list[int]]:
+    """Documents of like length together, as their numbers: the tokens of all batches are at most 4/3 of the documents'."""
+    found: list[list[int]] = []
+    for document in sorted(range(len(lengths)), key=lambda document: -lengths[document]):
+        if found and lengths[document] >= _LIKE * lengths[found[-1][0]]:
+            found[-1].append(document)
+        else:
+            found.append([document])
+    return found
+
+
+class Documents:
+    """The documents of one row, from its position_ids (1, T), which restart in each of them."""
+
+    def __init__(self, position_ids: Tensor) -> None:
+        self._position_ids = position_ids
+
+    @cached_property
+    def numbers(self) -> Tensor | None:
+        """The number of each token's document, (1, T); None where the row is one document."""
+        return find_packed_sequence_indices(self._position_ids)
+
+    @cached_property
+    def batches(self) -> "_Batches":
+        """All documents, as rows of batches. It waits for a GPU."""
+        numbers = self._position_ids.new_zeros(self._position_ids.shape) if self.numbers is None else self.numbers
+        lengths = torch.bincount(numbers[0]).tolist()
+        begins = [sum(lengths[:document]) for document in range(len(lengths))]
+        places, back, tokens = list[Tensor](), torch.empty(sum(lengths), dtype=torch.int64), 0
+        for batch in batches(lengths):
+            longest = lengths[batch[0]]
+            rows = torch.tensor([begins[document] for document in batch])[:, None] + torch.arange(longest)
+            last = torch.tensor([begins[document] + lengths[document] - 1 for document in batch])[:, None]
+            places.append(rows.minimum(last).to(numbers.device))
+            for row, document in enumerate(batch):
+                first = tokens + row * longest
+                back[begins[document] : begins[document] + lengths[document]] = first + torch.arange(lengths[document])
+            tokens += rows.numel()
+        return _Batches(places, back.to(numbers.device))
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """`places`: for each batch (documents, longest) the tokens of the row, the last one repeated where a document is shorter.
+    `back`: (T,) where each token of the row is in all batches' tokens, one batch behind the other."""
+
+    places: list[Tensor]
+    back: Tensor
+
+
+_ROW: ContextVar[Documents | None] = ContextVar("row", default=None)
+
+
+class _Row(AbstractContextManager[None]):
+    """Inside, layers compute for `documents`."""
+
+    def __init__(self, documents: Documents | None) -> None:
+        self._documents, self._before = documents, list[Token[Documents | None]]()
+
+    def __enter__(self) -> None:
+        self._before.append(_ROW.set(self._documents))
+
+    def __exit__(self, *_error: object) -> None:
+        _ROW.reset(self._before.pop())
+
+
+def recomputed() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """The `context_fn` of activation checkpointing: a layer that is computed again in backward, by another thread and after
+    other rows maybe, computes for the row that it did."""
+    return nullcontext(), _Row(_ROW.get())
+
+
+def keep_documents_apart(model: PreTrainedModel) -> list[nn.Module]:
+    """Have documents of a row not see each other in any layer of `model`.
+
+    Returns the layers that take a row's documents in batches, so that within one forward of theirs they compute several times.
+    """
+    AttentionMaskInterface.register("sdpa", sdpa_mask_of_row)
+    AttentionMaskInterface.register("eager", _of_row(eager_mask))
+    decoder: Any = body(model)
+    decoder.forward = _for_row(decoder.forward)
+    apart = [mixer for mixer in mixers(model) if not knows_borders(mixer)]
+    for mixer in apart:
+        mixer.forward = _in_batches(mixer, mixer.forward)
+    return apart
+
+
+def mixers(model: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules inside a model's layers in which a token's result depends on other tokens: those that take a cache,
+    as they could not generate without one, or have a convolution."""
+    for child in model.children():
+        if _mixes(child) and not any(isinstance(module, GradientCheckpointingLayer) for module in child.modules()):
+            yield child
+        else:
+            yield from mixers(child)
+
+
+def knows_borders(mixer: nn.Module) -> bool:
+    """Whether tokens see each other only as a mask allows, or cu_seqlens: by an attention function of transformers' interface,
+    which all read `is_causal` of their module, and by what picks keys for it under the same mask. Attention that scales queries
+    without rotation by their place (Llama 4) counts tokens from the beginning of the row, whatever position_ids say."""
+    if getattr(mixer, "attn_temperature_tuning", False) and not mixer.use_rope:
+        return False
+    inside = (module for module in mixer.modules() if module is not mixer and _mixes(module))
+    return hasattr(mixer, "is_causal") and all("attention_mask" in _arguments(module) for module in inside)
+
+
+def _mixes(module: nn.Module) -> bool:
+    return _convolves(module) or not _CACHES.isdisjoint(_arguments(module))
+
+
+def _convolves(module: nn.Module) -> bool:
+    return any(isinstance(child, nn.Conv1d) for child in module.children())
+
+
+def _arguments(module: nn.Module) -> Collection[str]:
+    return inspect.signature(type(module).forward).parameters.keys()
+
+
+def _of_row(make: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+    """transformers' `make` of a mask, with the borders of the row's documents in it."""
+
+    def mask(*, mask_function: Callable[..., Any] = causal_mask_function, **given: Any) -> Tensor | None:
+        row = _ROW.get()
+        if row is not None and row.numbers is not None:
+            mask_function = and_masks(mask_function, packed_sequence_mask_function(row.numbers))
+            given["allow_is_causal_skip"] = False
+        return make(mask_function=mask_function, **given)
+
+    return mask
+
+
+sdpa_mask_of_row = _of_row(sdpa_mask)
+
+
+def _for_row(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of the decoder, for the row that its position_ids describe."""
+
+    @functools.wraps(forward)
+    def of_row(*arguments: Any, **given: Any) -> Any:
+        positions = given.get("position_ids")
+        with _Row(None if positions is None else Documents(positions)):
+            return forward(*arguments, **given)
+
+    return of_row
+
+
+def _in_batches(mixer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of `mixer`, for each batch of documents of a row."""
+
+    @functools.wraps(forward)
+    def in_batches(*arguments: Any, **given: Any) -> Any:
+        row, given = _ROW.get(), {name: value for name, value in given.items() if name not in _BORDERS}
+        with _unfused(mixer):
+            if row is None or row.numbers is None:
+                results = [forward(*arguments, **given)]
+            else:
+                results = [
+                    forward(*_taken(arguments, places, row), **_taken(given, places, row))
+                    for places in row.batches.places
+                ]
+        states = [result if isinstance(result, Tensor) else result[0] for result in results]
+        joined = states[0] if row is None or row.numbers is None else _joined(states, row)
+        if isinstance(results[0], Tensor):
+            return joined
+        # Scores of attention belong to a batch, and nothing asks for them. They are left out of a row with one document too, as
+        # ZeRO-3 counts the tensors that a layer returns, and all ranks must count alike.
+        return joined, *(None for _ in results[0][1:])
+
+    return in_batches
+
+
+@contextmanager
+def _unfused(mixer: nn.Module) -> Iterator[None]:
+    """Inside, `mixer` calls its projections. A layer with a convolution whose own flag says that it trains hands the weights of its
+    projections to one kernel of mamba-ssm, where that is installed; here they may be packed, or have adapters around them."""
+    training = mixer.training
+    mixer.training = training and not _convolves(mixer)
+    try:
+        yield
+    finally:
+        mixer.training = training
+
+
+def _taken(value: Any, places: Tensor, row: Documents) -> Any:
+    """The part of an argument that belongs to the tokens at `places` (documents, longest): of states (1, T, ...) and of masks
+    (1, heads, T, T), alone or in tuples and dictionaries. Anything else stays as it is."""
+    if isinstance(value, tuple):
+        return tuple(_taken(part, places, row) for part in value)
+    if isinstance(value, dict):
+        return {name: _taken(part, places, row) for name, part in value.items()}
+    tokens = len(row.batches.back)
+    if not isinstance(value, Tensor) or value.ndim < 2 or len(value) != 1:
+        return value
+    if value.ndim == 4 and value.shape[2:] == (tokens, tokens):
+        taken = value[0][:, places[:, :, None], places[:, None, :]].transpose(0, 1)
+        ahead = torch.ones(taken.shape[2:], dtype=torch.bool, device=taken.device).triu(
+            1
+        )  # the last token's repetitions
+        return taken.masked_fill(ahead, False if taken.dtype == torch.bool else torch.finfo(taken.dtype).min)
+    if value.shape[1] == tokens:
+        return value[0].index_select(0, places.flatten()).unflatten(0, places.shape)
+    return value
+
+
+def _joined(results: list[Tensor], row: Documents) -> Tensor:
+    """The results of all batches, each (documents, longest, H), as the row's: (1, T, H)."""
+    return torch.cat([result.flatten(0, 1) for result in results]).index_select(0, row.batches.back)[None]
