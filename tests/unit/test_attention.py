@@ -1,5 +1,6 @@
 """Packed documents do not see each other, in every attention kernel that this machine has."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,11 +9,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.material import KINDS, SIZES
-from trainer.base.architecture import Architecture
+from trainer.base.architecture import Architecture, AttentionLayer
 from trainer.base.architecture_cache import read_architecture
 from trainer.data.micro_batch import MicroBatch, Position
 from trainer.errors import ConfigError
-from trainer.model.attention import KERNELS, choose_attention, unable, unavailable
+from trainer.model.attention import KERNELS, SINKS, choose_attention, unable, unavailable
 from trainer.model.documents import keep_documents_apart
 from trainer.model.head import IGNORE, LossHead
 from trainer.model.packed import PackedModel
@@ -30,7 +31,9 @@ A, B, PADDING = 23, 30, 11  # tokens of two documents and of the padding behind 
         (kernel, dtype, kind)
         for kernel, dtype in HERE
         for kind in (
-            ("llama", "gemma2", "gpt-oss") if kernel == "eager" else ("llama", "mistral", "phi3", "gemma3", "qwen3-moe")
+            ("llama", "gemma2", "gpt-oss")
+            if kernel == "eager"
+            else ("llama", "mistral", "phi3", "gemma3", "qwen3-moe", *(["gpt-oss"] if kernel == "sdpa" else []))
         )
     ],
     ids=lambda param: "-".join(map(str, param)),
@@ -153,15 +156,18 @@ def test_auto_takes_the_fastest_kernel_and_says_why() -> None:
     assert "no flash_attention_2: it needs a CUDA device" in chosen.why
 
 
-@pytest.mark.parametrize(
-    ("kind", "lack"), [("gemma2", "does not cap attention logits"), ("gpt-oss", "no attention sinks")]
-)
-def test_a_kernel_that_would_change_the_base_is_refused(kind: str, lack: str) -> None:
-    assert choose_attention("auto", torch.device("cpu"), BF16, architecture(kind)).name == "eager"
-    with pytest.raises(ConfigError, match=f"'sdpa' cannot run here: it .*{lack}"):
-        choose_attention("sdpa", torch.device("cpu"), BF16, architecture(kind))
-    assert "flash_attention_2" in unable(architecture("gpt-oss"))
-    assert "flash_attention_2" not in unable(architecture("gemma2"))
+def test_a_kernel_that_would_change_the_base_is_refused() -> None:
+    capping, sinking = architecture("gemma2"), architecture("gpt-oss")
+    assert choose_attention("auto", torch.device("cpu"), BF16, capping).name == "eager"
+    with pytest.raises(ConfigError, match="'sdpa' cannot run here: it does not cap attention logits"):
+        choose_attention("sdpa", torch.device("cpu"), BF16, capping)
+    assert "flash_attention_2" not in unable(capping)
+    assert choose_attention("auto", torch.device("cpu"), BF16, sinking).name == SINKS
+    for kernel in ("flash_attention_2", "varlen"):
+        assert unable(sinking)[kernel] == "it has no attention sinks, as this base has"
+        assert unable(replace(sinking, supports_flash=False, has_sinks=False))[kernel].startswith("it takes no mask")
+    wide = replace(architecture("llama"), attention=(AttentionLayer("model.layers.0.self_attn", 0, 2, 512),))
+    assert unable(wide)["varlen"] == "it takes heads of up to 256, and this base has some of 512"
 
 
 def test_a_kernel_that_cannot_run_is_refused_with_the_reason() -> None:

@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention import varlen as kernel
+from torch.nn.attention import varlen
 from torch.utils.checkpoint import CheckpointError
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.nemotron_h import modeling_nemotron_h
 
 from tests.families import FAMILIES, SIZES
-from trainer.model.attention import VARLEN, Attention, no_mask, varlen_attention
+from trainer.base.architecture_cache import read_architecture
+from trainer.model.attention import SINKS, VARLEN, Attention, choose_attention, no_mask, unable, varlen_attention
 from trainer.model.documents import batches, keep_documents_apart, knows_borders, mixers, recomputed
 
 _LATENT = {
@@ -51,8 +52,15 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 LENGTHS = (23, 30, 11, 1)  # of the row's documents: longer than the windows and the chunks of the bases
 A = LENGTHS[0]
-# Bases whose attention has no SDPA.
-EAGER_ONLY = {"deepseek-v4", "gemma2", "gemma4", "gemma4-moe", "gpt-oss", "mimo-v2-flash"}
+# The kernels that would compute something else than a base's own attention.
+UNABLE = {
+    "deepseek-v32": {"flash_attention_2", "varlen"},
+    "deepseek-v4": {"flash_attention_2", "varlen", "sdpa"},
+    "gemma2": {"varlen", "sdpa"},
+    "gpt-oss": {"flash_attention_2", "varlen"},
+    "llama4": {"flash_attention_2", "varlen"},
+    "mimo-v2-flash": {"flash_attention_2", "varlen"},
+}
 # Families whose documents transformers alone, with position_ids, lets see each other.
 LEAKING = (
     "afmoe",
@@ -80,11 +88,6 @@ IN_BATCHES = {
     "qwen3_5": ["layers.0.linear_attn"],
     "qwen3_5-moe": ["layers.0.linear_attn"],
 }
-# Bases whose attention has sinks or caps its logits.
-BEYOND = {"gemma2", "gpt-oss", "mimo-v2-flash"}
-CASES = [
-    (kind, kernel) for kind in KINDS for kernel in ("sdpa", "eager") if kernel == "eager" or kind not in EAGER_ONLY
-]
 
 
 @pytest.fixture(autouse=True)
@@ -98,13 +101,17 @@ def one_thread() -> Iterator[None]:
 
 def build(kind: str, kernel: str = "eager", apart: bool = True) -> Any:
     torch.manual_seed(7)
-    config = AutoConfig.for_model(**{"tie_word_embeddings": False, **SIZES, **KINDS[kind]})
+    config = AutoConfig.for_model(**settings(kind))
     model: Any = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation=kernel, experts_implementation="eager"
     )
     if apart:
         keep_documents_apart(model)
     return model.eval()
+
+
+def settings(kind: str) -> dict[str, Any]:
+    return {"tie_word_embeddings": False, **SIZES, **KINDS[kind]}
 
 
 def hidden(model: Any, ids: Tensor, lengths: tuple[int, ...] = LENGTHS, **given: Any) -> Tensor:
@@ -125,16 +132,37 @@ def close(one: Tensor, other: Tensor) -> bool:
     return float((one - other).abs().max()) <= 1e-5 * float(other.abs().max())
 
 
-@pytest.mark.parametrize(("kind", "kernel"), CASES, ids=lambda name: name)
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_a_document_is_what_it_is_alone_whatever_else_is_in_the_row(kind: str, kernel: str) -> None:
-    model = build(kind, kernel)
-    one, other = row()
-    packed, changed = hidden(model, one), hidden(model, other)
-    assert not close(changed[:A], packed[:A])
-    assert close(changed[A:], packed[A:])
-    alone = [hidden(model, document, (document.shape[1],)) for document in one.split(LENGTHS, dim=1)]
-    assert close(packed, torch.cat(alone))
+def test_a_document_is_what_it_is_alone_whatever_else_is_in_the_row(kind: str) -> None:
+    """With every kernel that computes the base's attention on a CPU; all give the same."""
+    facts, found = read_architecture(settings(kind)), list[Tensor]()
+    assert facts.isolates_documents
+    assert unable(facts).keys() == UNABLE.get(kind, set())
+    for kernel in {"sdpa", "eager"} - unable(facts).keys():
+        model = build(kind, choose_attention(kernel, torch.device("cpu"), torch.float32, facts).name)
+        one, other = row()
+        packed, changed = hidden(model, one), hidden(model, other)
+        assert not close(changed[:A], packed[:A])
+        assert close(changed[A:], packed[A:])
+        alone = [hidden(model, document, (document.shape[1],)) for document in one.split(LENGTHS, dim=1)]
+        assert close(packed, torch.cat(alone))
+        found.append(packed)
+    assert close(found[0], found[-1])
+
+
+def test_sdpa_with_sinks_has_eager_attentions_gradients() -> None:
+    choose_attention("sdpa", torch.device("cpu"), torch.float32, read_architecture(settings("gpt-oss")))
+    gradients = list[dict[str, Tensor]]()
+    for kernel in ("eager", SINKS):
+        model = build("gpt-oss", kernel)
+        _loss(hidden(model, row()[0])).backward()
+        gradients.append({name: part.grad for name, part in model.named_parameters() if part.grad is not None})
+    eager, ours = gradients
+    assert eager.keys() == ours.keys()
+    assert any("sinks" in name and gradient.any() for name, gradient in ours.items())
+    for name, gradient in eager.items():
+        assert float((ours[name] - gradient).norm()) <= 1e-5 * float(gradient.norm()), name
 
 
 @pytest.mark.parametrize("kind", LEAKING)
@@ -224,18 +252,17 @@ def test_projections_are_called_where_mamba_ssm_would_take_their_weights(monkeyp
     assert torch.equal(states, hidden(model.eval(), one))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind != "llama4"])  # it attends within chunks
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_cu_seqlens_reach_the_attention_of_every_layer(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's varlen kernel, in plain operations here, as it takes no tensors on a CPU."""
     AttentionInterface.register(VARLEN, varlen_attention)
     AttentionMaskInterface.register(VARLEN, no_mask)
-    monkeypatch.setattr(kernel, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
     model, (one, _) = build(kind, VARLEN), row()
-    borders = torch.tensor([0, *LENGTHS]).cumsum(0).int()
-    given = Attention(VARLEN, "").arguments(borders, max(LENGTHS))
-    if kind in BEYOND:
-        with pytest.raises(AssertionError, match="varlen attention computes none of"):
+    given = Attention(VARLEN, "").arguments(torch.tensor([0, *LENGTHS]).cumsum(0).int(), max(LENGTHS))
+    if "varlen" in UNABLE.get(kind, ()):
+        with pytest.raises((AssertionError, TypeError)):  # the control: that kernel is not taken for this base
             hidden(model, one, **given)
     else:
         assert close(hidden(model, one, **given), hidden(build(kind), one))

@@ -72,8 +72,9 @@ class Architecture:
     Layers may differ. `embedding` and `head` are the names of these weights; `tied` maps a name to the parameter that it is
     another name of, as often the head's to the embedding's. `buffers` are the shapes of those tensors in the files that are no
     parameters. `positions` is the longest sequence, where the model has a limit. The attention caps its logits
-    (`caps_attention`, Gemma 2), or has a sink for each head (`has_sinks`), which not every kernel computes. `isolates_documents`:
-    transformers' mask of it honours the borders of packed documents. `stored_as` maps a parameter to the tensors of the
+    (`caps_attention`, Gemma 2), or has a sink for each head (`has_sinks`), which not every kernel computes. transformers
+    runs it with SDPA (`supports_sdpa`), and with kernels that take no mask (`supports_flash`). `isolates_documents`: it can be told
+    where the documents of a packed row begin. `stored_as` maps a parameter to the tensors of the
     files that make it up, in order, where these are not one tensor of its own name.
     With logits z = `logit_factor` / `logit_divisor` * the product with the head, and `softcap` c, the model's are
     c * tanh(z / c).
@@ -93,6 +94,8 @@ class Architecture:
     stored_as: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     caps_attention: bool = False
     has_sinks: bool = False
+    supports_sdpa: bool = True
+    supports_flash: bool = True
     isolates_documents: bool = True
     logit_factor: float = 1.0
     logit_divisor: float = 1.0
@@ -107,6 +110,11 @@ class Architecture:
     def sliding_window(self) -> int | None:
         """The fewest tokens that a token sees in some layer, itself included; None where it sees all in every layer."""
         return min((layer.window for layer in self.attention if layer.window), default=None)
+
+    @property
+    def widest_head(self) -> int:
+        """The width of the widest head whose keys and values are alike; 0 without any."""
+        return max((layer.head_size or 0 for layer in self.attention), default=0)
 
     def to_json(self) -> dict[str, Any]:
         """A tree of plain values."""
@@ -197,7 +205,7 @@ def mismatches(config: Config, model: Architecture) -> list[str]:
         )
     if config.data.packing and not model.isolates_documents:
         found.append(
-            "data.packing: documents of one row would see each other, as transformers' mask for this base does not know "
-            "their borders. Set data.packing: false."
+            "data.packing: documents of one row would see each other, as this base takes no position_ids, which tell where "
+            "they begin. Set data.packing: false."
         )
     return found

@@ -6,13 +6,13 @@ transformers alone says which parameters there are, and how logits are made of h
 What cannot be trained is refused by name.
 """
 
+import inspect
 import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,9 @@ class _Reader:
             stored_as=self._stored_as(parameters),
             caps_attention=self._declared("attn_logit_softcapping") is not None,
             has_sinks=any("sink" in part.name.rpartition(".")[2] for part in parameters),
-            isolates_documents="position_ids" in signature(body(self.model).forward).parameters,
+            isolates_documents="position_ids" in inspect.signature(body(self.model).forward).parameters,
+            supports_sdpa=self.model._supports_sdpa,
+            supports_flash=self.model._supports_flash_attn,
             logit_factor=logits.factor,
             logit_divisor=logits.divisor,
             softcap=logits.softcap,

@@ -12,12 +12,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from trainer.errors import ConfigError
+from trainer.model.documents import sdpa_mask_of_row
 
 VARLEN = "capstan_varlen"
+SINKS = "capstan_sinks"  # SDPA, a word that transformers looks for in a name, to refuse it
 KERNELS = ("flash_attention_2", "varlen", "sdpa", "eager")  # in the order of preference
+_WIDEST = 256  # a head in flash-attn, and in PyTorch's varlen kernel, which is flash-attn's
+_OWN = "this base's attention is more than it computes"
 # The names that transformers gives what a layer's attention has beyond softmax(QK)V.
 _BEYOND = ("softcap", "s_aux", "position_bias", "indices")
 
@@ -31,7 +36,7 @@ class Attention:
 
     def arguments(self, cu_seqlens: Tensor, max_seqlen: int) -> dict[str, Any]:
         """The arguments of the model's forward, beside input_ids and position_ids, that keep packed documents apart."""
-        if self.name in ("sdpa", "eager"):
+        if self.name not in ("flash_attention_2", VARLEN):
             return {}
         return {
             "cu_seq_lens_q": cu_seqlens,
@@ -48,6 +53,12 @@ class AttentionNeeds(Protocol):
     def caps_attention(self) -> bool: ...
     @property
     def has_sinks(self) -> bool: ...
+    @property
+    def supports_sdpa(self) -> bool: ...
+    @property
+    def supports_flash(self) -> bool: ...
+    @property
+    def widest_head(self) -> int: ...
 
 
 def choose_attention(
@@ -73,16 +84,27 @@ def choose_attention(
         AttentionInterface.register(VARLEN, varlen_attention)
         AttentionMaskInterface.register(VARLEN, no_mask)
         return Attention(VARLEN, why)
+    if kernel == "sdpa" and needs.has_sinks:
+        AttentionInterface.register(SINKS, sdpa_with_sinks)
+        AttentionMaskInterface.register(SINKS, sdpa_mask_of_row)
+        return Attention(SINKS, why)
     return Attention(kernel, why)
 
 
 def unable(needs: AttentionNeeds) -> dict[str, str]:
     """Kernel -> why it would give other results than the base's own attention."""
+    reasons: dict[str, str] = {}
+    if not needs.supports_flash:
+        reasons = dict.fromkeys(("flash_attention_2", "varlen"), "it takes no mask, which this base's attention needs")
+    elif needs.widest_head > _WIDEST:
+        wide = f"it takes heads of up to {_WIDEST}, and this base has some of {needs.widest_head}"
+        reasons = dict.fromkeys(("flash_attention_2", "varlen"), wide)
     if needs.caps_attention:
-        return dict.fromkeys(("varlen", "sdpa"), "it does not cap attention logits, as this base does")
+        return reasons | dict.fromkeys(("varlen", "sdpa"), "it does not cap attention logits, as this base does")
     if needs.has_sinks:
-        return dict.fromkeys(("flash_attention_2", "varlen", "sdpa"), "it has no attention sinks, as this base has")
-    return {}
+        reasons |= dict.fromkeys(("flash_attention_2", "varlen"), "it has no attention sinks, as this base has")
+        return reasons if needs.supports_flash else reasons | {"sdpa": _OWN}
+    return reasons if needs.supports_sdpa else reasons | {"sdpa": _OWN}
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
@@ -146,3 +168,35 @@ def varlen_attention(
     )
     assert isinstance(out, Tensor)
     return out[..., :width].unsqueeze(0), None
+
+
+def sdpa_with_sinks(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    s_aux: Tensor | None = None,
+    **beyond: Any,
+) -> tuple[Tensor, None]:
+    """SDPA, as transformers calls it, where a head's softmax has a term more, its sink, which weighs no value; `s_aux` (heads,).
+
+    The term is the score of one more key, whose value is zero: with a feature that is 1 in this key and 0 in the others, and in
+    all queries of a head sink / scaling. Eight features and keys, as kernels on GPUs want widths that eight divides.
+    """
+    assert all(beyond.get(name) is None for name in ("softcap", "position_bias", "indices"))
+    if s_aux is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **beyond)
+    length, more = query.shape[2], 8
+    if attention_mask is None:  # one document, which SDPA alone would take for causal
+        attention_mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=query.device).tril()
+    first = torch.arange(more, device=query.device) == 0
+    sink = (s_aux / scaling).to(query.dtype)[:, None, None] * first
+    query = torch.cat([query, sink.expand(*query.shape[:3], more)], dim=3)
+    key = nn.functional.pad(key, (0, more))
+    added = nn.functional.pad(first.to(key.dtype), (key.shape[3] - more, 0)).expand(*key.shape[:2], more, -1)
+    key, value = torch.cat([key, added], dim=2), nn.functional.pad(value, (0, 0, 0, more))
+    attention_mask = torch.cat([attention_mask, first.expand(*attention_mask.shape[:3], more)], dim=3)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **beyond)

@@ -13,6 +13,7 @@ kernels that are installed for it need not know about borders.
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar, Token
@@ -71,16 +72,16 @@ class Documents:
         """All documents, as rows of batches. It waits for a GPU."""
         numbers = self._position_ids.new_zeros(self._position_ids.shape) if self.numbers is None else self.numbers
         lengths = torch.bincount(numbers[0]).tolist()
-        begins = [sum(lengths[:document]) for document in range(len(lengths))]
-        places, back, tokens = list[Tensor](), torch.empty(sum(lengths), dtype=torch.int64), 0
+        begins = list(itertools.accumulate(lengths, initial=0))
+        places, back, tokens = list[Tensor](), torch.empty(begins[-1], dtype=torch.int64), 0
         for batch in batches(lengths):
             longest = lengths[batch[0]]
             rows = torch.tensor([begins[document] for document in batch])[:, None] + torch.arange(longest)
-            last = torch.tensor([begins[document] + lengths[document] - 1 for document in batch])[:, None]
+            last = torch.tensor([begins[document + 1] - 1 for document in batch])[:, None]
             places.append(rows.minimum(last).to(numbers.device))
             for row, document in enumerate(batch):
                 first = tokens + row * longest
-                back[begins[document] : begins[document] + lengths[document]] = first + torch.arange(lengths[document])
+                back[begins[document] : begins[document + 1]] = first + torch.arange(lengths[document])
             tokens += rows.numel()
         return _Batches(places, back.to(numbers.device))
 
@@ -123,7 +124,7 @@ def keep_documents_apart(model: PreTrainedModel) -> list[nn.Module]:
     """
     AttentionMaskInterface.register("sdpa", sdpa_mask_of_row)
     AttentionMaskInterface.register("eager", _of_row(eager_mask))
-    decoder: Any = body(model)
+    decoder = body(model)
     decoder.forward = _for_row(decoder.forward)
     apart = [mixer for mixer in mixers(model) if not knows_borders(mixer)]
     for mixer in apart:
@@ -180,11 +181,12 @@ sdpa_mask_of_row = _of_row(sdpa_mask)
 
 
 def _for_row(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward of the decoder, for the row that its position_ids describe."""
+    """The forward of a model's body, for the row that its position_ids describe, which it need not take itself."""
+    taken = "position_ids" in inspect.signature(forward).parameters
 
     @functools.wraps(forward)
     def of_row(*arguments: Any, **given: Any) -> Any:
-        positions = given.get("position_ids")
+        positions = given.get("position_ids") if taken else given.pop("position_ids", None)
         with _Row(None if positions is None else Documents(positions)):
             return forward(*arguments, **given)
 
