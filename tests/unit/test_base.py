@@ -5,15 +5,12 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.material import KINDS, SIZES, Workshop
 from trainer.base.architecture import mismatches
-from trainer.base.architecture_cache import read_architecture
 from trainer.base.check import check_base
 from trainer.base.config_json import parse_base_config, tokenizer_size
 from trainer.base.load import empty_model
@@ -24,7 +21,6 @@ from trainer.data.prepare import load_tokenizer
 from trainer.errors import ConfigError
 from trainer.export import plain
 from trainer.model.attention import Attention
-from trainer.model.head import LossHead
 from trainer.tuning.method import find_method
 
 
@@ -65,53 +61,6 @@ def test_rows_longer_than_the_positions_are_refused(workshop: Workshop, base: Pa
     check(workshop, base, "data.sequence_length=256")
     with pytest.raises(ConfigError, match=r"data\.sequence_length: 257 exceeds the base's 256 positions"):
         check(workshop, base, "data.sequence_length=257")
-
-
-# Settings of further families beside those of a Llama, by what they do to logits.
-LOGITS: dict[str, dict[str, Any]] = {
-    "multiplied": {"model_type": "cohere2", "logit_scale": 0.3, "tie_word_embeddings": True},
-    "divided": {"model_type": "granite", "logits_scaling": 3.0},
-    "divided before the head": {"model_type": "minicpm3", "dim_model_base": 24, "num_key_value_heads": 4},
-    "a cap of another family": {"final_logit_softcapping": 2.0},
-}
-
-
-@pytest.mark.parametrize("kind", [*KINDS, *LOGITS])
-def test_logits_are_made_of_hidden_states_as_transformers_makes_them(kind: str) -> None:
-    settings = {
-        **SIZES,
-        **(KINDS.get(kind) or {**KINDS["llama"], **LOGITS[kind]}),
-        "vocab_size": 32,
-        "num_hidden_layers": 1,
-    }
-    model: Any = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(**settings), experts_implementation="eager"
-    ).eval()
-    torch.nn.init.normal_(model.lm_head.weight, std=9.0)
-    ids, found = torch.arange(3, 20)[None], read_architecture(model.config.to_dict())
-    head = LossHead(model.config.hidden_size, 32, bias=False)
-    head.weight = model.lm_head.weight
-    with torch.no_grad():
-        hidden, expected = model.model(ids).last_hidden_state, model(ids).logits
-        plain = head(hidden)
-        head.factor, head.divisor, head.softcap = found.logit_factor, found.logit_divisor, found.softcap
-        torch.testing.assert_close(head(hidden), expected, rtol=1e-4, atol=1e-4)
-        changed = kind in ("gemma2", "multiplied", "divided", "divided before the head")
-        assert torch.equal(head(hidden), expected) or kind == "divided before the head"
-        assert torch.equal(plain, expected) is not changed
-
-
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        ({"model_type": "phi"}, "a phi model, which has an output head that is no plain matrix"),
-        ({"model_type": "clvp_decoder"}, "a clvp_decoder model, which is no causal language model"),
-        ({"model_type": "gpt2"}, "a gpt2 model, which has no linear layers"),
-    ],
-)
-def test_a_model_that_is_built_otherwise_is_refused_by_name(settings: dict[str, Any], reason: str) -> None:
-    with pytest.raises(ConfigError, match=reason):
-        read_architecture(settings)
 
 
 @pytest.mark.parametrize("value", ["x", 0, -1.0, True, float("nan"), [1]])
@@ -190,6 +139,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "fewer than no layers": (config(num_hidden_layers=-1), "has num_hidden_layers -1"),
     "a billion layers": (config(num_hidden_layers=10**9), "has num_hidden_layers 1000000000"),
     "an empty vocabulary": (config(vocab_size=0), "has vocab_size 0"),
+    "a billion layers of the part that reads": (
+        config(text_config={"num_hidden_layers": 10**9}),
+        "has num_hidden_layers 1000000000. Possible",
+    ),
+    "too many experts of another name": (
+        config(num_hidden_layers=10_000, n_routed_experts=10_000),
+        "has 10000 num_hidden_layers of 10000 experts each",
+    ),
     "a size of text": (config(hidden_size="a"), "has hidden_size 'a'"),
     "a size of a fraction": (config(head_dim=1.5), "has head_dim 1.5"),
     "a size of true": (config(num_key_value_heads=True), "has num_key_value_heads True"),

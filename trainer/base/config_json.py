@@ -15,12 +15,14 @@ from trainer.errors import NOT_JSON, CapstanError, ConfigError, shown
 _MOST_LAYERS = 10_000
 _MOST_EXPERTS = 10_000
 _MOST_EXPERTS_IN_ALL = 2**17  # the largest models have some 25,000; each has names of its own in the files
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_MAY_BE_NONE = (*_EXPERTS, "n_shared_experts", "moe_num_shared_experts", "num_experts_per_tok")
 # Sizes in config.json -> the largest that is possible. Lists are as long as there are layers and experts.
 _SIZES = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim", "vocab_size"), 2**31),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "max_position_embeddings"), 2**31),
-    **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), _MOST_EXPERTS),
-    "num_hidden_layers": _MOST_LAYERS,
+    **dict.fromkeys(_MAY_BE_NONE, _MOST_EXPERTS),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers", "n_layer"), _MOST_LAYERS),
 }
 _CAPS = ("final_logit_softcapping", "attn_logit_softcapping")
 
@@ -39,11 +41,31 @@ def parse_base_config(name: str, data: bytes) -> dict[str, Any]:
         raise ConfigError(
             f"model.base: {name}/config.json is no JSON object, but {shown(config)}. Copy the model again."
         )
+    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
+        _check_sizes(name, section)
+    stored = config.get("quantization_config")
+    if stored is not None and not isinstance(stored, dict):
+        raise ConfigError(
+            f"model.base: {name}/config.json has the quantization_config {shown(stored)}, which is no JSON object. Copy the "
+            "model again."
+        )
+    if stored == {}:
+        raise ConfigError(
+            f"model.base: {name}/config.json has an empty quantization_config, which transformers cannot read. Remove it from "
+            "there."
+        )
+    return config
+
+
+def _check_sizes(name: str, config: dict[str, Any]) -> None:
+    """Those of the model, or of a part of it, such as the text_config of one that sees."""
     for key, largest in _SIZES.items():
-        value = config.get(key)
-        if value is not None and not (type(value) is int and 1 <= value <= largest):
+        value, least = config.get(key), 0 if key in _MAY_BE_NONE else 1
+        # The MLPs of the layers may have sizes of their own.
+        every = value if key == "intermediate_size" and isinstance(value, list) else [value]
+        if value is not None and not all(type(size) is int and least <= size <= largest for size in every):
             raise ConfigError(
-                f"model.base: {name}/config.json has {key} {shown(value)}. Possible are whole numbers from 1 to {largest}. "
+                f"model.base: {name}/config.json has {key} {shown(value)}. Possible are whole numbers from {least} to {largest}. "
                 "Copy the model again."
             )
     for key in _CAPS:
@@ -59,7 +81,7 @@ def parse_base_config(name: str, data: bytes) -> dict[str, Any]:
             f"model.base: {name}/config.json has {heads} num_attention_heads, which {shared} num_key_value_heads do not "
             "divide. Copy the model again."
         )
-    layers, experts = config.get("num_hidden_layers"), config.get("num_local_experts") or config.get("num_experts")
+    layers, experts = config.get("num_hidden_layers"), next((config[key] for key in _EXPERTS if config.get(key)), None)
     if layers and experts and layers * experts > _MOST_EXPERTS_IN_ALL:
         raise ConfigError(
             f"model.base: {name}/config.json has {layers} num_hidden_layers of {experts} experts each. Possible are "
@@ -70,18 +92,6 @@ def parse_base_config(name: str, data: bytes) -> dict[str, Any]:
         raise ConfigError(
             f"model.base: {name}/config.json has {active} num_experts_per_tok, but {experts} experts. Copy the model again."
         )
-    stored = config.get("quantization_config")
-    if stored is not None and not isinstance(stored, dict):
-        raise ConfigError(
-            f"model.base: {name}/config.json has the quantization_config {shown(stored)}, which is no JSON object. Copy the "
-            "model again."
-        )
-    if stored == {}:
-        raise ConfigError(
-            f"model.base: {name}/config.json has an empty quantization_config, which transformers cannot read. Remove it from "
-            "there."
-        )
-    return config
 
 
 def tokenizer_size(directory: Path, name: str) -> int:

@@ -6,13 +6,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from trainer.base.base import Base
 from trainer.base.cache import MANIFEST, cache_folder, open_cache, write_cache
 from trainer.base.config_json import read_by_transformers
-from trainer.base.meta import model_config
+from trainer.base.meta import make_buffers, meta_model, model_config
 from trainer.base.parameters import check_no_other
 from trainer.base.placement import Placement, place_partitions
 from trainer.base.reading import run_jobs
@@ -130,19 +129,19 @@ def _through_cache(
 
 def empty_model(base: Base, config: Config, attention: Attention) -> PreTrainedModel:
     """The architecture with parameters on `meta` and real buffers (rotary frequencies), its head a `LossHead`."""
-    with read_by_transformers(base.name, "config.json"), init_empty_weights(include_buffers=False):
+    with read_by_transformers(base.name, "config.json"):
         architecture = model_config(base.directory, config.model.layers)
         architecture.use_cache = False
-        model = AutoModelForCausalLM.from_config(
+        model = meta_model(
             architecture,
-            trust_remote_code=False,
             dtype=DTYPES[config.model.dtype],
             attn_implementation=attention.name,
             experts_implementation=IMPLEMENTATION,
         )
+        make_buffers(model)
     prepare_experts(model)
-    model.tie_weights()  # init_empty_weights gives every module its own parameter
-    plain, facts = model.get_output_embeddings(), base.architecture
+    facts = base.architecture
+    plain: Any = model.get_output_embeddings()
     head = LossHead(plain.in_features, plain.out_features, bias=False, device="meta")
     head.weight = plain.weight
     head.factor, head.divisor, head.softcap = facts.logit_factor, facts.logit_divisor, facts.softcap

@@ -10,7 +10,7 @@ import inspect
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +39,8 @@ _ROUTED_TO = (
     "top_k_experts",
     "top_k",
 )
+# Lists with an entry for each layer have one of these in their names; how many of the last layers share keys is a number.
+_BY_LAYER, _SHARED = ("layer", "pattern", "types", "intermediate_size"), "num_kv_shared_layers"
 # Mixtures of experts -> the names in their files of the matrices that transformers has as one parameter.
 _STORED_EXPERTS: dict[str, dict[str, tuple[str, ...]]] = {
     "mixtral": {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)},
@@ -59,17 +61,35 @@ def read_from_meta(base_config: Mapping[str, Any], layers: int | None, name: str
         settings = {key: value for key, value in base_config.items() if key not in ("auto_map", "quantization_config")}
         whole = CONFIG_MAPPING[kind].from_dict(settings)
         config, stored_layers = _first_layers(_causal(whole, name), layers)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        model.tie_weights()
-    prepare_experts(model)
-    return _Reader(model, config, name).architecture(stored_layers)
+        model = meta_model(config)
+        prepare_experts(model)
+        return _Reader(model, config, name).architecture(stored_layers)
 
 
 def model_config(directory: Path, layers: int | None) -> PretrainedConfig:
     """transformers' configuration of the language model of a base, cut to its first `layers`."""
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     return _first_layers(_causal(config, str(directory)), layers)[0]
+
+
+def meta_model(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """The causal language model of `config`, all of its parameters and buffers on `meta`.
+
+    accelerate's `init_empty_weights` would make each tensor first, and fill the experts of some families.
+    """
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+
+
+@torch.no_grad()
+def make_buffers(model: PreTrainedModel) -> None:
+    """Give every buffer of a model on `meta` the value that it has in a model of random weights, such as rotary frequencies."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.zeros_like(buffer, device="cpu"))
+        if next(module.buffers(recurse=False), None) is not None:
+            # transformers' loader makes them so too; weights stay on `meta`, where to initialise them is nothing.
+            model._init_weights(module)
 
 
 def _unknown(base_config: Mapping[str, Any], name: str) -> str:
@@ -103,13 +123,15 @@ def _causal(config: PretrainedConfig, name: str) -> PretrainedConfig:
 
 
 def _first_layers(config: PretrainedConfig, layers: int | None) -> tuple[PretrainedConfig, int]:
-    """`config` cut to its first `layers`, and how many it had. A list with an entry for each layer is cut too."""
+    """`config` cut to its first `layers`, and how many it had."""
     count: int = config.num_hidden_layers
     if not layers or layers >= count:
         return config, count
     for key, value in list(vars(config).items()):
-        if isinstance(value, (list, tuple)) and len(value) == count and not key.endswith(("_id", "_ids")):
+        if isinstance(value, (list, tuple)) and len(value) == count and any(word in key for word in _BY_LAYER):
             setattr(config, key, value[:layers])
+    if shared := getattr(config, _SHARED, None):
+        setattr(config, _SHARED, max(0, shared + layers - count))
     config.num_hidden_layers = layers
     return config, count
 
@@ -217,18 +239,14 @@ class _Reader:
             return "embedding"
         if type(owner) is nn.Linear and leaf == "weight" and layer is not None:
             return "linear"
-        return "experts" if layer is not None and self._is_stack(owner, parameter) else "small"
-
-    def _is_stack(self, owner: nn.Module, parameter: Tensor) -> bool:
-        """Whether it holds the matrices of a mixture's experts. Convolutions and recurrences have three dimensions as well."""
-        return parameter.ndim == 3 and is_experts(owner)
+        return "experts" if layer is not None and _is_stack(owner, parameter) else "small"
 
     def _routers(self) -> Iterator[str]:
         """Paths of the linear layers beside a stack of experts that have an output for each of them, alone in their module: a
         shared expert, which has three, may be as wide."""
         for name, parameter in self.model.named_parameters():
             path = name.rpartition(".")[0]
-            if self._is_stack(self._modules[path], parameter):
+            if _is_stack(self._modules[path], parameter):
                 block = path.rpartition(".")[0]
                 for inner, module in self._modules[block].named_modules(prefix=block):
                     if type(module) is nn.Linear and module.out_features == parameter.shape[0]:
@@ -265,14 +283,13 @@ class _Reader:
         return (heads, size) if isinstance(heads, int) and hasattr(module, "qkv_proj") else (None, None)
 
     def _window(self, module: nn.Module, layer: int) -> int | None:
+        kinds = self._declared("layer_types")
+        if kinds and kinds[layer] == "full_attention":
+            return None
+        if kinds and kinds[layer] == "chunked_attention":
+            return self._declared("attention_chunk_size")
         if hasattr(module, "sliding_window"):
             return module.sliding_window or None  # type: ignore[return-value]
-        kinds = self._declared("layer_types")
-        if kinds:
-            size = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}.get(
-                kinds[layer]
-            )
-            return self._declared(size) if size else None
         return self._declared("sliding_window") or None
 
     def _stored_as(self, parameters: tuple[Parameter, ...]) -> dict[str, tuple[str, ...]]:
@@ -290,6 +307,11 @@ class _Reader:
         return tuple(f"{path}.{expert}.{part}.weight" for expert in range(parameter.shape[0]) for part in parts)
 
 
+def _is_stack(owner: nn.Module, parameter: Tensor) -> bool:
+    """Whether it holds matrices of a mixture's experts. Convolutions and recurrences have three dimensions as well."""
+    return parameter.ndim == 3 and is_experts(owner)
+
+
 def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return {"architecture": read_from_meta(request["config"], request["layers"], request["name"]).to_json()}
@@ -298,5 +320,6 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    with suppress(BrokenPipeError):
-        json.dump(_answer(json.load(sys.stdin)), sys.stdout)
+    with redirect_stdout(sys.stderr):  # libraries print what they like
+        answer = _answer(json.load(sys.stdin))
+    json.dump(answer, sys.stdout)

@@ -47,12 +47,18 @@ class BottleneckAdapters:
         return self.tuning.model_dump(mode="json", include={"method", *self.settings})
 
     def mismatches(self, architecture: Architecture) -> list[str]:
-        if self._width(architecture):
-            return []
-        return [
-            f"tuning.reduction: {self.tuning.reduction} leaves nothing of the base's hidden size of {architecture.hidden}. "
-            "Lower it."
-        ]
+        found = list[str]()
+        if any(len(paths) != 2 for paths in architecture.blocks().values()):
+            found.append(
+                f"tuning.method: {self.tuning.method} needs decoder layers of two blocks, such as attention and an MLP, which this "
+                "base has not. Choose lora."
+            )
+        if not self._width(architecture):
+            found.append(
+                f"tuning.reduction: {self.tuning.reduction} leaves nothing of the base's hidden size of {architecture.hidden}. "
+                "Lower it."
+            )
+        return found
 
     def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         hidden, width = architecture.hidden, self._width(architecture)
