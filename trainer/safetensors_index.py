@@ -7,7 +7,10 @@ Headers are checked against the files' sizes, so that a truncated file or a lyin
 import json
 import math
 import struct
+from bisect import bisect_right
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any, Protocol
 
 from trainer.errors import NOT_JSON, ConfigError, NotFound, shown
@@ -15,6 +18,7 @@ from trainer.store import Store
 
 _FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 DTYPE_BYTES = {**_FLOAT_BYTES, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+WEIGHT_DTYPES = ("BF16", "F16", "F32")
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000
@@ -63,24 +67,40 @@ class TensorSource:
 
 
 @dataclass(frozen=True)
-class Stacked:
-    """Tensors of one dtype, one after another, as one tensor of `shape`: a mixture's experts, which files hold singly."""
+class Run:
+    """`numel` elements of the part number `part`, from its element `begin` on."""
+
+    part: int
+    begin: int
+    numel: int
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """Runs of other tensors of one dtype, one after another, as one tensor of `shape`: a mixture's experts, which files hold
+    singly, or one of the projections that they hold as one."""
 
     parts: tuple[StoredTensor, ...]
+    runs: tuple[Run, ...]
     shape: tuple[int, ...]
 
     @property
     def dtype(self) -> str:
         return self.parts[0].dtype
 
+    @cached_property
+    def starts(self) -> list[int]:
+        """The element of this tensor that each run begins with."""
+        return [0, *accumulate(run.numel for run in self.runs)][:-1]
+
     def read(self, begin: int, end: int) -> bytearray:
-        data, start = bytearray(), 0
-        for part in self.parts:
-            size = numel(part)
-            first, last = max(begin - start, 0), min(end - start, size)
-            if first < last:
-                data += part.read(first, last)
-            start += size
+        data, first = bytearray(), max(0, bisect_right(self.starts, begin) - 1)
+        for run, start in zip(self.runs[first:], self.starts[first:], strict=True):
+            if start >= end:
+                break
+            here, there = max(begin - start, 0), min(end - start, run.numel)
+            if here < there:
+                data += self.parts[run.part].read(run.begin + here, run.begin + there)
         return data
 
 
@@ -92,6 +112,15 @@ class PackedSources:
     absmax: StoredTensor
     nested_absmax: StoredTensor | None
     mean: list[float] | None
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """A weight of `shape` that files hold in 4 bits: its bytes can be read, its values cannot."""
+
+    shape: tuple[int, ...]
+    sources: PackedSources
+    dtype: str = "4-bit"
 
 
 def read_index(store: Store) -> dict[str, TensorSource]:

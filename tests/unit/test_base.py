@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.material import KINDS, SIZES, Workshop
 from trainer.base.architecture import mismatches
 from trainer.base.check import check_base
 from trainer.base.config_json import parse_base_config, tokenizer_size
-from trainer.base.load import empty_model
+from trainer.base.load import empty_model, find_all_weights
 from trainer.base.locate import resolve_base
-from trainer.base.parameters import check_no_other
+from trainer.base.parameters import FoundWeights, find_weights
 from trainer.config import Tuning, override
 from trainer.data.prepare import load_tokenizer
 from trainer.errors import ConfigError
@@ -264,15 +265,54 @@ def test_an_export_that_transformers_or_peft_cannot_read_is_one_sentence(base: P
             plain.add_adapter(torch.nn.Linear(1, 1), tmp_path, find_method(Tuning(method=name)))
 
 
-def test_a_tensor_that_the_architecture_has_not_is_refused_by_name(workshop: Workshop, base: Path) -> None:
-    found = resolve_base(workshop.config("extra", f"model.base={base}").model)
-    names = [name for name in found.tensors if not name.endswith("q_proj.weight")]
-    check_no_other(found, found.tensors, ignored=[], layers=None)
-    with pytest.raises(
-        ConfigError, match=r"has the tensor model\.layers\.0\.self_attn\.q_proj\.weight.*\(2 such"
-    ) as error:
-        check_no_other(found, names, ignored=[], layers=None)
+def rewritten(base: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """All tensors of the base in one file, as `change` leaves them."""
+    tensors = {name: tensor for file in base.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    remove("model*")(base)
+    change(tensors)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+MISFITS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
+    "a tensor more": (
+        lambda tensors: tensors.update({"model.layers.0.a.bias": torch.ones(2), "model.layers.2.b": torch.ones(2)}),
+        r"has the tensor model\.layers\.0\.a\.bias, which the architecture .* has not \(2 such tensors\)\. Give the config",
+    ),
+    "a tensor less": (lambda tensors: tensors.pop(UP), rf"has no tensor {UP}, which its architecture needs"),
+    "another shape": (
+        lambda tensors: tensors.update({UP: tensors[UP][1:].clone()}),
+        rf"{UP} is \[171, 64\] in .*, \[172, 64\] by config\.json\. Copy the model again",
+    ),
+    "another type": (
+        lambda tensors: tensors.update({UP: tensors[UP].double()}),
+        rf"{UP} is of type F64\. Readable are BF16, F16, F32\.",
+    ),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_a_weight_that_does_not_fit_the_architecture_is_named(workshop: Workshop, base: Path, misfit: str) -> None:
+    change, reason = MISFITS[misfit]
+    found = resolve_base(workshop.config("misfit", f"model.base={base}").model)
+    assert len(find_all_weights(found).sources) == 2 * 9 + 3
+    rewritten(base, change)
+    with pytest.raises(ConfigError, match=reason) as error:
+        find_all_weights(resolve_base(workshop.config("misfit", f"model.base={base}").model))
     assert error.value.exit_code == 2
+
+
+def test_layers_that_the_model_is_cut_off_before_are_left_out_and_nothing_else(workshop: Workshop, base: Path) -> None:
+    config = workshop.config("cut", f"model.base={base}", "model.layers=1")
+
+    def find() -> FoundWeights:
+        found = resolve_base(config.model)
+        return find_weights(found, empty_model(found, config, Attention("sdpa", "")), 1)
+
+    assert len(find().sources) == 9 + 3
+    rewritten(base, lambda tensors: tensors.update({"model.layers.0.a.bias": torch.ones(2)}))
+    with pytest.raises(ConfigError, match=r"has the tensor model\.layers\.0\.a\.bias.*\(1 such"):
+        find()
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./missing", "one", "a/b/c"])

@@ -74,8 +74,7 @@ class Architecture:
     parameters. `positions` is the longest sequence, where the model has a limit. The attention caps its logits
     (`caps_attention`, Gemma 2), or has a sink for each head (`has_sinks`), which not every kernel computes. transformers
     runs it with SDPA (`supports_sdpa`), and with kernels that take no mask (`supports_flash`). `isolates_documents`: it can be told
-    where the documents of a packed row begin. `stored_as` maps a parameter to the tensors of the
-    files that make it up, in order, where these are not one tensor of its own name.
+    where the documents of a packed row begin.
     With logits z = `logit_factor` / `logit_divisor` * the product with the head, and `softcap` c, the model's are
     c * tanh(z / c).
     """
@@ -91,7 +90,6 @@ class Architecture:
     attention: tuple[AttentionLayer, ...] = ()
     tied: dict[str, str] = field(default_factory=dict[str, str])
     buffers: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
-    stored_as: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     caps_attention: bool = False
     has_sinks: bool = False
     supports_sdpa: bool = True
@@ -127,7 +125,6 @@ class Architecture:
             "parameters": tuple(_parameter(**part) for part in tree["parameters"]),
             "attention": tuple(AttentionLayer(**layer) for layer in tree["attention"]),
             "buffers": {name: tuple(shape) for name, shape in tree["buffers"].items()},
-            "stored_as": {name: tuple(names) for name, names in tree["stored_as"].items()},
         }
         return Architecture(**{**tree, **rest})
 
@@ -182,10 +179,6 @@ class Architecture:
                 before, number, rest = parameter.name.partition(f".{parameter.layer}.")
                 found.setdefault(parameter.layer, {})[before + number + rest.partition(".")[0]] = None
         return {layer: list(paths) for layer, paths in found.items()}
-
-    def stored_names(self, name: str) -> tuple[str, ...]:
-        """The tensors of the files that make up the parameter `name`, in order."""
-        return self.stored_as.get(name, (name,))
 
 
 def _parameter(shape: list[int], **facts: Any) -> Parameter:

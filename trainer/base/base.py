@@ -1,31 +1,22 @@
 """A base as the other rooms see it: what it is made of, and a protocol for the ways in which its files store that.
 
-The seam of stored formats: a format is one class that says which settings suit it, checks the files before a weight is
-read, and names the stored bytes of each parameter. Ranged reading, quantizing and placing know nothing of it.
+The seam of stored formats: a format is one class that says which settings suit it, and gives the weights that the files
+hold by name, each as a tensor that can be read in parts. What makes parameters of these, quantizes and places them knows
+nothing of it.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from trainer.base.architecture import Architecture, mismatches
 from trainer.config import Config
-from trainer.safetensors_index import PackedSources, StoredTensor, TensorSource, read_index
+from trainer.safetensors_index import PackedTensor, StoredTensor, TensorSource, read_index
 from trainer.store import Store
-
-
-@dataclass(frozen=True)
-class StoredWeights:
-    """Where the bytes of the model's parameters are: `sources` by parameter, or `packed` by module where they are in 4
-    bits already. `tensors` are the names in the files of all that is read."""
-
-    sources: dict[str, StoredTensor]
-    tensors: set[str]
-    packed: dict[str, PackedSources] = field(default_factory=dict)
 
 
 class StoredFormat(Protocol):
@@ -42,18 +33,14 @@ class StoredFormat(Protocol):
         """A sentence for each setting that does not suit what config.json says of the format."""
         ...
 
-    def tensors(self, base: "Base") -> Mapping[str, StoredTensor]:
-        """The weights that the files hold in 16 or 32 bits, or that are such as they are read, by the names that a plain base
-        has for them: a weight in fewer bits and its scales are one tensor. Reads headers alone. Raises `ConfigError` where a
-        part of one is missing or has another shape or type than it should."""
+    def tensors(self, base: "Base") -> Mapping[str, StoredTensor | PackedTensor]:
+        """The weights in the files by the names that a plain base has for them, as they are read: a weight in fewer bits and
+        its scales are one. Reads headers, and facts beside weights, but no weight. Raises `ConfigError` where a part of one is
+        missing, or has another shape or type than it should."""
         ...
 
     def check(self, base: "Base", config: Config) -> None:
-        """Raises `ConfigError` when the files lack a weight or have it otherwise than they should; reads no weight."""
-        ...
-
-    def open(self, base: "Base", config: Config, shapes: Mapping[str, tuple[int, ...]]) -> StoredWeights:
-        """Where each parameter of the model is stored, `shapes` by name. Raises `ConfigError` as `check` does."""
+        """Raises `ConfigError` when the files are in another form of the format than `config` asks for; reads no weight."""
         ...
 
 
@@ -97,8 +84,8 @@ class Base:
         return read_index(self.store)
 
     @cached_property
-    def weights(self) -> Mapping[str, StoredTensor]:
-        """The same as the stored format reads them: what a plain base would hold, by name."""
+    def weights(self) -> Mapping[str, StoredTensor | PackedTensor]:
+        """The same as the stored format reads them, by the names of a plain base."""
         return self.stored.tensors(self)
 
     @cached_property

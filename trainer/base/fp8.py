@@ -11,15 +11,14 @@ for a number of equal tiles, which is another tile for 192 rows (two of 96), and
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
-from trainer.base.base import Base, StoredWeights
+from trainer.base.base import Base
 from trainer.base.floats import E4M3, SCALES, round_to_bf16
 from trainer.base.last_reads import LastReads
-from trainer.base.plain import Plain
 from trainer.config import Config
 from trainer.errors import ConfigError, shown
 from trainer.safetensors_index import StoredTensor, TensorSource, numel
@@ -138,11 +137,7 @@ class Fp8:
         return Fp8Tiles(source, scales, (tile[0], tile[1]), last_reads)
 
     def check(self, base: Base, config: Config) -> None:
-        Plain().check(base, config)
-
-    def open(self, base: Base, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> StoredWeights:
-        found = Plain().open(base, config, shapes)
-        return replace(found, tensors=found.tensors | {other for name in found.tensors for other in _beside(name)})
+        pass
 
 
 def _beside(name: str) -> tuple[str, str, str]:

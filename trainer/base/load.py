@@ -12,7 +12,7 @@ from trainer.base.base import Base
 from trainer.base.cache import MANIFEST, cache_folder, open_cache, write_cache
 from trainer.base.config_json import read_by_transformers
 from trainer.base.meta import make_buffers, meta_model, model_config
-from trainer.base.parameters import check_no_other
+from trainer.base.parameters import FoundWeights, find_weights
 from trainer.base.placement import Placement, place_partitions
 from trainer.base.reading import run_jobs
 from trainer.config import Config
@@ -59,21 +59,12 @@ def load_model(
 
     def fill(stored: Callable[[str], PackedSources | None]) -> _Filled:
         with ranks.agreeing():
+            base.stored.check(base, config)
             model = empty_model(base, config, attention)
-            # A tied weight is listed once, under its first name.
-            shapes = {name: tuple(given.shape) for name, given in model.named_parameters()}
-            weights = base.stored.open(base, config, shapes)
-            ignored = model._keys_to_ignore_on_load_unexpected or ()
-            check_no_other(base, weights.tensors, ignored, config.model.layers)
+            weights = find_weights(base, model, config.model.layers)
         partitioner = Partitioner(deepspeed_config, dtype, scope, ranks)
         placement = place_partitions(
-            model,
-            config.quant,
-            dtype,
-            partitioner,
-            weights.sources.__getitem__,
-            lambda path: weights.packed.get(path) or stored(path),
-            base.architecture.quantizable(),
+            model, config.quant, dtype, partitioner, weights.sources, stored, base.architecture.quantizable()
         )
         before = base.store.range_bytes
         run_jobs(placement.jobs, ranks, log)
@@ -151,3 +142,10 @@ def empty_model(base: Base, config: Config, attention: Attention) -> PreTrainedM
     if config.train.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": recomputed})
     return model.train()
+
+
+def find_all_weights(base: Base) -> FoundWeights:
+    """Where the files hold the weights of the whole base. Raises `ConfigError` as `find_weights` does."""
+    with read_by_transformers(base.name, "config.json"):
+        model = meta_model(model_config(base.directory, None))
+    return find_weights(base, model)

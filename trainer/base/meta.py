@@ -41,11 +41,6 @@ _ROUTED_TO = (
 )
 # Lists with an entry for each layer have one of these in their names; how many of the last layers share keys is a number.
 _BY_LAYER, _SHARED = ("layer", "pattern", "types", "intermediate_size"), "num_kv_shared_layers"
-# Mixtures of experts -> the names in their files of the matrices that transformers has as one parameter.
-_STORED_EXPERTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "mixtral": {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)},
-    "qwen3_moe": {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)},
-}
 
 
 def read_from_meta(base_config: Mapping[str, Any], layers: int | None, name: str) -> Architecture:
@@ -164,7 +159,6 @@ class _Reader:
             attention=tuple(self._attention()),
             tied=self._tied,
             buffers=dict(self._buffers()),
-            stored_as=self._stored_as(parameters),
             caps_attention=self._declared("attn_logit_softcapping") is not None,
             has_sinks=any("sink" in part.name.rpartition(".")[2] for part in parameters),
             isolates_documents="position_ids" in inspect.signature(body(self.model).forward).parameters,
@@ -291,20 +285,6 @@ class _Reader:
         if hasattr(module, "sliding_window"):
             return module.sliding_window or None  # type: ignore[return-value]
         return self._declared("sliding_window") or None
-
-    def _stored_as(self, parameters: tuple[Parameter, ...]) -> dict[str, tuple[str, ...]]:
-        """transformers 5 holds the experts of a layer in one parameter, most files hold each by itself."""
-        stored = {part.name: self._stored(part) for part in parameters}
-        return {name: names for name, names in stored.items() if names != (name,)}
-
-    def _stored(self, parameter: Parameter) -> tuple[str, ...]:
-        kind = self.config.model_type
-        name = parameter.name.replace(".mlp.", ".block_sparse_moe.") if kind == "mixtral" else parameter.name
-        path, _, leaf = name.rpartition(".")
-        parts = _STORED_EXPERTS.get(kind, {}).get(leaf)
-        if parts is None or parameter.kind != "experts":
-            return (name,)
-        return tuple(f"{path}.{expert}.{part}.weight" for expert in range(parameter.shape[0]) for part in parts)
 
 
 def _is_stack(owner: nn.Module, parameter: Tensor) -> bool:

@@ -11,16 +11,15 @@ it, and an expert is read whole.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.base.base import Base, StoredWeights
+from trainer.base.base import Base
 from trainer.base.floats import E2M1, E8M0
 from trainer.base.last_reads import LastReads
-from trainer.base.plain import Plain
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.safetensors_index import StoredTensor, TensorSource, numel
@@ -112,11 +111,7 @@ class Mxfp4:
         return found
 
     def check(self, base: Base, config: Config) -> None:
-        Plain().check(base, config)
-
-    def open(self, base: Base, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> StoredWeights:
-        found = Plain().open(base, config, shapes)
-        return replace(found, tensors=found.tensors | {part for name in found.tensors for part in _parts(name)})
+        pass
 
 
 def _decoding(base: Base, name: str, last_reads: LastReads) -> Mxfp4Experts:

@@ -1,83 +1,108 @@
-"""Which stored tensors make each parameter of the model, from the headers of the files alone."""
+"""Where the weights of the model are in the files, from their headers alone: checked before any weight is read."""
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from trainer.base.base import Base
+from trainer.base.conversion import Weight, convert
+from trainer.base.filling import SOURCE_DTYPES
 from trainer.errors import ConfigError
-from trainer.safetensors_index import Stacked, StoredTensor, TensorSource, numel
+from trainer.safetensors_index import WEIGHT_DTYPES, PackedTensor
 
-WEIGHT_DTYPES = ("BF16", "F16", "F32")
+# transformers computes these anew, and old files hold them.
+_COMPUTED = (r"rotary_emb\.inv_freq$",)
 
 
-def find_source(base: Base, name: str, shape: tuple[int, ...]) -> StoredTensor:
-    """The tensor in the files that holds the parameter `name`, or a stack of them where experts are stored singly.
+@dataclass(frozen=True)
+class FoundWeights:
+    """The source of each parameter and persistent buffer of a model, by name.
+
+    A tied parameter is there under its first name. `copies` are what the files hold under its other names.
+    """
+
+    sources: dict[str, Weight] = field(default_factory=dict[str, Weight])
+    copies: dict[str, list[Weight]] = field(default_factory=dict[str, list[Weight]])
+
+
+def find_weights(base: Base, model: PreTrainedModel, layers: int | None = None) -> FoundWeights:
+    """Where the files of `base` hold the weights of `model`, which transformers built of its config.json and may be on `meta`.
+
+    With `layers` the model is cut to the first so many, and the files' other layers are left out on purpose.
 
     Raises:
-        ConfigError: they lack it, have it in another shape, or in a type that cannot be read.
+        ConfigError: the files lack one, have it in another shape or in a type that cannot be read, or have a tensor that the
+            model has not.
     """
-    names = (name,) if name in base.weights else base.architecture.stored_names(name)
-    slices = shape[0] if len(shape) == 3 else 1
-    # Experts that are stored singly: (experts, rows, columns) of files that have rows / parts of each.
-    part_shape = shape if len(names) == 1 else (shape[1] * slices // len(names), shape[2])
-    parts = tuple(_checked(base, stored, part_shape) for stored in names)
-    if len({part.dtype for part in parts}) > 1:
+    found = convert(model, base.weights)
+    for name, reason in found.failed.items():
         raise ConfigError(
-            f"model.base: the experts of {name} are of several types in {base.name}. Copy the model again."
+            f"model.base: {name} cannot be made of what {base.name} has for it ({reason}). Copy the model again."
         )
-    return parts[0] if len(parts) == 1 else Stacked(parts, shape)
+    weights, first = FoundWeights(), dict[int, str]()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        there = found.sources.get(name)
+        original = first.setdefault(id(tensor), name)
+        if there is not None and original in weights.sources:
+            weights.copies.setdefault(original, []).append(_checked(base, name, tensor, there))
+        elif there is not None:
+            weights.sources[original] = _checked(base, name, tensor, there)
+    for name in first.values():
+        if name not in weights.sources:
+            raise ConfigError(
+                f"model.base: {base.name} has no tensor {name}, which its architecture needs. Copy the model again."
+            )
+    check_no_other(base, found.others, model._keys_to_ignore_on_load_unexpected or (), layers)
+    return weights
 
 
-def stored_parts(base: Base, name: str, shape: tuple[int, ...]) -> Iterator[tuple[TensorSource, int]]:
-    """Every tensor of the files that holds elements of the parameter `name`, with the number of the first of these.
-
-    Raises `ConfigError` as `find_source` does.
-    """
-    source = find_source(base, name, shape)
-    begin = 0
-    for part in source.parts if isinstance(source, Stacked) else (source,):
-        assert isinstance(part, TensorSource)
-        yield part, begin
-        begin += numel(part)
-    for alias, of in base.architecture.tied.items():
-        # Some files hold a tied weight twice; transformers unties what differs.
-        if of == name and alias in base.weights:
-            again = _checked(base, alias, shape)
-            assert isinstance(again, TensorSource)
-            yield again, 0
-
-
-def _checked(base: Base, name: str, shape: tuple[int, ...]) -> StoredTensor:
-    source = base.weights.get(name)
-    if source is None:
-        raise ConfigError(
-            f"model.base: {base.name} has no tensor {name}, which its architecture needs. Copy the model again."
-        )
-    if source.shape != shape:
-        raise ConfigError(
-            f"model.base: {name} is {list(source.shape)} in {base.name}, {list(shape)} by config.json. "
-            "Copy the model again."
-        )
-    if source.dtype not in WEIGHT_DTYPES:
-        raise ConfigError(f"model.base: {name} is of type {source.dtype}. Readable are {', '.join(WEIGHT_DTYPES)}.")
-    return source
-
-
-def check_no_other(base: Base, known: Collection[str], ignored: Iterable[str], layers: int | None) -> None:
-    """Raises `ConfigError` when the files have a tensor that is none of `known`, those that make up the model's parameters.
+def check_no_other(base: Base, others: dict[str, str], ignored: Iterable[str], layers: int | None) -> None:
+    """Raises `ConfigError` when the files have a tensor that the model has no place for, `others` as in a `Conversion`.
 
     Such a model is not the one that config.json describes: a bias or a layer would be left out without a word. `ignored`
-    are patterns that transformers ignores as well; with `layers` the rest of the base is left out on purpose.
+    are patterns that transformers ignores as well.
     """
-    left_out = [*ignored, r"rotary_emb\.inv_freq$"]
-    left_out += [f"^{re.escape(alias)}$" for alias in base.architecture.tied]
-    if layers:
-        left_out.append(r"^model\.layers\.")
-    others = [
-        name for name in base.tensors if name not in known and not any(re.search(pattern, name) for pattern in left_out)
+    left_out = [*ignored, *_COMPUTED]
+    unknown = [
+        key
+        for key, name in others.items()
+        if not any(re.search(pattern, name) for pattern in left_out) and not _is_beyond(name, layers)
     ]
-    if others:
+    if unknown:
         raise ConfigError(
-            f"model.base: {base.name} has the tensor {others[0]}, which the architecture of its config.json has not "
-            f"({len(others)} such tensors). Give the config.json that belongs to these files."
+            f"model.base: {base.name} has the tensor {unknown[0]}, which the architecture of its config.json has not "
+            f"({len(unknown)} such tensors). Give the config.json that belongs to these files."
         )
+
+
+def _is_beyond(name: str, layers: int | None) -> bool:
+    """Whether a tensor belongs to a layer that the model was cut off before: the first number in a name is the layer's."""
+    number = re.search(r"\.(\d+)\.", name)
+    return layers is not None and number is not None and int(number[1]) >= layers
+
+
+def _checked(base: Base, name: str, tensor: Tensor, source: Weight) -> Weight:
+    packed = isinstance(source, PackedTensor)
+    linear = name.removesuffix(".weight") in base.architecture.linear_layers()
+    if base.stored.quantized and linear and not packed:
+        raise ConfigError(
+            f"model.base: {base.name} is quantized, but its {name} is not in 4 bits, as all linear layers must be. "
+            "Give the 16-bit model; quant.type quantizes it."
+        )
+    if packed and name not in base.architecture.quantizable():
+        raise ConfigError(
+            f"model.base: {name} is in 4 bits in {base.name}, and is computed with in 16. Give the 16-bit model; quant.type "
+            "quantizes it."
+        )
+    if source.shape != tensor.shape:
+        raise ConfigError(
+            f"model.base: {name} is {list(source.shape)} in {base.name}, {list(tensor.shape)} by config.json. "
+            "Copy the model again."
+        )
+    readable = WEIGHT_DTYPES if tensor.is_floating_point() else tuple(SOURCE_DTYPES)
+    if source.dtype not in readable and not packed:
+        raise ConfigError(f"model.base: {name} is of type {source.dtype}. Readable are {', '.join(readable)}.")
+    return source

@@ -1,6 +1,6 @@
 """Partitions in the place of the parameters of a model on `meta`, and 4-bit modules in that of its matrices."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,7 @@ from trainer.base.reading import Job
 from trainer.config import Quant
 from trainer.model.experts import is_experts
 from trainer.model.nf4 import Format, FrozenLinear4bit, FrozenStack4bit, Packed
-from trainer.safetensors_index import PackedSources, StoredTensor
+from trainer.safetensors_index import PackedSources, PackedTensor, StoredTensor
 from trainer.zero.engine import gather_as_one
 from trainer.zero.partition import Partition, Partitioner
 
@@ -43,7 +43,7 @@ def place_partitions(
     quant: Quant,
     dtype: torch.dtype,
     partitioner: Partitioner,
-    source: Callable[[str], StoredTensor],
+    sources: Mapping[str, StoredTensor | PackedTensor],
     stored: Callable[[str], PackedSources | None],
     quantizable: Collection[str],
 ) -> Placement:
@@ -51,8 +51,8 @@ def place_partitions(
 
     Args:
         dtype: of what is not quantized, and of the products.
-        source: where a parameter is read from.
-        stored: where a module's packed weights are read from, or None where they are quantized from `source`.
+        sources: where each parameter is read from.
+        stored: where a module's packed weights are read from, or None where they are made of `sources`.
         quantizable: the names of the weights that `quant` quantizes.
     """
     placement = Placement()
@@ -60,20 +60,21 @@ def place_partitions(
         if is_experts(module):
             gather_as_one(module)
     for name, parameter in list(model.named_parameters()):
-        path = name.removesuffix(".weight")
+        path, source = name.removesuffix(".weight"), sources[name]
         packed = _packed_module(model, name, parameter, quant, dtype) if name in quantizable else None
         if packed is None:
+            assert not isinstance(source, PackedTensor)
             partition = partitioner.make(parameter.shape, dtype)
             _replace(model, parameter, partition.parameter)
-            placement.jobs.append(Copy(source(name), partition))
+            placement.jobs.append(Copy(source, partition))
             continue
         made = make_packed(packed, partitioner)
         placement.packed[path] = packed, made
-        found = stored(path)
-        if found is None:
-            placement.jobs.append(Quantize(source(name), packed, made, partitioner))
-        else:
+        found = source.sources if isinstance(source, PackedTensor) else stored(path)
+        if found is not None:
             placement.jobs += copy_packed(packed, made, found)
+        elif not isinstance(source, PackedTensor):
+            placement.jobs.append(Quantize(source, packed, made, partitioner))
     return placement
 
 

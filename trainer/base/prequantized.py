@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from trainer.base.base import Base, StoredWeights
-from trainer.base.parameters import find_source
+from trainer.base.base import Base
 from trainer.config import Config
 from trainer.errors import NOT_JSON, ConfigError
-from trainer.safetensors_index import DTYPE_BYTES, PackedSources, StoredTensor, TensorSource, numel
+from trainer.safetensors_index import DTYPE_BYTES, PackedSources, PackedTensor, StoredTensor, TensorSource, numel
 
+_STATE = ".quant_state.bitsandbytes__"
 _NESTED_BLOCK = 256
 _MOST_NUMBERS = 2**16  # more than any quant_state or nested_quant_map has
 # SHA-256 of bitsandbytes.functional.create_dynamic_map() as fp32: what 8-bit scales stand for.
@@ -26,7 +26,7 @@ _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 @dataclass(frozen=True)
 class BitsAndBytes4bit:
-    """Linear layers and experts in 4 bits, all else as in a plain base; `quantization` is what config.json says of it."""
+    """Linear layers in 4 bits, all else as in a plain base; `quantization` is what config.json says of it."""
 
     quantization: dict[str, Any]
 
@@ -51,55 +51,35 @@ class BitsAndBytes4bit:
             found.append("quant.cache: true has no effect, as the base is quantized already. Remove it.")
         return found
 
-    def tensors(self, base: Base) -> Mapping[str, StoredTensor]:
-        """All that is not in 4 bits; the rest are `packed_sources`."""
-        packed = {name.partition(".quant_state.")[0] for name in base.tensors if ".quant_state." in name}
-        return {name: base.tensors[name] for name in base.tensors if not packed & _names_before_dots(name)}
+    def tensors(self, base: Base) -> Mapping[str, StoredTensor | PackedTensor]:
+        """Reads a few hundred bytes for each weight in 4 bits, all at once."""
+        facts = _read_facts(base)
+        others = {name: base.tensors[name] for name in base.tensors if not facts.keys() & _names_before_dots(name)}
+        return others | {name: _packed(base, name, *found) for name, found in facts.items()}
 
     def check(self, base: Base, config: Config) -> None:
-        """Nothing beyond `mismatches`: the files are checked when they are opened, which reads their facts anyway."""
-
-    def open(self, base: Base, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> StoredWeights:
-        packed = packed_sources(base, config)
-        sources = {
-            name: find_source(base, name, shape)
-            for name, shape in shapes.items()
-            if name.removesuffix(".weight") not in packed
-        }
-        beside = {name for name in base.tensors if name.partition(".weight")[0] in packed}
-        names = base.architecture.stored_names
-        return StoredWeights(sources, beside | {s for name in sources for s in (name, *names(name))}, packed)
-
-
-def packed_sources(base: Base, config: Config) -> dict[str, PackedSources]:
-    """The packed weights of every quantized layer of `base`, by its module's path.
-
-    Reads a few hundred bytes a layer, all at once, and no weight.
-
-    Raises:
-        ConfigError: a matrix is not in 4 bits, or is stored otherwise than `config.quant` says.
-    """
-    shapes = base.architecture.quantizable()
-    facts = _read_facts(base, [*shapes])
-    return {
-        name.removesuffix(".weight"): _checked(base, config, name, shape, *facts[name])
-        for name, shape in shapes.items()
-    }
+        quant = config.quant
+        given = {"quant.type": quant.type, "quant.block_size": quant.block_size, "quant.double": quant.double}
+        for name, (state, _) in _read_facts(base).items():
+            stored = (state["quant_type"], state["blocksize"], "nested_offset" in state)
+            for (setting, asked), value in zip(given.items(), stored, strict=True):
+                if value != asked:
+                    raise ConfigError(
+                        f"{setting}: {str(asked).lower()}, but {name} is stored with {str(value).lower()} in {base.name}, "
+                        f"which is loaded as it is. Set {setting}: {str(value).lower()}."
+                    )
+            if state["dtype"] != _DTYPES[config.model.dtype]:
+                raise ConfigError(
+                    f"model.base: {name} was {state['dtype']} before it was quantized, and would be rounded twice as "
+                    f"{config.model.dtype} (model.dtype) in {base.name}. Give the 16-bit model; quant.type quantizes it."
+                )
 
 
-def _read_facts(base: Base, names: list[str]) -> dict[str, tuple[dict[str, Any], bytes]]:
-    """Name of each weight -> the JSON of its quant_state, and the bytes of its nested_quant_map (empty without one)."""
-    wanted: dict[str, TensorSource] = {}
-    for name in names:
-        state = next((base.tensors[key] for key in _state_keys(name) if key in base.tensors), None)
-        if state is None:
-            raise ConfigError(
-                f"model.base: {base.name} is quantized, but its {name} is not in 4 bits, as all linear layers and experts "
-                "must be. Give the 16-bit model; quant.type quantizes it."
-            )
-        wanted[name] = state
-        if nested := base.tensors.get(f"{name}.nested_quant_map"):
-            wanted[f"{name}.nested_quant_map"] = nested
+def _read_facts(base: Base) -> dict[str, tuple[dict[str, Any], bytes]]:
+    """Name of each weight in 4 bits -> the JSON of its quant_state, and the bytes of its nested_quant_map (empty without one)."""
+    states = {name.partition(_STATE)[0]: source for name, source in base.tensors.items() if _STATE in name}
+    maps = {f"{name}.nested_quant_map" for name in states}
+    wanted = states | {name: base.tensors[name] for name in sorted(maps & base.tensors.keys())}
     for name, source in wanted.items():
         if not 0 < numel(source) <= _MOST_NUMBERS:
             raise ConfigError(
@@ -111,17 +91,13 @@ def _read_facts(base: Base, names: list[str]) -> dict[str, tuple[dict[str, Any],
         ranges = [source.byte_range(0, numel(source)) for source in inside.values()]
         parts = base.store.get_ranges(file, [begin for begin, _ in ranges], [end for _, end in ranges])
         read |= {name: bytes(part) for name, part in zip(inside, parts, strict=True)}
-    return {name: (_parsed(base, name, read[name]), read.get(f"{name}.nested_quant_map", b"")) for name in names}
+    return {name: (_parsed(base, name, read[name]), read.get(f"{name}.nested_quant_map", b"")) for name in states}
 
 
 def _names_before_dots(name: str) -> set[str]:
     """`name`, and what it is without its last one or two parts: the weight that an absmax or a quant_state belongs to."""
     shorter = name.rpartition(".")[0]
     return {name, shorter, shorter.rpartition(".")[0]}
-
-
-def _state_keys(name: str) -> list[str]:
-    return [f"{name}.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")]
 
 
 def _parsed(base: Base, name: str, data: bytes) -> dict[str, Any]:
@@ -131,6 +107,8 @@ def _parsed(base: Base, name: str, data: bytes) -> dict[str, Any]:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         if not isinstance(state["shape"], list) or not isinstance(state.get("nested_offset", 0.0), float):
             raise ValueError("its shape is no list, or its nested_offset no number")
+        if not all(type(number) is int and number > 0 for number in (*state["shape"], state["blocksize"])):
+            raise ValueError("its shape or blocksize has numbers that are no sizes")
         return state
     except (*NOT_JSON, AttributeError) as error:
         raise ConfigError(
@@ -138,42 +116,23 @@ def _parsed(base: Base, name: str, data: bytes) -> dict[str, Any]:
         ) from error
 
 
-def _checked(
-    base: Base, config: Config, name: str, shape: tuple[int, ...], state: dict[str, Any], nested_map: bytes
-) -> PackedSources:
-    quant, double = config.quant, "nested_offset" in state
-    stored = {"quant.type": state["quant_type"], "quant.block_size": state["blocksize"], "quant.double": double}
-    given = {"quant.type": quant.type, "quant.block_size": quant.block_size, "quant.double": quant.double}
-    for setting, value in stored.items():
-        if value != given[setting]:
-            raise ConfigError(
-                f"{setting}: {str(given[setting]).lower()}, but {name} is stored with {str(value).lower()} in {base.name}, "
-                f"which is loaded as it is. Set {setting}: {str(value).lower()}."
-            )
+def _packed(base: Base, name: str, state: dict[str, Any], nested_map: bytes) -> PackedTensor:
+    double = "nested_offset" in state
     standard = state.get("nested_blocksize") == _NESTED_BLOCK and hashlib.sha256(nested_map).hexdigest() == _NESTED_MAP
-    if state["dtype"] != _DTYPES[config.model.dtype]:
-        raise ConfigError(
-            f"model.base: {name} was {state['dtype']} before it was quantized, and would be rounded twice as {config.model.dtype} "
-            f"(model.dtype) in {base.name}. Give the 16-bit model; quant.type quantizes it."
-        )
     if double and not standard:
         raise ConfigError(
             f"model.base: the scales of {name} in {base.name} are not stored as bitsandbytes stores them today. "
             "Give the 16-bit model; quant.type quantizes it."
         )
-    weights = math.prod(shape)
-    blocks = math.ceil(weights / quant.block_size)
-    found = PackedSources(
+    weights = math.prod(state["shape"])
+    blocks = math.ceil(weights / state["blocksize"])
+    sources = PackedSources(
         weight=_bytes(base, name, math.ceil(weights / 2)),
         absmax=_bytes(base, f"{name}.absmax", blocks if double else 4 * blocks),
         nested_absmax=_bytes(base, f"{name}.nested_absmax", 4 * math.ceil(blocks / _NESTED_BLOCK)) if double else None,
         mean=[state["nested_offset"]] if double else None,
     )
-    if tuple(state["shape"]) != shape:
-        raise ConfigError(
-            f"model.base: {name} is {state['shape']} in {base.name}, {list(shape)} by config.json. Copy the model again."
-        )
-    return found
+    return PackedTensor(tuple(state["shape"]), sources)
 
 
 def _bytes(base: Base, name: str, size: int) -> TensorSource:
@@ -182,6 +141,6 @@ def _bytes(base: Base, name: str, size: int) -> TensorSource:
     there = 0 if source is None else numel(source) * DTYPE_BYTES[source.dtype]
     if source is None or there != size:
         raise ConfigError(
-            f"model.base: {name} has {there} bytes in {base.name}, {size} by config.json. Copy the model again."
+            f"model.base: {name} has {there} bytes in {base.name}, {size} by its quant_state. Copy the model again."
         )
     return TensorSource(source.store, source.key, "U8", (size,), source.offset)

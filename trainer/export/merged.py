@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from trainer.base.conversion import Weight
 from trainer.base.filling import as_tensor
-from trainer.base.load import DTYPES
+from trainer.base.load import DTYPES, find_all_weights
 from trainer.base.locate import TOKENIZER_FILES, Base, check_mergeable, describe_base, named_files
-from trainer.base.parameters import stored_parts
 from trainer.base.reading import PIECE_BYTES, PIECES_IN_FLIGHT, cut, freed_memory_given_back, read_ahead
 from trainer.base.tokenizer import tokenizer_files
 from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
@@ -31,7 +31,7 @@ from trainer.export.folder import CARD, TRAINED, check_destination, model_card
 from trainer.export.learnt import CheckpointWeights
 from trainer.export.proof import Proof
 from trainer.export.trained import resolve_trained_base, trained_config, trained_method
-from trainer.safetensors_index import INDEX_FILE, SINGLE_FILE, TensorSource, item_bytes, numel
+from trainer.safetensors_index import INDEX_FILE, SINGLE_FILE, Assembled, TensorSource, item_bytes, numel
 from trainer.store import Store
 from trainer.tuning.method import WeightUpdate, method_of
 
@@ -96,13 +96,20 @@ def _description(config: Config) -> str:
 
 @dataclass(frozen=True)
 class _Change:
-    """An update of one stored tensor, which holds the updated parameter from its element `begin` on, and has `more` rows in the
-    new file."""
+    """An update of the `numel` elements of a stored tensor from its element `first` on, which are those of the updated parameter
+    from `begin` on. The tensor has `more` rows in the new file."""
 
     source: TensorSource
+    first: int
+    numel: int
     update: WeightUpdate
     begin: int
-    more: int
+    more: int = 0
+
+    @property
+    def position(self) -> int:
+        """The first byte in the file."""
+        return self.source.byte_range(self.first, self.first)[0]
 
     @property
     def more_bytes(self) -> int:
@@ -153,15 +160,15 @@ class ChangedFile:
         position = self.old_header
         if self.header:
             yield _NewBytes(self.header)
-        for change in sorted(self.changes, key=lambda change: change.source.offset):
-            source, columns = change.source, change.update.shape[-1]
-            yield from copied(position, source.offset)
-            for begin, end in cut(source, 0, numel(source), multiple=columns):
-                row = (change.begin + begin) // columns
+        for change in sorted(self.changes, key=lambda change: change.position):
+            source, columns, last = change.source, change.update.shape[-1], change.first + change.numel
+            yield from copied(position, change.position)
+            for begin, end in cut(source, change.first, last, multiple=columns):
+                row = (change.begin + begin - change.first) // columns
                 yield _FileRange(
                     self.store, self.key, *source.byte_range(begin, end), partial(_apply, source, change.update, row)
                 )
-            _, position = source.byte_range(0, numel(source))
+            _, position = source.byte_range(change.first, last)
             if change.more:
                 yield _NewBytes(bytes(change.more_bytes), partial(_apply, source, change.update, source.shape[0]))
         yield from copied(position, self.old_size)
@@ -169,12 +176,13 @@ class ChangedFile:
 
 def changed_files(run: Store, manifest: CheckpointManifest, config: Config, base: Base) -> list[ChangedFile]:
     """The base's files of weights as they are after the training; no weight is read yet."""
-    learnt = CheckpointWeights(run, manifest, DTYPES[config.model.dtype])
+    learnt, weights = CheckpointWeights(run, manifest, DTYPES[config.model.dtype]), find_all_weights(base)
     shapes = {parameter.name: parameter.shape for parameter in base.architecture.parameters}
     changes = [
-        _Change(source, update, begin, update.shape[0] - shapes[name][0])
+        change
         for name, update in method_of(config).updates(learnt, base.architecture).items()
-        for source, begin in stored_parts(base, name, shapes[name])
+        for source in (weights.sources[name], *weights.copies.get(name, ()))
+        for change in _changes(base, name, source, update, update.shape[0] - shapes[name][0])
     ]
     files = {source.key for source in base.tensors.values()}
     return [
@@ -182,6 +190,26 @@ def changed_files(run: Store, manifest: CheckpointManifest, config: Config, base
         for key, size, _ in base.versions
         if key in files
     ]
+
+
+def _changes(base: Base, name: str, source: Weight, update: WeightUpdate, more: int) -> Iterator[_Change]:
+    """The changes of the stored tensors that the parameter `name` is made of.
+
+    Raises:
+        ConfigError: its values are not stored row by row, or it has `more` rows now and is only a part of a stored tensor.
+    """
+    if isinstance(source, TensorSource):
+        yield _Change(source, 0, numel(source), update, 0, more)
+        return
+    if not isinstance(source, Assembled) or more:
+        raise ConfigError(
+            f"--merge: {base.name} stores {name} in another layout than the model has it in. Leave out --merge: PEFT and vLLM "
+            "load the adapter beside the base."
+        )
+    for run, start in zip(source.runs, source.starts, strict=True):
+        part = source.parts[run.part]
+        assert isinstance(part, TensorSource)
+        yield _Change(part, run.begin, run.numel, update, start)
 
 
 def _changed_file(base: Base, key: str, size: int, changes: list[_Change]) -> ChangedFile:

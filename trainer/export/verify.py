@@ -25,10 +25,10 @@ from torch import Tensor
 
 from trainer.base.dequantized import dequantized_by_transformers
 from trainer.base.filling import SOURCE_DTYPES
-from trainer.base.load import DTYPES, empty_model
+from trainer.base.load import DTYPES, empty_model, find_all_weights
 from trainer.base.locate import Base, copy_object, copy_weights
 from trainer.base.meta import model_config
-from trainer.base.parameters import WEIGHT_DTYPES, find_source
+from trainer.base.parameters import FoundWeights
 from trainer.base.tokenizer import find_rows
 from trainer.checkpoint.checkpoints import load_partitions
 from trainer.checkpoint.learner import TrainablePartition
@@ -46,6 +46,7 @@ from trainer.model.attention import choose_attention
 from trainer.objective.sft import NextTokens
 from trainer.optimizer.optimizer import MASTER
 from trainer.ranks import join
+from trainer.safetensors_index import WEIGHT_DTYPES
 from trainer.scratch import scratch_folder
 from trainer.store import Store, open_store
 from trainer.train.assemble import assemble
@@ -83,6 +84,10 @@ class Trained:
     def probe(self) -> Probe:
         return find_probe(self.run, self.config, self.manifest, self.base)
 
+    @cached_property
+    def weights(self) -> FoundWeights:
+        return find_all_weights(self.base)
+
     @property
     def vocabulary(self) -> int:
         """Rows of the trained model's embedding, those of added tokens included."""
@@ -118,7 +123,7 @@ class Trained:
         values = part.states["master"].to(self.dtype)
         if not self.method.exports_model:
             return values
-        return values.to(SOURCE_DTYPES[find_source(self.base, part.name, part.shape).dtype])
+        return values.to(SOURCE_DTYPES[self.weights.sources[part.name].dtype])
 
 
 def prove_adapter(run: Store, step: int, adapter: Store) -> Proof:
@@ -147,11 +152,7 @@ def prove_merged(run: Store, step: int, merged: Store) -> Proof:
     rows = trained.probe.rows
     as_trained = trained.logits(trained.computed_in)
     _give_memory_back()
-    stored = {
-        name: SOURCE_DTYPES[source.dtype]
-        for name, source in trained.base.tensors.items()
-        if source.dtype in WEIGHT_DTYPES
-    }
+    stored = {name: SOURCE_DTYPES[source.dtype] for name, source in trained.weights.sources.items()}
     with _base_directory(trained.base) as base, scratch_folder("adapter") as folder:
         export_adapter(run, open_store(folder), step)
         model = plain.load_plain(base, _held_in(trained.base), trained.dtype)
