@@ -320,5 +320,6 @@ def test_one_scale_for_a_whole_matrix_and_scales_of_inputs_are_read(workshop: Wo
     check_base(found, config)
     decoded = read_files(base / "decoded")
     assert set(found.weights) == set(decoded)
-    for name, source in found.weights.items():
+    weights: Any = found.weights
+    for name, source in weights.items():
         assert torch.equal(values(source, 0, numel(source)), decoded[name].flatten().view(torch.int16)), name

@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 from trainer.base.base import Base
 from trainer.base.cache import MANIFEST, cache_folder, open_cache, write_cache
 from trainer.base.config_json import read_by_transformers
-from trainer.base.meta import make_buffers, meta_model, model_config
+from trainer.base.meta import model_config
 from trainer.base.parameters import FoundWeights, find_weights
 from trainer.base.placement import Placement, place_partitions
 from trainer.base.reading import run_jobs
+from trainer.base.unfilled import unfilled_model
 from trainer.config import Config
 from trainer.errors import Damaged
 from trainer.model.attention import Attention
@@ -119,20 +120,19 @@ def _through_cache(
 
 
 def empty_model(base: Base, config: Config, attention: Attention) -> PreTrainedModel:
-    """The architecture with parameters on `meta` and real buffers (rotary frequencies), its head a `LossHead`."""
+    """The architecture without what its files hold, as `unfilled_model` makes it, its head a `LossHead`."""
     with read_by_transformers(base.name, "config.json"):
         architecture = model_config(base.directory, config.model.layers)
         architecture.use_cache = False
-        model = meta_model(
+        model = unfilled_model(
             architecture,
-            dtype=DTYPES[config.model.dtype],
+            DTYPES[config.model.dtype],
             attn_implementation=attention.name,
             experts_implementation=IMPLEMENTATION,
         )
-        make_buffers(model)
     prepare_experts(model)
-    facts = base.architecture
     plain: Any = model.get_output_embeddings()
+    facts = base.architecture
     head = LossHead(plain.in_features, plain.out_features, bias=False, device="meta")
     head.weight = plain.weight
     head.factor, head.divisor, head.softcap = facts.logit_factor, facts.logit_divisor, facts.softcap
@@ -147,5 +147,5 @@ def empty_model(base: Base, config: Config, attention: Attention) -> PreTrainedM
 def find_all_weights(base: Base) -> FoundWeights:
     """Where the files hold the weights of the whole base. Raises `ConfigError` as `find_weights` does."""
     with read_by_transformers(base.name, "config.json"):
-        model = meta_model(model_config(base.directory, None))
+        model = unfilled_model(model_config(base.directory, None), torch.bfloat16)
     return find_weights(base, model)

@@ -8,7 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trainer.base.base import Base
-from trainer.base.conversion import Weight, convert
+from trainer.base.composite import composite_model, language_names
+from trainer.base.config_json import read_by_transformers
+from trainer.base.conversion import Conversion, Weight, convert
 from trainer.base.filling import SOURCE_DTYPES
 from trainer.errors import ConfigError
 from trainer.safetensors_index import WEIGHT_DTYPES, PackedTensor
@@ -37,7 +39,7 @@ def find_weights(base: Base, model: PreTrainedModel, layers: int | None = None) 
         ConfigError: the files lack one, have it in another shape or in a type that cannot be read, or have a tensor that the
             model has not.
     """
-    found = convert(model, base.weights)
+    found = _convert(base, model)
     for name, reason in found.failed.items():
         raise ConfigError(
             f"model.base: {name} cannot be made of what {base.name} has for it ({reason}). Copy the model again."
@@ -57,6 +59,30 @@ def find_weights(base: Base, model: PreTrainedModel, layers: int | None = None) 
             )
     check_no_other(base, found.others, model._keys_to_ignore_on_load_unexpected or (), layers)
     return weights
+
+
+def _convert(base: Base, model: PreTrainedModel) -> Conversion:
+    """The tensors in the files by the names in `model`; of a model that sees or hears as well, those of its language model."""
+    with read_by_transformers(base.name, "config.json"):
+        whole = composite_model(base.directory)
+    if whole is None:
+        return convert(model, base.weights)
+    found, name_in_language = convert(whole, base.weights), language_names(whole, model)
+    for name, first in tied_names(whole).items():
+        if first in found.sources:
+            found.sources.setdefault(name, found.sources[first])
+    return Conversion(
+        {here: source for name, source in found.sources.items() if (here := name_in_language(name))},
+        {here: reason for name, reason in found.failed.items() if (here := name_in_language(name))},
+        {key: name_in_language(name) or name for key, name in found.others.items()},
+    )
+
+
+def tied_names(model: PreTrainedModel) -> dict[str, str]:
+    """Each further name of a tied weight -> its first name."""
+    first = dict[int, str]()
+    names = {name: first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()}
+    return {name: original for name, original in names.items() if name != original}
 
 
 def check_no_other(base: Base, others: dict[str, str], ignored: Iterable[str], layers: int | None) -> None:

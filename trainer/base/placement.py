@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from trainer.base.filling import Copy, PackedPartitions, Quantize, copy_packed, make_packed
+from trainer.base.filling import Copy, CopyWhole, PackedPartitions, Quantize, copy_packed, make_packed
 from trainer.base.reading import Job
 from trainer.config import Quant
 from trainer.model.experts import is_experts
@@ -47,24 +47,26 @@ def place_partitions(
     stored: Callable[[str], PackedSources | None],
     quantizable: Collection[str],
 ) -> Placement:
-    """Replace every parameter of `model`.
+    """Replace every parameter of `model`, and the buffers that are stored: each in the type that it has on `meta`.
 
     Args:
-        dtype: of what is not quantized, and of the products.
-        sources: where each parameter is read from.
+        dtype: of the products with what is quantized.
+        sources: where each parameter and buffer is read from.
         stored: where a module's packed weights are read from, or None where they are made of `sources`.
         quantizable: the names of the weights that `quant` quantizes.
     """
-    placement = Placement()
+    placement, parameters = Placement(), dict(model.named_parameters())
     for module in model.modules():
         if is_experts(module):
             gather_as_one(module)
-    for name, parameter in list(model.named_parameters()):
+    for name in [name for name in sources if name not in parameters]:
+        placement.jobs.append(_place_buffer(model, name, sources[name], partitioner.device))
+    for name, parameter in parameters.items():
         path, source = name.removesuffix(".weight"), sources[name]
         packed = _packed_module(model, name, parameter, quant, dtype) if name in quantizable else None
         if packed is None:
             assert not isinstance(source, PackedTensor)
-            partition = partitioner.make(parameter.shape, dtype)
+            partition = partitioner.make(parameter.shape, parameter.dtype)
             _replace(model, parameter, partition.parameter)
             placement.jobs.append(Copy(source, partition))
             continue
@@ -76,6 +78,14 @@ def place_partitions(
         elif not isinstance(source, PackedTensor):
             placement.jobs.append(Quantize(source, packed, made, partitioner))
     return placement
+
+
+def _place_buffer(model: nn.Module, name: str, source: StoredTensor | PackedTensor, device: torch.device) -> CopyWhole:
+    assert not isinstance(source, PackedTensor)
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    owner.register_buffer(leaf, torch.empty_like(owner.get_buffer(leaf), device=device))
+    return CopyWhole(source, owner.get_buffer(leaf))
 
 
 def _replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from bitsandbytes import functional as bnb
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from peft import PeftModel
@@ -18,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from trainer.base.unfilled import unfilled_model
 from trainer.config import Quant
 from trainer.errors import ConfigError, shown
 from trainer.export.rows import ProbeRow
@@ -41,14 +41,13 @@ def load_plain(folder: Path, held: torch.dtype, computed: torch.dtype, config: P
         config = config or AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=held, trust_remote_code=False, config=config)
     if held != computed:
-        with init_empty_weights(include_buffers=False):
-            other: Any = AutoModelForCausalLM.from_config(config, dtype=computed, trust_remote_code=False)
-        round_buffers(model, dict(other.named_buffers()))
+        round_buffers(model, dict(unfilled_model(config, computed).named_buffers()))
     return model.eval()
 
 
 def round_buffers(model: nn.Module, alike: Mapping[str, Tensor]) -> None:
-    """Give the buffers whose type follows the model's the values that they have in another type's model, `alike` by name.
+    """Give the buffers whose type follows the model's the values that they have in another type's model, `alike` by name; those
+    on `meta` there, which files hold, are rounded to its type.
 
     That may be the model without what was put around its modules, and so without buffers that only these have, as quantized
     weights do.
@@ -56,7 +55,8 @@ def round_buffers(model: nn.Module, alike: Mapping[str, Tensor]) -> None:
     for name, buffer in model.named_buffers():
         other = alike.get(name.replace(".base_layer.", "."))
         if other is not None and other.dtype != buffer.dtype:
-            buffer.data = other.float().to(buffer.device)
+            values = buffer.to(other.dtype) if other.is_meta else other
+            buffer.data = values.float().to(buffer.device)
 
 
 def grow(model: Any, vocabulary: int) -> Any:

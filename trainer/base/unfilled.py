@@ -1,0 +1,39 @@
+"""A model that transformers builds without weights: what files hold is on `meta`, what no file holds is there.
+
+As in transformers' own `from_pretrained`, a family's `_init_weights` computes the buffers that are not stored, such as rotary
+frequencies, and some weights and buffers stay in fp32 in a model of another type.
+"""
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
+from transformers.initialization import meta_device_safe_creation_ops
+
+
+def unfilled_model(config: PretrainedConfig, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    """The causal language model of `config`; `options` are those of transformers' `from_config`.
+
+    Its parameters and persistent buffers are on `meta`, each in the type that `from_pretrained` would load it in.
+    """
+    with torch.device("meta"), meta_device_safe_creation_ops():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=False, dtype=dtype, **options
+        )
+    stored = model.state_dict(keep_vars=True)
+    # The private name says which weights a family keeps in fp32, routers above all.
+    in_fp32 = list(model._get_dtype_plan(dtype))
+    if in_fp32:
+        pattern, *_ = build_glob_alternation(in_fp32)
+        for name, tensor in stored.items():
+            if pattern.search(name):
+                tensor.data = tensor.data.float()
+    for tensor in stored.values():
+        tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # so that the next call leaves it alone
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        module.register_buffer(leaf, torch.empty_like(buffer, device="cpu"), persistent=False)
+    model.initialize_weights()
+    return model
