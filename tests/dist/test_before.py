@@ -107,7 +107,7 @@ def test_a_checkpoint_of_before_resumes_at_any_world_size_from_the_data_and_the_
 
     assert [entry.key for entry in bucket.list("store/bases/")] == objects
     weights = next(entry.size for entry in bucket.list("base/") if entry.key.endswith(".safetensors"))
-    assert read_generation(run, 2)["start"][0]["read_bytes"] < 0.7 * weights  # what is quantized came from the cache
+    assert read_generation(run, 2)["start"][0]["read_bytes"] < 0.75 * weights  # what is quantized came from the cache
 
 
 def test_a_checkpoint_of_before_is_exported_as_before(bucket: Store, tmp_path: Path) -> None:
