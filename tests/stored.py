@@ -49,9 +49,12 @@ def random_mxfp4(shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
 
 def from_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     """The bf16 weights (experts, inputs, outputs) that these stand for."""
-    halves = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2)
-    values = torch.tensor(_FP4, dtype=torch.float64)[halves.int()] * 2.0 ** (scales.double()[..., None] - 127)
-    return values.flatten(-2).mT.bfloat16().contiguous()
+    found = []
+    for block, scale in zip(blocks, scales, strict=True):
+        halves = torch.stack([block & 15, block >> 4], dim=-1).flatten(-2)
+        values = torch.tensor(_FP4)[halves.int()] * (2.0 ** (scale.double()[..., None] - 127)).float()
+        found.append(values.flatten(-2).T.bfloat16())
+    return torch.stack(found)
 
 
 def store_in_fp8(
@@ -60,6 +63,7 @@ def store_in_fp8(
     tile: tuple[int, int] | None,
     scales: torch.dtype = torch.float32,
     beside: tuple[str, ...] = (),
+    shard_size: str = "40KB",
 ) -> Path:
     """`plain` with its projections in FP8, in tiles or, where `tile` is None, with one scale each; in `folder` / "decoded" the
     same base in bf16. Each projection has tensors of the names `beside` too, which a training does without."""
@@ -83,10 +87,10 @@ def store_in_fp8(
         "weight_block_size": tile and list(tile),
         "activation_scheme": "dynamic",
     }
-    return _store(plain, folder, how | {"modules_to_not_convert": ["lm_head"]}, change)
+    return _store(plain, folder, how | {"modules_to_not_convert": ["lm_head"]}, change, shard_size)
 
 
-def store_in_mxfp4(plain: Path, folder: Path) -> Path:
+def store_in_mxfp4(plain: Path, folder: Path, shard_size: str = "40KB") -> Path:
     """`plain`, a gpt-oss, with experts of random weights in MXFP4; in `folder` / "decoded" the same base in bf16."""
 
     def change(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor] | None:
@@ -95,10 +99,11 @@ def store_in_mxfp4(plain: Path, folder: Path) -> Path:
         blocks, scales = random_mxfp4((weight.shape[0], weight.shape[1], weight.shape[2]))
         return {f"{name}_blocks": blocks, f"{name}_scales": scales}, from_mxfp4(blocks, scales)
 
-    return _store(plain, folder, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, change)
+    how = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    return _store(plain, folder, how, change, shard_size)
 
 
-def _store(plain: Path, folder: Path, how: dict[str, Any], change: Any) -> Path:
+def _store(plain: Path, folder: Path, how: dict[str, Any], change: Any, shard_size: str) -> Path:
     """A base with the tensors that `change` makes of those of `plain`, and `how` as its quantization_config."""
     torch.manual_seed(7)
     stored, decoded = dict[str, Tensor](), dict[str, Tensor]()
@@ -111,7 +116,7 @@ def _store(plain: Path, folder: Path, how: dict[str, Any], change: Any) -> Path:
         for file in plain.iterdir():
             if ".safetensors" not in file.name:
                 shutil.copy(file, target)
-        save_torch_state_dict(tensors, target, max_shard_size="40KB")
+        save_torch_state_dict(tensors, target, max_shard_size=shard_size)
     edit_config(folder, quantization_config=how)
     return folder
 

@@ -19,7 +19,7 @@ from trainer.export import merged
 from trainer.export.adapter import export_adapter
 from trainer.export.merged import export_merged
 from trainer.model import nf4
-from trainer.model.attention import Attention
+from trainer.model.attention import choose_attention
 from trainer.model.nf4 import FrozenLinear4bit
 from trainer.ranks import join
 from trainer.store import open_store
@@ -33,8 +33,9 @@ def load_memory(config_text: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     base = resolve_base(config.model)
     settings = build_deepspeed_config(config, ranks.world_size, 1, on_gpu=False)
+    attention = choose_attention("auto", ranks.device, torch.bfloat16, base.architecture)
     before = _peak_from_here()
-    _, report = load_model(base, config, settings, ranks, Attention("sdpa", ""), "world")
+    _, report = load_model(base, config, settings, ranks, attention, "world")
     return {"grown_bytes": _memory("VmHWM") - before, "kept_bytes": report.kept_bytes, "read_bytes": report.read_bytes}
 
 

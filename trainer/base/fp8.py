@@ -24,7 +24,7 @@ from trainer.errors import ConfigError, shown
 from trainer.safetensors_index import StoredTensor, TensorSource, numel
 
 # Weights that are decoded at once, by each thread that reads: their fp32 values stay in a core's cache.
-_DECODED_AT_ONCE = 2**16
+_DECODED_AT_ONCE = 2**14
 # Scales of so many matrices are kept, a few thousand numbers each: pieces of more are never in flight.
 _SCALES_KEPT = 32
 _USUAL_TILE = [128, 128]
@@ -46,8 +46,11 @@ class Fp8Tiles:
         return self.weight.shape
 
     def read(self, begin: int, end: int) -> bytearray:
-        data = bytearray(2 * (end - begin))
-        stored, decoded = np.frombuffer(self.weight.read(begin, end), np.uint8), np.frombuffer(data, np.uint16)
+        raw, data = self.weight.read(begin, end), bytearray(2 * (end - begin))
+        # It is decoded in place, from the front: a byte of the second half is read before two others are written over it.
+        data[end - begin :] = raw
+        del raw
+        stored, decoded = np.frombuffer(data, np.uint8)[end - begin :], np.frombuffer(data, np.uint16)
         whole = self.last_reads.read(self.scales, 0, numel(self.scales))
         (rows, columns), (down, across) = self.shape[-2:], self.tile
         scales = SCALES[self.scales.dtype](whole).reshape(-1, math.ceil(columns / across))
