@@ -1,13 +1,14 @@
 """Memory and time of loading a 4-bit base on several ranks: ours beside transformers + bitsandbytes + DeepSpeed.
 
-    python benchmarks/load.py [--ranks 1 2 4] [--layers 20]
+    python benchmarks/load.py [--ranks 1 2 4] [--layers 20] [--sides stock ours fp8 mxfp4]
 
-Both sides load the same random bf16 base, made on the spot, and put it with LoRA into ZeRO-3, one after the other on this
-machine. The parent measures its ranks from outside, by what the kernel counts of each process: the peak of its resident
+"stock" and "ours" load the same random bf16 base, made on the spot, and put it with LoRA into ZeRO-3, one after the other on this
+machine; "fp8" and "mxfp4" are ours with the same base in FP8, and with a gpt-oss whose experts are as large as the real ones. The parent measures its ranks from outside, by what the kernel counts of each process: the peak of its resident
 memory (VmHWM, which includes pages of files that are mapped) above what was resident when its imports were done, and the
 bytes that it read from files by system calls (rchar). The stock side maps the files instead of reading them.
 
-"allowed" is what our load may take: 1.3 x the rank's share of the base, and the pieces that are read ahead.
+"allowed" is what our load may take: 1.3 x the rank's share of the base, and the pieces that are read ahead; and, of what is decoded,
+the bytes as they are stored: of FP8 half as many again, of MXFP4 two experts that are kept and one that is read, twice while it is handed over.
 """
 
 import argparse
@@ -25,7 +26,15 @@ from rich.console import Console
 from rich.table import Table
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 2048, 5632, 32000
+EXPERTS, EXPERT_WIDTH = 8, 2880
 TIMEOUT = 900.0
+# The sides -> how their base is stored, and the bytes beside a load's share and the pieces that are read ahead.
+SIDES = {
+    "stock": ("bf16", 0),
+    "ours": ("bf16", 0),
+    "fp8": ("fp8", 16 * 2**20),
+    "mxfp4": ("mxfp4", 4 * 2 * EXPERT_WIDTH**2 * 17 // 32),
+}
 
 
 def make_base(folder: Path, layers: int, hidden: int = HIDDEN) -> int:
@@ -47,6 +56,45 @@ def make_base(folder: Path, layers: int, hidden: int = HIDDEN) -> int:
     return model.num_parameters()
 
 
+def make_stored_base(folder: Path, stored: str, layers: int) -> int:
+    """The same in FP8, or a gpt-oss in MXFP4 with a sixth of the layers; all random, as published files have them."""
+    if stored == "bf16":
+        return make_base(folder, layers)
+    import torch
+    from huggingface_hub import save_torch_state_dict
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "num_attention_heads": 16, "num_key_value_heads": 4}
+    if stored == "fp8":
+        sizes |= {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": layers}
+        config, how = AutoConfig.for_model("llama", **sizes), {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    else:
+        sizes |= {
+            "hidden_size": EXPERT_WIDTH,
+            "intermediate_size": EXPERT_WIDTH,
+            "num_hidden_layers": max(1, layers // 6),
+        }
+        config, how = AutoConfig.for_model("gpt_oss", **sizes, num_local_experts=EXPERTS), {"quant_method": "mxfp4"}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, weight in model.state_dict().items():
+        if weight.ndim == 3:
+            shape = (EXPERTS, weight.shape[2], weight.shape[1] // 32)
+            tensors[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8)
+            tensors[f"{name}_scales"] = torch.full(shape, 121, dtype=torch.uint8)
+        elif stored == "fp8" and "proj" in name:
+            rows, columns = weight.shape
+            tensors[name] = torch.randint(0, 120, (rows, columns), dtype=torch.uint8).view(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = torch.full((-(-rows // 128), -(-columns // 128)), 1e-4)
+        else:
+            tensors[name] = torch.empty(weight.shape, dtype=torch.bfloat16).normal_(std=0.02)
+    folder.mkdir()
+    save_torch_state_dict(tensors, folder, max_shard_size="500MB")
+    (folder / "config.json").write_text(json.dumps(config.to_dict() | {"quantization_config": how}))
+    return model.num_parameters()
+
+
 def load_ours(base: Path, settings: dict[str, Any], ranks: Any, loaded: Callable[[int], None]) -> None:
     from trainer.base.load import DTYPES, load_model
     from trainer.base.locate import resolve_base
@@ -58,7 +106,7 @@ def load_ours(base: Path, settings: dict[str, Any], ranks: Any, loaded: Callable
 
     config = run_config(base)
     found = resolve_base(config.model)
-    attention = choose_attention("sdpa", ranks.device, DTYPES["bf16"], found.architecture)
+    attention = choose_attention("auto", ranks.device, DTYPES["bf16"], found.architecture)
     model, report = load_model(found, config, settings, ranks, attention, "world")
     method = method_of(config)
     method.attach(model, found.architecture, DTYPES["bf16"], seed=0)
@@ -130,7 +178,8 @@ def rank_main(side: str, base: Path, rank: int, world: int, port: int, parent: A
         parent.recv()
 
     show(0)
-    {"ours": load_ours, "stock": load_stock}[side](base, settings, ranks, show)
+    load = load_stock if side == "stock" else load_ours
+    load(base, settings, ranks, show)
     show(0)
 
 
@@ -203,38 +252,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--layers", type=int, default=20)
-    parser.add_argument("--sides", nargs="+", choices=["stock", "ours"], default=["stock", "ours"])
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
     arguments = parser.parse_args()
     from trainer.base.reading import PIECE_BYTES, PIECES_IN_FLIGHT
 
     with tempfile.TemporaryDirectory(prefix="capstan-bench-") as folder:
-        base = Path(folder) / "base"
-        context = multiprocessing.get_context("spawn")
-        with context.Pool(1) as pool:
-            parameters = pool.apply(make_base, (base, arguments.layers))
-        files = sum(path.stat().st_size for path in base.glob("*.safetensors"))
         table = Table(
-            "ranks", "load", "kept a rank, MB", "allowed, MB", "peak of the load, MB", "with the engine, MB",
+            "ranks", "load", "base", "kept a rank, MB", "allowed, MB", "peak of the load, MB", "with the engine, MB",
             "read by all / files", "load, s", "with the engine, s",
-            title=f"{parameters / 1e6:.0f} M parameters, {files / 1e6:.0f} MB of bf16 files; peaks are of the largest rank",
+            title="peaks are of the largest rank",
             caption=f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         )  # fmt: skip
+        bases: dict[str, tuple[Path, str, int]] = {}
+        for stored in dict.fromkeys(SIDES[side][0] for side in arguments.sides):
+            base = Path(folder) / stored
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                parameters = pool.apply(make_stored_base, (base, stored, arguments.layers))
+            files = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+            bases[stored] = base, f"{parameters / 1e6:.0f} M, {files / 1e6:.0f} MB of {stored}", files
         for world in arguments.ranks:
             for side in arguments.sides:
+                stored, beside = SIDES[side]
+                base, name, files = bases[stored]
                 found = measure(side, base, world)
-                allowed = 1.3 * found["kept"] + PIECE_BYTES * PIECES_IN_FLIGHT
+                allowed = 1.3 * found["kept"] + PIECE_BYTES * PIECES_IN_FLIGHT + beside
                 table.add_row(
                     str(world),
                     side,
+                    name,
                     f"{found['kept'] / 1e6:.0f}",
-                    f"{allowed / 1e6:.0f}" if side == "ours" else "",
+                    "" if side == "stock" else f"{allowed / 1e6:.0f}",
                     f"{found['load'] / 1e6:.0f}",
                     f"{found['engine'] / 1e6:.0f}",
-                    f"{found['read'] / files:.2f}" if side == "ours" else "mapped, whole, by each",
+                    "mapped, whole, by each" if side == "stock" else f"{found['read'] / files:.2f}",
                     f"{found['load_seconds']:.1f}",
                     f"{found['seconds']:.1f}",
                 )
-        Console(width=160).print(table)
+        Console(width=180).print(table)
 
 
 if __name__ == "__main__":
