@@ -329,6 +329,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere2": {
         "model_type": "cohere2",
         **_NARROW,
+        "logit_scale": 0.7,
         "layer_types": ["sliding_attention", "full_attention"],
         "sliding_window": 16,
         "tie_word_embeddings": True,

@@ -2,7 +2,7 @@
 
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ from tests.material import SIZES
 from tests.nf4 import decoded
 from trainer.base.locate import resolve_base
 from trainer.checkpoint.checkpoints import Checkpoints
+from trainer.checkpoint.listing import committed_steps
 from trainer.config import Config, dump_config, override, parse_config
 from trainer.data.micro_batch import Position
 from trainer.export.adapter import export_adapter
 from trainer.export.merged import export_merged
+from trainer.export.verify import prove_adapter, prove_merged
 from trainer.identity import identity_of
 from trainer.model.nf4 import Packed
 from trainer.run import layout
@@ -64,7 +66,26 @@ def _facts(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _loaded(config: Config, stock: str) -> dict[str, Any]:
-    return _compared(config, stock).facts
+    pair = _compared(config, stock)
+    if not config.quant.cache:
+        return pair.facts
+    cached = assemble_run(config)
+    return {
+        **pair.facts,
+        "cached": _distance(cached.engine.logits(probe()), pair.logits),
+        "read_again": cached.report.read_bytes / pair.ours.report.read_bytes,
+    }
+
+
+def proven(runs: dict[str, str], folder: str) -> dict[str, dict[str, Any]]:
+    """`capstan export --verify` of each run's last step, and of its merged model, as `trained` has left them."""
+
+    def proofs(kind: str, uri: str) -> dict[str, Any]:
+        run, (step, *_) = open_store(uri), committed_steps(open_store(uri))
+        adapter, merged = (open_store(f"{folder}/{kind}/{name}") for name in ("adapter", "merged"))
+        return {"adapter": asdict(prove_adapter(run, step, adapter)), "merged": asdict(prove_merged(run, step, merged))}
+
+    return {kind: _facts(partial(proofs, kind, uri)) for kind, uri in runs.items()}
 
 
 def _trained(config: Config, fingerprint: str, folder: Path) -> dict[str, Any]:

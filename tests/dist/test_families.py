@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from tests.dist import families
 from tests.dist.launch import launch
 from tests.material import Workshop, make_base
-from trainer.config import dump_config
+from trainer.config import dump_config, override
+from trainer.export.proof import Proof
 
 _SECONDS = 900  # many families in one go of the ranks
 pytestmark = pytest.mark.timeout(_SECONDS + 60)
@@ -19,6 +20,9 @@ pytestmark = pytest.mark.timeout(_SECONDS + 60)
 Facts = Callable[[int, str], list[dict[str, Any]]]
 # The families that the loader knows.
 KNOWN = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "mixtral", "qwen3-moe", "gpt-oss")
+
+# Those of them that compute otherwise than most: a proof takes seconds each.
+PROVEN = ("gemma3", "gpt-oss")
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +32,13 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def facts(workshop: Workshop, bases: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Facts:
-    """Two ranks train, export and merge as well; other numbers of them load and compare."""
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("exports")
+
+
+@pytest.fixture(scope="module")
+def facts(workshop: Workshop, bases: dict[str, str], exports: Path) -> Facts:
+    """One rank reads the bases once more from the cache that it has written, two train, export and merge as well."""
     config = workshop.config(
         "families", "tuning.rank=4", "optim.lr=0.01", "checkpoint.every_steps=0", "train.global_batch=2"
     )
@@ -37,17 +46,19 @@ def facts(workshop: Workshop, bases: dict[str, str], tmp_path_factory: pytest.Te
 
     def get(ranks: int, kind: str) -> list[dict[str, Any]]:
         if ranks not in done:
-            function, arguments = families.compared, (dump_config(config), bases)
+            text = dump_config(override(config, f"quant.cache={str(ranks == 1).lower()}"))
+            function, arguments = families.compared, (text, bases)
             if ranks == 2:
-                exports = tmp_path_factory.mktemp("exports")
                 function, arguments = families.trained, (*arguments, workshop.prepare(config).train, str(exports))
             done[ranks] = launch(ranks, function, *arguments, timeout=_SECONDS)
-        found = [rank[kind] for rank in done[ranks]]
-        for rank in found:
-            assert "failed" not in rank, rank["failed"]
-        return found
+        return [whole(rank[kind]) for rank in done[ranks]]
 
     return get
+
+
+def whole(found: dict[str, Any]) -> dict[str, Any]:
+    assert "failed" not in found, found["failed"]
+    return found
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -84,6 +95,22 @@ def test_the_merged_model_is_pefts_merge_and_differs_from_the_base_where_adapter
     found = facts(2, kind)[0]
     assert found["merged"] == []
     assert sorted(found["changed"]) == [f"{path}.weight" for path in found["adapted"]]
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_the_cache_of_the_quantized_base_gives_the_same_logits(facts: Facts, kind: str) -> None:
+    (found,) = facts(1, kind)
+    assert found["cached"] == 0
+    assert found["read_again"] < 0.8
+
+
+def test_verify_proves_exports_and_merges(facts: Facts, workshop: Workshop, exports: Path) -> None:
+    runs = {kind: workshop.store.sub(kind).uri for kind in PROVEN if facts(2, kind)}
+    (found,) = launch(1, families.proven, runs, str(exports), timeout=_SECONDS)
+    for kind in PROVEN:
+        for what, proof in whole(found[kind]).items():
+            assert Proof(**proof).holds, (kind, what)
+            assert proof["kl_allowed"] < 1e-4 * proof["kl_effect"], (kind, what)
 
 
 def test_one_weight_one_row_of_an_expert_and_one_norm_that_differ_are_found(

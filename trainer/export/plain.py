@@ -39,7 +39,13 @@ def load_plain(folder: Path, held: torch.dtype, computed: torch.dtype, config: P
     """
     with _reading("transformers", folder):
         config = config or AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=held, trust_remote_code=False, config=config)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=held,
+            trust_remote_code=False,
+            config=config,
+            experts_implementation="eager",  # grouped products want sizes that are multiples of 16 bytes
+        )
     if held != computed:
         round_buffers(model, dict(unfilled_model(config, computed).named_buffers()))
     return model.eval()
