@@ -1,7 +1,9 @@
 """DoRA's and (IA)^3's layers compute what the papers' formulas and PEFT's own modules compute, and start as their base."""
 
+import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,14 +12,16 @@ from peft import IA3Config, LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from tests.material import KINDS, SIZES
+from tests.families import FAMILIES, KINDS, SIZES
 from trainer.base.architecture import Parameter
 from trainer.base.architecture_cache import read_architecture
-from trainer.config import Optim, Tuning, parse_config
+from trainer.config import Model, Optim, Tuning, parse_config
 from trainer.model.dora import DoraLinear
 from trainer.model.ia3 import ScaledLinear
 from trainer.tuning.dora import DoraUpdate
 from trainer.tuning.ia3 import Scaling
+from trainer.tuning.linear_adapters import as_peft_reads
+from trainer.tuning.lora import Lora
 from trainer.tuning.method import find_method, tuning_mismatches
 
 LLAMA = read_architecture({**SIZES, **KINDS["llama"]})
@@ -209,6 +213,46 @@ def test_a_last_name_that_a_stack_of_experts_has_too_is_not_enough_for_peft() ->
     mixture = replace(LLAMA, parameters=(*LLAMA.parameters, stack))
     method: Any = find_method(Tuning(targets=["down_proj", "up_proj"]))
     assert method.ends(mixture) == ["mlp.down_proj", "up_proj"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "by_weight"),
+    [
+        ("llama", []),
+        ("qwen3-moe", []),
+        (
+            "deepseek-v3",
+            ["gate_proj", *(f"{mlp}.{name}_proj" for mlp in ("mlp", "shared_experts") for name in ("down", "up"))],
+        ),
+        (
+            "qwen3-next",
+            ["gate_proj", *(f"{mlp}.{name}_proj" for mlp in ("mlp", "shared_expert") for name in ("down", "up"))],
+        ),
+    ],
+)
+def test_layers_that_peft_would_take_for_experts_are_named_by_their_weights(
+    tmp_path: Path, kind: str, by_weight: list[str]
+) -> None:
+    from peft import get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {"tie_word_embeddings": False, **SIZES, **FAMILIES[kind]}
+    (tmp_path / "config.json").write_text(json.dumps(AutoConfig.for_model(**settings).to_dict()))
+    architecture, method = read_architecture(settings), Lora(Tuning(), rank_stabilized=False)
+    described = as_peft_reads(method.peft_config(method.ends(architecture)), Model(base=str(tmp_path)))
+    assert sorted(described.target_parameters or ()) == [f"{name}.weight" for name in by_weight]
+    model: Any = get_peft_model(AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)), described)
+    found = {path for path, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
+    assert found == {name.partition(".lora_")[0] for name in method.shapes(architecture)}
+
+
+def test_a_layer_whose_weight_is_handed_to_a_kernel_gets_no_adapter() -> None:
+    mamba = read_architecture({"tie_word_embeddings": False, **SIZES, **FAMILIES["nemotron-h"]})
+    assert "model.layers.0.mixer.in_proj" in mamba.linear_layers()
+    assert "model.layers.0.mixer.out_proj" not in mamba.linear_layers()
+    assert "model.layers.0.mixer.out_proj.weight" in mamba.quantizable()
+    (sentence,) = find_method(Tuning(targets=["out_proj"])).mismatches(mamba)
+    assert sentence.startswith("tuning.targets: 'out_proj' is no linear layer that can be adapted.")
 
 
 @pytest.mark.parametrize("target", ["*.mlp.query", "mlp.*"])

@@ -23,6 +23,8 @@ class Parameter:
     routers, convolutions. `layer` is None outside the decoder layers. `visits` is the share of a row's tokens that each of its
     matrices multiplies: less than 1 for experts to which tokens are routed.
     A stack that is `transposed` has matrices (inputs, outputs), and its class says so.
+    A linear layer that is not `adaptable` is multiplied by code of the module around it as well, which hands its weight to a
+    kernel: PEFT refuses adapters on such.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Parameter:
     layer: int | None = None
     visits: float = 1.0
     transposed: bool = False
+    adaptable: bool = True
 
     @property
     def numel(self) -> int:
@@ -163,7 +166,7 @@ class Architecture:
         return {
             parameter.name.removesuffix(".weight"): Linear(inputs=parameter.shape[1], outputs=parameter.shape[0])
             for parameter in self.parameters
-            if parameter.kind == "linear"
+            if parameter.kind == "linear" and parameter.adaptable
         }
 
     def stacks(self) -> dict[str, Parameter]:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,8 @@ def read_from_meta(base_config: Mapping[str, Any], layers: int | None, name: str
         raise ConfigError(_unknown(base_config, name))
     with read_by_transformers(name, "config.json"):
         settings = {key: value for key, value in base_config.items() if key not in ("auto_map", "quantization_config")}
-        whole = CONFIG_MAPPING[kind].from_dict(settings)
+        # transformers writes an infinite number as an object, which its private function reads.
+        whole = CONFIG_MAPPING[kind].from_dict(PretrainedConfig._decode_special_floats(settings))
         config, stored_layers = _first_layers(_causal(whole, name), layers)
         model = meta_model(config)
         prepare_experts(model)
@@ -129,6 +130,12 @@ def _first_layers(config: PretrainedConfig, layers: int | None) -> tuple[Pretrai
         setattr(config, _SHARED, max(0, shared + layers - count))
     config.num_hidden_layers = layers
     return config, count
+
+
+@cache
+def _code(module: type[nn.Module]) -> str:
+    """The source of a class: Python parses a whole file for each look."""
+    return inspect.getsource(module)
 
 
 @dataclass(frozen=True)
@@ -224,7 +231,8 @@ class _Reader:
             if kind == "experts":
                 yield Parameter(name, shape, kind, layer, self._visits(path, shape[0]), bool(owner.is_transposed))
             else:
-                yield Parameter(name, shape, kind, layer)
+                handed_on = kind == "linear" and self._is_handed_to_a_kernel(path)
+                yield Parameter(name, shape, kind, layer, adaptable=not handed_on)
 
     def _kind(self, name: str, owner: nn.Module, leaf: str, parameter: Tensor, layer: int | None) -> Kind:
         if owner is self._head:
@@ -248,6 +256,11 @@ class _Reader:
                         linears = [type(child) for child in self._modules[around].children()].count(nn.Linear)
                         if around == block or linears == 1:
                             yield inner
+
+    def _is_handed_to_a_kernel(self, path: str) -> bool:
+        """Whether the module around the linear layer at `path` passes its weight on, as Mamba's does."""
+        parent, _, name = path.rpartition(".")
+        return f"=self.{name}.weight" in _code(type(self._modules[parent]))
 
     def _visits(self, path: str, experts: int) -> float:
         """The share of tokens that are routed to one of the `experts` at `path`, or 1 where nothing tells."""

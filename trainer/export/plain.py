@@ -4,6 +4,7 @@ brings along where PEFT knows no such adapter.
 Nothing of Capstan's own model is used here, so that a mistake in it cannot hide itself.
 """
 
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -115,8 +116,17 @@ def place_logits(model: Any, rows: Sequence[ProbeRow]) -> list[Tensor]:
         ]
 
 
-def quantize(model: nn.Module, quant: Quant, dtype: torch.dtype, weights: Collection[str]) -> None:
-    """bitsandbytes on every matrix of the `weights` by name, multiplied in `dtype`.
+def adapted_weights(adapter: Path) -> tuple[str, ...]:
+    """The ends of the names of those weights to which PEFT adds the adapter's matrices, which it cannot where they are packed."""
+    settings = adapter / "adapter_config.json"
+    return tuple(json.loads(settings.read_bytes()).get("target_parameters") or ()) if settings.exists() else ()
+
+
+def quantize(
+    model: nn.Module, quant: Quant, dtype: torch.dtype, weights: Collection[str], unpacked: tuple[str, ...] = ()
+) -> None:
+    """bitsandbytes on every matrix of the `weights` by name, multiplied in `dtype`; those whose names end in one of `unpacked` get
+    the values that it leaves of them.
 
     transformers' own way has blocks of 64 only, and leaves experts in 16 bits.
     """
@@ -124,7 +134,8 @@ def quantize(model: nn.Module, quant: Quant, dtype: torch.dtype, weights: Collec
     for path, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear) or f"{path}.weight" not in weights:
             continue
-        if device().type == "cpu" and module.in_features % quant.block_size:
+        misread = device().type == "cpu" and module.in_features % quant.block_size
+        if misread or f"{path}.weight".endswith(unpacked):
             # On a CPU, bitsandbytes 0.50 misreads matrices whose rows are not whole blocks.
             module.weight.data = _dequantized(module.weight.data, dtype, form)
         else:

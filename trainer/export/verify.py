@@ -135,7 +135,7 @@ def prove_adapter(run: Store, step: int, adapter: Store) -> Proof:
     expected = trained.logits(computed_in)
     _give_memory_back()
     with _base_directory(trained.base) as base, _directory(adapter) as folder:
-        model = _plain_base(trained, base, computed_in)
+        model = _plain_base(trained, base, computed_in, plain.adapted_weights(folder))
         model, without = plain.add_adapter(model, folder, trained.method)
         with _computing(model, computed_in):
             found, noise = _predictions(model, rows, computed_in)
@@ -243,8 +243,8 @@ def _proof(
     )
 
 
-def _plain_base(trained: Trained, folder: Path, computed_in: str) -> Any:
-    """The base in transformers, quantized as it was for training."""
+def _plain_base(trained: Trained, folder: Path, computed_in: str, unpacked: tuple[str, ...] = ()) -> Any:
+    """The base in transformers, quantized as it was for training; `unpacked` as in `plain.quantize`."""
     config, base = trained.config, trained.base
     dtype = DTYPES[computed_in]
     # PEFT keeps a prefix in its base's type, so that of a training in fp32 needs such a base.
@@ -254,7 +254,7 @@ def _plain_base(trained: Trained, folder: Path, computed_in: str) -> Any:
     with dequantized_by_transformers(architecture) if base.stored.decoded else nullcontext():
         model = plain.load_plain(folder, held, trained.dtype, architecture)
     if config.quant.type != "none" and not base.stored.quantized:
-        plain.quantize(model, config.quant, dtype, base.architecture.quantizable())
+        plain.quantize(model, config.quant, dtype, base.architecture.quantizable(), unpacked)
     return plain.grow(model, trained.vocabulary).to(plain.device())
 
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Architecture, Linear
+from trainer.base.locate import base_files
 from trainer.config import Model, Tuning
 from trainer.registry import without_defaults
 from trainer.scratch import scratch_folder
@@ -164,6 +166,33 @@ def lora_config(tuning: Tuning, targets: str | Iterable[str], **options: Any) ->
     )
 
 
+def as_peft_reads(config: LoraConfig, model: Model) -> LoraConfig:
+    """The description by which PEFT adapts those layers of the base that `config` names by `target_modules`.
+
+    Where transformers 5 has stacks for what were linear layers of experts, PEFT 0.21 takes a linear layer of the same last name for
+    an expert and adapts the stacks instead (huggingface/peft#3711). Such a layer is named by its weight, in `target_parameters`.
+    """
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    from trainer.base.meta import model_config
+
+    base: Any = SimpleNamespace(config=model_config(base_files(model), model.layers))
+    taken: list[str] = []
+    for target in config.target_modules or ():
+        asked = LoraConfig(r=config.r, target_modules=[target])
+        with suppress(ValueError):  # one of two matrices that are fused in a stack
+            convert_peft_config_for_transformers(asked, base, None)
+            if target in (asked.target_modules or ()):
+                continue
+        taken.append(target)
+    if taken:
+        config.target_modules = sorted(set(config.target_modules or ()) - set(taken))
+        config.target_parameters = [f"{target}.weight" for target in taken]
+        config.lora_dropout = 0.0  # for training alone; PEFT has none for parameters
+    return config
+
+
 def peft_files(
     config: PeftConfig, weights: dict[str, Tensor], model: Model, prefix: str = "base_model.model."
 ) -> dict[str, bytes]:
@@ -191,7 +220,10 @@ def with_peft_files(exported: ExportedFiles, weights: dict[str, Tensor], **setti
     from safetensors.torch import load, save
 
     named = {f"base_model.model.{name}": weight.contiguous() for name, weight in weights.items()}
-    described = {**json.loads(exported.files[_SETTINGS]), **settings}
+    described: dict[str, Any] = json.loads(exported.files[_SETTINGS])
+    for key, value in settings.items():
+        both = isinstance(value, list) and isinstance(described.get(key), list)
+        described[key] = sorted({*described[key], *value}) if both else value
     files = {
         _WEIGHTS: save({**load(exported.files[_WEIGHTS]), **named}, metadata={"format": "pt"}),
         _SETTINGS: json.dumps(described, indent=2, sort_keys=True).encode(),

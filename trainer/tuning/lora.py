@@ -19,6 +19,7 @@ from trainer.tuning.linear_adapters import (
     LOW_RANK_DEFAULTS,
     LOW_RANK_SETTINGS,
     LinearAdapters,
+    as_peft_reads,
     flagged,
     lora_config,
     matching,
@@ -83,9 +84,10 @@ class Lora(LinearAdapters):
         import torch
         from peft import inject_adapter_in_model
 
-        # PEFT's own all-linear also takes routers and experts, where there are any.
         torch.manual_seed(seed)
-        inject_adapter_in_model(self.peft_config(self.ends(architecture)), model, adapter_name=_ADAPTER)
+        # In a container, which has no config, PEFT adapts what it is told and takes no name for that of an expert; see `as_peft_reads`.
+        whole = torch.nn.Sequential(model)
+        inject_adapter_in_model(self.peft_config(self.ends(architecture)), whole, adapter_name=_ADAPTER)
         for name, parameter in model.named_parameters():
             learns = ".lora_" in name
             parameter.requires_grad_(learns)
@@ -112,7 +114,7 @@ class Lora(LinearAdapters):
 
     def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
         """PEFT's folder."""
-        config = self.peft_config(self.ends(describe_base(model).architecture))
+        config = as_peft_reads(self.peft_config(self.ends(describe_base(model).architecture)), model)
         # PEFT saves without the adapter's own name.
         named = {name.replace(f".{_ADAPTER}.", "."): matrix for name, matrix in weights.items()}
         return ExportedFiles("peft", "A LoRA adapter", peft_files(config, named, model))
