@@ -18,6 +18,7 @@ from tests.families import FAMILIES, SIZES
 from trainer.base.architecture_cache import read_architecture
 from trainer.model.attention import SINKS, VARLEN, Attention, choose_attention, no_mask, unable, varlen_attention
 from trainer.model.documents import batches, keep_documents_apart, knows_borders, mixers, recomputed
+from trainer.model.parts import body
 
 _LATENT = {
     key: FAMILIES["deepseek-v3"][key]
@@ -211,6 +212,18 @@ def test_gradients_are_the_sum_of_those_of_the_documents_alone_also_when_layers_
 def _loss(states: Tensor) -> Tensor:
     """The sum over tokens of something that is not the same for all of a state's elements."""
     return (states * torch.linspace(-1, 1, states.shape[1])).tanh().sum()
+
+
+@torch.no_grad()
+def test_a_base_that_takes_no_positions_computes_one_document_with_padding_behind_it() -> None:
+    bloom = {"model_type": "bloom", "n_layer": 2, "n_head": 4, **SIZES}
+    assert not read_architecture(bloom).isolates_documents
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**bloom), dtype=torch.float32).eval()
+    keep_documents_apart(model)
+    tokens, positions = row()[0], torch.cat([torch.arange(A), torch.arange(sum(LENGTHS) - A)])[None]
+    padded = body(model)(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state[0]
+    alone = body(model)(input_ids=tokens[:, :A], position_ids=positions[:, :A], use_cache=False).last_hidden_state[0]
+    assert close(padded[:A], alone)
 
 
 def test_documents_of_like_length_share_a_batch() -> None:

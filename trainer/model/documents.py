@@ -181,14 +181,17 @@ sdpa_mask_of_row = _of_row(sdpa_mask)
 
 
 def _for_row(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward of a model's body, for the row that its position_ids describe, which it need not take itself."""
+    """The forward of a model's body, for the row that its position_ids describe. A body that takes none computes one document,
+    with nothing but padding behind it."""
     taken = "position_ids" in inspect.signature(forward).parameters
 
     @functools.wraps(forward)
     def of_row(*arguments: Any, **given: Any) -> Any:
-        positions = given.get("position_ids") if taken else given.pop("position_ids", None)
-        with _Row(None if positions is None else Documents(positions)):
+        positions = given.pop("position_ids", None)
+        if positions is None or not taken:
             return forward(*arguments, **given)
+        with _Row(Documents(positions)):
+            return forward(*arguments, position_ids=positions, **given)
 
     return of_row
 
