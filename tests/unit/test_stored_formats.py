@@ -23,12 +23,13 @@ from trainer.base.description import describe
 from trainer.base.floats import E2M1, E4M3, E8M0, round_to_bf16
 from trainer.base.fp8 import Fp8Tiles
 from trainer.base.last_reads import LastReads
-from trainer.base.load import model_config
+from trainer.base.load import find_all_weights, model_config
 from trainer.base.locate import resolve_base
 from trainer.base.mxfp4 import Mxfp4Experts
+from trainer.config import Config
 from trainer.errors import ConfigError, StorageError
 from trainer.plan import make_plan
-from trainer.safetensors_index import StoredTensor, TensorSource, numel, read_index
+from trainer.safetensors_index import PackedTensor, StoredTensor, TensorSource, read_index
 from trainer.store import Store, open_store
 from trainer.tuning.method import check_tuning
 
@@ -62,8 +63,16 @@ def stored(folder: Path, *tensors: Tensor) -> tuple[Store, list[TensorSource]]:
     return store, [index[str(number)] for number in range(len(tensors))]
 
 
-def values(source: StoredTensor, begin: int, end: int) -> Tensor:
+def look(config: Config) -> None:
+    """All that the launcher, and then the ranks, check before a weight is read."""
+    found = resolve_base(config.model)
+    check_base(found, config)
+    find_all_weights(found)
+
+
+def values(source: StoredTensor | PackedTensor, begin: int, end: int) -> Tensor:
     """The bits of a range."""
+    assert not isinstance(source, PackedTensor)
     return torch.frombuffer(source.read(begin, end), dtype=torch.int16)
 
 
@@ -291,7 +300,7 @@ def test_fp8_that_is_not_as_it_should_be_is_refused(
     check_base(resolve_base(config.model), config)
     damage(fp8)
     with pytest.raises(ConfigError, match=expected):
-        check_base(resolve_base(config.model), config)
+        look(config)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +319,7 @@ def test_mxfp4_that_is_not_as_it_should_be_is_refused(
     check_base(resolve_base(config.model), config)
     rewritten(change)(mxfp4)
     with pytest.raises(ConfigError, match=expected):
-        check_base(resolve_base(config.model), config)
+        look(config)
 
 
 def test_one_scale_for_a_whole_matrix_and_scales_of_inputs_are_read(workshop: Workshop, tmp_path: Path) -> None:
@@ -320,6 +329,5 @@ def test_one_scale_for_a_whole_matrix_and_scales_of_inputs_are_read(workshop: Wo
     check_base(found, config)
     decoded = read_files(base / "decoded")
     assert set(found.weights) == set(decoded)
-    weights: Any = found.weights
-    for name, source in weights.items():
-        assert torch.equal(values(source, 0, numel(source)), decoded[name].flatten().view(torch.int16)), name
+    for name, source in found.weights.items():
+        assert torch.equal(values(source, 0, decoded[name].numel()), decoded[name].flatten().view(torch.int16)), name
