@@ -293,7 +293,7 @@ def _gathered(given: _Inputs) -> int:
     """
     if given.group == 1 and not given.offloaded:
         return 0
-    largest = max(*_layer_bytes(given), given.item * given.model.vocabulary * given.model.hidden)
+    largest = max(*_layer_bytes(given), given.item * given.model.largest("embedding", "head"))
     elements = given.zero.get("stage3_prefetch_bucket_size", 50_000_000)
     elements += given.zero.get("stage3_max_reuse_distance", 1_000_000_000) // 2
     # A quantized parameter is made of bytes, any other of 16- or 32-bit values.
@@ -304,9 +304,9 @@ def _gathered(given: _Inputs) -> int:
 def _activations(given: _Inputs) -> int:
     """Bytes of activations of one micro-batch of T tokens, with an attention kernel that keeps no score matrix.
 
-    Counted as Korthikanti et al. do (arXiv:2205.05198, section 4), with frozen linear layers; see trainer/base/activations.py. Checkpointing
-    keeps the hidden state of each layer, and the largest layer's values while it is recomputed. On top come the widest gradients: a
-    hidden state, and two of what enters the last linear layer of a block.
+    Counted as Korthikanti et al. do (arXiv:2205.05198, section 4), with frozen linear layers; see trainer/base/activations.py.
+    Checkpointing keeps the hidden state of each layer, and the largest layer's values while it is recomputed. On top come the
+    widest gradients: a hidden state, and two of what enters the last linear layer of a block.
     """
     model, config = given.model, given.config
     tokens = config.train.micro_batch * given.row

@@ -135,6 +135,10 @@ class Architecture:
         """Elements of all parameters of these kinds."""
         return sum(parameter.numel for parameter in self.parameters if parameter.kind in kinds)
 
+    def largest(self, *kinds: Kind) -> int:
+        """Elements of the largest parameter of these kinds."""
+        return max(parameter.numel for parameter in self.parameters if parameter.kind in kinds)
+
     def in_layer(self, layer: int) -> list[Parameter]:
         """The parameters of one decoder layer, in the model's order."""
         return self._layers.get(layer, [])

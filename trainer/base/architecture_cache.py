@@ -26,6 +26,7 @@ from trainer.errors import NOT_JSON, ConfigError
 _SECONDS = 300  # transformers' import takes most of it on a slow disk; the model itself is on `meta`
 # Settings that say nothing of the model's parameters.
 _IRRELEVANT = ("quantization_config", "torch_dtype", "dtype", "transformers_version", "use_cache", "_name_or_path")
+_CODE = ("base/architecture.py", "base/logits.py", "base/meta.py", "model/experts.py", "model/parts.py")
 _NOTICE = "reading the architecture with transformers, once for this base"
 
 
@@ -65,7 +66,7 @@ def _kept(settings: str, layers: int | None, name: str, folder: Path) -> Archite
 
 def _code() -> bytes:
     """The source of what reads and writes an architecture: an entry of another version is none."""
-    return b"".join((Path(__file__).parent / name).read_bytes() for name in ("architecture.py", "meta.py"))
+    return b"".join((Path(__file__).parents[1] / name).read_bytes() for name in _CODE)
 
 
 def _read(settings: str, layers: int | None, name: str) -> Architecture:
@@ -77,8 +78,11 @@ def _read(settings: str, layers: int | None, name: str) -> Architecture:
 def _read_elsewhere(request: str, name: str) -> Architecture:
     print(_NOTICE, file=sys.stderr)
     command = [sys.executable, "-m", "trainer.base.meta"]
+    environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}  # a compiler that is not needed is slow to import
     try:
-        result = subprocess.run(command, input=request, capture_output=True, text=True, timeout=_SECONDS, check=True)
+        result = subprocess.run(
+            command, input=request, capture_output=True, text=True, timeout=_SECONDS, check=True, env=environment
+        )
         answer = json.loads(result.stdout)
     except subprocess.TimeoutExpired as error:
         raise ConfigError(
