@@ -38,6 +38,7 @@ check: $(STAMP)
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/python -m launcher.config_docs --check
+	$(BIN)/python -m tests.models_page --check
 
 bench: $(STAMP)
 	@set -e; for file in $(or $(ARGS),$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file; done

@@ -139,6 +139,7 @@ KINDS: dict[str, dict[str, Any]] = {
 # The same, of every family: for tests that go over each once.
 FAMILIES: dict[str, dict[str, Any]] = {
     **{kind: settings for kind, settings in KINDS.items() if kind not in ("llama-tied", "ragged", "speck")},
+    "gemma3-mixed": {**KINDS["gemma3"], "layer_types": ["sliding_attention", "full_attention"]},
     # Its queries are scaled by their positions, beyond the 16th.
     "ministral3": {
         "model_type": "ministral3",

@@ -19,6 +19,7 @@ from tests.dist.assembled import Assembled, assemble_run
 from tests.experts import multiply_expert_by_expert
 from tests.material import SIZES
 from tests.nf4 import decoded
+from trainer.base.load import DTYPES
 from trainer.base.locate import resolve_base
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.checkpoint.listing import committed_steps
@@ -46,10 +47,15 @@ def compared(
     return {kind: _facts(partial(_loaded, _of(config_text, kind, base), folders[kind])) for kind, base in bases.items()}
 
 
-def trained(config_text: str, bases: dict[str, str], fingerprint: str, folder: str) -> dict[str, dict[str, Any]]:
-    """The same, and then the steps of a run over each, its export and its merge, which rank 0 writes under `folder`."""
+def trained(
+    config_text: str, bases: dict[str, str], fingerprint: str, folder: str, in_fp32: list[str]
+) -> dict[str, dict[str, Any]]:
+    """The same, and then the steps of a run over each, its export and its merge, which rank 0 writes under `folder`. The kinds
+    `in_fp32` compute so."""
+    exact = dump_config(override(parse_config(config_text), "model.dtype=fp32"))
+    texts = {kind: exact if kind in in_fp32 else config_text for kind in bases}
     return {
-        kind: _facts(partial(_trained, _of(config_text, kind, base), fingerprint, Path(folder, kind)))
+        kind: _facts(partial(_trained, _of(texts[kind], kind, base), fingerprint, Path(folder, kind)))
         for kind, base in bases.items()
     }
 
@@ -110,7 +116,7 @@ def _compared(config: Config, folder: str, fingerprint: str | None = None) -> Pa
     """`folder` is the one that transformers reads."""
     torch.set_num_threads(1)
     ours = assemble_run(config, fingerprint)
-    stock = stock_model(folder, ours.attention.name)
+    stock = stock_model(folder, ours.attention.name, DTYPES[config.model.dtype])
     differing, packed = _pack(ours, stock, config)
     expected = logits_of(stock)
     facts = {
@@ -147,6 +153,7 @@ def _exported(pair: Pair, logits: Tensor, folder: Path) -> dict[str, Any]:
     return {
         "adapted": sorted(ours),
         "adapted_elsewhere": sorted(theirs ^ ours),
+        "by_weight": bool(adapted.peft_config["default"].target_parameters),
         "peft": _distance(logits_of(adapted), logits),
         "merged": [name for name, value in merged.state_dict().items() if not torch.equal(value, expected[name])],
         "changed": [name for name, value in merged.state_dict().items() if not torch.equal(value, before[name])],
@@ -170,10 +177,10 @@ def _distance(one: Tensor, other: Tensor) -> float:
     return float((one.float() - other.float()).abs().max())
 
 
-def stock_model(base: str, attention: str) -> Any:
+def stock_model(base: str, attention: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     multiply_expert_by_expert()
     kernels: Any = {"attn_implementation": attention}
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, **kernels)
+    return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **kernels)
 
 
 def probe() -> Tensor:

@@ -10,25 +10,26 @@ from safetensors.torch import load_file, save_file
 
 from tests.dist import families
 from tests.dist.launch import launch
+from tests.families import FAMILIES
 from tests.material import Workshop, make_base
 from trainer.config import dump_config, override
 from trainer.export.proof import Proof
 
-_SECONDS = 900  # many families in one go of the ranks
+_SECONDS = 1800  # many families in one go of the ranks
 pytestmark = pytest.mark.timeout(_SECONDS + 60)
 # Ranks and kind of base -> the facts that each of the ranks found.
 Facts = Callable[[int, str], list[dict[str, Any]]]
-# The families that the loader knows.
-KNOWN = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "mixtral", "qwen3-moe", "gpt-oss")
-
-# Those of them that compute otherwise than most: a proof takes seconds each.
-PROVEN = ("gemma3", "gpt-oss")
+# PEFT adapts linear layers of these by their weights, to which it adds the adapter's product: in bf16 that is rounded, and tokens
+# go to other experts. They are trained in fp32.
+BY_WEIGHT = ("qwen3-next", "deepseek-v2", "deepseek-v3", "glm4-moe", "glm4-moe-lite", "ernie4_5-moe")
+# Those that compute or are stored otherwise than most: a proof takes seconds each.
+PROVEN = ("gpt-oss", "gemma4", "qwen3-next", "deepseek-v3", "nemotron-h", "llama4", "granitemoe-hybrid", "kimi-linear")
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("bases")
-    return {kind: str(make_base(folder / kind, kind)) for kind in KNOWN}
+    return {kind: str(make_base(folder / kind, kind)) for kind in FAMILIES}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,10 @@ def facts(workshop: Workshop, bases: dict[str, str], exports: Path) -> Facts:
             text = dump_config(override(config, f"quant.cache={str(ranks == 1).lower()}"))
             function, arguments = families.compared, (text, bases)
             if ranks == 2:
-                function, arguments = families.trained, (*arguments, workshop.prepare(config).train, str(exports))
+                function, arguments = (
+                    families.trained,
+                    (*arguments, workshop.prepare(config).train, str(exports), BY_WEIGHT),
+                )
             done[ranks] = launch(ranks, function, *arguments, timeout=_SECONDS)
         return [whole(rank[kind]) for rank in done[ranks]]
 
@@ -62,18 +66,18 @@ def whole(found: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("kind", KNOWN)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_packed_bytes_are_bitsandbytes_and_all_else_and_the_logits_are_transformers(
     facts: Facts, kind: str, ranks: int
 ) -> None:
     for found in facts(ranks, kind):
         assert found["packed"]
         assert found["differing"] == []
-        assert found["logits"] == 0
+        assert found["logits"] <= (1e-6 if ranks == 2 and kind in BY_WEIGHT else 0)
         assert found["spread"] > 0.01
 
 
-@pytest.mark.parametrize("kind", KNOWN)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_ten_steps_learn(facts: Facts, kind: str) -> None:
     for found in facts(2, kind):
         losses, norms = found["loss"], found["grad_norm"]
@@ -83,21 +87,22 @@ def test_ten_steps_learn(facts: Facts, kind: str) -> None:
         assert found["effect"] > 0.1 * found["spread"]
 
 
-@pytest.mark.parametrize("kind", KNOWN)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_peft_adapts_the_very_layers_that_were_trained_and_has_the_logits(facts: Facts, kind: str) -> None:
     found = facts(2, kind)[0]
     assert found["adapted_elsewhere"] == []
-    assert found["peft"] == 0
+    assert found["by_weight"] == (kind in BY_WEIGHT)
+    assert found["peft"] <= (1e-4 * found["effect"] if kind in BY_WEIGHT else 0)
 
 
-@pytest.mark.parametrize("kind", KNOWN)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_the_merged_model_is_pefts_merge_and_differs_from_the_base_where_adapters_were(facts: Facts, kind: str) -> None:
     found = facts(2, kind)[0]
     assert found["merged"] == []
     assert sorted(found["changed"]) == [f"{path}.weight" for path in found["adapted"]]
 
 
-@pytest.mark.parametrize("kind", KNOWN)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_the_cache_of_the_quantized_base_gives_the_same_logits(facts: Facts, kind: str) -> None:
     (found,) = facts(1, kind)
     assert found["cached"] == 0

@@ -197,7 +197,9 @@ def shaken(model: nn.Module, size: float) -> Iterator[None]:
     """Every linear layer's outputs moved by up to `size` of themselves, at random but always alike."""
     generator = torch.Generator(device()).manual_seed(0)
 
-    def shake(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    def shake(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor):  # a router that is a linear layer and chooses as well
+            return output
         noise = torch.rand(output.shape, generator=generator, device=output.device, dtype=torch.float32).mul_(2).sub_(1)
         return (output.float() * (1 + size * noise)).to(output.dtype)
 

@@ -1,0 +1,167 @@
+"""Writes docs/models.md from the tables of the tests: which families they take how far, and what well-known sizes need.
+
+python -m tests.models_page            write the page
+python -m tests.models_page --check    exit 1 when the page is not what would be written
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from tests.dist import test_experts
+from tests.families import FAMILIES, SIZES
+from tests.unit import test_documents
+from tests.unit.test_experts import FAMILIES as EXPERTS
+from tests.unit.test_published_models import MODELS
+from trainer.base.architecture_cache import read_architecture
+from trainer.base.description import describe
+from trainer.config import parse_config
+from trainer.needs import Plan
+from trainer.plan import make_plan
+
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+
+_HEADER = """\
+# Models
+
+<!-- Written by `python -m tests.models_page` from the tables of the tests: change these. -->
+
+Capstan has no list of models. transformers builds the causal language model that a base's config.json describes, without weights;
+its parameters and layers are read off that, and transformers' own mapping says which tensors of the files make up each of
+them. What cannot be built so is refused by name before a byte of weights is read: a model that transformers does not know, code
+of a model's own (`auto_map`), an encoder with a decoder, attention in both directions.
+
+This page says what was tested, what well-known sizes need, and how to try a model that is in neither list.
+[bases.md](bases.md) says where a base may be and how it is loaded.
+"""
+
+_FAMILIES = """\
+## Families that were tested
+
+For each there is a tiny base with random weights in the format of the published files, with every kind of layer that the family has
+and with awkward sizes. Over 1, 2 and 3 ranks its packed bytes are those of bitsandbytes, and its logits, to the last bit, those of
+transformers with the same weights dequantized. On 2 ranks LoRA on all linear layers learns for ten steps; the export gives the
+trained model's logits in PEFT, to the last bit, and adapts the same layers; the merged model is PEFT's own merge, bit by bit.
+Where a family has linear layers of the names that its experts' matrices once had (`gate_proj`, `up_proj`, `down_proj` of dense layers and
+shared experts), PEFT 0.21 adapts them by their weights, and its logits are those of the trained model but for 16-bit rounding.
+
+*packing*: another first document in a packed row changes no bit that matters to the second, in any kind of layer. *experts*: the
+one forward pass that serves all mixtures has the values and gradients of the family's own. *LoRA on experts*: its gradients are
+PEFT's, at any number of ranks. The stored formats of [bases.md](bases.md) are no matter of a family: they are tested on matrices and stacks of
+experts of awkward shapes.
+"""
+
+_SIZES = """\
+## Well-known sizes
+
+Parameters are in billions; "for one token" are those that compute for it. The plan is for LoRA of rank 16 on all linear layers over
+NF4, documents packed into rows of 4,096 tokens, one row a GPU at a time, on machines of eight GPUs with 80 GB each; `capstan plan`
+says the same for your run. "Fewest GPUs" are of 1, 2, 4, 8 and multiples of 8.
+"""
+
+_OTHERS = """\
+## Another model
+
+```sh
+capstan plan my-run.yaml                 # reads config.json alone: the parameters by kind, what the run needs, or why it is refused
+capstan smoke my-run.yaml --layers 2     # your base and data through a whole run in small, cut to two layers
+```
+
+`capstan smoke` trains, is killed, resumes on another number of ranks, exports and verifies: the exported adapter must predict in plain
+transformers and PEFT what the model that was trained predicts. `--layers` cuts a large base to its first layers, so take as many as show
+each kind of layer; without a GPU it runs on the CPU. A base that passes has been proven as far as the families above, on your own
+weights.
+"""
+
+_PLANNED = """
+run: {name: planned}
+model: {base: base}
+data: {train: [{path: data.jsonl}], sequence_length: 4096}
+train: {steps: 100, micro_batch: 1}
+"""
+_GPU_BYTES = 80 * 10**9
+_GPUS = (1, 2, 4, *range(8, 129, 8))
+
+
+def render() -> str:
+    """The whole page as Markdown."""
+    return "\n".join([_HEADER, _FAMILIES, *_family_rows(), "", _SIZES, *_size_rows(), "", _OTHERS])
+
+
+def _family_rows() -> Iterator[str]:
+    yield "| `model_type` | layers of its tiny base | packing | experts | LoRA on experts |"
+    yield "|---|---|---|---|---|"
+    adapted = _cases(test_experts.test_gradients_are_pefts_and_those_of_one_rank_at_any_world_size)
+    for kind in sorted(FAMILIES, key=lambda kind: FAMILIES[kind]["model_type"]):
+        settings: dict[str, Any] = {"tie_word_embeddings": False, **SIZES, **FAMILIES[kind]}
+        name = settings["model_type"]
+        layers = list(_layers(settings))
+        tested = (kind in test_documents.KINDS, name in EXPERTS and "experts" in layers, kind in adapted)
+        cells = [f"`{name}`", ", ".join(layers), *("yes" if has else "" for has in tested)]
+        yield f"| {' | '.join(cells)} |"
+
+
+def _cases(test: Any) -> set[str]:
+    """The kinds of bases that a test takes first among its parameters."""
+    (cases,) = (mark.args[1] for mark in test.pytestmark if mark.name == "parametrize")
+    return {case[0] for case in cases}
+
+
+def _layers(settings: dict[str, Any]) -> Iterator[str]:
+    """The kinds of layers of a base, in words."""
+    config: Any = AutoConfig.for_model(**settings)
+    model = read_architecture(settings)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if model.sliding_window else "full_attention"]
+    yield from dict.fromkeys(kind.replace("_", " ") for kind in kinds if "attention" in kind)
+    mixtures = {part.layer for part in model.parameters if part.kind == "experts"}
+    dense = {part.layer for part in model.parameters if part.kind == "linear" and part.layer not in mixtures}
+    if mixtures:
+        yield "experts"
+    if mixtures and dense:
+        yield "dense layers"
+
+
+def _size_rows() -> Iterator[str]:
+    yield "| model | parameters | for one token | linear | experts | embedding, head | fewest GPUs | memory of one | received in a step |"
+    yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
+    for name, published in MODELS.items():
+        model = read_architecture(published.config)
+        every = sum(part.numel for part in model.parameters)
+        visited = sum(part.visits * part.numel for part in model.parameters if part.kind != "embedding")
+        ends = model.weights("embedding", "head")
+        counts = [every, visited, model.weights("linear"), model.weights("experts"), ends]
+        gpus, plan = _fewest(published.config)
+        cells = [name, *(f"{count / 1e9:,.1f}" for count in counts), str(gpus)]
+        cells += [f"{plan.memory_per_gpu.total / 1e9:.1f} GB", f"{plan.traffic_per_step.total / 1e9:,.0f} GB"]
+        yield f"| {' | '.join(cells)} |"
+
+
+def _fewest(config: dict[str, Any]) -> tuple[int, Plan]:
+    """The smallest number of GPUs that the run fits on, and its plan there."""
+    for gpus in _GPUS:
+        plan = make_plan(
+            parse_config(_PLANNED, [f"train.global_batch={gpus}"]), describe(config), gpus, min(8, gpus), _GPU_BYTES
+        )
+        if not plan.shortfalls:
+            return gpus, plan
+    raise AssertionError(plan.shortfalls)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Write docs/models.md from the tables of the tests.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the page is out of date")
+    if not parser.parse_args().check:
+        PAGE.write_text(render(), encoding="utf-8")
+        return 0
+    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == render():
+        return 0
+    print("docs/models.md is out of date. Run: .venv/bin/python -m tests.models_page", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
