@@ -8,15 +8,25 @@ from typing import Any
 
 import pytest
 import torch
+from peft import inject_adapter_in_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.families import FAMILIES as FAMILIES_OF_BASES
+from tests.families import KINDS
+from tests.families import SIZES as BASES
 from tests.nf4 import packed_stack
+from trainer.base.architecture_cache import read_architecture
+from trainer.config import parse_config
 from trainer.model import experts
 from trainer.model.expert_lora import ExpertLora
-from trainer.model.experts import IMPLEMENTATION, is_experts, prepare_experts
+from trainer.model.experts import IMPLEMENTATION, prepare_experts
+from trainer.model.parts import is_experts
+from trainer.tuning.experts import saved_as
+from trainer.tuning.method import method_of
 
+RUN = "run: {name: demo}\nmodel: {base: /m}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
 EXPERTS, WIDE, INNER, TOKENS, EACH = 8, 64, 48, 50, 3
 # The families call the same sizes by these names.
 SIZES = {
@@ -265,3 +275,32 @@ def test_the_same_bits_come_out_every_time_and_autograd_keeps_no_weight() -> Non
     assert saved
     assert not any(len(tensor) == EXPERTS and tensor.ndim == 3 for tensor in saved)
     assert not any(tensor.dtype == torch.uint8 for tensor in saved)
+
+
+@pytest.mark.parametrize("kind", ["llama4", "gpt-oss", "qwen3-moe", "mimo-v2-flash"])
+def test_adapters_of_experts_have_the_names_and_shapes_that_peft_gives_them(kind: str) -> None:
+    settings = {"tie_word_embeddings": False, **BASES, **{**FAMILIES_OF_BASES, **KINDS}[kind]}
+    architecture = read_architecture(settings)
+    config = parse_config(RUN, ("tuning.rank=4", "tuning.experts=true", "tuning.experts_rank=3"))
+    method: Any = method_of(config)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+    described = method.described(architecture)
+    lora = method.method.peft_config(method.method.ends(architecture))
+    for key, value in described.items():
+        setattr(lora, key, value)
+    theirs = {
+        name.replace(".default", ""): tuple(part.shape)
+        for name, part in inject_adapter_in_model(lora, model, low_cpu_mem_usage=True).named_parameters()
+        if ".lora_" in name
+    }
+    ours: dict[str, tuple[int, ...]] = {
+        name.replace(".default", ""): shape for name, shape in method.method.shapes(architecture).items()
+    }
+    shapes = method.shapes(architecture)
+    for names, saved in saved_as(architecture).items():
+        (count, rank, inputs), (_, outputs, _) = shapes[names.a], shapes[names.b]
+        assert rank == 3
+        ours[f"{saved.a}.weight"], ours[f"{saved.b}.weight"] = (count * rank, inputs), (outputs, rank * count)
+    assert sum("experts" in name for name in ours) >= 4
+    assert ours == theirs

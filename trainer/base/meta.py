@@ -26,8 +26,7 @@ from trainer.base.architecture import Architecture, AttentionLayer, Kind, Parame
 from trainer.base.config_json import read_by_transformers
 from trainer.base.logits import probe_logits
 from trainer.errors import ConfigError, shown
-from trainer.model.experts import is_experts, prepare_experts
-from trainer.model.parts import body, decoder_layers
+from trainer.model.parts import body, decoder_layers, is_experts
 
 # The families' settings for how many experts a token is routed to.
 _ROUTED_TO = (
@@ -58,7 +57,6 @@ def read_from_meta(base_config: Mapping[str, Any], layers: int | None, name: str
         whole = CONFIG_MAPPING[kind].from_dict(PretrainedConfig._decode_special_floats(settings))
         config, stored_layers = _first_layers(_causal(whole, name), layers)
         model = meta_model(config)
-        prepare_experts(model)
         return _Reader(model, config, name).architecture(stored_layers)
 
 
@@ -229,7 +227,8 @@ class _Reader:
                 kind = "small"
             shape = tuple(parameter.shape)
             if kind == "experts":
-                yield Parameter(name, shape, kind, layer, self._visits(path, shape[0]), bool(owner.is_transposed))
+                transposed = getattr(owner, "is_transposed", False)  # as PEFT sees it
+                yield Parameter(name, shape, kind, layer, self._visits(path, shape[0]), transposed)
             else:
                 handed_on = kind == "linear" and self._is_handed_to_a_kernel(path)
                 yield Parameter(name, shape, kind, layer, adaptable=not handed_on)

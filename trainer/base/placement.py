@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from trainer.base.filling import Copy, CopyWhole, PackedPartitions, Quantize, copy_packed, make_packed
 from trainer.base.reading import Job
 from trainer.config import Quant
-from trainer.model.experts import is_experts
 from trainer.model.nf4 import Format, FrozenLinear4bit, FrozenStack4bit, Packed
+from trainer.model.parts import is_experts
 from trainer.safetensors_index import PackedSources, PackedTensor, StoredTensor
 from trainer.zero.engine import gather_as_one
 from trainer.zero.partition import Partition, Partitioner

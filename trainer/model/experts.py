@@ -15,15 +15,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from trainer.model.grouped import Groups
 from trainer.model.nf4 import FrozenStack4bit
+from trainer.model.parts import is_experts
 
 IMPLEMENTATION = "capstan"
 BUDGET = 2**29  # bytes of dequantized matrices at a time; trainer/plan.py counts with it
 _DOWN = "down_proj"
-
-
-def is_experts(module: nn.Module) -> bool:
-    """Whether it is the experts' module of a mixture, whose 3-D parameters may be `FrozenStack4bit` instead."""
-    return "is_transposed" in vars(module)
 
 
 def prepare_experts(model: nn.Module) -> None:
@@ -150,7 +146,7 @@ def _gated(self: Any, rows: Tensor) -> Tensor:
     return self.act_fn(gate) * up
 
 
-# The mixtures whose experts do not let transformers choose a forward pass, and how they get one.
+# The mixtures whose experts are in `EXPERTS_WITHOUT_INTERFACE`, and how they get a forward pass.
 _WITHOUT_INTERFACE = {"Llama4TextMoe": _llama4}
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from trainer.model.experts import is_experts
+from trainer.model.parts import is_experts
 from trainer.ranks import Ranks
 from trainer.run.metrics import Metrics
 

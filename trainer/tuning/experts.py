@@ -150,18 +150,13 @@ class WithExperts(Around):
         architecture = describe_base(model).architecture
         own = self._own(architecture)
         theirs = self.method.export({name: values for name, values in weights.items() if name not in own}, model)
-        modules: dict[str, list[Parameter]] = {}
-        for name, stack in architecture.stacks().items():
-            modules.setdefault(name.rpartition(".")[0], []).append(stack)
         named: dict[str, Tensor] = {}
-        for path, stacks in modules.items():
-            for after, stack in enumerate(reversed(stacks)):
-                names, saved = _names(stack), f"{path}.{'base_layer.' * after}"
-                named[f"{saved}lora_A.weight"] = weights[names.a].flatten(0, 1)
-                named[f"{saved}lora_B.weight"] = weights[names.b].permute(1, 2, 0).flatten(1)
-        return with_peft_files(theirs, named, **self._described(architecture))
+        for ours, saved in saved_as(architecture).items():
+            named[f"{saved.a}.weight"] = weights[ours.a].flatten(0, 1)
+            named[f"{saved.b}.weight"] = weights[ours.b].permute(1, 2, 0).flatten(1)
+        return with_peft_files(theirs, named, **self.described(architecture))
 
-    def _described(self, architecture: Architecture) -> dict[str, Any]:
+    def described(self, architecture: Architecture) -> dict[str, Any]:
         """PEFT's settings of the adapters. Its `r` is the experts' rank, and a pattern gives the linear layers theirs: PEFT warns
         of patterns for parameters, which it does obey."""
         ends = sorted({".".join(name.split(".")[-2:]) for name in architecture.stacks()})
@@ -184,6 +179,19 @@ class WithExperts(Around):
 def _names(stack: Parameter) -> _Names:
     path, _, leaf = stack.name.rpartition(".")
     return _Names(f"{path}.adapters.{leaf}.lora_A", f"{path}.adapters.{leaf}.lora_B")
+
+
+def saved_as(architecture: Architecture) -> dict[_Names, _Names]:
+    """The names of each stack's adapter in the model -> PEFT's, less `.weight`: its wrappers are around each other."""
+    modules: dict[str, list[Parameter]] = {}
+    for name, stack in architecture.stacks().items():
+        modules.setdefault(name.rpartition(".")[0], []).append(stack)
+    found: dict[_Names, _Names] = {}
+    for path, stacks in modules.items():
+        for after, stack in enumerate(reversed(stacks)):
+            saved = f"{path}.{'base_layer.' * after}"
+            found[_names(stack)] = _Names(f"{saved}lora_A", f"{saved}lora_B")
+    return found
 
 
 def _adapters(model: PreTrainedModel) -> list[ExpertLora]:
