@@ -5,7 +5,7 @@
 Experts of Qwen3-MoE with random weights, by themselves, on one thread. `one matrix at a time` is what Capstan did before: transformers'
 eager forward pass, which asks the host for each expert, over matrices that are dequantized one by one. PEFT adds B @ A of all experts
 to their weights before it multiplies. A wait is a number or a list that the host asks for: with a GPU it waits until that has come so
-far. Times are the best of several, the sides in turn, as a machine is rarely idle.
+far. Times are those of the process on its core, the best of several, the sides in turn, as a machine is rarely idle.
 """
 
 import argparse
@@ -169,9 +169,9 @@ def measure(given: argparse.Namespace) -> dict[str, tuple[float, Counter]]:
     for _ in range(given.repeats):
         for name, side in made.items():
             experts.BUDGET = portion if "portions" in name else whole
-            started = time.perf_counter()
+            started = time.process_time()
             passes(side, given)
-            taken.setdefault(name, []).append(time.perf_counter() - started)
+            taken.setdefault(name, []).append(time.process_time() - started)
     for name, side in made.items():
         experts.BUDGET = portion if "portions" in name else whole
         with Counter() as counters[name]:
@@ -181,7 +181,7 @@ def measure(given: argparse.Namespace) -> dict[str, tuple[float, Counter]]:
 
 def show(found: dict[str, tuple[float, Counter]], given: argparse.Namespace) -> None:
     table = Table(
-        "experts", "ms", "of ours", "operators", "host waits",
+        "experts", "CPU ms", "of ours", "operators", "host waits",
         title=f"{given.experts} experts, top {given.top}, {given.tokens} tokens, {given.hidden} x {given.inner}, {given.dtype}, "
         f"LoRA of rank {given.rank}",
         caption=f"{platform.machine()}, {os.cpu_count()} cores, one thread, torch {torch.__version__}",
