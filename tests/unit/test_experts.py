@@ -78,7 +78,7 @@ def built(family: str, **sizes: int) -> Any:
 
 
 @dataclass
-class Pair:
+class Twins:
     """Experts of ours and of transformers with the same weights, and the parameters that learn in each."""
 
     ours: Any
@@ -87,7 +87,7 @@ class Pair:
     their_learning: list[Tensor]
 
 
-def pair(family: str, kind: str, **sizes: int) -> Pair:
+def pair(family: str, kind: str, **sizes: int) -> Twins:
     """`kind`: packed, double (packed, with double quantization) or plain, where the stacks learn themselves."""
     theirs = built(family, **sizes)
     ours = copy.deepcopy(theirs)
@@ -109,10 +109,10 @@ def pair(family: str, kind: str, **sizes: int) -> Pair:
             else:
                 learning[0].append(parameter.requires_grad_())
                 learning[1].append(getattr(reference, name).requires_grad_())
-    return Pair(ours, theirs, *learning)
+    return Twins(ours, theirs, *learning)
 
 
-def adapt(both: Pair, rank: int) -> None:
+def adapt(both: Twins, rank: int) -> None:
     """LoRA on every stack, in transformers' experts by weights that are W + 2 * B @ A."""
     for path, module in both.ours.named_modules():
         if not is_experts(module):
