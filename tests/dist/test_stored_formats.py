@@ -19,7 +19,7 @@ from trainer.store import open_store
 
 UNPACKED = ("data.packing=false",)  # gpt-oss
 # Packed matrices of each: linear layers, and stacks of experts.
-MATRICES = {"llama": 2 * 7, "awkward": 7, "whole": 2 * 7, "experts": 2 * (4 + 2), "gpt-oss": 2 * (4 + 2)}
+MATRICES = {"llama": 2 * 7, "latent": 18, "awkward": 7, "whole": 2 * 7, "experts": 2 * (4 + 2), "gpt-oss": 2 * (4 + 2)}
 WRONG = "wrong"
 
 
@@ -29,6 +29,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("stored")
     plain = folder / "plain"
     llama, experts = make_base(plain / "llama"), make_base(plain / "experts", "qwen3-moe")
+    # A dense layer, and one of experts that are stored singly beside a shared one and a buffer of the router's.
+    latent = make_base(plain / "latent", "deepseek-v3")
     # Matrices of 192 and 576 rows in tiles of 128, as DeepSeek and Qwen have them.
     sizes: dict[str, Any] = {"num_attention_heads": 8, "intermediate_size": 576, "num_hidden_layers": 1}
     awkward = make_base(plain / "awkward", "qwen3", **sizes)
@@ -36,6 +38,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     gpt_oss = make_base(plain / "gpt-oss", "gpt-oss", hidden_size=96, intermediate_size=64, num_local_experts=12)
     return {
         "llama": store_in_fp8(llama, folder / "llama", (16, 32)),
+        "latent": store_in_fp8(latent, folder / "latent", (16, 32)),
         "awkward": store_in_fp8(awkward, folder / "awkward", (128, 128), torch.bfloat16),
         "whole": store_in_fp8(llama, folder / "whole", None, torch.bfloat16, ("activation_scale",)),
         "experts": store_in_fp8(experts, folder / "experts", (16, 32), torch.float8_e8m0fnu),
