@@ -67,7 +67,7 @@ class TensorSource:
 
 
 @dataclass(frozen=True)
-class Run:
+class Stretch:
     """`numel` elements of the part number `part`, from its element `begin` on."""
 
     part: int
@@ -76,12 +76,12 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Assembled:
-    """Runs of other tensors of one dtype, one after another, as one tensor of `shape`: a mixture's experts, which files hold
+class Joined:
+    """Stretches of other tensors of one dtype, one after another, as one tensor of `shape`: a mixture's experts, which files hold
     singly, or one of the projections that they hold as one."""
 
     parts: tuple[StoredTensor, ...]
-    runs: tuple[Run, ...]
+    stretches: tuple[Stretch, ...]
     shape: tuple[int, ...]
 
     @property
@@ -90,17 +90,17 @@ class Assembled:
 
     @cached_property
     def starts(self) -> list[int]:
-        """The element of this tensor that each run begins with."""
-        return [0, *accumulate(run.numel for run in self.runs)][:-1]
+        """The element of this tensor that each stretch begins with."""
+        return [0, *accumulate(stretch.numel for stretch in self.stretches)][:-1]
 
     def read(self, begin: int, end: int) -> bytearray:
         data, first = bytearray(), max(0, bisect_right(self.starts, begin) - 1)
-        for run, start in zip(self.runs[first:], self.starts[first:], strict=True):
+        for stretch, start in zip(self.stretches[first:], self.starts[first:], strict=True):
             if start >= end:
                 break
-            here, there = max(begin - start, 0), min(end - start, run.numel)
+            here, there = max(begin - start, 0), min(end - start, stretch.numel)
             if here < there:
-                data += self.parts[run.part].read(run.begin + here, run.begin + there)
+                data += self.parts[stretch.part].read(stretch.begin + here, stretch.begin + there)
         return data
 
 

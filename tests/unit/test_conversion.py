@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DeepseekV3Config
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, DeepseekV3Config
 from transformers.core_model_loading import (
     Chunk,
     Concatenate,
@@ -22,21 +23,23 @@ from transformers.core_model_loading import (
     WeightConverter,
 )
 
-from tests.families import FAMILIES
+from tests.families import FAMILIES, SIZES
 from tests.material import make_base
 from trainer.base import conversion
 from trainer.base.conversion import Conversion, convert
 from trainer.base.converted import Converted
 from trainer.base.filling import as_tensor
-from trainer.safetensors_index import Assembled, PackedSources, PackedTensor, StoredTensor, numel, read_index
+from trainer.base.load import find_all_weights
+from trainer.base.locate import resolve_base
+from trainer.base.unfilled import unfilled_model
+from trainer.config import Model
+from trainer.errors import ConfigError
+from trainer.safetensors_index import Joined, PackedSources, PackedTensor, StoredTensor, numel, read_index
 from trainer.store import open_store
-
-# Of every family whose files differ from its parameters, and of some where a tensor is in the files alone.
-KINDS = [kind for kind in FAMILIES if kind not in ("llama", "mistral", "qwen2", "qwen3", "olmo2", "olmo3", "glm4")]
 
 
 @dataclass
-class Held:
+class InMemory:
     """A stored tensor in memory; counts what is read of it."""
 
     values: Tensor
@@ -52,7 +55,7 @@ class Held:
         return bytearray(self.values.flatten()[begin:end].numpy().tobytes())
 
 
-class Model(torch.nn.Module):
+class OneParameter(torch.nn.Module):
     """One parameter of a shape, by name, to operations and to the renaming of tensors."""
 
     base_model_prefix = ""
@@ -94,7 +97,7 @@ def converted(
     monkeypatch: pytest.MonkeyPatch, converter: WeightConverter, stored: dict[str, Any], **shapes: tuple[int, ...]
 ) -> Conversion:
     monkeypatch.setattr(conversion, "get_model_conversion_mapping", lambda model: [converter])
-    model: Any = Model(**shapes)
+    model: Any = OneParameter(**shapes)
     return convert(model, stored)
 
 
@@ -125,14 +128,14 @@ def test_every_operation_gives_transformers_own_values_read_whole_or_in_parts(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     operations, sources, targets, stored_shapes, shapes, slices = OPERATIONS[case]
-    stored = {name: Held(torch.randn(shape)) for name, shape in stored_shapes.items()}
+    stored = {name: InMemory(torch.randn(shape)) for name, shape in stored_shapes.items()}
     found = converted(monkeypatch, WeightConverter(sources, targets, operations), stored, **shapes)
     assert (found.failed, found.others, found.sources.keys()) == ({}, {}, shapes.keys())
 
     spare: Any = WeightConverter(sources, targets, operations)
     for name, held in stored.items():
         spare.collected_tensors[spare.rename_source_key(name)[1]].append(held.values)
-    expected = spare.convert(next(iter(shapes)), model=Model(**shapes), config=Model.config)
+    expected = spare.convert(next(iter(shapes)), model=OneParameter(**shapes), config=OneParameter.config)
     for name, source in found.sources.items():
         assert source.shape == shapes[name]
         assert getattr(source, "slices", 0) == slices
@@ -143,7 +146,7 @@ def test_every_operation_gives_transformers_own_values_read_whole_or_in_parts(
 def test_a_slice_that_needs_values_is_read_once_however_many_pieces_it_is_read_in(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    stack = Held(torch.randn(5, 6, 9))
+    stack = InMemory(torch.randn(5, 6, 9))
     converter = WeightConverter("s", "w", [Transpose(1, 2)])
     source = converted(monkeypatch, converter, {"s": stack}, w=(5, 9, 6)).sources["w"]
     assert isinstance(source, Converted)
@@ -159,7 +162,7 @@ def test_what_does_not_fit_together_is_said(monkeypatch: pytest.MonkeyPatch) -> 
         return reason
 
     converter = WeightConverter(["a", "b"], "w", [Concatenate(dim=0)])
-    whole, narrow, half = Held(torch.randn(4, 9)), Held(torch.randn(4, 8)), Held(torch.randn(4, 9), "F16")
+    whole, narrow, half = InMemory(torch.randn(4, 9)), InMemory(torch.randn(4, 8)), InMemory(torch.randn(4, 9), "F16")
     packed = PackedTensor((4, 9), PackedSources(whole, whole, None, None))
     assert "2 tensors such as a: Sizes of tensors must match" in failure(a=whole, b=narrow)
     assert failure(a=whole, b=half) == "2 tensors such as a: they are of several types"
@@ -168,19 +171,96 @@ def test_what_does_not_fit_together_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     assert short.shape == (4, 9)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_files_of_a_family_give_the_values_that_transformers_loads(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_files_give_the_weights_and_the_family_gives_the_buffers_and_types_that_transformers_loads(
+    kind: str, tmp_path: Path
+) -> None:
     loaded: Any = AutoModelForCausalLM.from_pretrained(make_base(tmp_path, kind), dtype=torch.bfloat16)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.bfloat16)
-    stored = read_index(open_store(str(tmp_path)))
-    found = convert(model, stored)
+    model = unfilled_model(AutoConfig.from_pretrained(tmp_path), torch.bfloat16)
+    stored, expected = model.state_dict(), loaded.state_dict()
+    assert all(tensor.is_meta for tensor in stored.values())
+    assert {name: tensor.dtype for name, tensor in stored.items()} == {
+        name: tensor.dtype for name, tensor in expected.items()
+    }
+    computed = dict(loaded.named_non_persistent_buffers())
+    assert computed.keys() == dict(model.named_non_persistent_buffers()).keys()
+    for name, buffer in model.named_non_persistent_buffers():
+        assert buffer.dtype == computed[name].dtype, name
+        assert torch.equal(buffer, computed[name]), name
+
+    found = convert(model, read_index(open_store(str(tmp_path))))
     assert (found.failed, found.others) == ({}, {})
-    expected = loaded.state_dict()
     assert expected.keys() - found.sources.keys() <= loaded.all_tied_weights_keys.keys()
     for name, source in found.sources.items():
         assert torch.equal(values(source).to(expected[name].dtype), expected[name]), name
         assert torch.equal(values(source, 1001), values(source)), name
+
+
+# A model that sees -> the family of the language model in it.
+COMPOSITES = {
+    "gemma3": "gemma3",
+    "gemma4": "gemma4",
+    "qwen3_5": "qwen3_5",
+    "qwen3_5_moe": "qwen3_5-moe",
+    "mistral3": "mistral",
+    "llama4": "llama4",
+    "kimi_k25": "deepseek-v3",
+}
+VISION: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "embed_dim"), 32),
+    **dict.fromkeys(("num_hidden_layers", "depth"), 1),
+    **dict.fromkeys(("num_attention_heads", "num_heads"), 2),
+    "intermediate_size": 48,
+    "image_size": 28,
+    "patch_size": 14,
+    "head_dim": 16,
+    "num_position_embeddings": 4,
+}
+
+
+def make_composite(folder: Path, kind: str) -> Any:
+    """A tiny random model that sees, as transformers builds and writes it."""
+    text = {"tie_word_embeddings": False, **SIZES, **FAMILIES[COMPOSITES[kind]]}
+    made_of: Any = CONFIG_MAPPING[kind]
+    vision = getattr(made_of(), "vision_config", None) or CONFIG_MAPPING[f"{kind}_vision"]()
+    sizes = {key: size for key, size in VISION.items() if hasattr(vision, key)}
+    if hasattr(vision, "out_hidden_size"):
+        sizes["out_hidden_size"] = text["hidden_size"]
+    config = made_of(
+        text_config=text,
+        vision_config={"model_type": vision.model_type, **sizes},
+        tie_word_embeddings=text["tie_word_embeddings"],
+    )
+    torch.manual_seed(5)
+    model: Any = AutoModelForMultimodalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.ndim == 1 and tensor.is_floating_point():
+                tensor.add_(0.3 * torch.randn_like(tensor))
+    model.save_pretrained(folder, max_shard_size="60KB")
+    return model
+
+
+@pytest.mark.parametrize("kind", COMPOSITES)
+def test_the_language_model_in_a_model_that_sees_is_found_and_nothing_else(kind: str, tmp_path: Path) -> None:
+    whole = make_composite(tmp_path, kind)
+    base = resolve_base(Model(base=str(tmp_path)))
+    found = find_all_weights(base)
+    decoder, head = whole.get_decoder(), whole.get_output_embeddings()
+    prefix = "" if hasattr(decoder, "lm_head") else "model."
+    expected = {f"{prefix}{name}": value for name, value in decoder.state_dict().items()} | {
+        "lm_head.weight": head.weight
+    }
+    assert len(base.tensors) > len(found.sources)
+    assert expected.keys() - base.architecture.tied.keys() == found.sources.keys()
+    for name, source in found.sources.items():
+        assert torch.equal(values(source), expected[name].to(values(source).dtype)), name
+
+    file = min(tmp_path.glob("*.safetensors"))
+    tensors = load_file(file) | {"model.layers.0.self_attn.odd": torch.ones(2)}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"has the tensor model\.layers\.0\.self_attn\.odd, .* \(1 such"):
+        find_all_weights(resolve_base(Model(base=str(tmp_path))))
 
 
 @dataclass(frozen=True)
@@ -194,7 +274,7 @@ class Named:
         raise AssertionError("a weight was read")
 
 
-def test_the_index_of_a_model_of_671_billion_weights_takes_seconds_and_its_runs_are_shared_by_its_layers() -> None:
+def test_the_index_of_a_model_of_671_billion_weights_takes_seconds_and_its_rows_are_shared_by_its_layers() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(DeepseekV3Config(), dtype=torch.bfloat16)
     stored: dict[str, StoredTensor] = {}
@@ -216,7 +296,7 @@ def test_the_index_of_a_model_of_671_billion_weights_takes_seconds_and_its_runs_
     assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == {
         name: source.shape for name, source in found.sources.items()
     }
-    stacks = [source for source in found.sources.values() if isinstance(source, Assembled)]
+    stacks = [source for source in found.sources.values() if isinstance(source, Joined)]
     assert len(stacks) == 2 * 58
-    assert len({id(stack.runs) for stack in stacks}) == 2
-    assert all(sum(run.numel for run in stack.runs) == math.prod(stack.shape) for stack in stacks)
+    assert len({id(stack.stretches) for stack in stacks}) == 2
+    assert all(sum(stretch.numel for stretch in stack.stretches) == math.prod(stack.shape) for stack in stacks)

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from trainer.base.converted import Converted, Part, SliceCache
-from trainer.safetensors_index import Assembled, PackedTensor, Run, StoredTensor
+from trainer.base.converted import Converted, SliceCache, StoredPart
+from trainer.safetensors_index import Joined, PackedTensor, StoredTensor, Stretch
 
 Weight = StoredTensor | PackedTensor
 Shape = tuple[int, ...]
@@ -108,10 +108,10 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How a parameter comes of a job's parts: these runs of them, or, where rows do not suffice (None), by their values."""
+    """How a parameter comes of a job's parts: these stretches of them, or, where rows do not suffice (None), by their values."""
 
     shape: Shape
-    runs: tuple[Run, ...] | None
+    stretches: tuple[Stretch, ...] | None
 
 
 class _Operations:
@@ -141,13 +141,13 @@ class _Operations:
         made = job.apply(self._model, self._config, given)
         shapes = {name: tuple(tensor.shape) for name, tensor in made.items()}
         kept = {name: index for name, tensor in made.items() for index, part in enumerate(given) if part is tensor}
-        runs = {name: (Run(index, 0, math.prod(shapes[name])),) for name, index in kept.items()}
-        if len(runs) < len(shapes):
-            runs |= self._runs(job, shapes)
-        return {name: _Recipe(shape, runs.get(name)) for name, shape in shapes.items()}
+        stretches = {name: (Stretch(index, 0, math.prod(shapes[name])),) for name, index in kept.items()}
+        if len(stretches) < len(shapes):
+            stretches |= self._stretches(job, shapes)
+        return {name: _Recipe(shape, stretches.get(name)) for name, shape in shapes.items()}
 
-    def _runs(self, job: _Job, shapes: dict[str, Shape]) -> dict[str, tuple[Run, ...]]:
-        """The runs of the job's parts that make up parameters of these `shapes`, but for those where an operation does more
+    def _stretches(self, job: _Job, shapes: dict[str, Shape]) -> dict[str, tuple[Stretch, ...]]:
+        """The stretches of the job's parts that make up parameters of these `shapes`, but for those where an operation does more
         than to move rows."""
         numbers, widths = _row_numbers(job.shapes), {_width(shape) for shape in job.shapes}
         last = int(numbers[-1].max())
@@ -166,15 +166,15 @@ class _Operations:
         }
 
     def _source(self, job: _Job, name: str, recipe: _Recipe) -> Weight:
-        runs, parts = recipe.runs, job.parts
-        if runs is not None and len(runs) == 1 and parts[runs[0].part].shape == recipe.shape:
-            return parts[runs[0].part]
+        stretches, parts = recipe.stretches, job.parts
+        if stretches is not None and len(stretches) == 1 and parts[stretches[0].part].shape == recipe.shape:
+            return parts[stretches[0].part]
         stored = {p: [part for part in ps if not isinstance(part, PackedTensor)] for p, ps in job.tensors.items()}
         readable = tuple(part for parts in stored.values() for part in parts)
         if len(readable) < len(parts):
             raise ValueError("they are in 4 bits, which cannot be put together")
-        if runs is not None:
-            return Assembled(readable, runs, recipe.shape)
+        if stretches is not None:
+            return Joined(readable, stretches, recipe.shape)
         slices = self._slices(job, name, recipe.shape, stored)
         model = _OneSlice((recipe.shape[0] // len(slices), *recipe.shape[1:]))
 
@@ -186,18 +186,18 @@ class _Operations:
 
     def _slices(
         self, job: _Job, name: str, shape: Shape, stored: dict[str, list[StoredTensor]]
-    ) -> list[dict[str, list[Part]]]:
+    ) -> list[dict[str, list[StoredPart]]]:
         """The values, by pattern, that each slice along the first axis is made of; all of them in one where slices mix."""
         count, ones = shape[0], [1] * (len(shape) - 1)
         in_order = torch.arange(count).view(-1, *ones)
-        slices: list[dict[str, list[Part]]] = [{} for _ in range(count)]
+        slices: list[dict[str, list[StoredPart]]] = [{} for _ in range(count)]
         numbers: dict[str, list[Tensor]] = {}
         for pattern, parts in stored.items():
             if len(parts) == 1 and len(parts[0].shape) == len(shape) and parts[0].shape[0] == count:
-                made = [Part.of(parts[0], index) for index in range(count)]
+                made = [StoredPart.of(parts[0], index) for index in range(count)]
                 numbers[pattern] = [in_order]
             elif len(parts) == count and len(parts[0].shape) == len(ones):
-                made = [Part.whole(part) for part in parts]
+                made = [StoredPart.whole(part) for part in parts]
                 numbers[pattern] = [number.view(ones) for number in in_order]
             else:
                 break
@@ -208,7 +208,7 @@ class _Operations:
             # Each slice of the result shows the number of the slice that it is made of.
             if len(found) == count and bool((found == in_order).all()):
                 return slices
-        return [{pattern: [Part.whole(part) for part in parts] for pattern, parts in stored.items()}]
+        return [{pattern: [StoredPart.whole(part) for part in parts] for pattern, parts in stored.items()}]
 
 
 @dataclass(frozen=True)
@@ -251,8 +251,8 @@ def _are_rows(numbers: Tensor, shape: Shape) -> bool:
     return bool((rows % _columns(shape) == torch.arange(_columns(shape))).all())
 
 
-def _join(rows: Tensor, shapes: Sequence[Shape]) -> tuple[Run, ...]:
-    """Rows by the first of their numbers, (rows,) int32, as runs of the tensors of these shapes."""
+def _join(rows: Tensor, shapes: Sequence[Shape]) -> tuple[Stretch, ...]:
+    """Rows by the first of their numbers, (rows,) int32, as stretches of the tensors of these shapes."""
     columns, width = _columns(shapes[0]), _width(shapes[0])
     rows = rows // columns
     starts = torch.tensor([0, *accumulate(math.prod(shape) // width + 1 for shape in shapes)])
@@ -263,6 +263,6 @@ def _join(rows: Tensor, shapes: Sequence[Shape]) -> tuple[Run, ...]:
     parts = torch.bucketize(firsts, starts, right=True) - 1
     offsets = firsts - starts[parts]
     return tuple(
-        Run(part, width * offset, width * count)
+        Stretch(part, width * offset, width * count)
         for part, offset, count in zip(parts.tolist(), offsets.tolist(), counts.tolist(), strict=True)
     )

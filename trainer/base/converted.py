@@ -15,7 +15,7 @@ from trainer.safetensors_index import DTYPE_BYTES, StoredTensor
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredPart:
     """A stored tensor from its element `begin` on, as a tensor of `shape`."""
 
     tensor: StoredTensor
@@ -23,11 +23,11 @@ class Part:
     shape: tuple[int, ...]
 
     @classmethod
-    def whole(cls, tensor: StoredTensor) -> "Part":
+    def whole(cls, tensor: StoredTensor) -> "StoredPart":
         return cls(tensor, 0, tensor.shape)
 
     @classmethod
-    def of(cls, tensor: StoredTensor, index: int) -> "Part":
+    def of(cls, tensor: StoredTensor, index: int) -> "StoredPart":
         """One slice along the first axis, as a tensor of as many axes."""
         return cls(tensor, index * math.prod(tensor.shape[1:]), (1, *tensor.shape[1:]))
 

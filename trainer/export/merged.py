@@ -31,7 +31,7 @@ from trainer.export.folder import CARD, TRAINED, check_destination, model_card
 from trainer.export.learnt import CheckpointWeights
 from trainer.export.proof import Proof
 from trainer.export.trained import resolve_trained_base, trained_config, trained_method
-from trainer.safetensors_index import INDEX_FILE, SINGLE_FILE, Assembled, TensorSource, item_bytes, numel
+from trainer.safetensors_index import INDEX_FILE, SINGLE_FILE, Joined, TensorSource, item_bytes, numel
 from trainer.store import Store
 from trainer.tuning.method import WeightUpdate, method_of
 
@@ -201,15 +201,15 @@ def _changes(base: Base, name: str, source: Weight, update: WeightUpdate, more: 
     if isinstance(source, TensorSource):
         yield _Change(source, 0, numel(source), update, 0, more)
         return
-    if not isinstance(source, Assembled) or more:
+    if not isinstance(source, Joined) or more:
         raise ConfigError(
             f"--merge: {base.name} stores {name} in another layout than the model has it in. Leave out --merge: PEFT and vLLM "
             "load the adapter beside the base."
         )
-    for run, start in zip(source.runs, source.starts, strict=True):
-        part = source.parts[run.part]
+    for stretch, start in zip(source.stretches, source.starts, strict=True):
+        part = source.parts[stretch.part]
         assert isinstance(part, TensorSource)
-        yield _Change(part, run.begin, run.numel, update, start)
+        yield _Change(part, stretch.begin, stretch.numel, update, start)
 
 
 def _changed_file(base: Base, key: str, size: int, changes: list[_Change]) -> ChangedFile:
