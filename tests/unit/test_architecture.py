@@ -12,7 +12,8 @@ from tests.families import FAMILIES, SIZES
 from trainer.base import architecture_cache
 from trainer.base.architecture import Architecture
 from trainer.base.architecture_cache import read_architecture
-from trainer.base.meta import make_buffers, meta_model, model_config
+from trainer.base.meta import model_config
+from trainer.base.unfilled import unfilled_model
 from trainer.errors import ConfigError
 from trainer.model.head import LossHead
 
@@ -128,15 +129,13 @@ def test_the_first_layers_are_those_of_the_whole(kind: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_buffers_are_made_as_in_a_model_with_weights(kind: str, dtype: torch.dtype) -> None:
-    """They are made by a private function of transformers."""
+def test_buffers_that_no_file_holds_are_made_as_in_a_model_with_weights(kind: str, dtype: torch.dtype) -> None:
     config = AutoConfig.for_model(**settings_of(kind))
-    model, full = meta_model(config, dtype=dtype), AutoModelForCausalLM.from_config(config, dtype=dtype)
-    assert all(value.is_meta for value in model.parameters())
-    make_buffers(model)
-    expected = dict(full.named_buffers())
-    assert dict(model.named_buffers()).keys() == expected.keys()
-    for name, value in model.named_buffers():
+    model, full = unfilled_model(config, dtype), AutoModelForCausalLM.from_config(config, dtype=dtype)
+    assert all(value.is_meta for value in model.state_dict().values())
+    made, expected = dict(model.named_non_persistent_buffers()), dict(full.named_non_persistent_buffers())
+    assert made.keys() == expected.keys()
+    for name, value in made.items():
         assert value.dtype == expected[name].dtype, name
         assert torch.equal(value, expected[name]), name
 

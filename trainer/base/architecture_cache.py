@@ -26,7 +26,14 @@ from trainer.errors import NOT_JSON, ConfigError
 _SECONDS = 300  # transformers' import takes most of it on a slow disk; the model itself is on `meta`
 # Settings that say nothing of the model's parameters.
 _IRRELEVANT = ("quantization_config", "torch_dtype", "dtype", "transformers_version", "use_cache", "_name_or_path")
-_CODE = ("base/architecture.py", "base/logits.py", "base/meta.py", "model/experts.py", "model/parts.py")
+_CODE = (
+    "base/architecture.py",
+    "base/logits.py",
+    "base/meta.py",
+    "base/unfilled.py",
+    "model/experts.py",
+    "model/parts.py",
+)
 _NOTICE = "reading the architecture with transformers, once for this base"
 
 

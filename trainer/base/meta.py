@@ -16,15 +16,15 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from trainer.base.architecture import Architecture, AttentionLayer, Kind, Parameter
 from trainer.base.config_json import read_by_transformers
 from trainer.base.logits import probe_logits
+from trainer.base.unfilled import meta_model
 from trainer.errors import ConfigError, shown
 from trainer.model.parts import body, decoder_layers, is_experts
 
@@ -64,26 +64,6 @@ def model_config(directory: Path, layers: int | None) -> PretrainedConfig:
     """transformers' configuration of the language model of a base, cut to its first `layers`."""
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     return _first_layers(_causal(config, str(directory)), layers)[0]
-
-
-def meta_model(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
-    """The causal language model of `config`, all of its parameters and buffers on `meta`.
-
-    accelerate's `init_empty_weights` would make each tensor first, and fill the experts of some families.
-    """
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
-
-
-@torch.no_grad()
-def make_buffers(model: PreTrainedModel) -> None:
-    """Give every buffer of a model on `meta` the value that it has in a model of random weights, such as rotary frequencies."""
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.zeros_like(buffer, device="cpu"))
-        if next(module.buffers(recurse=False), None) is not None:
-            # transformers' loader makes them so too; weights stay on `meta`, where to initialise them is nothing.
-            model._init_weights(module)
 
 
 def _unknown(base_config: Mapping[str, Any], name: str) -> str:

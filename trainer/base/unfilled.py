@@ -12,15 +12,21 @@ from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import meta_device_safe_creation_ops
 
 
+def meta_model(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """The causal language model of `config`, all of its parameters and buffers on `meta`; `options` are those of `from_config`.
+
+    accelerate's `init_empty_weights` would make each tensor first, and fill the experts of some families.
+    """
+    with torch.device("meta"), meta_device_safe_creation_ops():
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+
+
 def unfilled_model(config: PretrainedConfig, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-    """The causal language model of `config`; `options` are those of transformers' `from_config`.
+    """The same, with the buffers that no file holds computed.
 
     Its parameters and persistent buffers are on `meta`, each in the type that `from_pretrained` would load it in.
     """
-    with torch.device("meta"), meta_device_safe_creation_ops():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=False, dtype=dtype, **options
-        )
+    model = meta_model(config, dtype=dtype, **options)
     stored = model.state_dict(keep_vars=True)
     # The private name says which weights a family keeps in fp32, routers above all.
     in_fp32 = list(model._get_dtype_plan(dtype))
