@@ -11,11 +11,13 @@ import torch
 from peft import IA3Config, LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.families import FAMILIES, KINDS, SIZES
 from trainer.base.architecture import Parameter
 from trainer.base.architecture_cache import read_architecture
 from trainer.config import Model, Optim, Tuning, parse_config
+from trainer.errors import ConfigError
 from trainer.model.dora import DoraLinear
 from trainer.model.ia3 import ScaledLinear
 from trainer.tuning.dora import DoraUpdate
@@ -244,6 +246,15 @@ def test_layers_that_peft_would_take_for_experts_are_named_by_their_weights(
     model: Any = get_peft_model(AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)), described)
     found = {path for path, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
     assert found == {name.partition(".lora_")[0] for name in method.shapes(architecture)}
+
+
+def test_dora_is_refused_where_peft_would_take_its_layers_for_experts() -> None:
+    config = AutoConfig.for_model(**{**SIZES, **FAMILIES["deepseek-v3"]})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    dora = find_method(Tuning(method="dora", targets=["down_proj", "o_proj"]))
+    with pytest.raises(ConfigError, match=r"dora cannot be exported for mlp\.down_proj, shared_experts\.down_proj of this base"):
+        dora.attach(model, read_architecture(config.to_dict()), torch.float32, 1)
 
 
 def test_a_layer_whose_weight_is_handed_to_a_kernel_gets_no_adapter() -> None:

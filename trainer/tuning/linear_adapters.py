@@ -25,6 +25,7 @@ from trainer.tuning.method import ExportedFiles, VirtualTokens
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig
     from torch import Tensor
+    from transformers import PretrainedConfig
 
 # The two files of PEFT's `save_pretrained`; PEFT loads nothing without the settings.
 _WEIGHTS, _SETTINGS = "adapter_model.safetensors", "adapter_config.json"
@@ -167,30 +168,36 @@ def lora_config(tuning: Tuning, targets: str | Iterable[str], **options: Any) ->
 
 
 def as_peft_reads(config: LoraConfig, model: Model) -> LoraConfig:
-    """The description by which PEFT adapts those layers of the base that `config` names by `target_modules`.
-
-    Where transformers 5 has stacks for what were linear layers of experts, PEFT 0.21 takes a linear layer of the same last name for
-    an expert and adapts the stacks instead (huggingface/peft#3711). Such a layer is named by its weight, in `target_parameters`.
-    """
-    from peft import LoraConfig
-    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-
+    """The description by which PEFT adapts those layers of the base that `config` names by `target_modules`: one that PEFT takes
+    for an expert is named by its weight, in `target_parameters`."""
     from trainer.base.meta import model_config
 
-    base: Any = SimpleNamespace(config=model_config(base_files(model), model.layers))
-    taken: list[str] = []
-    for target in config.target_modules or ():
-        asked = LoraConfig(r=config.r, target_modules=[target])
-        with suppress(ValueError):  # one of two matrices that are fused in a stack
-            convert_peft_config_for_transformers(asked, base, None)
-            if target in (asked.target_modules or ()):
-                continue
-        taken.append(target)
-    if taken:
+    if taken := taken_for_experts(config, model_config(base_files(model), model.layers)):
         config.target_modules = sorted(set(config.target_modules or ()) - set(taken))
         config.target_parameters = [f"{target}.weight" for target in taken]
         config.lora_dropout = 0.0  # for training alone; PEFT has none for parameters
     return config
+
+
+def taken_for_experts(config: LoraConfig, base: PretrainedConfig) -> list[str]:
+    """The `target_modules` of `config` in whose place PEFT adapts something else in a base of transformers' configuration `base`.
+
+    Where transformers 5 has stacks for what were linear layers of experts, PEFT 0.21 takes a linear layer of the same last name for
+    an expert and adapts the stacks instead (huggingface/peft#3711).
+    """
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    model: Any = SimpleNamespace(config=base)
+    taken: list[str] = []
+    for target in config.target_modules or ():
+        asked = LoraConfig(r=config.r, target_modules=[target])
+        with suppress(ValueError):  # one of two matrices that are fused in a stack
+            convert_peft_config_for_transformers(asked, model, None)
+            if target in (asked.target_modules or ()):
+                continue
+        taken.append(target)
+    return taken
 
 
 def peft_files(
