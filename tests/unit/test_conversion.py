@@ -209,7 +209,7 @@ COMPOSITES = {
 VISION: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "embed_dim"), 32),
     **dict.fromkeys(("num_hidden_layers", "depth"), 1),
-    **dict.fromkeys(("num_attention_heads", "num_heads"), 2),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads"), 2),
     "intermediate_size": 48,
     "image_size": 28,
     "patch_size": 14,
