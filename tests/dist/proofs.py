@@ -10,6 +10,7 @@ from torch import Tensor
 from tests.dist.launch import launch
 from trainer.export import verify
 from trainer.export.adapter import export_adapter
+from trainer.export.merged import export_merged
 from trainer.export.proof import Proof
 from trainer.export.verify import prove_adapter, prove_merged
 from trainer.store import Store, open_store
@@ -34,6 +35,27 @@ def export_and_prove(run: Store, adapter: Path) -> None:
     assert proof.holds
     assert proof.computed_in == "fp32"
     assert proof.kl_allowed < 1e-4 * proof.kl_effect
+
+
+def exports_and_proofs(run_uris: list[str]) -> list[list[dict[str, float]]]:
+    """Step 4 of each run, exported into its folder as an adapter and merged, and the proofs of both."""
+    return [
+        [
+            look(uri, 4, f"{uri}/{folder}")
+            for look, folder in ((_adapter_and_proof, "adapter"), (_merge_and_proof, "merged"))
+        ]
+        for uri in run_uris
+    ]
+
+
+def _adapter_and_proof(run_uri: str, step: int, adapter: str) -> dict[str, float]:
+    export_adapter(open_store(run_uri), open_store(adapter), step)
+    return export_proof(run_uri, step, adapter)
+
+
+def _merge_and_proof(run_uri: str, step: int, merged: str) -> dict[str, float]:
+    export_merged(open_store(run_uri), open_store(merged), step)
+    return merge_proof(run_uri, step, merged)
 
 
 def proof_in_bf16(run_uri: str, step: int, adapter: str) -> dict[str, Any]:

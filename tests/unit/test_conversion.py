@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, DeepseekV3Config
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config
 from transformers.core_model_loading import (
     Chunk,
     Concatenate,
@@ -23,7 +23,8 @@ from transformers.core_model_loading import (
     WeightConverter,
 )
 
-from tests.families import FAMILIES, SIZES
+from tests.composites import COMPOSITES, make_composite
+from tests.families import FAMILIES
 from tests.material import make_base
 from trainer.base import conversion
 from trainer.base.conversion import Conversion, convert
@@ -194,51 +195,6 @@ def test_files_give_the_weights_and_the_family_gives_the_buffers_and_types_that_
     for name, source in found.sources.items():
         assert torch.equal(values(source).to(expected[name].dtype), expected[name]), name
         assert torch.equal(values(source, 1001), values(source)), name
-
-
-# A model that sees -> the family of the language model in it.
-COMPOSITES = {
-    "gemma3": "gemma3",
-    "gemma4": "gemma4",
-    "qwen3_5": "qwen3_5",
-    "qwen3_5_moe": "qwen3_5-moe",
-    "mistral3": "mistral",
-    "llama4": "llama4",
-    "kimi_k25": "deepseek-v3",
-}
-VISION: dict[str, Any] = {
-    **dict.fromkeys(("hidden_size", "embed_dim"), 32),
-    **dict.fromkeys(("num_hidden_layers", "depth"), 1),
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads"), 2),
-    "intermediate_size": 48,
-    "image_size": 28,
-    "patch_size": 14,
-    "head_dim": 16,
-    "num_position_embeddings": 4,
-}
-
-
-def make_composite(folder: Path, kind: str) -> Any:
-    """A tiny random model that sees, as transformers builds and writes it."""
-    text = {"tie_word_embeddings": False, **SIZES, **FAMILIES[COMPOSITES[kind]]}
-    made_of: Any = CONFIG_MAPPING[kind]
-    vision = getattr(made_of(), "vision_config", None) or CONFIG_MAPPING[f"{kind}_vision"]()
-    sizes = {key: size for key, size in VISION.items() if hasattr(vision, key)}
-    if hasattr(vision, "out_hidden_size"):
-        sizes["out_hidden_size"] = text["hidden_size"]
-    config = made_of(
-        text_config=text,
-        vision_config={"model_type": vision.model_type, **sizes},
-        tie_word_embeddings=text["tie_word_embeddings"],
-    )
-    torch.manual_seed(5)
-    model: Any = AutoModelForMultimodalLM.from_config(config, dtype=torch.bfloat16)
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            if tensor.ndim == 1 and tensor.is_floating_point():
-                tensor.add_(0.3 * torch.randn_like(tensor))
-    model.save_pretrained(folder, max_shard_size="60KB")
-    return model
 
 
 @pytest.mark.parametrize("kind", COMPOSITES)

@@ -239,7 +239,10 @@ def _config(base: Base, changed: Sequence[ChangedFile]) -> bytes:
     more = max((change.more for file in changed for change in file.changes), default=0)
     if more == 0:
         return content
-    return json.dumps({**json.loads(content), "vocab_size": base.architecture.vocabulary + more}, indent=2).encode()
+    settings = json.loads(content)
+    language = settings.get("text_config", settings)  # of a model that sees or hears as well, a part
+    language["vocab_size"] = base.architecture.vocabulary + more
+    return json.dumps(settings, indent=2).encode()
 
 
 def _index(base: Base, changed: Sequence[ChangedFile]) -> bytes:

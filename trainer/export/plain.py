@@ -16,7 +16,7 @@ from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PretrainedConfig
 
 from trainer.base.unfilled import unfilled_model
 from trainer.config import Quant
@@ -39,17 +39,33 @@ def load_plain(folder: Path, held: torch.dtype, computed: torch.dtype, config: P
         ConfigError: transformers cannot read it.
     """
     with _reading("transformers", folder):
-        config = config or AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=held,
-            trust_remote_code=False,
-            config=config,
-            experts_implementation="eager",  # grouped products want sizes that are multiples of 16 bytes
-        )
+        whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = config or whole.get_text_config()
+        options: dict[str, Any] = {
+            "dtype": held,
+            "trust_remote_code": False,
+            "experts_implementation": "eager",  # grouped products want sizes that are multiples of 16 bytes
+        }
+        if whole.get_text_config() is whole:
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
+        else:
+            model = _language_model(AutoModelForMultimodalLM.from_pretrained(folder, **options), config, held)
     if held != computed:
         round_buffers(model, dict(unfilled_model(config, computed).named_buffers()))
     return model.eval()
+
+
+def _language_model(whole: Any, config: PretrainedConfig, held: torch.dtype) -> Any:
+    """The causal language model of `config` whose weights a model that sees or hears as well has."""
+    decoder, frame = whole.get_decoder(), unfilled_model(config, held, experts_implementation="eager")
+    place = next(path for path, module in frame.named_modules() if type(module) is type(decoder))
+    inner: Any = body(decoder) if place == "" else decoder
+    del inner.layers[config.num_hidden_layers :]
+    if place == "":
+        return decoder
+    frame.set_submodule(place, decoder)
+    frame.set_output_embeddings(whole.get_output_embeddings())
+    return frame
 
 
 def round_buffers(model: nn.Module, alike: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,51 @@
+"""The language model inside a model that sees is trained and exported, and what else is in the files stays as it is."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.composites import make_composite
+from tests.dist import proofs
+from tests.dist.launch import launch
+from tests.material import Workshop, commit
+from trainer.base.load import find_all_weights
+from trainer.base.locate import resolve_base
+from trainer.config import Model
+from trainer.export.proof import Proof
+from trainer.safetensors_index import Joined, TensorSource, numel
+
+# Its language model is under another name than by itself, it has a head of its own, and experts that are stored singly.
+KINDS = ("gemma3", "llama4", "kimi_k25")
+
+
+@pytest.mark.timeout(400)
+def test_an_adapter_and_a_merge_predict_what_was_trained_and_the_rest_of_the_files_is_untouched(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    runs = []
+    for kind in KINDS:
+        make_composite(tmp_path / kind, kind)
+        run = workshop.store.sub(kind)
+        commit(run, workshop.config(kind, f"model.base={tmp_path / kind}", "tuning.alpha=64"))
+        runs.append(run)
+    (found,) = launch(1, proofs.exports_and_proofs, [run.uri for run in runs], timeout=360)
+    for kind, run, both in zip(KINDS, runs, found, strict=True):
+        for proof in both:
+            assert Proof(**proof).holds, kind
+            assert proof["kl_allowed"] < 1e-4 * proof["kl_effect"], kind
+        folder = Path(run.uri.removeprefix("file://"), "merged")
+        before, after = (resolve_base(Model(base=str(base))) for base in (tmp_path / kind, folder))
+        language = set[str]()
+        for source in find_all_weights(before).sources.values():
+            for part in source.parts if isinstance(source, Joined) else (source,):
+                assert isinstance(part, TensorSource)
+                language.add(f"{part.key} {part.offset}")
+        others = [name for name, part in before.tensors.items() if f"{part.key} {part.offset}" not in language]
+        changed = [
+            name
+            for name, part in before.tensors.items()
+            if part.read(0, numel(part)) != after.tensors[name].read(0, numel(part))
+        ]
+        assert len(others) > 10
+        assert changed
+        assert not set(others) & set(changed)
