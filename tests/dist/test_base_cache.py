@@ -49,7 +49,9 @@ def test_the_cache_is_written_once_and_read_at_another_world_size_and_scope(
 
     from_cache, log = load(3)
     assert all(torch.equal(one, other) for one, other in zip(logits(), expected, strict=True))
-    assert from_cache < 0.6 * from_source  # what is not quantized is read from the source as before
+    assert (
+        from_cache < 0.7 * from_source
+    )  # what is not quantized is read from the source, and whole chunks of the cache
     assert not any("cached" in line for line in log)
     assert [path.read_bytes() for path in manifests] == written
 

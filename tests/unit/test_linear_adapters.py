@@ -253,7 +253,9 @@ def test_dora_is_refused_where_peft_would_take_its_layers_for_experts() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     dora = find_method(Tuning(method="dora", targets=["down_proj", "o_proj"]))
-    with pytest.raises(ConfigError, match=r"dora cannot be exported for mlp\.down_proj, shared_experts\.down_proj of this base"):
+    with pytest.raises(
+        ConfigError, match=r"dora cannot be exported for mlp\.down_proj, shared_experts\.down_proj of this base"
+    ):
         dora.attach(model, read_architecture(config.to_dict()), torch.float32, 1)
 
 
