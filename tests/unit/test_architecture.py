@@ -24,6 +24,7 @@ LOGITS: dict[str, dict[str, Any]] = {
     "divided before the head": {"model_type": "minicpm3", "dim_model_base": 24, "num_key_value_heads": 4},
     "a cap of another family": {"model_type": "llama", "final_logit_softcapping": 2.0},
 }
+WITH_MAMBA = ("nemotron-h", "granitemoe-hybrid")
 # The linear layers that adapters sit on, of families that have others as well: routers, gates of one output, an MLP of the model's own.
 LINEARS = {
     "qwen2-moe": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
@@ -85,8 +86,11 @@ def test_what_is_quantized_and_adapted_is_most_of_a_layer_and_no_router(kind: st
             assert part.visits == 1
     inside = sum(part.numel for part in found.parameters if part.layer is not None)
     assert found.weights("linear", "experts") > 0.8 * inside
+    linears = {part.name.split(".")[-2] for part in found.parameters if part.kind == "linear"}
     if kind in LINEARS:
-        assert set(found.linear_names) == set(LINEARS[kind].split())
+        assert linears == set(LINEARS[kind].split())
+    # Mamba's kernel may take this weight, past an adapter around the layer.
+    assert linears - set(found.linear_names) == ({"out_proj"} if kind in WITH_MAMBA else set())
 
 
 @pytest.mark.parametrize("kind", [*FAMILIES, *LOGITS])
