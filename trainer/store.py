@@ -63,10 +63,8 @@ class Entry:
 
 
 class Store:
-    """A folder in an object store. `uri` names it; keys are relative to it; one request may take `request_seconds`.
-
-    `range_bytes` counts the bytes that `get_range` has read, on any thread.
-    """
+    """A folder in an object store. `uri` names it; keys are relative to it; one request may take `request_seconds`. `range_bytes`
+    counts the bytes that `get_range` has read, on any thread."""
 
     def __init__(self, uri: str, backend: Any, prefix: str = "", request_seconds: float = REQUEST_SECONDS) -> None:
         self.uri = uri.rstrip("/")

@@ -98,7 +98,7 @@ class _Batches:
 _ROW: ContextVar[Documents | None] = ContextVar("row", default=None)
 
 
-class _Row(AbstractContextManager[None]):
+class _RowAtWork(AbstractContextManager[None]):
     """Inside, layers compute for `documents`."""
 
     def __init__(self, documents: Documents | None) -> None:
@@ -114,7 +114,7 @@ class _Row(AbstractContextManager[None]):
 def recomputed() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """The `context_fn` of activation checkpointing: a layer that is computed again in backward, by another thread and after
     other rows maybe, computes for the row that it did."""
-    return nullcontext(), _Row(_ROW.get())
+    return nullcontext(), _RowAtWork(_ROW.get())
 
 
 def keep_documents_apart(model: PreTrainedModel) -> list[nn.Module]:
@@ -190,7 +190,7 @@ def _for_row(forward: Callable[..., Any]) -> Callable[..., Any]:
         positions = given.pop("position_ids", None)
         if positions is None or not taken:
             return forward(*arguments, **given)
-        with _Row(Documents(positions)):
+        with _RowAtWork(Documents(positions)):
             return forward(*arguments, position_ids=positions, **given)
 
     return of_row
