@@ -21,11 +21,9 @@ def composite_model(directory: Path) -> PreTrainedModel | None:
 def language_names(whole: PreTrainedModel, language: PreTrainedModel) -> Callable[[str], str | None]:
     """Maps the name of a weight of `whole` to its name in the `language` model, which transformers builds of a part of its
     settings; to None where it is not of that part."""
-    decoder = whole.get_decoder()
-    alike = next(module for module in language.modules() if type(module) is type(decoder))
-    heads = whole.get_output_embeddings(), language.get_output_embeddings()
+    head = _path(whole, whole.get_output_embeddings()), _path(language, language.get_output_embeddings())
     # The head first: it may lie inside the decoder.
-    pairs = [(_path(whole, there), _path(language, here)) for there, here in (heads, (decoder, alike))]
+    pairs = [head, (_path(whole, whole.get_decoder()), place_of_decoder(whole, language))]
 
     def name_in_language(name: str) -> str | None:
         for there, here in pairs:
@@ -34,6 +32,12 @@ def language_names(whole: PreTrainedModel, language: PreTrainedModel) -> Callabl
         return None
 
     return name_in_language
+
+
+def place_of_decoder(whole: PreTrainedModel, language: PreTrainedModel) -> str:
+    """The path in the `language` model of the module that is the decoder of `whole`; empty where that is all of it."""
+    decoder = whole.get_decoder()
+    return next(path for path, module in language.named_modules() if type(module) is type(decoder))
 
 
 def _path(model: nn.Module, part: nn.Module | None) -> str:

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from trainer.base.converted import Converted, SliceCache, StoredPart
+from trainer.base.converted import Converted, StoredPart
+from trainer.base.last_reads import LastMade
 from trainer.safetensors_index import Joined, PackedTensor, StoredTensor, Stretch
 
 Weight = StoredTensor | PackedTensor
@@ -120,7 +121,7 @@ class _Operations:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model, self._config = model, model.config
         self._known: dict[Any, _Recipe] = {}
-        self._cache = SliceCache()
+        self._last_made = LastMade[Tensor]()
 
     def sources(self, job: _Job) -> dict[str, Weight]:
         """Name -> source of each parameter that the job makes. Raises whatever the operations raise, or `ValueError`."""
@@ -182,7 +183,7 @@ class _Operations:
             values = {pattern: [part.values() for part in parts] for pattern, parts in slices[index].items()}
             return job.apply_to(model, self._config, values)[name]
 
-        return Converted(recipe.shape, readable[0].dtype, len(slices), make, self._cache)
+        return Converted(recipe.shape, readable[0].dtype, len(slices), make, self._last_made)
 
     def _slices(
         self, job: _Job, name: str, shape: Shape, stored: dict[str, list[StoredTensor]]

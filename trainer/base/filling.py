@@ -36,7 +36,7 @@ def as_tensor(data: bytearray, source: StoredTensor) -> Tensor:
 
 
 class Copy:
-    """A parameter that is kept as it is stored, in the partition's dtype."""
+    """A tensor that is kept as it is stored, in the partition's dtype."""
 
     def __init__(self, source: StoredTensor, partition: Partition) -> None:
         self._source, self._partition = source, partition
@@ -48,25 +48,6 @@ class Copy:
 
     def _place(self, offset: int, data: bytearray) -> None:
         self._partition.write(offset, as_tensor(data, self._source))
-
-    def finish(self) -> None:
-        pass
-
-
-class CopyWhole:
-    """A tensor that every rank holds whole: the buffers that files hold, which are small."""
-
-    def __init__(self, source: StoredTensor, values: Tensor) -> None:
-        self._source, self._flat = source, values.view(-1)
-        self.numel = numel(source)
-
-    def pieces(self) -> Iterator[Piece]:
-        for begin, end in cut(self._source, 0, self.numel, multiple=1):
-            yield Piece(self._source, begin, end, lambda data, at=begin: self._place(at, data))
-
-    def _place(self, offset: int, data: bytearray) -> None:
-        values = as_tensor(data, self._source)
-        self._flat[offset : offset + len(values)].copy_(values)
 
     def finish(self) -> None:
         pass

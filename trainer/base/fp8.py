@@ -17,14 +17,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from trainer.base.base import Base
-from trainer.base.floats import E4M3, SCALES, round_to_bf16
+from trainer.base.floats import DECODED_AT_ONCE, E4M3, SCALES, round_to_bf16
 from trainer.base.last_reads import LastReads
 from trainer.config import Config
 from trainer.errors import ConfigError, shown
 from trainer.safetensors_index import StoredTensor, TensorSource, numel
 
-# Weights that are decoded at once, by each thread that reads: their fp32 values stay in a core's cache.
-_DECODED_AT_ONCE = 2**14
 # Scales of so many matrices are kept, a few thousand numbers each: pieces of more are never in flight.
 _SCALES_KEPT = 32
 _USUAL_TILE = [128, 128]
@@ -74,7 +72,7 @@ class Fp8Tiles:
                 last = min(end, begin - column + columns)
             else:
                 tile_end = min(rows, (row // self.tile[0] + 1) * self.tile[0])
-                at_once = max(1, _DECODED_AT_ONCE // columns)
+                at_once = max(1, DECODED_AT_ONCE // columns)
                 last = begin + min((end - begin) // columns, tile_end - row, at_once) * columns
             yield begin, last
             begin = last

@@ -28,7 +28,7 @@ class Logits:
 
 
 class _HiddenStates(dict[str, Any]):
-    """What a body returns, of which only the hidden states are something."""
+    """The result of a body, of which only the hidden states are something."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__(last_hidden_state=hidden)

@@ -26,7 +26,7 @@ from trainer.base.config_json import read_by_transformers
 from trainer.base.logits import probe_logits
 from trainer.base.unfilled import meta_model
 from trainer.errors import ConfigError, shown
-from trainer.model.parts import body, decoder_layers, is_experts
+from trainer.model.parts import body, decoder_layers, is_experts, tied_names
 
 # The families' settings for how many experts a token is routed to.
 _ROUTED_TO = (
@@ -142,7 +142,7 @@ class _Reader:
             positions=getattr(self.config, "max_position_embeddings", None),
             parameters=parameters,
             attention=tuple(self._attention()),
-            tied=self._tied,
+            tied=tied_names(self.model),
             buffers=dict(self._buffers()),
             caps_attention=self._declared("attn_logit_softcapping") is not None,
             has_sinks=any("sink" in part.name.rpartition(".")[2] for part in parameters),
@@ -182,12 +182,6 @@ class _Reader:
     def _declared(self, key: str) -> Any:
         """A setting of the family itself: transformers keeps what else a config.json has, and does not read it."""
         return getattr(self.config, key, None) if key in type(self.config).__dataclass_fields__ else None
-
-    @cached_property
-    def _tied(self) -> dict[str, str]:
-        first: dict[int, str] = {id(part): name for name, part in self.model.named_parameters()}
-        every = self.model.named_parameters(remove_duplicate=False)
-        return {name: first[id(part)] for name, part in every if first[id(part)] != name}
 
     def _buffers(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         parameters = dict(self.model.named_parameters(remove_duplicate=False))

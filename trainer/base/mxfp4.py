@@ -18,15 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.base.base import Base
-from trainer.base.floats import E2M1, E8M0
+from trainer.base.floats import DECODED_AT_ONCE, E2M1, E8M0
 from trainer.base.last_reads import LastReads
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.safetensors_index import StoredTensor, TensorSource, numel
 
 _BLOCK = 32
-# Weights that are decoded at once, by each thread that reads: their fp32 values stay in a core's cache.
-_DECODED_AT_ONCE = 2**14
 # Blocks and scales of two experts are kept, as pieces of two may be in flight: some 9 MB each in both sizes of gpt-oss.
 _READS_KEPT = 4
 _LOWER, _UPPER = E2M1[np.arange(256) & 15], E2M1[np.arange(256) >> 4]
@@ -80,7 +78,7 @@ def _decoded(blocks: NDArray[np.uint8], scales: NDArray[np.uint8]) -> Iterator[N
     """The bits of bf16 of a block of each output, input by input, all outputs of one after another, some inputs at a time:
     blocks (outputs, 16), scales (outputs,) -> some of (32 * outputs,)."""
     pairs, powers = np.ascontiguousarray(blocks.T), E8M0[scales]
-    at_once = max(1, _DECODED_AT_ONCE // 2 // len(scales))
+    at_once = max(1, DECODED_AT_ONCE // 2 // len(scales))
     for first in range(0, len(pairs), at_once):
         part = pairs[first : first + at_once]
         values = np.stack([_LOWER.take(part, mode="clip"), _UPPER.take(part, mode="clip")], axis=1)

@@ -13,6 +13,7 @@ from trainer.base.config_json import read_by_transformers
 from trainer.base.conversion import Conversion, Weight, convert
 from trainer.base.filling import SOURCE_DTYPES
 from trainer.errors import ConfigError
+from trainer.model.parts import tied_names
 from trainer.safetensors_index import WEIGHT_DTYPES, PackedTensor
 
 # transformers computes these anew, and old files hold them.
@@ -44,16 +45,15 @@ def find_weights(base: Base, model: PreTrainedModel, layers: int | None = None) 
         raise ConfigError(
             f"model.base: {name} cannot be made of what {base.name} has for it ({reason}). Copy the model again."
         )
-    weights, first = FoundWeights(), dict[int, str]()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        there = found.sources.get(name)
-        original = first.setdefault(id(tensor), name)
+    weights, tied, state = FoundWeights(), tied_names(model), model.state_dict()
+    for name, tensor in state.items():
+        there, original = found.sources.get(name), tied.get(name, name)
         if there is not None and original in weights.sources:
             weights.copies.setdefault(original, []).append(_checked(base, name, tensor, there))
         elif there is not None:
             weights.sources[original] = _checked(base, name, tensor, there)
-    for name in first.values():
-        if name not in weights.sources:
+    for name in state:
+        if tied.get(name, name) not in weights.sources:
             raise ConfigError(
                 f"model.base: {base.name} has no tensor {name}, which its architecture needs. Copy the model again."
             )
@@ -76,13 +76,6 @@ def _convert(base: Base, model: PreTrainedModel) -> Conversion:
         {here: reason for name, reason in found.failed.items() if (here := name_in_language(name))},
         {key: name_in_language(name) or name for key, name in found.others.items()},
     )
-
-
-def tied_names(model: PreTrainedModel) -> dict[str, str]:
-    """Each further name of a tied weight -> its first name."""
-    first = dict[int, str]()
-    names = {name: first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()}
-    return {name: original for name, original in names.items() if name != original}
 
 
 def check_no_other(base: Base, others: dict[str, str], ignored: Iterable[str], layers: int | None) -> None:

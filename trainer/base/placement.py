@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from trainer.base.filling import Copy, CopyWhole, PackedPartitions, Quantize, copy_packed, make_packed
+from trainer.base.filling import Copy, PackedPartitions, Quantize, copy_packed, make_packed
 from trainer.base.reading import Job
 from trainer.config import Quant
 from trainer.model.nf4 import Format, FrozenLinear4bit, FrozenStack4bit, Packed
@@ -75,17 +75,20 @@ def place_partitions(
         found = source.sources if isinstance(source, PackedTensor) else stored(path)
         if found is not None:
             placement.jobs += copy_packed(packed, made, found)
-        elif not isinstance(source, PackedTensor):
+        else:
+            assert not isinstance(source, PackedTensor)
             placement.jobs.append(Quantize(source, packed, made, partitioner))
     return placement
 
 
-def _place_buffer(model: nn.Module, name: str, source: StoredTensor | PackedTensor, device: torch.device) -> CopyWhole:
+def _place_buffer(model: nn.Module, name: str, source: StoredTensor | PackedTensor, device: torch.device) -> Copy:
+    """Every rank holds all of a buffer, which is small: its part of it is the whole."""
     assert not isinstance(source, PackedTensor)
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
-    owner.register_buffer(leaf, torch.empty_like(owner.get_buffer(leaf), device=device))
-    return CopyWhole(source, owner.get_buffer(leaf))
+    values = torch.empty_like(owner.get_buffer(leaf), device=device)
+    owner.register_buffer(leaf, values)
+    return Copy(source, Partition(nn.Parameter(values, requires_grad=False), 0, values.numel(), values.view(-1)))
 
 
 def _replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:

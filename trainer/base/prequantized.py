@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from trainer.base.base import Base
@@ -22,6 +22,13 @@ _MOST_NUMBERS = 2**16  # more than any quant_state or nested_quant_map has
 # SHA-256 of bitsandbytes.functional.create_dynamic_map() as fp32: what 8-bit scales stand for.
 _NESTED_MAP = "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+@dataclass(frozen=True)
+class _Weight4bit(PackedTensor):
+    """`state` is the quant_state that is stored beside it."""
+
+    state: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,8 @@ class BitsAndBytes4bit:
     def check(self, base: Base, config: Config) -> None:
         quant = config.quant
         given = {"quant.type": quant.type, "quant.block_size": quant.block_size, "quant.double": quant.double}
-        for name, (state, _) in _read_facts(base).items():
+        packed = {name: weight.state for name, weight in base.weights.items() if isinstance(weight, _Weight4bit)}
+        for name, state in packed.items():
             stored = (state["quant_type"], state["blocksize"], "nested_offset" in state)
             for (setting, asked), value in zip(given.items(), stored, strict=True):
                 if value != asked:
@@ -116,7 +124,7 @@ def _parsed(base: Base, name: str, data: bytes) -> dict[str, Any]:
         ) from error
 
 
-def _packed(base: Base, name: str, state: dict[str, Any], nested_map: bytes) -> PackedTensor:
+def _packed(base: Base, name: str, state: dict[str, Any], nested_map: bytes) -> _Weight4bit:
     double = "nested_offset" in state
     standard = state.get("nested_blocksize") == _NESTED_BLOCK and hashlib.sha256(nested_map).hexdigest() == _NESTED_MAP
     if double and not standard:
@@ -132,7 +140,7 @@ def _packed(base: Base, name: str, state: dict[str, Any], nested_map: bytes) -> 
         nested_absmax=_bytes(base, f"{name}.nested_absmax", 4 * math.ceil(blocks / _NESTED_BLOCK)) if double else None,
         mean=[state["nested_offset"]] if double else None,
     )
-    return PackedTensor(tuple(state["shape"]), sources)
+    return _Weight4bit(tuple(state["shape"]), sources, state=state)
 
 
 def _bytes(base: Base, name: str, size: int) -> TensorSource:

@@ -18,11 +18,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PretrainedConfig
 
+from trainer.base.composite import place_of_decoder
 from trainer.base.unfilled import unfilled_model
 from trainer.config import Quant
 from trainer.errors import ConfigError, shown
 from trainer.export.rows import ProbeRow
-from trainer.model.parts import body
+from trainer.model.parts import body, in_order
 from trainer.tuning.method import Method, OwnFormat
 
 
@@ -58,7 +59,7 @@ def load_plain(folder: Path, held: torch.dtype, computed: torch.dtype, config: P
 def _language_model(whole: Any, config: PretrainedConfig, held: torch.dtype) -> Any:
     """The causal language model of `config` whose weights a model that sees or hears as well has."""
     decoder, frame = whole.get_decoder(), unfilled_model(config, held, experts_implementation="eager")
-    place = next(path for path, module in frame.named_modules() if type(module) is type(decoder))
+    place = place_of_decoder(whole, frame)
     inner: Any = body(decoder) if place == "" else decoder
     del inner.layers[config.num_hidden_layers :]
     if place == "":
@@ -180,10 +181,7 @@ def _dequantized(matrix: Tensor, dtype: torch.dtype, form: Mapping[str, Any]) ->
 def computing_in_fp32(model: Any) -> Iterator[None]:
     """Decoder layer by decoder layer: a 16-bit weight is in fp32 only while its layer computes, which is exact."""
     plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    parts = [
-        part for child in body(plain).children() for part in (child if isinstance(child, nn.ModuleList) else [child])
-    ]
-    hooks = [hook for part in [*parts, plain.get_output_embeddings()] for hook in _in_fp32(part)]
+    hooks = [hook for part in [*in_order(plain), plain.get_output_embeddings()] for hook in _in_fp32(part)]
     try:
         yield
     finally:

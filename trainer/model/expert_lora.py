@@ -27,7 +27,7 @@ class ExpertLora(nn.Module):
         self.active = True
 
     def forward(self, rows: Tensor, groups: Groups) -> Tensor:
-        """What it adds to the product of the rows (S, in), sorted by expert -> (S, out)."""
+        """The rows (S, in), sorted by expert, by scaling * B @ A of their experts -> (S, out): the summand beside the frozen product."""
         return _LowRank.apply(rows, self.lora_A, self.lora_B, self, groups)
 
     def factors(self) -> tuple[Tensor, Tensor]:

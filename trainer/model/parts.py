@@ -12,6 +12,20 @@ def body(model: PreTrainedModel) -> nn.Module:
     return next(child for child in model.children() if any(module is embedding for module in child.modules()))
 
 
+def in_order(model: PreTrainedModel) -> list[nn.Module]:
+    """The parts of the body that are computed one after another: each decoder layer is one."""
+    return [
+        part for child in body(model).children() for part in (child if isinstance(child, nn.ModuleList) else [child])
+    ]
+
+
+def tied_names(model: PreTrainedModel) -> dict[str, str]:
+    """Each further name of a tied weight -> its first name."""
+    first = dict[int, str]()
+    names = {name: first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()}
+    return {name: original for name, original in names.items() if name != original}
+
+
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
     """The decoder layers in order, or None where the body has no list of them."""
     lists = [module for module in body(model).modules() if isinstance(module, nn.ModuleList)]

@@ -64,19 +64,14 @@ class PrefixTuning(BesideBase):
 
     def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
         """The prefixes start as the keys and values of a text, for which the base computes once, gathered layer by layer."""
-        from torch.nn import ModuleList
-
-        from trainer.model.parts import body
+        from trainer.model.parts import in_order
         from trainer.model.prefix import add_prefixes, keys_and_values
         from trainer.zero.engine import gathered_in_turn
 
         layers = [model.get_submodule(layer.path) for layer in architecture.attention]
-        parts = [
-            part for child in body(model).children() for part in (child if isinstance(child, ModuleList) else [child])
-        ]
         embedding: Any = model.get_input_embeddings()
         tokens = self.first_tokens(model, seed).to(embedding.weight.device)
-        with gathered_in_turn(parts):
+        with gathered_in_turn(in_order(model)):
             starts = keys_and_values(model, tokens)
         add_prefixes(model, layers, [start.to(dtype) for start in starts])
 
