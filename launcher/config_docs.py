@@ -8,7 +8,7 @@ import argparse
 import inspect
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeGuard, Union, cast, get_args, get_origin
@@ -124,17 +124,20 @@ def _value(value: Any) -> str:
     return f"`{json.dumps(value, ensure_ascii=False)}`"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Write docs/configuration.md from trainer/config/.")
+def write_or_check(page: Path, render: Callable[[], str], module: str, source: str) -> int:
+    """The command of a page that is written from `source`: `python -m module` writes it, with --check it is compared. Returns the
+    exit code."""
+    name = page.relative_to(page.parents[1])
+    parser = argparse.ArgumentParser(description=f"Write {name} from {source}.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the page is out of date")
     if not parser.parse_args().check:
-        PAGE.write_text(render(), encoding="utf-8")
+        page.write_text(render(), encoding="utf-8")
         return 0
-    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == render():
+    if page.is_file() and page.read_text(encoding="utf-8") == render():
         return 0
-    print("docs/configuration.md is out of date. Run: .venv/bin/python -m launcher.config_docs", file=sys.stderr)
+    print(f"{name} is out of date. Run: .venv/bin/python -m {module}", file=sys.stderr)
     return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(PAGE, render, "launcher.config_docs", "trainer/config/"))

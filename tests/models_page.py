@@ -4,7 +4,6 @@ python -m tests.models_page            write the page
 python -m tests.models_page --check    exit 1 when the page is not what would be written
 """
 
-import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from launcher.config_docs import write_or_check
 from tests.dist import test_experts
 from tests.families import FAMILIES, SIZES
 from tests.unit import test_documents
@@ -151,17 +151,5 @@ def _fewest(config: dict[str, Any]) -> tuple[int, Plan]:
     raise AssertionError(plan.shortfalls)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Write docs/models.md from the tables of the tests.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the page is out of date")
-    if not parser.parse_args().check:
-        PAGE.write_text(render(), encoding="utf-8")
-        return 0
-    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == render():
-        return 0
-    print("docs/models.md is out of date. Run: .venv/bin/python -m tests.models_page", file=sys.stderr)
-    return 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(PAGE, render, "tests.models_page", "the tables of the tests"))

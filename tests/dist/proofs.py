@@ -1,13 +1,17 @@
 """The proofs of exports, each in a process of its own, and what tests of several methods ask of them."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.dist import linear_adapters
 from tests.dist.launch import launch
+from trainer.config import Config, dump_config
 from trainer.export import verify
 from trainer.export.adapter import export_adapter
 from trainer.export.merged import export_merged
@@ -35,6 +39,27 @@ def export_and_prove(run: Store, adapter: Path) -> None:
     assert proof.holds
     assert proof.computed_in == "fp32"
     assert proof.kl_allowed < 1e-4 * proof.kl_effect
+
+
+def one_start(
+    config_in: Callable[[str], Config], worlds: Sequence[tuple[int, int]], folder: Path, starts_as_base: bool = True
+) -> dict[str, Tensor]:
+    """The parameters that learn as they start, asserted to be the same in every world: so many ranks, so many of them a node.
+
+    `config_in` makes the configuration of a scope. Where a world has several nodes, it is theirs.
+    """
+    starts: list[dict[str, Tensor]] = []
+    for ranks, per_node in worlds:
+        config = config_in(f"sharding.scope={'node' if per_node < ranks else 'world'}")
+        file = folder / f"{ranks}.safetensors"
+        found = launch(ranks, linear_adapters.start, dump_config(config), str(file), ranks_per_node=per_node)
+        facts = {"whole": 0, "starts_as_base": starts_as_base, "is_base_switched_off": True, "learns": True}
+        assert found == [facts] * ranks
+        starts.append(load_file(file))
+    for start in starts:
+        assert start.keys() == starts[0].keys()
+        assert all(torch.equal(values, starts[0][name]) for name, values in start.items())
+    return starts[0]
 
 
 def exports_and_proofs(run_uris: list[str]) -> list[list[dict[str, float]]]:

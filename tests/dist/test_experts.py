@@ -1,5 +1,6 @@
 """LoRA on a mixture's experts over a sharded base is PEFT's: in gradients, over a restart, exported and merged."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from launcher.view.status import read_generation
-from tests.dist import gradients, linear_adapters, proofs, runs
+from tests.dist import gradients, proofs, runs
 from tests.dist.launch import launch
-from tests.dist.proofs import export_and_prove, proof_of
+from tests.dist.proofs import export_and_prove, one_start, proof_of
 from tests.dist.test_gradients import distance
 from tests.dist.test_linear_adapters import check_goes_on, committed
 from tests.dist.test_merge import merged_by_peft
@@ -122,21 +123,11 @@ def test_the_metrics_say_which_experts_the_tokens_go_to_at_any_world_size(worksh
 
 
 def test_the_start_is_the_bases_at_any_world_size_and_in_any_scope(workshop: Workshop, tmp_path: Path) -> None:
-    starts: list[dict[str, torch.Tensor]] = []
-    for ranks, per_node in ((1, 1), (3, 3), (4, 2)):
-        scope = "node" if per_node < ranks else "world"
-        config = adapting(workshop, "qwen3-moe", "start", f"sharding.scope={scope}")
-        file = tmp_path / f"{ranks}.safetensors"
-        found = launch(ranks, linear_adapters.start, dump_config(config), str(file), ranks_per_node=per_node)
-        assert found == [{"whole": 0, "starts_as_base": True, "is_base_switched_off": True, "learns": True}] * ranks
-        starts.append(load_file(file))
-    for start in starts:
-        assert start.keys() == starts[0].keys()
-        assert all(torch.equal(values, starts[0][name]) for name, values in start.items())
-    a = starts[0]["model.layers.0.mlp.experts.adapters.gate_up_proj.lora_A"]
+    start = one_start(partial(adapting, workshop, "qwen3-moe", "start"), ((1, 1), (3, 3), (4, 2)), tmp_path)
+    a = start["model.layers.0.mlp.experts.adapters.gate_up_proj.lora_A"]
     assert a.shape == (6, 3, 64)
     assert 0.9 / 8 < a.abs().max() <= 1 / 8  # uniform within 1 / sqrt(64), as in PEFT
-    assert not starts[0]["model.layers.0.mlp.experts.adapters.gate_up_proj.lora_B"].any()
+    assert not start["model.layers.0.mlp.experts.adapters.gate_up_proj.lora_B"].any()
 
 
 @pytest.fixture(scope="module", params=["qwen3-moe", "gpt-oss"])

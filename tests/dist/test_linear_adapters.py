@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from launcher.view.status import read_generation
 from tests.dist import gradients, linear_adapters, proofs, runs, traffic
 from tests.dist.launch import launch
-from tests.dist.proofs import export_and_prove, proof_of
+from tests.dist.proofs import export_and_prove, one_start, proof_of
 from tests.dist.test_gradients import distance
 from tests.dist.test_merge import logits, merged_by_peft
 from tests.material import Workshop, commit, make_base
@@ -123,22 +124,12 @@ def test_doras_magnitudes_start_as_the_bases_row_norms_at_any_world_size_and_in_
 ) -> None:
     """And the model starts as its base, to the bit where no layer has a bias."""
     base = make_base(tmp_path / "base", "llama", intermediate_size=192)
-    starts: list[dict[str, Tensor]] = []
-    for ranks, per_node in ((1, 1), (2, 2), (3, 3), (4, 2)):
-        config = adapting(
-            workshop, "dora", "start", f"model.base={base}", f"sharding.scope={'node' if per_node < ranks else 'world'}"
-        )
-        file = tmp_path / f"{ranks}.safetensors"
-        found = launch(ranks, linear_adapters.start, dump_config(config), str(file), ranks_per_node=per_node)
-        assert found == [{"whole": 0, "starts_as_base": True, "is_base_switched_off": True, "learns": True}] * ranks
-        starts.append(load_file(file))
+    config_in = partial(adapting, workshop, "dora", "start", f"model.base={base}")
+    start = one_start(config_in, ((1, 1), (2, 2), (3, 3), (4, 2)), tmp_path)
     expected = linear_adapters.row_norms(base)
     assert len(expected) == 14
-    for start in starts:
-        assert start.keys() == starts[0].keys()
-        assert all(torch.equal(values, starts[0][name]) for name, values in start.items())
     for path, norms in expected.items():
-        assert torch.equal(starts[0][f"{path}.lora_magnitude_vector"], norms), path
+        assert torch.equal(start[f"{path}.lora_magnitude_vector"], norms), path
 
 
 def test_dora_gathers_no_more_of_the_base_than_lora(workshop: Workshop, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Virtual tokens are PEFT's, though documents are packed and the base is sharded: in gradients, over a restart, exported."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tests.dist import gradients, linear_adapters, proofs, runs, virtual_tokens
+from tests.dist import gradients, proofs, runs, virtual_tokens
 from tests.dist.launch import launch, running
-from tests.dist.proofs import export_and_prove, proof_of
+from tests.dist.proofs import export_and_prove, one_start, proof_of
 from tests.dist.test_gradients import distance
 from tests.dist.test_linear_adapters import adapting, committed, run_ranks
 from tests.dist.test_resume import losses
@@ -101,17 +102,8 @@ def test_a_killed_run_goes_on_bit_by_bit_at_its_world_size_and_closely_at_anothe
 def test_the_start_is_the_same_at_any_world_size_and_is_that_of_tokens_of_the_vocabulary(
     workshop: Workshop, tmp_path: Path, method: str
 ) -> None:
-    starts: list[dict[str, Tensor]] = []
-    for ranks, per_node in ((1, 1), (2, 2), (3, 3), (4, 2)):
-        scope = "node" if per_node < ranks else "world"
-        config = tuned(workshop, method, "start", f"sharding.scope={scope}")
-        file = tmp_path / f"{ranks}.safetensors"
-        found = launch(ranks, linear_adapters.start, dump_config(config), str(file), ranks_per_node=per_node)
-        assert found == [{"whole": 0, "starts_as_base": False, "is_base_switched_off": True, "learns": True}] * ranks
-        starts.append(load_file(file))
-    for start in starts:
-        assert start.keys() == starts[0].keys()
-        assert all(torch.equal(values, starts[0][name]) for name, values in start.items())
+    worlds = ((1, 1), (2, 2), (3, 3), (4, 2))
+    assert one_start(partial(tuned, workshop, method, "start"), worlds, tmp_path, starts_as_base=False)
 
 
 @pytest.mark.parametrize(("text", "seen"), [("news", [*b"newsn"]), ("newspaper", [*b"newsp"])])

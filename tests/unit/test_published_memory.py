@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from tests.unit.test_plan import LLAMA_70B
+from tests.unit.test_published_models import MODELS
 from trainer.base.description import describe
 from trainer.config import parse_config
 from trainer.needs import GpuMemory
@@ -21,20 +23,6 @@ LLAMA_2_7B: dict[str, Any] = {
     "num_key_value_heads": 32,
     "vocab_size": 32000,
     "tie_word_embeddings": False,
-}
-LLAMA_3_70B = LLAMA_2_7B | {
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-}
-LLAMA_3_405B = LLAMA_3_70B | {
-    "hidden_size": 16384,
-    "intermediate_size": 53248,
-    "num_hidden_layers": 126,
-    "num_attention_heads": 128,
 }
 TORCHTUNE = "torchtune's README, its table of memory by model and recipe"
 FSDP_QLORA = "AnswerDotAI/fsdp_qlora, benchmarks of March 2024"
@@ -63,8 +51,8 @@ class Run:
 
 
 RUNS = {
-    "70B-lora": Run(TORCHTUNE, LLAMA_3_70B, 8, 27.6 * GIB, ("quant.type=none", "tuning.rank=16"), batch=2),
-    "405B-qlora": Run(TORCHTUNE, LLAMA_3_405B, 8, 44.8 * GB, ("tuning.rank=16",)),
+    "70B-lora": Run(TORCHTUNE, LLAMA_70B, 8, 27.6 * GIB, ("quant.type=none", "tuning.rank=16"), batch=2),
+    "405B-qlora": Run(TORCHTUNE, MODELS["Llama-3.1-405B"].config, 8, 44.8 * GB, ("tuning.rank=16",)),
     **{
         f"7B-batch-{batch}": Run(
             FSDP_QLORA,
