@@ -7,6 +7,7 @@ python -m launcher.config_docs --check    exit 1 when the page is not what would
 import argparse
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,7 +50,8 @@ def render() -> str:
 
 
 def _sections(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, type[BaseModel]]]:
-    """Every section below `model`, depth first; the items of a list are named `data.train[]`, each model once."""
+    """Every section below `model`, depth first, each model once; those of a list are named `data.train[]`, and those that have
+    names `eval.sets.NAME`."""
     seen: set[type[BaseModel]] = set()
     for key, field in model.model_fields.items():
         name = f"{prefix}{key}"
@@ -57,6 +59,9 @@ def _sections(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, type[B
         if get_origin(annotation) is list:
             (annotation,) = get_args(annotation)
             name += "[]"
+        elif get_origin(annotation) is dict:
+            annotation = get_args(annotation)[1]
+            name += ".NAME"
         if _is_section(annotation) and annotation not in seen:
             seen.add(annotation)
             yield name, annotation
@@ -111,7 +116,7 @@ def _type(annotation: Any) -> str:
 
 def _plural(annotation: Any) -> str:
     if _is_section(annotation):
-        return f"{annotation.__name__.lower()}s, see below"
+        return f"{re.sub('(?<=[a-z])(?=[A-Z])', ' ', annotation.__name__).lower()}s, see below"
     name = _NAMES[annotation]
     return name if name == "text" else f"{name}s"
 

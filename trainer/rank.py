@@ -32,7 +32,7 @@ from trainer.config import Config
 from trainer.data.chapters import open_chapters
 from trainer.data.dataset import open_dataset
 from trainer.data.micro_batch import Position
-from trainer.data.prepare import Datasets
+from trainer.data.prepare import Datasets, config_of_set
 from trainer.data.stream import Stream, eval_stream, train_stream
 from trainer.devices import check_device
 from trainer.errors import CapstanError, DoesNotFit, NonFiniteLoss, Stopped, StorageError
@@ -188,6 +188,12 @@ def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Train
     held_out = None
     if datasets.eval:
         held_out = eval_stream(config, open_dataset(start.store, datasets.eval), ranks.rank, ranks.world_size)
+    sets = {
+        name: eval_stream(
+            config_of_set(config, name), open_dataset(start.store, fingerprint), ranks.rank, ranks.world_size
+        )
+        for name, fingerprint in datasets.sets.items()
+    }
     deepspeed_config = build_deepspeed_config(
         config, world_size=ranks.world_size, accumulation=stream.accumulation, on_gpu=ranks.device.type == "cuda"
     )
@@ -229,6 +235,7 @@ def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Train
         start.stop,
         config.train.steps or sum(-(-bins // config.train.global_batch) for bins in datasets.epoch_bins),
         pulse=start.heart,
+        eval_sets=sets,
         skipped=tuple(map(Position.from_json, skipped)),
     )
     step = restored.step if restored else 0

@@ -47,6 +47,14 @@ def anchored(config: Config) -> Config:
             source.model_copy(update={"path": path}).model_dump() for source, path in zip(sources, paths, strict=True)
         ]
         changes[f"data.{what}"] = moved
+    for name, given in config.eval.sets.items():
+        changes[f"eval.sets.{name}.path"] = absolute(given.path, f"eval.sets.{name}.path")
+    for key, path in (("eval.bias", config.eval.bias), ("eval.prompts", config.eval.prompts)):
+        if path:
+            changes[key] = absolute(path, key)
+    changes["eval.tasks"] = [
+        absolute(task, "eval.tasks") if local_path(task, "eval.tasks").exists() else task for task in config.eval.tasks
+    ]
     return override(config, *(assignment(key, value) for key, value in changes.items()))
 
 

@@ -20,7 +20,13 @@ from trainer.store import Store, open_store
 from trainer.zero.engine import Engine
 
 
-def run(config_text: str, fingerprint: str, how: str = "start", eval_fingerprint: str | None = None) -> dict[str, Any]:
+def run(
+    config_text: str,
+    fingerprint: str,
+    how: str = "start",
+    eval_fingerprint: str | None = None,
+    sets: dict[str, str] | None = None,
+) -> dict[str, Any]:
     """`run_rank`, and how it ended. `how`: start, resume, or something that goes wrong on the way.
 
     hold: after the commit of step 5 showed up, no rank finishes another step.
@@ -39,7 +45,7 @@ def run(config_text: str, fingerprint: str, how: str = "start", eval_fingerprint
         _in_step(3, lambda: threading.Event().wait())
     if how == "freeze" and os.environ["RANK"] == "0":
         _in_step(3, lambda: os.kill(os.getpid(), signal.SIGSTOP))
-    datasets = Datasets(fingerprint, eval_fingerprint) if os.environ["RANK"] == "0" else None
+    datasets = Datasets(fingerprint, eval_fingerprint, sets=sets or {}) if os.environ["RANK"] == "0" else None
     return outcome_of(lambda: run_rank(config, datasets, resume=how == "resume"))
 
 

@@ -56,9 +56,15 @@ def test_the_best_by_evaluation_loss_outlives_newer_ones(tmp_path: Path) -> None
 
 
 def test_each_evaluation_is_committed_with_its_loss_when_the_best_are_kept(workshop: Workshop, tmp_path: Path) -> None:
+    """The loss of the unnamed data decides, whatever named sets there are; a set of the same rows has the same loss."""
+    rows, other = (
+        make_data(tmp_path / "eval.jsonl", documents=8, seed=6),
+        make_data(tmp_path / "other.jsonl", 6, seed=7),
+    )
     config = workshop.config(
         "best",
-        f"data.eval=[{{path: {make_data(tmp_path / 'eval.jsonl', documents=8, seed=6)}}}]",
+        f"data.eval=[{{path: {rows}}}]",
+        f"eval.sets={{same: {{path: {rows}}}, other: {{path: {other}}}}}",
         "train.steps=5",
         "train.eval_every=2",
         "checkpoint.every_steps=0",
@@ -66,11 +72,19 @@ def test_each_evaluation_is_committed_with_its_loss_when_the_best_are_kept(works
         "checkpoint.keep_best=1",
     )
     datasets = workshop.prepare(config)
-    (outcome,) = launch(1, runs.run, dump_config(config), datasets.train, "start", datasets.eval)
+    assert datasets.sets["same"] == datasets.eval
+    given = (dump_config(config), datasets.train, "start", datasets.eval, dict(datasets.sets))
+    (outcome,) = launch(1, runs.run, *given)
     assert outcome["outcome"] == "finished", outcome
     run = workshop.store.sub("best")
     assert committed_steps(run) == [5, 4, 2, 1]
-    losses = {record["step"]: record["loss"] for record in read_generation(run, 1)["eval"]}
-    assert losses.keys() == {2, 4, 5}
-    assert {step: read_manifest(run, step).eval_loss for step in losses} == losses
+    losses: dict[str | None, dict[int, float]] = {None: {}, "same": {}, "other": {}}
+    for record in read_generation(run, 1)["eval"]:
+        losses[record.get("set")][record["step"]] = record["loss"]
+    assert [list(found) for found in losses.values()] == [[0, 2, 4, 5]] * 3
+    assert {step: read_manifest(run, step).eval_loss for step in (2, 4, 5)} == {
+        step: loss for step, loss in losses[None].items() if step
+    }
     assert read_manifest(run, 1).eval_loss is None
+    assert losses["same"] == pytest.approx(losses[None], rel=1e-6)
+    assert losses["other"] != pytest.approx(losses[None], rel=1e-2)

@@ -64,6 +64,26 @@ def test_dump_and_load_are_inverse():
     assert "weight_decay" in dump_config(config), "defaults are written out"
 
 
+def test_the_older_name_of_a_setting_is_read_as_the_new_one():
+    """A run that earlier versions began goes on, and a later override of the new name is no contradiction."""
+    evaluated = ["data.held_out=0.1", "train.eval_every=5"]
+    config = parse_config(MINIMAL, evaluated)
+    assert (config.eval.every, config.train.eval_every) == (5, 0)
+    assert override(config, "eval.every=7").eval.every == 7
+    assert parse_config(MINIMAL, [*evaluated, "eval.every=5"]) == config
+    assert "train.eval_every: 5 is the older name of eval.every, which is 7" in refusal(*evaluated, "eval.every=7")
+
+
+def test_a_named_set_is_read_as_the_training_data_where_it_says_nothing_else():
+    data = ["data.fields={messages: talk}", "data.template=a.jinja", "data.loss_on=last_assistant"]
+    sets = ["eval.sets.same.path=a.jsonl", "eval.sets.text={path: b.jsonl, format: text, fields: {text: content}}"]
+    config = parse_config(MINIMAL, [*data, *sets])
+    same, text = (config.eval.sets[name].data(config.data) for name in ("same", "text"))
+    kept = {"format", "fields", "template", "loss_on"}
+    assert same.model_dump(include=kept) == config.data.model_dump(include=kept)
+    assert (text.format, text.fields, text.template, text.targets) == ("text", {"text": "content"}, None, "all")
+
+
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
@@ -109,6 +129,15 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(setting: str, expected:
             "tuning.targets: 'linear' is not allowed. Input should be 'auto' or 'all-linear' or a list.",
         ),
         ("tuning.targets=[q_proj, 1]", "tuning.targets[1]: 1 is not allowed. Input should be text."),
+        ("eval.sets.general.form=text", "eval.sets.general.form: unknown setting. Did you mean 'format'?"),
+        ("eval.sets.general.format=text", "eval.sets.general.path: missing, and it has no default."),
+        ("eval.sets.eval.path=a", "eval.sets: 'eval' is not allowed as a name."),
+        (
+            "eval.sets.a={path: b, format: text, fields: {messages: c}}",
+            "eval.sets.a.fields: 'messages' is not a field of",
+        ),
+        ("eval.every=5", "eval.every (train.eval_every): has no effect without data.eval, data.held_out or eval.sets."),
+        ("train.sample_every=5", "train.sample_every: has no effect without eval.prompts."),
         ("data.fields=text", "data.fields: 'text' is not allowed. Input should be a section of names and values."),
         ("model=tiny", "model: 'tiny' is not allowed. Input should be a section of settings."),
         ("run.name=../x", "run.name: '../x' is not allowed."),

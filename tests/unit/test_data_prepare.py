@@ -173,7 +173,7 @@ def test_only_rows_with_weights_give_other_data_than_earlier_versions_made(
             "weights", f"data.train=[{{path: {path}}}]", "data.format=chat", f"data.template={template}"
         )
         base = resolve_base(config.model)
-        (files, part) = find(config)["train"]
+        (files, part, _) = find(config)["train"]
         before = fingerprint(config.data, files, hash_tokenizer(base.directory), part)
         key = prepare(config, base, store).train
         wait_until_prepared(config, base, store, wait=lambda: pytest.fail("it is prepared"))

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from trainer.config.cluster import Slurm
 from trainer.config.data import Data, Source
+from trainer.config.evaluation import EvalSet, Evaluation
 from trainer.config.mistakes import explained, listed, unknown_keys
 from trainer.config.model import Model, Quant, Tuning
 from trainer.config.objective import ObjectiveSettings
@@ -25,6 +26,8 @@ __all__ = [
     "Checkpoint",
     "Config",
     "Data",
+    "EvalSet",
+    "Evaluation",
     "Model",
     "ObjectiveSettings",
     "Optim",

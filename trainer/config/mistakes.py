@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -41,11 +41,17 @@ def unknown_keys(tree: Any, model: type[BaseModel], prefix: str) -> Iterator[str
             yield f"{prefix}{shown(key)[1:-1] if isinstance(key, str) else shown(key)}: unknown setting. {hint}"
             continue
         for child in sections_in(field.annotation):
-            items = value if isinstance(value, list) else [value]
-            for index, item in enumerate(items):
-                yield from unknown_keys(
-                    item, child, f"{prefix}{key}[{index}]." if isinstance(value, list) else f"{prefix}{key}."
-                )
+            for place, item in _places(value, field.annotation):
+                yield from unknown_keys(item, child, f"{prefix}{key}{place}.")
+
+
+def _places(value: Any, annotation: Any) -> list[tuple[str, Any]]:
+    """The sections in a setting's value, each with its place: those of a list, those that have names, or the value itself."""
+    if isinstance(value, list):
+        return [(f"[{index}]", item) for index, item in enumerate(value)]
+    if get_origin(annotation) is dict:
+        return [(f".{name}", item) for name, item in value.items()] if isinstance(value, dict) else []
+    return [("", value)]
 
 
 def _elsewhere(key: str) -> list[str]:

@@ -113,8 +113,14 @@ class Train(Section):
     activation_checkpointing: bool = setting(
         True, about="Recompute activations in the backward pass: less memory, about a third more time.", example=True
     )
-    eval_every: int = setting(
-        0, about="Evaluate every so many steps and at the end; 0 is only at the end.", example=100, ge=0, unit="steps"
+    eval_every: int = setting(0, about="The older name of eval.every.", example=100, ge=0, unit="steps")
+    sample_every: int = setting(
+        0,
+        about="Answer eval.prompts every so many steps, before the first step and at the end, greedily, and keep the answers in the "
+        "run's folder; 0 turns it off.",
+        example=200,
+        ge=0,
+        unit="steps",
     )
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ from pydantic.fields import FieldInfo
 
 from trainer.config.cluster import Cluster
 from trainer.config.data import Data
+from trainer.config.evaluation import Evaluation
 from trainer.config.model import Model, Quant, Tuning
 from trainer.config.objective import ObjectiveSettings
 from trainer.config.section import Section
@@ -25,6 +26,7 @@ class Config(Section):
     data: Data
     optim: Optim = Optim()
     train: Train
+    eval: Evaluation = Evaluation()
     sharding: Sharding = Sharding()
     checkpoint: Checkpoint = Checkpoint()
     cluster: Cluster = Cluster()
@@ -32,16 +34,36 @@ class Config(Section):
     timeouts: Timeouts = Timeouts()
     track: Track = Track()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _older_names(cls, given: Any) -> Any:
+        """`train.eval_every` of earlier versions is `eval.every`, so that a later override finds one setting only."""
+        train, evaluation = (given.get(name, {}) for name in ("train", "eval")) if isinstance(given, dict) else ({}, {})
+        every = train.get("eval_every") if isinstance(train, dict) else None
+        if type(every) is not int or every <= 0 or not isinstance(evaluation, dict):
+            return given
+        if evaluation.get("every", every) not in (0, every):
+            raise ValueError(
+                f"train.eval_every: {every} is the older name of eval.every, which is {evaluation['every']}. Set eval.every alone."
+            )
+        return {**given, "train": {**train, "eval_every": 0}, "eval": {**evaluation, "every": every}}
+
     @model_validator(mode="after")
     def _used(self) -> "Config":
-        if self.train.eval_every and not (self.data.eval or self.data.held_out):
+        evaluated = self.data.eval or self.data.held_out or self.eval.sets
+        if self.eval.every and not evaluated:
             raise ValueError(
-                "train.eval_every: has no effect without data.eval or data.held_out. Set one of them, or set it to 0."
+                "eval.every (train.eval_every): has no effect without data.eval, data.held_out or eval.sets. Set one of them, or "
+                "set it to 0."
             )
+        if wrong := self.eval.mismatches(self.data):
+            raise ValueError(wrong[0])
+        if self.train.sample_every and not self.eval.prompts:
+            raise ValueError("train.sample_every: has no effect without eval.prompts. Set that, or set it to 0.")
         if self.tuning.targets == []:
             raise ValueError("tuning.targets: [] leaves nothing to learn. Name layers, or set all-linear.")
-        if self.checkpoint.keep_best and not self.train.eval_every:
-            raise ValueError("checkpoint.keep_best: has no effect without train.eval_every. Set that, or set it to 0.")
+        if self.checkpoint.keep_best and not self.eval.every:
+            raise ValueError("checkpoint.keep_best: has no effect without eval.every. Set that, or set it to 0.")
         return self
 
 

@@ -111,15 +111,15 @@ def check_data(
     trained = Seen()
     splits: dict[str, Findings] = {}
     refusals: list[str] = []
-    for what, (files, part) in inputs.items():
+    for what, (files, part, data) in inputs.items():
         size = sum(file.size for file in files)
-        start = partial(_Inspector, config.data, tokenizer, part)
+        start = partial(_Inspector, data, tokenizer, part)
         collected = _Collected(trained if what == "train" else Seen(), trained)
         for inspected, read in (mapper or mapper_for(size))(_read(files), start):
             collected.take(inspected)
             progress(what, read, size)
         splits[what] = collected.finish(replace(train_order(config), weights=(1.0,), fractions=(), seed=0))
-        refusals += _refusals(config.data, what, splits[what], files)
+        refusals += _refusals(data, what, splits[what], files)
     return DataReport(splits, refusals)
 
 
@@ -256,20 +256,20 @@ def _pack(lengths: np.ndarray, order: Order) -> tuple[int, float]:
 
 
 def _refusals(data: Data, what: str, found: Findings, files: list[SourceFile]) -> list[str]:
-    refusals = []
+    setting, refusals = what if what.startswith("eval.sets.") else f"data.{what}", []
     if found.bad_rows and data.on_bad_row == "fail":
         refusals.append(
-            f"data.{what}: {found.bad_rows} bad rows, the first is {found.bad_row_examples[0]}. Correct them, or set "
+            f"{setting}: {found.bad_rows} bad rows, the first is {found.bad_row_examples[0]}. Correct them, or set "
             "data.on_bad_row: skip."
         )
     if found.too_long and data.on_too_long == "fail":
         refusals.append(
-            f"data.{what}: {found.too_long} rows are longer than data.sequence_length: {data.sequence_length}. Raise it, or "
+            f"{setting}: {found.too_long} rows are longer than data.sequence_length: {data.sequence_length}. Raise it, or "
             f"set data.on_too_long to {data.too_long_remedies}."
         )
     if found.documents == found.without_targets:
         refusals.append(
-            f"data.{what}: nothing to train on in {found.rows} rows of {len(files)} files. Check data.format, data.fields, "
+            f"{setting}: nothing to train on in {found.rows} rows of {len(files)} files. Check data.format, data.fields, "
             "data.loss_on and data.sequence_length."
         )
     elif what == "train" and data.format == "labelled":

@@ -7,14 +7,14 @@ others beside them.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.base.locate import Base
 from trainer.base.tokenizer import read_tokenizer
-from trainer.config import Config
+from trainer.config import Config, Data
 from trainer.data.compile import Progress, compile_chapters, count_chapters, fingerprint, hash_tokenizer
 from trainer.data.dataset import MANIFEST, open_chapter, read_manifest
 from trainer.data.encode import EVERYTHING, Part
@@ -32,21 +32,29 @@ from trainer.tuning.method import method_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Input = tuple[list[SourceFile], Part]
+
+class Input(NamedTuple):
+    """The files of a data set, which of their rows it has, and the settings that they are read by."""
+
+    files: list[SourceFile]
+    part: Part
+    data: Data
 
 
 @dataclass(frozen=True)
 class Datasets:
     """Fingerprints of a run's compiled data, which any rank can open from the store.
 
-    `epoch_bins` are the bins of each epoch, where `train.epochs` is what ends the run.
+    `epoch_bins` are the bins of each epoch, where `train.epochs` is what ends the run; `sets` are those of `eval.sets`, by name.
     """
 
     train: str
     eval: str | None
     epoch_bins: Sequence[int] = ()
+    sets: Mapping[str, str] = field(default_factory=dict)
 
 
+_SETS = "eval.sets."
 OnProgress = Callable[[str, Progress], None]
 
 
@@ -57,7 +65,7 @@ def prepare(
     progress: OnProgress = lambda what, now: None,
     mapper: Mapper | None = None,
 ) -> Datasets:
-    """Compile the run's training and evaluation data unless the store has them; `progress` gets "train" or "eval" too.
+    """Compile the run's training and evaluation data unless the store has them; `progress` gets the name in `find` too.
 
     `mapper` encodes what is not small, by default on this machine's cores.
 
@@ -87,16 +95,17 @@ def prepare_start(
     compiling = {
         what: _compile(config, base, store, what, key, inputs[what], progress, mapper) for what, key in keys.items()
     }
-    for _ in compiling.pop("eval", ()):
-        pass
-    rest = compiling["train"]
+    rest = compiling.pop("train")
+    for evaluated in compiling.values():
+        for _ in evaluated:
+            pass
     next(rest)
     bins: list[int] = []
     if config.train.epochs:
         for _ in rest:
             pass
         bins = _epoch_bins(store, keys["train"], train_order(config), config.train.epochs)
-    return Datasets(keys["train"], keys.get("eval"), bins), rest
+    return Datasets(keys["train"], keys.get("eval"), bins, named(keys)), rest
 
 
 def _compile(
@@ -110,13 +119,13 @@ def _compile(
     mapper: Mapper | None,
 ) -> Iterator[int]:
     """Each chapter's number once it is compiled; the last one's where all are already."""
-    files, part = given
+    files, part, data = given
     last = count_chapters(files) - 1
     chapters = iter([last])
     if not _is_compiled(store, key):
         report = partial(progress, what)
         who = mapper_for(sum(file.size for file in files), mapper)
-        chapters = compile_chapters(config.data, files, load_tokenizer(base), store, key, part, who, report)
+        chapters = compile_chapters(data, files, load_tokenizer(base), store, key, part, who, report)
     for chapter in chapters:
         if chapter == last:
             manifest = read_manifest(store, key)
@@ -135,26 +144,43 @@ def load_tokenizer(base: Base) -> "PreTrainedTokenizerBase":
 
 
 def find(config: Config) -> dict[str, Input]:
-    """The files, and which of their rows, that "train" and, where there is any, "eval" are made of.
+    """The files, and which of their rows, that "train" and, where there is any, "eval" are made of, and each of the
+    `eval.sets`, such as "eval.sets.general".
 
     Raises:
         DataError: a source is missing, or of a kind that cannot be read.
     """
     data = config.data
     train = expand(data.train, "data.train")
-    inputs = {"train": (train, Part(data.held_out, data.held_out_seed))}
+    inputs = {"train": Input(train, Part(data.held_out, data.held_out_seed), data)}
     if data.eval:
-        inputs["eval"] = (expand(data.eval, "data.eval"), EVERYTHING)
+        inputs["eval"] = Input(expand(data.eval, "data.eval"), EVERYTHING, data)
     elif data.held_out:
-        inputs["eval"] = (train, Part(data.held_out, data.held_out_seed, held_out=True))
-    return inputs
+        inputs["eval"] = Input(train, Part(data.held_out, data.held_out_seed, held_out=True), data)
+    return inputs | find_sets(config)
+
+
+def find_sets(config: Config) -> dict[str, Input]:
+    """The part of `find` that is `eval.sets`."""
+    read = {f"{_SETS}{name}": given.data(config.data) for name, given in config.eval.sets.items()}
+    return {what: Input(expand(data.train, what), EVERYTHING, data) for what, data in read.items()}
+
+
+def named(keys: Mapping[str, str]) -> dict[str, str]:
+    """The fingerprints of `eval.sets` among those of `locate`, by the names of the sets."""
+    return {what.removeprefix(_SETS): key for what, key in keys.items() if what.startswith(_SETS)}
+
+
+def config_of_set(config: Config, name: str) -> Config:
+    """The settings of a run over one of `eval.sets` alone, by which its compiled rows are packed."""
+    return config.model_copy(update={"data": config.eval.sets[name].data(config.data)})
 
 
 def wait_until_prepared(config: Config, base: Base, store: Store, wait: Callable[[], None]) -> None:
     """Return once another process has compiled the run's data into `store`; `wait` is called between two looks."""
-    for files, part in find(config).values():
-        name = partial(fingerprint, config.data, files, hash_tokenizer(base.directory, base.added_tokens), part)
-        while (weighted := kept_weights(store, name()) if config.data.format == "chat" else False) is None:
+    for files, part, data in find(config).values():
+        name = partial(fingerprint, data, files, hash_tokenizer(base.directory, base.added_tokens), part)
+        while (weighted := kept_weights(store, name()) if data.format == "chat" else False) is None:
             wait()
         while not _is_compiled(store, name(weighted)):
             wait()
@@ -176,7 +202,7 @@ def locate(
     progress: OnProgress = lambda what, now: None,
     keep: bool = True,
 ) -> dict[str, str]:
-    """The fingerprints of "train" and, where there is any, "eval": known before anything is compiled.
+    """The fingerprint of each of the data sets of `find`: known before anything is compiled.
 
     The rows of conversations are looked through for weights, once: what is found is kept in the store if `keep` says so.
 
@@ -186,21 +212,21 @@ def locate(
     tokenizer = hash_tokenizer(base.directory, base.added_tokens)
     keys: dict[str, str] = {}
     found: dict[tuple[SourceFile, ...], bool] = {}  # the same files may be split between both
-    for what, (files, part) in (inputs or find(config)).items():
-        keys[what] = plain = fingerprint(config.data, files, tokenizer, part)
-        if config.data.format != "chat":
+    for what, (files, part, data) in (inputs or find(config)).items():
+        keys[what] = plain = fingerprint(data, files, tokenizer, part)
+        if data.format != "chat":
             continue
         weighted = kept_weights(store, plain)
         if weighted is None:
             same, size = tuple(files), sum(file.size for file in files)
             if same not in found:
                 show = partial(_show_reading, progress, what, size)
-                found[same] = find_weights(config.data, files, show)
+                found[same] = find_weights(data, files, show)
             weighted = found[same]
             if keep:
                 keep_weights(store, plain, weighted)
         if weighted:
-            keys[what] = fingerprint(config.data, files, tokenizer, part, weighted)
+            keys[what] = fingerprint(data, files, tokenizer, part, weighted)
     return keys
 
 

@@ -19,6 +19,8 @@ METRICS = "metrics/"
 LOGS = "logs/"
 DRIVER_LOG = "logs/driver.log"
 CHECKPOINTS = "checkpoints/"
+EVALUATIONS = "evaluations/"
+SAMPLES = "samples/"
 TENSORBOARD = "tensorboard/"
 SLURM_JOB = "slurm/job.json"
 SLURM_SCRIPT = "slurm/run.sbatch"
@@ -120,6 +122,16 @@ def manifest(step: int) -> str:
 def damaged_manifest(step: int, generation: int) -> str:
     """Where `generation` puts the manifest of a checkpoint that it found damaged: it commits the step again."""
     return f"{checkpoint(step)}manifest.damaged-{generation:06d}.json"
+
+
+def evaluation(step: int) -> str:
+    """What `capstan evaluate` found of the state after `step` updates, beside its base: one JSON object."""
+    return f"{EVALUATIONS}step-{step:09d}.json"
+
+
+def samples(step: int) -> str:
+    """Answers to `eval.prompts` by the state after `step` updates: JSON lines."""
+    return f"{SAMPLES}step-{step:09d}.jsonl"
 
 
 def bases(fingerprint: str) -> str:

@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from trainer.data.micro_batch import MicroBatch, Position
 from trainer.data.order import hash_key, splitmix64
 from trainer.data.stream import Stream
 from trainer.errors import DataError, Interrupted, NonFiniteLoss, Stopped
+from trainer.measure.losses import mean_loss
 from trainer.objective.objective import Objective
 from trainer.ranks import Ranks
 from trainer.run.folder import command
@@ -43,6 +44,7 @@ class Training:
     stop: StopSignal
     total_steps: int
     pulse: Pulse = silent_pulse
+    eval_sets: Mapping[str, Stream] = field(default_factory=dict)  # those of eval.sets
     skipped: tuple[Position, ...] = ()  # their loss was not finite in an earlier start of the run
 
 
@@ -69,6 +71,8 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
     ranks, engine, checkpoints = run.ranks, run.engine, run.checkpoints
     first_step, last_save = step + 1, time.monotonic()
     routing = Routing(engine.model, ranks, run.metrics)
+    if step == 0:
+        _evaluate_if_due(run, step, Stop.NO, routing)
     reader = run.stream.read_from(position, compiling=lambda awaited: _wait(run, step, awaited))
     while step < run.total_steps:
         started = time.monotonic()
@@ -183,14 +187,22 @@ def _totals(every: Sequence[_RankStep], seconds: float) -> dict[str, Any]:
 
 
 def _evaluate_if_due(run: Training, step: int, stopping: Stop, routing: Routing) -> float | None:
-    """The loss of the evaluation data, in nats, where the state at `step` is evaluated. Collective."""
-    due = step == run.total_steps or (_eval_is_due(run.config, step) and not stopping)
-    if run.eval_stream is None or not due:
-        return None
-    evaluated = evaluate(run, run.eval_stream) | routing.evaluated(step)
-    run.metrics.write("eval", step=step, **evaluated)
-    run.pulse("save", step)
-    return evaluated["loss"]
+    """Evaluate the state at `step` where that is due; returns the loss, in nats, of the unnamed data, or without any of the first
+    set. Collective."""
+    due = step == run.total_steps or (_is_due(run.config.eval.every, step) and not stopping)
+    loss = None
+    if due:
+        # Backwards, so that the newest record is of the data whose loss decides what is kept.
+        for name, stream in reversed(list(run.eval_sets.items())):
+            loss, tokens = mean_loss(run.engine, stream, lambda: run.pulse("evaluate", 0))
+            measured = routing.evaluated(step, f"eval.sets.{name}")
+            run.metrics.write("eval", step=step, set=name, loss=loss, tokens=tokens, **measured)
+        if run.eval_stream is not None:
+            evaluated = evaluate(run, run.eval_stream) | routing.evaluated(step)
+            run.metrics.write("eval", step=step, **evaluated)
+            loss = evaluated["loss"]
+        run.pulse("save", step)
+    return loss
 
 
 def _wait(run: Training, step: int, awaited: bool) -> None:
@@ -243,8 +255,8 @@ def _save_is_due(config: Config, step: int, minutes_since_save: float) -> bool:
     return by_step or (rules.every_minutes > 0 and minutes_since_save >= rules.every_minutes)
 
 
-def _eval_is_due(config: Config, step: int) -> bool:
-    return config.train.eval_every > 0 and step % config.train.eval_every == 0
+def _is_due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def _dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:

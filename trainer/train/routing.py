@@ -50,10 +50,10 @@ class Routing:
         self._write(step, "train", self._since)
         self._since = {}
 
-    def evaluated(self, step: int) -> dict[str, float]:
-        """The measures of an evaluation that has passed, whose shares are written. Collective."""
+    def evaluated(self, step: int, of: str = "eval") -> dict[str, float]:
+        """The measures of an evaluation that has passed, `of` some data, whose shares are written. Collective."""
         layers = self._taken()
-        self._write(step, "eval", layers)
+        self._write(step, of, layers)
         return _measures(layers)
 
     def _write(self, step: int, of: str, layers: Mapping[str, Layer]) -> None:

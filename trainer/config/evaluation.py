@@ -1,0 +1,112 @@
+"""The settings of the evaluation: what is measured beside the training loss, during a run and by `capstan evaluate`."""
+
+from typing import Any, Literal
+
+from pydantic import field_validator
+
+from trainer.config.data import FIELDS, Data
+from trainer.config.section import Section, setting
+
+UNNAMED = "eval"
+"""The name that the evaluation data of `data.eval` or `data.held_out` has beside those of `eval.sets`."""
+JUDGED = ("preference", "labelled")
+"""The values of `data.format` whose rows have no likelihood of their own: they are answers to be judged."""
+
+
+class EvalSet(Section):
+    """One named set: where its rows are, and how they are read where that differs from the training data."""
+
+    path: str = setting(
+        about="A file, a glob, a folder or a URI, as in data.eval.",
+        example="data/general-*.jsonl",
+    )
+    format: Literal["chat", "prompt_completion", "text"] | None = setting(
+        None, about="The format of its rows. Default: data.format.", example="text"
+    )
+    fields: dict[str, str] = setting(
+        {},
+        about="Names of the fields in its rows, as data.fields. Default: data.fields, where the format is the same.",
+        example={"text": "content"},
+    )
+
+    def data(self, data: Data) -> Data:
+        """The section `data` of a run over this set alone, which is its `train`: what suits the format is kept.
+
+        Raises:
+            ValueError: a field is not one of the format.
+        """
+        same = self.format in (None, data.format)
+        form = self.format or data.format
+        changes: dict[str, Any] = {
+            "train": [{"path": self.path}],
+            "eval": [],
+            "held_out": 0.0,
+            "held_out_seed": 0,
+            "format": form,
+            "fields": self.fields or (data.fields if same else {}),
+            "loss_on": data.loss_on if same else None,
+            "template": data.template if form == "chat" else None,
+        }
+        return Data.model_validate({**data.model_dump(), **changes})
+
+
+class Evaluation(Section):
+    """What is measured beside the training loss. Sets are evaluated during the run; `capstan evaluate` measures all of it."""
+
+    every: int = setting(
+        0,
+        about="Evaluate every so many steps, before the first step and at the end; 0 is only at the end. Earlier versions called "
+        "it train.eval_every.",
+        example=100,
+        ge=0,
+        unit="steps",
+    )
+    sets: dict[str, EvalSet] = setting(
+        {},
+        about="Further evaluation data by name, each with a loss of its own, such as general data that shows what the model forgets.",
+        example={"general": {"path": "data/general.jsonl", "format": "text"}},
+    )
+    tasks: list[str] = setting(
+        [],
+        about="Tasks of lm-evaluation-harness that `capstan evaluate` runs: names, YAML files, or folders of them.",
+        example=["tasks/our-questions.yaml"],
+    )
+    bias: str | None = setting(
+        None,
+        about="Pairs of sentences that differ in a group's word, for `capstan evaluate`: JSONL with group and pair.",
+        example="examples/bias-pairs.jsonl",
+    )
+    prompts: str | None = setting(
+        None,
+        about="Prompts for `capstan generate` and train.sample_every: JSONL with prompt or messages, or a text file with one a line.",
+        example="data/prompts.jsonl",
+    )
+    max_tokens: int = setting(
+        128, about="Longest answer to a prompt while the run trains.", example=64, ge=1, le=2**20, unit="tokens"
+    )
+
+    @field_validator("sets")
+    @classmethod
+    def _names(cls, sets: dict[str, EvalSet]) -> dict[str, EvalSet]:
+        for name, given in sets.items():
+            if name == UNNAMED or not name.replace("-", "").replace("_", "").isalnum():
+                raise ValueError(
+                    f"eval.sets: {name!r} is not allowed as a name. Use letters, digits, '-' and '_', and not {UNNAMED!r}, which "
+                    "is the data of data.eval."
+                )
+            wrong = [field for field in given.fields if given.format and field not in FIELDS[given.format]]
+            if wrong:
+                raise ValueError(
+                    f"eval.sets.{name}.fields: {wrong[0]!r} is not a field of format: {given.format}. Allowed there: "
+                    f"{', '.join(FIELDS[given.format or 'text'])}."
+                )
+        return sets
+
+    def mismatches(self, data: Data) -> list[str]:
+        """A sentence for each set that cannot be read beside this section `data`."""
+        judged = [name for name, given in self.sets.items() if given.format is None and data.format in JUDGED]
+        return [
+            f"eval.sets.{name}.format: not set, and rows of data.format: {data.format} have no likelihood. Set it to chat, "
+            "prompt_completion or text."
+            for name in judged
+        ]

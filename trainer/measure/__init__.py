@@ -1,0 +1,1 @@
+"""What can be found out about a sharded model without training it: likelihoods, answers, tasks."""

@@ -1,0 +1,50 @@
+"""The likelihood of an evaluation set, a document at a time, by the same rows and the same engine that training uses."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trainer.data.micro_batch import MicroBatch
+from trainer.data.stream import Stream
+from trainer.model.packed import PackedModel
+from trainer.objective.answers import read_segments
+from trainer.zero.engine import Engine
+
+
+class DocumentLosses(NamedTuple):
+    """Some documents of a set by their `numbers` in it: -log p of their trained tokens in `nats`, and how many those are; all
+    (documents,), int64 or fp64."""
+
+    numbers: Tensor
+    nats: Tensor
+    tokens: Tensor
+
+
+def document_losses(engine: Engine, stream: Stream, begin: Callable[[], None] = lambda: None) -> DocumentLosses:
+    """Those of this rank's rows of the set of `stream`; `begin` is called before each row. Collective."""
+    numbers, values = list[int](), list[Tensor]()
+    engine.evaluating(True)
+    for batches in stream.epoch(0):
+        for batch in batches:
+            begin()
+            values.append(engine.look(_nats_and_tokens, batch).double().cpu())
+            numbers += batch.documents
+    engine.evaluating(False)
+    nats, tokens = torch.cat(values, dim=1) if values else torch.zeros(2, 0, dtype=torch.float64)
+    return DocumentLosses(torch.tensor(numbers, dtype=torch.int64), nats, tokens)
+
+
+def mean_loss(engine: Engine, stream: Stream, begin: Callable[[], None] = lambda: None) -> tuple[float, int]:
+    """Nats a token over all documents of the set, and its trained tokens. Collective."""
+    mine = document_losses(engine, stream, begin)
+    every = engine.ranks.gather(float(mine.nats.sum()), float(mine.tokens.sum()))
+    tokens = sum(row[1] for row in every)
+    return sum(row[0] for row in every) / tokens, int(tokens)
+
+
+def _nats_and_tokens(model: PackedModel, batch: MicroBatch) -> Tensor:
+    """(2, documents) of a row, each of whose documents is one segment."""
+    segments = read_segments(model, batch)
+    return torch.stack([-segments.log_p, segments.tokens])[:, batch.beginnings]
