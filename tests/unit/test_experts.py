@@ -298,8 +298,10 @@ def test_adapters_of_experts_have_the_names_and_shapes_that_peft_gives_them(kind
         name.replace(".default", ""): shape for name, shape in method.method.shapes(architecture).items()
     }
     shapes = method.shapes(architecture)
-    for names, saved in saved_as(architecture).items():
-        (count, rank, inputs), (_, outputs, _) = shapes[names.a], shapes[names.b]
+    for name, saved in saved_as(architecture).items():
+        path, _, leaf = name.rpartition(".")
+        a, b = (shapes[f"{path}.adapters.{leaf}.{part}"] for part in ("lora_A", "lora_B"))
+        (count, rank, inputs), (_, outputs, _) = a, b
         assert rank == 3
         ours[f"{saved.a}.weight"], ours[f"{saved.b}.weight"] = (count * rank, inputs), (outputs, rank * count)
     assert sum("experts" in name for name in ours) >= 4

@@ -151,7 +151,8 @@ class WithExperts(Around):
         own = self._own(architecture)
         theirs = self.method.export({name: values for name, values in weights.items() if name not in own}, model)
         named: dict[str, Tensor] = {}
-        for ours, saved in saved_as(architecture).items():
+        for name, saved in saved_as(architecture).items():
+            ours = _names(architecture.stacks()[name])
             named[f"{saved.a}.weight"] = weights[ours.a].flatten(0, 1)
             named[f"{saved.b}.weight"] = weights[ours.b].permute(1, 2, 0).flatten(1)
         return with_peft_files(theirs, named, **self.described(architecture))
@@ -181,16 +182,16 @@ def _names(stack: Parameter) -> _Names:
     return _Names(f"{path}.adapters.{leaf}.lora_A", f"{path}.adapters.{leaf}.lora_B")
 
 
-def saved_as(architecture: Architecture) -> dict[_Names, _Names]:
-    """The names of each stack's adapter in the model -> PEFT's, less `.weight`: its wrappers are around each other."""
-    modules: dict[str, list[Parameter]] = {}
-    for name, stack in architecture.stacks().items():
-        modules.setdefault(name.rpartition(".")[0], []).append(stack)
-    found: dict[_Names, _Names] = {}
+def saved_as(architecture: Architecture) -> dict[str, _Names]:
+    """Each stack -> the names of its adapter in PEFT's files, less `.weight`: its wrappers are around each other."""
+    modules: dict[str, list[str]] = {}
+    for name in architecture.stacks():
+        modules.setdefault(name.rpartition(".")[0], []).append(name)
+    found: dict[str, _Names] = {}
     for path, stacks in modules.items():
-        for after, stack in enumerate(reversed(stacks)):
+        for after, name in enumerate(reversed(stacks)):
             saved = f"{path}.{'base_layer.' * after}"
-            found[_names(stack)] = _Names(f"{saved}lora_A", f"{saved}lora_B")
+            found[name] = _Names(f"{saved}lora_A", f"{saved}lora_B")
     return found
 
 

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 # The two files of PEFT's `save_pretrained`; PEFT loads nothing without the settings.
-_WEIGHTS, _SETTINGS = "adapter_model.safetensors", "adapter_config.json"
-PEFT_FILES = (_WEIGHTS,)  # of a half export: the settings are written last
+PREFIX = "base_model.model."  # of the names in PEFT's files: the wrapped model's
+WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+PEFT_FILES = (WEIGHTS,)  # of a half export: the settings are written last
 ALL_LINEAR = "all-linear"
 
 Targets = str | list[str]
@@ -200,9 +201,7 @@ def taken_for_experts(config: LoraConfig, base: PretrainedConfig) -> list[str]:
     return taken
 
 
-def peft_files(
-    config: PeftConfig, weights: dict[str, Tensor], model: Model, prefix: str = "base_model.model."
-) -> dict[str, bytes]:
+def peft_files(config: PeftConfig, weights: dict[str, Tensor], model: Model, prefix: str = PREFIX) -> dict[str, bytes]:
     """PEFT's folder; `weights` by the names that PEFT saves them under, less `prefix`, which is that of a wrapped model."""
     from safetensors.torch import save
 
@@ -211,14 +210,14 @@ def peft_files(
     config.revision = model.revision
     with scratch_folder("export") as folder:
         config.save_pretrained(folder)
-        settings = json.loads(Path(folder, _SETTINGS).read_bytes())
+        settings = json.loads(Path(folder, SETTINGS).read_bytes())
     for value in settings.values():
         if isinstance(value, list):
             value.sort()  # PEFT writes sets, whose order changes from one process to the next
     named = {f"{prefix}{name}": weight for name, weight in weights.items()}
     return {
-        _WEIGHTS: save(named, metadata={"format": "pt"}),
-        _SETTINGS: json.dumps(settings, indent=2, sort_keys=True).encode(),
+        WEIGHTS: save(named, metadata={"format": "pt"}),
+        SETTINGS: json.dumps(settings, indent=2, sort_keys=True).encode(),
     }
 
 
@@ -226,14 +225,14 @@ def with_peft_files(exported: ExportedFiles, weights: dict[str, Tensor], **setti
     """PEFT's folder with more in it: `weights` as in `peft_files`, and `settings` of the adapter's description."""
     from safetensors.torch import load, save
 
-    named = {f"base_model.model.{name}": weight.contiguous() for name, weight in weights.items()}
-    described: dict[str, Any] = json.loads(exported.files[_SETTINGS])
+    named = {f"{PREFIX}{name}": weight.contiguous() for name, weight in weights.items()}
+    described: dict[str, Any] = json.loads(exported.files[SETTINGS])
     for key, value in settings.items():
         both = isinstance(value, list) and isinstance(described.get(key), list)
         described[key] = sorted({*described[key], *value}) if both else value
     files = {
-        _WEIGHTS: save({**load(exported.files[_WEIGHTS]), **named}, metadata={"format": "pt"}),
-        _SETTINGS: json.dumps(described, indent=2, sort_keys=True).encode(),
+        WEIGHTS: save({**load(exported.files[WEIGHTS]), **named}, metadata={"format": "pt"}),
+        SETTINGS: json.dumps(described, indent=2, sort_keys=True).encode(),
     }
     return replace(exported, files=files)
 
