@@ -19,6 +19,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 TakeOver = Annotated[
     bool, typer.Option("--take-over", help="Also when the run is alive: what it has not committed is lost.")
 ]
+StepOption = Annotated[
+    int | None, typer.Option("--step", help="The checkpoint of this step. Default: the newest that is whole.")
+]
+BestOption = Annotated[bool, typer.Option("--best", help="The checkpoint with the lowest evaluation loss.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
 
 

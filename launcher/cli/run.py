@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.cli.options import DryRun, Json, RunName, StoreOption, emit, finite, log, open_run
+from launcher.cli.options import BestOption, DryRun, Json, RunName, StepOption, StoreOption, emit, finite, log, open_run
 from trainer.errors import ConfigError
 
 
@@ -93,12 +93,15 @@ def checkpoints_verify(
     run: RunName,
     store: StoreOption = "runs",
     step: Annotated[int | None, typer.Option(help="Only this one. Default: all.")] = None,
+    best: Annotated[bool, typer.Option("--best", help="Only the one with the lowest evaluation loss.")] = False,
     as_json: Json = False,
 ) -> None:
     """Read every checkpoint whole and compare it with its hashes. Exit code 6 when one is damaged."""
     from launcher.view.checkpoints import checkpoint_table, verify_checkpoints
+    from trainer.checkpoint.choice import chosen_step
 
-    found = verify_checkpoints(open_run(run, store), step)
+    folder = open_run(run, store)
+    found = verify_checkpoints(folder, chosen_step(folder, step, best=best))
     emit(found, as_json, checkpoint_table)
     raise typer.Exit(0 if found.ok else 6)
 
@@ -142,7 +145,8 @@ def export(
     destination: Annotated[str, typer.Argument(metavar="DEST", help="A new folder, or an s3://, gs:// or az:// URI.")],
     store: StoreOption = "runs",
     merge: Annotated[bool, typer.Option("--merge", help="The whole model: base and adapter, merged.")] = False,
-    step: Annotated[int | None, typer.Option(help="Which checkpoint. Default: the newest that is whole.")] = None,
+    step: StepOption = None,
+    best: BestOption = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare its predictions in transformers + PEFT with the trained model's.")
     ] = False,
@@ -152,7 +156,9 @@ def export(
     """Write a committed checkpoint as a PEFT adapter, or merged with its base, to a folder or a bucket. A run that tuned the
     base itself (tuning.method: full) is written as the whole model, with --merge or without."""
     from launcher.export import export_run
+    from trainer.checkpoint.choice import chosen_step
 
     folder = open_run(run, store)
+    step = chosen_step(folder, step, best=best)
     result = export_run(folder, destination, merge=merge, step=step, verify=verify, dry_run=dry_run)
     emit(result, as_json, lambda exported: exported.sentence())

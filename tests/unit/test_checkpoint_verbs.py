@@ -10,6 +10,7 @@ from typer.testing import CliRunner, Result
 
 from launcher.cli.__main__ import app
 from tests.checkpoints import commit
+from trainer.checkpoint.choice import chosen_step
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import whole_checkpoint
 from trainer.errors import CapstanError, ConfigError, NothingToResume
@@ -84,6 +85,32 @@ def test_a_step_that_is_not_there_is_a_wrong_argument(run: Store) -> None:
     assert "no committed checkpoint of step 7. Its steps are: 1, 2, 3, 4." in str(failed.exception)
     with pytest.raises(ConfigError, match="no committed checkpoint of step 7. Its steps are: 1, 2, 3, 4."):
         whole_checkpoint(run, 7)
+
+
+def test_the_best_is_the_newest_of_those_with_the_lowest_evaluation_loss(run: Store) -> None:
+    commit(run, 5, attempt="000002-000001", eval_loss=None)
+    commit(run, 6, attempt="000002-000001", eval_loss=0.5)
+    assert chosen_step(run, None, best=True) == 4
+    run.delete(layout.manifest(4))
+    run.delete(layout.manifest(3))
+    assert chosen_step(run, None, best=True) == 6, "of steps 2 and 6, whose losses are the same"
+    only = answer(capstan(run, "verify", "--best", "--json"))
+    assert [row["step"] for row in only["checkpoints"]] == [6]
+    assert (chosen_step(run, None, best=False), chosen_step(run, 2, best=False)) == (None, 2)
+
+
+def test_a_choice_that_cannot_be_met_names_what_there_is(run: Store) -> None:
+    with pytest.raises(ConfigError, match="--best chooses the step, and --step 3 names one"):
+        chosen_step(run, 3, best=True)
+    for step in (3, 4):
+        run.delete(layout.manifest(step))
+    for step in (1, 2):
+        run.delete(layout.manifest(step))
+        commit(run, step, attempt="000002-000001", eval_loss=None)
+    with pytest.raises(ConfigError, match="--best: no checkpoint of .* was evaluated .* Its steps are: 1, 2"):
+        chosen_step(run, None, best=True)
+    with pytest.raises(ConfigError, match="no committed checkpoint of step 3. Its steps are: 1, 2"):
+        chosen_step(run, 3, best=False)
 
 
 def test_without_any_checkpoint_there_is_nothing_to_resume(run: Store) -> None:
