@@ -18,6 +18,7 @@ from trainer.data.encode import EVERYTHING, Encoder
 from trainer.data.labelled import Labelled, LabelledRenderer
 from trainer.data.manifest import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, TARGET_BIT
 from trainer.data.order import Order
+from trainer.data.prepare import find
 from trainer.data.rows import batches
 from trainer.data.sources import expand
 from trainer.data.stream import Stream
@@ -193,12 +194,10 @@ def test_answers_of_one_kind_alone_are_refused_with_one_sentence(tmp_path: Path,
     with pytest.raises(DataError) as error:
         workshop.prepare(config)
     assert str(error.value).startswith(said)
-    files = expand(config.data.train, "data.train")
-    report = check_data(config, word_tokenizer(), {"train": (files, EVERYTHING)}, lambda *_: None)
+    report = check_data(config, word_tokenizer(), find(config), lambda *_: None)
     assert report.refusals == [str(error.value)]
     both = [labelled(0, 1, 2, desired), labelled(30, 1, 2, not desired), labelled(60, 1, 2, not desired)]
     write(path, both)
-    files = expand(config.data.train, "data.train")
     assert workshop.prepare(config).train
-    report = check_data(config, word_tokenizer(), {"train": (files, EVERYTHING)}, lambda *_: None)
+    report = check_data(config, word_tokenizer(), find(config), lambda *_: None)
     assert (report.refusals, report.splits["train"].desired) == ([], 1 if desired else 2)

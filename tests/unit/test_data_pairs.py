@@ -17,6 +17,7 @@ from trainer.data.encode import EVERYTHING, Encoder
 from trainer.data.manifest import ID_BITS, REJECTED_BIT, TARGET_BIT
 from trainer.data.order import Order
 from trainer.data.pairs import Pair, PairRenderer
+from trainer.data.prepare import find
 from trainer.data.rows import batches
 from trainer.data.sources import expand
 from trainer.data.stream import Stream
@@ -237,10 +238,8 @@ def test_data_check_names_such_rows(tmp_path: Path) -> None:
     from tests.unit.test_data_compile import word_tokenizer
 
     rows = [pair(0, 2, 1, 2), {"prompt": "1 ", "chosen": "2", "rejected": "2"}, pair(0, 2, 0, 2) | {"score": 1}]
-    files = expand(settings(train=[{"path": write(tmp_path / "a.jsonl", rows)}]).train, "data.train")
-    report = check_data(
-        config(f"data.train=[{{path: {tmp_path}/a.jsonl}}]"), word_tokenizer(), {"train": (files, EVERYTHING)}, print
-    )
+    settings = config(f"data.train=[{{path: {write(tmp_path / 'a.jsonl', rows)}}}]")
+    report = check_data(settings, word_tokenizer(), find(settings), print)
     found = report.splits["train"]
     assert (found.rows, found.documents, found.bad_rows, found.without_targets, found.empty_turns) == (3, 2, 1, 1, 1)
     assert "a.jsonl:2: chosen and rejected are the same" in found.bad_row_examples[0]
