@@ -29,6 +29,8 @@ from trainer.run.metrics import CURVES_SECONDS, Metrics, claim_generation
 from trainer.run.records import record_line
 from trainer.run.requests import StopSignal
 from trainer.run.segments import Appender
+from trainer.run.trackers.jsonl import JsonLines
+from trainer.run.trackers.tensorboard import Curves
 from trainer.store import Entry, Store, open_store
 
 FLUSH_SECONDS = 5.0  # the default of track.flush_seconds
@@ -110,7 +112,9 @@ def step_record(step: int) -> dict[str, Any]:
 
 def simulate(folder: CountingStore, steps: int, seconds_a_step: float) -> Cost:
     """Take `steps` as rank 0 of a run."""
-    metrics = Metrics(folder, claim_generation(folder), writes=True, flush_seconds=1e9, tensorboard=True)
+    generation = claim_generation(folder)
+    records, curves = JsonLines(folder, generation, seconds=1e9), Curves(folder, generation, seconds=1e9)
+    metrics = Metrics([records, curves])
     stop = StopSignal(folder, watches=False, seconds=1e9)
     log, time_ = Appender(folder, layout.rank_log(1, 0)), Rhythms()
     allowance = log_allowance(0, 1, clock=lambda: time_.now)
@@ -124,11 +128,11 @@ def simulate(folder: CountingStore, steps: int, seconds_a_step: float) -> Cost:
         made += len(record_line("step", record)) + len(line)
         time_.now += seconds_a_step
         if time_.due("flush", FLUSH_SECONDS):
-            metrics.flush()
+            records.flush()
             if allowance.take():
                 log.flush()
         if time_.due("curves", CURVES_SECONDS):
-            metrics.flush_curves()
+            curves.flush()
         if time_.due("look", min(5.0, FLUSH_SECONDS)):
             stop._look()
         if time_.due("commit", COMMIT_SECONDS):

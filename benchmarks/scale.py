@@ -31,6 +31,8 @@ from trainer.run import layout
 from trainer.run.log import log_allowance
 from trainer.run.records import record_line
 from trainer.run.segments import Appender
+from trainer.run.trackers.jsonl import JsonLines
+from trainer.run.trackers.tensorboard import Curves
 from trainer.store import Buffer, Entry, Store, open_store
 
 LAYERS, HIDDEN, INTERMEDIATE, KEY_VALUE, LORA_RANK = 126, 16384, 53248, 1024, 16
@@ -204,7 +206,8 @@ def requests_at_rest(ranks: int) -> int:
     store, now = CountingStore(), 0.0
     Timer.timers = []
     trainer.run.metrics.Every = trainer.run.requests.Every = Timer  # type: ignore[misc,assignment]
-    metrics = trainer.run.metrics.Metrics(store, 1, writes=True, flush_seconds=FLUSH_SECONDS, tensorboard=True)
+    records, curves = JsonLines(store, 1, FLUSH_SECONDS), Curves(store, 1, trainer.run.metrics.CURVES_SECONDS)
+    metrics = trainer.run.metrics.Metrics([records, curves])
     trainer.run.requests.StopSignal(store, watches=True, seconds=FLUSH_SECONDS)
     logs = [Appender(store, layout.rank_log(1, rank)) for rank in range(ranks)]
     allowances = [log_allowance(rank, ranks, lambda: now) for rank in range(ranks)]

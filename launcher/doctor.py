@@ -22,12 +22,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from trainer.errors import CapstanError
+from trainer.registry import kinds
+from trainer.run import trackers
 from trainer.store import open_store
 
 State = Literal["ok", "optional", "missing"]
 
-# The extras of this distribution that bring faster kernels.
+# The extras of this distribution that bring faster kernels, which are built against the installed torch, and trackers.
 _KERNELS = ("flash-attn", "linear-attention", "mamba")
+_EXTRAS = {
+    **dict.fromkeys(_KERNELS, "pip install --no-build-isolation"),
+    **dict.fromkeys(sorted(kinds(trackers, "SERVICES")), "pip install"),
+}
 
 # Asked of torch in a fresh interpreter: importing it here would cost seconds and gigabytes of address space.
 _TORCH_PROBE = """
@@ -94,16 +100,16 @@ def report_table(report: Diagnosis) -> Group:
 
 
 def _packages() -> Iterator[Check]:
-    """Every dependency that this distribution declares, installed and within its range; kernels are optional."""
+    """Every dependency that this distribution declares, installed and within its range; those of kernels and trackers are optional."""
     optional = dict[str, Check]()
     for text in metadata.requires("capstan-llm") or []:
         requirement = Requirement(text)
         if requirement.marker is None:
             yield check_package(requirement, "missing", f"pip install '{requirement}'")
-        for extra in _KERNELS:
+        for extra, install in _EXTRAS.items():
             if requirement.marker and requirement.marker.evaluate({"extra": extra}):
-                install = f"pip install --no-build-isolation 'capstan-llm[{extra}]'"
-                optional[requirement.name] = check_package(requirement, "optional", install)
+                line = f"{install} 'capstan-llm[{extra}]'"
+                optional[requirement.name] = check_package(requirement, "optional", line)
     yield from optional.values()
 
 

@@ -44,7 +44,7 @@ from trainer.plan import choose_scope, make_plan
 from trainer.ranks import Ranks, join
 from trainer.run import layout
 from trainer.run.log import rank_log
-from trainer.run.metrics import Metrics, claim_generation, peak_memory
+from trainer.run.metrics import Metrics, claim_generation, open_trackers, peak_memory
 from trainer.run.records import add_record, bad_windows
 from trainer.run.requests import StopSignal
 from trainer.run.settings import record_settings
@@ -111,14 +111,9 @@ def run_rank(
         rank_log(run, generation, ranks.rank, ranks.world_size, config.track.flush_seconds) as flush_log,
         ExitStack() as stack,
     ):
-        metrics = Metrics(
-            run,
-            generation,
-            writes=ranks.rank == 0,
-            flush_seconds=config.track.flush_seconds,
-            tensorboard=config.track.tensorboard,
-        )
+        metrics = Metrics(open_trackers(run, generation, config) if ranks.rank == 0 else ())
         stack.callback(metrics.close)
+        metrics.write("phase", phase="load")
         seconds = min(5.0, config.track.flush_seconds)
         stop = StopSignal(run, watches=ranks.rank == 0, seconds=seconds, preempted=starter.preempted)
         stack.callback(stop.close)
@@ -171,6 +166,7 @@ def _train(start: _Start, datasets: Datasets, *, resume: bool) -> None:
     training, restored = _assemble(start, datasets, resume=resume)
     step, position = (restored.step, Position.from_json(restored.position)) if restored else (0, Position())
     stop_before_training(training, step, position, committed=restored is not None)
+    metrics.write("phase", phase="first_step")
     for record in train(training, step, position):
         if record["step"] == step + 1:
             metrics.write("first_step", step=step + 1, seconds=round(time.time() - starter.began, 3))

@@ -28,6 +28,7 @@ from launcher.drive.signals import beside_main_thread, forget_stop_by_signal, st
 from launcher.ray.cluster import address_of, joined_ray
 from launcher.ray.train import run_on_ray
 from launcher.start.claim import turn
+from launcher.view.lines import follow_lines
 from launcher.view.tables import watch
 from trainer.config import Config
 from trainer.errors import CapstanError, Stopped, Superseded
@@ -67,7 +68,7 @@ def drive(
                 run_on_ray(config, datasets, owner, resume=resume, dashboard=dashboard, log=journal.write)
 
     try:
-        with stop_on_signals(owner), _live(run, live):
+        with stop_on_signals(owner), _shown(config, run, live=live, log=log):
             journal = Journal(run, log)  # whoever sees its first line may send a signal
             try:
                 beside_main_thread(partial(work, journal))
@@ -86,18 +87,21 @@ def _forget_own_stop(run: Store) -> None:
 
 
 @contextmanager
-def _live(run: Store, on: bool) -> Iterator[None]:
-    """Show the run's progress on stderr, from its folder, while ranks work."""
+def _shown(config: Config, run: Store, *, live: bool, log: Callable[[str], None]) -> Iterator[None]:
+    """Show the run's progress from its folder while ranks work: on a terminal `live`, else as lines of the log."""
     done = threading.Event()
-    viewer = threading.Thread(target=watch, args=(run, done.is_set), name="live", daemon=True)
-    if on:
-        viewer.start()
+    show = (
+        partial(watch, run, done.is_set)
+        if live
+        else partial(follow_lines, run, done.is_set, config.track.print_steps, log)
+    )
+    viewer = threading.Thread(target=show, name="progress", daemon=True)
+    viewer.start()
     try:
         yield
     finally:
         done.set()
-        if on:
-            viewer.join(timeout=5)
+        viewer.join(timeout=5)
 
 
 def main() -> None:

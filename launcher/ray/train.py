@@ -105,6 +105,7 @@ def run_on_ray(
                     log=log,
                     stop=lambda: stop_if_asked(run, "while the run was starting"),
                 )
+                log(f"launch: Ray starts the processes of {workers} ranks")
                 end = _attempt(cluster_run, wanted, workers)
             except Superseded:
                 raise

@@ -24,6 +24,7 @@ from trainer.optimizer.optimizer import find_optimizer
 from trainer.run import layout
 from trainer.run.folder import command, run_folder
 from trainer.run.owner import FRESH_SECONDS, age, last_owner, read_owner
+from trainer.run.trackers.services import check_trackers
 from trainer.store import Store, open_run_store
 from trainer.tuning.method import check_tuning
 from trainer.zero.policy import build_deepspeed_config
@@ -67,8 +68,8 @@ def check(
     started again and may have the run already. `elsewhere`: it will train on other machines, and its data need not be seen from here.
 
     Raises:
-        ConfigError: a setting holds a secret, the base does not fit the settings, the newest checkpoint belongs to other ones, the run is alive, or
-            the name is taken.
+        ConfigError: a setting holds a secret, the base does not fit the settings, the newest checkpoint belongs to other ones, the run is alive, the
+            name is taken, or a tracker is not installed.
         DataError: the data of the run to resume is not there.
         NothingToResume: `resume`, and nothing is committed.
         StorageError: `resume`, and no checkpoint can be read.
@@ -79,6 +80,7 @@ def check(
     check_tuning(config, base.description)
     check_objective(config)
     find_optimizer(config.optim)
+    check_trackers(config.track)
     build_deepspeed_config(config, world_size=config.cluster.most_workers or 1, accumulation=1, on_gpu=False)
     run = run_folder(config)
     if has_run(run, again):

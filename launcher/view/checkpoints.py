@@ -10,11 +10,11 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from launcher.view.tables import duration
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import CheckpointManifest, check_step, readable_manifests, shard_problem
 from trainer.checkpoint.retention import Removal, Retention, plan_removal, remove
 from trainer.run.folder import run_config
+from trainer.run.lines import duration
 from trainer.store import Store
 
 

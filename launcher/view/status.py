@@ -4,14 +4,21 @@ A generation is one start of the run; its records are in `metrics/` (trainer/run
 a committed checkpoint, so its steps replace equal and later ones of the generations before it.
 """
 
+import math
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
+from launcher.view.sparkline import Thinned
 from trainer.checkpoint.listing import newest_commit
+from trainer.config import Config
+from trainer.errors import ConfigError
 from trainer.run import layout
+from trainer.run.folder import command, run_config
 from trainer.run.owner import read_owner
 from trainer.run.records import Record, RecordReader, read_records
 from trainer.run.segments import streams
@@ -41,7 +48,10 @@ class RunStatus:
 
     `machines` has the ranks on each, `device` is what rank 0 computes on; `quiet_seconds` is the time since the newest sign of life; `reason` is why the newest
     generation ended. `start_seconds` has what the newest start took: `launch` (processes and imports), `load` (the base),
-    `restore` (a checkpoint), and `first_step`, all of it until the first update was done.
+    `restore` (a checkpoint), and `first_step`, all of it until the first update was done. `epoch` counts whole passes over the
+    data, of the `epochs` that are asked for, if any. `loss_curve` has (step, loss) of evenly spread steps, `eval_losses` the newest loss
+    of each named evaluation set. `gpu_hours` are those of all starts, and `cost` follows from track.price_per_gpu_hour.
+    `next` is the command that an ended run wants.
     """
 
     run: str
@@ -55,9 +65,14 @@ class RunStatus:
     start_seconds: dict[str, float] = field(default_factory=dict)
     step: int = 0
     total_steps: int | None = None
+    epoch: int | None = None
+    epochs: int | None = None
+    lr: float | None = None
     loss_first: float | None = None
     loss: float | None = None
+    loss_curve: list[tuple[int, float]] = field(default_factory=list)
     eval_loss: float | None = None
+    eval_losses: dict[str, float] = field(default_factory=dict)
     tokens_per_second: float | None = None
     eta_seconds: float | None = None
     last_commit_step: int | None = None
@@ -67,6 +82,9 @@ class RunStatus:
     skipped_saves: int = 0
     stop_requested: bool = False
     reason: str = ""
+    gpu_hours: float | None = None
+    cost: float | None = None
+    next: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, under the names above."""
@@ -94,16 +112,23 @@ class _Generation:
         self.first: dict[str, Record] = {}
         self._last: dict[str, Record] = {}
         self.recent_steps: deque[Record] = deque(maxlen=_RATE_STEPS)
+        self.losses = Thinned()
+        self.set_losses: dict[str, float] = {}
         self.last_time: float | None = None
 
     def add(self, records: Iterable[Record]) -> None:
         for record in records:
             kind = record["kind"]
+            if kind == "eval" and (name := record.get("set")):
+                kind = "eval_set"  # "eval" is that of the held-out data without a name
+                if (loss := record.get("loss")) is not None:
+                    self.set_losses[name] = loss
             self.count[kind] += 1
             self.first.setdefault(kind, record)
             self._last[kind] = record
             if kind == "step":
                 self.recent_steps.append(record)
+                self.losses.add(record["step"], record.get("loss"))
             self.last_time = record.get("time", self.last_time)
 
     def last(self, kind: str) -> Record | None:
@@ -123,6 +148,13 @@ class Follower:
         self._generations: dict[int, _Generation] = {}
         self._readers: dict[int, RecordReader] = {}
 
+    @cached_property
+    def _config(self) -> Config | None:
+        """The run's settings, read once; None where they cannot be."""
+        with suppress(ConfigError):
+            return run_config(self._folder)
+        return None
+
     def read(self) -> RunStatus:
         written = self._read_metrics()
         if not self._generations:
@@ -139,9 +171,12 @@ class Follower:
         alive = owner.is_alive(now) if owner else _is_heard_of(newest, quiet)
         # Somebody has taken the run again since its last start ended, and has no ranks yet.
         taken = owner if owner and alive and end and owner.since > end["time"] and not newest.last("restart") else None
+        state = "starting" if taken else _state(newest, alive)
+        gpu_hours = sum(map(_gpu_seconds, self._generations.values())) / 3600
+        price = self._config.track.price_per_gpu_hour if self._config else None
         return RunStatus(
             run=self._folder.uri,
-            state="starting" if taken else _state(newest, alive),
+            state=state,
             generation=number,
             restarts=self._restarts(),
             world_size=self._newest_value("start", "world_size"),
@@ -151,9 +186,14 @@ class Follower:
             start_seconds=_start_seconds(newest),
             step=step,
             total_steps=total,
+            epoch=self._newest_value("step", "epoch"),
+            epochs=self._config.train.epochs if self._config else None,
+            lr=self._newest_value("step", "lr"),
             loss_first=self._first_loss(),
             loss=self._newest_value("step", "loss"),
+            loss_curve=self._loss_curve(),
             eval_loss=self._newest_value("eval", "loss"),
+            eval_losses=self._set_losses(),
             tokens_per_second=tokens_per_second,
             eta_seconds=None if end or total is None or step_seconds is None else (total - step) * step_seconds,
             last_commit_step=commit[0] if commit else None,
@@ -163,6 +203,9 @@ class Follower:
             skipped_saves=self._count("save_skipped"),
             stop_requested=self._folder.exists(layout.STOP),
             reason=taken.sentence(now) if taken else end["reason"] if end else "",
+            gpu_hours=gpu_hours or None,
+            cost=gpu_hours * price if gpu_hours and price is not None else None,
+            next=next_command(self._folder, state, committed=commit is not None),
         )
 
     def _before_its_first_records(self) -> RunStatus:
@@ -209,6 +252,24 @@ class Follower:
         firsts = [records.first["step"] for records in self._newest_first() if records.last("step")]
         return min(firsts, key=lambda record: record["step"]).get("loss") if firsts else None
 
+    def _loss_curve(self) -> list[tuple[int, float]]:
+        """Of the steps that starts have repeated, those of the newest count."""
+        curve = Thinned()
+        below: float = math.inf
+        points: list[tuple[int, float]] = []
+        for records in self._newest_first():
+            points += [point for point in reversed(records.losses.points) if point[0] < below]
+            below = points[-1][0] if points else below
+        for step, loss in reversed(points):
+            curve.add(step, loss)
+        return curve.points
+
+    def _set_losses(self) -> dict[str, float]:
+        losses: dict[str, float] = {}
+        for records in reversed(self._newest_first()):
+            losses |= records.set_losses
+        return losses
+
     def _restarts(self) -> list[Restart]:
         """Starts after the first. One that was refused before it trained is none, unless it is the newest."""
         newest = max(self._generations)
@@ -228,6 +289,27 @@ class Follower:
         """(step, seconds since 1970) of the newest manifest: what is in the store, whatever the metrics say."""
         newest = newest_commit(self._folder)
         return (newest.step, newest.manifest.modified.timestamp()) if newest and newest.manifest else None
+
+
+def next_command(folder: Store, state: State, *, committed: bool) -> str:
+    """The command that somebody wants next who sees the run in this state, with what it is for; empty while it goes on."""
+    if state == "finished":
+        return f"{command('export', folder, 'adapter/')} writes what was trained"
+    resume = f"{command('resume', folder)} goes on"
+    if state == "stopped":
+        return resume if committed else ""
+    if state in ("failed", "silent"):
+        return f"{command('logs', folder)} shows the last lines" + (f"; {resume}" if committed else "")
+    return ""
+
+
+def _gpu_seconds(records: _Generation) -> float:
+    """The time of all GPUs of a start, from its launch to its last record."""
+    start = records.last("start")
+    if start is None or not str(start.get("device")).startswith("cuda") or records.last_time is None:
+        return 0.0
+    began = start.get("time", records.last_time) - (start.get("start_seconds") or 0.0)
+    return (start.get("world_size") or 0) * max(0.0, records.last_time - began)
 
 
 def _is_heard_of(newest: _Generation, quiet: float) -> bool:

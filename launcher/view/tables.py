@@ -8,9 +8,11 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from launcher.view.sparkline import sparkline
 from launcher.view.status import ENDED, SILENT_SECONDS, Follower, RunStatus, State
 from launcher.view.tail import poll_seconds
 from trainer.errors import StorageError
+from trainer.run.lines import duration
 from trainer.store import Store
 
 
@@ -37,7 +39,11 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
     yield "state", state + (", asked to stop" if status.stop_requested and status.state not in ENDED else "")
     yield "reason", _escaped(status.reason)
     yield "step", f"{status.step:,}" + (f" of {status.total_steps:,}" if status.total_steps is not None else "")
+    yield "epoch", _epoch_line(status)
     yield "loss", _loss_line(status)
+    yield "", sparkline(status.loss_curve)
+    yield "held out", ", ".join(f"{_escaped(name)} {loss:.4f}" for name, loss in status.eval_losses.items())
+    yield "lr", "" if status.lr is None else f"{status.lr:.3g}"
     if status.tokens_per_second is not None:
         eta = f", {duration(status.eta_seconds)} left" if status.eta_seconds is not None else ""
         yield "speed", f"{status.tokens_per_second:,.0f} tokens/s{eta}"
@@ -54,6 +60,10 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
     for restart in status.restarts:
         where = "" if restart.step is None else f" at step {restart.step:,}"
         yield f"start {restart.generation}", _escaped(f"went on{where} after: {restart.reason}")
+    if status.gpu_hours is not None:
+        cost = "" if status.cost is None else f", {status.cost:,.2f} in money"
+        yield "GPU hours", f"{status.gpu_hours:,.2f}{cost}"
+    yield "next", _escaped(status.next)
 
 
 def _ranks_line(status: RunStatus) -> str:
@@ -73,6 +83,12 @@ def _start_line(status: RunStatus) -> str:
     return f"{total:.1f} s to the first step ({', '.join(f'{part} {took:.1f} s' for part, took in parts.items())})"
 
 
+def _epoch_line(status: RunStatus) -> str:
+    if status.epochs is not None and status.total_steps:
+        return f"{status.epochs * status.step / status.total_steps:.2f} of {status.epochs}"
+    return "" if status.epoch is None else f"{status.epoch + 1}"
+
+
 def _loss_line(status: RunStatus) -> str:
     if status.loss is None or status.loss_first is None:
         return ""
@@ -83,15 +99,6 @@ def _loss_line(status: RunStatus) -> str:
 def _escaped(text: str) -> str:
     """Without rich's markup: an error message may hold [brackets]."""
     return text.replace("[", r"\[")
-
-
-def duration(seconds: float) -> str:
-    """Two units: 45 s, 12 min 5 s, 3 h 20 min, 2 d 4 h."""
-    whole = round(seconds)
-    for size, unit, smaller, small_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if whole >= size:
-            return f"{whole // size} {unit} {whole % size // smaller} {small_unit}"
-    return f"{whole} s"
 
 
 def watch(

@@ -51,7 +51,7 @@ class Assembled:
         self.events.append({"kind": kind, **values})
 
     def training(self, generation: int = 1, objective: Objective | None = None) -> Training:
-        metrics = Metrics(self.run, 1, writes=False, flush_seconds=60, tensorboard=False)
+        metrics = Metrics()
         stop = StopSignal(self.run, watches=False, seconds=60)
         total = self.config.train.steps
         assert total

@@ -7,12 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trainer.errors import StorageError
 from trainer.run import layout, segments
-from trainer.run.curves import Curves
 from trainer.run.metrics import Metrics, claim_generation
 from trainer.run.records import add_record, read_records
+from trainer.run.trackers.jsonl import JsonLines
+from trainer.run.trackers.tensorboard import Curves
 from trainer.store import Store, open_store
 
 
@@ -37,8 +39,18 @@ def test_starts_that_race_never_share_a_generation(run: Store) -> None:
         assert sorted(pool.map(race, range(racers))) == list(range(1, racers + 1))
 
 
-def metrics(run: Store, *, writes: bool = True, tensorboard: bool = False) -> Metrics:
-    return Metrics(run, 1, writes=writes, flush_seconds=3600, tensorboard=tensorboard)
+def metrics(run: Store, *, tensorboard: bool = False, generation: int = 1) -> Metrics:
+    records = JsonLines(run, generation, seconds=3600)
+    return Metrics([records, Curves(run, generation, seconds=3600)] if tensorboard else [records])
+
+
+def events(run: Store) -> EventAccumulator:
+    folder = run.uri.removeprefix("file://") + "/" + layout.TENSORBOARD
+    return EventAccumulator(folder, size_guidance={"scalars": 0}).Reload()
+
+
+def curve(run: Store, name: str = "train/loss") -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in events(run).Scalars(name)]
 
 
 def records(run: Store) -> list[dict[str, object]]:
@@ -60,38 +72,45 @@ def test_each_record_is_one_json_object_a_line(run: Store) -> None:
 
 
 def test_other_ranks_write_nothing(run: Store) -> None:
-    theirs = metrics(run, writes=False, tensorboard=True)
+    theirs = Metrics()
     theirs.write("step", step=1, loss=2.5)
+    theirs.flush()
     theirs.close()
     assert run.list() == []
 
 
 def test_tensorboard_events_lie_in_the_runs_folder(run: Store) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     ours = metrics(run, tensorboard=True)
     for step in (1, 2):
         ours.write("step", step=step, loss=1.0 / step, samples="88ed09c9")  # a text is no curve
+    ours.write("eval", step=2, loss=3.0)
+    ours.write("eval", step=2, loss=4.0, set="general")
+    ours.write("commit", step=2, bytes=5)  # no curve of its own
     ours.close()
-    folder = run.uri.removeprefix("file://") + "/" + layout.tensorboard(1)
-    events = EventAccumulator(folder).Reload().Scalars("step/loss")
-    assert [(event.step, event.value) for event in events] == [(1, 1.0), (2, 0.5)]
+    assert curve(run) == [(1, 1.0), (2, 0.5)]
+    assert (curve(run, "eval/loss"), curve(run, "eval/general/loss")) == ([(2, 3.0)], [(2, 4.0)])
+    assert events(run).Tags()["scalars"] == ["train/loss", "eval/loss", "eval/general/loss"]
+
+
+def test_a_start_that_repeats_steps_has_one_curve_with_the_start_before_it(run: Store) -> None:
+    for generation, steps in ((1, range(1, 9)), (2, range(6, 13))):
+        ours = metrics(run, tensorboard=True, generation=generation)
+        ours.write("start", step=steps[0] - 1)
+        for step in steps:
+            ours.write("step", step=step, loss=float(10 * generation + step))
+        ours.close()
+    assert curve(run) == [(step, 10 + step) for step in range(1, 6)] + [(step, 20 + step) for step in range(6, 13)]
 
 
 def test_curves_are_those_of_every_segment(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     monkeypatch.setattr(segments, "BLOCK_BYTES", 1000)
     ours = metrics(run, tensorboard=True)
-    assert ours._curves is not None
     for step in range(200):
         ours.write("step", step=step, loss=float(step))
-        ours._curves.flush()
+        ours.flush()
     ours.close()
-    folder = run.uri.removeprefix("file://") + "/" + layout.tensorboard(1)
-    assert len(list(Path(folder).iterdir())) > 5
-    events = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload().Scalars("step/loss")
-    assert [(event.step, event.value) for event in events] == [(step, float(step)) for step in range(200)]
+    assert len(run.list(layout.TENSORBOARD)) > 5
+    assert curve(run) == [(step, float(step)) for step in range(200)]
 
 
 def test_what_others_add_comes_after_what_rank_0_wrote_and_is_never_overwritten(run: Store) -> None:
@@ -115,7 +134,7 @@ def test_no_failure_of_metrics_reaches_the_training(
         raise failure
 
     with monkeypatch.context() as broken:
-        for owner, method in ((Store, "put"), (Curves, "add"), (Curves, "__init__")):
+        for owner, method in ((Store, "put"), (Curves, "add")):
             broken.setattr(owner, method, fails)
         ours = metrics(run, tensorboard=True)
         for step in range(3):
@@ -125,7 +144,7 @@ def test_no_failure_of_metrics_reaches_the_training(
     said = capfd.readouterr().err
     assert said.count("sending the metrics failed, which does not end the run") == 1
     assert said.count("making TensorBoard's events failed") == 1
-    assert said.count("making a record failed") == 1
+    assert said.count("making the metrics failed") == 1
     assert str(failure) in said
     ours.close()
     assert [record["step"] for record in read_records(run, 1)] == [0, 1, 2]

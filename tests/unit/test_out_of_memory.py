@@ -13,13 +13,14 @@ from trainer.rank import _outcome
 from trainer.ranks import Ranks
 from trainer.run.layout import metrics
 from trainer.run.metrics import Metrics, claim_generation
+from trainer.run.trackers.jsonl import JsonLines
 
 
 def test_out_of_memory_names_the_largest_parts_of_the_plan(tmp_path: Path):
     workshop = Workshop(tmp_path)
     config = workshop.config("large")
     run = workshop.store.sub("large")
-    told = Metrics(run, claim_generation(run), writes=True, flush_seconds=60, tensorboard=False)
+    told = Metrics([JsonLines(run, claim_generation(run), seconds=60)])
     ranks = Ranks(0, 2, 2, 0, torch.device("cpu"))
     with pytest.raises(DoesNotFit) as raised, _outcome(told, config, resolve_base(config.model), ranks):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")

@@ -246,6 +246,38 @@ class Track(Section):
     tensorboard: bool = setting(
         True, about="Write TensorBoard events into the run's folder, once a minute.", example=True
     )
+    trackers: list[str] = setting(
+        [],
+        about="Services that show the curves, each an extra: wandb, mlflow, trackio. Addresses and keys come from the environment. "
+        "One that fails never ends the run. See docs/tracking.md.",
+        example=["wandb", "mlflow"],
+    )
+    project: str = setting(
+        "capstan",
+        about="The project (W&B, trackio) or experiment (MLflow) that the run is shown in.",
+        example="support-bot",
+        min_length=1,
+        max_length=100,
+    )
+    name: str | None = setting(
+        None, about="The run's name there. Default: run.name.", example="8b, rank 16", min_length=1, max_length=100
+    )
+    group: str | None = setting(None, about="Groups runs there.", example="rank-ablation", min_length=1, max_length=100)
+    tags: list[str] = setting([], about="The run's tags there.", example=["lora", "8b"])
+    print_steps: int = setting(
+        10,
+        about="Print a line every so many steps, in rank 0's log and, where there is no terminal, by `capstan train`; 0 prints none.",
+        example=1,
+        ge=0,
+        unit="steps",
+    )
+    price_per_gpu_hour: float | None = setting(
+        None,
+        about="The price of one GPU for an hour, in your money: `capstan status` then shows what the run has cost.",
+        example=2.5,
+        ge=0,
+        unit="money",
+    )
     flush_seconds: float = setting(
         5.0,
         about="How often metrics are written to the store, and logs that have grown, which a rank that prints a lot sends less often.",
@@ -253,3 +285,10 @@ class Track(Section):
         gt=0,
         unit="seconds",
     )
+
+    @model_validator(mode="after")
+    def _shown_somewhere(self) -> "Track":
+        for name in ("project", "name", "group", "tags"):
+            if not self.trackers and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"track.{name}: has no effect without track.trackers. Name some there, or remove it.")
+        return self

@@ -14,12 +14,12 @@ def run_folder(config: Config) -> Store:
     return open_run_store(config).sub(config.run.name)
 
 
-def command(verb: str, folder: Store) -> str:
+def command(verb: str, folder: Store, argument: str = "") -> str:
     """The command that does `verb` with the run, in backquotes; with its store where a bare name would not be found."""
     store, _, name = folder.uri.rpartition("/")
     usual = open_store(os.environ.get("CAPSTAN_STORE", "runs")).uri
     where = "" if store == usual else f" --store {shlex.quote(store.removeprefix('file://'))}"
-    return f"`capstan {verb} {name}{where}`"
+    return f"`capstan {verb} {name}{argument and f' {argument}'}{where}`"
 
 
 def submitted_config(folder: Store) -> Config:

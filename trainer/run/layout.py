@@ -22,6 +22,7 @@ CHECKPOINTS = "checkpoints/"
 EVALUATIONS = "evaluations/"
 SAMPLES = "samples/"
 TENSORBOARD = "tensorboard/"
+TRACKERS = "trackers/"
 SLURM_JOB = "slurm/job.json"
 SLURM_SCRIPT = "slurm/run.sbatch"
 SLURM_ATTEMPTS = "slurm/attempts/"
@@ -84,8 +85,9 @@ def slurm_attempt(number: int) -> str:
     return f"{SLURM_ATTEMPTS}{number:06d}.json"
 
 
-def tensorboard(generation: int) -> str:
-    return f"{TENSORBOARD}{generation:06d}/"
+def tracker(name: str) -> str:
+    """The state of the tracker called `name`: by which id a service knows the run, and how far its curves are."""
+    return f"{TRACKERS}{name}.json"
 
 
 def checkpoint(step: int) -> str:

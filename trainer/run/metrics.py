@@ -1,22 +1,27 @@
-"""The metrics that a run writes as it goes on: records for anyone, and curves for TensorBoard."""
+"""The metrics that a run writes as it goes on: each is a record that all its trackers get."""
 
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
 
+from trainer.config import Config
 from trainer.errors import AlreadyExists
 from trainer.run import layout
 from trainer.run.background import Every, Harmless
-from trainer.run.curves import Curves
-from trainer.run.records import generations, record_line
-from trainer.run.segments import Appender
+from trainer.run.records import Record, generations, new_record
+from trainer.run.trackers.beside import Beside
+from trainer.run.trackers.jsonl import JsonLines
+from trainer.run.trackers.printed import Printed
+from trainer.run.trackers.tensorboard import Curves
+from trainer.run.trackers.tracker import Tracker
 from trainer.store import Store
 
 CURVES_SECONDS = 60.0
 """TensorBoard's events follow the records at this distance: people look at curves less often than at a status."""
-_SENDING, _SENDING_CURVES = "sending the metrics", "sending TensorBoard's events"
 
 
 def claim_generation(folder: Store) -> int:
@@ -31,59 +36,76 @@ def claim_generation(folder: Store) -> int:
             return generation
 
 
-class Metrics:
-    """The metrics of one generation; rank 0 writes, the others' calls do nothing. No call fails, whatever goes wrong."""
+def open_trackers(folder: Store, generation: int, config: Config) -> list[Tracker]:
+    """The trackers that `config` asks for, the records first. One that cannot be opened is said, and left out."""
+    track = config.track
+    wanted: dict[str, Callable[[], Tracker]] = {
+        JsonLines.name: lambda: JsonLines(folder, generation, track.flush_seconds),
+        Printed.name: lambda: Printed(track.print_steps),
+    }
+    if track.tensorboard:
+        wanted[Curves.name] = lambda: Curves(folder, generation, max(track.flush_seconds, CURVES_SECONDS))
+    for name in track.trackers:
+        wanted[name] = partial(Beside, name, generation, config)
+    opened: list[Tracker] = []
+    for name, opens in wanted.items():
+        Harmless(f"opening {name}")(lambda opens=opens: opened.append(opens()))
+    return opened
 
-    def __init__(
-        self, folder: Store, generation: int, *, writes: bool, flush_seconds: float, tensorboard: bool
-    ) -> None:
-        self._records = Appender(folder, layout.metrics(generation)) if writes else None
-        self._recording, self._drawing = Harmless("making a record"), Harmless("making TensorBoard's events")
-        self._sending, self._sending_curves = Harmless(_SENDING), Harmless(_SENDING_CURVES)
-        self._curves: Curves | None = None
-        self._flushers: list[Every] = []
-        if self._records is None:
-            return
-        self._flushers.append(Every(flush_seconds, self.flush, _SENDING))
-        if tensorboard:
-            self._drawing(lambda: self._draw(Curves(folder, generation), max(flush_seconds, CURVES_SECONDS)))
 
-    def _draw(self, curves: Curves, seconds: float) -> None:
-        self._curves = curves
-        self._flushers.append(Every(seconds, self.flush_curves, _SENDING_CURVES))
+class _Held:
+    """A tracker whose calls do no harm: a failure is said once."""
 
-    def write(self, kind: str, **values: Any) -> None:
-        if (records := self._records) is None:
-            return
-        self._recording(lambda: records.append(record_line(kind, values)))
-        if (curves := self._curves) is not None and kind in ("step", "eval"):
-            self._drawing(lambda: curves.add(kind, values))
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker = tracker
+        self._making, self._sending = Harmless(f"making {tracker.name}"), Harmless(f"sending {tracker.name}")
+        self._flusher = Every(tracker.seconds, self.flush, f"sending {tracker.name}")
+
+    def add(self, record: Record) -> None:
+        self._making(lambda: self._tracker.add(record))
 
     def flush(self) -> None:
-        """Bring the records in the store up to date."""
-        self._with_records(Appender.flush)
+        self._sending(self._tracker.flush)
 
-    def flush_curves(self) -> None:
-        """Bring TensorBoard's events in the store up to date."""
-        if (curves := self._curves) is not None:
-            self._sending_curves(curves.flush)
-
-    def write_now(self, kind: str, **values: Any) -> None:
-        """`write`, and bring the store up to date outside the rhythm, without waiting for it."""
-        self.write(kind, **values)
-        for flusher in self._flushers[:1]:
-            flusher.now()
+    def flush_soon(self) -> None:
+        self._flusher.now()
 
     def close(self) -> None:
-        for flusher in self._flushers:
-            flusher.stop()
-        self._with_records(Appender.close)
-        if (curves := self._curves) is not None:
-            self._sending_curves(curves.close)
+        self._flusher.stop()
+        self._sending(self._tracker.close)
 
-    def _with_records(self, action: Callable[[Appender], None]) -> None:
-        if (records := self._records) is not None:
-            self._sending(lambda: action(records))
+
+class Metrics:
+    """Gives every record to the trackers, the first of which keeps them in the run's folder. Rank 0 has trackers; the others have
+    none, and their calls do nothing. No call fails, whatever goes wrong."""
+
+    def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
+        self._held = [_Held(tracker) for tracker in trackers]
+
+    def write(self, kind: str, **values: Any) -> None:
+        if self._held:
+            record = new_record(kind, values)
+            for held in self._held:
+                held.add(record)
+
+    def flush(self) -> None:
+        """Bring the store up to date."""
+        for held in self._held:
+            held.flush()
+
+    def write_now(self, kind: str, **values: Any) -> None:
+        """`write`, and bring the records in the store up to date outside the rhythm, without waiting for it."""
+        self.write(kind, **values)
+        for held in self._held[:1]:
+            held.flush_soon()
+
+    def close(self) -> None:
+        """End the trackers, those that read the records after them, and all of these at once: each may take a while."""
+        for held in self._held[:1]:
+            held.close()
+        if rest := self._held[1:]:
+            with ThreadPoolExecutor(len(rest)) as pool:
+                list(pool.map(_Held.close, rest))
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

@@ -28,17 +28,27 @@ _NEEDED = {
     "restart": {"reason"},
 }
 _TYPES: dict[str, Any] = {
-    **dict.fromkeys(("step", "world_size", "total_steps"), int),
-    **dict.fromkeys(("loss", "tokens", "seconds", "time"), int | float),
-    **dict.fromkeys(("launch_seconds", "load_seconds", "restore_seconds"), int | float),
-    **dict.fromkeys(("outcome", "reason", "device", "dashboard"), str),
+    **dict.fromkeys(("step", "epoch", "world_size", "total_steps"), int),
+    **dict.fromkeys(("loss", "lr", "tokens", "tokens_per_second", "seconds", "time"), int | float),
+    **dict.fromkeys(("launch_seconds", "load_seconds", "restore_seconds", "start_seconds"), int | float),
+    **dict.fromkeys(("outcome", "reason", "device", "dashboard", "phase", "set"), str),
     "machines": list,
 }
 
 
+def new_record(kind: str, values: Mapping[str, Any]) -> Record:
+    """A record of this kind made now."""
+    return {"kind": kind, **values, "time": round(time.time(), 3)}
+
+
+def encoded(record: Record) -> bytes:
+    """The line of a record."""
+    return json.dumps(record).encode() + b"\n"
+
+
 def record_line(kind: str, values: Mapping[str, Any]) -> bytes:
     """The line of a record of this kind made now."""
-    return json.dumps({"kind": kind, **values, "time": round(time.time(), 3)}).encode() + b"\n"
+    return encoded(new_record(kind, values))
 
 
 def _parsed(line: bytes) -> Record | None:

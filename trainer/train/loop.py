@@ -107,10 +107,10 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
         grad_norm = engine.step(lr)
         if not math.isfinite(grad_norm):
             raise _not_finite("gradient", step, grad_norm, position)
-        position = run.stream.advance(position)
+        epoch, position = position.epoch, run.stream.advance(position)
         seconds = time.monotonic() - started
-        record = {"step": step, "loss": mean_loss, "lr": lr, "grad_norm": grad_norm, run.objective.unit: int(weight)}
-        record |= dict(zip(run.objective.measures, measures, strict=True))
+        record = {"step": step, "epoch": epoch, "loss": mean_loss, "lr": lr, "grad_norm": grad_norm}
+        record |= {run.objective.unit: int(weight), **dict(zip(run.objective.measures, measures, strict=True))}
         yield record | _totals(every, seconds) | routing.measured()
 
         run.pulse("save", step)

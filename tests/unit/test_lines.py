@@ -1,0 +1,90 @@
+"""Progress without a terminal: plain lines, of what a log should keep and no more."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.view.lines import follow_lines
+from trainer.run import layout
+from trainer.run.lines import PlainLines
+from trainer.run.records import new_record, record_line
+from trainer.run.trackers.printed import Printed
+from trainer.store import Store, open_store
+
+
+def step(number: int, **values: Any) -> dict[str, Any]:
+    facts = {"step": number, "loss": 2.5, "lr": 2e-4, "tokens_per_second": 1234.5, "seconds": 2.0}
+    return new_record("step", {**facts, **values})
+
+
+def steps(every: int, first: int, last: int) -> list[int]:
+    """The steps of a start that has a line for each of these."""
+    lines = PlainLines(every)
+    lines.of(new_record("start", {"step": first - 1, "total_steps": 25}))
+    return [number for number in range(first, last + 1) if lines.of(step(number))]
+
+
+@pytest.mark.parametrize(
+    ("every", "first", "last", "printed"),
+    [(10, 1, 25, [1, 10, 20, 25]), (10, 13, 24, [13, 20]), (1, 1, 3, [1, 2, 3]), (0, 1, 25, [])],
+)
+def test_a_start_prints_its_first_step_every_so_many_and_the_last(
+    every: int, first: int, last: int, printed: list[int]
+) -> None:
+    assert steps(every, first, last) == printed
+
+
+def test_a_line_has_step_loss_learning_rate_speed_and_the_time_that_is_left() -> None:
+    lines = PlainLines(1)
+    lines.of(new_record("start", {"step": 0, "total_steps": 1000}))
+    assert lines.of(step(1, seconds=40.0)) == "step 1/1,000, loss 2.5000, lr 0.0002, 1,234 tokens/s, 11 h 6 min left"
+    assert lines.of(step(1000)) == "step 1,000/1,000, loss 2.5000, lr 0.0002, 1,234 tokens/s"
+
+
+def test_what_else_happens_has_a_line() -> None:
+    lines = PlainLines(10)
+    records = [
+        ("phase", {"phase": "load"}, "load: reads the base and the newest checkpoint"),
+        ("phase", {"phase": "first_step"}, "first step: takes longer than those after it"),
+        ("eval", {"step": 100, "loss": 1.5}, "step 100: held-out loss 1.5000"),
+        ("eval", {"step": 100, "loss": 1.5, "set": "general"}, "step 100: held-out loss of general 1.5000"),
+        ("commit", {"step": 100}, "step 100: committed"),
+        ("end", {"outcome": "finished", "reason": ""}, "finished"),
+        ("end", {"outcome": "failed", "reason": "it broke"}, "failed: it broke"),
+        ("experts", {"step": 100}, None),
+    ]
+    assert [lines.of(new_record(kind, values)) for kind, values, _ in records] == [line for *_, line in records]
+
+
+def test_rank_0_prints_them(capfd: pytest.CaptureFixture[str]) -> None:
+    printed = Printed(10)
+    for record in (new_record("start", {"step": 0, "total_steps": 25}), step(1), step(2), step(10)):
+        printed.add(record)
+    assert [line.partition(",")[0] for line in capfd.readouterr().out.splitlines()] == ["step 1/25", "step 10/25"]
+
+
+def test_the_driver_shows_the_starts_that_begin_from_now_on(tmp_path: Path) -> None:
+    run: Store = open_store(str(tmp_path))
+    run.put(layout.metrics(1), record_line("start", {"step": 0, "total_steps": 25}) + record_line("step", {"step": 1}))
+    looks = [
+        record_line("phase", {"phase": "load"}),
+        record_line("phase", {"phase": "load"}) + record_line("start", {"step": 1, "total_steps": 25}),
+        record_line("phase", {"phase": "load"})
+        + record_line("start", {"step": 1, "total_steps": 25})
+        + record_line("step", {"step": 2, "loss": 2.0, "seconds": 1.0}),
+    ]
+    seen: list[str] = []
+    waits = iter(looks)
+    over = False
+
+    def wait(_: float) -> None:
+        nonlocal over
+        run.put(layout.metrics(2), next(waits))
+        over = run.head(layout.metrics(2)).size == len(looks[-1])
+
+    follow_lines(run, lambda: over, 10, seen.append, wait=wait)
+    assert seen == [
+        "load: reads the base and the newest checkpoint",
+        "step 2/25, loss 2.0000, lr ?, ? tokens/s, 23 s left",
+    ]

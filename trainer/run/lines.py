@@ -1,0 +1,79 @@
+"""A run's records as plain lines, for logs and for those who watch without a terminal."""
+
+from collections import deque
+from collections.abc import Callable
+
+from trainer.run.records import Record
+
+_RATE_STEPS = 10
+_PHASES = {
+    "load": "load: reads the base and the newest checkpoint",
+    "first_step": "first step: takes longer than those after it",
+}
+
+
+class PlainLines:
+    """Makes lines of the records that people wait for: phases, evaluations, commits, ends, and a step in every so many (`every`;
+    0 makes none)."""
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+        self._total: int | None = None
+        self._printed = False
+        self._seconds: deque[float] = deque(maxlen=_RATE_STEPS)
+        self._kinds: dict[str, Callable[[Record], str | None]] = {
+            "phase": lambda record: _PHASES.get(record.get("phase") or ""),
+            "start": self._start,
+            "step": self._step,
+            "eval": lambda record: f"{_at(record)}: held-out loss{_of(record)}{_number(record, 'loss', '.4f')}",
+            "commit": lambda record: f"{_at(record)}: committed",
+            "end": lambda record: f"{record['outcome']}{': ' if record['reason'] else ''}{record['reason']}",
+        }
+
+    def of(self, record: Record) -> str | None:
+        """The line, or None for a record that nobody waits for."""
+        make = self._kinds.get(record["kind"])
+        return make(record) if make and self._every else None
+
+    def _start(self, record: Record) -> None:
+        self._total, self._printed = record.get("total_steps"), False
+        self._seconds.clear()
+
+    def _step(self, record: Record) -> str | None:
+        step = record["step"]
+        self._seconds.append(record.get("seconds") or 0.0)
+        if self._printed and step != self._total and step % self._every:
+            return None
+        self._printed = True
+        of = "" if self._total is None else f"/{self._total:,}"
+        left = 0.0 if self._total is None else (self._total - step) * sum(self._seconds) / len(self._seconds)
+        parts = (
+            f"step {step:,}{of}",
+            f"loss{_number(record, 'loss', '.4f')}",
+            f"lr{_number(record, 'lr', '.3g')}",
+            f"{_number(record, 'tokens_per_second', ',.0f').strip()} tokens/s",
+            f"{duration(left)} left" if left else "",
+        )
+        return ", ".join(filter(None, parts))
+
+
+def _at(record: Record) -> str:
+    return f"step {record.get('step') or 0:,}"
+
+
+def _of(record: Record) -> str:
+    return f" of {record['set']}" if record.get("set") else ""
+
+
+def _number(record: Record, name: str, form: str) -> str:
+    value = record.get(name)
+    return " ?" if value is None else f" {value:{form}}"
+
+
+def duration(seconds: float) -> str:
+    """Two units: 45 s, 12 min 5 s, 3 h 20 min, 2 d 4 h."""
+    whole = round(seconds)
+    for size, unit, smaller, small_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // smaller} {small_unit}"
+    return f"{whole} s"

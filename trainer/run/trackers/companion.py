@@ -1,0 +1,165 @@
+"""The process beside rank 0 that shows a run's records by one service; beside.py starts it, and says what it is to do.
+
+It reads the records of all starts in the run's folder, so a service that was away, or is new to the run, gets what it lacks.
+It outlives a rank that is killed just long enough to show what that one has left.
+"""
+
+import json
+import os
+import secrets
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from io import FileIO
+
+from trainer.config import Config, parse_config
+from trainer.config.secrets import masked
+from trainer.errors import NOT_JSON, NotFound
+from trainer.run import layout
+from trainer.run.background import say
+from trainer.run.folder import run_folder
+from trainer.run.records import Record, RecordReader
+from trainer.run.segments import streams
+from trainer.run.trackers.beside import FAREWELL
+from trainer.run.trackers.services import find_service
+from trainer.run.trackers.tracker import Page, Service
+from trainer.store import Store
+
+LOOK_SECONDS = 10.0
+_LONGEST_PAUSE = 600.0
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The part of a service's state that lies in the run's folder: by which `id` it knows the run, and the last step `shown`.
+
+    A copy of the folder is a run of its own, under another name, and gets an id of its own.
+    """
+
+    id: str
+    run: str
+    shown: int
+
+    @staticmethod
+    def read(run: Store, tracker: str) -> "Kept":
+        name = run.uri.rpartition("/")[2]
+        with suppress(NotFound, TypeError, *NOT_JSON):
+            kept = Kept(**json.loads(run.get(layout.tracker(tracker))))
+            if kept.run == name:
+                return kept
+        return Kept(secrets.token_hex(4), name, -1)
+
+    def write(self, run: Store, tracker: str) -> None:
+        run.put(layout.tracker(tracker), json.dumps(asdict(self)).encode())
+
+
+class Companion:
+    """Brings the records of a run, up to those of `generation`, to the service that `opens` makes once its ranks have begun."""
+
+    def __init__(self, run: Store, generation: int, tracker: str, opens: Callable[[Kept], Service]) -> None:
+        self._run, self._generation, self._tracker, self._opens = run, generation, tracker, opens
+        self._readers: dict[int, RecordReader] = {}
+        self._held: list[Record] = []
+        self._begun = False
+        self._service: Service | None = None
+        self.superseded = False
+
+    def look(self) -> None:
+        """Show what is new. Raises what the store or the service raises; what was not shown is tried again at the next look."""
+        found = streams(self._run.list(layout.METRICS))
+        numbers = sorted({number for stream in found if (number := layout.records_of(stream))})
+        self.superseded = numbers[-1:] > [self._generation]
+        if self.superseded:  # the process beside the newer start shows the rest, also of this one
+            return
+        for number in numbers:
+            reader = self._readers.setdefault(number, RecordReader(self._run, number))
+            records = list(reader.read(found))
+            self._held += records
+            # Not before: the process beside an earlier start may still be at it.
+            self._begun |= number == self._generation and any(record["kind"] == "start" for record in records)
+        if self._begun:
+            self._show()
+
+    def _show(self) -> None:
+        kept = Kept.read(self._run, self._tracker)
+        if self._service is None:
+            kept.write(self._run, self._tracker)  # before the service knows the id: a kill makes no second run there
+            self._service = self._opens(kept)
+        for record in self._held:
+            self._service.add(record)
+        self._held.clear()
+        try:
+            self._service.flush()
+        finally:
+            if self._service.shown != kept.shown:
+                replace(kept, shown=self._service.shown).write(self._run, self._tracker)
+
+    def close(self) -> None:
+        if self._service is not None and not self.superseded:
+            self._service.close()
+
+
+def follow(companion: Companion, over: threading.Event, tracker: str) -> None:
+    """Look again and again until rank 0 is `over`, then once more. A failure is said once, and tried again less and less often."""
+    pause, failing, ended = LOOK_SECONDS, False, False
+    while not ended and not companion.superseded:
+        ended = over.wait(pause)
+        try:
+            companion.look()
+            if ended:
+                companion.close()
+            pause, failing = LOOK_SECONDS, False
+        except Exception as error:
+            if not failing:
+                first_line = (str(error).strip().splitlines() or [""])[0]
+                say(
+                    f"showing the run by {tracker} failed, which does not end the run, and will be tried again: "
+                    f"{type(error).__name__}: {first_line}"
+                )
+            pause, failing = min(2 * pause, _LONGEST_PAUSE), True
+
+
+def page(config: Config, run: Store, kept: Kept) -> Page:
+    """The run as a service gets to know it."""
+    return Page(
+        kept.id,
+        config.track.name or config.run.name,
+        config.track.project,
+        config.track.group,
+        config.track.tags,
+        masked(config.model_dump(mode="json")),
+        run.uri.removeprefix("file://") if run.uri.startswith("file://") else None,
+        kept.shown,
+    )
+
+
+def _listen(stdin: FileIO, over: threading.Event, patience: float) -> None:
+    """Wait for the end of rank 0. From then on a service has so many seconds for its own end."""
+    if stdin.readall() != FAREWELL:  # it was killed, and nobody reads what this process prints
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+    signal.setitimer(signal.ITIMER_REAL, patience)  # the kernel's, as a service may hold all of Python
+    over.set()
+
+
+def main() -> None:
+    # Without its buffer, whose lock the waiting thread would hold when this process ends first.
+    stdin = FileIO(sys.stdin.fileno(), closefd=False)
+    task = json.loads(stdin.readline())
+    # No child of rank 0: Ray ends the children of a rank that dies, and this one has then still to show what that one has left.
+    if os.fork():
+        os._exit(0)
+    config, tracker, over = parse_config(task["config"]), task["tracker"], threading.Event()
+    threading.Thread(target=_listen, args=(stdin, over, task["patience"]), name="listen", daemon=True).start()
+    run = run_folder(config)
+    service = find_service(tracker)
+    companion = Companion(run, task["generation"], tracker, lambda kept: service.opens(page(config, run, kept)))
+    follow(companion, over, tracker)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""The records of one generation in the run's folder, one JSON object a line: the run's history, which all else is read from."""
+
+from trainer.run import layout
+from trainer.run.records import Record, encoded
+from trainer.run.segments import Appender
+from trainer.store import Store
+
+
+class JsonLines:
+    """Every record; what was added survives a rank that is killed once it is flushed."""
+
+    name = "the metrics"
+
+    def __init__(self, folder: Store, generation: int, seconds: float) -> None:
+        self.seconds = seconds
+        self._appender = Appender(folder, layout.metrics(generation))
+
+    def add(self, record: Record) -> None:
+        self._appender.append(encoded(record))
+
+    def flush(self) -> None:
+        self._appender.flush()
+
+    def close(self) -> None:
+        self._appender.close()

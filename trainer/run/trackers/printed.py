@@ -1,0 +1,24 @@
+"""The run's progress in rank 0's own log, as plain lines."""
+
+from trainer.run.lines import PlainLines
+from trainer.run.records import Record
+
+
+class Printed:
+    """Prints a line of a record at once: a line of a log is of use when it comes."""
+
+    name = "the progress"
+    seconds = 3600.0
+
+    def __init__(self, every: int) -> None:
+        self._lines = PlainLines(every)
+
+    def add(self, record: Record) -> None:
+        if text := self._lines.of(record):
+            print(text, flush=True)
+
+    def flush(self) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Nothing to do."""

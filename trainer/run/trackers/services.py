@@ -1,0 +1,32 @@
+"""The services that `track.trackers` may name: each a file of this folder, with the package that it needs as an extra."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import NamedTuple
+
+from trainer.config.training import Track
+from trainer.errors import ConfigError
+from trainer.registry import chosen, kinds
+from trainer.run import trackers
+from trainer.run.trackers.tracker import Page, Service
+
+
+class Kind(NamedTuple):
+    """A service that a name in `track.trackers` stands for. `package` is imported; the extra that brings it has the service's name."""
+
+    opens: Callable[[Page], Service]
+    package: str
+
+
+def find_service(name: str) -> Kind:
+    """Raises `ConfigError` where there is no service of this name."""
+    return chosen(kinds(trackers, "SERVICES"), "track.trackers", name)
+
+
+def check_trackers(track: Track) -> None:
+    """Raises `ConfigError` for a name in `track.trackers` that is unknown, or whose package is not installed."""
+    for name in track.trackers:
+        if find_spec(find_service(name).package) is None:
+            raise ConfigError(
+                f"track.trackers: {name} is not installed. Install it with pip install 'capstan-llm[{name}]', or leave it out."
+            )

@@ -1,0 +1,50 @@
+"""TensorBoard's events, made in memory: they need no file on the rank's machine, which may be full."""
+
+import socket
+import time
+from types import SimpleNamespace
+from typing import Any
+
+from trainer.run import layout
+from trainer.run.records import Record
+from trainer.run.segments import Appender
+from trainer.run.trackers.tracker import points
+from trainer.store import Store
+
+
+class Curves:
+    """The curves of all starts of a run lie in one folder, so that TensorBoard shows them as one. A segment is a whole events
+    file to it, and it reads them in the order of their names."""
+
+    name = "TensorBoard's events"
+
+    def __init__(self, folder: Store, generation: int, seconds: float) -> None:
+        from tensorboard.compat.proto import event_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        messages: Any = event_pb2  # made at its import, unseen by a type checker
+        self.seconds = seconds
+        name = f"events.out.tfevents.{generation:06d}.{int(time.time())}.{socket.gethostname()}"
+        self._appender = Appender(folder, layout.TENSORBOARD + name)
+        self._event, self._session = messages.Event, messages.SessionLog
+        self._writer = RecordWriter(SimpleNamespace(write=self._appender.append))
+        self._writer.write(self._event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+
+    def add(self, record: Record) -> None:
+        if record["kind"] == "start":
+            # A restart: TensorBoard drops the points from this step on, which are about to come again.
+            event = self._event(wall_time=record["time"], step=record["step"] + 1)
+            event.session_log.status = self._session.START
+        elif drawn := points(record):
+            event = self._event(wall_time=record["time"], step=record["step"])
+            for curve, value in drawn.items():
+                event.summary.value.add(tag=curve, simple_value=value)
+        else:
+            return
+        self._writer.write(event.SerializeToString())
+
+    def flush(self) -> None:
+        self._appender.flush()
+
+    def close(self) -> None:
+        self._appender.close()
