@@ -253,3 +253,10 @@ class Track(Section):
         gt=0,
         unit="seconds",
     )
+    price_per_gpu_hour: float | None = setting(
+        None,
+        about="Price of one GPU for an hour, in any currency: `capstan report` tells what the run's GPU hours cost. Default: "
+        "no price is told.",
+        example=2.5,
+        ge=0,
+    )

@@ -29,7 +29,7 @@ class Change(NamedTuple):
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
     """The settings that differ between two configurations, given as trees; the place of the run is left out."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
+    before, after = dict(leaves(old)), dict(leaves(new))
     return [
         Change(name, masked(before.get(name), name), masked(after.get(name), name))
         for name in after | before
@@ -54,9 +54,10 @@ def _kept(run: Store, key: str) -> dict[str, Any] | None:
     return None
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting of a configuration, given as a tree, as (dotted name, value)."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
