@@ -236,7 +236,9 @@ def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Train
     )
     step = restored.step if restored else 0
     facts = {"step": step, "total_steps": training.total_steps, "restore_seconds": round(restore_seconds, 3)}
-    _record_start(start, report, attention=attention.name, **facts)
+    sets = {f"eval.sets.{name}": fingerprint for name, fingerprint in datasets.sets.items()}
+    data = {"train": datasets.train, "eval": datasets.eval, **sets}
+    _record_start(start, report, attention=attention.name, data=data, **facts)
     return training, restored
 
 
@@ -284,6 +286,7 @@ def _record_start(start: _Start, report: LoadReport, **facts: Any) -> None:
         start_seconds=round(time.time() - start.starter.began, 3),
         **start.starter.facts,
     )
+    _record_plan(start)
     if start.ranks.rank == 0:
         try:
             for change in record_settings(start.run, start.generation, start.config):
@@ -291,6 +294,15 @@ def _record_start(start: _Start, report: LoadReport, **facts: Any) -> None:
                 _log(start.ranks, change.sentence())
         except StorageError as error:  # a record never decides how a run ends
             _log(start.ranks, f"the settings of this start could not be kept, which does not end the run: {error}")
+
+
+def _record_plan(start: _Start) -> None:
+    """Write what was planned beside what will be measured."""
+    ranks = start.ranks
+    plan = make_plan(start.config, start.base.description, ranks.world_size, ranks.ranks_per_node, None)
+    parts = (plan.parameters, plan.memory_per_gpu, plan.memory_per_host)
+    names = ("parameters", "memory_per_gpu", "memory_per_host")
+    start.metrics.write("plan", device=ranks.device.type, **dict(zip(names, map(asdict, parts), strict=True)))
 
 
 def _environment(ranks: Ranks) -> bytes:

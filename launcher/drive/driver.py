@@ -27,6 +27,7 @@ from launcher.drive.journal import Journal
 from launcher.drive.signals import beside_main_thread, forget_stop_by_signal, stop_on_signals
 from launcher.ray.cluster import address_of, joined_ray
 from launcher.ray.train import run_on_ray
+from launcher.report.report import keep_report
 from launcher.start.claim import turn
 from launcher.view.lines import follow_lines
 from launcher.view.tables import watch
@@ -79,6 +80,7 @@ def drive(
     finally:
         if not owner.lost:
             _forget_own_stop(run)
+            keep_report(run, log)
 
 
 def _forget_own_stop(run: Store) -> None:

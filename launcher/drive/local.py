@@ -6,6 +6,7 @@ from collections.abc import Callable
 from launcher.doctor import ask_torch
 from launcher.drive.driver import drive
 from launcher.ray.cluster import address_of
+from launcher.report.report import keep_report
 from launcher.start.check import anchored, check
 from launcher.start.claim import claimed, keep_code
 from launcher.start.group import group_name, is_rank, is_silent_rank, restarted_as, slurm_rank
@@ -14,6 +15,7 @@ from launcher.view.compiling import compile_progress
 from trainer.config import Config
 from trainer.data.prepare import Datasets, prepare
 from trainer.devices import check_device, local_gpus, stay_on_cpu
+from trainer.run.folder import run_folder
 from trainer.scratch import collect_leftovers
 from trainer.store import open_run_store
 
@@ -56,7 +58,10 @@ def _as_first_rank(config: Config, *, resume: bool, take_over: bool, log: Callab
     with claimed(config, resume=resume, code=code, log=log, **how):
         with compile_progress(log, bar=False) as show:
             datasets = prepare(config, base, open_run_store(config), show)
-        _run_rank(config, datasets, resume=resume)
+        try:
+            _run_rank(config, datasets, resume=resume)
+        finally:
+            keep_report(run_folder(config), log)
 
 
 def _as_silent_rank(config: Config, *, resume: bool) -> None:

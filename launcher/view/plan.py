@@ -33,6 +33,11 @@ _MEANING = {
 }
 
 
+def meaning(part: str) -> str:
+    """A part of the plan's bytes in words."""
+    return _MEANING.get(part, part.replace("_", " "))
+
+
 def plan_table(plan: Plan) -> Group:
     """Parameters and batch, then a table of bytes for each of GPU, host and network."""
     facts = Table("run", "")
@@ -51,6 +56,6 @@ def plan_table(plan: Plan) -> Group:
     for title, part in parts:
         table = Table(title, "bytes")
         for name, value in asdict(part).items():
-            table.add_row(_MEANING.get(name, name.replace("_", " ")), decimal(value))
+            table.add_row(meaning(name), decimal(value))
         tables.append(table)
     return Group(facts, *tables)

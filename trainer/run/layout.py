@@ -13,6 +13,7 @@ RESTART = "RESTART"
 NO_MORE_DATA = "NO-MORE-DATA"
 OWNERS = "owners/"
 SUBMITTED = "submitted.yaml"
+REPORT = "report.html"
 RANKS_BEGUN = "RANKS-BEGUN"
 SETTINGS = "settings/"
 METRICS = "metrics/"
@@ -31,6 +32,7 @@ _STEP_FOLDER = re.compile(r"step-(\d{9})")
 _SHARD = re.compile(r"checkpoints/step-(\d{9})/[\w-]+/shard-\d{5,}\.safetensors")
 _GENERATION = re.compile(r"metrics/(\d{6})\.jsonl")
 _OWNER = re.compile(r"owners/(\d{6})\.json")
+_RESULT = re.compile(r"(?:evaluations|samples)/step-(\d{9})\.jsonl?")
 _RECORDS = re.compile(r"metrics/(\d{6})\.jsonl(\.added-.+)?")
 
 
@@ -134,6 +136,12 @@ def evaluation(step: int) -> str:
 def samples(step: int) -> str:
     """Answers to `eval.prompts` by the state after `step` updates: JSON lines."""
     return f"{SAMPLES}step-{step:09d}.jsonl"
+
+
+def step_of_result(key: str) -> int | None:
+    """The step whose evaluation or samples `key` holds, or None for any other key."""
+    match = _RESULT.fullmatch(key)
+    return int(match[1]) if match else None
 
 
 def bases(fingerprint: str) -> str:

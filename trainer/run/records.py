@@ -22,7 +22,7 @@ Record: TypeAlias = dict[str, Any]
 # The values that every reader may rely on in a record of each kind, and the types of values in records of all kinds.
 _NEEDED = {
     "start": {"step"},
-    "step": {"step"},
+    **{kind: {"step"} for kind in ("step", "eval", "commit", "skip")},
     "first_step": {"seconds"},
     "end": {"outcome", "reason"},
     "restart": {"reason"},
@@ -33,6 +33,8 @@ _TYPES: dict[str, Any] = {
     **dict.fromkeys(("launch_seconds", "load_seconds", "restore_seconds", "start_seconds"), int | float),
     **dict.fromkeys(("outcome", "reason", "device", "dashboard", "phase", "set"), str),
     "machines": list,
+    **dict.fromkeys(("bytes", "stall_seconds"), int | float),
+    **dict.fromkeys(("parameters", "memory_per_gpu", "memory_per_host", "shares", "data"), dict),
 }
 
 

@@ -55,7 +55,7 @@ def _kept(run: Store, key: str) -> dict[str, Any] | None:
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every setting in a tree."""
+    """Every setting of a configuration, given as a tree, as (dotted name, value)."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
             yield from leaves(value, f"{prefix}{name}.")

@@ -1,0 +1,1 @@
+"""`capstan report`: one page that shows what a run did, made of its records alone."""

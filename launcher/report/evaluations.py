@@ -1,0 +1,123 @@
+"""The results of evaluations and the samples in a run's folder, as they are shown: what is damaged is named and left out."""
+
+import json
+import math
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ValidationError
+
+from trainer.errors import NOT_JSON
+from trainer.run import layout
+from trainer.store import Store
+
+_MOST_SAMPLES, _MOST_STEPS, _LONGEST = 12, 6, 1500
+M = TypeVar("M", bound=BaseModel)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Number = Annotated[float | None, BeforeValidator(_finite)]
+
+
+class Loss(BaseModel):
+    """Nats a target token, and e to that power."""
+
+    loss: Number = None
+    perplexity: Number = None
+
+
+class SetResult(BaseModel):
+    """The losses on one set. `difference` is the adapter's loss less the base's, `interval` its bootstrap interval."""
+
+    tokens: int | None = None
+    base: Loss | None = None
+    adapter: Loss | None = None
+    difference: Number = None
+    interval: tuple[Number, Number] | None = None
+
+
+class MetricResult(BaseModel):
+    """One metric of a task."""
+
+    base: Number = None
+    adapter: Number = None
+    stderr: Number = None
+
+
+class Spread(BaseModel):
+    """The gap in log-probability between paired sentences, in nats."""
+
+    mean: Number = None
+    std: Number = None
+
+
+class BiasResult(BaseModel):
+    """The gaps of one group of paired sentences."""
+
+    pairs: int | None = None
+    base: Spread | None = None
+    adapter: Spread | None = None
+
+
+class EvaluationFigures(BaseModel):
+    """One `capstan evaluate`: of the adapter after `step` updates, beside its base."""
+
+    step: int
+    made: Number = None
+    sets: dict[str, SetResult] = {}
+    tasks: dict[str, dict[str, MetricResult]] = {}
+    bias: dict[str, BiasResult] = {}
+
+
+class Sample(BaseModel):
+    """What a prompt was answered with."""
+
+    prompt: str
+    base: str | None = None
+    adapter: str | None = None
+
+
+class SampleFigures(BaseModel):
+    """The answers after `step` updates; `left_out` prompts are not shown."""
+
+    step: int
+    samples: list[Sample]
+    left_out: int = 0
+
+
+def read_evaluations(folder: Store, notes: list[str]) -> list[EvaluationFigures]:
+    """All of them, by step."""
+    found = [_parsed(EvaluationFigures, folder.get(key), key, notes) for key in _keys(folder, layout.EVALUATIONS)]
+    return sorted(filter(None, found), key=lambda evaluation: evaluation.step)
+
+
+def read_samples(folder: Store, notes: list[str]) -> list[SampleFigures]:
+    """The samples of the first step and of the newest ones, with long texts cut."""
+    keys = _keys(folder, layout.SAMPLES)
+    found = []
+    for key in [*keys[:1], *keys[1:][1 - _MOST_STEPS :]]:
+        lines = folder.get(key).splitlines()
+        samples = [sample for line in lines if (sample := _parsed(Sample, line, key, notes))]
+        shown = [_cut(sample) for sample in samples[:_MOST_SAMPLES]]
+        if shown and (step := layout.step_of_result(key)) is not None:
+            found.append(SampleFigures(step=step, samples=shown, left_out=len(samples) - len(shown)))
+    return found
+
+
+def _keys(folder: Store, prefix: str) -> list[str]:
+    return sorted(entry.key for entry in folder.list(prefix) if layout.step_of_result(entry.key) is not None)
+
+
+def _parsed(kind: type[M], data: bytes, key: str, notes: list[str]) -> M | None:
+    try:
+        return kind.model_validate(json.loads(data))
+    except (ValidationError, *NOT_JSON):
+        notes.append(f"{key} is damaged, and what it says is left out.")
+        return None
+
+
+def _cut(sample: Sample) -> Sample:
+    long = {name: f"{text[:_LONGEST]} […]" for name, text in sample if text is not None and len(text) > _LONGEST}
+    return sample.model_copy(update=long)

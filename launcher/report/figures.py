@@ -1,0 +1,297 @@
+"""Every figure that a report shows, read from the run's folder alone: the page (page.py) only lays them out.
+
+No figure is made up where the records have none: it is None, an empty list, or a sentence in `RunFigures.notes`.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from launcher.report.curves import Point, finite_points, means, thinned
+from launcher.report.evaluations import EvaluationFigures, SampleFigures, read_evaluations, read_samples
+from launcher.report.history import History, Start, read_history
+from launcher.report.trained import (
+    DataFigures,
+    Repeat,
+    Trained,
+    data_figures,
+    newest_manifest,
+    read_settings,
+    repeat_figures,
+    trained_figures,
+)
+from launcher.view.status import read_status
+from trainer.checkpoint.listing import committed_steps
+from trainer.run.records import Record
+from trainer.store import Store
+
+_COUNTS = {"energy_joules", "tokens", "targets", "pairs", "answers", "seconds", "data_repeats"}
+"""Numbers of a step that are no measure over time."""
+_EVAL_COUNTS = {"step", "time", "tokens", "targets", "pairs", "answers", "seconds"}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A measure over the steps that count: `points` with the extremes of all, and the `means` where there are more than those."""
+
+    points: list[Point]
+    means: list[Point]
+    steps: int
+
+    @property
+    def last(self) -> float:
+        return self.points[-1][1]
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A checkpoint that was committed; `stall_seconds` are those that the training waited for it."""
+
+    step: int
+    bytes: int | None
+    seconds: float | None
+    stall_seconds: float | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the time from the first start to the last record of each start, in seconds on the clock."""
+
+    name: str
+    seconds: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that the plan said and that were measured at most, where either is known; `planned_parts` add up to the plan's."""
+
+    of: str
+    planned: int | None
+    measured: int | None
+    planned_parts: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerLoad:
+    """A mixture's layer: the visits to its busiest and its least busy expert over the mean, and how many saw no token."""
+
+    layer: str
+    experts: int
+    busiest: float
+    least: float
+    unused: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Hours that devices were taken: of all starts together, and `lost_hours` of them for steps that had to be done again."""
+
+    device: str
+    hours: float
+    lost_hours: float
+    price_per_hour: float | None
+    price: float | None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the run is. Losses are means over the step's targets, in nats."""
+
+    step: int
+    total_steps: int | None
+    tokens: int
+    tokens_per_second: float | None
+    seconds_per_step: float | None
+    loss_first: float | None
+    loss_last: float | None
+    lost_steps: int
+    lost_seconds: float
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    """A run as its folder tells it; `held_out` has the curves of evaluation sets by measure and set, "" for the unnamed one."""
+
+    run: str
+    name: str
+    made: float
+    state: str
+    reason: str
+    trained: Trained
+    data: list[DataFigures]
+    progress: Progress
+    curves: dict[str, Curve]
+    held_out: dict[str, dict[str, list[Point]]]
+    starts: list[Start]
+    commits: list[Commit]
+    skipped_steps: list[int]
+    failed_saves: int
+    time: list[Part]
+    memory: list[Memory]
+    experts: list[LayerLoad]
+    evaluations: list[EvaluationFigures]
+    samples: list[SampleFigures]
+    cost: Cost | None
+    energy_joules: float | None
+    repeat: Repeat | None
+    settings: dict[str, Any]
+    notes: list[str]
+
+    @property
+    def restarts(self) -> list[Start]:
+        """The starts after the first that went on from a state."""
+        return [start for start in self.starts if start.step is not None][1:]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values under the names above; a curve has the points that the page shows."""
+        tree = asdict(self)
+        for name in ("evaluations", "samples"):
+            tree[name] = [found.model_dump() for found in getattr(self, name)]
+        for start, figures in zip(self.starts, tree["starts"], strict=True):
+            figures |= {"lasted": start.lasted, "rank_hours": start.rank_hours}
+        return tree | {"restart_count": len(self.restarts)}
+
+
+def read_figures(folder: Store, clock: Callable[[], float] = time.time) -> RunFigures:
+    """The figures of the run in `folder` now. Raises `StorageError` when the store cannot be read; damage is none."""
+    notes: list[str] = []
+    status, history = read_status(folder, clock), read_history(folder)
+    settings, manifest = read_settings(folder, notes), newest_manifest(folder, notes)
+    if not history.steps.steps:
+        notes.append("No step is recorded, so there is nothing to draw over steps.")
+    return RunFigures(
+        run=folder.uri,
+        name=folder.uri.rpartition("/")[2],
+        made=clock(),
+        state=status.state,
+        reason=status.reason,
+        trained=trained_figures(settings, manifest, history),
+        data=data_figures(folder, settings, manifest, history, notes),
+        progress=_progress(history, status.total_steps),
+        curves=_curves(history),
+        held_out=_held_out(history.others["eval"]),
+        starts=history.starts,
+        commits=_commits(history.others["commit"], committed_steps(folder)),
+        skipped_steps=[record["step"] for record in history.others["skip"]],
+        failed_saves=len(history.others["save_failed"]),
+        time=_time(history),
+        memory=_memory(history),
+        experts=_experts(history.others["experts"]),
+        evaluations=read_evaluations(folder, notes),
+        samples=read_samples(folder, notes),
+        cost=_cost(history, settings.get("track.price_per_gpu_hour")),
+        energy_joules=history.steps.sum("energy_joules") if "energy_joules" in history.steps.names else None,
+        repeat=repeat_figures(folder, settings, manifest),
+        settings=settings.tree,
+        notes=notes,
+    )
+
+
+def _progress(history: History, total: int | None) -> Progress:
+    steps = history.steps
+    losses, seconds = list(steps.values("loss")), steps.sum("seconds")
+    return Progress(
+        step=steps.steps[-1]
+        if steps.steps
+        else next((start.step for start in reversed(history.starts) if start.step), 0),
+        total_steps=total,
+        tokens=int(steps.sum("tokens")),
+        tokens_per_second=steps.sum("tokens") / seconds if seconds else None,
+        seconds_per_step=seconds / len(steps.steps) if seconds else None,
+        loss_first=losses[0] if losses else None,
+        loss_last=losses[-1] if losses else None,
+        lost_steps=sum(start.lost_steps for start in history.starts),
+        lost_seconds=math.fsum(start.lost_seconds for start in history.starts),
+    )
+
+
+def _curves(history: History) -> dict[str, Curve]:
+    """A curve a measure: whatever number steps have, and no count of this step alone or part of its time."""
+    names = (name for name in history.steps.names if name not in _COUNTS and not name.endswith("_seconds"))
+    every = {name: list(history.steps.points(name)) for name in names}
+    return {name: Curve(thinned(points), means(points), len(points)) for name, points in every.items()}
+
+
+def _held_out(records: Iterable[Record]) -> dict[str, dict[str, list[Point]]]:
+    found: dict[str, dict[str, dict[float, float]]] = {}
+    for record in records:
+        of = str(record.get("set") or "")
+        for name in record.keys() - _EVAL_COUNTS:
+            for step, value in finite_points([(record.get("step"), record[name])]):
+                found.setdefault(name, {}).setdefault(of, {})[step] = value
+    return {
+        name: {of: thinned(sorted(points.items())) for of, points in sets.items()}
+        for name, sets in sorted(found.items())
+    }
+
+
+def _commits(records: Iterable[Record], committed: Iterable[int]) -> list[Commit]:
+    """Those that were recorded, or that are `committed` in the store: a kill may come between a commit and its record."""
+    every = {step: Commit(step, None, None, None) for step in committed}
+    for record in records:
+        every[record["step"]] = Commit(record["step"], *map(record.get, ("bytes", "seconds", "stall_seconds")))
+    return [every[step] for step in sorted(every)]
+
+
+def _time(history: History) -> list[Part]:
+    """The parts add up to the whole: the last one is the rest, such as evaluations, waits between steps and the end."""
+    whole = math.fsum(start.lasted for start in history.starts)
+    steps = history.steps
+    parts = {
+        part: math.fsum(start.seconds.get(part, 0) for start in history.starts)
+        for part in ("launch", "load", "restore")
+    }
+    within = {name: steps.sum(name) for name in steps.names if name.endswith("_seconds")}
+    parts["steps"] = steps.sum("seconds") - math.fsum(within.values())
+    parts |= {f"steps: {name.removesuffix('_seconds')}": seconds for name, seconds in within.items()}
+    parts["steps done again after a restart"] = math.fsum(start.lost_seconds for start in history.starts)
+    parts["waiting for a commit"] = math.fsum(record.get("stall_seconds", 0) for record in history.others["commit"])
+    parts["the rest"] = max(0.0, whole - math.fsum(parts.values()))
+    return [Part(name, seconds, seconds / whole) for name, seconds in parts.items() if seconds > 0] if whole else []
+
+
+def _memory(history: History) -> list[Memory]:
+    """Both are of rank 0: the plan has all ranks alike."""
+    plan, found = history.newest("plan"), []
+    device = "one rank" if plan.get("device") == "cpu" else "one GPU"
+    for of, name, measure in (
+        (device, "memory_per_gpu", "device_peak_bytes"),
+        ("one host", "memory_per_host", "host_peak_bytes"),
+    ):
+        parts = {part: size for part, size in plan.get(name, {}).items() if isinstance(size, int) and size}
+        peak = max(history.steps.values(measure), default=None)
+        planned = parts.pop("total", None)
+        if planned is not None or peak is not None:
+            found.append(Memory(of, planned, int(peak) if peak is not None else None, parts))
+    return found
+
+
+def _experts(records: Sequence[Record]) -> list[LayerLoad]:
+    """Those of the newest steps of training."""
+    newest = next((record for record in reversed(records) if record.get("of") == "train"), {})
+    every = {
+        layer: [load for _, load in finite_points([(0, load) for load in loads])]
+        for layer, loads in newest.get("shares", {}).items()
+    }
+    return [_layer_load(layer, loads) for layer, loads in every.items() if math.fsum(loads) > 0]
+
+
+def _layer_load(layer: str, loads: Sequence[float]) -> LayerLoad:
+    mean = math.fsum(loads) / len(loads)
+    return LayerLoad(layer, len(loads), max(loads) / mean, min(loads) / mean, sum(load == 0 for load in loads))
+
+
+def _cost(history: History, price: Any) -> Cost | None:
+    """Hours of GPUs where a start had one, else those of ranks on CPUs, which have no price here."""
+    on_gpu = [start for start in history.starts if start.device and start.device != "cpu"]
+    counted = on_gpu or history.starts
+    hours = math.fsum(start.rank_hours for start in counted)
+    if not hours:
+        return None
+    lost = math.fsum((start.world_size or 0) * start.lost_seconds / 3600 for start in counted)
+    each = price if on_gpu and isinstance(price, int | float) else None
+    device = on_gpu[-1].device if on_gpu else None
+    return Cost(device or "CPU", hours, lost, each, None if each is None else each * hours)

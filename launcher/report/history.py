@@ -1,0 +1,127 @@
+"""The history of a run: its starts, and the steps that count, read from the records of all its generations.
+
+A start goes on from a committed checkpoint, so its steps replace the equal and later ones of the starts before it: those
+were computed in vain.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from launcher.report.curves import Columns
+from trainer.run.records import Record, generations, read_records
+from trainer.run.settings import Change
+from trainer.store import Store
+
+_NO_END = "killed or lost: it ended without a word"
+_SHARES = ("launch", "load", "restore")
+
+
+@dataclass
+class Start:
+    """One start of the run. Times are seconds since 1970; `seconds` has those that a part of the start took.
+
+    `step` is the state that it went on from, None where it never trained; `last_step` is the last one that it took.
+    """
+
+    number: int
+    step: int | None = None
+    last_step: int | None = None
+    world_size: int | None = None
+    device: str | None = None
+    machines: int | None = None
+    began: float | None = None
+    ended: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    outcome: str = ""
+    reason: str = ""
+    changes: list[str] = field(default_factory=list)
+    lost_steps: int = 0
+    lost_seconds: float = 0.0
+
+    @property
+    def lasted(self) -> float:
+        """Seconds from when its processes were started to its last record."""
+        return max(0.0, self.ended - self.began) if self.began is not None and self.ended is not None else 0.0
+
+    @property
+    def rank_hours(self) -> float:
+        return (self.world_size or 0) * self.lasted / 3600
+
+
+@dataclass
+class History:
+    """`others` are the records that are no step's, by kind; the evaluations and commits of steps that do not count are left out."""
+
+    starts: list[Start] = field(default_factory=list)
+    steps: Columns = field(default_factory=Columns)
+    others: dict[str, list[Record]] = field(default_factory=lambda: defaultdict(list))
+
+    def newest(self, kind: str) -> Record:
+        """The newest record of this kind, or an empty one."""
+        return next(iter(self.others.get(kind, [])[-1:]), {})
+
+
+def read_history(folder: Store) -> History:
+    """Read every generation of the run in `folder`; a damaged record counts as none."""
+    history = History()
+    for number in generations(folder):
+        history.starts.append(start := Start(number))
+        _read(history, start, read_records(folder, number))
+    last = len(history.starts) - 1
+    for place, start in enumerate(history.starts):
+        if not start.outcome and place < last:
+            start.outcome, start.reason = "lost", start.reason or _NO_END
+    return history
+
+
+def _read(history: History, start: Start, records: Iterable[Record]) -> None:
+    for record in records:
+        kind, step = record["kind"], record.get("step")
+        if kind in ("start", "step") and start.step is None and step is not None:
+            begun = step - (kind == "step")
+            start.step = begun
+            _go_on_from(history, begun)
+        if kind == "step":
+            history.steps.add(record)
+            start.last_step = step
+        elif kind == "start":
+            _add_facts(start, record)
+        elif kind == "first_step":
+            start.seconds["first step"] = record["seconds"]
+        elif kind == "change":
+            start.changes.append(_sentence(record))
+        elif kind == "end":
+            start.outcome, start.reason = record["outcome"], record["reason"]
+        if kind != "step":
+            history.others[kind].append(record)
+        if kind != "restart" and (time := record.get("time")) is not None:
+            start.ended = max(time, start.ended or time)
+            start.began = start.began if start.began is not None else time
+
+
+def _go_on_from(history: History, step: int) -> None:
+    """Take back the steps after `step`, and what was measured or committed in them."""
+    taken = history.steps.cut(step)
+    for earlier in reversed(history.starts[:-1]):
+        lost = taken.cut(earlier.step or 0)
+        earlier.lost_steps += len(lost.steps)
+        earlier.lost_seconds += lost.sum("seconds")
+    for kind in ("eval", "commit", "experts"):
+        history.others[kind] = [record for record in history.others[kind] if record.get("step", 0) <= step]
+
+
+def _add_facts(start: Start, record: Record) -> None:
+    start.world_size, start.device = record.get("world_size"), record.get("device")
+    start.machines = len(set(map(str, record.get("machines") or ()))) or None
+    for part in _SHARES:
+        if (took := record.get(f"{part}_seconds")) is not None:
+            start.seconds[part] = took
+    if (time := record.get("time")) is not None:
+        whole: Any = record.get("start_seconds")
+        start.began = time - (whole if isinstance(whole, int | float) else 0)
+
+
+def _sentence(record: Record) -> str:
+    return Change(str(record.get("setting")), record.get("old"), record.get("new")).sentence()

@@ -1,0 +1,147 @@
+"""The page of one run: its figures, laid out. Names, reasons and samples are others' texts, so everything is escaped."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from rich.filesize import decimal
+
+from launcher.report.curves import Point
+from launcher.report.figures import Curve, RunFigures
+from launcher.report.plots import Plot, Series, lines, tick
+from launcher.view.plan import meaning
+from launcher.view.tables import duration
+
+_GIB = 2**30
+FORMATS: Mapping[str, Callable[[Any], str]] = {
+    "count": lambda value: f"{value:,}",
+    "large": lambda value: tick(value) if value >= 1e4 else f"{value:,.4g}",
+    "number": lambda value: f"{value:.4g}",
+    "loss": lambda value: f"{value:.4f}",
+    "signed": lambda value: f"{value:+.4f}",
+    "percent": lambda value: f"{value:.1%}",
+    "duration": lambda value: duration(value) if value >= 10 else f"{value:.2f} s",
+    "hours": lambda value: f"{value:,.2f}" if value >= 0.1 else f"{value:.4f}",
+    "money": lambda value: f"{value:,.2f}",
+    "energy": lambda value: f"{value / 3.6e6:,.3g} kWh",
+    "bytes": decimal,
+    "when": lambda value: f"{datetime.fromtimestamp(value, UTC):%Y-%m-%d %H:%M}",
+}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a number of the steps is drawn: its title, its unit, and the factor to that."""
+
+    title: str
+    unit: str = ""
+    factor: float = 1.0
+
+    def scaled(self, points: Sequence[Point]) -> list[Point]:
+        return [(x, y * self.factor) for x, y in points]
+
+
+_MEASURES = {
+    "loss": Measure("Loss", "nats"),
+    "lr": Measure("Learning rate"),
+    "grad_norm": Measure("Gradient norm", "before clipping"),
+    "tokens_per_second": Measure("Throughput", "tokens a second, all ranks"),
+    "mfu": Measure("Model FLOPs utilisation", "%", 100),
+    "device_peak_bytes": Measure("GPU memory of rank 0", "GiB, peak so far", 1 / _GIB),
+    "host_peak_bytes": Measure("Host memory of rank 0", "GiB, peak so far", 1 / _GIB),
+    "expert_load": Measure("Routers: busiest expert", "visits over the mean, worst layer"),
+    "experts_unused": Measure("Routers: experts that saw no token", "all layers"),
+}
+
+
+def run_page(figures: RunFigures) -> str:
+    """The whole HTML file. It loads nothing and runs nothing."""
+    loss = {size: loss_plot(figures, wide=size == "wide") for size in ("wide", "narrow")}
+    return rendered(
+        "run.html.j2",
+        figures.to_json(),
+        run=figures,
+        loss=loss if all(loss.values()) else None,
+        measures=measure_plots(figures),
+        meaning=meaning,
+    )
+
+
+def rendered(template: str, tree: Mapping[str, Any], **values: Any) -> str:
+    """`template` with these values; `figure` finds a figure in `tree`, the values that `--json` prints."""
+
+    def figure(begin: str | tuple[str | int, ...], *rest: str | int, kind: str) -> Markup:
+        path = (*((begin,) if isinstance(begin, str) else begin), *rest)
+        value: Any = tree
+        for name in path:
+            value = None if value is None else value[name]
+        if value is None:
+            return Markup("&ndash;")
+        of = "/".join(map(str, path))
+        return Markup('<data value="{}" data-of="{}">{}</data>').format(value, of, FORMATS[kind](value))
+
+    style = Markup(files("launcher.report").joinpath("page.css").read_text(encoding="utf-8"))
+    return _environment().get_template(template).render(figure=figure, style=style, **values)
+
+
+@cache
+def _environment() -> Environment:
+    loader = PackageLoader("launcher", "report")
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+def loss_plot(figures: RunFigures, *, wide: bool) -> Plot | None:
+    """The loss of training and of every evaluation set, with commits and restarts."""
+    measure = measure_of("loss")
+    return lines(
+        measure.title,
+        [*curve_series(figures.curves.get("loss"), measure), *_held_out_series(figures, "loss", measure)],
+        unit=f"nats a {figures.trained.loss_of}",
+        restarts=_restarts(figures),
+        commits=[commit.step for commit in figures.commits],
+        wide=wide,
+    )
+
+
+def _restarts(figures: RunFigures) -> dict[float, str]:
+    """The steps that starts went on from, with the numbers of those starts."""
+    numbers: dict[float, list[str]] = {}
+    for start in figures.restarts:
+        numbers.setdefault(start.step or 0, []).append(str(start.number))
+    return {step: f"start {', '.join(of)}" for step, of in numbers.items()}
+
+
+def curve_series(curve: Curve | None, measure: Measure) -> list[Series]:
+    """A line of a measure; where the steps are too many to show each, the extremes are faint, and the means in front."""
+    if curve is None:
+        return []
+    points = measure.scaled(curve.points)
+    if not curve.means:
+        return [Series("training", points)]
+    return [Series("lowest and highest", points, "faint"), Series("training, mean", measure.scaled(curve.means))]
+
+
+def measure_plots(figures: RunFigures) -> list[Plot]:
+    """A plot for each measure but the loss: those that are known first, then whatever an objective adds."""
+    names = [*_MEASURES, *sorted((figures.curves.keys() | figures.held_out.keys()) - _MEASURES.keys())]
+    return [plot for name in names if name != "loss" and (plot := _measure_plot(figures, name))]
+
+
+def measure_of(name: str) -> Measure:
+    return _MEASURES.get(name, Measure(name.replace("_", " ").capitalize()))
+
+
+def _measure_plot(figures: RunFigures, name: str) -> Plot | None:
+    measure = measure_of(name)
+    series = [*curve_series(figures.curves.get(name), measure), *_held_out_series(figures, name, measure)]
+    return lines(measure.title, series, unit=measure.unit)
+
+
+def _held_out_series(figures: RunFigures, name: str, measure: Measure) -> list[Series]:
+    sets = figures.held_out.get(name, {})
+    return [Series(f"held out: {of}" if of else "held out", measure.scaled(points)) for of, points in sets.items()]

@@ -1,0 +1,201 @@
+"""Plots as SVG: pygal finds the scales and draws, and all colours and fonts are left to the page's style sheet.
+
+A plot works wherever its SVG is put into a page: it has no script, no style, no identifier and no link of its own. Its texts are
+ticks only; title, unit and legend are words of the page (`Plot`), which flow on a phone.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+from xml.etree import ElementTree
+
+from launcher.report.curves import Point, finite_points
+
+_SVG = "http://www.w3.org/2000/svg"
+_PLACES = {"d", "x", "y", "cx", "cy"}
+_LONG = re.compile(r"(\d\.\d)\d+")
+_NOT_SHOWN = {"defs", "desc", "title", "titles", "background", "plot tooltip-overlay", "plot text-overlay"}
+_TICKS = 6
+_FEW = 60
+"""A line of so few points shows each of them."""
+SERIES_COLORS = 7
+"""Lines of a plot that have colours of their own; further ones begin again, dashed."""
+
+Look = Literal["line", "faint", "dots", "dashed", "restart", "commit"]
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points (x, y) under a name, and their look: a line, a faint one beside its mean, dots alone, a dashed line, or marks."""
+
+    name: str
+    points: Sequence[Point]
+    look: Look = "line"
+
+
+@dataclass(frozen=True)
+class Legend:
+    """An entry of a plot's legend: its class has the colour and the look, and it is a mark or a line."""
+
+    name: str
+    css: str
+    marks: bool
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawn plot: `svg` is ready for the page, everything else is text that the page has to escape."""
+
+    title: str
+    unit: str
+    x: str
+    svg: str
+    legend: list[Legend] = field(default_factory=list)
+    note: str = ""
+
+
+def lines(
+    title: str,
+    series: Sequence[Series],
+    *,
+    unit: str,
+    x: str = "step",
+    restarts: Mapping[float, str] | None = None,
+    commits: Sequence[float] = (),
+    log_x: bool = False,
+    wide: bool = False,
+    note: str = "",
+) -> Plot | None:
+    """Series over the same x, with a named upright line at each x of `restarts` and a mark below at each of `commits`.
+
+    With `log_x` every x has to be above 0. None where there is no point to draw.
+    """
+    drawn = [Series(one.name, points, one.look) for one in series if (points := finite_points(one.points))]
+    if not drawn:
+        return None
+    low, high = _bounds([y for one in drawn for _, y in one.points])
+    marks = [
+        Series(
+            "restart", [point for at in restarts or () for point in ((at, low), (at, high), (at, math.nan))], "restart"
+        ),
+        Series("commit", [(at, low) for at in commits], "commit"),
+    ]
+    every = [*drawn, *(one for one in marks if one.points)]
+    svg = _drawn(title, every, low, high, log_x=log_x, wide=wide, names=list((restarts or {}).values()))
+    return Plot(title, unit, x, svg, _legend(every), note)
+
+
+def scatter(
+    title: str, groups: Mapping[str, Sequence[Point]], *, unit: str, x: str, log_x: bool = False
+) -> Plot | None:
+    """Dots alone, each group in a colour: how a result depends on a setting. None where there is no point."""
+    return lines(title, [Series(name, points, "dots") for name, points in groups.items()], unit=unit, x=x, log_x=log_x)
+
+
+def _bounds(values: Sequence[float]) -> tuple[float, float]:
+    """The lowest and the highest of `values`, apart from each other."""
+    low, high = min(values), max(values)
+    return (low, high) if low < high else (low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2)
+
+
+def _drawn(
+    title: str, series: Sequence[Series], low: float, high: float, *, log_x: bool, wide: bool, names: Sequence[str]
+) -> str:
+    import pygal  # takes a tenth of a second
+
+    forward: Callable[[float], float] = math.log10 if log_x else float
+    label: Callable[[float], str] = (lambda value: tick(10**value)) if log_x else tick
+    every_x = [x for one in series for x, _ in one.points]
+    begin = 0 if not log_x and 0 < min(every_x) <= max(every_x) / 10 else min(every_x)
+    chart = pygal.XY(
+        width=960 if wide else 480,
+        height=360 if wide else 270,
+        margin=6,
+        margin_top=18,
+        margin_right=20,
+        show_legend=False,
+        max_scale=_TICKS,
+        range=(low, high),
+        xrange=_bounds([forward(begin), forward(max(every_x))]),
+        x_labels=_log_ticks(min(every_x), max(every_x)) if log_x else None,
+        value_formatter=partial(tick, digits=_digits(low, high)),
+        x_value_formatter=label,
+        js=(),
+        css=(),
+    )
+    for one in series:
+        # pygal takes None for a gap in the line.
+        points = [(forward(x), None if math.isnan(y) else y) for x, y in one.points]
+        dots = one.look in ("dots", "commit") or (one.look == "line" and len(points) <= _FEW)
+        stroke = one.look not in ("dots", "commit")
+        chart.add(one.name, points, stroke=stroke, show_dots=dots, dots_size=2.5, allow_interruptions=True)
+    return _tidied(chart.render(is_unicode=True, disable_xml_declaration=True), title, series, names)
+
+
+def _tidied(svg: str, title: str, series: Sequence[Series], names: Sequence[str]) -> str:
+    """Without pygal's style, script, tooltips and background; dots have their values as titles, which browsers show and readers say."""
+    ElementTree.register_namespace("", _SVG)
+    root = ElementTree.fromstring(svg)
+    root.attrib = {"viewBox": root.get("viewBox", ""), "role": "img", "aria-label": title, "class": "chart"}
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag.removeprefix(f"{{{_SVG}}}") in _NOT_SHOWN or child.get("class") in _NOT_SHOWN:
+                parent.remove(child)
+    for node in list(root.iter()):
+        if match := re.match(r"series serie-(\d+)", node.get("class") or ""):
+            one = series[int(match[1])]
+            node.set("class", _css(series, int(match[1])))
+            for circle, (x, y) in zip(node.iter(f"{{{_SVG}}}circle"), one.points, strict=False):
+                words = f"{one.name}: {x:g}" if one.look == "commit" else f"{one.name}: {y:.6g} at {x:g}"
+                ElementTree.SubElement(circle, "title").text = words
+            if one.look == "restart":
+                _name_lines(node, names)
+        for name in _PLACES.intersection(node.keys()):
+            node.set(name, _LONG.sub(r"\1", node.attrib[name]))
+    return ElementTree.tostring(root, encoding="unicode").replace(f' xmlns="{_SVG}"', "")
+
+
+def _name_lines(group: ElementTree.Element, names: Sequence[str]) -> None:
+    """Write the name of each upright line over it."""
+    for path, name in zip(list(group), names, strict=False):
+        place = re.match(r"M([\d.]+)", path.get("d", ""))
+        attributes = {"x": place[1] if place else "0", "y": "-4"}
+        ElementTree.SubElement(group, "text", attributes).text = name
+
+
+def _css(series: Sequence[Series], index: int) -> str:
+    """The classes of a series: its look, and a colour that a faint line shares with the mean behind it."""
+    look = series[index].look
+    if look in ("restart", "commit"):
+        return f"series {look}"
+    color = sum(one.look != "faint" for one in series[:index])
+    again = " again" if color >= SERIES_COLORS else ""
+    return f"series {look} color-{color % SERIES_COLORS}{again}"
+
+
+def _legend(series: Sequence[Series]) -> list[Legend]:
+    return [Legend(one.name, _css(series, index), one.look in ("dots", "commit")) for index, one in enumerate(series)]
+
+
+def _log_ticks(low: float, high: float) -> list[float] | None:
+    """The logarithms of round numbers from `low` to `high`; None where there are less than two, which pygal finds ticks for."""
+    orders = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    digits = (1, 2, 5) if len(orders) <= 3 else (1, 3) if len(orders) <= 4 else (1,)
+    found = [at for order in orders for digit in digits if low <= (at := digit * 10.0**order) <= high]
+    return [math.log10(at) for at in found] if len(found) > 1 else None
+
+
+def tick(value: float, digits: int = 4) -> str:
+    """A number as an axis has it: short, and with a letter where it is large."""
+    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= max(size, 1e4):
+            return f"{value / size:.{digits}g}{suffix}"
+    return f"{value:.{digits}g}"
+
+
+def _digits(low: float, high: float) -> int:
+    """The significant digits that tell the ticks of an axis apart."""
+    return max(4, 2 + math.ceil(math.log10(max(abs(low), abs(high)) / (high - low))))

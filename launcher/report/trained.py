@@ -1,0 +1,219 @@
+"""What a run trained on what, and how to do it again: read from its settings, its newest checkpoint and its compiled data."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from launcher.report.history import History
+from launcher.view.compiling import describe_left_out
+from trainer.checkpoint.manifest import CheckpointManifest, readable_manifests
+from trainer.config.secrets import masked
+from trainer.config.yaml_reader import read_yaml
+from trainer.data.dataset import read_manifest
+from trainer.errors import NOT_JSON, ConfigError, NotFound, StorageError
+from trainer.run import layout
+from trainer.store import Store, open_store
+
+_UNITS = {"targets": "target token", "pairs": "pair", "answers": "answer"}
+_EXAMPLES = 5
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of the newest start as plain values, each secret replaced by a word, and the key that they were read from."""
+
+    tree: dict[str, Any]
+    key: str | None
+
+    def get(self, setting: str) -> Any:
+        """The value of a dotted setting; None where it is not set."""
+        value: Any = self.tree
+        for name in setting.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
+        return value
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What learnt on top of what. `trainable` and `total` count parameters; `loss_of` is what a loss is a mean over."""
+
+    base: str | None
+    base_fingerprint: str | None
+    stored: str | None
+    method: str | None
+    settings: dict[str, Any]
+    trainable: int | None
+    total: int | None
+    objective: str | None
+    optimizer: str | None
+    sequence_length: int | None
+    global_batch: int | None
+    loss_of: str
+
+
+@dataclass(frozen=True)
+class SourceFigures:
+    """One source of the training data."""
+
+    path: str
+    documents: int
+    tokens: int
+    targets: int
+
+
+@dataclass(frozen=True)
+class DataFigures:
+    """A compiled data set: `counts` has what became of the rows, `remarks` examples of what is wrong with them."""
+
+    split: str
+    fingerprint: str
+    documents: int
+    tokens: int
+    targets: int
+    sources: list[SourceFigures]
+    counts: dict[str, int]
+    remarks: list[str]
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """What does the same again: a command, and the configuration that it reads."""
+
+    command: str
+    config: str
+    versions: dict[str, str] = field(default_factory=dict)
+    snapshot: str | None = None
+
+
+def read_settings(folder: Store, notes: list[str]) -> Settings:
+    """The newest settings that can be read; why others could not is added to `notes`."""
+    keys = sorted((entry.key for entry in folder.list(layout.SETTINGS)), reverse=True)
+    for key in [*keys, layout.CONFIG, layout.SUBMITTED]:
+        try:
+            tree = read_yaml(folder.get(key), key)
+        except NotFound:
+            continue
+        except ConfigError as error:
+            notes.append(f"{key} cannot be read: {error}")
+            continue
+        if isinstance(tree, dict):
+            return Settings(masked(tree), key)
+    notes.append("The run's settings cannot be read.")
+    return Settings({}, None)
+
+
+def newest_manifest(folder: Store, notes: list[str]) -> CheckpointManifest | None:
+    """That of the newest checkpoint which can be read; the damaged ones are added to `notes`."""
+    skipped: list[str] = []
+    try:
+        manifest = next(readable_manifests(folder, skipped), None)
+    except StorageError as error:
+        notes.append(str(error))
+        manifest = None
+    notes += skipped
+    return manifest
+
+
+def trained_figures(settings: Settings, manifest: CheckpointManifest | None, history: History) -> Trained:
+    """The manifest is the truth about a checkpoint; what it does not say, or where there is none, the settings tell."""
+    planned = history.newest("plan").get("parameters", {})
+    base = manifest.base if manifest else {}
+    adapter = dict(manifest.adapter) if manifest else {}
+    stored = base.get("quant.type") or settings.get("quant.type")
+    double = base.get("quant.double") if manifest else settings.get("quant.double")
+    unit = next((unit for name, unit in _UNITS.items() if name in history.steps.names), _UNITS["targets"])
+    return Trained(
+        base=base.get("path") or settings.get("model.base"),
+        base_fingerprint=base.get("fingerprint"),
+        stored=stored and _stored(stored, double, settings),
+        method=adapter.pop("method", None) or settings.get("tuning.method"),
+        settings=adapter,
+        trainable=sum(map(math.prod, manifest.shapes.values())) if manifest else planned.get("trainable"),
+        total=planned.get("total"),
+        objective=(manifest.objective.get("name", "sft") if manifest else None) or settings.get("objective.name"),
+        optimizer=manifest.optimizer if manifest else settings.get("optim.name"),
+        sequence_length=settings.get("data.sequence_length"),
+        global_batch=settings.get("train.global_batch"),
+        loss_of=unit,
+    )
+
+
+def _stored(kind: str, double: Any, settings: Settings) -> str:
+    if kind == "none":
+        return str(settings.get("model.dtype") or "as it is stored")
+    return f"{kind}, {'double' if double else 'single'} quantization"
+
+
+def data_figures(
+    folder: Store, settings: Settings, manifest: CheckpointManifest | None, history: History, notes: list[str]
+) -> list[DataFigures]:
+    """The data sets that the newest start has read, as far as the store still has them."""
+    named = history.newest("start").get("data", {})
+    fingerprints = {split: name for split, name in named.items() if isinstance(name, str)}
+    if manifest:
+        fingerprints.setdefault("train", manifest.dataset)
+    root = open_store(folder.uri.rpartition("/")[0])
+    found = []
+    for split, fingerprint in fingerprints.items():
+        try:
+            found.append(_data_set(root, settings, split, fingerprint))
+        except StorageError as error:  # moved, pruned or damaged
+            notes.append(f"The counts of the {split} data are not known: {error}")
+    return found
+
+
+def _data_set(root: Store, settings: Settings, split: str, fingerprint: str) -> DataFigures:
+    compiled = read_manifest(root, fingerprint)
+    given = settings.get(split if "." in split else f"data.{split}") or settings.get("data.train")
+    listed = given if isinstance(given, list) else [given]
+    paths = [str(source.get("path") or "") if isinstance(source, Mapping) else "" for source in listed]
+    sources = [
+        SourceFigures(path or ", ".join(found.files[:1]), found.documents, found.tokens, found.targets)
+        for path, found in zip([*paths, *[""] * len(compiled.sources)], compiled.sources, strict=False)
+    ]
+    counters = compiled.counters
+    counts = {
+        "rows read": counters.rows,
+        "bad rows, left out": counters.bad_rows,
+        "too long, left out": counters.dropped,
+        "too long, cut": counters.truncated,
+        "too long, split": counters.split,
+        "nothing to train on": counters.without_targets,
+        **({"desired answers": counters.desired} if counters.desired is not None else {}),
+    }
+    remarks = [f"bad row: {text}" for text in compiled.bad_rows[:_EXAMPLES]]
+    remarks += [f"left out by the chat template: {text}" for text in describe_left_out(compiled.left_out or {})]
+    return DataFigures(
+        split, fingerprint, compiled.documents, compiled.tokens, compiled.targets, sources, counts, remarks
+    )
+
+
+def repeat_figures(folder: Store, settings: Settings, manifest: CheckpointManifest | None) -> Repeat | None:
+    """None where no settings could be read."""
+    if settings.key is None:
+        return None
+    name = folder.uri.rpartition("/")[2]
+    return Repeat(
+        command=f"capstan train run.yaml run.name={_again(name)}",
+        config=yaml.safe_dump(settings.tree, sort_keys=False, allow_unicode=True),
+        versions=dict(manifest.versions) if manifest else _versions(folder),
+        snapshot=layout.SNAPSHOT if folder.exists(layout.SNAPSHOT) else None,
+    )
+
+
+def _again(name: str) -> str:
+    return f"{re.sub(r'-again$', '', name)}-again"
+
+
+def _versions(folder: Store) -> dict[str, str]:
+    with suppress(NotFound, AttributeError, *NOT_JSON):
+        return {
+            str(name): str(version) for name, version in json.loads(folder.get(layout.ENVIRONMENT))["versions"].items()
+        }
+    return {}

@@ -1,0 +1,244 @@
+"""A report of whatever a run's folder holds: nothing yet, damage, hostile texts, very many steps, or several runs."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from launcher.cli.__main__ import app
+from launcher.report.comparison import comparison_page
+from launcher.report.curves import MOST_POINTS, Columns, means, thinned
+from launcher.report.figures import read_figures
+from launcher.report.page import run_page
+from launcher.report.plots import Series, lines, scatter
+from launcher.report.report import keep_report
+from tests.browser import chromium, look_at
+from trainer.errors import StorageError
+from trainer.run import layout
+from trainer.store import Store, open_store
+
+NOW = 1_800_000_000.0
+CONFIG = b"run: {name: demo}\nmodel: {base: /models/b}\noptim: {lr: 0.001}\ntrack: {price_per_gpu_hour: 3.0}\n"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "runs"))
+
+
+def make_run(store: Store, *starts: list[dict[str, Any]], name: str = "demo", config: bytes = CONFIG) -> Store:
+    run = store.sub(name)
+    run.put(layout.CONFIG, config)
+    for number, records in enumerate(starts, 1):
+        run.put(layout.metrics(number), "".join(json.dumps(record) + "\n" for record in records).encode())
+    return run
+
+
+def start(step: int = 0, time: float = NOW, **more: Any) -> dict[str, Any]:
+    facts = {"world_size": 4, "step": step, "total_steps": 20, "device": "NVIDIA H100", "start_seconds": 60.0}
+    return {"kind": "start", **facts, "time": time, **more}
+
+
+def step(number: int, loss: float = 2.0, **more: Any) -> dict[str, Any]:
+    given = {"loss": loss, "lr": 1e-3, "tokens": 1000, "targets": 900, "seconds": 10.0, "data_seconds": 1.0}
+    return {"kind": "step", "step": number, **given, "time": NOW + 10 * number, **more}
+
+
+def end(outcome: str, reason: str = "", time: float = NOW + 200) -> dict[str, Any]:
+    return {"kind": "end", "outcome": outcome, "step": None, "reason": reason, "time": time}
+
+
+def test_thinned_points_keep_the_ends_and_every_extreme() -> None:
+    points = [(float(x), math.sin(x / 500)) for x in range(10_000)]
+    points[4321] = (4321.0, 9.0)
+    points[7777] = (7777.0, -9.0)
+    few = thinned(points)
+    assert len(few) <= MOST_POINTS
+    assert few == sorted(few)
+    assert {points[0], points[4321], points[7777], points[-1]} <= set(few) <= set(points)
+    assert thinned(points[:MOST_POINTS]) == points[:MOST_POINTS]
+    assert sum(y for _, y in means(points)) / len(means(points)) == pytest.approx(0.0295, abs=1e-4)
+    assert means(points[:MOST_POINTS]) == []
+
+
+def test_columns_lack_what_a_step_lacks() -> None:
+    columns = Columns()
+    for number, more in enumerate([{}, {"mfu": 0.5}, {"mfu": math.nan}, {"mfu": 0.25, "samples": "ab", "on": True}], 1):
+        columns.add({"kind": "step", "step": number, **more})
+    assert list(columns.points("mfu")) == [(2, 0.5), (4, 0.25)]
+    assert columns.names == ["mfu"]
+    taken = columns.cut(3)
+    assert (list(columns.points("mfu")), list(taken.points("mfu"))) == ([(2, 0.5)], [(4, 0.25)])
+
+
+def test_steps_that_a_restart_takes_back_are_lost_once(store: Store) -> None:
+    first = [start(), *(step(number) for number in range(1, 9)), {"kind": "eval", "step": 8, "loss": 9.0, "time": NOW}]
+    second = [start(5, NOW + 300), step(6, 1.5), end("failed", "lost a machine: b", NOW + 310)]
+    third = [start(5, NOW + 400), step(6, 1.25), step(7, 1.0), end("finished", time=NOW + 460)]
+    figures = read_figures(make_run(store, first, second, third))
+    assert [at.lost_steps for at in figures.starts] == [3, 1, 0]
+    assert [at.outcome for at in figures.starts] == ["lost", "failed", "finished"]
+    assert figures.curves["loss"].points == [(1, 2.0), (2, 2.0), (3, 2.0), (4, 2.0), (5, 2.0), (6, 1.25), (7, 1.0)]
+    assert figures.held_out == {}
+    assert (figures.progress.tokens, figures.progress.lost_seconds) == (7000, 40.0)
+    # Four GPUs, from a minute before each start's record to its last: 140, 70 and 120 seconds.
+    assert figures.cost is not None
+    assert figures.cost.hours == pytest.approx(4 * (60 + 80 + 60 + 10 + 60 + 60) / 3600)
+    assert figures.cost.price == pytest.approx(3.0 * figures.cost.hours)
+    assert sum(part.seconds for part in figures.time) == pytest.approx(330)
+
+
+RUNNING = [start(), step(1), step(2)]
+
+
+@pytest.mark.parametrize(
+    ("starts", "texts"),
+    [
+        ([], ["demo", "No step is recorded"]),
+        ([[]], ["demo", "No step is recorded"]),
+        ([[start()]], ["No step is recorded"]),
+        ([RUNNING], ["2.0000", "GPU hours"]),
+        ([[*RUNNING, end("failed", "rank 3 hangs")]], ["rank 3 hangs", "failed"]),
+        ([[step(1, math.nan), step(1, math.inf), step(2, grad_norm=math.inf), step(3, lr="x")]], ["2.0000"]),
+        ([[*RUNNING, {"kind": "commit"}, {"kind": "commit", "step": 1, "bytes": "many"}, {"kind": "eval"}]], ["2.0000"]),
+        ([[*RUNNING, {"kind": "experts", "step": 1, "shares": {"a": [], "b": ["x"], "c": [0, 0]}}]], ["2.0000"]),
+        ([[*RUNNING, {"kind": "plan", "parameters": {}, "memory_per_gpu": {"total": "much"}}]], ["2.0000"]),
+        ([[start(data={"train": 5, "eval": "gone"}), step(1)]], ["The counts of the eval data are not known"]),
+    ],
+)  # fmt: skip
+def test_whatever_there_is_is_a_page(store: Store, starts: list[list[dict[str, Any]]], texts: list[str]) -> None:
+    page = run_page(read_figures(make_run(store, *starts)))
+    for text in texts:
+        assert text in page
+    assert ("<svg" in page) == any(record["kind"] == "step" for records in starts for record in records)
+
+
+def test_damage_is_named_and_the_rest_shown(store: Store) -> None:
+    run = make_run(store, RUNNING)
+    run.put(layout.metrics(1), run.get(layout.metrics(1)) + b'{"kind": "st')
+    run.put(layout.settings(1), b"\xff{")
+    run.put(layout.manifest(2), b"{}")
+    run.put(layout.evaluation(1), b'{"step": "x"}')
+    run.put(layout.evaluation(2), b'{"step": 2, "sets": {"a": {"adapter": {"loss": NaN}}}, "later": 1}')
+    run.put(layout.samples(2), b'torn\n{"prompt": "p", "adapter": "answer"}\n')
+    figures = read_figures(run)
+    page = run_page(figures)
+    for key in (layout.settings(1), layout.manifest(2), layout.evaluation(1), layout.samples(2)):
+        assert any(key in note for note in figures.notes), (key, figures.notes)
+    assert "answer" in page
+    assert [found.step for found in figures.evaluations] == [2]
+    json.dumps(figures.to_json(), allow_nan=False)
+
+
+def test_no_text_of_a_run_becomes_markup_or_a_secret_shown(store: Store) -> None:
+    hostile = "</title></style><script>alert(1)</script>&\u202e"
+    config = CONFIG + b"cluster: {ray: {runtime_env: {env_vars: {HF_TOKEN: hf_hidden}}}}\n"
+    records = [
+        start(device=hostile),
+        step(1, **{hostile: 1.0}),
+        {"kind": "eval", "step": 1, "set": hostile, "loss": 1.0, "time": NOW},
+    ]
+    run = make_run(store, [*records, end("failed", hostile)], config=config)
+    run.put(layout.samples(1), json.dumps({"prompt": hostile, "adapter": hostile * 500}).encode())
+    for page in (run_page(read_figures(run)), comparison_page([read_figures(run)] * 2)):
+        assert "<script" not in page
+        assert "hf_hidden" not in page
+        assert "alert(1)" in page
+        assert re.findall(r'(?:href|src)="(?!data:,)', page) == []
+
+
+def test_very_many_steps_are_a_small_page_that_shows_each_spike(store: Store) -> None:
+    many = 20_000
+    measures = {f"measure_{number}": 1.0 for number in range(10)}
+    records = [step(at, 99.0 if at == 12_345 else 1 + at % 7 / 10, **measures) for at in range(1, many + 1)]
+    run = make_run(store, [start(), *records])
+    figures = read_figures(run)
+    page = run_page(figures)
+    assert len(page) < 1_000_000
+    assert (12_345, 99.0) in figures.curves["loss"].points
+    assert figures.curves["loss"].steps == many
+    assert "lowest and highest" in page
+
+
+def test_a_log_axis_has_round_ticks_and_a_flat_line_is_drawn() -> None:
+    plot = scatter(
+        "Loss by rate", {"trials": [(1e-5, 2.0), (1e-3, 1.0), (0.1, 3.0)]}, unit="nats", x="optim.lr", log_x=True
+    )
+    assert plot is not None
+    assert {"1e-05", "0.0001", "0.001", "0.01", "0.1"} <= set(re.findall(r"<text[^>]*>([^<]+)<", plot.svg))
+    assert re.findall(r"<title>(.*?)</title>", plot.svg) == [
+        "trials: 2 at 1e-05",
+        "trials: 1 at 0.001",
+        "trials: 3 at 0.1",
+    ]
+    flat = lines("Flat", [Series("one", [(1, 5.0), (2, 5.0)]), Series("none", [(1, math.nan)])], unit="")
+    assert flat is not None
+    assert [entry.name for entry in flat.legend] == ["one"]
+    assert lines("Nothing", [Series("none", [])], unit="") is None
+
+
+@pytest.fixture
+def two(store: Store) -> list[Store]:
+    ended = [end("finished")]
+    other = CONFIG.replace(b"0.001", b"0.01").replace(b"demo", b"other")
+    return [
+        make_run(store, [start(), *(step(at, 3 - at / 10) for at in range(1, 21)), *ended]),
+        make_run(store, [start(), *(step(at, 3 - at / 20) for at in range(1, 21)), *ended], name="other", config=other),
+    ]
+
+
+def test_several_runs_are_one_comparison(two: list[Store], tmp_path: Path) -> None:
+    page = comparison_page([read_figures(run) for run in two])
+    rows = re.findall(r"<tr><th scope=\"row\"><code>(.*?)</code></th>(.*?)</tr>", page)
+    assert [(setting, re.findall("<td>(.*?)</td>", cells)) for setting, cells in rows] == [
+        ("optim.lr", ["0.001", "0.01"])
+    ]
+    assert 'data-of="runs/1/progress/loss_last">2.0000<' in page
+    path = tmp_path / "comparison.html"
+    path.write_text(page, encoding="utf-8")
+    with chromium() as browser:
+        for width in (1400, 400):
+            look = look_at(browser, path, width=width)
+            assert (look.wrong, look.plots) == ([], ["Loss", "Learning rate"])
+
+
+def invoke(*arguments: object) -> Any:
+    return CliRunner().invoke(app, ["report", *map(str, arguments)])
+
+
+def test_the_command_writes_where_it_says(two: list[Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    kept = tmp_path / "runs/demo/report.html"
+    assert str(kept) in invoke("demo", "--dry-run").stderr
+    assert not kept.exists()
+    assert str(kept) in invoke("demo").stderr
+    assert kept.read_text().startswith("<!doctype html>")
+    assert "report.html" in invoke("demo", "other").stderr
+    assert "2 runs compared" in (tmp_path / "report.html").read_text()
+    assert invoke("demo", "-o", "-").stdout.startswith("<!doctype html>")
+    told = json.loads(invoke("demo", "other", "--json").stdout)
+    assert [run["progress"]["loss_last"] for run in told["runs"]] == [1.0, 2.0]
+    assert told["written"] is None
+    assert isinstance(invoke("demo", "-o", tmp_path / "none/a.html").exception, StorageError)
+
+
+def test_a_report_that_fails_ends_no_run(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    keep_report(make_run(store, name="unborn"), said.append)
+    assert said == []
+    run = make_run(store, RUNNING)
+    keep_report(run, said.append)
+    assert run.exists(layout.REPORT)
+
+    def fails(*_: object) -> None:
+        raise StorageError("the bucket is away")
+
+    monkeypatch.setattr(Store, "put", fails)
+    keep_report(run, said.append)
+    assert re.fullmatch(
+        "the report could not be written, .* the bucket is away. `capstan report demo .*` tries again.", said[1]
+    )
