@@ -273,7 +273,7 @@ class Track(Section):
     )
     price_per_gpu_hour: float | None = setting(
         None,
-        about="The price of one GPU for an hour, in your money: `capstan status` then shows what the run has cost.",
+        about="The price of one GPU for an hour, in your money: `capstan status` and `report` then show what the run has cost.",
         example=2.5,
         ge=0,
         unit="money",
