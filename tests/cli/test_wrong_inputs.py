@@ -237,6 +237,13 @@ def test_weights_of_another_shape_than_the_architecture(
         if name in tensors:
             tensors[name] = tensors[name][:-2].clone()
             save_file(tensors, path, metadata={"format": "pt"})
-    refused(
-        capstan("train", config, f"model.base={base}"), 2, "model.layers.0.mlp.up_proj.weight", "[170, 64]", "[172, 64]"
-    )
+    words = ("model.layers.0.mlp.up_proj.weight", "[170, 64]", "[172, 64]", "Copy the model again")
+    # Before a rank, a cluster or a queue is asked for, and each verb says the same.
+    for verb in (("plan",), ("train",), ("submit", "ray"), ("submit", "slurm")):
+        done = capstan(*verb, config, f"model.base={base}")
+        refused(done, 2, *words)
+        assert "rank" not in done.stderr
+    planned = capstan("plan", config, f"model.base={base}", "--json")
+    (wrong,) = json.loads(planned.stdout)["mismatches"]
+    assert all(word in wrong for word in words)
+    assert json.loads(capstan("plan", config, "--json").stdout)["mismatches"] == [], "the control"
