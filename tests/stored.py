@@ -1,14 +1,17 @@
-"""Bases in FP8 and MXFP4 as their makers store them, and the weights that they stand for, by plain torch."""
+"""Bases in FP8, MXFP4 and 4 bits as their makers store them, and the weights that they stand for, by plain torch."""
 
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes.functional as bnb
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from tests.nf4 import decoded
 
 # OCP Microscaling specification 1.0, table 5: the values of E2M1.
 _FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
@@ -103,15 +106,37 @@ def store_in_mxfp4(plain: Path, folder: Path, shard_size: str = "40KB") -> Path:
     return _store(plain, folder, how, change, shard_size)
 
 
+def store_in_4_bits(plain: Path, folder: Path, *, double: bool, experts: bool = True) -> Path:
+    """`plain` as bitsandbytes wrote it from transformers before its version 5, where every expert was a few linear layers: each
+    quantized by itself, but those of a mixture where not `experts`; in `folder` / "decoded" the same base in bf16."""
+
+    def change(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor] | None:
+        expert = ".experts." in name
+        if weight.ndim != 2 or not (experts if expert else "_proj" in name):
+            return None
+        packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=double)
+        beside = {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+        return {name: packed, **beside}, decoded(packed, state)
+
+    how = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": double,
+        "bnb_4bit_compute_dtype": "bfloat16",
+    }
+    return _store(plain, folder, how, change, "40KB")
+
+
 def _store(plain: Path, folder: Path, how: dict[str, Any], change: Any, shard_size: str) -> Path:
     """A base with the tensors that `change` makes of those of `plain`, and `how` as its quantization_config."""
     torch.manual_seed(7)
-    stored, decoded = dict[str, Tensor](), dict[str, Tensor]()
+    stored, plainly = dict[str, Tensor](), dict[str, Tensor]()
     for name, tensor in read_files(plain).items():
         made = change(name, tensor) or ({name: tensor}, tensor)
         stored |= made[0]
-        decoded[name] = made[1]
-    for target, tensors in ((folder, stored), (folder / "decoded", decoded)):
+        plainly[name] = made[1]
+    for target, tensors in ((folder, stored), (folder / "decoded", plainly)):
         target.mkdir(parents=True)
         for file in plain.iterdir():
             if ".safetensors" not in file.name:

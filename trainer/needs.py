@@ -1,8 +1,9 @@
 """The needs of a run in numbers, as `trainer/plan.py` counts them and `capstan plan --json` prints them."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from trainer.base.check import LeftOut
 from trainer.zero.policy import Scope
 
 
@@ -81,7 +82,7 @@ class Plan:
     """The needs of a run, and in `shortfalls` one sentence for each thing that does not fit.
 
     `mismatches` are those of them that ask more of the base than it has, on any machine. `scope` is `sharding.scope`,
-    with auto decided. `device` is what the ranks are planned for: the CPU only where `cluster.gpus_per_worker` is 0.
+    with auto decided. `left_out` are the parts of the base's files that are not trained, where the files are at hand. `device` is what the ranks are planned for: the CPU only where `cluster.gpus_per_worker` is 0.
     """
 
     parameters: Parameters
@@ -95,6 +96,7 @@ class Plan:
     deepspeed: dict[str, Any]
     mismatches: list[str]
     shortfalls: list[str]
+    left_out: list[LeftOut] = field(default_factory=list[LeftOut])
 
     def to_json(self) -> dict[str, Any]:
         """A tree of plain values; bytes and elements are whole numbers."""

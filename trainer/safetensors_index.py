@@ -106,21 +106,28 @@ class Joined:
 
 @dataclass(frozen=True)
 class PackedSources:
-    """One module's packed weights where they are stored already, all as bytes; `mean` is that of absmax, one for each slice."""
+    """One module's packed weights where they are stored already: `parts`, all as bytes, by the names that they have in a `Packed`;
+    `mean` is that of absmax, one for each slice, under double quantization."""
 
-    weight: StoredTensor
-    absmax: StoredTensor
-    nested_absmax: StoredTensor | None
+    parts: dict[str, StoredTensor]
     mean: list[float] | None
 
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """A weight of `shape` that files hold in 4 bits: its bytes can be read, its values cannot."""
+    """A weight of `shape` that files hold in 4 bits: values of the type `made_of`, as torch names it, in blocks of `block_size`."""
 
     shape: tuple[int, ...]
     sources: PackedSources
+    quant_type: str
+    block_size: int
+    made_of: str
     dtype: str = "4-bit"
+
+    @property
+    def double(self) -> bool:
+        """Whether the scales are in 8 bits."""
+        return self.sources.mean is not None
 
 
 def read_index(store: Store) -> dict[str, TensorSource]:

@@ -37,6 +37,7 @@ def plan(
     from dataclasses import replace
 
     from launcher.view.plan import plan_table
+    from trainer.base.check import check_weights_at_hand
     from trainer.base.locate import describe_base
     from trainer.config import load_config
     from trainer.data.sources import unusable
@@ -47,8 +48,13 @@ def plan(
     world_size = run.cluster.most_workers or 1
     memory = int(gpu_memory * 2**30) if gpu_memory else None
     result = make_plan(run, describe_base(run.model), world_size, ranks_per_node or world_size, memory)
-    missing = unusable(run.data)
-    result = replace(result, shortfalls=[*result.shortfalls, *missing])
+    missing, misfits = unusable(run.data), list[str]()
+    try:
+        result = replace(result, left_out=check_weights_at_hand(run.model))
+    except ConfigError as error:
+        misfits.append(str(error))
+    wrong, short = [*result.mismatches, *misfits], [*result.shortfalls, *misfits, *missing]
+    result = replace(result, mismatches=wrong, shortfalls=short)
     emit(result, as_json, plan_table)
     if result.shortfalls:
         kind = ConfigError if result.mismatches else DataError if missing else DoesNotFit

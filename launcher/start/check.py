@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from launcher.view.status import SILENT_SECONDS, read_status
-from trainer.base.check import check_base
+from trainer.base.check import check_base, check_weights
 from trainer.base.locate import Base, resolve_base
 from trainer.checkpoint.identity import check_identity
 from trainer.checkpoint.listing import committed_steps
@@ -77,6 +77,7 @@ def check(
     refuse_secrets(config)
     base = resolve_base(config.model)
     check_base(base, config)
+    check_weights(base, config.model)
     check_tuning(config, base.description)
     check_objective(config)
     find_optimizer(config.optim)

@@ -47,6 +47,8 @@ def plan_table(plan: Plan) -> Group:
             f"{name.replace('_', ' ')} {'parameters' if name in asdict(plan.parameters) else ''}".strip(), f"{value:,}"
         )
     facts.add_row("bytes of a checkpoint", decimal(plan.checkpoint_bytes))
+    for part in plan.left_out:
+        facts.add_row(f"left out: {part.path}", f"{part.tensors} tensors, {part.weights:,} weights")
     parts = (
         ("memory of one GPU" if plan.device == "gpu" else "memory of one rank", plan.memory_per_gpu),
         ("memory of one host", plan.memory_per_host),

@@ -87,7 +87,7 @@ def stored_bases(config_text: str, loads: list[tuple[str, str, list[str]]], dest
     """Load bases in fewer bits: each a name for its logits, which rank 0 writes, the base and overrides.
 
     -> for each {"compared", "differing": packed matrices against bitsandbytes' of the base's folder "decoded", as transformers
-    loads that, "read_bytes", "log"}.
+    loads that, "other": those that do not stand for the very weights there, "read_bytes", "log"}.
     """
     from transformers import AutoModelForCausalLM
 
@@ -96,7 +96,7 @@ def stored_bases(config_text: str, loads: list[tuple[str, str, list[str]]], dest
         config = override(parse_config(config_text), f"model.base={base}", *overrides)
         here = assemble_run(config)
         reference = AutoModelForCausalLM.from_pretrained(Path(base, "decoded"), dtype=torch.bfloat16)
-        expected, compared, differing = dict(reference.named_parameters()), 0, []
+        expected, compared, differing, other = dict(reference.named_parameters()), 0, [], []
         for path, module in here.engine.model.named_modules():
             if isinstance(module, Packed):
                 plain = path.removesuffix(".base_layer")
@@ -104,11 +104,17 @@ def stored_bases(config_text: str, loads: list[tuple[str, str, list[str]]], dest
                 problems = _differences(module, whole.view(-1, *whole.shape[-2:]), config)
                 compared += 1
                 differing += [f"{name} {plain}: {problem}" for problem in problems]
+                with deepspeed.zero.GatheredParameters(list(module.parameters(recurse=False))):
+                    held = module.matrices(0, module.layout.slices)
+                if not torch.equal(held.flatten(), whole.flatten()):
+                    other.append(plain)
         logits = here.engine.logits(_probe())
         if here.ranks.rank == 0:
             save_file({"logits": logits.contiguous()}, f"{destination}/{name}.safetensors")
         read = here.report.read_bytes
-        facts.append({"compared": compared, "differing": differing, "read_bytes": read, "log": here.log})
+        facts.append(
+            {"compared": compared, "differing": differing, "other": other, "read_bytes": read, "log": here.log}
+        )
     return facts
 
 

@@ -1,16 +1,17 @@
 """The language model inside a model that sees is trained and exported, and what else is in the files stays as it is."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from tests.composites import make_composite
-from tests.dist import proofs
+from tests.dist import loading, proofs
 from tests.dist.launch import launch
 from tests.material import Workshop, commit
-from trainer.base.load import find_all_weights
 from trainer.base.locate import resolve_base
-from trainer.config import Model
+from trainer.base.parameters import find_all_weights
+from trainer.config import Model, dump_config
 from trainer.export.proof import Proof
 from trainer.safetensors_index import Joined, TensorSource, numel
 
@@ -29,6 +30,10 @@ def test_an_adapter_and_a_merge_predict_what_was_trained_and_the_rest_of_the_fil
         commit(run, workshop.config(kind, f"model.base={tmp_path / kind}", "tuning.alpha=64"))
         runs.append(run)
     (found,) = launch(1, proofs.exports_and_proofs, [run.uri for run in runs], timeout=360)
+    config = dump_config(workshop.config("log"))
+    (logged,) = launch(1, loading.loaded_logits, config, [str(tmp_path / "gemma3")], [], str(tmp_path))
+    (said,) = [line for line in logged[0]["log"] if "left out" in line]
+    assert re.search(r"model\.multi_modal_projector \(2 tensors, .* model\.vision_tower \(32 tensors, ", said)
     for kind, run, both in zip(KINDS, runs, found, strict=True):
         for proof in both:
             assert Proof(**proof).holds, kind

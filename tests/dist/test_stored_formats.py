@@ -11,7 +11,7 @@ from tests.dist import curves, loading
 from tests.dist.launch import launch
 from tests.dist.proofs import export_and_prove
 from tests.material import Workshop, commit, make_base
-from tests.stored import edit_config, store_in_fp8, store_in_mxfp4
+from tests.stored import edit_config, store_in_4_bits, store_in_fp8, store_in_mxfp4
 from trainer.config import dump_config
 from trainer.errors import ConfigError
 from trainer.export.merged import export_merged
@@ -85,6 +85,39 @@ def test_packed_bytes_and_logits_are_those_of_the_same_base_in_16_bits(
         assert torch.equal(load_file(tmp_path / f"{name}-{quant}.safetensors")["logits"], stock[name, quant]), name
         files = sum(path.stat().st_size for path in bases[name].glob("*.safetensors"))
         assert sum(fact["read_bytes"] for fact in facts) <= 1.25 * files, name
+
+
+@pytest.mark.timeout(300)
+def test_experts_that_were_quantized_singly_stay_as_they_are_where_their_blocks_are_the_stacks(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    """The first matrix of each expert is 43 whole blocks of one base, and 24 and a part of another; scales in 8 bits have blocks and a
+    mean for each matrix, so what is fused must be quantized anew with them."""
+    plain = {kind: make_base(tmp_path / "plain" / kind, kind) for kind in ("qwen3-moe", "mixtral")}
+    loads = list[tuple[str, str, list[str]]]()
+    for name, kind, double, experts in (
+        ("whole", "qwen3-moe", False, True),
+        ("parts", "mixtral", False, True),
+        ("double", "qwen3-moe", True, True),
+        ("in-16-bits", "qwen3-moe", False, False),
+    ):
+        base = store_in_4_bits(plain[kind], tmp_path / name, double=double, experts=experts)
+        loads.append((name, str(base), [f"quant.double={str(double).lower()}"]))
+    results = launch(3, loading.stored_bases, dump_config(workshop.config("load")), loads, str(tmp_path))
+    stacks = {f"model.layers.{layer}.mlp.experts.{part}_proj" for layer in (0, 1) for part in ("gate_up", "down")}
+    fused = {name for name in stacks if "gate_up" in name}
+    for whole, parts, double, in_16_bits in results:
+        assert {facts["compared"] for facts in (whole, parts, double, in_16_bits)} == {2 * (4 + 2)}
+        assert (whole["other"], whole["differing"]) == ([], [])
+        assert (set(parts["other"]) <= fused, parts["differing"]) == (True, [])
+        assert parts["other"], "the control: other blocks are other weights"
+        # Scales that were rounded to 8 bits once are other ones when they are again.
+        assert set(double["other"]) == fused
+        assert not any(name in line for line in double["differing"] for name in fused)
+        assert (set(in_16_bits["other"]), in_16_bits["differing"]) == (stacks, [])
+        for facts, (_, base, _) in zip((whole, parts, double, in_16_bits), loads, strict=True):
+            files = sum(path.stat().st_size for path in Path(base).glob("*.safetensors"))
+            assert facts["read_bytes"] < 0.6 * files
 
 
 @pytest.mark.timeout(300)

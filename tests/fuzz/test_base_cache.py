@@ -35,5 +35,5 @@ def test_any_value_in_any_place_is_damaged_or_changes_nothing(data: st.DataObjec
             MANIFEST, json.dumps(replaced(tree, data.draw(st.sampled_from(leaves(tree))), data.draw(odd))).encode()
         )
     with suppress(Damaged):
-        weight = open_cache(FOLDER).sources("a").weight
+        weight = open_cache(FOLDER).sources("a").parts["weight"]
         assert weight.read(0, weight.shape[0]) == bytes(BYTES["a.weight"].tolist())[: weight.shape[0]]

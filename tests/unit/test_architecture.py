@@ -9,9 +9,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.families import FAMILIES, SIZES
-from trainer.base import architecture_cache
+from trainer.base import elsewhere
 from trainer.base.architecture import Architecture
 from trainer.base.architecture_cache import read_architecture
+from trainer.base.elsewhere import Question
 from trainer.base.meta import model_config
 from trainer.base.unfilled import unfilled_model
 from trainer.errors import ConfigError
@@ -190,18 +191,19 @@ def test_the_attention_of_each_layer_is_known(
 @pytest.mark.timeout(300)  # three processes that import torch
 def test_what_the_process_that_reads_it_refuses_is_refused_here(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(**config: Any) -> Architecture:
-        request = json.dumps({"config": config, "layers": 1, "name": "the base"})
-        return architecture_cache._read_elsewhere(request, "the base")
+        given = {"base_config": config, "layers": 1, "name": "the base"}
+        question = Question("meta", "architecture_of", given, "the base", "reading")
+        return Architecture.from_json(elsewhere._answer_elsewhere(question))
 
     settings = settings_of("deepseek-v3")
     assert read(**settings) == read_architecture(settings, 1)
     with pytest.raises(ConfigError, match="^model.base: the base is a t5 model, an encoder with a decoder"):
         read(model_type="t5")
-    monkeypatch.setattr(architecture_cache, "_SECONDS", 0.01)
+    monkeypatch.setattr(elsewhere, "_SECONDS", 0.01)
     with pytest.raises(ConfigError, match=r"has not built the model of the base within 0\.01 seconds"):
         read(**settings)
     monkeypatch.undo()
-    monkeypatch.setattr(architecture_cache.sys, "executable", "false")
+    monkeypatch.setattr(elsewhere.sys, "executable", "false")
     with pytest.raises(ConfigError, match=r"cannot build the model of the base \(exit code 1\)"):
         read(**settings)
 

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.material import KINDS, SIZES, Workshop
 from trainer.base.architecture import mismatches
-from trainer.base.check import check_base
+from trainer.base.check import check_base, check_weights
 from trainer.base.config_json import parse_base_config, tokenizer_size
-from trainer.base.load import empty_model, find_all_weights
+from trainer.base.load import empty_model
 from trainer.base.locate import resolve_base
-from trainer.base.parameters import FoundWeights, find_weights
+from trainer.base.parameters import FoundWeights, find_all_weights, find_weights
 from trainer.config import Tuning, override
 from trainer.data.prepare import load_tokenizer
 from trainer.errors import ConfigError
@@ -40,6 +40,7 @@ def base(workshop: Workshop, tmp_path: Path) -> Path:
 def check(workshop: Workshop, base: Path | str, *overrides: str) -> None:
     config = workshop.config("check", f"model.base={base}", *overrides)
     check_base(resolve_base(config.model), config)
+    check_weights(resolve_base(config.model), config.model)
 
 
 def edit(path: Path, **values: object) -> None:

@@ -121,9 +121,13 @@ def test_weights_are_read_by_ranges_and_small_files_come_once(bucket: Bucket, fo
     assert bucket.asked == []
 
 
-def test_a_plan_asks_for_config_json_alone(bucket: Bucket) -> None:
+def test_a_plan_asks_for_small_files_alone_and_once(bucket: Bucket) -> None:
     assert describe_base(MODEL).architecture.hidden == 64
-    assert bucket.asked == ["config.json"]
+    assert "config.json" in bucket.asked
+    assert not [name for name in bucket.asked if name.endswith((".safetensors", "index.json"))]
+    bucket.asked.clear()
+    assert describe_base(MODEL).architecture.hidden == 64
+    assert bucket.asked == []
 
 
 def test_a_folder_without_config_json_is_no_base(bucket: Bucket) -> None:

@@ -55,7 +55,7 @@ def reseal(folder: Store, change: Callable[[dict[str, Any]], Any]) -> None:
 def test_what_was_written_is_read_back(folder: Store) -> None:
     sources = open_cache(folder).sources("a")
     assert sources.mean == [0.5]
-    assert sources.weight.read(7, SIZES["a.weight"]) == bytes(BYTES["a.weight"][7:].tolist())
+    assert sources.parts["weight"].read(7, SIZES["a.weight"]) == bytes(BYTES["a.weight"][7:].tolist())
 
 
 def extent(index: int, value: Any, name: str = "a.weight") -> Callable[[dict[str, Any]], None]:
@@ -110,4 +110,4 @@ def test_an_object_that_is_truncated_is_damage(folder: Store, kept: int) -> None
     (key,) = (entry.key for entry in folder.list() if entry.key != MANIFEST)
     folder.put(key, bytes(folder.get(key))[:kept])
     with pytest.raises(Damaged):
-        open_cache(folder).sources("a").weight.read(0, SIZES["a.weight"])
+        open_cache(folder).sources("a").parts["weight"].read(0, SIZES["a.weight"])

@@ -27,11 +27,12 @@ from tests.composites import COMPOSITES, make_composite
 from tests.families import FAMILIES
 from tests.material import make_base
 from trainer.base import conversion
+from trainer.base.check import LeftOut, check_weights_at_hand
 from trainer.base.conversion import Conversion, convert
 from trainer.base.converted import Converted
 from trainer.base.filling import as_tensor
-from trainer.base.load import find_all_weights
 from trainer.base.locate import resolve_base
+from trainer.base.parameters import find_all_weights
 from trainer.base.unfilled import unfilled_model
 from trainer.config import Model
 from trainer.errors import ConfigError
@@ -164,10 +165,10 @@ def test_what_does_not_fit_together_is_said(monkeypatch: pytest.MonkeyPatch) -> 
 
     converter = WeightConverter(["a", "b"], "w", [Concatenate(dim=0)])
     whole, narrow, half = InMemory(torch.randn(4, 9)), InMemory(torch.randn(4, 8)), InMemory(torch.randn(4, 9), "F16")
-    packed = PackedTensor((4, 9), PackedSources(whole, whole, None, None))
+    packed = PackedTensor((4, 9), PackedSources({"weight": whole, "absmax": whole}, None), "nf4", 64, "bfloat16")
     assert "2 tensors such as a: Sizes of tensors must match" in failure(a=whole, b=narrow)
     assert failure(a=whole, b=half) == "2 tensors such as a: they are of several types"
-    assert failure(a=packed, b=packed) == "2 tensors such as a: they are in 4 bits, which cannot be put together"
+    assert failure(a=packed, b=whole) == "2 tensors such as a: they are of several types"
     short = converted(monkeypatch, converter, {"a": whole}, w=(8, 9)).sources["w"]
     assert short.shape == (4, 9)
 
@@ -197,8 +198,22 @@ def test_files_give_the_weights_and_the_family_gives_the_buffers_and_types_that_
         assert torch.equal(values(source, 1001), values(source)), name
 
 
+# A model that sees -> the parts of it that its language model is without.
+LEFT_OUT = {
+    "gemma3": {"model.vision_tower", "model.multi_modal_projector"},
+    "gemma4": {"model.vision_tower", "model.embed_vision"},
+    "qwen3_5": {"model.visual"},
+    "qwen3_5_moe": {"model.visual"},
+    "mistral3": {"model.vision_tower", "model.multi_modal_projector"},
+    "llama4": {"vision_model", "multi_modal_projector"},
+    "kimi_k25": {"model.vision_tower", "model.mm_projector"},
+}
+
+
 @pytest.mark.parametrize("kind", COMPOSITES)
-def test_the_language_model_in_a_model_that_sees_is_found_and_nothing_else(kind: str, tmp_path: Path) -> None:
+def test_the_language_model_in_a_model_that_sees_is_found_and_nothing_else(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = make_composite(tmp_path, kind)
     base = resolve_base(Model(base=str(tmp_path)))
     found = find_all_weights(base)
@@ -208,6 +223,14 @@ def test_the_language_model_in_a_model_that_sees_is_found_and_nothing_else(kind:
         "lm_head.weight": head.weight
     }
     assert len(base.tensors) > len(found.sources)
+    # All weights of the whole model are in one of its parts: the language model, or one that is left out and named.
+    every = sum(value.numel() for value in {value.data_ptr(): value for value in whole.state_dict().values()}.values())
+    taken = sum(math.prod(source.shape) for source in found.sources.values())
+    assert taken + sum(part.weights for part in found.left_out) == every
+    assert {part.path for part in found.left_out} == LEFT_OUT[kind]
+    with monkeypatch.context() as without_cache:
+        without_cache.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        assert check_weights_at_hand(Model(base=str(tmp_path))) == found.left_out
     assert expected.keys() - base.architecture.tied.keys() == found.sources.keys()
     for name, source in found.sources.items():
         assert torch.equal(values(source), expected[name].to(values(source).dtype)), name
@@ -217,6 +240,13 @@ def test_the_language_model_in_a_model_that_sees_is_found_and_nothing_else(kind:
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"has the tensor model\.layers\.0\.self_attn\.odd, .* \(1 such"):
         find_all_weights(resolve_base(Model(base=str(tmp_path))))
+
+
+def test_layers_that_predict_several_tokens_are_left_out_and_named(tmp_path: Path) -> None:
+    file = min(make_base(tmp_path, "qwen3-next").glob("*.safetensors"))
+    several = {"mtp.fc.weight": torch.ones(3, 5), "mtp.layers.0.norm.weight": torch.ones(7)}
+    save_file(load_file(file) | several, file, metadata={"format": "pt"})
+    assert find_all_weights(resolve_base(Model(base=str(tmp_path)))).left_out == [LeftOut("mtp", 2, 22)]
 
 
 @dataclass(frozen=True)

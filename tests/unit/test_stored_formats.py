@@ -23,9 +23,10 @@ from trainer.base.description import describe
 from trainer.base.floats import E2M1, E4M3, E8M0, round_to_bf16
 from trainer.base.fp8 import Fp8Tiles
 from trainer.base.last_reads import LastReads
-from trainer.base.load import find_all_weights, model_config
 from trainer.base.locate import resolve_base
+from trainer.base.meta import model_config
 from trainer.base.mxfp4 import Mxfp4Experts
+from trainer.base.parameters import find_all_weights
 from trainer.config import Config
 from trainer.errors import ConfigError, StorageError
 from trainer.plan import make_plan

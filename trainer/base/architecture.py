@@ -77,7 +77,8 @@ class Architecture:
     parameters. `positions` is the longest sequence, where the model has a limit. The attention caps its logits
     (`caps_attention`, Gemma 2), or has a sink for each head (`has_sinks`), which not every kernel computes. transformers
     runs it with SDPA (`supports_sdpa`), and with kernels that take no mask (`supports_flash`). `isolates_documents`: it can be told
-    where the documents of a packed row begin.
+    where the documents of a packed row begin. `taken_for_experts` are the last names of linear layers in whose place PEFT adapts the
+    experts.
     With logits z = `logit_factor` / `logit_divisor` * the product with the head, and `softcap` c, the model's are
     c * tanh(z / c).
     """
@@ -98,6 +99,7 @@ class Architecture:
     supports_sdpa: bool = True
     supports_flash: bool = True
     isolates_documents: bool = True
+    taken_for_experts: tuple[str, ...] = ()
     logit_factor: float = 1.0
     logit_divisor: float = 1.0
     softcap: float | None = None
@@ -127,6 +129,7 @@ class Architecture:
         rest: dict[str, Any] = {
             "parameters": tuple(_parameter(**part) for part in tree["parameters"]),
             "attention": tuple(AttentionLayer(**layer) for layer in tree["attention"]),
+            "taken_for_experts": tuple(tree["taken_for_experts"]),
             "buffers": {name: tuple(shape) for name, shape in tree["buffers"].items()},
         }
         return Architecture(**{**tree, **rest})

@@ -90,10 +90,11 @@ class BaseCache:
 
     def sources(self, path: str) -> PackedSources:
         """The packed weights of the module at `path`; raises `Damaged` where it has none."""
-        weight, absmax, nested = (self.tensors.get(f"{path}.{part}") for part in ("weight", "absmax", "nested_absmax"))
-        if weight is None or absmax is None:
+        names = {part: f"{path}.{part}" for part in ("weight", "absmax", "nested_absmax")}
+        parts = {part: self.tensors[name] for part, name in names.items() if name in self.tensors}
+        if not {"weight", "absmax"} <= parts.keys():
             raise Damaged(f"{self.store.uri}/{MANIFEST} has no {path}.")
-        return PackedSources(weight, absmax, nested, self.means.get(path))
+        return PackedSources({**parts}, self.means.get(path))
 
 
 def cache_folder(base: Base, config: Config, store: Store) -> Store:

@@ -1,21 +1,36 @@
 """Whether the base is one that this project can train with these settings.
 
-Everything here is read without torch and before any rank starts, so that a wrong base costs seconds.
+Everything here is read without torch in this process and before any rank starts, so that a wrong base costs seconds.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from trainer.base.base import Base
 from trainer.base.config_json import tokenizer_size
-from trainer.config import Config
+from trainer.base.elsewhere import Question, kept_answer
+from trainer.base.locate import in_bucket, resolve_base
+from trainer.config import Config, Model
+from trainer.config.paths import local_path
 from trainer.errors import ConfigError
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """A part of the files that the language model is without: the path that the names of its tensors begin with."""
+
+    path: str
+    tensors: int
+    weights: int
+
+
 def check_base(base: Base, config: Config) -> None:
-    """Everything about the base and the run's settings that can be wrong before a byte of weights is read."""
+    """Everything about the base and the run's settings that can be wrong before a byte of weights is read, but for the weights' names,
+    shapes and types."""
     wrong = base.description.mismatches(config)
     if wrong:
         raise ConfigError("\n".join(wrong))
     vocabulary = base.architecture.vocabulary
-    _check_embedding(base)
     base.stored.check(base, config)
     tokens = tokenizer_size(base.directory, base.name)
     if tokens > vocabulary:
@@ -25,20 +40,28 @@ def check_base(base: Base, config: Config) -> None:
         )
 
 
-def _check_embedding(base: Base) -> None:
-    """Raises `ConfigError` unless the files have an embedding as config.json says, under whatever name.
+def check_weights(base: Base, model: Model) -> list[LeftOut]:
+    """The parts of the files that training leaves out. The ranks check and find the same as they load.
 
-    Every weight is checked by the ranks, which have transformers (trainer/base/parameters.py).
+    Raises:
+        ConfigError: the files lack a weight that the architecture needs, have it in another shape or type, or have another one.
+        StorageError: the store of the files fails.
     """
-    wide = [part for part in base.architecture.parameters if part.kind in ("embedding", "head")]
-    name, shape = wide[0].name, wide[0].shape
-    named = [tensor.shape for stored, tensor in base.weights.items() if stored.endswith(name)]
-    needed = sum(part.shape == shape for part in wide)
-    if not named and sum(tensor.shape == shape for tensor in base.weights.values()) < needed:
-        raise ConfigError(
-            f"model.base: {base.name} has no tensor {name}, which its architecture needs. Copy the model again."
-        )
-    if named and shape not in named:
-        raise ConfigError(
-            f"model.base: {name} is {list(named[0])} in {base.name}, {list(shape)} by config.json. Copy the model again."
-        )
+    given = {"model": model.model_dump(include={"base", "revision", "layers"})}
+    question = Question("parameters", "left_out_of", given, base.name, "looking for the weights in the files")
+    files = [(entry.key, entry.size, entry.version) for entry in base.store.list() if "/" not in entry.key]
+    return kept_answer(question, [base.name, files, model.layers], lambda parts: [LeftOut(*part) for part in parts])
+
+
+def check_weights_at_hand(model: Model) -> list[LeftOut]:
+    """The same where there are files to look into; a base that is only planned with may be a config.json, or still on the Hub."""
+    if not in_bucket(model.base) and not local_path(model.base, "model.base").is_dir():
+        return []
+    base = resolve_base(model)
+    return check_weights(base, model) if base.versions else []
+
+
+def left_out_sentence(parts: Sequence[LeftOut]) -> str:
+    """Empty where nothing is left out."""
+    named = [f"{part.path} ({part.tensors} tensors, {part.weights:,} weights)" for part in parts]
+    return f"left out of the base, as its language model has no place for them: {', '.join(named)}" if named else ""

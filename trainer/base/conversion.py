@@ -21,9 +21,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from trainer.base.converted import Converted, StoredPart
 from trainer.base.last_reads import LastMade
-from trainer.safetensors_index import Joined, PackedTensor, StoredTensor, Stretch
+from trainer.base.unpacked import Weight, join_packed, unpacked
+from trainer.safetensors_index import Joined, StoredTensor, Stretch
 
-Weight = StoredTensor | PackedTensor
 Shape = tuple[int, ...]
 
 
@@ -33,12 +33,14 @@ class Conversion:
 
     `sources` are by name in the model's `state_dict`, each in the shape that its files give it, which need not be the model's.
     `failed` says why a parameter cannot be made of the tensors that are there for it. `others` maps each stored tensor that
-    the model has no place for to the name that it would have there.
+    the model has no place for to the name that it would have there. `beside` are the weights of a model that sees or hears, by their
+    names there, which its language model has no place for.
     """
 
     sources: dict[str, Weight] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     others: dict[str, str] = field(default_factory=dict)
+    beside: dict[str, Weight] = field(default_factory=dict)
 
 
 def convert(model: PreTrainedModel, stored: Mapping[str, Weight]) -> Conversion:
@@ -170,10 +172,10 @@ class _Operations:
         stretches, parts = recipe.stretches, job.parts
         if stretches is not None and len(stretches) == 1 and parts[stretches[0].part].shape == recipe.shape:
             return parts[stretches[0].part]
-        stored = {p: [part for part in ps if not isinstance(part, PackedTensor)] for p, ps in job.tensors.items()}
-        readable = tuple(part for parts in stored.values() for part in parts)
-        if len(readable) < len(parts):
-            raise ValueError("they are in 4 bits, which cannot be put together")
+        if stretches is not None and (packed := join_packed(parts, stretches, recipe.shape)):
+            return packed
+        stored = {pattern: [unpacked(part) for part in given] for pattern, given in job.tensors.items()}
+        readable = tuple(part for given in stored.values() for part in given)
         if stretches is not None:
             return Joined(readable, stretches, recipe.shape)
         slices = self._slices(job, name, recipe.shape, stored)

@@ -6,7 +6,6 @@ whole blocks. Bit-identical to bitsandbytes quantizing the whole tensor, as bloc
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -53,50 +52,30 @@ class Copy:
         pass
 
 
-@dataclass(frozen=True)
-class PackedPartitions:
-    """The partitions of one module's packed weights."""
-
-    weight: Partition
-    absmax: Partition
-    nested_absmax: Partition | None
-
-
-def make_packed(module: Packed, partitioner: Partitioner) -> PackedPartitions:
+def make_packed(module: Packed, partitioner: Partitioner) -> dict[str, Partition]:
     """Partitions of the sizes that `module` needs, which become its parameters."""
-    weight, absmax, nested_absmax = _packed_bytes(module)
-    made = PackedPartitions(
-        partitioner.make((weight,), torch.uint8),
-        partitioner.make((absmax,), torch.uint8),
-        partitioner.make((nested_absmax,), torch.uint8) if nested_absmax else None,
-    )
-    module.weight, module.absmax = made.weight.parameter, made.absmax.parameter
-    if made.nested_absmax is not None:
-        module.nested_absmax = made.nested_absmax.parameter
+    made = {name: partitioner.make((size,), torch.uint8) for name, size in _packed_bytes(module).items()}
+    for name, partition in made.items():
+        setattr(module, name, partition.parameter)
     return made
 
 
-def _packed_bytes(module: Packed) -> tuple[int, int, int]:
-    """Sizes of `weight`, `absmax` and, under double quantization, `nested_absmax`, else 0."""
-    layout, double = module.layout, module.format.double
-    return layout.packed_bytes, layout.blocks if double else 4 * layout.blocks, 4 * layout.nested_blocks * double
+def _packed_bytes(module: Packed) -> dict[str, int]:
+    """The size of each of its parameters."""
+    layout = module.layout
+    if not module.format.double:
+        return {"weight": layout.packed_bytes, "absmax": 4 * layout.blocks}
+    return {"weight": layout.packed_bytes, "absmax": layout.blocks, "nested_absmax": 4 * layout.nested_blocks}
 
 
-def copy_packed(module: Packed, made: PackedPartitions, stored: PackedSources) -> list[Copy]:
+def copy_packed(module: Packed, made: dict[str, Partition], stored: PackedSources) -> list[Copy]:
     """The jobs that fill `made` with the packed weights in `stored`; raises `Damaged` where these have other sizes."""
-    there = tuple(
-        0 if source is None else numel(source) for source in (stored.weight, stored.absmax, stored.nested_absmax)
-    )
-    means = 0 if stored.mean is None else len(stored.mean)
-    if there != _packed_bytes(module) or means != module.layout.slices * module.format.double:
+    there, means = {name: numel(source) for name, source in stored.parts.items()}, stored.mean or []
+    if there != _packed_bytes(module) or len(means) != module.layout.slices * module.format.double:
         raise Damaged(f"packed weights of {there} bytes were found, where {_packed_bytes(module)} belong.")
-    jobs = [Copy(stored.weight, made.weight), Copy(stored.absmax, made.absmax)]
-    if made.nested_absmax is not None:
-        assert stored.nested_absmax is not None
-        assert stored.mean is not None
-        jobs.append(Copy(stored.nested_absmax, made.nested_absmax))
-        module.absmax_mean.copy_(torch.tensor(stored.mean))
-    return jobs
+    if means:
+        module.absmax_mean.copy_(torch.tensor(means))
+    return [Copy(stored.parts[name], partition) for name, partition in made.items()]
 
 
 class Quantize:
@@ -106,12 +85,14 @@ class Quantize:
     gathered when all ranks have computed theirs. They are 1/16 byte a weight, for one tensor at a time.
     """
 
-    def __init__(self, source: StoredTensor, module: Packed, made: PackedPartitions, partitioner: Partitioner) -> None:
+    def __init__(
+        self, source: StoredTensor, module: Packed, made: dict[str, Partition], partitioner: Partitioner
+    ) -> None:
         self._source, self._module, self._ranks = source, module, partitioner
         self._format: Format = module.format
         self._layout: Layout = module.layout
         self.numel = numel(source)
-        self._weight, self._absmax, self._nested = made.weight, made.absmax, made.nested_absmax
+        self._weight, self._absmax, self._nested = made["weight"], made["absmax"], made.get("nested_absmax")
         if self._nested is not None:
             self._scales = torch.zeros(-(-self._layout.blocks // partitioner.size), device=partitioner.device)
 

@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 
 from trainer.base.base import Base
 from trainer.base.cache import MANIFEST, cache_folder, open_cache, write_cache
+from trainer.base.check import left_out_sentence
 from trainer.base.config_json import read_by_transformers
 from trainer.base.meta import model_config
-from trainer.base.parameters import FoundWeights, find_weights
+from trainer.base.parameters import find_weights
 from trainer.base.placement import Placement, place_partitions
 from trainer.base.reading import run_jobs
 from trainer.base.unfilled import unfilled_model
@@ -63,6 +64,8 @@ def load_model(
             base.stored.check(base, config)
             model = empty_model(base, config, attention)
             weights = find_weights(base, model, config.model.layers)
+        if ranks.rank == 0 and weights.left_out:
+            log(left_out_sentence(weights.left_out))
         partitioner = Partitioner(deepspeed_config, dtype, scope, ranks)
         placement = place_partitions(
             model, config.quant, dtype, partitioner, weights.sources, stored, base.architecture.quantizable()
@@ -142,10 +145,3 @@ def empty_model(base: Base, config: Config, attention: Attention) -> PreTrainedM
     if config.train.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": recomputed})
     return model.train()
-
-
-def find_all_weights(base: Base) -> FoundWeights:
-    """Where the files hold the weights of the whole base. Raises `ConfigError` as `find_weights` does."""
-    with read_by_transformers(base.name, "config.json"):
-        model = unfilled_model(model_config(base.directory, None), torch.bfloat16)
-    return find_weights(base, model)

@@ -7,17 +7,17 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from trainer.base.architecture_cache import user_cache
 from trainer.base.base import Base, Description
 from trainer.base.config_json import parse_base_config
 from trainer.base.description import describe
+from trainer.base.elsewhere import user_cache
 from trainer.config import Model
 from trainer.config.paths import local_path
-from trainer.errors import ConfigError, NotFound
+from trainer.errors import ConfigError
 from trainer.safetensors_index import INDEX_FILE
 from trainer.store import SCHEMES, Entry, Store, open_store
 
@@ -47,9 +47,12 @@ def resolve_base(model: Model) -> Base:
     """
     if in_bucket(model.base):
         store = open_store(model.base, setting="model.base")
-        return _base(model, store.uri, _small_files(store), store)
-    directory = _directory(model, [*_SMALL_FILES, "*.safetensors"])
-    return _base(model, str(directory), directory, open_store(str(directory), setting="model.base"))
+        directory, name = _small_files(store), store.uri
+    else:
+        directory = _directory(model, [*_SMALL_FILES, "*.safetensors"])
+        store, name = open_store(str(directory), setting="model.base"), str(directory)
+    config = _read_config(name, directory)
+    return Base(name, directory, store, config, describe(config, model.layers, name=name), tuple(model.add_tokens))
 
 
 def base_files(model: Model) -> Path:
@@ -64,44 +67,40 @@ def named_files(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
-def _base(model: Model, name: str, directory: Path, store: Store) -> Base:
-    config = _read_config(name, _local(directory / _CONFIG))
-    description = describe(config, model.layers, name=name)
-    return Base(name, directory, store, config, description, tuple(model.add_tokens))
-
-
 def _directory(model: Model, patterns: list[str]) -> Path:
     """The local directory, or the snapshot of a Hub id with the files that match."""
     directory = local_path(model.base, "model.base")
     if directory.is_dir():
         return directory
-
-    def download(hub: Any) -> str:
-        # Folders hold other formats, consolidated files the same weights under other names.
-        others = ["*/*", "consolidated*"]
-        return hub.snapshot_download(
-            model.base, revision=model.revision, allow_patterns=patterns, ignore_patterns=others
+    if not is_hub_id(model.base):
+        raise ConfigError(
+            f"model.base: the directory {model.base!r} does not exist. Give a Hugging Face model directory, a bucket's "
+            "URI or a Hub id."
         )
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    return Path(_from_hub(model, download))
+    others = [
+        "*/*",
+        "consolidated*",
+    ]  # folders hold other formats, consolidated files the same weights under other names
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                model.base, revision=model.revision, allow_patterns=patterns, ignore_patterns=others
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model.base: {model.base!r} is no directory here, and the Hub did not give it ({reason}). "
+            "Check the name, HF_TOKEN for a gated model, or download it to a directory first."
+        ) from error
 
 
 def describe_base(model: Model) -> Description:
-    """The description of the base by its config.json; nothing else is downloaded.
-
-    Raises:
-        ConfigError: it is missing, has no config.json, or is of an architecture that is not supported.
-        StorageError: the bucket does not answer or refuses.
-    """
-    if in_bucket(model.base):
-        store = open_store(model.base, setting="model.base")
-        name, read = store.uri, lambda: store.get(_CONFIG)
-    elif (directory := local_path(model.base, "model.base")).is_dir():
-        name, read = str(directory), _local(directory / _CONFIG)
-    else:
-        path = _from_hub(model, lambda hub: hub.hf_hub_download(model.base, _CONFIG, revision=model.revision))
-        name, read = model.base, _local(Path(path))
-    return describe(_read_config(name, read), model.layers, name=name)
+    """The description of the base by its config.json; no weights are downloaded for it. Raises as `resolve_base`."""
+    return describe(_read_config(model.base, base_files(model)), model.layers, name=model.base)
 
 
 def in_bucket(base: str) -> bool:
@@ -160,43 +159,14 @@ def copy_object(store: Store, entry: Entry, folder: Path) -> None:
             file.write(chunk)
 
 
-def _local(path: Path) -> Callable[[], bytes]:
-    def read() -> bytes:
-        try:
-            return path.read_bytes()
-        except FileNotFoundError as error:
-            raise NotFound(f"{path} does not exist.") from error
-
-    return read
-
-
-def _read_config(name: str, read: Callable[[], bytes]) -> dict[str, Any]:
+def _read_config(name: str, directory: Path) -> dict[str, Any]:
     try:
-        data = read()
-    except NotFound as error:
+        data = (directory / _CONFIG).read_bytes()
+    except FileNotFoundError as error:
         raise ConfigError(f"model.base: {name} has no config.json. Give a Hugging Face model directory.") from error
     except OSError as error:
         raise ConfigError(f"model.base: {name}/config.json cannot be read ({error}).") from error
     return parse_base_config(name, data)
-
-
-def _from_hub(model: Model, get: Callable[[Any], str]) -> str:
-    if not is_hub_id(model.base):
-        raise ConfigError(
-            f"model.base: the directory {model.base!r} does not exist. Give a Hugging Face model directory, a bucket's "
-            "URI or a Hub id."
-        )
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return get(huggingface_hub)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"model.base: {model.base!r} is no directory here, and the Hub did not give it ({reason}). "
-            "Check the name, HF_TOKEN for a gated model, or download it to a directory first."
-        ) from error
 
 
 def check_mergeable(model: Model, base: Description) -> None:

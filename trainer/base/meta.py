@@ -1,16 +1,12 @@
 """The architecture of a base, read off the model that transformers builds without weights, on torch's `meta` device.
 
-    python -m trainer.base.meta < request > architecture
-
 transformers alone says which parameters there are, and how logits are made of hidden states; no table of families is here.
 What cannot be trained is refused by name.
 """
 
 import inspect
-import json
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -42,8 +38,8 @@ _ROUTED_TO = (
 _BY_LAYER, _SHARED = ("layer", "pattern", "types", "intermediate_size"), "num_kv_shared_layers"
 
 
-def read_from_meta(base_config: Mapping[str, Any], layers: int | None, name: str) -> Architecture:
-    """The architecture that the parsed config.json of the base `name` describes, cut to its first `layers`.
+def architecture_of(base_config: Mapping[str, Any], layers: int | None, name: str) -> dict[str, Any]:
+    """The architecture, as JSON, that the parsed config.json of the base `name` describes, cut to its first `layers`.
 
     Raises:
         ConfigError: transformers does not know it, or it is no causal language model that can be trained.
@@ -57,7 +53,7 @@ def read_from_meta(base_config: Mapping[str, Any], layers: int | None, name: str
         whole = CONFIG_MAPPING[kind].from_dict(PretrainedConfig._decode_special_floats(settings))
         config, stored_layers = _first_layers(_causal(whole, name), layers)
         model = meta_model(config)
-        return _Reader(model, config, name).architecture(stored_layers)
+        return _Reader(model, config, name).architecture(stored_layers).to_json()
 
 
 def model_config(directory: Path, layers: int | None) -> PretrainedConfig:
@@ -147,6 +143,7 @@ class _Reader:
             caps_attention=self._declared("attn_logit_softcapping") is not None,
             has_sinks=any("sink" in part.name.rpartition(".")[2] for part in parameters),
             isolates_documents="position_ids" in inspect.signature(body(self.model).forward).parameters,
+            taken_for_experts=tuple(self._taken_for_experts(parameters)),
             supports_sdpa=self.model._supports_sdpa,
             supports_flash=self.model._supports_flash_attn,
             logit_factor=logits.factor,
@@ -230,6 +227,22 @@ class _Reader:
                         if around == block or linears == 1:
                             yield inner
 
+    def _taken_for_experts(self, parameters: Sequence[Parameter]) -> Iterator[str]:
+        """Where transformers 5 has stacks for what were linear layers of experts, PEFT 0.21 takes a linear layer of the same last name
+        for an expert and adapts the stacks instead (huggingface/peft#3711)."""
+        if not any(part.kind == "experts" for part in parameters):
+            return
+        from peft import LoraConfig
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+        for name in sorted({part.name.split(".")[-2] for part in parameters if part.kind == "linear"}):
+            asked = LoraConfig(target_modules=[name])
+            with suppress(ValueError):  # one of two matrices that are fused in a stack
+                convert_peft_config_for_transformers(asked, self.model, None)
+                if name in (asked.target_modules or ()):
+                    continue
+            yield name
+
     def _is_handed_to_a_kernel(self, path: str) -> bool:
         """Whether the module around the linear layer at `path` passes its weight on, as Mamba's does."""
         parent, _, name = path.rpartition(".")
@@ -276,16 +289,3 @@ class _Reader:
 def _is_stack(owner: nn.Module, parameter: Tensor) -> bool:
     """Whether it holds matrices of a mixture's experts. Convolutions and recurrences have three dimensions as well."""
     return parameter.ndim == 3 and is_experts(owner)
-
-
-def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        return {"architecture": read_from_meta(request["config"], request["layers"], request["name"]).to_json()}
-    except ConfigError as error:
-        return {"refusal": str(error)}
-
-
-if __name__ == "__main__":
-    with redirect_stdout(sys.stderr):  # libraries print what they like
-        answer = _answer(json.load(sys.stdin))
-    json.dump(answer, sys.stdout)

@@ -1,34 +1,52 @@
 """Where the weights of the model are in the files, from their headers alone: checked before any weight is read."""
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from trainer.base.base import Base
+from trainer.base.check import LeftOut
 from trainer.base.composite import composite_model, language_names
 from trainer.base.config_json import read_by_transformers
-from trainer.base.conversion import Conversion, Weight, convert
+from trainer.base.conversion import Conversion, convert
 from trainer.base.filling import SOURCE_DTYPES
+from trainer.base.locate import resolve_base
+from trainer.base.meta import model_config
+from trainer.base.unfilled import meta_model
+from trainer.base.unpacked import Weight
+from trainer.config import Model
 from trainer.errors import ConfigError
 from trainer.model.parts import tied_names
 from trainer.safetensors_index import WEIGHT_DTYPES, PackedTensor
 
 # transformers computes these anew, and old files hold them.
-_COMPUTED = (r"rotary_emb\.inv_freq$",)
+_COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
 
 
 @dataclass(frozen=True)
 class FoundWeights:
     """The source of each parameter and persistent buffer of a model, by name.
 
-    A tied parameter is there under its first name. `copies` are what the files hold under its other names.
+    A tied parameter is there under its first name. `copies` are what the files hold under its other names. `left_out` are the parts of
+    the files that the language model is without: the vision tower of a model that sees, layers that predict several tokens.
     """
 
-    sources: dict[str, Weight] = field(default_factory=dict[str, Weight])
-    copies: dict[str, list[Weight]] = field(default_factory=dict[str, list[Weight]])
+    sources: dict[str, Weight]
+    copies: dict[str, list[Weight]]
+    left_out: list[LeftOut]
+
+
+def find_all_weights(base: Base, layers: int | None = None) -> FoundWeights:
+    """Where the files hold the weights of the whole base, or of its first `layers`. Raises `ConfigError` as `find_weights` does."""
+    with read_by_transformers(base.name, "config.json"):
+        model = meta_model(model_config(base.directory, layers))
+    return find_weights(base, model, layers)
 
 
 def find_weights(base: Base, model: PreTrainedModel, layers: int | None = None) -> FoundWeights:
@@ -45,20 +63,22 @@ def find_weights(base: Base, model: PreTrainedModel, layers: int | None = None) 
         raise ConfigError(
             f"model.base: {name} cannot be made of what {base.name} has for it ({reason}). Copy the model again."
         )
-    weights, tied, state = FoundWeights(), tied_names(model), model.state_dict()
+    tied, state = tied_names(model), model.state_dict()
+    sources, copies = dict[str, Weight](), dict[str, list[Weight]]()
     for name, tensor in state.items():
         there, original = found.sources.get(name), tied.get(name, name)
-        if there is not None and original in weights.sources:
-            weights.copies.setdefault(original, []).append(_checked(base, name, tensor, there))
+        if there is not None and original in sources:
+            copies.setdefault(original, []).append(_checked(base, name, tensor, there))
         elif there is not None:
-            weights.sources[original] = _checked(base, name, tensor, there)
+            sources[original] = _checked(base, name, tensor, there)
     for name in state:
-        if tied.get(name, name) not in weights.sources:
+        if tied.get(name, name) not in sources:
             raise ConfigError(
                 f"model.base: {base.name} has no tensor {name}, which its architecture needs. Copy the model again."
             )
-    check_no_other(base, found.others, model._keys_to_ignore_on_load_unexpected or (), layers)
-    return weights
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    left_out = {**found.beside, **_left_out(base, found.others, ignored, layers)}
+    return FoundWeights(sources, copies, _parts(left_out, found.sources))
 
 
 def _convert(base: Base, model: PreTrainedModel) -> Conversion:
@@ -75,32 +95,47 @@ def _convert(base: Base, model: PreTrainedModel) -> Conversion:
         {here: source for name, source in found.sources.items() if (here := name_in_language(name))},
         {here: reason for name, reason in found.failed.items() if (here := name_in_language(name))},
         {key: name_in_language(name) or name for key, name in found.others.items()},
+        {name: source for name, source in found.sources.items() if not name_in_language(name)},
     )
 
 
-def check_no_other(base: Base, others: dict[str, str], ignored: Iterable[str], layers: int | None) -> None:
-    """Raises `ConfigError` when the files have a tensor that the model has no place for, `others` as in a `Conversion`.
-
-    Such a model is not the one that config.json describes: a bias or a layer would be left out without a word. `ignored`
+def _left_out(base: Base, others: Mapping[str, str], ignored: Iterable[str], layers: int | None) -> dict[str, Weight]:
+    """The tensors that the model is without on purpose, by the name that each would have there; `others` as in a `Conversion`, `ignored`
     are patterns that transformers ignores as well.
+
+    Raises:
+        ConfigError: for a tensor that nothing says may be left out. Such a model is not the one that config.json describes: a bias or
+            a layer would be left out without a word.
     """
-    left_out = [*ignored, *_COMPUTED]
-    unknown = [
-        key
-        for key, name in others.items()
-        if not any(re.search(pattern, name) for pattern in left_out) and not _is_beyond(name, layers)
-    ]
+    patterns = [re.compile(pattern) for pattern in ignored]
+    rest = {key: name for key, name in others.items() if not _COMPUTED.search(name) and not _is_beyond(name, layers)}
+    unknown = [key for key, name in rest.items() if not any(pattern.search(name) for pattern in patterns)]
     if unknown:
         raise ConfigError(
             f"model.base: {base.name} has the tensor {unknown[0]}, which the architecture of its config.json has not "
             f"({len(unknown)} such tensors). Give the config.json that belongs to these files."
         )
+    return {name: base.weights[key] for key, name in rest.items()}
 
 
 def _is_beyond(name: str, layers: int | None) -> bool:
     """Whether a tensor belongs to a layer that the model was cut off before: the first number in a name is the layer's."""
     number = re.search(r"\.(\d+)\.", name)
     return layers is not None and number is not None and int(number[1]) >= layers
+
+
+def _parts(left_out: Mapping[str, Weight], kept: Iterable[str]) -> list[LeftOut]:
+    """What is left out, summed by the shortest path that nothing that is kept lies on."""
+    inside, sizes = {path for name in kept for path in _paths(name)}, dict[str, list[int]]()
+    for name, weight in left_out.items():
+        path = next((path for path in _paths(name) if path not in inside), name)
+        sizes.setdefault(path, []).append(prod(weight.shape))
+    return [LeftOut(path, len(found), sum(found)) for path, found in sizes.items()]
+
+
+def _paths(name: str) -> Iterator[str]:
+    """a, a.b and a.b.c of a.b.c."""
+    return accumulate(name.split("."), lambda path, leaf: f"{path}.{leaf}")
 
 
 def _checked(base: Base, name: str, tensor: Tensor, source: Weight) -> Weight:
@@ -125,3 +160,10 @@ def _checked(base: Base, name: str, tensor: Tensor, source: Weight) -> Weight:
     if source.dtype not in readable and not packed:
         raise ConfigError(f"model.base: {name} is of type {source.dtype}. Readable are {', '.join(readable)}.")
     return source
+
+
+def left_out_of(model: dict[str, Any]) -> list[list[Any]]:
+    """That of the base of the settings `model`, for processes without torch. Raises as `find_all_weights` and `resolve_base`."""
+    settings = Model(**model)
+    found = find_all_weights(resolve_base(settings), settings.layers).left_out
+    return [[part.path, part.tensors, part.weights] for part in found]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from trainer.base.filling import Copy, PackedPartitions, Quantize, copy_packed, make_packed
+from trainer.base.filling import Copy, Quantize, copy_packed, make_packed
 from trainer.base.reading import Job
 from trainer.config import Quant
 from trainer.model.nf4 import Format, FrozenLinear4bit, FrozenStack4bit, Packed
@@ -22,15 +22,12 @@ class Placement:
     """The jobs that fill the partitions, and the packed modules by their names before adapters are around them."""
 
     jobs: list[Job] = field(default_factory=list)
-    packed: dict[str, tuple[Packed, PackedPartitions]] = field(default_factory=dict)
+    packed: dict[str, tuple[Packed, dict[str, Partition]]] = field(default_factory=dict)
 
     def partitions(self) -> dict[str, Partition]:
         """All packed parameters' partitions, by name."""
         return {
-            f"{path}.{name}": partition
-            for path, (_, made) in self.packed.items()
-            for name, partition in vars(made).items()
-            if partition is not None
+            f"{path}.{name}": partition for path, (_, made) in self.packed.items() for name, partition in made.items()
         }
 
     def means(self) -> dict[str, list[float]]:

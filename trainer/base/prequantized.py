@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from trainer.base.base import Base
@@ -25,15 +25,9 @@ _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
-class _Weight4bit(PackedTensor):
-    """`state` is the quant_state that is stored beside it."""
-
-    state: dict[str, Any] = field(default_factory=dict[str, Any])
-
-
-@dataclass(frozen=True)
 class BitsAndBytes4bit:
-    """Linear layers in 4 bits, all else as in a plain base; `quantization` is what config.json says of it."""
+    """Linear layers in 4 bits, and a mixture's experts where they are such; all else as in a plain base. `quantization` is what
+    config.json says of it."""
 
     quantization: dict[str, Any]
 
@@ -67,18 +61,18 @@ class BitsAndBytes4bit:
     def check(self, base: Base, config: Config) -> None:
         quant = config.quant
         given = {"quant.type": quant.type, "quant.block_size": quant.block_size, "quant.double": quant.double}
-        packed = {name: weight.state for name, weight in base.weights.items() if isinstance(weight, _Weight4bit)}
-        for name, state in packed.items():
-            stored = (state["quant_type"], state["blocksize"], "nested_offset" in state)
+        packed = {name: weight for name, weight in base.weights.items() if isinstance(weight, PackedTensor)}
+        for name, weight in packed.items():
+            stored = (weight.quant_type, weight.block_size, weight.double)
             for (setting, asked), value in zip(given.items(), stored, strict=True):
                 if value != asked:
                     raise ConfigError(
                         f"{setting}: {str(asked).lower()}, but {name} is stored with {str(value).lower()} in {base.name}, "
                         f"which is loaded as it is. Set {setting}: {str(value).lower()}."
                     )
-            if state["dtype"] != _DTYPES[config.model.dtype]:
+            if weight.made_of != _DTYPES[config.model.dtype]:
                 raise ConfigError(
-                    f"model.base: {name} was {state['dtype']} before it was quantized, and would be rounded twice as "
+                    f"model.base: {name} was {weight.made_of} before it was quantized, and would be rounded twice as "
                     f"{config.model.dtype} (model.dtype) in {base.name}. Give the 16-bit model; quant.type quantizes it."
                 )
 
@@ -124,7 +118,7 @@ def _parsed(base: Base, name: str, data: bytes) -> dict[str, Any]:
         ) from error
 
 
-def _packed(base: Base, name: str, state: dict[str, Any], nested_map: bytes) -> _Weight4bit:
+def _packed(base: Base, name: str, state: dict[str, Any], nested_map: bytes) -> PackedTensor:
     double = "nested_offset" in state
     standard = state.get("nested_blocksize") == _NESTED_BLOCK and hashlib.sha256(nested_map).hexdigest() == _NESTED_MAP
     if double and not standard:
@@ -134,13 +128,12 @@ def _packed(base: Base, name: str, state: dict[str, Any], nested_map: bytes) -> 
         )
     weights = math.prod(state["shape"])
     blocks = math.ceil(weights / state["blocksize"])
-    sources = PackedSources(
-        weight=_bytes(base, name, math.ceil(weights / 2)),
-        absmax=_bytes(base, f"{name}.absmax", blocks if double else 4 * blocks),
-        nested_absmax=_bytes(base, f"{name}.nested_absmax", 4 * math.ceil(blocks / _NESTED_BLOCK)) if double else None,
-        mean=[state["nested_offset"]] if double else None,
-    )
-    return _Weight4bit(tuple(state["shape"]), sources, state=state)
+    parts: dict[str, StoredTensor] = {"weight": _bytes(base, name, math.ceil(weights / 2))}
+    parts["absmax"] = _bytes(base, f"{name}.absmax", blocks if double else 4 * blocks)
+    if double:
+        parts["nested_absmax"] = _bytes(base, f"{name}.nested_absmax", 4 * math.ceil(blocks / _NESTED_BLOCK))
+    sources = PackedSources(parts, [state["nested_offset"]] if double else None)
+    return PackedTensor(tuple(state["shape"]), sources, state["quant_type"], state["blocksize"], state["dtype"])
 
 
 def _bytes(base: Base, name: str, size: int) -> TensorSource:

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from trainer.base.conversion import Weight
 from trainer.base.filling import as_tensor
-from trainer.base.load import DTYPES, find_all_weights
+from trainer.base.load import DTYPES
 from trainer.base.locate import TOKENIZER_FILES, Base, check_mergeable, describe_base, named_files
+from trainer.base.parameters import find_all_weights
 from trainer.base.reading import PIECE_BYTES, PIECES_IN_FLIGHT, cut, freed_memory_given_back, read_ahead
 from trainer.base.tokenizer import tokenizer_files
+from trainer.base.unpacked import Weight
 from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
 from trainer.config import Config
 from trainer.errors import ConfigError

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from trainer.base.dequantized import dequantized_by_transformers
 from trainer.base.filling import SOURCE_DTYPES
-from trainer.base.load import DTYPES, empty_model, find_all_weights
+from trainer.base.load import DTYPES, empty_model
 from trainer.base.locate import Base, copy_object, copy_weights
 from trainer.base.meta import model_config
-from trainer.base.parameters import FoundWeights
+from trainer.base.parameters import FoundWeights, find_all_weights
 from trainer.base.tokenizer import find_rows
 from trainer.checkpoint.checkpoints import load_partitions
 from trainer.checkpoint.learner import TrainablePartition

@@ -97,14 +97,8 @@ class Packed(nn.Module):
         if count > 1 and not self._is_even:
             return torch.cat([self.matrices(index, index + 1) for index in range(first, last)])
         packed = self.weight.data[first * layout.slice_bytes : last * layout.slice_bytes]
-        state = bnb.QuantState(
-            absmax=self._scales(first, last),
-            shape=torch.Size([count * layout.numel]),
-            dtype=form.dtype,
-            blocksize=form.block_size,
-            quant_type=form.quant_type,
-        )
-        return bnb.dequantize_4bit(packed.view(-1, 1), state).view(count, *self.slice_shape)
+        values = dequantize_blocks(packed, self._scales(first, last), count * layout.numel, form)
+        return values.view(count, *self.slice_shape)
 
     @property
     def _is_even(self) -> bool:
@@ -117,13 +111,10 @@ class Packed(nn.Module):
         blocks, nested = self.layout.slice_blocks, self.layout.slice_nested_blocks
         if not self.format.double:
             return self.absmax.data.view(torch.float32)[first * blocks : last * blocks]
-        state = bnb.QuantState(
-            absmax=self.nested_absmax.data.view(torch.float32)[first * nested : last * nested],
-            code=_nested_code(self.weight.device),
-            blocksize=NESTED_BLOCK,
-            dtype=torch.float32,
+        scales = dequantize_absmax(
+            self.absmax.data[first * blocks : last * blocks],
+            self.nested_absmax.data.view(torch.float32)[first * nested : last * nested],
         )
-        scales = bnb.dequantize_blockwise(self.absmax.data[first * blocks : last * blocks], state)
         return (scales.view(-1, blocks) + self.absmax_mean[first:last, None]).view(-1)
 
 
@@ -179,6 +170,20 @@ def quantize_blocks(weights: Tensor, quant_type: str, block_size: int) -> tuple[
     """
     packed, state = bnb.quantize_4bit(weights, blocksize=block_size, quant_type=quant_type)
     return packed.view(-1), state.absmax
+
+
+def dequantize_blocks(packed: Tensor, absmax: Tensor, numel: int, form: Format) -> Tensor:
+    """(numel,) in `form.dtype`, of a flat run of blocks."""
+    state = bnb.QuantState(
+        absmax, shape=torch.Size([numel]), dtype=form.dtype, blocksize=form.block_size, quant_type=form.quant_type
+    )
+    return bnb.dequantize_4bit(packed.view(-1, 1), state)
+
+
+def dequantize_absmax(codes: Tensor, nested_absmax: Tensor) -> Tensor:
+    """fp32 absmax less its mean, (blocks,), of whole blocks of codes."""
+    state = bnb.QuantState(nested_absmax, code=_nested_code(codes.device), blocksize=NESTED_BLOCK, dtype=torch.float32)
+    return bnb.dequantize_blockwise(codes, state)
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from trainer.base.architecture import Architecture
 from trainer.base.locate import describe_base
 from trainer.config import Model, Optim, Tuning
-from trainer.errors import ConfigError
 from trainer.tuning.linear_adapters import (
     LOW_RANK_DEFAULTS,
     LOW_RANK_SETTINGS,
@@ -71,6 +70,15 @@ class Dora(LinearAdapters):
         """The factor on B @ A."""
         return self.tuning.alpha / self.tuning.rank
 
+    def mismatches(self, architecture: Architecture) -> list[str]:
+        found = super().mismatches(architecture)
+        if taken := taken_for_experts(architecture, self.ends(architecture)):
+            found.append(
+                f"tuning.method: dora cannot be exported for {', '.join(taken)} of this base, which PEFT takes for its experts. "
+                "Leave them out of tuning.targets, or set tuning.method: lora."
+            )
+        return found
+
     def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         rank, shapes = self.tuning.rank, dict[str, tuple[int, ...]]()
         for path, linear in matching(architecture, self.targets).items():
@@ -80,22 +88,13 @@ class Dora(LinearAdapters):
         return shapes
 
     def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
-        """The magnitudes are the base's own row norms: each layer is gathered once, by itself, so every rank has the same.
-
-        Raises:
-            ConfigError: PEFT could not read the adapter.
-        """
+        """The magnitudes are the base's own row norms: each layer is gathered once, by itself, so every rank has the same."""
         import torch
         from torch import nn
 
         from trainer.model.dora import DoraLinear
         from trainer.zero.engine import gather_with, gathered
 
-        if taken := taken_for_experts(self.peft_config(self.ends(architecture)), model.config):
-            raise ConfigError(
-                f"tuning.method: dora cannot be exported for {', '.join(sorted(taken))} of this base, which PEFT takes for its "
-                "experts. Leave them out of tuning.targets, or set tuning.method: lora."
-            )
         torch.manual_seed(seed)
         for path in matching(architecture, self.targets):
             base = model.get_submodule(path)

@@ -8,15 +8,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Architecture, Linear
-from trainer.base.locate import base_files
 from trainer.config import Model, Tuning
 from trainer.registry import without_defaults
 from trainer.scratch import scratch_folder
@@ -25,7 +23,6 @@ from trainer.tuning.method import ExportedFiles, VirtualTokens
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig
     from torch import Tensor
-    from transformers import PretrainedConfig
 
 # The two files of PEFT's `save_pretrained`; PEFT loads nothing without the settings.
 PREFIX = "base_model.model."  # of the names in PEFT's files: the wrapped model's
@@ -168,37 +165,20 @@ def lora_config(tuning: Tuning, targets: str | Iterable[str], **options: Any) ->
     )
 
 
-def as_peft_reads(config: LoraConfig, model: Model) -> LoraConfig:
+def as_peft_reads(config: LoraConfig, architecture: Architecture) -> LoraConfig:
     """The description by which PEFT adapts those layers of the base that `config` names by `target_modules`: one that PEFT takes
     for an expert is named by its weight, in `target_parameters`."""
-    from trainer.base.meta import model_config
-
-    if taken := taken_for_experts(config, model_config(base_files(model), model.layers)):
-        config.target_modules = sorted(set(config.target_modules or ()) - set(taken))
+    targets = set(config.target_modules or ())
+    if taken := taken_for_experts(architecture, targets):
+        config.target_modules = sorted(targets - set(taken))
         config.target_parameters = [f"{target}.weight" for target in taken]
         config.lora_dropout = 0.0  # for training alone; PEFT has none for parameters
     return config
 
 
-def taken_for_experts(config: LoraConfig, base: PretrainedConfig) -> list[str]:
-    """The `target_modules` of `config` in whose place PEFT adapts something else in a base of transformers' configuration `base`.
-
-    Where transformers 5 has stacks for what were linear layers of experts, PEFT 0.21 takes a linear layer of the same last name for
-    an expert and adapts the stacks instead (huggingface/peft#3711).
-    """
-    from peft import LoraConfig
-    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-
-    model: Any = SimpleNamespace(config=base)
-    taken: list[str] = []
-    for target in config.target_modules or ():
-        asked = LoraConfig(r=config.r, target_modules=[target])
-        with suppress(ValueError):  # one of two matrices that are fused in a stack
-            convert_peft_config_for_transformers(asked, model, None)
-            if target in (asked.target_modules or ()):
-                continue
-        taken.append(target)
-    return taken
+def taken_for_experts(architecture: Architecture, targets: Iterable[str]) -> list[str]:
+    """Those of the ends of paths `targets` in whose place PEFT adapts a mixture's experts, sorted."""
+    return sorted(target for target in targets if target.rpartition(".")[2] in architecture.taken_for_experts)
 
 
 def peft_files(config: PeftConfig, weights: dict[str, Tensor], model: Model, prefix: str = PREFIX) -> dict[str, bytes]:

@@ -114,7 +114,8 @@ class Lora(LinearAdapters):
 
     def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
         """PEFT's folder."""
-        config = as_peft_reads(self.peft_config(self.ends(describe_base(model).architecture)), model)
+        architecture = describe_base(model).architecture
+        config = as_peft_reads(self.peft_config(self.ends(architecture)), architecture)
         # PEFT saves without the adapter's own name.
         named = {name.replace(f".{_ADAPTER}.", "."): matrix for name, matrix in weights.items()}
         return ExportedFiles("peft", "A LoRA adapter", peft_files(config, named, model))
