@@ -9,6 +9,19 @@ from launcher.cli.options import BestOption, DryRun, Json, RunName, StepOption, 
 from trainer.errors import ConfigError
 
 
+def ls(
+    store: Annotated[
+        str, typer.Argument(metavar="[STORE]", envvar="CAPSTAN_STORE", help="A folder or bucket with runs.")
+    ] = "runs",
+    as_json: Json = False,
+) -> None:
+    """List the runs of a store: state, progress, loss, and when each was heard of last."""
+    from launcher.view.listing import list_runs
+    from trainer.store import open_store
+
+    emit(list_runs(open_store(store)), as_json, lambda found: found.table())
+
+
 def status(
     run: RunName,
     store: StoreOption = "runs",

@@ -2,11 +2,14 @@
 
 import difflib
 import re
+from concurrent.futures import ThreadPoolExecutor
+from itertools import compress
 
 from trainer.errors import ConfigError, shown
 from trainer.run import layout
 from trainer.store import Store, open_store
 
+_REQUESTS_AT_A_TIME = 16
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # a folder that a run's name can be
 
 
@@ -27,4 +30,7 @@ def find_run(run: str, store: str) -> Store:
 
 def runs(store: Store) -> list[str]:
     """Names of the runs in `store`, sorted."""
-    return [name for name in store.children()[0] if store.exists(f"{name}/{layout.CONFIG}")]
+    names = store.children()[0]
+    with ThreadPoolExecutor(_REQUESTS_AT_A_TIME) as pool:
+        has_config = list(pool.map(lambda name: store.exists(f"{name}/{layout.CONFIG}"), names))
+    return list(compress(names, has_config))

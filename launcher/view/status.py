@@ -19,7 +19,7 @@ from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.run import layout
 from trainer.run.folder import command, run_config
-from trainer.run.owner import read_owner
+from trainer.run.owner import Owner, read_owner
 from trainer.run.records import Record, RecordReader, read_records
 from trainer.run.segments import streams
 from trainer.store import Store
@@ -104,7 +104,7 @@ def read_generation(folder: Store, generation: int) -> dict[str, list[Record]]:
     return by_kind
 
 
-class _Generation:
+class Summary:
     """The part of one generation's records that a status needs: it stays small, however many records there are."""
 
     def __init__(self) -> None:
@@ -139,13 +139,19 @@ class _Generation:
         start = self.last("start")
         return start["step"] if start else None
 
+    @property
+    def step(self) -> int | None:
+        """The last step, or the one that it goes on from; None before that is known."""
+        step = self.last("step")
+        return step["step"] if step else self.start_step
+
 
 class Follower:
     """Reads a run's status again and again, each time only what is new."""
 
     def __init__(self, folder: Store, clock: Callable[[], float] = time.time) -> None:
         self._folder, self._clock = folder, clock
-        self._generations: dict[int, _Generation] = {}
+        self._generations: dict[int, Summary] = {}
         self._readers: dict[int, RecordReader] = {}
 
     @cached_property
@@ -167,11 +173,7 @@ class Follower:
         tokens_per_second, step_seconds = _rates(newest)
         commit = self._last_commit()
         end = newest.last("end")
-        owner = read_owner(self._folder)
-        alive = owner.is_alive(now) if owner else _is_heard_of(newest, quiet)
-        # Somebody has taken the run again since its last start ended, and has no ranks yet.
-        taken = owner if owner and alive and end and owner.since > end["time"] and not newest.last("restart") else None
-        state = "starting" if taken else _state(newest, alive)
+        state, taken = judge(self._folder, newest, now, quiet)
         gpu_hours = sum(map(_gpu_seconds, self._generations.values())) / 3600
         price = self._config.track.price_per_gpu_hour if self._config else None
         return RunStatus(
@@ -209,11 +211,8 @@ class Follower:
         )
 
     def _before_its_first_records(self) -> RunStatus:
-        now, owner = self._clock(), read_owner(self._folder)
-        dead = owner is not None and not owner.is_alive(now)
-        reason = _NEVER_BEGUN if dead else owner.sentence(now) if owner else ""
-        stopping = self._folder.exists(layout.STOP)
-        return RunStatus(self._folder.uri, "silent" if dead else "starting", stop_requested=stopping, reason=reason)
+        state, reason = before_records(self._folder, self._clock())
+        return RunStatus(self._folder.uri, state, stop_requested=self._folder.exists(layout.STOP), reason=reason)
 
     def _read_metrics(self) -> dict[int, float]:
         """Read what is new; returns when something was last written for each generation, in seconds since 1970."""
@@ -225,10 +224,10 @@ class Follower:
                 written[number] = max(newest, written.get(number, 0.0))
         for number in sorted(written):
             reader = self._readers.setdefault(number, RecordReader(self._folder, number))
-            self._generations.setdefault(number, _Generation()).add(reader.read(found))
+            self._generations.setdefault(number, Summary()).add(reader.read(found))
         return written
 
-    def _newest_first(self) -> list[_Generation]:
+    def _newest_first(self) -> list[Summary]:
         return [self._generations[number] for number in sorted(self._generations, reverse=True)]
 
     def _newest_value(self, kind: str, name: str) -> Any:
@@ -240,12 +239,7 @@ class Follower:
         return sum(records.count[kind] for records in self._generations.values())
 
     def _step(self) -> int:
-        for records in self._newest_first():
-            if step := records.last("step"):
-                return step["step"]
-            if records.start_step is not None:
-                return records.start_step
-        return 0
+        return next((records.step for records in self._newest_first() if records.step is not None), 0)
 
     def _first_loss(self) -> float | None:
         """The loss of the lowest step, by the newest generation that took it."""
@@ -303,7 +297,7 @@ def next_command(folder: Store, state: State, *, committed: bool) -> str:
     return ""
 
 
-def _gpu_seconds(records: _Generation) -> float:
+def _gpu_seconds(records: Summary) -> float:
     """The time of all GPUs of a start, from its launch to its last record."""
     start = records.last("start")
     if start is None or not str(start.get("device")).startswith("cuda") or records.last_time is None:
@@ -312,12 +306,29 @@ def _gpu_seconds(records: _Generation) -> float:
     return (start.get("world_size") or 0) * max(0.0, records.last_time - began)
 
 
-def _is_heard_of(newest: _Generation, quiet: float) -> bool:
+def before_records(folder: Store, now: float) -> tuple[State, str]:
+    """The state of a run that has no records yet, and why."""
+    owner = read_owner(folder)
+    if owner is not None and not owner.is_alive(now):
+        return "silent", _NEVER_BEGUN
+    return "starting", owner.sentence(now) if owner else ""
+
+
+def judge(folder: Store, newest: Summary, now: float, quiet: float) -> tuple[State, Owner | None]:
+    """The state of a run by its newest generation and its owner, and the owner if it has taken the run again since that has ended."""
+    end, owner = newest.last("end"), read_owner(folder)
+    alive = owner.is_alive(now) if owner else _is_heard_of(newest, quiet)
+    if owner and alive and end and owner.since > end["time"] and not newest.last("restart"):
+        return "starting", owner  # and has no ranks yet
+    return _state(newest, alive), None
+
+
+def _is_heard_of(newest: Summary, quiet: float) -> bool:
     """Whether a run that has no owner lives, by its records: a large base takes minutes to load, without a line."""
     return quiet < SILENT_SECONDS or not (newest.last("start") or newest.last("end"))
 
 
-def _state(newest: _Generation, alive: bool) -> State:
+def _state(newest: Summary, alive: bool) -> State:
     end = newest.last("end")
     if end and not newest.last("restart"):
         return end["outcome"]
@@ -328,13 +339,13 @@ def _state(newest: _Generation, alive: bool) -> State:
     return "running" if newest.last("step") else "starting"
 
 
-def _start_seconds(records: _Generation) -> dict[str, float]:
+def _start_seconds(records: Summary) -> dict[str, float]:
     start, first = records.last("start") or {}, records.last("first_step")
     parts = {part: start[f"{part}_seconds"] for part in ("launch", "load", "restore") if f"{part}_seconds" in start}
     return parts | ({"first_step": first["seconds"]} if first else {})
 
 
-def _rates(records: _Generation) -> tuple[float | None, float | None]:
+def _rates(records: Summary) -> tuple[float | None, float | None]:
     """(tokens per second, seconds per step) over the last steps; None before the first."""
     recent = records.recent_steps
     seconds = sum(record.get("seconds", 0) for record in recent)

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from launcher.view.sparkline import sparkline
-from launcher.view.status import ENDED, SILENT_SECONDS, Follower, RunStatus, State
+from launcher.view.status import ENDED, SILENT_SECONDS, Follower, RunStatus
 from launcher.view.tail import poll_seconds
 from trainer.errors import StorageError
 from trainer.run.lines import duration
@@ -27,12 +27,12 @@ def render(status: RunStatus) -> RenderableType:
     return table
 
 
-_COLORS: dict[State, str] = {"finished": "green", "running": "green", "failed": "red", "silent": "yellow"}
+COLORS: dict[str, str] = {"finished": "green", "running": "green", "failed": "red", "silent": "yellow"}
 
 
 def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
     yield "run", status.run
-    color = _COLORS.get(status.state)
+    color = COLORS.get(status.state)
     state = f"[{color}]{status.state}[/]" if color else status.state
     if status.state not in ENDED and status.quiet_seconds is not None and status.quiet_seconds >= SILENT_SECONDS:
         state += f", nothing written for {duration(status.quiet_seconds)}"

@@ -63,6 +63,11 @@ def test_debug_shows_the_traceback_too(capstan: Capstan, config: Path):
     assert "Traceback" in done.stderr
 
 
+def test_a_start_is_refused_for_a_tracker_that_is_unknown(capstan: Capstan, config: Path):
+    done = capstan("train", config, "track.trackers=[wandbb]", "--dry-run", timeout=100)
+    refused(done, 2, "track.trackers: 'wandbb' is not allowed. Allowed are mlflow, trackio, wandb. Did you mean wandb?")
+
+
 @pytest.mark.parametrize("name", ["..", ".", "a\nb", "", "-", "~no-such-user/x", "x" * 5000])
 def test_what_can_be_no_run_is_refused(capstan: Capstan, tmp_path: Path, name: str):
     (tmp_path / "store").mkdir()

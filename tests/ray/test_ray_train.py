@@ -81,6 +81,15 @@ def test_a_run_stops_in_every_phase_and_goes_on_where_it_was(workshop: Workshop,
     with resumed() as driver:
         assert driver.end() == 0, driver.log.read_text()
     assert read_log(run, 0).count("attention: ") == 1, "a rank's log has each line once"
+    for text in (read_log(run, 0), driver.log.read_text()):  # no terminal: the driver prints what happens, too
+        for words in (
+            "load: reads the base",
+            "first step: ",
+            f"\nstep {STEPS}/{STEPS}, loss ",
+            f"step {STEPS}: committed",
+        ):
+            assert words in text
+    assert "launch: Ray starts the processes of 2 ranks" in driver.log.read_text()
     undisturbed = workshop.config("not-stopped", *settings)
     launch(2, runs.run, dump_config(undisturbed), workshop.prepare(undisturbed).train)
     expected = workshop.store.sub("not-stopped")

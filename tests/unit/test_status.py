@@ -3,32 +3,21 @@
 import io
 import json
 import math
-import re
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
 
 from launcher.view.logs import follow_log, read_log
 from launcher.view.runs import find_run, runs
-from launcher.view.sparkline import sparkline
 from launcher.view.status import Follower, RunStatus, read_generation, read_status
 from launcher.view.tables import render, watch
+from tests.unit.made_records import NOW, end, start, step, write
 from trainer.errors import ConfigError
 from trainer.run import layout
 from trainer.run.requests import request_stop
 from trainer.store import Store, open_store
-
-NOW = 1_800_000_000.0
-CONFIG = """
-run: {name: demo}
-model: {base: base}
-data: {train: [{path: train.jsonl}]}
-train: {steps: 20}
-"""
 
 
 @pytest.fixture
@@ -40,25 +29,6 @@ def store(tmp_path: Path) -> Store:
 def run(store: Store) -> Store:
     store.put("demo/config.yaml", b"run: {name: demo}\n")
     return store.sub("demo")
-
-
-def start(generation: int, step: int = 0, world_size: int = 2) -> dict[str, Any]:
-    facts = {"generation": generation, "world_size": world_size, "step": step, "total_steps": 20}
-    return {"kind": "start", **facts, "host": "node1", "device": "cpu", "time": NOW}
-
-
-def step(number: int, loss: float, time: float = NOW) -> dict[str, Any]:
-    rates = {"tokens": 1000, "targets": 900, "seconds": 2.0, "tokens_per_second": 500.0}
-    return {"kind": "step", "step": number, "loss": loss, "lr": 1e-3, "grad_norm": 1.0, **rates, "time": time}
-
-
-def end(outcome: str, reason: str = "") -> dict[str, Any]:
-    return {"kind": "end", "outcome": outcome, "step": None, "reason": reason, "time": NOW}
-
-
-def write(run: Store, generation: int, *records: dict[str, Any], torn: bytes = b"") -> None:
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    run.put(layout.metrics(generation), lines.encode() + torn)
 
 
 def status_at(run: Store, now: float = NOW) -> RunStatus:
@@ -226,91 +196,6 @@ def test_the_table_shows_brackets_as_they_are(run: Store) -> None:
     assert "KeyError: [red]" in text
     assert "1 of 20" in text
     assert "none committed" in text
-
-
-def shown(status: RunStatus) -> str:
-    console = Console(file=io.StringIO(), width=160)
-    console.print(render(status))
-    return console.file.getvalue()  # type: ignore[attr-defined]
-
-
-def test_the_loss_is_a_curve_of_the_steps_that_count(run: Store) -> None:
-    write(run, 1, start(1), *(step(number, 8.0 - number) for number in range(1, 7)))
-    write(run, 2, start(2, step=3), *(step(number, 1.0) for number in range(4, 9)))
-    status = status_at(run)
-    assert status.loss_curve == [(1, 7.0), (2, 6.0), (3, 5.0), *((number, 1.0) for number in range(4, 9))]
-    assert "█▇▆▁▁▁▁▁" in shown(status)
-
-
-def test_a_long_curve_stays_short_and_keeps_its_shape(run: Store) -> None:
-    write(run, 1, start(1), *(step(number, math.exp(-number / 1000)) for number in range(1, 5001)))
-    curve = status_at(run).loss_curve
-    assert 60 <= len(curve) <= 120
-    assert {later[0] - earlier[0] for earlier, later in pairwise(curve)} == {curve[0][0]}
-    assert curve[-1][0] > 4900
-    line = sparkline(curve)
-    assert len(line) == 40
-    assert (line[0], line[-1]) == ("█", "▁")
-    assert sorted(line, reverse=True) == list(line)
-
-
-@pytest.mark.parametrize(("points", "line"), [([], ""), ([(1, 2.0)], ""), ([(1, 2.0), (2, 2.0)], "▁▁")])
-def test_a_curve_without_a_course_is_none(points: list[tuple[int, float]], line: str) -> None:
-    assert sparkline(points) == line
-
-
-def test_the_table_has_learning_rate_epoch_and_each_set_that_is_held_out(run: Store) -> None:
-    evaluated = [
-        {"kind": "eval", "step": 2, "loss": loss, "set": name} for name, loss in (("general", 3.5), ("task", 2.5))
-    ]
-    write(run, 1, start(1), {**step(2, 2.0), "epoch": 1}, {"kind": "eval", "step": 2, "loss": 2.25}, *evaluated)
-    status = status_at(run)
-    assert (status.eval_loss, status.eval_losses) == (2.25, {"general": 3.5, "task": 2.5})
-    text = shown(status)
-    for words in ("held out 2.2500", "general 3.5000, task 2.5000", "0.001", "epoch", "2"):
-        assert words in text
-
-
-def test_an_epoch_is_a_part_of_those_that_were_asked_for(run: Store) -> None:
-    run.put("config.yaml", CONFIG.replace("steps: 20", "epochs: 4").encode())
-    write(run, 1, start(1), step(13, 2.0))
-    assert status_at(run).epochs == 4
-    assert "2.60 of 4" in shown(status_at(run))
-
-
-def test_gpu_hours_are_those_of_every_start_and_cost_what_a_gpu_costs(run: Store) -> None:
-    on_gpu = {"device": "cuda:0 (a GPU)", "start_seconds": 600.0}
-    write(run, 1, {**start(1, world_size=8), **on_gpu}, step(1, 3.0, NOW + 3000))
-    write(run, 2, {**start(2, 1, world_size=4), **on_gpu}, step(2, 3.0, NOW + 1200))
-    assert status_at(run).gpu_hours == pytest.approx(8 * 1 + 4 * 0.5)
-    assert status_at(run).cost is None
-    run.put("config.yaml", (CONFIG + "track: {price_per_gpu_hour: 2.5}").encode())
-    assert status_at(run).cost == pytest.approx(25.0)
-    assert "10.00, 25.00 in money" in shown(status_at(run))
-    write(run, 1, start(1), step(1, 3.0, NOW + 3000))
-    write(run, 2, start(2), step(2, 3.0, NOW + 3000))
-    assert status_at(run).gpu_hours is None  # on CPUs
-
-
-@pytest.mark.parametrize(
-    ("outcome", "committed", "commands"),
-    [
-        ("finished", True, ["export demo adapter/"]),
-        ("stopped", True, ["resume demo"]),
-        ("failed", True, ["logs demo", "resume demo"]),
-        ("failed", False, ["logs demo"]),
-        (None, True, []),
-    ],
-)
-def test_an_ended_run_names_the_next_command(
-    run: Store, outcome: str | None, committed: bool, commands: list[str]
-) -> None:
-    write(run, 1, start(1), step(5, 2.0), *([end(outcome)] if outcome else []))
-    if committed:
-        run.put(layout.manifest(5), b"{}")
-    store = run.uri.removeprefix("file://").removesuffix("/demo")
-    named = re.findall(r"`capstan (.*?) --store (.*?)`", status_at(run).next)
-    assert named == [(command, store) for command in commands]
 
 
 def test_watch_shows_progress_until_told_to_stop(run: Store) -> None:

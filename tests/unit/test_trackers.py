@@ -6,7 +6,6 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,16 +13,17 @@ from typing import Any
 
 import pytest
 
+from tests.unit import wandb_server
 from tests.unit.tracked import loss
 from trainer.config import load_config, parse_config
 from trainer.errors import ConfigError
 from trainer.run import layout
 from trainer.run.folder import run_folder
 from trainer.run.metrics import Metrics, claim_generation, open_trackers
-from trainer.run.records import Record, new_record, read_records, record_line
+from trainer.run.records import new_record, read_records
 from trainer.run.trackers import beside, companion, services
 from trainer.run.trackers.beside import Beside
-from trainer.run.trackers.companion import Companion, Kept, follow
+from trainer.run.trackers.companion import Kept
 from trainer.run.trackers.jsonl import JsonLines
 from trainer.run.trackers.printed import Printed
 from trainer.run.trackers.tensorboard import Curves
@@ -201,6 +201,38 @@ def test_steps_that_come_twice_would_be_seen(environment: Path, tmp_path: Path, 
     assert [step for step, _ in sorted(curve((tmp_path, run), service, "train/loss"))] == [1, 1, 2, 2, 3, 3]
 
 
+@pytest.mark.timeout(300)
+def test_a_server_of_wandb_is_asked_how_far_the_curve_is(
+    environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configuration(tmp_path, ["wandb"])
+    run = run_folder(load_config(config))
+    with wandb_server.serve() as there:
+        monkeypatch.setenv("WANDB_MODE", "online")
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        monkeypatch.setenv("WANDB_BASE_URL", there.address)
+        first = start(config, 1, 8, "hang")
+        try:
+            wait_for(config.with_suffix(".ready").exists, "the first start has not begun")
+        finally:
+            first.send_signal(signal.SIGKILL)
+            first.wait()
+        wait_for(lambda: there.exits == [1], "the first start's end is not shown")
+        id = kept(run, "wandb")["id"]
+        assert there.steps(id) == list(range(1, 8))
+        Kept(id, "demo", 0).write(run, "wandb")  # what the folder says may be older than what the server has
+        second = start(config, 6, 20, "end")
+        try:
+            assert second.wait(timeout=200) == 0
+        finally:
+            second.kill()
+    assert there.steps(id) == list(range(1, 21))
+    assert [line["train/loss"] for line in there.history[id]] == [
+        loss(1 if step < 8 else 2, step) for step in range(1, 21)
+    ]
+    assert there.exits == [1, 0]
+
+
 def test_a_service_knows_the_run_by_its_name_group_tags_and_settings(resumed: tuple[Path, Store]) -> None:
     folder, run = resumed
     ids = {service: kept(run, service)["id"] for service in SERVICES}
@@ -236,107 +268,6 @@ def test_no_secret_reaches_a_service(environment: Path, tmp_path: Path) -> None:
     assert "/home/me" in text
     assert "abc123xyz" not in text
     assert "not-to-be-shown" not in text
-
-
-class Remembering:
-    """A service in memory, which fails while it is `away`."""
-
-    name, seconds = "memory", 1.0
-
-    def __init__(self, shown: int = -1) -> None:
-        self.rows, self.sent, self.away = Rows(shown), list[int](), False
-
-    @property
-    def shown(self) -> int:
-        return self.rows.shown
-
-    def add(self, record: Record) -> None:
-        self.rows.add(record)
-
-    def flush(self) -> None:
-        for batch in self.rows.batches(2):
-            if self.away and self.sent:
-                raise ConnectionError("it is away")
-            self.sent += [row.step for row in batch]
-
-    def close(self) -> None:
-        self.flush()
-
-
-def written(run: Store, begin: int, end: int, **outcome: str) -> None:
-    """The records of a whole start that takes the steps after `begin` up to `end`."""
-    metrics = Metrics([JsonLines(run, claim_generation(run), seconds=3600)])
-    metrics.write("start", step=begin)
-    for step in range(begin + 1, end + 1):
-        metrics.write("step", step=step, loss=1.0)
-    if outcome:
-        metrics.write("end", reason="", **outcome)
-    metrics.close()
-
-
-def test_nothing_is_lost_or_shown_twice_when_a_service_was_away(tmp_path: Path) -> None:
-    run, service = open_store(str(tmp_path)).sub("demo"), Remembering()
-    beside_first = Companion(run, 1, "memory", lambda kept: service)
-    written(run, 0, 9)
-    service.away = True
-    with pytest.raises(ConnectionError):
-        beside_first.look()
-    assert service.sent == [1, 2]
-    assert Kept.read(run, "memory").shown == 2
-    service.away = False
-    beside_first.look()
-    assert service.sent == [1, 2, 3, 4, 5, 6, 7, 8]
-
-    again = Remembering(Kept.read(run, "memory").shown)
-    beside_second = Companion(run, 2, "memory", lambda kept: again)
-    written(run, 5, 12, outcome="finished")
-    beside_first.look()
-    assert beside_first.superseded  # and says nothing any more, as the newer one does
-    beside_second.look()
-    assert again.sent == [9, 10, 11, 12]
-
-
-def test_a_service_is_opened_once_its_own_start_has_begun_with_an_id_that_is_kept(tmp_path: Path) -> None:
-    run, opened = open_store(str(tmp_path)).sub("demo"), list[Kept]()
-
-    def opens(kept: Kept) -> Remembering:
-        assert Kept.read(run, "memory") == kept  # before the service knows it
-        opened.append(kept)
-        return Remembering()
-
-    written(run, 0, 3)
-    beside_second = Companion(run, 2, "memory", opens)
-    claim_generation(run)
-    beside_second.look()
-    assert opened == []
-    run.put(layout.metrics(2), record_line("start", {"step": 3}))
-    beside_second.look()
-    assert len(opened) == 1
-    copy = open_store(str(tmp_path)).sub("copy")
-    copy.put(layout.tracker("memory"), run.get(layout.tracker("memory")))
-    assert Kept.read(copy, "memory").id != opened[0].id
-
-
-def test_a_failing_service_is_said_once_and_tried_again(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, over, pauses = open_store(str(tmp_path)).sub("demo"), threading.Event(), list[float]()
-    written(run, 0, 3, outcome="finished")
-    tries = 0
-
-    def opens(kept: Kept) -> Remembering:
-        nonlocal tries
-        tries += 1
-        raise ConnectionError("it is away\nand this is the second line")
-
-    monkeypatch.setattr(over, "wait", lambda seconds: pauses.append(seconds) or len(pauses) == 5)
-    follow(Companion(run, 1, "memory", opens), over, "memory")
-    said = capfd.readouterr().err
-    assert said.count("\n") == 1
-    assert "showing the run by memory failed, which does not end the run, and will be tried again: " in said
-    assert "ConnectionError: it is away" in said
-    assert tries == 5
-    assert pauses == [10, 20, 40, 80, 160]
 
 
 @pytest.fixture

@@ -108,6 +108,22 @@ def read_records(folder: Store, generation: int) -> Iterator[Record]:
         yield from reader.read(streams(folder.list(layout.METRICS)))
 
 
+def edge_records(folder: Store, generation: int, found: Mapping[str, Sequence[Segment]], most: int) -> list[Record]:
+    """The first and the last records of a generation, from about so many bytes of each: what a start is, and how far it is. `found` has
+    the segments of the run's metrics, by stream."""
+    text = bytearray()
+    for stream in sorted(name for name in found if layout.records_of(name) == generation):
+        segments, tail = found[stream], Appended(folder)
+        if (size := length(segments)) > 2 * most:
+            head = folder.get_range(segments[0].entry.key, 0, min(most, segments[0].entry.size))
+            text += head[: head.rfind(b"\n") + 1]
+            tail.position = size - most
+        last = tail.read(segments)
+        text += last[last.find(b"\n") + 1 :] if size > 2 * most else last
+        text += b"\n"
+    return [record for line in bytes(text).split(b"\n") if (record := _parsed(line)) is not None]
+
+
 def add_record(folder: Store, generation: int, kind: str, **values: Any) -> None:
     """Add a record to a generation of which this process is not rank 0."""
     name = f"{time.time_ns():019d}-{secrets.token_hex(4)}"

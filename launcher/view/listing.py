@@ -1,0 +1,127 @@
+"""`capstan ls`: the runs of a store in a table, by a few requests for each, however long a run is."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from launcher.view.runs import runs
+from launcher.view.status import State, Summary, before_records, judge
+from launcher.view.tables import COLORS
+from trainer.errors import StorageError
+from trainer.run import layout
+from trainer.run.lines import duration
+from trainer.run.records import edge_records
+from trainer.run.segments import Segment, streams
+from trainer.store import Store
+
+_EDGE_BYTES = 2**17
+_RUNS_AT_A_TIME = 16
+
+
+@dataclass(frozen=True)
+class RunLine:
+    """A run in a few words: losses in nats, `age_seconds` since its last sign of life; None is what is not known. `state` is
+    "unreadable" where the store does not tell, and `reason` then says why."""
+
+    run: str
+    state: State | str
+    step: int = 0
+    total_steps: int | None = None
+    loss: float | None = None
+    eval_loss: float | None = None
+    age_seconds: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class RunList:
+    """The runs of a store, those first that were heard of last."""
+
+    store: str
+    runs: list[RunLine]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def table(self) -> Table | str:
+        if not self.runs:
+            return f"{self.store} has no runs"
+        table = Table("run", "state", "step", "loss", "held out", "last heard of")
+        for run in self.runs:
+            color = COLORS.get(run.state)
+            state = f"[{color}]{run.state}[/]" if color else run.state
+            age = "" if run.age_seconds is None else f"{duration(run.age_seconds)} ago"
+            table.add_row(run.run, state, _progress(run), _loss(run.loss), _loss(run.eval_loss), age)
+        return table
+
+
+def list_runs(store: Store, clock: Callable[[], float] = time.time) -> RunList:
+    """Raises `StorageError` when the store itself cannot be listed."""
+    names = runs(store)
+    with ThreadPoolExecutor(_RUNS_AT_A_TIME) as pool:
+        found = list(pool.map(lambda name: _line(store.sub(name), name, clock()), names))
+    return RunList(store.uri, sorted(found, key=lambda run: (run.age_seconds is None, run.age_seconds, run.run)))
+
+
+def _line(folder: Store, name: str, now: float) -> RunLine:
+    try:
+        return _read(folder, name, now)
+    except StorageError as error:
+        return RunLine(name, "unreadable", reason=str(error))
+
+
+def _read(folder: Store, name: str, now: float) -> RunLine:
+    """The run by the ends of its newest generation's records and, where that has taken no step yet, of the one before."""
+    found = streams(folder.list(layout.METRICS))
+    numbers = sorted({number for stream in found if (number := layout.records_of(stream))}, reverse=True)
+    if not numbers:
+        state, reason = before_records(folder, now)
+        claimed = folder.head(layout.CONFIG).modified.timestamp()
+        return RunLine(name, state, age_seconds=max(0.0, now - claimed), reason=reason)
+    summaries = [_summary(folder, numbers[0], found)]
+    if not summaries[0].last("step") and numbers[1:]:
+        summaries.append(_summary(folder, numbers[1], found))
+    newest = summaries[0]
+    written = max(
+        segment.entry.modified.timestamp()
+        for stream, segments in found.items()
+        for segment in segments
+        if layout.records_of(stream) == numbers[0]
+    )
+    quiet = max(0.0, now - (newest.last_time or written))
+    state, taken = judge(folder, newest, now, quiet)
+    end = newest.last("end")
+
+    def value(kind: str, field: str) -> Any:
+        return next((record.get(field) for each in summaries if (record := each.last(kind))), None)
+
+    return RunLine(
+        name,
+        state,
+        next((each.step for each in summaries if each.step is not None), 0),
+        value("start", "total_steps"),
+        value("step", "loss"),
+        value("eval", "loss"),
+        quiet,
+        taken.sentence(now) if taken else end["reason"] if end else "",
+    )
+
+
+def _summary(folder: Store, number: int, found: Mapping[str, Sequence[Segment]]) -> Summary:
+    summary = Summary()
+    summary.add(edge_records(folder, number, found, _EDGE_BYTES))
+    return summary
+
+
+def _progress(run: RunLine) -> str:
+    if not run.total_steps:
+        return f"{run.step:,}"
+    return f"{run.step:,} of {run.total_steps:,} ({100 * run.step / run.total_steps:.0f} %)"
+
+
+def _loss(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
