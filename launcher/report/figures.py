@@ -27,7 +27,7 @@ from trainer.checkpoint.listing import committed_steps
 from trainer.run.records import Record
 from trainer.store import Store
 
-_COUNTS = {"energy_joules", "tokens", "targets", "pairs", "answers", "seconds", "data_repeats"}
+_COUNTS = {"epoch", "tokens", "targets", "pairs", "answers", "seconds", "data_repeats"}
 """Numbers of a step that are no measure over time."""
 _EVAL_COUNTS = {"step", "time", "tokens", "targets", "pairs", "answers", "seconds"}
 
@@ -135,7 +135,6 @@ class RunFigures:
     evaluations: list[EvaluationFigures]
     samples: list[SampleFigures]
     cost: Cost | None
-    energy_joules: float | None
     repeat: Repeat | None
     settings: dict[str, Any]
     notes: list[str]
@@ -183,7 +182,6 @@ def read_figures(folder: Store, clock: Callable[[], float] = time.time) -> RunFi
         evaluations=read_evaluations(folder, notes),
         samples=read_samples(folder, notes),
         cost=_cost(history, settings.get("track.price_per_gpu_hour")),
-        energy_joules=history.steps.sum("energy_joules") if "energy_joules" in history.steps.names else None,
         repeat=repeat_figures(folder, settings, manifest),
         settings=settings.tree,
         notes=notes,

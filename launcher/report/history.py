@@ -14,7 +14,7 @@ from trainer.run.records import Record, generations, read_records
 from trainer.run.settings import Change
 from trainer.store import Store
 
-_NO_END = "killed or lost: it ended without a word"
+_NO_END = "it ended without a word, killed or with its machine"
 _SHARES = ("launch", "load", "restore")
 
 

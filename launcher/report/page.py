@@ -28,7 +28,6 @@ FORMATS: Mapping[str, Callable[[Any], str]] = {
     "duration": lambda value: duration(value) if value >= 10 else f"{value:.2f} s",
     "hours": lambda value: f"{value:,.2f}" if value >= 0.1 else f"{value:.4f}",
     "money": lambda value: f"{value:,.2f}",
-    "energy": lambda value: f"{value / 3.6e6:,.3g} kWh",
     "bytes": decimal,
     "when": lambda value: f"{datetime.fromtimestamp(value, UTC):%Y-%m-%d %H:%M}",
 }

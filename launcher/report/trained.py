@@ -21,6 +21,15 @@ from trainer.run import layout
 from trainer.store import Store, open_store
 
 _UNITS = {"targets": "target token", "pairs": "pair", "answers": "answer"}
+_COUNTS = {
+    "rows": "rows read",
+    "bad_rows": "bad rows, left out",
+    "dropped": "too long, left out",
+    "truncated": "too long, cut",
+    "split": "too long, split",
+    "without_targets": "nothing to train on",
+    "desired": "desired answers",
+}
 _EXAMPLES = 5
 
 
@@ -177,16 +186,7 @@ def _data_set(root: Store, settings: Settings, split: str, fingerprint: str) -> 
         SourceFigures(path or ", ".join(found.files[:1]), found.documents, found.tokens, found.targets)
         for path, found in zip([*paths, *[""] * len(compiled.sources)], compiled.sources, strict=False)
     ]
-    counters = compiled.counters
-    counts = {
-        "rows read": counters.rows,
-        "bad rows, left out": counters.bad_rows,
-        "too long, left out": counters.dropped,
-        "too long, cut": counters.truncated,
-        "too long, split": counters.split,
-        "nothing to train on": counters.without_targets,
-        **({"desired answers": counters.desired} if counters.desired is not None else {}),
-    }
+    counts = {_COUNTS.get(name, name.replace("_", " ")): n for name, n in compiled.counters if n is not None}
     remarks = [f"bad row: {text}" for text in compiled.bad_rows[:_EXAMPLES]]
     remarks += [f"left out by the chat template: {text}" for text in describe_left_out(compiled.left_out or {})]
     return DataFigures(

@@ -268,7 +268,8 @@ def test_hostile_texts_stay_texts(run: Store) -> None:
 
 
 def test_a_browser_shows_it_at_any_width_in_both_schemes_and_on_paper(run: Store, tmp_path: Path) -> None:
-    written = write_report([run], tmp_path / "one.html").written
+    page = tmp_path / "one.html"
+    write_report([run], page)
     broken = tmp_path / "broken.html"
     plot = (
         '<figure><svg class="chart" aria-label="A" style="position:absolute" width="300" height="200"></svg></figure>'
@@ -284,7 +285,7 @@ def test_a_browser_shows_it_at_any_width_in_both_schemes_and_on_paper(run: Store
             (400, "light", "screen"),
             (794, "dark", "print"),
         ):
-            look = look_at(browser, Path(str(written)), width=width, scheme=scheme, media=media)
+            look = look_at(browser, page, width=width, scheme=scheme, media=media)
             assert look.wrong == [], (width, scheme, media)
             assert look.plots == [
                 "Loss",

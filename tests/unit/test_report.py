@@ -14,7 +14,7 @@ from launcher.report.comparison import comparison_page
 from launcher.report.curves import MOST_POINTS, Columns, means, thinned
 from launcher.report.figures import read_figures
 from launcher.report.page import run_page
-from launcher.report.plots import Series, lines, scatter
+from launcher.report.plots import Axis, Series, lines, scatter
 from launcher.report.report import keep_report
 from tests.browser import chromium, look_at
 from trainer.errors import StorageError
@@ -166,10 +166,10 @@ def test_very_many_steps_are_a_small_page_that_shows_each_spike(store: Store) ->
 
 def test_a_log_axis_has_round_ticks_and_a_flat_line_is_drawn() -> None:
     plot = scatter(
-        "Loss by rate", {"trials": [(1e-5, 2.0), (1e-3, 1.0), (0.1, 3.0)]}, unit="nats", x="optim.lr", log_x=True
+        "Loss by rate", {"trials": [(1e-5, 2.0), (1e-3, 1.0), (0.1, 3.0)]}, unit="nats", x=Axis("optim.lr", log=True)
     )
     assert plot is not None
-    assert {"1e-05", "0.0001", "0.001", "0.01", "0.1"} <= set(re.findall(r"<text[^>]*>([^<]+)<", plot.svg))
+    assert {"1e-5", "1e-4", "0.001", "0.01", "0.1"} <= set(re.findall(r"<text[^>]*>([^<]+)<", plot.svg))
     assert re.findall(r"<title>(.*?)</title>", plot.svg) == [
         "trials: 2 at 1e-05",
         "trials: 1 at 0.001",
