@@ -4,6 +4,7 @@ No figure is made up where the records have none: it is None, an empty list, or 
 """
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 
 from launcher.report.curves import Point, finite_points, means, thinned
 from launcher.report.evaluations import EvaluationFigures, SampleFigures, read_evaluations, read_samples
-from launcher.report.history import History, Start, read_history
+from launcher.report.history import PARTS, History, Start, read_history
 from launcher.report.trained import (
     DataFigures,
     Repeat,
@@ -238,10 +239,7 @@ def _time(history: History) -> list[Part]:
     """The parts add up to the whole: the last one is the rest, such as evaluations, waits between steps and the end."""
     whole = math.fsum(start.lasted for start in history.starts)
     steps = history.steps
-    parts = {
-        part: math.fsum(start.seconds.get(part, 0) for start in history.starts)
-        for part in ("launch", "load", "restore")
-    }
+    parts = {part: math.fsum(start.seconds.get(part, 0) for start in history.starts) for part in PARTS}
     within = {name: steps.sum(name) for name in steps.names if name.endswith("_seconds")}
     parts["steps"] = steps.sum("seconds") - math.fsum(within.values())
     parts |= {f"steps: {name.removesuffix('_seconds')}": seconds for name, seconds in within.items()}
@@ -252,19 +250,23 @@ def _time(history: History) -> list[Part]:
 
 
 def _memory(history: History) -> list[Memory]:
-    """Both are of rank 0: the plan has all ranks alike."""
-    plan, found = history.newest("plan"), []
+    """The plan has all ranks alike; rank 0 is measured, on the host by its process alone."""
+    plan = history.newest("plan")
     device = "one rank" if plan.get("device") == "cpu" else "one GPU"
-    for of, name, measure in (
+    rows = (
         (device, "memory_per_gpu", "device_peak_bytes"),
-        ("one host", "memory_per_host", "host_peak_bytes"),
-    ):
-        parts = {part: size for part, size in plan.get(name, {}).items() if isinstance(size, int) and size}
-        peak = max(history.steps.values(measure), default=None)
-        planned = parts.pop("total", None)
-        if planned is not None or peak is not None:
-            found.append(Memory(of, planned, int(peak) if peak is not None else None, parts))
-    return found
+        ("one host, without the processes themselves", "memory_per_host", ""),
+        ("rank 0's process on its host", "", "host_peak_bytes"),
+    )
+    return [found for row in rows if (found := _memory_of(history, plan, *row))]
+
+
+def _memory_of(history: History, plan: Record, of: str, planned: str, measured: str) -> Memory | None:
+    parts = {part: size for part, size in plan.get(planned, {}).items() if isinstance(size, int) and size}
+    total, peak = parts.pop("total", None), max(history.steps.values(measured), default=None)
+    if total is None and peak is None:
+        return None
+    return Memory(of, total, int(peak) if peak is not None else None, parts)
 
 
 def _experts(records: Sequence[Record]) -> list[LayerLoad]:
@@ -291,5 +293,6 @@ def _cost(history: History, price: Any) -> Cost | None:
         return None
     lost = math.fsum((start.world_size or 0) * start.lost_seconds / 3600 for start in counted)
     each = price if on_gpu and isinstance(price, int | float) else None
-    device = on_gpu[-1].device if on_gpu else None
-    return Cost(device or "CPU", hours, lost, each, None if each is None else each * hours)
+    device = str(on_gpu[-1].device if on_gpu else "CPU")
+    model = re.search(r"\((.+)\)$", device)  # cuda:0 (NVIDIA H100)
+    return Cost(model[1] if model else device, hours, lost, each, None if each is None else each * hours)

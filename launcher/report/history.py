@@ -15,7 +15,8 @@ from trainer.run.settings import Change
 from trainer.store import Store
 
 _NO_END = "it ended without a word, killed or with its machine"
-_SHARES = ("launch", "load", "restore")
+PARTS = ("launch", "load", "restore")
+"""The parts of a start whose seconds its record has."""
 
 
 @dataclass
@@ -115,7 +116,7 @@ def _go_on_from(history: History, step: int) -> None:
 def _add_facts(start: Start, record: Record) -> None:
     start.world_size, start.device = record.get("world_size"), record.get("device")
     start.machines = len(set(map(str, record.get("machines") or ()))) or None
-    for part in _SHARES:
+    for part in PARTS:
         if (took := record.get(f"{part}_seconds")) is not None:
             start.seconds[part] = took
     if (time := record.get("time")) is not None:

@@ -145,7 +145,7 @@ def expected(folder: Store) -> dict[str, float]:
         found[f"memory/{at}/planned"] = plan[name]["total"]
         sizes = {part: size for part, size in plan[name].items() if part != "total" and size}
         found |= {f"memory/{at}/planned_parts/{part}": size for part, size in sizes.items()}
-    found["memory/1/measured"] = max(record["host_peak_bytes"] for record in steps.values())
+    found["memory/2/measured"] = max(record["host_peak_bytes"] for record in steps.values())
     by_training = [record for record in kinds["experts"] if record["of"] == "train"]
     for at, shares in enumerate(by_training[-1]["shares"].values()):
         mean = sum(shares) / len(shares)
