@@ -16,7 +16,7 @@ from launcher.report.history import PARTS, History, Start, read_history
 from launcher.report.trained import (
     DataFigures,
     Repeat,
-    Trained,
+    TrainedFigures,
     data_figures,
     newest_manifest,
     read_settings,
@@ -41,10 +41,6 @@ class Curve:
     means: list[Point]
     steps: int
 
-    @property
-    def last(self) -> float:
-        return self.points[-1][1]
-
 
 @dataclass(frozen=True)
 class Commit:
@@ -57,7 +53,7 @@ class Commit:
 
 
 @dataclass(frozen=True)
-class Part:
+class TimeShare:
     """A part of the time from the first start to the last record of each start, in seconds on the clock."""
 
     name: str
@@ -87,7 +83,7 @@ class LayerLoad:
 
 
 @dataclass(frozen=True)
-class Cost:
+class CostFigures:
     """Hours that devices were taken: of all starts together, and `lost_hours` of them for steps that had to be done again."""
 
     device: str
@@ -98,14 +94,13 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Progress:
+class ProgressFigures:
     """How far the run is. Losses are means over the step's targets, in nats."""
 
     step: int
     total_steps: int | None
     tokens: int
     tokens_per_second: float | None
-    seconds_per_step: float | None
     loss_first: float | None
     loss_last: float | None
     lost_steps: int
@@ -121,21 +116,21 @@ class RunFigures:
     made: float
     state: str
     reason: str
-    trained: Trained
+    trained: TrainedFigures
     data: list[DataFigures]
-    progress: Progress
+    progress: ProgressFigures
     curves: dict[str, Curve]
     held_out: dict[str, dict[str, list[Point]]]
     starts: list[Start]
     commits: list[Commit]
     skipped_steps: list[int]
     failed_saves: int
-    time: list[Part]
+    time: list[TimeShare]
     memory: list[Memory]
     experts: list[LayerLoad]
     evaluations: list[EvaluationFigures]
     samples: list[SampleFigures]
-    cost: Cost | None
+    cost: CostFigures | None
     repeat: Repeat | None
     settings: dict[str, Any]
     notes: list[str]
@@ -189,17 +184,16 @@ def read_figures(folder: Store, clock: Callable[[], float] = time.time) -> RunFi
     )
 
 
-def _progress(history: History, total: int | None) -> Progress:
+def _progress(history: History, total: int | None) -> ProgressFigures:
     steps = history.steps
     losses, seconds = list(steps.values("loss")), steps.sum("seconds")
-    return Progress(
+    return ProgressFigures(
         step=steps.steps[-1]
         if steps.steps
         else next((start.step for start in reversed(history.starts) if start.step), 0),
         total_steps=total,
         tokens=int(steps.sum("tokens")),
         tokens_per_second=steps.sum("tokens") / seconds if seconds else None,
-        seconds_per_step=seconds / len(steps.steps) if seconds else None,
         loss_first=losses[0] if losses else None,
         loss_last=losses[-1] if losses else None,
         lost_steps=sum(start.lost_steps for start in history.starts),
@@ -235,7 +229,7 @@ def _commits(records: Iterable[Record], committed: Iterable[int]) -> list[Commit
     return [every[step] for step in sorted(every)]
 
 
-def _time(history: History) -> list[Part]:
+def _time(history: History) -> list[TimeShare]:
     """The parts add up to the whole: the last one is the rest, such as evaluations, waits between steps and the end."""
     whole = math.fsum(start.lasted for start in history.starts)
     steps = history.steps
@@ -246,7 +240,9 @@ def _time(history: History) -> list[Part]:
     parts["steps done again after a restart"] = math.fsum(start.lost_seconds for start in history.starts)
     parts["waiting for a commit"] = math.fsum(record.get("stall_seconds", 0) for record in history.others["commit"])
     parts["the rest"] = max(0.0, whole - math.fsum(parts.values()))
-    return [Part(name, seconds, seconds / whole) for name, seconds in parts.items() if seconds > 0] if whole else []
+    return (
+        [TimeShare(name, seconds, seconds / whole) for name, seconds in parts.items() if seconds > 0] if whole else []
+    )
 
 
 def _memory(history: History) -> list[Memory]:
@@ -284,7 +280,7 @@ def _layer_load(layer: str, loads: Sequence[float]) -> LayerLoad:
     return LayerLoad(layer, len(loads), max(loads) / mean, min(loads) / mean, sum(load == 0 for load in loads))
 
 
-def _cost(history: History, price: Any) -> Cost | None:
+def _cost(history: History, price: Any) -> CostFigures | None:
     """Hours of GPUs where a start had one, else those of ranks on CPUs, which have no price here."""
     on_gpu = [start for start in history.starts if start.device and start.device != "cpu"]
     counted = on_gpu or history.starts
@@ -295,4 +291,4 @@ def _cost(history: History, price: Any) -> Cost | None:
     each = price if on_gpu and isinstance(price, int | float) else None
     device = str(on_gpu[-1].device if on_gpu else "CPU")
     model = re.search(r"\((.+)\)$", device)  # cuda:0 (NVIDIA H100)
-    return Cost(model[1] if model else device, hours, lost, each, None if each is None else each * hours)
+    return CostFigures(model[1] if model else device, hours, lost, each, None if each is None else each * hours)

@@ -49,7 +49,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedFigures:
     """What learnt on top of what. `trainable` and `total` count parameters; `loss_of` is what a loss is a mean over."""
 
     base: str | None
@@ -129,7 +129,7 @@ def newest_manifest(folder: Store, notes: list[str]) -> CheckpointManifest | Non
     return manifest
 
 
-def trained_figures(settings: Settings, manifest: CheckpointManifest | None, history: History) -> Trained:
+def trained_figures(settings: Settings, manifest: CheckpointManifest | None, history: History) -> TrainedFigures:
     """The manifest is the truth about a checkpoint; what it does not say, or where there is none, the settings tell."""
     planned = history.newest("plan").get("parameters", {})
     base = manifest.base if manifest else {}
@@ -137,7 +137,7 @@ def trained_figures(settings: Settings, manifest: CheckpointManifest | None, his
     stored = base.get("quant.type") or settings.get("quant.type")
     double = base.get("quant.double") if manifest else settings.get("quant.double")
     unit = next((unit for name, unit in _UNITS.items() if name in history.steps.names), _UNITS["targets"])
-    return Trained(
+    return TrainedFigures(
         base=base.get("path") or settings.get("model.base"),
         base_fingerprint=base.get("fingerprint"),
         stored=stored and _stored(stored, double, settings),

@@ -60,7 +60,7 @@ def lines(folder: Store, key: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in folder.get(key).splitlines()] if folder.exists(key) else []
 
 
-class Page(HTMLParser):
+class MarkedFigures(HTMLParser):
     """The `figures` of a page by the path that they are marked with, as (value, shown), and the `words` beside them."""
 
     def __init__(self, text: str) -> None:
@@ -191,7 +191,7 @@ def shown_number(text: str) -> float:
 
 
 def test_every_figure_on_the_page_is_that_of_the_records(run: Store) -> None:
-    page = Page(run_page(read_figures(run, lambda: NOW)))
+    page = MarkedFigures(run_page(read_figures(run, lambda: NOW)))
     wanted = expected(run)
     assert page.figures.keys() == wanted.keys()
     assert {of: float(value) for of, (value, _) in page.figures.items()} == pytest.approx(wanted, rel=1e-9, abs=1e-9)
@@ -253,7 +253,7 @@ def test_a_figure_that_is_not_the_records_would_be_seen(run: Store, workshop: Wo
     last = next(record for record in reversed(records) if record["kind"] == "step")
     last |= {"loss": last["loss"] + 0.01, "seconds": last["seconds"] + 1}
     copy.put(key, "".join(json.dumps(record) + "\n" for record in records).encode())
-    page = Page(run_page(read_figures(copy, lambda: NOW)))
+    page = MarkedFigures(run_page(read_figures(copy, lambda: NOW)))
     wanted = expected(run)
     differ = {
         of for of, (value, _) in page.figures.items() if float(value) != pytest.approx(wanted[of], rel=1e-9, abs=1e-9)
@@ -262,7 +262,7 @@ def test_a_figure_that_is_not_the_records_would_be_seen(run: Store, workshop: Wo
 
 
 def test_hostile_texts_stay_texts(run: Store) -> None:
-    page = Page(run_page(read_figures(run)))
+    page = MarkedFigures(run_page(read_figures(run)))
     assert HOSTILE in page.words
     assert {"script", "img", "iframe", "object"} & set(page.tags) == set()
 
