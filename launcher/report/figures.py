@@ -282,7 +282,7 @@ def _layer_load(layer: str, loads: Sequence[float]) -> LayerLoad:
 
 def _cost(history: History, price: Any) -> CostFigures | None:
     """Hours of GPUs where a start had one, else those of ranks on CPUs, which have no price here."""
-    on_gpu = [start for start in history.starts if start.device and start.device != "cpu"]
+    on_gpu = [start for start in history.starts if start.device and start.device.startswith("cuda")]
     counted = on_gpu or history.starts
     hours = math.fsum(start.rank_hours for start in counted)
     if not hours:

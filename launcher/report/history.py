@@ -97,7 +97,7 @@ def _read(history: History, start: Start, records: Iterable[Record]) -> None:
             start.outcome, start.reason = record["outcome"], record["reason"]
         if kind != "step":
             history.others[kind].append(record)
-        if kind != "restart" and (time := record.get("time")) is not None:
+        if (time := record.get("time")) is not None:
             start.ended = max(time, start.ended or time)
             start.began = start.began if start.began is not None else time
 

@@ -212,6 +212,7 @@ def _texts_of(folder: Store) -> set[str]:
     """The texts in the folder's objects that the page repeats word for word."""
     manifest = json.loads(folder.get(layout.manifest(10)))["body"]
     streams = [lines(folder, layout.metrics(number)) for number in (1, 2, 3)]
+    begun = next(record for record in streams[2] if record["kind"] == "start")
     texts = {
         str(value)
         for values in (manifest["adapter"], manifest["versions"], manifest["base"])
@@ -219,7 +220,7 @@ def _texts_of(folder: Store) -> set[str]:
     }
     texts |= {record["reason"] for records in streams for record in records if record["kind"] == "end"} - {""}
     texts |= {layer for record in streams[2] if record["kind"] == "experts" for layer in record["shares"]}
-    texts |= {*streams[2][0]["data"].values(), folder.uri, HOSTILE, read_figures(folder).repeat.config}  # pyright: ignore[reportOptionalMemberAccess]
+    texts |= {*begun["data"].values(), folder.uri, HOSTILE, read_figures(folder).repeat.config}  # pyright: ignore[reportOptionalMemberAccess]
     return texts | {str(path) for path in Path(folder.uri.removeprefix("file://")).parents[1].glob("*.jsonl")}
 
 
