@@ -117,6 +117,8 @@ def _look_at_plots(look: Look, plots: list[dict[str, Any]]) -> None:
         if any(not _inside(drawn, plot["box"]) for drawn in plot["drawn"]):
             look.wrong.append(f"{plot['title']} draws outside of itself")
         for ticks in plot["ticks"]:
+            if any(not _inside(tick, plot["box"]) for tick in ticks):
+                look.wrong.append(f"a tick of {plot['title']} is outside of it")
             if any(_overlap(*pair) for pair in itertools.combinations(ticks, 2)):
                 look.wrong.append(f"the ticks of {plot['title']} overlap")
     for one, other in itertools.combinations(plots, 2):

@@ -18,26 +18,23 @@ def report(
         typer.Option(
             "-o",
             "--output",
-            help="A file, or - for stdout. Default: report.html in the run's folder; here, for several runs.",
+            help="A file, or - for stdout. Default: report.html in the run's folder; in this directory for several runs.",
         ),
     ] = None,
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Make one HTML file that shows what a run did, or compares several: curves, restarts, evaluations, time, memory, cost."""
-    from launcher.report.figures import read_figures
-    from launcher.report.report import Report, report_html, write_report
+    """Make one HTML file that shows what a run did, or compares several. With --json the figures alone, unless
+    -o names a file for the page."""
+    from launcher.report.report import read_report, target_of, write_report
 
     folders = [open_run(run, store) for run in runs]
-    if output == "-" or (as_json and output is None):
-        figures = [read_figures(folder) for folder in folders]
-        if as_json:
-            print(json.dumps(Report(figures, None).to_json()))
-        else:
-            sys.stdout.write(report_html(figures))
-        return
-    made = write_report(folders, Path(output) if output else None, dry_run=dry_run)
+    path = Path(output) if output and output != "-" else None
+    writes = not dry_run and (path is not None or not (as_json or output))
+    made = write_report(folders, path) if writes else read_report(folders)
     if as_json:
-        print(json.dumps(made.to_json()))
+        print(json.dumps({"written": target_of(folders, path) if writes else None, **made.figures}))
+    elif output == "-":
+        sys.stdout.write(made.page())
     else:
-        log(f"{'would write' if dry_run else 'wrote'} {made.written}")
+        log(f"{'wrote' if writes else 'would write'} {target_of(folders, path)}")

@@ -71,7 +71,7 @@ class EvaluationFigures(BaseModel):
     bias: dict[str, BiasResult] = {}
 
 
-class Sample(BaseModel):
+class SampleText(BaseModel):
     """What a prompt was answered with."""
 
     prompt: str
@@ -83,7 +83,7 @@ class SampleFigures(BaseModel):
     """The answers after `step` updates; `left_out` prompts are not shown."""
 
     step: int
-    samples: list[Sample]
+    samples: list[SampleText]
     left_out: int = 0
 
 
@@ -99,7 +99,7 @@ def read_samples(folder: Store, notes: list[str]) -> list[SampleFigures]:
     found = []
     for key in [*keys[:1], *keys[1:][1 - _MOST_STEPS :]]:
         lines = folder.get(key).splitlines()
-        samples = [sample for line in lines if (sample := _parsed(Sample, line, key, notes))]
+        samples = [sample for line in lines if (sample := _parsed(SampleText, line, key, notes))]
         shown = [_cut(sample) for sample in samples[:_MOST_SAMPLES]]
         if shown and (step := layout.step_of_result(key)) is not None:
             found.append(SampleFigures(step=step, samples=shown, left_out=len(samples) - len(shown)))
@@ -118,6 +118,6 @@ def _parsed(kind: type[M], data: bytes, key: str, notes: list[str]) -> M | None:
         return None
 
 
-def _cut(sample: Sample) -> Sample:
+def _cut(sample: SampleText) -> SampleText:
     long = {name: f"{text[:_LONGEST]} […]" for name, text in sample if text is not None and len(text) > _LONGEST}
     return sample.model_copy(update=long)

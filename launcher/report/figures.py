@@ -4,6 +4,7 @@ No figure is made up where the records have none: it is None, an empty list, or 
 """
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,11 +12,11 @@ from typing import Any
 
 from launcher.report.curves import Point, finite_points, means, thinned
 from launcher.report.evaluations import EvaluationFigures, SampleFigures, read_evaluations, read_samples
-from launcher.report.history import History, Start, read_history
+from launcher.report.history import PARTS, History, Start, read_history
 from launcher.report.trained import (
     DataFigures,
     Repeat,
-    Trained,
+    TrainedFigures,
     data_figures,
     newest_manifest,
     read_settings,
@@ -27,7 +28,7 @@ from trainer.checkpoint.listing import committed_steps
 from trainer.run.records import Record
 from trainer.store import Store
 
-_COUNTS = {"energy_joules", "tokens", "targets", "pairs", "answers", "seconds", "data_repeats"}
+_COUNTS = {"epoch", "tokens", "targets", "pairs", "answers", "seconds", "data_repeats"}
 """Numbers of a step that are no measure over time."""
 _EVAL_COUNTS = {"step", "time", "tokens", "targets", "pairs", "answers", "seconds"}
 
@@ -39,10 +40,6 @@ class Curve:
     points: list[Point]
     means: list[Point]
     steps: int
-
-    @property
-    def last(self) -> float:
-        return self.points[-1][1]
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class Commit:
 
 
 @dataclass(frozen=True)
-class Part:
+class TimeShare:
     """A part of the time from the first start to the last record of each start, in seconds on the clock."""
 
     name: str
@@ -86,7 +83,7 @@ class LayerLoad:
 
 
 @dataclass(frozen=True)
-class Cost:
+class CostFigures:
     """Hours that devices were taken: of all starts together, and `lost_hours` of them for steps that had to be done again."""
 
     device: str
@@ -97,14 +94,13 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Progress:
+class ProgressFigures:
     """How far the run is. Losses are means over the step's targets, in nats."""
 
     step: int
     total_steps: int | None
     tokens: int
     tokens_per_second: float | None
-    seconds_per_step: float | None
     loss_first: float | None
     loss_last: float | None
     lost_steps: int
@@ -120,22 +116,21 @@ class RunFigures:
     made: float
     state: str
     reason: str
-    trained: Trained
+    trained: TrainedFigures
     data: list[DataFigures]
-    progress: Progress
+    progress: ProgressFigures
     curves: dict[str, Curve]
     held_out: dict[str, dict[str, list[Point]]]
     starts: list[Start]
     commits: list[Commit]
     skipped_steps: list[int]
     failed_saves: int
-    time: list[Part]
+    time: list[TimeShare]
     memory: list[Memory]
     experts: list[LayerLoad]
     evaluations: list[EvaluationFigures]
     samples: list[SampleFigures]
-    cost: Cost | None
-    energy_joules: float | None
+    cost: CostFigures | None
     repeat: Repeat | None
     settings: dict[str, Any]
     notes: list[str]
@@ -183,24 +178,22 @@ def read_figures(folder: Store, clock: Callable[[], float] = time.time) -> RunFi
         evaluations=read_evaluations(folder, notes),
         samples=read_samples(folder, notes),
         cost=_cost(history, settings.get("track.price_per_gpu_hour")),
-        energy_joules=history.steps.sum("energy_joules") if "energy_joules" in history.steps.names else None,
         repeat=repeat_figures(folder, settings, manifest),
         settings=settings.tree,
         notes=notes,
     )
 
 
-def _progress(history: History, total: int | None) -> Progress:
+def _progress(history: History, total: int | None) -> ProgressFigures:
     steps = history.steps
     losses, seconds = list(steps.values("loss")), steps.sum("seconds")
-    return Progress(
+    return ProgressFigures(
         step=steps.steps[-1]
         if steps.steps
         else next((start.step for start in reversed(history.starts) if start.step), 0),
         total_steps=total,
         tokens=int(steps.sum("tokens")),
         tokens_per_second=steps.sum("tokens") / seconds if seconds else None,
-        seconds_per_step=seconds / len(steps.steps) if seconds else None,
         loss_first=losses[0] if losses else None,
         loss_last=losses[-1] if losses else None,
         lost_steps=sum(start.lost_steps for start in history.starts),
@@ -236,37 +229,40 @@ def _commits(records: Iterable[Record], committed: Iterable[int]) -> list[Commit
     return [every[step] for step in sorted(every)]
 
 
-def _time(history: History) -> list[Part]:
+def _time(history: History) -> list[TimeShare]:
     """The parts add up to the whole: the last one is the rest, such as evaluations, waits between steps and the end."""
     whole = math.fsum(start.lasted for start in history.starts)
     steps = history.steps
-    parts = {
-        part: math.fsum(start.seconds.get(part, 0) for start in history.starts)
-        for part in ("launch", "load", "restore")
-    }
+    parts = {part: math.fsum(start.seconds.get(part, 0) for start in history.starts) for part in PARTS}
     within = {name: steps.sum(name) for name in steps.names if name.endswith("_seconds")}
     parts["steps"] = steps.sum("seconds") - math.fsum(within.values())
     parts |= {f"steps: {name.removesuffix('_seconds')}": seconds for name, seconds in within.items()}
     parts["steps done again after a restart"] = math.fsum(start.lost_seconds for start in history.starts)
     parts["waiting for a commit"] = math.fsum(record.get("stall_seconds", 0) for record in history.others["commit"])
     parts["the rest"] = max(0.0, whole - math.fsum(parts.values()))
-    return [Part(name, seconds, seconds / whole) for name, seconds in parts.items() if seconds > 0] if whole else []
+    return (
+        [TimeShare(name, seconds, seconds / whole) for name, seconds in parts.items() if seconds > 0] if whole else []
+    )
 
 
 def _memory(history: History) -> list[Memory]:
-    """Both are of rank 0: the plan has all ranks alike."""
-    plan, found = history.newest("plan"), []
+    """The plan has all ranks alike; rank 0 is measured, on the host by its process alone."""
+    plan = history.newest("plan")
     device = "one rank" if plan.get("device") == "cpu" else "one GPU"
-    for of, name, measure in (
+    rows = (
         (device, "memory_per_gpu", "device_peak_bytes"),
-        ("one host", "memory_per_host", "host_peak_bytes"),
-    ):
-        parts = {part: size for part, size in plan.get(name, {}).items() if isinstance(size, int) and size}
-        peak = max(history.steps.values(measure), default=None)
-        planned = parts.pop("total", None)
-        if planned is not None or peak is not None:
-            found.append(Memory(of, planned, int(peak) if peak is not None else None, parts))
-    return found
+        ("one host, without the processes themselves", "memory_per_host", ""),
+        ("rank 0's process on its host", "", "host_peak_bytes"),
+    )
+    return [found for row in rows if (found := _memory_of(history, plan, *row))]
+
+
+def _memory_of(history: History, plan: Record, of: str, planned: str, measured: str) -> Memory | None:
+    parts = {part: size for part, size in plan.get(planned, {}).items() if isinstance(size, int) and size}
+    total, peak = parts.pop("total", None), max(history.steps.values(measured), default=None)
+    if total is None and peak is None:
+        return None
+    return Memory(of, total, int(peak) if peak is not None else None, parts)
 
 
 def _experts(records: Sequence[Record]) -> list[LayerLoad]:
@@ -284,14 +280,15 @@ def _layer_load(layer: str, loads: Sequence[float]) -> LayerLoad:
     return LayerLoad(layer, len(loads), max(loads) / mean, min(loads) / mean, sum(load == 0 for load in loads))
 
 
-def _cost(history: History, price: Any) -> Cost | None:
+def _cost(history: History, price: Any) -> CostFigures | None:
     """Hours of GPUs where a start had one, else those of ranks on CPUs, which have no price here."""
-    on_gpu = [start for start in history.starts if start.device and start.device != "cpu"]
+    on_gpu = [start for start in history.starts if start.device and start.device.startswith("cuda")]
     counted = on_gpu or history.starts
     hours = math.fsum(start.rank_hours for start in counted)
     if not hours:
         return None
     lost = math.fsum((start.world_size or 0) * start.lost_seconds / 3600 for start in counted)
     each = price if on_gpu and isinstance(price, int | float) else None
-    device = on_gpu[-1].device if on_gpu else None
-    return Cost(device or "CPU", hours, lost, each, None if each is None else each * hours)
+    device = str(on_gpu[-1].device if on_gpu else "CPU")
+    model = re.search(r"\((.+)\)$", device)  # cuda:0 (NVIDIA H100)
+    return CostFigures(model[1] if model else device, hours, lost, each, None if each is None else each * hours)

@@ -14,8 +14,9 @@ from trainer.run.records import Record, generations, read_records
 from trainer.run.settings import Change
 from trainer.store import Store
 
-_NO_END = "killed or lost: it ended without a word"
-_SHARES = ("launch", "load", "restore")
+_NO_END = "it ended without a word, killed or with its machine"
+PARTS = ("launch", "load", "restore")
+"""The parts of a start whose seconds its record has."""
 
 
 @dataclass
@@ -96,7 +97,7 @@ def _read(history: History, start: Start, records: Iterable[Record]) -> None:
             start.outcome, start.reason = record["outcome"], record["reason"]
         if kind != "step":
             history.others[kind].append(record)
-        if kind != "restart" and (time := record.get("time")) is not None:
+        if (time := record.get("time")) is not None:
             start.ended = max(time, start.ended or time)
             start.began = start.began if start.began is not None else time
 
@@ -115,7 +116,7 @@ def _go_on_from(history: History, step: int) -> None:
 def _add_facts(start: Start, record: Record) -> None:
     start.world_size, start.device = record.get("world_size"), record.get("device")
     start.machines = len(set(map(str, record.get("machines") or ()))) or None
-    for part in _SHARES:
+    for part in PARTS:
         if (took := record.get(f"{part}_seconds")) is not None:
             start.seconds[part] = took
     if (time := record.get("time")) is not None:

@@ -28,7 +28,6 @@ FORMATS: Mapping[str, Callable[[Any], str]] = {
     "duration": lambda value: duration(value) if value >= 10 else f"{value:.2f} s",
     "hours": lambda value: f"{value:,.2f}" if value >= 0.1 else f"{value:.4f}",
     "money": lambda value: f"{value:,.2f}",
-    "energy": lambda value: f"{value / 3.6e6:,.3g} kWh",
     "bytes": decimal,
     "when": lambda value: f"{datetime.fromtimestamp(value, UTC):%Y-%m-%d %H:%M}",
 }
@@ -139,7 +138,8 @@ def measure_of(name: str) -> Measure:
 def _measure_plot(figures: RunFigures, name: str) -> Plot | None:
     measure = measure_of(name)
     series = [*curve_series(figures.curves.get(name), measure), *_held_out_series(figures, name, measure)]
-    return lines(measure.title, series, unit=measure.unit)
+    seen = any(y for one in series for _, y in one.points)  # a count that stays 0 is no plot
+    return lines(measure.title, series, unit=measure.unit) if seen else None
 
 
 def _held_out_series(figures: RunFigures, name: str, measure: Measure) -> list[Series]:

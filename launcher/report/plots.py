@@ -6,7 +6,7 @@ ticks only; title, unit and legend are words of the page (`Plot`), which flow on
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -18,6 +18,8 @@ _SVG = "http://www.w3.org/2000/svg"
 _PLACES = {"d", "x", "y", "cx", "cy"}
 _LONG = re.compile(r"(\d\.\d)\d+")
 _NOT_SHOWN = {"defs", "desc", "title", "titles", "background", "plot tooltip-overlay", "plot text-overlay"}
+_FONT, _WIDE_FONT = 14, 12
+"""Sizes of the ticks' texts in page.css: pygal leaves room for them."""
 _TICKS = 6
 _FEW = 60
 """A line of so few points shows each of them."""
@@ -57,21 +59,38 @@ class Plot:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Axis:
+    """The x axis: on a logarithmic one every x is above 0. `ticks` stand where it says, by default at round numbers."""
+
+    name: str = "step"
+    log: bool = False
+    ticks: Sequence[float] = ()
+
+    def place(self, x: float) -> float:
+        return math.log10(x) if self.log else float(x)
+
+    def label(self, place: float) -> str:
+        return tick(10**place if self.log else place)
+
+
+STEPS = Axis()
+
+
 def lines(
     title: str,
     series: Sequence[Series],
     *,
     unit: str,
-    x: str = "step",
+    x: Axis = STEPS,
     restarts: Mapping[float, str] | None = None,
     commits: Sequence[float] = (),
-    log_x: bool = False,
     wide: bool = False,
     note: str = "",
 ) -> Plot | None:
     """Series over the same x, with a named upright line at each x of `restarts` and a mark below at each of `commits`.
 
-    With `log_x` every x has to be above 0. None where there is no point to draw.
+    None where there is no point to draw.
     """
     drawn = [Series(one.name, points, one.look) for one in series if (points := finite_points(one.points))]
     if not drawn:
@@ -84,15 +103,13 @@ def lines(
         Series("commit", [(at, low) for at in commits], "commit"),
     ]
     every = [*drawn, *(one for one in marks if one.points)]
-    svg = _drawn(title, every, low, high, log_x=log_x, wide=wide, names=list((restarts or {}).values()))
-    return Plot(title, unit, x, svg, _legend(every), note)
+    svg = _drawn(title, every, low, high, x=x, wide=wide, names=list((restarts or {}).values()))
+    return Plot(title, unit, x.name, svg, _legend(every), note)
 
 
-def scatter(
-    title: str, groups: Mapping[str, Sequence[Point]], *, unit: str, x: str, log_x: bool = False
-) -> Plot | None:
+def scatter(title: str, groups: Mapping[str, Sequence[Point]], *, unit: str, x: Axis) -> Plot | None:
     """Dots alone, each group in a colour: how a result depends on a setting. None where there is no point."""
-    return lines(title, [Series(name, points, "dots") for name, points in groups.items()], unit=unit, x=x, log_x=log_x)
+    return lines(title, [Series(name, points, "dots") for name, points in groups.items()], unit=unit, x=x)
 
 
 def _bounds(values: Sequence[float]) -> tuple[float, float]:
@@ -102,14 +119,13 @@ def _bounds(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _drawn(
-    title: str, series: Sequence[Series], low: float, high: float, *, log_x: bool, wide: bool, names: Sequence[str]
+    title: str, series: Sequence[Series], low: float, high: float, *, x: Axis, wide: bool, names: Sequence[str]
 ) -> str:
     import pygal  # takes a tenth of a second
+    from pygal.style import Style
 
-    forward: Callable[[float], float] = math.log10 if log_x else float
-    label: Callable[[float], str] = (lambda value: tick(10**value)) if log_x else tick
-    every_x = [x for one in series for x, _ in one.points]
-    begin = 0 if not log_x and 0 < min(every_x) <= max(every_x) / 10 else min(every_x)
+    every = [at for one in series for at, _ in one.points]
+    begin = 0 if not x.log and 0 < min(every) <= max(every) / 10 else min(every)
     chart = pygal.XY(
         width=960 if wide else 480,
         height=360 if wide else 270,
@@ -117,21 +133,29 @@ def _drawn(
         margin_top=18,
         margin_right=20,
         show_legend=False,
+        style=Style(label_font_size=_WIDE_FONT if wide else _FONT),
         max_scale=_TICKS,
         range=(low, high),
-        xrange=_bounds([forward(begin), forward(max(every_x))]),
-        x_labels=_log_ticks(min(every_x), max(every_x)) if log_x else None,
+        xrange=_bounds([x.place(begin), x.place(max(every))]),
+        x_labels=[*map(x.place, x.ticks or _log_ticks(begin, max(every)))] if x.ticks or x.log else None,
         value_formatter=partial(tick, digits=_digits(low, high)),
-        x_value_formatter=label,
+        x_value_formatter=x.label,
         js=(),
         css=(),
     )
     for one in series:
         # pygal takes None for a gap in the line.
-        points = [(forward(x), None if math.isnan(y) else y) for x, y in one.points]
+        points = [(x.place(at), None if math.isnan(y) else y) for at, y in one.points]
         dots = one.look in ("dots", "commit") or (one.look == "line" and len(points) <= _FEW)
         stroke = one.look not in ("dots", "commit")
-        chart.add(one.name, points, stroke=stroke, show_dots=dots, dots_size=2.5, allow_interruptions=True)
+        chart.add(
+            one.name,
+            points,
+            stroke=stroke,
+            show_dots=dots,
+            dots_size=4 if one.look == "dots" else 2.5,
+            allow_interruptions=True,
+        )
     return _tidied(chart.render(is_unicode=True, disable_xml_declaration=True), title, series, names)
 
 
@@ -180,12 +204,12 @@ def _legend(series: Sequence[Series]) -> list[Legend]:
     return [Legend(one.name, _css(series, index), one.look in ("dots", "commit")) for index, one in enumerate(series)]
 
 
-def _log_ticks(low: float, high: float) -> list[float] | None:
-    """The logarithms of round numbers from `low` to `high`; None where there are less than two, which pygal finds ticks for."""
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers from `low` to `high`: the more, the fewer powers of ten there are between them."""
     orders = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    digits = (1, 2, 5) if len(orders) <= 3 else (1, 3) if len(orders) <= 4 else (1,)
-    found = [at for order in orders for digit in digits if low <= (at := digit * 10.0**order) <= high]
-    return [math.log10(at) for at in found] if len(found) > 1 else None
+    digits = (1, 2, 5) if len(orders) <= 3 else (1, 3) if len(orders) <= 5 else (1,)
+    every = (digit * 10.0**order for order in orders for digit in digits)
+    return [at for at in every if low <= at <= high] or [low]
 
 
 def tick(value: float, digits: int = 4) -> str:
@@ -193,6 +217,9 @@ def tick(value: float, digits: int = 4) -> str:
     for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= max(size, 1e4):
             return f"{value / size:.{digits}g}{suffix}"
+    if 0 < abs(value) < 1e-3:
+        power = math.floor(math.log10(abs(value)))
+        return f"{value / 10.0**power:.{digits}g}e{power}"
     return f"{value:.{digits}g}"
 
 

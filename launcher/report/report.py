@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from launcher.report.comparison import comparison_page
-from launcher.report.figures import RunFigures, read_figures
+from launcher.report.figures import read_figures
 from launcher.report.page import run_page
 from trainer.errors import StorageError
 from trainer.run import layout
@@ -17,44 +18,46 @@ from trainer.store import Store
 
 @dataclass(frozen=True)
 class Report:
-    """The figures of each run, and where the page was written, if it was."""
+    """The figures of a report, as `--json` prints them, and its `page`, which takes a moment to draw."""
 
-    runs: list[RunFigures]
-    written: str | None
-
-    def to_json(self) -> dict[str, Any]:
-        return {"written": self.written, "runs": [figures.to_json() for figures in self.runs]}
+    figures: dict[str, Any]
+    page: Callable[[], str]
 
 
-def report_html(runs: Sequence[RunFigures]) -> str:
-    """One HTML file: the whole of one run, or a comparison of several."""
-    return run_page(runs[0]) if len(runs) == 1 else comparison_page(runs)
-
-
-def write_report(folders: Sequence[Store], output: Path | None, *, dry_run: bool = False) -> Report:
-    """Write the page to `output`, by default into the folder of the one run, or beside the caller for several.
-
-    Raises `StorageError` when a run's folder cannot be read, or the page not be written.
-    """
+def read_report(folders: Sequence[Store]) -> Report:
+    """A report of the run in one folder, or one that compares those in several. Raises `StorageError` when one cannot be read."""
     runs = [read_figures(folder) for folder in folders]
+    page = partial(run_page, runs[0]) if len(runs) == 1 else partial(comparison_page, runs)
+    return Report({"runs": [figures.to_json() for figures in runs]}, page)
+
+
+def target_of(folders: Sequence[Store], output: Path | None) -> str:
+    """Where the page of these goes: `output`, else the folder of the one run, or this directory for several."""
     if output is None and len(folders) == 1:
-        if not dry_run:
-            folders[0].put(layout.REPORT, report_html(runs).encode())
-        return Report(runs, f"{folders[0].uri.removeprefix('file://')}/{layout.REPORT}")
-    target = output or Path(layout.REPORT)
-    if not dry_run:
-        try:
-            target.write_text(report_html(runs), encoding="utf-8")
-        except OSError as error:
-            raise StorageError(f"-o: {target} cannot be written: {error.strerror}.") from error
-    return Report(runs, str(target))
+        return f"{folders[0].uri.removeprefix('file://')}/{layout.REPORT}"
+    return str(output or layout.REPORT)
+
+
+def write_report(folders: Sequence[Store], output: Path | None = None) -> Report:
+    """Write the page to `target_of` them. Raises `StorageError` when a run cannot be read, or the page not be written."""
+    report = read_report(folders)
+    if output is None and len(folders) == 1:
+        folders[0].put(layout.REPORT, report.page().encode())
+        return report
+    target = Path(target_of(folders, output))
+    try:
+        target.write_text(report.page(), encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"-o: {target} cannot be written: {error.strerror}. Name another file.") from error
+    return report
 
 
 def keep_report(run: Store, log: Callable[[str], None]) -> None:
     """Write the page of a run that has ended into its folder; a failure is said, and never decides how the run ends."""
     try:
         if generations(run):
-            log(f"the report is {write_report([run], None).written}")
+            write_report([run])
+            log(f"the report is {target_of([run], None)}")
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".rstrip(".")
         log(

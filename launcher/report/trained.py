@@ -21,6 +21,15 @@ from trainer.run import layout
 from trainer.store import Store, open_store
 
 _UNITS = {"targets": "target token", "pairs": "pair", "answers": "answer"}
+_COUNTS = {
+    "rows": "rows read",
+    "bad_rows": "bad rows, left out",
+    "dropped": "too long, left out",
+    "truncated": "too long, cut",
+    "split": "too long, split",
+    "without_targets": "nothing to train on",
+    "desired": "desired answers",
+}
 _EXAMPLES = 5
 
 
@@ -40,7 +49,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedFigures:
     """What learnt on top of what. `trainable` and `total` count parameters; `loss_of` is what a loss is a mean over."""
 
     base: str | None
@@ -120,7 +129,7 @@ def newest_manifest(folder: Store, notes: list[str]) -> CheckpointManifest | Non
     return manifest
 
 
-def trained_figures(settings: Settings, manifest: CheckpointManifest | None, history: History) -> Trained:
+def trained_figures(settings: Settings, manifest: CheckpointManifest | None, history: History) -> TrainedFigures:
     """The manifest is the truth about a checkpoint; what it does not say, or where there is none, the settings tell."""
     planned = history.newest("plan").get("parameters", {})
     base = manifest.base if manifest else {}
@@ -128,7 +137,7 @@ def trained_figures(settings: Settings, manifest: CheckpointManifest | None, his
     stored = base.get("quant.type") or settings.get("quant.type")
     double = base.get("quant.double") if manifest else settings.get("quant.double")
     unit = next((unit for name, unit in _UNITS.items() if name in history.steps.names), _UNITS["targets"])
-    return Trained(
+    return TrainedFigures(
         base=base.get("path") or settings.get("model.base"),
         base_fingerprint=base.get("fingerprint"),
         stored=stored and _stored(stored, double, settings),
@@ -177,16 +186,7 @@ def _data_set(root: Store, settings: Settings, split: str, fingerprint: str) -> 
         SourceFigures(path or ", ".join(found.files[:1]), found.documents, found.tokens, found.targets)
         for path, found in zip([*paths, *[""] * len(compiled.sources)], compiled.sources, strict=False)
     ]
-    counters = compiled.counters
-    counts = {
-        "rows read": counters.rows,
-        "bad rows, left out": counters.bad_rows,
-        "too long, left out": counters.dropped,
-        "too long, cut": counters.truncated,
-        "too long, split": counters.split,
-        "nothing to train on": counters.without_targets,
-        **({"desired answers": counters.desired} if counters.desired is not None else {}),
-    }
+    counts = {_COUNTS.get(name, name.replace("_", " ")): n for name, n in compiled.counters if n is not None}
     remarks = [f"bad row: {text}" for text in compiled.bad_rows[:_EXAMPLES]]
     remarks += [f"left out by the chat template: {text}" for text in describe_left_out(compiled.left_out or {})]
     return DataFigures(

@@ -26,6 +26,9 @@ def test_pairs_are_checked_trained_on_and_what_was_learnt_is_exported(
     status = json.loads(done.stdout)
     assert (status["state"], status["step"]) == ("finished", 6)
     assert status["loss"] < status["loss_first"] == pytest.approx(0.693147, abs=1e-4)
+    report = (tmp_path / "store/mine/report.html").read_text(encoding="utf-8")
+    assert "objective dpo" in report
+    assert "nats a pair" in report
     exported = capstan("export", tmp_path / "store/mine", tmp_path / "adapter", "--verify", "--json")
     assert exported.returncode == 0, exported.stderr
     assert (tmp_path / "adapter/adapter_model.safetensors").is_file()

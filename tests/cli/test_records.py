@@ -74,6 +74,7 @@ def test_records_up_to_a_commit_survive_a_kill_and_all_starts_are_read_as_one(
     lines = folder.get(layout.metrics(2)).splitlines()
     assert sum(json.loads(line)["kind"] == "step" for line in lines) == 60 - committed
     assert "attention:" in read_log(folder, 0, generation=2)
+    assert b"<svg" in folder.get(layout.REPORT)
     shown = subprocess.run(
         [sys.executable, "-m", "launcher.cli", "status", folder.uri, "--json"],
         capture_output=True,

@@ -14,7 +14,7 @@ from launcher.report.comparison import comparison_page
 from launcher.report.curves import MOST_POINTS, Columns, means, thinned
 from launcher.report.figures import read_figures
 from launcher.report.page import run_page
-from launcher.report.plots import Series, lines, scatter
+from launcher.report.plots import Axis, Series, lines, scatter
 from launcher.report.report import keep_report
 from tests.browser import chromium, look_at
 from trainer.errors import StorageError
@@ -39,7 +39,7 @@ def make_run(store: Store, *starts: list[dict[str, Any]], name: str = "demo", co
 
 
 def start(step: int = 0, time: float = NOW, **more: Any) -> dict[str, Any]:
-    facts = {"world_size": 4, "step": step, "total_steps": 20, "device": "NVIDIA H100", "start_seconds": 60.0}
+    facts = {"world_size": 4, "step": step, "total_steps": 20, "device": "cuda:0 (NVIDIA H100)", "start_seconds": 60.0}
     return {"kind": "start", **facts, "time": time, **more}
 
 
@@ -87,6 +87,7 @@ def test_steps_that_a_restart_takes_back_are_lost_once(store: Store) -> None:
     assert (figures.progress.tokens, figures.progress.lost_seconds) == (7000, 40.0)
     # Four GPUs, from a minute before each start's record to its last: 140, 70 and 120 seconds.
     assert figures.cost is not None
+    assert figures.cost.device == "NVIDIA H100"
     assert figures.cost.hours == pytest.approx(4 * (60 + 80 + 60 + 10 + 60 + 60) / 3600)
     assert figures.cost.price == pytest.approx(3.0 * figures.cost.hours)
     assert sum(part.seconds for part in figures.time) == pytest.approx(330)
@@ -115,6 +116,19 @@ def test_whatever_there_is_is_a_page(store: Store, starts: list[list[dict[str, A
     for text in texts:
         assert text in page
     assert ("<svg" in page) == any(record["kind"] == "step" for records in starts for record in records)
+
+
+def test_memory_is_shown_beside_the_plan(store: Store) -> None:
+    sizes = {"activations": 6_000_000_000, "context": 4_000_000_000, "logits": 0, "total": 10_000_000_000}
+    plan = {"kind": "plan", "device": "cuda", "memory_per_gpu": sizes, "memory_per_host": {"total": 0}, "time": NOW}
+    peaks = [step(at, device_peak_bytes=at * 10**9, host_peak_bytes=10**9) for at in (1, 9, 3)]
+    figures = read_figures(make_run(store, [start(), plan, *peaks]))
+    assert [(at.of, at.planned, at.measured) for at in figures.memory] == [
+        ("one GPU", 10_000_000_000, 9_000_000_000),
+        ("rank 0's process on its host", None, 1_000_000_000),
+    ]
+    assert sum(figures.memory[0].planned_parts.values()) == figures.memory[0].planned
+    assert "10.0 GB" in run_page(figures)
 
 
 def test_damage_is_named_and_the_rest_shown(store: Store) -> None:
@@ -166,10 +180,10 @@ def test_very_many_steps_are_a_small_page_that_shows_each_spike(store: Store) ->
 
 def test_a_log_axis_has_round_ticks_and_a_flat_line_is_drawn() -> None:
     plot = scatter(
-        "Loss by rate", {"trials": [(1e-5, 2.0), (1e-3, 1.0), (0.1, 3.0)]}, unit="nats", x="optim.lr", log_x=True
+        "Loss by rate", {"trials": [(1e-5, 2.0), (1e-3, 1.0), (0.1, 3.0)]}, unit="nats", x=Axis("optim.lr", log=True)
     )
     assert plot is not None
-    assert {"1e-05", "0.0001", "0.001", "0.01", "0.1"} <= set(re.findall(r"<text[^>]*>([^<]+)<", plot.svg))
+    assert {"1e-5", "1e-4", "0.001", "0.01", "0.1"} <= set(re.findall(r"<text[^>]*>([^<]+)<", plot.svg))
     assert re.findall(r"<title>(.*?)</title>", plot.svg) == [
         "trials: 2 at 1e-05",
         "trials: 1 at 0.001",
