@@ -52,6 +52,7 @@ class GpuMemory:
     logits: int
     optimizer_step: int
     context: int
+    communicators: int
     total: int
 
 

@@ -13,23 +13,26 @@ from typing import Any
 from trainer.base.activations import layer_values
 from trainer.base.architecture import Architecture
 from trainer.base.base import Description
-from trainer.config import Config, Quant
+from trainer.config import Config
 from trainer.needs import GlobalBatch, GpuMemory, HostMemory, Parameters, Plan, Traffic
 from trainer.objective.objective import Survey, find_objective, objective_mismatches, reference_of
 from trainer.optimizer.optimizer import State, find_optimizer, states_by_name
+from trainer.sizes import most_whole, stored_layers
 from trainer.tuning.method import method_of, stored_mismatches, tuning_mismatches
-from trainer.zero.policy import Scope, build_deepspeed_config
+from trainer.zero.policy import Scope, build_deepspeed_config, is_offloaded
 
-# trainer/model/nf4.py: scales that share a second scale under double quantization.
-_NESTED_BLOCK = 256
 # trainer/model/experts.py: bytes of a mixture's experts that are dequantized at once.
 _EXPERTS_BYTES = 2**29
 # trainer/model/head.py: bytes of fp32 logits computed at once.
 _LOGITS_CHUNK_BYTES = 2**28
+# trainer/zero/gather.py: layers that are whole on a GPU at one time.
+_LAYERS_GATHERED = 3
 # trainer/base/reading.py: pieces of the base read ahead and the one that is quantized, each twice while it is handed over.
 _READ_BYTES = 2 * 9 * 4 * 2**20
-# CUDA's context, NCCL's buffers and the allocator's slack: an allowance, not a measurement.
-_CONTEXT_BYTES = 2**30
+# CUDA's context and the allocator's slack, and the buffers of an NCCL communicator: 16 channels of 4 MiB (NCCL_BUFFSIZE) to
+# send and to receive. Allowances, not measurements.
+_CONTEXT_BYTES = 3 * 2**28
+_COMMUNICATOR_BYTES = 2**27
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,12 @@ class _Inputs:
 
     @property
     def offloaded(self) -> bool:
-        return self.zero.get("offload_param", {}).get("device", "none") != "none"
+        return is_offloaded(self.zero)
+
+    @property
+    def communicators(self) -> int:
+        """NCCL's: all ranks have two, as DeepSpeed clones theirs, and those of a node one where they share a copy of the base."""
+        return 2 * (self.world_size > 1) + (1 < self.group < self.world_size)
 
 
 def make_plan(config: Config, base: Description, world_size: int, ranks_per_node: int, gpu_memory: int | None) -> Plan:
@@ -170,20 +178,9 @@ def _inputs(
     """The formulas' inputs, and DeepSpeed's dictionary."""
     accumulation = ceil(config.train.global_batch / (world_size * config.train.micro_batch))
     on_gpu = config.cluster.gpus_per_worker != 0
-    deepspeed = build_deepspeed_config(config, world_size, accumulation, on_gpu)
+    deepspeed = build_deepspeed_config(config, world_size, accumulation, on_gpu, most_whole(config, model))
     zero = deepspeed["zero_optimization"]
     return _Inputs(config, model, zero, world_size, ranks_per_node, accumulation, scope), deepspeed
-
-
-def quantized_bytes(numel: int, quant: Quant) -> int:
-    """Bytes of one quantized matrix: two weights a byte, and the scales.
-
-    One fp32 scale for each `block_size` weights; under double quantization one byte instead, an fp32 scale for each 256
-    of those, and one fp32 mean (QLoRA, arXiv:2305.14314, section 3).
-    """
-    blocks = ceil(numel / quant.block_size)
-    scales = blocks + 4 * ceil(blocks / _NESTED_BLOCK) + 4 if quant.double else 4 * blocks
-    return ceil(numel / 2) + scales
 
 
 def _parameters(given: _Inputs) -> Parameters:
@@ -216,12 +213,7 @@ def _batch(given: _Inputs) -> GlobalBatch:
 
 def _layer_bytes(given: _Inputs) -> list[int]:
     """Bytes of the linear weights and experts of each decoder layer as they are stored."""
-    quant = given.config.quant
-
-    def stored(weights: int) -> int:
-        return given.item * weights if quant.type == "none" else quantized_bytes(weights, quant)
-
-    return [sum(map(stored, given.model.matrices(layer))) for layer in range(given.model.layers)]
+    return stored_layers(given.config, given.model)
 
 
 def _base_bytes(given: _Inputs) -> int:
@@ -243,7 +235,7 @@ def _gpu_memory(given: _Inputs) -> GpuMemory:
     if config.quant.type == "none":
         linear, unquantized = 0, unquantized + linear
     unquantized -= given.item * given.learning_base
-    threshold = given.zero.get("stage3_param_persistence_threshold", 100_000)
+    threshold = given.zero["stage3_param_persistence_threshold"]
     whole = sum(size for size in given.learning.values() if size <= threshold) if world_size > 1 else 0
     dequantized = 0 if config.quant.type == "none" else _dequantized(given)
     passes = {
@@ -258,10 +250,11 @@ def _gpu_memory(given: _Inputs) -> GpuMemory:
         "frozen_unquantized": 0 if given.offloaded else ceil(unquantized / given.group),
         "adapter_weights": given.item * (whole + given.share),
         "adapter_states": 0 if given.states_offloaded else given.state_bytes,
-        "gradient_buckets": 4 * given.zero.get("reduce_bucket_size", 500_000_000),
+        "gradient_buckets": _gradient_buckets(given),
         **passes,
         "optimizer_step": 0 if given.states_offloaded else max(0, _optimizer_step(given) - sum(passes.values())),
         "context": _CONTEXT_BYTES,
+        "communicators": given.communicators * _COMMUNICATOR_BYTES,
     }
     return GpuMemory(**parts, total=sum(parts.values()))
 
@@ -285,20 +278,28 @@ def _optimizer_step(given: _Inputs) -> int:
 
 
 def _gathered(given: _Inputs) -> int:
-    """Bytes of the base's parameters that are whole on a GPU at one moment.
+    """Bytes of the base's parameters that are whole on a GPU at one moment, as trainer/zero/gather.py gathers them.
 
-    The largest of decoder layers, embedding and head, plus what ZeRO-3 holds ahead and behind: the prefetch bucket, and
-    the layers it keeps because the backward pass reuses them within max_reuse_distance, half of it on either side of the
-    turn from forward to backward. Never more than the whole base; nothing when a partition is the whole parameter.
+    In the middle the layer that the device computes, the next one, which the host has come to, and the flat buffer that this one
+    came in and the one behind it is gathered into. At the turn from forward to backward the head and the layer before it. What the
+    policy keeps within stage3_max_reuse_distance comes on top, half of it on either side of the turn. Never more than the whole
+    base; nothing when a partition is the whole parameter.
     """
     if given.group == 1 and not given.offloaded:
         return 0
-    largest = max(*_layer_bytes(given), given.item * given.model.largest("embedding", "head"))
-    elements = given.zero.get("stage3_prefetch_bucket_size", 50_000_000)
-    elements += given.zero.get("stage3_max_reuse_distance", 1_000_000_000) // 2
+    layer = max(_layer_bytes(given))
+    turn = given.item * given.model.largest("embedding", "head") + layer
     # A quantized parameter is made of bytes, any other of 16- or 32-bit values.
     element_bytes = given.item if given.config.quant.type == "none" else 1
-    return min(_base_bytes(given), largest + elements * element_bytes)
+    kept = given.zero.get("stage3_max_reuse_distance", 0) // 2 * element_bytes
+    return min(_base_bytes(given), max(_LAYERS_GATHERED * layer, turn) + kept)
+
+
+def _gradient_buckets(given: _Inputs) -> int:
+    """Bytes of DeepSpeed's bucket of fp32 gradients, and of the flat copies that it reduces the bucket from and to."""
+    bucket = given.zero.get("reduce_bucket_size", 500_000_000)
+    reduced = min(bucket, given.trainable) if given.world_size > 1 else 0
+    return 4 * (bucket + reduced + ceil(reduced / given.world_size))
 
 
 def _activations(given: _Inputs) -> int:
@@ -339,19 +340,15 @@ def _host_memory(given: _Inputs) -> HostMemory:
 def _traffic(given: _Inputs) -> Traffic:
     """Bytes one rank receives in a step; from the W ranks of a group come (W - 1) / W of what is gathered.
 
-    The base is gathered in the forward and in the backward pass of every micro-batch, and a third time for the
-    recomputation of activations when a layer is too large to be kept until its own backward (max_reuse_distance). A pass
-    through the reference and a survey gather it once more each.
+    The base is gathered in the forward and in the backward pass of every micro-batch, within which activations are recomputed. A
+    pass through the reference and a survey gather it once more each.
     What learns, adapters or the base itself, is gathered as often, but for the reference. Its gradients are reduce-scattered in fp32 after every micro-batch; DeepSpeed does not wait for the last.
     """
-    config, world_size, group = given.config, given.world_size, given.group
-    element_bytes = given.item if config.quant.type == "none" else 1
-    reuse = given.zero.get("stage3_max_reuse_distance", 1_000_000_000) * element_bytes
-    recomputed = config.train.activation_checkpointing and 2 * max(_layer_bytes(given)) > reuse
-    passes = given.accumulation * (3 if recomputed else 2)
+    world_size, group = given.world_size, given.group
+    passes = 2 * given.accumulation
     surveys = int(given.survey is not None)
     base_passes = passes + given.accumulation * (given.reference_passes + surveys)
-    threshold = given.zero.get("stage3_param_persistence_threshold", 100_000)
+    threshold = given.zero["stage3_param_persistence_threshold"]
     small = sum(size for size in given.learning.values() if size <= threshold)
     large = given.trainable - small
 

@@ -48,6 +48,7 @@ from trainer.run.metrics import Metrics, claim_generation, open_trackers, peak_m
 from trainer.run.records import add_record, bad_windows
 from trainer.run.requests import StopSignal
 from trainer.run.settings import record_settings
+from trainer.sizes import most_whole
 from trainer.store import Store, open_run_store
 from trainer.train.assemble import assemble
 from trainer.train.heartbeat import Hang, Heart
@@ -191,7 +192,11 @@ def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Train
         for name, fingerprint in datasets.sets.items()
     }
     deepspeed_config = build_deepspeed_config(
-        config, world_size=ranks.world_size, accumulation=stream.accumulation, on_gpu=ranks.device.type == "cuda"
+        config,
+        world_size=ranks.world_size,
+        accumulation=stream.accumulation,
+        on_gpu=ranks.device.type == "cuda",
+        whole=most_whole(config, base.architecture),
     )
     refused = method_of(config).virtual.refused_kernels
     dtype = DTYPES[config.model.dtype]

@@ -51,12 +51,16 @@ class Ranks:
             return None
         return int(min(row[0] for row in self.gather(torch.cuda.get_device_properties(self.device).total_memory)))
 
-    def gather(self, *values: float) -> list[list[float]]:
-        """`values` of every rank, in rank order. Collective."""
+    def gather(self, *values: float, sums: Tensor | None = None) -> list[list[float]]:
+        """`values` of every rank, in rank order, and behind them `sums` (n,) fp64 of its device. Collective."""
         mine = torch.tensor(values, dtype=torch.float64, device=self.device)
-        every = torch.empty(self.world_size * len(values), dtype=torch.float64, device=self.device)
+        return self.gather_tensor(mine if sums is None else torch.cat([mine, sums])).tolist()
+
+    def gather_tensor(self, mine: Tensor) -> Tensor:
+        """`mine` (n,) of every rank, in rank order, on this rank's device: (ranks, n). Collective."""
+        every = mine.new_empty(self.world_size * len(mine))
         dist.all_gather_into_tensor(every, mine)
-        return every.view(self.world_size, len(values)).tolist()
+        return every.view(self.world_size, len(mine))
 
     def sum(self, value: float) -> float:
         """The sum over ranks, added in rank order. Collective."""
@@ -133,6 +137,9 @@ def join(timeout: timedelta = timedelta(minutes=30), meeting: timedelta = timede
     Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. `timeout` is that of the group's
     collectives. Raises `CapstanError`, which names the ranks that are missing, when not all have come within `meeting`.
     """
+    # Layers are gathered into memory of ever other sizes, of which fixed segments would leave gaps. It is read at the first use of a GPU.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":

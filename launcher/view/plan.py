@@ -21,6 +21,7 @@ _MEANING = {
     "activations": "activations of one micro-batch",
     "logits": "one chunk of logits in the loss",
     "context": "CUDA context and kernels (allowance)",
+    "communicators": "buffers of NCCL (allowance)",
     "reads_during_load": "read buffers during the load",
     "offloaded_base": "offloaded base",
     "offloaded_states": "offloaded fp32 masters, gradients, moments, and what the update takes",

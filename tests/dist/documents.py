@@ -14,7 +14,7 @@ from trainer.model.attention import Attention
 from trainer.model.documents import keep_documents_apart, recomputed
 from trainer.model.packed import PackedModel
 from trainer.ranks import join
-from trainer.zero.engine import Engine, gather_as_one
+from trainer.zero.engine import Engine
 from trainer.zero.partition import Partitioner
 from trainer.zero.policy import build_deepspeed_config
 
@@ -32,8 +32,8 @@ def packed_and_alone(config_text: str, kinds: list[str], apart: bool) -> list[fl
     for kind in kinds:
         plain, model = _model(kind), _model(kind)
         model.lm_head = nn.Identity()
-        for layer in keep_documents_apart(model) if apart else []:
-            gather_as_one(layer)
+        if apart:
+            keep_documents_apart(model)
         model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": recomputed})
         partitioner = Partitioner(settings, torch.float32, "world", ranks)
         for name, parameter in list(model.named_parameters()):

@@ -18,8 +18,6 @@ def engine_internals(config_text: str, fingerprint: str) -> dict[str, Any]:
     here = assemble_run(parse_config(config_text), fingerprint)
     here.set_masters()
     record = next(train(here.training(), 0, Position()))
-    wrapped: Any = here.engine._engine
-    zero = wrapped.optimizer
     wrong = []
     parts = {part.name: part for part in here.engine.partitions()}
     for name, parameter in here.engine.model.named_parameters():
@@ -32,7 +30,8 @@ def engine_internals(config_text: str, fingerprint: str) -> dict[str, Any]:
             assert whole is not None
             if not torch.equal(whole.reshape(-1)[part.begin : part.end], part.states[key]):
                 wrong.append(f"{name} {key}")
-    frozen: list[Any] = [p for p in here.engine.model.parameters() if not p.requires_grad]
+    every: list[Any] = list(here.engine.model.parameters())
+    frozen = [p for p in every if not p.requires_grad]
     return {
         "wrong": wrong,
         "left_over": list(parts),
@@ -40,7 +39,7 @@ def engine_internals(config_text: str, fingerprint: str) -> dict[str, Any]:
         "updates": here.engine.updates,
         "grad_norm": record["grad_norm"],
         "compiled": deepspeed.comm.comm.cdb.shm_comm_op is not None,
-        "persistent": len(zero.persistent_parameters),
+        "persistent": sum(p.ds_persist for p in every),
         "whole_after_step": [p.ds_shape for p in frozen if p.ds_status.name == "AVAILABLE" and not p.ds_persist],
         "partitioned": sum(not p.ds_persist for p in frozen),
         "held": sum(p.ds_tensor.numel() for p in frozen if not p.ds_persist),

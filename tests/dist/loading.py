@@ -17,7 +17,7 @@ from tests.dist.runs import outcome_of
 from tests.experts import multiply_expert_by_expert
 from tests.nf4 import decode_layers, decoded, dequantized
 from trainer.base.description import describe
-from trainer.base.filling import as_tensor
+from trainer.base.filling import Quantize, as_tensor
 from trainer.base.load import load_model
 from trainer.base.locate import resolve_base
 from trainer.config import Config, override, parse_config
@@ -35,7 +35,7 @@ def quantized_bytes(config_text: str, bases: list[str], quants: list[list[str]])
     """Load every base with every quantization; names what differs from bitsandbytes quantizing the whole tensor."""
     ranks = join()
     torch.set_num_threads(1)
-    differing, compared = [], 0
+    differing, compared, scales = [], 0, _watched_scales()
     for base in bases:
         for overrides in quants:
             config = override(parse_config(config_text), f"model.base={base}", *overrides)
@@ -49,7 +49,24 @@ def quantized_bytes(config_text: str, bases: list[str], quants: list[list[str]])
                     problems = _differences(module, whole[None], config)
                     compared += 1
                     differing += [f"{Path(base).name} {' '.join(overrides)} {name}: {problem}" for problem in problems]
-    return {"compared": compared, "differing": differing}
+    return {"compared": compared, "differing": differing, "scales": max(scales)}
+
+
+def _watched_scales() -> list[int]:
+    """A list that grows by the number of matrices whose scales are in memory, whenever one is finished."""
+    jobs, found = list[Any](), list[int]()
+    plain_init, plain_finish = Quantize.__init__, Quantize.finish
+
+    def init(job: Any, *arguments: Any) -> None:
+        plain_init(job, *arguments)
+        jobs.append(job)
+
+    def finish(job: Any) -> None:
+        found.append(sum(getattr(other, "_scales", None) is not None for other in jobs))
+        plain_finish(job)
+
+    Quantize.__init__, Quantize.finish = init, finish  # type: ignore[method-assign]
+    return found
 
 
 def _differences(module: Packed, matrices: Tensor, config: Config) -> list[str]:

@@ -7,7 +7,7 @@ import pytest
 
 from trainer.config import Config, parse_config
 from trainer.errors import ConfigError
-from trainer.zero.policy import build_deepspeed_config, choose_policy, policy_names
+from trainer.zero.policy import WHOLE, build_deepspeed_config, choose_policy, policy_names
 
 RUN = "run: {name: demo}\nmodel: {base: /models/tiny}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
 
@@ -83,7 +83,7 @@ def test_the_run_decides_precision_clipping_and_batch():
 def test_an_own_policy_is_taken_as_it_is(own_policy):
     zero = {"stage3_prefetch_bucket_size": 7, "offload_param": {"device": "cpu"}}
     built = build_deepspeed_config(own_policy({"zero_optimization": zero}), 2, 1, on_gpu=True)
-    assert built["zero_optimization"] == {**zero, "stage": 3}
+    assert built["zero_optimization"] == {"stage3_param_persistence_threshold": WHOLE, **zero, "stage": 3}
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_auto_in_a_policy_leaves_the_decision_to_the_run(own_policy):
         "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"},
     }
     built = build_deepspeed_config(own_policy(policy), world_size=2, accumulation=1, on_gpu=True)
-    assert built["zero_optimization"] == {"stage": 3}
+    assert built["zero_optimization"] == {"stage3_param_persistence_threshold": WHOLE, "stage": 3}
     assert (built["train_batch_size"], built["bf16"]) == (2, {"enabled": True})
 
 

@@ -86,7 +86,7 @@ def test_an_example_fits_the_gpus_it_is_for(
 
 
 @pytest.mark.parametrize(
-    ("name", "base", "node_gb", "world_gb"), [("70b-2x8", LLAMA_70B, 3.3, 174), ("405b-2x8", LLAMA_405B, 12, 1306)]
+    ("name", "base", "node_gb", "world_gb"), [("70b-2x8", LLAMA_70B, 1.9, 173), ("405b-2x8", LLAMA_405B, 10, 872)]
 )
 def test_the_traffic_that_an_example_states_is_what_plan_counts(
     name: str, base: dict[str, Any], node_gb: float, world_gb: float

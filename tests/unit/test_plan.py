@@ -9,7 +9,9 @@ from trainer.base.architecture_cache import read_architecture
 from trainer.base.description import describe
 from trainer.config import Config, Quant, parse_config
 from trainer.errors import ConfigError
-from trainer.plan import Plan, make_plan, quantized_bytes
+from trainer.plan import Plan, make_plan
+from trainer.sizes import most_whole, quantized_bytes
+from trainer.zero.policy import WHOLE
 
 RUN = "run: {name: demo}\nmodel: {base: /models/tiny}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
 GIB = 2**30
@@ -159,6 +161,26 @@ def test_one_rank_gathers_nothing_and_receives_nothing():
     plan = plan_of(config(), {**TINY, "model_type": "llama"}, 1, 1, None)
     assert plan.memory_per_gpu.gathered_layers == 0
     assert plan.traffic_per_step.total == 0
+
+
+def test_what_is_whole_and_what_reduces_is_counted():
+    """Three layers are whole at one time, or the head and a layer. NCCL's communicators are two of all ranks and one of a node."""
+    alone, world = plan_of(config(), LLAMA_70B, 1, 1, None), plan_of(config(), LLAMA_70B, 16, 8, None)
+    node = plan_of(config("sharding.scope=node"), LLAMA_70B, 16, 8, None)
+    buffers = [plan.memory_per_gpu.communicators / 2**27 for plan in (alone, world, node)]
+    assert buffers == [0, 2, 3]
+    layer, head = quantized_bytes(855_638_016, Quant()), 2 * 128256 * 8192
+    assert world.memory_per_gpu.gathered_layers == pytest.approx(max(3 * layer, head + layer), rel=1e-3)
+    assert alone.memory_per_gpu.gradient_buckets == 4 * 50_000_000
+    assert world.memory_per_gpu.gradient_buckets == 4 * (50_000_000 * 2 + 50_000_000 // 16)
+
+
+@pytest.mark.parametrize(("rank", "whole"), [(16, 16 * 28672), (64, WHOLE)])
+def test_adapters_stay_whole_where_they_are_few_bytes_beside_a_layer(rank: int, whole: int):
+    given = config(f"tuning.rank={rank}")
+    assert most_whole(given, describe(LLAMA_70B, None).architecture) == whole
+    zero = plan_of(given, LLAMA_70B, 16, 8, None).deepspeed["zero_optimization"]
+    assert zero["stage3_param_persistence_threshold"] == whole
 
 
 def test_offloading_moves_the_base_from_the_gpus_to_the_host():

@@ -95,7 +95,7 @@ def as_that_tool(run: Run, memory: GpuMemory) -> float:
     total = memory.total + (logits - memory.logits if run.logit_bytes else 0)
     if run.half_states:
         total -= (memory.adapter_states + memory.adapter_weights) * (1 - 8 / 18)
-    return total - (memory.context if run.in_torch else 0)
+    return total - (memory.context + memory.communicators if run.in_torch else 0)
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -14,6 +14,7 @@ from torch import Tensor
 from trainer.base.reading import Piece, cut
 from trainer.errors import Damaged
 from trainer.model.nf4 import Format, Layout, Packed, quantize_absmax, quantize_blocks, share
+from trainer.model.pinned import onto
 from trainer.safetensors_index import PackedSources, StoredTensor, numel
 from trainer.zero.partition import Partition, Partitioner
 
@@ -46,7 +47,7 @@ class Copy:
             yield Piece(self._source, begin, end, lambda data, at=begin: self._place(at, data))
 
     def _place(self, offset: int, data: bytearray) -> None:
-        self._partition.write(offset, as_tensor(data, self._source))
+        self._partition.write(offset, onto(as_tensor(data, self._source), self._partition.local.device))
 
     def finish(self) -> None:
         pass
@@ -93,8 +94,7 @@ class Quantize:
         self._layout: Layout = module.layout
         self.numel = numel(source)
         self._weight, self._absmax, self._nested = made["weight"], made["absmax"], made.get("nested_absmax")
-        if self._nested is not None:
-            self._scales = torch.zeros(-(-self._layout.blocks // partitioner.size), device=partitioner.device)
+        self._scales: Tensor | None = None  # this rank's part of a matrix's, from its first piece to its `finish`
 
     def pieces(self) -> Iterator[Piece]:
         layout = self._layout
@@ -131,25 +131,31 @@ class Quantize:
 
     def _place(self, index: int, block: int, data: bytearray) -> None:
         layout = self._layout
-        for part in as_tensor(data, self._source).split(_QUANTIZED_AT_ONCE):
-            weights = part.to(self._ranks.device).to(self._format.dtype)
+        for part in onto(as_tensor(data, self._source), self._ranks.device).split(_QUANTIZED_AT_ONCE):
+            weights = part.to(self._format.dtype)
             packed, absmax = quantize_blocks(weights, self._format.quant_type, layout.block_size)
             self._weight.write(index * layout.slice_bytes + block * layout.block_size // 2, packed)
             first = index * layout.slice_blocks + block
             if self._format.double:
                 begin, end = self._scale_span()
-                Partition(self._absmax.parameter, begin, end, self._scales).write(first, absmax)
+                Partition(self._absmax.parameter, begin, end, self._own_scales()).write(first, absmax)
             else:
                 self._absmax.write(4 * first, absmax.view(torch.uint8))
             block += len(part) // layout.block_size
+
+    def _own_scales(self) -> Tensor:
+        if self._scales is None:
+            self._scales = torch.zeros(-(-self._layout.blocks // self._ranks.size), device=self._ranks.device)
+        return self._scales
 
     def finish(self) -> None:
         if self._nested is None:
             return
         layout, size = self._layout, self._ranks.size
-        every = torch.empty(len(self._scales) * size, device=self._scales.device)
-        dist.all_gather_into_tensor(every, self._scales, group=self._ranks.group)
-        del self._scales
+        mine = self._own_scales()
+        self._scales = None
+        every = mine.new_empty(len(mine) * size)
+        dist.all_gather_into_tensor(every, mine, group=self._ranks.group)
         for index in range(layout.slices):
             absmax = every[index * layout.slice_blocks : (index + 1) * layout.slice_blocks]
             codes, nested, mean = quantize_absmax(absmax)

@@ -26,7 +26,6 @@ from trainer.model.head import LossHead
 from trainer.ranks import Ranks
 from trainer.safetensors_index import PackedSources
 from trainer.store import open_run_store
-from trainer.zero.engine import gather_as_one
 from trainer.zero.partition import Partitioner
 from trainer.zero.policy import Scope
 
@@ -140,8 +139,7 @@ def empty_model(base: Base, config: Config, attention: Attention) -> PreTrainedM
     head.weight = plain.weight
     head.factor, head.divisor, head.softcap = facts.logit_factor, facts.logit_divisor, facts.softcap
     model.set_submodule(facts.head.removesuffix(".weight"), head)
-    for layer in keep_documents_apart(model):
-        gather_as_one(layer)  # it computes several times, and each rank another number of times, in one forward
+    keep_documents_apart(model)
     if config.train.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": recomputed})
     return model.train()

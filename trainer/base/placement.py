@@ -11,9 +11,7 @@ from trainer.base.filling import Copy, Quantize, copy_packed, make_packed
 from trainer.base.reading import Job
 from trainer.config import Quant
 from trainer.model.nf4 import Format, FrozenLinear4bit, FrozenStack4bit, Packed
-from trainer.model.parts import is_experts
 from trainer.safetensors_index import PackedSources, PackedTensor, StoredTensor
-from trainer.zero.engine import gather_as_one
 from trainer.zero.partition import Partition, Partitioner
 
 
@@ -53,9 +51,6 @@ def place_partitions(
         quantizable: the names of the weights that `quant` quantizes.
     """
     placement, parameters = Placement(), dict(model.named_parameters())
-    for module in model.modules():
-        if is_experts(module):
-            gather_as_one(module)
     for name in [name for name in sources if name not in parameters]:
         placement.jobs.append(_place_buffer(model, name, sources[name], partitioner.device))
     for name, parameter in parameters.items():

@@ -2,9 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
+from typing import Literal
 
 import torch
+
+from trainer.model.head import IGNORE
+from trainer.model.pinned import onto
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class MicroBatch:
         survey: the figures that the losses of the step were found to need beforehand; see trainer/objective/objective.py.
         reference: (documents, answers) fp32, log-probabilities of their answers by a stored reference, in nats; None
             without one.
+        host: the same row on the host, of one that is on a device: whatever is asked of it makes nobody wait for the device.
     """
 
     input_ids: torch.Tensor
@@ -70,34 +75,51 @@ class MicroBatch:
     mismatched: torch.Tensor = field(default_factory=partial(_none, torch.int32))
     survey: torch.Tensor | None = None
     reference: torch.Tensor | None = None
+    host: "MicroBatch | None" = None
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each segment."""
+        return _lengths((self.host or self).cu_seqlens)
+
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """(targets,) int64, the positions whose label is not `IGNORE`."""
+        return onto(_places((self.host or self).labels), self.labels.device)
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same row on `device`, with int64 for what the model and the loss take; half the bytes travel."""
         return replace(
             self,
-            input_ids=self.input_ids.to(device).long(),
-            labels=self.labels.to(device).long(),
-            position_ids=self.position_ids.to(device).long(),
-            cu_seqlens=self.cu_seqlens.to(device),
-            rejected=self.rejected.to(device).long(),
-            beginnings=self.beginnings.to(device).long(),
-            desired=self.desired.to(device),
-            mismatched=self.mismatched.to(device).long(),
-            survey=None if self.survey is None else self.survey.to(device),
-            reference=None if self.reference is None else self.reference.to(device),
+            input_ids=onto(self.input_ids, device).long(),
+            labels=onto(self.labels, device).long(),
+            position_ids=onto(self.position_ids, device).long(),
+            cu_seqlens=onto(self.cu_seqlens, device),
+            rejected=onto(self.rejected, device).long(),
+            beginnings=onto(self.beginnings, device).long(),
+            desired=onto(self.desired, device),
+            mismatched=onto(self.mismatched, device).long(),
+            survey=None if self.survey is None else onto(self.survey, device),
+            reference=None if self.reference is None else onto(self.reference, device),
+            host=self,
         )
 
-    def part(self, segments: torch.Tensor) -> "PartOfRow":
+    def part(self, segments: Literal["beginnings", "mismatched"]) -> "PartOfRow":
         """These of the row's segments alone, in rising order; the whole row where they are none, as a pass needs tokens."""
-        if not len(segments):
-            return PartOfRow(self.input_ids, self.labels, self.position_ids, self.cu_seqlens, self.max_seqlen)
-        sizes = self.cu_seqlens.diff()
-        kept = torch.zeros(len(sizes), dtype=torch.bool, device=sizes.device)
-        kept[segments] = True
+        row, device = self.host or self, self.labels.device
+        chosen: torch.Tensor = getattr(row, segments).long()
+        if not len(chosen):
+            rows = self.input_ids, self.labels, self.position_ids
+            return PartOfRow(*rows, self.cu_seqlens, self.max_seqlen, self.lengths, self.places)
+        sizes = row.cu_seqlens.diff()
+        kept = torch.zeros(len(sizes), dtype=torch.bool)
+        kept[chosen] = True
         places = torch.repeat_interleave(kept, sizes.long()).nonzero()[:, 0]
-        borders = torch.nn.functional.pad(sizes[segments].cumsum(0), (1, 0)).to(self.cu_seqlens.dtype)
-        ids, labels, positions = (row[:, places] for row in (self.input_ids, self.labels, self.position_ids))
-        return PartOfRow(ids, labels, positions, borders, self.max_seqlen)
+        borders = torch.nn.functional.pad(sizes[chosen].cumsum(0), (1, 0)).to(row.cu_seqlens.dtype)
+        there = onto(places, device)
+        ids, trained, positions = (part[:, there] for part in (self.input_ids, self.labels, self.position_ids))
+        targets = onto(_places(row.labels[:, places]), device)
+        return PartOfRow(ids, trained, positions, onto(borders, device), self.max_seqlen, _lengths(borders), targets)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,3 +131,13 @@ class PartOfRow:
     position_ids: torch.Tensor
     cu_seqlens: torch.Tensor
     max_seqlen: int
+    lengths: tuple[int, ...]
+    places: torch.Tensor
+
+
+def _lengths(borders: torch.Tensor) -> tuple[int, ...]:
+    return tuple(borders.diff().tolist())
+
+
+def _places(labels: torch.Tensor) -> torch.Tensor:
+    return (labels[0] != IGNORE).nonzero()[:, 0]

@@ -14,7 +14,7 @@ kernels that are installed for it need not know about borders.
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
@@ -23,19 +23,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 from transformers.masking_utils import (
     AttentionMaskInterface,
     and_masks,
     causal_mask_function,
     eager_mask,
-    find_packed_sequence_indices,
     packed_sequence_mask_function,
     sdpa_mask,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer.model.parts import body
+from trainer.model.pinned import onto
 
 # The names that layers of transformers have for what they keep of earlier tokens: whoever mixes tokens needs it to generate.
 _CACHES = {"cache", "past_key_values", "past_key_value", "cache_params", "layer_past"}
@@ -57,33 +57,43 @@ def batches(lengths: list[int]) -> list[list[int]]:
 
 
 class Documents:
-    """The documents of one row, from its position_ids (1, T), which restart in each of them."""
+    """The documents of one row, from its position_ids (1, T), which restart in each of them. Where their `lengths` are not known
+    beforehand, asking for more than `numbers` waits for a GPU."""
 
-    def __init__(self, position_ids: Tensor) -> None:
-        self._position_ids = position_ids
+    def __init__(self, position_ids: Tensor, lengths: Sequence[int] | None = None) -> None:
+        self._position_ids, self._lengths = position_ids, lengths
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each."""
+        return torch.bincount(self._counted[0]).tolist() if self._lengths is None else list(self._lengths)
 
     @cached_property
     def numbers(self) -> Tensor | None:
         """The number of each token's document, (1, T); None where the row is one document."""
-        return find_packed_sequence_indices(self._position_ids)
+        return None if len(self.lengths) == 1 else self._counted
+
+    @cached_property
+    def _counted(self) -> Tensor:
+        positions = self._position_ids
+        return (positions.diff(prepend=positions[:, :1] - 1) != 1).cumsum(-1)
 
     @cached_property
     def batches(self) -> "_Batches":
-        """All documents, as rows of batches. It waits for a GPU."""
-        numbers = self._position_ids.new_zeros(self._position_ids.shape) if self.numbers is None else self.numbers
-        lengths = torch.bincount(numbers[0]).tolist()
+        """All documents, as rows of batches."""
+        lengths, device = self.lengths, self._position_ids.device
         begins = list(itertools.accumulate(lengths, initial=0))
         places, back, tokens = list[Tensor](), torch.empty(begins[-1], dtype=torch.int64), 0
         for batch in batches(lengths):
             longest = lengths[batch[0]]
             rows = torch.tensor([begins[document] for document in batch])[:, None] + torch.arange(longest)
             last = torch.tensor([begins[document + 1] - 1 for document in batch])[:, None]
-            places.append(rows.minimum(last).to(numbers.device))
+            places.append(onto(rows.minimum(last), device))
             for row, document in enumerate(batch):
                 first = tokens + row * longest
                 back[begins[document] : begins[document + 1]] = first + torch.arange(lengths[document])
             tokens += rows.numel()
-        return _Batches(places, back.to(numbers.device))
+        return _Batches(places, onto(back, device))
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,24 @@ class _Batches:
 
 
 _ROW: ContextVar[Documents | None] = ContextVar("row", default=None)
+_LENGTHS: ContextVar[tuple[int, ...] | None] = ContextVar("lengths", default=None)
+
+
+@contextmanager
+def lengths_known(lengths: tuple[int, ...]) -> Iterator[None]:
+    """Inside, a model computes a row whose documents have so many tokens each."""
+    before = _LENGTHS.set(lengths)
+    try:
+        yield
+    finally:
+        _LENGTHS.reset(before)
+
+
+def set_documents_apart(tokens: int) -> None:
+    """The first `tokens` of each document of the row that is about to be computed are a document of their own."""
+    if (lengths := _LENGTHS.get()) is not None:
+        parts = ((min(length, tokens), length - tokens) for length in lengths)
+        _LENGTHS.set(tuple(part for pair in parts for part in pair if part > 0))
 
 
 class _RowAtWork(AbstractContextManager[None]):
@@ -117,19 +145,16 @@ def recomputed() -> tuple[AbstractContextManager[None], AbstractContextManager[N
     return nullcontext(), _RowAtWork(_ROW.get())
 
 
-def keep_documents_apart(model: PreTrainedModel) -> list[nn.Module]:
-    """Have documents of a row not see each other in any layer of `model`.
-
-    Returns the layers that take a row's documents in batches, so that within one forward of theirs they compute several times.
-    """
+def keep_documents_apart(model: PreTrainedModel) -> None:
+    """Have documents of a row not see each other in any layer of `model`."""
+    masking_utils.find_packed_sequence_indices = _find_documents
     AttentionMaskInterface.register("sdpa", sdpa_mask_of_row)
     AttentionMaskInterface.register("eager", _of_row(eager_mask))
     decoder = body(model)
     decoder.forward = _for_row(decoder.forward)
-    apart = [mixer for mixer in mixers(model) if not knows_borders(mixer)]
-    for mixer in apart:
-        mixer.forward = _in_batches(mixer, mixer.forward)
-    return apart
+    for mixer in mixers(model):
+        if not knows_borders(mixer):
+            mixer.forward = _in_batches(mixer, mixer.forward)
 
 
 def mixers(model: nn.Module) -> Iterator[nn.Module]:
@@ -164,6 +189,15 @@ def _arguments(module: nn.Module) -> Collection[str]:
     return inspect.signature(type(module).forward).parameters.keys()
 
 
+_find_packed = masking_utils.find_packed_sequence_indices
+
+
+def _find_documents(position_ids: Tensor) -> Tensor | None:
+    """transformers looks for documents in position_ids whenever it makes a mask, and waits for the device. In a row they are known."""
+    row = _ROW.get()
+    return _find_packed(position_ids) if row is None else row.numbers
+
+
 def _of_row(make: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
     """transformers' `make` of a mask, with the borders of the row's documents in it."""
 
@@ -190,7 +224,7 @@ def _for_row(forward: Callable[..., Any]) -> Callable[..., Any]:
         positions = given.pop("position_ids", None)
         if positions is None or not taken:
             return forward(*arguments, **given)
-        with _RowAtWork(Documents(positions)):
+        with _RowAtWork(Documents(positions, _LENGTHS.get())):
             return forward(*arguments, position_ids=positions, **given)
 
     return of_row

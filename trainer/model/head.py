@@ -69,20 +69,28 @@ class LossHead(nn.Linear):
         return Rows(self.trainable_tokens_delta if self.active else self._start, self._ids, self._vocabulary)
 
     def forward(
-        self, hidden: Tensor, labels: Tensor | None = None, per_target: bool = False, terms: LossTerms = _PLAIN
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        places: Tensor | None = None,
+        per_target: bool = False,
+        terms: LossTerms = _PLAIN,
     ) -> Tensor:
         """hidden (..., T, H).
 
         Without labels: logits (..., T, V). With labels (..., T), -100 where there is no target: the sum over targets of
         -log p(label) with the further `terms`, a () fp32 tensor in nats, which is 0 with a zero gradient for a row without
-        targets; or, `per_target`, the summands, (targets,), in the order of the labels.
+        targets; or, `per_target`, the summands, (targets,), in the order of the labels. `places` (targets,) int64 are those of
+        the labels of targets, from the first of all on: whoever knows them on the host spares it to wait for the device.
         """
         rows = self._rows
         if labels is None:
             logits = self.scaled(_logits(hidden, self.weight, rows))
             return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-        wanted = labels != IGNORE
-        given: tuple[Any, ...] = hidden[wanted], self.weight, labels[wanted], self, terms
+        if places is None:
+            places = (labels.flatten() != IGNORE).nonzero()[:, 0]
+        wanted, targets = hidden.flatten(0, -2).index_select(0, places), labels.flatten().index_select(0, places)
+        given: tuple[Any, ...] = wanted, self.weight, targets, self, terms
         function = _LearningCrossEntropy if self.weight.requires_grad else _FrozenCrossEntropy
         if rows is not None:
             function, given = _RowsCrossEntropy, (*given, rows, rows.matrix, torch.is_grad_enabled())

@@ -8,12 +8,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trainer.model.attention import Attention
+from trainer.model.documents import lengths_known
 from trainer.model.head import LossHead
 from trainer.model.parts import body
 
 
 class PackedRow(Protocol):
-    """The inputs of one packed row of T tokens: ids and positions (1, T) int64, borders of documents (documents + 1,) int32."""
+    """The inputs of one packed row of T tokens: ids and positions (1, T) int64, borders of documents (documents + 1,) int32, and
+    their lengths, which the host knows."""
 
     @property
     def input_ids(self) -> Tensor: ...
@@ -23,6 +25,8 @@ class PackedRow(Protocol):
     def cu_seqlens(self) -> Tensor: ...
     @property
     def max_seqlen(self) -> int: ...
+    @property
+    def lengths(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,13 @@ class PackedModel:
 
     def hidden(self, row: PackedRow) -> Tensor:
         """Hidden states of a packed row before the output head, (1, T, H)."""
-        return body(self.model)(
-            input_ids=row.input_ids,
-            position_ids=row.position_ids,
-            use_cache=False,
-            **self.attention.arguments(row.cu_seqlens, row.max_seqlen),
-        ).last_hidden_state
+        with lengths_known(row.lengths):
+            return body(self.model)(
+                input_ids=row.input_ids,
+                position_ids=row.position_ids,
+                use_cache=False,
+                **self.attention.arguments(row.cu_seqlens, row.max_seqlen),
+            ).last_hidden_state
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits of one unpacked row: (1, T) int64 -> (1, T, V)."""

@@ -2,6 +2,7 @@
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 EXPERTS_WITHOUT_INTERFACE = ("Llama4TextExperts",)
 
@@ -31,6 +32,11 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
     lists = [module for module in body(model).modules() if isinstance(module, nn.ModuleList)]
     count = model.config.num_hidden_layers
     return next((found for found in lists if len(found) == count), lists[0] if lists else None)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether it is a decoder layer, or a layer of another kind whose activations transformers can recompute."""
+    return isinstance(module, GradientCheckpointingLayer)
 
 
 def is_experts(module: nn.Module) -> bool:

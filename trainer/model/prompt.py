@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trainer.model.documents import set_documents_apart
 from trainer.model.parts import body
 
 
@@ -38,6 +39,7 @@ def add_prompt(model: PreTrainedModel, start: Tensor) -> Prompt:
         if prompt.active:
             embeddings = model.get_input_embeddings()(given.pop("input_ids"))
             return arguments, {**given, "inputs_embeds": prompt(embeddings, positions)}
+        set_documents_apart(tokens)
         given["position_ids"] = torch.where(positions < tokens, positions, positions - tokens)
         if "cu_seq_lens_q" in given:
             given["cu_seq_lens_q"] = given["cu_seq_lens_k"] = _apart(given["cu_seq_lens_q"], tokens)

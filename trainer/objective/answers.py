@@ -29,13 +29,11 @@ def read_segments(model: PackedModel, batch: MicroBatch | PartOfRow) -> Answers:
     """The answers in each of a row's segments, by one pass through the model; one without trained tokens has 0 of both."""
     import torch
 
-    from trainer.model.head import IGNORE
-
-    nats, targets = model.head(model.hidden(batch), batch.labels, per_target=True), batch.labels[0] != IGNORE
+    nats = model.head(model.hidden(batch), batch.labels, batch.places, per_target=True)
     segments = len(batch.cu_seqlens) - 1
     sizes = batch.cu_seqlens.diff().long()
-    owner = torch.repeat_interleave(torch.arange(segments, device=nats.device), sizes, output_size=targets.numel())
-    owner = owner[targets]  # of each target, the segment that it is in
+    owner = torch.repeat_interleave(torch.arange(segments, device=nats.device), sizes, output_size=batch.labels.numel())
+    owner = owner[batch.places]  # of each target, the segment that it is in
     log_p = torch.zeros(segments, device=nats.device).index_add(0, owner, -nats)
     tokens = torch.zeros(segments, device=nats.device).index_add(0, owner, torch.ones_like(nats))
     return Answers(log_p, tokens)

@@ -82,9 +82,13 @@ class Kto:
         if base is None:
             with self._method.switched_off(model.model):
                 base = self.reference(model, batch)
-        mismatched = read_segments(model, batch.part(batch.mismatched)).log_p[: len(batch.mismatched)]
+        mismatched = read_segments(model, batch.part("mismatched")).log_p[: len(batch.mismatched)]
         desired = batch.desired.sum()
-        counts = (base.new_tensor(len(mismatched)), desired.float(), (len(batch.desired) - desired).float())
+        counts = (
+            torch.full((), len(mismatched), dtype=base.dtype, device=base.device),
+            desired.float(),
+            (len(batch.desired) - desired).float(),
+        )
         ratio = (mismatched - base[_owners(batch), 1]).sum()
         return torch.cat([torch.stack([ratio, *counts]), base[:, 0]])
 
@@ -102,7 +106,7 @@ class Kto:
 
         assert batch.survey is not None
         ratios, mismatched, desired, undesired = batch.survey[:4]
-        answers = read_segments(model, batch.part(batch.beginnings))
+        answers = read_segments(model, batch.part("beginnings"))
         ratio = answers.log_p[: len(batch.beginnings)] - batch.survey[4:]
         z0 = (ratios / mismatched.clamp(min=1)).clamp(min=0)
         gain = self._beta * (ratio - z0)

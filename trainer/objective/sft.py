@@ -46,7 +46,7 @@ class NextTokens:
         from trainer.model.head import LossTerms
 
         terms = LossTerms(self._label_smoothing, self._z_loss) if model.head.training else LossTerms()
-        return model.head(model.hidden(batch), batch.labels, terms=terms)
+        return model.head(model.hidden(batch), batch.labels, batch.places, terms=terms)
 
     def reference(self, model: PackedModel, batch: MicroBatch) -> Tensor:
         raise AssertionError("next tokens have no reference")

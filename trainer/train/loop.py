@@ -151,7 +151,7 @@ def _surveys(run: Training, batches: Iterable[MicroBatch]) -> Iterator[Tensor | 
     rows = [run.engine.look(survey.look, batch) for batch in batches]
     run.engine.evaluating(False)
     mine = torch.stack([row[: survey.sums] for row in rows]).double().sum(0)
-    totals = torch.tensor(run.ranks.gather(*mine.tolist()), dtype=torch.float64, device=run.ranks.device).sum(0).float()
+    totals = run.ranks.gather_tensor(mine).sum(0).float()
     return (torch.cat([totals, row[survey.sums :]]) for row in rows)
 
 
@@ -168,7 +168,7 @@ def _exchange(
         repeated=run.stream.chapters.reads.repeated,
         samples=samples_key(batches),
     )
-    every = run.ranks.gather(*mine, *sums.tolist())
+    every = run.ranks.gather(*mine, sums=sums)
     totals = [sum(column, 0.0) for column in zip(*(rank[len(mine) :] for rank in every), strict=True)]
     return [_RankStep(*rank[: len(mine)]) for rank in every], totals
 
@@ -279,14 +279,14 @@ def evaluate(run: Training, stream: Stream) -> dict[str, float]:
     """The mean loss over every target (or pair, or answer) of the evaluation data, in nats, and the measures. Collective."""
     surveys = _surveys(run, _evaluated(run, stream))
     run.engine.evaluating(True)
-    sums, weight = torch.zeros(1 + len(run.objective.measures), dtype=torch.float64), 0
+    sums, weight = torch.zeros(1 + len(run.objective.measures), dtype=torch.float64, device=run.ranks.device), 0
     with torch.no_grad():
         for batch in _evaluated(run, stream):
-            sums += run.engine.loss(replace(batch, survey=next(surveys))).reshape(-1).cpu()
+            sums += run.engine.loss(replace(batch, survey=next(surveys))).reshape(-1)
             weight += run.objective.weight(batch)
     run.engine.evaluating(False)
-    total = run.ranks.sum(weight)
-    means = [run.ranks.sum(value) / total for value in sums.tolist()]
+    total, *values = (sum(column) for column in zip(*run.ranks.gather(weight, sums=sums), strict=True))
+    means = [value / total for value in values]
     return {**dict(zip(("loss", *run.objective.measures), means, strict=True)), run.objective.unit: int(total)}
 
 

@@ -93,7 +93,7 @@ class Dora(LinearAdapters):
         from torch import nn
 
         from trainer.model.dora import DoraLinear
-        from trainer.zero.engine import gather_with, gathered
+        from trainer.zero.engine import gathered
 
         torch.manual_seed(seed)
         for path in matching(architecture, self.targets):
@@ -101,7 +101,6 @@ class Dora(LinearAdapters):
             assert isinstance(base, nn.Linear)
             with gathered(base):
                 layer = DoraLinear(base, self.tuning.rank, self.scaling, self.tuning.dropout, dtype)
-            gather_with(layer, base)
             model.set_submodule(path, layer)
 
     def peft_config(self, targets: str | Iterable[str]) -> LoraConfig:

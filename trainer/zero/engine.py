@@ -4,7 +4,6 @@ Private names of DeepSpeed 0.19 are touched in `_part`, `partitions` and `refres
 changes them.
 """
 
-import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +19,6 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed.runtime.zero.partition_parameters import Init
-from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 
 from trainer.checkpoint.learner import TrainablePartition
 from trainer.config import Optim
@@ -28,6 +26,7 @@ from trainer.model.packed import PackedModel
 from trainer.optimizer.optimizer import MASTER, FlatPart
 from trainer.ranks import Ranks
 from trainer.zero.divided import DividedOptimizer
+from trainer.zero.gather import Gathers, without_hooks
 
 # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates, once a gather: the log would hold little else.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
@@ -40,27 +39,6 @@ def zero_init(deepspeed_config: dict[str, Any], dtype: torch.dtype) -> Init:
     deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]
     deepspeed.init_distributed(verbose=False)  # first: Init takes the world size from it
     return Init(config_dict_or_path=deepspeed_config, dtype=dtype)
-
-
-def gather_as_one(module: nn.Module) -> None:
-    """Have ZeRO-3 gather the parameters of `module` and of all modules inside it when its own forward is called.
-
-    DeepSpeed reduces their gradients, and lets go of them, once it has those of the positional arguments: without any, before
-    there are gradients at all.
-    """
-    set_z3_leaf_module(module, True)
-    first = list(inspect.signature(type(module).forward).parameters)[1]
-
-    def position(_module: nn.Module, arguments: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return (arguments, given) if arguments else ((given.pop(first),), given)
-
-    module.register_forward_pre_hook(position, with_kwargs=True)
-
-
-def gather_with(module: nn.Module, other: nn.Module) -> None:
-    """Have ZeRO-3 hold the parameters of `other` whole while `module` computes, forward and backward, beside its own."""
-    for parameter in other.parameters():
-        deepspeed.zero.register_external_parameter(module, parameter)
 
 
 def divide_now(module: nn.Module, beside: nn.Module) -> None:
@@ -142,19 +120,23 @@ class Engine:
         assert sum(len(group["params"]) for group in groups) == trainable, "something learns that is in no group"
         self._optimizer = DividedOptimizer(groups, optim, ranks)
         # Any: DeepSpeed's annotations would have every attribute be a tensor or a module.
-        self._engine: Any = deepspeed.initialize(
-            model=_Wrapped(packed, loss), optimizer=self._optimizer, config=deepspeed_config
-        )[0]
+        with without_hooks():
+            self._engine: Any = deepspeed.initialize(
+                model=_Wrapped(packed, loss), optimizer=self._optimizer, config=deepspeed_config
+            )[0]
         zero = self._engine.optimizer
         for flat, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
             self._optimizer.divide(flat, [_part(zero, parameter) for parameter in parameters])
+        self._gathers = Gathers(self.model, zero, deepspeed_config["zero_optimization"])
 
     def loss(self, row: DeviceRow) -> Tensor:
         """The sums that the loss function makes of the row, fp32, with their graph."""
+        self._gathers.begin("loss")
         return self._engine(row.to(self.ranks.device))
 
     def look(self, look: Callable[[PackedModel, Any], Tensor], row: DeviceRow) -> Tensor:
         """The values that `look` makes of the model and the row, without a graph."""
+        self._gathers.begin(look)
         with torch.no_grad():
             return self._engine(row.to(self.ranks.device), look)
 
@@ -165,17 +147,20 @@ class Engine:
         """
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
+        self._gathers.finish()
 
     def step(self, lr: float) -> float:
         """Clip, update, and return the gradient's global norm before clipping."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
         self._engine.step()
+        self._gathers.gather_whole()
         return float(self._engine.get_global_grad_norm())
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Plain logits of one unpacked row, without dropout: (1, T) int64 -> (1, T, V)."""
         self.evaluating(True)
+        self._gathers.begin("logits")
         with torch.no_grad():
             result = self._engine.module.packed.logits(tokens)
         self.evaluating(False)
@@ -218,10 +203,8 @@ class Engine:
             views = zero.unflatten(half, zero.fp16_partitioned_groups[group])
             for partition, view in zip(zero.fp16_partitioned_groups[group], views, strict=True):
                 partition.data = view.data
-        # Small parameters stay whole on every rank: refresh those copies too.
-        if zero.persistent_parameters:
-            zero.persistent_parameters[0].partition(zero.persistent_parameters)
         zero.checkpoint_event_epilogue()
+        self._gathers.gather_whole()
 
 
 def _part(zero: Any, parameter: Any) -> FlatPart:

@@ -70,6 +70,12 @@ _ZERO_OWNERS = {
 _NEVER = 2**31 - 1
 
 
+WHOLE = 100_000
+"""Elements of a parameter that is too small to be worth a gather."""
+_THRESHOLD = "stage3_param_persistence_threshold"
+_EVERYTHING = 2**62
+
+
 def policy_names() -> list[str]:
     """Names of the policies in ds_configs, sorted."""
     return sorted(path.stem for path in _POLICY_FOLDER.glob("*.json"))
@@ -84,13 +90,16 @@ def choose_policy(config: Config, world_size: int, on_gpu: bool) -> str:
     return "single_gpu" if world_size == 1 else "zero3"
 
 
-def build_deepspeed_config(config: Config, world_size: int, accumulation: int, on_gpu: bool) -> dict[str, Any]:
+def build_deepspeed_config(
+    config: Config, world_size: int, accumulation: int, on_gpu: bool, whole: int = WHOLE
+) -> dict[str, Any]:
     """Everything `deepspeed.initialize(config=...)` needs, complete: no "auto" is left in it.
 
     Args:
         world_size: ranks in the run.
         accumulation: micro-batches each rank takes through the model in one optimizer step.
         on_gpu: whether the ranks compute on GPUs; it decides only what `sharding.deepspeed: auto` means.
+        whole: parameters of so many elements stay whole on every rank, where the policy does not say.
 
     The optimizer is handed to DeepSpeed as an object, so the dictionary names none.
 
@@ -98,8 +107,12 @@ def build_deepspeed_config(config: Config, world_size: int, accumulation: int, o
         ConfigError: there is no such policy, it is not JSON, or it sets what it must not.
     """
     policy = _load_policy(choose_policy(config, world_size, on_gpu))
-    zero = {**policy.pop("zero_optimization", {}), "stage": 3}
+    zero = {_THRESHOLD: whole, **policy.pop("zero_optimization", {}), "stage": 3}
+    if world_size == 1 and not is_offloaded(zero):
+        zero[_THRESHOLD] = _EVERYTHING  # a partition is the parameter, so nothing is ever gathered or waited for
     return {
+        # DeepSpeed's own clock waits for the device before and after each micro-batch.
+        "timers": {"throughput": {"enabled": False}},
         **policy,
         "zero_optimization": zero,
         # To DeepSpeed a micro-batch counts as one, however many packed rows train.micro_batch puts into it.
@@ -113,6 +126,11 @@ def build_deepspeed_config(config: Config, world_size: int, accumulation: int, o
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": _NEVER,
     }
+
+
+def is_offloaded(zero: dict[str, Any]) -> bool:
+    """Whether the policy's section `zero_optimization` keeps the partitions of parameters in host memory."""
+    return zero.get("offload_param", {}).get("device", "none") != "none"
 
 
 def _load_policy(name: str) -> dict[str, Any]:

@@ -1,0 +1,85 @@
+"""A decoder layer is gathered as one, in the same order on every rank, and neither the host nor the device waits without need."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.dist import gather
+from tests.dist.launch import launch
+from tests.material import Workshop
+from trainer.config import Config, dump_config
+from trainer.zero.policy import build_deepspeed_config
+
+LAYERS = 6
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """A base of six layers."""
+    return Workshop(tmp_path_factory.mktemp("deep"), num_hidden_layers=LAYERS)
+
+
+def with_policy(workshop: Workshop, name: str, policy: str, **zero: object) -> Config:
+    """A run by one of our policies, whose section zero_optimization has these keys too."""
+    tree = json.loads((Path(__file__).parents[2] / f"ds_configs/{policy}.json").read_text())
+    tree["zero_optimization"] |= zero
+    file = workshop.folder / f"{name}.json"
+    file.write_text(json.dumps(tree))
+    return workshop.config(name, f"sharding.deepspeed={file}")
+
+
+@pytest.mark.timeout(400)
+def test_one_rank_waits_for_its_device_a_few_times_a_micro_batch(deep: Workshop, tmp_path: Path) -> None:
+    """Of 32 layers. Where parameters lie in host memory it waits once for each gather: the control."""
+    deeper = Workshop(tmp_path, num_hidden_layers=32, shard_size="10MB")
+    (alone,) = launch(1, gather.host_waits, dump_config(with_policy(deeper, "alone", "single_gpu")), timeout=200)
+    assert alone.get("default", 0) + alone.get("device", 0) + alone.get("event", 0) < 10
+    (moved,) = launch(
+        1,
+        gather.host_waits,
+        dump_config(with_policy(deep, "moved", "zero3_offload_cpu", stage3_param_persistence_threshold=300)),
+    )
+    assert moved["side"] >= 2 * LAYERS - 1
+    assert moved.get("default", 0) + moved.get("device", 0) < 10
+
+
+def test_gathers_are_at_most_two_layers_ahead_of_what_the_device_computes(deep: Workshop) -> None:
+    """The host asks for a gather while it is in the layer before: one layer at most may then be under way on the device."""
+    config = dump_config(with_policy(deep, "ahead", "zero3_offload_cpu", stage3_param_persistence_threshold=300))
+    assert launch(1, gather.host_waits, config)[0]["furthest"] == 1
+    assert launch(1, gather.host_waits, config, False)[0]["furthest"] > LAYERS, "the control: nobody waits"
+
+
+@pytest.mark.timeout(300)
+def test_all_ranks_begin_the_same_collectives_in_the_same_order(workshop: Workshop) -> None:
+    """With two process groups in a pass: a base that a node shares, and adapters that all ranks do."""
+    config = with_policy(workshop, "order", "zero3", stage3_param_persistence_threshold=300)
+    text = dump_config(config.model_copy(update={"sharding": config.sharding.model_copy(update={"scope": "node"})}))
+    ranks = launch(4, gather.starts, text, [1, 2, 3], ranks_per_node=2, timeout=200)
+    for number in range(3):
+        assert len({json.dumps(rank["set"][number]) for rank in ranks}) == 4, "the control: sets have other orders"
+        orders = [rank["orders"][number] for rank in ranks]
+        assert orders[0] == orders[1] == orders[2] == orders[3]
+        assert {size for size, _, _ in orders[0]} == {2, 4}
+
+
+def test_a_layer_is_one_gather_and_no_more_than_three_are_whole(deep: Workshop) -> None:
+    config = with_policy(deep, "counted", "zero3", stage3_param_persistence_threshold=3000)
+    for rank in launch(2, gather.gathers, dump_config(config)):
+        counts, passes = rank["counts"], 2 * LAYERS - 1  # the last layer is kept for its backward pass
+        packed = [count for name, count in counts.items() if name.endswith("uint8")]
+        assert packed == [passes]
+        assert sum(counts.values()) <= passes + 4  # embedding, head, and the reduction of gradients
+        assert 1 < rank["most"] <= 3
+        assert rank["left"] == []
+        assert rank["allocator"] == "expandable_segments:True"
+
+
+def test_what_stays_whole_follows_from_the_base(workshop: Workshop) -> None:
+    config = workshop.config("whole", "sharding.deepspeed=zero3")
+    key = "stage3_param_persistence_threshold"
+    for world_size, whole in ((2, 12_345), (1, 2**62)):
+        built = build_deepspeed_config(config, world_size, 1, on_gpu=True, whole=12_345)
+        assert built["zero_optimization"][key] == whole
+        assert not any("live" in name or "prefetch" in name for name in built["zero_optimization"])

@@ -1,0 +1,45 @@
+"""Bytes of a base as it is stored, and what is small enough beside it to be whole on every rank. No torch."""
+
+from math import ceil, prod
+
+from trainer.base.architecture import Architecture
+from trainer.config import Config, Quant
+from trainer.tuning.method import method_of
+from trainer.zero.policy import WHOLE
+
+# trainer/model/nf4.py: scales that share a second scale under double quantization.
+_NESTED_BLOCK = 256
+# Adapters of more bytes are not worth their memory on every rank.
+_WHOLE_BYTES = 2**29
+
+
+def quantized_bytes(numel: int, quant: Quant) -> int:
+    """Bytes of one quantized matrix: two weights a byte, and the scales.
+
+    One fp32 scale for each `block_size` weights; under double quantization one byte instead, an fp32 scale for each 256
+    of those, and one fp32 mean (QLoRA, arXiv:2305.14314, section 3).
+    """
+    blocks = ceil(numel / quant.block_size)
+    scales = blocks + 4 * ceil(blocks / _NESTED_BLOCK) + 4 if quant.double else 4 * blocks
+    return ceil(numel / 2) + scales
+
+
+def stored_layers(config: Config, model: Architecture) -> list[int]:
+    """Bytes of the linear weights and experts of each decoder layer."""
+    item = 2 if config.model.dtype == "bf16" else 4
+
+    def stored(weights: int) -> int:
+        return item * weights if config.quant.type == "none" else quantized_bytes(weights, config.quant)
+
+    return [sum(map(stored, model.matrices(layer))) for layer in range(model.layers)]
+
+
+def most_whole(config: Config, model: Architecture) -> int:
+    """The elements up to which parameters stay whole on every rank, where the policy does not say: all adapters, as long as they are
+    few bytes beside a decoder layer. Then a pass gathers nothing but the base, and each layer in one collective."""
+    if method_of(config).trains_base:
+        return WHOLE
+    learning = [prod(shape) for shape in method_of(config).shapes(model).values()]
+    item = 2 if config.model.dtype == "bf16" else 4
+    few = min(_WHOLE_BYTES, max(stored_layers(config, model)))
+    return max(WHOLE, *learning) if item * sum(learning) <= few else WHOLE
