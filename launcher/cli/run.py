@@ -11,7 +11,7 @@ from trainer.errors import ConfigError
 
 def ls(
     store: Annotated[
-        str, typer.Argument(metavar="[STORE]", envvar="CAPSTAN_STORE", help="A folder or bucket with runs.")
+        str, typer.Argument(metavar="STORE", envvar="CAPSTAN_STORE", help="A folder or bucket with runs.")
     ] = "runs",
     as_json: Json = False,
 ) -> None:

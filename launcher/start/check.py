@@ -75,13 +75,13 @@ def check(
         StorageError: `resume`, and no checkpoint can be read.
     """
     refuse_secrets(config)
+    check_trackers(config.track)
     base = resolve_base(config.model)
     check_base(base, config)
     check_weights(base, config.model)
     check_tuning(config, base.description)
     check_objective(config)
     find_optimizer(config.optim)
-    check_trackers(config.track)
     build_deepspeed_config(config, world_size=config.cluster.most_workers or 1, accumulation=1, on_gpu=False)
     run = run_folder(config)
     if has_run(run, again):

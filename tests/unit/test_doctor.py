@@ -16,7 +16,7 @@ def test_this_machine_can_run(tmp_path):
     assert report.ok, [check for check in report.checks if check.state == "missing"]
     names = [check.name for check in report.checks]
     assert {"python", "GPUs", "attention kernels", "machine", f"store {tmp_path}"} <= set(names)
-    assert {"torch", "deepspeed", "ray"} <= set(names)
+    assert {"torch", "deepspeed", "ray", "wandb", "mlflow-skinny", "trackio"} <= set(names)
     assert json.loads(json.dumps(report.to_json()))["ok"] is True
 
 
