@@ -24,11 +24,13 @@ def report(
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Make one HTML file that shows what a run did, or compares several. With --json the figures alone, unless
-    -o names a file for the page."""
+    """Make one HTML file that shows what a run did, or compares several or the trials of a sweep. With --json the figures alone,
+    unless -o names a file for the page."""
     from launcher.report.report import read_report, target_of, write_report
+    from launcher.view.sweep import is_sweep, trial_folders
 
-    folders = [open_run(run, store) for run in runs]
+    named = [open_run(run, store) for run in runs]
+    folders = [folder for run in named for folder in (trial_folders(run) if is_sweep(run) else [run])]
     path = Path(output) if output and output != "-" else None
     writes = not dry_run and (path is not None or not (as_json or output))
     made = write_report(folders, path) if writes else read_report(folders)

@@ -1,7 +1,7 @@
 """Verbs about a run that is there, going on or ended: what it does, what it left, and how to stop it."""
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,12 +28,16 @@ def status(
     follow: Annotated[bool, typer.Option("--watch", help="Keep showing it until the run ends.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what a run is doing, from its folder alone; for a run submitted to Slurm, Slurm's word on its jobs too."""
+    """Show what a run or a sweep is doing, from its folder alone; for a run submitted to Slurm, Slurm's word on its jobs too."""
     from launcher.slurm.queue import is_over, slurm_status, submitted_jobs
     from launcher.view.status import read_status
+    from launcher.view.sweep import is_sweep
     from launcher.view.tables import render, watch_table
 
     folder = open_run(run, store)
+    if is_sweep(folder):
+        _show_sweep(folder, follow=follow, as_json=as_json)
+        return
     job = submitted_jobs(folder)
     if follow:
         watch_table(folder, is_over(folder, job) if job else None)
@@ -41,6 +45,15 @@ def status(
         emit(slurm_status(folder, job), as_json, lambda status: status.table())
     elif as_json or not follow:
         emit(read_status(folder), as_json, render)
+
+
+def _show_sweep(folder: Any, *, follow: bool, as_json: bool) -> None:
+    from launcher.view.sweep import read_sweep, render_sweep, watch_sweep, while_it_runs
+
+    if follow:
+        watch_sweep(folder, while_it_runs(folder), live=True, log=log)
+    if as_json or not follow:
+        emit(read_sweep(folder), as_json, render_sweep)
 
 
 def logs(

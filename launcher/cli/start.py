@@ -36,10 +36,16 @@ def resume(
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Continue a run from its newest committed checkpoint, at any number of workers."""
+    """Continue a run from its newest committed checkpoint, at any number of workers; or a sweep, with the trials that are not over."""
+    from launcher.cli.sweep import start_sweep
+    from launcher.view.sweep import is_sweep
     from trainer.run.folder import run_config
 
-    config = run_config(open_run(run, store), overrides or ())
+    folder = open_run(run, store)
+    config = run_config(folder, overrides or ())
+    if is_sweep(folder):
+        start_sweep(config, resume=True, take_over=take_over, as_json=as_json, dry_run=dry_run)
+        return
     _train(config, resume=True, take_over=take_over, as_json=as_json, dry_run=dry_run)
 
 

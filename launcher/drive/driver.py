@@ -58,15 +58,11 @@ def drive(
     collect_leftovers()
     run = owner.run
     _forget_own_stop(run)
-    run.delete(layout.NO_MORE_DATA)
 
     def work(journal: Journal) -> None:
         cluster = address_of(config, address)
         with joined_ray(cluster) if cluster else nullcontext() as dashboard:
-            compilation = Compilation(config, run, log)
-            datasets, rest = compilation.begin(on_cluster=bool(cluster))
-            with compilation.beside(rest):
-                run_on_ray(config, datasets, owner, resume=resume, dashboard=dashboard, log=journal.write)
+            compile_and_train(config, owner, journal, resume=resume, dashboard=dashboard, log=log)
 
     try:
         with stop_on_signals(owner), _shown(config, run, live=live, log=log):
@@ -81,6 +77,27 @@ def drive(
         if not owner.lost:
             _forget_own_stop(run)
             keep_report(run, log)
+
+
+def compile_and_train(
+    config: Config,
+    owner: Ownership,
+    journal: Journal,
+    *,
+    resume: bool,
+    dashboard: str | None,
+    log: Callable[[str], None],
+) -> None:
+    """The work of a driver, without its signals: `dashboard` is that of the cluster which this process has joined, if it has.
+
+    Raises:
+        CapstanError: the run's own.
+    """
+    owner.run.delete(layout.NO_MORE_DATA)
+    compilation = Compilation(config, owner.run, log)
+    datasets, rest = compilation.begin(on_cluster=dashboard is not None)
+    with compilation.beside(rest):
+        run_on_ray(config, datasets, owner, resume=resume, dashboard=dashboard, log=journal.write)
 
 
 def _forget_own_stop(run: Store) -> None:

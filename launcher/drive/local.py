@@ -42,7 +42,7 @@ def start(config: Config, *, resume: bool, take_over: bool, live: bool, log: Cal
 
 def _as_driver(config: Config, *, resume: bool, take_over: bool, live: bool, log: Callable[[str], None]) -> None:
     if address_of(config) is None:
-        _check_device(config)
+        check_local_device(config)
     check(config, resume=resume, take_over=take_over)
     by, code = _command(resume), keep_code(log)
     with claimed(config, by=by, resume=resume, code=code, log=log, take_over=take_over) as owner:
@@ -51,7 +51,7 @@ def _as_driver(config: Config, *, resume: bool, take_over: bool, live: bool, log
 
 def _as_first_rank(config: Config, *, resume: bool, take_over: bool, log: Callable[[str], None]) -> None:
     group, again = group_name(os.environ), restarted_as(os.environ)
-    _check_device(config)
+    check_local_device(config)
     base = check(config, resume=resume, take_over=take_over, again=again)
     by, code = _command(resume), keep_code(log)
     how = {"by": by, "take_over": take_over, "group": group, "again": again}
@@ -83,7 +83,7 @@ def _command(resume: bool) -> str:
     return "capstan resume" if resume else "capstan train"
 
 
-def _check_device(config: Config) -> None:
+def check_local_device(config: Config) -> None:
     """Raises `ConfigError` where ranks on this machine would be on the CPU unasked; torch tells only where that may be."""
     asked = config.cluster.gpus_per_worker
     if asked == 0 or (asked is None and not local_gpus()):

@@ -44,7 +44,8 @@ def map_on_cluster(
     import ray
 
     start()  # an error of it is raised here, and not in a task
-    task: Any = ray.remote(num_cpus=1, max_retries=_RETRIES)(_work)
+    # The strategy is named because a trial of a sweep would else keep its tasks to its own placement group, which has no CPU.
+    task: Any = ray.remote(num_cpus=1, max_retries=_RETRIES, scheduling_strategy="DEFAULT")(_work)
     handle = ray.put(start)
     waiting: deque[tuple[Any, str, T]] = deque()
     cpus, looked = _cpus(), time.monotonic()

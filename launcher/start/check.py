@@ -76,6 +76,11 @@ def check(
     """
     refuse_secrets(config)
     check_trackers(config.track)
+    if config.sweep.settings:
+        raise ConfigError(
+            "sweep.settings: a single run tries no settings. `capstan sweep` makes a run for each trial; add sweep={} to train "
+            "without it."
+        )
     base = resolve_base(config.model)
     check_base(base, config)
     check_weights(base, config.model)

@@ -63,6 +63,14 @@ def test_stop_and_restart_are_seen_in_turns(run: Store, monkeypatch: pytest.Monk
     assert (stop.requested, stop.reason) == (Stop.END, "on request")
 
 
+def test_a_stop_request_may_have_a_reason(run: Store) -> None:
+    request_stop(run, by="a search", reason="early, as others were better")
+    stop = StopSignal(run, watches=False, seconds=60)
+    for _ in range(2):
+        stop._look()
+    assert (stop.requested, stop.reason) == (Stop.END, "early, as others were better")
+
+
 def test_nothing_is_looked_for_once_the_run_is_to_end(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     stop = StopSignal(run, watches=False, seconds=60)
     stop.request()

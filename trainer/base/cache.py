@@ -7,6 +7,8 @@ Packed bytes do not depend on the ranks, so a reader takes the ranges it needs f
 `CHUNK_BYTES` of a range have a hash of their own, so that a part can be checked without reading the whole.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import math
@@ -14,17 +16,19 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from trainer.base.locate import Base
 from trainer.config import Config
 from trainer.errors import NOT_JSON, AlreadyExists, Damaged, NotFound, StorageError, shown
-from trainer.ranks import Ranks
 from trainer.run import layout
 from trainer.safetensors_index import PackedSources
 from trainer.store import Store
-from trainer.zero.partition import Partition
+
+if TYPE_CHECKING:
+    from trainer.ranks import Ranks
+    from trainer.zero.partition import Partition
 
 FORMAT = 1
 CHUNK_BYTES = 256 * 2**10

@@ -8,10 +8,11 @@ from pydantic.fields import FieldInfo
 
 from trainer.config.cluster import Cluster
 from trainer.config.data import Data
-from trainer.config.evaluation import Evaluation
+from trainer.config.evaluation import UNNAMED, Evaluation
 from trainer.config.model import Model, Quant, Tuning
 from trainer.config.objective import ObjectiveSettings
 from trainer.config.section import Section
+from trainer.config.sweep import Sweep
 from trainer.config.training import Checkpoint, Optim, Retry, Run, Sharding, Timeouts, Track, Train
 
 
@@ -33,6 +34,7 @@ class Config(Section):
     retry: Retry = Retry()
     timeouts: Timeouts = Timeouts()
     track: Track = Track()
+    sweep: Sweep = Sweep()
 
     @model_validator(mode="before")
     @classmethod
@@ -50,8 +52,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _used(self) -> "Config":
-        evaluated = self.data.eval or self.data.held_out or self.eval.sets
-        if self.eval.every and not evaluated:
+        if self.eval.every and not self.evaluated:
             raise ValueError(
                 "eval.every (train.eval_every): has no effect without data.eval, data.held_out or eval.sets. Set one of them, or "
                 "set it to 0."
@@ -64,7 +65,16 @@ class Config(Section):
             raise ValueError("tuning.targets: [] leaves nothing to learn. Name layers, or set all-linear.")
         if self.checkpoint.keep_best and not self.eval.every:
             raise ValueError("checkpoint.keep_best: has no effect without eval.every. Set that, or set it to 0.")
+        if self.sweep.settings:
+            known = [name for name, _ in fields()]
+            if wrong := self.sweep.mismatches(known, self.evaluated, self.eval.every):
+                raise ValueError("\n".join(wrong))
         return self
+
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        """Names of the sets that the run evaluates."""
+        return (*((UNNAMED,) if self.data.eval or self.data.held_out else ()), *self.eval.sets)
 
 
 def fields(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -16,12 +16,14 @@ from trainer.store import Store
 
 MACHINE_LEAVES = "because a machine of the run is being taken away"
 """Completes "stopped", in the reason of a start's end."""
+_ON_REQUEST = "on request"
 
 
-def request_stop(folder: Store, by: str | None = None) -> None:
-    """Ask the run to commit a checkpoint and end. `by` says who asks; the default names this process and host."""
+def request_stop(folder: Store, by: str | None = None, reason: str | None = None) -> None:
+    """Ask the run to commit a checkpoint and end. `by` says who asks; the default names this process and host. `reason`
+    completes "stopped at step 4"; by default it is "on request"."""
     request = {"time": time.time(), "by": by or f"process {os.getpid()} on {socket.gethostname()}"}
-    folder.put(layout.STOP, json.dumps(request).encode())
+    folder.put(layout.STOP, json.dumps(request | ({"reason": reason} if reason else {})).encode())
 
 
 def request_restart(folder: Store, reason: str) -> None:
@@ -59,7 +61,7 @@ class StopSignal:
     def __init__(
         self, folder: Store, *, watches: bool, seconds: float, preempted: Callable[[], bool] = lambda: False
     ) -> None:
-        self._asked, self.reason = Stop.NO, "on request"
+        self._asked, self.reason = Stop.NO, _ON_REQUEST
         self._folder, self._preempted = folder, preempted
         # One request a look: it goes on as long as the run. A restart, which only an elastic run is asked for, can wait.
         self._keys = itertools.cycle((layout.STOP, layout.STOP, layout.RESTART))
@@ -71,17 +73,18 @@ class StopSignal:
             self._asked, self.reason = Stop.RESTART, MACHINE_LEAVES
         return self._asked
 
-    def request(self) -> None:
-        self._asked, self.reason = Stop.END, "on request"
+    def request(self, reason: str = _ON_REQUEST) -> None:
+        self._asked, self.reason = Stop.END, reason
 
     def _look(self) -> None:
         key = next(self._keys)
         if self._asked is Stop.END or not self._folder.exists(key):
             return
+        reason = _word(self._folder, key, "reason", _ON_REQUEST)
         if key == layout.STOP:
-            self.request()
+            self.request(reason)
         elif self._asked is Stop.NO:
-            self._asked, self.reason = Stop.RESTART, _word(self._folder, key, "reason", "on request")
+            self._asked, self.reason = Stop.RESTART, reason
 
     def close(self) -> None:
         if self._watcher is not None:

@@ -1,0 +1,123 @@
+"""The trials of a sweep, as a pure function of its configuration, and their form in its folder."""
+
+import itertools
+import json
+import math
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from trainer.config import Config, assignment, override
+from trainer.config.sweep import GRID
+from trainer.errors import ConfigError
+
+FORMAT = 1
+_SAMPLES = 8
+_DIGITS = 4
+"""A number that was drawn has so many significant digits: it is read, typed and compared by people."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial: the run `run`, with these values of the settings that are tried."""
+
+    number: int
+    run: str
+    settings: dict[str, Any]
+
+    def words(self) -> str:
+        """Its values, with names as short as they can be told apart: "lr=0.0002 rank=8"."""
+        last = [name.rpartition(".")[2] for name in self.settings]
+        names = [short if last.count(short) == 1 else name for name, short in zip(self.settings, last, strict=True)]
+        return " ".join(f"{name}={_word(value)}" for name, value in zip(names, self.settings.values(), strict=True))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The figure `measure` of the records about `of`: the name of an evaluation set, or "train". `mode`: min or max is good."""
+
+    of: str
+    measure: str
+    mode: str
+
+    @property
+    def name(self) -> str:
+        return self.of if self.measure == "loss" else f"{self.of}/{self.measure}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole of a sweep, as its folder keeps it: by which metric its trials are compared, and which they are."""
+
+    metric: Metric
+    trials: list[Trial]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, given: dict[str, Any]) -> "Plan":
+        """Raises `LookupError` or `TypeError` for what no version has written."""
+        return cls(Metric(**given["metric"]), [Trial(**trial) for trial in given["trials"]])
+
+
+def planned(config: Config) -> Plan:
+    """The sweep of `config`. Grids vary fastest, so that more samples leave the first trials what they are.
+
+    Raises:
+        ConfigError: nothing is tried.
+    """
+    sweep = config.sweep
+    if not sweep.settings:
+        raise ConfigError(
+            "sweep.settings: missing. Name settings and the values to try. Example: sweep: {settings: {optim.lr: "
+            "{log_uniform: [1.0e-5, 1.0e-3]}}}."
+        )
+    grids = {name: given[GRID] for name, given in sweep.settings.items() if GRID in given}
+    drawn = {name: given for name, given in sweep.settings.items() if name not in grids}
+    samples = (sweep.samples or _SAMPLES) if drawn else 1
+    # A stream of its own for each setting: another setting beside it does not change its values.
+    streams = {name: _draws(given, random.Random(f"{sweep.seed} {name}")) for name, given in drawn.items()}
+    trials: list[Trial] = []
+    for _ in range(samples):
+        for values in itertools.product(*grids.values()):
+            chosen = dict(zip(grids, values, strict=True)) | {name: next(stream) for name, stream in streams.items()}
+            number = len(trials) + 1
+            ordered = {name: chosen[name] for name in sweep.settings}
+            trials.append(Trial(number, f"{config.run.name}-{number}", ordered))
+    return Plan(Metric(*sweep.judged_by(config.evaluated), sweep.mode), trials)
+
+
+def trial_config(config: Config, trial: Trial) -> Config:
+    """The configuration of the trial's run: that of the sweep with its values, and without the sweep.
+
+    Raises:
+        ConfigError: its values are not allowed, or not together; it says which trial.
+    """
+    values = {"run.name": trial.run, **trial.settings, "sweep": {}}
+    try:
+        return override(config, *(assignment(name, value) for name, value in values.items()))
+    except ConfigError as error:
+        raise ConfigError(f"sweep.settings: trial {trial.number} ({trial.words()}) is not allowed. {error}") from error
+
+
+def _draws(given: Mapping[str, Any], draw: random.Random) -> Iterator[Any]:
+    ((kind, values),) = given.items()
+    while True:
+        yield _draw(kind, values, draw)
+
+
+def _draw(kind: str, values: list[Any], draw: random.Random) -> Any:
+    if kind == "choice":
+        return draw.choice(values)
+    low, high = values
+    if kind == "int":
+        return draw.randint(low, high)
+    logarithmic = kind == "log_uniform"
+    number = math.exp(draw.uniform(math.log(low), math.log(high))) if logarithmic else draw.uniform(low, high)
+    return min(max(float(f"{number:.{_DIGITS}g}"), low), high)
+
+
+def _word(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,113 @@
+"""One trial: an ordinary run, driven on the cluster in a process of Tune's that holds no GPU, as its ranks have their own."""
+
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from typing import Any
+
+from ray.tune import Trainable
+
+from launcher.drive.compiling import forget_stop_by_compilation
+from launcher.drive.driver import compile_and_train
+from launcher.drive.journal import Journal
+from launcher.policy.trials import trial_config
+from launcher.report.report import keep_report
+from launcher.start.claim import claimed
+from launcher.sweep.search import EXIT_CODE, REASON, STEP, VALUE, next_look
+from launcher.view.scores import Scores
+from launcher.view.status import read_status
+from launcher.view.sweep import BY, DONE, read_plan, trial_state
+from trainer.checkpoint.listing import committed_steps
+from trainer.config import Config, dump_config
+from trainer.errors import CapstanError, Stopped, StorageError, Superseded
+from trainer.run import layout
+from trainer.run.background import say
+from trainer.run.folder import run_config, run_folder
+from trainer.run.owner import read_owner
+from trainer.run.records import record_end
+from trainer.store import Store, open_store
+
+_LOOK_SECONDS = 0.5
+
+
+class TuneTrial(Trainable):
+    """Trains the run of a trial, or goes on with it; each result is the metric where ASHA looks. A run that is done already only
+    tells its figures again."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """`config` has the folder of the sweep as `sweep`, and the trial's number as `trial`.
+
+        The run begins at the first `step`: Tune may set a process up for a trial, and then give the trial to one that has become free.
+        """
+        folder = open_store(config["sweep"])
+        plan, whole = read_plan(folder), run_config(folder)
+        self._mine = trial_config(whole, plan.trials[config["trial"] - 1])
+        self._sweep, self._looked = whole.sweep, 0
+        self._scores = Scores(run_folder(self._mine), plan.metric)
+        self._work: Future[None] | None = None
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take over from a trial that has ended, without a process and its imports of its own."""
+        self.setup(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        work = self._work = self._work or ThreadPoolExecutor(1, "driver").submit(train_trial, self._mine)
+        while True:
+            over = bool(wait([work], timeout=_LOOK_SECONDS).done)
+            if (look := next_look(self._sweep, self._looked)) is not None:
+                with suppress(StorageError):
+                    for step, value in self._scores.read().items():
+                        if step >= look:
+                            self._looked = step
+                            return {STEP: step, VALUE: value}
+            if over:
+                return {"done": True, **_end(work)}
+
+
+def _end(work: "Future[None]") -> dict[str, Any]:
+    """How the run ended; a mistake of ours is raised."""
+    try:
+        work.result()
+    except CapstanError as error:
+        return {EXIT_CODE: error.exit_code, REASON: str(error)}
+    return {}
+
+
+def train_trial(config: Config) -> None:
+    """Train the run of `config` to its end on the cluster that this process is in, from its newest commit where it has one.
+
+    Raises:
+        CapstanError: the run's own, which is in its folder too.
+    """
+    run = run_folder(config)
+    if trial_state(run, read_status(run)) in DONE:
+        return
+    resume, before = bool(committed_steps(run)), read_owner(run)
+    # The process that had it for this sweep is gone, with the driver of then or with its machine.
+    ours = before is not None and before.by == BY
+    taken = False
+    try:
+        with claimed(config, by=BY, resume=resume, code=None, log=say, take_over=ours) as owner:
+            taken = True
+            journal = Journal(run, say)
+            try:
+                compile_and_train(config, owner, journal, resume=resume, dashboard="", log=say)
+            except CapstanError as error:
+                journal.keep(f"ended with exit code {error.exit_code}: {error}")
+                raise
+            finally:
+                if not owner.lost:
+                    forget_stop_by_compilation(run)
+                    keep_report(run, say)
+            journal.keep("finished")
+    except CapstanError as error:
+        if taken and not isinstance(error, Superseded):  # else its records are another start's
+            _record(run, config, error)
+        raise
+
+
+def _record(run: Store, config: Config, error: CapstanError) -> None:
+    """Nobody sees what this process says, so also a run that came to nothing keeps a folder that tells why."""
+    if not run.exists(layout.CONFIG):
+        run.put(layout.CONFIG, dump_config(config).encode())
+    record_end(run, str(error), stopped=isinstance(error, Stopped))

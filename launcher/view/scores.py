@@ -1,0 +1,45 @@
+"""The metric that a sweep compares its trials by, read from a trial's records as they are written."""
+
+from statistics import fmean
+
+from launcher.policy.trials import Metric
+from trainer.config.evaluation import UNNAMED
+from trainer.config.sweep import TRAIN
+from trainer.run import layout
+from trainer.run.records import Record, RecordReader
+from trainer.run.segments import streams
+from trainer.store import Store
+
+_SMOOTHED_STEPS = 10
+"""The training loss is a mean over so many steps, since that of one step is that of its few rows."""
+
+
+class Scores:
+    """The metric of the run in `folder` after each step that has one; each look reads only what is new."""
+
+    def __init__(self, folder: Store, metric: Metric) -> None:
+        self._folder, self._metric = folder, metric
+        self._readers: dict[int, RecordReader] = {}
+        self._losses: dict[int, float] = {}
+        self._by_step: dict[int, float] = {}
+
+    def read(self) -> dict[int, float]:
+        """All of them so far, by step, in order. A start that goes on from a commit takes some steps a second time: its figures count."""
+        found = streams(self._folder.list(layout.METRICS))
+        numbers = {number for stream in found if (number := layout.records_of(stream))}
+        for number in sorted(numbers):
+            reader = self._readers.setdefault(number, RecordReader(self._folder, number))
+            for record in reader.read(found):
+                self._add(record)
+        return dict(sorted(self._by_step.items()))
+
+    def _add(self, record: Record) -> None:
+        step, value = record.get("step"), record.get(self._metric.measure)
+        if not isinstance(value, int | float) or not isinstance(step, int):
+            return
+        if self._metric.of == TRAIN and record["kind"] == "step":
+            self._losses[step] = value
+            recent = range(step - _SMOOTHED_STEPS + 1, step + 1)
+            self._by_step[step] = fmean(self._losses[earlier] for earlier in recent if earlier in self._losses)
+        elif record["kind"] == "eval" and record.get("set", UNNAMED) == self._metric.of:
+            self._by_step[step] = value

@@ -1,0 +1,289 @@
+"""The state of a sweep, from its folder and those of its trials alone: no Ray, no torch, and it works as well when all is over."""
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from launcher.policy.sensitivity import Sensitivity, sensitivities
+from launcher.policy.trials import Metric, Plan, Trial
+from launcher.view.scores import Scores
+from launcher.view.status import Follower, RunStatus
+from launcher.view.tail import poll_seconds
+from trainer.config.sweep import TRAIN
+from trainer.errors import NOT_JSON, ConfigError, Damaged, NotFound, StorageError
+from trainer.run import layout
+from trainer.run.folder import command, run_config
+from trainer.run.owner import last_owner
+from trainer.run.requests import stop_requester
+from trainer.store import Store, open_store
+
+BY = "capstan sweep"
+"""The owner of a sweep and of its trials, and the author of the stop requests to them that end the whole sweep."""
+EARLY = "the sweep, as others were better"
+"""The author of the stop request to a trial that ends early."""
+
+SweepState = Literal["running", "finished", "stopped", "silent"]
+_LOOK_SECONDS = 2.0
+_STOPPED_EARLY = "stopped early"
+DONE = ("finished", _STOPPED_EARLY)
+"""The states of trials that stay as they are when the sweep is resumed: all others go on."""
+OVER = (*DONE, "failed")
+"""The states of trials that a sweep has nothing to wait for."""
+
+
+@dataclass(frozen=True)
+class TrialStatus:
+    """One trial now. `state` is its run's (launcher/view/status.py), or "waiting" before its turn, or "stopped early"; `value` is the
+    metric at `value_step`, the last step that has one."""
+
+    number: int
+    run: str
+    settings: dict[str, Any]
+    state: str
+    step: int = 0
+    total_steps: int | None = None
+    value: float | None = None
+    value_step: int | None = None
+    last_commit_step: int | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class SweepStatus:
+    """A sweep at one moment. `best` is the number of the trial that is best so far, `next` the command that suggests itself."""
+
+    sweep: str
+    state: SweepState
+    metric: str
+    mode: str
+    trials: list[TrialStatus]
+    best: int | None = None
+    sensitivity: list[Sensitivity] = field(default_factory=list)
+    next: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def counts(self) -> dict[str, int]:
+        """How many trials are in each state."""
+        states = [trial.state for trial in self.trials]
+        return {state: states.count(state) for state in dict.fromkeys(states)}
+
+
+def is_sweep(folder: Store) -> bool:
+    return folder.exists(layout.SWEEP)
+
+
+def read_plan(folder: Store) -> Plan:
+    """The trials of the sweep in `folder`; raises `ConfigError` where there is none, `Damaged` where it cannot be read."""
+    try:
+        return Plan.from_json(json.loads(folder.get(layout.SWEEP)))
+    except NotFound as error:
+        raise ConfigError(f"{folder.uri} holds no {layout.SWEEP}, so it is no sweep.") from error
+    except (*NOT_JSON, LookupError, TypeError) as error:
+        raise Damaged(f"{folder.uri}/{layout.SWEEP} is damaged: {error}.") from error
+
+
+def trial_folders(folder: Store) -> list[Store]:
+    """The folders of the sweep's trials that have begun."""
+    runs = (_beside(folder, trial.run) for trial in read_plan(folder).trials)
+    return [run for run in runs if run.exists(layout.CONFIG)]
+
+
+def read_sweep(folder: Store, clock: Callable[[], float] = time.time) -> SweepStatus:
+    """The sweep now; raises `ConfigError` where the folder holds none."""
+    return SweepFollower(folder, clock).read()
+
+
+class SweepFollower:
+    """Reads a sweep's state again and again, each time only what is new."""
+
+    def __init__(self, folder: Store, clock: Callable[[], float] = time.time) -> None:
+        self._folder, self._clock = folder, clock
+        self.plan: Plan = read_plan(folder)
+        self._trials = [
+            _Followed(_beside(folder, trial.run), trial, self.plan.metric, clock) for trial in self.plan.trials
+        ]
+        self._settings = run_config(folder).sweep.settings
+
+    def read(self) -> SweepStatus:
+        trials = [followed.read() for followed in self._trials]
+        best = best_trial(trials, self.plan.metric)
+        counted = {
+            status.number: followed.curve
+            for followed, status in zip(self._trials, trials, strict=True)
+            if status.state != "failed"
+        }
+        state = self._state(trials)
+        ended = state not in ("running", "silent")
+        return SweepStatus(
+            self._folder.uri,
+            state,
+            self.plan.metric.name,
+            self.plan.metric.mode,
+            trials,
+            best.number if best else None,
+            sensitivities(self._settings, self.plan.trials, counted) if ended else [],
+            self._next(state, best),
+        )
+
+    def _state(self, trials: list[TrialStatus]) -> SweepState:
+        owner = last_owner(self._folder)
+        if owner is not None and owner.is_alive(self._clock()):
+            return "running"
+        if all(trial.state in OVER for trial in trials):
+            return "finished"
+        return "stopped" if owner is None or owner.ended else "silent"
+
+    def _next(self, state: SweepState, best: TrialStatus | None) -> str:
+        if state in ("stopped", "silent"):
+            return command("resume", self._folder).strip("`")
+        if state == "finished" and best is not None:
+            words = command("export", _beside(self._folder, best.run)).strip("`").split(" ")
+            return " ".join([*words[:3], "adapter/", *words[3:]])
+        return ""
+
+
+def _beside(folder: Store, run: str) -> Store:
+    return open_store(folder.uri.rpartition("/")[0]).sub(run)
+
+
+class _Followed:
+    """One trial of a sweep, as its folder tells. One that is over is not read again."""
+
+    def __init__(self, run: Store, trial: Trial, metric: Metric, clock: Callable[[], float]) -> None:
+        self._run, self._trial = run, trial
+        self._follower, self._scores = Follower(run, clock), Scores(run, metric)
+        self._last: TrialStatus | None = None
+        self.curve: dict[int, float] = {}
+
+    def read(self) -> TrialStatus:
+        if self._last is not None and self._last.state in OVER:
+            return self._last
+        run = self._follower.read()
+        self.curve = self._scores.read() or self.curve
+        step = max(self.curve, default=None)
+        self._last = TrialStatus(
+            self._trial.number,
+            self._trial.run,
+            self._trial.settings,
+            trial_state(self._run, run),
+            run.step,
+            run.total_steps,
+            None if step is None else self.curve[step],
+            step,
+            run.last_commit_step,
+            run.reason,
+        )
+        return self._last
+
+
+def trial_state(run: Store, status: RunStatus) -> str:
+    """The state of the trial in the folder `run`, whose run is in this `status`; see `TrialStatus`."""
+    if status.state == "starting" and not status.generation and not status.reason:
+        return "waiting"
+    return _STOPPED_EARLY if status.state == "stopped" and stop_requester(run) == EARLY else status.state
+
+
+def best_trial(trials: list[TrialStatus], metric: Metric) -> TrialStatus | None:
+    """The trial with the best last figure. Training losses of different steps are those of different rows, so by the training loss only
+    those that have finished count as soon as there are any."""
+    counted = [trial for trial in trials if trial.state != "failed" and trial.value is not None]
+    if metric.of == TRAIN:
+        counted = [trial for trial in counted if trial.state == "finished"] or counted
+    sign = 1 if metric.mode == "min" else -1
+    return min(counted, key=lambda trial: sign * (trial.value or 0.0), default=None)
+
+
+def render_sweep(status: SweepStatus) -> RenderableType:
+    """A table of the trials, and below it the best one; once the sweep has ended the sensitivities and the next command too."""
+    table = Table(title=f"{status.sweep}: {status.state}", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    settings = list(status.trials[0].settings) if status.trials else []
+    for name in ("trial", *settings, "state", "step", status.metric):
+        table.add_column(name, justify="left" if name == "state" else "right")
+    for trial in status.trials:
+        cells = (str(trial.number), *(_cell(trial.settings[name]) for name in settings), trial.state, _steps(trial))
+        style = "bold green" if trial.number == status.best else "dim" if trial.state == "waiting" else ""
+        table.add_row(*map(Text, (*cells, _value(trial))), style=style)
+    return Group(table, *(Text(line, overflow="fold") for line in summary(status)))
+
+
+def summary(status: SweepStatus) -> list[str]:
+    """The sweep in a few lines: how many trials are in which state, the best one, what the metric depends on, what to do next."""
+    lines = [", ".join(f"{count} {state}" for state, count in status.counts().items())]
+    best = next((trial for trial in status.trials if trial.number == status.best), None)
+    if best is not None and best.value is not None:
+        words = Trial(best.number, best.run, best.settings).words()
+        where = f"{status.metric} {best.value:.4f} at step {best.value_step:,}"
+        lines.append(f"best{'' if status.state == 'finished' else ' so far'}: {best.run} ({words}), {where}")
+    lines += [one.sentence(status.metric) for one in status.sensitivity]
+    lines += [f"next: {status.next}"] if status.next else []
+    return lines
+
+
+def watch_sweep(folder: Store, wait: Callable[[float], bool], live: bool, log: Callable[[str], None]) -> None:
+    """Show the sweep again and again, with `live` as a table on stderr, else by lines for `log`. `wait` takes the seconds to the next
+    look, and tells whether that is the last one."""
+    follower, before = SweepFollower(folder), None
+    pause = max(_LOOK_SECONDS, poll_seconds(folder))
+    with Live(console=Console(stderr=True), auto_refresh=False) if live else nullcontext() as view:
+        last = False
+        while not last:
+            last = wait(pause)
+            with suppress(StorageError):  # the trials have their own patience with the store
+                now = follower.read()
+                if view is not None:
+                    view.update(render_sweep(now), refresh=True)
+                else:
+                    for line in changes_since(before, now):
+                        log(line)
+                before = now
+
+
+def while_it_runs(folder: Store) -> Callable[[float], bool]:
+    """A `wait` for `watch_sweep` that ends when the sweep's process has ended."""
+
+    def wait(seconds: float) -> bool:
+        time.sleep(seconds)
+        owner = last_owner(folder)
+        return owner is None or not owner.is_alive(time.time())
+
+    return wait
+
+
+def changes_since(before: SweepStatus | None, now: SweepStatus) -> list[str]:
+    """A line for each trial whose state has changed, for logs that cannot be redrawn."""
+    known = {trial.number: trial.state for trial in before.trials} if before else {}
+    lines = []
+    for trial in now.trials:
+        if trial.state == known.get(trial.number, "waiting"):
+            continue
+        words = Trial(trial.number, trial.run, trial.settings).words()
+        value = "" if trial.value is None else f", {now.metric} {trial.value:.4f}"
+        step = f" at step {_steps(trial)}{value}" if trial.step else ""
+        lines.append(
+            f"{trial.run} ({words}): {trial.state}{step}{f': {trial.reason}' if trial.state == 'failed' else ''}"
+        )
+    return lines
+
+
+def _cell(value: Any) -> str:
+    return Trial(0, "", {"": value}).words().removeprefix("=")
+
+
+def _steps(trial: TrialStatus) -> str:
+    if not trial.step and trial.total_steps is None:
+        return ""
+    return f"{trial.step:,}" + ("" if trial.total_steps is None else f" of {trial.total_steps:,}")
+
+
+def _value(trial: TrialStatus) -> str:
+    return "" if trial.value is None else f"{trial.value:.4f}"

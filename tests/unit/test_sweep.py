@@ -1,0 +1,337 @@
+"""The policy of a sweep: what is tried, whose turn it is, who is stopped early, and what the metric depends on."""
+
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from launcher.policy.sensitivity import sensitivities
+from launcher.policy.trials import Metric, Plan, Trial, planned, trial_config
+from launcher.policy.turns import Candidate, Turns
+from launcher.start.check import check
+from launcher.sweep.search import STEP, VALUE, EarlyStopping, next_look
+from launcher.sweep.trial import TuneTrial, train_trial
+from launcher.view.scores import Scores
+from launcher.view.sweep import (
+    EARLY,
+    SweepStatus,
+    TrialStatus,
+    best_trial,
+    changes_since,
+    read_plan,
+    read_sweep,
+    summary,
+)
+from trainer.config import Config, dump_config, parse_config
+from trainer.config.sweep import Sweep
+from trainer.errors import ConfigError, Damaged
+from trainer.run import layout
+from trainer.run.folder import run_config
+from trainer.run.owner import last_owner, take
+from trainer.run.records import generations, record_line
+from trainer.run.requests import request_stop
+from trainer.store import Store, open_store
+
+LR = {"log_uniform": [1e-5, 1e-2]}
+LOSS = Metric("eval", "loss", "min")
+
+
+def config(sweep: dict[str, Any], **sections: dict[str, Any]) -> Config:
+    tree: dict[str, dict[str, Any]] = {
+        "run": {"name": "s", "store": "runs"},
+        "model": {"base": "base"},
+        "data": {"train": [{"path": "train.jsonl"}], "held_out": 0.1},
+        "train": {"steps": 100},
+        "eval": {"every": 10, "sets": {"general": {"path": "general.jsonl"}}},
+        "sweep": sweep,
+    }
+    for name, changed in sections.items():
+        tree[name] = {**tree.get(name, {}), **changed}
+    return parse_config(yaml.safe_dump(tree, sort_keys=False))
+
+
+def test_grids_are_crossed_and_draws_stay_within_their_bounds() -> None:
+    tried = {
+        "tuning.rank": {"grid": [8, 64]},
+        "optim.lr": LR,
+        "tuning.targets": {"grid": ["auto", ["q_proj"]]},
+        "optim.warmup_steps": {"int": [3, 5]},
+        "tuning.dropout": {"uniform": [0.0, 0.1]},
+        "optim.schedule": {"choice": ["linear", "cosine"]},
+    }
+    trials = planned(config({"settings": tried, "samples": 50})).trials
+    assert [trial.run for trial in trials] == [f"s-{number}" for number in range(1, 201)]
+    grid = list(itertools.product([8, 64], ["auto", ["q_proj"]]))
+    assert [(t.settings["tuning.rank"], t.settings["tuning.targets"]) for t in trials] == grid * 50
+    rates = [trial.settings["optim.lr"] for trial in trials]
+    assert all(1e-5 <= rate <= 1e-2 for rate in rates)
+    assert sum(rate < 10**-3.5 for rate in rates) == pytest.approx(100, abs=25)  # as many in each half of the decades
+    assert {trial.settings["optim.warmup_steps"] for trial in trials} == {3, 4, 5}
+    assert all(0 <= trial.settings["tuning.dropout"] <= 0.1 for trial in trials)
+    assert {trial.settings["optim.schedule"] for trial in trials} == {"linear", "cosine"}
+
+
+def test_the_same_seed_tries_the_same_and_more_samples_or_settings_change_none_of_it() -> None:
+    first = planned(config({"settings": {"optim.lr": LR}})).trials
+    assert len(first) == 8
+    assert planned(config({"settings": {"optim.lr": LR}, "samples": 12})).trials[:8] == first
+    both = planned(config({"settings": {"tuning.dropout": {"uniform": [0, 0.5]}, "optim.lr": LR}})).trials
+    assert [trial.settings["optim.lr"] for trial in both] == [trial.settings["optim.lr"] for trial in first]
+    assert planned(config({"settings": {"optim.lr": LR}, "seed": 1})).trials != first
+
+
+def test_a_trial_is_the_run_with_its_values_and_without_the_sweep() -> None:
+    whole = config({"settings": {"tuning.targets": {"grid": [["q_proj", "v_proj"]]}, "optim.lr": {"grid": ["1e-3"]}}})
+    (trial,) = planned(whole).trials
+    own = trial_config(whole, trial)
+    assert (own.run.name, own.tuning.targets, own.optim.lr) == ("s-1", ["q_proj", "v_proj"], 1e-3)
+    assert own.sweep == Sweep()
+    assert own.data == whole.data
+    assert trial.words() == 'targets=["q_proj", "v_proj"] lr=0.001'
+
+
+@pytest.mark.parametrize(
+    ("sweep", "sentence"),
+    [
+        ({"settings": {"optim.lrr": LR}}, "sweep.settings: 'optim.lrr' is no setting. Did you mean 'optim.lr'?"),
+        (
+            {"settings": {"run.name": {"grid": ["a"]}}},
+            "sweep.settings: 'run.name' is the same in all trials of a sweep.",
+        ),
+        ({"settings": {"optim.lr": 0.1}}, "sweep.settings.optim.lr: 0.1 is not allowed. Give one of grid, choice"),
+        ({"settings": {"optim.lr": {"log_uniform": [0, 1]}}}, "Both must be above 0."),
+        ({"settings": {"optim.lr": {"uniform": [2, 1]}}}, "Give [lowest, highest]."),
+        ({"settings": {"tuning.rank": {"int": [1.5, 4]}}}, "Give two whole numbers"),
+        ({"settings": {"tuning.rank": {"grid": []}}}, "Give a list of values."),
+        (
+            {"settings": {"tuning.rank": {"grid": [4, 8]}}, "samples": 2},
+            "sweep.samples: 2 would repeat the same trials",
+        ),
+        ({"settings": {"optim.lr": LR}, "metric": "genral"}, "sweep.metric: 'genral' is not measured by this run."),
+        ({"settings": {"optim.lr": LR}, "grace_steps": 9}, "sweep.grace_steps: 9 steps need an evaluation by then"),
+        ({"setings": {}}, "sweep.setings: unknown setting. Did you mean 'settings'?"),
+    ],
+)
+def test_a_mistake_in_the_search_is_one_sentence(sweep: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        config(sweep)
+    assert sentence in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_value_that_no_run_may_have_names_the_trial() -> None:
+    whole = config({"settings": {"optim.lr": {"grid": [1e-3, 5.0]}}})
+    first, second = planned(whole).trials
+    trial_config(whole, first)
+    with pytest.raises(ConfigError, match=r"trial 2 \(lr=5\) is not allowed\. optim\.lr: 5\.0"):
+        trial_config(whole, second)
+
+
+def test_a_single_run_refuses_the_search() -> None:
+    with pytest.raises(ConfigError, match="sweep.settings: a single run tries no settings"):
+        check(config({"settings": {"optim.lr": LR}}), resume=False)
+    with pytest.raises(ConfigError, match="sweep.settings: missing"):
+        planned(config({}))
+
+
+def test_trials_that_share_what_is_not_made_wait_for_the_first_and_never_exceed_the_room() -> None:
+    made = set[str]()
+    waiting = [Candidate(number, frozenset({"base", f"data-{number % 2}"})) for number in range(1, 6)]
+    turns = Turns([*waiting, Candidate(6, done=True)], made.__contains__, lambda number: 3)
+    assert turns.next() == 6  # its figures first
+    turns.ended(6)
+    assert [turns.next(), turns.next()] == [1, None]
+    made |= {"base"}
+    assert [turns.next(), turns.next()] == [2, None]  # 3 and 5 need the data that 1 makes, 4 that of 2
+    made |= {"data-0", "data-1"}
+    assert [turns.next(), turns.next()] == [3, None]  # the room is full
+    turns.ended(1)
+    assert turns.next() == 4
+
+
+def test_the_next_takes_over_where_the_trial_that_was_to_make_something_ends_without_it() -> None:
+    turns = Turns([Candidate(number, frozenset({"base"})) for number in (1, 2, 3)], lambda key: False, lambda number: 9)
+    assert [turns.next(), turns.next()] == [1, None]
+    turns.ended(1)
+    assert [turns.next(), turns.next()] == [2, None]
+
+
+def asha(curves: dict[str, dict[int, float]], **rules: Any) -> dict[str, int]:
+    """The step at which each trial is asked to stop, where their figures come in turns."""
+    sweep = Sweep.model_validate({"grace_steps": 10, "reduction_factor": 2, **rules})
+    stopped: dict[str, int] = {}
+
+    def stop(settings: Mapping[str, Any], step: int) -> None:
+        assert settings["name"] not in stopped
+        stopped[settings["name"]] = step
+
+    scheduler = EarlyStopping(sweep, stop)
+    trials = [SimpleNamespace(trial_id=name, config={"name": name}) for name in curves]
+    for trial in trials:
+        scheduler.on_trial_add(None, trial)  # type: ignore[arg-type]
+    for step in sorted({step for curve in curves.values() for step in curve}):
+        for trial in trials:
+            if step in curves[trial.trial_id]:
+                result = {STEP: step, VALUE: curves[trial.trial_id][step]}
+                assert scheduler.on_trial_result(None, trial, result) == "CONTINUE"  # the run ends itself
+    return stopped
+
+
+def test_asha_asks_those_that_are_worse_to_stop() -> None:
+    curves = {name: {10: loss, 20: loss, 40: loss} for name, loss in (("a", 3.0), ("b", 1.0), ("c", 4.0), ("d", 2.0))}
+    # a and b are the best when they come; c is worse than the median of both, d too; of those left b is better at 20.
+    assert asha(curves) == {"c": 10}
+    assert asha(dict(sorted(curves.items(), key=lambda item: item[1][10]))) == {"d": 10, "a": 10, "c": 10}
+    assert asha(curves, mode="max").keys() == {"b", "d"}
+
+
+def test_asha_looks_at_multiples_of_the_grace() -> None:
+    sweep = Sweep.model_validate({"grace_steps": 10, "reduction_factor": 3})
+    assert [next_look(sweep, step) for step in (0, 9, 10, 29, 30)] == [10, 10, 30, 30, 90]
+    assert next_look(Sweep(), 0) is None
+
+
+def test_sensitivity_is_of_the_last_step_that_all_have_and_says_how_many_they_are() -> None:
+    settings = {"optim.lr": LR, "tuning.rank": {"grid": [4, 8]}, "optim.weight_decay": {"uniform": [0, 1]}}
+    rows = [(1e-5, 4, 0.5, 5.0), (1e-4, 8, 0.1, 4.0), (1e-3, 4, 0.9, 3.0), (1e-2, 8, 0.7, 2.0)]
+    trials = [
+        Trial(number, "", {"optim.lr": rate, "tuning.rank": rank, "optim.weight_decay": noise})
+        for number, (rate, rank, noise, _) in enumerate(rows, 1)
+    ]
+    # Behind the common step the first two trials would turn the result round.
+    curves = {number: {10: loss, 20: 0.0} if number < 3 else {10: loss} for number, (*_, loss) in enumerate(rows, 1)}
+    rank, rate, noise = sensitivities(settings, trials, curves)
+    assert (rate.setting, rate.correlation, rate.step, rate.trials) == ("optim.lr", pytest.approx(-1), 10, 4)
+    assert [mean["mean"] for mean in rank.means] == [4.0, 3.0]
+    assert rank.spread == pytest.approx(1.0)
+    # Ranks 2, 1, 4, 3 of the setting and 4, 3, 2, 1 of the loss: 1 - 6 * (4 + 4 + 4 + 4) / (4 * 15).
+    assert noise.correlation == pytest.approx(-0.6)
+    assert "falls with it, rank correlation -1.00 (at step 10, 4 trials)" in rate.sentence("eval")
+    assert "4: 4.0000 (2), 8: 3.0000 (2)" in rank.sentence("eval")
+    assert sensitivities(settings, trials, {}) == []
+    untrained = sensitivities(settings, trials, {**curves, 4: {0: 9.0}})  # the fourth has got no further than the base
+    assert [(one.trials, one.step) for one in untrained] == [(3, 10)] * 3
+    two = sensitivities({"optim.lr": LR}, trials[:2], curves)
+    assert two[0].correlation is None
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path))
+
+
+def write_sweep(store: Store, trials: int = 4, **rules: Any) -> Store:
+    folder = store.sub("s")
+    settings = {"optim.lr": {"grid": [10.0**-number for number in range(1, trials + 1)]}}
+    whole = config({"settings": settings, **rules}, run={"store": str(store.uri.removeprefix("file://"))})
+    folder.put(layout.CONFIG, dump_config(whole).encode())
+    folder.put(layout.SWEEP, json.dumps(planned(whole).to_json()).encode())
+    return folder
+
+
+def write_run(run: Store, *evals: tuple[int, float], end: str | None = None) -> None:
+    lines = record_line("start", {"step": 0, "total_steps": 40})
+    for step, loss in evals:
+        lines += record_line("step", {"step": step, "loss": 9.0}) + record_line("eval", {"step": step, "loss": loss})
+    if end:
+        lines += record_line("end", {"outcome": end, "reason": "so"})
+    run.put(layout.metrics(1), lines)
+
+
+def test_a_sweeps_state_is_read_from_the_folders_of_its_trials(store: Store) -> None:
+    folder = write_sweep(store)
+    write_run(store.sub("s-1"), (10, 3.0), (40, 2.0), end="finished")
+    write_run(store.sub("s-2"), (10, 1.5), end="stopped")
+    request_stop(store.sub("s-2"), by=EARLY)
+    write_run(store.sub("s-3"), (10, 4.0), end="stopped")
+    status = read_sweep(folder)
+    assert read_plan(folder) == Plan(LOSS, read_plan(folder).trials)
+    assert [trial.state for trial in status.trials] == ["finished", "stopped early", "stopped", "waiting"]
+    assert (status.state, status.best) == ("stopped", 2)
+    assert status.next.startswith("capstan resume s")
+    assert status.sensitivity[0].step == 10
+    assert json.loads(json.dumps(status.to_json()))["trials"][1]["value"] == 1.5
+
+    write_run(store.sub("s-3"), (10, 4.0), (40, 1.0), end="finished")
+    write_run(store.sub("s-4"), (10, float("nan")), end="failed")
+    status = read_sweep(folder)
+    assert (status.state, status.best) == ("finished", 3)
+    assert status.next.startswith("capstan export s-3 adapter/")
+    assert status.sensitivity[0].trials == 3  # the one that failed has nothing to tell
+    assert "best: s-3 (lr=0.001), eval 1.0000 at step 40" in summary(status)
+
+
+def test_a_folder_without_a_sweep_or_with_a_damaged_one_is_called_so(store: Store) -> None:
+    with pytest.raises(ConfigError, match="holds no sweep.json, so it is no sweep"):
+        read_sweep(store.sub("s"))
+    folder = write_sweep(store)
+    for text in ("{", "[]", '{"metric": {}, "trials": []}', '{"trials": 1}'):
+        folder.put(layout.SWEEP, text.encode())
+        with pytest.raises(Damaged, match=r"sweep\.json is damaged"):
+            read_sweep(folder)
+
+
+def test_a_line_tells_of_each_trial_that_has_changed(store: Store) -> None:
+    folder = write_sweep(store, trials=2)
+    before = read_sweep(folder)
+    assert changes_since(None, before) == []
+    write_run(store.sub("s-2"), (10, 3.0), end="failed")
+    now = read_sweep(folder)
+    assert changes_since(before, now) == ["s-2 (lr=0.01): failed at step 10 of 40, eval 3.0000: so"]
+    assert changes_since(now, now) == []
+
+
+def test_a_trial_that_is_over_or_somebody_elses_is_left_as_it_is(store: Store) -> None:
+    folder = write_sweep(store, trials=2)
+    first, second = (trial_config(run_config(folder), trial) for trial in read_plan(folder).trials)
+    write_run(store.sub("s-1"), (40, 2.0), end="finished")
+    train_trial(first)
+    take(store.sub("s-2"), "capstan resume", 0)
+    with pytest.raises(ConfigError, match="is in use by `capstan resume`"):
+        train_trial(second)
+    assert [generations(store.sub(run)) for run in ("s-1", "s-2")] == [[1], []]
+
+
+def test_a_trial_begins_with_its_first_step_and_tells_its_figures_where_asha_looks(store: Store) -> None:
+    folder = write_sweep(store, trials=2, grace_steps=10)
+    write_run(store.sub("s-1"), (0, 9.0), (10, 3.0), (20, 2.5), (40, 2.0), end="finished")
+    done, waiting = (TuneTrial.__new__(TuneTrial) for _ in range(2))
+    waiting.setup({"sweep": folder.uri, "trial": 2})
+    assert last_owner(store.sub("s-2")) is None
+    done.setup({"sweep": folder.uri, "trial": 1})
+    assert [done.step() for _ in range(3)] == [{STEP: 10, VALUE: 3.0}, {STEP: 40, VALUE: 2.0}, {"done": True}]
+    take(store.sub("s-2"), "capstan resume", 0)
+    refused = waiting.step()
+    assert (refused["done"], refused["exit_code"]) == (True, 2)
+    assert "is in use by `capstan resume`" in refused["reason"]
+
+
+def test_scores_follow_a_run_over_its_starts(store: Store) -> None:
+    lines = b"".join(record_line("step", {"step": step, "loss": float(step)}) for step in range(1, 16))
+    general = record_line("eval", {"step": 15, "set": "general", "loss": 7.0, "accuracy": 0.5})
+    store.put(layout.metrics(1), lines + general + record_line("eval", {"step": 15, "loss": 8.0}))
+    train = Scores(store, Metric("train", "loss", "min"))
+    assert train.read()[15] == pytest.approx(10.5)  # the mean of 6 to 15
+    assert Scores(store, LOSS).read() == {15: 8.0}
+    assert Scores(store, Metric("general", "accuracy", "max")).read() == {15: 0.5}
+    store.put(layout.metrics(2), record_line("step", {"step": 15, "loss": 115.0}))  # taken again after a kill
+    assert train.read()[15] == pytest.approx(20.5)
+
+
+def test_the_best_is_the_lowest_or_the_highest_as_the_mode_says() -> None:
+    trials = [TrialStatus(number, "", {}, "running", value=float(number)) for number in (2, 1, 3)]
+    lowest, highest = (best_trial(trials, Metric("eval", "loss", mode)) for mode in ("min", "max"))
+    assert lowest is not None
+    assert highest is not None
+    assert (lowest.number, highest.number) == (1, 3)
+    assert best_trial([TrialStatus(1, "", {}, "failed", value=1.0)], LOSS) is None
+    finished = TrialStatus(4, "", {}, "finished", value=2.5)
+    by_rows, by_set = (best_trial([*trials, finished], Metric(of, "loss", "min")) for of in ("train", "eval"))
+    assert by_rows == finished  # the rows of the others' steps were easier, or not
+    assert by_set == trials[1]
+    assert isinstance(SweepStatus("u", "finished", "eval", "min", trials).counts(), dict)
