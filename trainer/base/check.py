@@ -49,8 +49,8 @@ def check_weights(base: Base, model: Model) -> list[LeftOut]:
     """
     given = {"model": model.model_dump(include={"base", "revision", "layers"})}
     question = Question("parameters", "left_out_of", given, base.name, "looking for the weights in the files")
-    files = [(entry.key, entry.size, entry.version) for entry in base.store.list() if "/" not in entry.key]
-    return kept_answer(question, [base.name, files, model.layers], lambda parts: [LeftOut(*part) for part in parts])
+    facts = [base.fingerprint, model.layers]
+    return kept_answer(question, facts, lambda parts: [LeftOut(*part) for part in parts])
 
 
 def check_weights_at_hand(model: Model) -> list[LeftOut]:

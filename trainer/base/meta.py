@@ -82,6 +82,11 @@ def _causal(config: PretrainedConfig, name: str) -> PretrainedConfig:
             f"model.base: {name} is a {kind} model, an encoder with a decoder. Give a causal language model."
         )
     text = config.get_text_config()
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING and text is not config:
+        raise ConfigError(
+            f"model.base: {name} is a {kind} model, for whose language model ({text.model_type}) transformers "
+            f"{transformers.__version__} has no class of its own. Give another base."
+        )
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConfigError(f"model.base: {name} is a {kind} model, which is no causal language model. Give one.")
     if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
@@ -157,8 +162,10 @@ class _Reader:
     @cached_property
     def _head(self) -> nn.Linear:
         head = self.model.get_output_embeddings()
-        if type(head) is not nn.Linear or head.bias is not None:
+        if type(head) is not nn.Linear:
             raise ConfigError(self._refusal("has an output head that is no plain matrix"))
+        if head.bias is not None:
+            raise ConfigError(self._refusal("has an output head with a bias, which the loss does not add"))
         return head
 
     @cached_property

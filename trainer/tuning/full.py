@@ -69,9 +69,13 @@ class Full:
         }
 
     def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
+        from trainer.zero.partition import let_learn
+
         learning = self.shapes(architecture)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in learning)
+            parameter.requires_grad_(False)
+            if name in learning:
+                let_learn(parameter, dtype)
 
     def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
         """Matrices, which decay, and all else, which does not."""

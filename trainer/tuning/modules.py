@@ -64,10 +64,12 @@ class WithModules(Around):
         return {**self.method.shapes(architecture), **self._own(architecture)}
 
     def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
+        from trainer.zero.partition import let_learn
+
         self.method.attach(model, architecture, dtype, seed)
         parameters = dict(model.named_parameters())
         for name in self._own(architecture):
-            parameters[name].requires_grad_(True)
+            let_learn(parameters[name], dtype)
 
     def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
         """Without decay, which would also shrink the rows of tokens that the data lacks."""

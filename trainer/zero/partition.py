@@ -35,6 +35,14 @@ def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def let_learn(parameter: nn.Parameter, dtype: torch.dtype) -> None:
+    """Have a parameter of the base learn, in `dtype`: DeepSpeed takes all that learns in one type, and families keep some in fp32,
+    such as routers, which are multiplied in fp32 all the same. The master that the optimizer keeps is in fp32 in any case."""
+    for tensor in (parameter, getattr(parameter, "ds_tensor", parameter)):
+        tensor.data = tensor.data.to(dtype)
+    parameter.requires_grad_(True)
+
+
 class Partitioner:
     """Makes partitions over the ranks that share one copy of the base: all of them, or those of a node. Collective."""
 
