@@ -232,7 +232,7 @@ def test_the_plan_names_the_device(capstan: Capstan, config: Path):
     assert [planned[setting]["device"] for setting in (0, 1)] == ["cpu", "gpu"]
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(700)
 def test_weights_of_another_shape_than_the_architecture(
     capstan: Capstan, config: Path, workshop: Workshop, tmp_path: Path
 ):
@@ -246,7 +246,7 @@ def test_weights_of_another_shape_than_the_architecture(
     words = ("model.layers.0.mlp.up_proj.weight", "[170, 64]", "[172, 64]", "Copy the model again")
     # Before a rank, a cluster or a queue is asked for, and each verb says the same.
     for verb in (("plan", "--json"), ("train",), ("submit", "ray")):
-        done = capstan(*verb, config, f"model.base={base}")
+        done = capstan(*verb, config, f"model.base={base}", timeout=300)
         refused(done, 2, *words)
         assert "rank" not in done.stderr
         if verb[0] == "plan":

@@ -17,10 +17,7 @@ from tests.dist.proofs import export_and_prove, one_start, proof_of
 from tests.dist.test_gradients import distance
 from tests.dist.test_linear_adapters import check_goes_on, committed
 from tests.dist.test_merge import merged_by_peft
-from tests.families import FAMILIES
-from tests.families import SIZES as BASES
 from tests.material import Workshop, make_base
-from trainer.base.architecture_cache import read_architecture
 from trainer.config import Config, dump_config
 from trainer.export.adapter import export_adapter
 from trainer.export.learnt import master_weights
@@ -85,41 +82,6 @@ def test_gradients_are_pefts_and_those_of_one_rank_at_any_world_size(
         assert distance(ours[ranks], ours[1]) < 1e-6, ranks
     turned = {name: values.roll(1, 0) if name in stacked else values for name, values in theirs.items()}
     assert distance(turned, theirs) > 0.1, "the control: the experts' gradients are not alike"
-
-
-# Every other family with experts, each of which has adapters: shared experts, dense layers between, no gate, transposed stacks.
-OTHERS = sorted(
-    kind
-    for kind, settings in FAMILIES.items()
-    if kind not in ("qwen3-moe", "gpt-oss", "mixtral") and read_architecture({**BASES, **settings}).stacks()
-)
-
-
-@pytest.mark.timeout(600)
-def test_gradients_of_every_family_are_those_of_one_rank_at_two_and_three(workshop: Workshop, tmp_path: Path) -> None:
-    """In fp32; one start of the ranks goes over all families."""
-    assert len(OTHERS) >= 16
-    loads = list[tuple[str, str]]()
-    for kind in OTHERS:
-        make_base(tmp_path / kind, kind, torch.float32)
-        settings = ("tuning.experts=true", "tuning.experts_rank=3", "model.dtype=fp32", "quant.type=none")
-        config = workshop.config("gradients", f"model.base={tmp_path / kind}", *settings)
-        loads.append((dump_config(config), workshop.prepare(config).train))
-    ours: dict[int, list[dict[str, torch.Tensor]]] = {}
-    losses: dict[int, list[float]] = {}
-    for ranks in (1, 2, 3):
-        files = [tmp_path / f"{kind}-{ranks}.safetensors" for kind in OTHERS]
-        given = [(*load, str(file)) for load, file in zip(loads, files, strict=True)]
-        losses[ranks] = launch(ranks, gradients.first_steps, given, timeout=500)[0]
-        ours[ranks] = [load_file(file) for file in files]
-    for index, kind in enumerate(OTHERS):
-        one, *several = (ours[ranks][index] for ranks in (1, 2, 3))
-        assert any(".adapters." in name and values.norm() > 0 for name, values in one.items()), kind
-        for found in several:
-            assert distance(found, one) < 1e-6, kind
-        assert losses[2][index] == pytest.approx(losses[1][index], rel=1e-6), kind
-    turned = {name: values.roll(1, 0) if ".adapters." in name else values for name, values in ours[1][0].items()}
-    assert distance(turned, ours[1][0]) > 0.1, "the control: the experts' gradients are not alike"
 
 
 @pytest.mark.timeout(300)

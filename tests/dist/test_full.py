@@ -292,6 +292,22 @@ def test_verify_holds_for_what_was_trained_and_catches_what_is_broken(run: Store
     assert not Proof(**proof).holds
 
 
+@pytest.mark.timeout(400)
+def test_routers_that_a_family_keeps_in_fp32_learn_and_are_exported(workshop: Workshop, tmp_path: Path) -> None:
+    """DeepSpeed takes what learns in one type, and DeepSeek-V3's routers are in another one than the rest of a model in bf16."""
+    base = make_base(tmp_path / "base", "deepseek-v3")
+    assert len(train(workshop, "routers", 2, ranks=2, overrides=(f"model.base={base}", "optim.lr=0.01"))) == 2
+    run = workshop.store.sub("routers")
+    manifest = export_adapter(run, open_store(str(tmp_path / "model")))
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    before: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    router = "model.layers.1.mlp.gate.weight"
+    now, then = (dict(one.named_parameters())[router] for one in (model, before))
+    assert now.dtype == torch.float32, "transformers keeps it so"
+    assert torch.equal(now, master_weights(run, manifest)[router].bfloat16().float())
+    assert not torch.equal(now, then), "the control: it has learnt"
+
+
 def test_a_mixtures_experts_and_a_tied_head_that_is_stored_twice_are_written_where_they_are_stored(
     workshop: Workshop, tmp_path: Path
 ) -> None:

@@ -1,14 +1,33 @@
 """From a parsed config.json to what it says: the architecture, and the format of the files."""
 
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
 
 from trainer.base.architecture_cache import read_architecture
-from trainer.base.base import Description, StoredFormat
+from trainer.base.base import Base, Description, StoredFormat
 from trainer.base.fp8 import Fp8
 from trainer.base.mxfp4 import Mxfp4
-from trainer.base.plain import Plain
 from trainer.base.prequantized import BitsAndBytes4bit
+from trainer.config import Config
 from trainer.errors import ConfigError, shown
+from trainer.safetensors_index import StoredTensor
+
+
+class Plain:
+    """Bases stored as they compute, in 16 or 32 bits: every weight is a tensor, which is quantized on the way into memory, if at all."""
+
+    unmergeable: ClassVar[str | None] = None
+    quantized: ClassVar[bool] = False
+    decoded: ClassVar[bool] = False
+
+    def mismatches(self, config: Config) -> list[str]:
+        return []
+
+    def tensors(self, base: Base) -> Mapping[str, StoredTensor]:
+        return base.tensors
+
+    def check(self, base: Base, config: Config) -> None:
+        pass
 
 
 class _Quantized(Protocol):
