@@ -11,7 +11,9 @@ from launcher.cli.options import DryRun, Json, StoreOption, log, open_run
 
 
 def report(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs by name in the store, or by full URI.")],
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Runs or sweeps, by name in the store or by full URI.")
+    ],
     store: StoreOption = "runs",
     output: Annotated[
         str | None,
@@ -24,13 +26,11 @@ def report(
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Make one HTML file that shows what a run did, or compares several or the trials of a sweep. With --json the figures alone,
-    unless -o names a file for the page."""
+    """Make one HTML file that shows what a run or a sweep did, or compares several runs. With --json the figures alone, unless
+    -o names a file for the page."""
     from launcher.report.report import read_report, target_of, write_report
-    from launcher.view.sweep import is_sweep, trial_folders
 
-    named = [open_run(run, store) for run in runs]
-    folders = [folder for run in named for folder in (trial_folders(run) if is_sweep(run) else [run])]
+    folders = [open_run(run, store) for run in runs]
     path = Path(output) if output and output != "-" else None
     writes = not dry_run and (path is not None or not (as_json or output))
     made = write_report(folders, path) if writes else read_report(folders)

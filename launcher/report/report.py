@@ -1,4 +1,4 @@
-"""The report of one run or of several: where it is kept, and what `--json` tells of it."""
+"""The report of one run, of several, or of a sweep: where it is kept, and what `--json` tells of it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +9,8 @@ from typing import Any
 from launcher.report.comparison import comparison_page
 from launcher.report.figures import read_figures
 from launcher.report.page import run_page
+from launcher.report.sweep import read_sweep_figures, sweep_page
+from launcher.view.sweep import is_sweep, trial_folders
 from trainer.errors import StorageError
 from trainer.run import layout
 from trainer.run.folder import command
@@ -25,8 +27,15 @@ class Report:
 
 
 def read_report(folders: Sequence[Store]) -> Report:
-    """A report of the run in one folder, or one that compares those in several. Raises `StorageError` when one cannot be read."""
-    runs = [read_figures(folder) for folder in folders]
+    """A report of the run or the sweep in one folder, or one that compares the runs in several, the trials of sweeps among them.
+
+    Raises `StorageError` when one cannot be read.
+    """
+    if len(folders) == 1 and is_sweep(folders[0]):
+        sweep = read_sweep_figures(folders[0])
+        return Report({"sweep": sweep.to_json()}, partial(sweep_page, sweep))
+    every = [run for folder in folders for run in (trial_folders(folder) if is_sweep(folder) else [folder])]
+    runs = [read_figures(run) for run in every]
     page = partial(run_page, runs[0]) if len(runs) == 1 else partial(comparison_page, runs)
     return Report({"runs": [figures.to_json() for figures in runs]}, page)
 
@@ -53,9 +62,9 @@ def write_report(folders: Sequence[Store], output: Path | None = None) -> Report
 
 
 def keep_report(run: Store, log: Callable[[str], None]) -> None:
-    """Write the page of a run that has ended into its folder; a failure is said, and never decides how the run ends."""
+    """Write the page of a run, or of a sweep, that has ended into its folder; a failure is said, and never decides how it ends."""
     try:
-        if generations(run):
+        if is_sweep(run) or generations(run):
             write_report([run])
             log(f"the report is {target_of([run], None)}")
     except Exception as error:

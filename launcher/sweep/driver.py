@@ -17,7 +17,7 @@ from launcher.drive.signals import beside_main_thread, forget_stop_by_signal, st
 from launcher.policy.trials import Plan, planned, trial_config
 from launcher.policy.turns import Candidate, End, Turns
 from launcher.ray.cluster import address_of, first_line, fits, joined_ray, local_ray, need
-from launcher.report.report import read_report
+from launcher.report.report import keep_report
 from launcher.start.check import anchored, check, check_idle
 from launcher.start.claim import keep_code
 from launcher.view.status import read_status
@@ -30,7 +30,6 @@ from launcher.view.sweep import (
     is_sweep,
     read_plan,
     read_sweep,
-    trial_folders,
     trial_state,
     watch_sweep,
 )
@@ -42,12 +41,12 @@ from trainer.data.manifest import MANIFEST as DATA_MANIFEST
 from trainer.data.prepare import locate
 from trainer.errors import CapstanError, ConfigError, Stopped, Superseded
 from trainer.run import layout
-from trainer.run.background import Every, Harmless
+from trainer.run.background import Every
 from trainer.run.folder import command, run_folder
 from trainer.run.owner import Ownership, newest_number, take
 from trainer.run.requests import request_stop, stop_requester
 from trainer.scratch import collect_leftovers, scratch_folder
-from trainer.store import Store, open_run_store
+from trainer.store import open_run_store
 
 _LOOK_SECONDS = 2.0
 _TRIAL_BYTES = 2**20
@@ -111,7 +110,7 @@ def run_sweep(config: Config, *, resume: bool, take_over: bool, live: bool, log:
     forget_stop_by_signal(folder)
     status = read_sweep(folder)
     folder.put(layout.SWEEP, json.dumps({**plan.to_json(), "result": status.to_json()}, indent=1).encode())
-    Harmless("writing the sweep's report")(lambda: _keep_page(folder))
+    keep_report(folder, log)
     if all(trial.state == "failed" for trial in status.trials):
         error = CapstanError(f"all {len(plan.trials)} trials failed, the first with: {status.trials[0].reason}")
         error.exit_code = search.ends[1].exit_code if 1 in search.ends else error.exit_code
@@ -119,12 +118,6 @@ def run_sweep(config: Config, *, resume: bool, take_over: bool, live: bool, log:
     if status.state != "finished":
         raise _unfinished(status, search, who, command("resume", folder))
     return status
-
-
-def _keep_page(folder: Store) -> None:
-    """Write the comparison of the trials beside the result."""
-    if trials := trial_folders(folder):
-        folder.put(layout.REPORT, read_report(trials).page().encode())
 
 
 def _unfinished(status: SweepStatus, search: "_Search", who: str | None, resume: str) -> Stopped:

@@ -6,19 +6,26 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from launcher.cli.__main__ import app
+from launcher.policy.trials import planned, trial_config
 from launcher.report.comparison import comparison_page
 from launcher.report.curves import MOST_POINTS, Columns, means, thinned
 from launcher.report.figures import read_figures
 from launcher.report.page import run_page
 from launcher.report.plots import Axis, Series, lines, scatter
 from launcher.report.report import keep_report
+from launcher.report.sweep import read_sweep_figures, sweep_page
+from launcher.view.sweep import EARLY, read_plan
 from tests.browser import chromium, look_at
+from trainer.config import dump_config, parse_config
 from trainer.errors import StorageError
 from trainer.run import layout
+from trainer.run.requests import request_stop
 from trainer.store import Store, open_store
 
 NOW = 1_800_000_000.0
@@ -256,3 +263,92 @@ def test_a_report_that_fails_ends_no_run(store: Store, monkeypatch: pytest.Monke
     assert re.fullmatch(
         "the report could not be written, .* the bucket is away. `capstan report demo .*` tries again.", said[1]
     )
+
+
+def make_sweep(store: Store) -> tuple[Store, dict[int, list[float]]]:
+    """A sweep of 8 trials, of which the third fails and the fifth is stopped early; and the held-out losses of each."""
+    settings = {"optim.lr": {"log_uniform": [1e-5, 1e-2]}, "tuning.rank": {"grid": [8, 16]}}
+    tree = {
+        "run": {"name": "search", "store": store.uri},
+        "model": {"base": "/models/b"},
+        "data": {"train": [{"path": "train.jsonl"}], "held_out": 0.1},
+        "train": {"steps": 20},
+        "eval": {"every": 10},
+        "sweep": {"settings": settings, "samples": 4},
+    }
+    config = parse_config(yaml.safe_dump(tree))
+    folder, plan, losses = store.sub("search"), planned(config), dict[int, list[float]]()
+    folder.put(layout.CONFIG, dump_config(config).encode())
+    folder.put(layout.SWEEP, json.dumps(plan.to_json()).encode())
+    for trial in plan.trials:
+        lr, rank = trial.settings["optim.lr"], trial.settings["tuning.rank"]
+        final = 2 + abs(math.log10(lr) + 3) - rank / 100
+        losses[trial.number] = [final + 1, final][: 1 if trial.number == 5 else 2]
+        evals = [
+            {"kind": "eval", "step": 10 * at, "loss": loss, "time": NOW}
+            for at, loss in enumerate(losses[trial.number], 1)
+        ]
+        steps = [step(at, final + 1 / at) for at in range(1, 10 * len(evals) + 1)]
+        outcome = {3: end("failed", "rank 1 hangs"), 5: end("stopped", "early")}.get(trial.number, end("finished"))
+        run = make_run(
+            store,
+            [start(), *steps, *evals, outcome],
+            name=trial.run,
+            config=dump_config(trial_config(config, trial)).encode(),
+        )
+        if trial.number == 5:
+            request_stop(run, by=EARLY)
+    return folder, losses
+
+
+def test_a_sweep_is_a_page_of_its_trials_and_of_what_the_result_depends_on(store: Store, tmp_path: Path) -> None:
+    folder, losses = make_sweep(store)
+    trials = read_plan(folder).trials
+    page = sweep_page(read_sweep_figures(folder, lambda: NOW))
+    shown = dict(re.findall(r'data-of="([^"]+)">([^<]*)<', page))
+    told = {number: values[-1] for number, values in losses.items()}
+    best = min((number for number in told if number != 3), key=lambda number: told[number])
+    assert {number: shown[f"trials/{number - 1}/value"] for number in told} == {
+        n: f"{value:.4f}" for n, value in told.items()
+    }
+    assert re.findall(r'<tr class="best"><th scope="row">search-(\d+)<', page) == [str(best)]
+    assert "failed: rank 1 hangs" in page
+    # All trials but the failed one have reached step 10, where those of each rank have this mean.
+    at_ten = {number: values[0] for number, values in losses.items() if number != 3}
+    means = [
+        sum(
+            at_ten[trial.number] for trial in trials if trial.number in at_ten and trial.settings["tuning.rank"] == rank
+        )
+        / sum(trial.number in at_ten and trial.settings["tuning.rank"] == rank for trial in trials)
+        for rank in (8, 16)
+    ]
+    assert shown["sensitivity/0/spread"] == f"{abs(means[0] - means[1]):.4f}"
+    rates = np.array([trial.settings["optim.lr"] for trial in trials if trial.number in at_ten]).argsort().argsort()
+    ranks = np.array([*at_ten.values()]).argsort().argsort()
+    assert float(shown["sensitivity/1/correlation"]) == pytest.approx(np.corrcoef(rates, ranks)[0, 1], abs=6e-5)
+    # Each dot of a plot is a trial's last value over its setting.
+    dots = re.findall(r"<title>(?:finished|failed|stopped early): (\S+) at (\S+)</title>", page)
+    values = [
+        (f"{told[trial.number]:.6g}", f"{float(value):g}") for trial in trials for value in trial.settings.values()
+    ]
+    assert sorted(dots) == sorted(values)
+    path = tmp_path / "sweep.html"
+    path.write_text(page, encoding="utf-8")
+    with chromium() as browser:
+        for width, scheme in ((1400, "light"), (400, "dark")):
+            look = look_at(browser, path, width=width, scheme=scheme)
+            assert (look.wrong, look.plots) == (
+                [],
+                ["By optim.lr", "By tuning.rank", "Loss", "Held-out loss", "Learning rate"],
+            )
+
+
+def test_a_sweep_is_reported_by_its_name_and_beside_other_runs_by_its_trials(store: Store) -> None:
+    folder, _ = make_sweep(store)
+    told = json.loads(invoke(folder.uri, "--json").stdout)
+    assert [trial["state"] for trial in told["sweep"]["trials"]].count("finished") == 6
+    said: list[str] = []
+    keep_report(folder, said.append)
+    assert "search/report.html" in said[0]
+    beside = json.loads(invoke(folder.uri, f"{store.uri}/search-1", "--json").stdout)
+    assert [run["name"] for run in beside["runs"]] == [*(f"search-{number}" for number in range(1, 9)), "search-1"]

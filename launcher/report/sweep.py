@@ -1,0 +1,91 @@
+"""The page of a sweep: its trials side by side, how the metric depends on each setting, and the best trials' curves."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from launcher.report.comparison import comparison_plots
+from launcher.report.curves import Point
+from launcher.report.figures import RunFigures, read_figures
+from launcher.report.page import rendered
+from launcher.report.plots import Axis, Plot, scatter
+from launcher.view.sweep import SweepStatus, TrialStatus, read_sweep
+from trainer.store import Store, open_store
+
+_OVERLAID = 7
+"""Trials whose curves are drawn over each other: as many as have colours of their own."""
+_FEW = 6
+"""So many values of a setting have a tick each."""
+_DECADES = 100
+"""Values of a setting that are so many times apart are drawn on a logarithmic axis."""
+
+
+@dataclass(frozen=True)
+class SweepFigures:
+    """A sweep now, and the figures of its best trials, the best first."""
+
+    made: float
+    status: SweepStatus
+    best: list[RunFigures]
+
+    def to_json(self) -> dict[str, Any]:
+        best = [figures.to_json() for figures in self.best]
+        return {"made": self.made, **self.status.to_json(), "best_runs": best}
+
+
+def read_sweep_figures(folder: Store, clock: Callable[[], float] = time.time) -> SweepFigures:
+    """Raises `StorageError` when the store cannot be read, and `ConfigError` where the folder is no sweep's."""
+    status = read_sweep(folder, clock)
+    store = open_store(folder.uri.rpartition("/")[0])
+    return SweepFigures(clock(), status, [read_figures(store.sub(trial.run), clock) for trial in _ranked(status)])
+
+
+def _ranked(status: SweepStatus) -> list[TrialStatus]:
+    sign = 1 if status.mode == "min" else -1
+    told = [trial for trial in status.trials if trial.value is not None]
+    others = sorted(told, key=lambda trial: (trial.number != status.best, sign * (trial.value or 0.0)))
+    return others[:_OVERLAID]
+
+
+def sweep_page(figures: SweepFigures) -> str:
+    """The whole HTML file."""
+    status = figures.status
+    return rendered(
+        "sweep.html.j2",
+        figures.to_json(),
+        sweep=status,
+        name=status.sweep.rpartition("/")[2],
+        settings=list(status.trials[0].settings) if status.trials else [],
+        best=next((trial for trial in status.trials if trial.number == status.best), None),
+        by_setting=setting_plots(status),
+        plots=comparison_plots({run.name: run for run in figures.best}),
+        shown=len(figures.best),
+    )
+
+
+def setting_plots(status: SweepStatus) -> list[Plot]:
+    """For each setting whose values are numbers the metric of every trial at its last step, by the trials' states."""
+    names = list(status.trials[0].settings) if status.trials else []
+    return [plot for name in names if (plot := _setting_plot(status, name))]
+
+
+def _setting_plot(status: SweepStatus, name: str) -> Plot | None:
+    groups: dict[str, list[Point]] = {}
+    for trial in status.trials:
+        value = trial.settings[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or trial.value is None:
+            continue
+        groups.setdefault(trial.state, []).append((float(value), trial.value))
+    every = sorted({x for points in groups.values() for x, _ in points})
+    log = bool(every) and every[0] > 0 and (every[-1] / every[0] >= _DECADES or _is_geometric(every))
+    axis = Axis(name, log=log, ticks=every if len(every) <= _FEW else ())
+    return scatter(f"By {name}", groups, unit=status.metric, x=axis)
+
+
+def _is_geometric(values: list[float]) -> bool:
+    """Whether three or more rising values grow by one factor, as 8, 16, 32 do."""
+    factors = [later / earlier for earlier, later in pairwise(values)]
+    return len(factors) > 1 and all(math.isclose(factor, factors[0], rel_tol=1e-6) for factor in factors)
