@@ -70,7 +70,7 @@ def tokenizer(template: str | None = CHATML, adds_bos: bool = False) -> PreTrain
 
 
 def data(**settings: Any) -> Data:
-    return Data.model_validate({"train": [{"path": "x.jsonl"}], **settings})
+    return Data.model_validate({"train": [{"path": "x.jsonl"}], "format": "chat", **settings})
 
 
 def trained(example: Example) -> list[str]:
@@ -379,7 +379,7 @@ def test_rows_are_encoded_together_as_alone() -> None:
         ({"messages": [{"role": "bot", "content": "x"}]}, "turn 1 has the role 'bot'; allowed are system, developer"),
         ({"messages": [{"from": "bot", "value": "x"}]}, "turn 1 has the role 'bot'; allowed are human, gpt, system"),
         ({"messages": [TALK[0], {"role": "user", "content": None}]}, "the content of turn 2 is null, and not a string"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "the content of turn 1 is a list"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "turn 1 has a part of type 'image'"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "content of turn 1 has half of a surrogate pair"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, r"turn 1 has the role \['user'\]"),
         ({"messages": [{"from": ["human"], "value": "x"}]}, r"turn 1 has the role \['human'\]"),

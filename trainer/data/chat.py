@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from trainer.base.config_json import read_by_transformers, without_panics
 from trainer.config import Data
-from trainer.config.data import FIELDS
+from trainer.data.formats import missing_field
 from trainer.data.left_out import left_out
 from trainer.data.manifest import TARGET_BIT
 from trainer.data.messages import Message, is_trained, read_messages, read_tools, text_of
@@ -209,10 +209,6 @@ class Renderer:
             case _:  # text
                 return [Turn("assistant", text_of(self._field(row, "text"), "text"))]
 
-    def unused(self, row: dict[str, Any]) -> list[str]:
-        """The fields of a row that are not looked at."""
-        return unused_fields(row, self._data)
-
     def _field(self, row: dict[str, Any], name: str) -> Any:
         return field_of(row, name, self._data)
 
@@ -350,16 +346,10 @@ class _Conversation:
 
 def field_of(row: dict[str, Any], name: str, data: Data) -> Any:
     """The value of a field by its name here, which `data.fields` may change. Raises `DataError` where there is none."""
-    name = data.fields.get(name, name)
-    if name not in row:
-        raise DataError(f"no field {name!r} (the row has: {', '.join(row) or 'none'}); data.fields renames fields")
-    return row[name]
-
-
-def unused_fields(row: dict[str, Any], data: Data) -> list[str]:
-    """The fields of a row that `data.format` has no use for."""
-    used = {data.fields.get(name, name) for name in FIELDS[data.format]}
-    return [name for name in row if name not in used]
+    called = data.fields.get(name, name)
+    if called not in row:
+        raise missing_field(row, name, called, data.format)
+    return row[called]
 
 
 def _between(spans: Sequence[Span], end: int) -> list[Span]:

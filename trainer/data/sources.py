@@ -10,12 +10,14 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from trainer.config import Data, Source
+from trainer.data.formats import RowForm
 from trainer.errors import DataError, NotFound, StorageError
 from trainer.store import Store, open_store
 
 # Ending of a file's name -> its compression; what can be compressed as a whole.
+_TEXTS = (".jsonl", ".json", ".csv", ".tsv")
 _COMPRESSIONS = {
-    ".jsonl": {"": None, ".gz": "gzip", ".zst": "zstd"},
+    **{kind: {"": None, ".gz": "gzip", ".zst": "zstd"} for kind in _TEXTS},
     ".parquet": {"": None},
     ".arrow": {"": None},
     ".mds": {"": None, ".zstd": "zstd", ".gz": "gzip", ".br": "brotli", ".bz2": "bz2"},
@@ -31,7 +33,7 @@ _WILDCARDS = frozenset("*?[")
 class SourceFile:
     """A file of a source: `uri` is its name in messages, `size` is in bytes, `source` the index of its source.
 
-    `version` changes when the content does.
+    `version` changes when the content does. `form` is how its rows are read, once that is known.
     """
 
     uri: str
@@ -40,10 +42,11 @@ class SourceFile:
     size: int
     version: str
     source: int
+    form: RowForm | None = None
 
 
 def split_suffix(key: str) -> tuple[str, str | None]:
-    """The kind of file that a name stands for (.jsonl, .parquet, .arrow or .mds), and its compression."""
+    """The kind of file that a name stands for, such as .jsonl, and its compression."""
     return next(found for suffix, found in _SUFFIXES.items() if key.endswith(suffix))
 
 
