@@ -64,7 +64,7 @@ class Source(Section):
 
     path: str = setting(
         about="A file or a glob: .jsonl, .json, .csv, .tsv (also .gz, .zst), .parquet, .arrow or .mds; or the folder of a saved HF data set "
-        "or of MDS shards. Local, or s3://, gs://, az://.",
+        "or of MDS shards. Local, or s3://, gs://, az://. Or a data set of the Hugging Face Hub: hf://owner/name, with @revision or a file behind it.",
         example="data/train-*.jsonl",
     )
     weight: float = setting(
@@ -92,6 +92,20 @@ class Source(Section):
         about="Names of the fields in this source's rows; those of data.fields hold beside them unless the source has a format.",
         example={"messages": "dialogue"},
     )
+
+    subset: str | None = setting(
+        None,
+        about="Which configuration of a data set of the Hub. Default: the one that it names as such.",
+        example="en",
+    )
+    split: str | None = setting(None, about="Which split of a data set of the Hub. Default: train.", example="test")
+
+    @model_validator(mode="after")
+    def _of_the_hub(self) -> "Source":
+        for name in ("subset", "split"):
+            if getattr(self, name) is not None and not self.path.startswith("hf://"):
+                raise ValueError(f"{name}: has no effect on {self.path!r}, which is not of the Hub (hf://). Remove it.")
+        return self
 
     @model_validator(mode="after")
     def _known_fields(self) -> "Source":

@@ -226,7 +226,7 @@ def _read_source(files: Sequence[SourceFile], chapters: int, start: Place) -> It
                 chapter = min(chapters * (before + read) // size, chapters - 1)
                 yield batch, _At(file.source, chapter, Place(file=number, batch=index + 1), before + batch.read)
             read = batch.read
-        if file.store.head(file.key).version != file.version:
+        if file.changed():
             raise DataError(f"{file.uri}: changed while it was read. Start again when it is complete.")
         before += file.size
 
