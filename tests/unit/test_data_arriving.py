@@ -254,8 +254,8 @@ def config_of(path: Path, *overrides: str) -> Config:
 
 def compiled(config: Config, folder: Path) -> list[np.ndarray]:
     """The stored tokens of each document."""
-    files, part = find(config)["train"]
-    data = compile_dataset(config.data, files, tokenizer(), open_store(str(folder / "store")), "f" * 20, part)
+    files, part, settings = find(config)["train"]
+    data = compile_dataset(settings, files, tokenizer(), open_store(str(folder / "store")), "f" * 20, part)
     tokens = data.read(np.arange(len(data.digests))).gather(np.arange(len(data.lengths)))
     return np.split(tokens, data.offsets[1:-1])
 
@@ -305,8 +305,8 @@ def write(path: Path, content: bytes) -> Path:
 
 
 def name_of(config: Config) -> str:
-    files, part = find(config)["train"]
-    return fingerprint(config.data, files, {}, part)
+    files, part, settings = find(config)["train"]
+    return fingerprint(settings, files, {}, part)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_each_source_has_its_own_format_and_name(tmp_path: Path) -> None:
     config = config_of(talks, sources)
     documents = compiled(config, tmp_path)
     assert [same(*two) for two in zip(documents, [TALKED, "o«nce</s>»"], strict=True)] == [True, True]
-    files, _ = find(config)["train"]
+    files = find(config)["train"].files
     assert describe_forms(config.data, config.data.train, files) == [f"{talks} is read as chat (messages, tools)"]
     assert name_of(config) != name_of(config_of(talks, sources.replace("text: body", "text: text")))
 

@@ -1,7 +1,7 @@
 """The settings of the data: its sources, their format, and how documents become rows."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import model_validator
 
@@ -120,6 +120,25 @@ class Source(Section):
         return self
 
 
+class TrainOn(Section):
+    """Which tokens are trained, more finely than data.loss_on says it."""
+
+    roles: Literal["all"] | list[Literal["system", "developer", "user", "assistant", "tool"]] | None = setting(
+        None,
+        about="The roles whose turns are trained, or all for the whole text. Default: assistant, and the answer where there are no roles.",
+        example=["assistant", "tool"],
+    )
+    turns: Literal["all", "last"] = setting(
+        "all", about="All turns of these roles, or the last one of them.", example="last"
+    )
+    end: bool = setting(
+        True,
+        about="Train the token that ends a turn, or a text (eos). Without it a model does not learn to stop.",
+        example=False,
+    )
+    thinking: bool = setting(True, about="Train the blocks between <think> and </think>, too.", example=False)
+
+
 class Data(Section):
     """The data to train and evaluate on: its sources, their format, and how documents become rows."""
 
@@ -158,6 +177,13 @@ class Data(Section):
         about="Which tokens are trained. Default: assistant in conversations, completion for prompt_completion, preference and labelled, all for "
         "text.",
         example="last_assistant",
+    )
+    train_on: TrainOn = TrainOn()
+    thinking: Literal["as_template", "keep", "strip"] = setting(
+        "as_template",
+        about="The thinking of assistants, in reasoning_content or <think> tags. as_template: in the text as the chat template writes it, "
+        "mostly in the last turn alone; keep: in all turns; strip: in none.",
+        example="strip",
     )
     sequence_length: int = setting(
         2048,
@@ -202,11 +228,34 @@ class Data(Section):
                 f"data.loss_on: {self.loss_on!r} does not exist in data.format: {format}. "
                 f"Allowed there: {', '.join(_LOSS_ON[kind])}."
             )
+        if unread := self._unread_by(kind):
+            return f"{unread}: has no effect with data.format: {format}. Remove it."
         if self.template and kind in ("prompt_completion", "text"):
             return f"data.template: has no effect with data.format: {format}. Remove it."
         if kind in _JUDGED and self.on_too_long == "split":
             return f"data.on_too_long: split would {_JUDGED[kind]} of data.format: {format}. Set it to truncate, drop or fail."
         return None
+
+    def _unread_by(self, kind: str) -> str | None:
+        """A setting of `train_on`, or `thinking`, that has no meaning for rows of a kind."""
+        on = self.train_on
+        if kind != "chat" and on.turns != "all":
+            return "data.train_on.turns"
+        if kind in _JUDGED and on.roles is not None:
+            return "data.train_on.roles"
+        if kind in ("prompt_completion", "text") and on.roles not in (None, "all", ["assistant"]):
+            return "data.train_on.roles"
+        if kind in ("prompt_completion", "text") and not on.thinking:
+            return "data.train_on.thinking"
+        return "data.thinking" if kind in ("prompt_completion", "text") and self.thinking != "as_template" else None
+
+    @model_validator(mode="after")
+    def _said_once(self) -> "Data":
+        if self.loss_on and (self.train_on.roles is not None or self.train_on.turns != "all"):
+            raise ValueError("data.loss_on and data.train_on: both given. Set the second, which says more.")
+        if self.train_on.roles == []:
+            raise ValueError("data.train_on.roles: [] leaves nothing to train. Name a role, or remove it.")
+        return self
 
     @model_validator(mode="after")
     def _held_out(self) -> "Data":
@@ -247,10 +296,35 @@ class Data(Section):
         return most_segments(self.format)
 
     @property
+    def wanted(self) -> TrainOn:
+        """`train_on`, or what `loss_on` says in its words."""
+        said = {
+            "all": {"roles": "all"},
+            "assistant": {"roles": ["assistant"]},
+            "last_assistant": {"roles": ["assistant"], "turns": "last"},
+        }
+        return self.train_on.model_copy(update=said.get(self.loss_on or "", {}))
+
+    @property
     def targets(self) -> str:
-        """`loss_on`, or its default for the format."""
-        defaults = {"chat": "assistant", "text": "all"}
-        return self.loss_on or defaults.get(self.kind, "completion")
+        """`loss_on`, or the word for what `train_on` says as far as there is one, or its default for the format."""
+        if self.loss_on or self.train_on.roles == "all":
+            return self.loss_on or "all"
+        if self.kind == "chat" and self.train_on.turns == "last":
+            return "last_assistant"
+        return {"chat": "assistant", "text": "all"}.get(self.kind, "completion")
+
+    @property
+    def beyond_targets(self) -> dict[str, Any]:
+        """Whatever decides what is trained, or what the text is, and `targets` has no word for."""
+        on, roles = self.train_on, self.train_on.roles
+        found = {
+            "roles": None if roles in (None, "all", ["assistant"]) else sorted(roles or ()),
+            "end": None if on.end else False,
+            "thinking": None if on.thinking else False,
+            "blocks": None if self.thinking == "as_template" else self.thinking,
+        }
+        return {name: value for name, value in found.items() if value is not None}
 
 
 def most_segments(format: str) -> int:

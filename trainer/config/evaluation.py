@@ -43,6 +43,7 @@ class EvalSet(Section):
             "format": form,
             "fields": self.fields or (data.fields if same else {}),
             "loss_on": data.loss_on if same else None,
+            **({} if same else {"train_on": {}, "thinking": "as_template"}),
             "template": data.template if KINDS.get(form, "chat") == "chat" else None,
         }
         return Data.model_validate({**data.model_dump(), **changes})

@@ -97,7 +97,7 @@ def fingerprint(
 def _reading(data: Data, files: Sequence[SourceFile]) -> dict[str, Any]:
     """The settings that rows are read by. Where all sources have one form, they are those that name this format."""
     forms = {file.source: file.form for file in files if file.form is not None}
-    settings = data.model_dump(include={"sequence_length", "on_too_long", "on_bad_row"})
+    settings = data.model_dump(include={"sequence_length", "on_too_long", "on_bad_row"}) | data.beyond_targets
     if len(set(forms.values())) > 1:
         ways = [
             [source, form.format, dict(form.fields), as_read(data, form).targets]

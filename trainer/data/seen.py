@@ -77,9 +77,9 @@ class Viewer:
 
     def __init__(self, config: Config, tokenizer: "PreTrainedTokenizerBase", given: Input) -> None:
         self._config, self._tokenizer = config, tokenizer
-        self._files, self._part = given
-        self._encoder = Encoder(config.data, tokenizer, EVERYTHING)
-        self._uncut = RowEncoder(tokenizer, config.data)
+        self._given = given
+        self._encoder = Encoder(given.data, tokenizer, EVERYTHING)
+        self._uncut = RowEncoder(tokenizer, given.data)
         self._special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 
     def rows(self, first: int, count: int) -> list[SeenRow]:
@@ -127,11 +127,11 @@ class Viewer:
         def skip(error: DataError) -> None:
             """Bad rows are counted by `capstan data check`."""
 
-        for file in self._files:
+        for file in self._given.files:
             for batch in batches(file):
                 form = batch.form
                 assert form is not None
-                for where, row in self._part.rows(batch, skip):
+                for where, row in self._given.part.rows(batch, skip):
                     yield _Read(where, row, form)
 
     def _encoded(self, read: _Read) -> Encoded:
