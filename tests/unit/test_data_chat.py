@@ -299,10 +299,14 @@ def test_what_stands_in_the_text_otherwise_is_not_left_out(text: str, note: str,
     assert left_out(given, read_messages(given), text) == lost
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_turn() -> None:
-    renderer = Renderer(tokenizer(FORGETFUL), data())
+def test_turns_are_found_where_the_template_rewrites_earlier_ones_but_not_where_it_drops_them() -> None:
+    thinking = ["<think></think>", "ciao", "<|im_end|>"]
+    assert trained(Renderer(tokenizer(FORGETFUL), data()).one({"messages": TALK})) == [*ASSISTANT[:4], *thinking]
+    dropping = "{% for message in messages if message.content != 'yo yo' %}" + CHATML.removeprefix(
+        "{% for message in messages %}"
+    )
     with pytest.raises(DataError, match=r"^turn 3: .* not how the whole begins.*generation"):
-        renderer.one({"messages": TALK})
+        Renderer(tokenizer(dropping), data()).one({"messages": TALK})
     last = Renderer(tokenizer(FORGETFUL), data(loss_on="last_assistant"))
     assert trained(last.one({"messages": TALK})) == ["<think></think>", "ciao", "<|im_end|>"]
 
