@@ -57,15 +57,18 @@ def find_hub_files(
 
     repo, revision, pattern = match[1], unquote(match[2]) if match[2] else None, match[3]
 
-    def fetch(allowed: list[str], local: bool = False) -> Path:
-        patterns = [glob.escape(key) for key in allowed]
-        options: dict[str, Any] = {"repo_type": "dataset", "revision": revision, "local_files_only": local}
-        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=None if local else patterns, **options))
+    def fetch(chosen: list[str]) -> Path:
+        if HF_HUB_OFFLINE:
+            return _cached(repo, revision or "main")
+        patterns = [glob.escape(key) for key in chosen]
+        return Path(
+            huggingface_hub.snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=patterns)
+        )
 
     with _explained(repo, name):
         if HF_HUB_OFFLINE:
-            folder = fetch([], local=True)
-            keys = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()]
+            folder = fetch([])
+            keys = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
         else:
             keys = sorted(huggingface_hub.HfApi().list_repo_files(repo, repo_type="dataset", revision=revision))
         if pattern is None:
@@ -77,6 +80,20 @@ def find_hub_files(
             raise DataError(f"{name}: {path!r} matches no file of the data set {repo}, which has {_few(keys)}.")
         folder = fetch(chosen)
     return [HubFile(f"hf://datasets/{repo}/{key}", folder / key, (folder / key).resolve().name) for key in chosen]
+
+
+def _cached(repo: str, revision: str) -> Path:
+    """The folder of the revision in the cache, which may lack files that nobody asked for. Raises `OSError` where there is none."""
+    from huggingface_hub import CacheNotFound, scan_cache_dir
+
+    try:
+        there = [found for found in scan_cache_dir().repos if (found.repo_type, found.repo_id) == ("dataset", repo)]
+    except CacheNotFound:
+        there = []
+    for found in (each for known in there for each in known.revisions):
+        if revision in (found.commit_hash, *found.refs):
+            return found.snapshot_path
+    raise FileNotFoundError(f"it is not in the cache, and HF_HUB_OFFLINE forbids to ask for it, revision {revision}")
 
 
 def _of_split(
@@ -154,11 +171,12 @@ def _few(names: list[str]) -> str:
 
 @contextmanager
 def _explained(repo: str, name: str) -> Iterator[None]:
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from httpx2 import HTTPError  # which huggingface_hub asks by, and whose refused connections it hands on
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         yield
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except (HTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise DataError(
             f"{name}: the Hub did not give the data set {repo} ({reason}). Check the name, HF_TOKEN for a private or gated one, "
