@@ -12,7 +12,7 @@ from trainer.base.locate import base_files
 from trainer.base.tokenizer import read_tokenizer
 from trainer.config import load_config
 from trainer.data.prepare import find
-from trainer.data.seen import Piece, SeenDocument, SeenRow, Viewer
+from trainer.data.seen import SeenDocument, SeenRow, TextPiece, Viewer
 from trainer.errors import ConfigError
 
 _FIRST_ROWS = 3
@@ -76,7 +76,7 @@ def _title(document: SeenDocument) -> str:
     return f"── {document.where}: {part}{len(document.tokens):,} tokens, {trained:,} trained"
 
 
-def _text(pieces: Sequence[Piece], marks: tuple[str, str]) -> Text:
+def _text(pieces: Sequence[TextPiece], marks: tuple[str, str]) -> Text:
     text, open_ = Text(), False
     for piece in pieces:
         if piece.trained != open_:

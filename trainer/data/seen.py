@@ -29,7 +29,7 @@ _MOST_ROWS = 1024
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextPiece:
     """Tokens that follow each other, all of them trained or none; a special token is a piece of its own."""
 
     text: str
@@ -45,7 +45,7 @@ class SeenDocument:
     part: str
     tokens: list[int]
     trained: list[bool]
-    pieces: list[Piece]
+    pieces: list[TextPiece]
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Viewer:
             tokens, trained = (answer & ID_BITS).tolist(), (answer & TARGET_BIT).astype(bool).tolist()
             yield SeenDocument(where, part, tokens, trained, list(self._pieces(tokens, trained)))
 
-    def _pieces(self, tokens: list[int], trained: list[bool]) -> Iterator[Piece]:
+    def _pieces(self, tokens: list[int], trained: list[bool]) -> Iterator[TextPiece]:
         """The text piece by piece: each is the rest of what the tokens up to its end are decoded to, as decoding a token alone may
         lose white space before it."""
 
@@ -170,7 +170,7 @@ class Viewer:
         for (is_trained, special), places in groupby(range(len(tokens)), kind):
             end = max(places) + 1
             text: Any = self._tokenizer.decode(tokens[:end], clean_up_tokenization_spaces=False)
-            yield Piece(text[len(_shared(before, text)) :], is_trained, special is not None)
+            yield TextPiece(text[len(_shared(before, text)) :], is_trained, special is not None)
             before = text
 
 
