@@ -117,6 +117,8 @@ def _type(annotation: Any) -> str:
 def _plural(annotation: Any) -> str:
     if _is_section(annotation):
         return f"{re.sub('(?<=[a-z])(?=[A-Z])', ' ', annotation.__name__).lower()}s, see below"
+    if get_origin(annotation) is Literal:
+        return _type(annotation)
     name = _NAMES[annotation]
     return name if name == "text" else f"{name}s"
 

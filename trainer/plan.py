@@ -15,7 +15,7 @@ from trainer.base.architecture import Architecture
 from trainer.base.base import Description
 from trainer.config import Config
 from trainer.needs import GlobalBatch, GpuMemory, HostMemory, Parameters, Plan, Traffic
-from trainer.objective.objective import Survey, find_objective, objective_mismatches, reference_of
+from trainer.objective.objective import Survey, find_objective, objective_mismatches, reference_of, segments_of
 from trainer.optimizer.optimizer import State, find_optimizer, states_by_name
 from trainer.sizes import most_whole, stored_layers
 from trainer.tuning.method import method_of, stored_mismatches, tuning_mismatches
@@ -111,7 +111,7 @@ class _Inputs:
     def row(self) -> int:
         """Positions of a packed row, with those that are reserved for a method's virtual tokens (trainer/data/order.py)."""
         data = self.config.data
-        return data.sequence_length + data.segments * method_of(self.config).virtual.reserved
+        return data.sequence_length + segments_of(self.config) * method_of(self.config).virtual.reserved
 
     @property
     def states_offloaded(self) -> bool:

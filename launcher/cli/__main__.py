@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.cli.before import config_schema, data_build, data_check, doctor, plan, smoke
+from launcher.cli.before import config_schema, data_build, data_check, data_show, doctor, plan, smoke
 from launcher.cli.options import log
 from launcher.cli.report import report
 from launcher.cli.run import checkpoints_ls, checkpoints_prune, checkpoints_verify, export, logs, ls, status, stop
@@ -53,7 +53,7 @@ def _add_group(name: str, help: str, **verbs: Callable[..., None]) -> None:
 
 for _verb in (doctor, plan, train, resume, ls, status, logs, stop, report, sweep, export, smoke):
     app.command()(_verb)
-_add_group("data", "Compile and inspect training data.", build=data_build, check=data_check)
+_add_group("data", "Compile and inspect training data.", build=data_build, check=data_check, show=data_show)
 _add_group("submit", "Hand a run over to a cluster and return.", ray=submit_ray, slurm=submit_slurm)
 _add_group("config", "The configuration's schema.", schema=config_schema)
 _add_group(

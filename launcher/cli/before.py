@@ -79,6 +79,22 @@ def data_check(config: ConfigFile, overrides: Overrides = None, as_json: Json = 
         raise DataError("\n".join(report.refusals))
 
 
+def data_show(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    row: Annotated[
+        int | None, typer.Option("--row", min=1, help="The row of this number, from 1. Default: the first rows.")
+    ] = None,
+    packed: Annotated[bool, typer.Option("--packed", help="Packed rows, with their documents' borders.")] = False,
+    split: Annotated[str, typer.Option("--split", help="train or eval.")] = "train",
+    as_json: Json = False,
+) -> None:
+    """Show rows as the model sees them: what is trained, special tokens, and what of a row is not in its text."""
+    from launcher.data.show import render, show
+
+    emit(show(config, overrides or (), row=row, packed=packed, split=split), as_json, render)
+
+
 def config_schema() -> None:
     """Print the JSON Schema of the configuration, for editors."""
     from trainer.config import Config

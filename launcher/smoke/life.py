@@ -258,7 +258,7 @@ def first_rows(data: Data, directory: Path) -> list[Source]:
         lines = (json.dumps(row, default=str) + "\n" for row in islice(found, ROWS_OF_A_SOURCE))
         target = directory / f"source-{index}.jsonl"
         target.write_text("".join(lines), encoding="utf-8")
-        small.append(source.model_copy(update={"path": str(target)}))
+        small.append(source.model_copy(update={"path": str(target), "subset": None, "split": None}))
     return small
 
 

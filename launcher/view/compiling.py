@@ -32,6 +32,7 @@ def compile_progress(log: Callable[[str], None], *, bar: bool) -> Iterator[Calla
 
         def line(what: str, now: Progress) -> None:
             nonlocal next_line
+            log_forms(log, what, now)
             if time.monotonic() >= next_line:
                 log(f"{describe(what, now)} ({100 * now.bytes_done / max(now.bytes, 1):.0f} %)")
                 next_line = time.monotonic() + _LOG_SECONDS
@@ -44,12 +45,19 @@ def compile_progress(log: Callable[[str], None], *, bar: bool) -> Iterator[Calla
         tasks: dict[str, TaskID] = {}
 
         def draw(what: str, now: Progress) -> None:
+            log_forms(log, what, now)
             if what not in tasks:
                 tasks[what] = bars.add_task(what)
             bars.update(tasks[what], description=describe(what, now), completed=now.bytes_done, total=now.bytes)
             log_left_out(log, what, now)
 
         yield draw
+
+
+def log_forms(log: Callable[[str], None], what: str, now: Progress) -> None:
+    """Say how the rows of each source are read, where that was found out."""
+    for form in now.forms:
+        log(f"{what} data: {form}")
 
 
 def log_left_out(log: Callable[[str], None], what: str, now: Progress) -> None:

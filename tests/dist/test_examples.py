@@ -28,7 +28,7 @@ def in_small(path: Path, workshop: Workshop) -> Config:
         "data.train": json.dumps([{"path": str(rows)}]),
         "data.held_out": 0.3 if given.held_out else 0,
         "data.eval": json.dumps(held_out),
-        "data.format": "prompt_completion" if given.format == "chat" else given.format,
+        "data.format": "prompt_completion" if given.format in ("auto", "chat") else given.format,
         "data.sequence_length": 96,
         "train.epochs": "null",
         "optim.lr": 0.001,

@@ -144,8 +144,19 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(setting: str, expected:
         ("run.name=5", "run.name: 5 is not allowed. Input should be text. Example: llama-8b-support."),
         ("optim.betas=[0.9, 1.5]", "optim.betas: [0.9, 1.5] is not allowed. Both must be in [0, 1)."),
         ("train.epochs=1", "train.steps and train.epochs: both given."),
-        ("data.loss_on=completion", "data.loss_on: 'completion' does not exist in data.format: chat."),
-        ("data.fields={text: body}", "data.fields: 'text' is not a field of data.format: chat."),
+        (
+            "data={train: [{path: a}], format: chat, loss_on: completion}",
+            "data.loss_on: 'completion' does not exist in data.format: chat.",
+        ),
+        (
+            "data={train: [{path: a}], format: chat, fields: {text: body}}",
+            "data.fields: 'text' is not a field of data.format: chat.",
+        ),
+        (
+            "data.train=[{path: a, format: text, fields: {prompt: b}}]",
+            "fields: 'prompt' is not a field of data.format:",
+        ),
+        ("data.fields={body: text}", "data.fields: 'body' is not a field of any data.format. Allowed are answer,"),
         ("optim.lr=.nan", "optim.lr: nan is not allowed."),
         ("optim.eps=.inf", "optim.eps: inf is not allowed. Numbers are finite here, and at most 4294967296."),
         ("timeouts.step=1e400", "timeouts.step: '1e400' is not allowed. Numbers are finite here"),

@@ -70,7 +70,7 @@ def tokenizer(template: str | None = CHATML, adds_bos: bool = False) -> PreTrain
 
 
 def data(**settings: Any) -> Data:
-    return Data.model_validate({"train": [{"path": "x.jsonl"}], **settings})
+    return Data.model_validate({"train": [{"path": "x.jsonl"}], "format": "chat", **settings})
 
 
 def trained(example: Example) -> list[str]:
@@ -299,10 +299,14 @@ def test_what_stands_in_the_text_otherwise_is_not_left_out(text: str, note: str,
     assert left_out(given, read_messages(given), text) == lost
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_turn() -> None:
-    renderer = Renderer(tokenizer(FORGETFUL), data())
+def test_turns_are_found_where_the_template_rewrites_earlier_ones_but_not_where_it_drops_them() -> None:
+    thinking = ["<think></think>", "ciao", "<|im_end|>"]
+    assert trained(Renderer(tokenizer(FORGETFUL), data()).one({"messages": TALK})) == [*ASSISTANT[:4], *thinking]
+    dropping = "{% for message in messages if message.content != 'yo yo' %}" + CHATML.removeprefix(
+        "{% for message in messages %}"
+    )
     with pytest.raises(DataError, match=r"^turn 3: .* not how the whole begins.*generation"):
-        renderer.one({"messages": TALK})
+        Renderer(tokenizer(dropping), data()).one({"messages": TALK})
     last = Renderer(tokenizer(FORGETFUL), data(loss_on="last_assistant"))
     assert trained(last.one({"messages": TALK})) == ["<think></think>", "ciao", "<|im_end|>"]
 
@@ -379,7 +383,7 @@ def test_rows_are_encoded_together_as_alone() -> None:
         ({"messages": [{"role": "bot", "content": "x"}]}, "turn 1 has the role 'bot'; allowed are system, developer"),
         ({"messages": [{"from": "bot", "value": "x"}]}, "turn 1 has the role 'bot'; allowed are human, gpt, system"),
         ({"messages": [TALK[0], {"role": "user", "content": None}]}, "the content of turn 2 is null, and not a string"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "the content of turn 1 is a list"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "turn 1 has a part of type 'image'"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "content of turn 1 has half of a surrogate pair"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, r"turn 1 has the role \['user'\]"),
         ({"messages": [{"from": ["human"], "value": "x"}]}, r"turn 1 has the role \['human'\]"),

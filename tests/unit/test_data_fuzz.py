@@ -48,8 +48,8 @@ fuzzed = settings(max_examples=150, deadline=None, derandomize=True, suppress_he
 def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     template = tmp_path_factory.mktemp("fuzz") / "t.jinja"
     template.write_text(TEMPLATE)
-    tree = {"train": [{"path": "x.jsonl"}], "template": str(template), "sequence_length": 64, "on_bad_row": "skip"}
-    return Data.model_validate(tree)
+    settings = {"template": str(template), "sequence_length": 64, "on_bad_row": "skip"}
+    return Data.model_validate({"train": [{"path": "x.jsonl"}], "format": "chat", **settings})
 
 
 numbers = st.integers() | st.floats() | st.booleans() | st.none() | st.sampled_from([10**400, -1, 0, 1])

@@ -35,6 +35,7 @@ def build(path: Path, on_bad_row: str, part: Part = EVERYTHING) -> Dataset:
     data = Data.model_validate(
         {
             "train": [{"path": str(path)}],
+            "format": "chat",
             "template": str(path.parent / "t.jinja"),
             "sequence_length": 64,
             "on_bad_row": on_bad_row,

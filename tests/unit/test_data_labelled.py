@@ -92,7 +92,7 @@ def test_an_answer_is_mismatched_with_one_to_another_prompt_where_there_is_one()
             {"prompt": "hi ", "completion": "yo", "label": 1},
             "the label is 1, and not true (desired) or false (undesired)",
         ),
-        ({"prompt": "hi ", "completion": "yo", "label": "true"}, "the label is 'true', and not"),
+        ({"prompt": "hi ", "completion": "yo", "label": "yes"}, "the label is 'yes', and not"),
         ({"prompt": [USER], "completion": "yo", "label": True}, "completion: the messages are of type str"),
         ({"prompt": "hi", "completion": [YO], "label": True}, "prompt: the messages are of type str"),
         ({"prompt": [USER], "completion": [], "label": True}, "completion: the messages are an empty list"),

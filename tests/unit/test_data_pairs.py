@@ -107,7 +107,6 @@ def test_messages_and_strings_may_stand_in_one_file() -> None:
     [
         ({"chosen": "a"}, "no field 'rejected' (the row has: chosen)"),
         ({"prompt": "hi", "chosen": "yo", "rejected": "yo"}, "chosen and rejected are the same"),
-        ({"chosen": "hi yo", "rejected": "hi bye"}, "no field 'prompt'"),
         ({"prompt": [USER], "chosen": "yo", "rejected": "bye"}, "the prompt is a list, and not a string"),
         ({"chosen": [USER, YO], "rejected": "bye"}, "rejected: the messages are of type str"),
         ({"chosen": [USER, YO], "rejected": [USER, {"role": "gpt"}]}, "rejected: turn 2 has the role 'gpt'"),

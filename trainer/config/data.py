@@ -1,27 +1,70 @@
 """The settings of the data: its sources, their format, and how documents become rows."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import model_validator
 
 from trainer.config.section import Section, setting
 
+Format = Literal[
+    "auto",
+    "chat",
+    "sharegpt",
+    "alpaca",
+    "prompt_completion",
+    "prompt_completion_messages",
+    "question_answer",
+    "text",
+    "preference",
+    "preference_alpaca",
+    "preference_sharegpt",
+    "labelled",
+    "labelled_alpaca",
+    "labelled_messages",
+]
 FIELDS = {
     "chat": ("messages", "tools"),
+    "sharegpt": ("messages", "system", "tools"),
+    "alpaca": ("instruction", "input", "output", "system", "history"),
     "prompt_completion": ("prompt", "completion"),
+    "prompt_completion_messages": ("prompt", "completion", "tools"),
+    "question_answer": ("question", "answer"),
     "text": ("text",),
     "preference": ("prompt", "chosen", "rejected", "tools"),
+    "preference_alpaca": ("instruction", "input", "chosen", "rejected", "system", "history"),
+    "preference_sharegpt": ("messages", "chosen", "rejected", "system", "tools"),
     "labelled": ("prompt", "completion", "label", "tools"),
+    "labelled_alpaca": ("instruction", "input", "output", "label", "system", "history"),
+    "labelled_messages": ("messages", "label", "system", "tools"),
 }
 """The fields of a row by `data.format`, as `data.fields` renames them."""
+KINDS = {
+    **dict.fromkeys(("chat", "sharegpt", "alpaca", "prompt_completion_messages", "question_answer"), "chat"),
+    "prompt_completion": "prompt_completion",
+    "text": "text",
+    **dict.fromkeys(("preference", "preference_alpaca", "preference_sharegpt"), "preference"),
+    **dict.fromkeys(("labelled", "labelled_alpaca", "labelled_messages"), "labelled"),
+}
+"""The format that the rows of a format become before they are tokenized; what is trained follows from it."""
+LIKELY = ("chat", "prompt_completion", "text")
+"""The kinds of rows that have a likelihood of their own; those of the others are answers to be judged."""
+_LOSS_ON = {
+    "chat": ("assistant", "last_assistant", "all"),
+    "prompt_completion": ("completion", "all"),
+    "text": ("all",),
+    "preference": ("completion",),
+    "labelled": ("completion",),
+}
+_JUDGED = {"preference": "part a pair", "labelled": "part an answer"}
 
 
 class Source(Section):
     """One place that documents come from."""
 
     path: str = setting(
-        about="A file or a glob: .jsonl (also .gz, .zst), .parquet, .arrow or .mds; or the folder of a saved HF data set or of MDS "
-        "shards. Local, or s3://, gs://, az://.",
+        about="A file or a glob: .jsonl, .json, .csv, .tsv (also .gz, .zst), .parquet, .arrow or .mds; or the folder of a saved HF data set "
+        "or of MDS shards. Local, or s3://, gs://, az://. Or a data set of the Hugging Face Hub: hf://owner/name, with @revision or a file behind it.",
         example="data/train-*.jsonl",
     )
     weight: float = setting(
@@ -41,12 +84,59 @@ class Source(Section):
         lt=1,
         unit="share of tokens",
     )
+    format: Format | None = setting(
+        None, about="The format of this source's rows, where it is not data.format.", example="alpaca"
+    )
+    fields: dict[str, str] = setting(
+        {},
+        about="Names of the fields in this source's rows; those of data.fields hold beside them unless the source has a format.",
+        example={"messages": "dialogue"},
+    )
+
+    subset: str | None = setting(
+        None,
+        about="Which configuration of a data set of the Hub. Default: the one that it names as such.",
+        example="en",
+    )
+    split: str | None = setting(None, about="Which split of a data set of the Hub. Default: train.", example="test")
+
+    @model_validator(mode="after")
+    def _of_the_hub(self) -> "Source":
+        for name in ("subset", "split"):
+            if getattr(self, name) is not None and not self.path.startswith("hf://"):
+                raise ValueError(f"{name}: has no effect on {self.path!r}, which is not of the Hub (hf://). Remove it.")
+        return self
+
+    @model_validator(mode="after")
+    def _known_fields(self) -> "Source":
+        if self.format:
+            _check_fields("fields", self.format, self.fields)
+        return self
 
     @model_validator(mode="after")
     def _one_measure(self) -> "Source":
         if self.fraction is not None and self.weight != 1.0:
             raise ValueError("weight and fraction: both given. Set one of them.")
         return self
+
+
+class TrainOn(Section):
+    """Which tokens are trained, more finely than data.loss_on says it."""
+
+    roles: Literal["all"] | list[Literal["system", "developer", "user", "assistant", "tool"]] | None = setting(
+        None,
+        about="The roles whose turns are trained, or all for the whole text. Default: assistant, and the answer where there are no roles.",
+        example=["assistant", "tool"],
+    )
+    turns: Literal["all", "last"] = setting(
+        "all", about="All turns of these roles, or the last one of them.", example="last"
+    )
+    end: bool = setting(
+        True,
+        about="Train the token that ends a turn, or a text (eos). Without it a model does not learn to stop.",
+        example=False,
+    )
+    thinking: bool = setting(True, about="Train the blocks between <think> and </think>, too.", example=False)
 
 
 class Data(Section):
@@ -66,24 +156,34 @@ class Data(Section):
         unit="share of rows",
     )
     held_out_seed: int = setting(0, about="Chooses other rows to hold out.", example=1, ge=0, lt=2**32)
-    format: Literal["chat", "prompt_completion", "text", "preference", "labelled"] = setting(
-        "chat",
-        about="chat: a list of messages; prompt_completion: two strings; text: one string; preference: a chosen and a rejected "
-        "answer to one prompt, as messages or strings; labelled: a prompt, a completion and a label, true for a desired one.",
+    format: Format = setting(
+        "auto",
+        about="auto: found out for each source by its first rows. Conversations: chat (messages), sharegpt (conversations), alpaca "
+        "(instruction, output), question_answer, prompt_completion_messages. Strings: prompt_completion, text. Answers to compare: "
+        "preference. Answers with a label: labelled. docs/data-format.md has an example of each.",
         example="chat",
     )
     fields: dict[str, str] = setting(
         {},
-        about="Names of the fields in your rows, where they differ from messages, tools, prompt, completion, text, chosen, rejected and label.",
-        example={"messages": "conversations"},
+        about="Names of the fields in your rows, where they differ from those of the format, such as messages, tools, prompt, completion, "
+        "text, chosen, rejected and label.",
+        example={"messages": "dialogue"},
     )
     template: str | None = setting(
         None, about="A Jinja chat template file, instead of the tokenizer's own.", example="template.jinja"
     )
     loss_on: Literal["assistant", "last_assistant", "completion", "all"] | None = setting(
         None,
-        about="Which tokens are trained. Default: assistant for chat, completion for prompt_completion, preference and labelled, all for text.",
+        about="Which tokens are trained. Default: assistant in conversations, completion for prompt_completion, preference and labelled, all for "
+        "text.",
         example="last_assistant",
+    )
+    train_on: TrainOn = TrainOn()
+    thinking: Literal["as_template", "keep", "strip"] = setting(
+        "as_template",
+        about="The thinking of assistants, in reasoning_content or <think> tags. as_template: in the text as the chat template writes it, "
+        "mostly in the last turn alone; keep: in all turns; strip: in none.",
+        example="strip",
     )
     sequence_length: int = setting(
         2048,
@@ -107,25 +207,54 @@ class Data(Section):
     )
 
     @model_validator(mode="after")
-    def _targets(self) -> "Data":
-        allowed = {
-            "chat": ("assistant", "last_assistant", "all"),
-            "prompt_completion": ("completion", "all"),
-            "text": ("all",),
-            "preference": ("completion",),
-            "labelled": ("completion",),
-        }
-        if self.loss_on and self.loss_on not in allowed[self.format]:
-            raise ValueError(
-                f"data.loss_on: {self.loss_on!r} does not exist in data.format: {self.format}. "
-                f"Allowed there: {', '.join(allowed[self.format])}."
-            )
-        for name in self.fields:
-            if name not in FIELDS[self.format]:
+    def _suits_its_format(self) -> "Data":
+        if self.format == "auto":
+            known = {name for names in FIELDS.values() for name in names}
+            if unknown := [name for name in self.fields if name not in known]:
                 raise ValueError(
-                    f"data.fields: {name!r} is not a field of data.format: {self.format}. Allowed there: "
-                    f"{', '.join(FIELDS[self.format])}."
+                    f"data.fields: {unknown[0]!r} is not a field of any data.format. Allowed are {', '.join(sorted(known))}."
                 )
+            return self
+        _check_fields("data.fields", self.format, self.fields)
+        if unsuited := self.unsuited(self.format):
+            raise ValueError(unsuited)
+        return self
+
+    def unsuited(self, format: str) -> str | None:
+        """A sentence for a setting that rows of this format do not go with, if there is one."""
+        kind = KINDS[format]
+        if self.loss_on and self.loss_on not in _LOSS_ON[kind]:
+            return (
+                f"data.loss_on: {self.loss_on!r} does not exist in data.format: {format}. "
+                f"Allowed there: {', '.join(_LOSS_ON[kind])}."
+            )
+        if unread := self._unread_by(kind):
+            return f"{unread}: has no effect with data.format: {format}. Remove it."
+        if self.template and kind in ("prompt_completion", "text"):
+            return f"data.template: has no effect with data.format: {format}. Remove it."
+        if kind in _JUDGED and self.on_too_long == "split":
+            return f"data.on_too_long: split would {_JUDGED[kind]} of data.format: {format}. Set it to truncate, drop or fail."
+        return None
+
+    def _unread_by(self, kind: str) -> str | None:
+        """A setting of `train_on`, or `thinking`, that has no meaning for rows of a kind."""
+        on = self.train_on
+        if kind != "chat" and on.turns != "all":
+            return "data.train_on.turns"
+        if kind in _JUDGED and on.roles is not None:
+            return "data.train_on.roles"
+        if kind in ("prompt_completion", "text") and on.roles not in (None, "all", ["assistant"]):
+            return "data.train_on.roles"
+        if kind in ("prompt_completion", "text") and not on.thinking:
+            return "data.train_on.thinking"
+        return "data.thinking" if kind in ("prompt_completion", "text") and self.thinking != "as_template" else None
+
+    @model_validator(mode="after")
+    def _said_once(self) -> "Data":
+        if self.loss_on and (self.train_on.roles is not None or self.train_on.turns != "all"):
+            raise ValueError("data.loss_on and data.train_on: both given. Set the second, which says more.")
+        if self.train_on.roles == []:
+            raise ValueError("data.train_on.roles: [] leaves nothing to train. Name a role, or remove it.")
         return self
 
     @model_validator(mode="after")
@@ -151,33 +280,61 @@ class Data(Section):
                 )
         return self
 
-    @model_validator(mode="after")
-    def _template(self) -> "Data":
-        if self.template and self.format not in ("chat", "preference", "labelled"):
-            raise ValueError(f"data.template: has no effect with data.format: {self.format}. Remove it.")
-        return self
-
-    @model_validator(mode="after")
-    def _whole_answers(self) -> "Data":
-        judged = {"preference": "part a pair", "labelled": "part an answer"}
-        if self.format in judged and self.on_too_long == "split":
-            raise ValueError(
-                f"data.on_too_long: split would {judged[self.format]} of data.format: {self.format}. Set it to truncate, drop or fail."
-            )
-        return self
-
     @property
     def too_long_remedies(self) -> str:
         """The other values of `on_too_long` that a row may be refused with."""
-        return "truncate or drop" if self.format in ("preference", "labelled") else "truncate, split or drop"
+        return "truncate or drop" if self.kind in _JUDGED else "truncate, split or drop"
+
+    @property
+    def kind(self) -> str:
+        """The format that the rows become; that of conversations where `format` is auto."""
+        return KINDS.get(self.format, "chat")
 
     @property
     def segments(self) -> int:
         """Segments of a row that one document is, at most: a pair of answers is two, and so are a labelled and a mismatched one."""
-        return 2 if self.format in ("preference", "labelled") else 1
+        return most_segments(self.format)
+
+    @property
+    def wanted(self) -> TrainOn:
+        """`train_on`, or what `loss_on` says in its words."""
+        said = {
+            "all": {"roles": "all"},
+            "assistant": {"roles": ["assistant"]},
+            "last_assistant": {"roles": ["assistant"], "turns": "last"},
+        }
+        return self.train_on.model_copy(update=said.get(self.loss_on or "", {}))
 
     @property
     def targets(self) -> str:
-        """`loss_on`, or its default for the format."""
-        defaults = {"chat": "assistant", "text": "all"}
-        return self.loss_on or defaults.get(self.format, "completion")
+        """`loss_on`, or the word for what `train_on` says as far as there is one, or its default for the format."""
+        if self.loss_on or self.train_on.roles == "all":
+            return self.loss_on or "all"
+        if self.kind == "chat" and self.train_on.turns == "last":
+            return "last_assistant"
+        return {"chat": "assistant", "text": "all"}.get(self.kind, "completion")
+
+    @property
+    def beyond_targets(self) -> dict[str, Any]:
+        """Whatever decides what is trained, or what the text is, and `targets` has no word for."""
+        on, roles = self.train_on, self.train_on.roles
+        found = {
+            "roles": None if roles in (None, "all", ["assistant"]) else sorted(roles or ()),
+            "end": None if on.end else False,
+            "thinking": None if on.thinking else False,
+            "blocks": None if self.thinking == "as_template" else self.thinking,
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def most_segments(format: str) -> int:
+    """`Data.segments` of rows of this format."""
+    return 2 if KINDS.get(format) in _JUDGED else 1
+
+
+def _check_fields(setting: str, format: str, fields: Mapping[str, str]) -> None:
+    for name in fields:
+        if format != "auto" and name not in FIELDS[format]:
+            raise ValueError(
+                f"{setting}: {name!r} is not a field of data.format: {format}. Allowed there: {', '.join(FIELDS[format])}."
+            )

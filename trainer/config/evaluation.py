@@ -1,16 +1,14 @@
 """The settings of the evaluation: what is measured beside the training loss, during a run and by `capstan evaluate`."""
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import field_validator
 
-from trainer.config.data import FIELDS, Data
+from trainer.config.data import FIELDS, KINDS, LIKELY, Data, Format
 from trainer.config.section import Section, setting
 
 UNNAMED = "eval"
 """The name that the evaluation data of `data.eval` or `data.held_out` has beside those of `eval.sets`."""
-JUDGED = ("preference", "labelled")
-"""The values of `data.format` whose rows have no likelihood of their own: they are answers to be judged."""
 
 
 class EvalSet(Section):
@@ -20,8 +18,8 @@ class EvalSet(Section):
         about="A file, a glob, a folder or a URI, as in data.eval.",
         example="data/general-*.jsonl",
     )
-    format: Literal["chat", "prompt_completion", "text"] | None = setting(
-        None, about="The format of its rows. Default: data.format.", example="text"
+    format: Format | None = setting(
+        None, about="The format of its rows, or auto. Default: data.format.", example="text"
     )
     fields: dict[str, str] = setting(
         {},
@@ -45,7 +43,8 @@ class EvalSet(Section):
             "format": form,
             "fields": self.fields or (data.fields if same else {}),
             "loss_on": data.loss_on if same else None,
-            "template": data.template if form == "chat" else None,
+            **({} if same else {"train_on": {}, "thinking": "as_template"}),
+            "template": data.template if KINDS.get(form, "chat") == "chat" else None,
         }
         return Data.model_validate({**data.model_dump(), **changes})
 
@@ -94,19 +93,22 @@ class Evaluation(Section):
                     f"eval.sets: {name!r} is not allowed as a name. Use letters, digits, '-' and '_', and not {UNNAMED!r}, which "
                     "is the data of data.eval."
                 )
-            wrong = [field for field in given.fields if given.format and field not in FIELDS[given.format]]
+            known = FIELDS.get(given.format or "auto")
+            wrong = [field for field in given.fields if known and field not in known]
             if wrong:
                 raise ValueError(
                     f"eval.sets.{name}.fields: {wrong[0]!r} is not a field of format: {given.format}. Allowed there: "
-                    f"{', '.join(FIELDS[given.format or 'text'])}."
+                    f"{', '.join(known or ())}."
                 )
         return sets
 
     def mismatches(self, data: Data) -> list[str]:
         """A sentence for each set that cannot be read beside this section `data`."""
-        judged = [name for name, given in self.sets.items() if given.format is None and data.format in JUDGED]
+        judged = [
+            name for name, given in self.sets.items() if KINDS.get(given.format or data.format, LIKELY[0]) not in LIKELY
+        ]
         return [
-            f"eval.sets.{name}.format: not set, and rows of data.format: {data.format} have no likelihood. Set it to chat, "
-            "prompt_completion or text."
+            f"eval.sets.{name}.format: rows of data.format: {self.sets[name].format or data.format} have no likelihood. Set it to "
+            "auto, or the format of conversations, of prompts and completions or of texts."
             for name in judged
         ]

@@ -3,7 +3,8 @@
 The way of one document:
 
 1. `sources` finds the files of a run's sources, and `rows` reads their rows in batches (with `tables` for Arrow and Parquet,
-   and `mds`), which `pool` hands to all cores.
+   `mds` and `json_array`), which `pool` hands to all cores. `detection` finds out the format of each source, and `formats`
+   makes conversations, texts or pairs of its rows.
 2. `messages` checks the conversation of a row, and `chat` turns it into token ids, some of which are targets: the positions
    that are trained. `encode` does so for a batch.
 3. `compile` writes those tokens once, as shards (`shards`) in the run's store, and commits them with a `manifest`;

@@ -50,8 +50,3 @@ def messages_of(given: Any, name: str) -> list[Message]:
         return read_messages(given)
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
-
-
-def untrained(message: Message) -> Message:
-    """The message as a part of a prompt."""
-    return {**message, "weight": 0} if message["role"] == "assistant" else message

@@ -2,8 +2,7 @@
 
 The conversation is rendered and tokenized once, as a whole, exactly as the model will see it. Which tokens are trained
 is then a question of where the assistant's turns lie in that text: a template with `{% generation %}` tags says so
-itself; otherwise a turn reaches from the end of the generation prompt to the end of the turn, its end-of-turn token
-included, as both are prefixes of the whole text.
+itself; otherwise `conversation` finds the turns.
 """
 
 import re
@@ -17,11 +16,13 @@ from numpy.typing import NDArray
 
 from trainer.base.config_json import read_by_transformers, without_panics
 from trainer.config import Data
-from trainer.config.data import FIELDS
+from trainer.data.conversation import Conversation
+from trainer.data.formats import missing_field
 from trainer.data.left_out import left_out
 from trainer.data.manifest import TARGET_BIT
 from trainer.data.messages import Message, is_trained, read_messages, read_tools, text_of
-from trainer.data.spans import Span, Spelling, overlapping
+from trainer.data.spans import Span, Spelling, joined, overlapping, without
+from trainer.data.thinking import blocks, with_hidden_thinking, without_thinking
 from trainer.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 
 # The same expression as in transformers, which fills the mask only if it matches.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# Finding a turn renders all that is before it, twice. For the turns of one row together, these are the most messages and
-# characters, some five seconds' work: about 1,000 turns of which every second one is the assistant's.
-_MOST_MESSAGES, _MOST_CHARACTERS = 2**19, 2**30
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,12 +130,13 @@ class Renderer:
             # It frames texts, which is done here, and may leave a token's white space out of its offsets.
             self._backend.post_processor = None
             self._spelling = Spelling(self._backend)
-        self._data = data
+        self._data, self._wanted = data, data.wanted
+        special = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special = list(special)
         if data.format == "chat":
             self._template = _chat_template(tokenizer, data)
             self._tagged = _GENERATION.search(self._template) is not None
-            special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-            self._after_end = re.compile(f"(?:{'|'.join(map(re.escape, special)) or '(?!)'})(\\s+)\\Z")
+            self._after_end = re.compile(f"(?:{'|'.join(map(re.escape, special.values())) or '(?!)'})(\\s+)\\Z")
             self._bos = self._eos = None  # the template writes them
         else:
             with read_by_transformers(tokenizer.name_or_path, "the tokenizer"):
@@ -189,7 +188,7 @@ class Renderer:
                 prompt, completion = (text_of(self._field(row, name), name) for name in ("prompt", "completion"))
             case _:  # text
                 prompt, completion = "", text_of(self._field(row, "text"), "text")
-        start = 0 if self._data.targets == "all" else len(prompt)
+        start = 0 if self._wanted.roles == "all" else len(prompt)
         # An empty completion is a gap in the data: it must not teach the model to say nothing.
         return Rendered(prompt + completion, [(start, len(prompt) + len(completion))], end_trained=bool(completion))
 
@@ -209,10 +208,6 @@ class Renderer:
             case _:  # text
                 return [Turn("assistant", text_of(self._field(row, "text"), "text"))]
 
-    def unused(self, row: dict[str, Any]) -> list[str]:
-        """The fields of a row that are not looked at."""
-        return unused_fields(row, self._data)
-
     def _field(self, row: dict[str, Any], name: str) -> Any:
         return field_of(row, name, self._data)
 
@@ -220,11 +215,14 @@ class Renderer:
         if isinstance(encoding, DataError):
             return encoding
         tokens = np.array(encoding.ids, np.uint32)
-        targets = self._targets(encoding, tokens, document)
+        targets = self._as_ends_are(tokens, self._targets(encoding, tokens, document))
         if self._bos is not None and tokens[:1].tolist() != [self._bos]:
             tokens, targets = np.append(np.uint32(self._bos), tokens), np.append(False, targets)
         if self._eos is not None and tokens[-1:].tolist() != [self._eos]:
-            tokens, targets = np.append(tokens, np.uint32(self._eos)), np.append(targets, document.end_trained)
+            tokens, targets = (
+                np.append(tokens, np.uint32(self._eos)),
+                np.append(targets, document.end_trained and self._wanted.end),
+            )
         targets[:1] = False
         return Example(tokens, targets, document.left_out)
 
@@ -238,134 +236,83 @@ class Renderer:
 
     def _chat(self, given: Any, given_tools: Any) -> Rendered | Example:
         messages, tools = read_messages(given), read_tools(given_tools)
-        conversation = _Conversation(self._tokenizer, self._template, messages, tools)
+        if self._data.thinking == "strip":
+            messages = given = [without_thinking(message) for message in messages]
+        conversation = Conversation(self._tokenizer, self._template, messages, tools)
         whole = conversation.render(len(messages))
+        tagged = self._tagged
+        if self._data.thinking == "keep":
+            kept = [with_hidden_thinking(message, whole) for message in messages]
+            if kept != messages:
+                conversation = Conversation(self._tokenizer, self._template, kept, tools)
+                whole, tagged = conversation.render(len(messages)), False
         lacking = [
             *(["tools"] if tools and conversation.ignores_tools(whole) else []),
             *left_out(given, messages, whole),
         ]
         silent = [turn for turn, message in enumerate(messages) if not is_trained(message)]
         conversation.check_size(silent, whole)
-        untrained = [(conversation.prefix(turn, whole), conversation.prefix(turn + 1, whole)) for turn in silent]
-        if self._data.targets == "all":
-            return Rendered(whole, _between(untrained, len(whole)), left_out=lacking)
-        turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-        if self._data.targets == "last_assistant":
+        untrained = [conversation.place(turn, whole) for turn in silent]
+        if not self._wanted.thinking:
+            untrained = joined([*untrained, *blocks(whole)])
+        if self._wanted.roles == "all":
+            return Rendered(whole, without([(0, len(whole))], untrained), left_out=lacking)
+        roles = self._wanted.roles or ["assistant"]
+        turns = [turn for turn, message in enumerate(messages) if message["role"] in roles]
+        if self._wanted.turns == "last":
             turns = turns[-1:]
-        if self._tagged:
-            if turns and self._data.targets == "last_assistant":
-                untrained = [(0, conversation.prefix(turns[0], whole)), *untrained]
-            return replace(conversation.tagged(untrained), left_out=lacking)
+        if tagged and roles == ["assistant"]:
+            if turns and self._wanted.turns == "last":
+                untrained = [(0, conversation.place(turns[0], whole)[0]), *untrained]
+            return replace(self._tagged_example(conversation, untrained), left_out=lacking)
         turns = [turn for turn in turns if is_trained(messages[turn])]
         conversation.check_size([*silent, *turns], whole)
-        return Rendered(whole, [self._turn(conversation, turn, whole) for turn in turns], left_out=lacking)
+        spans = [self._turn(conversation, messages[turn], turn, whole) for turn in turns]
+        # Where no thinking is left out, no span is touched.
+        return Rendered(whole, spans if self._wanted.thinking else without(spans, untrained), left_out=lacking)
 
-    def _turn(self, conversation: "_Conversation", turn: int, whole: str) -> Span:
-        """Characters of the whole text that the model has to write in an assistant's turn."""
-        if turn == 0:
-            raise DataError(
-                "turn 1 is the assistant's, so where it begins is unknown; "
-                "begin with another turn, or give data.template a template with {% generation %} tags"
-            )
-        start = conversation.prefix(turn, whole, generation_prompt=True)
-        end = conversation.prefix(turn + 1, whole)
+    def _turn(self, conversation: Conversation, message: Message, turn: int, whole: str) -> Span:
+        """The characters of a turn that are trained."""
+        find = conversation.written if message["role"] == "assistant" else conversation.said
+        start, end = find(turn, whole)
         # Many templates put a line break after the end-of-turn token; generation has ended by then.
         match = self._after_end.search(whole, start, end)
         return start, match.start(1) if match else end
 
-
-class _Conversation:
-    """One conversation, whose beginnings are rendered too."""
-
-    def __init__(
-        self,
-        tokenizer: "PreTrainedTokenizerBase",
-        template: str,
-        messages: list[Message],
-        tools: list[dict[str, Any]] | None,
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._options: dict[str, Any] = {"chat_template": template, "tools": tools}
-        self._messages = messages
-
-    def render(self, count: int, generation_prompt: bool = False) -> str:
-        """The text of the first `count` messages."""
-        text = self._apply(count, tokenize=False, add_generation_prompt=generation_prompt)
-        return text_of(text, "conversation's text")
-
-    def check_size(self, turns: Sequence[int], whole: str) -> None:
-        """Raises `DataError` where finding these turns in the whole text would take very long."""
-        messages, most = sum(2 * turn + 1 for turn in turns), _MOST_MESSAGES
-        if messages > most or messages * len(whole) > _MOST_CHARACTERS * len(self._messages):
-            raise DataError(
-                f"{len(self._messages):,} turns of {len(whole):,} characters are too long to find {len(turns):,} of them in the "
-                "text; split the conversation, give data.template a template with {% generation %} tags, or set data.loss_on: "
-                "last_assistant or all"
-            )
-
-    def ignores_tools(self, whole: str) -> bool:
-        """Whether the text would be the same without tools."""
-        try:
-            return self._apply(len(self._messages), tokenize=False, add_generation_prompt=False, tools=None) == whole
-        except DataError:
-            return False
-
-    def prefix(self, count: int, whole: str, generation_prompt: bool = False) -> int:
-        """Length of the text of the first `count` messages, which must begin the whole text."""
-        if count == 0:
-            return 0
-        if count == len(self._messages):
-            return len(whole)
-        prefix = self.render(count, generation_prompt)
-        if not whole.startswith(prefix):
-            turn = count + 1 if generation_prompt else count
-            raise DataError(
-                f"turn {turn}: what the chat template makes of the conversation up to it is not how the whole begins, so "
-                "its place is unknown; give data.template a template with {% generation %} tags, or set data.loss_on: all"
-            )
-        return len(prefix)
-
-    def tagged(self, untrained: Sequence[Span]) -> Example:
-        """Tokens; the targets are those that the template's tags enclose and that lie in none of the `untrained` spans."""
-        encoding = self._apply(
-            len(self._messages),
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"return_offsets_mapping": True},
-        )
+    def _tagged_example(self, conversation: Conversation, untrained: Sequence[Span]) -> Example:
+        """The targets are what the template's tags enclose and what lies in none of the `untrained` spans."""
+        encoding = conversation.tagged()
         offsets = np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2)
-        targets = np.array(encoding["assistant_masks"], bool)
+        tokens, targets = np.array(encoding["input_ids"], np.uint32), np.array(encoding["assistant_masks"], bool)
         for begin, end in untrained:
             targets &= (offsets[:, 0] < begin) | (offsets[:, 1] > end)
         targets[:1] = False
-        return Example(np.array(encoding["input_ids"], np.uint32), targets)
+        return Example(tokens, self._as_ends_are(tokens, targets))
 
-    def _apply(self, count: int, **options: Any) -> Any:
-        try:
-            return self._tokenizer.apply_chat_template(self._messages[:count], **(self._options | options))
-        except Exception as error:  # a template is a program of the user's: it may raise anything
-            raise DataError(f"the chat template refuses the conversation: {error}") from error
+    def _as_ends_are(self, tokens: NDArray[np.uint32], targets: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """The targets without the special token that ends each run of them, and white space behind it, where ends are not trained."""
+        if self._wanted.end:
+            return targets
+        kept = targets.copy()
+        for last in np.flatnonzero(targets & ~np.append(targets[1:], False)).tolist():
+            first = last
+            while first and targets[first - 1] and self._is_space(tokens[first]):
+                first -= 1
+            if tokens[first] in self._special:
+                kept[first : last + 1] = False
+        return kept
+
+    def _is_space(self, token: np.uint32) -> bool:
+        text: Any = self._tokenizer.decode([int(token)])
+        return text.isspace()
 
 
 def field_of(row: dict[str, Any], name: str, data: Data) -> Any:
     """The value of a field by its name here, which `data.fields` may change. Raises `DataError` where there is none."""
-    name = data.fields.get(name, name)
-    if name not in row:
-        raise DataError(f"no field {name!r} (the row has: {', '.join(row) or 'none'}); data.fields renames fields")
-    return row[name]
-
-
-def unused_fields(row: dict[str, Any], data: Data) -> list[str]:
-    """The fields of a row that `data.format` has no use for."""
-    used = {data.fields.get(name, name) for name in FIELDS[data.format]}
-    return [name for name in row if name not in used]
-
-
-def _between(spans: Sequence[Span], end: int) -> list[Span]:
-    """The characters up to `end` that are in none of the spans, which are sorted."""
-    borders = [0, *(border for span in spans for border in span), end]
-    return list(zip(borders[::2], borders[1::2], strict=True))
+    called = data.fields.get(name, name)
+    if called not in row:
+        raise missing_field(row, name, called, data.format)
+    return row[called]
 
 
 def _chat_template(tokenizer: "PreTrainedTokenizerBase", data: Data) -> str:

@@ -12,13 +12,14 @@ from trainer.config import Config, Data
 from trainer.data.chat import Turn
 from trainer.data.dataset import BLOCK_DOCUMENTS
 from trainer.data.duplicates import Fingerprint, Seen
-from trainer.data.encode import BAD_ROWS_SHOWN, Part, left_out_of, renderer_for
+from trainer.data.encode import Part, RowEncoder, left_out_of
+from trainer.data.formats import explicit_form
 from trainer.data.labelled import one_kind
 from trainer.data.manifest import DESIRED_BIT, LeftOut, add_left_out
 from trainer.data.order import EpochPlan, Order
 from trainer.data.pool import Mapper, mapper_for
 from trainer.data.prepare import Input, train_order
-from trainer.data.rows import Batch, at, batches
+from trainer.data.rows import BadRow, Batch, at, batches
 from trainer.data.sources import SourceFile
 from trainer.errors import DataError
 
@@ -34,7 +35,7 @@ class Findings:
     """The findings in the rows of one split. Counts are rows, unless they say otherwise.
 
     Attributes:
-        bad_rows: could not be used; `bad_row_examples` says of the first ones why.
+        bad_rows: could not be used; `bad_row_reasons` says why, and `bad_row_examples` the same in lines, one for equal reasons.
         undecodable: not UTF-8, or with U+FFFD in it, which stands for bytes that once could not be decoded.
         too_long: longer than data.sequence_length; `tokens_cut` are the tokens above it.
         without_targets: nothing in them is trained, so they are left out.
@@ -71,13 +72,14 @@ class Findings:
     histogram: dict[int, int] = field(default_factory=dict)
     left_out: dict[str, LeftOut] = field(default_factory=dict)
     unused_fields: dict[str, LeftOut] = field(default_factory=dict)
+    bad_row_reasons: dict[str, LeftOut] = field(default_factory=dict)
     bad_row_examples: list[str] = field(default_factory=list)
     duplicate_examples: list[tuple[str, str]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         named = {
             name: {what: found.model_dump() for what, found in getattr(self, name).items()}
-            for name in ("left_out", "unused_fields")
+            for name in ("left_out", "unused_fields", "bad_row_reasons")
         }
         return {**asdict(self), **named}
 
@@ -146,28 +148,29 @@ class _Inspector:
 
     def __init__(self, data: Data, tokenizer: "PreTrainedTokenizerBase", part: Part) -> None:
         self._data = data
-        self._renderer = renderer_for(tokenizer, data)
+        self._rows = RowEncoder(tokenizer, data)
         self._part = part
 
     def __call__(self, batch: Batch) -> _Inspected:
         result = _Inspected()
         found, limit = result.found, self._data.sequence_length
 
-        def bad(error: DataError) -> None:
+        def bad(error: BadRow) -> None:
             found.rows += 1
             found.undecodable += "not UTF-8" in str(error)
             _bad(found, error)
 
+        form = batch.form or explicit_form(self._data)
         rows = self._part.rows(batch, bad)
-        for (where, row), example in zip(rows, self._renderer.encode([row for _, row in rows]), strict=True):
+        for (where, row), example in zip(rows, self._rows.encode(form, [row for _, row in rows]), strict=True):
             found.rows += 1
             if isinstance(example, DataError):
                 _bad(found, at(where, example))
                 continue
             add_left_out(found.left_out, left_out_of(example.left_out, where))
-            add_left_out(found.unused_fields, left_out_of(self._renderer.unused(row), where))
-            turns = self._renderer.turns(row)
-            self._converse(found, turns)
+            add_left_out(found.unused_fields, left_out_of(form.unused(row), where))
+            turns = self._rows.turns(form, row)
+            _converse(found, turns, form.kind)
             # Many rows share a system message: it says nothing about whether they are alike.
             spoken = "\n".join(turn.content for turn in turns if turn.role not in ("system", "developer"))
             result.texts.append((where, Fingerprint.of(spoken)))
@@ -182,18 +185,24 @@ class _Inspector:
             found.desired += kept.teaches and bool(kept.stored()[0] & DESIRED_BIT)
         return result
 
-    def _converse(self, found: Findings, turns: list[Turn]) -> None:
-        roles = [turn.role for turn in turns]
-        if self._data.format == "chat":
-            found.one_sided += not {"user", "assistant"} <= set(roles)
-            found.odd_roles += any(a == b != "tool" for a, b in pairwise(roles)) or "system" in roles[1:]
-        found.empty_turns += any(not turn.content.strip() and not turn.calls for turn in turns)
-        found.undecodable += any(_REPLACEMENT in turn.content for turn in turns)
+
+def _converse(found: Findings, turns: list[Turn], kind: str) -> None:
+    roles = [turn.role for turn in turns]
+    if kind == "chat":
+        found.one_sided += not {"user", "assistant"} <= set(roles)
+        found.odd_roles += any(a == b != "tool" for a, b in pairwise(roles)) or "system" in roles[1:]
+    found.empty_turns += any(not turn.content.strip() and not turn.calls for turn in turns)
+    found.undecodable += any(_REPLACEMENT in turn.content for turn in turns)
 
 
-def _bad(found: Findings, error: DataError) -> None:
+def _bad(found: Findings, error: BadRow) -> None:
     found.bad_rows += 1
-    found.bad_row_examples = [*found.bad_row_examples, str(error)][:BAD_ROWS_SHOWN]
+    add_left_out(found.bad_row_reasons, {error.reason: LeftOut(rows=1, examples=[error.where])})
+
+
+def _line(reason: str, found: LeftOut) -> str:
+    rest = found.rows - len(found.examples)
+    return f"{', '.join(found.examples)}{f' and {rest:,} more rows' if rest else ''}: {reason}"
 
 
 class _Collected:
@@ -211,8 +220,7 @@ class _Collected:
                 setattr(self._found, name, getattr(self._found, name) + value)
         add_left_out(self._found.left_out, batch.found.left_out)
         add_left_out(self._found.unused_fields, batch.found.unused_fields)
-        examples = [*self._found.bad_row_examples, *batch.found.bad_row_examples]
-        self._found.bad_row_examples = examples[:BAD_ROWS_SHOWN]
+        add_left_out(self._found.bad_row_reasons, batch.found.bad_row_reasons)
         self._lengths += batch.lengths
         for where, text in batch.texts:
             self._compare(where, text)
@@ -235,6 +243,7 @@ class _Collected:
 
     def finish(self, order: Order) -> Findings:
         found, lengths = self._found, np.array(self._lengths, np.int64)
+        found.bad_row_examples = [_line(reason, same) for reason, same in found.bad_row_reasons.items()]
         if len(lengths):
             quantiles = {"min": 0, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1}
             found.lengths = {name: int(np.quantile(lengths, q)) for name, q in quantiles.items()}
@@ -272,6 +281,6 @@ def _refusals(data: Data, what: str, found: Findings, files: list[SourceFile]) -
             f"{setting}: nothing to train on in {found.rows} rows of {len(files)} files. Check data.format, data.fields, "
             "data.loss_on and data.sequence_length."
         )
-    elif what == "train" and data.format == "labelled":
+    elif what == "train" and any(file.form and file.form.kind == "labelled" for file in files):
         refusals += filter(None, [one_kind(found.desired, found.documents - found.without_targets)])
     return refusals

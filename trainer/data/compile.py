@@ -16,13 +16,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer.base.locate import TOKENIZER_FILES, named_files
 from trainer.config import Data
 from trainer.data.chat import template_text
 from trainer.data.dataset import Dataset, open_dataset
-from trainer.data.encode import EVERYTHING, Encoder, Part
+from trainer.data.encode import EVERYTHING, Encoder, Part, as_read
+from trainer.data.formats import explicit_form
 from trainer.data.manifest import FORMAT, MANIFEST, Counters, DatasetManifest, LeftOut, SourceRecord, chapter_key
 from trainer.data.pool import Mapper, mapper_for
 from trainer.data.rows import Batch, batches
@@ -43,7 +44,8 @@ CHAPTER_BYTES = 4 * 2**30
 class Progress:
     """How far a compilation is, in bytes of its sources; rows, documents and tokens are what was read and kept so far.
 
-    `left_out` comes with the last report: what rows carry and their text does not contain.
+    `left_out` comes with the last report: what rows carry and their text does not contain. `forms` come with the first: how the
+    rows of each source are read, where that was found out.
     """
 
     bytes_done: int
@@ -52,6 +54,7 @@ class Progress:
     documents: int = 0
     tokens: int = 0
     left_out: Mapping[str, LeftOut] = field(default_factory=dict)
+    forms: Sequence[str] = ()
 
 
 def hash_tokenizer(directory: Path, added_tokens: Sequence[str] = ()) -> dict[str, str]:
@@ -84,12 +87,28 @@ def fingerprint(
         "chapters": count_chapters(files),
         "tokenizer": dict(tokenizer_files),
         "template": template_text(data),
-        "settings": data.model_dump(include={"format", "fields", "sequence_length", "on_too_long", "on_bad_row"}),
-        "targets": data.targets,
+        **_reading(data, files),
         "part": [part.fraction, part.seed, part.held_out],
         **({"weighted": True} if weighted else {}),
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def _reading(data: Data, files: Sequence[SourceFile]) -> dict[str, Any]:
+    """The settings that rows are read by. Where all sources have one form, they are those that name this format."""
+    forms = {file.source: file.form for file in files if file.form is not None}
+    settings = data.model_dump(include={"sequence_length", "on_too_long", "on_bad_row"}) | data.beyond_targets
+    if len(set(forms.values())) > 1:
+        ways = [
+            [source, form.format, dict(form.fields), as_read(data, form).targets]
+            for source, form in sorted(forms.items())
+        ]
+        return {"settings": settings, "ways": ways}
+    form = next(iter(forms.values()), None) or explicit_form(data)
+    return {
+        "settings": settings | {"format": form.format, "fields": dict(form.fields)},
+        "targets": as_read(data, form).targets,
+    }
 
 
 def count_chapters(files: Sequence[SourceFile]) -> int:
@@ -207,7 +226,7 @@ def _read_source(files: Sequence[SourceFile], chapters: int, start: Place) -> It
                 chapter = min(chapters * (before + read) // size, chapters - 1)
                 yield batch, _At(file.source, chapter, Place(file=number, batch=index + 1), before + batch.read)
             read = batch.read
-        if file.store.head(file.key).version != file.version:
+        if file.changed():
             raise DataError(f"{file.uri}: changed while it was read. Start again when it is complete.")
         before += file.size
 

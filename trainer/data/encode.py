@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config import Data
-from trainer.data.chat import Example, Renderer
+from trainer.data.chat import Example, Renderer, Turn
+from trainer.data.formats import RowForm, explicit_form
 from trainer.data.labelled import Labelled, LabelledRenderer
 from trainer.data.manifest import DESIRED_BIT, TARGET_BIT, TOKEN, Counters, LeftOut, add_left_out
 from trainer.data.pairs import Pair, PairRenderer
@@ -79,10 +80,55 @@ def left_out_of(names: Iterable[str], where: str) -> dict[str, LeftOut]:
     return {printable(name): LeftOut(rows=1, examples=[where]) for name in names}
 
 
-def renderer_for(tokenizer: "PreTrainedTokenizerBase", data: Data) -> Renderer | PairRenderer | LabelledRenderer:
-    """The renderer of rows of `data.format`. Raises `ConfigError` when the tokenizer cannot serve it."""
-    kinds = {"preference": PairRenderer, "labelled": LabelledRenderer}
-    return kinds.get(data.format, Renderer)(tokenizer, data)
+_RENDERERS = {"preference": PairRenderer, "labelled": LabelledRenderer}
+
+
+class RowEncoder:
+    """Encodes rows of any form with one tokenizer. Each form has a renderer of its own, made when its first rows come.
+
+    Raises:
+        ConfigError: the tokenizer cannot serve `data.format`.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", data: Data) -> None:
+        self._tokenizer, self._data = tokenizer, data
+        self._renderers: dict[RowForm, Renderer | PairRenderer | LabelledRenderer] = {}
+        if data.format != "auto":
+            self._renderer(explicit_form(data))
+
+    def encode(self, form: RowForm, rows: Sequence[Row]) -> list[Example | Pair | Labelled | DataError]:
+        """Each row's document, or what is wrong with it; the error's text has no place in it."""
+        read = [_read_or_error(form, row) for row in rows]
+        encoded = iter(self._renderer(form).encode([row for row in read if not isinstance(row, DataError)]))
+        return [row if isinstance(row, DataError) else next(encoded) for row in read]
+
+    def turns(self, form: RowForm, row: Row) -> list[Turn]:
+        """The turns of a row, in any format.
+
+        Raises:
+            DataError: the row is not of this form.
+        """
+        return self._renderer(form).turns(form.read(row))
+
+    def _renderer(self, form: RowForm) -> Renderer | PairRenderer | LabelledRenderer:
+        if form not in self._renderers:
+            kind = _RENDERERS.get(form.kind, Renderer)
+            self._renderers[form] = kind(self._tokenizer, as_read(self._data, form))
+        return self._renderers[form]
+
+
+def as_read(data: Data, form: RowForm) -> Data:
+    """The settings for rows that were read: those of the form's kind."""
+    return data.model_copy(update={"format": form.kind, "fields": form.renderer_fields})
+
+
+def _read_or_error(form: RowForm, row: Row) -> Row | DataError:
+    try:
+        return form.read(row)
+    except DataError as error:
+        return error
+    except RecursionError:
+        return DataError("its values are nested too deeply")
 
 
 class _Fatal(Exception):
@@ -98,15 +144,17 @@ class Encoder:
 
     def __init__(self, data: Data, tokenizer: "PreTrainedTokenizerBase", part: Part) -> None:
         self._data = data
-        self._renderer = renderer_for(tokenizer, data)
+        self._rows = RowEncoder(tokenizer, data)
         self._part = part
 
     def __call__(self, batch: Batch) -> Encoded:
+        form = batch.form or explicit_form(self._data)
         result = Encoded(np.empty(0, TOKEN), np.empty(0, np.int64))
         documents: list[NDArray[np.uint32]] = []
         try:
             rows = self._part.rows(batch, lambda error: self._bad(result, error))
-            for (where, _), example in zip(rows, self._renderer.encode([row for _, row in rows]), strict=True):
+            examples = self._rows.encode(form, [row for _, row in rows])
+            for (where, _), example in zip(rows, examples, strict=True):
                 if isinstance(example, DataError):
                     self._bad(result, at(where, example))
                 else:
@@ -117,7 +165,7 @@ class Encoder:
             result.error = str(error)
         result.lengths = np.array([len(document) for document in documents], np.int64)
         result.tokens = np.concatenate([result.tokens, *documents])
-        if self._data.format == "labelled":
+        if form.kind == "labelled":
             result.counters.desired = sum(bool(document[0] & DESIRED_BIT) for document in documents)
         return result
 

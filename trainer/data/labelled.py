@@ -13,14 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config import Data
-from trainer.data.answers import AnswerRenderer, messages_of, untrained
-from trainer.data.chat import Example, Turn, field_of, unused_fields
+from trainer.data.answers import AnswerRenderer, messages_of
+from trainer.data.chat import Example, Turn, field_of
 from trainer.data.manifest import DESIRED_BIT, MISMATCHED_BIT
-from trainer.data.messages import text_of
+from trainer.data.messages import text_of, untrained
 from trainer.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# Tables of text have no other values.
+_WRITTEN = {"true": True, "True": True, "false": False, "False": False}
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,10 +129,6 @@ class LabelledRenderer:
         """
         return self._read(row).turns
 
-    def unused(self, row: dict[str, Any]) -> list[str]:
-        """The fields of a row that are not looked at."""
-        return unused_fields(row, self._data)
-
     def _read_or_error(self, row: dict[str, Any]) -> _Row | DataError:
         try:
             return self._read(row)
@@ -140,6 +139,7 @@ class LabelledRenderer:
 
     def _read(self, row: dict[str, Any]) -> _Row:
         prompt, completion, label = (field_of(row, name, self._data) for name in ("prompt", "completion", "label"))
+        label = _WRITTEN.get(label, label) if isinstance(label, str) else label
         if not isinstance(label, bool):
             raise DataError(f"the label is {label!r}, and not true (desired) or false (undesired)")
         if isinstance(prompt, list) or isinstance(completion, list):

@@ -7,7 +7,19 @@ from typing import Any
 from trainer.errors import DataError
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-_SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system"}
+# The roles of ShareGPT's form, also by the names that OpenAI's has and those of older files.
+_SHAREGPT = {
+    "human": "user",
+    "gpt": "assistant",
+    "system": "system",
+    "function_call": "assistant",
+    "observation": "tool",
+    **{role: role for role in _ROLES},
+    "chatgpt": "assistant",
+}
+_CALLS = "function_call"
+# Either says whether a message is trained; axolotl's files have the second.
+FLAGS = ("weight", "train")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Far above what the longest sequence can keep; it would take minutes and gigabytes to tokenize.
 LONGEST_TEXT = 16 * 2**20
@@ -26,20 +38,42 @@ def read_messages(value: Any) -> list[Message]:
 def _message(message: Any, turn: int) -> Message:
     if not isinstance(message, dict):
         raise DataError(f"turn {turn} is {_kind(message)}, and not an object with role and content")
-    weight = _weight(message.get("weight"), turn)
+    weight = _weight(message, turn)
     if _is_sharegpts(message):
         given, content, rest = message["from"], message.get("value"), weight
-        role, names = _SHAREGPT.get(given) if isinstance(given, str) else None, tuple(_SHAREGPT)
+        role, names = _role_of(given), tuple(_SHAREGPT)
+        if given == _CALLS:
+            rest, content = {**rest, "tool_calls": _written_calls(content, turn)}, ""
     else:
         given, content = message.get("role"), message.get("content")
-        rest = {key: value for key, value in message.items() if value is not None}
+        rest = {key: value for key, value in message.items() if value is not None and key not in FLAGS} | weight
         role, names = given, _ROLES
         if rest.get("tool_calls"):
             rest["tool_calls"] = _tool_calls(rest["tool_calls"], turn)
             content = content or ""  # a call needs no words
     if role not in _ROLES:
         raise DataError(f"turn {turn} has the role {given!r}; allowed are {', '.join(names)}")
-    return {**rest, "role": role, "content": text_of(content, f"content of turn {turn}")}
+    return {**rest, "role": role, "content": text_of(_joined(content, turn), f"content of turn {turn}")}
+
+
+def _joined(content: Any, turn: int) -> Any:
+    """The content as text: OpenAI's form may give it in parts, which servers join by line breaks (vLLM's chat_utils.py)."""
+    if not isinstance(content, list) or not content:
+        return content
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text":
+            raise DataError(f"turn {turn} has a part of type {kind!r}; only parts of type 'text' can be trained on")
+        texts.append(text_of(part.get("text"), f"text of a part of turn {turn}"))
+    return "\n".join(texts)
+
+
+def _written_calls(content: Any, turn: int) -> list[Any]:
+    """ShareGPT's calls of tools: JSON of one with name and arguments, or of a list of them."""
+    calls = _json(text_of(content, f"content of turn {turn}"), f"calls of turn {turn}")
+    named = [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
+    return _tool_calls(named, turn)
 
 
 def _is_sharegpts(message: Message) -> bool:
@@ -48,13 +82,15 @@ def _is_sharegpts(message: Message) -> bool:
 
 def own_keys(message: Message) -> set[str]:
     """The keys of a row's message that its form gives a meaning; the template may know others, or not."""
-    return {"weight", *(("from", "value") if _is_sharegpts(message) else ("role", "content", "tool_calls"))}
+    return {*FLAGS, *(("from", "value") if _is_sharegpts(message) else ("role", "content", "tool_calls"))}
 
 
 def is_weighted(messages: Any) -> bool:
     """Whether weights decide what is trained of a row's messages, or spoil the row. Takes whatever stands in their place."""
     given = messages if isinstance(messages, list) else []
-    return any(isinstance(message, dict) and message.get("weight") not in (None, 1) for message in given)
+    return any(
+        isinstance(message, dict) and any(message.get(flag) not in (None, 1) for flag in FLAGS) for message in given
+    )
 
 
 def is_trained(message: Message) -> bool:
@@ -62,10 +98,23 @@ def is_trained(message: Message) -> bool:
     return message.get("weight") != 0
 
 
-def _weight(weight: Any, turn: int) -> Message:
-    if weight not in (None, 0, 1):
-        raise DataError(f"turn {turn} has the weight {weight!r}; allowed are 0, which is not trained, and 1")
-    return {} if weight is None else {"weight": weight}
+def untrained(message: Any) -> Any:
+    """The message as a part of a prompt."""
+    from_assistant = isinstance(message, dict) and "assistant" in (message.get("role"), _role_of(message.get("from")))
+    return {**message, "weight": 0} if from_assistant else message
+
+
+def _role_of(given: Any) -> str | None:
+    return _SHAREGPT.get(given) if isinstance(given, str) else None
+
+
+def _weight(message: Message, turn: int) -> Message:
+    """The message's weight, whichever key gives it."""
+    for flag in FLAGS:
+        if message.get(flag) not in (None, 0, 1):
+            raise DataError(f"turn {turn} has the {flag} {message[flag]!r}; allowed are 0, which is not trained, and 1")
+    given = [message[flag] for flag in FLAGS if message.get(flag) is not None]
+    return {"weight": min(given)} if given else {}
 
 
 def _tool_calls(calls: Any, turn: int) -> list[Any]:

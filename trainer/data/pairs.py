@@ -1,9 +1,10 @@
 """Turns a preference row into a pair: a chosen and a rejected answer to one prompt, as two documents that stay together.
 
-An answer is a list of messages, rendered by the chat template, or a string. The prompt is the field `prompt`, or of
-messages without one what chosen and rejected have in common at their beginning. It is never trained.
+An answer is a list of messages, rendered by the chat template, or a string. The prompt is the field `prompt`, or without one
+what chosen and rejected have in common at their beginning. It is never trained.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -13,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config import Data
-from trainer.data.answers import AnswerRenderer, messages_of, untrained
-from trainer.data.chat import Example, Turn, field_of, unused_fields
+from trainer.data.answers import AnswerRenderer, messages_of
+from trainer.data.chat import Example, Turn, field_of
 from trainer.data.manifest import REJECTED_BIT
-from trainer.data.messages import Message, text_of
+from trainer.data.messages import Message, text_of, untrained
 from trainer.errors import DataError
 
 if TYPE_CHECKING:
@@ -98,10 +99,6 @@ class PairRenderer:
         """
         return self._answers(row).turns
 
-    def unused(self, row: dict[str, Any]) -> list[str]:
-        """The fields of a row that are not looked at."""
-        return unused_fields(row, self._data)
-
     def _answers_or_error(self, row: dict[str, Any]) -> _Answers | DataError:
         try:
             return self._answers(row)
@@ -116,8 +113,12 @@ class PairRenderer:
             raise DataError("chosen and rejected are the same, so nothing is preferred")
         if isinstance(chosen, list) or isinstance(rejected, list):
             return self._conversations(row, messages_of(chosen, "chosen"), messages_of(rejected, "rejected"))
-        prompt = text_of(field_of(row, "prompt", self._data), "prompt")
         texts = {name: text_of(given, name) for name, given in (("chosen", chosen), ("rejected", rejected))}
+        if self._data.fields.get("prompt", "prompt") in row:
+            prompt = text_of(field_of(row, "prompt", self._data), "prompt")
+        else:
+            prompt = _shared_beginning(*texts.values())
+            texts = {name: text.removeprefix(prompt) for name, text in texts.items()}
         turns = [Turn("user", prompt), *(Turn("assistant", text) for text in texts.values())]
         rows = {name: {"prompt": prompt, "completion": text} for name, text in texts.items()}
         return _Answers(rows["chosen"], rows["rejected"], turns)
@@ -145,6 +146,13 @@ class PairRenderer:
             {"messages": prompt + rejected[shared:], "tools": tools},
             turns,
         )
+
+
+def _shared_beginning(chosen: str, rejected: str) -> str:
+    """The words that both begin with. The white space behind them belongs to the answers, as tokens begin with it."""
+    shared = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(chosen, rejected, strict=False)))
+    words = re.match(r"(.*\S)?(?=\s)", chosen[:shared], re.DOTALL)
+    return words[0] if words else ""
 
 
 def _pair(chosen: Example | DataError, rejected: Example | DataError) -> Pair | DataError:

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.base.locate import Base
 from trainer.base.tokenizer import read_tokenizer
-from trainer.config import Config, Data
+from trainer.config import Config, Data, Source
+from trainer.config.data import LIKELY
 from trainer.data.compile import Progress, compile_chapters, count_chapters, fingerprint, hash_tokenizer
 from trainer.data.dataset import MANIFEST, open_chapter, read_manifest
+from trainer.data.detection import describe_forms, with_forms
 from trainer.data.encode import EVERYTHING, Part
 from trainer.data.labelled import one_kind
 from trainer.data.manifest import Count, DatasetManifest, Record, damaged, unsealed
@@ -25,6 +27,7 @@ from trainer.data.pool import Mapper, mapper_for
 from trainer.data.sources import SourceFile, expand
 from trainer.data.weights import find_weights, keep_weights, kept_weights
 from trainer.errors import Damaged, DataError, NotFound
+from trainer.objective.objective import find_objective, segments_of
 from trainer.run import layout
 from trainer.store import Store
 from trainer.tuning.method import method_of
@@ -91,6 +94,9 @@ def prepare_start(
     all bins have to be counted first.
     """
     inputs = find(config)
+    for what, sources in (("train", config.data.train), ("eval", config.data.eval)):
+        if forms := describe_forms(config.data, sources, inputs[what][0]) if sources else []:
+            progress(what, Progress(0, sum(file.size for file in inputs[what][0]), forms=forms))
     keys = locate(config, base, store, inputs, progress)
     compiling = {
         what: _compile(config, base, store, what, key, inputs[what], progress, mapper) for what, key in keys.items()
@@ -148,13 +154,14 @@ def find(config: Config) -> dict[str, Input]:
     `eval.sets`, such as "eval.sets.general".
 
     Raises:
+        ConfigError: the objective cannot learn from the rows of a source.
         DataError: a source is missing, or of a kind that cannot be read.
     """
     data = config.data
-    train = expand(data.train, "data.train")
+    train = _read(config, data, data.train, "data.train")
     inputs = {"train": Input(train, Part(data.held_out, data.held_out_seed), data)}
     if data.eval:
-        inputs["eval"] = Input(expand(data.eval, "data.eval"), EVERYTHING, data)
+        inputs["eval"] = Input(_read(config, data, data.eval, "data.eval"), EVERYTHING, data)
     elif data.held_out:
         inputs["eval"] = Input(train, Part(data.held_out, data.held_out_seed, held_out=True), data)
     return inputs | find_sets(config)
@@ -163,7 +170,15 @@ def find(config: Config) -> dict[str, Input]:
 def find_sets(config: Config) -> dict[str, Input]:
     """The part of `find` that is `eval.sets`."""
     read = {f"{_SETS}{name}": given.data(config.data) for name, given in config.eval.sets.items()}
-    return {what: Input(expand(data.train, what), EVERYTHING, data) for what, data in read.items()}
+    return {
+        what: Input(with_forms(config, data, expand(data.train, what), data.train, what, LIKELY), EVERYTHING, data)
+        for what, data in read.items()
+    }
+
+
+def _read(config: Config, data: Data, sources: Sequence[Source], setting: str) -> list[SourceFile]:
+    kinds = find_objective(config).formats
+    return with_forms(config, data, expand(sources, setting), sources, setting, kinds)
 
 
 def named(keys: Mapping[str, str]) -> dict[str, str]:
@@ -180,7 +195,7 @@ def wait_until_prepared(config: Config, base: Base, store: Store, wait: Callable
     """Return once another process has compiled the run's data into `store`; `wait` is called between two looks."""
     for files, part, data in find(config).values():
         name = partial(fingerprint, data, files, hash_tokenizer(base.directory, base.added_tokens), part)
-        while (weighted := kept_weights(store, name()) if data.format == "chat" else False) is None:
+        while (weighted := kept_weights(store, name()) if _may_have_weights(files) else False) is None:
             wait()
         while not _is_compiled(store, name(weighted)):
             wait()
@@ -214,20 +229,24 @@ def locate(
     found: dict[tuple[SourceFile, ...], bool] = {}  # the same files may be split between both
     for what, (files, part, data) in (inputs or find(config)).items():
         keys[what] = plain = fingerprint(data, files, tokenizer, part)
-        if data.format != "chat":
+        if not _may_have_weights(files):
             continue
         weighted = kept_weights(store, plain)
         if weighted is None:
             same, size = tuple(files), sum(file.size for file in files)
             if same not in found:
                 show = partial(_show_reading, progress, what, size)
-                found[same] = find_weights(data, files, show)
+                found[same] = find_weights(files, show)
             weighted = found[same]
             if keep:
                 keep_weights(store, plain, weighted)
         if weighted:
             keys[what] = fingerprint(data, files, tokenizer, part, weighted)
     return keys
+
+
+def _may_have_weights(files: Sequence[SourceFile]) -> bool:
+    return any(file.form is not None and file.form.kind == "chat" for file in files)
 
 
 def _show_reading(progress: OnProgress, what: str, size: int, read: int) -> None:
@@ -245,7 +264,7 @@ def train_order(config: Config) -> Order:
         config.run.seed,
         tuple(fractions),
         reserved=method_of(config).virtual.reserved,
-        segments=data.segments,
+        segments=segments_of(config),
     )
 
 

@@ -1,10 +1,12 @@
 """Reads the rows of a source's file, in batches that travel between processes undecoded."""
 
 import codecs
+import csv
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import pyarrow
@@ -12,6 +14,8 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from trainer.data import mds, tables
+from trainer.data.formats import Row, RowForm
+from trainer.data.json_array import elements
 from trainer.data.sources import SourceFile, split_suffix
 from trainer.errors import DataError
 from trainer.store import Store
@@ -20,6 +24,8 @@ BATCH_ROWS = 128
 _BATCH_BYTES = 2**20
 # In a compressed file the reported position may run ahead by this many decompressed bytes.
 _BUFFER_BYTES = 2**18
+# Enough to tell an array of JSON from rows in lines.
+_BEGINNING = 2**12
 # Longer lines are bad rows: a line is held in memory, and no sequence can keep so much text.
 LONGEST_LINE = 64 * 2**20
 # One request of this size keeps a bucket busy for about as long as it takes to answer.
@@ -27,21 +33,21 @@ _READ_BYTES = 8 * 2**20
 # Enough for a sentence with a few names from the row in it.
 _LONGEST_REASON = 400
 # Readers raise these for damaged content; the sizes in it may ask for more than any memory.
-_DAMAGE = (pyarrow.ArrowException, OSError, ValueError, ArithmeticError, MemoryError, RecursionError)
+_DAMAGE = (pyarrow.ArrowException, OSError, ValueError, ArithmeticError, MemoryError, RecursionError, csv.Error)
 
-Row = dict[str, Any]
-OnBad = Callable[[DataError], None]
+
+OnBad = Callable[["BadRow"], None]
 
 
 class Content(Protocol):
-    """Undecoded rows: some lines of JSON, a part of an Arrow table, or samples of an MDS shard."""
+    """Rows, as far as possible undecoded: some lines of JSON, a part of an Arrow table, samples of an MDS shard."""
 
     def rows(self) -> Iterable[Row | DataError | None]:
         """Each row in turn; in its place what is wrong with it, or None where there is none."""
         ...
 
-    def with_key(self, key: str) -> "Content":
-        """At least the rows that have `key` somewhere in them, without decoding any."""
+    def with_key(self, *keys: str) -> "Content":
+        """At least the rows that have one of the keys somewhere in them, without decoding any."""
         ...
 
 
@@ -50,16 +56,18 @@ class Batch:
     """Some rows of a file that follow each other.
 
     `first` is the number of the first, from 1; `read` says how much of the file's size was read by their end, in bytes.
+    `form` is that of the file's source.
     """
 
     uri: str
     first: int
     content: Content
     read: int
+    form: RowForm | None = None
 
-    def with_key(self, key: str) -> "Batch":
-        """At least the rows that have `key` somewhere in them, at whatever place."""
-        return replace(self, content=self.content.with_key(key))
+    def with_key(self, *keys: str) -> "Batch":
+        """At least the rows that have one of the keys somewhere in them, at whatever place."""
+        return replace(self, content=self.content.with_key(*keys))
 
     def rows(self, on_bad: OnBad) -> Iterator[tuple[str, Row]]:
         """Every row with its place, `file:line` (`file:row` where there are no lines). Empty lines are no rows.
@@ -74,9 +82,17 @@ class Batch:
                 yield where, row
 
 
-def at(where: str, error: DataError) -> DataError:
+class BadRow(DataError):
+    """A row that cannot be used: where it stands, and why."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(f"{where}: {reason}")
+        self.where, self.reason = where, reason
+
+
+def at(where: str, error: DataError) -> BadRow:
     """The error of a row with its place, as one line."""
-    return DataError(f"{where}: {printable(str(error))}")
+    return BadRow(where, printable(str(error)))
 
 
 def printable(text: str) -> str:
@@ -94,15 +110,8 @@ def batches(file: SourceFile) -> Iterator[Batch]:
     """
     kind, compression = split_suffix(file.key)
     try:
-        match kind:
-            case ".jsonl":
-                yield from _json_lines(file, compression)
-            case ".parquet":
-                yield from _parquet(file)
-            case ".arrow":
-                yield from _arrow(file)
-            case ".mds":
-                yield from _mds(file, compression)
+        for batch in _READERS[kind](file, compression):
+            yield replace(batch, form=file.form)
     except _DAMAGE as error:
         reason = at(file.uri, DataError(f"damaged or not of the kind its name says ({error})"))
         raise DataError(f"{reason}. Replace the file.") from error
@@ -125,9 +134,9 @@ class Lines:
         for index, line in enumerate(self.lines):
             yield _parse(line.removeprefix(codecs.BOM_UTF8) if self.begins and not index else line)
 
-    def with_key(self, key: str) -> "Lines":
-        quoted = f'"{key}"'.encode()
-        return replace(self, lines=[line for line in self.lines if quoted in line])
+    def with_key(self, *keys: str) -> "Lines":
+        quoted = [f'"{key}"'.encode() for key in keys]
+        return replace(self, lines=[line for line in self.lines if any(key in line for key in quoted)])
 
 
 def _parse(line: bytes) -> Row | DataError | None:
@@ -141,7 +150,11 @@ def _parse(line: bytes) -> Row | DataError | None:
         return DataError(f"not UTF-8 ({error})")
     except (ValueError, RecursionError) as error:
         return DataError(f"not JSON ({error})")
-    return row if isinstance(row, dict) else DataError(f"not JSON (an object is needed, this is {type(row).__name__})")
+    return row if isinstance(row, dict) else _no_object(row)
+
+
+def _no_object(element: Any) -> DataError:
+    return DataError(f"not JSON (an object is needed, this is {type(element).__name__})")
 
 
 def _json_lines(file: SourceFile, compression: str | None) -> Iterator[Batch]:
@@ -165,6 +178,63 @@ def _json_lines(file: SourceFile, compression: str | None) -> Iterator[Batch]:
         yield Batch(file.uri, number, Lines(lines, number == 1), read())
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """Rows that could be told from each other only by decoding them; an element of an array may be something else."""
+
+    elements: list[Any]
+
+    def rows(self) -> Iterable[Row | DataError | None]:
+        for element in self.elements:
+            yield element if isinstance(element, dict | DataError) else _no_object(element)
+
+    def with_key(self, *keys: str) -> "Decoded":
+        return self
+
+
+def _json(file: SourceFile, compression: str | None) -> Iterator[Batch]:
+    """A file of JSON is an array of rows, unless it begins with something else: then it has a row a line."""
+    stream = pyarrow.input_stream(_buffered(file), compression=compression)
+    if not stream.read(_BEGINNING).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        return _json_lines(file, compression)
+    source = _buffered(file)
+    stream = pyarrow.input_stream(source, compression=compression)
+    return _gathered(file, source, elements(stream.read, LONGEST_LINE))
+
+
+def _separated(file: SourceFile, compression: str | None, delimiter: str) -> Iterator[Batch]:
+    """Rows of text whose fields the first line names (RFC 4180: a value in quotes may hold line breaks)."""
+    source = _buffered(file)
+    stream = pyarrow.input_stream(source, compression=compression)
+    text = io.TextIOWrapper(io.BufferedReader(stream, _BUFFER_BYTES), "utf-8-sig", newline="")  # pyright: ignore[reportArgumentType]
+    csv.field_size_limit(LONGEST_LINE)
+    records = csv.reader(text, delimiter=delimiter, strict=True)
+    header = next(records, [])
+    if len(set(header)) != len(header):
+        raise ValueError("two columns have the same name")
+    rows = ((_record(header, values), sum(map(len, values))) for values in records if values)
+    return _gathered(file, source, rows)
+
+
+def _record(header: list[str], values: list[str]) -> Row | DataError:
+    if len(values) != len(header):
+        return DataError(f"{len(values)} values in a row of {len(header)} columns; quote those that hold a delimiter")
+    return dict(zip(header, values, strict=True))
+
+
+def _gathered(file: SourceFile, source: io.BufferedReader, elements: Iterable[tuple[Any, int]]) -> Iterator[Batch]:
+    """The elements, each with its size, in batches; `source` knows how much of the file they took, or a little more."""
+    first, gathered, size = 1, [], 0
+    for element, characters in elements:
+        gathered.append(element)
+        size += characters
+        if len(gathered) == BATCH_ROWS or size >= _BATCH_BYTES:
+            yield Batch(file.uri, first, Decoded(gathered), source.tell())
+            first, gathered, size = first + len(gathered), [], 0
+    if gathered:
+        yield Batch(file.uri, first, Decoded(gathered), source.tell())
+
+
 def _bounded_lines(stream: io.BufferedReader) -> Iterator[bytes]:
     """All lines. One that is longer than is allowed comes with a byte too many and without its rest."""
     while line := stream.readline(LONGEST_LINE + 1):
@@ -173,7 +243,7 @@ def _bounded_lines(stream: io.BufferedReader) -> Iterator[bytes]:
             line = stream.readline(LONGEST_LINE + 1)
 
 
-def _parquet(file: SourceFile) -> Iterator[Batch]:
+def _parquet(file: SourceFile, compression: None) -> Iterator[Batch]:
     table, first = pyarrow.parquet.ParquetFile(_buffered(file)), 1
     for part in map(tables.checked, table.iter_batches(batch_size=BATCH_ROWS)):
         read = file.size * (first + part.num_rows - 1) // max(1, table.metadata.num_rows)
@@ -181,7 +251,7 @@ def _parquet(file: SourceFile) -> Iterator[Batch]:
         first += part.num_rows
 
 
-def _arrow(file: SourceFile) -> Iterator[Batch]:
+def _arrow(file: SourceFile, compression: None) -> Iterator[Batch]:
     """A file of a saved HF data set: the streaming form of Arrow's IPC format."""
     source, first, begin = _buffered(file), 1, 0
     for batch in map(tables.checked, pyarrow.ipc.open_stream(source)):
@@ -207,9 +277,9 @@ class Samples:
             except (ValueError, RecursionError) as error:
                 yield DataError(f"not a sample of its shard ({error})")
 
-    def with_key(self, key: str) -> "Samples":
-        quoted = f'"{key}"'.encode()
-        return replace(self, samples=[sample for sample in self.samples if quoted in sample])
+    def with_key(self, *keys: str) -> "Samples":
+        quoted = [f'"{key}"'.encode() for key in keys]
+        return replace(self, samples=[sample for sample in self.samples if any(key in sample for key in quoted)])
 
 
 def _mds(file: SourceFile, compression: str | None) -> Iterator[Batch]:
@@ -251,6 +321,17 @@ class ObjectReader(io.RawIOBase):
         view[: len(data)] = data
         self._position += len(data)
         return len(data)
+
+
+_READERS: dict[str, Callable[[SourceFile, Any], Iterator[Batch]]] = {
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".csv": partial(_separated, delimiter=","),
+    ".tsv": partial(_separated, delimiter="\t"),
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+    ".mds": _mds,
+}
 
 
 def _buffered(file: SourceFile) -> io.BufferedReader:

@@ -10,12 +10,15 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from trainer.config import Data, Source
+from trainer.data import hub
+from trainer.data.formats import RowForm
 from trainer.errors import DataError, NotFound, StorageError
 from trainer.store import Store, open_store
 
 # Ending of a file's name -> its compression; what can be compressed as a whole.
+_TEXTS = (".jsonl", ".json", ".csv", ".tsv")
 _COMPRESSIONS = {
-    ".jsonl": {"": None, ".gz": "gzip", ".zst": "zstd"},
+    **{kind: {"": None, ".gz": "gzip", ".zst": "zstd"} for kind in _TEXTS},
     ".parquet": {"": None},
     ".arrow": {"": None},
     ".mds": {"": None, ".zstd": "zstd", ".gz": "gzip", ".br": "brotli", ".bz2": "bz2"},
@@ -23,7 +26,7 @@ _COMPRESSIONS = {
 _SUFFIXES = {
     kind + suffix: (kind, compression) for kind, known in _COMPRESSIONS.items() for suffix, compression in known.items()
 }
-_SCHEMES = ("file", "s3", "gs", "az")
+_SCHEMES = ("file", "s3", "gs", "az", hub.SCHEME)
 _WILDCARDS = frozenset("*?[")
 
 
@@ -31,7 +34,8 @@ _WILDCARDS = frozenset("*?[")
 class SourceFile:
     """A file of a source: `uri` is its name in messages, `size` is in bytes, `source` the index of its source.
 
-    `version` changes when the content does.
+    `version` changes when the content does. `form` is how its rows are read, once that is known. An
+    `immutable` one has its version from elsewhere, and never changes.
     """
 
     uri: str
@@ -40,10 +44,16 @@ class SourceFile:
     size: int
     version: str
     source: int
+    form: RowForm | None = None
+    immutable: bool = False
+
+    def changed(self) -> bool:
+        """Whether the file is not what it was when it was found."""
+        return not self.immutable and self.store.head(self.key).version != self.version
 
 
 def split_suffix(key: str) -> tuple[str, str | None]:
-    """The kind of file that a name stands for (.jsonl, .parquet, .arrow or .mds), and its compression."""
+    """The kind of file that a name stands for, such as .jsonl, and its compression."""
     return next(found for suffix, found in _SUFFIXES.items() if key.endswith(suffix))
 
 
@@ -55,30 +65,33 @@ def expand(sources: Sequence[Source], setting: str) -> list[SourceFile]:
     Raises:
         DataError: a path does not exist, matches nothing, or is of a kind that cannot be read.
     """
-    return [
-        file for index, source in enumerate(sources) for file in _find(source.path, index, f"{setting}[{index}].path")
-    ]
+    return [file for index, source in enumerate(sources) for file in _find(source, index, f"{setting}[{index}].path")]
 
 
 def unusable(data: Data) -> list[str]:
-    """One sentence for each source of a run that has no file to read."""
+    """One sentence for each source of a run that has no file to read. Data sets of the Hub are not asked for."""
     sentences = []
     for setting, sources in (("data.train", data.train), ("data.eval", data.eval)):
         for index, source in enumerate(sources):
             try:
-                _find(source.path, index, f"{setting}[{index}].path")
+                if not source.path.startswith(f"{hub.SCHEME}://"):
+                    _find(source, index, f"{setting}[{index}].path")
             except DataError as error:
                 sentences.append(str(error))
     return sentences
 
 
-def _find(path: str, source: int, name: str) -> list[SourceFile]:
+def _find(given: Source, source: int, name: str) -> list[SourceFile]:
+    path = given.path
     scheme = urlsplit(path).scheme if "://" in path else "file"
     if scheme not in _SCHEMES:
         allowed = ", ".join(f"{scheme}://" for scheme in _SCHEMES)
         raise DataError(f"{name}: {path!r} has the scheme {scheme!r}. Allowed are a local path, or {allowed}.")
     try:
-        found = _find_local(path, source, name) if scheme == "file" else _find_remote(path, source, name)
+        if scheme == hub.SCHEME:
+            found = _find_in_hub(given, source, name)
+        else:
+            found = _find_local(path, source, name) if scheme == "file" else _find_remote(path, source, name)
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, a home of nobody, a name that is no text
         reason = " ".join(str(error).split())
         raise DataError(f"{name}: {path!r} cannot be used: {reason}. Rename the file, or correct the path.") from error
@@ -129,6 +142,22 @@ def _find_remote(path: str, source: int, name: str) -> list[SourceFile]:
     except StorageError as error:
         raise DataError(f"{name}: {path!r} cannot be read: {error}") from error
     return [SourceFile(f"{folder}/{e.key}", store, e.key, e.size, e.version, source) for e in entries]
+
+
+def _find_in_hub(given: Source, source: int, name: str) -> list[SourceFile]:
+    files = hub.find_hub_files(given.path, given.subset, given.split, name, tuple(_SUFFIXES))
+    return [
+        SourceFile(
+            file.uri,
+            open_store(str(file.path.parent), setting=name),
+            file.path.name,
+            file.path.stat().st_size,
+            file.version,
+            source,
+            immutable=True,
+        )
+        for file in files
+    ]
 
 
 def _find_in_folder(store: Store, uri: str, source: int, name: str) -> list[SourceFile]:

@@ -54,6 +54,29 @@ class Spelling:
         return targets
 
 
+def joined(spans: Iterable[Span]) -> list[Span]:
+    """The characters that are in any of the spans, as spans that are sorted and disjoint."""
+    result: list[Span] = []
+    for start, end in sorted(spans):
+        if result and start <= result[-1][1]:
+            result[-1] = result[-1][0], max(end, result[-1][1])
+        else:
+            result.append((start, end))
+    return result
+
+
+def without(spans: Iterable[Span], others: Sequence[Span]) -> list[Span]:
+    """The characters of the spans that are in none of the `others`, which are sorted and disjoint."""
+    result: list[Span] = []
+    for start, end in spans:
+        for begin, stop in others:
+            if start < stop and begin < end:
+                result.append((start, max(start, begin)))
+                start = min(end, stop)
+        result.append((start, end))
+    return [(start, end) for start, end in result if start < end]
+
+
 def overlapping(encoding: Any, spans: Sequence[Span]) -> NDArray[np.bool_]:
     """Which tokens of a `tokenizers.Encoding` with offsets share a character with a span, (tokens,).
 

@@ -92,9 +92,10 @@ class Table:
         except _UNDECODABLE:
             return (_decoded(self.batch.slice(index, 1)) for index in range(self.batch.num_rows))
 
-    def with_key(self, key: str) -> "Table":
-        """All rows, or none where no column has a field of this name."""
-        return self if any(key in str(field.type) for field in self.batch.schema) else Table(self.batch.slice(0, 0))
+    def with_key(self, *keys: str) -> "Table":
+        """All rows, or none where no column has a field of these names."""
+        types = [str(field.type) for field in self.batch.schema]
+        return self if any(key in kind for kind in types for key in keys) else Table(self.batch.slice(0, 0))
 
 
 def _decoded(row: pyarrow.RecordBatch) -> dict[str, Any] | DataError:

@@ -7,9 +7,8 @@ through once. It takes a small part of what compiling takes, and its result is k
 
 from collections.abc import Callable, Sequence
 
-from trainer.config import Data
 from trainer.data.manifest import Record, unsealed
-from trainer.data.messages import is_weighted
+from trainer.data.messages import FLAGS, is_weighted
 from trainer.data.rows import batches
 from trainer.data.sources import SourceFile
 from trainer.errors import Damaged, DataError, NotFound
@@ -38,20 +37,23 @@ def keep_weights(store: Store, fingerprint: str, weighted: bool) -> None:
     store.sub(layout.dataset(fingerprint)).put(_KEY, Weights(weighted=weighted).sealed())
 
 
-def find_weights(data: Data, files: Sequence[SourceFile], progress: Callable[[int], None]) -> bool:
+def find_weights(files: Sequence[SourceFile], progress: Callable[[int], None]) -> bool:
     """Whether any message of any row has a weight that is not 1; `progress` gets the bytes of the files read so far.
 
     Raises:
         DataError: a file as a whole is damaged.
     """
-    name, before = data.fields.get("messages", "messages"), 0
+    before = 0
 
     def skip(error: DataError) -> None:
         """Whether bad rows matter is told when they are compiled."""
 
     for file in files:
+        form = file.form
+        if form is None or form.kind != "chat":
+            continue
         for batch in batches(file):
-            if any(is_weighted(row.get(name)) for _, row in batch.with_key("weight").rows(skip)):
+            if any(is_weighted(form.messages(row)) for _, row in batch.with_key(*FLAGS).rows(skip)):
                 return True
             progress(before + batch.read)
         before += file.size

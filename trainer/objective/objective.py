@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from trainer import objective as folder
 from trainer.config import Config, ObjectiveSettings
+from trainer.config.data import most_segments
 from trainer.errors import ConfigError
 from trainer.registry import chosen, kinds, refuse_unread
 from trainer.tuning.method import Method, base_trained_by, method_of
@@ -55,7 +56,7 @@ class Objective(Protocol):
 
     @property
     def formats(self) -> Collection[str]:
-        """The values of `data.format` whose rows it can learn from."""
+        """The kinds of rows that it can learn from; see `KINDS` in trainer/config/data.py."""
         ...
 
     @property
@@ -130,6 +131,14 @@ def reference_of(config: Config) -> Literal["adapter_off", "stored"] | None:
     return "stored" if method_of(config).trains_base else "adapter_off"
 
 
+def segments_of(config: Config) -> int:
+    """Segments of a row that one document of the run is, at most; see `Data.segments`. By the objective, where the rows may have
+    any format that it learns from."""
+    if config.data.format != "auto":
+        return config.data.segments
+    return max(map(most_segments, find_objective(config).formats))
+
+
 def check_objective(config: Config) -> None:
     """Raises `ConfigError` when the run's objective is unknown, or asks more of the run than it has."""
     wrong = objective_mismatches(config)
@@ -141,7 +150,7 @@ def objective_mismatches(config: Config) -> list[str]:
     """A sentence for each setting that does not suit the run's objective; raises `ConfigError` when that is unknown."""
     objective, name = find_objective(config), config.objective.name
     wrong = objective.mismatches()
-    if config.data.format not in objective.formats:
+    if config.data.format != "auto" and config.data.kind not in objective.formats:
         wrong.append(
             f"data.format: {config.data.format} has no rows for objective.name: {name}. Set it to "
             f"{' or '.join(objective.formats)}, or choose another objective."

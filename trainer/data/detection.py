@@ -1,0 +1,87 @@
+"""Finds out how the rows of each source are read: as the settings say, else by the first of them."""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby, islice
+
+from trainer.config import Config, Data, Source
+from trainer.config.data import KINDS
+from trainer.data.formats import FORMATS, Row, RowForm, detect
+from trainer.data.rows import rows
+from trainer.data.sources import SourceFile
+from trainer.errors import ConfigError, DataError
+
+_ROWS = 64
+
+
+def with_forms(
+    config: Config,
+    data: Data,
+    files: Sequence[SourceFile],
+    sources: Sequence[Source],
+    setting: str,
+    kinds: Collection[str],
+) -> list[SourceFile]:
+    """The files of `sources`, which the setting of this name gives, each with the form of its rows; `data` says how they are read.
+
+    Raises:
+        ConfigError: the rows are of none of the `kinds` that are wanted, or of a format that does not go with a setting.
+        DataError: the first rows are of no format known here, or cannot be read at all.
+    """
+    found: list[SourceFile] = []
+    for index, own in groupby(files, lambda file: file.source):
+        mine, name = list(own), f"{setting}[{index}]"
+        form = _form(data, sources[index], mine, kinds, name)
+        if sources[index].format or data.format == "auto":  # else the settings were compared with each other
+            _check(config.objective.name, data, form, kinds, name)
+        found += [replace(file, form=form) for file in mine]
+    return found
+
+
+def describe_forms(data: Data, sources: Sequence[Source], files: Sequence[SourceFile]) -> list[str]:
+    """A line for each of the `sources` whose format was found out: where it is, its format and its fields."""
+    forms = {file.source: file.form for file in files}
+    return [
+        f"{source.path} is read as {forms[index]}"
+        for index, source in enumerate(sources)
+        if (source.format or data.format) == "auto"
+    ]
+
+
+def _form(data: Data, source: Source, files: Sequence[SourceFile], kinds: Collection[str], name: str) -> RowForm:
+    given = source.fields if source.format else {**data.fields, **source.fields}
+    format = source.format or data.format
+    if format != "auto":
+        return RowForm(format, tuple(sorted(given.items())))
+    sample = list(islice(_sample(files), _ROWS))
+    form = detect(sample, given, kinds)
+    if form is None:
+        seen = ", ".join(sample[0]) if sample else "none"
+        raise DataError(
+            f"{name}: the first rows of {files[0].uri} are of no format known here: their fields are {seen}. Name the format and the "
+            f"fields, such as data.format=prompt_completion data.fields.prompt=... data.fields.completion=...; formats are {', '.join(FORMATS)}."
+        )
+    return form
+
+
+def _sample(files: Sequence[SourceFile]) -> Iterator[Row]:
+    def skip(error: DataError) -> None:
+        """Bad rows are told when all are read."""
+
+    for file in files:
+        for _, row in rows(file, skip):
+            yield row
+
+
+def _check(objective: str, data: Data, form: RowForm, kinds: Collection[str], name: str) -> None:
+    if form.kind not in kinds:
+        raise ConfigError(
+            f"{name}: its rows are {form}, and objective.name: {objective} learns from {' or '.join(kinds)}. Choose "
+            f"objective.name={_LEARNS[form.kind]}, other data, or name the format and the fields with data.format and data.fields."
+        )
+    if unsuited := data.unsuited(form.format):
+        raise ConfigError(f"{name}: {unsuited}")
+
+
+# An objective for each kind of rows, to propose.
+_LEARNS = {**dict.fromkeys(KINDS.values(), "sft"), "preference": "dpo", "labelled": "kto"}

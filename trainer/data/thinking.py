@@ -1,0 +1,57 @@
+"""The thinking of models that reason: a block of text before an answer, in `reasoning_content` or between tags in the content.
+
+Chat templates write the block of the last turn, and mostly drop those of earlier ones, where no model sees them when it answers.
+"""
+
+import re
+from collections.abc import Iterator
+
+from trainer.data.messages import Message
+from trainer.data.spans import Span
+
+OPEN, CLOSE = "<think>", "</think>"
+_KEYS = ("reasoning_content", "reasoning", "thinking")
+_BEFORE_ANSWER = re.compile(rf"\s*{OPEN}(.*?){CLOSE}\s*", re.DOTALL)
+_BLOCK = re.compile(rf"{OPEN}.*?{CLOSE}\s*", re.DOTALL)
+# Templates look for the tags in a content and cut there. These stand for them until the text is made: as long as the tags, so that
+# places stay what they are, of characters of the private use area, which nothing else has.
+_HIDDEN = {OPEN: "\ue0f0" * len(OPEN), CLOSE: "\ue0f1" * len(CLOSE)}
+
+
+def without_thinking(message: Message) -> Message:
+    """The message with its answer alone."""
+    if message["role"] != "assistant":
+        return message
+    rest = {key: value for key, value in message.items() if key not in _KEYS}
+    return {
+        **rest,
+        "content": _BEFORE_ANSWER.sub("", message["content"], count=1) if _thought(message) else message["content"],
+    }
+
+
+def with_hidden_thinking(message: Message, text: str) -> Message:
+    """The message whose thinking `text` lacks, with it in its content, where the template does not see it; others as they are."""
+    thought = _thought(message) if message["role"] == "assistant" else None
+    if not thought or thought in text:
+        return message
+    answer = without_thinking(message)
+    return {**answer, "content": f"{_HIDDEN[OPEN]}\n{thought}\n{_HIDDEN[CLOSE]}\n\n{answer['content']}"}
+
+
+def shown_again(text: str) -> str:
+    """A text made of messages with hidden thinking."""
+    for tag, hidden in _HIDDEN.items():
+        text = text.replace(hidden, tag)
+    return text
+
+
+def blocks(text: str) -> Iterator[Span]:
+    """The characters of each block of thinking, with its tags and the white space behind it."""
+    return (match.span() for match in _BLOCK.finditer(text))
+
+
+def _thought(message: Message) -> str | None:
+    """What is thought, by key or between tags at the beginning of the content, without white space around it."""
+    by_key = next((message[key] for key in _KEYS if isinstance(message.get(key), str)), None)
+    within = _BEFORE_ANSWER.match(message["content"])
+    return (by_key or (within[1] if within else "")).strip() or None
