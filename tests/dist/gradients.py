@@ -37,6 +37,11 @@ def first_step(config_text: str, fingerprint: str, destination: str) -> dict[str
     }
 
 
+def first_steps(loads: list[tuple[str, str, str]]) -> list[float]:
+    """`first_step` of each configuration, data and destination in turn. -> the losses."""
+    return [first_step(*load)["loss"] for load in loads]
+
+
 def observed_gradients(here: Assembled) -> dict[str, Tensor]:
     """A dictionary that holds the gradients which the optimizer got in the engine's last step, whole and by name."""
     gradients: dict[str, Tensor] = {}

@@ -84,6 +84,36 @@ def test_gradients_are_pefts_and_those_of_one_rank_at_any_world_size(
     assert distance(turned, theirs) > 0.1, "the control: the experts' gradients are not alike"
 
 
+# Stacks beside shared experts and dense layers, without a gate, transposed and of a class without an interface, beside a dense MLP.
+OTHERS = ("deepseek-v3", "nemotron-h", "llama4", "gemma4-moe")
+
+
+@pytest.mark.timeout(900)
+def test_gradients_of_other_families_are_those_of_one_rank_at_two_and_three(workshop: Workshop, tmp_path: Path) -> None:
+    """In fp32; one start of the ranks goes over all families."""
+    loads = list[tuple[str, str]]()
+    for kind in OTHERS:
+        make_base(tmp_path / kind, kind, torch.float32)
+        settings = ("tuning.experts=true", "tuning.experts_rank=3", "model.dtype=fp32", "quant.type=none")
+        config = workshop.config("gradients", f"model.base={tmp_path / kind}", *settings)
+        loads.append((dump_config(config), workshop.prepare(config).train))
+    ours: dict[int, list[dict[str, torch.Tensor]]] = {}
+    losses: dict[int, list[float]] = {}
+    for ranks in (1, 2, 3):
+        files = [tmp_path / f"{kind}-{ranks}.safetensors" for kind in OTHERS]
+        given = [(*load, str(file)) for load, file in zip(loads, files, strict=True)]
+        losses[ranks] = launch(ranks, gradients.first_steps, given, timeout=500)[0]
+        ours[ranks] = [load_file(file) for file in files]
+    for index, kind in enumerate(OTHERS):
+        one, *several = (ours[ranks][index] for ranks in (1, 2, 3))
+        assert any(".adapters." in name and values.norm() > 0 for name, values in one.items()), kind
+        for found in several:
+            assert distance(found, one) < 1e-6, kind
+        assert losses[2][index] == pytest.approx(losses[1][index], rel=1e-6), kind
+    turned = {name: values.roll(1, 0) if ".adapters." in name else values for name, values in ours[1][0].items()}
+    assert distance(turned, ours[1][0]) > 0.1, "the control: the experts' gradients are not alike"
+
+
 @pytest.mark.timeout(300)
 def test_a_run_goes_on_bit_by_bit_at_its_world_size_and_closely_at_another(workshop: Workshop) -> None:
     learnt = check_goes_on(
