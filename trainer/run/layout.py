@@ -124,6 +124,11 @@ def manifest(step: int) -> str:
     return f"{checkpoint(step)}manifest.json"
 
 
+def adapter(step: int) -> str:
+    """The folder of the adapter that is exported beside a checkpoint, and goes with it."""
+    return f"{checkpoint(step)}{ADAPTER}"
+
+
 def damaged_manifest(step: int, generation: int) -> str:
     """Where `generation` puts the manifest of a checkpoint that it found damaged: it commits the step again."""
     return f"{checkpoint(step)}manifest.damaged-{generation:06d}.json"
