@@ -19,7 +19,7 @@ from typing import Any
 
 from trainer.base.filling import as_tensor
 from trainer.base.load import DTYPES
-from trainer.base.locate import TOKENIZER_FILES, Base, check_mergeable, describe_base, named_files
+from trainer.base.locate import TOKENIZER_FILES, Base, describe_base, named_files
 from trainer.base.parameters import find_all_weights
 from trainer.base.reading import PIECE_BYTES, PIECES_IN_FLIGHT, cut, freed_memory_given_back, read_ahead
 from trainer.base.tokenizer import tokenizer_files
@@ -27,11 +27,10 @@ from trainer.base.unpacked import Weight
 from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
 from trainer.config import Config
 from trainer.errors import ConfigError
-from trainer.export.command import BytesWritten, command, print_progress
-from trainer.export.folder import CARD, TRAINED, check_destination, model_card
+from trainer.export.card import MODEL_USAGE, Content, model_card
+from trainer.export.folder import CARD, TRAINED, BytesWritten, check_destination
 from trainer.export.learnt import CheckpointWeights
-from trainer.export.proof import Proof
-from trainer.export.trained import resolve_trained_base, trained_config, trained_method
+from trainer.export.trained import check_mergeable_run, resolve_trained_base, trained_config, trained_method
 from trainer.safetensors_index import INDEX_FILE, SINGLE_FILE, Joined, TensorSource, item_bytes, numel
 from trainer.store import Store
 from trainer.tuning.method import WeightUpdate, method_of
@@ -54,11 +53,8 @@ def export_merged(
     check_destination(destination, "*.safetensors", INDEX_FILE, *_SMALL_FILES, *TOKENIZER_FILES)
     manifest = whole_checkpoint(run, step)
     config = trained_config(run, manifest)
-    method = trained_method(config, manifest)
-    if not method.exports_model:
-        check_mergeable(config.model, describe_base(config.model))
-    if method.unmergeable:
-        raise ConfigError(f"--merge: {method.unmergeable}. Leave out --merge.")
+    trained_method(config, manifest)
+    check_mergeable_run(config, describe_base(config.model))
     write_model(run, manifest, config, destination, report)
     return manifest
 
@@ -74,7 +70,8 @@ def write_model(
             "all. Only a run of the whole base can be exported as a model."
         )
     base = resolve_trained_base(config.model, manifest)
-    destination.put(CARD, model_card(config, manifest, "transformers", _description(config)))
+    content = Content("transformers", _description(config), "finetune", MODEL_USAGE)
+    destination.put(CARD, model_card(run, config, manifest, content))
     changed = changed_files(run, manifest, config, base)
     total, done = sum(file.size for file in changed), 0
     with freed_memory_given_back():
@@ -288,13 +285,3 @@ _Piece = _FileRange | _NewBytes
 
 def _apply(source: TensorSource, update: WeightUpdate, first: int, data: bytearray) -> None:
     update.apply_to(as_tensor(data, source), first)
-
-
-def _prove(run: Store, step: int, merged: Store) -> Proof:
-    from trainer.export.verify import prove_merged
-
-    return prove_merged(run, step, merged)
-
-
-if __name__ == "__main__":
-    command(partial(export_merged, report=print_progress()), _prove)
