@@ -1,6 +1,7 @@
 """llama.cpp itself (xllamacpp), which loads what was exported for it, in a process of its own."""
 
 import json
+from importlib import import_module
 from typing import Any
 
 CONTEXT = 128
@@ -11,7 +12,7 @@ def log_probabilities(
 ) -> list[list[float]]:
     """For each prompt of token ids those of every next token, with the adapter if there is one; `word` is any token that is a
     word. Computed on one thread, with keys and values in fp32."""
-    import xllamacpp
+    xllamacpp: Any = import_module("xllamacpp")
 
     params: Any = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.n_gpu_layers = model, CONTEXT, 1, 0
