@@ -122,9 +122,14 @@ class _Answers(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
                 files[value["path"]] = self.hub.objects[value["oid"]]
-        commit = hashlib.sha1(body).hexdigest()
+        commit, repository = hashlib.sha1(body).hexdigest(), "/".join(self.path.split("/")[3:5])
         self._answer(
-            {"success": True, "commitOid": commit, "commitUrl": f"{self.hub.url}/commit/{commit}", "hookOutput": ""}
+            {
+                "success": True,
+                "commitOid": commit,
+                "commitUrl": f"{self.hub.url}/{repository}/commit/{commit}",
+                "hookOutput": "",
+            }
         )
 
 

@@ -14,7 +14,7 @@ FormatOptions = Annotated[
 FormatOption = Annotated[
     str | None,
     typer.Option(
-        "--format", help="peft (the adapter, the default), merged, gguf, gguf-adapter; docs/export.md has all."
+        "--format", help="peft (the adapter, the default), merged, nf4, fp8, gguf or gguf-adapter; see docs/export.md."
     ),
 ]
 
@@ -35,7 +35,7 @@ def export(
     dry_run: DryRun = False,
 ) -> None:
     """Write a committed checkpoint in the format that another program reads, to a folder or a bucket: as a PEFT adapter, merged
-    with its base, or for llama.cpp. A run that tuned the base itself (tuning.method: full) is always the whole model."""
+    with its base, in 4 or 8 bits, or for llama.cpp. A run that tuned the base itself (tuning.method: full) is always the whole model."""
     from launcher.export import export_run
     from trainer.checkpoint.choice import chosen_step
 

@@ -35,8 +35,8 @@ from trainer.safetensors_index import INDEX_FILE, SINGLE_FILE, Joined, TensorSou
 from trainer.store import Store
 from trainer.tuning.method import WeightUpdate, method_of
 
-_CONFIG = "config.json"
-_SMALL_FILES = ("generation_config.json",)
+CONFIG = "config.json"
+SMALL_FILES = ("generation_config.json",)
 
 
 def export_merged(
@@ -50,7 +50,7 @@ def export_merged(
         ConfigError: `destination` holds something that is no half export, or the base cannot be merged into, is not here,
             or is another than the run's.
     """
-    check_destination(destination, "*.safetensors", INDEX_FILE, *_SMALL_FILES, *TOKENIZER_FILES)
+    check_destination(destination, "*.safetensors", INDEX_FILE, *SMALL_FILES, *TOKENIZER_FILES)
     manifest = whole_checkpoint(run, step)
     config = trained_config(run, manifest)
     trained_method(config, manifest)
@@ -80,9 +80,9 @@ def write_model(
             done += file.size
     if {file.key for file in changed} != {SINGLE_FILE}:
         destination.put(INDEX_FILE, _index(base, changed))
-    for name, content in {**named_files(base.directory, _SMALL_FILES), **tokenizer_files(config.model)}.items():
+    for name, content in {**named_files(base.directory, SMALL_FILES), **tokenizer_files(config.model)}.items():
         destination.put(name, content)
-    destination.create(_CONFIG, _config(base, changed))
+    destination.create(CONFIG, merged_config(base, changed))
 
 
 def _description(config: Config) -> str:
@@ -135,6 +135,13 @@ class ChangedFile:
     def more_bytes(self) -> int:
         """Bytes of the rows that the base has not."""
         return sum(change.more_bytes for change in self.changes)
+
+    def new_header(self) -> bytes:
+        """The bytes before the data: the length of the JSON and that."""
+        if self.header:
+            return self.header
+        (length,) = struct.unpack("<Q", self.store.get_range(self.key, 0, 8))
+        return bytes(self.store.get_range(self.key, 0, 8 + length))
 
     def chunks(self, report: Callable[[int], None] = lambda done: None) -> Iterator[bytearray]:
         """Its bytes in order. Pieces are read and changed on threads of their own, some ahead of whoever takes them."""
@@ -231,9 +238,9 @@ def _changed_file(base: Base, key: str, size: int, changes: list[_Change]) -> Ch
     return ChangedFile(base.store, key, size, changes, struct.pack("<Q", len(text)) + text, 8 + length)
 
 
-def _config(base: Base, changed: Sequence[ChangedFile]) -> bytes:
+def merged_config(base: Base, changed: Sequence[ChangedFile]) -> bytes:
     """config.json, which says how many rows the embedding has."""
-    content = (base.directory / _CONFIG).read_bytes()
+    content = (base.directory / CONFIG).read_bytes()
     more = max((change.more for file in changed for change in file.changes), default=0)
     if more == 0:
         return content
