@@ -17,8 +17,8 @@ from torch import Tensor
 from trainer.base.architecture import Parameter
 from trainer.base.base import Base
 from trainer.base.filling import SOURCE_DTYPES
-from trainer.base.load import find_all_weights
 from trainer.base.locate import TOKENIZER_FILES, describe_base, named_files
+from trainer.base.parameters import find_all_weights
 from trainer.base.reading import PIECE_BYTES, freed_memory_given_back
 from trainer.base.tokenizer import tokenizer_files
 from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
