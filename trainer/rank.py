@@ -125,21 +125,8 @@ def run_rank(
         heart = Heart(ranks, config.timeouts, _last_words(run, generation, metrics, flush_log))
         stack.callback(heart.close)
         with _outcome(metrics, config, base, ranks):
-            start = _Start(
-                config,
-                base,
-                ranks,
-                store,
-                run,
-                generation,
-                metrics,
-                stop,
-                heart,
-                starter,
-                find_objective(config),
-                launch_seconds,
-                after_commit,
-            )
+            opened = (config, base, ranks, store, run, generation, metrics, stop, heart, starter)
+            start = _Start(*opened, find_objective(config), launch_seconds, after_commit)
             _train(start, shared, resume=resume)
 
 
