@@ -1,4 +1,5 @@
-"""`capstan export`: the adapter, base and adapter merged, or the tuned base; and on request the proof that it is the trained model.
+"""`capstan export`: a run's checkpoint in one of the formats of trainer/export/formats/; and on request the proof that it is the
+trained model.
 
 Both run in a process of their own, which may import torch.
 """
@@ -7,20 +8,22 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from trainer.base.locate import check_mergeable, describe_base
+from trainer.base.locate import describe_base
 from trainer.checkpoint.listing import committed_steps
-from trainer.checkpoint.manifest import readable_manifests
+from trainer.checkpoint.manifest import CheckpointManifest, check_step, readable_manifests
 from trainer.config.paths import local_path
-from trainer.errors import CapstanError, NothingToResume, StorageError
+from trainer.errors import CapstanError, StorageError
+from trainer.export.format import Progress as FormatProgress
+from trainer.export.format import find_format
 from trainer.export.proof import Proof
 from trainer.export.trained import trained_config
 from trainer.store import Store
@@ -30,71 +33,92 @@ from trainer.tuning.method import method_of
 @dataclass(frozen=True)
 class Exported:
     """The export that was written, and with --verify its proof. `merged`: it is a whole model; `tuned_base`: as the base
-    itself was tuned, with --merge or without."""
+    itself was tuned, whatever the format. `facts` and `remarks` are what the format found out."""
 
     destination: str
+    format: str
     step: int
     merged: bool
     bytes: int | None = None
     proof: Proof | None = None
     tuned_base: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def what(self) -> str:
+        """The export in a few words, to begin a sentence."""
+        form = find_format(self.format)
+        return form.what_if_tuned if self.tuned_base else form.what
+
     def sentence(self) -> str:
-        what = "base and adapter, merged," if self.merged else "adapter"
-        if self.tuned_base:
-            what = "the whole model (its base was tuned, so an export and a merge are the same)"
         size = "" if self.bytes is None else f" ({decimal(self.bytes)})"
         proof = "" if self.proof is None else f"; {self.proof.sentence()}"
-        return f"{what} of step {self.step} in {self.destination}{size}{proof}"
+        return "\n".join([f"{self.what} of step {self.step} in {self.destination}{size}{proof}", *self.remarks])
 
 
-def export_run(run: Store, destination: str, *, merge: bool, step: int | None, verify: bool, dry_run: bool) -> Exported:
-    """`destination` is a folder or an s3://, gs:// or az:// URI; `step` None is the newest whole checkpoint.
+def export_run(
+    run: Store,
+    destination: str,
+    format: str,
+    options: Sequence[str] = (),
+    *,
+    step: int | None = None,
+    verify: bool = False,
+    dry_run: bool = False,
+) -> Exported:
+    """`destination` is a folder or an s3://, gs:// or az:// URI; `options` are those of the format, as `key=value`; `step` None
+    is the newest whole checkpoint.
 
-    Raises `CapstanError` when there is none, the destination is taken, the base cannot be merged into, or what was written
-    does not verify.
+    Raises `CapstanError` when there is none, the destination is taken, the run has no such export, or what was written does
+    not verify.
     """
     if "://" not in destination:
         destination = str(local_path(destination, "DEST"))
+    form = find_format(format, options)
     if dry_run:
-        step, tuned_base = _planned(run, step, merge=merge)
-        where = f"{destination} (dry run: nothing written)"
-        return Exported(where, step, merge or tuned_base, tuned_base=tuned_base)
-    options = [*(["--step", str(step)] if step is not None else []), *(["--verify"] if verify else [])]
-    with _bar("merging" if merge else "exporting") as watch:
-        made = _module(
-            "trainer.export.merged" if merge else "trainer.export.adapter", run.uri, destination, *options, watch=watch
-        )
+        manifest = planned_checkpoint(run, step)
+        config = trained_config(run, manifest)
+        form.check(config, describe_base(config.model))
+        tuned_base, where = method_of(config).exports_model, f"{destination} (dry run: nothing written)"
+        return Exported(where, format, manifest.step, form.whole_model or tuned_base, tuned_base=tuned_base)
+    chosen = [*(["--step", str(step)] if step is not None else []), *(["--verify"] if verify else [])]
+    with _bar("merging" if form.whole_model else "exporting") as progress:
+        made = _module("trainer.export", run.uri, destination, *options, "--format", format, *chosen, progress=progress)
     proof = Proof(**made["proof"]) if verify else None
-    tuned_base: bool = made["tuned_base"]
-    result = Exported(destination, made["step"], merge or tuned_base, made["bytes"], proof, tuned_base)
+    merged = form.whole_model or made["tuned_base"]
+    result = Exported(
+        destination,
+        format,
+        made["step"],
+        merged,
+        made["bytes"],
+        proof,
+        made["tuned_base"],
+        made["facts"],
+        made["remarks"],
+    )
     if proof is not None and not proof.holds:
         raise CapstanError(f"{result.sentence()}. {proof.verdict}")
     return result
 
 
-def _planned(run: Store, step: int | None, *, merge: bool) -> tuple[int, bool]:
-    """The step that would be exported, and whether the base itself was tuned."""
+def planned_checkpoint(run: Store, step: int | None) -> CheckpointManifest:
+    """The checkpoint that would be read, by its manifest alone. Raises as `whole_checkpoint`."""
     steps, damaged = committed_steps(run), list[str]()
-    if not steps or step not in (None, *steps):
-        which = "" if step is None else f" of step {step}"
-        raise NothingToResume(f"{run.uri} has no committed checkpoint{which}.")
+    check_step(run, steps, step)
     manifest = next(readable_manifests(run, damaged, steps if step is None else [step]), None)
     if manifest is None:
         raise StorageError(damaged[0])
-    config = trained_config(run, manifest)
-    tuned_base = method_of(config).exports_model
-    if merge and not tuned_base:
-        check_mergeable(config.model, describe_base(config.model))
-    return manifest.step, tuned_base
+    return manifest
 
 
 @contextmanager
-def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on the terminal, drawn from the first time that it is told of bytes done and bytes in all."""
+def _bar(title: str) -> Iterator[FormatProgress]:
+    """A bar on the terminal, drawn from the first time that it is told of bytes done and bytes in all; sentences go above it."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -105,13 +129,16 @@ def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, visible=False)
-        yield lambda done, total: progress.update(task, completed=done, total=total, visible=True)
+        yield FormatProgress(
+            lambda done, total: progress.update(task, completed=done, total=total, visible=True),
+            lambda sentence: console.print(sentence, highlight=False, markup=False, soft_wrap=True),
+        )
 
 
-def _module(name: str, *arguments: str, watch: Callable[[int, int], None]) -> dict[str, Any]:
+def _module(name: str, *arguments: str, progress: FormatProgress) -> dict[str, Any]:
     """Run one of the trainer's modules that print a JSON object; its error and exit code become ours.
 
-    `watch` is told of its lines "progress DONE TOTAL".
+    `progress` is told of its lines "progress DONE TOTAL" and "say SENTENCE".
     """
     command = [sys.executable, "-m", name, *arguments]
     last = ""
@@ -120,7 +147,9 @@ def _module(name: str, *arguments: str, watch: Callable[[int, int], None]) -> di
             try:
                 for line in process.stdout or ():
                     if line.startswith("progress "):
-                        watch(*map(int, line.split()[1:]))
+                        progress.written(*map(int, line.split()[1:]))
+                    elif line.startswith("say "):
+                        progress.say(line.removeprefix("say ").rstrip())
                     last = line
             except BaseException:  # Ctrl-C, or nobody reads the bar any more
                 process.kill()

@@ -36,6 +36,7 @@ from trainer.data.prepare import Datasets, config_of_set
 from trainer.data.stream import Stream, eval_stream, train_stream
 from trainer.devices import check_device
 from trainer.errors import CapstanError, DoesNotFit, NonFiniteLoss, Stopped, StorageError
+from trainer.export.beside import adapters_beside
 from trainer.identity import identity_of
 from trainer.model.attention import Attention, choose_attention
 from trainer.objective.objective import Objective, check_objective, find_objective, reference_of
@@ -110,6 +111,8 @@ def run_rank(
     generation: int = ranks.broadcast(claim_generation(run) if ranks.rank == 0 else None)
     with (
         rank_log(run, generation, ranks.rank, ranks.world_size, config.track.flush_seconds) as flush_log,
+        # Its wait for the last adapter is outside of what looks for ranks that hang.
+        adapters_beside(run, config, partial(print, flush=True), writes=ranks.rank == 0) as after_commit,
         ExitStack() as stack,
     ):
         metrics = Metrics(open_trackers(run, generation, config) if ranks.rank == 0 else ())
@@ -122,20 +125,8 @@ def run_rank(
         heart = Heart(ranks, config.timeouts, _last_words(run, generation, metrics, flush_log))
         stack.callback(heart.close)
         with _outcome(metrics, config, base, ranks):
-            start = _Start(
-                config,
-                base,
-                ranks,
-                store,
-                run,
-                generation,
-                metrics,
-                stop,
-                heart,
-                starter,
-                find_objective(config),
-                launch_seconds,
-            )
+            opened = (config, base, ranks, store, run, generation, metrics, stop, heart, starter)
+            start = _Start(*opened, find_objective(config), launch_seconds, after_commit)
             _train(start, shared, resume=resume)
 
 
@@ -160,6 +151,7 @@ class _Start:
     starter: Starter
     objective: Objective
     launch_seconds: float
+    after_commit: Callable[[], None]
 
 
 def _train(start: _Start, datasets: Datasets, *, resume: bool) -> None:
@@ -219,6 +211,7 @@ def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Train
         _versions(),
         record=start.metrics.write_now,
         before_commit=start.metrics.flush,
+        after_commit=start.after_commit,
     )
     restoring = time.monotonic()
     restored = checkpoints.restore(engine, required=resume, log=lambda text: print(text, flush=True))

@@ -22,15 +22,17 @@ from pathlib import Path
 
 # The names that `tempfile` makes from our prefixes. TensorBoard's are of versions before this one.
 # slurm/run.sh makes its own, from the job and its restart.
-_OURS = re.compile(r"capstan-(?:(?:ray|tensorboard|submit|verify|base|adapter|export|start)-[a-z0-9_]{8}|\d+-\d+)")
+_OURS = re.compile(
+    r"capstan-(?:(?:ray|tensorboard|submit|verify|base|adapter|export|gguf|push|start)-[a-z0-9_]{8}|\d+-\d+)"
+)
 _YOUNG_SECONDS = 60.0
 """A folder this new may not be locked yet."""
 
 
 @contextmanager
-def scratch_folder(purpose: str) -> Iterator[str]:
-    """A folder that is removed at the end, or by `collect_leftovers` after a kill."""
-    with tempfile.TemporaryDirectory(prefix=f"capstan-{purpose}-", ignore_cleanup_errors=True) as folder:
+def scratch_folder(purpose: str, directory: str | None = None) -> Iterator[str]:
+    """A folder, in `directory` or in the temporary one, that is removed at the end, or by `collect_leftovers` after a kill."""
+    with tempfile.TemporaryDirectory(prefix=f"capstan-{purpose}-", dir=directory, ignore_cleanup_errors=True) as folder:
         assert _OURS.fullmatch(Path(folder).name), f"{purpose} is not among the purposes that are collected"
         held = os.open(folder, os.O_RDONLY)
         try:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from launcher.cli.options import BestOption, DryRun, Json, RunName, StepOption, StoreOption, emit, finite, log, open_run
+from launcher.cli.options import DryRun, Json, RunName, StoreOption, emit, finite, log, open_run
 from trainer.errors import ConfigError
 
 
@@ -164,27 +164,3 @@ def checkpoints_prune(
         log=log,
     )
     emit(pruned, as_json, lambda result: result.sentence())
-
-
-def export(
-    run: RunName,
-    destination: Annotated[str, typer.Argument(metavar="DEST", help="A new folder, or an s3://, gs:// or az:// URI.")],
-    store: StoreOption = "runs",
-    merge: Annotated[bool, typer.Option("--merge", help="The whole model: base and adapter, merged.")] = False,
-    step: StepOption = None,
-    best: BestOption = False,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Compare its predictions in transformers + PEFT with the trained model's.")
-    ] = False,
-    as_json: Json = False,
-    dry_run: DryRun = False,
-) -> None:
-    """Write a committed checkpoint as a PEFT adapter, or merged with its base, to a folder or a bucket. A run that tuned the
-    base itself (tuning.method: full) is written as the whole model, with --merge or without."""
-    from launcher.export import export_run
-    from trainer.checkpoint.choice import chosen_step
-
-    folder = open_run(run, store)
-    step = chosen_step(folder, step, best=best)
-    result = export_run(folder, destination, merge=merge, step=step, verify=verify, dry_run=dry_run)
-    emit(result, as_json, lambda exported: exported.sentence())

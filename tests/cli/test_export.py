@@ -87,7 +87,7 @@ def test_an_adapter_names_the_base_it_was_trained_on(capstan: Capstan, run: Stor
     exported(capstan, run, tmp_path / "adapter", "--verify")
     base = read_manifest(run, 6).base["path"]
     assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == base
-    assert f"base_model: {base}" in (tmp_path / "adapter/README.md").read_text()
+    assert f"| base | {base} |" in (tmp_path / "adapter/README.md").read_text()
 
 
 def test_a_merge_is_of_what_was_trained_whatever_config_yaml_says_now(
@@ -153,7 +153,7 @@ FAULTS = {
 }
 _HARNESS = """
 import json, sys
-if "trainer.export.adapter" in sys.orig_argv:
+if "trainer.export" in sys.orig_argv:
     import torch
     import safetensors.torch
     from trainer.store import Store

@@ -16,6 +16,7 @@ from trainer.export import verify
 from trainer.export.adapter import export_adapter
 from trainer.export.merged import export_merged
 from trainer.export.proof import Proof
+from trainer.export.recoded_proof import prove_recoded
 from trainer.export.verify import prove_adapter, prove_merged
 from trainer.store import Store, open_store
 
@@ -106,3 +107,9 @@ def merge_proof(run_uri: str, step: int, merged: str) -> dict[str, float]:
     """The measurements of `capstan export --merge --verify`."""
     torch.set_num_threads(1)
     return asdict(prove_merged(open_store(run_uri), step, open_store(merged)))
+
+
+def recoded_proofs(run_uri: str, step: int, folders: list[str]) -> list[dict[str, float]]:
+    """The measurements of `capstan export --format nf4 | fp8 --verify`."""
+    torch.set_num_threads(1)
+    return [asdict(prove_recoded(open_store(run_uri), step, open_store(folder))) for folder in folders]

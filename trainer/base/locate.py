@@ -35,7 +35,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 _CONFIG = "config.json"
-_SMALL_FILES = ("*.json", "*.model", "*.jinja", "merges.txt")
+_SMALL_FILES = ("*.json", "*.model", "*.jinja", "merges.txt", "README.md")
 
 
 def resolve_base(model: Model) -> Base:

@@ -51,7 +51,8 @@ class Checkpoints:
     """One run's checkpoints, as one rank of one generation writes them.
 
     `record` gets what happens as (kind, values): commit, save_skipped, save_failed, prune_failed. `newest` is the step of
-    the last save that was begun. `before_commit` is called on rank 0 before each manifest is written, beside the training.
+    the last save that was begun. `before_commit` is called on rank 0 before each manifest is written, beside the training, and
+    `after_commit` after it, in the loop.
     """
 
     run: Store
@@ -62,6 +63,7 @@ class Checkpoints:
     versions: dict[str, str]
     record: Callable[..., None]
     before_commit: Callable[[], None] = lambda: None
+    after_commit: Callable[[], None] = lambda: None
     newest: int | None = None
     _saves: int = 0
     _skipped: int = 0
@@ -180,6 +182,8 @@ class Checkpoints:
             stall_seconds=round(pending.stall, 4),
             key=layout.manifest(pending.manifest.step),
         )
+        if self.ranks.rank == 0:
+            self.after_commit()
         # A removal that has not begun yet will see this commit too.
         waits = self._next_pruning and not (self._next_pruning.running() or self._next_pruning.done())
         if self.ranks.rank == 0 and not waits:

@@ -14,7 +14,7 @@ _LOOKS_AT_A_TIME = 16
 
 
 class StepFolder(NamedTuple):
-    """The folder of one step's checkpoint. It is committed when it has a manifest."""
+    """The folder of one step's checkpoint, with so many folders of attempts at its save. It is committed when it has a manifest."""
 
     step: int
     manifest: Entry | None
@@ -41,7 +41,7 @@ def _steps(run: Store) -> list[int]:
 def _look(run: Store, step: int) -> StepFolder:
     attempts, entries = run.children(layout.checkpoint(step))
     manifest = next((entry for entry in entries if entry.key == layout.manifest(step)), None)
-    return StepFolder(step, manifest, len(attempts))
+    return StepFolder(step, manifest, len(set(attempts) - {layout.ADAPTER}))
 
 
 def committed_steps(run: Store) -> list[int]:

@@ -121,7 +121,8 @@ def _problem(run: Store, step: int) -> str | None:
 
 
 def _unreferenced(run: Store, folder: StepFolder) -> list[Entry]:
-    """Objects of a step's folder that its commit does not name. A damaged manifest is taken to name them all."""
+    """Objects of a step's folder that its commit does not name, less the adapter beside it. A damaged manifest is taken to name
+    them all."""
     if folder.manifest is None:
         return run.list(layout.checkpoint(folder.step))
     if folder.attempts <= 1:
@@ -131,7 +132,9 @@ def _unreferenced(run: Store, folder: StepFolder) -> list[Entry]:
     except (Damaged, NotFound):
         return []
     named = {layout.manifest(folder.step), *(shard.key for shard in manifest.shards)}
-    return [entry for entry in run.list(layout.checkpoint(folder.step)) if entry.key not in named]
+    beside = f"{layout.adapter(folder.step)}/"
+    objects = run.list(layout.checkpoint(folder.step))
+    return [entry for entry in objects if entry.key not in named and not entry.key.startswith(beside)]
 
 
 def remove(run: Store, removal: Removal) -> None:

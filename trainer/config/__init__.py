@@ -6,10 +6,10 @@ A setting that would be ignored is an error, an unknown key is refused with the 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from trainer.config.cluster import Slurm
 from trainer.config.data import Data, Source
@@ -43,9 +43,12 @@ __all__ = [
     "load_config",
     "override",
     "parse_config",
+    "parse_options",
 ]
 
 _MOST_SECTIONS = 8
+
+SectionKind = TypeVar("SectionKind", bound=BaseModel)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -68,13 +71,26 @@ def parse_config(text: str | bytes, overrides: Sequence[str] = (), name: str = "
         raise ConfigError(f"{name} is not a configuration: its top level must be sections such as 'run:' and 'model:'.")
     for override in overrides:
         _apply(tree, override)
-    unknown = list(unknown_keys(tree, Config, ""))
+    return _validated(Config, tree)
+
+
+def parse_options(kind: type[SectionKind], given: Sequence[str]) -> SectionKind:
+    """The settings of `kind` from `key=value` options, for a command that takes some of its own. Raises `ConfigError` as
+    `load_config`."""
+    tree: dict[str, Any] = {}
+    for option in given:
+        _apply(tree, option)
+    return _validated(kind, tree)
+
+
+def _validated(kind: type[SectionKind], tree: dict[str, Any]) -> SectionKind:
+    unknown = list(unknown_keys(tree, kind, ""))
     if unknown:
         raise ConfigError(listed(unknown))
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(listed([*explained(error.errors())])) from error
+        raise ConfigError(listed([*explained(error.errors(), kind)])) from error
 
 
 def dump_config(config: Config) -> str:

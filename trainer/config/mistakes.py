@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from trainer.config.section import Section
-from trainer.config.tree import Config, fields, sections_in
+from trainer.config.tree import fields, sections_in
 from trainer.errors import shown
 
 _MOST_SENTENCES = 20
@@ -59,8 +59,8 @@ def _elsewhere(key: str) -> list[str]:
     return [path for path, _ in fields() if path.rpartition(".")[2] == key]
 
 
-def explained(errors: Sequence[Any]) -> Iterator[str]:
-    """One sentence for each wrong setting: its name, the value, what is allowed, an example.
+def explained(errors: Sequence[Any], model: type[BaseModel]) -> Iterator[str]:
+    """One sentence for each wrong setting of `model`: its name, the value, what is allowed, an example.
 
     pydantic reports every branch of a union under a tag such as `list[str]`: the branch that got deepest is the one that
     was meant, and branches that got equally far are alternatives.
@@ -76,15 +76,15 @@ def explained(errors: Sequence[Any]) -> Iterator[str]:
         for item in items:
             if len(item["loc"]) == depth:
                 settings.setdefault(tuple(part for part in item["loc"] if not _is_union_tag(part)), []).append(item)
-        yield from (_sentence(path, same) for path, same in settings.items())
+        yield from (_sentence(path, same, model) for path, same in settings.items())
 
 
-def _sentence(path: tuple[Any, ...], errors: Sequence[Any]) -> str:
+def _sentence(path: tuple[Any, ...], errors: Sequence[Any], model: type[BaseModel]) -> str:
     first = errors[0]
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
-    field = _field_at([part for part in path if not isinstance(part, int)])
+    field = _field_at(model, [part for part in path if not isinstance(part, int)])
     example = ""
     if field is not None and field.examples:
         example = f" Example: {yaml.safe_dump(field.examples[0], default_flow_style=True).strip().removesuffix('...').strip()}."
@@ -100,8 +100,7 @@ def _is_union_tag(part: Any) -> bool:
     return isinstance(part, str) and "[" in part
 
 
-def _field_at(path: list[Any]) -> FieldInfo | None:
-    model: type[BaseModel] = Config
+def _field_at(model: type[BaseModel], path: list[Any]) -> FieldInfo | None:
     field = None
     for part in path:
         field = model.model_fields.get(part)

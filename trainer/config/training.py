@@ -179,6 +179,12 @@ class Checkpoint(Section):
         ge=0,
         unit="checkpoints",
     )
+    adapters: bool = setting(
+        False,
+        about="Beside each commit write what it has learnt as a PEFT adapter, `checkpoints/step-.../adapter/`, in a process of "
+        "its own beside the training. It goes with its checkpoint. Not for tuning.method: full, which has no adapter.",
+        example=True,
+    )
     when_busy: Literal["wait", "skip"] = setting(
         "wait",
         about="What a save does that is due while the one before is still being uploaded: wait for it, or be skipped. "

@@ -6,29 +6,32 @@ card with the run's facts. The file without which nothing loads is written last,
 for one.
 """
 
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
-from functools import partial
 
 from trainer.base.load import DTYPES
 from trainer.base.locate import TOKENIZER_FILES
 from trainer.base.tokenizer import tokenizer_files
 from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
-from trainer.config import Tuning
-from trainer.export.command import BytesWritten, command, print_progress
-from trainer.export.folder import CARD, TRAINED, check_destination, model_card
+from trainer.config import Model, Tuning
+from trainer.export.card import PEFT_USAGE, Content, model_card
+from trainer.export.folder import CARD, TRAINED, BytesWritten, check_destination
 from trainer.export.learnt import CheckpointWeights
 from trainer.export.merged import write_model
-from trainer.export.proof import Proof
 from trainer.export.trained import trained_config, trained_method
 from trainer.store import Store
 from trainer.tuning.method import methods
 
 
 def export_adapter(
-    run: Store, destination: Store, step: int | None = None, report: BytesWritten = lambda done, total: None
+    run: Store,
+    destination: Store,
+    step: int | None = None,
+    report: BytesWritten = lambda done, total: None,
+    arranged: Callable[[Mapping[str, bytes], Model], Mapping[str, bytes]] = lambda files, model: files,
 ) -> CheckpointManifest:
     """Write what `step`, or the newest whole checkpoint, has learnt to `destination`; returns its manifest. `report` is
-    told of the progress where that is a whole model.
+    told of the progress where that is a whole model; `arranged` gives the adapter's files another layout, in the same order.
 
     Raises:
         NothingToResume: the run has no such checkpoint.
@@ -49,20 +52,13 @@ def export_adapter(
     tokenizer = tokenizer_files(config.model)
     weights = CheckpointWeights(run, manifest, DTYPES[config.model.dtype])
     exported = method.export(dict(weights), config.model)
-    *names, last = exported.files
+    files = arranged(exported.files, config.model)
+    *names, last = files
     assert not any(fnmatch(last, pattern) for pattern in method.file_names), "a whole export would count as a half one"
-    destination.put(CARD, model_card(config, manifest, exported.library, f"{exported.what} {TRAINED}."))
-    for name, content in {**{name: exported.files[name] for name in names}, **tokenizer}.items():
+    usage = PEFT_USAGE if exported.library == "peft" else ""
+    content = Content(exported.library, f"{exported.what} {TRAINED}.", "adapter", usage)
+    destination.put(CARD, model_card(run, config, manifest, content))
+    for name, content in {**{name: files[name] for name in names}, **tokenizer}.items():
         destination.put(name, content)
-    destination.create(last, exported.files[last])
+    destination.create(last, files[last])
     return manifest
-
-
-def _prove(run: Store, step: int, adapter: Store) -> Proof:
-    from trainer.export.verify import prove_adapter
-
-    return prove_adapter(run, step, adapter)
-
-
-if __name__ == "__main__":
-    command(partial(export_adapter, report=print_progress()), _prove)

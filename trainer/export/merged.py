@@ -19,7 +19,7 @@ from typing import Any
 
 from trainer.base.filling import as_tensor
 from trainer.base.load import DTYPES
-from trainer.base.locate import TOKENIZER_FILES, Base, check_mergeable, describe_base, named_files
+from trainer.base.locate import TOKENIZER_FILES, Base, describe_base, named_files
 from trainer.base.parameters import find_all_weights
 from trainer.base.reading import PIECE_BYTES, PIECES_IN_FLIGHT, cut, freed_memory_given_back, read_ahead
 from trainer.base.tokenizer import tokenizer_files
@@ -27,17 +27,16 @@ from trainer.base.unpacked import Weight
 from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
 from trainer.config import Config
 from trainer.errors import ConfigError
-from trainer.export.command import BytesWritten, command, print_progress
-from trainer.export.folder import CARD, TRAINED, check_destination, model_card
+from trainer.export.card import MODEL_USAGE, Content, model_card
+from trainer.export.folder import CARD, TRAINED, BytesWritten, check_destination
 from trainer.export.learnt import CheckpointWeights
-from trainer.export.proof import Proof
-from trainer.export.trained import resolve_trained_base, trained_config, trained_method
+from trainer.export.trained import check_mergeable_run, resolve_trained_base, trained_config, trained_method
 from trainer.safetensors_index import INDEX_FILE, SINGLE_FILE, Joined, TensorSource, item_bytes, numel
 from trainer.store import Store
 from trainer.tuning.method import WeightUpdate, method_of
 
-_CONFIG = "config.json"
-_SMALL_FILES = ("generation_config.json",)
+CONFIG = "config.json"
+SMALL_FILES = ("generation_config.json",)
 
 
 def export_merged(
@@ -51,14 +50,11 @@ def export_merged(
         ConfigError: `destination` holds something that is no half export, or the base cannot be merged into, is not here,
             or is another than the run's.
     """
-    check_destination(destination, "*.safetensors", INDEX_FILE, *_SMALL_FILES, *TOKENIZER_FILES)
+    check_destination(destination, "*.safetensors", INDEX_FILE, *SMALL_FILES, *TOKENIZER_FILES)
     manifest = whole_checkpoint(run, step)
     config = trained_config(run, manifest)
-    method = trained_method(config, manifest)
-    if not method.exports_model:
-        check_mergeable(config.model, describe_base(config.model))
-    if method.unmergeable:
-        raise ConfigError(f"--merge: {method.unmergeable}. Leave out --merge.")
+    trained_method(config, manifest)
+    check_mergeable_run(config, describe_base(config.model))
     write_model(run, manifest, config, destination, report)
     return manifest
 
@@ -74,7 +70,8 @@ def write_model(
             "all. Only a run of the whole base can be exported as a model."
         )
     base = resolve_trained_base(config.model, manifest)
-    destination.put(CARD, model_card(config, manifest, "transformers", _description(config)))
+    content = Content("transformers", _description(config), "finetune", MODEL_USAGE)
+    destination.put(CARD, model_card(run, config, manifest, content))
     changed = changed_files(run, manifest, config, base)
     total, done = sum(file.size for file in changed), 0
     with freed_memory_given_back():
@@ -83,9 +80,9 @@ def write_model(
             done += file.size
     if {file.key for file in changed} != {SINGLE_FILE}:
         destination.put(INDEX_FILE, _index(base, changed))
-    for name, content in {**named_files(base.directory, _SMALL_FILES), **tokenizer_files(config.model)}.items():
+    for name, content in {**named_files(base.directory, SMALL_FILES), **tokenizer_files(config.model)}.items():
         destination.put(name, content)
-    destination.create(_CONFIG, _config(base, changed))
+    destination.create(CONFIG, merged_config(base, changed))
 
 
 def _description(config: Config) -> str:
@@ -138,6 +135,13 @@ class ChangedFile:
     def more_bytes(self) -> int:
         """Bytes of the rows that the base has not."""
         return sum(change.more_bytes for change in self.changes)
+
+    def new_header(self) -> bytes:
+        """The bytes before the data: the length of the JSON and that."""
+        if self.header:
+            return self.header
+        (length,) = struct.unpack("<Q", self.store.get_range(self.key, 0, 8))
+        return bytes(self.store.get_range(self.key, 0, 8 + length))
 
     def chunks(self, report: Callable[[int], None] = lambda done: None) -> Iterator[bytearray]:
         """Its bytes in order. Pieces are read and changed on threads of their own, some ahead of whoever takes them."""
@@ -234,9 +238,9 @@ def _changed_file(base: Base, key: str, size: int, changes: list[_Change]) -> Ch
     return ChangedFile(base.store, key, size, changes, struct.pack("<Q", len(text)) + text, 8 + length)
 
 
-def _config(base: Base, changed: Sequence[ChangedFile]) -> bytes:
+def merged_config(base: Base, changed: Sequence[ChangedFile]) -> bytes:
     """config.json, which says how many rows the embedding has."""
-    content = (base.directory / _CONFIG).read_bytes()
+    content = (base.directory / CONFIG).read_bytes()
     more = max((change.more for file in changed for change in file.changes), default=0)
     if more == 0:
         return content
@@ -288,13 +292,3 @@ _Piece = _FileRange | _NewBytes
 
 def _apply(source: TensorSource, update: WeightUpdate, first: int, data: bytearray) -> None:
     update.apply_to(as_tensor(data, source), first)
-
-
-def _prove(run: Store, step: int, merged: Store) -> Proof:
-    from trainer.export.verify import prove_merged
-
-    return prove_merged(run, step, merged)
-
-
-if __name__ == "__main__":
-    command(partial(export_merged, report=print_progress()), _prove)

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from trainer.base.locate import Base, describe_base, in_bucket, is_hub_id, resolve_base
+from trainer.base.base import Base, Description
+from trainer.base.locate import check_mergeable, describe_base, in_bucket, is_hub_id, resolve_base
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config, Model, Tuning
 from trainer.config.paths import local_path
@@ -64,6 +65,15 @@ def trained_method(config: Config, manifest: CheckpointManifest) -> Method:
                 f"{config.model.base}. Export another step, or put the base back that it was trained on."
             )
     return method
+
+
+def check_mergeable_run(config: Config, base: Description) -> None:
+    """Raises `ConfigError` for a run that has no whole model: what it has learnt cannot become part of this base's weights."""
+    method = method_of(config)
+    if not method.exports_model:
+        check_mergeable(config.model, base)
+    if method.unmergeable:
+        raise ConfigError(f"--merge: {method.unmergeable}. Leave out --merge.")
 
 
 def resolve_trained_base(model: Model, manifest: CheckpointManifest) -> Base:

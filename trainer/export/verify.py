@@ -134,7 +134,7 @@ def prove_adapter(run: Store, step: int, adapter: Store) -> Proof:
     computed_in, rows = trained.computed_in, trained.probe.rows
     expected = trained.logits(computed_in)
     _give_memory_back()
-    with _base_directory(trained.base) as base, _directory(adapter) as folder:
+    with base_directory(trained.base) as base, directory_of(adapter) as folder:
         model = _plain_base(trained, base, computed_in, plain.adapted_weights(folder))
         model, without = plain.add_adapter(model, folder, trained.method)
         with _computing(model, computed_in):
@@ -153,7 +153,7 @@ def prove_merged(run: Store, step: int, merged: Store) -> Proof:
     as_trained = trained.logits(trained.computed_in)
     _give_memory_back()
     stored = {name: SOURCE_DTYPES[source.dtype] for name, source in trained.weights.sources.items()}
-    with _base_directory(trained.base) as base, scratch_folder("adapter") as folder:
+    with base_directory(trained.base) as base, scratch_folder("adapter") as folder:
         export_adapter(run, open_store(folder), step)
         model = plain.load_plain(base, _held_in(trained.base), trained.dtype)
         model = plain.grow(model, trained.vocabulary).to(plain.device())
@@ -166,7 +166,7 @@ def prove_merged(run: Store, step: int, merged: Store) -> Proof:
             expected, noise = _predictions(model, rows, "fp32")
     del model
     _give_memory_back()
-    with _directory(merged) as folder:
+    with directory_of(merged) as folder:
         model = plain.load_plain(folder, _held_in(trained.base), trained.dtype).to(plain.device())
         with plain.computing_in_fp32(model):
             found = plain.place_logits(model, rows)
@@ -192,13 +192,13 @@ def _prove_model(trained: Trained, destination: Store) -> Proof:
     computed_in, rows = trained.computed_in, trained.probe.rows
     expected = trained.logits(computed_in)
     _give_memory_back()
-    with _directory(destination) as folder:
+    with directory_of(destination) as folder:
         model = plain.load_plain(folder, _held_in(trained.base), trained.dtype).to(plain.device())
         with _computing(model, computed_in):
             found, noise = _predictions(model, rows, computed_in)
     del model
     _give_memory_back()
-    with _base_directory(trained.base) as folder:
+    with base_directory(trained.base) as folder:
         model = _plain_base(trained, folder, computed_in)
         with _computing(model, computed_in):
             effect = distance(found, plain.place_logits(model, rows), rows)
@@ -298,7 +298,7 @@ def _give_memory_back() -> None:
 
 
 @contextmanager
-def _directory(store: Store) -> Iterator[Path]:
+def directory_of(store: Store) -> Iterator[Path]:
     """Where transformers and PEFT, which read directories only, find a store's files: there, or copied for a while."""
     if store.uri.startswith("file://"):
         yield Path(store.uri.removeprefix("file://"))
@@ -310,7 +310,7 @@ def _directory(store: Store) -> Iterator[Path]:
 
 
 @contextmanager
-def _base_directory(base: Base) -> Iterator[Path]:
+def base_directory(base: Base) -> Iterator[Path]:
     """The same for a base, whose small files are on this machine already."""
     if base.store.uri == f"file://{base.directory}":
         yield base.directory

@@ -22,6 +22,7 @@ DRIVER_LOG = "logs/driver.log"
 CHECKPOINTS = "checkpoints/"
 EVALUATIONS = "evaluations/"
 SAMPLES = "samples/"
+ADAPTER = "adapter"
 TENSORBOARD = "tensorboard/"
 TRACKERS = "trackers/"
 SWEEP = "sweep.json"
@@ -122,6 +123,11 @@ def shard_step(key: str) -> int | None:
 def manifest(step: int) -> str:
     """The commit point of a checkpoint: written last, with a create-only PUT."""
     return f"{checkpoint(step)}manifest.json"
+
+
+def adapter(step: int) -> str:
+    """The folder of the adapter that is exported beside a checkpoint, and goes with it."""
+    return f"{checkpoint(step)}{ADAPTER}"
 
 
 def damaged_manifest(step: int, generation: int) -> str:

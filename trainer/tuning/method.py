@@ -223,6 +223,11 @@ def tuning_mismatches(config: Config, architecture: Architecture) -> list[str]:
             f"sharding.scope: node keeps a copy of the base on every node, which {base_trained_by(config)} would train apart. Set "
             "sharding.scope: world."
         )
+    if method.exports_model and config.checkpoint.adapters:
+        wrong.append(
+            f"checkpoint.adapters: tuning.method: {config.tuning.method} trains the base itself, so there is no adapter to write "
+            "beside a commit. Set it to false; capstan export writes the whole model."
+        )
     if method.exports_model and config.quant.type != "none":
         wrong.append(
             f"quant.type: {config.quant.type} stores the base in 4 bits, and tuning.method: {config.tuning.method} trains its "

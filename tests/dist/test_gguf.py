@@ -1,0 +1,145 @@
+"""An export for llama.cpp predicts in llama.cpp what the merged model predicts in transformers."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from tests.dist import llama
+from tests.dist.launch import launch
+from tests.material import Workshop, commit
+from trainer.errors import CapstanError, ConfigError, StorageError
+from trainer.export import llama_cpp
+from trainer.export.adapter import export_adapter
+from trainer.export.format import Progress, Written, find_format
+from trainer.export.merged import export_merged
+from trainer.store import Store, open_store
+
+pytestmark = pytest.mark.timeout(400)
+
+PROMPTS = [[1, *range(262, 300)], [1, 5, 300, 17, 299, 270]]
+
+
+def sentence_piece() -> bytes:
+    """A tokenizer of a kind that the converter knows without a list of hashes: a byte is a token, some words are."""
+    model, words = io.BytesIO(), "the ant bee cat dog emu fox gnu hen ibis jay".split()
+    SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
+        sentence_iterator=iter([" ".join(words[k % 11 :]) for k in range(99)]),
+        model_writer=model,
+        vocab_size=310,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def workshop_of(folder: Path, kind: str) -> Workshop:
+    tokenizer = sentence_piece()
+    vocabulary: int = SentencePieceProcessor(model_proto=tokenizer).vocab_size()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    workshop = Workshop(folder, kind, intermediate_size=192, vocab_size=vocabulary)
+    for file in workshop.base.glob("*token*"):
+        file.unlink()
+    (workshop.base / "tokenizer.model").write_bytes(tokenizer)
+    return workshop
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Committed after steps 4 and 5, whose adapters differ."""
+    workshop = workshop_of(tmp_path_factory.mktemp(request.param), request.param)
+    config, run = workshop.config("done", "tuning.method=rslora", "tuning.rank=4"), workshop.store.sub("done")
+    commit(run, config, 4)
+    commit(run, config, 5)
+    return run
+
+
+def exported(run: Store, folder: Path, form: str, *options: str, step: int = 4) -> Written:
+    said: list[str] = []
+    progress = Progress(lambda done, total: None, said.append)
+    return find_format(form, options).write(run, open_store(str(folder)), step, progress)
+
+
+def in_llama_cpp(model: Path, adapter: Path | None = None) -> Tensor:
+    """(prompts, vocabulary) log-probabilities of the next token."""
+    arguments = (str(model), PROMPTS, 310, 300, None if adapter is None else str(adapter))
+    (found,) = launch(1, llama.log_probabilities, *arguments, timeout=200)
+    return torch.tensor(found)
+
+
+def in_transformers(model: Any) -> Tensor:
+    with torch.no_grad():
+        last = [model.eval()(input_ids=torch.tensor([prompt])).logits[0, -1] for prompt in PROMPTS]
+    return torch.stack(last).float().log_softmax(-1)
+
+
+def loaded(folder: Path, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max())
+
+
+def test_a_merged_model_predicts_the_same_in_llama_cpp_as_in_transformers(run: Store, tmp_path: Path) -> None:
+    export_merged(run, open_store(str(tmp_path / "merged")), 4)
+    export_merged(run, open_store(str(tmp_path / "other")), 5)
+    written = exported(run, tmp_path / "gguf", "gguf", "types=[f16,q8_0]")
+    assert written.facts["files"] == ["done-f16.gguf", "done-q8_0.gguf"]
+    assert sorted(path.name for path in (tmp_path / "gguf").iterdir()) == ["README.md", *written.facts["files"]]
+
+    expected, other = (in_transformers(loaded(tmp_path / name)) for name in ("merged", "other"))
+    assert difference(in_llama_cpp(tmp_path / "gguf/done-f16.gguf"), expected) < 1e-2 < difference(expected, other)
+
+    # transformers' own reader of GGUF gives the weights that 8 bits leave: their error, and no other, is llama.cpp's too.
+    rounded = in_transformers(loaded(tmp_path / "gguf", gguf_file="done-q8_0.gguf"))
+    own_error = difference(rounded, expected)
+    found = in_llama_cpp(tmp_path / "gguf/done-q8_0.gguf")
+    assert 1e-2 < difference(found, expected) < 3 * own_error < 0.5 * difference(expected, other)
+
+
+def test_an_adapter_predicts_the_same_in_llama_cpp_as_in_peft(run: Store, tmp_path: Path) -> None:
+    export_adapter(run, open_store(str(tmp_path / "peft")), 4)
+    exported(run, tmp_path / "lora", "gguf-adapter")
+    base = Path(run.uri.removeprefix("file://")).parents[1] / "base"
+    llama_cpp.convert(base, "f32", tmp_path / "base.gguf", "base")
+
+    plain = loaded(base)
+    without = in_transformers(plain)
+    expected = in_transformers(PeftModel.from_pretrained(plain, str(tmp_path / "peft")))
+    found = in_llama_cpp(tmp_path / "base.gguf", tmp_path / "lora/done-adapter.gguf")
+    assert difference(found, expected) < 1e-2 < difference(expected, without)
+    assert difference(in_llama_cpp(tmp_path / "base.gguf"), without) < 1e-2
+
+
+def test_what_llama_cpp_cannot_have_is_refused_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusal(form: str, *options: str, name: str = "done", kind: type[CapstanError] = ConfigError) -> str:
+        with pytest.raises(kind) as error:
+            exported(workshop.store.sub(name), tmp_path / "out", form, *options)
+        return str(error.value)
+
+    workshop = Workshop(tmp_path, intermediate_size=192)
+    for name, *settings in (
+        ["done"],
+        ["dora", "tuning.method=dora"],
+        ["full", "tuning.method=full", "tuning.rank=16", "tuning.alpha=32", "quant.type=none"],
+    ):
+        commit(workshop.store.sub(name), workshop.config(name, *settings))
+    assert "does not know this base's tokenizer" in refusal("gguf")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["README.md"], "the merged model was left behind"
+    assert "and this is DoRA. Export the merged model" in refusal("gguf-adapter", name="dora")
+    assert "there is no adapter" in refusal("gguf-adapter", name="full")
+    assert "Input should be 'f32', 'f16', 'bf16' or 'q8_0'" in refusal("gguf", "types=[q4]")
+    assert "Did you mean 'types'?" in refusal("gguf", "type=[f16]")
+    assert "'ggfu' is not allowed" in refusal("ggfu")
+    assert "is no folder" in refusal("gguf", f"scratch={tmp_path}/none")
+    monkeypatch.setattr(llama_cpp.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    assert "0.0 GB free, and this export needs" in refusal("gguf", kind=StorageError)
+    monkeypatch.setattr(llama_cpp, "find_spec", lambda name: None)
+    assert "pip install 'capstan-llm[gguf]'" in refusal("gguf")

@@ -1,0 +1,65 @@
+"""The process that `capstan export` starts: it exports, may import torch, and tells its progress in lines.
+
+"progress", bytes done, bytes in all; "say" and a sentence; and last one JSON object: the step, the bytes written, whether the
+base itself was tuned, what the format found out, and with --verify the proof.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from typing import Any
+
+from trainer.errors import CapstanError
+from trainer.export.folder import BytesWritten
+from trainer.export.format import Progress, find_format
+from trainer.export.trained import trained_config
+from trainer.store import open_store
+from trainer.tuning.method import method_of
+
+
+def _print_bytes() -> BytesWritten:
+    last = 0.0
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > 0.2 or done == total:
+            last = time.monotonic()
+            print("progress", done, total, flush=True)
+
+    return report
+
+
+def _export(arguments: argparse.Namespace) -> dict[str, Any]:
+    run, destination = open_store(arguments.run), open_store(arguments.destination, setting="DEST")
+    form = find_format(arguments.format, arguments.options)
+    progress = Progress(_print_bytes(), lambda sentence: print("say", sentence, flush=True))
+    written = form.write(run, destination, arguments.step, progress)
+    step = written.manifest.step
+    result: dict[str, Any] = {"step": step, "bytes": sum(entry.size for entry in destination.list())}
+    result["tuned_base"] = method_of(trained_config(run, written.manifest)).exports_model
+    result |= {"facts": written.facts, "remarks": written.remarks}
+    if arguments.verify:
+        result["proof"] = asdict(form.prove(run, step, destination))
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run")
+    parser.add_argument("destination")
+    parser.add_argument("options", nargs="*")
+    parser.add_argument("--format", required=True)
+    parser.add_argument("--step", type=int)
+    parser.add_argument("--verify", action="store_true")
+    try:
+        result = _export(parser.parse_args())
+    except CapstanError as error:
+        print(f"capstan: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

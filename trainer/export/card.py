@@ -1,0 +1,156 @@
+"""The model card of an export, README.md, as the Hub reads it: what it is, how it was made, how good it is, how it is loaded.
+
+Its first lines are the Hub's metadata (huggingface.co/docs/hub/model-cards). `base_model` must be a Hub id there, so a base that
+is a folder is named in the table alone; the licence is the one that the base's own card names.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from trainer.base.locate import base_files, is_hub_id
+from trainer.checkpoint.manifest import CheckpointManifest
+from trainer.config import Config
+from trainer.errors import NotFound
+from trainer.run import layout
+from trainer.store import Store
+
+# In a snippet, the folder or the repository that the card lies in.
+PLACE = "FOLDER"
+_HUB_DATA = "hf://"
+_OPTIM = {"lr", "schedule", "warmup_steps", "name"}
+
+
+@dataclass(frozen=True)
+class Content:
+    """The parts of a card that the format knows. `what`: a sentence; `relation` to the base, as the Hub has it; `usage`: lines
+    that load it, in `language`."""
+
+    library: str
+    what: str
+    relation: Literal["adapter", "finetune", "quantized"]
+    usage: str = ""
+    language: Literal["python", "sh"] = "python"
+
+
+PEFT_USAGE = f"""\
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained("{PLACE}", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{PLACE}")"""
+MODEL_USAGE = f"""\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{PLACE}", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{PLACE}")"""
+
+
+def model_card(run: Store, config: Config, manifest: CheckpointManifest, content: Content) -> bytes:
+    """The card of the checkpoint of `manifest`; `config`: as it was trained."""
+    usage = f"\n## Use\n\n```{content.language}\n{content.usage}\n```\n" if content.usage else ""
+    text = (
+        f"---\n{_metadata(config, content).to_yaml()}\n---\n\n# {config.run.name}\n\n{content.what}\n{usage}\n## Training\n\n"
+        f"{_table(('', ''), _facts(config, manifest).items())}\n\n## Evaluation\n\n"
+        f"{_evaluation(run, manifest)}\n\n## Limitations\n\n{_limitations(config)}\n"
+    )
+    return text.encode()
+
+
+def _metadata(config: Config, content: Content) -> ModelCardData:
+    base = config.model.base
+    data = [source.path.removeprefix(_HUB_DATA) for source in config.data.train if source.path.startswith(_HUB_DATA)]
+    return ModelCardData(
+        library_name=content.library,
+        base_model=base if _on_the_hub(base) else None,
+        base_model_relation=content.relation if _on_the_hub(base) else None,
+        license=_base_licence(config),
+        datasets=["/".join(path.partition("@")[0].split("/")[:2]) for path in data] or None,
+        pipeline_tag="text-generation",
+        tags=["capstan", config.tuning.method, config.objective.name],
+    )
+
+
+def _on_the_hub(base: str) -> bool:
+    return is_hub_id(base) and not Path(base).is_dir()
+
+
+def _base_licence(config: Config) -> str | None:
+    """As the Hub's metadata names it; None where the base has no card, or one that names none."""
+    card = base_files(config.model) / "README.md"
+    try:
+        data: Any = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+    except (OSError, ValueError):
+        return None
+    return data.license
+
+
+def _facts(config: Config, manifest: CheckpointManifest) -> dict[str, Any]:
+    return {
+        "base": config.model.base,
+        "run": config.run.name,
+        "step": manifest.step,
+        "evaluation loss": "not evaluated at this step" if manifest.eval_loss is None else f"{manifest.eval_loss:.4f}",
+        "method": json.dumps(config.tuning.model_dump(mode="json", exclude_none=True)),
+        "learning rate": json.dumps(config.optim.model_dump(mode="json", include=_OPTIM, exclude_none=True)),
+        "optimizer": json.dumps(manifest.groups),
+        "objective": config.objective.name,
+        "quantization": json.dumps(config.quant.model_dump(mode="json", exclude={"cache"})),
+        "computed in": config.model.dtype,
+        "data": f"{manifest.dataset} ({', '.join(source.path for source in config.data.train)})",
+        "sequence length": manifest.order.get("sequence_length", config.data.sequence_length),
+        "global batch": config.train.global_batch,
+        "seed": manifest.order.get("seed", config.run.seed),
+        "saved": f"{datetime.fromtimestamp(manifest.created, UTC):%Y-%m-%d %H:%M} UTC on {manifest.world_size} ranks",
+        "versions": ", ".join(f"{name} {number}" for name, number in manifest.versions.items()),
+    }
+
+
+def _evaluation(run: Store, manifest: CheckpointManifest) -> str:
+    """The tables of what `capstan evaluate` found of this step, before and after the training."""
+    try:
+        found = json.loads(run.get(layout.evaluation(manifest.step)))
+    except NotFound:
+        return "It was not evaluated against its base (`capstan evaluate`)."
+    tables = [
+        ("data set", "loss of the base", "loss", "perplexity of the base", "perplexity", _rows_of_sets(found)),
+        ("task", "metric", "base", "this", _rows_of_tasks(found)),
+    ]
+    shown = [_table(head, rows) for *head, rows in ((*table[:-1], list(table[-1])) for table in tables) if rows]
+    return "\n\n".join(shown) or "Nothing was measured."
+
+
+def _rows_of_sets(found: Any) -> Iterator[tuple[str, ...]]:
+    for name, of in found.get("sets", {}).items():
+        yield (
+            name,
+            *(_number(of.get(side, {}).get(what)) for what in ("loss", "perplexity") for side in ("base", "adapter")),
+        )
+
+
+def _rows_of_tasks(found: Any) -> Iterator[tuple[str, ...]]:
+    for task, metrics in found.get("tasks", {}).items():
+        for metric, of in metrics.items():
+            yield task, metric, _number(of.get("base")), _number(of.get("adapter"))
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, int | float) else "-"
+
+
+def _table(head: Any, rows: Any) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def _limitations(config: Config) -> str:
+    over = "" if config.quant.type == "none" else f" It was trained over that base in {config.quant.type}."
+    return (
+        "It was trained on the data named above, and what is not under Evaluation was not measured: neither safety, nor bias, nor "
+        f"other languages and tasks than those of the data. It keeps the limits and the licence of its base, {config.model.base}.{over}"
+    )

@@ -1,0 +1,89 @@
+"""The merged model for llama.cpp, ollama and LM Studio: one GGUF file for each type of weights.
+
+llama.cpp's converter reads the merged model from a disk, so that is written first and removed at the end. Its matrices are in the
+type asked for, vectors in fp32; q8_0 has a scale for each 32 weights. Smaller types are made of the f16 file by llama.cpp's
+own llama-quantize.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from rich.filesize import decimal
+
+from trainer.base.base import Description
+from trainer.base.locate import describe_base
+from trainer.checkpoint.manifest import whole_checkpoint
+from trainer.config import Config
+from trainer.config.paths import local_path
+from trainer.config.section import Section, setting
+from trainer.errors import ConfigError
+from trainer.export.card import Content, model_card
+from trainer.export.folder import CARD, TRAINED, check_destination
+from trainer.export.format import Progress, Written
+from trainer.export.llama_cpp import PART, check_converter, check_room, convert, deliver, local_folder
+from trainer.export.proof import Proof
+from trainer.export.trained import check_mergeable_run, resolve_trained_base, trained_config
+from trainer.scratch import scratch_folder
+from trainer.store import Store, open_store
+
+_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}  # of a weight
+
+
+class Gguf(Section):
+    what: ClassVar[str] = "base and adapter, merged, in GGUF"
+    what_if_tuned: ClassVar[str] = "the whole model in GGUF"
+    whole_model: ClassVar[bool] = True
+
+    types: list[Literal["f32", "f16", "bf16", "q8_0"]] = setting(
+        ["f16"], about="Types of the weights, a file each.", example=["f16", "q8_0"], min_length=1
+    )
+    scratch: str | None = setting(
+        None, about="Folder for the merged model while it is converted. Default: the temporary one.", example="/scratch"
+    )
+
+    def check(self, config: Config, base: Description) -> None:
+        check_converter()
+        check_mergeable_run(config, base)
+
+    def write(self, run: Store, destination: Store, step: int | None, progress: Progress) -> Written:
+        from trainer.export.merged import write_model
+
+        manifest = whole_checkpoint(run, step)
+        config = trained_config(run, manifest)
+        self.check(config, describe_base(config.model))
+        names = {kind: f"{config.run.name}-{kind}.gguf" for kind in dict.fromkeys(self.types)}
+        *others, _ = names.values()
+        check_destination(destination, *others, *(f"{name}{PART}" for name in names.values()))
+        temporary = local_path(self.scratch or tempfile.gettempdir(), "scratch")
+        if not temporary.is_dir():
+            raise ConfigError(f"scratch: {temporary} is no folder. Make it, or name another.")
+        base, folder = resolve_trained_base(config.model, manifest), local_folder(destination)
+        merged = sum(size for _, size, _ in base.versions)
+        weights = base.architecture.weights("linear", "experts", "embedding", "head", "small")
+        results = sum(int(_BYTES[kind] * weights) for kind in names)
+        check_room([(temporary, merged), (folder or temporary, results)])
+        progress.say(
+            f"The merged model takes {decimal(merged)} in {temporary} until it is converted; the result takes {decimal(results)}."
+        )
+        what = f"The model of the run {config.run.name}, {TRAINED}, in GGUF ({', '.join(names)}) for llama.cpp."
+        content = Content("gguf", what, "quantized", f"llama-server -m {names[self.types[0]]}", "sh")
+        destination.put(CARD, model_card(run, config, manifest, content))
+        with scratch_folder("gguf", str(temporary)) as scratch:
+            model = Path(scratch, "model")
+            write_model(run, manifest, config, open_store(str(model)), progress.written)
+            for kind, name in names.items():
+                progress.say(f"Converting to {name}.")
+                file = (folder or Path(scratch)) / f"{name}{PART}"
+                convert(model, kind, file, config.run.name)
+                deliver(file, destination, name)
+        return Written(manifest, {"files": list(names.values())})
+
+    def prove(self, run: Store, step: int, destination: Store) -> Proof:
+        raise ConfigError(
+            "--verify: a GGUF file is read by llama.cpp, not by transformers. Verify the model that it is made of instead: "
+            "--format merged --verify."
+        )
+
+
+FORMATS = {"gguf": Gguf}

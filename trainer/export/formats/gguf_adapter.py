@@ -1,0 +1,62 @@
+"""The adapter alone for llama.cpp, which loads it beside a GGUF file of the base: `llama-server -m BASE.gguf --lora FILE`."""
+
+from pathlib import Path
+from typing import ClassVar
+
+from trainer.base.base import Description
+from trainer.base.locate import base_files, describe_base
+from trainer.checkpoint.manifest import whole_checkpoint
+from trainer.config import Config
+from trainer.config.section import Section
+from trainer.errors import ConfigError
+from trainer.export.card import Content, model_card
+from trainer.export.folder import CARD, TRAINED, check_destination
+from trainer.export.format import Progress, Written
+from trainer.export.llama_cpp import PART, check_converter, deliver
+from trainer.export.proof import Proof
+from trainer.export.trained import trained_config, trained_method
+from trainer.scratch import scratch_folder
+from trainer.store import Store
+from trainer.tuning.method import method_of
+
+
+class GgufAdapter(Section):
+    what: ClassVar[str] = "adapter in GGUF"
+    what_if_tuned: ClassVar[str] = "adapter in GGUF"
+    whole_model: ClassVar[bool] = False
+
+    def check(self, config: Config, base: Description) -> None:
+        check_converter()
+        if method_of(config).exports_model:
+            raise ConfigError(
+                "--format gguf-adapter: the base itself was tuned, so there is no adapter. Take --format gguf."
+            )
+
+    def write(self, run: Store, destination: Store, step: int | None, progress: Progress) -> Written:
+        from trainer.base.load import DTYPES
+        from trainer.export.gguf_lora import write_gguf_lora
+        from trainer.export.learnt import CheckpointWeights
+
+        manifest = whole_checkpoint(run, step)
+        config = trained_config(run, manifest)
+        method, name = trained_method(config, manifest), f"{config.run.name}-adapter.gguf"
+        self.check(config, describe_base(config.model))
+        check_destination(destination, f"{name}{PART}")
+        exported = method.export(dict(CheckpointWeights(run, manifest, DTYPES[config.model.dtype])), config.model)
+        what = f"{exported.what} in GGUF for llama.cpp, {TRAINED}."
+        with scratch_folder("gguf") as scratch:
+            file = Path(scratch, f"{name}{PART}")
+            write_gguf_lora(exported.files, base_files(config.model), Path(scratch), file)
+            content = Content("gguf", what, "adapter", f"llama-server -m BASE.gguf --lora {name}", "sh")
+            destination.put(CARD, model_card(run, config, manifest, content))
+            deliver(file, destination, name)
+        return Written(manifest, {"files": [name]})
+
+    def prove(self, run: Store, step: int, destination: Store) -> Proof:
+        raise ConfigError(
+            "--verify: a GGUF file is read by llama.cpp, not by PEFT. Verify the adapter that it is made of instead: "
+            "--format peft --verify."
+        )
+
+
+FORMATS = {"gguf-adapter": GgufAdapter}

@@ -1,0 +1,33 @@
+"""Base and adapter as one model, in the types that the base is stored in."""
+
+from typing import ClassVar
+
+from trainer.base.base import Description
+from trainer.config import Config
+from trainer.config.section import Section
+from trainer.export.format import WHOLE_MODEL, Progress, Written
+from trainer.export.proof import Proof
+from trainer.export.trained import check_mergeable_run
+from trainer.store import Store
+
+
+class MergedFolder(Section):
+    what: ClassVar[str] = "base and adapter, merged,"
+    what_if_tuned: ClassVar[str] = WHOLE_MODEL
+    whole_model: ClassVar[bool] = True
+
+    def check(self, config: Config, base: Description) -> None:
+        check_mergeable_run(config, base)
+
+    def write(self, run: Store, destination: Store, step: int | None, progress: Progress) -> Written:
+        from trainer.export.merged import export_merged
+
+        return Written(export_merged(run, destination, step, progress.written))
+
+    def prove(self, run: Store, step: int, destination: Store) -> Proof:
+        from trainer.export.verify import prove_merged
+
+        return prove_merged(run, step, destination)
+
+
+FORMATS = {"merged": MergedFolder}

@@ -1,0 +1,51 @@
+"""The merged model with its linear layers in 4 bits, as transformers and bitsandbytes load it: a fourth of the bytes.
+
+A run over a base in nf4 learnt an adapter for those 4 bits; here the sum of the stored base and the adapter is rounded to 4 bits,
+which is another rounding. The weights' error is said, and --verify measures how far the predictions are.
+"""
+
+from typing import ClassVar
+
+from trainer.base.base import Description
+from trainer.config import Config
+from trainer.config.section import Section, setting
+from trainer.export.format import Progress, Written
+from trainer.export.proof import Proof
+from trainer.export.trained import check_mergeable_run
+from trainer.store import Store
+
+
+class Nf4(Section):
+    what: ClassVar[str] = "base and adapter, merged, in nf4"
+    what_if_tuned: ClassVar[str] = "the whole model in nf4"
+    whole_model: ClassVar[bool] = True
+
+    block_size: int | None = setting(
+        None, about="Weights that share a scale. Default: the run's quant.block_size.", example=64, ge=32, le=4096
+    )
+    double: bool | None = setting(
+        None, about="Whether scales are quantized too. Default: the run's quant.double.", example=True
+    )
+
+    def check(self, config: Config, base: Description) -> None:
+        check_mergeable_run(config, base)
+
+    def write(self, run: Store, destination: Store, step: int | None, progress: Progress) -> Written:
+        from trainer.base.load import DTYPES
+        from trainer.export.codes import BitsAndBytes
+        from trainer.export.recoded import export_recoded
+
+        def code(config: Config) -> BitsAndBytes:
+            block_size, double = self.block_size or config.quant.block_size, self.double
+            double = config.quant.double if double is None else double
+            return BitsAndBytes("nf4", block_size, double, DTYPES[config.model.dtype])
+
+        return export_recoded(run, destination, step, code, progress)
+
+    def prove(self, run: Store, step: int, destination: Store) -> Proof:
+        from trainer.export.recoded_proof import prove_recoded
+
+        return prove_recoded(run, step, destination)
+
+
+FORMATS = {"nf4": Nf4}

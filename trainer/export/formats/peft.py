@@ -1,0 +1,61 @@
+"""The adapter alone, as PEFT's `save_pretrained` writes it; the whole model where the base itself has learnt."""
+
+import json
+import struct
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from trainer.base.base import Description
+from trainer.config import Config, Model
+from trainer.config.section import Section, setting
+from trainer.errors import ConfigError
+from trainer.export.format import WHOLE_MODEL, Progress, Written
+from trainer.export.proof import Proof
+from trainer.export.servers import refusals, remarks, tensor_names
+from trainer.store import Store
+
+_SETTINGS, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+class PeftFolder(Section):
+    what: ClassVar[str] = "adapter"
+    what_if_tuned: ClassVar[str] = WHOLE_MODEL
+    whole_model: ClassVar[bool] = False
+
+    layout: Literal["peft", "vllm"] = setting(
+        "peft",
+        about="Layout of adapters of experts: PEFT's stacks, or each matrix by its own name, as vLLM and SGLang want it.",
+        example="vllm",
+    )
+
+    def check(self, config: Config, base: Description) -> None:
+        pass
+
+    def write(self, run: Store, destination: Store, step: int | None, progress: Progress) -> Written:
+        from trainer.export.adapter import export_adapter
+
+        manifest = export_adapter(run, destination, step, progress.written, self._arranged)
+        if not (destination.exists(_SETTINGS) and destination.exists(_WEIGHTS)):
+            return Written(manifest)  # of no method of PEFT's
+        settings: dict[str, Any] = json.loads(destination.get(_SETTINGS))
+        (length,) = struct.unpack("<Q", destination.get_range(_WEIGHTS, 0, 8))
+        names = tensor_names(bytes(destination.get_range(_WEIGHTS, 8, 8 + length)))
+        found = refusals(settings, names)
+        return Written(manifest, {"servers": found}, tuple(remarks(settings, found)))
+
+    def _arranged(self, files: Mapping[str, bytes], model: Model) -> Mapping[str, bytes]:
+        if self.layout == "peft" or _SETTINGS not in files:
+            return files
+        from trainer.export.per_expert import per_expert_files
+
+        return per_expert_files(files, model)
+
+    def prove(self, run: Store, step: int, destination: Store) -> Proof:
+        from trainer.export.verify import prove_adapter
+
+        if self.layout != "peft":
+            raise ConfigError("--verify: PEFT does not read layout=vllm. Verify the adapter in PEFT's own layout.")
+        return prove_adapter(run, step, destination)
+
+
+FORMATS = {"peft": PeftFolder}

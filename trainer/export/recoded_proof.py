@@ -1,0 +1,58 @@
+"""What quantizing again costs: a merged model in 4 or 8 bits, as transformers loads it, against the model as it was trained.
+
+No rounding of products explains that difference, so nothing is proven equal. It is allowed to be half of what the training changed:
+otherwise the quantization has undone much of it.
+"""
+
+import gc
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from bitsandbytes.nn.modules import Linear4bit
+
+from trainer.base.dequantized import dequantized_by_transformers
+from trainer.base.meta import model_config
+from trainer.export import plain
+from trainer.export.distributions import distance
+from trainer.export.proof import Proof
+from trainer.export.verify import Trained, base_directory, directory_of
+from trainer.store import Store
+
+_ALLOWED_OF_EFFECT = 0.5
+
+
+def prove_recoded(run: Store, step: int, exported: Store) -> Proof:
+    """The trained model of `step` against the files in `exported`, and these against the base alone for the effect."""
+    trained = Trained.at(run, step)
+    rows, computed_in = trained.probe.rows, trained.computed_in
+    expected = trained.logits(computed_in)
+    gc.collect()
+    with directory_of(exported) as folder:
+        found = plain.place_logits(_load(folder, trained.dtype), rows)
+    with base_directory(trained.base) as folder:
+        alone = plain.place_logits(_load(folder, trained.dtype), rows)
+    difference, effect = distance(expected, found, rows), distance(alone, found, rows)
+    return Proof(
+        kl=difference.kl,
+        kl_allowed=_ALLOWED_OF_EFFECT * effect.kl,
+        kl_effect=effect.kl,
+        log_prob=difference.log_prob,
+        log_prob_allowed=_ALLOWED_OF_EFFECT * effect.log_prob,
+        log_prob_effect=effect.log_prob,
+        computed_in=computed_in,
+        rows=trained.probe.origin,
+    )
+
+
+def _load(folder: Path, dtype: Any) -> Any:
+    """As transformers reads it, FP8 decoded, as no CPU multiplies in it."""
+    architecture: Any = model_config(folder, None)
+    quantization = getattr(architecture, "quantization_config", None) or {}
+    decoded = quantization.get("quant_method") == "fp8"
+    with dequantized_by_transformers(architecture) if decoded else nullcontext():
+        model = plain.load_plain(folder, dtype, dtype, architecture if decoded else None)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.train()  # in eval mode bitsandbytes repacks weights for a CPU kernel that wants widths of 32
+    return model.to(plain.device())

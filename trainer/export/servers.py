@@ -1,0 +1,78 @@
+"""Which servers take an exported adapter beside its base, by their documented rules, before anybody starts one.
+
+vLLM: vllm/config/lora.py (`MaxLoRARanks`) for ranks, vllm/lora/peft_helper.py for DoRA and modules_to_save, docs.vllm.ai,
+features/lora, for experts, of which each matrix has a name of its own (`layout=vllm`), unless the files of the base hold stacks.
+SGLang: python/sglang/srt/lora/lora_config.py and lora_manager.py (`validate_new_adapter`): one rank and one alpha, no DoRA, no tokens
+that the base has not; docs.sglang.ai, advanced_features/lora, for the modules.
+Both read LoRA alone, rsLoRA's scaling among it, and nothing beside its two matrices.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+VLLM, SGLANG = "vLLM", "SGLang"
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_VLLM_USUAL_RANK = 16
+_MATRIX = re.compile(r"\.lora_[AB]\.weight$")
+_STACK = re.compile(r"\.experts(\.base_layer)?\.lora_[AB]\.weight$")
+
+
+def refusals(settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, list[str]]:
+    """Server -> the reasons, each a clause, for which it refuses the adapter of these `settings` (adapter_config.json) and tensors;
+    none where it takes it."""
+    tensors = list(names)
+    both = list(_of_both(settings, tensors))
+    return {VLLM: [*both, *_of_vllm(settings, tensors)], SGLANG: [*both, *_of_sglang(settings, tensors)]}
+
+
+def _of_both(settings: Mapping[str, Any], names: list[str]) -> Iterable[str]:
+    if settings.get("peft_type") != "LORA":
+        yield f"it loads LoRA adapters, and this is {settings.get('peft_type', 'none of PEFT')}"
+        return
+    if settings.get("use_dora"):
+        yield "it has no DoRA"
+    if saved := settings.get("modules_to_save"):
+        yield f"it takes no whole modules (modules_to_save: {', '.join(saved)})"
+    if settings.get("trainable_token_indices"):
+        yield "it takes no rows of new tokens (trainable_token_indices)"
+    if settings.get("bias", "none") != "none":
+        yield f"it takes no biases (bias: {settings['bias']})"
+    known = "modules_to_save", "trainable_token"
+    others = [name for name in names if not _MATRIX.search(name) and not any(part in name for part in known)]
+    if others and not settings.get("use_dora"):
+        yield f"it reads matrices A and B alone, and there is {others[0]}"
+
+
+def _of_vllm(settings: Mapping[str, Any], names: list[str]) -> Iterable[str]:
+    if settings.get("r", 0) > _VLLM_RANKS[-1]:
+        yield f"its largest rank is {_VLLM_RANKS[-1]}, and this has {settings['r']}"
+    if settings.get("rank_pattern") or settings.get("alpha_pattern"):
+        yield "it knows one rank and one alpha for all modules (rank_pattern, alpha_pattern)"
+    if any(_STACK.search(name) for name in names):
+        yield "it wants each expert's matrices by their own names where the base's files have them so: export with layout=vllm"
+
+
+def _of_sglang(settings: Mapping[str, Any], names: list[str]) -> Iterable[str]:
+    for field, usual in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        if any(value != settings.get(usual) for value in (settings.get(field) or {}).values()):
+            yield f"it knows one {usual} for all modules ({field})"
+    if any(_STACK.search(name) for name in names):
+        yield "it wants each expert's matrices by their own names: export with layout=vllm"
+
+
+def remarks(settings: Mapping[str, Any], found: Mapping[str, list[str]]) -> list[str]:
+    """A line for each server that would refuse, and the option without which vLLM would."""
+    lines = [f"{server} would refuse it beside its base: {'; '.join(why)}." for server, why in found.items() if why]
+    rank = settings.get("r", 0)
+    if not found[VLLM] and rank > _VLLM_USUAL_RANK:
+        lines.append(f"vLLM takes it with --max-lora-rank {next(size for size in _VLLM_RANKS if size >= rank)}.")
+    if lines and "would refuse" in lines[0]:
+        lines.append("Every server takes the merged model: --format merged.")
+    return lines
+
+
+def tensor_names(header: bytes) -> list[str]:
+    """The names in the JSON at the beginning of a safetensors file."""
+    return [name for name in json.loads(header) if name != "__metadata__"]
