@@ -38,6 +38,7 @@ from trainer.devices import check_device
 from trainer.errors import CapstanError, DoesNotFit, NonFiniteLoss, Stopped, StorageError
 from trainer.export.beside import adapters_beside
 from trainer.identity import identity_of
+from trainer.measure.samples import open_samples
 from trainer.model.attention import Attention, choose_attention
 from trainer.objective.objective import Objective, check_objective, find_objective, reference_of
 from trainer.optimizer.optimizer import find_optimizer
@@ -230,6 +231,7 @@ def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Train
         config.train.steps or sum(-(-bins // config.train.global_batch) for bins in datasets.epoch_bins),
         pulse=start.heart,
         eval_sets=sets,
+        samples=open_samples(config, base, run, ranks) if config.train.sample_every else None,
         skipped=tuple(map(Position.from_json, skipped)),
     )
     step = restored.step if restored else 0

@@ -14,6 +14,7 @@ from launcher.cli.before import config_schema, data_build, data_check, data_show
 from launcher.cli.leave import export, push
 from launcher.cli.options import log
 from launcher.cli.report import report
+from launcher.cli.results import evaluate, generate
 from launcher.cli.run import checkpoints_ls, checkpoints_prune, checkpoints_verify, logs, ls, status, stop
 from launcher.cli.start import resume, submit_ray, submit_slurm, train
 from launcher.cli.sweep import sweep
@@ -52,7 +53,7 @@ def _add_group(name: str, help: str, **verbs: Callable[..., None]) -> None:
     app.add_typer(group, name=name)
 
 
-for _verb in (doctor, plan, train, resume, ls, status, logs, stop, report, sweep, export, push, smoke):
+for _verb in (doctor, plan, train, resume, ls, status, logs, stop, evaluate, generate, report, sweep, export, push, smoke):
     app.command()(_verb)
 _add_group("data", "Compile and inspect training data.", build=data_build, check=data_check, show=data_show)
 _add_group("submit", "Hand a run over to a cluster and return.", ray=submit_ray, slurm=submit_slurm)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.cli.conftest import ENVIRONMENT, Capstan
 from tests.material import Workshop, commit
+from trainer.config import dump_config
 from trainer.store import open_store
 
 
@@ -107,6 +108,48 @@ def test_an_option_that_is_no_number_to_count_with_is_refused(
 def test_what_can_be_no_path_is_refused(capstan: Capstan, config: Path, setting: str, path: str):
     refused(
         capstan("train", config, f"{setting}={path}", "--dry-run"), 2, f"{setting}: ", "cannot be a path on this mac"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "words"),
+    [
+        (("evaluate", "begun"), 7, ("has no committed checkpoint",)),
+        (("evaluate", "mine"), 2, ("there is nothing to evaluate", "eval.sets", "--set NAME=PATH")),
+        (
+            ("evaluate", "mine", "--step", "9", "--bias", "pairs.jsonl"),
+            2,
+            ("no committed checkpoint of step 9", "are: 4"),
+        ),
+        (("evaluate", "mine", "--base", "--best"), 2, ("--base evaluates the base alone",)),
+        (("evaluate", "mine", "--set", "general"), 2, ("--set: expected NAME=PATH",)),
+        (("evaluate", "mine", "--set", "general=missing.jsonl"), 3, ("eval.sets.general", "missing.jsonl")),
+        (("evaluate", "mine", "--tasks", "missing.yaml"), 2, ("eval.tasks", "missing.yaml", "does not exist")),
+        (("evaluate", "mine", "--bias", "odd.jsonl"), 2, ("eval.bias", "odd.jsonl:1", '"pair"')),
+        (("generate", "mine", "--prompts", "odd.jsonl"), 2, ("--prompts", "odd.jsonl:1", "prompt")),
+        (("generate", "mine"), 2, ("there is no prompt",)),
+        (("generate", "mine", "--top-p", "0.5"), 2, ("--top-p", "--temperature")),
+    ],
+    ids=lambda value: " ".join(value[2:4]) if isinstance(value, tuple) and value[0] in ("evaluate", "generate") else "",
+)
+def test_what_cannot_be_evaluated_or_answered_is_refused_before_a_rank_starts(
+    capstan: Capstan,
+    workshop: Workshop,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    exit_code: int,
+    words: tuple[str, ...],
+):
+    store = open_store(str(tmp_path / "store"))
+    config = workshop.config("mine", f"run.store={tmp_path / 'store'}")
+    commit(store.sub("mine"), config)
+    store.sub("begun").put("config.yaml", dump_config(config).encode())
+    (tmp_path / "odd.jsonl").write_text('{"other": 1}\n')
+    (tmp_path / "pairs.jsonl").write_text('{"group": "a", "pair": ["b c", "b d"]}\n')
+    refused(
+        capstan(*arguments, *(("--bias", "pairs.jsonl") if arguments[1] == "begun" else ()), "--store", "store"),
+        exit_code,
+        *words,
     )
 
 

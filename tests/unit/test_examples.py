@@ -71,6 +71,7 @@ def test_an_example_is_valid_and_says_what_it_is(path: Path) -> None:
         ("8b-prefix", LLAMA_8B, 1, 1, 24),
         ("8b-new-tokens", LLAMA_8B, 1, 1, 24),
         ("8b-sweep", LLAMA_8B, 1, 1, 24),
+        ("evaluation", LLAMA_8B, 1, 1, 80),
         ("dpo", LLAMA_8B, 1, 1, 24),
         ("kto", LLAMA_8B, 1, 1, 24),
         ("70b-2x8", LLAMA_70B, 16, 8, 80),

@@ -134,13 +134,13 @@ class Renderer:
         special = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special = list(special)
         if data.format == "chat":
-            self._template = _chat_template(tokenizer, data)
+            self._template = chat_template(tokenizer, data)
             self._tagged = _GENERATION.search(self._template) is not None
             self._after_end = re.compile(f"(?:{'|'.join(map(re.escape, special.values())) or '(?!)'})(\\s+)\\Z")
             self._bos = self._eos = None  # the template writes them
         else:
             with read_by_transformers(tokenizer.name_or_path, "the tokenizer"):
-                self._bos, self._eos = _framing(tokenizer, data)
+                self._bos, self._eos = framing(tokenizer, data)
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[Example | DataError]:
         """Each row's tokens and targets, or what is wrong with it; the error's text has no place in it.
@@ -315,7 +315,7 @@ def field_of(row: dict[str, Any], name: str, data: Data) -> Any:
     return row[called]
 
 
-def _chat_template(tokenizer: "PreTrainedTokenizerBase", data: Data) -> str:
+def chat_template(tokenizer: "PreTrainedTokenizerBase", data: Data) -> str:
     own = template_text(data)
     if own is not None:
         return own
@@ -328,7 +328,7 @@ def _chat_template(tokenizer: "PreTrainedTokenizerBase", data: Data) -> str:
         ) from error
 
 
-def _framing(tokenizer: "PreTrainedTokenizerBase", data: Data) -> tuple[int | None, int]:
+def framing(tokenizer: "PreTrainedTokenizerBase", data: Data) -> tuple[int | None, int]:
     """The begin token, where the tokenizer itself puts one before a text, and the end token."""
     eos: Any = tokenizer.eos_token_id
     if eos is None:

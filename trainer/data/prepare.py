@@ -16,6 +16,7 @@ from trainer.base.locate import Base
 from trainer.base.tokenizer import read_tokenizer
 from trainer.config import Config, Data, Source
 from trainer.config.data import LIKELY
+from trainer.config.evaluation import UNNAMED
 from trainer.data.compile import Progress, compile_chapters, count_chapters, fingerprint, hash_tokenizer
 from trainer.data.dataset import MANIFEST, open_chapter, read_manifest
 from trainer.data.detection import describe_forms, with_forms
@@ -114,6 +115,18 @@ def prepare_start(
     return Datasets(keys["train"], keys.get("eval"), bins, named(keys)), rest
 
 
+def prepare_evaluated(
+    config: Config, base: Base, store: Store, progress: OnProgress = lambda what, now: None
+) -> dict[str, str]:
+    """Compile the evaluation data alone; returns its fingerprints by the names of the sets, that of `data.eval` as "eval"."""
+    inputs = find_evaluated(config)
+    keys = locate(config, base, store, inputs, progress)
+    for what, key in keys.items():
+        for _ in _compile(config, base, store, what, key, inputs[what], progress, None):
+            pass
+    return ({UNNAMED: keys[UNNAMED]} if UNNAMED in keys else {}) | named(keys)
+
+
 def _compile(
     config: Config,
     base: Base,
@@ -158,21 +171,22 @@ def find(config: Config) -> dict[str, Input]:
         DataError: a source is missing, or of a kind that cannot be read.
     """
     data = config.data
-    train = _read(config, data, data.train, "data.train")
-    inputs = {"train": Input(train, Part(data.held_out, data.held_out_seed), data)}
+    train = Input(_read(config, data, data.train, "data.train"), Part(data.held_out, data.held_out_seed), data)
+    return {"train": train} | find_evaluated(config)
+
+
+def find_evaluated(config: Config) -> dict[str, Input]:
+    """The part of `find` that is never trained on."""
+    data, inputs = config.data, dict[str, Input]()
     if data.eval:
         inputs["eval"] = Input(_read(config, data, data.eval, "data.eval"), EVERYTHING, data)
     elif data.held_out:
-        inputs["eval"] = Input(train, Part(data.held_out, data.held_out_seed, held_out=True), data)
-    return inputs | find_sets(config)
-
-
-def find_sets(config: Config) -> dict[str, Input]:
-    """The part of `find` that is `eval.sets`."""
-    read = {f"{_SETS}{name}": given.data(config.data) for name, given in config.eval.sets.items()}
-    return {
+        part = Part(data.held_out, data.held_out_seed, held_out=True)
+        inputs["eval"] = Input(_read(config, data, data.train, "data.train"), part, data)
+    sets = {f"{_SETS}{name}": given.data(data) for name, given in config.eval.sets.items()}
+    return inputs | {
         what: Input(with_forms(config, data, expand(data.train, what), data.train, what, LIKELY), EVERYTHING, data)
-        for what, data in read.items()
+        for what, data in sets.items()
     }
 
 
@@ -227,7 +241,7 @@ def locate(
     tokenizer = hash_tokenizer(base.directory, base.added_tokens)
     keys: dict[str, str] = {}
     found: dict[tuple[SourceFile, ...], bool] = {}  # the same files may be split between both
-    for what, (files, part, data) in (inputs or find(config)).items():
+    for what, (files, part, data) in (find(config) if inputs is None else inputs).items():
         keys[what] = plain = fingerprint(data, files, tokenizer, part)
         if not _may_have_weights(files):
             continue

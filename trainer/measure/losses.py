@@ -22,13 +22,13 @@ class DocumentLosses(NamedTuple):
     tokens: Tensor
 
 
-def document_losses(engine: Engine, stream: Stream, begin: Callable[[], None] = lambda: None) -> DocumentLosses:
-    """Those of this rank's rows of the set of `stream`; `begin` is called before each row. Collective."""
+def document_losses(engine: Engine, stream: Stream, told: Callable[[int], None]) -> DocumentLosses:
+    """Those of this rank's rows of the set of `stream`; `told` gets, before each row, the documents that are done. Collective."""
     numbers, values = list[int](), list[Tensor]()
     engine.evaluating(True)
     for batches in stream.epoch(0):
         for batch in batches:
-            begin()
+            told(len(numbers))
             values.append(engine.look(_nats_and_tokens, batch).double().cpu())
             numbers += batch.documents
     engine.evaluating(False)
@@ -36,9 +36,9 @@ def document_losses(engine: Engine, stream: Stream, begin: Callable[[], None] = 
     return DocumentLosses(torch.tensor(numbers, dtype=torch.int64), nats, tokens)
 
 
-def mean_loss(engine: Engine, stream: Stream, begin: Callable[[], None] = lambda: None) -> tuple[float, int]:
+def mean_loss(engine: Engine, stream: Stream, told: Callable[[int], None]) -> tuple[float, int]:
     """Nats a token over all documents of the set, and its trained tokens. Collective."""
-    mine = document_losses(engine, stream, begin)
+    mine = document_losses(engine, stream, told)
     every = engine.ranks.gather(float(mine.nats.sum()), float(mine.tokens.sum()))
     tokens = sum(row[1] for row in every)
     return sum(row[0] for row in every) / tokens, int(tokens)

@@ -34,15 +34,18 @@ class Attention:
     name: str
     why: str
 
-    def arguments(self, cu_seqlens: Tensor, max_seqlen: int) -> dict[str, Any]:
-        """The arguments of the model's forward, beside input_ids and position_ids, that keep packed documents apart."""
+    def arguments(
+        self, cu_seqlens: Tensor, max_seqlen: int, cu_seqlens_k: Tensor | None = None, max_seqlen_k: int | None = None
+    ) -> dict[str, Any]:
+        """The arguments of the model's forward, beside input_ids and position_ids, that keep packed documents apart. A document
+        has more keys than tokens where those of earlier tokens were kept; without borders of their own, as many."""
         if self.name not in ("flash_attention_2", VARLEN):
             return {}
         return {
             "cu_seq_lens_q": cu_seqlens,
-            "cu_seq_lens_k": cu_seqlens,
+            "cu_seq_lens_k": cu_seqlens if cu_seqlens_k is None else cu_seqlens_k,
             "max_length_q": max_seqlen,
-            "max_length_k": max_seqlen,
+            "max_length_k": max_seqlen if max_seqlen_k is None else max_seqlen_k,
         }
 
 
@@ -170,6 +173,12 @@ def varlen_attention(
     return out[..., :width].unsqueeze(0), None
 
 
+def causal(query: Tensor, key: Tensor) -> Tensor:
+    """The mask (1, 1, T, K) of one document, whose tokens are the last of its keys; query (..., T, head), key (..., K, head)."""
+    tokens, keys = query.shape[-2], key.shape[-2]
+    return torch.ones(1, 1, tokens, keys, dtype=torch.bool, device=query.device).tril(keys - tokens)
+
+
 def sdpa_with_sinks(
     module: nn.Module,
     query: Tensor,
@@ -189,9 +198,9 @@ def sdpa_with_sinks(
     assert all(beyond.get(name) is None for name in ("softcap", "position_bias", "indices"))
     if s_aux is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **beyond)
-    length, more = query.shape[2], 8
+    more = 8
     if attention_mask is None:  # one document, which SDPA alone would take for causal
-        attention_mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=query.device).tril()
+        attention_mask = causal(query, key)
     first = torch.arange(more, device=query.device) == 0
     sink = (s_aux / scaling).to(query.dtype)[:, None, None] * first
     query = torch.cat([query, sink.expand(*query.shape[:3], more)], dim=3)

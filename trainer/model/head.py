@@ -75,13 +75,15 @@ class LossHead(nn.Linear):
         places: Tensor | None = None,
         per_target: bool = False,
         terms: LossTerms = _PLAIN,
+        ranked: bool = False,
     ) -> Tensor:
         """hidden (..., T, H).
 
         Without labels: logits (..., T, V). With labels (..., T), -100 where there is no target: the sum over targets of
         -log p(label) with the further `terms`, a () fp32 tensor in nats, which is 0 with a zero gradient for a row without
-        targets; or, `per_target`, the summands, (targets,), in the order of the labels. `places` (targets,) int64 are those of
-        the labels of targets, from the first of all on: whoever knows them on the host spares it to wait for the device.
+        targets; or, `per_target`, the summands, (targets,), in the order of the labels; or, `ranked`, without a gradient
+        (targets, 2): -log p, and 1 where no token is likelier, else 0. `places` (targets,) int64 are those of the labels of
+        targets, from the first of all on: whoever knows them on the host spares it to wait for the device.
         """
         rows = self._rows
         if labels is None:
@@ -90,6 +92,10 @@ class LossHead(nn.Linear):
         if places is None:
             places = (labels.flatten() != IGNORE).nonzero()[:, 0]
         wanted, targets = hidden.flatten(0, -2).index_select(0, places), labels.flatten().index_select(0, places)
+        if ranked:
+            parts = _parts(wanted, self.weight)
+            chunks = (_Chunk(wanted[part], self.weight, targets[part], self, terms, rows) for part in parts)
+            return torch.cat([wanted.new_empty(0, 2, dtype=torch.float32), *(chunk.ranked() for chunk in chunks)])
         given: tuple[Any, ...] = wanted, self.weight, targets, self, terms
         function = _LearningCrossEntropy if self.weight.requires_grad else _FrozenCrossEntropy
         if rows is not None:
@@ -231,6 +237,11 @@ class _Chunk:
         if z_loss:
             nats = nats + z_loss * self._log_normalizer.square()
         return nats.squeeze(-1)
+
+    def ranked(self) -> Tensor:
+        """(n, 2) fp32: -log p of each target, and whether it is the most likely token."""
+        most = self._logits.argmax(-1, keepdim=True) == self._target
+        return torch.stack([self.nats(), most.squeeze(-1).float()], dim=1)
 
     def gradient(self) -> Tensor:
         """d nats / d products before scale and softcap, (n, V) fp32, in the memory of the logits. Without further terms it is

@@ -12,7 +12,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
-from trainer.model.attention import VARLEN, no_mask, varlen_attention
+from trainer.model.attention import VARLEN, causal, no_mask, varlen_attention
 from trainer.model.documents import sdpa_mask_of_row
 from trainer.model.parts import body
 
@@ -66,12 +66,12 @@ def _sdpa(
 ) -> tuple[Tensor, None]:
     """SDPA; every token of the row sees the one prefix that lies before the row's own keys."""
     if module.attends_to_prefix:
-        length, tokens = query.shape[2], module.prefix.shape[2]
+        tokens = module.prefix.shape[2]
+        if attention_mask is None:  # one document, which SDPA alone would take for causal from its first key on
+            attention_mask = causal(query, key)
         key, value = (
             torch.cat([prefix[None], own], dim=2) for prefix, own in zip(module.prefix, (key, value), strict=True)
         )
-        if attention_mask is None:  # one document, which SDPA alone would take for causal from its first key on
-            attention_mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=query.device).tril()
         attention_mask = nn.functional.pad(attention_mask, (tokens, 0), value=True)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **given)
 
@@ -92,11 +92,11 @@ def _varlen(
     """PyTorch's varlen kernel; the keys of each document are a copy of the prefix and its own."""
     if module.attends_to_prefix:
         tokens = module.prefix.shape[2]
-        source = prefixed(cu_seq_lens_q, tokens, key.shape[2])
+        source = prefixed(cu_seq_lens_k, tokens, key.shape[2])
         both = (torch.cat([prefix[None], own], dim=2) for prefix, own in zip(module.prefix, (key, value), strict=True))
         key, value = (part.index_select(2, source) for part in both)
-        documents = torch.arange(len(cu_seq_lens_q), dtype=torch.int32, device=source.device)
-        cu_seq_lens_k, max_length_k = cu_seq_lens_q + tokens * documents, max_length_q + tokens
+        documents = torch.arange(len(cu_seq_lens_k), dtype=torch.int32, device=source.device)
+        cu_seq_lens_k, max_length_k = cu_seq_lens_k + tokens * documents, max_length_k + tokens
     lengths = {"max_length_q": max_length_q, "max_length_k": max_length_k}
     borders = {"cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
     return varlen_attention(module, query, key, value, attention_mask, **borders, **lengths, **given)

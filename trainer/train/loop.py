@@ -18,6 +18,7 @@ from trainer.data.order import hash_key, splitmix64
 from trainer.data.stream import Stream
 from trainer.errors import DataError, Interrupted, NonFiniteLoss, Stopped
 from trainer.measure.losses import mean_loss
+from trainer.measure.samples import PromptSamples
 from trainer.objective.objective import Objective
 from trainer.ranks import Ranks
 from trainer.run.folder import command
@@ -45,6 +46,7 @@ class Training:
     total_steps: int
     pulse: Pulse = silent_pulse
     eval_sets: Mapping[str, Stream] = field(default_factory=dict)  # those of eval.sets
+    samples: PromptSamples | None = None  # of eval.prompts, where train.sample_every wants them
     skipped: tuple[Position, ...] = ()  # their loss was not finite in an earlier start of the run
 
 
@@ -73,6 +75,7 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
     routing = Routing(engine.model, ranks, run.metrics)
     if step == 0:
         _evaluate_if_due(run, step, Stop.NO, routing)
+        _sample_if_due(run, step, Stop.NO)
     reader = run.stream.read_from(position, compiling=lambda awaited: _wait(run, step, awaited))
     while step < run.total_steps:
         started = time.monotonic()
@@ -117,6 +120,7 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
         checkpoints.advance(all_ready=all(rank.saved for rank in every))
         last = bool(stopping) or step == run.total_steps
         evaluated = _evaluate_if_due(run, step, stopping, routing)
+        _sample_if_due(run, step, stopping)
         best = run.config.checkpoint.keep_best and evaluated is not None
         if step == first_step or last or best or _save_is_due(run.config, step, every[0].since_save / 60):
             checkpoints.save(engine, step, position.to_json(), eval_loss=evaluated, may_skip=not last)
@@ -194,7 +198,7 @@ def _evaluate_if_due(run: Training, step: int, stopping: Stop, routing: Routing)
     if due:
         # Backwards, so that the newest record is of the data whose loss decides what is kept.
         for name, stream in reversed(list(run.eval_sets.items())):
-            loss, tokens = mean_loss(run.engine, stream, lambda: run.pulse("evaluate", 0))
+            loss, tokens = mean_loss(run.engine, stream, lambda _: run.pulse("evaluate", 0))
             measured = routing.evaluated(step, f"eval.sets.{name}")
             run.metrics.write("eval", step=step, set=name, loss=loss, tokens=tokens, **measured)
         if run.eval_stream is not None:
@@ -203,6 +207,15 @@ def _evaluate_if_due(run: Training, step: int, stopping: Stop, routing: Routing)
             loss = evaluated["loss"]
         run.pulse("save", step)
     return loss
+
+
+def _sample_if_due(run: Training, step: int, stopping: Stop) -> None:
+    """Answer the prompts by the state at `step` where that is due. Collective."""
+    due = step == run.total_steps or (_is_due(run.config.train.sample_every, step) and not stopping)
+    if run.samples is not None and due:
+        run.pulse("evaluate", 0)
+        run.samples.take(run.engine, step, lambda: run.pulse("evaluate", 0))
+        run.pulse("save", step)
 
 
 def _wait(run: Training, step: int, awaited: bool) -> None:

@@ -1,0 +1,1 @@
+"""`capstan evaluate` and `capstan generate`: a run's model on this machine's devices, and its answers on the terminal."""

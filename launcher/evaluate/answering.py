@@ -1,0 +1,126 @@
+"""`capstan generate`: prompts from a file, a pipe or a person, and the answers as they are written."""
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TextIO
+
+from launcher.evaluate.ranks import count_ranks, run_ranks
+from launcher.start.group import is_rank
+from trainer.checkpoint.listing import committed_steps
+from trainer.checkpoint.manifest import check_step
+from trainer.config import Config
+from trainer.evaluate.program import Ask
+from trainer.measure.prompts import Prompt, asked, read_prompts
+from trainer.run.folder import run_config
+from trainer.store import Store
+
+_SIDES = {"base": "base", "adapter": "now"}
+
+
+def generate_answers(
+    run: Store,
+    overrides: Sequence[str],
+    prompts: Iterable[list[Prompt]],
+    *,
+    step: int | None,
+    base: bool,
+    sampling: dict[str, Any],
+    log: Callable[[str], None],
+    screen: "Screen | None",
+) -> dict[str, Any]:
+    """The answers of a checkpoint to lists of prompts, and its step; `screen` shows them as they come.
+
+    Raises:
+        CapstanError: as the ranks do.
+    """
+
+    def hear(told: dict[str, Any]) -> None:
+        if "log" in told:
+            log(told["log"])
+        elif screen is not None and "piece" in told:
+            screen.piece(told["side"], told["piece"])
+        elif screen is not None and "answers" in told:
+            screen.answers(told["answers"])
+
+    check_step(run, committed_steps(run), step)
+    ask = Ask("generate", run.uri, step, tuple(overrides), base, sampling=sampling)
+    return run_ranks(ask, run_config(run, overrides), prompts, hear)
+
+
+def given_prompts(config: Config, path: str | None) -> list[Prompt]:
+    """Those of the file at `path`, the lines of standard input for "-", or of `eval.prompts`.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds none.
+    """
+    if path == "-" or (path is None and not config.eval.prompts):
+        return [{"prompt": line} for line in sys.stdin.read().splitlines() if line.strip()]
+    return read_prompts(path, "--prompts") if path else read_prompts(config.eval.prompts or "")
+
+
+def in_turns(prompts: Sequence[Prompt], config: Config) -> list[list[Prompt]]:
+    """As many at once as there are ranks, which answer one each."""
+    ranks = int(os.environ["WORLD_SIZE"]) if is_rank() else count_ranks(config)
+    return [list(prompts[first : first + ranks]) for first in range(0, len(prompts), ranks)]
+
+
+class Screen:
+    """Answers on the terminal. A list of one prompt is shown as it is written, a longer one when it is there; where both sides
+    answer, each has its name before it."""
+
+    def __init__(self, out: TextIO, *, both: bool, streams: bool) -> None:
+        self._out, self._both, self._streams = out, both, streams
+        self._side: str | None = None
+        self.last: dict[str, Any] = {}
+
+    def piece(self, side: str, text: str) -> None:
+        if not self._streams:
+            return
+        if side != self._side:
+            self._write(("\n" if self._side else "") + self._head(side))
+            self._side = side
+        self._write(text)
+
+    def answers(self, rows: Sequence[dict[str, Any]]) -> None:
+        if self._streams:
+            self._write("\n")
+        for row in rows:
+            self.last = row
+            if not self._streams:
+                self._write(f"> {row['prompt']}\n")
+                for side in _SIDES:
+                    if side in row:
+                        self._write(f"{self._head(side)}{row[side]}\n")
+        self._side = None
+
+    def shown(self, turns: Iterable[list[Prompt]]) -> Iterator[list[Prompt]]:
+        """`turns`, each shown before its answer is written."""
+        for turn in turns:
+            if self._streams:
+                self._write(f"> {asked(turn[0])}\n")
+            yield turn
+
+    def conversation(self, messages: bool) -> Iterator[list[Prompt]]:
+        """What a person types, one prompt at a time until the end of input: with `messages` as one conversation, which the answers
+        so far belong to. An empty line begins a new one."""
+        said = list[dict[str, str]]()
+        while True:
+            self._write("> ")
+            line = sys.stdin.readline()
+            if not line:
+                self._write("\n")
+                return
+            if not line.strip():
+                said.clear()
+                continue
+            typed = line.rstrip("\n")
+            said.append({"role": "user", "content": typed})
+            yield [{"messages": list(said)} if messages else {"prompt": typed}]
+            said.append({"role": "assistant", "content": self.last["adapter"]})
+
+    def _head(self, side: str) -> str:
+        return f"{_SIDES[side]}: " if self._both else ""
+
+    def _write(self, text: str) -> None:
+        print(text, end="", file=self._out, flush=True)

@@ -1,0 +1,108 @@
+"""`capstan evaluate`: what it asks of the ranks, and what it shows meanwhile."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from launcher.evaluate.ranks import Hear, count_ranks, run_ranks
+from launcher.evaluate.tables import Evaluated
+from trainer.checkpoint.choice import chosen_step
+from trainer.checkpoint.listing import committed_steps
+from trainer.checkpoint.manifest import check_step
+from trainer.config import assignment
+from trainer.config.paths import absolute_path, local_path
+from trainer.errors import ConfigError
+from trainer.evaluate.program import Ask
+from trainer.evaluate.subjects import subjects
+from trainer.run import layout
+from trainer.run.folder import run_config
+from trainer.store import Store
+
+Log = Callable[[str], None]
+
+
+def settings(overrides: Sequence[str], sets: Sequence[str], tasks: Sequence[str], bias: str | None) -> list[str]:
+    """`overrides`, and those that the options stand for. Raises `ConfigError` for a set that is no name=path."""
+    given = list(overrides)
+    for one in sets:
+        name, equals, path = one.partition("=")
+        if not (name and equals and path):
+            raise ConfigError(
+                f"--set: expected NAME=PATH, and {one!r} is not. Example: --set general=data/general.jsonl."
+            )
+        given.append(assignment(f"eval.sets.{name}.path", _absolute(path, "--set")))
+    if tasks:
+        found = [_absolute(task, "--tasks") if local_path(task, "--tasks").exists() else task for task in tasks]
+        given.append(assignment("eval.tasks", found))
+    return [*given, *([assignment("eval.bias", _absolute(bias, "--bias"))] if bias else [])]
+
+
+def _absolute(path: str, setting: str) -> str:
+    return path if "://" in path else str(absolute_path(path, setting))
+
+
+def evaluate_run(
+    run: Store,
+    overrides: Sequence[str],
+    *,
+    step: int | None,
+    best: bool,
+    base: bool,
+    chat: bool,
+    dry_run: bool,
+    log: Log,
+) -> Evaluated | str:
+    """Evaluate a checkpoint beside its base, or `base` alone; a sentence about it with `dry_run`.
+
+    Raises:
+        CapstanError: there is no such checkpoint, nothing to evaluate, or what the ranks raise.
+    """
+    if base and (best or step is not None):
+        raise ConfigError(
+            "--base evaluates the base alone, so --step and --best have no effect. Leave out one of them."
+        )
+    config = run_config(run, overrides)
+    step, every = chosen_step(run, step, best=best), subjects(config)
+    if not base:
+        check_step(run, committed_steps(run), step)
+    if dry_run:
+        what = "the base" if base else f"step {step or committed_steps(run)[0]} beside its base"
+        return f"would evaluate {what} of {run.uri} on {', '.join(every)}, with {count_ranks(config)} ranks"
+    ask = Ask("evaluate", run.uri, step, tuple(overrides), base, chat)
+    with _bars(log) as hear:
+        found = run_ranks(ask, config, (), hear)
+    return Evaluated(found, run.uri, None if base else f"{run.uri}/{layout.evaluation(found['step'])}")
+
+
+@contextmanager
+def _bars(log: Log) -> Iterator[Hear]:
+    """Bars on a terminal, one for each part of the work; else a line when a part is done."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks, finished = dict[str, Any](), set[str]()
+
+        def hear(told: dict[str, Any]) -> None:
+            if "log" in told:
+                bars.console.print(told["log"], markup=False, highlight=False) if console.is_terminal else log(
+                    told["log"]
+                )
+                return
+            what, done, total = told["progress"], told["done"], told["total"]
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+            if done >= total and what not in finished:
+                finished.add(what)
+                if not console.is_terminal:
+                    log(f"{what}: {total:,} done")
+
+        yield hear

@@ -1,0 +1,97 @@
+"""Ranks on this machine that evaluate a run or answer prompts: one for each GPU, or as many on the CPU as the settings say."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import IO, Any
+
+from launcher.start.group import is_rank, slurm_rank
+from trainer.config import Config
+from trainer.devices import local_gpus
+from trainer.errors import CapstanError
+from trainer.evaluate.program import Ask, answer
+from trainer.measure.prompts import Prompt
+
+Hear = Callable[[dict[str, Any]], None]
+
+_MODULE = "trainer.evaluate.program"
+
+
+def count_ranks(config: Config) -> int:
+    """One for each GPU of this machine, and no more than `cluster.workers`; without GPUs as many as that, or one."""
+    most = config.cluster.most_workers
+    gpus = 0 if config.cluster.gpus_per_worker == 0 else local_gpus()
+    return min(gpus, most or gpus) if gpus else most or 1
+
+
+def run_ranks(ask: Ask, config: Config, prompts: Iterable[list[Prompt]], hear: Hear) -> dict[str, Any]:
+    """The result of what is asked: by this process as one rank of torchrun's or srun's group, or by ranks of its own.
+
+    `prompts` are taken one list at a time, each when the answers to the one before are there; `hear` gets what rank 0 tells.
+
+    Raises:
+        CapstanError: the ranks', with its exit code.
+    """
+    ask = replace(ask, on_cpu=config.cluster.gpus_per_worker == 0)
+    os.environ.update(slurm_rank(os.environ))
+    if is_rank():
+        return answer(ask, prompts, hear)
+    with _started(ask, count_ranks(config)) as (process, said):
+        result = _conversed(process, iter(prompts), hear)
+        process.wait()
+    if result is None:
+        print(said(), file=sys.stderr)
+        raise CapstanError(f"the ranks ended with exit code {process.returncode}; their output is above.")
+    if "error" in result:
+        error = CapstanError(result["error"])
+        error.exit_code = result["exit_code"]
+        raise error
+    return result["result"]
+
+
+@contextmanager
+def _started(ask: Ask, ranks: int) -> Iterator[tuple["subprocess.Popen[str]", Callable[[], str]]]:
+    """The process of the ranks, and a function that gives what they wrote to their errors, once they have ended."""
+    several = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else ["-m"]
+    )
+    command = [sys.executable, *several, _MODULE, ask.to_json()]
+    with tempfile.TemporaryFile("w+") as errors:
+
+        def said() -> str:
+            errors.seek(0)
+            return errors.read()
+
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
+        with subprocess.Popen(command, **pipes) as process:
+            try:
+                yield process, said
+            except BaseException:  # Ctrl-C, or nobody reads any more
+                process.terminate()  # torchrun ends its ranks, which it could not after SIGKILL
+                raise
+
+
+def _conversed(process: "subprocess.Popen[str]", prompts: Iterator[list[Prompt]], hear: Hear) -> dict[str, Any] | None:
+    """Hand over prompts as they are wanted and hear what is told, up to the last line; None where it never came."""
+    assert process.stdin
+    assert process.stdout
+    for line in process.stdout:
+        told = json.loads(line)
+        if "result" in told or "error" in told:
+            return told
+        hear(told)
+        if "ready" in told or "answers" in told:
+            _hand_over(process.stdin, next(prompts, None))
+    return None
+
+
+def _hand_over(pipe: IO[str], prompts: list[Prompt] | None) -> None:
+    if prompts is None:
+        pipe.close()
+    else:
+        print(json.dumps(prompts), file=pipe, flush=True)

@@ -1,0 +1,100 @@
+"""An evaluation on the terminal: before and after side by side, and sentences about what is certain."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+SIDES = ("base", "adapter")
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluation as the run's folder has it; `where` it lies, or None for one that is not kept."""
+
+    found: Mapping[str, Any]
+    run: str
+    where: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"run": self.run, **self.found}
+
+    def tables(self) -> Group:
+        found, parts = self.found, list[Any]()
+        after = self.where is not None
+        if found["sets"]:
+            parts.append(_sets(found["sets"], after=after))
+        if found["tasks"]:
+            parts.append(_tasks(found["tasks"], after=after))
+        if found["bias"]:
+            parts.append(_bias(found["bias"], after=after))
+        parts += [Text(sentence) for sentence in sentences(found["sets"])]
+        if self.where:
+            parts.append(Text(f"step {found['step']}, kept in {self.where}"))
+        return Group(*parts)
+
+
+def sentences(sets: Mapping[str, Any]) -> Iterator[str]:
+    """What training did to each set: one sentence where the interval of the difference leaves no doubt, and another where it does."""
+    for name, found in sets.items():
+        if "interval" not in found:
+            continue
+        low, high = found["interval"]
+        change = f"{abs(found['difference']):.4f} nats a token (95 % interval {low:+.4f} to {high:+.4f})"
+        if low > 0:
+            yield f"{name}: the model has become worse by {change}: of what its base knew it has forgotten some."
+        elif high < 0:
+            yield f"{name}: the model has become better by {change}."
+        else:
+            yield f"{name}: no certain change, {found['difference']:+.4f} nats a token (95 % interval {low:+.4f} to {high:+.4f})."
+
+
+def _sets(sets: Mapping[str, Any], *, after: bool) -> Table:
+    """Narrow enough for eighty columns: what was, an arrow, and what is."""
+    table = Table("set", box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("tokens", "loss", "perplexity", *(("change", "95 % interval") if after else ())):
+        table.add_column(column, no_wrap=True, justify="right")
+    for name, found in sets.items():
+        sides = [found[side] for side in SIDES if side in found]
+        losses, perplexities = zip(*map(_loss, sides), strict=True)
+        cells = [name, f"{found['tokens']:,}", " → ".join(losses), " → ".join(perplexities)]
+        if after:
+            low, high = found["interval"]
+            cells += [f"{found['difference']:+.4f}", f"{low:+.3f} to {high:+.3f}"]
+        table.add_row(*cells)
+    return table
+
+
+def _loss(side: Mapping[str, Any]) -> tuple[str, str]:
+    perplexity = side["perplexity"]
+    return f"{side['loss']:.4f}", "∞" if perplexity is None else f"{perplexity:,.4g}"
+
+
+def _tasks(tasks: Mapping[str, Any], *, after: bool) -> Table:
+    table = Table("task", "metric", "base", *(("now",) if after else ()), "standard error")
+    for task, metrics in tasks.items():
+        for metric, found in metrics.items():
+            values = [f"{found[side]:.4f}" for side in SIDES[: 2 if after else 1]]
+            error = found["stderr"]
+            table.add_row(task, metric, *values, "" if error is None else f"{error:.4f}")
+    return table
+
+
+def _bias(groups: Mapping[str, Any], *, after: bool) -> Table:
+    sides = SIDES[: 2 if after else 1]
+    heads = [
+        f"{measure}, {'base' if side == 'base' else 'now'}" for side in sides for measure in ("mean gap", "spread")
+    ]
+    table = Table("pairs of", "pairs", *heads, caption="log p of the first sentence less that of the second, nats")
+    for group, found in groups.items():
+        values = [
+            f"{found[side][measure]:+.4f}" if measure == "mean" else f"{found[side][measure]:.4f}"
+            for side in sides
+            for measure in ("mean", "std")
+        ]
+        table.add_row(group, f"{found['pairs']}", *values)
+    return table

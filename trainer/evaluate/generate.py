@@ -1,0 +1,80 @@
+"""`capstan generate` on one rank: answers of the checkpoint, and beside them on request those of its base."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from trainer.errors import ConfigError
+from trainer.evaluate.opened import OpenedRun, open_run
+from trainer.evaluate.program import Ask, Tell
+from trainer.measure.generation import Opening, Sampling, Told, continued
+from trainer.measure.prompts import Prompt, asked
+from trainer.store import open_store
+
+
+def generate(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str, Any]:
+    """Answer lists of prompts, one after the other, until there are no more; returns the answers to all of them. Collective.
+
+    `tell` gets each piece of an answer of rank 0 as it is written, and the whole answers to a list when they are there.
+
+    Raises:
+        ConfigError: the base beside the adapter of a method that trains the base itself: the base is gone when the checkpoint is there.
+    """
+    opened = open_run(
+        open_store(ask.run), ask.step, ask.overrides, base_alone=False, log=lambda text: tell({"log": text})
+    )
+    assert opened.manifest is not None
+    if ask.base and opened.method.trains_base:
+        raise ConfigError(
+            f"--base: tuning.method: {opened.config.tuning.method} has changed the base itself, so it cannot answer beside the "
+            "checkpoint. Leave --base out."
+        )
+    opened.load()
+    tell({"ready": opened.manifest.step})
+    sampling, waiting, every = Sampling(**ask.sampling), iter(prompts), list[dict[str, Any]]()
+    while (given := opened.ranks.on_first(lambda: next(waiting, None))) is not None:
+        sides = dict[str, list[str]]()
+        openings = opened.ranks.on_first(lambda given=given: _tokens(opened, given))
+        if ask.base:
+            with opened.as_base() as base:
+                sides["base"] = _answers(base, openings, sampling, "base", tell)
+        sides["adapter"] = _answers(opened, openings, sampling, "adapter", tell)
+        rows = [
+            {"prompt": asked(prompt), **{side: texts[number] for side, texts in sides.items()}}
+            for number, prompt in enumerate(given)
+        ]
+        tell({"answers": rows})
+        every += rows
+    return {"step": opened.manifest.step, "answers": every}
+
+
+def _tokens(opened: OpenedRun, prompts: list[Prompt]) -> list[list[int]]:
+    """Raises `ConfigError` for a prompt that is longer than the base has positions for."""
+    tokens = [opened.prompter.tokens(prompt) for prompt in prompts]
+    longest = max(map(len, tokens))
+    if opened.longest is not None and longest >= opened.longest:
+        raise ConfigError(
+            f"a prompt has {longest} tokens, and the base has positions for {opened.longest}. Shorten it."
+        )
+    return tokens
+
+
+def _answers(opened: OpenedRun, tokens: list[list[int]], sampling: Sampling, side: str, tell: Tell) -> list[str]:
+    prompter = opened.prompter
+    openings = [Opening(prompt, prompter.ended) for prompt in tokens]
+    told = _pieces(opened, side, tell)
+    written = continued(opened.engine, openings, sampling, keeps=opened.keeps, longest=opened.longest, told=told)
+    return [prompter.text(answer) for answer in written]
+
+
+def _pieces(opened: OpenedRun, side: str, tell: Tell) -> Told:
+    """Tells the new characters of an answer once they are whole: a character may be of several tokens."""
+    written, shown = dict[int, list[int]](), dict[int, int]()
+
+    def told(number: int, token: int) -> None:
+        written.setdefault(number, []).append(token)
+        text = opened.prompter.text(written[number])
+        if not text.endswith("\N{REPLACEMENT CHARACTER}") and len(text) > shown.get(number, 0):
+            tell({"piece": text[shown.get(number, 0) :], "number": number, "side": side})
+            shown[number] = len(text)
+
+    return told

@@ -1,0 +1,151 @@
+"""Everything that is measured of one side, base or adapter, and both sides as one evaluation."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from trainer.config.evaluation import UNNAMED
+from trainer.data.dataset import open_dataset
+from trainer.data.prepare import config_of_set, prepare_evaluated
+from trainer.data.stream import Stream, eval_stream
+from trainer.errors import DataError
+from trainer.evaluate.opened import OpenedRun
+from trainer.evaluate.subjects import has_likelihood
+from trainer.measure import bias
+from trainer.measure.bias import Gaps, SentencePair
+from trainer.measure.intervals import difference_interval
+from trainer.measure.losses import document_losses
+from trainer.measure.scoring import Continued, likelihoods
+
+Progress = Callable[[str, int, int], None]
+"""Told of a part of the work, how much of it is done, and how much it is."""
+TaskScores = dict[str, dict[str, tuple[float, float | None]]]
+"""Task -> metric -> (value, standard error)."""
+Tasks = Callable[[OpenedRun, str], TaskScores]
+"""Runs the tasks by a run's model as it is, of which the text is the side's name."""
+Losses = tuple[Any, Any]
+"""The nats and the tokens of each document of a set, in the set's order, as (documents,) fp64."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be measured: sets on this rank by name, with their documents, pairs of sentences, tasks."""
+
+    sets: Mapping[str, tuple[Stream, int]]
+    pairs: Sequence[SentencePair]
+    tasks: Tasks | None
+
+
+@dataclass(frozen=True)
+class MeasuredSide:
+    """What was measured of one side; the same on every rank but for the tasks, which rank 0 has."""
+
+    sets: dict[str, Losses]
+    bias: dict[str, Gaps]
+    tasks: TaskScores = field(default_factory=dict)
+
+
+def find_work(opened: OpenedRun, tasks: Tasks | None, progress: Progress) -> Work:
+    """The sets compiled, where the store has them not, and the pairs read. Collective.
+
+    Raises:
+        ConfigError: the pairs cannot be read.
+        DataError: a set's source is missing or unreadable.
+    """
+    config, ranks = opened.config, opened.ranks
+
+    def compiling(what: str, now: Any) -> None:
+        progress(f"compiling {what}", now.bytes_done, now.bytes)
+
+    keys: dict[str, str] = ranks.on_first(
+        lambda: prepare_evaluated(config, opened.base, opened.store, progress=compiling)
+    )
+    if not has_likelihood(config):
+        keys.pop(UNNAMED, None)
+    sets = dict[str, tuple[Stream, int]]()
+    for name, key in keys.items():
+        dataset, of_set = open_dataset(opened.store, key), config if name == UNNAMED else config_of_set(config, name)
+        sets[name] = eval_stream(of_set, dataset, ranks.rank, ranks.world_size), dataset.manifest.documents
+    pairs = ranks.on_first(lambda: bias.read_pairs(config.eval.bias) if config.eval.bias else [])
+    return Work(sets, pairs, tasks)
+
+
+def measure(opened: OpenedRun, work: Work, side: str, progress: Progress) -> MeasuredSide:
+    """All of `work`, by the model as it is now. Collective; `side` is its name in what `progress` is told."""
+    sets = {
+        name: _losses(opened, stream, documents, partial(progress, f"{name}, {side}"))
+        for name, (stream, documents) in work.sets.items()
+    }
+    return MeasuredSide(sets, _gaps(opened, work.pairs, side, progress), work.tasks(opened, side) if work.tasks else {})
+
+
+def _losses(opened: OpenedRun, stream: Stream, documents: int, told: Callable[[int, int], None]) -> Losses:
+    world = opened.ranks.world_size
+    mine = document_losses(opened.engine, stream, lambda done: told(min(documents, done * world), documents))
+    every = opened.ranks.gather_objects(tuple(column.numpy() for column in mine))
+    numbers, nats, tokens = (np.concatenate(column) for column in zip(*every, strict=True))
+    order = np.argsort(numbers)
+    return nats[order], tokens[order]
+
+
+def _gaps(opened: OpenedRun, pairs: Sequence[SentencePair], side: str, progress: Progress) -> dict[str, Gaps]:
+    if not pairs:
+        return {}
+    begin = opened.prompter.text_begin
+    texts = [Continued([*begin, *opened.prompter.encode(text)]) for text in bias.sentences(pairs)]
+    if any(len(text.tokens) < 2 for text in texts):
+        raise DataError(
+            "eval.bias: a sentence is one token, and the base has no token before a text, so nothing predicts it."
+        )
+    capacity, told = opened.config.data.sequence_length, partial(progress, f"pairs, {side}")
+    found = likelihoods(
+        opened.engine, texts, capacity, reserved=opened.reserved, told=lambda done: told(done, len(texts))
+    )
+    return bias.gaps(pairs, [likelihood.log_p for likelihood in found])
+
+
+def evaluation(opened: OpenedRun, work: Work, base: MeasuredSide, adapter: MeasuredSide | None) -> dict[str, Any]:
+    """Both sides, as `trainer.run.layout.evaluation` keeps them; docs/evaluation.md describes every field."""
+    manifest, config = opened.manifest, opened.config
+    sides = {"base": base, **({"adapter": adapter} if adapter else {})}
+    return {
+        "step": manifest.step if manifest else 0,
+        "made": time.time(),
+        "base": {"name": opened.base.name, "fingerprint": opened.base.fingerprint, "quant.type": config.quant.type},
+        "sets": {name: _of_set(name, sides) for name in base.sets},
+        "tasks": {task: _of_task(task, sides) for task in base.tasks},
+        "bias": bias.to_json(work.pairs, {name: side.bias for name, side in sides.items()}),
+    }
+
+
+def _of_set(name: str, sides: Mapping[str, MeasuredSide]) -> dict[str, Any]:
+    tokens = sides["base"].sets[name][1]
+    nats = {side: measured.sets[name][0] for side, measured in sides.items()}
+    losses = {side: float(values.sum() / tokens.sum()) for side, values in nats.items()}
+    found: dict[str, Any] = {"tokens": int(tokens.sum()), "documents": len(tokens)}
+    found |= {side: {"loss": loss, "perplexity": _perplexity(loss)} for side, loss in losses.items()}
+    if "adapter" in nats:
+        found["difference"] = losses["adapter"] - losses["base"]
+        found["interval"] = list(difference_interval(nats["base"], nats["adapter"], tokens))
+    return found
+
+
+def _perplexity(loss: float) -> float | None:
+    """None where it is more than a number can be."""
+    return math.exp(loss) if loss < 700 else None
+
+
+def _of_task(task: str, sides: Mapping[str, MeasuredSide]) -> dict[str, Any]:
+    metrics = sides["base"].tasks[task]
+    return {
+        metric: {
+            **{side: measured.tasks[task][metric][0] for side, measured in sides.items()},
+            "stderr": list(sides.values())[-1].tasks[task][metric][1],
+        }
+        for metric in metrics
+    }

@@ -1,0 +1,128 @@
+"""A run's model, sharded over the ranks as it was trained: first as its base, then as one of its checkpoints."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from trainer.base.load import DTYPES
+from trainer.base.locate import Base, resolve_base
+from trainer.base.tokenizer import read_tokenizer
+from trainer.checkpoint.checkpoints import load_partitions
+from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
+from trainer.config import Config, override
+from trainer.devices import check_device
+from trainer.export.trained import resolve_trained_base, trained_config, trained_method
+from trainer.measure.prompts import Prompter
+from trainer.model.attention import choose_attention
+from trainer.objective.objective import find_objective
+from trainer.optimizer.optimizer import MASTER
+from trainer.plan import choose_scope
+from trainer.rank import group_timeout
+from trainer.ranks import Ranks, join
+from trainer.run.folder import run_config
+from trainer.store import Store, open_run_store
+from trainer.train.assemble import assemble
+from trainer.tuning.method import Method, check_tuning, method_of
+from trainer.zero.engine import Engine
+from trainer.zero.policy import build_deepspeed_config
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A run on this rank. Until `load` its model is the base with what learns as it was attached; without a `manifest` there is
+    nothing to load."""
+
+    run: Store
+    config: Config
+    manifest: CheckpointManifest | None
+    base: Base
+    method: Method
+    ranks: Ranks
+    engine: Engine
+    keeps: bool = True
+    """Whether a text that grows may keep keys and values; see `trainer.model.decoding.GrowingText`."""
+
+    @contextmanager
+    def as_base(self) -> Iterator["OpenedRun"]:
+        """Inside, the model computes as its base; where the base itself learns, that is so before `load` alone."""
+        with nullcontext() if self.method.trains_base else self.method.switched_off(self.engine.model):
+            yield replace(self, keeps=not self.reserved)
+
+    def load(self) -> None:
+        """Put what the checkpoint has learnt into the model. Collective; raises `StorageError` on every rank."""
+        assert self.manifest is not None
+        manifest, partitions = self.manifest, self.engine.partitions()
+        self.ranks.together(lambda: load_partitions(self.run, manifest, partitions, states=(MASTER,)))
+        self.engine.refresh(manifest.updates)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return read_tokenizer(self.base.directory, self.base.name, self.base.added_tokens)
+
+    @cached_property
+    def prompter(self) -> Prompter:
+        return Prompter(self.tokenizer, self.config.data, self.base.directory)
+
+    @property
+    def store(self) -> Store:
+        return open_run_store(self.config)
+
+    @property
+    def reserved(self) -> int:
+        """Positions of a row before each text, for virtual tokens."""
+        return self.method.virtual.reserved
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest text that the base has positions for, beside virtual tokens."""
+        positions = self.base.architecture.positions
+        return positions - self.method.virtual.count if positions else None
+
+
+def settings_of(
+    run: Store, step: int | None, overrides: Sequence[str], *, base_alone: bool
+) -> tuple[Config, CheckpointManifest | None]:
+    """The settings that the checkpoint of `step`, or the newest whole one, was trained with, and its manifest; of the base alone
+    those of the run's folder. `overrides` may change what does not belong to the checkpoint.
+
+    Raises:
+        NothingToResume, ConfigError, StorageError: as `whole_checkpoint` and `trained_config`.
+    """
+    if base_alone:
+        return run_config(run, overrides), None
+    manifest = whole_checkpoint(run, step)
+    return override(trained_config(run, manifest), *overrides), manifest
+
+
+def open_run(run: Store, step: int | None, overrides: Sequence[str], *, base_alone: bool, log: Log) -> OpenedRun:
+    """Load the run's base and attach its method, on every rank of this process's group. Collective; `log` gets rank 0's progress.
+
+    Raises:
+        CapstanError: on every rank alike.
+    """
+    given = run_config(run, overrides)
+    check_device(given.cluster.gpus_per_worker, torch.cuda.device_count(), torch.version.cuda or torch.version.hip)
+    ranks = join(group_timeout(given))
+    config, manifest = ranks.on_first(lambda: settings_of(run, step, overrides, base_alone=base_alone))
+    with ranks.agreeing():
+        base = resolve_base(config.model) if manifest is None else resolve_trained_base(config.model, manifest)
+        check_tuning(config, base.description)
+        method = method_of(config) if manifest is None else trained_method(config, manifest)
+    threads = config.cluster.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // ranks.ranks_per_node)
+    torch.set_num_threads(threads)
+    dtype, refused = DTYPES[config.model.dtype], method.virtual.refused_kernels
+    attention = choose_attention(config.model.attention, ranks.device, dtype, base.architecture, refused)
+    on_gpu = ranks.device.type == "cuda"
+    settings: dict[str, Any] = build_deepspeed_config(config, ranks.world_size, accumulation=1, on_gpu=on_gpu)
+    memory = ranks.least_device_memory()
+    scope = choose_scope(config, base.architecture, ranks.world_size, ranks.ranks_per_node, memory)
+    engine, _ = assemble(base, config, settings, ranks, attention, scope, find_objective(config), log)
+    return OpenedRun(run, config, manifest, base, method, ranks, engine)

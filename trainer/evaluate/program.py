@@ -1,0 +1,93 @@
+"""The program of one rank that evaluates a run or answers prompts, whoever started it: `capstan`, torchrun or srun.
+
+    python -m trainer.evaluate.program ASK
+
+ASK is JSON, as `Ask` has it. Rank 0 writes an object a line to its output: what it has to tell on the way, and as the last one
+the result or an error with its exit code.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from trainer.devices import stay_on_cpu
+from trainer.errors import CapstanError
+from trainer.measure.prompts import Prompt
+
+Tell = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What every rank is asked to do with the run at `run`, a URI: with the checkpoint of `step`, or of None the newest whole one.
+
+    `overrides` are settings as on the command line. `base`: of an evaluation the base alone, of answers the base's beside the
+    adapter's. `chat`: tasks are asked under the chat template. `sampling` are the arguments of `trainer.measure.generation.Sampling`.
+    """
+
+    what: Literal["evaluate", "generate"]
+    run: str
+    step: int | None = None
+    overrides: tuple[str, ...] = ()
+    base: bool = False
+    chat: bool = False
+    on_cpu: bool = False
+    sampling: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def answer(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str, Any]:
+    """Do as asked, as one rank; the same result on every one. `prompts` come to rank 0 in the order in which they are to be
+    answered, those of one list at once.
+
+    Raises:
+        CapstanError: on every rank alike.
+    """
+    if ask.on_cpu:
+        stay_on_cpu()
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # They import torch, which sees the devices that it is left.
+    from torch import distributed
+
+    from trainer.evaluate.evaluate import evaluate
+    from trainer.evaluate.generate import generate
+
+    say = tell if os.environ.get("RANK", "0") == "0" else _nothing
+    try:
+        return evaluate(ask, say) if ask.what == "evaluate" else generate(ask, prompts, say)
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def _nothing(_told: dict[str, Any]) -> None:
+    """Rank 0 speaks for all."""
+
+
+def main() -> None:
+    # Libraries print to the output too: from here on they do it to the errors.
+    lines = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    given = json.loads(sys.argv[1])
+    ask = Ask(**{**given, "overrides": tuple(given["overrides"])})
+    first = os.environ.get("RANK", "0") == "0"
+
+    def tell(told: dict[str, Any]) -> None:
+        if first:
+            print(json.dumps(told), file=lines, flush=True)
+
+    try:
+        result = answer(ask, (json.loads(line) for line in sys.stdin), tell)
+    except CapstanError as error:
+        tell({"error": str(error), "exit_code": error.exit_code})
+        sys.exit(error.exit_code)
+    tell({"result": result})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""One model of many ranks, of which rank 0 asks: a program that knows no ranks gets likelihoods and answers from all of them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from trainer.evaluate.opened import OpenedRun
+from trainer.measure.generation import Opening, Sampling, continued
+from trainer.measure.scoring import Continued, Likelihood, likelihoods
+
+T = TypeVar("T")
+Told = Callable[[int], None]
+
+
+def _untold(_done: int) -> None:
+    """Nobody is told on the other ranks."""
+
+
+class OpenText(NamedTuple):
+    """The tokens of a text to continue, until one of the strings in `until` is written, or the text ends."""
+
+    tokens: Sequence[int]
+    until: Sequence[str] = ()
+
+
+class SharedModel:
+    """The model of `opened`, which computes as its base or not as it is at that moment."""
+
+    def __init__(self, opened: OpenedRun) -> None:
+        self._opened = opened
+
+    def serve(self, ask: Callable[["SharedModel"], T]) -> T | None:
+        """Run `ask` on rank 0, which alone gets its result, while the others help. Collective; what it raises is raised on all."""
+        ranks, result, failure = self._opened.ranks, None, None
+        if ranks.rank == 0:
+            try:
+                result = ask(self)
+            except Exception as error:
+                failure = error
+            ranks.broadcast(None)
+        else:
+            while (job := ranks.broadcast(None)) is not None:
+                self._do(*job, told=_untold)
+        ranks.agree(failure)
+        return result
+
+    def likelihoods(self, texts: Sequence[Continued], told: Told) -> list[Likelihood]:
+        """On rank 0, inside `serve`."""
+        return self._on_all("likelihoods", list(texts), told=told) if texts else []
+
+    def continued(self, texts: Sequence[OpenText], sampling: Sampling, told: Told) -> list[list[int]]:
+        """On rank 0, inside `serve`: the tokens written behind each text."""
+        return self._on_all("continued", list(texts), sampling, told=told) if texts else []
+
+    def _on_all(self, what: str, *given: Any, told: Told) -> Any:
+        self._opened.ranks.broadcast((what, given))
+        return self._do(what, given, told=told)
+
+    def _do(self, what: str, given: tuple[Any, ...], *, told: Told) -> Any:
+        return {"likelihoods": self._score, "continued": self._continue}[what](*given, told=told)
+
+    def _score(self, texts: Sequence[Continued], *, told: Told) -> list[Likelihood]:
+        opened = self._opened
+        capacity = opened.config.data.sequence_length
+        return likelihoods(opened.engine, texts, capacity, reserved=opened.reserved, told=told)
+
+    def _continue(self, texts: Sequence[OpenText], sampling: Sampling, *, told: Told) -> list[list[int]]:
+        opened, done = self._opened, set[int]()
+
+        def count(number: int, _token: int) -> None:
+            done.add(number)
+            told(len(done) * opened.ranks.world_size)
+
+        openings = [Opening(text.tokens, self._ended(text.until)) for text in texts]
+        return continued(opened.engine, openings, sampling, keeps=opened.keeps, longest=opened.longest, told=count)
+
+    def _ended(self, until: Sequence[str]) -> Callable[[Sequence[int]], bool]:
+        prompter = self._opened.prompter
+
+        def ended(written: Sequence[int]) -> bool:
+            return prompter.ended(written) or any(end in prompter.text(written) for end in until)
+
+        return ended

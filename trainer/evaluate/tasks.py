@@ -1,0 +1,177 @@
+"""Tasks of lm-evaluation-harness on the sharded model, as its own model of transformers would do them (lm_eval/models/huggingface.py)."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval import simple_evaluate
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from trainer.config.paths import local_path
+from trainer.data.chat import template_text
+from trainer.errors import ConfigError
+from trainer.evaluate.measured import TaskScores
+from trainer.evaluate.opened import OpenedRun
+from trainer.evaluate.shared import OpenText, SharedModel
+from trainer.measure.generation import Sampling
+from trainer.measure.scoring import Continued
+
+_BOOTSTRAPS = 200  # for standard errors of metrics without a formula
+_DEFAULT_LENGTH = 2048  # lm-eval's, of a model that names none
+
+Told = Callable[[int, int], None]
+
+
+class ShardedLM(TemplateLM):
+    """The harness's view of the model of all ranks; `told` gets how many requests of a kind are done, and how many there are."""
+
+    def __init__(self, model: SharedModel, opened: OpenedRun, told: Told) -> None:
+        super().__init__()
+        self._model, self._opened, self._told = model, opened, told
+        self.tokenizer: Any = opened.tokenizer
+        if own := template_text(opened.config.data):
+            self.tokenizer.chat_template = own
+        self.max_length = opened.longest or _DEFAULT_LENGTH
+        self.max_gen_toks = 256
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        begin = self.tokenizer.bos_token_id
+        return self.eot_token_id if begin is None else begin
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._opened.base.name.replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_options: Any) -> list[int]:
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **_options: Any) -> list[tuple[float, bool]]:
+        texts = list[Continued]()
+        for _, context, continuation in requests:
+            tokens = (context + continuation)[-(self.max_length + 1) :]
+            texts.append(Continued(tokens, len(tokens) - len(continuation)))
+        found = self._model.likelihoods(texts, lambda done: self._told(done, len(texts)))
+        return [(likelihood.log_p, likelihood.greedy) for likelihood in found]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        windows, owner = list[Any](), list[int]()
+        for number, request in enumerate(requests):
+            rolling = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for window in map(make_disjoint_window, rolling):
+                windows.append((None, *window))
+                owner.append(number)
+        sums = [0.0] * len(requests)
+        for number, (log_p, _) in zip(owner, self._loglikelihood_tokens(windows), strict=True):
+            sums[number] += log_p
+        return sums
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        end = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
+        answers, groups = [""] * len(requests), dict[Sampling, list[tuple[int, list[str], OpenText]]]()
+        for number, request in enumerate(requests):
+            context, given = request.args
+            settings: Any = normalize_gen_kwargs(given, self.max_gen_toks)
+            until, most = handle_stop_sequences(settings.get("until"), eos=end), settings["max_gen_toks"]
+            if most >= self.max_length:
+                raise ConfigError(
+                    f"eval.tasks: a task asks for up to {most} tokens, and the base has positions for {self.max_length}. Lower the "
+                    "task's max_gen_toks."
+                )
+            tokens = self.tok_encode(context)[-(self.max_length - most) :]
+            sampling = Sampling(most, settings.get("temperature") or 0.0, settings.get("top_p") or 1.0)
+            groups.setdefault(sampling, []).append((number, until, OpenText(tokens, until)))
+        for sampling, group in groups.items():
+            texts = [text for _, _, text in group]
+            written = self._model.continued(
+                texts, sampling, lambda done: self._told(min(done, len(requests)), len(requests))
+            )
+            for (number, until, _), tokens in zip(group, written, strict=True):
+                answers[number] = postprocess_generated_text(self._opened.prompter.text(tokens), until, None)
+        return answers
+
+
+def run_tasks(opened: OpenedRun, names: Sequence[str], *, chat: bool, told: Told) -> TaskScores:
+    """The scores of the tasks, by the model as it is now; on rank 0, nothing on the others. Collective.
+
+    `names` are tasks of the harness, YAML files or folders of them; `chat` asks under the chat template.
+
+    Raises:
+        ConfigError: a task does not exist, cannot be read, or its data is not here.
+    """
+
+    evaluate: Any = simple_evaluate
+    # The harness would fork a pool of processes for its bootstraps, from one that has the threads of a process group.
+    os.environ["DISABLE_MULTIPROC"] = "1"
+
+    def ask(model: SharedModel) -> TaskScores:
+        try:
+            found = evaluate(
+                ShardedLM(model, opened, told),
+                tasks=task_specs(names),
+                task_manager=TaskManager(include_defaults=not all(map(_is_path, names))),
+                bootstrap_iters=_BOOTSTRAPS,
+                log_samples=False,
+                apply_chat_template=chat,
+            )
+        except ConfigError:
+            raise
+        except Exception as error:  # tasks are programs of their authors
+            raise ConfigError(f"eval.tasks: {', '.join(names)}: {type(error).__name__}: {error}") from error
+        return {task: _scores(metrics) for task, metrics in found["results"].items()}
+
+    return SharedModel(opened).serve(ask) or {}
+
+
+def task_specs(names: Sequence[str]) -> list[str]:
+    """Names of tasks as they are, and the YAML files of folders one by one. Raises `ConfigError` for a folder without any."""
+    specs = list[str]()
+    for name in names:
+        path = Path(local_path(name, "eval.tasks"))
+        if path.is_dir():
+            files = sorted(str(file) for file in path.glob("*.yaml") if not file.name.startswith("_"))
+            if not files:
+                raise ConfigError(f"eval.tasks: {name!r} holds no .yaml file.")
+            specs += files
+        else:
+            specs.append(str(path) if path.is_file() else name)
+    return specs
+
+
+def _is_path(name: str) -> bool:
+    return local_path(name, "eval.tasks").exists()
+
+
+def _scores(metrics: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
+    """`acc,none` and `acc_stderr,none` of the harness as `acc`: a filter is named where it is one."""
+    found = dict[str, tuple[float, float | None]]()
+    for key, value in metrics.items():
+        name, _, kind = key.partition(",")
+        if kind and not name.endswith("_stderr") and isinstance(value, int | float):
+            error = metrics.get(f"{name}_stderr,{kind}")
+            known = error if isinstance(error, int | float) else None
+            found[name if kind == "none" else f"{name},{kind}"] = float(value), known
+    return found

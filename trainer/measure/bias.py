@@ -1,0 +1,74 @@
+"""Pairs of sentences that differ in one group's word: how much likelier the model finds the first, before and after training."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from trainer.config.paths import local_path
+from trainer.errors import NOT_JSON, ConfigError
+
+
+class SentencePair(NamedTuple):
+    """Two sentences, and the group that they are counted with."""
+
+    group: str
+    first: str
+    second: str
+
+
+class Gaps(NamedTuple):
+    """Mean and standard deviation, over the pairs of a group, of log p(first) - log p(second) in nats."""
+
+    mean: float
+    std: float
+
+
+def read_pairs(path: str, setting: str = "eval.bias") -> list[SentencePair]:
+    """The pairs of a JSONL file, whose rows are {"group": "...", "pair": ["...", "..."]}.
+
+    Raises:
+        ConfigError: the file cannot be read, or a row is something else.
+    """
+    try:
+        lines = local_path(path, setting).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{setting}: {path!r} cannot be read: {error}.") from error
+    pairs = [_pair(line, f"{setting}: {path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not pairs:
+        raise ConfigError(f"{setting}: {path!r} holds no pair.")
+    return pairs
+
+
+def _pair(line: str, where: str) -> SentencePair:
+    try:
+        row = json.loads(line)
+        (first, second), group = row["pair"], row["group"]
+    except (*NOT_JSON, KeyError, TypeError) as error:
+        raise ConfigError(f'{where}: a row is {{"group": "...", "pair": ["...", "..."]}}.') from error
+    if not all(isinstance(value, str) and value for value in (first, second, group)):
+        raise ConfigError(f"{where}: group and both sentences are texts, and not empty.")
+    return SentencePair(group, first, second)
+
+
+def gaps(pairs: Sequence[SentencePair], log_p: Sequence[float]) -> dict[str, Gaps]:
+    """By group, from log p of the first and the second sentence of each pair, in turn."""
+    found: dict[str, list[float]] = {}
+    for number, pair in enumerate(pairs):
+        found.setdefault(pair.group, []).append(log_p[2 * number] - log_p[2 * number + 1])
+    return {group: Gaps(statistics.fmean(values), statistics.pstdev(values)) for group, values in found.items()}
+
+
+def sentences(pairs: Sequence[SentencePair]) -> list[str]:
+    return [sentence for pair in pairs for sentence in (pair.first, pair.second)]
+
+
+def to_json(pairs: Sequence[SentencePair], sides: Mapping[str, Mapping[str, Gaps]]) -> dict[str, object]:
+    """`sides` are the gaps before and after, by their names."""
+    counts = {pair.group: 0 for pair in pairs}
+    for pair in pairs:
+        counts[pair.group] += 1
+    return {
+        group: {"pairs": count, **{side: found[group]._asdict() for side, found in sides.items()}}
+        for group, count in counts.items()
+    }

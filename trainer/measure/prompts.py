@@ -1,0 +1,129 @@
+"""Prompts as the model was trained to see them: files of them, their tokens, and where an answer ends. Without torch."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.base.config_json import read_by_transformers
+from trainer.config import Data
+from trainer.config.paths import local_path
+from trainer.data.chat import chat_template, framing
+from trainer.data.messages import read_messages
+from trainer.errors import NOT_JSON, ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Prompt = Mapping[str, Any]
+"""A row with `prompt`, a text, or with `messages`, a conversation that the model is to answer."""
+
+
+def read_prompts(path: str, setting: str = "eval.prompts") -> list[Prompt]:
+    """The prompts of a .jsonl file, or the lines of any other text file; empty lines are none.
+
+    Raises:
+        ConfigError: the file cannot be read, or a row has neither prompt nor messages.
+    """
+    try:
+        lines = local_path(path, setting).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{setting}: {path!r} cannot be read: {error}.") from error
+    rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise ConfigError(f"{setting}: {path!r} holds no prompt. Give a line for each.")
+    if not path.endswith(".jsonl"):
+        return [{"prompt": line} for _, line in rows]
+    return [prompt_of(line, f"{setting}: {path}:{number}") for number, line in rows]
+
+
+def prompt_of(line: str, where: str) -> Prompt:
+    """The prompt in a line of JSON. Raises `ConfigError` when there is none."""
+    try:
+        row = json.loads(line)
+    except NOT_JSON as error:
+        raise ConfigError(f"{where}: not JSON: {error}.") from error
+    if not isinstance(row, dict) or not ({"prompt", "messages"} & row.keys()):
+        raise ConfigError(f"{where}: a row needs the field prompt, a text, or messages, a conversation.")
+    return {name: row[name] for name in ("prompt", "messages") if name in row}
+
+
+def asked(prompt: Prompt) -> str:
+    """A prompt in one text for a reader: of a conversation, the last message."""
+    given = prompt.get("messages", prompt.get("prompt"))
+    return given if isinstance(given, str) else str(given[-1].get("content", ""))
+
+
+class Prompter:
+    """The tokens of prompts under the run's template and format, and of its answers.
+
+    `stops` are the tokens that end an answer: the tokenizer's end of text, those of the base's generation_config.json, and of a
+    chat the token that the template puts behind an assistant's turn.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", data: Data, directory: Path) -> None:
+        self._tokenizer, self._data = tokenizer, data
+        eos: Any = tokenizer.eos_token_id
+        self.stops = {*([eos] if eos is not None else []), *_generation_ends(directory)}
+        # Of rows whose format is found out, those of a tokenizer without a template can be no conversations.
+        templated = data.template or getattr(tokenizer, "chat_template", None)
+        self._chats = data.kind == "chat" and (data.format != "auto" or bool(templated))
+        if self._chats:
+            self.stops |= self._turn_ends()
+
+    def tokens(self, prompt: Prompt) -> list[int]:
+        """Those before the answer. Raises `ConfigError` when the prompt does not suit the run's format."""
+        given = prompt.get("messages", prompt.get("prompt"))
+        if self._chats or not isinstance(given, str):
+            messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
+            return self.encode(self._rendered(messages, add_generation_prompt=True))
+        tokens, begin = self.encode(given), self.text_begin
+        return tokens if tokens[:1] == begin else [*begin, *tokens]
+
+    def ended(self, written: Sequence[int]) -> bool:
+        return written[-1] in self.stops
+
+    def text(self, written: Sequence[int]) -> str:
+        """An answer as a reader sees it, without the tokens that end it."""
+        shown: Any = self._tokenizer.decode(list(written), skip_special_tokens=True)
+        return shown
+
+    @property
+    def text_begin(self) -> list[int]:
+        """The token before a text, where the tokenizer itself puts one there."""
+        begin, _ = framing(self._tokenizer, self._data)
+        return [] if begin is None else [begin]
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text alone."""
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def _rendered(self, messages: Any, **options: Any) -> str:
+        try:
+            read = read_messages(messages)
+            template = chat_template(self._tokenizer, self._data)
+            return self._tokenizer.apply_chat_template(read, chat_template=template, tokenize=False, **options)  # type: ignore[return-value]
+        except DataError as error:
+            raise ConfigError(f"a prompt's messages: {error}.") from error
+        except ConfigError:
+            raise
+        except Exception as error:  # a template is a program of the user's: it may raise anything
+            raise ConfigError(f"the chat template refuses a prompt: {error}.") from error
+
+    def _turn_ends(self) -> set[int]:
+        said = "zebra"
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]
+        behind = self._rendered(turns).rpartition(said)[2]
+        tokens, special = self.encode(behind.lstrip()), self._tokenizer.added_tokens_decoder
+        return {tokens[0]} if tokens and tokens[0] in special else set()
+
+
+def _generation_ends(directory: Path) -> set[int]:
+    """The ends of text in the base's generation_config.json, which many chat models have more of than their tokenizer."""
+    from transformers import GenerationConfig
+
+    if not (directory / "generation_config.json").is_file():
+        return set()
+    with read_by_transformers(str(directory), "the generation_config.json"):
+        ends: Any = GenerationConfig.from_pretrained(directory).eos_token_id
+    return {ends} if isinstance(ends, int) else set(ends or ())

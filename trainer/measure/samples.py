@@ -1,0 +1,68 @@
+"""Answers to the same prompts over the course of a run, greedy, so that only the training changes them."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.base.locate import Base
+from trainer.base.tokenizer import read_tokenizer
+from trainer.config import Config
+from trainer.measure.generation import Opening, Sampling, continued
+from trainer.measure.prompts import Prompt, Prompter, asked, read_prompts
+from trainer.ranks import Ranks
+from trainer.run import layout
+from trainer.run.background import Harmless
+from trainer.store import Store
+from trainer.tuning.method import method_of
+from trainer.zero.engine import Engine
+
+
+@dataclass(frozen=True)
+class PromptSamples:
+    """The prompts of a run, as this rank needs them; `prompter` is on rank 0 alone."""
+
+    run: Store
+    prompts: Sequence[Prompt]
+    tokens: Sequence[Sequence[int]]
+    stops: frozenset[int]
+    sampling: Sampling
+    longest: int | None
+    prompter: Prompter | None
+    keeping: Harmless
+
+    def take(self, engine: Engine, step: int, begin: Callable[[], None]) -> None:
+        """Answer by the state at `step`, and keep the answers in the run's folder; a store that fails ends nothing. Collective, in
+        at most `sampling.max_tokens` passes for as many prompts as there are ranks; `begin` is called before each."""
+        openings = [Opening(tokens, lambda written: written[-1] in self.stops) for tokens in self.tokens]
+        written = continued(engine, openings, self.sampling, longest=self.longest, begin=begin)
+        if (prompter := self.prompter) is None:
+            return
+        rows: list[dict[str, Any]] = [
+            {"prompt": asked(prompt), "adapter": prompter.text(answer)}
+            for prompt, answer in zip(self.prompts, written, strict=True)
+        ]
+        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        self.keeping(lambda: self.run.put(layout.samples(step), content))
+
+
+def open_samples(config: Config, base: Base, run: Store, ranks: Ranks) -> PromptSamples:
+    """Those of `eval.prompts`. Collective.
+
+    Raises:
+        ConfigError: the file cannot be read on rank 0's machine, or a prompt does not suit the run's format.
+    """
+    prompter: Prompter | None = None
+
+    def read() -> tuple[list[Prompt], list[list[int]], frozenset[int]]:
+        nonlocal prompter
+        tokenizer = read_tokenizer(base.directory, base.name, base.added_tokens)
+        prompter = Prompter(tokenizer, config.data, base.directory)
+        prompts = read_prompts(config.eval.prompts or "")
+        return prompts, [prompter.tokens(prompt) for prompt in prompts], frozenset(prompter.stops)
+
+    prompts, tokens, stops = ranks.on_first(read)
+    positions = base.architecture.positions
+    longest = positions - method_of(config).virtual.count if positions else None
+    sampling = Sampling(config.eval.max_tokens)
+    return PromptSamples(run, prompts, tokens, stops, sampling, longest, prompter, Harmless("keeping the samples"))

@@ -1,0 +1,54 @@
+"""One text that grows a token at a time: what its layers keep of the tokens so far, and the logits of the next one."""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from trainer.model.packed import PackedModel
+from trainer.model.parts import body
+
+# The names that bodies of transformers have for what they keep, as an argument and in their output.
+_KEPT = ("cache", "past_key_values", "cache_params")
+
+
+@dataclass(eq=False)
+class GrowingText:
+    """The `tokens` (1, T) int64 of one text; `kept` is what the layers keep of the first `read` of them, keys and values or
+    states, by transformers' name for it. A base that keeps nothing reads the whole text again for each token.
+
+    `keeps`: whether anything may be kept. With virtual tokens in the row that are switched off nothing is: they are documents of
+    their own then, and keys that are kept do not know that.
+    """
+
+    tokens: Tensor
+    keeps: bool = True
+    read: int = 0
+    kept: tuple[str, Any] | None = None
+
+    def to(self, device: torch.device) -> Self:
+        self.tokens = self.tokens.to(device)
+        return self
+
+    def append(self, token: int) -> None:
+        self.tokens = torch.nn.functional.pad(self.tokens, (0, 1), value=token)
+
+
+def next_logits(model: PackedModel, text: GrowingText) -> Tensor:
+    """The logits of the token behind the text, (V,) fp32; the text's tokens count as read from now on."""
+    tokens = torch.nn.functional.pad(text.tokens, (model.reserved, 0))
+    length = tokens.shape[1]
+    given = dict([text.kept]) if text.kept else {}
+    borders = torch.tensor([[0, 0], [length - text.read, length]], dtype=torch.int32, device=tokens.device)
+    result = body(model.model)(
+        input_ids=tokens[:, text.read :],
+        position_ids=torch.arange(text.read, length, device=tokens.device)[None],
+        use_cache=text.keeps,
+        **given,
+        **model.attention.arguments(borders[:, 0], length - text.read, borders[:, 1], length),
+    )
+    kept = next(((name, found) for name in _KEPT if (found := getattr(result, name, None)) is not None), None)
+    if text.keeps and kept is not None:
+        text.kept, text.read = kept, length
+    return model.head(result.last_hidden_state[:, -1])[0].float()
