@@ -53,7 +53,23 @@ def _add_group(name: str, help: str, **verbs: Callable[..., None]) -> None:
     app.add_typer(group, name=name)
 
 
-for _verb in (doctor, plan, train, resume, ls, status, logs, stop, evaluate, generate, report, sweep, export, push, smoke):
+for _verb in (
+    doctor,
+    plan,
+    train,
+    resume,
+    ls,
+    status,
+    logs,
+    stop,
+    evaluate,
+    generate,
+    report,
+    sweep,
+    export,
+    push,
+    smoke,
+):
     app.command()(_verb)
 _add_group("data", "Compile and inspect training data.", build=data_build, check=data_check, show=data_show)
 _add_group("submit", "Hand a run over to a cluster and return.", ray=submit_ray, slurm=submit_slurm)
