@@ -133,7 +133,7 @@ def test_an_answer_and_its_mismatched_one_are_two_segments_of_one_row(
         assert len(batch.beginnings) == len(batch.desired) == len(batch.mismatched) == len(batch.documents)
         assert batch.mismatched.tolist() == [first + 1 for first in batch.beginnings.tolist()]
         assert batch.desired.tolist() == [document % 5 != 0 for document in batch.documents]
-        answers, others = batch.part(batch.beginnings), batch.part(batch.mismatched)
+        answers, others = batch.part("beginnings"), batch.part("mismatched")
         for part, back in ((answers, 0), (others, 1)):
             if not batch.documents:
                 assert part.input_ids.shape == batch.input_ids.shape, "a row of padding stays whole"
