@@ -54,10 +54,15 @@ class Exported:
         form = find_format(self.format)
         return form.what_if_tuned if self.tuned_base else form.what
 
-    def sentence(self) -> str:
+    @property
+    def headline(self) -> str:
+        """What was written where, and its proof."""
         size = "" if self.bytes is None else f" ({decimal(self.bytes)})"
         proof = "" if self.proof is None else f"; {self.proof.sentence()}"
-        return "\n".join([f"{self.what} of step {self.step} in {self.destination}{size}{proof}", *self.remarks])
+        return f"{self.what} of step {self.step} in {self.destination}{size}{proof}"
+
+    def sentence(self) -> str:
+        return "\n".join([self.headline, *self.remarks])
 
 
 def export_run(
@@ -102,7 +107,7 @@ def export_run(
         made["remarks"],
     )
     if proof is not None and not proof.holds:
-        raise CapstanError(f"{result.sentence()}. {proof.verdict}")
+        raise CapstanError(f"{result.headline}. {proof.verdict}")
     return result
 
 
