@@ -64,7 +64,11 @@ def model_card(run: Store, config: Config, manifest: CheckpointManifest, content
 
 def _metadata(config: Config, content: Content) -> ModelCardData:
     base = config.model.base
-    data = [source.path.removeprefix(_HUB_DATA) for source in config.data.train if source.path.startswith(_HUB_DATA)]
+    data = [
+        source.path.removeprefix(_HUB_DATA).removeprefix("datasets/")
+        for source in config.data.train
+        if source.path.startswith(_HUB_DATA)
+    ]
     return ModelCardData(
         library_name=content.library,
         base_model=base if _on_the_hub(base) else None,
