@@ -10,10 +10,12 @@ from rich.table import Table
 
 from launcher.view.runs import runs
 from launcher.view.status import State, Summary, before_records, judge
+from launcher.view.sweep import is_sweep, read_plan
 from launcher.view.tables import COLORS
 from trainer.errors import StorageError
 from trainer.run import layout
 from trainer.run.lines import duration
+from trainer.run.owner import last_owner
 from trainer.run.records import edge_records
 from trainer.run.segments import Segment, streams
 from trainer.store import Store
@@ -25,7 +27,8 @@ _RUNS_AT_A_TIME = 16
 @dataclass(frozen=True)
 class RunLine:
     """A run in a few words: losses in nats, `age_seconds` since its last sign of life; None is what is not known. `state` is
-    "unreadable" where the store does not tell, and `reason` then says why."""
+    "unreadable" where the store does not tell, and `reason` then says why. A sweep has a number of `trials`, and is "running", "silent"
+    or "over"."""
 
     run: str
     state: State | str
@@ -35,6 +38,7 @@ class RunLine:
     eval_loss: float | None = None
     age_seconds: float | None = None
     reason: str = ""
+    trials: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,8 @@ def _read(folder: Store, name: str, now: float) -> RunLine:
     """The run by the ends of its newest generation's records and, where that has taken no step yet, of the one before."""
     found = streams(folder.list(layout.METRICS))
     numbers = sorted({number for stream in found if (number := layout.records_of(stream))}, reverse=True)
+    if not numbers and is_sweep(folder):
+        return _sweep(folder, name, now)
     if not numbers:
         state, reason = before_records(folder, now)
         claimed = folder.head(layout.CONFIG).modified.timestamp()
@@ -111,6 +117,16 @@ def _read(folder: Store, name: str, now: float) -> RunLine:
     )
 
 
+def _sweep(folder: Store, name: str, now: float) -> RunLine:
+    """A sweep by its owner alone: its trials are runs of the same store, each with a line of its own."""
+    owner = last_owner(folder)
+    trials = len(read_plan(folder).trials)
+    if owner is None:
+        return RunLine(name, "over", trials=trials)
+    state = "running" if owner.is_alive(now) else "over" if owner.ended else "silent"
+    return RunLine(name, state, age_seconds=max(0.0, now - owner.time), trials=trials)
+
+
 def _summary(folder: Store, number: int, found: Mapping[str, Sequence[Segment]]) -> Summary:
     summary = Summary()
     summary.add(edge_records(folder, number, found, _EDGE_BYTES))
@@ -118,6 +134,8 @@ def _summary(folder: Store, number: int, found: Mapping[str, Sequence[Segment]])
 
 
 def _progress(run: RunLine) -> str:
+    if run.trials is not None:
+        return f"a sweep of {run.trials} trials"
     if not run.total_steps:
         return f"{run.step:,}"
     return f"{run.step:,} of {run.total_steps:,} ({100 * run.step / run.total_steps:.0f} %)"

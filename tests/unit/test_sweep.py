@@ -16,8 +16,10 @@ from launcher.policy.turns import Candidate, Turns
 from launcher.start.check import check
 from launcher.sweep.search import STEP, VALUE, EarlyStopping, next_look
 from launcher.sweep.trial import TuneTrial, train_trial
+from launcher.view.listing import list_runs
 from launcher.view.scores import Scores
 from launcher.view.sweep import (
+    BY,
     EARLY,
     SweepStatus,
     TrialStatus,
@@ -264,6 +266,20 @@ def test_a_sweeps_state_is_read_from_the_folders_of_its_trials(store: Store) -> 
     assert status.next.startswith("capstan export s-3 adapter/")
     assert status.sensitivity[0].trials == 3  # the one that failed has nothing to tell
     assert "best: s-3 (lr=0.001), eval 1.0000 at step 40" in summary(status)
+
+
+def test_a_list_of_runs_has_a_sweep_beside_its_trials(store: Store) -> None:
+    folder = write_sweep(store)
+    write_run(store.sub("s-1"), (10, 3.0), end="finished")
+    store.sub("s-1").put(layout.CONFIG, folder.get(layout.CONFIG))
+    assert {line.run: (line.state, line.trials) for line in list_runs(store).runs} == {
+        "s": ("over", 4),
+        "s-1": ("finished", None),
+    }
+    owner = take(folder, BY, 0)
+    assert [line.state for line in list_runs(store).runs if line.run == "s"] == ["running"]
+    owner.end()
+    assert [line.state for line in list_runs(store).runs if line.run == "s"] == ["over"]
 
 
 def test_a_folder_without_a_sweep_or_with_a_damaged_one_is_called_so(store: Store) -> None:
