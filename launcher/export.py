@@ -22,8 +22,7 @@ from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import CheckpointManifest, check_step, readable_manifests
 from trainer.config.paths import local_path
 from trainer.errors import CapstanError, StorageError
-from trainer.export.format import Progress as FormatProgress
-from trainer.export.format import find_format
+from trainer.export.format import ExportProgress, find_format
 from trainer.export.proof import Proof
 from trainer.export.trained import trained_config
 from trainer.store import Store
@@ -122,7 +121,7 @@ def planned_checkpoint(run: Store, step: int | None) -> CheckpointManifest:
 
 
 @contextmanager
-def _bar(title: str) -> Iterator[FormatProgress]:
+def _bar(title: str) -> Iterator[ExportProgress]:
     """A bar on the terminal, drawn from the first time that it is told of bytes done and bytes in all; sentences go above it."""
     columns = (
         TextColumn("{task.description}"),
@@ -134,13 +133,13 @@ def _bar(title: str) -> Iterator[FormatProgress]:
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, visible=False)
-        yield FormatProgress(
+        yield ExportProgress(
             lambda done, total: progress.update(task, completed=done, total=total, visible=True),
             lambda sentence: console.print(sentence, highlight=False, markup=False, soft_wrap=True),
         )
 
 
-def _module(name: str, *arguments: str, progress: FormatProgress) -> dict[str, Any]:
+def _module(name: str, *arguments: str, progress: ExportProgress) -> dict[str, Any]:
     """Run one of the trainer's modules that print a JSON object; its error and exit code become ours.
 
     `progress` is told of its lines "progress DONE TOTAL" and "say SENTENCE".

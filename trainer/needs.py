@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from trainer.base.check import LeftOut
+from trainer.base.check import LeftOutPart
 from trainer.zero.policy import Scope
 
 
@@ -97,7 +97,7 @@ class Plan:
     deepspeed: dict[str, Any]
     mismatches: list[str]
     shortfalls: list[str]
-    left_out: list[LeftOut] = field(default_factory=list[LeftOut])
+    left_out: list[LeftOutPart] = field(default_factory=list[LeftOutPart])
 
     def to_json(self) -> dict[str, Any]:
         """A tree of plain values; bytes and elements are whole numbers."""

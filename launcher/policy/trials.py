@@ -47,7 +47,7 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SearchPlan:
     """The whole of a sweep, as its folder keeps it: by which metric its trials are compared, and which they are."""
 
     metric: Metric
@@ -57,12 +57,12 @@ class Plan:
         return {"format": FORMAT, **asdict(self)}
 
     @classmethod
-    def from_json(cls, given: dict[str, Any]) -> "Plan":
+    def from_json(cls, given: dict[str, Any]) -> "SearchPlan":
         """Raises `LookupError` or `TypeError` for what no version has written."""
         return cls(Metric(**given["metric"]), [Trial(**trial) for trial in given["trials"]])
 
 
-def planned(config: Config) -> Plan:
+def planned(config: Config) -> SearchPlan:
     """The sweep of `config`. Grids vary fastest, so that more samples leave the first trials what they are.
 
     Raises:
@@ -86,7 +86,7 @@ def planned(config: Config) -> Plan:
             number = len(trials) + 1
             ordered = {name: chosen[name] for name in sweep.settings}
             trials.append(Trial(number, f"{config.run.name}-{number}", ordered))
-    return Plan(Metric(*sweep.judged_by(config.evaluated), sweep.mode), trials)
+    return SearchPlan(Metric(*sweep.judged_by(config.evaluated), sweep.mode), trials)
 
 
 def trial_config(config: Config, trial: Trial) -> Config:

@@ -14,7 +14,7 @@ from typing import Any
 
 from launcher.drive.local import check_local_device
 from launcher.drive.signals import beside_main_thread, forget_stop_by_signal, stop_on_signals
-from launcher.policy.trials import Plan, planned, trial_config
+from launcher.policy.trials import SearchPlan, planned, trial_config
 from launcher.policy.turns import Candidate, End, Turns
 from launcher.ray.cluster import address_of, first_line, fits, joined_ray, local_ray, need
 from launcher.report.report import keep_report
@@ -53,7 +53,7 @@ _TRIAL_BYTES = 2**20
 """A process of Tune's must ask for something, and this much host memory is everywhere."""
 
 
-def laid_out(config: Config, *, resume: bool) -> tuple[Config, Plan]:
+def laid_out(config: Config, *, resume: bool) -> tuple[Config, SearchPlan]:
     """The configuration that the trials vary, and the trials. Everything is refused here that can be before a trial starts.
 
     Raises:
@@ -131,7 +131,7 @@ def _unfinished(status: SweepStatus, search: "_Search", who: str | None, resume:
 
 @contextmanager
 def _taken(
-    config: Config, plan: Plan, *, resume: bool, take_over: bool, log: Callable[[str], None]
+    config: Config, plan: SearchPlan, *, resume: bool, take_over: bool, log: Callable[[str], None]
 ) -> Iterator[Ownership]:
     """The sweep's folder taken for the body, with the configuration, the trials and the code in it."""
     folder, code = run_folder(config), keep_code(log)
@@ -169,7 +169,7 @@ def _shown(config: Config, live: bool, log: Callable[[str], None]) -> Iterator[N
 class _Search:
     """The trials of a plan under Ray Tune, in this process; `ends` are those of the trials that had their turn."""
 
-    def __init__(self, config: Config, plan: Plan, owner: Ownership) -> None:
+    def __init__(self, config: Config, plan: SearchPlan, owner: Ownership) -> None:
         self._config, self._owner, self._folder = config, owner, owner.run
         self._configs = {trial.number: trial_config(config, trial) for trial in plan.trials}
         self._store = open_run_store(config)

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.policy.sensitivity import Sensitivity, sensitivities
-from launcher.policy.trials import Metric, Plan, Trial
+from launcher.policy.trials import Metric, SearchPlan, Trial
 from launcher.view.scores import Scores
 from launcher.view.status import Follower, RunStatus
 from launcher.view.tail import poll_seconds
@@ -82,10 +82,10 @@ def is_sweep(folder: Store) -> bool:
     return folder.exists(layout.SWEEP)
 
 
-def read_plan(folder: Store) -> Plan:
+def read_plan(folder: Store) -> SearchPlan:
     """The trials of the sweep in `folder`; raises `ConfigError` where there is none, `Damaged` where it cannot be read."""
     try:
-        return Plan.from_json(json.loads(folder.get(layout.SWEEP)))
+        return SearchPlan.from_json(json.loads(folder.get(layout.SWEEP)))
     except NotFound as error:
         raise ConfigError(f"{folder.uri} holds no {layout.SWEEP}, so it is no sweep.") from error
     except (*NOT_JSON, LookupError, TypeError) as error:
@@ -108,7 +108,7 @@ class SweepFollower:
 
     def __init__(self, folder: Store, clock: Callable[[], float] = time.time) -> None:
         self._folder, self._clock = folder, clock
-        self.plan: Plan = read_plan(folder)
+        self.plan: SearchPlan = read_plan(folder)
         self._trials = [
             _Followed(_beside(folder, trial.run), trial, self.plan.metric, clock) for trial in self.plan.trials
         ]

@@ -17,7 +17,7 @@ from tests.material import Workshop, commit
 from trainer.errors import CapstanError, ConfigError, StorageError
 from trainer.export import llama_cpp
 from trainer.export.adapter import export_adapter
-from trainer.export.format import Progress, Written, find_format
+from trainer.export.format import ExportProgress, Written, find_format
 from trainer.export.merged import export_merged
 from trainer.store import Store, open_store
 
@@ -62,7 +62,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 def exported(run: Store, folder: Path, form: str, *options: str, step: int = 4) -> Written:
     said: list[str] = []
-    progress = Progress(lambda done, total: None, said.append)
+    progress = ExportProgress(lambda done, total: None, said.append)
     return find_format(form, options).write(run, open_store(str(folder)), step, progress)
 
 

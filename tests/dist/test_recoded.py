@@ -16,7 +16,7 @@ from tests.material import Workshop, commit, make_base
 from trainer.base.locate import resolve_base
 from trainer.config import Model
 from trainer.errors import ConfigError
-from trainer.export.format import Progress, Written, find_format
+from trainer.export.format import ExportProgress, Written, find_format
 from trainer.export.merged import export_merged
 from trainer.export.proof import Proof
 from trainer.safetensors_index import numel
@@ -39,7 +39,7 @@ def run(workshop: Workshop) -> Store:
 
 
 def exported(run: Store, destination: Store, form: str, *options: str) -> Written:
-    return find_format(form, options).write(run, destination, None, Progress(lambda done, total: None, print))
+    return find_format(form, options).write(run, destination, None, ExportProgress(lambda done, total: None, print))
 
 
 def relative_error(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:

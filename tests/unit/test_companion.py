@@ -10,7 +10,7 @@ from trainer.run.metrics import Metrics, claim_generation
 from trainer.run.records import Record, record_line
 from trainer.run.trackers.companion import Companion, Kept, follow
 from trainer.run.trackers.jsonl import JsonLines
-from trainer.run.trackers.tracker import Rows
+from trainer.run.trackers.tracker import Unshown
 from trainer.store import Store, open_store
 
 
@@ -20,7 +20,7 @@ class Remembering:
     name, seconds = "memory", 1.0
 
     def __init__(self, shown: int = -1) -> None:
-        self.rows, self.sent, self.away = Rows(shown), list[int](), False
+        self.rows, self.sent, self.away = Unshown(shown), list[int](), False
 
     @property
     def shown(self) -> int:

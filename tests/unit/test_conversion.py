@@ -27,7 +27,7 @@ from tests.composites import COMPOSITES, make_composite
 from tests.families import FAMILIES
 from tests.material import make_base
 from trainer.base import conversion
-from trainer.base.check import LeftOut, check_weights_at_hand
+from trainer.base.check import LeftOutPart, check_weights_at_hand
 from trainer.base.conversion import Conversion, convert
 from trainer.base.converted import Converted
 from trainer.base.filling import as_tensor
@@ -246,7 +246,7 @@ def test_layers_that_predict_several_tokens_are_left_out_and_named(tmp_path: Pat
     file = min(make_base(tmp_path, "qwen3-next").glob("*.safetensors"))
     several = {"mtp.fc.weight": torch.ones(3, 5), "mtp.layers.0.norm.weight": torch.ones(7)}
     save_file(load_file(file) | several, file, metadata={"format": "pt"})
-    assert find_all_weights(resolve_base(Model(base=str(tmp_path)))).left_out == [LeftOut("mtp", 2, 22)]
+    assert find_all_weights(resolve_base(Model(base=str(tmp_path)))).left_out == [LeftOutPart("mtp", 2, 22)]
 
 
 @dataclass(frozen=True)

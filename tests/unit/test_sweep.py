@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from launcher.policy.sensitivity import sensitivities
-from launcher.policy.trials import Metric, Plan, Trial, planned, trial_config
+from launcher.policy.trials import Metric, SearchPlan, Trial, planned, trial_config
 from launcher.policy.turns import Candidate, Turns
 from launcher.start.check import check
 from launcher.sweep.search import STEP, VALUE, EarlyStopping, next_look
@@ -252,7 +252,7 @@ def test_a_sweeps_state_is_read_from_the_folders_of_its_trials(store: Store) -> 
     request_stop(store.sub("s-2"), by=EARLY)
     write_run(store.sub("s-3"), (10, 4.0), end="stopped")
     status = read_sweep(folder)
-    assert read_plan(folder) == Plan(LOSS, read_plan(folder).trials)
+    assert read_plan(folder) == SearchPlan(LOSS, read_plan(folder).trials)
     assert [trial.state for trial in status.trials] == ["finished", "stopped early", "stopped", "waiting"]
     assert (status.state, status.best) == ("stopped", 2)
     assert status.next.startswith("capstan resume s")

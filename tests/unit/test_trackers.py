@@ -27,7 +27,7 @@ from trainer.run.trackers.companion import Kept
 from trainer.run.trackers.jsonl import JsonLines
 from trainer.run.trackers.printed import Printed
 from trainer.run.trackers.tensorboard import Curves
-from trainer.run.trackers.tracker import Rows
+from trainer.run.trackers.tracker import Unshown
 from trainer.store import Store, open_store
 
 Curve = list[tuple[int, float]]
@@ -191,7 +191,7 @@ def test_steps_that_come_twice_would_be_seen(environment: Path, tmp_path: Path, 
     kept.write(run, service)
     for again in range(2):
         tracker: Any = services.find_service(service).opens(companion.page(config, run, kept))
-        tracker._rows = Rows(-1)
+        tracker._rows = Unshown(-1)
         for step in (1, 2, 3):
             tracker.add({"kind": "step", "step": step, "loss": loss(1, step), "time": step + again / 8})
         tracker.add(new_record("end", {"outcome": "finished", "reason": ""}))

@@ -16,7 +16,7 @@ from trainer.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class LeftOutPart:
     """A part of the files that the language model is without: the path that the names of its tensors begin with."""
 
     path: str
@@ -40,7 +40,7 @@ def check_base(base: Base, config: Config) -> None:
         )
 
 
-def check_weights(base: Base, model: Model) -> list[LeftOut]:
+def check_weights(base: Base, model: Model) -> list[LeftOutPart]:
     """The parts of the files that training leaves out. The ranks check and find the same as they load.
 
     Raises:
@@ -50,10 +50,10 @@ def check_weights(base: Base, model: Model) -> list[LeftOut]:
     given = {"model": model.model_dump(include={"base", "revision", "layers"})}
     question = Question("parameters", "left_out_of", given, base.name, "looking for the weights in the files")
     facts = [base.fingerprint, model.layers]
-    return kept_answer(question, facts, lambda parts: [LeftOut(*part) for part in parts])
+    return kept_answer(question, facts, lambda parts: [LeftOutPart(*part) for part in parts])
 
 
-def check_weights_at_hand(model: Model) -> list[LeftOut]:
+def check_weights_at_hand(model: Model) -> list[LeftOutPart]:
     """The same where there are files to look into; a base that is only planned with may be a config.json, or still on the Hub."""
     if not in_bucket(model.base) and not local_path(model.base, "model.base").is_dir():
         return []
@@ -61,7 +61,7 @@ def check_weights_at_hand(model: Model) -> list[LeftOut]:
     return check_weights(base, model) if base.versions else []
 
 
-def left_out_sentence(parts: Sequence[LeftOut]) -> str:
+def left_out_sentence(parts: Sequence[LeftOutPart]) -> str:
     """Empty where nothing is left out."""
     named = [f"{part.path} ({part.tensors} tensors, {part.weights:,} weights)" for part in parts]
     return f"left out of the base, as its language model has no place for them: {', '.join(named)}" if named else ""

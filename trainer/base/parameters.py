@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trainer.base.base import Base
-from trainer.base.check import LeftOut
+from trainer.base.check import LeftOutPart
 from trainer.base.composite import composite_model, language_names
 from trainer.base.config_json import read_by_transformers
 from trainer.base.conversion import Conversion, convert
@@ -39,7 +39,7 @@ class FoundWeights:
 
     sources: dict[str, Weight]
     copies: dict[str, list[Weight]]
-    left_out: list[LeftOut]
+    left_out: list[LeftOutPart]
 
 
 def find_all_weights(base: Base, layers: int | None = None) -> FoundWeights:
@@ -124,13 +124,13 @@ def _is_beyond(name: str, layers: int | None) -> bool:
     return layers is not None and number is not None and int(number[1]) >= layers
 
 
-def _parts(left_out: Mapping[str, Weight], kept: Iterable[str]) -> list[LeftOut]:
+def _parts(left_out: Mapping[str, Weight], kept: Iterable[str]) -> list[LeftOutPart]:
     """What is left out, summed by the shortest path that nothing that is kept lies on."""
     inside, sizes = {path for name in kept for path in _paths(name)}, dict[str, list[int]]()
     for name, weight in left_out.items():
         path = next((path for path in _paths(name) if path not in inside), name)
         sizes.setdefault(path, []).append(prod(weight.shape))
-    return [LeftOut(path, len(found), sum(found)) for path, found in sizes.items()]
+    return [LeftOutPart(path, len(found), sum(found)) for path, found in sizes.items()]
 
 
 def _paths(name: str) -> Iterator[str]:

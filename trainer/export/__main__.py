@@ -13,7 +13,7 @@ from typing import Any
 
 from trainer.errors import CapstanError
 from trainer.export.folder import BytesWritten
-from trainer.export.format import Progress, find_format
+from trainer.export.format import ExportProgress, find_format
 from trainer.export.trained import trained_config
 from trainer.store import open_store
 from trainer.tuning.method import method_of
@@ -34,7 +34,7 @@ def _print_bytes() -> BytesWritten:
 def _export(arguments: argparse.Namespace) -> dict[str, Any]:
     run, destination = open_store(arguments.run), open_store(arguments.destination, setting="DEST")
     form = find_format(arguments.format, arguments.options)
-    progress = Progress(_print_bytes(), lambda sentence: print("say", sentence, flush=True))
+    progress = ExportProgress(_print_bytes(), lambda sentence: print("say", sentence, flush=True))
     written = form.write(run, destination, arguments.step, progress)
     step = written.manifest.step
     result: dict[str, Any] = {"step": step, "bytes": sum(entry.size for entry in destination.list())}

@@ -14,7 +14,7 @@ from trainer.base.locate import TOKENIZER_FILES
 from trainer.base.tokenizer import tokenizer_files
 from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
 from trainer.config import Model, Tuning
-from trainer.export.card import PEFT_USAGE, Content, model_card
+from trainer.export.card import PEFT_USAGE, CardContent, model_card
 from trainer.export.folder import CARD, TRAINED, BytesWritten, check_destination
 from trainer.export.learnt import CheckpointWeights
 from trainer.export.merged import write_model
@@ -56,7 +56,7 @@ def export_adapter(
     *names, last = files
     assert not any(fnmatch(last, pattern) for pattern in method.file_names), "a whole export would count as a half one"
     usage = PEFT_USAGE if exported.library == "peft" else ""
-    content = Content(exported.library, f"{exported.what} {TRAINED}.", "adapter", usage)
+    content = CardContent(exported.library, f"{exported.what} {TRAINED}.", "adapter", usage)
     destination.put(CARD, model_card(run, config, manifest, content))
     for name, content in {**{name: files[name] for name in names}, **tokenizer}.items():
         destination.put(name, content)

@@ -27,7 +27,7 @@ _OPTIM = {"lr", "schedule", "warmup_steps", "name"}
 
 
 @dataclass(frozen=True)
-class Content:
+class CardContent:
     """The parts of a card that the format knows. `what`: a sentence; `relation` to the base, as the Hub has it; `usage`: lines
     that load it, in `language`."""
 
@@ -51,7 +51,7 @@ model = AutoModelForCausalLM.from_pretrained("{PLACE}", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("{PLACE}")"""
 
 
-def model_card(run: Store, config: Config, manifest: CheckpointManifest, content: Content) -> bytes:
+def model_card(run: Store, config: Config, manifest: CheckpointManifest, content: CardContent) -> bytes:
     """The card of the checkpoint of `manifest`; `config`: as it was trained."""
     usage = f"\n## Use\n\n```{content.language}\n{content.usage}\n```\n" if content.usage else ""
     text = (
@@ -62,7 +62,7 @@ def model_card(run: Store, config: Config, manifest: CheckpointManifest, content
     return text.encode()
 
 
-def _metadata(config: Config, content: Content) -> ModelCardData:
+def _metadata(config: Config, content: CardContent) -> ModelCardData:
     base = config.model.base
     data = [
         source.path.removeprefix(_HUB_DATA).removeprefix("datasets/")

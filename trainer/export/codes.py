@@ -9,7 +9,7 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
-from trainer.export.recoded import Entry, WeightError
+from trainer.export.recoded import NewTensor, WeightError
 from trainer.model.nf4 import NESTED_BLOCK, Layout
 
 _STATE_BYTES = 256  # JSON, filled up with spaces: under double quantization a number in it is known at the end alone
@@ -34,19 +34,19 @@ class BitsAndBytes:
     def at_once(self, shape: tuple[int, int]) -> int:
         return self.block_size
 
-    def entries(self, name: str, shape: tuple[int, int]) -> list[Entry]:
+    def entries(self, name: str, shape: tuple[int, int]) -> list[NewTensor]:
         layout = Layout(shape[0] * shape[1], self.block_size)
-        absmax = Entry(f"{name}.absmax", "U8" if self.double else "F32", (layout.blocks,))
+        absmax = NewTensor(f"{name}.absmax", "U8" if self.double else "F32", (layout.blocks,))
         nested = [
-            Entry(f"{name}.nested_absmax", "F32", (layout.nested_blocks,)),
-            Entry(f"{name}.nested_quant_map", "F32", (256,)),
+            NewTensor(f"{name}.nested_absmax", "F32", (layout.nested_blocks,)),
+            NewTensor(f"{name}.nested_quant_map", "F32", (256,)),
         ]
         return [
-            Entry(name, "U8", (layout.packed_bytes, 1)),
+            NewTensor(name, "U8", (layout.packed_bytes, 1)),
             absmax,
-            Entry(f"{name}.quant_map", "F32", (16,)),
+            NewTensor(f"{name}.quant_map", "F32", (16,)),
             *(nested if self.double else []),
-            Entry(f"{name}.quant_state.bitsandbytes__{self.name}", "U8", (_STATE_BYTES,)),
+            NewTensor(f"{name}.quant_state.bitsandbytes__{self.name}", "U8", (_STATE_BYTES,)),
         ]
 
     def encode(self, pieces: Iterator[Tensor], shape: tuple[int, int], error: WeightError) -> Iterator[bytes]:
@@ -105,9 +105,9 @@ class Fp8Blocks:
     def at_once(self, shape: tuple[int, int]) -> int:
         return self.tile * shape[1]
 
-    def entries(self, name: str, shape: tuple[int, int]) -> list[Entry]:
+    def entries(self, name: str, shape: tuple[int, int]) -> list[NewTensor]:
         tiles = (shape[0] // self.tile, shape[1] // self.tile)
-        return [Entry(name, "F8_E4M3", shape), Entry(f"{name}_scale_inv", "F32", tiles)]
+        return [NewTensor(name, "F8_E4M3", shape), NewTensor(f"{name}_scale_inv", "F32", tiles)]
 
     def encode(self, pieces: Iterator[Tensor], shape: tuple[int, int], error: WeightError) -> Iterator[bytes]:
         largest, scales = torch.finfo(torch.float8_e4m3fn).max, list[Tensor]()

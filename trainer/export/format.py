@@ -21,7 +21,7 @@ from trainer.store import Store
 WHOLE_MODEL = "the whole model (its base was tuned, so an export and a merge are the same)"
 
 
-class Progress(NamedTuple):
+class ExportProgress(NamedTuple):
     """`written` is told of bytes done and bytes in all, `say` of what begins now, in a sentence."""
 
     written: BytesWritten
@@ -37,7 +37,7 @@ class Written:
     remarks: tuple[str, ...] = ()
 
 
-class Format(Protocol):
+class ExportFormat(Protocol):
     """One form in which a run is exported, with its options."""
 
     what: ClassVar[str]
@@ -51,7 +51,7 @@ class Format(Protocol):
         """Raises `ConfigError` where a run trained by `config` over `base` has no such export; reads no weights."""
         ...
 
-    def write(self, run: Store, destination: Store, step: int | None, progress: Progress) -> Written:
+    def write(self, run: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
         """Export `step`, or the newest whole checkpoint.
 
         Raises:
@@ -66,7 +66,7 @@ class Format(Protocol):
         ...
 
 
-def find_format(name: str, options: Sequence[str] = ()) -> Format:
+def find_format(name: str, options: Sequence[str] = ()) -> ExportFormat:
     """The format that `--format` names, with its `key=value` options. Raises `ConfigError` where there is none, or an option is
     unknown or wrong."""
     return parse_options(chosen(kinds(formats, "FORMATS"), "--format", name), options)

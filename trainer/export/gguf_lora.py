@@ -29,7 +29,7 @@ _LAYER = re.compile(r"\.(\d+)\.")
 _INSTEAD = "Export the merged model: --format gguf."
 
 
-class _Part(NamedTuple):
+class _Placed(NamedTuple):
     """A matrix of the GGUF file, and the rows of the model's matrix that it has."""
 
     name: str
@@ -94,7 +94,7 @@ def _converter(base: Path, scratch: Path) -> Any:
     return architecture(scratch, LlamaFileType.ALL_F32, scratch / "none.gguf", hparams=settings)
 
 
-def _parts(model: Any, name: str, rows: int, columns: int) -> Iterator[_Part]:
+def _parts(model: Any, name: str, rows: int, columns: int) -> Iterator[_Placed]:
     numbers = torch.arange(rows, dtype=torch.float32)[:, None].expand(rows, columns)
     across = torch.arange(columns, dtype=torch.float32)
     found = _converted(model, name, numbers)
@@ -105,7 +105,7 @@ def _parts(model: Any, name: str, rows: int, columns: int) -> Iterator[_Part]:
             raise ConfigError(
                 f"--format gguf-adapter: llama.cpp has {name} in another layout, which no adapter can follow. {_INSTEAD}"
             )
-        yield _Part(place, values[:, 0].long())
+        yield _Placed(place, values[:, 0].long())
 
 
 def _converted(model: Any, name: str, values: Tensor) -> list[tuple[str, Tensor]]:

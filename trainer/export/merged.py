@@ -27,7 +27,7 @@ from trainer.base.unpacked import Weight
 from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
 from trainer.config import Config
 from trainer.errors import ConfigError
-from trainer.export.card import MODEL_USAGE, Content, model_card
+from trainer.export.card import MODEL_USAGE, CardContent, model_card
 from trainer.export.folder import CARD, TRAINED, BytesWritten, check_destination
 from trainer.export.learnt import CheckpointWeights
 from trainer.export.trained import check_mergeable_run, resolve_trained_base, trained_config, trained_method
@@ -70,7 +70,7 @@ def write_model(
             "all. Only a run of the whole base can be exported as a model."
         )
     base = resolve_trained_base(config.model, manifest)
-    content = Content("transformers", _description(config), "finetune", MODEL_USAGE)
+    content = CardContent("transformers", _description(config), "finetune", MODEL_USAGE)
     destination.put(CARD, model_card(run, config, manifest, content))
     changed = changed_files(run, manifest, config, base)
     total, done = sum(file.size for file in changed), 0

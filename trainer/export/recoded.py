@@ -24,16 +24,16 @@ from trainer.base.tokenizer import tokenizer_files
 from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
 from trainer.config import Config
 from trainer.errors import ConfigError
-from trainer.export.card import MODEL_USAGE, Content, model_card
+from trainer.export.card import MODEL_USAGE, CardContent, model_card
 from trainer.export.folder import CARD, TRAINED, check_destination
-from trainer.export.format import Progress, Written
+from trainer.export.format import ExportProgress, Written
 from trainer.export.merged import CONFIG, SMALL_FILES, ChangedFile, changed_files, merged_config
 from trainer.export.trained import check_mergeable_run, resolve_trained_base, trained_config
 from trainer.safetensors_index import DTYPE_BYTES, INDEX_FILE, SINGLE_FILE, TensorSource
 from trainer.store import Store
 
 
-class Entry(NamedTuple):
+class NewTensor(NamedTuple):
     """A tensor of a file to be written; `dtype` as safetensors names it."""
 
     name: str
@@ -78,7 +78,7 @@ class Code(Protocol):
         """Elements of a matrix that are encoded together: any multiple of it may be."""
         ...
 
-    def entries(self, name: str, shape: tuple[int, int]) -> list[Entry]:
+    def entries(self, name: str, shape: tuple[int, int]) -> list[NewTensor]:
         """The tensors in place of the weight `name`, in the order in which `encode` gives their bytes."""
         ...
 
@@ -102,7 +102,7 @@ class _Recoding:
 
 
 def export_recoded(
-    run: Store, destination: Store, step: int | None, make: Callable[[Config], Code], progress: Progress
+    run: Store, destination: Store, step: int | None, make: Callable[[Config], Code], progress: ExportProgress
 ) -> Written:
     """Write the merged model of `step`, or of the newest whole checkpoint, in the code that `make` makes for the run.
 
@@ -118,7 +118,9 @@ def export_recoded(
     base, code = resolve_trained_base(config.model, manifest), make(config)
     recoding = _choose(base, code)
     what = f"A model {TRAINED}, base and adapter merged, its linear layers quantized to {code.name} after that."
-    destination.put(CARD, model_card(run, config, manifest, Content("transformers", what, "quantized", MODEL_USAGE)))
+    destination.put(
+        CARD, model_card(run, config, manifest, CardContent("transformers", what, "quantized", MODEL_USAGE))
+    )
     changed = changed_files(run, manifest, config, base)
     _write_files(base, changed, recoding, destination, progress)
     for name, content in {**named_files(base.directory, SMALL_FILES), **tokenizer_files(config.model)}.items():
@@ -165,7 +167,7 @@ def _suits(parameter: Parameter, source: TensorSource, code: Code) -> bool:
 
 
 def _write_files(
-    base: Base, changed: Sequence[ChangedFile], recoding: _Recoding, destination: Store, progress: Progress
+    base: Base, changed: Sequence[ChangedFile], recoding: _Recoding, destination: Store, progress: ExportProgress
 ) -> None:
     weight_map, total = dict[str, str](), 0
     read, in_all = 0, sum(file.size for file in changed)
@@ -184,20 +186,20 @@ def _write_files(
         destination.put(INDEX_FILE, json.dumps(index, indent=2).encode())
 
 
-def _tensors(header: bytes) -> list[Entry]:
+def _tensors(header: bytes) -> list[NewTensor]:
     """The tensors of a file, in the order of their places."""
     found = json.loads(header[8:])
     found.pop("__metadata__", None)
     ordered = sorted(found.items(), key=lambda item: item[1]["data_offsets"])
-    return [Entry(name, facts["dtype"], tuple(facts["shape"])) for name, facts in ordered]
+    return [NewTensor(name, facts["dtype"], tuple(facts["shape"])) for name, facts in ordered]
 
 
-def _entries(tensor: Entry, recoding: _Recoding) -> list[Entry]:
+def _entries(tensor: NewTensor, recoding: _Recoding) -> list[NewTensor]:
     shape = recoding.chosen.get(tensor.name)
     return [tensor] if shape is None else recoding.code.entries(tensor.name, shape)
 
 
-def _header(entries: Sequence[Entry]) -> bytes:
+def _header(entries: Sequence[NewTensor]) -> bytes:
     """The bytes before the data of a safetensors file."""
     tree: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
@@ -211,10 +213,10 @@ def _header(entries: Sequence[Entry]) -> bytes:
 
 
 def _stream(
-    header: bytes, tensors: Sequence[Entry], chunks: Iterator[bytearray], recoding: _Recoding
+    header: bytes, tensors: Sequence[NewTensor], chunks: Iterator[bytearray], recoding: _Recoding
 ) -> Iterator[bytes | bytearray]:
     """The bytes of the new file, of those of the merged one."""
-    merged = _Reader(chunks)
+    merged = _Merged(chunks)
     (length,) = struct.unpack("<Q", merged.take(8))
     merged.take(length)
     yield header
@@ -227,7 +229,7 @@ def _stream(
             yield from recoding.code.encode(_pieces(merged, tensor, recoding.code), shape, recoding.error)
 
 
-def _pieces(merged: "_Reader", tensor: Entry, code: Code) -> Iterator[Tensor]:
+def _pieces(merged: "_Merged", tensor: NewTensor, code: Code) -> Iterator[Tensor]:
     rows, columns = tensor.shape
     item, unit = DTYPE_BYTES[tensor.dtype], code.at_once((rows, columns))
     step = max(1, PIECE_BYTES // item // unit) * unit * item
@@ -235,7 +237,7 @@ def _pieces(merged: "_Reader", tensor: Entry, code: Code) -> Iterator[Tensor]:
         yield torch.frombuffer(merged.take(min(step, tensor.size - first)), dtype=SOURCE_DTYPES[tensor.dtype])
 
 
-class _Reader:
+class _Merged:
     """Takes bytes in order out of pieces of any sizes."""
 
     def __init__(self, chunks: Iterator[bytearray]) -> None:

@@ -6,7 +6,7 @@ from typing import ClassVar
 from trainer.base.base import Description
 from trainer.config import Config
 from trainer.config.section import Section
-from trainer.export.format import Progress, Written
+from trainer.export.format import ExportProgress, Written
 from trainer.export.proof import Proof
 from trainer.export.trained import check_mergeable_run
 from trainer.store import Store
@@ -20,7 +20,7 @@ class Fp8Folder(Section):
     def check(self, config: Config, base: Description) -> None:
         check_mergeable_run(config, base)
 
-    def write(self, run: Store, destination: Store, step: int | None, progress: Progress) -> Written:
+    def write(self, run: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
         from trainer.export.codes import Fp8Blocks
         from trainer.export.recoded import export_recoded
 

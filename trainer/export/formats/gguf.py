@@ -18,9 +18,9 @@ from trainer.config import Config
 from trainer.config.paths import local_path
 from trainer.config.section import Section, setting
 from trainer.errors import ConfigError
-from trainer.export.card import Content, model_card
+from trainer.export.card import CardContent, model_card
 from trainer.export.folder import CARD, TRAINED, check_destination
-from trainer.export.format import Progress, Written
+from trainer.export.format import ExportProgress, Written
 from trainer.export.llama_cpp import PART, check_converter, check_room, convert, deliver, local_folder
 from trainer.export.proof import Proof
 from trainer.export.trained import check_mergeable_run, resolve_trained_base, trained_config
@@ -46,7 +46,7 @@ class Gguf(Section):
         check_converter()
         check_mergeable_run(config, base)
 
-    def write(self, run: Store, destination: Store, step: int | None, progress: Progress) -> Written:
+    def write(self, run: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
         from trainer.export.merged import write_model
 
         manifest = whole_checkpoint(run, step)
@@ -67,7 +67,7 @@ class Gguf(Section):
             f"The merged model takes {decimal(merged)} in {temporary} until it is converted; the result takes {decimal(results)}."
         )
         what = f"The model of the run {config.run.name}, {TRAINED}, in GGUF ({', '.join(names)}) for llama.cpp."
-        content = Content("gguf", what, "quantized", f"llama-server -m {names[self.types[0]]}", "sh")
+        content = CardContent("gguf", what, "quantized", f"llama-server -m {names[self.types[0]]}", "sh")
         destination.put(CARD, model_card(run, config, manifest, content))
         with scratch_folder("gguf", str(temporary)) as scratch:
             model = Path(scratch, "model")

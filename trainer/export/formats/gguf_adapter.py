@@ -9,9 +9,9 @@ from trainer.checkpoint.manifest import whole_checkpoint
 from trainer.config import Config
 from trainer.config.section import Section
 from trainer.errors import ConfigError
-from trainer.export.card import Content, model_card
+from trainer.export.card import CardContent, model_card
 from trainer.export.folder import CARD, TRAINED, check_destination
-from trainer.export.format import Progress, Written
+from trainer.export.format import ExportProgress, Written
 from trainer.export.llama_cpp import PART, check_converter, deliver
 from trainer.export.proof import Proof
 from trainer.export.trained import trained_config, trained_method
@@ -32,7 +32,7 @@ class GgufAdapter(Section):
                 "--format gguf-adapter: the base itself was tuned, so there is no adapter. Take --format gguf."
             )
 
-    def write(self, run: Store, destination: Store, step: int | None, progress: Progress) -> Written:
+    def write(self, run: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
         from trainer.base.load import DTYPES
         from trainer.export.gguf_lora import write_gguf_lora
         from trainer.export.learnt import CheckpointWeights
@@ -47,7 +47,7 @@ class GgufAdapter(Section):
         with scratch_folder("gguf") as scratch:
             file = Path(scratch, f"{name}{PART}")
             write_gguf_lora(exported.files, base_files(config.model), Path(scratch), file)
-            content = Content("gguf", what, "adapter", f"llama-server -m BASE.gguf --lora {name}", "sh")
+            content = CardContent("gguf", what, "adapter", f"llama-server -m BASE.gguf --lora {name}", "sh")
             destination.put(CARD, model_card(run, config, manifest, content))
             deliver(file, destination, name)
         return Written(manifest, {"files": [name]})

@@ -5,7 +5,7 @@ from typing import ClassVar
 from trainer.base.base import Description
 from trainer.config import Config
 from trainer.config.section import Section
-from trainer.export.format import WHOLE_MODEL, Progress, Written
+from trainer.export.format import WHOLE_MODEL, ExportProgress, Written
 from trainer.export.proof import Proof
 from trainer.export.trained import check_mergeable_run
 from trainer.store import Store
@@ -19,7 +19,7 @@ class MergedFolder(Section):
     def check(self, config: Config, base: Description) -> None:
         check_mergeable_run(config, base)
 
-    def write(self, run: Store, destination: Store, step: int | None, progress: Progress) -> Written:
+    def write(self, run: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
         from trainer.export.merged import export_merged
 
         return Written(export_merged(run, destination, step, progress.written))

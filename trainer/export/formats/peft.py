@@ -9,7 +9,7 @@ from trainer.base.base import Description
 from trainer.config import Config, Model
 from trainer.config.section import Section, setting
 from trainer.errors import ConfigError
-from trainer.export.format import WHOLE_MODEL, Progress, Written
+from trainer.export.format import WHOLE_MODEL, ExportProgress, Written
 from trainer.export.proof import Proof
 from trainer.export.servers import refusals, remarks, tensor_names
 from trainer.store import Store
@@ -31,7 +31,7 @@ class PeftFolder(Section):
     def check(self, config: Config, base: Description) -> None:
         pass
 
-    def write(self, run: Store, destination: Store, step: int | None, progress: Progress) -> Written:
+    def write(self, run: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
         from trainer.export.adapter import export_adapter
 
         manifest = export_adapter(run, destination, step, progress.written, self._arranged)

@@ -6,8 +6,8 @@ from typing import Any
 
 from trainer.run.records import Record
 from trainer.run.settings import leaves
-from trainer.run.trackers.services import Kind
-from trainer.run.trackers.tracker import Page, Rows
+from trainer.run.trackers.services import ServiceKind
+from trainer.run.trackers.tracker import Page, Unshown
 
 _ID = "capstan.id"
 _CURVE = "train/loss"
@@ -35,7 +35,7 @@ class Mlflow:
         self._client.update_run(self._run, "RUNNING")
         self._keep_settings(page.settings, run.data.params)
         history = self._client.get_metric_history(self._run, _CURVE)
-        self._rows = Rows(max((metric.step for metric in history), default=page.shown))
+        self._rows = Unshown(max((metric.step for metric in history), default=page.shown))
 
     def _keep_settings(self, settings: Mapping[str, Any], known: Mapping[str, str]) -> None:
         """The settings are parameters, which MLflow never changes: a resume's new value of one is a tag."""
@@ -82,4 +82,4 @@ def _parts(items: list[Any], most: int = _PARAMETERS_A_REQUEST) -> Iterator[list
     return (items[begin : begin + most] for begin in range(0, len(items), most))
 
 
-SERVICES = {"mlflow": Kind(Mlflow, "mlflow")}
+SERVICES = {"mlflow": ServiceKind(Mlflow, "mlflow")}

@@ -11,14 +11,14 @@ from trainer.run import trackers
 from trainer.run.trackers.tracker import Page, Service
 
 
-class Kind(NamedTuple):
+class ServiceKind(NamedTuple):
     """A service that a name in `track.trackers` stands for. `package` is imported; the extra that brings it has the service's name."""
 
     opens: Callable[[Page], Service]
     package: str
 
 
-def find_service(name: str) -> Kind:
+def find_service(name: str) -> ServiceKind:
     """Raises `ConfigError` where there is no service of this name."""
     return chosen(kinds(trackers, "SERVICES"), "track.trackers", name)
 

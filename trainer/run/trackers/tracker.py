@@ -90,7 +90,7 @@ def _draws(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-class Rows:
+class Unshown:
     """Steps that a service has not shown yet, each of them once and in order, whatever starts of the run repeat.
 
     A step is whole, and so a row, when a later one has begun: its evaluations come after it. Until then a start that repeats

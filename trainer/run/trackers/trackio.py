@@ -2,8 +2,8 @@
 its own (TRACKIO_SERVER_URL)."""
 
 from trainer.run.records import Record
-from trainer.run.trackers.services import Kind
-from trainer.run.trackers.tracker import Page, Rows
+from trainer.run.trackers.services import ServiceKind
+from trainer.run.trackers.tracker import Page, Unshown
 
 _ROWS = 100
 
@@ -29,7 +29,7 @@ class Trackio:
         )
         # The step that it would give the next points by itself comes after the last that its database has. A server that does
         # not answer now has none, but points for it wait in the folder.
-        self._rows = Rows(max(self._run._next_step - 1, page.shown))
+        self._rows = Unshown(max(self._run._next_step - 1, page.shown))
 
     @property
     def shown(self) -> int:
@@ -48,4 +48,4 @@ class Trackio:
         self._run.finish()
 
 
-SERVICES = {"trackio": Kind(Trackio, "trackio")}
+SERVICES = {"trackio": ServiceKind(Trackio, "trackio")}

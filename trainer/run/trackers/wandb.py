@@ -3,8 +3,8 @@
 import os
 
 from trainer.run.records import Record
-from trainer.run.trackers.services import Kind
-from trainer.run.trackers.tracker import Page, Rows
+from trainer.run.trackers.services import ServiceKind
+from trainer.run.trackers.tracker import Page, Unshown
 
 _ROWS = 100
 
@@ -36,7 +36,7 @@ class WeightsAndBiases:
             settings=settings,
         )
         self._run.config.update(dict(page.settings), allow_val_change=True)
-        self._rows = Rows(page.shown if self._run.offline else self._run.starting_step - 1)
+        self._rows = Unshown(page.shown if self._run.offline else self._run.starting_step - 1)
 
     @property
     def shown(self) -> int:
@@ -55,4 +55,4 @@ class WeightsAndBiases:
         self._run.finish(exit_code=0 if self._rows.outcome in ("finished", "stopped") else 1)
 
 
-SERVICES = {"wandb": Kind(WeightsAndBiases, "wandb")}
+SERVICES = {"wandb": ServiceKind(WeightsAndBiases, "wandb")}
