@@ -76,6 +76,12 @@ def test_a_layer_is_one_gather_and_no_more_than_three_are_whole(deep: Workshop) 
         assert rank["allocator"] == "expandable_segments:True"
 
 
+def test_a_parameter_that_is_read_outside_of_its_modules_call_is_not_gathered(tmp_path: Path) -> None:
+    """Llama 4 asks its embedding for the device, which DeepSpeed would answer with a gather through the hooks that are not there."""
+    config = with_policy(Workshop(tmp_path, "llama4"), "read", "zero3", stage3_param_persistence_threshold=0)
+    assert [rank["left"] for rank in launch(2, gather.gathers, dump_config(config))] == [[], []]
+
+
 def test_what_stays_whole_follows_from_the_base(workshop: Workshop) -> None:
     config = workshop.config("whole", "sharding.deepspeed=zero3")
     key = "stage3_param_persistence_threshold"

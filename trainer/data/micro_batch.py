@@ -99,7 +99,7 @@ class MicroBatch:
             beginnings=onto(self.beginnings, device).long(),
             desired=onto(self.desired, device),
             mismatched=onto(self.mismatched, device).long(),
-            survey=None if self.survey is None else onto(self.survey, device),
+            survey=None if self.survey is None else self.survey.to(device),  # the device made it
             reference=None if self.reference is None else onto(self.reference, device),
             host=self,
         )

@@ -26,6 +26,7 @@ from trainer.plan import choose_scope
 from trainer.rank import group_timeout
 from trainer.ranks import Ranks, join
 from trainer.run.folder import run_config
+from trainer.sizes import most_whole
 from trainer.store import Store, open_run_store
 from trainer.train.assemble import assemble
 from trainer.tuning.method import Method, check_tuning, method_of
@@ -121,7 +122,8 @@ def open_run(run: Store, step: int | None, overrides: Sequence[str], *, base_alo
     dtype, refused = DTYPES[config.model.dtype], method.virtual.refused_kernels
     attention = choose_attention(config.model.attention, ranks.device, dtype, base.architecture, refused)
     on_gpu = ranks.device.type == "cuda"
-    settings: dict[str, Any] = build_deepspeed_config(config, ranks.world_size, accumulation=1, on_gpu=on_gpu)
+    whole = most_whole(config, base.architecture)
+    settings: dict[str, Any] = build_deepspeed_config(config, ranks.world_size, 1, on_gpu, whole)
     memory = ranks.least_device_memory()
     scope = choose_scope(config, base.architecture, ranks.world_size, ranks.ranks_per_node, memory)
     engine, _ = assemble(base, config, settings, ranks, attention, scope, find_objective(config), log)

@@ -95,6 +95,9 @@ class _Wrapped(nn.Module):
         self.model, self.packed, self._loss = packed.model, packed, loss
 
     def forward(self, row: Any, look: Callable[[PackedModel, Any], Tensor] | None = None) -> Tensor:
+        # DeepSpeed would gather what is read outside of its own module's call (an embedding's dtype, its device), and count on its hooks.
+        for module in self.modules():
+            module._parameters._in_forward = False  # type: ignore[attr-defined]
         return (look or self._loss)(self.packed, row)
 
 
