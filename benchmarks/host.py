@@ -67,7 +67,7 @@ def rank_main(rank: int, world: int, port: int, folder: str, count: int) -> None
     ranks = join()
     # Of parameters so small all would stay whole: those of a real base that do are the norms and the adapters.
     (policy := Path(folder, f"policy-{rank}.json")).write_text(
-        json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 1400}})
+        json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 2800}})
     )
     config = override(
         run_config(Path(folder, "base")), "train.activation_checkpointing=true", f"sharding.deepspeed={policy}"

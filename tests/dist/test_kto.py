@@ -150,5 +150,5 @@ def test_the_survey_and_the_reference_cost_a_gather_of_the_base_each(
     sft = configured(workshop, workshop.data, "traffic-sft", "data.format=prompt_completion")
     measured, planned = base_gathers(workshop, of_kto(workshop, labelled, "traffic-kto"), tmp_path)
     measured_sft, planned_sft = base_gathers(workshop, sft, tmp_path)
-    assert planned / planned_sft == pytest.approx(5 / 3, abs=0.001)
+    assert planned / planned_sft == 4 / 2
     assert measured / measured_sft == pytest.approx(planned / planned_sft, rel=0.02)

@@ -139,7 +139,7 @@ def test_packed_bytes_and_scales_are_those_of_quantizing_the_whole_tensor(
     for result in results:
         assert result["differing"] == []
         assert result["compared"] == len(quants) * len(given) * 7  # linears of a layer
-        assert result["scales"] <= 2  # of the matrix that is finished, and a neighbour in its round
+        assert result["scales"] <= 3  # of seven matrices: of those that are filled in one round
 
 
 @pytest.mark.parametrize("name", CASES)
