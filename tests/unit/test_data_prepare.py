@@ -20,6 +20,7 @@ from trainer.data.manifest import ID_BITS, DatasetManifest
 from trainer.data.order import EpochPlan
 from trainer.data.prepare import find, locate, prepare, prepare_start, train_order, wait_until_prepared
 from trainer.data.stream import train_stream
+from trainer.data.weights import Weights
 from trainer.errors import ConfigError, Damaged, DataError, NotFound
 from trainer.run import layout
 from trainer.store import open_store
@@ -144,9 +145,9 @@ def test_a_relative_path_names_the_same_data_as_the_anchored_one_that_train_and_
         )
 
 
-def write_talks(path: Path, *weights: Any) -> Path:
+def write_talks(path: Path, *weights: Any, key: str = "weight") -> Path:
     """A conversation for each weight, of its answer; None for none."""
-    answers = [{"role": "assistant", "content": "yo"} | ({} if w is None else {"weight": w}) for w in weights]
+    answers = [{"role": "assistant", "content": "yo"} | ({} if w is None else {key: w}) for w in weights]
     rows = [{"messages": [{"role": "user", "content": "hi"}, answer]} for answer in answers]
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
@@ -193,6 +194,16 @@ def test_only_rows_with_weights_give_other_data_than_earlier_versions_made(
             f"data.template={template}",
         )
         assert prepare(config, resolve_base(config.model), store)
+
+
+def test_an_answer_of_versions_that_did_not_know_train_is_not_taken_for_todays(shop: Workshop, tmp_path: Path) -> None:
+    path = write_talks(tmp_path / "a.jsonl", False, True, key="train")
+    config = shop.config("flags", f"data.train=[{{path: {path}}}]", "data.format=chat")
+    base, store = resolve_base(config.model), open_store(str(tmp_path / "store"))
+    ((files, part, _),) = find(config).values()
+    before = fingerprint(config.data, files, hash_tokenizer(base.directory), part)
+    store.put(f"{layout.dataset(before)}weights.json", Weights(weighted=False).sealed())
+    assert locate(config, base, store)["train"] != before
 
 
 def test_looking_for_weights_is_said_and_can_be_stopped(shop: Workshop, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import trl
 from tests.material import byte_tokenizer
 from trainer.config import Data
 from trainer.data.chat import Renderer
+from trainer.data.conversation import Conversation
 from trainer.errors import DataError
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -33,7 +34,7 @@ INLINE = [
 PLAIN = [{"role": message["role"], "content": message["content"]} for message in THOUGHT]
 
 
-def marked(template: str, messages: list[dict[str, Any]], **settings: Any) -> str:
+def marked(template: str, messages: list[dict[str, Any]], /, **settings: Any) -> str:
     """The text, with what is trained of it between « and »."""
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ENDS})
@@ -115,6 +116,58 @@ def test_other_roles_are_trained_with_the_end_of_their_turns(name: str) -> None:
 def test_a_turn_that_is_not_trained_is_found_where_the_template_rewrites_it() -> None:
     silent = [THOUGHT[0], {**THOUGHT[1], "weight": 0}, *THOUGHT[2:]]
     assert marked("qwen3", silent) == f"{FIRST}yo{END}\n{SECOND}«{TWO}ciao{END}»\n"
+
+
+def _calls(*names: str) -> dict[str, Any]:
+    calls = [{"type": "function", "function": {"name": name, "arguments": {}}} for name in names]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+def _written(*names: str) -> str:
+    calls = (f'<tool_call>\n{{"name": "{name}", "arguments": {{}}}}\n</tool_call>' for name in names)
+    return "«" + "\n".join(calls) + f"{END}»\n"
+
+
+RESULT = {"role": "tool", "content": "5"}
+ANSWERED = "<|im_start|>user\n<tool_response>\n5\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("names", [("f",), ("f", "g")], ids=["one call", "two calls"])
+@pytest.mark.parametrize("thought", [{}, {"reasoning_content": "hm two"}], ids=["without thinking", "with thinking"])
+@pytest.mark.parametrize("earlier", [[], PLAIN[:2]], ids=["the first turn", "after a turn"])
+def test_calls_without_words_are_trained_and_nothing_before_them(
+    names: tuple[str, ...], thought: dict[str, Any], earlier: list[dict[str, Any]]
+) -> None:
+    messages = [*earlier, THOUGHT[2], _calls(*names), RESULT, {**PLAIN[3], **thought}]
+    before = f"{FIRST}«yo{END}»\n" if earlier else ""
+    end = f"{ANSWERED}«{TWO if thought else NONE}ciao{END}»\n"
+    assert marked("qwen3", messages) == before + SECOND + _written(*names) + end
+
+
+R1 = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}{% else %}"
+    "<|end|>{{ m.content.split('</think>')[-1] }}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|end|><think>\n{% endif %}"
+)
+
+
+def test_an_answer_without_thinking_after_one_that_thought_begins_at_its_own_prompt(tmp_path: Path) -> None:
+    own = tmp_path / "r1.jinja"
+    own.write_text(R1)
+    found = marked("qwen3", [*INLINE[:2], *PLAIN[2:]], template=str(own), thinking="keep")
+    assert re.findall("«([^»]*)»", found) == ["hm one\n</think>\n\nyo<|im_end|>", "ciao<|im_end|>"]
+    assert found.startswith("<|im_start|>hi<|end|><think>\n«hm one")
+
+
+def test_a_span_that_reaches_over_another_turns_words_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert marked("qwen3", THOUGHT).count("«") == 2
+    monkeypatch.setattr(Conversation, "_after_generation_prompt", lambda *_: 0)
+    with pytest.raises(DataError, match="its place is unknown"):
+        marked("qwen3", THOUGHT)
+    monkeypatch.undo()
+    monkeypatch.setattr(Conversation, "_end_of_turn", lambda _, whole, end: len(whole))
+    with pytest.raises(DataError, match="its place is unknown"):
+        marked("qwen3", THOUGHT)
 
 
 def test_texts_end_untrained_where_ends_are_not_trained() -> None:

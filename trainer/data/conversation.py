@@ -44,6 +44,7 @@ class Conversation:
         self._messages = messages
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._end = re.compile("|".join(map(re.escape, special)) or "(?!)")
+        self._contents: dict[int, Span | None] = {}
 
     def render(self, count: int, generation_prompt: bool = False) -> str:
         """The text of the first `count` messages."""
@@ -95,13 +96,19 @@ class Conversation:
         try:
             return self.prefix(turn, whole, generation_prompt=True), self.prefix(turn + 1, whole)
         except Misplaced as error:
-            begin, end = self._content(turn, whole, error)
-            return self._after_generation_prompt(turn, whole, begin, error), self._end_of_turn(whole, end)
+            content = self._content(turn, whole)
+            if content is None:
+                raise
+            span = self._after_generation_prompt(turn, whole, content[0], error), self._end_of_turn(whole, content[1])
+            self._check_alone(turn, whole, span, error)
+            return span
 
     def said(self, turn: int, whole: str) -> Span:
         """The characters of the whole text that a message of another role has as its content, and the end of its turn."""
-        otherwise = Misplaced(f"turn {turn + 1}: its content is not found in the conversation's text")
-        begin, end = self._content(turn, whole, otherwise)
+        content = self._content(turn, whole)
+        if content is None:
+            raise Misplaced(f"turn {turn + 1}: its content is not found in the conversation's text")
+        begin, end = content
         try:
             return begin, max(end, self.prefix(turn + 1, whole))
         except Misplaced:
@@ -114,25 +121,38 @@ class Conversation:
         except Misplaced:
             return self.written(turn, whole) if self._messages[turn]["role"] == "assistant" else self.said(turn, whole)
 
-    def _content(self, turn: int, whole: str, otherwise: Misplaced) -> Span:
-        """The characters in which the text differs once the content of the turn is another."""
+    def _content(self, turn: int, whole: str) -> Span | None:
+        """The characters in which the text differs once the content of the turn is another; None where that cannot be told."""
+        if turn not in self._contents:
+            self._contents[turn] = self._find_content(turn, whole)
+        return self._contents[turn]
+
+    def _find_content(self, turn: int, whole: str) -> Span | None:
         marked = {**self._messages[turn], "content": _MARK}
         text = self._text([*self._messages[:turn], marked, *self._messages[turn + 1 :]], add_generation_prompt=False)
         before, mark, after = text.partition(_MARK)
         if not mark or _MARK in after or not whole.endswith(after):
-            raise otherwise
-        end = len(whole) - len(after)
-        return _shared(before, whole[:end]), end
+            return None
+        # Templates write a line break between a content and a call; of an empty content that would be the one before the call.
+        begin = _shared(before, whole)
+        return begin, max(begin, len(whole) - len(after))
 
     def _after_generation_prompt(self, turn: int, whole: str, begin: int, otherwise: Misplaced) -> int:
         """The place behind the last generation prompt before `begin`; one that opens a block of thinking may be there without it."""
         prompted = self.render(turn, generation_prompt=True)
         prompt = prompted[_shared(prompted, self.render(turn)) :]
-        for sought in (prompt, prompt.partition(OPEN)[0]):
-            place = whole.rfind(sought, 0, begin) if sought else -1
-            if place >= 0:
-                return place + len(sought)
-        raise otherwise
+        sought = {prompt, prompt.partition(OPEN)[0]} - {""}
+        places = [(place, len(one)) for one in sought if (place := whole.rfind(one, 0, begin)) >= 0]
+        if not places:
+            raise otherwise
+        return sum(max(places))  # of two at one place the longer
+
+    def _check_alone(self, turn: int, whole: str, span: Span, otherwise: Misplaced) -> None:
+        """Raises `otherwise` where the span of a turn reaches over the content of the turn before it, or of the one behind it."""
+        before = self._content(turn - 1, whole)
+        behind = self._content(turn + 1, whole) if turn + 1 < len(self._messages) else None
+        if (before and span[0] < before[1]) or (behind and behind[0] < behind[1] <= span[1]):
+            raise otherwise
 
     def _end_of_turn(self, whole: str, end: int) -> int:
         match = self._end.search(whole, end)

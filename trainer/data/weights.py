@@ -1,7 +1,7 @@
 """Finds out whether a run's rows weigh their messages, before anything is compiled.
 
-Earlier versions ignored the `weight` of a message. Data that they compiled of rows without weights is as good as ever,
-and found under its old fingerprint; data compiled of rows with weights gets another one. So the rows have to be looked
+Earlier versions ignored the `weight` of a message, or its `train`. Data that they compiled of rows without these is as good as
+ever, and found under its old fingerprint; data compiled of rows with weights gets another one. So the rows have to be looked
 through once. It takes a small part of what compiling takes, and its result is kept beside the data.
 """
 
@@ -15,7 +15,8 @@ from trainer.errors import Damaged, DataError, NotFound
 from trainer.run import layout
 from trainer.store import Store
 
-_KEY = "weights.json"
+# Versions that did not know `train` kept their answer under another name.
+_KEY = "flags.json"
 
 
 class Weights(Record):
