@@ -7,15 +7,17 @@ command uploads only what is not there yet.
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import httpx2
-from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
 
 from launcher.export import Exported, export_run
 from trainer.errors import ConfigError, StorageError, Unreachable
@@ -27,11 +29,13 @@ from trainer.store import Store
 _TARGET = re.compile(r"hf://([\w.-]+/[\w.-]+)")
 _TOKEN = "HF_TOKEN"
 _TOKENS_PAGE = "huggingface.co/settings/tokens"
+# Files of an earlier export that a program would load beside the new ones, or in place of them.
+_LOADED = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "*.gguf")
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """The commit that was made; none in a dry run. `private` is what the repository is made as, unless it was there."""
+    """The commit that was made; none in a dry run, where `private` is what the repository would be made as."""
 
     repository: str
     revision: str
@@ -69,13 +73,11 @@ def push_run(
     """Export `step`, or the newest whole checkpoint, and upload it to `target`, hf://owner/name.
 
     Raises:
-        ConfigError: `target` is no repository, there is no token in HF_TOKEN, or it may not write there; or as `export_run`.
+        ConfigError: `target` is no repository, or a public one without `public`; there is no token in HF_TOKEN, or it may not
+            write there; or as `export_run`.
         StorageError: the Hub cannot be reached, or fails.
     """
-    match = _TARGET.fullmatch(target.rstrip("/"))
-    if match is None:
-        raise ConfigError(f"{target!r} is no repository of the Hub. Give hf://OWNER/NAME; --revision names a branch.")
-    repository, branch = match[1], revision or constants.DEFAULT_REVISION
+    repository, branch = _repository(target), revision or constants.DEFAULT_REVISION
     with scratch_folder("push") as scratch:
         folder = Path(scratch, "export")
         if dry_run:
@@ -84,6 +86,12 @@ def push_run(
         api = HfApi(token=_token())
         with _explained(repository):  # before the export, which may take an hour
             api.create_repo(repository, private=not public, exist_ok=True)
+            private = bool(api.repo_info(repository).private)
+            if not (private or public):
+                raise ConfigError(
+                    f"hf://{repository} is there already, and everybody can read it. Give --public if that is meant, or name "
+                    "another repository."
+                )
             if revision:
                 api.create_branch(repository, branch=revision, exist_ok=True)
         exported = export_run(run, str(folder), format, options, step=step)
@@ -94,8 +102,31 @@ def push_run(
         )
         with _explained(repository):
             message = f"Step {exported.step} of the run {run.uri.rpartition('/')[2]}, by Capstan"
-            made = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message, revision=revision)
-    return Pushed(repository, branch, not public, exported, f"{api.endpoint}/{repository}", made.oid)
+            # Not `upload_folder`, which makes several commits where hf_xet is installed.
+            operations = _operations(folder, api.list_repo_files(repository, revision=revision))
+            made = api.create_commit(repository, operations, commit_message=message, revision=revision)
+    return Pushed(repository, branch, private, exported, f"{api.endpoint}/{repository}", made.oid)
+
+
+def _repository(target: str) -> str:
+    match = _TARGET.fullmatch(target.rstrip("/"))
+    if match is None:
+        raise ConfigError(f"{target!r} is no repository of the Hub. Give hf://OWNER/NAME; --revision names a branch.")
+    try:
+        validate_repo_id(match[1])
+    except HFValidationError as error:
+        raise ConfigError(f"{target!r} is no repository of the Hub: {error} Give another name.") from error
+    return match[1]
+
+
+def _operations(folder: Path, there: Iterable[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """The files of `folder` in place of those of an earlier export that are `there`; whatever else is there stays."""
+    new = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    old = [name for name in there if name not in new and any(fnmatch(name, pattern) for pattern in _LOADED)]
+    return [
+        *(CommitOperationAdd(name, path) for name, path in new.items()),
+        *(CommitOperationDelete(name) for name in old if "/" not in name),
+    ]
 
 
 def _token() -> str:
@@ -129,3 +160,5 @@ def _explained(repository: str) -> Iterator[None]:
         raise StorageError(f"the Hub did not take hf://{repository}: {said} ({status}). Call push again.") from error
     except (OSError, httpx2.TransportError) as error:
         raise Unreachable(f"the Hub cannot be reached: {error}. Call push again; what is uploaded stays.") from error
+    except ValueError as error:  # of a model card that its metadata's rules do not allow
+        raise ConfigError(f"hf://{repository} does not take the export: {error}.") from error

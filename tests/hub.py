@@ -101,6 +101,18 @@ class _Answers(BaseHTTPRequestHandler):
         objects = [{"oid": o["oid"], "size": o["size"], **actions(o["oid"])} for o in asked["objects"]]
         self._answer({"transfer": "basic", "objects": objects})
 
+    def do_GET(self) -> None:
+        """Of a repository whether it is private, or the files of a branch."""
+        parts = self.path.partition("?")[0].split("/")
+        if parts[5:6] == ["tree"]:
+            files = self.hub.files.get(parts[6], {})
+            rows = [{"type": "file", "path": name, "oid": "0", "size": len(data)} for name, data in files.items()]
+            self._answer(rows)
+        elif (name := "/".join(parts[3:5])) in self.hub.repositories:
+            self._answer({"id": name, "private": self.hub.repositories[name] == "private"})
+        else:
+            self._answer({"error": "Repository not found"}, 404)
+
     def do_PUT(self) -> None:
         oid = self.path.rpartition("/")[2]
         if self.hub.hold_after is not None and len(self.hub.objects) >= self.hub.hold_after:
@@ -122,6 +134,8 @@ class _Answers(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
                 files[value["path"]] = self.hub.objects[value["oid"]]
+            elif entry["key"] == "deletedFile":
+                del files[value["path"]]
         commit, repository = hashlib.sha1(body).hexdigest(), "/".join(self.path.split("/")[3:5])
         self._answer(
             {

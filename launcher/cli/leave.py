@@ -9,7 +9,7 @@ from trainer.errors import ConfigError
 
 FormatOptions = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[key=value ...]", help="Options of the format, such as types=[f16,q8_0] for gguf."),
+    typer.Argument(metavar="[key=value ...]", help="Options of the format, such as 'types=[f16,q8_0]' for gguf."),
 ]
 FormatOption = Annotated[
     str | None,

@@ -68,7 +68,7 @@ def generate(
             "--prompts",
             metavar="FILE",
             help="JSONL with prompt or messages, or a text file with a prompt a line; - is standard input. Default: a chat on a "
-            "terminal, else eval.prompts or standard input.",
+            "terminal, else standard input, or eval.prompts if that is empty.",
         ),
     ] = None,
     step: StepOption = None,
@@ -106,7 +106,7 @@ def generate(
         )
     turns = in_turns(given, config)
     screen = Screen(sys.stdout, both=base, streams=chats or all(len(turn) == 1 for turn in turns))
-    asked = screen.conversation(config.data.kind == "chat") if chats else turns if as_json else screen.shown(turns)
+    asked = screen.conversation() if chats else turns if as_json else screen.shown(turns)
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     result = generate_answers(
         folder,

@@ -38,6 +38,8 @@ def generate_answers(
     def hear(told: dict[str, Any]) -> None:
         if "log" in told:
             log(told["log"])
+        elif screen is not None and "ready" in told:
+            screen.chats = told["chats"]
         elif screen is not None and "piece" in told:
             screen.piece(told["side"], told["piece"])
         elif screen is not None and "answers" in told:
@@ -49,14 +51,18 @@ def generate_answers(
 
 
 def given_prompts(config: Config, path: str | None) -> list[Prompt]:
-    """Those of the file at `path`, the lines of standard input for "-", or of `eval.prompts`.
+    """Those of the file at `path`, or the lines of standard input for "-"; without a `path` those of a pipe, or where it is empty
+    or there is none, of `eval.prompts`.
 
     Raises:
         ConfigError: the file cannot be read, or holds none.
     """
-    if path == "-" or (path is None and not config.eval.prompts):
-        return [{"prompt": line} for line in sys.stdin.read().splitlines() if line.strip()]
-    return read_prompts(path, "--prompts") if path else read_prompts(config.eval.prompts or "")
+    kept = config.eval.prompts if path is None else None
+    if path in (None, "-") and not (kept and sys.stdin.isatty()):
+        typed: list[Prompt] = [{"prompt": line} for line in sys.stdin.read().split("\n") if line.strip()]
+        if typed or not kept:
+            return typed
+    return read_prompts(kept) if kept else read_prompts(path or "", "--prompts")
 
 
 def in_turns(prompts: Sequence[Prompt], config: Config) -> list[list[Prompt]]:
@@ -66,13 +72,14 @@ def in_turns(prompts: Sequence[Prompt], config: Config) -> list[list[Prompt]]:
 
 
 class Screen:
-    """Answers on the terminal. A list of one prompt is shown as it is written, a longer one when it is there; where both sides
+    """Answers on the terminal. `chats`: what is typed is one conversation, as the ranks say when they are ready. A list of one prompt is shown as it is written, a longer one when it is there; where both sides
     answer, each has its name before it."""
 
     def __init__(self, out: TextIO, *, both: bool, streams: bool) -> None:
         self._out, self._both, self._streams = out, both, streams
         self._side: str | None = None
         self.last: dict[str, Any] = {}
+        self.chats = False
 
     def piece(self, side: str, text: str) -> None:
         if not self._streams:
@@ -101,8 +108,8 @@ class Screen:
                 self._write(f"> {asked(turn[0])}\n")
             yield turn
 
-    def conversation(self, messages: bool) -> Iterator[list[Prompt]]:
-        """What a person types, one prompt at a time until the end of input: with `messages` as one conversation, which the answers
+    def conversation(self) -> Iterator[list[Prompt]]:
+        """What a person types, one prompt at a time until the end of input: where it `chats` as one conversation, which the answers
         so far belong to. An empty line begins a new one."""
         said = list[dict[str, str]]()
         while True:
@@ -116,7 +123,7 @@ class Screen:
                 continue
             typed = line.rstrip("\n")
             said.append({"role": "user", "content": typed})
-            yield [{"messages": list(said)} if messages else {"prompt": typed}]
+            yield [{"messages": list(said)} if self.chats else {"prompt": typed}]
             said.append({"role": "assistant", "content": self.last["adapter"]})
 
     def _head(self, side: str) -> str:

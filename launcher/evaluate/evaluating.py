@@ -69,7 +69,7 @@ def evaluate_run(
     if not base:
         check_step(run, committed_steps(run), step)
     if dry_run:
-        what = "the base" if base else f"step {step or committed_steps(run)[0]} beside its base"
+        what = "the base" if base else f"step {committed_steps(run)[0] if step is None else step} beside its base"
         return f"would evaluate {what} of {run.uri} on {', '.join(every)}, with {count_ranks(config)} ranks"
     ask = Ask("evaluate", run.uri, step, tuple(overrides), base, chat)
     with _bars(log) as hear:

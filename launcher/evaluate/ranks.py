@@ -5,8 +5,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import IO, Any
 
@@ -20,6 +21,7 @@ from trainer.measure.prompts import Prompt
 Hear = Callable[[dict[str, Any]], None]
 
 _MODULE = "trainer.evaluate.program"
+_AWAKE_SECONDS = 300.0
 
 
 def count_ranks(config: Config) -> int:
@@ -86,12 +88,37 @@ def _conversed(process: "subprocess.Popen[str]", prompts: Iterator[list[Prompt]]
             return told
         hear(told)
         if "ready" in told or "answers" in told:
-            _hand_over(process.stdin, next(prompts, None))
+            with _kept_awake(process.stdin):
+                given = next(prompts, None)
+            _hand_over(process.stdin, given)
     return None
 
 
+@contextmanager
+def _kept_awake(pipe: IO[str]) -> Iterator[None]:
+    """While a person thinks, the ranks get an empty list every few minutes: their group would not wait for an hour."""
+    done = threading.Event()
+
+    def keep() -> None:
+        while not done.wait(_AWAKE_SECONDS):
+            _hand_over(pipe, [])
+
+    thread = threading.Thread(target=keep, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
 def _hand_over(pipe: IO[str], prompts: list[Prompt] | None) -> None:
-    if prompts is None:
-        pipe.close()
-    else:
-        print(json.dumps(prompts), file=pipe, flush=True)
+    """None ends the pipe. Of ranks that have ended meanwhile, their output tells."""
+    try:
+        if prompts is None:
+            pipe.close()
+        elif not pipe.closed:
+            print(json.dumps(prompts), file=pipe, flush=True)
+    except BrokenPipeError:
+        with suppress(BrokenPipeError):  # what could not be written is tried once more
+            pipe.close()

@@ -84,6 +84,17 @@ def test_a_push_that_was_killed_goes_on_and_the_card_says_what_was_pushed(
     assert '| learning rate | {"name": "adamw", "lr": 0.001, "schedule": "cosine", "warmup_steps": 2} |' in card
     assert 'AutoModelForCausalLM.from_pretrained("me/mine", dtype="auto")' in card
 
+    # An adapter in the place of the model: nothing of that may be loaded any more, and what is not ours stays.
+    ours = {"notes.txt", "old/model.safetensors"}
+    files.update(dict.fromkeys(ours, b"mine"))
+    done = capstan("push", run.uri, "hf://me/mine", "--revision", "next", timeout=600)
+    assert done.returncode == 0, done.stderr
+    read = {
+        name for name in files.keys() - ours if name.endswith((".safetensors", ".index.json")) or name == "config.json"
+    }
+    assert read == {"adapter_model.safetensors"}
+    assert {"adapter_config.json", *ours} <= files.keys()
+
 
 def test_what_keeps_a_push_from_being_made_is_a_sentence(run: Store, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     def pushed(target: str = "hf://me/mine", dry_run: bool = False) -> Pushed:
@@ -97,6 +108,9 @@ def test_what_keeps_a_push_from_being_made_is_a_sentence(run: Store, hub: Hub, m
     assert "would push adapter of step 4 to hf://me/mine@main, a private repository" in planned.sentence()
     with pytest.raises(ConfigError, match="is no repository of the Hub. Give hf://OWNER/NAME"):
         pushed("hf://mine")
+    for target in ("hf://me/a--b", "hf://me/x.git"):
+        with pytest.raises(ConfigError, match=f"'{target}' is no repository of the Hub: .* Give another name"):
+            pushed(target, dry_run=True)
     with pytest.raises(ConfigError, match="needs a token that may write to the Hub, in HF_TOKEN"):
         pushed()
     for token, status in ((READER, 403), ("hf_wrong", 401)):
@@ -105,6 +119,9 @@ def test_what_keeps_a_push_from_being_made_is_a_sentence(run: Store, hub: Hub, m
             pushed()
     assert hub.repositories == {}
     monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.repositories["me/mine"] = "public"
+    with pytest.raises(ConfigError, match="hf://me/mine is there already, and everybody can read it. Give --public"):
+        pushed()
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(StorageError, match="the Hub cannot be reached"):
         pushed()

@@ -234,7 +234,7 @@ def test_a_merge_that_cannot_be_is_refused_by_its_dry_run_too(capstan: Capstan, 
         commit(store.sub(name), workshop.config(name, *overrides))
     for dry_run in ("--dry-run", "--json"):
         done = capstan("export", "cut", tmp_path / "merged", "--merge", dry_run, "--store", tmp_path / "store")
-        refused(done, 2, "--merge", "first 1 layers", "Leave out --merge")
+        refused(done, 2, "no merged model", "first 1 layers", "Take --format peft")
     planned = capstan("export", "whole", "merged", "--merge", "--dry-run", "--json", "--store", tmp_path / "store")
     assert json.loads(planned.stdout)["step"] == 4, planned.stderr
     assert not (tmp_path / "merged").exists()

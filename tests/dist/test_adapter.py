@@ -209,7 +209,8 @@ def test_a_merge_is_refused_with_the_reason_and_a_checkpoint_is_what_plan_counts
     run: Store, workshop: Workshop, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        ConfigError, match="--merge: a bottleneck adapter is not linear, so no weight of the base can hold"
+        ConfigError,
+        match="there is no merged model: a bottleneck adapter is not linear, so no weight of the base can hold",
     ):
         export_merged(run, open_store(str(tmp_path / "merged")))
     assert not (tmp_path / "merged").exists()

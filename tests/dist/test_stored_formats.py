@@ -167,6 +167,7 @@ def test_an_export_is_proven_by_transformers_own_decoding_and_a_merge_is_refused
     commit(run, config, dataset=workshop.prepare(config).train)
     export_and_prove(run, tmp_path / "adapter")
     with pytest.raises(
-        ConfigError, match=r"^--merge: .* is stored in \w+, where no new weight fits. Leave out --merge"
+        ConfigError,
+        match=r"^there is no merged model: .* is stored in \w+, where no new weight fits. Take --format peft",
     ):
         export_merged(run, open_store(str(tmp_path / "merged")))

@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 
 from tests.material import Workshop, commit
-from trainer.errors import Damaged, StorageError
+from trainer.checkpoint.manifest import read_manifest
+from trainer.config import override
+from trainer.errors import ConfigError, Damaged, StorageError
 from trainer.export.adapter import export_adapter
+from trainer.export.format import ExportProgress, Written, find_format
 from trainer.export.merged import export_merged
+from trainer.export.trained import check_overrides, trained_config
 from trainer.run import layout
 from trainer.store import Store, open_store
 
@@ -56,7 +60,11 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("export", [export_adapter, export_merged])
+def export_nf4(run: Store, destination: Store) -> Written:
+    return find_format("nf4").write(run, destination, None, ExportProgress(lambda done, total: None, print))
+
+
+@pytest.mark.parametrize("export", [export_adapter, export_merged, export_nf4])
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_sealed_manifest_with_wrong_settings_is_damaged(run: Store, tmp_path: Path, wrong: str, export: Any) -> None:
     change, sentence = WRONG[wrong]
@@ -78,3 +86,21 @@ def test_a_sealed_manifest_with_wrong_settings_is_damaged(run: Store, tmp_path: 
 
 def test_the_same_manifest_as_it_was_written_is_exported(run: Store, tmp_path: Path) -> None:
     assert export_adapter(run, open_store(str(tmp_path / "out"))).step == 4
+
+
+def test_settings_of_the_checkpoint_itself_cannot_be_overridden(run: Store) -> None:
+    manifest = read_manifest(run, 4)
+    trained = trained_config(run, manifest)
+    free = (
+        "model.attention=eager",
+        "quant.cache=true",
+        "data.sequence_length=32",
+        f"tuning.alpha={trained.tuning.alpha}",
+    )
+    check_overrides(trained, override(trained, *free), manifest)
+    for given in ("tuning.alpha=64", "quant.block_size=128", "model.dtype=fp32"):
+        setting, _, value = given.partition("=")
+        with pytest.raises(
+            ConfigError, match=f"^{setting}: '?{value}(.0)?'? would be another model than the checkpoint of step 4"
+        ):
+            check_overrides(trained, override(trained, given), manifest)

@@ -173,10 +173,10 @@ def check_mergeable(model: Model, base: Description) -> None:
     """Raises `ConfigError` for a base that an adapter cannot be merged into; reads no weights."""
     if base.stored.unmergeable:
         raise ConfigError(
-            f"--merge: {model.base} is {base.stored.unmergeable}. Leave out --merge: PEFT and vLLM load the adapter beside it."
+            f"there is no merged model: {model.base} is {base.stored.unmergeable}. Take --format peft: PEFT and vLLM load the adapter beside it."
         )
     if model.layers:
         raise ConfigError(
-            f"--merge: the run has the first {model.layers} layers of its base only (model.layers), and would leave the rest "
-            "untrained. Leave out --merge."
+            f"there is no merged model: the run has the first {model.layers} layers of its base only (model.layers), and would leave the rest "
+            "untrained. Take --format peft."
         )

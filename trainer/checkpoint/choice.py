@@ -27,7 +27,7 @@ def chosen_step(run: Store, step: int | None, *, best: bool) -> int | None:
     }
     if not losses:
         raise ConfigError(
-            f"--best: no checkpoint of {run.uri} was evaluated when it was saved (train.eval_every). Name one with --step. "
+            f"--best: no checkpoint of {run.uri} was evaluated when it was saved (eval.every). Name one with --step. "
             f"Its steps are: {', '.join(map(str, sorted(steps)))}."
         )
     return min(losses, key=lambda found: (losses[found], -found))

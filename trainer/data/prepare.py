@@ -27,7 +27,7 @@ from trainer.data.order import EpochPlan, Order, turns
 from trainer.data.pool import Mapper, mapper_for
 from trainer.data.sources import SourceFile, expand
 from trainer.data.weights import find_weights, keep_weights, kept_weights
-from trainer.errors import Damaged, DataError, NotFound
+from trainer.errors import CapstanError, Damaged, DataError, NotFound
 from trainer.objective.objective import find_objective, segments_of
 from trainer.run import layout
 from trainer.store import Store
@@ -188,6 +188,20 @@ def find_evaluated(config: Config) -> dict[str, Input]:
         what: Input(with_forms(config, data, expand(data.train, what), data.train, what, LIKELY), EVERYTHING, data)
         for what, data in sets.items()
     }
+
+
+def as_trained(config: Config) -> Data:
+    """The settings of the data with the kind of the training rows in the place of `format: auto`: that of conversations where there
+    are any. As they are where the rows cannot be read here and now, or are answers to be judged."""
+    data = config.data
+    if data.format != "auto":
+        return data
+    try:
+        found = {file.form.kind for file in _read(config, data, data.train, "data.train") if file.form}
+    except CapstanError:
+        return data
+    kind = next((kind for kind in LIKELY if kind in found), data.format)
+    return data.model_copy(update={"format": kind})
 
 
 def _read(config: Config, data: Data, sources: Sequence[Source], setting: str) -> list[SourceFile]:

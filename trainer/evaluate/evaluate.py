@@ -1,6 +1,5 @@
 """`capstan evaluate` on one rank: the base and the checkpoint on the same sets, pairs and tasks, and what differs."""
 
-import json
 import time
 from functools import partial
 from typing import Any
@@ -9,7 +8,7 @@ from trainer.evaluate.measured import Progress, TaskScores, evaluation, find_wor
 from trainer.evaluate.opened import OpenedRun, open_run
 from trainer.evaluate.program import Ask, Tell
 from trainer.evaluate.subjects import subjects
-from trainer.run import layout
+from trainer.run.evaluations import keep_evaluation
 from trainer.store import open_store
 
 _TOLD_SECONDS = 0.2
@@ -30,8 +29,7 @@ def evaluate(ask: Ask, tell: Tell) -> dict[str, Any]:
         return evaluation(opened, work, before, None)
     opened.load()
     found = evaluation(opened, work, before, measure(opened, work, "adapter", progress))
-    content = json.dumps(found, indent=1).encode()
-    opened.ranks.on_first(lambda: opened.run.put(layout.evaluation(found["step"]), content))
+    opened.ranks.on_first(lambda: keep_evaluation(opened.run, found))
     return found
 
 

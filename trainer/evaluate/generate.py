@@ -13,6 +13,7 @@ from trainer.store import open_store
 
 def generate(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str, Any]:
     """Answer lists of prompts, one after the other, until there are no more; returns the answers to all of them. Collective.
+    An empty list asks nothing: it ends the other ranks' wait before the time-out of their group does.
 
     `tell` gets each piece of an answer of rank 0 as it is written, and the whole answers to a list when they are there.
 
@@ -29,11 +30,13 @@ def generate(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str,
             "checkpoint. Leave --base out."
         )
     opened.load()
-    tell({"ready": opened.manifest.step})
+    tell({"ready": opened.manifest.step, "chats": opened.ranks.on_first(lambda: opened.prompter.chats)})
     sampling, waiting, every = Sampling(**ask.sampling), iter(prompts), list[dict[str, Any]]()
     while (given := opened.ranks.on_first(lambda: next(waiting, None))) is not None:
         sides = dict[str, list[str]]()
-        openings = opened.ranks.on_first(lambda given=given: _tokens(opened, given))
+        if not given:  # nobody has asked anything for a while; the other ranks wait for so long at most
+            continue
+        openings = opened.ranks.on_first(lambda given=given: opened.prompter.fitting(given, opened.longest))
         if ask.base:
             with opened.as_base() as base:
                 sides["base"] = _answers(base, openings, sampling, "base", tell)
@@ -45,17 +48,6 @@ def generate(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str,
         tell({"answers": rows})
         every += rows
     return {"step": opened.manifest.step, "answers": every}
-
-
-def _tokens(opened: OpenedRun, prompts: list[Prompt]) -> list[list[int]]:
-    """Raises `ConfigError` for a prompt that is longer than the base has positions for."""
-    tokens = [opened.prompter.tokens(prompt) for prompt in prompts]
-    longest = max(map(len, tokens))
-    if opened.longest is not None and longest >= opened.longest:
-        raise ConfigError(
-            f"a prompt has {longest} tokens, and the base has positions for {opened.longest}. Shorten it."
-        )
-    return tokens
 
 
 def _answers(opened: OpenedRun, tokens: list[list[int]], sampling: Sampling, side: str, tell: Tell) -> list[str]:

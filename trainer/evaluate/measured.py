@@ -88,6 +88,7 @@ def _losses(opened: OpenedRun, stream: Stream, documents: int, told: Callable[[i
     world = opened.ranks.world_size
     mine = document_losses(opened.engine, stream, lambda done: told(min(documents, done * world), documents))
     every = opened.ranks.gather_objects(tuple(column.numpy() for column in mine))
+    told(documents, documents)
     numbers, nats, tokens = (np.concatenate(column) for column in zip(*every, strict=True))
     order = np.argsort(numbers)
     return nats[order], tokens[order]

@@ -15,9 +15,10 @@ from trainer.base.locate import Base, resolve_base
 from trainer.base.tokenizer import read_tokenizer
 from trainer.checkpoint.checkpoints import load_partitions
 from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
-from trainer.config import Config, override
+from trainer.config import Config, Data, override
+from trainer.data.prepare import as_trained
 from trainer.devices import check_device
-from trainer.export.trained import resolve_trained_base, trained_config, trained_method
+from trainer.export.trained import check_overrides, resolve_trained_base, trained_config, trained_method
 from trainer.measure.prompts import Prompter
 from trainer.model.attention import choose_attention
 from trainer.objective.objective import find_objective
@@ -36,6 +37,21 @@ from trainer.zero.policy import build_deepspeed_config
 Log = Callable[[str], None]
 
 
+class Words:
+    """How a run's texts become tokens; read when they are first asked for. `data` are the settings as the rows were read."""
+
+    def __init__(self, base: Base, data: Data) -> None:
+        self._base, self._data = base, data
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return read_tokenizer(self._base.directory, self._base.name, self._base.added_tokens)
+
+    @cached_property
+    def prompter(self) -> Prompter:
+        return Prompter(self.tokenizer, self._data, self._base.directory)
+
+
 @dataclass(frozen=True)
 class OpenedRun:
     """A run on this rank. Until `load` its model is the base with what learns as it was attached; without a `manifest` there is
@@ -48,6 +64,7 @@ class OpenedRun:
     method: Method
     ranks: Ranks
     engine: Engine
+    words: Words
     keeps: bool = True
     """Whether a text that grows may keep keys and values; see `trainer.model.decoding.GrowingText`."""
 
@@ -64,13 +81,13 @@ class OpenedRun:
         self.ranks.together(lambda: load_partitions(self.run, manifest, partitions, states=(MASTER,)))
         self.engine.refresh(manifest.updates)
 
-    @cached_property
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return read_tokenizer(self.base.directory, self.base.name, self.base.added_tokens)
+        return self.words.tokenizer
 
-    @cached_property
+    @property
     def prompter(self) -> Prompter:
-        return Prompter(self.tokenizer, self.config.data, self.base.directory)
+        return self.words.prompter
 
     @property
     def store(self) -> Store:
@@ -95,12 +112,15 @@ def settings_of(
     those of the run's folder. `overrides` may change what does not belong to the checkpoint.
 
     Raises:
-        NothingToResume, ConfigError, StorageError: as `whole_checkpoint` and `trained_config`.
+        NothingToResume, ConfigError, StorageError: as `whole_checkpoint`, `trained_config` and `check_overrides`.
     """
     if base_alone:
         return run_config(run, overrides), None
     manifest = whole_checkpoint(run, step)
-    return override(trained_config(run, manifest), *overrides), manifest
+    trained = trained_config(run, manifest)
+    config = override(trained, *overrides)
+    check_overrides(override(trained), config, manifest)
+    return config, manifest
 
 
 def open_run(run: Store, step: int | None, overrides: Sequence[str], *, base_alone: bool, log: Log) -> OpenedRun:
@@ -127,4 +147,5 @@ def open_run(run: Store, step: int | None, overrides: Sequence[str], *, base_alo
     memory = ranks.least_device_memory()
     scope = choose_scope(config, base.architecture, ranks.world_size, ranks.ranks_per_node, memory)
     engine, _ = assemble(base, config, settings, ranks, attention, scope, find_objective(config), log)
-    return OpenedRun(run, config, manifest, base, method, ranks, engine)
+    words = Words(base, ranks.on_first(lambda: as_trained(config)))
+    return OpenedRun(run, config, manifest, base, method, ranks, engine, words)

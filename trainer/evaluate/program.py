@@ -52,17 +52,25 @@ def answer(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str, A
         stay_on_cpu()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # They import torch, which sees the devices that it is left.
-    from torch import distributed
-
     from trainer.evaluate.evaluate import evaluate
     from trainer.evaluate.generate import generate
 
     say = tell if os.environ.get("RANK", "0") == "0" else _nothing
     try:
-        return evaluate(ask, say) if ask.what == "evaluate" else generate(ask, prompts, say)
-    finally:
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
+        result = evaluate(ask, say) if ask.what == "evaluate" else generate(ask, prompts, say)
+    except CapstanError:
+        _leave()
+        raise
+    _leave()
+    return result
+
+
+def _leave() -> None:
+    """Not after an error of this rank alone: the group might wait for the others, which wait for this rank."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _nothing(_told: dict[str, Any]) -> None:

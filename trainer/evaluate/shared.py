@@ -15,6 +15,11 @@ def _untold(_done: int) -> None:
     """Nobody is told on the other ranks."""
 
 
+class PassFailed(BaseException):
+    """A pass of all ranks failed on this one, which must end for it: the others wait inside that pass, and whoever started the
+    ranks ends them then. No `Exception`, so that no program that asks the model can catch it."""
+
+
 class OpenText(NamedTuple):
     """The tokens of a text to continue, until one of the strings in `until` is written, or the text ends."""
 
@@ -29,7 +34,8 @@ class SharedModel:
         self._opened = opened
 
     def serve(self, ask: Callable[["SharedModel"], T]) -> T | None:
-        """Run `ask` on rank 0, which alone gets its result, while the others help. Collective; what it raises is raised on all."""
+        """Run `ask` on rank 0, which alone gets its result, while the others help. Collective; what it raises is raised on all, but
+        for `PassFailed`."""
         ranks, result, failure = self._opened.ranks, None, None
         if ranks.rank == 0:
             try:
@@ -53,7 +59,10 @@ class SharedModel:
 
     def _on_all(self, what: str, *given: Any, told: Told) -> Any:
         self._opened.ranks.broadcast((what, given))
-        return self._do(what, given, told=told)
+        try:
+            return self._do(what, given, told=told)
+        except Exception as error:
+            raise PassFailed(f"{type(error).__name__}: {error}") from error
 
     def _do(self, what: str, given: tuple[Any, ...], *, told: Told) -> Any:
         return {"likelihoods": self._score, "continued": self._continue}[what](*given, told=told)

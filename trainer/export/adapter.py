@@ -12,13 +12,13 @@ from fnmatch import fnmatch
 from trainer.base.load import DTYPES
 from trainer.base.locate import TOKENIZER_FILES
 from trainer.base.tokenizer import tokenizer_files
-from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
+from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Model, Tuning
 from trainer.export.card import PEFT_USAGE, CardContent, model_card
 from trainer.export.folder import CARD, TRAINED, BytesWritten, check_destination
 from trainer.export.learnt import CheckpointWeights
 from trainer.export.merged import write_model
-from trainer.export.trained import trained_config, trained_method
+from trainer.export.trained import trained_checkpoint
 from trainer.store import Store
 from trainer.tuning.method import methods
 
@@ -42,9 +42,7 @@ def export_adapter(
     # Before the shards are read, so by the files of every method.
     ours = [name for make in methods().values() for name in make(Tuning()).file_names]
     check_destination(destination, *ours, *TOKENIZER_FILES)
-    manifest = whole_checkpoint(run, step)
-    config = trained_config(run, manifest)
-    method = trained_method(config, manifest)
+    manifest, config, method = trained_checkpoint(run, step)
     check_destination(destination, *method.file_names, *TOKENIZER_FILES)
     if method.exports_model:
         write_model(run, manifest, config, destination, report)

@@ -1,7 +1,7 @@
 """The model card of an export, README.md, as the Hub reads it: what it is, how it was made, how good it is, how it is loaded.
 
 Its first lines are the Hub's metadata (huggingface.co/docs/hub/model-cards). `base_model` must be a Hub id there, so a base that
-is a folder is named in the table alone; the licence is the one that the base's own card names.
+is a folder is named in the table alone, and without its path, as the card may be public; the licence is the one that the base's own card names.
 """
 
 import json
@@ -11,13 +11,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from trainer.base.locate import base_files, is_hub_id
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config
-from trainer.errors import NotFound
-from trainer.run import layout
+from trainer.run.evaluations import read_evaluation
 from trainer.store import Store
 
 # In a snippet, the folder or the repository that the card lies in.
@@ -84,19 +84,27 @@ def _on_the_hub(base: str) -> bool:
     return is_hub_id(base) and not Path(base).is_dir()
 
 
+def _named(place: str) -> str:
+    """A base or data as a reader of the card may see it: by its Hub id, or else by the last part of its path alone, as the others
+    tell of the machine or the bucket that it lies on."""
+    if place.startswith(_HUB_DATA) or _on_the_hub(place):
+        return place
+    return place.rstrip("/").rpartition("/")[2]
+
+
 def _base_licence(config: Config) -> str | None:
     """As the Hub's metadata names it; None where the base has no card, or one that names none."""
     card = base_files(config.model) / "README.md"
     try:
         data: Any = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
-    except (OSError, ValueError):
+    except (OSError, ValueError, yaml.YAMLError):
         return None
     return data.license
 
 
 def _facts(config: Config, manifest: CheckpointManifest) -> dict[str, Any]:
     return {
-        "base": config.model.base,
+        "base": _named(config.model.base),
         "run": config.run.name,
         "step": manifest.step,
         "evaluation loss": "not evaluated at this step" if manifest.eval_loss is None else f"{manifest.eval_loss:.4f}",
@@ -106,7 +114,7 @@ def _facts(config: Config, manifest: CheckpointManifest) -> dict[str, Any]:
         "objective": config.objective.name,
         "quantization": json.dumps(config.quant.model_dump(mode="json", exclude={"cache"})),
         "computed in": config.model.dtype,
-        "data": f"{manifest.dataset} ({', '.join(source.path for source in config.data.train)})",
+        "data": f"{manifest.dataset} ({', '.join(_named(source.path) for source in config.data.train)})",
         "sequence length": manifest.order.get("sequence_length", config.data.sequence_length),
         "global batch": config.train.global_batch,
         "seed": manifest.order.get("seed", config.run.seed),
@@ -117,9 +125,8 @@ def _facts(config: Config, manifest: CheckpointManifest) -> dict[str, Any]:
 
 def _evaluation(run: Store, manifest: CheckpointManifest) -> str:
     """The tables of what `capstan evaluate` found of this step, before and after the training."""
-    try:
-        found = json.loads(run.get(layout.evaluation(manifest.step)))
-    except NotFound:
+    found = read_evaluation(run, manifest.step)
+    if not found:
         return "It was not evaluated against its base (`capstan evaluate`)."
     tables = [
         ("data set", "loss of the base", "loss", "perplexity of the base", "perplexity", _rows_of_sets(found)),
@@ -156,5 +163,5 @@ def _limitations(config: Config) -> str:
     over = "" if config.quant.type == "none" else f" It was trained over that base in {config.quant.type}."
     return (
         "It was trained on the data named above, and what is not under Evaluation was not measured: neither safety, nor bias, nor "
-        f"other languages and tasks than those of the data. It keeps the limits and the licence of its base, {config.model.base}.{over}"
+        f"other languages and tasks than those of the data. It keeps the limits and the licence of its base, {_named(config.model.base)}.{over}"
     )

@@ -24,13 +24,13 @@ from trainer.base.parameters import find_all_weights
 from trainer.base.reading import PIECE_BYTES, PIECES_IN_FLIGHT, cut, freed_memory_given_back, read_ahead
 from trainer.base.tokenizer import tokenizer_files
 from trainer.base.unpacked import Weight
-from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
+from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.export.card import MODEL_USAGE, CardContent, model_card
 from trainer.export.folder import CARD, TRAINED, BytesWritten, check_destination
 from trainer.export.learnt import CheckpointWeights
-from trainer.export.trained import check_mergeable_run, resolve_trained_base, trained_config, trained_method
+from trainer.export.trained import check_mergeable_run, resolve_trained_base, trained_checkpoint
 from trainer.safetensors_index import INDEX_FILE, SINGLE_FILE, Joined, TensorSource, item_bytes, numel
 from trainer.store import Store
 from trainer.tuning.method import WeightUpdate, method_of
@@ -51,9 +51,7 @@ def export_merged(
             or is another than the run's.
     """
     check_destination(destination, "*.safetensors", INDEX_FILE, *SMALL_FILES, *TOKENIZER_FILES)
-    manifest = whole_checkpoint(run, step)
-    config = trained_config(run, manifest)
-    trained_method(config, manifest)
+    manifest, config, _ = trained_checkpoint(run, step)
     check_mergeable_run(config, describe_base(config.model))
     write_model(run, manifest, config, destination, report)
     return manifest
@@ -208,7 +206,7 @@ def _changes(base: Base, name: str, source: Weight, update: WeightUpdate, more: 
         return
     if not isinstance(source, Joined) or more:
         raise ConfigError(
-            f"--merge: {base.name} stores {name} in another layout than the model has it in. Leave out --merge: PEFT and vLLM "
+            f"there is no merged model: {base.name} stores {name} in another layout than the model has it in. Take --format peft: PEFT and vLLM "
             "load the adapter beside the base."
         )
     for stretch, start in zip(source.stretches, source.starts, strict=True):

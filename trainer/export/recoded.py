@@ -21,14 +21,14 @@ from trainer.base.locate import TOKENIZER_FILES, describe_base, named_files
 from trainer.base.parameters import find_all_weights
 from trainer.base.reading import PIECE_BYTES, freed_memory_given_back
 from trainer.base.tokenizer import tokenizer_files
-from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
+from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.export.card import MODEL_USAGE, CardContent, model_card
 from trainer.export.folder import CARD, TRAINED, check_destination
 from trainer.export.format import ExportProgress, Written
 from trainer.export.merged import CONFIG, SMALL_FILES, ChangedFile, changed_files, merged_config
-from trainer.export.trained import check_mergeable_run, resolve_trained_base, trained_config
+from trainer.export.trained import check_mergeable_run, resolve_trained_base, trained_checkpoint
 from trainer.safetensors_index import DTYPE_BYTES, INDEX_FILE, SINGLE_FILE, TensorSource
 from trainer.store import Store
 
@@ -109,10 +109,8 @@ def export_recoded(
     Raises as `Format.write`.
     """
     check_destination(destination, "*.safetensors", INDEX_FILE, *SMALL_FILES, *TOKENIZER_FILES)
-    manifest = whole_checkpoint(run, step)
-    config = trained_config(run, manifest)
-    description = describe_base(config.model)
-    check_mergeable_run(config, description)
+    manifest, config, _ = trained_checkpoint(run, step)
+    check_mergeable_run(config, describe_base(config.model))
     if config.model.layers:
         raise ConfigError("model.layers: only a run of the whole base can be exported as a model.")
     base, code = resolve_trained_base(config.model, manifest), make(config)

@@ -16,23 +16,23 @@ from trainer.base.meta import model_config
 from trainer.export import plain
 from trainer.export.distributions import distance
 from trainer.export.proof import Proof
-from trainer.export.verify import Trained, base_directory, directory_of
+from trainer.export.verify import Trained, directory_of
 from trainer.store import Store
 
 _ALLOWED_OF_EFFECT = 0.5
 
 
 def prove_recoded(run: Store, step: int, exported: Store) -> Proof:
-    """The trained model of `step` against the files in `exported`, and these against the base alone for the effect."""
+    """The trained model of `step` against the files in `exported`, and against itself before the training for the effect."""
     trained = Trained.at(run, step)
     rows, computed_in = trained.probe.rows, trained.computed_in
     expected = trained.logits(computed_in)
     gc.collect()
+    begun = trained.logits(computed_in, learnt=False)
+    gc.collect()
     with directory_of(exported) as folder:
         found = plain.place_logits(_load(folder, trained.dtype), rows)
-    with base_directory(trained.base) as folder:
-        alone = plain.place_logits(_load(folder, trained.dtype), rows)
-    difference, effect = distance(expected, found, rows), distance(alone, found, rows)
+    difference, effect = distance(expected, found, rows), distance(expected, begun, rows)
     return Proof(
         kl=difference.kl,
         kl_allowed=_ALLOWED_OF_EFFECT * effect.kl,

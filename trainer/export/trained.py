@@ -5,13 +5,13 @@ A manifest that was written before some value was recorded falls back to config.
 
 import re
 from types import NoneType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from trainer.base.base import Base, Description
 from trainer.base.locate import check_mergeable, describe_base, in_bucket, is_hub_id, resolve_base
-from trainer.checkpoint.manifest import CheckpointManifest
+from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
 from trainer.config import Config, Model, Tuning
 from trainer.config.paths import local_path
 from trainer.errors import ConfigError, Damaged, shown
@@ -23,8 +23,31 @@ from trainer.tuning.method import Method, method_of, methods
 _SNAPSHOT = re.compile(r".*/models--([^/]+)--([^/]+)/snapshots/([^/]+)")
 # The keys that tell the place of a base, and their types in a manifest.
 _PLACE = {"path": str, "fingerprint": str, "name": (str, NoneType), "revision": (str, NoneType)}
+# The sections that belong to a checkpoint, and the settings in them that change nothing of what it computes.
+_FREE = {"model": {"attention"}, "quant": {"cache"}, "tuning": set[str]()}
 
 Settings = TypeVar("Settings", bound=BaseModel)
+
+
+class TrainedCheckpoint(NamedTuple):
+    """A whole checkpoint, the settings that it was trained with, and its method."""
+
+    manifest: CheckpointManifest
+    config: Config
+    method: Method
+
+
+def trained_checkpoint(run: Store, step: int | None) -> TrainedCheckpoint:
+    """That of `step`, or the newest whole one, for every format of an export.
+
+    Raises:
+        NothingToResume: the run has no such checkpoint.
+        StorageError: it is damaged, or does not fit its settings.
+        ConfigError: as `trained_config`.
+    """
+    manifest = whole_checkpoint(run, step)
+    config = trained_config(run, manifest)
+    return TrainedCheckpoint(manifest, config, trained_method(config, manifest))
 
 
 def trained_config(run: Store, manifest: CheckpointManifest) -> Config:
@@ -52,6 +75,18 @@ def trained_config(run: Store, manifest: CheckpointManifest) -> Config:
     return given.model_copy(update=sections)
 
 
+def check_overrides(trained: Config, given: Config, manifest: CheckpointManifest) -> None:
+    """Raises `ConfigError` where `given` would be another model than `trained`, the settings that the checkpoint was trained with."""
+    for section, free in _FREE.items():
+        before, after = getattr(trained, section).model_dump(), getattr(given, section).model_dump()
+        for key in before.keys() - free:
+            if after[key] != before[key]:
+                raise ConfigError(
+                    f"{section}.{key}: {shown(after[key])} would be another model than the checkpoint of step {manifest.step}, which "
+                    f"was trained with {shown(before[key])}. Leave it out."
+                )
+
+
 def trained_method(config: Config, manifest: CheckpointManifest) -> Method:
     """The method of `config`, which is that of `trained_config`. Raises `Damaged` when other parameters were trained."""
     method = method_of(config)
@@ -73,7 +108,7 @@ def check_mergeable_run(config: Config, base: Description) -> None:
     if not method.exports_model:
         check_mergeable(config.model, base)
     if method.unmergeable:
-        raise ConfigError(f"--merge: {method.unmergeable}. Leave out --merge.")
+        raise ConfigError(f"there is no merged model: {method.unmergeable}. Take --format peft.")
 
 
 def resolve_trained_base(model: Model, manifest: CheckpointManifest) -> Base:

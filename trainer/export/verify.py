@@ -102,8 +102,9 @@ class Trained:
         exact = not self.base.stored.quantized and _fits_in_fp32(self.config, self.base, self.manifest)
         return "fp32" if exact else self.config.model.dtype
 
-    def logits(self, computed_in: str) -> list[Tensor]:
-        """Through our own sharded loader, engine and restore, as one rank: for each row (P, V) fp32."""
+    def logits(self, computed_in: str, *, learnt: bool = True) -> list[Tensor]:
+        """Through our own sharded loader, engine and restore, as one rank: for each row (P, V) fp32. Without what was `learnt`
+        those before the first step, over the base as it was quantized for the training."""
         ranks, base = join(), self.base
         config = override(self.config, f"model.dtype={computed_in}", "model.attention=auto", "quant.cache=false")
         dtype, refused = DTYPES[computed_in], self.method.virtual.refused_kernels
@@ -112,11 +113,12 @@ class Trained:
         settings = build_deepspeed_config(config, world_size=ranks.world_size, accumulation=1, on_gpu=on_gpu)
         engine, _ = assemble(base, config, settings, ranks, attention, "world", NextTokens())
         plain.round_buffers(engine.model, dict(empty_model(base, self.config, attention).named_buffers()))
-        partitions = engine.partitions()
-        load_partitions(self.run, self.manifest, partitions, states=(MASTER,))
-        for part in partitions:  # as the forward passes of the training had them, and as they are exported
-            part.states["master"].copy_(self._exported(part))
-        engine.refresh(self.manifest.updates)
+        if learnt:
+            partitions = engine.partitions()
+            load_partitions(self.run, self.manifest, partitions, states=(MASTER,))
+            for part in partitions:  # as the forward passes of the training had them, and as they are exported
+                part.states["master"].copy_(self._exported(part))
+            engine.refresh(self.manifest.updates)
         return [engine.logits(row.tokens.to(ranks.device))[0, row.places].float().cpu() for row in self.probe.rows]
 
     def _exported(self, part: TrainablePartition) -> Tensor:

@@ -31,7 +31,7 @@ def read_pairs(path: str, setting: str = "eval.bias") -> list[SentencePair]:
         ConfigError: the file cannot be read, or a row is something else.
     """
     try:
-        lines = local_path(path, setting).read_text(encoding="utf-8").splitlines()
+        lines = local_path(path, setting).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{setting}: {path!r} cannot be read: {error}.") from error
     pairs = [_pair(line, f"{setting}: {path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]

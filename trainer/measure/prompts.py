@@ -1,7 +1,7 @@
 """Prompts as the model was trained to see them: files of them, their tokens, and where an answer ends. Without torch."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,12 @@ Prompt = Mapping[str, Any]
 """A row with `prompt`, a text, or with `messages`, a conversation that the model is to answer."""
 
 
+_GIVEN: Mapping[str, Callable[[Any], bool]] = {
+    "prompt": lambda value: isinstance(value, str),
+    "messages": lambda value: isinstance(value, list) and bool(value) and all(isinstance(said, dict) for said in value),
+}
+
+
 def read_prompts(path: str, setting: str = "eval.prompts") -> list[Prompt]:
     """The prompts of a .jsonl file, or the lines of any other text file; empty lines are none.
 
@@ -26,7 +32,7 @@ def read_prompts(path: str, setting: str = "eval.prompts") -> list[Prompt]:
         ConfigError: the file cannot be read, or a row has neither prompt nor messages.
     """
     try:
-        lines = local_path(path, setting).read_text(encoding="utf-8").splitlines()
+        lines = local_path(path, setting).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{setting}: {path!r} cannot be read: {error}.") from error
     rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -43,9 +49,10 @@ def prompt_of(line: str, where: str) -> Prompt:
         row = json.loads(line)
     except NOT_JSON as error:
         raise ConfigError(f"{where}: not JSON: {error}.") from error
-    if not isinstance(row, dict) or not ({"prompt", "messages"} & row.keys()):
-        raise ConfigError(f"{where}: a row needs the field prompt, a text, or messages, a conversation.")
-    return {name: row[name] for name in ("prompt", "messages") if name in row}
+    given = {name: row[name] for name in _GIVEN if name in row} if isinstance(row, dict) else {}
+    if not given or not all(_GIVEN[name](value) for name, value in given.items()):
+        raise ConfigError(f"{where}: a row needs the field prompt, a text, or messages, a list of objects with a role.")
+    return given
 
 
 def asked(prompt: Prompt) -> str:
@@ -57,7 +64,7 @@ def asked(prompt: Prompt) -> str:
 class Prompter:
     """The tokens of prompts under the run's template and format, and of its answers.
 
-    `stops` are the tokens that end an answer: the tokenizer's end of text, those of the base's generation_config.json, and of a
+    `chats`: a prompt is the first message of a conversation. `stops` are the tokens that end an answer: the tokenizer's end of text, those of the base's generation_config.json, and of a
     chat the token that the template puts behind an assistant's turn.
     """
 
@@ -67,18 +74,26 @@ class Prompter:
         self.stops = {*([eos] if eos is not None else []), *_generation_ends(directory)}
         # Of rows whose format is found out, those of a tokenizer without a template can be no conversations.
         templated = data.template or getattr(tokenizer, "chat_template", None)
-        self._chats = data.kind == "chat" and (data.format != "auto" or bool(templated))
-        if self._chats:
+        self.chats = data.kind == "chat" and (data.format != "auto" or bool(templated))
+        if self.chats:
             self.stops |= self._turn_ends()
 
     def tokens(self, prompt: Prompt) -> list[int]:
         """Those before the answer. Raises `ConfigError` when the prompt does not suit the run's format."""
         given = prompt.get("messages", prompt.get("prompt"))
-        if self._chats or not isinstance(given, str):
+        if self.chats or not isinstance(given, str):
             messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
             return self.encode(self._rendered(messages, add_generation_prompt=True))
         tokens, begin = self.encode(given), self.text_begin
         return tokens if tokens[:1] == begin else [*begin, *tokens]
+
+    def fitting(self, prompts: Sequence[Prompt], longest: int | None) -> list[list[int]]:
+        """The tokens of each. Raises `ConfigError` as `tokens`, and for a prompt that leaves no room for an answer in `longest` tokens."""
+        tokens = [self.tokens(prompt) for prompt in prompts]
+        most = max(map(len, tokens))
+        if longest is not None and most >= longest:
+            raise ConfigError(f"a prompt has {most} tokens, and the base has positions for {longest}. Shorten it.")
+        return tokens
 
     def ended(self, written: Sequence[int]) -> bool:
         return written[-1] in self.stops

@@ -8,6 +8,7 @@ from typing import Any
 from trainer.base.locate import Base
 from trainer.base.tokenizer import read_tokenizer
 from trainer.config import Config
+from trainer.data.prepare import as_trained
 from trainer.measure.generation import Opening, Sampling, continued
 from trainer.measure.prompts import Prompt, Prompter, asked, read_prompts
 from trainer.ranks import Ranks
@@ -50,19 +51,19 @@ def open_samples(config: Config, base: Base, run: Store, ranks: Ranks) -> Prompt
     """Those of `eval.prompts`. Collective.
 
     Raises:
-        ConfigError: the file cannot be read on rank 0's machine, or a prompt does not suit the run's format.
+        ConfigError: the file cannot be read on rank 0's machine, or a prompt does not suit the run's format, or is too long.
     """
     prompter: Prompter | None = None
 
     def read() -> tuple[list[Prompt], list[list[int]], frozenset[int]]:
         nonlocal prompter
         tokenizer = read_tokenizer(base.directory, base.name, base.added_tokens)
-        prompter = Prompter(tokenizer, config.data, base.directory)
+        prompter = Prompter(tokenizer, as_trained(config), base.directory)
         prompts = read_prompts(config.eval.prompts or "")
-        return prompts, [prompter.tokens(prompt) for prompt in prompts], frozenset(prompter.stops)
+        return prompts, prompter.fitting(prompts, longest), frozenset(prompter.stops)
 
-    prompts, tokens, stops = ranks.on_first(read)
     positions = base.architecture.positions
     longest = positions - method_of(config).virtual.count if positions else None
+    prompts, tokens, stops = ranks.on_first(read)
     sampling = Sampling(config.eval.max_tokens)
     return PromptSamples(run, prompts, tokens, stops, sampling, longest, prompter, Harmless("keeping the samples"))

@@ -13,7 +13,6 @@ from rich.filesize import decimal
 
 from trainer.base.base import Description
 from trainer.base.locate import describe_base
-from trainer.checkpoint.manifest import whole_checkpoint
 from trainer.config import Config
 from trainer.config.paths import local_path
 from trainer.config.section import Section, setting
@@ -23,7 +22,7 @@ from trainer.export.folder import CARD, TRAINED, check_destination
 from trainer.export.format import ExportProgress, Written
 from trainer.export.llama_cpp import PART, check_converter, check_room, convert, deliver, local_folder
 from trainer.export.proof import Proof
-from trainer.export.trained import check_mergeable_run, resolve_trained_base, trained_config
+from trainer.export.trained import check_mergeable_run, resolve_trained_base, trained_checkpoint
 from trainer.scratch import scratch_folder
 from trainer.store import Store, open_store
 
@@ -49,8 +48,7 @@ class Gguf(Section):
     def write(self, run: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
         from trainer.export.merged import write_model
 
-        manifest = whole_checkpoint(run, step)
-        config = trained_config(run, manifest)
+        manifest, config, _ = trained_checkpoint(run, step)
         self.check(config, describe_base(config.model))
         names = {kind: f"{config.run.name}-{kind}.gguf" for kind in dict.fromkeys(self.types)}
         *others, _ = names.values()

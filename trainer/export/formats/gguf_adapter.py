@@ -5,7 +5,6 @@ from typing import ClassVar
 
 from trainer.base.base import Description
 from trainer.base.locate import base_files, describe_base
-from trainer.checkpoint.manifest import whole_checkpoint
 from trainer.config import Config
 from trainer.config.section import Section
 from trainer.errors import ConfigError
@@ -14,7 +13,7 @@ from trainer.export.folder import CARD, TRAINED, check_destination
 from trainer.export.format import ExportProgress, Written
 from trainer.export.llama_cpp import PART, check_converter, deliver
 from trainer.export.proof import Proof
-from trainer.export.trained import trained_config, trained_method
+from trainer.export.trained import trained_checkpoint
 from trainer.scratch import scratch_folder
 from trainer.store import Store
 from trainer.tuning.method import method_of
@@ -37,9 +36,8 @@ class GgufAdapter(Section):
         from trainer.export.gguf_lora import write_gguf_lora
         from trainer.export.learnt import CheckpointWeights
 
-        manifest = whole_checkpoint(run, step)
-        config = trained_config(run, manifest)
-        method, name = trained_method(config, manifest), f"{config.run.name}-adapter.gguf"
+        manifest, config, method = trained_checkpoint(run, step)
+        name = f"{config.run.name}-adapter.gguf"
         self.check(config, describe_base(config.model))
         check_destination(destination, f"{name}{PART}")
         exported = method.export(dict(CheckpointWeights(run, manifest, DTYPES[config.model.dtype])), config.model)

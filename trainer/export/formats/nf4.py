@@ -4,7 +4,7 @@ A run over a base in nf4 learnt an adapter for those 4 bits; here the sum of the
 which is another rounding. The weights' error is said, and --verify measures how far the predictions are.
 """
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from trainer.base.base import Description
 from trainer.config import Config
@@ -20,8 +20,8 @@ class Nf4(Section):
     what_if_tuned: ClassVar[str] = "the whole model in nf4"
     whole_model: ClassVar[bool] = True
 
-    block_size: int | None = setting(
-        None, about="Weights that share a scale. Default: the run's quant.block_size.", example=64, ge=32, le=4096
+    block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] | None = setting(
+        None, about="Weights that share a scale. Default: the run's quant.block_size.", example=64
     )
     double: bool | None = setting(
         None, about="Whether scales are quantized too. Default: the run's quant.double.", example=True

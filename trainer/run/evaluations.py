@@ -1,0 +1,29 @@
+"""What `capstan evaluate` has found, in a run's folder: one object a step, to which each evaluation adds."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from trainer.errors import NOT_JSON, NotFound
+from trainer.run import layout
+from trainer.store import Store
+
+_PARTS = ("sets", "tasks", "bias")
+
+
+def read_evaluation(run: Store, step: int) -> dict[str, Any]:
+    """What is kept of `step`; nothing where it was never evaluated, or where the object is damaged."""
+    try:
+        found = json.loads(run.get(layout.evaluation(step)))
+    except (NotFound, *NOT_JSON):
+        return {}
+    whole = isinstance(found, dict) and all(isinstance(found.get(part, {}), dict) for part in _PARTS)
+    return found if whole else {}
+
+
+def keep_evaluation(run: Store, found: Mapping[str, Any]) -> None:
+    """Keep `found`, and of what is kept of its step and the same base whatever it has not measured anew."""
+    earlier = read_evaluation(run, found["step"])
+    if earlier.get("base") == found["base"]:
+        found = {**found, **{part: {**earlier.get(part, {}), **found[part]} for part in _PARTS}}
+    run.put(layout.evaluation(found["step"]), json.dumps(found, indent=1).encode())
