@@ -17,6 +17,9 @@ _SAMPLES = 8
 _DIGITS = 4
 """A number that was drawn has so many significant digits: it is read, typed and compared by people."""
 
+_TRIES = 1000
+"""After so many draws of values that were all tried before, there are no others."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -65,6 +68,8 @@ class SearchPlan:
 def planned(config: Config) -> SearchPlan:
     """The sweep of `config`. Grids vary fastest, so that more samples leave the first trials what they are.
 
+    No two trials have the same values: where there are no more, there are fewer trials than samples.
+
     Raises:
         ConfigError: nothing is tried.
     """
@@ -80,13 +85,30 @@ def planned(config: Config) -> SearchPlan:
     # A stream of its own for each setting: another setting beside it does not change its values.
     streams = {name: _draws(given, random.Random(f"{sweep.seed} {name}")) for name, given in drawn.items()}
     trials: list[Trial] = []
+    seen, combinations = set[str](), list(itertools.product(*grids.values()))
     for _ in range(samples):
-        for values in itertools.product(*grids.values()):
-            chosen = dict(zip(grids, values, strict=True)) | {name: next(stream) for name, stream in streams.items()}
+        for values in list(combinations):
+            fixed = dict(zip(grids, values, strict=True))
+            chosen = _new(
+                ({**fixed, **{name: next(draw) for name, draw in streams.items()}} for _ in range(_TRIES)), seen
+            )
+            if chosen is None:
+                combinations.remove(values)
+                continue
             number = len(trials) + 1
             ordered = {name: chosen[name] for name in sweep.settings}
             trials.append(Trial(number, f"{config.run.name}-{number}", ordered))
     return SearchPlan(Metric(*sweep.judged_by(config.evaluated), sweep.mode), trials)
+
+
+def _new(drawn: Iterator[dict[str, Any]], seen: set[str]) -> dict[str, Any] | None:
+    """The first of the values that has not been `seen`, as it is from now on; None if there is none."""
+    for values in drawn:
+        key = json.dumps(values, sort_keys=True)
+        if key not in seen:
+            seen.add(key)
+            return values
+    return None
 
 
 def trial_config(config: Config, trial: Trial) -> Config:

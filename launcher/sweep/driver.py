@@ -42,13 +42,16 @@ from trainer.data.prepare import locate
 from trainer.errors import CapstanError, ConfigError, Stopped, Superseded
 from trainer.run import layout
 from trainer.run.background import Every
-from trainer.run.folder import command, run_folder
+from trainer.run.folder import command, run_config, run_folder
 from trainer.run.owner import Ownership, newest_number, take
 from trainer.run.requests import request_stop, stop_requester
+from trainer.run.settings import changes
 from trainer.scratch import collect_leftovers, scratch_folder
 from trainer.store import open_run_store
 
 _LOOK_SECONDS = 2.0
+_MAY_CHANGE = ("sweep.", "cluster.", "track.", "retry.", "timeouts.")
+"""Sections that decide nothing of how good a trial gets; `laid_out` compares what is tried by itself."""
 _TRIAL_BYTES = 2**20
 """A process of Tune's must ask for something, and this much host memory is everywhere."""
 
@@ -68,6 +71,7 @@ def laid_out(config: Config, *, resume: bool) -> tuple[Config, SearchPlan]:
                 f"sweep: {folder.uri} has tried other values, and its search does not change. More sweep.samples are allowed; "
                 "start another search under another run.name."
             )
+        _check_shared(run_config(folder), config, folder.uri)
     elif is_sweep(folder) or folder.exists(layout.CONFIG):
         which = "a sweep" if is_sweep(folder) else "a run"
         raise ConfigError(
@@ -81,6 +85,17 @@ def laid_out(config: Config, *, resume: bool) -> tuple[Config, SearchPlan]:
             except ConfigError as error:
                 raise ConfigError(f"trial {trial.number} ({trial.words()}): {error}") from error
     return config, plan
+
+
+def _check_shared(before: Config, now: Config, uri: str) -> None:
+    """Raises `ConfigError` where trials to come would differ from earlier ones in more than what is tried."""
+    for change in changes(before.model_dump(mode="json"), now.model_dump(mode="json")):
+        if not change.setting.startswith(_MAY_CHANGE):
+            raise ConfigError(
+                f"{change.setting}: {change.new!r} would set later trials of {uri} apart from those before, which had {change.old!r}. "
+                f"On a resume only settings of {', '.join(name.rstrip('.') for name in _MAY_CHANGE)} change; start another sweep "
+                "under another run.name."
+            )
 
 
 def _sharing_base(config: Config) -> Config:

@@ -103,13 +103,15 @@ def test_a_failing_service_is_said_once_and_tried_again(
     def opens(kept: Kept) -> Remembering:
         nonlocal tries
         tries += 1
-        raise ConnectionError("it is away\nand this is the second line")
+        raise ConnectionError("https://ann:pw-of-ann@host/api is away\nand this is the second line")
 
     monkeypatch.setattr(over, "wait", lambda seconds: pauses.append(seconds) or len(pauses) == 5)
     follow(Companion(run, 1, "memory", opens), over, "memory")
     said = capfd.readouterr().err
-    assert said.count("\n") == 1
-    assert "showing the run by memory failed, which does not end the run, and will be tried again: " in said
-    assert "ConnectionError: it is away" in said
+    first, last = said.splitlines()
+    assert first.startswith("showing the run by memory failed, which does not end the run; it will be tried again: ")
+    assert first.endswith("ConnectionError: https://host/api is away")  # and the log is kept in the run's folder
+    assert "; only the next start of the run tries it again: ConnectionError: " in last
+    assert "pw-of-ann" not in said
     assert tries == 5
     assert pauses == [10, 20, 40, 80, 160]

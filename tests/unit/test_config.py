@@ -145,6 +145,10 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(setting: str, expected:
         ("optim.betas=[0.9, 1.5]", "optim.betas: [0.9, 1.5] is not allowed. Both must be in [0, 1)."),
         ("train.epochs=1", "train.steps and train.epochs: both given."),
         (
+            "data={train: [{path: a}], train_on: {roles: all, turns: last}}",
+            "data.train_on.turns: last has no effect with roles: all. Name roles, or remove it.",
+        ),
+        (
             "data={train: [{path: a}], format: chat, loss_on: completion}",
             "data.loss_on: 'completion' does not exist in data.format: chat.",
         ),

@@ -379,6 +379,80 @@ def test_rows_that_do_not_fit_are_one_sentence_that_says_what_would(
         compiled(config, tmp_path)
 
 
+LOST = {
+    "question": (
+        {"question": "who", "context": "Ann", "answer": "Ann."},
+        "data.format=alpaca data.fields.input=context data.fields.instruction=question data.fields.output=answer",
+        user("who\nAnn") + says("Ann."),
+    ),
+    "system": (
+        {"messages": TALK, "system": "be brief"},
+        "data.format=sharegpt data.fields.messages=messages",
+        turn("system", "be brief") + TALKED,
+    ),
+    "prompt": (
+        {"prompt": "hi", "response": "yo", "system": "be brief"},
+        "data.format=alpaca data.fields.instruction=prompt data.fields.output=response",
+        turn("system", "be brief") + TALKED,
+    ),
+    "pairs": (
+        {"prompt": "hi", "chosen": "yo", "rejected": "no", "system": "be brief"},
+        "data.format=preference_alpaca data.fields.instruction=prompt",
+        (turn("system", "be brief") + TALKED, turn("system", "be brief") + user("hi") + says("no")),
+    ),
+    "labels": (
+        {"prompt": "hi", "completion": "yo", "label": False, "context": "you"},
+        "data.format=labelled_alpaca data.fields.input=context data.fields.instruction=prompt data.fields.output=completion",
+        user("hi\nyou") + says("yo"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_rows_that_say_more_than_their_format_reads_are_refused_with_the_settings_that_read_it(
+    tmp_path: Path, name: str
+) -> None:
+    row, overrides, expected = LOST[name]
+    path = write(tmp_path / f"{name}.jsonl", lines({**row, "id": 1}))
+    with pytest.raises(
+        DataError, match=f"^[^\n]*leaves out what they say in (system|context)[^\n]*{overrides} reads"
+    ) as refused:
+        find(config_of(path))
+    (document,) = compiled(config_of(path, *overrides.split()), tmp_path)
+    assert same(document, expected)
+    without = str(refused.value).rpartition("; ")[2].removesuffix(" does without.").split()
+    assert find(config_of(path, *without))["train"].files
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": TALK, "instruction": "hi", "system": "", "context": " ", "history": [], "tools": None},
+        {"text": "Be brief.\nhi\nyo", "system": "Be brief.\n", "input": "hi"},
+        {"question": "hi", "answer": "yo", "input": 5},
+    ],
+)
+def test_what_rows_say_twice_or_not_at_all_is_not_missed(tmp_path: Path, row: dict[str, Any]) -> None:
+    assert find(config_of(write(tmp_path / "a.jsonl", lines(row))))["train"].files
+
+
+def test_fields_that_are_not_read_are_named_beside_those_that_are(tmp_path: Path) -> None:
+    others = {f"x{number}": "a" for number in range(9)}
+    path = write(tmp_path / "a.jsonl", lines({"text": "a"}, {"text": "b", "id": 1, **others}))
+    config = config_of(path)
+    (line,) = describe_forms(config.data, config.data.train, find(config)["train"].files)
+    assert line == f"{path} is read as text (text); not read: id, x0, x1, x2, x3, x4, x5, x6 and 2 more"
+    assert name_of(config) == name_of(config_of(path, "data.format=text"))
+
+
+def test_a_field_that_few_rows_have_is_read_by_the_name_it_has_there(tmp_path: Path) -> None:
+    plain, more = {"instruction": "hi", "response": "yo"}, {"instruction": "who", "context": "Ann", "response": "Ann"}
+    path = write(tmp_path / "a.jsonl", lines(*[plain] * 40, *[more] * 24))
+    documents = compiled(config_of(path), tmp_path)
+    assert sum(same(document, user("who\nAnn") + says("Ann")) for document in documents) == 24
+    assert sum(same(document, TALKED) for document in documents) == 40
+
+
 def test_rows_that_several_formats_fit_are_of_one_that_the_objective_learns_from(tmp_path: Path) -> None:
     row = {"prompt": "hi", "messages": TALK, "chosen": TALK, "rejected": [TALK[0], {**TALK[1], "content": "no"}]}
     path = write(tmp_path / "a.jsonl", lines(row))

@@ -41,6 +41,15 @@ REPOSITORIES = {
     },
     "ann/plain": {"all.csv": b"text\nc\n", "image.png": b""},
     "ann/secret": {"x.jsonl": lines({"text": "s"})},
+    "ann/folders": {
+        "README.md": b"---\nconfigs:\n- {config_name: 2020, data_dir: old}\n- {config_name: new, data_dir: new}\n---\n",
+        "old/train.jsonl": lines({"text": "o"}),
+        "old/test.jsonl": lines({"text": "p"}),
+        "new/train.jsonl": lines({"text": "n"}),
+    },
+    "ann/parts": {f"data/train-0000{part}-of-00002.jsonl": lines({"text": str(part)}) for part in (0, 1)},
+    "ann/about": {"a.json": lines({"text": "a"}), "dataset_infos.json": b"{}", ".hidden/b.json": b"{}"},
+    "ann/broken": {"README.md": b"---\nconfigs: [\n---\n", "a.jsonl": lines({"text": "a"})},
 }
 # Runs with its own environment: huggingface_hub reads it when it is imported.
 READ = """
@@ -78,6 +87,13 @@ WANTED: list[tuple[dict[str, Any], Any]] = [
     ({"path": "hf://ann/named", "split": "validation"}, ["b"]),
     ({"path": "hf://ann/plain"}, ["c"]),
     ({"path": "hf://ann/secret"}, ["s"]),
+    ({"path": "hf://ann/folders", "subset": "2020"}, ["o"]),
+    ({"path": "hf://ann/folders", "subset": "2020", "split": "test"}, ["p"]),
+    ({"path": "hf://ann/folders", "subset": "new"}, ["n"]),
+    ({"path": "hf://ann/about"}, ["a"]),
+    ({"path": "hf://ann/parts/data/*-00001-of-00002.jsonl"}, ["1"]),
+    ({"path": "hf://ann/folders"}, "data.train[0].subset: the data set ann/folders has the subsets 2020, new. Name one."),
+    ({"path": "hf://ann/broken"}, "data.train[0].path: the description in the README.md of the data set ann/broken cannot be read"),
     ({"path": "hf://ann/described", "subset": "fr"}, "data.train[0].subset: the data set ann/described has no 'fr', but en, de."),
     ({"path": "hf://ann/named", "split": "test"}, "data.train[0].split: the data set ann/named has no split 'test', but train,"),
     ({"path": "hf://ann/named/*.parquet"}, "data.train[0].path: 'hf://ann/named/*.parquet' matches no file of the data set"),
@@ -105,6 +121,14 @@ def test_data_sets_are_read_through_the_cache_and_from_it_alone_when_offline(tmp
     there = [number for number, (_, expected) in enumerate(WANTED) if isinstance(expected, list)]
     offline = read([sources[number] for number in there], tmp_path, HF_HUB_OFFLINE="1")
     assert offline == [online[number] for number in there]
+    # Of these the cache has a part: it is known which, and where another program has filled it, by the names.
+    part = {"path": "hf://ann/parts"}
+    (known,) = read([part], tmp_path, HF_HUB_OFFLINE="1")
+    assert "data/train-00000-of-00002.jsonl: not in the cache" in known
+    (listing,) = tmp_path.glob("hub/datasets--ann--parts/.listings/*.json")
+    listing.unlink()
+    (guessed,) = read([part], tmp_path, HF_HUB_OFFLINE="1")
+    assert "the cache has 1 of the 2 parts of data/train, and HF_HUB_OFFLINE" in guessed
     (missing,) = read([{"path": "hf://ann/described"}], tmp_path / "empty", HF_HUB_OFFLINE="1")
     assert missing.startswith("data.train[0].path: the Hub did not give the data set ann/described (")
 

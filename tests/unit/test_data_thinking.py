@@ -113,6 +113,14 @@ def test_other_roles_are_trained_with_the_end_of_their_turns(name: str) -> None:
     assert re.findall("«([^»]*)»", found) == [f"{NONE}ciao{END}"]
 
 
+@pytest.mark.parametrize("inline", [False, True], ids=["by key", "in tags"])
+def test_thinking_whose_words_are_in_an_answer_too_is_kept(inline: bool) -> None:
+    thought = {"content": "<think>\nyo\n</think>\n\nyo."} if inline else {"content": "yo.", "reasoning_content": "yo"}
+    messages = [THOUGHT[0], {"role": "assistant", **thought}, *THOUGHT[2:]]
+    own = "<think>\nyo\n</think>\n\nyo."
+    assert marked("qwen3", messages, thinking="keep") == f"{FIRST}«{own}{END}»\n{SECOND}«{TWO}ciao{END}»\n"
+
+
 def test_a_turn_that_is_not_trained_is_found_where_the_template_rewrites_it() -> None:
     silent = [THOUGHT[0], {**THOUGHT[1], "weight": 0}, *THOUGHT[2:]]
     assert marked("qwen3", silent) == f"{FIRST}yo{END}\n{SECOND}«{TWO}ciao{END}»\n"

@@ -14,6 +14,7 @@ from launcher.policy.sensitivity import sensitivities
 from launcher.policy.trials import Metric, SearchPlan, Trial, planned, trial_config
 from launcher.policy.turns import Candidate, Turns
 from launcher.start.check import check
+from launcher.sweep.driver import laid_out
 from launcher.sweep.search import STEP, VALUE, EarlyStopping, next_look
 from launcher.sweep.trial import TuneTrial, train_trial
 from launcher.view.listing import list_runs
@@ -85,6 +86,47 @@ def test_the_same_seed_tries_the_same_and_more_samples_or_settings_change_none_o
     both = planned(config({"settings": {"tuning.dropout": {"uniform": [0, 0.5]}, "optim.lr": LR}})).trials
     assert [trial.settings["optim.lr"] for trial in both] == [trial.settings["optim.lr"] for trial in first]
     assert planned(config({"settings": {"optim.lr": LR}, "seed": 1})).trials != first
+
+
+def test_no_two_trials_are_the_same_and_there_are_no_more_than_there_are_values() -> None:
+    ranks = {"tuning.rank": {"choice": [8, 16, 64]}}
+    tried = planned(config({"settings": ranks, "samples": 8})).trials
+    assert sorted(trial.settings["tuning.rank"] for trial in tried) == [8, 16, 64]
+    assert [trial.run for trial in tried] == ["s-1", "s-2", "s-3"]
+    assert planned(config({"settings": ranks, "samples": 2})).trials == tried[:2]
+    both = {**ranks, "optim.schedule": {"grid": ["linear", "cosine", "linear"]}, "optim.warmup_steps": {"int": [3, 4]}}
+    trials = planned(config({"settings": both, "samples": 50})).trials
+    assert len(trials) == len({tuple(trial.settings.values()) for trial in trials}) == 3 * 2 * 2
+    assert len(planned(config({"settings": {**ranks, "optim.lr": LR}, "samples": 50})).trials) == 50
+
+
+@pytest.mark.parametrize(
+    ("overrides", "refused"),
+    [
+        (["sweep.samples=5", "sweep.concurrent=1", "cluster.workers=2", "track.print_steps=7"], None),
+        (["train.steps=99"], "train.steps: 99 would set later trials of .* apart from those before, which had 100"),
+        (["data.train=[{path: /other.jsonl}]"], "data.train: "),
+        (["model.base=/other"], "model.base: "),
+        (["sweep.settings={optim.lr: {log_uniform: [1.0e-5, 1.0e-3]}}"], "sweep: .* has tried other values"),
+    ],
+)
+def test_a_sweep_goes_on_with_what_its_trials_had(tmp_path: Path, overrides: list[str], refused: str | None) -> None:
+    sections = {"run": {"name": "s", "store": str(tmp_path)}, "quant": {"cache": False}, "model": {"base": "/base"}}
+    data = {
+        "data": {"train": [{"path": "/train.jsonl"}], "held_out": 0.1},
+        "eval": {"sets": {"general": {"path": "/g.jsonl"}}},
+    }
+    begun = config({"settings": {"optim.lr": LR}, "samples": 2}, **sections, **data)
+    store = open_store(str(tmp_path))
+    for name in ("s", *(f"s-{number}" for number in range(1, 6))):
+        store.sub(name).put(layout.CONFIG, dump_config(begun).encode())
+    store.sub("s").put(layout.SWEEP, json.dumps(planned(begun).to_json()).encode())
+    resumed = run_config(store.sub("s"), overrides)
+    if refused:
+        with pytest.raises(ConfigError, match=refused):
+            laid_out(resumed, resume=True)
+    else:
+        assert len(laid_out(resumed, resume=True)[1].trials) == 5
 
 
 def test_a_trial_is_the_run_with_its_values_and_without_the_sweep() -> None:

@@ -253,6 +253,8 @@ class Data(Section):
     def _said_once(self) -> "Data":
         if self.loss_on and (self.train_on.roles is not None or self.train_on.turns != "all"):
             raise ValueError("data.loss_on and data.train_on: both given. Set the second, which says more.")
+        if self.train_on.roles == "all" and self.train_on.turns != "all":
+            raise ValueError("data.train_on.turns: last has no effect with roles: all. Name roles, or remove it.")
         if self.train_on.roles == []:
             raise ValueError("data.train_on.roles: [] leaves nothing to train. Name a role, or remove it.")
         return self

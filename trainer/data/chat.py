@@ -8,6 +8,7 @@ itself; otherwise `conversation` finds the turns.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -242,7 +243,7 @@ class Renderer:
         whole = conversation.render(len(messages))
         tagged = self._tagged
         if self._data.thinking == "keep":
-            kept = [with_hidden_thinking(message, whole) for message in messages]
+            kept = with_hidden_thinking(messages, partial(self._text, tools=tools))
             if kept != messages:
                 conversation = Conversation(self._tokenizer, self._template, kept, tools)
                 whole, tagged = conversation.render(len(messages)), False
@@ -270,6 +271,9 @@ class Renderer:
         spans = [self._turn(conversation, messages[turn], turn, whole) for turn in turns]
         # Where no thinking is left out, no span is touched.
         return Rendered(whole, spans if self._wanted.thinking else without(spans, untrained), left_out=lacking)
+
+    def _text(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> str:
+        return Conversation(self._tokenizer, self._template, messages, tools).render(len(messages))
 
     def _turn(self, conversation: Conversation, message: Message, turn: int, whole: str) -> Span:
         """The characters of a turn that are trained."""

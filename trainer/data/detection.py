@@ -6,12 +6,13 @@ from itertools import groupby, islice
 
 from trainer.config import Config, Data, Source
 from trainer.config.data import KINDS
-from trainer.data.formats import FORMATS, Row, RowForm, detect
+from trainer.data.formats import FORMATS, Row, RowForm, detect, lost_fields, wider_form
 from trainer.data.rows import rows
 from trainer.data.sources import SourceFile
 from trainer.errors import ConfigError, DataError
 
 _ROWS = 64
+_NAMES = 8  # so many are named in a line
 
 
 def with_forms(
@@ -26,7 +27,8 @@ def with_forms(
 
     Raises:
         ConfigError: the rows are of none of the `kinds` that are wanted, or of a format that does not go with a setting.
-        DataError: the first rows are of no format known here, or cannot be read at all.
+        DataError: the first rows are of no format known here, cannot be read at all, or have fields of known meaning beside
+            those of their format.
     """
     found: list[SourceFile] = []
     for index, own in groupby(files, lambda file: file.source):
@@ -39,13 +41,20 @@ def with_forms(
 
 
 def describe_forms(data: Data, sources: Sequence[Source], files: Sequence[SourceFile]) -> list[str]:
-    """A line for each of the `sources` whose format was found out: where it is, its format and its fields."""
+    """A line for each of the `sources` whose format was found out: where it is, its format, its fields, and those not read."""
     forms = {file.source: file.form for file in files}
     return [
-        f"{source.path} is read as {forms[index]}"
+        f"{source.path} is read as {forms[index]}{_unread(forms[index])}"
         for index, source in enumerate(sources)
         if (source.format or data.format) == "auto"
     ]
+
+
+def _unread(form: RowForm | None) -> str:
+    if form is None or not form.unread:
+        return ""
+    more = len(form.unread) - _NAMES
+    return f"; not read: {', '.join(form.unread[:_NAMES])}{f' and {more} more' if more > 0 else ''}"
 
 
 def _form(data: Data, source: Source, files: Sequence[SourceFile], kinds: Collection[str], name: str) -> RowForm:
@@ -61,7 +70,14 @@ def _form(data: Data, source: Source, files: Sequence[SourceFile], kinds: Collec
             f"{name}: the first rows of {files[0].uri} are of no format known here: their fields are {seen}. Name the format and the "
             f"fields, such as data.format=prompt_completion data.fields.prompt=... data.fields.completion=...; formats are {', '.join(FORMATS)}."
         )
-    return form
+    if form.kind in kinds and (lost := lost_fields(form, sample)):
+        wider = wider_form(form, sample, lost)
+        more = f"{wider.overrides} reads them too" if wider else "Name the format and the fields that read them"
+        raise DataError(
+            f"{name}: the rows of {files[0].uri} look like {form}, which leaves out what they say in {', '.join(lost)}. "
+            f"{more}; {form.overrides} does without."
+        )
+    return replace(form, unread=tuple(dict.fromkeys(unused for row in sample for unused in form.unused(row))))
 
 
 def _sample(files: Sequence[SourceFile]) -> Iterator[Row]:

@@ -5,12 +5,13 @@ they are; the rows of every other format are read into one of these. Alpaca's an
 (llamafactory/data/converter.py), prompts and completions of messages follow TRL's conversational data sets.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.config import Data
 from trainer.config.data import FIELDS, KINDS
+from trainer.data.left_out import strings_of
 from trainer.data.messages import read_tools, text_of, untrained
 from trainer.errors import DataError
 
@@ -28,6 +29,18 @@ _OFTEN_CALLED = {
     "rejected": ("dispreferred", "response_rejected", "loser"),
     "output": ("answer", "completion", "target"),
     "label": ("desired", "is_good", "thumbs_up"),
+}
+
+
+# Fields that an answer may depend on, whatever else is in a row.
+_KNOWN = ("system", "instruction", "context", "input", "history", "tools")
+# A format that reads more fields than another, and what those of the other are called there.
+_WIDER = {
+    "chat": ("sharegpt", {}),
+    "prompt_completion": ("alpaca", {"prompt": "instruction", "completion": "output"}),
+    "question_answer": ("alpaca", {"question": "instruction", "answer": "output"}),
+    "preference": ("preference_alpaca", {"prompt": "instruction"}),
+    "labelled": ("labelled_alpaca", {"prompt": "instruction", "completion": "output"}),
 }
 
 
@@ -207,10 +220,14 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class RowForm:
-    """How the rows of a source are read: their format, and (field, name) where the row's name is not the format's first."""
+    """How the rows of a source are read: their format, and (field, name) where the row's name is not the format's first.
+
+    `unread` are the fields that the rows had beside them when the form was found out.
+    """
 
     format: str
     fields: tuple[tuple[str, str], ...] = ()
+    unread: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def kind(self) -> str:
@@ -277,19 +294,59 @@ def detect(rows: Sequence[Row], given: Mapping[str, str], kinds: Collection[str]
     """The form that most of the rows have, one of these `kinds` if there is any; None if they are of no format known here."""
     known = [format for format in FORMATS if given.keys() <= set(FIELDS[format])]
     for formats in ([f for f in known if KINDS[f] in kinds], [f for f in known if KINDS[f] not in kinds]):
-        votes = dict[RowForm, int]()
-        for format in formats:
-            for form in _forms(rows, format, given):
-                votes[form] = votes.get(form, 0) + 1
-        if votes:
-            return max(votes, key=lambda form: votes[form])
+        fitting = {format: [row for row in rows if form_of(row, format, given)] for format in formats}
+        best = max(formats, key=lambda format: len(fitting[format]), default=None)
+        if best is not None and fitting[best]:
+            return _common_form(best, fitting[best], given)
     return None
 
 
-def _forms(rows: Iterable[Row], format: str, given: Mapping[str, str]) -> Iterator[RowForm]:
-    for row in rows:
-        if form := form_of(row, format, given):
-            yield form
+def _common_form(format: str, rows: Sequence[Row], given: Mapping[str, str]) -> RowForm:
+    """The form of rows of one format: each field has the name by which most of the rows say something, if any does."""
+    fields = dict(given)
+    for name in FIELDS[format]:
+        called = FORMATS[format].called(name)
+        most = max(called, key=lambda call: (sum(_says_something(row.get(call)) for row in rows), _holders(rows, call)))
+        if name not in given and most != called[0]:
+            fields[name] = most
+    return RowForm(format, tuple(sorted(fields.items())))
+
+
+def _says_something(value: Any) -> bool:
+    return not (value is None or value in ("", [], {}))
+
+
+def _holders(rows: Iterable[Row], name: str) -> int:
+    return sum(name in row for row in rows)
+
+
+def lost_fields(form: RowForm, rows: Iterable[Row]) -> list[str]:
+    """The fields of known meaning that no part of the form reads, where a row of it says something there and nowhere else."""
+    own = [row for row in rows if form_of(row, form.format, dict(form.fields))]
+    return [
+        name for name in _KNOWN if name not in form.names.values() and any(_is_lost(form, row, name) for row in own)
+    ]
+
+
+def _is_lost(form: RowForm, row: Row, name: str) -> bool:
+    value = row.get(name)
+    if not isinstance(value, str):
+        return isinstance(value, list | dict) and bool(value)
+    read = (text for given in form.names.values() for text in strings_of(row.get(given)))
+    said = value.strip()
+    return bool(said) and not any(f"\n{said}\n" in f"\n{text.strip()}\n" for text in read)
+
+
+def wider_form(form: RowForm, rows: Iterable[Row], lost: Collection[str]) -> RowForm | None:
+    """A form that reads of these rows what `form` reads and the `lost` fields, too; None if there is none."""
+    if form.format not in _WIDER:
+        return None
+    format, renamed = _WIDER[form.format]
+    names = {renamed.get(name, name): call for name, call in form.names.items()}
+    names |= {name: call for call in lost for name in FIELDS[format] if call in FORMATS[format].called(name)}
+    given = {name: call for name, call in names.items() if call != FORMATS[format].called(name)[0]}
+    wider = next((found for row in rows if (found := form_of(row, format, given))), None)
+    return wider if wider and set(lost) <= set(wider.names.values()) else None
 
 
 def missing_field(row: Row, name: str, called: str, kind: str) -> DataError:

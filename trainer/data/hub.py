@@ -7,9 +7,11 @@ its README.md, else the names of the files, as `datasets` takes them (datasets/d
 
 import fnmatch
 import glob
+import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,11 @@ from trainer.errors import DataError
 SCHEME = "hf"
 _PATH = re.compile(r"hf://(?:datasets/)?(?!datasets/)([\w.-]+/[\w.-]+?)(?:@(refs/[\w-]+/[\w.-]+|[^/@]+))?(?:/(.+))?")
 _CARD = "README.md"
+# Files about a data set, which `datasets` does not take for data either (FILES_TO_IGNORE in its data_files.py).
+_ABOUT = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
+# Beside the snapshots in huggingface_hub's cache: the names of all files of each revision that was asked for.
+_LISTINGS = ".listings"
+_PART = re.compile(r"(.*)-\d{5}-of-(\d{5})(.*)")
 # Words in the names of files and folders that stand for a split.
 _SPLITS = {
     "train": ("train", "training"),
@@ -59,7 +66,7 @@ def find_hub_files(
 
     def fetch(chosen: list[str]) -> Path:
         if HF_HUB_OFFLINE:
-            return _cached(repo, revision or "main")
+            return _complete(_cached(repo, revision or "main"), chosen)
         patterns = [glob.escape(key) for key in chosen]
         return Path(
             huggingface_hub.snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=patterns)
@@ -67,18 +74,24 @@ def find_hub_files(
 
     with _explained(repo, name):
         if HF_HUB_OFFLINE:
-            folder = fetch([])
-            keys = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+            keys, known = _listed_before(_cached(repo, revision or "main"))
         else:
-            keys = sorted(huggingface_hub.HfApi().list_repo_files(repo, repo_type="dataset", revision=revision))
+            known, keys = (
+                True,
+                sorted(huggingface_hub.HfApi().list_repo_files(repo, repo_type="dataset", revision=revision)),
+            )
         if pattern is None:
-            card = huggingface_hub.metadata_load(fetch([_CARD]) / _CARD) if _CARD in keys else None
-            chosen = _of_split(keys, card or {}, subset, split or "train", repo, name, endings)
+            card = _read_card(fetch([_CARD]) / _CARD, repo, name) if _CARD in keys else {}
+            chosen = _of_split(keys, card, subset, split or "train", repo, name, endings)
+            if not known:
+                _check_parts(chosen)
         else:
             chosen = [key for key in keys if key == pattern or fnmatch.fnmatchcase(key, pattern)]
         if not chosen:
             raise DataError(f"{name}: {path!r} matches no file of the data set {repo}, which has {_few(keys)}.")
         folder = fetch(chosen)
+        if not HF_HUB_OFFLINE:
+            _keep_listing(folder, keys)
     return [HubFile(f"hf://datasets/{repo}/{key}", folder / key, (folder / key).resolve().name) for key in chosen]
 
 
@@ -96,6 +109,57 @@ def _cached(repo: str, revision: str) -> Path:
     raise FileNotFoundError(f"it is not in the cache, and HF_HUB_OFFLINE forbids to ask for it, revision {revision}")
 
 
+def _listing(folder: Path) -> Path:
+    return folder.parent.parent / _LISTINGS / f"{folder.name}.json"
+
+
+def _keep_listing(folder: Path, keys: list[str]) -> None:
+    """Note what a revision has, for a time without the Hub, when its folder in the cache has what was asked for and no more."""
+    with suppress(OSError):  # a cache of somebody else's
+        _listing(folder).parent.mkdir(exist_ok=True)
+        _listing(folder).write_text(json.dumps(keys), encoding="utf-8")
+
+
+def _listed_before(folder: Path) -> tuple[list[str], bool]:
+    """The names of a revision's files, and whether they are all: those in the cache are what is known of one that another
+    program has fetched."""
+    try:
+        return json.loads(_listing(folder).read_text(encoding="utf-8")), True
+    except (OSError, ValueError):
+        return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()), False
+
+
+def _complete(folder: Path, chosen: list[str]) -> Path:
+    """The folder, which must have all these files. Raises `OSError` where it has not."""
+    if lacking := [key for key in chosen if not (folder / key).is_file()]:
+        raise FileNotFoundError(f"{_few(lacking)}: not in the cache, and HF_HUB_OFFLINE forbids to ask for it")
+    return folder
+
+
+def _check_parts(chosen: list[str]) -> None:
+    """Raises `OSError` where files that are numbered parts of a whole are not all of its parts."""
+    parts = Counter(match.groups() for key in chosen if (match := _PART.fullmatch(key)))
+    for (start, whole, _), there in parts.items():
+        if there < int(whole):
+            raise FileNotFoundError(
+                f"the cache has {there} of the {int(whole)} parts of {start}, and HF_HUB_OFFLINE forbids to ask for others"
+            )
+
+
+def _read_card(path: Path, repo: str, name: str) -> Mapping[str, Any]:
+    import huggingface_hub
+    from yaml import YAMLError
+
+    try:
+        return huggingface_hub.metadata_load(path) or {}
+    except (YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{name}: the description in the {_CARD} of the data set {repo} cannot be read ({reason}). Name its files, such as "
+            f"hf://{repo}/*.parquet."
+        ) from error
+
+
 def _of_split(
     keys: list[str],
     card: Mapping[str, Any],
@@ -105,11 +169,10 @@ def _of_split(
     name: str,
     endings: Sequence[str],
 ) -> list[str]:
-    data = [key for key in keys if key.endswith(tuple(endings))]
-    configs = {
-        config.get("config_name", "default"): config for config in card.get("configs") or [] if isinstance(config, dict)
-    }
-    configs = {called: config for called, config in configs.items() if config.get("data_files")}
+    data = [key for key in keys if key.endswith(tuple(endings)) and not _is_hidden(key)]
+    entries = [entry for entry in _listed(card.get("configs")) if isinstance(entry, dict)]
+    configs = {str(entry.get("config_name", "default")): entry for entry in entries}
+    configs = {called: entry for called, entry in configs.items() if entry.get("data_files") or entry.get("data_dir")}
     if subset is not None and subset not in configs:
         raise DataError(
             f"{name.replace('.path', '.subset')}: the data set {repo} has no {subset!r}, but {_few(list(configs))}."
@@ -122,27 +185,38 @@ def _of_split(
             f"{name.replace('.path', '.subset')}: the data set {repo} has the subsets {_few(list(configs))}. Name one."
         )
     config = configs[subset or default or ("default" if "default" in configs else next(iter(configs)))]
+    folder = f"{str(config['data_dir']).strip('/')}/" if config.get("data_dir") else ""
+    if not config.get("data_files"):
+        return _by_name([key for key in data if key.startswith(folder)], split, repo, name)
     splits = dict(_patterns(config["data_files"]))
     if split not in splits:
         raise _no_split(split, list(splits), repo, name)
-    folder = f"{config['data_dir'].strip('/')}/" if config.get("data_dir") else ""
     return [key for key in data if any(fnmatch.fnmatchcase(key, folder + pattern) for pattern in splits[split])]
+
+
+def _is_hidden(key: str) -> bool:
+    *folders, file = key.split("/")
+    return file in _ABOUT or any(part.startswith((".", "__")) for part in (*folders, file))
 
 
 def _patterns(files: Any) -> Iterator[tuple[str, list[str]]]:
     """The patterns of each split, in whichever form a card gives them."""
-    if isinstance(files, list) and files and isinstance(files[0], dict):
+    if isinstance(files, list) and all(isinstance(entry, dict) for entry in files):
         for entry in files:
-            yield str(entry.get("split")), _listed(entry.get("path"))
+            yield str(entry.get("split")), _texts(entry.get("path"))
     elif isinstance(files, dict):
         for split, path in files.items():
-            yield split, _listed(path)
+            yield str(split), _texts(path)
     else:
-        yield "train", _listed(files)
+        yield "train", _texts(files)
 
 
-def _listed(path: Any) -> list[str]:
-    return [str(each) for each in (path if isinstance(path, list) else [path])]
+def _texts(path: Any) -> list[str]:
+    return list(map(str, _listed(path)))
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _by_name(keys: list[str], split: str, repo: str, name: str) -> list[str]:

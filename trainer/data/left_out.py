@@ -47,22 +47,23 @@ def _pieces(raw: dict[str, Any], message: Message) -> Iterator[tuple[str, str]]:
     for call in message.get("tool_calls") or []:
         name, arguments = call["function"].get("name"), call["function"]["arguments"]
         yield from (
-            ("tool_calls", text) for text in _strings([name, list(arguments) if isinstance(arguments, dict) else []])
+            ("tool_calls", text) for text in strings_of([name, list(arguments) if isinstance(arguments, dict) else []])
         )
     own = own_keys(raw)
     for key in (key for key in raw if key not in own):
-        yield from ((key, piece.strip()) for piece in _strings(raw[key]))
+        yield from ((key, piece.strip()) for piece in strings_of(raw[key]))
 
 
-def _strings(value: Any) -> Iterator[str]:
+def strings_of(value: Any) -> Iterator[str]:
+    """The texts in a value of JSON."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _strings(item)
+            yield from strings_of(item)
     elif isinstance(value, list):
         for item in value:
-            yield from _strings(item)
+            yield from strings_of(item)
 
 
 class _Rendered:

@@ -4,7 +4,7 @@ Chat templates write the block of the last turn, and mostly drop those of earlie
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from trainer.data.messages import Message
 from trainer.data.spans import Span
@@ -16,6 +16,7 @@ _BLOCK = re.compile(rf"{OPEN}.*?{CLOSE}\s*", re.DOTALL)
 # Templates look for the tags in a content and cut there. These stand for them until the text is made: as long as the tags, so that
 # places stay what they are, of characters of the private use area, which nothing else has.
 _HIDDEN = {OPEN: "\ue0f0" * len(OPEN), CLOSE: "\ue0f1" * len(CLOSE)}
+_MARK = "\ue0f2"
 
 
 def without_thinking(message: Message) -> Message:
@@ -29,13 +30,42 @@ def without_thinking(message: Message) -> Message:
     }
 
 
-def with_hidden_thinking(message: Message, text: str) -> Message:
-    """The message whose thinking `text` lacks, with it in its content, where the template does not see it; others as they are."""
-    thought = _thought(message) if message["role"] == "assistant" else None
-    if not thought or thought in text:
+def with_hidden_thinking(messages: list[Message], render: Callable[[list[Message]], str]) -> list[Message]:
+    """The messages, where those whose thinking the template drops have it in their content, which the template does not see through.
+
+    `render` makes a text of messages. What is thought may stand in the answer too, so a mark in its place shows what is dropped.
+    """
+    marks = {
+        turn: f"{_MARK}{turn}{_MARK}"
+        for turn, message in enumerate(messages)
+        if message["role"] == "assistant" and _thought(message)
+    }
+    if not marks:
+        return messages
+    text = render([_thinking(message, marks.get(turn)) for turn, message in enumerate(messages)])
+    dropped = {turn for turn, mark in marks.items() if mark not in text}
+    return [_hidden(message) if turn in dropped else message for turn, message in enumerate(messages)]
+
+
+def _thinking(message: Message, thought: str | None) -> Message:
+    """The message with another thought; as it is where there is none."""
+    if thought is None:
         return message
+    keys = {key: thought for key in _KEYS if isinstance(message.get(key), str)}
+    content, within = message["content"], _BEFORE_ANSWER.match(message["content"])
+    return {
+        **message,
+        **keys,
+        "content": content[: within.start(1)] + thought + content[within.end(1) :] if within else content,
+    }
+
+
+def _hidden(message: Message) -> Message:
     answer = without_thinking(message)
-    return {**answer, "content": f"{_HIDDEN[OPEN]}\n{thought}\n{_HIDDEN[CLOSE]}\n\n{answer['content']}"}
+    return {
+        **answer,
+        "content": f"{_HIDDEN[OPEN]}\n{_thought(message)}\n{_HIDDEN[CLOSE]}\n\n{answer['content']}",
+    }
 
 
 def shown_again(text: str) -> str:

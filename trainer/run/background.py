@@ -5,11 +5,13 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
+from trainer.config.secrets import without_credentials
+
 
 def say(text: str) -> None:
-    """A line on stderr; one that cannot be written, as to a full disk, is dropped."""
+    """A line on stderr, rid of what opens the URLs in it, as logs are kept; one that cannot be written, as to a full disk, is dropped."""
     with suppress(OSError, ValueError):
-        print(text, file=sys.stderr, flush=True)
+        print(without_credentials(text), file=sys.stderr, flush=True)
 
 
 class Harmless:

@@ -103,7 +103,8 @@ class Companion:
 
 
 def follow(companion: Companion, over: threading.Event, tracker: str) -> None:
-    """Look again and again until rank 0 is `over`, then once more. A failure is said once, and tried again less and less often."""
+    """Look again and again until rank 0 is `over`, then once more. A failure is said once, and tried again less and less often;
+    that of the last look is said too."""
     pause, failing, ended = LOOK_SECONDS, False, False
     while not ended and not companion.superseded:
         ended = over.wait(pause)
@@ -113,11 +114,11 @@ def follow(companion: Companion, over: threading.Event, tracker: str) -> None:
                 companion.close()
             pause, failing = LOOK_SECONDS, False
         except Exception as error:
-            if not failing:
+            if ended or not failing:
                 first_line = (str(error).strip().splitlines() or [""])[0]
+                again = "only the next start of the run tries it again" if ended else "it will be tried again"
                 say(
-                    f"showing the run by {tracker} failed, which does not end the run, and will be tried again: "
-                    f"{type(error).__name__}: {first_line}"
+                    f"showing the run by {tracker} failed, which does not end the run; {again}: {type(error).__name__}: {first_line}"
                 )
             pause, failing = min(2 * pause, _LONGEST_PAUSE), True
 
