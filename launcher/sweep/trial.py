@@ -15,7 +15,7 @@ from launcher.start.claim import claimed
 from launcher.sweep.search import EXIT_CODE, REASON, STEP, VALUE, next_look
 from launcher.view.scores import Scores
 from launcher.view.status import read_status
-from launcher.view.sweep import BY, DONE, read_plan, trial_state
+from launcher.view.sweep import BY, DONE, EARLY, read_plan, trial_state
 from trainer.checkpoint.listing import committed_steps
 from trainer.config import Config, dump_config
 from trainer.errors import CapstanError, Stopped, StorageError, Superseded
@@ -23,7 +23,8 @@ from trainer.run import layout
 from trainer.run.background import say
 from trainer.run.folder import run_config, run_folder
 from trainer.run.owner import read_owner
-from trainer.run.records import record_end
+from trainer.run.records import generations, record_end
+from trainer.run.requests import request_stop, stop_requester
 from trainer.store import Store, open_store
 
 _LOOK_SECONDS = 0.5
@@ -82,10 +83,10 @@ def train_trial(config: Config) -> None:
     run = run_folder(config)
     if trial_state(run, read_status(run)) in DONE:
         return
-    resume, before = bool(committed_steps(run)), read_owner(run)
+    resume, before, known = bool(committed_steps(run)), read_owner(run), max(generations(run), default=0)
     # The process that had it for this sweep is gone, with the driver of then or with its machine.
     ours = before is not None and before.by == BY
-    taken = False
+    taken, asked = False, None
     try:
         with claimed(config, by=BY, resume=resume, code=None, log=say, take_over=ours) as owner:
             taken = True
@@ -94,6 +95,7 @@ def train_trial(config: Config) -> None:
                 compile_and_train(config, owner, journal, resume=resume, dashboard="", log=say)
             except CapstanError as error:
                 journal.keep(f"ended with exit code {error.exit_code}: {error}")
+                asked = stop_requester(run)
                 raise
             finally:
                 if not owner.lost:
@@ -102,12 +104,14 @@ def train_trial(config: Config) -> None:
             journal.keep("finished")
     except CapstanError as error:
         if taken and not isinstance(error, Superseded):  # else its records are another start's
-            _record(run, config, error)
+            if asked == EARLY != stop_requester(run):  # a start without ranks puts back the request before it
+                request_stop(run, by=EARLY)
+            _record(run, config, error, known)
         raise
 
 
-def _record(run: Store, config: Config, error: CapstanError) -> None:
+def _record(run: Store, config: Config, error: CapstanError, known: int) -> None:
     """Nobody sees what this process says, so also a run that came to nothing keeps a folder that tells why."""
     if not run.exists(layout.CONFIG):
         run.put(layout.CONFIG, dump_config(config).encode())
-    record_end(run, str(error), stopped=isinstance(error, Stopped))
+    record_end(run, str(error), stopped=isinstance(error, Stopped), after=known)

@@ -119,10 +119,12 @@ def test_a_sweep_is_killed_and_stopped_and_goes_on_and_its_trials_share_the_base
     done = read_sweep(folder)
     assert states(done) == ["finished", *["stopped early"] * 7]
     assert (done.state, done.best) == ("finished", 1)
+    # The second trial had been at its first look, so it may have been asked to stop before it was there again.
+    late = second if "as others were better while the run was starting" in done.trials[1].reason else None
     for trial, run in zip(done.trials[1:], runs[1:], strict=True):
         assert GRACE <= trial.step < STEPS
         assert trial.last_commit_step == trial.step
-        assert "early, as other trials of the sweep were better at step" in read_status(run).reason
+        assert "early, as other trials of the sweep were better at step" in read_status(run).reason or run == late
     assert "Traceback" not in driver.log.read_text()
     (printed,) = (json.loads(line) for line in driver.log.read_text().splitlines() if line.startswith('{"sweep"'))
     assert printed == done.to_json()
@@ -135,7 +137,7 @@ def test_a_sweep_is_killed_and_stopped_and_goes_on_and_its_trials_share_the_base
     assert rate.step >= GRACE
 
     # The base was quantized by one trial and read from its cache by the other seven; what was killed or stopped read it again.
-    assert [len(starts(run)) for run in runs] == [2, 3 - over, 1, 1, 1, 1, 1, 1]
+    assert [len(starts(run)) for run in runs] == [2, 1 if late else 3 - over, 1, 1, 1, 1, 1, 1]
     assert [log_of_rank(run).count("the quantized base is cached in") for run in runs] == [1, *[0] * 7]
     read = [starts(run)[0]["read_bytes"] for run in runs]
     assert read[0] > read[1]

@@ -14,6 +14,7 @@ from launcher.policy.sensitivity import sensitivities
 from launcher.policy.trials import Metric, SearchPlan, Trial, planned, trial_config
 from launcher.policy.turns import Candidate, Turns
 from launcher.start.check import check
+from launcher.start.stopping import stop_if_asked
 from launcher.sweep.driver import laid_out
 from launcher.sweep.search import STEP, VALUE, EarlyStopping, next_look
 from launcher.sweep.trial import TuneTrial, train_trial
@@ -32,7 +33,7 @@ from launcher.view.sweep import (
 )
 from trainer.config import Config, dump_config, parse_config
 from trainer.config.sweep import Sweep
-from trainer.errors import ConfigError, Damaged
+from trainer.errors import ConfigError, Damaged, Stopped
 from trainer.run import layout
 from trainer.run.folder import run_config
 from trainer.run.owner import last_owner, take
@@ -353,6 +354,29 @@ def test_a_trial_that_is_over_or_somebody_elses_is_left_as_it_is(store: Store) -
     with pytest.raises(ConfigError, match="is in use by `capstan resume`"):
         train_trial(second)
     assert [generations(store.sub(run)) for run in ("s-1", "s-2")] == [[1], []]
+
+
+def test_a_trial_that_is_asked_to_stop_while_it_starts_again_is_over(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_sweep(store, trials=2)
+    trial, run = trial_config(run_config(folder), read_plan(folder).trials[1]), store.sub("s-2")
+    run.put(layout.CONFIG, dump_config(trial).encode())
+    run.put(layout.manifest(10), b"{}")
+    write_run(run, (10, 4.0), end="stopped")
+    request_stop(run, by=BY)
+
+    def stopped(*_arguments: object, **_more: object) -> None:
+        request_stop(run, by=EARLY)
+        stop_if_asked(run, "while the run was starting")
+
+    monkeypatch.setattr("launcher.sweep.trial.compile_and_train", stopped)
+    assert read_sweep(folder).trials[1].state == "stopped"
+    with pytest.raises(Stopped):
+        train_trial(trial)
+    status = read_sweep(folder).trials[1]
+    assert (status.state, status.step) == ("stopped early", 10)
+    assert status.reason.startswith(f"stopped by {EARLY} while the run was starting")
 
 
 def test_a_trial_begins_with_its_first_step_and_tells_its_figures_where_asha_looks(store: Store) -> None:
