@@ -92,7 +92,8 @@ class Gathers:
         self.gather_whole()
 
     def gather_whole(self) -> None:
-        """Gather what is small enough to stay whole on every rank: it is not after an update, nor after partitions were written."""
+        """Gather what is small enough to stay whole on every rank: it is not after an update, nor after partitions were written or
+        somebody has gathered them for a while."""
         missing = [parameter for parameter in self._whole if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE]
         if missing:
             missing[0].all_gather_coalesced(missing).wait()
@@ -100,6 +101,7 @@ class Gathers:
     def begin(self, kind: Hashable) -> None:
         """A pass begins. Passes of one kind use units in the same order, so the second one knows what comes next."""
         self.finish()
+        self.gather_whole()
         self._before, self._now = self._traces.get(kind, []), []
         self._traces[kind] = self._now
         if self._stream is not None:  # partitions may have been written just now
