@@ -1,42 +1,34 @@
 """The process beside rank 0 brings every step to a service once and in order, whatever becomes of the service and the starts."""
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from trainer.run import layout
 from trainer.run.metrics import Metrics, claim_generation
-from trainer.run.records import Record, record_line
+from trainer.run.records import record_line
+from trainer.run.trackers import companion
 from trainer.run.trackers.companion import Companion, Kept, follow
 from trainer.run.trackers.jsonl import JsonLines
-from trainer.run.trackers.tracker import Unshown
+from trainer.run.trackers.tracker import Row
 from trainer.store import Store, open_store
 
 
 class Remembering:
     """A service in memory, which fails while it is `away`."""
 
-    name, seconds = "memory", 1.0
-
     def __init__(self, shown: int = -1) -> None:
-        self.rows, self.sent, self.away = Unshown(shown), list[int](), False
+        self.shown, self.sent, self.away = shown, list[int](), False
 
-    @property
-    def shown(self) -> int:
-        return self.rows.shown
+    def show(self, rows: Sequence[Row]) -> None:
+        if self.away and self.sent:
+            raise ConnectionError("it is away")
+        self.sent += [row.step for row in rows]
 
-    def add(self, record: Record) -> None:
-        self.rows.add(record)
-
-    def flush(self) -> None:
-        for batch in self.rows.batches(2):
-            if self.away and self.sent:
-                raise ConnectionError("it is away")
-            self.sent += [row.step for row in batch]
-
-    def close(self) -> None:
-        self.flush()
+    def close(self, outcome: str | None) -> None:
+        """Nothing to do."""
 
 
 def written(run: Store, begin: int, end: int, **outcome: str) -> None:
@@ -50,7 +42,10 @@ def written(run: Store, begin: int, end: int, **outcome: str) -> None:
     metrics.close()
 
 
-def test_nothing_is_lost_or_shown_twice_when_a_service_was_away(tmp_path: Path) -> None:
+def test_nothing_is_lost_or_shown_twice_when_a_service_was_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(companion, "ROWS", 2)
     run, service = open_store(str(tmp_path)).sub("demo"), Remembering()
     beside_first = Companion(run, 1, "memory", lambda kept: service)
     written(run, 0, 9)

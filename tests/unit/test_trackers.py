@@ -20,14 +20,14 @@ from trainer.errors import ConfigError
 from trainer.run import layout
 from trainer.run.folder import run_folder
 from trainer.run.metrics import Metrics, claim_generation, open_trackers
-from trainer.run.records import new_record, read_records
+from trainer.run.records import read_records
 from trainer.run.trackers import beside, companion, services
 from trainer.run.trackers.beside import Beside
 from trainer.run.trackers.companion import Kept
 from trainer.run.trackers.jsonl import JsonLines
 from trainer.run.trackers.printed import Printed
 from trainer.run.trackers.tensorboard import Curves
-from trainer.run.trackers.tracker import Unshown
+from trainer.run.trackers.tracker import Row
 from trainer.store import Store, open_store
 
 Curve = list[tuple[int, float]]
@@ -190,12 +190,9 @@ def test_steps_that_come_twice_would_be_seen(environment: Path, tmp_path: Path, 
     kept = Kept("twice", "demo", -1)
     kept.write(run, service)
     for again in range(2):
-        tracker: Any = services.find_service(service).opens(companion.page(config, run, kept))
-        tracker._rows = Unshown(-1)
-        for step in (1, 2, 3):
-            tracker.add({"kind": "step", "step": step, "loss": loss(1, step), "time": step + again / 8})
-        tracker.add(new_record("end", {"outcome": "finished", "reason": ""}))
-        tracker.close()
+        opened = services.find_service(service).opens(companion.page(config, run, kept))
+        opened.show([Row(step, step + again / 8, {"train/loss": loss(1, step)}) for step in (1, 2, 3)])
+        opened.close("finished")
         if service == "wandb":
             time.sleep(1.1)  # the folder of an offline run is named by the second
     assert [step for step, _ in sorted(curve((tmp_path, run), service, "train/loss"))] == [1, 1, 2, 2, 3, 3]

@@ -25,11 +25,13 @@ from trainer.run.records import Record, RecordReader
 from trainer.run.segments import streams
 from trainer.run.trackers.beside import FAREWELL
 from trainer.run.trackers.services import find_service
-from trainer.run.trackers.tracker import Page, Service
+from trainer.run.trackers.tracker import Page, Service, Unshown
 from trainer.store import Store
 
 LOOK_SECONDS = 10.0
 _LONGEST_PAUSE = 600.0
+ROWS = 100
+"""Rows that a service is given at a time."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Companion:
         self._held: list[Record] = []
         self._begun = False
         self._service: Service | None = None
+        self._rows = Unshown(-1)
         self.superseded = False
 
     def look(self) -> None:
@@ -88,18 +91,20 @@ class Companion:
         if self._service is None:
             kept.write(self._run, self._tracker)  # before the service knows the id: a kill makes no second run there
             self._service = self._opens(kept)
+            self._rows = Unshown(self._service.shown)
         for record in self._held:
-            self._service.add(record)
+            self._rows.add(record)
         self._held.clear()
         try:
-            self._service.flush()
+            for rows in self._rows.batches(ROWS):
+                self._service.show(rows)
         finally:
-            if self._service.shown != kept.shown:
-                replace(kept, shown=self._service.shown).write(self._run, self._tracker)
+            if self._rows.shown != kept.shown:
+                replace(kept, shown=self._rows.shown).write(self._run, self._tracker)
 
     def close(self) -> None:
         if self._service is not None and not self.superseded:
-            self._service.close()
+            self._service.close(self._rows.outcome)
 
 
 def follow(companion: Companion, over: threading.Event, tracker: str) -> None:

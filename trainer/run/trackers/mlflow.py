@@ -1,17 +1,15 @@
 """MLflow. The server, or the database, and its credentials come from the environment: MLFLOW_TRACKING_URI and so on."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from trainer.run.records import Record
 from trainer.run.settings import leaves
 from trainer.run.trackers.services import ServiceKind
-from trainer.run.trackers.tracker import Page, Unshown
+from trainer.run.trackers.tracker import Page, Row
 
 _ID = "capstan.id"
 _CURVE = "train/loss"
-_ROWS = 100
 _METRICS_A_REQUEST = 1000
 _PARAMETERS_A_REQUEST = 100
 _ENDS = {"finished": "FINISHED", "stopped": "KILLED"}
@@ -19,9 +17,6 @@ _ENDS = {"finished": "FINISHED", "stopped": "KILLED"}
 
 class Mlflow:
     """One run there for all starts, which is found by a tag. It would keep twice what it gets twice, so it is asked what it has."""
-
-    name = "mlflow"
-    seconds = 10.0
 
     def __init__(self, page: Page) -> None:
         from mlflow import MlflowClient
@@ -35,7 +30,7 @@ class Mlflow:
         self._client.update_run(self._run, "RUNNING")
         self._keep_settings(page.settings, run.data.params)
         history = self._client.get_metric_history(self._run, _CURVE)
-        self._rows = Unshown(max((metric.step for metric in history), default=page.shown))
+        self.shown: int = max((metric.step for metric in history), default=page.shown)
 
     def _keep_settings(self, settings: Mapping[str, Any], known: Mapping[str, str]) -> None:
         """The settings are parameters, which MLflow never changes: a resume's new value of one is a tag."""
@@ -48,28 +43,19 @@ class Mlflow:
         for part in _parts([RunTag(f"changed.{name}", value) for name, value in changed.items()]):
             self._client.log_batch(self._run, tags=part)
 
-    @property
-    def shown(self) -> int:
-        return self._rows.shown
-
-    def add(self, record: Record) -> None:
-        self._rows.add(record)
-
-    def flush(self) -> None:
+    def show(self, rows: Sequence[Row]) -> None:
         from mlflow.entities import Metric
 
-        for rows in self._rows.batches(_ROWS):
-            metrics = [
-                Metric(curve, value, round(row.time * 1000), row.step)
-                for row in rows
-                for curve, value in row.points.items()
-            ]
-            for part in _parts(metrics, _METRICS_A_REQUEST):
-                self._client.log_batch(self._run, metrics=part)
+        metrics = [
+            Metric(curve, value, round(row.time * 1000), row.step)
+            for row in rows
+            for curve, value in row.points.items()
+        ]
+        for part in _parts(metrics, _METRICS_A_REQUEST):
+            self._client.log_batch(self._run, metrics=part)
 
-    def close(self) -> None:
-        self.flush()
-        self._client.set_terminated(self._run, _ENDS.get(self._rows.outcome or "", "FAILED"))
+    def close(self, outcome: str | None) -> None:
+        self._client.set_terminated(self._run, _ENDS.get(outcome or "", "FAILED"))
 
 
 def _tags(page: Page) -> dict[str, str]:

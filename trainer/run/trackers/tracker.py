@@ -10,7 +10,7 @@ its own, which reads the records in the run's folder as `capstan status` does: t
 nothing, and what an earlier start left unsent is sent by the next one.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from trainer.run.records import Record
@@ -38,15 +38,6 @@ class Tracker(Protocol):
         ...
 
 
-class Service(Tracker, Protocol):
-    """A tracker outside the run's folder. It goes on with the same curves in every start of the run."""
-
-    @property
-    def shown(self) -> int:
-        """The last step of its curves; -1 before the first."""
-        ...
-
-
 class Page(NamedTuple):
     """What a service is told of the run when it is opened: the same in every start, so that it finds its curves again.
 
@@ -70,6 +61,23 @@ class Row(NamedTuple):
     step: int
     time: float
     points: dict[str, float]
+
+
+class Service(Protocol):
+    """A place outside the run's folder that shows its curves, and goes on with the same ones in every start of the run.
+
+    `shown` is the last step that they had when it was opened; -1 before the first.
+    """
+
+    shown: int
+
+    def show(self, rows: Sequence[Row]) -> None:
+        """Add these rows, which come behind those before. It may wait, and fail: they come again then."""
+        ...
+
+    def close(self, outcome: str | None) -> None:
+        """The start has ended, with the outcome of its `end` record; None where it was cut off."""
+        ...
 
 
 def points(record: Record) -> dict[str, float]:

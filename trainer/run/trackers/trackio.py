@@ -1,19 +1,15 @@
 """trackio, which keeps its curves in a folder of this machine (TRACKIO_DIR), a Space (TRACKIO_SPACE_ID) or on a server of
 its own (TRACKIO_SERVER_URL)."""
 
-from trainer.run.records import Record
-from trainer.run.trackers.services import ServiceKind
-from trainer.run.trackers.tracker import Page, Unshown
+from collections.abc import Sequence
 
-_ROWS = 100
+from trainer.run.trackers.services import ServiceKind
+from trainer.run.trackers.tracker import Page, Row
 
 
 class Trackio:
     """One run there for all starts. It knows runs by their name alone, so that has the run's id in it, and it would keep twice
     what it gets twice."""
-
-    name = "trackio"
-    seconds = 10.0
 
     def __init__(self, page: Page) -> None:
         import trackio
@@ -29,22 +25,13 @@ class Trackio:
         )
         # The step that it would give the next points by itself comes after the last that its database has. A server that does
         # not answer now has none, but points for it wait in the folder.
-        self._rows = Unshown(max(self._run._next_step - 1, page.shown))
+        self.shown: int = max(self._run._next_step - 1, page.shown)
 
-    @property
-    def shown(self) -> int:
-        return self._rows.shown
+    def show(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self._run.log(row.points, step=row.step)
 
-    def add(self, record: Record) -> None:
-        self._rows.add(record)
-
-    def flush(self) -> None:
-        for rows in self._rows.batches(_ROWS):
-            for row in rows:
-                self._run.log(row.points, step=row.step)
-
-    def close(self) -> None:
-        self.flush()
+    def close(self, outcome: str | None) -> None:
         self._run.finish()
 
 

@@ -1,19 +1,14 @@
 """Weights & Biases. Server, entity, key and mode come from the environment that it documents: WANDB_API_KEY, WANDB_MODE and so on."""
 
 import os
+from collections.abc import Sequence
 
-from trainer.run.records import Record
 from trainer.run.trackers.services import ServiceKind
-from trainer.run.trackers.tracker import Page, Unshown
-
-_ROWS = 100
+from trainer.run.trackers.tracker import Page, Row
 
 
 class WeightsAndBiases:
     """One run there for all starts. Its server says what it has; offline, the run's folder does. It takes steps in order only."""
-
-    name = "wandb"
-    seconds = 10.0
 
     def __init__(self, page: Page) -> None:
         import wandb
@@ -36,23 +31,14 @@ class WeightsAndBiases:
             settings=settings,
         )
         self._run.config.update(dict(page.settings), allow_val_change=True)
-        self._rows = Unshown(page.shown if self._run.offline else self._run.starting_step - 1)
+        self.shown: int = page.shown if self._run.offline else self._run.starting_step - 1
 
-    @property
-    def shown(self) -> int:
-        return self._rows.shown
+    def show(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self._run.log({**row.points, "_timestamp": row.time}, step=row.step, commit=True)
 
-    def add(self, record: Record) -> None:
-        self._rows.add(record)
-
-    def flush(self) -> None:
-        for rows in self._rows.batches(_ROWS):
-            for row in rows:
-                self._run.log({**row.points, "_timestamp": row.time}, step=row.step, commit=True)
-
-    def close(self) -> None:
-        self.flush()
-        self._run.finish(exit_code=0 if self._rows.outcome in ("finished", "stopped") else 1)
+    def close(self, outcome: str | None) -> None:
+        self._run.finish(exit_code=0 if outcome in ("finished", "stopped") else 1)
 
 
 SERVICES = {"wandb": ServiceKind(WeightsAndBiases, "wandb")}
