@@ -133,11 +133,12 @@ class Renderer:
             self._spelling = Spelling(self._backend)
         self._data, self._wanted = data, data.wanted
         special = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._special = list(special)
+        self._special = set(special)
         if data.format == "chat":
-            self._template = chat_template(tokenizer, data)
-            self._tagged = _GENERATION.search(self._template) is not None
-            self._after_end = re.compile(f"(?:{'|'.join(map(re.escape, special.values())) or '(?!)'})(\\s+)\\Z")
+            template, ends = chat_template(tokenizer, data), "|".join(map(re.escape, special.values())) or "(?!)"
+            self._conversation = partial(Conversation, tokenizer, template, re.compile(ends))
+            self._tagged = _GENERATION.search(template) is not None
+            self._after_end = re.compile(f"(?:{ends})(\\s+)\\Z")
             self._bos = self._eos = None  # the template writes them
         else:
             with read_by_transformers(tokenizer.name_or_path, "the tokenizer"):
@@ -239,13 +240,13 @@ class Renderer:
         messages, tools = read_messages(given), read_tools(given_tools)
         if self._data.thinking == "strip":
             messages = given = [without_thinking(message) for message in messages]
-        conversation = Conversation(self._tokenizer, self._template, messages, tools)
+        conversation = self._conversation(messages, tools)
         whole = conversation.render(len(messages))
         tagged = self._tagged
         if self._data.thinking == "keep":
             kept = with_hidden_thinking(messages, partial(self._text, tools=tools))
             if kept != messages:
-                conversation = Conversation(self._tokenizer, self._template, kept, tools)
+                conversation = self._conversation(kept, tools)
                 whole, tagged = conversation.render(len(messages)), False
         lacking = [
             *(["tools"] if tools and conversation.ignores_tools(whole) else []),
@@ -273,7 +274,7 @@ class Renderer:
         return Rendered(whole, spans if self._wanted.thinking else without(spans, untrained), left_out=lacking)
 
     def _text(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> str:
-        return Conversation(self._tokenizer, self._template, messages, tools).render(len(messages))
+        return self._conversation(messages, tools).render(len(messages))
 
     def _turn(self, conversation: Conversation, message: Message, turn: int, whole: str) -> Span:
         """The characters of a turn that are trained."""

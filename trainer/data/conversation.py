@@ -30,20 +30,19 @@ class Misplaced(DataError):
 
 
 class Conversation:
-    """One conversation, whose beginnings are rendered too."""
+    """One conversation, whose beginnings are rendered too. `ends` matches the tokenizer's special tokens, which may end a turn."""
 
     def __init__(
         self,
         tokenizer: "PreTrainedTokenizerBase",
         template: str,
+        ends: re.Pattern[str],
         messages: list[Message],
         tools: list[dict[str, Any]] | None,
     ) -> None:
         self._tokenizer = tokenizer
         self._options: dict[str, Any] = {"chat_template": template, "tools": tools}
-        self._messages = messages
-        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self._end = re.compile("|".join(map(re.escape, special)) or "(?!)")
+        self._ends, self._messages = ends, messages
         self._contents: dict[int, Span | None] = {}
 
     def render(self, count: int, generation_prompt: bool = False) -> str:
@@ -155,7 +154,7 @@ class Conversation:
             raise otherwise
 
     def _end_of_turn(self, whole: str, end: int) -> int:
-        match = self._end.search(whole, end)
+        match = self._ends.search(whole, end)
         return match.end() if match else end
 
     def _text(self, messages: list[Message], **options: Any) -> str:
