@@ -222,6 +222,18 @@ def test_looking_for_weights_is_said_and_can_be_stopped(shop: Workshop, tmp_path
     assert said == ["looking through the train data (100 %)"]
 
 
+def test_data_of_which_a_part_is_held_out_is_found_and_looked_through_once(
+    shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talks = f"data.train=[{{path: {write_talks(tmp_path / 'a.jsonl', None)}}}]"
+    config = shop.config("once", talks, "data.format=chat", "data.held_out=0.5", "train.eval_every=5")
+    inputs, looked = find(config), list[Any]()
+    assert inputs["eval"].files == inputs["train"].files
+    monkeypatch.setattr("trainer.data.prepare.find_weights", lambda files, _: bool(looked.append(files)))
+    assert len(locate(config, resolve_base(config.model), open_store(str(tmp_path / "store")))) == 2
+    assert len(looked) == 1
+
+
 def test_an_epoch_without_documents_is_refused_before_anything_starts(shop: Workshop) -> None:
     source = f"data.train=[{{path: {shop.data}, weight: 0.000001}}]"
     with pytest.raises(DataError, match="epoch 0 visits no document.* Raise a weight"):

@@ -171,18 +171,19 @@ def find(config: Config) -> dict[str, Input]:
         DataError: a source is missing, or of a kind that cannot be read.
     """
     data = config.data
-    train = Input(_read(config, data, data.train, "data.train"), Part(data.held_out, data.held_out_seed), data)
-    return {"train": train} | find_evaluated(config)
+    files = _read(config, data, data.train, "data.train")
+    train = Input(files, Part(data.held_out, data.held_out_seed), data)
+    return {"train": train} | find_evaluated(config, files)
 
 
-def find_evaluated(config: Config) -> dict[str, Input]:
-    """The part of `find` that is never trained on."""
+def find_evaluated(config: Config, train: list[SourceFile] | None = None) -> dict[str, Input]:
+    """The part of `find` that is never trained on. `train` are the files of `data.train`, where they are known already."""
     data, inputs = config.data, dict[str, Input]()
     if data.eval:
         inputs["eval"] = Input(_read(config, data, data.eval, "data.eval"), EVERYTHING, data)
     elif data.held_out:
-        part = Part(data.held_out, data.held_out_seed, held_out=True)
-        inputs["eval"] = Input(_read(config, data, data.train, "data.train"), part, data)
+        files = _read(config, data, data.train, "data.train") if train is None else train
+        inputs["eval"] = Input(files, Part(data.held_out, data.held_out_seed, held_out=True), data)
     sets = {f"{_SETS}{name}": given.data(data) for name, given in config.eval.sets.items()}
     return inputs | {
         what: Input(with_forms(config, data, expand(data.train, what), data.train, what, LIKELY), EVERYTHING, data)
