@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from trainer.base.config_json import read_by_transformers, without_panics
 from trainer.config import Data
 from trainer.data.conversation import Conversation
-from trainer.data.formats import missing_field
+from trainer.data.formats import missing_field, or_error
 from trainer.data.left_out import left_out
 from trainer.data.manifest import TARGET_BIT
 from trainer.data.messages import Message, is_trained, read_messages, read_tools, text_of
@@ -151,7 +151,7 @@ class Renderer:
             ConfigError: the tokenizer breaks down.
         """
         with without_panics(self._tokenizer.name_or_path, "the tokenizer"):
-            rendered = [self._render_or_error(row) for row in rows]
+            rendered = [or_error(self.render, row) for row in rows]
             texts = [document.text for document in rendered if isinstance(document, Rendered)]
             encodings = iter(self._encodings(texts))
             return [
@@ -168,14 +168,6 @@ class Renderer:
             if len(texts) == 1:
                 return [DataError(f"the tokenizer cannot encode it ({error})")]
             return [encoding for text in texts for encoding in self._encodings([text])]
-
-    def _render_or_error(self, row: dict[str, Any]) -> Rendered | Example | DataError:
-        try:
-            return self.render(row)
-        except DataError as error:
-            return error
-        except RecursionError:
-            return DataError("its values are nested too deeply")
 
     def render(self, row: dict[str, Any]) -> Rendered | Example:
         """A row's text and what of it is trained; tokens already, where a template with tags says it of them.

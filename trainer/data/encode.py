@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from trainer.config import Data
 from trainer.data.chat import Example, Renderer, Turn
-from trainer.data.formats import RowForm, explicit_form
+from trainer.data.formats import RowForm, explicit_form, or_error
 from trainer.data.labelled import Labelled, LabelledRenderer
 from trainer.data.manifest import DESIRED_BIT, TARGET_BIT, TOKEN, Counters, LeftOut, add_left_out
 from trainer.data.pairs import Pair, PairRenderer
@@ -45,10 +45,11 @@ class Part:
         report: OnBad = (lambda error: None) if self.held_out else on_bad
         rows: list[tuple[str, Row]] = []
         for where, row in batch.rows(report):
-            try:
-                rows += [(where, row)] if self.has(row) else []
-            except RecursionError:
-                report(at(where, DataError("its values are nested too deeply")))
+            chosen = or_error(self.has, row)
+            if isinstance(chosen, DataError):
+                report(at(where, chosen))
+            elif chosen:
+                rows.append((where, row))
         return rows
 
 
@@ -98,7 +99,7 @@ class RowEncoder:
 
     def encode(self, form: RowForm, rows: Sequence[Row]) -> list[Example | Pair | Labelled | DataError]:
         """Each row's document, or what is wrong with it; the error's text has no place in it."""
-        read = [_read_or_error(form, row) for row in rows]
+        read = [or_error(form.read, row) for row in rows]
         encoded = iter(self._renderer(form).encode([row for row in read if not isinstance(row, DataError)]))
         return [row if isinstance(row, DataError) else next(encoded) for row in read]
 
@@ -120,15 +121,6 @@ class RowEncoder:
 def as_read(data: Data, form: RowForm) -> Data:
     """The settings for rows that were read: those of the form's kind."""
     return data.model_copy(update={"format": form.kind, "fields": form.renderer_fields})
-
-
-def _read_or_error(form: RowForm, row: Row) -> Row | DataError:
-    try:
-        return form.read(row)
-    except DataError as error:
-        return error
-    except RecursionError:
-        return DataError("its values are nested too deeply")
 
 
 class _Fatal(Exception):

@@ -7,7 +7,7 @@ they are; the rows of every other format are read into one of these. Alpaca's an
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from trainer.config import Data
 from trainer.config.data import FIELDS, KINDS
@@ -16,6 +16,7 @@ from trainer.data.messages import read_tools, text_of, untrained
 from trainer.errors import DataError
 
 Row = dict[str, Any]
+Result = TypeVar("Result")
 Values = Mapping[str, Any]
 """The values of a row by the names that fields have here, without those that the row lacks."""
 
@@ -347,6 +348,16 @@ def wider_form(form: RowForm, rows: Iterable[Row], lost: Collection[str]) -> Row
     given = {name: call for name, call in names.items() if call != FORMATS[format].called(name)[0]}
     wider = next((found for row in rows if (found := form_of(row, format, given))), None)
     return wider if wider and set(lost) <= set(wider.names.values()) else None
+
+
+def or_error(read: Callable[[Row], Result], row: Row) -> Result | DataError:
+    """The result of `read` for the row, or what is wrong with the row."""
+    try:
+        return read(row)
+    except DataError as error:
+        return error
+    except RecursionError:
+        return DataError("its values are nested too deeply")
 
 
 def missing_field(row: Row, name: str, called: str, kind: str) -> DataError:

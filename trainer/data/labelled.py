@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from trainer.config import Data
 from trainer.data.answers import AnswerRenderer, messages_of
 from trainer.data.chat import Example, Turn, field_of
+from trainer.data.formats import or_error
 from trainer.data.manifest import DESIRED_BIT, MISMATCHED_BIT
 from trainer.data.messages import text_of, untrained
 from trainer.errors import DataError
@@ -108,7 +109,7 @@ class LabelledRenderer:
         Raises:
             ConfigError: as `AnswerRenderer.encode`.
         """
-        read = [self._read_or_error(row) for row in rows]
+        read = [or_error(self._read, row) for row in rows]
         examples = iter(self._answers.encode([found.row for found in read if isinstance(found, _Row)]))
         result: list[Labelled | DataError] = []
         for found in read:
@@ -128,14 +129,6 @@ class LabelledRenderer:
             DataError: the row is none of this format.
         """
         return self._read(row).turns
-
-    def _read_or_error(self, row: dict[str, Any]) -> _Row | DataError:
-        try:
-            return self._read(row)
-        except DataError as error:
-            return error
-        except RecursionError:
-            return DataError("its values are nested too deeply")
 
     def _read(self, row: dict[str, Any]) -> _Row:
         prompt, completion, label = (field_of(row, name, self._data) for name in ("prompt", "completion", "label"))

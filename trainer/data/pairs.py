@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from trainer.config import Data
 from trainer.data.answers import AnswerRenderer, messages_of
 from trainer.data.chat import Example, Turn, field_of
+from trainer.data.formats import or_error
 from trainer.data.manifest import REJECTED_BIT
 from trainer.data.messages import Message, text_of, untrained
 from trainer.errors import DataError
@@ -86,7 +87,7 @@ class PairRenderer:
         Raises:
             ConfigError: the tokenizer cannot serve rows of messages, or of strings, as `chat.Renderer` says.
         """
-        found = [self._answers_or_error(row) for row in rows]
+        found = [or_error(self._answers, row) for row in rows]
         answers = [both for both in found if isinstance(both, _Answers)]
         examples = iter(self._encoded.encode([row for both in answers for row in (both.chosen, both.rejected)]))
         return [_pair(next(examples), next(examples)) if isinstance(both, _Answers) else both for both in found]
@@ -98,14 +99,6 @@ class PairRenderer:
             DataError: the row is none of this format.
         """
         return self._answers(row).turns
-
-    def _answers_or_error(self, row: dict[str, Any]) -> _Answers | DataError:
-        try:
-            return self._answers(row)
-        except DataError as error:
-            return error
-        except RecursionError:
-            return DataError("its values are nested too deeply")
 
     def _answers(self, row: dict[str, Any]) -> _Answers:
         chosen, rejected = (field_of(row, name, self._data) for name in ("chosen", "rejected"))
