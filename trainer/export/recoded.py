@@ -29,7 +29,7 @@ from trainer.export.folder import CARD, TRAINED, check_destination
 from trainer.export.format import ExportProgress, Written
 from trainer.export.merged import CONFIG, SMALL_FILES, ChangedFile, changed_files, merged_config
 from trainer.export.trained import check_mergeable_run, resolve_trained_base, trained_checkpoint
-from trainer.safetensors_index import DTYPE_BYTES, INDEX_FILE, SINGLE_FILE, TensorSource
+from trainer.safetensors_index import DTYPE_BYTES, INDEX_FILE, SINGLE_FILE, TensorSource, header_bytes
 from trainer.store import Store
 
 
@@ -205,9 +205,7 @@ def _header(entries: Sequence[NewTensor]) -> bytes:
         offsets = [position, position + entry.size]
         tree[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
         position += entry.size
-    text = json.dumps(tree, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+    return header_bytes(tree)
 
 
 def _stream(
