@@ -7,7 +7,6 @@ that the base has not; docs.sglang.ai, advanced_features/lora, for the modules.
 Both read LoRA alone, rsLoRA's scaling among it, and nothing beside its two matrices.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -71,8 +70,3 @@ def remarks(settings: Mapping[str, Any], found: Mapping[str, list[str]]) -> list
     if any(found.values()):
         lines.append("Every server takes the merged model: --format merged.")
     return lines
-
-
-def tensor_names(header: bytes) -> list[str]:
-    """The names in the JSON at the beginning of a safetensors file."""
-    return [name for name in json.loads(header) if name != "__metadata__"]
