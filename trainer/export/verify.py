@@ -38,6 +38,7 @@ from trainer.errors import CapstanError
 from trainer.export import plain
 from trainer.export.adapter import export_adapter
 from trainer.export.distributions import Distance, distance
+from trainer.export.folder import local_folder
 from trainer.export.merged import ChangedFile, changed_files
 from trainer.export.proof import Proof
 from trainer.export.rows import Probe, ProbeRow, find_probe
@@ -305,8 +306,9 @@ def give_memory_back() -> None:
 @contextmanager
 def directory_of(store: Store) -> Iterator[Path]:
     """Where transformers and PEFT, which read directories only, find a store's files: there, or copied for a while."""
-    if store.uri.startswith("file://"):
-        yield Path(store.uri.removeprefix("file://"))
+    local = local_folder(store)
+    if local is not None:
+        yield local
         return
     with scratch_folder("verify") as folder:
         for entry in store.list():
