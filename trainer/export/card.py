@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from trainer.base.locate import base_files, is_hub_id
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config
+from trainer.data.hub import repository
 from trainer.run.evaluations import read_evaluation
 from trainer.store import Store
 
@@ -64,17 +65,13 @@ def model_card(run: Store, config: Config, manifest: CheckpointManifest, content
 
 def _metadata(config: Config, content: CardContent) -> ModelCardData:
     base = config.model.base
-    data = [
-        source.path.removeprefix(_HUB_DATA).removeprefix("datasets/")
-        for source in config.data.train
-        if source.path.startswith(_HUB_DATA)
-    ]
+    data = [name for source in config.data.train if (name := repository(source.path)) is not None]
     return ModelCardData(
         library_name=content.library,
         base_model=base if _on_the_hub(base) else None,
         base_model_relation=content.relation if _on_the_hub(base) else None,
         license=_base_licence(config),
-        datasets=["/".join(path.partition("@")[0].split("/")[:2]) for path in data] or None,
+        datasets=data or None,
         pipeline_tag="text-generation",
         tags=["capstan", config.tuning.method, config.objective.name],
     )
