@@ -125,12 +125,11 @@ def _evaluation(run: Store, manifest: CheckpointManifest) -> str:
     found = read_evaluation(run, manifest.step)
     if not found:
         return "It was not evaluated against its base (`capstan evaluate`)."
-    tables = [
-        ("data set", "loss of the base", "loss", "perplexity of the base", "perplexity", _rows_of_sets(found)),
-        ("task", "metric", "base", "this", _rows_of_tasks(found)),
-    ]
-    shown = [_table(head, rows) for *head, rows in ((*table[:-1], list(table[-1])) for table in tables) if rows]
-    return "\n\n".join(shown) or "Nothing was measured."
+    tables = {
+        ("data set", "loss of the base", "loss", "perplexity of the base", "perplexity"): list(_rows_of_sets(found)),
+        ("task", "metric", "base", "this"): list(_rows_of_tasks(found)),
+    }
+    return "\n\n".join(_table(head, rows) for head, rows in tables.items() if rows) or "Nothing was measured."
 
 
 def _rows_of_sets(found: Any) -> Iterator[tuple[str, ...]]:
