@@ -55,7 +55,7 @@ class Exported:
 
     @property
     def headline(self) -> str:
-        """What was written where, and its proof."""
+        """The sentence that says what was written where, with its proof."""
         size = "" if self.bytes is None else f" ({decimal(self.bytes)})"
         proof = "" if self.proof is None else f"; {self.proof.sentence()}"
         return f"{self.what} of step {self.step} in {self.destination}{size}{proof}"

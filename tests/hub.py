@@ -21,7 +21,7 @@ TOKEN, READER = "hf_writer", "hf_reader"
 
 @dataclass
 class Hub:
-    """What it holds, and what it was asked. `hold_after`: so many large objects are taken; the next upload never ends, and
+    """It keeps what it holds, and what it was asked. `hold_after`: so many large objects are taken; the next upload never ends, and
     `holding` is set."""
 
     url: str = ""
@@ -102,7 +102,7 @@ class _Answers(BaseHTTPRequestHandler):
         self._answer({"transfer": "basic", "objects": objects})
 
     def do_GET(self) -> None:
-        """Of a repository whether it is private, or the files of a branch."""
+        """Answers whether a repository is private, or with the files of a branch."""
         parts = self.path.partition("?")[0].split("/")
         if parts[5:6] == ["tree"]:
             files = self.hub.files.get(parts[6], {})

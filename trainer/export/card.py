@@ -90,7 +90,7 @@ def _named(place: str) -> str:
 
 
 def _base_licence(config: Config) -> str | None:
-    """As the Hub's metadata names it; None where the base has no card, or one that names none."""
+    """The licence as the Hub's metadata names it; None where the base has no card, or one that names none."""
     card = base_files(config.model) / "README.md"
     try:
         data: Any = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data

@@ -7,7 +7,7 @@ from pathlib import Path
 from trainer.errors import ConfigError
 from trainer.store import Store
 
-# Told how many bytes are written, and how many there are in all.
+# It is told how many bytes are written, and how many there are in all.
 BytesWritten = Callable[[int, int], None]
 
 # Written first, and says by these words whose a half export is.

@@ -125,7 +125,7 @@ def export_recoded(
 
 
 def _choose(base: Base, code: Code) -> _Recoding:
-    """Which stored tensors are quantized: matrices of linear layers that the files hold as the model has them.
+    """The `code`, with the stored tensors that it quantizes: matrices of linear layers that the files hold as the model has them.
 
     Raises `ConfigError` for models whose layers transformers cannot have in this code.
     """

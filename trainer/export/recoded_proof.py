@@ -1,4 +1,4 @@
-"""What quantizing again costs: a merged model in 4 or 8 bits, as transformers loads it, against the model as it was trained.
+"""The cost of quantizing again: a merged model in 4 or 8 bits, as transformers loads it, against the model as it was trained.
 
 No rounding of products explains that difference, so nothing is proven equal. It is allowed to be half of what the training changed:
 otherwise the quantization has undone much of it.
@@ -35,7 +35,7 @@ def prove_recoded(run: Store, step: int, exported: Store) -> Proof:
 
 
 def _load(folder: Path, dtype: Any) -> Any:
-    """As transformers reads it, FP8 decoded, as no CPU multiplies in it."""
+    """The model as transformers reads it, FP8 decoded, as no CPU multiplies in it."""
     architecture: Any = model_config(folder, None)
     quantization = getattr(architecture, "quantization_config", None) or {}
     decoded = quantization.get("quant_method") == "fp8"

@@ -1,4 +1,4 @@
-"""Which servers take an exported adapter beside its base, by their documented rules, before anybody starts one.
+"""The servers that take an exported adapter beside its base, by their documented rules, before anybody starts one.
 
 vLLM: vllm/config/lora.py (`MaxLoRARanks`) for ranks, vllm/lora/peft_helper.py for DoRA and modules_to_save, docs.vllm.ai,
 features/lora, for experts, of which each matrix has a name of its own (`layout=vllm`), unless the files of the base hold stacks.
