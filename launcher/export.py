@@ -55,7 +55,7 @@ class Exported:
 
     @property
     def headline(self) -> str:
-        """What was written where, and its proof."""
+        """The sentence that says what was written where, with its proof."""
         size = "" if self.bytes is None else f" ({decimal(self.bytes)})"
         proof = "" if self.proof is None else f"; {self.proof.sentence()}"
         return f"{self.what} of step {self.step} in {self.destination}{size}{proof}"
@@ -92,19 +92,9 @@ def export_run(
     chosen = [*(["--step", str(step)] if step is not None else []), *(["--verify"] if verify else [])]
     with _bar("merging" if form.whole_model else "exporting") as progress:
         made = _module("trainer.export", run.uri, destination, *options, "--format", format, *chosen, progress=progress)
-    proof = Proof(**made["proof"]) if verify else None
+    proof = Proof(**made.pop("proof")) if verify else None
     merged = form.whole_model or made["tuned_base"]
-    result = Exported(
-        destination,
-        format,
-        made["step"],
-        merged,
-        made["bytes"],
-        proof,
-        made["tuned_base"],
-        made["facts"],
-        made["remarks"],
-    )
+    result = Exported(destination, format, merged=merged, proof=proof, **made)
     if proof is not None and not proof.holds:
         raise CapstanError(f"{result.headline}. {proof.verdict}")
     return result

@@ -144,7 +144,7 @@ def _name_the_place(card: Path, repository: str) -> None:
 
 @contextmanager
 def _explained(repository: str) -> Iterator[None]:
-    """Around calls of the Hub: its errors become ours."""
+    """A context around calls of the Hub, whose errors become ours."""
     try:
         yield
     except OfflineModeIsEnabled as error:

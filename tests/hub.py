@@ -11,17 +11,19 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import yaml
+
+from tests.http_server import serving
 
 TOKEN, READER = "hf_writer", "hf_reader"
 
 
 @dataclass
 class Hub:
-    """What it holds, and what it was asked. `hold_after`: so many large objects are taken; the next upload never ends, and
+    """It keeps what it holds, and what it was asked. `hold_after`: so many large objects are taken; the next upload never ends, and
     `holding` is set."""
 
     url: str = ""
@@ -102,7 +104,7 @@ class _Answers(BaseHTTPRequestHandler):
         self._answer({"transfer": "basic", "objects": objects})
 
     def do_GET(self) -> None:
-        """Of a repository whether it is private, or the files of a branch."""
+        """Answers whether a repository is private, or with the files of a branch."""
         parts = self.path.partition("?")[0].split("/")
         if parts[5:6] == ["tree"]:
             files = self.hub.files.get(parts[6], {})
@@ -150,15 +152,8 @@ class _Answers(BaseHTTPRequestHandler):
 @contextmanager
 def serve_hub() -> Iterator[Hub]:
     hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Answers", (_Answers,), {"hub": hub}))
-    server.daemon_threads = True
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield hub
-    finally:
-        hub.released.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with serving(type("Answers", (_Answers,), {"hub": hub})) as hub.url:
+        try:
+            yield hub
+        finally:
+            hub.released.set()

@@ -5,12 +5,13 @@ Source of the routes and headers: huggingface_hub's hf_api.py (`list_repo_tree`,
 
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any, ClassVar
 from urllib.parse import unquote, urlsplit
+
+from tests.http_server import serving
 
 TOKEN = "hf_of_the_test"
 COMMIT = hashlib.sha1(b"commit").hexdigest()
@@ -23,14 +24,8 @@ def serve_hub(repositories: dict[str, dict[str, bytes]], private: tuple[str, ...
     class Handler(_Handler):
         repos, closed = repositories, private
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with serving(Handler) as address:
+        yield address
 
 
 class _Handler(BaseHTTPRequestHandler):

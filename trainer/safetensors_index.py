@@ -8,6 +8,7 @@ import json
 import math
 import struct
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -195,6 +196,14 @@ def read_header(store: Store, key: str, file_size: int) -> dict[str, TensorSourc
         return tensors
     except (*NOT_JSON, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(f"{where} is damaged: its header cannot be read ({error}). Copy it again.") from error
+
+
+def header_bytes(header: Mapping[str, Any]) -> bytes:
+    """The bytes before the data of a file with this `header`, filled up as the format's own writer does: the data begins at a
+    multiple of 8."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def _source(store: Store, key: str, data_start: int, info: dict[str, Any], file_size: int) -> TensorSource:

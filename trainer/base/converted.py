@@ -12,7 +12,7 @@ from trainer.base.last_reads import LastMade
 from trainer.base.reading import PIECE_BYTES, PIECES_IN_FLIGHT
 from trainer.safetensors_index import DTYPE_BYTES, StoredTensor
 
-# Of slices: readers are a few pieces ahead of each other, so as many are kept as the pieces in flight may lie in.
+# Readers are a few pieces ahead of each other, so as many slices are kept as the pieces in flight may lie in.
 _KEPT_BYTES = 2 * PIECES_IN_FLIGHT * PIECE_BYTES
 
 

@@ -125,7 +125,7 @@ def _is_beyond(name: str, layers: int | None) -> bool:
 
 
 def _parts(left_out: Mapping[str, Weight], kept: Iterable[str]) -> list[LeftOutPart]:
-    """What is left out, summed by the shortest path that nothing that is kept lies on."""
+    """The parts that are left out, each by the shortest path that nothing that is kept lies on."""
     inside, sizes = {path for name in kept for path in _paths(name)}, dict[str, list[int]]()
     for name, weight in left_out.items():
         path = next((path for path in _paths(name) if path not in inside), name)
@@ -163,7 +163,10 @@ def _checked(base: Base, name: str, tensor: Tensor, source: Weight) -> Weight:
 
 
 def left_out_of(model: dict[str, Any]) -> list[list[Any]]:
-    """That of the base of the settings `model`, for processes without torch. Raises as `find_all_weights` and `resolve_base`."""
+    """The `left_out` of the base of the settings `model`, as JSON for processes without torch.
+
+    Raises as `find_all_weights` and `resolve_base`.
+    """
     settings = Model(**model)
     found = find_all_weights(resolve_base(settings), settings.layers).left_out
     return [[part.path, part.tensors, part.weights] for part in found]

@@ -5,8 +5,6 @@ https://github.com/huggingface/safetensors#format: 8 bytes little-endian header 
 """
 
 import hashlib
-import json
-import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, NamedTuple
@@ -16,7 +14,7 @@ from pydantic import ConfigDict, Field
 from trainer.checkpoint.contents import Key
 from trainer.checkpoint.division import Interval
 from trainer.errors import ConfigError, Damaged, NotFound
-from trainer.safetensors_index import TensorSource, read_header
+from trainer.safetensors_index import TensorSource, header_bytes, read_header
 from trainer.store import PART_BYTES, Buffer, Store
 
 _HASH_BYTES = 2**20
@@ -63,9 +61,7 @@ class ShardLayout:
             }
             for key, begin, end in self.places()
         }
-        text = json.dumps(tensors, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # so that the data is aligned
-        return struct.pack("<Q", len(text)) + text
+        return header_bytes(tensors)
 
 
 def _title(key: Key) -> str:

@@ -44,6 +44,12 @@ class HubFile:
     version: str
 
 
+def repository(path: str) -> str | None:
+    """The repository owner/name of the data set that a path names; None where it names none."""
+    match = _PATH.fullmatch(path)
+    return match[1] if match else None
+
+
 def find_hub_files(
     path: str, subset: str | None, split: str | None, name: str, endings: Sequence[str]
 ) -> list[HubFile]:

@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from trainer.base.locate import base_files, is_hub_id
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config
+from trainer.data.hub import repository
 from trainer.run.evaluations import read_evaluation
 from trainer.store import Store
 
@@ -64,17 +65,13 @@ def model_card(run: Store, config: Config, manifest: CheckpointManifest, content
 
 def _metadata(config: Config, content: CardContent) -> ModelCardData:
     base = config.model.base
-    data = [
-        source.path.removeprefix(_HUB_DATA).removeprefix("datasets/")
-        for source in config.data.train
-        if source.path.startswith(_HUB_DATA)
-    ]
+    data = [name for source in config.data.train if (name := repository(source.path)) is not None]
     return ModelCardData(
         library_name=content.library,
         base_model=base if _on_the_hub(base) else None,
         base_model_relation=content.relation if _on_the_hub(base) else None,
         license=_base_licence(config),
-        datasets=["/".join(path.partition("@")[0].split("/")[:2]) for path in data] or None,
+        datasets=data or None,
         pipeline_tag="text-generation",
         tags=["capstan", config.tuning.method, config.objective.name],
     )
@@ -93,7 +90,7 @@ def _named(place: str) -> str:
 
 
 def _base_licence(config: Config) -> str | None:
-    """As the Hub's metadata names it; None where the base has no card, or one that names none."""
+    """The licence as the Hub's metadata names it; None where the base has no card, or one that names none."""
     card = base_files(config.model) / "README.md"
     try:
         data: Any = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
@@ -128,12 +125,11 @@ def _evaluation(run: Store, manifest: CheckpointManifest) -> str:
     found = read_evaluation(run, manifest.step)
     if not found:
         return "It was not evaluated against its base (`capstan evaluate`)."
-    tables = [
-        ("data set", "loss of the base", "loss", "perplexity of the base", "perplexity", _rows_of_sets(found)),
-        ("task", "metric", "base", "this", _rows_of_tasks(found)),
-    ]
-    shown = [_table(head, rows) for *head, rows in ((*table[:-1], list(table[-1])) for table in tables) if rows]
-    return "\n\n".join(shown) or "Nothing was measured."
+    tables = {
+        ("data set", "loss of the base", "loss", "perplexity of the base", "perplexity"): list(_rows_of_sets(found)),
+        ("task", "metric", "base", "this"): list(_rows_of_tasks(found)),
+    }
+    return "\n\n".join(_table(head, rows) for head, rows in tables.items() if rows) or "Nothing was measured."
 
 
 def _rows_of_sets(found: Any) -> Iterator[tuple[str, ...]]:

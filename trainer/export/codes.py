@@ -3,14 +3,22 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
 from trainer.export.recoded import NewTensor, WeightError
-from trainer.model.nf4 import NESTED_BLOCK, Layout
+from trainer.model.nf4 import (
+    NESTED_BLOCK,
+    Format,
+    Layout,
+    dequantize_blocks,
+    nested_code,
+    quantize_absmax,
+    quantize_blocks,
+)
 
 _STATE_BYTES = 256  # JSON, filled up with spaces: under double quantization a number in it is known at the end alone
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
@@ -19,24 +27,25 @@ _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: 
 @dataclass(frozen=True)
 class BitsAndBytes:
     """Blocks of the flattened matrix, as bitsandbytes quantizes and transformers' `save_pretrained` writes them: beside `weight` its
-    `absmax`, `quant_map` and the JSON of its quant_state (bitsandbytes/functional.py, QuantState.as_dict)."""
+    `absmax`, `quant_map` and the JSON of its quant_state (bitsandbytes/functional.py, QuantState.as_dict). Before they are quantized
+    the weights are rounded to the type of the products, as transformers does."""
 
-    name: Literal["nf4", "fp4"]
-    block_size: int
-    double: bool
-    dtype: torch.dtype
-    """The type of the products, which the weights are rounded to before they are quantized, as transformers does."""
+    form: Format
+
+    @property
+    def name(self) -> str:
+        return self.form.quant_type
 
     def takes(self, shape: tuple[int, int]) -> bool:
         # On a CPU, bitsandbytes 0.50 misreads matrices whose rows are not whole blocks.
-        return shape[1] % self.block_size == 0
+        return shape[1] % self.form.block_size == 0
 
     def at_once(self, shape: tuple[int, int]) -> int:
-        return self.block_size
+        return self.form.block_size
 
     def entries(self, name: str, shape: tuple[int, int]) -> list[NewTensor]:
-        layout = Layout(shape[0] * shape[1], self.block_size)
-        absmax = NewTensor(f"{name}.absmax", "U8" if self.double else "F32", (layout.blocks,))
+        layout = Layout(shape[0] * shape[1], self.form.block_size)
+        absmax = NewTensor(f"{name}.absmax", "U8" if self.form.double else "F32", (layout.blocks,))
         nested = [
             NewTensor(f"{name}.nested_absmax", "F32", (layout.nested_blocks,)),
             NewTensor(f"{name}.nested_quant_map", "F32", (256,)),
@@ -45,31 +54,29 @@ class BitsAndBytes:
             NewTensor(name, "U8", (layout.packed_bytes, 1)),
             absmax,
             NewTensor(f"{name}.quant_map", "F32", (16,)),
-            *(nested if self.double else []),
+            *(nested if self.form.double else []),
             NewTensor(f"{name}.quant_state.bitsandbytes__{self.name}", "U8", (_STATE_BYTES,)),
         ]
 
     def encode(self, pieces: Iterator[Tensor], shape: tuple[int, int], error: WeightError) -> Iterator[bytes]:
-        scales = list[Tensor]()
+        form, scales = self.form, list[Tensor]()
         for weights in pieces:
-            rounded = weights.to(self.dtype)
-            packed, state = bnb.quantize_4bit(rounded, blocksize=self.block_size, quant_type=self.name)
-            error.add(weights, bnb.dequantize_4bit(packed, state))
-            scales.append(state.absmax)
+            packed, absmax = quantize_blocks(weights.to(form.dtype), form.quant_type, form.block_size)
+            error.add(weights, dequantize_blocks(packed, absmax, weights.numel(), form))
+            scales.append(absmax)
             yield _bytes(packed)
         absmax, facts, nested = torch.cat(scales), dict[str, Any](), list[Tensor]()
-        if self.double:
-            offset = absmax.mean()
-            absmax, outer = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
-            nested = [outer.absmax, outer.code]
-            facts = {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": float(offset)}
+        if form.double:
+            absmax, nested_absmax, mean = quantize_absmax(absmax)
+            nested = [nested_absmax, nested_code(absmax.device)]
+            facts = {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": float(mean)}
         yield _bytes(absmax)
         yield _bytes(bnb.get_4bit_type(self.name, device="cpu"))
         yield from map(_bytes, nested)
         known = {
             "quant_type": self.name,
-            "blocksize": self.block_size,
-            "dtype": _DTYPES[self.dtype],
+            "blocksize": form.block_size,
+            "dtype": _DTYPES[form.dtype],
             "shape": list(shape),
         }
         text = json.dumps({**known, **facts}).encode()
@@ -81,8 +88,8 @@ class BitsAndBytes:
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
             "bnb_4bit_quant_type": self.name,
-            "bnb_4bit_use_double_quant": self.double,
-            "bnb_4bit_compute_dtype": _DTYPES[self.dtype],
+            "bnb_4bit_use_double_quant": self.form.double,
+            "bnb_4bit_compute_dtype": _DTYPES[self.form.dtype],
             "llm_int8_skip_modules": untouched,
         }
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from fnmatch import fnmatch
+from pathlib import Path
 
 from trainer.errors import ConfigError
 from trainer.store import Store
 
-# Told how many bytes are written, and how many there are in all.
+# It is told how many bytes are written, and how many there are in all.
 BytesWritten = Callable[[int, int], None]
 
 # Written first, and says by these words whose a half export is.
@@ -27,6 +28,11 @@ def check_destination(destination: Store, *ours: str) -> None:
 def holds_export(destination: Store, *ours: str) -> bool:
     """Whether an export to there has come to its end: beside its card and files like `ours` there is the one written last."""
     return any(not _like(entry.key, CARD, *ours) for entry in destination.list())
+
+
+def local_folder(store: Store) -> Path | None:
+    """The folder of a store on a disk; None for a bucket."""
+    return Path(store.uri.removeprefix("file://")) if store.uri.startswith("file://") else None
 
 
 def _like(name: str, *patterns: str) -> bool:

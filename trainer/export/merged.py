@@ -30,13 +30,13 @@ from trainer.errors import ConfigError
 from trainer.export.card import MODEL_USAGE, CardContent, model_card
 from trainer.export.folder import CARD, TRAINED, BytesWritten, check_destination
 from trainer.export.learnt import CheckpointWeights
-from trainer.export.trained import check_mergeable_run, resolve_trained_base, trained_checkpoint
-from trainer.safetensors_index import INDEX_FILE, SINGLE_FILE, Joined, TensorSource, item_bytes, numel
+from trainer.export.trained import TrainedCheckpoint, check_mergeable_run, resolve_trained_base, trained_checkpoint
+from trainer.safetensors_index import INDEX_FILE, SINGLE_FILE, Joined, TensorSource, header_bytes, item_bytes, numel
 from trainer.store import Store
 from trainer.tuning.method import WeightUpdate, method_of
 
-CONFIG = "config.json"
-SMALL_FILES = ("generation_config.json",)
+_CONFIG = "config.json"
+_SMALL_FILES = ("generation_config.json",)
 
 
 def export_merged(
@@ -50,11 +50,20 @@ def export_merged(
         ConfigError: `destination` holds something that is no half export, or the base cannot be merged into, is not here,
             or is another than the run's.
     """
-    check_destination(destination, "*.safetensors", INDEX_FILE, *SMALL_FILES, *TOKENIZER_FILES)
-    manifest, config, _ = trained_checkpoint(run, step)
-    check_mergeable_run(config, describe_base(config.model))
+    manifest, config, _ = mergeable_checkpoint(run, destination, step)
     write_model(run, manifest, config, destination, report)
     return manifest
+
+
+def mergeable_checkpoint(run: Store, destination: Store, step: int | None) -> TrainedCheckpoint:
+    """The checkpoint of `step`, or the newest whole one, that can be written to `destination` as a model.
+
+    Raises as `export_merged`, but for a base that is not here or another.
+    """
+    check_destination(destination, "*.safetensors", INDEX_FILE, *_SMALL_FILES, *TOKENIZER_FILES)
+    trained = trained_checkpoint(run, step)
+    check_mergeable_run(trained.config, describe_base(trained.config.model))
+    return trained
 
 
 def write_model(
@@ -78,9 +87,14 @@ def write_model(
             done += file.size
     if {file.key for file in changed} != {SINGLE_FILE}:
         destination.put(INDEX_FILE, _index(base, changed))
-    for name, content in {**named_files(base.directory, SMALL_FILES), **tokenizer_files(config.model)}.items():
+    complete_model(base, config, destination, merged_config(base, changed))
+
+
+def complete_model(base: Base, config: Config, destination: Store, settings: bytes) -> None:
+    """Write the files that a model has beside its weights; `settings`, its config.json, last."""
+    for name, content in {**named_files(base.directory, _SMALL_FILES), **tokenizer_files(config.model)}.items():
         destination.put(name, content)
-    destination.create(CONFIG, merged_config(base, changed))
+    destination.create(_CONFIG, settings)
 
 
 def _description(config: Config) -> str:
@@ -136,10 +150,7 @@ class ChangedFile:
 
     def new_header(self) -> bytes:
         """The bytes before the data: the length of the JSON and that."""
-        if self.header:
-            return self.header
-        (length,) = struct.unpack("<Q", self.store.get_range(self.key, 0, 8))
-        return bytes(self.store.get_range(self.key, 0, 8 + length))
+        return self.header or _old_header(self.store, self.key)
 
     def chunks(self, report: Callable[[int], None] = lambda done: None) -> Iterator[bytearray]:
         """Its bytes in order. Pieces are read and changed on threads of their own, some ahead of whoever takes them."""
@@ -220,25 +231,29 @@ def _changed_file(base: Base, key: str, size: int, changes: list[_Change]) -> Ch
     grown = {change.source.offset: change for change in changes if change.more}
     if not grown:
         return ChangedFile(base.store, key, size, changes)
-    (length,) = struct.unpack("<Q", base.store.get_range(key, 0, 8))
-    header: dict[str, Any] = json.loads(base.store.get_range(key, 8, 8 + length))
+    old = _old_header(base.store, key)
+    header: dict[str, Any] = json.loads(old[8:])
     tensors, shift = (entry for name, entry in header.items() if name != "__metadata__"), 0
     for tensor in sorted(tensors, key=lambda tensor: tensor["data_offsets"]):
         begin, end = tensor["data_offsets"]
-        change = grown.get(8 + length + begin) if end > begin else None
+        change = grown.get(len(old) + begin) if end > begin else None
         more = 0
         if change is not None:
             more, tensor["shape"][0] = change.more_bytes, tensor["shape"][0] + change.more
         tensor["data_offsets"] = [begin + shift, end + shift + more]
         shift += more
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8, as the format's own writer has it
-    return ChangedFile(base.store, key, size, changes, struct.pack("<Q", len(text)) + text, 8 + length)
+    return ChangedFile(base.store, key, size, changes, header_bytes(header), len(old))
+
+
+def _old_header(store: Store, key: str) -> bytes:
+    """The bytes before the data in a file of the base."""
+    (length,) = struct.unpack("<Q", store.get_range(key, 0, 8))
+    return bytes(store.get_range(key, 0, 8 + length))
 
 
 def merged_config(base: Base, changed: Sequence[ChangedFile]) -> bytes:
     """config.json, which says how many rows the embedding has."""
-    content = (base.directory / CONFIG).read_bytes()
+    content = (base.directory / _CONFIG).read_bytes()
     more = max((change.more for file in changed for change in file.changes), default=0)
     if more == 0:
         return content

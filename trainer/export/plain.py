@@ -101,11 +101,16 @@ def add_adapter(model: Any, adapter: Path, method: Method) -> tuple[Any, Abstrac
             return model, method.load_exported(model, adapter)
     with _reading("PEFT", adapter):
         adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
-    for module in adapted.modules():
-        if isinstance(module, Linear4bit):
-            # In eval mode bitsandbytes repacks weights for a fused CPU kernel, which only takes widths divisible by 32.
-            module.train()
+    keep_packed(adapted)
     return adapted, adapted.disable_adapter()
+
+
+def keep_packed(model: nn.Module) -> None:
+    """Leave weights in 4 bits as they are: in eval mode bitsandbytes repacks them for a fused CPU kernel, which only takes widths
+    divisible by 32."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.train()
 
 
 @contextmanager

@@ -17,19 +17,17 @@ from torch import Tensor
 from trainer.base.architecture import Parameter
 from trainer.base.base import Base
 from trainer.base.filling import SOURCE_DTYPES
-from trainer.base.locate import TOKENIZER_FILES, describe_base, named_files
 from trainer.base.parameters import find_all_weights
 from trainer.base.reading import PIECE_BYTES, freed_memory_given_back
-from trainer.base.tokenizer import tokenizer_files
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.export.card import MODEL_USAGE, CardContent, model_card
-from trainer.export.folder import CARD, TRAINED, check_destination
+from trainer.export.folder import CARD, TRAINED
 from trainer.export.format import ExportProgress, Written
-from trainer.export.merged import CONFIG, SMALL_FILES, ChangedFile, changed_files, merged_config
-from trainer.export.trained import check_mergeable_run, resolve_trained_base, trained_checkpoint
-from trainer.safetensors_index import DTYPE_BYTES, INDEX_FILE, SINGLE_FILE, TensorSource
+from trainer.export.merged import ChangedFile, changed_files, complete_model, mergeable_checkpoint, merged_config
+from trainer.export.trained import resolve_trained_base
+from trainer.safetensors_index import DTYPE_BYTES, INDEX_FILE, SINGLE_FILE, TensorSource, header_bytes
 from trainer.store import Store
 
 
@@ -106,11 +104,9 @@ def export_recoded(
 ) -> Written:
     """Write the merged model of `step`, or of the newest whole checkpoint, in the code that `make` makes for the run.
 
-    Raises as `Format.write`.
+    Raises as `ExportFormat.write`.
     """
-    check_destination(destination, "*.safetensors", INDEX_FILE, *SMALL_FILES, *TOKENIZER_FILES)
-    manifest, config, _ = trained_checkpoint(run, step)
-    check_mergeable_run(config, describe_base(config.model))
+    manifest, config, _ = mergeable_checkpoint(run, destination, step)
     if config.model.layers:
         raise ConfigError("model.layers: only a run of the whole base can be exported as a model.")
     base, code = resolve_trained_base(config.model, manifest), make(config)
@@ -120,18 +116,16 @@ def export_recoded(
         CARD, model_card(run, config, manifest, CardContent("transformers", what, "quantized", MODEL_USAGE))
     )
     changed = changed_files(run, manifest, config, base)
-    _write_files(base, changed, recoding, destination, progress)
-    for name, content in {**named_files(base.directory, SMALL_FILES), **tokenizer_files(config.model)}.items():
-        destination.put(name, content)
+    _write_files(changed, recoding, destination, progress)
     settings = json.loads(merged_config(base, changed)) | {
         "quantization_config": code.configuration(recoding.untouched)
     }
-    destination.create(CONFIG, json.dumps(settings, indent=2).encode())
+    complete_model(base, config, destination, json.dumps(settings, indent=2).encode())
     return _written(manifest, recoding)
 
 
 def _choose(base: Base, code: Code) -> _Recoding:
-    """Which stored tensors are quantized: matrices of linear layers that the files hold as the model has them.
+    """The `code`, with the stored tensors that it quantizes: matrices of linear layers that the files hold as the model has them.
 
     Raises `ConfigError` for models whose layers transformers cannot have in this code.
     """
@@ -165,7 +159,7 @@ def _suits(parameter: Parameter, source: TensorSource, code: Code) -> bool:
 
 
 def _write_files(
-    base: Base, changed: Sequence[ChangedFile], recoding: _Recoding, destination: Store, progress: ExportProgress
+    changed: Sequence[ChangedFile], recoding: _Recoding, destination: Store, progress: ExportProgress
 ) -> None:
     weight_map, total = dict[str, str](), 0
     read, in_all = 0, sum(file.size for file in changed)
@@ -205,9 +199,7 @@ def _header(entries: Sequence[NewTensor]) -> bytes:
         offsets = [position, position + entry.size]
         tree[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
         position += entry.size
-    text = json.dumps(tree, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+    return header_bytes(tree)
 
 
 def _stream(

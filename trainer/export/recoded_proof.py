@@ -1,22 +1,19 @@
-"""What quantizing again costs: a merged model in 4 or 8 bits, as transformers loads it, against the model as it was trained.
+"""The cost of quantizing again: a merged model in 4 or 8 bits, as transformers loads it, against the model as it was trained.
 
 No rounding of products explains that difference, so nothing is proven equal. It is allowed to be half of what the training changed:
 otherwise the quantization has undone much of it.
 """
 
-import gc
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from bitsandbytes.nn.modules import Linear4bit
-
 from trainer.base.dequantized import dequantized_by_transformers
 from trainer.base.meta import model_config
 from trainer.export import plain
-from trainer.export.distributions import distance
+from trainer.export.distributions import Distance, distance
 from trainer.export.proof import Proof
-from trainer.export.verify import Trained, directory_of
+from trainer.export.verify import Trained, directory_of, give_memory_back, make_proof
 from trainer.store import Store
 
 _ALLOWED_OF_EFFECT = 0.5
@@ -27,32 +24,22 @@ def prove_recoded(run: Store, step: int, exported: Store) -> Proof:
     trained = Trained.at(run, step)
     rows, computed_in = trained.probe.rows, trained.computed_in
     expected = trained.logits(computed_in)
-    gc.collect()
+    give_memory_back()
     begun = trained.logits(computed_in, learnt=False)
-    gc.collect()
+    give_memory_back()
     with directory_of(exported) as folder:
         found = plain.place_logits(_load(folder, trained.dtype), rows)
     difference, effect = distance(expected, found, rows), distance(expected, begun, rows)
-    return Proof(
-        kl=difference.kl,
-        kl_allowed=_ALLOWED_OF_EFFECT * effect.kl,
-        kl_effect=effect.kl,
-        log_prob=difference.log_prob,
-        log_prob_allowed=_ALLOWED_OF_EFFECT * effect.log_prob,
-        log_prob_effect=effect.log_prob,
-        computed_in=computed_in,
-        rows=trained.probe.origin,
-    )
+    allowed = Distance(_ALLOWED_OF_EFFECT * effect.kl, _ALLOWED_OF_EFFECT * effect.log_prob)
+    return make_proof(trained.probe, computed_in, difference, allowed, effect)
 
 
 def _load(folder: Path, dtype: Any) -> Any:
-    """As transformers reads it, FP8 decoded, as no CPU multiplies in it."""
+    """The model as transformers reads it, FP8 decoded, as no CPU multiplies in it."""
     architecture: Any = model_config(folder, None)
     quantization = getattr(architecture, "quantization_config", None) or {}
     decoded = quantization.get("quant_method") == "fp8"
     with dequantized_by_transformers(architecture) if decoded else nullcontext():
         model = plain.load_plain(folder, dtype, dtype, architecture if decoded else None)
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.train()  # in eval mode bitsandbytes repacks weights for a CPU kernel that wants widths of 32
+    plain.keep_packed(model)
     return model.to(plain.device())

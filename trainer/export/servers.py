@@ -1,4 +1,4 @@
-"""Which servers take an exported adapter beside its base, by their documented rules, before anybody starts one.
+"""The servers that take an exported adapter beside its base, by their documented rules, before anybody starts one.
 
 vLLM: vllm/config/lora.py (`MaxLoRARanks`) for ranks, vllm/lora/peft_helper.py for DoRA and modules_to_save, docs.vllm.ai,
 features/lora, for experts, of which each matrix has a name of its own (`layout=vllm`), unless the files of the base hold stacks.
@@ -7,7 +7,6 @@ that the base has not; docs.sglang.ai, advanced_features/lora, for the modules.
 Both read LoRA alone, rsLoRA's scaling among it, and nothing beside its two matrices.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -71,8 +70,3 @@ def remarks(settings: Mapping[str, Any], found: Mapping[str, list[str]]) -> list
     if any(found.values()):
         lines.append("Every server takes the merged model: --format merged.")
     return lines
-
-
-def tensor_names(header: bytes) -> list[str]:
-    """The names in the JSON at the beginning of a safetensors file."""
-    return [name for name in json.loads(header) if name != "__metadata__"]

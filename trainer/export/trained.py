@@ -38,7 +38,7 @@ class TrainedCheckpoint(NamedTuple):
 
 
 def trained_checkpoint(run: Store, step: int | None) -> TrainedCheckpoint:
-    """That of `step`, or the newest whole one, for every format of an export.
+    """The checkpoint of `step`, or the newest whole one, for every format of an export.
 
     Raises:
         NothingToResume: the run has no such checkpoint.

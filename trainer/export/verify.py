@@ -38,6 +38,7 @@ from trainer.errors import CapstanError
 from trainer.export import plain
 from trainer.export.adapter import export_adapter
 from trainer.export.distributions import Distance, distance
+from trainer.export.folder import local_folder
 from trainer.export.merged import ChangedFile, changed_files
 from trainer.export.proof import Proof
 from trainer.export.rows import Probe, ProbeRow, find_probe
@@ -135,15 +136,15 @@ def prove_adapter(run: Store, step: int, adapter: Store) -> Proof:
         return _prove_model(trained, adapter)
     computed_in, rows = trained.computed_in, trained.probe.rows
     expected = trained.logits(computed_in)
-    _give_memory_back()
+    give_memory_back()
     with base_directory(trained.base) as base, directory_of(adapter) as folder:
         model = _plain_base(trained, base, computed_in, plain.adapted_weights(folder))
         model, without = plain.add_adapter(model, folder, trained.method)
         with _computing(model, computed_in):
-            found, noise = _predictions(model, rows, computed_in)
+            found, allowed = _predictions(model, rows, computed_in)
             with without:
                 effect = distance(found, plain.place_logits(model, rows), rows)
-    return _proof(trained.probe, computed_in, distance(expected, found, rows), noise, effect)
+    return make_proof(trained.probe, computed_in, distance(expected, found, rows), allowed, effect)
 
 
 def prove_merged(run: Store, step: int, merged: Store) -> Proof:
@@ -153,7 +154,7 @@ def prove_merged(run: Store, step: int, merged: Store) -> Proof:
         return _prove_model(trained, merged)
     rows = trained.probe.rows
     as_trained = trained.logits(trained.computed_in)
-    _give_memory_back()
+    give_memory_back()
     stored = {name: SOURCE_DTYPES[source.dtype] for name, source in trained.weights.sources.items()}
     with base_directory(trained.base) as base, scratch_folder("adapter") as folder:
         export_adapter(run, open_store(folder), step)
@@ -165,18 +166,18 @@ def prove_merged(run: Store, step: int, merged: Store) -> Proof:
             with without:
                 alone = plain.place_logits(model, rows)
             plain.merge_and_round(model, stored, trained.base.architecture.embedding)
-            expected, noise = _predictions(model, rows, "fp32")
+            expected, allowed = _predictions(model, rows, "fp32")
     del model
-    _give_memory_back()
+    give_memory_back()
     with directory_of(merged) as folder:
         model = plain.load_plain(folder, _held_in(trained.base), trained.dtype).to(plain.device())
         with plain.computing_in_fp32(model):
             found = plain.place_logits(model, rows)
-    return _proof(
+    return make_proof(
         trained.probe,
         "fp32",
         distance(expected, found, rows),
-        noise,
+        allowed,
         distance(found, alone, rows),
         trained_kl=distance(as_trained, found, rows).kl,
         rounding_kl=distance(beside, found, rows).kl,
@@ -193,25 +194,27 @@ def _prove_model(trained: Trained, destination: Store) -> Proof:
         _check_bytes(file, destination)
     computed_in, rows = trained.computed_in, trained.probe.rows
     expected = trained.logits(computed_in)
-    _give_memory_back()
+    give_memory_back()
     with directory_of(destination) as folder:
         model = plain.load_plain(folder, _held_in(trained.base), trained.dtype).to(plain.device())
         with _computing(model, computed_in):
-            found, noise = _predictions(model, rows, computed_in)
+            found, allowed = _predictions(model, rows, computed_in)
     del model
-    _give_memory_back()
+    give_memory_back()
     with base_directory(trained.base) as folder:
         model = _plain_base(trained, folder, computed_in)
         with _computing(model, computed_in):
             effect = distance(found, plain.place_logits(model, rows), rows)
-    return _proof(trained.probe, computed_in, distance(expected, found, rows), noise, effect)
+    return make_proof(trained.probe, computed_in, distance(expected, found, rows), allowed, effect)
 
 
 def _predictions(model: Any, rows: Sequence[ProbeRow], computed_in: str) -> tuple[list[Tensor], Distance]:
-    """The logits at the rows' places, and how far the last bits of every product move them."""
+    """The logits at the rows' places, and how far from them rounding may be: several times as far as the last bits of every product
+    move them."""
     found = plain.place_logits(model, rows)
     with plain.shaken(model, _SHAKEN_BY[computed_in]):
-        return found, distance(found, plain.place_logits(model, rows), rows)
+        noise = distance(found, plain.place_logits(model, rows), rows)
+    return found, Distance(_TOLERATED_NOISE**2 * noise.kl, _TOLERATED_NOISE * noise.log_prob)
 
 
 def _check_bytes(file: ChangedFile, destination: Store) -> None:
@@ -229,15 +232,16 @@ def _check_bytes(file: ChangedFile, destination: Store) -> None:
         position = end
 
 
-def _proof(
-    probe: Probe, computed_in: str, found: Distance, noise: Distance, effect: Distance, **information: float
+def make_proof(
+    probe: Probe, computed_in: str, found: Distance, allowed: Distance, effect: Distance, **information: float
 ) -> Proof:
+    """The proof of an exported model whose predictions are so far off, may be so far off, and were moved so far by the training."""
     return Proof(
         kl=found.kl,
-        kl_allowed=_TOLERATED_NOISE**2 * noise.kl,
+        kl_allowed=allowed.kl,
         kl_effect=effect.kl,
         log_prob=found.log_prob,
-        log_prob_allowed=_TOLERATED_NOISE * noise.log_prob,
+        log_prob_allowed=allowed.log_prob,
         log_prob_effect=effect.log_prob,
         computed_in=computed_in,
         rows=probe.origin,
@@ -293,7 +297,7 @@ def _available_memory() -> int:
     return 1024 * int(fields["MemAvailable"].split()[0])
 
 
-def _give_memory_back() -> None:
+def give_memory_back() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -302,8 +306,9 @@ def _give_memory_back() -> None:
 @contextmanager
 def directory_of(store: Store) -> Iterator[Path]:
     """Where transformers and PEFT, which read directories only, find a store's files: there, or copied for a while."""
-    if store.uri.startswith("file://"):
-        yield Path(store.uri.removeprefix("file://"))
+    local = local_folder(store)
+    if local is not None:
+        yield local
         return
     with scratch_folder("verify") as folder:
         for entry in store.list():

@@ -182,7 +182,7 @@ def dequantize_blocks(packed: Tensor, absmax: Tensor, numel: int, form: Format) 
 
 def dequantize_absmax(codes: Tensor, nested_absmax: Tensor) -> Tensor:
     """fp32 absmax less its mean, (blocks,), of whole blocks of codes."""
-    state = bnb.QuantState(nested_absmax, code=_nested_code(codes.device), blocksize=NESTED_BLOCK, dtype=torch.float32)
+    state = bnb.QuantState(nested_absmax, code=nested_code(codes.device), blocksize=NESTED_BLOCK, dtype=torch.float32)
     return bnb.dequantize_blockwise(codes, state)
 
 
@@ -196,7 +196,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 _nested_codes: dict[torch.device, Tensor] = {}
 
 
-def _nested_code(device: torch.device) -> Tensor:
+def nested_code(device: torch.device) -> Tensor:
     """bitsandbytes' 8-bit dynamic map (256,), the same for every tensor."""
     if device not in _nested_codes:
         _nested_codes[device] = bnb.create_dynamic_map().to(device)

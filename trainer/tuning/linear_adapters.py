@@ -177,7 +177,7 @@ def as_peft_reads(config: LoraConfig, architecture: Architecture) -> LoraConfig:
 
 
 def taken_for_experts(architecture: Architecture, targets: Iterable[str]) -> list[str]:
-    """Those of the ends of paths `targets` in whose place PEFT adapts a mixture's experts, sorted."""
+    """The ends of paths among `targets` in whose place PEFT adapts a mixture's experts, sorted."""
     return sorted(target for target in targets if target.rpartition(".")[2] in architecture.taken_for_experts)
 
 

@@ -18,9 +18,9 @@ from trainer.config.paths import local_path
 from trainer.config.section import Section, setting
 from trainer.errors import ConfigError
 from trainer.export.card import CardContent, model_card
-from trainer.export.folder import CARD, TRAINED, check_destination
+from trainer.export.folder import CARD, TRAINED, check_destination, local_folder
 from trainer.export.format import ExportProgress, Written
-from trainer.export.llama_cpp import PART, check_converter, check_room, convert, deliver, local_folder
+from trainer.export.llama_cpp import PART, check_converter, check_room, convert, deliver
 from trainer.export.proof import Proof
 from trainer.export.trained import check_mergeable_run, resolve_trained_base, trained_checkpoint
 from trainer.scratch import scratch_folder

@@ -34,11 +34,12 @@ class Nf4(Section):
         from trainer.base.load import DTYPES
         from trainer.export.codes import BitsAndBytes
         from trainer.export.recoded import export_recoded
+        from trainer.model.nf4 import Format
 
         def code(config: Config) -> BitsAndBytes:
             block_size, double = self.block_size or config.quant.block_size, self.double
             double = config.quant.double if double is None else double
-            return BitsAndBytes("nf4", block_size, double, DTYPES[config.model.dtype])
+            return BitsAndBytes(Format("nf4", block_size, double, DTYPES[config.model.dtype]))
 
         return export_recoded(run, destination, step, code, progress)
 

@@ -1,7 +1,6 @@
 """The adapter alone, as PEFT's `save_pretrained` writes it; the whole model where the base itself has learnt."""
 
 import json
-import struct
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -11,10 +10,10 @@ from trainer.config.section import Section, setting
 from trainer.errors import ConfigError
 from trainer.export.format import WHOLE_MODEL, ExportProgress, Written
 from trainer.export.proof import Proof
-from trainer.export.servers import refusals, remarks, tensor_names
+from trainer.export.servers import refusals, remarks
+from trainer.safetensors_index import read_header
 from trainer.store import Store
-
-_SETTINGS, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+from trainer.tuning.linear_adapters import SETTINGS, WEIGHTS
 
 
 class PeftFolder(Section):
@@ -35,16 +34,14 @@ class PeftFolder(Section):
         from trainer.export.adapter import export_adapter
 
         manifest = export_adapter(run, destination, step, progress.written, self._arranged)
-        if not (destination.exists(_SETTINGS) and destination.exists(_WEIGHTS)):
+        if not (destination.exists(SETTINGS) and destination.exists(WEIGHTS)):
             return Written(manifest)  # of no method of PEFT's
-        settings: dict[str, Any] = json.loads(destination.get(_SETTINGS))
-        (length,) = struct.unpack("<Q", destination.get_range(_WEIGHTS, 0, 8))
-        names = tensor_names(bytes(destination.get_range(_WEIGHTS, 8, 8 + length)))
-        found = refusals(settings, names)
+        settings: dict[str, Any] = json.loads(destination.get(SETTINGS))
+        found = refusals(settings, read_header(destination, WEIGHTS, destination.head(WEIGHTS).size))
         return Written(manifest, {"servers": found}, tuple(remarks(settings, found)))
 
     def _arranged(self, files: Mapping[str, bytes], model: Model) -> Mapping[str, bytes]:
-        if self.layout == "peft" or _SETTINGS not in files:
+        if self.layout == "peft" or SETTINGS not in files:
             return files
         from trainer.export.per_expert import per_expert_files
 
