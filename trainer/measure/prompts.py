@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.base.config_json import read_by_transformers
 from trainer.config import Data
-from trainer.config.paths import local_path
+from trainer.config.paths import text_lines
 from trainer.data.chat import chat_template, framing
 from trainer.data.messages import read_messages
 from trainer.errors import NOT_JSON, ConfigError, DataError
@@ -31,11 +31,7 @@ def read_prompts(path: str, setting: str = "eval.prompts") -> list[Prompt]:
     Raises:
         ConfigError: the file cannot be read, or a row has neither prompt nor messages.
     """
-    try:
-        lines = local_path(path, setting).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{setting}: {path!r} cannot be read: {error}.") from error
-    rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    rows = text_lines(path, setting)
     if not rows:
         raise ConfigError(f"{setting}: {path!r} holds no prompt. Give a line for each.")
     if not path.endswith(".jsonl"):
