@@ -8,11 +8,10 @@ from functools import cached_property
 from transformers import PreTrainedTokenizerBase
 
 from trainer.base.locate import Base, resolve_base
-from trainer.base.tokenizer import read_tokenizer
 from trainer.checkpoint.checkpoints import load_partitions
 from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
 from trainer.config import Config, Data, override
-from trainer.data.prepare import as_trained
+from trainer.data.prepare import as_trained, load_tokenizer
 from trainer.export.trained import check_overrides, resolve_trained_base, trained_config, trained_method
 from trainer.measure.prompts import Prompter
 from trainer.objective.objective import find_objective
@@ -36,7 +35,7 @@ class Words:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return read_tokenizer(self._base.directory, self._base.name, self._base.added_tokens)
+        return load_tokenizer(self._base)
 
     @cached_property
     def prompter(self) -> Prompter:
@@ -92,8 +91,7 @@ class OpenedRun:
     @property
     def longest(self) -> int | None:
         """Tokens of the longest text that the base has positions for, beside virtual tokens."""
-        positions = self.base.architecture.positions
-        return positions - self.method.virtual.count if positions else None
+        return self.method.virtual.longest(self.base.architecture.positions)
 
 
 def settings_of(
