@@ -32,8 +32,8 @@ class PromptSamples:
     keeping: Harmless
 
     def take(self, engine: Engine, step: int, begin: Callable[[], None]) -> None:
-        """Answer by the state at `step`, and keep the answers in the run's folder; a store that fails ends nothing. Collective, in
-        at most `sampling.max_tokens` passes for as many prompts as there are ranks; `begin` is called before each."""
+        """Answer by the state at `step`, and keep the answers in the run's folder; a store that fails ends nothing. Collective: as
+        many prompts as there are ranks take at most `sampling.max_tokens` passes, and `begin` is called before each pass."""
         openings = [Opening(tokens, lambda written: written[-1] in self.stops) for tokens in self.tokens]
         written = continued(engine, openings, self.sampling, longest=self.longest, begin=begin)
         if (prompter := self.prompter) is None:
