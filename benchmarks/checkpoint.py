@@ -16,14 +16,13 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 from load import make_base, run_config
+from ranks import become_rank, run_ranks
 from rich.console import Console
 from rich.table import Table
 
@@ -230,10 +229,7 @@ def measure(bench: Bench, side: str, place: str, repeats: int) -> dict[str, floa
 
 
 def rank_main(rank: int, world: int, port: int, folder: str, bucket: str, method: str, repeats: int) -> None:
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1",
-    )  # fmt: skip
+    become_rank(rank, world, port)
     import logging
 
     import torch
@@ -270,16 +266,6 @@ def rank_main(rank: int, world: int, port: int, folder: str, bucket: str, method
         Path(folder, "report.json").write_text(json.dumps(report))
 
 
-@contextmanager
-def rendezvous() -> Iterator[int]:
-    """A port where the ranks find each other."""
-    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
-
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-    yield store.port
-
-
 def show(report: dict[str, Any], method: str, ranks: int) -> None:
     optimum = 12 * report["trainable"]
     table = Table(
@@ -308,20 +294,11 @@ def compare(method: str, ranks: int, repeats: int) -> dict[str, Any]:
     """The report of all sides over the base of `method`."""
     from launcher.smoke.local_s3 import serve_s3
 
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="capstan-bench-") as folder, serve_s3(Path(folder, "s3")) as server:
         os.environ.update(server.environment)
-        with context.Pool(1) as pool:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
             pool.apply(make_base, (Path(folder, "base"), *SUBJECTS[method][:2]))
-        with rendezvous() as port:
-            given = (ranks, port, folder, server.uri("bench"), method, repeats)
-            processes = [context.Process(target=rank_main, args=(rank, *given), daemon=True) for rank in range(ranks)]
-            for process in processes:
-                process.start()
-            connection.wait([process.sentinel for process in processes], 1800)  # one that fails ends all
-            for process in processes:
-                process.join(30)
-                process.kill()
+        run_ranks(rank_main, ranks, folder, server.uri("bench"), method, repeats, seconds=1800)
         return json.loads(Path(folder, "report.json").read_text())
 
 

@@ -19,12 +19,11 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from checkpoint import rendezvous
 from load import run_config
+from ranks import become_rank, run_ranks
 from rich.console import Console
 from rich.table import Table
 
@@ -42,10 +41,7 @@ def make_base(folder: Path, layers: int) -> None:
 
 def rank_main(rank: int, world: int, port: int, folder: str, count: int) -> None:
     """One rank; rank 0 writes the seconds without the engine and with it, and the number of each collective."""
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1",
-    )  # fmt: skip
+    become_rank(rank, world, port)
     import deepspeed
     import torch
     from deepspeed.comm.torch import TorchBackend
@@ -126,18 +122,10 @@ def _count(owner: Any, name: str, counts: Counter[str]) -> None:
 
 
 def measure(layers: int, ranks: int, count: int) -> dict[str, Any]:
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory(prefix="capstan-bench-") as folder, rendezvous() as port:
-        with context.Pool(1) as pool:
+    with tempfile.TemporaryDirectory(prefix="capstan-bench-") as folder:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
             pool.apply(make_base, (Path(folder, "base"), layers))
-        given = (ranks, port, folder, count)
-        processes = [context.Process(target=rank_main, args=(rank, *given), daemon=True) for rank in range(ranks)]
-        for process in processes:
-            process.start()
-        connection.wait([process.sentinel for process in processes], 1800)  # one that fails ends all
-        for process in processes:
-            process.join(60)
-            process.kill()
+        run_ranks(rank_main, ranks, folder, count, seconds=1800)
         return json.loads(Path(folder, "found.json").read_text())
 
 

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ranks import become_rank, rendezvous
 from rich.console import Console
 from rich.table import Table
 
@@ -154,10 +155,7 @@ def run_config(base: Path) -> Any:
 
 def rank_main(side: str, base: Path, rank: int, world: int, port: int, parent: Any) -> None:
     """One rank. It waits for the parent, which looks at it, before the load, after it and with the engine made."""
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1",
-    )  # fmt: skip
+    become_rank(rank, world, port)
     import deepspeed
     import torch
     import transformers.models.llama.modeling_llama
@@ -195,17 +193,13 @@ def read_bytes(pid: int) -> int:
     return int(counts["rchar"])
 
 
-def measure(side: str, base: Path, world: int) -> dict[str, float]:
+def measure(side: str, base: Path, world: int, port: int) -> dict[str, float]:
     """Bytes of the largest rank (`load`, `engine`, `kept`) and of all (`read`), and seconds of the load and with the engine."""
-    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
-
-    rendezvous = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
     for rank in range(world):
         mine, theirs = context.Pipe()
-        arguments = (side, base, rank, world, rendezvous.port, theirs)
+        arguments = (side, base, rank, world, port, theirs)
         processes.append(context.Process(target=rank_main, args=arguments, daemon=True))
         pipes.append(mine)
 
@@ -274,7 +268,8 @@ def main() -> None:
             for side in arguments.sides:
                 stored, beside = SIDES[side]
                 base, name, files = bases[stored]
-                found = measure(side, base, world)
+                with rendezvous() as port:
+                    found = measure(side, base, world, port)
                 allowed = 1.3 * found["kept"] + PIECE_BYTES * PIECES_IN_FLIGHT + beside
                 table.add_row(
                     str(world),

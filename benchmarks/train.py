@@ -15,11 +15,10 @@ import platform
 import statistics
 import tempfile
 import time
-from multiprocessing import connection
 from pathlib import Path
 
-from checkpoint import rendezvous
 from load import make_base, run_config
+from ranks import become_rank, run_ranks
 from rich.console import Console
 from rich.table import Table
 
@@ -28,10 +27,7 @@ TOKENS = 512  # of a rank's row
 
 def rank_main(rank: int, world: int, port: int, folder: str, checkpointing: bool, pairs: int) -> None:
     """One rank; rank 0 writes the seconds of each DPO step and of the two SFT steps beside it."""
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1",
-    )  # fmt: skip
+    become_rank(rank, world, port)
     import torch
 
     from trainer.base.load import DTYPES
@@ -90,17 +86,8 @@ def rank_main(rank: int, world: int, port: int, folder: str, checkpointing: bool
 
 def measure(folder: Path, ranks: int, checkpointing: bool, pairs: int) -> list[tuple[float, float]]:
     """The seconds of each DPO step, and of the two SFT steps after it."""
-    context, found = multiprocessing.get_context("spawn"), folder / f"{checkpointing}.json"
-    with rendezvous() as port:
-        given = (ranks, port, str(folder), checkpointing, pairs)
-        processes = [context.Process(target=rank_main, args=(rank, *given), daemon=True) for rank in range(ranks)]
-        for process in processes:
-            process.start()
-        connection.wait([process.sentinel for process in processes], 900)  # one that fails ends all
-        for process in processes:
-            process.join(30)
-            process.kill()
-    return [(dpo, sft) for dpo, sft in json.loads(found.read_text())]
+    run_ranks(rank_main, ranks, str(folder), checkpointing, pairs, seconds=900)
+    return [(dpo, sft) for dpo, sft in json.loads((folder / f"{checkpointing}.json").read_text())]
 
 
 def main() -> None:

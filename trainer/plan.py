@@ -17,7 +17,7 @@ from trainer.config import Config
 from trainer.needs import GlobalBatch, GpuMemory, HostMemory, Parameters, Plan, Traffic
 from trainer.objective.objective import Survey, find_objective, objective_mismatches, reference_of, segments_of
 from trainer.optimizer.optimizer import State, find_optimizer, states_by_name
-from trainer.sizes import most_whole, stored_layers
+from trainer.sizes import most_whole, stored_layers, value_bytes
 from trainer.tuning.method import method_of, stored_mismatches, tuning_mismatches
 from trainer.zero.policy import Scope, build_deepspeed_config, is_offloaded
 
@@ -53,7 +53,7 @@ class _Inputs:
 
     @property
     def item(self) -> int:
-        return 2 if self.config.model.dtype == "bf16" else 4
+        return value_bytes(self.config)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -86,6 +86,12 @@ class _Inputs:
     @property
     def trainable(self) -> int:
         return sum(self.learning.values())
+
+    @cached_property
+    def small(self) -> int:
+        """Elements of what learns that stay whole on every rank, in parameters under ZeRO-3's persistence threshold."""
+        threshold = self.zero["stage3_param_persistence_threshold"]
+        return sum(size for size in self.learning.values() if size <= threshold)
 
     @property
     def share(self) -> int:
@@ -235,8 +241,7 @@ def _gpu_memory(given: _Inputs) -> GpuMemory:
     if config.quant.type == "none":
         linear, unquantized = 0, unquantized + linear
     unquantized -= given.item * given.learning_base
-    threshold = given.zero["stage3_param_persistence_threshold"]
-    whole = sum(size for size in given.learning.values() if size <= threshold) if world_size > 1 else 0
+    whole = given.small if world_size > 1 else 0
     dequantized = 0 if config.quant.type == "none" else _dequantized(given)
     passes = {
         "gathered_layers": _gathered(given),
@@ -348,15 +353,13 @@ def _traffic(given: _Inputs) -> Traffic:
     passes = 2 * given.accumulation
     surveys = int(given.survey is not None)
     base_passes = passes + given.accumulation * (given.reference_passes + surveys)
-    threshold = given.zero["stage3_param_persistence_threshold"]
-    small = sum(size for size in given.learning.values() if size <= threshold)
-    large = given.trainable - small
 
     frozen = _base_bytes(given) - given.item * given.learning_base
     base = base_passes * frozen * (group - 1) // group
     # A small parameter that learns is whole everywhere and gathered once, after its update.
-    adapters = given.item * (small + (passes + given.accumulation * surveys) * large) * (world_size - 1) // world_size
-    gradients = given.accumulation * 4 * (small + large) * (world_size - 1) // world_size
+    learning = given.small + (passes + given.accumulation * surveys) * (given.trainable - given.small)
+    adapters = given.item * learning * (world_size - 1) // world_size
+    gradients = given.accumulation * 4 * given.trainable * (world_size - 1) // world_size
 
     far = max(0, world_size - given.ranks_per_node)
     crossing = (adapters + gradients) * far // max(1, world_size - 1)

@@ -16,7 +16,6 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 
 from trainer.base.check import check_base
-from trainer.base.load import DTYPES, LoadReport
+from trainer.base.load import LoadReport
 from trainer.base.locate import Base, resolve_base
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.checkpoint.manifest import CheckpointManifest
@@ -34,31 +33,29 @@ from trainer.data.dataset import open_dataset
 from trainer.data.micro_batch import Position
 from trainer.data.prepare import Datasets, config_of_set
 from trainer.data.stream import Stream, eval_stream, train_stream
-from trainer.devices import check_device
 from trainer.errors import CapstanError, DoesNotFit, NonFiniteLoss, Stopped, StorageError
 from trainer.export.beside import adapters_beside
 from trainer.identity import identity_of
 from trainer.measure.samples import open_samples
-from trainer.model.attention import Attention, choose_attention
+from trainer.model.attention import Attention
 from trainer.objective.objective import Objective, check_objective, find_objective, reference_of
 from trainer.optimizer.optimizer import find_optimizer
-from trainer.plan import choose_scope, make_plan
-from trainer.ranks import Ranks, join
+from trainer.plan import make_plan
+from trainer.ranks import Ranks
 from trainer.run import layout
 from trainer.run.log import rank_log
 from trainer.run.metrics import Metrics, claim_generation, open_trackers, peak_memory
 from trainer.run.records import add_record, bad_windows
 from trainer.run.requests import StopSignal
 from trainer.run.settings import record_settings
-from trainer.sizes import most_whole
+from trainer.start import assemble_run, join_run
 from trainer.store import Store, open_run_store
-from trainer.train.assemble import assemble
+from trainer.train.assemble import attention_of
 from trainer.train.heartbeat import Hang, Heart
 from trainer.train.loop import Training, stop_before_training, train
 from trainer.train.reference import ReferencePass
-from trainer.tuning.method import check_tuning, method_of
+from trainer.tuning.method import check_tuning
 from trainer.zero.engine import Engine
-from trainer.zero.policy import build_deepspeed_config
 
 _VERSIONS = ("capstan-llm", "torch", "deepspeed", "transformers", "peft", "bitsandbytes", "ray", "obstore")
 
@@ -95,17 +92,13 @@ def run_rank(
     """
     starter = starter or Starter()
     launch_seconds = time.time() - starter.began
-    check_device(config.cluster.gpus_per_worker, torch.cuda.device_count(), torch.version.cuda or torch.version.hip)
-    ranks = join(group_timeout(config), timedelta(seconds=config.timeouts.meet))
+    ranks = join_run(config)
     with ranks.agreeing():
         base = resolve_base(config.model)
         check_base(base, config)
         check_tuning(config, base.description)
         check_objective(config)
         find_optimizer(config.optim)
-    torch.set_num_threads(
-        config.cluster.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // ranks.ranks_per_node)
-    )
     shared: Datasets = ranks.broadcast(datasets)
     store = open_run_store(config)
     run = store.sub(config.run.name)
@@ -126,14 +119,22 @@ def run_rank(
         heart = Heart(ranks, config.timeouts, _last_words(run, generation, metrics, flush_log))
         stack.callback(heart.close)
         with _outcome(metrics, config, base, ranks):
-            opened = (config, base, ranks, store, run, generation, metrics, stop, heart, starter)
-            start = _Start(*opened, find_objective(config), launch_seconds, after_commit)
+            start = _Start(
+                config,
+                base,
+                ranks,
+                store,
+                run,
+                generation,
+                metrics,
+                stop,
+                heart,
+                starter,
+                find_objective(config),
+                launch_seconds,
+                after_commit,
+            )
             _train(start, shared, resume=resume)
-
-
-def group_timeout(config: Config) -> timedelta:
-    """The time limit of a collective. It is later than the heartbeat's limits, as the heartbeat names the rank that hangs."""
-    return timedelta(seconds=120 + max(config.timeouts.model_dump().values()))
 
 
 @dataclass(frozen=True)
@@ -172,34 +173,15 @@ def _train(start: _Start, datasets: Datasets, *, resume: bool) -> None:
 def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Training, CheckpointManifest | None]:
     """Data, model, engine and checkpoints, put together; and the checkpoint that the state comes from, if any."""
     config, base, ranks, run = start.config, start.base, start.ranks, start.run
+    log = partial(print, flush=True)
     if ranks.rank == 0:
         run.put(layout.ENVIRONMENT, _environment(ranks))
     stream = train_stream(config, open_chapters(start.store, datasets.train, run), ranks.rank, ranks.world_size)
-    held_out = None
-    if datasets.eval:
-        held_out = eval_stream(config, open_dataset(start.store, datasets.eval), ranks.rank, ranks.world_size)
-    sets = {
-        name: eval_stream(
-            config_of_set(config, name), open_dataset(start.store, fingerprint), ranks.rank, ranks.world_size
-        )
-        for name, fingerprint in datasets.sets.items()
-    }
-    deepspeed_config = build_deepspeed_config(
-        config,
-        world_size=ranks.world_size,
-        accumulation=stream.accumulation,
-        on_gpu=ranks.device.type == "cuda",
-        whole=most_whole(config, base.architecture),
-    )
-    refused = method_of(config).virtual.refused_kernels
-    dtype = DTYPES[config.model.dtype]
-    attention = choose_attention(config.model.attention, ranks.device, dtype, base.architecture, refused)
+    held_out = _held_out(start, config, datasets.eval) if datasets.eval else None
+    sets = {name: _held_out(start, config_of_set(config, name), key) for name, key in datasets.sets.items()}
+    attention = attention_of(config, base, ranks.device)
     _log(ranks, f"attention: {attention.name} ({attention.why})")
-    memory = ranks.least_device_memory()
-    scope = choose_scope(config, base.architecture, ranks.world_size, ranks.ranks_per_node, memory)
-    engine, report = assemble(
-        base, config, deepspeed_config, ranks, attention, scope, start.objective, lambda text: print(text, flush=True)
-    )
+    engine, report = assemble_run(config, base, ranks, attention, start.objective, stream.accumulation, log)
     if reference_of(config) == "stored":  # before a restore: the base itself may learn
         _read_reference(start, engine, attention, datasets, stream, held_out)
     identity = identity_of(config, base, datasets.train)
@@ -215,7 +197,7 @@ def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Train
         after_commit=start.after_commit,
     )
     restoring = time.monotonic()
-    restored = checkpoints.restore(engine, required=resume, log=lambda text: print(text, flush=True))
+    restored = checkpoints.restore(engine, required=resume, log=log)
     restore_seconds = time.monotonic() - restoring
     skipped = ranks.broadcast(bad_windows(run) if ranks.rank == 0 and config.retry.skip_bad_window else [])
     training = Training(
@@ -236,10 +218,15 @@ def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Train
     )
     step = restored.step if restored else 0
     facts = {"step": step, "total_steps": training.total_steps, "restore_seconds": round(restore_seconds, 3)}
-    sets = {f"eval.sets.{name}": fingerprint for name, fingerprint in datasets.sets.items()}
-    data = {"train": datasets.train, "eval": datasets.eval, **sets}
+    of_sets = {f"eval.sets.{name}": key for name, key in datasets.sets.items()}
+    data = {"train": datasets.train, "eval": datasets.eval, **of_sets}
     _record_start(start, report, attention=attention.name, data=data, **facts)
     return training, restored
+
+
+def _held_out(start: _Start, config: Config, fingerprint: str) -> Stream:
+    """This rank's rows of one compiled set that is evaluated."""
+    return eval_stream(config, open_dataset(start.store, fingerprint), start.ranks.rank, start.ranks.world_size)
 
 
 def _read_reference(

@@ -24,9 +24,14 @@ def quantized_bytes(numel: int, quant: Quant) -> int:
     return ceil(numel / 2) + scales
 
 
+def value_bytes(config: Config) -> int:
+    """Bytes of a value of `model.dtype`."""
+    return 2 if config.model.dtype == "bf16" else 4
+
+
 def stored_layers(config: Config, model: Architecture) -> list[int]:
     """Bytes of the linear weights and experts of each decoder layer."""
-    item = 2 if config.model.dtype == "bf16" else 4
+    item = value_bytes(config)
 
     def stored(weights: int) -> int:
         return item * weights if config.quant.type == "none" else quantized_bytes(weights, config.quant)
@@ -40,6 +45,5 @@ def most_whole(config: Config, model: Architecture) -> int:
     if method_of(config).trains_base:
         return WHOLE
     learning = [prod(shape) for shape in method_of(config).shapes(model).values()]
-    item = 2 if config.model.dtype == "bf16" else 4
     few = min(_WHOLE_BYTES, max(stored_layers(config, model)))
-    return max(WHOLE, *learning) if item * sum(learning) <= few else WHOLE
+    return max(WHOLE, *learning) if value_bytes(config) * sum(learning) <= few else WHOLE

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
 from launcher.evaluate.ranks import count_ranks, run_ranks
+from launcher.evaluate.tables import SIDES
 from launcher.start.group import is_rank
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import check_step
@@ -14,8 +15,6 @@ from trainer.evaluate.program import Ask
 from trainer.measure.prompts import Prompt, asked, read_prompts
 from trainer.run.folder import run_config
 from trainer.store import Store
-
-_SIDES = {"base": "base", "adapter": "now"}
 
 
 def generate_answers(
@@ -51,8 +50,8 @@ def generate_answers(
 
 
 def given_prompts(config: Config, path: str | None) -> list[Prompt]:
-    """Those of the file at `path`, or the lines of standard input for "-"; without a `path` those of a pipe, or where it is empty
-    or there is none, of `eval.prompts`.
+    """The prompts in the file at `path`, or the lines of standard input for "-". Without a `path` they are the lines of a pipe, or
+    where it is empty or there is none, those of `eval.prompts`.
 
     Raises:
         ConfigError: the file cannot be read, or holds none.
@@ -66,14 +65,14 @@ def given_prompts(config: Config, path: str | None) -> list[Prompt]:
 
 
 def in_turns(prompts: Sequence[Prompt], config: Config) -> list[list[Prompt]]:
-    """As many at once as there are ranks, which answer one each."""
+    """`prompts` in lists of as many as there are ranks, which answer one each."""
     ranks = int(os.environ["WORLD_SIZE"]) if is_rank() else count_ranks(config)
     return [list(prompts[first : first + ranks]) for first in range(0, len(prompts), ranks)]
 
 
 class Screen:
-    """Answers on the terminal. `chats`: what is typed is one conversation, as the ranks say when they are ready. A list of one prompt is shown as it is written, a longer one when it is there; where both sides
-    answer, each has its name before it."""
+    """Answers on the terminal. With `streams` an answer is shown as it is written, else when it is whole; where `both` sides
+    answer, each has its name before it. `chats`: all that is typed is one conversation, as the ranks say when they are ready."""
 
     def __init__(self, out: TextIO, *, both: bool, streams: bool) -> None:
         self._out, self._both, self._streams = out, both, streams
@@ -96,7 +95,7 @@ class Screen:
             self.last = row
             if not self._streams:
                 self._write(f"> {row['prompt']}\n")
-                for side in _SIDES:
+                for side in SIDES:
                     if side in row:
                         self._write(f"{self._head(side)}{row[side]}\n")
         self._side = None
@@ -109,8 +108,8 @@ class Screen:
             yield turn
 
     def conversation(self) -> Iterator[list[Prompt]]:
-        """What a person types, one prompt at a time until the end of input: where it `chats` as one conversation, which the answers
-        so far belong to. An empty line begins a new one."""
+        """The prompts that a person types, one at a time until the end of input. Where it `chats` they are one conversation, which the
+        answers so far belong to; an empty line begins a new one."""
         said = list[dict[str, str]]()
         while True:
             self._write("> ")
@@ -127,7 +126,7 @@ class Screen:
             said.append({"role": "assistant", "content": self.last["adapter"]})
 
     def _head(self, side: str) -> str:
-        return f"{_SIDES[side]}: " if self._both else ""
+        return f"{SIDES[side]}: " if self._both else ""
 
     def _write(self, text: str) -> None:
         print(text, end="", file=self._out, flush=True)

@@ -25,14 +25,14 @@ _AWAKE_SECONDS = 300.0
 
 
 def count_ranks(config: Config) -> int:
-    """One for each GPU of this machine, and no more than `cluster.workers`; without GPUs as many as that, or one."""
+    """A rank for each GPU of this machine, and no more than `cluster.workers`; without GPUs as many as that, or one."""
     most = config.cluster.most_workers
     gpus = 0 if config.cluster.gpus_per_worker == 0 else local_gpus()
     return min(gpus, most or gpus) if gpus else most or 1
 
 
 def run_ranks(ask: Ask, config: Config, prompts: Iterable[list[Prompt]], hear: Hear) -> dict[str, Any]:
-    """The result of what is asked: by this process as one rank of torchrun's or srun's group, or by ranks of its own.
+    """Do as asked, and return the result: by this process as one rank of torchrun's or srun's group, or by ranks of its own.
 
     `prompts` are taken one list at a time, each when the answers to the one before are there; `hear` gets what rank 0 tells.
 
@@ -113,12 +113,12 @@ def _kept_awake(pipe: IO[str]) -> Iterator[None]:
 
 
 def _hand_over(pipe: IO[str], prompts: list[Prompt] | None) -> None:
-    """None ends the pipe. Of ranks that have ended meanwhile, their output tells."""
+    """Write `prompts` to the pipe; None closes it. Ranks that have ended meanwhile are no error here, as their output says why."""
     try:
         if prompts is None:
             pipe.close()
         elif not pipe.closed:
             print(json.dumps(prompts), file=pipe, flush=True)
     except BrokenPipeError:
-        with suppress(BrokenPipeError):  # what could not be written is tried once more
+        with suppress(BrokenPipeError):  # closing tries once more to write the rest
             pipe.close()

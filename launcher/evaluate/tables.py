@@ -9,7 +9,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-SIDES = ("base", "adapter")
+SIDES = {"base": "base", "adapter": "now"}
+"""The sides of an evaluation, and what each is called on a terminal."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Evaluated:
 
 
 def sentences(sets: Mapping[str, Any]) -> Iterator[str]:
-    """What training did to each set: one sentence where the interval of the difference leaves no doubt, and another where it does."""
+    """A sentence for each set about the change by the training: it says where the interval of the difference leaves a doubt."""
     for name, found in sets.items():
         if "interval" not in found:
             continue
@@ -54,7 +55,7 @@ def sentences(sets: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _sets(sets: Mapping[str, Any], *, after: bool) -> Table:
-    """Narrow enough for eighty columns: what was, an arrow, and what is."""
+    """A table of at most eighty columns: an arrow leads from each value of the base to that of the adapter."""
     table = Table("set", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("tokens", "loss", "perplexity", *(("change", "95 % interval") if after else ())):
         table.add_column(column, no_wrap=True, justify="right")
@@ -74,21 +75,24 @@ def _loss(side: Mapping[str, Any]) -> tuple[str, str]:
     return f"{side['loss']:.4f}", "∞" if perplexity is None else f"{perplexity:,.4g}"
 
 
+def _sides(after: bool) -> list[str]:
+    return list(SIDES) if after else ["base"]
+
+
 def _tasks(tasks: Mapping[str, Any], *, after: bool) -> Table:
-    table = Table("task", "metric", "base", *(("now",) if after else ()), "standard error")
+    sides = _sides(after)
+    table = Table("task", "metric", *(SIDES[side] for side in sides), "standard error")
     for task, metrics in tasks.items():
         for metric, found in metrics.items():
-            values = [f"{found[side]:.4f}" for side in SIDES[: 2 if after else 1]]
+            values = [f"{found[side]:.4f}" for side in sides]
             error = found["stderr"]
             table.add_row(task, metric, *values, "" if error is None else f"{error:.4f}")
     return table
 
 
 def _bias(groups: Mapping[str, Any], *, after: bool) -> Table:
-    sides = SIDES[: 2 if after else 1]
-    heads = [
-        f"{measure}, {'base' if side == 'base' else 'now'}" for side in sides for measure in ("mean gap", "spread")
-    ]
+    sides = _sides(after)
+    heads = [f"{measure}, {SIDES[side]}" for side in sides for measure in ("mean gap", "spread")]
     table = Table("pairs of", "pairs", *heads, caption="log p of the first sentence less that of the second, nats")
     for group, found in groups.items():
         values = [

@@ -30,3 +30,16 @@ def local_path(text: str, setting: str) -> Path:
         reason = error.strerror
         raise ConfigError(f"{setting}: {shown(text)} cannot be a path on this machine: {reason}.") from error
     return path
+
+
+def text_lines(text: str, setting: str) -> list[tuple[int, str]]:
+    """The lines of the text file at `text` that are not empty, each with its number, from 1.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    try:
+        lines = local_path(text, setting).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{setting}: {text!r} cannot be read: {error}.") from error
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]

@@ -57,7 +57,7 @@ class MicroBatch:
         survey: the figures that the losses of the step were found to need beforehand; see trainer/objective/objective.py.
         reference: (documents, answers) fp32, log-probabilities of their answers by a stored reference, in nats; None
             without one.
-        host: the same row on the host, of one that is on a device: whatever is asked of it makes nobody wait for the device.
+        host: the same row on the host, for a row that is on a device: reading it makes nobody wait for the device.
     """
 
     input_ids: torch.Tensor

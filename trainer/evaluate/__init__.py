@@ -1,1 +1,1 @@
-"""What `capstan evaluate` and `capstan generate` run on each rank: a run's model, before and after its training."""
+"""The work of `capstan evaluate` and `capstan generate` on each rank: a run's model, before and after its training."""

@@ -33,10 +33,10 @@ def generate(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str,
     tell({"ready": opened.manifest.step, "chats": opened.ranks.on_first(lambda: opened.prompter.chats)})
     sampling, waiting, every = Sampling(**ask.sampling), iter(prompts), list[dict[str, Any]]()
     while (given := opened.ranks.on_first(lambda: next(waiting, None))) is not None:
-        sides = dict[str, list[str]]()
         if not given:  # nobody has asked anything for a while; the other ranks wait for so long at most
             continue
         openings = opened.ranks.on_first(lambda given=given: opened.prompter.fitting(given, opened.longest))
+        sides = dict[str, list[str]]()
         if ask.base:
             with opened.as_base() as base:
                 sides["base"] = _answers(base, openings, sampling, "base", tell)

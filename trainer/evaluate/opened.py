@@ -1,38 +1,28 @@
 """A run's model, sharded over the ranks as it was trained: first as its base, then as one of its checkpoints."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from trainer.base.load import DTYPES
 from trainer.base.locate import Base, resolve_base
-from trainer.base.tokenizer import read_tokenizer
 from trainer.checkpoint.checkpoints import load_partitions
 from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
 from trainer.config import Config, Data, override
-from trainer.data.prepare import as_trained
-from trainer.devices import check_device
+from trainer.data.prepare import as_trained, load_tokenizer
 from trainer.export.trained import check_overrides, resolve_trained_base, trained_config, trained_method
 from trainer.measure.prompts import Prompter
-from trainer.model.attention import choose_attention
 from trainer.objective.objective import find_objective
 from trainer.optimizer.optimizer import MASTER
-from trainer.plan import choose_scope
-from trainer.rank import group_timeout
-from trainer.ranks import Ranks, join
+from trainer.ranks import Ranks
 from trainer.run.folder import run_config
-from trainer.sizes import most_whole
+from trainer.start import assemble_run, join_run
 from trainer.store import Store, open_run_store
-from trainer.train.assemble import assemble
+from trainer.train.assemble import attention_of
 from trainer.tuning.method import Method, check_tuning, method_of
 from trainer.zero.engine import Engine
-from trainer.zero.policy import build_deepspeed_config
 
 Log = Callable[[str], None]
 
@@ -45,7 +35,7 @@ class Words:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return read_tokenizer(self._base.directory, self._base.name, self._base.added_tokens)
+        return load_tokenizer(self._base)
 
     @cached_property
     def prompter(self) -> Prompter:
@@ -101,8 +91,7 @@ class OpenedRun:
     @property
     def longest(self) -> int | None:
         """Tokens of the longest text that the base has positions for, beside virtual tokens."""
-        positions = self.base.architecture.positions
-        return positions - self.method.virtual.count if positions else None
+        return self.method.virtual.longest(self.base.architecture.positions)
 
 
 def settings_of(
@@ -129,23 +118,13 @@ def open_run(run: Store, step: int | None, overrides: Sequence[str], *, base_alo
     Raises:
         CapstanError: on every rank alike.
     """
-    given = run_config(run, overrides)
-    check_device(given.cluster.gpus_per_worker, torch.cuda.device_count(), torch.version.cuda or torch.version.hip)
-    ranks = join(group_timeout(given))
+    ranks = join_run(run_config(run, overrides))
     config, manifest = ranks.on_first(lambda: settings_of(run, step, overrides, base_alone=base_alone))
     with ranks.agreeing():
         base = resolve_base(config.model) if manifest is None else resolve_trained_base(config.model, manifest)
         check_tuning(config, base.description)
         method = method_of(config) if manifest is None else trained_method(config, manifest)
-    threads = config.cluster.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // ranks.ranks_per_node)
-    torch.set_num_threads(threads)
-    dtype, refused = DTYPES[config.model.dtype], method.virtual.refused_kernels
-    attention = choose_attention(config.model.attention, ranks.device, dtype, base.architecture, refused)
-    on_gpu = ranks.device.type == "cuda"
-    whole = most_whole(config, base.architecture)
-    settings: dict[str, Any] = build_deepspeed_config(config, ranks.world_size, 1, on_gpu, whole)
-    memory = ranks.least_device_memory()
-    scope = choose_scope(config, base.architecture, ranks.world_size, ranks.ranks_per_node, memory)
-    engine, _ = assemble(base, config, settings, ranks, attention, scope, find_objective(config), log)
+    attention = attention_of(config, base, ranks.device)
+    engine, _ = assemble_run(config, base, ranks, attention, find_objective(config), accumulation=1, log=log)
     words = Words(base, ranks.on_first(lambda: as_trained(config)))
     return OpenedRun(run, config, manifest, base, method, ranks, engine, words)

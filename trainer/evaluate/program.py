@@ -51,7 +51,7 @@ def answer(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str, A
     if ask.on_cpu:
         stay_on_cpu()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # They import torch, which sees the devices that it is left.
+    # These import torch, which sees only the devices that are left to it.
     from trainer.evaluate.evaluate import evaluate
     from trainer.evaluate.generate import generate
 
@@ -66,7 +66,7 @@ def answer(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str, A
 
 
 def _leave() -> None:
-    """Not after an error of this rank alone: the group might wait for the others, which wait for this rank."""
+    """Leave the group. A rank that fails alone must not: it might wait for the others, which wait for it."""
     from torch import distributed
 
     if distributed.is_initialized():

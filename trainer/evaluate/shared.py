@@ -44,28 +44,27 @@ class SharedModel:
                 failure = error
             ranks.broadcast(None)
         else:
-            while (job := ranks.broadcast(None)) is not None:
-                self._do(*job, told=_untold)
+            while (asked := ranks.broadcast(None)) is not None:
+                job, given = asked
+                job(self, *given, told=_untold)
         ranks.agree(failure)
         return result
 
     def likelihoods(self, texts: Sequence[Continued], told: Told) -> list[Likelihood]:
         """On rank 0, inside `serve`."""
-        return self._on_all("likelihoods", list(texts), told=told) if texts else []
+        return self._on_all(SharedModel._score, list(texts), told=told) if texts else []
 
     def continued(self, texts: Sequence[OpenText], sampling: Sampling, told: Told) -> list[list[int]]:
         """On rank 0, inside `serve`: the tokens written behind each text."""
-        return self._on_all("continued", list(texts), sampling, told=told) if texts else []
+        return self._on_all(SharedModel._continue, list(texts), sampling, told=told) if texts else []
 
-    def _on_all(self, what: str, *given: Any, told: Told) -> Any:
-        self._opened.ranks.broadcast((what, given))
+    def _on_all(self, job: Callable[..., Any], *given: Any, told: Told) -> Any:
+        """The result of `job`, a method of this class, which every rank calls; it travels by its name."""
+        self._opened.ranks.broadcast((job, given))
         try:
-            return self._do(what, given, told=told)
+            return job(self, *given, told=told)
         except Exception as error:
             raise PassFailed(f"{type(error).__name__}: {error}") from error
-
-    def _do(self, what: str, given: tuple[Any, ...], *, told: Told) -> Any:
-        return {"likelihoods": self._score, "continued": self._continue}[what](*given, told=told)
 
     def _score(self, texts: Sequence[Continued], *, told: Told) -> list[Likelihood]:
         opened = self._opened

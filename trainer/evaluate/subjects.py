@@ -1,4 +1,4 @@
-"""What a run would be evaluated on, found and refused before any rank starts. Without torch."""
+"""The sets, tasks and pairs that a run would be evaluated on, found and refused before any rank starts. Without torch."""
 
 from importlib.util import find_spec
 from pathlib import Path

@@ -43,14 +43,13 @@ from trainer.export.merged import ChangedFile, changed_files
 from trainer.export.proof import Proof
 from trainer.export.rows import Probe, ProbeRow, find_probe
 from trainer.export.trained import resolve_trained_base, trained_config
-from trainer.model.attention import choose_attention
 from trainer.objective.sft import NextTokens
 from trainer.optimizer.optimizer import MASTER
 from trainer.ranks import join
 from trainer.safetensors_index import WEIGHT_DTYPES
 from trainer.scratch import scratch_folder
 from trainer.store import Store, open_store
-from trainer.train.assemble import assemble
+from trainer.train.assemble import assemble, attention_of
 from trainer.tuning.method import Method, method_of
 from trainer.zero.policy import build_deepspeed_config
 
@@ -108,8 +107,7 @@ class Trained:
         those before the first step, over the base as it was quantized for the training."""
         ranks, base = join(), self.base
         config = override(self.config, f"model.dtype={computed_in}", "model.attention=auto", "quant.cache=false")
-        dtype, refused = DTYPES[computed_in], self.method.virtual.refused_kernels
-        attention = choose_attention(config.model.attention, ranks.device, dtype, base.architecture, refused)
+        attention = attention_of(config, base, ranks.device)
         on_gpu = ranks.device.type == "cuda"
         settings = build_deepspeed_config(config, world_size=ranks.world_size, accumulation=1, on_gpu=on_gpu)
         engine, _ = assemble(base, config, settings, ranks, attention, "world", NextTokens())

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from trainer.config.paths import local_path
+from trainer.config.paths import text_lines
 from trainer.errors import NOT_JSON, ConfigError
 
 
@@ -24,19 +24,15 @@ class Gaps(NamedTuple):
     std: float
 
 
-def read_pairs(path: str, setting: str = "eval.bias") -> list[SentencePair]:
-    """The pairs of a JSONL file, whose rows are {"group": "...", "pair": ["...", "..."]}.
+def read_pairs(path: str) -> list[SentencePair]:
+    """The pairs of the JSONL file of `eval.bias`, whose rows are {"group": "...", "pair": ["...", "..."]}.
 
     Raises:
         ConfigError: the file cannot be read, or a row is something else.
     """
-    try:
-        lines = local_path(path, setting).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{setting}: {path!r} cannot be read: {error}.") from error
-    pairs = [_pair(line, f"{setting}: {path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    pairs = [_pair(line, f"eval.bias: {path}:{number}") for number, line in text_lines(path, "eval.bias")]
     if not pairs:
-        raise ConfigError(f"{setting}: {path!r} holds no pair.")
+        raise ConfigError(f"eval.bias: {path!r} holds no pair.")
     return pairs
 
 

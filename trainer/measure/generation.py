@@ -98,7 +98,8 @@ class _Answer:
 
     @property
     def row(self) -> GrowingText:
-        """What the next pass reads: a rank that is done reads one token again and again, as it helps the others to gather the model."""
+        """The text that the next pass reads. A rank that is done reads one token again and again, which helps the others to gather
+        the model."""
         return self.text if self.going else GrowingText(_row((0,)))
 
     def take(self, token: int, most: int) -> int:

@@ -23,7 +23,7 @@ class DocumentLosses(NamedTuple):
 
 
 def document_losses(engine: Engine, stream: Stream, told: Callable[[int], None]) -> DocumentLosses:
-    """Those of this rank's rows of the set of `stream`; `told` gets, before each row, the documents that are done. Collective."""
+    """The losses of this rank's rows of the set of `stream`; `told` gets, before each row, the documents that are done. Collective."""
     numbers, values = list[int](), list[Tensor]()
     engine.evaluating(True)
     for batches in stream.epoch(0):

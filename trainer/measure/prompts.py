@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.base.config_json import read_by_transformers
 from trainer.config import Data
-from trainer.config.paths import local_path
+from trainer.config.paths import text_lines
 from trainer.data.chat import chat_template, framing
 from trainer.data.messages import read_messages
 from trainer.errors import NOT_JSON, ConfigError, DataError
@@ -31,11 +31,7 @@ def read_prompts(path: str, setting: str = "eval.prompts") -> list[Prompt]:
     Raises:
         ConfigError: the file cannot be read, or a row has neither prompt nor messages.
     """
-    try:
-        lines = local_path(path, setting).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{setting}: {path!r} cannot be read: {error}.") from error
-    rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    rows = text_lines(path, setting)
     if not rows:
         raise ConfigError(f"{setting}: {path!r} holds no prompt. Give a line for each.")
     if not path.endswith(".jsonl"):
@@ -56,7 +52,7 @@ def prompt_of(line: str, where: str) -> Prompt:
 
 
 def asked(prompt: Prompt) -> str:
-    """A prompt in one text for a reader: of a conversation, the last message."""
+    """A prompt in one text for a reader; a conversation is shown by its last message."""
     given = prompt.get("messages", prompt.get("prompt"))
     return given if isinstance(given, str) else str(given[-1].get("content", ""))
 
@@ -64,22 +60,22 @@ def asked(prompt: Prompt) -> str:
 class Prompter:
     """The tokens of prompts under the run's template and format, and of its answers.
 
-    `chats`: a prompt is the first message of a conversation. `stops` are the tokens that end an answer: the tokenizer's end of text, those of the base's generation_config.json, and of a
-    chat the token that the template puts behind an assistant's turn.
+    `chats`: a prompt is the first message of a conversation. `stops` are the tokens that end an answer: the tokenizer's end of text,
+    those of the base's generation_config.json, and in a chat the token that the template puts behind an assistant's turn.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", data: Data, directory: Path) -> None:
         self._tokenizer, self._data = tokenizer, data
         eos: Any = tokenizer.eos_token_id
         self.stops = {*([eos] if eos is not None else []), *_generation_ends(directory)}
-        # Of rows whose format is found out, those of a tokenizer without a template can be no conversations.
+        # Rows whose format is found out can be no conversations where the tokenizer has no template.
         templated = data.template or getattr(tokenizer, "chat_template", None)
         self.chats = data.kind == "chat" and (data.format != "auto" or bool(templated))
         if self.chats:
             self.stops |= self._turn_ends()
 
     def tokens(self, prompt: Prompt) -> list[int]:
-        """Those before the answer. Raises `ConfigError` when the prompt does not suit the run's format."""
+        """The tokens before the answer. Raises `ConfigError` when the prompt does not suit the run's format."""
         given = prompt.get("messages", prompt.get("prompt"))
         if self.chats or not isinstance(given, str):
             messages = [{"role": "user", "content": given}] if isinstance(given, str) else given

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.base.locate import Base
-from trainer.base.tokenizer import read_tokenizer
 from trainer.config import Config
-from trainer.data.prepare import as_trained
+from trainer.data.prepare import as_trained, load_tokenizer
 from trainer.measure.generation import Opening, Sampling, continued
 from trainer.measure.prompts import Prompt, Prompter, asked, read_prompts
 from trainer.ranks import Ranks
@@ -33,8 +32,8 @@ class PromptSamples:
     keeping: Harmless
 
     def take(self, engine: Engine, step: int, begin: Callable[[], None]) -> None:
-        """Answer by the state at `step`, and keep the answers in the run's folder; a store that fails ends nothing. Collective, in
-        at most `sampling.max_tokens` passes for as many prompts as there are ranks; `begin` is called before each."""
+        """Answer by the state at `step`, and keep the answers in the run's folder; a store that fails ends nothing. Collective: as
+        many prompts as there are ranks take at most `sampling.max_tokens` passes, and `begin` is called before each pass."""
         openings = [Opening(tokens, lambda written: written[-1] in self.stops) for tokens in self.tokens]
         written = continued(engine, openings, self.sampling, longest=self.longest, begin=begin)
         if (prompter := self.prompter) is None:
@@ -48,7 +47,7 @@ class PromptSamples:
 
 
 def open_samples(config: Config, base: Base, run: Store, ranks: Ranks) -> PromptSamples:
-    """Those of `eval.prompts`. Collective.
+    """The samples of `eval.prompts`. Collective.
 
     Raises:
         ConfigError: the file cannot be read on rank 0's machine, or a prompt does not suit the run's format, or is too long.
@@ -57,13 +56,11 @@ def open_samples(config: Config, base: Base, run: Store, ranks: Ranks) -> Prompt
 
     def read() -> tuple[list[Prompt], list[list[int]], frozenset[int]]:
         nonlocal prompter
-        tokenizer = read_tokenizer(base.directory, base.name, base.added_tokens)
-        prompter = Prompter(tokenizer, as_trained(config), base.directory)
+        prompter = Prompter(load_tokenizer(base), as_trained(config), base.directory)
         prompts = read_prompts(config.eval.prompts or "")
         return prompts, prompter.fitting(prompts, longest), frozenset(prompter.stops)
 
-    positions = base.architecture.positions
-    longest = positions - method_of(config).virtual.count if positions else None
+    longest = method_of(config).virtual.longest(base.architecture.positions)
     prompts, tokens, stops = ranks.on_first(read)
     sampling = Sampling(config.eval.max_tokens)
     return PromptSamples(run, prompts, tokens, stops, sampling, longest, prompter, Harmless("keeping the samples"))

@@ -1,14 +1,15 @@
 """The likelihood of given continuations of given texts: many of them packed into each row, the rows divided over the ranks."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from trainer.data.micro_batch import MicroBatch
 from trainer.model.head import IGNORE
 from trainer.model.packed import PackedModel
+from trainer.objective.answers import segments_of_targets
 from trainer.zero.engine import Engine
 
 
@@ -26,26 +27,10 @@ class Likelihood(NamedTuple):
     greedy: bool
 
 
-@dataclass(frozen=True, eq=False)
-class TextRow:
-    """Some texts in one row of T tokens: the fields are those of `trainer.data.micro_batch.MicroBatch`."""
-
-    input_ids: Tensor
-    labels: Tensor
-    position_ids: Tensor
-    cu_seqlens: Tensor
-    max_seqlen: int
-    lengths: tuple[int, ...]
-
-    def to(self, device: torch.device) -> Self:
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **moved)
-
-
 def likelihoods(
     engine: Engine, texts: Sequence[Continued], capacity: int, *, reserved: int, told: Callable[[int], None]
 ) -> list[Likelihood]:
-    """Those of all texts on every rank. Collective.
+    """The likelihoods of all texts, on every rank. Collective.
 
     A row takes texts up to `capacity` tokens, or a longer one alone; `reserved` positions before each text belong to virtual
     tokens. `told` gets the number of texts that are done.
@@ -78,7 +63,7 @@ def packed(lengths: Sequence[int], capacity: int) -> Iterator[list[int]]:
         yield row
 
 
-def _row(texts: Sequence[Continued], reserved: int) -> TextRow:
+def _row(texts: Sequence[Continued], reserved: int) -> MicroBatch:
     """The texts without their last tokens, which predict nothing."""
     tokens, labels, positions, borders = list[int](), list[int](), list[int](), [0]
     for text in texts:
@@ -90,14 +75,12 @@ def _row(texts: Sequence[Continued], reserved: int) -> TextRow:
     longest = max(len(text.tokens) for text in texts) - 1 + reserved
     ids, targets, places = (torch.tensor(row)[None] for row in (tokens, labels, positions))
     cu_seqlens = torch.tensor(borders, dtype=torch.int32)
-    return TextRow(ids, targets, places, cu_seqlens, longest, tuple(cu_seqlens.diff().tolist()))
+    scored = sum(label != IGNORE for label in labels)
+    return MicroBatch(ids, targets, places, cu_seqlens, longest, len(tokens) - reserved * len(texts), scored, (), ())
 
 
-def _scores(model: PackedModel, row: TextRow) -> Tensor:
+def _scores(model: PackedModel, row: MicroBatch) -> Tensor:
     """(2, segments) fp64: log p of each segment's targets, and how many of these are not the most likely token."""
-    ranked = model.head(model.hidden(row), row.labels, ranked=True).double()
-    sizes = row.cu_seqlens.diff().long()
-    numbers = torch.arange(len(sizes), device=sizes.device)
-    owner = torch.repeat_interleave(numbers, sizes, output_size=row.labels.numel())[row.labels[0] != IGNORE]
+    ranked = model.head(model.hidden(row), row.labels, row.places, ranked=True).double()
     changes = ranked * -1 + ranked.new_tensor([0, 1])
-    return ranked.new_zeros(len(sizes), 2).index_add_(0, owner, changes).T
+    return ranked.new_zeros(len(row.cu_seqlens) - 1, 2).index_add_(0, segments_of_targets(row), changes).T

@@ -83,7 +83,7 @@ class LossHead(nn.Linear):
         -log p(label) with the further `terms`, a () fp32 tensor in nats, which is 0 with a zero gradient for a row without
         targets; or, `per_target`, the summands, (targets,), in the order of the labels; or, `ranked`, without a gradient
         (targets, 2): -log p, and 1 where no token is likelier, else 0. `places` (targets,) int64 are those of the labels of
-        targets, from the first of all on: whoever knows them on the host spares it to wait for the device.
+        targets, from the first of all on: a caller that knows them on the host spares it to wait for the device.
         """
         rows = self._rows
         if labels is None:

@@ -30,10 +30,16 @@ def read_segments(model: PackedModel, batch: MicroBatch | PartOfRow) -> Answers:
     import torch
 
     nats = model.head(model.hidden(batch), batch.labels, batch.places, per_target=True)
-    segments = len(batch.cu_seqlens) - 1
-    sizes = batch.cu_seqlens.diff().long()
-    owner = torch.repeat_interleave(torch.arange(segments, device=nats.device), sizes, output_size=batch.labels.numel())
-    owner = owner[batch.places]  # of each target, the segment that it is in
+    segments, owner = len(batch.cu_seqlens) - 1, segments_of_targets(batch)
     log_p = torch.zeros(segments, device=nats.device).index_add(0, owner, -nats)
     tokens = torch.zeros(segments, device=nats.device).index_add(0, owner, torch.ones_like(nats))
     return Answers(log_p, tokens)
+
+
+def segments_of_targets(batch: MicroBatch | PartOfRow) -> Tensor:
+    """(targets,) int64, the number of the segment that each target of a row is in."""
+    import torch
+
+    sizes = batch.cu_seqlens.diff().long()
+    numbers = torch.arange(len(sizes), device=sizes.device)
+    return torch.repeat_interleave(numbers, sizes, output_size=batch.labels.numel())[batch.places]

@@ -132,8 +132,8 @@ def reference_of(config: Config) -> Literal["adapter_off", "stored"] | None:
 
 
 def segments_of(config: Config) -> int:
-    """Segments of a row that one document of the run is, at most; see `Data.segments`. By the objective, where the rows may have
-    any format that it learns from."""
+    """Segments of a row that one document of the run is, at most; see `Data.segments`. Where the format is yet to be found, the rows
+    may have any that the objective learns from."""
     if config.data.format != "auto":
         return config.data.segments
     return max(map(most_segments, find_objective(config).formats))

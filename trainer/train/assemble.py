@@ -9,13 +9,19 @@ from torch import Tensor, nn
 from trainer.base.load import DTYPES, LoadReport, load_model
 from trainer.base.locate import Base
 from trainer.config import Config
-from trainer.model.attention import Attention
+from trainer.model.attention import Attention, choose_attention
 from trainer.model.packed import PackedModel
 from trainer.objective.objective import Objective
 from trainer.ranks import Ranks
 from trainer.tuning.method import method_of
 from trainer.zero.engine import Engine
 from trainer.zero.policy import Scope
+
+
+def attention_of(config: Config, base: Base, device: torch.device) -> Attention:
+    """The attention kernel for the run's settings, base and method. Raises `ConfigError` when the one that is set cannot be used."""
+    dtype, refused = DTYPES[config.model.dtype], method_of(config).virtual.refused_kernels
+    return choose_attention(config.model.attention, device, dtype, base.architecture, refused)
 
 
 def assemble(
@@ -57,6 +63,6 @@ def checksums(model: nn.Module) -> dict[str, int]:
 
 
 def _sum(part: Tensor) -> Tensor:
-    """Of eight bytes at a time: torch makes a copy of what it is to add up in a wider type than it has."""
+    """The sum of words of eight bytes: torch makes a copy of what it is to add up in a wider type than it has."""
     words = len(part) // 8 * 8
     return part[:words].view(torch.int64).sum() + part[words:].sum(dtype=torch.int64)

@@ -193,26 +193,25 @@ def _totals(every: Sequence[_RankStep], seconds: float) -> dict[str, Any]:
 def _evaluate_if_due(run: Training, step: int, stopping: Stop, routing: Routing) -> float | None:
     """Evaluate the state at `step` where that is due; returns the loss, in nats, of the unnamed data, or without any of the first
     set. Collective."""
-    due = step == run.total_steps or (_is_due(run.config.eval.every, step) and not stopping)
+    if not _is_due(run, run.config.eval.every, step, stopping):
+        return None
     loss = None
-    if due:
-        # Backwards, so that the newest record is of the data whose loss decides what is kept.
-        for name, stream in reversed(list(run.eval_sets.items())):
-            loss, tokens = mean_loss(run.engine, stream, lambda _: run.pulse("evaluate", 0))
-            measured = routing.evaluated(step, f"eval.sets.{name}")
-            run.metrics.write("eval", step=step, set=name, loss=loss, tokens=tokens, **measured)
-        if run.eval_stream is not None:
-            evaluated = evaluate(run, run.eval_stream) | routing.evaluated(step)
-            run.metrics.write("eval", step=step, **evaluated)
-            loss = evaluated["loss"]
-        run.pulse("save", step)
+    # Backwards, so that the newest record is of the data whose loss decides what is kept.
+    for name, stream in reversed(list(run.eval_sets.items())):
+        loss, tokens = mean_loss(run.engine, stream, lambda _: run.pulse("evaluate", 0))
+        measured = routing.evaluated(step, f"eval.sets.{name}")
+        run.metrics.write("eval", step=step, set=name, loss=loss, tokens=tokens, **measured)
+    if run.eval_stream is not None:
+        evaluated = evaluate(run, run.eval_stream) | routing.evaluated(step)
+        run.metrics.write("eval", step=step, **evaluated)
+        loss = evaluated["loss"]
+    run.pulse("save", step)
     return loss
 
 
 def _sample_if_due(run: Training, step: int, stopping: Stop) -> None:
     """Answer the prompts by the state at `step` where that is due. Collective."""
-    due = step == run.total_steps or (_is_due(run.config.train.sample_every, step) and not stopping)
-    if run.samples is not None and due:
+    if run.samples is not None and _is_due(run, run.config.train.sample_every, step, stopping):
         run.pulse("evaluate", 0)
         run.samples.take(run.engine, step, lambda: run.pulse("evaluate", 0))
         run.pulse("save", step)
@@ -264,11 +263,15 @@ def _not_finite(what: str, step: int, value: float, position: Position) -> NonFi
 
 def _save_is_due(config: Config, step: int, minutes_since_save: float) -> bool:
     rules = config.checkpoint
-    by_step = rules.every_steps > 0 and step % rules.every_steps == 0
-    return by_step or (rules.every_minutes > 0 and minutes_since_save >= rules.every_minutes)
+    return _is_every(rules.every_steps, step) or (rules.every_minutes > 0 and minutes_since_save >= rules.every_minutes)
 
 
-def _is_due(every: int, step: int) -> bool:
+def _is_due(run: Training, every: int, step: int, stopping: Stop) -> bool:
+    """Whether what comes `every` so many steps, and at the end, comes at `step`; a stop leaves it out."""
+    return step == run.total_steps or (_is_every(every, step) and not stopping)
+
+
+def _is_every(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 

@@ -95,6 +95,10 @@ class VirtualTokens:
         """Positions of a packed row before each document."""
         return self.count if self.in_row else 0
 
+    def longest(self, positions: int | None) -> int | None:
+        """Tokens of the longest text behind them, by a base with so many positions; None where it has no limit."""
+        return positions - self.count if positions else None
+
 
 class Method(Protocol):
     """One way to fine-tune, with the settings of one run."""

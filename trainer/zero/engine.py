@@ -1,7 +1,7 @@
 """The training engine: DeepSpeed behind the few calls that the loop and the checkpoints need.
 
-Private names of DeepSpeed 0.19 are touched in `_part`, `partitions` and `refresh`; tests/dist/test_engine.py fails when upstream
-changes them.
+Private names of DeepSpeed 0.19 are touched in `_Wrapped`, `_part`, `partitions` and `refresh`; tests/dist/test_engine.py and
+tests/dist/test_gather.py fail when upstream changes them.
 """
 
 import os

@@ -30,7 +30,7 @@ _AHEAD = 2  # layers that a gather may be ahead of what the device computes
 
 @contextmanager
 def without_hooks() -> Iterator[None]:
-    """Inside, DeepSpeed makes an engine without hooks on modules: those that gather, of which each module would have four."""
+    """Inside, DeepSpeed makes an engine without the hooks that gather, of which each module would have four."""
     plain = DeepSpeedZeRoOffload.setup_zero_stage3_hooks
     DeepSpeedZeRoOffload.setup_zero_stage3_hooks = lambda self: None
     try:
@@ -58,8 +58,8 @@ class Gathers:
     """Gathers the parameters of `model` for each pass through it, and frees them behind it. Every method is collective, and the engine
     was made `without_hooks`.
 
-    `zero` is DeepSpeed's optimizer of stage 3. Of its policy count `overlap_comm`; `stage3_prefetch_bucket_size`, where 0 means that
-    no layer is gathered before it is needed; `stage3_max_live_parameters`, beyond which none is either; and
+    `zero` is DeepSpeed's optimizer of stage 3. These keys of its `policy` count: `overlap_comm`; `stage3_prefetch_bucket_size`, where
+    0 means that no layer is gathered before it is needed; `stage3_max_live_parameters`, beyond which none is either; and
     `stage3_max_reuse_distance`: where a layer's backward pass is no more parameters away than that, it is kept until then. Where
     the policy leaves them out, three layers may be whole, and the last one is kept.
     """
@@ -92,8 +92,8 @@ class Gathers:
         self.gather_whole()
 
     def gather_whole(self) -> None:
-        """Gather what is small enough to stay whole on every rank: it is not after an update, nor after partitions were written or
-        somebody has gathered them for a while."""
+        """Gather the parameters that are small enough to stay whole on every rank. They are not whole after an update, nor after
+        partitions were written or somebody has gathered them for a while."""
         missing = [parameter for parameter in self._whole if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE]
         if missing:
             missing[0].all_gather_coalesced(missing).wait()
@@ -229,7 +229,7 @@ class Gathers:
         self._live += sum(parameter.ds_numel for parameter in missing)
 
     def _wait(self, unit: _Unit) -> None:
-        """Until the unit's parameters are there, for the device's current stream."""
+        """Have the device's current stream wait until the unit's parameters are there."""
         with self._device.stream(self._stream):
             for parameter in unit.parameters:
                 if (handle := self._handles.pop(parameter, None)) is not None:

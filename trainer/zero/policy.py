@@ -69,7 +69,6 @@ _ZERO_OWNERS = {
 # DeepSpeed prints a line of its own every so many steps; ours come from trainer/run/metrics.py.
 _NEVER = 2**31 - 1
 
-
 WHOLE = 100_000
 """Elements of a parameter that is too small to be worth a gather."""
 _THRESHOLD = "stage3_param_persistence_threshold"

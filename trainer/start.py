@@ -1,0 +1,58 @@
+"""The beginning of every program on a run's ranks: they join each other, and divide the run's model among them."""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+
+from trainer.base.load import LoadReport
+from trainer.base.locate import Base
+from trainer.config import Config
+from trainer.devices import check_device
+from trainer.model.attention import Attention
+from trainer.objective.objective import Objective
+from trainer.plan import choose_scope
+from trainer.ranks import Ranks, join
+from trainer.sizes import most_whole
+from trainer.train.assemble import assemble
+from trainer.zero.engine import Engine
+from trainer.zero.policy import build_deepspeed_config
+
+
+def join_run(config: Config) -> Ranks:
+    """Join the other ranks on the device and with the threads that the settings say.
+
+    Raises:
+        ConfigError: this process does not see the GPUs that it should.
+        CapstanError: not all ranks have come within `timeouts.meet`.
+    """
+    check_device(config.cluster.gpus_per_worker, torch.cuda.device_count(), torch.version.cuda or torch.version.hip)
+    # A collective may last longer than the heartbeat's limits, as the heartbeat names the rank that hangs.
+    limit = timedelta(seconds=120 + max(config.timeouts.model_dump().values()))
+    ranks = join(limit, timedelta(seconds=config.timeouts.meet))
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(config.cluster.threads_per_worker or max(1, cores // ranks.ranks_per_node))
+    return ranks
+
+
+def assemble_run(
+    config: Config,
+    base: Base,
+    ranks: Ranks,
+    attention: Attention,
+    objective: Objective,
+    accumulation: int,
+    log: Callable[[str], None],
+) -> tuple[Engine, LoadReport]:
+    """The run's engine, divided as `sharding` says, or as suits these ranks; the rest is as in `assemble`. Collective."""
+    settings = build_deepspeed_config(
+        config,
+        world_size=ranks.world_size,
+        accumulation=accumulation,
+        on_gpu=ranks.device.type == "cuda",
+        whole=most_whole(config, base.architecture),
+    )
+    memory = ranks.least_device_memory()
+    scope = choose_scope(config, base.architecture, ranks.world_size, ranks.ranks_per_node, memory)
+    return assemble(base, config, settings, ranks, attention, scope, objective, log)
