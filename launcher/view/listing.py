@@ -16,7 +16,7 @@ from trainer.errors import StorageError
 from trainer.run import layout
 from trainer.run.lines import duration
 from trainer.run.owner import last_owner
-from trainer.run.records import edge_records
+from trainer.run.records import edge_records, last_written, starts_in
 from trainer.run.segments import Segment, streams
 from trainer.store import Store
 
@@ -81,7 +81,7 @@ def _line(folder: Store, name: str, now: float) -> RunLine:
 def _read(folder: Store, name: str, now: float) -> RunLine:
     """The run by the ends of its newest generation's records and, where that has taken no step yet, of the one before."""
     found = streams(folder.list(layout.METRICS))
-    numbers = sorted({number for stream in found if (number := layout.records_of(stream))}, reverse=True)
+    numbers = starts_in(found)[::-1]
     if not numbers and is_sweep(folder):
         return _sweep(folder, name, now)
     if not numbers:
@@ -92,13 +92,7 @@ def _read(folder: Store, name: str, now: float) -> RunLine:
     if not summaries[0].last("step") and numbers[1:]:
         summaries.append(_summary(folder, numbers[1], found))
     newest = summaries[0]
-    written = max(
-        segment.entry.modified.timestamp()
-        for stream, segments in found.items()
-        for segment in segments
-        if layout.records_of(stream) == numbers[0]
-    )
-    quiet = max(0.0, now - (newest.last_time or written))
+    quiet = max(0.0, now - (newest.last_time or last_written(found, numbers[0])))
     state, taken = judge(folder, newest, now, quiet)
     end = newest.last("end")
 

@@ -20,7 +20,7 @@ from trainer.errors import ConfigError
 from trainer.run import layout
 from trainer.run.folder import command, run_config
 from trainer.run.owner import Owner, read_owner
-from trainer.run.records import Record, RecordReader, read_records
+from trainer.run.records import Record, RunReader, last_written, read_records
 from trainer.run.segments import streams
 from trainer.store import Store
 
@@ -152,7 +152,7 @@ class Follower:
     def __init__(self, folder: Store, clock: Callable[[], float] = time.time) -> None:
         self._folder, self._clock = folder, clock
         self._generations: dict[int, Summary] = {}
-        self._readers: dict[int, RecordReader] = {}
+        self._reader = RunReader(folder)
 
     @cached_property
     def _config(self) -> Config | None:
@@ -162,13 +162,15 @@ class Follower:
         return None
 
     def read(self) -> RunStatus:
-        written = self._read_metrics()
+        found = streams(self._folder.list(layout.METRICS))
+        for number, records in self._reader.read(found):
+            self._generations.setdefault(number, Summary()).add(records)
         if not self._generations:
             return self._before_its_first_records()
         number = max(self._generations)
         newest = self._generations[number]
         now = self._clock()
-        quiet = max(0.0, now - (newest.last_time or written[number]))
+        quiet = max(0.0, now - (newest.last_time or last_written(found, number)))
         step, total = self._step(), self._newest_value("start", "total_steps")
         tokens_per_second, step_seconds = _rates(newest)
         commit = self._last_commit()
@@ -213,19 +215,6 @@ class Follower:
     def _before_its_first_records(self) -> RunStatus:
         state, reason = before_records(self._folder, self._clock())
         return RunStatus(self._folder.uri, state, stop_requested=self._folder.exists(layout.STOP), reason=reason)
-
-    def _read_metrics(self) -> dict[int, float]:
-        """Read what is new; returns when something was last written for each generation, in seconds since 1970."""
-        found = streams(self._folder.list(layout.METRICS))
-        written: dict[int, float] = {}
-        for stream, segments in found.items():
-            if number := layout.records_of(stream):
-                newest = max(segment.entry.modified.timestamp() for segment in segments)
-                written[number] = max(newest, written.get(number, 0.0))
-        for number in sorted(written):
-            reader = self._readers.setdefault(number, RecordReader(self._folder, number))
-            self._generations.setdefault(number, Summary()).add(reader.read(found))
-        return written
 
     def _newest_first(self) -> list[Summary]:
         return [self._generations[number] for number in sorted(self._generations, reverse=True)]
