@@ -19,7 +19,7 @@ from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.run import layout
 from trainer.run.folder import command, run_config
-from trainer.run.owner import Owner, read_owner
+from trainer.run.owner import read_owner
 from trainer.run.records import Record, RunReader, last_written, read_records
 from trainer.run.segments import streams
 from trainer.store import Store
@@ -175,7 +175,7 @@ class Follower:
         tokens_per_second, step_seconds = _rates(newest)
         commit = self._last_commit()
         end = newest.last("end")
-        state, taken = judge(self._folder, newest, now, quiet)
+        state, reason = judge(self._folder, newest, now, quiet)
         gpu_hours = sum(map(_gpu_seconds, self._generations.values())) / 3600
         price = self._config.track.price_per_gpu_hour if self._config else None
         return RunStatus(
@@ -206,7 +206,7 @@ class Follower:
             failed_saves=self._count("save_failed"),
             skipped_saves=self._count("save_skipped"),
             stop_requested=self._folder.exists(layout.STOP),
-            reason=taken.sentence(now) if taken else end["reason"] if end else "",
+            reason=reason,
             gpu_hours=gpu_hours or None,
             cost=gpu_hours * price if gpu_hours and price is not None else None,
             next=next_command(self._folder, state, committed=commit is not None),
@@ -303,13 +303,13 @@ def before_records(folder: Store, now: float) -> tuple[State, str]:
     return "starting", owner.sentence(now) if owner else ""
 
 
-def judge(folder: Store, newest: Summary, now: float, quiet: float) -> tuple[State, Owner | None]:
-    """The state of a run by its newest generation and its owner, and the owner if it has taken the run again since that has ended."""
+def judge(folder: Store, newest: Summary, now: float, quiet: float) -> tuple[State, str]:
+    """The state of a run by its newest generation and its owner, and why: the end of that generation, or who has taken the run since."""
     end, owner = newest.last("end"), read_owner(folder)
     alive = owner.is_alive(now) if owner else _is_heard_of(newest, quiet)
     if owner and alive and end and owner.since > end["time"] and not newest.last("restart"):
-        return "starting", owner  # and has no ranks yet
-    return _state(newest, alive), None
+        return "starting", owner.sentence(now)  # and has no ranks yet
+    return _state(newest, alive), end["reason"] if end else ""
 
 
 def _is_heard_of(newest: Summary, quiet: float) -> bool:
