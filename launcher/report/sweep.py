@@ -58,8 +58,8 @@ def sweep_page(figures: SweepFigures) -> str:
         figures.to_json(),
         sweep=status,
         name=status.sweep.rpartition("/")[2],
-        settings=list(status.trials[0].settings) if status.trials else [],
-        best=next((trial for trial in status.trials if trial.number == status.best), None),
+        settings=status.settings,
+        best=status.best_trial,
         by_setting=setting_plots(status),
         plots=comparison_plots({run.name: run for run in figures.best}),
         shown=len(figures.best),
@@ -68,8 +68,7 @@ def sweep_page(figures: SweepFigures) -> str:
 
 def setting_plots(status: SweepStatus) -> list[Plot]:
     """For each setting whose values are numbers the metric of every trial at its last step, by the trials' states."""
-    names = list(status.trials[0].settings) if status.trials else []
-    return [plot for name in names if (plot := _setting_plot(status, name))]
+    return [plot for name in status.settings if (plot := _setting_plot(status, name))]
 
 
 def _setting_plot(status: SweepStatus, name: str) -> Plot | None:
