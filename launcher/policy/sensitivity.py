@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from statistics import StatisticsError, correlation, fmean
 from typing import Any
@@ -70,10 +71,8 @@ def sensitivities(
 def _of_range(name: str, given: list[Any], metric: list[float], step: int) -> Sensitivity:
     found = None
     if len(given) >= _FEWEST:
-        try:
+        with suppress(StatisticsError):  # all values are the same
             found = correlation(_ranks(given), _ranks(metric))
-        except StatisticsError:  # all values are the same
-            found = None
     return Sensitivity(name, len(given), step, correlation=found)
 
 
