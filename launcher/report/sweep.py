@@ -13,7 +13,8 @@ from launcher.report.figures import RunFigures, read_figures
 from launcher.report.page import rendered
 from launcher.report.plots import Axis, Plot, scatter
 from launcher.view.sweep import SweepStatus, TrialStatus, read_sweep
-from trainer.store import Store, open_store
+from trainer.run.folder import store_of
+from trainer.store import Store
 
 _OVERLAID = 7
 """Trials whose curves are drawn over each other: as many as have colours of their own."""
@@ -39,7 +40,7 @@ class SweepFigures:
 def read_sweep_figures(folder: Store, clock: Callable[[], float] = time.time) -> SweepFigures:
     """Raises `StorageError` when the store cannot be read, and `ConfigError` where the folder is no sweep's."""
     status = read_sweep(folder, clock)
-    store = open_store(folder.uri.rpartition("/")[0])
+    store = store_of(folder)
     return SweepFigures(clock(), status, [read_figures(store.sub(trial.run), clock) for trial in _ranked(status)])
 
 

@@ -20,10 +20,10 @@ from launcher.view.tail import poll_seconds
 from trainer.config.sweep import TRAIN
 from trainer.errors import NOT_JSON, ConfigError, Damaged, NotFound, StorageError
 from trainer.run import layout
-from trainer.run.folder import command, run_config
+from trainer.run.folder import command, run_config, store_of
 from trainer.run.owner import last_owner
 from trainer.run.requests import stop_requester
-from trainer.store import Store, open_store
+from trainer.store import Store
 
 BY = "capstan sweep"
 """The owner of a sweep and of its trials, and the author of the stop requests to them that end the whole sweep."""
@@ -162,7 +162,7 @@ class SweepFollower:
 
 
 def _beside(folder: Store, run: str) -> Store:
-    return open_store(folder.uri.rpartition("/")[0]).sub(run)
+    return store_of(folder).sub(run)
 
 
 class _Followed:

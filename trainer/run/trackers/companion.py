@@ -20,7 +20,7 @@ from trainer.config.secrets import masked
 from trainer.errors import NOT_JSON, NotFound
 from trainer.run import layout
 from trainer.run.background import say
-from trainer.run.folder import run_folder
+from trainer.run.folder import name_of, run_folder
 from trainer.run.records import Record, RunReader, starts_in
 from trainer.run.segments import streams
 from trainer.run.trackers.beside import FAREWELL
@@ -47,7 +47,7 @@ class Kept:
 
     @staticmethod
     def read(run: Store, tracker: str) -> "Kept":
-        name = run.uri.rpartition("/")[2]
+        name = name_of(run)
         with suppress(NotFound, TypeError, *NOT_JSON):
             kept = Kept(**json.loads(run.get(layout.tracker(tracker))))
             if kept.run == name:
