@@ -18,8 +18,8 @@ _FEWEST = 3
 class Sensitivity:
     """The metric of `trials` trials at `step`, by the values of one setting.
 
-    Of a range: `correlation`, Spearman's, of value and metric, or None where the trials do not tell. Of single values: `means`
-    of the metric for each, and `spread`, the largest mean less the smallest.
+    A range has the rank `correlation` (Spearman's) of value and metric, None where the trials do not tell. Single values have the
+    `means` of the metric for each, and the `spread`, which is the largest mean less the smallest.
     """
 
     setting: str

@@ -1,4 +1,4 @@
-"""What a run trained on what, and how to do it again: read from its settings, its newest checkpoint and its compiled data."""
+"""The model and the data of a run, and how to do it again: read from its settings, its newest checkpoint and its compiled data."""
 
 import json
 import math
@@ -51,7 +51,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class TrainedFigures:
-    """What learnt on top of what. `trainable` and `total` count parameters; `loss_of` is what a loss is a mean over."""
+    """The part of the model that learns, and the base under it. `trainable` and `total` count parameters; `loss_of` is what a loss is a mean over."""
 
     base: str | None
     base_fingerprint: str | None
@@ -93,7 +93,7 @@ class DataFigures:
 
 @dataclass(frozen=True)
 class Repeat:
-    """What does the same again: a command, and the configuration that it reads."""
+    """The way to do the same again: a command, and the configuration that it reads."""
 
     command: str
     config: str

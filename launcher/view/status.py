@@ -236,7 +236,7 @@ class Follower:
         return min(firsts, key=lambda record: record["step"]).get("loss") if firsts else None
 
     def _loss_curve(self) -> list[tuple[int, float]]:
-        """Of the steps that starts have repeated, those of the newest count."""
+        """The points of all starts; where starts have repeated steps, those of the newest count."""
         curve = Thinned()
         below: float = math.inf
         points: list[tuple[int, float]] = []
