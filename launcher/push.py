@@ -23,6 +23,7 @@ from launcher.export import Exported, export_run
 from trainer.errors import ConfigError, StorageError, Unreachable
 from trainer.export.card import PLACE
 from trainer.export.folder import CARD
+from trainer.run.folder import name_of
 from trainer.scratch import scratch_folder
 from trainer.store import Store
 
@@ -101,7 +102,7 @@ def push_run(
             f"uploading {size / 1e6:,.1f} MB to hf://{repository}; a push that is killed goes on when it is called again"
         )
         with _explained(repository):
-            message = f"Step {exported.step} of the run {run.uri.rpartition('/')[2]}, by Capstan"
+            message = f"Step {exported.step} of the run {name_of(run)}, by Capstan"
             # Not `upload_folder`, which makes several commits where hf_xet is installed.
             operations = _operations(folder, api.list_repo_files(repository, revision=revision))
             made = api.create_commit(repository, operations, commit_message=message, revision=revision)

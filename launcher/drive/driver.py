@@ -67,12 +67,8 @@ def drive(
     try:
         with stop_on_signals(owner), _shown(config, run, live=live, log=log):
             journal = Journal(run, log)  # whoever sees its first line may send a signal
-            try:
+            with journal.to_the_end():
                 beside_main_thread(partial(work, journal))
-            except CapstanError as error:
-                journal.keep(f"ended with exit code {error.exit_code}: {error}")
-                raise
-            journal.keep("finished")
     finally:
         if not owner.lost:
             _forget_own_stop(run)

@@ -3,10 +3,10 @@
 import os
 import socket
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
-from trainer.errors import NotFound
+from trainer.errors import CapstanError, NotFound
 from trainer.run import layout
 from trainer.run.background import Harmless
 from trainer.store import Store
@@ -26,6 +26,16 @@ class Journal:
     def write(self, line: str) -> None:
         self._log(line)
         self.keep(line)
+
+    @contextmanager
+    def to_the_end(self) -> Iterator[None]:
+        """Keep how the body, which is the driver's work, ends."""
+        try:
+            yield
+        except CapstanError as error:
+            self.keep(f"ended with exit code {error.exit_code}: {error}")
+            raise
+        self.keep("finished")
 
     def keep(self, line: str) -> None:
         self._text += f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n"

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from statistics import StatisticsError, correlation, fmean
 from typing import Any
@@ -17,8 +18,8 @@ _FEWEST = 3
 class Sensitivity:
     """The metric of `trials` trials at `step`, by the values of one setting.
 
-    Of a range: `correlation`, Spearman's, of value and metric, or None where the trials do not tell. Of single values: `means`
-    of the metric for each, and `spread`, the largest mean less the smallest.
+    A range has the rank `correlation` (Spearman's) of value and metric, None where the trials do not tell. Single values have the
+    `means` of the metric for each, and the `spread`, which is the largest mean less the smallest.
     """
 
     setting: str
@@ -70,10 +71,8 @@ def sensitivities(
 def _of_range(name: str, given: list[Any], metric: list[float], step: int) -> Sensitivity:
     found = None
     if len(given) >= _FEWEST:
-        try:
+        with suppress(StatisticsError):  # all values are the same
             found = correlation(_ranks(given), _ranks(metric))
-        except StatisticsError:  # all values are the same
-            found = None
     return Sensitivity(name, len(given), step, correlation=found)
 
 

@@ -30,10 +30,8 @@ class Trial:
     settings: dict[str, Any]
 
     def words(self) -> str:
-        """Its values, with names as short as they can be told apart: "lr=0.0002 rank=8"."""
-        last = [name.rpartition(".")[2] for name in self.settings]
-        names = [short if last.count(short) == 1 else name for name, short in zip(self.settings, last, strict=True)]
-        return " ".join(f"{name}={_word(value)}" for name, value in zip(names, self.settings.values(), strict=True))
+        """Its values in words, see `in_words`."""
+        return in_words(self.settings)
 
 
 @dataclass(frozen=True)
@@ -141,5 +139,13 @@ def _draw(kind: str, values: list[Any], draw: random.Random) -> Any:
     return min(max(float(f"{number:.{_DIGITS}g}"), low), high)
 
 
-def _word(value: Any) -> str:
+def in_words(settings: Mapping[str, Any]) -> str:
+    """The settings of a trial, with names as short as they can be told apart: "lr=0.0002 rank=8"."""
+    last = [name.rpartition(".")[2] for name in settings]
+    names = [short if last.count(short) == 1 else name for name, short in zip(settings, last, strict=True)]
+    return " ".join(f"{name}={word(value)}" for name, value in zip(names, settings.values(), strict=True))
+
+
+def word(value: Any) -> str:
+    """A setting's value, as short as people compare it."""
     return f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)

@@ -1,4 +1,4 @@
-"""Whose turn it is among the trials of a sweep: pure policy."""
+"""The order in which the trials of a sweep have their turns: pure policy."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,8 +24,9 @@ class End(NamedTuple):
 
 @dataclass
 class Turns:
-    """Of trials that share something which is not made yet one goes first, and the others wait until it is there; `made` tells.
-    `room` is how many trials the cluster can train at once that are like the one of this number."""
+    """The trials that are `waiting` for their turn and those that have it. Where several share something which is not made yet, one
+    goes first, and the others wait until it is there; `made` tells. `room` is how many trials the cluster can train at once that are
+    like the one of this number."""
 
     waiting: list[Candidate]
     made: Callable[[str], bool]

@@ -6,6 +6,8 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
+from launcher.view.sparkline import stretches
+
 Point: TypeAlias = tuple[float, float]
 
 MOST_POINTS = 600
@@ -73,7 +75,7 @@ def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
     if len(points) <= most:
         return list(points)
     kept = {0, len(points) - 1}
-    for begin, end in _stretches(len(points), most // 2 - 1):
+    for begin, end in stretches(len(points), most // 2 - 1):
         stretch = range(begin, end)
         kept |= {min(stretch, key=lambda at: points[at][1]), max(stretch, key=lambda at: points[at][1])}
     return [points[at] for at in sorted(kept)]
@@ -83,12 +85,7 @@ def means(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
     """The mean of each stretch of `points`, at the stretch's last x; empty where there are few enough to show them all."""
     if len(points) <= most:
         return []
-    stretches = _stretches(len(points), most // 4)
     return [
-        (points[end - 1][0], math.fsum(y for _, y in points[begin:end]) / (end - begin)) for begin, end in stretches
+        (points[end - 1][0], math.fsum(y for _, y in points[begin:end]) / (end - begin))
+        for begin, end in stretches(len(points), most // 4)
     ]
-
-
-def _stretches(length: int, count: int) -> Iterator[tuple[int, int]]:
-    bounds = [length * number // count for number in range(count + 1)]
-    return zip(bounds[:-1], bounds[1:], strict=True)

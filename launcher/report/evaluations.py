@@ -72,7 +72,7 @@ class EvaluationFigures(BaseModel):
 
 
 class SampleText(BaseModel):
-    """What a prompt was answered with."""
+    """A prompt and its answers, by the base where that was asked too."""
 
     prompt: str
     base: str | None = None

@@ -25,6 +25,7 @@ from launcher.report.trained import (
 )
 from launcher.view.status import read_status
 from trainer.checkpoint.listing import committed_steps
+from trainer.run.folder import name_of
 from trainer.run.records import Record
 from trainer.store import Store
 
@@ -159,7 +160,7 @@ def read_figures(folder: Store, clock: Callable[[], float] = time.time) -> RunFi
         notes.append("No step is recorded, so there is nothing to draw over steps.")
     return RunFigures(
         run=folder.uri,
-        name=folder.uri.rpartition("/")[2],
+        name=name_of(folder),
         made=clock(),
         state=status.state,
         reason=status.reason,

@@ -15,7 +15,7 @@ from launcher.report.curves import Point
 from launcher.report.figures import Curve, RunFigures
 from launcher.report.plots import Plot, Series, lines, tick
 from launcher.view.plan import meaning
-from launcher.view.tables import duration
+from trainer.run.lines import duration
 
 _GIB = 2**30
 FORMATS: Mapping[str, Callable[[Any], str]] = {

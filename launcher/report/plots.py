@@ -160,7 +160,7 @@ def _drawn(
 
 
 def _tidied(svg: str, title: str, series: Sequence[Series], names: Sequence[str]) -> str:
-    """Without pygal's style, script, tooltips and background; dots have their values as titles, which browsers show and readers say."""
+    """The SVG without pygal's style, script, tooltips and background; its dots have titles, which browsers show and readers say."""
     ElementTree.register_namespace("", _SVG)
     root = ElementTree.fromstring(svg)
     root.attrib = {"viewBox": root.get("viewBox", ""), "role": "img", "aria-label": title, "class": "chart"}

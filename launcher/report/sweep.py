@@ -13,7 +13,8 @@ from launcher.report.figures import RunFigures, read_figures
 from launcher.report.page import rendered
 from launcher.report.plots import Axis, Plot, scatter
 from launcher.view.sweep import SweepStatus, TrialStatus, read_sweep
-from trainer.store import Store, open_store
+from trainer.run.folder import store_of
+from trainer.store import Store
 
 _OVERLAID = 7
 """Trials whose curves are drawn over each other: as many as have colours of their own."""
@@ -39,7 +40,7 @@ class SweepFigures:
 def read_sweep_figures(folder: Store, clock: Callable[[], float] = time.time) -> SweepFigures:
     """Raises `StorageError` when the store cannot be read, and `ConfigError` where the folder is no sweep's."""
     status = read_sweep(folder, clock)
-    store = open_store(folder.uri.rpartition("/")[0])
+    store = store_of(folder)
     return SweepFigures(clock(), status, [read_figures(store.sub(trial.run), clock) for trial in _ranked(status)])
 
 
@@ -58,8 +59,8 @@ def sweep_page(figures: SweepFigures) -> str:
         figures.to_json(),
         sweep=status,
         name=status.sweep.rpartition("/")[2],
-        settings=list(status.trials[0].settings) if status.trials else [],
-        best=next((trial for trial in status.trials if trial.number == status.best), None),
+        settings=status.settings,
+        best=status.best_trial,
         by_setting=setting_plots(status),
         plots=comparison_plots({run.name: run for run in figures.best}),
         shown=len(figures.best),
@@ -68,8 +69,7 @@ def sweep_page(figures: SweepFigures) -> str:
 
 def setting_plots(status: SweepStatus) -> list[Plot]:
     """For each setting whose values are numbers the metric of every trial at its last step, by the trials' states."""
-    names = list(status.trials[0].settings) if status.trials else []
-    return [plot for name in names if (plot := _setting_plot(status, name))]
+    return [plot for name in status.settings if (plot := _setting_plot(status, name))]
 
 
 def _setting_plot(status: SweepStatus, name: str) -> Plot | None:

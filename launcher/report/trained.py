@@ -1,4 +1,4 @@
-"""What a run trained on what, and how to do it again: read from its settings, its newest checkpoint and its compiled data."""
+"""The model and the data of a run, and how to do it again: read from its settings, its newest checkpoint and its compiled data."""
 
 import json
 import math
@@ -18,7 +18,8 @@ from trainer.config.yaml_reader import read_yaml
 from trainer.data.dataset import read_manifest
 from trainer.errors import NOT_JSON, ConfigError, NotFound, StorageError
 from trainer.run import layout
-from trainer.store import Store, open_store
+from trainer.run.folder import name_of, store_of
+from trainer.store import Store
 
 _UNITS = {"targets": "target token", "pairs": "pair", "answers": "answer"}
 _COUNTS = {
@@ -50,7 +51,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class TrainedFigures:
-    """What learnt on top of what. `trainable` and `total` count parameters; `loss_of` is what a loss is a mean over."""
+    """The part of the model that learns, and the base under it. `trainable` and `total` count parameters; `loss_of` is what a loss is a mean over."""
 
     base: str | None
     base_fingerprint: str | None
@@ -92,7 +93,7 @@ class DataFigures:
 
 @dataclass(frozen=True)
 class Repeat:
-    """What does the same again: a command, and the configuration that it reads."""
+    """The way to do the same again: a command, and the configuration that it reads."""
 
     command: str
     config: str
@@ -167,7 +168,7 @@ def data_figures(
     fingerprints = {split: name for split, name in named.items() if isinstance(name, str)}
     if manifest:
         fingerprints.setdefault("train", manifest.dataset)
-    root = open_store(folder.uri.rpartition("/")[0])
+    root = store_of(folder)
     found = []
     for split, fingerprint in fingerprints.items():
         try:
@@ -198,9 +199,8 @@ def repeat_figures(folder: Store, settings: Settings, manifest: CheckpointManife
     """None where no settings could be read."""
     if settings.key is None:
         return None
-    name = folder.uri.rpartition("/")[2]
     return Repeat(
-        command=f"capstan train run.yaml run.name={_again(name)}",
+        command=f"capstan train run.yaml run.name={_again(name_of(folder))}",
         config=yaml.safe_dump(settings.tree, sort_keys=False, allow_unicode=True),
         versions=dict(manifest.versions) if manifest else _versions(folder),
         snapshot=layout.SNAPSHOT if folder.exists(layout.SNAPSHOT) else None,

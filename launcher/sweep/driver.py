@@ -99,7 +99,7 @@ def _check_shared(before: Config, now: Config, uri: str) -> None:
 
 
 def _sharing_base(config: Config) -> Config:
-    """With quant.cache, so that one trial quantizes the base for all, unless the configuration decides that or has none to cache."""
+    """`config` with quant.cache, so that one trial quantizes the base for all, unless the configuration decides that or has none to cache."""
     if "cache" in config.quant.model_fields_set or config.quant.type == "none":
         return config
     shared = override(config, "quant.cache=true")

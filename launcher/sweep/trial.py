@@ -92,16 +92,15 @@ def train_trial(config: Config) -> None:
             taken = True
             journal = Journal(run, say)
             try:
-                compile_and_train(config, owner, journal, resume=resume, dashboard="", log=say)
-            except CapstanError as error:
-                journal.keep(f"ended with exit code {error.exit_code}: {error}")
+                with journal.to_the_end():
+                    compile_and_train(config, owner, journal, resume=resume, dashboard="", log=say)
+            except CapstanError:
                 asked = stop_requester(run)
                 raise
             finally:
                 if not owner.lost:
                     forget_stop_by_compilation(run)
                     keep_report(run, say)
-            journal.keep("finished")
     except CapstanError as error:
         if taken and not isinstance(error, Superseded):  # else its records are another start's
             if asked == EARLY != stop_requester(run):  # a start without ranks puts back the request before it

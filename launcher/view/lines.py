@@ -8,7 +8,7 @@ from launcher.view.tail import poll_seconds
 from trainer.errors import StorageError
 from trainer.run import layout
 from trainer.run.lines import PlainLines
-from trainer.run.records import RecordReader, generations
+from trainer.run.records import RunReader, generations
 from trainer.run.segments import streams
 from trainer.store import Store
 
@@ -22,16 +22,14 @@ def follow_lines(
     wait: Callable[[float], None] = time.sleep,
 ) -> None:
     """Give `log` the lines of the starts that begin from now on, a step in every so many, until `stop()` is true."""
-    lines, readers, before = PlainLines(every), dict[int, RecordReader](), None
+    lines, reader, before = PlainLines(every), RunReader(run), None
     while every:
         last_look = stop()
         with suppress(StorageError):  # the run has its own patience with the store
             if before is None:
                 before = max(generations(run), default=0)
-            found = streams(run.list(layout.METRICS))
-            numbers = {number for stream in found if (number := layout.records_of(stream)) and number > before}
-            for number in sorted(numbers):
-                for record in readers.setdefault(number, RecordReader(run, number)).read(found):
+            for number, records in reader.read(streams(run.list(layout.METRICS))):
+                for record in records if number > before else ():
                     if text := lines.of(record):
                         log(text)
         if last_look:

@@ -11,12 +11,12 @@ from rich.table import Table
 from launcher.view.runs import runs
 from launcher.view.status import State, Summary, before_records, judge
 from launcher.view.sweep import is_sweep, read_plan
-from launcher.view.tables import COLORS
+from launcher.view.tables import colored
 from trainer.errors import StorageError
 from trainer.run import layout
 from trainer.run.lines import duration
 from trainer.run.owner import last_owner
-from trainer.run.records import edge_records
+from trainer.run.records import edge_records, last_written, starts_in
 from trainer.run.segments import Segment, streams
 from trainer.store import Store
 
@@ -56,10 +56,8 @@ class RunList:
             return f"{self.store} has no runs"
         table = Table("run", "state", "step", "loss", "held out", "last heard of")
         for run in self.runs:
-            color = COLORS.get(run.state)
-            state = f"[{color}]{run.state}[/]" if color else run.state
             age = "" if run.age_seconds is None else f"{duration(run.age_seconds)} ago"
-            table.add_row(run.run, state, _progress(run), _loss(run.loss), _loss(run.eval_loss), age)
+            table.add_row(run.run, colored(run.state), _progress(run), _loss(run.loss), _loss(run.eval_loss), age)
         return table
 
 
@@ -81,7 +79,7 @@ def _line(folder: Store, name: str, now: float) -> RunLine:
 def _read(folder: Store, name: str, now: float) -> RunLine:
     """The run by the ends of its newest generation's records and, where that has taken no step yet, of the one before."""
     found = streams(folder.list(layout.METRICS))
-    numbers = sorted({number for stream in found if (number := layout.records_of(stream))}, reverse=True)
+    numbers = starts_in(found)[::-1]
     if not numbers and is_sweep(folder):
         return _sweep(folder, name, now)
     if not numbers:
@@ -92,15 +90,8 @@ def _read(folder: Store, name: str, now: float) -> RunLine:
     if not summaries[0].last("step") and numbers[1:]:
         summaries.append(_summary(folder, numbers[1], found))
     newest = summaries[0]
-    written = max(
-        segment.entry.modified.timestamp()
-        for stream, segments in found.items()
-        for segment in segments
-        if layout.records_of(stream) == numbers[0]
-    )
-    quiet = max(0.0, now - (newest.last_time or written))
-    state, taken = judge(folder, newest, now, quiet)
-    end = newest.last("end")
+    quiet = max(0.0, now - (newest.last_time or last_written(found, numbers[0])))
+    state, reason = judge(folder, newest, now, quiet)
 
     def value(kind: str, field: str) -> Any:
         return next((record.get(field) for each in summaries if (record := each.last(kind))), None)
@@ -113,7 +104,7 @@ def _read(folder: Store, name: str, now: float) -> RunLine:
         value("step", "loss"),
         value("eval", "loss"),
         quiet,
-        taken.sentence(now) if taken else end["reason"] if end else "",
+        reason,
     )
 
 

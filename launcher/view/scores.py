@@ -6,7 +6,7 @@ from launcher.policy.trials import Metric
 from trainer.config.evaluation import UNNAMED
 from trainer.config.sweep import TRAIN
 from trainer.run import layout
-from trainer.run.records import Record, RecordReader
+from trainer.run.records import Record, RunReader
 from trainer.run.segments import streams
 from trainer.store import Store
 
@@ -19,17 +19,14 @@ class Scores:
 
     def __init__(self, folder: Store, metric: Metric) -> None:
         self._folder, self._metric = folder, metric
-        self._readers: dict[int, RecordReader] = {}
+        self._reader = RunReader(folder)
         self._losses: dict[int, float] = {}
         self._by_step: dict[int, float] = {}
 
     def read(self) -> dict[int, float]:
         """All of them so far, by step, in order. A start that goes on from a commit takes some steps a second time: its figures count."""
-        found = streams(self._folder.list(layout.METRICS))
-        numbers = {number for stream in found if (number := layout.records_of(stream))}
-        for number in sorted(numbers):
-            reader = self._readers.setdefault(number, RecordReader(self._folder, number))
-            for record in reader.read(found):
+        for _, records in self._reader.read(streams(self._folder.list(layout.METRICS))):
+            for record in records:
                 self._add(record)
         return dict(sorted(self._by_step.items()))
 

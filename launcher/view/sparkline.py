@@ -1,6 +1,6 @@
 """A curve in one line of text."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -24,14 +24,18 @@ class Thinned:
             self.points = [point for point in self.points if point[0] % self._every == 0]
 
 
+def stretches(length: int, count: int) -> Iterator[tuple[int, int]]:
+    """The begins and ends of `count` stretches of about the same length, which together are the whole."""
+    return pairwise(length * number // count for number in range(count + 1))
+
+
 def sparkline(points: Sequence[tuple[int, float]], width: int = 40) -> str:
     """The curve as blocks, lowest to highest; empty for less than two points. Where there are more points than `width`, each block is
     the mean of its own."""
     if len(points) < 2:
         return ""
     columns = min(width, len(points))
-    borders = [len(points) * column // columns for column in range(columns + 1)]
-    parts = [[value for _, value in points[begin:end]] for begin, end in pairwise(borders)]
+    parts = [[value for _, value in points[begin:end]] for begin, end in stretches(len(points), columns)]
     means = [sum(part) / len(part) for part in parts]
     low, high = min(means), max(means)
     scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0

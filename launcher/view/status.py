@@ -19,8 +19,8 @@ from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.run import layout
 from trainer.run.folder import command, run_config
-from trainer.run.owner import Owner, read_owner
-from trainer.run.records import Record, RecordReader, read_records
+from trainer.run.owner import read_owner
+from trainer.run.records import Record, RunReader, last_written, read_records
 from trainer.run.segments import streams
 from trainer.store import Store
 
@@ -152,7 +152,7 @@ class Follower:
     def __init__(self, folder: Store, clock: Callable[[], float] = time.time) -> None:
         self._folder, self._clock = folder, clock
         self._generations: dict[int, Summary] = {}
-        self._readers: dict[int, RecordReader] = {}
+        self._reader = RunReader(folder)
 
     @cached_property
     def _config(self) -> Config | None:
@@ -162,18 +162,20 @@ class Follower:
         return None
 
     def read(self) -> RunStatus:
-        written = self._read_metrics()
+        found = streams(self._folder.list(layout.METRICS))
+        for number, records in self._reader.read(found):
+            self._generations.setdefault(number, Summary()).add(records)
         if not self._generations:
             return self._before_its_first_records()
         number = max(self._generations)
         newest = self._generations[number]
         now = self._clock()
-        quiet = max(0.0, now - (newest.last_time or written[number]))
+        quiet = max(0.0, now - (newest.last_time or last_written(found, number)))
         step, total = self._step(), self._newest_value("start", "total_steps")
         tokens_per_second, step_seconds = _rates(newest)
         commit = self._last_commit()
         end = newest.last("end")
-        state, taken = judge(self._folder, newest, now, quiet)
+        state, reason = judge(self._folder, newest, now, quiet)
         gpu_hours = sum(map(_gpu_seconds, self._generations.values())) / 3600
         price = self._config.track.price_per_gpu_hour if self._config else None
         return RunStatus(
@@ -204,7 +206,7 @@ class Follower:
             failed_saves=self._count("save_failed"),
             skipped_saves=self._count("save_skipped"),
             stop_requested=self._folder.exists(layout.STOP),
-            reason=taken.sentence(now) if taken else end["reason"] if end else "",
+            reason=reason,
             gpu_hours=gpu_hours or None,
             cost=gpu_hours * price if gpu_hours and price is not None else None,
             next=next_command(self._folder, state, committed=commit is not None),
@@ -213,19 +215,6 @@ class Follower:
     def _before_its_first_records(self) -> RunStatus:
         state, reason = before_records(self._folder, self._clock())
         return RunStatus(self._folder.uri, state, stop_requested=self._folder.exists(layout.STOP), reason=reason)
-
-    def _read_metrics(self) -> dict[int, float]:
-        """Read what is new; returns when something was last written for each generation, in seconds since 1970."""
-        found = streams(self._folder.list(layout.METRICS))
-        written: dict[int, float] = {}
-        for stream, segments in found.items():
-            if number := layout.records_of(stream):
-                newest = max(segment.entry.modified.timestamp() for segment in segments)
-                written[number] = max(newest, written.get(number, 0.0))
-        for number in sorted(written):
-            reader = self._readers.setdefault(number, RecordReader(self._folder, number))
-            self._generations.setdefault(number, Summary()).add(reader.read(found))
-        return written
 
     def _newest_first(self) -> list[Summary]:
         return [self._generations[number] for number in sorted(self._generations, reverse=True)]
@@ -247,7 +236,7 @@ class Follower:
         return min(firsts, key=lambda record: record["step"]).get("loss") if firsts else None
 
     def _loss_curve(self) -> list[tuple[int, float]]:
-        """Of the steps that starts have repeated, those of the newest count."""
+        """The points of all starts; where starts have repeated steps, those of the newest count."""
         curve = Thinned()
         below: float = math.inf
         points: list[tuple[int, float]] = []
@@ -314,13 +303,13 @@ def before_records(folder: Store, now: float) -> tuple[State, str]:
     return "starting", owner.sentence(now) if owner else ""
 
 
-def judge(folder: Store, newest: Summary, now: float, quiet: float) -> tuple[State, Owner | None]:
-    """The state of a run by its newest generation and its owner, and the owner if it has taken the run again since that has ended."""
+def judge(folder: Store, newest: Summary, now: float, quiet: float) -> tuple[State, str]:
+    """The state of a run by its newest generation and its owner, and why: the end of that generation, or who has taken the run since."""
     end, owner = newest.last("end"), read_owner(folder)
     alive = owner.is_alive(now) if owner else _is_heard_of(newest, quiet)
     if owner and alive and end and owner.since > end["time"] and not newest.last("restart"):
-        return "starting", owner  # and has no ranks yet
-    return _state(newest, alive), None
+        return "starting", owner.sentence(now)  # and has no ranks yet
+    return _state(newest, alive), end["reason"] if end else ""
 
 
 def _is_heard_of(newest: Summary, quiet: float) -> bool:

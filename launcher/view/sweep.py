@@ -13,17 +13,17 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.policy.sensitivity import Sensitivity, sensitivities
-from launcher.policy.trials import Metric, SearchPlan, Trial
+from launcher.policy.trials import Metric, SearchPlan, Trial, in_words, word
 from launcher.view.scores import Scores
 from launcher.view.status import Follower, RunStatus
 from launcher.view.tail import poll_seconds
 from trainer.config.sweep import TRAIN
 from trainer.errors import NOT_JSON, ConfigError, Damaged, NotFound, StorageError
 from trainer.run import layout
-from trainer.run.folder import command, run_config
+from trainer.run.folder import command, run_config, store_of
 from trainer.run.owner import last_owner
 from trainer.run.requests import stop_requester
-from trainer.store import Store, open_store
+from trainer.store import Store
 
 BY = "capstan sweep"
 """The owner of a sweep and of its trials, and the author of the stop requests to them that end the whole sweep."""
@@ -71,6 +71,16 @@ class SweepStatus:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def settings(self) -> list[str]:
+        """The dotted names of the settings that are tried."""
+        return list(self.trials[0].settings) if self.trials else []
+
+    @property
+    def best_trial(self) -> TrialStatus | None:
+        """The trial that is best so far."""
+        return next((trial for trial in self.trials if trial.number == self.best), None)
 
     def counts(self) -> dict[str, int]:
         """How many trials are in each state."""
@@ -147,13 +157,12 @@ class SweepFollower:
         if state in ("stopped", "silent"):
             return command("resume", self._folder).strip("`")
         if state == "finished" and best is not None:
-            words = command("export", _beside(self._folder, best.run)).strip("`").split(" ")
-            return " ".join([*words[:3], "adapter/", *words[3:]])
+            return command("export", _beside(self._folder, best.run), "adapter/").strip("`")
         return ""
 
 
 def _beside(folder: Store, run: str) -> Store:
-    return open_store(folder.uri.rpartition("/")[0]).sub(run)
+    return store_of(folder).sub(run)
 
 
 class _Followed:
@@ -206,24 +215,25 @@ def best_trial(trials: list[TrialStatus], metric: Metric) -> TrialStatus | None:
 def render_sweep(status: SweepStatus) -> RenderableType:
     """A table of the trials, and below it the best one; once the sweep has ended the sensitivities and the next command too."""
     table = Table(title=f"{status.sweep}: {status.state}", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    settings = list(status.trials[0].settings) if status.trials else []
-    for name in ("trial", *settings, "state", "step", status.metric):
+    for name in ("trial", *status.settings, "state", "step", status.metric):
         table.add_column(name, justify="left" if name == "state" else "right")
     for trial in status.trials:
-        cells = (str(trial.number), *(_cell(trial.settings[name]) for name in settings), trial.state, _steps(trial))
+        values = (word(trial.settings[name]) for name in status.settings)
+        cells = (str(trial.number), *values, trial.state, _steps(trial), _value(trial))
         style = "bold green" if trial.number == status.best else "dim" if trial.state == "waiting" else ""
-        table.add_row(*map(Text, (*cells, _value(trial))), style=style)
+        table.add_row(*map(Text, cells), style=style)
     return Group(table, *(Text(line, overflow="fold") for line in summary(status)))
 
 
 def summary(status: SweepStatus) -> list[str]:
     """The sweep in a few lines: how many trials are in which state, the best one, what the metric depends on, what to do next."""
     lines = [", ".join(f"{count} {state}" for state, count in status.counts().items())]
-    best = next((trial for trial in status.trials if trial.number == status.best), None)
+    best = status.best_trial
     if best is not None and best.value is not None:
-        words = Trial(best.number, best.run, best.settings).words()
         where = f"{status.metric} {best.value:.4f} at step {best.value_step:,}"
-        lines.append(f"best{'' if status.state == 'finished' else ' so far'}: {best.run} ({words}), {where}")
+        lines.append(
+            f"best{'' if status.state == 'finished' else ' so far'}: {best.run} ({in_words(best.settings)}), {where}"
+        )
     lines += [one.sentence(status.metric) for one in status.sensitivity]
     lines += [f"next: {status.next}"] if status.next else []
     return lines
@@ -266,17 +276,12 @@ def changes_since(before: SweepStatus | None, now: SweepStatus) -> list[str]:
     for trial in now.trials:
         if trial.state == known.get(trial.number, "waiting"):
             continue
-        words = Trial(trial.number, trial.run, trial.settings).words()
         value = "" if trial.value is None else f", {now.metric} {trial.value:.4f}"
         step = f" at step {_steps(trial)}{value}" if trial.step else ""
         lines.append(
-            f"{trial.run} ({words}): {trial.state}{step}{f': {trial.reason}' if trial.state == 'failed' else ''}"
+            f"{trial.run} ({in_words(trial.settings)}): {trial.state}{step}{f': {trial.reason}' if trial.state == 'failed' else ''}"
         )
     return lines
-
-
-def _cell(value: Any) -> str:
-    return Trial(0, "", {"": value}).words().removeprefix("=")
 
 
 def _steps(trial: TrialStatus) -> str:

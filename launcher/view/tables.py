@@ -27,13 +27,18 @@ def render(status: RunStatus) -> RenderableType:
     return table
 
 
-COLORS: dict[str, str] = {"finished": "green", "running": "green", "failed": "red", "silent": "yellow"}
+_COLORS = {"finished": "green", "running": "green", "failed": "red", "silent": "yellow"}
+
+
+def colored(state: str) -> str:
+    """A state in the markup of rich."""
+    color = _COLORS.get(state)
+    return f"[{color}]{state}[/]" if color else state
 
 
 def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
     yield "run", status.run
-    color = COLORS.get(status.state)
-    state = f"[{color}]{status.state}[/]" if color else status.state
+    state = colored(status.state)
     if status.state not in ENDED and status.quiet_seconds is not None and status.quiet_seconds >= SILENT_SECONDS:
         state += f", nothing written for {duration(status.quiet_seconds)}"
     yield "state", state + (", asked to stop" if status.stop_requested and status.state not in ENDED else "")

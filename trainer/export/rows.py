@@ -15,7 +15,8 @@ from trainer.data.dataset import Dataset, open_chapter
 from trainer.data.manifest import ID_BITS, MISMATCHED_BIT, REJECTED_BIT, TARGET_BIT
 from trainer.data.prepare import locate
 from trainer.errors import ConfigError, DataError, StorageError
-from trainer.store import Store, open_store
+from trainer.run.folder import store_of
+from trainer.store import Store
 
 ROWS, TOKENS, TARGETS = 8, 512, 32  # rows, tokens of a row, and trained tokens that are looked at in a row: at most
 _CANDIDATES = 64  # documents, as some may have nothing that is trained
@@ -50,7 +51,7 @@ def find_probe(run: Store, config: Config, manifest: CheckpointManifest, base: B
 
     Compiled data may have been deleted, or never been in this store.
     """
-    root = open_store(run.uri.rpartition("/")[0])
+    root = store_of(run)
     for what, fingerprint in _datasets(config, manifest, base, root):
         try:
             rows = list(_rows(open_chapter(root, fingerprint, 0)))[:ROWS]

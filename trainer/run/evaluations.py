@@ -1,4 +1,4 @@
-"""What `capstan evaluate` has found, in a run's folder: one object a step, to which each evaluation adds."""
+"""The findings of `capstan evaluate`, in a run's folder: one object a step, to which each evaluation adds."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ _PARTS = ("sets", "tasks", "bias")
 
 
 def read_evaluation(run: Store, step: int) -> dict[str, Any]:
-    """What is kept of `step`; nothing where it was never evaluated, or where the object is damaged."""
+    """The findings that are kept of `step`; none where it was never evaluated, or where the object is damaged."""
     try:
         found = json.loads(run.get(layout.evaluation(step)))
     except (NotFound, *NOT_JSON):

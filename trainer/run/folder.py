@@ -14,6 +14,16 @@ def run_folder(config: Config) -> Store:
     return open_run_store(config).sub(config.run.name)
 
 
+def store_of(folder: Store) -> Store:
+    """The store that a run's folder is in, with the compiled data and the other runs."""
+    return open_store(folder.uri.rpartition("/")[0])
+
+
+def name_of(folder: Store) -> str:
+    """The name that a run has by its folder, whatever its configuration calls it."""
+    return folder.uri.rpartition("/")[2]
+
+
 def command(verb: str, folder: Store, argument: str = "") -> str:
     """The command that does `verb` with the run, in backquotes; with its store where a bare name would not be found."""
     store, _, name = folder.uri.rpartition("/")

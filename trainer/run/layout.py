@@ -136,7 +136,7 @@ def damaged_manifest(step: int, generation: int) -> str:
 
 
 def evaluation(step: int) -> str:
-    """What `capstan evaluate` found of the state after `step` updates, beside its base: one JSON object."""
+    """The findings of `capstan evaluate` on the state after `step` updates, beside its base: one JSON object."""
     return f"{EVALUATIONS}step-{step:09d}.json"
 
 

@@ -20,6 +20,7 @@ from uuid import uuid4
 from trainer.errors import AlreadyExists, ConfigError, NotFound, StorageError, Superseded
 from trainer.run import layout
 from trainer.run.background import Every
+from trainer.run.folder import name_of
 from trainer.store import Entry, Store
 
 BEAT_SECONDS = 30.0
@@ -134,8 +135,8 @@ def _last(run: Store) -> Ownership | None:
     if entry is None:
         return None
     with suppress(NotFound):  # the run's folder is being deleted
-        owner = _parsed(run.get(entry.key), entry.modified.timestamp(), _name(run))
-        return Ownership(run, number, owner) if owner.run == _name(run) else None
+        owner = _parsed(run.get(entry.key), entry.modified.timestamp(), name_of(run))
+        return Ownership(run, number, owner) if owner.run == name_of(run) else None
     return None
 
 
@@ -155,7 +156,7 @@ def take(
     """
     now, process = time.time(), None if waits else os.getpid()
     born = _born(os.getpid())
-    owner = Owner(by, socket.gethostname(), place or _place(), process, born, now, now, _name(run), group)
+    owner = Owner(by, socket.gethostname(), place or _place(), process, born, now, now, name_of(run), group)
     try:
         run.create(layout.owner(after + 1), _as_json(owner))
     except AlreadyExists as error:
@@ -206,10 +207,6 @@ def _parsed(data: bytes, written: float, name: str) -> Owner:
 
 def _as_json(owner: Owner) -> bytes:
     return json.dumps(asdict(owner)).encode()
-
-
-def _name(run: Store) -> str:
-    return run.uri.rpartition("/")[2]
 
 
 def _place() -> str:

@@ -88,7 +88,7 @@ class RecordReader:
     def read(self, found: Mapping[str, Sequence[Segment]]) -> Iterator[Record]:
         """`found` has the segments of the run's metrics, by stream; a line that is not whole yet is left for later."""
         # The generation's own stream sorts before what was added to it, which was added when its rank 0 was gone.
-        for stream in sorted(name for name in found if layout.records_of(name) == self._generation):
+        for stream in _streams_of(found, self._generation):
             reader = self._streams.setdefault(stream, Appended(self._folder))
             *lines, self._torn[stream] = (self._torn[stream] + reader.read(found[stream])).split(b"\n")
             for line in lines:
@@ -98,6 +98,36 @@ class RecordReader:
     def missed(self, found: Mapping[str, Sequence[Segment]]) -> bool:
         """Whether some of `found` could not be read, because it has been replaced since it was listed."""
         return any(reader.position < length(found[stream]) for stream, reader in self._streams.items())
+
+
+class RunReader:
+    """The records of all starts of a run; each look gives only the new ones."""
+
+    def __init__(self, folder: Store) -> None:
+        self._folder = folder
+        self._readers: dict[int, RecordReader] = {}
+
+    def read(self, found: Mapping[str, Sequence[Segment]]) -> Iterator[tuple[int, Iterator[Record]]]:
+        """The number of each start in `found`, in order, with its new records; those that are not iterated stay new. `found` is as
+        for `RecordReader.read`."""
+        for number in starts_in(found):
+            reader = self._readers.setdefault(number, RecordReader(self._folder, number))
+            yield number, reader.read(found)
+
+
+def starts_in(found: Mapping[str, Sequence[Segment]]) -> list[int]:
+    """The numbers of the starts that these streams have records of, in order."""
+    return sorted({number for stream in found if (number := layout.records_of(stream))})
+
+
+def last_written(found: Mapping[str, Sequence[Segment]], generation: int) -> float:
+    """The time at which something was last written for a generation, in seconds since 1970."""
+    written = (segment.entry.modified for stream in _streams_of(found, generation) for segment in found[stream])
+    return max(written).timestamp()
+
+
+def _streams_of(found: Mapping[str, Sequence[Segment]], generation: int) -> list[str]:
+    return sorted(stream for stream in found if layout.records_of(stream) == generation)
 
 
 def read_records(folder: Store, generation: int) -> Iterator[Record]:
@@ -112,7 +142,7 @@ def edge_records(folder: Store, generation: int, found: Mapping[str, Sequence[Se
     """The first and the last records of a generation, from about so many bytes of each: what a start is, and how far it is. `found` has
     the segments of the run's metrics, by stream."""
     text = bytearray()
-    for stream in sorted(name for name in found if layout.records_of(name) == generation):
+    for stream in _streams_of(found, generation):
         segments, tail = found[stream], Appended(folder)
         if (size := length(segments)) > 2 * most:
             head = folder.get_range(segments[0].entry.key, 0, min(most, segments[0].entry.size))

@@ -20,8 +20,8 @@ from trainer.config.secrets import masked
 from trainer.errors import NOT_JSON, NotFound
 from trainer.run import layout
 from trainer.run.background import say
-from trainer.run.folder import run_folder
-from trainer.run.records import Record, RecordReader
+from trainer.run.folder import name_of, run_folder
+from trainer.run.records import Record, RunReader, starts_in
 from trainer.run.segments import streams
 from trainer.run.trackers.beside import FAREWELL
 from trainer.run.trackers.services import find_service
@@ -47,7 +47,7 @@ class Kept:
 
     @staticmethod
     def read(run: Store, tracker: str) -> "Kept":
-        name = run.uri.rpartition("/")[2]
+        name = name_of(run)
         with suppress(NotFound, TypeError, *NOT_JSON):
             kept = Kept(**json.loads(run.get(layout.tracker(tracker))))
             if kept.run == name:
@@ -63,7 +63,7 @@ class Companion:
 
     def __init__(self, run: Store, generation: int, tracker: str, opens: Callable[[Kept], Service]) -> None:
         self._run, self._generation, self._tracker, self._opens = run, generation, tracker, opens
-        self._readers: dict[int, RecordReader] = {}
+        self._reader = RunReader(run)
         self._held: list[Record] = []
         self._begun = False
         self._service: Service | None = None
@@ -73,13 +73,11 @@ class Companion:
     def look(self) -> None:
         """Show what is new. Raises what the store or the service raises; what was not shown is tried again at the next look."""
         found = streams(self._run.list(layout.METRICS))
-        numbers = sorted({number for stream in found if (number := layout.records_of(stream))})
-        self.superseded = numbers[-1:] > [self._generation]
+        self.superseded = starts_in(found)[-1:] > [self._generation]
         if self.superseded:  # the process beside the newer start shows the rest, also of this one
             return
-        for number in numbers:
-            reader = self._readers.setdefault(number, RecordReader(self._run, number))
-            records = list(reader.read(found))
+        for number, new in self._reader.read(found):
+            records = list(new)
             self._held += records
             # Not before: the process beside an earlier start may still be at it.
             self._begun |= number == self._generation and any(record["kind"] == "start" for record in records)
