@@ -17,19 +17,26 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 
 def in_small(path: Path, workshop: Workshop) -> Config:
     """The example with what is large or elsewhere replaced; its rows are prompts and completions where they are conversations."""
-    given = load_config(path).data
+    example = load_config(path)
+    given = example.data
     made = {"preference": make_pairs, "labelled": make_labelled}.get(given.format, make_data)
     rows = made(workshop.folder / f"{given.format}.jsonl")
-    held_out = [{"path": str(make_data(workshop.folder / "eval.jsonl", seed=8))}] if given.eval else []
+    other = str(make_data(workshop.folder / "eval.jsonl", seed=8))
+    held_out = [{"path": other}] if given.eval else []
+    sources = [source.model_copy(update={"path": str(rows)}).model_dump(mode="json") for source in given.train]
+    sets = {name: {"path": other, "format": "prompt_completion"} for name in example.eval.sets}
     large = {
         "run.store": workshop.folder / "store",
         "model.base": workshop.base,
         "model.dtype": "fp32",
-        "data.train": json.dumps([{"path": str(rows)}]),
+        "data.train": json.dumps(sources),
         "data.held_out": 0.3 if given.held_out else 0,
         "data.eval": json.dumps(held_out),
         "data.format": "prompt_completion" if given.format in ("auto", "chat") else given.format,
         "data.sequence_length": 96,
+        "eval.sets": json.dumps(sets),
+        "eval.prompts": other if example.eval.prompts else "null",
+        "train.sample_every": min(example.train.sample_every, 1),
         "train.epochs": "null",
         "optim.lr": 0.001,
         "optim.warmup_steps": 0,
@@ -45,7 +52,7 @@ def in_small(path: Path, workshop: Workshop) -> Config:
 def test_an_example_trains_in_small(workshop: Workshop, path: Path) -> None:
     config = in_small(path, workshop)
     datasets = workshop.prepare(config)
-    (outcome,) = launch(1, runs.run, dump_config(config), datasets.train, "start", datasets.eval)
+    (outcome,) = launch(1, runs.run, dump_config(config), datasets.train, "start", datasets.eval, datasets.sets)
     assert outcome["outcome"] == "finished", outcome
     run = workshop.store.sub(config.run.name)
     assert [record["grad_norm"] > 0 for record in read_generation(run, 1)["step"]] == [True, True]

@@ -369,7 +369,7 @@ def test_plan_reads_the_architecture_once_and_answers_at_once_then(tmp_path: Pat
     # 5.5 and 0.5 s on an idle machine; a processor that others share counts more.
     assert slow < 20, slow
     assert fast < 2, fast
-    (entry,) = (tmp_path / "cache/capstan/architectures").iterdir()
+    (entry,) = (tmp_path / "cache/capstan/architecture_of").iterdir()
     entry.write_text(entry.read_text()[:-9])
     repaired, said, _ = plan()
     assert repaired == first

@@ -142,7 +142,7 @@ def _cached(folder: Store, name: str, given: list[list[Any]]) -> CachedTensor:
         if (
             not all(type(number) is int for number in numbers)
             or not expected == extent.begin < extent.end
-            or extent.offset < 0
+            or not 0 <= extent.offset < 2**63 - extent.end
             or not _KEY.fullmatch(extent.key)
             or len(extent.hashes) != chunks * _HASH_CHARACTERS
         ):

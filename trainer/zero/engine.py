@@ -197,6 +197,7 @@ class Engine:
 
     def refresh(self, updates: int) -> None:
         """After writing into `partitions`: set the optimizer's step count and derive the 16-bit weights from the masters."""
+        self._gathers.finish()  # DeepSpeed parts every parameter again, and none may be on its way then
         zero = self._engine.optimizer
         zero.checkpoint_event_prologue()
         for group, flat in enumerate(zero.fp32_partitioned_groups_flat):
