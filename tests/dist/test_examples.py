@@ -22,6 +22,7 @@ def in_small(path: Path, workshop: Workshop) -> Config:
     made = {"preference": make_pairs, "labelled": make_labelled}.get(given.format, make_data)
     rows = made(workshop.folder / f"{given.format}.jsonl")
     other = str(make_data(workshop.folder / "eval.jsonl", seed=8))
+    prompts = make_data(workshop.folder / "prompts.jsonl", documents=2, seed=9)
     held_out = [{"path": other}] if given.eval else []
     sources = [source.model_copy(update={"path": str(rows)}).model_dump(mode="json") for source in given.train]
     sets = {name: {"path": other, "format": "prompt_completion"} for name in example.eval.sets}
@@ -35,7 +36,8 @@ def in_small(path: Path, workshop: Workshop) -> Config:
         "data.format": "prompt_completion" if given.format in ("auto", "chat") else given.format,
         "data.sequence_length": 96,
         "eval.sets": json.dumps(sets),
-        "eval.prompts": other if example.eval.prompts else "null",
+        "eval.prompts": str(prompts) if example.eval.prompts else "null",
+        "eval.max_tokens": 4,
         "train.sample_every": min(example.train.sample_every, 1),
         "train.epochs": "null",
         "optim.lr": 0.001,
