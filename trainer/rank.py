@@ -210,7 +210,7 @@ def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Train
         checkpoints,
         start.metrics,
         start.stop,
-        config.train.steps or sum(-(-bins // config.train.global_batch) for bins in datasets.epoch_bins),
+        datasets.steps(config.train),
         pulse=start.heart,
         eval_sets=sets,
         samples=open_samples(config, base, run, ranks) if config.train.sample_every else None,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.cli.options import ConfigFile, DryRun, Json, Overrides, emit, finite, log
+from launcher.cli.options import ConfigFile, DryRun, Json, Overrides, emit, finite, log, say
 from trainer.errors import ConfigError
 
 
@@ -44,7 +44,7 @@ def plan(
     from trainer.errors import DataError, DoesNotFit
     from trainer.plan import make_plan
 
-    run = load_config(config, overrides or ())
+    run = load_config(config, overrides or (), say)
     world_size = run.cluster.most_workers or 1
     memory = int(gpu_memory * 2**30) if gpu_memory else None
     result = make_plan(run, describe_base(run.model), world_size, ranks_per_node or world_size, memory)
@@ -73,7 +73,7 @@ def data_check(config: ConfigFile, overrides: Overrides = None, as_json: Json = 
     from launcher.data.check import check, report_table
     from trainer.errors import DataError
 
-    report = check(config, overrides or ())
+    report = check(config, overrides or (), say)
     emit(report, as_json, report_table)
     if report.refusals:
         raise DataError("\n".join(report.refusals))
@@ -92,7 +92,7 @@ def data_show(
     """Show rows as the model sees them: what is trained, special tokens, and what of a row is not in its text."""
     from launcher.data.show import render, show
 
-    emit(show(config, overrides or (), row=row, packed=packed, split=split), as_json, render)
+    emit(show(config, overrides or (), say, row=row, packed=packed, split=split), as_json, render)
 
 
 def config_schema() -> None:
@@ -120,9 +120,9 @@ def smoke(
     from launcher.smoke.verdict import table
 
     if dry_run:
-        planned = plan_smoke(config, overrides or (), layers=layers, directory=directory)
+        planned = plan_smoke(config, overrides or (), say, layers=layers, directory=directory)
         emit(planned, as_json, lambda plan: plan.text())
         return
-    result = run_smoke(config, overrides or (), layers=layers, directory=directory, show=not as_json)
+    result = run_smoke(config, overrides or (), say, layers=layers, directory=directory, show=not as_json)
     emit(result, as_json, table)
     raise typer.Exit(0 if result.ok else result.exit_code or 1)

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from launcher.start.group import is_silent_rank
+
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings to change, such as train.steps=20.")
@@ -35,6 +37,12 @@ def finite(value: float | None) -> float | None:
 
 def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def say(text: str) -> None:
+    """`log`, by one rank alone where torchrun or srun has started several."""
+    if not is_silent_rank():
+        log(text)
 
 
 def emit(value: Any, as_json: bool, show: Callable[[Any], Any]) -> None:

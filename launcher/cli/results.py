@@ -18,6 +18,7 @@ from launcher.cli.options import (
     finite,
     log,
     open_run,
+    say,
 )
 from trainer.errors import ConfigError
 
@@ -92,7 +93,7 @@ def generate(
     from trainer.run.folder import run_config
 
     folder = open_run(run, store)
-    config = run_config(folder, overrides or ())
+    config = run_config(folder, overrides or (), say=say)
     chosen = chosen_step(folder, step, best=best)
     if top_p < 1 and not temperature:
         raise ConfigError(

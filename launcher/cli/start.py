@@ -17,6 +17,7 @@ from launcher.cli.options import (
     emit,
     log,
     open_run,
+    say,
 )
 from trainer.errors import CapstanError
 
@@ -25,7 +26,7 @@ def train(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
     """Train here and now: under Ray on this machine (or cluster.ray.address), or as a rank of torchrun or srun."""
     from trainer.config import load_config
 
-    _train(load_config(config, overrides or ()), resume=False, take_over=False, as_json=as_json, dry_run=dry_run)
+    _train(load_config(config, overrides or (), say), resume=False, take_over=False, as_json=as_json, dry_run=dry_run)
 
 
 def resume(
@@ -42,7 +43,7 @@ def resume(
     from trainer.run.folder import run_config
 
     folder = open_run(run, store)
-    config = run_config(folder, overrides or ())
+    config = run_config(folder, overrides or (), say=say)
     if is_sweep(folder):
         start_sweep(config, resume=True, take_over=take_over, as_json=as_json, dry_run=dry_run)
         return
@@ -90,7 +91,7 @@ def submit_ray(
     from trainer.config import load_config
 
     submitted = submit(
-        load_config(config, overrides or ()), resume=resume, take_over=take_over, dry_run=dry_run, log=log
+        load_config(config, overrides or (), say), resume=resume, take_over=take_over, dry_run=dry_run, log=log
     )
     emit(submitted, as_json, lambda result: result.text())
 
@@ -111,6 +112,6 @@ def submit_slurm(
     from launcher.slurm.submit import submit
     from trainer.config import load_config
 
-    given = load_config(config, overrides or ())
+    given = load_config(config, overrides or (), say)
     submitted = submit(given, resume=resume, take_over=take_over, after=after, dry_run=dry_run, log=log)
     emit(submitted, as_json, lambda result: result.text())

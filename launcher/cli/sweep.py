@@ -4,7 +4,7 @@ import json
 import sys
 from typing import Any
 
-from launcher.cli.options import ConfigFile, DryRun, Json, Overrides, emit, log
+from launcher.cli.options import ConfigFile, DryRun, Json, Overrides, emit, log, say
 from trainer.errors import CapstanError, ConfigError
 
 
@@ -12,7 +12,9 @@ def sweep(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
     """Try the settings of the section `sweep`, each trial a run of its own, and end those early that do badly."""
     from trainer.config import load_config
 
-    start_sweep(load_config(config, overrides or ()), resume=False, take_over=False, as_json=as_json, dry_run=dry_run)
+    start_sweep(
+        load_config(config, overrides or (), say), resume=False, take_over=False, as_json=as_json, dry_run=dry_run
+    )
 
 
 def start_sweep(config: Any, *, resume: bool, take_over: bool, as_json: bool, dry_run: bool) -> None:

@@ -66,7 +66,7 @@ def _figures(manifest: DatasetManifest) -> dict[str, int]:
 
 def build(path: Path, overrides: Sequence[str], *, dry_run: bool, log: Callable[[str], None]) -> Built:
     """Compile what is missing: on the Ray cluster of cluster.ray.address or RAY_ADDRESS, else on this machine's cores."""
-    config = load_config(path, overrides)
+    config = load_config(path, overrides, log)
     refuse_secrets(config)
     base, store = resolve_base(config.model), open_run_store(config)
     check_base(base, config)

@@ -1,7 +1,7 @@
 """`capstan data check`: a report on the data, on the terminal or as JSON."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -19,9 +19,9 @@ from trainer.data.prepare import find, load_tokenizer
 _BAR = 30
 
 
-def check(path: Path, overrides: Sequence[str]) -> DataReport:
+def check(path: Path, overrides: Sequence[str], say: Callable[[str], None]) -> DataReport:
     """Read every row of the run's sources, and tokenize it."""
-    config = load_config(path, overrides)
+    config = load_config(path, overrides, say)
     base = resolve_base(config.model)
     check_base(base, config)
     inputs = find(config)

@@ -1,6 +1,6 @@
 """`capstan data show`: rows as the model sees them, on the terminal or as JSON."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from rich.text import Text
 
 from trainer.base.locate import base_files
 from trainer.base.tokenizer import read_tokenizer
-from trainer.config import load_config
+from trainer.config import load_config, unsaid
 from trainer.data.prepare import find
 from trainer.data.seen import SeenDocument, SeenRow, TextPiece, Viewer
 from trainer.errors import ConfigError
@@ -31,14 +31,22 @@ class Shown:
         return {"split": self.split, "rows": [row.to_json() for row in self.rows]}
 
 
-def show(path: Path, overrides: Sequence[str], *, row: int | None, packed: bool, split: str) -> Shown:
+def show(
+    path: Path,
+    overrides: Sequence[str],
+    say: Callable[[str], None] = unsaid,
+    *,
+    row: int | None,
+    packed: bool,
+    split: str,
+) -> Shown:
     """The row of this number, else the first ones; packed rows where `packed` says so. Reads no more than is shown.
 
     Raises:
         ConfigError: the configuration has no such split.
         DataError: there is no such row.
     """
-    config = load_config(path, overrides)
+    config = load_config(path, overrides, say)
     inputs = find(config)
     if split not in inputs:
         raise ConfigError(f"--split: {split!r} is none of this configuration's: {', '.join(inputs)}.")

@@ -64,7 +64,7 @@ def evaluate_run(
         raise ConfigError(
             "--base evaluates the base alone, so --step and --best have no effect. Leave out one of them."
         )
-    config = run_config(run, overrides)
+    config = run_config(run, overrides, say=log)
     step, every = chosen_step(run, step, best=best), subjects(config)
     if not base:
         check_step(run, committed_steps(run), step)

@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
@@ -27,7 +27,7 @@ from launcher.start.check import anchored
 from launcher.view.status import read_generation
 from trainer.base.locate import describe_base
 from trainer.checkpoint.listing import committed_steps
-from trainer.config import Config, Data, Source, assignment, dump_config, load_config, override, parse_config
+from trainer.config import Config, Data, Source, assignment, dump_config, load_config, override, parse_config, unsaid
 from trainer.data.rows import rows
 from trainer.data.sources import expand
 from trainer.devices import local_gpus
@@ -42,11 +42,17 @@ ROWS_OF_A_SOURCE = 2000
 
 
 def run_smoke(
-    path: Path | None, overrides: Sequence[str], *, layers: int | None, directory: Path, show: bool
+    path: Path | None,
+    overrides: Sequence[str],
+    say: Callable[[str], None] = unsaid,
+    *,
+    layers: int | None,
+    directory: Path,
+    show: bool,
 ) -> SmokeResult:
     """Take one run through its life under `directory`. A failure in it is in the result, and not raised."""
     started = time.monotonic()
-    given = anchored(load_config(path, overrides)) if path is not None else None
+    given = anchored(load_config(path, overrides, say)) if path is not None else None
     life = _Life(directory.absolute(), SmokeResult(), show)
     with life.progress:
         try:
@@ -65,9 +71,16 @@ def run_smoke(
     return life.result
 
 
-def plan_smoke(path: Path | None, overrides: Sequence[str], *, layers: int | None, directory: Path) -> SmokePlan:
+def plan_smoke(
+    path: Path | None,
+    overrides: Sequence[str],
+    say: Callable[[str], None] = unsaid,
+    *,
+    layers: int | None,
+    directory: Path,
+) -> SmokePlan:
     """The plan of `run_smoke`; `config` is the user's own in small, without what only the running commands know."""
-    given = anchored(load_config(path, overrides)) if path is not None else None
+    given = anchored(load_config(path, overrides, say)) if path is not None else None
     small = scale_down(given, str(directory.absolute() / "store"), "", layers) if given is not None else None
     return SmokePlan(str(directory.absolute()), STEPS, COMMIT_EVERY, small.model_dump(mode="json") if small else None)
 

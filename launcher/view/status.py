@@ -66,7 +66,7 @@ class RunStatus:
     step: int = 0
     total_steps: int | None = None
     epoch: int | None = None
-    epochs: int | None = None
+    epochs: float | None = None
     lr: float | None = None
     loss_first: float | None = None
     loss: float | None = None

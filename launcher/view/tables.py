@@ -90,7 +90,7 @@ def _start_line(status: RunStatus) -> str:
 
 def _epoch_line(status: RunStatus) -> str:
     if status.epochs is not None and status.total_steps:
-        return f"{status.epochs * status.step / status.total_steps:.2f} of {status.epochs}"
+        return f"{status.epochs * status.step / status.total_steps:.2f} of {status.epochs:g}"
     return "" if status.epoch is None else f"{status.epoch + 1}"
 
 
@@ -170,6 +170,8 @@ def watch_table(
 
 def _facts(status: RunStatus) -> str:
     parts = []
+    if status.epochs is not None and status.total_steps:
+        parts.append(f"epoch {_epoch_line(status)}")
     if status.loss is not None:
         parts.append(f"loss {status.loss:.4f}")
     if status.tokens_per_second is not None:

@@ -44,6 +44,56 @@ def test_an_override_leaves_the_original_as_it_was():
     assert config.train.steps == 10
 
 
+@pytest.mark.parametrize(
+    ("given", "overrides", "expected"),
+    [
+        ("train: {steps: 200}", ["train.epochs=2.5"], "train.epochs=2.5 replaces train.steps: 200"),
+        ("train: {epochs: 3}", ["train.steps=7"], "train.steps=7 replaces train.epochs: 3"),
+        ("train: {steps: 200}", ["train={epochs: 2}"], None),
+        ("train: {steps: 200}", ["train.epochs=null"], None),
+        ("train: {steps: 1}\nquant: {double: true, cache: false}", ["quant.type=none"], "quant.type='none' replaces quant.double: True"),
+        ("train: {steps: 1}\nquant: {double: true}", ["quant.type=fp4"], None),
+        ("train: {steps: 1, eval_every: 5}", ["eval.every=0"], "eval.every=0 replaces train.eval_every: 5"),
+    ],
+)  # fmt: skip
+def test_an_override_replaces_what_it_contradicts_of_the_file_and_says_so(
+    given: str, overrides: list[str], expected: str | None
+):
+    said = list[str]()
+    text = MINIMAL.replace("train: {steps: 10}", given)
+    config = parse_config(text, overrides, "run.yaml", said.append)
+    assert said == ([f"{expected} of run.yaml."] if expected else [])
+    again = override(config, *overrides)  # of a configuration that has every default written out
+    assert again == config
+    for assigned in overrides:
+        key, _, value = assigned.partition("=")
+        tree: Any = config.model_dump()
+        for part in key.split("."):
+            tree = tree[part]
+        found = {name: tree[name] for name in yaml.safe_load(value)} if isinstance(tree, dict) else tree
+        assert found == yaml.safe_load(value)
+
+
+def test_data_that_is_held_out_and_data_of_its_own_replace_each_other():
+    said = list[str]()
+    held_out = parse_config(MINIMAL, ["data.held_out=0.1", "data.held_out_seed=3", "data.loss_on=all"])
+    other = parse_config(
+        dump_config(held_out), ["data.eval=[{path: b}]", "data.train_on.roles=[user]"], say=said.append
+    )
+    assert (other.data.held_out, other.data.held_out_seed, other.data.loss_on) == (0, 0, None)
+    assert [sentence.split(" replaces ")[1] for sentence in said] == [
+        "data.held_out: 0.1 of config.",
+        "data.held_out_seed: 3 of config.",
+        "data.loss_on: 'all' of config.",
+    ]
+    back = parse_config(dump_config(other), ["data.held_out=0.2", "data.loss_on=last_assistant"])
+    assert (back.data.eval, back.data.train_on.roles) == ([], None)
+
+
+def test_overrides_that_contradict_each_other_are_refused():
+    assert refusal("train.steps=1", "train.epochs=1").startswith("train.steps and train.epochs: both given.")
+
+
 @pytest.mark.parametrize("value", ["/data #1: a", "null", "", "\U0001f600\n", "~", "'", 5, None, [{"path": "a: b"}]])
 def test_an_assignment_gives_a_setting_this_very_value(value: object):
     config = parse_config(MINIMAL, [assignment("cluster.ray.runtime_env", {"any": value})])
@@ -143,7 +193,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(setting: str, expected:
         ("run.name=../x", "run.name: '../x' is not allowed."),
         ("run.name=5", "run.name: 5 is not allowed. Input should be text. Example: llama-8b-support."),
         ("optim.betas=[0.9, 1.5]", "optim.betas: [0.9, 1.5] is not allowed. Both must be in [0, 1)."),
-        ("train.epochs=1", "train.steps and train.epochs: both given."),
+        ("train={steps: 1, epochs: 1}", "train.steps and train.epochs: both given."),
+        ("train={epochs: 0}", "train.epochs: 0 is not allowed. Input should be greater than 0. Example: 2.5."),
         (
             "data={train: [{path: a}], train_on: {roles: all, turns: last}}",
             "data.train_on.turns: last has no effect with roles: all. Name roles, or remove it.",

@@ -1,6 +1,7 @@
 """From a configuration to compiled data, its order and its length in steps."""
 
 import json
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,30 @@ from launcher.start.check import anchored
 from launcher.view.compiling import compile_progress
 from tests.material import Workshop, byte_tokenizer, make_data
 from trainer.base.locate import resolve_base
+from trainer.config import parse_config
 from trainer.data.chapters import open_chapters
 from trainer.data.compile import Progress, fingerprint, hash_tokenizer
 from trainer.data.dataset import MANIFEST, open_chapter, open_dataset
 from trainer.data.manifest import ID_BITS, DatasetManifest
+from trainer.data.micro_batch import Position
 from trainer.data.order import EpochPlan
-from trainer.data.prepare import find, locate, prepare, prepare_start, train_order, wait_until_prepared
+from trainer.data.prepare import (
+    Datasets,
+    find,
+    locate,
+    prepare,
+    prepare_start,
+    steps_of_epochs,
+    train_order,
+    wait_until_prepared,
+)
 from trainer.data.stream import train_stream
 from trainer.data.weights import Weights
 from trainer.errors import ConfigError, Damaged, DataError, NotFound
 from trainer.run import layout
 from trainer.store import open_store
+
+EPOCHS = "run: {name: demo}\nmodel: {base: /models/tiny}\ndata: {train: [{path: a.jsonl}]}\n"
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +109,38 @@ def test_epochs_are_planned_once_and_their_length_is_kept(shop: Workshop, monkey
     assert list(longer.epoch_bins[:2]) == list(first.epoch_bins)
     shop.prepare(shop.config("seed", "train.epochs=1", "train.steps=null", "run.seed=99"))
     assert planned == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("bins", "epochs", "steps"),
+    [
+        ([240, 233], "2", 30 + 30),
+        ([240], "0.5", 15),
+        ([233], "0.5", 15),
+        ([233], "0.01", 1),
+        ([240, 233, 200], "2.1", 30 + 30 + 3),
+        ([240] * 3, "2.1", 63),  # 64 by the nearest binary number
+        ([8], "0.3", 1),
+    ],
+)
+def test_a_part_of_an_epoch_is_its_first_steps_rounded_up(bins: list[int], epochs: str, steps: int) -> None:
+    assert steps_of_epochs(bins, Fraction(epochs), 8) == steps
+    given = parse_config(f"{EPOCHS}train: {{epochs: {epochs}, global_batch: 8}}")
+    assert Datasets("a", None, bins).steps(given.train) == steps
+
+
+def test_a_part_of_an_epoch_is_counted_and_begun_as_a_whole_one(shop: Workshop) -> None:
+    """So what it trains, and in which order, is what whole epochs begin with."""
+    whole, part = (shop.config("part", f"train.epochs={epochs}", "train.steps=null") for epochs in (2, 1.5))
+    datasets = [shop.prepare(config) for config in (whole, part)]
+    assert datasets[0] == datasets[1]
+    every, some = (found.steps(config.train) for found, config in zip(datasets, (whole, part), strict=True))
+    assert (every, some) == (7 + 7, 7 + 4)
+    given = open_chapters(shop.store, datasets[0].train, shop.store.sub("part"))
+    streams = [train_stream(config, given, rank=0, world_size=1).read_from(Position()) for config in (whole, part)]
+    for _ in range(some):
+        first, second = (next(steps) for steps in streams)
+        assert [batch.bins for batch in first] == [batch.bins for batch in second]
 
 
 @pytest.mark.usefixtures("chapters")

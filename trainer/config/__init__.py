@@ -4,7 +4,7 @@ Every field has a unit (where it has one), a description and an example; `docs/c
 A setting that would be ignored is an error, an unknown key is refused with the nearest name.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +17,8 @@ from trainer.config.evaluation import EvalSet, Evaluation
 from trainer.config.mistakes import explained, listed, unknown_keys
 from trainer.config.model import Model, Quant, Tuning
 from trainer.config.objective import ObjectiveSettings
-from trainer.config.training import Checkpoint, Optim, Retry, Timeouts
+from trainer.config.overrides import apply_overrides
+from trainer.config.training import Checkpoint, Optim, Retry, Timeouts, Train
 from trainer.config.tree import Config, fields
 from trainer.config.yaml_reader import read_yaml
 from trainer.errors import ConfigError, shown
@@ -36,6 +37,7 @@ __all__ = [
     "Slurm",
     "Source",
     "Timeouts",
+    "Train",
     "Tuning",
     "assignment",
     "dump_config",
@@ -44,15 +46,20 @@ __all__ = [
     "override",
     "parse_config",
     "parse_options",
+    "unsaid",
 ]
-
-_MOST_SECTIONS = 8
 
 SectionKind = TypeVar("SectionKind", bound=BaseModel)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def unsaid(_sentence: str) -> None:
+    """Keep a sentence to oneself, where nobody would read it."""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), say: Callable[[str], None] = unsaid) -> Config:
     """Read a YAML file, apply `key.path=value` overrides (values are YAML; the last of one key counts), and validate.
+
+    An override replaces what it contradicts, such as train.epochs a train.steps of the file; `say` gets a sentence about it.
 
     Raises:
         ConfigError: the file is missing or not YAML, or a setting is unknown, missing or wrong. All are named at once.
@@ -61,16 +68,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         text = Path(path).read_bytes()
     except (OSError, ValueError) as error:
         raise ConfigError(f"the configuration {shown(str(path))} cannot be read: {error}.") from error
-    return parse_config(text, overrides, name=str(path))
+    return parse_config(text, overrides, str(path), say)
 
 
-def parse_config(text: str | bytes, overrides: Sequence[str] = (), name: str = "config") -> Config:
+def parse_config(
+    text: str | bytes,
+    overrides: Sequence[str] = (),
+    name: str = "config",
+    say: Callable[[str], None] = unsaid,
+) -> Config:
     """Like `load_config`, from the YAML text itself."""
     tree = read_yaml(text, name)
     if not isinstance(tree, dict):
         raise ConfigError(f"{name} is not a configuration: its top level must be sections such as 'run:' and 'model:'.")
-    for override in overrides:
-        _apply(tree, override)
+    apply_overrides(tree, overrides, name, say)
     return _validated(Config, tree)
 
 
@@ -78,8 +89,7 @@ def parse_options(kind: type[SectionKind], given: Sequence[str]) -> SectionKind:
     """The settings of `kind` from `key=value` options, for a command that takes some of its own. Raises `ConfigError` as
     `load_config`."""
     tree: dict[str, Any] = {}
-    for option in given:
-        _apply(tree, option)
+    apply_overrides(tree, given, "the options", unsaid)
     return _validated(kind, tree)
 
 
@@ -106,20 +116,3 @@ def override(config: Config, *overrides: str) -> Config:
 def assignment(key: str, value: Any) -> str:
     """The override that gives the setting `key` this very value, which need not be YAML text: a path may hold `: ` or ` #`."""
     return f"{key}={yaml.safe_dump(value, default_flow_style=True)}"
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    name = f"override {shown(override)}"
-    if not equals or not key:
-        raise ConfigError(f"{name}: expected key=value. Example: train.steps=20.")
-    *sections, leaf = key.split(".")
-    if len(sections) > _MOST_SECTIONS:
-        raise ConfigError(f"{name}: no setting has so many dots in its name.")
-    node = tree
-    for section in sections:
-        child = node.setdefault(section, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"{name}: {section!r} is a value, not a section.")
-        node = child
-    node[leaf] = read_yaml(value, name)

@@ -96,8 +96,12 @@ class Train(Section):
     """How long and in what portions."""
 
     steps: int | None = setting(None, about="Optimizer steps. Give this or epochs.", example=1000, ge=1, unit="steps")
-    epochs: int | None = setting(
-        None, about="Passes over the training data. Give this or steps.", example=3, ge=1, unit="epochs"
+    epochs: float | None = setting(
+        None,
+        about="Passes over the training data, the last of which may be a part of one. Give this or steps.",
+        example=2.5,
+        gt=0,
+        unit="epochs",
     )
     global_batch: int = setting(
         8,

@@ -9,12 +9,14 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import partial
+from math import ceil
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.base.locate import Base
 from trainer.base.tokenizer import read_tokenizer
-from trainer.config import Config, Data, Source
+from trainer.config import Config, Data, Source, Train
 from trainer.config.data import LIKELY
 from trainer.config.evaluation import UNNAMED
 from trainer.data.compile import Progress, compile_chapters, count_chapters, fingerprint, hash_tokenizer
@@ -49,13 +51,17 @@ class Input(NamedTuple):
 class Datasets:
     """Fingerprints of a run's compiled data, which any rank can open from the store.
 
-    `epoch_bins` are the bins of each epoch, where `train.epochs` is what ends the run; `sets` are those of `eval.sets`, by name.
+    `epoch_bins` are the bins of each epoch, where `train.epochs` is what ends the run, of which the last may be a part only; `sets` are those of `eval.sets`, by name.
     """
 
     train: str
     eval: str | None
     epoch_bins: Sequence[int] = ()
     sets: Mapping[str, str] = field(default_factory=dict)
+
+    def steps(self, train: Train) -> int:
+        """Optimizer steps of the run: those that are asked for, or those of its epochs."""
+        return train.steps or steps_of_epochs(self.epoch_bins, Fraction(str(train.epochs)), train.global_batch)
 
 
 _SETS = "eval.sets."
@@ -111,7 +117,7 @@ def prepare_start(
     if config.train.epochs:
         for _ in rest:
             pass
-        bins = _epoch_bins(store, keys["train"], train_order(config), config.train.epochs)
+        bins = _epoch_bins(store, keys["train"], train_order(config), ceil(config.train.epochs))
     return Datasets(keys["train"], keys.get("eval"), bins, named(keys)), rest
 
 
@@ -313,6 +319,15 @@ def _check_labels(manifest: DatasetManifest) -> None:
     desired = manifest.counters.desired
     if desired is not None and (sentence := one_kind(desired, manifest.documents)):
         raise DataError(sentence)
+
+
+def steps_of_epochs(epoch_bins: Sequence[int], epochs: Fraction, global_batch: int) -> int:
+    """Optimizer steps of `epochs`: of the last one, where only a part of it is asked for, its first steps, rounded up to whole ones.
+
+    `epochs` is the very number that was given: 2.1 epochs of 30 steps are 63 steps, and would be 64 by the nearest binary numbers.
+    """
+    whole = [-(-bins // global_batch) for bins in epoch_bins]
+    return sum(ceil(steps * min(Fraction(1), epochs - epoch)) for epoch, steps in enumerate(whole))
 
 
 def nothing_visited(epoch: int, order: Order) -> DataError:

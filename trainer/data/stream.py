@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import lru_cache
+from math import ceil
 
 import numpy as np
 import torch
@@ -292,7 +293,7 @@ class _ReadAhead:
 def train_stream(config: Config, chapters: Chapters, rank: int, world_size: int) -> Stream:
     """The stream of a run's training data."""
     order = train_order(config)
-    epochs = config.train.epochs
+    epochs = ceil(config.train.epochs) if config.train.epochs else None
     return Stream(chapters, order, config.train.global_batch, config.train.micro_batch, rank, world_size, epochs)
 
 

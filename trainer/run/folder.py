@@ -2,9 +2,9 @@
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from trainer.config import Config, assignment, parse_config
+from trainer.config import Config, assignment, parse_config, unsaid
 from trainer.errors import ConfigError, NotFound
 from trainer.run import layout
 from trainer.store import Store, open_run_store, open_store
@@ -37,8 +37,13 @@ def submitted_config(folder: Store) -> Config:
     return run_config(folder, document=layout.SUBMITTED if folder.exists(layout.SUBMITTED) else layout.CONFIG)
 
 
-def run_config(folder: Store, overrides: Sequence[str] = (), document: str = layout.CONFIG) -> Config:
-    """The configuration of the run in `folder`, with dotted `overrides`.
+def run_config(
+    folder: Store,
+    overrides: Sequence[str] = (),
+    document: str = layout.CONFIG,
+    say: Callable[[str], None] = unsaid,
+) -> Config:
+    """The configuration of the run in `folder`, with dotted `overrides`; `say` gets what these replace, as in `load_config`.
 
     The folder's own place and name replace `run.store` and `run.name`: a run may have been moved, or copied to another name.
     Raises `ConfigError` when the folder holds none, or one that is wrong, or when an override would lead to another run.
@@ -60,4 +65,4 @@ def run_config(folder: Store, overrides: Sequence[str] = (), document: str = lay
                 f"{setting}: {value!r} would be another run than {folder.uri}, which goes on in its own folder. Leave it out; a "
                 "copy of the folder is a run of its own."
             )
-    return parse_config(text, [assignment("run.store", store), assignment("run.name", name), *overrides], key)
+    return parse_config(text, [assignment("run.store", store), assignment("run.name", name), *overrides], key, say)
