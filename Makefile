@@ -2,7 +2,8 @@
 #   make smoke    the whole life of a run in small, on this machine
 #   make test     the tests              make test ARGS='-k nf4'      WORKERS=8 where there are more processors
 #   make servers  Azurite and moto, for those tests of tests/store that are skipped without them
-#   make check    format, lint, types, import direction, generated docs
+#   make check    format, lint, types, import direction, generated docs, the site's links
+#   make docs     the documentation's site, in build/site
 #   make bench    every benchmark        make bench ARGS=benchmarks/one.py
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: smoke test servers check bench
+.PHONY: smoke test servers check docs bench
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Capstan needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
@@ -39,6 +40,11 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 	$(BIN)/python -m launcher.config_docs --check
 	$(BIN)/python -m tests.models_page --check
+	$(MAKE) docs
+
+# mkdocs-material prints a page about its own future without the variable.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(STAMP)
 	@set -e; for file in $(or $(ARGS),$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file; done

@@ -92,7 +92,7 @@ def make_policy(path: Path) -> Path:
     return path
 
 
-def commit(run: Store, config: Config, step: int = 4, dataset: str = "data") -> None:
+def commit(run: Store, config: Config, step: int = 4, dataset: str = "data", eval_loss: float | None = None) -> None:
     """Make `run` a run of `config` on `dataset` that was committed after `step`, with adapters of random numbers."""
     base = resolve_base(config.model)
     run.put(layout.CONFIG, dump_config(config).encode())
@@ -103,7 +103,7 @@ def commit(run: Store, config: Config, step: int = 4, dataset: str = "data") -> 
     shard = write_shard(run, layout.shard(step, "000001-000001", 0), shard_layout, memoryview(states.numpy().tobytes()))
     ours = identity_of(config, base, dataset)
     manifest = CheckpointManifest(
-        step, 1, 1, 0.0, step, {}, ours.dataset, ours.order, ours.base, ours.adapter, {}, {}, None, shapes, [shard]
+        step, 1, 1, 0.0, step, {}, ours.dataset, ours.order, ours.base, ours.adapter, {}, {}, eval_loss, shapes, [shard]
     )
     run.create(layout.manifest(step), manifest.to_json())
 
