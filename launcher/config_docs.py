@@ -120,6 +120,8 @@ def _plural(annotation: Any) -> str:
         return f"{re.sub('(?<=[a-z])(?=[A-Z])', ' ', annotation.__name__).lower()}s, see below"
     if get_origin(annotation) is Literal:
         return _type(annotation)
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(map(_plural, get_args(annotation)))
     name = _NAMES[annotation]
     return name if name == "text" else f"{name}s"
 

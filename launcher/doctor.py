@@ -6,11 +6,10 @@ Nothing heavy is imported here: versions come from package metadata, and torch i
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -21,6 +20,8 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from launcher.nccl import networks, troubles
+from trainer.devices import count_visible, listed_gpus, unused
 from trainer.errors import CapstanError
 from trainer.registry import kinds
 from trainer.run import trackers
@@ -72,8 +73,9 @@ class Diagnosis:
         return {"ok": self.ok, "checks": [asdict(check) for check in self.checks]}
 
 
-def diagnose(store_uri: str | None) -> Diagnosis:
-    """Look at this machine; with `store_uri` also write, read and delete one small object there. Raises nothing."""
+def diagnose(store_uri: str | None, nccl_variables: Mapping[str, str] | None = None) -> Diagnosis:
+    """Look at this machine, and in a Slurm allocation at the network of all its nodes; with `store_uri` also write, read and
+    delete one small object there. `nccl_variables` are a run's `cluster.nccl`. Raises nothing."""
     checks = [
         Check("python", "ok", platform.python_version()),
         *_packages(),
@@ -81,6 +83,8 @@ def diagnose(store_uri: str | None) -> Diagnosis:
         _s3_server(),
         _machine(),
     ]
+    if "SLURM_JOB_ID" in os.environ or nccl_variables or listed_gpus():
+        checks.extend(check_network({**os.environ, **(nccl_variables or {})}))
     if store_uri is not None:
         checks.append(check_store(store_uri))
     return Diagnosis(tuple(checks))
@@ -125,26 +129,25 @@ def check_package(requirement: Requirement, absent: State, install: str) -> Chec
 
 
 def _accelerator() -> Iterator[Check]:
-    driver = shutil.which("nvidia-smi")
     facts = ask_torch()
     if isinstance(facts, str):
         yield Check("torch import", "missing", facts, "pip install --force-reinstall torch")
         return
     gpus: list[dict[str, Any]] = facts["gpus"]
+    there, setting = listed_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = "" if setting is None else f"CUDA_VISIBLE_DEVICES={setting}"
     if gpus:
         names = ", ".join(f"{gpu['name']} {gpu['bytes'] / 2**30:.0f} GiB" for gpu in gpus)
-        yield Check("GPUs", "ok", names)
+        yield Check(
+            "GPUs", "ok", names + (f" (of {len(there)}: {hidden})" if hidden and len(gpus) < len(there) else "")
+        )
         if not facts["bf16"]:
             yield Check("bf16", "optional", "not supported by these GPUs", "Set model.dtype: fp32.")
-    elif driver and facts["build"] is None:
-        yield Check(
-            "GPUs",
-            "optional",
-            "a driver, but this torch is a CPU build",
-            "Install a CUDA build: see https://pytorch.org.",
-        )
-    elif driver:
-        yield Check("GPUs", "optional", "a driver, but torch sees no GPU", "Check CUDA_VISIBLE_DEVICES and nvidia-smi.")
+    elif visible := count_visible(there, setting):
+        why, remedy = unused(facts["build"])
+        yield Check("GPUs", "missing", f"{visible}, but this torch {why}", f"{remedy}.")
+    elif there:
+        yield Check("GPUs", "optional", f"{len(there)}, of which {hidden} leaves none", "Unset it, or name GPUs in it.")
     else:
         yield Check("GPUs", "optional", "none: runs compute on the CPU")
     yield Check("attention kernels", "ok", ", ".join(_attention_kernels(facts)))
@@ -179,6 +182,21 @@ def _s3_server() -> Check:
 def _machine() -> Check:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Check("machine", "ok", f"{len(os.sched_getaffinity(0))} cores, {memory / 2**30:.0f} GiB memory")
+
+
+def check_network(environment: Mapping[str, str]) -> Iterator[Check]:
+    """The network that NCCL takes between the nodes of this allocation, or on this machine, and what is wrong with it."""
+    found = networks(environment)
+    if isinstance(found, str):
+        yield Check("NCCL", "missing", found, "Try `srun hostname` in this allocation.")
+        return
+    wrong = list(troubles(found, environment))
+    for trouble, remedy in wrong:
+        yield Check("NCCL", "missing", trouble, remedy)
+    if not wrong:
+        yield Check("NCCL", "ok", "; ".join(f"{network.host}: {network.transport}" for network in found))
+    if idle := [f"{network.host} {port}" for network in found for port in network.idle]:
+        yield Check("InfiniBand", "optional", f"not active: {', '.join(idle)}", "Ask whoever runs the network.")
 
 
 def check_store(uri: str) -> Check:

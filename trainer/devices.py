@@ -1,9 +1,11 @@
 """Devices of ranks: a GPU each, or the CPU if that is meant or all there is. Without torch, which only ranks import."""
 
 import os
+import re
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainer.errors import ConfigError
@@ -11,17 +13,65 @@ from trainer.errors import ConfigError
 _DRIVER_SECONDS = 30
 
 
+@dataclass(frozen=True)
+class ListedGpu:
+    """A GPU of this machine by its UUID, which is empty where only its device file tells of it, and its MIG instances' UUIDs."""
+
+    uuid: str = ""
+    instances: list[str] = field(default_factory=list)
+
+
 def local_gpus(environment: Mapping[str, str] = os.environ) -> int:
-    """GPUs of this machine as NVIDIA's driver tells; 0 where CUDA_VISIBLE_DEVICES hides them all."""
-    if environment.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1", "NoDevFiles"):
-        return 0
+    """GPUs of this machine that a process computes on: those of NVIDIA's driver that CUDA_VISIBLE_DEVICES leaves to it."""
+    return count_visible(listed_gpus(), environment.get("CUDA_VISIBLE_DEVICES"))
+
+
+def listed_gpus() -> list[ListedGpu]:
+    """All GPUs of this machine in the driver's order, whatever CUDA_VISIBLE_DEVICES leaves of them."""
     try:
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=_DRIVER_SECONDS)
-        if listed.returncode == 0:
-            return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
     except (OSError, subprocess.TimeoutExpired):
-        pass
-    return sum(_opens(path) for path in Path("/dev").glob("nvidia[0-9]*"))
+        listed = None
+    if listed is None or listed.returncode:
+        return [ListedGpu() for path in Path("/dev").glob("nvidia[0-9]*") if _opens(path)]
+    found = list[ListedGpu]()
+    for kind, uuid in re.findall(r"^\s*(GPU|MIG) .*\(UUID: (\S+)\)", listed.stdout, re.MULTILINE):
+        if kind == "GPU":
+            found.append(ListedGpu(uuid))
+        else:
+            found[-1].instances.append(uuid)
+    return found
+
+
+def count_visible(gpus: list[ListedGpu], setting: str | None) -> int:
+    """How many devices a process gets from CUDA, where `setting` is its CUDA_VISIBLE_DEVICES.
+
+    The list ends at its first word that names no device, and a word that comes twice empties it (torch's
+    `_parse_visible_devices`). A process that sees a MIG instance gets this one alone ("CUDA Device Enumeration" in NVIDIA's
+    MIG user guide).
+    """
+    chosen = [(gpu, None) for gpu in gpus] if setting is None else list(_chosen(gpus, setting))
+    if any(instance or gpu.instances for gpu, instance in chosen):
+        return 1
+    return len(chosen)
+
+
+def _chosen(gpus: list[ListedGpu], setting: str) -> Iterator[tuple[ListedGpu, str | None]]:
+    words = [word.strip() for word in setting.split(",")]
+    if len(set(words)) < len(words):
+        return
+    every = [(gpu, None) for gpu in gpus] + [(gpu, instance) for gpu in gpus for instance in gpu.instances]
+    for word in words:
+        if word.isdecimal():
+            found = every[int(word) : int(word) + 1] if int(word) < len(gpus) else []
+        elif word.startswith(("GPU-", "MIG-")):
+            # Device files have no UUIDs: such a word is taken for one of theirs, so that no GPU is overlooked.
+            found = [one for one in every if (one[1] or one[0].uuid or word).startswith(word)]
+        else:
+            found = []
+        if not found:
+            return
+        yield found[0]
 
 
 def _opens(path: Path) -> bool:
@@ -48,18 +98,23 @@ def check_device(gpus_per_worker: int | None, torch_gpus: int, torch_build: str 
         return
     there, machine = local_gpus(), socket.gethostname()
     if there:
-        why, remedy = "is a CPU build", "Install one for CUDA (https://pytorch.org/get-started/locally)"
-        if torch_build is not None:
-            why, remedy = f"(built for {torch_build}) finds none", "Compare its version with the driver's (nvidia-smi)"
+        why, remedy = unused(torch_build)
         raise ConfigError(
-            f"cluster.gpus_per_worker: {machine} has {there} GPUs, but this torch {why}. {remedy}, or set it to 0 to compute "
-            "on the CPU."
+            f"cluster.gpus_per_worker: {machine} has {there} GPU{'s' if there > 1 else ''}, but this torch {why}. {remedy}, or "
+            "set it to 0 to compute on the CPU."
         )
     if gpus_per_worker:
         raise ConfigError(
             f"cluster.gpus_per_worker: {gpus_per_worker}, but {machine} shows no GPU to this process. Start where there is one, "
             "or set it to 0 to compute on the CPU."
         )
+
+
+def unused(torch_build: str | None) -> tuple[str, str]:
+    """Why torch sees none of the GPUs that are there, and what to do about it."""
+    if torch_build is None:
+        return "is a CPU build", "Install one for CUDA (https://pytorch.org/get-started/locally)"
+    return f"(built for {torch_build}) finds none", "Compare its version with the driver's (nvidia-smi)"
 
 
 def stay_on_cpu() -> None:

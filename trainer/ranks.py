@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import PrefixStore, Store, TCPStore, distributed_c10d  # pyright: ignore[reportPrivateImportUsage]
 
-from trainer.errors import CapstanError
+from trainer.errors import CapstanError, ConfigError
 
 T = TypeVar("T")
 
@@ -37,6 +37,16 @@ class Ranks:
         if self.device.type != "cuda":
             return str(self.device)
         return f"{self.device} ({torch.cuda.get_device_name(self.device)})"
+
+    @property
+    def timeout(self) -> timedelta:
+        """The time that a collective of all ranks may take."""
+        return distributed_c10d._get_default_group()._get_backend(self.device).options._timeout
+
+    def limit_groups(self) -> None:
+        """Give every process group of this process `timeout`: one that a library made has torch's own, 10 minutes for NCCL."""
+        for group in list(distributed_c10d._world.pg_map):
+            distributed_c10d._set_pg_timeout(self.timeout, group)
 
     def have_even_nodes(self) -> bool:
         """Whether every node has as many ranks, and those of a node follow each other. Collective."""
@@ -135,13 +145,17 @@ def join(timeout: timedelta = timedelta(minutes=30), meeting: timedelta = timede
     """Join the process group that Ray Train, torchrun or srun laid out in the environment (or a group of one).
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. `timeout` is that of the group's
-    collectives. Raises `CapstanError`, which names the ranks that are missing, when not all have come within `meeting`.
+    collectives.
+
+    Raises:
+        CapstanError: not all ranks have come within `meeting`; it names those that are missing.
+        ConfigError: two ranks would compute on one GPU.
     """
     # Layers are gathered into memory of ever other sizes, of which fixed segments would leave gaps. It is read at the first use of a GPU.
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = own_device(local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -149,6 +163,8 @@ def join(timeout: timedelta = timedelta(minutes=30), meeting: timedelta = timede
         if "RANK" in os.environ:
             rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             store = _meet(rank, world_size, meeting)
+            if device.type == "cuda":
+                take_gpu(store, device, rank)
             dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
         else:
             os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it
@@ -162,6 +178,32 @@ def join(timeout: timedelta = timedelta(minutes=30), meeting: timedelta = timede
     world_size = dist.get_world_size()
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     return Ranks(dist.get_rank(), world_size, ranks_per_node, int(os.environ.get("LOCAL_RANK", 0)), device)
+
+
+def own_device(local_rank: int) -> torch.device:
+    """The device of the rank with this number on its node.
+
+    srun's --gpus-per-task and --gpu-bind show each rank its own GPUs alone, which it counts from 0 whatever its number is.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return torch.device("cuda", local_rank % gpus) if gpus else torch.device("cpu")
+
+
+def take_gpu(store: Store, device: torch.device, rank: int) -> None:
+    """Note in the ranks' `store` that `rank` has this GPU. Raises `ConfigError` where another has it, which NCCL allows to none."""
+    gpu = torch.cuda.get_device_properties(device)
+    others = store.add(f"gpu-{gpu.uuid}", 1) - 1
+    if others:
+        raise ConfigError(
+            f"rank {rank} would compute on the GPU of another rank: {gpu.name} is shown to both ({torch.cuda.device_count()} to "
+            "each). Start as many ranks on a machine as it has GPUs, or show each its own (srun --gpus-per-task=1)."
+        )
+
+
+def collectives_begun() -> int:
+    """How many collectives this process has begun so far, in all its groups. Any thread may ask."""
+    groups: list[Any] = list(distributed_c10d._world.pg_map)  # torch's stubs leave the sequence number out
+    return sum(group._get_sequence_number_for_group() for group in groups)
 
 
 def _meet(rank: int, world_size: int, within: timedelta) -> Store:

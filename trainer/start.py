@@ -27,13 +27,19 @@ def join_run(config: Config) -> Ranks:
         ConfigError: this process does not see the GPUs that it should.
         CapstanError: not all ranks have come within `timeouts.meet`.
     """
-    check_device(config.cluster.gpus_per_worker, torch.cuda.device_count(), torch.version.cuda or torch.version.hip)
+    check_device(config.cluster.gpus_per_worker, *torch_gpus())
+    os.environ.update(config.cluster.nccl_variables)  # NCCL reads them when it makes its first communicator
     # A collective may last longer than the heartbeat's limits, as the heartbeat names the rank that hangs.
     limit = timedelta(seconds=120 + max(config.timeouts.model_dump().values()))
     ranks = join(limit, timedelta(seconds=config.timeouts.meet))
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(config.cluster.threads_per_worker or max(1, cores // ranks.ranks_per_node))
     return ranks
+
+
+def torch_gpus() -> tuple[int, str | None]:
+    """How many GPUs torch sees, and the CUDA or ROCm version that it was built for; None is a CPU build."""
+    return torch.cuda.device_count(), torch.version.cuda or torch.version.hip
 
 
 def assemble_run(

@@ -14,12 +14,15 @@ def doctor(
     store: Annotated[
         str | None, typer.Option("--store", envvar="CAPSTAN_STORE", help="A store to write a probe to.")
     ] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="A run whose cluster.nccl counts.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Check this machine: versions, accelerator, kernels, a store; say what is missing and how to get it."""
+    """Check this machine: versions, accelerator, kernels, a store, in a Slurm allocation NCCL's network on all nodes; say what
+    is missing and how to get it."""
     from launcher.doctor import diagnose, report_table
+    from trainer.config import load_config
 
-    report = diagnose(store)
+    report = diagnose(store, load_config(config).cluster.nccl_variables if config else None)
     emit(report, as_json, report_table)
     raise typer.Exit(0 if report.ok else 2)
 

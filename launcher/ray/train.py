@@ -160,6 +160,7 @@ def _attempt(cluster_run: _ClusterRun, wanted: Need, workers: int) -> retry.Fail
 
     Raises `ConfigError` when its ranks do not begin in time, and `Stopped` when it need not go on.
     """
+    from ray.exceptions import RayTaskError
     from ray.train import ControllerError, WorkerGroupError
     from ray.train.v2.api.exceptions import PreemptionError
 
@@ -186,6 +187,11 @@ def _attempt(cluster_run: _ClusterRun, wanted: Need, workers: int) -> retry.Fail
             return retry.lost_machine(first_line(error))
         except ControllerError as error:
             cause = error.controller_failure
+            ours = (
+                cause.cause if isinstance(cause, RayTaskError) else None
+            )  # what a rank raised before its train function
+            if isinstance(ours, CapstanError):
+                return retry.Failure(str(ours), ours)
             return retry.Failure(f"Ray could not start the ranks ({type(cause).__name__}: {first_line(cause)})", None)
     return None
 
@@ -193,6 +199,8 @@ def _attempt(cluster_run: _ClusterRun, wanted: Need, workers: int) -> retry.Fail
 def _trainer(cluster_run: _ClusterRun, wanted: Need, workers: int, storage: str) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+
+    from launcher.ray.group import GpuGroup
 
     arguments = {
         "config": dump_config(cluster_run.config),
@@ -202,7 +210,7 @@ def _trainer(cluster_run: _ClusterRun, wanted: Need, workers: int, storage: str)
         "began": cluster_run.began,
         "joined": cluster_run.dashboard is not None,
     }
-    longest = max(cluster_run.config.timeouts.model_dump().values())
+    limit = int(max(cluster_run.config.timeouts.model_dump().values())) + 120
     return TorchTrainer(
         _rank,
         train_loop_config=arguments,
@@ -212,7 +220,7 @@ def _trainer(cluster_run: _ClusterRun, wanted: Need, workers: int, storage: str)
             resources_per_worker=wanted.each,
             placement_strategy=cluster_run.config.cluster.ray.placement,
         ),
-        torch_config=TorchConfig(backend="nccl" if wanted.gpus else "gloo", timeout_s=int(longest) + 120),
+        torch_config=GpuGroup("nccl", timeout_s=limit) if wanted.gpus else TorchConfig("gloo", timeout_s=limit),
         # Checkpoints and metrics go to the run's own store; Ray Train only wants a place to put nothing.
         run_config=RunConfig(
             name=cluster_run.config.run.name,

@@ -48,7 +48,7 @@ def shape(config: Config) -> Shape:
             f"cluster.workers: {per_node} ranks on each node need as many GPUs; cluster.slurm.gpus_per_node is "
             f"{slurm.gpus_per_node}. Lower the one or raise the other."
         )
-    each = max(config.cluster.threads_per_worker or 1, config.cluster.ray.cpus_per_worker)
+    each = max(config.cluster.threads_per_worker or slurm.cpus_per_rank, config.cluster.ray.cpus_per_worker)
     cpus = slurm.cpus_per_node or math.ceil(per_node * each)
     if cpus < per_node:
         raise ConfigError(f"cluster.slurm.cpus_per_node: {cpus} is less than the {per_node} ranks on each node.")

@@ -80,13 +80,7 @@ def submit(
         ConfigError: a setting is wrong, the name is taken, or Slurm refuses (with its own words; the name is free again).
         NothingToResume: `resume`, and nothing is committed.
     """
-    config = anchored(config)
-    job_shape = script.shape(config)
-    if config.cluster.workers is None:
-        config = override(config, f"cluster.workers={job_shape.nodes * job_shape.ranks_per_node}")
-    if config.retry.preemptions is None:
-        # No machine comes in place of a lost one inside a job: the driver ends at once, and the job is requeued.
-        config = override(config, "retry.preemptions=0")
+    config = inside_a_job(anchored(config))
     check(config, resume=resume, take_over=take_over, elsewhere=True)
     code = snapshot.take(Path.cwd())
     run = run_folder(config)
@@ -117,6 +111,20 @@ def submit(
     found = SubmittedJobs(jobs, submission, time.time(), str(output), run.uri)
     run.put(layout.SLURM_JOB, json.dumps(asdict(found)).encode())
     return replace(done, jobs=jobs)
+
+
+def inside_a_job(config: Config) -> Config:
+    """The run's settings with those that its job decides. Raises `ConfigError` as `script.shape` does."""
+    job_shape, cluster = script.shape(config), config.cluster
+    if cluster.workers is None:
+        config = override(config, f"cluster.workers={job_shape.nodes * job_shape.ranks_per_node}")
+    if cluster.slurm.gpus_per_node and cluster.gpus_per_worker is None:
+        # On a node that shows them no GPU the ranks would else compute on its CPUs.
+        config = override(config, "cluster.gpus_per_worker=1")
+    if config.retry.preemptions is None:
+        # No machine comes in place of a lost one inside a job: the driver ends at once, and the job is requeued.
+        config = override(config, "retry.preemptions=0")
+    return config
 
 
 def _sbatch(batch_file: str, count: int, environment: Mapping[str, str]) -> list[int]:

@@ -264,7 +264,7 @@ def test_gpus_that_this_torch_cannot_use(
     monkeypatch.setitem(ENVIRONMENT, "PATH", f"{tmp_path}:{ENVIRONMENT['PATH']}")
     monkeypatch.setitem(ENVIRONMENT, "CUDA_VISIBLE_DEVICES", "0")
     if not torch.cuda.is_available():
-        refused(capstan("train", config, timeout=200), 2, "cluster.gpus_per_worker", "has 1 GPUs, but this torch")
+        refused(capstan("train", config, timeout=200), 2, "cluster.gpus_per_worker", "has 1 GPU, but this torch")
 
 
 def test_the_plan_names_the_device(capstan: Capstan, config: Path):

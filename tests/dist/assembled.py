@@ -1,6 +1,7 @@
 """A rank put together piece by piece, for what lies between two steps."""
 
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from trainer.tuning.method import method_of
 from trainer.zero.engine import Engine
 from trainer.zero.policy import build_deepspeed_config
 
+LIMIT = timedelta(seconds=1500)  # of collectives: neither gloo's own nor NCCL's
 STATES = ("master", "exp_avg", "exp_avg_sq")
 
 
@@ -95,7 +97,7 @@ def chapters_of(config: Config, fingerprint: str) -> Chapters:
 
 
 def assemble_run(config: Config, fingerprint: str | None = None) -> Assembled:
-    ranks = join()
+    ranks = join(LIMIT)
     torch.set_num_threads(1)
     store = open_store(config.run.store)
     stream: Any = None

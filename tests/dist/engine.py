@@ -1,14 +1,18 @@
 """DeepSpeed's private names, looked at from the public side."""
 
+import os
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
+from torch.distributed import distributed_c10d
 
 from tests.dist.assembled import STATES, assemble_run
 from trainer.config import parse_config
 from trainer.data.micro_batch import Position
 from trainer.train.loop import train
+from trainer.zero.engine import zero_init
 
 
 def engine_internals(config_text: str, fingerprint: str) -> dict[str, Any]:
@@ -33,6 +37,8 @@ def engine_internals(config_text: str, fingerprint: str) -> dict[str, Any]:
     every: list[Any] = list(here.engine.model.parameters())
     frozen = [p for p in every if not p.requires_grad]
     return {
+        "time_limits": _time_limits(),
+        "devices": [here.engine._engine.local_rank, *_devices_of_one_gpu_a_rank()],
         "wrong": wrong,
         "left_over": list(parts),
         "intervals": {part.name: [part.begin, part.end, *part.shape] for part in here.engine.partitions()},
@@ -45,3 +51,20 @@ def engine_internals(config_text: str, fingerprint: str) -> dict[str, Any]:
         "held": sum(p.ds_tensor.numel() for p in frozen if not p.ds_persist),
         "numel": sum(p.ds_numel for p in frozen if not p.ds_persist),
     }
+
+
+def _time_limits() -> list[float]:
+    """Seconds that a collective may take, of every process group that this process has."""
+    groups = list(distributed_c10d._world.pg_map)
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+
+def _devices_of_one_gpu_a_rank() -> list[str]:
+    """The device that DeepSpeed's Init takes on a machine that shows each rank its own GPU alone, and LOCAL_RANK behind it."""
+    accelerator: Any = type(get_accelerator())
+    plain, accelerator.device_name = accelerator.device_name, lambda self, index=None: f"cuda:{index}"
+    try:
+        init: Any = zero_init({"train_batch_size": 3}, torch.float32, torch.device("cuda", 0))
+    finally:
+        accelerator.device_name = plain
+    return [str(init.local_device), os.environ["LOCAL_RANK"]]

@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from trainer.config import parse_config
 from trainer.data.micro_batch import Position
@@ -16,6 +17,7 @@ from trainer.errors import CapstanError
 from trainer.rank import run_rank
 from trainer.ranks import join
 from trainer.run import layout
+from trainer.start import join_run
 from trainer.store import Store, open_store
 from trainer.zero.engine import Engine
 
@@ -32,7 +34,8 @@ def run(
     hold: after the commit of step 5 showed up, no rank finishes another step.
     terminate: rank 1 alone gets SIGTERM in its third step.
     poison: the loss of bin 26 of the first epoch, which is in step 7, is not a number.
-    stuck: rank 1 never comes out of its third step. freeze: rank 0 gets SIGSTOP in its third step.
+    stuck: rank 1 never comes out of its third step, stuck_inside: nor out of a layer in it, whose weights come by collectives
+    that DeepSpeed begins and awaits. freeze: rank 0 gets SIGSTOP in its third step.
     """
     config = parse_config(config_text)
     if how == "hold":
@@ -43,6 +46,8 @@ def run(
         _poison(26)
     if how == "stuck" and os.environ["RANK"] == "1":
         _in_step(3, lambda: threading.Event().wait())
+    if how == "stuck_inside" and os.environ["RANK"] == "1":
+        _in_layer_of_step(3, lambda: threading.Event().wait())
     if how == "freeze" and os.environ["RANK"] == "0":
         _in_step(3, lambda: os.kill(os.getpid(), signal.SIGSTOP))
     datasets = Datasets(fingerprint, eval_fingerprint, sets=sets or {}) if os.environ["RANK"] == "0" else None
@@ -57,6 +62,12 @@ def meet(seconds: float, absent: list[int]) -> str:
         return f"{join(meeting=timedelta(seconds=seconds)).world_size} together"
     except CapstanError as error:
         return str(error)
+
+
+def environment(config_text: str, *names: str) -> list[str | None]:
+    """Variables of a rank that has joined the others as its settings say."""
+    join_run(parse_config(config_text))
+    return [os.environ.get(name) for name in names]
 
 
 def outcome_of(action: Any) -> dict[str, Any]:
@@ -88,6 +99,16 @@ def _in_step(number: int, strike: Callable[[], object]) -> None:
         return plain(self, lr)
 
     Engine.step = struck
+
+
+def _in_layer_of_step(number: int, strike: Callable[[], object]) -> None:
+    def struck(*_arguments: Any, **_given: Any) -> Any:
+        strike()
+
+    def arm() -> None:
+        LlamaDecoderLayer.forward = struck
+
+    _in_step(number - 1, arm)
 
 
 def _poison(number: int) -> None:

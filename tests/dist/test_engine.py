@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from tests.dist import engine
+from tests.dist.assembled import LIMIT
 from tests.dist.launch import launch
 from tests.material import Workshop
 from trainer.config import dump_config
@@ -46,6 +47,16 @@ def test_the_count_of_updates_is_adamws(internals: list[dict[str, Any]]) -> None
 
 def test_every_rank_gets_the_same_gradient_norm(internals: list[dict[str, Any]]) -> None:
     assert len({rank["grad_norm"] for rank in internals}) == 1
+
+
+def test_every_process_group_has_our_time_limit(internals: list[dict[str, Any]]) -> None:
+    for rank in internals:
+        assert len(rank["time_limits"]) > 1  # DeepSpeed has made one of its own
+        assert set(rank["time_limits"]) == {LIMIT.total_seconds()}
+
+
+def test_deepspeed_takes_the_device_that_the_rank_has(internals: list[dict[str, Any]]) -> None:
+    assert [rank["devices"] for rank in internals] == [[0, "cuda:0", str(number)] for number in range(3)]
 
 
 def test_a_start_compiles_nothing(internals: list[dict[str, Any]]) -> None:

@@ -19,7 +19,11 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 @pytest.mark.parametrize(
     ("how", "named", "speaker"),
-    [("stuck", "rank 1 hangs in step of step 3: no progress", 0), ("freeze", "rank 0 hangs: no answer", 1)],
+    [
+        ("stuck", "rank 1 hangs in step of step 3: no progress", 0),
+        ("stuck_inside", "rank 1 hangs in step of step 3: no progress", 0),
+        ("freeze", "rank 0 hangs: no answer", 1),
+    ],
 )
 def test_a_rank_that_hangs_is_named_and_the_others_end(workshop: Workshop, how: str, named: str, speaker: int) -> None:
     config = workshop.config(how, "timeouts.step=6", "timeouts.load=60")

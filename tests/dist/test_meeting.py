@@ -9,6 +9,8 @@ import pytest
 
 from tests.dist import runs
 from tests.dist.launch import launch
+from tests.material import Workshop
+from trainer.config import dump_config
 from trainer.errors import CapstanError
 from trainer.ranks import join
 
@@ -34,3 +36,11 @@ def test_where_rank_0_never_comes_the_others_say_so(monkeypatch: pytest.MonkeyPa
     with pytest.raises(CapstanError, match="rank 1 cannot reach rank 0 at 127.0.0.1:.* within 2 s \\(timeouts.meet\\)"):
         join(meeting=timedelta(seconds=2))
     assert time.monotonic() - began < 30
+
+
+def test_every_rank_has_the_settings_variables_of_nccl(workshop: Workshop) -> None:
+    config = workshop.config("network", "cluster.nccl={NCCL_SOCKET_IFNAME: ib0, NCCL_IB_TIMEOUT: 22}")
+    names = ("NCCL_SOCKET_IFNAME", "NCCL_IB_TIMEOUT", "NCCL_DEBUG")
+    given = {"NCCL_SOCKET_IFNAME": "eth0", "NCCL_DEBUG": "WARN"}
+    found = launch(2, runs.environment, dump_config(config), *names, extra_environment=given)
+    assert found == [["ib0", "22", "WARN"]] * 2

@@ -2,11 +2,13 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 from launcher.slurm.script import slurm_quoted
+from tests.cli.conftest import ENVIRONMENT
 from tests.material import commit
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import NETWORK, Cluster
 from tests.slurm.site import Site
 from trainer.config import load_config
 from trainer.run import layout
@@ -33,6 +35,31 @@ def test_a_dry_run_prints_the_batch_file_and_changes_nothing(site: Site) -> None
     assert done.stdout.rstrip().endswith((Path(__file__).parents[2] / "slurm" / "run.sh").read_text().rstrip())
     assert not (site.folder / "store/unborn").exists()
     assert site.cluster.run("sbatch", "--test-only", input=done.stdout) == ""
+
+
+def test_the_doctor_asks_every_node_of_its_allocation_what_nccl_takes(site: Site) -> None:
+    """From a configuration too, which wins over the environment."""
+    config = site.config("network", "cluster.nccl={NCCL_SOCKET_IFNAME: nope}")
+    inside = (
+        "salloc",
+        "--nodes=2",
+        "--exclude=n2",
+        "--quiet",
+        sys.executable,
+        "-m",
+        "launcher.cli",
+        "doctor",
+        "--json",
+    )
+    environment = {**ENVIRONMENT, "NCCL_SOCKET_IFNAME": "^lo"}
+    for more, state in (((), "ok"), (("--config", str(config)), "missing")):
+        done = site.cluster.attempt(*inside, *more, cwd=site.folder, environment=environment, timeout=300)
+        checks = [check for check in json.loads(done.stdout)["checks"] if check["name"] == "NCCL"]
+        assert {check["state"] for check in checks} == {state}, done.stderr
+        found = " ".join(check["found"] for check in checks)
+        for node, address in (("n1", ".11"), ("n3", ".13")):
+            assert (f"{node}: sockets over " in found and f"{NETWORK}{address}" in found) == (state == "ok"), found
+            assert (f"nope names no interface of {node}" in found) == (state == "missing")
 
 
 def test_a_refusal_is_told_in_slurms_own_words_and_the_name_stays_free(site: Site) -> None:

@@ -1,11 +1,17 @@
-"""A run computes on the CPU where that was said, or where there is nothing else: never because torch sees no GPU."""
+"""A run computes on the CPU where that was said, or where there is nothing else: never because torch sees no GPU. On GPUs each
+rank has one of its own, however many its launcher shows it."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
-from trainer.devices import check_device, local_gpus
+from trainer.devices import ListedGpu, check_device, count_visible, listed_gpus, local_gpus
 from trainer.errors import ConfigError
+from trainer.ranks import own_device, take_gpu
 
 LISTING = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)\nGPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-2)\n"
 
@@ -23,6 +29,61 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_driver_tells_how_many_gpus_there_are(driver: Path) -> None:
     assert local_gpus() == 2
+
+
+WHOLE = [ListedGpu("GPU-5d5ba0d6"), ListedGpu("GPU-5e11"), ListedGpu("GPU-c8f0")]
+
+
+@pytest.mark.parametrize(
+    "setting", ["0", "2,0", "1, 2", "0,7,1", "1,1", "-1", "1,-1,2", "x", "NoDevFiles", "GPU-5d5ba0d6,GPU-c8f0"]
+)
+def test_the_devices_that_are_left_are_those_that_torch_takes(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
+    taken: list[Any] = torch.cuda._parse_visible_devices()
+    if taken and isinstance(taken[0], str):
+        taken = torch.cuda._transform_uuid_to_ordinals(taken, [gpu.uuid for gpu in WHOLE])
+    within = next((place for place, number in enumerate(taken) if number >= len(WHOLE)), len(taken))
+    assert count_visible(WHOLE, setting) == within
+    assert count_visible([ListedGpu()] * 3, setting) == within  # a machine without nvidia-smi, which has device files
+
+
+@pytest.mark.parametrize(
+    ("setting", "count"),
+    [(None, 1), ("0", 1), ("1", 1), ("MIG-c7384736-a75d", 1), ("MIG-c7384736-a75d,MIG-a28ad590", 1), ("MIG-77", 0)],
+)
+def test_a_process_has_one_mig_instance(driver: Path, setting: str | None, count: int) -> None:
+    """As nvidia-smi lists them in NVIDIA's MIG user guide."""
+    parts = [
+        "  MIG 1g.5gb      Device  0: (UUID: MIG-c7384736-a75d)",
+        "  MIG 3g.20gb     Device  1: (UUID: MIG-a28ad590)",
+    ]
+    gpu = ["GPU {0}: NVIDIA A100-SXM4-40GB (UUID: GPU-{0}ed)", *parts]
+    driver.write_text("#!/bin/sh\ncat <<E\n" + "\n".join([*gpu, gpu[0]]).format(0) + "\nE\n")
+    listed = listed_gpus()
+    assert [gpu.instances for gpu in listed] == [["MIG-c7384736-a75d", "MIG-a28ad590"], []]
+    listed = [listed[0], listed[0]] if setting == "1" else listed
+    assert count_visible(listed, setting) == count
+
+
+def test_a_rank_that_sees_one_gpu_takes_it_whatever_its_number_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert own_device(3) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for shown, taken in ((8, 3), (1, 0), (2, 1)):  # all of the node's; --gpus-per-task=1; --gpus-per-task=2
+        monkeypatch.setattr(torch.cuda, "device_count", lambda shown=shown: shown)
+        assert own_device(3) == torch.device("cuda", taken)
+
+
+def test_two_ranks_on_one_gpu_are_told_apart_from_two_that_see_one_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = iter([SimpleNamespace(uuid=uuid, name="NVIDIA H100") for uuid in ("a", "b", "a")])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: next(gpus))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    store, device = HashStore(), torch.device("cuda", 0)
+    take_gpu(store, device, 0)
+    take_gpu(store, device, 1)
+    with pytest.raises(
+        ConfigError, match=r"rank 2 would compute on the GPU of another rank: NVIDIA H100 .*each its own"
+    ):
+        take_gpu(store, device, 2)
 
 
 @pytest.mark.parametrize("hidden", ["", "-1", "NoDevFiles"])

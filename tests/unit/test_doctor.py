@@ -9,6 +9,7 @@ from rich.console import Console
 
 from launcher import doctor
 from launcher.doctor import Check, Diagnosis, check_package, check_store, diagnose, report_table
+from trainer.devices import ListedGpu
 
 
 def test_this_machine_can_run(tmp_path):
@@ -54,6 +55,31 @@ def test_a_torch_that_does_not_import_is_told(monkeypatch):
     (check,) = (check for check in report.checks if check.name == "torch import")
     assert check.state == "missing"
     assert "libcudart" in check.found
+
+
+GPU = {"name": "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bytes": 5 * 2**30}
+
+
+@pytest.mark.parametrize(
+    ("setting", "build", "gpus", "state", "found"),
+    [
+        (None, "13.0", [GPU, GPU], "ok", "NVIDIA A100-SXM4-40GB MIG 1g.5gb 5 GiB, NVIDIA"),
+        ("1", "13.0", [GPU], "ok", "1g.5gb 5 GiB (of 2: CUDA_VISIBLE_DEVICES=1)"),
+        ("", "13.0", [], "optional", "2, of which CUDA_VISIBLE_DEVICES= leaves none"),
+        ("1", None, [], "missing", "1, but this torch is a CPU build"),
+        (None, "13.0", [], "missing", "2, but this torch (built for 13.0) finds none"),
+    ],
+)
+def test_gpus_are_told_as_a_run_would_use_them(monkeypatch, setting, build, gpus, state, found):
+    monkeypatch.setattr(doctor, "listed_gpus", lambda: [ListedGpu("GPU-1"), ListedGpu("GPU-2")])
+    monkeypatch.setattr(doctor, "ask_torch", lambda: {"build": build, "gpus": gpus, "bf16": bool(gpus)})
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
+    (check,) = (check for check in diagnose(None).checks if check.name == "GPUs")
+    assert check.state == state
+    assert found in check.found
+    assert check.fix or state == "ok"
 
 
 def test_the_table_ends_in_a_verdict():

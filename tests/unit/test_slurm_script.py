@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.slurm.script import Shape, options, render, shape, slurm_quoted
+from launcher.slurm.submit import inside_a_job
 from trainer.config import Config, Slurm, load_config, parse_config
 from trainer.errors import ConfigError
 
@@ -160,7 +161,31 @@ def test_a_layout_that_cannot_be_is_refused(overrides: list[str], message: str) 
 def test_every_gpu_gets_a_rank_unless_told_otherwise() -> None:
     assert shape(config("cluster.slurm.gpus_per_node=8")).ranks_per_node == 8
     assert shape(config("cluster.slurm.gpus_per_node=8", "cluster.workers=4")).ranks_per_node == 2
-    assert shape(config("cluster.slurm.gpus_per_node=8", "cluster.ray.cpus_per_worker=6")).cpus_per_node == 48
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cpus"),
+    [
+        (["cluster.workers=4"], 2),
+        (["gpus_per_node=8"], 64),  # eight a GPU: one would have to load data, drive the GPU and upload checkpoints
+        (["gpus_per_node=8", "cluster.workers=4"], 16),
+        (["gpus_per_node=8", "cluster.ray.cpus_per_worker=12"], 96),
+        (["gpus_per_node=8", "cluster.threads_per_worker=3"], 24),
+        (["gpus_per_node=8", "cpus_per_node=12"], 12),
+    ],
+)
+def test_cpus_are_asked_for_by_what_a_rank_uses(overrides: list[str], cpus: int) -> None:
+    run = config(*(text if "." in text.split("=")[0] else f"cluster.slurm.{text}" for text in overrides))
+    assert shape(run).cpus_per_node == cpus
+    assert options(run, "out", [])["cpus-per-task"] == str(cpus)
+
+
+def test_ranks_of_a_job_that_asks_for_gpus_compute_on_nothing_else() -> None:
+    assert inside_a_job(config("cluster.slurm.gpus_per_node=8")).cluster.gpus_per_worker == 1
+    assert (
+        inside_a_job(config("cluster.slurm.gpus_per_node=8", "cluster.gpus_per_worker=0")).cluster.gpus_per_worker == 0
+    )
+    assert inside_a_job(config("cluster.workers=2")).cluster.gpus_per_worker is None
 
 
 def test_the_example_divides_its_ranks_over_its_nodes() -> None:
@@ -176,6 +201,8 @@ def test_the_example_divides_its_ranks_over_its_nodes() -> None:
             r"cluster\.slurm\.extra: 'reservation' is not allowed\. Give each option",
         ),
         ("cluster.slurm.gpu_type=h100", r"gpu_type: has no effect without cluster\.slurm\.gpus_per_node"),
+        ("cluster.nccl={SOCKET_IFNAME: eth0}", r"cluster\.nccl: 'SOCKET_IFNAME' is not allowed\. It takes NCCL's own"),
+        ("cluster.nccl={NCCL_IB_HCA: ''}", r"cluster\.nccl\.NCCL_IB_HCA: '' is not allowed\. It is one line"),
         ("cluster.slurm.time=a day", r"cluster\.slurm\.time: 'a day' is not allowed"),
         ("cluster.slurm.signal_seconds=5", r"cluster\.slurm\.signal_seconds: 5 is not allowed"),
     ],

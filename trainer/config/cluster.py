@@ -3,7 +3,7 @@
 import re
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from trainer.config.section import Section, setting
 
@@ -67,7 +67,7 @@ class Slurm(Section):
     gpu_type: str | None = setting(None, about="Which GPUs, by Slurm's name for them.", example="h100")
     cpus_per_node: int | None = setting(
         None,
-        about="CPUs of each node. Default: cluster.threads_per_worker for each of its ranks, or one.",
+        about="CPUs of each node. Default: cluster.threads_per_worker for each of its ranks, or 8 for a rank with a GPU, or one.",
         example=96,
         ge=1,
         unit="CPUs",
@@ -135,6 +135,12 @@ class Slurm(Section):
         unit="jobs",
     )
 
+    @property
+    def cpus_per_rank(self) -> int:
+        """CPUs that are asked for where no setting says how many. Beside a GPU work its rank's main thread, its data, the upload
+        of checkpoints and NCCL's threads."""
+        return 8 if self.gpus_per_node else 1
+
     @model_validator(mode="after")
     def _one_line_each(self) -> "Slurm":
         for name, given in self:
@@ -176,8 +182,29 @@ class Cluster(Section):
         ge=1,
         unit="threads",
     )
+    nccl: dict[str, str | int] = setting(
+        {},
+        about="Variables of NCCL for every rank, whoever starts it: the network interfaces, InfiniBand adapters and so on that it "
+        "uses. They win over those of the environment; `capstan doctor --config` says what NCCL makes of them.",
+        example={"NCCL_SOCKET_IFNAME": "eth0", "NCCL_IB_HCA": "mlx5_0,mlx5_1"},
+    )
     ray: Ray = Ray()
     slurm: Slurm = Slurm()
+
+    @field_validator("nccl")
+    @classmethod
+    def _variables_of_nccl(cls, given: dict[str, str | int]) -> dict[str, str | int]:
+        for name, value in given.items():
+            if not re.fullmatch(r"NCCL_[A-Z0-9_]+", name):
+                raise ValueError(
+                    f"cluster.nccl: {name!r} is not allowed. It takes NCCL's own variables by their names, such as "
+                    "NCCL_SOCKET_IFNAME."
+                )
+            if not str(value).isprintable() or not str(value).strip():
+                raise ValueError(
+                    f"cluster.nccl.{name}: {value!r} is not allowed. It is one line of printable text, and not empty."
+                )
+        return given
 
     @model_validator(mode="before")
     @classmethod
@@ -202,3 +229,8 @@ class Cluster(Section):
     def most_workers(self) -> int | None:
         """Ranks that the run takes at most; None where the cluster decides."""
         return self.workers[1] if isinstance(self.workers, tuple) else self.workers
+
+    @property
+    def nccl_variables(self) -> dict[str, str]:
+        """`nccl` as a process's environment takes it."""
+        return {name: str(value) for name, value in self.nccl.items()}

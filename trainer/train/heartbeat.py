@@ -1,7 +1,9 @@
 """Finds the rank that hangs, whoever started the ranks: Ray, torchrun or srun.
 
 A rank says what it begins (`pulse("step", 12)`). A thread of its own tells that to rank 0, with a count of its own turns;
-rank 0 judges by its own clock. Where one rank has begun less than the others, they wait for it: it is the one that hangs. A
+rank 0 judges by its own clock. Where one rank has begun less than the others, they wait for it: it is the one that hangs.
+Inside a phase the collectives that it has begun are counted, which come in the same order on all: DeepSpeed's too, and NCCL's,
+which a rank begins and goes on from until it reads a result. A
 thread that tells nothing belongs to a process that is frozen, gone or cut off. Once rank 0 has found a rank to hang, every
 rank that can writes its Python stacks to its log and ends, so that the group is started again.
 """
@@ -10,7 +12,6 @@ import faulthandler
 import os
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,11 +19,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
-from torch.distributed import distributed_c10d
-
-from trainer import ranks as ranks_module
 from trainer.config import Timeouts
-from trainer.ranks import Ranks
+from trainer.ranks import Ranks, collectives_begun
 from trainer.run.background import Harmless, say
 from trainer.train.signed_lines import Line, Server
 
@@ -32,19 +30,18 @@ Pulse: TypeAlias = Callable[[Phase, int], None]
 HUNG = 1
 """The exit code of a rank that ends because some rank hangs."""
 _FAREWELL_SECONDS = 5.0
-_EXCHANGES = {distributed_c10d.__file__, ranks_module.__file__}
 
 
 @dataclass(frozen=True)
 class Beat:
-    """The place of a rank when its thread looked: `begun` counts its phases, `turns` the thread's own looks, and
-    `waits` is whether it was inside an exchange with the other ranks."""
+    """The place of a rank when its thread looked: `begun` counts its phases, `collectives` those that it has begun over all
+    phases, and `turns` the thread's own looks."""
 
     phase: Phase
     step: int
     begun: int
     turns: int
-    waits: bool = False
+    collectives: int = 0
 
     @property
     def place(self) -> str:
@@ -89,9 +86,8 @@ class Judge:
         if silent:
             return self._found(silent, limits, "no sign of life", "frozen, or cut off from the others")
         # Ranks that have begun more wait for those that have begun less, for as long as these may take.
-        fewest = min(beat.begun for beat in beats)
-        behind = [rank for rank, beat in enumerate(beats) if beat.begun == fewest]
-        behind = [rank for rank in behind if not beats[rank].waits] or behind
+        fewest = min((beat.begun, beat.collectives) for beat in beats)
+        behind = [rank for rank, beat in enumerate(beats) if (beat.begun, beat.collectives) == fewest]
         if not any(now - self._moved[rank] > limits[rank][1] for rank in behind):
             return None
         if len(behind) == len(beats):
@@ -121,7 +117,6 @@ class Heart:
         self._seconds = min(
             max(1.0, ranks.world_size / 200), *(limit(timeouts, phase)[1] / 5 for phase in get_args(Phase))
         )
-        self._main = threading.get_ident()
         self._closed, self._ending = threading.Event(), threading.Lock()
         # On rank 0: what each rank said last, whom it found to hang, and which ranks know.
         self._beats = [self._beat] * ranks.world_size
@@ -150,7 +145,7 @@ class Heart:
             harmless(lambda turns=turns: work(turns))
 
     def _now(self, turns: int) -> Beat:
-        return replace(self._beat, turns=turns, waits=_in_an_exchange(self._main))
+        return replace(self._beat, turns=turns, collectives=collectives_begun())
 
     def _hear(self, told: dict[str, Any]) -> dict[str, Any]:
         """Rank 0's answer to another rank; called in the server's thread."""
@@ -229,16 +224,6 @@ def _resolved(name: str) -> str:
     with suppress(OSError):
         return str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
     return name
-
-
-def _in_an_exchange(thread: int) -> bool:
-    """Whether `thread` waits for other ranks: it is in a collective, or reads the result of one from its device."""
-    frame = sys._current_frames().get(thread)
-    while frame is not None:
-        if frame.f_code.co_filename in _EXCHANGES:
-            return True
-        frame = frame.f_back
-    return False
 
 
 def silent_pulse(phase: Phase, step: int = 0) -> None:

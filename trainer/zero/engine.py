@@ -32,13 +32,25 @@ from trainer.zero.gather import Gathers, without_hooks
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
 
 
-def zero_init(deepspeed_config: dict[str, Any], dtype: torch.dtype) -> Init:
+@contextmanager
+def _own_device(device: torch.device) -> Iterator[None]:
+    """LOCAL_RANK is the number of `device` inside: DeepSpeed takes its device by it, also where each rank sees one GPU alone."""
+    local_rank = os.environ["LOCAL_RANK"]
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
+    try:
+        yield
+    finally:
+        os.environ["LOCAL_RANK"] = local_rank
+
+
+def zero_init(deepspeed_config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Init:
     """DeepSpeed's `Init`, which makes plain parameters ZeRO-3 ones, over the process group that `ranks.join` made."""
     # Tell DeepSpeed that no op can be compiled: it would build one for inference collectives (a minute of g++), and a rank
     # killed meanwhile leaves a lock file on which every later start on this machine waits for ever.
     deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]
     deepspeed.init_distributed(verbose=False)  # first: Init takes the world size from it
-    return Init(config_dict_or_path=deepspeed_config, dtype=dtype)
+    with _own_device(device):
+        return Init(config_dict_or_path=deepspeed_config, dtype=dtype)
 
 
 def divide_now(module: nn.Module, beside: nn.Module) -> None:
@@ -123,10 +135,11 @@ class Engine:
         assert sum(len(group["params"]) for group in groups) == trainable, "something learns that is in no group"
         self._optimizer = DividedOptimizer(groups, optim, ranks)
         # Any: DeepSpeed's annotations would have every attribute be a tensor or a module.
-        with without_hooks():
+        with without_hooks(), _own_device(ranks.device):
             self._engine: Any = deepspeed.initialize(
                 model=_Wrapped(packed, loss), optimizer=self._optimizer, config=deepspeed_config
             )[0]
+        ranks.limit_groups()
         zero = self._engine.optimizer
         for flat, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
             self._optimizer.divide(flat, [_part(zero, parameter) for parameter in parameters])

@@ -51,7 +51,7 @@ class Partitioner:
         self.group = _partition_group(scope, ranks)
         self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         self.kept_bytes = 0
-        self._zero = zero_init(deepspeed_config, dtype)
+        self._zero = zero_init(deepspeed_config, dtype, ranks.device)
 
     def make(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Partition:
         """A parameter of `shape`, frozen until a method has it learn, whose partition is still to be written.
@@ -86,7 +86,7 @@ def _partition_group(scope: Scope, ranks: Ranks) -> dist.ProcessGroup | None:
     mine = None
     for first in range(0, ranks.world_size, ranks.ranks_per_node):
         members = list(range(first, first + ranks.ranks_per_node))
-        group = dist.new_group(members)
+        group = dist.new_group(members, timeout=ranks.timeout)
         mine = group if ranks.rank in members else mine
     assert isinstance(mine, dist.ProcessGroup)
     return mine

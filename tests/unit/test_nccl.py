@@ -1,0 +1,98 @@
+"""NCCL's choice of interfaces and adapters by its own rules, and what of it cannot work between machines."""
+
+from pathlib import Path
+
+import pytest
+
+from launcher.doctor import check_network
+from launcher.nccl import Network, ports, sockets, this_machine, troubles
+
+MACHINE = ["lo", "docker0", "eno1", "eno2np0", "ib0"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "interfaces", "taken"),
+    [
+        (None, MACHINE, ["ib0"]),
+        (None, ["lo", "docker0", "eno1", "enp3"], ["eno1", "enp3"]),
+        (None, ["lo", "docker0"], ["docker0"]),
+        (None, ["lo"], ["lo"]),
+        ("eno", MACHINE, ["eno1", "eno2np0"]),
+        ("=eno1,ib0", MACHINE, ["eno1", "ib0"]),
+        ("=eno", MACHINE, []),
+        ("^eno,docker", MACHINE, ["lo", "ib0"]),
+        ("^=eno1,lo", MACHINE, ["docker0", "eno2np0", "ib0"]),
+        ("eth0", MACHINE, []),
+    ],
+)
+def test_interfaces_are_taken_as_nccls_manual_has_it(
+    setting: str | None, interfaces: list[str], taken: list[str]
+) -> None:
+    assert sockets(interfaces, {} if setting is None else {"NCCL_SOCKET_IFNAME": setting}) == taken
+
+
+@pytest.fixture
+def adapters(tmp_path: Path) -> Path:
+    """The kernel's folder of a machine with three adapters, one of which has a second port, without a cable."""
+    for name, port, state in (
+        ("mlx5_0", 1, "4: ACTIVE"),
+        ("mlx5_0", 2, "1: DOWN"),
+        ("mlx5_1", 1, "4: ACTIVE"),
+        ("mlx5_10", 1, "4: ACTIVE"),
+    ):
+        folder = tmp_path / name / "ports" / str(port)
+        folder.mkdir(parents=True)
+        (folder / "state").write_text(f"{state}\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("environment", "active", "idle"),
+    [
+        ({}, ["mlx5_0:1", "mlx5_1:1", "mlx5_10:1"], ["mlx5_0:2"]),
+        ({"NCCL_IB_HCA": "mlx5_1"}, ["mlx5_1:1", "mlx5_10:1"], []),
+        ({"NCCL_IB_HCA": "=mlx5_1:1,mlx5_0:2"}, ["mlx5_1:1"], ["mlx5_0:2"]),
+        ({"NCCL_IB_HCA": "^mlx5_1"}, ["mlx5_0:1"], ["mlx5_0:2"]),
+        ({"NCCL_IB_DISABLE": "1"}, [], []),
+    ],
+)
+def test_adapters_are_taken_as_nccls_manual_has_it(
+    adapters: Path, environment: dict[str, str], active: list[str], idle: list[str]
+) -> None:
+    assert ports(adapters, environment) == (active, idle)
+
+
+def machine(host: str, interface: str = "ib0", adapters: tuple[str, ...] = ("mlx5_0:1",)) -> Network:
+    return Network(host, {interface: "10.0.0.1"}, [interface], list(adapters), [])
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ([machine("n1"), machine("n2", "eth0")], []),
+        ([machine("n1", "lo")], []),  # alone it reaches itself
+        ([machine("n1"), machine("n2", "docker0")], ["n2 opens sockets on docker0, where no other machine reaches it"]),
+        ([machine("n1"), machine("n2", adapters=())], ["n2 has no active InfiniBand port, the other nodes have"]),
+        ([machine("n1", adapters=()), machine("n2", adapters=())], []),
+        (
+            [Network("n1", {"eth0": ""}, [], [], [])],
+            ["NCCL_SOCKET_IFNAME=ib1 names no interface of n1, which has eth0"],
+        ),
+    ],
+)
+def test_what_cannot_work_is_said_of_its_machine(found: list[Network], words: list[str]) -> None:
+    said = list(troubles(found, {"NCCL_SOCKET_IFNAME": "ib1"}))
+    assert len(said) == len(words)
+    for (trouble, remedy), word in zip(said, words, strict=True):
+        assert word in trouble
+        assert "cluster.nccl: {" in remedy
+
+
+def test_the_doctor_tells_this_machines_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_NUM_NODES", raising=False)
+    network = this_machine({}, Path("/nowhere"))
+    (check,) = check_network({"NCCL_IB_DISABLE": "1"})
+    assert (check.state, check.found) == ("ok", f"{network.host}: {network.transport}")
+    assert network.sockets[0] in check.found
+    (check,) = check_network({"NCCL_IB_DISABLE": "1", "NCCL_SOCKET_IFNAME": "nope"})
+    assert (check.state, "nope names no interface" in check.found) == ("missing", True)
