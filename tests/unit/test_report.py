@@ -4,6 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -318,13 +319,13 @@ def test_a_sweep_is_a_page_of_its_trials_and_of_what_the_result_depends_on(store
     counted = [(trial.settings, at_ten[trial.number]) for trial in trials if trial.number in at_ten]
     of_ranks = [[loss for tried, loss in counted if tried["tuning.rank"] == rank] for rank in (8, 16)]
     for at, of_rank in enumerate(of_ranks):
-        wanted |= {f"sensitivity/0/means/{at}/mean": np.mean(of_rank), f"sensitivity/0/means/{at}/trials": len(of_rank)}
-    wanted["sensitivity/0/spread"] = abs(np.mean(of_ranks[0]) - np.mean(of_ranks[1]))
+        wanted |= {f"sensitivity/0/means/{at}/mean": fmean(of_rank), f"sensitivity/0/means/{at}/trials": len(of_rank)}
+    wanted["sensitivity/0/spread"] = abs(fmean(of_ranks[0]) - fmean(of_ranks[1]))
     rates, ranks = (
         np.array(column).argsort().argsort()
         for column in zip(*((tried["optim.lr"], loss) for tried, loss in counted), strict=True)
     )
-    wanted["sensitivity/1/correlation"] = np.corrcoef(rates, ranks)[0, 1]
+    wanted["sensitivity/1/correlation"] = float(np.corrcoef(rates, ranks)[0, 1])
     wanted |= {f"sensitivity/{at}/{name}": n for at in (0, 1) for name, n in (("trials", len(counted)), ("step", 10))}
     assert {of: value for of, (value, _) in shown.items()} == pytest.approx(wanted)
     del shown["made"]
