@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from trainer.config import Config, assignment, override
-from trainer.config.sweep import GRID
+from trainer.config.sweep import GRID, LOG_UNIFORM
 from trainer.errors import ConfigError
 
 FORMAT = 1
@@ -134,7 +134,7 @@ def _draw(kind: str, values: list[Any], draw: random.Random) -> Any:
     low, high = values
     if kind == "int":
         return draw.randint(low, high)
-    logarithmic = kind == "log_uniform"
+    logarithmic = kind == LOG_UNIFORM
     number = math.exp(draw.uniform(math.log(low), math.log(high))) if logarithmic else draw.uniform(low, high)
     return min(max(float(f"{number:.{_DIGITS}g}"), low), high)
 

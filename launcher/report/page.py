@@ -1,5 +1,6 @@
 """The page of one run: its figures, laid out. Names, reasons and samples are others' texts, so everything is escaped."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,6 +19,8 @@ from launcher.view.plan import meaning
 from trainer.run.lines import duration
 
 _GIB = 2**30
+_UNBROKEN = re.compile(r"[^/._\s-]{0,15}[/._\s-]+|[^/._\s-]{1,16}")
+"""A part of a name behind which a line may end."""
 FORMATS: Mapping[str, Callable[[Any], str]] = {
     "count": lambda value: f"{value:,}",
     "large": lambda value: tick(value) if value >= 1e4 else f"{value:,.4g}",
@@ -91,7 +94,14 @@ def rendered(template: str, tree: Mapping[str, Any], **values: Any) -> str:
 @cache
 def _environment() -> Environment:
     loader = PackageLoader("launcher", "report")
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    pages.filters["breakable"] = breakable
+    return pages
+
+
+def breakable(name: str) -> Markup:
+    """`name`, escaped, with places where a line may end, so that no table is as wide as a path and no word ends anywhere."""
+    return Markup("<wbr>").join(_UNBROKEN.findall(name))
 
 
 def loss_plot(figures: RunFigures, *, wide: bool) -> Plot | None:

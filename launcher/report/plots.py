@@ -21,6 +21,7 @@ _NOT_SHOWN = {"defs", "desc", "title", "titles", "background", "plot tooltip-ove
 _FONT, _WIDE_FONT = 14, 12
 """Sizes of the ticks' texts in page.css: pygal leaves room for them."""
 _TICKS = 6
+_ROOM = 0.05
 _FEW = 60
 """A line of so few points shows each of them."""
 SERIES_COLORS = 7
@@ -118,6 +119,11 @@ def _bounds(values: Sequence[float]) -> tuple[float, float]:
     return (low, high) if low < high else (low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2)
 
 
+def _wider(low: float, high: float, room: float) -> tuple[float, float]:
+    """An axis from `low` to `high` with `room`, a share of its length, at both ends."""
+    return low - room * (high - low), high + room * (high - low)
+
+
 def _drawn(
     title: str, series: Sequence[Series], low: float, high: float, *, x: Axis, wide: bool, names: Sequence[str]
 ) -> str:
@@ -126,6 +132,8 @@ def _drawn(
 
     every = [at for one in series for at, _ in one.points]
     begin = 0 if not x.log and 0 < min(every) <= max(every) / 10 else min(every)
+    # Lines begin on the axes; dots alone stand apart from them.
+    room = _ROOM if any(one.look == "dots" for one in series) else 0.0
     chart = pygal.XY(
         width=960 if wide else 480,
         height=360 if wide else 270,
@@ -135,8 +143,9 @@ def _drawn(
         show_legend=False,
         style=Style(label_font_size=_WIDE_FONT if wide else _FONT),
         max_scale=_TICKS,
-        range=(low, high),
-        xrange=_bounds([x.place(begin), x.place(max(every))]),
+        truncate_label=-1,  # a number without its end is another one
+        range=_wider(low, high, room),
+        xrange=_wider(*_bounds([x.place(begin), x.place(max(every))]), room),
         x_labels=[*map(x.place, x.ticks or _log_ticks(begin, max(every)))] if x.ticks or x.log else None,
         value_formatter=partial(tick, digits=_digits(low, high)),
         x_value_formatter=x.label,
@@ -207,7 +216,7 @@ def _legend(series: Sequence[Series]) -> list[Legend]:
 def _log_ticks(low: float, high: float) -> list[float]:
     """Round numbers from `low` to `high`: the more, the fewer powers of ten there are between them."""
     orders = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    digits = (1, 2, 5) if len(orders) <= 3 else (1, 3) if len(orders) <= 5 else (1,)
+    digits = (1, 2, 5) if len(orders) <= 3 else (1,)
     every = (digit * 10.0**order for order in orders for digit in digits)
     return [at for at in every if low <= at <= high] or [low]
 

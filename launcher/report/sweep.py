@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -13,7 +13,8 @@ from launcher.report.figures import RunFigures, read_figures
 from launcher.report.page import rendered
 from launcher.report.plots import Axis, Plot, scatter
 from launcher.view.sweep import SweepStatus, TrialStatus, read_sweep
-from trainer.run.folder import store_of
+from trainer.config.sweep import LOG_UNIFORM
+from trainer.run.folder import run_config, store_of
 from trainer.store import Store
 
 _OVERLAID = 7
@@ -21,16 +22,17 @@ _OVERLAID = 7
 _FEW = 6
 """So many values of a setting have a tick each."""
 _DECADES = 100
-"""Values of a setting that are so many times apart are drawn on a logarithmic axis."""
+"""Values of a setting that are so many times apart are on a logarithmic axis, however they were drawn."""
 
 
 @dataclass(frozen=True)
 class SweepFigures:
-    """A sweep now, and the figures of its best trials, the best first."""
+    """A sweep now, and the figures of its best trials, the best first. `logarithmic` are the settings that are drawn so."""
 
     made: float
     status: SweepStatus
     best: list[RunFigures]
+    logarithmic: Collection[str]
 
     def to_json(self) -> dict[str, Any]:
         best = [figures.to_json() for figures in self.best]
@@ -40,8 +42,9 @@ class SweepFigures:
 def read_sweep_figures(folder: Store, clock: Callable[[], float] = time.time) -> SweepFigures:
     """Raises `StorageError` when the store cannot be read, and `ConfigError` where the folder is no sweep's."""
     status = read_sweep(folder, clock)
-    store = store_of(folder)
-    return SweepFigures(clock(), status, [read_figures(store.sub(trial.run), clock) for trial in _ranked(status)])
+    store, tried = store_of(folder), run_config(folder).sweep.settings
+    best = [read_figures(store.sub(trial.run), clock) for trial in _ranked(status)]
+    return SweepFigures(clock(), status, best, [name for name, given in tried.items() if LOG_UNIFORM in given])
 
 
 def _ranked(status: SweepStatus) -> list[TrialStatus]:
@@ -61,18 +64,19 @@ def sweep_page(figures: SweepFigures) -> str:
         name=status.sweep.rpartition("/")[2],
         settings=status.settings,
         best=status.best_trial,
-        by_setting=setting_plots(status),
+        by_setting=setting_plots(status, figures.logarithmic),
         plots=comparison_plots({run.name: run for run in figures.best}),
         shown=len(figures.best),
     )
 
 
-def setting_plots(status: SweepStatus) -> list[Plot]:
+def setting_plots(status: SweepStatus, logarithmic: Collection[str]) -> list[Plot]:
     """For each setting whose values are numbers the metric of every trial at its last step, by the trials' states."""
-    return [plot for name in status.settings if (plot := _setting_plot(status, name))]
+    plots = (_setting_plot(status, name, logarithmic=name in logarithmic) for name in status.settings)
+    return [plot for plot in plots if plot]
 
 
-def _setting_plot(status: SweepStatus, name: str) -> Plot | None:
+def _setting_plot(status: SweepStatus, name: str, *, logarithmic: bool) -> Plot | None:
     groups: dict[str, list[Point]] = {}
     for trial in status.trials:
         value = trial.settings[name]
@@ -80,7 +84,8 @@ def _setting_plot(status: SweepStatus, name: str) -> Plot | None:
             continue
         groups.setdefault(trial.state, []).append((float(value), trial.value))
     every = sorted({x for points in groups.values() for x, _ in points})
-    log = bool(every) and every[0] > 0 and (every[-1] / every[0] >= _DECADES or _is_geometric(every))
+    spread = bool(every) and every[0] > 0 and (every[-1] / every[0] >= _DECADES or _is_geometric(every))
+    log = logarithmic or spread
     axis = Axis(name, log=log, ticks=every if len(every) <= _FEW else ())
     return scatter(f"By {name}", groups, unit=status.metric, x=axis)
 

@@ -74,7 +74,7 @@ class MarkedFigures(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        if tag not in ("meta", "link", "br", "img"):
+        if tag not in ("meta", "link", "br", "img", "wbr"):
             self._open.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag: str) -> None:

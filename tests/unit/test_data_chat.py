@@ -1,17 +1,13 @@
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from tests.material import byte_tokenizer
 from trainer.config import Data
 from trainer.data import chat
 from trainer.data.chat import Example
-from trainer.data.left_out import left_out
-from trainer.data.messages import read_messages
 from trainer.errors import ConfigError, DataError
 
 CHATML = (
@@ -216,89 +212,6 @@ def test_a_weight_counts_in_sharegpts_form_too() -> None:
     assert trained(example) == ["ciao", "<|im_end|>"]
 
 
-CALL = {"type": "function", "id": "1", "function": {"name": "weather", "arguments": '{"city": "Rom"}'}}
-WITH_CALL = [
-    {"role": "user", "content": "how is the weather ?"},
-    {"role": "assistant", "content": None, "tool_calls": [CALL]},
-    {"role": "tool", "content": 'it\'s\n"fine" 🌞', "tool_call_id": "1"},
-    {"role": "assistant", "content": " fine ", "reasoning_content": "the tool says so"},
-]
-TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
-COMPLETE = (
-    "{{ tools }}{% for m in messages %}<|im_start|>{{ m.role }} {{ m.tool_call_id }} {{ m.reasoning_content }} "
-    "{{ m.content | trim if m.role != 'tool' else m.content | tojson }}"
-    "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
-)
-
-
-@pytest.mark.parametrize(
-    ("template", "missing"),
-    [
-        (COMPLETE, []),
-        (CHATML, ["tools", "tool_calls", "tool_call_id", "reasoning_content"]),
-        ("{{ tools }}" + CHATML, ["tool_calls", "tool_call_id", "reasoning_content"]),
-        (COMPLETE.replace("call.function | tojson", "call.function.name"), ["tool_calls"]),
-        (COMPLETE.replace("{{ tools }}", ""), ["tools"]),
-        (COMPLETE.replace("in messages", "in messages if m.role != 'tool'"), ["content of tool", "tool_call_id"]),
-        ("{{ messages[0].content }}" + COMPLETE.replace("in messages", "in messages[1:]"), []),
-    ],
-)
-def test_what_a_row_carries_and_the_template_leaves_out_is_named(template: str, missing: list[str]) -> None:
-    """That the tools or the question name the function does not hide that a call is gone."""
-    row = {"messages": WITH_CALL, "tools": TOOLS, "id": 5}
-    example = Renderer(tokenizer(template), data(loss_on="all")).one(row)
-    assert sorted(example.left_out) == sorted(missing)
-
-
-def test_what_sharegpts_form_has_no_place_for_is_named() -> None:
-    talk = [{"from": "human", "value": "hi", "mood": "bye"}, {"from": "gpt", "value": "yo", "weight": 1}]
-    assert Renderer(tokenizer(), data()).one({"messages": talk}).left_out == ["mood"]
-
-
-@pytest.mark.parametrize(
-    ("message", "lost"),
-    [
-        ({"from": "human", "value": "hi", "tool_calls": [{"function": {"name": "look_up"}}]}, ["tool_calls"]),
-        ({"from": "human", "value": "hi", "content": "OTHER"}, ["content"]),
-        ({"from": "human", "value": "hi", "content": None, "role": None, "tool_calls": []}, []),
-        ({"role": "user", "content": "hi", "value": "OTHER"}, ["value"]),
-        ({"role": "user", "content": "hi", "from": "Alice"}, ["from"]),
-        ({"role": "user", "content": "hi", "from": None, "value": None, "weight": 1}, []),
-    ],
-)
-def test_the_keys_of_the_other_form_are_left_out_too(message: dict[str, Any], lost: list[str]) -> None:
-    assert Renderer(tokenizer(), data()).one({"messages": [message, TALK[2]]}).left_out == lost
-
-
-@pytest.mark.timeout(20)
-@pytest.mark.parametrize(
-    ("content", "note"),
-    [
-        ("\\n" * 40, "n " * 19 + "zzz"),
-        ("n " * 500_000, "n " * 19 + "zzz"),
-        ("n" + "!" * 500_000 + "n", "n n z"),
-        ("a" * 500_000, "a" * 99 + " z"),
-    ],
-)
-def test_what_is_left_out_is_found_in_one_pass_over_the_text(content: str, note: str) -> None:
-    given = [{"role": "user", "content": content, "note": note}]
-    assert left_out(given, read_messages(given), f"<user>{content}</user>") == ["note"]
-
-
-@pytest.mark.parametrize(
-    ("text", "note", "lost"),
-    [
-        ('hi {"note": "one\\n two\\tthree"}', "one\n\ntwo three", []),
-        ("hi one two  three", " one\ntwo three\n", []),
-        ("hi C:\\\\new", "C:\\new", []),
-        ("hi one two", "one three", ["note"]),
-    ],
-)
-def test_what_stands_in_the_text_otherwise_is_not_left_out(text: str, note: str, lost: list[str]) -> None:
-    given = [{"role": "user", "content": "hi", "note": note}]
-    assert left_out(given, read_messages(given), text) == lost
-
-
 def test_turns_are_found_where_the_template_rewrites_earlier_ones_but_not_where_it_drops_them() -> None:
     thinking = ["<think></think>", "ciao", "<|im_end|>"]
     assert trained(Renderer(tokenizer(FORGETFUL), data()).one({"messages": TALK})) == [*ASSISTANT[:4], *thinking]
@@ -398,105 +311,3 @@ def test_a_row_of_another_shape_is_refused(row: dict[str, Any], message: str) ->
 def test_a_missing_template_says_what_to_set() -> None:
     with pytest.raises(ConfigError, match=r"data\.template: .* no chat template\. Set it to"):
         Renderer(tokenizer(None), data())
-
-
-def test_prompt_completion_trains_the_completion_and_the_end() -> None:
-    row = {"prompt": "hi ", "completion": "yo yo"}
-    example = Renderer(tokenizer(), data(format="prompt_completion")).one(row)
-    assert trained(example) == ["yo", "yo", "</s>"]
-    example = Renderer(tokenizer(), data(format="prompt_completion", loss_on="all")).one(row)
-    assert tokenizer().convert_ids_to_tokens(example.tokens.tolist()) == ["hi", "yo", "yo", "</s>"]
-    assert example.targets.tolist() == [False, True, True, True]
-
-
-@pytest.mark.parametrize("adds_bos", [False, True])
-def test_nothing_to_say_is_not_trained(adds_bos: bool) -> None:
-    words = tokenizer(adds_bos=adds_bos)
-    answer = Renderer(words, data(format="prompt_completion")).one({"prompt": "hi", "completion": ""})
-    assert not any(answer.targets)
-    assert not any(Renderer(words, data(format="text")).one({"text": ""}).targets)
-
-
-def test_a_token_across_the_border_and_every_byte_of_a_character_are_trained() -> None:
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False)
-    backend.train_from_iterator(["hi yo hi yo"], trainer)
-    bpe = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-    renderer = Renderer(bpe, data(format="prompt_completion"))
-    example = renderer.one({"prompt": "hi ", "completion": "yo"})
-    assert bpe.convert_ids_to_tokens(example.tokens.tolist()) == ["hi", "Ġyo", "</s>"]
-    assert example.targets.tolist() == [False, True, True]
-    example = renderer.one({"prompt": "hi", "completion": "🙂"})
-    assert example.targets.tolist() == [False] + [True] * 5
-    # Text that the tokenizer rewrites is not found by its bytes: three characters become two tokens of two bytes each.
-    bpe.backend_tokenizer.normalizer = normalizers.NFC()
-    example = Renderer(bpe, data(format="prompt_completion")).one({"prompt": "e\u0301", "completion": "e\u0301"})
-    assert len(example.tokens) == 5
-    assert example.targets.tolist() == [False, False, True, True, True]
-    # White space is text, also where a tokenizer leaves it out of its offsets.
-    bpe.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    for prompt in ("e\u0301", "\u00e9"):
-        example = Renderer(bpe, data(format="prompt_completion")).one({"prompt": prompt, "completion": "  yo"})
-        assert example.targets.tolist() == [False, False, True, True, True]
-
-
-@pytest.mark.parametrize(
-    ("adds_bos", "text", "expected"),
-    [
-        (False, "hi yo", ["hi", "yo", "</s>"]),
-        (True, "hi yo", ["<s>", "hi", "yo", "</s>"]),
-        (True, "<s>hi yo</s>", ["<s>", "hi", "yo", "</s>"]),
-    ],
-)
-def test_text_is_framed_once(adds_bos: bool, text: str, expected: list[str]) -> None:
-    example = Renderer(tokenizer(adds_bos=adds_bos), data(format="text")).one({"text": text})
-    assert tokenizer().convert_ids_to_tokens(example.tokens.tolist()) == expected
-    assert example.targets.tolist() == [False] + [True] * (len(expected) - 1)
-
-
-def damaged_tokenizer(**parts: Any) -> PreTrainedTokenizerFast:
-    """A tokenizer of bytes whose tokenizer.json has other `parts`: transformers loads it all the same."""
-    whole = json.loads(byte_tokenizer().backend_tokenizer.to_str()) | parts
-    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(whole)), eos_token="</s>")
-    made.chat_template = CHATML
-    return made
-
-
-UNIGRAM = {"type": "Unigram", "unk_id": None, "vocab": [["</s>", 0], *([letter, -1.0] for letter in "onetw hia")]}
-
-
-@pytest.mark.parametrize("format_", ["chat", "text"])
-@pytest.mark.parametrize(
-    ("parts", "reason"),
-    [
-        (
-            {"model": {"type": "WordLevel", "vocab": {"</s>": 0, "hi": 1}, "unk_token": "[UNK]"}},
-            r"Missing \[UNK\] token",
-        ),
-        ({"model": UNIGRAM | {"vocab": UNIGRAM["vocab"][:3]}, "pre_tokenizer": None}, "`unk_id` is missing"),
-        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAAAA=="}}, "index out of bounds"),
-    ],
-)
-def test_a_tokenizer_that_loads_and_cannot_encode_is_refused(parts: dict[str, Any], reason: str, format_: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^model\.base: the tokenizer of .* cannot be read \(.*{reason}.*\)\. Copy"):
-        Renderer(damaged_tokenizer(**parts), data(format=format_))
-
-
-def test_a_text_that_the_tokenizer_has_no_tokens_for_is_a_bad_row_and_a_panic_ends_it_all() -> None:
-    renderer = Renderer(damaged_tokenizer(model=UNIGRAM, pre_tokenizer=None), data(format="text"))
-    first, bad, last = renderer.encode([{"text": "hi"}, {"text": "hi yo"}, {"text": "hihi"}])
-    assert (type(first), type(last)) == (Example, Example)
-    assert "the tokenizer cannot encode it (" in str(bad)
-    renderer._backend.normalizer = normalizers.Precompiled(bytes(4))
-    with pytest.raises(ConfigError, match="the tokenizer of .* cannot be read"):
-        renderer.encode([{"text": "hi"}])
-
-
-def test_text_without_an_end_token_is_a_configuration_error() -> None:
-    endless = tokenizer()
-    endless.eos_token = None
-    with pytest.raises(ConfigError, match="eos_token"):
-        Renderer(endless, data(format="text"))

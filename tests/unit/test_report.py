@@ -4,6 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -215,7 +216,7 @@ def two(store: Store) -> list[Store]:
 def test_several_runs_are_one_comparison(two: list[Store], tmp_path: Path) -> None:
     page = comparison_page([read_figures(run) for run in two])
     rows = re.findall(r"<tr><th scope=\"row\"><code>(.*?)</code></th>(.*?)</tr>", page)
-    assert [(setting, re.findall("<td>(.*?)</td>", cells)) for setting, cells in rows] == [
+    assert [(setting.replace("<wbr>", ""), re.findall("<td>(.*?)</td>", cells)) for setting, cells in rows] == [
         ("optim.lr", ["0.001", "0.01"])
     ]
     assert 'data-of="runs/1/progress/loss_last">2.0000<' in page
@@ -305,27 +306,30 @@ def test_a_sweep_is_a_page_of_its_trials_and_of_what_the_result_depends_on(store
     folder, losses = make_sweep(store)
     trials = read_plan(folder).trials
     page = sweep_page(read_sweep_figures(folder, lambda: NOW))
-    shown = dict(re.findall(r'data-of="([^"]+)">([^<]*)<', page))
+    shown = {of: (float(value), text) for value, of, text in re.findall(r'value="(.*?)" data-of="(.*?)">(.*?)<', page)}
     told = {number: values[-1] for number, values in losses.items()}
     best = min((number for number in told if number != 3), key=lambda number: told[number])
-    assert {number: shown[f"trials/{number - 1}/value"] for number in told} == {
-        n: f"{value:.4f}" for n, value in told.items()
-    }
-    assert re.findall(r'<tr class="best"><th scope="row">search-(\d+)<', page) == [str(best)]
+    assert re.findall(r'<tr class="best"><th scope="row">search-<wbr>(\d+)<', page) == [str(best)]
     assert "failed: rank 1 hangs" in page
-    # All trials but the failed one have reached step 10, where those of each rank have this mean.
+    wanted: dict[str, float] = {"made": NOW, f"trials/{best - 1}/value_step": 20}
+    for number, values in losses.items():
+        wanted |= {f"trials/{number - 1}/step": 10 * len(values), f"trials/{number - 1}/value": values[-1]}
+    # All trials but the failed one have reached step 10.
     at_ten = {number: values[0] for number, values in losses.items() if number != 3}
-    means = [
-        sum(
-            at_ten[trial.number] for trial in trials if trial.number in at_ten and trial.settings["tuning.rank"] == rank
-        )
-        / sum(trial.number in at_ten and trial.settings["tuning.rank"] == rank for trial in trials)
-        for rank in (8, 16)
-    ]
-    assert shown["sensitivity/0/spread"] == f"{abs(means[0] - means[1]):.4f}"
-    rates = np.array([trial.settings["optim.lr"] for trial in trials if trial.number in at_ten]).argsort().argsort()
-    ranks = np.array([*at_ten.values()]).argsort().argsort()
-    assert float(shown["sensitivity/1/correlation"]) == pytest.approx(np.corrcoef(rates, ranks)[0, 1], abs=6e-5)
+    counted = [(trial.settings, at_ten[trial.number]) for trial in trials if trial.number in at_ten]
+    of_ranks = [[loss for tried, loss in counted if tried["tuning.rank"] == rank] for rank in (8, 16)]
+    for at, of_rank in enumerate(of_ranks):
+        wanted |= {f"sensitivity/0/means/{at}/mean": fmean(of_rank), f"sensitivity/0/means/{at}/trials": len(of_rank)}
+    wanted["sensitivity/0/spread"] = abs(fmean(of_ranks[0]) - fmean(of_ranks[1]))
+    rates, ranks = (
+        np.array(column).argsort().argsort()
+        for column in zip(*((tried["optim.lr"], loss) for tried, loss in counted), strict=True)
+    )
+    wanted["sensitivity/1/correlation"] = float(np.corrcoef(rates, ranks)[0, 1])
+    wanted |= {f"sensitivity/{at}/{name}": n for at in (0, 1) for name, n in (("trials", len(counted)), ("step", 10))}
+    assert {of: value for of, (value, _) in shown.items()} == pytest.approx(wanted)
+    del shown["made"]
+    assert all(float(text) == pytest.approx(value, abs=6e-5) for value, text in shown.values())
     # Each dot of a plot is a trial's last value over its setting.
     dots = re.findall(r"<title>(?:finished|failed|stopped early): (\S+) at (\S+)</title>", page)
     values = [

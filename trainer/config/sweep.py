@@ -11,6 +11,7 @@ from pydantic import field_validator, model_validator
 from trainer.config.section import Section, setting
 
 GRID = "grid"
+LOG_UNIFORM = "log_uniform"
 TRAIN = "train"
 """The name of the training loss among the metrics."""
 _FIXED = ("run.name", "run.store", "cluster.ray.address")
@@ -168,7 +169,7 @@ _CHECKS: Mapping[str, Callable[[Any], str | None]] = {
     GRID: _list,
     "choice": _list,
     "uniform": _range,
-    "log_uniform": _positive_range,
+    LOG_UNIFORM: _positive_range,
     "int": _whole_range,
 }
 """What is wrong with the values of each kind, if anything."""
