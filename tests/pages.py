@@ -65,8 +65,8 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def of_capstan(command: Sequence[str]) -> list[str] | None:
-    """The arguments of `capstan` in a command, also behind torchrun or srun; None where it is another program's."""
-    if command[0] in ("torchrun", "srun") and "capstan" in command:
+    """The arguments of `capstan` in a command, also behind torchrun, srun or salloc; None where it is another program's."""
+    if command[0] in ("torchrun", "srun", "salloc") and "capstan" in command:
         command = command[command.index("capstan") :]
     return list(command[1:]) if command[0].removeprefix(".venv/bin/") == "capstan" else None
 
