@@ -40,6 +40,7 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 	$(BIN)/python -m launcher.config_docs --check
 	$(BIN)/python -m tests.models_page --check
+	$(BIN)/python -m tests.plan_pages --check
 	$(MAKE) docs
 
 # mkdocs-material prints a page about its own future without the variable.

@@ -1,6 +1,7 @@
 """The commands of the pages, run in small: over a tiny base, a few rows, and runs of the names that the pages speak of."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from trainer.store import open_run_store
 
 CHATML = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 STEPS = (120, 400)  # that pages name checkpoints of
+SIZES = {"max_position_embeddings": 8192}
 # Options that wait for a run to go on.
 WAITING = {"--watch", "--follow", "-f"}
 # A verb that asks for neither a run's training nor another machine, where it has no --dry-run.
@@ -84,7 +86,7 @@ def in_small(arguments: list[str], parsed: Parsed) -> list[str]:
 
 def lay_out(folder: Path) -> None:
     """The files that the pages' commands name, of the contents that the pages show."""
-    base = make_base(folder / "base", max_position_embeddings=8192)
+    base = make_base(folder / "base", **SIZES)
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(base)
@@ -96,18 +98,28 @@ def lay_out(folder: Path) -> None:
     (folder / "tasks").mkdir()
     (task,) = (block.text for block in blocks("yaml") if block.text.startswith("# tasks/our-questions.yaml"))
     (folder / "tasks/our-questions.yaml").write_text(task)
-    (shown,) = (block.text for block in blocks_of(ROOT / "README.md") if block.language == "yaml")
-    tree = yaml.safe_load(shown)
-    tree["model"]["base"] = str(base)
-    tree["data"]["held_out"] = 0.2
+    (folder / "Llama-3.1-8B").symlink_to(base)
+    shown: dict[str, dict[str, Any]] = {}
+    for block in blocks("yaml"):
+        tree, named = next(yaml.safe_load_all(block.text)), re.match(r"# (\S+\.yaml)$", block.text.splitlines()[0])
+        if named and {"run", "model", "data"} <= tree.keys():
+            mixture = tree.get("tuning", {}).get("experts")
+            tree["model"]["base"] = str(make_base(folder / "mixture", "qwen3-moe", **SIZES) if mixture else base)
+            tree["run"]["store"] = tree["run"]["store"].replace("s3://bucket/", "bucket/")
+            tree["data"]["held_out"] = 0.2
+            shown[named[1]] = tree
+    mine = shown["my-run.yaml"]
     search = next(yaml.safe_load(block.text) for block in blocks_of(ROOT / "docs/sweep.md") if block.language == "yaml")
     slurm = next(yaml.safe_load(block.text) for block in blocks_of(ROOT / "docs/slurm.md") if block.language == "yaml")
-    for name, changes in {
-        "my-run": {},
-        "run": slurm,
-        "my-sweep": {**search, "run": {"name": "my-sweep", "store": "runs"}, "eval": {"every": 50}},
-    }.items():
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump({**tree, **changes}))
+    shown["run.yaml"] = {**mine, **slurm}
+    shown["my-sweep.yaml"] = {
+        **mine,
+        **search,
+        "run": {"name": "my-sweep", "store": "runs"},
+        "eval": {"every": 50},
+    }
+    for name, tree in shown.items():
+        (folder / name).write_text(yaml.safe_dump(tree))
 
 
 def make_runs(parsed: Parsed) -> None:

@@ -48,7 +48,7 @@ def test_a_link_or_a_page_that_is_lost_fails_the_build(tmp_path: Path) -> None:
     source.mkdir()
     for name in ("docs", "examples", "slurm", "benchmarks", "trainer"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "mkdocs.yml"):
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Containerfile", "mkdocs.yml"):
         shutil.copy(ROOT / name, source)
     (source / "docs/in-no-index.md").write_text("# Lost\n")
     lost = ("no-such-page.md", "../examples/no-such.yaml", "methods.md#no-such-anchor")

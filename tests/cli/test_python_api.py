@@ -1,0 +1,59 @@
+"""The snippets of docs/python-api.md, one after the other, as a program that a user has written: a rank of its own, without Ray."""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cli.test_resume import alone
+from tests.material import SEQUENCE, Workshop
+from tests.pages import ROOT, blocks_of
+
+PAGE = ROOT / "docs/python-api.md"
+TOLD = """
+import json
+print("TOLD", json.dumps({
+    "state": status.state, "loss": status.loss, "losses": losses, "step": manifest.step,
+    "shapes": {name: list(weight.shape) for name, weight in weights.items()},
+    "adapted": sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name),
+}))
+"""
+
+pytestmark = pytest.mark.timeout(400)
+
+
+def test_what_the_page_calls_public_is_there() -> None:
+    rows = [line.split("|")[1] for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    assert len(rows) > 8
+    for row in rows:
+        module = ""
+        for name in re.findall(r"`([\w.]+)`", row):
+            module = name.rpartition(".")[0] or module
+            assert hasattr(importlib.import_module(module), name.rpartition(".")[2]), name
+
+
+def test_the_snippets_train_read_and_export_a_run(workshop: Workshop, tmp_path: Path) -> None:
+    tree = workshop.config("mine", "run.store=runs").model_dump(mode="json", exclude_defaults=True)
+    (tmp_path / "my-run.yaml").write_text(yaml.safe_dump(tree))
+    snippets = [block.text for block in blocks_of(PAGE) if block.language == "python"]
+    (tmp_path / "program.py").write_text("\n".join([*snippets, TOLD]))
+    done = subprocess.run(
+        [sys.executable, "program.py"],
+        cwd=tmp_path,
+        env={**alone(), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    (told,) = (json.loads(line.removeprefix("TOLD ")) for line in done.stdout.splitlines() if line.startswith("TOLD "))
+    assert (told["state"], told["step"]) == ("finished", 4)
+    assert list(told["losses"]) == ["1", "2", "3", "4"]
+    assert told["losses"]["4"] == told["loss"]
+    learnt = sum(rows * columns for rows, columns in told["shapes"].values())
+    assert told["adapted"] == learnt > SEQUENCE
