@@ -5,15 +5,41 @@ import socket
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from trainer.errors import ConfigError
 
 _DRIVER_SECONDS = 30
 
 
+class LocalGpu(NamedTuple):
+    """A GPU of this machine: its name and its bytes of memory."""
+
+    name: str
+    memory: int
+
+
+def described_gpus(environment: Mapping[str, str] = os.environ) -> list[LocalGpu]:
+    """The GPUs of this machine that a process may use, by NVIDIA's driver; none where there is no driver."""
+    shown = environment.get("CUDA_VISIBLE_DEVICES")
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, timeout=_DRIVER_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    if told.returncode != 0 or _hides_all(environment):
+        return []
+    rows = [line.rpartition(",") for line in told.stdout.splitlines()]
+    found = [
+        LocalGpu(name.strip(), int(size) * 2**20) for name, _, size in rows if size.strip().isdigit()
+    ]  # a size may be "[N/A]"
+    numbers = [int(part) for part in (shown or "").split(",") if part.strip().isdigit()]
+    return [found[number] for number in numbers if number < len(found)] if numbers else found
+
+
 def local_gpus(environment: Mapping[str, str] = os.environ) -> int:
     """GPUs of this machine as NVIDIA's driver tells; 0 where CUDA_VISIBLE_DEVICES hides them all."""
-    if environment.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1", "NoDevFiles"):
+    if _hides_all(environment):
         return 0
     try:
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=_DRIVER_SECONDS)
@@ -22,6 +48,10 @@ def local_gpus(environment: Mapping[str, str] = os.environ) -> int:
     except (OSError, subprocess.TimeoutExpired):
         pass
     return sum(_opens(path) for path in Path("/dev").glob("nvidia[0-9]*"))
+
+
+def _hides_all(environment: Mapping[str, str]) -> bool:
+    return environment.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1", "NoDevFiles")
 
 
 def _opens(path: Path) -> bool:

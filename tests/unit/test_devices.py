@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from trainer.devices import check_device, local_gpus
+from trainer.devices import LocalGpu, check_device, described_gpus, local_gpus
 from trainer.errors import ConfigError
 
+QUERY = "NVIDIA H100 80GB HBM3, 81559\nNVIDIA L40S, 46068\nNVIDIA Graphics Device, [N/A]\n"
 LISTING = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)\nGPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-2)\n"
 
 
@@ -14,7 +15,7 @@ LISTING = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)\nGPU 1: NVIDIA H100 80GB H
 def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine of two GPUs, as far as NVIDIA's own program tells."""
     program = tmp_path / "nvidia-smi"
-    program.write_text(f"#!/bin/sh\nprintf '%s' '{LISTING}'\n")
+    program.write_text(f"#!/bin/sh\ncase $1 in --query*) printf '%s' '{QUERY}';; *) printf '%s' '{LISTING}';; esac\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -25,12 +26,25 @@ def test_the_driver_tells_how_many_gpus_there_are(driver: Path) -> None:
     assert local_gpus() == 2
 
 
+@pytest.mark.usefixtures("driver")
+def test_the_driver_tells_which_gpus_there_are_and_a_process_may_see_some_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    every = [LocalGpu("NVIDIA H100 80GB HBM3", 81559 * 2**20), LocalGpu("NVIDIA L40S", 46068 * 2**20)]
+    assert described_gpus() == every
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert described_gpus() == every[1:]
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert described_gpus() == []
+
+
 @pytest.mark.parametrize("hidden", ["", "-1", "NoDevFiles"])
 def test_gpus_that_are_hidden_from_the_process_are_not_there(
     driver: Path, hidden: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     assert local_gpus() == 0
+    assert described_gpus() == []
     check_device(None, torch_gpus=0, torch_build=None)
 
 
