@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from trainer.errors import ConfigError
 
@@ -19,6 +20,27 @@ class ListedGpu:
 
     uuid: str = ""
     instances: list[str] = field(default_factory=list)
+
+
+class LocalGpu(NamedTuple):
+    """A GPU of this machine: its name and its bytes of memory."""
+
+    name: str
+    memory: int
+
+
+def described_gpus(environment: Mapping[str, str] = os.environ) -> list[LocalGpu]:
+    """The GPUs of this machine that a process may use, as NVIDIA's driver describes them; without those whose memory it does not
+    tell, as of a MIG instance."""
+    query = ["nvidia-smi", "--query-gpu=uuid,name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, timeout=_DRIVER_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    rows = [[word.strip() for word in line.split(",")] for line in told.stdout.splitlines() if line.count(",") == 2]
+    known = {uuid: LocalGpu(name, int(size) * 2**20) for uuid, name, size in rows if size.isdecimal()}
+    visible = _visible(listed_gpus(), environment.get("CUDA_VISIBLE_DEVICES"))
+    return [known[gpu.uuid] for gpu, instance in visible if gpu.uuid in known and not (instance or gpu.instances)]
 
 
 def local_gpus(environment: Mapping[str, str] = os.environ) -> int:
@@ -50,10 +72,15 @@ def count_visible(gpus: list[ListedGpu], setting: str | None) -> int:
     `_parse_visible_devices`). A process that sees a MIG instance gets this one alone ("CUDA Device Enumeration" in NVIDIA's
     MIG user guide).
     """
-    chosen = [(gpu, None) for gpu in gpus] if setting is None else list(_chosen(gpus, setting))
+    chosen = _visible(gpus, setting)
     if any(instance or gpu.instances for gpu, instance in chosen):
         return 1
     return len(chosen)
+
+
+def _visible(gpus: list[ListedGpu], setting: str | None) -> list[tuple[ListedGpu, str | None]]:
+    """GPUs, each with the MIG instance of it that is meant."""
+    return [(gpu, None) for gpu in gpus] if setting is None else list(_chosen(gpus, setting))
 
 
 def _chosen(gpus: list[ListedGpu], setting: str) -> Iterator[tuple[ListedGpu, str | None]]:

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.cli.options import ConfigFile, DryRun, Json, Overrides, emit, finite, log, say
-from trainer.errors import ConfigError
+from launcher.cli.options import ConfigFile, DryRun, Json, Overrides, emit, log, say
 
 
 def doctor(
@@ -30,38 +29,29 @@ def doctor(
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
-    gpu_memory: Annotated[
-        float | None, typer.Option(min=0.001, max=1e6, callback=finite, help="Memory of one GPU, in GiB.")
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            "--gpu",
+            "--gpu-memory",
+            metavar="GPU",
+            help="The GPU to plan for: its name (H100, A100-80GB, RTX 4090, ...) or its memory (80GiB, 24GB; a bare number is "
+            "in GiB). Default: that of cluster.slurm.gpu_type, or this machine's.",
+        ),
     ] = None,
     ranks_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on one node. Default: all of them.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Memory per GPU and host, batch arithmetic and traffic of a run, without a GPU. Exit code 4 when it does not fit."""
-    from dataclasses import replace
-
-    from launcher.view.plan import plan_table
-    from trainer.base.check import check_weights_at_hand
-    from trainer.base.locate import describe_base
+    """Does it fit, how long is it, how long does it take, what does it cost? Memory, batch and traffic, without a GPU. Exit code 4
+    when it does not fit."""
+    from launcher.plan.opening import show_plan
+    from launcher.plan.planning import plan_run
     from trainer.config import load_config
-    from trainer.data.sources import unusable
-    from trainer.errors import DataError, DoesNotFit
-    from trainer.plan import make_plan
 
     run = load_config(config, overrides or (), say)
-    world_size = run.cluster.most_workers or 1
-    memory = int(gpu_memory * 2**30) if gpu_memory else None
-    result = make_plan(run, describe_base(run.model), world_size, ranks_per_node or world_size, memory)
-    missing, misfits = unusable(run.data), list[str]()
-    try:
-        result = replace(result, left_out=check_weights_at_hand(run.model))
-    except ConfigError as error:
-        misfits.append(str(error))
-    wrong, short = [*result.mismatches, *misfits], [*result.shortfalls, *misfits, *missing]
-    result = replace(result, mismatches=wrong, shortfalls=short)
-    emit(result, as_json, plan_table)
-    if result.shortfalls:
-        kind = ConfigError if result.mismatches else DataError if missing else DoesNotFit
-        raise kind("\n".join(result.shortfalls))
+    planned = plan_run(run, gpu, ranks_per_node)
+    emit(planned, as_json, lambda found: show_plan(found, run))
+    planned.check()
 
 
 def data_build(config: ConfigFile, overrides: Overrides = None, as_json: Json = False, dry_run: DryRun = False) -> None:

@@ -2,7 +2,6 @@
 
 from dataclasses import asdict
 
-from rich.console import Group
 from rich.filesize import decimal
 from rich.table import Table
 
@@ -39,26 +38,54 @@ def meaning(part: str) -> str:
     return _MEANING.get(part, part.replace("_", " "))
 
 
-def plan_table(plan: Plan) -> Group:
-    """Parameters and batch, then a table of bytes for each of GPU, host and network."""
-    facts = Table("run", "")
+# The batch's figures in words, and the unit of each.
+_BATCH = {
+    "world_size": ("ranks", ""),
+    "accumulation": ("micro-batches of a rank in a step", ""),
+    "rows": ("rows of a step", "rows"),
+    "empty_rows": ("empty rows of a step, as global_batch does not divide evenly", "rows"),
+    "tokens": ("tokens of a step", "tokens"),
+    "reference_time_percent": ("passes through the reference, beside the time of the others", "%"),
+    "stored_reference_percent": ("the pass that stores the reference, beside the time of an epoch", "%"),
+}
+
+
+def plan_tables(plan: Plan) -> list[Table]:
+    """Parameters and batch, then a table of bytes for each of GPU, host and network. A part of nothing has no row."""
+    facts = _table("run", "")
     facts.add_row("device of a rank", {"gpu": "a GPU", "cpu": "the CPU (cluster.gpus_per_worker: 0)"}[plan.device])
-    for name, value in (*asdict(plan.parameters).items(), *asdict(plan.batch).items()):
-        facts.add_row(
-            f"{name.replace('_', ' ')} {'parameters' if name in asdict(plan.parameters) else ''}".strip(), f"{value:,}"
-        )
-    facts.add_row("bytes of a checkpoint", decimal(plan.checkpoint_bytes))
+    for name, count in asdict(plan.parameters).items():
+        facts.add_row(f"{name} parameters", f"{count:,}")
+    for name, count in asdict(plan.batch).items():
+        words, unit = _BATCH.get(name, (name.replace("_", " "), ""))
+        if count:
+            facts.add_row(words, f"{count:,} {unit}".strip())
+    facts.add_row("a checkpoint", decimal(plan.checkpoint_bytes))
     for part in plan.left_out:
         facts.add_row(f"left out: {part.path}", f"{part.tensors} tensors, {part.weights:,} weights")
     parts = (
-        ("memory of one GPU" if plan.device == "gpu" else "memory of one rank", plan.memory_per_gpu),
-        ("memory of one host", plan.memory_per_host),
-        ("received by one rank in a step", plan.traffic_per_step),
+        ("memory of one GPU" if plan.device == "gpu" else "memory of one rank", plan.memory_per_gpu, binary),
+        ("memory of one host", plan.memory_per_host, binary),
+        ("received by one rank in a step", plan.traffic_per_step, decimal),
     )
-    tables = []
-    for title, part in parts:
-        table = Table(title, "bytes")
+    tables = [facts]
+    for title, part, shown in parts:
+        tables.append(table := _table(title, "size"))
         for name, value in asdict(part).items():
-            table.add_row(meaning(name), decimal(value))
-        tables.append(table)
-    return Group(facts, *tables)
+            if value or name == "total":
+                table.add_row(meaning(name), shown(value), style="bold" if name == "total" else None)
+    return tables
+
+
+def binary(count: int) -> str:
+    """Bytes of memory as makers and drivers of GPUs count them: 23.9 GiB."""
+    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count} bytes"
+
+
+def _table(title: str, values: str) -> Table:
+    table = Table(title)
+    table.add_column(values, justify="right", no_wrap=True)
+    return table

@@ -78,8 +78,6 @@ def test_what_can_be_no_run_is_refused(capstan: Capstan, tmp_path: Path, name: s
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("plan", "run.yaml", "--gpu-memory", "nan"),
-        ("plan", "run.yaml", "--gpu-memory", "inf"),
         ("plan", "run.yaml", "--ranks-per-node", "0"),
         ("checkpoints", "prune", "mine", "--orphan-hours", "inf"),
         ("checkpoints", "prune", "mine", "--orphan-hours", "nan"),
@@ -93,6 +91,10 @@ def test_an_option_that_is_no_number_to_count_with_is_refused(
     assert done.returncode == 2
     assert f"Invalid value for '{arguments[-2]}'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_gpu_that_is_unknown_is_refused(capstan: Capstan, config: Path):
+    refused(capstan("plan", config, "--gpu-memory", "nan"), 2, "--gpu: 'nan' is no GPU that is known here.")
 
 
 @pytest.mark.parametrize(

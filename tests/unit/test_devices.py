@@ -9,18 +9,19 @@ import pytest
 import torch
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
-from trainer.devices import ListedGpu, check_device, count_visible, listed_gpus, local_gpus
+from trainer.devices import ListedGpu, LocalGpu, check_device, count_visible, described_gpus, listed_gpus, local_gpus
 from trainer.errors import ConfigError
 from trainer.ranks import own_device, take_gpu
 
-LISTING = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)\nGPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-2)\n"
+QUERY = "GPU-1, NVIDIA H100 80GB HBM3, 81559\nGPU-2, NVIDIA L40S, 46068\nGPU-3, NVIDIA Graphics Device, [N/A]\n"
+LISTING = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)\nGPU 1: NVIDIA L40S (UUID: GPU-2)\n"
 
 
 @pytest.fixture
 def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine of two GPUs, as far as NVIDIA's own program tells."""
     program = tmp_path / "nvidia-smi"
-    program.write_text(f"#!/bin/sh\nprintf '%s' '{LISTING}'\n")
+    program.write_text(f"#!/bin/sh\ncase $1 in --query*) printf '%s' '{QUERY}';; *) printf '%s' '{LISTING}';; esac\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -86,12 +87,25 @@ def test_two_ranks_on_one_gpu_are_told_apart_from_two_that_see_one_each(monkeypa
         take_gpu(store, device, 2)
 
 
+@pytest.mark.usefixtures("driver")
+def test_the_driver_tells_which_gpus_there_are_and_a_process_may_see_some_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    every = [LocalGpu("NVIDIA H100 80GB HBM3", 81559 * 2**20), LocalGpu("NVIDIA L40S", 46068 * 2**20)]
+    assert described_gpus() == every
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert described_gpus() == every[1:]
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert described_gpus() == []
+
+
 @pytest.mark.parametrize("hidden", ["", "-1", "NoDevFiles"])
 def test_gpus_that_are_hidden_from_the_process_are_not_there(
     driver: Path, hidden: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     assert local_gpus() == 0
+    assert described_gpus() == []
     check_device(None, torch_gpus=0, torch_build=None)
 
 

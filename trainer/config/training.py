@@ -149,7 +149,7 @@ class Sharding(Section):
         "auto",
         about="Over which ranks the frozen base is divided: all of them, or those of one node (each node then holds a "
         "whole base and no frozen weight crosses the network). auto is node where there are several nodes and their GPUs "
-        "have the memory, as `capstan plan --gpu-memory` tells; else world.",
+        "have the memory, as `capstan plan --gpu` tells; else world.",
         example="node",
     )
 

@@ -346,18 +346,26 @@ class Bins(Record):
 
 def _epoch_bins(store: Store, fingerprint: str, order: Order, epochs: int) -> list[int]:
     """Bins of each of the first `epochs` epochs: planned once, and kept beside the data for the next start."""
-    settings = json.dumps(order.to_json(), sort_keys=True)
-    key = f"bins-{hashlib.sha256(settings.encode()).hexdigest()[:20]}.json"
-    folder = store.sub(layout.dataset(fingerprint))
-    try:
-        bins = unsealed(Bins, folder.get(key), f"{folder.uri}/{key}").bins
-    except (NotFound, Damaged):  # what is damaged is counted again
-        bins = []
+    bins = kept_bins(store, fingerprint, order)
     if missing := range(len(bins), epochs):
         chapters = read_manifest(store, fingerprint).chapters
         bins += _count_bins(store, fingerprint, order, missing, chapters)
-        folder.put(key, Bins(order=order.to_json(), bins=bins).sealed())
+        store.sub(layout.dataset(fingerprint)).put(_bins_key(order), Bins(order=order.to_json(), bins=bins).sealed())
     return bins[:epochs]
+
+
+def kept_bins(store: Store, fingerprint: str, order: Order) -> list[int]:
+    """Bins of each of the first epochs, as far as an earlier start has counted them."""
+    folder, key = store.sub(layout.dataset(fingerprint)), _bins_key(order)
+    try:
+        return unsealed(Bins, folder.get(key), f"{folder.uri}/{key}").bins
+    except (NotFound, Damaged):  # what is damaged is counted again
+        return []
+
+
+def _bins_key(order: Order) -> str:
+    settings = json.dumps(order.to_json(), sort_keys=True)
+    return f"bins-{hashlib.sha256(settings.encode()).hexdigest()[:20]}.json"
 
 
 def _count_bins(store: Store, fingerprint: str, order: Order, epochs: range, chapters: int) -> list[int]:

@@ -57,6 +57,12 @@ def split_suffix(key: str) -> tuple[str, str | None]:
     return next(found for suffix, found in _SUFFIXES.items() if key.endswith(suffix))
 
 
+def is_compressed(key: str) -> bool:
+    """Whether a file of this name has its rows compressed, as Parquet has too."""
+    kind, compression = split_suffix(key)
+    return kind == ".parquet" or compression is not None
+
+
 def expand(sources: Sequence[Source], setting: str) -> list[SourceFile]:
     """The files of all sources, in the order of the sources; inside each in a data set's own order, else by name.
 

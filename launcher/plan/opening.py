@@ -1,0 +1,118 @@
+"""The first lines of a plan: what somebody wants to know of a run before anything else, in words."""
+
+from collections.abc import Iterator
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from launcher.plan.planning import Planned
+from launcher.view.plan import binary, plan_tables
+from trainer.config import Config
+from trainer.data.length import BYTES_A_TOKEN
+from trainer.forecast import Length
+from trainer.run.lines import duration
+
+_WHOSE = {
+    "given": "as asked for",
+    "cluster.slurm.gpu_type": "cluster.slurm.gpu_type",
+    "this machine": "of this machine",
+}
+
+
+def show_plan(planned: Planned, config: Config) -> RenderableType:
+    """Whether it fits, how long it is, how long it takes and what it costs; then the tables that this follows from."""
+    opening = Table.grid(padding=(0, 2))
+    opening.add_column(style="bold")
+    opening.add_column(overflow="fold")
+    for name, text in _lines(planned, config):
+        opening.add_row(name, text)
+    return Group(opening, "", *plan_tables(planned.plan))
+
+
+def _lines(planned: Planned, config: Config) -> Iterator[tuple[str, str]]:
+    yield "memory", _fits(planned)
+    yield "length", _length(planned, config)
+    yield "data", _data(planned.length)
+    estimate = planned.forecast
+    if estimate is None:
+        yield "time", f"no estimate, as {_unknown(planned)}"
+        return
+    hours = "" if estimate.gpu_hours is None else f", {_rounded(estimate.gpu_hours)} GPU hours"
+    yield "time", f"about {duration(estimate.seconds)}{hours}: {estimate.step_seconds:.3g} s a step, {_COUNTED}"
+    if estimate.cost is not None:
+        price = config.track.price_per_gpu_hour
+        yield "cost", f"about {estimate.cost:,.2f}, at {price:g} a GPU hour (track.price_per_gpu_hour)"
+    yield "basis", escape(estimate.basis)
+
+
+_COUNTED = "without loading, evaluations, commits and waits for the network"
+
+
+def _fits(planned: Planned) -> str:
+    plan, gpu = planned.plan, planned.gpu
+    needed = binary(plan.memory_per_gpu.total)
+    ranks = plan.batch.world_size
+    if plan.device == "cpu" and gpu is None:
+        return f"{needed} for {_each(ranks, 'rank')}, on the CPU (cluster.gpus_per_worker: 0)"
+    if gpu is None:
+        return f"{needed} on {_each(ranks, 'GPU')}; which GPU is not known: --gpu H100 or --gpu 24GB compares"
+    verdict = "[green]fits[/]" if planned.fits else "[red]does not fit[/]"
+    there = f"{needed.removesuffix(' GiB')} of {binary(gpu.memory)}"
+    name = f"{escape(gpu.name)}, " if gpu.name else ""
+    return f"{verdict}: {there} on {_each(ranks, 'GPU')} ({name}{_WHOSE[planned.whose or 'given']})"
+
+
+def _length(planned: Planned, config: Config) -> str:
+    length, about = planned.length, "" if planned.length.counted else "about "
+    rows = f"of {_counted(config.train.global_batch, 'row')} of {config.data.sequence_length:,} tokens"
+    if length.steps is None:
+        return (
+            f"{_counted(length.epochs or 0, 'epoch')}; how many steps {rows} is not known before the data is compiled"
+        )
+    steps = f"{about}{_counted(length.steps, 'step')} {rows}"
+    if length.epochs is None:
+        return steps
+    tokens = "" if length.tokens is None else f"about {_large(length.tokens)} tokens, "
+    return f"{'' if config.train.epochs else 'about '}{_counted(length.epochs, 'epoch')}, {tokens}{steps}"
+
+
+def _data(length: Length) -> str:
+    if length.tokens_of_epoch is None:
+        return "not known: its files cannot be looked at from here"
+    tokens = f"{_large(length.tokens_of_epoch)} tokens an epoch"
+    if length.compiled:
+        return f"{tokens}, compiled"
+    size = binary(length.file_bytes)
+    return f"some {tokens}, by the size of the files: {size}, {BYTES_A_TOKEN} bytes a token; `capstan data build` counts them"
+
+
+def _unknown(planned: Planned) -> str:
+    if planned.length.steps is None:
+        return "the number of steps is not known"
+    if planned.plan.device == "cpu":
+        return "no run of this store has done this work on CPUs"
+    if planned.gpu is None:
+        return "the GPU is not known: --gpu H100"
+    return "nothing is known of the GPU but its memory, or of its peak in this model.dtype; name it: --gpu H100"
+
+
+def _counted(count: float, what: str) -> str:
+    number = f"{count:,}" if isinstance(count, int) else f"{count:,.2f}".rstrip("0").removesuffix(".")
+    return f"{number} {what}{'' if count == 1 else 's'}"
+
+
+def _each(count: int, what: str) -> str:
+    return f"each of {count:,} {what}s" if count > 1 else f"its {what}"
+
+
+def _large(count: int) -> str:
+    """A number of tokens in three digits: 31.2 M."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if count >= size:
+            return f"{count / (1e3 if unit == 'k' else size):.3g} {unit}"
+    return f"{count:,}"
+
+
+def _rounded(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.1f}" if hours >= 1 else f"{hours:.2g}"

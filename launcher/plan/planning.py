@@ -1,0 +1,111 @@
+"""Puts a plan together: the run's needs, the GPUs that it is meant for, its length, its time and its cost."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from launcher.plan.measured import measured_rate
+from trainer.base.check import check_weights_at_hand
+from trainer.base.locate import base_files, describe_base
+from trainer.config import Config
+from trainer.data.length import epoch_length
+from trainer.data.sources import unusable
+from trainer.devices import described_gpus
+from trainer.errors import ConfigError, DataError, DoesNotFit
+from trainer.forecast import Forecast, Length, assumed_rate, forecast, length_of
+from trainer.gpus import Gpu, find_gpu, read_gpu
+from trainer.needs import Plan
+from trainer.plan import make_plan
+from trainer.store import open_store
+
+# A plan is made on a login node, which may not reach the store: then it does without what the store knows.
+_STORE_SECONDS = 5.0
+
+Whose = Literal["given", "cluster.slurm.gpu_type", "this machine"]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The plan of a run. `gpu` is what it is compared with, and `whose` says why that one; None where no GPU is known.
+
+    `data_missing` says that what is short is the data. `forecast` is None where steps or rate are not known.
+    """
+
+    plan: Plan
+    gpu: Gpu | None
+    whose: Whose | None
+    length: Length
+    forecast: Forecast | None
+    data_missing: bool
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether a GPU holds its part; None where no GPU is known."""
+        return None if self.gpu is None else self.plan.memory_per_gpu.total <= self.gpu.memory
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan's own figures, and beside them those that it is compared with and what follows."""
+        gpu = None if self.gpu is None else {**asdict(self.gpu), "whose": self.whose}
+        estimate = self.forecast.to_json() if self.forecast else None
+        return {
+            **self.plan.to_json(),
+            "fits": self.fits,
+            "gpu": gpu,
+            "length": asdict(self.length),
+            "estimate": estimate,
+        }
+
+    def check(self) -> None:
+        """Raises the error of what is wrong or does not fit, if anything is."""
+        if self.plan.shortfalls:
+            kind = ConfigError if self.plan.mismatches else DataError if self.data_missing else DoesNotFit
+            raise kind("\n".join(self.plan.shortfalls))
+
+
+def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Planned:
+    """Plan `config` for `gpu`, a size or a name; by default for the GPU of cluster.slurm.gpu_type, else for this machine's.
+
+    Raises:
+        ConfigError: the GPU is unknown, or the base or a method cannot be planned with.
+    """
+    found, whose, count = _gpu_of(config, gpu)
+    world_size, per_node = _ranks(config, count, ranks_per_node)
+    base = describe_base(config.model)
+    plan = make_plan(config, base, world_size, per_node, found.memory if found else None)
+    missing, misfits = unusable(config.data), list[str]()
+    try:
+        plan = replace(plan, left_out=check_weights_at_hand(config.model))
+    except ConfigError as error:
+        misfits.append(str(error))
+    wrong, short = [*plan.mismatches, *misfits], [*plan.shortfalls, *misfits, *missing]
+    plan = replace(plan, mismatches=wrong, shortfalls=short)
+    store = open_store(config.run.store, retry_seconds=_STORE_SECONDS, request_seconds=_STORE_SECONDS)
+    length = length_of(config, None if missing else epoch_length(config, base_files(config.model), store))
+    by_size = found is not None and not found.name
+    rate = None if by_size else measured_rate(store, config, found)
+    if rate is None and found and plan.device == "gpu":
+        rate = assumed_rate(config, base.architecture, found)
+    return Planned(plan, found, whose, length, forecast(config, plan.batch, length, rate), bool(missing))
+
+
+def _gpu_of(config: Config, given: str | None) -> tuple[Gpu | None, Whose | None, int]:
+    """The GPU that is planned for, why that one, and how many of them this machine has."""
+    if given is not None:
+        return read_gpu(given, "--gpu"), "given", 0
+    if config.cluster.gpus_per_worker == 0:
+        return None, None, 0
+    wanted = config.cluster.slurm.gpu_type
+    if wanted and (known := find_gpu(wanted)):
+        return known, "cluster.slurm.gpu_type", 0
+    local = [] if config.cluster.slurm.gpus_per_node else described_gpus()
+    if not local:
+        return None, None, 0
+    smallest = min(local, key=lambda gpu: gpu.memory)
+    known = find_gpu(smallest.name)
+    return Gpu(smallest.name, smallest.memory, known.flops if known else None), "this machine", len(local)
+
+
+def _ranks(config: Config, local_gpus: int, ranks_per_node: int | None) -> tuple[int, int]:
+    """The ranks of the run and those of a node: as the settings say, else one for each GPU that is known of."""
+    slurm = config.cluster.slurm
+    world_size = config.cluster.most_workers or slurm.nodes * (slurm.gpus_per_node or 0) or local_gpus or 1
+    return world_size, ranks_per_node or min(world_size, slurm.gpus_per_node or world_size)
