@@ -45,6 +45,7 @@ from trainer.ranks import Ranks
 from trainer.run import layout
 from trainer.run.log import rank_log
 from trainer.run.metrics import Metrics, claim_generation, open_trackers, peak_memory
+from trainer.run.power import metered
 from trainer.run.records import add_record, bad_windows
 from trainer.run.requests import StopSignal
 from trainer.run.settings import record_settings
@@ -162,11 +163,12 @@ def _train(start: _Start, datasets: Datasets, *, resume: bool) -> None:
     step, position = (restored.step, Position.from_json(restored.position)) if restored else (0, Position())
     stop_before_training(training, step, position, committed=restored is not None)
     metrics.write("phase", phase="first_step")
-    for record in train(training, step, position):
-        if record["step"] == step + 1:
-            metrics.write("first_step", step=step + 1, seconds=round(time.time() - starter.began, 3))
-        metrics.write("step", **record, **peak_memory(start.ranks.device))
-        starter.observe({**record, "restarts": start.generation - 1})
+    with metered(start.ranks.device, reads=start.ranks.rank == 0) as power:
+        for record in train(training, step, position):
+            if record["step"] == step + 1:
+                metrics.write("first_step", step=step + 1, seconds=round(time.time() - starter.began, 3))
+            metrics.write("step", **record, **peak_memory(start.ranks.device), **power())
+            starter.observe({**record, "restarts": start.generation - 1})
     metrics.write("end", outcome="finished", step=training.total_steps, reason="")
 
 

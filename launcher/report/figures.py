@@ -85,13 +85,18 @@ class LayerLoad:
 
 @dataclass(frozen=True)
 class CostFigures:
-    """Hours that devices were taken: of all starts together, and `lost_hours` of them for steps that had to be done again."""
+    """Hours that devices were taken: of all starts together, and `lost_hours` of them for steps that had to be done again.
+
+    `energy` is in watt hours: the hours at `watts`, the mean power of rank 0's GPU in its steps.
+    """
 
     device: str
     hours: float
     lost_hours: float
     price_per_hour: float | None
     price: float | None
+    watts: float | None
+    energy: float | None
 
 
 @dataclass(frozen=True)
@@ -292,4 +297,21 @@ def _cost(history: History, price: Any) -> CostFigures | None:
     each = price if on_gpu and isinstance(price, int | float) else None
     device = str(on_gpu[-1].device if on_gpu else "CPU")
     model = re.search(r"\((.+)\)$", device)  # cuda:0 (NVIDIA H100)
-    return CostFigures(model[1] if model else device, hours, lost, each, None if each is None else each * hours)
+    watts = _mean_watts(history)
+    return CostFigures(
+        model[1] if model else device,
+        hours,
+        lost,
+        each,
+        None if each is None else each * hours,
+        watts,
+        None if watts is None else watts * hours,
+    )
+
+
+def _mean_watts(history: History) -> float | None:
+    """The mean over the time of the steps that have a reading."""
+    seconds = dict(history.steps.points("seconds"))
+    read = [(watts, seconds[step]) for step, watts in history.steps.points("device_watts") if seconds.get(step)]
+    whole = math.fsum(took for _, took in read)
+    return math.fsum(watts * took for watts, took in read) / whole if whole else None

@@ -30,6 +30,7 @@ FORMATS: Mapping[str, Callable[[Any], str]] = {
     "percent": lambda value: f"{value:.1%}",
     "duration": lambda value: duration(value) if value >= 10 else f"{value:.2f} s",
     "hours": lambda value: f"{value:,.2f}" if value >= 0.1 else f"{value:.4f}",
+    "energy": lambda value: f"{value / 1000:,.2f} kWh" if value >= 1000 else f"{value:.3g} Wh",
     "money": lambda value: f"{value:,.2f}",
     "bytes": decimal,
     "when": lambda value: f"{datetime.fromtimestamp(value, UTC):%Y-%m-%d %H:%M}",
@@ -56,6 +57,7 @@ _MEASURES = {
     "mfu": Measure("Model FLOPs utilisation", "%", 100),
     "device_peak_bytes": Measure("GPU memory of rank 0", "GiB, peak so far", 1 / _GIB),
     "host_peak_bytes": Measure("Host memory of rank 0", "GiB, peak so far", 1 / _GIB),
+    "device_watts": Measure("Power of rank 0's GPU", "W"),
     "expert_load": Measure("Routers: busiest expert", "visits over the mean, worst layer"),
     "experts_unused": Measure("Routers: experts that saw no token", "all layers"),
 }

@@ -139,6 +139,21 @@ def test_memory_is_shown_beside_the_plan(store: Store) -> None:
     assert "10.0 GB" in run_page(figures)
 
 
+def test_energy_is_that_of_all_gpu_hours_at_the_mean_power_of_the_steps(store: Store) -> None:
+    steps = [step(1), step(2, device_watts=400.0), step(3, device_watts=100.0, seconds=20.0)]
+    figures = read_figures(make_run(store, [start(), *steps], [start(step=3, time=NOW + 300)]))
+    assert figures.cost is not None
+    assert figures.cost.watts == pytest.approx((400 * 10 + 100 * 20) / 30)
+    assert figures.cost.energy == pytest.approx(200 * figures.cost.hours)
+    page = run_page(figures)
+    assert f"{figures.cost.energy:.3g} Wh<" in page
+    assert "Power of rank 0" in page
+    untold = read_figures(make_run(store, [start(), step(1)], name="untold"))
+    assert untold.cost is not None
+    assert untold.cost.energy is None
+    assert "cost/energy" not in run_page(untold)
+
+
 def test_damage_is_named_and_the_rest_shown(store: Store) -> None:
     run = make_run(store, RUNNING)
     run.put(layout.metrics(1), run.get(layout.metrics(1)) + b'{"kind": "st')
