@@ -41,6 +41,7 @@ check: $(STAMP)
 	$(BIN)/python -m launcher.config_docs --check
 	$(BIN)/python -m tests.models_page --check
 	$(BIN)/python -m tests.plan_pages --check
+	$(BIN)/python -m tests.attention_page --check
 	$(MAKE) docs
 
 # mkdocs-material prints a page about its own future without the variable.

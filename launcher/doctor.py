@@ -12,7 +12,6 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from importlib.util import find_spec
 from typing import Any, Literal
 
 from packaging.requirements import Requirement
@@ -23,6 +22,7 @@ from rich.table import Table
 from launcher.nccl import networks, troubles
 from trainer.devices import count_visible, listed_gpus, unused
 from trainer.errors import CapstanError
+from trainer.model.kernels import KERNELS
 from trainer.registry import kinds
 from trainer.run import trackers
 from trainer.store import open_store
@@ -30,7 +30,7 @@ from trainer.store import open_store
 State = Literal["ok", "optional", "missing"]
 
 # The extras of this distribution that bring faster kernels, which are built against the installed torch, and trackers.
-_KERNELS = ("flash-attn", "linear-attention", "mamba")
+_KERNELS = ("linear-attention", "mamba")
 _EXTRAS = {
     **dict.fromkeys(_KERNELS, "pip install --no-build-isolation"),
     **dict.fromkeys(sorted(kinds(trackers, "SERVICES")), "pip install"),
@@ -39,11 +39,16 @@ _EXTRAS = {
 # Asked of torch in a fresh interpreter: importing it here would cost seconds and gigabytes of address space.
 _TORCH_PROBE = """
 import json, torch
+from trainer.model.kernels import KERNELS
 gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+bf16 = bool(gpus) and torch.cuda.is_bf16_supported()
+capability = torch.cuda.get_device_capability(0) if gpus else None
 print(json.dumps({
     "build": torch.version.cuda or torch.version.hip,
     "gpus": [{"name": gpu.name, "bytes": gpu.total_memory} for gpu in gpus],
-    "bf16": bool(gpus) and torch.cuda.is_bf16_supported(),
+    "bf16": bf16,
+    "kernels": [kernel.name for kernel in KERNELS if not kernel.unavailable(capability, bf16)],
+    "packages": [kernel.name for kernel in KERNELS if kernel.install and not kernel.unfit(capability, bf16)],
 }))
 """
 _TORCH_TIMEOUT = 120  # seconds: the first import on a network file system is slow
@@ -150,7 +155,10 @@ def _accelerator() -> Iterator[Check]:
         yield Check("GPUs", "optional", f"{len(there)}, of which {hidden} leaves none", "Unset it, or name GPUs in it.")
     else:
         yield Check("GPUs", "optional", "none: runs compute on the CPU")
-    yield Check("attention kernels", "ok", ", ".join(_attention_kernels(facts)))
+    yield Check("attention kernels", "ok", ", ".join(facts["kernels"]))
+    for kernel in KERNELS:
+        if kernel.name in facts["packages"]:
+            yield check_package(Requirement(f"{kernel.distribution}"), "optional", kernel.install)
 
 
 def ask_torch() -> dict[str, Any] | str:
@@ -164,14 +172,6 @@ def ask_torch() -> dict[str, Any] | str:
     if answer.returncode != 0:
         return (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
     return json.loads(answer.stdout.splitlines()[-1])
-
-
-def _attention_kernels(facts: dict[str, Any]) -> list[str]:
-    """In the order in which model.attention: auto takes them; the first two need a GPU and bf16."""
-    if not facts["bf16"]:
-        return ["sdpa"]
-    flash = ["flash_attention_2"] if find_spec("flash_attn") is not None else []
-    return [*flash, "varlen", "sdpa"]
 
 
 def _s3_server() -> Check:

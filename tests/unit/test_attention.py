@@ -13,16 +13,23 @@ from trainer.base.architecture import Architecture, AttentionLayer
 from trainer.base.architecture_cache import read_architecture
 from trainer.data.micro_batch import MicroBatch, Position
 from trainer.errors import ConfigError
-from trainer.model.attention import KERNELS, SINKS, choose_attention, unable, unavailable
+from trainer.model.attention import SINKS, choose_attention
 from trainer.model.documents import keep_documents_apart
 from trainer.model.head import IGNORE, LossHead
+from trainer.model.kernels import FLASH, KERNELS, unable, unavailable
 from trainer.model.packed import PackedModel
 from trainer.objective.sft import NextTokens
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BF16, FP32 = torch.bfloat16, torch.float32
 # The kernels that can run here, each with every dtype that it can run in.
-HERE = [(name, dtype) for dtype in (BF16, FP32) for name in KERNELS if name not in unavailable(DEVICE, dtype)]
+CAPABILITY = torch.cuda.get_device_capability() if DEVICE.type == "cuda" else None
+HERE = [
+    (kernel.name, dtype)
+    for dtype in (BF16, FP32)
+    for kernel in KERNELS
+    if kernel.name not in unavailable(CAPABILITY, dtype == BF16)
+]
 A, B, PADDING = 23, 30, 11  # tokens of two documents and of the padding behind them
 
 
@@ -33,6 +40,8 @@ A, B, PADDING = 23, 30, 11  # tokens of two documents and of the padding behind 
         for kind in (
             ("llama", "gemma2", "gpt-oss")
             if kernel == "eager"
+            else ("gemma2", "gpt-oss")
+            if kernel == "flex_attention"
             else ("llama", "mistral", "phi3", "gemma3", "qwen3-moe", *(["gpt-oss"] if kernel == "sdpa" else []))
         )
     ],
@@ -153,7 +162,7 @@ def test_a_row_of_padding_alone_has_no_loss_and_no_gradient(model: PackedModel) 
 def test_auto_takes_the_fastest_kernel_and_says_why() -> None:
     chosen = choose_attention("auto", torch.device("cpu"), BF16, architecture("llama"))
     assert chosen.name == "sdpa"
-    assert "no flash_attention_2: it needs a CUDA device" in chosen.why
+    assert chosen.why == f"no {', '.join(FLASH)}, varlen: it needs a CUDA device"
 
 
 def test_a_kernel_that_would_change_the_base_is_refused() -> None:
@@ -175,4 +184,3 @@ def test_a_kernel_that_cannot_run_is_refused_with_the_reason() -> None:
         ConfigError, match="model.attention: 'varlen' cannot run here: it needs a CUDA device. Use auto"
     ):
         choose_attention("varlen", torch.device("cpu"), BF16, architecture("llama"))
-    assert set(unavailable(torch.device("cuda"), FP32)) == {"flash_attention_2", "varlen"}

@@ -72,11 +72,14 @@ GPU = {"name": "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bytes": 5 * 2**30}
 )
 def test_gpus_are_told_as_a_run_would_use_them(monkeypatch, setting, build, gpus, state, found):
     monkeypatch.setattr(doctor, "listed_gpus", lambda: [ListedGpu("GPU-1"), ListedGpu("GPU-2")])
-    monkeypatch.setattr(doctor, "ask_torch", lambda: {"build": build, "gpus": gpus, "bf16": bool(gpus)})
+    kernels = {"kernels": ["varlen", "sdpa"], "packages": ["flash_attention_2"] if gpus else []}
+    monkeypatch.setattr(doctor, "ask_torch", lambda: {"build": build, "gpus": gpus, "bf16": bool(gpus), **kernels})
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if setting is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
-    (check,) = (check for check in diagnose(None).checks if check.name == "GPUs")
+    report = diagnose(None)
+    assert any(check.name == "flash-attn" for check in report.checks) == bool(gpus)
+    (check,) = (check for check in report.checks if check.name == "GPUs")
     assert check.state == state
     assert found in check.found
     assert check.fix or state == "ok"

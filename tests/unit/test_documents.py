@@ -1,6 +1,7 @@
 """Packed documents do not see each other in any layer of any family: those that transformers keeps apart itself, and those that
 only trainer/model/documents.py does."""
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,8 +17,10 @@ from transformers.models.nemotron_h import modeling_nemotron_h
 
 from tests.families import FAMILIES, SIZES
 from trainer.base.architecture_cache import read_architecture
-from trainer.model.attention import SINKS, VARLEN, Attention, choose_attention, no_mask, unable, varlen_attention
+from trainer.model.attention import FLEX, SINKS, VARLEN, Attention, choose_attention, no_mask, varlen_attention
 from trainer.model.documents import batches, keep_documents_apart, knows_borders, mixers, recomputed
+from trainer.model.flex import block_mask_of_row, flex_attention_capped
+from trainer.model.kernels import FLASH, unable
 from trainer.model.parts import body
 
 _LATENT = {
@@ -55,13 +58,15 @@ LENGTHS = (23, 30, 11, 1)  # of the row's documents: longer than the windows and
 A = LENGTHS[0]
 # The kernels that would compute something else than a base's own attention.
 UNABLE = {
-    "deepseek-v32": {"flash_attention_2", "varlen"},
-    "deepseek-v4": {"flash_attention_2", "varlen", "sdpa"},
-    "gemma2": {"varlen", "sdpa"},
-    "gpt-oss": {"flash_attention_2", "varlen"},
-    "llama4": {"flash_attention_2", "varlen"},
-    "mimo-v2-flash": {"flash_attention_2", "varlen"},
+    "deepseek-v32": {*FLASH, "varlen"},
+    "deepseek-v4": {*FLASH, "varlen", "sdpa"},
+    "gemma2": {"flash_attention_4", "varlen", "sdpa"},
+    "gpt-oss": {*FLASH, "varlen"},
+    "llama4": {*FLASH, "varlen"},
+    "mimo-v2-flash": {*FLASH, "varlen"},
 }
+# The families that need flex_attention, for caps or sinks, and for which alone it is.
+NEED_FLEX = {"gemma2", "gpt-oss", "mimo-v2-flash"}
 # Families whose documents transformers alone, with position_ids, lets see each other.
 LEAKING = (
     "afmoe",
@@ -89,6 +94,16 @@ IN_BATCHES = {
     "qwen3_5": ["layers.0.linear_attn"],
     "qwen3_5-moe": ["layers.0.linear_attn"],
 }
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def flex() -> None:
+    """As a GPU's rank registers it, where a base needs it."""
+    AttentionInterface.register(FLEX, flex_attention_capped)
+    AttentionMaskInterface.register(FLEX, block_mask_of_row)
 
 
 @pytest.fixture(autouse=True)
@@ -139,9 +154,14 @@ def test_a_document_is_what_it_is_alone_whatever_else_is_in_the_row(kind: str) -
     """With every kernel that computes the base's attention on a CPU; all give the same."""
     facts, found = read_architecture(settings(kind)), list[Tensor]()
     assert facts.isolates_documents
-    assert unable(facts).keys() == UNABLE.get(kind, set())
-    for kernel in {"sdpa", "eager"} - unable(facts).keys():
-        model = build(kind, choose_attention(kernel, torch.device("cpu"), torch.float32, facts).name)
+    assert unable(facts).keys() - {"flex_attention"} == UNABLE.get(kind, set())
+    assert ("flex_attention" not in unable(facts)) == (kind in NEED_FLEX)
+    kernels = [
+        choose_attention(kernel, CPU, torch.float32, facts).name for kernel in {"sdpa", "eager"} - unable(facts).keys()
+    ]
+    # PyTorch computes flex_attention on a CPU too, without gradients.
+    for kernel in [*kernels, *([FLEX] if kind in NEED_FLEX else [])]:
+        model = build(kind, kernel)
         one, other = row()
         packed, changed = hidden(model, one), hidden(model, other)
         assert not close(changed[:A], packed[:A])
@@ -149,7 +169,7 @@ def test_a_document_is_what_it_is_alone_whatever_else_is_in_the_row(kind: str) -
         alone = [hidden(model, document, (document.shape[1],)) for document in one.split(LENGTHS, dim=1)]
         assert close(packed, torch.cat(alone))
         found.append(packed)
-    assert close(found[0], found[-1])
+    assert all(close(found[0], other) for other in found[1:])
 
 
 def test_sdpa_with_sinks_has_eager_attentions_gradients() -> None:
@@ -297,3 +317,6 @@ def varlen_attn(
         )
         results.append(attended.transpose(0, 1))
     return torch.cat(results)
+
+
+varlen_attn.__signature__ = inspect.signature(varlen.varlen_attn)  # type: ignore[attr-defined]

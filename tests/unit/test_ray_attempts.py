@@ -5,14 +5,18 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.train.torch.config import _TorchBackend
 
 from launcher.policy.retry import Failure
 from launcher.ray import train
 from launcher.ray.cluster import Need
+from launcher.ray.group import GpuGroup
 from launcher.view.status import read_status
+from trainer import devices, start
 from trainer.config import Config, parse_config
 from trainer.data.prepare import Datasets
 from trainer.errors import CapstanError, ConfigError, Stopped, StorageError, Superseded, Unreachable
@@ -190,3 +194,20 @@ def test_a_run_that_was_taken_over_gets_no_end_and_no_other_attempt(
     with pytest.raises(Superseded, match="has been taken over"):
         drive(config, monkeypatch, ranks_that(1, end=Failure("rank 1 died", None)), taken_over)
     assert (ends(run, 1), ends(run, 2)) == (["rank 1 died"], [])
+
+
+def test_ranks_are_asked_for_their_gpus_before_a_group_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU build of torch has no NCCL and says no more than that; the control is the order of the calls."""
+    calls = list[str]()
+    monkeypatch.setattr(_TorchBackend, "on_start", lambda *_: calls.append("group"))
+    monkeypatch.setattr(devices, "listed_gpus", lambda: [devices.ListedGpu("GPU-1")])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    workers: Any = SimpleNamespace(execute=lambda function: function())
+    backend = GpuGroup("nccl").backend_cls()
+    monkeypatch.setattr(start, "torch_gpus", lambda: (0, None))
+    with pytest.raises(ConfigError, match=r"has 1 GPU, but this torch is a CPU build\. Install one for CUDA"):
+        backend.on_start(workers, GpuGroup("nccl"))
+    assert calls == []
+    monkeypatch.setattr(start, "torch_gpus", lambda: (1, "13.0"))
+    backend.on_start(workers, GpuGroup("nccl"))
+    assert calls == ["group"]

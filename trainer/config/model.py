@@ -16,11 +16,20 @@ class Model(Section):
         example="/models/Llama-3.1-8B",
     )
     revision: str | None = setting(None, about="Branch, tag or commit of a Hub id.", example="main")
-    attention: Literal["auto", "flash_attention_2", "varlen", "sdpa", "eager"] = setting(
+    attention: Literal[
         "auto",
-        about="Attention kernel. auto takes flash_attention_2 (the flash-attn package), else varlen (PyTorch's own), "
-        "else sdpa, else eager (plain products, which hold all scores at once), whichever can run here and does what the base "
-        "needs; the log says which and why.",
+        "flash_attention_4",
+        "flash_attention_3",
+        "flash_attention_2",
+        "varlen",
+        "sdpa",
+        "flex_attention",
+        "eager",
+    ] = setting(
+        "auto",
+        about="Attention kernel. auto takes the first of these that can run here and does what the base needs, values and gradients: "
+        "those of the flash-attn packages, varlen (PyTorch's own), sdpa, flex_attention, eager (plain products, which hold all "
+        "scores at once). The log says which and why; docs/attention.md says which where.",
         example="sdpa",
     )
     dtype: Literal["bf16", "fp32"] = setting(

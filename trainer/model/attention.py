@@ -1,13 +1,14 @@
 """Which attention kernel runs, picked once, and the reason for the log.
 
-All of them honour document borders: flash-attn and PyTorch's varlen kernel through cu_seqlens, SDPA and the eager one,
-which is plain matrix products and holds all scores at once, through block-diagonal masks; see trainer/model/documents.py.
+All of them honour document borders: flash-attn's and PyTorch's varlen kernel through cu_seqlens, SDPA, flex_attention and the eager
+one, which is plain matrix products and holds all scores at once, through masks; see trainer/model/documents.py.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
-from typing import Any, Protocol
+from functools import cache
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,12 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from trainer.errors import ConfigError
 from trainer.model.documents import sdpa_mask_of_row
+from trainer.model.flex import block_mask_of_row, flex_attention_capped
+from trainer.model.kernels import FLASH, AttentionNeeds, chosen, unable, unavailable
 
 VARLEN = "capstan_varlen"
 SINKS = "capstan_sinks"  # SDPA, a word that transformers looks for in a name, to refuse it
-KERNELS = ("flash_attention_2", "varlen", "sdpa", "eager")  # in the order of preference
-_WIDEST = 256  # a head in flash-attn, and in PyTorch's varlen kernel, which is flash-attn's
-_OWN = "this base's attention is more than it computes"
+FLEX = "capstan_flex"
 # The names that transformers gives what a layer's attention has beyond softmax(QK)V.
 _BEYOND = ("softcap", "s_aux", "position_bias", "indices")
 
@@ -39,7 +40,7 @@ class Attention:
     ) -> dict[str, Any]:
         """The arguments of the model's forward, beside input_ids and position_ids, that keep packed documents apart. A document
         has more keys than tokens where those of earlier tokens were kept; without borders of their own, as many."""
-        if self.name not in ("flash_attention_2", VARLEN):
+        if self.name not in (*FLASH, VARLEN):
             return {}
         return {
             "cu_seq_lens_q": cu_seqlens,
@@ -47,21 +48,6 @@ class Attention:
             "max_length_q": max_seqlen,
             "max_length_k": max_seqlen if max_seqlen_k is None else max_seqlen_k,
         }
-
-
-class AttentionNeeds(Protocol):
-    """The computations of a base's attention beyond softmax(QK)V; see trainer.base.architecture.Architecture."""
-
-    @property
-    def caps_attention(self) -> bool: ...
-    @property
-    def has_sinks(self) -> bool: ...
-    @property
-    def supports_sdpa(self) -> bool: ...
-    @property
-    def supports_flash(self) -> bool: ...
-    @property
-    def widest_head(self) -> int: ...
 
 
 def choose_attention(
@@ -75,53 +61,28 @@ def choose_attention(
 
     `refused` gives the reason for each kernel that the run's method cannot compute with.
     """
-    missing = {**unavailable(device, dtype), **unable(needs), **(refused or {})}
-    if setting == "auto":
-        kernel = next(name for name in KERNELS if name not in missing)
-        why = "; ".join(f"no {name}: {reason}" for name, reason in missing.items()) or "fastest available"
-    elif setting in missing:
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    missing = {**unavailable(capability, dtype != torch.float32, needs), **unable(needs), **(refused or {})}
+    if setting in missing:
         raise ConfigError(f"model.attention: {setting!r} cannot run here: {missing[setting]}. Use auto.")
-    else:
-        kernel, why = setting, "set by model.attention"
-    if kernel == "varlen":
-        AttentionInterface.register(VARLEN, varlen_attention)
-        AttentionMaskInterface.register(VARLEN, no_mask)
-        return Attention(VARLEN, why)
-    if kernel == "sdpa" and needs.has_sinks:
-        AttentionInterface.register(SINKS, sdpa_with_sinks)
-        AttentionMaskInterface.register(SINKS, sdpa_mask_of_row)
-        return Attention(SINKS, why)
-    return Attention(kernel, why)
+    kernel, why = chosen(setting, missing)
+    return Attention(_registered(kernel, needs), why)
 
 
-def unable(needs: AttentionNeeds) -> dict[str, str]:
-    """Kernel -> why it would give other results than the base's own attention."""
-    reasons: dict[str, str] = {}
-    if not needs.supports_flash:
-        reasons = dict.fromkeys(("flash_attention_2", "varlen"), "it takes no mask, which this base's attention needs")
-    elif needs.widest_head > _WIDEST:
-        wide = f"it takes heads of up to {_WIDEST}, and this base has some of {needs.widest_head}"
-        reasons = dict.fromkeys(("flash_attention_2", "varlen"), wide)
-    if needs.caps_attention:
-        return reasons | dict.fromkeys(("varlen", "sdpa"), "it does not cap attention logits, as this base does")
+def _registered(kernel: str, needs: AttentionNeeds) -> str:
+    """The name by which transformers calls the kernel and makes its masks."""
+    ours = {
+        "varlen": (VARLEN, varlen_attention, no_mask),
+        "flex_attention": (FLEX, flex_attention_capped, block_mask_of_row),
+    }
     if needs.has_sinks:
-        reasons |= dict.fromkeys(("flash_attention_2", "varlen"), "it has no attention sinks, as this base has")
-        return reasons if needs.supports_flash else reasons | {"sdpa": _OWN}
-    return reasons if needs.supports_sdpa else reasons | {"sdpa": _OWN}
-
-
-def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """Kernel -> why it cannot run on this device."""
-    reasons: dict[str, str] = {}
-    if device.type != "cuda":
-        reasons = {name: "it needs a CUDA device" for name in ("flash_attention_2", "varlen")}
-    elif dtype == torch.float32:
-        reasons = {name: "it needs model.dtype: bf16" for name in ("flash_attention_2", "varlen")}
-    elif torch.cuda.get_device_capability(device) < (8, 0):
-        reasons = {name: "it needs an Ampere GPU or newer" for name in ("flash_attention_2", "varlen")}
-    elif find_spec("flash_attn") is None:
-        reasons["flash_attention_2"] = "the flash-attn package is not installed (pip install 'capstan-llm[flash-attn]')"
-    return reasons
+        ours["sdpa"] = (SINKS, sdpa_with_sinks, sdpa_mask_of_row)
+    if kernel not in ours:
+        return kernel
+    name, attend, mask = ours[kernel]
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, mask)
+    return name
 
 
 def no_mask(*_args: Any, **_kwargs: Any) -> None:
@@ -155,6 +116,10 @@ def varlen_attention(
     )
     width = value.shape[-1]
     value = nn.functional.pad(value, (0, key.shape[-1] - width))
+    groups = query.shape[1] // key.shape[1]
+    given: dict[str, Any] = {"enable_gqa": groups > 1}
+    if "enable_gqa" not in _arguments(varlen.varlen_attn):  # torch before 2.12, which wants a key head for each head
+        key, value, given = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1), {}
     q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     out = varlen.varlen_attn(
         q,
@@ -167,10 +132,15 @@ def varlen_attention(
         scale=scaling,
         # (left, right): causal is a right window of 0; transformers counts the token itself into its window.
         window_size=(sliding_window - 1 if sliding_window else -1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **given,
     )
     assert isinstance(out, Tensor)
     return out[..., :width].unsqueeze(0), None
+
+
+@cache
+def _arguments(function: Any) -> frozenset[str]:
+    return frozenset(signature(function).parameters)
 
 
 def causal(query: Tensor, key: Tensor) -> Tensor:

@@ -149,7 +149,7 @@ def keep_documents_apart(model: PreTrainedModel) -> None:
     """Have documents of a row not see each other in any layer of `model`."""
     masking_utils.find_packed_sequence_indices = _find_documents
     AttentionMaskInterface.register("sdpa", sdpa_mask_of_row)
-    AttentionMaskInterface.register("eager", _of_row(eager_mask))
+    AttentionMaskInterface.register("eager", of_row(eager_mask))
     decoder = body(model)
     decoder.forward = _for_row(decoder.forward)
     for mixer in mixers(model):
@@ -198,10 +198,10 @@ def _find_documents(position_ids: Tensor) -> Tensor | None:
     return _find_packed(position_ids) if row is None else row.numbers
 
 
-def _of_row(make: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+def of_row(make: Callable[..., Any]) -> Callable[..., Any]:
     """transformers' `make` of a mask, with the borders of the row's documents in it."""
 
-    def mask(*, mask_function: Callable[..., Any] = causal_mask_function, **given: Any) -> Tensor | None:
+    def mask(*, mask_function: Callable[..., Any] = causal_mask_function, **given: Any) -> Any:
         row = _ROW.get()
         if row is not None and row.numbers is not None:
             mask_function = and_masks(mask_function, packed_sequence_mask_function(row.numbers))
@@ -211,7 +211,7 @@ def _of_row(make: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
     return mask
 
 
-sdpa_mask_of_row = _of_row(sdpa_mask)
+sdpa_mask_of_row = of_row(sdpa_mask)
 
 
 def _for_row(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -220,14 +220,14 @@ def _for_row(forward: Callable[..., Any]) -> Callable[..., Any]:
     taken = "position_ids" in inspect.signature(forward).parameters
 
     @functools.wraps(forward)
-    def of_row(*arguments: Any, **given: Any) -> Any:
+    def over_row(*arguments: Any, **given: Any) -> Any:
         positions = given.pop("position_ids", None)
         if positions is None or not taken:
             return forward(*arguments, **given)
         with _RowAtWork(Documents(positions, _LENGTHS.get())):
             return forward(*arguments, position_ids=positions, **given)
 
-    return of_row
+    return over_row
 
 
 def _in_batches(mixer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.base.architecture import Architecture
 from trainer.config import Model, Optim, Tuning
+from trainer.model.kernels import FLASH
 from trainer.tuning.linear_adapters import flagged, peft_files
 from trainer.tuning.method import ExportedFiles, VirtualTokens
 from trainer.tuning.virtual_tokens import PEFT_TENSOR, BesideBase
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _NO_KEYS = "it takes no keys and values beside those of a row's own tokens"
-_KERNELS = {"flash_attention_2": _NO_KEYS, "eager": _NO_KEYS}
+_KERNELS: dict[str, str] = dict.fromkeys((*FLASH, "flex_attention", "eager"), _NO_KEYS)
 
 
 def _attention_layers(model: PreTrainedModel) -> list[Any]:

@@ -1,0 +1,119 @@
+"""Writes docs/attention.md from the table of kernels: what each computes, and which one `auto` takes for which base on which GPU.
+
+python -m tests.attention_page            write the page
+python -m tests.attention_page --check    exit 1 when the page is not what would be written
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from launcher.config_docs import write_or_check
+from tests.unit.test_published_models import MODELS
+from trainer.base.architecture import Architecture
+from trainer.base.architecture_cache import read_architecture
+from trainer.model.kernels import KERNELS, Capability, Kernel, chosen, unable
+
+PAGE = Path(__file__).parents[1] / "docs" / "attention.md"
+
+_GEMMA: dict[str, Any] = {
+    "hidden_size": 3584,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 256,
+    "num_hidden_layers": 2,
+}
+# Beside the well-known sizes: bases that differ in what their attention computes, with as few layers as show it.
+_BASES: dict[str, dict[str, Any]] = {
+    "Llama 3.1, Qwen3, Mistral": MODELS["Llama-3.1-405B"].config,
+    "Gemma 3 (heads of 256, windows)": {"model_type": "gemma3_text", **_GEMMA, "vocab_size": 262144},
+    "Gemma 2 (capped logits)": {"model_type": "gemma2", **_GEMMA, "vocab_size": 256000},
+    "gpt-oss (sinks)": MODELS["gpt-oss-120b"].config,
+    "DeepSeek-V3, Kimi K2 (latent attention)": MODELS["DeepSeek-V3"].config,
+    "Llama 4 (chunks)": MODELS["Llama-4-Maverick"].config,
+    "MiniMax-M2": MODELS["MiniMax-M2"].config,
+    "Qwen3-Next (its attention layers)": MODELS["Qwen3-Next-80B-A3B"].config,
+}
+_GPUS: dict[str, Capability | None] = {
+    "A100 (8.0), L40S, RTX 4090 (8.9)": (8, 0),
+    "H100, H200 (9.0)": (9, 0),
+    "B200 (10.0), B300 (10.3)": (10, 0),
+    "RTX 50, RTX PRO (12.0)": (12, 0),
+    "CPU, older GPUs": None,
+}
+
+_HEADER = """\
+# Attention kernels
+
+<!-- Written by `python -m tests.attention_page` from trainer/model/kernels.py: change that. -->
+
+`model.attention: auto` takes the first kernel of this table that runs here and gives the values and the gradients of the base's own
+attention, with the documents of a packed row apart. The log of rank 0 names it, and says why not the ones before it; `capstan doctor`
+lists those that run on this machine, and the packages that this GPU could use. A kernel that is named and cannot be used is refused
+with the reason.
+"""
+
+_PACKAGES = """\
+A package is looked for by its own name, not by the name that it is imported by, as flash-attn and flash-attn-4 share that. Before a
+kernel is taken, its function's signature is compared with what will be asked of it. flash-attn-4 also runs on Hopper, but its backward
+pass there takes neither packed documents nor windows.
+
+Each kernel is compared with eager attention, values and gradients: heads of 64 to 256, grouped heads, windows, one document and several,
+caps and sinks (`tests/unit/test_kernels.py`). On a CPU that holds for sdpa and for flex_attention's own plain operations; of the kernels
+for GPUs it tests the calls, with plain products behind the libraries' signatures, and PyTorch's own kernel on the meta device.
+`python -m pytest tests/unit/test_attention.py` on a machine with a GPU runs every kernel that is installed there.
+
+## Which one a base gets
+
+With flash-attn's package for the GPU installed; in brackets with PyTorch alone, where that is another.
+"""
+
+
+def render() -> str:
+    """The whole page as Markdown."""
+    return "\n".join([_HEADER, *_kernel_rows(), "", _PACKAGES, *_base_rows(), ""])
+
+
+def _kernel_rows() -> Iterator[str]:
+    yield "| `model.attention` | package | GPUs, by compute capability | `model.dtype` | widest head | caps | sinks |"
+    yield "|---|---|---|---|---:|---|---|"
+    for kernel in KERNELS:
+        numbers = (
+            str(kernel.widest or "any"),
+            *("yes" if has else "" for has in (kernel.caps, kernel.sinks)),
+        )
+        package = f"{kernel.distribution}: {kernel.install}" if kernel.install else "PyTorch"
+        cells = (f"`{kernel.name}`", package, _gpus(kernel), "bf16" if kernel.half else "bf16, fp32", *numbers)
+        yield f"| {' | '.join(cells)} |"
+
+
+def _gpus(kernel: Kernel) -> str:
+    if kernel.since is None:
+        return "any, CPU"
+    since = ".".join(map(str, kernel.since))
+    return f"{since} to below {'.'.join(map(str, kernel.until))}" if kernel.until else f"from {since} on"
+
+
+def _base_rows() -> Iterator[str]:
+    yield f"| base | {' | '.join(_GPUS)} |"
+    yield f"|---|{'---|' * len(_GPUS)}"
+    for name, settings in _BASES.items():
+        base = read_architecture(settings)
+        yield f"| {name} | {' | '.join(_taken(base, capability) for capability in _GPUS.values())} |"
+
+
+def _taken(base: Architecture, capability: Capability | None) -> str:
+    """The kernel that auto takes with every package that this GPU can use, and without any."""
+    names = []
+    for packages in (True, False):
+        unfit = {kernel.name: kernel.unfit(capability) for kernel in KERNELS}
+        absent = {kernel.name: "" for kernel in KERNELS if kernel.install and not packages}
+        missing = {name: reason for name, reason in unfit.items() if reason} | absent | unable(base)
+        names.append(chosen("auto", missing)[0])
+    with_packages, alone = names
+    return with_packages if with_packages == alone else f"{with_packages} ({alone})"
+
+
+if __name__ == "__main__":
+    sys.exit(write_or_check(PAGE, render, "tests.attention_page", "trainer/model/kernels.py"))

@@ -1,0 +1,190 @@
+"""The attention kernels, in the order of preference: who brings each, on which GPUs it runs, and what it computes.
+
+A kernel is taken only where it gives the values *and the gradients* of the base's own attention, document by document in a packed
+row. Sources: the assertions of flash_attn/cute/interface.py (4.0 beta), hopper/flash_attn_interface.py (3.0 beta) and
+flash_attn/flash_attn_interface.py (2.8) of Dao-AILab/flash-attention, and torch/nn/attention of PyTorch 2.13.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from inspect import signature
+from typing import Any, Protocol
+
+Capability = tuple[int, int]
+
+FLASH = ("flash_attention_4", "flash_attention_3", "flash_attention_2")  # by transformers' names
+_LATENT = 192  # keys of latent attention, whose values are narrower and are widened to it (DeepSeek, Kimi)
+_OWN = "this base's attention is more than it computes"
+_OF_FLASH = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale", "causal", "window_size")
+
+
+class AttentionNeeds(Protocol):
+    """The computations of a base's attention beyond softmax(QK)V; see trainer.base.architecture.Architecture."""
+
+    @property
+    def caps_attention(self) -> bool: ...
+    @property
+    def has_sinks(self) -> bool: ...
+    @property
+    def supports_sdpa(self) -> bool: ...
+    @property
+    def supports_flash(self) -> bool: ...
+    @property
+    def widest_head(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """`name` is that of `model.attention`. `distribution` is the package that brings it, by its name in package indexes, and
+    `function` of `module` what it is called by, whose signature must have all of `arguments`.
+
+    It runs on GPUs from the compute capability `since` on and before `until`, or without `since` on anything, in 16 bits or, not
+    `half`, in fp32 too, with heads up to `widest`. `masks`: it takes any mask, others know borders of documents and windows only.
+    It caps logits (`caps`) and has sinks (`sinks`), with the gradients of both.
+    """
+
+    name: str
+    distribution: str | None = None
+    install: str = ""
+    module: str = ""
+    function: str = ""
+    arguments: tuple[str, ...] = ()
+    since: Capability | None = None
+    until: Capability | None = None
+    half: bool = True
+    widest: int | None = None
+    masks: bool = False
+    caps: bool = False
+    sinks: bool = False
+
+    def unable(self, needs: AttentionNeeds) -> str | None:
+        """Why it would give other results than the base's own attention."""
+        if not self.masks and not needs.supports_flash:
+            return "it takes no mask, which this base's attention needs"
+        widest = needs.widest_head or _LATENT
+        if self.widest and widest > self.widest:
+            return f"it takes heads of up to {self.widest}, and this base has some of {widest}"
+        if needs.caps_attention and not self.caps:
+            return "it does not cap attention logits, as this base does"
+        if needs.has_sinks and not self.sinks:
+            return "it has no attention sinks, as this base has"
+        if self.name == "eager" or not self.masks:
+            return None
+        # transformers does not say that it runs a base with caps or sinks by SDPA, as its own has neither.
+        beyond = needs.has_sinks or needs.caps_attention
+        return None if (needs.supports_flash if beyond else needs.supports_sdpa) else _OWN
+
+    def unavailable(self, capability: Capability | None, half: bool, needs: AttentionNeeds | None = None) -> str | None:
+        """Why it cannot run here: on a GPU of this compute capability, or on a CPU (None), with what is installed."""
+        return self.unfit(capability, half) or self._missing(needs)
+
+    def unfit(self, capability: Capability | None, half: bool = True) -> str | None:
+        """Why it cannot run on such a device, whatever is installed."""
+        if self.since is None:
+            return None
+        if capability is None:
+            return "it needs a CUDA device"
+        if self.half and not half:
+            return "it needs model.dtype: bf16"
+        if capability < self.since or (self.until and capability >= self.until):
+            until = f" and below {'.'.join(map(str, self.until))}" if self.until else " or newer"
+            here = ".".join(map(str, capability))
+            return f"it needs a GPU of compute capability {'.'.join(map(str, self.since))}{until}, and this one's is {here}"
+        return None
+
+    def _missing(self, needs: AttentionNeeds | None) -> str | None:
+        if self.distribution is None:
+            return None
+        try:
+            version = metadata.version(self.distribution)  # flash-attn and flash-attn-4 share a name to import
+        except metadata.PackageNotFoundError:
+            return f"the {self.distribution} package is not installed ({self.install})"
+        wanted = (*self.arguments, *(["softcap"] if needs is not None and needs.caps_attention else []))
+        try:
+            taken = signature(self.call).parameters
+        except (ImportError, AttributeError, OSError) as error:
+            return f"{self.distribution} {version} cannot be imported ({str(error).splitlines()[0]})"
+        lacking = [name for name in wanted if name not in taken]
+        return f"{self.function} of {self.distribution} {version} has no {', '.join(lacking)}" if lacking else None
+
+    @property
+    def call(self) -> Callable[..., Any]:
+        """The function, imported now."""
+        return getattr(import_module(self.module), self.function)
+
+
+def _flash(name: str, distribution: str, install: str, module: str, **limits: Any) -> Kernel:
+    return Kernel(name, distribution, install, module, "flash_attn_varlen_func", _OF_FLASH, **limits)
+
+
+KERNELS = (
+    # On Hopper its backward takes neither documents nor windows; nowhere does it have gradients of caps or sinks.
+    _flash(
+        "flash_attention_4",
+        "flash-attn-4",
+        "pip install flash-attn-4",
+        "flash_attn.cute",
+        since=(10, 0),
+        until=(12, 0),
+        widest=128,
+    ),
+    _flash(
+        "flash_attention_3",
+        "flash-attn-3",
+        "built from the folder hopper of github.com/Dao-AILab/flash-attention",
+        "flash_attn_interface",
+        since=(9, 0),
+        until=(10, 0),
+        widest=256,
+        caps=True,
+    ),
+    _flash(
+        "flash_attention_2",
+        "flash-attn",
+        "pip install 'capstan-llm[flash-attn]'",
+        "flash_attn",
+        since=(8, 0),
+        widest=256,
+        caps=True,
+    ),
+    Kernel(
+        "varlen",
+        "torch",
+        module="torch.nn.attention.varlen",
+        function="varlen_attn",
+        arguments=("scale", "window_size"),
+        since=(8, 0),
+        widest=256,
+    ),
+    Kernel("sdpa", half=False, masks=True, sinks=True),
+    Kernel("flex_attention", since=(8, 0), half=False, widest=256, masks=True, caps=True, sinks=True),
+    Kernel("eager", half=False, masks=True, caps=True, sinks=True),
+)
+
+
+def unable(needs: AttentionNeeds) -> dict[str, str]:
+    """Kernel -> why it would give other results than the base's own attention, or serve it no better than another."""
+    reasons = {kernel.name: kernel.unable(needs) for kernel in KERNELS}
+    if not (needs.caps_attention or needs.has_sinks) and not reasons["flex_attention"]:
+        reasons["flex_attention"] = "this base needs nothing of it that sdpa has not"
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def unavailable(capability: Capability | None, half: bool, needs: AttentionNeeds | None = None) -> dict[str, str]:
+    """Kernel -> why it cannot run on a GPU of this compute capability, or on a CPU (None); `half` is a 16-bit `model.dtype`."""
+    reasons = {kernel.name: kernel.unavailable(capability, half, needs) for kernel in KERNELS}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def chosen(setting: str, missing: Mapping[str, str]) -> tuple[str, str]:
+    """The kernel that `model.attention` means where those of `missing` cannot be taken, and why it is this one."""
+    if setting != "auto":
+        return setting, "set by model.attention"
+    name = next(kernel.name for kernel in KERNELS if kernel.name not in missing)
+    before = dict[str, list[str]]()
+    for kernel in KERNELS[: [kernel.name for kernel in KERNELS].index(name)]:
+        before.setdefault(missing[kernel.name], []).append(kernel.name)
+    return name, "; ".join(
+        f"no {', '.join(names)}: {reason}" for reason, names in before.items()
+    ) or "fastest available"
