@@ -22,27 +22,6 @@ class ListedGpu:
     instances: list[str] = field(default_factory=list)
 
 
-class LocalGpu(NamedTuple):
-    """A GPU of this machine: its name and its bytes of memory."""
-
-    name: str
-    memory: int
-
-
-def described_gpus(environment: Mapping[str, str] = os.environ) -> list[LocalGpu]:
-    """The GPUs of this machine that a process may use, as NVIDIA's driver describes them; without those whose memory it does not
-    tell, as of a MIG instance."""
-    query = ["nvidia-smi", "--query-gpu=uuid,name,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        told = subprocess.run(query, capture_output=True, text=True, timeout=_DRIVER_SECONDS)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    rows = [[word.strip() for word in line.split(",")] for line in told.stdout.splitlines() if line.count(",") == 2]
-    known = {uuid: LocalGpu(name, int(size) * 2**20) for uuid, name, size in rows if size.isdecimal()}
-    visible = _visible(listed_gpus(), environment.get("CUDA_VISIBLE_DEVICES"))
-    return [known[gpu.uuid] for gpu, instance in visible if gpu.uuid in known and not (instance or gpu.instances)]
-
-
 def local_gpus(environment: Mapping[str, str] = os.environ) -> int:
     """GPUs of this machine that a process computes on: those of NVIDIA's driver that CUDA_VISIBLE_DEVICES leaves to it."""
     return count_visible(listed_gpus(), environment.get("CUDA_VISIBLE_DEVICES"))
@@ -72,15 +51,10 @@ def count_visible(gpus: list[ListedGpu], setting: str | None) -> int:
     `_parse_visible_devices`). A process that sees a MIG instance gets this one alone ("CUDA Device Enumeration" in NVIDIA's
     MIG user guide).
     """
-    chosen = _visible(gpus, setting)
+    chosen = [(gpu, None) for gpu in gpus] if setting is None else list(_chosen(gpus, setting))
     if any(instance or gpu.instances for gpu, instance in chosen):
         return 1
     return len(chosen)
-
-
-def _visible(gpus: list[ListedGpu], setting: str | None) -> list[tuple[ListedGpu, str | None]]:
-    """GPUs, each with the MIG instance of it that is meant."""
-    return [(gpu, None) for gpu in gpus] if setting is None else list(_chosen(gpus, setting))
 
 
 def _chosen(gpus: list[ListedGpu], setting: str) -> Iterator[tuple[ListedGpu, str | None]]:
@@ -99,6 +73,29 @@ def _chosen(gpus: list[ListedGpu], setting: str) -> Iterator[tuple[ListedGpu, st
         if not found:
             return
         yield found[0]
+
+
+class LocalGpu(NamedTuple):
+    """A GPU of this machine: its name, and its bytes of memory."""
+
+    name: str
+    memory: int
+
+
+def described_gpus(environment: Mapping[str, str] = os.environ) -> list[LocalGpu]:
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves to a process, as NVIDIA's driver describes them; none without it, and no parts of one."""
+    query = ["nvidia-smi", "--query-gpu=uuid,name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, timeout=_DRIVER_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    # A size may be "[N/A]". A name has no comma.
+    rows = [row for line in told.stdout.splitlines() if len(row := line.split(", ")) == 3 and told.returncode == 0]
+    setting = environment.get("CUDA_VISIBLE_DEVICES")
+    listed = [ListedGpu(uuid) for uuid, _, _ in rows]
+    visible = [gpu.uuid for gpu in listed] if setting is None else [gpu.uuid for gpu, _ in _chosen(listed, setting)]
+    described = {uuid: LocalGpu(name, int(size) * 2**20) for uuid, name, size in rows if size.isdecimal()}
+    return [described[uuid] for uuid in visible if uuid in described]
 
 
 def _opens(path: Path) -> bool:

@@ -9,12 +9,20 @@ import pytest
 import torch
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
-from trainer.devices import ListedGpu, LocalGpu, check_device, count_visible, described_gpus, listed_gpus, local_gpus
+from trainer.devices import (
+    ListedGpu,
+    LocalGpu,
+    check_device,
+    count_visible,
+    described_gpus,
+    listed_gpus,
+    local_gpus,
+)
 from trainer.errors import ConfigError
 from trainer.ranks import own_device, take_gpu
 
 QUERY = "GPU-1, NVIDIA H100 80GB HBM3, 81559\nGPU-2, NVIDIA L40S, 46068\nGPU-3, NVIDIA Graphics Device, [N/A]\n"
-LISTING = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)\nGPU 1: NVIDIA L40S (UUID: GPU-2)\n"
+LISTING = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)\nGPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-2)\n"
 
 
 @pytest.fixture
@@ -93,8 +101,11 @@ def test_the_driver_tells_which_gpus_there_are_and_a_process_may_see_some_of_the
 ) -> None:
     every = [LocalGpu("NVIDIA H100 80GB HBM3", 81559 * 2**20), LocalGpu("NVIDIA L40S", 46068 * 2**20)]
     assert described_gpus() == every
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert described_gpus() == every[1:]
+    for shown in ("1", "1,2", "GPU-2"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+        assert described_gpus() == every[1:]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1")
+    assert described_gpus() == []
     monkeypatch.setenv("PATH", "/nowhere")
     assert described_gpus() == []
 
