@@ -17,8 +17,8 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 from rich.console import Group
 from rich.markup import escape
-from rich.table import Table
 
+from launcher.folded import FoldedTable
 from launcher.nccl import networks, troubles
 from trainer.devices import count_visible, listed_gpus, unused
 from trainer.errors import CapstanError
@@ -98,7 +98,7 @@ def diagnose(store_uri: str | None, nccl_variables: Mapping[str, str] | None = N
 def report_table(report: Diagnosis) -> Group:
     """A table of the findings, and below it what to do about each gap."""
     signs = {"ok": "[green]✓[/]", "optional": "[yellow]·[/]", "missing": "[red]✗[/]"}
-    table = Table("", "What", "Found", "How to get it")
+    table = FoldedTable("", "What", "Found", "How to get it")
     for check in report.checks:
         table.add_row(signs[check.state], *(escape(text) for text in (check.name, check.found, check.fix)))
     missing = [check.name for check in report.checks if check.state == "missing"]

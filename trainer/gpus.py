@@ -57,6 +57,11 @@ class Gpu:
     flops: float | None = None
 
 
+def names() -> list[str]:
+    """The GPUs that are known here, each as one word."""
+    return [name.replace(" ", "-") for name in _GPUS]
+
+
 def find_gpu(name: str) -> Gpu | None:
     """The GPU that a device's name, such as "NVIDIA H100 80GB HBM3", or a person means; None for one that is not known here.
 

@@ -16,11 +16,14 @@ from launcher.cli.options import log
 from launcher.cli.report import report
 from launcher.cli.results import evaluate, generate
 from launcher.cli.run import checkpoints_ls, checkpoints_prune, checkpoints_verify, logs, ls, status, stop
+from launcher.cli.shell import Verb, Verbs, answer_shells, completion
 from launcher.cli.start import resume, submit_ray, submit_slurm, train
 from launcher.cli.sweep import sweep
 from trainer.errors import CapstanError
 
+answer_shells()
 app = typer.Typer(
+    cls=Verbs,
     help="Fine-tune language models that are too large for one machine. --debug anywhere adds the traceback of an error.",
     no_args_is_help=True,
     add_completion=False,
@@ -47,9 +50,9 @@ def options(
 
 
 def _add_group(name: str, help: str, **verbs: Callable[..., None]) -> None:
-    group = typer.Typer(help=help, no_args_is_help=True)
+    group = typer.Typer(cls=Verbs, help=help, no_args_is_help=True)
     for verb, function in verbs.items():
-        group.command(verb)(function)
+        group.command(verb, cls=Verb)(function)
     app.add_typer(group, name=name)
 
 
@@ -69,8 +72,9 @@ for _verb in (
     export,
     push,
     smoke,
+    completion,
 ):
-    app.command()(_verb)
+    app.command(cls=Verb)(_verb)
 _add_group("data", "Compile and inspect training data.", build=data_build, check=data_check, show=data_show)
 _add_group("submit", "Hand a run over to a cluster and return.", ray=submit_ray, slurm=submit_slurm)
 _add_group("config", "The configuration's schema.", schema=config_schema)

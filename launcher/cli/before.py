@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from launcher.cli.options import ConfigFile, DryRun, Json, Overrides, emit, log, say
+from launcher.cli.shell import complete_gpu
 
 
 def doctor(
@@ -35,6 +36,7 @@ def plan(
             "--gpu",
             "--gpu-memory",
             metavar="GPU",
+            autocompletion=complete_gpu,
             help="The GPU to plan for: its name (H100, A100-80GB, RTX 4090, ...) or its memory (80GiB, 24GB; a bare number is "
             "in GiB). Default: that of cluster.slurm.gpu_type, or this machine's.",
         ),

@@ -9,13 +9,21 @@ from typing import Annotated, Any
 
 import typer
 
+from launcher.cli.shell import complete_run, complete_setting
 from launcher.start.group import is_silent_rank
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings to change, such as train.steps=20.")
+    list[str] | None,
+    typer.Argument(
+        metavar="[key=value ...]",
+        help="Settings to change, such as train.steps=20.",
+        autocompletion=complete_setting,
+    ),
 ]
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name in the store, or its full URI.")]
+RunName = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run's name in the store, or its full URI.", autocompletion=complete_run)
+]
 StoreOption = Annotated[str, typer.Option("--store", envvar="CAPSTAN_STORE", help="The store that RUN is in.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; logs go to stderr.")]
 TakeOver = Annotated[

@@ -8,11 +8,17 @@ from typing import Annotated
 import typer
 
 from launcher.cli.options import DryRun, Json, StoreOption, log, open_run
+from launcher.cli.shell import complete_run
 
 
 def report(
     runs: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="Runs or sweeps, by name in the store or by full URI.")
+        list[str],
+        typer.Argument(
+            metavar="RUN...",
+            help="Runs or sweeps, by name in the store or by full URI.",
+            autocompletion=complete_run,
+        ),
     ],
     store: StoreOption = "runs",
     output: Annotated[

@@ -7,8 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
+from launcher.folded import FoldedTable
 from launcher.ray.cluster import address_of, is_dashboard
 from launcher.ray.data import join_and_map
 from launcher.view.compiling import compile_progress
@@ -35,8 +34,8 @@ class Built:
             for what, (key, manifest) in self.splits.items()
         }
 
-    def table(self) -> Table:
-        table = Table("", *self.splits)
+    def table(self) -> FoldedTable:
+        table = FoldedTable("", *self.splits)
         table.add_row("fingerprint", *(key for key, _ in self.splits.values()))
         compiled = [_figures(manifest) if manifest else {} for _, manifest in self.splits.values()]
         table.add_row("state", *("compiled" if figures else "to be compiled" for figures in compiled))

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
 from rich.progress import Progress as Bars
-from rich.table import Table
 from rich.text import Text
 
+from launcher.folded import FoldedTable
 from launcher.view.compiling import describe_left_out
 from trainer.base.check import check_base
 from trainer.base.locate import resolve_base
@@ -36,7 +36,7 @@ def check(path: Path, overrides: Sequence[str], say: Callable[[str], None]) -> D
 
 def report_table(report: DataReport) -> RenderableType:
     """The report for a terminal: counts side by side, lengths, and examples of what is wrong."""
-    counts = Table("", *(f"{what} data" for what in report.splits))
+    counts = FoldedTable("", *(f"{what} data" for what in report.splits))
     columns = [_counts(found) for found in report.splits.values()]
     for name in columns[0]:
         counts.add_row(name, *(column.get(name, "") for column in columns))
@@ -76,8 +76,8 @@ def _counts(found: Findings) -> dict[str, str]:
     }
 
 
-def _histogram(what: str, found: Findings) -> Table:
-    table = Table(f"tokens, {what} data", "documents", "", show_edge=False)
+def _histogram(what: str, found: Findings) -> FoldedTable:
+    table = FoldedTable(f"tokens, {what} data", "documents", "", show_edge=False)
     most = max(found.histogram.values(), default=1)
     for bound, count in sorted(found.histogram.items()):
         table.add_row(f"up to {bound:,}", f"{count:,}", "█" * -(-_BAR * count // most))

@@ -6,8 +6,9 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
+
+from launcher.folded import FoldedTable
 
 SIDES = {"base": "base", "adapter": "now"}
 """The sides of an evaluation, and what each is called on a terminal."""
@@ -54,9 +55,9 @@ def sentences(sets: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}: no certain change, {found['difference']:+.4f} nats a token (95 % interval {low:+.4f} to {high:+.4f})."
 
 
-def _sets(sets: Mapping[str, Any], *, after: bool) -> Table:
+def _sets(sets: Mapping[str, Any], *, after: bool) -> FoldedTable:
     """A table of at most eighty columns: an arrow leads from each value of the base to that of the adapter."""
-    table = Table("set", box=SIMPLE_HEAD, pad_edge=False)
+    table = FoldedTable("set", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("tokens", "loss", "perplexity", *(("change", "95 % interval") if after else ())):
         table.add_column(column, no_wrap=True, justify="right")
     for name, found in sets.items():
@@ -79,9 +80,9 @@ def _sides(after: bool) -> list[str]:
     return list(SIDES) if after else ["base"]
 
 
-def _tasks(tasks: Mapping[str, Any], *, after: bool) -> Table:
+def _tasks(tasks: Mapping[str, Any], *, after: bool) -> FoldedTable:
     sides = _sides(after)
-    table = Table("task", "metric", *(SIDES[side] for side in sides), "standard error")
+    table = FoldedTable("task", "metric", *(SIDES[side] for side in sides), "standard error")
     for task, metrics in tasks.items():
         for metric, found in metrics.items():
             values = [f"{found[side]:.4f}" for side in sides]
@@ -90,10 +91,12 @@ def _tasks(tasks: Mapping[str, Any], *, after: bool) -> Table:
     return table
 
 
-def _bias(groups: Mapping[str, Any], *, after: bool) -> Table:
+def _bias(groups: Mapping[str, Any], *, after: bool) -> FoldedTable:
     sides = _sides(after)
     heads = [f"{measure}, {SIDES[side]}" for side in sides for measure in ("mean gap", "spread")]
-    table = Table("pairs of", "pairs", *heads, caption="log p of the first sentence less that of the second, nats")
+    table = FoldedTable(
+        "pairs of", "pairs", *heads, caption="log p of the first sentence less that of the second, nats"
+    )
     for group, found in groups.items():
         values = [
             f"{found[side][measure]:+.4f}" if measure == "mean" else f"{found[side][measure]:.4f}"

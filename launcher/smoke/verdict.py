@@ -4,8 +4,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import yaml
-from rich.table import Table
 
+from launcher.folded import FoldedTable
 from trainer.export.proof import Proof
 
 STEPS = 15
@@ -128,10 +128,10 @@ def _less(small: float | None, large: float | None) -> bool:
     return small is not None and large is not None and small < large
 
 
-def table(result: SmokeResult) -> Table:
+def table(result: SmokeResult) -> FoldedTable:
     """A table with a line for each finding."""
     title = f"capstan smoke: {'everything holds' if result.ok else 'NOT OK'} ({result.seconds} s on {result.device})"
-    shown = Table("checked", "measured", "required", "", title=title)
+    shown = FoldedTable("checked", "measured", "required", "", title=title)
     for check in result.checks:
         shown.add_row(check.what, check.measured, check.required, "[green]ok" if check.held else "[red]FAILED")
     if result.error:

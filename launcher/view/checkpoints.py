@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console, Group
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
 
+from launcher.folded import FoldedTable
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import CheckpointManifest, check_step, readable_manifests, shard_problem
 from trainer.checkpoint.retention import Removal, Retention, plan_removal, remove
@@ -85,7 +85,7 @@ def verify_checkpoints(run: Store, step: int | None, console: Console | None = N
 
 
 def checkpoint_table(found: CheckpointList) -> Group:
-    table = Table("step", "size", "age", "world size", "generation", "eval loss")
+    table = FoldedTable("step", "size", "age", "world size", "generation", "eval loss")
     if found.verified:
         table.add_column("state")
     rows = {manifest.step: manifest for manifest in found.manifests}

@@ -6,8 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.table import Table
-
+from launcher.folded import FoldedTable
 from launcher.view.runs import runs
 from launcher.view.status import State, Summary, before_records, judge
 from launcher.view.sweep import is_sweep, read_plan
@@ -51,10 +50,10 @@ class RunList:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    def table(self) -> Table | str:
+    def table(self) -> FoldedTable | str:
         if not self.runs:
             return f"{self.store} has no runs"
-        table = Table("run", "state", "step", "loss", "held out", "last heard of")
+        table = FoldedTable("run", "state", "step", "loss", "held out", "last heard of")
         for run in self.runs:
             age = "" if run.age_seconds is None else f"{duration(run.age_seconds)} ago"
             table.add_row(run.run, colored(run.state), _progress(run), _loss(run.loss), _loss(run.eval_loss), age)

@@ -3,8 +3,8 @@
 from dataclasses import asdict
 
 from rich.filesize import decimal
-from rich.table import Table
 
+from launcher.folded import FoldedTable
 from trainer.plan import Plan
 
 _MEANING = {
@@ -50,7 +50,7 @@ _BATCH = {
 }
 
 
-def plan_tables(plan: Plan) -> list[Table]:
+def plan_tables(plan: Plan) -> list[FoldedTable]:
     """Parameters and batch, then a table of bytes for each of GPU, host and network. A part of nothing has no row."""
     facts = _table("run", "")
     facts.add_row("device of a rank", {"gpu": "a GPU", "cpu": "the CPU (cluster.gpus_per_worker: 0)"}[plan.device])
@@ -85,7 +85,7 @@ def binary(count: int) -> str:
     return f"{count} bytes"
 
 
-def _table(title: str, values: str) -> Table:
-    table = Table(title)
+def _table(title: str, values: str) -> FoldedTable:
+    table = FoldedTable(title)
     table.add_column(values, justify="right", no_wrap=True)
     return table

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
+from launcher.folded import FoldedTable
 from launcher.policy.sensitivity import Sensitivity, sensitivities
 from launcher.policy.trials import Metric, SearchPlan, Trial, in_words, word
 from launcher.view.scores import Scores
@@ -214,7 +214,7 @@ def best_trial(trials: list[TrialStatus], metric: Metric) -> TrialStatus | None:
 
 def render_sweep(status: SweepStatus) -> RenderableType:
     """A table of the trials, and below it the best one; once the sweep has ended the sensitivities and the next command too."""
-    table = Table(title=f"{status.sweep}: {status.state}", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table = FoldedTable(title=f"{status.sweep}: {status.state}", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for name in ("trial", *status.settings, "state", "step", status.metric):
         table.add_column(name, justify="left" if name == "state" else "right")
     for trial in status.trials:

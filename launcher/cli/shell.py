@@ -1,0 +1,130 @@
+"""The shell's side of the commands: what Tab offers, and help that says of an option no more than there is to say."""
+
+from collections.abc import Iterator
+from textwrap import shorten
+from typing import Annotated, Any, Literal, get_args
+
+import typer
+from typer.completion import completion_init  # pyright: ignore[reportPrivateImportUsage]
+from typer.core import TyperCommand, TyperGroup, TyperOption
+
+Choices = list[tuple[str, str]]
+
+_HELP_WIDTH = 60  # a candidate and its help are one line
+
+# Each asks the command itself, by Typer's protocol for fish: a candidate and its help on a line, for the line up to the cursor.
+_ASK = "_CAPSTAN_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=get-args _TYPER_COMPLETE_ARGS"
+_SCRIPTS = {
+    # readline takes what is before = and : for words of their own, and adds a space unless it is told not to.
+    "bash": f"""\
+_capstan() {{
+    local line="${{COMP_LINE:0:COMP_POINT}}" candidate help
+    local word="${{line##* }}"
+    local before="${{word%"${{word##*[=:]}}"}}"
+    COMPREPLY=()
+    while IFS=$'\\t' read -r candidate help; do
+        [[ $candidate ]] && COMPREPLY+=("${{candidate#"$before"}}")
+    done < <(env {_ASK}="$line" "$1" 2>/dev/null)
+    if [[ ${{#COMPREPLY[@]}} -eq 1 && ${{COMPREPLY[0]}} == *[=.] ]]; then compopt -o nospace; fi
+}}
+complete -o default -F _capstan capstan""",
+    "zsh": f"""\
+#compdef capstan
+_capstan() {{
+    local line
+    local -a open closed
+    for line in "${{(@f)$(env {_ASK}="${{words[1,$CURRENT]}}" $words[1] 2>/dev/null)}}"; do
+        line=${{line%%$'\\t'*}}
+        case $line in ('') ;; (*[=.]) open+=($line) ;; (*) closed+=($line) ;; esac
+    done
+    (( $#open )) && compadd -S '' -- $open
+    (( $#closed )) && compadd -- $closed
+    (( $#open + $#closed )) || _files
+}}
+compdef _capstan capstan""",
+    "fish": f"""\
+complete --command capstan --no-files \\
+    --condition "env {_ASK.replace("get-args", "is-args")}=(commandline -cp) capstan" \\
+    --arguments "(env {_ASK}=(commandline -cp) capstan)\"""",
+}
+
+
+class Verb(TyperCommand):
+    """A command whose flags have no type in its help: it is there or not."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return [_untyped(parameter) for parameter in super().get_params(ctx)]
+
+
+class Verbs(TyperGroup):
+    """The same of a group."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return [_untyped(parameter) for parameter in super().get_params(ctx)]
+
+
+def _untyped(parameter: Any) -> Any:
+    if isinstance(parameter, TyperOption) and parameter.is_flag:
+        parameter.metavar = ""
+    return parameter
+
+
+def completion(
+    shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(help="The shell to complete in.")],
+) -> None:
+    """Print the script with which a shell completes verbs, options, runs and settings; docs/quickstart.md says where to put it."""
+    print(_SCRIPTS[shell])
+
+
+def answer_shells() -> None:
+    """Let Typer answer what the scripts ask; it would else do so beside options of its own, whose script for bash knows no `=`."""
+    completion_init()
+
+
+def complete_setting(incomplete: str) -> Choices:
+    """Sections first, then the settings in them, then the values of those that have few."""
+    from trainer.config import fields
+
+    known = dict(fields())
+    name, equals, value = incomplete.partition("=")
+    if equals:
+        values = _values(known[name].annotation) if name in known else ()
+        return [(f"{name}={found}", "") for found in values if found.startswith(value)]
+    if "." not in incomplete:
+        sections = dict.fromkeys(path.partition(".")[0] for path in known)
+        return [(f"{section}.", "") for section in sections if section.startswith(incomplete)]
+    return [
+        (f"{path}=", shorten(field.description or "", _HELP_WIDTH, placeholder=" ..."))
+        for path, field in known.items()
+        if path.startswith(incomplete)
+    ]
+
+
+def _values(annotation: Any) -> Iterator[str]:
+    if annotation is bool:
+        yield from ("true", "false")
+    for inside in get_args(annotation):
+        if isinstance(inside, str):
+            yield inside
+        else:
+            yield from _values(inside)
+
+
+def complete_run(ctx: typer.Context, incomplete: str) -> Choices:
+    """The runs of a store that is a folder; a bucket may take longer than somebody waits at a prompt."""
+    from launcher.view.runs import runs
+    from trainer.errors import CapstanError
+    from trainer.store import open_store
+
+    store = str(ctx.params.get("store") or "runs")
+    try:
+        names = [] if "://" in store else runs(open_store(store))
+    except CapstanError:
+        return []
+    return [(name, "") for name in names if name.startswith(incomplete)]
+
+
+def complete_gpu(incomplete: str) -> Choices:
+    from trainer.gpus import names
+
+    return [(name, "") for name in names() if name.lower().startswith(incomplete.lower())]

@@ -1,0 +1,107 @@
+"""The shell's side of the commands: what Tab offers in real shells, help, and tables that cut nothing off."""
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.testing import CliRunner
+
+from launcher.cli.__main__ import app
+from launcher.doctor import Check, Diagnosis, report_table
+from launcher.folded import FoldedTable
+from trainer.store import open_store
+
+LINES = {
+    "capstan ev": ["evaluate"],
+    "capstan data s": ["show"],
+    "capstan plan run.yaml tr": ["train.", "track."],
+    "capstan plan run.yaml train.ep": ["train.epochs="],
+    "capstan plan run.yaml quant.type=": ["quant.type=nf4", "quant.type=fp4", "quant.type=none"],
+    "capstan plan run.yaml quant.double=t": ["quant.double=true"],
+    "capstan plan run.yaml --gpu A100": ["A100-40GB", "A100-80GB"],
+    "capstan status fi": ["first"],
+    "capstan status --store elsewhere s": ["second"],
+    "capstan plan no-such-ve": [],
+}
+# Each prints what the shell has at hand for one line after another; bash hands words to readline behind = and :.
+ASKING = {
+    "bash": """
+source <(capstan completion bash)
+compopt() { :; }
+for line in "$@"; do
+    COMP_LINE=$line COMP_POINT=${#line}; _capstan capstan
+    word=${line##* }; echo "${COMPREPLY[*]/#/${word%"${word##*[=:]}"}}"
+done""",
+    "zsh": """
+compdef() { :; }
+compadd() { print -rn -- "${@:${@[(i)--]}+1} " }
+_files() { :; }
+source <(capstan completion zsh)
+for line in "$@"; do
+    words=("${(@s: :)line}") CURRENT=$#words; _capstan; print
+done""",
+    "fish": """
+capstan completion fish | source
+for line in $argv
+    echo (complete -C $line | string replace -r '\\t.*' '')
+end""",
+}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("shell", ASKING)
+def test_tab_offers_verbs_options_runs_settings_and_their_values(shell: str, tmp_path: Path) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed (apt-get install {shell})")
+    for run in ("runs/first", "elsewhere/second"):
+        open_store(str(tmp_path / run)).put("config.yaml", b"run: {}")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    script = tmp_path / "ask"
+    script.write_text(ASKING[shell])
+    done = subprocess.run(
+        [shell, script, *LINES],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    offered = [line.split() for line in done.stdout.splitlines()]
+    assert [sorted(words) for words in offered] == [sorted(words) for words in LINES.values()]
+
+
+def test_help_says_of_a_flag_what_it_does_and_no_type() -> None:
+    for verb in ([], ["plan"], ["export"], ["data"], ["data", "show"], ["generate"]):
+        shown = CliRunner().invoke(app, [*verb, "--help"], env={"COLUMNS": "200"})
+        assert shown.exit_code == 0
+        assert "--help" in shown.stdout
+        assert "<bool>" not in shown.stdout
+    assert "<int" in CliRunner().invoke(app, ["generate", "--help"], env={"COLUMNS": "200"}).stdout
+
+
+def letters(table: object, width: int) -> str:
+    """What a terminal of this width shows of a table, row by row and column by column, without its lines and spaces."""
+    out = io.StringIO()
+    Console(file=out, width=width).print(table)
+    columns = zip(*(line.split("│")[1:-1] for line in out.getvalue().splitlines() if line.startswith("│")), strict=True)
+    return "|".join("".join("".join(cell.split()) for cell in column) for column in columns)
+
+
+def test_a_narrow_terminal_shows_whole_commands() -> None:
+    command = "pip install --no-build-isolation 'capstan-llm[linear-attention]'"
+    found = Diagnosis((Check("flash-linear-attention", "optional", "not installed", command),))
+    (table, _) = report_table(found).renderables
+    assert command.replace(" ", "") in letters(table, 60)
+    plain, folded = Table("What", "How to get it"), FoldedTable("What", "How to get it")
+    for cut in (plain, folded):
+        cut.add_row("flash-linear-attention", Text(command))
+    assert "…" in letters(plain, 40)
+    assert command.replace(" ", "") in letters(folded, 40)
