@@ -8,6 +8,7 @@ from typing import Any
 
 from launcher.view.runs import runs
 from trainer.config import Config
+from trainer.config.paths import local_path
 from trainer.errors import CapstanError
 from trainer.forecast import Rate
 from trainer.gpus import Gpu, find_gpu
@@ -53,9 +54,11 @@ def _rate(folder: Store, config: Config, gpu: Gpu | None) -> tuple[float, Rate] 
 
 def _work(config: Config) -> list[Any]:
     """The settings that decide what a rank computes with one row."""
-    model, train = config.model, config.train
+    model, train, base = config.model, config.train, config.model.base
+    if "://" not in base and (path := local_path(base, "model.base")).exists():
+        base = str(path)  # as a run's own configuration has it, from wherever it was started
     return [
-        (model.base, model.layers, model.dtype, config.quant.type),
+        (base, model.layers, model.dtype, config.quant.type),
         (config.tuning.method, config.tuning.targets, config.tuning.experts, config.objective.name),
         (config.data.sequence_length, train.micro_batch, train.activation_checkpointing),
     ]
@@ -82,7 +85,7 @@ def _rate_of(config: Config, folder: Store, start: Record, steps: Sequence[Recor
     tokens = sum(step.get("tokens") or 0 for step in steps) / ranks / seconds
     device = _card(str(start.get("device"))) or "CPUs"
     basis = (
-        f"measured: the run {name_of(folder)} of this store trained {tokens:,.0f} tokens/s on each of {ranks} ranks ({device}), with the "
+        f"measured: the run {name_of(folder)} of this store trained {tokens:,.0f} tokens/s a rank, on {ranks} ({device}), with the "
         "same base, method, quantization and length of rows"
     )
     return Rate(seconds / rows, tokens, basis, name_of(folder))

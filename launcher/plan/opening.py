@@ -39,14 +39,13 @@ def _lines(planned: Planned, config: Config) -> Iterator[tuple[str, str]]:
         yield "time", f"no estimate, as {_unknown(planned)}"
         return
     hours = "" if estimate.gpu_hours is None else f", {_rounded(estimate.gpu_hours)} GPU hours"
-    yield "time", f"about {duration(estimate.seconds)}{hours}: {estimate.step_seconds:.3g} s a step, {_COUNTED}"
+    left_out = "evaluations and commits" if estimate.run else "evaluations, commits and waits for the network"
+    step = f"{estimate.step_seconds:.3g} s a step"
+    yield "time", f"about {duration(estimate.seconds)}{hours}: {step}, without loading, {left_out}"
     if estimate.cost is not None:
         price = config.track.price_per_gpu_hour
         yield "cost", f"about {estimate.cost:,.2f}, at {price:g} a GPU hour (track.price_per_gpu_hour)"
     yield "basis", escape(estimate.basis)
-
-
-_COUNTED = "without loading, evaluations, commits and waits for the network"
 
 
 def _fits(planned: Planned) -> str:
@@ -79,7 +78,7 @@ def _length(planned: Planned, config: Config) -> str:
 
 def _data(length: Length) -> str:
     if length.tokens_of_epoch is None:
-        return "not known: its files cannot be looked at from here"
+        return "not known before it is compiled"
     tokens = f"{_large(length.tokens_of_epoch)} tokens an epoch"
     if length.compiled:
         return f"{tokens}, compiled"

@@ -113,6 +113,8 @@ def test_an_epoch_is_estimated_by_the_files_until_it_is_compiled(shop: Workshop)
     assert weighted.tokens == 2 * tokens
     assert epoch_length(override(config, "data.train=[{path: gone.jsonl}]"), shop.base, shop.store) is None
 
+    assert epoch_length(override(config, "data.train=[{path: hf://nobody/nothing}]"), shop.base, shop.store) is None
+
     counted = shop.prepare(override(config, "train.epochs=1.5"))
     part = override(config, "train.epochs=1.5")
     known = epoch_length(part, shop.base, shop.store)
@@ -171,7 +173,9 @@ def ran(shop: Workshop, config: Config, *, device: str, steps: int = 20, name: s
     write(run, 1, {**start(1, world_size=2), "device": device}, *(step(n, 2.0, at + n) for n in range(1, steps + 1)))
 
 
-def test_a_run_of_the_store_that_did_the_same_work_is_a_measurement(shop: Workshop) -> None:
+def test_a_run_of_the_store_that_did_the_same_work_is_a_measurement(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = shop.config("next", "train.global_batch=8")
     store = open_store(str(shop.folder / "measured"))
     there = Workshop.__new__(Workshop)
@@ -183,8 +187,10 @@ def test_a_run_of_the_store_that_did_the_same_work_is_a_measurement(shop: Worksh
     assert rate is not None
     # Four rows a rank and step of two seconds; of 1000 tokens in two seconds each rank has half.
     assert (rate.seconds_a_row, rate.tokens_per_second, rate.run) == (0.5, 250.0, "before")
-    assert "the run before of this store trained 250 tokens/s on each of 2 ranks (NVIDIA H100 80GB HBM3)" in rate.basis
+    assert "the run before of this store trained 250 tokens/s a rank, on 2 (NVIDIA H100 80GB HBM3)" in rate.basis
     assert measured_rate(store, config, None) == rate
+    monkeypatch.chdir(shop.folder)
+    assert measured_rate(store, override(config, "model.base=base"), H100) == rate
 
     for other in ("data.sequence_length=128", "tuning.method=dora", "train.micro_batch=2"):
         assert measured_rate(store, override(config, other), H100) is None, other

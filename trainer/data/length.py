@@ -9,8 +9,8 @@ from pathlib import Path
 from trainer.config import Config
 from trainer.data.compile import fingerprint, hash_tokenizer
 from trainer.data.dataset import read_manifest
-from trainer.data.prepare import find, kept_bins, train_order
-from trainer.data.sources import SourceFile, is_compressed
+from trainer.data.prepare import find_train, kept_bins, train_order
+from trainer.data.sources import SourceFile, expand, is_compressed, is_of_hub
 from trainer.data.weights import kept_weights
 from trainer.errors import CapstanError
 from trainer.store import Store
@@ -37,18 +37,22 @@ class EpochLength:
 
 
 def epoch_length(config: Config, tokenizer: Path, store: Store) -> EpochLength | None:
-    """The length of an epoch of the run; None where its files cannot be looked at. Reads no row that is not already compiled.
+    """The length of an epoch of the run; None where its files cannot be looked at, and for data sets of the Hub, which are not downloaded
+    for this.
 
     `tokenizer` is the directory with its files, `store` the run's.
     """
+    if any(is_of_hub(source) for source in config.data.train):
+        return None
     try:
-        files, part, data = find(config)["train"]
+        files = expand(config.data.train, "data.train")
     except CapstanError:
         return None
     try:
+        files, part, data = find_train(config)
         named = partial(fingerprint, data, files, hash_tokenizer(tokenizer, config.model.add_tokens), part)
         return _compiled(config, store, named(weighted=bool(kept_weights(store, named()))))
-    except CapstanError:  # it is not there, or the store does not answer
+    except CapstanError:  # it is not compiled, has rows of no known format, or the store does not answer
         return _estimated(config, files)
 
 

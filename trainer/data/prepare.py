@@ -176,10 +176,14 @@ def find(config: Config) -> dict[str, Input]:
         ConfigError: the objective cannot learn from the rows of a source.
         DataError: a source is missing, or of a kind that cannot be read.
     """
+    train = find_train(config)
+    return {"train": train} | find_evaluated(config, train.files)
+
+
+def find_train(config: Config) -> Input:
+    """The part of `find` that is trained on."""
     data = config.data
-    files = _read(config, data, data.train, "data.train")
-    train = Input(files, Part(data.held_out, data.held_out_seed), data)
-    return {"train": train} | find_evaluated(config, files)
+    return Input(_read(config, data, data.train, "data.train"), Part(data.held_out, data.held_out_seed), data)
 
 
 def find_evaluated(config: Config, train: list[SourceFile] | None = None) -> dict[str, Input]:

@@ -57,6 +57,11 @@ def split_suffix(key: str) -> tuple[str, str | None]:
     return next(found for suffix, found in _SUFFIXES.items() if key.endswith(suffix))
 
 
+def is_of_hub(source: Source) -> bool:
+    """Whether the source is a data set of the Hub, whose files are downloaded before they can be looked at."""
+    return source.path.startswith(f"{hub.SCHEME}://")
+
+
 def is_compressed(key: str) -> bool:
     """Whether a file of this name has its rows compressed, as Parquet has too."""
     kind, compression = split_suffix(key)
@@ -80,7 +85,7 @@ def unusable(data: Data) -> list[str]:
     for setting, sources in (("data.train", data.train), ("data.eval", data.eval)):
         for index, source in enumerate(sources):
             try:
-                if not source.path.startswith(f"{hub.SCHEME}://"):
+                if not is_of_hub(source):
                     _find(source, index, f"{setting}[{index}].path")
             except DataError as error:
                 sentences.append(str(error))
