@@ -13,6 +13,7 @@ import yaml
 from tests.cli.test_resume import alone
 from tests.material import SEQUENCE, Workshop
 from tests.pages import ROOT, blocks_of
+from trainer.run import layout
 
 PAGE = ROOT / "docs/python-api.md"
 TOLD = """
@@ -37,6 +38,18 @@ def test_what_the_page_calls_public_is_there() -> None:
             assert hasattr(importlib.import_module(module), name.rpartition(".")[2]), name
 
 
+def documented_fields() -> dict[str, set[str]]:
+    """The fields of each kind of record, by the table of docs/tracking.md."""
+    rows = (ROOT / "docs/tracking.md").read_text(encoding="utf-8").partition("| record | field |")[2].splitlines()
+    fields: dict[str, set[str]] = {}
+    kinds: list[str] = []
+    for _, kind, names, *_ in (row.split("|") for row in rows if row.startswith("| ")):
+        kinds = re.findall(r"`(\w+)`", kind) or kinds
+        for name in kinds:
+            fields.setdefault(name, set()).update(re.findall(r"`(\w+)`", names))
+    return fields
+
+
 def test_the_snippets_train_read_and_export_a_run(workshop: Workshop, tmp_path: Path) -> None:
     tree = workshop.config("mine", "run.store=runs").model_dump(mode="json", exclude_defaults=True)
     (tmp_path / "my-run.yaml").write_text(yaml.safe_dump(tree))
@@ -57,3 +70,10 @@ def test_the_snippets_train_read_and_export_a_run(workshop: Workshop, tmp_path: 
     assert told["losses"]["4"] == told["loss"]
     learnt = sum(rows * columns for rows, columns in told["shapes"].values())
     assert told["adapted"] == learnt > SEQUENCE
+    documented, undocumented = documented_fields(), set[tuple[str, str]]()
+    for line in (tmp_path / "runs/from-python" / layout.metrics(1)).read_text().splitlines():
+        record = json.loads(line)
+        kind = record.pop("kind")
+        undocumented |= {(kind, field) for field in record.keys() - {"time"} - documented.get(kind, set())}
+    assert undocumented == set()
+    assert len(documented["step"]) > 10

@@ -23,6 +23,15 @@ def test_every_file_that_the_page_names_exists() -> None:
     assert [name for name in named() if not (ROOT / name).is_file()] == []
 
 
+def test_every_file_that_the_page_on_extending_names_exists() -> None:
+    page = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"(?:trainer|tests)/[\w./-]+\.py\b", page))
+    assert len(names) > 10
+    assert [name for name in names if not (name.endswith("/NAME.py") or (ROOT / name).is_file())] == []
+    for table in re.findall(r"`([A-Z]+)(?: = |`)", page):
+        assert any(f"\n{table}" in file.read_text(encoding="utf-8") for file in (ROOT / "trainer").rglob("*.py")), table
+
+
 def test_every_package_is_named() -> None:
     packages = {
         f"{top}.{init.parent.name}" for top in ("trainer", "launcher") for init in (ROOT / top).glob("*/__init__.py")
