@@ -9,7 +9,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from tests.pages import ROOT, parse
+from tests.pages import ROOT, blocks_of, parse
 from trainer.config import parse_config
 
 SCHEMA = yaml.safe_load((ROOT / "tests/rayjob.schema.yaml").read_text(encoding="utf-8"))
@@ -74,6 +74,14 @@ def test_the_job_runs_a_configuration_that_asks_for_the_gpus_there_are() -> None
     for pod in pods():
         mounted = {mount["name"] for container in pod["containers"] for mount in container["volumeMounts"]}
         assert mounted == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_the_manifest_that_goes_on_with_the_run_resumes_the_one_that_the_first_began() -> None:
+    (change,) = (block.text for block in blocks_of(ROOT / "docs/kuberay.md") if block.of == "kuberay")
+    spec = yaml.safe_load(change)["spec"]
+    assert problems({**RAY_JOB, "spec": {**RAY_JOB["spec"], **spec}}) == []
+    run = parse_config(CONFIG_MAP["data"]["run.yaml"]).run
+    assert parse(spec["entrypoint"].split()[1:]).values["run"] == f"{run.store}/{run.name}"
 
 
 def test_the_manifest_names_the_versions_that_are_installed() -> None:

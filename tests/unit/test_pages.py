@@ -125,6 +125,8 @@ def test_a_command_in_the_text_has_a_verb_and_options_that_exist(place: str, wor
 def test_a_configuration_or_a_part_of_one_is_valid(block: Block) -> None:
     if block.of is None:
         check_yaml(block.text)
+    else:
+        assert isinstance(yaml.safe_load(block.text), dict)
 
 
 def check_yaml(text: str) -> None:
