@@ -22,7 +22,7 @@ from trainer.store import open_run_store
 
 CHATML = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 STEPS = (120, 400)  # that pages name checkpoints of
-SIZES = {"max_position_embeddings": 8192}
+SIZES: dict[str, Any] = {"max_position_embeddings": 8192}
 # Options that wait for a run to go on.
 WAITING = {"--watch", "--follow", "-f"}
 # The verbs whose commands are run, with --dry-run where they have it. `generate` would load a model, and `doctor` looks at this machine.
