@@ -82,13 +82,16 @@ def _sides(after: bool) -> list[str]:
 
 def _tasks(tasks: Mapping[str, Any], *, after: bool) -> FoldedTable:
     sides = _sides(after)
-    table = FoldedTable("task", "metric", *(SIDES[side] for side in sides), "standard error")
+    table = FoldedTable("task", "metric", *(SIDES[side] for side in sides), caption="± a standard error")
     for task, metrics in tasks.items():
         for metric, found in metrics.items():
-            values = [f"{found[side]:.4f}" for side in sides]
-            error = found["stderr"]
-            table.add_row(task, metric, *values, "" if error is None else f"{error:.4f}")
+            errors = {"base": found.get("base_stderr"), "adapter": found["stderr"]}
+            table.add_row(task, metric, *(_with_error(found[side], errors[side]) for side in sides))
     return table
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
 
 
 def _bias(groups: Mapping[str, Any], *, after: bool) -> FoldedTable:

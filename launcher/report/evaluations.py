@@ -39,10 +39,11 @@ class SetResult(BaseModel):
 
 
 class MetricResult(BaseModel):
-    """One metric of a task."""
+    """One metric of a task; `stderr` is the adapter's standard error, `base_stderr` the base's, which earlier evaluations lack."""
 
     base: Number = None
     adapter: Number = None
+    base_stderr: Number = None
     stderr: Number = None
 
 

@@ -164,6 +164,7 @@ def test_tasks_are_scored_as_by_the_harness_own_model_on_one_rank_and_on_two(
     with adapted(model, workshop.store.sub("fp32").uri, tmp_path / "adapter") as tuned:
         theirs["adapter"] = harness(tuned, workshop.folder / "tasks")
     assert theirs["base"]["written"]["chrf,none"] != theirs["adapter"]["written"]["chrf,none"]
+    assert theirs["base"]["written"]["chrf_stderr,none"] != theirs["adapter"]["written"]["chrf_stderr,none"]
     assert theirs["base"]["text"]["bits_per_byte,none"] != theirs["adapter"]["text"]["bits_per_byte,none"]
     for evaluation in (found["fp32"], found["on two"]):
         assert evaluation["tasks"].keys() == {"choice", "written", "text"}
@@ -171,6 +172,9 @@ def test_tasks_are_scored_as_by_the_harness_own_model_on_one_rank_and_on_two(
             for metric, scores in metrics.items():
                 for side, expected in theirs.items():
                     assert scores[side] == pytest.approx(expected[task][f"{metric},none"], rel=1e-5), (task, metric)
+                for side, name in (("base", "base_stderr"), ("adapter", "stderr")):
+                    error = theirs[side][task][f"{metric}_stderr,none"]  # "N/A" where there is none
+                    assert scores[name] == (None if error == "N/A" else pytest.approx(error)), (task, metric)
 
 
 def harness(model: Any, tasks: Path) -> dict[str, dict[str, float]]:
@@ -178,7 +182,7 @@ def harness(model: Any, tasks: Path) -> dict[str, dict[str, float]]:
     make: Any = HFLM
     own = make(pretrained=model, tokenizer=byte_tokenizer(), batch_size=2, device="cpu")
     evaluate: Any = simple_evaluate
-    options = {"task_manager": TaskManager(include_defaults=False), "bootstrap_iters": 0, "log_samples": False}
+    options = {"task_manager": TaskManager(include_defaults=False), "bootstrap_iters": 200, "log_samples": False}
     return evaluate(own, tasks=task_specs([str(tasks)]), **options)["results"]
 
 

@@ -46,7 +46,7 @@ def run(workshop: Workshop) -> Store:
     both = {"base": {"loss": 5.5, "perplexity": math.exp(5.5)}, "adapter": {"loss": 5.25, "perplexity": math.exp(5.25)}}
     results = {
         "sets": {HOSTILE: {"tokens": 1234, **both, "difference": -0.25, "interval": [-0.31, -0.19]}},
-        "tasks": {"local_task": {"acc,none": {"base": 0.25, "adapter": 0.5, "stderr": 0.125}}},
+        "tasks": {"local_task": {"acc,none": {"base": 0.25, "adapter": 0.5, "base_stderr": 0.0625, "stderr": 0.125}}},
         "bias": {"words": {"pairs": 8, "base": {"mean": 0.5, "std": 0.75}, "adapter": {"mean": -0.5, "std": 0.625}}},
     }
     folder.put(layout.evaluation(10), json.dumps({"step": 10, "made": NOW, **results}).encode())

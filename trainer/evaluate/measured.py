@@ -146,6 +146,7 @@ def _of_task(task: str, sides: Mapping[str, MeasuredSide]) -> dict[str, Any]:
     return {
         metric: {
             **{side: measured.tasks[task][metric][0] for side, measured in sides.items()},
+            "base_stderr": metrics[metric][1],
             "stderr": list(sides.values())[-1].tasks[task][metric][1],
         }
         for metric in metrics
