@@ -94,8 +94,8 @@ class Driver:
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
-    def end(self) -> int:
-        return self.process.wait(timeout=PATIENCE)
+    def end(self, patience: float = PATIENCE) -> int:
+        return self.process.wait(timeout=patience)
 
 
 def steps(run: Store, *generations: int) -> dict[int, dict[str, Any]]:

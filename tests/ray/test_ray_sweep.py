@@ -18,10 +18,10 @@ from launcher.view.status import read_generation, read_status
 from launcher.view.sweep import SweepStatus, read_sweep
 from tests.cli.conftest import ENVIRONMENT
 from tests.material import Workshop
-from tests.ray.cluster import Driver, write
+from tests.ray.cluster import PATIENCE, Driver, write
 from trainer.store import Store, open_store
 
-pytestmark = pytest.mark.timeout(1800)  # two minutes on an idle machine of two cores
+pytestmark = pytest.mark.timeout(3600)  # two minutes on an idle machine of two cores
 
 RATES = [3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5]
 STEPS, GRACE = 60, 4
@@ -115,7 +115,7 @@ def test_a_sweep_is_killed_and_stopped_and_goes_on_and_its_trials_share_the_base
     assert (other.returncode, "its search does not change" in other.stderr) == (2, True), other.stderr
 
     with Driver(tmp_path, "resume", "rates", "--store", "store", "sweep.concurrent=2", "--json") as driver:
-        assert driver.end() == 0, driver.log.read_text()
+        assert driver.end(3 * PATIENCE) == 0, driver.log.read_text()  # seven trials
     done = read_sweep(folder)
     assert states(done) == ["finished", *["stopped early"] * 7]
     assert (done.state, done.best) == ("finished", 1)
