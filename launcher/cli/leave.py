@@ -29,7 +29,10 @@ def export(
     step: StepOption = None,
     best: BestOption = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Compare its predictions in transformers + PEFT with the trained model's.")
+        bool,
+        typer.Option(
+            "--verify", help="Compare its predictions, in the program that reads it, with the trained model's."
+        ),
     ] = False,
     as_json: Json = False,
     dry_run: DryRun = False,

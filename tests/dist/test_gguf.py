@@ -103,6 +103,11 @@ def test_a_merged_model_predicts_the_same_in_llama_cpp_as_in_transformers(run: S
     found = in_llama_cpp(tmp_path / "gguf/done-q8_0.gguf")
     assert 1e-2 < difference(found, expected) < 3 * own_error < 0.5 * difference(expected, other)
 
+    gguf = open_store(str(tmp_path / "gguf"))
+    proof, wrong = (find_format("gguf").prove(run, step, gguf) for step in (4, 5))
+    assert (proof.holds, wrong.is_alike) == (True, False), (proof, wrong)
+    assert proof.sentence().startswith("its predictions in llama.cpp against the merged model's in transformers: KL ")
+
 
 def test_an_adapter_predicts_the_same_in_llama_cpp_as_in_peft(run: Store, tmp_path: Path) -> None:
     export_adapter(run, open_store(str(tmp_path / "peft")), 4)
@@ -116,6 +121,10 @@ def test_an_adapter_predicts_the_same_in_llama_cpp_as_in_peft(run: Store, tmp_pa
     found = in_llama_cpp(tmp_path / "base.gguf", tmp_path / "lora/done-adapter.gguf")
     assert difference(found, expected) < 1e-2 < difference(expected, without)
     assert difference(in_llama_cpp(tmp_path / "base.gguf"), without) < 1e-2
+
+    lora = open_store(str(tmp_path / "lora"))
+    proof, wrong = (find_format("gguf-adapter").prove(run, step, lora) for step in (4, 5))
+    assert (proof.holds, wrong.is_alike) == (True, False), (proof, wrong)
 
 
 def test_what_llama_cpp_cannot_have_is_refused_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ class Proof:
         rows: the rows in words, such as "8 rows of the evaluation data".
         trained_kl: of a merged model, the divergence from the model as it was trained, over its quantized base. No bound.
         rounding_kl: of a merged model, the divergence from base and adapter side by side, whose sum is not rounded. No bound.
+        compared: the two sides in words, to begin a sentence.
     """
 
     kl: float
@@ -30,6 +31,7 @@ class Proof:
     rows: str
     trained_kl: float | None = None
     rounding_kl: float | None = None
+    compared: str = "its predictions in transformers (and PEFT) against the trained model's"
 
     @property
     def holds(self) -> bool:
@@ -55,7 +57,7 @@ class Proof:
             f"{self.log_prob_effect:.2g}), computed in {self.computed_in} on {self.rows}"
         )
         if self.trained_kl is None or self.rounding_kl is None:
-            return f"its predictions in transformers (and PEFT) against the trained model's: {figures}"
+            return f"{self.compared}: {figures}"
         return (
             f"its predictions in transformers against PEFT's own merge: {figures}; KL {self.rounding_kl:.2g} from base and "
             f"adapter side by side, whose sum is not rounded, and {self.trained_kl:.2g} from the model as it was trained"

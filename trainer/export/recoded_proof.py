@@ -16,8 +16,6 @@ from trainer.export.proof import Proof
 from trainer.export.verify import Trained, directory_of, give_memory_back, make_proof
 from trainer.store import Store
 
-_ALLOWED_OF_EFFECT = 0.5
-
 
 def prove_recoded(run: Store, step: int, exported: Store) -> Proof:
     """The trained model of `step` against the files in `exported`, and against itself before the training for the effect."""
@@ -30,8 +28,12 @@ def prove_recoded(run: Store, step: int, exported: Store) -> Proof:
     with directory_of(exported) as folder:
         found = plain.place_logits(_load(folder, trained.dtype), rows)
     difference, effect = distance(expected, found, rows), distance(expected, begun, rows)
-    allowed = Distance(_ALLOWED_OF_EFFECT * effect.kl, _ALLOWED_OF_EFFECT * effect.log_prob)
-    return make_proof(trained.probe, computed_in, difference, allowed, effect)
+    return make_proof(trained.probe, computed_in, difference, half(effect), effect)
+
+
+def half(effect: Distance) -> Distance:
+    """The largest difference by fewer bits that is allowed, where the training has had this effect."""
+    return Distance(0.5 * effect.kl, 0.5 * effect.log_prob)
 
 
 def _load(folder: Path, dtype: Any) -> Any:

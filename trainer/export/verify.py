@@ -156,7 +156,7 @@ def prove_merged(run: Store, step: int, merged: Store) -> Proof:
     stored = {name: SOURCE_DTYPES[source.dtype] for name, source in trained.weights.sources.items()}
     with base_directory(trained.base) as base, scratch_folder("adapter") as folder:
         export_adapter(run, open_store(folder), step)
-        model = plain.load_plain(base, _held_in(trained.base), trained.dtype)
+        model = plain.load_plain(base, held_in(trained.base), trained.dtype)
         model = plain.grow(model, trained.vocabulary).to(plain.device())
         model, without = plain.add_adapter(model, Path(folder), trained.method)
         with plain.computing_in_fp32(model):
@@ -168,7 +168,7 @@ def prove_merged(run: Store, step: int, merged: Store) -> Proof:
     del model
     give_memory_back()
     with directory_of(merged) as folder:
-        model = plain.load_plain(folder, _held_in(trained.base), trained.dtype).to(plain.device())
+        model = plain.load_plain(folder, held_in(trained.base), trained.dtype).to(plain.device())
         with plain.computing_in_fp32(model):
             found = plain.place_logits(model, rows)
     return make_proof(
@@ -194,7 +194,7 @@ def _prove_model(trained: Trained, destination: Store) -> Proof:
     expected = trained.logits(computed_in)
     give_memory_back()
     with directory_of(destination) as folder:
-        model = plain.load_plain(folder, _held_in(trained.base), trained.dtype).to(plain.device())
+        model = plain.load_plain(folder, held_in(trained.base), trained.dtype).to(plain.device())
         with _computing(model, computed_in):
             found, allowed = _predictions(model, rows, computed_in)
     del model
@@ -231,7 +231,14 @@ def _check_bytes(file: ChangedFile, destination: Store) -> None:
 
 
 def make_proof(
-    probe: Probe, computed_in: str, found: Distance, allowed: Distance, effect: Distance, **information: float
+    probe: Probe,
+    computed_in: str,
+    found: Distance,
+    allowed: Distance,
+    effect: Distance,
+    *,
+    trained_kl: float | None = None,
+    rounding_kl: float | None = None,
 ) -> Proof:
     """The proof of an exported model whose predictions are so far off, may be so far off, and were moved so far by the training."""
     return Proof(
@@ -243,7 +250,8 @@ def make_proof(
         log_prob_effect=effect.log_prob,
         computed_in=computed_in,
         rows=probe.origin,
-        **information,
+        trained_kl=trained_kl,
+        rounding_kl=rounding_kl,
     )
 
 
@@ -252,7 +260,7 @@ def _plain_base(trained: Trained, folder: Path, computed_in: str, unpacked: tupl
     config, base = trained.config, trained.base
     dtype = DTYPES[computed_in]
     # PEFT keeps a prefix in its base's type, so that of a training in fp32 needs such a base.
-    exact = torch.float32 if config.model.dtype == "fp32" else _held_in(base)
+    exact = torch.float32 if config.model.dtype == "fp32" else held_in(base)
     held = exact if computed_in == "fp32" else dtype
     architecture = model_config(folder, config.model.layers)
     with dequantized_by_transformers(architecture) if base.stored.decoded else nullcontext():
@@ -271,7 +279,7 @@ def _computing(model: Any, computed_in: str) -> Iterator[None]:
         yield
 
 
-def _held_in(base: Base) -> torch.dtype:
+def held_in(base: Base) -> torch.dtype:
     """The type that holds every weight of the files as it is."""
     types = {source.dtype for source in base.weights.values() if source.dtype in WEIGHT_DTYPES}
     return SOURCE_DTYPES[types.pop()] if len(types) == 1 else torch.float32

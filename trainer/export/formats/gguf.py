@@ -78,10 +78,9 @@ class Gguf(Section):
         return Written(manifest, {"files": list(names.values())})
 
     def prove(self, run: Store, step: int, destination: Store) -> Proof:
-        raise ConfigError(
-            "--verify: a GGUF file is read by llama.cpp, not by transformers. Verify the model that it is made of instead: "
-            "--format merged --verify."
-        )
+        from trainer.export.gguf_proof import prove_gguf
+
+        return prove_gguf(run, step, destination)
 
 
 FORMATS = {"gguf": Gguf}

@@ -51,10 +51,9 @@ class GgufAdapter(Section):
         return Written(manifest, {"files": [name]})
 
     def prove(self, run: Store, step: int, destination: Store) -> Proof:
-        raise ConfigError(
-            "--verify: a GGUF file is read by llama.cpp, not by PEFT. Verify the adapter that it is made of instead: "
-            "--format peft --verify."
-        )
+        from trainer.export.gguf_proof import prove_gguf_adapter
+
+        return prove_gguf_adapter(run, step, destination)
 
 
 FORMATS = {"gguf-adapter": GgufAdapter}
