@@ -26,7 +26,7 @@ from trainer.export.card import MODEL_USAGE, CardContent, model_card
 from trainer.export.folder import CARD, TRAINED
 from trainer.export.format import ExportProgress, Written
 from trainer.export.merged import ChangedFile, changed_files, complete_model, mergeable_checkpoint, merged_config
-from trainer.export.trained import resolve_trained_base
+from trainer.export.trained import check_recodable, resolve_trained_base, unloadable
 from trainer.safetensors_index import DTYPE_BYTES, INDEX_FILE, SINGLE_FILE, TensorSource, header_bytes
 from trainer.store import Store
 
@@ -129,12 +129,9 @@ def _choose(base: Base, code: Code) -> _Recoding:
 
     Raises `ConfigError` for models whose layers transformers cannot have in this code.
     """
-    kinds = {parameter.kind for parameter in base.architecture.parameters}
-    if "experts" in kinds or "text_config" in base.config:
-        why = "its experts" if "experts" in kinds else "a model that sees or hears as well"
-        raise ConfigError(
-            f"--format {code.name}: of this base transformers cannot load {why} in {code.name}. Take --format merged."
-        )
+    check_recodable(base.description, code.name)
+    if "text_config" in base.config:
+        raise unloadable("a model that sees or hears as well", code.name)
     stored = {(source.key, source.offset): name for name, source in base.tensors.items()}
     sources, chosen, untouched = find_all_weights(base).sources, dict[str, tuple[int, int]](), list[str]()
     for parameter in base.architecture.parameters:

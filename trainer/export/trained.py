@@ -111,6 +111,19 @@ def check_mergeable_run(config: Config, base: Description) -> None:
         raise ConfigError(f"there is no merged model: {method.unmergeable}. Take --format peft.")
 
 
+def check_recodable(base: Description, code: str) -> None:
+    """Raises `ConfigError` for a mixture: transformers has no experts in a `code` such as nf4."""
+    if base.architecture.weights("experts"):
+        raise unloadable("its experts", code)
+
+
+def unloadable(what: str, code: str) -> ConfigError:
+    """The refusal of a model that nobody could load in `code`."""
+    return ConfigError(
+        f"--format {code}: of this base transformers cannot load {what} in {code}. Take --format merged."
+    )
+
+
 def resolve_trained_base(model: Model, manifest: CheckpointManifest) -> Base:
     """The base, with its weights. Raises `ConfigError` when it is not here, or is another than the checkpoint's."""
     base = resolve_base(model)

@@ -8,7 +8,7 @@ from trainer.config import Config
 from trainer.config.section import Section
 from trainer.export.format import ExportProgress, Written
 from trainer.export.proof import Proof
-from trainer.export.trained import check_mergeable_run
+from trainer.export.trained import check_mergeable_run, check_recodable
 from trainer.store import Store
 
 
@@ -19,6 +19,7 @@ class Fp8Folder(Section):
 
     def check(self, config: Config, base: Description) -> None:
         check_mergeable_run(config, base)
+        check_recodable(base, "fp8")
 
     def write(self, run: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
         from trainer.export.codes import Fp8Blocks

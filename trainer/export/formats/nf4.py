@@ -11,7 +11,7 @@ from trainer.config import Config
 from trainer.config.section import Section, setting
 from trainer.export.format import ExportProgress, Written
 from trainer.export.proof import Proof
-from trainer.export.trained import check_mergeable_run
+from trainer.export.trained import check_mergeable_run, check_recodable
 from trainer.store import Store
 
 
@@ -29,6 +29,7 @@ class Nf4(Section):
 
     def check(self, config: Config, base: Description) -> None:
         check_mergeable_run(config, base)
+        check_recodable(base, "nf4")
 
     def write(self, run: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
         from trainer.base.load import DTYPES
