@@ -38,6 +38,7 @@ from trainer.export.beside import adapters_beside
 from trainer.identity import identity_of
 from trainer.measure.samples import open_samples
 from trainer.model.attention import Attention
+from trainer.model.parts import recomputed_share
 from trainer.objective.objective import Objective, check_objective, find_objective, reference_of
 from trainer.optimizer.optimizer import find_optimizer
 from trainer.plan import make_plan
@@ -52,8 +53,10 @@ from trainer.run.settings import record_settings
 from trainer.start import assemble_run, join_run
 from trainer.store import Store, open_run_store
 from trainer.train.assemble import attention_of
+from trainer.train.flops import work_of
 from trainer.train.heartbeat import Hang, Heart
 from trainer.train.loop import Training, stop_before_training, train
+from trainer.train.profile import StepProfile
 from trainer.train.reference import ReferencePass
 from trainer.tuning.method import check_tuning
 from trainer.zero.engine import Engine
@@ -163,8 +166,15 @@ def _train(start: _Start, datasets: Datasets, *, resume: bool) -> None:
     step, position = (restored.step, Position.from_json(restored.position)) if restored else (0, Position())
     stop_before_training(training, step, position, committed=restored is not None)
     metrics.write("phase", phase="first_step")
-    with metered(start.ranks.device, reads=start.ranks.rank == 0) as power:
+    rank0 = start.ranks.rank == 0
+    traced = start.config.train.profile if rank0 else None
+    with (
+        StepProfile(traced, start.run, partial(_log, start.ranks)) as profile,
+        metered(start.ranks.device, reads=rank0) as power,
+    ):
+        profile.reached(step)
         for record in train(training, step, position):
+            profile.reached(record["step"])
             if record["step"] == step + 1:
                 metrics.write("first_step", step=step + 1, seconds=round(time.time() - starter.began, 3))
             metrics.write("step", **record, **peak_memory(start.ranks.device), **power())
@@ -214,6 +224,7 @@ def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Train
         start.stop,
         datasets.steps(config.train),
         pulse=start.heart,
+        work=work_of(config, base.architecture, recomputed_share(engine.model), ranks.device_name),
         eval_sets=sets,
         samples=open_samples(config, base, run, ranks) if config.train.sample_every else None,
         skipped=tuple(map(Position.from_json, skipped)),

@@ -23,7 +23,7 @@ from pathlib import Path
 # The names that `tempfile` makes from our prefixes. TensorBoard's are of versions before this one.
 # slurm/run.sh makes its own, from the job and its restart.
 _OURS = re.compile(
-    r"capstan-(?:(?:ray|tensorboard|submit|verify|base|adapter|export|gguf|push|start)-[a-z0-9_]{8}|\d+-\d+)"
+    r"capstan-(?:(?:ray|tensorboard|submit|verify|base|adapter|export|gguf|push|start|profile)-[a-z0-9_]{8}|\d+-\d+)"
 )
 _YOUNG_SECONDS = 60.0
 """A folder this new may not be locked yet."""

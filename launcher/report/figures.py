@@ -31,6 +31,8 @@ from trainer.store import Store
 
 _COUNTS = {"epoch", "tokens", "targets", "pairs", "answers", "seconds", "data_repeats"}
 """Numbers of a step that are no measure over time."""
+_AFTER_STEP = {"save_seconds", "evaluate_seconds"}
+"""Times that are no part of the `seconds` of any step. A save's wait is told by the commit, too."""
 _EVAL_COUNTS = {"step", "time", "tokens", "targets", "pairs", "answers", "seconds"}
 
 
@@ -236,15 +238,16 @@ def _commits(records: Iterable[Record], committed: Iterable[int]) -> list[Commit
 
 
 def _time(history: History) -> list[TimeShare]:
-    """The parts add up to the whole: the last one is the rest, such as evaluations, waits between steps and the end."""
+    """The parts add up to the whole: the last one is the rest, such as waits between steps and the end."""
     whole = math.fsum(start.lasted for start in history.starts)
     steps = history.steps
     parts = {part: math.fsum(start.seconds.get(part, 0) for start in history.starts) for part in PARTS}
-    within = {name: steps.sum(name) for name in steps.names if name.endswith("_seconds")}
+    within = {name: steps.sum(name) for name in steps.names if name.endswith("_seconds") and name not in _AFTER_STEP}
     parts["steps"] = steps.sum("seconds") - math.fsum(within.values())
     parts |= {f"steps: {name.removesuffix('_seconds')}": seconds for name, seconds in within.items()}
     parts["steps done again after a restart"] = math.fsum(start.lost_seconds for start in history.starts)
     parts["waiting for a commit"] = math.fsum(record.get("stall_seconds", 0) for record in history.others["commit"])
+    parts["evaluations"] = steps.sum("evaluate_seconds")
     parts["the rest"] = max(0.0, whole - math.fsum(parts.values()))
     return (
         [TimeShare(name, seconds, seconds / whole) for name, seconds in parts.items() if seconds > 0] if whole else []

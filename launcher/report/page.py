@@ -54,6 +54,7 @@ _MEASURES = {
     "lr": Measure("Learning rate"),
     "grad_norm": Measure("Gradient norm", "before clipping"),
     "tokens_per_second": Measure("Throughput", "tokens a second, all ranks"),
+    "teraflops": Measure("Operations", "TFLOP a second and rank"),
     "mfu": Measure("Model FLOPs utilisation", "%", 100),
     "device_peak_bytes": Measure("GPU memory of rank 0", "GiB, peak so far", 1 / _GIB),
     "host_peak_bytes": Measure("Host memory of rank 0", "GiB, peak so far", 1 / _GIB),

@@ -44,6 +44,7 @@ def engine_internals(config_text: str, fingerprint: str) -> dict[str, Any]:
         "intervals": {part.name: [part.begin, part.end, *part.shape] for part in here.engine.partitions()},
         "updates": here.engine.updates,
         "grad_norm": record["grad_norm"],
+        "seconds": {name: value for name, value in record.items() if name.endswith("seconds")},
         "compiled": deepspeed.comm.comm.cdb.shm_comm_op is not None,
         "persistent": sum(p.ds_persist for p in every),
         "whole_after_step": [p.ds_shape for p in frozen if p.ds_status.name == "AVAILABLE" and not p.ds_persist],

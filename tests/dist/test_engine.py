@@ -59,6 +59,14 @@ def test_deepspeed_takes_the_device_that_the_rank_has(internals: list[dict[str, 
     assert [rank["devices"] for rank in internals] == [[0, "cuda:0", str(number)] for number in range(3)]
 
 
+def test_a_step_says_how_long_it_waited_for_weights_beside_what_it_computed(internals: list[dict[str, Any]]) -> None:
+    for rank in internals:
+        seconds = rank["seconds"]
+        step = seconds.pop("seconds")
+        assert min(seconds[f"{phase}_seconds"] for phase in ("gather", "forward", "backward", "optimizer")) > 0
+        assert sum(seconds.values()) == pytest.approx(step, rel=0.03)
+
+
 def test_a_start_compiles_nothing(internals: list[dict[str, Any]]) -> None:
     assert [rank["compiled"] for rank in internals] == [False] * 3
 

@@ -1,9 +1,10 @@
 """The report of a real run that was started three times: each figure is traced to the records, and a real browser shows it."""
 
+import gzip
 import json
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
@@ -33,7 +34,12 @@ def run(workshop: Workshop) -> Store:
     """Ten steps of a mixture: a loss that is no number ends the first start, SIGKILL the second, the third one finishes."""
     mixture = Workshop(workshop.folder / "mixture", "mixtral")
     held_out = make_data(mixture.folder / "held_out.jsonl", documents=8, seed=9)
-    settings = (f"data.eval=[{{path: '{held_out}'}}]", "eval.every=5", "track.price_per_gpu_hour=2.5")
+    settings = (
+        f"data.eval=[{{path: '{held_out}'}}]",
+        "eval.every=5",
+        "track.price_per_gpu_hour=2.5",
+        "train.profile=[3,4]",
+    )
     config = mixture.config("story", *settings)
     folder, datasets = mixture.store.sub("story"), mixture.prepare(config)
     arguments = dump_config(config), datasets.train
@@ -135,9 +141,11 @@ def expected(folder: Store) -> dict[str, float]:
         found |= {f"starts/{at}/lost_steps": len([step for step in mine if at == 0 and step > 5])}
         if mine:
             found[f"starts/{at}/last_step"] = max(mine)
-    data_seconds = sum(record["data_seconds"] for record in steps.values())
+    phases = [f"{phase}_seconds" for phase in ("forward", "backward", "optimizer", "data", "exchange")]
+    within = [sum(record[phase] for record in steps.values()) for phase in phases]
     parts = [sum(start[f"{part}_seconds"] for start in kinds["start"]) for part in ("launch", "load", "restore")]
-    parts += [seconds - data_seconds, data_seconds, again, sum(record["stall_seconds"] for record in kinds["commit"])]
+    parts += [seconds - sum(within), *within, again, sum(record["stall_seconds"] for record in kinds["commit"])]
+    parts.append(sum(record.get("evaluate_seconds", 0) for record in steps.values()))
     parts.append(sum(lasted) - sum(parts))
     for at, part in enumerate(part for part in parts if part > 0):
         found |= {f"time/{at}/seconds": part, f"time/{at}/share": part / sum(lasted)}
@@ -224,6 +232,29 @@ def _texts_of(folder: Store) -> set[str]:
     return texts | {str(path) for path in Path(folder.uri.removeprefix("file://")).parents[1].glob("*.jsonl")}
 
 
+def test_the_phases_of_steps_add_up_to_the_time_that_passes(run: Store) -> None:
+    """Within 3 %, of a start's steps but the first; without any one phase that takes a while they would not."""
+    steps = [record for record in lines(run, layout.metrics(1)) if record["kind"] == "step"]
+    passed = steps[-1]["time"] - steps[0]["time"]
+    names = {name for record in steps for name in record if name.endswith("_seconds")}
+    assert names >= {"data_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds", "exchange_seconds"}
+    assert names >= {"save_seconds", "evaluate_seconds"}
+    sums = {name: sum(record.get(name, 0) for record in steps[1:]) for name in names}
+    assert sum(sums.values()) == pytest.approx(passed, rel=0.03)
+    for name in ("forward_seconds", "backward_seconds", "evaluate_seconds"):
+        assert sum(sums.values()) - sums[name] != pytest.approx(passed, rel=0.03), name
+
+
+def test_a_profile_has_what_was_computed_in_its_steps(run: Store) -> None:
+    assert [entry.key for entry in run.list(layout.PROFILES)] == [layout.profile(3)]
+    events = json.loads(gzip.decompress(run.get(layout.profile(3))))["traceEvents"]
+    computed = Counter(event["name"] for event in events)
+    assert computed["aten::mm"] > 0
+    # Two steps of four rows each, whose gradients are made in one backward pass a row.
+    assert computed["_FrozenCrossEntropy"] == 8
+    assert computed["_FrozenCrossEntropyBackward"] == 8
+
+
 def test_the_dots_of_the_loss_are_the_steps_that_count(run: Store) -> None:
     text = run_page(read_figures(run))
     streams = [lines(run, layout.metrics(number)) for number in (1, 2, 3)]
@@ -293,6 +324,7 @@ def test_a_browser_shows_it_at_any_width_in_both_schemes_and_on_paper(run: Store
                 "Learning rate",
                 "Gradient norm",
                 "Throughput",
+                "Operations",
                 "Host memory of rank 0",
                 "Routers: busiest expert",
             ]

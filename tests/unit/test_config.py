@@ -192,6 +192,13 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(setting: str, expected:
         ("model=tiny", "model: 'tiny' is not allowed. Input should be a section of settings."),
         ("run.name=../x", "run.name: '../x' is not allowed."),
         ("run.name=5", "run.name: 5 is not allowed. Input should be text. Example: llama-8b-support."),
+        ("train.profile=[3, 2]", "train.profile: [3, 2] is not allowed. Give the first and the last step to trace"),
+        ("train.profile=[0, 2]", "train.profile: [0, 2] is not allowed."),
+        (
+            "train.profile=[2, 11]",
+            "train.profile: [2, 11] is not allowed. Give the first and the last step to trace, counted from 1, at most train.steps: 10.",
+        ),
+        ("train.profile=[2]", "train.profile"),
         ("optim.betas=[0.9, 1.5]", "optim.betas: [0.9, 1.5] is not allowed. Both must be in [0, 1)."),
         ("train={steps: 1, epochs: 1}", "train.steps and train.epochs: both given."),
         ("train={epochs: 0}", "train.epochs: 0 is not allowed. Input should be greater than 0. Example: 2.5."),

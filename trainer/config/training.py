@@ -1,5 +1,6 @@
 """The course of a run: its steps, its optimizer, its division over the ranks, its checkpoints and its metrics."""
 
+import math
 from typing import Literal
 
 from pydantic import field_validator, model_validator
@@ -126,6 +127,23 @@ class Train(Section):
         ge=0,
         unit="steps",
     )
+    profile: tuple[int, int] | None = setting(
+        None,
+        about="First and last step of which rank 0 keeps a trace in the run's folder, profiles/, for https://ui.perfetto.dev. Tracing "
+        "slows these steps. Default: none.",
+        example=[10, 12],
+        unit="steps",
+    )
+
+    @model_validator(mode="after")
+    def _traced(self) -> "Train":
+        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1] <= (self.steps or math.inf):
+            most = f", at most train.steps: {self.steps}" if self.steps else ""
+            raise ValueError(
+                f"train.profile: {list(self.profile)} is not allowed. Give the first and the last step to trace, counted from 1{most}. "
+                "Example: [10, 12]."
+            )
+        return self
 
     @model_validator(mode="after")
     def _length(self) -> "Train":

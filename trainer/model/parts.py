@@ -1,5 +1,7 @@
 """The parts of a causal language model that code of ours works on, wherever its family has them."""
 
+from typing import Any
+
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -37,6 +39,12 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
 def is_layer(module: nn.Module) -> bool:
     """Whether it is a decoder layer, or a layer of another kind whose activations transformers can recompute."""
     return isinstance(module, GradientCheckpointingLayer)
+
+
+def recomputed_share(model: nn.Module) -> float:
+    """The share of the layers whose forward pass is repeated in the backward pass."""
+    layers: list[Any] = [module for module in model.modules() if is_layer(module)]
+    return sum(layer.gradient_checkpointing for layer in layers) / max(1, len(layers))
 
 
 def is_experts(module: nn.Module) -> bool:

@@ -22,6 +22,7 @@ DRIVER_LOG = "logs/driver.log"
 CHECKPOINTS = "checkpoints/"
 EVALUATIONS = "evaluations/"
 SAMPLES = "samples/"
+PROFILES = "profiles/"
 ADAPTER = "adapter"
 TENSORBOARD = "tensorboard/"
 TRACKERS = "trackers/"
@@ -143,6 +144,11 @@ def evaluation(step: int) -> str:
 def samples(step: int) -> str:
     """Answers to `eval.prompts` by the state after `step` updates: JSON lines."""
     return f"{SAMPLES}step-{step:09d}.jsonl"
+
+
+def profile(step: int) -> str:
+    """The trace of some steps of rank 0, of which the update that makes `step` is the first: Chrome's format, compressed."""
+    return f"{PROFILES}step-{step:09d}.json.gz"
 
 
 def step_of_result(key: str) -> int | None:

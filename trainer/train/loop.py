@@ -24,7 +24,8 @@ from trainer.ranks import Ranks
 from trainer.run.folder import command
 from trainer.run.metrics import Metrics
 from trainer.run.requests import Stop, StopSignal
-from trainer.train.heartbeat import Pulse, silent_pulse
+from trainer.train.flops import UNKNOWN_WORK, Work
+from trainer.train.heartbeat import Phase, Pulse, silent_pulse
 from trainer.train.routing import Routing
 from trainer.train.schedule import learning_rate
 from trainer.zero.engine import Engine
@@ -45,6 +46,7 @@ class Training:
     stop: StopSignal
     total_steps: int
     pulse: Pulse = silent_pulse
+    work: Work = UNKNOWN_WORK  # of a step, so that records say how much of the device's peak it came to
     eval_sets: Mapping[str, Stream] = field(default_factory=dict)  # those of eval.sets
     samples: PromptSamples | None = None  # of eval.prompts, where train.sample_every wants them
     skipped: tuple[Position, ...] = ()  # their loss was not finite in an earlier start of the run
@@ -60,6 +62,7 @@ class _RankStep(NamedTuple):
     waited: float  # seconds, for data
     repeated: float  # reads of data, so far
     samples: float
+    operations: float  # of floating point
 
 
 def train(run: Training, step: int, position: Position) -> Iterator[dict[str, Any]]:
@@ -79,7 +82,7 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
     reader = run.stream.read_from(position, compiling=lambda awaited: _wait(run, step, awaited))
     while step < run.total_steps:
         started = time.monotonic()
-        run.pulse("data", step + 1)
+        _begin(run, "data", step + 1)
         try:
             batches = next(reader)  # this rank's micro-batches of the global batch; the same number on every rank
         except (DataError, Stopped):  # on every rank: the next chapter of the data will not be compiled
@@ -92,7 +95,7 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
             position = run.stream.advance(position)
             continue
 
-        run.pulse("step", step + 1)
+        _begin(run, "step", step + 1)
         # The loss is the mean over the targets (or pairs) of the global batch, so each weighs the same whatever the
         # accumulation, the packing and the number of ranks: count them all before the first backward pass.
         weight = ranks.sum(sum(map(run.objective.weight, batches)))
@@ -114,9 +117,9 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
         seconds = time.monotonic() - started
         record = {"step": step, "epoch": epoch, "loss": mean_loss, "lr": lr, "grad_norm": grad_norm}
         record |= {run.objective.unit: int(weight), **dict(zip(run.objective.measures, measures, strict=True))}
-        yield record | _totals(every, seconds) | routing.measured()
+        yield record | _totals(run, every, seconds) | routing.measured()
 
-        run.pulse("save", step)
+        _begin(run, "save", step)
         checkpoints.advance(all_ready=all(rank.saved for rank in every))
         last = bool(stopping) or step == run.total_steps
         evaluated = _evaluate_if_due(run, step, stopping, routing)
@@ -136,13 +139,16 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
 
 def _gradients(run: Training, batches: Sequence[MicroBatch], step: int, weight: float) -> Tensor:
     """Add up the gradients of this rank's part of the step after `step`; returns its summed loss and measures, fp64."""
+    run.engine.clock.enter("forward")
     surveys = _surveys(run, batches)
     sums = torch.zeros(1 + len(run.objective.measures), dtype=torch.float64, device=run.ranks.device)
     for index, batch in enumerate(batches):
         torch.manual_seed(_dropout_seed(run.config.run.seed, step, index, run.ranks.rank))
+        run.engine.clock.enter("forward")
         row = run.engine.loss(replace(batch, survey=next(surveys))).reshape(-1)
         sums += row.detach()
         run.engine.backward(row[0] / weight, last=index == len(batches) - 1)
+    run.engine.clock.enter("step")
     return sums
 
 
@@ -171,23 +177,37 @@ def _exchange(
         waited=waited,
         repeated=run.stream.chapters.reads.repeated,
         samples=samples_key(batches),
+        operations=run.work.of(batches),
     )
     every = run.ranks.gather(*mine, sums=sums)
     totals = [sum(column, 0.0) for column in zip(*(rank[len(mine) :] for rank in every), strict=True)]
     return [_RankStep(*rank[: len(mine)]) for rank in every], totals
 
 
-def _totals(every: Sequence[_RankStep], seconds: float) -> dict[str, Any]:
-    """The part of a step's record that adds up over the ranks."""
+def _totals(run: Training, every: Sequence[_RankStep], seconds: float) -> dict[str, Any]:
+    """The part of a step's record that adds up over the ranks, and how long each phase of rank 0's took since the record before."""
     tokens = sum(int(rank.tokens) for rank in every)
+    data = max(rank.waited for rank in every)  # on the rank that waited longest
+    run.engine.clock.enter("save")
+    spent = run.engine.clock.passed()
+    # The ranks meet before the first pass: where another one waited for its data, rank 0 waited for that one.
+    exchange = spent.pop("step", 0.0) + spent.pop("data", 0.0) - data
+    phases = {**spent, "data": data, "exchange": max(0.0, exchange)}
     return {
         "tokens": tokens,
         "samples": f"{int(sum(rank.samples for rank in every)) % 2**32:08x}",
         "seconds": round(seconds, 4),
         "tokens_per_second": round(tokens / seconds, 1),
-        "data_seconds": round(max(rank.waited for rank in every), 4),  # on the rank that waited longest
+        **run.work.measured(sum(rank.operations for rank in every), seconds * len(every)),
+        **{f"{phase}_seconds": round(took, 6) for phase, took in phases.items()},
         "data_repeats": int(sum(rank.repeated for rank in every)),  # reads repeated so far, on all ranks
     }
+
+
+def _begin(run: Training, phase: Phase, step: int = 0) -> None:
+    """This rank begins `phase`, for the update that makes `step`."""
+    run.pulse(phase, step)
+    run.engine.clock.enter(phase)
 
 
 def _evaluate_if_due(run: Training, step: int, stopping: Stop, routing: Routing) -> float | None:
@@ -198,23 +218,23 @@ def _evaluate_if_due(run: Training, step: int, stopping: Stop, routing: Routing)
     loss = None
     # Backwards, so that the newest record is of the data whose loss decides what is kept.
     for name, stream in reversed(list(run.eval_sets.items())):
-        loss, tokens = mean_loss(run.engine, stream, lambda _: run.pulse("evaluate", 0))
+        loss, tokens = mean_loss(run.engine, stream, lambda _: _begin(run, "evaluate"))
         measured = routing.evaluated(step, f"eval.sets.{name}")
         run.metrics.write("eval", step=step, set=name, loss=loss, tokens=tokens, **measured)
     if run.eval_stream is not None:
         evaluated = evaluate(run, run.eval_stream) | routing.evaluated(step)
         run.metrics.write("eval", step=step, **evaluated)
         loss = evaluated["loss"]
-    run.pulse("save", step)
+    _begin(run, "save", step)
     return loss
 
 
 def _sample_if_due(run: Training, step: int, stopping: Stop) -> None:
     """Answer the prompts by the state at `step` where that is due. Collective."""
     if run.samples is not None and _is_due(run, run.config.train.sample_every, step, stopping):
-        run.pulse("evaluate", 0)
-        run.samples.take(run.engine, step, lambda: run.pulse("evaluate", 0))
-        run.pulse("save", step)
+        _begin(run, "evaluate")
+        run.samples.take(run.engine, step, lambda: _begin(run, "evaluate"))
+        _begin(run, "save", step)
 
 
 def _wait(run: Training, step: int, awaited: bool) -> None:
@@ -239,7 +259,7 @@ def stop_before_training(run: Training, step: int, position: Position, *, commit
 
 def _commit_before_the_end(run: Training, step: int, position: Position) -> None:
     """Commit the state at `step`, if it is not yet. Collective."""
-    run.pulse("save", step)
+    _begin(run, "save", step)
     if run.checkpoints.newest != step:
         run.checkpoints.save(run.engine, step, position.to_json(), eval_loss=None, may_skip=False)
     run.checkpoints.finish()
@@ -309,5 +329,5 @@ def evaluate(run: Training, stream: Stream) -> dict[str, float]:
 def _evaluated(run: Training, stream: Stream) -> Iterator[MicroBatch]:
     """This rank's rows of the evaluation data; each shows that the run is alive."""
     for batches in stream.epoch(0):
-        run.pulse("evaluate", 0)
+        _begin(run, "evaluate")
         yield from batches

@@ -21,6 +21,7 @@ import deepspeed
 from deepspeed.runtime.zero.partition_parameters import Init
 
 from trainer.checkpoint.learner import TrainablePartition
+from trainer.clock import Clock
 from trainer.config import Optim
 from trainer.model.packed import PackedModel
 from trainer.optimizer.optimizer import MASTER, FlatPart
@@ -131,6 +132,7 @@ class Engine:
     ) -> None:
         self.ranks = ranks
         self.model = packed.model
+        self.clock = Clock(ranks.device)
         trainable = sum(parameter.requires_grad for parameter in self.model.parameters())
         assert sum(len(group["params"]) for group in groups) == trainable, "something learns that is in no group"
         self._optimizer = DividedOptimizer(groups, optim, ranks)
@@ -143,7 +145,7 @@ class Engine:
         zero = self._engine.optimizer
         for flat, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
             self._optimizer.divide(flat, [_part(zero, parameter) for parameter in parameters])
-        self._gathers = Gathers(self.model, zero, deepspeed_config["zero_optimization"])
+        self._gathers = Gathers(self.model, zero, deepspeed_config["zero_optimization"], self.clock)
 
     def loss(self, row: DeviceRow) -> Tensor:
         """The sums that the loss function makes of the row, fp32, with their graph."""
@@ -161,12 +163,14 @@ class Engine:
 
         DeepSpeed averages over ranks; multiplying by the world size makes that the sum which token-normalised loss means.
         """
+        self.clock.enter("backward")
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
         self._gathers.finish()
 
     def step(self, lr: float) -> float:
         """Clip, update, and return the gradient's global norm before clipping."""
+        self.clock.enter("optimizer")
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
         self._engine.step()

@@ -23,6 +23,7 @@ from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, free_param
 from torch import Tensor, nn
 
+from trainer.clock import Clock
 from trainer.model.parts import is_layer
 
 _AHEAD = 2  # layers that a gather may be ahead of what the device computes
@@ -61,11 +62,12 @@ class Gathers:
     `zero` is DeepSpeed's optimizer of stage 3. These keys of its `policy` count: `overlap_comm`; `stage3_prefetch_bucket_size`, where
     0 means that no layer is gathered before it is needed; `stage3_max_live_parameters`, beyond which none is either; and
     `stage3_max_reuse_distance`: where a layer's backward pass is no more parameters away than that, it is kept until then. Where
-    the policy leaves them out, three layers may be whole, and the last one is kept.
+    the policy leaves them out, three layers may be whole, and the last one is kept. The `clock` is told of each wait for a gather.
     """
 
-    def __init__(self, model: nn.Module, zero: Any, policy: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, zero: Any, policy: dict[str, Any], clock: Clock) -> None:
         self._device: Any = get_accelerator()
+        self._clock = clock
         self._stream: Any = None
         if not self._device.is_synchronized_device():
             self._stream = self._device.Stream() if policy.get("overlap_comm", True) else self._device.default_stream()
@@ -230,12 +232,13 @@ class Gathers:
 
     def _wait(self, unit: _Unit) -> None:
         """Have the device's current stream wait until the unit's parameters are there."""
-        with self._device.stream(self._stream):
-            for parameter in unit.parameters:
-                if (handle := self._handles.pop(parameter, None)) is not None:
-                    handle.wait()
-        if self._stream is not None:
-            self._device.current_stream().wait_stream(self._stream)
+        with self._clock.within("gather"):
+            with self._device.stream(self._stream):
+                for parameter in unit.parameters:
+                    if (handle := self._handles.pop(parameter, None)) is not None:
+                        handle.wait()
+            if self._stream is not None:
+                self._device.current_stream().wait_stream(self._stream)
 
     def _free(self, unit: _Unit) -> None:
         """Free those of the unit's parameters that no other unit, which shares them, needs."""
