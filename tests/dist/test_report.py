@@ -38,7 +38,7 @@ def run(workshop: Workshop) -> Store:
         f"data.eval=[{{path: '{held_out}'}}]",
         "eval.every=5",
         "track.price_per_gpu_hour=2.5",
-        "train.profile=[3,4]",
+        "train.profile=[3,3]",
     )
     config = mixture.config("story", *settings)
     folder, datasets = mixture.store.sub("story"), mixture.prepare(config)
@@ -233,7 +233,7 @@ def _texts_of(folder: Store) -> set[str]:
 
 
 def test_the_phases_of_steps_add_up_to_the_time_that_passes(run: Store) -> None:
-    """Within 3 %, of a start's steps but the first; without any one phase that takes a while they would not."""
+    """Within 3 %, of a start's steps but the first; without one of the two passes they would not."""
     steps = [record for record in lines(run, layout.metrics(1)) if record["kind"] == "step"]
     passed = steps[-1]["time"] - steps[0]["time"]
     names = {name for record in steps for name in record if name.endswith("_seconds")}
@@ -241,7 +241,7 @@ def test_the_phases_of_steps_add_up_to_the_time_that_passes(run: Store) -> None:
     assert names >= {"save_seconds", "evaluate_seconds"}
     sums = {name: sum(record.get(name, 0) for record in steps[1:]) for name in names}
     assert sum(sums.values()) == pytest.approx(passed, rel=0.03)
-    for name in ("forward_seconds", "backward_seconds", "evaluate_seconds"):
+    for name in ("forward_seconds", "backward_seconds"):
         assert sum(sums.values()) - sums[name] != pytest.approx(passed, rel=0.03), name
 
 
@@ -250,9 +250,9 @@ def test_a_profile_has_what_was_computed_in_its_steps(run: Store) -> None:
     events = json.loads(gzip.decompress(run.get(layout.profile(3))))["traceEvents"]
     computed = Counter(event["name"] for event in events)
     assert computed["aten::mm"] > 0
-    # Two steps of four rows each, whose gradients are made in one backward pass a row.
-    assert computed["_FrozenCrossEntropy"] == 8
-    assert computed["_FrozenCrossEntropyBackward"] == 8
+    # One step of four rows, each with a forward and a backward pass.
+    assert computed["_FrozenCrossEntropy"] == 4
+    assert computed["_FrozenCrossEntropyBackward"] == 4
 
 
 def test_the_dots_of_the_loss_are_the_steps_that_count(run: Store) -> None:
@@ -288,7 +288,9 @@ def test_a_figure_that_is_not_the_records_would_be_seen(run: Store, workshop: Wo
     page = MarkedFigures(run_page(read_figures(copy, lambda: NOW)))
     wanted = expected(run)
     differ = {
-        of for of, (value, _) in page.figures.items() if float(value) != pytest.approx(wanted[of], rel=1e-9, abs=1e-9)
+        of
+        for of, (value, _) in page.figures.items()
+        if float(value) != pytest.approx(wanted.get(of, math.inf), rel=1e-9, abs=1e-9)
     }
     assert {"progress/loss_last", "progress/tokens_per_second", "time/2/seconds"} <= differ
 

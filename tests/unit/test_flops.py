@@ -2,7 +2,6 @@
 
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -60,8 +59,8 @@ def counted(config: Config, batch: MicroBatch) -> tuple[Work, Work, Counter[str]
     for operator, operations in counter.get_flop_counts()["Global"].items():
         found["attention" if "bmm" in str(operator) else "linear"] += operations
     share = recomputed_share(model)
-    works = (work_of(config, base.architecture, of, "cpu") for of in (share, 1 - share))
-    return *works, found
+    work, other = (work_of(config, base.architecture, of, "cpu") for of in (share, 1 - share))
+    return work, other, found
 
 
 @pytest.fixture(scope="module")
