@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from launcher.cli.arrive import import_
 from launcher.cli.before import config_schema, data_build, data_check, data_show, doctor, plan, smoke
 from launcher.cli.leave import export, push
 from launcher.cli.options import log
@@ -56,6 +57,7 @@ def _add_group(name: str, help: str, **verbs: Callable[..., None]) -> None:
     app.add_typer(group, name=name)
 
 
+app.command("import")(import_)
 for _verb in (
     doctor,
     plan,

@@ -291,6 +291,7 @@ def scale_down(config: Config, store: str, ray_address: str, layers: int | None)
         "cluster.gpus_per_worker": None,
         "model.attention": "auto",
         "optim.warmup_steps": min(config.optim.warmup_steps, 2),
+        "optim.warmup_ratio": None,
         "train.sample_every": 0,
         "eval.every": 0,
         "eval.sets": {},

@@ -37,6 +37,11 @@ def test_without_warm_up_the_first_update_is_close_to_the_peak() -> None:
     assert rates(100, schedule="cosine", warmup_steps=0)[0] == pytest.approx(1.0, abs=1e-3)
 
 
+def test_a_ratio_is_that_share_of_all_steps_rounded_up() -> None:
+    assert rates(12, warmup_steps=0, warmup_ratio=0.3) == rates(12, warmup_steps=4)
+    assert rates(12, warmup_steps=0, warmup_ratio=0.4) != rates(12, warmup_steps=4)
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_a_run_shorter_than_its_warm_up_still_has_a_rate(schedule: str) -> None:
     assert rates(2, schedule=schedule) == [0.25, 0.5]

@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from trainer.config.peers.names import known_elsewhere
 from trainer.config.section import Section
 from trainer.config.tree import fields, sections_in
 from trainer.errors import shown
@@ -36,13 +37,22 @@ def unknown_keys(tree: Any, model: type[BaseModel], prefix: str) -> Iterator[str
     for key, value in tree.items():
         field = model.model_fields.get(key)
         if field is None:
-            close = difflib.get_close_matches(str(key), model.model_fields, n=1, cutoff=0.5) or _elsewhere(str(key))
-            hint = f"Did you mean {close[0]!r}?" if close else f"Allowed here: {', '.join(model.model_fields)}."
+            hint = _hint(str(key), model)
             yield f"{prefix}{shown(key)[1:-1] if isinstance(key, str) else shown(key)}: unknown setting. {hint}"
             continue
         for child in sections_in(field.annotation):
             for place, item in _places(value, field.annotation):
                 yield from unknown_keys(item, child, f"{prefix}{key}{place}.")
+
+
+def _hint(key: str, model: type[BaseModel]) -> str:
+    """What to write instead: a name of the section that is all but equal, the same name elsewhere, another tool's name for it, or
+    one of the section that is near."""
+    near = difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.8) or _elsewhere(key)
+    if not near and (known := known_elsewhere(key)):
+        return known
+    near = near or difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.5)
+    return f"Did you mean {near[0]!r}?" if near else f"Allowed here: {', '.join(model.model_fields)}."
 
 
 def _places(value: Any, annotation: Any) -> list[tuple[str, Any]]:

@@ -65,6 +65,14 @@ class Optim(Section):
     warmup_steps: int = setting(
         0, about="Steps over which the learning rate rises from 0.", example=100, ge=0, unit="steps"
     )
+    warmup_ratio: float | None = setting(
+        None,
+        about="Instead of warmup_steps: the share of all steps over which the learning rate rises, rounded up.",
+        example=0.03,
+        gt=0,
+        le=1,
+        unit="share of steps",
+    )
     min_lr_ratio: float = setting(
         0.1, about="Last learning rate, as a share of lr (cosine and linear).", example=0.1, ge=0, le=1
     )
@@ -83,6 +91,12 @@ class Optim(Section):
         le=1000,
     )
     grad_clip: float = setting(1.0, about="Largest norm of the gradient; 0 turns clipping off.", example=1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> "Optim":
+        if self.warmup_steps and self.warmup_ratio is not None:
+            raise ValueError("optim.warmup_ratio and optim.warmup_steps: both given. Set one of them.")
+        return self
 
     @model_validator(mode="after")
     def _moments(self) -> "Optim":

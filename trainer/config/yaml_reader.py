@@ -30,8 +30,9 @@ _PLAIN = {
 }
 
 
-def read_yaml(text: str | bytes, name: str) -> Any:
-    """The value of `text`, which is UTF-8 where it is bytes; `name` is what messages call it.
+def read_yaml(text: str | bytes, name: str, repeated: bool = False) -> Any:
+    """The value of `text`, which is UTF-8 where it is bytes; `name` is what messages call it. Of a key that is `repeated` the last
+    value counts, where that is allowed, as in the files of other tools.
 
     Raises:
         ConfigError: it is no YAML, or holds what is refused above.
@@ -39,7 +40,9 @@ def read_yaml(text: str | bytes, name: str) -> Any:
     if len(text) > _MAX_BYTES:
         raise ConfigError(f"{name} is no configuration: it has {len(text)} bytes. Allowed are {_MAX_BYTES}.")
     try:
-        return yaml.load(text if isinstance(text, str) else text.decode("utf-8"), _Loader)
+        return yaml.load(
+            text if isinstance(text, str) else text.decode("utf-8"), _LastKeyLoader if repeated else _Loader
+        )
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name} is not text in UTF-8 (byte {error.start}). Save it as UTF-8.") from error
     except yaml.MarkedYAMLError as error:
@@ -51,6 +54,8 @@ def read_yaml(text: str | bytes, name: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
+    repeated = False
+
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = self._written = self._merged = 0
@@ -80,7 +85,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, ScalarNode):
                 raise _refusal("a key is a list or a mapping, not a name", key.start_mark)
             name = key.value if key.tag == _MERGE else self.construct_object(key)
-            if name in own:
+            if name in own and not self.repeated:
                 first = own[name][0].start_mark.line + 1
                 raise _refusal(f"{shown(name)} is given twice, first in line {first}", key.start_mark)
             own[name] = key, value
@@ -94,7 +99,7 @@ class _Loader(yaml.SafeLoader):
                     raise _refusal("merges make it too large", source.start_mark)
                 for key, value in source.value:
                     own.setdefault(self.construct_object(key), (key, value))
-            node.value = list(own.values())
+        node.value = list(own.values())
         return node
 
     def construct_object(self, node: Node, deep: bool = False) -> Any:
@@ -108,6 +113,10 @@ class _Loader(yaml.SafeLoader):
 
     def construct_unknown(self, node: Node) -> Any:
         raise _refusal(f"the tag {shown(node.tag)} is not known here", node.start_mark)
+
+
+class _LastKeyLoader(_Loader):
+    repeated = True
 
 
 _NUMBERS = {

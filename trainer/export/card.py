@@ -24,7 +24,7 @@ from trainer.store import Store
 # In a snippet, the folder or the repository that the card lies in.
 PLACE = "FOLDER"
 _HUB_DATA = "hf://"
-_OPTIM = {"lr", "schedule", "warmup_steps", "name"}
+_OPTIM = {"lr", "schedule", "warmup_steps", "warmup_ratio", "name"}
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,16 @@ if TYPE_CHECKING:
 Interval = tuple[int, int]
 
 # Settings of the section `optim` that every optimizer reads, or the schedule and the method beside it.
-_COMMON = ("lr", "schedule", "warmup_steps", "min_lr_ratio", "weight_decay", "lora_plus_ratio", "grad_clip")
+_COMMON = (
+    "lr",
+    "schedule",
+    "warmup_steps",
+    "warmup_ratio",
+    "min_lr_ratio",
+    "weight_decay",
+    "lora_plus_ratio",
+    "grad_clip",
+)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,298 @@
+"""axolotl's keys that make settings together: the method, the objective, the data sets with their types."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from launcher.importing import joined
+from launcher.importing.mapping import Keys
+from launcher.importing.sources import sections, source_paths, split_of
+from trainer.config.peers import conversions as to
+
+_TEMPLATE_TEXT = "The row becomes a conversation in the chat template, without a prompt text of its own."
+# The first part of a type, and our format with the names of its fields. None is left to data.format: auto.
+_FORMATS: dict[str, tuple[str | None, dict[str, str]]] = {
+    "chat_template": (None, {}),
+    "sharegpt": ("sharegpt", {}),
+    "sharegpt_simple": ("sharegpt", {}),
+    "alpaca": ("alpaca", {}),
+    "alpaca_chat": ("alpaca", {}),
+    "alpaca_w_system": ("alpaca", {}),
+    "alpaca_instruct": ("alpaca", {}),
+    "context_qa": ("alpaca", {"instruction": "question", "input": "context", "output": "answer"}),
+    "completion": ("text", {}),
+    "pretrain": ("text", {}),
+    "gpteacher": ("alpaca", {"output": "response"}),
+    "reflection": ("alpaca", {}),
+    "oasst": ("alpaca", {"instruction": "INSTRUCTION", "output": "RESPONSE"}),
+    "jeopardy": ("question_answer", {}),
+    "summarizetldr": ("prompt_completion", {"prompt": "article", "completion": "summary"}),
+    "alpaca_chat.load_qa": ("question_answer", {}),
+    "alpaca_chat.load_camel_ai": ("question_answer", {"question": "message_1", "answer": "message_2"}),
+    "alpaca_w_system.load_open_orca": (
+        "alpaca",
+        {"instruction": "question", "output": "response", "system": "system_prompt"},
+    ),
+    "alpaca_w_system.load_open_orca_chatml": (
+        "alpaca",
+        {"instruction": "question", "output": "response", "system": "system_prompt"},
+    ),
+}
+# The end of a type for preferences and labelled answers, and the names of its fields.
+_ANSWERS = {
+    "intel": {"prompt": "question"},
+    "argilla": {"prompt": "instruction", "chosen": "chosen_response", "rejected": "rejected_response"},
+    "icr": {"prompt": "input"},
+    "user_defined": {},
+}
+_USER = {"field_instruction": "instruction", "field_input": "input", "field_output": "output", "field_system": "system"}
+_USER_PAIR = {"field_prompt": "prompt", "field_chosen": "chosen", "field_rejected": "rejected"}
+_USER_LABEL = {"field_prompt": "prompt", "field_completion": "completion", "field_label": "label"}
+_PREFERENCES = {"dpo": "dpo", "ipo": "dpo", "orpo": "orpo", "simpo": "simpo", "kto": "kto"}
+
+
+def join(keys: Keys, folder: Path) -> None:
+    """All settings that several keys make."""
+    joined.workers(keys, "ray_num_workers")
+    _method(keys)
+    _objective(keys)
+    joined.batch(keys, "micro_batch_size")
+    joined.training_arguments(keys, folder)
+    services = {
+        "wandb": ("use_wandb", "wandb_project"),
+        "mlflow": ("use_mlflow", "mlflow_experiment_name"),
+        "trackio": ("use_trackio", "trackio_project_name"),
+    }
+    names = ("wandb_name", "wandb_run_name", "mlflow_run_name", "trackio_run_name", "run_name")
+    joined.tracking(keys, services, names, ("wandb_project", "mlflow_experiment_name", "trackio_project_name"))
+    if keys.settings["tuning.method"] == "full":
+        keys.lose(
+            "dp_replicate_size", "Where the base itself learns it is divided over all ranks: sharding.scope: world."
+        )
+    elif keys.whole("dp_replicate_size", 1) > 1:
+        keys.put("sharding.scope", "node", "dp_replicate_size")
+    _tokens(keys)
+    _data(keys)
+
+
+def _method(keys: Keys) -> None:
+    adapter = str(keys.get("adapter") or "full").lower()
+    in_4_bits = keys.asked("load_in_4bit") or adapter == "qlora"
+    if keys.asked("load_in_8bit") and not in_4_bits:
+        keys.lose("load_in_8bit", "The base is stored in 4 bits or in 16. Here in 4: quant.type: none is 16.")
+        in_4_bits = True
+    low_rank = adapter in ("lora", "qlora")
+    if not low_rank and adapter != "full":
+        keys.lose(
+            "adapter", f"{adapter} is not a method of ours: docs/methods.md lists them. tuning.method is left at lora."
+        )
+    method = "full" if adapter == "full" else "lora"
+    for switch, other in (("peft_use_rslora", "rslora"), ("peft_use_dora", "dora")):
+        if low_rank and keys.asked(switch):
+            method = other
+    if low_rank and keys.asked("peft_use_rslora") and keys.asked("peft_use_dora"):
+        keys.lose("peft_use_rslora", "dora is scaled by alpha / rank. tuning.method is dora or rslora.")
+    keys.put("tuning.method", method, "adapter", "peft_use_dora" if method == "dora" else "peft_use_rslora")
+    if method == "full":
+        keys.put("quant.type", "none", "adapter")
+        keys.origins["quant.type"].append("without an adapter the base itself learns")
+        _trained_part(keys)
+    elif in_4_bits:
+        keys.put("quant.type", "nf4", "load_in_4bit", "adapter")
+        keys.put("quant.double", True, "load_in_4bit", "adapter")
+    else:
+        keys.put("quant.type", "none", "adapter", "load_in_4bit")
+
+
+def _trained_part(keys: Keys) -> None:
+    """`unfrozen_parameters`: regular expressions, of which those made of names, `.*` and anchors are patterns here too."""
+    patterns = keys.names("unfrozen_parameters")
+    plain = [re.sub(r"\\\.", ".", given.lstrip("^").rstrip("$")).replace(".*", "*") for given in patterns]
+    if wrong := [given for given, simple in zip(patterns, plain, strict=True) if re.search(r"[\\\[\](|?+{]", simple)]:
+        keys.lose(
+            "unfrozen_parameters", f"{wrong[0]}: tuning.train takes patterns of whole names, where * is any text."
+        )
+    elif plain:
+        ends = [
+            name if given.endswith("$") or name.endswith("*") else f"{name}*"
+            for given, name in zip(patterns, plain, strict=True)
+        ]
+        keys.put("tuning.train", ends, "unfrozen_parameters")
+
+
+def _objective(keys: Keys) -> None:
+    asked = str(keys.given.get("rl") or "").lower()
+    if asked and asked not in _PREFERENCES:
+        keys.lose("rl", f"{asked} is not an objective of ours: sft, dpo, orpo, simpo, kto. Left at sft.")
+        return
+    if asked:
+        keys.put("objective.name", _PREFERENCES[asked], "rl")
+    losses = keys.names("dpo_loss_type")
+    if asked == "ipo":
+        keys.put("objective.loss_type", "ipo", "rl")
+    elif losses and (len(losses) > 1 or losses[0] not in ("sigmoid", "hinge", "ipo")):
+        keys.lose("dpo_loss_type", "objective.loss_type is one of sigmoid, hinge and ipo.")
+    elif losses and losses[0] != "sigmoid":
+        keys.put("objective.loss_type", losses[0], "dpo_loss_type")
+    if not asked and keys.asked("train_on_inputs"):
+        keys.put("data.loss_on", "all", "train_on_inputs")
+    if asked:
+        keys.put("data.packing", False, "sample_packing")
+
+
+def _tokens(keys: Keys) -> None:
+    listed = "special_tokens.additional_special_tokens"
+    added = [token for name in ("tokens", listed) for token in keys.names(name)]
+    if added:
+        keys.put("model.add_tokens", list(dict.fromkeys(added)), "tokens", listed)
+
+
+def _data(keys: Keys) -> None:
+    for name, setting in (
+        ("datasets", "data.train"),
+        ("pretraining_dataset", "data.train"),
+        ("test_datasets", "data.eval"),
+    ):
+        listed = keys.tree.get(name)
+        if isinstance(listed, str) and listed:
+            keys.put(setting, [{"path": path, "format": "text"} for path in source_paths(listed)], name)
+            continue
+        listed = sections(listed)
+        found = [source for index, given in enumerate(listed) for source in _sources(keys, f"{name}[{index}]", given)]
+        if found:
+            used = (f"{name}[{index}].{key}" for index, given in enumerate(listed) for key in _flat(given))
+            keys.put(setting, found, *used)
+            keys.origins[setting] = [name]
+    templates = [name for name in keys.given if name.rpartition(".")[2] == "chat_template_jinja" and keys.given[name]]
+    if templates and str(keys.given[templates[0]]).endswith((".jinja", ".jinja2", ".txt")):
+        keys.put("data.template", keys.given[templates[0]], *templates)
+    elif templates:
+        keys.lose(templates[0], "data.template is the path of a file. Write the template into one, and name it there.")
+
+
+def _flat(given: dict[str, Any]) -> list[str]:
+    inner = given.get("type")
+    return [*given, *(f"type.{name}" for name in inner)] if isinstance(inner, dict) else [*given]
+
+
+def _sources(keys: Keys, place: str, given: dict[str, Any]) -> list[dict[str, Any]]:
+    """The sources of one data set: one for each of its files."""
+    form, fields = _format(keys, place, given)
+    split, sliced = split_of(given.get("split"))
+    if sliced:
+        keys.lose(f"{place}.split", sliced)
+    named: dict[str, Any] = {"format": form, "fields": fields}
+    paths = source_paths(str(given.get("path", "")), given.get("data_files"), given.get("revision"))
+    hub = {"subset": given.get("name"), "split": split if split != "train" else None}
+    _turns(keys, place, given)
+    return [
+        {
+            "path": path,
+            **{key: value for key, value in {**named, **(hub if path.startswith("hf://") else {})}.items() if value},
+        }
+        for path in paths
+    ]
+
+
+def _format(keys: Keys, place: str, given: dict[str, Any]) -> tuple[str | None, dict[str, str]]:
+    """The format of a data set's rows, None for one that is found out, and the names of its fields."""
+    kind = given.get("type")
+    if keys.settings.get("objective.name") in ("dpo", "orpo", "simpo", "kto"):
+        return _answers(keys, place, given, kind)
+    if isinstance(kind, dict):
+        for name in ("format", "no_input_format", "system_prompt", "system_format"):
+            if kind.get(name):
+                keys.lose(f"{place}.type.{name}", _TEMPLATE_TEXT)
+        return "alpaca", {
+            ours: str(kind[theirs]) for theirs, ours in _USER.items() if kind.get(theirs) not in (None, ours)
+        }
+    name = str(kind or "chat_template")
+    first = name.split(":")[0]
+    found = _FORMATS.get(first) or _FORMATS.get(first.split(".")[0])
+    if found is None:
+        keys.lose(
+            f"{place}.type",
+            f"{name} is not a format of ours: data.format is left at auto. docs/data-format.md lists formats.",
+        )
+        return None, {}
+    form, fields = found
+    if first.startswith(("alpaca", "gpteacher", "oasst", "context_qa")):
+        keys.note(f"{place}.type", _TEMPLATE_TEXT)
+    if form == "text":
+        column = given.get("field") or given.get("text_column")
+        return form, {"text": str(column)} if column not in (None, "text") else {}
+    return _conversation(keys, place, given) if form in (None, "sharegpt") else (form, dict(fields))
+
+
+def _conversation(keys: Keys, place: str, given: dict[str, Any]) -> tuple[str | None, dict[str, str]]:
+    """Messages with role and content, or with from and value."""
+    mapped = given.get("message_property_mappings")
+    properties = mapped if isinstance(mapped, dict) else {}
+    role = given.get("message_field_role") or properties.get("role") or "role"
+    content = given.get("message_field_content") or properties.get("content") or "content"
+    renamed = {"messages": given.get("field_messages"), "tools": given.get("field_tools")}
+    if (role, content) not in (("role", "content"), ("from", "value")):
+        keys.lose(f"{place}.message_property_mappings", "A message has role and content, or from and value.")
+    if given.get("message_field_training") not in (None, "train", "training"):
+        keys.lose(f"{place}.message_field_training", "A message's key is train, or weight with 0 or 1.")
+    said_by_name = given.get("type") == "sharegpt" and not properties
+    form = "sharegpt" if (role, content) == ("from", "value") or said_by_name else None
+    defaults = {"messages": "conversations" if form else "messages", "tools": "tools"}
+    fields = {key: str(value) for key, value in renamed.items() if value and value != defaults[key]}
+    return form or ("chat" if fields else None), fields
+
+
+def _answers(keys: Keys, place: str, given: dict[str, Any], kind: Any) -> tuple[str | None, dict[str, str]]:
+    """Pairs, or answers with a label."""
+    labelled = keys.settings.get("objective.name") == "kto"
+    if isinstance(kind, dict):
+        table = _USER_LABEL if labelled else _USER_PAIR
+        for name in ("field_system", "prompt_format", "chosen_format", "rejected_format", "completion_format"):
+            if kind.get(name):
+                keys.lose(f"{place}.type.{name}", _TEMPLATE_TEXT)
+        fields = {ours: str(kind[theirs]) for theirs, ours in table.items() if kind.get(theirs) not in (None, ours)}
+        return "labelled" if labelled else "preference", fields
+    if str(kind) == "chat_template.default" and not labelled:
+        renamed = {"messages": "field_messages", "chosen": "field_chosen", "rejected": "field_rejected"}
+        return "preference_sharegpt", {"messages": "messages"} | {
+            ours: str(given[theirs]) for ours, theirs in renamed.items() if given.get(theirs)
+        }
+    fields = dict(_ANSWERS.get(str(kind).rpartition(".")[2], {}))
+    if labelled:
+        fields = {ours: theirs for ours, theirs in fields.items() if ours == "prompt"}
+    renamed = {"prompt": "field_messages", "chosen": "field_chosen", "rejected": "field_rejected"}
+    fields |= {ours: str(given[theirs]) for ours, theirs in renamed.items() if given.get(theirs) not in (None, ours)}
+    return ("labelled" if labelled else "preference") if fields else None, fields
+
+
+def _turns(keys: Keys, place: str, given: dict[str, Any]) -> None:
+    """Which turns of the conversations are trained; one answer for all data sets here."""
+    known = {"gpt": "assistant", "model": "assistant", "human": "user", "observation": "tool"}
+    allowed = ("system", "developer", "user", "assistant", "tool")
+    roles = [known.get(str(role), str(role)) for role in to.names(given.get("roles_to_train") or [])]
+    if roles and set(roles) - set(allowed):
+        keys.lose(f"{place}.roles_to_train", f"Roles are {', '.join(allowed)}.")
+    elif roles and roles != ["assistant"]:
+        keys.put("data.train_on.roles", roles, f"{place}.roles_to_train")
+    ends = given.get("train_on_eot") or given.get("train_on_eos")
+    for name in ("train_on_eos", "train_on_eot"):
+        if given.get(name) in ("all", "last"):
+            keys.lose(
+                f"{place}.{name}", "The ends of those turns are trained that are trained, or none: data.train_on.end."
+            )
+    if ends == "none":
+        keys.put("data.train_on.end", False, f"{place}.train_on_eos", f"{place}.train_on_eot")
+    mapped = given.get("roles") or {}
+    usual = {
+        "user": {"human", "user"},
+        "assistant": {"gpt", "assistant", "model"},
+        "system": {"system"},
+        "tool": {"tool", "observation"},
+    }
+    if isinstance(mapped, dict) and any(
+        set(to.names(names)) - usual.get(role, set()) for role, names in mapped.items()
+    ):
+        keys.lose(
+            f"{place}.roles",
+            "Roles are named system, user (human), assistant (gpt) and tool (observation) in the rows.",
+        )

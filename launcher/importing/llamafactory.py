@@ -1,0 +1,205 @@
+"""LLaMA-Factory's keys that make settings together: stage and fine-tuning type, quantization, and data sets of dataset_info.json."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from launcher.importing import joined
+from launcher.importing.mapping import Keys
+from launcher.importing.sources import source_paths
+from trainer.config.data import FIELDS
+from trainer.config.peers import conversions as to
+from trainer.data.formats import FORMATS
+from trainer.errors import NOT_JSON
+
+_STAGES = {"pt": "sft", "sft": "sft", "dpo": "dpo", "kto": "kto"}
+_LOSSES = {
+    "sigmoid": {},
+    "hinge": {"objective.loss_type": "hinge"},
+    "ipo": {"objective.loss_type": "ipo"},
+    "orpo": {"objective.name": "orpo"},
+    "simpo": {"objective.name": "simpo"},
+}
+# The columns of dataset_info.json by formatting, as our fields.
+_ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "system": "system", "history": "history"}
+_SHAREGPT = {"messages": "messages", "system": "system", "tools": "tools"}
+_TAGS = {"user_tag": ("human", "user"), "assistant_tag": ("gpt", "assistant"), "system_tag": ("system",)}
+
+
+def join(keys: Keys, folder: Path) -> None:
+    """All settings that several keys make."""
+    joined.workers(keys, "ray_num_workers")
+    _method(keys)
+    _objective(keys)
+    joined.batch(keys, "per_device_train_batch_size")
+    joined.training_arguments(keys, folder)
+    joined.tracking(keys, {}, ("run_name",), ("project",))
+    tokens = [name for key in ("add_tokens", "add_special_tokens") for name in keys.names(key)]
+    if tokens:
+        keys.put("model.add_tokens", list(dict.fromkeys(tokens)), "add_tokens", "add_special_tokens")
+    _data(keys, folder)
+
+
+def _method(keys: Keys) -> None:
+    kind = str(keys.get("finetuning_type"))
+    low_rank = kind not in ("full", "freeze")
+    if kind not in ("lora", "full", "freeze"):
+        keys.lose(
+            "finetuning_type",
+            f"{kind} is not a method of ours: docs/methods.md lists them. tuning.method is left at lora.",
+        )
+    switches = {"use_rslora": "rslora", "use_dora": "dora"}
+    asked = [switch for switch in switches if low_rank and keys.asked(switch)]
+    if len(asked) > 1:
+        keys.lose("use_rslora", "dora is scaled by alpha / rank. tuning.method is dora or rslora.")
+    keys.put(
+        "tuning.method",
+        switches[asked[-1]] if asked else "lora" if low_rank else "full",
+        "finetuning_type",
+        *asked[-1:],
+    )
+    if kind == "freeze":
+        why = "tuning.train names what learns, such as model.layers.31.*; as it is, everything does."
+        for name in ("finetuning_type", "freeze_trainable_layers", "freeze_trainable_modules"):
+            keys.lose(name, why)
+    bits = keys.given.get("quantization_bit")
+    if low_rank:
+        alpha = keys.given.get("lora_alpha")
+        keys.put("tuning.alpha", 2.0 * keys.whole("lora_rank", 8), "lora_rank")
+        if alpha:
+            keys.attempt("lora_alpha", lambda: {"tuning.alpha": to.number(alpha)})
+    if not low_rank or not bits:
+        keys.put("quant.type", "none", "quantization_bit", "finetuning_type")
+        return
+    if keys.whole("quantization_bit") != 4 or str(keys.given.get("quantization_method") or "bnb").lower() not in (
+        "bnb",
+        "bitsandbytes",
+    ):
+        keys.lose("quantization_bit", "The base is stored in 4 bits, as bitsandbytes does it, or in 16. Here in 4.")
+    keys.put("quant.type", str(keys.given.get("quantization_type") or "nf4"), "quantization_bit", "quantization_type")
+    keys.put("quant.double", True, "quantization_bit")
+    if keys.given.get("double_quantization") is not None:
+        keys.attempt("double_quantization", lambda: {"quant.double": to.flag(keys.given["double_quantization"])})
+
+
+def _objective(keys: Keys) -> None:
+    stage = str(keys.get("stage"))
+    if stage not in _STAGES:
+        keys.lose("stage", f"{stage} is not an objective of ours: sft, dpo, orpo, simpo, kto. Left at sft.")
+        return
+    keys.put("objective.name", _STAGES[stage], "stage")
+    loss = str(keys.given.get("pref_loss") or "sigmoid")
+    if stage == "dpo" and loss in _LOSSES:
+        for setting, value in _LOSSES[loss].items():
+            keys.put(setting, value, "pref_loss")
+    elif stage == "dpo":
+        keys.lose("pref_loss", f"{loss} is none of sigmoid, hinge, ipo, orpo and simpo. Left at sigmoid.")
+    if keys.settings["objective.name"] == "simpo":
+        keys.settings.setdefault("objective.beta", 0.1)
+        keys.settings.setdefault("objective.gamma", 0.5)
+    packed = [name for name in ("packing", "neat_packing") if keys.asked(name)]
+    if keys.settings["objective.name"] != "sft":
+        keys.put("data.packing", False, *(packed or ["packing"]))
+    else:
+        keys.put(
+            "data.packing",
+            bool(packed) or (stage == "pt" and keys.given.get("packing") is None),
+            *(packed or ["packing"]),
+        )
+    if stage == "sft" and keys.asked("train_on_prompt"):
+        keys.put("data.loss_on", "all", "train_on_prompt")
+    elif stage == "sft" and keys.asked("mask_history"):
+        keys.put("data.loss_on", "last_assistant", "mask_history")
+
+
+def _data(keys: Keys, folder: Path) -> None:
+    for name, setting in (("dataset", "data.train"), ("eval_dataset", "data.eval")):
+        asked = keys.names(name)
+        if not asked:
+            continue
+        info, place = _dataset_info(keys, folder)
+        sources = [source for one in asked for source in _sources(keys, name, one, info, place)]
+        keys.put(setting, sources, name, "dataset_dir")
+
+
+def _dataset_info(keys: Keys, folder: Path) -> tuple[dict[str, Any], Path]:
+    """The content of dataset_info.json, which lies in `dataset_dir`: beside the file, above it, or here."""
+    given = keys.given.get("dataset_dir") or "data"
+    if isinstance(given, dict):
+        return given, folder
+    for place in (Path(str(given)), *(above / str(given) for above in (folder, *folder.absolute().parents))):
+        try:
+            return json.loads((place / "dataset_info.json").read_text()), place
+        except (OSError, *NOT_JSON):
+            continue
+    remote = str(given).removeprefix("REMOTE:")
+    return {}, Path(remote if remote == str(given) else f"hf:/{remote}")
+
+
+def _sources(keys: Keys, key: str, name: str, info: dict[str, Any], place: Path) -> list[dict[str, Any]]:
+    given = info.get(name)
+    if not isinstance(given, dict):
+        if keys.given.get("dataset_dir") == "ONLINE":
+            return [{"path": path} for path in source_paths(name)]
+        keys.lose(
+            key,
+            f"dataset_info.json, which says what {name} is, is not in {place}. Write the path of its rows into the configuration.",
+        )
+        return [{"path": f"{place}/{name}.json"}]
+    where = (
+        given.get("hf_hub_url") or given.get("ms_hub_url") or given.get("om_hub_url") or given.get("cloud_file_name")
+    )
+    if given.get("script_url") or not (where or given.get("file_name")):
+        keys.lose(
+            key, f"{name} is made by a script, which is never run. Write the path of its rows into the configuration."
+        )
+    if any(given.get("columns", {}).get(media) for media in ("images", "videos", "audios")):
+        keys.lose(key, f"{name}: images, video and audio are not read, only its texts.")
+    if given.get("num_samples"):
+        keys.lose(key, f"{name}: num_samples takes so many rows; here the whole of it is read.")
+    form, fields = _format(keys, key, name, given)
+    local = str(place / str(given.get("file_name") or name))
+    paths = source_paths(str(where)) if where else [f"{local}/*" if Path(local).is_dir() else local]
+    hub = {"subset": given.get("subset"), "split": given.get("split") if given.get("split") != "train" else None}
+    return [
+        {
+            "path": path,
+            "format": form,
+            **{k: v for k, v in {"fields": fields, **(hub if path.startswith("hf://") else {})}.items() if v},
+        }
+        for path in paths
+    ]
+
+
+def _format(keys: Keys, key: str, name: str, given: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    """The format of the rows, and the names of its fields: LLaMA-Factory's columns and tags."""
+    columns, tags = given.get("columns") or {}, given.get("tags") or {}
+    conversation = given.get("formatting", "alpaca") != "alpaca"
+    plain = (tags.get("role_tag", "from"), tags.get("content_tag", "value")) == ("role", "content")
+    openai = given.get("formatting") == "openai" or plain
+    for tag, usual in _TAGS.items():
+        if tags.get(tag) and tags[tag] not in usual:
+            keys.lose(
+                key,
+                f"{name}: the role {tags[tag]} is unknown; roles are system, user (human), assistant (gpt) and tool.",
+            )
+    if keys.settings.get("objective.name") == "sft" and str(keys.get("stage")) == "pt":
+        return _with_fields("text", {"prompt": "text"}, {"prompt": columns.get("prompt", "instruction")})
+    table = _SHAREGPT if conversation else _ALPACA
+    asked = {"messages": "conversations", **columns} if conversation else columns
+    kind = "sharegpt" if conversation else "alpaca"
+    if given.get("ranking"):
+        return _with_fields(f"preference_{kind}", {**table, "chosen": "chosen", "rejected": "rejected"}, asked)
+    if columns.get("kto_tag"):
+        return _with_fields(
+            "labelled_messages" if conversation else "labelled_alpaca", {**table, "kto_tag": "label"}, asked
+        )
+    return _with_fields("chat" if openai and conversation else kind, table, asked)
+
+
+def _with_fields(form: str, table: dict[str, str], columns: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    """A format, and the names that its fields have in the rows, where they are not those that the format looks for."""
+    named = {ours: str(columns[theirs]) for theirs, ours in table.items() if columns.get(theirs)}
+    return form, {
+        ours: name for ours, name in named.items() if ours in FIELDS[form] and FORMATS[form].called(ours)[0] != name
+    }

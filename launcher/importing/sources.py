@@ -1,0 +1,54 @@
+"""Data sets of peers as sources of ours: paths, Hub ids, and rows whose format their tools name."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|mds|txt|gz|zst|xz)$", re.IGNORECASE)
+_READERS = ("json", "csv", "parquet", "text", "arrow", "pandas")
+
+
+def source_paths(path: str, files: Any = None, revision: str | None = None) -> list[str]:
+    """Where the rows are: a file, a folder, a bucket's URI, or `hf://owner/name` with its files.
+
+    `path` may be a reader of `datasets`, such as json, whose `files` are what is read.
+    """
+    if isinstance(files, dict):
+        files = files.get("train") or next(iter(files.values()), None)
+    listed = [files] if isinstance(files, str) else [str(name) for name in files] if isinstance(files, list) else []
+    if path in _READERS and listed:
+        return [_plain(name) for name in listed]
+    if is_hub_id(path):
+        base = f"hf://{path}{f'@{revision}' if revision else ''}"
+        return [f"{base}/{name}" for name in listed] or [base]
+    if listed:
+        return [name if name.startswith(("/", "s3://", "hf://")) else f"{path.rstrip('/')}/{name}" for name in listed]
+    return [_plain(path)]
+
+
+def _plain(path: str) -> str:
+    """A path as ours are written; a folder is read by its files."""
+    return path.removeprefix("file://")
+
+
+def sections(given: Any) -> list[dict[str, Any]]:
+    """The sections of a list, or the one that stands in a list's place; a name is one with nothing but a path."""
+    listed = given if isinstance(given, list) else [given]
+    named = [{"path": item} if isinstance(item, str) and item else item for item in listed]
+    return [item for item in named if isinstance(item, dict)]
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether `path` names a data set of the Hub, and nothing that is here."""
+    return bool(_HUB_ID.fullmatch(path)) and not _FILE.search(path) and not Path(path).expanduser().exists()
+
+
+def split_of(given: Any) -> tuple[str | None, str | None]:
+    """The name of a split, and a sentence where it is a slice or a sum of several, which is not read as such."""
+    if not given:
+        return None, None
+    name = re.split(r"[\[+]", str(given))[0].strip()
+    if name != str(given):
+        return name, f"{given}: a split is read whole. data.train[].weight visits less of it in each epoch."
+    return name, None

@@ -1,0 +1,482 @@
+"""Other tools' configurations become ours: every key that they document is carried over or named with a reason, and what comes out is planned."""
+
+import ast
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from launcher.cli.__main__ import app
+from launcher.importing.importing import JOINS, Imported, import_files
+from tests.material import make_base, make_labelled, make_pairs
+from trainer.config import fields, load_config, parse_config
+from trainer.config.peers.table import Joined, Needless, To, Unsupported
+from trainer.errors import ConfigError
+
+PEERS = Path(__file__).parents[1] / "peers"
+FILES = sorted(path for path in PEERS.glob("*/*") if path.name != "accelerate.yaml")
+SETTINGS = {name for name, _ in fields()}
+# Modules whose classes say which keys TRL's scripts and accelerate take, as they are installed.
+CLASSES = {
+    "trl": [
+        ("transformers", "training_args.py"),
+        *[("trl", f"trainer/{name}_config.py") for name in ("base", "sft", "dpo", "kto", "model")],
+        ("trl", "experimental/orpo/orpo_config.py"),
+        ("trl", "experimental/cpo/cpo_config.py"),
+        ("trl", "scripts/utils.py"),
+    ],
+    "accelerate": [("accelerate", "commands/config/config_args.py")],
+}
+OF_A_SOURCE = ("DatasetConfig",)
+# What some of the files must become, written by hand.
+EXPECTED: dict[str, dict[str, Any]] = {
+    "axolotl/qlora.yml": {
+        "run.name": "qlora",
+        "run.store": "outputs",
+        "run.seed": 7,
+        "quant.type": "nf4",
+        "quant.double": True,
+        "tuning.method": "lora",
+        "tuning.rank": 32,
+        "tuning.targets": "all-linear",
+        "data.train": [{"path": "data/talk.jsonl"}],
+        "data.held_out": 0.1,
+        "data.sequence_length": 128,
+        "data.packing": True,
+        "optim.name": "adamw_8bit",
+        "optim.lr": 2e-4,
+        "optim.min_lr_ratio": 0.2,
+        "optim.warmup_ratio": 0.1,
+        "optim.grad_clip": 0.3,
+        "train.epochs": 3,
+        "train.micro_batch": 2,
+        "train.global_batch": 2 * 4,
+        "eval.every": 20,
+        "checkpoint.every_steps": 40,
+        "checkpoint.keep_last": 2,
+        "checkpoint.keep_best": 1,
+        "sharding.deepspeed": "zero3_offload_cpu",
+        "track.trackers": ["wandb"],
+        "track.project": "support",
+    },
+    "axolotl/dpo.yml": {
+        "objective.name": "dpo",
+        "objective.loss_type": "ipo",
+        "objective.beta": 0.2,
+        "tuning.method": "rslora",
+        "tuning.targets": ["q_proj", "v_proj"],
+        "optim.schedule": "constant",
+        "optim.betas": [0.8, 0.95],
+        "train.steps": 50,
+        "train.global_batch": 8,
+        "train.epochs": None,
+    },
+    "axolotl/kto.yml": {
+        "objective.name": "kto",
+        "objective.undesirable_weight": 0.8,
+        "data.train": [{"path": "data/labelled.jsonl"}],
+        "optim.name": "adafactor",
+        "optim.betas": None,
+    },
+    "axolotl/full.yaml": {
+        "tuning.method": "full",
+        "tuning.train": ["lm_head.weight", "model.layers.1*"],
+        "quant.type": "none",
+        "data.train": [{"path": "data/texts.jsonl", "format": "text", "fields": {"text": "body"}}],
+        "sharding.scope": None,
+        "optim.schedule": None,
+    },
+    "axolotl/alpaca.yml": {
+        "tuning.method": "dora",
+        "model.add_tokens": ["<tool>", "</tool>"],
+        "data.train": [
+            {"path": "data/alpaca.jsonl", "format": "alpaca", "fields": {"instruction": "question", "output": "reply"}},
+            {"path": "hf://somebody/alpaca@abc123", "format": "alpaca", "subset": "en"},
+        ],
+        "data.loss_on": "all",
+        "optim.lora_plus_ratio": 16,
+        "track.trackers": ["mlflow"],
+    },
+    "llamafactory/sft.yaml": {
+        "run.store": "saves/llama/lora",
+        "quant.type": "nf4",
+        "quant.double": False,
+        "tuning.method": "rslora",
+        "tuning.alpha": 32,
+        "data.train": [
+            {"path": "data/talk.jsonl", "format": "chat"},
+            {
+                "path": "hf://somebody/rows",
+                "format": "sharegpt",
+                "fields": {"messages": "turns", "system": "preamble"},
+                "subset": "en",
+                "split": "extra",
+            },
+        ],
+        "data.loss_on": "last_assistant",
+        "data.packing": True,
+        "train.global_batch": 2 * 8 * 4,
+        "cluster.workers": 4,
+        "sharding.deepspeed": "zero3_offload_cpu",
+    },
+    "llamafactory/dpo.yaml": {
+        "objective.name": "simpo",
+        "objective.beta": 0.2,
+        "objective.gamma": 0.7,
+        "tuning.targets": "all-linear",
+        "tuning.alpha": 24,
+        "quant.type": "none",
+        "data.train": [
+            {"path": "data/pairs.jsonl", "format": "preference_alpaca", "fields": {"instruction": "prompt"}}
+        ],
+    },
+    "llamafactory/kto.json": {"objective.name": "kto", "objective.desirable_weight": 1.2, "quant.type": "nf4"},
+    "llamafactory/full.yaml": {"tuning.method": "full", "train.activation_checkpointing": False, "data.loss_on": "all"},
+    "llamafactory/pretrain.yaml": {
+        "data.train": [{"path": "data/texts.jsonl", "format": "text", "fields": {"text": "body"}}],
+        "data.packing": True,
+        "tuning.modules_to_save": ["embed_tokens", "lm_head"],
+    },
+    "trl/sft.yaml": {
+        "quant.double": True,
+        "tuning.rank": 32,
+        "tuning.dropout": 0.05,
+        "data.loss_on": None,
+        "optim.warmup_ratio": 0.05,
+        "optim.min_lr_ratio": 0.1,
+        "checkpoint.every_steps": 0,
+        "track.trackers": ["trackio"],
+    },
+    "trl/dpo.sh": {
+        "objective.name": "dpo",
+        "objective.loss_type": "hinge",
+        "train.steps": 100,
+        "train.global_batch": 2 * 8 * 4,
+        "tuning.targets": ["q_proj", "v_proj"],
+        "run.name": "dpo-out",
+    },
+    "trl/kto.yaml": {"objective.name": "kto", "objective.reference": "stored", "tuning.method": "full"},
+    "trl/mixture.yaml": {
+        "data.train": [
+            {"path": "data/talk.jsonl", "fraction": 0.25},
+            {"path": "hf://somebody/other", "subset": "default"},
+        ],
+        "data.held_out": 0.05,
+        "eval.every": 25,
+        "tuning.method": "dora",
+    },
+    "trl/orpo.yaml": {"objective.name": "orpo", "sharding.deepspeed": "zero3_offload_cpu"},
+    "torchtune/qlora.yaml": {
+        "quant.type": "nf4",
+        "tuning.targets": ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "data.train": [
+            {
+                "path": "data/alpaca.jsonl",
+                "format": "prompt_completion",
+                "fields": {"prompt": "question", "completion": "reply"},
+            }
+        ],
+        "train.steps": 30,
+        "train.global_batch": 16,
+        "optim.name": "adamw_8bit",
+        "optim.grad_clip": 1.5,
+        "track.trackers": ["wandb"],
+    },
+    "torchtune/full.yaml": {
+        "tuning.method": "full",
+        "model.dtype": "fp32",
+        "optim.schedule": "constant",
+        "optim.weight_decay": 0.01,
+        "optim.grad_clip": 0,
+        "cluster.gpus_per_worker": 0,
+    },
+    "torchtune/dpo.yaml": {
+        "objective.name": "dpo",
+        "objective.beta": 0.05,
+        "objective.label_smoothing": 0.1,
+        "optim.betas": [0.9, 0.95],
+    },
+    "torchtune/chat.yaml": {
+        "tuning.method": "dora",
+        "quant.type": "nf4",
+        "tuning.targets": ["qkv_proj", "gate_up_proj", "down_proj"],
+        "data.train": [
+            {"path": "data/talk.jsonl", "format": "chat"},
+            {"path": "hf://Open-Orca/SlimOrca-Dedup", "format": "sharegpt"},
+        ],
+    },
+    "torchtune/eval.yaml": {
+        "eval.every": 25,
+        "data.eval": [{"path": "data/plain.jsonl", "format": "alpaca"}],
+        "data.loss_on": "all",
+    },
+}
+
+
+def documented(peer: str) -> Iterator[str]:
+    """The keys that a peer documents: of the lists in tests/peers, or of the classes of the installed package."""
+    if (listed := PEERS / f"{peer}.txt").exists():
+        yield from listed.read_text().split()
+    for package, name in CLASSES.get(peer, ()):
+        spec = importlib.util.find_spec(package)
+        assert spec
+        assert spec.submodule_search_locations
+        tree = ast.parse((Path(spec.submodule_search_locations[0]) / name).read_text())
+        for kind in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+            place = "datasets[]." if kind.name in OF_A_SOURCE else ""
+            for line in kind.body:
+                if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+                    yield f"{place}{line.target.id}"
+
+
+@pytest.mark.parametrize("peer", JOINS)
+def test_every_documented_key_is_carried_over_or_named_with_a_reason(peer: str, tmp_path: Path) -> None:
+    keys = sorted(set(documented(peer)))
+    assert len(keys) > 30
+    tree: dict[str, Any] = {}
+    for key in keys:
+        node, *inner = tree, *key.split(".")
+        *around, leaf = inner
+        for part in around:
+            below = [{}] if part.endswith("[]") else {}
+            node = node.setdefault(part.removesuffix("[]"), below)
+            node = node[0] if isinstance(node, list) else node
+            if not isinstance(node, dict):
+                break
+        else:
+            node.setdefault(leaf.removesuffix("[]"), "something")
+    imported = imported_text(yaml.safe_dump(tree), tmp_path, peer)
+    assert len(imported.keys) > 0.9 * len(keys)
+    silent = [outcome.key for outcome in imported.keys if not (outcome.settings or outcome.why)]
+    assert not silent
+    assert [outcome.key for outcome in imported.keys if outcome.status == "unknown"] == []
+    assert not [key for key in keys if not JOINS[peer][0].row(key) and not JOINS[peer][0].opens(key)]
+
+
+def imported_text(text: str, folder: Path, peer: str | None = None) -> Imported:
+    (folder / "theirs.yaml").write_text(text)
+    return import_files([folder / "theirs.yaml"], peer)
+
+
+def test_a_key_that_nobody_documents_is_said_to_be_unknown(tmp_path: Path) -> None:
+    found = imported_text("base_model: x\nadapter: lora\nmicro_batch_size: 1\nlora_rr: 8\n", tmp_path)
+    assert {outcome.key: outcome.status for outcome in found.keys}["lora_rr"] == "unknown"
+    assert "lora_rr: 8" in found.text
+
+
+@pytest.mark.parametrize("peer", JOINS)
+def test_rows_name_settings_that_exist_and_reasons_that_are_sentences(peer: str) -> None:
+    for key, row in JOINS[peer][0].rows.items():
+        if isinstance(row, To | Joined):
+            assert row.setting in SETTINGS, key
+        elif isinstance(row, Needless | Unsupported):
+            assert re.fullmatch(r"[A-Z`a-z].{20,}\.", row.why), key
+    assert set(JOINS[peer][0].defaults) <= set(JOINS[peer][0].rows)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files of tests/peers, the data that they name, and small bases in the place of theirs."""
+    folder = tmp_path_factory.mktemp("site")
+    bases = {kind: make_base(folder / kind, kind, max_position_embeddings=4096) for kind in ("llama", "phi3")}
+    (folder / "data").mkdir()
+    talk = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+    rows = {
+        "talk": talk,
+        "texts": {"body": "once upon a time"},
+        "alpaca": {"question": "why?", "reply": "because"},
+        "plain": {"instruction": "say", "input": "", "output": "said"},
+    }
+    for name, row in rows.items():
+        (folder / "data" / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
+    make_pairs(folder / "data" / "pairs.jsonl")
+    make_labelled(folder / "data" / "labelled.jsonl")
+    (folder / "data" / "dataset_info.json").write_text(json.dumps(DATASET_INFO))
+    for path in FILES:
+        kind = "phi3" if "phi3" in path.read_text() else "llama"
+        (folder / path.parent.name).mkdir(exist_ok=True)
+        (folder / path.parent.name / path.name).write_text(path.read_text().replace("BASE", str(bases[kind])))
+    return folder
+
+
+DATASET_INFO = {
+    "talk": {
+        "file_name": "talk.jsonl",
+        "formatting": "sharegpt",
+        "columns": {"messages": "messages"},
+        "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
+    },
+    "somewhere": {
+        "hf_hub_url": "somebody/rows",
+        "formatting": "sharegpt",
+        "columns": {"messages": "turns", "system": "preamble"},
+        "subset": "en",
+        "split": "extra",
+        "num_samples": 100,
+    },
+    "pairs": {
+        "file_name": "pairs.jsonl",
+        "ranking": True,
+        "columns": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
+    },
+    "labelled": {
+        "file_name": "labelled.jsonl",
+        "columns": {"prompt": "prompt", "response": "completion", "kto_tag": "label"},
+    },
+    "alpaca": {"file_name": "alpaca.jsonl", "columns": {"prompt": "question", "response": "reply"}},
+    "texts": {"file_name": "texts.jsonl", "columns": {"prompt": "body"}},
+}
+
+
+def test_there_are_five_files_of_each_peer() -> None:
+    counts = {
+        folder: sum(path.parent.name == folder for path in FILES) for folder in {path.parent.name for path in FILES}
+    }
+    assert counts == {"axolotl": 5, "llamafactory": 5, "torchtune": 5, "trl": 5}
+    assert {f"{path.parent.name}/{path.name}" for path in FILES} == set(EXPECTED)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_file_becomes_what_it_says_and_is_planned(name: str, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(site)
+    ours = name.replace("/", "-") + ".yaml"
+    done = CliRunner().invoke(app, ["import", name, "-o", ours, "--force", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["from"] == [JOINS[name.split("/")[0]][0].title]  # found out by the keys
+    settings = found["settings"]
+    assert {key: settings.get(key) for key in EXPECTED[name]} == EXPECTED[name]
+    assert not [outcome for outcome in found["keys"] if outcome["status"] == "unknown"]
+    load_config(ours)
+    planned = CliRunner().invoke(app, ["plan", ours, "--json"])
+    assert planned.exit_code == 0, (planned.output, planned.exception)
+    assert json.loads(planned.stdout)["memory_per_gpu"]["total"] > 0
+
+
+def test_what_is_lost_is_said_with_what_holds_instead(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(site)
+    lost = {
+        outcome.key: outcome.why
+        for outcome in import_files(["axolotl/full.yaml"]).keys
+        if outcome.status == "not supported"
+    }
+    assert set(lost) == {"lr_scheduler", "context_parallel_size", "neftune_noise_alpha", "dp_replicate_size"}
+    assert "Left at cosine" in lost["lr_scheduler"]
+    torchtune = {outcome.key: outcome for outcome in import_files(["torchtune/chat.yaml"]).keys}
+    assert torchtune["optimizer._component_"].status == "not supported"
+    assert torchtune["tensor_parallel_dim"].status == "not supported"
+    text = import_files(["trl/sft.yaml"]).text
+    assert "hf_abcdefghijklmnop" not in text
+
+
+def test_trl_and_accelerate_together_make_one_configuration(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(site)
+    both = import_files(["trl/sft.yaml", PEERS / "trl/accelerate.yaml"])
+    assert both.peers == ("TRL", "accelerate")
+    assert both.settings["cluster.workers"] == 16
+    assert both.settings["train.global_batch"] == 2 * 4 * 16
+    assert both.settings["cluster.slurm.nodes"] == 2
+    assert both.settings["optim.grad_clip"] == 0.5
+    assert both.settings["sharding.deepspeed"] == "zero3_offload_optimizer"
+    alone = import_files([PEERS / "trl/accelerate.yaml"])
+    assert any(line.startswith("model.base: not in the file") for line in alone.to_do)
+    parse_config(alone.text)
+
+
+def test_the_batch_counts_the_gpus_that_are_told(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(site)
+    assert import_files(["axolotl/qlora.yml"], gpus=8).settings["train.global_batch"] == 64
+    assert any("--gpus" in line for line in import_files(["axolotl/qlora.yml"]).to_do)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("learning_rate: 1\n", "alike"),
+        ("nothing_of_it: 1\n", "none of its keys"),
+        ("- a\n- b\n", "no keys"),
+        ("a: [\n", "is not YAML"),
+    ],
+)
+def test_what_is_no_configuration_of_theirs_is_refused_in_one_sentence(text: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        imported_text(text, tmp_path)
+    with pytest.raises(ConfigError, match="is not known"):
+        imported_text(text, tmp_path, "unsloth")
+
+
+def test_references_are_followed_and_circles_end(tmp_path: Path) -> None:
+    text = "base_model: ${a.b}\na: {b: '${c}'}\nc: model-${d}\nd: 7\nadapter: lora\noutput_dir: ${output_dir}/x\n"
+    assert imported_text(text, tmp_path, "axolotl").settings["model.base"] == "model-7"
+
+
+def test_a_file_that_exists_is_kept_without_force(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(site)
+    Path("mine.yaml").write_text("mine")
+    command = ["import", "trl/kto.yaml", "-o", "mine.yaml"]
+    refused = CliRunner().invoke(app, command)
+    assert isinstance(refused.exception, ConfigError)
+    assert "--force" in str(refused.exception)
+    CliRunner().invoke(app, [*command, "--force", "--dry-run"])
+    assert Path("mine.yaml").read_text() == "mine"
+    assert CliRunner().invoke(app, [*command, "--force"]).exit_code == 0
+    assert load_config("mine.yaml").objective.name == "kto"
+
+
+def test_stdout_is_the_configuration_and_the_table_is_on_stderr(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(site)
+    done = CliRunner().invoke(app, ["import", "axolotl/qlora.yml"])
+    assert parse_config(done.stdout).tuning.rank == 32
+    assert "hub_model_id" in done.stderr
+    assert "lora_r: 32" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("train.learning_rate=1e-4", "train.learning_rate: unknown setting. It is optim.lr here."),
+        ("tuning.lora_r=8", "It is tuning.rank here."),
+        ("data.cutoff_len=8", "It is data.sequence_length here."),
+        ("train.gradient_accumulation_steps=8", "It is part of train.global_batch here."),
+        ("train.per_device_train_batch_size=8", "It is train.micro_batch here."),
+        ("train.num_train_epochs=8", "It is train.epochs here."),
+        ("train.neftune_noise_alpha=5", "has no counterpart here: Noise on embeddings"),
+        ("train.stpes=5", "Did you mean 'steps'?"),
+        ("train.lr=1e-4", "Did you mean 'optim.lr'?"),
+        ("train.xyz=1", "Allowed here: steps"),
+    ],
+)
+def test_a_setting_that_another_tool_has_is_answered_with_its_name_here(override: str, sentence: str) -> None:
+    whole = "run: {name: a}\nmodel: {base: x}\ndata: {train: [{path: x}]}\ntrain: {steps: 1}\n"
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        parse_config(whole, [override])
+
+
+def test_the_page_says_what_the_tables_say() -> None:
+    """Each row of docs/migration.md with as many of their keys as of our settings pairs them; otherwise all keys make the one."""
+    titles = {
+        "axolotl": "axolotl",
+        "LLaMA-Factory": "llamafactory",
+        "TRL": "trl",
+        "accelerate": "accelerate",
+        "torchtune": "torchtune",
+    }
+    peer, pairs = "", 0
+    for line in (Path(__file__).parents[2] / "docs" / "migration.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == 3 and cells[0] in titles:
+            peer = titles[cells[0]]
+        elif len(cells) == 3 and "`" in cells[0]:
+            keys, ours = (re.findall(r"`([^`]+)`", cell) for cell in cells[:2])
+            for key, setting in zip(keys, ours * (len(keys) if len(ours) == 1 else 1), strict=True):
+                row = JOINS[peer][0].row(key)
+                assert isinstance(row, To | Joined), key
+                assert row.setting == setting, (key, row.setting)
+                pairs += 1
+    assert pairs > 60

@@ -1,0 +1,199 @@
+"""Values of peers as values of ours. Each function raises `Inconvertible` for a value that has no counterpart."""
+
+from collections.abc import Callable, Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+from trainer.config.peers.table import Inconvertible
+
+_OPTIMIZERS = {
+    "adamw": "adamw adamw_torch adamw_torch_fused adamw_torch_xla adamw_torch_npu_fused adamw_hf adamw_apex_fused adamw_anyprecision "
+    "adamw_torch_4bit_fused paged_adamw paged_adamw_32bit optimi_adamw flash_adamw pagedadamw",
+    "adamw_8bit": "adamw_8bit adamw_bnb_8bit paged_adamw_8bit ao_adamw_8bit adamw_torch_8bit pagedadamw8bit adamw8bit",
+    "adafactor": "adafactor",
+}
+_SCHEDULES: dict[str, dict[str, Any]] = {
+    "cosine": {"optim.schedule": "cosine", "optim.min_lr_ratio": 0.0},
+    "cosine_with_min_lr": {"optim.schedule": "cosine"},
+    "linear": {"optim.schedule": "linear", "optim.min_lr_ratio": 0.0},
+    "polynomial": {"optim.schedule": "linear", "optim.min_lr_ratio": 0.0},
+    "constant": {"optim.schedule": "constant"},
+    "constant_with_warmup": {"optim.schedule": "constant"},
+}
+_LARGEST = 2**32
+_ATTENTION = {
+    **dict.fromkeys(("flash_attention_2", "fa2", "flash_attn_2", "flash_attention", "flash"), "flash_attention_2"),
+    **dict.fromkeys(("sdpa", "eager", "auto"), None),
+    "disabled": "eager",
+}
+
+
+def text(value: Any) -> str:
+    """A text, such as a path."""
+    if not isinstance(value, str) or not value.strip():
+        raise Inconvertible(f"{value!r} is no text.")
+    return value
+
+
+def number(value: Any) -> float:
+    """A number, also where YAML 1.1 takes it for text, as `2e-4`."""
+    try:
+        given = float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise Inconvertible(f"{value!r} is no number.") from error
+    if not abs(given) <= _LARGEST:
+        raise Inconvertible(f"{value!r} is no number that a setting could have.")
+    return given
+
+
+def whole(value: Any) -> int:
+    """A whole number."""
+    if (given := number(value)) != int(given):
+        raise Inconvertible(f"{value!r} is no whole number.")
+    return int(given)
+
+
+def pair(value: Any) -> list[float]:
+    """Two numbers."""
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise Inconvertible(f"{value!r} are no two numbers.")
+    return [number(item) for item in value]
+
+
+def passes(value: Any) -> int | float:
+    """Epochs: whole where they are."""
+    given = number(value)
+    return int(given) if given == int(given) else given
+
+
+def flag(value: Any) -> bool:
+    """True or false, also as the text that command lines give."""
+    if isinstance(value, str):
+        if value.lower() not in ("true", "false", "1", "0", "yes", "no", "auto"):
+            raise Inconvertible(f"{value!r} is neither true nor false.")
+        return value.lower() in ("true", "1", "yes", "auto")
+    return bool(value)
+
+
+def switched(value: Any) -> bool:
+    """True or false, where any further word says how it is done."""
+    return value if isinstance(value, bool) else str(value).lower() not in ("false", "0", "no", "")
+
+
+def names(value: Any) -> list[str]:
+    """A list of names, also from a text with commas or blanks between them."""
+    if isinstance(value, str):
+        return value.replace(",", " ").split()
+    return [str(name) for name in value] if isinstance(value, list | tuple | dict) else [str(value)]
+
+
+def when(on: Mapping[str, Any], off: Mapping[str, Any] | None = None) -> Callable[[Any], dict[str, Any]]:
+    """Settings that follow where a key is true, and others where it is false."""
+    return lambda value: dict(on if flag(value) else off or {})
+
+
+def one_of(allowed: Mapping[str, Any], otherwise: str) -> Callable[[Any], Any]:
+    """A choice among names; `otherwise` says what holds for the rest."""
+
+    def convert(value: Any) -> Any:
+        if str(value).lower() not in allowed:
+            raise Inconvertible(f"{value!r} does not exist here: {otherwise}")
+        return allowed[str(value).lower()]
+
+    return convert
+
+
+def steps(value: Any) -> int:
+    """A number of steps, where peers take a share of all steps too."""
+    if isinstance(value, str) and not value.replace(".", "").replace("e", "").replace("-", "").isdigit():
+        raise Inconvertible(f"{value!r} is no number of steps.")
+    if 0 < (given := number(value)) < 1:
+        raise Inconvertible(f"{value} is a share of all steps. Count them with `capstan plan`, and set their number.")
+    return max(0, int(given))
+
+
+def warmup(value: Any) -> dict[str, Any]:
+    """Steps, or a share of all steps below 1."""
+    given = number(value)
+    return {"optim.warmup_ratio": given} if 0 < given < 1 else {"optim.warmup_steps": whole(value)}
+
+
+def warmup_ratio(value: Any) -> dict[str, Any]:
+    """A share of all steps; 0 is no warm-up."""
+    return {"optim.warmup_ratio": number(value)} if number(value) else {}
+
+
+def schedule(value: Any) -> dict[str, Any]:
+    """The course of the learning rate; those of the peers end at 0."""
+    otherwise = "optim.schedule is cosine, linear or constant. Left at cosine."
+    return dict(one_of(_SCHEDULES, otherwise)(getattr(value, "value", value)))
+
+
+def optimizer(value: Any) -> str:
+    """The optimizer with the same update, whatever its implementation."""
+    by_name = {name: ours for ours, theirs in _OPTIMIZERS.items() for name in theirs.split()}
+    return one_of(by_name, "optim.name is adamw, adamw_8bit or adafactor. Left at adamw.")(value)
+
+
+def attention(value: Any) -> dict[str, Any]:
+    """The attention kernel. Kernels of others are left to model.attention: auto, which takes the fastest that can run."""
+    name = str(value).lower()
+    kernel = _ATTENTION.get(name, "auto") or name
+    return {} if kernel == "auto" else {"model.attention": kernel}
+
+
+def dtype(value: Any) -> str:
+    """The type of activations."""
+    name = str(value).removeprefix("torch.").lower()
+    known = {"bf16": "bf16", "bfloat16": "bf16", "auto": "bf16", "float32": "fp32", "fp32": "fp32"}
+    return one_of(known, "model.dtype is bf16 or fp32. Left at bf16.")(name)
+
+
+def targets(value: Any) -> str | list[str]:
+    """The layers that get adapters: names, or all linear ones."""
+    if str(value) in ("all", "all-linear", "all_linear"):
+        return "all-linear"
+    if isinstance(value, str) and any(sign in value for sign in "\\[](|^$*?"):
+        raise Inconvertible("a regular expression. tuning.targets takes names, and patterns where * is any text.")
+    return names(value)
+
+
+def offload(value: Any) -> dict[str, Any]:
+    """A DeepSpeed configuration: what of it is kept in the host's memory. `value` is its content, or its path, by whose name it is
+    known where nobody has the file."""
+    if isinstance(value, str):
+        name = PurePosixPath(value).name.lower()
+        base = "offload" in name and "opt" not in name.replace("without_opt", "")
+        return {"sharding.deepspeed": "zero3_offload_cpu"} if base else {}
+    zero = value.get("zero_optimization", {}) if isinstance(value, dict) else {}
+    moved = [
+        part for part in ("param", "optimizer") if (zero.get(f"offload_{part}") or {}).get("device") in ("cpu", "nvme")
+    ]
+    policy = {"param": "zero3_offload_cpu", "optimizer": "zero3_offload_optimizer"}
+    return {"sharding.deepspeed": policy[moved[0]]} if moved else {}
+
+
+def run_folder(value: Any) -> dict[str, Any]:
+    """The folder of a run: its last part is the run's name, the others are the store."""
+    parts = [part for part in str(value).split("/") if part not in ("", ".")]
+    name = "".join(sign if sign.isalnum() or sign in "._-" else "-" for sign in (parts or ["run"])[-1])
+    name = name.lstrip("._-") or "run"
+    given = {"run.name": f"{name}-run" if name in ("data", "bases") else name[:100]}
+    root = "/" if str(value).startswith("/") else ""
+    return {**given, "run.store": root + "/".join(parts[:-1])} if len(parts) > 1 else given
+
+
+def trackers(value: Any) -> dict[str, Any]:
+    """`report_to`: names of services."""
+    asked = [name for name in names(value) if name not in ("none", "tensorboard", "all")]
+    known = [name for name in asked if name in ("wandb", "mlflow", "trackio")]
+    if other := [name for name in asked if name not in known]:
+        raise Inconvertible(f"{other[0]}: track.trackers are wandb, mlflow and trackio; TensorBoard is always written.")
+    return {"track.trackers": known} if known else {}
+
+
+def held_out(value: Any) -> float:
+    """The share of rows to evaluate on; peers take a number of rows too."""
+    if (given := number(value)) >= 1:
+        raise Inconvertible(f"{value} rows: data.held_out is a share of them below 1. Give that.")
+    return given

@@ -1,0 +1,29 @@
+"""What a setting of another tool is called here, for whoever writes its name into a configuration of ours."""
+
+from trainer.config.peers.accelerate import ACCELERATE
+from trainer.config.peers.axolotl import AXOLOTL
+from trainer.config.peers.llamafactory import LLAMAFACTORY
+from trainer.config.peers.table import Joined, Needless, Row, To, Unsupported
+from trainer.config.peers.torchtune import TORCHTUNE
+from trainer.config.peers.trl import TRL
+
+PEERS = (AXOLOTL, TRL, LLAMAFACTORY, TORCHTUNE, ACCELERATE)
+
+
+def known_elsewhere(key: str) -> str | None:
+    """A sentence about a key of a peer: the setting that it is here, or why there is none. None where no peer has it."""
+    for kinds in ((To, Joined), (Needless, Unsupported)):
+        for peer in PEERS:
+            row = peer.rows.get(key) or next(
+                (row for name, row in peer.rows.items() if name.rpartition(".")[2] == key), None
+            )
+            if isinstance(row, kinds):
+                return _sentence(row, peer.title)
+    return None
+
+
+def _sentence(row: Row, title: str) -> str:
+    if isinstance(row, To | Joined):
+        return f"It is {'' if isinstance(row, To) else 'part of '}{row.setting} here."
+    needed = "needs no setting here" if isinstance(row, Needless) else "has no counterpart here"
+    return f"That of {title} {needed}: {row.why}"
