@@ -23,6 +23,13 @@ from trainer.store import open_run_store
 CHATML = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 STEPS = (120, 400)  # that pages name checkpoints of
 SIZES: dict[str, Any] = {"max_position_embeddings": 8192}
+# Files of other tools that pages import.
+THEIRS = {
+    "theirs.yml": "axolotl/qlora.yml",
+    "sft.yaml": "trl/sft.yaml",
+    "accelerate.yaml": "trl/accelerate.yaml",
+    "train.sh": "trl/dpo.sh",
+}
 # Options that wait for a run to go on.
 WAITING = {"--watch", "--follow", "-f"}
 # The verbs whose commands are run, with --dry-run where they have it. `generate` would load a model, and `doctor` looks at this machine.
@@ -35,7 +42,7 @@ VERBS = {
         "data check",
         "data show",
     ),
-    *("evaluate", "export", "logs", "ls", "plan", "push", "report", "resume", "smoke", "status", "stop"),
+    *("evaluate", "export", "import", "logs", "ls", "plan", "push", "report", "resume", "smoke", "status", "stop"),
     *("submit ray", "submit slurm", "sweep", "train"),
 }
 
@@ -80,6 +87,7 @@ def runnable() -> list[list[str]]:
 def in_small(arguments: list[str], parsed: Parsed) -> list[str]:
     """The command so that it changes nothing, answers as JSON, and starts a run that is not there yet."""
     more = ["--dry-run"] if parsed.values.get("dry_run") is False else []
+    more += ["--force"] if parsed.values.get("force") is False else []
     more += ["--json"] if parsed.values.get("as_json") is False else []
     starts = parsed.verb in (("train",), ("sweep",), ("submit", "ray"), ("submit", "slurm"))
     return [*arguments, *more, *(["run.name=another"] if starts and not parsed.values.get("resume") else [])]
@@ -95,6 +103,8 @@ def lay_out(folder: Path) -> None:
     (folder / "data").mkdir()
     for name in ("train", "eval", "general"):
         make_data(folder / f"data/{name}.jsonl")
+    for name, theirs in THEIRS.items():
+        shutil.copy(ROOT / "tests/peers" / theirs, folder / name)
     (folder / "data/prompts.jsonl").write_text('{"prompt": "the ant? "}\n')
     (folder / "tasks").mkdir()
     (task,) = (block.text for block in blocks("yaml") if block.text.startswith("# tasks/our-questions.yaml"))

@@ -31,6 +31,8 @@ _EXCLUSIONS = (
     _Exclusion("data.loss_on", ("data.train_on.roles", "data.train_on.turns")),
     _Exclusion("data.train_on.roles", ("data.loss_on",)),
     _Exclusion("data.train_on.turns", ("data.loss_on",), lambda turns: turns != "all"),
+    _Exclusion("optim.warmup_steps", ("optim.warmup_ratio",)),
+    _Exclusion("optim.warmup_ratio", ("optim.warmup_steps",)),
     _Exclusion("quant.type", ("quant.double", "quant.cache"), lambda kind: kind == "none"),
 )
 
