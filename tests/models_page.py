@@ -59,8 +59,9 @@ _SIZES = """\
 ## Well-known sizes
 
 Parameters are in billions; "for one token" are those that compute for it. The plan is for LoRA of rank 16 on all linear layers over
-NF4, documents packed into rows of 4,096 tokens, one row a GPU at a time, on machines of eight GPUs with 80 GB each; `capstan plan`
-says the same for your run. "Fewest GPUs" are of 1, 2, 4, 8 and multiples of 8.
+NF4, documents packed into rows of 4,096 tokens, one row a GPU at a time, every layer computed again in
+its backward pass (`train.activation_checkpointing: all`; auto uses memory that is left), on machines of eight GPUs with 80 GB each;
+`capstan plan` says the same for your run. "Fewest GPUs" are of 1, 2, 4, 8 and multiples of 8.
 """
 
 _OTHERS = """\
@@ -81,7 +82,7 @@ _PLANNED = """
 run: {name: planned}
 model: {base: base}
 data: {train: [{path: data.jsonl}], sequence_length: 4096}
-train: {steps: 100, micro_batch: 1}
+train: {steps: 100, micro_batch: 1, activation_checkpointing: all}
 """
 _GPU_BYTES = 80 * 10**9
 _GPUS = (1, 2, 4, *range(8, 129, 8))

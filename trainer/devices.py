@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,12 @@ from typing import NamedTuple
 from trainer.errors import ConfigError
 
 _DRIVER_SECONDS = 30
+_CGROUPS = Path("/sys/fs/cgroup")
+# Controllers of a line of /proc/self/cgroup -> the folder below, and the files of a group's limit and use.
+_MEMORY_FILES = {
+    "": ("", "memory.max", "memory.current"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+}
 
 
 @dataclass(frozen=True)
@@ -139,6 +146,26 @@ def unused(torch_build: str | None) -> tuple[str, str]:
     if torch_build is None:
         return "is a CPU build", "Install one for CUDA (https://pytorch.org/get-started/locally)"
     return f"(built for {torch_build}) finds none", "Compare its version with the driver's (nvidia-smi)"
+
+
+def host_memory_left() -> int:
+    """Bytes of this machine's memory that are free or that Linux would give up of its caches, and no more than what the control groups
+    of this process, such as those of a container or a job, have left."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+    return min([1024 * int(fields["MemAvailable"].split()[0]), *_left_in_groups()])
+
+
+def _left_in_groups() -> Iterator[int]:
+    """Bytes up to the limits of the process's control group and of those around it, by version 2 of cgroups or by version 1."""
+    for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in _MEMORY_FILES:
+            continue
+        folder, limit, used = _MEMORY_FILES[controllers]
+        group = _CGROUPS / folder / path.lstrip("/")
+        for around in (group, *group.parents):
+            with suppress(OSError, ValueError):  # "max" is no limit, and the root of version 2 has none
+                yield int((around / limit).read_text()) - int((around / used).read_text())
 
 
 def stay_on_cpu() -> None:

@@ -63,6 +63,7 @@ class HostMemory:
     reads_during_load: int
     offloaded_base: int
     offloaded_states: int
+    offloaded_activations: int
     checkpoint_copy: int
     total: int
 
@@ -83,7 +84,8 @@ class Plan:
     """The needs of a run, and in `shortfalls` one sentence for each thing that does not fit.
 
     `mismatches` are those of them that ask more of the base than it has, on any machine. `scope` is `sharding.scope`,
-    with auto decided. `left_out` are the parts of the base's files that are not trained, where the files are at hand. `device` is what the ranks are planned for: the CPU only where `cluster.gpus_per_worker` is 0.
+    with auto decided, and `recomputed_layers` so many of the `layers`, from the first on, as are computed again in the backward pass.
+    `left_out` are the parts of the base's files that are not trained, where the files are at hand. `device` is what the ranks are planned for: the CPU only where `cluster.gpus_per_worker` is 0.
     """
 
     parameters: Parameters
@@ -93,6 +95,8 @@ class Plan:
     traffic_per_step: Traffic
     checkpoint_bytes: int
     scope: Scope
+    layers: int
+    recomputed_layers: int
     device: Literal["gpu", "cpu"]
     deepspeed: dict[str, Any]
     mismatches: list[str]

@@ -5,132 +5,25 @@ of stored tensors are exact; activations, gathered layers and host memory are es
 function.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
-from math import ceil, prod
+from bisect import bisect_right
+from dataclasses import replace
+from math import ceil
 from typing import Any
 
-from trainer.base.activations import layer_values
 from trainer.base.architecture import Architecture
 from trainer.base.base import Description
 from trainer.config import Config
-from trainer.needs import GlobalBatch, GpuMemory, HostMemory, Parameters, Plan, Traffic
-from trainer.objective.objective import Survey, find_objective, objective_mismatches, reference_of, segments_of
-from trainer.optimizer.optimizer import State, find_optimizer, states_by_name
-from trainer.sizes import most_whole, stored_layers, value_bytes
+from trainer.memory import Inputs, base_bytes, memory_of, offloaded_activations, optimizer_step
+from trainer.needs import GlobalBatch, HostMemory, Parameters, Plan, Traffic
+from trainer.objective.objective import objective_mismatches, reference_of
+from trainer.sizes import most_whole
 from trainer.tuning.method import method_of, stored_mismatches, tuning_mismatches
-from trainer.zero.policy import Scope, build_deepspeed_config, is_offloaded
+from trainer.zero.policy import Scope, build_deepspeed_config
 
-# trainer/model/experts.py: bytes of a mixture's experts that are dequantized at once.
-_EXPERTS_BYTES = 2**29
-# trainer/model/head.py: bytes of fp32 logits computed at once.
-_LOGITS_CHUNK_BYTES = 2**28
-# trainer/zero/gather.py: layers that are whole on a GPU at one time.
-_LAYERS_GATHERED = 3
 # trainer/base/reading.py: pieces of the base read ahead and the one that is quantized, each twice while it is handed over.
 _READ_BYTES = 2 * 9 * 4 * 2**20
-# CUDA's context and the allocator's slack, and the buffers of an NCCL communicator: 16 channels of 4 MiB (NCCL_BUFFSIZE) to
-# send and to receive. Allowances, not measurements.
-_CONTEXT_BYTES = 3 * 2**28
-_COMMUNICATOR_BYTES = 2**27
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """The formulas' inputs. `group` ranks hold one copy of the base; `item` is the bytes of a 16- or 32-bit value."""
-
-    config: Config
-    model: Architecture
-    zero: dict[str, Any]
-    world_size: int
-    ranks_per_node: int
-    accumulation: int
-    scope: Scope
-
-    @property
-    def group(self) -> int:
-        return self.world_size if self.scope == "world" else min(self.ranks_per_node, self.world_size)
-
-    @property
-    def item(self) -> int:
-        return value_bytes(self.config)
-
-    @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each parameter that learns, by name: of the adapters, or of the base itself."""
-        return method_of(self.config).shapes(self.model)
-
-    @cached_property
-    def learning(self) -> dict[str, int]:
-        """Elements of each of them."""
-        return {name: prod(shape) for name, shape in self.shapes.items()}
-
-    @cached_property
-    def checkpoint_bytes(self) -> int:
-        """Bytes of the fp32 masters and of the optimizer's states."""
-        every = ((state, self.learning[name]) for name, states in self.states.items() for state in states)
-        return sum(state.item * state.size(numel) for state, numel in every)
-
-    @cached_property
-    def state_bytes(self) -> int:
-        """Bytes of the same on one rank, which has vectors whole, and the fp32 gradient that it adds up."""
-        every = (state for states in self.states.values() for state in states)
-        vectors = sum(state.item * state.length for state in every if state.length is not None)
-        return ceil((self.checkpoint_bytes - vectors) / self.world_size) + vectors + 4 * self.share
-
-    @cached_property
-    def states(self) -> dict[str, tuple[State, ...]]:
-        """The masters and the optimizer's states of each parameter that learns, by name."""
-        return states_by_name(self.config.optim.name, self.shapes)
-
-    @property
-    def trainable(self) -> int:
-        return sum(self.learning.values())
-
-    @cached_property
-    def small(self) -> int:
-        """Elements of what learns that stay whole on every rank, in parameters under ZeRO-3's persistence threshold."""
-        threshold = self.zero["stage3_param_persistence_threshold"]
-        return sum(size for size in self.learning.values() if size <= threshold)
-
-    @property
-    def share(self) -> int:
-        """Elements of what learns that one rank has."""
-        return ceil(self.trainable / self.world_size)
-
-    @cached_property
-    def learning_base(self) -> int:
-        """Elements of the base's own parameters that learn; these are stored in 16 or 32 bits."""
-        return sum(parameter.numel for parameter in self.model.parameters if parameter.name in self.learning)
-
-    @cached_property
-    def reference_passes(self) -> int:
-        """Forward passes of a micro-batch through the reference."""
-        return int(reference_of(self.config) == "adapter_off")
-
-    @cached_property
-    def survey(self) -> Survey | None:
-        """The objective's forward pass of each micro-batch before the losses of a step, if it needs one."""
-        return find_objective(self.config).survey
-
-    @property
-    def row(self) -> int:
-        """Positions of a packed row, with those that are reserved for a method's virtual tokens (trainer/data/order.py)."""
-        data = self.config.data
-        return data.sequence_length + segments_of(self.config) * method_of(self.config).virtual.reserved
-
-    @property
-    def states_offloaded(self) -> bool:
-        return self.zero.get("offload_optimizer", {}).get("device", "none") != "none"
-
-    @property
-    def offloaded(self) -> bool:
-        return is_offloaded(self.zero)
-
-    @property
-    def communicators(self) -> int:
-        """NCCL's: all ranks have two, as DeepSpeed clones theirs, and those of a node one where they share a copy of the base."""
-        return 2 * (self.world_size > 1) + (1 < self.group < self.world_size)
+# The share of a rank's memory up to which layers keep their activations: the plan is within 12 % of what is measured.
+_KEPT_SHARE = 0.85
 
 
 def make_plan(config: Config, base: Description, world_size: int, ranks_per_node: int, gpu_memory: int | None) -> Plan:
@@ -143,9 +36,10 @@ def make_plan(config: Config, base: Description, world_size: int, ranks_per_node
     Raises:
         ConfigError: the method, the objective or the optimizer is unknown, or the DeepSpeed policy cannot be used.
     """
+    config = settled(config, base.architecture, world_size, ranks_per_node, gpu_memory)
     scope = choose_scope(config, base.architecture, world_size, ranks_per_node, gpu_memory)
     given, deepspeed = _inputs(config, base.architecture, world_size, ranks_per_node, scope)
-    memory = _gpu_memory(given)
+    memory = memory_of(given)
     method = [*tuning_mismatches(config, given.model), *stored_mismatches(config, base.stored)]
     wrong = [*base.mismatches(config), *method, *objective_mismatches(config)]
     return Plan(
@@ -156,11 +50,42 @@ def make_plan(config: Config, base: Description, world_size: int, ranks_per_node
         traffic_per_step=_traffic(given),
         checkpoint_bytes=given.checkpoint_bytes,
         scope=scope,
+        layers=given.model.layers,
+        recomputed_layers=given.model.layers - given.kept_layers,
         device="cpu" if config.cluster.gpus_per_worker == 0 else "gpu",
         deepspeed=deepspeed,
         mismatches=wrong,
         shortfalls=[*wrong, *_shortfalls(given, memory.total, gpu_memory)],
     )
+
+
+def settled(config: Config, model: Architecture, world_size: int, ranks_per_node: int, memory: int | None) -> Config:
+    """The settings with `train.activation_checkpointing: auto` decided for ranks of `memory` bytes each: as many layers keep their
+    activations as the plan has room for. None do where that is not known, or not all that layers keep is counted."""
+    if config.train.activation_checkpointing != "auto":
+        return config
+    kept = 0
+    if memory is not None and _counts_all_activations(config, model):
+        room = _KEPT_SHARE * memory
+        scope = choose_scope(config, model, world_size, ranks_per_node, memory)
+        given, _ = _inputs(config, model, world_size, ranks_per_node, scope)
+
+        def is_too_much(layers: int) -> bool:
+            return memory_of(replace(given, config=_keeping(config, layers))).total > room
+
+        kept = max(0, bisect_right(range(model.layers + 1), False, key=is_too_much) - 1)
+    return _keeping(config, kept)
+
+
+def _counts_all_activations(config: Config, model: Architecture) -> bool:
+    """Whether `trainer.memory` knows all that a layer keeps: it does not where tokens are mixed by something else than attention, or
+    by one that may need a kernel which keeps scores."""
+    has_plain_attention = len(model.attention) == model.layers and not (model.has_sinks or model.caps_attention)
+    return has_plain_attention and not method_of(config).uncounted_activations
+
+
+def _keeping(config: Config, layers: int) -> Config:
+    return config.model_copy(update={"train": config.train.model_copy(update={"activation_checkpointing": layers})})
 
 
 def choose_scope(
@@ -175,35 +100,35 @@ def choose_scope(
     if gpu_memory is None or world_size <= ranks_per_node or world_size % ranks_per_node:
         return "world"
     given, _ = _inputs(config, model, world_size, ranks_per_node, "node")
-    return "node" if _gpu_memory(given).total <= gpu_memory else "world"
+    return "node" if memory_of(given).total <= gpu_memory else "world"
 
 
 def _inputs(
     config: Config, model: Architecture, world_size: int, ranks_per_node: int, scope: Scope
-) -> tuple[_Inputs, dict[str, Any]]:
+) -> tuple[Inputs, dict[str, Any]]:
     """The formulas' inputs, and DeepSpeed's dictionary."""
     accumulation = ceil(config.train.global_batch / (world_size * config.train.micro_batch))
     on_gpu = config.cluster.gpus_per_worker != 0
     deepspeed = build_deepspeed_config(config, world_size, accumulation, on_gpu, most_whole(config, model))
     zero = deepspeed["zero_optimization"]
-    return _Inputs(config, model, zero, world_size, ranks_per_node, accumulation, scope), deepspeed
+    return Inputs(config, model, zero, world_size, ranks_per_node, accumulation, scope), deepspeed
 
 
-def _parameters(given: _Inputs) -> Parameters:
+def _parameters(given: Inputs) -> Parameters:
     weights = given.model.weights
     embedding, linear, small = weights("embedding", "head"), weights("linear", "experts"), weights("small")
     frozen = embedding + linear + small - given.learning_base
     return Parameters(embedding, linear, small, frozen, given.trainable, frozen + given.trainable)
 
 
-def _batch(given: _Inputs) -> GlobalBatch:
+def _batch(given: Inputs) -> GlobalBatch:
     """Time is counted in passes: with frozen weights a backward pass makes as many products as a forward pass, and twice as
-    many where they learn; activation checkpointing repeats the forward pass. A survey takes some of the tokens, one forward pass
+    many where they learn; activation checkpointing repeats the forward pass of its layers. A survey takes some of the tokens, one forward pass
     each, and leaves the loss the others."""
     train = given.config.train
     rows = given.accumulation * given.world_size * train.micro_batch
     surveyed = given.survey.share if given.survey else 0
-    of_loss = 2 + train.activation_checkpointing + method_of(given.config).trains_base
+    of_loss = 2 + (1 - given.kept_layers / given.model.layers) + method_of(given.config).trains_base
     passes = surveyed + (1 - surveyed) * of_loss
     stored = reference_of(given.config) == "stored"
     return GlobalBatch(
@@ -217,132 +142,20 @@ def _batch(given: _Inputs) -> GlobalBatch:
     )
 
 
-def _layer_bytes(given: _Inputs) -> list[int]:
-    """Bytes of the linear weights and experts of each decoder layer as they are stored."""
-    return stored_layers(given.config, given.model)
-
-
-def _base_bytes(given: _Inputs) -> int:
-    """Bytes of one whole copy of the base as it is stored."""
-    return sum(_layer_bytes(given)) + given.item * given.model.weights("embedding", "head", "small")
-
-
-def _gpu_memory(given: _Inputs) -> GpuMemory:
-    """Bytes on one GPU.
-
-    What is frozen: its stored bytes / the ranks that share one copy, nothing where it is offloaded.
-    What learns, adapters or the base itself: the 16-bit partition and, where a parameter is under ZeRO-3's persistence
-    threshold, a whole copy; then fp32 master, the optimizer's states and accumulated gradient (with AdamW 16 bytes an
-    element) / world size.
-    """
-    config, model, world_size = given.config, given.model, given.world_size
-    linear = sum(_layer_bytes(given))
-    unquantized = given.item * model.weights("embedding", "head", "small")
-    if config.quant.type == "none":
-        linear, unquantized = 0, unquantized + linear
-    unquantized -= given.item * given.learning_base
-    whole = given.small if world_size > 1 else 0
-    dequantized = 0 if config.quant.type == "none" else _dequantized(given)
-    passes = {
-        "gathered_layers": _gathered(given),
-        "dequantized_weight": dequantized,
-        "whole_gradient": (4 + given.item) * max(given.learning.values(), default=0),
-        "activations": _activations(given),
-        "logits": _logits(given),
-    }
-    parts = {
-        "frozen_quantized": 0 if given.offloaded else ceil(linear / given.group),
-        "frozen_unquantized": 0 if given.offloaded else ceil(unquantized / given.group),
-        "adapter_weights": given.item * (whole + given.share),
-        "adapter_states": 0 if given.states_offloaded else given.state_bytes,
-        "gradient_buckets": _gradient_buckets(given),
-        **passes,
-        "optimizer_step": 0 if given.states_offloaded else max(0, _optimizer_step(given) - sum(passes.values())),
-        "context": _CONTEXT_BYTES,
-        "communicators": given.communicators * _COMMUNICATOR_BYTES,
-    }
-    return GpuMemory(**parts, total=sum(parts.values()))
-
-
-def _dequantized(given: _Inputs) -> int:
-    """Bytes of the 4-bit weights that are in 16 bits at one moment: one matrix, or as many of a mixture's experts as are
-    multiplied at once."""
-    return max(
-        max(given.item * parameter.matrices[0], min(_EXPERTS_BYTES, given.item * parameter.numel))
-        for parameter in given.model.parameters
-        if parameter.kind in ("linear", "experts")
-    )
-
-
-def _optimizer_step(given: _Inputs) -> int:
-    """Bytes that the update takes when the passes have freed theirs, for one sub-group of DeepSpeed's at a time."""
-    portion = min(given.share, given.zero.get("sub_group_size", 1_000_000_000))
-    largest = ceil(max(given.learning.values(), default=0) / given.world_size)
-    on_gpu = given.config.cluster.gpus_per_worker != 0 and not given.states_offloaded
-    return find_optimizer(given.config.optim).step_bytes(portion, largest, on_gpu)
-
-
-def _gathered(given: _Inputs) -> int:
-    """Bytes of the base's parameters that are whole on a GPU at one moment, as trainer/zero/gather.py gathers them.
-
-    In the middle the layer that the device computes, the next one, which the host has come to, and the flat buffer that this one
-    came in and the one behind it is gathered into. At the turn from forward to backward the head and the layer before it. What the
-    policy keeps within stage3_max_reuse_distance comes on top, half of it on either side of the turn. Never more than the whole
-    base; nothing when a partition is the whole parameter.
-    """
-    if given.group == 1 and not given.offloaded:
-        return 0
-    layer = max(_layer_bytes(given))
-    turn = given.item * given.model.largest("embedding", "head") + layer
-    # A quantized parameter is made of bytes, any other of 16- or 32-bit values.
-    element_bytes = given.item if given.config.quant.type == "none" else 1
-    kept = given.zero.get("stage3_max_reuse_distance", 0) // 2 * element_bytes
-    return min(_base_bytes(given), max(_LAYERS_GATHERED * layer, turn) + kept)
-
-
-def _gradient_buckets(given: _Inputs) -> int:
-    """Bytes of DeepSpeed's bucket of fp32 gradients, and of the flat copies that it reduces the bucket from and to."""
-    bucket = given.zero.get("reduce_bucket_size", 500_000_000)
-    reduced = min(bucket, given.trainable) if given.world_size > 1 else 0
-    return 4 * (bucket + reduced + ceil(reduced / given.world_size))
-
-
-def _activations(given: _Inputs) -> int:
-    """Bytes of activations of one micro-batch of T tokens, with an attention kernel that keeps no score matrix.
-
-    Counted as Korthikanti et al. do (arXiv:2205.05198, section 4), with frozen linear layers; see trainer/base/activations.py.
-    Checkpointing keeps the hidden state of each layer, and the largest layer's values while it is recomputed. On top come the
-    widest gradients: a hidden state, and two of what enters the last linear layer of a block.
-    """
-    model, config = given.model, given.config
-    tokens = config.train.micro_batch * given.row
-    layers = [layer_values(model, layer) for layer in range(model.layers)]
-    every = [layer.kept for layer in layers]
-    kept = model.layers * model.hidden + max(every) if config.train.activation_checkpointing else sum(every)
-    return ceil(given.item * tokens * (kept + 2 * max(layer.widest for layer in layers) + model.hidden))
-
-
-def _logits(given: _Inputs) -> int:
-    """Bytes of the chunked loss: logits of n tokens in 16 bits, in fp32, and again in 16 bits as a gradient; and the
-    gradient of the hidden states of all T tokens."""
-    model, config = given.model, given.config
-    tokens = config.train.micro_batch * given.row
-    chunk = min(tokens, max(1, _LOGITS_CHUNK_BYTES // (4 * model.vocabulary)))
-    return chunk * model.vocabulary * (4 + 2 * given.item) + given.item * tokens * model.hidden
-
-
-def _host_memory(given: _Inputs) -> HostMemory:
+def _host_memory(given: Inputs) -> HostMemory:
     """Bytes on one node: each rank's pieces in flight, the base's partitions and the optimizer's states where the policy
-    offloads them, with one more gradient and what the update takes, and the copies of what learns that checkpoints are uploaded from."""
+    offloads them, with one more gradient and what the update takes, the inputs of layers that are offloaded, and the copies of what learns
+    that checkpoints are uploaded from."""
     ranks = min(given.ranks_per_node, given.world_size)
     reads = ranks * _READ_BYTES
-    offloaded = ranks * ceil(_base_bytes(given) / given.group) if given.offloaded else 0
-    states = ranks * (given.state_bytes + 4 * given.share + _optimizer_step(given)) if given.states_offloaded else 0
+    offloaded = ranks * ceil(base_bytes(given) / given.group) if given.offloaded else 0
+    states = ranks * (given.state_bytes + 4 * given.share + optimizer_step(given)) if given.states_offloaded else 0
+    inputs = ranks * offloaded_activations(given)
     copies = ceil(ranks * given.checkpoint_bytes / given.world_size)
-    return HostMemory(reads, offloaded, states, copies, reads + offloaded + states + copies)
+    return HostMemory(reads, offloaded, states, inputs, copies, reads + offloaded + states + inputs + copies)
 
 
-def _traffic(given: _Inputs) -> Traffic:
+def _traffic(given: Inputs) -> Traffic:
     """Bytes one rank receives in a step; from the W ranks of a group come (W - 1) / W of what is gathered.
 
     The base is gathered in the forward and in the backward pass of every micro-batch, within which activations are recomputed. A
@@ -354,7 +167,7 @@ def _traffic(given: _Inputs) -> Traffic:
     surveys = int(given.survey is not None)
     base_passes = passes + given.accumulation * (given.reference_passes + surveys)
 
-    frozen = _base_bytes(given) - given.item * given.learning_base
+    frozen = base_bytes(given) - given.item * given.learning_base
     base = base_passes * frozen * (group - 1) // group
     # A small parameter that learns is whole everywhere and gathered once, after its update.
     learning = given.small + (passes + given.accumulation * surveys) * (given.trainable - given.small)
@@ -368,7 +181,7 @@ def _traffic(given: _Inputs) -> Traffic:
     return Traffic(base, adapters, gradients, base + adapters + gradients, crossing)
 
 
-def _shortfalls(given: _Inputs, needed: int, gpu_memory: int | None) -> list[str]:
+def _shortfalls(given: Inputs, needed: int, gpu_memory: int | None) -> list[str]:
     found = list[str]()
     if given.scope == "node" and given.world_size % min(given.ranks_per_node, given.world_size):
         found.append(
@@ -383,11 +196,11 @@ def _shortfalls(given: _Inputs, needed: int, gpu_memory: int | None) -> list[str
     return found
 
 
-def _remedy(given: _Inputs) -> str:
+def _remedy(given: Inputs) -> str:
     """The first thing to change when memory does not suffice."""
     config = given.config
-    if not config.train.activation_checkpointing:
-        return "Set train.activation_checkpointing: true."
+    if given.kept_layers:
+        return "Set train.activation_checkpointing: auto."
     if config.quant.type == "none" and not method_of(config).exports_model:
         return "Set quant.type: nf4."
     if method_of(config).exports_model and not given.states_offloaded:

@@ -50,7 +50,7 @@ from trainer.run.power import metered
 from trainer.run.records import add_record, bad_windows
 from trainer.run.requests import StopSignal
 from trainer.run.settings import record_settings
-from trainer.start import assemble_run, join_run
+from trainer.start import assemble_run, join_run, settle
 from trainer.store import Store, open_run_store
 from trainer.train.assemble import attention_of
 from trainer.train.flops import work_of
@@ -193,7 +193,8 @@ def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Train
     sets = {name: _held_out(start, config_of_set(config, name), key) for name, key in datasets.sets.items()}
     attention = attention_of(config, base, ranks.device)
     _log(ranks, f"attention: {attention.name} ({attention.why})")
-    engine, report = assemble_run(config, base, ranks, attention, start.objective, stream.accumulation, log)
+    settled = settle(config, base, ranks, partial(_log, ranks))
+    engine, report = assemble_run(settled, base, ranks, attention, start.objective, stream.accumulation, log)
     if reference_of(config) == "stored":  # before a restore: the base itself may learn
         _read_reference(start, engine, attention, datasets, stream, held_out)
     identity = identity_of(config, base, datasets.train)
@@ -233,7 +234,7 @@ def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Train
     facts = {"step": step, "total_steps": training.total_steps, "restore_seconds": round(restore_seconds, 3)}
     of_sets = {f"eval.sets.{name}": key for name, key in datasets.sets.items()}
     data = {"train": datasets.train, "eval": datasets.eval, **of_sets}
-    _record_start(start, report, attention=attention.name, data=data, **facts)
+    _record_start(start, settled, report, attention=attention.name, data=data, **facts)
     return training, restored
 
 
@@ -264,8 +265,8 @@ def _read_reference(
         held_out.reference = reference.log_probabilities(datasets.eval)
 
 
-def _record_start(start: _Start, report: LoadReport, **facts: Any) -> None:
-    """Write what this start is and how long each part of it took. Collective."""
+def _record_start(start: _Start, settled: Config, report: LoadReport, **facts: Any) -> None:
+    """Write what this start is and how long each part of it took; the plan is that of the `settled` settings. Collective."""
     read_bytes = start.ranks.sum(report.read_bytes)
     processes = start.ranks.gather_objects((socket.gethostname(), os.getpid(), start.starter.machine))
     start.metrics.write(
@@ -286,7 +287,7 @@ def _record_start(start: _Start, report: LoadReport, **facts: Any) -> None:
         start_seconds=round(time.time() - start.starter.began, 3),
         **start.starter.facts,
     )
-    _record_plan(start)
+    _record_plan(start, settled)
     if start.ranks.rank == 0:
         try:
             for change in record_settings(start.run, start.generation, start.config):
@@ -296,10 +297,10 @@ def _record_start(start: _Start, report: LoadReport, **facts: Any) -> None:
             _log(start.ranks, f"the settings of this start could not be kept, which does not end the run: {error}")
 
 
-def _record_plan(start: _Start) -> None:
+def _record_plan(start: _Start, settled: Config) -> None:
     """Write what was planned beside what will be measured."""
     ranks = start.ranks
-    plan = make_plan(start.config, start.base.description, ranks.world_size, ranks.ranks_per_node, None)
+    plan = make_plan(settled, start.base.description, ranks.world_size, ranks.ranks_per_node, None)
     parts = (plan.parameters, plan.memory_per_gpu, plan.memory_per_host)
     names = ("parameters", "memory_per_gpu", "memory_per_host")
     start.metrics.write("plan", device=ranks.device.type, **dict(zip(names, map(asdict, parts), strict=True)))
@@ -341,7 +342,7 @@ def _outcome(metrics: Metrics, config: Config, base: Base, ranks: Ranks) -> Iter
         traceback.print_exc()
         short = DoesNotFit(
             f"out of GPU memory ({str(error).splitlines()[0]}). {planned_memory(config, base, ranks)} Lower "
-            "data.sequence_length or train.micro_batch, set train.activation_checkpointing: true, or use more ranks."
+            "data.sequence_length or train.micro_batch, set train.activation_checkpointing: all, or use more ranks."
         )
         metrics.write("end", outcome="failed", step=None, reason=str(short))
         raise short from error
@@ -353,7 +354,8 @@ def _outcome(metrics: Metrics, config: Config, base: Base, ranks: Ranks) -> Iter
 
 def planned_memory(config: Config, base: Base, ranks: Ranks) -> str:
     """A sentence on the memory that `capstan plan` expects on one GPU: the total, and its three largest parts."""
-    memory = asdict(make_plan(config, base.description, ranks.world_size, ranks.ranks_per_node, None).memory_per_gpu)
+    plan = make_plan(config, base.description, ranks.world_size, ranks.ranks_per_node, ranks.device_memory)
+    memory = asdict(plan.memory_per_gpu)
     total = memory.pop("total")
     largest = sorted(memory.items(), key=lambda part: -part[1])[:3]
     parts = ", ".join(f"{name.replace('_', ' ')} {size / 2**30:.1f} GiB" for name, size in largest)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore, distributed_c10d  # pyright: ignore[reportPrivateImportUsage]
 
+from trainer.devices import host_memory_left
 from trainer.errors import CapstanError, ConfigError
 
 T = TypeVar("T")
@@ -57,9 +58,17 @@ class Ranks:
 
     def least_device_memory(self) -> int | None:
         """Bytes of the smallest GPU of all ranks; None on CPUs. Collective."""
-        if self.device.type != "cuda":
-            return None
-        return int(min(row[0] for row in self.gather(torch.cuda.get_device_properties(self.device).total_memory)))
+        mine = self.device_memory
+        return None if mine is None else int(min(row[0] for row in self.gather(mine)))
+
+    @property
+    def device_memory(self) -> int | None:
+        """Bytes of this rank's GPU; None on a CPU."""
+        return torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else None
+
+    def least_host_memory(self) -> int:
+        """Bytes of the smallest part of a rank in half of what is left of its host's memory. Collective."""
+        return int(min(row[0] for row in self.gather(host_memory_left() / 2 / self.ranks_per_node)))
 
     def gather(self, *values: float, sums: Tensor | None = None) -> list[list[float]]:
         """`values` of every rank, in rank order, and behind them `sums` (n,) fp64 of its device. Collective."""

@@ -12,7 +12,7 @@ from trainer.config import Config
 from trainer.devices import check_device
 from trainer.model.attention import Attention
 from trainer.objective.objective import Objective
-from trainer.plan import choose_scope
+from trainer.plan import choose_scope, settled
 from trainer.ranks import Ranks, join
 from trainer.sizes import most_whole
 from trainer.train.assemble import assemble
@@ -40,6 +40,16 @@ def join_run(config: Config) -> Ranks:
 def torch_gpus() -> tuple[int, str | None]:
     """How many GPUs torch sees, and the CUDA or ROCm version that it was built for; None is a CPU build."""
     return torch.cuda.device_count(), torch.version.cuda or torch.version.hip
+
+
+def settle(config: Config, base: Base, ranks: Ranks, log: Callable[[str], None]) -> Config:
+    """The settings with what depends on the memory of these ranks decided; `log` gets a line on it. Collective."""
+    memory = ranks.least_device_memory() or ranks.least_host_memory()
+    decided = settled(config, base.architecture, ranks.world_size, ranks.ranks_per_node, memory)
+    layers, asked = base.architecture.layers, config.train.activation_checkpointing
+    why = f"auto, for {memory / 2**30:.1f} GiB a rank" if asked == "auto" else f"as set: {asked}"
+    log(f"activation checkpointing: {layers - decided.train.kept_layers(layers)} of {layers} layers ({why})")
+    return decided
 
 
 def assemble_run(

@@ -24,6 +24,7 @@ _MEANING = {
     "reads_during_load": "read buffers during the load",
     "offloaded_base": "offloaded base",
     "offloaded_states": "offloaded fp32 masters, gradients, moments, and what the update takes",
+    "offloaded_activations": "offloaded inputs of layers that are computed again",
     "checkpoint_copy": "copies of what learns, from which checkpoints are uploaded",
     "base_gathers": "the frozen base, gathered layer by layer",
     "adapter_gathers": "what learns, gathered",
@@ -60,6 +61,7 @@ def plan_tables(plan: Plan) -> list[FoldedTable]:
         words, unit = _BATCH.get(name, (name.replace("_", " "), ""))
         if count:
             facts.add_row(words, f"{count:,} {unit}".strip())
+    facts.add_row("layers computed again in the backward pass", f"{plan.recomputed_layers} of {plan.layers}")
     facts.add_row("a checkpoint", decimal(plan.checkpoint_bytes))
     for part in plan.left_out:
         facts.add_row(f"left out: {part.path}", f"{part.tensors} tensors, {part.weights:,} weights")

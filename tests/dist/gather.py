@@ -2,6 +2,7 @@
 host goes on."""
 
 import contextlib
+import math
 import os
 import sys
 from collections import Counter
@@ -90,18 +91,30 @@ def _pass(here: Assembled) -> None:
     here.engine.backward(here.engine.loss(row) / TOKENS, last=True)
 
 
-def host_waits(config_text: str, throttled: bool = True) -> dict[str, Any]:
-    """What the host waits for in the third micro-batch of one rank, and how far gathers were ahead."""
+def host_waits(config_text: str, throttled: bool = True, bounded: bool = True) -> dict[str, Any]:
+    """What the host waits for in the third micro-batch of one rank, how far gathers were ahead, the most bytes that they took, and
+    those that they may take."""
     if not throttled:
         gather._AHEAD = 10**6
     device, found = GpuLike(), {}
     here = assemble_run(parse_config(config_text))
+    inside: Any = here.engine._gathers
+    room, most, wait = inside._room, 0, inside._wait
+
+    def watched(unit: Any) -> None:
+        nonlocal most
+        most = max(most, inside._taken() + inside._copied(unit))
+        wait(unit)
+
+    inside._wait = watched
+    if not bounded:
+        inside._room = math.inf
     for _ in range(3):
         device.waits.clear()
-        device.behind = device.furthest = 0
+        device.behind = device.furthest = most = 0
         _pass(here)
-        found = {**device.waits, "furthest": device.furthest}
-        here.engine._gathers._computed.clear()
+        found = {**device.waits, "furthest": device.furthest, "most": most, "room": room}
+        inside._computed.clear()
         here.engine.step(1e-4)
     return found
 
@@ -128,23 +141,45 @@ def starts(config_text: str, seeds: list[int]) -> dict[str, Any]:
     return found
 
 
-def gathers(config_text: str) -> dict[str, Any]:
-    """Of the third micro-batch: the all-gathers by dtype, and the most parameters that were whole at one time, in layers."""
+def gathers(config_text: str, alone: int = gather._ALONE, unused: bool = False, ends: bool = True) -> dict[str, Any]:
+    """Of the third micro-batch: the all-gathers by dtype, the most parameters that were whole at one time, in layers, and whether the
+    head's gather began before the last layer had been computed.
+
+    Parameters from `alone` bytes on are gathered alone. With `unused`, layers have an input that wants a gradient and gets none.
+    Unless it `ends`, no backward pass through a layer is noticed to be over.
+    """
+    gather._ALONE = alone
+    if not ends:
+        gather.register_multi_grad_hook = lambda tensors, call: None  # type: ignore[assignment]
     here = assemble_run(parse_config(config_text))
     inside: Any = here.engine._gathers
-    largest, most, fetch = max(unit.numel for unit in inside._units), 0, inside._fetch
+    layers: Any = here.engine.model.get_submodule("model.layers")
+    largest, most, fetch, order = max(unit.numel for unit in inside._units), 0, inside._fetch, list[str]()
 
     def watched(unit: Any) -> None:
         nonlocal most
         fetch(unit)
         most = max(most, inside._live)
+        if unit is inside._units[-1]:
+            order.append("head")
 
     inside._fetch = watched
+    layers[-1].register_forward_hook(lambda *_: order.append("last layer"))
+    for layer in layers if unused else ():
+        idle = {"idle": torch.ones(1, requires_grad=True)}
+        layer.register_forward_pre_hook(lambda _, args, given, idle=idle: (args, given | idle), with_kwargs=True)
     counts: Counter[str] = Counter()
     for _ in range(2):
         _pass(here)
         here.engine.step(1e-4)
     traffic._watch_collectives(lambda group, name, tensors: counts.update([f"{name} {tensors[0].dtype}"]))
+    most = 0
+    order.clear()
     _pass(here)
     left = [p.ds_id for p in here.engine.model.parameters() if p.ds_status.name != "NOT_AVAILABLE" and not p.ds_persist]  # type: ignore[attr-defined]
-    return {"counts": counts, "most": most / largest, "left": left, "allocator": os.environ["PYTORCH_ALLOC_CONF"]}
+    here.engine._engine.destroy()  # of DeepSpeed, which has no hooks to remove
+    allocator = os.environ["PYTORCH_ALLOC_CONF"]
+    alone_in_layer = [gather._is_alone(parameter) for parameter in inside._units[-2].parameters]
+    groups = sum(alone_in_layer) + (not all(alone_in_layer))
+    found = {"counts": counts, "most": most / largest, "left": left, "groups": groups, "first": order[0]}
+    return {**found, "allocator": allocator}

@@ -8,7 +8,9 @@ import pytest
 from tests.dist import gather
 from tests.dist.launch import launch
 from tests.material import Workshop
+from trainer.base.locate import resolve_base
 from trainer.config import Config, dump_config
+from trainer.plan import make_plan
 from trainer.zero.policy import build_deepspeed_config
 
 LAYERS = 6
@@ -47,7 +49,9 @@ def test_one_rank_waits_for_its_device_a_few_times_a_micro_batch(deep: Workshop,
 def test_gathers_are_at_most_two_layers_ahead_of_what_the_device_computes(deep: Workshop) -> None:
     """The host asks for a gather while it is in the layer before: one layer at most may then be under way on the device."""
     config = dump_config(with_policy(deep, "ahead", "zero3_offload_cpu", stage3_param_persistence_threshold=300))
-    assert launch(1, gather.host_waits, config)[0]["furthest"] == 1
+    (found,) = launch(1, gather.host_waits, config)
+    assert found["furthest"] == 1
+    assert found["most"] <= found["room"]
     assert launch(1, gather.host_waits, config, False)[0]["furthest"] > LAYERS, "the control: nobody waits"
 
 
@@ -74,6 +78,39 @@ def test_a_layer_is_one_gather_and_no_more_than_three_are_whole(deep: Workshop) 
         assert 1 < rank["most"] <= 3
         assert rank["left"] == []
         assert rank["allocator"] == "expandable_segments:True"
+
+
+def test_the_heads_gather_begins_before_the_last_layer_is_computed(deep: Workshop) -> None:
+    """Parameters of many bytes are gathered each by itself, which is no matter of results."""
+    config = dump_config(with_policy(deep, "large", "zero3", stage3_param_persistence_threshold=3000))
+    for rank in launch(2, gather.gathers, config, 2**10):
+        packed = [count for name, count in rank["counts"].items() if name.endswith("uint8")]
+        assert rank["groups"] > 1
+        assert packed == [(2 * LAYERS - 1) * rank["groups"]]
+        assert rank["first"] == "head"
+    late = dump_config(
+        with_policy(deep, "late", "zero3", stage3_param_persistence_threshold=3000, stage3_prefetch_bucket_size=0)
+    )
+    assert launch(2, gather.gathers, late)[0]["first"] == "last layer", "the control: nothing is gathered ahead"
+
+
+def test_a_layer_is_freed_though_one_of_its_inputs_gets_no_gradient(deep: Workshop) -> None:
+    config = dump_config(with_policy(deep, "idle", "zero3", stage3_param_persistence_threshold=3000))
+    assert all(rank["most"] <= 3 for rank in launch(2, gather.gathers, config, 2**28, True))
+    held = launch(2, gather.gathers, config, 2**28, True, False)
+    assert all(rank["most"] > 3 and rank["left"] == [] for rank in held), (
+        "the control: layers are held to the pass's end"
+    )
+
+
+def test_no_more_is_whole_than_three_layers_or_the_head_and_a_layer(tmp_path: Path) -> None:
+    """A device that is late with the layer before the last one would have the head come on top of two layers."""
+    large = Workshop(tmp_path, num_hidden_layers=LAYERS, vocab_size=4000)
+    config = with_policy(large, "room", "zero3_offload_cpu", stage3_param_persistence_threshold=300)
+    found, endless = (launch(1, gather.host_waits, dump_config(config), True, bounded)[0] for bounded in (True, False))
+    assert found["most"] <= found["room"] < endless["most"]
+    planned = make_plan(config, resolve_base(config.model).description, 1, 1, None).memory_per_gpu.gathered_layers
+    assert found["room"] == pytest.approx(planned, rel=0.05)
 
 
 def test_a_parameter_that_is_read_outside_of_its_modules_call_is_not_gathered(tmp_path: Path) -> None:

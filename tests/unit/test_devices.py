@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
+from trainer import devices
 from trainer.devices import (
     ListedGpu,
     LocalGpu,
@@ -143,3 +144,27 @@ def test_the_cpu_is_used_where_it_is_meant_and_a_gpu_where_torch_sees_one(driver
     check_device(0, torch_gpus=0, torch_build=None)
     check_device(1, torch_gpus=1, torch_build="13.0")
     check_device(None, torch_gpus=2, torch_build="13.0")
+
+
+@pytest.mark.parametrize("controllers", ["", "memory"])
+def test_the_memory_that_is_left_is_no_more_than_that_of_the_control_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, controllers: str
+) -> None:
+    folder, limit, used = devices._MEMORY_FILES[controllers]
+    mine = _groups()[0].split(":", 2)[2]
+    monkeypatch.setattr(devices, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(devices, "_MEMORY_FILES", {line.split(":")[1]: (folder, limit, used) for line in _groups()})
+    without = devices.host_memory_left()
+    assert without > 2**28, "the control: there is no limit yet"
+    group = tmp_path / folder / mine.lstrip("/")
+    group.mkdir(parents=True, exist_ok=True)
+    (group / limit).write_text("1000000\n")
+    (group / used).write_text("400000\n")
+    assert devices.host_memory_left() == 600_000
+    (group / limit).write_text("max\n")
+    assert devices.host_memory_left() > 2**28
+
+
+def _groups() -> list[str]:
+    """The lines on this process's control groups, whatever their version."""
+    return Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()

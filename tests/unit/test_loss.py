@@ -35,6 +35,7 @@ def made_by(logits: Logits, head: LossHead) -> LossHead:
 def head(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> LossHead:
     """A frozen head whose logits are made so many positions at a time."""
     monkeypatch.setattr(loss_module, "_CHUNK_BYTES", request.param * 4 * V)
+    monkeypatch.setattr(loss_module, "_CHUNK_ROWS", 1)
     torch.manual_seed(2)
     return LossHead(H, V, bias=False).requires_grad_(False)
 
@@ -170,6 +171,7 @@ def test_the_checks_would_see_a_term_that_is_left_out(head: LossHead, terms: Los
 
 def learning_head(rows: int, monkeypatch: pytest.MonkeyPatch) -> LossHead:
     monkeypatch.setattr(loss_module, "_CHUNK_BYTES", rows * 4 * V)
+    monkeypatch.setattr(loss_module, "_CHUNK_ROWS", 1)
     torch.manual_seed(2)
     return LossHead(H, V, bias=False)
 

@@ -6,10 +6,13 @@ from trainer.base.architecture import Architecture, Parameter
 
 
 class LayerValues(NamedTuple):
-    """The values a token that a decoder layer keeps for its backward pass, and those that enter the widest of its last layers."""
+    """The values a token that a decoder layer keeps for its backward pass, and those that enter the widest of the last linear layers of
+    its blocks: those of MLPs, which can be tiled, apart from all others."""
 
     kept: float
     widest: float
+    kept_in_mlps: float
+    widest_mlp: float
 
 
 def layer_values(model: Architecture, layer: int) -> LayerValues:
@@ -26,15 +29,19 @@ def layer_values(model: Architecture, layer: int) -> LayerValues:
             blocks.setdefault(part.name.removesuffix(".weight").rpartition(".")[0], []).append(part)
         elif len(part.shape) == 1 and part.name.endswith(".weight"):
             kept += 3 * part.numel
-    attention, widest = {found.path for found in model.attention}, 0.0
+    attention = {found.path for found in model.attention}
+    widest = kept_in_mlps = widest_mlp = 0.0
     for path, parts in blocks.items():
         last = next((part for part in reversed(parts) if model.hidden in part.shape[:-1]), parts[-1])
         entering = _values(last, model.hidden, entering=True)
-        kept += entering * (1 if path in attention else 2)
-        kept += sum(_values(part, model.hidden, entering=False) for part in parts if part is not last)
-        kept += sum(part.shape[1] for part in parts if part is not last and model.hidden not in part.shape[1:])
-        widest = max(widest, entering)
-    return LayerValues(kept, widest)
+        own = entering * (1 if path in attention else 2)
+        own += sum(_values(part, model.hidden, entering=False) for part in parts if part is not last)
+        own += sum(part.shape[1] for part in parts if part is not last and model.hidden not in part.shape[1:])
+        if path not in attention and len(parts) > 1 and all(part.kind == "linear" for part in parts):
+            kept_in_mlps, widest_mlp = kept_in_mlps + own, max(widest_mlp, entering)
+        else:
+            kept, widest = kept + own, max(widest, entering)
+    return LayerValues(kept, widest, kept_in_mlps, widest_mlp)
 
 
 def _values(part: Parameter, hidden: int, *, entering: bool) -> float:

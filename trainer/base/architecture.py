@@ -206,6 +206,11 @@ def mismatches(config: Config, model: Architecture) -> list[str]:
         found.append(
             f"model.layers: {config.model.layers} exceeds the base's {model.stored_layers} layers (config.json). Lower it."
         )
+    kept = config.train.activation_checkpointing
+    if isinstance(kept, int) and kept > model.layers:
+        found.append(
+            f"train.activation_checkpointing: {kept} exceeds the {model.layers} layers that are trained on. Lower it, or say none."
+        )
     if config.data.packing and not model.isolates_documents:
         found.append(
             "data.packing: documents of one row would see each other, as this base takes no position_ids, which tell where "

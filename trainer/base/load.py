@@ -19,8 +19,9 @@ from trainer.base.reading import run_jobs
 from trainer.base.unfilled import unfilled_model
 from trainer.config import Config
 from trainer.errors import Damaged
+from trainer.model.activations import arrange_activations
 from trainer.model.attention import Attention
-from trainer.model.documents import keep_documents_apart, recomputed
+from trainer.model.documents import keep_documents_apart
 from trainer.model.experts import IMPLEMENTATION, prepare_experts
 from trainer.model.head import LossHead
 from trainer.ranks import Ranks
@@ -140,6 +141,5 @@ def empty_model(base: Base, config: Config, attention: Attention) -> PreTrainedM
     head.factor, head.divisor, head.softcap = facts.logit_factor, facts.logit_divisor, facts.softcap
     model.set_submodule(facts.head.removesuffix(".weight"), head)
     keep_documents_apart(model)
-    if config.train.activation_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": recomputed})
+    arrange_activations(model, config.train)
     return model.train()

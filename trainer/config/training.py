@@ -7,6 +7,9 @@ from pydantic import field_validator, model_validator
 
 from trainer.config.section import Section, setting
 
+MLP_TILE = 4096
+"""Tokens that an MLP takes at a time where it is tiled."""
+_LONG_ROW = 2**14 - 1
 _SHARED_FOLDERS = ("bases", "data")  # beside the runs in a store; trainer/run/layout.py
 
 
@@ -129,8 +132,24 @@ class Train(Section):
     micro_batch: int = setting(
         1, about="Packed rows a rank takes through the model at once.", example=1, ge=1, unit="rows"
     )
-    activation_checkpointing: bool = setting(
-        True, about="Recompute activations in the backward pass: less memory, about a third more time.", example=True
+    activation_checkpointing: bool | Literal["auto", "none", "all"] | int = setting(
+        "auto",
+        about="Which decoder layers compute their activations again in the backward pass, which takes their memory and about a third "
+        "more time: all (or true), none (or false), or all but the last N. auto: as few as the memory of the GPU allows, by the "
+        "plan; on CPUs that of the host. The result is the same to the last bit.",
+        example="all",
+    )
+    tiled_mlp: bool | Literal["auto"] = setting(
+        "auto",
+        about="Whether MLPs take long rows 4,096 tokens at a time, and compute each portion again in the backward pass. auto: from "
+        "16,384 tokens on, in layers that are computed again anyway, where it takes no time.",
+        example=True,
+    )
+    activation_offload: bool = setting(
+        False,
+        about="Keep the inputs of the layers that are computed again in pinned host memory. For rows so long that these alone are too "
+        "much for the GPU.",
+        example=True,
     )
     eval_every: int = setting(0, about="The older name of eval.every.", example=100, ge=0, unit="steps")
     sample_every: int = setting(
@@ -156,6 +175,38 @@ class Train(Section):
             raise ValueError(
                 f"train.profile: {list(self.profile)} is not allowed. Give the first and the last step to trace, counted from 1{most}. "
                 "Example: [10, 12]."
+            )
+        return self
+
+    @field_validator("activation_checkpointing")
+    @classmethod
+    def _by_name(cls, given: bool | str | int) -> str | int:
+        if isinstance(given, bool):
+            return "all" if given else "none"
+        if isinstance(given, int) and given < 0:
+            raise ValueError(
+                f"train.activation_checkpointing: {given} is not allowed. Give auto, all, none, or a number of layers, at least 0."
+            )
+        return given
+
+    def kept_layers(self, layers: int) -> int:
+        """The number of `layers` decoder layers, from the last one on, that keep their activations. With auto none, as long as
+        `trainer.plan.settled` has not decided it."""
+        given = self.activation_checkpointing
+        return min(layers, given) if isinstance(given, int) else layers if given == "none" else 0
+
+    def longest_mlp(self, *, recomputed: bool) -> int | None:
+        """The tokens that an MLP takes at most as they come, in a layer that is computed again or in another; None is any number."""
+        if self.tiled_mlp == "auto":
+            return _LONG_ROW if recomputed else None
+        return MLP_TILE if self.tiled_mlp else None
+
+    @model_validator(mode="after")
+    def _offloads_something(self) -> "Train":
+        if self.activation_offload and self.activation_checkpointing == "none":
+            raise ValueError(
+                "train.activation_offload: has no effect with train.activation_checkpointing: none, which computes no layer again. "
+                "Remove one of them."
             )
         return self
 

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from trainer.model.nf4 import FrozenLinear4bit
+from trainer.model.nf4 import weight_of
 
 # Keeps a row of zeros from being divided by its length.
 _TINY = torch.finfo(torch.float32).tiny
@@ -57,9 +57,7 @@ class DoraLinear(nn.Module):
 
         |W + sBA|^2 = |W|^2 + 2s <W A^T, B> + s^2 <B (A A^T), B>, row by row: nothing of W's size is made but W itself.
         """
-        weight = (
-            self.base_layer.dequantize() if isinstance(self.base_layer, FrozenLinear4bit) else self.base_layer.weight
-        )
+        weight = weight_of(self.base_layer)
         squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
         down, up = self.lora_A.float(), self.lora_B.float()
         crossed = (weight @ self.lora_A.T).float()  # (outputs, rank)

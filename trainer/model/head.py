@@ -15,6 +15,7 @@ from torch import Tensor, nn
 IGNORE = -100
 """The label of a position that predicts nothing (cross entropy's `ignore_index`)."""
 _CHUNK_BYTES = 2**28  # of fp32 logits
+_CHUNK_ROWS = 512  # of which a chunk has a multiple, as many as kernels of products take at once or twice
 
 
 class LossTerms(NamedTuple):
@@ -201,7 +202,7 @@ def _logits(hidden: Tensor, weight: Tensor, rows: Rows | None) -> Tensor:
 
 def _parts(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
     """Slices of the N rows of `hidden` whose logits are made at one time."""
-    size = max(1, _CHUNK_BYTES // (4 * weight.shape[0]))
+    size = max(1, _CHUNK_BYTES // (4 * weight.shape[0]) // _CHUNK_ROWS) * _CHUNK_ROWS
     for begin in range(0, len(hidden), size):
         yield slice(begin, begin + size)
 

@@ -136,6 +136,11 @@ class FrozenLinear4bit(Packed, nn.Linear):
         return f"{self.in_features}, {self.out_features}, {self.format}"
 
 
+def weight_of(linear: nn.Linear) -> Tensor:
+    """The weight of a linear layer, (out_features, in_features), in 4 bits or not. Its parameters must be gathered."""
+    return linear.dequantize() if isinstance(linear, FrozenLinear4bit) else linear.weight.detach()
+
+
 class FrozenStack4bit(Packed):
     """Matrices in 4 bits where a mixture of experts has one 3-D parameter, in the experts' module, whose forward pass is that of
     trainer/model/experts.py. That module must be a leaf to ZeRO-3, as nothing calls this one's forward.

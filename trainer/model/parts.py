@@ -47,6 +47,11 @@ def recomputed_share(model: nn.Module) -> float:
     return sum(layer.gradient_checkpointing for layer in layers) / max(1, len(layers))
 
 
+def is_computed_at_once(module: nn.Module) -> bool:
+    """Whether its forward pass reads the parameters of the modules in it without calling these, as that of trainer/model/lora.py does."""
+    return getattr(module, "computed_at_once", False) is True
+
+
 def is_experts(module: nn.Module) -> bool:
     """Whether it is the experts' module of a mixture, whose 3-D parameters trainer/model/experts.py multiplies with: transformers'
     interface of experts gives their class this attribute, and those of `EXPERTS_WITHOUT_INTERFACE` are older."""

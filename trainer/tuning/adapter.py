@@ -37,6 +37,7 @@ class BottleneckAdapters:
     settings: ClassVar[Collection[str]] = ("reduction", "activation", "placement")
     defaults: ClassVar[Mapping[str, Any]] = {}
     trains_base: ClassVar[bool] = False
+    uncounted_activations: ClassVar[bool] = False
     exports_model: ClassVar[bool] = False
     unmergeable: ClassVar[str | None] = "a bottleneck adapter is not linear, so no weight of the base can hold it"
     file_names: ClassVar[Collection[str]] = (_WEIGHTS, _LOADER)

@@ -64,6 +64,7 @@ class Dora(LinearAdapters):
 
     settings: ClassVar[Collection[str]] = LOW_RANK_SETTINGS
     defaults: ClassVar[Mapping[str, Any]] = LOW_RANK_DEFAULTS
+    uncounted_activations: ClassVar[bool] = True  # several results of each layer
 
     @property
     def scaling(self) -> float:

@@ -34,6 +34,7 @@ class Full:
     settings: ClassVar[Collection[str]] = ("train",)
     defaults: ClassVar[Mapping[str, Any]] = {"train": "all"}
     trains_base: ClassVar[bool] = True
+    uncounted_activations: ClassVar[bool] = False
     exports_model: ClassVar[bool] = True
     unmergeable: ClassVar[str | None] = None
     # config.json, without which nothing loads, is in none but a whole export.

@@ -67,6 +67,7 @@ class LinearAdapters:
     defaults: ClassVar[Mapping[str, Any]]
     auto: ClassVar[Targets] = ALL_LINEAR
     trains_base: ClassVar[bool] = False
+    uncounted_activations: ClassVar[bool] = False
     exports_model: ClassVar[bool] = False
     unmergeable: ClassVar[str | None] = None
     file_names: ClassVar[Collection[str]] = PEFT_FILES

@@ -84,10 +84,14 @@ class Lora(LinearAdapters):
         import torch
         from peft import inject_adapter_in_model
 
+        from trainer.model.lora import LoraLinear
+
+        config = self.peft_config(self.ends(architecture))
+        config._register_custom_module({torch.nn.Linear: LoraLinear})  # PEFT's way to have layers of one's own
         torch.manual_seed(seed)
         # In a container, which has no config, PEFT adapts what it is told and takes no name for that of an expert; see `as_peft_reads`.
         whole = torch.nn.Sequential(model)
-        inject_adapter_in_model(self.peft_config(self.ends(architecture)), whole, adapter_name=_ADAPTER)
+        inject_adapter_in_model(config, whole, adapter_name=_ADAPTER)
         for name, parameter in model.named_parameters():
             learns = ".lora_" in name
             parameter.requires_grad_(learns)

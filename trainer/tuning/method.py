@@ -111,6 +111,8 @@ class Method(Protocol):
     checkpoints stay what they are; a default never changes, whatever becomes of the configuration's."""
     trains_base: ClassVar[bool]
     """Whether parameters of the base learn, so that one copy of them must be divided over all ranks."""
+    uncounted_activations: ClassVar[bool]
+    """Whether a layer keeps much more for its backward pass than `plan` counts."""
     exports_model: ClassVar[bool]
     """Whether an export is the whole model, the base's own files with `updates` in them, so that a merge is the same and
     `export` is never called. The base is then trained as it is stored, in 16 or 32 bits."""

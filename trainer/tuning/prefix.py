@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Architecture
 from trainer.config import Model, Optim, Tuning
@@ -41,6 +41,8 @@ def _layer(name: str) -> int:
 @dataclass(frozen=True)
 class PrefixTuning(BesideBase):
     """Keys and values that every token of a document sees in every layer."""
+
+    uncounted_activations: ClassVar[bool] = True  # copies of the keys and values with those before them
 
     @property
     def virtual(self) -> VirtualTokens:

@@ -35,6 +35,7 @@ class BesideBase:
     settings: ClassVar[Collection[str]] = ("virtual_tokens", "init_text")
     defaults: ClassVar[Mapping[str, Any]] = {"init_text": None}
     trains_base: ClassVar[bool] = False
+    uncounted_activations: ClassVar[bool] = False
     exports_model: ClassVar[bool] = False
     unmergeable: ClassVar[str | None] = (
         "virtual tokens stand before a document's own, and no weight of the base can hold them"

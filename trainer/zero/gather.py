@@ -1,7 +1,8 @@
 """ZeRO-3's gathers: a decoder layer at a time, the next one while this one computes, in one order on every rank.
 
     compute   | layer 3 | layer 4 | layer 5 |      A gather begins when the host comes to the layer before, and not before the
-    gathers   | layer 4 | layer 5 | layer 6 |      device has left the layer two before that: it is at most two ahead of compute.
+    gathers   | layer 4 | layer 5 | layer 6 |      device has left the layer two before that: it is at most two ahead of compute. Nor
+                                                  before there is room: no more is whole than three layers, or the head and a layer.
 
 DeepSpeed gathers for each module by itself, which is some 140 of a layer with adapters, and a set of parameters decides what it
 starts first, so that the order differs from rank to rank: where there are two process groups, NCCL may then wait for ever. Here
@@ -11,10 +12,12 @@ Gradients stay as DeepSpeed has them: each parameter's is reduced as soon as it 
 all over this file; tests/dist/test_gather.py fails when upstream changes them.
 """
 
-from collections import deque
+import math
+from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,18 +25,27 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, free_param
 from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
+from torch.utils.hooks import RemovableHandle
 
 from trainer.clock import Clock
-from trainer.model.parts import is_layer
+from trainer.model.parts import is_computed_at_once, is_layer
 
 _AHEAD = 2  # layers that a gather may be ahead of what the device computes
+_ALONE = (
+    2**28
+)  # bytes from which on a parameter is gathered by itself, into its place: others are copied from one buffer
 
 
 @contextmanager
 def without_hooks() -> Iterator[None]:
     """Inside, DeepSpeed makes an engine without the hooks that gather, of which each module would have four."""
+
+    def no_hooks(self: Any) -> None:
+        self.fwd_pre_hook = RemovableHandle(OrderedDict())  # which its `destroy` removes
+
     plain = DeepSpeedZeRoOffload.setup_zero_stage3_hooks
-    DeepSpeedZeRoOffload.setup_zero_stage3_hooks = lambda self: None
+    DeepSpeedZeRoOffload.setup_zero_stage3_hooks = no_hooks
     try:
         yield
     finally:
@@ -46,23 +58,24 @@ class _Unit:
     def __init__(self, parameters: list[Any]) -> None:
         self.parameters, self.holders = parameters, 0
         self.numel = sum(parameter.ds_numel for parameter in parameters)
+        self.size = sum(map(_size, parameters))
 
 
 class _Call:
-    """One forward pass through a unit, whose backward pass is to come. It ends with the gradient of its last input."""
+    """One forward pass through a unit, whose backward pass is to come. It ends with the gradients of its inputs."""
 
-    def __init__(self, unit: _Unit, inputs: int, *, held: bool) -> None:
-        self.unit, self.inputs, self.held, self.begun = unit, inputs, held, False
+    def __init__(self, unit: _Unit, *, held: bool) -> None:
+        self.unit, self.held, self.begun = unit, held, False
 
 
 class Gathers:
     """Gathers the parameters of `model` for each pass through it, and frees them behind it. Every method is collective, and the engine
-    was made `without_hooks`.
+    was made `without_hooks`. Sizes are in bytes.
 
     `zero` is DeepSpeed's optimizer of stage 3. These keys of its `policy` count: `overlap_comm`; `stage3_prefetch_bucket_size`, where
     0 means that no layer is gathered before it is needed; `stage3_max_live_parameters`, beyond which none is either; and
     `stage3_max_reuse_distance`: where a layer's backward pass is no more parameters away than that, it is kept until then. Where
-    the policy leaves them out, three layers may be whole, and the last one is kept. The `clock` is told of each wait for a gather.
+    the policy leaves it out, the last one is kept. The `clock` is told of each wait for a gather.
     """
 
     def __init__(self, model: nn.Module, zero: Any, policy: dict[str, Any], clock: Clock) -> None:
@@ -77,15 +90,19 @@ class Gathers:
         for module in model.modules():
             if any(True for _ in module.parameters()) and not isinstance(module, nn.Linear | nn.Embedding):
                 module.register_forward_pre_hook(_summed_apart)
-        self._units = [unit for module, own in _together(model) if (unit := self._watch(module, own))]
-        largest = max((unit.numel for unit in self._units), default=0)
+        watched = [(module, unit) for module, own in _together(model) if (unit := self._watch(module, own))]
+        self._units = [unit for _, unit in watched]
         self._prefetches = policy.get("stage3_prefetch_bucket_size", 1) > 0
-        self._most = policy.get("stage3_max_live_parameters", (_AHEAD + 1) * largest)
+        self._most = policy.get("stage3_max_live_parameters", math.inf)
         self._reuse = policy.get("stage3_max_reuse_distance", 2 * self._units[-1].numel + 1 if self._units else 0)
+        layer = max((unit.size for module, unit in watched if is_layer(module)), default=0)
+        kept = policy.get("stage3_max_reuse_distance", 0) // 2 * max((p.dtype.itemsize for p in parameters), default=0)
+        self._room = kept + max((_AHEAD + 1) * layer, *(a.size + b.size for a, b in pairwise(self._units)), 0)
         self._live = 0  # elements that are gathered or on their way
+        self._live_bytes = 0  # the same in bytes
         self._ahead: set[_Unit] = set()  # units that are gathered and that no call holds
         self._handles: dict[Any, Any] = {}  # of parameters on their way
-        self._computed: deque[Any] = deque()  # an event for each unit that was freed and may still be computed with
+        self._computed: deque[tuple[Any, int]] = deque()  # an event and the size of each freed unit that may be in use
         self._traces: dict[Hashable, list[_Unit]] = {}  # the units that a pass used, in their order
         self._before: list[_Unit] = []
         self._now: list[_Unit] = []
@@ -150,13 +167,13 @@ class Gathers:
             self._let_go(unit)
             return
         inputs = [tensor for tensor in inputs if tensor.requires_grad]
-        call = _Call(unit, len(inputs), held=self._is_soon_used_again())
+        call = _Call(unit, held=self._is_soon_used_again())
         self._calls.append(call)
         self._open.append(call)
         for tensor in outputs:
             tensor.register_hook(partial(self._before_backward, call))
-        for tensor in inputs:
-            tensor.register_hook(partial(self._after_backward, call))
+        if inputs:  # those of them alone count that the loss depends on
+            register_multi_grad_hook(inputs, lambda _gradients: self._end(call))
         if not call.held:
             self._let_go(unit)
 
@@ -178,11 +195,6 @@ class Gathers:
         if self._calls:
             self._prefetch(self._calls[-1].unit)
 
-    def _after_backward(self, call: _Call, _gradient: Tensor) -> None:
-        call.inputs -= 1
-        if not call.inputs:
-            self._end(call)
-
     def _end(self, call: _Call) -> None:
         if call.held:
             call.held = False
@@ -194,14 +206,24 @@ class Gathers:
         for parameter in unit.parameters:
             parameter.ds_active_sub_modules.add(unit)
         self._fetch(unit)
-        self._let_the_device_come_near()
+        self._let_the_device_come_near(self._copied(unit))
         self._wait(unit)
         self._ahead.discard(unit)
 
-    def _let_the_device_come_near(self) -> None:
-        """The host runs ahead of the device and takes memory for all that it gathers: hold it until one unit is left to compute."""
-        while len(self._computed) >= _AHEAD:
-            self._computed.popleft().synchronize()
+    def _let_the_device_come_near(self, size: int) -> None:
+        """The host runs ahead of the device and takes memory for all that it gathers: hold it until one unit is left to compute, or
+        none where there is no room for `size` bytes beside it."""
+        while self._computed and (len(self._computed) >= _AHEAD or self._taken() + size > self._room):
+            self._computed.popleft()[0].synchronize()
+
+    def _taken(self) -> int:
+        """Bytes of what is gathered or on its way, and of what was freed and may still be computed with."""
+        return self._live_bytes + sum(size for _, size in self._computed)
+
+    def _copied(self, unit: _Unit) -> int:
+        """Bytes of what DeepSpeed will copy from one buffer: parameters that were gathered together."""
+        together = [_size(p) for p in unit.parameters if p in self._handles and not _is_alone(p)]
+        return sum(together) if len(together) > 1 else 0
 
     def _let_go(self, unit: _Unit) -> None:
         unit.holders -= 1
@@ -209,14 +231,15 @@ class Gathers:
             return
         for parameter in unit.parameters:
             parameter.ds_active_sub_modules.discard(unit)
-        self._free(unit)
+        freed = self._free(unit)
         if self._stream is not None:
             event = self._device.Event()
             event.record()
-            self._computed.append(event)
+            self._computed.append((event, freed))
 
     def _prefetch(self, unit: _Unit) -> None:
-        if self._prefetches and not unit.holders and self._live + unit.numel <= self._most:
+        has_room = self._live + unit.numel <= self._most and self._live_bytes + unit.size <= self._room
+        if self._prefetches and not unit.holders and has_room:
             self._fetch(unit)
             self._ahead.add(unit)
 
@@ -224,11 +247,14 @@ class Gathers:
         missing = [parameter for parameter in unit.parameters if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE]
         if not missing:
             return
-        self._let_the_device_come_near()
+        size = sum(map(_size, missing))
+        self._let_the_device_come_near(size)
+        alone = [[parameter] for parameter in missing if _is_alone(parameter)]
         with self._device.stream(self._stream):
-            handle = missing[0].all_gather_coalesced(missing)
-        self._handles |= dict.fromkeys(missing, handle)
+            for group in filter(None, [*alone, [parameter for parameter in missing if not _is_alone(parameter)]]):
+                self._handles |= dict.fromkeys(group, group[0].all_gather_coalesced(group))
         self._live += sum(parameter.ds_numel for parameter in missing)
+        self._live_bytes += size
 
     def _wait(self, unit: _Unit) -> None:
         """Have the device's current stream wait until the unit's parameters are there."""
@@ -240,19 +266,31 @@ class Gathers:
             if self._stream is not None:
                 self._device.current_stream().wait_stream(self._stream)
 
-    def _free(self, unit: _Unit) -> None:
-        """Free those of the unit's parameters that no other unit, which shares them, needs."""
+    def _free(self, unit: _Unit) -> int:
+        """Free those of the unit's parameters that no other unit, which shares them, needs. Returns their bytes."""
         self._ahead.discard(unit)
+        freed = 0
         for parameter in unit.parameters:
             if parameter.ds_status == ZeroParamStatus.AVAILABLE and not parameter.ds_active_sub_modules:
                 free_param(parameter)
                 self._live -= parameter.ds_numel
+                freed += _size(parameter)
+        self._live_bytes -= freed
+        return freed
+
+
+def _size(parameter: Any) -> int:
+    return parameter.ds_numel * parameter.dtype.itemsize
+
+
+def _is_alone(parameter: Any) -> bool:
+    return _size(parameter) >= _ALONE
 
 
 def _together(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
     """The modules whose calls parameters are gathered for, in the order of the model, and which those are."""
     own = list(module.parameters(recurse=False))
-    if is_layer(module) or (own and not any(map(is_layer, module.modules()))):
+    if is_layer(module) or ((own or is_computed_at_once(module)) and not any(map(is_layer, module.modules()))):
         yield module, list(module.parameters())
         return
     if own:

@@ -22,6 +22,7 @@ class Biases:
     settings: ClassVar[Collection[str]] = ()
     defaults: ClassVar[Mapping[str, Any]] = {}
     trains_base: ClassVar[bool] = True
+    uncounted_activations: ClassVar[bool] = False
     exports_model: ClassVar[bool] = False
     unmergeable: ClassVar[str | None] = "a toy cannot be merged"
     file_names: ClassVar[Collection[str]] = ()

@@ -1,0 +1,57 @@
+"""The first step of a run by several ways to have activations in the backward pass, one after the other on the same ranks."""
+
+from collections import Counter
+from typing import Any
+
+from torch.autograd.graph import save_on_cpu
+
+from tests.dist import gradients
+from trainer import ranks as ranks_module
+from trainer.base.locate import resolve_base
+from trainer.config import parse_config, training
+from trainer.model import activations as model_activations
+from trainer.model import nf4, tiled
+from trainer.ranks import join
+from trainer.start import settle
+
+LAYERS = 3
+
+
+def first_steps(loads: list[tuple[str, str, str]]) -> list[dict[str, Any]]:
+    """`gradients.first_step` of each configuration, data and destination in turn, with the 4-bit matrices that it dequantized and the
+    tensors that it saved on the host. Tiles are of 16 tokens."""
+    training.MLP_TILE = tiled.MLP_TILE = 16
+    counts, found = Counter[str](), []
+    _count(nf4, "dequantize_blocks", "dequantized", counts)
+
+    class Saving(save_on_cpu):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            _count(self, "pack_hook", "offloaded", counts)
+
+    model_activations.save_on_cpu = Saving  # type: ignore[misc]
+    for load in loads:
+        counts.clear()
+        found.append({**gradients.first_step(*load), "dequantized": 0, "offloaded": 0, **counts})
+    return found
+
+
+def _count(owner: Any, name: str, what: str, counts: Counter[str]) -> None:
+    plain = getattr(owner, name)
+
+    def counted(*arguments: Any) -> Any:
+        counts[what] += 1
+        return plain(*arguments)
+
+    setattr(owner, name, counted)
+
+
+def settled(config_text: str, memories: list[int]) -> list[tuple[int, str]]:
+    """The decision of `train.activation_checkpointing: auto` where so many bytes of the host's memory are left, and the line on it."""
+    config, ranks, found = parse_config(config_text), join(), []
+    for memory in memories:
+        ranks_module.host_memory_left = lambda memory=memory: memory
+        lines = list[str]()
+        decided = settle(config, resolve_base(config.model), ranks, lines.append)
+        found.append((decided.train.kept_layers(LAYERS), *lines))
+    return found

@@ -1,0 +1,40 @@
+"""The activations that decoder layers need in their backward pass: kept from the forward pass, or computed again."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from trainer.config.training import Train
+from trainer.model.documents import recomputed
+from trainer.model.parts import is_layer
+from trainer.model.tiled import mlps, tile
+
+
+def arrange_activations(model: PreTrainedModel, settings: Train) -> None:
+    """Have layers of `model` compute their activations again, keep their inputs on the host and tile their MLPs, as `settings` say.
+
+    The last layers are the cheapest to keep: their backward passes come first, and when the others are computed again, theirs are gone.
+    """
+    layers: list[Any] = [module for module in model.modules() if is_layer(module)]
+    again = len(layers) - settings.kept_layers(len(layers))
+    if again:
+        model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": recomputed})
+        model.disable_input_require_grads()  # only reentrant checkpointing needs a gradient of the embedding's output
+    for place, layer in enumerate(layers):
+        layer.gradient_checkpointing = place < again  # transformers' flag
+        if settings.activation_offload:
+            layer._gradient_checkpointing_func = _offloaded
+        if longest := settings.longest_mlp(recomputed=place < again):
+            for mlp in mlps(layer):
+                tile(mlp, longest)
+
+
+def _offloaded(layer: Callable[..., Any], *inputs: Any) -> Any:
+    """Activation checkpointing whose saved inputs lie in pinned host memory. Copies are asynchronous, in the order of the device's work;
+    on a CPU the inputs are there already."""
+    with save_on_cpu(pin_memory=torch.cuda.is_available()):
+        return checkpoint(layer, *inputs, use_reentrant=False, context_fn=recomputed)
