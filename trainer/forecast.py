@@ -5,7 +5,7 @@ Time is an estimate. It rests on a rate: one that a run has been measured at, or
 
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from math import ceil, prod
+from math import ceil
 from typing import Any
 
 from trainer.base.architecture import Architecture
@@ -14,7 +14,7 @@ from trainer.data.length import EpochLength
 from trainer.data.prepare import steps_of_epochs
 from trainer.gpus import Gpu
 from trainer.needs import GlobalBatch
-from trainer.tuning.method import method_of
+from trainer.train.flops import work_of
 
 # The share of a GPU's peak in bf16 that a step is assumed to come to. By the arithmetic of its kernels an H100 comes to 35 to 40 %.
 UTILISATION = 0.3
@@ -82,13 +82,15 @@ def length_of(config: Config, epoch: EpochLength | None) -> Length:
     return Length(steps, epochs, tokens, found[0], counted, *found[1:])
 
 
-def assumed_rate(config: Config, model: Architecture, gpu: Gpu) -> Rate | None:
-    """The rate at which this GPU would compute, at the utilisation that is assumed; None where its peak is not known."""
+def assumed_rate(config: Config, model: Architecture, gpu: Gpu, recomputed: float) -> Rate | None:
+    """The rate at which this GPU would compute, at the utilisation that is assumed, where this share of the layers is computed again;
+    None where its peak is not known."""
     if gpu.flops is None or config.model.dtype != "bf16":
         return None
     reached = UTILISATION * gpu.flops
     tokens = config.data.sequence_length
-    seconds = tokens * operations_a_token(config, model) / reached
+    work = work_of(config, model, recomputed, gpu.name)
+    seconds = work.of_row(tokens) / reached
     basis = (
         f"{reached / 1e12:,.0f} TFLOP/s on each GPU: {UTILISATION:.0%} of the {gpu.flops / 1e12:,.0f} that the data sheet of "
         f"{gpu.name} says for bf16. The share is assumed, not measured"
@@ -105,20 +107,3 @@ def forecast(config: Config, batch: GlobalBatch, length: Length, rate: Rate | No
     hours = None if config.cluster.gpus_per_worker == 0 else seconds * batch.world_size / 3600
     cost = None if hours is None or price is None else hours * price
     return Forecast(step, seconds, hours, cost, rate.tokens_per_second, rate.basis, rate.run)
-
-
-def operations_a_token(config: Config, model: Architecture) -> float:
-    """Floating point operations for each token of a full row, in all passes of a step.
-
-    A token is multiplied with each weight that it visits, at two operations: once in the forward pass, once more for the
-    gradient of its inputs, for that of a weight that learns, and where the forward pass is repeated. Attention is counted as of rows
-    of one document, half of whose pairs of tokens are computed.
-    """
-    method, tokens = method_of(config), config.data.sequence_length
-    base = sum(part.numel * part.visits for part in model.parameters if part.kind in ("linear", "experts"))
-    head = model.vocabulary * model.hidden
-    learning = sum(prod(shape) for name, shape in method.shapes(model).items() if len(shape) > 1)
-    passes = 2 + config.train.activation_checkpointing
-    products = 2 * passes * (base + head) + 2 * (learning if method.trains_base else (passes + 1) * learning)
-    pairs = sum(min(tokens, layer.window or tokens) for layer in model.attention) / 2
-    return products + (passes + 1) * 4 * model.hidden * pairs

@@ -9,10 +9,10 @@ from trainer.errors import ConfigError, shown
 
 _MOST_GIB = 1e6
 
-# Name -> memory in MiB, as nvidia-smi tells it of such a card (where a card has ECC, with it on); TFLOP/s of dense products in
+# Name -> memory in MiB, as the driver tells it of such a card (where a card has ECC, with it on); TFLOP/s of dense products in
 # bf16 with sums in fp32, as the maker's data sheet says without sparsity. Of cards of one name the smaller comes first.
 # Cards before Ampere, such as V100 and T4, have no bf16.
-_GPUS: dict[str, tuple[int, float]] = {
+_GPUS: dict[str, tuple[int, float | None]] = {
     "H100": (81559, 989),
     "H100 PCIe": (81559, 756),
     "H100 NVL": (95830, 835),
@@ -22,13 +22,15 @@ _GPUS: dict[str, tuple[int, float]] = {
     "GH200": (97871, 989),
     "B200": (183359, 2250),
     "GB200": (189471, 2500),
+    "B300": (275040, 2250),
+    "GB300": (284208, 2500),
     "A100 40GB": (40960, 312),
     "A100 80GB": (81920, 312),
     "A800 80GB": (81920, 312),
     "A40": (46068, 150),
     "A30": (24576, 165),
     "A10": (23028, 125),
-    "A10G": (23028, 70),
+    "A10G": (23028, None),
     "L4": (23034, 121),
     "L40": (46068, 181),
     "L40S": (46068, 362),
@@ -39,11 +41,17 @@ _GPUS: dict[str, tuple[int, float]] = {
     "RTX 4090": (24564, 165),
     "RTX 4080": (16376, 97),
     "RTX 3090": (24576, 71),
+    "MI250X": (65520, 383),
+    "MI300X": (196592, 1307),
+    "MI325X": (262128, 1307),
+    "MI355X": (294896, 2300),
 }
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GiB|GB|G|MiB|MB|TiB|TB)?", re.IGNORECASE)
 _UNITS = {"gib": 2**30, "g": 2**30, "": 2**30, "gb": 1e9, "mib": 2**20, "mb": 1e6, "tib": 2**40, "tb": 1e12}
 # Words of a device's name that say nothing of which card it is.
-_IDLE_WORDS = frozenset("nvidia geforce tesla gpu generation hbm2 hbm2e hbm3 hbm3e sxm sxm2 sxm4 sxm5".split())
+_IDLE_WORDS = frozenset(
+    "nvidia amd instinct geforce tesla gpu generation hbm2 hbm2e hbm3 hbm3e sxm sxm2 sxm4 sxm5".split()
+)
 # Cards of these have the name of a faster one in theirs.
 _LESSER = frozenset(("laptop", "max", "mig", "super", "ti"))
 
@@ -103,7 +111,7 @@ def read_gpu(text: str, option: str) -> Gpu:
 
 def _gpu(name: str) -> Gpu:
     mebibytes, teraflops = _GPUS[name]
-    return Gpu(name, mebibytes * 2**20, teraflops * 1e12)
+    return Gpu(name, mebibytes * 2**20, teraflops and teraflops * 1e12)
 
 
 def _words(name: str) -> frozenset[str]:

@@ -15,7 +15,6 @@ Norms, rotary embeddings, activation functions and dequantizing are left out, as
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -23,26 +22,18 @@ from typing import TYPE_CHECKING
 
 from trainer.base.architecture import Architecture
 from trainer.config import Config
+from trainer.gpus import find_gpu
 from trainer.objective.objective import find_objective, reference_of
 from trainer.tuning.method import method_of
 
 if TYPE_CHECKING:
     from trainer.data.micro_batch import MicroBatch
 
-_PEAKS = {
-    "GB200": 2500, "GB300": 2500, "B200": 2250, "B300": 2250, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989,
-    "H800": 989, "H20": 148, "A100": 312, "A800": 312, "A40": 150, "A30": 165, "A10": 125, "L40S": 362, "L40": 181, "L4": 121,
-    "RTX 6000 Ada": 364, "RTX A6000": 155, "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71,
-    "MI355X": 2300, "MI325X": 1307, "MI300X": 1307, "MI250X": 383,
-}  # fmt: skip
-"""TFLOP/s of dense products in bf16 with fp32 sums, as the makers' data sheets say, by a part of the device's name."""
-
 
 def peak_flops(device_name: str) -> float | None:
     """Operations a second at the peak of a GPU by its name, such as "NVIDIA H100 80GB HBM3"; None for one that is not known."""
-    words = f" {re.sub('[-()]', ' ', device_name)} "
-    names = [name for name in _PEAKS if f" {name} " in words]
-    return 1e12 * _PEAKS[max(names, key=len)] if names else None
+    gpu = find_gpu(device_name)
+    return gpu.flops if gpu else None
 
 
 @dataclass(frozen=True)
@@ -78,6 +69,12 @@ class Work:
             pairs = sum(layer.pair * layer.pairs(length) for length in _documents(batch) for layer in self.attention)
             found += batch.tokens * self.token + batch.targets * self.target + self.passes * pairs
         return found
+
+    def of_row(self, tokens: int) -> float:
+        """The operations of a row that one document of so many tokens fills, each of them a target: the most that a row can ask for."""
+        return tokens * (self.token + self.target) + self.passes * sum(
+            layer.pair * layer.pairs(tokens) for layer in self.attention
+        )
 
     def measured(self, operations: float, seconds: float) -> dict[str, float]:
         """The measures of a step of so many operations and seconds, summed over the ranks: TFLOP/s of a rank, and MFU."""
