@@ -83,7 +83,7 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
     by_size = found is not None and not found.name
     rate = None if by_size else measured_rate(store, config, found)
     if rate is None and found and plan.device == "gpu":
-        rate = assumed_rate(config, base.architecture, found, float(config.train.activation_checkpointing))
+        rate = assumed_rate(config, base.architecture, found, plan.recomputed_layers / plan.layers)
     return Planned(plan, found, whose, length, forecast(config, plan.batch, length, rate), bool(missing))
 
 
