@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.cli.arrive import import_
+from launcher.cli.arrive import import_, init
 from launcher.cli.before import config_schema, data_build, data_check, data_show, doctor, plan, smoke
 from launcher.cli.leave import export, push
 from launcher.cli.options import log
@@ -57,9 +57,10 @@ def _add_group(name: str, help: str, **verbs: Callable[..., None]) -> None:
     app.add_typer(group, name=name)
 
 
+for _verb in (doctor, init):
+    app.command()(_verb)
 app.command("import")(import_)
 for _verb in (
-    doctor,
     plan,
     train,
     resume,

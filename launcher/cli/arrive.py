@@ -1,14 +1,86 @@
 """Verbs that make a configuration: from a few answers, or from another tool's."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from launcher.cli.options import DryRun, Json, log
+from trainer.errors import ConfigError
 
 Force = Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")]
+
+
+def init(
+    config: Annotated[Path, typer.Argument(metavar="[CONFIG]", help="The file to write.")] = Path("run.yaml"),
+    base: Annotated[
+        str | None, typer.Option("--base", help="The base: a directory, an s3://, gs:// or az:// URI, or a Hub id.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="The training data: a file, a glob, a URI, or a data set of the Hub.")
+    ] = None,
+    goal: Annotated[
+        str | None,
+        typer.Option("--goal", help="sft (the default), full, dpo, orpo, simpo or kto; see docs/methods.md."),
+    ] = None,
+    machine: Annotated[
+        str | None, typer.Option("--machine", help="one (this machine, the default), slurm or ray.")
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            "--gpu", help="The GPU: its name (H100, RTX 4090) or its memory (24GB, 80GiB). Default: this machine's."
+        ),
+    ] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option("--gpus", min=1, help="How many. Default: all of this machine; of a cluster as few as suffice."),
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Write a first configuration that fits these GPUs by the plan, with the reason behind each setting. In a terminal it asks for what
+    no option gives."""
+    from launcher.commented import check_new, write_new
+    from launcher.init.goals import GOALS
+    from launcher.init.initial import KINDS, Answers, initial_config
+
+    check_new(config, force or dry_run)
+    asks = sys.stdin.isatty() and not as_json
+    goals = ", ".join(f"{name} ({known.about})" for name, known in GOALS.items())
+    answers = Answers(
+        base=_answer(base, asks, "--base", "The base (a directory or a Hub id)"),
+        data=_answer(data, asks, "--data", "The training data (a file or a data set of the Hub)"),
+        goal=_answer(goal, asks and base is None, "--goal", f"The goal: {goals}", "sft"),
+        machine=_answer(machine, asks and base is None, "--machine", f"Where it runs: {', '.join(KINDS)}", "one"),
+        gpu=gpu,
+        gpus=gpus,
+    )
+    made = initial_config(answers, config)
+    if not dry_run:
+        write_new(config, made.text)
+    if as_json:
+        print(json.dumps({**made.to_json(), "written": not dry_run}))
+        return
+    if dry_run:
+        print(made.text, end="")
+    log(f"{'would write' if dry_run else 'wrote'} {config}")
+    for line in made.lines():
+        log(line)
+
+
+def _answer(given: str | None, asks: bool, option: str, question: str, otherwise: str | None = None) -> str:
+    """The option's value, or the answer to a question where somebody is there to ask."""
+    if given is not None:
+        return given
+    if asks:
+        return str(typer.prompt(question, default=otherwise, err=True)).strip()
+    if otherwise is None:
+        raise ConfigError(f"{option}: missing. Give it, or call this in a terminal, where it is asked for.")
+    return otherwise
 
 
 def import_(
@@ -22,7 +94,8 @@ def import_(
     peer: Annotated[
         str | None,
         typer.Option(
-            "--from", help="axolotl, llamafactory, trl, accelerate or torchtune. Default: found out by the keys."
+            "--from",
+            help="axolotl, llamafactory, llamafactory-v1, trl, accelerate or torchtune. Default: found out by the keys.",
         ),
     ] = None,
     gpus: Annotated[

@@ -11,13 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.commented import yaml_text
-from launcher.importing import accelerate, axolotl, llamafactory, torchtune, trl
+from launcher.importing import accelerate, axolotl, llamafactory, llamafactory_v1, torchtune, trl
 from launcher.importing.mapping import Keys, Outcome, last_words
 from launcher.importing.reading import detect, read_peer_file
 from trainer.config import parse_config
 from trainer.config.peers.accelerate import ACCELERATE
 from trainer.config.peers.axolotl import AXOLOTL
 from trainer.config.peers.llamafactory import LLAMAFACTORY
+from trainer.config.peers.llamafactory_v1 import LLAMAFACTORY_V1
 from trainer.config.peers.table import Peer
 from trainer.config.peers.torchtune import TORCHTUNE
 from trainer.config.peers.trl import TRL
@@ -31,6 +32,7 @@ JOINS: Mapping[str, tuple[Peer, Callable[[Keys, Path], None]]] = {
     for peer, join in (
         (AXOLOTL, axolotl.join),
         (LLAMAFACTORY, llamafactory.join),
+        (LLAMAFACTORY_V1, llamafactory_v1.join),
         (TRL, trl.join),
         (ACCELERATE, accelerate.join),
         (TORCHTUNE, torchtune.join),

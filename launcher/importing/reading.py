@@ -113,6 +113,8 @@ def known_keys(tree: dict[str, Any], peer: Peer) -> int:
 
 def detect(tree: dict[str, Any], peers: Sequence[Peer], path: str) -> Peer:
     """The peer that knows most of the keys. Raises `ConfigError` where none does, or two know as many."""
+    if {"run", "model", "data", "train"} <= set(tree):
+        raise ConfigError(f"{path} is a configuration of Capstan already: capstan plan {path} says what it needs.")
     counts = [(known_keys(tree, peer), peer) for peer in peers]
     best = max(count for count, _ in counts)
     found = [peer for count, peer in counts if count == best]

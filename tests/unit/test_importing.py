@@ -143,6 +143,19 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "data.packing": True,
         "tuning.modules_to_save": ["embed_tokens", "lm_head"],
     },
+    "llamafactory-v1/qlora.yaml": {
+        "quant.type": "nf4",
+        "quant.double": True,
+        "tuning.rank": 16,
+        "tuning.targets": "all-linear",
+        "data.train": [{"path": "data/alpaca.jsonl", "format": "alpaca"}, {"path": "hf://somebody/rows"}],
+        "data.packing": True,
+        "train.steps": 10,
+        "train.epochs": None,
+        "train.global_batch": 16,
+        "train.micro_batch": 2,
+        "optim.schedule": "constant",
+    },
     "trl/sft.yaml": {
         "quant.double": True,
         "tuning.rank": 32,
@@ -298,6 +311,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_pairs(folder / "data" / "pairs.jsonl")
     make_labelled(folder / "data" / "labelled.jsonl")
     (folder / "data" / "dataset_info.json").write_text(json.dumps(DATASET_INFO))
+    v1 = {"a": {"path": "data/alpaca.jsonl", "converter": "alpaca"}, "b": {"path": "somebody/rows"}}
+    (folder / "data" / "v1.yaml").write_text(yaml.safe_dump(v1))
     for path in FILES:
         kind = "phi3" if "phi3" in path.read_text() else "llama"
         (folder / path.parent.name).mkdir(exist_ok=True)
@@ -338,7 +353,7 @@ def test_there_are_five_files_of_each_peer() -> None:
     counts = {
         folder: sum(path.parent.name == folder for path in FILES) for folder in {path.parent.name for path in FILES}
     }
-    assert counts == {"axolotl": 5, "llamafactory": 5, "torchtune": 5, "trl": 5}
+    assert counts == {"axolotl": 5, "llamafactory": 5, "llamafactory-v1": 1, "torchtune": 5, "trl": 5}
     assert {f"{path.parent.name}/{path.name}" for path in FILES} == set(EXPECTED)
 
 
@@ -400,6 +415,7 @@ def test_the_batch_counts_the_gpus_that_are_told(site: Path, monkeypatch: pytest
     [
         ("learning_rate: 1\n", "alike"),
         ("nothing_of_it: 1\n", "none of its keys"),
+        ("run: {}\nmodel: {}\ndata: {}\ntrain: {}\n", "is a configuration of Capstan already"),
         ("- a\n- b\n", "no keys"),
         ("a: [\n", "is not YAML"),
     ],

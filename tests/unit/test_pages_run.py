@@ -76,7 +76,11 @@ def runnable() -> list[list[str]]:
             arguments = of_capstan(command)
             if arguments is None:
                 continue
-            arguments = [word.replace("s3://bucket/", "bucket/") for word in arguments if word not in WAITING]
+            arguments = [
+                word.replace("s3://bucket/", "bucket/").replace("/models/Llama-3.1-8B", "base")
+                for word in arguments
+                if word not in WAITING
+            ]
             parsed = parse(arguments)
             verb, given = " ".join(parsed.verb), str(parsed.values.get("config", ""))
             if verb in VERBS and not given.startswith("examples/"):

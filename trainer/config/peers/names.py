@@ -3,11 +3,12 @@
 from trainer.config.peers.accelerate import ACCELERATE
 from trainer.config.peers.axolotl import AXOLOTL
 from trainer.config.peers.llamafactory import LLAMAFACTORY
+from trainer.config.peers.llamafactory_v1 import LLAMAFACTORY_V1
 from trainer.config.peers.table import Joined, Needless, Row, To, Unsupported
 from trainer.config.peers.torchtune import TORCHTUNE
 from trainer.config.peers.trl import TRL
 
-PEERS = (AXOLOTL, TRL, LLAMAFACTORY, TORCHTUNE, ACCELERATE)
+PEERS = (AXOLOTL, TRL, LLAMAFACTORY, TORCHTUNE, ACCELERATE, LLAMAFACTORY_V1)
 
 
 def known_elsewhere(key: str) -> str | None:

@@ -1,0 +1,157 @@
+"""Chooses what fits: sequence length, storage of the base, micro-batch and number of GPUs, by the plan's own memory model."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from launcher.commented import yaml_text
+from trainer.base.base import Description
+from trainer.config import Config, parse_config
+from trainer.errors import ConfigError, DoesNotFit
+from trainer.needs import Plan
+from trainer.plan import make_plan
+
+GIB = 2**30
+_LENGTHS = (4096, 2048, 1024, 512)
+_MICRO_BATCHES = (8, 4, 2)
+_MOST_GPUS = 64
+# Of a GPU's memory a plan may take so much: the rest is for what the plan estimates too low.
+_SHARE = 0.9
+# The base stays in 16 bits, which spares dequantizing it in every pass, where that takes no more than this.
+_EASY = 0.6
+_ON_CPU = 512
+
+Setting = tuple[Any, str]
+"""A setting's value and the reason for it."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The machines that a run is for. `gpus` is None where it is to be found out, 0 is the CPU; `memory` is in bytes, of one GPU."""
+
+    gpus: int | None
+    memory: int | None
+    per_node: int
+    gpu: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Settings that fit, with the reason for each, and their plan."""
+
+    settings: dict[str, Setting]
+    plan: Plan
+    gpus: int
+
+
+def choose(
+    given: Mapping[str, Setting], base: Description, machine: Machine, *, trains_base: bool, tokens: int
+) -> Choice:
+    """Settings that fit `machine` beside those that are `given`: without the host's memory first, then the longest rows, then the
+    fewest GPUs where their number is open, then the storage of the base that costs least time.
+
+    Raises:
+        ConfigError: the base cannot be trained so, on any machine.
+        DoesNotFit: nothing fits; the sentence says how near it is.
+    """
+    nearest: tuple[int, int] | None = None
+    wrong: list[str] = []
+    for offloads, length, gpus in product((False, True), _lengths(base, machine), _counts(machine)):
+        for storage in _storages(trains_base, offloads):
+            settings = {**given, **storage, **_rows(length, gpus, 1, tokens), **_ranks(machine, gpus)}
+            plan = _plan(settings, base, machine, gpus)
+            total = plan.memory_per_gpu.total
+            wrong = plan.mismatches
+            if not wrong and _holds(machine, total, storage):
+                return _widened(Choice(settings, plan, gpus), length, base, machine, tokens)
+            nearest = min(nearest or (total, gpus), (total, gpus))
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    total, gpus = nearest or (0, 1)
+    have = (machine.memory or 0) / GIB
+    raise DoesNotFit(
+        f"memory: even rows of {_lengths(base, machine)[-1]} tokens on {gpus} GPU{'s' if gpus > 1 else ''} take {total / GIB:.1f} GiB each, of "
+        f"{have:.1f} GiB that are there. Give more GPUs (--gpus), larger ones (--gpu), or a smaller base."
+    )
+
+
+def _holds(machine: Machine, total: int, storage: Mapping[str, Setting]) -> bool:
+    """Whether a GPU has room for `total` bytes, where one is known. A base in 16 bits needs the room to be known, and ample."""
+    in_16_bits = storage.get("quant.type", ("",))[0] == "none"
+    if machine.memory is None:
+        return not in_16_bits
+    return total <= (_EASY if in_16_bits else _SHARE) * machine.memory
+
+
+def _lengths(base: Description, machine: Machine) -> Sequence[int]:
+    longest = base.architecture.positions or _LENGTHS[0]
+    wanted = [_ON_CPU] if machine.gpus == 0 else _LENGTHS
+    return [length for length in wanted if length <= longest] or [longest]
+
+
+def _counts(machine: Machine) -> Sequence[int]:
+    """Numbers of GPUs to try: the one that is given, or powers of two."""
+    if machine.gpus is not None:
+        return [machine.gpus]
+    return [2**power for power in range(_MOST_GPUS.bit_length())]
+
+
+def _storages(trains_base: bool, offloads: bool) -> Iterator[dict[str, Setting]]:
+    """Ways to store the base and what learns, that which costs least time first; with `offloads` those that use the host's memory."""
+    short = "in the host's memory, as the GPUs' does not suffice"
+    small = {"optim.name": ("adamw_8bit", "moments of one byte, as four do not fit")}
+    nf4 = {"quant.type": ("nf4", "4 bits a weight (QLoRA)")}
+    double = {**nf4, "quant.double": (True, "scales in 8 bits, as every bit counts here")}
+    if trains_base and offloads:
+        yield {**small, "sharding.deepspeed": ("zero3_offload_optimizer", f"masters and moments {short}")}
+    elif trains_base:
+        yield from ({}, small)
+    elif offloads:
+        yield {**double, "sharding.deepspeed": ("zero3_offload_cpu", f"the base waits {short}")}
+    else:
+        yield {"quant.type": ("none", "16 bits, as there is room: nothing to dequantize. nf4 takes a quarter")}
+        yield from (nf4, double)
+
+
+def _rows(length: int, gpus: int, micro_batch: int, tokens: int) -> dict[str, Setting]:
+    at_once = max(1, gpus) * micro_batch
+    rows = max(at_once, round(tokens / length / at_once) * at_once)
+    return {
+        "data.sequence_length": (length, "tokens of a packed row; longer documents are cut"),
+        "train.global_batch": (rows, f"rows in a step, about {rows * length:,} tokens, whatever the number of GPUs"),
+        "train.micro_batch": (micro_batch, "rows on a GPU at once"),
+    }
+
+
+def _ranks(machine: Machine, gpus: int) -> dict[str, Setting]:
+    if not gpus:
+        return {
+            "cluster.workers": (1, "one process"),
+            "cluster.gpus_per_worker": (0, "no GPU is here: the CPU, for trying things"),
+        }
+    return {"cluster.workers": (gpus, "one for each GPU; `resume` takes another number")}
+
+
+def _widened(choice: Choice, length: int, base: Description, machine: Machine, tokens: int) -> Choice:
+    """The same with as many rows at once as fit, where a step has enough of them."""
+    if machine.memory is None or choice.plan.memory_per_gpu.total > _EASY * machine.memory:
+        return choice
+    for micro_batch in _MICRO_BATCHES:
+        if micro_batch * max(1, choice.gpus) * length > tokens:
+            continue
+        settings = {**choice.settings, **_rows(length, choice.gpus, micro_batch, tokens)}
+        plan = _plan(settings, base, machine, choice.gpus)
+        if plan.memory_per_gpu.total <= _SHARE * machine.memory:
+            return Choice(settings, plan, choice.gpus)
+    return choice
+
+
+def _plan(settings: Mapping[str, Setting], base: Description, machine: Machine, gpus: int) -> Plan:
+    world_size = max(1, gpus)
+    return make_plan(parsed(settings), base, world_size, min(world_size, machine.per_node), machine.memory)
+
+
+def parsed(settings: Mapping[str, Setting]) -> Config:
+    """The configuration with these settings."""
+    return parse_config(yaml_text({name: value for name, (value, _) in settings.items()}, {}, ()))

@@ -1,0 +1,172 @@
+"""Puts a first configuration together: the answers, what fits, and the commands that come next."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from launcher.commented import yaml_text
+from launcher.importing.sources import is_hub_id
+from launcher.init.choice import GIB, Choice, Machine, Setting, choose, parsed
+from launcher.init.goals import GOALS
+from trainer.base.base import Description
+from trainer.base.locate import describe_base
+from trainer.config import Model
+from trainer.data.sources import unusable
+from trainer.devices import described_gpus
+from trainer.errors import ConfigError, shown
+from trainer.gpus import read_gpu
+
+Kind = Literal["one", "slurm", "ray"]
+KINDS: tuple[Kind, ...] = ("one", "slurm", "ray")
+_GPUS_A_NODE = 8
+_LARGE = 13e9
+"""Weights above which QLoRA's learning rate is the lower one."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a first configuration is made of. `gpu` is a name or a size of memory; `gpus` how many there are; None is as found here."""
+
+    base: str
+    data: str
+    goal: str
+    machine: str
+    gpu: str | None
+    gpus: int | None
+
+
+@dataclass(frozen=True)
+class Initial:
+    """A configuration as text, what its plan says, and the commands that come next."""
+
+    path: str
+    text: str
+    settings: dict[str, Any]
+    gpu_bytes: int
+    gpu: str
+    gpus: int
+    next: tuple[str, ...]
+    missing: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "path": self.path,
+            "config": self.text,
+            "settings": self.settings,
+            "gpus": self.gpus,
+            "gpu": self.gpu,
+            "gpu_bytes": self.gpu_bytes,
+            "next": list(self.next),
+            "missing": list(self.missing),
+        }
+
+    def lines(self) -> list[str]:
+        """What is not there yet, and the next commands, for people."""
+        return [*self.missing, "next:", *(f"  {line}" for line in self.next)]
+
+
+def initial_config(answers: Answers, path: Path) -> Initial:
+    """A configuration for `answers`, to be written to `path`.
+
+    Raises:
+        ConfigError: an answer is not allowed, or the base cannot be found.
+        DoesNotFit: the base does not fit these GPUs in any way.
+    """
+    if answers.goal not in GOALS:
+        raise ConfigError(f"--goal: {shown(answers.goal)} is not allowed. Allowed are {', '.join(GOALS)}.")
+    if answers.machine not in KINDS:
+        raise ConfigError(f"--machine: {shown(answers.machine)} is not allowed. Allowed are {', '.join(KINDS)}.")
+    goal = GOALS[answers.goal]
+    base = describe_base(Model(base=answers.base))
+    machine = _machine(answers)
+    given: dict[str, Setting] = {
+        "run.name": (_name(answers), "the run's folder in the store"),
+        "run.store": ("runs", "a folder, or s3://, gs:// or az://"),
+        "model.base": (answers.base, "a directory, a bucket's URI or a Hub id"),
+        **goal.settings,
+        "data.train": ([{"path": _source(answers.data)}], goal.data),
+        "data.held_out": (0.02, "so much of it is evaluated and never trained on"),
+        "optim.lr": (goal.rates[_weights(base) > _LARGE], f"{goal.rate_source}; `capstan sweep` finds a better one"),
+        "optim.warmup_ratio": (0.03, "of all steps"),
+        "train.epochs": (1, "passes over the data"),
+        "eval.every": (50, "steps; before the first one too"),
+        "checkpoint.every_minutes": (15, "what a crash may cost"),
+    }
+    chosen = choose(given, base, machine, trains_base=goal.trains_base, tokens=goal.tokens)
+    settings = {**chosen.settings, **_cluster(answers, machine, chosen)}
+    values = {name: value for name, (value, _) in settings.items()}
+    reasons = {name: (why,) for name, (_, why) in settings.items()}
+    text = yaml_text(values, reasons, _head(answers, machine, chosen))
+    return Initial(
+        path=str(path),
+        text=text,
+        settings=values,
+        gpu_bytes=chosen.plan.memory_per_gpu.total,
+        gpu=machine.gpu,
+        gpus=chosen.gpus,
+        next=_next(answers, path),
+        missing=tuple(unusable(parsed(settings).data)),
+    )
+
+
+def _machine(answers: Answers) -> Machine:
+    """The GPUs that the answers name, or those of this machine."""
+    local = described_gpus() if answers.machine == "one" or not answers.gpu else []
+    if answers.gpu:
+        gpu = read_gpu(answers.gpu, "--gpu")
+        count = answers.gpus or (None if answers.machine != "one" else max(1, len(local)))
+        return Machine(count, gpu.memory, _GPUS_A_NODE, gpu.name or f"GPU of {gpu.memory / GIB:.0f} GiB")
+    if local:
+        smallest = min(local, key=lambda found: found.memory)
+        count = answers.gpus or (len(local) if answers.machine == "one" else None)
+        return Machine(count, smallest.memory, max(len(local), 1), smallest.name)
+    if answers.machine == "one" and not answers.gpus:
+        return Machine(0, None, 1, "CPU")
+    raise ConfigError(
+        "--gpu: this machine has no GPU to go by. Give the name of yours, such as H100, or its memory, such as 80GiB."
+    )
+
+
+def _cluster(answers: Answers, machine: Machine, chosen: Choice) -> dict[str, Setting]:
+    """The settings of the cluster that runs it."""
+    if answers.machine == "ray":
+        return {"cluster.ray.address": ("auto", "the cluster that this machine is part of, or host:port")}
+    if answers.machine == "one":
+        return {}
+    # As many on every node.
+    per_node = max(count for count in range(1, machine.per_node + 1) if chosen.gpus % count == 0)
+    return {
+        "cluster.slurm.nodes": (chosen.gpus // per_node, "machines"),
+        "cluster.slurm.gpus_per_node": (per_node, "your site may also want gpu_type, partition and account"),
+        "cluster.slurm.time": ("24:00:00", "of one job; the run goes on by itself in the next"),
+    }
+
+
+def _head(answers: Answers, machine: Machine, chosen: Choice) -> list[str]:
+    goal = GOALS[answers.goal]
+    head = [
+        f"{answers.goal}: {goal.about}. Behind each setting is why it is so; docs/configuration.md has all settings."
+    ]
+    if machine.memory is None:
+        return [*head, "No GPU was found, so this is for the CPU: to try the way, not to train a large base."]
+    each = f"{chosen.plan.memory_per_gpu.total / GIB:.1f} of {machine.memory / GIB:.1f} GiB"
+    return [*head, f"By the plan it takes {each} on each of {chosen.gpus} x {machine.gpu}."]
+
+
+def _next(answers: Answers, path: Path) -> tuple[str, ...]:
+    start = "train" if answers.machine == "one" else f"submit {answers.machine}"
+    return f"capstan data show {path}", f"capstan plan {path}", f"capstan {start} {path}"
+
+
+def _name(answers: Answers) -> str:
+    stem = answers.base.rstrip("/").rpartition("/")[2] or "run"
+    return f"{re.sub(r'[^A-Za-z0-9._-]', '-', stem).strip('._-') or 'run'}-{answers.goal}"[:100]
+
+
+def _source(data: str) -> str:
+    return f"hf://{data}" if "://" not in data and is_hub_id(data) else data
+
+
+def _weights(base: Description) -> int:
+    return base.architecture.weights("embedding", "head", "linear", "experts", "small")

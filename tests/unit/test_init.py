@@ -1,0 +1,193 @@
+"""A first configuration fits the machine that it is for, says why each setting is as it is, and overwrites nothing unasked."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from launcher.cli.__main__ import app
+from launcher.init.goals import GOALS
+from launcher.init.initial import Answers, Initial, initial_config
+from tests.unit.test_examples import LLAMA_8B, LLAMA_70B
+from trainer.base.locate import describe_base
+from trainer.config import load_config, parse_config
+from trainer.errors import ConfigError, DoesNotFit
+from trainer.plan import make_plan
+
+GIB = 2**30
+BASES = {"8b": LLAMA_8B, "70b": LLAMA_70B}
+
+
+@pytest.fixture
+def bases(tmp_path: Path) -> Path:
+    """Folders 8b and 70b that have a config.json and no weights."""
+    for name, sizes in BASES.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({**sizes, "architectures": ["LlamaForCausalLM"]}))
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    return tmp_path
+
+
+def first(
+    folder: Path, base: str, gpu: str, gpus: int | None = None, goal: str = "sft", machine: str = "one"
+) -> Initial:
+    answers = Answers(str(folder / base), str(folder / "rows.jsonl"), goal, machine, gpu, gpus)
+    return initial_config(answers, folder / "run.yaml")
+
+
+def needed(text: str, gpus: int, *overrides: str) -> int:
+    """Bytes of one GPU by the plan."""
+    config = parse_config(text, overrides)
+    return make_plan(config, describe_base(config.model), gpus, min(gpus, 8), None).memory_per_gpu.total
+
+
+@pytest.mark.parametrize(
+    ("base", "gpu", "gpus", "quant", "offload"),
+    [
+        ("8b", "80GiB", 1, "none", None),
+        ("8b", "RTX 4090", 1, "nf4", None),
+        ("8b", "12GiB", 1, "nf4", None),
+        ("70b", "80GiB", 8, "none", None),
+        ("70b", "24GiB", 4, "nf4", None),
+        ("70b", "24GiB", 1, "nf4", "zero3_offload_cpu"),
+    ],
+)
+def test_it_fits_by_the_plan(bases: Path, base: str, gpu: str, gpus: int, quant: str, offload: str | None) -> None:
+    made = first(bases, base, gpu, gpus)
+    assert made.settings["quant.type"] == quant
+    assert made.settings.get("sharding.deepspeed") == offload
+    assert made.gpus == gpus
+    memory = 24564 * 2**20 if gpu == "RTX 4090" else int(gpu.removesuffix("GiB")) * GIB
+    assert needed(made.text, gpus) == made.gpu_bytes <= 0.9 * memory
+    config = parse_config(made.text)
+    assert config.train.global_batch % (gpus * config.train.micro_batch) == 0
+    assert f"{made.gpu_bytes / GIB:.1f} of" in made.text
+    # What was not taken would not have fitted: weights in 16 bits, or the base on the GPU.
+    if quant == "nf4":
+        assert needed(made.text, gpus, "quant.type=none") > 0.6 * memory
+    if offload:
+        assert needed(made.text, gpus, "sharding.deepspeed=auto") > 0.9 * memory
+
+
+def test_of_a_cluster_it_takes_as_few_gpus_as_suffice(bases: Path) -> None:
+    made = first(bases, "70b", "24GiB", machine="slurm")
+    config = parse_config(made.text)
+    assert made.gpus == config.cluster.most_workers
+    assert (config.cluster.slurm.nodes, config.cluster.slurm.gpus_per_node) == (1, made.gpus)
+    assert made.gpus > 1
+    longest = f"data.sequence_length={config.data.sequence_length}"
+    fewer = made.gpus // 2
+    resized = (f"cluster.workers={fewer}", "train.micro_batch=1", longest, "sharding.deepspeed=auto")
+    assert made.settings.get("sharding.deepspeed") or needed(made.text, fewer, *resized) > 0.9 * 24 * GIB
+    many = parse_config(first(bases, "70b", "80GiB", 12, machine="slurm").text)
+    assert (many.cluster.slurm.nodes, many.cluster.slurm.gpus_per_node) == (2, 6)
+    assert parse_config(first(bases, "8b", "80GiB", 4, machine="ray").text).cluster.ray.address == "auto"
+
+
+def test_the_rate_of_a_large_base_is_lower(bases: Path) -> None:
+    assert first(bases, "8b", "80GiB").settings["optim.lr"] == 2e-4
+    assert first(bases, "70b", "80GiB", 8).settings["optim.lr"] == 1e-4
+
+
+@pytest.mark.parametrize("goal", GOALS)
+def test_every_goal_makes_a_valid_configuration_with_a_reason_behind_each_setting(bases: Path, goal: str) -> None:
+    made = first(bases, "8b", "80GiB", 8, goal)
+    config = parse_config(made.text)
+    assert config.objective.name == (goal if goal not in ("full",) else "sft")
+    assert (config.tuning.method == "full") == (goal == "full")
+    settings = [line for line in made.text.splitlines() if ": " in line and not line.lstrip().startswith(("#", "-"))]
+    assert len(settings) > 12
+    assert [line for line in settings if "  # " not in line] == []
+
+
+def test_without_a_gpu_it_is_for_the_cpu(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.init.initial.described_gpus", list)
+    answers = Answers(str(bases / "8b"), "somebody/rows", "sft", "one", None, None)
+    made = initial_config(answers, bases / "run.yaml")
+    assert parse_config(made.text).cluster.gpus_per_worker == 0
+    assert made.settings["quant.type"] == "nf4"
+    assert made.settings["data.train"] == [{"path": "hf://somebody/rows"}]
+    with pytest.raises(ConfigError, match="--gpu"):
+        initial_config(Answers(str(bases / "8b"), "a/b", "sft", "slurm", None, None), bases / "run.yaml")
+
+
+def test_a_base_that_is_in_4_bits_already_stays_so(bases: Path) -> None:
+    given = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (bases / "8b" / "config.json").write_text(json.dumps({**LLAMA_8B, "quantization_config": given}))
+    assert first(bases, "8b", "80GiB").settings["quant.type"] == "nf4"
+    with pytest.raises(ConfigError, match="quant"):
+        first(bases, "8b", "80GiB", 8, "full")
+
+
+def test_where_nothing_fits_it_says_how_near_it_is(bases: Path) -> None:
+    with pytest.raises(DoesNotFit, match=r"512 tokens on 1 GPU take .* of 4\.0 GiB"):
+        first(bases, "70b", "4GiB", 1, "full")
+
+
+def invoke(folder: Path, *more: str) -> Any:
+    command = ["init", str(folder / "run.yaml"), "--base", str(folder / "8b"), "--gpu", "24GB"]
+    return CliRunner().invoke(app, [*command, *more])
+
+
+def test_a_file_is_written_once_and_planned(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(bases)
+    written = invoke(bases, "--data", "rows.jsonl", "--json")
+    assert written.exit_code == 0, written.output
+    found = json.loads(written.stdout)
+    assert (bases / "run.yaml").read_text() == found["config"]
+    assert [line.split()[:2] for line in found["next"]] == [
+        ["capstan", "data"],
+        ["capstan", "plan"],
+        ["capstan", "train"],
+    ]
+    assert not found["missing"]
+    assert load_config(bases / "run.yaml").quant.type == "nf4"
+    refused = invoke(bases, "--data", "rows.jsonl")
+    assert isinstance(refused.exception, ConfigError)
+    assert "--force" in str(refused.exception)
+    (bases / "run.yaml").write_text("mine")
+    dry = invoke(bases, "--data", "no-rows.jsonl", "--dry-run")
+    assert "no-rows.jsonl" in dry.stderr
+    assert parse_config(dry.stdout).data.sequence_length == 4096
+    assert (bases / "run.yaml").read_text() == "mine"
+    assert invoke(bases, "--data", "rows.jsonl", "--force").exit_code == 0
+    assert (bases / "run.yaml").read_text() == found["config"]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ([], "--data: missing"),
+        (["--data", "x", "--goal", "ppo"], "--goal: 'ppo' is not allowed"),
+        (["--data", "x", "--machine", "cloud"], "--machine: 'cloud' is not allowed"),
+        (["--data", "x", "--gpu", "H1000"], "H1000"),
+        (["--data", "x", "--base", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_a_wrong_or_missing_answer_is_one_sentence(bases: Path, more: list[str], words: str) -> None:
+    refused = invoke(bases, *more)
+    assert isinstance(refused.exception, ConfigError)
+    assert words in str(refused.exception)
+    assert not (bases / "run.yaml").exists()
+
+
+def test_in_a_terminal_it_asks(bases: Path) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "launcher.cli", "init", "asked.yaml", "--gpu", "80GiB"]
+    with subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=bases) as process:
+        try:
+            os.write(ours, b"8b\nrows.jsonl\ndpo\n\n")
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
+            os.close(ours)
+            os.close(theirs)
+    assert process.returncode == 0, said.decode()
+    assert "The base" in said.decode()
+    assert load_config(bases / "asked.yaml").objective.name == "dpo"
