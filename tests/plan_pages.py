@@ -63,7 +63,7 @@ def _printed(command: str, folder: str, environment: dict[str, str]) -> str:
     done = subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
     if done.returncode:
         raise AssertionError(f"capstan {command} ends with {done.returncode}: {done.stderr}")
-    return done.stdout
+    return "".join(f"{line.rstrip()}\n" for line in done.stdout.splitlines())
 
 
 if __name__ == "__main__":
