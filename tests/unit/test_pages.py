@@ -36,7 +36,7 @@ COMPLETE: dict[str, Any] = {
     "run": {"name": "whole"},
     "model": {"base": "/models/base"},
     "data": {"train": [{"path": "data/train.jsonl"}]},
-    "train": {"steps": 10},
+    "train": {"steps": 100},
 }
 SEARCH = {"sweep": {"settings": {"optim.lr": {"log_uniform": [1e-5, 1e-3]}}}}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
