@@ -12,7 +12,7 @@ from rich.text import Text
 
 from launcher.commented import yaml_text
 from launcher.importing import accelerate, axolotl, llamafactory, llamafactory_v1, torchtune, trl
-from launcher.importing.mapping import Keys, Outcome, last_words
+from launcher.importing.mapping import Keys, Outcome, counts_of
 from launcher.importing.reading import detect, read_peer_file
 from trainer.config import parse_config
 from trainer.config.peers.accelerate import ACCELERATE
@@ -88,7 +88,7 @@ class Imported:
         return table
 
     def sentence(self) -> str:
-        counts = last_words(self.keys)
+        counts = counts_of(self.keys)
         return f"{len(self.keys)} keys of {' and '.join(self.peers)}: " + ", ".join(
             f"{count} {name}" for name, count in counts.items()
         )

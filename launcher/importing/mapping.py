@@ -179,7 +179,7 @@ def _settings(row: To, value: Any) -> dict[str, Any]:
     return made if isinstance(made, dict) else {row.setting: made}
 
 
-def last_words(keys: Sequence[Outcome]) -> dict[str, int]:
+def counts_of(keys: Sequence[Outcome]) -> dict[str, int]:
     """How many keys became what."""
     statuses: tuple[Status, ...] = ("mapped", "not needed", "not supported", "unknown")
     return {status: sum(outcome.status == status for outcome in keys) for status in statuses}

@@ -132,7 +132,10 @@ def _data(keys: Keys) -> None:
         sources += _sources(keys, given, f"{place}.split" if place.startswith("datasets") else place)
         last = index == len(listed) - 1
         if sources and shares[index] is not None and not last:
-            sources[-1]["fraction"] = _share(shares[index])
+            try:
+                sources[-1]["fraction"] = to.number(shares[index])
+            except Inconvertible as error:
+                keys.lose(f"{place}.fraction", str(error))
         elif shares[index] is not None:
             keys.note(f"{place}.fraction", "The rest of the tokens.")
     used = [name for name in keys.given if name.startswith("datasets[") or name in _SOURCES]
@@ -152,13 +155,6 @@ def _data(keys: Keys) -> None:
     field = keys.given.get("dataset_text_field")
     if isinstance(field, str) and field not in ("", "text"):
         keys.put("data.fields", {"text": field}, "dataset_text_field")
-
-
-def _share(value: Any) -> float:
-    try:
-        return to.number(value)
-    except Inconvertible:
-        return 0.5
 
 
 def _sources(keys: Keys, given: dict[str, Any], key: str) -> list[dict[str, Any]]:
