@@ -7,10 +7,9 @@ were computed in vain.
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from launcher.report.curves import Columns
-from trainer.run.records import Record, generations, read_records
+from trainer.run.records import Record, began, generations, read_records
 from trainer.run.settings import Change
 from trainer.store import Store
 
@@ -119,9 +118,7 @@ def _add_facts(start: Start, record: Record) -> None:
     for part in PARTS:
         if (took := record.get(f"{part}_seconds")) is not None:
             start.seconds[part] = took
-    if (time := record.get("time")) is not None:
-        whole: Any = record.get("start_seconds")
-        start.began = time - (whole if isinstance(whole, int | float) else 0)
+    start.began = began(record, start.began)
 
 
 def _sentence(record: Record) -> str:

@@ -20,7 +20,7 @@ from trainer.errors import ConfigError
 from trainer.run import layout
 from trainer.run.folder import command, run_config
 from trainer.run.owner import read_owner
-from trainer.run.records import Record, RunReader, last_written, read_records
+from trainer.run.records import Record, RunReader, began, last_written, read_records
 from trainer.run.segments import streams
 from trainer.store import Store
 
@@ -291,8 +291,7 @@ def _gpu_seconds(records: Summary) -> float:
     start = records.last("start")
     if start is None or not str(start.get("device")).startswith("cuda") or records.last_time is None:
         return 0.0
-    began = start.get("time", records.last_time) - (start.get("start_seconds") or 0.0)
-    return (start.get("world_size") or 0) * max(0.0, records.last_time - began)
+    return (start.get("world_size") or 0) * max(0.0, records.last_time - began(start, records.last_time))
 
 
 def before_records(folder: Store, now: float) -> tuple[State, str]:

@@ -10,7 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from trainer.errors import NOT_JSON, AlreadyExists
 from trainer.run import layout
@@ -18,6 +18,7 @@ from trainer.run.segments import Appended, Segment, length, streams
 from trainer.store import Store
 
 Record: TypeAlias = dict[str, Any]
+T = TypeVar("T")
 
 # The values that every reader may rely on in a record of each kind, and the types of values in records of all kinds.
 _NEEDED = {
@@ -69,6 +70,12 @@ def _parsed(line: bytes) -> Record | None:
 def _is_sound(value: Any, of: Any) -> bool:
     """Whether it is of the type; NaN, infinity and what sums up to it are no numbers that anybody could show."""
     return isinstance(value, of) and (not isinstance(value, int | float) or abs(value) < 2**63)
+
+
+def began(start: Record, otherwise: T) -> float | T:
+    """The time at which the processes of a start were started, in seconds since 1970, by its record; `otherwise` where that has none."""
+    time, took = start.get("time"), start.get("start_seconds")
+    return otherwise if time is None else time - (took if isinstance(took, int | float) else 0.0)
 
 
 def generations(folder: Store) -> list[int]:
