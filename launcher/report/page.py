@@ -19,8 +19,8 @@ from launcher.view.plan import meaning
 from trainer.run.lines import duration
 
 _GIB = 2**30
-_UNBROKEN = re.compile(r"[^/._\s-]{0,15}[/._\s-]+|[^/._\s-]{1,16}")
-"""A part of a name behind which a line may end."""
+_BREAK = re.compile(r"(?<=[/._])|(?<=[^/._\s-]{16})")
+"""A place in a name where a line may end; browsers know of those behind a space and a hyphen."""
 FORMATS: Mapping[str, Callable[[Any], str]] = {
     "count": lambda value: f"{value:,}",
     "large": lambda value: tick(value) if value >= 1e4 else f"{value:,.4g}",
@@ -104,7 +104,7 @@ def _environment() -> Environment:
 
 def breakable(name: str) -> Markup:
     """`name`, escaped, with places where a line may end, so that no table is as wide as a path and no word ends anywhere."""
-    return Markup("<wbr>").join(_UNBROKEN.findall(name))
+    return Markup("<wbr>").join(_BREAK.split(name))
 
 
 def loss_plot(figures: RunFigures, *, wide: bool) -> Plot | None:
