@@ -190,6 +190,12 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(setting: str, expected:
         ("train.sample_every=5", "train.sample_every: has no effect without eval.prompts."),
         ("data.fields=text", "data.fields: 'text' is not allowed. Input should be a section of names and values."),
         ("model=tiny", "model: 'tiny' is not allowed. Input should be a section of settings."),
+        (
+            "train.activation_checkpointing=some",
+            "train.activation_checkpointing: 'some' is not allowed. Give auto, all, none, or a number of layers, at least 0.",
+        ),
+        ("train.activation_checkpointing=-1", "train.activation_checkpointing: -1 is not allowed."),
+        ("train.tiled_mlp=maybe", "train.tiled_mlp: 'maybe' is not allowed. Give auto, true or false."),
         ("run.name=../x", "run.name: '../x' is not allowed."),
         ("run.name=5", "run.name: 5 is not allowed. Input should be text. Example: llama-8b-support."),
         ("train.profile=[3, 2]", "train.profile: [3, 2] is not allowed. Give the first and the last step to trace"),

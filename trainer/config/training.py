@@ -1,7 +1,7 @@
 """The course of a run: its steps, its optimizer, its division over the ranks, its checkpoints and its metrics."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
@@ -178,16 +178,23 @@ class Train(Section):
             )
         return self
 
-    @field_validator("activation_checkpointing")
+    @field_validator("activation_checkpointing", mode="before")
     @classmethod
-    def _by_name(cls, given: bool | str | int) -> str | int:
+    def _layers(cls, given: Any) -> str | int:
         if isinstance(given, bool):
             return "all" if given else "none"
-        if isinstance(given, int) and given < 0:
-            raise ValueError(
-                f"train.activation_checkpointing: {given} is not allowed. Give auto, all, none, or a number of layers, at least 0."
-            )
-        return given
+        if given in ("auto", "all", "none") or (isinstance(given, int) and given >= 0):
+            return given
+        raise ValueError(
+            f"train.activation_checkpointing: {given!r} is not allowed. Give auto, all, none, or a number of layers, at least 0."
+        )
+
+    @field_validator("tiled_mlp", mode="before")
+    @classmethod
+    def _tiles(cls, given: Any) -> bool | str:
+        if given == "auto" or isinstance(given, bool):
+            return given
+        raise ValueError(f"train.tiled_mlp: {given!r} is not allowed. Give auto, true or false.")
 
     def kept_layers(self, layers: int) -> int:
         """The number of `layers` decoder layers, from the last one on, that keep their activations. With auto none, as long as
