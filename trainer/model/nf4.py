@@ -8,6 +8,8 @@ the absmax, less its mean over the tensor, is itself stored in 8 bits in blocks 
 
 import math
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import bitsandbytes.functional as bnb
@@ -97,8 +99,29 @@ class Packed(nn.Module):
         if count > 1 and not self._is_even:
             return torch.cat([self.matrices(index, index + 1) for index in range(first, last)])
         packed = self.weight.data[first * layout.slice_bytes : last * layout.slice_bytes]
-        values = dequantize_blocks(packed, self._scales(first, last), count * layout.numel, form)
+        if form.double and form.quant_type == "nf4" and has_one_pass(packed.device.type):
+            values = self._in_one_pass(packed, first, last)
+        else:
+            values = dequantize_blocks(packed, self._scales(first, last), count * layout.numel, form)
         return values.view(count, *self.slice_shape)
+
+    def _in_one_pass(self, packed: Tensor, first: int, last: int) -> Tensor:
+        """The same without an array of scales, of a double quantized NF4."""
+        from trainer.model.double import dequantize_double
+
+        blocks, nested = self.layout.slice_blocks, self.layout.slice_nested_blocks
+        return dequantize_double(
+            packed,
+            self.absmax.data[first * blocks : last * blocks],
+            self.nested_absmax.data.view(torch.float32)[first * nested : last * nested],
+            self.absmax_mean[first:last],
+            nested_code(packed.device),
+            nf4_code(packed.device),
+            numel=(last - first) * self.layout.numel,
+            block_size=self.format.block_size,
+            nested_block=NESTED_BLOCK,
+            dtype=self.format.dtype,
+        )
 
     @property
     def _is_even(self) -> bool:
@@ -206,6 +229,18 @@ def nested_code(device: torch.device) -> Tensor:
     if device not in _nested_codes:
         _nested_codes[device] = bnb.create_dynamic_map().to(device)
     return _nested_codes[device]
+
+
+@cache
+def nf4_code(device: torch.device) -> Tensor:
+    """The values of NF4's 16 nibbles, fp32."""
+    return bnb.get_4bit_type("nf4", device=device)
+
+
+@cache
+def has_one_pass(device_type: str) -> bool:
+    """Whether double quantized weights are made by the kernel of trainer/model/double.py: on a GPU, with the Triton that PyTorch brings for it."""
+    return device_type == "cuda" and find_spec("triton") is not None
 
 
 def share(numel: int, world_size: int, rank: int) -> tuple[int, int]:
