@@ -19,7 +19,7 @@ import psutil
 
 _ADAPTERS = Path("/sys/class/infiniband")
 # Without NCCL_SOCKET_IFNAME the first of these that names an interface decides.
-_DEFAULTS = ("ib", "^docker,lo", "docker", "lo")
+_DEFAULTS = ("ib", "^docker,lo,virbr", "docker", "lo", "virbr")
 _STEP_SECONDS = 90
 
 
@@ -123,7 +123,7 @@ def troubles(found: list[Network], environment: Mapping[str, str]) -> Iterator[t
         if not network.sockets:
             asked, there = environment.get("NCCL_SOCKET_IFNAME"), ", ".join(network.interfaces)
             yield f"NCCL_SOCKET_IFNAME={asked} names no interface of {network.host}, which has {there}", _SAY_INTERFACE
-        elif len(found) > 1 and network.sockets[0].startswith(("lo", "docker")):
+        elif len(found) > 1 and network.sockets[0].startswith(("lo", "docker", "virbr")):
             yield (
                 f"{network.host} opens sockets on {network.sockets[0]}, where no other machine reaches it",
                 _SAY_INTERFACE,

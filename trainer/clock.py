@@ -16,6 +16,9 @@ from typing import NamedTuple, Protocol, Self
 
 import torch
 
+# Marks that wait to be read: an evaluation of many rows, which are no steps, would leave ever more of them.
+_MOST_MARKS = 1024
+
 
 class Mark(Protocol):
     """A moment in the work of a device."""
@@ -70,6 +73,8 @@ class Clock:
         """The phase before ends, and this one begins."""
         if not self._entered or self._entered[-1].phase != phase:
             self._entered.append(_Entered(phase, _mark_of(self._device)))
+            if len(self._entered) > _MOST_MARKS:
+                self._read()
 
     @contextmanager
     def within(self, phase: str) -> Iterator[None]:
@@ -86,8 +91,12 @@ class Clock:
 
     def passed(self) -> dict[str, float]:
         """The seconds of each phase since the last call, as far as the device has come."""
+        self._read()
+        seconds, self._seconds = self._seconds, {}
+        return seconds
+
+    def _read(self) -> None:
+        """Add up what lies between the marks that the device has come to."""
         while len(self._entered) > 1 and self._entered[1].mark.query():
             phase, begin = self._entered.popleft()
             self._seconds[phase] = self._seconds.get(phase, 0.0) + begin.elapsed_time(self._entered[0].mark) / 1000
-        seconds, self._seconds = self._seconds, {}
-        return seconds

@@ -165,7 +165,9 @@ def _left_in_groups() -> Iterator[int]:
         group = _CGROUPS / folder / path.lstrip("/")
         for around in (group, *group.parents):
             with suppress(OSError, ValueError):  # "max" is no limit, and the root of version 2 has none
-                yield int((around / limit).read_text()) - int((around / used).read_text())
+                counts = dict(line.split() for line in (around / "memory.stat").read_text().splitlines())
+                cached = int(counts.get("total_inactive_file", counts.get("inactive_file", 0)))  # by version 1, or 2
+                yield int((around / limit).read_text()) - int((around / used).read_text()) + cached
 
 
 def stay_on_cpu() -> None:

@@ -17,6 +17,7 @@ _GPUS: dict[str, tuple[int, float | None]] = {
     "H100 PCIe": (81559, 756),
     "H100 NVL": (95830, 835),
     "H200": (143771, 989),
+    "H200 NVL": (143771, 835),
     "H800": (81559, 989),
     "H20": (97871, 148),
     "GH200": (97871, 989),
@@ -53,7 +54,7 @@ _IDLE_WORDS = frozenset(
     "nvidia amd instinct geforce tesla gpu generation hbm2 hbm2e hbm3 hbm3e sxm sxm2 sxm4 sxm5".split()
 )
 # Cards of these have the name of a faster one in theirs.
-_LESSER = frozenset(("laptop", "max", "mig", "super", "ti"))
+_LESSER = frozenset(("d", "laptop", "max", "mig", "super", "ti"))
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,7 @@ def _restore(run: Store, ranks: Ranks, fault: Fault) -> dict[str, Any]:
 
 
 def restores_format_2(uri: str) -> dict[str, Any]:
-    """Restore the checkpoint of step 4 that commit add275c wrote, and read it whole as an export does."""
+    """Restore the checkpoint of step 4 that an earlier version wrote, and read it whole as an export does."""
     ranks, run = join(), open_store(uri)
     outcome = _restore(run, ranks, Fault())
     return {**outcome, "wrong": wrong_with(run, 4)}

@@ -97,6 +97,20 @@ def test_of_ranks_in_one_phase_the_one_that_began_the_fewest_collectives_is_name
     assert verdict.ranks == [1]
 
 
+def test_where_collectives_go_on_for_too_long_no_rank_is_blamed_for_it():
+    """Rank 1 is always seen a moment before the others."""
+    clock = Clock()
+    clock.begin("step", 0, 1, 2)
+    verdict = None
+    for second in range(1, 30):
+        clock.collectives = [100 * second, 100 * second - 50, 100 * second]
+        if verdict := clock.run(1):
+            break
+    assert verdict is not None
+    assert verdict.ranks == [0, 1, 2]
+    assert "no end for 10 s (timeouts.step); collectives go on" in verdict.reason
+
+
 def test_where_all_wait_nobody_is_singled_out():
     clock = Clock()
     clock.begin("save", 0, 1, 2)

@@ -67,7 +67,7 @@ A, B = (f"model.layers.0.self_attn.q_proj.lora_{matrix}.default.weight" for matr
 
 
 def format_2() -> dict[str, Any]:
-    """The manifest that commit add275c wrote for two ranks."""
+    """The manifest that an earlier version wrote for two ranks."""
     return json.loads((GOLDEN / layout.manifest(4)).read_text())
 
 

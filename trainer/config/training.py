@@ -134,8 +134,8 @@ class Train(Section):
     )
     activation_checkpointing: bool | Literal["auto", "none", "all"] | int = setting(
         "auto",
-        about="Which decoder layers compute their activations again in the backward pass, which takes their memory and about a third "
-        "more time: all (or true), none (or false), or all but the last N. auto: as few as the memory of the GPU allows, by the "
+        about="Which decoder layers compute their activations again in the backward pass, which frees their memory and takes half "
+        "more time with adapters, a third with method full: all (or true), none (or false), or all but the last N. auto: as few as the memory of the GPU allows, by the "
         "plan; on CPUs that of the host. The result is the same to the last bit.",
         example="all",
     )

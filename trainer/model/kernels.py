@@ -103,8 +103,9 @@ class Kernel:
         wanted = (*self.arguments, *(["softcap"] if needs is not None and needs.caps_attention else []))
         try:
             taken = signature(self.call).parameters
-        except (ImportError, AttributeError, OSError) as error:
-            return f"{self.distribution} {version} cannot be imported ({str(error).splitlines()[0]})"
+        except Exception as error:  # a compiled package whose versions do not fit each other raises anything
+            why = next(iter(str(error).splitlines()), "") or type(error).__name__
+            return f"{self.distribution} {version} cannot be imported ({why})"
         lacking = [name for name in wanted if name not in taken]
         return f"{self.function} of {self.distribution} {version} has no {', '.join(lacking)}" if lacking else None
 
@@ -142,7 +143,7 @@ KERNELS = (
     _flash(
         "flash_attention_2",
         "flash-attn",
-        "pip install 'capstan-llm[flash-attn]'",
+        "pip install --no-build-isolation 'capstan-llm[flash-attn]'",
         "flash_attn",
         since=(8, 0),
         widest=256,

@@ -60,7 +60,9 @@ class Every:
         """Call `action` now, in the thread."""
         self._woken.set()
 
-    def stop(self) -> None:
+    def stop(self, *, wait: bool = True) -> None:
+        """End the thread, and `wait` until it has, unless nobody needs what it does now."""
         self._stopped = True
         self._woken.set()
-        self._thread.join()
+        if wait:
+            self._thread.join()

@@ -29,7 +29,7 @@ class PowerMeter:
         return {"device_watts": round(sum(watts) / len(watts), 1)} if watts else {}
 
     def close(self) -> None:
-        self._reading.stop()
+        self._reading.stop(wait=False)  # nvidia-smi may never answer about a GPU that is gone
 
     def _read(self) -> None:
         query = ["--query-gpu=power.draw", "--format=csv,noheader,nounits"]

@@ -62,13 +62,14 @@ def limit(timeouts: Timeouts, phase: Phase) -> tuple[str, float]:
 
 
 class Judge:
-    """Rank 0's view of all: when each rank last began something and last published anything, in seconds of `clock`."""
+    """Rank 0's view of all: when each rank last began something, last went on and last published anything, in seconds of `clock`."""
 
     def __init__(self, timeouts: Timeouts, clock: Callable[[], float] = time.monotonic) -> None:
         self._timeouts, self._clock = timeouts, clock
         self._last: dict[int, Beat] = {}
         self._moved: dict[int, float] = {}
         self._heard: dict[int, float] = {}
+        self._went: dict[int, float] = {}
 
     def look(self, beats: Sequence[Beat]) -> Hang | None:
         """`beats` in rank order; what hangs, once a rank is over the limit of its phase."""
@@ -80,6 +81,8 @@ class Judge:
                 self._moved[rank] = now
             if last is None or last.turns != beat.turns:
                 self._heard[rank] = now
+            if last is None or (last.begun, last.collectives) != (beat.begun, beat.collectives):
+                self._went[rank] = now
             self._last[rank] = beat
         limits = [limit(self._timeouts, beat.phase) for beat in beats]
         silent = [rank for rank in self._last if now - self._heard[rank] > limits[rank][1]]
@@ -90,6 +93,11 @@ class Judge:
         behind = [rank for rank, beat in enumerate(beats) if (beat.begun, beat.collectives) == fewest]
         if not any(now - self._moved[rank] > limits[rank][1] for rank in behind):
             return None
+        # Beats are of slightly different moments, so that where collectives go on some rank is always behind.
+        if all(now - self._went[rank] < limits[rank][1] / 2 for rank in behind):
+            return self._found(
+                list(range(len(beats))), limits, "no end", "collectives go on, so it is slow and not stuck"
+            )
         if len(behind) == len(beats):
             return self._found(behind, limits, "no progress", "each waits for the others, or for what is outside")
         return self._found(behind, limits, "no progress", "the others wait for it")
