@@ -71,6 +71,20 @@ def join(keys: Keys, folder: Path) -> None:
         )
     elif keys.whole("dp_replicate_size", 1) > 1:
         keys.put("sharding.scope", "node", "dp_replicate_size")
+    if keys.given.get("warmup_steps") is None and keys.given.get("warmup_ratio") is None:
+        keys.put("optim.warmup_ratio", 0.03)
+        keys.origins["optim.warmup_ratio"] = ["axolotl's default, which ends at 100 steps"]
+    if keys.asked("lora_target_linear"):
+        keys.put("tuning.targets", "all-linear", "lora_target_linear", "lora_target_modules")
+    if keys.whole("batch_size") > 0 and keys.given.get("gradient_accumulation_steps") is None:
+        world = int(keys.settings.get("cluster.workers") or 1)
+        micro = max(1, keys.whole("micro_batch_size", 1))
+        keys.put(
+            "train.global_batch",
+            max(1, keys.whole("batch_size") // micro) * micro * world,
+            "batch_size",
+            "micro_batch_size",
+        )
     _tokens(keys)
     _data(keys)
 
@@ -127,6 +141,9 @@ def _objective(keys: Keys) -> None:
         return
     if asked:
         keys.put("objective.name", _PREFERENCES[asked], "rl")
+    if asked == "simpo":
+        keys.settings.setdefault("objective.beta", 0.1)
+        keys.settings.setdefault("objective.gamma", 0.5)
     losses = keys.names("dpo_loss_type")
     if asked == "ipo":
         keys.put("objective.loss_type", "ipo", "rl")
@@ -258,6 +275,8 @@ def _answers(keys: Keys, place: str, given: dict[str, Any], kind: Any) -> tuple[
             ours: str(given[theirs]) for ours, theirs in renamed.items() if given.get(theirs)
         }
     fields = dict(_ANSWERS.get(str(kind).rpartition(".")[2], {}))
+    if str(kind).startswith("chat_template."):  # ORPO's read prompt, chosen and rejected as messages
+        fields = {}
     if labelled:
         fields = {ours: theirs for ours, theirs in fields.items() if ours == "prompt"}
     renamed = {"prompt": "field_messages", "chosen": "field_chosen", "rejected": "field_rejected"}
@@ -269,9 +288,12 @@ def _turns(keys: Keys, place: str, given: dict[str, Any]) -> None:
     """Which turns of the conversations are trained; one answer for all data sets here."""
     known = {"gpt": "assistant", "model": "assistant", "human": "user", "observation": "tool"}
     allowed = ("system", "developer", "user", "assistant", "tool")
-    roles = [known.get(str(role), str(role)) for role in to.names(given.get("roles_to_train") or [])]
+    named = (known.get(str(role), str(role)) for role in to.names(given.get("roles_to_train") or []))
+    roles = list(dict.fromkeys(named))
     if roles and set(roles) - set(allowed):
         keys.lose(f"{place}.roles_to_train", f"Roles are {', '.join(allowed)}.")
+    elif keys.settings.get("data.train_on.roles", roles) != roles:
+        keys.lose(f"{place}.roles_to_train", "One answer for all data sets here: data.train_on.roles.")
     elif roles and roles != ["assistant"]:
         keys.put("data.train_on.roles", roles, f"{place}.roles_to_train")
     ends = given.get("train_on_eot") or given.get("train_on_eos")

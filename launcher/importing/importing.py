@@ -111,11 +111,17 @@ def import_files(paths: Sequence[str | Path], peer: str | None = None, gpus: int
     if gpus:
         settings["cluster.workers"], origins["cluster.workers"] = gpus, [f"--gpus {gpus}"]
     files = [_keys(path, peer if not index else None, settings, origins) for index, path in enumerate(paths)]
+    if sum(keys.peer is not ACCELERATE for keys, _ in files) > 1:
+        raise ConfigError(
+            "Several files are of a training each. Give one of them, and accelerate's beside it if there is one."
+        )
     # Where something runs is known first, as the batch depends on it.
     for keys, folder in sorted(files, key=lambda file: file[0].peer is not ACCELERATE):
         keys.convert()
         JOINS[keys.peer.name][1](keys, folder)
     every = [keys for keys, _ in files]
+    if settings.get("tuning.method") == "full" and settings.get("sharding.deepspeed") == "zero3_offload_cpu":
+        settings["sharding.deepspeed"] = "zero3_offload_optimizer"  # what learns has its masters and moments there too
     to_do = [line for keys in every for line in keys.to_do]
     to_do += _completed(settings, origins)
     to_do += _valid(settings, every)

@@ -194,7 +194,7 @@ def _format(keys: Keys, key: str, name: str, given: dict[str, Any]) -> tuple[str
         return _with_fields(
             "labelled_messages" if conversation else "labelled_alpaca", {**table, "kto_tag": "label"}, asked
         )
-    return _with_fields("chat" if openai and conversation else kind, table, asked)
+    return _with_fields("chat" if openai and conversation and not columns.get("system") else kind, table, asked)
 
 
 def _with_fields(form: str, table: dict[str, str], columns: dict[str, Any]) -> tuple[str, dict[str, str]]:

@@ -108,7 +108,8 @@ class Keys:
 
     def convert(self) -> None:
         """Make the settings of all keys that need no other, those of defaults among them."""
-        for key, value in {**self.peer.defaults, **self.given}.items():
+        given = {key: value for key, value in self.given.items() if value is not None or key in self.peer.nullable}
+        for key, value in {**self.peer.defaults, **given}.items():
             row = self.row(key)
             if isinstance(row, To) and value is not None:
                 self.attempt(key, lambda row=row, value=value: _settings(row, value))

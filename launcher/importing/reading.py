@@ -13,6 +13,7 @@ from trainer.errors import ConfigError, shown
 
 _REFERENCE = re.compile(r"\$\{([^{}]+)\}")
 _MOST_REFERENCES = 20
+_SHELL = re.compile(r"(\d*|&)(>>?|<).*|\|\|?$|&&?$|;$")
 _NUMBER = re.compile(r"-\d|-\.\d")
 
 
@@ -44,7 +45,8 @@ def _arguments(text: str, path: str) -> dict[str, Any]:
         raise ConfigError(f"{path} is no command line: {error}.") from error
     found: dict[str, list[str]] = {}
     key = ""
-    for word in words:
+    end = next((at for at, word in enumerate(words) if _SHELL.match(word)), len(words))
+    for word in words[:end]:
         if word.startswith("--"):
             key, equals, value = word[2:].partition("=")
             key = key.replace("-", "_")
@@ -60,6 +62,8 @@ def _arguments(text: str, path: str) -> dict[str, Any]:
             continue
         given: list[Any] = [read_yaml(value, path) if value.strip() else value for value in values]
         tree[name] = True if not given else given[0] if len(given) == 1 else given
+    if isinstance(nodes := tree.pop("nnodes", None), int) and isinstance(tree.get("nproc_per_node"), int):
+        tree["nproc_per_node"] *= nodes
     script = next((Path(word).stem for word in words if word.endswith(".py")), None)
     trl = words.index("trl") if "trl" in words else None
     command = words[trl + 1] if trl is not None and trl + 1 < len(words) else script

@@ -133,7 +133,7 @@ def _course(keys: Keys) -> None:
         keys.lose(
             "lr_scheduler._component_", f"{scheduler}: optim.schedule is cosine, linear or constant. Left at cosine."
         )
-    if "optimizer.weight_decay" not in keys.given and keys.settings.get("optim.name") == "adamw":
+    if "optimizer.weight_decay" not in keys.given and keys.settings.get("optim.name") in ("adamw", "adamw_8bit"):
         keys.put("optim.weight_decay", 0.01)
         keys.origins["optim.weight_decay"] = ["the default of torch.optim.AdamW"]
     if keys.given.get("clip_grad_norm") is None:
@@ -194,6 +194,14 @@ def _data(keys: Keys) -> None:
     ]
     if whole:
         keys.put("data.loss_on", "all", *whole)
+    elif any(
+        _end(one.get("_component_")) in ("alpaca_dataset", "alpaca_cleaned_dataset")
+        and one.get("train_on_input") is not False
+        and one.get("masking_strategy") in (None, "train_on_all")
+        for one in sections(keys.tree.get("dataset"))
+    ):
+        keys.put("data.loss_on", "all")
+        keys.origins["data.loss_on"] = ["alpaca_dataset's default: train_on_input: True"]
 
 
 def _sources(keys: Keys, place: str, given: dict[str, Any]) -> list[dict[str, Any]]:

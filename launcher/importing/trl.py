@@ -73,6 +73,16 @@ def _objective(keys: Keys) -> None:
         keys.lose("loss_type", f"{losses[0]} is not a loss of objective.name: {name}.")
     if "learning_rate" not in keys.given:
         keys.settings["optim.lr"] = _RATES[name]
+    if name == "simpo":
+        keys.settings.setdefault("objective.beta", 0.1)
+        keys.settings.setdefault("objective.gamma", 0.5)
+        if losses != ["simpo"]:
+            keys.to_do.append("objective.name: CPO is not a method of ours. simpo is the nearest: --loss_type simpo.")
+    if name == "sft" and "assistant_only_loss" not in keys.given:
+        keys.to_do.append(
+            "data.loss_on: TRL trains on all of a conversation without assistant_only_loss, here the assistant's turns are trained. "
+            "Set data.loss_on: all for TRL's."
+        )
     if name == "sft" and (
         keys.given.get("completion_only_loss") is False or keys.given.get("assistant_only_loss") is False
     ):
@@ -103,6 +113,9 @@ def _method(keys: Keys) -> None:
         if value is None and otherwise is not None:
             keys.put(setting, otherwise)
             keys.origins[setting] = [f"TRL's default of {key}"]
+        elif value in (None, []) and key == "lora_target_modules":
+            keys.put(setting, ["q_proj", "v_proj"])
+            keys.origins[setting] = ["PEFT's default for most bases"]
         elif value not in (None, []):
             value = _single(key, value)
             keys.attempt(key, lambda setting=setting, convert=convert, value=value: {setting: convert(value)})

@@ -119,6 +119,7 @@ class Train(Section):
         about="Passes over the training data, the last of which may be a part of one. Give this or steps.",
         example=2.5,
         gt=0,
+        le=10_000,
         unit="epochs",
     )
     global_batch: int = setting(

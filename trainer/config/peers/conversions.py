@@ -165,9 +165,10 @@ def offload(value: Any) -> dict[str, Any]:
         name = PurePosixPath(value).name.lower()
         base = "offload" in name and "opt" not in name.replace("without_opt", "")
         return {"sharding.deepspeed": "zero3_offload_cpu"} if base else {}
-    zero = value.get("zero_optimization", {}) if isinstance(value, dict) else {}
+    zero = value.get("zero_optimization") if isinstance(value, dict) else None
+    parts = {part: zero.get(f"offload_{part}") for part in ("param", "optimizer")} if isinstance(zero, dict) else {}
     moved = [
-        part for part in ("param", "optimizer") if (zero.get(f"offload_{part}") or {}).get("device") in ("cpu", "nvme")
+        part for part, given in parts.items() if isinstance(given, dict) and given.get("device") in ("cpu", "nvme")
     ]
     policy = {"param": "zero3_offload_cpu", "optimizer": "zero3_offload_optimizer"}
     return {"sharding.deepspeed": policy[moved[0]]} if moved else {}

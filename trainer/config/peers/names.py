@@ -16,7 +16,8 @@ def known_elsewhere(key: str) -> str | None:
     for kinds in ((To, Joined), (Needless, Unsupported)):
         for peer in PEERS:
             row = peer.rows.get(key) or next(
-                (row for name, row in peer.rows.items() if name.rpartition(".")[2] == key), None
+                (row for name, row in peer.rows.items() if name.rpartition(".")[2] == key and isinstance(row, kinds)),
+                None,
             )
             if isinstance(row, kinds):
                 return _sentence(row, peer.title)

@@ -58,6 +58,7 @@ class Peer:
     title: str
     rows: Mapping[str, Row]
     defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    nullable: tuple[str, ...] = ()
 
     def row(self, key: str) -> Row | None:
         """The row of a key, or of the nearest section around it that is listed as a whole."""

@@ -105,4 +105,5 @@ TRL = Peer(
         "packing": False,
         "output_dir": "trainer_output",
     },
+    nullable=("max_length",),
 )
