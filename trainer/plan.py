@@ -81,7 +81,10 @@ def _counts_all_activations(config: Config, model: Architecture) -> bool:
     """Whether `trainer.memory` knows all that a layer keeps: it does not where tokens are mixed by something else than attention, or
     by one that may need a kernel which keeps scores."""
     has_plain_attention = len(model.attention) == model.layers and not (model.has_sinks or model.caps_attention)
-    return has_plain_attention and not method_of(config).uncounted_activations
+    keeps_scores = config.model.attention == "eager" or not model.supports_sdpa
+    # With dropout every adapted layer keeps an input of its own, and what was dropped of it.
+    uncounted = method_of(config).uncounted_activations or config.tuning.dropout > 0
+    return has_plain_attention and not keeps_scores and not uncounted
 
 
 def _keeping(config: Config, layers: int) -> Config:

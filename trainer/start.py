@@ -45,7 +45,10 @@ def torch_gpus() -> tuple[int, str | None]:
 def settle(config: Config, base: Base, ranks: Ranks, log: Callable[[str], None]) -> Config:
     """The settings with what depends on the memory of these ranks decided; `log` gets a line on it. Collective."""
     memory = ranks.least_device_memory() or ranks.least_host_memory()
-    decided = settled(config, base.architecture, ranks.world_size, ranks.ranks_per_node, memory)
+    # Where nodes have different numbers of ranks, each would decide by its own.
+    decided: Config = ranks.broadcast(
+        settled(config, base.architecture, ranks.world_size, ranks.ranks_per_node, memory)
+    )
     layers, asked = base.architecture.layers, config.train.activation_checkpointing
     why = f"auto, for {memory / 2**30:.1f} GiB a rank" if asked == "auto" else f"as set: {asked}"
     log(f"activation checkpointing: {layers - decided.train.kept_layers(layers)} of {layers} layers ({why})")
@@ -69,6 +72,6 @@ def assemble_run(
         on_gpu=ranks.device.type == "cuda",
         whole=most_whole(config, base.architecture),
     )
-    memory = ranks.least_device_memory()
+    memory = ranks.least_device_memory() if ranks.have_even_nodes() else None
     scope = choose_scope(config, base.architecture, ranks.world_size, ranks.ranks_per_node, memory)
     return assemble(base, config, settings, ranks, attention, scope, objective, log)

@@ -1,7 +1,7 @@
 """Chooses what fits: sequence length, storage of the base, micro-batch and number of GPUs, by the plan's own memory model."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -60,11 +60,12 @@ def choose(
     for offloads, length, gpus in product((False, True), _lengths(base, machine), _counts(machine)):
         for storage in _storages(trains_base, offloads):
             settings = {**given, **storage, **_rows(length, gpus, 1, tokens), **_ranks(machine, gpus)}
-            plan = _plan(settings, base, machine, gpus)
+            plan = _least_plan(settings, base, machine, gpus)
             total = plan.memory_per_gpu.total
             wrong = plan.mismatches
             if not wrong and _holds(machine, total, storage):
-                return _widened(Choice(settings, plan, gpus), length, base, machine, tokens)
+                found = _widened(Choice(settings, plan, gpus), length, base, machine, tokens)
+                return replace(found, plan=_plan(found.settings, base, machine, gpus))
             nearest = min(nearest or (total, gpus), (total, gpus))
     if wrong:
         raise ConfigError("\n".join(wrong))
@@ -141,7 +142,7 @@ def _widened(choice: Choice, length: int, base: Description, machine: Machine, t
         if micro_batch * max(1, choice.gpus) * length > tokens:
             continue
         settings = {**choice.settings, **_rows(length, choice.gpus, micro_batch, tokens)}
-        plan = _plan(settings, base, machine, choice.gpus)
+        plan = _least_plan(settings, base, machine, choice.gpus)
         if plan.memory_per_gpu.total <= _SHARE * machine.memory:
             return Choice(settings, plan, choice.gpus)
     return choice
@@ -150,6 +151,11 @@ def _widened(choice: Choice, length: int, base: Description, machine: Machine, t
 def _plan(settings: Mapping[str, Setting], base: Description, machine: Machine, gpus: int) -> Plan:
     world_size = max(1, gpus)
     return make_plan(parsed(settings), base, world_size, min(world_size, machine.per_node), machine.memory)
+
+
+def _least_plan(settings: Mapping[str, Setting], base: Description, machine: Machine, gpus: int) -> Plan:
+    """The plan with all layers computed again, as they are where memory is short; where it is not, `auto` takes what is left of it."""
+    return _plan({**settings, "train.activation_checkpointing": ("all", "")}, base, machine, gpus)
 
 
 def parsed(settings: Mapping[str, Setting]) -> Config:

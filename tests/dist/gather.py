@@ -2,6 +2,7 @@
 host goes on."""
 
 import contextlib
+import gc
 import math
 import os
 import sys
@@ -177,9 +178,11 @@ def gathers(config_text: str, alone: int = gather._ALONE, unused: bool = False, 
     order.clear()
     _pass(here)
     left = [p.ds_id for p in here.engine.model.parameters() if p.ds_status.name != "NOT_AVAILABLE" and not p.ds_persist]  # type: ignore[attr-defined]
+    gc.collect()
+    calls = sum(isinstance(found, gather._Call) for found in gc.get_objects())
     here.engine._engine.destroy()  # of DeepSpeed, which has no hooks to remove
     allocator = os.environ["PYTORCH_ALLOC_CONF"]
     alone_in_layer = [gather._is_alone(parameter) for parameter in inside._units[-2].parameters]
     groups = sum(alone_in_layer) + (not all(alone_in_layer))
     found = {"counts": counts, "most": most / largest, "left": left, "groups": groups, "first": order[0]}
-    return {**found, "allocator": allocator}
+    return {**found, "allocator": allocator, "calls": calls}

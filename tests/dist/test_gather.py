@@ -77,6 +77,7 @@ def test_a_layer_is_one_gather_and_no_more_than_three_are_whole(deep: Workshop) 
         assert sum(counts.values()) <= passes + 4  # embedding, head, and the reduction of gradients
         assert 1 < rank["most"] <= 3
         assert rank["left"] == []
+        assert rank["calls"] == 0, "graphs of earlier passes are still there"
         assert rank["allocator"] == "expandable_segments:True"
 
 

@@ -57,6 +57,27 @@ def test_values_and_input_gradients_are_the_same_to_the_last_bit(dtype: torch.dt
         assert (one - other).norm() < (1e-6 if dtype == torch.float32 else 1e-2) * other.norm()
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "computed-again"])
+def test_an_input_without_a_gradient_and_a_module_beside_the_mlp_are_no_trouble(again: bool) -> None:
+    """As in the first layer, where nothing learns before it; and a bottleneck adapter is a child of the MLP and computed behind it."""
+    gradients = []
+    for tiles in (False, True):
+        mlp = Gated(torch.float32, 0.0)
+        mlp.adapter = nn.Linear(HIDDEN, HIDDEN)
+        if tiles:
+            tile(mlp, TILE)
+        torch.manual_seed(1)
+        x = torch.randn(1, TOKENS, HIDDEN)
+        y = checkpoint(mlp, x, use_reentrant=False) if again else mlp(x)
+        assert isinstance(y, Tensor)
+        mlp.adapter(y).square().sum().backward()
+        gradients.append([mlp.down.weight.grad, mlp.adapter.weight.grad])
+    for found, expected in zip(*gradients, strict=True):
+        assert found is not None
+        assert expected is not None
+        assert (found - expected).norm() < 1e-6 * expected.norm()
+
+
 def test_dropout_is_drawn_again_as_it_was() -> None:
     """The gradient of an input is that of the very function that gave the output: the loss falls along it as it says."""
     mlp = Gated(torch.float32, 0.5)

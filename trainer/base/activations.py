@@ -36,6 +36,8 @@ def layer_values(model: Architecture, layer: int) -> LayerValues:
         entering = _values(last, model.hidden, entering=True)
         own = entering * (1 if path in attention else 2)
         own += sum(_values(part, model.hidden, entering=False) for part in parts if part is not last)
+        if last.kind == "experts":  # what leaves them, which the weights of the routes multiply
+            own += last.visits * last.shape[0] * model.hidden
         own += sum(part.shape[1] for part in parts if part is not last and model.hidden not in part.shape[1:])
         if path not in attention and len(parts) > 1 and all(part.kind == "linear" for part in parts):
             kept_in_mlps, widest_mlp = kept_in_mlps + own, max(widest_mlp, entering)

@@ -137,7 +137,7 @@ class Train(Section):
         "auto",
         about="Which decoder layers compute their activations again in the backward pass, which frees their memory and takes half "
         "more time with adapters, a third with method full: all (or true), none (or false), or all but the last N. auto: as few as the memory of the GPU allows, by the "
-        "plan; on CPUs that of the host. The result is the same to the last bit.",
+        "plan; on CPUs that of the host. The result is the same to the last bit, unless tiled_mlp tiles rows so long.",
         example="all",
     )
     tiled_mlp: bool | Literal["auto"] = setting(

@@ -47,9 +47,11 @@ def tile(module: nn.Module, longest: int) -> None:
     def forward(x: Tensor) -> Tensor:
         if x.numel() <= longest * x.shape[-1]:
             return whole(x)
-        kept = _Kept()
-        x = _Keep.apply(x, kept)
         learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if learning and torch.is_grad_enabled() and not x.requires_grad:
+            x = x.detach().requires_grad_()  # what gets no gradient would not be saved
+        kept = _Kept()
+        x = _Keep.apply(x, kept)  # type: ignore[assignment]
         return _Tiled.apply(x, kept, whole, *learning)  # type: ignore[return-value]
 
     module.forward = forward
@@ -92,10 +94,13 @@ class _Tiled(torch.autograd.Function):
         with _randomly_as(ctx.random, x.device), torch.enable_grad():
             for part, part_grad, destination in parts:
                 part = part.detach().requires_grad_()
-                found, *of_parameters = torch.autograd.grad(ctx.whole(part), (part, *ctx.learning), part_grad)
+                # A bottleneck adapter is a module of the MLP, and is computed behind it.
+                wanted = (part, *ctx.learning)
+                found, *of_parameters = torch.autograd.grad(ctx.whole(part), wanted, part_grad, allow_unused=True)
                 destination.copy_(found)
                 for total, one in zip(sums, of_parameters, strict=True):
-                    total += one
+                    if one is not None:
+                        total += one
         learnt = (total.to(parameter.dtype) for total, parameter in zip(sums, ctx.learning, strict=True))
         return x_grad, None, None, *learnt
 

@@ -66,6 +66,7 @@ class _Call:
 
     def __init__(self, unit: _Unit, *, held: bool) -> None:
         self.unit, self.held, self.begun = unit, held, False
+        self.hook: RemovableHandle | None = None
 
 
 class Gathers:
@@ -173,7 +174,7 @@ class Gathers:
         for tensor in outputs:
             tensor.register_hook(partial(self._before_backward, call))
         if inputs:  # those of them alone count that the loss depends on
-            register_multi_grad_hook(inputs, lambda _gradients: self._end(call))
+            call.hook = register_multi_grad_hook(inputs, lambda _gradients: self._end(call))
         if not call.held:
             self._let_go(unit)
 
@@ -196,6 +197,11 @@ class Gathers:
             self._prefetch(self._calls[-1].unit)
 
     def _end(self, call: _Call) -> None:
+        if (
+            call.hook is not None
+        ):  # it keeps nodes of the graph that keep it, a cycle that Python's collector hardly ever finds
+            call.hook.remove()
+            call.hook = None
         if call.held:
             call.held = False
             self._let_go(call.unit)
