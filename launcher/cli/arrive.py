@@ -46,12 +46,12 @@ def init(
     no option gives."""
     from launcher.commented import check_new, write_new
     from launcher.init.goals import GOALS
-    from launcher.init.initial import KINDS, Answers, initial_config
+    from launcher.init.initial import KINDS, InitAnswers, initial_config
 
     check_new(config, force or dry_run)
     asks = sys.stdin.isatty() and not as_json
     goals = ", ".join(f"{name} ({known.about})" for name, known in GOALS.items())
-    answers = Answers(
+    answers = InitAnswers(
         base=_answer(base, asks, "--base", "The base (a directory or a Hub id)"),
         data=_answer(data, asks, "--data", "The training data (a file or a data set of the Hub)"),
         goal=_answer(goal, asks and base is None, "--goal", f"The goal: {goals}", "sft"),

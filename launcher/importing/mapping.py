@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from launcher.importing.reading import flat_keys
 from trainer.config.peers import conversions as to
-from trainer.config.peers.table import Inconvertible, Joined, Needless, Peer, Row, To, Unsupported
+from trainer.config.peers.table import Inconvertible, Needless, Peer, Row, To, Together, Unsupported
 
 _SECRET = re.compile(r"hub_token|(^|_)(api_key|secret|password|webhook_url)$")
 Status = Literal["mapped", "not needed", "not supported", "unknown"]
@@ -166,7 +166,7 @@ class Keys:
             return became("not needed", row.why)
         if isinstance(row, Unsupported) or value is None:
             return became("not needed", "It asks for nothing.")
-        about = row.setting if isinstance(row, To | Joined) else ""
+        about = row.setting if isinstance(row, To | Together) else ""
         return became("not needed", f"With this value it asks for nothing beyond what {about} is already.")
 
 

@@ -25,7 +25,7 @@ _LARGE = 13e9
 
 
 @dataclass(frozen=True)
-class Answers:
+class InitAnswers:
     """What a first configuration is made of. `gpu` is a name or a size of memory; `gpus` how many there are; None is as found here."""
 
     base: str
@@ -66,7 +66,7 @@ class Initial:
         return [*self.missing, "next:", *(f"  {line}" for line in self.next)]
 
 
-def initial_config(answers: Answers, path: Path) -> Initial:
+def initial_config(answers: InitAnswers, path: Path) -> Initial:
     """A configuration for `answers`, to be written to `path`.
 
     Raises:
@@ -110,7 +110,7 @@ def initial_config(answers: Answers, path: Path) -> Initial:
     )
 
 
-def _machine(answers: Answers) -> Machine:
+def _machine(answers: InitAnswers) -> Machine:
     """The GPUs that the answers name, or those of this machine."""
     local = described_gpus() if answers.machine == "one" or not answers.gpu else []
     if answers.gpu:
@@ -128,7 +128,7 @@ def _machine(answers: Answers) -> Machine:
     )
 
 
-def _cluster(answers: Answers, machine: Machine, chosen: Choice) -> dict[str, Setting]:
+def _cluster(answers: InitAnswers, machine: Machine, chosen: Choice) -> dict[str, Setting]:
     """The settings of the cluster that runs it."""
     if answers.machine == "ray":
         return {"cluster.ray.address": ("auto", "the cluster that this machine is part of, or host:port")}
@@ -143,7 +143,7 @@ def _cluster(answers: Answers, machine: Machine, chosen: Choice) -> dict[str, Se
     }
 
 
-def _head(answers: Answers, machine: Machine, chosen: Choice) -> list[str]:
+def _head(answers: InitAnswers, machine: Machine, chosen: Choice) -> list[str]:
     goal = GOALS[answers.goal]
     head = [
         f"{answers.goal}: {goal.about}. Behind each setting is why it is so; docs/configuration.md has all settings."
@@ -154,12 +154,12 @@ def _head(answers: Answers, machine: Machine, chosen: Choice) -> list[str]:
     return [*head, f"By the plan it takes {each} on each of {chosen.gpus} x {machine.gpu}."]
 
 
-def _next(answers: Answers, path: Path) -> tuple[str, ...]:
+def _next(answers: InitAnswers, path: Path) -> tuple[str, ...]:
     start = "train" if answers.machine == "one" else f"submit {answers.machine}"
     return f"capstan data show {path}", f"capstan plan {path}", f"capstan {start} {path}"
 
 
-def _name(answers: Answers) -> str:
+def _name(answers: InitAnswers) -> str:
     stem = answers.base.rstrip("/").rpartition("/")[2] or "run"
     return f"{re.sub(r'[^A-Za-z0-9._-]', '-', stem).strip('._-') or 'run'}-{answers.goal}"[:100]
 

@@ -17,7 +17,7 @@ from trainer.model.attention import choose_attention
 from trainer.model.packed import PackedModel
 from trainer.model.parts import recomputed_share
 from trainer.objective.objective import find_objective
-from trainer.train.flops import Attention, Work, peak_flops, work_of
+from trainer.train.flops import AttentionWork, StepWork, peak_flops, work_of
 from trainer.tuning.method import method_of
 
 TOKENS = 48
@@ -45,7 +45,7 @@ def row(segments: int = 1, rejected: tuple[int, ...] = (), padding: int = 0) -> 
     )  # fmt: skip
 
 
-def counted(config: Config, batch: MicroBatch) -> tuple[Work, Work, Counter[str]]:
+def counted(config: Config, batch: MicroBatch) -> tuple[StepWork, StepWork, Counter[str]]:
     """The work of a run, that of one that recomputes where this one does not, or the other way round, and the operations of one micro-batch by PyTorch's count: `linear`, and `attention` of all pairs of tokens."""
     base = resolve_base(config.model)
     attention = choose_attention("eager", torch.device("cpu"), torch.bfloat16, base.architecture)
@@ -89,15 +89,15 @@ def test_the_work_of_a_step_is_what_pytorch_counts(workshop: Workshop, how: str,
     every = sum(layer.pair for layer in work.attention) * TOKENS**2
     assert work.passes * every == pytest.approx(found["attention"], rel=0.02)
     documents = 2 if how == "dpo" else 1
-    share = documents * Attention(1, None).pairs(TOKENS // documents) / TOKENS**2
+    share = documents * AttentionWork(1, None).pairs(TOKENS // documents) / TOKENS**2
     assert work.of([batch]) - linear == pytest.approx(share * found["attention"], rel=0.02)
 
 
 def test_padding_is_no_work_and_a_window_bounds_what_a_token_sees() -> None:
-    work = Work(token=20, target=4, attention=(Attention(2, None), Attention(2, 4)), passes=3)
+    work = StepWork(token=20, target=4, attention=(AttentionWork(2, None), AttentionWork(2, 4)), passes=3)
     assert work.of([row(padding=100)]) == work.of([row()])
-    assert Attention(2, 4).pairs(10) == sum(min(token, 4) for token in range(1, 11))
-    assert Attention(2, None).pairs(10) == sum(range(1, 11))
+    assert AttentionWork(2, 4).pairs(10) == sum(min(token, 4) for token in range(1, 11))
+    assert AttentionWork(2, None).pairs(10) == sum(range(1, 11))
     halves = work.of([row(segments=2)])
     pairs = sum(layer.pairs(TOKENS // 2) for layer in work.attention)
     assert halves == TOKENS * 20 + (TOKENS - 2) * 4 + 2 * 3 * 2 * pairs
@@ -120,6 +120,6 @@ def test_a_gpus_peak_is_known_by_its_name_or_not_at_all(name: str, teraflops: in
 
 
 def test_utilisation_is_said_where_the_peak_is_known() -> None:
-    assert Work(peak=1e12).measured(5e12, 10) == {"teraflops": 0.5, "mfu": 0.5}
-    assert Work().measured(5e12, 10) == {"teraflops": 0.5}
-    assert Work().measured(0, 10) == {}
+    assert StepWork(peak=1e12).measured(5e12, 10) == {"teraflops": 0.5, "mfu": 0.5}
+    assert StepWork().measured(5e12, 10) == {"teraflops": 0.5}
+    assert StepWork().measured(0, 10) == {}

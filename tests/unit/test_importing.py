@@ -16,7 +16,7 @@ from launcher.cli.__main__ import app
 from launcher.importing.importing import JOINS, Imported, import_files
 from tests.material import make_base, make_labelled, make_pairs
 from trainer.config import fields, load_config, parse_config
-from trainer.config.peers.table import Joined, Needless, To, Unsupported
+from trainer.config.peers.table import Needless, To, Together, Unsupported
 from trainer.errors import ConfigError
 
 PEERS = Path(__file__).parents[1] / "peers"
@@ -91,7 +91,7 @@ def test_a_key_that_nobody_documents_is_said_to_be_unknown(tmp_path: Path) -> No
 @pytest.mark.parametrize("peer", JOINS)
 def test_rows_name_settings_that_exist_and_reasons_that_are_sentences(peer: str) -> None:
     for key, row in JOINS[peer][0].rows.items():
-        if isinstance(row, To | Joined):
+        if isinstance(row, To | Together):
             assert row.setting in SETTINGS, key
         elif isinstance(row, Needless | Unsupported):
             assert re.fullmatch(r"[A-Z`a-z].{20,}\.", row.why), key
@@ -297,7 +297,7 @@ def test_the_page_says_what_the_tables_say() -> None:
             keys, ours = (re.findall(r"`([^`]+)`", cell) for cell in cells[:2])
             for key, setting in zip(keys, ours * (len(keys) if len(ours) == 1 else 1), strict=True):
                 row = JOINS[peer][0].row(key)
-                assert isinstance(row, To | Joined), key
+                assert isinstance(row, To | Together), key
                 assert row.setting == setting, (key, row.setting)
                 pairs += 1
     assert pairs > 60

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from launcher.cli.__main__ import app
 from launcher.init.goals import GOALS
-from launcher.init.initial import Answers, Initial, initial_config
+from launcher.init.initial import InitAnswers, Initial, initial_config
 from tests.unit.test_examples import LLAMA_8B, LLAMA_70B
 from trainer.base.locate import describe_base
 from trainer.config import load_config, parse_config
@@ -37,7 +37,7 @@ def bases(tmp_path: Path) -> Path:
 def first(
     folder: Path, base: str, gpu: str, gpus: int | None = None, goal: str = "sft", machine: str = "one"
 ) -> Initial:
-    answers = Answers(str(folder / base), str(folder / "rows.jsonl"), goal, machine, gpu, gpus)
+    answers = InitAnswers(str(folder / base), str(folder / "rows.jsonl"), goal, machine, gpu, gpus)
     return initial_config(answers, folder / "run.yaml")
 
 
@@ -108,13 +108,13 @@ def test_every_goal_makes_a_valid_configuration_with_a_reason_behind_each_settin
 
 def test_without_a_gpu_it_is_for_the_cpu(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launcher.init.initial.described_gpus", list)
-    answers = Answers(str(bases / "8b"), "somebody/rows", "sft", "one", None, None)
+    answers = InitAnswers(str(bases / "8b"), "somebody/rows", "sft", "one", None, None)
     made = initial_config(answers, bases / "run.yaml")
     assert parse_config(made.text).cluster.gpus_per_worker == 0
     assert made.settings["quant.type"] == "nf4"
     assert made.settings["data.train"] == [{"path": "hf://somebody/rows"}]
     with pytest.raises(ConfigError, match="--gpu"):
-        initial_config(Answers(str(bases / "8b"), "a/b", "sft", "slurm", None, None), bases / "run.yaml")
+        initial_config(InitAnswers(str(bases / "8b"), "a/b", "sft", "slurm", None, None), bases / "run.yaml")
 
 
 def test_a_base_that_is_in_4_bits_already_stays_so(bases: Path) -> None:

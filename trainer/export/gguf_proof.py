@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trainer.export import plain
 from trainer.export.distributions import distance
-from trainer.export.in_llama_cpp import Question, next_tokens
+from trainer.export.in_llama_cpp import LlamaCppQuestion, next_tokens
 from trainer.export.llama_cpp import convert
 from trainer.export.merged import write_model
 from trainer.export.proof import Proof
@@ -78,6 +78,6 @@ def _in_llama_cpp(
     """For each row (P, V), as `expected` has them."""
     texts = [row.tokens[0, : place + 1].tolist() for row in rows for place in row.places]
     with scratch_folder("gguf") as folder:
-        question = Question(str(model), texts, expected[0].shape[1], adapter and str(adapter))
+        question = LlamaCppQuestion(str(model), texts, expected[0].shape[1], adapter and str(adapter))
         found = next_tokens(question, Path(folder))
     return torch.from_numpy(found).split([len(row.places) for row in rows])

@@ -25,7 +25,7 @@ _CERTAIN = 1000.0
 
 
 @dataclass(frozen=True)
-class Question:
+class LlamaCppQuestion:
     """A `model` in GGUF, the `adapter` beside it if there is one, and texts as tokens of a `vocabulary` of so many."""
 
     model: str
@@ -34,7 +34,7 @@ class Question:
     adapter: str | None = None
 
 
-def next_tokens(question: Question, folder: Path) -> NDArray[np.float32]:
+def next_tokens(question: LlamaCppQuestion, folder: Path) -> NDArray[np.float32]:
     """(texts, vocabulary) log-probabilities of the token after each text. `folder` takes two small files.
 
     Raises:
@@ -52,7 +52,7 @@ def next_tokens(question: Question, folder: Path) -> NDArray[np.float32]:
     return np.load(answer)
 
 
-def _answers(question: Question) -> Iterator[list[float]]:
+def _answers(question: LlamaCppQuestion) -> Iterator[list[float]]:
     """The distributions before any sampling, by one server, on the CPU, with keys and values in fp32."""
     llama: Any = import_module(_LLAMA_CPP)
     params: Any = llama.CommonParams()
@@ -85,7 +85,7 @@ def _distribution(server: Any, text: Sequence[int], words: Sequence[int], vocabu
 
 def main() -> None:
     asked, answer = sys.argv[1:]
-    question = Question(**json.loads(Path(asked).read_text()))
+    question = LlamaCppQuestion(**json.loads(Path(asked).read_text()))
     np.save(answer, np.array(list(_answers(question)), dtype=np.float32))
 
 

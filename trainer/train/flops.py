@@ -37,7 +37,7 @@ def peak_flops(device_name: str) -> float | None:
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionWork:
     """The attention of one decoder layer: operations of a forward pass for a pair of tokens, and how many tokens one sees at most."""
 
     pair: float
@@ -50,7 +50,7 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Work:
+class StepWork:
     """Operations of all passes of a step for a token of a document and for a target, and of `passes` forward passes for pairs of tokens.
 
     `peak` is the device's operations a second, where that is known.
@@ -58,7 +58,7 @@ class Work:
 
     token: float = 0.0
     target: float = 0.0
-    attention: tuple[Attention, ...] = ()
+    attention: tuple[AttentionWork, ...] = ()
     passes: float = 0.0
     peak: float | None = None
 
@@ -84,7 +84,7 @@ class Work:
         return {"teraflops": float(f"{rate / 1e12:.4g}")} | ({"mfu": round(rate / self.peak, 4)} if self.peak else {})
 
 
-UNKNOWN_WORK = Work()
+UNKNOWN_WORK = StepWork()
 """No operation is counted, and so nothing is said of them."""
 
 
@@ -95,7 +95,7 @@ def _documents(batch: MicroBatch) -> Iterator[int]:
         yield from (lengths[segment] for segment in segments.tolist())
 
 
-def work_of(config: Config, model: Architecture, recomputed: float, device_name: str) -> Work:
+def work_of(config: Config, model: Architecture, recomputed: float, device_name: str) -> StepWork:
     """The work of a run whose backward passes repeat the forward passes of this share of the decoder layers."""
     method, survey = method_of(config), find_objective(config).survey
     learning, products = method.shapes(model), _products(model)
@@ -113,7 +113,7 @@ def work_of(config: Config, model: Architecture, recomputed: float, device_name:
     # Some forward passes are not learnt from: those through the reference, without what was added, and those of a survey.
     surveyed, referred = (survey.share if survey else 0.0), float(reference_of(config) == "adapter_off")
     every_pass = (1 + recomputed) * 2 * (frozen + learnt) + 2 * frozen + 4 * learnt
-    return Work(
+    return StepWork(
         token=(1 - surveyed) * every_pass + surveyed * 2 * (frozen + learnt) + referred * 2 * frozen,
         target=head * ((1 - surveyed) * (8 if head_learns else 4) + 2 * (surveyed + referred)),
         attention=tuple(_attention(model)),
@@ -128,7 +128,7 @@ def _products(model: Architecture) -> dict[str, float]:
     return {part.name: part.numel * part.visits for part in model.parameters if part.kind in ("linear", "experts")}
 
 
-def _attention(model: Architecture) -> Iterator[Attention]:
+def _attention(model: Architecture) -> Iterator[AttentionWork]:
     """The width of what enters the last linear layer of attention, that of its values, counts for queries and keys as well."""
     for layer in model.attention:
         widths = [
@@ -137,4 +137,4 @@ def _attention(model: Architecture) -> Iterator[Attention]:
             if part.kind == "linear" and part.name.startswith(f"{layer.path}.") and part.shape[0] == model.hidden
         ]
         if widths:
-            yield Attention(4.0 * widths[-1], layer.window)
+            yield AttentionWork(4.0 * widths[-1], layer.window)

@@ -24,7 +24,7 @@ from trainer.ranks import Ranks
 from trainer.run.folder import command
 from trainer.run.metrics import Metrics
 from trainer.run.requests import Stop, StopSignal
-from trainer.train.flops import UNKNOWN_WORK, Work
+from trainer.train.flops import UNKNOWN_WORK, StepWork
 from trainer.train.heartbeat import Phase, Pulse, silent_pulse
 from trainer.train.routing import Routing
 from trainer.train.schedule import learning_rate
@@ -46,7 +46,7 @@ class Training:
     stop: StopSignal
     total_steps: int
     pulse: Pulse = silent_pulse
-    work: Work = UNKNOWN_WORK  # of a step, so that records say how much of the device's peak it came to
+    work: StepWork = UNKNOWN_WORK  # of a step, so that records say how much of the device's peak it came to
     eval_sets: Mapping[str, Stream] = field(default_factory=dict)  # those of eval.sets
     samples: PromptSamples | None = None  # of eval.prompts, where train.sample_every wants them
     skipped: tuple[Position, ...] = ()  # their loss was not finite in an earlier start of the run

@@ -1,7 +1,7 @@
 """accelerate: the YAML file of `accelerate config`, which says where something runs and nothing of what is trained."""
 
 from trainer.config.peers import conversions as to
-from trainer.config.peers.table import Joined, Needless, Peer, To, Unsupported, each
+from trainer.config.peers.table import Needless, Peer, To, Together, Unsupported, each
 
 _NEEDLESS = each(
     Needless,
@@ -34,21 +34,21 @@ ACCELERATE = Peer(
     {
         **_NEEDLESS,
         **_UNSUPPORTED,
-        "num_processes": Joined("cluster.workers"),
-        "num_machines": Joined("cluster.slurm.nodes"),
+        "num_processes": Together("cluster.workers"),
+        "num_machines": Together("cluster.slurm.nodes"),
         "mixed_precision": To(
             "model.dtype",
             to.one_of({"bf16": "bf16", "no": "fp32"}, "model.dtype is bf16 or fp32. Left at bf16."),
         ),
         "use_cpu": To("cluster.gpus_per_worker", to.when({"cluster.gpus_per_worker": 0})),
-        "deepspeed_config": Joined("sharding.deepspeed"),
-        "fsdp_config": Joined("sharding.deepspeed"),
-        "deepspeed_config.offload_param_device": Joined("sharding.deepspeed"),
-        "deepspeed_config.offload_optimizer_device": Joined("sharding.deepspeed"),
-        "deepspeed_config.deepspeed_config_file": Joined("sharding.deepspeed"),
+        "deepspeed_config": Together("sharding.deepspeed"),
+        "fsdp_config": Together("sharding.deepspeed"),
+        "deepspeed_config.offload_param_device": Together("sharding.deepspeed"),
+        "deepspeed_config.offload_optimizer_device": Together("sharding.deepspeed"),
+        "deepspeed_config.deepspeed_config_file": Together("sharding.deepspeed"),
         "deepspeed_config.gradient_accumulation_steps": Needless("The accumulation follows from train.global_batch."),
         "deepspeed_config.gradient_clipping": To("optim.grad_clip", to.number),
-        "fsdp_config.fsdp_offload_params": Joined("sharding.deepspeed"),
+        "fsdp_config.fsdp_offload_params": Together("sharding.deepspeed"),
         "fsdp_config.fsdp_activation_checkpointing": To("train.activation_checkpointing", to.flag),
     },
 )

@@ -1,7 +1,7 @@
 """LLaMA-Factory's second trainer, whose keys and sections are others than those of the first (its folder v1, version 0.9.5)."""
 
 from trainer.config.peers import conversions as to
-from trainer.config.peers.table import Joined, Needless, Peer, To, Unsupported, each
+from trainer.config.peers.table import Needless, Peer, To, Together, Unsupported, each
 
 LLAMAFACTORY_V1 = Peer(
     "llamafactory-v1",
@@ -34,18 +34,18 @@ LLAMAFACTORY_V1 = Peer(
         ),
         "model": To("model.base", to.text),
         "flash_attn": To("model.attention", to.attention),
-        "train_dataset": Joined("data.train"),
-        "eval_dataset": Joined("data.eval"),
+        "train_dataset": Together("data.train"),
+        "eval_dataset": Together("data.eval"),
         "output_dir": To("run.name", to.run_folder),
         "micro_batch_size": To("train.micro_batch", to.whole),
         "global_batch_size": To("train.global_batch", to.whole),
         "cutoff_len": To("data.sequence_length", to.whole),
         "learning_rate": To("optim.lr", to.number),
         "num_train_epochs": To("train.epochs", to.passes),
-        "max_steps": Joined("train.steps"),
+        "max_steps": Together("train.steps"),
         "max_grad_norm": To("optim.grad_clip", to.number),
         "bf16": To("model.dtype", to.when({"model.dtype": "bf16"})),
-        "batching_strategy": Joined("data.packing"),
+        "batching_strategy": Together("data.packing"),
         "enable_activation_checkpointing": To("train.activation_checkpointing", to.flag),
         "lr_scheduler_config.name": To("optim.schedule", to.schedule),
         "lr_scheduler_config.*": Unsupported("Schedules have optim.warmup_steps and optim.min_lr_ratio alone."),
@@ -53,18 +53,18 @@ LLAMAFACTORY_V1 = Peer(
         "save_steps": To("checkpoint.every_steps", to.steps),
         "save_total_limit": To("checkpoint.keep_last", to.whole),
         "logging_steps": To("track.print_steps", to.whole),
-        "peft_config.name": Joined("tuning.method"),
+        "peft_config.name": Together("tuning.method"),
         "peft_config.r": To("tuning.rank", to.whole),
         "peft_config.lora_alpha": To("tuning.alpha", to.number),
         "peft_config.lora_dropout": To("tuning.dropout", to.number),
         "peft_config.target_modules": To("tuning.targets", to.targets),
-        "peft_config.use_rslora": Joined("tuning.method"),
-        "peft_config.use_dora": Joined("tuning.method"),
+        "peft_config.use_rslora": Together("tuning.method"),
+        "peft_config.use_dora": Together("tuning.method"),
         "peft_config.modules_to_save": To("tuning.modules_to_save", to.names),
-        "quant_config.name": Joined("quant.type"),
-        "quant_config.quantization_bit": Joined("quant.type"),
-        "quant_config.quantization_type": Joined("quant.type"),
-        "quant_config.double_quantization": Joined("quant.double"),
+        "quant_config.name": Together("quant.type"),
+        "quant_config.quantization_bit": Together("quant.type"),
+        "quant_config.quantization_type": Together("quant.type"),
+        "quant_config.double_quantization": Together("quant.double"),
     },
     {
         "num_train_epochs": 3,

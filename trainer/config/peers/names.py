@@ -4,7 +4,7 @@ from trainer.config.peers.accelerate import ACCELERATE
 from trainer.config.peers.axolotl import AXOLOTL
 from trainer.config.peers.llamafactory import LLAMAFACTORY
 from trainer.config.peers.llamafactory_v1 import LLAMAFACTORY_V1
-from trainer.config.peers.table import Joined, Needless, Row, To, Unsupported
+from trainer.config.peers.table import Needless, Row, To, Together, Unsupported
 from trainer.config.peers.torchtune import TORCHTUNE
 from trainer.config.peers.trl import TRL
 
@@ -13,7 +13,7 @@ PEERS = (AXOLOTL, TRL, LLAMAFACTORY, TORCHTUNE, ACCELERATE, LLAMAFACTORY_V1)
 
 def known_elsewhere(key: str) -> str | None:
     """A sentence about a key of a peer: the setting that it is here, or why there is none. None where no peer has it."""
-    for kinds in ((To, Joined), (Needless, Unsupported)):
+    for kinds in ((To, Together), (Needless, Unsupported)):
         for peer in PEERS:
             row = peer.rows.get(key) or next(
                 (row for name, row in peer.rows.items() if name.rpartition(".")[2] == key and isinstance(row, kinds)),
@@ -25,7 +25,7 @@ def known_elsewhere(key: str) -> str | None:
 
 
 def _sentence(row: Row, title: str) -> str:
-    if isinstance(row, To | Joined):
+    if isinstance(row, To | Together):
         return f"It is {'' if isinstance(row, To) else 'part of '}{row.setting} here."
     needed = "needs no setting here" if isinstance(row, Needless) else "has no counterpart here"
     return f"That of {title} {needed}: {row.why}"

@@ -22,7 +22,7 @@ class To:
 
 
 @dataclass(frozen=True)
-class Joined:
+class Together:
     """The key makes `setting` together with others: launcher/importing/ has a module a peer that does it."""
 
     setting: str
@@ -43,7 +43,7 @@ class Unsupported:
     idle: tuple[Any, ...] = OFF
 
 
-Row = To | Joined | Needless | Unsupported
+Row = To | Together | Needless | Unsupported
 
 
 @dataclass(frozen=True)

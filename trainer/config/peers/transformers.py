@@ -1,7 +1,7 @@
 """The keys of transformers' `TrainingArguments`, which TRL and LLaMA-Factory take over and axolotl partly."""
 
 from trainer.config.peers import conversions as to
-from trainer.config.peers.table import Joined, Needless, Row, To, Unsupported, each
+from trainer.config.peers.table import Needless, Row, To, Together, Unsupported, each
 
 NEEDLESS = each(
     Needless,
@@ -49,19 +49,19 @@ MAPPED: dict[str, Row] = {
     "seed": To("run.seed", to.whole),
     "learning_rate": To("optim.lr", to.number),
     "weight_decay": To("optim.weight_decay", to.number),
-    "adam_beta1": Joined("optim.betas"),
-    "adam_beta2": Joined("optim.betas"),
+    "adam_beta1": Together("optim.betas"),
+    "adam_beta2": Together("optim.betas"),
     "adam_epsilon": To("optim.eps", to.number),
     "max_grad_norm": To("optim.grad_clip", to.number),
     "lr_scheduler_type": To("optim.schedule", to.schedule),
-    "lr_scheduler_kwargs": Joined("optim.min_lr_ratio"),
+    "lr_scheduler_kwargs": Together("optim.min_lr_ratio"),
     "warmup_ratio": To("optim.warmup_ratio", to.warmup_ratio),
     "warmup_steps": To("optim.warmup_steps", to.warmup),
     "optim": To("optim.name", to.optimizer),
     "num_train_epochs": To("train.epochs", to.passes),
-    "max_steps": Joined("train.steps"),
+    "max_steps": Together("train.steps"),
     "per_device_train_batch_size": To("train.micro_batch", to.whole),
-    "gradient_accumulation_steps": Joined("train.global_batch"),
+    "gradient_accumulation_steps": Together("train.global_batch"),
     "per_device_eval_batch_size": Needless("Evaluation takes train.micro_batch."),
     "gradient_checkpointing": To("train.activation_checkpointing", to.flag),
     "activation_checkpointing": To("train.activation_checkpointing", to.flag),
@@ -69,20 +69,20 @@ MAPPED: dict[str, Row] = {
     "label_smoothing_factor": To("objective.label_smoothing", to.number),
     "logging_steps": To("track.print_steps", to.steps),
     "report_to": To("track.trackers", to.trackers),
-    "run_name": Joined("track.name"),
-    "project": Joined("track.project"),
-    "eval_steps": Joined("eval.every"),
-    "eval_strategy": Joined("eval.every"),
-    "evaluation_strategy": Joined("eval.every"),
-    "save_strategy": Joined("checkpoint.every_steps"),
-    "save_steps": Joined("checkpoint.every_steps"),
+    "run_name": Together("track.name"),
+    "project": Together("track.project"),
+    "eval_steps": Together("eval.every"),
+    "eval_strategy": Together("eval.every"),
+    "evaluation_strategy": Together("eval.every"),
+    "save_strategy": Together("checkpoint.every_steps"),
+    "save_steps": Together("checkpoint.every_steps"),
     "save_total_limit": To("checkpoint.keep_last", to.whole),
-    "load_best_model_at_end": Joined("checkpoint.keep_best"),
+    "load_best_model_at_end": Together("checkpoint.keep_best"),
     "metric_for_best_model": Unsupported(
         "Checkpoints are compared by the evaluation loss.", (None, "", "loss", "eval_loss")
     ),
-    "deepspeed": Joined("sharding.deepspeed"),
-    "fsdp_config": Joined("sharding.deepspeed"),
+    "deepspeed": Together("sharding.deepspeed"),
+    "fsdp_config": Together("sharding.deepspeed"),
     "use_cpu": To("cluster.gpus_per_worker", to.when({"cluster.gpus_per_worker": 0})),
     "no_cuda": To("cluster.gpus_per_worker", to.when({"cluster.gpus_per_worker": 0})),
 }
