@@ -57,7 +57,10 @@ KINDS: dict[str, dict[str, Any]] = {
 LENGTHS = (23, 30, 11, 1)  # of the row's documents: longer than the windows and the chunks of the bases
 A = LENGTHS[0]
 # The kernels that would compute something else than a base's own attention.
+# Latent attention has heads wider than flash_attention_4 takes.
+_LATENT = ("deepseek-v2", "deepseek-v3", "glm4-moe-lite", "kimi-linear")
 UNABLE = {
+    **{kind: {"flash_attention_4"} for kind in _LATENT},
     "deepseek-v32": {*FLASH, "varlen"},
     "deepseek-v4": {*FLASH, "varlen", "sdpa"},
     "gemma2": {"flash_attention_4", "varlen", "sdpa"},
