@@ -6,7 +6,7 @@ from typing import Any
 
 from launcher.importing import joined
 from launcher.importing.mapping import Keys
-from launcher.importing.sources import sections, source_paths, split_of
+from launcher.importing.sources import sections, source_paths, sources_at, split_of
 from trainer.config.peers import conversions as to
 
 _TEMPLATE_TEXT = "The row becomes a conversation in the chat template, without a prompt text of its own."
@@ -72,29 +72,20 @@ def join(keys: Keys, folder: Path) -> None:
     elif keys.whole("dp_replicate_size", 1) > 1:
         keys.put("sharding.scope", "node", "dp_replicate_size")
     if keys.given.get("warmup_steps") is None and keys.given.get("warmup_ratio") is None:
-        keys.put("optim.warmup_ratio", 0.03)
-        keys.origins["optim.warmup_ratio"] = ["axolotl's default, which ends at 100 steps"]
+        keys.assume("optim.warmup_ratio", 0.03, "axolotl's default, which ends at 100 steps")
     if keys.asked("lora_target_linear"):
         keys.put("tuning.targets", "all-linear", "lora_target_linear", "lora_target_modules")
     if keys.whole("batch_size") > 0 and keys.given.get("gradient_accumulation_steps") is None:
-        world = int(keys.settings.get("cluster.workers") or 1)
         micro = max(1, keys.whole("micro_batch_size", 1))
-        keys.put(
-            "train.global_batch",
-            max(1, keys.whole("batch_size") // micro) * micro * world,
-            "batch_size",
-            "micro_batch_size",
-        )
+        rows = max(1, keys.whole("batch_size") // micro) * micro
+        keys.put("train.global_batch", rows * joined.world(keys), "batch_size", "micro_batch_size")
     _tokens(keys)
     _data(keys)
 
 
 def _method(keys: Keys) -> None:
     adapter = str(keys.get("adapter") or "full").lower()
-    in_4_bits = keys.asked("load_in_4bit") or adapter == "qlora"
-    if keys.asked("load_in_8bit") and not in_4_bits:
-        keys.lose("load_in_8bit", "The base is stored in 4 bits or in 16. Here in 4: quant.type: none is 16.")
-        in_4_bits = True
+    in_4_bits = joined.in_4_bits(keys, keys.asked("load_in_4bit") or adapter == "qlora")
     low_rank = adapter in ("lora", "qlora")
     if not low_rank and adapter != "full":
         keys.lose(
@@ -142,8 +133,7 @@ def _objective(keys: Keys) -> None:
     if asked:
         keys.put("objective.name", _PREFERENCES[asked], "rl")
     if asked == "simpo":
-        keys.settings.setdefault("objective.beta", 0.1)
-        keys.settings.setdefault("objective.gamma", 0.5)
+        joined.simpo(keys)
     losses = keys.names("dpo_loss_type")
     if asked == "ipo":
         keys.put("objective.loss_type", "ipo", "rl")
@@ -198,17 +188,9 @@ def _sources(keys: Keys, place: str, given: dict[str, Any]) -> list[dict[str, An
     split, sliced = split_of(given.get("split"))
     if sliced:
         keys.lose(f"{place}.split", sliced)
-    named: dict[str, Any] = {"format": form, "fields": fields}
     paths = source_paths(str(given.get("path", "")), given.get("data_files"), given.get("revision"))
-    hub = {"subset": given.get("name"), "split": split if split != "train" else None}
     _turns(keys, place, given)
-    return [
-        {
-            "path": path,
-            **{key: value for key, value in {**named, **(hub if path.startswith("hf://") else {})}.items() if value},
-        }
-        for path in paths
-    ]
+    return sources_at(paths, {"format": form, "fields": fields}, given.get("name"), split)
 
 
 def _format(keys: Keys, place: str, given: dict[str, Any]) -> tuple[str | None, dict[str, str]]:

@@ -17,12 +17,31 @@ def workers(keys: Keys, name: str) -> None:
         keys.put("cluster.workers", keys.whole(name), name)
 
 
+def world(keys: Keys) -> int:
+    """The devices that a batch is of, as far as they are known."""
+    return max(1, int(keys.settings.get("cluster.workers") or 1))
+
+
 def batch(keys: Keys, micro: str, accumulation: str = "gradient_accumulation_steps") -> None:
     """`train.global_batch`: rows a device, times accumulation, times devices."""
-    world = max(1, int(keys.settings.get("cluster.workers") or 1))
-    keys.put("train.global_batch", keys.whole(micro, 1) * keys.whole(accumulation, 1) * world, micro, accumulation)
-    if world > 1:
-        keys.origins["train.global_batch"].append(f"on {world} GPUs")
+    devices = world(keys)
+    keys.put("train.global_batch", keys.whole(micro, 1) * keys.whole(accumulation, 1) * devices, micro, accumulation)
+    if devices > 1:
+        keys.origins["train.global_batch"].append(f"on {devices} GPUs")
+
+
+def in_4_bits(keys: Keys, asked: bool) -> bool:
+    """Whether the base is stored in 4 bits: where that is `asked` for, and where 8 are."""
+    if asked or not keys.asked("load_in_8bit"):
+        return asked
+    keys.lose("load_in_8bit", "The base is stored in 4 bits or in 16. Here in 4: quant.type: none is 16.")
+    return True
+
+
+def simpo(keys: Keys) -> None:
+    """SimPO's strengths where the file names none: those of the peers, which are not ours."""
+    keys.settings.setdefault("objective.beta", 0.1)
+    keys.settings.setdefault("objective.gamma", 0.5)
 
 
 def duration(keys: Keys) -> None:
@@ -66,16 +85,12 @@ def _least(arguments: Mapping[str, Any], lr: float) -> dict[str, Any]:
 
 def evaluation(keys: Keys) -> None:
     """`eval.every`: peers count steps, shares of all steps, or epochs."""
+    by_epoch = "eval.every is a number of steps; without it the end is evaluated. `capstan plan` counts steps."
     for name in ("eval_strategy", "evaluation_strategy"):
         if keys.given.get(name) == "epoch":
-            keys.lose(
-                name, "eval.every is a number of steps; without it the end is evaluated. `capstan plan` counts steps."
-            )
+            keys.lose(name, by_epoch)
     if keys.given.get("evals_per_epoch"):
-        keys.lose(
-            "evals_per_epoch",
-            "eval.every is a number of steps; without it the end is evaluated. `capstan plan` counts steps.",
-        )
+        keys.lose("evals_per_epoch", by_epoch)
     off = "no" in (keys.given.get("eval_strategy"), keys.given.get("evaluation_strategy"))
     if keys.given.get("eval_steps") and not off:
         keys.attempt("eval_steps", lambda: {"eval.every": to.steps(keys.given["eval_steps"])})

@@ -6,7 +6,7 @@ from typing import Any
 
 from launcher.importing import joined
 from launcher.importing.mapping import Keys
-from launcher.importing.sources import source_paths
+from launcher.importing.sources import source_paths, sources_at
 from trainer.config.data import FIELDS
 from trainer.config.peers import conversions as to
 from trainer.data.formats import FORMATS
@@ -95,8 +95,7 @@ def _objective(keys: Keys) -> None:
     elif stage == "dpo":
         keys.lose("pref_loss", f"{loss} is none of sigmoid, hinge, ipo, orpo and simpo. Left at sigmoid.")
     if keys.settings["objective.name"] == "simpo":
-        keys.settings.setdefault("objective.beta", 0.1)
-        keys.settings.setdefault("objective.gamma", 0.5)
+        joined.simpo(keys)
     packed = [name for name in ("packing", "neat_packing") if keys.asked(name)]
     if keys.settings["objective.name"] != "sft":
         keys.put("data.packing", False, *(packed or ["packing"]))
@@ -160,15 +159,7 @@ def _sources(keys: Keys, key: str, name: str, info: dict[str, Any], place: Path)
     form, fields = _format(keys, key, name, given)
     local = str(place / str(given.get("file_name") or name))
     paths = source_paths(str(where)) if where else [f"{local}/*" if Path(local).is_dir() else local]
-    hub = {"subset": given.get("subset"), "split": given.get("split") if given.get("split") != "train" else None}
-    return [
-        {
-            "path": path,
-            "format": form,
-            **{k: v for k, v in {"fields": fields, **(hub if path.startswith("hf://") else {})}.items() if v},
-        }
-        for path in paths
-    ]
+    return sources_at(paths, {"format": form, "fields": fields}, given.get("subset"), given.get("split"))
 
 
 def _format(keys: Keys, key: str, name: str, given: dict[str, Any]) -> tuple[str, dict[str, str]]:

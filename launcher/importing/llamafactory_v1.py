@@ -5,7 +5,7 @@ from typing import Any
 
 from launcher.importing import joined
 from launcher.importing.mapping import Keys
-from launcher.importing.sources import source_paths
+from launcher.importing.sources import source_paths, sources_at
 from trainer.config.peers import conversions as to
 from trainer.config.yaml_reader import read_yaml
 from trainer.errors import ConfigError
@@ -17,12 +17,11 @@ def join(keys: Keys, folder: Path) -> None:
     """All settings that several keys make."""
     _method(keys)
     if "train.global_batch" not in keys.settings:
-        world = int(keys.settings.get("cluster.workers") or 1)
-        keys.put("train.global_batch", keys.whole("micro_batch_size", 1) * world, "micro_batch_size")
+        rows = keys.whole("micro_batch_size", 1) * joined.world(keys)
+        keys.put("train.global_batch", rows, "micro_batch_size")
     joined.duration(keys)
     if "lr_scheduler_config.name" not in keys.given:
-        keys.put("optim.schedule", "constant")
-        keys.origins["optim.schedule"] = ["the rate without lr_scheduler_config"]
+        keys.assume("optim.schedule", "constant", "the rate without lr_scheduler_config")
     strategy = str(keys.given.get("batching_strategy") or "normal")
     keys.put("data.packing", strategy != "normal", "batching_strategy")
     for name, setting in (("train_dataset", "data.train"), ("eval_dataset", "data.eval")):
@@ -85,12 +84,4 @@ def _of_info(keys: Keys, key: str, info: dict[str, Any]) -> list[dict[str, Any]]
         if info.get(name) not in (None, 1, 1.0):
             keys.lose(key, f"{name}: data.train[].weight says how often an epoch visits a source.")
     form = _FORMATS.get(str(info.get("converter")))
-    paths = source_paths(str(info["path"]))
-    named = {"format": form, "split": info.get("split") if info.get("split") != "train" else None}
-    return [
-        {
-            "path": path,
-            **{name: value for name, value in named.items() if value and (name != "split" or path.startswith("hf://"))},
-        }
-        for path in paths
-    ]
+    return sources_at(source_paths(str(info["path"])), {"format": form}, split=info.get("split"))

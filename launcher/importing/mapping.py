@@ -1,4 +1,4 @@
-"""What became of each key of a peer's file, while its settings are put together."""
+"""The keys of a peer's file, the settings that they make together, and each key's outcome."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -97,6 +97,11 @@ class Keys:
         for key in keys:
             self._made.setdefault(key, []).append(setting)
 
+    def assume(self, setting: str, value: Any, why: str, *keys: str) -> None:
+        """Set `setting` to what the peer does by itself; `keys` are those that would say otherwise."""
+        self.put(setting, value, *keys)
+        self.origins[setting] = [why]
+
     def lose(self, key: str, why: str) -> None:
         """The key is given and cannot be carried over as it is."""
         if key in self.given:
@@ -141,7 +146,7 @@ class Keys:
                 self._spared[key] = why
 
     def outcomes(self) -> list[Outcome]:
-        """What became of each key, in the file's order."""
+        """The outcome of each key, in the file's order."""
         return [self._outcome(key, value) for key, value in self.given.items()]
 
     def _outcome(self, key: str, value: Any) -> Outcome:

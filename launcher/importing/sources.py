@@ -1,6 +1,7 @@
 """Data sets of peers as sources of ours: paths, Hub ids, and rows whose format their tools name."""
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,23 @@ def source_paths(path: str, files: Any = None, revision: str | None = None) -> l
     if listed:
         return [name if name.startswith(("/", "s3://", "hf://")) else f"{path.rstrip('/')}/{name}" for name in listed]
     return [_plain(path)]
+
+
+def sources_at(
+    paths: Sequence[str], rows: Mapping[str, Any], subset: Any = None, split: str | None = None
+) -> list[dict[str, Any]]:
+    """A source at each path, with what of `rows` is given, such as their format; with a subset, and a split other than train, where
+    it is a data set of the Hub."""
+    of_hub = {"subset": subset, "split": None if split == "train" else split}
+    return [
+        {
+            "path": path,
+            **{
+                name: value for name, value in {**rows, **(of_hub if path.startswith("hf://") else {})}.items() if value
+            },
+        }
+        for path in paths
+    ]
 
 
 def _plain(path: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from launcher.importing import joined
 from launcher.importing.mapping import Keys
-from launcher.importing.sources import sections, source_paths, split_of
+from launcher.importing.sources import sections, source_paths, sources_at, split_of
 from trainer.config.peers import conversions as to
 
 _BUILDER = re.compile(r"torchtune\.models\.(?P<family>\w+)\.(?:\w+\.)?(?P<kind>q?lora_)?(?P<size>\w+)")
@@ -124,8 +124,7 @@ def _course(keys: Keys) -> None:
         )
     scheduler = _end(keys.given.get("lr_scheduler._component_"))
     if not scheduler:
-        keys.put("optim.schedule", "constant")
-        keys.origins["optim.schedule"] = ["torchtune's rate without lr_scheduler"]
+        keys.assume("optim.schedule", "constant", "torchtune's rate without lr_scheduler")
     elif known := _SCHEDULES.get(scheduler):
         for setting, value in known.items():
             keys.put(setting, value, "lr_scheduler._component_")
@@ -134,11 +133,9 @@ def _course(keys: Keys) -> None:
             "lr_scheduler._component_", f"{scheduler}: optim.schedule is cosine, linear or constant. Left at cosine."
         )
     if "optimizer.weight_decay" not in keys.given and keys.settings.get("optim.name") in ("adamw", "adamw_8bit"):
-        keys.put("optim.weight_decay", 0.01)
-        keys.origins["optim.weight_decay"] = ["the default of torch.optim.AdamW"]
+        keys.assume("optim.weight_decay", 0.01, "the default of torch.optim.AdamW")
     if keys.given.get("clip_grad_norm") is None:
-        keys.put("optim.grad_clip", 0)
-        keys.origins["optim.grad_clip"] = ["without clip_grad_norm nothing is clipped"]
+        keys.assume("optim.grad_clip", 0, "without clip_grad_norm nothing is clipped")
     if "data.sequence_length" not in keys.settings:
         keys.to_do.append(
             "data.sequence_length: the file limits no length (tokenizer.max_seq_len); longer rows are cut at 2048 tokens."
@@ -200,8 +197,7 @@ def _data(keys: Keys) -> None:
         and one.get("masking_strategy") in (None, "train_on_all")
         for one in sections(keys.tree.get("dataset"))
     ):
-        keys.put("data.loss_on", "all")
-        keys.origins["data.loss_on"] = ["alpaca_dataset's default: train_on_input: True"]
+        keys.assume("data.loss_on", "all", "alpaca_dataset's default: train_on_input: True")
 
 
 def _sources(keys: Keys, place: str, given: dict[str, Any]) -> list[dict[str, Any]]:
@@ -234,20 +230,6 @@ def _sources(keys: Keys, place: str, given: dict[str, Any]) -> list[dict[str, An
     split, sliced = split_of(given.get("split"))
     if sliced:
         keys.lose(f"{place}.split", sliced)
-    hub = {"subset": given.get("name") or given.get("subset"), "split": split if split != "train" else None}
     paths = source_paths(str(given.get("source") or source or "FILL-IN"), given.get("data_files"))
-    return [
-        {
-            "path": path,
-            **{
-                key: value
-                for key, value in {
-                    "format": form,
-                    "fields": fields,
-                    **(hub if path.startswith("hf://") else {}),
-                }.items()
-                if value
-            },
-        }
-        for path in paths
-    ]
+    subset = given.get("name") or given.get("subset")
+    return sources_at(paths, {"format": form, "fields": fields}, subset, split)

@@ -5,7 +5,7 @@ from typing import Any
 
 from launcher.importing import joined
 from launcher.importing.mapping import Keys
-from launcher.importing.sources import sections, source_paths, split_of
+from launcher.importing.sources import sections, source_paths, sources_at, split_of
 from trainer.config.peers import conversions as to
 from trainer.config.peers.table import Inconvertible
 
@@ -74,8 +74,7 @@ def _objective(keys: Keys) -> None:
     if "learning_rate" not in keys.given:
         keys.settings["optim.lr"] = _RATES[name]
     if name == "simpo":
-        keys.settings.setdefault("objective.beta", 0.1)
-        keys.settings.setdefault("objective.gamma", 0.5)
+        joined.simpo(keys)
         if losses != ["simpo"]:
             keys.to_do.append("objective.name: CPO is not a method of ours. simpo is the nearest: --loss_type simpo.")
     if name == "sft" and "assistant_only_loss" not in keys.given:
@@ -90,10 +89,7 @@ def _objective(keys: Keys) -> None:
 
 
 def _method(keys: Keys) -> None:
-    in_4_bits = keys.asked("load_in_4bit")
-    if keys.asked("load_in_8bit") and not in_4_bits:
-        keys.lose("load_in_8bit", "The base is stored in 4 bits or in 16. Here in 4: quant.type: none is 16.")
-        in_4_bits = True
+    in_4_bits = joined.in_4_bits(keys, keys.asked("load_in_4bit"))
     low_rank = keys.asked("use_peft")
     method = "dora" if keys.asked("use_dora") else "rslora" if keys.asked("use_rslora") else "lora"
     keys.put(
@@ -111,11 +107,9 @@ def _method(keys: Keys) -> None:
     for key, (setting, convert, otherwise) in _ADAPTER.items():
         value = keys.given.get(key)
         if value is None and otherwise is not None:
-            keys.put(setting, otherwise)
-            keys.origins[setting] = [f"TRL's default of {key}"]
+            keys.assume(setting, otherwise, f"TRL's default of {key}")
         elif value in (None, []) and key == "lora_target_modules":
-            keys.put(setting, ["q_proj", "v_proj"])
-            keys.origins[setting] = ["PEFT's default for most bases"]
+            keys.assume(setting, ["q_proj", "v_proj"], "PEFT's default for most bases")
         elif value not in (None, []):
             value = _single(key, value)
             keys.attempt(key, lambda setting=setting, convert=convert, value=value: {setting: convert(value)})
@@ -174,9 +168,4 @@ def _sources(keys: Keys, given: dict[str, Any], key: str) -> list[dict[str, Any]
     split, sliced = split_of(given.get("split"))
     if sliced:
         keys.lose(key, sliced)
-    hub = {"subset": given.get("name"), "split": split if split != "train" else None}
-    paths = source_paths(str(given.get("path", "")), given.get("data_files"))
-    return [
-        {"path": path, **({name: value for name, value in hub.items() if value} if path.startswith("hf://") else {})}
-        for path in paths
-    ]
+    return sources_at(source_paths(str(given.get("path", "")), given.get("data_files")), {}, given.get("name"), split)
