@@ -45,14 +45,16 @@ def epoch_length(config: Config, tokenizer: Path, store: Store) -> EpochLength |
     if any(is_of_hub(source) for source in config.data.train):
         return None
     try:
-        files = expand(config.data.train, "data.train")
-    except CapstanError:
-        return None
-    try:
         files, part, data = find_train(config)
+    except CapstanError:  # files are missing, or have rows of no known format
+        try:
+            return _estimated(config, expand(config.data.train, "data.train"))
+        except CapstanError:
+            return None
+    try:
         named = partial(fingerprint, data, files, hash_tokenizer(tokenizer, config.model.add_tokens), part)
         return _compiled(config, store, named(weighted=bool(kept_weights(store, named()))))
-    except CapstanError:  # it is not compiled, has rows of no known format, or the store does not answer
+    except CapstanError:  # it is not compiled, or the store does not answer
         return _estimated(config, files)
 
 
