@@ -36,14 +36,11 @@ def local_gpus(environment: Mapping[str, str] = os.environ) -> int:
 
 def listed_gpus() -> list[ListedGpu]:
     """All GPUs of this machine in the driver's order, whatever CUDA_VISIBLE_DEVICES leaves of them."""
-    try:
-        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=_DRIVER_SECONDS)
-    except (OSError, subprocess.TimeoutExpired):
-        listed = None
-    if listed is None or listed.returncode:
+    listing = _told_by_driver("--list-gpus")
+    if listing is None:
         return [ListedGpu() for path in Path("/dev").glob("nvidia[0-9]*") if _opens(path)]
     found = list[ListedGpu]()
-    for kind, uuid in re.findall(r"^\s*(GPU|MIG) .*\(UUID: (\S+)\)", listed.stdout, re.MULTILINE):
+    for kind, uuid in re.findall(r"^\s*(GPU|MIG) .*\(UUID: (\S+)\)", listing, re.MULTILINE):
         if kind == "GPU":
             found.append(ListedGpu(uuid))
         else:
@@ -58,13 +55,17 @@ def count_visible(gpus: list[ListedGpu], setting: str | None) -> int:
     `_parse_visible_devices`). A process that sees a MIG instance gets this one alone ("CUDA Device Enumeration" in NVIDIA's
     MIG user guide).
     """
-    chosen = [(gpu, None) for gpu in gpus] if setting is None else list(_chosen(gpus, setting))
+    chosen = list(_chosen(gpus, setting))
     if any(instance or gpu.instances for gpu, instance in chosen):
         return 1
     return len(chosen)
 
 
-def _chosen(gpus: list[ListedGpu], setting: str) -> Iterator[tuple[ListedGpu, str | None]]:
+def _chosen(gpus: list[ListedGpu], setting: str | None) -> Iterator[tuple[ListedGpu, str | None]]:
+    """The GPUs that CUDA_VISIBLE_DEVICES names, all of them where it is not set; each with the MIG instance of it that is meant."""
+    if setting is None:
+        yield from ((gpu, None) for gpu in gpus)
+        return
     words = [word.strip() for word in setting.split(",")]
     if len(set(words)) < len(words):
         return
@@ -91,18 +92,21 @@ class LocalGpu(NamedTuple):
 
 def described_gpus(environment: Mapping[str, str] = os.environ) -> list[LocalGpu]:
     """The GPUs that CUDA_VISIBLE_DEVICES leaves to a process, as NVIDIA's driver describes them; none without it, and no parts of one."""
-    query = ["nvidia-smi", "--query-gpu=uuid,name,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        told = subprocess.run(query, capture_output=True, text=True, timeout=_DRIVER_SECONDS)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
+    told = _told_by_driver("--query-gpu=uuid,name,memory.total", "--format=csv,noheader,nounits") or ""
     # A size may be "[N/A]". A name has no comma.
-    rows = [row for line in told.stdout.splitlines() if len(row := line.split(", ")) == 3 and told.returncode == 0]
-    setting = environment.get("CUDA_VISIBLE_DEVICES")
-    listed = [ListedGpu(uuid) for uuid, _, _ in rows]
-    visible = [gpu.uuid for gpu in listed] if setting is None else [gpu.uuid for gpu, _ in _chosen(listed, setting)]
+    rows = [row for line in told.splitlines() if len(row := line.split(", ")) == 3]
     described = {uuid: LocalGpu(name, int(size) * 2**20) for uuid, name, size in rows if size.isdecimal()}
-    return [described[uuid] for uuid in visible if uuid in described]
+    visible = _chosen([ListedGpu(uuid) for uuid, _, _ in rows], environment.get("CUDA_VISIBLE_DEVICES"))
+    return [described[gpu.uuid] for gpu, _ in visible if gpu.uuid in described]
+
+
+def _told_by_driver(*question: str) -> str | None:
+    """The answer of nvidia-smi; None where it is not there, fails, or does not answer."""
+    try:
+        told = subprocess.run(["nvidia-smi", *question], capture_output=True, text=True, timeout=_DRIVER_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return None if told.returncode else told.stdout
 
 
 def _opens(path: Path) -> bool:
