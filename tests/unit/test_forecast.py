@@ -12,6 +12,7 @@ from launcher.plan.opening import show_plan
 from launcher.plan.planning import Planned, plan_run
 from tests.material import Workshop
 from tests.unit.made_records import NOW, start, step, write
+from tests.unit.test_examples import LLAMA_8B
 from trainer.base.description import describe
 from trainer.config import Config, dump_config, override, parse_config
 from trainer.data.dataset import read_manifest
@@ -23,17 +24,6 @@ from trainer.gpus import Gpu, find_gpu, read_gpu
 from trainer.plan import make_plan
 from trainer.store import open_store
 
-LLAMA_8B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": False,
-}
 RUN = "run: {name: demo}\nmodel: {base: /models/tiny}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
 H100 = read_gpu("H100", "--gpu")
 
