@@ -25,7 +25,7 @@ _STEP_SECONDS = 90
 
 @dataclass(frozen=True)
 class Network:
-    """What NCCL takes on one machine. `interfaces` have addresses, those that it opens sockets on come first in `sockets`;
+    """The interfaces and adapters that NCCL takes on one machine. `interfaces` have addresses, those that it opens sockets on come first in `sockets`;
     `adapters` are ports of InfiniBand or RoCE as NAME:PORT, `idle` such ports that no cable or subnet manager has made active."""
 
     host: str
@@ -118,7 +118,7 @@ def networks(environment: Mapping[str, str]) -> list[Network] | str:
 
 
 def troubles(found: list[Network], environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """What keeps NCCL from working between these machines, each with what to do about it."""
+    """The reasons why NCCL cannot work between these machines, each with what to do about it."""
     for network in found:
         if not network.sockets:
             asked, there = environment.get("NCCL_SOCKET_IFNAME"), ", ".join(network.interfaces)

@@ -16,7 +16,7 @@ GIB = 2**30
 _LENGTHS = (4096, 2048, 1024, 512)
 _MICRO_BATCHES = (8, 4, 2)
 _MOST_GPUS = 64
-# Of a GPU's memory a plan may take so much: the rest is for what the plan estimates too low.
+# A plan may take so much of a GPU's memory: the rest is for what the plan estimates too low.
 _SHARE = 0.9
 # The base stays in 16 bits, which spares dequantizing it in every pass, where that takes no more than this.
 _EASY = 0.6

@@ -26,7 +26,7 @@ _LARGE = 13e9
 
 @dataclass(frozen=True)
 class InitAnswers:
-    """What a first configuration is made of. `gpu` is a name or a size of memory; `gpus` how many there are; None is as found here."""
+    """The answers that a first configuration is made of. `gpu` is a name or a size of memory; `gpus` how many there are; None is as found here."""
 
     base: str
     data: str
@@ -62,7 +62,7 @@ class Initial:
         }
 
     def lines(self) -> list[str]:
-        """What is not there yet, and the next commands, for people."""
+        """For people: the files that are not there yet, and the next commands."""
         return [*self.missing, "next:", *(f"  {line}" for line in self.next)]
 
 

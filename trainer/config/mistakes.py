@@ -46,7 +46,7 @@ def unknown_keys(tree: Any, model: type[BaseModel], prefix: str) -> Iterator[str
 
 
 def _hint(key: str, model: type[BaseModel]) -> str:
-    """What to write instead: a name of the section that is all but equal, the same name elsewhere, another tool's name for it, or
+    """The words to write instead: a name of the section that is all but equal, the same name elsewhere, another tool's name for it, or
     one of the section that is near."""
     near = difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.8) or _elsewhere(key)
     if not near and (known := known_elsewhere(key)):

@@ -104,9 +104,8 @@ def work_of(config: Config, model: Architecture, recomputed: float, device_name:
     learnt = sum(size for name, size in products.items() if name in learning)
     frozen = sum(products.values()) - learnt
     if not method.virtual.count:  # virtual tokens are computed with as any token is
-        added = [
-            shape for name, shape in learning.items() if name not in base and len(shape) > 1
-        ]  # a vector is no product
+        # A vector is no product.
+        added = [shape for name, shape in learning.items() if name not in base and len(shape) > 1]
         learnt += sum(prod(shape) * (visits if len(shape) == 3 else 1) for shape in added)
     head = model.vocabulary * model.hidden
     head_learns = model.head in learning or (model.head_is_embedding and model.embedding in learning)

@@ -32,9 +32,8 @@ from trainer.clock import Clock
 from trainer.model.parts import is_computed_at_once, is_layer
 
 _AHEAD = 2  # layers that a gather may be ahead of what the device computes
-_ALONE = (
-    2**28
-)  # bytes from which on a parameter is gathered by itself, into its place: others are copied from one buffer
+# Bytes from which on a parameter is gathered by itself, into its place: others are copied from one buffer.
+_ALONE = 2**28
 
 
 @contextmanager
@@ -197,9 +196,8 @@ class Gathers:
             self._prefetch(self._calls[-1].unit)
 
     def _end(self, call: _Call) -> None:
-        if (
-            call.hook is not None
-        ):  # it keeps nodes of the graph that keep it, a cycle that Python's collector hardly ever finds
+        # A hook keeps nodes of the graph that keep it, a cycle that Python's collector hardly ever finds.
+        if call.hook is not None:
             call.hook.remove()
             call.hook = None
         if call.held:

@@ -1,4 +1,4 @@
-"""What a setting of another tool is called here, for whoever writes its name into a configuration of ours."""
+"""The settings of other tools by what they are called here, for whoever writes their names into a configuration of ours."""
 
 from trainer.config.peers.accelerate import ACCELERATE
 from trainer.config.peers.axolotl import AXOLOTL
