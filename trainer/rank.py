@@ -287,8 +287,8 @@ def _record_start(start: _Start, settled: Config, report: LoadReport, **facts: A
         start_seconds=round(time.time() - start.starter.began, 3),
         **start.starter.facts,
     )
-    _record_plan(start, settled)
     if start.ranks.rank == 0:
+        _record_plan(start, settled)
         try:
             for change in record_settings(start.run, start.generation, start.config):
                 start.metrics.write("change", **change._asdict())
