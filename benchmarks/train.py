@@ -4,8 +4,8 @@
 
 axolotl and LLaMA-Factory train by the same libraries as TRL. All sides have the same random Llama in NF4, the same documents in the
 same order, LoRA of rank 16 on all linear layers, and as many ranks: a GPU each where there are GPUs, else one core each. They take
-their steps in turns, so that what else the machine does meets all of them; figures are medians over the turns, ratios those of
-each turn. The first two steps of each are not measured. "products" are the products of our own step and nothing else, which no
+their steps in turns, so that what else the machine does meets all of them; figures are means over the turns, as batches that are
+padded differ in length from step to step. The first two steps of each are not measured. "products" are the products of our own step and nothing else, which no
 trainer on this machine can go below.
 
 Fixed: documents as long as a row. Conversations: prompts and answers with the spread of lengths that chat data has, packed by
@@ -255,17 +255,17 @@ def _add_rows(table: Table, case: Case, found: dict[str, dict[str, Any]], folder
     of_side = {side: counts(case, side, folder, pairs) for side in found}
     for side, of in found.items():
         tokens, targets = of_side[side]
-        middle = statistics.median(seconds[side])
-        row = [case.name, side, f"{middle:.2f}"]
+        mean = statistics.mean(seconds[side])
+        row = [case.name, side, f"{mean:.2f}"]
         if side == "products":
             table.add_row(*row, *[""] * 9)
             continue
         scale = targets / of_side["TRL"][1]
         ratios = sorted(scale * theirs / mine for mine, theirs in zip(seconds[side], seconds["TRL"], strict=True))
-        floor = statistics.median(mine / least for mine, least in zip(seconds[side], seconds["products"], strict=True))
+        of_trl, of_products = (mean / statistics.mean(seconds[other]) for other in ("TRL", "products"))
         table.add_row(
-            *row, f"{tokens / middle:.0f}", f"{targets / middle:.0f}", f"{statistics.median(ratios):.2f}",
-            f"{ratios[0]:.2f} to {ratios[-1]:.2f}", f"{floor:.2f}", f"{of['first_step']:.1f}",
+            *row, f"{tokens / mean:.0f}", f"{targets / mean:.0f}", f"{scale / of_trl:.2f}",
+            f"{ratios[0]:.2f} to {ratios[-1]:.2f}", f"{of_products:.2f}", f"{of['first_step']:.1f}",
             f"{of['peak'] / 1e6:.0f}", f"{of['peak'] / found['TRL']['peak']:.2f}", f"{of['loss']:.4f}",
         )  # fmt: skip
 
