@@ -21,8 +21,8 @@ from trainer.zero.policy import Scope, is_offloaded
 
 # trainer/model/experts.py: bytes of a mixture's experts that are dequantized at once.
 _EXPERTS_BYTES = 2**29
-# trainer/model/head.py: bytes of fp32 logits computed at once.
-_LOGITS_CHUNK_BYTES, _LOGITS_CHUNK_ROWS = 2**28, 512
+# trainer/model/head.py: bytes of logits computed at once, were they in fp32, and of those that are.
+_LOGITS_CHUNK_BYTES, _LOGITS_CHUNK_ROWS, _LOGITS_BLOCK_BYTES = 2**28, 512, 2**26
 # trainer/zero/gather.py: layers that are whole on a GPU at one time.
 _LAYERS_GATHERED = 3
 # CUDA's context and the allocator's slack, and the buffers of an NCCL communicator: 16 channels of 4 MiB (NCCL_BUFFSIZE) to
@@ -257,10 +257,11 @@ def _layer(given: Inputs, place: int, *, recomputed: bool) -> tuple[float, float
 
 
 def _logits(given: Inputs) -> int:
-    """Bytes of the chunked loss: logits of n tokens in 16 bits, in fp32, and again in 16 bits as a gradient; and the
-    gradient of the hidden states of all T tokens."""
+    """Bytes of the chunked loss: the logits of a chunk's tokens, whose place their gradient takes; twice those that are in fp32 at
+    one time; and the gradient of the hidden states of all T tokens."""
     model, tokens = given.model, given.tokens
     chunk = min(
         tokens, max(1, _LOGITS_CHUNK_BYTES // (4 * model.vocabulary) // _LOGITS_CHUNK_ROWS) * _LOGITS_CHUNK_ROWS
     )
-    return chunk * model.vocabulary * (4 + 2 * given.item) + given.item * tokens * model.hidden
+    in_fp32 = min(4 * chunk * model.vocabulary, _LOGITS_BLOCK_BYTES)
+    return chunk * model.vocabulary * given.item + 2 * in_fp32 + given.item * tokens * model.hidden

@@ -34,10 +34,7 @@ def made_by(logits: Logits, head: LossHead) -> LossHead:
 @pytest.fixture(params=[1, 7, T], ids=lambda rows: f"chunks-of-{rows}")
 def head(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> LossHead:
     """A frozen head whose logits are made so many positions at a time."""
-    monkeypatch.setattr(loss_module, "_CHUNK_BYTES", request.param * 4 * V)
-    monkeypatch.setattr(loss_module, "_CHUNK_ROWS", 1)
-    torch.manual_seed(2)
-    return LossHead(H, V, bias=False).requires_grad_(False)
+    return learning_head(request.param, monkeypatch).requires_grad_(False)
 
 
 def row(share_of_targets: float = 0.6) -> tuple[Tensor, Tensor]:
@@ -138,7 +135,7 @@ def test_bf16_is_summed_in_fp32(head: LossHead) -> None:
 
 
 @with_terms
-def test_logits_of_one_chunk_only_exist_at_a_time(
+def test_logits_of_one_block_only_are_in_fp32_at_a_time(
     head: LossHead, monkeypatch: pytest.MonkeyPatch, terms: LossTerms
 ) -> None:
     sizes: list[int] = []
@@ -151,8 +148,30 @@ def test_logits_of_one_chunk_only_exist_at_a_time(
     monkeypatch.setattr(Tensor, "logsumexp", observed)
     hidden, labels = row()
     head(hidden, labels, terms=terms)
-    assert max(sizes) <= loss_module._CHUNK_BYTES
+    assert max(sizes) <= min(loss_module._BLOCK_BYTES, loss_module._CHUNK_BYTES)
     assert sum(sizes) == int((labels != IGNORE).sum()) * V * 4
+
+
+@with_terms
+@with_logits
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_size_of_a_block_changes_no_bit(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, logits: Logits, terms: LossTerms
+) -> None:
+    head = made_by(logits, learning_head(T, monkeypatch)).to(dtype)
+    hidden, labels = row()
+    hidden = hidden.detach().to(dtype).requires_grad_()
+    found: list[list[Tensor]] = []
+    for rows in (1, 3, T):
+        monkeypatch.setattr(loss_module, "_BLOCK_BYTES", rows * 4 * V)
+        nats = head(hidden, labels, per_target=True, terms=terms)
+        weights = torch.linspace(-1, 2, len(nats))
+        ranked = head(hidden.detach(), labels, ranked=True, terms=terms)
+        found.append([nats.detach(), ranked, *torch.autograd.grad((weights * nats).sum(), (hidden, head.weight))])
+        head.requires_grad_(False)
+        found[-1] += torch.autograd.grad(head(hidden, labels, terms=terms) / 17, hidden)
+        head.requires_grad_(True)
+    assert all(torch.equal(one, other) for of in found[1:] for one, other in zip(found[0], of, strict=True))
 
 
 def test_without_gradients_the_value_is_the_same(head: LossHead) -> None:
@@ -172,6 +191,7 @@ def test_the_checks_would_see_a_term_that_is_left_out(head: LossHead, terms: Los
 def learning_head(rows: int, monkeypatch: pytest.MonkeyPatch) -> LossHead:
     monkeypatch.setattr(loss_module, "_CHUNK_BYTES", rows * 4 * V)
     monkeypatch.setattr(loss_module, "_CHUNK_ROWS", 1)
+    monkeypatch.setattr(loss_module, "_BLOCK_BYTES", 3 * 4 * V)
     torch.manual_seed(2)
     return LossHead(H, V, bias=False)
 

@@ -134,6 +134,7 @@ def test_the_chunk_of_logits_is_that_of_the_loss():
 
     assert memory._LOGITS_CHUNK_BYTES == head._CHUNK_BYTES
     assert memory._LOGITS_CHUNK_ROWS == head._CHUNK_ROWS
+    assert memory._LOGITS_BLOCK_BYTES == head._BLOCK_BYTES_ON_GPU
     for vocabulary in (1000, 32000, 128256, 262144):
         hidden, weight = (torch.empty(rows, 1, device="meta") for rows in (2**20, vocabulary))
         first, second = islice(head._parts(hidden, weight), 2)
@@ -145,7 +146,8 @@ def test_the_chunk_of_logits_is_that_of_the_loss():
             1,
             None,
         )
-        assert given.memory_per_gpu.logits == min(8192, first.stop) * vocabulary * 8 + 2 * 8192 * 64
+        logits = min(8192, first.stop) * vocabulary
+        assert given.memory_per_gpu.logits == 2 * logits + 2 * min(4 * logits, 2**26) + 2 * 8192 * 64
 
 
 def test_a_mixtures_experts_are_dequantized_together_up_to_what_the_forward_pass_takes_at_once():

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 IGNORE = -100
 """The label of a position that predicts nothing (cross entropy's `ignore_index`)."""
-_CHUNK_BYTES = 2**28  # of fp32 logits
+_CHUNK_BYTES = 2**28  # of logits, were they in fp32
 _CHUNK_ROWS = 512  # of which a chunk has a multiple, as many as kernels of products take at once or twice
+# Of logits in fp32 at one time: what a core's cache holds, and on a GPU enough for each kernel to be worth its launch.
+_BLOCK_BYTES, _BLOCK_BYTES_ON_GPU = 2**22, 2**26
 
 
 class LossTerms(NamedTuple):
@@ -94,9 +96,11 @@ class LossHead(nn.Linear):
             places = (labels.flatten() != IGNORE).nonzero()[:, 0]
         wanted, targets = hidden.flatten(0, -2).index_select(0, places), labels.flatten().index_select(0, places)
         if ranked:
-            parts = _parts(wanted, self.weight)
-            chunks = (_Chunk(wanted[part], self.weight, targets[part], self, terms, rows) for part in parts)
-            return torch.cat([wanted.new_empty(0, 2, dtype=torch.float32), *(chunk.ranked() for chunk in chunks)])
+            found = [wanted.new_empty(0, 2, dtype=torch.float32)]
+            for part in _parts(wanted, self.weight):
+                logits = _logits(wanted[part], self.weight, rows)
+                found += [block.ranked() for _, block in _blocks(logits, targets[part], self, terms)]
+            return torch.cat(found)
         given: tuple[Any, ...] = wanted, self.weight, targets, self, terms
         function = _LearningCrossEntropy if self.weight.requires_grad else _FrozenCrossEntropy
         if rows is not None:
@@ -117,10 +121,10 @@ class _FrozenCrossEntropy(torch.autograd.Function):
         nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for part in _parts(hidden, weight):
-            chunk = _Chunk(hidden[part], weight, targets[part], head, terms)
-            nats[part] = chunk.nats()
+            logits = _logits(hidden[part], weight, None)
+            nats[part] = _nats(logits, targets[part], head, terms, turn_into_gradient=grad is not None)
             if grad is not None:
-                grad[part] = chunk.gradient().to(weight.dtype) @ weight
+                grad[part] = logits @ weight
         ctx.grad = grad
         return nats
 
@@ -138,8 +142,10 @@ class _LearningCrossEntropy(torch.autograd.Function):
         """hidden (N, H), weight (V, H), targets (N,) -> (N,) fp32, the nats of each target."""
         ctx.save_for_backward(hidden, targets)
         ctx.head, ctx.terms = head, terms
-        nats = [_Chunk(hidden[p], weight, targets[p], head, terms).nats() for p in _parts(hidden, weight)]
-        return torch.cat(nats) if nats else torch.zeros(0, dtype=torch.float32, device=hidden.device)
+        nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        for part in _parts(hidden, weight):
+            nats[part] = _nats(_logits(hidden[part], weight, None), targets[part], head, terms)
+        return nats
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
@@ -147,10 +153,11 @@ class _LearningCrossEntropy(torch.autograd.Function):
         grad = torch.empty_like(hidden)
         weight_grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for part in _parts(hidden, weight):
-            logits_grad = _Chunk(hidden[part], weight, targets[part], ctx.head, ctx.terms).gradient()
-            logits_grad = logits_grad.mul_(grad_output[part, None]).to(weight.dtype)
-            grad[part] = logits_grad @ weight
-            weight_grad += logits_grad.T @ hidden[part]
+            logits, scale = _logits(hidden[part], weight, None), grad_output[part, None]
+            for place, block in _blocks(logits, targets[part], ctx.head, ctx.terms):
+                logits[place] = block.gradient().mul_(scale[place])
+            grad[part] = logits @ weight
+            weight_grad += logits.T @ hidden[part]
         return grad, weight_grad.to(weight.dtype), None, None, None
 
 
@@ -173,13 +180,12 @@ class _RowsCrossEntropy(torch.autograd.Function):
         nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         grad, of_rows = torch.empty_like(hidden), hidden.new_empty(len(hidden), len(matrix))
         for part in _parts(hidden, weight):
-            chunk = _Chunk(hidden[part], weight, targets[part], head, terms, rows)
-            nats[part] = chunk.nats()
+            logits = _logits(hidden[part], weight, rows)
+            nats[part] = _nats(logits, targets[part], head, terms, turn_into_gradient=learns)
             if learns:
-                logits_grad = chunk.gradient()
-                of_rows[part] = logits_grad[:, rows.ids]
-                own = logits_grad.index_fill_(1, rows.ids, 0)[:, : len(weight)]
-                grad[part] = own.to(weight.dtype) @ weight + of_rows[part] @ matrix
+                of_rows[part] = logits[:, rows.ids]
+                own = logits.index_fill_(1, rows.ids, 0)[:, : len(weight)]
+                grad[part] = own @ weight + of_rows[part] @ matrix
         ctx.save_for_backward(hidden, grad, of_rows)
         return nats
 
@@ -207,19 +213,31 @@ def _parts(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
         yield slice(begin, begin + size)
 
 
-class _Chunk:
-    """The logits of n targets: hidden (n, H), weight (V, H), targets (n,)."""
+def _nats(
+    logits: Tensor, targets: Tensor, head: LossHead, terms: LossTerms, *, turn_into_gradient: bool = False
+) -> Tensor:
+    """The nats of each target, (n,) fp32, by logits (n, V). Its gradient may take the place of the logits, which nobody else needs."""
+    nats = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    for place, block in _blocks(logits, targets, head, terms):
+        nats[place] = block.nats()
+        if turn_into_gradient:
+            logits[place] = block.gradient()
+    return nats
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        head: LossHead,
-        terms: LossTerms,
-        rows: Rows | None = None,
-    ) -> None:
-        logits = head.scaled(_logits(hidden, weight, rows).float())  # (n, V)
+
+def _blocks(logits: Tensor, targets: Tensor, head: LossHead, terms: LossTerms) -> Iterator[tuple[slice, "_Block"]]:
+    """Rows of logits (n, V), as many as are in fp32 at one time, and what is computed of them. A row does not depend on others."""
+    size = max(1, (_BLOCK_BYTES_ON_GPU if logits.is_cuda else _BLOCK_BYTES) // (4 * logits.shape[1]))
+    for begin in range(0, len(logits), size):
+        place = slice(begin, begin + size)
+        yield place, _Block(logits[place], targets[place], head, terms)
+
+
+class _Block:
+    """The logits of n targets as products gave them, (n, V), in fp32."""
+
+    def __init__(self, products: Tensor, targets: Tensor, head: LossHead, terms: LossTerms) -> None:
+        logits = head.scaled(products.float())
         self._head, self._slope = head, None
         softcap = head.softcap
         if softcap is not None:
