@@ -28,12 +28,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from trainer.data.binary import TARGET_BIT
 from trainer.data.chapters import whole
 from trainer.data.dataset import open_dataset
 from trainer.data.encode import Encoded
-from trainer.data.manifest import FORMAT, MANIFEST, TARGET_BIT, DatasetManifest, SourceRecord
+from trainer.data.manifest import FORMAT, MANIFEST, DatasetManifest, SourceRecord
 from trainer.data.micro_batch import Position
-from trainer.data.order import EpochPlan, Order
+from trainer.data.order import EpochPlan
+from trainer.data.order_settings import Order
 from trainer.data.shards import Place, ShardWriter
 from trainer.data.stream import Stream
 from trainer.run.layout import dataset as dataset_key

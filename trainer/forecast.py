@@ -10,8 +10,8 @@ from typing import Any
 
 from trainer.base.architecture import Architecture
 from trainer.config import Config
+from trainer.data.bins import steps_of_epochs
 from trainer.data.length import EpochLength
-from trainer.data.prepare import steps_of_epochs
 from trainer.gpus import Gpu
 from trainer.needs import GlobalBatch
 from trainer.train.flops import work_of

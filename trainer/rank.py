@@ -30,8 +30,9 @@ from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config
 from trainer.data.chapters import open_chapters
 from trainer.data.dataset import open_dataset
+from trainer.data.inputs import config_of_set
 from trainer.data.micro_batch import Position
-from trainer.data.prepare import Datasets, config_of_set
+from trainer.data.prepare import Datasets
 from trainer.data.stream import Stream, eval_stream, train_stream
 from trainer.errors import CapstanError, DoesNotFit, NonFiniteLoss, Stopped, StorageError
 from trainer.export.beside import adapters_beside

@@ -5,6 +5,7 @@ Importing the files loads no torch, as `plan` counts on a login node.
 
 import difflib
 from collections.abc import Collection, Mapping
+from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 from types import ModuleType
@@ -19,9 +20,15 @@ Kind = TypeVar("Kind")
 
 def kinds(folder: ModuleType, table: str) -> dict[str, Any]:
     """All entries of the dictionaries called `table` in the folder's files; a file without one has no kind of its own."""
+    return dict(_kinds(folder.__name__, tuple(folder.__path__), table))
+
+
+@cache
+def _kinds(package: str, path: tuple[str, ...], table: str) -> dict[str, Any]:
+    """A plan asks a hundred times, and each time it is files that are looked for."""
     found: dict[str, Any] = {}
-    for module in iter_modules(folder.__path__):
-        found |= getattr(import_module(f"{folder.__name__}.{module.name}"), table, {})
+    for module in iter_modules(path):
+        found |= getattr(import_module(f"{package}.{module.name}"), table, {})
     return found
 
 

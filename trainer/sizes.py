@@ -2,7 +2,7 @@
 
 from math import ceil, prod
 
-from trainer.base.architecture import Architecture
+from trainer.base.architecture import Architecture, Parameter
 from trainer.config import Config, Quant
 from trainer.tuning.method import method_of
 from trainer.zero.policy import WHOLE
@@ -33,10 +33,15 @@ def stored_layers(config: Config, model: Architecture) -> list[int]:
     """Bytes of the linear weights and experts of each decoder layer."""
     item = value_bytes(config)
 
-    def stored(weights: int) -> int:
-        return item * weights if config.quant.type == "none" else quantized_bytes(weights, config.quant)
+    def stored(parameter: Parameter) -> int:
+        matrices = parameter.matrices
+        if not matrices:
+            return 0
+        # The matrices of a stack are alike.
+        one = item * matrices[0] if config.quant.type == "none" else quantized_bytes(matrices[0], config.quant)
+        return len(matrices) * one
 
-    return [sum(map(stored, model.matrices(layer))) for layer in range(model.layers)]
+    return [sum(map(stored, model.in_layer(layer))) for layer in range(model.layers)]
 
 
 def most_whole(config: Config, model: Architecture) -> int:

@@ -15,8 +15,7 @@ from trainer.base.check import check_base
 from trainer.base.locate import resolve_base
 from trainer.config import load_config
 from trainer.config.secrets import refuse_secrets
-from trainer.data.dataset import read_manifest
-from trainer.data.manifest import DatasetManifest
+from trainer.data.manifest import DatasetManifest, read_manifest
 from trainer.data.prepare import locate, prepare
 from trainer.errors import NotFound
 from trainer.store import open_run_store

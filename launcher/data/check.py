@@ -14,7 +14,8 @@ from trainer.base.check import check_base
 from trainer.base.locate import resolve_base
 from trainer.config import load_config
 from trainer.data.check import DataReport, Findings, check_data
-from trainer.data.prepare import find, load_tokenizer
+from trainer.data.inputs import find
+from trainer.data.prepare import load_tokenizer
 
 _BAR = 30
 

@@ -11,7 +11,7 @@ from rich.text import Text
 from trainer.base.locate import base_files
 from trainer.base.tokenizer import read_tokenizer
 from trainer.config import load_config, unsaid
-from trainer.data.prepare import find
+from trainer.data.inputs import find
 from trainer.data.seen import SeenDocument, SeenRow, TextPiece, Viewer
 from trainer.errors import ConfigError
 

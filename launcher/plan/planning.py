@@ -10,12 +10,13 @@ from trainer.config import Config
 from trainer.data.length import epoch_length
 from trainer.data.sources import unusable
 from trainer.devices import described_gpus
-from trainer.errors import ConfigError, DataError, DoesNotFit
+from trainer.errors import ConfigError, DataError, DoesNotFit, StorageError
 from trainer.forecast import Forecast, Length, assumed_rate, forecast, length_of
 from trainer.gpus import Gpu, find_gpu, read_gpu
 from trainer.needs import Plan
 from trainer.plan import make_plan
-from trainer.store import open_store
+from trainer.run import layout
+from trainer.store import Store, open_store
 
 # A plan is made on a login node, which may not reach the store: then it does without what the store knows.
 _STORE_SECONDS = 5.0
@@ -78,13 +79,23 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
         misfits.append(str(error))
     wrong, short = [*plan.mismatches, *misfits], [*plan.shortfalls, *misfits, *missing]
     plan = replace(plan, mismatches=wrong, shortfalls=short)
-    store = open_store(config.run.store, retry_seconds=_STORE_SECONDS, request_seconds=_STORE_SECONDS)
+    store = _answering_store(config)
     length = length_of(config, None if missing else epoch_length(config, base_files(config.model), store))
     by_size = found is not None and not found.name
-    rate = None if by_size else measured_rate(store, config, found)
+    rate = None if by_size or store is None else measured_rate(store, config, found)
     if rate is None and found and plan.device == "gpu":
         rate = assumed_rate(config, base.architecture, found, plan.recomputed_layers / plan.layers)
     return Planned(plan, found, whose, length, forecast(config, plan.batch, length, rate), bool(missing))
+
+
+def _answering_store(config: Config) -> Store | None:
+    """The run's store; None where it does not answer, so that only one request waits for it."""
+    store = open_store(config.run.store, retry_seconds=_STORE_SECONDS, request_seconds=_STORE_SECONDS)
+    try:
+        store.exists(f"{config.run.name}/{layout.CONFIG}")
+    except StorageError:
+        return None
+    return store
 
 
 def _gpu_of(config: Config, given: str | None) -> tuple[Gpu | None, Whose | None, int]:

@@ -28,7 +28,7 @@ from launcher.view.status import read_generation
 from trainer.base.locate import describe_base
 from trainer.checkpoint.listing import committed_steps
 from trainer.config import Config, Data, Source, assignment, dump_config, load_config, override, parse_config, unsaid
-from trainer.data.rows import rows
+from trainer.data.reading import rows
 from trainer.data.sources import expand
 from trainer.devices import local_gpus
 from trainer.errors import CapstanError, DataError, DoesNotFit

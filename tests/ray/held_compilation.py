@@ -9,13 +9,13 @@ from typing import Any
 
 from launcher.cli.__main__ import main
 from launcher.view.status import read_generation
-from trainer.data import compile, rows
+from trainer.data import fingerprint, rows
 from trainer.data.shards import ShardWriter
 from trainer.store import open_store
 
 PATIENCE = 200.0
 # Chapters of some 50 of our documents, read in small batches.
-SMALL = ((compile, "CHAPTER_BYTES", 4096), (rows, "BATCH_ROWS", 4), (rows, "_READ_BYTES", 64))
+SMALL = ((fingerprint, "CHAPTER_BYTES", 4096), (rows, "BATCH_ROWS", 4), (rows, "_READ_BYTES", 64))
 
 
 def hold(uri: str, step: int) -> None:

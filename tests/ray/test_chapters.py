@@ -17,7 +17,8 @@ from trainer.checkpoint.listing import committed_steps
 from trainer.config import dump_config
 from trainer.data.dataset import open_chapter
 from trainer.data.order import EpochPlan
-from trainer.data.prepare import prepare, train_order
+from trainer.data.order_settings import train_order
+from trainer.data.prepare import prepare
 from trainer.store import Store, open_store
 
 pytestmark = pytest.mark.timeout(600)

@@ -20,7 +20,8 @@ from trainer.config import Data
 from trainer.data.compile import Progress, compile_dataset
 from trainer.data.manifest import DatasetManifest
 from trainer.data.pool import BYTES_FOR_PROCESSES
-from trainer.data.rows import Batch, Lines, batches
+from trainer.data.reading import batches
+from trainer.data.rows import Batch, Lines
 from trainer.data.sources import expand
 from trainer.errors import DataError
 from trainer.store import open_store

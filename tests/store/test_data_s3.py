@@ -11,10 +11,11 @@ from launcher.smoke.local_s3 import S3Server
 from tests.material import byte_tokenizer
 from trainer.config import Data
 from trainer.data.chapters import whole
-from trainer.data.compile import compile_dataset, fingerprint
+from trainer.data.compile import compile_dataset
 from trainer.data.dataset import Dataset, open_dataset
+from trainer.data.fingerprint import fingerprint
 from trainer.data.micro_batch import Position
-from trainer.data.order import Order
+from trainer.data.order_settings import Order
 from trainer.data.sources import SourceFile, expand
 from trainer.data.stream import Stream
 from trainer.errors import DataError, NotFound, StorageError

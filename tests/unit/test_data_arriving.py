@@ -21,11 +21,12 @@ from transformers import PreTrainedTokenizerFast
 from tests.material import byte_tokenizer
 from trainer.config import Config, parse_config
 from trainer.config.data import FIELDS, KINDS
-from trainer.data.compile import compile_dataset, fingerprint
+from trainer.data.binary import DESIRED_BIT, ID_BITS, REJECTED_BIT, TARGET_BIT
+from trainer.data.compile import compile_dataset
 from trainer.data.detection import describe_forms
+from trainer.data.fingerprint import fingerprint
 from trainer.data.formats import FORMATS
-from trainer.data.manifest import DESIRED_BIT, ID_BITS, REJECTED_BIT, TARGET_BIT
-from trainer.data.prepare import find
+from trainer.data.inputs import find
 from trainer.store import open_store
 
 TEMPLATE = (

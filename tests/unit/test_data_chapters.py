@@ -17,12 +17,14 @@ import pytest
 from tests.unit.test_data_compile import FINGERPRINT, settings, word_tokenizer, write
 from trainer.config import Data
 from trainer.config.data import Source
-from trainer.data import chapters, compile, order, rows, shards, stream
+from trainer.data import chapters, compile, fingerprint, order, rows, shards, stream
 from trainer.data.chapters import Chapters, give_up, open_chapters
-from trainer.data.compile import Progress, compile_chapters, compile_dataset, count_chapters
+from trainer.data.compile import Progress, compile_chapters, compile_dataset
 from trainer.data.dataset import open_chapter, open_dataset
+from trainer.data.fingerprint import count_chapters
 from trainer.data.micro_batch import MicroBatch, Position
-from trainer.data.order import Order, turns
+from trainer.data.order import turns
+from trainer.data.order_settings import Order
 from trainer.data.shards import Place
 from trainer.data.sources import expand
 from trainer.data.stream import Stream
@@ -37,7 +39,7 @@ A, B = 520, 230
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chapters of 6 KiB, in batches of 10 rows, blocks of 16 documents, and windows of two blocks."""
-    monkeypatch.setattr(compile, "CHAPTER_BYTES", 6144)
+    monkeypatch.setattr(fingerprint, "CHAPTER_BYTES", 6144)
     monkeypatch.setattr(rows, "BATCH_ROWS", 10)
     monkeypatch.setattr(rows, "_READ_BYTES", 128)
     monkeypatch.setattr(shards, "BLOCK_DOCUMENTS", 16)

@@ -15,8 +15,8 @@ from tests.material import byte_tokenizer
 from trainer.config import Config
 from trainer.data.check import DataReport, Findings, check_data
 from trainer.data.duplicates import Fingerprint, Seen
+from trainer.data.inputs import find
 from trainer.data.pool import Mapper, map_batches
-from trainer.data.prepare import find
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>{% endfor %}"

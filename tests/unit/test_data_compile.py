@@ -17,10 +17,12 @@ from transformers import PreTrainedTokenizerFast
 from launcher.view.compiling import compile_progress
 from trainer.config import Data
 from trainer.data import rows, shards
+from trainer.data.binary import TARGET_BIT
 from trainer.data.compile import Progress, compile_dataset
 from trainer.data.dataset import Dataset, open_dataset
-from trainer.data.encode import Encoded, Encoder, Part
-from trainer.data.manifest import TARGET_BIT, LeftOut
+from trainer.data.encode import Encoded, Encoder
+from trainer.data.manifest import LeftOut
+from trainer.data.part import Part
 from trainer.data.pool import map_batches
 from trainer.data.rows import Batch
 from trainer.data.sources import expand

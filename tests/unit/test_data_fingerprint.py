@@ -4,8 +4,8 @@ from pathlib import Path
 
 from tests.unit.test_data_compile import settings, texts, word_tokenizer, write
 from trainer.config import Data
-from trainer.data.compile import fingerprint, hash_tokenizer
-from trainer.data.encode import Part
+from trainer.data.fingerprint import fingerprint, hash_tokenizer
+from trainer.data.part import Part
 from trainer.data.sources import SourceFile, expand
 from trainer.store import open_store
 

@@ -27,7 +27,8 @@ from tests.material import byte_tokenizer
 from trainer.config import Data
 from trainer.data.compile import compile_dataset
 from trainer.data.dataset import open_chapter, open_dataset
-from trainer.data.encode import EVERYTHING, Encoder, Part
+from trainer.data.encode import Encoder
+from trainer.data.part import EVERYTHING, Part
 from trainer.data.rows import Batch, Lines
 from trainer.data.sources import expand
 from trainer.errors import CapstanError, DataError, StorageError

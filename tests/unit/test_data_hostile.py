@@ -16,8 +16,9 @@ from tests.material import byte_tokenizer
 from trainer.config import Data, Source
 from trainer.data.compile import compile_dataset
 from trainer.data.dataset import Dataset
-from trainer.data.encode import EVERYTHING, Part
-from trainer.data.rows import Batch, rows
+from trainer.data.part import EVERYTHING, Part
+from trainer.data.reading import rows
+from trainer.data.rows import Batch
 from trainer.data.sources import expand
 from trainer.errors import DataError
 from trainer.store import open_store

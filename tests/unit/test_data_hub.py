@@ -55,7 +55,7 @@ REPOSITORIES = {
 READ = """
 import json, sys
 from trainer.config import Source
-from trainer.data.rows import rows
+from trainer.data.reading import rows
 from trainer.data.sources import expand
 from trainer.errors import DataError
 for given in json.loads(sys.argv[1]):

@@ -11,15 +11,16 @@ from tests.unit.test_data_chat import CHATML, tokenizer
 from tests.unit.test_data_compile import build, word_tokenizer, write
 from tests.unit.test_data_pairs import AGAIN, BRIEF, USER, YO, numbers
 from trainer.config import Data
+from trainer.data.binary import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, TARGET_BIT
 from trainer.data.chapters import whole
 from trainer.data.check import check_data
 from trainer.data.dataset import Dataset
-from trainer.data.encode import EVERYTHING, Encoder
+from trainer.data.encode import Encoder
+from trainer.data.inputs import find
 from trainer.data.labelled import Labelled, LabelledRenderer
-from trainer.data.manifest import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, TARGET_BIT
-from trainer.data.order import Order
-from trainer.data.prepare import find
-from trainer.data.rows import batches
+from trainer.data.order_settings import Order
+from trainer.data.part import EVERYTHING
+from trainer.data.reading import batches
 from trainer.data.sources import expand
 from trainer.data.stream import Stream
 from trainer.errors import DataError

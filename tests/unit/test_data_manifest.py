@@ -10,8 +10,8 @@ import pytest
 from tests.material import Workshop
 from trainer.base.locate import resolve_base
 from trainer.data.chapters import Chapters, open_chapters
-from trainer.data.dataset import open_chapter, open_dataset, read_manifest
-from trainer.data.manifest import Counters, unsealed
+from trainer.data.dataset import open_chapter, open_dataset
+from trainer.data.manifest import Counters, read_manifest, unsealed
 from trainer.data.prepare import prepare_start
 from trainer.errors import Damaged, NotFound, StorageError
 from trainer.run import layout

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.order import VERSION, EpochPlan, Order, permutation, splitmix64
+from trainer.data.order import EpochPlan, permutation, splitmix64
+from trainer.data.order_settings import VERSION, Order
 from trainer.data.pack import best_fit_decreasing
 
 GOLDEN = Path(__file__).parents[1] / "golden/order.txt"

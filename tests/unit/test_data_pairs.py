@@ -10,15 +10,16 @@ import pytest
 from tests.unit.test_data_chat import CHATML, TAGGED, tokenizer
 from tests.unit.test_data_compile import build, write
 from trainer.config import Config, Data, parse_config
+from trainer.data.binary import ID_BITS, REJECTED_BIT, TARGET_BIT
 from trainer.data.chapters import whole
 from trainer.data.check import check_data
 from trainer.data.dataset import Dataset
-from trainer.data.encode import EVERYTHING, Encoder
-from trainer.data.manifest import ID_BITS, REJECTED_BIT, TARGET_BIT
-from trainer.data.order import Order
+from trainer.data.encode import Encoder
+from trainer.data.inputs import find
+from trainer.data.order_settings import Order
 from trainer.data.pairs import Pair, PairRenderer
-from trainer.data.prepare import find
-from trainer.data.rows import batches
+from trainer.data.part import EVERYTHING
+from trainer.data.reading import batches
 from trainer.data.sources import expand
 from trainer.data.stream import Stream
 from trainer.errors import ConfigError, DataError

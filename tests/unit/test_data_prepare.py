@@ -15,22 +15,18 @@ from launcher.view.compiling import compile_progress
 from tests.material import Workshop, byte_tokenizer, make_data
 from trainer.base.locate import resolve_base
 from trainer.config import parse_config
+from trainer.data.binary import ID_BITS
+from trainer.data.bins import steps_of_epochs
 from trainer.data.chapters import open_chapters
-from trainer.data.compile import Progress, fingerprint, hash_tokenizer
-from trainer.data.dataset import MANIFEST, open_chapter, open_dataset
-from trainer.data.manifest import ID_BITS, DatasetManifest
+from trainer.data.compile import Progress
+from trainer.data.dataset import open_chapter, open_dataset
+from trainer.data.fingerprint import fingerprint, hash_tokenizer
+from trainer.data.inputs import find
+from trainer.data.manifest import MANIFEST, DatasetManifest
 from trainer.data.micro_batch import Position
 from trainer.data.order import EpochPlan
-from trainer.data.prepare import (
-    Datasets,
-    find,
-    locate,
-    prepare,
-    prepare_start,
-    steps_of_epochs,
-    train_order,
-    wait_until_prepared,
-)
+from trainer.data.order_settings import train_order
+from trainer.data.prepare import Datasets, locate, prepare, prepare_start, wait_until_prepared
 from trainer.data.stream import train_stream
 from trainer.data.weights import Weights
 from trainer.errors import ConfigError, Damaged, DataError, NotFound

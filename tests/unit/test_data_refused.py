@@ -24,8 +24,8 @@ from tests.unit.test_data_arriving import (
 )
 from trainer.data.check import check_data
 from trainer.data.detection import describe_forms
+from trainer.data.inputs import find
 from trainer.data.json_array import elements
-from trainer.data.prepare import find
 from trainer.errors import ConfigError, DataError
 
 

@@ -14,7 +14,7 @@ from obstore.store import MemoryStore
 from trainer.config import Source
 from trainer.data import rows as reading
 from trainer.data import sources
-from trainer.data.rows import rows
+from trainer.data.reading import batches, rows
 from trainer.data.sources import SourceFile, expand
 from trainer.errors import ConfigError, DataError, NotFound
 from trainer.store import Store
@@ -112,6 +112,22 @@ def test_an_unknown_scheme_names_the_allowed_ones() -> None:
 def test_every_compression_gives_the_same_rows(tmp_path: Path, name: str, content: bytes) -> None:
     path = write(tmp_path / name, content)
     assert list(rows(find(path)[0], fail)) == [(f"{path}:{n}", row) for n, row in enumerate(ROWS, 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", b'{"a": "1"}\n' * 130),
+        ("a.json", b"[" + b'{"a": "1"}, ' * 129 + b'{"a": "1"}]'),
+        ("a.csv", b"a,b\n" + b"1,2\n" * 130),
+        ("a.tsv", b"a\tb\n" + b"1\t2\n" * 130),
+    ],
+)
+def test_the_last_batch_of_a_text_says_that_all_of_the_file_was_read(tmp_path: Path, name: str, content: bytes) -> None:
+    """Chapters are shares of what was read, so they would move with it."""
+    found = list(batches(find(write(tmp_path / name, content))[0]))
+    assert [batch.first for batch in found] == [1, 129]
+    assert found[-1].read == len(content)
 
 
 def test_parquet_rows_are_numbered(tmp_path: Path) -> None:
@@ -231,7 +247,7 @@ def test_a_line_that_is_too_long_is_a_bad_row_and_never_whole_in_memory(
     bad: list[str] = []
     assert [where for where, _ in rows(find(path)[0], lambda error: bad.append(str(error)))] == [f"{path}:2"]
     assert bad == [f"{path}:1: not JSON (the line has more than 1,000 bytes)"]
-    assert max(len(line) for batch in reading.batches(find(path)[0]) for line in batch.content.lines) == 1001  # pyright: ignore
+    assert max(len(line) for batch in batches(find(path)[0]) for line in batch.content.lines) == 1001  # pyright: ignore
 
 
 @pytest.fixture

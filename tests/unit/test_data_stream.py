@@ -18,7 +18,8 @@ from trainer.data.chapters import whole
 from trainer.data.compile import compile_dataset
 from trainer.data.dataset import Blocks, Dataset
 from trainer.data.micro_batch import MicroBatch, Position
-from trainer.data.order import EpochPlan, Order, Window
+from trainer.data.order import EpochPlan, Window
+from trainer.data.order_settings import Order
 from trainer.data.sources import expand
 from trainer.data.stream import PAD, Stream, eval_stream
 from trainer.errors import DataError

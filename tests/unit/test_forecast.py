@@ -1,8 +1,14 @@
 """A plan begins with what was asked: fits or not, how long, how much; by what is known of the GPU, of the data and of other runs."""
 
 import io
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from rich.console import Console
 
@@ -15,15 +21,16 @@ from tests.unit.made_records import NOW, start, step, write
 from tests.unit.test_examples import LLAMA_8B
 from trainer.base.description import describe
 from trainer.config import Config, dump_config, override, parse_config
-from trainer.data.dataset import read_manifest
 from trainer.data.length import EpochLength, epoch_length
+from trainer.data.manifest import read_manifest
 from trainer.devices import LocalGpu
 from trainer.errors import ConfigError, DoesNotFit
 from trainer.forecast import UTILISATION, Rate, assumed_rate, forecast, length_of
 from trainer.gpus import Gpu, find_gpu, read_gpu
 from trainer.plan import make_plan
-from trainer.store import open_store
+from trainer.store import Store, open_store
 
+ROOT = Path(__file__).parents[2]
 RUN = "run: {name: demo}\nmodel: {base: /models/tiny}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
 H100 = read_gpu("H100", "--gpu")
 
@@ -115,6 +122,42 @@ def test_an_epoch_is_estimated_by_the_files_until_it_is_compiled(shop: Workshop)
     assert length.tokens == round(1.5 * tokens)
 
 
+@pytest.mark.timeout(300)
+def test_a_plan_loads_no_library_of_numbers_whatever_it_looks_at(tmp_path: Path) -> None:
+    """These take longer to load than the plan takes: rows of a text, what is compiled of them and runs of the store need none."""
+    shop = Workshop(tmp_path)
+    texts = shop.config("plain", "data.format=auto", "data.sequence_length=48", "train.steps=null", "train.epochs=2")
+    tables = override(texts, f"data.train=[{{path: {tmp_path}/rows.parquet}}]")
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{"prompt": "a", "completion": "b"}] * 9), f"{tmp_path}/rows.parquet"
+    )
+    plan_run(texts, None, None)  # the architecture is read
+
+    def loaded(config: Config) -> tuple[bool, set[str]]:
+        """Whether the plan counts what is compiled, and the libraries that it has imported."""
+        (tmp_path / "run.yaml").write_text(dump_config(config))
+        command = [
+            sys.executable,
+            "-X",
+            "importtime",
+            "-m",
+            "launcher.cli",
+            "plan",
+            str(tmp_path / "run.yaml"),
+            "--json",
+        ]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+        imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+        return json.loads(done.stdout)["length"]["compiled"], imported & {"numpy", "pyarrow", "torch", "transformers"}
+
+    assert loaded(texts) == (False, set())
+    assert loaded(tables) == (False, {"numpy", "pyarrow"}), "which a Parquet file needs"
+    shop.prepare(texts)
+    ran(shop, texts, device="cpu")
+    assert loaded(override(texts, "cluster.gpus_per_worker=0")) == (True, set())
+
+
 def test_steps_follow_from_epochs_and_epochs_from_steps() -> None:
     epoch = EpochLength(tokens=400_000, rows=1000)
     config = parse_config(RUN, ["train.global_batch=16"])
@@ -204,6 +247,29 @@ def test_a_run_of_the_store_that_did_the_same_work_is_a_measurement(
     newest = measured_rate(store, config, H100)
     assert newest is not None
     assert newest.run == "newest"
+
+
+def test_a_store_that_does_not_answer_is_asked_once(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each request waits for some seconds; the plan does without what it would find."""
+    asked = list[str]()
+
+    def listen(name: str) -> None:
+        plain = getattr(Store, name)
+        monkeypatch.setattr(Store, name, lambda store, *key: asked.append(f"{name} {store.uri}") or plain(store, *key))
+
+    for name in ("exists", "get", "children"):
+        listen(name)
+
+    def requests(*overrides: str) -> set[str]:
+        asked.clear()
+        config = shop.config("demo", "cluster.gpus_per_worker=0", *overrides)
+        assert not plan_run(config, None, None).length.compiled
+        return {request.split()[0] for request in asked if config.run.store in request}
+
+    assert requests(f"run.store={shop.folder}/empty") == {"exists", "get", "children"}
+    monkeypatch.setattr(planning, "_STORE_SECONDS", 0.1)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    assert requests("run.store=s3://bucket/runs") == {"exists"}
 
 
 def shown(planned: Planned, config: Config) -> str:

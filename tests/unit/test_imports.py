@@ -5,12 +5,19 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "ray", "deepspeed", "transformers", "peft", "bitsandbytes", "pyarrow")
+HEAVY = ("torch", "ray", "deepspeed", "transformers", "peft", "bitsandbytes", "pyarrow", "numpy")
 
 
 @pytest.mark.parametrize(
     "module",
-    ["launcher.cli.__main__", "launcher.doctor", "trainer.plan", "trainer.zero.policy", "trainer.checkpoint.identity"],
+    [
+        "launcher.cli.__main__",
+        "launcher.doctor",
+        "trainer.plan",
+        "trainer.zero.policy",
+        "trainer.checkpoint.identity",
+        "launcher.plan.opening",
+    ],
 )
 def test_importing_leaves_heavy_libraries_out(module: str):
     code = f"import sys, {module}; print(*(name for name in {HEAVY!r} if name in sys.modules))"

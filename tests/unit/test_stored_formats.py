@@ -21,11 +21,11 @@ from trainer.base.check import check_base
 from trainer.base.dequantized import dequantized_by_transformers
 from trainer.base.description import describe
 from trainer.base.floats import E2M1, E4M3, E8M0, round_to_bf16
-from trainer.base.fp8 import Fp8Tiles
+from trainer.base.fp8_tiles import Fp8Tiles
 from trainer.base.last_reads import LastReads
 from trainer.base.locate import resolve_base
 from trainer.base.meta import model_config
-from trainer.base.mxfp4 import Mxfp4Experts
+from trainer.base.mxfp4_experts import Mxfp4Experts
 from trainer.base.parameters import find_all_weights
 from trainer.config import Config
 from trainer.errors import ConfigError, StorageError

@@ -17,7 +17,7 @@ from trainer.config import Config, load_config, parse_config
 from trainer.data.chapters import whole
 from trainer.data.dataset import open_dataset
 from trainer.data.micro_batch import MicroBatch
-from trainer.data.prepare import train_order
+from trainer.data.order_settings import train_order
 from trainer.data.stream import Stream
 from trainer.model import attention
 from trainer.model.attention import VARLEN, Attention

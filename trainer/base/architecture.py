@@ -153,10 +153,6 @@ class Architecture:
             found.setdefault(parameter.layer, []).append(parameter)
         return found
 
-    def matrices(self, layer: int) -> list[int]:
-        """Weights of each matrix of one decoder layer that is quantized by itself."""
-        return [size for parameter in self.in_layer(layer) for size in parameter.matrices]
-
     def quantizable(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every weight that can be quantized."""
         return {

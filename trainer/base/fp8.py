@@ -10,72 +10,22 @@ for a number of equal tiles, which is another tile for 192 rows (two of 96), and
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.base import Base
-from trainer.base.floats import DECODED_AT_ONCE, E4M3, SCALES, round_to_bf16
 from trainer.base.last_reads import LastReads
 from trainer.config import Config
 from trainer.errors import ConfigError, shown
 from trainer.safetensors_index import StoredTensor, TensorSource, numel
 
+if TYPE_CHECKING:
+    from trainer.base.fp8_tiles import Fp8Tiles
+
 # Scales of so many matrices are kept, a few thousand numbers each: pieces of more are never in flight.
 _SCALES_KEPT = 32
 _USUAL_TILE = [128, 128]
-
-
-@dataclass(frozen=True)
-class Fp8Tiles:
-    """The bf16 values of `weight` (..., rows, columns), whose tiles of `tile` have `scales` (..., ceil(rows / tile[0]),
-    ceil(columns / tile[1])): a range of them costs as many bytes of the weight, and its scales."""
-
-    weight: TensorSource
-    scales: TensorSource
-    tile: tuple[int, int]
-    last_reads: LastReads
-    dtype: str = "BF16"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight.shape
-
-    def read(self, begin: int, end: int) -> bytearray:
-        raw, data = self.weight.read(begin, end), bytearray(2 * (end - begin))
-        # It is decoded in place, from the front: a byte of the second half is read before two others are written over it.
-        data[end - begin :] = raw
-        del raw
-        stored, decoded = np.frombuffer(data, np.uint8)[end - begin :], np.frombuffer(data, np.uint16)
-        whole = self.last_reads.read(self.scales, 0, numel(self.scales))
-        (rows, columns), (down, across) = self.shape[-2:], self.tile
-        scales = SCALES[self.scales.dtype](whole).reshape(-1, math.ceil(columns / across))
-        for first, last in self._runs(begin, end):
-            (matrix, row), column = divmod(first // columns, rows), first % columns
-            width = min(columns, last - first)
-            tiles = scales[matrix * math.ceil(rows / down) + row // down]
-            values = E4M3.take(stored[first - begin : last - begin], mode="clip").reshape(-1, width)
-            with np.errstate(over="ignore"):  # infinity is what transformers has there too
-                values *= tiles.repeat(across)[column : column + width]
-            round_to_bf16(values.reshape(-1), decoded[first - begin : last - begin])
-        return data
-
-    def _runs(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """[begin, end) in runs of whole rows of one row of tiles, and of the parts of rows at both ends."""
-        rows, columns = self.shape[-2:]
-        while begin < end:
-            number, column = divmod(begin, columns)
-            row = number % rows
-            if column or end - begin < columns:
-                last = min(end, begin - column + columns)
-            else:
-                tile_end = min(rows, (row // self.tile[0] + 1) * self.tile[0])
-                at_once = max(1, DECODED_AT_ONCE // columns)
-                last = begin + min((end - begin) // columns, tile_end - row, at_once) * columns
-            yield begin, last
-            begin = last
 
 
 @dataclass(frozen=True)
@@ -116,8 +66,12 @@ class Fp8:
                     found.pop(other, None)
         return found
 
-    def _decoded(self, base: Base, name: str, source: TensorSource, last_reads: LastReads) -> Fp8Tiles:
+    def _decoded(self, base: Base, name: str, source: TensorSource, last_reads: LastReads) -> "Fp8Tiles":
         """Raises `ConfigError` unless a scale of `base` belongs to each tile."""
+        # Only what reads weights loads numpy: `plan` does not, and answers sooner.
+        from trainer.base.floats import SCALES
+        from trainer.base.fp8_tiles import Fp8Tiles
+
         scales = base.tensors.get(f"{name}_scale_inv")
         if scales is None or len(source.shape) < 2:
             raise ConfigError(

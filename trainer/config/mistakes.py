@@ -8,7 +8,6 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from trainer.config.peers.names import known_elsewhere
 from trainer.config.section import Section
 from trainer.config.tree import fields, sections_in
 from trainer.errors import shown
@@ -48,6 +47,9 @@ def unknown_keys(tree: Any, model: type[BaseModel], prefix: str) -> Iterator[str
 def _hint(key: str, model: type[BaseModel]) -> str:
     """The words to write instead: a name of the section that is all but equal, the same name elsewhere, another tool's name for it, or
     one of the section that is near."""
+    # Most configurations have no name that is unknown here, and none needs the names of other tools then.
+    from trainer.config.peers.names import known_elsewhere
+
     near = difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.8) or _elsewhere(key)
     if not near and (known := known_elsewhere(key)):
         return known

@@ -11,7 +11,8 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
 
-from trainer.data.dataset import Dataset, Reads, open_chapter, read_manifest
+from trainer.data.dataset import Dataset, Reads, open_chapter
+from trainer.data.manifest import read_manifest
 from trainer.errors import CapstanError, Damaged, DataError, NotFound, Stopped
 from trainer.run import layout
 from trainer.store import Store

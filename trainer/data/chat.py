@@ -9,7 +9,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,12 +16,13 @@ from numpy.typing import NDArray
 
 from trainer.base.config_json import read_by_transformers, without_panics
 from trainer.config import Data
+from trainer.data.binary import TARGET_BIT
 from trainer.data.conversation import Conversation
 from trainer.data.formats import missing_field, or_error
 from trainer.data.left_out import left_out
-from trainer.data.manifest import TARGET_BIT
 from trainer.data.messages import Message, is_trained, read_messages, read_tools, text_of
 from trainer.data.spans import Span, Spelling, joined, overlapping, without
+from trainer.data.template import template_text
 from trainer.data.thinking import blocks, with_hidden_thinking, without_thinking
 from trainer.errors import ConfigError, DataError
 
@@ -80,20 +80,6 @@ class Rendered:
     spans: list[Span]
     end_trained: bool = True
     left_out: Sequence[str] = ()
-
-
-def template_text(data: Data) -> str | None:
-    """The chat template that replaces the tokenizer's own, or None.
-
-    Raises:
-        ConfigError: the file cannot be read.
-    """
-    if data.template is None:
-        return None
-    try:
-        return Path(data.template).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"data.template: {data.template!r} cannot be read: {error}.") from error
 
 
 @dataclass(frozen=True)

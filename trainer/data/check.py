@@ -9,17 +9,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainer.config import Config, Data
+from trainer.data.binary import DESIRED_BIT
 from trainer.data.chat import Turn
 from trainer.data.dataset import BLOCK_DOCUMENTS
 from trainer.data.duplicates import Fingerprint, Seen
-from trainer.data.encode import Part, RowEncoder, left_out_of
+from trainer.data.encode import RowEncoder, left_out_of
 from trainer.data.formats import explicit_form
+from trainer.data.inputs import Input
 from trainer.data.labelled import one_kind
-from trainer.data.manifest import DESIRED_BIT, LeftOut, add_left_out
-from trainer.data.order import EpochPlan, Order
+from trainer.data.manifest import LeftOut, add_left_out
+from trainer.data.order import EpochPlan
+from trainer.data.order_settings import Order, train_order
+from trainer.data.part import Part
 from trainer.data.pool import Mapper, mapper_for
-from trainer.data.prepare import Input, train_order
-from trainer.data.rows import BadRow, Batch, at, batches
+from trainer.data.reading import batches
+from trainer.data.rows import BadRow, Batch, at
 from trainer.data.sources import SourceFile
 from trainer.errors import DataError
 
@@ -102,7 +106,7 @@ def check_data(
     progress: Callable[[str, int, int], None],
     mapper: Mapper | None = None,
 ) -> DataReport:
-    """Read and tokenize every row of `inputs` (see `prepare.find`); `progress` gets the split, bytes read and all bytes.
+    """Read and tokenize every row of `inputs` (see `inputs.find`); `progress` gets the split, bytes read and all bytes.
 
     `mapper` reads the batches, by default as `mapper_for` says.
 

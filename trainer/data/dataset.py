@@ -6,7 +6,6 @@ block. A block is the unit of reading and of checking: up to 256 documents and, 
 1 MiB of tokens. Shards belong to chapters: a large data set has several, and each can be opened as soon as it is compiled.
 """
 
-import contextlib
 import hashlib
 import time
 from collections.abc import Callable
@@ -17,18 +16,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.manifest import (
-    BLOCK,
-    MANIFEST,
-    OFFSET,
-    TOKEN,
-    DatasetManifest,
-    FileRecord,
-    ShardRecord,
-    chapter_key,
-    damaged,
-    parse_manifest,
-)
+from trainer.data.binary import BLOCK, OFFSET, TOKEN
+from trainer.data.manifest import DatasetManifest, FileRecord, ShardRecord, damaged, read_manifest
 from trainer.errors import Damaged, NotFound, Unreachable
 from trainer.run import layout
 from trainer.store import Buffer, Store
@@ -158,26 +147,6 @@ class Dataset:
 
     def _intact(self, block: int, raw: Buffer) -> bool:
         return hashlib.sha256(raw).digest() == self.digests[block]
-
-
-def read_manifest(store: Store, fingerprint: str, chapter: int | None = None) -> DatasetManifest:
-    """The manifest of a whole data set; where a `chapter` is given, one with this chapter and all before it suffices.
-
-    Raises:
-        NotFound: it was not written yet.
-        Damaged: it is not what was written.
-        StorageError: it is of another format.
-    """
-    folder = store.sub(layout.dataset(fingerprint))
-
-    def read(key: str) -> DatasetManifest:
-        return parse_manifest(folder.get(key), f"{folder.uri}/{key}", fingerprint)
-
-    if chapter is not None:
-        for key in (MANIFEST, chapter_key(chapter)):
-            with contextlib.suppress(NotFound):
-                return read(key)
-    return read(MANIFEST)  # also where it was written between the two looks, and the chapter's own removed
 
 
 def open_dataset(store: Store, fingerprint: str) -> Dataset:

@@ -7,7 +7,7 @@ from itertools import groupby, islice
 from trainer.config import Config, Data, Source
 from trainer.config.data import KINDS
 from trainer.data.formats import FORMATS, Row, RowForm, detect, lost_fields, wider_form
-from trainer.data.rows import rows
+from trainer.data.reading import rows
 from trainer.data.sources import SourceFile
 from trainer.errors import ConfigError, DataError
 

@@ -1,7 +1,5 @@
 """Batches of rows into tokens: which rows become documents."""
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -10,50 +8,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config import Data
+from trainer.data.binary import DESIRED_BIT, TARGET_BIT, TOKEN
 from trainer.data.chat import Example, Renderer, Turn
-from trainer.data.formats import RowForm, explicit_form, or_error
+from trainer.data.formats import RowForm, as_read, explicit_form, or_error
 from trainer.data.labelled import Labelled, LabelledRenderer
-from trainer.data.manifest import DESIRED_BIT, TARGET_BIT, TOKEN, Counters, LeftOut, add_left_out
+from trainer.data.manifest import Counters, LeftOut, add_left_out
 from trainer.data.pairs import Pair, PairRenderer
-from trainer.data.rows import Batch, OnBad, Row, at, printable
+from trainer.data.part import Part
+from trainer.data.rows import Batch, Row, at, printable
 from trainer.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BAD_ROWS_SHOWN = 20
-
-
-@dataclass(frozen=True)
-class Part:
-    """Which rows are used: all, or one side of a split in which `fraction` of them is held out, by content and `seed`."""
-
-    fraction: float = 0.0
-    seed: int = 0
-    held_out: bool = False
-
-    def has(self, row: Row) -> bool:
-        """The same side for equal rows, wherever they stand."""
-        if not self.fraction:
-            return True
-        content = json.dumps(row, sort_keys=True, default=str).encode("utf-8", "surrogatepass")
-        digest = hashlib.blake2b(content, digest_size=8, salt=self.seed.to_bytes(8, "little")).digest()
-        return (int.from_bytes(digest, "little") < self.fraction * 2**64) == self.held_out
-
-    def rows(self, batch: Batch, on_bad: OnBad) -> list[tuple[str, Row]]:
-        """The rows of a batch that are on this side, with their places. A bad row counts once: among those trained on."""
-        report: OnBad = (lambda error: None) if self.held_out else on_bad
-        rows: list[tuple[str, Row]] = []
-        for where, row in batch.rows(report):
-            chosen = or_error(self.has, row)
-            if isinstance(chosen, DataError):
-                report(at(where, chosen))
-            elif chosen:
-                rows.append((where, row))
-        return rows
-
-
-EVERYTHING = Part()
 
 
 @dataclass
@@ -116,11 +84,6 @@ class RowEncoder:
             kind = _RENDERERS.get(form.kind, Renderer)
             self._renderers[form] = kind(self._tokenizer, as_read(self._data, form))
         return self._renderers[form]
-
-
-def as_read(data: Data, form: RowForm) -> Data:
-    """The settings for rows that were read: those of the form's kind."""
-    return data.model_copy(update={"format": form.kind, "fields": form.renderer_fields})
 
 
 class _Fatal(Exception):

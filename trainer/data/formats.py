@@ -373,3 +373,8 @@ def _proposal(row: Row, name: str, kind: str) -> str:
     if often is not None:
         return f"data.fields.{name}={often} reads such rows"
     return "data.fields renames fields"
+
+
+def as_read(data: Data, form: RowForm) -> Data:
+    """The settings for rows that were read: those of the form's kind."""
+    return data.model_copy(update={"format": form.kind, "fields": form.renderer_fields})

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from trainer.config import Data
 from trainer.data.answers import AnswerRenderer, messages_of
+from trainer.data.binary import DESIRED_BIT, MISMATCHED_BIT
 from trainer.data.chat import Example, Turn, field_of
 from trainer.data.formats import or_error
-from trainer.data.manifest import DESIRED_BIT, MISMATCHED_BIT
 from trainer.data.messages import text_of, untrained
 from trainer.errors import DataError
 

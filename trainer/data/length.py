@@ -7,9 +7,11 @@ from math import ceil
 from pathlib import Path
 
 from trainer.config import Config
-from trainer.data.compile import fingerprint, hash_tokenizer
-from trainer.data.dataset import read_manifest
-from trainer.data.prepare import find_train, kept_bins, train_order
+from trainer.data.bins import kept_bins
+from trainer.data.fingerprint import fingerprint, hash_tokenizer
+from trainer.data.inputs import find_train
+from trainer.data.manifest import read_manifest
+from trainer.data.order_settings import train_order
 from trainer.data.sources import SourceFile, expand, is_compressed, is_of_hub
 from trainer.data.weights import kept_weights
 from trainer.errors import CapstanError
@@ -36,11 +38,11 @@ class EpochLength:
     file_bytes: int = 0
 
 
-def epoch_length(config: Config, tokenizer: Path, store: Store) -> EpochLength | None:
+def epoch_length(config: Config, tokenizer: Path, store: Store | None) -> EpochLength | None:
     """The length of an epoch of the run; None where its files cannot be looked at, and for data sets of the Hub, which are not downloaded
     for this.
 
-    `tokenizer` is the directory with its files, `store` the run's.
+    `tokenizer` is the directory with its files, `store` the run's, or None where it does not answer.
     """
     if any(is_of_hub(source) for source in config.data.train):
         return None
@@ -51,10 +53,12 @@ def epoch_length(config: Config, tokenizer: Path, store: Store) -> EpochLength |
             return _estimated(config, expand(config.data.train, "data.train"))
         except CapstanError:
             return None
+    if store is None:
+        return _estimated(config, files)
     try:
         named = partial(fingerprint, data, files, hash_tokenizer(tokenizer, config.model.add_tokens), part)
         return _compiled(config, store, named(weighted=bool(kept_weights(store, named()))))
-    except CapstanError:  # it is not compiled, or the store does not answer
+    except CapstanError:  # it is not compiled, or the store fails
         return _estimated(config, files)
 
 

@@ -4,30 +4,23 @@ Each of the objects beside the tokens is JSON with a `sha256` of its own canonic
 versions have none, and are only looked at for sense.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, Any, Literal, TypeVar
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from trainer.errors import Damaged, StorageError
+from trainer.errors import Damaged, NotFound, StorageError
+from trainer.run import layout
+from trainer.store import Store
 
 FORMAT = 3
 MANIFEST = "manifest.json"
-TOKEN = np.dtype("<u4")
-OFFSET = np.dtype("<u8")
-BLOCK = np.dtype([("document", "<u8"), ("sha256", "V32")])
-# The top bit of a stored token says that it is trained; its id is what is below all of these bits.
-TARGET_BIT = np.uint32(1 << 31)
-# The bit below it says that a token is the first of the rejected answer of a pair.
-REJECTED_BIT = np.uint32(1 << 30)
-# The next two say so of the first token of a desired answer, and of the mismatched answer behind a labelled one.
-DESIRED_BIT = np.uint32(1 << 29)
-MISMATCHED_BIT = np.uint32(1 << 28)
-ID_BITS = np.uint32(MISMATCHED_BIT - 1)
+# Bytes of a token, of an offset and of a block in the binary files; see trainer/data/binary.py.
+_TOKEN, _OFFSET, _BLOCK = 4, 8, 40
 _SEAL = "sha256"
 _LEFT_OUT_NAMES, _LEFT_OUT_EXAMPLES = 20, 3
 
@@ -104,8 +97,8 @@ class ShardRecord(Record):
 
     @model_validator(mode="after")
     def _has_its_size(self) -> "ShardRecord":
-        sizes = self.tokens_file.size, self.documents_file.size, self.blocks_file.size % BLOCK.itemsize
-        if sizes != (TOKEN.itemsize * self.tokens, OFFSET.itemsize * (self.documents + 1), 0):
+        sizes = self.tokens_file.size, self.documents_file.size, self.blocks_file.size % _BLOCK
+        if sizes != (_TOKEN * self.tokens, _OFFSET * (self.documents + 1), 0):
             raise ValueError("the sizes of its files are not those of so many documents and tokens")
         return self
 
@@ -205,3 +198,23 @@ def parse_manifest(data: bytes, where: str, fingerprint: str) -> DatasetManifest
 def chapter_key(chapter: int) -> str:
     """The manifest up to and with `chapter`, while later ones are still compiled."""
     return f"chapter-{chapter:05d}.json"
+
+
+def read_manifest(store: Store, fingerprint: str, chapter: int | None = None) -> DatasetManifest:
+    """The manifest of a whole data set; where a `chapter` is given, one with this chapter and all before it suffices.
+
+    Raises:
+        NotFound: it was not written yet.
+        Damaged: it is not what was written.
+        StorageError: it is of another format.
+    """
+    folder = store.sub(layout.dataset(fingerprint))
+
+    def read(key: str) -> DatasetManifest:
+        return parse_manifest(folder.get(key), f"{folder.uri}/{key}", fingerprint)
+
+    if chapter is not None:
+        for key in (MANIFEST, chapter_key(chapter)):
+            with contextlib.suppress(NotFound):
+                return read(key)
+    return read(MANIFEST)  # also where it was written between the two looks, and the chapter's own removed

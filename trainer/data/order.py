@@ -13,18 +13,15 @@ Nearly every data set is one chapter. Where there are several, the first epoch t
 Documents are read in blocks, so that reading is a few long ranges; a window is what a rank holds in memory.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.data.order_settings import Order
 from trainer.data.pack import best_fit_decreasing
 
-VERSION = 2
-"""Changes whenever the same data and settings would give another order: a checkpoint's position is worth nothing then."""
 WINDOW_BLOCKS = 64
 
 _BLOCKS, _TIES, _BINS, _PHASE, _CHAPTERS = 1, 2, 3, 4, 5
@@ -58,53 +55,6 @@ def permutation(count: int, *key: int) -> NDArray[np.int64]:
 def turns(chapters: int, seed: int, epoch: int) -> list[int]:
     """The chapters in the order that an epoch takes them: the first one, as they are compiled."""
     return permutation(chapters, seed, epoch, _CHAPTERS).tolist() if epoch else list(range(chapters))
-
-
-@dataclass(frozen=True)
-class Order:
-    """The settings that the order depends on, beside the data set and the epoch.
-
-    `weights` are visits an epoch of each source's documents. A part of a visit takes turns: at 0.5 a document is visited in
-    every second epoch, and half of the documents in each. A source that has one of `fractions` gets this share of the tokens
-    instead. `sequence_length` is a bin's capacity in tokens; `packing` False gives every document a bin of its own. Before each of
-    a document's `segments` lie `reserved` positions; a bin has room for those of one document of `sequence_length` tokens.
-    """
-
-    weights: tuple[float, ...]
-    sequence_length: int
-    packing: bool
-    seed: int
-    fractions: tuple[float | None, ...] = ()
-    reserved: int = 0
-    segments: int = 1
-
-    @property
-    def beside(self) -> int:
-        """Positions that a document takes beside its tokens."""
-        return self.reserved * self.segments
-
-    @property
-    def capacity(self) -> int:
-        """Positions of a bin."""
-        return self.sequence_length + self.beside
-
-    def weights_for(self, tokens: Sequence[int]) -> list[float]:
-        """The weight of each source of a chapter that has so many `tokens` of it; 0 for a fraction of nothing."""
-        fractions = self.fractions or (None,) * len(self.weights)
-        sources = list(zip(self.weights, fractions, tokens, strict=True))
-        plain = sum(weight * size for weight, fraction, size in sources if fraction is None)
-        total = plain / (1 - sum(fraction or 0 for fraction in fractions))
-        return [
-            weight if fraction is None else fraction * total / size if size else 0.0
-            for weight, fraction, size in sources
-        ]
-
-    def to_json(self) -> dict[str, Any]:
-        lists = {"weights": list(self.weights), "fractions": list(self.fractions)}
-        tree = {"version": VERSION, **asdict(self), **lists}
-        if not self.reserved:  # as before there were any
-            del tree["reserved"], tree["segments"]
-        return tree
 
 
 @dataclass(frozen=True, eq=False)

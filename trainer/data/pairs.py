@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from trainer.config import Data
 from trainer.data.answers import AnswerRenderer, messages_of
+from trainer.data.binary import REJECTED_BIT
 from trainer.data.chat import Example, Turn, field_of
 from trainer.data.formats import or_error
-from trainer.data.manifest import REJECTED_BIT
 from trainer.data.messages import Message, text_of, untrained
 from trainer.errors import DataError
 

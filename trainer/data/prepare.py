@@ -1,50 +1,40 @@
-"""From a run's configuration to compiled data: finds the sources, names the result, compiles what is missing.
+"""From a run's inputs to compiled data: names the result, compiles what is missing.
 
 Happens before a process group exists: compiling can take long, and a collective would time out meanwhile. If the
 data has several chapters, a run needs only the first one to start; the process that owns its ranks may compile the
 others beside them.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 from math import ceil
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from trainer.base.locate import Base
 from trainer.base.tokenizer import read_tokenizer
-from trainer.config import Config, Data, Source, Train
-from trainer.config.data import LIKELY
+from trainer.config import Config, Train
 from trainer.config.evaluation import UNNAMED
-from trainer.data.compile import Progress, compile_chapters, count_chapters, fingerprint, hash_tokenizer
-from trainer.data.dataset import MANIFEST, open_chapter, read_manifest
-from trainer.data.detection import describe_forms, with_forms
-from trainer.data.encode import EVERYTHING, Part
+from trainer.data.bins import keep_bins, kept_bins, steps_of_epochs
+from trainer.data.compile import Progress, compile_chapters
+from trainer.data.dataset import open_chapter
+from trainer.data.detection import describe_forms
+from trainer.data.fingerprint import count_chapters, fingerprint, hash_tokenizer
+from trainer.data.inputs import Input, find, find_evaluated, named
 from trainer.data.labelled import one_kind
-from trainer.data.manifest import Count, DatasetManifest, Record, damaged, unsealed
-from trainer.data.order import EpochPlan, Order, turns
+from trainer.data.manifest import MANIFEST, DatasetManifest, damaged, read_manifest
+from trainer.data.order import EpochPlan, turns
+from trainer.data.order_settings import Order, train_order
 from trainer.data.pool import Mapper, mapper_for
-from trainer.data.sources import SourceFile, expand
+from trainer.data.sources import SourceFile
 from trainer.data.weights import find_weights, keep_weights, kept_weights
-from trainer.errors import CapstanError, Damaged, DataError, NotFound
-from trainer.objective.objective import find_objective, segments_of
+from trainer.errors import DataError, NotFound
 from trainer.run import layout
 from trainer.store import Store
-from trainer.tuning.method import method_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-class Input(NamedTuple):
-    """The files of a data set, which of their rows it has, and the settings that they are read by."""
-
-    files: list[SourceFile]
-    part: Part
-    data: Data
 
 
 @dataclass(frozen=True)
@@ -64,7 +54,6 @@ class Datasets:
         return train.steps or steps_of_epochs(self.epoch_bins, Fraction(str(train.epochs)), train.global_batch)
 
 
-_SETS = "eval.sets."
 OnProgress = Callable[[str, Progress], None]
 
 
@@ -168,68 +157,6 @@ def load_tokenizer(base: Base) -> "PreTrainedTokenizerBase":
     return read_tokenizer(base.directory, base.name, base.added_tokens)
 
 
-def find(config: Config) -> dict[str, Input]:
-    """The files, and which of their rows, that "train" and, where there is any, "eval" are made of, and each of the
-    `eval.sets`, such as "eval.sets.general".
-
-    Raises:
-        ConfigError: the objective cannot learn from the rows of a source.
-        DataError: a source is missing, or of a kind that cannot be read.
-    """
-    train = find_train(config)
-    return {"train": train} | find_evaluated(config, train.files)
-
-
-def find_train(config: Config) -> Input:
-    """The part of `find` that is trained on."""
-    data = config.data
-    return Input(_read(config, data, data.train, "data.train"), Part(data.held_out, data.held_out_seed), data)
-
-
-def find_evaluated(config: Config, train: list[SourceFile] | None = None) -> dict[str, Input]:
-    """The part of `find` that is never trained on. `train` are the files of `data.train`, where they are known already."""
-    data, inputs = config.data, dict[str, Input]()
-    if data.eval:
-        inputs["eval"] = Input(_read(config, data, data.eval, "data.eval"), EVERYTHING, data)
-    elif data.held_out:
-        files = _read(config, data, data.train, "data.train") if train is None else train
-        inputs["eval"] = Input(files, Part(data.held_out, data.held_out_seed, held_out=True), data)
-    sets = {f"{_SETS}{name}": given.data(data) for name, given in config.eval.sets.items()}
-    return inputs | {
-        what: Input(with_forms(config, data, expand(data.train, what), data.train, what, LIKELY), EVERYTHING, data)
-        for what, data in sets.items()
-    }
-
-
-def as_trained(config: Config) -> Data:
-    """The settings of the data with the kind of the training rows in the place of `format: auto`: that of conversations where there
-    are any. As they are where the rows cannot be read here and now, or are answers to be judged."""
-    data = config.data
-    if data.format != "auto":
-        return data
-    try:
-        found = {file.form.kind for file in _read(config, data, data.train, "data.train") if file.form}
-    except CapstanError:
-        return data
-    kind = next((kind for kind in LIKELY if kind in found), data.format)
-    return data.model_copy(update={"format": kind})
-
-
-def _read(config: Config, data: Data, sources: Sequence[Source], setting: str) -> list[SourceFile]:
-    kinds = find_objective(config).formats
-    return with_forms(config, data, expand(sources, setting), sources, setting, kinds)
-
-
-def named(keys: Mapping[str, str]) -> dict[str, str]:
-    """The fingerprints of `eval.sets` among those of `locate`, by the names of the sets."""
-    return {what.removeprefix(_SETS): key for what, key in keys.items() if what.startswith(_SETS)}
-
-
-def config_of_set(config: Config, name: str) -> Config:
-    """The settings of a run over one of `eval.sets` alone, by which its compiled rows are packed."""
-    return config.model_copy(update={"data": config.eval.sets[name].data(config.data)})
-
-
 def wait_until_prepared(config: Config, base: Base, store: Store, wait: Callable[[], None]) -> None:
     """Return once another process has compiled the run's data into `store`; `wait` is called between two looks."""
     for files, part, data in find(config).values():
@@ -292,26 +219,6 @@ def _show_reading(progress: OnProgress, what: str, size: int, read: int) -> None
     progress(what, Progress(min(read, size), size))
 
 
-def train_order(config: Config) -> Order:
-    """The order of a run's training data."""
-    data = config.data
-    weights, fractions = (source.weight for source in data.train), (source.fraction for source in data.train)
-    return Order(
-        tuple(weights),
-        data.sequence_length,
-        data.packing,
-        config.run.seed,
-        tuple(fractions),
-        reserved=method_of(config).virtual.reserved,
-        segments=segments_of(config),
-    )
-
-
-def eval_order(config: Config, manifest: DatasetManifest) -> Order:
-    """Every document once, in an order that the run's seed does not move."""
-    return replace(train_order(config), weights=(1.0,) * len(manifest.sources), fractions=(), seed=0)
-
-
 def _check_fractions(config: Config, manifest: DatasetManifest) -> None:
     """A chapter may lack a source, but not all of them."""
     for index, (source, found) in enumerate(zip(config.data.train, manifest.sources, strict=True)):
@@ -325,27 +232,11 @@ def _check_labels(manifest: DatasetManifest) -> None:
         raise DataError(sentence)
 
 
-def steps_of_epochs(epoch_bins: Sequence[int], epochs: Fraction, global_batch: int) -> int:
-    """Optimizer steps of `epochs`: of the last one, where only a part of it is asked for, its first steps, rounded up to whole ones.
-
-    `epochs` is the very number that was given: 2.1 epochs of 30 steps are 63 steps, and would be 64 by the nearest binary numbers.
-    """
-    whole = [-(-bins // global_batch) for bins in epoch_bins]
-    return sum(ceil(steps * min(Fraction(1), epochs - epoch)) for epoch, steps in enumerate(whole))
-
-
 def nothing_visited(epoch: int, order: Order) -> DataError:
     return DataError(
         f"data.train: epoch {epoch} visits no document, as weights of {', '.join(map(str, order.weights))} are too "
         "small for so few documents. Raise a weight."
     )
-
-
-class Bins(Record):
-    """Bins of each epoch of a data set in an order."""
-
-    order: dict[str, Any]
-    bins: list[Count]
 
 
 def _epoch_bins(store: Store, fingerprint: str, order: Order, epochs: int) -> list[int]:
@@ -354,22 +245,8 @@ def _epoch_bins(store: Store, fingerprint: str, order: Order, epochs: int) -> li
     if missing := range(len(bins), epochs):
         chapters = read_manifest(store, fingerprint).chapters
         bins += _count_bins(store, fingerprint, order, missing, chapters)
-        store.sub(layout.dataset(fingerprint)).put(_bins_key(order), Bins(order=order.to_json(), bins=bins).sealed())
+        keep_bins(store, fingerprint, order, bins)
     return bins[:epochs]
-
-
-def kept_bins(store: Store, fingerprint: str, order: Order) -> list[int]:
-    """Bins of each of the first epochs, as far as an earlier start has counted them."""
-    folder, key = store.sub(layout.dataset(fingerprint)), _bins_key(order)
-    try:
-        return unsealed(Bins, folder.get(key), f"{folder.uri}/{key}").bins
-    except (NotFound, Damaged):  # what is damaged is counted again
-        return []
-
-
-def _bins_key(order: Order) -> str:
-    settings = json.dumps(order.to_json(), sort_keys=True)
-    return f"bins-{hashlib.sha256(settings.encode()).hexdigest()[:20]}.json"
 
 
 def _count_bins(store: Store, fingerprint: str, order: Order, epochs: range, chapters: int) -> list[int]:

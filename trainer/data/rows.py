@@ -1,4 +1,4 @@
-"""Reads the rows of a source's file, in batches that travel between processes undecoded."""
+"""The rows of a file in batches, which travel between processes undecoded, and those of text. trainer/data/binary_rows.py has the others."""
 
 import codecs
 import csv
@@ -9,14 +9,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
-import pyarrow
-import pyarrow.ipc
-import pyarrow.parquet
-
-from trainer.data import mds, tables
 from trainer.data.formats import Row, RowForm
 from trainer.data.json_array import elements
-from trainer.data.sources import SourceFile, split_suffix
+from trainer.data.sources import SourceFile
 from trainer.errors import DataError
 from trainer.store import Store
 
@@ -32,8 +27,6 @@ LONGEST_LINE = 64 * 2**20
 _READ_BYTES = 8 * 2**20
 # Enough for a sentence with a few names from the row in it.
 _LONGEST_REASON = 400
-# Readers raise these for damaged content; the sizes in it may ask for more than any memory.
-_DAMAGE = (pyarrow.ArrowException, OSError, ValueError, ArithmeticError, MemoryError, RecursionError, csv.Error)
 
 
 OnBad = Callable[["BadRow"], None]
@@ -101,28 +94,6 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in shown)
 
 
-def batches(file: SourceFile) -> Iterator[Batch]:
-    """The rows of a file, always in the same batches.
-
-    Raises:
-        DataError: the file as a whole is damaged.
-        StorageError: the file cannot be read.
-    """
-    kind, compression = split_suffix(file.key)
-    try:
-        for batch in _READERS[kind](file, compression):
-            yield replace(batch, form=file.form)
-    except _DAMAGE as error:
-        reason = at(file.uri, DataError(f"damaged or not of the kind its name says ({error})"))
-        raise DataError(f"{reason}. Replace the file.") from error
-
-
-def rows(file: SourceFile, on_bad: OnBad) -> Iterator[tuple[str, Row]]:
-    """Every row of a file; see `Batch.rows` and `batches`."""
-    for batch in batches(file):
-        yield from batch.rows(on_bad)
-
-
 @dataclass(frozen=True)
 class Lines:
     """Lines of JSON, each with its end. `begins` says whether the first is that of the file."""
@@ -158,17 +129,15 @@ def _no_object(element: Any) -> DataError:
 
 
 def _json_lines(file: SourceFile, compression: str | None) -> Iterator[Batch]:
-    source = _buffered(file)
-    stream = pyarrow.input_stream(source, compression=compression)
-    # pyarrow's streams are raw streams in all but their declared type; its own readline is a Python loop.
-    buffered = io.BufferedReader(stream, _BUFFER_BYTES)  # pyright: ignore[reportArgumentType]
+    source = buffered(file)
+    stream = io.BufferedReader(_decompressed(source, compression), _BUFFER_BYTES)
     number, lines, size, before = 1, [], 0, 0
 
     def read() -> int:
         # The decompression reads ahead of the lines, so in a compressed file this is a little too much.
         return source.tell() if compression else before + size
 
-    for line in _bounded_lines(buffered):
+    for line in _bounded_lines(stream):
         lines.append(line)
         size += len(line)
         if len(lines) == BATCH_ROWS or size >= _BATCH_BYTES:
@@ -194,19 +163,19 @@ class Decoded:
 
 def _json(file: SourceFile, compression: str | None) -> Iterator[Batch]:
     """A file of JSON is an array of rows, unless it begins with something else: then it has a row a line."""
-    stream = pyarrow.input_stream(_buffered(file), compression=compression)
+    stream = _decompressed(buffered(file), compression)
     if not stream.read(_BEGINNING).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         return _json_lines(file, compression)
-    source = _buffered(file)
-    stream = pyarrow.input_stream(source, compression=compression)
+    source = buffered(file)
+    stream = _decompressed(source, compression)
     return _gathered(file, source, elements(stream.read, LONGEST_LINE))
 
 
 def _separated(file: SourceFile, compression: str | None, delimiter: str) -> Iterator[Batch]:
     """Rows of text whose fields the first line names (RFC 4180: a value in quotes may hold line breaks)."""
-    source = _buffered(file)
-    stream = pyarrow.input_stream(source, compression=compression)
-    text = io.TextIOWrapper(io.BufferedReader(stream, _BUFFER_BYTES), "utf-8-sig", newline="")  # pyright: ignore[reportArgumentType]
+    source = buffered(file)
+    stream = io.BufferedReader(_decompressed(source, compression), _BUFFER_BYTES)
+    text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
     csv.field_size_limit(LONGEST_LINE)
     records = csv.reader(text, delimiter=delimiter, strict=True)
     header = next(records, [])
@@ -243,54 +212,6 @@ def _bounded_lines(stream: io.BufferedReader) -> Iterator[bytes]:
             line = stream.readline(LONGEST_LINE + 1)
 
 
-def _parquet(file: SourceFile, compression: None) -> Iterator[Batch]:
-    table, first = pyarrow.parquet.ParquetFile(_buffered(file)), 1
-    for part in map(tables.checked, table.iter_batches(batch_size=BATCH_ROWS)):
-        read = file.size * (first + part.num_rows - 1) // max(1, table.metadata.num_rows)
-        yield Batch(file.uri, first, tables.Table(part), read)
-        first += part.num_rows
-
-
-def _arrow(file: SourceFile, compression: None) -> Iterator[Batch]:
-    """A file of a saved HF data set: the streaming form of Arrow's IPC format."""
-    source, first, begin = _buffered(file), 1, 0
-    for batch in map(tables.checked, pyarrow.ipc.open_stream(source)):
-        end, count = source.tell(), max(1, batch.num_rows)
-        for start in range(0, count, BATCH_ROWS):
-            part = tables.alone(batch.slice(start, BATCH_ROWS))
-            yield Batch(file.uri, first, tables.Table(part), begin + (end - begin) * (start + part.num_rows) // count)
-            first += part.num_rows
-        begin = end
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Samples of an MDS shard with these columns."""
-
-    columns: list[mds.Column]
-    samples: list[bytes]
-
-    def rows(self) -> Iterable[Row | DataError | None]:
-        for sample in self.samples:
-            try:
-                yield mds.decode_sample(self.columns, sample)
-            except (ValueError, RecursionError) as error:
-                yield DataError(f"not a sample of its shard ({error})")
-
-    def with_key(self, *keys: str) -> "Samples":
-        quoted = [f'"{key}"'.encode() for key in keys]
-        return replace(self, samples=[sample for sample in self.samples if any(key in sample for key in quoted)])
-
-
-def _mds(file: SourceFile, compression: str | None) -> Iterator[Batch]:
-    source: Any = _buffered(file)
-    content = pyarrow.input_stream(source, compression=compression).read() if compression else source.read()
-    columns, samples = mds.read_shard(content)
-    for first in range(0, len(samples), BATCH_ROWS):
-        part = samples[first : first + BATCH_ROWS]
-        yield Batch(file.uri, first + 1, Samples(columns, part), file.size * (first + len(part)) // len(samples))
-
-
 class ObjectReader(io.RawIOBase):
     """An object as a seekable file: each `readinto` is one ranged read."""
 
@@ -323,16 +244,38 @@ class ObjectReader(io.RawIOBase):
         return len(data)
 
 
-_READERS: dict[str, Callable[[SourceFile, Any], Iterator[Batch]]] = {
+def buffered(file: SourceFile) -> io.BufferedReader:
+    """A file as it is stored."""
+    return io.BufferedReader(ObjectReader(file), _READ_BYTES)
+
+
+class _Uncompressed(io.RawIOBase):
+    """The bytes of a file as they are. It leaves the file open when it is closed, as a file is asked last how far it was read."""
+
+    def __init__(self, source: io.BufferedReader) -> None:
+        self._source = source
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        return self._source.readinto(buffer)
+
+
+def _decompressed(source: io.BufferedReader, compression: str | None) -> Any:
+    """A raw stream of the text in a file, which is still open when the stream is closed."""
+    if compression is None:
+        return _Uncompressed(source)
+    # Only for what is compressed: `plan` looks at the first rows too, and answers sooner without it.
+    import pyarrow
+
+    return pyarrow.input_stream(source, compression=compression)
+
+
+TEXTS: dict[str, Callable[[SourceFile, Any], Iterator[Batch]]] = {
     ".jsonl": _json_lines,
     ".json": _json,
     ".csv": partial(_separated, delimiter=","),
     ".tsv": partial(_separated, delimiter="\t"),
-    ".parquet": _parquet,
-    ".arrow": _arrow,
-    ".mds": _mds,
 }
-
-
-def _buffered(file: SourceFile) -> io.BufferedReader:
-    return io.BufferedReader(ObjectReader(file), _READ_BYTES)
+"""The reader of each kind of text; it gets a file and its compression."""

@@ -13,12 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config import Config
-from trainer.data.encode import EVERYTHING, Encoded, Encoder, RowEncoder
+from trainer.data.binary import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, REJECTED_BIT, TARGET_BIT
+from trainer.data.encode import Encoded, Encoder, RowEncoder
 from trainer.data.formats import Row, RowForm
-from trainer.data.manifest import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, REJECTED_BIT, TARGET_BIT
+from trainer.data.inputs import Input
+from trainer.data.order_settings import train_order
 from trainer.data.pack import best_fit_decreasing
-from trainer.data.prepare import Input, train_order
-from trainer.data.rows import Batch, Decoded, batches, printable
+from trainer.data.part import EVERYTHING
+from trainer.data.reading import batches
+from trainer.data.rows import Batch, Decoded, printable
 from trainer.errors import DataError
 
 if TYPE_CHECKING:

@@ -6,12 +6,10 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.data.binary import BLOCK, OFFSET, TOKEN
 from trainer.data.dataset import BLOCK_DOCUMENTS, BLOCK_TOKENS, SHARD_TOKENS
 from trainer.data.encode import BAD_ROWS_SHOWN, Encoded
 from trainer.data.manifest import (
-    BLOCK,
-    OFFSET,
-    TOKEN,
     Count,
     Counters,
     FileRecord,

@@ -15,12 +15,13 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from trainer.config import Config
+from trainer.data.binary import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, REJECTED_BIT, TARGET_BIT
 from trainer.data.chapters import Chapters, whole
 from trainer.data.dataset import Dataset
-from trainer.data.manifest import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, REJECTED_BIT, TARGET_BIT
 from trainer.data.micro_batch import MicroBatch, Position
-from trainer.data.order import EpochPlan, Order, Window, turns
-from trainer.data.prepare import eval_order, nothing_visited, train_order
+from trainer.data.order import EpochPlan, Window, turns
+from trainer.data.order_settings import Order, eval_order, train_order
+from trainer.data.prepare import nothing_visited
 from trainer.model.head import IGNORE
 
 WINDOWS_AHEAD = 2

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from trainer.data.manifest import Record, unsealed
 from trainer.data.messages import FLAGS, is_weighted
-from trainer.data.rows import batches
+from trainer.data.reading import batches
 from trainer.data.sources import SourceFile
 from trainer.errors import Damaged, DataError, NotFound
 from trainer.run import layout

@@ -11,7 +11,8 @@ import numpy as np
 
 from trainer.config.evaluation import UNNAMED
 from trainer.data.dataset import open_dataset
-from trainer.data.prepare import config_of_set, prepare_evaluated
+from trainer.data.inputs import config_of_set
+from trainer.data.prepare import prepare_evaluated
 from trainer.data.stream import Stream, eval_stream
 from trainer.errors import DataError
 from trainer.evaluate.opened import OpenedRun

@@ -11,7 +11,8 @@ from trainer.base.locate import Base, resolve_base
 from trainer.checkpoint.checkpoints import load_partitions
 from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
 from trainer.config import Config, Data, override
-from trainer.data.prepare import as_trained, load_tokenizer
+from trainer.data.inputs import as_trained
+from trainer.data.prepare import load_tokenizer
 from trainer.export.trained import check_overrides, resolve_trained_base, trained_config, trained_method
 from trainer.measure.prompts import Prompter
 from trainer.objective.objective import find_objective

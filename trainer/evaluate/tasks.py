@@ -12,7 +12,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from trainer.config.paths import local_path
-from trainer.data.chat import template_text
+from trainer.data.template import template_text
 from trainer.errors import ConfigError
 from trainer.evaluate.measured import TaskScores
 from trainer.evaluate.opened import OpenedRun

@@ -11,8 +11,8 @@ from torch import Tensor
 from trainer.base.locate import Base
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config
+from trainer.data.binary import ID_BITS, MISMATCHED_BIT, REJECTED_BIT, TARGET_BIT
 from trainer.data.dataset import Dataset, open_chapter
-from trainer.data.manifest import ID_BITS, MISMATCHED_BIT, REJECTED_BIT, TARGET_BIT
 from trainer.data.prepare import locate
 from trainer.errors import ConfigError, DataError, StorageError
 from trainer.run.folder import store_of

@@ -7,7 +7,8 @@ from typing import Any
 
 from trainer.base.locate import Base
 from trainer.config import Config
-from trainer.data.prepare import as_trained, load_tokenizer
+from trainer.data.inputs import as_trained
+from trainer.data.prepare import load_tokenizer
 from trainer.measure.generation import Opening, Sampling, continued
 from trainer.measure.prompts import Prompt, Prompter, asked, read_prompts
 from trainer.ranks import Ranks

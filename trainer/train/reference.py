@@ -19,7 +19,7 @@ from trainer.config import Config
 from trainer.data.chapters import Chapters
 from trainer.data.dataset import Dataset, open_dataset
 from trainer.data.micro_batch import MicroBatch, Position
-from trainer.data.prepare import eval_order
+from trainer.data.order_settings import eval_order
 from trainer.data.references import References, read_references, write_references
 from trainer.data.stream import eval_stream
 from trainer.errors import Damaged, NonFiniteLoss, NotFound

@@ -1,0 +1,15 @@
+"""The binary files of a compiled data set as numpy sees them: tokens with their bits, offsets of documents, and blocks."""
+
+import numpy as np
+
+TOKEN = np.dtype("<u4")
+OFFSET = np.dtype("<u8")
+BLOCK = np.dtype([("document", "<u8"), ("sha256", "V32")])
+# The top bit of a stored token says that it is trained; its id is what is below all of these bits.
+TARGET_BIT = np.uint32(1 << 31)
+# The bit below it says that a token is the first of the rejected answer of a pair.
+REJECTED_BIT = np.uint32(1 << 30)
+# The next two say so of the first token of a desired answer, and of the mismatched answer behind a labelled one.
+DESIRED_BIT = np.uint32(1 << 29)
+MISMATCHED_BIT = np.uint32(1 << 28)
+ID_BITS = np.uint32(MISMATCHED_BIT - 1)
