@@ -51,4 +51,4 @@ def most_whole(config: Config, model: Architecture) -> int:
         return WHOLE
     learning = [prod(shape) for shape in method_of(config).shapes(model).values()]
     few = min(_WHOLE_BYTES, max(stored_layers(config, model)))
-    return max(WHOLE, *learning) if value_bytes(config) * sum(learning) <= few else WHOLE
+    return max([WHOLE, *learning]) if value_bytes(config) * sum(learning) <= few else WHOLE

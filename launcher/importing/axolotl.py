@@ -57,6 +57,8 @@ def join(keys: Keys, folder: Path) -> None:
     _method(keys)
     _objective(keys)
     joined.batch(keys, "micro_batch_size")
+    if keys.given.get("warmup_steps") is not None and "optim.warmup_ratio" in keys.settings:
+        keys.spare("optim.warmup_ratio", "Steps of warm-up are given, and be they 0, which go before a ratio.")
     joined.training_arguments(keys, folder)
     services = {
         "wandb": ("use_wandb", "wandb_project"),

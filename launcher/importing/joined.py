@@ -166,5 +166,7 @@ def training_arguments(keys: Keys, folder: Path) -> None:
     saving(keys)
     offloading(keys, folder)
     if "optim.warmup_steps" in keys.settings and "optim.warmup_ratio" in keys.settings:
-        other = "optim.warmup_ratio" if keys.settings["optim.warmup_steps"] else "optim.warmup_steps"
-        keys.spare(other, "Steps and a ratio of warm-up are given: steps go before it.")
+        if keys.settings["optim.warmup_steps"]:
+            keys.spare("optim.warmup_ratio", "Steps of warm-up are given, which go before a ratio.")
+        else:
+            keys.spare("optim.warmup_steps", "0 steps of warm-up leave it to the ratio.")

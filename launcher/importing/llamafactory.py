@@ -107,6 +107,10 @@ def _objective(keys: Keys) -> None:
         )
     if stage == "sft" and keys.asked("train_on_prompt"):
         keys.put("data.loss_on", "all", "train_on_prompt")
+        if keys.asked("mask_history"):
+            keys.lose(
+                "mask_history", "LLaMA-Factory refuses it beside train_on_prompt, which trains all of a conversation."
+            )
     elif stage == "sft" and keys.asked("mask_history"):
         keys.put("data.loss_on", "last_assistant", "mask_history")
 

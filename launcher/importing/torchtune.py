@@ -134,6 +134,10 @@ def _course(keys: Keys) -> None:
         )
     if "optimizer.weight_decay" not in keys.given and keys.settings.get("optim.name") in ("adamw", "adamw_8bit"):
         keys.assume("optim.weight_decay", 0.01, "the default of torch.optim.AdamW")
+    if keys.given.get("shuffle") is False:
+        keys.lose(
+            "shuffle", "Rows are shuffled, in one order on any number of ranks; the order of the file is not kept."
+        )
     if keys.given.get("clip_grad_norm") is None:
         keys.assume("optim.grad_clip", 0, "without clip_grad_norm nothing is clipped")
     if "data.sequence_length" not in keys.settings:

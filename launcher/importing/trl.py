@@ -82,9 +82,9 @@ def _objective(keys: Keys) -> None:
             "data.loss_on: TRL trains on all of a conversation without assistant_only_loss, here the assistant's turns are trained. "
             "Set data.loss_on: all for TRL's."
         )
-    if name == "sft" and (
-        keys.given.get("completion_only_loss") is False or keys.given.get("assistant_only_loss") is False
-    ):
+    # TRL masks by the assistant's turns wherever it is asked to, whatever completion_only_loss says.
+    asked = keys.given.get("assistant_only_loss")
+    if name == "sft" and (asked is False or (not asked and keys.given.get("completion_only_loss") is False)):
         keys.put("data.loss_on", "all", "completion_only_loss", "assistant_only_loss")
 
 

@@ -151,6 +151,15 @@ def test_rows_that_several_formats_fit_are_of_one_that_the_objective_learns_from
         ("a.csv", b"text,text\na,b\n", "two columns have the same name"),
         ("a.csv", b"text,id\na,1\nb\n", "a.csv:2: 1 values in a row of 2 columns"),
         ("a.json", b'[{"text": "a"}, 5]', "a.json:2: not JSON .an object is needed, this is int"),
+        ("a.json", b'[{"text": "a"}]\n[{"text": "b"}]\n', "a.json: damaged or .* .something follows the array"),
+        ("a.json", b'[{"text": "a"},,{"text": "b"}]', "a.json: damaged or .* .Expecting value"),
+        ("a.json", b'[{"text": "a"}{"text": "b"}]', "a.json: damaged or .* .two elements have no comma between them"),
+        ("a.jsonl", b"", "data.train.0.: .*a.jsonl has no rows"),
+        (
+            "a.jsonl",
+            '{"text": "ä"}\n'.encode("latin-1"),
+            "data.train.0.: no row can be read; the first: .*a.jsonl:1: not UTF-8",
+        ),
     ],
 )
 def test_damaged_tables_and_arrays_are_one_sentence(tmp_path: Path, name: str, content: bytes, said: str) -> None:
@@ -161,5 +170,5 @@ def test_damaged_tables_and_arrays_are_one_sentence(tmp_path: Path, name: str, c
 @pytest.mark.parametrize("size", [1, 7, 2**20])
 def test_an_array_in_pieces_of_any_size_has_the_same_elements(size: int) -> None:
     rows = [{"text": "ä" * number, "deep": [{"a": "]},"}]} for number in range(300)]
-    stream = io.BytesIO(array(*rows))
+    stream = io.BytesIO(array(*rows) + b" \n")
     assert [element for element, _ in elements(lambda _: stream.read(size), 10**6)] == rows

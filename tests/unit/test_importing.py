@@ -195,6 +195,43 @@ def test_what_is_lost_is_said_with_what_holds_instead(site: Path, monkeypatch: p
     assert "hf_abcdefghijklmnop" not in text
 
 
+ODD = {
+    "assistant-only": ("trl", {"assistant_only_loss": True, "completion_only_loss": False}, {"data.loss_on": None}, {}),
+    "prompts-too": ("trl", {"completion_only_loss": False}, {"data.loss_on": "all"}, {}),
+    "no-steps": (
+        "axolotl",
+        {"warmup_steps": 0, "warmup_ratio": 0.1},
+        {"optim.warmup_steps": 0, "optim.warmup_ratio": None},
+        {"warmup_ratio": "be they 0"},
+    ),
+    "steps-are-none": (
+        "trl",
+        {"warmup_steps": 0, "warmup_ratio": 0.1},
+        {"optim.warmup_steps": None, "optim.warmup_ratio": 0.1},
+        {"warmup_steps": "leave it to the ratio"},
+    ),
+    "both-masks": (
+        "llamafactory",
+        {"train_on_prompt": True, "mask_history": True},
+        {"data.loss_on": "all"},
+        {"mask_history": "refuses it"},
+    ),
+    "file-order": ("torchtune", {"shuffle": False}, {}, {"shuffle": "is not kept"}),
+}
+
+
+@pytest.mark.parametrize(("peer", "keys", "settings", "reasons"), ODD.values(), ids=ODD)
+def test_keys_that_meet_each_other_mean_what_they_mean_there(
+    peer: str, keys: dict[str, Any], settings: dict[str, Any], reasons: dict[str, str], tmp_path: Path
+) -> None:
+    made = imported_text(yaml.safe_dump({"stage": "sft", **keys} if peer == "llamafactory" else keys), tmp_path, peer)
+    for setting, value in settings.items():
+        assert made.settings.get(setting) == value
+    found = {outcome.key: outcome.why for outcome in made.keys}
+    for key, words in reasons.items():
+        assert words in found[key]
+
+
 def test_trl_and_accelerate_together_make_one_configuration(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(site)
     both = import_files(["trl/sft.yaml", PEERS / "trl/accelerate.yaml"])

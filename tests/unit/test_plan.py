@@ -150,6 +150,12 @@ def test_the_chunk_of_logits_is_that_of_the_loss():
         assert given.memory_per_gpu.logits == 2 * logits + 2 * min(4 * logits, 2**26) + 2 * 8192 * 64
 
 
+def test_targets_that_match_nothing_are_a_sentence_of_the_plan():
+    plan = plan_of(config("tuning.targets=[zzz]"), LLAMA_70B, 8, 8, None)
+    (sentence,) = plan.mismatches
+    assert "'zzz' is no linear layer that can be adapted" in sentence
+
+
 def test_a_mixtures_experts_are_dequantized_together_up_to_what_the_forward_pass_takes_at_once():
     from trainer import memory
     from trainer.model import experts

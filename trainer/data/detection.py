@@ -62,12 +62,16 @@ def _form(data: Data, source: Source, files: Sequence[SourceFile], kinds: Collec
     format = source.format or data.format
     if format != "auto":
         return RowForm(format, tuple(sorted(given.items())))
-    sample = list(islice(_sample(files), _ROWS))
+    bad: list[DataError] = []
+    sample = list(islice(_sample(files, bad), _ROWS))
+    if not sample:
+        raise DataError(
+            f"{name}: no row can be read; the first: {bad[0]}" if bad else f"{name}: {source.path} has no rows."
+        )
     form = detect(sample, given, kinds)
     if form is None:
-        seen = ", ".join(sample[0]) if sample else "none"
         raise DataError(
-            f"{name}: the first rows of {files[0].uri} are of no format known here: their fields are {seen}. Name the format and the "
+            f"{name}: the first rows of {files[0].uri} are of no format known here: their fields are {', '.join(sample[0])}. Name the format and the "
             f"fields, such as data.format=prompt_completion data.fields.prompt=... data.fields.completion=...; formats are {', '.join(FORMATS)}."
         )
     if form.kind in kinds and (lost := lost_fields(form, sample)):
@@ -80,12 +84,15 @@ def _form(data: Data, source: Source, files: Sequence[SourceFile], kinds: Collec
     return replace(form, unread=tuple(dict.fromkeys(unused for row in sample for unused in form.unused(row))))
 
 
-def _sample(files: Sequence[SourceFile]) -> Iterator[Row]:
-    def skip(error: DataError) -> None:
-        """Bad rows are told when all are read."""
+def _sample(files: Sequence[SourceFile], bad: list[DataError]) -> Iterator[Row]:
+    """The rows that can be read, and in `bad` the first that cannot; the others are told when all are read."""
+
+    def keep_first(error: DataError) -> None:
+        if not bad:
+            bad.append(error)
 
     for file in files:
-        for _, row in rows(file, skip):
+        for _, row in rows(file, keep_first):
             yield row
 
 

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 _FIRST_BYTES = 2**20
-_SPACE = re.compile(r"[\s,]*")
+_SPACE = re.compile(r"\s*")
 
 
 def elements(read: Callable[[int], bytes], longest: int) -> Iterator[tuple[Any, int]]:
     """Each element of the array that `read` gives the bytes of, as `io.BufferedReader.read` does, and how many characters it has.
 
     Raises:
-        ValueError: this is no array of JSON, or an element has more than `longest` characters.
+        ValueError: this is no array of JSON and nothing else, or an element has more than `longest` characters.
     """
     decode, parse = codecs.getincrementaldecoder("utf-8-sig")().decode, json.JSONDecoder().raw_decode
     text, at, size, whole = "", 0, _FIRST_BYTES, False
@@ -28,11 +28,15 @@ def elements(read: Callable[[int], bytes], longest: int) -> Iterator[tuple[Any, 
     if not text.lstrip().startswith("["):
         raise ValueError("it does not begin with an array of JSON")
     at = text.index("[") + 1
+    divided = True  # from the element before
     while True:
-        match = _SPACE.match(text, at)
-        at = match.end() if match else at
+        at = _behind_space(text, at)
+        if not divided and text.startswith(",", at):
+            divided, at = True, _behind_space(text, at + 1)
         if text.startswith("]", at):
-            return
+            break
+        if not divided and at < len(text):
+            raise ValueError("two elements have no comma between them")
         try:
             element, end = parse(text, at)
         except ValueError:
@@ -45,4 +49,16 @@ def elements(read: Callable[[int], bytes], longest: int) -> Iterator[tuple[Any, 
             more()
         else:
             yield element, end - at
-            at = end
+            at, divided = end, False
+    at += 1
+    while not whole and not text[at:].strip():
+        at = len(text)
+        more()
+    if text[at:].strip():
+        raise ValueError("something follows the array")
+
+
+def _behind_space(text: str, at: int) -> int:
+    match = _SPACE.match(text, at)
+    assert match is not None  # as it may be empty
+    return match.end()
