@@ -44,6 +44,10 @@ class Inputs:
     scope: Scope
 
     @property
+    def on_gpu(self) -> bool:
+        return self.config.cluster.gpus_per_worker != 0
+
+    @property
     def group(self) -> int:
         return self.world_size if self.scope == "world" else min(self.ranks_per_node, self.world_size)
 
@@ -115,8 +119,13 @@ class Inputs:
         return self.config.train.kept_layers(self.model.layers)
 
     @property
+    def offloads_inputs(self) -> bool:
+        """Whether the inputs of layers that are computed again go to the host; those of a CPU are there."""
+        return self.config.train.activation_offload and self.on_gpu
+
+    @cached_property
     def row(self) -> int:
-        """Positions of a packed row, with those that are reserved for a method's virtual tokens (trainer/data/order.py)."""
+        """Positions of a packed row, with those that are reserved for a method's virtual tokens (trainer/data/order_settings.py)."""
         data = self.config.data
         return data.sequence_length + segments_of(self.config) * method_of(self.config).virtual.reserved
 
@@ -135,7 +144,10 @@ class Inputs:
 
     @property
     def communicators(self) -> int:
-        """NCCL's: all ranks have two, as DeepSpeed clones theirs, and those of a node one where they share a copy of the base."""
+        """NCCL's: all ranks have two, as DeepSpeed clones theirs, and those of a node one where they share a copy of the base. CPUs use
+        gloo."""
+        if not self.on_gpu:
+            return 0
         return 2 * (self.world_size > 1) + (1 < self.group < self.world_size)
 
 
@@ -177,7 +189,7 @@ def memory_of(given: Inputs) -> GpuMemory:
         "gradient_buckets": _gradient_buckets(given),
         **passes,
         "optimizer_step": 0 if given.states_offloaded else max(0, optimizer_step(given) - sum(passes.values())),
-        "context": _CONTEXT_BYTES,
+        "context": _CONTEXT_BYTES if given.on_gpu else 0,
         "communicators": given.communicators * _COMMUNICATOR_BYTES,
     }
     return GpuMemory(**parts, total=sum(parts.values()))
@@ -197,7 +209,7 @@ def optimizer_step(given: Inputs) -> int:
     """Bytes that the update takes when the passes have freed theirs, for one sub-group of DeepSpeed's at a time."""
     portion = min(given.share, given.zero.get("sub_group_size", 1_000_000_000))
     largest = ceil(max(given.learning.values(), default=0) / given.world_size)
-    on_gpu = given.config.cluster.gpus_per_worker != 0 and not given.states_offloaded
+    on_gpu = given.on_gpu and not given.states_offloaded
     return find_optimizer(given.config.optim).step_bytes(portion, largest, on_gpu)
 
 
@@ -234,18 +246,20 @@ def _activations(given: Inputs) -> int:
     it are gone. On top come the widest gradients: a hidden state, and two of what enters the last linear layer of a block. Where MLPs are
     tiled, theirs are there for one tile only. Of inputs that are offloaded two are on the GPU.
     """
-    model, train = given.model, given.config.train
+    model = given.model
     again = model.layers - given.kept_layers
     kept, widest = zip(*(_layer(given, place, recomputed=place < again) for place in range(model.layers)), strict=True)
-    inputs = min(2, again) if train.activation_offload else again
+    inputs = min(2, again) if given.offloads_inputs else again
     values = inputs * model.hidden + max(sum(kept[again:]), *kept[:again], 0)
     return ceil(given.item * given.tokens * (values + 2 * max(widest) + model.hidden))
 
 
 def offloaded_activations(given: Inputs) -> int:
-    """Bytes of host memory for the inputs of a rank's layers that are computed again."""
+    """Bytes of host memory for the inputs of a rank's layers that are computed again. Each is pinned memory of its own, which torch
+    rounds up to a power of two (ATen/core/CachingHostAllocator.h)."""
     again = given.model.layers - given.kept_layers
-    return given.item * given.tokens * given.model.hidden * again if given.config.train.activation_offload else 0
+    one = given.item * given.tokens * given.model.hidden
+    return again * 2 ** (one - 1).bit_length() if given.offloads_inputs else 0
 
 
 def _layer(given: Inputs, place: int, *, recomputed: bool) -> tuple[float, float]:

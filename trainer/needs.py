@@ -85,7 +85,7 @@ class Plan:
 
     `mismatches` are those of them that ask more of the base than it has, on any machine. `scope` is `sharding.scope`,
     with auto decided, and `recomputed_layers` so many of the `layers`, from the first on, as are computed again in the backward pass.
-    `left_out` are the parts of the base's files that are not trained, where the files are at hand. `device` is what the ranks are planned for: the CPU only where `cluster.gpus_per_worker` is 0.
+    `notes` are sentences on settings without an effect. `left_out` are the parts of the base's files that are not trained, where the files are at hand. `device` is what the ranks are planned for: the CPU only where `cluster.gpus_per_worker` is 0.
     """
 
     parameters: Parameters
@@ -102,6 +102,7 @@ class Plan:
     mismatches: list[str]
     shortfalls: list[str]
     left_out: list[LeftOutPart] = field(default_factory=list[LeftOutPart])
+    notes: list[str] = field(default_factory=list[str])
 
     def to_json(self) -> dict[str, Any]:
         """A tree of plain values; bytes and elements are whole numbers."""

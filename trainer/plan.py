@@ -36,12 +36,12 @@ def make_plan(config: Config, base: Description, world_size: int, ranks_per_node
     Raises:
         ConfigError: the method, the objective or the optimizer is unknown, or the DeepSpeed policy cannot be used.
     """
-    config = settled(config, base.architecture, world_size, ranks_per_node, gpu_memory)
+    asked, config = config, settled(config, base.architecture, world_size, ranks_per_node, gpu_memory)
     scope = choose_scope(config, base.architecture, world_size, ranks_per_node, gpu_memory)
     given, deepspeed = _inputs(config, base.architecture, world_size, ranks_per_node, scope)
     memory = memory_of(given)
     method = [*tuning_mismatches(config, given.model), *stored_mismatches(config, base.stored)]
-    wrong = [*base.mismatches(config), *method, *objective_mismatches(config)]
+    wrong = [*base.mismatches(asked), *method, *objective_mismatches(config)]
     return Plan(
         parameters=_parameters(given),
         batch=_batch(given),
@@ -56,6 +56,7 @@ def make_plan(config: Config, base: Description, world_size: int, ranks_per_node
         deepspeed=deepspeed,
         mismatches=wrong,
         shortfalls=[*wrong, *_shortfalls(given, memory.total, gpu_memory)],
+        notes=idle_settings(asked, config, base.architecture),
     )
 
 
@@ -75,6 +76,20 @@ def settled(config: Config, model: Architecture, world_size: int, ranks_per_node
 
         kept = max(0, bisect_right(range(model.layers + 1), False, key=is_too_much) - 1)
     return _keeping(config, kept)
+
+
+def idle_settings(asked: Config, decided: Config, model: Architecture) -> list[str]:
+    """A sentence for each setting that was asked for and has no effect as `settled` has decided, or on the ranks of this run."""
+    if not asked.train.activation_offload:
+        return []
+    if asked.cluster.gpus_per_worker == 0:
+        return ["train.activation_offload: has no effect on CPUs, whose memory is the host's."]
+    if asked.train.activation_checkpointing == "auto" and decided.train.kept_layers(model.layers) == model.layers:
+        return [
+            f"train.activation_offload: has no effect, as there is room for the activations of all {model.layers} layers and "
+            "train.activation_checkpointing: auto has none computed again. Set that to all to keep their inputs on the host."
+        ]
+    return []
 
 
 def _counts_all_activations(config: Config, model: Architecture) -> bool:

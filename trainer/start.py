@@ -12,7 +12,7 @@ from trainer.config import Config
 from trainer.devices import check_device
 from trainer.model.attention import Attention
 from trainer.objective.objective import Objective
-from trainer.plan import choose_scope, settled
+from trainer.plan import choose_scope, idle_settings, settled
 from trainer.ranks import Ranks, join
 from trainer.sizes import most_whole
 from trainer.train.assemble import assemble
@@ -52,6 +52,8 @@ def settle(config: Config, base: Base, ranks: Ranks, log: Callable[[str], None])
     layers, asked = base.architecture.layers, config.train.activation_checkpointing
     why = f"auto, for {memory / 2**30:.1f} GiB a rank" if asked == "auto" else f"as set: {asked}"
     log(f"activation checkpointing: {layers - decided.train.kept_layers(layers)} of {layers} layers ({why})")
+    for sentence in idle_settings(config, decided, base.architecture):
+        log(sentence)
     return decided
 
 

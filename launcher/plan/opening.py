@@ -34,6 +34,7 @@ def _lines(planned: Planned, config: Config) -> Iterator[tuple[str, str]]:
     yield "memory", _fits(planned)
     yield "length", _length(planned, config)
     yield "data", _data(planned.length)
+    yield from (("note", escape(note)) for note in planned.plan.notes)
     estimate = planned.forecast
     if estimate is None:
         yield "time", f"no estimate, as {_unknown(planned)}"

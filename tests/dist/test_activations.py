@@ -72,9 +72,14 @@ def test_tiled_mlps_change_no_bit_of_a_loss_and_nothing_but_rounding_of_gradient
 
 def test_auto_keeps_activations_where_the_ranks_have_the_memory_and_says_so(tmp_path: Path) -> None:
     """Of two ranks each may have a quarter of what the host has left; a small allowance is always taken off."""
-    text = dump_config(Workshop(tmp_path, num_hidden_layers=LAYERS).config("settled"))
+    text = dump_config(Workshop(tmp_path, num_hidden_layers=LAYERS).config("settled", "train.activation_offload=true"))
     for found in launch(2, activations.settled, text, [64 * 2**30, 2**30]):
         assert found == [
-            [3, "activation checkpointing: 0 of 3 layers (auto, for 16.0 GiB a rank)"],
+            [
+                3,
+                "activation checkpointing: 0 of 3 layers (auto, for 16.0 GiB a rank)",
+                "train.activation_offload: has no effect, as there is room for the activations of all 3 layers and "
+                "train.activation_checkpointing: auto has none computed again. Set that to all to keep their inputs on the host.",
+            ],
             [0, "activation checkpointing: 3 of 3 layers (auto, for 0.2 GiB a rank)"],
         ]

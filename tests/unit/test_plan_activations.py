@@ -1,8 +1,14 @@
 """What the plan says of activations: which layers compute theirs again, tiles, and what lies on the host meanwhile."""
 
-import pytest
+from pathlib import Path
+from typing import Any
 
-from tests.unit.test_plan import GIB, LLAMA_70B, config, plan_of
+import pytest
+import torch
+
+from tests.unit.test_plan import GIB, LLAMA_70B, TINY, config, plan_of
+from trainer.base.activations import layer_values
+from trainer.base.architecture_cache import read_architecture
 from trainer.errors import ConfigError
 from trainer.plan import Plan
 
@@ -80,6 +86,94 @@ def test_a_row_of_64k_tokens_of_an_8b_base_fits_on_one_80_gb_card():
     assert by_default < 60e9 < 70e9 < whole, "tiles are the default in so long a row"
 
 
+def test_pinned_memory_is_counted_as_torch_takes_it():
+    """In powers of two, an allocation for each layer."""
+    header = Path(torch.__file__).parent / "include/ATen/core/CachingHostAllocator.h"
+    assert "return c10::llvm::PowerOf2Ceil(size);" in header.read_text()
+    away = ("train.activation_offload=true", "train.activation_checkpointing=all")
+    for length, gib in ((65536, 80), (65537, 160), (40000, 80)):
+        plan = plan_of(config(f"data.sequence_length={length}", *away), LLAMA_70B, 1, 1, None)
+        assert plan.memory_per_host.offloaded_activations == gib * GIB, length
+
+
 def test_offloading_asks_for_layers_that_are_computed_again():
+    offloads = "train.activation_offload=true"
     with pytest.raises(ConfigError, match="train.activation_offload: has no effect with"):
-        config("train.activation_offload=true", "train.activation_checkpointing=none")
+        config(offloads, "train.activation_checkpointing=none")
+    plan = plan_of(config(offloads, "train.activation_checkpointing=80"), LLAMA_70B, 8, 8, None)
+    (message,) = plan.mismatches
+    assert message.startswith(
+        "train.activation_offload: has no effect with train.activation_checkpointing: 80, as all 80"
+    )
+    assert plan_of(config(offloads, "train.activation_checkpointing=79"), LLAMA_70B, 8, 8, None).mismatches == []
+
+
+def test_offloading_that_auto_finds_no_need_for_is_said_and_refused_nowhere():
+    def notes(gpu_memory: int | None, *overrides: str) -> list[str]:
+        plan = plan_of(config("train.activation_offload=true", *overrides), LLAMA_70B, 8, 8, gpu_memory)
+        assert plan.mismatches == []
+        return plan.notes
+
+    (note,) = notes(288 * GIB)
+    assert note.startswith(
+        "train.activation_offload: has no effect, as there is room for the activations of all 80 layers"
+    )
+    assert notes(40 * GIB, "data.sequence_length=8192") == notes(None) == []
+    assert notes(288 * GIB, "train.activation_checkpointing=all") == []
+    (note,) = notes(None, "cluster.gpus_per_worker=0", "train.activation_checkpointing=all")
+    assert note == "train.activation_offload: has no effect on CPUs, whose memory is the host's."
+    assert plan_of(config(), LLAMA_70B, 8, 8, 288 * GIB).notes == []
+
+
+def test_a_rank_on_a_cpu_has_neither_a_context_nor_nccl_and_its_memory_is_the_hosts():
+    away = ("train.activation_offload=true", "train.activation_checkpointing=all")
+    gpu, cpu = (plan_of(config(f"cluster.gpus_per_worker={gpus}", *away), LLAMA_70B, 8, 8, None) for gpus in (1, 0))
+    assert gpu.memory_per_gpu.context > 0 < gpu.memory_per_gpu.communicators
+    assert cpu.memory_per_gpu.context == cpu.memory_per_gpu.communicators == 0
+    assert cpu.memory_per_host.offloaded_activations == 0 < gpu.memory_per_host.offloaded_activations
+    inputs = 2 * 2048 * 8192
+    assert cpu.memory_per_gpu.activations - gpu.memory_per_gpu.activations == 78 * inputs
+
+
+@pytest.mark.parametrize(
+    "extra", [{}, {"q_lora_rank": 96}, {"q_lora_rank": None}], ids=["llama", "latent", "latent keys"]
+)
+def test_a_layer_keeps_the_values_that_are_counted(extra: dict[str, Any]):
+    """Those that autograd saves in a layer with LoRA of rank 1 on all its linear layers, in values of 16 bits a token."""
+    latent = {
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 96,
+        "first_k_dense_replace": 2,
+    }
+    sizes = {**TINY, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8}
+    base = {"model_type": "llama", **sizes} if not extra else {"model_type": "deepseek_v3", **sizes, **latent, **extra}
+    counted = layer_values(read_architecture(base), 1)
+    assert _saved(base, tokens=128) == pytest.approx(counted.kept + counted.kept_in_mlps, rel=0.05)
+
+
+def _saved(base: dict[str, Any], tokens: int) -> float:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = {key: value for key, value in base.items() if key != "model_type"}
+    plain = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(base["model_type"], **options), dtype=torch.bfloat16, attn_implementation="sdpa"
+    )
+    model = get_peft_model(plain, LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM")).bfloat16()
+    layer, saved = plain.model.layers[1], dict[int, torch.UntypedStorage]()
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    inside = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    layer.register_forward_pre_hook(lambda *_: inside.__enter__())
+    layer.register_forward_hook(lambda *_: inside.__exit__())
+    output = model(input_ids=torch.arange(tokens)[None] % base["vocab_size"]).logits
+    assert output.requires_grad
+    return sum(storage.nbytes() for storage in saved.values()) / 2 / tokens

@@ -1,5 +1,6 @@
 """The values that a decoder layer keeps between its forward and its backward pass, counted over the layers that it has."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from trainer.base.architecture import Architecture, Parameter
@@ -39,11 +40,19 @@ def layer_values(model: Architecture, layer: int) -> LayerValues:
         if last.kind == "experts":  # what leaves them, which the weights of the routes multiply
             own += last.visits * last.shape[0] * model.hidden
         own += sum(part.shape[1] for part in parts if part is not last and model.hidden not in part.shape[1:])
+        own += _new_keys([part for part in parts if part is not last], model.hidden) if path in attention else 0
         if path not in attention and len(parts) > 1 and all(part.kind == "linear" for part in parts):
             kept_in_mlps, widest_mlp = kept_in_mlps + own, max(widest_mlp, entering)
         else:
             kept, widest = kept + own, max(widest, entering)
     return LayerValues(kept, widest, kept_in_mlps, widest_mlp)
+
+
+def _new_keys(parts: Sequence[Parameter], hidden: int) -> int:
+    """Values a token of keys that are put together of what leaves a linear layer and of what all heads share, as where keys and values
+    come out of a latent (DeepSeek-V2, arXiv:2405.04434): as many as of the queries, whose layer is the first that leaves no latent."""
+    latents = {part.shape[1] for part in parts if hidden not in part.shape[1:]}
+    return next(part.shape[0] for part in parts if part.shape[0] not in latents) if latents else 0
 
 
 def _values(part: Parameter, hidden: int, *, entering: bool) -> float:

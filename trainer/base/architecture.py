@@ -207,6 +207,11 @@ def mismatches(config: Config, model: Architecture) -> list[str]:
         found.append(
             f"train.activation_checkpointing: {kept} exceeds the {model.layers} layers that are trained on. Lower it, or say none."
         )
+    if kept == model.layers and config.train.activation_offload:
+        found.append(
+            f"train.activation_offload: has no effect with train.activation_checkpointing: {kept}, as all {model.layers} layers keep their "
+            "activations then and none is computed again. Remove one of them, or give a smaller number."
+        )
     if config.data.packing and not model.isolates_documents:
         found.append(
             "data.packing: documents of one row would see each other, as this base takes no position_ids, which tell where "
