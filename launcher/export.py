@@ -45,7 +45,7 @@ class Exported:
     remarks: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "dry_run": self.bytes is None}
 
     @property
     def what(self) -> str:
@@ -56,7 +56,7 @@ class Exported:
     @property
     def headline(self) -> str:
         """The sentence that says what was written where, with its proof."""
-        size = "" if self.bytes is None else f" ({decimal(self.bytes)})"
+        size = " (dry run: nothing written)" if self.bytes is None else f" ({decimal(self.bytes)})"
         proof = "" if self.proof is None else f"; {self.proof.sentence()}"
         return f"{self.what} of step {self.step} in {self.destination}{size}{proof}"
 
@@ -87,8 +87,8 @@ def export_run(
         manifest = planned_checkpoint(run, step)
         config = trained_config(run, manifest)
         form.check(config, describe_base(config.model))
-        tuned_base, where = method_of(config).exports_model, f"{destination} (dry run: nothing written)"
-        return Exported(where, format, manifest.step, form.whole_model or tuned_base, tuned_base=tuned_base)
+        tuned_base = method_of(config).exports_model
+        return Exported(destination, format, manifest.step, form.whole_model or tuned_base, tuned_base=tuned_base)
     chosen = [*(["--step", str(step)] if step is not None else []), *(["--verify"] if verify else [])]
     with _bar("merging" if form.whole_model else "exporting") as progress:
         made = _module("trainer.export", run.uri, destination, *options, "--format", format, *chosen, progress=progress)

@@ -1,6 +1,7 @@
 """Verbs that make a configuration: from a few answers, or from another tool's."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -129,4 +130,6 @@ def import_(
         log(f"to do: {line}")
     log(imported.sentence())
     if output:
-        log(f"{'would write' if dry_run else 'wrote'} {output}; capstan plan {output} says what it needs")
+        log(
+            f"{'would write' if dry_run else 'wrote'} {output}; capstan plan {shlex.quote(str(output))} says what it needs"
+        )

@@ -1,6 +1,7 @@
 """Puts a first configuration together: the answers, what fits, and the commands that come next."""
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -156,7 +157,8 @@ def _head(answers: InitAnswers, machine: Machine, chosen: Choice) -> list[str]:
 
 def _next(answers: InitAnswers, path: Path) -> tuple[str, ...]:
     start = "train" if answers.machine == "one" else f"submit {answers.machine}"
-    return f"capstan data show {path}", f"capstan plan {path}", f"capstan {start} {path}"
+    file = shlex.quote(str(path))
+    return f"capstan data show {file}", f"capstan plan {file}", f"capstan {start} {file}"
 
 
 def _name(answers: InitAnswers) -> str:

@@ -55,6 +55,7 @@ def test_the_last_whole_checkpoint_outlives_a_prune_and_is_exported_and_resumed(
 
     exported = capstan("export", "mine", "adapter", "--json", *store, timeout=100)
     assert json.loads(exported.stdout)["step"] == 1, exported.stderr
+    assert "the checkpoint of step 4 is damaged, so that of step 1 is exported" in exported.stderr
     resumed = capstan("resume", "mine", *store, "--json", timeout=400)
     assert resumed.returncode == 0, resumed.stderr
     assert any("manifest.damaged" in entry.key for entry in run.list(layout.checkpoint(4)))

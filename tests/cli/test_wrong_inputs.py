@@ -238,7 +238,8 @@ def test_a_merge_that_cannot_be_is_refused_by_its_dry_run_too(capstan: Capstan, 
         done = capstan("export", "cut", tmp_path / "merged", "--merge", dry_run, "--store", tmp_path / "store")
         refused(done, 2, "no merged model", "first 1 layers", "Take --format peft")
     planned = capstan("export", "whole", "merged", "--merge", "--dry-run", "--json", "--store", tmp_path / "store")
-    assert json.loads(planned.stdout)["step"] == 4, planned.stderr
+    told = json.loads(planned.stdout)
+    assert (told["step"], told["dry_run"], Path(told["destination"]).name) == (4, True, "merged"), planned.stderr
     assert not (tmp_path / "merged").exists()
     done = capstan("export", "whole", "merged", "--merge", "--json", "--store", tmp_path / "store")
     merged = json.loads(done.stdout)

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +159,13 @@ def test_a_file_is_written_once_and_planned(bases: Path, monkeypatch: pytest.Mon
     assert (bases / "run.yaml").read_text() == "mine"
     assert invoke(bases, "--data", "rows.jsonl", "--force").exit_code == 0
     assert (bases / "run.yaml").read_text() == found["config"]
+
+
+def test_the_next_commands_can_be_typed_as_they_stand(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(bases)
+    command = ["init", "Ann's run.yaml", "--base", str(bases / "8b"), "--gpu", "24GB", "--data", "rows.jsonl", "--json"]
+    found = json.loads(CliRunner().invoke(app, command).stdout)
+    assert [shlex.split(line)[-1] for line in found["next"]] == ["Ann's run.yaml"] * 3
 
 
 @pytest.mark.parametrize(

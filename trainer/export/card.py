@@ -20,6 +20,7 @@ from trainer.config import Config
 from trainer.data.hub import repository
 from trainer.run.evaluations import read_evaluation
 from trainer.store import Store
+from trainer.tuning.method import method_of
 
 # In a snippet, the folder or the repository that the card lies in.
 PLACE = "FOLDER"
@@ -105,7 +106,7 @@ def _facts(config: Config, manifest: CheckpointManifest) -> dict[str, Any]:
         "run": config.run.name,
         "step": manifest.step,
         "evaluation loss": "not evaluated at this step" if manifest.eval_loss is None else f"{manifest.eval_loss:.4f}",
-        "method": json.dumps(config.tuning.model_dump(mode="json", exclude_none=True)),
+        "method": json.dumps(_method(config)),
         "learning rate": json.dumps(config.optim.model_dump(mode="json", include=_OPTIM, exclude_none=True)),
         "optimizer": json.dumps(manifest.groups),
         "objective": config.objective.name,
@@ -118,6 +119,12 @@ def _facts(config: Config, manifest: CheckpointManifest) -> dict[str, Any]:
         "saved": f"{datetime.fromtimestamp(manifest.created, UTC):%Y-%m-%d %H:%M} UTC on {manifest.world_size} ranks",
         "versions": ", ".join(f"{name} {number}" for name, number in manifest.versions.items()),
     }
+
+
+def _method(config: Config) -> dict[str, Any]:
+    """The settings of the method that it reads."""
+    own = {"method", *method_of(config).settings}
+    return config.tuning.model_dump(mode="json", include=own, exclude_none=True)
 
 
 def _evaluation(run: Store, manifest: CheckpointManifest) -> str:
