@@ -2,8 +2,8 @@
 
     python benchmarks/gpu.py [--only kernels ...] [--layers 32] [--length 8192]
 
-Each part is a process of its own with a limit, so that one that fails does not take the others along. It ends with a line for each figure, and with
-exit code 1 where one is not as it must be, or a part came to no end.
+Each part is a process of its own with a limit, so that one that fails does not take the others along; the seconds that it leaves are the
+next one's. It ends with a line for each figure, and with exit code 1 where one is not as it must be, or a part came to no end.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -250,8 +250,13 @@ def _work(name: str, given: argparse.Namespace, pipe: Any) -> None:
     pipe.send(PARTS[name].run(given))
 
 
-def run_part(name: str, given: argparse.Namespace) -> list[Figure]:
-    """The figures of a part, or that it came to none."""
+def limit(name: str, took: Mapping[str, float]) -> float:
+    """The seconds that a part may take: its own, and those that the parts before it have left, by what they `took`."""
+    return sum(PARTS[part].seconds for part in [*took, name]) - sum(took.values())
+
+
+def run_part(name: str, given: argparse.Namespace, seconds: float) -> list[Figure]:
+    """The figures of a part, or that it came to none within so many seconds."""
     context = multiprocessing.get_context("spawn")
     mine, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(name, given, theirs))  # no daemon: it starts processes itself
@@ -259,9 +264,9 @@ def run_part(name: str, given: argparse.Namespace) -> list[Figure]:
     process.start()
     theirs.close()
     try:
-        if mine.poll(PARTS[name].seconds):
+        if mine.poll(seconds):
             return [*mine.recv(), Figure(f"{name}: seconds", f"{time.monotonic() - started:.0f}")]
-        return [Figure(name, "no end", f"within {PARTS[name].seconds:.0f} s", False)]
+        return [Figure(name, "no end", f"within {seconds:.0f} s", False)]
     except EOFError:
         return [Figure(name, "failed, see above", "figures", False)]
     finally:
@@ -285,9 +290,12 @@ def main() -> None:
         return
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # one card
     table = Table("part", "what", "found", "wanted", "")
-    wrong = False
+    wrong, took = False, dict[str, float]()
     for name in given.only:
-        for figure in run_part(name, given):
+        began = time.monotonic()
+        figures = run_part(name, given, limit(name, took))
+        took[name] = time.monotonic() - began
+        for figure in figures:
             wrong |= figure.right is False
             table.add_row(
                 name, figure.what, figure.found, figure.wanted, {None: "", True: "ok", False: "WRONG"}[figure.right]

@@ -21,6 +21,9 @@ from trainer.errors import CapstanError, ConfigError
 
 T = TypeVar("T")
 
+# torch's variables for the settings of its allocator: any device's, CUDA's, ROCm's.
+_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -160,9 +163,7 @@ def join(timeout: timedelta = timedelta(minutes=30), meeting: timedelta = timede
         CapstanError: not all ranks have come within `meeting`; it names those that are missing.
         ConfigError: two ranks would compute on one GPU.
     """
-    # Layers are gathered into memory of ever other sizes, of which fixed segments would leave gaps. It is read at the first use of a GPU.
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    let_segments_grow()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = own_device(local_rank)
     if device.type == "cuda":
@@ -187,6 +188,16 @@ def join(timeout: timedelta = timedelta(minutes=30), meeting: timedelta = timede
     world_size = dist.get_world_size()
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     return Ranks(dist.get_rank(), world_size, ranks_per_node, int(os.environ.get("LOCAL_RANK", 0)), device)
+
+
+def let_segments_grow() -> None:
+    """Have torch's allocator take memory of a GPU in segments that grow, unless the environment has settings for it: layers are
+    gathered into memory of ever other sizes, of which fixed segments would leave gaps.
+
+    The environment would be too late for that, as torch reads it once, when CUDA begins, and bitsandbytes begins it in its import.
+    """
+    if not any(name in os.environ for name in _ALLOCATOR_SETTINGS):
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def own_device(local_rank: int) -> torch.device:

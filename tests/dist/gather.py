@@ -4,7 +4,6 @@ host goes on."""
 import contextlib
 import gc
 import math
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -181,7 +180,7 @@ def gathers(config_text: str, alone: int = gather._ALONE, unused: bool = False, 
     gc.collect()
     calls = sum(isinstance(found, gather._Call) for found in gc.get_objects())
     here.engine._engine.destroy()  # of DeepSpeed, which has no hooks to remove
-    allocator = os.environ["PYTORCH_ALLOC_CONF"]
+    allocator = torch._C._accelerator_getAllocatorSettings()
     alone_in_layer = [gather._is_alone(parameter) for parameter in inside._units[-2].parameters]
     groups = sum(alone_in_layer) + (not all(alone_in_layer))
     found = {"counts": counts, "most": most / largest, "left": left, "groups": groups, "first": order[0]}

@@ -20,7 +20,7 @@ from trainer.devices import (
     local_gpus,
 )
 from trainer.errors import ConfigError
-from trainer.ranks import own_device, take_gpu
+from trainer.ranks import let_segments_grow, own_device, take_gpu
 
 QUERY = "GPU-1, NVIDIA H100 80GB HBM3, 81559\nGPU-2, NVIDIA L40S, 46068\nGPU-3, NVIDIA Graphics Device, [N/A]\n"
 LISTING = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)\nGPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-2)\n"
@@ -94,6 +94,17 @@ def test_two_ranks_on_one_gpu_are_told_apart_from_two_that_see_one_each(monkeypa
         ConfigError, match=r"rank 2 would compute on the GPU of another rank: NVIDIA H100 .*each its own"
     ):
         take_gpu(store, device, 2)
+
+
+def test_the_allocators_segments_grow_also_where_cuda_has_begun_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes' import asks for the capability of GPUs, and torch reads the allocator's settings when CUDA begins."""
+    read, before = torch._C._accelerator_getAllocatorSettings, torch._C._accelerator_getAllocatorSettings()
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:512")
+    let_segments_grow()
+    assert read() == before, "the control: the environment is read once, and what it says is left"
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    let_segments_grow()
+    assert read() == "expandable_segments:True"
 
 
 @pytest.mark.usefixtures("driver")

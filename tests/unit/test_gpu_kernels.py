@@ -33,6 +33,12 @@ def test_its_parts_end_within_ten_minutes() -> None:
     assert sum(seconds) <= 600
 
 
+def test_a_part_may_take_what_those_before_it_have_left() -> None:
+    took = {"kernels": 20.0, "profile": 110.0, "training": 250.0}
+    asked = f"from benchmarks import gpu; print(gpu.limit('training', {{}}), gpu.limit('smoke', {took}))"
+    assert [float(seconds) for seconds in run("-c", asked).split()] == [270, 220]  # 600 in all
+
+
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed; PyTorch's builds for CUDA bring it")
 @pytest.mark.parametrize(
     ("check", "environment", "said"),

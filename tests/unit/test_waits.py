@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -14,6 +15,7 @@ from trainer.base.locate import resolve_base
 from trainer.data.chapters import open_chapters
 from trainer.data.micro_batch import MicroBatch, Position
 from trainer.data.stream import train_stream
+from trainer.measure.losses import document_losses
 from trainer.model.attention import choose_attention
 from trainer.model.nf4 import Format, FrozenLinear4bit
 from trainer.model.packed import PackedModel
@@ -90,6 +92,21 @@ def test_a_step_that_reads_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(MicroBatch, "places", None)
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
         step(Workshop(tmp_path))
+
+
+def test_an_evaluation_reads_its_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [SimpleNamespace(documents=documents) for documents in ((0, 1), (4,), (2, 3))]
+    engine = SimpleNamespace(
+        evaluating=lambda on: None,
+        look=lambda _look, row: torch.tensor([[float(number) for number in row.documents], [1.0] * len(row.documents)]),
+    )
+    read, plain = list[torch.Size](), torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: read.append(self.shape) or plain(self))
+    stream = SimpleNamespace(epoch=lambda _number: ([row] for row in rows))
+    found = document_losses(cast(Any, engine), cast(Any, stream), lambda done: None)
+    assert found.numbers.tolist() == found.nats.tolist() == [0, 1, 4, 2, 3]
+    assert found.tokens.tolist() == [1] * 5
+    assert read == [(2, 5)]
 
 
 def test_rows_travel_from_pinned_memory_and_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:

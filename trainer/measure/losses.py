@@ -29,10 +29,11 @@ def document_losses(engine: Engine, stream: Stream, told: Callable[[int], None])
     for batches in stream.epoch(0):
         for batch in batches:
             told(len(numbers))
-            values.append(engine.look(_nats_and_tokens, batch).double().cpu())
+            values.append(engine.look(_nats_and_tokens, batch))
             numbers += batch.documents
     engine.evaluating(False)
-    nats, tokens = torch.cat(values, dim=1) if values else torch.zeros(2, 0, dtype=torch.float64)
+    # They stay on the device until all rows are there: to read them means to wait for it.
+    nats, tokens = torch.cat(values, dim=1).double().cpu() if values else torch.zeros(2, 0, dtype=torch.float64)
     return DocumentLosses(torch.tensor(numbers, dtype=torch.int64), nats, tokens)
 
 

@@ -36,17 +36,21 @@ class Attention:
     why: str
 
     def arguments(
-        self, cu_seqlens: Tensor, max_seqlen: int, cu_seqlens_k: Tensor | None = None, max_seqlen_k: int | None = None
+        self, cu_seqlens: Tensor, max_seqlen: int, of_keys: tuple[Tensor, int] | None = None
     ) -> dict[str, Any]:
-        """The arguments of the model's forward, beside input_ids and position_ids, that keep packed documents apart. A document
-        has more keys than tokens where those of earlier tokens were kept; without borders of their own, as many."""
-        if self.name not in (*FLASH, VARLEN):
+        """The arguments of the model's forward, beside input_ids and position_ids, that keep packed documents apart.
+
+        One text whose earlier keys were kept has borders `of_keys` beside those of its new tokens. flash-attn is not told them: a
+        layer with a window keeps fewer keys than they say, and transformers calls it for one text by the keys that are there.
+        """
+        if self.name not in (*FLASH, VARLEN) or (self.name in FLASH and of_keys):
             return {}
+        cu_seqlens_k, max_seqlen_k = of_keys or (cu_seqlens, max_seqlen)
         return {
             "cu_seq_lens_q": cu_seqlens,
-            "cu_seq_lens_k": cu_seqlens if cu_seqlens_k is None else cu_seqlens_k,
+            "cu_seq_lens_k": cu_seqlens_k,
             "max_length_q": max_seqlen,
-            "max_length_k": max_seqlen if max_seqlen_k is None else max_seqlen_k,
+            "max_length_k": max_seqlen_k,
         }
 
 
@@ -111,6 +115,8 @@ def varlen_attention(
     """
     from torch.nn.attention import varlen
 
+    if max_length_k > key.shape[2]:  # of one text that grows, a layer with a window keeps no more keys than it sees
+        cu_seq_lens_k, max_length_k = cu_seq_lens_k.clamp(max=key.shape[2]), key.shape[2]
     assert all(beyond.get(name) is None for name in _BEYOND), (
         f"varlen attention computes none of {_BEYOND}: see unable()"
     )

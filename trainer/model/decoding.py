@@ -40,13 +40,14 @@ def next_logits(model: PackedModel, text: GrowingText) -> Tensor:
     tokens = torch.nn.functional.pad(text.tokens, (model.reserved, 0))
     length = tokens.shape[1]
     given = dict([text.kept]) if text.kept else {}
-    borders = torch.tensor([[0, 0], [length - text.read, length]], dtype=torch.int32, device=tokens.device)
+    borders = torch.tensor([[0, length - text.read], [0, length]], dtype=torch.int32, device=tokens.device)
+    of_keys = (borders[1], length) if text.read else None
     result = body(model.model)(
         input_ids=tokens[:, text.read :],
         position_ids=torch.arange(text.read, length, device=tokens.device)[None],
         use_cache=text.keeps,
         **given,
-        **model.attention.arguments(borders[:, 0], length - text.read, borders[:, 1], length),
+        **model.attention.arguments(borders[0], length - text.read, of_keys),
     )
     kept = next(((name, found) for name in _KEPT if (found := getattr(result, name, None)) is not None), None)
     if text.keeps and kept is not None:
