@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.config import Config
-from trainer.errors import ConfigError
+from trainer.errors import CapstanError, ConfigError
 
 _LOOK_SECONDS = 1.0
 _KNOCK_SECONDS = 10.0
@@ -22,14 +22,21 @@ _SETTLE_SECONDS = 5.0
 
 @contextmanager
 def local_ray(workers: int) -> Iterator[str]:
-    """A Ray of this process's own on this machine, with room for `workers` ranks; its address. Ends with the process."""
+    """A Ray of this process's own on this machine, with room for `workers` ranks; its address. Ends with the process.
+
+    Raises `CapstanError` where it does not start.
+    """
     # OpenMP's idle threads spin at barriers by default: on cores that two ranks share, that is many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import ray
 
     # One CPU a worker is what Ray books; ranks may outnumber the cores of a laptop.
     cpus = max(os.cpu_count() or 1, workers)
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    alone = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+    try:
+        ray.init(**alone, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:  # a bare one, as where the machine is so busy that Ray gives up waiting for itself
+        raise CapstanError(f"Ray did not start on this machine: {first_line(error)}. Try again.") from error
     _quiet()
     try:
         yield ray.get_runtime_context().gcs_address

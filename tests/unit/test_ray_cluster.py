@@ -1,6 +1,9 @@
 """How many ranks find room on a cluster, and what it lacks, from the numbers alone."""
 
-from launcher.ray.cluster import _bundle, fits, shortage
+import pytest
+
+from launcher.ray.cluster import _bundle, fits, local_ray, shortage
+from trainer.errors import CapstanError
 
 GPU_RANK = {"CPU": 4.0, "GPU": 1.0}
 
@@ -28,3 +31,13 @@ def test_what_an_autoscaler_is_asked_for_is_said_in_rays_words():
     assert _bundle({"CPU": 4.0, "GPU": 1.0, "accelerator_type:H100": 0.01}) == (
         '{"CPU": 4, "GPU": 1, "accelerator_type:H100": 0.01}'
     )
+
+
+def test_a_ray_that_does_not_start_is_a_sentence(monkeypatch: pytest.MonkeyPatch):
+    def init(**_options: object) -> None:
+        raise Exception("The current node timed out during startup.\nMore.")  # as Ray does itself
+
+    monkeypatch.setattr("ray.init", init)
+    said = r"^Ray did not start on this machine: The current node timed out during startup. Try again.$"
+    with pytest.raises(CapstanError, match=said), local_ray(1):
+        pass
