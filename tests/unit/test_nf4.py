@@ -1,5 +1,7 @@
 """The 4-bit layer multiplies with bitsandbytes' own weights, and a run of whole blocks quantizes like the whole."""
 
+import sysconfig
+from pathlib import Path
 from typing import Literal
 
 import bitsandbytes.functional as bnb
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.nf4 import dequantized, packed_stack
+from trainer.model import nf4
 from trainer.model.nf4 import Format, FrozenLinear4bit, Layout, quantize_absmax, quantize_blocks, share
 
 Kind = Literal["nf4", "fp4"]
@@ -128,3 +131,19 @@ def test_a_bias_that_learns_gets_the_gradient_of_a_plain_layer():
     module(x).backward(grad)
     torch.nn.functional.linear(x, whole, bias).backward(grad)
     torch.testing.assert_close(module.bias.grad, bias.grad)
+
+
+def test_the_one_pass_is_not_taken_where_triton_could_not_launch_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It compiles its launchers by a C compiler, with Python's headers."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(nf4, "find_spec", lambda name: name)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    found = [nf4.has_one_pass.__wrapped__("cuda")]
+    for missing in ("Python.h", "gcc"):
+        (tmp_path / missing).touch(mode=0o755)
+        found.append(nf4.has_one_pass.__wrapped__("cuda"))
+    assert found == [False, False, True]
+    assert not nf4.has_one_pass.__wrapped__("cpu")

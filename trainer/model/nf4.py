@@ -7,9 +7,13 @@ the absmax, less its mean over the tensor, is itself stored in 8 bits in blocks 
 """
 
 import math
+import os
+import shutil
+import sysconfig
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 import bitsandbytes.functional as bnb
@@ -239,8 +243,11 @@ def nf4_code(device: torch.device) -> Tensor:
 
 @cache
 def has_one_pass(device_type: str) -> bool:
-    """Whether double quantized weights are made by the kernel of trainer/model/double.py: on a GPU, with the Triton that PyTorch brings for it."""
-    return device_type == "cuda" and find_spec("triton") is not None
+    """Whether double quantized weights are made by the kernel of trainer/model/double.py: on a GPU, with the Triton that PyTorch brings
+    for it, which compiles what launches a kernel on the machine itself (triton/runtime/build.py). bitsandbytes' kernels give the same bits."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    headers = Path(sysconfig.get_paths()["include"], "Python.h").is_file()
+    return device_type == "cuda" and find_spec("triton") is not None and compiler is not None and headers
 
 
 def share(numel: int, world_size: int, rank: int) -> tuple[int, int]:
