@@ -117,7 +117,9 @@ def _gpu(name: str) -> Gpu:
 
 def _words(name: str) -> frozenset[str]:
     spaced = re.sub(r"^rtx(?=\d)", "rtx ", name.strip().lower())
-    return frozenset(re.findall(r"[a-z0-9]+", spaced)) - _IDLE_WORDS
+    # A100-40G and A100 40GiB are those that makers call A100 40GB.
+    words = (re.sub(r"^(\d+)gi?b?$", r"\1gb", word) for word in re.findall(r"[a-z0-9]+", spaced))
+    return frozenset(words) - _IDLE_WORDS
 
 
 def _has_digit(word: str) -> bool:

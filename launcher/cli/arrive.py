@@ -9,7 +9,18 @@ from typing import Annotated
 import typer
 
 from launcher.cli.options import DryRun, Json, log
+from launcher.cli.shell import complete_goal, complete_gpu, complete_machine, complete_peer
 from trainer.errors import ConfigError
+
+# More than any machine has; a plan for as many would say nothing.
+_MOST_GPUS = 2**17
+
+
+def _countable(gpus: int | None) -> int | None:
+    if gpus is not None and gpus > _MOST_GPUS:
+        raise ConfigError(f"--gpus: {gpus:,} is more than any cluster has. Give at most {_MOST_GPUS:,}. Example: 8.")
+    return gpus
+
 
 Force = Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")]
 
@@ -24,15 +35,24 @@ def init(
     ] = None,
     goal: Annotated[
         str | None,
-        typer.Option("--goal", help="sft (the default), full, dpo, orpo, simpo or kto; see docs/methods.md."),
+        typer.Option(
+            "--goal",
+            autocompletion=complete_goal,
+            help="sft (the default), full, dpo, orpo, simpo or kto; see docs/methods.md.",
+        ),
     ] = None,
     machine: Annotated[
-        str | None, typer.Option("--machine", help="one (this machine, the default), slurm or ray.")
+        str | None,
+        typer.Option(
+            "--machine", autocompletion=complete_machine, help="one (this machine, the default), slurm or ray."
+        ),
     ] = None,
     gpu: Annotated[
         str | None,
         typer.Option(
-            "--gpu", help="The GPU: its name (H100, RTX 4090) or its memory (24GB, 80GiB). Default: this machine's."
+            "--gpu",
+            autocompletion=complete_gpu,
+            help="The GPU: its name (H100, RTX 4090) or its memory (24GB, 80GiB). Default: this machine's.",
         ),
     ] = None,
     gpus: Annotated[
@@ -58,7 +78,7 @@ def init(
         goal=_answer(goal, asks and base is None, "--goal", f"The goal: {goals}", "sft"),
         machine=_answer(machine, asks and base is None, "--machine", f"Where it runs: {', '.join(KINDS)}", "one"),
         gpu=gpu,
-        gpus=gpus,
+        gpus=_countable(gpus),
     )
     made = initial_config(answers, config)
     if not dry_run:
@@ -76,6 +96,8 @@ def init(
 def _answer(given: str | None, asks: bool, option: str, question: str, otherwise: str | None = None) -> str:
     """The option's value, or the answer to a question where somebody is there to ask."""
     if given is not None:
+        if not given.strip():
+            raise ConfigError(f"{option}: empty. Give it a value, or leave the option out.")
         return given
     if asks:
         return str(typer.prompt(question, default=otherwise, err=True)).strip()
@@ -96,6 +118,7 @@ def import_(
         str | None,
         typer.Option(
             "--from",
+            autocompletion=complete_peer,
             help="axolotl, llamafactory, llamafactory-v1, trl, accelerate or torchtune. Default: found out by the keys.",
         ),
     ] = None,
@@ -117,7 +140,7 @@ def import_(
 
     if output:
         check_new(output, force)
-    imported = import_files(files, peer, gpus)
+    imported = import_files(files, peer, _countable(gpus))
     if output and not dry_run:
         write_new(output, imported.text)
     if as_json:

@@ -1,6 +1,6 @@
 """The shell's side of the commands: what Tab offers, and help that says of an option no more than there is to say."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from textwrap import shorten
 from typing import Annotated, Any, Literal, get_args
 
@@ -128,3 +128,25 @@ def complete_gpu(incomplete: str) -> Choices:
     from trainer.gpus import names
 
     return [(name, "") for name in names() if name.lower().startswith(incomplete.lower())]
+
+
+def complete_goal(incomplete: str) -> Choices:
+    from launcher.init.goals import GOALS
+
+    return _begun(incomplete, {name: goal.about for name, goal in GOALS.items()})
+
+
+def complete_machine(incomplete: str) -> Choices:
+    from launcher.init.initial import KINDS
+
+    return _begun(incomplete, dict.fromkeys(KINDS, ""))
+
+
+def complete_peer(incomplete: str) -> Choices:
+    from trainer.config.peers.names import PEERS
+
+    return _begun(incomplete, {peer.name: peer.title for peer in PEERS})
+
+
+def _begun(incomplete: str, about: Mapping[str, str]) -> Choices:
+    return [(name, what) for name, what in about.items() if name.startswith(incomplete)]

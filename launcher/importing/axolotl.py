@@ -45,6 +45,8 @@ _ANSWERS = {
     "icr": {"prompt": "input"},
     "user_defined": {},
 }
+# Those of them whose rows may have a system message beside the prompt.
+_WITH_SYSTEM = ("intel", "argilla")
 _USER = {"field_instruction": "instruction", "field_input": "input", "field_output": "output", "field_system": "system"}
 _USER_PAIR = {"field_prompt": "prompt", "field_chosen": "chosen", "field_rejected": "rejected"}
 _USER_LABEL = {"field_prompt": "prompt", "field_completion": "completion", "field_label": "label"}
@@ -265,7 +267,12 @@ def _answers(keys: Keys, place: str, given: dict[str, Any], kind: Any) -> tuple[
         fields = {ours: theirs for ours, theirs in fields.items() if ours == "prompt"}
     renamed = {"prompt": "field_messages", "chosen": "field_chosen", "rejected": "field_rejected"}
     fields |= {ours: str(given[theirs]) for ours, theirs in renamed.items() if given.get(theirs) not in (None, ours)}
-    return ("labelled" if labelled else "preference") if fields else None, fields
+    form = "labelled" if labelled else "preference"
+    if fields and str(kind).rpartition(".")[2] in _WITH_SYSTEM:
+        alpaca = {"prompt": "instruction", "completion": "output"}
+        completion = {"completion": "completion"} if labelled else {}
+        return f"{form}_alpaca", {alpaca.get(ours, ours): theirs for ours, theirs in {**completion, **fields}.items()}
+    return form if fields else None, fields
 
 
 def _turns(keys: Keys, place: str, given: dict[str, Any]) -> None:

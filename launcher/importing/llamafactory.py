@@ -28,7 +28,8 @@ _TAGS = {"user_tag": ("human", "user"), "assistant_tag": ("gpt", "assistant"), "
 
 def join(keys: Keys, folder: Path) -> None:
     """All settings that several keys make."""
-    joined.workers(keys, "ray_num_workers")
+    for name in ("ray_num_workers", "num_processes", "nproc_per_node", "num_gpus"):
+        joined.workers(keys, name)
     _method(keys)
     _objective(keys)
     joined.batch(keys, "per_device_train_batch_size")

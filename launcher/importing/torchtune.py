@@ -106,6 +106,9 @@ def _model(keys: Keys) -> None:
     keys.put("quant.type", "nf4" if quantized else "none", "model.quantize_base", "model._component_")
     if quantized:
         keys.put("quant.double", True, "model.quantize_base", "model._component_")
+    for key, setting, default in (("model.lora_rank", "tuning.rank", 8), ("model.lora_alpha", "tuning.alpha", 16)):
+        if keys.given.get(key) is None:
+            keys.assume(setting, default, f"torchtune's default of {key}")
     layers = ["o_proj" if name == "output_proj" else name for name in keys.names("model.lora_attn_modules")]
     layers += ["gate_proj", "up_proj", "down_proj"] if keys.asked("model.apply_lora_to_mlp") else []
     layers += ["lm_head"] if keys.asked("model.apply_lora_to_output") else []

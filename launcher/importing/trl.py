@@ -45,6 +45,10 @@ def join(keys: Keys, folder: Path) -> None:
     joined.batch(keys, "per_device_train_batch_size")
     joined.training_arguments(keys, folder)
     joined.tracking(keys, {}, ("run_name",), ("project",))
+    if keys.given.get("max_length", 0) is None:
+        keys.to_do.append(
+            "data.sequence_length: max_length: null limits no length. Here longer rows are cut at 2048 tokens; give the length of the longest."
+        )
     _data(keys)
 
 

@@ -49,7 +49,8 @@ def test_an_override_leaves_the_original_as_it_was():
     [
         ("train: {steps: 200}", ["train.epochs=2.5"], "train.epochs=2.5 replaces train.steps: 200"),
         ("train: {epochs: 3}", ["train.steps=7"], "train.steps=7 replaces train.epochs: 3"),
-        ("train: {steps: 200}", ["train={epochs: 2}"], None),
+        ("train: {steps: 200}", ["train={epochs: 2}"], "train={'epochs': 2} replaces all of train in run.yaml, also steps"),
+        ("train: {steps: 200}", ["train={steps: 2}"], None),
         ("train: {steps: 200}", ["train.epochs=null"], None),
         ("train: {steps: 1}\nquant: {double: true, cache: false}", ["quant.type=none"], "quant.type='none' replaces quant.double: True"),
         ("train: {steps: 1}\nquant: {double: true}", ["quant.type=fp4"], None),
@@ -62,7 +63,7 @@ def test_an_override_replaces_what_it_contradicts_of_the_file_and_says_so(
     said = list[str]()
     text = MINIMAL.replace("train: {steps: 10}", given)
     config = parse_config(text, overrides, "run.yaml", said.append)
-    assert said == ([f"{expected} of run.yaml."] if expected else [])
+    assert said == ([f"{expected}{'' if 'all of' in expected else ' of run.yaml'}."] if expected else [])
     again = override(config, *overrides)  # of a configuration that has every default written out
     assert again == config
     for assigned in overrides:
@@ -206,6 +207,14 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(setting: str, expected:
         ),
         ("train.profile=[2]", "train.profile"),
         ("optim.betas=[0.9, 1.5]", "optim.betas: [0.9, 1.5] is not allowed. Both must be in [0, 1)."),
+        (
+            "train=5",
+            "train: 5 is not allowed. Input should be a section of settings. Give its settings one by one. Example: train.steps=1000.",
+        ),
+        (
+            "data.train_on=all",
+            "data.train_on: 'all' is not allowed. Input should be a section of settings. Give its settings",
+        ),
         ("train={steps: 1, epochs: 1}", "train.steps and train.epochs: both given."),
         ("train={epochs: 0}", "train.epochs: 0 is not allowed. Input should be greater than 0. Example: 2.5."),
         (

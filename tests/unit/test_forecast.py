@@ -58,6 +58,8 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
         ("NVIDIA A100-SXM4-80GB", "A100 80GB", 80 * 2**30),
         ("NVIDIA A100-SXM4-40GB", "A100 40GB", 40 * 2**30),
         ("A100", "A100 40GB", 40 * 2**30),
+        ("A100-40G", "A100 40GB", 40 * 2**30),
+        ("a100 80GiB", "A100 80GB", 80 * 2**30),
         ("RTX 4090", "RTX 4090", 24564 * 2**20),
         ("rtx4090", "RTX 4090", 24564 * 2**20),
         ("4090", "RTX 4090", 24564 * 2**20),

@@ -17,6 +17,7 @@ from launcher.importing.importing import JOINS, Imported, import_files
 from tests.material import make_base, make_labelled, make_pairs
 from trainer.config import fields, load_config, parse_config
 from trainer.config.peers.table import Needless, To, Together, Unsupported
+from trainer.data.formats import RowForm
 from trainer.errors import ConfigError
 
 PEERS = Path(__file__).parents[1] / "peers"
@@ -269,6 +270,77 @@ def test_what_is_no_configuration_of_theirs_is_refused_in_one_sentence(text: str
         imported_text(text, tmp_path, "unsloth")
 
 
+LAUNCHED = "--stage sft --model_name_or_path x --dataset d --template llama3 --finetuning_type lora --output_dir o"
+
+
+@pytest.mark.parametrize(
+    ("command", "workers"),
+    [
+        ("torchrun --nproc_per_node 4 --nnodes 2 --node_rank 0 --master_port 2 src/train.py", 8),
+        ("deepspeed --num_gpus 8 --master_port=9901 src/train.py", 8),
+        ("accelerate launch --num_processes 2 --config_file a.yaml src/train.py", 2),
+        ("python src/train.py", None),
+    ],
+)
+def test_a_command_line_of_llamafactory_may_begin_with_a_launcher(
+    command: str, workers: int | None, tmp_path: Path
+) -> None:
+    (tmp_path / "train.sh").write_text(f"{command} \\\n  {LAUNCHED}\n")
+    found = import_files([tmp_path / "train.sh"])
+    assert found.peers == ("LLaMA-Factory",)
+    assert [outcome.key for outcome in found.keys if outcome.status == "unknown"] == []
+    assert found.settings.get("cluster.workers") == workers
+
+
+def test_torchtunes_adapters_have_its_rank_and_alpha_where_a_file_names_none(tmp_path: Path) -> None:
+    def adapter(kind: str, more: str = "") -> tuple[Any, Any]:
+        text = f"model: {{_component_: torchtune.models.llama3_1.{kind}llama3_1_8b{more}}}\nepochs: 1\n"
+        settings = imported_text(text, tmp_path, "torchtune").settings
+        return settings.get("tuning.rank"), settings.get("tuning.alpha")
+
+    assert adapter("lora_") == adapter("qlora_") == (8, 16)
+    assert adapter("lora_", ", lora_rank: 64") == (64, 16)
+    assert adapter("") == (None, None)
+
+
+def test_a_length_that_trl_does_not_limit_is_for_the_user_to_give(tmp_path: Path) -> None:
+    text = "model_name_or_path: x\nuse_peft: true\ndataset_name: a/b\n"
+    found = imported_text(f"{text}max_length: null\n", tmp_path, "trl")
+    assert "data.sequence_length" not in found.settings
+    assert any(line.startswith("data.sequence_length: max_length: null limits no length.") for line in found.to_do)
+    limited = imported_text(text, tmp_path, "trl")
+    assert limited.settings["data.sequence_length"] == 1024
+    assert not any("max_length" in line for line in limited.to_do)
+
+
+@pytest.mark.parametrize(
+    ("peer", "key", "recomputes"),
+    [
+        ("trl", "activation_offloading", "gradient_checkpointing"),
+        ("axolotl", "activation_offloading", "gradient_checkpointing"),
+        ("torchtune", "enable_activation_offloading", "enable_activation_checkpointing"),
+    ],
+)
+def test_offloaded_activations_are_carried_over_where_layers_are_computed_again(
+    peer: str, key: str, recomputes: str, tmp_path: Path
+) -> None:
+    both = imported_text(f"{key}: true\n{recomputes}: true\n", tmp_path, peer)
+    assert both.settings["train.activation_offload"] is True
+    alone = imported_text(f"{key}: true\n{recomputes}: false\n", tmp_path, peer)
+    assert "train.activation_offload" not in alone.settings
+    (lost,) = (outcome for outcome in alone.keys if outcome.key == key)
+    assert lost.status == "not supported"
+
+
+@pytest.mark.parametrize(("rl", "answers"), [("dpo", ("chosen", "rejected")), ("kto", ("completion", "label"))])
+def test_system_messages_beside_axolotls_pairs_are_read(rl: str, answers: tuple[str, str], tmp_path: Path) -> None:
+    text = f"base_model: x\nadapter: lora\nrl: {rl}\ndatasets: [{{path: a/b, type: chatml.intel}}]\n"
+    source = parse_config(imported_text(text, tmp_path, "axolotl").text).data.train[0]
+    row = {"system": "Be short.", "question": "Why?", answers[0]: "So.", answers[1]: "Or so." if rl == "dpo" else True}
+    read = RowForm(source.format or "", tuple(source.fields.items())).read(row)
+    assert [(said["role"], said["content"]) for said in read["prompt"]] == [("system", "Be short."), ("user", "Why?")]
+
+
 def test_references_are_followed_and_circles_end(tmp_path: Path) -> None:
     text = "base_model: ${a.b}\na: {b: '${c}'}\nc: model-${d}\nd: 7\nadapter: lora\noutput_dir: ${output_dir}/x\n"
     assert imported_text(text, tmp_path, "axolotl").settings["model.base"] == "model-7"
@@ -305,6 +377,7 @@ def test_stdout_is_the_configuration_and_the_table_is_on_stderr(site: Path, monk
         ("train.per_device_train_batch_size=8", "It is train.micro_batch here."),
         ("train.num_train_epochs=8", "It is train.epochs here."),
         ("train.neftune_noise_alpha=5", "has no counterpart here: Noise on embeddings"),
+        ("train.micro_batch_size=2", "train.micro_batch_size: unknown setting. It is train.micro_batch here."),
         ("train.stpes=5", "Did you mean 'steps'?"),
         ("train.lr=1e-4", "Did you mean 'optim.lr'?"),
         ("train.xyz=1", "Allowed here: steps"),

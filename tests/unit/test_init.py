@@ -172,6 +172,9 @@ def test_the_next_commands_can_be_typed_as_they_stand(bases: Path, monkeypatch: 
     ("more", "words"),
     [
         ([], "--data: missing"),
+        (["--data", ""], "--data: empty. Give it a value"),
+        (["--data", "x", "--base", " "], "--base: empty. Give it a value"),
+        (["--data", "x", "--gpus", "1000000000"], "--gpus: 1,000,000,000 is more than any cluster has"),
         (["--data", "x", "--goal", "ppo"], "--goal: 'ppo' is not allowed"),
         (["--data", "x", "--machine", "cloud"], "--machine: 'cloud' is not allowed"),
         (["--data", "x", "--gpu", "H1000"], "H1000"),

@@ -45,13 +45,16 @@ def unknown_keys(tree: Any, model: type[BaseModel], prefix: str) -> Iterator[str
 
 
 def _hint(key: str, model: type[BaseModel]) -> str:
-    """The words to write instead: a name of the section that is all but equal, the same name elsewhere, another tool's name for it, or
-    one of the section that is near."""
+    """The words to write instead: the same name elsewhere, what another tool's name is here, a name of the section that is all but equal,
+    why a name of another tool is none here, or one of the section that is near."""
     # Most configurations have no name that is unknown here, and none needs the names of other tools then.
-    from trainer.config.peers.names import known_elsewhere
+    from trainer.config.peers.names import called_here, why_not_here
 
-    near = difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.8) or _elsewhere(key)
-    if not near and (known := known_elsewhere(key)):
+    near = _elsewhere(key)
+    if not near and (known := called_here(key)):
+        return known
+    near = near or difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.8)
+    if not near and (known := why_not_here(key)):
         return known
     near = near or difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.5)
     return f"Did you mean {near[0]!r}?" if near else f"Allowed here: {', '.join(model.model_fields)}."
@@ -98,13 +101,22 @@ def _sentence(path: tuple[Any, ...], errors: Sequence[Any], model: type[BaseMode
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
     field = _field_at(model, [part for part in path if not isinstance(part, int)])
     example = ""
-    if field is not None and field.examples:
+    if first["type"] == "model_type" and field is not None and "[" not in name:
+        example = _section_example(name, field)
+    elif field is not None and field.examples:
         example = f" Example: {yaml.safe_dump(field.examples[0], default_flow_style=True).strip().removesuffix('...').strip()}."
     if first["type"] == "missing":
         return f"{name}: missing, and it has no default.{example}"
     messages = [_EXPECTED.get(item["type"]) or str(item["msg"]).removesuffix(".") for item in errors]
     allowed = " or ".join([messages[0], *(message.removeprefix("Input should be ") for message in messages[1:])])
     return f"{name}: {shown(first['input'])} is not allowed. {allowed}.{example}"
+
+
+def _section_example(name: str, field: FieldInfo) -> str:
+    """The words that a section is given by its settings, with the first of them that has an example."""
+    inside = next(sections_in(field.annotation), Section).model_fields
+    found = next(((key, known.examples[0]) for key, known in inside.items() if known.examples), None)
+    return f" Give its settings one by one. Example: {name}.{found[0]}={found[1]}." if found else ""
 
 
 def _is_union_tag(part: Any) -> bool:

@@ -48,15 +48,18 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str], name: str, s
     """
     given = dict[str, Any]()
     for override in overrides:
-        key, value = _apply(tree, override)
+        key, value, lost = _apply(tree, override)
         given |= _leaves(key, value)
+        if lost:
+            say(f"{key}={shown(value)} replaces all of {key} in {name}, also {', '.join(lost)}.")
     for setting, others, when in _EXCLUSIONS:
         for other in others if setting in given and when(given[setting]) else ():
             if other not in given and (replaced := _remove(tree, other.split("."))):
                 say(f"{setting}={shown(given[setting])} replaces {other}: {shown(replaced)} of {name}.")
 
 
-def _apply(tree: dict[str, Any], override: str) -> tuple[str, Any]:
+def _apply(tree: dict[str, Any], override: str) -> tuple[str, Any, list[str]]:
+    """Change `tree`; returns the key, its value, and the settings of a section that are gone, as the value gives the section anew."""
     key, equals, value = override.partition("=")
     name = f"override {shown(override)}"
     if not equals or not key:
@@ -70,8 +73,10 @@ def _apply(tree: dict[str, Any], override: str) -> tuple[str, Any]:
         if not isinstance(child, dict):
             raise ConfigError(f"{name}: {section!r} is a value, not a section.")
         node = child
-    node[leaf] = read_yaml(value, name)
-    return key, node[leaf]
+    before, node[leaf] = node.get(leaf), read_yaml(value, name)
+    if not isinstance(before, dict) or not isinstance(node[leaf], dict):
+        return key, node[leaf], []
+    return key, node[leaf], [str(inside) for inside in before if inside not in node[leaf]]
 
 
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -96,7 +96,7 @@ _UNSUPPORTED = each(
         "swanlab_completion_max_buffer use_otel_metrics otel_metrics_host otel_metrics_port",
         "trackio writes to the place that its own environment variables name.": "trackio_space_id",
         "Names of accounts come from the environment: WANDB_ENTITY.": "wandb_entity",
-        "Activations are recomputed, not moved to the host.": "activation_offloading layer_offloading selective_checkpointing "
+        "Of activations the inputs of layers go to the host: train.activation_offload.": "layer_offloading selective_checkpointing "
         "selective_checkpointing.* ple_cpu_offload",
         "The vocabulary keeps its size but for model.add_tokens.": "resize_token_embeddings_to_32x fix_untrained_tokens added_tokens_overrides",
         "The messages' text comes from the rows alone.": "default_system_message chat_template_kwargs",
@@ -191,6 +191,7 @@ _MAPPED: dict[str, Row] = {
     "test_datasets": Together("data.eval"),
     "num_epochs": To("train.epochs", to.passes),
     "micro_batch_size": To("train.micro_batch", to.whole),
+    "activation_offloading": To("train.activation_offload", to.switched),
     "eval_batch_size": Needless("Evaluation takes train.micro_batch."),
     "batch_size": Together("train.global_batch"),
     "gradient_accumulation_steps": Together("train.global_batch"),

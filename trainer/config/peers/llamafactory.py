@@ -115,6 +115,18 @@ _MAPPED: dict[str, Row] = {
     ),
     "pure_bf16": To("model.dtype", to.when({"model.dtype": "bf16"})),
     "ray_num_workers": Together("cluster.workers"),
+    "num_processes": Together("cluster.workers"),
+    "nproc_per_node": Together("cluster.workers"),
+    "num_gpus": Together("cluster.workers"),
+    "script": Needless("Every way to train is `capstan train`."),
+    **each(
+        Needless,
+        {
+            "Ranks find each other by themselves, under Ray, Slurm or torchrun.": "num_machines machine_rank main_process_ip main_process_port nnodes "
+            "num_nodes node_rank rdzv_id rdzv_backend rdzv_endpoint standalone hostfile include exclude",
+            "Where it runs is a part of the configuration: cluster.": "config_file",
+        },
+    ),
 }
 LLAMAFACTORY = Peer(
     "llamafactory",

@@ -11,16 +11,23 @@ from trainer.config.peers.trl import TRL
 PEERS = (AXOLOTL, TRL, LLAMAFACTORY, TORCHTUNE, ACCELERATE, LLAMAFACTORY_V1)
 
 
-def known_elsewhere(key: str) -> str | None:
-    """A sentence about a key of a peer: the setting that it is here, or why there is none. None where no peer has it."""
-    for kinds in ((To, Together), (Needless, Unsupported)):
-        for peer in PEERS:
-            row = peer.rows.get(key) or next(
-                (row for name, row in peer.rows.items() if name.rpartition(".")[2] == key and isinstance(row, kinds)),
-                None,
-            )
-            if isinstance(row, kinds):
-                return _sentence(row, peer.title)
+def called_here(key: str) -> str | None:
+    """A sentence about a key of a peer that is a setting here. None where no peer has such a one."""
+    return _about(key, (To, Together))
+
+
+def why_not_here(key: str) -> str | None:
+    """A sentence about a key of a peer that is no setting here: why there is none. None where no peer has such a one."""
+    return _about(key, (Needless, Unsupported))
+
+
+def _about(key: str, kinds: tuple[type[Row], type[Row]]) -> str | None:
+    for peer in PEERS:
+        row = peer.rows.get(key) or next(
+            (row for name, row in peer.rows.items() if name.rpartition(".")[2] == key and isinstance(row, kinds)), None
+        )
+        if isinstance(row, kinds):
+            return _sentence(row, peer.title)
     return None
 
 

@@ -28,7 +28,6 @@ _UNSUPPORTED = each(
     Unsupported,
     {
         "The model is not compiled by torch.compile.": "compile compile.*",
-        "Activations are recomputed, not moved to the host.": "enable_activation_offloading",
         "Tensor and sequence parallelism do not exist here; ZeRO-3 divides every weight.": "tensor_parallel_dim tensor_parallel_plan "
         "tensor_parallel_plan.* context_parallel_dim data_parallel_replicate_dim enable_fp8_training fp8_recipe_name",
         "Objectives are sft, dpo, orpo, simpo and kto: no rewards, no generation while training, no distillation.": "kd_loss kd_loss.* kd_ratio "
@@ -112,6 +111,7 @@ _MAPPED: dict[str, Row] = {
     "dtype": To("model.dtype", to.dtype),
     "device": Together("cluster.gpus_per_worker"),
     "enable_activation_checkpointing": To("train.activation_checkpointing", to.flag),
+    "enable_activation_offloading": To("train.activation_offload", to.flag),
     "fsdp_cpu_offload": Together("sharding.deepspeed"),
     "fsdp.cpu_offload": Together("sharding.deepspeed"),
     "log_every_n_steps": To("track.print_steps", to.whole),

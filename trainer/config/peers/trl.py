@@ -22,7 +22,6 @@ _NEEDLESS = each(
 _UNSUPPORTED = each(
     Unsupported,
     {
-        "Activations are recomputed, not moved to the host.": "activation_offloading",
         "The router's balancing loss is not added; routers stay frozen.": "router_aux_loss_coef",
         "The reference is the base itself: objective.reference.": "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps",
         _GENERATION: "generate_during_eval loss_weights ld_alpha f_divergence_type f_alpha_divergence_coef use_weighting discopop_tau cpo_alpha "
@@ -79,6 +78,7 @@ _MAPPED: dict[str, Row] = {
     "datasets[].fraction": Together("data.train"),
     "test_split_size": To("data.held_out", to.held_out),
     "chat_template_path": To("data.template", to.text),
+    "activation_offloading": To("train.activation_offload", to.flag),
     "max_length": To("data.sequence_length", to.whole),
     "max_seq_length": To("data.sequence_length", to.whole),
     "truncation_mode": Unsupported("A row that is too long keeps its beginning.", (None, "", "keep_start")),
