@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tests.dist.assembled import Assembled, assemble_run
+from tests.dist.proofs import in_this_process
 from tests.experts import multiply_expert_by_expert
 from tests.material import SIZES
 from tests.nf4 import decoded
@@ -85,6 +86,7 @@ def _loaded(config: Config, stock: str) -> dict[str, Any]:
 
 def proven(runs: dict[str, str], folder: str) -> dict[str, dict[str, Any]]:
     """`capstan export --verify` of each run's last step, and of its merged model, as `trained` has left them."""
+    in_this_process()
 
     def proofs(kind: str, uri: str) -> dict[str, Any]:
         run, (step, *_) = open_store(uri), committed_steps(open_store(uri))

@@ -21,9 +21,19 @@ from trainer.export.verify import prove_adapter, prove_merged
 from trainer.store import Store, open_store
 
 
+def together(_device: str, work: Callable[..., Any], *arguments: Any) -> Any:
+    """In the place of `aside`: starting a process for each side would take longer than all that these tests do. tests/cli has them apart."""
+    return work(*arguments)
+
+
+def in_this_process() -> None:
+    torch.set_num_threads(1)
+    verify.aside = together
+
+
 def export_proof(run_uri: str, step: int, adapter: str) -> dict[str, float]:
     """The measurements of `capstan export --verify`."""
-    torch.set_num_threads(1)
+    in_this_process()
     return asdict(prove_adapter(open_store(run_uri), step, open_store(adapter)))
 
 
@@ -105,11 +115,11 @@ def proof_in_bf16(run_uri: str, step: int, adapter: str) -> dict[str, Any]:
 
 def merge_proof(run_uri: str, step: int, merged: str) -> dict[str, float]:
     """The measurements of `capstan export --merge --verify`."""
-    torch.set_num_threads(1)
+    in_this_process()
     return asdict(prove_merged(open_store(run_uri), step, open_store(merged)))
 
 
 def recoded_proofs(run_uri: str, step: int, folders: list[str]) -> list[dict[str, float]]:
     """The measurements of `capstan export --format nf4 | fp8 --verify`."""
-    torch.set_num_threads(1)
+    in_this_process()
     return [asdict(prove_recoded(open_store(run_uri), step, open_store(folder))) for folder in folders]

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from tests.dist import llama
 from tests.dist.launch import launch
+from tests.dist.proofs import together
 from tests.material import Workshop, commit
 from trainer.errors import CapstanError, ConfigError, StorageError
-from trainer.export import llama_cpp
+from trainer.export import llama_cpp, verify
 from trainer.export.adapter import export_adapter
 from trainer.export.format import ExportProgress, Written, find_format
 from trainer.export.merged import export_merged
@@ -24,6 +25,11 @@ from trainer.store import Store, open_store
 pytestmark = pytest.mark.timeout(400)
 
 PROMPTS = [[1, *range(262, 300)], [1, 5, 300, 17, 299, 270]]
+
+
+@pytest.fixture(autouse=True)
+def sides_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "aside", together)
 
 
 def sentence_piece() -> bytes:

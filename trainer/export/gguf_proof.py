@@ -19,7 +19,7 @@ from trainer.export.merged import write_model
 from trainer.export.proof import Proof
 from trainer.export.recoded_proof import half
 from trainer.export.rows import ProbeRow
-from trainer.export.verify import Trained, base_directory, directory_of, give_memory_back, held_in, make_proof
+from trainer.export.verify import Trained, base_directory, directory_of, make_proof, plain_model
 from trainer.scratch import scratch_folder
 from trainer.store import Store, open_store
 
@@ -43,14 +43,14 @@ def prove_gguf_adapter(run: Store, step: int, exported: Store) -> Proof:
 
 def _prove(trained: Trained, files: Sequence[tuple[Path, Path | None]]) -> Proof:
     """`files` are models, each with the adapter beside it or None."""
-    rows = [_with_fewer_places(row) for row in trained.probe.rows]
+    rows = _rows(trained)
     with scratch_folder("gguf") as folder:
         write_model(
             trained.run, trained.manifest, trained.config, open_store(f"{folder}/merged"), lambda done, total: None
         )
-        expected = _in_transformers(trained, Path(folder, "merged"), rows)
+        expected = trained.exported(_in_transformers, f"{folder}/merged", packed=False)
     with base_directory(trained.base) as base:
-        effect = distance(expected, _in_transformers(trained, base, rows), rows)
+        effect = distance(expected, trained.exported(_in_transformers, str(base), packed=False), rows)
     found = (distance(expected, _in_llama_cpp(*pair, expected, rows), rows) for pair in files)
     proof = make_proof(trained.probe, "fp32", max(found), half(effect), effect)
     return replace(proof, compared="its predictions in llama.cpp against the merged model's in transformers")
@@ -62,14 +62,15 @@ def _with_fewer_places(row: ProbeRow) -> ProbeRow:
     return ProbeRow(row.tokens, row.places[kept], row.targets[kept])
 
 
-def _in_transformers(trained: Trained, folder: Path, rows: Sequence[ProbeRow]) -> list[Tensor]:
-    model = plain.load_plain(folder, held_in(trained.base), trained.dtype)
-    model = plain.grow(model, trained.vocabulary).to(plain.device())
+def _rows(trained: Trained) -> list[ProbeRow]:
+    return [_with_fewer_places(row) for row in trained.probe.rows]
+
+
+def _in_transformers(trained: Trained, folder: str) -> list[Tensor]:
+    """The predictions of the model in `folder`, for a process of their own."""
+    model = plain.grow(plain_model(trained, Path(folder)), trained.vocabulary)
     with plain.computing_in_fp32(model):
-        found = plain.place_logits(model, rows)
-    del model
-    give_memory_back()
-    return found
+        return plain.place_logits(model, _rows(trained))
 
 
 def _in_llama_cpp(

@@ -7,11 +7,11 @@ Nothing of Capstan's own model is used here, so that a mistake in it cannot hide
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes import functional as bnb
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -23,6 +23,7 @@ from trainer.base.unfilled import unfilled_model
 from trainer.config import Quant
 from trainer.errors import ConfigError, shown
 from trainer.export.rows import ProbeRow
+from trainer.export.streamed import PackedWeight, StreamedLayers, bnb_form
 from trainer.model.parts import body, in_order
 from trainer.tuning.method import Method, OwnFormat
 
@@ -31,8 +32,15 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_plain(folder: Path, held: torch.dtype, computed: torch.dtype, config: PretrainedConfig | None = None) -> Any:
-    """A model as transformers reads it, ready to predict, its weights in `held`; `config` where it is not the folder's own.
+def load_plain(
+    folder: Path,
+    held: torch.dtype,
+    computed: torch.dtype,
+    config: PretrainedConfig | None = None,
+    streamed: StreamedLayers | None = None,
+) -> Any:
+    """A model as transformers reads it, ready to predict, its weights in `held`; `config` where it is not the folder's own. Where it
+    is to be `streamed`, it is on the device already, and its layers are read at their turns.
 
     Its constants are those of a model in `computed`: Gemma's factor on embeddings is rounded to the type of the model.
 
@@ -46,11 +54,18 @@ def load_plain(folder: Path, held: torch.dtype, computed: torch.dtype, config: P
             "dtype": held,
             "trust_remote_code": False,
             "experts_implementation": "eager",  # grouped products want sizes that are multiples of 16 bytes
+            **(streamed.options if streamed else {}),
         }
         if whole.get_text_config() is whole:
             model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
         else:
-            model = _language_model(AutoModelForMultimodalLM.from_pretrained(folder, **options), config, held)
+            model = AutoModelForMultimodalLM.from_pretrained(folder, **options)
+        if streamed:
+            streamed.take_over(model)
+        if whole.get_text_config() is not whole:
+            model = _language_model(model, config, held)
+        if streamed:
+            streamed.begin(model, unfilled_model(config, held), device())
     if held != computed:
         round_buffers(model, dict(unfilled_model(config, computed).named_buffers()))
     return model.eval()
@@ -145,24 +160,30 @@ def adapted_weights(adapter: Path) -> tuple[str, ...]:
 
 
 def quantize(
-    model: nn.Module, quant: Quant, dtype: torch.dtype, weights: Collection[str], unpacked: tuple[str, ...] = ()
+    model: nn.Module,
+    quant: Quant,
+    dtype: torch.dtype,
+    weights: Collection[str],
+    unpacked: tuple[str, ...] = (),
+    streamed: StreamedLayers | None = None,
 ) -> None:
     """bitsandbytes on every matrix of the `weights` by name, multiplied in `dtype`; those whose names end in one of `unpacked` get
-    the values that it leaves of them.
+    the values that it leaves of them, and so do all that are `streamed`.
 
     transformers' own way has blocks of 64 only, and leaves experts in 16 bits.
     """
-    form = {"blocksize": quant.block_size, "quant_type": quant.type, "compress_statistics": quant.double}
+    if streamed:
+        streamed.quantize(model, quant, dtype, weights)
+        return
     for path, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear) or f"{path}.weight" not in weights:
             continue
         misread = device().type == "cpu" and module.in_features % quant.block_size
         if misread or f"{path}.weight".endswith(unpacked):
-            # On a CPU, bitsandbytes 0.50 misreads matrices whose rows are not whole blocks.
-            module.weight.data = _dequantized(module.weight.data, dtype, form)
+            module.weight.data = _dequantized(module.weight.data, quant, dtype)
         else:
             layer = Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=dtype, device="meta")
-            weight: Any = Params4bit(module.weight.data, requires_grad=False, **form)
+            weight: Any = Params4bit(module.weight.data, requires_grad=False, **bnb_form(quant))
             weight = weight.to(device())  # which quantizes it
             weight.quant_state.dtype = dtype
             layer.weight = weight
@@ -170,16 +191,11 @@ def quantize(
             model.set_submodule(path, layer)
     stacks = (part for name, part in model.named_parameters() if name in weights and part.ndim == 3)
     for parameter in stacks:
-        matrices = parameter.data.to(dtype)
-        for matrix in matrices:
-            matrix.copy_(_dequantized(matrix, dtype, form))
-        parameter.data = matrices
+        parameter.data = _dequantized(parameter.data, quant, dtype)
 
 
-def _dequantized(matrix: Tensor, dtype: torch.dtype, form: Mapping[str, Any]) -> Tensor:
-    """`matrix` in `dtype`, quantized and dequantized as one row, where it was."""
-    packed, state = bnb.quantize_4bit(matrix.to(device(), dtype).flatten(), **form)
-    return bnb.dequantize_4bit(packed, state).view_as(matrix).to(matrix.device)
+def _dequantized(weight: Tensor, quant: Quant, dtype: torch.dtype) -> Tensor:
+    return PackedWeight(weight.to(device()), quant, dtype).values().to(weight.device)
 
 
 @contextmanager
@@ -208,7 +224,9 @@ def _in_fp32(part: nn.Module) -> list[Any]:
             tensor, data = before.pop()
             tensor.data = data
 
-    return [part.register_forward_pre_hook(widen), part.register_forward_hook(restore, always_call=True)]
+    # First of all behind the layer: where it is streamed, its weights go then.
+    after = part.register_forward_hook(restore, prepend=True, always_call=True)
+    return [part.register_forward_pre_hook(widen), after]
 
 
 @contextmanager
@@ -230,8 +248,11 @@ def shaken(model: nn.Module, size: float) -> Iterator[None]:
             hook.remove()
 
 
-def merge_and_round(model: Any, stored: dict[str, torch.dtype], embedding: str) -> None:
-    """PEFT's own merge of the adapters into their weights, in fp32, each then rounded to the type it is `stored` in.
+def merge_and_round(
+    model: Any, stored: dict[str, torch.dtype], embedding: str, streamed: StreamedLayers | None = None
+) -> None:
+    """PEFT's own merge of the adapters into their weights, in fp32, each then rounded to the type it is `stored` in; those of layers
+    that are `streamed` at each turn.
 
     `embedding` is the name of that weight.
     """
@@ -239,12 +260,17 @@ def merge_and_round(model: Any, stored: dict[str, torch.dtype], embedding: str) 
         (path, module) for path, module in model.get_base_model().named_modules() if isinstance(module, BaseTunerLayer)
     )
     for path, module in layers:
-        weights = list(module.get_base_layer().named_parameters(recurse=False))
-        held = {name: weight.dtype for name, weight in weights}
-        module.float()
-        module.merge()
-        for name, weight in weights:  # a bias too: some methods change it
-            wrapped = path.removesuffix(".token_adapter")
-            # A tied head has the embedding's weight, and none of its own in the files.
-            kind = stored.get(f"{wrapped}.{name}", stored[embedding])
-            weight.data = weight.data.to(kind).to(held[name])
+        merge = partial(_merge_and_round, path.removesuffix(".token_adapter"), module, stored, embedding)
+        if not (streamed and streamed.at_each_turn(module, merge, module.merged_adapters.clear)):
+            merge()
+
+
+def _merge_and_round(path: str, module: Any, stored: dict[str, torch.dtype], embedding: str) -> None:
+    weights = list(module.get_base_layer().named_parameters(recurse=False))
+    held = {name: weight.dtype for name, weight in weights}
+    module.float()
+    module.merge()
+    for name, weight in weights:  # a bias too: some methods change it
+        # A tied head has the embedding's weight, and none of its own in the files.
+        kind = stored.get(f"{path}.{name}", stored[embedding])
+        weight.data = weight.data.to(kind).to(held[name])

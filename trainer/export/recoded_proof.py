@@ -8,25 +8,23 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from trainer.base.dequantized import dequantized_by_transformers
 from trainer.base.meta import model_config
 from trainer.export import plain
 from trainer.export.distributions import Distance, distance
 from trainer.export.proof import Proof
-from trainer.export.verify import Trained, directory_of, give_memory_back, make_proof
-from trainer.store import Store
+from trainer.export.verify import Trained, directory_of, make_proof
+from trainer.store import Store, open_store
 
 
 def prove_recoded(run: Store, step: int, exported: Store) -> Proof:
     """The trained model of `step` against the files in `exported`, and against itself before the training for the effect."""
     trained = Trained.at(run, step)
     rows, computed_in = trained.probe.rows, trained.computed_in
-    expected = trained.logits(computed_in)
-    give_memory_back()
-    begun = trained.logits(computed_in, learnt=False)
-    give_memory_back()
-    with directory_of(exported) as folder:
-        found = plain.place_logits(_load(folder, trained.dtype), rows)
+    expected, begun = trained.predictions(), trained.predictions(learnt=False)
+    found = trained.exported(_recoded_side, exported.uri, packed=False, recoded=True)
     difference, effect = distance(expected, found, rows), distance(expected, begun, rows)
     return make_proof(trained.probe, computed_in, difference, half(effect), effect)
 
@@ -34,6 +32,11 @@ def prove_recoded(run: Store, step: int, exported: Store) -> Proof:
 def half(effect: Distance) -> Distance:
     """The largest difference by fewer bits that is allowed, where the training has had this effect."""
     return Distance(0.5 * effect.kl, 0.5 * effect.log_prob)
+
+
+def _recoded_side(trained: Trained, exported: str) -> list[Tensor]:
+    with directory_of(open_store(exported)) as folder:
+        return plain.place_logits(_load(folder, trained.dtype), trained.probe.rows)
 
 
 def _load(folder: Path, dtype: Any) -> Any:

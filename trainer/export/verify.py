@@ -5,6 +5,9 @@ the two sides differ by the order of additions alone. Where fp32 does not fit, o
 bf16, both sides compute in `model.dtype`. In either case the allowed difference is measured on the spot, by moving the
 last bits of every product. The adapter's own effect is the control: a difference that is allowed must be smaller.
 
+Each side is a process of its own (trainer/export/side.py). It is on the GPU where it fits there, whole or a decoder layer at a time,
+else on the CPU (trainer/export/placement.py).
+
 A merged model is not quite the trained one where the base was quantized for training, as it is merged into the base's own
 weights. Only the merging is proven for it: it predicts what PEFT's own merge predicts, rounded to the same types.
 
@@ -12,13 +15,12 @@ Where the base itself has learnt, the model's files must also be, byte for byte,
 no prediction shows a single bit that has flipped among billions.
 """
 
-import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,14 +36,18 @@ from trainer.checkpoint.checkpoints import load_partitions
 from trainer.checkpoint.learner import TrainablePartition
 from trainer.checkpoint.manifest import CheckpointManifest, read_manifest
 from trainer.config import Config, override
+from trainer.devices import host_memory_left, local_gpus
 from trainer.errors import CapstanError
 from trainer.export import plain
 from trainer.export.adapter import export_adapter
 from trainer.export.distributions import Distance, distance
 from trainer.export.folder import local_folder
 from trainer.export.merged import ChangedFile, changed_files
+from trainer.export.placement import ProofSide, Room, exported_side, trained_side
 from trainer.export.proof import Proof
 from trainer.export.rows import Probe, ProbeRow, find_probe
+from trainer.export.side import aside
+from trainer.export.streamed import StreamedLayers
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.objective.sft import NextTokens
 from trainer.optimizer.optimizer import MASTER
@@ -53,28 +59,64 @@ from trainer.train.assemble import assemble, attention_of
 from trainer.tuning.method import Method, method_of
 from trainer.zero.policy import build_deepspeed_config
 
+T = TypeVar("T")
+
 # How far a product's outputs are moved to measure what rounding does, as a share of themselves: one last bit in bf16; in fp32
 # five bits, as the order of thousands of additions reaches so far.
 _SHAKEN_BY = {"bf16": 2**-8, "fp32": 2**-18}
 # A divergence grows with the square of a difference.
 _TOLERATED_NOISE = 3.0
+# The policy by which our engine has a layer's weights on the GPU for its turn only.
+_A_LAYER_AT_A_TIME = "zero3_offload_cpu"
 _DO_NOT_USE = "do not use it, and export again."
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The checkpoint that was exported, as it was trained."""
+    """The checkpoint that was exported, as it was trained. `scratch` is a folder for a side that computes a decoder layer at a time."""
 
     run: Store
     manifest: CheckpointManifest
     config: Config
     base: Base
+    scratch: Path | None = None
 
     @classmethod
-    def at(cls, run: Store, step: int) -> "Trained":
+    def at(cls, run: Store, step: int, scratch: Path | None = None) -> "Trained":
         manifest = read_manifest(run, step)
         config = trained_config(run, manifest)
-        return cls(run, manifest, config, resolve_trained_base(config.model, manifest))
+        return cls(run, manifest, config, resolve_trained_base(config.model, manifest), scratch)
+
+    @cached_property
+    def room(self) -> Room:
+        """The memory of this machine that is free before either side is loaded."""
+        return Room(aside("gpu", _free_gpu_memory) if local_gpus() else 0, host_memory_left())
+
+    def side(self, computed_in: str) -> ProofSide:
+        """This checkpoint in our own loader."""
+        learnt = sum(self.manifest.numels.values())
+        return trained_side(self.base.architecture, self.config.quant, learnt, DTYPES[computed_in].itemsize)
+
+    def predictions(self, *, learnt: bool = True) -> list[Tensor]:
+        """`logits` of a process of its own."""
+        return self._aside(self.side(self.computed_in), Trained.logits, self.computed_in, learnt)
+
+    def exported(self, work: Callable[..., T], *arguments: Any, packed: bool, recoded: bool = False) -> T:
+        """`work(self, *arguments)` in a process that has room for an exported model. What is stored in fewer bits, as a `recoded` model
+        is, transformers unpacks whole."""
+        model, stored = self.base.architecture, self.base.stored
+        held = max(held_in(self.base), self.dtype, key=lambda dtype: dtype.itemsize)
+        refused = "what is stored in 4 or 8 bits is read whole" if recoded or stored.quantized or stored.decoded else ""
+        side = exported_side(model, self.config.quant, held.itemsize, packed=packed, refused=refused)
+        return self._aside(side, work, *arguments)
+
+    def _aside(self, side: ProofSide, work: Callable[..., T], *arguments: Any) -> T:
+        place = side.place(self.room)
+        _say(side.sentence(self.room))
+        return aside(place.device, _with_trained, self.run.uri, self.manifest.step, place.streamed, work, arguments)
+
+    def streamed_layers(self) -> StreamedLayers | None:
+        return StreamedLayers(self.scratch) if self.scratch else None
 
     @cached_property
     def method(self) -> Method:
@@ -99,14 +141,17 @@ class Trained:
 
     @cached_property
     def computed_in(self) -> str:
-        exact = not self.base.stored.quantized and _fits_in_fp32(self.config, self.base, self.manifest)
+        exact = not self.base.stored.quantized and _fits_in_fp32(self)
         return "fp32" if exact else self.config.model.dtype
 
-    def logits(self, computed_in: str, *, learnt: bool = True) -> list[Tensor]:
+    def logits(self, computed_in: str, learnt: bool = True) -> list[Tensor]:
         """Through our own sharded loader, engine and restore, as one rank: for each row (P, V) fp32. Without what was `learnt`
         those before the first step, over the base as it was quantized for the training."""
         ranks, base = join(), self.base
-        config = override(self.config, f"model.dtype={computed_in}", "model.attention=auto", "quant.cache=false")
+        changes = [f"model.dtype={computed_in}", "model.attention=auto", "quant.cache=false"]
+        if self.scratch:
+            changes.append(f"sharding.deepspeed={_A_LAYER_AT_A_TIME}")
+        config = override(self.config, *changes)
         attention = attention_of(config, base, ranks.device)
         on_gpu = ranks.device.type == "cuda"
         settings = build_deepspeed_config(config, world_size=ranks.world_size, accumulation=1, on_gpu=on_gpu)
@@ -128,21 +173,28 @@ class Trained:
 
 
 def prove_adapter(run: Store, step: int, adapter: Store) -> Proof:
-    """The model of `step` against the exported adapter, in this process, one after the other."""
+    """The model of `step` against the exported adapter."""
     trained = Trained.at(run, step)
     if trained.method.exports_model:
         return _prove_model(trained, adapter)
     computed_in, rows = trained.computed_in, trained.probe.rows
-    expected = trained.logits(computed_in)
-    give_memory_back()
-    with base_directory(trained.base) as base, directory_of(adapter) as folder:
+    expected = trained.predictions()
+    packed = trained.config.quant.type != "none"
+    found, allowed, effect = trained.exported(_adapter_side, adapter.uri, computed_in, packed=packed)
+    return make_proof(trained.probe, computed_in, distance(expected, found, rows), allowed, effect)
+
+
+def _adapter_side(trained: Trained, adapter: str, computed_in: str) -> tuple[list[Tensor], Distance, Distance]:
+    """The base with the exported adapter: its logits, how far rounding may move them, and how far they are from the base's own."""
+    rows = trained.probe.rows
+    with base_directory(trained.base) as base, directory_of(open_store(adapter)) as folder:
         model = _plain_base(trained, base, computed_in, plain.adapted_weights(folder))
         model, without = plain.add_adapter(model, folder, trained.method)
         with _computing(model, computed_in):
             found, allowed = _predictions(model, rows, computed_in)
             with without:
                 effect = distance(found, plain.place_logits(model, rows), rows)
-    return make_proof(trained.probe, computed_in, distance(expected, found, rows), allowed, effect)
+    return found, allowed, effect
 
 
 def prove_merged(run: Store, step: int, merged: Store) -> Proof:
@@ -151,26 +203,9 @@ def prove_merged(run: Store, step: int, merged: Store) -> Proof:
     if trained.method.exports_model:
         return _prove_model(trained, merged)
     rows = trained.probe.rows
-    as_trained = trained.logits(trained.computed_in)
-    give_memory_back()
-    stored = {name: SOURCE_DTYPES[source.dtype] for name, source in trained.weights.sources.items()}
-    with base_directory(trained.base) as base, scratch_folder("adapter") as folder:
-        export_adapter(run, open_store(folder), step)
-        model = plain.load_plain(base, held_in(trained.base), trained.dtype)
-        model = plain.grow(model, trained.vocabulary).to(plain.device())
-        model, without = plain.add_adapter(model, Path(folder), trained.method)
-        with plain.computing_in_fp32(model):
-            beside = plain.place_logits(model, rows)
-            with without:
-                alone = plain.place_logits(model, rows)
-            plain.merge_and_round(model, stored, trained.base.architecture.embedding)
-            expected, allowed = _predictions(model, rows, "fp32")
-    del model
-    give_memory_back()
-    with directory_of(merged) as folder:
-        model = plain.load_plain(folder, held_in(trained.base), trained.dtype).to(plain.device())
-        with plain.computing_in_fp32(model):
-            found = plain.place_logits(model, rows)
+    as_trained = trained.predictions()
+    beside, alone, expected, allowed = trained.exported(_merging_side, packed=False)
+    found = trained.exported(_merged_side, merged.uri, packed=False)
     return make_proof(
         trained.probe,
         "fp32",
@@ -182,6 +217,32 @@ def prove_merged(run: Store, step: int, merged: Store) -> Proof:
     )
 
 
+def _merging_side(trained: Trained) -> tuple[list[Tensor], list[Tensor], list[Tensor], Distance]:
+    """Logits of base and adapter side by side, of the base alone, and of PEFT's own merge; and how far rounding may move these."""
+    rows = trained.probe.rows
+    stored = {name: SOURCE_DTYPES[source.dtype] for name, source in trained.weights.sources.items()}
+    with base_directory(trained.base) as base, scratch_folder("adapter") as folder:
+        export_adapter(trained.run, open_store(folder), trained.manifest.step)
+        streamed = trained.streamed_layers()
+        model = plain.load_plain(base, held_in(trained.base), trained.dtype, streamed=streamed)
+        model = plain.grow(model, trained.vocabulary).to(plain.device())
+        model, without = plain.add_adapter(model, Path(folder), trained.method)
+        with plain.computing_in_fp32(model):
+            beside = plain.place_logits(model, rows)
+            with without:
+                alone = plain.place_logits(model, rows)
+            plain.merge_and_round(model, stored, trained.base.architecture.embedding, streamed)
+            expected, allowed = _predictions(model, rows, "fp32")
+    return beside, alone, expected, allowed
+
+
+def _merged_side(trained: Trained, merged: str) -> list[Tensor]:
+    with directory_of(open_store(merged)) as folder:
+        model = plain_model(trained, folder)
+        with plain.computing_in_fp32(model):
+            return plain.place_logits(model, trained.probe.rows)
+
+
 def _prove_model(trained: Trained, destination: Store) -> Proof:
     """A model whose base has learnt itself: its bytes, and then its predictions against those of the model of `step`, with
     those of the base as it was for the effect.
@@ -191,19 +252,24 @@ def _prove_model(trained: Trained, destination: Store) -> Proof:
     for file in changed_files(trained.run, trained.manifest, trained.config, trained.base):
         _check_bytes(file, destination)
     computed_in, rows = trained.computed_in, trained.probe.rows
-    expected = trained.logits(computed_in)
-    give_memory_back()
-    with directory_of(destination) as folder:
-        model = plain.load_plain(folder, held_in(trained.base), trained.dtype).to(plain.device())
+    expected = trained.predictions()
+    found, allowed = trained.exported(_model_side, destination.uri, computed_in, packed=False)
+    effect = distance(found, trained.exported(_base_side, computed_in, packed=False), rows)
+    return make_proof(trained.probe, computed_in, distance(expected, found, rows), allowed, effect)
+
+
+def _model_side(trained: Trained, exported: str, computed_in: str) -> tuple[list[Tensor], Distance]:
+    with directory_of(open_store(exported)) as folder:
+        model = plain_model(trained, folder)
         with _computing(model, computed_in):
-            found, allowed = _predictions(model, rows, computed_in)
-    del model
-    give_memory_back()
+            return _predictions(model, trained.probe.rows, computed_in)
+
+
+def _base_side(trained: Trained, computed_in: str) -> list[Tensor]:
     with base_directory(trained.base) as folder:
         model = _plain_base(trained, folder, computed_in)
         with _computing(model, computed_in):
-            effect = distance(found, plain.place_logits(model, rows), rows)
-    return make_proof(trained.probe, computed_in, distance(expected, found, rows), allowed, effect)
+            return plain.place_logits(model, trained.probe.rows)
 
 
 def _predictions(model: Any, rows: Sequence[ProbeRow], computed_in: str) -> tuple[list[Tensor], Distance]:
@@ -255,6 +321,12 @@ def make_proof(
     )
 
 
+def plain_model(trained: Trained, folder: Path) -> Any:
+    """The model in `folder`, of the base's kind, in transformers."""
+    held, streamed = held_in(trained.base), trained.streamed_layers()
+    return plain.load_plain(folder, held, trained.dtype, streamed=streamed).to(plain.device())
+
+
 def _plain_base(trained: Trained, folder: Path, computed_in: str, unpacked: tuple[str, ...] = ()) -> Any:
     """The base in transformers, quantized as it was for training; `unpacked` as in `plain.quantize`."""
     config, base = trained.config, trained.base
@@ -262,11 +334,11 @@ def _plain_base(trained: Trained, folder: Path, computed_in: str, unpacked: tupl
     # PEFT keeps a prefix in its base's type, so that of a training in fp32 needs such a base.
     exact = torch.float32 if config.model.dtype == "fp32" else held_in(base)
     held = exact if computed_in == "fp32" else dtype
-    architecture = model_config(folder, config.model.layers)
+    architecture, streamed = model_config(folder, config.model.layers), trained.streamed_layers()
     with dequantized_by_transformers(architecture) if base.stored.decoded else nullcontext():
-        model = plain.load_plain(folder, held, trained.dtype, architecture)
+        model = plain.load_plain(folder, held, trained.dtype, architecture, streamed)
     if config.quant.type != "none" and not base.stored.quantized:
-        plain.quantize(model, config.quant, dtype, base.architecture.quantizable(), unpacked)
+        plain.quantize(model, config.quant, dtype, base.architecture.quantizable(), unpacked, streamed)
     return plain.grow(model, trained.vocabulary).to(plain.device())
 
 
@@ -285,28 +357,22 @@ def held_in(base: Base) -> torch.dtype:
     return SOURCE_DTYPES[types.pop()] if len(types) == 1 else torch.float32
 
 
-def _fits_in_fp32(config: Config, base: Base, manifest: CheckpointManifest) -> bool:
-    """Whether the trained side may be in fp32: it holds all that is not quantized as it computes, and of what learns also a
-    master and room for a gradient."""
-    model = base.architecture
-    packed = 4.0 if config.quant.type == "none" else 0.5 + 4 / config.quant.block_size
-    needed = packed * model.weights("linear", "experts") + 4 * model.weights("embedding", "head", "small")
-    needed += 8 * sum(manifest.numels.values())
-    return 1.25 * needed < _available_memory()
+def _fits_in_fp32(trained: Trained) -> bool:
+    return trained.side("fp32").fits(trained.room)
 
 
-def _available_memory() -> int:
-    """Bytes of the GPU, where there is one, else of the host; Linux counts what it would give up of its caches."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-    return 1024 * int(fields["MemAvailable"].split()[0])
+def _free_gpu_memory() -> int:
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
 
 
-def give_memory_back() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def _with_trained(run: str, step: int, streamed: bool, work: Callable[..., T], arguments: tuple[Any, ...]) -> T:
+    with scratch_folder("verify") as folder:
+        return work(Trained.at(open_store(run), step, Path(folder) if streamed else None), *arguments)
+
+
+def _say(sentence: str) -> None:
+    """A line of the process that `capstan export` starts (trainer/export/__main__.py)."""
+    print("say", f"--verify: {sentence}", flush=True)
 
 
 @contextmanager

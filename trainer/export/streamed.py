@@ -1,0 +1,138 @@
+"""A model in transformers whose decoder layers have their weights for their turn only, for where memory does not hold all of it.
+
+At its turn a layer's weights come from the files again or, of a base that is quantized, from the 4 bits that were made of them once
+and stay on the host.
+
+Which stored tensors make a weight is transformers' own knowledge, by its offload to disk: it reads those that need no conversion where they
+are, and writes the others, as of most mixtures, to a folder. accelerate's hooks, which then move the weights of one module at a
+time, are removed: modules of a layer read each other's weights, and PEFT wraps them.
+"""
+
+from collections.abc import Callable, Collection
+from copy import deepcopy
+from functools import partial
+from operator import getitem
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.hooks import remove_hook_from_module
+from bitsandbytes import functional as bnb
+from torch import Tensor, nn
+
+from trainer.config import Quant
+from trainer.model.parts import decoder_layers
+
+
+class StreamedLayers:
+    """The layers of one model. `folder` is where transformers may write converted weights for as long as the model is used."""
+
+    def __init__(self, folder: Path) -> None:
+        self.options: dict[str, Any] = {"device_map": {"": "disk"}, "offload_folder": str(folder)}
+        self._supplies: dict[nn.Parameter, Callable[[], Tensor]] = {}
+        self._layers: list[nn.Module] = []
+
+    def take_over(self, model: Any) -> None:
+        """The weights of a model that `from_pretrained` has made with these `options`."""
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.is_meta:
+                    self._supplies[parameter] = partial(getitem, module._hf_hook.weights_map, name)
+        remove_hook_from_module(model, recurse=True)
+        del model.hf_device_map  # by which PEFT would hook it again
+        model.tie_weights()
+
+    def begin(self, model: Any, alike: nn.Module, device: torch.device) -> None:
+        """Read the weights outside of the decoder layers, and have each layer read its own from now on; all in the types that they
+        have in `alike`. `model` is the one that was taken over, or a part of it."""
+        self._layers = list(decoder_layers(model) or ())
+        inside = {parameter for layer in self._layers for parameter in layer.parameters()}
+        made: dict[nn.Parameter, nn.Parameter] = {}
+        for path, module in model.named_modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if parameter not in made:
+                    dtype = alike.get_parameter(f"{path}.{name}").dtype
+                    made[parameter] = self._placed(parameter, parameter in inside, dtype, device)
+                setattr(module, name, made[parameter])
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(device)
+        for layer in self._layers:
+            layer.register_forward_pre_hook(self._fill)
+            layer.register_forward_hook(self._empty, always_call=True)
+
+    def _placed(self, parameter: nn.Parameter, later: bool, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+        read = self._supplies.pop(parameter, lambda: parameter.data)
+
+        def supply() -> Tensor:
+            return read().to(device, dtype)
+
+        values = _nothing(parameter.shape, dtype, device) if later else supply()
+        placed = nn.Parameter(values, requires_grad=False)
+        if later:
+            self._supplies[placed] = supply
+        return placed
+
+    def quantize(self, model: nn.Module, quant: Quant, dtype: torch.dtype, weights: Collection[str]) -> None:
+        """As `plain.quantize`: the `weights` by name get the values that bitsandbytes leaves of them, in `dtype`."""
+        for name, parameter in model.named_parameters():
+            if name not in weights:
+                continue
+            if parameter in self._supplies:
+                self._supplies[parameter] = PackedWeight(self._supplies[parameter](), quant, dtype).values
+                parameter.data = _nothing(parameter.shape, dtype, parameter.device)
+            else:
+                parameter.data = PackedWeight(parameter.data, quant, dtype).values()
+
+    def at_each_turn(self, module: nn.Module, change: Callable[[], None], undo: Callable[[], None]) -> bool:
+        """Whether `module` is of a streamed layer; if so, have `change` called each time that its weights have come, and `undo`
+        when they go."""
+        for layer in self._layers:
+            if any(module is part for part in layer.modules()):
+                layer.register_forward_pre_hook(lambda *_: change())
+                layer.register_forward_hook(lambda *_: undo(), always_call=True)
+                return True
+        return False
+
+    def _fill(self, layer: nn.Module, _inputs: Any) -> None:
+        for parameter in layer.parameters():
+            if parameter in self._supplies:
+                parameter.data = self._supplies[parameter]()
+
+    def _empty(self, layer: nn.Module, _inputs: Any, _outputs: Any) -> None:
+        for parameter in layer.parameters():
+            if parameter in self._supplies:
+                parameter.data = _nothing(parameter.shape, parameter.dtype, parameter.device)
+
+
+def _nothing(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor for those who ask for shape, type and device, of a single value."""
+    return torch.zeros((), dtype=dtype, device=device).expand(shape)
+
+
+def bnb_form(quant: Quant) -> dict[str, Any]:
+    """bitsandbytes' names of the settings."""
+    return {"blocksize": quant.block_size, "quant_type": quant.type, "compress_statistics": quant.double}
+
+
+class PackedWeight:
+    """A matrix, or a stack of them, in bitsandbytes' 4 bits on the host.
+
+    Each is quantized and dequantized as one row: on a CPU, bitsandbytes 0.50 misreads matrices whose rows are not whole blocks.
+    """
+
+    def __init__(self, weight: Tensor, quant: Quant, dtype: torch.dtype) -> None:
+        self._like = _nothing(weight.shape, dtype, weight.device)
+        self._matrices: list[tuple[Tensor, bnb.QuantState]] = []
+        for matrix in weight.view(-1, *weight.shape[-2:]):
+            packed, state = bnb.quantize_4bit(matrix.to(dtype).flatten(), **bnb_form(quant))
+            state.to("cpu")
+            self._matrices.append((packed.cpu(), state))
+
+    def values(self) -> Tensor:
+        """The weight as its bits say, where and in the type that it was."""
+        values = torch.empty_like(self._like, memory_format=torch.contiguous_format)
+        for matrix, (packed, kept) in zip(values.view(-1, *values.shape[-2:]), self._matrices, strict=True):
+            state = deepcopy(kept)
+            state.to(values.device)
+            matrix.copy_(bnb.dequantize_4bit(packed.to(values.device), state).view_as(matrix))
+        return values
