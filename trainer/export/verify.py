@@ -106,7 +106,9 @@ class Trained:
         """Through our own sharded loader, engine and restore, as one rank: for each row (P, V) fp32. Without what was `learnt`
         those before the first step, over the base as it was quantized for the training."""
         ranks, base = join(), self.base
-        config = override(self.config, f"model.dtype={computed_in}", "model.attention=auto", "quant.cache=false")
+        config = override(
+            self.config, f"model.dtype={computed_in}", "model.attention=auto", "model.kernels=none", "quant.cache=false"
+        )
         attention = attention_of(config, base, ranks.device)
         on_gpu = ranks.device.type == "cuda"
         settings = build_deepspeed_config(config, world_size=ranks.world_size, accumulation=1, on_gpu=on_gpu)
