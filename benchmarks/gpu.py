@@ -51,20 +51,31 @@ class Part(NamedTuple):
 
 
 def kernels(_given: argparse.Namespace) -> list[Figure]:
-    """Loss and gradients of a packed row in bf16 by each attention kernel, and dequantized weights, beside plain ones in fp32."""
+    """Loss and gradients of a packed row in bf16 by each attention kernel and by Liger's kernels, and dequantized weights, beside plain
+    ones in fp32; and how long Liger's take."""
     import torch
     from train import llama, make_base
 
     from trainer.base.locate import resolve_base
     from trainer.errors import ConfigError
     from trainer.model.attention import choose_attention
+    from trainer.model.liger import missing
 
     device, found = torch.device(DEVICE), list[Figure]()
+    lacking = missing(device, "llama")
     with tempfile.TemporaryDirectory(prefix="capstan-bench-") as folder:
         make_base(Path(folder, "base"), {**llama(2, 1024), "num_attention_heads": 8, "num_key_value_heads": 2})
         settings = _config(Path(folder, "base")).model
         base = resolve_base(settings)
         exact, exact_gradient = _loss_and_gradient(base, "eager", torch.float32)
+
+        def beside(what: str, *options: Any) -> Figure:
+            loss, gradient = _loss_and_gradient(base, *options)
+            off = abs(loss - exact) / exact
+            apart = float((gradient - exact_gradient).norm() / exact_gradient.norm())
+            right = off < 2e-3 and apart < 5e-2
+            return Figure(what, f"loss {off:.1e} off, gradient {apart:.1e}", "below 2e-3 and 5e-2", right)
+
         known = get_args(type(settings).model_fields["attention"].annotation)
         for name in (name for name in known if name != "auto"):
             try:
@@ -72,13 +83,10 @@ def kernels(_given: argparse.Namespace) -> list[Figure]:
             except ConfigError as error:
                 found.append(Figure(f"attention: {name}", str(error)))
                 continue
-            loss, gradient = _loss_and_gradient(base, name, torch.bfloat16)
-            off = abs(loss - exact) / exact
-            apart = float((gradient - exact_gradient).norm() / exact_gradient.norm())
-            right = off < 2e-3 and apart < 5e-2
-            said = f"loss {off:.1e} off, gradient {apart:.1e}"
-            found.append(Figure(f"attention: {name}", said, "below 2e-3 and 5e-2", right))
-    return [*found, *_dequantized()]
+            found.append(beside(f"attention: {name}", name, torch.bfloat16))
+        if lacking is None:
+            found.append(beside("liger", "sdpa", torch.bfloat16, "liger"))
+    return [*found, *(_fused() if lacking is None else [Figure("liger", lacking)]), *_dequantized()]
 
 
 def _config(base: Path, *overrides: str) -> Any:
@@ -88,21 +96,22 @@ def _config(base: Path, *overrides: str) -> Any:
     return parse_config(json.dumps({**tree, "data": {"train": [{"path": "none.jsonl"}]}}), overrides)
 
 
-def _loss_and_gradient(base: Any, kernel: str, dtype: Any) -> tuple[float, Any]:
-    """The loss of a row of three documents, and its gradient by the embedding, fp32."""
+def _loss_and_gradient(base: Any, kernel: str, dtype: Any, fused: str = "none") -> tuple[float, Any]:
+    """The loss of a row of three documents, and its gradient by the embedding, fp32; `fused` is model.kernels."""
     import torch
     from safetensors.torch import load_file
 
     from trainer.base.load import empty_model
     from trainer.data.micro_batch import MicroBatch
     from trainer.model.attention import choose_attention
+    from trainer.model.liger import Kernels
     from trainer.model.packed import PackedModel
     from trainer.objective.objective import find_objective
 
     device = torch.device(DEVICE)
     config = _config(base.directory, f"model.dtype={'fp32' if dtype == torch.float32 else 'bf16'}")
     attention = choose_attention(kernel, device, dtype, base.architecture)
-    model: Any = empty_model(base, config, attention)
+    model: Any = empty_model(base, config, attention, Kernels(fused, device))
     weights: dict[str, Any] = {}
     for path in Path(base.directory).glob("*.safetensors"):
         weights |= load_file(path)
@@ -118,6 +127,51 @@ def _loss_and_gradient(base: Any, kernel: str, dtype: Any) -> tuple[float, Any]:
     loss = find_objective(config).loss(PackedModel(model, attention), row.to(device)).sum()
     loss.backward()
     return float(loss.detach()), embedding.grad.float()
+
+
+def _fused() -> list[Figure]:
+    """How long the parts of an 8B layer that Liger computes take, forwards and backwards over 8192 tokens, with it and without."""
+    import torch
+    from liger_kernel.ops import LigerSiLUMulFunction  # pyright: ignore[reportMissingImports]
+    from liger_kernel.transformers import LigerRMSNorm  # pyright: ignore[reportMissingImports]
+    from liger_kernel.transformers.rope import liger_rotary_pos_emb  # pyright: ignore[reportMissingImports]
+    from torch.nn.functional import silu
+    from transformers.models.llama import modeling_llama as llama
+
+    def values(*shape: int) -> Any:
+        return torch.randn(shape, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+
+    def passes(forward: Any, inputs: list[Any]) -> Callable[[], object]:
+        def both() -> object:
+            results = forward(*inputs)
+            results = results if isinstance(results, tuple) else (results,)
+            return torch.autograd.grad(results, inputs, [torch.ones_like(result) for result in results])
+
+        return both
+
+    hidden, inner, tokens = EIGHT_B["hidden_size"], EIGHT_B["intermediate_size"], 8192
+    heads, kv_heads = EIGHT_B["num_attention_heads"], EIGHT_B["num_key_value_heads"]
+    norms = [of(hidden).to(DEVICE, torch.bfloat16).requires_grad_(False) for of in (llama.LlamaRMSNorm, LigerRMSNorm)]
+    cos, sin = torch.randn(2, 1, tokens, hidden // heads, dtype=torch.bfloat16, device=DEVICE)
+    rotaries = [
+        lambda q, k, of=of: of(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+        for of in (llama.apply_rotary_pos_emb, liger_rotary_pos_emb)
+    ]
+    parts = {
+        "norm": (*norms, [values(1, tokens, hidden)]),
+        "rotary": (*rotaries, [values(1, tokens, count, hidden // heads) for count in (heads, kv_heads)]),
+        "gated product": (
+            lambda gate, up: silu(gate) * up,
+            LigerSiLUMulFunction.apply,
+            [values(1, tokens, inner) for _ in range(2)],
+        ),
+    }
+    found = []
+    for name, (plain, fused, inputs) in parts.items():
+        before, after = (1e3 * _seconds(passes(forward, inputs)) for forward in (plain, fused))
+        said = f"{after:.2f} ms, plain {before:.2f} ms"
+        found.append(Figure(f"liger: {name}", said, "faster", after < before))
+    return found
 
 
 def _dequantized() -> list[Figure]:
@@ -194,7 +248,8 @@ def training(given: argparse.Namespace) -> list[Figure]:
 
 
 def profile(given: argparse.Namespace) -> list[Figure]:
-    """The phases of steps of a shorter base of 8B's width, and from the trace of one what took longest on the device."""
+    """The phases of steps of a shorter base of 8B's width, and from the trace of one what took longest on the device; with the kernels
+    of model.kernels: auto, and tokens/s and memory beside those without."""
     import gzip
 
     from train import make_material
@@ -205,14 +260,28 @@ def profile(given: argparse.Namespace) -> list[Figure]:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             pool.apply(make_material, (folder, shape, given.length, 1, 8))
         command = [sys.executable, "-m", "launcher.cli", "train", str(folder / "fixed.yaml")]
-        subprocess.run([*command, "train.profile=[6, 6]", "run.name=profiled"], check=True, stdout=sys.stderr)
-        run = folder / "store" / "profiled"
-        (path,) = run.glob("profiles/*.json.gz")
+        steps = {}
+        for kernels in ("none", "auto"):
+            options = ("train.profile=[6, 6]", f"run.name={kernels}", f"model.kernels={kernels}")
+            subprocess.run([*command, *options], check=True, stdout=sys.stderr)
+            records = (folder / "store" / kernels / "metrics/000001.jsonl").read_text().splitlines()
+            found = [json.loads(line) for line in records]
+            (steps[kernels],) = (record for record in found if record["kind"] == "step" and record["step"] == 5)
+            (start,) = (record for record in found if record["kind"] == "start")
+        (path,) = (folder / "store" / "auto").glob("profiles/*.json.gz")
         events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
-        records = [json.loads(line) for line in (run / "metrics/000001.jsonl").read_text().splitlines()]
-    step = next(record for record in records if record["kind"] == "step" and record["step"] == 5)
+    step = steps["auto"]
     phases = {name.removesuffix("_seconds"): value for name, value in step.items() if name.endswith("_seconds")}
-    figures = [Figure(f"phase: {name}", f"{1e3 * value:.1f} ms") for name, value in phases.items()]
+    names = {"none": "none", "auto": f"auto, {start['kernels']}"}
+    figures = [
+        Figure(
+            f"model.kernels: {names[kernels]}",
+            f"{record['tokens'] / record['seconds']:.0f} tokens/s, {record['device_peak_bytes'] / 2**30:.1f} GiB, "
+            f"loss {record['loss']:.4f}",
+        )
+        for kernels, record in steps.items()
+    ]
+    figures += [Figure(f"phase: {name}", f"{1e3 * value:.1f} ms") for name, value in phases.items()]
     within = sum(value for name, value in phases.items() if name not in ("save", "evaluate")) / step["seconds"]
     figures.append(Figure("phases / step", f"{within:.3f}", "0.97 to 1.03", abs(within - 1) <= 0.03))
     on_device: defaultdict[str, float] = defaultdict(float)
@@ -233,13 +302,15 @@ def smoke(_given: argparse.Namespace) -> list[Figure]:
 
 PARTS = {
     "kernels": Part(
-        "compares each attention kernel and dequantizing with plain ones, values and gradients", 90, kernels
+        "compares attention kernels, Liger's and dequantizing with plain ones: values, gradients, time", 90, kernels
     ),
     "profile": Part(
-        "traces a step of four layers of 8B's shape, and says how long its phases and kernels took", 90, profile
+        "traces a step of four layers of 8B's shape: its phases and kernels, tokens/s with Liger's and without",
+        120,
+        profile,
     ),
     "training": Part(
-        "trains a random base of 8B's shape beside TRL: tokens/s, MFU, peak memory beside the plan", 270, training
+        "trains a random base of 8B's shape beside TRL: tokens/s, MFU, peak memory beside the plan", 240, training
     ),
     "smoke": Part("takes a small run through its whole life", 150, smoke),
 }

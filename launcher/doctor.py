@@ -29,10 +29,11 @@ from trainer.store import open_store
 
 State = Literal["ok", "optional", "missing"]
 
-# The extras of this distribution that bring faster kernels, which are built against the installed torch, and trackers.
+# The extras of this distribution that bring faster kernels, most of them built against the installed torch, and trackers.
 _KERNELS = ("linear-attention", "mamba")
 _EXTRAS = {
     **dict.fromkeys(_KERNELS, "pip install --no-build-isolation"),
+    "liger": "pip install",
     **dict.fromkeys(sorted(kinds(trackers, "SERVICES")), "pip install"),
 }
 

@@ -38,7 +38,6 @@ from trainer.errors import CapstanError, DoesNotFit, NonFiniteLoss, Stopped, Sto
 from trainer.export.beside import adapters_beside
 from trainer.identity import identity_of
 from trainer.measure.samples import open_samples
-from trainer.model.attention import Attention
 from trainer.model.parts import recomputed_share
 from trainer.objective.objective import Objective, check_objective, find_objective, reference_of
 from trainer.optimizer.optimizer import find_optimizer
@@ -197,7 +196,8 @@ def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Train
     settled = settle(config, base, ranks, partial(_log, ranks))
     engine, report = assemble_run(settled, base, ranks, attention, start.objective, stream.accumulation, log)
     if reference_of(config) == "stored":  # before a restore: the base itself may learn
-        _read_reference(start, engine, attention, datasets, stream, held_out)
+        fused = [] if report.kernels == "none" else [report.kernels]
+        _read_reference(start, engine, " and ".join([attention.name, *fused]), datasets, stream, held_out)
     identity = identity_of(config, base, datasets.train)
     checkpoints = Checkpoints(
         run,
@@ -235,7 +235,7 @@ def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Train
     facts = {"step": step, "total_steps": training.total_steps, "restore_seconds": round(restore_seconds, 3)}
     of_sets = {f"eval.sets.{name}": key for name, key in datasets.sets.items()}
     data = {"train": datasets.train, "eval": datasets.eval, **of_sets}
-    _record_start(start, settled, report, attention=attention.name, data=data, **facts)
+    _record_start(start, settled, report, attention=attention.name, kernels=report.kernels, data=data, **facts)
     return training, restored
 
 
@@ -245,14 +245,14 @@ def _held_out(start: _Start, config: Config, fingerprint: str) -> Stream:
 
 
 def _read_reference(
-    start: _Start, engine: Engine, attention: Attention, datasets: Datasets, stream: Stream, held_out: Stream | None
+    start: _Start, engine: Engine, kernels: str, datasets: Datasets, stream: Stream, held_out: Stream | None
 ) -> None:
     """Give the streams the stored reference of their data, computed here unless it is there; after a stop request they may
     be without it. Collective."""
     reference = ReferencePass(
         start.config,
         start.base,
-        attention.name,
+        kernels,
         start.ranks,
         engine,
         start.objective,

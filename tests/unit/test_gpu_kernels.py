@@ -1,4 +1,4 @@
-"""What is proven of the GPU's path on a machine without one: the benchmark says what it would do, and our Triton kernels are right."""
+"""What is proven of the GPU's path on a machine without one: the benchmark says what it would do, and Triton kernels, ours and Liger's, are right."""
 
 import os
 import subprocess
@@ -12,9 +12,14 @@ ROOT = Path(__file__).parents[2]
 WITHOUT_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 
 
-def run(*command: str, **environment: str) -> str:
+def run(*command: str, environment: dict[str, str] | None = None, seconds: float = 100) -> str:
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=WITHOUT_GPU | environment, capture_output=True, text=True, timeout=100
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=WITHOUT_GPU | (environment or {}),
+        capture_output=True,
+        text=True,
+        timeout=seconds,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -39,12 +44,26 @@ def test_a_part_may_take_what_those_before_it_have_left() -> None:
     assert [float(seconds) for seconds in run("-c", asked).split()] == [270, 220]  # 600 in all
 
 
+INTERPRETER = {"TRITON_INTERPRET": "1"}
+
+
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed; PyTorch's builds for CUDA bring it")
 @pytest.mark.parametrize(
-    ("check", "environment", "said"),
-    [("interpret", {"TRITON_INTERPRET": "1"}, "interpreted"), ("compile", {}, "sm_100")],
+    ("check", "environment", "said"), [("interpret", INTERPRETER, "interpreted"), ("compile", {}, "sm_100")]
 )
 def test_a_double_quantized_weight_in_one_pass_is_bitsandbytes_own(
     check: str, environment: dict[str, str], said: str
 ) -> None:
-    assert said in run("-m", "tests.triton_kernels", check, **environment)
+    assert said in run("-m", "tests.triton_kernels", check, environment=environment)
+
+
+@pytest.mark.skipif(
+    find_spec("liger_kernel") is None, reason="liger-kernel is not installed: the extra liger brings it"
+)
+@pytest.mark.timeout(520)
+@pytest.mark.parametrize(
+    ("check", "environment", "said"),
+    [("interpret", INTERPRETER, "interpreted"), ("ranks", INTERPRETER, "sharded"), ("compile", {}, "sm_100")],
+)
+def test_liger_computes_what_our_models_do(check: str, environment: dict[str, str], said: str) -> None:
+    assert said in run("-m", "tests.liger_kernels", check, environment=environment, seconds=500)

@@ -24,6 +24,7 @@ from trainer.model.attention import Attention
 from trainer.model.documents import keep_documents_apart
 from trainer.model.experts import IMPLEMENTATION, prepare_experts
 from trainer.model.head import LossHead
+from trainer.model.liger import Kernels
 from trainer.ranks import Ranks
 from trainer.safetensors_index import PackedSources
 from trainer.store import open_run_store
@@ -35,11 +36,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass
 class LoadReport:
-    """The work of a load on this rank: bytes read from the store, bytes kept, seconds."""
+    """The work of a load on this rank: bytes read from the store, bytes kept, seconds; `kernels` is what `model.kernels` came to."""
 
     read_bytes: int = 0
     kept_bytes: int = 0
     seconds: float = 0.0
+    kernels: str = "none"
 
 
 def load_model(
@@ -54,18 +56,21 @@ def load_model(
     """The base, sharded over the ranks by `scope`, nothing of it trainable; `log` gets rank 0's progress. Collective.
 
     Raises:
-        CapstanError: on every rank, when one cannot read a tensor, or the files lack it or have it in another shape or type.
+        CapstanError: on every rank, when one cannot read a tensor, or the files lack it or have it in another shape or type; or when
+            `model.kernels` cannot be used.
     """
     started = time.monotonic()
-    dtype = DTYPES[config.model.dtype]
+    dtype, kernels = DTYPES[config.model.dtype], Kernels(config.model.kernels, ranks.device)
 
     def fill(stored: Callable[[str], PackedSources | None]) -> _Filled:
         with ranks.agreeing():
             base.stored.check(base, config)
-            model = empty_model(base, config, attention)
+            model = empty_model(base, config, attention, kernels)
             weights = find_weights(base, model, config.model.layers)
-        if ranks.rank == 0 and weights.left_out:
-            log(left_out_sentence(weights.left_out))
+        if ranks.rank == 0:
+            log(f"kernels: {kernels.name} ({kernels.why})")
+            if weights.left_out:
+                log(left_out_sentence(weights.left_out))
         partitioner = Partitioner(deepspeed_config, dtype, scope, ranks)
         placement = place_partitions(
             model, config.quant, dtype, partitioner, weights.sources, stored, base.architecture.quantizable()
@@ -79,7 +84,7 @@ def load_model(
     for buffer in model.buffers():
         buffer.data = buffer.data.to(ranks.device)
     seconds = time.monotonic() - started
-    return model, LoadReport(filled.read_bytes, filled.partitioner.kept_bytes, seconds)
+    return model, LoadReport(filled.read_bytes, filled.partitioner.kept_bytes, seconds, kernels.name)
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ def _through_cache(
     return filled
 
 
-def empty_model(base: Base, config: Config, attention: Attention) -> PreTrainedModel:
+def empty_model(base: Base, config: Config, attention: Attention, kernels: Kernels | None = None) -> PreTrainedModel:
     """The architecture without what its files hold, as `unfilled_model` makes it, its head a `LossHead`."""
     with read_by_transformers(base.name, "config.json"):
         architecture = model_config(base.directory, config.model.layers)
@@ -133,6 +138,8 @@ def empty_model(base: Base, config: Config, attention: Attention) -> PreTrainedM
             attn_implementation=attention.name,
             experts_implementation=IMPLEMENTATION,
         )
+    if kernels is not None:  # first, as others wrap forward passes of these modules
+        kernels.apply(model)
     prepare_experts(model)
     plain: Any = model.get_output_embeddings()
     facts = base.architecture

@@ -32,6 +32,13 @@ class Model(Section):
         "scores at once). The log says which and why; docs/attention.md says which where.",
         example="sdpa",
     )
+    kernels: Literal["auto", "liger", "none"] = setting(
+        "auto",
+        about="Kernels for norms, rotary embeddings and gated MLPs. liger: those of the liger-kernel package, on a GPU (the extra liger). "
+        "none: the base's own operations. auto is liger where it is installed and knows the base, and otherwise none. The log says "
+        "which and why.",
+        example="none",
+    )
     dtype: Literal["bf16", "fp32"] = setting(
         "bf16", about="Type of activations and of everything that is not quantized.", example="bf16"
     )

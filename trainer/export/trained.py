@@ -24,7 +24,7 @@ _SNAPSHOT = re.compile(r".*/models--([^/]+)--([^/]+)/snapshots/([^/]+)")
 # The keys that tell the place of a base, and their types in a manifest.
 _PLACE = {"path": str, "fingerprint": str, "name": (str, NoneType), "revision": (str, NoneType)}
 # The sections that belong to a checkpoint, and the settings in them that change nothing of what it computes.
-_FREE = {"model": {"attention"}, "quant": {"cache"}, "tuning": set[str]()}
+_FREE = {"model": {"attention", "kernels"}, "quant": {"cache"}, "tuning": set[str]()}
 
 Settings = TypeVar("Settings", bound=BaseModel)
 

@@ -47,11 +47,11 @@ class _Part(NamedTuple):
 
 @dataclass(frozen=True)
 class ReferencePass:
-    """The pass on this rank; `log` gets rank 0's lines."""
+    """The pass on this rank, by `kernels`, that of attention first; `log` gets rank 0's lines."""
 
     config: Config
     base: Base
-    attention: str
+    kernels: str
     ranks: Ranks
     engine: Engine
     objective: Objective
@@ -103,7 +103,7 @@ class ReferencePass:
             "layers": model.layers,
             "dtype": model.dtype,
             "quant": {"type": quant.type, "block_size": quant.block_size, "double": quant.double},
-            "attention": self.attention,
+            "attention": self.kernels,
         }
 
     def _read(self, folder: Store, facts: dict[str, Any], dataset: Dataset) -> References | None:
