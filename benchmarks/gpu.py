@@ -306,11 +306,11 @@ PARTS = {
     ),
     "profile": Part(
         "traces a step of four layers of 8B's shape: its phases and kernels, tokens/s with Liger's and without",
-        120,
+        90,
         profile,
     ),
     "training": Part(
-        "trains a random base of 8B's shape beside TRL: tokens/s, MFU, peak memory beside the plan", 240, training
+        "trains a random base of 8B's shape beside TRL: tokens/s, MFU, peak memory beside the plan", 270, training
     ),
     "smoke": Part("takes a small run through its whole life", 150, smoke),
 }
