@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trainer.errors import ConfigError
+from trainer.model.nf4 import has_one_pass
 from trainer.model.parts import is_experts
 
 _DISTRIBUTION, _INSTALL = "liger-kernel", "pip install 'capstan-llm[liger]'"
@@ -70,6 +71,8 @@ def missing(device: torch.device, family: str) -> str | None:
     except Exception as error:  # a package whose Triton does not fit it raises anything
         why = next(iter(str(error).splitlines()), "") or type(error).__name__
         return f"{_DISTRIBUTION} {version} cannot be imported ({why})"
+    if not has_one_pass(device.type):  # whose kernel is Triton's too
+        return "Triton needs a C compiler and Python's headers on this machine"
     return None if family in families else f"{_DISTRIBUTION} {version} has no kernels for {family} models"
 
 
