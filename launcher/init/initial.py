@@ -12,10 +12,11 @@ from launcher.init.choice import GIB, Choice, Machine, Setting, choose, parsed
 from launcher.init.goals import GOALS
 from trainer.base.base import Description
 from trainer.base.locate import describe_base
-from trainer.config import Model
+from trainer.config import Config, Model
+from trainer.data.inputs import find_train
 from trainer.data.sources import unusable
 from trainer.devices import described_gpus
-from trainer.errors import ConfigError, shown
+from trainer.errors import CapstanError, ConfigError, shown
 from trainer.gpus import read_gpu
 
 Kind = Literal["one", "slurm", "ray"]
@@ -63,7 +64,7 @@ class Initial:
         }
 
     def lines(self) -> list[str]:
-        """For people: the files that are not there yet, and the next commands."""
+        """For people: what is missing or unfit of the data, and the next commands."""
         return [*self.missing, "next:", *(f"  {line}" for line in self.next)]
 
 
@@ -107,8 +108,19 @@ def initial_config(answers: InitAnswers, path: Path) -> Initial:
         gpu=machine.gpu,
         gpus=chosen.gpus,
         next=_next(answers, path),
-        missing=tuple(unusable(parsed(settings).data)),
+        missing=_refused(parsed(settings)),
     )
+
+
+def _refused(config: Config) -> tuple[str, ...]:
+    """What training would refuse of the data that lies here: files that are missing, and rows that the goal cannot learn from."""
+    lacking = unusable(config.data)
+    if not lacking and all("://" not in source.path for source in config.data.train):
+        try:
+            find_train(config)
+        except CapstanError as error:
+            lacking = [str(error)]
+    return tuple(lacking)
 
 
 def _machine(answers: InitAnswers) -> Machine:

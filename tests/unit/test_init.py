@@ -148,6 +148,8 @@ def test_a_file_is_written_once_and_planned(bases: Path, monkeypatch: pytest.Mon
         ["capstan", "train"],
     ]
     assert not found["missing"]
+    pairs = invoke(bases, "--data", "rows.jsonl", "--goal", "dpo", "--json", "--dry-run")
+    assert "objective.name: dpo learns from preference" in "".join(json.loads(pairs.stdout)["missing"])
     assert load_config(bases / "run.yaml").quant.type == "nf4"
     refused = invoke(bases, "--data", "rows.jsonl")
     assert isinstance(refused.exception, ConfigError)
