@@ -45,15 +45,15 @@ def unknown_keys(tree: Any, model: type[BaseModel], prefix: str) -> Iterator[str
 
 
 def _hint(key: str, model: type[BaseModel]) -> str:
-    """The words to write instead: the same name elsewhere, what another tool's name is here, a name of the section that is all but equal,
+    """The words to write instead: what another tool's name is here, a name of the section that is all but equal, the same name elsewhere,
     why a name of another tool is none here, or one of the section that is near."""
     # Most configurations have no name that is unknown here, and none needs the names of other tools then.
     from trainer.config.peers.names import called_here, why_not_here
 
-    near = _elsewhere(key)
-    if not near and (known := called_here(key)):
+    elsewhere = _elsewhere(key)
+    if not elsewhere and (known := called_here(key)):
         return known
-    near = near or difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.8)
+    near = difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.8) or elsewhere
     if not near and (known := why_not_here(key)):
         return known
     near = near or difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.5)
