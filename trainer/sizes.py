@@ -1,8 +1,9 @@
 """Bytes of a base as it is stored, and what is small enough beside it to be whole on every rank. No torch."""
 
+from collections.abc import Sequence
 from math import ceil, prod
 
-from trainer.base.architecture import Architecture, Parameter
+from trainer.base.architecture import Architecture
 from trainer.config import Config, Quant
 from trainer.tuning.method import method_of
 from trainer.zero.policy import WHOLE
@@ -29,19 +30,21 @@ def value_bytes(config: Config) -> int:
     return 2 if config.model.dtype == "bf16" else 4
 
 
+def stored_bytes(matrices: Sequence[int], quant: Quant, item: int) -> int:
+    """Bytes of the matrices of one parameter, which are alike and have so many weights each; of `item` bytes where they are not
+    quantized."""
+    if not matrices:
+        return 0
+    return len(matrices) * (item * matrices[0] if quant.type == "none" else quantized_bytes(matrices[0], quant))
+
+
 def stored_layers(config: Config, model: Architecture) -> list[int]:
     """Bytes of the linear weights and experts of each decoder layer."""
     item = value_bytes(config)
-
-    def stored(parameter: Parameter) -> int:
-        matrices = parameter.matrices
-        if not matrices:
-            return 0
-        # The matrices of a stack are alike.
-        one = item * matrices[0] if config.quant.type == "none" else quantized_bytes(matrices[0], config.quant)
-        return len(matrices) * one
-
-    return [sum(map(stored, model.in_layer(layer))) for layer in range(model.layers)]
+    return [
+        sum(stored_bytes(parameter.matrices, config.quant, item) for parameter in model.in_layer(layer))
+        for layer in range(model.layers)
+    ]
 
 
 def most_whole(config: Config, model: Architecture) -> int:

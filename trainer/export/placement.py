@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from trainer.base.architecture import Architecture, Parameter
 from trainer.config import Quant
 from trainer.export.side import Device
+from trainer.sizes import stored_bytes
 
 # Beside the weights: activations of a row, logits, and what libraries hold.
 _MARGIN = 1.25
@@ -96,9 +97,8 @@ def exported_side(model: Architecture, quant: Quant, bytes_each: int, *, packed:
     return ProofSide("exported", (on_gpu, streamed[0], on_cpu, streamed[1]))
 
 
-def _stored(parts: Iterable[Parameter], quant: Quant, bytes_each: int) -> float:
-    matrix = float(bytes_each) if quant.type == "none" else 0.5 + 4 / quant.block_size
-    return sum(part.numel * (matrix if part.kind in ("linear", "experts") else bytes_each) for part in parts)
+def _stored(parts: Iterable[Parameter], quant: Quant, bytes_each: int) -> int:
+    return sum(stored_bytes(part.matrices, quant, bytes_each) or bytes_each * part.numel for part in parts)
 
 
 def _with_margin(size: float) -> int:
