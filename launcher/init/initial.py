@@ -113,7 +113,7 @@ def initial_config(answers: InitAnswers, path: Path) -> Initial:
 
 
 def _refused(config: Config) -> tuple[str, ...]:
-    """What training would refuse of the data that lies here: files that are missing, and rows that the goal cannot learn from."""
+    """The reasons why training would refuse the data that lies here: files that are missing, and rows that the goal cannot learn from."""
     lacking = unusable(config.data)
     if not lacking and all("://" not in source.path for source in config.data.train):
         try:

@@ -11,7 +11,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from trainer.checkpoint.listing import committed_steps
+from trainer.checkpoint.listing import newest_commit
 from trainer.errors import CapstanError
 from trainer.export.folder import BytesWritten
 from trainer.export.format import ExportProgress, find_format
@@ -36,11 +36,11 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
     run, destination = open_store(arguments.run), open_store(arguments.destination, setting="DEST")
     form = find_format(arguments.format, arguments.options)
     progress = ExportProgress(_print_bytes(), lambda sentence: print("say", sentence, flush=True))
-    newest = max(committed_steps(run), default=0)
+    newest = newest_commit(run) if arguments.step is None else None
     written = form.write(run, destination, arguments.step, progress)
     step = written.manifest.step
-    if arguments.step is None and step < newest:
-        progress.say(f"the checkpoint of step {newest} is damaged, so that of step {step} is exported")
+    if newest is not None and step < newest.step:
+        progress.say(f"the checkpoint of step {newest.step} is damaged, so that of step {step} is exported")
     result: dict[str, Any] = {"step": step, "bytes": sum(entry.size for entry in destination.list())}
     result["tuned_base"] = method_of(trained_config(run, written.manifest)).exports_model
     result |= {"facts": written.facts, "remarks": written.remarks}

@@ -16,7 +16,7 @@ IGNORE = -100
 """The label of a position that predicts nothing (cross entropy's `ignore_index`)."""
 _CHUNK_BYTES = 2**28  # of logits, were they in fp32
 _CHUNK_ROWS = 512  # of which a chunk has a multiple, as many as kernels of products take at once or twice
-# Of logits in fp32 at one time: what a core's cache holds, and on a GPU enough for each kernel to be worth its launch.
+# So many bytes of logits are in fp32 at one time: a core's cache holds them, and on a GPU each kernel is worth its launch.
 _BLOCK_BYTES, _BLOCK_BYTES_ON_GPU = 2**22, 2**26
 
 
