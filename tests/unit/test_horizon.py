@@ -1,23 +1,15 @@
 """Where a run of epochs ends when its batch changes on the way: each row is taken once, and the figures say what was done."""
 
-import io
 import random
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from launcher.view.status import read_status
-from launcher.view.tables import render
 from tests.material import Workshop, make_data
-from tests.unit.made_records import CONFIG, start, step, write
 from trainer.config import Train, override
 from trainer.data.chapters import open_chapters
 from trainer.data.micro_batch import Position
 from trainer.data.stream import train_stream
-from trainer.run import layout
-from trainer.store import open_store
 from trainer.train.horizon import Horizon, horizon_of
 
 
@@ -106,12 +98,3 @@ def test_a_batch_that_is_skipped_is_no_step() -> None:
 def test_epochs_that_are_over_leave_no_steps() -> None:
     train = Train(epochs=1, steps=None, global_batch=20)
     assert horizon_of(train, [[[200]]], 15, Position(1, 0, 100)).steps == 15
-
-
-def test_status_tells_the_passes_that_were_done_and_rounds_none_up(tmp_path: Path) -> None:
-    folder, screen = open_store(str(tmp_path)), Console(file=io.StringIO())
-    folder.put(layout.CONFIG, CONFIG.replace("steps: 20", "epochs: 1").encode())
-    write(folder, 1, start(1), {**step(7, 1.0), "passes": 0.9999})
-    with screen.capture() as shown:
-        screen.print(render(read_status(folder)))
-    assert "0.99 of 1" in shown.get()
