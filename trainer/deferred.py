@@ -1,8 +1,9 @@
 """Keep libraries that no run uses out of a rank's start.
 
-DeepSpeed imports its autotuner, and with it mlflow, pandas and fastapi. transformers imports scipy for losses of images,
-and bitsandbytes the compiler of torch for devices that it has no kernels for. Together they are a third of the processor
-time of a rank's imports, which every rank, and every process of a proof, would spend before it does anything.
+DeepSpeed imports its autotuner, and with it mlflow, pandas and fastapi. transformers imports scipy for losses of images.
+bitsandbytes imports torch's compiler for devices that it has no kernels for, and DeepSpeed imports it, with networkx, for
+an optimizer. Together they are a third of the processor time that every rank, and every process of a proof, would spend on
+imports before it does anything.
 
 Nothing is taken away. While such a module is imported, a stand-in takes the place of the library, and gets it when one of
 its functions is called.
@@ -51,7 +52,9 @@ def _compile_at_the_first_call() -> Iterator[None]:
 
     compile_now: Any = torch.compile
 
-    def compile_later(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    def compile_later(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+        if function is None:
+            return partial(compile_later, **options)
         compiled: list[Callable[..., Any]] = []
 
         @wraps(function)
@@ -74,6 +77,8 @@ _DEFERRED: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "deepspeed.autotuning.autotuner": partial(_stand_in, "mlflow"),
     "transformers.loss": partial(_stand_in, "scipy.optimize"),
     "bitsandbytes.backends": _compile_at_the_first_call,
+    # An optimizer that DeepSpeed imports to ask whether the given one is it.
+    "deepspeed.runtime.zero.muon": _compile_at_the_first_call,
 }
 
 
