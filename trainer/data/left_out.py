@@ -9,6 +9,8 @@ from typing import Any
 
 from trainer.data.messages import Message, own_keys
 
+END_OF_TURN = "end of turn"
+"""The name of an end that the template does not write behind an assistant's turn, so that none is trained."""
 _WORD = re.compile(r"\w+")
 # So many words, or the beginning of a word as long as this, are enough to know a text by. Between them may be anything else.
 _WORDS, _LONG_WORD = 20, 100

@@ -1,0 +1,128 @@
+"""A chat template, asked with messages in the form that it takes.
+
+Templates differ in what they read: a content as text or in parts, the arguments of a call as an object or as JSON in a string. They
+raise over the other form, or write nothing. Which it is, is found once, from what the template makes of a conversation of marks.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from trainer.data.messages import Message, text_of
+from trainer.data.spans import Span, joined
+from trainer.data.thinking import ThinkingForm, find_form
+from trainer.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# The same expression as in transformers, which fills the mask only if it matches.
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_ASKED, _SAID = "\ue0f3asked\ue0f3", "\ue0f4said\ue0f4"
+
+Tools = list[dict[str, Any]] | None
+
+
+class ChatTemplate:
+    """The template `text` with a tokenizer's special tokens."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", text: str) -> None:
+        self._tokenizer, self._template = tokenizer, text
+        self.tagged = _GENERATION.search(text) is not None
+        self._forms: dict[bool, ThinkingForm | None] = {}
+
+    def render(self, messages: Sequence[Message], tools: Tools = None, *, generation_prompt: bool = False) -> str:
+        """The text of a conversation. Raises `DataError` when the template refuses it."""
+        return self._rendered(self._as_taken(messages), tools, generation_prompt)
+
+    def enclosed(self, messages: Sequence[Message], tools: Tools = None) -> list[Span]:
+        """The characters of the text that stand between {% generation %} tags, sorted and disjoint."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        given = [
+            {key: value for key, value in message.items() if value is not None} for message in self._as_taken(messages)
+        ]
+        _, (spans,) = _or_refused(
+            lambda: render_jinja_template(
+                conversations=[given],
+                tools=tools,
+                chat_template=self._template,
+                return_assistant_tokens_mask=True,
+                **self._tokenizer.special_tokens_map,
+            )
+        )
+        return joined((begin, end) for begin, end in spans if begin < end)
+
+    def thinking(self, calls: bool) -> ThinkingForm | None:
+        """How the template writes what was thought before an answer, or before calls alone; None where that cannot be found."""
+        if calls not in self._forms:
+            self._forms[calls] = find_form(self.render, calls=calls)
+        return self._forms[calls]
+
+    def _as_taken(self, messages: Sequence[Message]) -> list[Message]:
+        return [self._one_as_taken(message) for message in messages]
+
+    def _one_as_taken(self, message: Message) -> Message:
+        if self._takes_parts:
+            message = _in_parts(message)
+        if "tool_calls" in message and self._takes_written_arguments:
+            message = _with_written_arguments(message)
+        return message
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether contents must be lists of parts: as text they do not come out."""
+        talk = [{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _SAID}]
+        return not self._shows(talk, _ASKED, _SAID) and self._shows(list(map(_in_parts, talk)), _ASKED, _SAID)
+
+    @cached_property
+    def _takes_written_arguments(self) -> bool:
+        """Whether the arguments of a call must be JSON in a string: as an object they do not come out."""
+        shape = _in_parts if self._takes_parts else dict
+        call = {"type": "function", "function": {"name": _SAID, "arguments": {_ASKED: _ASKED}}, "id": "call00001"}
+        talk = [shape({"role": "user", "content": "a"}), {"role": "assistant", "content": "", "tool_calls": [call]}]
+        written = [talk[0], _with_written_arguments(talk[1])]
+        return not self._shows(talk, _SAID, _ASKED) and self._shows(written, _SAID, _ASKED)
+
+    def _shows(self, messages: list[Message], *marks: str) -> bool:
+        try:
+            text = self._rendered(messages, None, False)
+        except DataError:
+            return False
+        return all(mark in text for mark in marks)
+
+    def _rendered(self, messages: list[Message], tools: Tools, generation_prompt: bool) -> str:
+        options: dict[str, Any] = {"chat_template": self._template, "tools": tools}
+        text = _or_refused(
+            lambda: self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generation_prompt, **options
+            )
+        )
+        return text_of(text, "conversation's text")
+
+
+def _in_parts(message: Message) -> Message:
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+
+def _with_written_arguments(message: Message) -> Message:
+    calls = [
+        {**call, "function": {**call["function"], "arguments": _written(call["function"].get("arguments"))}}
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
+
+
+def _written(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def _or_refused(apply: Callable[[], Any]) -> Any:
+    try:
+        return apply()
+    except DataError:
+        raise
+    except Exception as error:  # a template is a program of the user's: it may raise anything
+        raise DataError(f"the chat template refuses the conversation: {error}") from error
