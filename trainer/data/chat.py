@@ -32,6 +32,7 @@ from trainer.data.thinking import (
     emptied,
     kept,
     moved,
+    moved_place,
     thought_of,
     with_thought,
     without_thinking,
@@ -342,7 +343,7 @@ class Renderer:
         found = talk.written(turn, whole) if message["role"] == "assistant" else [talk.said(turn, whole)]
         spans = [moved(span, everything) for span in found]
         if turn in edits:
-            lead, _ = moved((edits[turn].lead,) * 2, everything)
+            lead = moved_place(edits[turn].lead, everything)
             spans[0] = lead + edits[turn].prompted, spans[0][1]
         # Many templates put a line break after the end-of-turn token; generation has ended by then.
         ends = [self._after_end.search(text, start, end) for start, end in spans]
@@ -368,7 +369,7 @@ class Renderer:
             form = self._form(message)
             if turn in edits:
                 thought = thought_of(message) or ""
-                begin = moved((edits[turn].begin,) * 2, everything)[0] + edits[turn].text.index(thought)
+                begin = moved_place(edits[turn].begin, everything) + edits[turn].text.index(thought)
                 yield block_around(form, text, (begin, begin + len(thought)))
             elif thought_of(message) and turn not in dropped:
                 place = talk.thought(turn, whole, with_thought(message, _MARK), _MARK)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from trainer.data.messages import Message, text_of
 from trainer.data.spans import Span, joined
 from trainer.data.thinking import ThinkingForm, find_form
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
+from trainer.time_limit import OutOfTime, time_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 # The same expression as in transformers, which fills the mask only if it matches.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ASKED, _SAID = "\ue0f3asked\ue0f3", "\ue0f4said\ue0f4"
+
+RENDER_SECONDS = 30.0
+"""A template renders a conversation in milliseconds; one that has not ended by now never will."""
 
 Tools = list[dict[str, Any]] | None
 
@@ -44,14 +48,12 @@ class ChatTemplate:
         given = [
             {key: value for key, value in message.items() if value is not None} for message in self._as_taken(messages)
         ]
+        options: dict[str, Any] = {"tools": tools, **self._tokenizer.special_tokens_map}
         _, (spans,) = _or_refused(
             lambda: render_jinja_template(
-                conversations=[given],
-                tools=tools,
-                chat_template=self._template,
-                return_assistant_tokens_mask=True,
-                **self._tokenizer.special_tokens_map,
-            )
+                conversations=[given], chat_template=self._template, return_assistant_tokens_mask=True, **options
+            ),
+            len(given),
         )
         return joined((begin, end) for begin, end in spans if begin < end)
 
@@ -98,7 +100,8 @@ class ChatTemplate:
         text = _or_refused(
             lambda: self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=generation_prompt, **options
-            )
+            ),
+            len(messages),
         )
         return text_of(text, "conversation's text")
 
@@ -119,10 +122,14 @@ def _written(arguments: Any) -> str:
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
-def _or_refused(apply: Callable[[], Any]) -> Any:
+def _or_refused(apply: Callable[[], Any], messages: int) -> Any:
     try:
-        return apply()
-    except DataError:
-        raise
+        with time_limit(RENDER_SECONDS):
+            return apply()
+    except OutOfTime as error:
+        raise ConfigError(
+            f"data.template: the chat template has not rendered a conversation of {messages:,} messages within {RENDER_SECONDS:.0f} "
+            "seconds. It seems to loop without an end; correct the template of the base, or give another one."
+        ) from error
     except Exception as error:  # a template is a program of the user's: it may raise anything
         raise DataError(f"the chat template refuses the conversation: {error}") from error

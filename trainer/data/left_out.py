@@ -43,6 +43,16 @@ def left_out(given: list[dict[str, Any]], messages: list[Message], text: str) ->
     return list(missing)
 
 
+def in_words(name: str) -> str:
+    """What is left out, for people."""
+    if name != END_OF_TURN:
+        return name
+    return (
+        "the end of the assistant's turns, for which the template writes no token, so that the model does not learn to stop (set "
+        "data.template to a template that writes one, or data.train_on.end to false)"
+    )
+
+
 def _pieces(raw: dict[str, Any], message: Message) -> Iterator[tuple[str, str]]:
     """The texts that a message carries, each after its name."""
     yield f"content of {message['role']}", message["content"].strip()

@@ -68,6 +68,7 @@ class ThinkingForm:
         as_content: the template writes tags in a content as any other text, so it has no form of its own.
         prompt: the generation prompt.
         bare: in an earlier turn, without thinking.
+        dropped: in an earlier turn whose thinking the template leaves out.
         empty: in the last turn, without thinking; some templates write an empty block there.
         before, after: in the last turn, around the thinking.
     """
@@ -76,6 +77,7 @@ class ThinkingForm:
     as_content: bool
     prompt: str
     bare: str
+    dropped: str
     empty: str
     before: str
     after: str
@@ -122,10 +124,11 @@ def find_form(render: Callable[..., str], *, calls: bool) -> ThinkingForm | None
         if len(found) == 2:
             earlier = lead(way(turn, _THOUGHT), *middle)
             as_content = way is _in_tags and earlier == bare + _TAGS and found == [bare + _BEFORE, _AFTER]
-            return ThinkingForm(way is _by_key, as_content, prompt, bare, empty, found[0], found[1])
+            dropped = earlier if earlier is not None and _THOUGHT not in earlier else bare
+            return ThinkingForm(way is _by_key, as_content, prompt, bare, dropped, empty, found[0], found[1])
     # The template has taken out what stands between the tags: it knows them, and so do its models.
     if not calls and lead(_in_tags(turn, _THOUGHT)) is not None:
-        return ThinkingForm(True, False, prompt, bare, empty, bare + _BEFORE, _AFTER)
+        return ThinkingForm(True, False, prompt, bare, bare, empty, bare + _BEFORE, _AFTER)
     return None
 
 
@@ -173,7 +176,7 @@ class Edit:
 def kept(form: ThinkingForm, whole: str, answer: int, thought: str) -> Edit | None:
     """The edit that writes a dropped thought before the answer, which begins at `answer`; None where the turn does not begin as the
     template's earlier turns do."""
-    return _replaced(form, whole, answer, form.bare, form.full(thought))
+    return _replaced(form, whole, answer, form.dropped, form.full(thought))
 
 
 def emptied(form: ThinkingForm, whole: str, answer: int) -> Edit | None:
@@ -205,6 +208,11 @@ def moved(span: Span, edits: Sequence[Edit]) -> Span:
     begin = max([begin, *(edit.end for edit in before)])
     end = max([end, *(edit.end for edit in within)])
     return begin + sum(edit.growth for edit in before), end + sum(edit.growth for edit in within)
+
+
+def moved_place(place: int, edits: Sequence[Edit]) -> int:
+    """Where the place lies in the edited text, before what is written there."""
+    return moved((place, place), edits)[0]
 
 
 def block_around(form: ThinkingForm | None, text: str, thought: Span) -> Span:
