@@ -1,5 +1,6 @@
 """A run's status for people: as a table, and on a terminal live, as the run goes on."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 
@@ -89,8 +90,8 @@ def _start_line(status: RunStatus) -> str:
 
 
 def _epoch_line(status: RunStatus) -> str:
-    if status.epochs is not None and status.total_steps:
-        return f"{status.epochs * status.step / status.total_steps:.2f} of {status.epochs:g}"
+    if status.epochs is not None and status.passes is not None:
+        return f"{math.floor(100 * status.passes) / 100:.2f} of {status.epochs:g}"  # never a whole one that is not over
     return "" if status.epoch is None else f"{status.epoch + 1}"
 
 
@@ -170,7 +171,7 @@ def watch_table(
 
 def _facts(status: RunStatus) -> str:
     parts = []
-    if status.epochs is not None and status.total_steps:
+    if status.epochs is not None and status.passes is not None:
         parts.append(f"epoch {_epoch_line(status)}")
     if status.loss is not None:
         parts.append(f"loss {status.loss:.4f}")
