@@ -42,20 +42,28 @@ class ChatTemplate:
         return self._rendered(self._as_taken(messages), tools, generation_prompt)
 
     def enclosed(self, messages: Sequence[Message], tools: Tools = None) -> list[Span]:
-        """The characters of the text that stand between {% generation %} tags, sorted and disjoint."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        given = [
-            {key: value for key, value in message.items() if value is not None} for message in self._as_taken(messages)
-        ]
-        options: dict[str, Any] = {"tools": tools, **self._tokenizer.special_tokens_map}
-        _, (spans,) = _or_refused(
-            lambda: render_jinja_template(
-                conversations=[given], chat_template=self._template, return_assistant_tokens_mask=True, **options
+        """The characters of the text that stand between {% generation %} tags, sorted and disjoint: those of the tokens that transformers
+        finds there."""
+        options: dict[str, Any] = {"chat_template": self._template, "tools": tools}
+        found = _or_refused(
+            lambda: self._tokenizer.apply_chat_template(
+                self._as_taken(messages),
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                tokenizer_kwargs={"return_offsets_mapping": True},
+                **options,
             ),
-            len(given),
+            len(messages),
         )
-        return joined((begin, end) for begin, end in spans if begin < end)
+        spans, before, ahead = list[Span](), False, 0
+        for (begin, end), inside in zip(found["offset_mapping"], found["assistant_masks"], strict=True):
+            if inside and before:
+                spans[-1] = spans[-1][0], end
+            elif inside:
+                spans.append((min(begin, ahead), end))  # a tokenizer may leave white space out of a token's offsets
+            before, ahead = bool(inside), end
+        return joined(spans)
 
     def thinking(self, calls: bool) -> ThinkingForm | None:
         """How the template writes what was thought before an answer, or before calls alone; None where that cannot be found."""
