@@ -4,11 +4,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from launcher.console import Terminal
 from trainer.data.compile import Progress
+from trainer.data.left_out import in_words
 from trainer.data.manifest import LeftOut
 
 _LOG_SECONDS = 10.0
@@ -41,7 +42,7 @@ def compile_progress(log: Callable[[str], None], *, bar: bool) -> Iterator[Calla
         yield line
         return
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
-    with Bars(*columns, console=Console(stderr=True)) as bars:
+    with Bars(*columns, console=Terminal(stderr=True)) as bars:
         tasks: dict[str, TaskID] = {}
 
         def draw(what: str, now: Progress) -> None:
@@ -67,4 +68,4 @@ def log_left_out(log: Callable[[str], None], what: str, now: Progress) -> None:
 
 
 def describe_left_out(left_out: Mapping[str, LeftOut]) -> list[str]:
-    return [f"{name} in {found.rows:,} rows, such as {found.examples[0]}" for name, found in left_out.items()]
+    return [f"{in_words(name)} in {found.rows:,} rows, such as {found.examples[0]}" for name, found in left_out.items()]

@@ -8,10 +8,11 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from launcher.console import Terminal
 from launcher.folded import FoldedTable
 from launcher.policy.comparable import Metric
 from launcher.policy.sensitivity import Sensitivity, sensitivities
@@ -253,7 +254,7 @@ def watch_sweep(folder: Store, wait: Callable[[float], bool], live: bool, log: C
     look, and tells whether that is the last one."""
     follower, before = SweepFollower(folder), None
     pause = max(_LOOK_SECONDS, poll_seconds(folder))
-    with Live(console=Console(stderr=True), auto_refresh=False) if live else nullcontext() as view:
+    with Live(console=Terminal(stderr=True), auto_refresh=False) if live else nullcontext() as view:
         last = False
         while not last:
             last = wait(pause)

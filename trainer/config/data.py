@@ -136,7 +136,7 @@ class TrainOn(Section):
         about="Train the token that ends a turn, or a text (eos). Without it a model does not learn to stop.",
         example=False,
     )
-    thinking: bool = setting(True, about="Train the blocks between <think> and </think>, too.", example=False)
+    thinking: bool = setting(True, about="Train what assistants thought before they answered, too.", example=False)
 
 
 class Data(Section):
@@ -182,7 +182,7 @@ class Data(Section):
     thinking: Literal["as_template", "keep", "strip"] = setting(
         "as_template",
         about="The thinking of assistants, in reasoning_content or <think> tags. as_template: in the text as the chat template writes it, "
-        "mostly in the last turn alone; keep: in all turns; strip: in none.",
+        "mostly in the last turn alone; keep: in all turns, in the template's own form; strip: in none.",
         example="strip",
     )
     sequence_length: int = setting(
@@ -318,13 +318,14 @@ class Data(Section):
 
     @property
     def beyond_targets(self) -> dict[str, Any]:
-        """Whatever decides what is trained, or what the text is, and `targets` has no word for."""
+        """Whatever decides what is trained, or what the text is, and `targets` has no word for. Earlier versions had other words for
+        thinking, of which they made other tokens."""
         on, roles = self.train_on, self.train_on.roles
         found = {
             "roles": None if roles in (None, "all", ["assistant"]) else sorted(roles or ()),
             "end": None if on.end else False,
-            "thinking": None if on.thinking else False,
-            "blocks": None if self.thinking == "as_template" else self.thinking,
+            "thinking": None if on.thinking else "untrained",
+            "blocks": {"keep": "kept", "strip": "stripped"}.get(self.thinking),
         }
         return {name: value for name, value in found.items() if value is not None}
 

@@ -37,7 +37,8 @@ def fingerprint(
     """20 hex digits that change with the sources' content, the tokenizer, the template or a setting that matters.
 
     `tokenizer_files` comes from `hash_tokenizer`. The sources' weights and packing belong to the epoch's plan and are not in
-    it. `weighted` says whether messages have weights, which earlier versions ignored: their data sets have the name without.
+    it. `weighted` says whether rows say themselves what is trained of them, which earlier versions did not wholly do: their data sets have
+    other names.
 
     Raises:
         ConfigError: `data.template` cannot be read.
@@ -50,7 +51,7 @@ def fingerprint(
         "template": template_text(data),
         **_reading(data, files),
         "part": [part.fraction, part.seed, part.held_out],
-        **({"weighted": True} if weighted else {}),
+        **({"masks": True} if weighted else {}),
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:20]
 
