@@ -26,7 +26,7 @@ def difference_interval(
     few. The subsets are the same in every call.
     """
     _, members = np.unique(clusters, return_inverse=True)
-    changes, sizes = (np.bincount(members, figures) for figures in (after - before, tokens))
+    changes, sizes = (np.bincount(members, figures).astype(np.float64) for figures in (after - before, tokens))
     counted = sizes > 0
     ratios = _subset_ratios(changes[counted], sizes[counted])
     outside = int((1 - level) / 2 * (len(ratios) + 1) + 1e-9)
