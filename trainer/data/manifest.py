@@ -99,9 +99,8 @@ class ShardRecord(Record):
     @model_validator(mode="after")
     def _has_its_size(self) -> "ShardRecord":
         sizes = self.tokens_file.size, self.documents_file.size, self.blocks_file.size % _BLOCK
-        if self.hashes_file is not None and self.hashes_file.size != _HASH * self.documents:
-            raise ValueError("the size of its hashes is not that of so many documents")
-        if sizes != (_TOKEN * self.tokens, _OFFSET * (self.documents + 1), 0):
+        hashes = self.hashes_file is None or self.hashes_file.size == _HASH * self.documents
+        if sizes != (_TOKEN * self.tokens, _OFFSET * (self.documents + 1), 0) or not hashes:
             raise ValueError("the sizes of its files are not those of so many documents and tokens")
         return self
 
