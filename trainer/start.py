@@ -6,15 +6,15 @@ from datetime import timedelta
 
 import torch
 
-from trainer.base.load import LoadReport
-from trainer.base.locate import Base
+from trainer.base.find.locate import Base
+from trainer.base.load.load import LoadReport
 from trainer.config import Config
 from trainer.devices import check_device
 from trainer.model.attention import Attention
 from trainer.objective.objective import Objective
-from trainer.plan import choose_scope, idle_settings, settled
+from trainer.plan.plan import choose_scope, idle_settings, settled
+from trainer.plan.sizes import most_whole
 from trainer.ranks import Ranks, join
-from trainer.sizes import most_whole
 from trainer.train.assemble import assemble
 from trainer.zero.engine import Engine
 from trainer.zero.policy import build_deepspeed_config

@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.text import Text
 
-from launcher.folded import FoldedTable
+from launcher.view.folded import FoldedTable
 
 SIDES = {"base": "base", "adapter": "now"}
 """The sides of an evaluation, and what each is called on a terminal."""

@@ -7,10 +7,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from launcher.plan.planning import Planned
-from launcher.view.plan import binary, plan_tables
+from launcher.plan.tables import binary, plan_tables
 from trainer.config import Config
-from trainer.data.length import BYTES_A_TOKEN
-from trainer.forecast import Length
+from trainer.data.compile.length import BYTES_A_TOKEN
+from trainer.plan.forecast import Length
 from trainer.run.lines import duration
 
 _WHOSE = {

@@ -18,9 +18,9 @@ from launcher.start.check import anchored, check
 from launcher.start.claim import claimed
 from trainer.config import Config
 from trainer.errors import ConfigError
+from trainer.files.scratch import scratch_folder
 from trainer.run import layout
 from trainer.run.folder import run_folder
-from trainer.scratch import scratch_folder
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from trainer.data.compile import Progress
-from trainer.data.manifest import LeftOut
+from trainer.data.compile.compile import Progress
+from trainer.data.dataset.manifest import LeftOut
 
 _LOG_SECONDS = 10.0
 

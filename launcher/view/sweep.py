@@ -11,9 +11,9 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from launcher.folded import FoldedTable
 from launcher.policy.sensitivity import Sensitivity, sensitivities
 from launcher.policy.trials import Metric, SearchPlan, Trial, in_words, word
+from launcher.view.folded import FoldedTable
 from launcher.view.scores import Scores
 from launcher.view.status import Follower, RunStatus
 from launcher.view.tail import poll_seconds

@@ -12,7 +12,7 @@ from launcher.view.status import read_generation
 from trainer.evaluate.evaluate import evaluate
 from trainer.evaluate.generate import generate
 from trainer.evaluate.program import Ask
-from trainer.export.adapter import export_adapter
+from trainer.export.write.adapter import export_adapter
 from trainer.store import Store, open_store
 
 

@@ -16,10 +16,11 @@ from tests.dist.launch import launch
 from tests.dist.proofs import together
 from tests.material import Workshop, commit
 from trainer.errors import CapstanError, ConfigError, StorageError
-from trainer.export import llama_cpp, verify
-from trainer.export.adapter import export_adapter
 from trainer.export.format import ExportProgress, Written, find_format
-from trainer.export.merged import export_merged
+from trainer.export.gguf import converter as llama_cpp
+from trainer.export.proof import verify
+from trainer.export.write.adapter import export_adapter
+from trainer.export.write.merged import export_merged
 from trainer.store import Store, open_store
 
 pytestmark = pytest.mark.timeout(400)

@@ -9,12 +9,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.families import FAMILIES, SIZES
-from trainer.base import elsewhere
 from trainer.base.architecture import Architecture
-from trainer.base.architecture_cache import read_architecture
-from trainer.base.elsewhere import Question
-from trainer.base.meta import model_config
-from trainer.base.unfilled import unfilled_model
+from trainer.base.describe import torch_answers as elsewhere
+from trainer.base.describe.architecture_cache import read_architecture
+from trainer.base.describe.empty_model import unfilled_model
+from trainer.base.describe.meta import model_config
+from trainer.base.describe.torch_answers import Question
 from trainer.errors import ConfigError
 from trainer.model.head import LossHead
 

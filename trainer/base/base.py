@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol
 
 from trainer.base.architecture import Architecture, mismatches
 from trainer.config import Config
-from trainer.safetensors_index import PackedTensor, StoredTensor, TensorSource, read_index
+from trainer.files.safetensors_index import PackedTensor, StoredTensor, TensorSource, read_index
 from trainer.store import Store
 
 

@@ -13,8 +13,8 @@ from trainer.base.base import Description
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config, parse_options
 from trainer.export import formats
+from trainer.export.figures import Proof
 from trainer.export.folder import BytesWritten
-from trainer.export.proof import Proof
 from trainer.registry import chosen, kinds
 from trainer.store import Store
 

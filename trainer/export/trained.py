@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from trainer.base.base import Base, Description
-from trainer.base.locate import check_mergeable, describe_base, in_bucket, is_hub_id, resolve_base
+from trainer.base.find.locate import check_mergeable, describe_base, in_bucket, is_hub_id, resolve_base
 from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
 from trainer.config import Config, Model, Tuning
 from trainer.config.paths import local_path
