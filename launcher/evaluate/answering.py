@@ -11,7 +11,7 @@ from launcher.start.group import is_rank
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import check_step
 from trainer.config import Config
-from trainer.evaluate.program import Ask
+from trainer.evaluate.ask import Ask
 from trainer.measure.prompts import Prompt, asked, read_prompts
 from trainer.run.folder import run_config
 from trainer.store import Store

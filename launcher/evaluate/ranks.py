@@ -15,7 +15,8 @@ from launcher.start.group import is_rank, slurm_rank
 from trainer.config import Config
 from trainer.devices import local_gpus
 from trainer.errors import CapstanError
-from trainer.evaluate.program import Ask, answer
+from trainer.evaluate.ask import Ask
+from trainer.evaluate.program import answer
 from trainer.measure.prompts import Prompt
 
 Hear = Callable[[dict[str, Any]], None]

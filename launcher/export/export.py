@@ -23,8 +23,9 @@ from trainer.checkpoint.manifest import CheckpointManifest, check_step, readable
 from trainer.config.paths import local_path
 from trainer.errors import CapstanError, StorageError
 from trainer.export.figures import Proof
-from trainer.export.format import ExportProgress, find_format
+from trainer.export.format import find_format
 from trainer.export.trained import trained_config
+from trainer.export.written import ExportProgress
 from trainer.store import Store
 from trainer.tuning.method import method_of
 

@@ -14,8 +14,9 @@ from typing import Any
 from trainer.checkpoint.listing import newest_commit
 from trainer.errors import CapstanError
 from trainer.export.folder import BytesWritten
-from trainer.export.format import ExportProgress, find_format
+from trainer.export.format import find_format
 from trainer.export.trained import trained_config
+from trainer.export.written import ExportProgress
 from trainer.store import open_store
 from trainer.tuning.method import method_of
 

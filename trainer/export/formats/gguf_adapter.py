@@ -11,9 +11,9 @@ from trainer.errors import ConfigError
 from trainer.export.card import CardContent, model_card
 from trainer.export.figures import Proof
 from trainer.export.folder import CARD, TRAINED, check_destination
-from trainer.export.format import ExportProgress, Written
 from trainer.export.gguf.converter import PART, check_converter, deliver
 from trainer.export.trained import trained_checkpoint
+from trainer.export.written import ExportProgress, Written
 from trainer.files.scratch import scratch_folder
 from trainer.store import Store
 from trainer.tuning.method import method_of

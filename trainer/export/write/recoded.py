@@ -24,9 +24,9 @@ from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.export.card import MODEL_USAGE, CardContent, model_card
 from trainer.export.folder import CARD, TRAINED
-from trainer.export.format import ExportProgress, Written
 from trainer.export.trained import check_recodable, resolve_trained_base, unloadable
 from trainer.export.write.merged import ChangedFile, changed_files, complete_model, mergeable_checkpoint, merged_config
+from trainer.export.written import ExportProgress, Written
 from trainer.files.safetensors_index import DTYPE_BYTES, INDEX_FILE, SINGLE_FILE, TensorSource, header_bytes
 from trainer.store import Store
 
