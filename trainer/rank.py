@@ -45,8 +45,10 @@ from trainer.plan.flops import work_of
 from trainer.plan.plan import make_plan
 from trainer.ranks import Ranks
 from trainer.run import layout
+from trainer.run.folder import run_folder
 from trainer.run.log import rank_log
 from trainer.run.metrics import Metrics, claim_generation, open_trackers, peak_memory
+from trainer.run.owner import OwnerWatch
 from trainer.run.power import metered
 from trainer.run.records import add_record, bad_windows
 from trainer.run.requests import StopSignal
@@ -96,7 +98,7 @@ def run_rank(
     """
     starter = starter or Starter()
     launch_seconds = time.time() - starter.began
-    ranks = join_run(config)
+    ranks = join_run(config, OwnerWatch(run_folder(config)).is_gone)
     with ranks.agreeing():
         base = resolve_base(config.model)
         check_base(base, config)

@@ -20,6 +20,7 @@ from rich.markup import escape
 
 from launcher.doctor.nccl import networks, troubles
 from launcher.view.folded import FoldedTable
+from trainer import children
 from trainer.devices import count_visible, listed_gpus, unused
 from trainer.errors import CapstanError
 from trainer.model.kernels import KERNELS
@@ -165,7 +166,7 @@ def _accelerator() -> Iterator[Check]:
 def ask_torch() -> dict[str, Any] | str:
     """The facts that torch tells of this machine, or the reason why it cannot be asked."""
     try:
-        answer = subprocess.run(
+        answer = children.run(
             [sys.executable, "-c", _TORCH_PROBE], capture_output=True, text=True, timeout=_TORCH_TIMEOUT, check=False
         )
     except subprocess.TimeoutExpired:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import IO, Any
 
 from launcher.start.group import is_rank, slurm_rank
+from trainer import children
 from trainer.config import Config
 from trainer.devices import local_gpus
 from trainer.errors import CapstanError
@@ -71,7 +72,7 @@ def _started(ask: Ask, ranks: int) -> Iterator[tuple["subprocess.Popen[str]", Ca
             return errors.read()
 
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
-        with subprocess.Popen(command, **pipes) as process:
+        with children.start(command, **pipes) as process:
             try:
                 yield process, said
             except BaseException:  # Ctrl-C, or nobody reads any more

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from trainer import children
 from trainer.base.find.locate import describe_base
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import CheckpointManifest, check_step, readable_manifests
@@ -138,7 +139,7 @@ def _module(name: str, *arguments: str, progress: ExportProgress) -> dict[str, A
     command = [sys.executable, "-m", name, *arguments]
     last = ""
     with tempfile.TemporaryFile("w+") as errors:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+        with children.start(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
             try:
                 for line in process.stdout or ():
                     if line.startswith("progress "):

@@ -18,6 +18,7 @@ from rich.table import Table
 from launcher.policy.jobs import Attempt
 from launcher.view.status import ENDED, RunStatus, read_status
 from launcher.view.tables import render
+from trainer import children
 from trainer.errors import ConfigError, NotFound
 from trainer.run import layout
 from trainer.run.folder import command
@@ -281,7 +282,7 @@ def call(
 ) -> subprocess.CompletedProcess[str]:
     """A command of Slurm's; raises `ConfigError` when it is not installed or does not answer."""
     try:
-        return subprocess.run(
+        return children.run(
             command, input=given, capture_output=True, text=True, timeout=_SECONDS, env=environment, check=False
         )
     except FileNotFoundError as error:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+from trainer.children import end_with_agent
 from trainer.devices import stay_on_cpu
 from trainer.errors import CapstanError
 from trainer.evaluate.ask import Ask, Tell
@@ -55,6 +56,7 @@ def _nothing(_told: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    end_with_agent()
     # Libraries print to the output too: from here on they do it to the errors.
     lines = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
