@@ -8,16 +8,20 @@ The command dies with the *thread* that starts it: start it from a thread that w
 """
 
 import os
+import secrets
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
-from trainer import leash
+from trainer import guard, leash
+
+_FAMILY = "CAPSTAN_FAMILY"
 
 
 def run(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[Any]:
@@ -32,6 +36,23 @@ def run(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[A
 def start(command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
     """`subprocess.Popen` of a command that ends with this process."""
     return subprocess.Popen(_tied(command), **options)
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Around work with a program that starts processes in its own way, such as Ray: whatever is started in the body, by whomever, ends within
+    seconds when this process is killed."""
+    mark = secrets.token_hex(8)
+    environment = {name: value for name, value in os.environ.items() if name != _FAMILY}
+    command = [sys.executable, "-I", "-S", str(Path(guard.__file__)), f"{_FAMILY}={mark}"]
+    # In a session of its own: what ends the family, such as Ctrl-C twice, must not end its guard before.
+    with subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True) as process:
+        os.environ[_FAMILY] = mark
+        try:
+            yield
+        finally:
+            os.environ.pop(_FAMILY, None)
+            process.communicate(b"over")
 
 
 def _tied(command: Sequence[str]) -> list[str]:

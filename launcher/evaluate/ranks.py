@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import IO, Any
 
 from launcher.start.group import is_rank, slurm_rank
+from launcher.terminal import put
 from trainer import children
 from trainer.config import Config
 from trainer.devices import local_gpus
@@ -49,7 +50,7 @@ def run_ranks(ask: Ask, config: Config, prompts: Iterable[list[Prompt]], hear: H
         result = _conversed(process, iter(prompts), hear)
         process.wait()
     if result is None:
-        print(said(), file=sys.stderr)
+        put(said(), file=sys.stderr)
         raise CapstanError(f"the ranks ended with exit code {process.returncode}; their output is above.")
     if "error" in result:
         error = CapstanError(result["error"])

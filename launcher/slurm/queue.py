@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Group, RenderableType
-from rich.table import Table
 
 from launcher.policy.jobs import Attempt
+from launcher.view.folded import facts
 from launcher.view.status import ENDED, RunStatus, read_status
 from launcher.view.tables import render
 from trainer import children
@@ -109,9 +109,7 @@ class SlurmStatus:
         return {**self.run.to_json(), "slurm": slurm}
 
     def table(self) -> RenderableType:
-        rows = Table.grid(padding=(0, 2))
-        rows.add_column(style="bold")
-        rows.add_column(overflow="fold")
+        rows = facts()
         for job in self.jobs:
             rows.add_row(f"job {job.job}", job.sentence())
         if not self.jobs:
@@ -120,7 +118,7 @@ class SlurmStatus:
             if one.kind:
                 because = f": {one.reason}" if one.reason else ""
                 text = f"{one.kind}{because}; step {one.step:,} was committed"
-                rows.add_row(f"job {one.job}.{one.restart}", text.replace("[", r"\["))
+                rows.add_row(f"job {one.job}.{one.restart}", text)
         return Group(render(self.run), rows)
 
 

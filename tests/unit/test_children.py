@@ -7,11 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from trainer import children
+from trainer import children, guard
 
 ROOT = Path(__file__).parents[2]
 # Each says beside its call why it does without.
@@ -37,16 +38,13 @@ if __name__ == "__main__":
 """
 
 
-def alive(mark: str) -> list[str]:
-    """The commands of the processes whose environment has this word."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (process / "environ").read_bytes():
-                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:
-            continue
-    return [command for command in found if command]
+def processes(mark: str) -> dict[int, str]:
+    """The processes, with their commands, whose environment has this variable."""
+    found = {}
+    for number in guard.family(f"{mark}=1".encode()):
+        with suppress(OSError):
+            found[number] = Path(f"/proc/{number}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    return {number: command for number, command in found.items() if command}  # a zombie has none
 
 
 def wait_until(holds: Callable[[], bool], seconds: float) -> bool:
@@ -61,9 +59,33 @@ def test_children_and_theirs_end_when_their_parent_is_killed(tmp_path: Path) -> 
     program.write_text(FAMILY)
     environment = {**os.environ, mark: "1", "PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, str(program)], env=environment, stdout=subprocess.PIPE) as parent:
-        assert wait_until(lambda: sum(command.split()[0].endswith("/sleep") for command in alive(mark)) == 2, 60)
+        assert wait_until(
+            lambda: sum(command.split()[0].endswith("/sleep") for command in processes(mark).values()) == 2, 60
+        )
         os.kill(parent.pid, signal.SIGKILL)
-    assert wait_until(lambda: not alive(mark), 5), alive(mark)
+    assert wait_until(lambda: not processes(mark), 5), processes(mark)
+
+
+@pytest.mark.parametrize("ending", ["killed", "in order"])
+def test_a_guard_ends_what_a_killed_process_left_and_nothing_else(ending: str) -> None:
+    mark = f"CAPSTAN_TEST_{os.getpid()}"
+    own = "import subprocess; subprocess.Popen(['sleep', '20'], stdout=subprocess.DEVNULL, start_new_session=True)"
+    wait = "; print(flush=True); input()"
+    program = f"from trainer.children import guarded\nwith guarded():\n    {own}{wait}"
+    environment = {**os.environ, mark: "1", "PYTHONPATH": str(ROOT)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", program], env=environment, **pipes) as parent:
+        assert parent.stdout
+        parent.stdout.readline()
+        if ending == "killed":
+            parent.kill()
+        else:
+            parent.communicate(b"\n")
+    if ending == "killed":
+        assert wait_until(lambda: not processes(mark), 5)
+    else:
+        (left,) = processes(mark)
+        os.kill(left, signal.SIGKILL)
 
 
 def test_a_command_that_is_not_there_is_said_to_be_missing() -> None:

@@ -11,7 +11,7 @@ from trainer.data.compile.fingerprint import fingerprint, hash_tokenizer
 from trainer.data.compile.inputs import find_train
 from trainer.data.compile.weights import kept_weights
 from trainer.data.dataset.manifest import read_manifest
-from trainer.data.order.bins import kept_bins
+from trainer.data.order.bins import kept_bins, total
 from trainer.data.order.settings import train_order
 from trainer.data.source.files import SourceFile, expand, is_compressed, is_of_hub
 from trainer.errors import CapstanError
@@ -69,7 +69,7 @@ def _compiled(config: Config, store: Store, key: str) -> EpochLength:
     tokens = sum(weight * source.tokens for weight, source in zip(weights, manifest.sources, strict=True))
     documents = sum(weight * source.documents for weight, source in zip(weights, manifest.sources, strict=True))
     rows = (tokens + documents * order.beside) / order.capacity if order.packing else documents
-    return EpochLength(round(tokens), ceil(rows), tuple(kept_bins(store, key, order)), compiled=True)
+    return EpochLength(round(tokens), ceil(rows), tuple(map(total, kept_bins(store, key, order))), compiled=True)
 
 
 def _estimated(config: Config, files: Sequence[SourceFile]) -> EpochLength:

@@ -30,7 +30,7 @@ from trainer.store import Store
 
 LOOK_SECONDS = 10.0
 _LONGEST_PAUSE = 600.0
-_AFTER_KILL_SECONDS = 4.0
+_AFTER_KILL_SECONDS = 3.0
 ROWS = 100
 """Rows that a service is given at a time."""
 
