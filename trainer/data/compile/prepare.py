@@ -23,13 +23,8 @@ from trainer.data.compile.pool import Mapper, mapper_for
 from trainer.data.compile.weights import find_weights, keep_weights, kept_weights
 from trainer.data.dataset.dataset import open_chapter
 from trainer.data.dataset.manifest import MANIFEST, DatasetManifest, damaged, read_manifest
-<<<<<<< edd679f5ff002d3fd501139b76b2750c4a594320
-from trainer.data.order.bins import keep_bins, kept_bins, steps_of_epochs
-from trainer.data.order.order import EpochPlan, nothing_visited, turns
-=======
 from trainer.data.order.bins import EpochBins, keep_bins, kept_bins, total
-from trainer.data.order.order import EpochPlan, turns
->>>>>>> 688e7f42f1060eebde820383da59dfdcfddd0245
+from trainer.data.order.order import EpochPlan, nothing_visited, turns
 from trainer.data.order.settings import Order, train_order
 from trainer.data.render.labelled import one_kind
 from trainer.data.source.files import SourceFile
@@ -233,20 +228,8 @@ def _check_labels(manifest: DatasetManifest) -> None:
         raise DataError(sentence)
 
 
-<<<<<<< edd679f5ff002d3fd501139b76b2750c4a594320
-def _epoch_bins(store: Store, fingerprint: str, order: Order, epochs: int) -> list[int]:
-    """Bins of each of the first `epochs` epochs: planned once, and kept beside the data for the next start."""
-=======
-def nothing_visited(epoch: int, order: Order) -> DataError:
-    return DataError(
-        f"data.train: epoch {epoch} visits no document, as weights of {', '.join(map(str, order.weights))} are too "
-        "small for so few documents. Raise a weight."
-    )
-
-
 def _epoch_bins(store: Store, fingerprint: str, order: Order, epochs: int) -> list[EpochBins]:
     """The bins of the first `epochs` epochs: planned once, and kept beside the data for the next start."""
->>>>>>> 688e7f42f1060eebde820383da59dfdcfddd0245
     bins = kept_bins(store, fingerprint, order)
     if missing := range(len(bins), epochs):
         chapters = read_manifest(store, fingerprint).chapters
