@@ -20,10 +20,10 @@ from rich.text import Text
 
 from launcher.doctor.nccl import networks, troubles
 from launcher.view.folded import FoldedTable
-from trainer import children
 from trainer.devices import count_visible, listed_gpus, unused
 from trainer.errors import CapstanError
 from trainer.model.kernels import KERNELS
+from trainer.processes import children
 from trainer.registry import kinds
 from trainer.run import trackers
 from trainer.store import open_store

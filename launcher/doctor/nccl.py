@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from trainer import children
+from trainer.processes import children
 
 _ADAPTERS = Path("/sys/class/infiniband")
 # Without NCCL_SOCKET_IFNAME the first of these that names an interface decides.

@@ -18,7 +18,6 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from launcher.console import Terminal
 from launcher.terminal import put
-from trainer import children
 from trainer.base.find.locate import describe_base
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import CheckpointManifest, check_step, readable_manifests
@@ -28,6 +27,7 @@ from trainer.export.figures import Proof
 from trainer.export.format import find_format
 from trainer.export.trained import trained_config
 from trainer.export.written import ExportProgress
+from trainer.processes import children
 from trainer.store import Store
 from trainer.tuning.method import method_of
 

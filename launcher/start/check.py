@@ -17,7 +17,7 @@ from trainer.config import Config, assignment, override
 from trainer.config.paths import absolute_path, local_path
 from trainer.config.secrets import refuse_secrets
 from trainer.data.compile.prepare import locate
-from trainer.data.named_templates import NAMED
+from trainer.data.render.named_templates import NAMED
 from trainer.errors import ConfigError, DataError, NotFound, NothingToResume, StorageError
 from trainer.identity import identity_of
 from trainer.objective.objective import check_objective

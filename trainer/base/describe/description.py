@@ -5,10 +5,10 @@ from typing import Any, ClassVar, Protocol
 
 from trainer.base.base import Base, Description, StoredFormat
 from trainer.base.describe.architecture_cache import read_architecture
+from trainer.base.describe.unrecognised import unrecognised
 from trainer.base.stored.fp8 import Fp8
 from trainer.base.stored.mxfp4 import Mxfp4
 from trainer.base.stored.prequantized import BitsAndBytes4bit
-from trainer.base.unrecognised import unrecognised
 from trainer.config import Config
 from trainer.errors import ConfigError, shown
 from trainer.files.safetensors_index import StoredTensor

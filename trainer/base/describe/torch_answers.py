@@ -21,8 +21,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from trainer import children, errors
+from trainer import errors
 from trainer.errors import NOT_JSON, CapstanError, ConfigError
+from trainer.processes import children
 
 Parsed = TypeVar("Parsed")
 _SECONDS = 300  # transformers' import takes most of it on a slow disk; the model itself is on `meta`

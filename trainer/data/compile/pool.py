@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from trainer.children import end_with_parent
 from trainer.data.source.rows import Batch
 from trainer.errors import DoesNotFit
+from trainer.processes.children import end_with_parent
 
 _BATCHES_AHEAD = 8
 # Below this, starting other processes takes longer than the work.

@@ -5,7 +5,7 @@ import re
 from itertools import accumulate
 from typing import Any
 
-from trainer.data.render.spans import Span, joined, without
+from trainer.data.format.spans import Span, joined, without
 from trainer.errors import DataError
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")

@@ -9,9 +9,9 @@ turn before it ends.
 import re
 from collections.abc import Mapping, Sequence
 
-from trainer.data.chat_template import ChatTemplate, Tools
 from trainer.data.format.messages import UNTRAINED, Message
-from trainer.data.render.spans import Span, shared_beginning
+from trainer.data.format.spans import Span, shared_beginning
+from trainer.data.render.chat_template import ChatTemplate, Tools
 from trainer.data.render.thinking import OPEN
 from trainer.errors import DataError
 

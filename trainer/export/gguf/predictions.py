@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer import children
 from trainer.errors import CapstanError, ConfigError
+from trainer.processes import children
 
 _LLAMA_CPP = "xllamacpp"
 _CERTAIN = 1000.0

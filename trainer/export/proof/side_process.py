@@ -12,8 +12,8 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any, Literal, TypeVar
 
-from trainer.children import end_with_parent
 from trainer.errors import DoesNotFit
+from trainer.processes.children import end_with_parent
 
 T = TypeVar("T")
 Device = Literal["gpu", "cpu"]

@@ -14,11 +14,11 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
-from trainer import children
 from trainer.base.find.locate import TOKENIZER_FILES
 from trainer.checkpoint.listing import committed_steps
 from trainer.config import Config
 from trainer.export.folder import holds_export
+from trainer.processes import children
 from trainer.run import layout
 from trainer.store import Store
 from trainer.tuning.method import method_of

@@ -1,4 +1,4 @@
-"""The program that ends a family of processes whose head was killed: `trainer.children.guarded` starts it.
+"""The program that ends a family of processes whose head was killed: `trainer.processes.children.guarded` starts it.
 
     python -I -S guard.py VARIABLE=VALUE < pipe
 

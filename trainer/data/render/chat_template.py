@@ -11,10 +11,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from trainer.data.format.messages import Message, text_of
-from trainer.data.render.spans import Span, joined
+from trainer.data.format.spans import Span, joined
 from trainer.data.render.thinking import ThinkingForm, find_form
 from trainer.errors import ConfigError, DataError
-from trainer.time_limit import OutOfTime, time_limit
+from trainer.processes.time_limit import OutOfTime, time_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

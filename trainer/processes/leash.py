@@ -1,4 +1,4 @@
-"""The program that `trainer.children` puts before every command: it ties itself to its parent, and becomes the command.
+"""The program that `trainer.processes.children` puts before every command: it ties itself to its parent, and becomes the command.
 
     python -I -S leash.py PARENT COMMAND...
 

@@ -19,7 +19,7 @@ from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
-from trainer import guard, leash
+from trainer.processes import guard, leash
 
 _FAMILY = "CAPSTAN_FAMILY"
 
