@@ -85,7 +85,7 @@ class Trained:
     def at(cls, run: Store, step: int, scratch: Path | None = None) -> "Trained":
         manifest = read_manifest(run, step)
         config = trained_config(run, manifest)
-        return cls(run, manifest, config, resolve_trained_base(config.model, manifest), scratch)
+        return cls(run, manifest, config, resolve_trained_base(run, config.model, manifest), scratch)
 
     @cached_property
     def room(self) -> Room:
@@ -391,8 +391,9 @@ def directory_of(store: Store) -> Iterator[Path]:
 @contextmanager
 def base_directory(base: Base) -> Iterator[Path]:
     """The same for a base, whose small files are on this machine already."""
-    if base.store.uri == f"file://{base.directory}":
-        yield base.directory
+    local = local_folder(base.store)
+    if local is not None:
+        yield local
         return
     with scratch_folder("base") as folder:
         copy_weights(base, Path(folder))

@@ -56,7 +56,7 @@ class Gguf(Section):
         temporary = local_path(self.scratch or tempfile.gettempdir(), "scratch")
         if not temporary.is_dir():
             raise ConfigError(f"scratch: {temporary} is no folder. Make it, or name another.")
-        base, folder = resolve_trained_base(config.model, manifest), local_folder(destination)
+        base, folder = resolve_trained_base(run, config.model, manifest), local_folder(destination)
         merged = sum(size for _, size, _ in base.versions)
         weights = base.architecture.weights("linear", "experts", "embedding", "head", "small")
         results = sum(int(_BYTES[kind] * weights) for kind in names)

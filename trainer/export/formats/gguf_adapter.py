@@ -13,7 +13,7 @@ from trainer.export.folder import CARD, TRAINED, check_destination
 from trainer.export.format import ExportProgress, Written
 from trainer.export.llama_cpp import PART, check_converter, deliver
 from trainer.export.proof import Proof
-from trainer.export.trained import trained_checkpoint
+from trainer.export.trained import check_base_at_hand, trained_checkpoint
 from trainer.scratch import scratch_folder
 from trainer.store import Store
 from trainer.tuning.method import method_of
@@ -40,6 +40,7 @@ class GgufAdapter(Section):
         name = f"{config.run.name}-adapter.gguf"
         self.check(config, describe_base(config.model))
         check_destination(destination, f"{name}{PART}")
+        check_base_at_hand(config.model, manifest)
         exported = method.export(dict(CheckpointWeights(run, manifest, DTYPES[config.model.dtype])), config.model)
         what = f"{exported.what} in GGUF for llama.cpp, {TRAINED}."
         with scratch_folder("gguf") as scratch:
