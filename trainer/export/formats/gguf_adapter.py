@@ -52,8 +52,10 @@ class GgufAdapter(Section):
         return Written(manifest, {"files": [name]})
 
     def prove(self, run: Store, step: int, destination: Store) -> Proof:
+        from trainer.export.again import check_again
         from trainer.export.gguf_proof import prove_gguf_adapter
 
+        check_again(self, run, step, destination)
         return prove_gguf_adapter(run, step, destination)
 
 
