@@ -16,10 +16,11 @@ from typing import Any, Literal
 
 from packaging.requirements import Requirement
 from rich.console import Group
-from rich.markup import escape
+from rich.text import Text
 
 from launcher.folded import FoldedTable
 from launcher.nccl import networks, troubles
+from trainer import children
 from trainer.devices import count_visible, listed_gpus, unused
 from trainer.errors import CapstanError
 from trainer.model.kernels import KERNELS
@@ -98,14 +99,13 @@ def diagnose(store_uri: str | None, nccl_variables: Mapping[str, str] | None = N
 
 def report_table(report: Diagnosis) -> Group:
     """A table of the findings, and below it what to do about each gap."""
-    signs = {"ok": "[green]✓[/]", "optional": "[yellow]·[/]", "missing": "[red]✗[/]"}
+    signs = {"ok": Text("✓", "green"), "optional": Text("·", "yellow"), "missing": Text("✗", "red")}
     table = FoldedTable("", "What", "Found", "How to get it")
     for check in report.checks:
-        table.add_row(signs[check.state], *(escape(text) for text in (check.name, check.found, check.fix)))
+        table.add_row(signs[check.state], check.name, check.found, check.fix)
     missing = [check.name for check in report.checks if check.state == "missing"]
-    verdict = (
-        f"[red]Missing: {escape(', '.join(missing))}.[/]" if missing else "[green]Everything a run needs is here.[/]"
-    )
+    whole = Text("Everything a run needs is here.", "green")
+    verdict = Text(f"Missing: {', '.join(missing)}.", "red") if missing else whole
     return Group(table, verdict)
 
 
@@ -165,7 +165,7 @@ def _accelerator() -> Iterator[Check]:
 def ask_torch() -> dict[str, Any] | str:
     """The facts that torch tells of this machine, or the reason why it cannot be asked."""
     try:
-        answer = subprocess.run(
+        answer = children.run(
             [sys.executable, "-c", _TORCH_PROBE], capture_output=True, text=True, timeout=_TORCH_TIMEOUT, check=False
         )
     except subprocess.TimeoutExpired:

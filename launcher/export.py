@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from launcher.console import Terminal
+from launcher.terminal import put
+from trainer import children
 from trainer.base.locate import describe_base
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import CheckpointManifest, check_step, readable_manifests
@@ -120,7 +122,7 @@ def _bar(title: str) -> Iterator[ExportProgress]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, visible=False)
         yield ExportProgress(
@@ -137,7 +139,7 @@ def _module(name: str, *arguments: str, progress: ExportProgress) -> dict[str, A
     command = [sys.executable, "-m", name, *arguments]
     last = ""
     with tempfile.TemporaryFile("w+") as errors:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+        with children.start(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
             try:
                 for line in process.stdout or ():
                     if line.startswith("progress "):
@@ -153,7 +155,7 @@ def _module(name: str, *arguments: str, progress: ExportProgress) -> dict[str, A
     if process.returncode:
         _, expected, sentence = said.rpartition("capstan: ")
         if not expected:
-            print(said, file=sys.stderr)
+            put(said, file=sys.stderr)
             raise CapstanError(f"{name} ended with exit code {process.returncode}; its output is above.")
         error = CapstanError(sentence.strip())
         error.exit_code = process.returncode

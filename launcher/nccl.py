@@ -17,6 +17,8 @@ from pathlib import Path
 
 import psutil
 
+from trainer import children
+
 _ADAPTERS = Path("/sys/class/infiniband")
 # Without NCCL_SOCKET_IFNAME the first of these that names an interface decides.
 _DEFAULTS = ("ib", "^docker,lo,virbr", "docker", "lo", "virbr")
@@ -100,7 +102,7 @@ def networks(environment: Mapping[str, str]) -> list[Network] | str:
         return [this_machine(environment)]
     step = ["srun", "--overlap", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--cpu-bind=none"]
     try:
-        answer = subprocess.run(
+        answer = children.run(
             [*step, sys.executable, "-m", "launcher.nccl"],
             capture_output=True,
             text=True,

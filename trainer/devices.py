@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from trainer import children
 from trainer.errors import ConfigError
 
 _DRIVER_SECONDS = 30
@@ -103,7 +104,7 @@ def described_gpus(environment: Mapping[str, str] = os.environ) -> list[LocalGpu
 def _told_by_driver(*question: str) -> str | None:
     """The answer of nvidia-smi; None where it is not there, fails, or does not answer."""
     try:
-        told = subprocess.run(["nvidia-smi", *question], capture_output=True, text=True, timeout=_DRIVER_SECONDS)
+        told = children.run(["nvidia-smi", *question], capture_output=True, text=True, timeout=_DRIVER_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return None if told.returncode else told.stdout

@@ -74,7 +74,7 @@ def length_of(config: Config, epoch: EpochLength | None) -> Length:
         wanted = ceil(train.epochs)
         counted = len(epoch.bins) >= wanted
         bins = epoch.bins[:wanted] if counted else [rows] * wanted
-        steps = steps_of_epochs(bins, Fraction(str(train.epochs)), train.global_batch)
+        steps = sum(steps_of_epochs(bins, Fraction(str(train.epochs)), train.global_batch))
     if steps and epochs is None and rows:
         epochs = steps / ceil(rows / train.global_batch)
     tokens = round(epochs * epoch.tokens) if epochs and epoch else None

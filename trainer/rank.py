@@ -45,8 +45,10 @@ from trainer.optimizer.optimizer import find_optimizer
 from trainer.plan import make_plan
 from trainer.ranks import Ranks
 from trainer.run import layout
+from trainer.run.folder import run_folder
 from trainer.run.log import rank_log
 from trainer.run.metrics import Metrics, claim_generation, open_trackers, peak_memory
+from trainer.run.owner import OwnerWatch
 from trainer.run.power import metered
 from trainer.run.records import add_record, bad_windows
 from trainer.run.requests import StopSignal
@@ -56,6 +58,7 @@ from trainer.store import Store, open_run_store
 from trainer.train.assemble import attention_of
 from trainer.train.flops import work_of
 from trainer.train.heartbeat import Hang, Heart
+from trainer.train.horizon import horizon_of
 from trainer.train.loop import Training, stop_before_training, train
 from trainer.train.profile import StepProfile
 from trainer.train.reference import ReferencePass
@@ -97,7 +100,7 @@ def run_rank(
     """
     starter = starter or Starter()
     launch_seconds = time.time() - starter.began
-    ranks = join_run(config)
+    ranks = join_run(config, OwnerWatch(run_folder(config)).is_gone)
     with ranks.agreeing():
         base = resolve_base(config.model)
         check_base(base, config)
@@ -164,7 +167,7 @@ class _Start:
 def _train(start: _Start, datasets: Datasets, *, resume: bool) -> None:
     metrics, starter = start.metrics, start.starter
     training, restored = _assemble(start, datasets, resume=resume)
-    step, position = (restored.step, Position.from_json(restored.position)) if restored else (0, Position())
+    step, position = _place(restored)
     stop_before_training(training, step, position, committed=restored is not None)
     metrics.write("phase", phase="first_step")
     rank0 = start.ranks.rank == 0
@@ -180,7 +183,7 @@ def _train(start: _Start, datasets: Datasets, *, resume: bool) -> None:
                 metrics.write("first_step", step=step + 1, seconds=round(time.time() - starter.began, 3))
             metrics.write("step", **record, **peak_memory(start.ranks.device), **power())
             starter.observe({**record, "restarts": start.generation - 1})
-    metrics.write("end", outcome="finished", step=training.total_steps, reason="")
+    metrics.write("end", outcome="finished", step=training.horizon.steps, reason="")
 
 
 def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Training, CheckpointManifest | None]:
@@ -216,7 +219,9 @@ def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Train
     restoring = time.monotonic()
     restored = checkpoints.restore(engine, required=resume, log=log)
     restore_seconds = time.monotonic() - restoring
-    skipped = ranks.broadcast(bad_windows(run) if ranks.rank == 0 and config.retry.skip_bad_window else [])
+    bad = ranks.broadcast(bad_windows(run) if ranks.rank == 0 and config.retry.skip_bad_window else [])
+    skipped = tuple(map(Position.from_json, bad))
+    step, position = _place(restored)
     training = Training(
         config,
         ranks,
@@ -227,19 +232,23 @@ def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Train
         checkpoints,
         start.metrics,
         start.stop,
-        datasets.steps(config.train),
+        horizon_of(config.train, datasets.epochs, step, position, skipped),
         pulse=start.heart,
         work=work_of(config, base.architecture, recomputed_share(engine.model), ranks.device_name),
         eval_sets=sets,
         samples=open_samples(config, base, run, ranks) if config.train.sample_every else None,
-        skipped=tuple(map(Position.from_json, skipped)),
+        skipped=skipped,
     )
-    step = restored.step if restored else 0
-    facts = {"step": step, "total_steps": training.total_steps, "restore_seconds": round(restore_seconds, 3)}
+    facts = {"step": step, "total_steps": training.horizon.steps, "restore_seconds": round(restore_seconds, 3)}
     of_sets = {f"eval.sets.{name}": key for name, key in datasets.sets.items()}
     data = {"train": datasets.train, "eval": datasets.eval, **of_sets}
     _record_start(start, settled, report, attention=attention.name, kernels=report.kernels, data=data, **facts)
     return training, restored
+
+
+def _place(restored: CheckpointManifest | None) -> tuple[int, Position]:
+    """The step that a start goes on from, and where in the data."""
+    return (restored.step, Position.from_json(restored.position)) if restored else (0, Position())
 
 
 def _held_out(start: _Start, config: Config, fingerprint: str) -> Stream:

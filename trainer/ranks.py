@@ -5,6 +5,7 @@ bit-identical results and decide alike.
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from trainer.errors import CapstanError, ConfigError
 
 T = TypeVar("T")
 
+_ATTEMPT = timedelta(seconds=5)
+"""A rank looks so often whether rank 0, which it waits for, is still there."""
 # torch's variables for the settings of its allocator: any device's, CUDA's, ROCm's.
 _ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
@@ -153,11 +156,15 @@ class Ranks:
         self.agree(failure)
 
 
-def join(timeout: timedelta = timedelta(minutes=30), meeting: timedelta = timedelta(minutes=15)) -> Ranks:
+def join(
+    timeout: timedelta = timedelta(minutes=30),
+    meeting: timedelta = timedelta(minutes=15),
+    is_gone: Callable[[], bool] = lambda: False,
+) -> Ranks:
     """Join the process group that Ray Train, torchrun or srun laid out in the environment (or a group of one).
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. `timeout` is that of the group's
-    collectives.
+    collectives; `is_gone` tells whether rank 0 has ended before it came to the meeting.
 
     Raises:
         CapstanError: not all ranks have come within `meeting`; it names those that are missing.
@@ -172,7 +179,7 @@ def join(timeout: timedelta = timedelta(minutes=30), meeting: timedelta = timede
         backend = "nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
             rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-            store = _meet(rank, world_size, meeting)
+            store = _meet(rank, world_size, meeting, is_gone)
             if device.type == "cuda":
                 take_gpu(store, device, rank)
             dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
@@ -226,7 +233,7 @@ def collectives_begun() -> int:
     return sum(group._get_sequence_number_for_group() for group in groups)
 
 
-def _meet(rank: int, world_size: int, within: timedelta) -> Store:
+def _meet(rank: int, world_size: int, within: timedelta, is_gone: Callable[[], bool]) -> Store:
     """The key-value store at MASTER_ADDR and MASTER_PORT, once every rank has come to it."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # torchrun's agent serves the store itself, and the same one for each of its attempts.
@@ -234,7 +241,7 @@ def _meet(rank: int, world_size: int, within: timedelta) -> Store:
     keys = {f"here-{other}": other for other in range(world_size)}
     missing: list[int] | None = None
     try:
-        server = TCPStore(host, port, is_master=serves, timeout=within, wait_for_workers=False)
+        server = _served(host, port, within) if serves else _reached(host, port, within, is_gone)
         store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", server)
         store.set(f"here-{rank}", "")
         try:
@@ -258,3 +265,22 @@ def _meet(rank: int, world_size: int, within: timedelta) -> Store:
         f"{world_size - len(missing)} of {world_size} ranks came together within {limit}; missing: {named}. They were killed, "
         "or did not start: the job's output says why."
     )
+
+
+def _served(host: str, port: int, within: timedelta) -> TCPStore:
+    return TCPStore(host, port, is_master=True, timeout=within, wait_for_workers=False)
+
+
+def _reached(host: str, port: int, within: timedelta, is_gone: Callable[[], bool]) -> TCPStore:
+    """The store that rank 0 serves, as soon as it does. In short attempts, as torch would go on asking for one that has ended."""
+    deadline = time.monotonic() + within.total_seconds()
+    while True:
+        left = timedelta(seconds=max(0.0, deadline - time.monotonic()))
+        try:
+            store = TCPStore(host, port, is_master=False, timeout=min(_ATTEMPT, left), wait_for_workers=False)
+        except dist.DistError:
+            if left <= _ATTEMPT or is_gone():
+                raise
+        else:
+            store.set_timeout(within)
+            return store

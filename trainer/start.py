@@ -22,18 +22,18 @@ from trainer.zero.engine import Engine
 from trainer.zero.policy import build_deepspeed_config
 
 
-def join_run(config: Config) -> Ranks:
-    """Join the other ranks on the device and with the threads that the settings say.
+def join_run(config: Config, is_gone: Callable[[], bool] = lambda: False) -> Ranks:
+    """Join the other ranks on the device and with the threads that the settings say. `is_gone` tells whether rank 0 has ended meanwhile.
 
     Raises:
         ConfigError: this process does not see the GPUs that it should.
-        CapstanError: not all ranks have come within `timeouts.meet`.
+        CapstanError: not all ranks have come within `timeouts.meet`, or rank 0 has ended meanwhile.
     """
     check_device(config.cluster.gpus_per_worker, *torch_gpus())
     os.environ.update(config.cluster.nccl_variables)  # NCCL reads them when it makes its first communicator
     # A collective may last longer than the heartbeat's limits, as the heartbeat names the rank that hangs.
     limit = timedelta(seconds=120 + max(config.timeouts.model_dump().values()))
-    ranks = join(limit, timedelta(seconds=config.timeouts.meet))
+    ranks = join(limit, timedelta(seconds=config.timeouts.meet), is_gone)
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(config.cluster.threads_per_worker or max(1, cores // ranks.ranks_per_node))
     return ranks

@@ -6,8 +6,9 @@ Keys are `str` with `/` (a `Path` would mangle URIs). Every failure leaves as a 
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -87,6 +88,7 @@ class Store:
 
     def get(self, key: str) -> bytes:
         with self._errors("read", key):
+            self._check_file(key)
             return bytes(obstore.get(self._backend, self._prefix + key).bytes())
 
     def get_range(self, key: str, start: int, end: int) -> bytearray:
@@ -94,6 +96,7 @@ class Store:
         if start == end:
             return bytearray()
         with self._errors("read", key):
+            self._check_file(key)
             data = bytearray(obstore.get_range(self._backend, self._prefix + key, start=start, end=end))
         self._check_length(key, start, end, len(data))
         with self._counting:
@@ -106,6 +109,7 @@ class Store:
             return []
         spans, owners = _merged(starts, ends)
         with self._errors("read", key):
+            self._check_file(key)
             data = obstore.get_ranges(
                 self._backend,
                 self._prefix + key,
@@ -193,6 +197,14 @@ class Store:
         if isinstance(self._backend, LocalStore):
             # The empty folders too, and what a killed process had half written: a listing does not show it.
             shutil.rmtree(self._path(prefix), ignore_errors=True)
+
+    def _check_file(self, key: str) -> None:
+        """Raises `OSError` for a pipe, a device or a socket in a local folder, on which a read might wait for ever."""
+        if isinstance(self._backend, LocalStore):
+            with suppress(FileNotFoundError, NotADirectoryError):
+                mode = os.stat(self._path(key)).st_mode
+                if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                    raise OSError("it is no file, but a pipe, a device or a socket")
 
     def _check_length(self, key: str, start: int, end: int, length: int) -> None:
         if length != end - start:

@@ -133,9 +133,8 @@ def import_(
     dry_run: DryRun = False,
 ) -> None:
     """Make a configuration of another tool's: each of its keys is carried over, or listed with the reason why not."""
-    from rich.console import Console
-
     from launcher.commented import check_new, write_new
+    from launcher.console import Terminal
     from launcher.importing.importing import import_files
 
     if output:
@@ -146,7 +145,7 @@ def import_(
     if as_json:
         print(json.dumps({**imported.to_json(), "written": str(output) if output and not dry_run else None}))
         return
-    Console(stderr=True).print(imported.table())
+    Terminal(stderr=True).print(imported.table())
     if not output or dry_run:
         print(imported.text, end="")
     for line in imported.to_do:

@@ -87,7 +87,9 @@ def data_show(
     """Show rows as the model sees them: what is trained, special tokens, and what of a row is not in its text."""
     from launcher.data.show import render, show
 
-    emit(show(config, overrides or (), say, row=row, packed=packed, split=split), as_json, render)
+    shown = show(config, overrides or (), say, row=row, packed=packed, split=split)
+    # Its colours are control characters of its own, and it shows those of the rows.
+    print(json.dumps(shown.to_json()) if as_json else render(shown))
 
 
 def config_schema() -> None:

@@ -11,6 +11,7 @@ import typer
 
 from launcher.cli.shell import complete_run, complete_setting
 from launcher.start.group import is_silent_rank
+from launcher.terminal import put
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file.")]
 Overrides = Annotated[
@@ -44,7 +45,7 @@ def finite(value: float | None) -> float | None:
 
 
 def log(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    put(text, file=sys.stderr)
 
 
 def say(text: str) -> None:
@@ -58,11 +59,11 @@ def emit(value: Any, as_json: bool, show: Callable[[Any], Any]) -> None:
     if as_json:
         print(json.dumps(value.to_json()))
     elif isinstance(shown := show(value), str):
-        print(shown)
+        put(shown)
     else:
-        from rich.console import Console
+        from launcher.console import Terminal
 
-        Console().print(shown)
+        Terminal().print(shown)
 
 
 def open_run(run: str, store: str) -> Any:

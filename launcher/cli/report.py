@@ -1,7 +1,6 @@
 """The verb that shows what runs did, as a page."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +8,7 @@ import typer
 
 from launcher.cli.options import DryRun, Json, StoreOption, log, open_run
 from launcher.cli.shell import complete_run
+from launcher.terminal import put
 
 
 def report(
@@ -43,6 +43,6 @@ def report(
     if as_json:
         print(json.dumps({"written": target_of(folders, path) if writes else None, **made.figures}))
     elif output == "-":
-        sys.stdout.write(made.page())
+        put(made.page(), end="")
     else:
         log(f"{'wrote' if writes else 'would write'} {target_of(folders, path)}")

@@ -20,6 +20,7 @@ from launcher.cli.options import (
     open_run,
     say,
 )
+from launcher.terminal import put
 from trainer.errors import ConfigError
 
 
@@ -54,7 +55,7 @@ def evaluate(
     given = settings(overrides or (), sets or (), tasks or (), bias)
     found = evaluate_run(folder, given, step=step, best=best, base=base, chat=chat, dry_run=dry_run, log=log)
     if isinstance(found, str):
-        print(json.dumps({"run": folder.uri, "dry_run": True, "what": found}) if as_json else found)
+        put(json.dumps({"run": folder.uri, "dry_run": True, "what": found}) if as_json else found)
     elif not is_silent_rank():
         emit(found, as_json, lambda evaluated: evaluated.tables())
 

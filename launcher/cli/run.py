@@ -67,6 +67,7 @@ def logs(
     as_json: Json = False,
 ) -> None:
     """A rank's log, or the driver's."""
+    from launcher.terminal import in_lines, put
     from launcher.view.logs import follow_log, read_driver_log, read_log
 
     folder = open_run(run, store)
@@ -77,12 +78,15 @@ def logs(
 
         text = job_output(folder) if job else read_driver_log(folder) if driver else read_log(folder, rank, generation)
         owner = {"job": True} if job else {"driver": True} if driver else {"rank": rank, "generation": generation}
-        print(json.dumps({"run": folder.uri, **owner, "text": text}) if as_json else text, end="\n" if as_json else "")
+        if as_json:
+            print(json.dumps({"run": folder.uri, **owner, "text": text}))
+        else:
+            put(in_lines(text), end="")
     elif follow:
         for text in follow_log(folder, rank, generation):
-            print(text, end="", flush=True)
+            put(in_lines(text), end="")
     else:
-        print(read_log(folder, rank, generation), end="")
+        put(in_lines(read_log(folder, rank, generation)), end="")
 
 
 def stop(run: RunName, store: StoreOption = "runs", as_json: Json = False, dry_run: DryRun = False) -> None:

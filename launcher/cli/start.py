@@ -19,6 +19,7 @@ from launcher.cli.options import (
     open_run,
     say,
 )
+from launcher.terminal import put
 from trainer.errors import CapstanError
 
 
@@ -65,7 +66,7 @@ def _train(config: Any, *, resume: bool, take_over: bool, as_json: bool, dry_run
         check_no_job(run_folder(config))
     if dry_run:
         check(config, resume=resume, take_over=take_over)
-        print(json.dumps(config.model_dump(mode="json")) if as_json else dump_config(config).rstrip())
+        put(json.dumps(config.model_dump(mode="json")) if as_json else dump_config(config).rstrip())
         return
     try:
         start(config, resume=resume, take_over=take_over, live=not as_json and sys.stderr.isatty(), log=log)

@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from launcher.cli.options import ConfigFile, DryRun, Json, Overrides, emit, log, say
+from launcher.terminal import put
 from trainer.errors import CapstanError, ConfigError
 
 
@@ -26,7 +27,7 @@ def start_sweep(config: Any, *, resume: bool, take_over: bool, as_json: bool, dr
     if dry_run:
         _, plan = laid_out(config, resume=resume)
         lines = (f"{trial.run}: {trial.words()}" for trial in plan.trials)
-        print(json.dumps(plan.to_json()) if as_json else "\n".join(lines))
+        put(json.dumps(plan.to_json()) if as_json else "\n".join(lines))
         return
     live = not as_json and sys.stderr.isatty()
     try:

@@ -4,10 +4,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.progress import Progress as Bars
 from rich.text import Text
 
+from launcher.console import Terminal
 from launcher.folded import FoldedTable
 from launcher.view.compiling import describe_left_out
 from trainer.base.check import check_base
@@ -26,7 +27,7 @@ def check(path: Path, overrides: Sequence[str], say: Callable[[str], None]) -> D
     base = resolve_base(config.model)
     check_base(base, config)
     inputs = find(config)
-    with Bars(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
+    with Bars(console=Terminal(stderr=True), disable=not sys.stderr.isatty()) as bars:
         tasks = {what: bars.add_task(f"reading {what} data") for what in inputs}
 
         def show(what: str, done: int, size: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from launcher.console import Terminal
 from trainer.base.locate import base_files
 from trainer.base.tokenizer import read_tokenizer
 from trainer.config import load_config, unsaid
@@ -59,7 +60,7 @@ def show(
 
 def render(shown: Shown, console: Console | None = None) -> str:
     """The rows for a terminal: what is trained is green, or in brackets where there are no colours."""
-    console = console or Console()
+    console = console or Terminal()
     marks = ("", "") if console.color_system and not console.no_color else _MARKS
     with console.capture() as capture:
         for row in shown.rows:

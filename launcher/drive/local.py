@@ -12,6 +12,7 @@ from launcher.start.claim import claimed, keep_code
 from launcher.start.group import group_name, is_rank, is_silent_rank, restarted_as, slurm_rank
 from launcher.start.waiting import wait_for_first_rank
 from launcher.view.compiling import compile_progress
+from trainer.children import end_with_agent
 from trainer.config import Config
 from trainer.data.prepare import Datasets, prepare
 from trainer.devices import check_device, local_gpus, stay_on_cpu
@@ -28,6 +29,7 @@ def start(config: Config, *, resume: bool, take_over: bool, live: bool, log: Cal
     Raises:
         CapstanError: with the exit code that the process should end with.
     """
+    end_with_agent()
     os.environ.update(slurm_rank(os.environ))
     config = anchored(config)
     if is_rank() and os.environ.get("LOCAL_RANK", "0") == "0":

@@ -8,6 +8,7 @@ from typing import Any, TextIO
 from launcher.evaluate.ranks import count_ranks, run_ranks
 from launcher.evaluate.tables import SIDES
 from launcher.start.group import is_rank
+from launcher.terminal import put
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import check_step
 from trainer.config import Config
@@ -129,4 +130,4 @@ class Screen:
         return f"{SIDES[side]}: " if self._both else ""
 
     def _write(self, text: str) -> None:
-        print(text, end="", file=self._out, flush=True)
+        put(text, end="", file=self._out)

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from launcher.console import Terminal
 from launcher.evaluate.ranks import Hear, count_ranks, run_ranks
 from launcher.evaluate.tables import Evaluated
 from trainer.checkpoint.choice import chosen_step
@@ -80,7 +80,7 @@ def evaluate_run(
 @contextmanager
 def _bars(log: Log) -> Iterator[Hear]:
     """Bars on a terminal, one for each part of the work; else a line when a part is done."""
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -12,6 +12,8 @@ from dataclasses import replace
 from typing import IO, Any
 
 from launcher.start.group import is_rank, slurm_rank
+from launcher.terminal import put
+from trainer import children
 from trainer.config import Config
 from trainer.devices import local_gpus
 from trainer.errors import CapstanError
@@ -47,7 +49,7 @@ def run_ranks(ask: Ask, config: Config, prompts: Iterable[list[Prompt]], hear: H
         result = _conversed(process, iter(prompts), hear)
         process.wait()
     if result is None:
-        print(said(), file=sys.stderr)
+        put(said(), file=sys.stderr)
         raise CapstanError(f"the ranks ended with exit code {process.returncode}; their output is above.")
     if "error" in result:
         error = CapstanError(result["error"])
@@ -70,7 +72,7 @@ def _started(ask: Ask, ranks: int) -> Iterator[tuple["subprocess.Popen[str]", Ca
             return errors.read()
 
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
-        with subprocess.Popen(command, **pipes) as process:
+        with children.start(command, **pipes) as process:
             try:
                 yield process, said
             except BaseException:  # Ctrl-C, or nobody reads any more

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
+from launcher.folded import facts
 from launcher.plan.planning import Planned
 from launcher.view.plan import binary, plan_tables
 from trainer.config import Config
@@ -22,19 +22,17 @@ _WHOSE = {
 
 def show_plan(planned: Planned, config: Config) -> RenderableType:
     """Whether it fits, how long it is, how long it takes and what it costs; then the tables that this follows from."""
-    opening = Table.grid(padding=(0, 2))
-    opening.add_column(style="bold")
-    opening.add_column(overflow="fold")
+    opening = facts()
     for name, text in _lines(planned, config):
         opening.add_row(name, text)
     return Group(opening, "", *plan_tables(planned.plan))
 
 
-def _lines(planned: Planned, config: Config) -> Iterator[tuple[str, str]]:
+def _lines(planned: Planned, config: Config) -> Iterator[tuple[str, str | Text]]:
     yield "memory", _fits(planned)
     yield "length", _length(planned, config)
     yield "data", _data(planned.length)
-    yield from (("note", escape(note)) for note in planned.plan.notes)
+    yield from (("note", note) for note in planned.plan.notes)
     estimate = planned.forecast
     if estimate is None:
         yield "time", f"no estimate, as {_unknown(planned)}"
@@ -46,10 +44,10 @@ def _lines(planned: Planned, config: Config) -> Iterator[tuple[str, str]]:
     if estimate.cost is not None:
         price = config.track.price_per_gpu_hour
         yield "cost", f"about {estimate.cost:,.2f}, at {price:g} a GPU hour (track.price_per_gpu_hour)"
-    yield "basis", escape(estimate.basis)
+    yield "basis", estimate.basis
 
 
-def _fits(planned: Planned) -> str:
+def _fits(planned: Planned) -> str | Text:
     plan, gpu = planned.plan, planned.gpu
     needed = binary(plan.memory_per_gpu.total)
     ranks = plan.batch.world_size
@@ -57,10 +55,10 @@ def _fits(planned: Planned) -> str:
         return f"{needed} for {_each(ranks, 'rank')}, on the CPU (cluster.gpus_per_worker: 0)"
     if gpu is None:
         return f"{needed} on {_each(ranks, 'GPU')}; which GPU is not known: --gpu H100 or --gpu 24GB compares"
-    verdict = "[green]fits[/]" if planned.fits else "[red]does not fit[/]"
+    verdict = Text("fits", "green") if planned.fits else Text("does not fit", "red")
     there = f"{needed.removesuffix(' GiB')} of {binary(gpu.memory)}"
-    name = f"{escape(gpu.name)}, " if gpu.name else ""
-    return f"{verdict}: {there} on {_each(ranks, 'GPU')} ({name}{_WHOSE[planned.whose or 'given']})"
+    name = f"{gpu.name}, " if gpu.name else ""
+    return verdict.append(f": {there} on {_each(ranks, 'GPU')} ({name}{_WHOSE[planned.whose or 'given']})", "default")
 
 
 def _length(planned: Planned, config: Config) -> str:

@@ -6,7 +6,7 @@ have a budget of their own.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from textwrap import shorten
 from typing import Any, Literal, TypeAlias
 
@@ -21,12 +21,14 @@ _LOST = "lost a machine: "
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an attempt ended. `error` is the ranks' own, None is a crash; `step` is the one that was not finished."""
+    """Why an attempt ended. `error` is the ranks' own, None is a crash; `step` is the one that was not finished, None before the first.
+    `raised`: a rank has raised what ended it, where others were killed."""
 
     reason: str
     error: CapstanError | None
     kind: Kind = "failure"
     step: int | None = None
+    raised: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def classify(errors: WorkerErrors, *, resizing: bool = False) -> Failure:
     first_line = shorten(next(iter(str(error).strip().splitlines()), ""), 160, placeholder=" ...")
     if isinstance(error, RankDied):
         return Failure(f"rank {rank} died: {first_line}", None)
-    return Failure(f"rank {rank} failed: {type(error).__name__}: {first_line}", None)
+    return Failure(f"rank {rank} failed: {type(error).__name__}: {first_line}", None, raised=True)
 
 
 def decide(ends: Sequence[Failure], rules: Retry, *, committed: bool, command: Callable[[str], str]) -> Decision:
@@ -100,15 +102,22 @@ def decide(ends: Sequence[Failure], rules: Retry, *, committed: bool, command: C
         return Decision(newest.reason, newest.error)
     see = f"{command('logs')} shows more."
     failures = [end for end in ends if end.kind == "failure" and not isinstance(end.error, NonFiniteLoss)]
-    if newest.error is None and newest.step is not None and any(end.step == newest.step for end in failures[:-1]):
-        ending = (
-            f"{newest.reason}. It is the second crash in step {newest.step}, so another start would not help. {see}"
-        )
+    if newest.error is None and any(_is_certain(end, newest) for end in failures[:-1]):
+        place = "before the first step" if newest.step is None else f"in step {newest.step}"
+        ending = f"{newest.reason}. It is the second crash {place}, so another start would not help. {see}"
         return Decision(ending, CapstanError(ending))
     if len(failures) > rules.failures:
         ending = f"{newest.reason} (failure {len(failures)}; retry.failures: {rules.failures}). {see}"
         return Decision(ending, type(newest.error)(ending) if newest.error else CapstanError(ending))
     return Decision(f"{newest.reason}. {again} ({len(failures)} of {rules.failures} restarts).", None)
+
+
+def _is_certain(before: Failure, newest: Failure) -> bool:
+    """Whether two crashes are one that comes at every start: both in the same step, or the same error before there was one. Ranks that
+    are killed while they start tell too little for that."""
+    if newest.step is not None:
+        return before.step == newest.step
+    return newest.raised and (before.step, before.reason) == (None, newest.reason)
 
 
 def _after_preemption(
@@ -137,4 +146,4 @@ def explained(failure: Failure, records: Iterable[Mapping[str, Any]]) -> Failure
     if failure.error is None:
         reason = next((record["reason"] for record in records if "hung_ranks" in record), reason)
     begun = [record["step"] + 1 for record in records if record["kind"] in ("start", "step")]
-    return Failure(reason, failure.error, failure.kind, max(begun, default=None))
+    return replace(failure, reason=reason, step=max(begun, default=None))

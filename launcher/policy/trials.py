@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from launcher.policy.comparable import Metric, metric_of
 from trainer.config import Config, assignment, override
 from trainer.config.sweep import GRID, LOG_UNIFORM
 from trainer.errors import ConfigError
@@ -35,19 +36,6 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Metric:
-    """The figure `measure` of the records about `of`: the name of an evaluation set, or "train". `mode`: min or max is good."""
-
-    of: str
-    measure: str
-    mode: str
-
-    @property
-    def name(self) -> str:
-        return self.of if self.measure == "loss" else f"{self.of}/{self.measure}"
-
-
-@dataclass(frozen=True)
 class SearchPlan:
     """The whole of a sweep, as its folder keeps it: by which metric its trials are compared, and which they are."""
 
@@ -55,7 +43,7 @@ class SearchPlan:
     trials: list[Trial]
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, **asdict(self)}
+        return {"format": FORMAT, "metric": self.metric._asdict(), "trials": [asdict(trial) for trial in self.trials]}
 
     @classmethod
     def from_json(cls, given: dict[str, Any]) -> "SearchPlan":
@@ -69,7 +57,7 @@ def planned(config: Config) -> SearchPlan:
     No two trials have the same values: where there are no more, there are fewer trials than samples.
 
     Raises:
-        ConfigError: nothing is tried.
+        ConfigError: nothing is tried, or the figures of the trials would not compare.
     """
     sweep = config.sweep
     if not sweep.settings:
@@ -96,7 +84,16 @@ def planned(config: Config) -> SearchPlan:
             number = len(trials) + 1
             ordered = {name: chosen[name] for name in sweep.settings}
             trials.append(Trial(number, f"{config.run.name}-{number}", ordered))
-    return SearchPlan(Metric(*sweep.judged_by(config.evaluated), sweep.mode), trials)
+    return SearchPlan(metric_of(config, _with_each_objective(config, trials)), trials)
+
+
+def _with_each_objective(config: Config, trials: list[Trial]) -> list[Config]:
+    """The configuration with each of the objectives that the trials have: there may be thousands of trials with a few of these."""
+    tried = [
+        {name: value for name, value in trial.settings.items() if name.startswith("objective.")} for trial in trials
+    ]
+    different = {json.dumps(settings, sort_keys=True): settings for settings in tried}
+    return [trial_config(config, Trial(0, config.run.name, settings)) for settings in different.values()]
 
 
 def _new(drawn: Iterator[dict[str, Any]], seen: set[str]) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.children import guarded
 from trainer.config import Config
 from trainer.errors import CapstanError, ConfigError
 
@@ -33,15 +34,16 @@ def local_ray(workers: int) -> Iterator[str]:
     # One CPU a worker is what Ray books; ranks may outnumber the cores of a laptop.
     cpus = max(os.cpu_count() or 1, workers)
     alone = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
-    try:
-        ray.init(**alone, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:  # a bare one, as where the machine is so busy that Ray gives up waiting for itself
-        raise CapstanError(f"Ray did not start on this machine: {first_line(error)}. Try again.") from error
-    _quiet()
-    try:
-        yield ray.get_runtime_context().gcs_address
-    finally:
-        ray.shutdown()
+    with guarded():  # a worker of Ray's does not always notice that its driver was killed
+        try:
+            ray.init(**alone, log_to_driver=False, logging_level=logging.ERROR)
+        except Exception as error:  # a bare one, as where the machine is so busy that Ray gives up waiting for itself
+            raise CapstanError(f"Ray did not start on this machine: {first_line(error)}. Try again.") from error
+        _quiet()
+        try:
+            yield ray.get_runtime_context().gcs_address
+        finally:
+            ray.shutdown()
 
 
 def address_of(config: Config, given: str | None = None) -> str | None:

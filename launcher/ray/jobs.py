@@ -123,6 +123,7 @@ def _submit_job(client: Any, planned: RaySubmission, archive: bytes) -> str:
 
 def _start_process(command: list[str]) -> str:
     """The driver in a session of its own, so that it outlives this terminal; what it says is in the run's folder."""
+    # Not by trainer.children: this process is meant to outlive the command.
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,

@@ -29,7 +29,7 @@ from trainer.run.folder import name_of
 from trainer.run.records import Record
 from trainer.store import Store
 
-_COUNTS = {"epoch", "tokens", "targets", "pairs", "answers", "seconds", "data_repeats"}
+_COUNTS = {"epoch", "passes", "tokens", "targets", "pairs", "answers", "seconds", "data_repeats"}
 """Numbers of a step that are no measure over time."""
 _AFTER_STEP = {"save_seconds", "evaluate_seconds"}
 """Times that are no part of the `seconds` of any step. A save's wait is told by the commit, too."""

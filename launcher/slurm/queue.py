@@ -13,11 +13,12 @@ from urllib.parse import urlsplit
 
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Group, RenderableType
-from rich.table import Table
 
+from launcher.folded import facts
 from launcher.policy.jobs import Attempt
 from launcher.view.status import ENDED, RunStatus, read_status
 from launcher.view.tables import render
+from trainer import children
 from trainer.errors import ConfigError, NotFound
 from trainer.run import layout
 from trainer.run.folder import command
@@ -108,9 +109,7 @@ class SlurmStatus:
         return {**self.run.to_json(), "slurm": slurm}
 
     def table(self) -> RenderableType:
-        rows = Table.grid(padding=(0, 2))
-        rows.add_column(style="bold")
-        rows.add_column(overflow="fold")
+        rows = facts()
         for job in self.jobs:
             rows.add_row(f"job {job.job}", job.sentence())
         if not self.jobs:
@@ -119,7 +118,7 @@ class SlurmStatus:
             if one.kind:
                 because = f": {one.reason}" if one.reason else ""
                 text = f"{one.kind}{because}; step {one.step:,} was committed"
-                rows.add_row(f"job {one.job}.{one.restart}", text.replace("[", r"\["))
+                rows.add_row(f"job {one.job}.{one.restart}", text)
         return Group(render(self.run), rows)
 
 
@@ -281,7 +280,7 @@ def call(
 ) -> subprocess.CompletedProcess[str]:
     """A command of Slurm's; raises `ConfigError` when it is not installed or does not answer."""
     try:
-        return subprocess.run(
+        return children.run(
             command, input=given, capture_output=True, text=True, timeout=_SECONDS, env=environment, check=False
         )
     except FileNotFoundError as error:

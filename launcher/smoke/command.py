@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+from trainer import children
 from trainer.errors import CapstanError
 
 _LONGEST_SECONDS = 600.0
@@ -18,7 +19,7 @@ class Command:
         self._log = log
         self._deadline = time.monotonic() + _LONGEST_SECONDS
         with log.open("ab") as stderr:
-            self._process = subprocess.Popen(
+            self._process = children.start(
                 [sys.executable, "-m", module, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,

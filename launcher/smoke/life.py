@@ -16,9 +16,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from launcher.console import Terminal
 from launcher.ray.cluster import local_ray
 from launcher.smoke import local_s3
 from launcher.smoke.command import Command
@@ -120,7 +120,7 @@ class _Life:
             TimeElapsedColumn(),
             TextColumn("{task.description}"),
             TextColumn("{task.fields[steps]}"),
-            console=Console(stderr=True),
+            console=Terminal(stderr=True),
             disable=not show,
         )
         directory.mkdir(parents=True, exist_ok=True)

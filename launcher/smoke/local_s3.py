@@ -3,7 +3,6 @@
 It listens on 127.0.0.1 only, on ports of its own, and never outlives the process that started it.
 """
 
-import ctypes
 import http.client
 import json
 import os
@@ -11,7 +10,6 @@ import random
 import re
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -20,14 +18,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from trainer import children
 from trainer.errors import ConfigError, StorageError
 
 _HOST = "127.0.0.1"
 _ACCESS_KEY = "capstan"
 _SERVICES = ("master", "volume", "filer", "s3")
 _READY_SECONDS = 60.0
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 def available() -> bool:
@@ -98,7 +95,7 @@ class S3Server:
         assert self._process is None, "the server runs already"
         self._directory.mkdir(parents=True, exist_ok=True)
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
+            self._process = children.start(
                 self._command(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -108,7 +105,6 @@ class S3Server:
                 # Not in the terminal's process group: Ctrl-C asks the training run to commit a checkpoint, and
                 # the store has to be there for that.
                 start_new_session=True,
-                preexec_fn=die_with_parent,
             )
         try:
             self._wait_until_ready(self._process)
@@ -233,14 +229,3 @@ def free_ports(count: int) -> list[int]:
         if len(free) == count:
             return free
     raise StorageError(f"the local S3 server needs {count} free ports between 20000 and 32767, and found {len(free)}.")
-
-
-def die_with_parent() -> None:
-    """Run in the child before exec: the kernel kills it when its parent is gone.
-
-    A parent that is itself killed with -9 (the smoke run and the tests do that) runs no `finally`, and a server left
-    behind would hold its ports and its files. The signal comes when the parent's *thread* ends, so a server belongs to
-    a thread that lives as long as the server is needed. Other systems have no such call and rely on `kill`.
-    """
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -18,8 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from launcher.console import Terminal
 from launcher.smoke.stdlib_docs import LONGEST, pairs, source_code, split
 
 _SHARDS = 4
@@ -307,7 +306,7 @@ def _main() -> None:
     arguments = parser.parse_args()
     # OpenMP's threads spin at barriers by default; on cores that other processes use too, that is 30 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    console = Console(stderr=True, highlight=False)
+    console = Terminal(stderr=True, highlight=False)
     # Imported libraries print to stdout, which belongs to --json.
     with console.status("making the sample"), contextlib.redirect_stdout(sys.stderr):
         sample = make_sample(arguments.directory, arguments.seed, report=console.print)

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import yaml
+from rich.text import Text
 
 from launcher.folded import FoldedTable
 from trainer.export.proof import Proof
@@ -133,7 +134,9 @@ def table(result: SmokeResult) -> FoldedTable:
     title = f"capstan smoke: {'everything holds' if result.ok else 'NOT OK'} ({result.seconds} s on {result.device})"
     shown = FoldedTable("checked", "measured", "required", "", title=title)
     for check in result.checks:
-        shown.add_row(check.what, check.measured, check.required, "[green]ok" if check.held else "[red]FAILED")
+        shown.add_row(
+            check.what, check.measured, check.required, Text("ok", "green") if check.held else Text("FAILED", "red")
+        )
     if result.error:
         shown.caption = result.error
     return shown

@@ -2,8 +2,9 @@
 
 import os
 import socket
-import subprocess
 from collections.abc import Mapping
+
+from trainer import children
 
 
 def is_rank() -> bool:
@@ -43,7 +44,7 @@ def slurm_rank(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that torchrun would have set, for a task of an srun step with several tasks; empty elsewhere."""
     if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
         return {}
-    nodes = subprocess.run(
+    nodes = children.run(
         ["scontrol", "show", "hostnames", environment["SLURM_STEP_NODELIST"]],
         capture_output=True,
         text=True,

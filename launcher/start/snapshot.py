@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import zstandard
 
+from trainer import children
 from trainer.config.secrets import without_credentials
 from trainer.errors import ConfigError
 
@@ -194,7 +195,7 @@ def _inside(member: tarfile.TarInfo, directory: str) -> tarfile.TarInfo | None:
 def _git(directory: Path, *arguments: str) -> str | None:
     """The output of git; None where git or a checkout is missing, or the question has no answer."""
     try:
-        done = subprocess.run(["git", "-C", str(directory), *arguments], capture_output=True, timeout=_GIT_SECONDS)
+        done = children.run(["git", "-C", str(directory), *arguments], capture_output=True, timeout=_GIT_SECONDS)
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
     return os.fsdecode(done.stdout) if done.returncode == 0 else None

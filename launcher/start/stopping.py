@@ -5,19 +5,19 @@ from trainer.errors import NothingCommitted, Stopped
 from trainer.run.folder import command
 from trainer.run.owner import ended_waiting
 from trainer.run.records import record_end
-from trainer.run.requests import stop_requester
+from trainer.run.requests import read_stop
 from trainer.store import Store
 
 
 def stop_if_asked(run: Store, when: str) -> None:
     """Raise `Stopped` when somebody has asked the run to stop; `NothingCommitted` where there is nothing to resume then."""
-    if who := stop_requester(run):
+    if asked := read_stop(run):
         if committed_steps(run):
             raise Stopped(
-                f"stopped by {who} {when}; what was committed before stays. {command('resume', run)} goes on."
+                f"stopped {asked.reason} {when}; what was committed before stays. {command('resume', run)} goes on."
             )
         raise NothingCommitted(
-            f"stopped by {who} {when}, and nothing is committed. Start it again from its configuration."
+            f"stopped {asked.reason} {when}, and nothing is committed. Start it again from its configuration."
         )
 
 

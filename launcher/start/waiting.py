@@ -8,7 +8,7 @@ from trainer.config import Config
 from trainer.data.prepare import wait_until_prepared
 from trainer.errors import DataError
 from trainer.run.folder import run_folder
-from trainer.run.owner import last_owner
+from trainer.run.owner import OwnerWatch
 from trainer.store import open_run_store
 
 _LOOK_SECONDS = 2.0
@@ -18,16 +18,16 @@ def wait_for_first_rank(config: Config, group: str | None, sleep: Callable[[floa
     """Return once the run's data is compiled; meanwhile rank 0, of `group` where that is known, has the run.
 
     Raises:
-        DataError: it has not had the run for `timeouts.meet` seconds.
+        DataError: it had the run and has ended, or has not had it for `timeouts.meet` seconds.
     """
-    run, alone_since = run_folder(config), time.monotonic()
+    watch = OwnerWatch(run_folder(config), group)
 
     def wait() -> None:
-        nonlocal alone_since
-        owner = last_owner(run)
-        if owner is not None and group in (None, owner.group) and owner.is_alive(time.time()):
-            alone_since = time.monotonic()
-        elif time.monotonic() - alone_since > config.timeouts.meet:
+        if watch.is_gone():
+            raise DataError(
+                "rank 0, which compiles the data, has ended, so this rank ends too. Its own output says why; start all ranks again."
+            )
+        if time.monotonic() - watch.last_alive > config.timeouts.meet:
             raise DataError(
                 f"timeouts.meet: rank 0, which compiles the data, has not been heard of for {config.timeouts.meet:g} s, so this rank "
                 "ends. Its own output says why it did not start."

@@ -186,6 +186,7 @@ class _Search:
 
     def __init__(self, config: Config, plan: SearchPlan, owner: Ownership) -> None:
         self._config, self._owner, self._folder = config, owner, owner.run
+        self._mode = plan.metric.mode
         self._configs = {trial.number: trial_config(config, trial) for trial in plan.trials}
         self._store = open_run_store(config)
         self._made, self._closed = set[str](), False
@@ -229,7 +230,7 @@ class _Search:
                     with_resources(TuneTrial, {"memory": _TRIAL_BYTES}),
                     tune_config=TuneConfig(
                         search_alg=queue,
-                        scheduler=EarlyStopping(rules, stop_early) if rules.grace_steps else None,
+                        scheduler=EarlyStopping(rules, self._mode, stop_early) if rules.grace_steps else None,
                         num_samples=len(self._configs),
                         reuse_actors=True,
                     ),

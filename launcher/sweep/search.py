@@ -69,11 +69,11 @@ class Queue(Searcher):
 class EarlyStopping(ASHAScheduler):
     """Asynchronous successive halving (arXiv:1810.05934) as Tune has it; `stop` asks the trial of Tune's settings to end."""
 
-    def __init__(self, sweep: Sweep, stop: Callable[[Mapping[str, Any], int], None]) -> None:
+    def __init__(self, sweep: Sweep, mode: str, stop: Callable[[Mapping[str, Any], int], None]) -> None:
         super().__init__(
             time_attr=STEP,
             metric=VALUE,
-            mode=sweep.mode,
+            mode=mode,
             max_t=_NO_END,
             grace_period=sweep.grace_steps or _NO_END,
             reduction_factor=sweep.reduction_factor,

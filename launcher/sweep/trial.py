@@ -1,5 +1,6 @@
 """One trial: an ordinary run, driven on the cluster in a process of Tune's that holds no GPU, as its ranks have their own."""
 
+import math
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import Any
@@ -24,10 +25,12 @@ from trainer.run.background import say
 from trainer.run.folder import run_config, run_folder
 from trainer.run.owner import read_owner
 from trainer.run.records import generations, record_end
-from trainer.run.requests import request_stop, stop_requester
+from trainer.run.requests import read_stop, request_stop
 from trainer.store import Store, open_store
 
 _LOOK_SECONDS = 0.5
+_WORST = 1e30
+"""A figure that was no finite number is worse than any other. ASHA takes means of neighbours, so it is none that they overflow by."""
 
 
 class TuneTrial(Trainable):
@@ -44,6 +47,7 @@ class TuneTrial(Trainable):
         self._mine = trial_config(whole, plan.trials[config["trial"] - 1])
         self._sweep, self._looked = whole.sweep, 0
         self._scores = Scores(run_folder(self._mine), plan.metric)
+        self._worst = _WORST if plan.metric.mode == "min" else -_WORST
         self._work: Future[None] | None = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -60,7 +64,7 @@ class TuneTrial(Trainable):
                     for step, value in self._scores.read().items():
                         if step >= look:
                             self._looked = step
-                            return {STEP: step, VALUE: value}
+                            return {STEP: step, VALUE: value if math.isfinite(value) else self._worst}
             if over:
                 return {"done": True, **_end(work)}
 
@@ -95,7 +99,7 @@ def train_trial(config: Config) -> None:
                 with journal.to_the_end():
                     compile_and_train(config, owner, journal, resume=resume, dashboard="", log=say)
             except CapstanError:
-                asked = stop_requester(run)
+                asked = read_stop(run)
                 raise
             finally:
                 if not owner.lost:
@@ -103,8 +107,9 @@ def train_trial(config: Config) -> None:
                     keep_report(run, say)
     except CapstanError as error:
         if taken and not isinstance(error, Superseded):  # else its records are another start's
-            if asked == EARLY != stop_requester(run):  # a start without ranks puts back the request before it
-                request_stop(run, by=EARLY)
+            # A start without ranks puts back the request before it. Ranks that are about to end may still read this one, so it has its reason.
+            if asked and asked.by == EARLY and asked != read_stop(run):
+                request_stop(run, *asked)
             _record(run, config, error, known)
         raise
 

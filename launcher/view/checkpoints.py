@@ -8,7 +8,9 @@ from typing import Any
 from rich.console import Console, Group
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
 
+from launcher.console import Terminal
 from launcher.folded import FoldedTable
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import CheckpointManifest, check_step, readable_manifests, shard_problem
@@ -73,7 +75,7 @@ def verify_checkpoints(run: Store, step: int | None, console: Console | None = N
     chosen = [manifest for manifest in listed.manifests if step in (None, manifest.step)]
     problems = {number: reasons for number, reasons in listed.problems.items() if step in (None, number)}
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
-    with Progress(*columns, console=console or Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=console or Terminal(stderr=True), transient=True) as progress:
         task = progress.add_task("verifying", total=sum(manifest.size for manifest in chosen))
         for manifest in chosen:
             progress.update(task, description=f"verifying step {manifest.step:,}")
@@ -92,7 +94,7 @@ def checkpoint_table(found: CheckpointList) -> Group:
     for step in sorted(rows.keys() | found.problems.keys(), reverse=True):
         state = [] if not found.verified else ["damaged" if step in found.problems else "whole"]
         table.add_row(f"{step:,}", *(_cells(rows[step]) if step in rows else ["?"] * 5), *state)
-    return Group(table, *(f"step {step:,}: {text}" for step, texts in found.problems.items() for text in texts))
+    return Group(table, *(Text(f"step {step:,}: {text}") for step, texts in found.problems.items() for text in texts))
 
 
 def _cells(manifest: CheckpointManifest) -> list[str]:

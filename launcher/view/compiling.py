@@ -4,10 +4,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from launcher.console import Terminal
 from trainer.data.compile import Progress
 from trainer.data.manifest import LeftOut
 
@@ -41,7 +41,7 @@ def compile_progress(log: Callable[[str], None], *, bar: bool) -> Iterator[Calla
         yield line
         return
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
-    with Bars(*columns, console=Console(stderr=True)) as bars:
+    with Bars(*columns, console=Terminal(stderr=True)) as bars:
         tasks: dict[str, TaskID] = {}
 
         def draw(what: str, now: Progress) -> None:

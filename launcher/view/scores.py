@@ -1,8 +1,9 @@
 """The metric that a sweep compares its trials by, read from a trial's records as they are written."""
 
+import math
 from statistics import fmean
 
-from launcher.policy.trials import Metric
+from launcher.policy.comparable import Metric
 from trainer.config.evaluation import UNNAMED
 from trainer.config.sweep import TRAIN
 from trainer.run import layout
@@ -15,7 +16,8 @@ _SMOOTHED_STEPS = 10
 
 
 class Scores:
-    """The metric of the run in `folder` after each step that has one; each look reads only what is new."""
+    """The metric of the run in `folder` after each step that has one, NaN where it was no finite number; each look reads only what is
+    new. Step 0 has none: there a trial is still the base."""
 
     def __init__(self, folder: Store, metric: Metric) -> None:
         self._folder, self._metric = folder, metric
@@ -32,8 +34,10 @@ class Scores:
 
     def _add(self, record: Record) -> None:
         step, value = record.get("step"), record.get(self._metric.measure)
-        if not isinstance(value, int | float) or not isinstance(step, int):
+        if not isinstance(step, int) or step < 1:
             return
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            value = math.nan
         if self._metric.of == TRAIN and record["kind"] == "step":
             self._losses[step] = value
             recent = range(step - _SMOOTHED_STEPS + 1, step + 1)

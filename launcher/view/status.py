@@ -49,7 +49,7 @@ class RunStatus:
     `machines` has the ranks on each, `device` is what rank 0 computes on; `quiet_seconds` is the time since the newest sign of life; `reason` is why the newest
     generation ended. `start_seconds` has what the newest start took: `launch` (processes and imports), `load` (the base),
     `restore` (a checkpoint), and `first_step`, all of it until the first update was done. `epoch` counts whole passes over the
-    data, of the `epochs` that are asked for, if any. `loss_curve` has (step, loss) of evenly spread steps, `eval_losses` the newest loss
+    data, `passes` also the part of the one under way, of the `epochs` that are asked for, if any. `loss_curve` has (step, loss) of evenly spread steps, `eval_losses` the newest loss
     of each named evaluation set. `gpu_hours` are those of all starts, and `cost` follows from track.price_per_gpu_hour.
     `next` is the command that an ended run wants.
     """
@@ -66,6 +66,7 @@ class RunStatus:
     step: int = 0
     total_steps: int | None = None
     epoch: int | None = None
+    passes: float | None = None
     epochs: float | None = None
     lr: float | None = None
     loss_first: float | None = None
@@ -191,6 +192,7 @@ class Follower:
             step=step,
             total_steps=total,
             epoch=self._newest_value("step", "epoch"),
+            passes=self._newest_value("step", "passes"),
             epochs=self._config.train.epochs if self._config else None,
             lr=self._newest_value("step", "lr"),
             loss_first=self._first_loss(),

@@ -1,19 +1,22 @@
 """The state of a sweep, from its folder and those of its trials alone: no Ray, no torch, and it works as well when all is over."""
 
 import json
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from launcher.console import Terminal
 from launcher.folded import FoldedTable
+from launcher.policy.comparable import Metric
 from launcher.policy.sensitivity import Sensitivity, sensitivities
-from launcher.policy.trials import Metric, SearchPlan, Trial, in_words, word
+from launcher.policy.trials import SearchPlan, Trial, in_words, word
 from launcher.view.scores import Scores
 from launcher.view.status import Follower, RunStatus
 from launcher.view.tail import poll_seconds
@@ -22,7 +25,7 @@ from trainer.errors import NOT_JSON, ConfigError, Damaged, NotFound, StorageErro
 from trainer.run import layout
 from trainer.run.folder import command, run_config, store_of
 from trainer.run.owner import last_owner
-from trainer.run.requests import stop_requester
+from trainer.run.requests import read_stop, stop_requester
 from trainer.store import Store
 
 BY = "capstan sweep"
@@ -42,7 +45,7 @@ OVER = (*DONE, "failed")
 @dataclass(frozen=True)
 class TrialStatus:
     """One trial now. `state` is its run's (launcher/view/status.py), or "waiting" before its turn, or "stopped early"; `value` is the
-    metric at `value_step`, the last step that has one."""
+    metric at `value_step`, the last step that was evaluated; None also where it was no finite number there."""
 
     number: int
     run: str
@@ -128,7 +131,7 @@ class SweepFollower:
         trials = [followed.read() for followed in self._trials]
         best = best_trial(trials, self.plan.metric)
         counted = {
-            status.number: followed.curve
+            status.number: {step: value for step, value in followed.curve.items() if math.isfinite(value)}
             for followed, status in zip(self._trials, trials, strict=True)
             if status.state != "failed"
         }
@@ -180,19 +183,26 @@ class _Followed:
         run = self._follower.read()
         self.curve = self._scores.read() or self.curve
         step = max(self.curve, default=None)
+        value = math.nan if step is None else self.curve[step]
+        state = trial_state(self._run, run)
         self._last = TrialStatus(
             self._trial.number,
             self._trial.run,
             self._trial.settings,
-            trial_state(self._run, run),
+            state,
             run.step,
             run.total_steps,
-            None if step is None else self.curve[step],
+            value if math.isfinite(value) else None,
             step,
             run.last_commit_step,
-            run.reason,
+            self._reason(run) if state == _STOPPED_EARLY else run.reason,
         )
         return self._last
+
+    def _reason(self, run: RunStatus) -> str:
+        """The words of the request that ended the trial early: its ranks may have ended before they had read them."""
+        asked = read_stop(self._run)
+        return run.reason if asked is None or asked.reason in run.reason else f"stopped {asked.reason}"
 
 
 def trial_state(run: Store, status: RunStatus) -> str:
@@ -244,7 +254,7 @@ def watch_sweep(folder: Store, wait: Callable[[float], bool], live: bool, log: C
     look, and tells whether that is the last one."""
     follower, before = SweepFollower(folder), None
     pause = max(_LOOK_SECONDS, poll_seconds(folder))
-    with Live(console=Console(stderr=True), auto_refresh=False) if live else nullcontext() as view:
+    with Live(console=Terminal(stderr=True), auto_refresh=False) if live else nullcontext() as view:
         last = False
         while not last:
             last = wait(pause)
@@ -291,4 +301,6 @@ def _steps(trial: TrialStatus) -> str:
 
 
 def _value(trial: TrialStatus) -> str:
-    return "" if trial.value is None else f"{trial.value:.4f}"
+    if trial.value is not None:
+        return f"{trial.value:.4f}"
+    return "" if trial.value_step is None else "not finite"

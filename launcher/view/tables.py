@@ -1,13 +1,16 @@
 """A run's status for people: as a table, and on a terminal live, as the run goes on."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
+from rich.text import Text
 
+from launcher.console import Terminal
+from launcher.folded import facts
 from launcher.view.sparkline import sparkline
 from launcher.view.status import ENDED, SILENT_SECONDS, Follower, RunStatus
 from launcher.view.tail import poll_seconds
@@ -18,9 +21,7 @@ from trainer.store import Store
 
 def render(status: RunStatus) -> RenderableType:
     """A small table of what is known."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
+    table = facts()
     for name, text in _lines(status):
         if text:
             table.add_row(name, text)
@@ -30,24 +31,24 @@ def render(status: RunStatus) -> RenderableType:
 _COLORS = {"finished": "green", "running": "green", "failed": "red", "silent": "yellow"}
 
 
-def colored(state: str) -> str:
-    """A state in the markup of rich."""
-    color = _COLORS.get(state)
-    return f"[{color}]{state}[/]" if color else state
+def colored(state: str, more: str = "") -> Text:
+    """A state in its color, and `more` about it."""
+    return Text(state, _COLORS.get(state, "")).append(more, "default")
 
 
-def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
+def _lines(status: RunStatus) -> Iterator[tuple[str, str | Text]]:
     yield "run", status.run
-    state = colored(status.state)
+    more = ""
     if status.state not in ENDED and status.quiet_seconds is not None and status.quiet_seconds >= SILENT_SECONDS:
-        state += f", nothing written for {duration(status.quiet_seconds)}"
-    yield "state", state + (", asked to stop" if status.stop_requested and status.state not in ENDED else "")
-    yield "reason", _escaped(status.reason)
+        more += f", nothing written for {duration(status.quiet_seconds)}"
+    more += ", asked to stop" if status.stop_requested and status.state not in ENDED else ""
+    yield "state", colored(status.state, more)
+    yield "reason", status.reason
     yield "step", f"{status.step:,}" + (f" of {status.total_steps:,}" if status.total_steps is not None else "")
     yield "epoch", _epoch_line(status)
     yield "loss", _loss_line(status)
     yield "", sparkline(status.loss_curve)
-    yield "held out", ", ".join(f"{_escaped(name)} {loss:.4f}" for name, loss in status.eval_losses.items())
+    yield "held out", ", ".join(f"{name} {loss:.4f}" for name, loss in status.eval_losses.items())
     yield "lr", "" if status.lr is None else f"{status.lr:.3g}"
     if status.tokens_per_second is not None:
         eta = f", {duration(status.eta_seconds)} left" if status.eta_seconds is not None else ""
@@ -64,11 +65,11 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
     yield "saves", ", ".join(f"{count:,} {what}" for count, what in lost if count)
     for restart in status.restarts:
         where = "" if restart.step is None else f" at step {restart.step:,}"
-        yield f"start {restart.generation}", _escaped(f"went on{where} after: {restart.reason}")
+        yield f"start {restart.generation}", f"went on{where} after: {restart.reason}"
     if status.gpu_hours is not None:
         cost = "" if status.cost is None else f", {status.cost:,.2f} in money"
         yield "GPU hours", f"{status.gpu_hours:,.2f}{cost}"
-    yield "next", _escaped(status.next)
+    yield "next", status.next
 
 
 def _ranks_line(status: RunStatus) -> str:
@@ -89,8 +90,8 @@ def _start_line(status: RunStatus) -> str:
 
 
 def _epoch_line(status: RunStatus) -> str:
-    if status.epochs is not None and status.total_steps:
-        return f"{status.epochs * status.step / status.total_steps:.2f} of {status.epochs:g}"
+    if status.epochs is not None and status.passes is not None:
+        return f"{math.floor(100 * status.passes) / 100:.2f} of {status.epochs:g}"  # never a whole one that is not over
     return "" if status.epoch is None else f"{status.epoch + 1}"
 
 
@@ -99,11 +100,6 @@ def _loss_line(status: RunStatus) -> str:
         return ""
     evaluated = f", held out {status.eval_loss:.4f}" if status.eval_loss is not None else ""
     return f"{status.loss:.4f} nats (first {status.loss_first:.4f}){evaluated}"
-
-
-def _escaped(text: str) -> str:
-    """Without rich's markup: an error message may hold [brackets]."""
-    return text.replace("[", r"\[")
 
 
 def watch(
@@ -116,12 +112,12 @@ def watch(
     """Show the run's progress on stderr until `stop()` is true; returns the status it saw last."""
     follower = Follower(run)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),
         TextColumn("{task.completed:,}/{task.fields[total_steps]}"),
-        TextColumn("{task.fields[facts]}"),
+        TextColumn("{task.fields[facts]}", markup=False),
     )
-    with Progress(*columns, console=console or Console(stderr=True)) as progress:
+    with Progress(*columns, console=console or Terminal(stderr=True)) as progress:
         task = progress.add_task("starting", total=None, total_steps="?", facts="")
         status = RunStatus(run.uri, "starting")
         while True:
@@ -154,7 +150,7 @@ def watch_table(
 ) -> RunStatus:
     """Show all that is known, again and again, until the run has ended, or `over()`; returns the status it saw last."""
     follower, ended = Follower(run), 0
-    with Live(console=console or Console(stderr=True), auto_refresh=False) as live:
+    with Live(console=console or Terminal(stderr=True), auto_refresh=False) as live:
         while True:
             try:
                 status = follower.read()
@@ -170,7 +166,7 @@ def watch_table(
 
 def _facts(status: RunStatus) -> str:
     parts = []
-    if status.epochs is not None and status.total_steps:
+    if status.epochs is not None and status.passes is not None:
         parts.append(f"epoch {_epoch_line(status)}")
     if status.loss is not None:
         parts.append(f"loss {status.loss:.4f}")

@@ -43,7 +43,7 @@ def ahead(workshop: Workshop, folder: Path, data: Path) -> tuple[Store, int]:
     first = open_chapter(store, datasets.train, 0)
     assert first.manifest.chapters > 2
     plan = EpochPlan(first.offsets, first.blocks, first.block_sources, train_order(config), epoch=0)
-    return store.sub("ahead"), plan.count_bins() // config.train.global_batch
+    return store.sub("ahead"), sum(plan.count_bins()) // config.train.global_batch
 
 
 def held(workshop: Workshop, folder: Path, data: Path, step: int, command: str = "train") -> Driver:

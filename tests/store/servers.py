@@ -18,7 +18,8 @@ from email.utils import formatdate
 from importlib.util import find_spec
 from pathlib import Path
 
-from launcher.smoke.local_s3 import die_with_parent, free_ports
+from launcher.smoke.local_s3 import free_ports
+from trainer import children
 
 HOST = "127.0.0.1"
 AZURE_ACCOUNT = "capstan"
@@ -92,13 +93,12 @@ def _running(command: Sequence[str], folder: Path, port: int, environment: Mappi
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "server.log"
     with log.open("wb") as output:
-        process = subprocess.Popen(
+        process = children.start(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | environment,
-            preexec_fn=die_with_parent,
         )
     try:
         deadline = time.monotonic() + _READY_SECONDS

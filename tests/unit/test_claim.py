@@ -1,9 +1,11 @@
 """A run's folder is taken for a start, and given back as it was when nothing comes of it."""
 
+import json
 import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from trainer.config import Config, dump_config, override, parse_config
 from trainer.errors import CapstanError, ConfigError, DataError
 from trainer.run import layout
 from trainer.run.folder import run_config, run_folder, submitted_config
-from trainer.run.owner import Ownership, read_owner, take
+from trainer.run.owner import Ownership, OwnerWatch, read_owner, take
 from trainer.run.requests import request_stop
 from trainer.run.settings import Change, record_settings
 from trainer.store import Store
@@ -224,9 +226,39 @@ def test_a_rank_waits_for_data_as_long_as_rank_0_lives(config: Config, monkeypat
         if clock[0] > 10 * config.timeouts.meet:
             first.end()
 
+    with pytest.raises(DataError, match="rank 0, which compiles the data, has ended"):
+        wait_for_first_rank(config, "srun", sleep)
+    assert 0 < clock[0] - 10 * config.timeouts.meet < 20
+
+
+def test_a_rank_waits_for_so_long_for_a_rank_0_that_never_comes(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+
     with pytest.raises(DataError, match=r"timeouts\.meet: rank 0, which compiles the data"):
         wait_for_first_rank(config, "srun", sleep)
-    assert 11 * config.timeouts.meet < clock[0] < 12 * config.timeouts.meet
+    assert config.timeouts.meet < clock[0] < 1.1 * config.timeouts.meet
+
+
+def test_a_rank_knows_that_rank_0_was_killed_before_they_met(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    run = run_folder(config)
+    watch = OwnerWatch(run)
+    first = take(run, "capstan train", 0)
+    assert not watch.is_gone()
+    killed = replace(first.owner, born="never")  # its number is another process's by now
+    run.put(layout.owner(1), json.dumps(asdict(killed)).encode())
+    assert not watch.is_gone()  # it may be starting anew
+    clock[0] += 11
+    assert watch.is_gone()
+    take(run, "capstan train", 1)
+    assert not watch.is_gone()
 
 
 def test_a_secret_of_an_earlier_versions_settings_is_not_written_again(config: Config, run: Store) -> None:

@@ -75,15 +75,15 @@ def test_every_document_is_visited_once_and_every_bin_fits(packing: bool) -> Non
     assert epoch.num_windows > 1
     assert visits(epoch) == Counter(range(20_000))
     assert all(lengths[members].sum() <= 2048 for members in bins(epoch))
-    assert epoch.count_bins() == len(bins(epoch))
-    assert packing or epoch.count_bins() == 20_000
+    assert sum(epoch.count_bins()) == len(bins(epoch))
+    assert packing or sum(epoch.count_bins()) == 20_000
 
 
 def test_packing_fills_rows() -> None:
     """Lengths of a median of 250 tokens into rows of 8,192."""
     lengths = lengths_of(16_384, longest=8192, median=250)
     epoch = plan(lengths, sequence_length=8192)
-    assert lengths.sum() / (epoch.count_bins() * 8192) >= 0.99
+    assert lengths.sum() / (sum(epoch.count_bins()) * 8192) >= 0.99
 
 
 def written_order() -> str:

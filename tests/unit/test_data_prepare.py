@@ -16,7 +16,7 @@ from tests.material import Workshop, byte_tokenizer, make_data
 from trainer.base.locate import resolve_base
 from trainer.config import parse_config
 from trainer.data.binary import ID_BITS
-from trainer.data.bins import steps_of_epochs
+from trainer.data.bins import steps_of_epochs, total
 from trainer.data.chapters import open_chapters
 from trainer.data.compile import Progress
 from trainer.data.dataset import open_chapter, open_dataset
@@ -26,12 +26,13 @@ from trainer.data.manifest import MANIFEST, DatasetManifest
 from trainer.data.micro_batch import Position
 from trainer.data.order import EpochPlan
 from trainer.data.order_settings import train_order
-from trainer.data.prepare import Datasets, locate, prepare, prepare_start, wait_until_prepared
+from trainer.data.prepare import locate, prepare, prepare_start, wait_until_prepared
 from trainer.data.stream import train_stream
 from trainer.data.weights import Weights
 from trainer.errors import ConfigError, Damaged, DataError, NotFound
 from trainer.run import layout
 from trainer.store import open_store
+from trainer.train.horizon import horizon_of
 
 EPOCHS = "run: {name: demo}\nmodel: {base: /models/tiny}\ndata: {train: [{path: a.jsonl}]}\n"
 
@@ -91,7 +92,7 @@ def test_epochs_are_planned_once_and_their_length_is_kept(shop: Workshop, monkey
     planned: list[int] = []
     plain = EpochPlan.count_bins
 
-    def observed(self: EpochPlan) -> int:
+    def observed(self: EpochPlan) -> list[int]:
         planned.append(self.epoch)
         return plain(self)
 
@@ -100,9 +101,9 @@ def test_epochs_are_planned_once_and_their_length_is_kept(shop: Workshop, monkey
     again = shop.prepare(shop.config("two", "train.epochs=2", "train.steps=null"))
     longer = shop.prepare(shop.config("three", "train.epochs=3", "train.steps=null"))
     assert planned == [0, 1, 2]
-    assert len(first.epoch_bins) == 2
+    assert len(first.epochs) == 2
     assert again == first
-    assert list(longer.epoch_bins[:2]) == list(first.epoch_bins)
+    assert list(longer.epochs[:2]) == list(first.epochs)
     shop.prepare(shop.config("seed", "train.epochs=1", "train.steps=null", "run.seed=99"))
     assert planned == [0, 1, 2, 0]
 
@@ -120,9 +121,9 @@ def test_epochs_are_planned_once_and_their_length_is_kept(shop: Workshop, monkey
     ],
 )
 def test_a_part_of_an_epoch_is_its_first_steps_rounded_up(bins: list[int], epochs: str, steps: int) -> None:
-    assert steps_of_epochs(bins, Fraction(epochs), 8) == steps
+    assert sum(steps_of_epochs(bins, Fraction(epochs), 8)) == steps
     given = parse_config(f"{EPOCHS}train: {{epochs: {epochs}, global_batch: 8}}")
-    assert Datasets("a", None, bins).steps(given.train) == steps
+    assert horizon_of(given.train, [[[count]] for count in bins], 0, Position()).steps == steps
 
 
 def test_a_part_of_an_epoch_is_counted_and_begun_as_a_whole_one(shop: Workshop) -> None:
@@ -130,7 +131,10 @@ def test_a_part_of_an_epoch_is_counted_and_begun_as_a_whole_one(shop: Workshop) 
     whole, part = (shop.config("part", f"train.epochs={epochs}", "train.steps=null") for epochs in (2, 1.5))
     datasets = [shop.prepare(config) for config in (whole, part)]
     assert datasets[0] == datasets[1]
-    every, some = (found.steps(config.train) for found, config in zip(datasets, (whole, part), strict=True))
+    every, some = (
+        horizon_of(config.train, found.epochs, 0, Position()).steps
+        for found, config in zip(datasets, (whole, part), strict=True)
+    )
     assert (every, some) == (7 + 7, 7 + 4)
     given = open_chapters(shop.store, datasets[0].train, shop.store.sub("part"))
     streams = [train_stream(config, given, rank=0, world_size=1).read_from(Position()) for config in (whole, part)]
@@ -165,8 +169,8 @@ def test_a_run_of_epochs_starts_with_all_its_data_as_its_bins_are_counted(shop: 
     given = open_chapters(shop.store, datasets.train, shop.store.sub("counted"))
     assert given.count > 1
     stream = train_stream(config, given, rank=0, world_size=1)
-    for epoch, bins in enumerate(datasets.epoch_bins):
-        assert bins == sum(len(batch.bins) for step in stream.epoch(epoch) for batch in step)
+    for epoch, bins in enumerate(datasets.epochs):
+        assert total(bins) == sum(len(batch.bins) for step in stream.epoch(epoch) for batch in step)
 
 
 def test_a_relative_path_names_the_same_data_as_the_anchored_one_that_train_and_submit_see(

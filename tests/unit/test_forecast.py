@@ -21,14 +21,17 @@ from tests.unit.made_records import NOW, start, step, write
 from tests.unit.test_examples import LLAMA_8B
 from trainer.base.description import describe
 from trainer.config import Config, dump_config, override, parse_config
+from trainer.data.bins import total
 from trainer.data.length import EpochLength, epoch_length
 from trainer.data.manifest import read_manifest
+from trainer.data.micro_batch import Position
 from trainer.devices import LocalGpu
 from trainer.errors import ConfigError, DoesNotFit
 from trainer.forecast import UTILISATION, Rate, assumed_rate, forecast, length_of
 from trainer.gpus import Gpu, find_gpu, read_gpu
 from trainer.plan import make_plan
 from trainer.store import Store, open_store
+from trainer.train.horizon import horizon_of
 
 ROOT = Path(__file__).parents[2]
 RUN = "run: {name: demo}\nmodel: {base: /models/tiny}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
@@ -118,9 +121,13 @@ def test_an_epoch_is_estimated_by_the_files_until_it_is_compiled(shop: Workshop)
     part = override(config, "train.epochs=1.5")
     known = epoch_length(part, shop.base, shop.store)
     assert known is not None
-    assert list(known.bins) == list(counted.epoch_bins)
+    assert list(known.bins) == list(map(total, counted.epochs))
     length = length_of(part, known)
-    assert (length.steps, length.epochs, length.counted) == (counted.steps(part.train), 1.5, True)
+    assert (length.steps, length.epochs, length.counted) == (
+        horizon_of(part.train, counted.epochs, 0, Position()).steps,
+        1.5,
+        True,
+    )
     assert length.tokens == round(1.5 * tokens)
 
 

@@ -1,9 +1,13 @@
 """The command line answers before anything heavy is imported."""
 
+import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+
+from trainer import deferred
 
 HEAVY = ("torch", "ray", "deepspeed", "transformers", "peft", "bitsandbytes", "pyarrow", "numpy")
 
@@ -24,3 +28,48 @@ def test_importing_leaves_heavy_libraries_out(module: str):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == []
+
+
+# The libraries that DeepSpeed, transformers and bitsandbytes import by themselves, and no run uses.
+UNUSED = ("mlflow", "pandas", "fastapi", "scipy", "sklearn", "networkx", "torch._inductor.compile_fx")
+# What a rank imports, and what DeepSpeed imports when its engine starts.
+IMPORTED = "import trainer.rank, deepspeed.runtime.zero.muon.muon_optimizer"
+WITHOUT_DEFERRING = "sys.meta_path[:] = [f for f in sys.meta_path if type(f).__module__ != 'trainer.deferred']"
+
+
+@pytest.mark.parametrize("change", ["", WITHOUT_DEFERRING], ids=["deferred", "control"])
+def test_a_rank_starts_without_the_libraries_that_no_run_uses(change: str) -> None:
+    code = f"import sys, trainer\n{change}\n{IMPORTED}\nprint(*(n for n in {UNUSED!r} if n in sys.modules))"
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+    assert result.returncode == 0, result.stderr
+    found = set(result.stdout.splitlines()[-1].split())
+    assert found == set() if not change else {"mlflow", "scipy", "networkx"} <= found
+
+
+def test_what_is_deferred_works_when_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    plain: Any = torch.compile
+    with deferred._stand_in("colorsys"):
+        from colorsys import rgb_to_hls
+    assert "colorsys" not in sys.modules
+    assert rgb_to_hls(1.0, 1.0, 1.0) == (0.0, 1.0, 0.0)
+    assert "colorsys" in sys.modules
+
+    compiled: list[dict[str, Any]] = []
+
+    def compile_now(function: Any, **options: Any) -> Any:
+        compiled.append(options)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_now)
+    with deferred._compile_at_the_first_call():
+        double = torch.compile(lambda number: 2 * number, dynamic=False)
+        triple = torch.compile(backend="eager")(lambda number: 3 * number)
+    assert compiled == []
+    assert [double(2), double(3), triple(3)] == [4, 6, 9]
+    assert compiled == [{"dynamic": False}, {"backend": "eager"}]
+    assert torch.compile is compile_now is not plain

@@ -89,11 +89,11 @@ def test_the_table_has_learning_rate_epoch_and_each_set_that_is_held_out(run: St
 
 def test_an_epoch_is_a_part_of_those_that_were_asked_for(run: Store) -> None:
     run.put("config.yaml", CONFIG.replace("steps: 20", "epochs: 4").encode())
-    write(run, 1, start(1), step(13, 2.0))
+    write(run, 1, start(1), {**step(13, 2.0), "passes": 2.6})
     assert status_at(run).epochs == 4
     assert "2.60 of 4" in shown(status_at(run))
-    run.put("config.yaml", CONFIG.replace("steps: 20", "epochs: 0.5").encode())
-    assert "0.33 of 0.5" in shown(status_at(run))  # of 20 steps
+    write(run, 1, start(1), {**step(13, 2.0), "passes": 3.9999})
+    assert "3.99 of 4" in shown(status_at(run))
 
 
 def test_gpu_hours_are_those_of_every_start_and_cost_what_a_gpu_costs(run: Store) -> None:

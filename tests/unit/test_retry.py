@@ -1,5 +1,7 @@
 """The launcher's policy after a worker group ends, without a worker group."""
 
+from dataclasses import replace
+
 import pytest
 
 from launcher.policy import retry
@@ -55,6 +57,18 @@ def test_a_second_crash_in_the_same_step_ends_the_run_and_says_so():
     assert error.exit_code == 1
     assert "second crash in step 7" in str(error)
     assert str(error).endswith("`capstan logs mine --store /my/runs` shows more.")
+
+
+def test_the_same_error_twice_before_the_first_step_ends_the_run_and_a_killed_start_does_not():
+    certain = retry.classify({0: IndexError("list index out of range"), 1: RuntimeError("connection closed")})
+    assert decide([certain], Retry(failures=9)).error is None
+    error = decide([certain, PREEMPTED, certain], Retry(failures=9)).error
+    assert "IndexError: list index out of range. It is the second crash before the first step" in str(error)
+    assert (
+        decide([certain, crash(7), replace(certain, reason="rank 0 failed: OSError: busy")], Retry(failures=9)).error
+        is None
+    )
+    assert decide([crash(), crash(), crash()], Retry(failures=9)).error is None
 
 
 def test_machines_that_leave_are_counted_apart_from_failures():

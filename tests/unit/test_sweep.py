@@ -1,5 +1,6 @@
 """The policy of a sweep: what is tried, whose turn it is, who is stopped early, and what the metric depends on."""
 
+import io
 import itertools
 import json
 from pathlib import Path
@@ -7,8 +8,10 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
-from launcher.policy.trials import Metric, SearchPlan, planned, trial_config
+from launcher.policy.comparable import Metric
+from launcher.policy.trials import SearchPlan, planned, trial_config
 from launcher.start.check import check
 from launcher.start.stopping import stop_if_asked
 from launcher.sweep.driver import laid_out
@@ -25,16 +28,17 @@ from launcher.view.sweep import (
     changes_since,
     read_plan,
     read_sweep,
+    render_sweep,
     summary,
 )
-from trainer.config import Config, dump_config, parse_config
+from trainer.config import Config, dump_config, override, parse_config
 from trainer.config.sweep import Sweep
 from trainer.errors import ConfigError, Damaged, Stopped
 from trainer.run import layout
 from trainer.run.folder import run_config
 from trainer.run.owner import last_owner, take
 from trainer.run.records import generations, record_line
-from trainer.run.requests import request_stop
+from trainer.run.requests import read_stop, request_stop
 from trainer.store import Store, open_store
 
 LR = {"log_uniform": [1e-5, 1e-2]}
@@ -282,7 +286,7 @@ def test_a_trial_that_is_asked_to_stop_while_it_starts_again_is_over(
     request_stop(run, by=BY)
 
     def stopped(*_arguments: object, **_more: object) -> None:
-        request_stop(run, by=EARLY)
+        request_stop(run, by=EARLY, reason="early, as others were better at step 10")
         stop_if_asked(run, "while the run was starting")
 
     monkeypatch.setattr("launcher.sweep.trial.compile_and_train", stopped)
@@ -291,7 +295,9 @@ def test_a_trial_that_is_asked_to_stop_while_it_starts_again_is_over(
         train_trial(trial)
     status = read_sweep(folder).trials[1]
     assert (status.state, status.step) == ("stopped early", 10)
-    assert status.reason.startswith(f"stopped by {EARLY} while the run was starting")
+    assert "stopped early, as others were better at step 10 while the run was starting" in status.reason
+    # Ranks that are about to end read the request, too, and a trial that Tune begins again is asked as before.
+    assert read_stop(run) == (EARLY, "early, as others were better at step 10")
 
 
 def test_a_trial_begins_with_its_first_step_and_tells_its_figures_where_asha_looks(store: Store) -> None:
@@ -332,3 +338,112 @@ def test_the_best_is_the_lowest_or_the_highest_as_the_mode_says() -> None:
     assert by_rows == finished  # the rows of the others' steps were easier, or not
     assert by_set == trials[1]
     assert isinstance(SweepStatus("u", "finished", "eval", "min", trials).counts(), dict)
+
+
+PAIRS = {
+    "objective": {"name": "dpo"},
+    "data": {"format": "preference"},
+    "eval": {"sets": {"general": {"path": "g", "format": "text"}}},
+}
+
+
+@pytest.mark.parametrize(
+    ("sweep", "sections", "sentence"),
+    [
+        (
+            {"metric": "eval/accuracy"},
+            {},
+            "sweep.metric: 'eval/accuracy' is in no record of this run. Allowed for eval: eval.",
+        ),
+        ({"metric": "eval/accuracy"}, PAIRS, "Allowed for eval: eval, eval/reward_chosen, eval/reward_rejected, "),
+        ({"metric": "general/reward_accuracy"}, PAIRS, "Allowed for general: general."),
+        ({"metric": "eval/reward_accuracy", "mode": "min"}, PAIRS, "sweep.mode: min would choose the worst trial"),
+        (
+            {"metric": "eval/length_chosen"},
+            PAIRS,
+            "sweep.mode: missing. Say whether a low or a high eval/length_chosen",
+        ),
+    ],
+)
+def test_a_metric_that_no_record_has_or_the_wrong_way_round_is_refused(
+    sweep: dict[str, Any], sections: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        planned(config({"settings": {"optim.lr": LR}, **sweep}, **sections))
+    assert sentence in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("sweep", "sections", "mode"),
+    [
+        ({}, {}, "min"),
+        ({"mode": "max"}, {}, "max"),
+        ({"metric": "eval/reward_accuracy"}, PAIRS, "max"),
+        ({"metric": "eval/length_chosen", "mode": "min"}, PAIRS, "min"),
+    ],
+)
+def test_a_metric_says_which_way_is_good(sweep: dict[str, Any], sections: dict[str, Any], mode: str) -> None:
+    assert planned(config({"settings": {"optim.lr": LR}, **sweep}, **sections)).metric.mode == mode
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "metric", "sections", "comparable"),
+    [
+        ("data.sequence_length", [512, 1024], "eval", {}, False),
+        ("data.train_on.end", [True, False], "general", {}, False),
+        ("data.held_out", [0.1, 0.2], "eval", {}, False),
+        ("data.held_out", [0.1, 0.2], "general", {}, True),
+        ("data.train", [[{"path": "a"}], [{"path": "b"}]], "eval", {}, False),
+        (
+            "data.train",
+            [[{"path": "a"}], [{"path": "b"}]],
+            "eval",
+            {"data": {"held_out": 0, "eval": [{"path": "c"}]}},
+            True,
+        ),
+        ("data.train", [[{"path": "a"}], [{"path": "b"}]], "train", {}, False),
+        ("data.packing", [True, False], "eval", {}, True),
+        ("eval.sets", [{"general": {"path": "a"}}, {"general": {"path": "b"}}], "general", {}, False),
+        ("objective.label_smoothing", [0.0, 0.1], "eval", {}, True),  # evaluations are without it
+        ("objective.label_smoothing", [0.0, 0.1], "train", {}, False),
+        ("objective.beta", [0.1, 0.5], "eval", PAIRS, False),
+        ("objective.beta", [0.1, 0.5], "eval/reward_margin", PAIRS, False),
+        ("objective.beta", [0.1, 0.5], "eval/reward_accuracy", PAIRS, True),
+        ("objective.name", ["dpo", "simpo"], "eval", PAIRS, False),
+        ("optim.lr", [1e-4, 1e-3], "train", {}, True),
+    ],
+)
+def test_settings_that_change_what_is_measured_are_not_tried_by_it(
+    name: str, values: list[Any], metric: str, sections: dict[str, Any], comparable: bool
+) -> None:
+    tried = config({"settings": {name: {"grid": values}}, "metric": metric}, **sections)
+    if comparable:
+        assert len(planned(tried).trials) == 2
+    else:
+        with pytest.raises(ConfigError, match=f"sweep.settings: '{name}' changes the (tokens|formula|data)"):
+            planned(tried)
+
+
+def test_a_trial_counts_with_its_newest_evaluation_behind_the_base_or_not_at_all(store: Store) -> None:
+    folder = write_sweep(store)
+    write_run(store.sub("s-1"), (10, 1.0), (40, float("nan")), end="finished")  # better, and then lost
+    write_run(store.sub("s-2"), (0, 0.5))  # the base, which all have
+    write_run(store.sub("s-3"), (0, 0.5), (10, 3.0), end="finished")
+    status = read_sweep(folder)
+    assert [(trial.value, trial.value_step) for trial in status.trials[:3]] == [(None, 40), (None, None), (3.0, 10)]
+    assert status.best == 3
+    screen = Console(file=io.StringIO(), width=120)
+    with screen.capture() as shown:
+        screen.print(render_sweep(status))
+    assert "not finite" in shown.get()
+    diverged = TuneTrial.__new__(TuneTrial)
+    folder.put(layout.CONFIG, dump_config(override(run_config(folder), "sweep.grace_steps=10")).encode())
+    diverged.setup({"sweep": folder.uri, "trial": 1})
+    assert [diverged.step()[VALUE] for _ in range(2)] == [1.0, 1e30]
+
+
+def test_a_trial_that_ended_early_says_why_though_its_ranks_did_not_read_it(store: Store) -> None:
+    folder = write_sweep(store)
+    write_run(store.sub("s-1"), (10, 3.0), end="stopped")
+    request_stop(store.sub("s-1"), by=EARLY, reason="early, as others were better at step 10")
+    assert read_sweep(folder).trials[0].reason == "stopped early, as others were better at step 10"

@@ -36,16 +36,16 @@ def test_the_next_takes_over_where_the_trial_that_was_to_make_something_ends_wit
     assert [turns.next(), turns.next()] == [2, None]
 
 
-def asha(curves: dict[str, dict[int, float]], **rules: Any) -> dict[str, int]:
+def asha(curves: dict[str, dict[int, float]], mode: str = "min") -> dict[str, int]:
     """The step at which each trial is asked to stop, where their figures come in turns."""
-    sweep = Sweep.model_validate({"grace_steps": 10, "reduction_factor": 2, **rules})
+    sweep = Sweep.model_validate({"grace_steps": 10, "reduction_factor": 2})
     stopped: dict[str, int] = {}
 
     def stop(settings: Mapping[str, Any], step: int) -> None:
         assert settings["name"] not in stopped
         stopped[settings["name"]] = step
 
-    scheduler = EarlyStopping(sweep, stop)
+    scheduler = EarlyStopping(sweep, mode, stop)
     trials = [SimpleNamespace(trial_id=name, config={"name": name}) for name in curves]
     for trial in trials:
         scheduler.on_trial_add(None, trial)  # type: ignore[arg-type]

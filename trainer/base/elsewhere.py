@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from trainer import errors
+from trainer import children, errors
 from trainer.errors import NOT_JSON, CapstanError, ConfigError
 
 Parsed = TypeVar("Parsed")
@@ -82,7 +82,7 @@ def _answer_elsewhere(question: Question) -> Any:
     environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}  # a compiler that is not needed is slow to import
     asked = json.dumps(question)
     try:
-        result = subprocess.run(
+        result = children.run(
             command, input=asked, capture_output=True, text=True, timeout=_SECONDS, check=True, env=environment
         )
     except subprocess.TimeoutExpired as error:

@@ -41,11 +41,16 @@ class Sweep(Section):
         None,
         about="The figure that trials are compared by: eval (the loss of the evaluation data), the name of one of eval.sets, "
         "or train (the training loss, a mean over ten steps). NAME/MEASURE is another figure of the same records, such "
-        "as eval/accuracy. Default: eval where there is evaluation data, else train.",
+        "as eval/reward_accuracy of preferences. Default: eval where there is evaluation data, else train.",
         example="general",
         min_length=1,
     )
-    mode: Literal["min", "max"] = setting("min", about="Whether a low or a high metric is good.", example="max")
+    mode: Literal["min", "max"] | None = setting(
+        None,
+        about="Whether a low or a high metric is good. Default: min for losses, max for reward_accuracy and reward_margin; any other "
+        "figure needs it.",
+        example="max",
+    )
     grace_steps: int | None = setting(
         None,
         about="Stop bad trials early (ASHA): a trial that has taken so many steps, or reduction_factor times as many, and so on, "
@@ -111,7 +116,7 @@ class Sweep(Section):
         if self.metric is not None and self.metric.partition("/")[0] not in metrics:
             wrong.append(
                 f"sweep.metric: {self.metric!r} is not measured by this run. Allowed: {', '.join(metrics)}, or one of these and "
-                "a measure, such as eval/accuracy."
+                "a measure of its records, such as eval/reward_accuracy of preferences."
             )
         if self.grace_steps and self.judged_by(evaluated)[0] != TRAIN and not 0 < every <= self.grace_steps:
             wrong.append(

@@ -264,7 +264,7 @@ def _pack(lengths: np.ndarray, order: Order) -> tuple[int, float]:
         return 0, 0.0
     blocks = np.array([*range(0, len(lengths), BLOCK_DOCUMENTS), len(lengths)])
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    bins = EpochPlan(offsets, blocks, np.zeros(len(blocks) - 1, np.int32), order, epoch=0).count_bins()
+    bins = sum(EpochPlan(offsets, blocks, np.zeros(len(blocks) - 1, np.int32), order, epoch=0).count_bins())
     return bins, round(int((lengths + order.beside).sum()) / (bins * order.capacity), 4)
 
 

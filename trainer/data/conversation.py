@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from trainer.data.messages import Message, text_of
 from trainer.data.spans import Span
 from trainer.data.thinking import OPEN, shown_again
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
+from trainer.time_limit import OutOfTime, time_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 # Finding a turn renders all that is before it, twice. For the turns of one row together, these are the most messages and
 # characters, some five seconds' work: about 1,000 turns of which every second one is the assistant's.
 _MOST_MESSAGES, _MOST_CHARACTERS = 2**19, 2**30
+RENDER_SECONDS = 30.0
+"""A template renders a conversation in milliseconds; one that has not ended by now never will."""
 # Stands for the content of a turn. No tokenizer or template knows this character of the private use area.
 _MARK = "\ue0ff"
 
@@ -172,9 +175,19 @@ class Conversation:
 
     def _apply(self, messages: list[Message], **options: Any) -> Any:
         try:
-            return self._tokenizer.apply_chat_template(messages, **(self._options | options))
+            with time_limit(RENDER_SECONDS):
+                return self._tokenizer.apply_chat_template(messages, **(self._options | options))
+        except OutOfTime as error:
+            raise endless_template(f"a conversation of {len(messages):,} messages") from error
         except Exception as error:  # a template is a program of the user's: it may raise anything
             raise DataError(f"the chat template refuses the conversation: {error}") from error
+
+
+def endless_template(what: str) -> ConfigError:
+    return ConfigError(
+        f"data.template: the chat template has not rendered {what} within {RENDER_SECONDS:.0f} seconds. It seems to loop without an end; "
+        "correct the template of the base, or give another one."
+    )
 
 
 def _shared(one: str, other: str) -> int:

@@ -7,7 +7,7 @@ from math import ceil
 from pathlib import Path
 
 from trainer.config import Config
-from trainer.data.bins import kept_bins
+from trainer.data.bins import kept_bins, total
 from trainer.data.fingerprint import fingerprint, hash_tokenizer
 from trainer.data.inputs import find_train
 from trainer.data.manifest import read_manifest
@@ -69,7 +69,7 @@ def _compiled(config: Config, store: Store, key: str) -> EpochLength:
     tokens = sum(weight * source.tokens for weight, source in zip(weights, manifest.sources, strict=True))
     documents = sum(weight * source.documents for weight, source in zip(weights, manifest.sources, strict=True))
     rows = (tokens + documents * order.beside) / order.capacity if order.packing else documents
-    return EpochLength(round(tokens), ceil(rows), tuple(kept_bins(store, key, order)), compiled=True)
+    return EpochLength(round(tokens), ceil(rows), tuple(map(total, kept_bins(store, key, order))), compiled=True)
 
 
 def _estimated(config: Config, files: Sequence[SourceFile]) -> EpochLength:

@@ -6,17 +6,16 @@ import os
 import pickle
 import signal
 import tempfile
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from trainer.children import end_with_parent
 from trainer.data.rows import Batch
 from trainer.errors import DoesNotFit
 
@@ -96,17 +95,9 @@ def _start_worker(start: str) -> None:
     os.nice(10)  # ranks may train beside it
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken already
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal; what it means the parent decides
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     _worker = pickle.loads(Path(start).read_bytes())()
     gc.freeze()  # what was imported stays; without this a tenth of the time goes to looking through it for garbage
-
-
-def _end_with_parent() -> None:
-    """A pool's worker would wait for ever for a parent that was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
 
 
 def _work(batch: Batch) -> Any:

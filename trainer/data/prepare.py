@@ -7,16 +7,15 @@ others beside them.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING
 
 from trainer.base.locate import Base
 from trainer.base.tokenizer import read_tokenizer
-from trainer.config import Config, Train
+from trainer.config import Config
 from trainer.config.evaluation import UNNAMED
-from trainer.data.bins import keep_bins, kept_bins, steps_of_epochs
+from trainer.data.bins import EpochBins, keep_bins, kept_bins, total
 from trainer.data.compile import Progress, compile_chapters
 from trainer.data.dataset import open_chapter
 from trainer.data.detection import describe_forms
@@ -41,17 +40,14 @@ if TYPE_CHECKING:
 class Datasets:
     """Fingerprints of a run's compiled data, which any rank can open from the store.
 
-    `epoch_bins` are the bins of each epoch, where `train.epochs` is what ends the run, of which the last may be a part only; `sets` are those of `eval.sets`, by name.
+    `epochs` are the bins of each epoch, where `train.epochs` is what ends the run, of which the last may be a part only; `sets` are
+    those of `eval.sets`, by name.
     """
 
     train: str
     eval: str | None
-    epoch_bins: Sequence[int] = ()
+    epochs: Sequence[EpochBins] = ()
     sets: Mapping[str, str] = field(default_factory=dict)
-
-    def steps(self, train: Train) -> int:
-        """Optimizer steps of the run: those that are asked for, or those of its epochs."""
-        return train.steps or steps_of_epochs(self.epoch_bins, Fraction(str(train.epochs)), train.global_batch)
 
 
 OnProgress = Callable[[str, Progress], None]
@@ -102,12 +98,12 @@ def prepare_start(
         for _ in evaluated:
             pass
     next(rest)
-    bins: list[int] = []
+    epochs: list[EpochBins] = []
     if config.train.epochs:
         for _ in rest:
             pass
-        bins = _epoch_bins(store, keys["train"], train_order(config), ceil(config.train.epochs))
-    return Datasets(keys["train"], keys.get("eval"), bins, named(keys)), rest
+        epochs = _epoch_bins(store, keys["train"], train_order(config), ceil(config.train.epochs))
+    return Datasets(keys["train"], keys.get("eval"), epochs, named(keys)), rest
 
 
 def prepare_evaluated(
@@ -239,8 +235,8 @@ def nothing_visited(epoch: int, order: Order) -> DataError:
     )
 
 
-def _epoch_bins(store: Store, fingerprint: str, order: Order, epochs: int) -> list[int]:
-    """Bins of each of the first `epochs` epochs: planned once, and kept beside the data for the next start."""
+def _epoch_bins(store: Store, fingerprint: str, order: Order, epochs: int) -> list[EpochBins]:
+    """The bins of the first `epochs` epochs: planned once, and kept beside the data for the next start."""
     bins = kept_bins(store, fingerprint, order)
     if missing := range(len(bins), epochs):
         chapters = read_manifest(store, fingerprint).chapters
@@ -249,14 +245,15 @@ def _epoch_bins(store: Store, fingerprint: str, order: Order, epochs: int) -> li
     return bins[:epochs]
 
 
-def _count_bins(store: Store, fingerprint: str, order: Order, epochs: range, chapters: int) -> list[int]:
-    bins = dict.fromkeys(epochs, 0)
+def _count_bins(store: Store, fingerprint: str, order: Order, epochs: range, chapters: int) -> list[EpochBins]:
+    bins = {epoch: [list[int]()] * chapters for epoch in epochs}
     for chapter in range(chapters):  # one at a time is in memory
         data = open_chapter(store, fingerprint, chapter)
         for epoch in epochs:
             turn = turns(chapters, order.seed, epoch).index(chapter)
-            bins[epoch] += EpochPlan(data.offsets, data.blocks, data.block_sources, order, epoch, turn).count_bins()
-    for epoch, count in bins.items():
-        if not count:
+            plan = EpochPlan(data.offsets, data.blocks, data.block_sources, order, epoch, turn)
+            bins[epoch][turn] = plan.count_bins()
+    for epoch, counted in bins.items():
+        if not total(counted):
             raise nothing_visited(epoch, order)
     return list(bins.values())

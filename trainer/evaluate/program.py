@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from trainer.children import end_with_agent
 from trainer.devices import stay_on_cpu
 from trainer.errors import CapstanError
 from trainer.measure.prompts import Prompt
@@ -78,6 +79,7 @@ def _nothing(_told: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    end_with_agent()
     # Libraries print to the output too: from here on they do it to the errors.
     lines = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

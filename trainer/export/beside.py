@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
+from trainer import children
 from trainer.base.locate import TOKENIZER_FILES
 from trainer.checkpoint.listing import committed_steps
 from trainer.config import Config
@@ -64,7 +65,7 @@ class AdapterWriter:
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         }
-        with subprocess.Popen(
+        with children.start(
             [*command, "--format", "peft", "--step", str(step)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

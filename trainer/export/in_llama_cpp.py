@@ -5,7 +5,6 @@ python -m trainer.export.in_llama_cpp QUESTION.json ANSWER.npy
 
 import json
 import os
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer import children
 from trainer.errors import CapstanError, ConfigError
 
 _LLAMA_CPP = "xllamacpp"
@@ -45,7 +45,7 @@ def next_tokens(question: LlamaCppQuestion, folder: Path) -> NDArray[np.float32]
         raise ConfigError("--verify asks llama.cpp itself here. Install it: pip install 'capstan-llm[gguf]'.")
     asked, answer = folder / "question.json", folder / "answer.npy"
     asked.write_text(json.dumps(asdict(question)))
-    done = subprocess.run([sys.executable, "-m", __name__, str(asked), str(answer)], capture_output=True, text=True)
+    done = children.run([sys.executable, "-m", __name__, str(asked), str(answer)], capture_output=True, text=True)
     if done.returncode:
         print(done.stderr, file=sys.stderr)
         raise CapstanError(f"llama.cpp could not predict with {question.model}; what it said is above.")

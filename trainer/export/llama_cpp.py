@@ -4,12 +4,12 @@ It is a program, not a library: it reads a folder on a disk, writes a file there
 """
 
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from trainer import children
 from trainer.errors import CapstanError, ConfigError, StorageError
 from trainer.export.folder import local_folder
 from trainer.store import PART_BYTES, Store
@@ -33,7 +33,7 @@ def convert(model: Path, kind: str, file: Path, name: str) -> None:
         CapstanError: it failed otherwise.
     """
     command = [sys.executable, "-m", _CONVERTER, str(model), "--outfile", str(file), "--outtype", kind]
-    done = subprocess.run([*command, "--model-name", name], capture_output=True, text=True)
+    done = children.run([*command, "--model-name", name], capture_output=True, text=True)
     if done.returncode == 0:
         return
     said = done.stderr.strip()

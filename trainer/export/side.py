@@ -6,13 +6,13 @@ that has ended holds nothing, neither on the host nor on its GPU.
 
 import os
 import pickle
-import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from typing import Any, Literal, TypeVar
 
+from trainer.children import end_with_parent
 from trainer.errors import DoesNotFit
 
 T = TypeVar("T")
@@ -39,21 +39,13 @@ def _no_memory(what: str) -> DoesNotFit:
 
 
 def _alone(device: Device) -> None:
-    """A group of one, whatever group this process was started in, and no GPU where the CPU is meant. It ends with its parent, which
-    may be killed at any time."""
+    """A group of one, whatever group this process was started in, and no GPU where the CPU is meant."""
     from trainer.devices import stay_on_cpu
 
-    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    end_with_parent()
     os.environ.pop("RANK", None)
     if device == "cpu":
         stay_on_cpu()
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _pickled(work: Callable[..., Any], arguments: tuple[Any, ...]) -> bytes:

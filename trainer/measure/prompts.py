@@ -9,8 +9,10 @@ from trainer.base.config_json import read_by_transformers
 from trainer.config import Data
 from trainer.config.paths import text_lines
 from trainer.data.chat import chat_template, framing
+from trainer.data.conversation import RENDER_SECONDS, endless_template
 from trainer.data.messages import read_messages
 from trainer.errors import NOT_JSON, ConfigError, DataError
+from trainer.time_limit import OutOfTime, time_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,7 +115,10 @@ class Prompter:
         try:
             read = read_messages(messages)
             template = chat_template(self._tokenizer, self._data)
-            return self._tokenizer.apply_chat_template(read, chat_template=template, tokenize=False, **options)  # type: ignore[return-value]
+            with time_limit(RENDER_SECONDS):
+                return self._tokenizer.apply_chat_template(read, chat_template=template, tokenize=False, **options)  # type: ignore[return-value]
+        except OutOfTime as error:
+            raise endless_template("a prompt") from error
         except DataError as error:
             raise ConfigError(f"a prompt's messages: {error}.") from error
         except ConfigError:

@@ -26,6 +26,7 @@ from trainer.store import Entry, Store
 BEAT_SECONDS = 30.0
 FRESH_SECONDS = 100.0
 """An owner on another machine is taken to live for so long after its last beat."""
+_ANEW_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,27 @@ class Ownership:
 
     def _write(self, run: Store, ended: bool = False) -> None:
         run.put(layout.owner(self._number), _as_json(replace(self.owner, time=time.time(), ended=ended)))
+
+
+class OwnerWatch:
+    """The owner of a run as another process of the same start sees it: a rank that waits for rank 0. `group` is the owner's where that is
+    known."""
+
+    def __init__(self, run: Store, group: str | None = None) -> None:
+        self._run, self._group = run, group
+        self._seen = False
+        self.last_alive = time.monotonic()
+        """When it was there last, or this watch began."""
+
+    def is_gone(self) -> bool:
+        """Whether it was there and has ended for certain, by what /proc tells or by its own word. One that starts anew within
+        `_ANEW_SECONDS` has not; one on another machine is only silent."""
+        owner, now = last_owner(self._run), time.monotonic()
+        if owner is None or self._group not in (None, owner.group):
+            return False
+        if owner.is_alive(time.time()):
+            self._seen, self.last_alive = True, now
+        return self._seen and (owner.ended or owner.is_here) and now - self.last_alive > _ANEW_SECONDS
 
 
 def newest_number(run: Store) -> int:

@@ -1,13 +1,13 @@
 """The power that a GPU draws, as NVIDIA's driver tells. It is read beside the training, which never waits for it."""
 
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from threading import Lock
 
 import torch
 
+from trainer import children
 from trainer.run.background import Every
 
 _SECONDS = 10.0
@@ -34,7 +34,7 @@ class PowerMeter:
     def _read(self) -> None:
         query = ["--query-gpu=power.draw", "--format=csv,noheader,nounits"]
         command = ["nvidia-smi", f"--id={self._gpu}", *query]
-        told = subprocess.run(command, capture_output=True, text=True, timeout=_DRIVER_SECONDS, check=True).stdout
+        told = children.run(command, capture_output=True, text=True, timeout=_DRIVER_SECONDS, check=True).stdout
         with suppress(ValueError), self._lock:  # "[N/A]" of a GPU that does not report it
             self._watts.append(float(told))
 

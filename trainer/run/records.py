@@ -5,6 +5,7 @@ object of its own beside it, so that no two ever write the same object.
 """
 
 import json
+import math
 import secrets
 import time
 from collections import defaultdict
@@ -30,7 +31,7 @@ _NEEDED = {
 }
 _TYPES: dict[str, Any] = {
     **dict.fromkeys(("step", "epoch", "world_size", "total_steps"), int),
-    **dict.fromkeys(("loss", "lr", "tokens", "tokens_per_second", "seconds", "time"), int | float),
+    **dict.fromkeys(("loss", "lr", "passes", "tokens", "tokens_per_second", "seconds", "time"), int | float),
     **dict.fromkeys(("launch_seconds", "load_seconds", "restore_seconds", "start_seconds"), int | float),
     **dict.fromkeys(("outcome", "reason", "device", "dashboard", "phase", "set"), str),
     "machines": list,
@@ -62,9 +63,15 @@ def _parsed(line: bytes) -> Record | None:
         return None
     if not isinstance(record, dict) or not isinstance(kind := record.get("kind"), str):
         return None
+    if kind == "eval":  # one without a number takes the place of the evaluation before it all the same
+        record = {name: None if _is_no_number(value) else value for name, value in record.items()}
     given = {name: value for name, value in record.items() if value is not None}
     sound = _NEEDED.get(kind, set()) <= given.keys()
     return record if sound and all(_is_sound(given[name], _TYPES[name]) for name in given.keys() & _TYPES) else None
+
+
+def _is_no_number(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _is_sound(value: Any, of: Any) -> bool:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from enum import IntEnum
+from typing import NamedTuple
 
 from trainer.errors import NOT_JSON, NotFound
 from trainer.run import layout
@@ -31,15 +32,29 @@ def request_restart(folder: Store, reason: str) -> None:
     folder.put(layout.RESTART, json.dumps({"time": time.time(), "reason": reason}).encode())
 
 
-def stop_requester(folder: Store) -> str | None:
-    """The name of the person or program that has asked the run to stop; None when nobody has."""
+class StopRequest(NamedTuple):
+    """Who has asked a run to stop, and what completes "stopped" in the words for it."""
+
+    by: str
+    reason: str
+
+
+def read_stop(folder: Store) -> StopRequest | None:
+    """The request that stands; None when nobody has asked. An empty STOP, made by hand, stops a run too."""
     with suppress(NotFound):
-        return _word(folder, layout.STOP, "by", "somebody")
+        by = _word(folder, layout.STOP, "by", "somebody")
+        return StopRequest(by, _word(folder, layout.STOP, "reason", f"by {by}"))
     return None
 
 
+def stop_requester(folder: Store) -> str | None:
+    """The name of the person or program that has asked the run to stop; None when nobody has."""
+    asked = read_stop(folder)
+    return asked.by if asked else None
+
+
 def _word(folder: Store, key: str, name: str, otherwise: str) -> str:
-    """The text under `name` in a request, else `otherwise`: an empty STOP, made by hand, stops a run too."""
+    """The text under `name` in a request, else `otherwise`."""
     try:
         return str(json.loads(folder.get(key))[name])
     except (*NOT_JSON, LookupError, TypeError):

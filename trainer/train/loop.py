@@ -26,8 +26,8 @@ from trainer.run.metrics import Metrics
 from trainer.run.requests import Stop, StopSignal
 from trainer.train.flops import UNKNOWN_WORK, StepWork
 from trainer.train.heartbeat import Phase, Pulse, silent_pulse
+from trainer.train.horizon import Horizon
 from trainer.train.routing import Routing
-from trainer.train.schedule import learning_rate
 from trainer.zero.engine import Engine
 
 
@@ -44,7 +44,7 @@ class Training:
     checkpoints: Checkpoints
     metrics: Metrics
     stop: StopSignal
-    total_steps: int
+    horizon: Horizon
     pulse: Pulse = silent_pulse
     work: StepWork = UNKNOWN_WORK  # of a step, so that records say how much of the device's peak it came to
     eval_sets: Mapping[str, Stream] = field(default_factory=dict)  # those of eval.sets
@@ -80,7 +80,7 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
         _evaluate_if_due(run, step, Stop.NO, routing)
         _sample_if_due(run, step, Stop.NO)
     reader = run.stream.read_from(position, compiling=lambda awaited: _wait(run, step, awaited))
-    while step < run.total_steps:
+    while step < run.horizon.steps:
         started = time.monotonic()
         _begin(run, "data", step + 1)
         try:
@@ -103,25 +103,27 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
 
         # One exchange, and every rank draws the same conclusions from it. Rank 0's clock decides when to save.
         every, totals = _exchange(run, batches, sums, since_save=time.monotonic() - last_save, waited=waited)
-        mean_loss, *measures = (total / weight for total in totals)
+        loss, *measures = (total / weight for total in totals)
         stopping = Stop(int(max(rank.stop for rank in every)))
-        if not math.isfinite(mean_loss):
-            raise _not_finite("loss", step + 1, mean_loss, position)
+        if not math.isfinite(loss):
+            raise _not_finite("loss", step + 1, loss, position)
 
         step += 1
-        lr = learning_rate(run.config.optim, step, run.total_steps)
+        lr = run.horizon.rate(run.config.optim, step)
         grad_norm = engine.step(lr)
         if not math.isfinite(grad_norm):
             raise _not_finite("gradient", step, grad_norm, position)
         epoch, position = position.epoch, run.stream.advance(position)
         seconds = time.monotonic() - started
-        record = {"step": step, "epoch": epoch, "loss": mean_loss, "lr": lr, "grad_norm": grad_norm}
+        record = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": grad_norm}
+        if (passes := run.horizon.passes(position)) is not None:
+            record["passes"] = passes
         record |= {run.objective.unit: int(weight), **dict(zip(run.objective.measures, measures, strict=True))}
         yield record | _totals(run, every, seconds) | routing.measured()
 
         _begin(run, "save", step)
         checkpoints.advance(all_ready=all(rank.saved for rank in every))
-        last = bool(stopping) or step == run.total_steps
+        last = bool(stopping) or step == run.horizon.steps
         evaluated = _evaluate_if_due(run, step, stopping, routing)
         _sample_if_due(run, step, stopping)
         best = run.config.checkpoint.keep_best and evaluated is not None
@@ -133,7 +135,7 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
             checkpoints.prove()
         if last:
             checkpoints.finish()
-        if stopping and step < run.total_steps:
+        if stopping and step < run.horizon.steps:
             raise _stopped(run, stopping, step)
 
 
@@ -288,7 +290,7 @@ def _save_is_due(config: Config, step: int, minutes_since_save: float) -> bool:
 
 def _is_due(run: Training, every: int, step: int, stopping: Stop) -> bool:
     """Whether what comes `every` so many steps, and at the end, comes at `step`; a stop leaves it out."""
-    return step == run.total_steps or (_is_every(every, step) and not stopping)
+    return step == run.horizon.steps or (_is_every(every, step) and not stopping)
 
 
 def _is_every(every: int, step: int) -> bool:

@@ -33,6 +33,7 @@ class Beside:
         self.name = name
         self._told = False
         self._alive, alive = os.pipe()  # it ends when the process does
+        # Not by trainer.children: it outlives a rank that is killed by a few seconds, to show what that one has left.
         self._process = subprocess.Popen(
             [sys.executable, "-m", "trainer.run.trackers.companion"],
             stdin=subprocess.PIPE,

@@ -30,6 +30,7 @@ from trainer.store import Store
 
 LOOK_SECONDS = 10.0
 _LONGEST_PAUSE = 600.0
+_AFTER_KILL_SECONDS = 3.0
 ROWS = 100
 """Rows that a service is given at a time."""
 
@@ -141,11 +142,13 @@ def page(config: Config, run: Store, kept: Kept) -> Page:
 
 
 def _listen(stdin: FileIO, over: threading.Event, patience: float) -> None:
-    """Wait for the end of rank 0. From then on a service has so many seconds for its own end."""
+    """Wait for the end of rank 0. From then on a service has so many seconds for its own end, and only a few where rank 0 was killed:
+    whoever kills a run wants it gone, and the next start shows what is left over."""
     if stdin.readall() != FAREWELL:  # it was killed, and nobody reads what this process prints
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
+        patience = _AFTER_KILL_SECONDS
     signal.setitimer(signal.ITIMER_REAL, patience)  # the kernel's, as a service may hold all of Python
     over.set()
 

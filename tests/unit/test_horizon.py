@@ -1,0 +1,100 @@
+"""Where a run of epochs ends when its batch changes on the way: each row is taken once, and the figures say what was done."""
+
+import random
+from itertools import pairwise
+
+import pytest
+
+from tests.material import Workshop, make_data
+from trainer.config import Train, override
+from trainer.data.chapters import open_chapters
+from trainer.data.micro_batch import Position
+from trainer.data.stream import train_stream
+from trainer.train.horizon import Horizon, horizon_of
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    made = Workshop(tmp_path_factory.mktemp("horizon"))
+    made.data = make_data(made.folder / "rows.jsonl", documents=200)
+    return made
+
+
+@pytest.mark.parametrize(("batch", "left"), [(20, 6), (40, 3), (60, 2), (10, 12), (200, 1)])
+def test_a_run_that_resumes_with_another_batch_takes_each_row_once(shop: Workshop, batch: int, left: int) -> None:
+    config = shop.config("rows", "train.steps=null", "train.epochs=1", "train.global_batch=20", "data.packing=false")
+    datasets = shop.prepare(config)
+    chapters = open_chapters(shop.store, datasets.train, shop.store.sub("rows"))
+    taken, step, position = list[int](), 0, Position()
+    for settings, last in ((config, 4), (override(config, f"train.global_batch={batch}"), None)):
+        stream = train_stream(settings, chapters, rank=0, world_size=1)
+        horizon = horizon_of(settings.train, datasets.epochs, step, position)
+        while step < (last or horizon.steps):
+            taken += [document for row in stream.step(position) for document in row.documents]
+            step, position = step + 1, stream.advance(position)
+    assert sorted(taken) == list(range(200))
+    assert (step, horizon.steps, horizon.passes(position)) == (4 + left, 4 + left, 1.0)
+
+
+def windows(draw: random.Random) -> list[list[int]]:
+    return [[draw.randint(1, 50) for _ in range(draw.randint(0, 4))] for _ in range(draw.randint(1, 3))] + [[7]]
+
+
+def place(epoch: int, bins: list[list[int]], taken: int) -> Position:
+    """The position behind so many bins of the epoch."""
+    for chapter, counts in enumerate(bins):
+        for window, count in enumerate(counts):
+            if taken < count:
+                return Position(epoch, window, taken, chapter)
+            taken -= count
+    return Position(epoch + 1)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_batch_after_any_other_ends_with_the_last_row(seed: int) -> None:
+    draw = random.Random(seed)
+    epochs = [windows(draw) for _ in range(3)]
+    sizes = [sum(map(sum, epoch)) for epoch in epochs]
+    step, epoch, taken = 0, 0, 0
+    while epoch < len(epochs):
+        train = Train(epochs=3, steps=None, global_batch=draw.randint(1, 40))
+        position = place(epoch, epochs[epoch], taken)
+        horizon = horizon_of(train, epochs, step, position)
+        assert horizon.passes(position) == pytest.approx(epoch + taken / sizes[epoch])
+        steps = -(-(sizes[epoch] - taken) // train.global_batch) + sum(
+            -(-s // train.global_batch) for s in sizes[epoch + 1 :]
+        )
+        assert horizon.steps == step + steps
+        for _ in range(draw.randint(1, 5)):
+            step, taken = step + 1, taken + train.global_batch
+            if epoch < len(epochs) and taken >= sizes[epoch]:
+                epoch, taken = epoch + 1, 0
+    assert horizon.passes(Position(3)) == 3.0
+
+
+def test_a_run_without_a_change_has_the_steps_and_the_rates_of_its_beginning() -> None:
+    train, bins = Train(epochs=1.5, steps=None, global_batch=20), [[[200]], [[150]]]
+    first = horizon_of(train, bins, 0, Position())
+    assert first == Horizon(14, 14, bins)
+    assert horizon_of(train, bins, 12, Position(1, 0, 40)) == first
+
+
+@pytest.mark.parametrize("batch", [10, 40])
+def test_the_learning_rate_goes_on_by_the_share_of_the_data_that_is_done(shop: Workshop, batch: int) -> None:
+    optim = shop.config("rate", "optim.warmup_steps=0", "optim.schedule=linear", "optim.min_lr_ratio=0").optim
+    horizon = horizon_of(Train(epochs=1, steps=None, global_batch=batch), [[[200]]], 4, Position(bin=80))
+    rates = [horizon.rate(optim, step) / optim.lr for step in range(5, horizon.steps + 1)]
+    assert rates == pytest.approx([1 - rows / 200 for rows in range(80 + batch, 201, batch)])
+    assert all(before > after for before, after in pairwise(rates))
+
+
+def test_a_batch_that_is_skipped_is_no_step() -> None:
+    train, bins = Train(epochs=1, steps=None, global_batch=20), [[[200]]]
+    skipped = [Position(bin=20), Position(bin=100), Position(bin=110), Position(1), Position(bin=100)]
+    assert horizon_of(train, bins, 4, Position(bin=80), skipped).steps == 9
+    assert horizon_of(train, bins, 9, Position(bin=200), skipped).steps == 9
+
+
+def test_epochs_that_are_over_leave_no_steps() -> None:
+    train = Train(epochs=1, steps=None, global_batch=20)
+    assert horizon_of(train, [[[200]]], 15, Position(1, 0, 100)).steps == 15

@@ -1,0 +1,56 @@
+"""A time limit on code of the user's, such as a chat template, that runs in this process and may never end by itself."""
+
+import ctypes
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class OutOfTime(BaseException):
+    """The code took longer than its limit. No `Exception`, which such code or a library around it might catch."""
+
+
+class _Limit:
+    """The deadline of one piece of code, in the thread that runs it."""
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline, self.thread = deadline, threading.get_ident()
+
+
+_running: set[_Limit] = set()
+_lock = threading.Lock()
+_watch: threading.Thread | None = None
+_LOOK_SECONDS = 0.5
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises `OutOfTime` in the body when that has taken so many seconds, wherever it is in its Python code. It costs microseconds, so it
+    may be around each row."""
+    limit = _Limit(time.monotonic() + seconds)
+    with _lock:
+        _running.add(limit)
+        _keep_watch()
+    try:
+        yield
+    finally:
+        with _lock:
+            _running.discard(limit)
+
+
+def _keep_watch() -> None:
+    """One thread looks after all limits of this process. A signal would only reach the main thread, where the work seldom is."""
+    global _watch
+    if _watch is None or not _watch.is_alive():
+        _watch = threading.Thread(target=_look, name="time-limit", daemon=True)
+        _watch.start()
+
+
+def _look() -> None:
+    while True:
+        time.sleep(_LOOK_SECONDS)
+        with _lock:
+            for limit in [limit for limit in _running if limit.deadline < time.monotonic()]:
+                _running.discard(limit)  # before it is raised, and so once
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(limit.thread), ctypes.py_object(OutOfTime))

@@ -1,0 +1,75 @@
+"""Where a run ends: after so many steps, or where its epochs do, which is counted from the position in the data.
+
+A start goes on from a position, whatever `train.global_batch` led there. So the steps that are left are those that the present
+settings make of the data behind it, and a run of one epoch takes every row once, also when the batch changes on the way.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from trainer.config import Optim, Train
+from trainer.data import bins
+from trainer.data.bins import EpochBins, steps_of_epochs
+from trainer.data.micro_batch import Position
+from trainer.train.schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """The end of a run, as one start of it sees it.
+
+    `steps` is the last step. `whole` are the steps that the present settings make of all of the run's data: as many, unless the
+    batch or the epochs changed in the course of the run, or a batch is skipped. `epochs` are empty where `train.steps` ends the run.
+    """
+
+    steps: int
+    whole: int
+    epochs: Sequence[EpochBins] = ()
+
+    def rate(self, optim: Optim, step: int) -> float:
+        """The learning rate of the update that makes `step`: the schedule goes by the data, so it counts the steps that the present
+        settings would have made of what lies before."""
+        return learning_rate(optim, step - self.steps + self.whole, self.whole)
+
+    def passes(self, position: Position) -> float | None:
+        """The passes over the data that lie before `position`; None where the bins of an epoch are not counted."""
+        if not self.epochs:
+            return None
+        if position.epoch >= len(self.epochs):
+            return float(position.epoch)
+        epoch = self.epochs[position.epoch]
+        return position.epoch + bins.before(epoch, position) / bins.total(epoch)
+
+
+def horizon_of(
+    train: Train, epochs: Sequence[EpochBins], step: int, position: Position, skipped: Collection[Position] = ()
+) -> Horizon:
+    """The end of a run whose state after `step` updates goes on at `position`, without the batches at `skipped`."""
+    if train.steps:
+        return Horizon(train.steps, train.steps)
+    asked, sizes = Fraction(str(train.epochs)), list(map(bins.total, epochs))
+    taken = [
+        _taken(number, size, epoch, position) for number, (size, epoch) in enumerate(zip(sizes, epochs, strict=True))
+    ]
+    left = steps_of_epochs(sizes, asked, train.global_batch, taken)
+    lost = sum(_is_ahead(place, epochs, taken, left, train.global_batch) for place in set(skipped))
+    whole = sum(steps_of_epochs(sizes, asked, train.global_batch))
+    return Horizon(step + sum(left) - lost, whole, epochs)
+
+
+def _taken(number: int, size: int, epoch: EpochBins, position: Position) -> int:
+    """The bins of the epoch of this number that lie before `position`."""
+    if number == position.epoch:
+        return bins.before(epoch, position)
+    return size if number < position.epoch else 0
+
+
+def _is_ahead(
+    place: Position, epochs: Sequence[EpochBins], taken: Sequence[int], left: Sequence[int], global_batch: int
+) -> bool:
+    """Whether one of the steps that are left begins at `place`."""
+    if place.epoch >= len(epochs):
+        return False
+    steps, rest = divmod(bins.before(epochs[place.epoch], place) - taken[place.epoch], global_batch)
+    return rest == 0 and 0 <= steps < left[place.epoch]
