@@ -13,15 +13,17 @@ from transformers import AutoModelForCausalLM
 
 from launcher.smoke.local_s3 import S3Server
 from tests.dist import curves, full, gradients, memory, proofs, runs, traffic
-from tests.dist.launch import RankFailed, launch
+from tests.dist.launch import launch
 from tests.dist.test_resume import losses
 from tests.material import Workshop, commit, make_base
 from trainer.base.locate import resolve_base
 from trainer.checkpoint.identity import check_identity
 from trainer.checkpoint.manifest import read_manifest
 from trainer.config import Config, dump_config, override
-from trainer.errors import ConfigError
+from trainer.errors import CapstanError, ConfigError
 from trainer.export.adapter import export_adapter
+from trainer.export.again import check_again
+from trainer.export.format import find_format
 from trainer.export.learnt import master_weights
 from trainer.export.merged import export_merged
 from trainer.export.proof import Proof
@@ -285,8 +287,8 @@ def test_verify_holds_for_what_was_trained_and_catches_what_is_broken(run: Store
     assert proof["kl_allowed"] < 1e-4 * proof["kl_effect"]
     for how, sentence in (("bit", "differs from what was trained"), ("cut", "bytes instead of"), ("step", "differs")):
         copy = Path(shutil.copytree(tmp_path / "model", tmp_path / how))
-        with pytest.raises(RankFailed, match=sentence):
-            launch(1, proofs.export_proof, run.uri, 10, str(broken(copy, how, run)))
+        with pytest.raises(CapstanError, match=sentence):
+            check_again(find_format("peft"), run, 10, open_store(str(broken(copy, how, run))))
     copy = Path(shutil.copytree(tmp_path / "model", tmp_path / "setting"))
     (proof,) = launch(1, proofs.merge_proof, run.uri, 10, str(broken(copy, "setting", run)))
     assert not Proof(**proof).holds

@@ -19,6 +19,7 @@ from trainer.errors import CapstanError, ConfigError, StorageError
 from trainer.export import llama_cpp, verify
 from trainer.export.adapter import export_adapter
 from trainer.export.format import ExportProgress, Written, find_format
+from trainer.export.gguf_proof import prove_gguf, prove_gguf_adapter
 from trainer.export.merged import export_merged
 from trainer.store import Store, open_store
 
@@ -110,7 +111,7 @@ def test_a_merged_model_predicts_the_same_in_llama_cpp_as_in_transformers(run: S
     assert 1e-2 < difference(found, expected) < 3 * own_error < 0.5 * difference(expected, other)
 
     gguf = open_store(str(tmp_path / "gguf"))
-    proof, wrong = (find_format("gguf").prove(run, step, gguf) for step in (4, 5))
+    proof, wrong = find_format("gguf", ["types=[f16,q8_0]"]).prove(run, 4, gguf), prove_gguf(run, 5, gguf)
     assert (proof.holds, wrong.is_alike) == (True, False), (proof, wrong)
     assert proof.sentence().startswith("its predictions in llama.cpp against the merged model's in transformers: KL ")
 
@@ -129,7 +130,7 @@ def test_an_adapter_predicts_the_same_in_llama_cpp_as_in_peft(run: Store, tmp_pa
     assert difference(in_llama_cpp(tmp_path / "base.gguf"), without) < 1e-2
 
     lora = open_store(str(tmp_path / "lora"))
-    proof, wrong = (find_format("gguf-adapter").prove(run, step, lora) for step in (4, 5))
+    proof, wrong = find_format("gguf-adapter").prove(run, 4, lora), prove_gguf_adapter(run, 5, lora)
     assert (proof.holds, wrong.is_alike) == (True, False), (proof, wrong)
 
 
