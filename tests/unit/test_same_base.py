@@ -10,11 +10,14 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
+from launcher.doctor import check_base
 from launcher.start.check import check, pinned
 from tests.material import Workshop, commit
 from trainer.base import sampled
 from trainer.base.base import Base
+from trainer.base.content import check_whole
 from trainer.base.description import describe
+from trainer.base.locate import resolve_base
 from trainer.checkpoint.manifest import read_manifest
 from trainer.config import override
 from trainer.errors import ConfigError
@@ -194,3 +197,15 @@ def test_every_byte_is_hashed_where_that_is_asked_for(tmp_path: Path) -> None:
         file.write(b"\x01")
     after = sampled.hash_whole(base.store, base.headers)
     assert {key for key in before if before[key] != after[key]} == {"model-00001.safetensors"}
+
+
+def test_a_base_that_was_read_whole_is_compared_whole_from_then_on(workshop: Workshop) -> None:
+    run, config = workshop.store.sub("done"), workshop.config("done")
+    assert "for the first time" in check_whole(resolve_base(config.model), run)
+    assert check_whole(resolve_base(config.model), run) == "every byte is as when it was first read whole"
+    name = first_file(workshop.base).name
+    one_weight(workshop.base)
+    with pytest.raises(ConfigError, match=f"is not what it was: {name} has the SHA-256"):
+        check_whole(resolve_base(config.model), run)
+    found = check_base(config)
+    assert (found.state, name in found.found) == ("missing", True)
