@@ -15,7 +15,7 @@ from trainer.config.training import MLP_TILE
 from trainer.needs import GpuMemory
 from trainer.objective.objective import Survey, find_objective, reference_of, segments_of
 from trainer.optimizer.optimizer import State, find_optimizer, states_by_name
-from trainer.sizes import stored_layers, value_bytes
+from trainer.sizes import StoredParameter, pinned, stored_layers, stored_parameters, value_bytes
 from trainer.tuning.method import method_of
 from trainer.zero.policy import Scope, is_offloaded
 
@@ -104,6 +104,16 @@ class Inputs:
         return sum(parameter.numel for parameter in self.model.parameters if parameter.name in self.learning)
 
     @cached_property
+    def frozen(self) -> list[StoredParameter]:
+        """The base's parameters that do not learn, as they are stored."""
+        of_base = (parameter for parameter in self.model.parameters if parameter.name not in self.learning)
+        return [stored for one in of_base for stored in stored_parameters(one, self.config.quant, self.item)]
+
+    def is_whole(self, stored: StoredParameter) -> bool:
+        """Whether it is small enough to be whole on every rank, and to stay on the GPU where the others are offloaded."""
+        return stored.elements <= self.zero["stage3_param_persistence_threshold"]
+
+    @cached_property
     def reference_passes(self) -> int:
         """Forward passes of a micro-batch through the reference."""
         return int(reference_of(self.config) == "adapter_off")
@@ -143,6 +153,15 @@ class Inputs:
         return is_offloaded(self.zero)
 
     @property
+    def sub_group(self) -> int:
+        """Elements that one step of the update takes."""
+        return self.zero.get("sub_group_size", 1_000_000_000)
+
+    def pins(self, section: str) -> bool:
+        """Whether what this section of the policy offloads is pinned: there is nothing to copy to beside a CPU."""
+        return self.on_gpu and bool(self.zero.get(section, {}).get("pin_memory"))
+
+    @property
     def communicators(self) -> int:
         """NCCL's: all ranks have two, as DeepSpeed clones theirs, and those of a node one where they share a copy of the base. CPUs use
         gloo."""
@@ -161,7 +180,8 @@ def base_bytes(given: Inputs) -> int:
 def memory_of(given: Inputs) -> GpuMemory:
     """Bytes on one GPU.
 
-    What is frozen: its stored bytes / the ranks that share one copy, nothing where it is offloaded.
+    What is frozen: its stored bytes / the ranks that share one copy, nothing where it is offloaded. What of it is under ZeRO-3's
+    persistence threshold is whole beside that, and never offloaded: norms, and scales where the adapters are wide.
     What learns, adapters or the base itself: the 16-bit partition and, where a parameter is under ZeRO-3's persistence
     threshold, a whole copy; then fp32 master, the optimizer's states and accumulated gradient (with AdamW 16 bytes an
     element) / world size.
@@ -184,6 +204,7 @@ def memory_of(given: Inputs) -> GpuMemory:
     parts = {
         "frozen_quantized": 0 if given.offloaded else ceil(linear / given.group),
         "frozen_unquantized": 0 if given.offloaded else ceil(unquantized / given.group),
+        "frozen_whole": _frozen_whole(given),
         "adapter_weights": given.item * (whole + given.share),
         "adapter_states": 0 if given.states_offloaded else given.state_bytes,
         "gradient_buckets": _gradient_buckets(given),
@@ -193,6 +214,39 @@ def memory_of(given: Inputs) -> GpuMemory:
         "communicators": given.communicators * _COMMUNICATOR_BYTES,
     }
     return GpuMemory(**parts, total=sum(parts.values()))
+
+
+def _frozen_whole(given: Inputs) -> int:
+    """Bytes of what is frozen and small: whole beside this rank's partition of it, which is a part of the frozen bytes unless those are
+    offloaded."""
+    small = sum(stored.bytes for stored in given.frozen if given.is_whole(stored))
+    share = ceil(small / given.group)
+    return (small if given.group > 1 else 0) + (share if given.offloaded else 0)
+
+
+def offloaded_base(given: Inputs) -> int:
+    """Bytes of host memory for a rank's partitions of the base where they are offloaded: each is a block of its own, pinned where the
+    policy says so."""
+    if not given.offloaded:
+        return 0
+    parts = [ceil(stored.elements / given.group) * stored.item for stored in given.frozen if not given.is_whole(stored)]
+    return sum(map(pinned, parts) if given.pins("offload_param") else parts)
+
+
+def offloaded_states(given: Inputs) -> int:
+    """Bytes of host memory for a rank's masters, moments and gradients where they are offloaded, with the update. Gradients are pinned
+    where the policy says so: what is added up, and the fp32 copy of each sub-group that its update takes."""
+    if not given.states_offloaded:
+        return 0
+    gradient, group = 4 * given.share, 4 * given.sub_group
+    whole_groups, rest = divmod(gradient, group)
+    gradients = [gradient, *[group] * whole_groups, rest]
+    return (
+        given.state_bytes
+        - gradient
+        + sum(map(pinned, gradients) if given.pins("offload_optimizer") else gradients)
+        + optimizer_step(given)
+    )
 
 
 def _dequantized(given: Inputs) -> int:
@@ -207,7 +261,7 @@ def _dequantized(given: Inputs) -> int:
 
 def optimizer_step(given: Inputs) -> int:
     """Bytes that the update takes when the passes have freed theirs, for one sub-group of DeepSpeed's at a time."""
-    portion = min(given.share, given.zero.get("sub_group_size", 1_000_000_000))
+    portion = min(given.share, given.sub_group)
     largest = ceil(max(given.learning.values(), default=0) / given.world_size)
     on_gpu = given.on_gpu and not given.states_offloaded
     return find_optimizer(given.config.optim).step_bytes(portion, largest, on_gpu)
@@ -255,11 +309,9 @@ def _activations(given: Inputs) -> int:
 
 
 def offloaded_activations(given: Inputs) -> int:
-    """Bytes of host memory for the inputs of a rank's layers that are computed again. Each is pinned memory of its own, which torch
-    rounds up to a power of two (ATen/core/CachingHostAllocator.h)."""
+    """Bytes of host memory for the inputs of a rank's layers that are computed again, each of which is pinned memory of its own."""
     again = given.model.layers - given.kept_layers
-    one = given.item * given.tokens * given.model.hidden
-    return again * 2 ** (one - 1).bit_length() if given.offloads_inputs else 0
+    return again * pinned(given.item * given.tokens * given.model.hidden) if given.offloads_inputs else 0
 
 
 def _layer(given: Inputs, place: int, *, recomputed: bool) -> tuple[float, float]:

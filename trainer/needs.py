@@ -36,12 +36,28 @@ class GlobalBatch:
     stored_reference_percent: int
 
 
+ESTIMATES = (
+    "gathered_layers",
+    "whole_gradient",
+    "activations",
+    "logits",
+    "optimizer_step",
+    "reads_during_load",
+    "offloaded_states",
+    "offloaded_activations",
+)
+"""Parts of the memory that follow from formulas of what is there at one moment; those of stored tensors are counted."""
+ALLOWANCES = ("context", "communicators")
+"""Parts that nothing counts: they are set by experience."""
+
+
 @dataclass(frozen=True)
 class GpuMemory:
-    """Bytes on one GPU at the peak of a step."""
+    """Bytes on one GPU at the peak of a step. Parts of `ESTIMATES` and `ALLOWANCES` are none that are counted."""
 
     frozen_quantized: int
     frozen_unquantized: int
+    frozen_whole: int
     gathered_layers: int
     dequantized_weight: int
     adapter_weights: int
@@ -85,7 +101,8 @@ class Plan:
 
     `mismatches` are those of them that ask more of the base than it has, on any machine. `scope` is `sharding.scope`,
     with auto decided, and `recomputed_layers` so many of the `layers`, from the first on, as are computed again in the backward pass.
-    `notes` are sentences on settings without an effect. `left_out` are the parts of the base's files that are not trained, where the files are at hand. `device` is what the ranks are planned for: the CPU only where `cluster.gpus_per_worker` is 0.
+    `notes` are sentences on settings without an effect, `unrecognised` on what config.json names and the sizes lack: then nobody can
+    say whether it fits. `left_out` are the parts of the base's files that are not trained, where the files are at hand. `device` is what the ranks are planned for: the CPU only where `cluster.gpus_per_worker` is 0.
     """
 
     parameters: Parameters
@@ -103,6 +120,7 @@ class Plan:
     shortfalls: list[str]
     left_out: list[LeftOutPart] = field(default_factory=list[LeftOutPart])
     notes: list[str] = field(default_factory=list[str])
+    unrecognised: list[str] = field(default_factory=list[str])
 
     def to_json(self) -> dict[str, Any]:
         """A tree of plain values; bytes and elements are whole numbers."""

@@ -13,7 +13,7 @@ from typing import Any
 from trainer.base.architecture import Architecture
 from trainer.base.base import Description
 from trainer.config import Config
-from trainer.memory import Inputs, base_bytes, memory_of, offloaded_activations, optimizer_step
+from trainer.memory import Inputs, base_bytes, memory_of, offloaded_activations, offloaded_base, offloaded_states
 from trainer.needs import GlobalBatch, HostMemory, Parameters, Plan, Traffic
 from trainer.objective.objective import objective_mismatches, reference_of
 from trainer.sizes import most_whole
@@ -26,17 +26,26 @@ _READ_BYTES = 2 * 9 * 4 * 2**20
 _KEPT_SHARE = 0.85
 
 
-def make_plan(config: Config, base: Description, world_size: int, ranks_per_node: int, gpu_memory: int | None) -> Plan:
+def make_plan(
+    config: Config,
+    base: Description,
+    world_size: int,
+    ranks_per_node: int,
+    gpu_memory: int | None,
+    host_memory: int | None = None,
+) -> Plan:
     """Plan a run on `world_size` ranks, `ranks_per_node` of them on each node.
 
     Args:
         base: what config.json says of it.
         gpu_memory: bytes of one GPU; None when there is none to compare with.
+        host_memory: bytes that a rank on CPUs has for itself, where that is known.
 
     Raises:
         ConfigError: the method, the objective or the optimizer is unknown, or the DeepSpeed policy cannot be used.
     """
-    asked, config = config, settled(config, base.architecture, world_size, ranks_per_node, gpu_memory)
+    asked, memory_of_rank = config, gpu_memory or host_memory
+    config = settled(config, base.architecture, world_size, ranks_per_node, memory_of_rank)
     scope = choose_scope(config, base.architecture, world_size, ranks_per_node, gpu_memory)
     given, deepspeed = _inputs(config, base.architecture, world_size, ranks_per_node, scope)
     memory = memory_of(given)
@@ -56,7 +65,8 @@ def make_plan(config: Config, base: Description, world_size: int, ranks_per_node
         deepspeed=deepspeed,
         mismatches=wrong,
         shortfalls=[*wrong, *_shortfalls(given, memory.total, gpu_memory)],
-        notes=idle_settings(asked, config, base.architecture),
+        notes=[*idle_settings(asked, config, base.architecture), *_undecided(asked, base.architecture, memory_of_rank)],
+        unrecognised=list(base.unrecognised),
     )
 
 
@@ -90,6 +100,17 @@ def idle_settings(asked: Config, decided: Config, model: Architecture) -> list[s
             "train.activation_checkpointing: auto has none computed again. Set that to all to keep their inputs on the host."
         ]
     return []
+
+
+def _undecided(asked: Config, model: Architecture, memory: int | None) -> list[str]:
+    """A sentence where the run will decide by a memory that the plan does not know."""
+    auto = asked.train.activation_checkpointing == "auto" and memory is None and _counts_all_activations(asked, model)
+    if not auto:
+        return []
+    return [
+        "train.activation_checkpointing: auto counts all layers as computed again here, as the memory of a rank is not known. The run computes "
+        "none again that it has room for, which is faster."
+    ]
 
 
 def _counts_all_activations(config: Config, model: Architecture) -> bool:
@@ -165,9 +186,7 @@ def _host_memory(given: Inputs) -> HostMemory:
     offloads them, with one more gradient and what the update takes, the inputs of layers that are offloaded, and the copies of what learns
     that checkpoints are uploaded from."""
     ranks = min(given.ranks_per_node, given.world_size)
-    reads = ranks * _READ_BYTES
-    offloaded = ranks * ceil(base_bytes(given) / given.group) if given.offloaded else 0
-    states = ranks * (given.state_bytes + 4 * given.share + optimizer_step(given)) if given.states_offloaded else 0
+    reads, offloaded, states = (ranks * size for size in (_READ_BYTES, offloaded_base(given), offloaded_states(given)))
     inputs = ranks * offloaded_activations(given)
     copies = ceil(ranks * given.checkpoint_bytes / given.world_size)
     return HostMemory(reads, offloaded, states, inputs, copies, reads + offloaded + states + inputs + copies)

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from math import ceil, prod
+from typing import NamedTuple
 
-from trainer.base.architecture import Architecture
+from trainer.base.architecture import Architecture, Parameter
 from trainer.config import Config, Quant
 from trainer.tuning.method import method_of
 from trainer.zero.policy import WHOLE
@@ -36,6 +37,32 @@ def stored_bytes(matrices: Sequence[int], quant: Quant, item: int) -> int:
     if not matrices:
         return 0
     return len(matrices) * (item * matrices[0] if quant.type == "none" else quantized_bytes(matrices[0], quant))
+
+
+class StoredParameter(NamedTuple):
+    """A parameter of the frozen base as ZeRO-3 divides it: a quantized matrix is several, its codes and its scales, of bytes each."""
+
+    elements: int
+    item: int
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * self.item
+
+
+def stored_parameters(parameter: Parameter, quant: Quant, item: int) -> list[StoredParameter]:
+    """The parameters that one of the base's becomes; of `item` bytes an element where it is not quantized."""
+    if not parameter.matrices or quant.type == "none":
+        return [StoredParameter(parameter.numel, item)]
+    count, weights = len(parameter.matrices), parameter.matrices[0]
+    blocks = ceil(weights / quant.block_size)
+    scales = [blocks, 4 * ceil(blocks / _NESTED_BLOCK)] if quant.double else [4 * blocks]
+    return [StoredParameter(count * size, 1) for size in (ceil(weights / 2), *scales)]
+
+
+def pinned(size: int) -> int:
+    """Bytes of a block of pinned host memory of this size: torch rounds each up to a power of two (ATen/core/CachingHostAllocator.h)."""
+    return 2 ** (size - 1).bit_length() if size else 0
 
 
 def stored_layers(config: Config, model: Architecture) -> list[int]:

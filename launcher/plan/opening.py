@@ -1,6 +1,7 @@
 """The first lines of a plan: what somebody wants to know of a run before anything else, in words."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -11,6 +12,7 @@ from launcher.view.plan import binary, plan_tables
 from trainer.config import Config
 from trainer.data.length import BYTES_A_TOKEN
 from trainer.forecast import Length
+from trainer.needs import ALLOWANCES, ESTIMATES
 from trainer.run.lines import duration
 
 _WHOSE = {
@@ -30,6 +32,8 @@ def show_plan(planned: Planned, config: Config) -> RenderableType:
 
 def _lines(planned: Planned, config: Config) -> Iterator[tuple[str, str | Text]]:
     yield "memory", _fits(planned)
+    yield from (("unclear", sentence) for sentence in planned.plan.unrecognised)
+    yield "counted", _sureness(planned)
     yield "length", _length(planned, config)
     yield "data", _data(planned.length)
     yield from (("note", note) for note in planned.plan.notes)
@@ -55,10 +59,20 @@ def _fits(planned: Planned) -> str | Text:
         return f"{needed} for {_each(ranks, 'rank')}, on the CPU (cluster.gpus_per_worker: 0)"
     if gpu is None:
         return f"{needed} on {_each(ranks, 'GPU')}; which GPU is not known: --gpu H100 or --gpu 24GB compares"
-    verdict = Text("fits", "green") if planned.fits else Text("does not fit", "red")
+    verdicts = {True: ("fits", "green"), False: ("does not fit", "red"), None: ("not known whether it fits", "yellow")}
+    verdict = Text(*verdicts[planned.fits])
     there = f"{needed.removesuffix(' GiB')} of {binary(gpu.memory)}"
     name = f"{gpu.name}, " if gpu.name else ""
     return verdict.append(f": {there} on {_each(ranks, 'GPU')} ({name}{_WHOSE[planned.whose or 'given']})", "default")
+
+
+def _sureness(planned: Planned) -> str:
+    """How much of the memory is counted, and how much is not."""
+    parts = asdict(planned.plan.memory_per_gpu)
+    estimated, allowed = (sum(parts.get(name, 0) for name in names) for names in (ESTIMATES, ALLOWANCES))
+    counted = parts["total"] - estimated - allowed
+    allowances = f"; {binary(allowed)} allowed for the device" if allowed else ""
+    return f"{binary(counted)}; estimated {binary(estimated)} (activations, logits, gathered layers){allowances}"
 
 
 def _length(planned: Planned, config: Config) -> str:

@@ -9,7 +9,7 @@ from trainer.base.locate import base_files, describe_base
 from trainer.config import Config
 from trainer.data.length import epoch_length
 from trainer.data.sources import unusable
-from trainer.devices import described_gpus
+from trainer.devices import described_gpus, host_memory_left
 from trainer.errors import ConfigError, DataError, DoesNotFit, StorageError
 from trainer.forecast import Forecast, Length, assumed_rate, forecast, length_of
 from trainer.gpus import Gpu, find_gpu, read_gpu
@@ -40,8 +40,8 @@ class Planned:
 
     @property
     def fits(self) -> bool | None:
-        """Whether a GPU holds its part; None where no GPU is known."""
-        return None if self.gpu is None else self.plan.memory_per_gpu.total <= self.gpu.memory
+        """Whether a GPU holds its part; None where no GPU is known, or where the sizes of the base are not."""
+        return None if self.gpu is None or self.plan.unrecognised else self.plan.memory_per_gpu.total <= self.gpu.memory
 
     def to_json(self) -> dict[str, Any]:
         """The plan's own figures, and beside them those that it is compared with and what follows."""
@@ -71,7 +71,9 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
     found, whose, count = _gpu_of(config, gpu)
     world_size, per_node = _ranks(config, count, ranks_per_node)
     base = describe_base(config.model)
-    plan = make_plan(config, base, world_size, per_node, found.memory if found else None)
+    on_cpus = config.cluster.gpus_per_worker == 0
+    here = int(host_memory_left() / 2 / per_node) if on_cpus else None  # as the ranks find it
+    plan = make_plan(config, base, world_size, per_node, found.memory if found else None, here)
     missing, misfits = unusable(config.data), list[str]()
     try:
         plan = replace(plan, left_out=check_weights_at_hand(config.model))

@@ -9,6 +9,7 @@ from rich.progress import Progress as Bars
 
 from launcher.console import Terminal
 from trainer.data.compile import Progress
+from trainer.data.left_out import in_words
 from trainer.data.manifest import LeftOut
 
 _LOG_SECONDS = 10.0
@@ -67,4 +68,4 @@ def log_left_out(log: Callable[[str], None], what: str, now: Progress) -> None:
 
 
 def describe_left_out(left_out: Mapping[str, LeftOut]) -> list[str]:
-    return [f"{name} in {found.rows:,} rows, such as {found.examples[0]}" for name, found in left_out.items()]
+    return [f"{in_words(name)} in {found.rows:,} rows, such as {found.examples[0]}" for name, found in left_out.items()]

@@ -5,11 +5,12 @@ from dataclasses import asdict
 from rich.filesize import decimal
 
 from launcher.folded import FoldedTable
-from trainer.plan import Plan
+from trainer.needs import ALLOWANCES, ESTIMATES, Plan
 
 _MEANING = {
     "frozen_quantized": "4-bit weights and scales, this rank's share",
     "frozen_unquantized": "what is frozen in 16 bits, such as embeddings, norms, head; this rank's share",
+    "frozen_whole": "what of it is small and whole on each rank: norms, and scales beside wide adapters",
     "gathered_layers": "layers gathered at one time",
     "dequantized_weight": "the largest weight, dequantized",
     "adapter_weights": "what learns in 16 bits: this rank's share, and small parameters whole",
@@ -19,8 +20,8 @@ _MEANING = {
     "gradient_buckets": "DeepSpeed's buckets",
     "activations": "activations of one micro-batch",
     "logits": "one chunk of logits in the loss",
-    "context": "CUDA context and kernels (allowance)",
-    "communicators": "buffers of NCCL (allowance)",
+    "context": "CUDA context and kernels",
+    "communicators": "buffers of NCCL",
     "reads_during_load": "read buffers during the load",
     "offloaded_base": "offloaded base",
     "offloaded_states": "offloaded fp32 masters, gradients, moments, and what the update takes",
@@ -35,8 +36,9 @@ _MEANING = {
 
 
 def meaning(part: str) -> str:
-    """A part of the plan's bytes in words."""
-    return _MEANING.get(part, part.replace("_", " "))
+    """A part of the plan's bytes in words, with how far they can be relied on."""
+    kind = " (estimate)" if part in ESTIMATES else " (allowance)" if part in ALLOWANCES else ""
+    return _MEANING.get(part, part.replace("_", " ")) + kind
 
 
 # The batch's figures in words, and the unit of each.

@@ -22,6 +22,7 @@ from trainer.run.metrics import Metrics
 from trainer.run.requests import StopSignal
 from trainer.store import Store, open_store
 from trainer.train.assemble import assemble
+from trainer.train.horizon import Horizon
 from trainer.train.loop import Training
 from trainer.tuning.method import method_of
 from trainer.zero.engine import Engine
@@ -67,7 +68,7 @@ class Assembled:
             self.checkpoints(generation),
             metrics,
             stop,
-            total,
+            Horizon(total, total),
         )
 
     def states(self) -> dict[str, Tensor]:

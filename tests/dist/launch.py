@@ -99,7 +99,7 @@ def running(
     before = dict(os.environ)
     os.environ.update(_ENVIRONMENT)  # the server, and so every rank, inherits it
     context = get_context("forkserver")
-    context.set_forkserver_preload(["trainer.rank", "peft", "bitsandbytes", "transformers.models.llama.modeling_llama"])
+    context.set_forkserver_preload(["tests.dist.prepared"])
     _imported(context)
     # The rendezvous listens here before any rank starts, on a port that the system chose.
     rendezvous = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))

@@ -127,7 +127,7 @@ def test_calls_of_tools_and_their_answers_are_no_odd_roles_and_what_the_template
     call = {"function": {"name": "weather", "arguments": "{}"}}
     messages = [
         {"role": "user", "content": "hi"},
-        {"role": "assistant", "content": None, "tool_calls": [call, call]},
+        {"role": "assistant", "content": None, "tool_calls": [call, call], "weight": 0},
         *({"role": "tool", "content": "sun"} for _ in range(2)),
         {"role": "assistant", "content": "fine"},
     ]

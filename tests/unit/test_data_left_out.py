@@ -11,7 +11,7 @@ from trainer.data.messages import read_messages
 CALL = {"type": "function", "id": "1", "function": {"name": "weather", "arguments": '{"city": "Rom"}'}}
 WITH_CALL = [
     {"role": "user", "content": "how is the weather ?"},
-    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "assistant", "content": None, "tool_calls": [CALL], "weight": 0},
     {"role": "tool", "content": 'it\'s\n"fine" 🌞', "tool_call_id": "1"},
     {"role": "assistant", "content": " fine ", "reasoning_content": "the tool says so"},
 ]

@@ -76,7 +76,7 @@ END = "<|im_end|>"
     ("settings", "first", "second"),
     [
         ({}, f"«yo{END}»", f"«{TWO}ciao{END}»"),
-        ({"thinking": "strip"}, f"«yo{END}»", f"«{NONE}ciao{END}»"),
+        ({"thinking": "strip"}, f"«yo{END}»", f"«ciao{END}»"),
         ({"thinking": "keep"}, f"«{ONE}yo{END}»", f"«{TWO}ciao{END}»"),
         ({"train_on": {"thinking": False}}, f"«yo{END}»", f"{TWO}«ciao{END}»"),
         ({"thinking": "keep", "train_on": {"thinking": False}}, f"{ONE}«yo{END}»", f"{TWO}«ciao{END}»"),
@@ -169,11 +169,11 @@ def test_an_answer_without_thinking_after_one_that_thought_begins_at_its_own_pro
 
 def test_a_span_that_reaches_over_another_turns_words_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert marked("qwen3", THOUGHT).count("«") == 2
-    monkeypatch.setattr(Conversation, "_after_generation_prompt", lambda *_: 0)
+    monkeypatch.setattr(Conversation, "_begin", lambda *_: 0)
     with pytest.raises(DataError, match="its place is unknown"):
         marked("qwen3", THOUGHT)
     monkeypatch.undo()
-    monkeypatch.setattr(Conversation, "_end_of_turn", lambda _, whole, end: len(whole))
+    monkeypatch.setattr(Conversation, "_end", lambda _, turn, whole: len(whole))
     with pytest.raises(DataError, match="its place is unknown"):
         marked("qwen3", THOUGHT)
 

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -296,14 +297,21 @@ def config(shop: Workshop) -> Config:
 
 def test_the_first_lines_say_whether_it_fits_and_what_it_takes(config: Config) -> None:
     text = shown(plan_run(config, "H100", None), config)
-    first = text.splitlines()[:6]
-    assert [line.split()[0] for line in first] == ["memory", "length", "data", "time", "cost", "basis"]
+    first = text.splitlines()[:7]
+    assert [line.split()[0] for line in first] == ["memory", "counted", "length", "data", "time", "cost", "basis"]
+    assert "(activations, logits, gathered layers); 768.0 MiB allowed for the device" in first[1]
     assert "fits: " in first[0]
     assert "of 79.6 GiB on its GPU (H100, as asked for)" in first[0]
-    assert "1,000 steps of 4 rows of 64 tokens" in first[1]
-    assert "4 bytes a token; `capstan data build` counts them" in first[2]
-    assert "at 2 a GPU hour (track.price_per_gpu_hour)" in first[4]
+    assert "1,000 steps of 4 rows of 64 tokens" in first[2]
+    assert "4 bytes a token; `capstan data build` counts them" in first[3]
+    assert "at 2 a GPU hour (track.price_per_gpu_hour)" in first[5]
     assert "30% of the 989 that the data sheet of H100 says for bf16. The share is assumed, not measured" in text
+
+    unclear = replace(
+        plan_run(config, "H100", None), plan=replace(plan_run(config, "H100", None).plan, unrecognised=["it has more"])
+    )
+    assert "not known whether it fits: " in shown(unclear, config)
+    assert unclear.to_json()["fits"] is None
 
     small = plan_run(config, "0.5GB", None)
     assert "does not fit: " in shown(small, config)
@@ -348,3 +356,13 @@ def test_json_has_the_numbers_that_are_shown(config: Config, monkeypatch: pytest
     assert expected.items() <= tree["estimate"].items()
     assert tree["estimate"]["cost"] == pytest.approx(2 * 1000 / 3600)
     assert {"parameters", "batch", "memory_per_gpu", "shortfalls"} <= tree.keys()
+
+
+def test_layers_are_computed_again_as_the_run_will_decide_or_it_is_said_that_it_will(config: Config) -> None:
+    layers = plan_run(config, "H100", None).plan.layers
+    on_cpus = plan_run(override(config, "cluster.gpus_per_worker=0"), None, None)
+    unknown = plan_run(config, None, None)
+    assert on_cpus.plan.recomputed_layers == 0, "a small base, and this machine has room"
+    assert not on_cpus.plan.notes
+    assert unknown.plan.recomputed_layers == layers
+    assert "auto counts all layers as computed again here" in unknown.plan.notes[0]

@@ -2,6 +2,7 @@
 
 import json
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -210,9 +211,28 @@ def test_adapters_stay_whole_where_they_are_few_bytes_beside_a_layer(rank: int, 
 def test_offloading_moves_the_base_from_the_gpus_to_the_host():
     here = plan_of(config(), LLAMA_70B, 8, 8, None)
     away = plan_of(config("sharding.deepspeed=zero3_offload_cpu"), LLAMA_70B, 8, 8, None)
-    moved = here.memory_per_gpu.frozen_quantized + here.memory_per_gpu.frozen_unquantized
     assert away.memory_per_gpu.frozen_quantized == away.memory_per_gpu.frozen_unquantized == 0
-    assert away.memory_per_host.offloaded_base == pytest.approx(8 * moved, rel=1e-6)
+    # Each partition is a pinned block, which torch rounds up to a power of two: of codes and of scales, then embedding and head.
+    q, k, mlp = (2**22, 2**19), (2**19, 2**16), (2**24, 2**21)
+    partitions = 80 * (2 * sum(q) + 2 * sum(k) + 3 * sum(mlp)) + 2 * 2**28
+    assert away.memory_per_host.offloaded_base == 8 * partitions
+    moved = here.memory_per_gpu.frozen_quantized + here.memory_per_gpu.frozen_unquantized
+    assert away.memory_per_host.offloaded_base > 1.09 * 8 * moved
+    # Norms are whole on each rank, and stay on the GPU.
+    norms = 2 * 8192 * (2 * 80 + 1)
+    assert here.memory_per_gpu.frozen_whole == norms
+    assert away.memory_per_gpu.frozen_whole == norms + norms // 8
+
+
+def test_scales_that_are_smaller_than_wide_adapters_are_whole_on_each_rank(tmp_path: Path):
+    """ZeRO-3 has one threshold for all that is small, and a policy may set it above the scales of a layer."""
+    policy = tmp_path / "policy.json"
+    policy.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 600_000}}))
+    plain, wide = (
+        plan_of(config(*given), LLAMA_70B, 8, 8, None).memory_per_gpu
+        for given in ((), (f"sharding.deepspeed={policy}",))
+    )
+    assert wide.frozen_whole - plain.frozen_whole == 80 * 2 * 4 * 8192 * 1024 // 64  # those of keys and values
 
 
 def test_offloading_the_optimizer_leaves_the_weights_of_what_learns_on_the_gpus():
@@ -223,7 +243,10 @@ def test_offloading_the_optimizer_leaves_the_weights_of_what_learns_on_the_gpus(
     assert away.memory_per_gpu.adapter_states == away.memory_per_gpu.optimizer_step == 0
     assert away.memory_per_gpu.adapter_weights == here.memory_per_gpu.adapter_weights
     # One gradient more than a GPU has, and the update of a sub-group of 1e8 elements on each rank.
-    assert away.memory_per_host.offloaded_states == pytest.approx(20 * every + 8 * 12 * 1e8, rel=1e-6)
+    # Both gradients are pinned, in blocks of a power of two: all of a rank's, and each sub-group's.
+    share = 4 * every // 8
+    gradients = 2**36 + share // (4 * 10**8) * 2**29 + 2**28
+    assert away.memory_per_host.offloaded_states == pytest.approx(12 * every + 8 * (gradients + 12 * 1e8), rel=1e-3)
     assert here.memory_per_host.offloaded_states == 0
 
 

@@ -1,6 +1,5 @@
 """Code of the user's that never ends is ended, in whatever thread it runs, and says so."""
 
-import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -8,8 +7,7 @@ from contextlib import suppress
 import pytest
 
 from tests.material import byte_tokenizer
-from trainer.data import conversation
-from trainer.data.conversation import Conversation
+from trainer.data import chat_template
 from trainer.errors import ConfigError
 from trainer.time_limit import OutOfTime, time_limit
 
@@ -43,7 +41,7 @@ def test_code_that_ends_in_time_is_left_alone() -> None:
 
 
 def test_a_template_that_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversation, "RENDER_SECONDS", 0.1)
-    endless = Conversation(byte_tokenizer(), LOOPS, re.compile("(?!)"), [{"role": "user", "content": "a"}], None)
-    with pytest.raises(ConfigError, match=r"^data\.template: .* has not rendered a conversation of 1 messages"):
-        endless.render(1)
+    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 0.1)
+    endless = chat_template.ChatTemplate(byte_tokenizer(), LOOPS)
+    with pytest.raises(ConfigError, match=r"^data\.template: .* has not rendered a conversation of 2 messages"):
+        endless.render([{"role": "user", "content": "a"}])

@@ -51,6 +51,8 @@ class Description:
 
     architecture: Architecture
     stored: StoredFormat
+    unrecognised: tuple[str, ...] = ()
+    """A sentence for each thing that config.json names and these facts lack; see trainer/base/unrecognised.py."""
 
     def mismatches(self, config: Config) -> list[str]:
         """A sentence for each setting of `config` that asks more of the base than it has, or otherwise."""

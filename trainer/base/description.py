@@ -8,6 +8,7 @@ from trainer.base.base import Base, Description, StoredFormat
 from trainer.base.fp8 import Fp8
 from trainer.base.mxfp4 import Mxfp4
 from trainer.base.prequantized import BitsAndBytes4bit
+from trainer.base.unrecognised import unrecognised
 from trainer.config import Config
 from trainer.errors import ConfigError, shown
 from trainer.safetensors_index import StoredTensor
@@ -50,7 +51,8 @@ def describe(base_config: dict[str, Any], layers: int | None = None, *, name: st
         ConfigError: it is of a kind or in a format that is not supported.
     """
     architecture = read_architecture(base_config, layers, name=name)
-    return Description(architecture, _stored(base_config.get("quantization_config"), name))
+    stored = _stored(base_config.get("quantization_config"), name)
+    return Description(architecture, stored, tuple(unrecognised(base_config, architecture)))
 
 
 def _stored(quantization: dict[str, Any] | None, name: str) -> StoredFormat:

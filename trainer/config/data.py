@@ -1,9 +1,10 @@
 """The settings of the data: its sources, their format, and how documents become rows."""
 
 from collections.abc import Mapping
+from datetime import date
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from trainer.config.section import Section, setting
 
@@ -136,7 +137,7 @@ class TrainOn(Section):
         about="Train the token that ends a turn, or a text (eos). Without it a model does not learn to stop.",
         example=False,
     )
-    thinking: bool = setting(True, about="Train the blocks between <think> and </think>, too.", example=False)
+    thinking: bool = setting(True, about="Train what assistants thought before they answered, too.", example=False)
 
 
 class Data(Section):
@@ -170,7 +171,17 @@ class Data(Section):
         example={"messages": "dialogue"},
     )
     template: str | None = setting(
-        None, about="A Jinja chat template file, instead of the tokenizer's own.", example="template.jinja"
+        None,
+        about="Instead of the tokenizer's own chat template, such as for a base that has none: chatml, llama3, gemma, mistral or phi3, or the "
+        "path of a Jinja file. docs/data-format.md says which fits.",
+        example="chatml",
+    )
+    today: str = setting(
+        "2025-01-01",
+        about="The day that chat templates print which print today's date (gpt-oss, Llama 3.1, ...), so that rows are the same "
+        "tokens on every day.",
+        example="2026-06-30",
+        unit="YYYY-MM-DD",
     )
     loss_on: Literal["assistant", "last_assistant", "completion", "all"] | None = setting(
         None,
@@ -182,7 +193,7 @@ class Data(Section):
     thinking: Literal["as_template", "keep", "strip"] = setting(
         "as_template",
         about="The thinking of assistants, in reasoning_content or <think> tags. as_template: in the text as the chat template writes it, "
-        "mostly in the last turn alone; keep: in all turns; strip: in none.",
+        "mostly in the last turn alone; keep: in all turns, in the template's own form; strip: in none.",
         example="strip",
     )
     sequence_length: int = setting(
@@ -248,6 +259,14 @@ class Data(Section):
         if kind in ("prompt_completion", "text") and not on.thinking:
             return "data.train_on.thinking"
         return "data.thinking" if kind in ("prompt_completion", "text") and self.thinking != "as_template" else None
+
+    @field_validator("today")
+    @classmethod
+    def _is_a_day(cls, today: str) -> str:
+        try:
+            return date.fromisoformat(today).isoformat()
+        except ValueError as error:
+            raise ValueError(f"data.today: {today!r} is no day. Write it as YYYY-MM-DD.") from error
 
     @model_validator(mode="after")
     def _said_once(self) -> "Data":
@@ -318,13 +337,14 @@ class Data(Section):
 
     @property
     def beyond_targets(self) -> dict[str, Any]:
-        """Whatever decides what is trained, or what the text is, and `targets` has no word for."""
+        """Whatever decides what is trained, or what the text is, and `targets` has no word for. Earlier versions had other words for
+        thinking, of which they made other tokens."""
         on, roles = self.train_on, self.train_on.roles
         found = {
             "roles": None if roles in (None, "all", ["assistant"]) else sorted(roles or ()),
             "end": None if on.end else False,
-            "thinking": None if on.thinking else False,
-            "blocks": None if self.thinking == "as_template" else self.thinking,
+            "thinking": None if on.thinking else "untrained",
+            "blocks": {"keep": "kept", "strip": "stripped"}.get(self.thinking),
         }
         return {name: value for name, value in found.items() if value is not None}
 

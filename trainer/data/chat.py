@@ -2,13 +2,13 @@
 
 The conversation is rendered and tokenized once, as a whole, exactly as the model will see it. Which tokens are trained
 is then a question of where the assistant's turns lie in that text: a template with `{% generation %}` tags says so
-itself; otherwise `conversation` finds the turns.
+itself; otherwise `conversation` finds the turns. Where thinking is kept or stripped, the text is that of the template with
+some edits (`thinking`), and places in it are moved with them.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,18 +19,32 @@ from trainer.config import Data
 from trainer.data.binary import TARGET_BIT
 from trainer.data.conversation import Conversation
 from trainer.data.formats import missing_field, or_error
-from trainer.data.left_out import left_out
+from trainer.data.left_out import END_OF_TURN, left_out
 from trainer.data.messages import Message, is_trained, read_messages, read_tools, text_of
 from trainer.data.spans import Span, Spelling, joined, overlapping, without
-from trainer.data.template import template_text
-from trainer.data.thinking import blocks, with_hidden_thinking, without_thinking
+from trainer.data.template import conversation_template
+from trainer.data.thinking import (
+    Edit,
+    ThinkingForm,
+    block_around,
+    blocks,
+    edited,
+    emptied,
+    kept,
+    moved,
+    moved_place,
+    thought_of,
+    with_thought,
+    without_thinking,
+)
 from trainer.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# The same expression as in transformers, which fills the mask only if it matches.
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Stands for a thought. No tokenizer or template knows this character of the private use area.
+_MARK = "\ue0f2"
+_LONGEST_END = 128  # characters of a token that ends a turn, with white space behind it
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,17 +132,20 @@ class Renderer:
             self._backend.post_processor = None
             self._spelling = Spelling(self._backend)
         self._data, self._wanted = data, data.wanted
-        special = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._special = set(special)
+        added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items()}
+        special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         if data.format == "chat":
-            template, ends = chat_template(tokenizer, data), "|".join(map(re.escape, special.values())) or "(?!)"
-            self._conversation = partial(Conversation, tokenizer, template, re.compile(ends))
-            self._tagged = _GENERATION.search(template) is not None
-            self._after_end = re.compile(f"(?:{ends})(\\s+)\\Z")
+            self._template = conversation_template(tokenizer, data)
+            # A token that a run adds is special to no tokenizer, and may still be that which ends a turn.
+            special |= {number for number, token in added.items() if token and self._template.end.startswith(token)}
+            self._ends = _any_of(added[number] for number in special)
+            self._after_end = re.compile(f"(?:{self._ends.pattern})(\\s+)\\Z")
+            self._ended = re.compile(f"(?:{_any_of(added.values()).pattern})\\s*\\Z")
             self._bos = self._eos = None  # the template writes them
         else:
             with read_by_transformers(tokenizer.name_or_path, "the tokenizer"):
                 self._bos, self._eos = framing(tokenizer, data)
+        self._special = special
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[Example | DataError]:
         """Each row's tokens and targets, or what is wrong with it; the error's text has no place in it.
@@ -141,7 +158,7 @@ class Renderer:
             texts = [document.text for document in rendered if isinstance(document, Rendered)]
             encodings = iter(self._encodings(texts))
             return [
-                self._example(next(encodings), document) if isinstance(document, Rendered) else document
+                document if isinstance(document, DataError) else self._example(next(encodings), document)
                 for document in rendered
             ]
 
@@ -155,8 +172,8 @@ class Renderer:
                 return [DataError(f"the tokenizer cannot encode it ({error})")]
             return [encoding for text in texts for encoding in self._encodings([text])]
 
-    def render(self, row: dict[str, Any]) -> Rendered | Example:
-        """A row's text and what of it is trained; tokens already, where a template with tags says it of them.
+    def render(self, row: dict[str, Any]) -> Rendered:
+        """A row's text and what of it is trained.
 
         Raises:
             DataError: the row lacks a field, or a value is not what the format needs.
@@ -214,63 +231,157 @@ class Renderer:
             encoding = self._backend.encode(document.text, add_special_tokens=False)
         return overlapping(encoding, document.spans)
 
-    def _chat(self, given: Any, given_tools: Any) -> Rendered | Example:
+    def _chat(self, given: Any, given_tools: Any) -> Rendered:
         messages, tools = read_messages(given), read_tools(given_tools)
         if self._data.thinking == "strip":
             messages = given = [without_thinking(message) for message in messages]
-        conversation = self._conversation(messages, tools)
-        whole = conversation.render(len(messages))
-        tagged = self._tagged
         if self._data.thinking == "keep":
-            kept = with_hidden_thinking(messages, partial(self._text, tools=tools))
-            if kept != messages:
-                conversation = self._conversation(kept, tools)
-                whole, tagged = conversation.render(len(messages)), False
-        lacking = [
-            *(["tools"] if tools and conversation.ignores_tools(whole) else []),
-            *left_out(given, messages, whole),
-        ]
-        silent = [turn for turn, message in enumerate(messages) if not is_trained(message)]
-        conversation.check_size(silent, whole)
-        untrained = [conversation.place(turn, whole) for turn in silent]
+            messages = [self._as_kept(message) for message in messages]
+        talk = Conversation(self._template, self._ends, messages, tools)
+        whole = talk.render(len(messages))
+        turns = self._trained_turns(messages)
+        _check_shown(talk, [turn for turn in turns if messages[turn]["role"] == "assistant"], whole)
+        edits = self._edits(talk, messages, whole)
+        text = edited(whole, list(edits.values()))
+        spans, ended = self._spans(talk, messages, turns, whole, edits)
+        untrained = [span for turn in range(len(messages)) for span in talk.silent(turn, whole)]
+        untrained = [moved(span, list(edits.values())) for span in untrained]
         if not self._wanted.thinking:
-            untrained = joined([*untrained, *blocks(whole)])
-        if self._wanted.roles == "all":
-            return Rendered(whole, without([(0, len(whole))], untrained), left_out=lacking)
+            untrained += self._blocks(talk, messages, whole, edits)
+        lacking = [
+            *(["tools"] if tools and talk.ignores_tools(whole) else []),
+            *left_out(given, messages, text),
+            *([] if ended or not self._wanted.end else [END_OF_TURN]),
+        ]
+        return Rendered(text, without(joined(spans), joined(untrained)), left_out=lacking)
+
+    def _as_kept(self, message: Message) -> Message:
+        form = self._form(message)
+        return form.given(message) if form else message
+
+    def _form(self, message: Message) -> ThinkingForm | None:
+        """How the template writes the thinking of a turn such as this one."""
+        return self._template.thinking(calls="tool_calls" in message and not message["content"].strip())
+
+    def _trained_turns(self, messages: list[Message]) -> list[int]:
+        """The turns of which anything is trained, by their roles, or as their rows ask for it."""
         roles = self._wanted.roles or ["assistant"]
-        turns = [turn for turn, message in enumerate(messages) if message["role"] in roles]
+        turns = [turn for turn, message in enumerate(messages) if roles == "all" or message["role"] in roles]
+        turns = turns[-1:] if self._wanted.turns == "last" else turns
+        asked = [turn for turn, message in enumerate(messages) if message.get("train")]
+        return sorted(turn for turn in {*turns, *asked} if is_trained(messages[turn]))
+
+    def _edits(self, talk: Conversation, messages: list[Message], whole: str) -> dict[int, Edit]:
+        """By turn, what `data.thinking` changes of the text that the template makes."""
+        if self._data.thinking == "as_template":
+            return {}
+        turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+        if self._data.thinking == "strip":
+            forms = {turn: form for turn in turns if (form := self._form(messages[turn])) and form.empty != form.bare}
+            places = {turn: talk.anchor(turn, whole) for turn in forms}
+            found = {turn: emptied(forms[turn], whole, place) for turn, place in places.items() if place is not None}
+            return {turn: edit for turn, edit in found.items() if edit}
+        dropped = self._dropped(talk, messages)
+        return {turn: self._kept(talk, messages[turn], turn, whole) for turn in dropped}
+
+    def _dropped(self, talk: Conversation, messages: list[Message]) -> list[int]:
+        """The turns whose thinking the template leaves out. A thought's words may stand in an answer too, so a mark takes its place."""
+        marks = {turn: f"{_MARK}{turn}{_MARK}" for turn, message in enumerate(messages) if thought_of(message)}
+        if not marks:
+            return []
+        text = talk.with_all({turn: with_thought(messages[turn], mark) for turn, mark in marks.items()})
+        return [turn for turn, mark in marks.items() if mark not in text]
+
+    def _kept(self, talk: Conversation, message: Message, turn: int, whole: str) -> Edit:
+        form, place = self._form(message), talk.anchor(turn, whole)
+        edit = None
+        if form and not form.as_content and place is not None:
+            edit = kept(form, whole, place, thought_of(message) or "")
+        if edit is None:
+            raise DataError(
+                f"turn {turn + 1}: the chat template leaves out its thinking and shows no form for it, so it cannot be kept; set "
+                "data.thinking to as_template or strip, or data.template to a template that writes it"
+            )
+        return edit
+
+    def _spans(
+        self, talk: Conversation, messages: list[Message], turns: Sequence[int], whole: str, edits: Mapping[int, Edit]
+    ) -> tuple[list[Span], bool]:
+        """What is trained in the edited text, and whether an end is trained in each of the assistant's turns."""
+        everything, wanted = list(edits.values()), self._wanted
+        text = edited(whole, everything)
+        if wanted.roles == "all":
+            silent = [turn for turn, message in enumerate(messages) if not is_trained(message)]
+            talk.check_size(silent, whole)
+            kept_out = [moved(span, everything) for turn in silent for span in talk.place(turn, whole)]
+            return without([(0, len(text))], joined(kept_out)), True
+        spans, ended, found = list[Span](), True, turns
+        if self._template.tagged and wanted.roles in (None, ["assistant"]):
+            spans = [moved(span, everything) for span in self._enclosed(talk, messages, turns, whole)]
+            ended = not spans or self._ends_in(text, spans[-1])
+            found = [turn for turn in turns if messages[turn]["role"] != "assistant"]
+        talk.check_size(found, whole)
+        for turn in found:
+            own = self._turn(talk, messages[turn], turn, whole, text, edits)
+            ended &= messages[turn]["role"] != "assistant" or any(self._ends_in(text, span) for span in own)
+            spans += own
+        return spans, ended
+
+    def _enclosed(self, talk: Conversation, messages: list[Message], turns: Sequence[int], whole: str) -> list[Span]:
+        """What the template's tags enclose, but for turns that are not trained."""
+        silent = [turn for turn, message in enumerate(messages) if not is_trained(message)]
+        talk.check_size(silent, whole)
+        untrained = [span for turn in silent for span in talk.place(turn, whole)]
         if self._wanted.turns == "last":
-            turns = turns[-1:]
-        if tagged and roles == ["assistant"]:
-            if turns and self._wanted.turns == "last":
-                untrained = [(0, conversation.place(turns[0], whole)[0]), *untrained]
-            return replace(self._tagged_example(conversation, untrained), left_out=lacking)
-        turns = [turn for turn in turns if is_trained(messages[turn])]
-        conversation.check_size([*silent, *turns], whole)
-        spans = [self._turn(conversation, messages[turn], turn, whole) for turn in turns]
-        # Where no thinking is left out, no span is touched.
-        return Rendered(whole, spans if self._wanted.thinking else without(spans, untrained), left_out=lacking)
+            last = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"][-1:]
+            untrained += [(0, talk.place(turn, whole)[0][0]) for turn in last]
+        return without(talk.enclosed(), joined(untrained)) if turns else []
 
-    def _text(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> str:
-        return self._conversation(messages, tools).render(len(messages))
-
-    def _turn(self, conversation: Conversation, message: Message, turn: int, whole: str) -> Span:
-        """The characters of a turn that are trained."""
-        find = conversation.written if message["role"] == "assistant" else conversation.said
-        start, end = find(turn, whole)
+    def _turn(
+        self, talk: Conversation, message: Message, turn: int, whole: str, text: str, edits: Mapping[int, Edit]
+    ) -> list[Span]:
+        """The characters of the edited text that are trained of a turn."""
+        everything = list(edits.values())
+        found = talk.written(turn, whole) if message["role"] == "assistant" else [talk.said(turn, whole)]
+        spans = [moved(span, everything) for span in found]
+        if turn in edits:
+            lead = moved_place(edits[turn].lead, everything)
+            spans[0] = lead + edits[turn].prompted, spans[0][1]
         # Many templates put a line break after the end-of-turn token; generation has ended by then.
-        match = self._after_end.search(whole, start, end)
-        return start, match.start(1) if match else end
+        ends = [self._after_end.search(text, start, end) for start, end in spans]
+        return [(start, match.start(1) if match else end) for (start, end), match in zip(spans, ends, strict=True)]
 
-    def _tagged_example(self, conversation: Conversation, untrained: Sequence[Span]) -> Example:
-        """The targets are what the template's tags enclose and what lies in none of the `untrained` spans."""
-        encoding = conversation.tagged()
-        offsets = np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2)
-        tokens, targets = np.array(encoding["input_ids"], np.uint32), np.array(encoding["assistant_masks"], bool)
-        for begin, end in untrained:
-            targets &= (offsets[:, 0] < begin) | (offsets[:, 1] > end)
-        targets[:1] = False
-        return Example(tokens, self._as_ends_are(tokens, targets))
+    def _ends_in(self, text: str, span: Span) -> bool:
+        """Whether what is trained ends with a token of its own, by which a server can stop."""
+        begin, end = span
+        return self._ended.search(text, max(begin, end - _LONGEST_END), end) is not None
+
+    def _blocks(
+        self, talk: Conversation, messages: list[Message], whole: str, edits: Mapping[int, Edit]
+    ) -> Iterator[Span]:
+        """The blocks of thinking in the edited text, with what the template writes around them."""
+        everything, dropped = (
+            list(edits.values()),
+            [] if self._data.thinking == "strip" else self._dropped(talk, messages),
+        )
+        text = edited(whole, everything)
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            form = self._form(message)
+            if turn in edits:
+                thought = thought_of(message) or ""
+                begin = moved_place(edits[turn].begin, everything) + edits[turn].text.index(thought)
+                yield block_around(form, text, (begin, begin + len(thought)))
+            elif thought_of(message) and turn not in dropped:
+                place = talk.thought(turn, whole, with_thought(message, _MARK), _MARK)
+                if place is None:
+                    raise DataError(
+                        f"turn {turn + 1}: its thinking is not found in the conversation's text, so it cannot be left untrained"
+                    )
+                yield block_around(form, text, moved(place, everything))
+            else:
+                yield from (moved(span, everything) for span in _empty_blocks(talk, form, turn, whole))
 
     def _as_ends_are(self, tokens: NDArray[np.uint32], targets: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """The targets without the special token that ends each run of them, and white space behind it, where ends are not trained."""
@@ -298,17 +409,29 @@ def field_of(row: dict[str, Any], name: str, data: Data) -> Any:
     return row[called]
 
 
-def chat_template(tokenizer: "PreTrainedTokenizerBase", data: Data) -> str:
-    own = template_text(data)
-    if own is not None:
-        return own
-    try:
-        return tokenizer.get_chat_template()
-    except ValueError as error:
-        raise ConfigError(
-            "data.template: not set, and the tokenizer of model.base has no chat template. Set it to a Jinja chat "
-            "template file, or data.format to prompt_completion or text."
-        ) from error
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
+
+
+def _check_shown(talk: Conversation, turns: Sequence[int], whole: str) -> None:
+    """Raises `DataError` where the template leaves out what the assistant says in one of these turns: its end alone would be trained."""
+    if lost := talk.vanished(turns, whole):
+        turn, what = lost
+        raise DataError(
+            f"turn {turn + 1}: the chat template leaves out the assistant's {what}; set data.template to a template that writes them, or "
+            "give the turn a weight of 0"
+        )
+
+
+def _empty_blocks(talk: Conversation, form: ThinkingForm | None, turn: int, whole: str) -> Iterator[Span]:
+    """The empty block that the template writes where nothing was thought."""
+    answer = talk.anchor(turn, whole) if form else None
+    if form is None or answer is None:
+        return
+    if edit := emptied(form, whole, answer):
+        yield edit.begin, edit.end
+    elif whole.endswith(form.bare, 0, answer):
+        yield from blocks(whole, answer - len(form.bare), answer)
 
 
 def framing(tokenizer: "PreTrainedTokenizerBase", data: Data) -> tuple[int | None, int]:

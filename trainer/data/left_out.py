@@ -9,6 +9,8 @@ from typing import Any
 
 from trainer.data.messages import Message, own_keys
 
+END_OF_TURN = "end of turn"
+"""The name of an end that the template does not write behind an assistant's turn, so that none is trained."""
 _WORD = re.compile(r"\w+")
 # So many words, or the beginning of a word as long as this, are enough to know a text by. Between them may be anything else.
 _WORDS, _LONG_WORD = 20, 100
@@ -39,6 +41,16 @@ def left_out(given: list[dict[str, Any]], messages: list[Message], text: str) ->
                 end = max(end, place)
         begin = end
     return list(missing)
+
+
+def in_words(name: str) -> str:
+    """What is left out, for people."""
+    if name != END_OF_TURN:
+        return name
+    return (
+        "the end of the assistant's turns, for which the template writes no token, so that the model does not learn to stop (set "
+        "data.template to a template that writes one, or data.train_on.end to false)"
+    )
 
 
 def _pieces(raw: dict[str, Any], message: Message) -> Iterator[tuple[str, str]]:

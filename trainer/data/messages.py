@@ -2,8 +2,10 @@
 
 import json
 import re
+from itertools import accumulate
 from typing import Any
 
+from trainer.data.spans import Span, joined, without
 from trainer.errors import DataError
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -18,14 +20,23 @@ _SHAREGPT = {
     "chatgpt": "assistant",
 }
 _CALLS = "function_call"
-# Either says whether a message is trained; axolotl's files have the second.
+# Either says whether a message, or a part of its content, is trained; axolotl's files have the second.
 FLAGS = ("weight", "train")
+# Axolotl's list of ranges of a content's characters, each with whether it is trained; those in none are not.
+DETAIL = "train_detail"
+MASKS = (*FLAGS, DETAIL)
+"""The keys by which rows say what is trained of them."""
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""The keys of what an assistant thought before it answered."""
+UNTRAINED = "untrained"
+"""The key, here alone, of the ranges of a content's characters that are not trained: sorted, disjoint and not empty."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Far above what the longest sequence can keep; it would take minutes and gigabytes to tokenize.
 LONGEST_TEXT = 16 * 2**20
 
 Message = dict[str, Any]
-"""One message as `role`, `content` and whatever else the template may use."""
+"""One message as `role`, `content` and whatever else the template may use; with `weight: 0` where it is not trained, with `train: true`
+where it is though it is not the assistant's."""
 
 
 def read_messages(value: Any) -> list[Message]:
@@ -38,35 +49,68 @@ def read_messages(value: Any) -> list[Message]:
 def _message(message: Any, turn: int) -> Message:
     if not isinstance(message, dict):
         raise DataError(f"turn {turn} is {_kind(message)}, and not an object with role and content")
-    weight = _weight(message, turn)
+    flags = _flags(message, turn)
     if _is_sharegpts(message):
-        given, content, rest = message["from"], message.get("value"), weight
+        given, content, rest = message["from"], message.get("value"), {}
         role, names = _role_of(given), tuple(_SHAREGPT)
         if given == _CALLS:
-            rest, content = {**rest, "tool_calls": _written_calls(content, turn)}, ""
+            rest, content = {"tool_calls": _written_calls(content, turn)}, ""
     else:
         given, content = message.get("role"), message.get("content")
-        rest = {key: value for key, value in message.items() if value is not None and key not in FLAGS} | weight
+        rest = {key: value for key, value in message.items() if value is not None and key not in MASKS}
+        rest |= {key: _joined(rest[key], turn, key)[0] for key in THOUGHTS if key in rest}
         role, names = given, _ROLES
         if rest.get("tool_calls"):
             rest["tool_calls"] = _tool_calls(rest["tool_calls"], turn)
             content = content or ""  # a call needs no words
     if role not in _ROLES:
         raise DataError(f"turn {turn} has the role {given!r}; allowed are {', '.join(names)}")
-    return {**rest, "role": role, "content": text_of(_joined(content, turn), f"content of turn {turn}")}
+    content, silent = _joined(content, turn, "content")
+    content = text_of(content, f"content of turn {turn}")
+    if message.get(DETAIL) is not None:
+        silent = _not_in_detail(message[DETAIL], len(content), turn)
+    if flags.get("train") and role == "assistant":
+        del flags["train"]  # it says what holds anyway
+    return {**rest, **flags, **({UNTRAINED: silent} if silent else {}), "role": role, "content": content}
 
 
-def _joined(content: Any, turn: int) -> Any:
-    """The content as text: OpenAI's form may give it in parts, which servers join by line breaks (vLLM's chat_utils.py)."""
+def _joined(content: Any, turn: int, key: str) -> tuple[Any, list[Span]]:
+    """A content as text, and what of it is not trained: OpenAI's form may give it in parts.
+
+    Servers join parts by line breaks (vLLM's chat_utils.py). Parts that say whether they are trained are pieces of one text.
+    """
     if not isinstance(content, list) or not content:
-        return content
-    texts = []
+        return content, []
+    texts, trained = [], []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if kind != "text":
             raise DataError(f"turn {turn} has a part of type {kind!r}; only parts of type 'text' can be trained on")
         texts.append(text_of(part.get("text"), f"text of a part of turn {turn}"))
-    return "\n".join(texts)
+        flags = _flags(part, turn)
+        trained.append(None if not flags else flags.get("weight") != 0)
+    if trained.count(None) == len(trained):
+        return "\n".join(texts), []
+    if key != "content":
+        raise DataError(f"turn {turn} has parts of its {key} with a flag, which only parts of a content may have")
+    ends = list(accumulate(map(len, texts)))
+    pieces = zip(texts, ends, trained, strict=True)
+    return "".join(texts), joined((end - len(text), end) for text, end, told in pieces if told is False and text)
+
+
+def _not_in_detail(detail: Any, length: int, turn: int) -> list[Span]:
+    """The ranges of a content that `train_detail` leaves untrained; its offsets are of characters, and the last one is in the range."""
+    spans = list[Span]()
+    for part in detail if isinstance(detail, list) else [detail]:
+        given = part if isinstance(part, dict) else {}
+        begin, end, told = (given.get(key) for key in ("begin_offset", "end_offset", "train"))
+        if not (type(begin) is int and type(end) is int and isinstance(told, bool) and 0 <= begin <= end < length):
+            raise DataError(
+                f"turn {turn} has a {DETAIL} that is no list of begin_offset, end_offset and train with offsets in its content"
+            )
+        if told:
+            spans.append((begin, end + 1))
+    return without([(0, length)], joined(spans))
 
 
 def _written_calls(content: Any, turn: int) -> list[Any]:
@@ -82,14 +126,23 @@ def _is_sharegpts(message: Message) -> bool:
 
 def own_keys(message: Message) -> set[str]:
     """The keys of a row's message that its form gives a meaning; the template may know others, or not."""
-    return {*FLAGS, *(("from", "value") if _is_sharegpts(message) else ("role", "content", "tool_calls"))}
+    return {*MASKS, *(("from", "value") if _is_sharegpts(message) else ("role", "content", "tool_calls"))}
 
 
-def is_weighted(messages: Any) -> bool:
-    """Whether weights decide what is trained of a row's messages, or spoil the row. Takes whatever stands in their place."""
+def is_masked(messages: Any) -> bool:
+    """Whether a row's messages say what is trained of them, or spoil the row. Takes whatever stands in their place."""
     given = messages if isinstance(messages, list) else []
-    return any(
-        isinstance(message, dict) and any(message.get(flag) not in (None, 1) for flag in FLAGS) for message in given
+    return any(_is_masked(message) for message in given if isinstance(message, dict))
+
+
+def _is_masked(message: dict[Any, Any]) -> bool:
+    content = message.get("content")
+    parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    return (
+        message.get(DETAIL) is not None
+        or any(message.get(flag) not in (None, 1) for flag in FLAGS)
+        or (message.get("train") is not None and not _is_assistants(message))
+        or any(part.get(flag) is not None for part in parts for flag in FLAGS)
     )
 
 
@@ -100,21 +153,27 @@ def is_trained(message: Message) -> bool:
 
 def untrained(message: Any) -> Any:
     """The message as a part of a prompt."""
-    from_assistant = isinstance(message, dict) and "assistant" in (message.get("role"), _role_of(message.get("from")))
-    return {**message, "weight": 0} if from_assistant else message
+    if not isinstance(message, dict):
+        return message
+    return {**message, "weight": 0} if _is_assistants(message) else {**message, "train": None}
+
+
+def _is_assistants(message: Message) -> bool:
+    return "assistant" in (message.get("role"), _role_of(message.get("from")))
 
 
 def _role_of(given: Any) -> str | None:
     return _SHAREGPT.get(given) if isinstance(given, str) else None
 
 
-def _weight(message: Message, turn: int) -> Message:
-    """The message's weight, whichever key gives it."""
+def _flags(message: Message, turn: int) -> Message:
+    """What the message, or a part of one, says of its being trained: a `weight`, whichever key gives it, and that it asks for it."""
     for flag in FLAGS:
         if message.get(flag) not in (None, 0, 1):
             raise DataError(f"turn {turn} has the {flag} {message[flag]!r}; allowed are 0, which is not trained, and 1")
     given = [message[flag] for flag in FLAGS if message.get(flag) is not None]
-    return {"weight": min(given)} if given else {}
+    weight = {"weight": min(given)} if given else {}
+    return {**weight, "train": True} if weight.get("weight") and message.get("train") else weight
 
 
 def _tool_calls(calls: Any, turn: int) -> list[Any]:

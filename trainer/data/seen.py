@@ -17,6 +17,7 @@ from trainer.data.binary import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, REJECTED_B
 from trainer.data.encode import Encoded, Encoder, RowEncoder
 from trainer.data.formats import Row, RowForm
 from trainer.data.inputs import Input
+from trainer.data.left_out import in_words
 from trainer.data.order_settings import train_order
 from trainer.data.pack import best_fit_decreasing
 from trainer.data.part import EVERYTHING
@@ -194,7 +195,7 @@ def _warnings(encoded: Encoded, read: _Read) -> list[str]:
     said = [
         (encoded.error, f"the run would end here: {encoded.error}"),
         (encoded.bad_rows, f"a bad row, which is skipped: {'; '.join(encoded.bad_rows)}"),
-        (encoded.left_out, f"not in the text: {', '.join(encoded.left_out)}"),
+        (encoded.left_out, f"not in the text: {', '.join(map(in_words, encoded.left_out))}"),
         (unused := read.form.unused(read.row), f"fields without a use: {', '.join(map(printable, unused))}"),
         (counted.truncated, "cut to data.sequence_length"),
         (counted.split, f"split into {len(encoded.lengths)} documents of data.sequence_length"),

@@ -4,6 +4,7 @@ A token across a border counts: "A: " + "yes" may be tokenized as "A", ":", " ye
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -75,6 +76,16 @@ def without(spans: Iterable[Span], others: Sequence[Span]) -> list[Span]:
                 start = min(end, stop)
         result.append((start, end))
     return [(start, end) for start, end in result if start < end]
+
+
+def shared_beginning(one: str, other: str) -> int:
+    """How many characters both begin with."""
+    return sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(one, other, strict=False)))
+
+
+def shared_end(one: str, other: str) -> int:
+    """How many characters both end with."""
+    return shared_beginning(one[::-1], other[::-1])
 
 
 def overlapping(encoding: Any, spans: Sequence[Span]) -> NDArray[np.bool_]:

@@ -1,22 +1,22 @@
-"""Finds out whether a run's rows weigh their messages, before anything is compiled.
+"""Finds out whether a run's rows say themselves what is trained of them, before anything is compiled.
 
-Earlier versions ignored the `weight` of a message, or its `train`. Data that they compiled of rows without these is as good as
-ever, and found under its old fingerprint; data compiled of rows with weights gets another one. So the rows have to be looked
+Earlier versions ignored such words: the `weight` of a message, its `train`, and those of parts of a content. Data that they compiled of
+rows without them is as good as ever, and found under its old fingerprint; other data gets another one. So the rows have to be looked
 through once. It takes a small part of what compiling takes, and its result is kept beside the data.
 """
 
 from collections.abc import Callable, Sequence
 
 from trainer.data.manifest import Record, unsealed
-from trainer.data.messages import FLAGS, is_weighted
+from trainer.data.messages import MASKS, is_masked
 from trainer.data.reading import batches
 from trainer.data.sources import SourceFile
 from trainer.errors import Damaged, DataError, NotFound
 from trainer.run import layout
 from trainer.store import Store
 
-# Versions that did not know `train` kept their answer under another name.
-_KEY = "flags.json"
+# Versions that knew fewer of these words kept their answer under other names.
+_KEY = "masks.json"
 
 
 class Weights(Record):
@@ -39,7 +39,7 @@ def keep_weights(store: Store, fingerprint: str, weighted: bool) -> None:
 
 
 def find_weights(files: Sequence[SourceFile], progress: Callable[[int], None]) -> bool:
-    """Whether any message of any row has a weight that is not 1; `progress` gets the bytes of the files read so far.
+    """Whether any message of any row says what is trained of it; `progress` gets the bytes of the files read so far.
 
     Raises:
         DataError: a file as a whole is damaged.
@@ -54,7 +54,7 @@ def find_weights(files: Sequence[SourceFile], progress: Callable[[int], None]) -
         if form is None or form.kind != "chat":
             continue
         for batch in batches(file):
-            if any(is_weighted(form.messages(row)) for _, row in batch.with_key(*FLAGS).rows(skip)):
+            if any(is_masked(form.messages(row)) for _, row in batch.with_key(*MASKS).rows(skip)):
                 return True
             progress(before + batch.read)
         before += file.size

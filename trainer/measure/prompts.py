@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 from trainer.base.config_json import read_by_transformers
 from trainer.config import Data
 from trainer.config.paths import text_lines
-from trainer.data.chat import chat_template, framing
-from trainer.data.conversation import RENDER_SECONDS, endless_template
+from trainer.data.chat import framing
 from trainer.data.messages import read_messages
+from trainer.data.template import conversation_template
 from trainer.errors import NOT_JSON, ConfigError, DataError
-from trainer.time_limit import OutOfTime, time_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,7 +80,7 @@ class Prompter:
         given = prompt.get("messages", prompt.get("prompt"))
         if self.chats or not isinstance(given, str):
             messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
-            return self.encode(self._rendered(messages, add_generation_prompt=True))
+            return self.encode(self._rendered(messages, generation_prompt=True))
         tokens, begin = self.encode(given), self.text_begin
         return tokens if tokens[:1] == begin else [*begin, *tokens]
 
@@ -113,18 +112,9 @@ class Prompter:
 
     def _rendered(self, messages: Any, **options: Any) -> str:
         try:
-            read = read_messages(messages)
-            template = chat_template(self._tokenizer, self._data)
-            with time_limit(RENDER_SECONDS):
-                return self._tokenizer.apply_chat_template(read, chat_template=template, tokenize=False, **options)  # type: ignore[return-value]
-        except OutOfTime as error:
-            raise endless_template("a prompt") from error
+            return conversation_template(self._tokenizer, self._data).render(read_messages(messages), **options)
         except DataError as error:
             raise ConfigError(f"a prompt's messages: {error}.") from error
-        except ConfigError:
-            raise
-        except Exception as error:  # a template is a program of the user's: it may raise anything
-            raise ConfigError(f"the chat template refuses a prompt: {error}.") from error
 
     def _turn_ends(self) -> set[int]:
         said = "zebra"

@@ -1,0 +1,42 @@
+"""Imported once, by the server that ranks are forked from: what a rank imports sooner or later, which takes seconds.
+
+A module that is missing here costs each rank its import, and one that is no more is passed over; nothing else depends on it.
+"""
+
+import gc
+import pkgutil
+from contextlib import suppress
+from importlib import import_module
+
+import trainer
+
+PACKAGES = [f"trainer.{room.name}" for room in pkgutil.iter_modules(trainer.__path__) if room.ispkg]
+MODULES = (
+    "trainer.rank",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen2.modeling_qwen2",
+    "bitsandbytes",
+    "peft.tuners.lora.bnb",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.moe.ep_experts",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "encodings.idna",
+    "numpy.ma",
+    "safetensors.torch",
+    "torch.profiler",
+)
+
+found = [
+    module.name
+    for package in PACKAGES
+    for module in pkgutil.walk_packages(import_module(package).__path__, f"{package}.")
+]
+for name in (*MODULES, *found):
+    with suppress(ImportError):  # of a library that this machine does not have
+        import_module(name)
+# The garbage collector leaves all that alone from now on, in the server and in the ranks, which share it as long as nobody writes.
+gc.collect()
+gc.freeze()

@@ -1,0 +1,50 @@
+"""What a config.json names and the description of the base does not have: its sizes are then those of another model.
+
+A plan for such a base may be several times off, so it says so and gives no verdict.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from trainer.base.architecture import Architecture
+
+_FORMATS = ("quantization_config", "compression_config", "expert_dtype")
+"""Keys that tell of weights in fewer bits. The first one is read where it stands at the top."""
+_EXPERTS = re.compile(r"(moe_)?(num|n)_(local_|routed_)?experts")
+_ROUTED = re.compile(r"top_?k|per_tok")
+
+
+def unrecognised(base_config: Mapping[str, Any], architecture: Architecture) -> list[str]:
+    """A sentence for each thing in the parsed config.json that the sizes of the base lack."""
+    found, entries = list[str](), list(_entries(base_config))
+    routes = any(part.visits < 1 for part in architecture.parameters)
+    for path, value in entries:
+        key = path.rpartition(".")[2]
+        if key in _FORMATS and value and path != _FORMATS[0]:
+            found.append(
+                f"config.json names {path}, which is not read: its weights are counted as they are without it."
+            )
+        elif _EXPERTS.fullmatch(key) and _is_several(value) and not routes and not _routes_to_all(entries, value):
+            found.append(
+                f"config.json names {value} experts ({path}), and none is recognised to which tokens are routed: all weights are counted "
+                "as ones that each token passes."
+            )
+    return found
+
+
+def _entries(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each key of the tree by its path; what lies inside a format's own section is that format's to read."""
+    for key, value in tree.items():
+        yield f"{prefix}{key}", value
+        if isinstance(value, dict) and key not in _FORMATS:
+            yield from _entries(value, f"{prefix}{key}.")
+
+
+def _is_several(value: Any) -> bool:
+    return isinstance(value, int) and value > 1
+
+
+def _routes_to_all(entries: list[tuple[str, Any]], experts: int) -> bool:
+    """Whether each token is routed to all of the experts."""
+    return any(_ROUTED.search(path) and isinstance(value, int) and value >= experts for path, value in entries)
