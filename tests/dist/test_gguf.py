@@ -1,6 +1,7 @@
 """An export for llama.cpp predicts in llama.cpp what the merged model predicts in transformers."""
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,9 @@ def workshop_of(folder: Path, kind: str) -> Workshop:
     for file in workshop.base.glob("*token*"):
         file.unlink()
     (workshop.base / "tokenizer.model").write_bytes(tokenizer)
+    # Qwen2's own special tokens are others than those of this vocabulary.
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
+    (workshop.base / "tokenizer_config.json").write_text(json.dumps(special))
     return workshop
 
 
