@@ -16,6 +16,7 @@ from trainer.checkpoint.manifest import readable_manifests
 from trainer.config import Config, assignment, override
 from trainer.config.paths import absolute_path, local_path
 from trainer.config.secrets import refuse_secrets
+from trainer.data.named_templates import NAMED
 from trainer.data.prepare import locate
 from trainer.errors import ConfigError, DataError, NotFound, NothingToResume, StorageError
 from trainer.identity import identity_of
@@ -40,7 +41,7 @@ def anchored(config: Config) -> Config:
     for key, path in (("model.base", config.model.base), ("sharding.deepspeed", config.sharding.deepspeed)):
         if local_path(path, key).exists():
             changes[key] = absolute(path, key)
-    if config.data.template:
+    if config.data.template and config.data.template not in NAMED:
         changes["data.template"] = absolute(config.data.template, "data.template")
     for what, sources in (("train", config.data.train), ("eval", config.data.eval)):
         paths = (absolute(source.path, f"data.{what}[{index}].path") for index, source in enumerate(sources))

@@ -1,9 +1,10 @@
 """The settings of the data: its sources, their format, and how documents become rows."""
 
 from collections.abc import Mapping
+from datetime import date
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from trainer.config.section import Section, setting
 
@@ -170,7 +171,17 @@ class Data(Section):
         example={"messages": "dialogue"},
     )
     template: str | None = setting(
-        None, about="A Jinja chat template file, instead of the tokenizer's own.", example="template.jinja"
+        None,
+        about="Instead of the tokenizer's own chat template, such as for a base that has none: chatml, llama3, gemma, mistral or phi3, or the "
+        "path of a Jinja file. docs/data-format.md says which fits.",
+        example="chatml",
+    )
+    today: str = setting(
+        "2025-01-01",
+        about="The day that chat templates print which print today's date (gpt-oss, Llama 3.1, ...), so that rows are the same "
+        "tokens on every day.",
+        example="2026-06-30",
+        unit="YYYY-MM-DD",
     )
     loss_on: Literal["assistant", "last_assistant", "completion", "all"] | None = setting(
         None,
@@ -248,6 +259,14 @@ class Data(Section):
         if kind in ("prompt_completion", "text") and not on.thinking:
             return "data.train_on.thinking"
         return "data.thinking" if kind in ("prompt_completion", "text") and self.thinking != "as_template" else None
+
+    @field_validator("today")
+    @classmethod
+    def _is_a_day(cls, today: str) -> str:
+        try:
+            return date.fromisoformat(today).isoformat()
+        except ValueError as error:
+            raise ValueError(f"data.today: {today!r} is no day. Write it as YYYY-MM-DD.") from error
 
     @model_validator(mode="after")
     def _said_once(self) -> "Data":

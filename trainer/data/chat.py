@@ -132,18 +132,20 @@ class Renderer:
             self._backend.post_processor = None
             self._spelling = Spelling(self._backend)
         self._data, self._wanted = data, data.wanted
-        special = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._special = set(special)
+        added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items()}
+        special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         if data.format == "chat":
             self._template = conversation_template(tokenizer, data)
-            self._ends = _any_of(special.values())
+            # A token that a run adds is special to no tokenizer, and may still be that which ends a turn.
+            special |= {number for number, token in added.items() if token and self._template.end.startswith(token)}
+            self._ends = _any_of(added[number] for number in special)
             self._after_end = re.compile(f"(?:{self._ends.pattern})(\\s+)\\Z")
-            added = _any_of(token.content for token in tokenizer.added_tokens_decoder.values())
-            self._ended = re.compile(f"(?:{added.pattern})\\s*\\Z")
+            self._ended = re.compile(f"(?:{_any_of(added.values()).pattern})\\s*\\Z")
             self._bos = self._eos = None  # the template writes them
         else:
             with read_by_transformers(tokenizer.name_or_path, "the tokenizer"):
                 self._bos, self._eos = framing(tokenizer, data)
+        self._special = special
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[Example | DataError]:
         """Each row's tokens and targets, or what is wrong with it; the error's text has no place in it.

@@ -65,6 +65,15 @@ class ChatTemplate:
             before, ahead = bool(inside), end
         return joined(spans)
 
+    @cached_property
+    def end(self) -> str:
+        """The text that the template writes behind the answer that ends a conversation, without white space around it."""
+        try:
+            text = self.render([{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _SAID}])
+        except DataError:
+            return ""
+        return text.rpartition(_SAID)[2].strip()
+
     def thinking(self, calls: bool) -> ThinkingForm | None:
         """How the template writes what was thought before an answer, or before calls alone; None where that cannot be found."""
         if calls not in self._forms:

@@ -12,8 +12,9 @@ from trainer.data.formats import as_read, explicit_form
 from trainer.data.manifest import FORMAT
 from trainer.data.part import EVERYTHING, Part
 from trainer.data.sources import SourceFile
-from trainer.data.template import template_text
+from trainer.data.template import asks_for_the_date, template_text
 
+_DATED = "prints the date"  # what stands among a tokenizer's hashes where its own template does
 CHAPTER_BYTES = 4 * 2**30
 """Size of the sources of a chapter. It is small enough to be compiled soon, and large enough to be shuffled in."""
 
@@ -24,7 +25,9 @@ def hash_tokenizer(directory: Path, added_tokens: Sequence[str] = ()) -> dict[st
     contents = named_files(directory, TOKENIZER_FILES)
     if added_tokens:
         contents["model.add_tokens"] = json.dumps(list(added_tokens)).encode()
-    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    dated = any(asks_for_the_date(content.decode(errors="replace")) for content in contents.values())
+    return {**hashes, _DATED: "data.today"} if dated else hashes
 
 
 def fingerprint(
@@ -43,12 +46,15 @@ def fingerprint(
     Raises:
         ConfigError: `data.template` cannot be read.
     """
+    template = template_text(data)
+    dated = _DATED in tokenizer_files if template is None else asks_for_the_date(template)
     inputs = {
         "format_version": FORMAT,
         "sources": [[file.source, file.uri, file.version, file.size] for file in files],
         "chapters": count_chapters(files),
         "tokenizer": dict(tokenizer_files),
-        "template": template_text(data),
+        "template": template,
+        **({"today": data.today} if dated else {}),
         **_reading(data, files),
         "part": [part.fraction, part.seed, part.held_out],
         **({"masks": True} if weighted else {}),

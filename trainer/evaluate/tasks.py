@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from trainer.config.paths import local_path
-from trainer.data.template import template_text
+from trainer.data.template import chat_template
 from trainer.errors import ConfigError
 from trainer.evaluate.measured import TaskScores
 from trainer.evaluate.opened import OpenedRun
@@ -33,8 +34,8 @@ class ShardedLM(TemplateLM):
         super().__init__()
         self._model, self._opened, self._told = model, opened, told
         self.tokenizer: Any = opened.tokenizer
-        if own := template_text(opened.config.data):
-            self.tokenizer.chat_template = own
+        with suppress(ConfigError):  # tasks without a chat need no template
+            self.tokenizer.chat_template = chat_template(opened.tokenizer, opened.config.data)
         self.max_length = opened.longest or _DEFAULT_LENGTH
         self.max_gen_toks = 256
 
