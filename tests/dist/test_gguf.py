@@ -24,7 +24,7 @@ from trainer.export.gguf_proof import prove_gguf, prove_gguf_adapter
 from trainer.export.merged import export_merged
 from trainer.store import Store, open_store
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
 
 PROMPTS = [[1, *range(262, 300)], [1, 5, 300, 17, 299, 270]]
 
