@@ -34,6 +34,7 @@ from trainer.data.dataset.chapters import open_chapters
 from trainer.data.dataset.dataset import open_dataset
 from trainer.data.order.micro_batch import Position
 from trainer.data.order.stream import Stream, eval_stream, train_stream
+from trainer.data.text import keep_text, text_of
 from trainer.errors import CapstanError, DoesNotFit, NonFiniteLoss, Stopped, StorageError
 from trainer.export.write.checkpoint_adapters import adapters_beside
 from trainer.identity import identity_of
@@ -53,7 +54,7 @@ from trainer.run.power import metered
 from trainer.run.records import add_record, bad_windows
 from trainer.run.requests import StopSignal
 from trainer.run.settings import record_settings
-from trainer.start import assemble_run, join_run, settle
+from trainer.start import assemble_run, check_same_base, join_run, settle
 from trainer.store import Store, open_run_store
 from trainer.train.assemble import attention_of
 from trainer.train.heartbeat import Hang, Heart
@@ -201,7 +202,9 @@ def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Train
     if reference_of(config) == "stored":  # before a restore: the base itself may learn
         fused = [] if report.kernels == "none" else [report.kernels]
         _read_reference(start, engine, " and ".join([attention.name, *fused]), datasets, stream, held_out)
-    identity = identity_of(config, base, datasets.train)
+    check_same_base(base, ranks)
+    identity = ranks.on_first(lambda: identity_of(config, base, datasets.train))
+    ranks.on_first(lambda: keep_text(run, text_of(config.data, base.directory)))
     checkpoints = Checkpoints(
         run,
         ranks,

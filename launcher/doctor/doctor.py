@@ -20,12 +20,16 @@ from rich.text import Text
 
 from launcher.doctor.nccl import networks, troubles
 from launcher.view.folded import FoldedTable
+from trainer.base.content import check_whole
+from trainer.base.find.locate import resolve_base
+from trainer.config import Config
 from trainer.devices import count_visible, listed_gpus, unused
 from trainer.errors import CapstanError
 from trainer.model.kernels import KERNELS
 from trainer.processes import children
 from trainer.registry import kinds
 from trainer.run import trackers
+from trainer.run.folder import run_folder
 from trainer.store import open_store
 
 State = Literal["ok", "optional", "missing"]
@@ -80,9 +84,10 @@ class Diagnosis:
         return {"ok": self.ok, "checks": [asdict(check) for check in self.checks]}
 
 
-def diagnose(store_uri: str | None, nccl_variables: Mapping[str, str] | None = None) -> Diagnosis:
-    """Look at this machine, and in a Slurm allocation at the network of all its nodes; with `store_uri` also write, read and
-    delete one small object there. `nccl_variables` are a run's `cluster.nccl`. Raises nothing."""
+def diagnose(store_uri: str | None, config: Config | None = None, *, reads_base: bool = False) -> Diagnosis:
+    """Look at this machine, and in a Slurm allocation at the network of all its nodes, with the `cluster.nccl` of a run's `config`; with
+    `store_uri` also write, read and delete one small object there; `reads_base` reads the run's base whole. Raises nothing."""
+    nccl_variables = config.cluster.nccl_variables if config else None
     checks = [
         Check("python", "ok", platform.python_version()),
         *_packages(),
@@ -94,6 +99,8 @@ def diagnose(store_uri: str | None, nccl_variables: Mapping[str, str] | None = N
         checks.extend(check_network({**os.environ, **(nccl_variables or {})}))
     if store_uri is not None:
         checks.append(check_store(store_uri))
+    if config is not None and reads_base:
+        checks.append(check_base(config))
     return Diagnosis(tuple(checks))
 
 
@@ -198,6 +205,21 @@ def check_network(environment: Mapping[str, str]) -> Iterator[Check]:
         yield Check("NCCL", "ok", "; ".join(f"{network.host}: {network.transport}" for network in found))
     if idle := [f"{network.host} {port}" for network in found for port in network.idle]:
         yield Check("InfiniBand", "optional", f"not active: {', '.join(idle)}", "Ask whoever runs the network.")
+
+
+def check_base(config: Config) -> Check:
+    """Read every byte of the base of `config`, and compare it with the Hub's hashes or those that the run keeps."""
+    name = f"base {config.model.base}"
+    try:
+        base = resolve_base(config.model)
+        found = check_whole(base, run_folder(config))
+    except CapstanError as error:
+        return Check(name, "missing", str(error), "Give the base that the run began with.")
+    return Check(
+        name,
+        "ok",
+        f"{len(base.headers)} files, {sum(header.size for header in base.headers.values()) / 1e9:,.1f} GB: {found}",
+    )
 
 
 def check_store(uri: str) -> Check:

@@ -20,6 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 
 from launcher.export.export import Exported, export_run
+from trainer.base.find.locate import TOKENIZER_FILES
 from trainer.errors import ConfigError, StorageError, Unreachable
 from trainer.export.card import PLACE
 from trainer.export.folder import CARD
@@ -31,7 +32,16 @@ _TARGET = re.compile(r"hf://([\w.-]+/[\w.-]+)")
 _TOKEN = "HF_TOKEN"
 _TOKENS_PAGE = "huggingface.co/settings/tokens"
 # Files of an earlier export that a program would load beside the new ones, or in place of them.
-_LOADED = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "*.gguf")
+_LOADED = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.gguf",
+    "adapter_config.json",
+    "adapter_model.bin",
+    "config.json",
+    "generation_config.json",
+    *TOKENIZER_FILES,
+)
 
 
 @dataclass(frozen=True)

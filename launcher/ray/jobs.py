@@ -14,7 +14,7 @@ import yaml
 
 from launcher.ray.cluster import address_of, first_line, refused_token
 from launcher.start import snapshot
-from launcher.start.check import anchored, check
+from launcher.start.check import anchored, check, pinned
 from launcher.start.claim import claimed
 from trainer.config import Config
 from trainer.errors import ConfigError
@@ -62,7 +62,7 @@ def submit(
         NothingToResume: `resume`, and nothing is committed.
     """
     config = anchored(config)
-    check(config, resume=resume, take_over=take_over, elsewhere=True)
+    config = pinned(config, check(config, resume=resume, take_over=take_over, elsewhere=True))
     code = snapshot.take(Path.cwd())
     run = run_folder(config)
     address = address_of(config)

@@ -13,13 +13,20 @@ from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
 from trainer.config import Config, Data, override
 from trainer.data.compile.inputs import as_trained
 from trainer.data.compile.prepare import load_tokenizer
-from trainer.export.trained import check_overrides, resolve_trained_base, trained_config, trained_method
+from trainer.export.trained import (
+    check_overrides,
+    check_trained_base,
+    trained_config,
+    trained_method,
+    with_trained_template,
+    with_trained_tokenizer,
+)
 from trainer.measure.prompts import Prompter
 from trainer.objective.objective import find_objective
 from trainer.optimizer.optimizer import MASTER
 from trainer.ranks import Ranks
 from trainer.run.folder import run_config
-from trainer.start import assemble_run, join_run
+from trainer.start import assemble_run, check_same_base, join_run
 from trainer.store import Store, open_run_store
 from trainer.train.assemble import attention_of
 from trainer.tuning.method import Method, check_tuning, method_of
@@ -122,10 +129,17 @@ def open_run(run: Store, step: int | None, overrides: Sequence[str], *, base_alo
     ranks = join_run(run_config(run, overrides))
     config, manifest = ranks.on_first(lambda: settings_of(run, step, overrides, base_alone=base_alone))
     with ranks.agreeing():
-        base = resolve_base(config.model) if manifest is None else resolve_trained_base(config.model, manifest)
+        base = resolve_base(config.model)
+        if manifest is not None:  # the cache that keeps the tokenizer and the template is each machine's own
+            base = with_trained_tokenizer(run, base, manifest)
+            config = config.model_copy(update={"data": with_trained_template(run, config.data, manifest)})
         check_tuning(config, base.description)
         method = method_of(config) if manifest is None else trained_method(config, manifest)
+    check_same_base(base, ranks)
+    if manifest is not None:
+        ranks.on_first(lambda: check_trained_base(base, manifest))
     attention = attention_of(config, base, ranks.device)
     engine, _ = assemble_run(config, base, ranks, attention, find_objective(config), accumulation=1, log=log)
-    words = Words(base, ranks.on_first(lambda: as_trained(config)))
+    form = ranks.on_first(lambda: as_trained(config)).format
+    words = Words(base, config.data.model_copy(update={"format": form}))
     return OpenedRun(run, config, manifest, base, method, ranks, engine, words)

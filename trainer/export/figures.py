@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+NOT_TRAINED = "It is not what was trained; do not use it."
+
 
 @dataclass(frozen=True)
 class Proof:
@@ -48,7 +50,7 @@ class Proof:
             return "It is what was trained."
         if self.is_alike:
             return "That proves nothing: what was learnt changes no more than rounding does. Train longer, or export without --verify."
-        return "It is not what was trained; do not use it."
+        return NOT_TRAINED
 
     def sentence(self) -> str:
         figures = (

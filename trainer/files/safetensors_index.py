@@ -4,15 +4,17 @@ Format: https://github.com/huggingface/safetensors#format: 8 bytes little-endian
 Headers are checked against the files' sizes, so that a truncated file or a lying header is found before any weight is read.
 """
 
+import hashlib
 import json
 import math
 import struct
 from bisect import bisect_right
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from trainer.errors import NOT_JSON, ConfigError, NotFound, shown
 from trainer.store import Store
@@ -23,6 +25,7 @@ WEIGHT_DTYPES = ("BF16", "F16", "F32")
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000
+_HEADERS_AT_ONCE = 16
 
 
 class StoredTensor(Protocol):
@@ -131,8 +134,16 @@ class PackedTensor:
         return self.sources.mean is not None
 
 
-def read_index(store: Store) -> dict[str, TensorSource]:
-    """All tensors of a Hugging Face model directory, single-file or indexed.
+class FileHeader(NamedTuple):
+    """The header of a file of `size` bytes: the SHA-256 of its bytes, and the tensors by name."""
+
+    size: int
+    sha256: str
+    tensors: dict[str, TensorSource]
+
+
+def read_headers(store: Store) -> dict[str, FileHeader]:
+    """The header of each file of a Hugging Face model directory, single-file or indexed, by the file's name.
 
     Raises:
         ConfigError: no safetensors file, or none of a name that transformers knows; a file that the index names is missing or
@@ -158,10 +169,10 @@ def read_index(store: Store) -> dict[str, TensorSource]:
         raise ConfigError(
             f"model.base: {store.uri}/{INDEX_FILE} names {missing[0]}, which is not there. Copy the model again."
         )
-    tensors: dict[str, TensorSource] = {}
-    for key in sorted(files):
-        tensors.update(read_header(store, key, sizes[key]))
-    return tensors
+    names = sorted(files)
+    with ThreadPoolExecutor(_HEADERS_AT_ONCE, "headers") as pool:
+        headers = pool.map(lambda key: read_file_header(store, key, sizes[key]), names)
+        return dict(zip(names, headers, strict=True))
 
 
 def _indexed_files(store: Store) -> set[str] | None:
@@ -178,8 +189,18 @@ def _indexed_files(store: Store) -> set[str] | None:
         ) from error
 
 
+def read_index(store: Store) -> dict[str, TensorSource]:
+    """All tensors of a model directory; raises as `read_headers`."""
+    return {name: tensor for header in read_headers(store).values() for name, tensor in header.tensors.items()}
+
+
 def read_header(store: Store, key: str, file_size: int) -> dict[str, TensorSource]:
-    """The tensors of one safetensors file of `file_size` bytes; raises `ConfigError` where they do not add up."""
+    """The tensors of one safetensors file; raises as `read_file_header`."""
+    return read_file_header(store, key, file_size).tensors
+
+
+def read_file_header(store: Store, key: str, file_size: int) -> FileHeader:
+    """The header of one safetensors file of `file_size` bytes; raises `ConfigError` where its tensors do not add up."""
     where = f"{store.uri}/{key}"
     if file_size < 8:
         raise ConfigError(f"{where} is truncated: {file_size} bytes are no safetensors file. Copy it again.")
@@ -189,11 +210,12 @@ def read_header(store: Store, key: str, file_size: int) -> dict[str, TensorSourc
             f"{where} is damaged: its header claims {length} bytes of a file of {file_size}. Copy it again."
         )
     try:
-        header: dict[str, Any] = json.loads(bytes(store.get_range(key, 8, 8 + length)))
+        text = bytes(store.get_range(key, 8, 8 + length))
+        header: dict[str, Any] = json.loads(text)
         header.pop("__metadata__", None)
         tensors = {name: _source(store, key, 8 + length, info, file_size) for name, info in header.items()}
         _check_no_byte_is_shared(tensors, 8 + length, file_size)
-        return tensors
+        return FileHeader(file_size, hashlib.sha256(text).hexdigest(), tensors)
     except (*NOT_JSON, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(f"{where} is damaged: its header cannot be read ({error}). Copy it again.") from error
 

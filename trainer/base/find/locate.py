@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from trainer.files.safetensors_index import INDEX_FILE
 from trainer.store import SCHEMES, Entry, Store, open_store
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # a path that begins with a dot is none
+CHAT_TEMPLATE = "chat_template.jinja"
 # The files that decide what a tokenizer does.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -31,7 +32,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "chat_template.json",
 )
 _CONFIG = "config.json"
@@ -114,31 +115,39 @@ def is_hub_id(base: str) -> bool:
 
 def _small_files(store: Store) -> Path:
     """A folder of this machine's cache with the base's small files, fetched once for each version of them."""
-    entries = [
-        entry
-        for entry in store.list()
-        if "/" not in entry.key and entry.key != INDEX_FILE and any(Path(entry.key).match(p) for p in _SMALL_FILES)
-    ]
+    entries = [entry for entry in store.list() if "/" not in entry.key and is_small_file(entry.key)]
     versions = json.dumps([store.uri, [[entry.key, entry.version] for entry in entries]])
+    return _cached(versions, lambda: {entry.key: store.get(entry.key) for entry in entries})
+
+
+def is_small_file(name: str) -> bool:
+    """Whether it is a file of a base beside its weights, of those that are read."""
+    return name != INDEX_FILE and any(Path(name).match(pattern) for pattern in _SMALL_FILES)
+
+
+def cached_folder(files: Mapping[str, bytes]) -> Path:
+    """A folder of this machine's cache with these files, for what reads folders only."""
+    names = json.dumps(sorted((name, hashlib.sha256(content).hexdigest()) for name, content in files.items()))
+    return _cached(names, lambda: files)
+
+
+def _cached(versions: str, fetch: Callable[[], Mapping[str, bytes]]) -> Path:
+    """The folder of the cache for these `versions`; every rank of a machine may fill it at once, and the first to rename its own wins."""
     folder = user_cache() / "bases" / hashlib.sha256(versions.encode()).hexdigest()[:16]
-    if not folder.is_dir():
-        _fetch(store, entries, folder)
-    return folder
-
-
-def _fetch(store: Store, entries: list[Entry], folder: Path) -> None:
-    """Fill a new `folder`; every rank of a machine may do so at once, and the first to rename its own wins."""
+    if folder.is_dir():
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as partial:
         whole = Path(partial) / "whole"
         whole.mkdir()
-        for entry in entries:
-            (whole / entry.key).write_bytes(store.get(entry.key))
+        for name, content in fetch().items():
+            (whole / name).write_bytes(content)
         try:
             whole.rename(folder)
         except OSError:
             if not folder.is_dir():
                 raise
+    return folder
 
 
 def copy_weights(base: Base, folder: Path) -> None:

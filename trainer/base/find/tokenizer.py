@@ -4,18 +4,22 @@ An added token is found wherever its text stands, inside a word too, before anyt
 transformers' sense, so decoding shows it.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.base.describe.config_json import read_by_transformers
-from trainer.base.find.locate import TOKENIZER_FILES, base_files, named_files
+from trainer.base.find.locate import CHAT_TEMPLATE, TOKENIZER_FILES, base_files, named_files
 from trainer.config import Model
 from trainer.errors import ConfigError
 from trainer.files.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_SETTINGS = "tokenizer_config.json"
+_TEMPLATES = (CHAT_TEMPLATE, "chat_template.json")
 
 
 def read_tokenizer(directory: Path, name: str, added_tokens: Sequence[str] = ()) -> "PreTrainedTokenizerBase":
@@ -59,11 +63,25 @@ def find_rows(model: Model) -> list[TokenRow]:
     return rows
 
 
-def tokenizer_files(model: Model) -> dict[str, bytes]:
-    """Name -> content of the files of the run's tokenizer: the base's own, or as transformers saves what was added to."""
-    directory = base_files(model)
+def tokenizer_files(directory: Path, model: Model, template: str | None) -> dict[str, bytes]:
+    """Name -> content of the files of the run's tokenizer: those in the base's `directory`, or as transformers saves what was added to;
+    with the run's own chat `template` where it has one."""
     if not model.add_tokens:
-        return named_files(directory, TOKENIZER_FILES)
-    with scratch_folder("export") as folder:
-        read_tokenizer(directory, model.base, model.add_tokens).save_pretrained(folder)
-        return named_files(Path(folder), TOKENIZER_FILES)
+        files = named_files(directory, TOKENIZER_FILES)
+    else:
+        with scratch_folder("export") as folder:
+            read_tokenizer(directory, model.base, model.add_tokens).save_pretrained(folder)
+            files = named_files(Path(folder), TOKENIZER_FILES)
+    return files if template is None else _with_template(files, template)
+
+
+def _with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]:
+    """Programs of before transformers 4.51 look for the template among the settings, others in a file of its own."""
+    kept = {name: content for name, content in files.items() if name not in _TEMPLATES}
+    settings: dict[str, Any] = json.loads(files.get(_SETTINGS, b"{}"))
+    settings["chat_template"] = template
+    return {
+        **kept,
+        _SETTINGS: json.dumps(settings, indent=2, ensure_ascii=False).encode(),
+        CHAT_TEMPLATE: template.encode(),
+    }

@@ -56,7 +56,7 @@ class Gguf(Section):
         temporary = local_path(self.scratch or tempfile.gettempdir(), "scratch")
         if not temporary.is_dir():
             raise ConfigError(f"scratch: {temporary} is no folder. Make it, or name another.")
-        base, folder = resolve_trained_base(config.model, manifest), local_folder(destination)
+        base, folder = resolve_trained_base(run, config.model, manifest), local_folder(destination)
         merged = sum(size for _, size, _ in base.versions)
         weights = base.architecture.weights("linear", "experts", "embedding", "head", "small")
         results = sum(int(_BYTES[kind] * weights) for kind in names)
@@ -78,8 +78,10 @@ class Gguf(Section):
         return Written(manifest, {"files": list(names.values())})
 
     def prove(self, run: Store, step: int, destination: Store) -> Proof:
+        from trainer.export.again import check_again
         from trainer.export.gguf.proof import prove_gguf
 
+        check_again(self, run, step, destination)
         return prove_gguf(run, step, destination)
 
 

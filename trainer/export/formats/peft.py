@@ -49,10 +49,12 @@ class PeftFolder(Section):
         return per_expert_files(files, model)
 
     def prove(self, run: Store, step: int, destination: Store) -> Proof:
+        from trainer.export.again import check_again
         from trainer.export.proof.verify import prove_adapter
 
         if self.layout != "peft":
             raise ConfigError("--verify: PEFT does not read layout=vllm. Verify the adapter in PEFT's own layout.")
+        check_again(self, run, step, destination)
         return prove_adapter(run, step, destination)
 
 

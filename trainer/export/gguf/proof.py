@@ -7,11 +7,14 @@ bits, the difference is allowed to be half of what the training changed.
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from gguf import GGUFReader, Keys
 from torch import Tensor
 
-from trainer.export.figures import Proof
+from trainer.errors import CapstanError
+from trainer.export.figures import NOT_TRAINED, Proof
 from trainer.export.gguf.converter import convert
 from trainer.export.gguf.predictions import LlamaCppQuestion, next_tokens
 from trainer.export.proof import plain
@@ -19,6 +22,7 @@ from trainer.export.proof.distributions import distance
 from trainer.export.proof.recoded import half
 from trainer.export.proof.rows import ProbeRow
 from trainer.export.proof.verify import Trained, base_directory, directory_of, make_proof, plain_model
+from trainer.export.rendering import Texts, trained_texts
 from trainer.export.write.merged import write_model
 from trainer.files.scratch import scratch_folder
 from trainer.store import Store, open_store
@@ -28,8 +32,12 @@ _PLACES = 4  # of a row, at most: llama.cpp is asked for each of them, and tells
 
 def prove_gguf(run: Store, step: int, exported: Store) -> Proof:
     """Each model in `exported` against the merged model of `step`; the proof is that of the file which is farthest from it."""
+    trained = Trained.at(run, step)
     with directory_of(exported) as folder:
-        return _prove(Trained.at(run, step), [(file, None) for file in folder.glob("*.gguf")])
+        files = list(folder.glob("*.gguf"))
+        for file in files:
+            _check_texts(file, trained_texts(trained.config, trained.base.directory))
+        return _prove(trained, [(file, None) for file in files])
 
 
 def prove_gguf_adapter(run: Store, step: int, exported: Store) -> Proof:
@@ -39,6 +47,26 @@ def prove_gguf_adapter(run: Store, step: int, exported: Store) -> Proof:
         model = Path(scratch, "base.gguf")
         convert(base, "f16", model, "base")
         return _prove(trained, [(model, file) for file in folder.glob("*.gguf")])
+
+
+def _check_texts(file: Path, ours: Texts) -> None:
+    """Raises `CapstanError` where the file has another chat template, end of text or numbering of tokens than the run."""
+    reader = GGUFReader(file)
+
+    def told(key: str) -> Any:
+        found = reader.get_field(key)
+        return None if found is None else found.contents()
+
+    tokens, added = told(Keys.Tokenizer.LIST), {*ours.tokenizer.added_tokens_decoder}
+    numbered = {number: token for token, number in ours.tokenizer.get_vocab().items() if number not in added}
+    same = {
+        "chat template": (told(Keys.Tokenizer.CHAT_TEMPLATE) or None) == (ours.template or None),
+        "end of text": told(Keys.Tokenizer.EOS_ID) == ours.tokenizer.eos_token_id,
+        "numbering of tokens": all(tokens[number] == token for number, token in numbered.items()),
+    }
+    for what, alike in same.items():
+        if not alike:
+            raise CapstanError(f"{file.name} has another {what} than the run. {NOT_TRAINED}")
 
 
 def _prove(trained: Trained, files: Sequence[tuple[Path, Path | None]]) -> Proof:

@@ -22,6 +22,7 @@ from trainer.store import Store, open_store
 def prove_recoded(run: Store, step: int, exported: Store) -> Proof:
     """The trained model of `step` against the files in `exported`, and against itself before the training for the effect."""
     trained = Trained.at(run, step)
+    trained.check_texts(exported)
     rows, computed_in = trained.probe.rows, trained.computed_in
     expected, begun = trained.predictions(), trained.predictions(learnt=False)
     found = trained.exported(_recoded_side, exported.uri, packed=False, recoded=True)

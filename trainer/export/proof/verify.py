@@ -11,8 +11,8 @@ else on the CPU (trainer/export/proof/placement.py).
 A merged model is not quite the trained one where the base was quantized for training, as it is merged into the base's own
 weights. Only the merging is proven for it: it predicts what PEFT's own merge predicts, rounded to the same types.
 
-Where the base itself has learnt, the model's files must also be, byte for byte, those that the checkpoint and the base make:
-no prediction shows a single bit that has flipped among billions.
+Before that every format compares the export's bytes with those of a second one (trainer/export/again.py), and here its tokenizer and chat template
+must give the run's texts the tokens of the training (trainer/export/rendering.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from trainer.base.describe.meta import model_config
-from trainer.base.find.locate import Base, copy_object, copy_weights
+from trainer.base.find.locate import Base, copy_object, copy_weights, is_small_file
 from trainer.base.find.tokenizer import find_rows
 from trainer.base.load.load import DTYPES, empty_model
 from trainer.base.partitions.filling import SOURCE_DTYPES
@@ -36,7 +36,6 @@ from trainer.checkpoint.learner import TrainablePartition
 from trainer.checkpoint.manifest import CheckpointManifest, read_manifest
 from trainer.config import Config, override
 from trainer.devices import host_memory_left, local_gpus
-from trainer.errors import CapstanError
 from trainer.export.figures import Proof
 from trainer.export.folder import local_folder
 from trainer.export.proof import plain
@@ -46,9 +45,9 @@ from trainer.export.proof.placement import ProofSide, Room, exported_side, train
 from trainer.export.proof.rows import Probe, ProbeRow, find_probe
 from trainer.export.proof.side_process import aside
 from trainer.export.proof.streamed import StreamedLayers
+from trainer.export.rendering import check_rendering, trained_texts
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.export.write.adapter import export_adapter
-from trainer.export.write.merged import ChangedFile, changed_files
 from trainer.files.safetensors_index import WEIGHT_DTYPES
 from trainer.files.scratch import scratch_folder
 from trainer.objective.sft import NextTokens
@@ -68,7 +67,6 @@ _SHAKEN_BY = {"bf16": 2**-8, "fp32": 2**-18}
 _TOLERATED_NOISE = 3.0
 # The policy by which our engine has a layer's weights on the GPU for its turn only.
 _A_LAYER_AT_A_TIME = "zero3_offload_cpu"
-_DO_NOT_USE = "do not use it, and export again."
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class Trained:
     def at(cls, run: Store, step: int, scratch: Path | None = None) -> "Trained":
         manifest = read_manifest(run, step)
         config = trained_config(run, manifest)
-        return cls(run, manifest, config, resolve_trained_base(config.model, manifest), scratch)
+        return cls(run, manifest, config, resolve_trained_base(run, config.model, manifest), scratch)
 
     @cached_property
     def room(self) -> Room:
@@ -144,6 +142,15 @@ class Trained:
         exact = not self.base.stored.quantized and _fits_in_fp32(self)
         return "fp32" if exact else self.config.model.dtype
 
+    def check_texts(self, destination: Store) -> None:
+        """Raises `CapstanError` where the tokenizer or the template in `destination` is not the run's."""
+        rows = [row.tokens[0].tolist() for row in self.probe.rows]
+        with scratch_folder("verify") as folder:
+            for entry in destination.list():
+                if is_small_file(entry.key):
+                    copy_object(destination, entry, Path(folder))
+            check_rendering(trained_texts(self.config, self.base.directory), Path(folder), rows)
+
     def logits(self, computed_in: str, learnt: bool = True) -> list[Tensor]:
         """Through our own sharded loader, engine and restore, as one rank: for each row (P, V) fp32. Without what was `learnt`
         those before the first step, over the base as it was quantized for the training."""
@@ -177,6 +184,7 @@ def prove_adapter(run: Store, step: int, adapter: Store) -> Proof:
     trained = Trained.at(run, step)
     if trained.method.exports_model:
         return _prove_model(trained, adapter)
+    trained.check_texts(adapter)
     computed_in, rows = trained.computed_in, trained.probe.rows
     expected = trained.predictions()
     packed = trained.config.quant.type != "none"
@@ -202,6 +210,7 @@ def prove_merged(run: Store, step: int, merged: Store) -> Proof:
     trained = Trained.at(run, step)
     if trained.method.exports_model:
         return _prove_model(trained, merged)
+    trained.check_texts(merged)
     rows = trained.probe.rows
     as_trained = trained.predictions()
     beside, alone, expected, allowed = trained.exported(_merging_side, packed=False)
@@ -244,13 +253,9 @@ def _merged_side(trained: Trained, merged: str) -> list[Tensor]:
 
 
 def _prove_model(trained: Trained, destination: Store) -> Proof:
-    """A model whose base has learnt itself: its bytes, and then its predictions against those of the model of `step`, with
-    those of the base as it was for the effect.
-
-    Raises `CapstanError` where a file has other bytes than it should.
-    """
-    for file in changed_files(trained.run, trained.manifest, trained.config, trained.base):
-        _check_bytes(file, destination)
+    """A model whose base has learnt itself: its predictions against those of the model of `step`, with those of the base as it was for
+    the effect."""
+    trained.check_texts(destination)
     computed_in, rows = trained.computed_in, trained.probe.rows
     expected = trained.predictions()
     found, allowed = trained.exported(_model_side, destination.uri, computed_in, packed=False)
@@ -279,21 +284,6 @@ def _predictions(model: Any, rows: Sequence[ProbeRow], computed_in: str) -> tupl
     with plain.shaken(model, _SHAKEN_BY[computed_in]):
         noise = distance(found, plain.place_logits(model, rows), rows)
     return found, Distance(_TOLERATED_NOISE**2 * noise.kl, _TOLERATED_NOISE * noise.log_prob)
-
-
-def _check_bytes(file: ChangedFile, destination: Store) -> None:
-    """Raises `CapstanError` unless `destination` holds the file with these very bytes."""
-    where, position = f"{destination.uri}/{file.key}", 0
-    size = destination.head(file.key).size
-    if size != file.size:
-        raise CapstanError(f"{where} has {size} bytes instead of {file.size}: {_DO_NOT_USE}")
-    for chunk in file.chunks():
-        end = position + len(chunk)
-        if destination.get_range(file.key, position, end) != chunk:
-            raise CapstanError(
-                f"{where} differs from what was trained between bytes {position} and {end}: {_DO_NOT_USE}"
-            )
-        position = end
 
 
 def make_proof(
@@ -391,8 +381,9 @@ def directory_of(store: Store) -> Iterator[Path]:
 @contextmanager
 def base_directory(base: Base) -> Iterator[Path]:
     """The same for a base, whose small files are on this machine already."""
-    if base.store.uri == f"file://{base.directory}":
-        yield base.directory
+    local = local_folder(base.store)
+    if local is not None:
+        yield local
         return
     with scratch_folder("base") as folder:
         copy_weights(base, Path(folder))

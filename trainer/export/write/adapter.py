@@ -9,14 +9,15 @@ for one.
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
 
-from trainer.base.find.locate import TOKENIZER_FILES
+from trainer.base.find.locate import TOKENIZER_FILES, base_files
 from trainer.base.find.tokenizer import tokenizer_files
 from trainer.base.load.load import DTYPES
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Model, Tuning
+from trainer.data.render.template import template_text
 from trainer.export.card import PEFT_USAGE, CardContent, model_card
 from trainer.export.folder import CARD, TRAINED, BytesWritten, check_destination
-from trainer.export.trained import trained_checkpoint
+from trainer.export.trained import check_base_at_hand, trained_checkpoint, trained_directory
 from trainer.export.write.learnt import CheckpointWeights
 from trainer.export.write.merged import write_model
 from trainer.store import Store
@@ -47,7 +48,9 @@ def export_adapter(
     if method.exports_model:
         write_model(run, manifest, config, destination, report)
         return manifest
-    tokenizer = tokenizer_files(config.model)
+    check_base_at_hand(config.model, manifest)
+    directory = trained_directory(run, base_files(config.model), manifest)
+    tokenizer = tokenizer_files(directory, config.model, template_text(config.data))
     weights = CheckpointWeights(run, manifest, DTYPES[config.model.dtype])
     exported = method.export(dict(weights), config.model)
     files = arranged(exported.files, config.model)

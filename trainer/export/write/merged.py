@@ -26,6 +26,7 @@ from trainer.base.rows.packed_parts import Weight
 from trainer.base.rows.parameters import find_all_weights
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config
+from trainer.data.render.template import template_text
 from trainer.errors import ConfigError
 from trainer.export.card import MODEL_USAGE, CardContent, model_card
 from trainer.export.folder import CARD, TRAINED, BytesWritten, check_destination
@@ -84,7 +85,7 @@ def write_model(
             f"model.layers: the run has the first {config.model.layers} layers of its base only, and the files of a model have "
             "all. Only a run of the whole base can be exported as a model."
         )
-    base = resolve_trained_base(config.model, manifest)
+    base = resolve_trained_base(run, config.model, manifest)
     content = CardContent("transformers", _description(config), "finetune", MODEL_USAGE)
     destination.put(CARD, model_card(run, config, manifest, content))
     changed = changed_files(run, manifest, config, base)
@@ -100,7 +101,8 @@ def write_model(
 
 def complete_model(base: Base, config: Config, destination: Store, settings: bytes) -> None:
     """Write the files that a model has beside its weights; `settings`, its config.json, last."""
-    for name, content in {**named_files(base.directory, _SMALL_FILES), **tokenizer_files(config.model)}.items():
+    tokenizer = tokenizer_files(base.directory, config.model, template_text(config.data))
+    for name, content in {**named_files(base.directory, _SMALL_FILES), **tokenizer}.items():
         destination.put(name, content)
     destination.create(_CONFIG, settings)
 

@@ -109,7 +109,7 @@ def export_recoded(
     manifest, config, _ = mergeable_checkpoint(run, destination, step)
     if config.model.layers:
         raise ConfigError("model.layers: only a run of the whole base can be exported as a model.")
-    base, code = resolve_trained_base(config.model, manifest), make(config)
+    base, code = resolve_trained_base(run, config.model, manifest), make(config)
     recoding = _choose(base, code)
     what = f"A model {TRAINED}, base and adapter merged, its linear layers quantized to {code.name} after that."
     destination.put(
