@@ -20,7 +20,7 @@ from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.checkpoint.shard import ShardLayout, write_shard
 from trainer.config import Config, dump_config, parse_config
 from trainer.data.compile.prepare import Datasets, prepare
-from trainer.data.text import keep_text, text_of
+from trainer.data.render.text_files import keep_text, text_of
 from trainer.identity import identity_of
 from trainer.optimizer.optimizer import states_by_name
 from trainer.run import layout

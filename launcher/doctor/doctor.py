@@ -20,7 +20,7 @@ from rich.text import Text
 
 from launcher.doctor.nccl import networks, troubles
 from launcher.view.folded import FoldedTable
-from trainer.base.content import check_whole
+from trainer.base.find.content import check_whole
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config
 from trainer.devices import count_visible, listed_gpus, unused

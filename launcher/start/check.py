@@ -8,8 +8,8 @@ from contextlib import suppress
 from typing import Any
 
 from launcher.view.status import SILENT_SECONDS, read_status
-from trainer.base.content import hub_commit
 from trainer.base.find.check import check_base, check_weights
+from trainer.base.find.content import hub_commit
 from trainer.base.find.locate import Base, is_hub_id, resolve_base
 from trainer.checkpoint.identity import check_identity
 from trainer.checkpoint.listing import committed_steps

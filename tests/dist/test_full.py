@@ -21,9 +21,9 @@ from trainer.checkpoint.identity import check_identity
 from trainer.checkpoint.manifest import read_manifest
 from trainer.config import Config, dump_config, override
 from trainer.errors import CapstanError, ConfigError
-from trainer.export.again import check_again
 from trainer.export.figures import Proof
 from trainer.export.format import find_format
+from trainer.export.proof.same_bytes import check_again
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.learnt import master_weights
 from trainer.export.write.merged import export_merged

@@ -15,8 +15,8 @@ from launcher.start.check import check, pinned
 from tests.material import Workshop, commit
 from trainer.base import sampled
 from trainer.base.base import Base
-from trainer.base.content import check_whole
 from trainer.base.describe.description import describe
+from trainer.base.find.content import check_whole
 from trainer.base.find.locate import resolve_base
 from trainer.checkpoint.manifest import read_manifest
 from trainer.config import override

@@ -78,8 +78,8 @@ class Gguf(Section):
         return Written(manifest, {"files": list(names.values())})
 
     def prove(self, run: Store, step: int, destination: Store) -> Proof:
-        from trainer.export.again import check_again
         from trainer.export.gguf.proof import prove_gguf
+        from trainer.export.proof.same_bytes import check_again
 
         check_again(self, run, step, destination)
         return prove_gguf(run, step, destination)

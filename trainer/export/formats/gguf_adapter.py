@@ -12,12 +12,8 @@ from trainer.export.card import CardContent, model_card
 from trainer.export.figures import Proof
 from trainer.export.folder import CARD, TRAINED, check_destination
 from trainer.export.gguf.converter import PART, check_converter, deliver
-<<<<<<< 44868ff3587ab06f72dbac0a21474d1e14ed3d82
-from trainer.export.trained import trained_checkpoint
-from trainer.export.written import ExportProgress, Written
-=======
 from trainer.export.trained import check_base_at_hand, trained_checkpoint
->>>>>>> 72a6ca43ff2e902c8a5a523093ef6654ad4b0318
+from trainer.export.written import ExportProgress, Written
 from trainer.files.scratch import scratch_folder
 from trainer.store import Store
 from trainer.tuning.method import method_of
@@ -56,8 +52,8 @@ class GgufAdapter(Section):
         return Written(manifest, {"files": [name]})
 
     def prove(self, run: Store, step: int, destination: Store) -> Proof:
-        from trainer.export.again import check_again
         from trainer.export.gguf.proof import prove_gguf_adapter
+        from trainer.export.proof.same_bytes import check_again
 
         check_again(self, run, step, destination)
         return prove_gguf_adapter(run, step, destination)

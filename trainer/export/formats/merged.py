@@ -26,7 +26,7 @@ class MergedFolder(Section):
         return Written(export_merged(run, destination, step, progress.written))
 
     def prove(self, run: Store, step: int, destination: Store) -> Proof:
-        from trainer.export.again import check_again
+        from trainer.export.proof.same_bytes import check_again
         from trainer.export.proof.verify import prove_merged
 
         check_again(self, run, step, destination)

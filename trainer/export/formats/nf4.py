@@ -45,8 +45,8 @@ class Nf4(Section):
         return export_recoded(run, destination, step, code, progress)
 
     def prove(self, run: Store, step: int, destination: Store) -> Proof:
-        from trainer.export.again import check_again
         from trainer.export.proof.recoded import prove_recoded
+        from trainer.export.proof.same_bytes import check_again
 
         check_again(self, run, step, destination)
         return prove_recoded(run, step, destination)

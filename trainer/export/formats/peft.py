@@ -49,7 +49,7 @@ class PeftFolder(Section):
         return per_expert_files(files, model)
 
     def prove(self, run: Store, step: int, destination: Store) -> Proof:
-        from trainer.export.again import check_again
+        from trainer.export.proof.same_bytes import check_again
         from trainer.export.proof.verify import prove_adapter
 
         if self.layout != "peft":

@@ -20,9 +20,9 @@ from trainer.export.gguf.predictions import LlamaCppQuestion, next_tokens
 from trainer.export.proof import plain
 from trainer.export.proof.distributions import distance
 from trainer.export.proof.recoded import half
+from trainer.export.proof.rendering import Texts, trained_texts
 from trainer.export.proof.rows import ProbeRow
 from trainer.export.proof.verify import Trained, base_directory, directory_of, make_proof, plain_model
-from trainer.export.rendering import Texts, trained_texts
 from trainer.export.write.merged import write_model
 from trainer.files.scratch import scratch_folder
 from trainer.store import Store, open_store

@@ -11,8 +11,8 @@ else on the CPU (trainer/export/proof/placement.py).
 A merged model is not quite the trained one where the base was quantized for training, as it is merged into the base's own
 weights. Only the merging is proven for it: it predicts what PEFT's own merge predicts, rounded to the same types.
 
-Before that every format compares the export's bytes with those of a second one (trainer/export/again.py), and here its tokenizer and chat template
-must give the run's texts the tokens of the training (trainer/export/rendering.py).
+Before that every format compares the export's bytes with those of a second one (trainer/export/proof/same_bytes.py), and here its tokenizer and chat template
+must give the run's texts the tokens of the training (trainer/export/proof/rendering.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -42,10 +42,10 @@ from trainer.export.proof import plain
 from trainer.export.proof.dequantized import dequantized_by_transformers
 from trainer.export.proof.distributions import Distance, distance
 from trainer.export.proof.placement import ProofSide, Room, exported_side, trained_side
+from trainer.export.proof.rendering import check_rendering, trained_texts
 from trainer.export.proof.rows import Probe, ProbeRow, find_probe
 from trainer.export.proof.side_process import aside
 from trainer.export.proof.streamed import StreamedLayers
-from trainer.export.rendering import check_rendering, trained_texts
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.export.write.adapter import export_adapter
 from trainer.files.safetensors_index import WEIGHT_DTYPES

@@ -1,6 +1,6 @@
 """The half of `--verify` about texts: through the exported tokenizer and chat template they become the tokens of the training.
 
-The run's own are those that it keeps (trainer/data/text.py). Compared are rows of its data, a text of many kinds of characters and
+The run's own are those that it keeps (trainer/data/render/text_files.py). Compared are rows of its data, a text of many kinds of characters and
 conversations, then what rows cannot show: every token's number, the special ones, and the template's own text.
 """
 
