@@ -13,22 +13,24 @@ from transformers import AutoModelForCausalLM
 
 from launcher.smoke.local_s3 import S3Server
 from tests.dist import curves, full, gradients, memory, proofs, runs, traffic
-from tests.dist.launch import RankFailed, launch
+from tests.dist.launch import launch
 from tests.dist.test_resume import losses
 from tests.material import Workshop, commit, make_base
-from trainer.base.locate import resolve_base
+from trainer.base.find.locate import resolve_base
 from trainer.checkpoint.identity import check_identity
 from trainer.checkpoint.manifest import read_manifest
 from trainer.config import Config, dump_config, override
-from trainer.errors import ConfigError
-from trainer.export.adapter import export_adapter
-from trainer.export.learnt import master_weights
-from trainer.export.merged import export_merged
-from trainer.export.proof import Proof
+from trainer.errors import CapstanError, ConfigError
+from trainer.export.figures import Proof
+from trainer.export.format import find_format
+from trainer.export.proof.same_bytes import check_again
+from trainer.export.write.adapter import export_adapter
+from trainer.export.write.learnt import master_weights
+from trainer.export.write.merged import export_merged
+from trainer.files.safetensors_index import read_index
 from trainer.identity import identity_of
-from trainer.plan import make_plan
+from trainer.plan.plan import make_plan
 from trainer.run import layout
-from trainer.safetensors_index import read_index
 from trainer.store import Store, open_store
 
 FULL = ("tuning.method=full", "tuning.rank=16", "tuning.alpha=32", "quant.type=none")
@@ -48,7 +50,13 @@ def set_policy(workshop: Workshop, **zero: int) -> None:
 
 
 @pytest.fixture(
-    scope="module", params=[("llama", ()), ("gemma2", ()), ("qwen2", SELECTED), ("mixtral", ())], ids=lambda p: p[0]
+    scope="module",
+    params=[
+        ("llama", ()),
+        ("qwen2", SELECTED),
+        *(pytest.param((kind, ()), marks=pytest.mark.long) for kind in ("gemma2", "mixtral")),
+    ],
+    ids=lambda p: p[0],
 )
 def steps(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The first step, plain ("plain") and on 1, 2 and 3 ranks: (rank 0's record, its gradients). gemma2's head is tied, and
@@ -98,7 +106,12 @@ def test_what_learns_is_everything_or_what_is_named(steps: Any) -> None:
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("kind", "optimizer"),
-    [("llama", "adamw"), ("llama-tied", "adamw"), ("llama", "adamw_8bit"), ("mixtral", "adafactor")],
+    [
+        ("llama", "adamw"),
+        pytest.param("llama-tied", "adamw", marks=pytest.mark.long),
+        ("llama", "adamw_8bit"),
+        pytest.param("mixtral", "adafactor", marks=pytest.mark.long),
+    ],
 )
 def test_twenty_steps_of_two_ranks_have_the_losses_of_transformers_and_the_stock_optimizer(
     tmp_path: Path, kind: str, optimizer: str
@@ -147,7 +160,13 @@ def run(workshop: Workshop, whole: dict[int, float]) -> Store:
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("optimizer", "more"),
-    [("adamw", ()), ("adamw_8bit", ()), ("adafactor", ()), ("adamw_8bit", LORA), ("adafactor", LORA)],
+    [
+        ("adamw", ()),
+        ("adamw_8bit", ()),
+        ("adafactor", ()),
+        pytest.param("adamw_8bit", LORA, marks=pytest.mark.long),
+        pytest.param("adafactor", LORA, marks=pytest.mark.long),
+    ],
     ids=["adamw", "adamw_8bit", "adafactor", "lora-adamw_8bit", "lora-adafactor"],
 )
 def test_ten_steps_are_five_a_resume_and_five_more(workshop: Workshop, optimizer: str, more: tuple[str, ...]) -> None:
@@ -179,6 +198,7 @@ def test_ten_steps_are_five_a_resume_and_five_more(workshop: Workshop, optimizer
             check_identity(manifests[0], another)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "adafactor"])
 def test_an_optimizer_on_the_host_trains_and_resumes_as_one_beside_the_weights(
@@ -248,6 +268,7 @@ def test_an_export_is_a_model_that_transformers_loads_with_the_masters_bit_by_bi
     )
 
 
+@pytest.mark.long
 def test_from_a_bucket_to_a_bucket_are_the_files_of_a_folder(run: Store, tmp_path: Path, s3: S3Server) -> None:
     folder, bucket = open_store(str(tmp_path / "model")), open_store(f"{s3.uri('full')}/model")
     far = open_store(f"{s3.uri('full')}/runs/whole")
@@ -285,13 +306,14 @@ def test_verify_holds_for_what_was_trained_and_catches_what_is_broken(run: Store
     assert proof["kl_allowed"] < 1e-4 * proof["kl_effect"]
     for how, sentence in (("bit", "differs from what was trained"), ("cut", "bytes instead of"), ("step", "differs")):
         copy = Path(shutil.copytree(tmp_path / "model", tmp_path / how))
-        with pytest.raises(RankFailed, match=sentence):
-            launch(1, proofs.export_proof, run.uri, 10, str(broken(copy, how, run)))
+        with pytest.raises(CapstanError, match=sentence):
+            check_again(find_format("peft"), run, 10, open_store(str(broken(copy, how, run))))
     copy = Path(shutil.copytree(tmp_path / "model", tmp_path / "setting"))
     (proof,) = launch(1, proofs.merge_proof, run.uri, 10, str(broken(copy, "setting", run)))
     assert not Proof(**proof).holds
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_routers_that_a_family_keeps_in_fp32_learn_and_are_exported(workshop: Workshop, tmp_path: Path) -> None:
     """DeepSpeed takes what learns in one type, and DeepSeek-V3's routers are in another one than the rest of a model in bf16."""
@@ -329,6 +351,7 @@ def test_a_mixtures_experts_and_a_tied_head_that_is_stored_twice_are_written_whe
     assert torch.equal(twice["lm_head.weight"], twice["model.embed_tokens.weight"])
 
 
+@pytest.mark.long
 def test_the_peak_of_an_export_is_a_few_pieces_and_parts(workshop: Workshop, tmp_path: Path) -> None:
     """With pieces of 256 KiB and parts of 1 MiB in the place of 4 and 32 MiB, which would want a base of some gigabytes."""
     sizes: dict[str, Any] = {"vocab_size": 20_000, "hidden_size": 512, "intermediate_size": 2048}
@@ -349,6 +372,7 @@ def test_a_run_of_the_first_layers_has_no_model_to_export(workshop: Workshop, tm
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("dtype", "optimizer"), [("bf16", "adamw"), ("fp32", "adamw"), ("bf16", "adamw_8bit"), ("bf16", "adafactor")]

@@ -17,12 +17,12 @@ from launcher.ray.data import map_on_cluster
 from tests.material import Workshop, byte_tokenizer
 from tests.ray.cluster import Driver, ray_cluster, write
 from trainer.config import Data
-from trainer.data.compile import Progress, compile_dataset
-from trainer.data.manifest import DatasetManifest
-from trainer.data.pool import BYTES_FOR_PROCESSES
-from trainer.data.reading import batches
-from trainer.data.rows import Batch, Lines
-from trainer.data.sources import expand
+from trainer.data.compile.compile import Progress, compile_dataset
+from trainer.data.compile.pool import BYTES_FOR_PROCESSES
+from trainer.data.dataset.manifest import DatasetManifest
+from trainer.data.source.files import expand
+from trainer.data.source.reading import batches
+from trainer.data.source.rows import Batch, Lines
 from trainer.errors import DataError
 from trainer.store import open_store
 
@@ -74,6 +74,7 @@ def where(batch: Batch) -> str:
     return ray.get_runtime_context().get_node_id()
 
 
+@pytest.mark.long
 def test_rows_that_kill_every_process_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster_data, "_RETRIES", 1)
     batch = Batch("rows.jsonl", 129, Lines([b"{}"], begins=False), 2)
@@ -89,6 +90,7 @@ def die(batch: Batch) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_data_build_compiles_on_the_cluster_of_the_run(workshop: Workshop, tmp_path: Path) -> None:
     row = json.dumps({"prompt": "p " * 30, "completion": "c " * 30})
     many = tmp_path / "many.jsonl"

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from trainer.data.overlap import refuse_overlaps
 
 from tests.material import Workshop, make_data
-from trainer.base.locate import resolve_base
+from trainer.base.find.locate import resolve_base
 from trainer.config import Config
-from trainer.data.compile import Progress
-from trainer.data.overlap import refuse_overlaps
-from trainer.data.prepare import prepare
-from trainer.data.shards import hash_documents
+from trainer.data.compile.compile import Progress
+from trainer.data.compile.prepare import prepare
+from trainer.data.compile.shards import hash_documents
 from trainer.errors import DataError
 from trainer.run import layout
 
