@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from trainer.data.overlap import refuse_overlaps
 
 from tests.material import Workshop, make_data
 from trainer.base.find.locate import resolve_base
@@ -13,6 +12,7 @@ from trainer.config import Config
 from trainer.data.compile.compile import Progress
 from trainer.data.compile.prepare import prepare
 from trainer.data.compile.shards import hash_documents
+from trainer.data.dataset.overlap import refuse_overlaps
 from trainer.errors import DataError
 from trainer.run import layout
 
