@@ -4,12 +4,12 @@ Every key is named here, by the method or by the objective, never taken over fro
 or comes with a default for the checkpoints that were written before it.
 """
 
-from trainer.base.content import content_of
-from trainer.base.locate import Base
+from trainer.base.find.content import content_of
+from trainer.base.find.locate import Base
 from trainer.checkpoint.identity import Identity
 from trainer.config import Config
-from trainer.data.order_settings import train_order
-from trainer.data.text import text_of
+from trainer.data.order.settings import train_order
+from trainer.data.render.text_files import text_of
 from trainer.objective.objective import find_objective
 from trainer.tuning.method import method_of
 

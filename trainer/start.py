@@ -7,16 +7,16 @@ from datetime import timedelta
 
 import torch
 
-from trainer.base.load import LoadReport
-from trainer.base.locate import Base, in_bucket
+from trainer.base.find.locate import Base, in_bucket
+from trainer.base.load.load import LoadReport
 from trainer.config import Config
 from trainer.devices import check_device
 from trainer.errors import ConfigError
 from trainer.model.attention import Attention
 from trainer.objective.objective import Objective
-from trainer.plan import choose_scope, idle_settings, settled
+from trainer.plan.plan import choose_scope, idle_settings, settled
+from trainer.plan.sizes import most_whole
 from trainer.ranks import Ranks, join
-from trainer.sizes import most_whole
 from trainer.train.assemble import assemble
 from trainer.zero.engine import Engine
 from trainer.zero.policy import build_deepspeed_config

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 
-from launcher.doctor import ask_torch
+from launcher.doctor.doctor import ask_torch
 from launcher.drive.driver import drive
 from launcher.ray.cluster import address_of
 from launcher.report.report import keep_report
@@ -12,12 +12,12 @@ from launcher.start.claim import claimed, keep_code
 from launcher.start.group import group_name, is_rank, is_silent_rank, restarted_as, slurm_rank
 from launcher.start.waiting import wait_for_first_rank
 from launcher.view.compiling import compile_progress
-from trainer.children import end_with_agent
 from trainer.config import Config
-from trainer.data.prepare import Datasets, prepare
+from trainer.data.compile.prepare import Datasets, prepare
 from trainer.devices import check_device, local_gpus, stay_on_cpu
+from trainer.files.scratch import collect_leftovers
+from trainer.processes.children import end_with_agent
 from trainer.run.folder import run_folder
-from trainer.scratch import collect_leftovers
 from trainer.store import open_run_store
 
 

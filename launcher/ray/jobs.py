@@ -18,9 +18,9 @@ from launcher.start.check import anchored, check, pinned
 from launcher.start.claim import claimed
 from trainer.config import Config
 from trainer.errors import ConfigError
+from trainer.files.scratch import scratch_folder
 from trainer.run import layout
 from trainer.run.folder import run_folder
-from trainer.scratch import scratch_folder
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _submit_job(client: Any, planned: RaySubmission, archive: bytes) -> str:
 
 def _start_process(command: list[str]) -> str:
     """The driver in a session of its own, so that it outlives this terminal; what it says is in the run's folder."""
-    # Not by trainer.children: this process is meant to outlive the command.
+    # Not by trainer.processes.children: this process is meant to outlive the command.
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,

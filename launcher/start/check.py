@@ -8,17 +8,17 @@ from contextlib import suppress
 from typing import Any
 
 from launcher.view.status import SILENT_SECONDS, read_status
-from trainer.base.check import check_base, check_weights
-from trainer.base.content import hub_commit
-from trainer.base.locate import Base, is_hub_id, resolve_base
+from trainer.base.find.check import check_base, check_weights
+from trainer.base.find.content import hub_commit
+from trainer.base.find.locate import Base, is_hub_id, resolve_base
 from trainer.checkpoint.identity import check_identity
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import readable_manifests
 from trainer.config import Config, assignment, override
 from trainer.config.paths import absolute_path, local_path
 from trainer.config.secrets import refuse_secrets
-from trainer.data.named_templates import NAMED
-from trainer.data.prepare import locate
+from trainer.data.compile.prepare import locate
+from trainer.data.render.named_templates import NAMED
 from trainer.errors import ConfigError, DataError, NotFound, NothingToResume, StorageError
 from trainer.identity import identity_of
 from trainer.objective.objective import check_objective

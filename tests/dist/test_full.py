@@ -16,21 +16,21 @@ from tests.dist import curves, full, gradients, memory, proofs, runs, traffic
 from tests.dist.launch import launch
 from tests.dist.test_resume import losses
 from tests.material import Workshop, commit, make_base
-from trainer.base.locate import resolve_base
+from trainer.base.find.locate import resolve_base
 from trainer.checkpoint.identity import check_identity
 from trainer.checkpoint.manifest import read_manifest
 from trainer.config import Config, dump_config, override
 from trainer.errors import CapstanError, ConfigError
-from trainer.export.adapter import export_adapter
-from trainer.export.again import check_again
+from trainer.export.figures import Proof
 from trainer.export.format import find_format
-from trainer.export.learnt import master_weights
-from trainer.export.merged import export_merged
-from trainer.export.proof import Proof
+from trainer.export.proof.same_bytes import check_again
+from trainer.export.write.adapter import export_adapter
+from trainer.export.write.learnt import master_weights
+from trainer.export.write.merged import export_merged
+from trainer.files.safetensors_index import read_index
 from trainer.identity import identity_of
-from trainer.plan import make_plan
+from trainer.plan.plan import make_plan
 from trainer.run import layout
-from trainer.safetensors_index import read_index
 from trainer.store import Store, open_store
 
 FULL = ("tuning.method=full", "tuning.rank=16", "tuning.alpha=32", "quant.type=none")

@@ -17,11 +17,13 @@ from tests.dist.launch import launch
 from tests.dist.proofs import together
 from tests.material import Workshop, commit
 from trainer.errors import CapstanError, ConfigError, StorageError
-from trainer.export import llama_cpp, verify
-from trainer.export.adapter import export_adapter
-from trainer.export.format import ExportProgress, Written, find_format
-from trainer.export.gguf_proof import prove_gguf, prove_gguf_adapter
-from trainer.export.merged import export_merged
+from trainer.export.format import find_format
+from trainer.export.gguf import converter as llama_cpp
+from trainer.export.gguf.proof import prove_gguf, prove_gguf_adapter
+from trainer.export.proof import verify
+from trainer.export.write.adapter import export_adapter
+from trainer.export.write.merged import export_merged
+from trainer.export.written import ExportProgress, Written
 from trainer.store import Store, open_store
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]

@@ -13,13 +13,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tests.material import SPECIALS, Workshop, commit
-from trainer.base.locate import resolve_base
+from trainer.base.find.locate import resolve_base
 from trainer.checkpoint.manifest import read_manifest
 from trainer.errors import CapstanError
-from trainer.export.again import check_again
-from trainer.export.format import ExportProgress, find_format
-from trainer.export.rendering import check_rendering, trained_texts
+from trainer.export.format import find_format
+from trainer.export.proof.rendering import check_rendering, trained_texts
+from trainer.export.proof.same_bytes import check_again
 from trainer.export.trained import resolve_trained_base, trained_config
+from trainer.export.written import ExportProgress
 from trainer.store import Store, open_store
 
 Change = Callable[[Path], object]

@@ -10,22 +10,22 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from launcher.doctor import check_base
+from launcher.doctor.doctor import check_base
 from launcher.start.check import check, pinned
 from tests.material import Workshop, commit
 from trainer.base import sampled
 from trainer.base.base import Base
-from trainer.base.content import check_whole
-from trainer.base.description import describe
-from trainer.base.locate import resolve_base
+from trainer.base.describe.description import describe
+from trainer.base.find.content import check_whole
+from trainer.base.find.locate import resolve_base
 from trainer.checkpoint.manifest import read_manifest
 from trainer.config import override
 from trainer.errors import ConfigError
-from trainer.export.adapter import export_adapter
-from trainer.export.merged import export_merged
 from trainer.export.trained import resolve_trained_base, trained_config
+from trainer.export.write.adapter import export_adapter
+from trainer.export.write.merged import export_merged
+from trainer.files.safetensors_index import read_headers
 from trainer.run import layout
-from trainer.safetensors_index import read_headers
 from trainer.store import open_store
 
 

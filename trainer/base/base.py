@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol
 from trainer.base.architecture import Architecture, mismatches
 from trainer.base.sampled import sample_weights
 from trainer.config import Config
-from trainer.safetensors_index import FileHeader, PackedTensor, StoredTensor, TensorSource, read_headers
+from trainer.files.safetensors_index import FileHeader, PackedTensor, StoredTensor, TensorSource, read_headers
 from trainer.store import Store
 
 
@@ -52,7 +52,7 @@ class Description:
     architecture: Architecture
     stored: StoredFormat
     unrecognised: tuple[str, ...] = ()
-    """A sentence for each thing that config.json names and these facts lack; see trainer/base/unrecognised.py."""
+    """A sentence for each thing that config.json names and these facts lack; see trainer/base/describe/unrecognised.py."""
 
     def mismatches(self, config: Config) -> list[str]:
         """A sentence for each setting of `config` that asks more of the base than it has, or otherwise."""

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from typing import NamedTuple
 
-from trainer.safetensors_index import FileHeader, TensorSource, numel
+from trainer.files.safetensors_index import FileHeader, TensorSource, numel
 from trainer.store import Store
 
 SAMPLED_BYTES = 8 * 2**20

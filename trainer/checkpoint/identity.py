@@ -24,7 +24,7 @@ class Identity:
     """A restore refuses a checkpoint of another base, adapter, objective, optimizer, data set or order of it.
 
     `dataset` is the fingerprint of the compiled training data, `text` has the hashes of the tokenizer's files and of the template
-    (`trainer.data.text.RunText`). Keys whose value is that of `defaults` may be missing, in
+    (`trainer.data.render.text_files.RunText`). Keys whose value is that of `defaults` may be missing, in
     this identity as in a checkpoint's: whatever is added to an identity later has a default, so that checkpoints of before
     can still be continued.
     """

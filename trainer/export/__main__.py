@@ -11,12 +11,13 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from trainer.base.content import check_whole
+from trainer.base.find.content import check_whole
 from trainer.checkpoint.listing import newest_commit
 from trainer.errors import CapstanError
 from trainer.export.folder import BytesWritten
-from trainer.export.format import ExportProgress, find_format
+from trainer.export.format import find_format
 from trainer.export.trained import resolve_trained_base, trained_config
+from trainer.export.written import ExportProgress
 from trainer.store import open_store
 from trainer.tuning.method import method_of
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from trainer.base.base import Base, Description
-from trainer.base.content import content_of, hub_commit
-from trainer.base.locate import (
+from trainer.base.find.content import content_of, hub_commit
+from trainer.base.find.locate import (
     CHAT_TEMPLATE,
     TOKENIZER_FILES,
     base_files,
@@ -29,9 +29,9 @@ from trainer.checkpoint.identity import check_content, check_text
 from trainer.checkpoint.manifest import CheckpointManifest, TextHashes, whole_checkpoint
 from trainer.config import Config, Data, Model, Tuning
 from trainer.config.paths import local_path
-from trainer.data.fingerprint import hash_tokenizer
-from trainer.data.template import template_text
-from trainer.data.text import RunText, kept_text
+from trainer.data.compile.fingerprint import hash_tokenizer
+from trainer.data.render.template import template_text
+from trainer.data.render.text_files import RunText, kept_text
 from trainer.errors import ConfigError, Damaged, StorageError, shown
 from trainer.run.folder import run_config
 from trainer.store import Store
