@@ -176,7 +176,7 @@ def test_duplicates_are_found_within_a_split_and_between_training_and_evaluation
 
 def test_nothing_to_train_on_is_refused(tmp_path: Path) -> None:
     report = check(tmp_path, [{"messages": [{"role": "user", "content": "hi"}]}])
-    assert "nothing to train on in 1 rows" in report.refusals[0]
+    assert "none of the 1 rows can be trained on: 0 bad rows, 1 without" in report.refusals[0]
 
 
 @pytest.mark.parametrize("others", [[], [talk("a", "b")]])

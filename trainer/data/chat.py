@@ -21,7 +21,8 @@ from trainer.data.conversation import Conversation
 from trainer.data.formats import missing_field, or_error
 from trainer.data.left_out import END_OF_TURN, left_out
 from trainer.data.messages import Message, is_trained, read_messages, read_tools, text_of
-from trainer.data.spans import Span, Spelling, joined, overlapping, without
+from trainer.data.spans import Span, joined, without
+from trainer.data.spelling import Spelling, overlapping
 from trainer.data.template import conversation_template
 from trainer.data.thinking import (
     Edit,

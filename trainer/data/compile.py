@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 from trainer.config import Data
 from trainer.data.dataset import Dataset, open_dataset
-from trainer.data.encode import Encoder
+from trainer.data.encode import Encoder, nothing_to_train
 from trainer.data.fingerprint import count_chapters
-from trainer.data.manifest import FORMAT, MANIFEST, Counters, DatasetManifest, LeftOut, SourceRecord, chapter_key
+from trainer.data.manifest import FORMAT, MANIFEST, DatasetManifest, LeftOut, SourceRecord, chapter_key
 from trainer.data.part import EVERYTHING, Part
 from trainer.data.pool import Mapper, mapper_for
 from trainer.data.reading import batches
@@ -117,7 +117,7 @@ def compile_chapters(
             report(at.bytes_done)
     writer.close()
     if not writer.shards:
-        raise DataError(_nothing_to_train(writer.counters))
+        raise DataError(nothing_to_train("data", writer.counters))
     _commit(folder, MANIFEST, _manifest(fingerprint, files, writer))
     writer.forget()
     report(size, writer.left_out)
@@ -195,11 +195,3 @@ def _commit(folder: Store, key: str, manifest: DatasetManifest) -> None:
     # Another writer of the same fingerprint may have been faster, with the same bytes.
     with contextlib.suppress(AlreadyExists):
         folder.create(key, manifest.sealed())
-
-
-def _nothing_to_train(counters: Counters) -> str:
-    return (
-        f"data: none of the {counters.rows} rows can be trained on: {counters.bad_rows} bad rows, "
-        f"{counters.without_targets} without a token to train, {counters.dropped} dropped as too long. "
-        "Check data.format, data.fields, data.loss_on and data.sequence_length."
-    )

@@ -19,10 +19,10 @@ from trainer.data.bins import EpochBins, keep_bins, kept_bins, total
 from trainer.data.compile import Progress, compile_chapters
 from trainer.data.dataset import open_chapter
 from trainer.data.detection import describe_forms
+from trainer.data.encode import refusals
 from trainer.data.fingerprint import count_chapters, fingerprint, hash_tokenizer
 from trainer.data.inputs import Input, find, find_evaluated, named
-from trainer.data.labelled import one_kind
-from trainer.data.manifest import MANIFEST, DatasetManifest, damaged, read_manifest
+from trainer.data.manifest import MANIFEST, damaged, read_manifest
 from trainer.data.order import EpochPlan, turns
 from trainer.data.order_settings import Order, train_order
 from trainer.data.pool import Mapper, mapper_for
@@ -143,8 +143,9 @@ def _compile(
                 where = f"{store.sub(layout.dataset(key)).uri}/{MANIFEST}"
                 raise damaged(where, f"it has {len(manifest.sources)} sources, and the data {files[-1].source + 1}")
             if what == "train":
-                _check_fractions(config, manifest)
-                _check_labels(manifest)
+                documents = [source.documents for source in manifest.sources]
+                if wrong := refusals(data, "data.train", manifest.counters, documents):
+                    raise DataError(wrong[0])
         yield chapter
 
 
@@ -213,19 +214,6 @@ def _may_have_weights(files: Sequence[SourceFile]) -> bool:
 
 def _show_reading(progress: OnProgress, what: str, size: int, read: int) -> None:
     progress(what, Progress(min(read, size), size))
-
-
-def _check_fractions(config: Config, manifest: DatasetManifest) -> None:
-    """A chapter may lack a source, but not all of them."""
-    for index, (source, found) in enumerate(zip(config.data.train, manifest.sources, strict=True)):
-        if source.fraction is not None and not found.tokens:
-            raise DataError(f"data.train[{index}]: has a fraction of {source.fraction}, but no document. Remove it.")
-
-
-def _check_labels(manifest: DatasetManifest) -> None:
-    desired = manifest.counters.desired
-    if desired is not None and (sentence := one_kind(desired, manifest.documents)):
-        raise DataError(sentence)
 
 
 def nothing_visited(epoch: int, order: Order) -> DataError:
