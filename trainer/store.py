@@ -248,7 +248,7 @@ class Store:
             raise NotFound(f"{where} does not exist.") from error
         except FileExistsError as error:
             raise AlreadyExists(f"{where} exists already.") from error
-        except (BaseError, OSError) as error:
+        except (BaseError, OSError, ValueError) as error:  # a ValueError of a name that no store takes
             if type(error).__name__ == "AlreadyExistsError":
                 raise AlreadyExists(f"{where} exists already.") from error
             kind = Damaged if _beyond_the_end(error) else Unreachable if _passes(error) else StorageError

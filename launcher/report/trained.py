@@ -212,7 +212,7 @@ def _again(name: str) -> str:
 
 
 def _versions(folder: Store) -> dict[str, str]:
-    with suppress(NotFound, AttributeError, *NOT_JSON):
+    with suppress(NotFound, LookupError, TypeError, AttributeError, *NOT_JSON):
         return {
             str(name): str(version) for name, version in json.loads(folder.get(layout.ENVIRONMENT))["versions"].items()
         }

@@ -308,7 +308,7 @@ def judge(folder: Store, newest: Summary, now: float, quiet: float) -> tuple[Sta
     """The state of a run by its newest generation and its owner, and why: the end of that generation, or who has taken the run since."""
     end, owner = newest.last("end"), read_owner(folder)
     alive = owner.is_alive(now) if owner else _is_heard_of(newest, quiet)
-    if owner and alive and end and owner.since > end["time"] and not newest.last("restart"):
+    if owner and alive and end and owner.since > end.get("time", now) and not newest.last("restart"):
         return "starting", owner.sentence(now)  # and has no ranks yet
     return _state(newest, alive), end["reason"] if end else ""
 

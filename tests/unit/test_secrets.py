@@ -11,7 +11,7 @@ import yaml
 from launcher.data.build import build
 from launcher.start import check
 from tests.material import Workshop
-from trainer.config import Config, dump_config, override, parse_config
+from trainer.config import Config, assignment, dump_config, override, parse_config
 from trainer.config.secrets import has_credentials, masked, names_secret, refuse_secrets, without_credentials
 from trainer.errors import ConfigError
 from trainer.run.settings import changes
@@ -101,6 +101,69 @@ def test_what_only_says_where_a_secret_is_or_sounds_like_one_is_allowed(
     config: Config, setting: str, value: str
 ) -> None:
     refuse_secrets(override(config, f"{setting}={value}"))
+
+
+SETUP = [
+    "export WANDB_API_KEY=${WANDB_API_KEY:-hidden}",
+    ": ${HF_TOKEN:=hidden}",
+    "export HF_TOKEN=\\\nhidden",
+    "HF_TOKEN+=hidden",
+    "aws configure set aws_secret_access_key hidden",
+    "aws configure set profile.x.aws_access_key_id 'hidden'",
+    "echo 'machine api.wandb.ai login user password hidden' > ~/.netrc",
+    "printf 'machine h\\n login me\\n password hidden' > ~/.netrc",
+    "cat > env.sh <<EOF\nexport HF_TOKEN=hidden\nEOF",
+    "cat <<EOF > ~/.aws/credentials\naws_secret_access_key = hidden\nEOF",
+    'echo \'{"token": "hidden"}\' > a.json',
+    "curl -sSLu me:hidden https://h",
+    "curl --header 'Authorization: token hiddenhidden' h",
+    "git config http.extraheader 'AUTHORIZATION: hiddenhidden'",
+    "huggingface-cli login --add-to-git-credential --token hidden",
+    "wandb login --host=https://h local-0123456789hidden0123",
+    "setenv HF_TOKEN hidden",
+    "set -x HF_TOKEN hidden",
+    "read HF_TOKEN <<< hidden",
+    "echo hidden | docker login -u me --password-stdin",
+    "gh auth login --with-token <<< hidden",
+    "printf %s hidden > $HF_TOKEN_PATH",
+    "rclone config create r s3 secret_access_key hidden",
+    "mc alias set m http://h me hidden",
+    "mysql -phidden",
+    "openssl enc -pass pass:hidden",
+    "vault login hidden",
+    "ngc config set apikey hidden",
+]
+HARMLESS = [
+    "export HF_TOKEN=${HF_TOKEN:-$(cat ~/.token)}",
+    "export HF_TOKEN=${HF_TOKEN:?set it}",
+    "export X=${HF_TOKEN:-/run/secrets/token.txt}",
+    "echo ${HF_TOKEN:+set}",
+    '[ -n "${HF_TOKEN-}" ]',
+    "aws configure set region us-east-1",
+    'aws configure set aws_secret_access_key "$SECRET"',
+    "cat > env.sh <<EOF\nexport HF_TOKEN=$HF_TOKEN\nEOF",
+    "machine=$(hostname)",
+    "wandb login --host https://h",
+    'huggingface-cli login --token "$(cat ~/.t)"',
+    "setenv HF_TOKEN $TOKEN",
+    "read -s HF_TOKEN",
+    "docker login -u me --password-stdin < ~/.pw",
+    "vault login -method=aws",
+    'printf "%s" "$TOKEN" > ~/.cache/huggingface/token',
+    "python train.py --max-tokens 5",
+]
+
+
+@pytest.mark.parametrize("line", SETUP)
+def test_a_secret_in_a_line_of_a_jobs_setup_is_refused_wherever_a_shell_takes_one(config: Config, line: str) -> None:
+    with pytest.raises(ConfigError, match=r"^cluster\.slurm\.setup: .* looks like a secret") as caught:
+        refuse_secrets(override(config, assignment("cluster.slurm.setup", ["module load cuda", *line.split("\n")])))
+    assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize("line", HARMLESS)
+def test_a_line_that_reads_its_secret_elsewhere_is_allowed(config: Config, line: str) -> None:
+    refuse_secrets(override(config, assignment("cluster.slurm.setup", ["module load cuda", *line.split("\n")])))
 
 
 def test_settings_are_kept_without_the_secrets_of_an_earlier_version(config: Config) -> None:

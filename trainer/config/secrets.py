@@ -9,7 +9,7 @@ from trainer.errors import ConfigError
 
 _SECRET = ("KEY", "KEYS", "TOKEN", "SECRET", "SECRETS", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS")
 _LAST = ("PWD", "PASS")  # MYSQL_PWD and DB_PASS are secrets; PWD and --pass, which have no other word, are not
-_NOT_ITSELF = ("FILE", "PATH", "DIR", "URL", "MODE")  # HF_TOKEN_PATH says where the token is
+_NOT_ITSELF = ("FILE", "PATH", "DIR", "URL", "MODE", "STDIN")  # HF_TOKEN_PATH says where the token is
 # Numbers of repetitions are bounded, or a long text without an end could take minutes.
 _HARMLESS = re.compile(
     r"|0|1|true|false|yes|no|on|off|[~.]?/[\w.-]{0,200}[/.][\w./-]*|\$.*|`.*", re.IGNORECASE | re.DOTALL
@@ -19,23 +19,52 @@ _AWS_SECRET = re.compile(r"(?=(?:[^A-Z]*[A-Z]){4})(?=(?:[^a-z]*[a-z]){4})(?=\D*\
 # `NAME=value`, `--name value` and `-H "name: value"`. The value is only looked at, as another assignment may begin in it
 # (--env=NAME=value).
 _ASSIGNED = re.compile(
-    r"(?:\b([A-Za-z_]\w*)=|(?:-H|--header)[\s=]{0,9}[\"']?([\w-]{1,80}):\s{0,9}|--([A-Za-z][\w-]{0,80})(?:=|\s+(?!-)))"
-    r"(?=[\"']?([^\s\"',;|&)]{1,200}))"
+    r"(?:\b([A-Za-z_]\w*)\+?=|(?:-H|--header)[\s=]{0,9}[\"']?([\w-]{1,80}):\s{0,9}|--([A-Za-z][\w-]{0,80})(?:=|\s+(?!-)))"
+    r"(?=[\"']?([^\s\"',;|&)<>]{1,200}))"
 )
 # The rest of a command, up to the word that is looked for: a line that ends in a backslash goes on.
 _SAME_COMMAND = r"(?:[^\n;|&\\]|\\[\s\S]){0,300}?"
 # Commands that take a secret as a word without a name.
 _COMMAND = re.compile(
-    rf"\bwandb\s+login\s{_SAME_COMMAND}(?<!\S)[\"']?\w{{40}}"
+    rf"\bwandb\s+login\s{_SAME_COMMAND}(?<!\S)[\"']?(?=[\w-]{{0,80}}\d)[A-Za-z0-9][\w-]{{19,}}(?![\w./:-])"
     rf"|\bcurl\s{_SAME_COMMAND}(?<!\S)(?:-[A-Za-z]{{0,8}}[uU]\s{{0,9}}|--(?:proxy-)?user[\s=]{{1,9}})[\"']?"
     r"[^\s:\"'$]{1,200}:(?![\s\"'$`])"
     rf"|\b(?:sshpass|(?:docker|podman|registry|az)\s+login)\s{_SAME_COMMAND}(?<!\S)-p\s{{0,9}}[\"']?(?![\s\"'$`-])\S"
 )
+_WORD = r"[\"']?(?P<value>[^\s\"',;|&)<>]{1,200})"
+_SAID = r"\b(?:echo|printf)\s+(?:-\w+\s+|[\"']?%s(?:\\n)?[\"']?\s+){0,3}" + _WORD + r"[\"']?\s{0,9}"
+# Places in a shell's text where a `value` stands for a secret: always, or by the `name` beside it.
+_PLACES = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        r"\$\{(?P<name>\w{1,100}):?[-=]" + _WORD,  # ${NAME:-value}
+        r"\b(?:configure|config)\s+set\s+[\"']?(?P<name>[\w.-]{1,100})[\"']?\s+" + _WORD,
+        r"\brclone\s+config\s+(?:create|update)\s"
+        + _SAME_COMMAND
+        + r"\b(?P<name>\w{0,60}(?:secret|key|pass|token)\w{0,60})\s+"
+        + _WORD,
+        r"\b(?:setenv|set(?:\s+-\w+){1,4})\s+(?P<name>\w{1,100})\s+" + _WORD,
+        r"\bread\s+(?:-\w+\s+){0,4}(?P<name>\w{1,100})\s{0,9}<<<\s{0,9}" + _WORD,
+        r"\bmachine(?:\s|\\n)+\S+(?:(?:\s|\\n)+(?:login|account)(?:\s|\\n)+\S+){0,2}(?:\s|\\n)+password(?:\s|\\n)+"
+        + _WORD,
+        # A line of a file, as a heredoc writes it, or a field of JSON or of Python's environ.
+        r"(?:^|[\s,\"'\[]|(?<!\$)\{)(?P<name>\w{1,80}(?:token|secret|password|key|passwd)|token|secret|password|passwd)[\"'\]]{0,2}"
+        r"\s{0,9}[:=]\s{0,9}" + _WORD,
+        _SAID + r"\|[^\n|]{0,100}\s(?:login|--with-token|--password-stdin)\b",
+        r"(?:\slogin|--with-token|--password-stdin)\b[^\n|;]{0,80}<<<\s{0,9}" + _WORD,
+        _SAID + r">{1,2}\s{0,9}[\"']?\S{0,200}?(?:(?<![a-z])token|_token_(?:path|file)|\.netrc|\.pgpass)\b",
+        r"\bvault\s+login\s+(?!-)" + _WORD,
+        r"\bmc\s+(?:alias\s+set|config\s+host\s+add)(?:\s+\S+){3}\s+" + _WORD,
+        r"\b(?:mysql|mysqldump|mariadb)\s" + _SAME_COMMAND + r"(?<!\S)-p" + _WORD,
+        r"\s-pass(?:in|out)?\s+pass:" + _WORD,
+    )
+)
+_DEFAULT = re.compile(r"\$\{\w+:?[-=][\"']?([^}\"']*)")
 _TOKEN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{30,}|gh[pousr]_\w{30,}|github_pat_\w{20,}|glpat-[\w-]{16,}|sk-[A-Za-z0-9]{20,}"
     r"|sk-(?:proj|ant)-[\w-]{20,}|xox[abps]-[\w-]{10,}|(?:AKIA|ASIA)[A-Z0-9]{16})\b"
     r"|-----BEGIN [A-Z ]{0,30}PRIVATE KEY|\bBearer\s+[\w.~+/-]{16,}|\bAccountKey=\w"
-    r"|\bAuthorization:\s{0,9}(?:Basic|Token)\s{1,9}[\w.~+/=-]{8,}|\bwandb_v1_\w{20,}"
+    r"|(?i:\bAuthorization:)\s{0,9}(?:[A-Za-z-]{1,20}\s{1,9})?[\w.~+/=-]{8,}|\bwandb_v1_\w{20,}"
 )
 # Scheme, user and password, the rest, the query. A password may hold a slash; what follows a port is none.
 _URL = re.compile(
@@ -106,6 +135,8 @@ def _secret_in(setting: str, text: str) -> str | None:
     for variable, header, option, value in _ASSIGNED.findall(text):
         if names_secret(variable or header or option) and not _is_harmless(value):
             return f"the value of {variable or header or '--' + option}"
+    if setting.startswith("cluster.") and _in_shell(text):
+        return "a word of its commands"
     if _COMMAND.search(text):
         return "a word of its command"
     if has_credentials(text):
@@ -113,8 +144,19 @@ def _secret_in(setting: str, text: str) -> str | None:
     return "a token" if _TOKEN.search(text) else None
 
 
+def _in_shell(text: str) -> bool:
+    """Whether a word of a shell's text stands where a secret stands, and is one."""
+    found = (match for place in _PLACES for match in place.finditer(text))
+    return any(
+        names_secret(match.groupdict().get("name") or "token") and not _is_harmless(match["value"].rstrip("}"))
+        for match in found
+    )
+
+
 def _is_harmless(value: str) -> bool:
     """Whether a value says where the secret is, or switches something."""
+    if default := _DEFAULT.match(value):
+        return _is_harmless(default[1])
     return bool(_HARMLESS.fullmatch(value)) and not _AWS_SECRET.fullmatch(value)
 
 

@@ -59,7 +59,7 @@ def model_card(run: Store, config: Config, manifest: CheckpointManifest, content
     text = (
         f"---\n{_metadata(config, content).to_yaml()}\n---\n\n# {config.run.name}\n\n{content.what}\n{usage}\n## Training\n\n"
         f"{_table(('', ''), _facts(config, manifest).items())}\n\n## Evaluation\n\n"
-        f"{_evaluation(run, manifest)}\n\n## Limitations\n\n{_limitations(config)}\n"
+        f"{model_card_evaluation(run, manifest.step)}\n\n## Limitations\n\n{_limitations(config)}\n"
     )
     return text.encode()
 
@@ -127,9 +127,9 @@ def _method(config: Config) -> dict[str, Any]:
     return config.tuning.model_dump(mode="json", include=own, exclude_none=True)
 
 
-def _evaluation(run: Store, manifest: CheckpointManifest) -> str:
+def model_card_evaluation(run: Store, step: int) -> str:
     """The tables of what `capstan evaluate` found of this step, before and after the training."""
-    found = read_evaluation(run, manifest.step)
+    found = read_evaluation(run, step)
     if not found:
         return "It was not evaluated against its base (`capstan evaluate`)."
     tables = {
@@ -143,17 +143,21 @@ def _rows_of_sets(found: Any) -> Iterator[tuple[str, ...]]:
     for name, of in found.get("sets", {}).items():
         yield (
             name,
-            *(_number(of.get(side, {}).get(what)) for what in ("loss", "perplexity") for side in ("base", "adapter")),
+            *(_number(of, side, what) for what in ("loss", "perplexity") for side in ("base", "adapter")),
         )
 
 
 def _rows_of_tasks(found: Any) -> Iterator[tuple[str, ...]]:
     for task, metrics in found.get("tasks", {}).items():
         for metric, of in metrics.items():
-            yield task, metric, _number(of.get("base")), _number(of.get("adapter"))
+            yield task, metric, _number(of, "base"), _number(of, "adapter")
 
 
-def _number(value: Any) -> str:
+def _number(found: Any, *path: str) -> str:
+    """The number at `path` in an evaluation, in which anybody may have written anything."""
+    value = found
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
     return f"{value:.4f}" if isinstance(value, int | float) else "-"
 
 

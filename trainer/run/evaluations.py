@@ -8,6 +8,10 @@ from trainer.errors import NOT_JSON, NotFound
 from trainer.run import layout
 from trainer.store import Store
 
+FEWEST = 6
+"""Of fewer independent documents there are fewer than 40 different subsets, whose quantiles promise less than 95 %: no interval is given."""
+
+# Each by name; the values of tasks are by metric.
 _PARTS = ("sets", "tasks", "bias")
 
 
@@ -17,8 +21,12 @@ def read_evaluation(run: Store, step: int) -> dict[str, Any]:
         found = json.loads(run.get(layout.evaluation(step)))
     except (NotFound, *NOT_JSON):
         return {}
-    whole = isinstance(found, dict) and all(isinstance(found.get(part, {}), dict) for part in _PARTS)
-    return found if whole else {}
+    whole = isinstance(found, dict) and all(_by_name(found.get(part, {})) for part in _PARTS)
+    return found if whole and all(map(_by_name, found.get("tasks", {}).values())) else {}
+
+
+def _by_name(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(item, dict) for item in value.values())
 
 
 def keep_evaluation(run: Store, found: Mapping[str, Any]) -> None:

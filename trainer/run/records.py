@@ -56,7 +56,8 @@ def record_line(kind: str, values: Mapping[str, Any]) -> bytes:
 
 
 def _parsed(line: bytes) -> Record | None:
-    """The record in a line; None for one that was torn by a crash, or lacks what everybody takes for granted."""
+    """The record in a line, without values of null that readers would have to tell from missing ones; None for one that was torn by a
+    crash, or lacks what everybody takes for granted."""
     try:
         record = json.loads(line)
     except NOT_JSON:
@@ -67,7 +68,9 @@ def _parsed(line: bytes) -> Record | None:
         record = {name: None if _is_no_number(value) else value for name, value in record.items()}
     given = {name: value for name, value in record.items() if value is not None}
     sound = _NEEDED.get(kind, set()) <= given.keys()
-    return record if sound and all(_is_sound(given[name], _TYPES[name]) for name in given.keys() & _TYPES) else None
+    if not sound or not all(_is_sound(given[name], _TYPES[name]) for name in given.keys() & _TYPES):
+        return None
+    return {name: value for name, value in record.items() if value is not None or name not in _TYPES or name == "step"}
 
 
 def _is_no_number(value: Any) -> bool:
