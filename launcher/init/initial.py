@@ -12,14 +12,14 @@ from launcher.init.choice import GIB, Choice, Machine, Setting, choose, parsed
 from launcher.init.goals import GOALS
 from launcher.init.templates import template_for
 from trainer.base.base import Description
-from trainer.base.locate import base_files, describe_base
+from trainer.base.find.locate import base_files, describe_base
 from trainer.config import Config, Model
-from trainer.data.inputs import check_sources
-from trainer.data.length import epoch_length
-from trainer.data.sources import unusable
+from trainer.data.compile.inputs import check_sources
+from trainer.data.compile.length import epoch_length
+from trainer.data.source.files import unusable
 from trainer.devices import described_gpus
 from trainer.errors import CapstanError, ConfigError, shown
-from trainer.gpus import read_gpu
+from trainer.plan.gpus import read_gpu
 
 Kind = Literal["one", "slurm", "ray"]
 KINDS: tuple[Kind, ...] = ("one", "slurm", "ray")

@@ -1,12 +1,12 @@
 """The chat template of a first configuration, where the base has none and the data are conversations."""
 
 from launcher.init.choice import Setting
-from trainer.base.locate import base_files
+from trainer.base.find.locate import base_files
 from trainer.config import Config
-from trainer.data.inputs import find_train
-from trainer.data.named_templates import NAMED
-from trainer.data.sources import is_of_hub
-from trainer.data.template import fitting_template, has_template, tokens_of
+from trainer.data.compile.inputs import find_train
+from trainer.data.render.named_templates import NAMED
+from trainer.data.render.template import fitting_template, has_template, tokens_of
+from trainer.data.source.files import is_of_hub
 from trainer.errors import CapstanError
 
 

@@ -13,12 +13,12 @@ from rich.console import Console
 from launcher.data.check import report_table
 from tests.material import byte_tokenizer
 from trainer.config import Config, Data
-from trainer.data.check import DataReport, Findings, check_data
-from trainer.data.compile import compile_dataset
-from trainer.data.duplicates import Fingerprint, Seen
-from trainer.data.inputs import find
-from trainer.data.pool import Mapper, map_batches
-from trainer.data.sources import expand
+from trainer.data.compile.compile import compile_dataset
+from trainer.data.compile.inputs import find
+from trainer.data.compile.pool import Mapper, map_batches
+from trainer.data.look.check import DataReport, Findings, check_data
+from trainer.data.look.duplicates import Fingerprint, Seen
+from trainer.data.source.files import expand
 from trainer.errors import DataError
 from trainer.store import open_store
 
