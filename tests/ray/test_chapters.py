@@ -62,7 +62,7 @@ def held(workshop: Workshop, address: str, folder: Path, data: Path, step: int, 
 
 
 def test_training_begins_with_the_first_chapter_and_goes_on_as_on_data_compiled_ahead(
-    workshop: Workshop, tmp_path: Path
+    workshop: Workshop, address: str, tmp_path: Path
 ):
     data = make_data(tmp_path / "rows.jsonl", documents=200)
     expected, enough = ahead(workshop, tmp_path, data)
