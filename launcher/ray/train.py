@@ -22,16 +22,16 @@ from launcher.ray.cluster import Need, alive_nodes, first_line, local_ray, lost_
 from launcher.start.stopping import stop_if_asked
 from trainer.checkpoint.listing import committed_steps
 from trainer.config import Config, dump_config, parse_config
-from trainer.data.prepare import Datasets
+from trainer.data.compile.prepare import Datasets
 from trainer.devices import stay_on_cpu
 from trainer.errors import CapstanError, ConfigError, DoesNotFit, Stopped, StorageError, Superseded
+from trainer.files.scratch import scratch_folder
 from trainer.run import layout
 from trainer.run.background import say
 from trainer.run.folder import command, run_folder
 from trainer.run.owner import Ownership
 from trainer.run.records import generations, newest_records, record_end, record_restart
 from trainer.run.requests import request_restart
-from trainer.scratch import scratch_folder
 from trainer.store import Store
 
 _LOOK_SECONDS = 2.0
