@@ -47,7 +47,7 @@ class Progress:
     """How far a compilation is, in bytes of its sources; rows, documents and tokens are what was read and kept so far.
 
     `left_out` comes with the last report: what rows carry and their text does not contain. `forms` come with the first: how the
-    rows of each source are read, where that was found out.
+    rows of each source are read, where that was found out. `notes` are sentences on what was found, for people.
     """
 
     bytes_done: int
@@ -57,6 +57,7 @@ class Progress:
     tokens: int = 0
     left_out: Mapping[str, LeftOut] = field(default_factory=dict)
     forms: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
 def compile_dataset(

@@ -22,6 +22,7 @@ from trainer.data.compile.inputs import Input, find, find_evaluated, named
 from trainer.data.compile.pool import Mapper, mapper_for
 from trainer.data.compile.weights import find_weights, keep_weights, kept_weights
 from trainer.data.dataset.dataset import open_chapter
+from trainer.data.dataset.dataset.overlap import refuse_overlaps
 from trainer.data.dataset.manifest import MANIFEST, DatasetManifest, damaged, read_manifest
 from trainer.data.order.bins import EpochBins, keep_bins, kept_bins, total
 from trainer.data.order.order import EpochPlan, nothing_visited, turns
@@ -65,7 +66,7 @@ def prepare(
     `mapper` encodes what is not small, by default on this machine's cores.
 
     Raises:
-        DataError: a source is missing, unreadable, or holds nothing to learn from.
+        DataError: a source is missing, unreadable, or holds nothing to learn from, or evaluation data is what is trained on.
     """
     datasets, rest = prepare_start(config, base, store, progress, mapper)
     for _ in rest:
@@ -94,10 +95,14 @@ def prepare_start(
         what: _compile(config, base, store, what, key, inputs[what], progress, mapper) for what, key in keys.items()
     }
     rest = compiling.pop("train")
-    for evaluated in compiling.values():
-        for _ in evaluated:
+    for chapters in compiling.values():
+        for _ in chapters:
             pass
     next(rest)
+    evaluated = {what: key for what, key in keys.items() if what != "train"}
+    for what, sentence in refuse_overlaps(store, keys["train"], evaluated):
+        size = sum(file.size for file in inputs[what].files)
+        progress(what, Progress(size, size, notes=[sentence]))
     epochs: list[EpochBins] = []
     if config.train.epochs:
         for _ in rest:
