@@ -1,29 +1,47 @@
 # Every target first makes .venv, and brings it up to date when the dependencies change.
-#   make smoke    the whole life of a run in small, on this machine
-#   make test     the tests              make test ARGS='-k nf4'      WORKERS=8 where there are more processors
-#   make servers  Azurite and moto, for those tests of tests/store that are skipped without them
-#   make check    format, lint, types, import direction, generated docs, the site's links
-#   make docs     the documentation's site, in build/site
-#   make bench    every benchmark        make bench ARGS=benchmarks/one.py
+#   make smoke      the whole life of a run in small, on this machine; installs what a user needs, and no more
+#   make test       the tests of every change  make test ARGS='-k nf4'      WORKERS=8 where there are more processors
+#   make test-long  the others: runs that are killed, every family of models, every kind of load, the browser, llama.cpp
+#   make servers    Azurite and moto, for those tests of tests/store that are skipped without them
+#   make check      format, lint, types, import direction, generated docs, the site's links
+#   make docs       the documentation's site, in build/site
+#   make bench      every benchmark            make bench ARGS=benchmarks/one.py
 
 PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
+# An environment for users, and the same with what tests and checks need besides.
+LEAN := .venv/.lean
 STAMP := .venv/.installed
+PYTEST = $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: smoke test servers check docs bench
+.PHONY: smoke test test-long servers check docs bench
 
-$(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Capstan needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+# Makes .venv with the extra $(1). Python compiles the modules that are imported when they first are; pip would compile the tens
+# of thousands that are not.
+define install
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Capstan needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
+set -e; began=$$(date +%s); $(PYTHON) -m venv .venv; \
+  $(BIN)/pip install --no-compile -c constraints.txt -e '.[$(1)]'; \
+  echo "The installation took $$(($$(date +%s) - began)) s."
+endef
+
+$(LEAN): pyproject.toml constraints.txt
+	$(call install,s3-server)
 	touch $@
 
-smoke: $(STAMP)
+$(STAMP): pyproject.toml constraints.txt
+	$(call install,dev)
+	touch $(LEAN) $@
+
+smoke: $(LEAN)
 	$(BIN)/capstan smoke $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) -m 'not long' $(ARGS)
+
+test-long: $(STAMP)
+	$(PYTEST) -m long $(ARGS)
 
 servers: .servers/.installed
 

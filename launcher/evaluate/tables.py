@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.text import Text
 
 from launcher.folded import FoldedTable
+from trainer.run.evaluations import FEWEST
 
 SIDES = {"base": "base", "adapter": "now"}
 """The sides of an evaluation, and what each is called on a terminal."""
@@ -45,6 +46,12 @@ def sentences(sets: Mapping[str, Any]) -> Iterator[str]:
     for name, found in sets.items():
         if "interval" not in found:
             continue
+        if found["interval"] is None:
+            yield (
+                f"{name}: {found['difference']:+.4f} nats a token; {_documents(found['clusters'])} too few to tell that from chance, for "
+                f"which {FEWEST} are needed."
+            )
+            continue
         low, high = found["interval"]
         change = f"{abs(found['difference']):.4f} nats a token (95 % interval {low:+.4f} to {high:+.4f})"
         if low > 0:
@@ -65,10 +72,15 @@ def _sets(sets: Mapping[str, Any], *, after: bool) -> FoldedTable:
         losses, perplexities = zip(*map(_loss, sides), strict=True)
         cells = [name, f"{found['tokens']:,}", " → ".join(losses), " → ".join(perplexities)]
         if after:
-            low, high = found["interval"]
-            cells += [f"{found['difference']:+.4f}", f"{low:+.3f} to {high:+.3f}"]
+            interval = found["interval"]
+            cells += [f"{found['difference']:+.4f}", "" if interval is None else "{:+.3f} to {:+.3f}".format(*interval)]
         table.add_row(*cells)
     return table
+
+
+def _documents(count: int) -> str:
+    """Pieces of one text count once."""
+    return f"{count} independent documents are" if count > 1 else "one independent document is"
 
 
 def _loss(side: Mapping[str, Any]) -> tuple[str, str]:

@@ -29,7 +29,7 @@ class Loss(BaseModel):
 
 
 class SetResult(BaseModel):
-    """The losses on one set. `difference` is the adapter's loss less the base's, `interval` its bootstrap interval."""
+    """The losses on one set. `difference` is the adapter's loss less the base's, `interval` its 95 % interval, if there are documents enough for one."""
 
     tokens: int | None = None
     base: Loss | None = None

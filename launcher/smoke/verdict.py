@@ -137,6 +137,6 @@ def table(result: SmokeResult) -> FoldedTable:
         shown.add_row(
             check.what, check.measured, check.required, Text("ok", "green") if check.held else Text("FAILED", "red")
         )
-    if result.error:
-        shown.caption = result.error
+    spent = ", ".join(f"{what} {seconds:.0f} s" for what, seconds in result.phases.items())
+    shown.caption = "\n".join(filter(None, (f"The time went into: {spent}." if spent else "", result.error)))
     return shown

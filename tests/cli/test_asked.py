@@ -21,7 +21,7 @@ from tests.cli.conftest import ENVIRONMENT, Capstan
 from tests.dist.evaluating import adapted, write_rows
 from tests.material import Workshop, byte_tokenizer, commit
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}<s>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 TEXTS = ["a bee and a cat", "the jay saw an emu", "two hens, one fox: none left"]
 TOKENS = 8

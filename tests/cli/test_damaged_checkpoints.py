@@ -13,6 +13,8 @@ from trainer.checkpoint.manifest import read_manifest
 from trainer.run import layout
 from trainer.store import Store, open_store
 
+pytestmark = pytest.mark.long
+
 
 def reseal(run: Store, step: int, **changes: Any) -> None:
     """Change the body of a manifest as its writer could: with the right hash."""

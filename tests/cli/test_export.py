@@ -82,6 +82,7 @@ def before_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("before_the_command")
 @pytest.mark.parametrize(
     "change",
@@ -106,6 +107,7 @@ def test_an_adapter_is_what_was_trained_whatever_config_yaml_says_now(
     assert (settings["r"], settings["lora_alpha"], settings["use_rslora"]) == (5, 20, False)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("before_the_command")
 def test_an_adapter_names_the_base_it_was_trained_on(capstan: Capstan, run: Store, tmp_path: Path) -> None:
     configure(run, f"model.base={make_base(tmp_path / 'other', 'qwen2')}")
@@ -115,6 +117,7 @@ def test_an_adapter_names_the_base_it_was_trained_on(capstan: Capstan, run: Stor
     assert f"| base | {Path(base).name} |" in (tmp_path / "adapter/README.md").read_text()
 
 
+@pytest.mark.long
 def test_a_merge_is_of_what_was_trained_whatever_config_yaml_says_now(
     capstan: Capstan, run: Store, tmp_path: Path, before_the_command: Path
 ) -> None:
@@ -130,6 +133,7 @@ def test_a_merge_is_of_what_was_trained_whatever_config_yaml_says_now(
         assert (tmp_path / "merged" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
+@pytest.mark.long
 def test_a_base_that_moved_is_found_by_config_yaml_and_known_by_its_fingerprint(
     capstan: Capstan, run: Store, tmp_path: Path
 ) -> None:
@@ -149,6 +153,7 @@ def test_a_base_that_moved_is_found_by_config_yaml_and_known_by_its_fingerprint(
     assert settings["base_model_name_or_path"] == str(moved)
 
 
+@pytest.mark.long
 def test_a_manifest_of_before_names_its_base_and_the_rest_is_in_config_yaml(
     capstan: Capstan, run: Store, tmp_path: Path
 ) -> None:
@@ -192,7 +197,10 @@ _HARNESS = f"""{_SIDES_TOGETHER}
 """
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+# One of them is enough to see that a fault is found.
+@pytest.mark.parametrize(
+    "fault", [name if not at else pytest.param(name, marks=pytest.mark.long) for at, name in enumerate(FAULTS)]
+)
 def test_an_adapter_that_is_not_what_was_trained_is_refused(
     capstan: Capstan, trained: Store, tmp_path: Path, before_the_command: Path, fault: str
 ) -> None:
@@ -215,6 +223,7 @@ def test_a_right_adapter_is_proven_and_the_figures_are_told(capstan: Capstan, tr
         assert f"--verify: the {side} side computes on the CPU; it takes 0.0 GiB of " in said
 
 
+@pytest.mark.long
 def test_a_run_whose_base_was_tuned_is_written_as_the_whole_model_with_merge_or_without(
     capstan: Capstan, tmp_path: Path
 ) -> None:

@@ -49,6 +49,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         yield hub
 
 
+@pytest.mark.long
 def test_a_push_that_was_killed_goes_on_and_the_card_says_what_was_pushed(
     capstan: Capstan, run: Store, hub: Hub, tmp_path: Path
 ) -> None:

@@ -21,6 +21,8 @@ from trainer.checkpoint.manifest import committed_steps
 from trainer.config import dump_config
 from trainer.run import layout
 
+pytestmark = pytest.mark.long
+
 PATIENCE = 240.0
 
 

@@ -140,6 +140,7 @@ def test_after_a_refused_resume_the_run_goes_on_and_exports_what_it_was_trained_
     assert json.loads((store.parent / "adapter" / "adapter_config.json").read_text())["lora_alpha"] == 16
 
 
+@pytest.mark.long
 def test_what_the_ranks_refuse_does_not_stay_in_the_settings(store: Path) -> None:
     before = (store / "orig" / "config.yaml").read_bytes()
     done = capstan("resume", "orig", "model.attention=varlen", cwd=store.parent, rank=True)
@@ -156,6 +157,7 @@ def test_a_copied_run_goes_on_in_its_own_folder(store: Path) -> None:
     assert [p.parent.name for p in (store / "fork").rglob("manifest.json")] == ["step-000000003"]
 
 
+@pytest.mark.long
 def test_a_run_that_is_alive_is_not_taken_over_unless_that_is_asked_for(trained: Path, store: Path) -> None:
     shutil.copy(trained / "run.yaml", store.parent)
     mine = (f"run.store={store}", "run.name=alive", "train.steps=100000")
@@ -175,6 +177,7 @@ def test_a_run_that_is_alive_is_not_taken_over_unless_that_is_asked_for(trained:
     assert capstan(*resume, "--dry-run", cwd=trained).returncode == 0, "a dead process has nothing to lose"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ended_by", ["kill", "Ctrl-C", "Ctrl-C twice"])
 def test_a_start_that_ends_before_its_first_record_leaves_its_name_free(trained: Path, store: Path, ended_by: str):
     shutil.copy(trained / "run.yaml", store.parent)

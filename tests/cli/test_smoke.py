@@ -7,6 +7,8 @@ import pytest
 from tests.cli.conftest import Capstan
 from trainer.export.proof import Proof
 
+pytestmark = pytest.mark.long
+
 REQUIRED = {
     "ok",
     "steps",

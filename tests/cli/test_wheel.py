@@ -4,7 +4,11 @@ import subprocess
 import zipfile
 from pathlib import Path
 
+import pytest
+
 from tests.cli.conftest import ENVIRONMENT, ROOT, Installed
+
+pytestmark = pytest.mark.long
 
 PACKAGED = ("trainer/**/*.py", "launcher/**/*.py", "ds_configs/*.json", "slurm/*.sh", "slurm/*.md")
 # Kernels in Triton, which PyTorch's builds for CUDA bring, are a module of their own.

@@ -22,7 +22,7 @@ from trainer.export.beside import AdapterWriter
 from trainer.run import layout
 from trainer.store import Store, open_store
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
 HALF = ("adapter_model.safetensors", "*token*")
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"}

@@ -36,6 +36,7 @@ SAME_ARITHMETIC = torch.__version__ == FACTS["torch"] and FACTS["cpu"] == sorted
     name for name, has in torch.cpu.get_capabilities().items() if has is True
 )
 TOLERANCE = 2e-3  # nats
+_LONG = [pytest.param(ranks, marks=pytest.mark.long) for ranks in (1, 3)]
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def assert_same_losses(found: dict[int, float], expected: dict[int, float]) -> N
     assert found == (expected if SAME_ARITHMETIC else pytest.approx(expected, abs=TOLERANCE))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [*_LONG, 2])
 def test_ten_steps_have_the_losses_and_give_the_adapter_of_before(
     bucket: Store, train: Callable[..., dict[int, float]], tmp_path: Path, world_size: int
 ) -> None:
@@ -92,7 +93,7 @@ def test_ten_steps_have_the_losses_and_give_the_adapter_of_before(
         assert sha256((tmp_path / "adapter/adapter_model.safetensors").read_bytes()) == expected["adapter"]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [*_LONG, 2])
 def test_a_checkpoint_of_before_resumes_at_any_world_size_from_the_data_and_the_quantized_base_of_before(
     bucket: Store, train: Callable[..., dict[int, float]], world_size: int
 ) -> None:

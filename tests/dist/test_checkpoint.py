@@ -62,7 +62,9 @@ def assert_bitwise_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Te
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-@pytest.fixture(scope="module", params=[3, 7], ids=lambda rank: f"lora-rank-{rank}")
+@pytest.fixture(
+    scope="module", params=[3, pytest.param(7, marks=pytest.mark.long)], ids=lambda rank: f"lora-rank-{rank}"
+)
 def saved(request: pytest.FixtureRequest, workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     return Saved(workshop, tmp_path_factory.mktemp("saved") / "states", request.param)
 
@@ -72,7 +74,7 @@ def small(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Saved
     return Saved(workshop, tmp_path_factory.mktemp("small") / "states", 2)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, pytest.param(4, marks=pytest.mark.long)])
 def test_every_optimizer_tensor_comes_back_bit_for_bit(saved: Saved, tmp_path: Path, world_size: int) -> None:
     results = launch(world_size, saving.restore, *saved.arguments, str(tmp_path))
     assert all(result["step"] == 3 and result["updates"] == 3 for result in results), results

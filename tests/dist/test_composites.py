@@ -15,6 +15,8 @@ from trainer.config import Model, dump_config
 from trainer.export.proof import Proof
 from trainer.safetensors_index import Joined, TensorSource, numel
 
+pytestmark = pytest.mark.long
+
 # Its language model is under another name than by itself, it has a head of its own, and experts that are stored singly.
 KINDS = ("gemma3", "llama4", "kimi_k25")
 

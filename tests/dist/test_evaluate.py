@@ -23,7 +23,7 @@ from trainer.evaluate.tasks import task_specs
 from trainer.run import layout
 from trainer.store import Store
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 TEXTS = ["a bee and a cat", "the jay saw an emu", "dog", "two hens, one fox: none left", "an ant is not an ibis"]
 PAIRS = [("The nurse said he ", "The nurse said she "), ("The pilot said he ", "The pilot said she ")]
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -88,6 +88,7 @@ def test_gradients_are_pefts_and_those_of_one_rank_at_any_world_size(
 OTHERS = ("deepseek-v3", "nemotron-h", "llama4", "gemma4-moe")
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_gradients_of_other_families_are_those_of_one_rank_at_two_and_three(workshop: Workshop, tmp_path: Path) -> None:
     """In fp32; one start of the ranks goes over all families."""
@@ -201,7 +202,14 @@ def test_peft_reads_every_parameter_without_a_warning(
         assert torch.equal(b[:, expert::count], masters[f"{ours}.lora_B"][expert].bfloat16().float())
 
 
-@pytest.mark.parametrize("kind", ["qwen3-moe", "gpt-oss", "mixtral", "deepseek-v3", "llama4", "nemotron-h"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "qwen3-moe",
+        "gpt-oss",
+        *(pytest.param(kind, marks=pytest.mark.long) for kind in ("mixtral", "deepseek-v3", "llama4", "nemotron-h")),
+    ],
+)
 def test_a_merged_model_is_what_peft_merges(workshop: Workshop, tmp_path: Path, kind: str) -> None:
     run = committed(workshop, adapting(workshop, kind, f"{kind}-merged"))
     export_merged(run, open_store(str(tmp_path / "merged")))

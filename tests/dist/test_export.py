@@ -76,6 +76,7 @@ def test_transformers_and_peft_predict_what_the_trained_model_predicts(run: Stor
     assert (proof["computed_in"], proof["rows"]) == ("fp32", "8 rows of the training data")
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_a_right_export_of_a_deep_base_with_large_logits_is_proven_where_its_single_logits_differ(
     tmp_path: Path,

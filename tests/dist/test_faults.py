@@ -27,7 +27,9 @@ def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def each(*kinds: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("uri", kinds, indirect=True)
+    """A store in memory or of files is quick."""
+    stores = [pytest.param(kind, marks=pytest.mark.long) if kind == "s3" else kind for kind in kinds]
+    return pytest.mark.parametrize("uri", stores, indirect=True)
 
 
 @each(*STORES)
@@ -59,6 +61,7 @@ def test_a_process_killed_at_any_operation_of_a_save_leaves_the_commit_before_or
     assert launch(1, faults.after_kills, uri, killed) == [[]]
 
 
+@pytest.mark.long
 @each("local", "s3")
 @pytest.mark.parametrize("kind", ["adapter", "merged"])
 def test_a_process_killed_at_any_operation_of_an_export_leaves_nothing_that_loads(

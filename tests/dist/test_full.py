@@ -48,7 +48,13 @@ def set_policy(workshop: Workshop, **zero: int) -> None:
 
 
 @pytest.fixture(
-    scope="module", params=[("llama", ()), ("gemma2", ()), ("qwen2", SELECTED), ("mixtral", ())], ids=lambda p: p[0]
+    scope="module",
+    params=[
+        ("llama", ()),
+        ("qwen2", SELECTED),
+        *(pytest.param((kind, ()), marks=pytest.mark.long) for kind in ("gemma2", "mixtral")),
+    ],
+    ids=lambda p: p[0],
 )
 def steps(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The first step, plain ("plain") and on 1, 2 and 3 ranks: (rank 0's record, its gradients). gemma2's head is tied, and
@@ -98,7 +104,12 @@ def test_what_learns_is_everything_or_what_is_named(steps: Any) -> None:
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("kind", "optimizer"),
-    [("llama", "adamw"), ("llama-tied", "adamw"), ("llama", "adamw_8bit"), ("mixtral", "adafactor")],
+    [
+        ("llama", "adamw"),
+        pytest.param("llama-tied", "adamw", marks=pytest.mark.long),
+        ("llama", "adamw_8bit"),
+        pytest.param("mixtral", "adafactor", marks=pytest.mark.long),
+    ],
 )
 def test_twenty_steps_of_two_ranks_have_the_losses_of_transformers_and_the_stock_optimizer(
     tmp_path: Path, kind: str, optimizer: str
@@ -147,7 +158,13 @@ def run(workshop: Workshop, whole: dict[int, float]) -> Store:
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("optimizer", "more"),
-    [("adamw", ()), ("adamw_8bit", ()), ("adafactor", ()), ("adamw_8bit", LORA), ("adafactor", LORA)],
+    [
+        ("adamw", ()),
+        ("adamw_8bit", ()),
+        ("adafactor", ()),
+        pytest.param("adamw_8bit", LORA, marks=pytest.mark.long),
+        pytest.param("adafactor", LORA, marks=pytest.mark.long),
+    ],
     ids=["adamw", "adamw_8bit", "adafactor", "lora-adamw_8bit", "lora-adafactor"],
 )
 def test_ten_steps_are_five_a_resume_and_five_more(workshop: Workshop, optimizer: str, more: tuple[str, ...]) -> None:
@@ -179,6 +196,7 @@ def test_ten_steps_are_five_a_resume_and_five_more(workshop: Workshop, optimizer
             check_identity(manifests[0], another)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "adafactor"])
 def test_an_optimizer_on_the_host_trains_and_resumes_as_one_beside_the_weights(
@@ -248,6 +266,7 @@ def test_an_export_is_a_model_that_transformers_loads_with_the_masters_bit_by_bi
     )
 
 
+@pytest.mark.long
 def test_from_a_bucket_to_a_bucket_are_the_files_of_a_folder(run: Store, tmp_path: Path, s3: S3Server) -> None:
     folder, bucket = open_store(str(tmp_path / "model")), open_store(f"{s3.uri('full')}/model")
     far = open_store(f"{s3.uri('full')}/runs/whole")
@@ -292,6 +311,7 @@ def test_verify_holds_for_what_was_trained_and_catches_what_is_broken(run: Store
     assert not Proof(**proof).holds
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_routers_that_a_family_keeps_in_fp32_learn_and_are_exported(workshop: Workshop, tmp_path: Path) -> None:
     """DeepSpeed takes what learns in one type, and DeepSeek-V3's routers are in another one than the rest of a model in bf16."""
@@ -329,6 +349,7 @@ def test_a_mixtures_experts_and_a_tied_head_that_is_stored_twice_are_written_whe
     assert torch.equal(twice["lm_head.weight"], twice["model.embed_tokens.weight"])
 
 
+@pytest.mark.long
 def test_the_peak_of_an_export_is_a_few_pieces_and_parts(workshop: Workshop, tmp_path: Path) -> None:
     """With pieces of 256 KiB and parts of 1 MiB in the place of 4 and 32 MiB, which would want a base of some gigabytes."""
     sizes: dict[str, Any] = {"vocab_size": 20_000, "hidden_size": 512, "intermediate_size": 2048}
@@ -349,6 +370,7 @@ def test_a_run_of_the_first_layers_has_no_model_to_export(workshop: Workshop, tm
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("dtype", "optimizer"), [("bf16", "adamw"), ("fp32", "adamw"), ("bf16", "adamw_8bit"), ("bf16", "adafactor")]

@@ -31,6 +31,7 @@ def with_policy(workshop: Workshop, name: str, policy: str, **zero: object) -> C
     return workshop.config(name, f"sharding.deepspeed={file}")
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_one_rank_waits_for_its_device_a_few_times_a_micro_batch(deep: Workshop, tmp_path: Path) -> None:
     """Of 32 layers. Where parameters lie in host memory it waits once for each gather: the control."""
@@ -104,6 +105,7 @@ def test_a_layer_is_freed_though_one_of_its_inputs_gets_no_gradient(deep: Worksh
     )
 
 
+@pytest.mark.long
 def test_no_more_is_whole_than_three_layers_or_the_head_and_a_layer(tmp_path: Path) -> None:
     """A device that is late with the layer before the last one would have the head come on top of two layers."""
     large = Workshop(tmp_path, num_hidden_layers=LAYERS, vocab_size=4000)

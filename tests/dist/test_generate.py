@@ -122,6 +122,7 @@ def test_draws_depend_on_the_seed_and_not_on_the_ranks(answers: dict[str, dict[s
     assert drawn != greedy
 
 
+@pytest.mark.long
 def test_samples_are_taken_while_a_run_trains_and_do_not_change_it(workshop: Workshop) -> None:
     """The first ones are the base's answers; with samples or without, the losses are the same bits."""
     prompts = write_rows(workshop.folder / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])

@@ -22,7 +22,7 @@ from trainer.export.format import ExportProgress, Written, find_format
 from trainer.export.merged import export_merged
 from trainer.store import Store, open_store
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
 
 PROMPTS = [[1, *range(262, 300)], [1, 5, 300, 17, 299, 270]]
 

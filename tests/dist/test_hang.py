@@ -21,8 +21,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     ("how", "named", "speaker"),
     [
         ("stuck", "rank 1 hangs in step of step 3: no progress", 0),
-        ("stuck_inside", "rank 1 hangs in step of step 3: no progress", 0),
-        ("freeze", "rank 0 hangs: no answer", 1),
+        pytest.param("stuck_inside", "rank 1 hangs in step of step 3: no progress", 0, marks=pytest.mark.long),
+        pytest.param("freeze", "rank 0 hangs: no answer", 1, marks=pytest.mark.long),
     ],
 )
 def test_a_rank_that_hangs_is_named_and_the_others_end(workshop: Workshop, how: str, named: str, speaker: int) -> None:

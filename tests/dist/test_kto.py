@@ -81,6 +81,7 @@ def test_the_check_would_see_that_each_quarter_of_the_batch_has_a_z0_of_its_own(
     assert distance(divided_gradients, gradients) > 100 * TOLERANCE
 
 
+@pytest.mark.long
 def test_twenty_steps_have_the_losses_of_trls_trainer(workshop: Workshop, labelled: Path) -> None:
     """Each step takes all rows, as TRL mismatches the answers of a step and Capstan those of a file."""
     settings = ("objective.beta=0.3", "objective.undesirable_weight=1.5", "optim.lr=0.003", "train.global_batch=12")
@@ -113,6 +114,7 @@ def records(workshop: Workshop, name: str, kind: str) -> list[dict[str, Any]]:
     return [record for record in lines if record["kind"] == kind]
 
 
+@pytest.mark.long
 def test_a_run_begins_at_one_half_learns_and_is_evaluated_alike_on_any_number_of_ranks(
     workshop: Workshop, labelled: Path, uninterrupted: dict[int, float]
 ) -> None:
@@ -129,6 +131,7 @@ def test_a_run_begins_at_one_half_learns_and_is_evaluated_alike_on_any_number_of
         assert on_three[name] == pytest.approx(evaluated[name], abs=1e-3), name
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_bitwise_and_at_another_world_size(
     workshop: Workshop, labelled: Path, uninterrupted: dict[int, float]
 ) -> None:

@@ -1,7 +1,8 @@
 """A sharded load gives bitsandbytes' bytes and transformers' logits, whatever the ranks, and no rank holds the whole."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from trainer.config import dump_config
 from trainer.store import open_store
 
 # World size, and ranks of one "node" where the base is sharded inside a node only.
-WORLDS = [(1, None), (2, None), (3, None), (4, None), (4, 2)]
+WORLDS = [(3, None), (4, 2), *(pytest.param((ranks, None), marks=pytest.mark.long) for ranks in (1, 2, 4))]
 # Every pair of values occurs.
 QUANTS = [
     [f"quant.type={kind}", f"quant.block_size={block}", f"quant.double={double}"]
@@ -58,6 +59,14 @@ CASES = {
     "3-nodes-of-1-nf4": Case(3, 1, "nf4", ONE_OF_EACH),
     "2-nodes-of-2-nf4": Case(4, 2, "nf4", ONE_OF_EACH),
 }
+
+
+QUICK = ("2-ranks-nf4",)
+
+
+def cases_of(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test, with the long cases marked so."""
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in names]
 
 
 @dataclass
@@ -107,19 +116,21 @@ def load(
 
 
 @pytest.fixture(scope="module")
-def stock(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
+def stock(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Loaded]:
     """By stored form: what transformers + bitsandbytes give as one process."""
-    found = {}
-    for stored, (quant_type, double) in STORED.items():
-        folder = tmp_path_factory.mktemp(f"stock-{stored}")
+
+    @cache
+    def get(stored: str) -> Loaded:
+        folder, (quant_type, double) = tmp_path_factory.mktemp(f"stock-{stored}"), STORED[stored]
         (facts,) = launch(
             1, loading.stock_logits, [str(bases[kind]) for kind in KINDS], quant_type, double, str(folder)
         )
-        found[stored] = Loaded(
+        return Loaded(
             {kind: load_file(folder / f"{kind}.safetensors")["logits"] for kind in KINDS},
             {kind: [fact] for kind, fact in zip(KINDS, facts, strict=True)},
         )
-    return found
+
+    return get
 
 
 @pytest.mark.parametrize("world", WORLDS, ids=lambda world: "-ranks-in-nodes-of-".join(map(str, filter(None, world))))
@@ -142,37 +153,37 @@ def test_packed_bytes_and_scales_are_those_of_quantizing_the_whole_tensor(
         assert result["scales"] <= 3  # of seven matrices: of those that are filled in one round
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases_of(CASES))
 def test_logits_are_those_of_transformers_and_bitsandbytes(
-    load: Callable[[str], Loaded], stock: dict[str, Loaded], name: str
+    load: Callable[[str], Loaded], stock: Callable[[str], Loaded], name: str
 ) -> None:
-    loaded, expected = load(name), stock[CASES[name].stored]
+    loaded, expected = load(name), stock(CASES[name].stored)
     for kind, logits in loaded.logits.items():
         difference = float((logits - expected.logits[kind]).abs().max())
         assert torch.equal(logits, expected.logits[kind]), f"{kind}: largest difference {difference}"
         assert len({fact["digest"] for fact in loaded.facts[kind]}) == 1, f"{kind}: ranks disagree"
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases_of(CASES))
 def test_the_engine_leaves_packed_bytes_alone(load: Callable[[str], Loaded], name: str) -> None:
     for kind, facts in load(name).facts.items():
         for fact in facts:
             assert bool(fact["packed"]) == (CASES[name].stored != "none"), kind
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases_of(CASES))
 def test_rotary_frequencies_stay_transformers_own_in_fp32(
-    load: Callable[[str], Loaded], stock: dict[str, Loaded], name: str
+    load: Callable[[str], Loaded], stock: Callable[[str], Loaded], name: str
 ) -> None:
     for kind, facts in load(name).facts.items():
-        (expected,) = stock[CASES[name].stored].facts[kind]
+        (expected,) = stock(CASES[name].stored).facts[kind]
         for fact in facts:
             rotary = {buffer: value for buffer, value in fact["buffers"].items() if "rotary" in buffer}
             assert rotary == expected["buffers"], kind
             assert {dtype for dtype, _ in rotary.values()} == {"torch.float32"}, kind
 
 
-@pytest.mark.parametrize("name", ["2-ranks-nf4", "3-ranks-fp4-double", "2-ranks-none"])
+@pytest.mark.parametrize("name", cases_of(["2-ranks-nf4", "3-ranks-fp4-double", "2-ranks-none"]))
 def test_all_ranks_together_read_the_files_once_and_keep_equal_shares(
     load: Callable[[str], Loaded], bases: dict[str, Path], name: str
 ) -> None:
@@ -183,7 +194,9 @@ def test_all_ranks_together_read_the_files_once_and_keep_equal_shares(
     assert max(kept) < 1.05 * sum(kept) / len(kept)
 
 
-@pytest.mark.parametrize(("world_size", "quant_type", "double"), [(3, "nf4", True), (2, "fp4", False)])
+@pytest.mark.parametrize(
+    ("world_size", "quant_type", "double"), [(3, "nf4", True), pytest.param(2, "fp4", False, marks=pytest.mark.long)]
+)
 def test_a_base_that_came_quantized_gives_the_logits_of_transformers_own_load(
     workshop: Workshop, bases: dict[str, Path], tmp_path: Path, world_size: int, quant_type: str, double: bool
 ) -> None:
@@ -202,6 +215,7 @@ def test_a_base_that_came_quantized_gives_the_logits_of_transformers_own_load(
         assert sum(rank[index]["read_bytes"] for rank in results) <= files
 
 
+@pytest.mark.long
 def test_inside_a_node_each_node_reads_and_keeps_a_whole_base(load: Callable[[str], Loaded]) -> None:
     world, node = (load(name).facts["llama"] for name in ("2-ranks-nf4", "2-nodes-of-2-nf4"))
     for key in ("kept_bytes", "read_bytes"):

@@ -13,6 +13,8 @@ from tests.stored import store_in_fp8, store_in_mxfp4
 from trainer.base.reading import PIECE_BYTES, PIECES_IN_FLIGHT
 from trainer.config import dump_config
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:

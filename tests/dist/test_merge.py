@@ -198,6 +198,7 @@ def test_the_proof_holds_for_what_was_merged_and_for_nothing_else(tmp_path: Path
     assert cheat or proof["trained_kl"] < 1e-2 * proof["kl_effect"]
 
 
+@pytest.mark.long
 def test_the_peak_of_a_merge_is_a_few_pieces_and_parts(workshop: Workshop, tmp_path: Path) -> None:
     sizes: dict[str, Any] = {
         "vocab_size": 70_000,

@@ -114,6 +114,7 @@ def test_lengths_and_the_ratio_to_the_reference_are_means_over_the_pairs(steps: 
     assert record["log_ratio"] == pytest.approx((record["reward_chosen"] + record["reward_rejected"]) / 0.8, rel=1e-5)
 
 
+@pytest.mark.long
 def test_twenty_steps_of_dpo_have_the_losses_of_trls_trainer(workshop: Workshop, pairs: Path) -> None:
     """From the same adapter, on the same pairs in the same order; the same pairs in another order lead elsewhere."""
     settings = ("objective.name=dpo", "objective.beta=0.3", "optim.lr=0.003", "optim.weight_decay=0.1")
@@ -156,6 +157,7 @@ def test_dpo_begins_at_log_2_and_learns_to_prefer(workshop: Workshop, uninterrup
     assert read_manifest(workshop.store.sub("dpo"), 10).objective == {"name": "dpo", "beta": 0.3}
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_bitwise_and_at_another_world_size(
     workshop: Workshop, pairs: Path, uninterrupted: dict[int, float]
 ) -> None:

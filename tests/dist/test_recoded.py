@@ -23,7 +23,7 @@ from trainer.export.proof import Proof
 from trainer.safetensors_index import numel
 from trainer.store import Store, open_store
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")

@@ -85,7 +85,16 @@ def opened(workshop: Workshop, fingerprint: str) -> tuple[dict[str, Any], Refere
     return facts, read_references(folder_of(workshop, fingerprint), facts, len(values))
 
 
-@pytest.mark.parametrize(("world_size", "what"), [(1, "lora"), (2, "lora"), (3, "lora"), (2, "prompt"), (2, "kto")])
+@pytest.mark.parametrize(
+    ("world_size", "what"),
+    [
+        (2, "lora"),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in ((1, "lora"), (3, "lora"), (2, "prompt"), (2, "kto"))
+        ),
+    ],
+)
 def test_the_losses_are_those_of_a_second_pass_in_every_step(workshop: Workshop, world_size: int, what: str) -> None:
     short = ("train.steps=4", "optim.lr=0.01", "data.held_out=0.2", "checkpoint.every_steps=0")
     if what == "prompt":
@@ -135,6 +144,7 @@ def test_full_fine_tuning_has_the_losses_of_plain_pytorch(workshop: Workshop, wh
     assert max(abs(loss - 0.693147) for loss in moving) < 1e-4, "the control: a reference that learns along"
 
 
+@pytest.mark.long
 def test_a_resume_at_another_world_size_reads_what_is_stored(workshop: Workshop, whole: dict[int, float]) -> None:
     fingerprint = workshop.prepare(config_of(workshop, "full", *FULL)).train
     (key,), folder = stored(workshop, fingerprint), folder_of(workshop, fingerprint)
@@ -178,6 +188,7 @@ def test_an_interrupted_pass_goes_on_at_another_world_size(workshop: Workshop) -
     assert (again["rows"], again["values"]) == (0, then[0]["values"])
 
 
+@pytest.mark.long
 def test_what_is_damaged_or_of_something_else_is_computed_again(workshop: Workshop) -> None:
     config = config_of(workshop, "other", *FULL)
     fingerprint, key = workshop.prepare(config).train, ""
@@ -213,6 +224,7 @@ def test_what_is_damaged_or_of_something_else_is_computed_again(workshop: Worksh
     forget(workshop, fingerprint)
 
 
+@pytest.mark.long
 def test_the_pass_waits_for_chapters_that_are_still_compiled(
     workshop: Workshop, tmp_path: Path, chapters: None
 ) -> None:

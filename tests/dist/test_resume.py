@@ -110,7 +110,7 @@ def test_a_killed_run_goes_on_with_bit_identical_losses(
     assert steps_taken(plain.folder("same"), 2) == [6, 7, 8, 9, 10]
 
 
-@pytest.mark.parametrize("world_size", [1, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 3, pytest.param(4, marks=pytest.mark.long)])
 def test_a_killed_run_of_two_ranks_goes_on_at_another_world_size(
     plain: Runs, killed: str, uninterrupted: dict[int, float], world_size: int
 ) -> None:
@@ -121,7 +121,7 @@ def test_a_killed_run_of_two_ranks_goes_on_at_another_world_size(
     assert read_manifest(plain.folder(name), 10).world_size == world_size
 
 
-@pytest.mark.parametrize("world_size", [1, 4])
+@pytest.mark.parametrize("world_size", [1, pytest.param(4, marks=pytest.mark.long)])
 def test_a_killed_run_of_another_world_size_goes_on_with_two(
     plain: Runs, uninterrupted: dict[int, float], world_size: int
 ) -> None:
@@ -136,6 +136,7 @@ def test_three_ranks_that_do_not_divide_the_global_batch_have_the_losses_of_two(
     assert runs.train("three", 3) == pytest.approx(runs.train("two", 2), abs=1e-5)
 
 
+@pytest.mark.long
 def test_dropout_and_optimizer_groups_are_resumed_bit_identically(
     dropping: Runs, uninterrupted: dict[int, float]
 ) -> None:

@@ -83,6 +83,7 @@ def test_a_method_that_trains_the_base_refuses_a_copy_of_it_on_every_node(worksh
     assert sentence.startswith("sharding.scope: node keeps a copy of the base on every node")
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_one_method_is_not_continued_with_another(workshop: Workshop) -> None:
     train(workshop, biases("changed", 3, workshop), ranks=1)
     with pytest.raises(AssertionError, match="has adapter method: 'biases', the configuration gives 'lora'"):

@@ -64,7 +64,10 @@ def stock(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> d
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("world_size", "quants"), [(1, ["nf4"]), (2, ["nf4", "none"]), (3, ["double"])])
+@pytest.mark.parametrize(
+    ("world_size", "quants"),
+    [(3, ["double"]), *(pytest.param(*case, marks=pytest.mark.long) for case in ((1, ["nf4"]), (2, ["nf4", "none"])))],
+)
 def test_packed_bytes_and_logits_are_those_of_the_same_base_in_16_bits(
     workshop: Workshop,
     bases: dict[str, Path],
@@ -120,6 +123,7 @@ def test_experts_that_were_quantized_singly_stay_as_they_are_where_their_blocks_
             assert facts["read_bytes"] < 0.6 * files
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_a_cached_base_is_the_same_and_a_wrong_tile_shows(
     workshop: Workshop, bases: dict[str, Path], stock: dict[tuple[str, str], torch.Tensor], tmp_path: Path
@@ -144,6 +148,7 @@ def test_a_cached_base_is_the_same_and_a_wrong_tile_shows(
     assert len(results[0][-1]["differing"]) == 3 * MATRICES["llama"]  # weights, dequantized weights and scales of each
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_ten_steps_have_the_losses_of_the_same_base_in_16_bits(workshop: Workshop, bases: dict[str, Path]) -> None:
     runs = [bases["experts"], bases["experts"] / "decoded", bases["gpt-oss"], bases["gpt-oss"] / "decoded"]

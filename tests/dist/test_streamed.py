@@ -9,6 +9,8 @@ from tests.dist import streamed
 from tests.dist.launch import launch
 from tests.material import Workshop, commit, make_base
 
+pytestmark = pytest.mark.long
+
 # A family of random bases, or a model that sees as well, and the run's settings.
 KINDS = {
     "llama": ("llama", "quant.double=true"),

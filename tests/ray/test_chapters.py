@@ -21,7 +21,7 @@ from trainer.data.order_settings import train_order
 from trainer.data.prepare import prepare
 from trainer.store import Store, open_store
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
 STEPS = 16
 

@@ -74,6 +74,7 @@ def where(batch: Batch) -> str:
     return ray.get_runtime_context().get_node_id()
 
 
+@pytest.mark.long
 def test_rows_that_kill_every_process_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster_data, "_RETRIES", 1)
     batch = Batch("rows.jsonl", 129, Lines([b"{}"], begins=False), 2)
@@ -89,6 +90,7 @@ def die(batch: Batch) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_data_build_compiles_on_the_cluster_of_the_run(workshop: Workshop, tmp_path: Path) -> None:
     row = json.dumps({"prompt": "p " * 30, "completion": "c " * 30})
     many = tmp_path / "many.jsonl"

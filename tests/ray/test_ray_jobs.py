@@ -21,7 +21,7 @@ from tests.material import Workshop
 from tests.ray.cluster import write
 from trainer.store import open_store
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 

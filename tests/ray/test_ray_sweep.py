@@ -21,7 +21,7 @@ from tests.material import Workshop
 from tests.ray.cluster import PATIENCE, Driver, write
 from trainer.store import Store, open_store
 
-pytestmark = pytest.mark.timeout(3600)  # two minutes on an idle machine of two cores
+pytestmark = [pytest.mark.long, pytest.mark.timeout(3600)]  # two minutes on an idle machine of two cores
 
 RATES = [3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5]
 STEPS, GRACE = 60, 4

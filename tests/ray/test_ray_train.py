@@ -32,6 +32,7 @@ def address() -> Iterator[str]:
         yield str(cluster.address)
 
 
+@pytest.mark.long
 def test_a_run_stops_in_every_phase_and_goes_on_where_it_was(workshop: Workshop, tmp_path: Path, address: str):
     store = workshop.folder / "store"
     run = open_store(str(store)).sub("stopped")

@@ -17,7 +17,7 @@ from tests.ray.cluster import Driver, add_machine, alive, ray_cluster, steps, wr
 from trainer.config import dump_config
 from trainer.store import Store, open_store
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 
 STEPS, COMMIT_EVERY = 120, 4
 SETTINGS = (

@@ -11,7 +11,7 @@ from launcher.view.status import read_generation, read_status
 from tests.cli.conftest import ENVIRONMENT
 from tests.slurm.site import Site
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 
 
 def test_a_job_goes_on_after_its_time_limit_and_a_crash(site: Site, undisturbed: dict[int, float]) -> None:

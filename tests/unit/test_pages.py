@@ -73,7 +73,7 @@ def check_command(command: list[str]) -> None:
     if arguments is not None:
         check_settings(arguments)
     elif program == "make":
-        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert {word for word in rest if "=" not in word} <= set(targets), command
     elif "install" in rest and ("pip" in command or program.endswith("pip")):
         check_requirements(rest)

@@ -228,6 +228,7 @@ def two(store: Store) -> list[Store]:
     ]
 
 
+@pytest.mark.long
 def test_several_runs_are_one_comparison(two: list[Store], tmp_path: Path) -> None:
     page = comparison_page([read_figures(run) for run in two])
     rows = re.findall(r"<tr><th scope=\"row\"><code>(.*?)</code></th>(.*?)</tr>", page)
@@ -317,6 +318,7 @@ def make_sweep(store: Store) -> tuple[Store, dict[int, list[float]]]:
     return folder, losses
 
 
+@pytest.mark.long
 def test_a_sweep_is_a_page_of_its_trials_and_of_what_the_result_depends_on(store: Store, tmp_path: Path) -> None:
     folder, losses = make_sweep(store)
     trials = read_plan(folder).trials

@@ -8,9 +8,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from trainer.config import Config
 from trainer.config.evaluation import UNNAMED
-from trainer.data.dataset import open_dataset
+from trainer.data.dataset import Dataset, open_dataset
 from trainer.data.inputs import config_of_set
 from trainer.data.prepare import prepare_evaluated
 from trainer.data.stream import Stream, eval_stream
@@ -19,7 +21,7 @@ from trainer.evaluate.opened import OpenedRun
 from trainer.evaluate.subjects import has_likelihood
 from trainer.measure import bias
 from trainer.measure.bias import Gaps, SentencePair
-from trainer.measure.intervals import difference_interval
+from trainer.measure.intervals import clusters_of, difference_interval
 from trainer.measure.losses import document_losses
 from trainer.measure.scoring import Continued, likelihoods
 
@@ -29,15 +31,16 @@ TaskScores = dict[str, dict[str, tuple[float, float | None]]]
 """Task -> metric -> (value, standard error)."""
 Tasks = Callable[[OpenedRun, str], TaskScores]
 """Runs the tasks by a run's model as it is, of which the text is the side's name."""
+Clusters = NDArray[np.int64]
 Losses = tuple[Any, Any]
 """The nats and the tokens of each document of a set, in the set's order, as (documents,) fp64."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be measured: sets on this rank by name, with their documents, pairs of sentences, tasks."""
+    """What is to be measured: sets on this rank by name, with the cluster of each document; pairs of sentences, tasks."""
 
-    sets: Mapping[str, tuple[Stream, int]]
+    sets: Mapping[str, tuple[Stream, Clusters]]
     pairs: Sequence[SentencePair]
     tasks: Tasks | None
 
@@ -68,19 +71,26 @@ def find_work(opened: OpenedRun, tasks: Tasks | None, progress: Progress) -> Wor
     )
     if not has_likelihood(config):
         keys.pop(UNNAMED, None)
-    sets = dict[str, tuple[Stream, int]]()
+    sets = dict[str, tuple[Stream, Clusters]]()
     for name, key in keys.items():
         dataset, of_set = open_dataset(opened.store, key), config if name == UNNAMED else config_of_set(config, name)
-        sets[name] = eval_stream(of_set, dataset, ranks.rank, ranks.world_size), dataset.manifest.documents
+        sets[name] = eval_stream(of_set, dataset, ranks.rank, ranks.world_size), _clusters(of_set, dataset)
     pairs = ranks.on_first(lambda: bias.read_pairs(config.eval.bias) if config.eval.bias else [])
     return Work(sets, pairs, tasks)
+
+
+def _clusters(config: Config, dataset: Dataset) -> Clusters:
+    """The row that each document of the set is of, by a number: a long one may be several documents."""
+    if config.data.on_too_long != "split":
+        return np.arange(dataset.manifest.documents)
+    return clusters_of(dataset.lengths, config.data.sequence_length)
 
 
 def measure(opened: OpenedRun, work: Work, side: str, progress: Progress) -> MeasuredSide:
     """All of `work`, by the model as it is now. Collective; `side` is its name in what `progress` is told."""
     sets = {
-        name: _losses(opened, stream, documents, partial(progress, f"{name}, {side}"))
-        for name, (stream, documents) in work.sets.items()
+        name: _losses(opened, stream, len(clusters), partial(progress, f"{name}, {side}"))
+        for name, (stream, clusters) in work.sets.items()
     }
     return MeasuredSide(sets, _gaps(opened, work.pairs, side, progress), work.tasks(opened, side) if work.tasks else {})
 
@@ -119,21 +129,26 @@ def evaluation(opened: OpenedRun, work: Work, base: MeasuredSide, adapter: Measu
         "step": manifest.step if manifest else 0,
         "made": time.time(),
         "base": {"name": opened.base.name, "fingerprint": opened.base.fingerprint, "quant.type": config.quant.type},
-        "sets": {name: _of_set(name, sides) for name in base.sets},
+        "sets": {name: _of_set(name, sides, work.sets[name][1]) for name in base.sets},
         "tasks": {task: _of_task(task, sides) for task in base.tasks},
         "bias": bias.to_json(work.pairs, {name: side.bias for name, side in sides.items()}),
     }
 
 
-def _of_set(name: str, sides: Mapping[str, MeasuredSide]) -> dict[str, Any]:
+def _of_set(name: str, sides: Mapping[str, MeasuredSide], clusters: Clusters) -> dict[str, Any]:
     tokens = sides["base"].sets[name][1]
     nats = {side: measured.sets[name][0] for side, measured in sides.items()}
     losses = {side: float(values.sum() / tokens.sum()) for side, values in nats.items()}
-    found: dict[str, Any] = {"tokens": int(tokens.sum()), "documents": len(tokens)}
+    found: dict[str, Any] = {
+        "tokens": int(tokens.sum()),
+        "documents": len(tokens),
+        "clusters": len(set(clusters.tolist())),
+    }
     found |= {side: {"loss": loss, "perplexity": _perplexity(loss)} for side, loss in losses.items()}
     if "adapter" in nats:
         found["difference"] = losses["adapter"] - losses["base"]
-        found["interval"] = list(difference_interval(nats["base"], nats["adapter"], tokens))
+        interval = difference_interval(nats["base"], nats["adapter"], tokens, clusters)
+        found["interval"] = None if interval is None else list(interval)
     return found
 
 

@@ -8,6 +8,9 @@ from trainer.errors import NOT_JSON, NotFound
 from trainer.run import layout
 from trainer.store import Store
 
+FEWEST = 6
+"""Of fewer independent documents there are fewer than 40 different subsets, whose quantiles promise less than 95 %: no interval is given."""
+
 # Each by name; the values of tasks are by metric.
 _PARTS = ("sets", "tasks", "bias")
 
