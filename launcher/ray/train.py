@@ -125,9 +125,9 @@ def _attempt(attempts: Attempts, dashboard: str | None, wanted: Need, workers: i
 
 def _trainer(attempts: Attempts, dashboard: str | None, wanted: Need, workers: int, storage: str) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
-    from launcher.ray.group import GpuGroup
+    from launcher.ray.group import RankGroup
 
     arguments = {
         "config": dump_config(attempts.config),
@@ -137,7 +137,6 @@ def _trainer(attempts: Attempts, dashboard: str | None, wanted: Need, workers: i
         "began": attempts.began,
         "joined": dashboard is not None,
     }
-    limit = int(max(attempts.config.timeouts.model_dump().values())) + 120
     return TorchTrainer(
         _rank,
         train_loop_config=arguments,
@@ -147,7 +146,7 @@ def _trainer(attempts: Attempts, dashboard: str | None, wanted: Need, workers: i
             resources_per_worker=wanted.each,
             placement_strategy=attempts.config.cluster.ray.placement,
         ),
-        torch_config=GpuGroup("nccl", timeout_s=limit) if wanted.gpus else TorchConfig("gloo", timeout_s=limit),
+        torch_config=RankGroup("nccl" if wanted.gpus else "gloo"),
         # Checkpoints and metrics go to the run's own store; Ray Train only wants a place to put nothing.
         run_config=RunConfig(
             name=attempts.config.run.name,

@@ -7,12 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.train.torch.config import _TorchBackend
 
 from launcher.policy.retry import Failure
-from launcher.ray import train
+from launcher.ray import group, train
 from launcher.ray.cluster import Need
-from launcher.ray.group import GpuGroup
+from launcher.ray.group import RankGroup
 from launcher.start import attempts
 from launcher.start.attempts import Attempts, Watch
 from launcher.view.status import read_status
@@ -158,11 +157,11 @@ def test_a_look_that_the_store_fails_is_said_once_and_made_again(
 ) -> None:
     owner = take(run, "capstan train", 0)
     made = Attempts(config, Datasets("d", None), owner, resume=False)
-    group = train._Group(made, Need(1, 4, {}), 2)
-    watch = Watch(made, group.look)
+    ranks = train._Group(made, Need(1, 4, {}), 2)
+    watch = Watch(made, ranks.look)
     monkeypatch.setattr(attempts, "_LOOK_SECONDS", 0.0)
     monkeypatch.setattr(train, "room", lambda each: 2)
-    group._counted -= 100
+    ranks._counted -= 100
     with monkeypatch.context() as outage:
         outage.setattr(attempts, "newest_records", down)
         watch.look()
@@ -172,9 +171,9 @@ def test_a_look_that_the_store_fails_is_said_once_and_made_again(
     with monkeypatch.context() as outage:
         outage.setattr(train, "request_restart", down)
         watch.look()
-        assert group.resizing
+        assert ranks.resizing
     assert not run.exists(layout.RESTART)
-    group._counted -= 100
+    ranks._counted -= 100
     watch.look()
     assert "4 ranks instead of 2" in run.get(layout.RESTART).decode()
 
@@ -192,18 +191,21 @@ def test_a_run_that_was_taken_over_gets_no_end_and_no_other_attempt(
     assert (ends(run, 1), ends(run, 2)) == (["rank 1 died"], [])
 
 
-def test_ranks_are_asked_for_their_gpus_before_a_group_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU build of torch has no NCCL and says no more than that; the control is the order of the calls."""
-    calls = list[str]()
-    monkeypatch.setattr(_TorchBackend, "on_start", lambda *_: calls.append("group"))
+def test_ranks_are_asked_for_their_gpus_before_they_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU build of torch has no NCCL and says no more than that."""
     monkeypatch.setattr(devices, "listed_gpus", lambda: [devices.ListedGpu("GPU-1")])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    workers: Any = SimpleNamespace(execute=lambda function: function())
-    backend = GpuGroup("nccl").backend_cls()
+    told = list[tuple[str, int]]()
+    monkeypatch.setattr(group, "_tell", lambda *place: told.append(place))
+    workers: Any = SimpleNamespace(
+        execute=lambda function, *arguments: function(*arguments),
+        execute_single=lambda _rank, _function: ("127.0.0.1", 4711),
+    )
+    ranks = RankGroup("nccl")
     monkeypatch.setattr(start, "torch_gpus", lambda: (0, None))
     with pytest.raises(ConfigError, match=r"has 1 GPU, but this torch is a CPU build\. Install one for CUDA"):
-        backend.on_start(workers, GpuGroup("nccl"))
-    assert calls == []
+        ranks.backend_cls().on_start(workers, ranks)
+    assert told == []
     monkeypatch.setattr(start, "torch_gpus", lambda: (1, "13.0"))
-    backend.on_start(workers, GpuGroup("nccl"))
-    assert calls == ["group"]
+    ranks.backend_cls().on_start(workers, ranks)
+    assert told == [("127.0.0.1", 4711)]
