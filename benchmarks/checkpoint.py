@@ -48,7 +48,7 @@ class Bench:
         """Seconds of one training step."""
         import torch
 
-        from trainer.data.micro_batch import MicroBatch
+        from trainer.data.order.micro_batch import MicroBatch
 
         tokens = torch.arange(TOKENS).remainder(1000)[None]
         borders = torch.tensor([0, TOKENS], dtype=torch.int32)
@@ -234,8 +234,8 @@ def rank_main(rank: int, world: int, port: int, folder: str, bucket: str, method
 
     import torch
 
-    from trainer.base.load import DTYPES
-    from trainer.base.locate import resolve_base
+    from trainer.base.find.locate import resolve_base
+    from trainer.base.load.load import DTYPES
     from trainer.config import override
     from trainer.model.attention import choose_attention
     from trainer.objective.sft import NextTokens

@@ -28,16 +28,16 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from trainer.data.binary import TARGET_BIT
-from trainer.data.chapters import whole
-from trainer.data.dataset import open_dataset
-from trainer.data.encode import Encoded
-from trainer.data.manifest import FORMAT, MANIFEST, DatasetManifest, SourceRecord
-from trainer.data.micro_batch import Position
-from trainer.data.order import EpochPlan
-from trainer.data.order_settings import Order
-from trainer.data.shards import Place, ShardWriter
-from trainer.data.stream import Stream
+from trainer.data.compile.encode import Encoded
+from trainer.data.compile.shards import Place, ShardWriter
+from trainer.data.dataset.binary import TARGET_BIT
+from trainer.data.dataset.chapters import whole
+from trainer.data.dataset.dataset import open_dataset
+from trainer.data.dataset.manifest import FORMAT, MANIFEST, DatasetManifest, SourceRecord
+from trainer.data.order.micro_batch import Position
+from trainer.data.order.order import EpochPlan
+from trainer.data.order.settings import Order
+from trainer.data.order.stream import Stream
 from trainer.run.layout import dataset as dataset_key
 from trainer.store import Store, open_store
 

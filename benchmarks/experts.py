@@ -26,10 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from trainer.base.load import DTYPES
+from trainer.base.load.load import DTYPES
 from trainer.model import experts
-from trainer.model.expert_lora import ExpertLora
 from trainer.model.nf4 import Format, FrozenStack4bit, quantize_blocks
+from trainer.tuning.experts.layer import ExpertLora
 
 STACKS = ("gate_up_proj", "down_proj")
 SCALING = 2.0

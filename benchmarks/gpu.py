@@ -56,7 +56,7 @@ def kernels(_given: argparse.Namespace) -> list[Figure]:
     import torch
     from train import llama, make_base
 
-    from trainer.base.locate import resolve_base
+    from trainer.base.find.locate import resolve_base
     from trainer.errors import ConfigError
     from trainer.model.attention import choose_attention
     from trainer.model.liger import missing
@@ -101,8 +101,8 @@ def _loss_and_gradient(base: Any, kernel: str, dtype: Any, fused: str = "none") 
     import torch
     from safetensors.torch import load_file
 
-    from trainer.base.load import empty_model
-    from trainer.data.micro_batch import MicroBatch
+    from trainer.base.load.load import empty_model
+    from trainer.data.order.micro_batch import MicroBatch
     from trainer.model.attention import choose_attention
     from trainer.model.liger import Kernels
     from trainer.model.packed import PackedModel
@@ -218,9 +218,9 @@ def training(given: argparse.Namespace) -> list[Figure]:
     """A base of 8B's shape: tokens/s, MFU and peak memory, beside TRL and beside the plan; and the phases of our steps."""
     from train import CASES, WARM_UP, counts, make_material, measure
 
-    from trainer.base.locate import resolve_base
+    from trainer.base.find.locate import resolve_base
     from trainer.config import load_config
-    from trainer.plan import make_plan
+    from trainer.plan.plan import make_plan
 
     case = CASES["fixed"]
     with tempfile.TemporaryDirectory(prefix="capstan-bench-") as name:

@@ -46,15 +46,15 @@ def rank_main(rank: int, world: int, port: int, folder: str, count: int) -> None
     import torch
     from deepspeed.comm.torch import TorchBackend
 
-    from trainer.base.load import DTYPES, load_model
-    from trainer.base.locate import resolve_base
+    from trainer.base.find.locate import resolve_base
+    from trainer.base.load.load import DTYPES, load_model
     from trainer.config import override
-    from trainer.data.micro_batch import MicroBatch
+    from trainer.data.order.micro_batch import MicroBatch
     from trainer.model.attention import choose_attention
     from trainer.model.packed import PackedModel
     from trainer.objective.objective import find_objective
+    from trainer.plan.sizes import most_whole
     from trainer.ranks import join
-    from trainer.sizes import most_whole
     from trainer.tuning.method import method_of
     from trainer.zero.engine import Engine
     from trainer.zero.policy import build_deepspeed_config

@@ -97,8 +97,8 @@ def make_stored_base(folder: Path, stored: str, layers: int) -> int:
 
 
 def load_ours(base: Path, settings: dict[str, Any], ranks: Any, loaded: Callable[[int], None]) -> None:
-    from trainer.base.load import DTYPES, load_model
-    from trainer.base.locate import resolve_base
+    from trainer.base.find.locate import resolve_base
+    from trainer.base.load.load import DTYPES, load_model
     from trainer.model.attention import choose_attention
     from trainer.model.packed import PackedModel
     from trainer.objective.sft import NextTokens
@@ -123,7 +123,7 @@ def load_stock(base: Path, settings: dict[str, Any], ranks: Any, loaded: Callabl
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    from trainer.tuning.lora import METHODS
+    from trainer.tuning.lora.method import METHODS
 
     deepspeed.init_distributed(verbose=False)
     keep = HfDeepSpeedConfig(settings)  # transformers looks for a live one to know of ZeRO-3
@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
     arguments = parser.parse_args()
-    from trainer.base.reading import PIECE_BYTES, PIECES_IN_FLIGHT
+    from trainer.base.partitions.reading import PIECE_BYTES, PIECES_IN_FLIGHT
 
     with tempfile.TemporaryDirectory(prefix="capstan-bench-") as folder:
         table = Table(

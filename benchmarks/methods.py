@@ -69,8 +69,8 @@ def make_material(folder: Path, pretrain: int, steps: int) -> None:
 
 def compile_data(config: Config, folder: Path) -> tuple[str, list[str]]:
     """The fingerprints of what is trained on, and of the held-out questions and the source code."""
-    from trainer.base.locate import resolve_base
-    from trainer.data.prepare import prepare
+    from trainer.base.find.locate import resolve_base
+    from trainer.data.compile.prepare import prepare
     from trainer.store import open_store
 
     base, store, train, held_out = resolve_base(config.model), open_store(config.run.store), "", list[str]()
@@ -133,11 +133,11 @@ class Trial:
     """A rank with a model that can be trained again and again from its start."""
 
     def __init__(self, config: Config, folder: Path, ranks: Any, objective: Any) -> None:
-        from trainer.base.load import DTYPES
-        from trainer.base.locate import resolve_base
-        from trainer.data.chapters import open_chapters
-        from trainer.data.dataset import open_dataset
-        from trainer.data.stream import eval_stream, train_stream
+        from trainer.base.find.locate import resolve_base
+        from trainer.base.load.load import DTYPES
+        from trainer.data.dataset.chapters import open_chapters
+        from trainer.data.dataset.dataset import open_dataset
+        from trainer.data.order.stream import eval_stream, train_stream
         from trainer.model.attention import choose_attention
         from trainer.store import open_store
         from trainer.train.assemble import assemble
@@ -162,7 +162,7 @@ class Trial:
 
     def run(self, rate: float) -> tuple[float, float]:
         """Train from the start with this learning rate. -> the losses; no number where it diverges."""
-        from trainer.data.micro_batch import Position
+        from trainer.data.order.micro_batch import Position
         from trainer.train.schedule import learning_rate
 
         for part, start in zip(self.engine.partitions(), self.start, strict=True):

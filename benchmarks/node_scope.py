@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the cluster that the t
 from launcher.view.status import read_generation
 from tests.slurm.cluster import Cluster, missing
 from tests.slurm.site import Site
-from trainer.base.locate import resolve_base
+from trainer.base.find.locate import resolve_base
 from trainer.config import load_config
-from trainer.plan import make_plan
+from trainer.plan.plan import make_plan
 
 SCOPES = ("world", "node")
 RATES = (None, "1gbit", "100mbit")

@@ -30,10 +30,10 @@ def rank_main(rank: int, world: int, port: int, folder: str, checkpointing: bool
     become_rank(rank, world, port)
     import torch
 
-    from trainer.base.load import DTYPES
-    from trainer.base.locate import resolve_base
+    from trainer.base.find.locate import resolve_base
+    from trainer.base.load.load import DTYPES
     from trainer.config import override
-    from trainer.data.micro_batch import MicroBatch
+    from trainer.data.order.micro_batch import MicroBatch
     from trainer.model.attention import choose_attention
     from trainer.objective.objective import find_objective
     from trainer.ranks import join

@@ -48,7 +48,7 @@ def report(pipe: Any, loss: float, **more: float) -> None:
 def ours(rank: int, world: int, port: int, folder: Path, case: Case, pipe: Any) -> None:
     become(rank, world, port)
     from trainer.config import override, parse_config
-    from trainer.data.prepare import Datasets
+    from trainer.data.compile.prepare import Datasets
     from trainer.rank import Starter, run_rank
 
     config = parse_config((folder / f"{case.data}.yaml").read_text())

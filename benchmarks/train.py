@@ -101,12 +101,12 @@ def make_material(folder: Path, shape: dict[str, Any], length: int, ranks: int, 
 
 
 def _compile(folder: Path, name: str, length: int, ranks: int, steps: int, documents_a_row: int) -> None:
-    from trainer.base.locate import resolve_base
+    from trainer.base.find.locate import resolve_base
     from trainer.config import dump_config, parse_config
-    from trainer.data.chapters import open_chapters
-    from trainer.data.micro_batch import Position
-    from trainer.data.prepare import prepare
-    from trainer.data.stream import train_stream
+    from trainer.data.compile.prepare import prepare
+    from trainer.data.dataset.chapters import open_chapters
+    from trainer.data.order.micro_batch import Position
+    from trainer.data.order.stream import train_stream
     from trainer.store import open_run_store
 
     tree = {

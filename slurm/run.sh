@@ -18,7 +18,7 @@ trap 'forward TERM' TERM
 
 # One task on each node: Ray's head on the first, a worker that joins it on every other. Its token comes in by stdin.
 ray_node() {
-  "${python[@]}" trainer.scratch "${LOCAL%/*}" # what jobs that were killed have left on this node
+  "${python[@]}" trainer.files.scratch "${LOCAL%/*}" # what jobs that were killed have left on this node
   mkdir -m 700 "$LOCAL" || exit 1 # never one that exists: on a shared /tmp it could be somebody else's
   trap 'rm -rf -- "$LOCAL"' EXIT
   exec 9<"$LOCAL" && flock 9 # nobody takes it for left as long as this node's Ray lives, which inherits the lock

@@ -50,9 +50,9 @@ def own_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Se
 @pytest.fixture
 def chapters(monkeypatch: pytest.MonkeyPatch) -> None:
     """The 60 documents of tests/material.py are several chapters."""
-    monkeypatch.setattr("trainer.data.fingerprint.CHAPTER_BYTES", 1024)
-    monkeypatch.setattr("trainer.data.rows.BATCH_ROWS", 4)
-    monkeypatch.setattr("trainer.data.rows._READ_BYTES", 64)
+    monkeypatch.setattr("trainer.data.compile.fingerprint.CHAPTER_BYTES", 1024)
+    monkeypatch.setattr("trainer.data.source.rows.BATCH_ROWS", 4)
+    monkeypatch.setattr("trainer.data.source.rows._READ_BYTES", 64)
 
 
 def _no_s3_server() -> str | None:

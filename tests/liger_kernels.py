@@ -23,10 +23,10 @@ from tests.dist import gradients
 from tests.dist.launch import launch
 from tests.material import Workshop
 from tests.triton_kernels import CAPABILITIES
-from trainer.base.load import empty_model
-from trainer.base.locate import resolve_base
+from trainer.base.find.locate import resolve_base
+from trainer.base.load.load import empty_model
 from trainer.config import dump_config, training
-from trainer.data.micro_batch import MicroBatch
+from trainer.data.order.micro_batch import MicroBatch
 from trainer.model import liger, tiled
 from trainer.model.attention import choose_attention
 from trainer.model.liger import Kernels

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from tests.families import FAMILIES, KINDS, SIZES
-from trainer.base.locate import resolve_base
+from trainer.base.find.locate import resolve_base
 from trainer.checkpoint.contents import Contents
 from trainer.checkpoint.division import EvenDivision
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.checkpoint.shard import ShardLayout, write_shard
 from trainer.config import Config, dump_config, parse_config
-from trainer.data.prepare import Datasets, prepare
+from trainer.data.compile.prepare import Datasets, prepare
+from trainer.data.render.text_files import keep_text, text_of
 from trainer.identity import identity_of
 from trainer.optimizer.optimizer import states_by_name
 from trainer.run import layout
@@ -105,6 +107,8 @@ def commit(run: Store, config: Config, step: int = 4, dataset: str = "data", eva
     manifest = CheckpointManifest(
         step, 1, 1, 0.0, step, {}, ours.dataset, ours.order, ours.base, ours.adapter, {}, {}, eval_loss, shapes, [shard]
     )
+    manifest = replace(manifest, text=ours.text)
+    keep_text(run, text_of(config.data, base.directory))
     run.create(layout.manifest(step), manifest.to_json())
 
 

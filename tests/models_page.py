@@ -17,11 +17,11 @@ from tests.families import FAMILIES, SIZES
 from tests.unit import test_documents
 from tests.unit.test_experts import FAMILIES as EXPERTS
 from tests.unit.test_published_models import MODELS
-from trainer.base.architecture_cache import read_architecture
-from trainer.base.description import describe
+from trainer.base.describe.architecture_cache import read_architecture
+from trainer.base.describe.description import describe
 from trainer.config import parse_config
-from trainer.needs import Plan
-from trainer.plan import make_plan
+from trainer.plan.needs import Plan
+from trainer.plan.plan import make_plan
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import parse_config
-from trainer.data.prepare import Datasets
+from trainer.data.compile.prepare import Datasets
 from trainer.devices import stay_on_cpu
 from trainer.errors import CapstanError, NonFiniteLoss
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer import children
 from trainer.errors import ConfigError
+from trainer.processes import children
 
 _DRIVER_SECONDS = 30
 _CGROUPS = Path("/sys/fs/cgroup")

@@ -22,26 +22,28 @@ from typing import Any
 
 import torch
 
-from trainer.base.check import check_base
-from trainer.base.load import LoadReport
-from trainer.base.locate import Base, resolve_base
+from trainer.base.find.check import check_base
+from trainer.base.find.locate import Base, resolve_base
+from trainer.base.load.load import LoadReport
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config
-from trainer.data.chapters import open_chapters
-from trainer.data.dataset import open_dataset
-from trainer.data.inputs import config_of_set
-from trainer.data.micro_batch import Position
-from trainer.data.prepare import Datasets
-from trainer.data.stream import Stream, eval_stream, train_stream
+from trainer.data.compile.inputs import config_of_set
+from trainer.data.compile.prepare import Datasets
+from trainer.data.dataset.chapters import open_chapters
+from trainer.data.dataset.dataset import open_dataset
+from trainer.data.order.micro_batch import Position
+from trainer.data.order.stream import Stream, eval_stream, train_stream
+from trainer.data.render.text_files import keep_text, text_of
 from trainer.errors import CapstanError, DoesNotFit, NonFiniteLoss, Stopped, StorageError
-from trainer.export.beside import adapters_beside
+from trainer.export.write.checkpoint_adapters import adapters_beside
 from trainer.identity import identity_of
 from trainer.measure.samples import open_samples
 from trainer.model.parts import recomputed_share
 from trainer.objective.objective import Objective, check_objective, find_objective, reference_of
 from trainer.optimizer.optimizer import find_optimizer
-from trainer.plan import make_plan
+from trainer.plan.flops import work_of
+from trainer.plan.plan import make_plan
 from trainer.ranks import Ranks
 from trainer.run import layout
 from trainer.run.folder import run_folder
@@ -52,10 +54,9 @@ from trainer.run.power import metered
 from trainer.run.records import add_record, bad_windows
 from trainer.run.requests import StopSignal
 from trainer.run.settings import record_settings
-from trainer.start import assemble_run, join_run, settle
+from trainer.start import assemble_run, check_same_base, join_run, settle
 from trainer.store import Store, open_run_store
 from trainer.train.assemble import attention_of
-from trainer.train.flops import work_of
 from trainer.train.heartbeat import Hang, Heart
 from trainer.train.horizon import horizon_of
 from trainer.train.loop import Training, stop_before_training, train
@@ -201,7 +202,9 @@ def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Train
     if reference_of(config) == "stored":  # before a restore: the base itself may learn
         fused = [] if report.kernels == "none" else [report.kernels]
         _read_reference(start, engine, " and ".join([attention.name, *fused]), datasets, stream, held_out)
-    identity = identity_of(config, base, datasets.train)
+    check_same_base(base, ranks)
+    identity = ranks.on_first(lambda: identity_of(config, base, datasets.train))
+    ranks.on_first(lambda: keep_text(run, text_of(config.data, base.directory)))
     checkpoints = Checkpoints(
         run,
         ranks,

@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Collection, Mapping
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any, TypeVar
@@ -28,7 +29,11 @@ def _kinds(package: str, path: tuple[str, ...], table: str) -> dict[str, Any]:
     """A plan asks a hundred times, and each time it is files that are looked for."""
     found: dict[str, Any] = {}
     for module in iter_modules(path):
-        found |= getattr(import_module(f"{package}.{module.name}"), table, {})
+        # A kind with parts of its own is a folder, whose `method.py` speaks for it.
+        name = f"{package}.{module.name}" + (".method" if module.ispkg else "")
+        if module.ispkg and find_spec(name) is None:
+            continue
+        found |= getattr(import_module(name), table, {})
     return found
 
 

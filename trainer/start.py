@@ -1,20 +1,22 @@
 """The beginning of every program on a run's ranks: they join each other, and divide the run's model among them."""
 
 import os
+import socket
 from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 
-from trainer.base.load import LoadReport
-from trainer.base.locate import Base
+from trainer.base.find.locate import Base, in_bucket
+from trainer.base.load.load import LoadReport
 from trainer.config import Config
 from trainer.devices import check_device
+from trainer.errors import ConfigError
 from trainer.model.attention import Attention
 from trainer.objective.objective import Objective
-from trainer.plan import choose_scope, idle_settings, settled
+from trainer.plan.plan import choose_scope, idle_settings, settled
+from trainer.plan.sizes import most_whole
 from trainer.ranks import Ranks, join
-from trainer.sizes import most_whole
 from trainer.train.assemble import assemble
 from trainer.zero.engine import Engine
 from trainer.zero.policy import build_deepspeed_config
@@ -35,6 +37,19 @@ def join_run(config: Config, is_gone: Callable[[], bool] = lambda: False) -> Ran
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(config.cluster.threads_per_worker or max(1, cores // ranks.ranks_per_node))
     return ranks
+
+
+def check_same_base(base: Base, ranks: Ranks) -> None:
+    """Raises `ConfigError` where the nodes have copies of the base with different weights. Collective."""
+    if in_bucket(base.name):
+        return
+    copies = ranks.together(lambda: (socket.gethostname(), base.samples if ranks.local_rank == 0 else None))
+    host, weights = copies[0]
+    for other, found in copies:
+        if found is not None and found != weights:
+            raise ConfigError(
+                f"model.base: {base.name} has other weights on {other} than on {host}. Copy one of them to every machine."
+            )
 
 
 def torch_gpus() -> tuple[int, str | None]:

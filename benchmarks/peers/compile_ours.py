@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 
 from trainer.config import Data
-from trainer.data.compile import compile_dataset
-from trainer.data.pool import map_batches
-from trainer.data.sources import expand
+from trainer.data.compile.compile import compile_dataset
+from trainer.data.compile.pool import map_batches
+from trainer.data.source.files import expand
 from trainer.store import open_store
 
 

@@ -125,7 +125,7 @@ def complete_run(ctx: typer.Context, incomplete: str) -> Choices:
 
 
 def complete_gpu(incomplete: str) -> Choices:
-    from trainer.gpus import names
+    from trainer.plan.gpus import names
 
     return [(name, "") for name in names() if name.lower().startswith(incomplete.lower())]
 

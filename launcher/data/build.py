@@ -7,16 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launcher.folded import FoldedTable
 from launcher.ray.cluster import address_of, is_dashboard
 from launcher.ray.data import join_and_map
 from launcher.view.compiling import compile_progress
-from trainer.base.check import check_base
-from trainer.base.locate import resolve_base
+from launcher.view.folded import FoldedTable
+from trainer.base.find.check import check_base
+from trainer.base.find.locate import resolve_base
 from trainer.config import load_config
 from trainer.config.secrets import refuse_secrets
-from trainer.data.manifest import DatasetManifest, read_manifest
-from trainer.data.prepare import locate, prepare
+from trainer.data.compile.prepare import locate, prepare
+from trainer.data.dataset.manifest import DatasetManifest, read_manifest
 from trainer.errors import NotFound
 from trainer.store import open_run_store
 

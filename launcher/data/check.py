@@ -9,14 +9,14 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from launcher.console import Terminal
-from launcher.folded import FoldedTable
 from launcher.view.compiling import describe_left_out
-from trainer.base.check import check_base
-from trainer.base.locate import resolve_base
+from launcher.view.folded import FoldedTable
+from trainer.base.find.check import check_base
+from trainer.base.find.locate import resolve_base
 from trainer.config import load_config
-from trainer.data.check import DataReport, Findings, check_data
-from trainer.data.inputs import find
-from trainer.data.prepare import load_tokenizer
+from trainer.data.compile.inputs import find
+from trainer.data.compile.prepare import load_tokenizer
+from trainer.data.look.check import DataReport, Findings, check_data
 
 _BAR = 30
 

@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.text import Text
 
 from launcher.console import Terminal
-from trainer.base.locate import base_files
-from trainer.base.tokenizer import read_tokenizer
+from trainer.base.find.locate import base_files
+from trainer.base.find.tokenizer import read_tokenizer
 from trainer.config import load_config, unsaid
-from trainer.data.inputs import find
-from trainer.data.seen import SeenDocument, SeenRow, TextPiece, Viewer
+from trainer.data.compile.inputs import find
+from trainer.data.look.show import SeenDocument, SeenRow, TextPiece, Viewer
 from trainer.errors import ConfigError
 
 _FIRST_ROWS = 3

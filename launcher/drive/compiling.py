@@ -9,12 +9,12 @@ from typing import Any
 from launcher.ray.data import map_on_cluster
 from launcher.start.stopping import stop_if_asked
 from launcher.view.compiling import compile_progress, log_left_out
-from trainer.base.locate import resolve_base
+from trainer.base.find.locate import resolve_base
 from trainer.config import Config
-from trainer.data.chapters import give_up
-from trainer.data.compile import Progress
-from trainer.data.pool import map_on_cores
-from trainer.data.prepare import Datasets, prepare_start
+from trainer.data.compile.compile import Progress
+from trainer.data.compile.pool import map_on_cores
+from trainer.data.compile.prepare import Datasets, prepare_start
+from trainer.data.dataset.chapters import give_up
 from trainer.errors import CapstanError, Stopped, StorageError, Unreachable
 from trainer.run import layout
 from trainer.run.records import generations, record_end

@@ -34,11 +34,11 @@ from launcher.view.lines import follow_lines
 from launcher.view.tables import watch
 from trainer.config import Config
 from trainer.errors import CapstanError, Stopped, Superseded
+from trainer.files.scratch import collect_leftovers
 from trainer.run import layout
 from trainer.run.folder import submitted_config
 from trainer.run.owner import Ownership
 from trainer.run.records import record_end
-from trainer.scratch import collect_leftovers
 from trainer.store import Store, open_store
 
 

@@ -3,21 +3,21 @@
 import os
 from collections.abc import Callable
 
-from launcher.doctor import ask_torch
+from launcher.doctor.doctor import ask_torch
 from launcher.drive.driver import drive
 from launcher.ray.cluster import address_of
 from launcher.report.report import keep_report
-from launcher.start.check import anchored, check
+from launcher.start.check import anchored, check, pinned
 from launcher.start.claim import claimed, keep_code
 from launcher.start.group import group_name, is_rank, is_silent_rank, restarted_as, slurm_rank
 from launcher.start.waiting import wait_for_first_rank
 from launcher.view.compiling import compile_progress
-from trainer.children import end_with_agent
 from trainer.config import Config
-from trainer.data.prepare import Datasets, prepare
+from trainer.data.compile.prepare import Datasets, prepare
 from trainer.devices import check_device, local_gpus, stay_on_cpu
+from trainer.files.scratch import collect_leftovers
+from trainer.processes.children import end_with_agent
 from trainer.run.folder import run_folder
-from trainer.scratch import collect_leftovers
 from trainer.store import open_run_store
 
 
@@ -45,7 +45,7 @@ def start(config: Config, *, resume: bool, take_over: bool, live: bool, log: Cal
 def _as_driver(config: Config, *, resume: bool, take_over: bool, live: bool, log: Callable[[str], None]) -> None:
     if address_of(config) is None:
         check_local_device(config)
-    check(config, resume=resume, take_over=take_over)
+    config = pinned(config, check(config, resume=resume, take_over=take_over))
     by, code = _command(resume), keep_code(log)
     with claimed(config, by=by, resume=resume, code=code, log=log, take_over=take_over) as owner:
         drive(config, owner, resume=resume, live=live, log=log)
@@ -55,6 +55,7 @@ def _as_first_rank(config: Config, *, resume: bool, take_over: bool, log: Callab
     group, again = group_name(os.environ), restarted_as(os.environ)
     check_local_device(config)
     base = check(config, resume=resume, take_over=take_over, again=again)
+    config = pinned(config, base)
     by, code = _command(resume), keep_code(log)
     how = {"by": by, "take_over": take_over, "group": group, "again": again}
     with claimed(config, resume=resume, code=code, log=log, **how):

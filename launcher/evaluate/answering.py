@@ -12,7 +12,7 @@ from launcher.terminal import put
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import check_step
 from trainer.config import Config
-from trainer.evaluate.program import Ask
+from trainer.evaluate.ask import Ask
 from trainer.measure.prompts import Prompt, asked, read_prompts
 from trainer.run.folder import run_config
 from trainer.store import Store

@@ -15,7 +15,7 @@ from trainer.checkpoint.manifest import check_step
 from trainer.config import assignment
 from trainer.config.paths import absolute_path, local_path
 from trainer.errors import ConfigError
-from trainer.evaluate.program import Ask
+from trainer.evaluate.ask import Ask
 from trainer.evaluate.subjects import subjects
 from trainer.run import layout
 from trainer.run.folder import run_config

@@ -15,12 +15,13 @@ from typing import IO, Any
 
 from launcher.start.group import is_rank, slurm_rank
 from launcher.terminal import put
-from trainer import children
 from trainer.config import Config
 from trainer.devices import local_gpus
 from trainer.errors import CapstanError
-from trainer.evaluate.program import Ask, answer
+from trainer.evaluate.ask import Ask
+from trainer.evaluate.program import answer
 from trainer.measure.prompts import Prompt
+from trainer.processes import children
 
 Hear = Callable[[dict[str, Any]], None]
 

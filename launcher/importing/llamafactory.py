@@ -9,7 +9,7 @@ from launcher.importing.mapping import Keys
 from launcher.importing.sources import source_paths, sources_at
 from trainer.config.data import FIELDS
 from trainer.config.peers import conversions as to
-from trainer.data.formats import FORMATS
+from trainer.data.format.formats import FORMATS
 from trainer.errors import NOT_JSON
 
 _STAGES = {"pt": "sft", "sft": "sft", "dpo": "dpo", "kto": "kto"}

@@ -9,8 +9,8 @@ from launcher.commented import yaml_text
 from trainer.base.base import Description
 from trainer.config import Config, parse_config
 from trainer.errors import ConfigError, DoesNotFit
-from trainer.needs import Plan
-from trainer.plan import make_plan
+from trainer.plan.needs import Plan
+from trainer.plan.plan import make_plan
 
 GIB = 2**30
 _LENGTHS = (4096, 2048, 1024, 512)

@@ -11,13 +11,13 @@ from launcher.importing.sources import is_hub_id
 from launcher.init.choice import GIB, Choice, Machine, Setting, choose, parsed
 from launcher.init.goals import GOALS
 from trainer.base.base import Description
-from trainer.base.locate import describe_base
+from trainer.base.find.locate import describe_base
 from trainer.config import Config, Model
-from trainer.data.inputs import find_train
-from trainer.data.sources import unusable
+from trainer.data.compile.inputs import find_train
+from trainer.data.source.files import unusable
 from trainer.devices import described_gpus
 from trainer.errors import CapstanError, ConfigError, shown
-from trainer.gpus import read_gpu
+from trainer.plan.gpus import read_gpu
 
 Kind = Literal["one", "slurm", "ray"]
 KINDS: tuple[Kind, ...] = ("one", "slurm", "ray")

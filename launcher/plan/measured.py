@@ -10,8 +10,8 @@ from launcher.view.runs import runs
 from trainer.config import Config
 from trainer.config.paths import local_path
 from trainer.errors import CapstanError
-from trainer.forecast import Rate
-from trainer.gpus import Gpu, find_gpu
+from trainer.plan.forecast import Rate
+from trainer.plan.gpus import Gpu, find_gpu
 from trainer.run import layout
 from trainer.run.folder import name_of, run_config
 from trainer.run.records import Record, edge_records, starts_in

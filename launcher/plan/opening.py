@@ -6,13 +6,13 @@ from dataclasses import asdict
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from launcher.folded import facts
 from launcher.plan.planning import Planned
-from launcher.view.plan import binary, plan_tables
+from launcher.plan.tables import binary, plan_tables
+from launcher.view.folded import facts
 from trainer.config import Config
-from trainer.data.length import BYTES_A_TOKEN
-from trainer.forecast import Length
-from trainer.needs import ALLOWANCES, ESTIMATES
+from trainer.data.compile.length import BYTES_A_TOKEN
+from trainer.plan.forecast import Length
+from trainer.plan.needs import ALLOWANCES, ESTIMATES
 from trainer.run.lines import duration
 
 _WHOSE = {

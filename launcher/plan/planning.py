@@ -4,17 +4,17 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from launcher.plan.measured import measured_rate
-from trainer.base.check import check_weights_at_hand
-from trainer.base.locate import base_files, describe_base
+from trainer.base.find.check import check_weights_at_hand
+from trainer.base.find.locate import base_files, describe_base
 from trainer.config import Config
-from trainer.data.length import epoch_length
-from trainer.data.sources import unusable
+from trainer.data.compile.length import epoch_length
+from trainer.data.source.files import unusable
 from trainer.devices import described_gpus, host_memory_left
 from trainer.errors import ConfigError, DataError, DoesNotFit, StorageError
-from trainer.forecast import Forecast, Length, assumed_rate, forecast, length_of
-from trainer.gpus import Gpu, find_gpu, read_gpu
-from trainer.needs import Plan
-from trainer.plan import make_plan
+from trainer.plan.forecast import Forecast, Length, assumed_rate, forecast, length_of
+from trainer.plan.gpus import Gpu, find_gpu, read_gpu
+from trainer.plan.needs import Plan
+from trainer.plan.plan import make_plan
 from trainer.run import layout
 from trainer.store import Store, open_store
 

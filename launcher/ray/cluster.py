@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.children import guarded
 from trainer.config import Config
 from trainer.errors import CapstanError, ConfigError
+from trainer.processes.children import guarded
 
 _LOOK_SECONDS = 1.0
 _KNOCK_SECONDS = 10.0

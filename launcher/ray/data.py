@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from launcher.ray.cluster import first_line, joined_ray
-from trainer.data.rows import Batch
+from trainer.data.source.rows import Batch
 from trainer.errors import CapstanError, ConfigError, DataError
 
 _BATCHES_AHEAD = 3
@@ -33,7 +33,7 @@ def map_on_cluster(
     work: Iterable[tuple[Batch, T]],
     start: Callable[[], Callable[[Batch], R]],
 ) -> Iterator[tuple[R, T]]:
-    """With its first two given, a `trainer.data.pool.Mapper` over the Ray cluster that this process has joined.
+    """With its first two given, a `trainer.data.compile.pool.Mapper` over the Ray cluster that this process has joined.
 
     `look` is called every second that a result is waited for; it may raise to end the work.
 

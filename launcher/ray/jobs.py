@@ -14,13 +14,13 @@ import yaml
 
 from launcher.ray.cluster import address_of, first_line, refused_token
 from launcher.start import snapshot
-from launcher.start.check import anchored, check
+from launcher.start.check import anchored, check, pinned
 from launcher.start.claim import claimed
 from trainer.config import Config
 from trainer.errors import ConfigError
+from trainer.files.scratch import scratch_folder
 from trainer.run import layout
 from trainer.run.folder import run_folder
-from trainer.scratch import scratch_folder
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def submit(
         NothingToResume: `resume`, and nothing is committed.
     """
     config = anchored(config)
-    check(config, resume=resume, take_over=take_over, elsewhere=True)
+    config = pinned(config, check(config, resume=resume, take_over=take_over, elsewhere=True))
     code = snapshot.take(Path.cwd())
     run = run_folder(config)
     address = address_of(config)
@@ -123,7 +123,7 @@ def _submit_job(client: Any, planned: RaySubmission, archive: bytes) -> str:
 
 def _start_process(command: list[str]) -> str:
     """The driver in a session of its own, so that it outlives this terminal; what it says is in the run's folder."""
-    # Not by trainer.children: this process is meant to outlive the command.
+    # Not by trainer.processes.children: this process is meant to outlive the command.
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,

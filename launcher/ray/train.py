@@ -21,14 +21,14 @@ from launcher.ray.cluster import Need, alive_nodes, first_line, local_ray, lost_
 from launcher.start.attempts import Attempts, Watch, keep_trying
 from launcher.start.stopping import stop_if_asked
 from trainer.config import Config, dump_config, parse_config
-from trainer.data.prepare import Datasets
+from trainer.data.compile.prepare import Datasets
 from trainer.devices import stay_on_cpu
 from trainer.errors import CapstanError, ConfigError, DoesNotFit
+from trainer.files.scratch import scratch_folder
 from trainer.run import layout
 from trainer.run.folder import run_folder
 from trainer.run.owner import Ownership
 from trainer.run.requests import request_restart
-from trainer.scratch import scratch_folder
 
 _LOOK_SECONDS = 2.0
 _LOSS_SECONDS = 30.0

@@ -12,10 +12,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from rich.filesize import decimal
 
+from launcher.plan.tables import meaning
 from launcher.report.curves import Point
 from launcher.report.figures import Curve, RunFigures
 from launcher.report.plots import Plot, Series, lines, tick
-from launcher.view.plan import meaning
 from trainer.run.lines import duration
 
 _GIB = 2**30

@@ -15,7 +15,7 @@ from launcher.view.compiling import describe_left_out
 from trainer.checkpoint.manifest import CheckpointManifest, readable_manifests
 from trainer.config.secrets import masked
 from trainer.config.yaml_reader import read_yaml
-from trainer.data.manifest import read_manifest
+from trainer.data.dataset.manifest import read_manifest
 from trainer.errors import NOT_JSON, ConfigError, NotFound, StorageError
 from trainer.run import layout
 from trainer.run.folder import name_of, store_of

@@ -14,12 +14,12 @@ from urllib.parse import urlsplit
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Group, RenderableType
 
-from launcher.folded import facts
 from launcher.policy.jobs import Attempt
+from launcher.view.folded import facts
 from launcher.view.status import ENDED, RunStatus, read_status
 from launcher.view.tables import render
-from trainer import children
 from trainer.errors import ConfigError, NotFound
+from trainer.processes import children
 from trainer.run import layout
 from trainer.run.folder import command
 from trainer.run.records import record_end

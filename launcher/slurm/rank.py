@@ -6,9 +6,9 @@ import sys
 from launcher.start.claim import turn
 from launcher.start.group import slurm_rank
 from launcher.start.waiting import wait_for_first_rank
-from trainer.base.locate import resolve_base
+from trainer.base.find.locate import resolve_base
 from trainer.config import Config
-from trainer.data.prepare import prepare
+from trainer.data.compile.prepare import prepare
 from trainer.devices import stay_on_cpu
 from trainer.errors import CapstanError, Stopped
 from trainer.run.folder import submitted_config

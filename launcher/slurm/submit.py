@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from launcher.slurm import script
 from launcher.slurm.queue import SubmittedJobs, call, cancel, check_no_job, submitted_jobs, words
 from launcher.start import snapshot
-from launcher.start.check import anchored, check
+from launcher.start.check import anchored, check, pinned
 from launcher.start.claim import claimed
 from launcher.view.runs import find_run
 from trainer.config import Config, override
@@ -81,7 +81,7 @@ def submit(
         NothingToResume: `resume`, and nothing is committed.
     """
     config = inside_a_job(anchored(config))
-    check(config, resume=resume, take_over=take_over, elsewhere=True)
+    config = pinned(config, check(config, resume=resume, take_over=take_over, elsewhere=True))
     code = snapshot.take(Path.cwd())
     run = run_folder(config)
     check_no_job(run)

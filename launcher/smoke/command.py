@@ -5,8 +5,8 @@ import sys
 import time
 from pathlib import Path
 
-from trainer import children
 from trainer.errors import CapstanError
+from trainer.processes import children
 
 _LONGEST_SECONDS = 600.0
 _POLL_SECONDS = 0.2

@@ -25,15 +25,15 @@ from launcher.smoke.command import Command
 from launcher.smoke.verdict import STEPS, SmokePlan, SmokeResult
 from launcher.start.check import anchored
 from launcher.view.status import read_generation
-from trainer.base.locate import describe_base
+from trainer.base.find.locate import describe_base
 from trainer.checkpoint.listing import committed_steps
 from trainer.config import Config, Data, Source, assignment, dump_config, load_config, override, parse_config, unsaid
-from trainer.data.reading import rows
-from trainer.data.sources import expand
+from trainer.data.source.files import expand
+from trainer.data.source.reading import rows
 from trainer.devices import local_gpus
 from trainer.errors import CapstanError, DataError, DoesNotFit
-from trainer.export.proof import Proof
-from trainer.plan import make_plan
+from trainer.export.figures import Proof
+from trainer.plan.plan import make_plan
 from trainer.store import Store, open_store
 
 COMMIT_EVERY, KILL_AFTER = 5, 6

@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trainer import children
 from trainer.errors import ConfigError, StorageError
+from trainer.processes import children
 
 _HOST = "127.0.0.1"
 _ACCESS_KEY = "capstan"

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import yaml
 from rich.text import Text
 
-from launcher.folded import FoldedTable
-from trainer.export.proof import Proof
+from launcher.view.folded import FoldedTable
+from trainer.export.figures import Proof
 
 STEPS = 15
 RESUME_GAP_ALLOWED = 1e-3  # nats: another world size adds the same numbers in another order

@@ -10,13 +10,14 @@ from typing import Any
 
 from launcher.policy import retry
 from launcher.start.attempts import Attempts, Watch, keep_trying
-from trainer import children, errors
+from trainer import errors
 from trainer.config import Config, dump_config
-from trainer.data.prepare import Datasets
+from trainer.data.compile.prepare import Datasets
 from trainer.devices import local_gpus
 from trainer.errors import NOT_JSON, CapstanError, NonFiniteLoss
+from trainer.files.scratch import scratch_folder
+from trainer.processes import children
 from trainer.run.owner import Ownership
-from trainer.scratch import scratch_folder
 
 _LOOK_SECONDS = 0.5
 _WORDS = 300

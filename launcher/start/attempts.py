@@ -13,7 +13,7 @@ from launcher.policy import retry
 from launcher.start.stopping import stop_if_asked
 from trainer.checkpoint.listing import committed_steps
 from trainer.config import Config
-from trainer.data.prepare import Datasets
+from trainer.data.compile.prepare import Datasets
 from trainer.errors import CapstanError, ConfigError, Stopped, StorageError, Superseded
 from trainer.run import layout
 from trainer.run.background import say

@@ -8,16 +8,17 @@ from contextlib import suppress
 from typing import Any
 
 from launcher.view.status import SILENT_SECONDS, read_status
-from trainer.base.check import check_base, check_weights
-from trainer.base.locate import Base, resolve_base
+from trainer.base.find.check import check_base, check_weights
+from trainer.base.find.content import hub_commit
+from trainer.base.find.locate import Base, is_hub_id, resolve_base
 from trainer.checkpoint.identity import check_identity
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import readable_manifests
 from trainer.config import Config, assignment, override
 from trainer.config.paths import absolute_path, local_path
 from trainer.config.secrets import refuse_secrets
-from trainer.data.named_templates import NAMED
-from trainer.data.prepare import locate
+from trainer.data.compile.prepare import locate
+from trainer.data.render.named_templates import NAMED
 from trainer.errors import ConfigError, DataError, NotFound, NothingToResume, StorageError
 from trainer.identity import identity_of
 from trainer.objective.objective import check_objective
@@ -58,6 +59,15 @@ def anchored(config: Config) -> Config:
         absolute(task, "eval.tasks") if local_path(task, "eval.tasks").exists() else task for task in config.eval.tasks
     ]
     return override(config, *(assignment(key, value) for key, value in changes.items()))
+
+
+def pinned(config: Config, base: Base) -> Config:
+    """`config` with the commit of a base of the Hub as its revision: every rank, and every later start, gets that one, wherever the
+    branch is by then."""
+    commit = hub_commit(base.directory)
+    if commit is None or not is_hub_id(config.model.base) or local_path(config.model.base, "model.base").is_dir():
+        return config
+    return override(config, assignment("model.revision", commit))
 
 
 def check(

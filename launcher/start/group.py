@@ -4,7 +4,7 @@ import os
 import socket
 from collections.abc import Mapping
 
-from trainer import children
+from trainer.processes import children
 
 
 def is_rank() -> bool:

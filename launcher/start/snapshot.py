@@ -26,9 +26,9 @@ from typing import NamedTuple
 
 import zstandard
 
-from trainer import children
 from trainer.config.secrets import without_credentials
 from trainer.errors import ConfigError
+from trainer.processes import children
 
 MOST_BYTES = 64 * 2**20
 """How large the tracked files may be together, uncompressed: a snapshot is for code, not for data."""

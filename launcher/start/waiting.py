@@ -3,9 +3,9 @@
 import time
 from collections.abc import Callable
 
-from trainer.base.locate import resolve_base
+from trainer.base.find.locate import resolve_base
 from trainer.config import Config
-from trainer.data.prepare import wait_until_prepared
+from trainer.data.compile.prepare import wait_until_prepared
 from trainer.errors import DataError
 from trainer.run.folder import run_folder
 from trainer.run.owner import OwnerWatch

@@ -33,20 +33,20 @@ from launcher.view.sweep import (
     trial_state,
     watch_sweep,
 )
-from trainer.base.cache import MANIFEST as BASE_MANIFEST
-from trainer.base.cache import cache_folder
-from trainer.base.locate import describe_base, resolve_base
+from trainer.base.find.locate import describe_base, resolve_base
+from trainer.base.load.cache import MANIFEST as BASE_MANIFEST
+from trainer.base.load.cache import cache_folder
 from trainer.config import Config, dump_config, override
-from trainer.data.manifest import MANIFEST as DATA_MANIFEST
-from trainer.data.prepare import locate
+from trainer.data.compile.prepare import locate
+from trainer.data.dataset.manifest import MANIFEST as DATA_MANIFEST
 from trainer.errors import CapstanError, ConfigError, Stopped, Superseded
+from trainer.files.scratch import collect_leftovers, scratch_folder
 from trainer.run import layout
 from trainer.run.background import Every
 from trainer.run.folder import command, run_config, run_folder
 from trainer.run.owner import Ownership, newest_number, take
 from trainer.run.requests import request_stop, stop_requester
 from trainer.run.settings import changes
-from trainer.scratch import collect_leftovers, scratch_folder
 from trainer.store import open_run_store
 
 _LOOK_SECONDS = 2.0

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from launcher.console import Terminal
-from launcher.folded import FoldedTable
+from launcher.view.folded import FoldedTable
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import CheckpointManifest, check_step, readable_manifests, shard_problem
 from trainer.checkpoint.retention import Removal, Retention, plan_removal, remove

@@ -8,9 +8,9 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
 from launcher.console import Terminal
-from trainer.data.compile import Progress
-from trainer.data.left_out import in_words
-from trainer.data.manifest import LeftOut
+from trainer.data.compile.compile import Progress
+from trainer.data.dataset.manifest import LeftOut
+from trainer.data.format.left_out import in_words
 
 _LOG_SECONDS = 10.0
 

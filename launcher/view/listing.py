@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from launcher.folded import FoldedTable
+from launcher.view.folded import FoldedTable
 from launcher.view.runs import runs
 from launcher.view.status import State, Summary, before_records, judge
 from launcher.view.sweep import is_sweep, read_plan

@@ -13,10 +13,10 @@ from rich.live import Live
 from rich.text import Text
 
 from launcher.console import Terminal
-from launcher.folded import FoldedTable
 from launcher.policy.comparable import Metric
 from launcher.policy.sensitivity import Sensitivity, sensitivities
 from launcher.policy.trials import SearchPlan, Trial, in_words, word
+from launcher.view.folded import FoldedTable
 from launcher.view.scores import Scores
 from launcher.view.status import Follower, RunStatus
 from launcher.view.tail import poll_seconds

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from launcher.console import Terminal
-from launcher.folded import facts
+from launcher.view.folded import facts
 from launcher.view.sparkline import sparkline
 from launcher.view.status import ENDED, SILENT_SECONDS, Follower, RunStatus
 from launcher.view.tail import poll_seconds

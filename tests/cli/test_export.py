@@ -15,7 +15,7 @@ from tests.dist.launch import launch
 from tests.material import Workshop, commit, make_base
 from trainer.checkpoint.manifest import read_manifest
 from trainer.config import dump_config, parse_config
-from trainer.export.proof import Proof
+from trainer.export.figures import Proof
 from trainer.run import layout
 from trainer.store import Store
 
@@ -64,8 +64,8 @@ def exported(capstan: Capstan, run: Store, folder: Path, *options: str) -> dict[
 _SIDES_TOGETHER = """
 import sys
 if "trainer.export" in sys.orig_argv:
-    import trainer.export.side
-    trainer.export.side.aside = lambda device, work, *arguments: work(*arguments)
+    import trainer.export.proof.side_process
+    trainer.export.proof.side_process.aside = lambda device, work, *arguments: work(*arguments)
 """
 _LITTLE_MEMORY = """
     import trainer.devices

@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import constants
 from safetensors.torch import load
 
-from launcher.push import Pushed, push_run
+from launcher.export.push import Pushed, push_run
 from tests.cli.conftest import ENVIRONMENT, Capstan
 from tests.hub import READER, TOKEN, Hub, serve_hub
 from tests.material import Workshop, commit
@@ -87,7 +87,14 @@ def test_a_push_that_was_killed_goes_on_and_the_card_says_what_was_pushed(
 
     # An adapter in the place of the model: nothing of that may be loaded any more, and what is not ours stays.
     ours = {"notes.txt", "old/model.safetensors"}
-    files.update(dict.fromkeys(ours, b"mine"))
+    stale = {
+        "chat_template.jinja",
+        "generation_config.json",
+        "adapter_model.bin",
+        "merges.txt",
+        "model-00009-of-00009.safetensors",
+    }
+    files.update(dict.fromkeys(ours | stale, b"of before"))
     done = capstan("push", run.uri, "hf://me/mine", "--revision", "next", timeout=600)
     assert done.returncode == 0, done.stderr
     read = {
@@ -95,6 +102,7 @@ def test_a_push_that_was_killed_goes_on_and_the_card_says_what_was_pushed(
     }
     assert read == {"adapter_model.safetensors"}
     assert {"adapter_config.json", *ours} <= files.keys()
+    assert not stale & files.keys()
 
 
 def test_what_keeps_a_push_from_being_made_is_a_sentence(run: Store, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.cli.conftest import Capstan
-from trainer.export.proof import Proof
+from trainer.export.figures import Proof
 
 pytestmark = pytest.mark.long
 

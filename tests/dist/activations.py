@@ -7,7 +7,7 @@ from torch.autograd.graph import save_on_cpu
 
 from tests.dist import gradients
 from trainer import ranks as ranks_module
-from trainer.base.locate import resolve_base
+from trainer.base.find.locate import resolve_base
 from trainer.config import parse_config, training
 from trainer.model import activations as model_activations
 from trainer.model import nf4, tiled

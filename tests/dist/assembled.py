@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.base.load import DTYPES, LoadReport
-from trainer.base.locate import resolve_base
+from trainer.base.find.locate import resolve_base
+from trainer.base.load.load import DTYPES, LoadReport
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.checkpoint.identity import Identity
 from trainer.config import Config
-from trainer.data.chapters import Chapters, open_chapters
-from trainer.data.stream import Stream, train_stream
+from trainer.data.dataset.chapters import Chapters, open_chapters
+from trainer.data.order.stream import Stream, train_stream
 from trainer.model.attention import Attention, choose_attention
 from trainer.objective.objective import Objective, find_objective
-from trainer.plan import choose_scope
+from trainer.plan.plan import choose_scope
 from trainer.ranks import Ranks, join
 from trainer.run.metrics import Metrics
 from trainer.run.requests import StopSignal

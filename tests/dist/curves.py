@@ -7,8 +7,8 @@ import torch
 from tests.dist.assembled import assemble_run, chapters_of
 from tests.nf4 import decode_layers
 from trainer.config import parse_config
-from trainer.data.micro_batch import Position
-from trainer.data.stream import train_stream
+from trainer.data.order.micro_batch import Position
+from trainer.data.order.stream import train_stream
 from trainer.train.loop import train
 from trainer.train.schedule import learning_rate
 
@@ -29,7 +29,7 @@ def stock_losses(config_text: str, fingerprint: str) -> list[float]:
     from peft import inject_adapter_in_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from trainer.tuning.lora import METHODS
+    from trainer.tuning.lora.method import METHODS
 
     config = parse_config(config_text)
     torch.set_num_threads(1)

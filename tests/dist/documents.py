@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.families import FAMILIES, SIZES
 from trainer.config import parse_config
-from trainer.data.micro_batch import MicroBatch
+from trainer.data.order.micro_batch import MicroBatch
 from trainer.model.attention import Attention
 from trainer.model.documents import keep_documents_apart, recomputed
 from trainer.model.packed import PackedModel

@@ -10,7 +10,7 @@ from torch.distributed import distributed_c10d
 
 from tests.dist.assembled import STATES, assemble_run
 from trainer.config import parse_config
-from trainer.data.micro_batch import Position
+from trainer.data.order.micro_batch import Position
 from trainer.train.loop import train
 from trainer.zero.engine import zero_init
 

@@ -8,8 +8,8 @@ from tests.dist.faults import each_fault
 from tests.dist.runs import outcome_of
 from tests.faulty import Fault, FaultyStore
 from trainer.checkpoint.manifest import problems_of, read_manifest
-from trainer.export.adapter import export_adapter
-from trainer.export.merged import export_merged
+from trainer.export.write.adapter import export_adapter
+from trainer.export.write.merged import export_merged
 from trainer.store import Store, open_store
 
 # Exports: of the adapter, and merged. Each with the file without which nothing loads what it has left.

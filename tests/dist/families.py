@@ -20,15 +20,15 @@ from tests.dist.proofs import in_this_process
 from tests.experts import multiply_expert_by_expert
 from tests.material import SIZES
 from tests.nf4 import decoded
-from trainer.base.load import DTYPES
-from trainer.base.locate import resolve_base
+from trainer.base.find.locate import resolve_base
+from trainer.base.load.load import DTYPES
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.checkpoint.listing import committed_steps
 from trainer.config import Config, dump_config, override, parse_config
-from trainer.data.micro_batch import Position
-from trainer.export.adapter import export_adapter
-from trainer.export.merged import export_merged
-from trainer.export.verify import prove_adapter, prove_merged
+from trainer.data.order.micro_batch import Position
+from trainer.export.proof.verify import prove_adapter, prove_merged
+from trainer.export.write.adapter import export_adapter
+from trainer.export.write.merged import export_merged
 from trainer.identity import identity_of
 from trainer.model.nf4 import Packed
 from trainer.run import layout

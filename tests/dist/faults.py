@@ -23,7 +23,7 @@ from trainer.checkpoint.manifest import problems_of, read_manifest, whole_checkp
 from trainer.checkpoint.retention import Retention, plan_removal, remove
 from trainer.config import Checkpoint
 from trainer.errors import StorageError
-from trainer.export.learnt import master_weights
+from trainer.export.write.learnt import master_weights
 from trainer.ranks import Ranks, join
 from trainer.run import layout
 from trainer.store import Store, open_store

@@ -8,11 +8,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.dist.assembled import adapter_value, chapters_of
-from trainer.base.load import DTYPES
-from trainer.base.locate import resolve_base
+from trainer.base.find.locate import resolve_base
+from trainer.base.load.load import DTYPES
 from trainer.config import Config, Optim, parse_config
-from trainer.data.micro_batch import MicroBatch, Position
-from trainer.data.stream import Stream, train_stream
+from trainer.data.order.micro_batch import MicroBatch, Position
+from trainer.data.order.stream import Stream, train_stream
 from trainer.train.schedule import learning_rate
 from trainer.tuning.method import find_method
 

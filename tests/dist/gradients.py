@@ -10,13 +10,13 @@ from torch import Tensor
 
 from tests.dist.assembled import Assembled, adapter_value, assemble_run, chapters_of
 from tests.nf4 import dequantized
-from trainer.base.load import DTYPES
-from trainer.base.locate import resolve_base
-from trainer.base.tokenizer import find_rows
+from trainer.base.find.locate import resolve_base
+from trainer.base.find.tokenizer import find_rows
+from trainer.base.load.load import DTYPES
 from trainer.config import Config, parse_config
-from trainer.data.micro_batch import MicroBatch, Position
-from trainer.data.stream import train_stream
-from trainer.export import plain
+from trainer.data.order.micro_batch import MicroBatch, Position
+from trainer.data.order.stream import train_stream
+from trainer.export.proof import plain
 from trainer.train.loop import train
 from trainer.tuning.method import method_of
 

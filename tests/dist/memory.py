@@ -9,15 +9,15 @@ from torch import Tensor
 from tests.dist import runs
 from tests.dist.assembled import assemble_run
 from trainer import store
-from trainer.base import reading
-from trainer.base.load import load_model
-from trainer.base.locate import resolve_base
+from trainer.base.find.locate import resolve_base
+from trainer.base.load.load import load_model
+from trainer.base.partitions import reading
 from trainer.checkpoint import shard
 from trainer.config import parse_config
-from trainer.data.micro_batch import MicroBatch, Position
-from trainer.export import merged
-from trainer.export.adapter import export_adapter
-from trainer.export.merged import export_merged
+from trainer.data.order.micro_batch import MicroBatch, Position
+from trainer.export.write import merged
+from trainer.export.write.adapter import export_adapter
+from trainer.export.write.merged import export_merged
 from trainer.model import nf4
 from trainer.model.attention import choose_attention
 from trainer.model.nf4 import FrozenLinear4bit

@@ -11,8 +11,8 @@ from torch import Tensor
 from tests.dist.assembled import adapter_value, assemble_run, chapters_of
 from tests.dist.gradients import observed_gradients, plain_base
 from trainer.config import Config, override, parse_config
-from trainer.data.micro_batch import Position
-from trainer.data.stream import train_stream
+from trainer.data.order.micro_batch import Position
+from trainer.data.order.stream import train_stream
 from trainer.objective.objective import find_objective
 from trainer.train.loop import train
 
@@ -84,7 +84,7 @@ def adapt(model: Any, config: Config) -> dict[str, Any]:
     """Put PEFT's adapters with the weights of `adapter_value` on the model -> these, by name."""
     from peft import inject_adapter_in_model
 
-    from trainer.tuning.lora import METHODS
+    from trainer.tuning.lora.method import METHODS
 
     inject_adapter_in_model(METHODS[config.tuning.method](config.tuning).peft_config("all-linear"), model)
     adapters = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}

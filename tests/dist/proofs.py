@@ -12,12 +12,12 @@ from torch import Tensor
 from tests.dist import linear_adapters
 from tests.dist.launch import launch
 from trainer.config import Config, dump_config
-from trainer.export import verify
-from trainer.export.adapter import export_adapter
-from trainer.export.merged import export_merged
-from trainer.export.proof import Proof
-from trainer.export.recoded_proof import prove_recoded
-from trainer.export.verify import prove_adapter, prove_merged
+from trainer.export.figures import Proof
+from trainer.export.proof import verify
+from trainer.export.proof.recoded import prove_recoded
+from trainer.export.proof.verify import prove_adapter, prove_merged
+from trainer.export.write.adapter import export_adapter
+from trainer.export.write.merged import export_merged
 from trainer.store import Store, open_store
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from tests.dist.assembled import assemble_run
 from tests.dist.full import plain_model, plain_stream
-from trainer.base.locate import resolve_base
+from trainer.base.find.locate import resolve_base
 from trainer.config import parse_config
-from trainer.data.micro_batch import MicroBatch, Position
+from trainer.data.order.micro_batch import MicroBatch, Position
 from trainer.objective.objective import find_objective
 from trainer.run.requests import StopSignal
 from trainer.store import open_store

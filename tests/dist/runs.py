@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from trainer.config import parse_config
-from trainer.data.micro_batch import Position
-from trainer.data.prepare import Datasets
+from trainer.data.compile.prepare import Datasets
+from trainer.data.order.micro_batch import Position
 from trainer.errors import CapstanError
 from trainer.rank import run_rank
 from trainer.ranks import join

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from tests.dist.assembled import assemble_run
 from tests.dist.runs import outcome_of
 from trainer.config import parse_config
-from trainer.data.micro_batch import Position
+from trainer.data.order.micro_batch import Position
 from trainer.train.loop import train
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from trainer import objective, tuning
 from trainer.config import parse_config
-from trainer.data.prepare import Datasets
+from trainer.data.compile.prepare import Datasets
 from trainer.rank import run_rank
 
 TOYS = Path(__file__).parents[1] / "toys"

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.export import plain, verify
-from trainer.export.adapter import export_adapter
-from trainer.export.merged import export_merged
-from trainer.export.rows import ProbeRow
-from trainer.export.verify import Trained
+from trainer.export.proof import plain, verify
+from trainer.export.proof.rows import ProbeRow
+from trainer.export.proof.verify import Trained
+from trainer.export.write.adapter import export_adapter
+from trainer.export.write.merged import export_merged
 from trainer.model.parts import decoder_layers
 from trainer.store import open_store
 

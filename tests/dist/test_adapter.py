@@ -17,14 +17,14 @@ from tests.dist.launch import RankFailed, launch
 from tests.dist.proofs import export_and_prove, one_start, proof_of
 from tests.dist.test_gradients import distance
 from tests.material import Workshop, commit
-from trainer.base.locate import resolve_base
+from trainer.base.find.locate import resolve_base
 from trainer.checkpoint.manifest import read_manifest
 from trainer.config import Config, dump_config
 from trainer.errors import ConfigError
-from trainer.export.adapter import export_adapter
-from trainer.export.learnt import master_weights
-from trainer.export.merged import export_merged
-from trainer.plan import make_plan
+from trainer.export.write.adapter import export_adapter
+from trainer.export.write.learnt import master_weights
+from trainer.export.write.merged import export_merged
+from trainer.plan.plan import make_plan
 from trainer.store import Store, open_store
 from trainer.tuning.method import find_method
 

@@ -16,9 +16,9 @@ from tests.material import Workshop, commit
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.retention import Retention, plan_removal, remove
 from trainer.config import dump_config
-from trainer.export import beside
-from trainer.export.adapter import export_adapter
-from trainer.export.beside import AdapterWriter
+from trainer.export.write import checkpoint_adapters as beside
+from trainer.export.write.adapter import export_adapter
+from trainer.export.write.checkpoint_adapters import AdapterWriter
 from trainer.run import layout
 from trainer.store import Store, open_store
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tests.dist import loading
 from tests.dist.launch import launch
 from tests.material import Workshop, make_base
-from trainer.base.cache import open_cache
+from trainer.base.load.cache import open_cache
 from trainer.config import dump_config
 from trainer.store import open_store
 

@@ -16,14 +16,14 @@ from launcher.smoke.local_s3 import S3Server
 from launcher.view.status import read_generation
 from tests.dist import runs
 from tests.dist.launch import launch
-from trainer.base.locate import resolve_base
+from trainer.base.find.locate import resolve_base
 from trainer.checkpoint.listing import committed_steps
 from trainer.config import Config, dump_config, override, parse_config
-from trainer.data.chapters import open_chapters
-from trainer.data.micro_batch import Position
-from trainer.data.prepare import prepare
-from trainer.data.stream import train_stream
-from trainer.export.adapter import export_adapter
+from trainer.data.compile.prepare import prepare
+from trainer.data.dataset.chapters import open_chapters
+from trainer.data.order.micro_batch import Position
+from trainer.data.order.stream import train_stream
+from trainer.export.write.adapter import export_adapter
 from trainer.run import layout
 from trainer.store import Store, open_store
 

@@ -9,11 +9,11 @@ from tests.composites import make_composite
 from tests.dist import loading, proofs
 from tests.dist.launch import launch
 from tests.material import Workshop, commit
-from trainer.base.locate import resolve_base
-from trainer.base.parameters import find_all_weights
+from trainer.base.find.locate import resolve_base
+from trainer.base.rows.parameters import find_all_weights
 from trainer.config import Model, dump_config
-from trainer.export.proof import Proof
-from trainer.safetensors_index import Joined, TensorSource, numel
+from trainer.export.figures import Proof
+from trainer.files.safetensors_index import Joined, TensorSource, numel
 
 pytestmark = pytest.mark.long
 

@@ -19,10 +19,10 @@ from tests.dist.test_linear_adapters import check_goes_on, committed
 from tests.dist.test_merge import merged_by_peft
 from tests.material import Workshop, make_base
 from trainer.config import Config, dump_config
-from trainer.export.adapter import export_adapter
-from trainer.export.learnt import master_weights
-from trainer.export.merged import export_merged
-from trainer.export.proof import Proof
+from trainer.export.figures import Proof
+from trainer.export.write.adapter import export_adapter
+from trainer.export.write.learnt import master_weights
+from trainer.export.write.merged import export_merged
 from trainer.run import layout
 from trainer.store import Store, open_store
 

@@ -19,10 +19,10 @@ from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import read_manifest
 from trainer.config import dump_config
 from trainer.errors import ConfigError, NothingToResume, StorageError
-from trainer.export.adapter import export_adapter
-from trainer.export.learnt import master_weights
-from trainer.export.merged import export_merged
-from trainer.export.proof import Proof
+from trainer.export.figures import Proof
+from trainer.export.write.adapter import export_adapter
+from trainer.export.write.learnt import master_weights
+from trainer.export.write.merged import export_merged
 from trainer.run import layout
 from trainer.store import Store, open_store
 

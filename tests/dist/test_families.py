@@ -14,7 +14,7 @@ from tests.dist.launch import launch
 from tests.families import FAMILIES
 from tests.material import Workshop, make_base
 from trainer.config import dump_config, override
-from trainer.export.proof import Proof
+from trainer.export.figures import Proof
 
 _SECONDS = 1800  # many families in one go of the ranks
 pytestmark = pytest.mark.timeout(_SECONDS + 60)

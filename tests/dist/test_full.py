@@ -13,22 +13,24 @@ from transformers import AutoModelForCausalLM
 
 from launcher.smoke.local_s3 import S3Server
 from tests.dist import curves, full, gradients, memory, proofs, runs, traffic
-from tests.dist.launch import RankFailed, launch
+from tests.dist.launch import launch
 from tests.dist.test_resume import losses
 from tests.material import Workshop, commit, make_base
-from trainer.base.locate import resolve_base
+from trainer.base.find.locate import resolve_base
 from trainer.checkpoint.identity import check_identity
 from trainer.checkpoint.manifest import read_manifest
 from trainer.config import Config, dump_config, override
-from trainer.errors import ConfigError
-from trainer.export.adapter import export_adapter
-from trainer.export.learnt import master_weights
-from trainer.export.merged import export_merged
-from trainer.export.proof import Proof
+from trainer.errors import CapstanError, ConfigError
+from trainer.export.figures import Proof
+from trainer.export.format import find_format
+from trainer.export.proof.same_bytes import check_again
+from trainer.export.write.adapter import export_adapter
+from trainer.export.write.learnt import master_weights
+from trainer.export.write.merged import export_merged
+from trainer.files.safetensors_index import read_index
 from trainer.identity import identity_of
-from trainer.plan import make_plan
+from trainer.plan.plan import make_plan
 from trainer.run import layout
-from trainer.safetensors_index import read_index
 from trainer.store import Store, open_store
 
 FULL = ("tuning.method=full", "tuning.rank=16", "tuning.alpha=32", "quant.type=none")
@@ -304,8 +306,8 @@ def test_verify_holds_for_what_was_trained_and_catches_what_is_broken(run: Store
     assert proof["kl_allowed"] < 1e-4 * proof["kl_effect"]
     for how, sentence in (("bit", "differs from what was trained"), ("cut", "bytes instead of"), ("step", "differs")):
         copy = Path(shutil.copytree(tmp_path / "model", tmp_path / how))
-        with pytest.raises(RankFailed, match=sentence):
-            launch(1, proofs.export_proof, run.uri, 10, str(broken(copy, how, run)))
+        with pytest.raises(CapstanError, match=sentence):
+            check_again(find_format("peft"), run, 10, open_store(str(broken(copy, how, run))))
     copy = Path(shutil.copytree(tmp_path / "model", tmp_path / "setting"))
     (proof,) = launch(1, proofs.merge_proof, run.uri, 10, str(broken(copy, "setting", run)))
     assert not Proof(**proof).holds

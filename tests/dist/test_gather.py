@@ -8,9 +8,9 @@ import pytest
 from tests.dist import gather
 from tests.dist.launch import launch
 from tests.material import Workshop
-from trainer.base.locate import resolve_base
+from trainer.base.find.locate import resolve_base
 from trainer.config import Config, dump_config
-from trainer.plan import make_plan
+from trainer.plan.plan import make_plan
 from trainer.zero.policy import build_deepspeed_config
 
 LAYERS = 6

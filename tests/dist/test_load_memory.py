@@ -10,7 +10,7 @@ from tests.dist import memory
 from tests.dist.launch import launch
 from tests.material import Workshop, make_base
 from tests.stored import store_in_fp8, store_in_mxfp4
-from trainer.base.reading import PIECE_BYTES, PIECES_IN_FLIGHT
+from trainer.base.partitions.reading import PIECE_BYTES, PIECES_IN_FLIGHT
 from trainer.config import dump_config
 
 pytestmark = pytest.mark.long

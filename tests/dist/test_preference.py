@@ -17,13 +17,13 @@ from tests.dist.launch import launch, running
 from tests.dist.preference import OBJECTIVES
 from tests.dist.test_resume import losses
 from tests.material import Workshop, make_pairs
-from trainer.base.locate import resolve_base
+from trainer.base.find.locate import resolve_base
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import read_manifest
 from trainer.config import Config, dump_config, override
-from trainer.export.adapter import export_adapter
-from trainer.export.learnt import master_weights
-from trainer.plan import make_plan
+from trainer.export.write.adapter import export_adapter
+from trainer.export.write.learnt import master_weights
+from trainer.plan.plan import make_plan
 from trainer.run import layout
 from trainer.store import open_store
 

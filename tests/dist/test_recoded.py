@@ -10,17 +10,18 @@ from bitsandbytes.nn.modules import Linear4bit
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from launcher.export import export_run
+from launcher.export.export import export_run
 from tests.dist import proofs
 from tests.dist.launch import launch
 from tests.material import Workshop, commit, make_base
-from trainer.base.locate import resolve_base
+from trainer.base.find.locate import resolve_base
 from trainer.config import Model
 from trainer.errors import ConfigError
-from trainer.export.format import ExportProgress, Written, find_format
-from trainer.export.merged import export_merged
-from trainer.export.proof import Proof
-from trainer.safetensors_index import numel
+from trainer.export.figures import Proof
+from trainer.export.format import find_format
+from trainer.export.write.merged import export_merged
+from trainer.export.written import ExportProgress, Written
+from trainer.files.safetensors_index import numel
 from trainer.store import Store, open_store
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]

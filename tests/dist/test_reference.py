@@ -11,10 +11,10 @@ from tests.dist import reference, runs
 from tests.dist.launch import launch, running
 from tests.dist.test_resume import losses
 from tests.material import Workshop, make_labelled, make_pairs
-from trainer.base.locate import resolve_base
+from trainer.base.find.locate import resolve_base
 from trainer.config import Config, dump_config
-from trainer.data.prepare import prepare_start
-from trainer.data.references import References, read_references, write_references
+from trainer.data.compile.prepare import prepare_start
+from trainer.data.dataset.references import References, read_references, write_references
 from trainer.run import layout
 from trainer.store import Store
 

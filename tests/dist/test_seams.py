@@ -12,13 +12,13 @@ from tests.dist.launch import launch
 from tests.dist.seams import TOYS
 from tests.material import Workshop
 from trainer import objective, tuning
-from trainer.base.filling import as_tensor
-from trainer.base.locate import resolve_base
+from trainer.base.find.locate import resolve_base
+from trainer.base.partitions.filling import as_tensor
 from trainer.config import Config, dump_config
 from trainer.errors import ConfigError
-from trainer.export.adapter import export_adapter
+from trainer.export.write.adapter import export_adapter
+from trainer.files.safetensors_index import numel
 from trainer.run import layout
-from trainer.safetensors_index import numel
 from trainer.store import open_store
 from trainer.tuning.method import tuning_mismatches
 

@@ -14,7 +14,7 @@ from tests.material import Workshop, commit, make_base
 from tests.stored import edit_config, store_in_4_bits, store_in_fp8, store_in_mxfp4
 from trainer.config import dump_config
 from trainer.errors import ConfigError
-from trainer.export.merged import export_merged
+from trainer.export.write.merged import export_merged
 from trainer.store import open_store
 
 UNPACKED = ("data.packing=false",)  # gpt-oss

@@ -16,12 +16,12 @@ from tests.dist.launch import launch
 from tests.dist.test_gradients import distance
 from tests.dist.test_linear_adapters import check_goes_on, run_ranks
 from tests.material import Workshop, commit, make_base
-from trainer.base.tokenizer import find_rows
+from trainer.base.find.tokenizer import find_rows
 from trainer.config import Config, dump_config
-from trainer.export.adapter import export_adapter
-from trainer.export.learnt import master_weights
-from trainer.export.merged import export_merged
-from trainer.export.proof import Proof
+from trainer.export.figures import Proof
+from trainer.export.write.adapter import export_adapter
+from trainer.export.write.learnt import master_weights
+from trainer.export.write.merged import export_merged
 from trainer.store import Store, open_store
 
 # Texts of the training rows, of which one stands inside words too; and a token that the tokenizer has.

@@ -3,9 +3,9 @@
 from tests.dist import traffic
 from tests.dist.launch import launch
 from tests.material import Workshop
-from trainer.base.locate import resolve_base
+from trainer.base.find.locate import resolve_base
 from trainer.config import dump_config
-from trainer.plan import make_plan
+from trainer.plan.plan import make_plan
 
 
 def test_only_what_the_adapters_need_crosses_between_nodes(workshop: Workshop) -> None:

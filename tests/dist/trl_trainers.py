@@ -8,11 +8,11 @@ import torch
 from tests.dist.assembled import adapter_value, assemble_run, chapters_of
 from tests.dist.gradients import plain_base
 from trainer.config import Config, parse_config
-from trainer.data.micro_batch import Position
-from trainer.data.stream import train_stream
+from trainer.data.order.micro_batch import Position
+from trainer.data.order.stream import train_stream
 from trainer.train.loop import train
 from trainer.train.schedule import learning_rate
-from trainer.tuning.lora import METHODS
+from trainer.tuning.lora.method import METHODS
 
 
 def our_losses(config_text: str, fingerprint: str) -> dict[str, Any]:

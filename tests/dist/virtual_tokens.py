@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.dist.assembled import adapter_value, assemble_run
 from tests.dist.gradients import documents, first_rows, plain_base
 from trainer.config import Config, parse_config
-from trainer.data.micro_batch import Position
+from trainer.data.order.micro_batch import Position
 from trainer.tuning.method import find_method
 
 
@@ -61,7 +61,7 @@ def our_weights(weight: Tensor, shapes: dict[str, tuple[int, ...]]) -> dict[str,
 
 
 def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    from trainer.base.locate import resolve_base
+    from trainer.base.find.locate import resolve_base
 
     return find_method(config.tuning).shapes(resolve_base(config.model).architecture)
 

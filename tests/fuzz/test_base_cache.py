@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.fuzz.test_bases import FUZZ, leaves, odd, replaced
 from tests.unit.test_base_cache import BYTES, reseal, written
-from trainer.base.cache import MANIFEST, open_cache
+from trainer.base.load.cache import MANIFEST, open_cache
 from trainer.errors import Damaged
 from trainer.store import open_store
 

@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.material import Workshop
-from trainer.base.check import check_base
-from trainer.base.locate import describe_base, resolve_base
+from trainer.base.find.check import check_base
+from trainer.base.find.locate import describe_base, resolve_base
 from trainer.config import Config
 from trainer.errors import CapstanError
-from trainer.plan import make_plan
+from trainer.plan.plan import make_plan
 
 FUZZ = settings(
     max_examples=120,

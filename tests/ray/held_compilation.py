@@ -9,8 +9,9 @@ from typing import Any
 
 from launcher.cli.__main__ import main
 from launcher.view.status import read_generation
-from trainer.data import fingerprint, rows
-from trainer.data.shards import ShardWriter
+from trainer.data.compile import fingerprint
+from trainer.data.compile.shards import ShardWriter
+from trainer.data.source import rows
 from trainer.store import open_store
 
 PATIENCE = 200.0

@@ -5,7 +5,7 @@ import os
 import psutil
 
 from launcher.ray.cluster import local_ray
-from trainer.guard import family
+from trainer.processes.guard import family
 
 
 def test_a_local_ray_listens_on_loopback_alone() -> None:

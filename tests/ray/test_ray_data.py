@@ -17,12 +17,12 @@ from launcher.ray.data import map_on_cluster
 from tests.material import Workshop, byte_tokenizer
 from tests.ray.cluster import Driver, ray_cluster, write
 from trainer.config import Data
-from trainer.data.compile import Progress, compile_dataset
-from trainer.data.manifest import DatasetManifest
-from trainer.data.pool import BYTES_FOR_PROCESSES
-from trainer.data.reading import batches
-from trainer.data.rows import Batch, Lines
-from trainer.data.sources import expand
+from trainer.data.compile.compile import Progress, compile_dataset
+from trainer.data.compile.pool import BYTES_FOR_PROCESSES
+from trainer.data.dataset.manifest import DatasetManifest
+from trainer.data.source.files import expand
+from trainer.data.source.reading import batches
+from trainer.data.source.rows import Batch, Lines
 from trainer.errors import DataError
 from trainer.store import open_store
 

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from launcher.smoke.local_s3 import free_ports
-from trainer import children
+from trainer.processes import children
 
 HOST = "127.0.0.1"
 AZURE_ACCOUNT = "capstan"

@@ -10,14 +10,14 @@ import pytest
 from launcher.smoke.local_s3 import S3Server
 from tests.material import byte_tokenizer
 from trainer.config import Data
-from trainer.data.chapters import whole
-from trainer.data.compile import compile_dataset
-from trainer.data.dataset import Dataset, open_dataset
-from trainer.data.fingerprint import fingerprint
-from trainer.data.micro_batch import Position
-from trainer.data.order_settings import Order
-from trainer.data.sources import SourceFile, expand
-from trainer.data.stream import Stream
+from trainer.data.compile.compile import compile_dataset
+from trainer.data.compile.fingerprint import fingerprint
+from trainer.data.dataset.chapters import whole
+from trainer.data.dataset.dataset import Dataset, open_dataset
+from trainer.data.order.micro_batch import Position
+from trainer.data.order.settings import Order
+from trainer.data.order.stream import Stream
+from trainer.data.source.files import SourceFile, expand
 from trainer.errors import DataError, NotFound, StorageError
 from trainer.store import Buffer, Store, open_store
 
@@ -73,7 +73,7 @@ def test_the_order_from_a_bucket_is_the_order_from_a_disk(
 def test_reading_goes_on_when_the_server_comes_back_and_the_retries_are_counted(
     own_server: S3Server, lines: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.data.order.WINDOW_BLOCKS", 1)
+    monkeypatch.setattr("trainer.data.order.order.WINDOW_BLOCKS", 1)
     dataset = in_bucket(own_server, "restart", lines)
     steps = stream(dataset).epoch(0)
     read = [next(steps)]

@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.material import KINDS, SIZES
 from trainer.base.architecture import Architecture
-from trainer.base.architecture_cache import read_architecture
+from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import Tuning
-from trainer.model.adapter import Bottleneck
-from trainer.model.load_bottleneck import ACTIVATIONS
+from trainer.tuning.bottleneck.layer import Bottleneck
+from trainer.tuning.bottleneck.load_in_transformers import ACTIVATIONS
 from trainer.tuning.method import Method, find_method
 
 TOKENS = torch.arange(3, 40)[None]
@@ -147,7 +147,7 @@ def test_the_page_shows_the_very_code_that_loads_an_adapter() -> None:
     root = Path(__file__).parents[2]
     section = (root / "docs/methods.md").read_text().partition("\n## adapter\n")[2].partition("\n## ")[0]
     shown = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0]
-    code = (root / "trainer/model/load_bottleneck.py").read_text()
+    code = (root / "trainer/tuning/bottleneck/load_in_transformers.py").read_text()
     assert shown == code
     imported = {name.partition(".")[0] for name in re.findall(r"^(?:from|import) ([\w.]+)", code, re.MULTILINE)}
     assert imported == {"json", "pathlib", "typing", "torch", "safetensors"}

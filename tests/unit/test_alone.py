@@ -11,11 +11,11 @@ import pytest
 from launcher.start import alone
 from launcher.start.alone import is_alone, run_alone
 from launcher.view.status import read_status
-from trainer import children
 from trainer.alone import outcome_of
 from trainer.config import Config, override, parse_config
-from trainer.data.prepare import Datasets
+from trainer.data.compile.prepare import Datasets
 from trainer.errors import CapstanError, ConfigError, NonFiniteLoss, StorageError
+from trainer.processes import children
 from trainer.run import layout
 from trainer.run.folder import run_folder
 from trainer.run.owner import take

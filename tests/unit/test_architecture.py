@@ -9,12 +9,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.families import FAMILIES, SIZES
-from trainer.base import elsewhere
 from trainer.base.architecture import Architecture
-from trainer.base.architecture_cache import read_architecture
-from trainer.base.elsewhere import Question
-from trainer.base.meta import model_config
-from trainer.base.unfilled import unfilled_model
+from trainer.base.describe import torch_answers as elsewhere
+from trainer.base.describe.architecture_cache import read_architecture
+from trainer.base.describe.empty_model import unfilled_model
+from trainer.base.describe.meta import model_config
+from trainer.base.describe.torch_answers import Question
 from trainer.errors import ConfigError
 from trainer.model.head import LossHead
 
@@ -199,7 +199,7 @@ def test_the_attention_of_each_layer_is_known(
 def test_what_the_process_that_reads_it_refuses_is_refused_here(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(**config: Any) -> Architecture:
         given = {"base_config": config, "layers": 1, "name": "the base"}
-        question = Question("meta", "architecture_of", given, "the base", "reading")
+        question = Question("describe.meta", "architecture_of", given, "the base", "reading")
         return Architecture.from_json(elsewhere._answer_elsewhere(question))
 
     settings = settings_of("deepseek-v3")

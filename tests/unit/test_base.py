@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save_file
 
 from tests.material import KINDS, SIZES, Workshop
 from trainer.base.architecture import mismatches
-from trainer.base.check import check_base, check_weights
-from trainer.base.config_json import parse_base_config, tokenizer_size
-from trainer.base.load import empty_model
-from trainer.base.locate import resolve_base
-from trainer.base.parameters import FoundWeights, find_all_weights, find_weights
+from trainer.base.describe.config_json import parse_base_config, tokenizer_size
+from trainer.base.find.check import check_base, check_weights
+from trainer.base.find.locate import resolve_base
+from trainer.base.load.load import empty_model
+from trainer.base.rows.parameters import FoundWeights, find_all_weights, find_weights
 from trainer.config import Tuning, override
-from trainer.data.prepare import load_tokenizer
+from trainer.data.compile.prepare import load_tokenizer
 from trainer.errors import ConfigError
-from trainer.export import plain
+from trainer.export.proof import plain
 from trainer.model.attention import Attention
 from trainer.tuning.method import find_method
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tests.material import make_base
-from trainer.base.locate import base_files, describe_base, resolve_base
+from trainer.base.find.locate import base_files, describe_base, resolve_base
 from trainer.config import Model
 from trainer.errors import ConfigError, NotFound, StorageError
-from trainer.safetensors_index import numel
+from trainer.files.safetensors_index import numel
 
 NAME = "model.embed_tokens.weight"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.base.cache import CHUNK_BYTES, MANIFEST, open_cache, write_cache
+from trainer.base.load.cache import CHUNK_BYTES, MANIFEST, open_cache, write_cache
 from trainer.errors import Damaged
 from trainer.store import Store, open_store
 from trainer.zero.partition import Partition

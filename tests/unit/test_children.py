@@ -12,17 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from trainer import children, guard
+from trainer.processes import children, guard
 
 ROOT = Path(__file__).parents[2]
 # Each says beside its call why it does without.
-WITHOUT = {"launcher/ray/jobs.py", "trainer/run/trackers/beside.py"}
+WITHOUT = {"launcher/ray/jobs.py", "trainer/run/trackers/tracker_process.py"}
 # A family of four: a command that starts a command of its own, and a worker of multiprocessing that does.
 FAMILY = """
 import sys, time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from trainer import children
+from trainer.processes import children
 
 def grandchild():
     children.start(["sleep", "100"])
@@ -31,7 +31,7 @@ def grandchild():
 if __name__ == "__main__":
     pool = ProcessPoolExecutor(1, get_context("spawn"), children.end_with_parent)
     pool.submit(grandchild)
-    own = "from trainer import children; children.run(['sleep', '100'])"
+    own = "from trainer.processes import children; children.run(['sleep', '100'])"
     children.start([sys.executable, "-c", own])
     print("begun", flush=True)
     time.sleep(100)
@@ -71,7 +71,7 @@ def test_a_guard_ends_what_a_killed_process_left_and_nothing_else(ending: str) -
     mark = f"CAPSTAN_TEST_{os.getpid()}"
     own = "import subprocess; subprocess.Popen(['sleep', '20'], stdout=subprocess.DEVNULL, start_new_session=True)"
     wait = "; print(flush=True); input()"
-    program = f"from trainer.children import guarded\nwith guarded():\n    {own}{wait}"
+    program = f"from trainer.processes.children import guarded\nwith guarded():\n    {own}{wait}"
     environment = {**os.environ, mark: "1", "PYTHONPATH": str(ROOT)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", program], env=environment, **pipes) as parent:
@@ -99,4 +99,4 @@ def test_every_process_of_the_product_is_started_that_way() -> None:
     own = re.compile(r"subprocess\.(?:run|Popen|call|check_\w+)\(|os\.(?:system|spawn\w+|posix_spawn\w*|popen)\(")
     files = [*(ROOT / "trainer").rglob("*.py"), *(ROOT / "launcher").rglob("*.py")]
     found = {str(path.relative_to(ROOT)) for path in files if own.search(path.read_text(encoding="utf-8"))}
-    assert found - {"trainer/children.py"} == WITHOUT
+    assert found - {"trainer/processes/children.py"} == WITHOUT

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from trainer.clock import Clock
+from trainer.zero.clock import Clock
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -26,17 +26,17 @@ from transformers.core_model_loading import (
 from tests.composites import COMPOSITES, make_composite
 from tests.families import FAMILIES
 from tests.material import make_base
-from trainer.base import conversion
-from trainer.base.check import LeftOutPart, check_weights_at_hand
-from trainer.base.conversion import Conversion, convert
-from trainer.base.converted import Converted
-from trainer.base.filling import as_tensor
-from trainer.base.locate import resolve_base
-from trainer.base.parameters import find_all_weights
-from trainer.base.unfilled import unfilled_model
+from trainer.base.describe.empty_model import unfilled_model
+from trainer.base.find.check import LeftOutPart, check_weights_at_hand
+from trainer.base.find.locate import resolve_base
+from trainer.base.partitions.filling import as_tensor
+from trainer.base.rows import conversion
+from trainer.base.rows.conversion import Conversion, convert
+from trainer.base.rows.converted import Converted
+from trainer.base.rows.parameters import find_all_weights
 from trainer.config import Model
 from trainer.errors import ConfigError
-from trainer.safetensors_index import Joined, PackedSources, PackedTensor, StoredTensor, numel, read_index
+from trainer.files.safetensors_index import Joined, PackedSources, PackedTensor, StoredTensor, numel, read_index
 from trainer.store import open_store
 
 

@@ -21,12 +21,12 @@ from transformers import PreTrainedTokenizerFast
 from tests.material import byte_tokenizer
 from trainer.config import Config, parse_config
 from trainer.config.data import FIELDS, KINDS
-from trainer.data.binary import DESIRED_BIT, ID_BITS, REJECTED_BIT, TARGET_BIT
-from trainer.data.compile import compile_dataset
-from trainer.data.detection import describe_forms
-from trainer.data.fingerprint import fingerprint
-from trainer.data.formats import FORMATS
-from trainer.data.inputs import find
+from trainer.data.compile.compile import compile_dataset
+from trainer.data.compile.detection import describe_forms
+from trainer.data.compile.fingerprint import fingerprint
+from trainer.data.compile.inputs import find
+from trainer.data.dataset.binary import DESIRED_BIT, ID_BITS, REJECTED_BIT, TARGET_BIT
+from trainer.data.format.formats import FORMATS
 from trainer.store import open_store
 
 TEMPLATE = (

@@ -17,17 +17,20 @@ import pytest
 from tests.unit.test_data_compile import FINGERPRINT, settings, word_tokenizer, write
 from trainer.config import Data
 from trainer.config.data import Source
-from trainer.data import chapters, compile, fingerprint, order, rows, shards, stream
-from trainer.data.chapters import Chapters, give_up, open_chapters
-from trainer.data.compile import Progress, compile_chapters, compile_dataset
-from trainer.data.dataset import open_chapter, open_dataset
-from trainer.data.fingerprint import count_chapters
-from trainer.data.micro_batch import MicroBatch, Position
-from trainer.data.order import turns
-from trainer.data.order_settings import Order
-from trainer.data.shards import Place
-from trainer.data.sources import expand
-from trainer.data.stream import Stream
+from trainer.data.compile import compile, fingerprint, shards
+from trainer.data.compile.compile import Progress, compile_chapters, compile_dataset
+from trainer.data.compile.fingerprint import count_chapters
+from trainer.data.compile.shards import Place
+from trainer.data.dataset import chapters
+from trainer.data.dataset.chapters import Chapters, give_up, open_chapters
+from trainer.data.dataset.dataset import open_chapter, open_dataset
+from trainer.data.order import order, stream
+from trainer.data.order.micro_batch import MicroBatch, Position
+from trainer.data.order.order import turns
+from trainer.data.order.settings import Order
+from trainer.data.order.stream import Stream
+from trainer.data.source import rows
+from trainer.data.source.files import expand
 from trainer.errors import CapstanError, DataError, NotFound, Stopped
 from trainer.run import layout
 from trainer.store import Store, open_store

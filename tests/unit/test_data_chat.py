@@ -6,8 +6,8 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from trainer.config import Data
-from trainer.data import chat
-from trainer.data.chat import Example
+from trainer.data.render import chat
+from trainer.data.render.chat import Example
 from trainer.errors import ConfigError, DataError
 
 CHATML = (

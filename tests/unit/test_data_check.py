@@ -13,10 +13,10 @@ from rich.console import Console
 from launcher.data.check import report_table
 from tests.material import byte_tokenizer
 from trainer.config import Config
-from trainer.data.check import DataReport, Findings, check_data
-from trainer.data.duplicates import Fingerprint, Seen
-from trainer.data.inputs import find
-from trainer.data.pool import Mapper, map_batches
+from trainer.data.compile.inputs import find
+from trainer.data.compile.pool import Mapper, map_batches
+from trainer.data.look.check import DataReport, Findings, check_data
+from trainer.data.look.duplicates import Fingerprint, Seen
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>{% endfor %}"

@@ -16,16 +16,17 @@ from transformers import PreTrainedTokenizerFast
 
 from launcher.view.compiling import compile_progress
 from trainer.config import Data
-from trainer.data import rows, shards
-from trainer.data.binary import TARGET_BIT
-from trainer.data.compile import Progress, compile_dataset
-from trainer.data.dataset import Dataset, open_dataset
-from trainer.data.encode import Encoded, Encoder
-from trainer.data.manifest import LeftOut
-from trainer.data.part import Part
-from trainer.data.pool import map_batches
-from trainer.data.rows import Batch
-from trainer.data.sources import expand
+from trainer.data.compile import shards
+from trainer.data.compile.compile import Progress, compile_dataset
+from trainer.data.compile.encode import Encoded, Encoder
+from trainer.data.compile.pool import map_batches
+from trainer.data.dataset.binary import TARGET_BIT
+from trainer.data.dataset.dataset import Dataset, open_dataset
+from trainer.data.dataset.manifest import LeftOut
+from trainer.data.source import rows
+from trainer.data.source.files import expand
+from trainer.data.source.part import Part
+from trainer.data.source.rows import Batch
 from trainer.errors import DataError, NotFound, StorageError
 from trainer.store import Store, open_store
 

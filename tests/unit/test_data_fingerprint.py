@@ -4,9 +4,9 @@ from pathlib import Path
 
 from tests.unit.test_data_compile import settings, texts, word_tokenizer, write
 from trainer.config import Data
-from trainer.data.fingerprint import fingerprint, hash_tokenizer
-from trainer.data.part import Part
-from trainer.data.sources import SourceFile, expand
+from trainer.data.compile.fingerprint import fingerprint, hash_tokenizer
+from trainer.data.source.files import SourceFile, expand
+from trainer.data.source.part import Part
 from trainer.store import open_store
 
 

@@ -25,12 +25,12 @@ from hypothesis import strategies as st
 
 from tests.material import byte_tokenizer
 from trainer.config import Data
-from trainer.data.compile import compile_dataset
-from trainer.data.dataset import open_chapter, open_dataset
-from trainer.data.encode import Encoder
-from trainer.data.part import EVERYTHING, Part
-from trainer.data.rows import Batch, Lines
-from trainer.data.sources import expand
+from trainer.data.compile.compile import compile_dataset
+from trainer.data.compile.encode import Encoder
+from trainer.data.dataset.dataset import open_chapter, open_dataset
+from trainer.data.source.files import expand
+from trainer.data.source.part import EVERYTHING, Part
+from trainer.data.source.rows import Batch, Lines
 from trainer.errors import CapstanError, DataError, StorageError
 from trainer.store import Store, open_store
 

@@ -14,12 +14,12 @@ import pytest
 from launcher.smoke.life import first_rows
 from tests.material import byte_tokenizer
 from trainer.config import Data, Source
-from trainer.data.compile import compile_dataset
-from trainer.data.dataset import Dataset
-from trainer.data.part import EVERYTHING, Part
-from trainer.data.reading import rows
-from trainer.data.rows import Batch
-from trainer.data.sources import expand
+from trainer.data.compile.compile import compile_dataset
+from trainer.data.dataset.dataset import Dataset
+from trainer.data.source.files import expand
+from trainer.data.source.part import EVERYTHING, Part
+from trainer.data.source.reading import rows
+from trainer.data.source.rows import Batch
 from trainer.errors import DataError
 from trainer.store import open_store
 

@@ -12,7 +12,7 @@ import pytest
 from tests.hub_datasets import COMMIT, TOKEN, serve_hub
 from tests.unit.test_data_arriving import lines, parquet
 from trainer.config import Source
-from trainer.data.sources import expand
+from trainer.data.source.files import expand
 from trainer.errors import DataError
 
 CARD = b"""---
@@ -55,8 +55,8 @@ REPOSITORIES = {
 READ = """
 import json, sys
 from trainer.config import Source
-from trainer.data.reading import rows
-from trainer.data.sources import expand
+from trainer.data.source.reading import rows
+from trainer.data.source.files import expand
 from trainer.errors import DataError
 for given in json.loads(sys.argv[1]):
     try:

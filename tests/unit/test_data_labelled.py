@@ -11,18 +11,18 @@ from tests.unit.test_data_chat import CHATML, tokenizer
 from tests.unit.test_data_compile import build, word_tokenizer, write
 from tests.unit.test_data_pairs import AGAIN, BRIEF, USER, YO, numbers
 from trainer.config import Data
-from trainer.data.binary import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, TARGET_BIT
-from trainer.data.chapters import whole
-from trainer.data.check import check_data
-from trainer.data.dataset import Dataset
-from trainer.data.encode import Encoder
-from trainer.data.inputs import find
-from trainer.data.labelled import Labelled, LabelledRenderer
-from trainer.data.order_settings import Order
-from trainer.data.part import EVERYTHING
-from trainer.data.reading import batches
-from trainer.data.sources import expand
-from trainer.data.stream import Stream
+from trainer.data.compile.encode import Encoder
+from trainer.data.compile.inputs import find
+from trainer.data.dataset.binary import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, TARGET_BIT
+from trainer.data.dataset.chapters import whole
+from trainer.data.dataset.dataset import Dataset
+from trainer.data.look.check import check_data
+from trainer.data.order.settings import Order
+from trainer.data.order.stream import Stream
+from trainer.data.render.labelled import Labelled, LabelledRenderer
+from trainer.data.source.files import expand
+from trainer.data.source.part import EVERYTHING
+from trainer.data.source.reading import batches
 from trainer.errors import DataError
 from trainer.store import open_store
 

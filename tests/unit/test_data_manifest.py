@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from tests.material import Workshop
-from trainer.base.locate import resolve_base
-from trainer.data.chapters import Chapters, open_chapters
-from trainer.data.dataset import open_chapter, open_dataset
-from trainer.data.manifest import Counters, read_manifest, unsealed
-from trainer.data.prepare import prepare_start
+from trainer.base.find.locate import resolve_base
+from trainer.data.compile.prepare import prepare_start
+from trainer.data.dataset.chapters import Chapters, open_chapters
+from trainer.data.dataset.dataset import open_chapter, open_dataset
+from trainer.data.dataset.manifest import Counters, read_manifest, unsealed
 from trainer.errors import Damaged, NotFound, StorageError
 from trainer.run import layout
 from trainer.store import Store

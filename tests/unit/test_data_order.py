@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.order import EpochPlan, permutation, splitmix64
-from trainer.data.order_settings import VERSION, Order
-from trainer.data.pack import best_fit_decreasing
+from trainer.data.order.order import EpochPlan, permutation, splitmix64
+from trainer.data.order.pack import best_fit_decreasing
+from trainer.data.order.settings import VERSION, Order
 
 GOLDEN = Path(__file__).parents[1] / "golden/order.txt"
 

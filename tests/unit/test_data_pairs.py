@@ -10,18 +10,18 @@ import pytest
 from tests.unit.test_data_chat import CHATML, TAGGED, tokenizer
 from tests.unit.test_data_compile import build, write
 from trainer.config import Config, Data, parse_config
-from trainer.data.binary import ID_BITS, REJECTED_BIT, TARGET_BIT
-from trainer.data.chapters import whole
-from trainer.data.check import check_data
-from trainer.data.dataset import Dataset
-from trainer.data.encode import Encoder
-from trainer.data.inputs import find
-from trainer.data.order_settings import Order
-from trainer.data.pairs import Pair, PairRenderer
-from trainer.data.part import EVERYTHING
-from trainer.data.reading import batches
-from trainer.data.sources import expand
-from trainer.data.stream import Stream
+from trainer.data.compile.encode import Encoder
+from trainer.data.compile.inputs import find
+from trainer.data.dataset.binary import ID_BITS, REJECTED_BIT, TARGET_BIT
+from trainer.data.dataset.chapters import whole
+from trainer.data.dataset.dataset import Dataset
+from trainer.data.look.check import check_data
+from trainer.data.order.settings import Order
+from trainer.data.order.stream import Stream
+from trainer.data.render.pairs import Pair, PairRenderer
+from trainer.data.source.files import expand
+from trainer.data.source.part import EVERYTHING
+from trainer.data.source.reading import batches
 from trainer.errors import ConfigError, DataError
 from trainer.store import open_store
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.material import byte_tokenizer
 from tests.unit.test_data_chat import CHATML, Renderer, data, tokenizer, trained
-from trainer.data.chat import Example
+from trainer.data.render.chat import Example
 from trainer.errors import ConfigError
 
 

@@ -13,22 +13,22 @@ import pytest
 from launcher.start.check import anchored
 from launcher.view.compiling import compile_progress
 from tests.material import Workshop, byte_tokenizer, make_data
-from trainer.base.locate import resolve_base
+from trainer.base.find.locate import resolve_base
 from trainer.config import parse_config
-from trainer.data.binary import ID_BITS
-from trainer.data.bins import steps_of_epochs, total
-from trainer.data.chapters import open_chapters
-from trainer.data.compile import Progress
-from trainer.data.dataset import open_chapter, open_dataset
-from trainer.data.fingerprint import fingerprint, hash_tokenizer
-from trainer.data.inputs import find
-from trainer.data.manifest import MANIFEST, DatasetManifest
-from trainer.data.micro_batch import Position
-from trainer.data.order import EpochPlan
-from trainer.data.order_settings import train_order
-from trainer.data.prepare import locate, prepare, prepare_start, wait_until_prepared
-from trainer.data.stream import train_stream
-from trainer.data.weights import Weights
+from trainer.data.compile.compile import Progress
+from trainer.data.compile.fingerprint import fingerprint, hash_tokenizer
+from trainer.data.compile.inputs import find
+from trainer.data.compile.prepare import locate, prepare, prepare_start, wait_until_prepared
+from trainer.data.compile.weights import Weights
+from trainer.data.dataset.binary import ID_BITS
+from trainer.data.dataset.chapters import open_chapters
+from trainer.data.dataset.dataset import open_chapter, open_dataset
+from trainer.data.dataset.manifest import MANIFEST, DatasetManifest
+from trainer.data.order.bins import steps_of_epochs, total
+from trainer.data.order.micro_batch import Position
+from trainer.data.order.order import EpochPlan
+from trainer.data.order.settings import train_order
+from trainer.data.order.stream import train_stream
 from trainer.errors import ConfigError, Damaged, DataError, NotFound
 from trainer.run import layout
 from trainer.store import open_store
@@ -231,7 +231,7 @@ def test_only_rows_with_weights_give_other_data_than_earlier_versions_made(
     late = [None] * 400
     assert compiled("late", *late, 0) == (False, 400)
     assert compiled("false", 0, 1) == (False, 1)
-    monkeypatch.setattr("trainer.data.prepare.find_weights", lambda *_: pytest.fail("it was looked for before"))
+    monkeypatch.setattr("trainer.data.compile.prepare.find_weights", lambda *_: pytest.fail("it was looked for before"))
     for name in ("ones", "false"):
         config = shop.config(
             "weights",
@@ -275,7 +275,7 @@ def test_data_of_which_a_part_is_held_out_is_found_and_looked_through_once(
     config = shop.config("once", talks, "data.format=chat", "data.held_out=0.5", "train.eval_every=5")
     inputs, looked = find(config), list[Any]()
     assert inputs["eval"].files == inputs["train"].files
-    monkeypatch.setattr("trainer.data.prepare.find_weights", lambda files, _: bool(looked.append(files)))
+    monkeypatch.setattr("trainer.data.compile.prepare.find_weights", lambda files, _: bool(looked.append(files)))
     assert len(locate(config, resolve_base(config.model), open_store(str(tmp_path / "store")))) == 2
     assert len(looked) == 1
 

@@ -22,10 +22,10 @@ from tests.unit.test_data_arriving import (
     user,
     write,
 )
-from trainer.data.check import check_data
-from trainer.data.detection import describe_forms
-from trainer.data.inputs import find
-from trainer.data.json_array import elements
+from trainer.data.compile.detection import describe_forms
+from trainer.data.compile.inputs import find
+from trainer.data.look.check import check_data
+from trainer.data.source.json_array import elements
 from trainer.errors import ConfigError, DataError
 
 

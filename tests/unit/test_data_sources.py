@@ -12,10 +12,10 @@ import zstandard
 from obstore.store import MemoryStore
 
 from trainer.config import Source
-from trainer.data import rows as reading
-from trainer.data import sources
-from trainer.data.reading import batches, rows
-from trainer.data.sources import SourceFile, expand
+from trainer.data.source import files as sources
+from trainer.data.source import rows as reading
+from trainer.data.source.files import SourceFile, expand
+from trainer.data.source.reading import batches, rows
 from trainer.errors import ConfigError, DataError, NotFound
 from trainer.store import Store
 

@@ -13,15 +13,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from trainer.config import Config, Data
-from trainer.data import order
-from trainer.data.chapters import whole
-from trainer.data.compile import compile_dataset
-from trainer.data.dataset import Blocks, Dataset
-from trainer.data.micro_batch import MicroBatch, Position
-from trainer.data.order import EpochPlan, Window
-from trainer.data.order_settings import Order
-from trainer.data.sources import expand
-from trainer.data.stream import PAD, Stream, eval_stream
+from trainer.data.compile.compile import compile_dataset
+from trainer.data.dataset.chapters import whole
+from trainer.data.dataset.dataset import Blocks, Dataset
+from trainer.data.order import order
+from trainer.data.order.micro_batch import MicroBatch, Position
+from trainer.data.order.order import EpochPlan, Window
+from trainer.data.order.settings import Order
+from trainer.data.order.stream import PAD, Stream, eval_stream
+from trainer.data.source.files import expand
 from trainer.errors import DataError
 from trainer.model.head import IGNORE
 from trainer.store import open_store

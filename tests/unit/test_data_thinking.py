@@ -13,8 +13,8 @@ import trl
 
 from tests.material import byte_tokenizer
 from trainer.config import Data
-from trainer.data.chat import Renderer
-from trainer.data.conversation import Conversation
+from trainer.data.render.chat import Renderer
+from trainer.data.render.conversation import Conversation
 from trainer.errors import DataError
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"

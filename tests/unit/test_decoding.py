@@ -11,8 +11,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from tests.unit.test_documents import KINDS, build
+from trainer.measure.decoding import GrowingText, next_logits
 from trainer.model.attention import VARLEN, Attention, no_mask, varlen_attention
-from trainer.model.decoding import GrowingText, next_logits
 from trainer.model.head import LossHead
 from trainer.model.kernels import FLASH
 from trainer.model.packed import PackedModel

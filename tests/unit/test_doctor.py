@@ -7,8 +7,8 @@ import pytest
 from packaging.requirements import Requirement
 from rich.console import Console
 
-from launcher import doctor
-from launcher.doctor import Check, Diagnosis, check_package, check_store, diagnose, report_table
+from launcher.doctor import doctor
+from launcher.doctor.doctor import Check, Diagnosis, check_package, check_store, diagnose, report_table
 from trainer.devices import ListedGpu
 
 

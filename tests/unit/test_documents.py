@@ -16,7 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.nemotron_h import modeling_nemotron_h
 
 from tests.families import FAMILIES, SIZES
-from trainer.base.architecture_cache import read_architecture
+from trainer.base.describe.architecture_cache import read_architecture
 from trainer.model.attention import FLEX, SINKS, VARLEN, Attention, choose_attention, no_mask, varlen_attention
 from trainer.model.documents import batches, keep_documents_apart, knows_borders, mixers, recomputed
 from trainer.model.flex import block_mask_of_row, flex_attention_capped

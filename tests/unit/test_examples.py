@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from trainer.base.description import describe
+from trainer.base.describe.description import describe
 from trainer.config import load_config
-from trainer.plan import Plan, make_plan
+from trainer.plan.plan import Plan, make_plan
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 GIB = 2**30

@@ -17,13 +17,13 @@ from tests.families import FAMILIES as FAMILIES_OF_BASES
 from tests.families import KINDS
 from tests.families import SIZES as BASES
 from tests.nf4 import packed_stack
-from trainer.base.architecture_cache import read_architecture
+from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import parse_config
 from trainer.model import experts
-from trainer.model.expert_lora import ExpertLora
 from trainer.model.experts import IMPLEMENTATION, prepare_experts
 from trainer.model.parts import is_experts
-from trainer.tuning.experts import saved_as
+from trainer.tuning.experts.layer import ExpertLora
+from trainer.tuning.experts.method import saved_as
 from trainer.tuning.method import method_of
 
 RUN = "run: {name: demo}\nmodel: {base: /m}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"

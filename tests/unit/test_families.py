@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.families import FAMILIES
 from tests.material import make_base
-from trainer.safetensors_index import read_index
+from trainer.files.safetensors_index import read_index
 from trainer.store import open_store
 
 # Names in the index of a published model of the family, where transformers calls or shapes the parameters otherwise.

@@ -9,15 +9,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.material import Workshop, make_pairs
-from trainer.base.load import empty_model
-from trainer.base.locate import resolve_base
+from trainer.base.find.locate import resolve_base
+from trainer.base.load.load import empty_model
 from trainer.config import Config
-from trainer.data.micro_batch import MicroBatch
+from trainer.data.order.micro_batch import MicroBatch
 from trainer.model.attention import choose_attention
 from trainer.model.packed import PackedModel
 from trainer.model.parts import recomputed_share
 from trainer.objective.objective import find_objective
-from trainer.train.flops import AttentionWork, StepWork, peak_flops, work_of
+from trainer.plan.flops import AttentionWork, StepWork, peak_flops, work_of
 from trainer.tuning.method import method_of
 
 TOKENS = 48

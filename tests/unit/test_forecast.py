@@ -20,17 +20,17 @@ from launcher.plan.planning import Planned, plan_run
 from tests.material import Workshop
 from tests.unit.made_records import NOW, start, step, write
 from tests.unit.test_examples import LLAMA_8B
-from trainer.base.description import describe
+from trainer.base.describe.description import describe
 from trainer.config import Config, dump_config, override, parse_config
-from trainer.data.bins import total
-from trainer.data.length import EpochLength, epoch_length
-from trainer.data.manifest import read_manifest
-from trainer.data.micro_batch import Position
+from trainer.data.compile.length import EpochLength, epoch_length
+from trainer.data.dataset.manifest import read_manifest
+from trainer.data.order.bins import total
+from trainer.data.order.micro_batch import Position
 from trainer.devices import LocalGpu
 from trainer.errors import ConfigError, DoesNotFit
-from trainer.forecast import UTILISATION, Rate, assumed_rate, forecast, length_of
-from trainer.gpus import Gpu, find_gpu, read_gpu
-from trainer.plan import make_plan
+from trainer.plan.forecast import UTILISATION, Rate, assumed_rate, forecast, length_of
+from trainer.plan.gpus import Gpu, find_gpu, read_gpu
+from trainer.plan.plan import make_plan
 from trainer.store import Store, open_store
 from trainer.train.horizon import horizon_of
 

@@ -7,9 +7,9 @@ import pytest
 
 from tests.material import Workshop, make_data
 from trainer.config import Train, override
-from trainer.data.chapters import open_chapters
-from trainer.data.micro_batch import Position
-from trainer.data.stream import train_stream
+from trainer.data.dataset.chapters import open_chapters
+from trainer.data.order.micro_batch import Position
+from trainer.data.order.stream import train_stream
 from trainer.train.horizon import Horizon, horizon_of
 
 

@@ -17,7 +17,7 @@ from launcher.importing.importing import JOINS, Imported, import_files
 from tests.material import make_base, make_labelled, make_pairs
 from trainer.config import fields, load_config, parse_config
 from trainer.config.peers.table import Needless, To, Together, Unsupported
-from trainer.data.formats import RowForm
+from trainer.data.format.formats import RowForm
 from trainer.errors import ConfigError
 
 PEERS = Path(__file__).parents[1] / "peers"

@@ -16,8 +16,8 @@ HEAVY = ("torch", "ray", "deepspeed", "transformers", "peft", "bitsandbytes", "p
     "module",
     [
         "launcher.cli.__main__",
-        "launcher.doctor",
-        "trainer.plan",
+        "launcher.doctor.doctor",
+        "trainer.plan.plan",
         "trainer.zero.policy",
         "trainer.checkpoint.identity",
         "launcher.plan.opening",

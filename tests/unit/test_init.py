@@ -16,10 +16,10 @@ from launcher.cli.__main__ import app
 from launcher.init.goals import GOALS
 from launcher.init.initial import InitAnswers, Initial, initial_config
 from tests.unit.test_examples import LLAMA_8B, LLAMA_70B
-from trainer.base.locate import describe_base
+from trainer.base.find.locate import describe_base
 from trainer.config import load_config, parse_config
 from trainer.errors import ConfigError, DoesNotFit
-from trainer.plan import make_plan
+from trainer.plan.plan import make_plan
 
 GIB = 2**30
 BASES = {"8b": LLAMA_8B, "70b": LLAMA_70B}

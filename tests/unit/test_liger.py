@@ -15,7 +15,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.mixtral import modeling_mixtral
 
 from tests.families import KINDS, SIZES
-from trainer.base.unfilled import meta_model
+from trainer.base.describe.empty_model import meta_model
 from trainer.errors import ConfigError
 from trainer.model import liger
 from trainer.model.liger import Kernels, fuse

@@ -13,15 +13,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.families import FAMILIES, KINDS, SIZES
 from trainer.base.architecture import Parameter
-from trainer.base.architecture_cache import read_architecture
+from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import Optim, Tuning, parse_config
-from trainer.model.dora import DoraLinear
-from trainer.model.ia3 import ScaledLinear
-from trainer.tuning.dora import DoraUpdate
-from trainer.tuning.ia3 import Scaling
-from trainer.tuning.linear_adapters import as_peft_reads
-from trainer.tuning.lora import Lora
+from trainer.tuning.dora.layer import DoraLinear
+from trainer.tuning.dora.method import DoraUpdate
+from trainer.tuning.ia3.layer import ScaledLinear
+from trainer.tuning.ia3.method import Scaling
+from trainer.tuning.lora.method import Lora
 from trainer.tuning.method import find_method, tuning_mismatches
+from trainer.tuning.shared.linear_adapters import as_peft_reads
 
 LLAMA = read_architecture({**SIZES, **KINDS["llama"]})
 PHI3 = read_architecture({**SIZES, **KINDS["phi3"]})

@@ -9,9 +9,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.model import lora
-from trainer.model.lora import LoraLinear
 from trainer.model.nf4 import Format, FrozenLinear4bit, quantize_blocks
+from trainer.tuning.lora import layer as lora
+from trainer.tuning.lora.layer import LoraLinear
 
 INPUTS, OUTPUTS, RANK, TOKENS = 96, 160, 8, 37
 

@@ -9,10 +9,17 @@ import pytest
 
 from tests.material import byte_tokenizer
 from trainer.config import Data
-from trainer.data.chat import Example, Renderer
-from trainer.data.fingerprint import fingerprint, hash_tokenizer
-from trainer.data.named_templates import NAMED
-from trainer.data.template import conversation_template, dated, fitting_template, has_template, template_text, tokens_of
+from trainer.data.compile.fingerprint import fingerprint, hash_tokenizer
+from trainer.data.render.chat import Example, Renderer
+from trainer.data.render.named_templates import NAMED
+from trainer.data.render.template import (
+    conversation_template,
+    dated,
+    fitting_template,
+    has_template,
+    template_text,
+    tokens_of,
+)
 from trainer.errors import ConfigError
 
 SYSTEM = {"role": "system", "content": "Be brief."}

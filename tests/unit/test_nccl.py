@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.doctor import check_network
-from launcher.nccl import Network, ports, sockets, this_machine, troubles
+from launcher.doctor.doctor import check_network
+from launcher.doctor.nccl import Network, ports, sockets, this_machine, troubles
 
 MACHINE = ["lo", "docker0", "eno1", "eno2np0", "ib0"]
 

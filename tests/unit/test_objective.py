@@ -8,13 +8,13 @@ import pytest
 from tests.toys.tuning.biases import METHODS as TOYS
 from tests.unit.test_plan import LLAMA_70B
 from trainer import tuning
-from trainer.base.description import describe
+from trainer.base.describe.description import describe
 from trainer.checkpoint.identity import Identity, check_identity
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config, parse_config
 from trainer.errors import ConfigError
 from trainer.objective.objective import check_objective, find_objective, reference_of
-from trainer.plan import Plan, make_plan
+from trainer.plan.plan import Plan, make_plan
 
 RUN = "run: {name: demo}\nmodel: {base: b}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.material import Workshop
-from trainer.base.locate import resolve_base
+from trainer.base.find.locate import resolve_base
 from trainer.errors import DoesNotFit
 from trainer.rank import _outcome
 from trainer.ranks import Ranks

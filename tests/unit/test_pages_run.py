@@ -14,9 +14,9 @@ from launcher.cli.__main__ import app
 from launcher.sweep.driver import laid_out
 from tests.material import byte_tokenizer, commit, make_base, make_data
 from tests.pages import ROOT, Parsed, blocks, blocks_of, commands, of_capstan, parse
-from trainer.base.locate import resolve_base
+from trainer.base.find.locate import resolve_base
 from trainer.config import Config, dump_config, load_config
-from trainer.data.prepare import prepare
+from trainer.data.compile.prepare import prepare
 from trainer.run import layout
 from trainer.store import open_run_store
 

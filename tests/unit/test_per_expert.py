@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from tests.families import FAMILIES
 from tests.material import make_base
-from trainer.base.architecture_cache import read_architecture
+from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import parse_config
-from trainer.export.per_expert import per_expert_files
-from trainer.safetensors_index import INDEX_FILE
-from trainer.tuning.linear_adapters import SETTINGS, WEIGHTS
+from trainer.export.write.per_expert import per_expert_files
+from trainer.files.safetensors_index import INDEX_FILE
 from trainer.tuning.method import method_of
+from trainer.tuning.shared.linear_adapters import SETTINGS, WEIGHTS
 
 RUN = "run: {name: demo}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
 

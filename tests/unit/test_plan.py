@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from trainer.base.architecture_cache import read_architecture
-from trainer.base.description import describe
+from trainer.base.describe.architecture_cache import read_architecture
+from trainer.base.describe.description import describe
 from trainer.config import Config, Quant, parse_config
 from trainer.errors import ConfigError
-from trainer.plan import Plan, make_plan
-from trainer.sizes import most_whole, quantized_bytes
+from trainer.plan.plan import Plan, make_plan
+from trainer.plan.sizes import most_whole, quantized_bytes
 from trainer.zero.policy import WHOLE
 
 RUN = "run: {name: demo}\nmodel: {base: /models/tiny}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
@@ -130,8 +130,8 @@ def test_quantized_bytes_are_those_that_bitsandbytes_stores(numel: int, block_si
 def test_the_chunk_of_logits_is_that_of_the_loss():
     import torch
 
-    from trainer import memory
     from trainer.model import head
+    from trainer.plan import memory
 
     assert memory._LOGITS_CHUNK_BYTES == head._CHUNK_BYTES
     assert memory._LOGITS_CHUNK_ROWS == head._CHUNK_ROWS
@@ -158,8 +158,8 @@ def test_targets_that_match_nothing_are_a_sentence_of_the_plan():
 
 
 def test_a_mixtures_experts_are_dequantized_together_up_to_what_the_forward_pass_takes_at_once():
-    from trainer import memory
     from trainer.model import experts
+    from trainer.plan import memory
 
     assert memory._EXPERTS_BYTES == experts.BUDGET
     given = {**TINY, "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from tests.unit.test_plan import GIB, LLAMA_70B, TINY, config, plan_of
-from trainer.base.activations import layer_values
-from trainer.base.architecture_cache import read_architecture
+from trainer.base.describe.activations import layer_values
+from trainer.base.describe.architecture_cache import read_architecture
 from trainer.errors import ConfigError
-from trainer.plan import Plan
+from trainer.plan.plan import Plan
 
 
 def test_activation_checkpointing_saves_memory():

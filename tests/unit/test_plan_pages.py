@@ -7,9 +7,9 @@ import pytest
 from tests.pages import blocks_of
 from tests.plan_pages import PAGES, page_of, render
 from tests.unit.test_examples import LLAMA_8B, LLAMA_70B, LLAMA_405B
-from trainer.base.description import describe
+from trainer.base.describe.description import describe
 from trainer.config import parse_config
-from trainer.plan import Plan, make_plan
+from trainer.plan.plan import Plan, make_plan
 
 
 def plan(name: str, gib: int, *overrides: str) -> Plan:

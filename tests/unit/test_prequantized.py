@@ -9,13 +9,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.material import Workshop, quantize_base
-from trainer.base.check import check_base
-from trainer.base.load import empty_model
-from trainer.base.locate import resolve_base
-from trainer.base.parameters import find_weights
+from trainer.base.find.check import check_base
+from trainer.base.find.locate import resolve_base
+from trainer.base.load.load import empty_model
+from trainer.base.rows.parameters import find_weights
 from trainer.errors import ConfigError
+from trainer.files.safetensors_index import PackedTensor
 from trainer.model.attention import Attention
-from trainer.safetensors_index import PackedTensor
 
 DOUBLE = "quant.double=true"
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.material import Workshop, byte_tokenizer
-from trainer.data.inputs import as_trained
+from trainer.data.compile.inputs import as_trained
 from trainer.errors import ConfigError
 from trainer.measure.bias import read_pairs
 from trainer.measure.prompts import Prompter, prompt_of, read_prompts

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from tests.material import Workshop, commit, make_data, make_pairs
-from trainer.base.locate import resolve_base
+from trainer.base.find.locate import resolve_base
 from trainer.checkpoint.manifest import read_manifest
-from trainer.data.prepare import load_tokenizer
-from trainer.export.distributions import distance
-from trainer.export.rows import ROWS, TARGETS, TOKENS, Probe, ProbeRow, find_probe
+from trainer.data.compile.prepare import load_tokenizer
+from trainer.export.proof.distributions import distance
+from trainer.export.proof.rows import ROWS, TARGETS, TOKENS, Probe, ProbeRow, find_probe
 
 
 def probe_of(workshop: Workshop, *overrides: str, compiled: bool = True) -> Probe:

@@ -7,10 +7,10 @@ import pytest
 
 from tests.unit.test_plan import LLAMA_70B
 from tests.unit.test_published_models import MODELS
-from trainer.base.description import describe
+from trainer.base.describe.description import describe
 from trainer.config import parse_config
-from trainer.needs import GpuMemory
-from trainer.plan import make_plan
+from trainer.plan.needs import GpuMemory
+from trainer.plan.plan import make_plan
 
 RUN = "run: {name: demo}\nmodel: {base: /models/base}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
 GB, GIB = 1e9, 2**30

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from trainer.base.architecture import Architecture
-from trainer.base.architecture_cache import read_architecture
+from trainer.base.describe.architecture_cache import read_architecture
 
 ROOT = Path(__file__).parents[2]
 Config = dict[str, Any]

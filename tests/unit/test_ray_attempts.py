@@ -17,7 +17,7 @@ from launcher.start.attempts import Attempts, Watch
 from launcher.view.status import read_status
 from trainer import devices, start
 from trainer.config import Config, parse_config
-from trainer.data.prepare import Datasets
+from trainer.data.compile.prepare import Datasets
 from trainer.errors import CapstanError, ConfigError, Stopped, StorageError, Superseded, Unreachable
 from trainer.run import layout
 from trainer.run.folder import run_folder

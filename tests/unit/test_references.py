@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer.data.references import References, read_references, references_key, write_references
+from trainer.data.dataset.references import References, read_references, references_key, write_references
 from trainer.errors import Damaged, NotFound
 from trainer.store import Store, open_store
 

@@ -14,8 +14,8 @@ from rich.text import Text
 from typer.testing import CliRunner
 
 from launcher.cli.__main__ import app
-from launcher.doctor import Check, Diagnosis, report_table
-from launcher.folded import FoldedTable
+from launcher.doctor.doctor import Check, Diagnosis, report_table
+from launcher.view.folded import FoldedTable
 from trainer.store import open_store
 
 LINES = {

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from launcher.smoke.verdict import STEPS, SmokeResult
-from trainer.export.proof import Proof
+from trainer.export.figures import Proof
 
 PROOF = Proof(
     kl=1e-9,

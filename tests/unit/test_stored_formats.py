@@ -17,20 +17,20 @@ from transformers.integrations.mxfp4 import FP4_VALUES, convert_moe_packed_tenso
 
 from tests.material import SIZES, Workshop, make_base
 from tests.stored import edit_config, from_fp8, from_mxfp4, read_files, store_in_fp8, store_in_mxfp4, to_fp8
-from trainer.base.check import check_base
-from trainer.base.dequantized import dequantized_by_transformers
-from trainer.base.description import describe
-from trainer.base.floats import E2M1, E4M3, E8M0, round_to_bf16
-from trainer.base.fp8_tiles import Fp8Tiles
-from trainer.base.last_reads import LastReads
-from trainer.base.locate import resolve_base
-from trainer.base.meta import model_config
-from trainer.base.mxfp4_experts import Mxfp4Experts
-from trainer.base.parameters import find_all_weights
+from trainer.base.describe.description import describe
+from trainer.base.describe.meta import model_config
+from trainer.base.find.check import check_base
+from trainer.base.find.locate import resolve_base
+from trainer.base.rows.parameters import find_all_weights
+from trainer.base.stored.floats import E2M1, E4M3, E8M0, round_to_bf16
+from trainer.base.stored.fp8_tiles import Fp8Tiles
+from trainer.base.stored.mxfp4_experts import Mxfp4Experts
+from trainer.base.stored.shared_reads import LastReads
 from trainer.config import Config
 from trainer.errors import ConfigError, StorageError
-from trainer.plan import make_plan
-from trainer.safetensors_index import PackedTensor, StoredTensor, TensorSource, read_index
+from trainer.export.proof.dequantized import dequantized_by_transformers
+from trainer.files.safetensors_index import PackedTensor, StoredTensor, TensorSource, read_index
+from trainer.plan.plan import make_plan
 from trainer.store import Store, open_store
 from trainer.tuning.method import check_tuning
 

@@ -7,9 +7,9 @@ from contextlib import suppress
 import pytest
 
 from tests.material import byte_tokenizer
-from trainer.data import chat_template
+from trainer.data.render import chat_template
 from trainer.errors import ConfigError
-from trainer.time_limit import OutOfTime, time_limit
+from trainer.processes.time_limit import OutOfTime, time_limit
 
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
 

@@ -21,13 +21,14 @@ from trainer.run import layout
 from trainer.run.folder import run_folder
 from trainer.run.metrics import Metrics, claim_generation, open_trackers
 from trainer.run.records import read_records
-from trainer.run.trackers import beside, companion, services
-from trainer.run.trackers.beside import Beside
+from trainer.run.trackers import companion, services
+from trainer.run.trackers import tracker_process as beside
 from trainer.run.trackers.companion import Kept
 from trainer.run.trackers.jsonl import JsonLines
 from trainer.run.trackers.printed import Printed
 from trainer.run.trackers.tensorboard import Curves
 from trainer.run.trackers.tracker import Row
+from trainer.run.trackers.tracker_process import Beside
 from trainer.store import Store, open_store
 
 Curve = list[tuple[int, float]]

@@ -6,8 +6,8 @@ import pytest
 
 from tests.unit.test_plan import LLAMA_70B
 from tests.unit.test_published_models import MODELS
-from trainer.base.description import describe
-from trainer.base.unrecognised import unrecognised
+from trainer.base.describe.description import describe
+from trainer.base.describe.unrecognised import unrecognised
 
 ARCHITECTURE = describe(LLAMA_70B).architecture
 

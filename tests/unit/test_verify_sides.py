@@ -13,11 +13,11 @@ import pytest
 
 from tests.unit.test_published_models import MODELS
 from trainer.base.architecture import Architecture
-from trainer.base.architecture_cache import read_architecture
+from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import Quant
 from trainer.errors import ConfigError, DoesNotFit
-from trainer.export.placement import ProofSide, Room, exported_side, trained_side
-from trainer.export.side import aside
+from trainer.export.proof.placement import ProofSide, Room, exported_side, trained_side
+from trainer.export.proof.side_process import aside
 
 LEARNT = 10**9  # of LoRA on all linear layers, more than either has
 A_MACHINE = Room(gpu=78 * 2**30, host=2**39)  # one of two GPUs of 80 GB, and half a terabyte

@@ -11,24 +11,24 @@ from transformers.masking_utils import AttentionMaskInterface
 from tests.material import KINDS, SIZES, Workshop, make_labelled, make_pairs
 from tests.unit.test_attention import row
 from tests.unit.test_examples import EXAMPLES, LLAMA_8B
-from trainer.base.architecture_cache import read_architecture
-from trainer.base.description import describe
+from trainer.base.describe.architecture_cache import read_architecture
+from trainer.base.describe.description import describe
 from trainer.config import Config, load_config, parse_config
-from trainer.data.chapters import whole
-from trainer.data.dataset import open_dataset
-from trainer.data.micro_batch import MicroBatch
-from trainer.data.order_settings import train_order
-from trainer.data.stream import Stream
+from trainer.data.dataset.chapters import whole
+from trainer.data.dataset.dataset import open_dataset
+from trainer.data.order.micro_batch import MicroBatch
+from trainer.data.order.settings import train_order
+from trainer.data.order.stream import Stream
 from trainer.model import attention
 from trainer.model.attention import VARLEN, Attention
 from trainer.model.head import LossHead
 from trainer.model.packed import PackedModel
-from trainer.model.prefix import add_prefixes
-from trainer.model.prompt import add_prompt
 from trainer.objective.sft import NextTokens
-from trainer.plan import make_plan
-from trainer.tuning.linear_adapters import flagged
+from trainer.plan.plan import make_plan
 from trainer.tuning.method import find_method, tuning_mismatches
+from trainer.tuning.prefix.layer import add_prefixes
+from trainer.tuning.prompt.layer import add_prompt
+from trainer.tuning.shared.linear_adapters import flagged
 
 METHODS = ("prompt", "prefix")
 P = 5

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from tests.material import Workshop, make_labelled, make_pairs
-from trainer.base.load import empty_model
-from trainer.base.locate import resolve_base
-from trainer.data.chapters import open_chapters
-from trainer.data.micro_batch import MicroBatch, Position
-from trainer.data.stream import train_stream
+from trainer.base.find.locate import resolve_base
+from trainer.base.load.load import empty_model
+from trainer.data.dataset.chapters import open_chapters
+from trainer.data.order.micro_batch import MicroBatch, Position
+from trainer.data.order.stream import train_stream
 from trainer.measure.losses import document_losses
 from trainer.model.attention import choose_attention
 from trainer.model.nf4 import Format, FrozenLinear4bit

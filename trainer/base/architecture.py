@@ -1,6 +1,6 @@
 """The architecture of a causal language model: its parameters and sizes, known without loading torch.
 
-`trainer/base/meta.py` reads it off the model that transformers builds. Code that plans, loads, tunes or picks a kernel
+`trainer/base/describe/meta.py` reads it off the model that transformers builds. Code that plans, loads, tunes or picks a kernel
 asks here, and no other file knows what a model is called.
 """
 

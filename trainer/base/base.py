@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from trainer.base.architecture import Architecture, mismatches
+from trainer.base.sampled import sample_weights
 from trainer.config import Config
-from trainer.safetensors_index import PackedTensor, StoredTensor, TensorSource, read_index
+from trainer.files.safetensors_index import FileHeader, PackedTensor, StoredTensor, TensorSource, read_headers
 from trainer.store import Store
 
 
@@ -51,7 +52,7 @@ class Description:
     architecture: Architecture
     stored: StoredFormat
     unrecognised: tuple[str, ...] = ()
-    """A sentence for each thing that config.json names and these facts lack; see trainer/base/unrecognised.py."""
+    """A sentence for each thing that config.json names and these facts lack; see trainer/base/describe/unrecognised.py."""
 
     def mismatches(self, config: Config) -> list[str]:
         """A sentence for each setting of `config` that asks more of the base than it has, or otherwise."""
@@ -82,8 +83,13 @@ class Base:
         return self.description.stored
 
     @cached_property
+    def headers(self) -> dict[str, FileHeader]:
+        """The header of each file of weights."""
+        return read_headers(self.store)
+
+    @cached_property
     def tensors(self) -> dict[str, TensorSource]:
-        return read_index(self.store)
+        return {name: tensor for header in self.headers.values() for name, tensor in header.tensors.items()}
 
     @cached_property
     def weights(self) -> Mapping[str, StoredTensor | PackedTensor]:
@@ -97,8 +103,13 @@ class Base:
         return [(entry.key, entry.size, entry.version) for entry in entries]
 
     @cached_property
+    def samples(self) -> dict[str, str]:
+        """Changes for each file when its weights do, as far as trainer/base/sampled.py looks at them."""
+        return sample_weights(self.store, self.headers)
+
+    @cached_property
     def fingerprint(self) -> str:
-        """Changes when the architecture, the tensors' names, shapes, types or places change. Weights are not hashed."""
+        """Changes when the architecture, the tensors' names, shapes, types or places change. Weights are not looked at."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for name, tensor in sorted(self.tensors.items()):
             digest.update(f"{name} {tensor.key} {tensor.dtype} {tensor.shape} {tensor.offset}\n".encode())

@@ -21,7 +21,7 @@ from torch import Tensor
 from trainer import config
 from trainer.checkpoint.contents import Contents, Key
 from trainer.checkpoint.division import EvenDivision
-from trainer.checkpoint.identity import Identity, check_identity
+from trainer.checkpoint.identity import Identity, check_identity, is_written_anew
 from trainer.checkpoint.learner import Learner, TrainablePartition
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import CheckpointManifest, read_manifest, readable_manifests, shard_problem
@@ -121,6 +121,7 @@ class Checkpoints:
             adapter=self.identity.adapter,
             objective=self.identity.objective,
             optimizer=self.identity.optimizer,
+            text=self.identity.text,
             groups=learner.groups,
             versions=self.versions,
             eval_loss=eval_loss,
@@ -272,6 +273,11 @@ class Checkpoints:
         for manifest, problems in self._candidates():
             if manifest is not None:
                 check_identity(manifest, self.identity)
+                if is_written_anew(manifest, self.identity.base):
+                    log(
+                        f"the files of {self.identity.base['path']} have been written again since step {manifest.step}; the samples of "
+                        "their weights are the same"
+                    )
                 problems = _other_shapes(manifest, learner.partitions())
             for problem in problems:
                 log(f"checkpoint skipped: {problem}")

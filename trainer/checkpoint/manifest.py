@@ -30,6 +30,7 @@ _LISTING_FORMAT = 2  # it lists the intervals of each shard
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Positive = Annotated[int, Field(ge=1, lt=2**63)]
 _Place = Annotated[str, Field(pattern="^(epoch|chapter|window|bin)$")]
+_Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 _Shape = Annotated[list[_Positive], Field(max_length=8)]
 
 
@@ -40,6 +41,14 @@ def _as_json(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 _Facts = Annotated[dict[str, Any], AfterValidator(_as_json)]
+
+
+@dataclass(frozen=True)
+class TextHashes:
+    """SHA-256 of each file of the tokenizer, and of the chat template where `data.template` took the place of the tokenizer's own."""
+
+    tokenizer: dict[str, _Sha256]
+    template: _Sha256 | None
 
 
 def _finite(value: Any) -> Any:
@@ -70,6 +79,7 @@ class CheckpointManifest:
     shards: list[Shard]  # in the order of the ranks that wrote them
     objective: _Facts = field(default_factory=dict)  # name and settings, without those of sft and of defaults
     optimizer: str = "adamw"  # it decides which states the shards hold
+    text: TextHashes | None = None  # whose content is in the run's folder
 
     @property
     def size(self) -> int:
@@ -111,6 +121,8 @@ class CheckpointManifest:
             assert shard.pop("intervals") is None, "only format 2 lists intervals"
         if not self.objective:
             del body["objective"]  # manifests of the next-token loss are those of before there were others
+        if self.text is None:
+            del body["text"]
         if self.optimizer == "adamw":
             del body["optimizer"]  # and so are those of AdamW
         digest = hashlib.sha256(_canonical(body)).hexdigest()

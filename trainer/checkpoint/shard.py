@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field
 from trainer.checkpoint.contents import Key
 from trainer.checkpoint.division import Interval
 from trainer.errors import ConfigError, Damaged, NotFound
-from trainer.safetensors_index import TensorSource, header_bytes, read_header
+from trainer.files.safetensors_index import TensorSource, header_bytes, read_header
 from trainer.store import PART_BYTES, Buffer, Store
 
 _HASH_BYTES = 2**20

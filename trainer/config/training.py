@@ -199,7 +199,7 @@ class Train(Section):
 
     def kept_layers(self, layers: int) -> int:
         """The number of `layers` decoder layers, from the last one on, that keep their activations. With auto none, as long as
-        `trainer.plan.settled` has not decided it."""
+        `trainer.plan.plan.settled` has not decided it."""
         given = self.activation_checkpointing
         return min(layers, given) if isinstance(given, int) else layers if given == "none" else 0
 

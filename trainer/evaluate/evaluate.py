@@ -4,9 +4,9 @@ import time
 from functools import partial
 from typing import Any
 
+from trainer.evaluate.ask import Ask, Tell
 from trainer.evaluate.measured import Progress, TaskScores, evaluation, find_work, measure
-from trainer.evaluate.opened import OpenedRun, open_run
-from trainer.evaluate.program import Ask, Tell
+from trainer.evaluate.sharded_model import OpenedRun, open_run
 from trainer.evaluate.subjects import subjects
 from trainer.run.evaluations import keep_evaluation
 from trainer.store import open_store

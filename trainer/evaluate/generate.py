@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from trainer.errors import ConfigError
-from trainer.evaluate.opened import OpenedRun, open_run
-from trainer.evaluate.program import Ask, Tell
+from trainer.evaluate.ask import Ask, Tell
+from trainer.evaluate.sharded_model import OpenedRun, open_run
 from trainer.measure.generation import Opening, Sampling, Told, continued
 from trainer.measure.prompts import Prompt, asked
 from trainer.store import open_store

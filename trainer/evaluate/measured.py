@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from trainer.config import Config
 from trainer.config.evaluation import UNNAMED
-from trainer.data.dataset import Dataset, open_dataset
-from trainer.data.inputs import config_of_set
-from trainer.data.prepare import prepare_evaluated
-from trainer.data.stream import Stream, eval_stream
+from trainer.data.compile.inputs import config_of_set
+from trainer.data.compile.prepare import prepare_evaluated
+from trainer.data.dataset.dataset import Dataset, open_dataset
+from trainer.data.order.stream import Stream, eval_stream
 from trainer.errors import DataError
-from trainer.evaluate.opened import OpenedRun
+from trainer.evaluate.sharded_model import OpenedRun
 from trainer.evaluate.subjects import has_likelihood
 from trainer.measure import bias
 from trainer.measure.bias import Gaps, SentencePair

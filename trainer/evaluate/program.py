@@ -9,37 +9,14 @@ the result or an error with its exit code.
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any
 
-from trainer.children import end_with_agent
 from trainer.devices import stay_on_cpu
 from trainer.errors import CapstanError
+from trainer.evaluate.ask import Ask, Tell
 from trainer.measure.prompts import Prompt
-
-Tell = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class Ask:
-    """What every rank is asked to do with the run at `run`, a URI: with the checkpoint of `step`, or of None the newest whole one.
-
-    `overrides` are settings as on the command line. `base`: of an evaluation the base alone, of answers the base's beside the
-    adapter's. `chat`: tasks are asked under the chat template. `sampling` are the arguments of `trainer.measure.generation.Sampling`.
-    """
-
-    what: Literal["evaluate", "generate"]
-    run: str
-    step: int | None = None
-    overrides: tuple[str, ...] = ()
-    base: bool = False
-    chat: bool = False
-    on_cpu: bool = False
-    sampling: dict[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
+from trainer.processes.children import end_with_agent
 
 
 def answer(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from trainer.evaluate.opened import OpenedRun
+from trainer.evaluate.sharded_model import OpenedRun
 from trainer.measure.generation import Opening, Sampling, continued
 from trainer.measure.scoring import Continued, Likelihood, likelihoods
 

@@ -7,7 +7,7 @@ from trainer.config import Config
 from trainer.config.data import LIKELY
 from trainer.config.evaluation import UNNAMED
 from trainer.config.paths import local_path
-from trainer.data.inputs import find_evaluated, named
+from trainer.data.compile.inputs import find_evaluated, named
 from trainer.errors import ConfigError
 from trainer.measure.bias import read_pairs
 from trainer.objective.objective import find_objective

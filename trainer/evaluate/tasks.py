@@ -13,10 +13,10 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from trainer.config.paths import local_path
-from trainer.data.template import chat_template
+from trainer.data.render.template import chat_template
 from trainer.errors import ConfigError
 from trainer.evaluate.measured import TaskScores
-from trainer.evaluate.opened import OpenedRun
+from trainer.evaluate.sharded_model import OpenedRun
 from trainer.evaluate.shared import OpenText, SharedModel
 from trainer.measure.generation import Sampling
 from trainer.measure.scoring import Continued

@@ -11,11 +11,13 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+from trainer.base.find.content import check_whole
 from trainer.checkpoint.listing import newest_commit
 from trainer.errors import CapstanError
 from trainer.export.folder import BytesWritten
-from trainer.export.format import ExportProgress, find_format
-from trainer.export.trained import trained_config
+from trainer.export.format import find_format
+from trainer.export.trained import resolve_trained_base, trained_config
+from trainer.export.written import ExportProgress
 from trainer.store import open_store
 from trainer.tuning.method import method_of
 
@@ -45,6 +47,8 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
     result["tuned_base"] = method_of(trained_config(run, written.manifest)).exports_model
     result |= {"facts": written.facts, "remarks": written.remarks}
     if arguments.verify:
+        base = resolve_trained_base(run, trained_config(run, written.manifest).model, written.manifest)
+        progress.say(f"--verify: the base's files: {check_whole(base, run, progress.written)}")
         result["proof"] = asdict(form.prove(run, step, destination))
     return result
 

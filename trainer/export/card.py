@@ -14,10 +14,10 @@ from typing import Any, Literal
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from trainer.base.locate import base_files, is_hub_id
+from trainer.base.find.locate import base_files, is_hub_id
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config
-from trainer.data.hub import repository
+from trainer.data.source.hub import repository
 from trainer.run.evaluations import read_evaluation
 from trainer.store import Store
 from trainer.tuning.method import method_of

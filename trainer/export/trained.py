@@ -4,17 +4,35 @@ A manifest that was written before some value was recorded falls back to config.
 """
 
 import re
+from dataclasses import replace
+from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from trainer.base.base import Base, Description
-from trainer.base.locate import check_mergeable, describe_base, in_bucket, is_hub_id, resolve_base
-from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
-from trainer.config import Config, Model, Tuning
+from trainer.base.find.content import content_of, hub_commit
+from trainer.base.find.locate import (
+    CHAT_TEMPLATE,
+    TOKENIZER_FILES,
+    base_files,
+    cached_folder,
+    check_mergeable,
+    describe_base,
+    in_bucket,
+    is_hub_id,
+    is_small_file,
+    resolve_base,
+)
+from trainer.checkpoint.identity import check_content, check_text
+from trainer.checkpoint.manifest import CheckpointManifest, TextHashes, whole_checkpoint
+from trainer.config import Config, Data, Model, Tuning
 from trainer.config.paths import local_path
-from trainer.errors import ConfigError, Damaged, shown
+from trainer.data.compile.fingerprint import hash_tokenizer
+from trainer.data.render.template import template_text
+from trainer.data.render.text_files import RunText, kept_text
+from trainer.errors import ConfigError, Damaged, StorageError, shown
 from trainer.run.folder import run_config
 from trainer.store import Store
 from trainer.tuning.method import Method, method_of, methods
@@ -71,12 +89,46 @@ def trained_config(run: Store, manifest: CheckpointManifest) -> Config:
         "model": _updated(given.model, {**recorded, **_place(manifest, given.model)}, manifest),
         "quant": _updated(given.quant, quant, manifest),
         "tuning": _tuning(manifest) if manifest.adapter else given.tuning,
+        "data": with_trained_template(run, given.data, manifest),
     }
     return given.model_copy(update=sections)
 
 
+def with_trained_template(run: Store, given: Data, manifest: CheckpointManifest) -> Data:
+    """The data's settings with the chat template of the training, whatever `data.template` holds by now, in a file of this machine.
+
+    Raises `ConfigError` where it has changed and the run's folder has lost it.
+    """
+    if manifest.text is None or _template_hash(given) == manifest.text.template:
+        return given
+    if manifest.text.template is None:
+        return given.model_copy(update={"template": None})
+    try:
+        kept = kept_text(run, replace(manifest.text, tokenizer={})).template
+    except StorageError as error:
+        raise ConfigError(
+            f"data.template: {shown(given.template)} is not the template that the checkpoint of step {manifest.step} was trained with, "
+            f"and the run's own copy cannot be read: {error} Put that template back."
+        ) from error
+    assert kept is not None
+    folder = cached_folder({CHAT_TEMPLATE: kept.encode()})
+    return given.model_copy(update={"template": str(folder / CHAT_TEMPLATE)})
+
+
+def _template_hash(data: Data) -> str | None:
+    try:
+        return RunText({}, template_text(data)).hashes.template
+    except ConfigError:  # it is not there any more
+        return ""
+
+
 def check_overrides(trained: Config, given: Config, manifest: CheckpointManifest) -> None:
     """Raises `ConfigError` where `given` would be another model than `trained`, the settings that the checkpoint was trained with."""
+    if given.data.template != trained.data.template:
+        raise ConfigError(
+            f"data.template: {shown(given.data.template)} would be other texts than the checkpoint of step {manifest.step} was trained on. "
+            "Leave it out."
+        )
     for section, free in _FREE.items():
         before, after = getattr(trained, section).model_dump(), getattr(given, section).model_dump()
         for key in before.keys() - free:
@@ -124,15 +176,58 @@ def unloadable(what: str, code: str) -> ConfigError:
     )
 
 
-def resolve_trained_base(model: Model, manifest: CheckpointManifest) -> Base:
-    """The base, with its weights. Raises `ConfigError` when it is not here, or is another than the checkpoint's."""
+def resolve_trained_base(run: Store, model: Model, manifest: CheckpointManifest) -> Base:
+    """The base, with its weights, and in its directory the run's own tokenizer.
+
+    Raises `ConfigError` when it is not here, or is another than the checkpoint's.
+    """
     base = resolve_base(model)
+    check_trained_base(base, manifest)
+    return with_trained_tokenizer(run, base, manifest)
+
+
+def with_trained_tokenizer(run: Store, base: Base, manifest: CheckpointManifest) -> Base:
+    """Raises as `trained_directory`."""
+    return replace(base, directory=trained_directory(run, base.directory, manifest))
+
+
+def check_trained_base(base: Base, manifest: CheckpointManifest) -> None:
+    """Raises `ConfigError` for another base than the checkpoint's, as far as samples of its weights tell."""
     if base.fingerprint != manifest.base["fingerprint"]:
         raise ConfigError(
             f"model.base: {base.name} is not the model that the checkpoint of step {manifest.step} was trained on (other "
             "config.json, tensors or files). Put that one back."
         )
-    return base
+    check_content(manifest, {"name": base.name, "path": base.name, **content_of(base)})
+
+
+def check_base_at_hand(model: Model, manifest: CheckpointManifest) -> None:
+    """As `resolve_trained_base` where the base's weights can be looked at without a download; of a base of the Hub its commit."""
+    directory = base_files(model)
+    if in_bucket(model.base) or any(directory.glob("*.safetensors")):
+        check_trained_base(resolve_base(model), manifest)
+    elif commit := hub_commit(directory):
+        check_content(manifest, {"name": model.base, "commit": commit})
+
+
+def trained_directory(run: Store, directory: Path, manifest: CheckpointManifest) -> Path:
+    """The base's `directory`, or where it has another tokenizer by now a copy of its small files with the one that the run keeps.
+
+    Raises `ConfigError` where the run's folder has lost it, or the rows of added tokens are counted by the one beside the base.
+    """
+    if manifest.text is None or hash_tokenizer(directory) == manifest.text.tokenizer:
+        return directory
+    if manifest.base.get("add_tokens"):
+        check_text(manifest, TextHashes(hash_tokenizer(directory), manifest.text.template))
+    try:
+        files = kept_text(run, manifest.text).files
+    except StorageError as error:
+        raise ConfigError(
+            f"model.base: the tokenizer in {directory} is not the one that the checkpoint of step {manifest.step} was trained with, and "
+            f"the run's own copy cannot be read: {error} Put that tokenizer back."
+        ) from error
+    others = {path.name: path.read_bytes() for path in directory.iterdir() if is_small_file(path.name)}
+    return cached_folder({**{name: others[name] for name in others.keys() - {*TOKENIZER_FILES}}, **files})
 
 
 def _place(manifest: CheckpointManifest, given: Model) -> dict[str, Any]:
@@ -144,7 +239,7 @@ def _place(manifest: CheckpointManifest, given: Model) -> dict[str, Any]:
             name = f"{snapshot[1]}/{snapshot[2]}"
             revision = given.revision if given.base == name else snapshot[3]
     if not (in_bucket(name) or is_hub_id(name) or local_path(name, "model.base").is_dir()) and given.base != name:
-        resolve_trained_base(given, manifest)
+        check_trained_base(resolve_base(given), manifest)
         return {}
     return {"base": name, "revision": revision}
 

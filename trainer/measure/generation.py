@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.model.decoding import GrowingText, next_logits
+from trainer.measure.decoding import GrowingText, next_logits
 from trainer.zero.engine import Engine
 
 Ended = Callable[[Sequence[int]], bool]

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.data.micro_batch import MicroBatch
-from trainer.data.stream import Stream
+from trainer.data.order.micro_batch import MicroBatch
+from trainer.data.order.stream import Stream
 from trainer.model.packed import PackedModel
 from trainer.objective.answers import read_segments
 from trainer.zero.engine import Engine

@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.base.config_json import read_by_transformers
+from trainer.base.describe.config_json import read_by_transformers
 from trainer.config import Data
 from trainer.config.paths import text_lines
-from trainer.data.chat import framing
-from trainer.data.messages import read_messages
-from trainer.data.template import conversation_template
+from trainer.data.format.messages import read_messages
+from trainer.data.render.chat import framing
+from trainer.data.render.template import conversation_template
 from trainer.errors import NOT_JSON, ConfigError, DataError
 
 if TYPE_CHECKING:

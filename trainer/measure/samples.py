@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.base.locate import Base
+from trainer.base.find.locate import Base
 from trainer.config import Config
-from trainer.data.inputs import as_trained
-from trainer.data.prepare import load_tokenizer
+from trainer.data.compile.inputs import as_trained
+from trainer.data.compile.prepare import load_tokenizer
 from trainer.measure.generation import Opening, Sampling, continued
 from trainer.measure.prompts import Prompt, Prompter, asked, read_prompts
 from trainer.ranks import Ranks

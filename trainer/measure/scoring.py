@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.data.micro_batch import MicroBatch
+from trainer.data.order.micro_batch import MicroBatch
 from trainer.model.head import IGNORE
 from trainer.model.packed import PackedModel
 from trainer.objective.answers import segments_of_targets

@@ -18,7 +18,7 @@ from trainer.model.nf4 import FrozenStack4bit
 from trainer.model.parts import is_experts
 
 IMPLEMENTATION = "capstan"
-BUDGET = 2**29  # bytes of dequantized matrices at a time; trainer/memory.py counts with it
+BUDGET = 2**29  # bytes of dequantized matrices at a time; trainer/plan/memory.py counts with it
 _DOWN = "down_proj"
 
 

@@ -48,7 +48,7 @@ def recomputed_share(model: nn.Module) -> float:
 
 
 def is_computed_at_once(module: nn.Module) -> bool:
-    """Whether its forward pass reads the parameters of the modules in it without calling these, as that of trainer/model/lora.py does."""
+    """Whether its forward pass reads the parameters of the modules in it without calling these, as that of trainer/tuning/lora/layer.py does."""
     return getattr(module, "computed_at_once", False) is True
 
 

@@ -9,7 +9,7 @@ an answer is (arXiv:2402.01306, equation 7, with the weight of its kind as the c
     z0 = max(0, mean of r(x, y') over the step's mismatched answers y'), without a gradient
 
 and is averaged over the answers of the global batch. z0 estimates KL(p || q) as there: each answer of the step brings its prompt
-with another row's answer (trainer/data/labelled.py). It is a mean over the whole global batch that every loss depends on, so it is found in a
+with another row's answer (trainer/data/render/labelled.py). It is a mean over the whole global batch that every loss depends on, so it is found in a
 survey before the first loss: it is the same whatever the ranks, the accumulation and the packing. An evaluation takes it over all of its data.
 
 The survey passes through the reference, for both kinds of answers, and through the model without dropout for the mismatched ones; it hands log q(y|x)
@@ -30,7 +30,7 @@ from trainer.tuning.method import Method
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.data.micro_batch import MicroBatch
+    from trainer.data.order.micro_batch import MicroBatch
     from trainer.model.packed import PackedModel
 
 _DEFAULTS = {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}

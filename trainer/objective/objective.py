@@ -21,7 +21,7 @@ from trainer.tuning.method import Method, base_trained_by, method_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.data.micro_batch import MicroBatch
+    from trainer.data.order.micro_batch import MicroBatch
     from trainer.model.packed import PackedModel
 
 

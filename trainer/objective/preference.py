@@ -30,7 +30,7 @@ from trainer.tuning.method import Method
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.data.micro_batch import MicroBatch
+    from trainer.data.order.micro_batch import MicroBatch
     from trainer.model.packed import PackedModel
 
 _MEASURES = (

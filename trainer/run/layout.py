@@ -26,6 +26,8 @@ PROFILES = "profiles/"
 ADAPTER = "adapter"
 TENSORBOARD = "tensorboard/"
 TRACKERS = "trackers/"
+TEXT = "text/"
+BASE_HASHES = "base.json"
 SWEEP = "sweep.json"
 SLURM_JOB = "slurm/job.json"
 SLURM_SCRIPT = "slurm/run.sbatch"
@@ -149,6 +151,11 @@ def samples(step: int) -> str:
 def profile(step: int) -> str:
     """The trace of some steps of rank 0, of which the update that makes `step` is the first: Chrome's format, compressed."""
     return f"{PROFILES}step-{step:09d}.json.gz"
+
+
+def kept_text(sha256: str) -> str:
+    """A file of the run's tokenizer, or its chat template, by the hash of its content."""
+    return f"{TEXT}{sha256}"
 
 
 def step_of_result(key: str) -> int | None:

@@ -13,11 +13,11 @@ from trainer.errors import AlreadyExists
 from trainer.run import layout
 from trainer.run.background import Every, Harmless
 from trainer.run.records import Record, generations, new_record
-from trainer.run.trackers.beside import Beside
 from trainer.run.trackers.jsonl import JsonLines
 from trainer.run.trackers.printed import Printed
 from trainer.run.trackers.tensorboard import Curves
 from trainer.run.trackers.tracker import Tracker
+from trainer.run.trackers.tracker_process import Beside
 from trainer.store import Store
 
 CURVES_SECONDS = 60.0

@@ -7,7 +7,7 @@ from threading import Lock
 
 import torch
 
-from trainer import children
+from trainer.processes import children
 from trainer.run.background import Every
 
 _SECONDS = 10.0

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.base.load import DTYPES, LoadReport, load_model
-from trainer.base.locate import Base
+from trainer.base.find.locate import Base
+from trainer.base.load.load import DTYPES, LoadReport, load_model
 from trainer.config import Config
 from trainer.model.attention import Attention, choose_attention
 from trainer.model.packed import PackedModel

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from trainer.config import Optim, Train
-from trainer.data import bins
-from trainer.data.bins import EpochBins, steps_of_epochs
-from trainer.data.micro_batch import Position
+from trainer.data.order import bins
+from trainer.data.order.bins import EpochBins, steps_of_epochs
+from trainer.data.order.micro_batch import Position
 from trainer.train.schedule import learning_rate
 
 

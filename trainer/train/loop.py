@@ -13,18 +13,18 @@ from torch import Tensor
 
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.config import Config
-from trainer.data.micro_batch import MicroBatch, Position
-from trainer.data.order import hash_key, splitmix64
-from trainer.data.stream import Stream
+from trainer.data.order.micro_batch import MicroBatch, Position
+from trainer.data.order.order import hash_key, splitmix64
+from trainer.data.order.stream import Stream
 from trainer.errors import DataError, Interrupted, NonFiniteLoss, Stopped
 from trainer.measure.losses import mean_loss
 from trainer.measure.samples import PromptSamples
 from trainer.objective.objective import Objective
+from trainer.plan.flops import UNKNOWN_WORK, StepWork
 from trainer.ranks import Ranks
 from trainer.run.folder import command
 from trainer.run.metrics import Metrics
 from trainer.run.requests import Stop, StopSignal
-from trainer.train.flops import UNKNOWN_WORK, StepWork
 from trainer.train.heartbeat import Phase, Pulse, silent_pulse
 from trainer.train.horizon import Horizon
 from trainer.train.routing import Routing

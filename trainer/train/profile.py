@@ -7,9 +7,9 @@ from typing import Self
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from trainer.files.scratch import scratch_folder
 from trainer.run import layout
 from trainer.run.background import Harmless
-from trainer.scratch import scratch_folder
 from trainer.store import Store
 
 

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.base.locate import Base
+from trainer.base.find.locate import Base
 from trainer.config import Config
-from trainer.data.chapters import Chapters
-from trainer.data.dataset import Dataset, open_dataset
-from trainer.data.micro_batch import MicroBatch, Position
-from trainer.data.order_settings import eval_order
-from trainer.data.references import References, read_references, write_references
-from trainer.data.stream import eval_stream
+from trainer.data.dataset.chapters import Chapters
+from trainer.data.dataset.dataset import Dataset, open_dataset
+from trainer.data.dataset.references import References, read_references, write_references
+from trainer.data.order.micro_batch import MicroBatch, Position
+from trainer.data.order.settings import eval_order
+from trainer.data.order.stream import eval_stream
 from trainer.errors import Damaged, NonFiniteLoss, NotFound
 from trainer.objective.objective import Objective
 from trainer.ranks import Ranks

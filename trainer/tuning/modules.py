@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from trainer.base.architecture import Architecture, Parameter
-from trainer.base.locate import describe_base
+from trainer.base.find.locate import describe_base
 from trainer.config import Config, Model, Optim
 from trainer.errors import ConfigError
-from trainer.tuning.around import Around, SomeWeights
-from trainer.tuning.linear_adapters import with_peft_files
 from trainer.tuning.method import ExportedFiles, LearntWeights, Method, TrainedWeight, WeightUpdate
+from trainer.tuning.shared.linear_adapters import with_peft_files
+from trainer.tuning.shared.wrapper import Around, SomeWeights
 
 if TYPE_CHECKING:
     import torch

@@ -21,11 +21,11 @@ import deepspeed
 from deepspeed.runtime.zero.partition_parameters import Init
 
 from trainer.checkpoint.learner import TrainablePartition
-from trainer.clock import Clock
 from trainer.config import Optim
 from trainer.model.packed import PackedModel
 from trainer.optimizer.optimizer import MASTER, FlatPart
 from trainer.ranks import Ranks
+from trainer.zero.clock import Clock
 from trainer.zero.divided import DividedOptimizer
 from trainer.zero.gather import Gathers, without_hooks
 

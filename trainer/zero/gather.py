@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.utils.hooks import RemovableHandle
 
-from trainer.clock import Clock
 from trainer.model.parts import is_computed_at_once, is_layer
+from trainer.zero.clock import Clock
 
 _AHEAD = 2  # layers that a gather may be ahead of what the device computes
 # Bytes from which on a parameter is gathered by itself, into its place: others are copied from one buffer.

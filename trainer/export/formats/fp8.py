@@ -6,9 +6,9 @@ from typing import ClassVar
 from trainer.base.base import Description
 from trainer.config import Config
 from trainer.config.section import Section
-from trainer.export.format import ExportProgress, Written
-from trainer.export.proof import Proof
+from trainer.export.figures import Proof
 from trainer.export.trained import check_mergeable_run, check_recodable
+from trainer.export.written import ExportProgress, Written
 from trainer.store import Store
 
 
@@ -22,14 +22,16 @@ class Fp8Folder(Section):
         check_recodable(base, "fp8")
 
     def write(self, run: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
-        from trainer.export.codes import Fp8Blocks
-        from trainer.export.recoded import export_recoded
+        from trainer.export.write.codes import Fp8Blocks
+        from trainer.export.write.recoded import export_recoded
 
         return export_recoded(run, destination, step, lambda config: Fp8Blocks(), progress)
 
     def prove(self, run: Store, step: int, destination: Store) -> Proof:
-        from trainer.export.recoded_proof import prove_recoded
+        from trainer.export.proof.recoded import prove_recoded
+        from trainer.export.proof.same_bytes import check_again
 
+        check_again(self, run, step, destination)
         return prove_recoded(run, step, destination)
 
 

@@ -12,18 +12,18 @@ from typing import ClassVar, Literal
 from rich.filesize import decimal
 
 from trainer.base.base import Description
-from trainer.base.locate import describe_base
+from trainer.base.find.locate import describe_base
 from trainer.config import Config
 from trainer.config.paths import local_path
 from trainer.config.section import Section, setting
 from trainer.errors import ConfigError
 from trainer.export.card import CardContent, model_card
+from trainer.export.figures import Proof
 from trainer.export.folder import CARD, TRAINED, check_destination, local_folder
-from trainer.export.format import ExportProgress, Written
-from trainer.export.llama_cpp import PART, check_converter, check_room, convert, deliver
-from trainer.export.proof import Proof
+from trainer.export.gguf.converter import PART, check_converter, check_room, convert, deliver
 from trainer.export.trained import check_mergeable_run, resolve_trained_base, trained_checkpoint
-from trainer.scratch import scratch_folder
+from trainer.export.written import ExportProgress, Written
+from trainer.files.scratch import scratch_folder
 from trainer.store import Store, open_store
 
 _BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}  # of a weight
@@ -46,7 +46,7 @@ class Gguf(Section):
         check_mergeable_run(config, base)
 
     def write(self, run: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
-        from trainer.export.merged import write_model
+        from trainer.export.write.merged import write_model
 
         manifest, config, _ = trained_checkpoint(run, step)
         self.check(config, describe_base(config.model))
@@ -56,7 +56,7 @@ class Gguf(Section):
         temporary = local_path(self.scratch or tempfile.gettempdir(), "scratch")
         if not temporary.is_dir():
             raise ConfigError(f"scratch: {temporary} is no folder. Make it, or name another.")
-        base, folder = resolve_trained_base(config.model, manifest), local_folder(destination)
+        base, folder = resolve_trained_base(run, config.model, manifest), local_folder(destination)
         merged = sum(size for _, size, _ in base.versions)
         weights = base.architecture.weights("linear", "experts", "embedding", "head", "small")
         results = sum(int(_BYTES[kind] * weights) for kind in names)
@@ -78,8 +78,10 @@ class Gguf(Section):
         return Written(manifest, {"files": list(names.values())})
 
     def prove(self, run: Store, step: int, destination: Store) -> Proof:
-        from trainer.export.gguf_proof import prove_gguf
+        from trainer.export.gguf.proof import prove_gguf
+        from trainer.export.proof.same_bytes import check_again
 
+        check_again(self, run, step, destination)
         return prove_gguf(run, step, destination)
 
 

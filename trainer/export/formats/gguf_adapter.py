@@ -4,17 +4,17 @@ from pathlib import Path
 from typing import ClassVar
 
 from trainer.base.base import Description
-from trainer.base.locate import base_files, describe_base
+from trainer.base.find.locate import base_files, describe_base
 from trainer.config import Config
 from trainer.config.section import Section
 from trainer.errors import ConfigError
 from trainer.export.card import CardContent, model_card
+from trainer.export.figures import Proof
 from trainer.export.folder import CARD, TRAINED, check_destination
-from trainer.export.format import ExportProgress, Written
-from trainer.export.llama_cpp import PART, check_converter, deliver
-from trainer.export.proof import Proof
-from trainer.export.trained import trained_checkpoint
-from trainer.scratch import scratch_folder
+from trainer.export.gguf.converter import PART, check_converter, deliver
+from trainer.export.trained import check_base_at_hand, trained_checkpoint
+from trainer.export.written import ExportProgress, Written
+from trainer.files.scratch import scratch_folder
 from trainer.store import Store
 from trainer.tuning.method import method_of
 
@@ -32,14 +32,15 @@ class GgufAdapter(Section):
             )
 
     def write(self, run: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
-        from trainer.base.load import DTYPES
-        from trainer.export.gguf_lora import write_gguf_lora
-        from trainer.export.learnt import CheckpointWeights
+        from trainer.base.load.load import DTYPES
+        from trainer.export.gguf.lora import write_gguf_lora
+        from trainer.export.write.learnt import CheckpointWeights
 
         manifest, config, method = trained_checkpoint(run, step)
         name = f"{config.run.name}-adapter.gguf"
         self.check(config, describe_base(config.model))
         check_destination(destination, f"{name}{PART}")
+        check_base_at_hand(config.model, manifest)
         exported = method.export(dict(CheckpointWeights(run, manifest, DTYPES[config.model.dtype])), config.model)
         what = f"{exported.what} in GGUF for llama.cpp, {TRAINED}."
         with scratch_folder("gguf") as scratch:
@@ -51,8 +52,10 @@ class GgufAdapter(Section):
         return Written(manifest, {"files": [name]})
 
     def prove(self, run: Store, step: int, destination: Store) -> Proof:
-        from trainer.export.gguf_proof import prove_gguf_adapter
+        from trainer.export.gguf.proof import prove_gguf_adapter
+        from trainer.export.proof.same_bytes import check_again
 
+        check_again(self, run, step, destination)
         return prove_gguf_adapter(run, step, destination)
 
 

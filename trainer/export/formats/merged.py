@@ -5,9 +5,10 @@ from typing import ClassVar
 from trainer.base.base import Description
 from trainer.config import Config
 from trainer.config.section import Section
-from trainer.export.format import WHOLE_MODEL, ExportProgress, Written
-from trainer.export.proof import Proof
+from trainer.export.figures import Proof
+from trainer.export.format import WHOLE_MODEL
 from trainer.export.trained import check_mergeable_run
+from trainer.export.written import ExportProgress, Written
 from trainer.store import Store
 
 
@@ -20,13 +21,15 @@ class MergedFolder(Section):
         check_mergeable_run(config, base)
 
     def write(self, run: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
-        from trainer.export.merged import export_merged
+        from trainer.export.write.merged import export_merged
 
         return Written(export_merged(run, destination, step, progress.written))
 
     def prove(self, run: Store, step: int, destination: Store) -> Proof:
-        from trainer.export.verify import prove_merged
+        from trainer.export.proof.same_bytes import check_again
+        from trainer.export.proof.verify import prove_merged
 
+        check_again(self, run, step, destination)
         return prove_merged(run, step, destination)
 
 

@@ -9,9 +9,9 @@ from typing import ClassVar, Literal
 from trainer.base.base import Description
 from trainer.config import Config
 from trainer.config.section import Section, setting
-from trainer.export.format import ExportProgress, Written
-from trainer.export.proof import Proof
+from trainer.export.figures import Proof
 from trainer.export.trained import check_mergeable_run, check_recodable
+from trainer.export.written import ExportProgress, Written
 from trainer.store import Store
 
 
@@ -32,9 +32,9 @@ class Nf4(Section):
         check_recodable(base, "nf4")
 
     def write(self, run: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
-        from trainer.base.load import DTYPES
-        from trainer.export.codes import BitsAndBytes
-        from trainer.export.recoded import export_recoded
+        from trainer.base.load.load import DTYPES
+        from trainer.export.write.codes import BitsAndBytes
+        from trainer.export.write.recoded import export_recoded
         from trainer.model.nf4 import Format
 
         def code(config: Config) -> BitsAndBytes:
@@ -45,8 +45,10 @@ class Nf4(Section):
         return export_recoded(run, destination, step, code, progress)
 
     def prove(self, run: Store, step: int, destination: Store) -> Proof:
-        from trainer.export.recoded_proof import prove_recoded
+        from trainer.export.proof.recoded import prove_recoded
+        from trainer.export.proof.same_bytes import check_again
 
+        check_again(self, run, step, destination)
         return prove_recoded(run, step, destination)
 
 

@@ -8,12 +8,13 @@ from trainer.base.base import Description
 from trainer.config import Config, Model
 from trainer.config.section import Section, setting
 from trainer.errors import ConfigError
-from trainer.export.format import WHOLE_MODEL, ExportProgress, Written
-from trainer.export.proof import Proof
+from trainer.export.figures import Proof
+from trainer.export.format import WHOLE_MODEL
 from trainer.export.servers import refusals, remarks
-from trainer.safetensors_index import read_header
+from trainer.export.written import ExportProgress, Written
+from trainer.files.safetensors_index import read_header
 from trainer.store import Store
-from trainer.tuning.linear_adapters import SETTINGS, WEIGHTS
+from trainer.tuning.shared.linear_adapters import SETTINGS, WEIGHTS
 
 
 class PeftFolder(Section):
@@ -31,7 +32,7 @@ class PeftFolder(Section):
         pass
 
     def write(self, run: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
-        from trainer.export.adapter import export_adapter
+        from trainer.export.write.adapter import export_adapter
 
         manifest = export_adapter(run, destination, step, progress.written, self._arranged)
         if not (destination.exists(SETTINGS) and destination.exists(WEIGHTS)):
@@ -43,15 +44,17 @@ class PeftFolder(Section):
     def _arranged(self, files: Mapping[str, bytes], model: Model) -> Mapping[str, bytes]:
         if self.layout == "peft" or SETTINGS not in files:
             return files
-        from trainer.export.per_expert import per_expert_files
+        from trainer.export.write.per_expert import per_expert_files
 
         return per_expert_files(files, model)
 
     def prove(self, run: Store, step: int, destination: Store) -> Proof:
-        from trainer.export.verify import prove_adapter
+        from trainer.export.proof.same_bytes import check_again
+        from trainer.export.proof.verify import prove_adapter
 
         if self.layout != "peft":
             raise ConfigError("--verify: PEFT does not read layout=vllm. Verify the adapter in PEFT's own layout.")
+        check_again(self, run, step, destination)
         return prove_adapter(run, step, destination)
 
 

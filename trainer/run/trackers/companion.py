@@ -23,9 +23,9 @@ from trainer.run.background import say
 from trainer.run.folder import name_of, run_folder
 from trainer.run.records import Record, RunReader, starts_in
 from trainer.run.segments import streams
-from trainer.run.trackers.beside import FAREWELL
 from trainer.run.trackers.services import find_service
 from trainer.run.trackers.tracker import Page, Service, Unshown
+from trainer.run.trackers.tracker_process import FAREWELL
 from trainer.store import Store
 
 LOOK_SECONDS = 10.0

@@ -1,0 +1,1 @@
+"""`capstan doctor`: this machine, and the network between machines."""

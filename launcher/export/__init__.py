@@ -1,0 +1,1 @@
+"""`capstan export` and `capstan push`."""

@@ -1,0 +1,164 @@
+"""`capstan export`: a run's checkpoint in one of the formats of trainer/export/formats/; and on request the proof that it is the
+trained model.
+
+Both run in a process of their own, which may import torch.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.filesize import decimal
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from launcher.console import Terminal
+from launcher.terminal import put
+from trainer.base.find.locate import describe_base
+from trainer.checkpoint.listing import committed_steps
+from trainer.checkpoint.manifest import CheckpointManifest, check_step, readable_manifests
+from trainer.config.paths import local_path
+from trainer.errors import CapstanError, StorageError
+from trainer.export.figures import Proof
+from trainer.export.format import find_format
+from trainer.export.trained import trained_config
+from trainer.export.written import ExportProgress
+from trainer.processes import children
+from trainer.store import Store
+from trainer.tuning.method import method_of
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The export that was written, and with --verify its proof. `merged`: it is a whole model; `tuned_base`: as the base
+    itself was tuned, whatever the format. `facts` and `remarks` are what the format found out."""
+
+    destination: str
+    format: str
+    step: int
+    merged: bool
+    bytes: int | None = None
+    proof: Proof | None = None
+    tuned_base: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "dry_run": self.bytes is None}
+
+    @property
+    def what(self) -> str:
+        """The export in a few words, to begin a sentence."""
+        form = find_format(self.format)
+        return form.what_if_tuned if self.tuned_base else form.what
+
+    @property
+    def headline(self) -> str:
+        """The sentence that says what was written where, with its proof."""
+        size = " (dry run: nothing written)" if self.bytes is None else f" ({decimal(self.bytes)})"
+        proof = "" if self.proof is None else f"; {self.proof.sentence()}"
+        return f"{self.what} of step {self.step} in {self.destination}{size}{proof}"
+
+    def sentence(self) -> str:
+        return "\n".join([self.headline, *self.remarks])
+
+
+def export_run(
+    run: Store,
+    destination: str,
+    format: str,
+    options: Sequence[str] = (),
+    *,
+    step: int | None = None,
+    verify: bool = False,
+    dry_run: bool = False,
+) -> Exported:
+    """`destination` is a folder or an s3://, gs:// or az:// URI; `options` are those of the format, as `key=value`; `step` None
+    is the newest whole checkpoint.
+
+    Raises `CapstanError` when there is none, the destination is taken, the run has no such export, or what was written does
+    not verify.
+    """
+    if "://" not in destination:
+        destination = str(local_path(destination, "DEST"))
+    form = find_format(format, options)
+    if dry_run:
+        manifest = planned_checkpoint(run, step)
+        config = trained_config(run, manifest)
+        form.check(config, describe_base(config.model))
+        tuned_base = method_of(config).exports_model
+        return Exported(destination, format, manifest.step, form.whole_model or tuned_base, tuned_base=tuned_base)
+    chosen = [*(["--step", str(step)] if step is not None else []), *(["--verify"] if verify else [])]
+    with _bar("merging" if form.whole_model else "exporting") as progress:
+        made = _module("trainer.export", run.uri, destination, *options, "--format", format, *chosen, progress=progress)
+    proof = Proof(**made.pop("proof")) if verify else None
+    merged = form.whole_model or made["tuned_base"]
+    result = Exported(destination, format, merged=merged, proof=proof, **made)
+    if proof is not None and not proof.holds:
+        raise CapstanError(f"{result.headline}. {proof.verdict}")
+    return result
+
+
+def planned_checkpoint(run: Store, step: int | None) -> CheckpointManifest:
+    """The checkpoint that would be read, by its manifest alone. Raises as `whole_checkpoint`."""
+    steps, damaged = committed_steps(run), list[str]()
+    check_step(run, steps, step)
+    manifest = next(readable_manifests(run, damaged, steps if step is None else [step]), None)
+    if manifest is None:
+        raise StorageError(damaged[0])
+    return manifest
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[ExportProgress]:
+    """A bar on the terminal, drawn from the first time that it is told of bytes done and bytes in all; sentences go above it."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Terminal(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, visible=False)
+        yield ExportProgress(
+            lambda done, total: progress.update(task, completed=done, total=total, visible=True),
+            lambda sentence: console.print(sentence, highlight=False, markup=False, soft_wrap=True),
+        )
+
+
+def _module(name: str, *arguments: str, progress: ExportProgress) -> dict[str, Any]:
+    """Run one of the trainer's modules that print a JSON object; its error and exit code become ours.
+
+    `progress` is told of its lines "progress DONE TOTAL" and "say SENTENCE".
+    """
+    command = [sys.executable, "-m", name, *arguments]
+    last = ""
+    with tempfile.TemporaryFile("w+") as errors:
+        with children.start(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+            try:
+                for line in process.stdout or ():
+                    if line.startswith("progress "):
+                        progress.written(*map(int, line.split()[1:]))
+                    elif line.startswith("say "):
+                        progress.say(line.removeprefix("say ").rstrip())
+                    last = line
+            except BaseException:  # Ctrl-C, or nobody reads the bar any more
+                process.kill()
+                raise
+        errors.seek(0)
+        said = errors.read()
+    if process.returncode:
+        _, expected, sentence = said.rpartition("capstan: ")
+        if not expected:
+            put(said, file=sys.stderr)
+            raise CapstanError(f"{name} ended with exit code {process.returncode}; its output is above.")
+        error = CapstanError(sentence.strip())
+        error.exit_code = process.returncode
+        raise error
+    return json.loads(last)

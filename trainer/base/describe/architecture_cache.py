@@ -1,0 +1,32 @@
+"""The architecture of a base by its config.json, read off transformers' model once (trainer/base/describe/torch_answers.py)."""
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from trainer.base.architecture import Architecture
+from trainer.base.describe.torch_answers import Question, kept_answer, user_cache
+
+# Settings that say nothing of the model's parameters.
+_IRRELEVANT = ("quantization_config", "torch_dtype", "dtype", "transformers_version", "use_cache", "_name_or_path")
+
+
+def read_architecture(
+    base_config: Mapping[str, Any], layers: int | None = None, *, name: str = "the base"
+) -> Architecture:
+    """The architecture of the base that messages call `name` by its parsed config.json; `layers` cuts it to its first so many.
+
+    Raises:
+        ConfigError: transformers does not know it, or it is no causal language model that can be trained.
+    """
+    settings = {key: value for key, value in base_config.items() if key not in _IRRELEVANT}
+    return _read(json.dumps(settings, sort_keys=True), layers, name, user_cache())
+
+
+@lru_cache(maxsize=64)
+def _read(settings: str, layers: int | None, name: str, _cache: Path) -> Architecture:
+    given = {"base_config": json.loads(settings), "layers": layers, "name": name}
+    question = Question("describe.meta", "architecture_of", given, name, "reading the architecture")
+    return kept_answer(question, [layers, settings], Architecture.from_json)

@@ -1,0 +1,298 @@
+"""The architecture of a base, read off the model that transformers builds without weights, on torch's `meta` device.
+
+transformers alone says which parameters there are, and how logits are made of hidden states; no table of families is here.
+What cannot be trained is refused by name.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from trainer.base.architecture import Architecture, AttentionLayer, Kind, Parameter
+from trainer.base.describe.config_json import read_by_transformers
+from trainer.base.describe.empty_model import meta_model
+from trainer.base.describe.logits import probe_logits
+from trainer.errors import ConfigError, shown
+from trainer.model.parts import body, decoder_layers, is_experts, tied_names
+
+# The families' settings for how many experts a token is routed to.
+_ROUTED_TO = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_k",
+    "moe_top_k",
+    "top_k_experts",
+    "top_k",
+)
+# Lists with an entry for each layer have one of these in their names; how many of the last layers share keys is a number.
+_BY_LAYER, _SHARED = ("layer", "pattern", "types", "intermediate_size"), "num_kv_shared_layers"
+
+
+def architecture_of(base_config: Mapping[str, Any], layers: int | None, name: str) -> dict[str, Any]:
+    """The architecture, as JSON, that the parsed config.json of the base `name` describes, cut to its first `layers`.
+
+    Raises:
+        ConfigError: transformers does not know it, or it is no causal language model that can be trained.
+    """
+    kind = base_config.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise ConfigError(_unknown(base_config, name))
+    with read_by_transformers(name, "config.json"):
+        settings = {key: value for key, value in base_config.items() if key not in ("auto_map", "quantization_config")}
+        # transformers writes an infinite number as an object, which its private function reads.
+        whole = CONFIG_MAPPING[kind].from_dict(PretrainedConfig._decode_special_floats(settings))
+        config, stored_layers = _first_layers(_causal(whole, name), layers)
+        model = meta_model(config)
+        return _Reader(model, config, name).architecture(stored_layers).to_json()
+
+
+def model_config(directory: Path, layers: int | None) -> PretrainedConfig:
+    """transformers' configuration of the language model of a base, cut to its first `layers`."""
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    return _first_layers(_causal(config, str(directory)), layers)[0]
+
+
+def _unknown(base_config: Mapping[str, Any], name: str) -> str:
+    kind, classes = base_config.get("model_type"), base_config.get("architectures")
+    code = " Its own code (auto_map) is never run." if base_config.get("auto_map") else ""
+    said = f"model.base: {name} is a {shown(kind)} model, which transformers {transformers.__version__} does not know.{code}"
+    for known, made in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        if isinstance(classes, list) and made in classes and made.lower().startswith(known.replace("_", "")):
+            return (
+                f'{said} Its "architectures" are those of another: write "model_type": "{known}" into its config.json.'
+            )
+    return f"{said} Give a causal language model that it knows."
+
+
+def _causal(config: PretrainedConfig, name: str) -> PretrainedConfig:
+    """The settings of the language model in those of a base, which may see or hear as well."""
+    kind = config.model_type
+    if config.is_encoder_decoder:
+        raise ConfigError(
+            f"model.base: {name} is a {kind} model, an encoder with a decoder. Give a causal language model."
+        )
+    text = config.get_text_config()
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING and text is not config:
+        raise ConfigError(
+            f"model.base: {name} is a {kind} model, for whose language model ({text.model_type}) transformers "
+            f"{transformers.__version__} has no class of its own. Give another base."
+        )
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigError(f"model.base: {name} is a {kind} model, which is no causal language model. Give one.")
+    if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
+        raise ConfigError(
+            f"model.base: {name} attends in both directions (use_bidirectional_attention). Give a causal model."
+        )
+    text.name_or_path = config.name_or_path
+    return text
+
+
+def _first_layers(config: PretrainedConfig, layers: int | None) -> tuple[PretrainedConfig, int]:
+    """`config` cut to its first `layers`, and how many it had."""
+    count: int = config.num_hidden_layers
+    if not layers or layers >= count:
+        return config, count
+    for key, value in list(vars(config).items()):
+        if isinstance(value, (list, tuple)) and len(value) == count and any(word in key for word in _BY_LAYER):
+            setattr(config, key, value[:layers])
+    if shared := getattr(config, _SHARED, None):
+        setattr(config, _SHARED, max(0, shared + layers - count))
+    config.num_hidden_layers = layers
+    return config, count
+
+
+@cache
+def _code(module: type[nn.Module]) -> str:
+    """The source of a class: Python parses a whole file for each look."""
+    return inspect.getsource(module)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A model on `meta`, and its settings."""
+
+    model: PreTrainedModel
+    config: PretrainedConfig
+    name: str
+
+    def architecture(self, stored_layers: int) -> Architecture:
+        embedding, head = self._name(self.model.get_input_embeddings()), self._name(self._head)
+        logits = probe_logits(self.model, self._head)
+        if logits is None:
+            raise ConfigError(self._refusal("makes logits in a way that is not supported"))
+        parameters = tuple(self._parameters())
+        if not any(part.kind in ("linear", "experts") for part in parameters):
+            raise ConfigError(self._refusal("has no linear layers"))
+        return Architecture(
+            layers=len(self._layers),
+            stored_layers=max(stored_layers, len(self._layers)),
+            hidden=self._head.in_features,
+            vocabulary=next(part.shape[0] for part in parameters if part.name == embedding),
+            embedding=embedding,
+            head=head,
+            positions=getattr(self.config, "max_position_embeddings", None),
+            parameters=parameters,
+            attention=tuple(self._attention()),
+            tied=tied_names(self.model),
+            buffers=dict(self._buffers()),
+            caps_attention=self._declared("attn_logit_softcapping") is not None,
+            has_sinks=any("sink" in part.name.rpartition(".")[2] for part in parameters),
+            isolates_documents="position_ids" in inspect.signature(body(self.model).forward).parameters,
+            taken_for_experts=tuple(self._taken_for_experts(parameters)),
+            supports_sdpa=self.model._supports_sdpa,
+            supports_flash=self.model._supports_flash_attn,
+            logit_factor=logits.factor,
+            logit_divisor=logits.divisor,
+            softcap=logits.softcap,
+        )
+
+    def _refusal(self, why: str) -> str:
+        return f"model.base: {self.name} is a {self.config.model_type} model, which {why}. Give another base."
+
+    @cached_property
+    def _head(self) -> nn.Linear:
+        head = self.model.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            raise ConfigError(self._refusal("has an output head that is no plain matrix"))
+        if head.bias is not None:
+            raise ConfigError(self._refusal("has an output head with a bias, which the loss does not add"))
+        return head
+
+    @cached_property
+    def _layers(self) -> nn.ModuleList:
+        layers = decoder_layers(self.model)
+        if layers is None:
+            raise ConfigError(self._refusal("has no list of decoder layers"))
+        return layers
+
+    @cached_property
+    def _modules(self) -> dict[str, nn.Module]:
+        return dict(self.model.named_modules())
+
+    def _name(self, module: nn.Module) -> str:
+        """The name of a module's weight in the model."""
+        return next(f"{path}.weight" for path, found in self._modules.items() if found is module)
+
+    def _declared(self, key: str) -> Any:
+        """A setting of the family itself: transformers keeps what else a config.json has, and does not read it."""
+        return getattr(self.config, key, None) if key in type(self.config).__dataclass_fields__ else None
+
+    def _buffers(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        for name, tensor in self.model.state_dict().items():
+            if name not in parameters:
+                yield name, tuple(tensor.shape)
+
+    def _parameters(self) -> Iterator[Parameter]:
+        numbers = {id(module): number for number, layer in enumerate(self._layers) for module in layer.modules()}
+        routers = set(self._routers())
+        for name, parameter in self.model.named_parameters():
+            path, _, leaf = name.rpartition(".")
+            owner = self._modules[path]
+            layer = numbers.get(id(owner))
+            kind = self._kind(name, owner, leaf, parameter, layer)
+            if kind == "linear" and (path in routers or parameter.shape[0] == 1):
+                kind = "small"
+            shape = tuple(parameter.shape)
+            if kind == "experts":
+                transposed = getattr(owner, "is_transposed", False)  # as PEFT sees it
+                yield Parameter(name, shape, kind, layer, self._visits(path, shape[0]), transposed)
+            else:
+                handed_on = kind == "linear" and self._is_handed_to_a_kernel(path)
+                yield Parameter(name, shape, kind, layer, adaptable=not handed_on)
+
+    def _kind(self, name: str, owner: nn.Module, leaf: str, parameter: Tensor, layer: int | None) -> Kind:
+        if owner is self._head:
+            return "head"
+        if isinstance(owner, nn.Embedding):
+            return "embedding"
+        if type(owner) is nn.Linear and leaf == "weight" and layer is not None:
+            return "linear"
+        return "experts" if layer is not None and _is_stack(owner, parameter) else "small"
+
+    def _routers(self) -> Iterator[str]:
+        """Paths of the linear layers beside a stack of experts that have an output for each of them, alone in their module: a
+        shared expert, which has three, may be as wide."""
+        for name, parameter in self.model.named_parameters():
+            path = name.rpartition(".")[0]
+            if _is_stack(self._modules[path], parameter):
+                block = path.rpartition(".")[0]
+                for inner, module in self._modules[block].named_modules(prefix=block):
+                    if type(module) is nn.Linear and module.out_features == parameter.shape[0]:
+                        around = inner.rpartition(".")[0]
+                        linears = [type(child) for child in self._modules[around].children()].count(nn.Linear)
+                        if around == block or linears == 1:
+                            yield inner
+
+    def _taken_for_experts(self, parameters: Sequence[Parameter]) -> Iterator[str]:
+        """Where transformers 5 has stacks for what were linear layers of experts, PEFT 0.21 takes a linear layer of the same last name
+        for an expert and adapts the stacks instead (huggingface/peft#3711)."""
+        if not any(part.kind == "experts" for part in parameters):
+            return
+        from peft import LoraConfig
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+        for name in sorted({part.name.split(".")[-2] for part in parameters if part.kind == "linear"}):
+            asked = LoraConfig(target_modules=[name])
+            with suppress(ValueError):  # one of two matrices that are fused in a stack
+                convert_peft_config_for_transformers(asked, self.model, None)
+                if name in (asked.target_modules or ()):
+                    continue
+            yield name
+
+    def _is_handed_to_a_kernel(self, path: str) -> bool:
+        """Whether the module around the linear layer at `path` passes its weight on, as Mamba's does."""
+        parent, _, name = path.rpartition(".")
+        return f"=self.{name}.weight" in _code(type(self._modules[parent]))
+
+    def _visits(self, path: str, experts: int) -> float:
+        """The share of tokens that are routed to one of the `experts` at `path`, or 1 where nothing tells."""
+        block = self._modules[path.rpartition(".")[0]]
+        for owner in (self.config, *block.modules()):
+            for key in _ROUTED_TO:
+                routed = getattr(owner, key, None)
+                if type(routed) is int and routed > 0:
+                    return min(1.0, routed / experts)
+        return 1.0
+
+    def _attention(self) -> Iterator[AttentionLayer]:
+        for number, layer in enumerate(self._layers):
+            prefix = next(path for path, module in self._modules.items() if module is layer)
+            for path, module in layer.named_modules(prefix=prefix):
+                if isinstance(getattr(module, "is_causal", None), bool):
+                    yield AttentionLayer(path, number, *self._keys(module), self._window(module, number))
+
+    def _keys(self, module: nn.Module) -> tuple[int | None, int | None]:
+        """Heads of keys and the width of each, where values are alike."""
+        size, made_by = getattr(module, "head_dim", None), getattr(module, "k_proj", None)
+        if not isinstance(size, int):
+            return None, None
+        if isinstance(made_by, nn.Linear):
+            return made_by.out_features // size, size
+        heads = self._declared("num_key_value_heads")
+        return (heads, size) if isinstance(heads, int) and hasattr(module, "qkv_proj") else (None, None)
+
+    def _window(self, module: nn.Module, layer: int) -> int | None:
+        kinds = self._declared("layer_types")
+        if kinds and kinds[layer] == "full_attention":
+            return None
+        if kinds and kinds[layer] == "chunked_attention":
+            return self._declared("attention_chunk_size")
+        if hasattr(module, "sliding_window"):
+            return module.sliding_window or None  # type: ignore[return-value]
+        return self._declared("sliding_window") or None
+
+
+def _is_stack(owner: nn.Module, parameter: Tensor) -> bool:
+    """Whether it holds matrices of a mixture's experts. Convolutions and recurrences have three dimensions as well."""
+    return parameter.ndim == 3 and is_experts(owner)

@@ -1,0 +1,123 @@
+"""Answers that need torch and transformers, for processes that must answer at once: each is made once, some seconds in a process of
+its own, and kept in the user's cache.
+
+    <cache>/capstan/<function>/<hash>.json
+    python -m trainer.base.describe.torch_answers < question > answer
+
+What decides an answer is in the hash: the facts that are given, transformers' version and the code of `trainer/base` and `trainer/model`.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import redirect_stdout, suppress
+from functools import cache
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from trainer import errors
+from trainer.errors import NOT_JSON, CapstanError, ConfigError
+from trainer.processes import children
+
+Parsed = TypeVar("Parsed")
+_SECONDS = 300  # transformers' import takes most of it on a slow disk; the model itself is on `meta`
+
+
+class Question(NamedTuple):
+    """A function of a module of `trainer/base`, such as `describe.meta`, and its arguments, all in JSON; its answer is too.
+
+    `base` is the name of the base in messages, `doing` what is done in the meantime.
+    """
+
+    module: str
+    function: str
+    given: dict[str, Any]
+    base: str
+    doing: str
+
+
+def user_cache() -> Path:
+    """Where this machine keeps what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capstan"
+
+
+def kept_answer(question: Question, facts: Any, parse: Callable[[Any], Parsed]) -> Parsed:
+    """The answer, from the cache where it is there for these `facts`. `parse` may raise `LookupError`, `TypeError` or `AttributeError` for a
+    tree that is none.
+
+    Raises:
+        CapstanError: whatever the function raises.
+        ConfigError: transformers cannot answer, or takes too long.
+    """
+    digest = hashlib.sha256(json.dumps([version("transformers"), facts]).encode() + _code()).hexdigest()
+    path = user_cache() / question.function / f"{digest[:32]}.json"
+    # An entry that is damaged, or not there, is made again.
+    with suppress(OSError, *NOT_JSON, LookupError, TypeError, AttributeError):
+        return parse(json.loads(path.read_bytes()))
+    answer = _answer(question) if "torch" in sys.modules else _answer_elsewhere(question)
+    with suppress(OSError):  # a home that cannot be written to costs time, and nothing else
+        _write(path, json.dumps(answer).encode())
+    return parse(json.loads(json.dumps(answer)))
+
+
+@cache
+def _code() -> bytes:
+    """An entry of another version is none."""
+    files = [*Path(__file__).parents[1].rglob("*.py"), *Path(__file__).parents[2].glob("model/*.py")]
+    return b"".join(file.read_bytes() for file in sorted(files))
+
+
+def _answer(question: Question) -> Any:
+    return getattr(import_module(f"trainer.base.{question.module}"), question.function)(**question.given)
+
+
+def _answer_elsewhere(question: Question) -> Any:
+    print(f"{question.doing} with transformers, once for this base", file=sys.stderr)
+    command = [sys.executable, "-m", "trainer.base.describe.torch_answers"]
+    environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}  # a compiler that is not needed is slow to import
+    asked = json.dumps(question)
+    try:
+        result = children.run(
+            command, input=asked, capture_output=True, text=True, timeout=_SECONDS, check=True, env=environment
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(
+            f"model.base: transformers has not built the model of {question.base} within {_SECONDS} seconds. Try again."
+        ) from error
+    except subprocess.CalledProcessError as error:
+        reason = next(reversed(error.stderr.strip().splitlines()), f"exit code {error.returncode}")
+        raise ConfigError(
+            f"model.base: transformers cannot build the model of {question.base} ({reason[:300]})."
+        ) from error
+    answer = json.loads(result.stdout)
+    if "refusal" in answer:
+        raise getattr(errors, answer["error"])(answer["refusal"])
+    return answer["answer"]
+
+
+def _write(path: Path, content: bytes) -> None:
+    """All of it or nothing; others may do so at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+        try:
+            file.write(content)
+            file.close()
+            os.replace(file.name, path)
+        except OSError:
+            os.unlink(file.name)
+            raise
+
+
+if __name__ == "__main__":
+    with redirect_stdout(sys.stderr):  # libraries print what they like
+        try:
+            said: dict[str, Any] = {"answer": _answer(Question(*json.load(sys.stdin)))}
+        except CapstanError as refused:
+            said = {"refusal": str(refused), "error": type(refused).__name__}
+    json.dump(said, sys.stdout)

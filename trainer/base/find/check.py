@@ -1,0 +1,67 @@
+"""Whether the base is one that this project can train with these settings.
+
+Everything here is read without torch in this process and before any rank starts, so that a wrong base costs seconds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trainer.base.base import Base
+from trainer.base.describe.config_json import tokenizer_size
+from trainer.base.describe.torch_answers import Question, kept_answer
+from trainer.base.find.locate import in_bucket, resolve_base
+from trainer.config import Config, Model
+from trainer.config.paths import local_path
+from trainer.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LeftOutPart:
+    """A part of the files that the language model is without: the path that the names of its tensors begin with."""
+
+    path: str
+    tensors: int
+    weights: int
+
+
+def check_base(base: Base, config: Config) -> None:
+    """Everything about the base and the run's settings that can be wrong before a byte of weights is read, but for the weights' names,
+    shapes and types."""
+    wrong = base.description.mismatches(config)
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    vocabulary = base.architecture.vocabulary
+    base.stored.check(base, config)
+    tokens = tokenizer_size(base.directory, base.name)
+    if tokens > vocabulary:
+        raise ConfigError(
+            f"model.base: the tokenizer of {base.name} has {tokens} tokens, the embedding {vocabulary} rows. "
+            "Use the tokenizer that belongs to this model, or resize the embedding with resize_token_embeddings()."
+        )
+
+
+def check_weights(base: Base, model: Model) -> list[LeftOutPart]:
+    """The parts of the files that training leaves out. The ranks check and find the same as they load.
+
+    Raises:
+        ConfigError: the files lack a weight that the architecture needs, have it in another shape or type, or have another one.
+        StorageError: the store of the files fails.
+    """
+    given = {"model": model.model_dump(include={"base", "revision", "layers"})}
+    question = Question("rows.parameters", "left_out_of", given, base.name, "looking for the weights in the files")
+    facts = [base.fingerprint, model.layers]
+    return kept_answer(question, facts, lambda parts: [LeftOutPart(*part) for part in parts])
+
+
+def check_weights_at_hand(model: Model) -> list[LeftOutPart]:
+    """The same where there are files to look into; a base that is only planned with may be a config.json, or still on the Hub."""
+    if not in_bucket(model.base) and not local_path(model.base, "model.base").is_dir():
+        return []
+    base = resolve_base(model)
+    return check_weights(base, model) if base.versions else []
+
+
+def left_out_sentence(parts: Sequence[LeftOutPart]) -> str:
+    """Empty where nothing is left out."""
+    named = [f"{part.path} ({part.tensors} tensors, {part.weights:,} weights)" for part in parts]
+    return f"left out of the base, as its language model has no place for them: {', '.join(named)}" if named else ""

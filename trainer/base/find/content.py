@@ -1,0 +1,85 @@
+"""The facts by which a base is known again, wherever it lies."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from trainer.base.base import Base
+from trainer.base.find.locate import in_bucket
+from trainer.base.sampled import hash_whole
+from trainer.checkpoint.listing import committed_steps
+from trainer.errors import NOT_JSON, ConfigError, NotFound
+from trainer.run import layout
+from trainer.store import Store
+
+# huggingface_hub's cache: models--OWNER--NAME/snapshots/COMMIT has links to blobs/HASH, which of a large file is its SHA-256.
+_SNAPSHOT = re.compile(r".*/models--[^/]+/snapshots/([^/]+)")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def content_of(base: Base) -> dict[str, Any]:
+    """`weights` are the samples of each file. Where there are some, the `commit` of the Hub and its `hashes` of whole files are beside
+    them, or a digest of the `versions` of a bucket's objects.
+
+    Raises `ConfigError` where a file is damaged, `StorageError` where the store fails.
+    """
+    facts = {
+        "weights": base.samples,
+        "commit": hub_commit(base.directory),
+        "hashes": hub_hashes(base),
+        "versions": hashlib.sha256(json.dumps(base.versions).encode()).hexdigest()[:16]
+        if in_bucket(base.name)
+        else None,
+    }
+    return {name: value for name, value in facts.items() if value}
+
+
+def hub_commit(directory: Path) -> str | None:
+    """The commit of a base in huggingface_hub's cache; None anywhere else."""
+    found = _SNAPSHOT.fullmatch(str(directory))
+    return found[1] if found else None
+
+
+def hub_hashes(base: Base) -> dict[str, str]:
+    """Name -> SHA-256 of each file of weights, as far as the Hub has told it; nothing is read."""
+    if hub_commit(base.directory) is None:
+        return {}
+    named = {key: os.path.basename(os.path.realpath(base.directory / key)) for key in base.headers}
+    return {key: name for key, name in named.items() if _SHA256.fullmatch(name)}
+
+
+def check_whole(base: Base, run: Store, report: Callable[[int, int], None] = lambda done, total: None) -> str:
+    """Read every byte of the base's files, and compare them with what the Hub says of them or, where it does not, with what the first call has
+    kept in the folder of the run, which has one base from its first commit on. Returns what they are the same as, in words; `report` is told of bytes done and bytes in all.
+
+    Raises `ConfigError` where a file is another.
+    """
+    found, known = hash_whole(base.store, base.headers, report), hub_hashes(base)
+    committed = bool(committed_steps(run))
+    known = {**(_kept(run) if committed else {}), **known}
+    for file, sha256 in found.items():
+        if known.get(file, sha256) != sha256:
+            raise ConfigError(
+                f"model.base: {base.name} is not what it was: {file} has the SHA-256 {sha256} instead of {known[file]}. Copy that file again."
+            )
+    if committed:
+        run.put(layout.BASE_HASHES, json.dumps(found, indent=1).encode())
+    if known.keys() >= found.keys():
+        return "every byte is as on the Hub" if hub_hashes(base) else "every byte is as when it was first read whole"
+    return (
+        "every byte was read for the first time, and is compared with that from now on"
+        if committed
+        else "every byte was read"
+    )
+
+
+def _kept(run: Store) -> dict[str, str]:
+    with suppress(NotFound, *NOT_JSON):
+        kept = json.loads(run.get(layout.BASE_HASHES))
+        return kept if isinstance(kept, dict) else {}
+    return {}

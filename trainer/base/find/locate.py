@@ -1,0 +1,191 @@
+"""The base model: where it is, its files, and what it says of itself.
+
+Weights stay where they are, in a directory or a bucket; config.json and the tokenizer's files are always in a directory.
+"""
+
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.base.base import Base, Description
+from trainer.base.describe.config_json import parse_base_config
+from trainer.base.describe.description import describe
+from trainer.base.describe.torch_answers import user_cache
+from trainer.config import Model
+from trainer.config.paths import local_path
+from trainer.errors import ConfigError
+from trainer.files.safetensors_index import INDEX_FILE
+from trainer.store import SCHEMES, Entry, Store, open_store
+
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # a path that begins with a dot is none
+CHAT_TEMPLATE = "chat_template.jinja"
+# The files that decide what a tokenizer does.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    CHAT_TEMPLATE,
+    "chat_template.json",
+)
+_CONFIG = "config.json"
+_SMALL_FILES = ("*.json", "*.model", "*.jinja", "merges.txt", "README.md")
+
+
+def resolve_base(model: Model) -> Base:
+    """Find the base: a directory, a bucket's folder, or a Hub id (downloaded through huggingface_hub's cache).
+
+    Raises:
+        ConfigError: it is missing, has no config.json, or is of an architecture that is not supported.
+        StorageError: the bucket does not answer or refuses.
+    """
+    if in_bucket(model.base):
+        store = open_store(model.base, setting="model.base")
+        directory, name = _small_files(store), store.uri
+    else:
+        directory = _directory(model, [*_SMALL_FILES, "*.safetensors"])
+        store, name = open_store(str(directory), setting="model.base"), str(directory)
+    config = _read_config(name, directory)
+    return Base(name, directory, store, config, describe(config, model.layers, name=name), tuple(model.add_tokens))
+
+
+def base_files(model: Model) -> Path:
+    """A directory with config.json and the tokenizer's files; the weights are not downloaded for it."""
+    if in_bucket(model.base):
+        return _small_files(open_store(model.base, setting="model.base"))
+    return _directory(model, list(_SMALL_FILES))
+
+
+def named_files(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
+    """Name -> content of those that are there."""
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+
+
+def _directory(model: Model, patterns: list[str]) -> Path:
+    """The local directory, or the snapshot of a Hub id with the files that match."""
+    directory = local_path(model.base, "model.base")
+    if directory.is_dir():
+        return directory
+    if not is_hub_id(model.base):
+        raise ConfigError(
+            f"model.base: the directory {model.base!r} does not exist. Give a Hugging Face model directory, a bucket's "
+            "URI or a Hub id."
+        )
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    others = [
+        "*/*",
+        "consolidated*",
+    ]  # folders hold other formats, consolidated files the same weights under other names
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                model.base, revision=model.revision, allow_patterns=patterns, ignore_patterns=others
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model.base: {model.base!r} is no directory here, and the Hub did not give it ({reason}). "
+            "Check the name, HF_TOKEN for a gated model, or download it to a directory first."
+        ) from error
+
+
+def describe_base(model: Model) -> Description:
+    """The description of the base by its config.json; no weights are downloaded for it. Raises as `resolve_base`."""
+    return describe(_read_config(model.base, base_files(model)), model.layers, name=model.base)
+
+
+def in_bucket(base: str) -> bool:
+    return base.startswith(tuple(f"{scheme}://" for scheme in SCHEMES))
+
+
+def is_hub_id(base: str) -> bool:
+    """Whether `base` has the form of a Hub id. A directory of that name goes first."""
+    return bool(_HUB_ID.fullmatch(base))
+
+
+def _small_files(store: Store) -> Path:
+    """A folder of this machine's cache with the base's small files, fetched once for each version of them."""
+    entries = [entry for entry in store.list() if "/" not in entry.key and is_small_file(entry.key)]
+    versions = json.dumps([store.uri, [[entry.key, entry.version] for entry in entries]])
+    return _cached(versions, lambda: {entry.key: store.get(entry.key) for entry in entries})
+
+
+def is_small_file(name: str) -> bool:
+    """Whether it is a file of a base beside its weights, of those that are read."""
+    return name != INDEX_FILE and any(Path(name).match(pattern) for pattern in _SMALL_FILES)
+
+
+def cached_folder(files: Mapping[str, bytes]) -> Path:
+    """A folder of this machine's cache with these files, for what reads folders only."""
+    names = json.dumps(sorted((name, hashlib.sha256(content).hexdigest()) for name, content in files.items()))
+    return _cached(names, lambda: files)
+
+
+def _cached(versions: str, fetch: Callable[[], Mapping[str, bytes]]) -> Path:
+    """The folder of the cache for these `versions`; every rank of a machine may fill it at once, and the first to rename its own wins."""
+    folder = user_cache() / "bases" / hashlib.sha256(versions.encode()).hexdigest()[:16]
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as partial:
+        whole = Path(partial) / "whole"
+        whole.mkdir()
+        for name, content in fetch().items():
+            (whole / name).write_bytes(content)
+        try:
+            whole.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    return folder
+
+
+def copy_weights(base: Base, folder: Path) -> None:
+    """Copy the base's files into `folder`: for tools that read neither a bucket nor ranges."""
+    for path in base.directory.iterdir():
+        if path.is_file() and path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    for entry in base.store.list():
+        if "/" in entry.key or not entry.key.endswith((".safetensors", INDEX_FILE)):
+            continue
+        copy_object(base.store, entry, folder)
+
+
+def copy_object(store: Store, entry: Entry, folder: Path) -> None:
+    """Copy one object into `folder`, a part at a time."""
+    with (folder / entry.key).open("wb") as file:
+        for chunk in store.chunks(entry.key, entry.size):
+            file.write(chunk)
+
+
+def _read_config(name: str, directory: Path) -> dict[str, Any]:
+    try:
+        data = (directory / _CONFIG).read_bytes()
+    except FileNotFoundError as error:
+        raise ConfigError(f"model.base: {name} has no config.json. Give a Hugging Face model directory.") from error
+    except OSError as error:
+        raise ConfigError(f"model.base: {name}/config.json cannot be read ({error}).") from error
+    return parse_base_config(name, data)
+
+
+def check_mergeable(model: Model, base: Description) -> None:
+    """Raises `ConfigError` for a base that an adapter cannot be merged into; reads no weights."""
+    if base.stored.unmergeable:
+        raise ConfigError(
+            f"there is no merged model: {model.base} is {base.stored.unmergeable}. Take --format peft: PEFT and vLLM load the adapter beside it."
+        )
+    if model.layers:
+        raise ConfigError(
+            f"there is no merged model: the run has the first {model.layers} layers of its base only (model.layers), and would leave the rest "
+            "untrained. Take --format peft."
+        )

@@ -1,0 +1,1 @@
+"""From safetensors files, or the cache of a quantized base, to a sharded model."""

@@ -1,0 +1,152 @@
+"""From safetensors files to a sharded, quantized model: no rank ever holds more of the base than its share."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from trainer.base.base import Base
+from trainer.base.describe.config_json import read_by_transformers
+from trainer.base.describe.empty_model import unfilled_model
+from trainer.base.describe.meta import model_config
+from trainer.base.find.check import left_out_sentence
+from trainer.base.load.cache import MANIFEST, cache_folder, open_cache, write_cache
+from trainer.base.partitions.placement import Placement, place_partitions
+from trainer.base.partitions.reading import run_jobs
+from trainer.base.rows.parameters import find_weights
+from trainer.config import Config
+from trainer.errors import Damaged
+from trainer.files.safetensors_index import PackedSources
+from trainer.model.activations import arrange_activations
+from trainer.model.attention import Attention
+from trainer.model.documents import keep_documents_apart
+from trainer.model.experts import IMPLEMENTATION, prepare_experts
+from trainer.model.head import LossHead
+from trainer.model.liger import Kernels
+from trainer.ranks import Ranks
+from trainer.store import open_run_store
+from trainer.zero.partition import Partitioner
+from trainer.zero.policy import Scope
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass
+class LoadReport:
+    """The work of a load on this rank: bytes read from the store, bytes kept, seconds; `kernels` is what `model.kernels` came to."""
+
+    read_bytes: int = 0
+    kept_bytes: int = 0
+    seconds: float = 0.0
+    kernels: str = "none"
+
+
+def load_model(
+    base: Base,
+    config: Config,
+    deepspeed_config: dict[str, Any],
+    ranks: Ranks,
+    attention: Attention,
+    scope: Scope,
+    log: Callable[[str], None] = lambda text: None,
+) -> tuple[PreTrainedModel, LoadReport]:
+    """The base, sharded over the ranks by `scope`, nothing of it trainable; `log` gets rank 0's progress. Collective.
+
+    Raises:
+        CapstanError: on every rank, when one cannot read a tensor, or the files lack it or have it in another shape or type; or when
+            `model.kernels` cannot be used.
+    """
+    started = time.monotonic()
+    dtype, kernels = DTYPES[config.model.dtype], Kernels(config.model.kernels, ranks.device)
+
+    def fill(stored: Callable[[str], PackedSources | None]) -> _Filled:
+        with ranks.agreeing():
+            base.stored.check(base, config)
+            model = empty_model(base, config, attention, kernels)
+            weights = find_weights(base, model, config.model.layers)
+        if ranks.rank == 0:
+            log(f"kernels: {kernels.name} ({kernels.why})")
+            if weights.left_out:
+                log(left_out_sentence(weights.left_out))
+        partitioner = Partitioner(deepspeed_config, dtype, scope, ranks)
+        placement = place_partitions(
+            model, config.quant, dtype, partitioner, weights.sources, stored, base.architecture.quantizable()
+        )
+        before = base.store.range_bytes
+        run_jobs(placement.jobs, ranks, log)
+        return _Filled(model, placement, partitioner, base.store.range_bytes - before)
+
+    filled = _through_cache(base, config, ranks, fill, log) if config.quant.cache else fill(lambda path: None)
+    model = filled.model
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(ranks.device)
+    seconds = time.monotonic() - started
+    return model, LoadReport(filled.read_bytes, filled.partitioner.kept_bytes, seconds, kernels.name)
+
+
+@dataclass(frozen=True)
+class _Filled:
+    """The sharded model without adapters, and the bytes that this rank read for it."""
+
+    model: PreTrainedModel
+    placement: Placement
+    partitioner: Partitioner
+    read_bytes: int
+
+
+def _through_cache(
+    base: Base,
+    config: Config,
+    ranks: Ranks,
+    fill: Callable[[Callable[[str], PackedSources | None]], _Filled],
+    log: Callable[[str], None],
+) -> _Filled:
+    """From the store's quantized base where there is one; otherwise, or where it is damaged, from the source and into it."""
+    folder = cache_folder(base, config, open_run_store(config))
+    with ranks.agreeing():
+        # One rank looks: another might find what somebody commits in this very moment.
+        there = ranks.rank == 0 and folder.exists(MANIFEST)
+    if ranks.broadcast(there):
+        try:
+            with ranks.agreeing():
+                cached = open_cache(folder)
+            filled = fill(cached.sources)
+            return replace(filled, read_bytes=filled.read_bytes + folder.range_bytes)
+        except Damaged as error:
+            if ranks.rank == 0:
+                log(f"quant.cache: {error} The base is quantized from its source again.")
+            with ranks.agreeing():
+                if ranks.rank == 0:
+                    folder.delete(MANIFEST)
+    filled = fill(lambda path: None)
+    writers = filled.partitioner.size
+    write_cache(folder, filled.placement.partitions(), filled.placement.means(), writers, ranks, log)
+    return filled
+
+
+def empty_model(base: Base, config: Config, attention: Attention, kernels: Kernels | None = None) -> PreTrainedModel:
+    """The architecture without what its files hold, as `unfilled_model` makes it, its head a `LossHead`."""
+    with read_by_transformers(base.name, "config.json"):
+        architecture = model_config(base.directory, config.model.layers)
+        architecture.use_cache = False
+        model = unfilled_model(
+            architecture,
+            DTYPES[config.model.dtype],
+            attn_implementation=attention.name,
+            experts_implementation=IMPLEMENTATION,
+        )
+    if kernels is not None:  # first, as others wrap forward passes of these modules
+        kernels.apply(model)
+    prepare_experts(model)
+    plain: Any = model.get_output_embeddings()
+    facts = base.architecture
+    head = LossHead(plain.in_features, plain.out_features, bias=False, device="meta")
+    head.weight = plain.weight
+    head.factor, head.divisor, head.softcap = facts.logit_factor, facts.logit_divisor, facts.softcap
+    model.set_submodule(facts.head.removesuffix(".weight"), head)
+    keep_documents_apart(model)
+    arrange_activations(model, config.train)
+    return model.train()

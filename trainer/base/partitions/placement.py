@@ -1,0 +1,112 @@
+"""Partitions in the place of the parameters of a model on `meta`, and 4-bit modules in that of its matrices."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from trainer.base.partitions.filling import Copy, Quantize, copy_packed, make_packed
+from trainer.base.partitions.reading import Job
+from trainer.config import Quant
+from trainer.files.safetensors_index import PackedSources, PackedTensor, StoredTensor
+from trainer.model.nf4 import Format, FrozenLinear4bit, FrozenStack4bit, Packed
+from trainer.zero.partition import Partition, Partitioner
+
+
+@dataclass
+class Placement:
+    """The jobs that fill the partitions, and the packed modules by their names before adapters are around them."""
+
+    jobs: list[Job] = field(default_factory=list)
+    packed: dict[str, tuple[Packed, dict[str, Partition]]] = field(default_factory=dict)
+
+    def partitions(self) -> dict[str, Partition]:
+        """All packed parameters' partitions, by name."""
+        return {
+            f"{path}.{name}": partition for path, (_, made) in self.packed.items() for name, partition in made.items()
+        }
+
+    def means(self) -> dict[str, list[float]]:
+        """The means of absmax by module, under double quantization."""
+        return {path: module.absmax_mean.tolist() for path, (module, _) in self.packed.items() if module.format.double}
+
+
+def place_partitions(
+    model: PreTrainedModel,
+    quant: Quant,
+    dtype: torch.dtype,
+    partitioner: Partitioner,
+    sources: Mapping[str, StoredTensor | PackedTensor],
+    stored: Callable[[str], PackedSources | None],
+    quantizable: Collection[str],
+) -> Placement:
+    """Replace every parameter of `model`, and the buffers that are stored: each in the type that it has on `meta`.
+
+    Args:
+        dtype: of the products with what is quantized.
+        sources: where each parameter and buffer is read from.
+        stored: where a module's packed weights are read from, or None where they are made of `sources`.
+        quantizable: the names of the weights that `quant` quantizes.
+    """
+    placement, parameters = Placement(), dict(model.named_parameters())
+    for name in [name for name in sources if name not in parameters]:
+        placement.jobs.append(_place_buffer(model, name, sources[name], partitioner.device))
+    for name, parameter in parameters.items():
+        path, source = name.removesuffix(".weight"), sources[name]
+        packed = _packed_module(model, name, parameter, quant, dtype) if name in quantizable else None
+        if packed is None:
+            assert not isinstance(source, PackedTensor)
+            partition = partitioner.make(parameter.shape, parameter.dtype)
+            _replace(model, parameter, partition.parameter)
+            placement.jobs.append(Copy(source, partition))
+            continue
+        made = make_packed(packed, partitioner)
+        placement.packed[path] = packed, made
+        found = source.sources if isinstance(source, PackedTensor) else stored(path)
+        if found is not None:
+            placement.jobs += copy_packed(packed, made, found)
+        else:
+            assert not isinstance(source, PackedTensor)
+            placement.jobs.append(Quantize(source, packed, made, partitioner))
+    return placement
+
+
+def _place_buffer(model: nn.Module, name: str, source: StoredTensor | PackedTensor, device: torch.device) -> Copy:
+    """Every rank holds all of a buffer, which is small: its part of it is the whole."""
+    assert not isinstance(source, PackedTensor)
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    values = torch.empty_like(owner.get_buffer(leaf), device=device)
+    owner.register_buffer(leaf, values)
+    return Copy(source, Partition(nn.Parameter(values, requires_grad=False), 0, values.numel(), values.view(-1)))
+
+
+def _replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
+    """In every module that shares it: a tied weight stays tied."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter is old:
+                setattr(module, name, new)
+
+
+def _packed_module(
+    model: nn.Module, name: str, parameter: nn.Parameter, quant: Quant, dtype: torch.dtype
+) -> Packed | None:
+    """The packed module put in place of a linear layer or a mixture's experts; None if nothing is quantized."""
+    if quant.type == "none":
+        return None
+    form = Format(quant.type, quant.block_size, quant.double, dtype)
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if isinstance(owner, nn.Linear):
+        layer = FrozenLinear4bit(owner.in_features, owner.out_features, form)
+        layer.bias = owner.bias  # still on meta; it is a parameter of its own
+        model.set_submodule(path, layer)
+        return layer
+    experts, rows, columns = parameter.shape
+    stack = FrozenStack4bit((experts, rows, columns), form)
+    delattr(owner, leaf)
+    owner.add_module(leaf, stack)
+    return stack

@@ -1,0 +1,1 @@
+"""Which stored rows make up each parameter of the model."""

@@ -1,0 +1,271 @@
+"""Which stored tensors make up each parameter of the model, by transformers' own conversion of checkpoints.
+
+transformers renames the tensors of a checkpoint, and makes some parameters of several of them: it stacks the experts, puts
+gate and up one over the other, splits a fused projection. Here the same operations run on numbers in place of weights, one
+for each row of a stored tensor, so that the result says which stored row each row of a parameter is. Where an operation needs
+values, as a transposition does, it is applied to them when they are read (trainer/base/rows/converted.py).
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from trainer.base.rows.converted import Converted, StoredPart
+from trainer.base.rows.packed_parts import Weight, join_packed, unpacked
+from trainer.base.stored.shared_reads import LastMade
+from trainer.files.safetensors_index import Joined, StoredTensor, Stretch
+
+Shape = tuple[int, ...]
+
+
+@dataclass
+class Conversion:
+    """The files' tensors as transformers assigns them to the model.
+
+    `sources` are by name in the model's `state_dict`, each in the shape that its files give it, which need not be the model's.
+    `failed` says why a parameter cannot be made of the tensors that are there for it. `others` maps each stored tensor that
+    the model has no place for to the name that it would have there. `beside` are the weights of a model that sees or hears, by their
+    names there, which its language model has no place for.
+    """
+
+    sources: dict[str, Weight] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    others: dict[str, str] = field(default_factory=dict)
+    beside: dict[str, Weight] = field(default_factory=dict)
+
+
+def convert(model: PreTrainedModel, stored: Mapping[str, Weight]) -> Conversion:
+    """Assign the tensors `stored`, by name, to the parameters and persistent buffers of `model`, which may be on `meta`.
+
+    Reads no weight. The steps are those of transformers' `convert_and_load_state_dict_in_model`.
+    """
+    found, operations = Conversion(), _Operations(model)
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    prefix, state = model.base_model_prefix, model.state_dict()
+    jobs: dict[str, _Job] = {}
+    for key in sorted(stored, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, pattern = rename_source_key(key, [], [], prefix, state)
+        if name not in state:
+            found.others[key] = name
+        elif pattern is not None:
+            jobs.setdefault(name, _Job(name, by_pattern[pattern])).add(pattern, key, stored[key])
+        elif name in found.sources:
+            found.others[key] = name  # the second tensor of one name: transformers takes the first
+        else:
+            found.sources[name] = stored[key]
+    for job in jobs.values():
+        try:
+            found.sources |= operations.sources(job)
+        except Exception as error:  # an operation raises whatever comes up where tensors do not fit together
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            found.failed[job.name] = f"{len(job.keys)} tensors such as {job.keys[0]}: {reason}"
+    return found
+
+
+@dataclass
+class _Job:
+    """The parameter `name`, the first where there are several, and the tensors by pattern that a converter makes it of."""
+
+    name: str
+    converter: WeightConverter
+    tensors: dict[str, list[Weight]] = field(default_factory=dict)
+    keys: list[str] = field(default_factory=list)
+
+    def add(self, pattern: str, key: str, tensor: Weight) -> None:
+        self.tensors.setdefault(pattern, []).append(tensor)
+        self.keys.append(key)
+
+    @property
+    def parts(self) -> list[Weight]:
+        return [part for parts in self.tensors.values() for part in parts]
+
+    @property
+    def shapes(self) -> list[Shape]:
+        return [part.shape for part in self.parts]
+
+    def apply(self, model: Any, config: Any, values: Iterable[Tensor]) -> dict[str, Tensor]:
+        """The converter's operations on `values` in place of the parts."""
+        given = iter(values)
+        return self.apply_to(model, config, {p: [next(given) for _ in parts] for p, parts in self.tensors.items()})
+
+    def apply_to(self, model: Any, config: Any, values: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+        converter: Any = deepcopy(self.converter)
+        converter.collected_tensors = values
+        made = converter.convert(self.name, model=model, config=config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How a parameter comes of a job's parts: these stretches of them, or, where rows do not suffice (None), by their values."""
+
+    shape: Shape
+    stretches: tuple[Stretch, ...] | None
+
+
+class _Operations:
+    """Runs the operations of converters; of layers that are alike it looks at one."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model, self._config = model, model.config
+        self._known: dict[Any, _Recipe] = {}
+        self._last_made = LastMade[Tensor]()
+
+    def sources(self, job: _Job) -> dict[str, Weight]:
+        """Name -> source of each parameter that the job makes. Raises whatever the operations raise, or `ValueError`."""
+        if len({part.dtype for part in job.parts}) > 1:
+            raise ValueError("they are of several types")
+        counts = tuple(len(parts) for parts in job.tensors.values())
+        alike = (id(job.converter), *job.tensors, counts, *job.shapes, self._shape(job.name))
+        recipes = {job.name: self._known[alike]} if alike in self._known else self._recipes(job)
+        if list(recipes) == [job.name]:
+            self._known[alike] = recipes[job.name]
+        return {name: self._source(job, name, recipe) for name, recipe in recipes.items()}
+
+    def _shape(self, name: str) -> Shape:
+        return tuple(self._model.get_parameter_or_buffer(name).shape)
+
+    def _recipes(self, job: _Job) -> dict[str, _Recipe]:
+        given = [torch.empty(shape, device="meta") for shape in job.shapes]
+        made = job.apply(self._model, self._config, given)
+        shapes = {name: tuple(tensor.shape) for name, tensor in made.items()}
+        kept = {name: index for name, tensor in made.items() for index, part in enumerate(given) if part is tensor}
+        stretches = {name: (Stretch(index, 0, math.prod(shapes[name])),) for name, index in kept.items()}
+        if len(stretches) < len(shapes):
+            stretches |= self._stretches(job, shapes)
+        return {name: _Recipe(shape, stretches.get(name)) for name, shape in shapes.items()}
+
+    def _stretches(self, job: _Job, shapes: dict[str, Shape]) -> dict[str, tuple[Stretch, ...]]:
+        """The stretches of the job's parts that make up parameters of these `shapes`, but for those where an operation does more
+        than to move rows."""
+        numbers, widths = _row_numbers(job.shapes), {_width(shape) for shape in job.shapes}
+        last = int(numbers[-1].max())
+        try:
+            found = job.apply(self._model, self._config, numbers)
+            mirrored = job.apply(self._model, self._config, [last - part for part in numbers])
+        except Exception:  # so narrow tensors may not suit other operations, which raise whatever comes up
+            return {}
+        return {
+            name: _join(rows.flatten()[:: _columns(shapes[name])], job.shapes)
+            for name, rows in found.items()
+            # Rows that are only moved are moved alike whatever their numbers are.
+            if widths == {_width(shapes[name])}
+            and _are_rows(rows, shapes[name])
+            and torch.equal(last - rows, mirrored[name])
+        }
+
+    def _source(self, job: _Job, name: str, recipe: _Recipe) -> Weight:
+        stretches, parts = recipe.stretches, job.parts
+        if stretches is not None and len(stretches) == 1 and parts[stretches[0].part].shape == recipe.shape:
+            return parts[stretches[0].part]
+        if stretches is not None and (packed := join_packed(parts, stretches, recipe.shape)):
+            return packed
+        stored = {pattern: [unpacked(part) for part in given] for pattern, given in job.tensors.items()}
+        readable = tuple(part for given in stored.values() for part in given)
+        if stretches is not None:
+            return Joined(readable, stretches, recipe.shape)
+        slices = self._slices(job, name, recipe.shape, stored)
+        model = _OneSlice((recipe.shape[0] // len(slices), *recipe.shape[1:]))
+
+        def make(index: int) -> Tensor:
+            values = {pattern: [part.values() for part in parts] for pattern, parts in slices[index].items()}
+            return job.apply_to(model, self._config, values)[name]
+
+        return Converted(recipe.shape, readable[0].dtype, len(slices), make, self._last_made)
+
+    def _slices(
+        self, job: _Job, name: str, shape: Shape, stored: dict[str, list[StoredTensor]]
+    ) -> list[dict[str, list[StoredPart]]]:
+        """The values, by pattern, that each slice along the first axis is made of; all of them in one where slices mix."""
+        count, ones = shape[0], [1] * (len(shape) - 1)
+        in_order = torch.arange(count).view(-1, *ones)
+        slices: list[dict[str, list[StoredPart]]] = [{} for _ in range(count)]
+        numbers: dict[str, list[Tensor]] = {}
+        for pattern, parts in stored.items():
+            if len(parts) == 1 and len(parts[0].shape) == len(shape) and parts[0].shape[0] == count:
+                made = [StoredPart.of(parts[0], index) for index in range(count)]
+                numbers[pattern] = [in_order]
+            elif len(parts) == count and len(parts[0].shape) == len(ones):
+                made = [StoredPart.whole(part) for part in parts]
+                numbers[pattern] = [number.view(ones) for number in in_order]
+            else:
+                break
+            for part, inputs in zip(made, slices, strict=True):
+                inputs[pattern] = [part]
+        if len(ones) > 1 and len(numbers) == len(stored):
+            found = job.apply_to(_OneSlice(shape), self._config, numbers)[name]
+            # Each slice of the result shows the number of the slice that it is made of.
+            if len(found) == count and bool((found == in_order).all()):
+                return slices
+        return [{pattern: [StoredPart.whole(part) for part in parts] for pattern, parts in stored.items()}]
+
+
+@dataclass(frozen=True)
+class _OneSlice:
+    """Stands for the model to operations that ask for the shape of the parameter that they make."""
+
+    shape: Shape
+
+    def get_parameter(self, _name: str) -> Tensor:
+        return torch.empty(self.shape, device="meta")
+
+
+def _width(shape: Shape) -> int:
+    """Elements of a row: rows are along the last axis, or are the elements where that is the only one."""
+    return shape[-1] if len(shape) > 1 else 1
+
+
+def _columns(shape: Shape) -> int:
+    """Numbers for each row of a tensor of this shape; four show every operation that moves columns."""
+    return 4 if len(shape) > 1 else 1
+
+
+def _row_numbers(shapes: Sequence[Shape]) -> list[Tensor]:
+    """Numbers in place of tensors of these shapes, int32: consecutive ones for each row, and none for a row between tensors."""
+    numbers, start = list[Tensor](), 0
+    for shape in shapes:
+        like = (*shape[:-1], _columns(shape)) if len(shape) > 1 else shape
+        end = start + math.prod(like)
+        numbers.append(torch.arange(start, end, dtype=torch.int32).view(like))
+        start = end + _columns(shape)
+    return numbers
+
+
+def _are_rows(numbers: Tensor, shape: Shape) -> bool:
+    """Whether `numbers`, as above, are those of whole rows, in place of a tensor of this shape."""
+    like = (*shape[:-1], _columns(shape)) if len(shape) > 1 else shape
+    if numbers.dtype != torch.int32 or numbers.shape != like:
+        return False
+    rows = numbers.reshape(-1, _columns(shape))
+    return bool((rows % _columns(shape) == torch.arange(_columns(shape))).all())
+
+
+def _join(rows: Tensor, shapes: Sequence[Shape]) -> tuple[Stretch, ...]:
+    """Rows by the first of their numbers, (rows,) int32, as stretches of the tensors of these shapes."""
+    columns, width = _columns(shapes[0]), _width(shapes[0])
+    rows = rows // columns
+    starts = torch.tensor([0, *accumulate(math.prod(shape) // width + 1 for shape in shapes)])
+    breaks = torch.nonzero(rows[1:] != rows[:-1] + 1).flatten() + 1
+    begins = torch.cat([torch.zeros(1, dtype=torch.int64), breaks])
+    counts = torch.diff(begins, append=torch.tensor([len(rows)]))
+    firsts = rows[begins]
+    parts = torch.bucketize(firsts, starts, right=True) - 1
+    offsets = firsts - starts[parts]
+    return tuple(
+        Stretch(part, width * offset, width * count)
+        for part, offset, count in zip(parts.tolist(), offsets.tolist(), counts.tolist(), strict=True)
+    )

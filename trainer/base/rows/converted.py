@@ -1,0 +1,60 @@
+"""A parameter that transformers' operations make of stored values, as a tensor that is read in parts."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from trainer.base.partitions.filling import as_tensor
+from trainer.base.partitions.reading import PIECE_BYTES, PIECES_IN_FLIGHT
+from trainer.base.stored.shared_reads import LastMade
+from trainer.files.safetensors_index import DTYPE_BYTES, StoredTensor
+
+# Readers are a few pieces ahead of each other, so as many slices are kept as the pieces in flight may lie in.
+_KEPT_BYTES = 2 * PIECES_IN_FLIGHT * PIECE_BYTES
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """A stored tensor from its element `begin` on, as a tensor of `shape`."""
+
+    tensor: StoredTensor
+    begin: int
+    shape: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, tensor: StoredTensor) -> "StoredPart":
+        return cls(tensor, 0, tensor.shape)
+
+    @classmethod
+    def of(cls, tensor: StoredTensor, index: int) -> "StoredPart":
+        """One slice along the first axis, as a tensor of as many axes."""
+        return cls(tensor, index * math.prod(tensor.shape[1:]), (1, *tensor.shape[1:]))
+
+    def values(self) -> Tensor:
+        return as_tensor(self.tensor.read(self.begin, self.begin + math.prod(self.shape)), self.tensor).view(self.shape)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A parameter in equal `slices` along its first axis, each of which `make` makes of values that it reads whole."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    slices: int
+    make: Callable[[int], Tensor] = field(repr=False)
+    last_made: LastMade[Tensor] = field(repr=False)
+
+    def read(self, begin: int, end: int) -> bytearray:
+        data, size = bytearray(), math.prod(self.shape) // self.slices
+        most = max(2, _KEPT_BYTES // (size * DTYPE_BYTES[self.dtype]))
+        for index in range(begin // size, -(-end // size)):
+            values = self.last_made.get((id(self), index), most, lambda at=index: self._flat(at))
+            part = values[max(begin - index * size, 0) : end - index * size]
+            data += part.view(torch.uint8).numpy().tobytes()
+        return data
+
+    def _flat(self, index: int) -> Tensor:
+        return self.make(index).contiguous().flatten()

@@ -1,0 +1,172 @@
+"""Where the weights of the model are in the files, from their headers alone: checked before any weight is read."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trainer.base.base import Base
+from trainer.base.describe.composite import composite_model, language_names
+from trainer.base.describe.config_json import read_by_transformers
+from trainer.base.describe.empty_model import meta_model
+from trainer.base.describe.meta import model_config
+from trainer.base.find.check import LeftOutPart
+from trainer.base.find.locate import resolve_base
+from trainer.base.partitions.filling import SOURCE_DTYPES
+from trainer.base.rows.conversion import Conversion, convert
+from trainer.base.rows.packed_parts import Weight
+from trainer.config import Model
+from trainer.errors import ConfigError
+from trainer.files.safetensors_index import WEIGHT_DTYPES, PackedTensor
+from trainer.model.parts import tied_names
+
+# transformers computes these anew, and old files hold them.
+_COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
+
+
+@dataclass(frozen=True)
+class FoundWeights:
+    """The source of each parameter and persistent buffer of a model, by name.
+
+    A tied parameter is there under its first name. `copies` are what the files hold under its other names. `left_out` are the parts of
+    the files that the language model is without: the vision tower of a model that sees, layers that predict several tokens.
+    """
+
+    sources: dict[str, Weight]
+    copies: dict[str, list[Weight]]
+    left_out: list[LeftOutPart]
+
+
+def find_all_weights(base: Base, layers: int | None = None) -> FoundWeights:
+    """Where the files hold the weights of the whole base, or of its first `layers`. Raises `ConfigError` as `find_weights` does."""
+    with read_by_transformers(base.name, "config.json"):
+        model = meta_model(model_config(base.directory, layers))
+    return find_weights(base, model, layers)
+
+
+def find_weights(base: Base, model: PreTrainedModel, layers: int | None = None) -> FoundWeights:
+    """Where the files of `base` hold the weights of `model`, which transformers built of its config.json and may be on `meta`.
+
+    With `layers` the model is cut to the first so many, and the files' other layers are left out on purpose.
+
+    Raises:
+        ConfigError: the files lack one, have it in another shape or in a type that cannot be read, or have a tensor that the
+            model has not.
+    """
+    found = _convert(base, model)
+    for name, reason in found.failed.items():
+        raise ConfigError(
+            f"model.base: {name} cannot be made of what {base.name} has for it ({reason}). Copy the model again."
+        )
+    tied, state = tied_names(model), model.state_dict()
+    sources, copies = dict[str, Weight](), dict[str, list[Weight]]()
+    for name, tensor in state.items():
+        there, original = found.sources.get(name), tied.get(name, name)
+        if there is not None and original in sources:
+            copies.setdefault(original, []).append(_checked(base, name, tensor, there))
+        elif there is not None:
+            sources[original] = _checked(base, name, tensor, there)
+    for name in state:
+        if tied.get(name, name) not in sources:
+            raise ConfigError(
+                f"model.base: {base.name} has no tensor {name}, which its architecture needs. Copy the model again."
+            )
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    left_out = {**found.beside, **_left_out(base, found.others, ignored, layers)}
+    return FoundWeights(sources, copies, _parts(left_out, found.sources))
+
+
+def _convert(base: Base, model: PreTrainedModel) -> Conversion:
+    """The tensors in the files by the names in `model`; of a model that sees or hears as well, those of its language model."""
+    with read_by_transformers(base.name, "config.json"):
+        whole = composite_model(base.directory)
+    if whole is None:
+        return convert(model, base.weights)
+    found, name_in_language = convert(whole, base.weights), language_names(whole, model)
+    for name, first in tied_names(whole).items():
+        if first in found.sources:
+            found.sources.setdefault(name, found.sources[first])
+    return Conversion(
+        {here: source for name, source in found.sources.items() if (here := name_in_language(name))},
+        {here: reason for name, reason in found.failed.items() if (here := name_in_language(name))},
+        {key: name_in_language(name) or name for key, name in found.others.items()},
+        {name: source for name, source in found.sources.items() if not name_in_language(name)},
+    )
+
+
+def _left_out(base: Base, others: Mapping[str, str], ignored: Iterable[str], layers: int | None) -> dict[str, Weight]:
+    """The tensors that the model is without on purpose, by the name that each would have there; `others` as in a `Conversion`, `ignored`
+    are patterns that transformers ignores as well.
+
+    Raises:
+        ConfigError: for a tensor that nothing says may be left out. Such a model is not the one that config.json describes: a bias or
+            a layer would be left out without a word.
+    """
+    patterns = [re.compile(pattern) for pattern in ignored]
+    rest = {key: name for key, name in others.items() if not _COMPUTED.search(name) and not _is_beyond(name, layers)}
+    unknown = [key for key, name in rest.items() if not any(pattern.search(name) for pattern in patterns)]
+    if unknown:
+        raise ConfigError(
+            f"model.base: {base.name} has the tensor {unknown[0]}, which the architecture of its config.json has not "
+            f"({len(unknown)} such tensors). Give the config.json that belongs to these files."
+        )
+    return {name: base.weights[key] for key, name in rest.items()}
+
+
+def _is_beyond(name: str, layers: int | None) -> bool:
+    """Whether a tensor belongs to a layer that the model was cut off before: the first number in a name is the layer's."""
+    number = re.search(r"\.(\d+)\.", name)
+    return layers is not None and number is not None and int(number[1]) >= layers
+
+
+def _parts(left_out: Mapping[str, Weight], kept: Iterable[str]) -> list[LeftOutPart]:
+    """The parts that are left out, each by the shortest path that nothing that is kept lies on."""
+    inside, sizes = {path for name in kept for path in _paths(name)}, dict[str, list[int]]()
+    for name, weight in left_out.items():
+        path = next((path for path in _paths(name) if path not in inside), name)
+        sizes.setdefault(path, []).append(prod(weight.shape))
+    return [LeftOutPart(path, len(found), sum(found)) for path, found in sizes.items()]
+
+
+def _paths(name: str) -> Iterator[str]:
+    """a, a.b and a.b.c of a.b.c."""
+    return accumulate(name.split("."), lambda path, leaf: f"{path}.{leaf}")
+
+
+def _checked(base: Base, name: str, tensor: Tensor, source: Weight) -> Weight:
+    packed = isinstance(source, PackedTensor)
+    linear = name.removesuffix(".weight") in base.architecture.linear_layers()
+    if base.stored.quantized and linear and not packed:
+        raise ConfigError(
+            f"model.base: {base.name} is quantized, but its {name} is not in 4 bits, as all linear layers must be. "
+            "Give the 16-bit model; quant.type quantizes it."
+        )
+    if packed and name not in base.architecture.quantizable():
+        raise ConfigError(
+            f"model.base: {name} is in 4 bits in {base.name}, and is computed with in 16. Give the 16-bit model; quant.type "
+            "quantizes it."
+        )
+    if source.shape != tensor.shape:
+        raise ConfigError(
+            f"model.base: {name} is {list(source.shape)} in {base.name}, {list(tensor.shape)} by config.json. "
+            "Copy the model again."
+        )
+    readable = WEIGHT_DTYPES if tensor.is_floating_point() else tuple(SOURCE_DTYPES)
+    if source.dtype not in readable and not packed:
+        raise ConfigError(f"model.base: {name} is of type {source.dtype}. Readable are {', '.join(readable)}.")
+    return source
+
+
+def left_out_of(model: dict[str, Any]) -> list[list[Any]]:
+    """The `left_out` of the base of the settings `model`, as JSON for processes without torch.
+
+    Raises as `find_all_weights` and `resolve_base`.
+    """
+    settings = Model(**model)
+    found = find_all_weights(resolve_base(settings), settings.layers).left_out
+    return [[part.path, part.tensors, part.weights] for part in found]

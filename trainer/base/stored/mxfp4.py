@@ -1,0 +1,85 @@
+"""Bases whose experts are in MXFP4, as gpt-oss is published: blocks of 32 weights, 4 bits each, with a power of two as scale.
+
+Where a plain base has `experts.gate_up_proj` (experts, inputs, outputs), the files have `experts.gate_up_proj_blocks` (experts,
+outputs, inputs / 32, 16), two weights a byte, the lower half first, and `experts.gate_up_proj_scales` (experts, outputs, inputs / 32),
+exponents plus 127 (OCP Microscaling specification 1.0). All else is in 16 bits.
+
+Each weight is a bf16 number exactly, the one that transformers' dequantize=True gives. It is also put in transformers' order, in
+which matrices are multiplied and quantized: the transpose of the stored one. So a range of an expert needs bytes from all over
+it, and an expert is read whole.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from trainer.base.base import Base
+from trainer.base.stored.shared_reads import LastReads
+from trainer.config import Config
+from trainer.errors import ConfigError
+from trainer.files.safetensors_index import StoredTensor, numel
+
+if TYPE_CHECKING:
+    from trainer.base.stored.mxfp4_experts import Mxfp4Experts
+
+# Blocks and scales of two experts are kept, as pieces of two may be in flight: some 9 MB each in both sizes of gpt-oss.
+_READS_KEPT = 4
+
+
+@dataclass(frozen=True)
+class Mxfp4:
+    """Experts in MXFP4, all else as in a plain base."""
+
+    quantization: dict[str, Any]
+
+    unmergeable: ClassVar[str | None] = "stored in MXFP4, where no new weight fits"
+    quantized: ClassVar[bool] = False
+    decoded: ClassVar[bool] = True
+
+    @staticmethod
+    def stores(quantization: dict[str, Any]) -> bool:
+        """Whether a quantization_config is of this format."""
+        return quantization.get("quant_method") == "mxfp4"
+
+    def mismatches(self, config: Config) -> list[str]:
+        return []
+
+    def tensors(self, base: Base) -> Mapping[str, StoredTensor]:
+        last_reads, found = LastReads(_READS_KEPT), dict[str, StoredTensor](base.tensors)
+        for blocks in base.tensors:
+            name = blocks.removesuffix("_blocks")
+            if name != blocks:
+                found[name] = _decoding(base, name, last_reads)
+                for part in _parts(name):
+                    del found[part]
+        return found
+
+    def check(self, base: Base, config: Config) -> None:
+        pass
+
+
+def _decoding(base: Base, name: str, last_reads: LastReads) -> "Mxfp4Experts":
+    """Raises `ConfigError` unless `base` has a scale for each block of `name`."""
+    # Only what reads weights loads numpy: `plan` does not, and answers sooner.
+    from trainer.base.stored.mxfp4_experts import BLOCK, Mxfp4Experts
+
+    blocks, scales = (base.tensors.get(part) for part in _parts(name))
+    assert blocks is not None
+    if (
+        scales is None
+        or (blocks.dtype, scales.dtype) != ("U8", "U8")
+        or len(blocks.shape) != 4
+        or blocks.shape != (*scales.shape, BLOCK // 2)
+        or not numel(blocks)
+    ):
+        given = "no scales" if scales is None else f"scales {list(scales.shape)} of {scales.dtype}"
+        raise ConfigError(
+            f"model.base: {name} has blocks {list(blocks.shape)} of {blocks.dtype} and {given} in {base.name}. MXFP4 has (experts, "
+            "outputs, inputs / 32, 16) and (experts, outputs, inputs / 32) of U8. Copy the model again."
+        )
+    return Mxfp4Experts(blocks, scales, last_reads)
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """The names of what the files have in the place of a stack of experts."""
+    return f"{name}_blocks", f"{name}_scales"

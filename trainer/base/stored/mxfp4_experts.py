@@ -1,0 +1,75 @@
+"""The values of a stack of experts in MXFP4, as they are read: put in transformers' order and decoded to bf16."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.base.stored.floats import DECODED_AT_ONCE, E2M1, E8M0
+from trainer.base.stored.shared_reads import LastReads
+from trainer.files.safetensors_index import TensorSource
+
+BLOCK = 32
+_LOWER, _UPPER = E2M1[np.arange(256) & 15], E2M1[np.arange(256) >> 4]
+
+
+@dataclass(frozen=True)
+class Mxfp4Experts:
+    """The bf16 values of a stack (experts, inputs, outputs) whose transpose is stored in `blocks` and `scales`."""
+
+    blocks: TensorSource
+    scales: TensorSource
+    last_reads: LastReads
+    dtype: str = "BF16"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        experts, outputs, groups, _ = self.blocks.shape
+        return experts, groups * BLOCK, outputs
+
+    def read(self, begin: int, end: int) -> bytearray:
+        data = bytearray(2 * (end - begin))
+        decoded = np.frombuffer(data, np.uint16)
+        _, inputs, outputs = self.shape
+        size, strip = inputs * outputs, BLOCK * outputs
+        for expert in range(begin // size, math.ceil(end / size)):
+            blocks, scales = self._expert(expert)
+            first, last = max(begin, expert * size), min(end, (expert + 1) * size)
+            for start in range(first // strip * strip, last, strip):
+                group = start % size // strip
+                at = start
+                for values in _decoded(blocks[:, group], scales[:, group]):
+                    low, high = max(first, at), min(last, at + len(values))
+                    if low < high:
+                        decoded[low - begin : high - begin] = values[low - at : high - at]
+                    at += len(values)
+        return data
+
+    def _expert(self, expert: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Its blocks (outputs, inputs / 32, 16) and scales (outputs, inputs / 32)."""
+        _, outputs, groups, half = self.blocks.shape
+        count = outputs * groups
+        blocks = self.last_reads.read(self.blocks, expert * count * half, (expert + 1) * count * half)
+        scales = self.last_reads.read(self.scales, expert * count, (expert + 1) * count)
+        return (
+            np.frombuffer(blocks, np.uint8).reshape(outputs, groups, half),
+            np.frombuffer(scales, np.uint8).reshape(outputs, groups),
+        )
+
+
+def _decoded(blocks: NDArray[np.uint8], scales: NDArray[np.uint8]) -> Iterator[NDArray[np.uint32]]:
+    """The bits of bf16 of a block of each output, input by input, all outputs of one after another, some inputs at a time:
+    blocks (outputs, 16), scales (outputs,) -> some of (32 * outputs,)."""
+    pairs, powers = np.ascontiguousarray(blocks.T), E8M0[scales]
+    at_once = max(1, DECODED_AT_ONCE // 2 // len(scales))
+    for first in range(0, len(pairs), at_once):
+        part = pairs[first : first + at_once]
+        values = np.stack([_LOWER.take(part, mode="clip"), _UPPER.take(part, mode="clip")], axis=1)
+        with np.errstate(over="ignore"):  # infinity is what transformers has there too
+            values *= powers
+        # The upper half of an fp32 number is all of it here: two bits of mantissa, and no exponent that bf16 has not.
+        bits = values.reshape(-1).view(np.uint32)
+        bits >>= 16
+        yield bits

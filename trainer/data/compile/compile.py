@@ -1,0 +1,213 @@
+"""Compiles rows into token shards, once for all runs that use the same data in the same way.
+
+The fingerprint names the result before it exists: it covers everything that decides a token. Rows are encoded on all
+cores and written in their order, so the result is the same on any machine: of two racing compilations both write the same
+bytes, and a killed one goes on after its last shard. Nothing counts before a manifest says so.
+
+A large data set is compiled in chapters. Each takes the same share of every source, so that all have the same mixture and
+training can begin with the first.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from trainer.config import Data
+from trainer.data.compile.encode import Encoder
+from trainer.data.compile.fingerprint import count_chapters
+from trainer.data.compile.pool import Mapper, mapper_for
+from trainer.data.compile.shards import Place, ShardWriter
+from trainer.data.dataset.dataset import Dataset, open_dataset
+from trainer.data.dataset.manifest import (
+    FORMAT,
+    MANIFEST,
+    Counters,
+    DatasetManifest,
+    LeftOut,
+    SourceRecord,
+    chapter_key,
+)
+from trainer.data.source.files import SourceFile
+from trainer.data.source.part import EVERYTHING, Part
+from trainer.data.source.reading import batches
+from trainer.data.source.rows import Batch
+from trainer.errors import AlreadyExists, DataError
+from trainer.run import layout
+from trainer.store import Store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a compilation is, in bytes of its sources; rows, documents and tokens are what was read and kept so far.
+
+    `left_out` comes with the last report: what rows carry and their text does not contain. `forms` come with the first: how the
+    rows of each source are read, where that was found out.
+    """
+
+    bytes_done: int
+    bytes: int
+    rows: int = 0
+    documents: int = 0
+    tokens: int = 0
+    left_out: Mapping[str, LeftOut] = field(default_factory=dict)
+    forms: Sequence[str] = ()
+
+
+def compile_dataset(
+    data: Data,
+    files: Sequence[SourceFile],
+    tokenizer: "PreTrainedTokenizerBase",
+    store: Store,
+    fingerprint: str,
+    part: Part = EVERYTHING,
+    mapper: Mapper | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Dataset:
+    """Compile `files` into `store` and open the result; what is there already is opened as it is.
+
+    `store` is the root that runs share, `fingerprint` comes from the function of that name. `mapper` encodes the
+    batches, by default as `mapper_for` says.
+
+    Raises:
+        ConfigError: the tokenizer cannot serve `data.format`.
+        DataError: a row cannot be used and the settings say fail, a file changed meanwhile, or no row is trainable.
+        StorageError: a source or the store failed.
+    """
+    for _ in compile_chapters(data, files, tokenizer, store, fingerprint, part, mapper, progress):
+        pass
+    return open_dataset(store, fingerprint)
+
+
+def compile_chapters(
+    data: Data,
+    files: Sequence[SourceFile],
+    tokenizer: "PreTrainedTokenizerBase",
+    store: Store,
+    fingerprint: str,
+    part: Part = EVERYTHING,
+    mapper: Mapper | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Iterator[int]:
+    """`compile_dataset` step by step: yields the number of each chapter once it can be opened, in order from 0.
+
+    Each chapter is a call of the `mapper`, and none is under way while the caller has a number.
+    """
+    folder, chapters = store.sub(layout.dataset(fingerprint)), count_chapters(files)
+    if folder.exists(MANIFEST):
+        yield from range(chapters)
+        return
+    writer = ShardWriter(folder, files[-1].source + 1)
+    yield from range(writer.chapter)  # a compilation that was killed had committed them
+    size = sum(file.size for file in files)
+
+    def report(bytes_done: int, left_out: Mapping[str, LeftOut] | None = None) -> None:
+        if progress is not None:
+            rows, documents, tokens = writer.counters.rows, writer.documents, writer.tokens
+            progress(Progress(bytes_done, size, rows, documents, tokens, left_out or {}))
+
+    start = partial(Encoder, data, tokenizer, part)
+    for chapter, work in groupby(_read(files, chapters, writer.next), lambda batch: batch[1].chapter):
+        while writer.chapter < chapter:
+            writer.close()
+            _commit(folder, chapter_key(writer.chapter), _manifest(fingerprint, files, writer))
+            yield writer.chapter
+            writer.chapter += 1
+        for encoded, at in (mapper or mapper_for(size))(work, start):
+            if encoded.error:
+                raise DataError(encoded.error)
+            writer.add(at.source, encoded, at.after)
+            report(at.bytes_done)
+    writer.close()
+    if not writer.shards:
+        raise DataError(_nothing_to_train(writer.counters))
+    _commit(folder, MANIFEST, _manifest(fingerprint, files, writer))
+    writer.forget()
+    report(size, writer.left_out)
+    yield from range(writer.chapter, chapters)
+
+
+@dataclass(frozen=True)
+class _At:
+    """Where a batch lies: its source and chapter, the place behind it, and the bytes read by then, of its source or of all."""
+
+    source: int
+    chapter: int
+    after: Place
+    bytes_done: int
+
+
+def _read(files: Sequence[SourceFile], chapters: int, starts: Sequence[Place]) -> Iterator[tuple[Batch, _At]]:
+    """Every batch from `starts` on, which has a place for each source: chapter by chapter, and in it source by source."""
+    owned = [[file for file in files if file.source == source] for source in range(len(starts))]
+    readers = [_read_source(own, chapters, start) for own, start in zip(owned, starts, strict=True)]
+    ahead = [next(reader, None) for reader in readers]
+    done = [sum(file.size for file in own[: start.file]) for own, start in zip(owned, starts, strict=True)]
+    for chapter in range(chapters):
+        for source, reader in enumerate(readers):
+            while (item := ahead[source]) and item[1].chapter == chapter:
+                batch, at = item
+                done[source] = at.bytes_done
+                yield batch, replace(at, bytes_done=sum(done))
+                ahead[source] = next(reader, None)
+
+
+def _read_source(files: Sequence[SourceFile], chapters: int, start: Place) -> Iterator[tuple[Batch, _At]]:
+    """The batches of one source from `start` on. Raises `DataError` for a file that is not what it was when it was found."""
+    size = max(1, sum(file.size for file in files))
+    before = sum(file.size for file in files[: start.file])
+    for number, file in enumerate(files[start.file :], start.file):
+        skipped, read = start.batch if number == start.file else 0, 0
+        for index, batch in enumerate(batches(file)):
+            if index >= skipped:
+                # Use the position before the batch: after the last one it equals the size, which would give one chapter too many.
+                chapter = min(chapters * (before + read) // size, chapters - 1)
+                yield batch, _At(file.source, chapter, Place(file=number, batch=index + 1), before + batch.read)
+            read = batch.read
+        if file.changed():
+            raise DataError(f"{file.uri}: changed while it was read. Start again when it is complete.")
+        before += file.size
+
+
+def _manifest(fingerprint: str, files: Sequence[SourceFile], writer: ShardWriter) -> DatasetManifest:
+    """The manifest of all chapters so far."""
+    sources = [SourceRecord() for _ in range(files[-1].source + 1)]
+    for file in files:
+        sources[file.source].files.append(file.uri)
+    for shard in writer.shards:
+        source = sources[shard.source]
+        source.documents += shard.documents
+        source.tokens += shard.tokens
+        source.targets += shard.targets
+    return DatasetManifest(
+        format=FORMAT,
+        fingerprint=fingerprint,
+        chapters=count_chapters(files),
+        documents=sum(source.documents for source in sources),
+        tokens=sum(source.tokens for source in sources),
+        targets=sum(source.targets for source in sources),
+        sources=sources,
+        shards=writer.shards,
+        counters=writer.counters,
+        bad_rows=writer.bad_rows,
+        left_out=writer.left_out or None,
+    )
+
+
+def _commit(folder: Store, key: str, manifest: DatasetManifest) -> None:
+    # Another writer of the same fingerprint may have been faster, with the same bytes.
+    with contextlib.suppress(AlreadyExists):
+        folder.create(key, manifest.sealed())
+
+
+def _nothing_to_train(counters: Counters) -> str:
+    return (
+        f"data: none of the {counters.rows} rows can be trained on: {counters.bad_rows} bad rows, "
+        f"{counters.without_targets} without a token to train, {counters.dropped} dropped as too long. "
+        "Check data.format, data.fields, data.loss_on and data.sequence_length."
+    )

@@ -1,0 +1,110 @@
+"""Finds out how the rows of each source are read: as the settings say, else by the first of them."""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby, islice
+
+from trainer.config import Config, Data, Source
+from trainer.config.data import KINDS
+from trainer.data.format.formats import FORMATS, Row, RowForm, detect, lost_fields, wider_form
+from trainer.data.source.files import SourceFile
+from trainer.data.source.reading import rows
+from trainer.errors import ConfigError, DataError
+
+_ROWS = 64
+_NAMES = 8  # so many are named in a line
+
+
+def with_forms(
+    config: Config,
+    data: Data,
+    files: Sequence[SourceFile],
+    sources: Sequence[Source],
+    setting: str,
+    kinds: Collection[str],
+) -> list[SourceFile]:
+    """The files of `sources`, which the setting of this name gives, each with the form of its rows; `data` says how they are read.
+
+    Raises:
+        ConfigError: the rows are of none of the `kinds` that are wanted, or of a format that does not go with a setting.
+        DataError: the first rows are of no format known here, cannot be read at all, or have fields of known meaning beside
+            those of their format.
+    """
+    found: list[SourceFile] = []
+    for index, own in groupby(files, lambda file: file.source):
+        mine, name = list(own), f"{setting}[{index}]"
+        form = _form(data, sources[index], mine, kinds, name)
+        if sources[index].format or data.format == "auto":  # else the settings were compared with each other
+            _check(config.objective.name, data, form, kinds, name)
+        found += [replace(file, form=form) for file in mine]
+    return found
+
+
+def describe_forms(data: Data, sources: Sequence[Source], files: Sequence[SourceFile]) -> list[str]:
+    """A line for each of the `sources` whose format was found out: where it is, its format, its fields, and those not read."""
+    forms = {file.source: file.form for file in files}
+    return [
+        f"{source.path} is read as {forms[index]}{_unread(forms[index])}"
+        for index, source in enumerate(sources)
+        if (source.format or data.format) == "auto"
+    ]
+
+
+def _unread(form: RowForm | None) -> str:
+    if form is None or not form.unread:
+        return ""
+    more = len(form.unread) - _NAMES
+    return f"; not read: {', '.join(form.unread[:_NAMES])}{f' and {more} more' if more > 0 else ''}"
+
+
+def _form(data: Data, source: Source, files: Sequence[SourceFile], kinds: Collection[str], name: str) -> RowForm:
+    given = source.fields if source.format else {**data.fields, **source.fields}
+    format = source.format or data.format
+    if format != "auto":
+        return RowForm(format, tuple(sorted(given.items())))
+    bad: list[DataError] = []
+    sample = list(islice(_sample(files, bad), _ROWS))
+    if not sample:
+        raise DataError(
+            f"{name}: no row can be read; the first: {bad[0]}" if bad else f"{name}: {source.path} has no rows."
+        )
+    form = detect(sample, given, kinds)
+    if form is None:
+        raise DataError(
+            f"{name}: the first rows of {files[0].uri} are of no format known here: their fields are {', '.join(sample[0])}. Name the format and the "
+            f"fields, such as data.format=prompt_completion data.fields.prompt=... data.fields.completion=...; formats are {', '.join(FORMATS)}."
+        )
+    if form.kind in kinds and (lost := lost_fields(form, sample)):
+        wider = wider_form(form, sample, lost)
+        more = f"{wider.overrides} reads them too" if wider else "Name the format and the fields that read them"
+        raise DataError(
+            f"{name}: the rows of {files[0].uri} look like {form}, which leaves out what they say in {', '.join(lost)}. "
+            f"{more}; {form.overrides} does without."
+        )
+    return replace(form, unread=tuple(dict.fromkeys(unused for row in sample for unused in form.unused(row))))
+
+
+def _sample(files: Sequence[SourceFile], bad: list[DataError]) -> Iterator[Row]:
+    """The rows that can be read, and in `bad` the first that cannot; the others are told when all are read."""
+
+    def keep_first(error: DataError) -> None:
+        if not bad:
+            bad.append(error)
+
+    for file in files:
+        for _, row in rows(file, keep_first):
+            yield row
+
+
+def _check(objective: str, data: Data, form: RowForm, kinds: Collection[str], name: str) -> None:
+    if form.kind not in kinds:
+        raise ConfigError(
+            f"{name}: its rows are {form}, and objective.name: {objective} learns from {' or '.join(kinds)}. Choose "
+            f"objective.name={_LEARNS[form.kind]}, other data, or name the format and the fields with data.format and data.fields."
+        )
+    if unsuited := data.unsuited(form.format):
+        raise ConfigError(f"{name}: {unsuited}")
+
+
+# An objective for each kind of rows, to propose.
+_LEARNS = {**dict.fromkeys(KINDS.values(), "sft"), "preference": "dpo", "labelled": "kto"}

@@ -1,0 +1,157 @@
+"""Batches of rows into tokens: which rows become documents."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.config import Data
+from trainer.data.dataset.binary import DESIRED_BIT, TARGET_BIT, TOKEN
+from trainer.data.dataset.manifest import Counters, LeftOut, add_left_out
+from trainer.data.format.formats import RowForm, as_read, explicit_form, or_error
+from trainer.data.render.chat import Example, Renderer, Turn
+from trainer.data.render.labelled import Labelled, LabelledRenderer
+from trainer.data.render.pairs import Pair, PairRenderer
+from trainer.data.source.part import Part
+from trainer.data.source.rows import Batch, Row, at, printable
+from trainer.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BAD_ROWS_SHOWN = 20
+
+
+@dataclass
+class Encoded:
+    """The documents of a batch.
+
+    `tokens` (tokens,) uint32 are those of its documents end to end, with `TARGET_BIT` set on trained ones, and `lengths`
+    (documents,) how many each has. `error` is the first row that ends the compilation, if any does.
+    """
+
+    tokens: NDArray[np.uint32]
+    lengths: NDArray[np.int64]
+    counters: Counters = field(default_factory=Counters)
+    bad_rows: list[str] = field(default_factory=list)
+    left_out: dict[str, LeftOut] = field(default_factory=dict)
+    error: str | None = None
+
+    @property
+    def targets(self) -> int:
+        return int(np.count_nonzero(self.tokens & TARGET_BIT))
+
+
+def left_out_of(names: Iterable[str], where: str) -> dict[str, LeftOut]:
+    """Things that the row at `where` carries in vain, ready to be added up."""
+    return {printable(name): LeftOut(rows=1, examples=[where]) for name in names}
+
+
+_RENDERERS = {"preference": PairRenderer, "labelled": LabelledRenderer}
+
+
+class RowEncoder:
+    """Encodes rows of any form with one tokenizer. Each form has a renderer of its own, made when its first rows come.
+
+    Raises:
+        ConfigError: the tokenizer cannot serve `data.format`.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", data: Data) -> None:
+        self._tokenizer, self._data = tokenizer, data
+        self._renderers: dict[RowForm, Renderer | PairRenderer | LabelledRenderer] = {}
+        if data.format != "auto":
+            self._renderer(explicit_form(data))
+
+    def encode(self, form: RowForm, rows: Sequence[Row]) -> list[Example | Pair | Labelled | DataError]:
+        """Each row's document, or what is wrong with it; the error's text has no place in it."""
+        read = [or_error(form.read, row) for row in rows]
+        encoded = iter(self._renderer(form).encode([row for row in read if not isinstance(row, DataError)]))
+        return [row if isinstance(row, DataError) else next(encoded) for row in read]
+
+    def turns(self, form: RowForm, row: Row) -> list[Turn]:
+        """The turns of a row, in any format.
+
+        Raises:
+            DataError: the row is not of this form.
+        """
+        return self._renderer(form).turns(form.read(row))
+
+    def _renderer(self, form: RowForm) -> Renderer | PairRenderer | LabelledRenderer:
+        if form not in self._renderers:
+            kind = _RENDERERS.get(form.kind, Renderer)
+            self._renderers[form] = kind(self._tokenizer, as_read(self._data, form))
+        return self._renderers[form]
+
+
+class _Fatal(Exception):
+    """A row ends the compilation."""
+
+
+class Encoder:
+    """Turns batches into documents as the settings say, and counts what did not become one.
+
+    Raises:
+        ConfigError: the tokenizer cannot serve `data.format`.
+    """
+
+    def __init__(self, data: Data, tokenizer: "PreTrainedTokenizerBase", part: Part) -> None:
+        self._data = data
+        self._rows = RowEncoder(tokenizer, data)
+        self._part = part
+
+    def __call__(self, batch: Batch) -> Encoded:
+        form = batch.form or explicit_form(self._data)
+        result = Encoded(np.empty(0, TOKEN), np.empty(0, np.int64))
+        documents: list[NDArray[np.uint32]] = []
+        try:
+            rows = self._part.rows(batch, lambda error: self._bad(result, error))
+            examples = self._rows.encode(form, [row for _, row in rows])
+            for (where, _), example in zip(rows, examples, strict=True):
+                if isinstance(example, DataError):
+                    self._bad(result, at(where, example))
+                else:
+                    result.counters.rows += 1
+                    add_left_out(result.left_out, left_out_of(example.left_out, where))
+                    documents += self._documents(result, where, example)
+        except _Fatal as error:
+            result.error = str(error)
+        result.lengths = np.array([len(document) for document in documents], np.int64)
+        result.tokens = np.concatenate([result.tokens, *documents])
+        if form.kind == "labelled":
+            result.counters.desired = sum(bool(document[0] & DESIRED_BIT) for document in documents)
+        return result
+
+    def _bad(self, result: Encoded, error: DataError) -> None:
+        if self._data.on_bad_row == "fail":
+            raise _Fatal(f"{error}. Correct the row, or set data.on_bad_row: skip.")
+        result.counters.rows += 1
+        result.counters.bad_rows += 1
+        result.bad_rows.append(str(error))
+
+    def _documents(
+        self, result: Encoded, where: str, example: Example | Pair | Labelled
+    ) -> Iterator[NDArray[np.uint32]]:
+        """The example as it is stored: cut to the sequence length or into pieces, without those that train nothing."""
+        length, limit = len(example.tokens), self._data.sequence_length
+        if length > limit:
+            match self._data.on_too_long:
+                case "fail":
+                    raise _Fatal(
+                        f"{where}: {length} tokens, but data.sequence_length is {limit}. Raise it, or set "
+                        f"data.on_too_long to {self._data.too_long_remedies}."
+                    )
+                case "drop":
+                    result.counters.dropped += 1
+                    return
+                case "truncate":
+                    result.counters.truncated += 1
+                    example = example.cut(limit)
+                case "split":
+                    result.counters.split += 1
+        teaching = [piece.stored() for piece in example.pieces(limit) if piece.teaches]
+        if not teaching:
+            result.counters.without_targets += 1
+        yield from teaching

@@ -1,0 +1,84 @@
+"""The name of a compiled data set, which is known before anything is compiled: it covers everything that decides a token."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trainer.base.find.locate import TOKENIZER_FILES, named_files
+from trainer.config import Data
+from trainer.data.dataset.manifest import FORMAT
+from trainer.data.format.formats import as_read, explicit_form
+from trainer.data.render.template import asks_for_the_date, template_text
+from trainer.data.source.files import SourceFile
+from trainer.data.source.part import EVERYTHING, Part
+
+_DATED = "prints the date"  # what stands among a tokenizer's hashes where its own template does
+CHAPTER_BYTES = 4 * 2**30
+"""Size of the sources of a chapter. It is small enough to be compiled soon, and large enough to be shuffled in."""
+
+
+def hash_tokenizer(directory: Path, added_tokens: Sequence[str] = ()) -> dict[str, str]:
+    """SHA-256 of each of the files in a Hugging Face model directory that decide what a tokenizer does, and of the tokens that
+    a run adds to it, in their order, where there are any."""
+    contents = named_files(directory, TOKENIZER_FILES)
+    if added_tokens:
+        contents["model.add_tokens"] = json.dumps(list(added_tokens)).encode()
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    dated = any(asks_for_the_date(content.decode(errors="replace")) for content in contents.values())
+    return {**hashes, _DATED: "data.today"} if dated else hashes
+
+
+def fingerprint(
+    data: Data,
+    files: Sequence[SourceFile],
+    tokenizer_files: Mapping[str, str],
+    part: Part = EVERYTHING,
+    weighted: bool = False,
+) -> str:
+    """20 hex digits that change with the sources' content, the tokenizer, the template or a setting that matters.
+
+    `tokenizer_files` comes from `hash_tokenizer`. The sources' weights and packing belong to the epoch's plan and are not in
+    it. `weighted` says whether rows say themselves what is trained of them, which earlier versions did not wholly do: their data sets have
+    other names.
+
+    Raises:
+        ConfigError: `data.template` cannot be read.
+    """
+    template = template_text(data)
+    dated = _DATED in tokenizer_files if template is None else asks_for_the_date(template)
+    inputs = {
+        "format_version": FORMAT,
+        "sources": [[file.source, file.uri, file.version, file.size] for file in files],
+        "chapters": count_chapters(files),
+        "tokenizer": dict(tokenizer_files),
+        "template": template,
+        **({"today": data.today} if dated else {}),
+        **_reading(data, files),
+        "part": [part.fraction, part.seed, part.held_out],
+        **({"masks": True} if weighted else {}),
+    }
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def _reading(data: Data, files: Sequence[SourceFile]) -> dict[str, Any]:
+    """The settings that rows are read by. Where all sources have one form, they are those that name this format."""
+    forms = {file.source: file.form for file in files if file.form is not None}
+    settings = data.model_dump(include={"sequence_length", "on_too_long", "on_bad_row"}) | data.beyond_targets
+    if len(set(forms.values())) > 1:
+        ways = [
+            [source, form.format, dict(form.fields), as_read(data, form).targets]
+            for source, form in sorted(forms.items())
+        ]
+        return {"settings": settings, "ways": ways}
+    form = next(iter(forms.values()), None) or explicit_form(data)
+    return {
+        "settings": settings | {"format": form.format, "fields": dict(form.fields)},
+        "targets": as_read(data, form).targets,
+    }
+
+
+def count_chapters(files: Sequence[SourceFile]) -> int:
+    """How many chapters a data set of these sources has: 1 unless they are large."""
+    return max(1, -(-sum(file.size for file in files) // CHAPTER_BYTES))

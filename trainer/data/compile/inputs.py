@@ -1,0 +1,84 @@
+"""The files of each of a run's data sets, which of their rows it has, and the settings that they are read by."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from trainer.config import Config, Data, Source
+from trainer.config.data import LIKELY
+from trainer.data.compile.detection import with_forms
+from trainer.data.source.files import SourceFile, expand
+from trainer.data.source.part import EVERYTHING, Part
+from trainer.errors import CapstanError
+from trainer.objective.objective import find_objective
+
+_SETS = "eval.sets."
+
+
+class Input(NamedTuple):
+    """The files of a data set, which of their rows it has, and the settings that they are read by."""
+
+    files: list[SourceFile]
+    part: Part
+    data: Data
+
+
+def find(config: Config) -> dict[str, Input]:
+    """The files, and which of their rows, that "train" and, where there is any, "eval" are made of, and each of the
+    `eval.sets`, such as "eval.sets.general".
+
+    Raises:
+        ConfigError: the objective cannot learn from the rows of a source.
+        DataError: a source is missing, or of a kind that cannot be read.
+    """
+    train = find_train(config)
+    return {"train": train} | find_evaluated(config, train.files)
+
+
+def find_train(config: Config) -> Input:
+    """The part of `find` that is trained on."""
+    data = config.data
+    return Input(_read(config, data, data.train, "data.train"), Part(data.held_out, data.held_out_seed), data)
+
+
+def find_evaluated(config: Config, train: list[SourceFile] | None = None) -> dict[str, Input]:
+    """The part of `find` that is never trained on. `train` are the files of `data.train`, where they are known already."""
+    data, inputs = config.data, dict[str, Input]()
+    if data.eval:
+        inputs["eval"] = Input(_read(config, data, data.eval, "data.eval"), EVERYTHING, data)
+    elif data.held_out:
+        files = _read(config, data, data.train, "data.train") if train is None else train
+        inputs["eval"] = Input(files, Part(data.held_out, data.held_out_seed, held_out=True), data)
+    sets = {f"{_SETS}{name}": given.data(data) for name, given in config.eval.sets.items()}
+    return inputs | {
+        what: Input(with_forms(config, data, expand(data.train, what), data.train, what, LIKELY), EVERYTHING, data)
+        for what, data in sets.items()
+    }
+
+
+def as_trained(config: Config) -> Data:
+    """The settings of the data with the kind of the training rows in the place of `format: auto`: that of conversations where there
+    are any. As they are where the rows cannot be read here and now, or are answers to be judged."""
+    data = config.data
+    if data.format != "auto":
+        return data
+    try:
+        found = {file.form.kind for file in _read(config, data, data.train, "data.train") if file.form}
+    except CapstanError:
+        return data
+    kind = next((kind for kind in LIKELY if kind in found), data.format)
+    return data.model_copy(update={"format": kind})
+
+
+def _read(config: Config, data: Data, sources: Sequence[Source], setting: str) -> list[SourceFile]:
+    kinds = find_objective(config).formats
+    return with_forms(config, data, expand(sources, setting), sources, setting, kinds)
+
+
+def named(keys: Mapping[str, str]) -> dict[str, str]:
+    """The fingerprints of `eval.sets` among those of `locate`, by the names of the sets."""
+    return {what.removeprefix(_SETS): key for what, key in keys.items() if what.startswith(_SETS)}
+
+
+def config_of_set(config: Config, name: str) -> Config:
+    """The settings of a run over one of `eval.sets` alone, by which its compiled rows are packed."""
+    return config.model_copy(update={"data": config.eval.sets[name].data(config.data)})

@@ -1,0 +1,82 @@
+"""The length of an epoch before anything is compiled for a run: by what an earlier start has compiled, else by the sizes of the files."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import ceil
+from pathlib import Path
+
+from trainer.config import Config
+from trainer.data.compile.fingerprint import fingerprint, hash_tokenizer
+from trainer.data.compile.inputs import find_train
+from trainer.data.compile.weights import kept_weights
+from trainer.data.dataset.manifest import read_manifest
+from trainer.data.order.bins import kept_bins, total
+from trainer.data.order.settings import train_order
+from trainer.data.source.files import SourceFile, expand, is_compressed, is_of_hub
+from trainer.errors import CapstanError
+from trainer.store import Store
+
+# Bytes of a file that become one token: of English text a token takes some four, and JSON about makes up for tokens added to it.
+BYTES_A_TOKEN = 4
+# Bytes of text in a byte of a file that is compressed, as Parquet is too.
+_COMPRESSED = 3
+
+
+@dataclass(frozen=True)
+class EpochLength:
+    """An epoch of a run's training data: its tokens, and the packed rows that they make, where that can be told.
+
+    `bins` are the very rows of the first epochs, where they have been counted. Without `compiled` all is estimated from
+    `file_bytes`, the size of the files.
+    """
+
+    tokens: int
+    rows: int | None
+    bins: tuple[int, ...] = ()
+    compiled: bool = False
+    file_bytes: int = 0
+
+
+def epoch_length(config: Config, tokenizer: Path, store: Store | None) -> EpochLength | None:
+    """The length of an epoch of the run; None where its files cannot be looked at, and for data sets of the Hub, which are not downloaded
+    for this.
+
+    `tokenizer` is the directory with its files, `store` the run's, or None where it does not answer.
+    """
+    if any(is_of_hub(source) for source in config.data.train):
+        return None
+    try:
+        files, part, data = find_train(config)
+    except CapstanError:  # files are missing, or have rows of no known format
+        try:
+            return _estimated(config, expand(config.data.train, "data.train"))
+        except CapstanError:
+            return None
+    if store is None:
+        return _estimated(config, files)
+    try:
+        named = partial(fingerprint, data, files, hash_tokenizer(tokenizer, config.model.add_tokens), part)
+        return _compiled(config, store, named(weighted=bool(kept_weights(store, named()))))
+    except CapstanError:  # it is not compiled, or the store fails
+        return _estimated(config, files)
+
+
+def _compiled(config: Config, store: Store, key: str) -> EpochLength:
+    manifest = read_manifest(store, key)
+    order = train_order(config)
+    weights = order.weights_for([source.tokens for source in manifest.sources])
+    tokens = sum(weight * source.tokens for weight, source in zip(weights, manifest.sources, strict=True))
+    documents = sum(weight * source.documents for weight, source in zip(weights, manifest.sources, strict=True))
+    rows = (tokens + documents * order.beside) / order.capacity if order.packing else documents
+    return EpochLength(round(tokens), ceil(rows), tuple(map(total, kept_bins(store, key, order))), compiled=True)
+
+
+def _estimated(config: Config, files: Sequence[SourceFile]) -> EpochLength:
+    order, sizes = train_order(config), [0] * len(config.data.train)
+    for file in files:
+        sizes[file.source] += file.size * (_COMPRESSED if is_compressed(file.key) else 1)
+    weighted = sum(weight * size for weight, size in zip(order.weights_for(sizes), sizes, strict=True))
+    tokens = weighted * (1 - config.data.held_out) / BYTES_A_TOKEN
+    rows = ceil(tokens / order.sequence_length) if order.packing else None
+    return EpochLength(round(tokens), rows, file_bytes=sum(file.size for file in files))

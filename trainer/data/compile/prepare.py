@@ -1,0 +1,252 @@
+"""From a run's inputs to compiled data: names the result, compiles what is missing.
+
+Happens before a process group exists: compiling can take long, and a collective would time out meanwhile. If the
+data has several chapters, a run needs only the first one to start; the process that owns its ranks may compile the
+others beside them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from math import ceil
+from typing import TYPE_CHECKING
+
+from trainer.base.find.locate import Base
+from trainer.base.find.tokenizer import read_tokenizer
+from trainer.config import Config
+from trainer.config.evaluation import UNNAMED
+from trainer.data.compile.compile import Progress, compile_chapters
+from trainer.data.compile.detection import describe_forms
+from trainer.data.compile.fingerprint import count_chapters, fingerprint, hash_tokenizer
+from trainer.data.compile.inputs import Input, find, find_evaluated, named
+from trainer.data.compile.pool import Mapper, mapper_for
+from trainer.data.compile.weights import find_weights, keep_weights, kept_weights
+from trainer.data.dataset.dataset import open_chapter
+from trainer.data.dataset.manifest import MANIFEST, DatasetManifest, damaged, read_manifest
+from trainer.data.order.bins import EpochBins, keep_bins, kept_bins, total
+from trainer.data.order.order import EpochPlan, nothing_visited, turns
+from trainer.data.order.settings import Order, train_order
+from trainer.data.render.labelled import one_kind
+from trainer.data.source.files import SourceFile
+from trainer.errors import DataError, NotFound
+from trainer.run import layout
+from trainer.store import Store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """Fingerprints of a run's compiled data, which any rank can open from the store.
+
+    `epochs` are the bins of each epoch, where `train.epochs` is what ends the run, of which the last may be a part only; `sets` are
+    those of `eval.sets`, by name.
+    """
+
+    train: str
+    eval: str | None
+    epochs: Sequence[EpochBins] = ()
+    sets: Mapping[str, str] = field(default_factory=dict)
+
+
+OnProgress = Callable[[str, Progress], None]
+
+
+def prepare(
+    config: Config,
+    base: Base,
+    store: Store,
+    progress: OnProgress = lambda what, now: None,
+    mapper: Mapper | None = None,
+) -> Datasets:
+    """Compile the run's training and evaluation data unless the store has them; `progress` gets the name in `find` too.
+
+    `mapper` encodes what is not small, by default on this machine's cores.
+
+    Raises:
+        DataError: a source is missing, unreadable, or holds nothing to learn from.
+    """
+    datasets, rest = prepare_start(config, base, store, progress, mapper)
+    for _ in rest:
+        pass
+    return datasets
+
+
+def prepare_start(
+    config: Config,
+    base: Base,
+    store: Store,
+    progress: OnProgress = lambda what, now: None,
+    mapper: Mapper | None = None,
+) -> tuple[Datasets, Iterator[int]]:
+    """`prepare` as far as a run needs to start. Iterating over the second value compiles the rest, a chapter at a time.
+
+    It yields the number of each chapter, and is empty where the data is one chapter, or where `train.epochs` ends the run: then
+    all bins have to be counted first.
+    """
+    inputs = find(config)
+    for what, sources in (("train", config.data.train), ("eval", config.data.eval)):
+        if forms := describe_forms(config.data, sources, inputs[what][0]) if sources else []:
+            progress(what, Progress(0, sum(file.size for file in inputs[what][0]), forms=forms))
+    keys = locate(config, base, store, inputs, progress)
+    compiling = {
+        what: _compile(config, base, store, what, key, inputs[what], progress, mapper) for what, key in keys.items()
+    }
+    rest = compiling.pop("train")
+    for evaluated in compiling.values():
+        for _ in evaluated:
+            pass
+    next(rest)
+    epochs: list[EpochBins] = []
+    if config.train.epochs:
+        for _ in rest:
+            pass
+        epochs = _epoch_bins(store, keys["train"], train_order(config), ceil(config.train.epochs))
+    return Datasets(keys["train"], keys.get("eval"), epochs, named(keys)), rest
+
+
+def prepare_evaluated(
+    config: Config, base: Base, store: Store, progress: OnProgress = lambda what, now: None
+) -> dict[str, str]:
+    """Compile the evaluation data alone; returns its fingerprints by the names of the sets, that of `data.eval` as "eval"."""
+    inputs = find_evaluated(config)
+    keys = locate(config, base, store, inputs, progress)
+    for what, key in keys.items():
+        for _ in _compile(config, base, store, what, key, inputs[what], progress, None):
+            pass
+    return ({UNNAMED: keys[UNNAMED]} if UNNAMED in keys else {}) | named(keys)
+
+
+def _compile(
+    config: Config,
+    base: Base,
+    store: Store,
+    what: str,
+    key: str,
+    given: Input,
+    progress: OnProgress,
+    mapper: Mapper | None,
+) -> Iterator[int]:
+    """Each chapter's number once it is compiled; the last one's where all are already."""
+    files, part, data = given
+    last = count_chapters(files) - 1
+    chapters = iter([last])
+    if not _is_compiled(store, key):
+        report = partial(progress, what)
+        who = mapper_for(sum(file.size for file in files), mapper)
+        chapters = compile_chapters(data, files, load_tokenizer(base), store, key, part, who, report)
+    for chapter in chapters:
+        if chapter == last:
+            manifest = read_manifest(store, key)
+            if len(manifest.sources) != files[-1].source + 1:
+                where = f"{store.sub(layout.dataset(key)).uri}/{MANIFEST}"
+                raise damaged(where, f"it has {len(manifest.sources)} sources, and the data {files[-1].source + 1}")
+            if what == "train":
+                _check_fractions(config, manifest)
+                _check_labels(manifest)
+        yield chapter
+
+
+def load_tokenizer(base: Base) -> "PreTrainedTokenizerBase":
+    """The run's tokenizer. Takes seconds of imports, so only what reads rows asks for it."""
+    return read_tokenizer(base.directory, base.name, base.added_tokens)
+
+
+def wait_until_prepared(config: Config, base: Base, store: Store, wait: Callable[[], None]) -> None:
+    """Return once another process has compiled the run's data into `store`; `wait` is called between two looks."""
+    for files, part, data in find(config).values():
+        name = partial(fingerprint, data, files, hash_tokenizer(base.directory, base.added_tokens), part)
+        while (weighted := kept_weights(store, name()) if _may_have_weights(files) else False) is None:
+            wait()
+        while not _is_compiled(store, name(weighted)):
+            wait()
+
+
+def _is_compiled(store: Store, key: str) -> bool:
+    try:
+        read_manifest(store, key)
+    except NotFound:
+        return False
+    return True
+
+
+def locate(
+    config: Config,
+    base: Base,
+    store: Store,
+    inputs: dict[str, Input] | None = None,
+    progress: OnProgress = lambda what, now: None,
+    keep: bool = True,
+) -> dict[str, str]:
+    """The fingerprint of each of the data sets of `find`: known before anything is compiled.
+
+    The rows of conversations are looked through for weights, once: what is found is kept in the store if `keep` says so.
+
+    Raises:
+        DataError: a source is missing, or a file as a whole is damaged.
+    """
+    tokenizer = hash_tokenizer(base.directory, base.added_tokens)
+    keys: dict[str, str] = {}
+    found: dict[tuple[SourceFile, ...], bool] = {}  # the same files may be split between both
+    for what, (files, part, data) in (find(config) if inputs is None else inputs).items():
+        keys[what] = plain = fingerprint(data, files, tokenizer, part)
+        if not _may_have_weights(files):
+            continue
+        weighted = kept_weights(store, plain)
+        if weighted is None:
+            same, size = tuple(files), sum(file.size for file in files)
+            if same not in found:
+                show = partial(_show_reading, progress, what, size)
+                found[same] = find_weights(files, show)
+            weighted = found[same]
+            if keep:
+                keep_weights(store, plain, weighted)
+        if weighted:
+            keys[what] = fingerprint(data, files, tokenizer, part, weighted)
+    return keys
+
+
+def _may_have_weights(files: Sequence[SourceFile]) -> bool:
+    return any(file.form is not None and file.form.kind == "chat" for file in files)
+
+
+def _show_reading(progress: OnProgress, what: str, size: int, read: int) -> None:
+    progress(what, Progress(min(read, size), size))
+
+
+def _check_fractions(config: Config, manifest: DatasetManifest) -> None:
+    """A chapter may lack a source, but not all of them."""
+    for index, (source, found) in enumerate(zip(config.data.train, manifest.sources, strict=True)):
+        if source.fraction is not None and not found.tokens:
+            raise DataError(f"data.train[{index}]: has a fraction of {source.fraction}, but no document. Remove it.")
+
+
+def _check_labels(manifest: DatasetManifest) -> None:
+    desired = manifest.counters.desired
+    if desired is not None and (sentence := one_kind(desired, manifest.documents)):
+        raise DataError(sentence)
+
+
+def _epoch_bins(store: Store, fingerprint: str, order: Order, epochs: int) -> list[EpochBins]:
+    """The bins of the first `epochs` epochs: planned once, and kept beside the data for the next start."""
+    bins = kept_bins(store, fingerprint, order)
+    if missing := range(len(bins), epochs):
+        chapters = read_manifest(store, fingerprint).chapters
+        bins += _count_bins(store, fingerprint, order, missing, chapters)
+        keep_bins(store, fingerprint, order, bins)
+    return bins[:epochs]
+
+
+def _count_bins(store: Store, fingerprint: str, order: Order, epochs: range, chapters: int) -> list[EpochBins]:
+    bins = {epoch: [list[int]()] * chapters for epoch in epochs}
+    for chapter in range(chapters):  # one at a time is in memory
+        data = open_chapter(store, fingerprint, chapter)
+        for epoch in epochs:
+            turn = turns(chapters, order.seed, epoch).index(chapter)
+            plan = EpochPlan(data.offsets, data.blocks, data.block_sources, order, epoch, turn)
+            bins[epoch][turn] = plan.count_bins()
+    for epoch, counted in bins.items():
+        if not total(counted):
+            raise nothing_visited(epoch, order)
+    return list(bins.values())

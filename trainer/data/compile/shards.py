@@ -1,0 +1,156 @@
+"""Writes token shards, and a journal of them by which a killed compilation goes on after its last shard."""
+
+import hashlib
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.data.compile.encode import BAD_ROWS_SHOWN, Encoded
+from trainer.data.dataset.binary import BLOCK, OFFSET, TOKEN
+from trainer.data.dataset.dataset import BLOCK_DOCUMENTS, BLOCK_TOKENS, SHARD_TOKENS
+from trainer.data.dataset.manifest import (
+    Count,
+    Counters,
+    FileRecord,
+    LeftOut,
+    Record,
+    ShardRecord,
+    add_left_out,
+    chapter_key,
+    unsealed,
+)
+from trainer.errors import Damaged, NotFound
+from trainer.store import Store
+
+
+class Place(Record):
+    """Where a compilation reads on in a source: batch `batch` of its file `file`, both from 0."""
+
+    file: Count = 0
+    batch: Count = 0
+
+
+class JournalEntry(Record):
+    """The state after a shard, by which a compilation goes on as if nothing had happened. `next` has a place for each source."""
+
+    shard: ShardRecord
+    next: list[Place]
+    counters: Counters
+    bad_rows: list[str]
+    left_out: dict[str, LeftOut] | None = None
+
+
+class ShardWriter:
+    """Collects encoded batches of one source after another, chapter after chapter, into shards.
+
+    Shards begin and end with a batch, so that a compilation can go on at one.
+    """
+
+    def __init__(self, folder: Store, sources: int) -> None:
+        self.counters = Counters()
+        self.bad_rows: list[str] = []
+        self.left_out: dict[str, LeftOut] = {}
+        self.shards: list[ShardRecord] = []
+        self.next = [Place()] * sources
+        self._folder = folder
+        self._resume()
+        self._source = 0
+        self.chapter = self.shards[-1].chapter if self.shards else 0
+        self._start()
+
+    @property
+    def documents(self) -> int:
+        return sum(shard.documents for shard in self.shards) + sum(len(batch.lengths) for batch in self._batches)
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards) + self._tokens
+
+    def _start(self) -> None:
+        self._batches: list[Encoded] = []
+        self._tokens = 0
+
+    def _resume(self) -> None:
+        """Go on after the last of the shards that the journal has without a gap; what is damaged is compiled again."""
+        while True:
+            key = _journal(len(self.shards))
+            try:
+                entry = unsealed(JournalEntry, self._folder.get(key), f"{self._folder.uri}/{key}")
+            except (NotFound, Damaged):
+                return
+            if len(entry.next) != len(self.next):
+                return
+            self.shards.append(entry.shard)
+            self.next, self.counters, self.bad_rows = entry.next, entry.counters, entry.bad_rows
+            self.left_out = entry.left_out or {}
+
+    def add(self, source: int, batch: Encoded, after: Place) -> None:
+        """Take the documents and the counts of the chapter's next batch; `after` is the place behind it in its source."""
+        if source != self._source or self._tokens + len(batch.tokens) > SHARD_TOKENS:
+            self.close()
+            self._source = source
+        self._batches.append(batch)
+        self._tokens += len(batch.tokens)
+        self.counters = self.counters.plus(batch.counters)
+        self.bad_rows = [*self.bad_rows, *batch.bad_rows][:BAD_ROWS_SHOWN]
+        add_left_out(self.left_out, batch.left_out)
+        self.next[source] = after
+
+    def close(self) -> None:
+        """Write the documents collected so far, if there are any, and note in the journal that they are written."""
+        if self._tokens:
+            number = len(self.shards)
+            self.shards.append(self._write(number))
+            entry = JournalEntry(
+                shard=self.shards[-1],
+                next=self.next,
+                counters=self.counters,
+                bad_rows=self.bad_rows,
+                left_out=self.left_out or None,
+            )
+            self._folder.put(_journal(number), entry.sealed())
+        self._start()
+
+    def forget(self) -> None:
+        """Remove the journal and the chapters' own manifests: the one of the whole says everything now."""
+        for number in range(len(self.shards)):
+            self._folder.delete(_journal(number))
+        for chapter in range(self.chapter):
+            self._folder.delete(chapter_key(chapter))
+
+    def _write(self, number: int) -> ShardRecord:
+        tokens = np.concatenate([batch.tokens for batch in self._batches])
+        lengths = np.concatenate([batch.lengths for batch in self._batches])
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        return ShardRecord(
+            source=self._source,
+            chapter=self.chapter,
+            documents=len(lengths),
+            tokens=len(tokens),
+            targets=sum(batch.targets for batch in self._batches),
+            tokens_file=self._put(f"tokens-{number:05d}.bin", tokens.astype(TOKEN).tobytes()),
+            documents_file=self._put(f"documents-{number:05d}.bin", offsets.astype(OFFSET).tobytes()),
+            blocks_file=self._put(f"blocks-{number:05d}.bin", describe_blocks(tokens, offsets).tobytes()),
+        )
+
+    def _put(self, key: str, content: bytes) -> FileRecord:
+        self._folder.put(key, content)
+        return FileRecord(key=key, size=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def _journal(shard: int) -> str:
+    return f"progress-{shard:05d}.json"
+
+
+def describe_blocks(tokens: NDArray[np.uint32], offsets: NDArray[np.int64]) -> NDArray[np.void]:
+    """The blocks of a shard, (blocks,) of `BLOCK`; `offsets` (documents + 1,) say where its documents begin."""
+    firsts = [0]
+    while firsts[-1] < len(offsets) - 1:
+        fitting = int(np.searchsorted(offsets, offsets[firsts[-1]] + BLOCK_TOKENS, side="right")) - 1
+        firsts.append(max(firsts[-1] + 1, min(firsts[-1] + BLOCK_DOCUMENTS, fitting)))
+    blocks = np.empty(len(firsts) - 1, BLOCK)
+    blocks["document"] = firsts[:-1]
+    parts = (tokens[begin:end] for begin, end in pairwise(offsets[firsts].tolist()))
+    blocks["sha256"] = [np.void(hashlib.sha256(part.astype(TOKEN).tobytes()).digest()) for part in parts]
+    return blocks

@@ -1,0 +1,121 @@
+"""Opens the chapters of a data set as a reader comes near them, and waits for those that are still compiled.
+
+The process that compiles them owns the ranks (launcher/drive/driver.py): when it cannot go on it leaves its reason in the run's
+folder, and when it is killed without a word the ranks end with it. So a wait needs no time limit and no other sign of life.
+"""
+
+import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import lru_cache
+
+from trainer.data.dataset.dataset import Dataset, Reads, open_chapter
+from trainer.data.dataset.manifest import read_manifest
+from trainer.errors import CapstanError, Damaged, DataError, NotFound, Stopped
+from trainer.run import layout
+from trainer.store import Store
+
+LOOK_SECONDS = 2.0
+# The one before, the one in use, and as many as the windows that are read ahead may be in.
+_OPEN = 4
+
+
+class Chapters:
+    """`count` chapters. `open_chapter` opens one, or raises `NotFound` until it is compiled.
+
+    At most four are held. `given_up` gives the reason once no more of them will be compiled. `reads` says what reading them
+    had to repeat.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        open_chapter: Callable[[int], Dataset],
+        given_up: Callable[[], CapstanError | None] = lambda: None,
+        reads: Reads | None = None,
+    ) -> None:
+        self.count, self.reads = count, reads or Reads()
+        self._needed: list[int] = []
+        self._uncompiled: set[int] = set()
+        self._open_chapter, self._given_up = open_chapter, given_up
+        self._closed = threading.Event()
+        self._pool = ThreadPoolExecutor(_OPEN, "chapters")
+        self._opening = lru_cache(maxsize=_OPEN)(self._open)
+
+    def get(self, chapter: int) -> Dataset:
+        """The chapter, however long it takes to be compiled.
+
+        Raises:
+            DataError, Stopped: it will not be.
+            StorageError: it cannot be read, or is damaged.
+        """
+        self._needed.append(chapter)
+        try:
+            return self._opening(chapter).result()
+        finally:
+            self._needed.remove(chapter)
+
+    @property
+    def awaited(self) -> bool:
+        """Whether somebody waits for a chapter that is not compiled yet."""
+        return not self._uncompiled.isdisjoint(self._needed)
+
+    def has(self, chapter: int) -> bool:
+        """Whether `get` would not wait; if it would, the chapter is opened in the background."""
+        opening = self._opening(chapter)
+        return opening.done() and opening.exception() is None
+
+    def close(self) -> None:
+        """End all waits: nobody needs what they are for."""
+        self._closed.set()
+
+    def _open(self, chapter: int) -> Future[Dataset]:
+        return self._pool.submit(self._wait_for, chapter)
+
+    def _wait_for(self, chapter: int) -> Dataset:
+        while True:
+            error = self.reads.patiently(self._given_up)  # first: no chapter comes after it, so all ranks find the same
+            try:
+                data = self.reads.patiently(lambda: self._open_chapter(chapter))
+            except NotFound:
+                if error is not None:
+                    raise error from None
+                self._uncompiled.add(chapter)
+            else:
+                self._uncompiled.discard(chapter)
+                return replace(data, reads=self.reads)
+            if self._closed.wait(LOOK_SECONDS):
+                raise CancelledError
+
+
+def whole(dataset: Dataset) -> Chapters:
+    """A data set as a single chapter, as which it is evaluated."""
+    return Chapters(1, lambda _: dataset, reads=dataset.reads)
+
+
+def open_chapters(store: Store, fingerprint: str, run: Store) -> Chapters:
+    """The chapters of a data set for the ranks of `run`; the first one is there."""
+
+    def open_one(chapter: int) -> Dataset:
+        return open_chapter(store, fingerprint, chapter)
+
+    count = read_manifest(store, fingerprint, chapter=0).chapters
+    return Chapters(count, open_one, lambda: _given_up(run))
+
+
+def give_up(run: Store, error: BaseException) -> None:
+    """Tell the ranks of `run` that no more of its data will be compiled, as they may be waiting for it."""
+    reason = {"reason": str(error), "stopped": isinstance(error, Stopped)}
+    run.put(layout.NO_MORE_DATA, json.dumps(reason).encode())
+
+
+def _given_up(run: Store) -> CapstanError | None:
+    try:
+        given = json.loads(run.get(layout.NO_MORE_DATA))
+        return (Stopped if given["stopped"] else DataError)(given["reason"])
+    except NotFound:
+        return None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Damaged(f"{run.uri}/{layout.NO_MORE_DATA} is damaged: it does not say why the data ends.") from error

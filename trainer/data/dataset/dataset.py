@@ -1,0 +1,224 @@
+"""The compiled data set: its format, and verified reading of it. `docs/data-format.md` describes it for other tools.
+
+A folder holds shards of documents and a manifest, written last. Shard i is three files: `tokens-i.bin`, the tokens of
+its documents end to end; `documents-i.bin`, where each begins; `blocks-i.bin`, the first document and a SHA-256 of every
+block. A block is the unit of reading and of checking: up to 256 documents and, unless one document alone is longer, up to
+1 MiB of tokens. Shards belong to chapters: a large data set has several, and each can be opened as soon as it is compiled.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.data.dataset.binary import BLOCK, OFFSET, TOKEN
+from trainer.data.dataset.manifest import DatasetManifest, FileRecord, ShardRecord, damaged, read_manifest
+from trainer.errors import Damaged, NotFound, Unreachable
+from trainer.run import layout
+from trainer.store import Buffer, Store
+
+BLOCK_DOCUMENTS = 256
+BLOCK_TOKENS = 2**18
+SHARD_TOKENS = 2**24
+# Enough requests in flight to hide a bucket's latency.
+_READERS = 16
+# A store that restarts, or a gateway that is replaced, takes minutes; a run's ranks wait for it together.
+_PATIENCE_SECONDS = 300.0
+_FIRST_PAUSE_SECONDS = 0.25
+_LONGEST_PAUSE_SECONDS = 5.0
+
+T = TypeVar("T")
+
+
+@dataclass
+class Reads:
+    """Counts what reading had to repeat: requests because the store failed, blocks because their hash differed."""
+
+    retried: int = 0
+    refetched: int = 0
+
+    @property
+    def repeated(self) -> int:
+        return self.retried + self.refetched
+
+    def patiently(self, request: Callable[[], T]) -> T:
+        """A request that is repeated while the store is out of reach: it may be restarting."""
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        pause = _FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                return request()
+            except Unreachable:
+                if time.monotonic() + pause > deadline:
+                    raise
+                self.retried += 1
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Some blocks in memory: `parts` has for each of `numbers` its (tokens,) uint32, with `TARGET_BIT` set on trained ones."""
+
+    dataset: "Dataset"
+    numbers: NDArray[np.int64]
+    parts: list[NDArray[np.uint32]]
+
+    def gather(self, documents: NDArray[np.int64]) -> NDArray[np.uint32]:
+        """The tokens of `documents`, end to end in their order."""
+        data, firsts = self.dataset, self.dataset.blocks[self.numbers]
+        index = np.searchsorted(firsts, documents, side="right") - 1
+        block_starts = data.offsets[firsts[index]]
+        begins = (data.offsets[documents] - block_starts).tolist()
+        ends = (data.offsets[documents + 1] - block_starts).tolist()
+        parts = (self.parts[block] for block in index.tolist())
+        return np.concatenate([part[begin:end] for part, begin, end in zip(parts, begins, ends, strict=True)])
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """An opened data set, or a chapter of one. Documents are numbered through its shards, and so are blocks.
+
+    Attributes:
+        manifest: with no shards but those that are open.
+        store: the folder of the data set.
+        offsets: (documents + 1,) int64, where each document begins in the data set, in tokens, and the end.
+        blocks: (blocks + 1,) int64, the first document of each block, and the number of documents.
+        block_shards: (blocks,) int32, the shard that each block lies in.
+        digests: the SHA-256 of each block's tokens.
+        first_document: the number that its first document has in the whole data set.
+        reads: what reading had to repeat.
+    """
+
+    manifest: DatasetManifest
+    store: Store
+    offsets: NDArray[np.int64]
+    blocks: NDArray[np.int64]
+    block_shards: NDArray[np.int32]
+    digests: list[bytes]
+    first_document: int = 0
+    reads: Reads = field(default_factory=Reads)
+
+    @property
+    def block_sources(self) -> NDArray[np.int32]:
+        """(blocks,) int32, the source that each block's documents come from."""
+        return np.array([shard.source for shard in self.manifest.shards], np.int32)[self.block_shards]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """(documents,) int64, tokens of each document."""
+        return np.diff(self.offsets)
+
+    def read(self, numbers: NDArray[np.int64]) -> Blocks:
+        """The blocks of these `numbers`, which rise.
+
+        Raises:
+            StorageError: a block is not what was written, also after a second attempt, or the store is out of reach.
+        """
+        by_shard: dict[int, list[int]] = {}
+        for block in numbers.tolist():
+            by_shard.setdefault(int(self.block_shards[block]), []).append(block)
+        with ThreadPoolExecutor(_READERS) as pool:
+            parts = [part for shard in pool.map(self._read_shard, by_shard, by_shard.values()) for part in shard]
+        # Blocks of a shard follow each other, and so do the shards: the parts are in the order of the numbers.
+        return Blocks(self, numbers, [np.frombuffer(part, TOKEN) for part in parts])
+
+    def _read_shard(self, shard: int, blocks: list[int]) -> list[Buffer]:
+        key = self.manifest.shards[shard].tokens_file.key
+        shard_start = self.offsets[self.blocks[np.searchsorted(self.block_shards, shard)]]
+        starts = ((self.offsets[self.blocks[blocks]] - shard_start) * TOKEN.itemsize).tolist()
+        ends = ((self.offsets[self.blocks[np.array(blocks) + 1]] - shard_start) * TOKEN.itemsize).tolist()
+        data = self.reads.patiently(lambda: self.store.get_ranges(key, starts, ends))
+        for index, (block, start, end) in enumerate(zip(blocks, starts, ends, strict=True)):
+            if not self._intact(block, data[index]):
+                self.reads.refetched += 1
+                data[index] = self.reads.patiently(lambda s=start, e=end: self.store.get_range(key, s, e))
+                if not self._intact(block, data[index]):
+                    raise Damaged(
+                        f"{self.store.uri}/{key}: bytes {start} to {end} are not what was written (their SHA-256 "
+                        f"differs). Delete {self.store.uri}, and the data is compiled again."
+                    )
+        return data
+
+    def _intact(self, block: int, raw: Buffer) -> bool:
+        return hashlib.sha256(raw).digest() == self.digests[block]
+
+
+def open_dataset(store: Store, fingerprint: str) -> Dataset:
+    """Open a compiled data set, whole; `store` is the root that runs share. Reads all lengths, but no tokens.
+
+    Raises:
+        NotFound: it is not there, or its manifest was not written yet.
+        StorageError: it is damaged, or of another format.
+    """
+    manifest = read_manifest(store, fingerprint)
+    return _open_shards(store, manifest, manifest.shards, 0)
+
+
+def open_chapter(store: Store, fingerprint: str, chapter: int) -> Dataset:
+    """Open one chapter of a data set; others may not be compiled yet.
+
+    Raises:
+        NotFound: the chapter is not compiled yet.
+        StorageError: it is damaged, or of another format.
+    """
+    manifest = read_manifest(store, fingerprint, chapter)
+    shards = [shard for shard in manifest.shards if shard.chapter == chapter]
+    before = sum(shard.documents for shard in manifest.shards if shard.chapter < chapter)
+    return _open_shards(store, manifest, shards, before)
+
+
+def _open_shards(store: Store, manifest: DatasetManifest, shards: list[ShardRecord], before: int) -> Dataset:
+    """The data set of these `shards` alone; so many documents lie `before` them."""
+    folder = store.sub(layout.dataset(manifest.fingerprint))
+    with ThreadPoolExecutor(_READERS) as pool:
+        offsets = list(pool.map(_reader(folder, OFFSET), [shard.documents_file for shard in shards]))
+        blocks = list(pool.map(_reader(folder, BLOCK), [shard.blocks_file for shard in shards]))
+    for shard, ends, firsts in zip(shards, offsets, blocks, strict=True):
+        _check_index(folder, shard, ends, firsts["document"])
+    # offsets: for each shard (documents + 1,) uint64 in tokens; blocks: for each shard (blocks,) of `BLOCK`.
+    lengths = np.concatenate([np.zeros(0, np.int64), *(np.diff(part.astype(np.int64)) for part in offsets)])
+    documents = np.array([shard.documents for shard in shards], np.int64)
+    firsts = np.cumsum(documents) - documents
+    starts = [first + part["document"].astype(np.int64) for first, part in zip(firsts, blocks, strict=True)]
+    return Dataset(
+        manifest=manifest.model_copy(update={"shards": shards}),
+        store=folder.failing_fast(),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        blocks=np.concatenate([*starts, [documents.sum()]]),
+        block_shards=np.repeat(
+            np.arange(len(blocks), dtype=np.int32), np.array([len(part) for part in blocks], np.int64)
+        ),
+        digests=[digest.tobytes() for part in blocks for digest in part["sha256"]],
+        first_document=before,
+    )
+
+
+def _reader(folder: Store, dtype: np.dtype) -> Callable[[FileRecord], NDArray]:
+    def read(file: FileRecord) -> NDArray:
+        where = f"{folder.uri}/{file.key}"
+        try:
+            data = folder.get(file.key)
+        except NotFound as error:  # a caller takes that for a data set that is not compiled yet, and waits
+            raise damaged(where, "it does not exist") from error
+        if len(data) != file.size or hashlib.sha256(data).hexdigest() != file.sha256:
+            raise damaged(where, "it is not what was written: its SHA-256 differs")
+        return np.frombuffer(data, dtype)
+
+    return read
+
+
+def _check_index(folder: Store, shard: ShardRecord, offsets: NDArray[np.uint64], firsts: NDArray[np.uint64]) -> None:
+    """Raises `Damaged` unless documents and blocks follow each other from the shard's first token to its last.
+
+    `offsets` (documents + 1,) are where its documents begin, in tokens, and the end; `firsts` (blocks,) each block's first.
+    """
+    borders = np.append(firsts, np.uint64(shard.documents))
+    whole = offsets[0] == 0 and offsets[-1] == shard.tokens and borders[0] == 0
+    if not whole or (offsets[1:] <= offsets[:-1]).any() or (borders[1:] <= borders[:-1]).any():
+        raise damaged(f"{folder.uri}/{shard.documents_file.key}", "its documents or blocks do not follow each other")

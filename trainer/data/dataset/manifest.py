@@ -1,0 +1,220 @@
+"""The manifest of a compiled data set, format 3: what it consists of, and the proof that it is whole.
+
+Each of the objects beside the tokens is JSON with a `sha256` of its own canonical form in it. Those written by earlier
+versions have none, and are only looked at for sense.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from trainer.errors import Damaged, NotFound, StorageError
+from trainer.run import layout
+from trainer.store import Store
+
+FORMAT = 3
+MANIFEST = "manifest.json"
+# Bytes of a token, of an offset and of a block in the binary files; see trainer/data/dataset/binary.py.
+_TOKEN, _OFFSET, _BLOCK = 4, 8, 40
+_SEAL = "sha256"
+_LEFT_OUT_NAMES, _LEFT_OUT_EXAMPLES = 20, 3
+
+R = TypeVar("R", bound="Record")
+Count = Annotated[int, Field(ge=0, lt=2**62)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Record(BaseModel):
+    """Something that is written as JSON beside the tokens."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    def sealed(self) -> bytes:
+        """Its JSON, without what is empty in most data sets: `None` has no key."""
+        tree = self.model_dump(mode="json", exclude_none=True)
+        return json.dumps({**tree, _SEAL: _digest(tree)}, indent=1, ensure_ascii=False).encode()
+
+
+def _digest(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def unsealed(kind: type[R], data: bytes, where: str) -> R:
+    """The record that `sealed` made bytes of. Raises `Damaged` for anything else; `where` names it."""
+    return _record(kind, _tree(data, where), where)
+
+
+def _tree(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        tree = json.loads(data)
+        if not isinstance(tree, dict):
+            raise ValueError("it is no object")
+        seal = tree.pop(_SEAL, None)
+        if seal is not None and seal != _digest(tree):
+            raise ValueError("its content does not match its sha256")
+    except (ValueError, RecursionError) as error:
+        raise damaged(where, str(error)) from error
+    return tree
+
+
+def _record(kind: type[R], tree: dict[str, Any], where: str) -> R:
+    try:
+        return kind.model_validate(tree, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise damaged(where, f"{place}: {first['msg']}".removeprefix(": ")) from error
+
+
+def damaged(where: str, reason: str) -> Damaged:
+    return Damaged(f"{where} is damaged ({reason}). Delete {where.rpartition('/')[0]}, and the data is compiled again.")
+
+
+class FileRecord(Record):
+    """An object of the data set: `key` in its folder, `size` in bytes, `sha256` in hex."""
+
+    key: str = Field(pattern=r"^\w[\w-]*(\.[\w-]+)*$")
+    size: Count
+    sha256: Sha256
+
+
+class ShardRecord(Record):
+    """A shard holds documents of one source in one chapter only."""
+
+    source: Count
+    chapter: Count
+    documents: Count
+    tokens: Count
+    targets: Count
+    tokens_file: FileRecord
+    documents_file: FileRecord
+    blocks_file: FileRecord
+
+    @model_validator(mode="after")
+    def _has_its_size(self) -> "ShardRecord":
+        sizes = self.tokens_file.size, self.documents_file.size, self.blocks_file.size % _BLOCK
+        if sizes != (_TOKEN * self.tokens, _OFFSET * (self.documents + 1), 0):
+            raise ValueError("the sizes of its files are not those of so many documents and tokens")
+        return self
+
+
+class SourceRecord(Record):
+    """The share of one source. `files` are its files' URIs."""
+
+    documents: Count = 0
+    tokens: Count = 0
+    targets: Count = 0
+    files: list[str] = []
+
+
+class Counters(Record):
+    """Counts of rows: all, those that are no documents, those that were cut to the sequence length, and, where rows have labels,
+    the desired answers that can be trained on."""
+
+    rows: Count = 0
+    bad_rows: Count = 0
+    dropped: Count = 0
+    truncated: Count = 0
+    split: Count = 0
+    without_targets: Count = 0
+    desired: Count | None = None
+
+    def plus(self, other: "Counters") -> "Counters":
+        both = {name: [count for count in (value, getattr(other, name)) if count is not None] for name, value in self}
+        return Counters(**{name: sum(counts) for name, counts in both.items() if counts})
+
+
+class LeftOut(Record):
+    """Rows that carry something which their text does not contain: how many, and the places of the first."""
+
+    rows: Count = 0
+    examples: list[str] = []
+
+
+def add_left_out(total: dict[str, LeftOut], more: Mapping[str, LeftOut]) -> None:
+    """Add to `total` what was found in the rows behind it. Rows can bring any number of names; the first ones are kept."""
+    for what, found in more.items():
+        if what in total or len(total) < _LEFT_OUT_NAMES:
+            known = total.get(what, LeftOut())
+            examples = [*known.examples, *found.examples][:_LEFT_OUT_EXAMPLES]
+            total[what] = LeftOut(rows=known.rows + found.rows, examples=examples)
+
+
+class DatasetManifest(Record):
+    """The content of a data set of so many `chapters`, or of those that are compiled so far.
+
+    `bad_rows` describes the first few of them, as `file:line: reason`. `left_out` is there where the chat template leaves
+    out something that rows carry.
+    """
+
+    format: Literal[3]
+    fingerprint: str
+    chapters: int = Field(ge=1, le=2**20)
+    documents: Count
+    tokens: Count
+    targets: Count
+    sources: list[SourceRecord]
+    shards: list[ShardRecord]
+    counters: Counters
+    bad_rows: list[str]
+    left_out: dict[str, LeftOut] | None = None
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> "DatasetManifest":
+        if any(shard.source >= len(self.sources) or shard.chapter >= self.chapters for shard in self.shards):
+            raise ValueError("a shard belongs to a source or a chapter that there is not")
+        if any(before.chapter > after.chapter for before, after in pairwise(self.shards)):
+            raise ValueError("its shards are not in the order of their chapters")
+        for name in ("documents", "tokens", "targets"):
+            found = [0] * len(self.sources)
+            for shard in self.shards:
+                found[shard.source] += getattr(shard, name)
+            if found != [getattr(source, name) for source in self.sources] or sum(found) != getattr(self, name):
+                raise ValueError(f"the {name} of its shards do not add up")
+        return self
+
+
+def parse_manifest(data: bytes, where: str, fingerprint: str) -> DatasetManifest:
+    """The manifest of the data set `fingerprint`.
+
+    Raises:
+        Damaged: it is not what was written, or that of another data set.
+        StorageError: it is of another format.
+    """
+    tree = _tree(data, where)
+    if isinstance(tree.get("format"), int) and tree["format"] != FORMAT:
+        raise StorageError(f"{where}: has format {tree['format']}, but {FORMAT} is needed. Delete it.")
+    manifest = _record(DatasetManifest, tree, where)
+    if manifest.fingerprint != fingerprint:
+        raise damaged(where, f"it is the manifest of the data set {manifest.fingerprint!r}")
+    return manifest
+
+
+def chapter_key(chapter: int) -> str:
+    """The manifest up to and with `chapter`, while later ones are still compiled."""
+    return f"chapter-{chapter:05d}.json"
+
+
+def read_manifest(store: Store, fingerprint: str, chapter: int | None = None) -> DatasetManifest:
+    """The manifest of a whole data set; where a `chapter` is given, one with this chapter and all before it suffices.
+
+    Raises:
+        NotFound: it was not written yet.
+        Damaged: it is not what was written.
+        StorageError: it is of another format.
+    """
+    folder = store.sub(layout.dataset(fingerprint))
+
+    def read(key: str) -> DatasetManifest:
+        return parse_manifest(folder.get(key), f"{folder.uri}/{key}", fingerprint)
+
+    if chapter is not None:
+        for key in (MANIFEST, chapter_key(chapter)):
+            with contextlib.suppress(NotFound):
+                return read(key)
+    return read(MANIFEST)  # also where it was written between the two looks, and the chapter's own removed

@@ -1,0 +1,227 @@
+"""Reads the messages and tools of a row, in OpenAI's or ShareGPT's form, as a chat template wants them."""
+
+import json
+import re
+from itertools import accumulate
+from typing import Any
+
+from trainer.data.format.spans import Span, joined, without
+from trainer.errors import DataError
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+# The roles of ShareGPT's form, also by the names that OpenAI's has and those of older files.
+_SHAREGPT = {
+    "human": "user",
+    "gpt": "assistant",
+    "system": "system",
+    "function_call": "assistant",
+    "observation": "tool",
+    **{role: role for role in _ROLES},
+    "chatgpt": "assistant",
+}
+_CALLS = "function_call"
+# Either says whether a message, or a part of its content, is trained; axolotl's files have the second.
+FLAGS = ("weight", "train")
+# Axolotl's list of ranges of a content's characters, each with whether it is trained; those in none are not.
+DETAIL = "train_detail"
+MASKS = (*FLAGS, DETAIL)
+"""The keys by which rows say what is trained of them."""
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""The keys of what an assistant thought before it answered."""
+UNTRAINED = "untrained"
+"""The key, here alone, of the ranges of a content's characters that are not trained: sorted, disjoint and not empty."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
+# Far above what the longest sequence can keep; it would take minutes and gigabytes to tokenize.
+LONGEST_TEXT = 16 * 2**20
+
+Message = dict[str, Any]
+"""One message as `role`, `content` and whatever else the template may use; with `weight: 0` where it is not trained, with `train: true`
+where it is though it is not the assistant's."""
+
+
+def read_messages(value: Any) -> list[Message]:
+    """Raises `DataError` with the turn, from 1, for what is no conversation."""
+    if not isinstance(value, list) or not value:
+        raise DataError(f"the messages are {_kind(value)}, and not a list with at least one message")
+    return [_message(message, turn) for turn, message in enumerate(value, 1)]
+
+
+def _message(message: Any, turn: int) -> Message:
+    if not isinstance(message, dict):
+        raise DataError(f"turn {turn} is {_kind(message)}, and not an object with role and content")
+    flags = _flags(message, turn)
+    if _is_sharegpts(message):
+        given, content, rest = message["from"], message.get("value"), {}
+        role, names = _role_of(given), tuple(_SHAREGPT)
+        if given == _CALLS:
+            rest, content = {"tool_calls": _written_calls(content, turn)}, ""
+    else:
+        given, content = message.get("role"), message.get("content")
+        rest = {key: value for key, value in message.items() if value is not None and key not in MASKS}
+        rest |= {key: _joined(rest[key], turn, key)[0] for key in THOUGHTS if key in rest}
+        role, names = given, _ROLES
+        if rest.get("tool_calls"):
+            rest["tool_calls"] = _tool_calls(rest["tool_calls"], turn)
+            content = content or ""  # a call needs no words
+    if role not in _ROLES:
+        raise DataError(f"turn {turn} has the role {given!r}; allowed are {', '.join(names)}")
+    content, silent = _joined(content, turn, "content")
+    content = text_of(content, f"content of turn {turn}")
+    if message.get(DETAIL) is not None:
+        silent = _not_in_detail(message[DETAIL], len(content), turn)
+    if flags.get("train") and role == "assistant":
+        del flags["train"]  # it says what holds anyway
+    return {**rest, **flags, **({UNTRAINED: silent} if silent else {}), "role": role, "content": content}
+
+
+def _joined(content: Any, turn: int, key: str) -> tuple[Any, list[Span]]:
+    """A content as text, and what of it is not trained: OpenAI's form may give it in parts.
+
+    Servers join parts by line breaks (vLLM's chat_utils.py). Parts that say whether they are trained are pieces of one text.
+    """
+    if not isinstance(content, list) or not content:
+        return content, []
+    texts, trained = [], []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text":
+            raise DataError(f"turn {turn} has a part of type {kind!r}; only parts of type 'text' can be trained on")
+        texts.append(text_of(part.get("text"), f"text of a part of turn {turn}"))
+        flags = _flags(part, turn)
+        trained.append(None if not flags else flags.get("weight") != 0)
+    if trained.count(None) == len(trained):
+        return "\n".join(texts), []
+    if key != "content":
+        raise DataError(f"turn {turn} has parts of its {key} with a flag, which only parts of a content may have")
+    ends = list(accumulate(map(len, texts)))
+    pieces = zip(texts, ends, trained, strict=True)
+    return "".join(texts), joined((end - len(text), end) for text, end, told in pieces if told is False and text)
+
+
+def _not_in_detail(detail: Any, length: int, turn: int) -> list[Span]:
+    """The ranges of a content that `train_detail` leaves untrained; its offsets are of characters, and the last one is in the range."""
+    spans = list[Span]()
+    for part in detail if isinstance(detail, list) else [detail]:
+        given = part if isinstance(part, dict) else {}
+        begin, end, told = (given.get(key) for key in ("begin_offset", "end_offset", "train"))
+        if not (type(begin) is int and type(end) is int and isinstance(told, bool) and 0 <= begin <= end < length):
+            raise DataError(
+                f"turn {turn} has a {DETAIL} that is no list of begin_offset, end_offset and train with offsets in its content"
+            )
+        if told:
+            spans.append((begin, end + 1))
+    return without([(0, length)], joined(spans))
+
+
+def _written_calls(content: Any, turn: int) -> list[Any]:
+    """ShareGPT's calls of tools: JSON of one with name and arguments, or of a list of them."""
+    calls = _json(text_of(content, f"content of turn {turn}"), f"calls of turn {turn}")
+    named = [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
+    return _tool_calls(named, turn)
+
+
+def _is_sharegpts(message: Message) -> bool:
+    return message.get("from") is not None and message.get("role") is None
+
+
+def own_keys(message: Message) -> set[str]:
+    """The keys of a row's message that its form gives a meaning; the template may know others, or not."""
+    return {*MASKS, *(("from", "value") if _is_sharegpts(message) else ("role", "content", "tool_calls"))}
+
+
+def is_masked(messages: Any) -> bool:
+    """Whether a row's messages say what is trained of them, or spoil the row. Takes whatever stands in their place."""
+    given = messages if isinstance(messages, list) else []
+    return any(_is_masked(message) for message in given if isinstance(message, dict))
+
+
+def _is_masked(message: dict[Any, Any]) -> bool:
+    content = message.get("content")
+    parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    return (
+        message.get(DETAIL) is not None
+        or any(message.get(flag) not in (None, 1) for flag in FLAGS)
+        or (message.get("train") is not None and not _is_assistants(message))
+        or any(part.get(flag) is not None for part in parts for flag in FLAGS)
+    )
+
+
+def is_trained(message: Message) -> bool:
+    """Whether OpenAI's `weight` lets a message be trained."""
+    return message.get("weight") != 0
+
+
+def untrained(message: Any) -> Any:
+    """The message as a part of a prompt."""
+    if not isinstance(message, dict):
+        return message
+    return {**message, "weight": 0} if _is_assistants(message) else {**message, "train": None}
+
+
+def _is_assistants(message: Message) -> bool:
+    return "assistant" in (message.get("role"), _role_of(message.get("from")))
+
+
+def _role_of(given: Any) -> str | None:
+    return _SHAREGPT.get(given) if isinstance(given, str) else None
+
+
+def _flags(message: Message, turn: int) -> Message:
+    """What the message, or a part of one, says of its being trained: a `weight`, whichever key gives it, and that it asks for it."""
+    for flag in FLAGS:
+        if message.get(flag) not in (None, 0, 1):
+            raise DataError(f"turn {turn} has the {flag} {message[flag]!r}; allowed are 0, which is not trained, and 1")
+    given = [message[flag] for flag in FLAGS if message.get(flag) is not None]
+    weight = {"weight": min(given)} if given else {}
+    return {**weight, "train": True} if weight.get("weight") and message.get("train") else weight
+
+
+def _tool_calls(calls: Any, turn: int) -> list[Any]:
+    """Calls as templates want them: OpenAI writes their arguments as a string of JSON."""
+    if not isinstance(calls, list):
+        raise DataError(f"the tool calls of turn {turn} are {_kind(calls)}, and not a list")
+    for call in calls:
+        if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
+            raise DataError(f"turn {turn} has a tool call that is {_kind(call)}, and not an object with a function")
+    return [
+        {**call, "function": {**call["function"], "arguments": _arguments(call["function"].get("arguments"), turn)}}
+        for call in calls
+    ]
+
+
+def _arguments(arguments: Any, turn: int) -> Any:
+    return _json(arguments, f"arguments of a call in turn {turn}") if isinstance(arguments, str) else arguments
+
+
+def read_tools(value: Any) -> list[dict[str, Any]] | None:
+    """The functions that a conversation may call: objects, or JSON of them."""
+    tools = _json(value, "tools") if isinstance(value, str) and value else value
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise DataError(f"the tools are {_kind(tools)}, and not a list of objects")
+    return tools
+
+
+def _json(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"the {name} are given as text that is not JSON ({error})") from error
+
+
+def text_of(value: Any, name: str) -> str:
+    """`value`, which messages call `name`. Raises `DataError` unless it is a string that can be tokenized."""
+    if not isinstance(value, str):
+        raise DataError(f"the {name} is {_kind(value)}, and not a string")
+    if len(value) > LONGEST_TEXT:
+        raise DataError(f"the {name} has {len(value):,} characters; at most {LONGEST_TEXT:,} are allowed")
+    if not value.isascii() and _SURROGATE.search(value):
+        raise DataError(f"the {name} has half of a surrogate pair in it, which is no character")
+    return value
+
+
+def _kind(value: Any) -> str:
+    return {"NoneType": "null", "list": "an empty list" if not value else "a list", "dict": "an object"}.get(
+        type(value).__name__, f"of type {type(value).__name__}"
+    )

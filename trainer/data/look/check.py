@@ -1,0 +1,290 @@
+"""A report on what a run's sources hold, before anything is compiled or trained."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trainer.config import Config, Data
+from trainer.data.compile.encode import RowEncoder, left_out_of
+from trainer.data.compile.inputs import Input
+from trainer.data.compile.pool import Mapper, mapper_for
+from trainer.data.dataset.binary import DESIRED_BIT
+from trainer.data.dataset.dataset import BLOCK_DOCUMENTS
+from trainer.data.dataset.manifest import LeftOut, add_left_out
+from trainer.data.format.formats import explicit_form
+from trainer.data.look.duplicates import Fingerprint, Seen
+from trainer.data.order.order import EpochPlan
+from trainer.data.order.settings import Order, train_order
+from trainer.data.render.chat import Turn
+from trainer.data.render.labelled import one_kind
+from trainer.data.source.files import SourceFile
+from trainer.data.source.part import Part
+from trainer.data.source.reading import batches
+from trainer.data.source.rows import BadRow, Batch, at
+from trainer.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_EXAMPLES = 5
+_REPLACEMENT = "\ufffd"
+
+
+@dataclass
+class Findings:
+    """The findings in the rows of one split. Counts are rows, unless they say otherwise.
+
+    Attributes:
+        bad_rows: could not be used; `bad_row_reasons` says why, and `bad_row_examples` the same in lines, one for equal reasons.
+        undecodable: not UTF-8, or with U+FFFD in it, which stands for bytes that once could not be decoded.
+        too_long: longer than data.sequence_length; `tokens_cut` are the tokens above it.
+        without_targets: nothing in them is trained, so they are left out.
+        desired: of those with labels that are not left out, the desired ones.
+        one_sided: without a user's or without an assistant's turn.
+        empty_turns: with a turn that says nothing.
+        odd_roles: one role twice in a row (but several tools may answer), or a system message after the first turn.
+        left_out: what rows carry and their text does not contain, such as calls that the chat template ignores.
+        unused_fields: fields of rows that `data.format` has no use for.
+        exact_duplicates, near_duplicates: like an earlier row of this split; `duplicate_examples` are (row, earlier row).
+        in_train: of evaluation rows, those that are trained on too, exactly or nearly.
+        fill: share of tokens in packed rows that are not padding, at this sequence length.
+    """
+
+    rows: int = 0
+    bad_rows: int = 0
+    undecodable: int = 0
+    documents: int = 0
+    tokens: int = 0
+    targets: int = 0
+    too_long: int = 0
+    tokens_cut: int = 0
+    without_targets: int = 0
+    desired: int = 0
+    one_sided: int = 0
+    empty_turns: int = 0
+    odd_roles: int = 0
+    exact_duplicates: int = 0
+    near_duplicates: int = 0
+    in_train: dict[str, int] | None = None
+    packed_rows: int = 0
+    fill: float = 0.0
+    lengths: dict[str, int] = field(default_factory=dict)
+    histogram: dict[int, int] = field(default_factory=dict)
+    left_out: dict[str, LeftOut] = field(default_factory=dict)
+    unused_fields: dict[str, LeftOut] = field(default_factory=dict)
+    bad_row_reasons: dict[str, LeftOut] = field(default_factory=dict)
+    bad_row_examples: list[str] = field(default_factory=list)
+    duplicate_examples: list[tuple[str, str]] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        named = {
+            name: {what: found.model_dump() for what, found in getattr(self, name).items()}
+            for name in ("left_out", "unused_fields", "bad_row_reasons")
+        }
+        return {**asdict(self), **named}
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """The findings by split, and why `capstan train` would refuse the data, if it would."""
+
+    splits: dict[str, Findings]
+    refusals: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**{what: found.to_json() for what, found in self.splits.items()}, "refusals": self.refusals}
+
+
+def check_data(
+    config: Config,
+    tokenizer: "PreTrainedTokenizerBase",
+    inputs: dict[str, Input],
+    progress: Callable[[str, int, int], None],
+    mapper: Mapper | None = None,
+) -> DataReport:
+    """Read and tokenize every row of `inputs` (see `inputs.find`); `progress` gets the split, bytes read and all bytes.
+
+    `mapper` reads the batches, by default as `mapper_for` says.
+
+    Raises:
+        ConfigError: the tokenizer cannot serve `data.format`.
+        DataError: a file as a whole is damaged.
+    """
+    trained = Seen()
+    splits: dict[str, Findings] = {}
+    refusals: list[str] = []
+    for what, (files, part, data) in inputs.items():
+        size = sum(file.size for file in files)
+        start = partial(_Inspector, data, tokenizer, part)
+        collected = _Collected(trained if what == "train" else Seen(), trained)
+        for inspected, read in (mapper or mapper_for(size))(_read(files), start):
+            collected.take(inspected)
+            progress(what, read, size)
+        splits[what] = collected.finish(replace(train_order(config), weights=(1.0,), fractions=(), seed=0))
+        refusals += _refusals(data, what, splits[what], files)
+    return DataReport(splits, refusals)
+
+
+def _read(files: list[SourceFile]) -> Iterator[tuple[Batch, int]]:
+    """Every batch, and how many bytes of all files were read by its end."""
+    before = 0
+    for file in files:
+        for batch in batches(file):
+            yield batch, before + batch.read
+        before += file.size
+
+
+@dataclass
+class _Inspected:
+    """The findings in one batch, the number of tokens of each of its documents, and the place and text of each."""
+
+    found: Findings = field(default_factory=Findings)
+    lengths: list[int] = field(default_factory=list)
+    texts: list[tuple[str, Fingerprint]] = field(default_factory=list)
+
+
+class _Inspector:
+    """Looks at batches one by one, in whatever process."""
+
+    def __init__(self, data: Data, tokenizer: "PreTrainedTokenizerBase", part: Part) -> None:
+        self._data = data
+        self._rows = RowEncoder(tokenizer, data)
+        self._part = part
+
+    def __call__(self, batch: Batch) -> _Inspected:
+        result = _Inspected()
+        found, limit = result.found, self._data.sequence_length
+
+        def bad(error: BadRow) -> None:
+            found.rows += 1
+            found.undecodable += "not UTF-8" in str(error)
+            _bad(found, error)
+
+        form = batch.form or explicit_form(self._data)
+        rows = self._part.rows(batch, bad)
+        for (where, row), example in zip(rows, self._rows.encode(form, [row for _, row in rows]), strict=True):
+            found.rows += 1
+            if isinstance(example, DataError):
+                _bad(found, at(where, example))
+                continue
+            add_left_out(found.left_out, left_out_of(example.left_out, where))
+            add_left_out(found.unused_fields, left_out_of(form.unused(row), where))
+            turns = self._rows.turns(form, row)
+            _converse(found, turns, form.kind)
+            # Many rows share a system message: it says nothing about whether they are alike.
+            spoken = "\n".join(turn.content for turn in turns if turn.role not in ("system", "developer"))
+            result.texts.append((where, Fingerprint.of(spoken)))
+            result.lengths.append(len(example.tokens))
+            found.documents += 1
+            found.tokens += len(example.tokens)
+            found.targets += int(example.targets.sum())
+            found.too_long += len(example.tokens) > limit
+            found.tokens_cut += max(0, len(example.tokens) - limit)
+            kept = example.cut(limit)
+            found.without_targets += not kept.teaches
+            found.desired += kept.teaches and bool(kept.stored()[0] & DESIRED_BIT)
+        return result
+
+
+def _converse(found: Findings, turns: list[Turn], kind: str) -> None:
+    roles = [turn.role for turn in turns]
+    if kind == "chat":
+        found.one_sided += not {"user", "assistant"} <= set(roles)
+        found.odd_roles += any(a == b != "tool" for a, b in pairwise(roles)) or "system" in roles[1:]
+    found.empty_turns += any(not turn.content.strip() and not turn.calls for turn in turns)
+    found.undecodable += any(_REPLACEMENT in turn.content for turn in turns)
+
+
+def _bad(found: Findings, error: BadRow) -> None:
+    found.bad_rows += 1
+    add_left_out(found.bad_row_reasons, {error.reason: LeftOut(rows=1, examples=[error.where])})
+
+
+def _line(reason: str, found: LeftOut) -> str:
+    rest = found.rows - len(found.examples)
+    return f"{', '.join(found.examples)}{f' and {rest:,} more rows' if rest else ''}: {reason}"
+
+
+class _Collected:
+    """The batches of a split, in their order; `seen` are its texts so far, `trained` those of the training data."""
+
+    def __init__(self, seen: Seen, trained: Seen) -> None:
+        self._seen = seen
+        self._trained = trained
+        self._found = Findings(in_train=None if seen is trained else {"exact": 0, "near": 0})
+        self._lengths: list[int] = []
+
+    def take(self, batch: _Inspected) -> None:
+        for name, value in vars(batch.found).items():
+            if isinstance(value, int):
+                setattr(self._found, name, getattr(self._found, name) + value)
+        add_left_out(self._found.left_out, batch.found.left_out)
+        add_left_out(self._found.unused_fields, batch.found.unused_fields)
+        add_left_out(self._found.bad_row_reasons, batch.found.bad_row_reasons)
+        self._lengths += batch.lengths
+        for where, text in batch.texts:
+            self._compare(where, text)
+
+    def _compare(self, where: str, text: Fingerprint) -> None:
+        found = self._found
+        if found.in_train is not None and (match := self._trained.find(text)):
+            found.in_train[match[0]] += 1
+            self._example(where, match[1])
+        if match := self._seen.find(text):
+            found.exact_duplicates += match[0] == "exact"
+            found.near_duplicates += match[0] == "near"
+            self._example(where, match[1])
+        else:
+            self._seen.add(text, where)
+
+    def _example(self, where: str, earlier: str) -> None:
+        if len(self._found.duplicate_examples) < _EXAMPLES:
+            self._found.duplicate_examples.append((where, earlier))
+
+    def finish(self, order: Order) -> Findings:
+        found, lengths = self._found, np.array(self._lengths, np.int64)
+        found.bad_row_examples = [_line(reason, same) for reason, same in found.bad_row_reasons.items()]
+        if len(lengths):
+            quantiles = {"min": 0, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1}
+            found.lengths = {name: int(np.quantile(lengths, q)) for name, q in quantiles.items()}
+            above = 2 ** np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
+            bounds, counts = np.unique(above, return_counts=True)
+            found.histogram = dict(zip(bounds.tolist(), counts.tolist(), strict=True))
+            found.packed_rows, found.fill = _pack(np.minimum(lengths[lengths > 0], order.sequence_length), order)
+        return found
+
+
+def _pack(lengths: np.ndarray, order: Order) -> tuple[int, float]:
+    """Packed rows of the documents, none of which is empty, and the share of their tokens that is no padding."""
+    if not len(lengths):
+        return 0, 0.0
+    blocks = np.array([*range(0, len(lengths), BLOCK_DOCUMENTS), len(lengths)])
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    bins = sum(EpochPlan(offsets, blocks, np.zeros(len(blocks) - 1, np.int32), order, epoch=0).count_bins())
+    return bins, round(int((lengths + order.beside).sum()) / (bins * order.capacity), 4)
+
+
+def _refusals(data: Data, what: str, found: Findings, files: list[SourceFile]) -> list[str]:
+    setting, refusals = what if what.startswith("eval.sets.") else f"data.{what}", []
+    if found.bad_rows and data.on_bad_row == "fail":
+        refusals.append(
+            f"{setting}: {found.bad_rows} bad rows, the first is {found.bad_row_examples[0]}. Correct them, or set "
+            "data.on_bad_row: skip."
+        )
+    if found.too_long and data.on_too_long == "fail":
+        refusals.append(
+            f"{setting}: {found.too_long} rows are longer than data.sequence_length: {data.sequence_length}. Raise it, or "
+            f"set data.on_too_long to {data.too_long_remedies}."
+        )
+    if found.documents == found.without_targets:
+        refusals.append(
+            f"{setting}: nothing to train on in {found.rows} rows of {len(files)} files. Check data.format, data.fields, "
+            "data.loss_on and data.sequence_length."
+        )
+    elif what == "train" and any(file.form and file.form.kind == "labelled" for file in files):
+        refusals += filter(None, [one_kind(found.desired, found.documents - found.without_targets)])
+    return refusals

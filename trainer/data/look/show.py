@@ -1,0 +1,205 @@
+"""A few rows of a run's data as the model sees them: which pieces of the text are trained, and what of a row did not get there.
+
+They are encoded as a compilation encodes them, one by one, so nothing is written and nothing else is read. Packed rows are those
+of the first documents alone: a run packs those of a whole window (`order`).
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import groupby, islice, takewhile
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.config import Config
+from trainer.data.compile.encode import Encoded, Encoder, RowEncoder
+from trainer.data.compile.inputs import Input
+from trainer.data.dataset.binary import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, REJECTED_BIT, TARGET_BIT
+from trainer.data.format.formats import Row, RowForm
+from trainer.data.format.left_out import in_words
+from trainer.data.order.pack import best_fit_decreasing
+from trainer.data.order.settings import train_order
+from trainer.data.source.part import EVERYTHING
+from trainer.data.source.reading import batches
+from trainer.data.source.rows import Batch, Decoded, printable
+from trainer.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_PACKED_ROWS = 4  # as many are filled, or fewer with the most rows that are looked at
+_MOST_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class TextPiece:
+    """Tokens that follow each other, all of them trained or none; a special token is a piece of its own."""
+
+    text: str
+    trained: bool
+    special: bool
+
+
+@dataclass(frozen=True)
+class SeenDocument:
+    """A document, or one of the two answers of one: its place, what it is of its row, its tokens, and which are trained."""
+
+    where: str
+    part: str
+    tokens: list[int]
+    trained: list[bool]
+    pieces: list[TextPiece]
+
+
+@dataclass(frozen=True)
+class SeenRow:
+    """A row of a source with its documents, or a packed row with those of several and its `padding`."""
+
+    where: str
+    form: str
+    documents: list[SeenDocument]
+    warnings: list[str]
+    padding: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class _Read(NamedTuple):
+    where: str
+    row: Row
+    form: RowForm
+
+
+class Viewer:
+    """Shows rows of one split of a run's data.
+
+    Raises:
+        ConfigError: the tokenizer cannot serve the rows.
+    """
+
+    def __init__(self, config: Config, tokenizer: "PreTrainedTokenizerBase", given: Input) -> None:
+        self._config, self._tokenizer = config, tokenizer
+        self._given = given
+        self._encoder = Encoder(given.data, tokenizer, EVERYTHING)
+        self._uncut = RowEncoder(tokenizer, given.data)
+        self._special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+    def rows(self, first: int, count: int) -> list[SeenRow]:
+        """`count` rows from the `first` on, from 1, of those that can be read.
+
+        Raises:
+            DataError: there are not so many.
+        """
+        shown = [self._seen(row) for row in islice(self._read(), first - 1, first - 1 + count)]
+        if not shown:
+            raise DataError(f"--row: there is no row {first} in this data, or none before it can be read.")
+        return shown
+
+    def packed(self, number: int) -> SeenRow:
+        """The packed row of this number, from 1, of those that the first documents fill.
+
+        Raises:
+            DataError: there are not so many.
+        """
+        order, places, stored = train_order(self._config), list[str](), list[NDArray[np.uint32]]()
+        for row in islice(self._read(), _MOST_ROWS):
+            documents = _split(self._encoded(row))
+            places += [row.where] * len(documents)
+            stored += documents
+            if sum(map(len, stored)) >= _PACKED_ROWS * order.sequence_length:
+                break
+        sizes = np.array([len(document) + order.beside for document in stored], np.int64)
+        longest_first, bins = np.argsort(-sizes, kind="stable"), np.arange(len(stored))
+        if order.packing:
+            bins[longest_first] = best_fit_decreasing(sizes[longest_first], order.capacity)
+        chosen = np.flatnonzero(bins == number - 1).tolist()
+        if not chosen:
+            raise DataError(
+                f"--row: the first {len(stored)} documents fill {len(set(bins))} packed rows, and {number} is none."
+            )
+        return SeenRow(
+            where=f"packed row {number}",
+            form="",
+            documents=[answer for index in chosen for answer in self._answers(places[index], stored[index])],
+            warnings=[f"packed of the first {len(stored):,} documents; a run packs those of a whole window"],
+            padding=order.capacity - int(sizes[chosen].sum()),
+        )
+
+    def _read(self) -> Iterator[_Read]:
+        def skip(error: DataError) -> None:
+            """Bad rows are counted by `capstan data check`."""
+
+        for file in self._given.files:
+            for batch in batches(file):
+                form = batch.form
+                assert form is not None
+                for where, row in self._given.part.rows(batch, skip):
+                    yield _Read(where, row, form)
+
+    def _encoded(self, read: _Read) -> Encoded:
+        uri, _, number = read.where.rpartition(":")
+        return self._encoder(Batch(uri, int(number), Decoded([read.row]), 0, read.form))
+
+    def _seen(self, read: _Read) -> SeenRow:
+        encoded = self._encoded(read)
+        stored, warnings = _split(encoded), _warnings(encoded, read)
+        (whole,) = self._uncut.encode(read.form, [read.row])
+        if not stored and not isinstance(whole, DataError):
+            stored = [whole.stored()]
+        documents = [answer for document in stored for answer in self._answers(read.where, document)]
+        return SeenRow(read.where, str(read.form), documents, warnings)
+
+    def _answers(self, where: str, stored: NDArray[np.uint32]) -> Iterator[SeenDocument]:
+        """The document, or each of its two answers."""
+        second = np.flatnonzero(stored & (REJECTED_BIT | MISMATCHED_BIT))
+        parts = ["", ""]
+        if (stored & REJECTED_BIT).any():
+            parts = ["chosen", "rejected"]
+        elif (stored & MISMATCHED_BIT).any() or stored[0] & DESIRED_BIT:
+            parts = ["desired" if stored[0] & DESIRED_BIT else "undesired", "mismatched"]
+        for part, answer in zip(parts, np.split(stored, second), strict=False):
+            tokens, trained = (answer & ID_BITS).tolist(), (answer & TARGET_BIT).astype(bool).tolist()
+            yield SeenDocument(where, part, tokens, trained, list(self._pieces(tokens, trained)))
+
+    def _pieces(self, tokens: list[int], trained: list[bool]) -> Iterator[TextPiece]:
+        """The text piece by piece: each is the rest of what the tokens up to its end are decoded to, as decoding a token alone may
+        lose white space before it."""
+
+        def kind(place: int) -> tuple[bool, int | None]:
+            return trained[place], place if tokens[place] in self._special else None
+
+        before = ""
+        for (is_trained, special), places in groupby(range(len(tokens)), kind):
+            end = max(places) + 1
+            text: Any = self._tokenizer.decode(tokens[:end], clean_up_tokenization_spaces=False)
+            yield TextPiece(text[len(_shared(before, text)) :], is_trained, special is not None)
+            before = text
+
+
+def _shared(one: str, other: str) -> str:
+    """The beginning that both have: the end of a piece may be half a character, which is decoded otherwise once it is whole."""
+    if other.startswith(one):
+        return one
+    return "".join(a for a, _ in takewhile(lambda two: two[0] == two[1], zip(one, other, strict=False)))
+
+
+def _split(encoded: Encoded) -> list[NDArray[np.uint32]]:
+    """The stored tokens of each document."""
+    return np.split(encoded.tokens, np.cumsum(encoded.lengths)[:-1]) if len(encoded.lengths) else []
+
+
+def _warnings(encoded: Encoded, read: _Read) -> list[str]:
+    counted = encoded.counters
+    said = [
+        (encoded.error, f"the run would end here: {encoded.error}"),
+        (encoded.bad_rows, f"a bad row, which is skipped: {'; '.join(encoded.bad_rows)}"),
+        (encoded.left_out, f"not in the text: {', '.join(map(in_words, encoded.left_out))}"),
+        (unused := read.form.unused(read.row), f"fields without a use: {', '.join(map(printable, unused))}"),
+        (counted.truncated, "cut to data.sequence_length"),
+        (counted.split, f"split into {len(encoded.lengths)} documents of data.sequence_length"),
+        (counted.dropped, "dropped, as it is longer than data.sequence_length"),
+        (counted.without_targets, "left out, as nothing of it is trained"),
+    ]
+    return [sentence for there, sentence in said if there]

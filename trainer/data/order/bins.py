@@ -1,0 +1,74 @@
+"""The bins of a run's epochs, which are counted once and kept beside the data, and the optimizer's steps that they make."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from fractions import Fraction
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+from trainer.data.dataset.manifest import Count, Record, unsealed
+from trainer.data.order.settings import Order
+from trainer.errors import Damaged, NotFound
+from trainer.run import layout
+from trainer.store import Store
+
+if TYPE_CHECKING:
+    from trainer.data.order.micro_batch import Position
+
+EpochBins = Sequence[Sequence[int]]
+"""The bins of each window of an epoch, for one chapter after the other in the order that the epoch takes them."""
+
+
+class Bins(Record):
+    """The `EpochBins` of the first epochs of a data set in an order."""
+
+    order: dict[str, Any]
+    epochs: list[list[list[Count]]]
+
+
+def kept_bins(store: Store, fingerprint: str, order: Order) -> list[EpochBins]:
+    """The bins of the first epochs, as far as an earlier start has counted them."""
+    folder, key = store.sub(layout.dataset(fingerprint)), _bins_key(order)
+    try:
+        return [*unsealed(Bins, folder.get(key), f"{folder.uri}/{key}").epochs]
+    except (NotFound, Damaged):  # what is damaged is counted again
+        return []
+
+
+def keep_bins(store: Store, fingerprint: str, order: Order, epochs: Sequence[EpochBins]) -> None:
+    """Keep the bins of the first epochs for `kept_bins`."""
+    folder = store.sub(layout.dataset(fingerprint))
+    plain = [[list(chapter) for chapter in epoch] for epoch in epochs]
+    folder.put(_bins_key(order), Bins(order=order.to_json(), epochs=plain).sealed())
+
+
+def _bins_key(order: Order) -> str:
+    settings = json.dumps(order.to_json(), sort_keys=True)
+    return f"bins-{hashlib.sha256(settings.encode()).hexdigest()[:20]}.json"
+
+
+def total(epoch: EpochBins) -> int:
+    return sum(map(sum, epoch))
+
+
+def before(epoch: EpochBins, position: "Position") -> int:
+    """The bins of `epoch` that lie before `position`, which is in this epoch."""
+    in_chapter = epoch[position.chapter] if position.chapter < len(epoch) else ()
+    return total(epoch[: position.chapter]) + sum(in_chapter[: position.window]) + position.bin
+
+
+def steps_of_epochs(
+    epoch_bins: Sequence[int], epochs: Fraction, global_batch: int, taken: Sequence[int] = ()
+) -> list[int]:
+    """The optimizer steps of each of `epochs` behind the bins that are `taken` of it; none are by default.
+
+    Where only a part of the last epoch is asked for, it has its first steps, rounded up to whole ones. `epochs` is the very number
+    that was given: 2.1 epochs of 30 steps are 63 steps, and would be 64 by the nearest binary numbers.
+    """
+    steps = list[int]()
+    for epoch, bins in enumerate(epoch_bins):
+        done = taken[epoch] if epoch < len(taken) else 0
+        asked = ceil(bins / global_batch) * min(Fraction(1), epochs - epoch) - Fraction(done, global_batch)
+        steps.append(max(0, min(ceil(asked), ceil((bins - done) / global_batch))))
+    return steps

@@ -1,0 +1,143 @@
+"""One packed row of a global step as a rank gets it, and where in the data a step begins."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
+from typing import Literal
+
+import torch
+
+from trainer.model.head import IGNORE
+from trainer.model.pinned import onto
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a global step begins: at a bin of a window of an epoch. It knows no ranks; a checkpoint stores it.
+
+    `chapter` counts the chapters in the order of the epoch; nearly every data set has but one.
+    """
+
+    epoch: int = 0
+    window: int = 0
+    bin: int = 0
+    chapter: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, int]) -> "Position":
+        return cls(**value)
+
+
+def _none(dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(0, dtype=dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """The input of one forward pass: one packed row of T tokens, micro_batch times a bin's capacity.
+
+    Attributes:
+        input_ids: (1, T) int32.
+        labels: (1, T) int32, already shifted: what each position must predict, `IGNORE` where that is nothing.
+        position_ids: (1, T) int32, from 0 in each segment.
+        cu_seqlens: (segments + 1,) int32, borders of the segments from 0 to T. A segment is a document, an answer of a
+            pair, a labelled or a mismatched answer, or the padding at the end of a bin.
+        max_seqlen: tokens of the longest segment.
+        tokens: tokens of documents, without the padding and what is reserved.
+        targets: labels that are not `IGNORE`.
+        bins: the positions of the bins in the row, without the empty ones.
+        documents: their documents, in the order of the row; a pair counts as one.
+        rejected: (pairs,) int32, the segments that are rejected answers; the segment before each is the chosen one.
+        beginnings: (documents,) int32, the segments that documents begin with.
+        desired: (documents,) bool, whether each is a labelled answer that is desired.
+        mismatched: (mismatched,) int32, the segments that are mismatched answers; see trainer/data/render/labelled.py.
+        survey: the figures that the losses of the step were found to need beforehand; see trainer/objective/objective.py.
+        reference: (documents, answers) fp32, log-probabilities of their answers by a stored reference, in nats; None
+            without one.
+        host: the same row on the host, for a row that is on a device: reading it makes nobody wait for the device.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    tokens: int
+    targets: int
+    bins: tuple[Position, ...]
+    documents: tuple[int, ...]
+    rejected: torch.Tensor = field(default_factory=partial(_none, torch.int32))
+    beginnings: torch.Tensor = field(default_factory=partial(_none, torch.int32))
+    desired: torch.Tensor = field(default_factory=partial(_none, torch.bool))
+    mismatched: torch.Tensor = field(default_factory=partial(_none, torch.int32))
+    survey: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
+    host: "MicroBatch | None" = None
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each segment."""
+        return _lengths((self.host or self).cu_seqlens)
+
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """(targets,) int64, the positions whose label is not `IGNORE`."""
+        return onto(_places((self.host or self).labels), self.labels.device)
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same row on `device`, with int64 for what the model and the loss take; half the bytes travel."""
+        return replace(
+            self,
+            input_ids=onto(self.input_ids, device).long(),
+            labels=onto(self.labels, device).long(),
+            position_ids=onto(self.position_ids, device).long(),
+            cu_seqlens=onto(self.cu_seqlens, device),
+            rejected=onto(self.rejected, device).long(),
+            beginnings=onto(self.beginnings, device).long(),
+            desired=onto(self.desired, device),
+            mismatched=onto(self.mismatched, device).long(),
+            survey=None if self.survey is None else self.survey.to(device),  # the device made it
+            reference=None if self.reference is None else onto(self.reference, device),
+            host=self,
+        )
+
+    def part(self, segments: Literal["beginnings", "mismatched"]) -> "PartOfRow":
+        """These of the row's segments alone, in rising order; the whole row where they are none, as a pass needs tokens."""
+        row, device = self.host or self, self.labels.device
+        chosen: torch.Tensor = getattr(row, segments).long()
+        if not len(chosen):
+            rows = self.input_ids, self.labels, self.position_ids
+            return PartOfRow(*rows, self.cu_seqlens, self.max_seqlen, self.lengths, self.places)
+        sizes = row.cu_seqlens.diff()
+        kept = torch.zeros(len(sizes), dtype=torch.bool)
+        kept[chosen] = True
+        places = torch.repeat_interleave(kept, sizes.long()).nonzero()[:, 0]
+        borders = torch.nn.functional.pad(sizes[chosen].cumsum(0), (1, 0)).to(row.cu_seqlens.dtype)
+        there = onto(places, device)
+        ids, trained, positions = (part[:, there] for part in (self.input_ids, self.labels, self.position_ids))
+        targets = onto(_places(row.labels[:, places]), device)
+        return PartOfRow(ids, trained, positions, onto(borders, device), self.max_seqlen, _lengths(borders), targets)
+
+
+@dataclass(frozen=True, eq=False)
+class PartOfRow:
+    """Some segments of a row, as `MicroBatch` has all of them; `max_seqlen` may be more than the longest."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    lengths: tuple[int, ...]
+    places: torch.Tensor
+
+
+def _lengths(borders: torch.Tensor) -> tuple[int, ...]:
+    return tuple(borders.diff().tolist())
+
+
+def _places(labels: torch.Tensor) -> torch.Tensor:
+    return (labels[0] != IGNORE).nonzero()[:, 0]

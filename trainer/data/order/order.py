@@ -1,0 +1,178 @@
+"""The order of an epoch: which documents share a bin, and in which order bins are used.
+
+A window of an epoch is a pure function of (lengths and blocks of its chapter, the order's settings, epoch, number of the
+window). It knows no ranks, so any number of them takes the same bins in the same global order; and no other window, so
+a run resumes by planning the one it stopped in.
+
+    chapters of the data set, one after the other
+    -> blocks of a chapter's documents -> seeded permutation -> windows of 64 blocks -> bins, packed in a window
+    -> seeded permutation of the bins in a window
+
+Nearly every data set is one chapter. Where there are several, the first epoch takes each as soon as it is compiled.
+
+Documents are read in blocks, so that reading is a few long ranges; a window is what a rank holds in memory.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.data.order.pack import best_fit_decreasing
+from trainer.data.order.settings import Order
+from trainer.errors import DataError
+
+WINDOW_BLOCKS = 64
+
+_BLOCKS, _TIES, _BINS, _PHASE, _CHAPTERS = 1, 2, 3, 4, 5
+
+
+def splitmix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The output function of SplitMix64 (Steele, Lea, Flood 2014), element by element.
+
+    Our own, because the order must not move with a library: NumPy does not promise the stream of a Generator.
+    """
+    with np.errstate(over="ignore"):
+        values = values + np.uint64(0x9E3779B97F4A7C15)
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return values ^ (values >> np.uint64(31))
+
+
+def hash_key(*parts: int) -> np.uint64:
+    """One 64-bit hash of a few non-negative integers."""
+    key = np.zeros(1, np.uint64)
+    for part in parts:
+        key = splitmix64(key ^ np.uint64(part))
+    return key[0]
+
+
+def permutation(count: int, *key: int) -> NDArray[np.int64]:
+    """The permutation of range(count) that `key` stands for."""
+    return np.argsort(splitmix64(np.arange(count, dtype=np.uint64) ^ hash_key(*key)), kind="stable")
+
+
+def turns(chapters: int, seed: int, epoch: int) -> list[int]:
+    """The chapters in the order that an epoch takes them: the first one, as they are compiled."""
+    return permutation(chapters, seed, epoch, _CHAPTERS).tolist() if epoch else list(range(chapters))
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """`blocks` (at most 64,) int64 are the blocks to read, sorted; bin k holds `documents[borders[k] : borders[k + 1]]`."""
+
+    blocks: NDArray[np.int64]
+    documents: NDArray[np.int64]
+    borders: NDArray[np.int64]
+
+    @property
+    def num_bins(self) -> int:
+        return len(self.borders) - 1
+
+    def bin(self, k: int) -> NDArray[np.int64]:
+        """Documents of bin k in the order they are laid into the row, (documents,) int64."""
+        return self.documents[self.borders[k] : self.borders[k + 1]]
+
+
+class EpochPlan:
+    """The windows of one epoch in one chapter.
+
+    Args:
+        offsets: (documents + 1,) int64, where each document begins in the chapter, in tokens, and the end.
+        blocks: (blocks + 1,) int64, the first document of each block, and the number of documents.
+        block_sources: (blocks,) int32, the source that a block's documents come from.
+        turn: the place of the chapter in the order that the epoch takes them, from 0.
+
+    At weight 1 every document is in exactly one bin of every epoch.
+    """
+
+    def __init__(
+        self,
+        offsets: NDArray[np.int64],
+        blocks: NDArray[np.int64],
+        block_sources: NDArray[np.int32],
+        order: Order,
+        epoch: int,
+        turn: int = 0,
+    ) -> None:
+        self._offsets = offsets
+        self._blocks = blocks
+        self._order = order
+        self.epoch = epoch
+        self._key = epoch + (turn << 32)  # chapters of the same size are not permuted alike
+        tokens = np.bincount(block_sources, np.diff(offsets[blocks]), minlength=len(order.weights))
+        weights = order.weights_for(tokens.astype(np.int64).tolist())
+        self._block_weights = np.asarray(weights, np.float64)[block_sources]
+        # Each visit is a block with all its documents, or with those whose turn the fraction of the weight is.
+        whole = np.floor(self._block_weights).astype(np.int64)
+        partial = self._block_weights > whole
+        # The blocks of a large source take turns as wholes: a small share of it must not mean to read all of it.
+        for source in np.flatnonzero(np.bincount(block_sources[partial]) >= WINDOW_BLOCKS):
+            mine = np.flatnonzero(block_sources == source)
+            phase = (permutation(len(mine), order.seed, _PHASE, int(source)) + 0.5) / len(mine)
+            whole[mine] = _visits(phase, weights[source], epoch)
+            partial[mine] = False
+        partial = np.flatnonzero(partial)
+        visits = np.concatenate([np.repeat(np.arange(len(whole)), whole), partial])
+        is_partial = np.arange(len(visits)) >= whole.sum()
+        sequence = permutation(len(visits), order.seed, self._key, _BLOCKS)
+        self._visits, self._is_partial = visits[sequence], is_partial[sequence]
+        self.window = lru_cache(maxsize=4)(self._window)
+
+    @property
+    def num_windows(self) -> int:
+        return -(-len(self._visits) // WINDOW_BLOCKS)
+
+    def count_bins(self) -> list[int]:
+        """The bins of each window. Packs all of the chapter: about a second for three million documents."""
+        return [self._window(index).num_bins for index in range(self.num_windows)]
+
+    def _window(self, index: int) -> Window:
+        part = slice(index * WINDOW_BLOCKS, (index + 1) * WINDOW_BLOCKS)
+        visits, is_partial = self._visits[part], self._is_partial[part]
+        documents = np.concatenate([self._documents(int(b), bool(p)) for b, p in zip(visits, is_partial, strict=True)])
+        documents = documents[permutation(len(documents), self._order.seed, self._key, _TIES, index)]
+        if self._order.packing:
+            lengths = self._offsets[documents + 1] - self._offsets[documents]
+            longest_first = np.argsort(-lengths, kind="stable")
+            documents = documents[longest_first]
+            bins = best_fit_decreasing(lengths[longest_first] + self._order.beside, self._order.capacity)
+        else:
+            bins = np.arange(len(documents))
+        sizes = np.bincount(bins)
+        sequence = permutation(len(sizes), self._order.seed, self._key, _BINS, index)
+        place = np.empty_like(sequence)
+        place[sequence] = np.arange(len(sequence))
+        return Window(
+            blocks=np.unique(visits),
+            documents=documents[np.argsort(place[bins], kind="stable")],
+            borders=np.concatenate([[0], np.cumsum(sizes[sequence])]).astype(np.int64),
+        )
+
+    def _documents(self, block: int, is_partial: bool) -> NDArray[np.int64]:
+        documents = np.arange(self._blocks[block], self._blocks[block + 1], dtype=np.int64)
+        if not is_partial:
+            return documents
+        weight = self._block_weights[block]
+        # 32 bits keep the sum of phase and visits exact in a double.
+        phase = (
+            splitmix64(documents.astype(np.uint64) ^ hash_key(self._order.seed, _PHASE)) >> np.uint64(32)
+        ) * 2.0**-32
+        return documents[_visits(phase, weight, self.epoch) > np.floor(weight)]
+
+
+def _visits(phase: NDArray[np.floating], weight: float, epoch: int) -> NDArray[np.int64]:
+    """Visits in an epoch of what has a `phase` in [0, 1): one whenever phase + epochs * weight passes an integer.
+
+    So after any number of epochs the visits are within one of their due.
+    """
+    return (np.floor(phase + (epoch + 1) * weight) - np.floor(phase + epoch * weight)).astype(np.int64)
+
+
+def nothing_visited(epoch: int, order: Order) -> DataError:
+    """The error of an epoch whose weights leave no document in it."""
+    return DataError(
+        f"data.train: epoch {epoch} visits no document, as weights of {', '.join(map(str, order.weights))} are too "
+        "small for so few documents. Raise a weight."
+    )

@@ -1,0 +1,80 @@
+"""The settings of a run that the order of its data depends on; trainer/data/order/order.py makes the order of them."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from trainer.config import Config
+from trainer.data.dataset.manifest import DatasetManifest
+from trainer.objective.objective import segments_of
+from trainer.tuning.method import method_of
+
+VERSION = 2
+"""Changes whenever the same data and settings would give another order: a checkpoint's position is worth nothing then."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """The settings that the order depends on, beside the data set and the epoch.
+
+    `weights` are visits an epoch of each source's documents. A part of a visit takes turns: at 0.5 a document is visited in
+    every second epoch, and half of the documents in each. A source that has one of `fractions` gets this share of the tokens
+    instead. `sequence_length` is a bin's capacity in tokens; `packing` False gives every document a bin of its own. Before each of
+    a document's `segments` lie `reserved` positions; a bin has room for those of one document of `sequence_length` tokens.
+    """
+
+    weights: tuple[float, ...]
+    sequence_length: int
+    packing: bool
+    seed: int
+    fractions: tuple[float | None, ...] = ()
+    reserved: int = 0
+    segments: int = 1
+
+    @property
+    def beside(self) -> int:
+        """Positions that a document takes beside its tokens."""
+        return self.reserved * self.segments
+
+    @property
+    def capacity(self) -> int:
+        """Positions of a bin."""
+        return self.sequence_length + self.beside
+
+    def weights_for(self, tokens: Sequence[int]) -> list[float]:
+        """The weight of each source of a chapter that has so many `tokens` of it; 0 for a fraction of nothing."""
+        fractions = self.fractions or (None,) * len(self.weights)
+        sources = list(zip(self.weights, fractions, tokens, strict=True))
+        plain = sum(weight * size for weight, fraction, size in sources if fraction is None)
+        total = plain / (1 - sum(fraction or 0 for fraction in fractions))
+        return [
+            weight if fraction is None else fraction * total / size if size else 0.0
+            for weight, fraction, size in sources
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        lists = {"weights": list(self.weights), "fractions": list(self.fractions)}
+        tree = {"version": VERSION, **asdict(self), **lists}
+        if not self.reserved:  # as before there were any
+            del tree["reserved"], tree["segments"]
+        return tree
+
+
+def train_order(config: Config) -> Order:
+    """The order of a run's training data."""
+    data = config.data
+    weights, fractions = (source.weight for source in data.train), (source.fraction for source in data.train)
+    return Order(
+        tuple(weights),
+        data.sequence_length,
+        data.packing,
+        config.run.seed,
+        tuple(fractions),
+        reserved=method_of(config).virtual.reserved,
+        segments=segments_of(config),
+    )
+
+
+def eval_order(config: Config, manifest: DatasetManifest) -> Order:
+    """Every document once, in an order that the run's seed does not move."""
+    return replace(train_order(config), weights=(1.0,) * len(manifest.sources), fractions=(), seed=0)

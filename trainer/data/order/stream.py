@@ -1,0 +1,307 @@
+"""Gives each rank its part of every global step, as packed rows.
+
+A global step takes the next `global_batch` bins of the epoch's plan. Which rank gets which of them follows from
+arithmetic alone, so the documents of a step never depend on the number of ranks, and a position is four integers.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from trainer.config import Config
+from trainer.data.dataset.binary import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, REJECTED_BIT, TARGET_BIT
+from trainer.data.dataset.chapters import Chapters, whole
+from trainer.data.dataset.dataset import Dataset
+from trainer.data.order.micro_batch import MicroBatch, Position
+from trainer.data.order.order import EpochPlan, Window, nothing_visited, turns
+from trainer.data.order.settings import Order, eval_order, train_order
+from trainer.model.head import IGNORE
+
+WINDOWS_AHEAD = 2
+_LOOK_SECONDS = 5.0
+# Any id does: padding is a segment of its own and has no targets.
+PAD = 0
+
+
+# A window: its epoch, the place of its chapter in the order of the epoch, and its number in the chapter.
+WindowPlace = tuple[int, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class _Loaded:
+    """A window in memory: the `tokens` of its documents in the plan's order, and `offsets` (documents + 1,) of where each begins.
+
+    Documents have their `numbers` in the whole data set.
+    """
+
+    plan: Window
+    numbers: NDArray[np.int64]
+    tokens: NDArray[np.uint32]
+    offsets: NDArray[np.int64]
+
+
+class Stream:
+    """One rank's view of a data set, chapter by chapter, in one order.
+
+    A rank's `accumulation`, the micro-batches of a step, is derived: global_batch / (world_size * micro_batch), rounded
+    up. In memory are the window in use and the two after it, read in the background, and for a moment the one before: at
+    most 4 x 64 MiB of tokens, unless single documents are longer than a block. Nothing is read ahead beyond `epochs`.
+
+    `reference` may be set before the first step is read: (documents, answers) fp32 of the whole data set, from which each
+    row gets its own.
+    """
+
+    reference: NDArray[np.float32] | None = None
+
+    def __init__(
+        self,
+        chapters: Chapters,
+        order: Order,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        epochs: int | None = None,
+    ) -> None:
+        assert 0 <= rank < world_size
+        self.accumulation = -(-global_batch // (world_size * micro_batch))
+        self.chapters = chapters
+        self._order = order
+        self._global_batch = global_batch
+        self._micro_batch = micro_batch
+        self._rank = rank
+        self._world_size = world_size
+        self._epochs = epochs
+        self._padding = np.full(order.capacity, PAD, np.uint32)
+        self._numbers = np.arange(micro_batch * order.capacity, dtype=np.int32)
+        # The windows ahead may be of the next chapter or epoch.
+        self._plan = lru_cache(maxsize=2)(self._make_plan)
+        self._windows = _ReadAhead(self._load, self._next_window)
+
+    def step(self, position: Position) -> list[MicroBatch]:
+        """This rank's micro-batches of the global step that begins at `position`, always `accumulation` of them.
+
+        Bin b of the step belongs to rank (b // micro_batch) % world_size. Where the epoch ends or the ranks outnumber
+        the bins, rows are empty: all padding, no targets.
+
+        Raises:
+            StorageError: the data cannot be read, or is not what was written.
+        """
+        bins, _ = self._take(position)
+        batches = []
+        for micro in range(self.accumulation):
+            first = (micro * self._world_size + self._rank) * self._micro_batch
+            batches.append(self._pack(bins[first : first + self._micro_batch]))
+        return batches
+
+    def advance(self, position: Position) -> Position:
+        """Where the next global step begins: after the last bin of an epoch, at the first of the next."""
+        return self._take(position)[1]
+
+    def read_from(
+        self, position: Position, compiling: Callable[[bool], None] = lambda awaited: None
+    ) -> Iterator[list[MicroBatch]]:
+        """Every step from `position` on, without end; the next one is read while the caller works on the last.
+
+        Calls `compiling(True)` every five seconds while the caller has to wait for a chapter that is not compiled yet, and
+        `compiling(False)` once it is, should the step's data take longer.
+
+        Raises:
+            DataError, Stopped: on every rank at the same step, for a chapter that will not be compiled.
+        """
+        with ThreadPoolExecutor(1, "next-step") as pool:
+            try:
+                ahead = pool.submit(self.step, position)
+                while True:
+                    awaited = False
+                    while not wait([ahead], _LOOK_SECONDS).done:
+                        before, awaited = awaited, self.chapters.awaited
+                        if before or awaited:
+                            compiling(awaited)
+                    batches = ahead.result()
+                    position = self.advance(position)
+                    ahead = pool.submit(self.step, position)
+                    yield batches
+            finally:
+                self.chapters.close()
+
+    def epoch(self, epoch: int) -> Iterator[list[MicroBatch]]:
+        """Every step of one epoch: as many on each rank, with as many micro-batches."""
+        position = Position(epoch)
+        while position.epoch == epoch:
+            yield self.step(position)
+            position = self.advance(position)
+
+    def _take(self, position: Position) -> tuple[list[Position], Position]:
+        """The bins of the step that begins at `position`, and where the next step begins."""
+        epoch, chapter, window, place = position.epoch, position.chapter, position.window, position.bin
+        taken: list[Position] = []
+        # A step that is full does not wait for the chapter behind it.
+        while chapter < self.chapters.count and len(taken) < self._global_batch:
+            plan = self._plan(epoch, chapter)
+            while window < plan.num_windows:
+                end = min(plan.window(window).num_bins, place + self._global_batch - len(taken))
+                taken += (Position(epoch, window, k, chapter) for k in range(place, end))
+                if end < plan.window(window).num_bins:
+                    return taken, Position(epoch, window, end, chapter)
+                window, place = window + 1, 0
+            chapter, window = chapter + 1, 0
+        if chapter < self.chapters.count:
+            return taken, Position(epoch, chapter=chapter)
+        if not taken and position == Position(epoch):
+            raise nothing_visited(epoch, self._order)
+        # Without any, the last chapters of the epoch have nothing to visit.
+        return (taken, Position(epoch + 1)) if taken else self._take(Position(epoch + 1))
+
+    def _chapter(self, epoch: int, turn: int) -> int:
+        return turns(self.chapters.count, self._order.seed, epoch)[turn]
+
+    def _make_plan(self, epoch: int, turn: int) -> EpochPlan:
+        data = self.chapters.get(self._chapter(epoch, turn))
+        return EpochPlan(data.offsets, data.blocks, data.block_sources, self._order, epoch, turn)
+
+    def _next_window(self, place: WindowPlace) -> WindowPlace | None:
+        """The next window to prefetch, or None. Never blocks on an uncompiled chapter."""
+        epoch, turn, window = place
+        if not self.chapters.has(self._chapter(epoch, turn)):
+            return None
+        if window + 1 < self._plan(epoch, turn).num_windows:
+            return epoch, turn, window + 1
+        if turn + 1 < self.chapters.count:
+            return epoch, turn + 1, 0
+        return None if epoch + 1 == self._epochs else (epoch + 1, 0, 0)
+
+    def _load(self, place: WindowPlace) -> _Loaded:
+        epoch, turn, window = place
+        data = self.chapters.get(self._chapter(epoch, turn))
+        plan = self._plan(epoch, turn).window(window)
+        lengths = data.offsets[plan.documents + 1] - data.offsets[plan.documents]
+        tokens = data.read(plan.blocks).gather(plan.documents)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        if self._order.reserved:
+            tokens, offsets = reserve(tokens, offsets, self._order.reserved)
+        return _Loaded(plan, plan.documents + data.first_document, tokens, offsets)
+
+    def _pack(self, bins: list[Position]) -> MicroBatch:
+        """Lay bins end to end, each padded to its capacity; missing ones are padding."""
+        pieces: list[NDArray[np.uint32]] = []
+        starts: list[int] = []  # of the documents so far
+        ends: list[int] = []  # of the segments so far
+        documents: list[int] = []
+        length, padding = self._order.capacity, 0
+        for row in range(self._micro_batch):
+            room = length
+            if row < len(bins):
+                loaded = self._windows.get((bins[row].epoch, bins[row].chapter, bins[row].window))
+                first, last = loaded.plan.borders[bins[row].bin : bins[row].bin + 2].tolist()
+                begin, end = loaded.offsets[[first, last]].tolist()
+                pieces.append(loaded.tokens[begin:end])
+                starts += (loaded.offsets[first:last] + (row * length - begin)).tolist()
+                ends += (loaded.offsets[first + 1 : last + 1] + (row * length - begin)).tolist()
+                documents += loaded.numbers[first:last].tolist()
+                room -= end - begin
+            if room:
+                pieces.append(self._padding[:room])
+                ends.append((row + 1) * length)
+                padding += room
+        stored = np.concatenate(pieces)
+        input_ids = (stored & ID_BITS).view(np.int32)
+        # The second answer of a document begins inside it.
+        rejected, mismatched = np.flatnonzero(stored & REJECTED_BIT), np.flatnonzero(stored & MISMATCHED_BIT)
+        borders = np.sort(np.array([0, *ends, *rejected, *mismatched], np.int32))
+
+        def segments(places: ArrayLike) -> torch.Tensor:
+            return torch.from_numpy(np.searchsorted(borders, places).astype(np.int32))
+
+        begun = stored[np.array(starts, np.int64)]
+        sizes, answers = np.diff(borders), len(documents) + len(rejected) + len(mismatched)
+        return MicroBatch(
+            input_ids=torch.from_numpy(input_ids)[None],
+            labels=torch.from_numpy(_labels(stored, input_ids))[None],
+            position_ids=torch.from_numpy(self._numbers[: len(stored)] - np.repeat(borders[:-1], sizes))[None],
+            cu_seqlens=torch.from_numpy(borders),
+            max_seqlen=int(sizes.max()),
+            tokens=len(stored) - padding - answers * self._order.reserved,
+            targets=int(np.count_nonzero(stored >= TARGET_BIT)),
+            bins=tuple(bins),
+            documents=tuple(documents),
+            rejected=segments(rejected),
+            beginnings=segments(starts),
+            desired=torch.from_numpy((begun & DESIRED_BIT).astype(np.bool_)),
+            mismatched=segments(mismatched),
+            reference=None if self.reference is None else torch.from_numpy(self.reference[documents]),
+        )
+
+
+def reserve(
+    tokens: NDArray[np.uint32], offsets: NDArray[np.int64], positions: int
+) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    """Documents with so many untrained `positions` before each, and before the second answer of each that has two.
+
+    `tokens` are those of the documents end to end, `offsets` (documents + 1,) where each begins, and the end.
+    """
+    marks = REJECTED_BIT | DESIRED_BIT | MISMATCHED_BIT
+    second = np.flatnonzero(tokens & (REJECTED_BIT | MISMATCHED_BIT))
+    starts = np.sort(np.concatenate([offsets[:-1], second]))
+    reserved = np.full((len(starts), positions), PAD, np.uint32)
+    reserved[:, 0] |= tokens[starts] & marks  # the answer begins here now
+    tokens = np.insert(tokens & ~marks, np.repeat(starts, positions), reserved.ravel())
+    return tokens, offsets + positions * np.searchsorted(starts, offsets)
+
+
+def _labels(stored: NDArray[np.uint32], input_ids: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The token that each position must predict, (T,) both. No label crosses a border: a document's first token is no target."""
+    labels = np.empty_like(input_ids)
+    following = labels[:-1]
+    np.right_shift(stored.view(np.int32)[1:], 31, out=following)  # all ones where the top bit, `TARGET_BIT`, is set
+    following &= input_ids[1:] - np.int32(IGNORE)
+    following += np.int32(IGNORE)
+    labels[-1] = IGNORE
+    return labels
+
+
+class _ReadAhead:
+    """Windows by place, loaded in the background before they are asked for in turn."""
+
+    def __init__(
+        self, load: Callable[[WindowPlace], _Loaded], after: Callable[[WindowPlace], WindowPlace | None]
+    ) -> None:
+        self._load = load
+        self._after = after
+        self._pool = ThreadPoolExecutor(WINDOWS_AHEAD, "read-ahead")
+        self._loading: dict[WindowPlace, Future[_Loaded]] = {}
+        self._place: WindowPlace | None = None
+
+    def get(self, place: WindowPlace) -> _Loaded:
+        """The window at `place`; begins to load those after it, and forgets the others."""
+        if place == self._place:
+            return self._loading[place].result()
+        self._place = place
+        wanted = [place]
+        while len(wanted) <= WINDOWS_AHEAD and (following := self._after(wanted[-1])):
+            wanted.append(following)
+        self._loading = {key: self._loading.get(key) or self._pool.submit(self._load, key) for key in wanted}
+        return self._loading[place].result()
+
+
+def train_stream(config: Config, chapters: Chapters, rank: int, world_size: int) -> Stream:
+    """The stream of a run's training data."""
+    order = train_order(config)
+    epochs = ceil(config.train.epochs) if config.train.epochs else None
+    return Stream(chapters, order, config.train.global_batch, config.train.micro_batch, rank, world_size, epochs)
+
+
+def eval_stream(config: Config, dataset: Dataset, rank: int, world_size: int) -> Stream:
+    """The stream of an evaluation: `for (batch,) in stream.epoch(0)` visits every document once, whatever its weight.
+
+    Every rank gets equally many micro-batches, and the bins are the same whatever the ranks and the run's seed.
+    """
+    micro_batch = config.train.micro_batch
+    order = eval_order(config, dataset.manifest)
+    return Stream(whole(dataset), order, world_size * micro_batch, micro_batch, rank, world_size, epochs=1)

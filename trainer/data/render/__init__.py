@@ -1,0 +1,1 @@
+"""From a row to token ids, and which of them are trained."""

@@ -1,0 +1,152 @@
+"""A chat template, asked with messages in the form that it takes.
+
+Templates differ in what they read: a content as text or in parts, the arguments of a call as an object or as JSON in a string. They
+raise over the other form, or write nothing. Which it is, is found once, from what the template makes of a conversation of marks.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from trainer.data.format.messages import Message, text_of
+from trainer.data.format.spans import Span, joined
+from trainer.data.render.thinking import ThinkingForm, find_form
+from trainer.errors import ConfigError, DataError
+from trainer.processes.time_limit import OutOfTime, time_limit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# The same expression as in transformers, which fills the mask only if it matches.
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_ASKED, _SAID = "\ue0f3asked\ue0f3", "\ue0f4said\ue0f4"
+
+RENDER_SECONDS = 30.0
+"""A template renders a conversation in milliseconds; one that has not ended by now never will."""
+
+Tools = list[dict[str, Any]] | None
+
+
+class ChatTemplate:
+    """The template `text` with a tokenizer's special tokens."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", text: str) -> None:
+        self._tokenizer, self._template = tokenizer, text
+        self.tagged = _GENERATION.search(text) is not None
+        self._forms: dict[bool, ThinkingForm | None] = {}
+
+    def render(self, messages: Sequence[Message], tools: Tools = None, *, generation_prompt: bool = False) -> str:
+        """The text of a conversation. Raises `DataError` when the template refuses it."""
+        return self._rendered(self._as_taken(messages), tools, generation_prompt)
+
+    def enclosed(self, messages: Sequence[Message], tools: Tools = None) -> list[Span]:
+        """The characters of the text that stand between {% generation %} tags, sorted and disjoint: those of the tokens that transformers
+        finds there."""
+        options: dict[str, Any] = {"chat_template": self._template, "tools": tools}
+        found = _or_refused(
+            lambda: self._tokenizer.apply_chat_template(
+                self._as_taken(messages),
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                tokenizer_kwargs={"return_offsets_mapping": True},
+                **options,
+            ),
+            len(messages),
+        )
+        spans, before, ahead = list[Span](), False, 0
+        for (begin, end), inside in zip(found["offset_mapping"], found["assistant_masks"], strict=True):
+            if inside and before:
+                spans[-1] = spans[-1][0], end
+            elif inside:
+                spans.append((min(begin, ahead), end))  # a tokenizer may leave white space out of a token's offsets
+            before, ahead = bool(inside), end
+        return joined(spans)
+
+    @cached_property
+    def end(self) -> str:
+        """The text that the template writes behind the answer that ends a conversation, without white space around it."""
+        try:
+            text = self.render([{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _SAID}])
+        except DataError:
+            return ""
+        return text.rpartition(_SAID)[2].strip()
+
+    def thinking(self, calls: bool) -> ThinkingForm | None:
+        """How the template writes what was thought before an answer, or before calls alone; None where that cannot be found."""
+        if calls not in self._forms:
+            self._forms[calls] = find_form(self.render, calls=calls)
+        return self._forms[calls]
+
+    def _as_taken(self, messages: Sequence[Message]) -> list[Message]:
+        return [self._one_as_taken(message) for message in messages]
+
+    def _one_as_taken(self, message: Message) -> Message:
+        if self._takes_parts:
+            message = _in_parts(message)
+        if "tool_calls" in message and self._takes_written_arguments:
+            message = _with_written_arguments(message)
+        return message
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether contents must be lists of parts: as text they do not come out."""
+        talk = [{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _SAID}]
+        return not self._shows(talk, _ASKED, _SAID) and self._shows(list(map(_in_parts, talk)), _ASKED, _SAID)
+
+    @cached_property
+    def _takes_written_arguments(self) -> bool:
+        """Whether the arguments of a call must be JSON in a string: as an object they do not come out."""
+        shape = _in_parts if self._takes_parts else dict
+        call = {"type": "function", "function": {"name": _SAID, "arguments": {_ASKED: _ASKED}}, "id": "call00001"}
+        talk = [shape({"role": "user", "content": "a"}), {"role": "assistant", "content": "", "tool_calls": [call]}]
+        written = [talk[0], _with_written_arguments(talk[1])]
+        return not self._shows(talk, _SAID, _ASKED) and self._shows(written, _SAID, _ASKED)
+
+    def _shows(self, messages: list[Message], *marks: str) -> bool:
+        try:
+            text = self._rendered(messages, None, False)
+        except DataError:
+            return False
+        return all(mark in text for mark in marks)
+
+    def _rendered(self, messages: list[Message], tools: Tools, generation_prompt: bool) -> str:
+        options: dict[str, Any] = {"chat_template": self._template, "tools": tools}
+        text = _or_refused(
+            lambda: self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generation_prompt, **options
+            ),
+            len(messages),
+        )
+        return text_of(text, "conversation's text")
+
+
+def _in_parts(message: Message) -> Message:
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+
+def _with_written_arguments(message: Message) -> Message:
+    calls = [
+        {**call, "function": {**call["function"], "arguments": _written(call["function"].get("arguments"))}}
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
+
+
+def _written(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def _or_refused(apply: Callable[[], Any], messages: int) -> Any:
+    try:
+        with time_limit(RENDER_SECONDS):
+            return apply()
+    except OutOfTime as error:
+        raise ConfigError(
+            f"data.template: the chat template has not rendered a conversation of {messages:,} messages within {RENDER_SECONDS:.0f} "
+            "seconds. It seems to loop without an end; correct the template of the base, or give another one."
+        ) from error
+    except Exception as error:  # a template is a program of the user's: it may raise anything
+        raise DataError(f"the chat template refuses the conversation: {error}") from error

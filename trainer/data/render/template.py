@@ -1,0 +1,111 @@
+"""The chat template of a run: a file, one by name, or the base's own."""
+
+import json
+from collections.abc import Collection
+from contextlib import suppress
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.config import Data
+from trainer.data.render.chat_template import ChatTemplate
+from trainer.data.render.named_templates import NAMED
+from trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CLOCK = "strftime_now"
+"""The function by which a template asks for today's date."""
+_DIRECTIVES = "aAbBcdDeFGHIjklmMnpPrRsStTuUVwWxXyYzZ"
+
+
+def conversation_template(tokenizer: "PreTrainedTokenizerBase", data: Data) -> ChatTemplate:
+    """The template that the run's conversations are rendered by. Raises `ConfigError` as `chat_template`."""
+    return ChatTemplate(tokenizer, chat_template(tokenizer, data))
+
+
+def chat_template(tokenizer: "PreTrainedTokenizerBase", data: Data) -> str:
+    """The text of the run's chat template, in which it is always the day of `data.today`.
+
+    Raises:
+        ConfigError: there is none, or its file cannot be read.
+    """
+    own = template_text(data)
+    if own is None:
+        try:
+            own = tokenizer.get_chat_template()
+        except ValueError as error:
+            raise no_template({token.content for token in tokenizer.added_tokens_decoder.values()}) from error
+    return dated(own, date.fromisoformat(data.today))
+
+
+def no_template(tokens: Collection[str] = ()) -> ConfigError:
+    """The error for a base without a chat template; `tokens` are those of its tokenizer, where they are known."""
+    name = fitting_template(tokens) or next(iter(NAMED))
+    return ConfigError(
+        "data.template: not set, and the tokenizer of model.base has no chat template. "
+        f"Set it to a named one ({', '.join(NAMED)}; here {name}, with its tokens {', '.join(NAMED[name].tokens)} in model.add_tokens), or to "
+        "a Jinja file; or data.format to prompt_completion or text."
+    )
+
+
+def fitting_template(tokens: Collection[str]) -> str | None:
+    """The named template whose tokens are all among those of a tokenizer; None where there is none."""
+    return next((name for name, named in NAMED.items() if set(named.tokens) <= set(tokens)), None)
+
+
+def template_text(data: Data) -> str | None:
+    """The chat template that replaces the tokenizer's own, or None.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    if data.template is None:
+        return None
+    if data.template in NAMED:
+        return NAMED[data.template].text
+    try:
+        return Path(data.template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"data.template: {data.template!r} is none of the named templates ({', '.join(NAMED)}), and as a file it cannot be read: {error}."
+        ) from error
+
+
+def has_template(data: Data, directory: Path) -> bool:
+    """Whether there is a chat template, by the settings and the files of the base's tokenizer in `directory`."""
+    if data.template is not None or (directory / "chat_template.jinja").is_file():
+        return True
+    return any("chat_template" in _read(directory / name) for name in ("tokenizer_config.json", "chat_template.json"))
+
+
+def tokens_of(directory: Path) -> set[str]:
+    """The tokens that the files of a tokenizer add to its vocabulary, which are those that a chat template may be made of."""
+    added = _read(directory / "tokenizer.json").get("added_tokens") or []
+    listed = _read(directory / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    both = [*(added if isinstance(added, list) else []), *(listed.values() if isinstance(listed, dict) else [])]
+    return {str(token["content"]) for token in both if isinstance(token, dict) and "content" in token}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError, RecursionError):
+        tree = json.loads(path.read_bytes())
+        return tree if isinstance(tree, dict) else {}
+    return {}
+
+
+def asks_for_the_date(text: str) -> bool:
+    """Whether a template, or the file that holds one, prints the date of the day on which it is rendered."""
+    return _CLOCK in text
+
+
+def dated(text: str, day: date) -> str:
+    """The template with its own clock, which stands at midnight of `day`: it renders the same on every day."""
+    if not asks_for_the_date(text):
+        return text
+    written = {f"%-{one}": day.strftime(f"%{one}").lstrip("0") or "0" for one in "dmHIMSjy"}
+    written |= {f"%{one}": day.strftime(f"%{one}") for one in _DIRECTIVES}
+    replaced = "".join(f" | replace({directive!r}, {value!r})" for directive, value in written.items())
+    # The empty expression keeps the white space that the template begins with.
+    return f"{{% macro {_CLOCK}(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}{{{{ '' }}}}{text}"

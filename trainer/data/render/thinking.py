@@ -1,0 +1,231 @@
+"""The thinking of models that reason: a block of text before an answer, in `reasoning_content` or between tags in the content.
+
+Chat templates write the block of the last turn, and mostly drop those of earlier ones, where no model sees them when it answers. How a
+template writes it is not known here: it is found from what the template makes of conversations of marks.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from trainer.data.format.messages import THOUGHTS, Message
+from trainer.data.format.spans import Span, shared_beginning, shared_end
+from trainer.errors import DataError
+
+OPEN, CLOSE = "<think>", "</think>"
+_BEFORE_ANSWER = re.compile(rf"\s*{OPEN}(.*?){CLOSE}\s*", re.DOTALL)
+_BLOCK = re.compile(rf"{OPEN}.*?{CLOSE}\s*", re.DOTALL)
+_OPENED, _CLOSED = re.compile(rf"{OPEN}\s*\Z"), re.compile(rf"\s*{CLOSE}\s*")
+_FAR = 64  # characters of white space between a tag and a thought, at most
+# Characters of the private use area, which no tokenizer or template knows.
+_ASKED, _ANSWERED, _THOUGHT = "\ue0f5asked\ue0f5", "\ue0f6answered\ue0f6", "\ue0f7thought\ue0f7"
+
+
+def thought_of(message: Message) -> str | None:
+    """What is thought, by key or between tags at the beginning of the content, without white space around it."""
+    if message["role"] != "assistant":
+        return None
+    by_key = next((message[key] for key in THOUGHTS if isinstance(message.get(key), str)), None)
+    within = _BEFORE_ANSWER.match(message["content"])
+    return (by_key or (within[1] if within else "")).strip() or None
+
+
+def with_thought(message: Message, thought: str) -> Message:
+    """The message with another thought, where it has one already."""
+    keys = {key: thought for key in THOUGHTS if isinstance(message.get(key), str)}
+    content, within = message["content"], _BEFORE_ANSWER.match(message["content"])
+    return {
+        **message,
+        **keys,
+        "content": content[: within.start(1)] + thought + content[within.end(1) :] if within else content,
+    }
+
+
+def without_thinking(message: Message) -> Message:
+    """The message with its answer alone."""
+    if message["role"] != "assistant":
+        return message
+    rest = {key: value for key, value in message.items() if key not in THOUGHTS}
+    content = message["content"]
+    return {**rest, "content": _BEFORE_ANSWER.sub("", content, count=1) if thought_of(message) else content}
+
+
+def _by_key(message: Message, thought: str) -> Message:
+    return {**message, THOUGHTS[0]: thought}
+
+
+def _in_tags(message: Message, thought: str) -> Message:
+    return {**message, "content": f"{OPEN}\n{thought}\n{CLOSE}\n\n{message['content']}"}
+
+
+@dataclass(frozen=True)
+class ThinkingForm:
+    """How a template writes what was thought. Each text reaches from the beginning of an assistant's turn to its answer, or to the name
+    of its first call where it has no words.
+
+    Attributes:
+        by_key: whether the thinking is given by a key of the message, and not between tags in the content.
+        as_content: the template writes tags in a content as any other text, so it has no form of its own.
+        prompt: the generation prompt.
+        bare: in an earlier turn, without thinking.
+        dropped: in an earlier turn whose thinking the template leaves out.
+        empty: in the last turn, without thinking; some templates write an empty block there.
+        before, after: in the last turn, around the thinking.
+    """
+
+    by_key: bool
+    as_content: bool
+    prompt: str
+    bare: str
+    dropped: str
+    empty: str
+    before: str
+    after: str
+
+    def given(self, message: Message) -> Message:
+        """The message with its thinking where the template reads it."""
+        thought = thought_of(message)
+        if thought is None or (self.as_content and any(key in message for key in THOUGHTS)):
+            return message
+        return (_by_key if self.by_key else _in_tags)(without_thinking(message), thought)
+
+    def full(self, thought: str) -> str:
+        return self.before + thought + self.after
+
+    @property
+    def around(self) -> tuple[str, str]:
+        """What stands around a thought and would not be there without one."""
+        begin = min(shared_beginning(self.bare, self.before), shared_beginning(self.prompt, self.before))
+        end = shared_end(self.bare[begin:], self.after)
+        return self.before[begin:], self.after[: len(self.after) - end]
+
+
+def find_form(render: Callable[..., str], *, calls: bool) -> ThinkingForm | None:
+    """The form of turns with an answer, or of those with `calls` alone; `render` makes a text of messages. None where the template does
+    not show it."""
+    asks: Message = {"role": "user", "content": _ASKED}
+    turn = _call(_ANSWERED) if calls else {"role": "assistant", "content": _ANSWERED}
+    result = [{"role": "tool", "name": "f", "content": "b", "tool_call_id": "call00001"}] if calls else []
+    later = [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
+    middle = [*result, *([later[1]] if calls else []), *later]
+
+    def lead(message: Message, *behind: Message) -> str | None:
+        return _lead(render, asks, [message, *behind])
+
+    try:
+        prompt = _behind_question(render([asks], generation_prompt=True), render([asks]))
+    except DataError:
+        return None
+    bare, empty = lead(turn, *middle), lead(turn)
+    if bare is None or empty is None:
+        return None
+    for way in (_by_key, _in_tags):
+        found = (lead(way(turn, _THOUGHT)) or "").split(_THOUGHT)
+        if len(found) == 2:
+            earlier = lead(way(turn, _THOUGHT), *middle)
+            as_content = way is _in_tags and earlier == bare + _TAGS and found == [bare + _BEFORE, _AFTER]
+            dropped = earlier if earlier is not None and _THOUGHT not in earlier else bare
+            return ThinkingForm(way is _by_key, as_content, prompt, bare, dropped, empty, found[0], found[1])
+    # The template has taken out what stands between the tags: it knows them, and so do its models.
+    if not calls and lead(_in_tags(turn, _THOUGHT)) is not None:
+        return ThinkingForm(True, False, prompt, bare, bare, empty, bare + _BEFORE, _AFTER)
+    return None
+
+
+_BEFORE, _AFTER = f"{OPEN}\n", f"\n{CLOSE}\n\n"
+_TAGS = _BEFORE + _THOUGHT + _AFTER
+
+
+def _call(name: str) -> Message:
+    call = {"type": "function", "function": {"name": name, "arguments": {}}, "id": "call00001"}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+def _lead(render: Callable[..., str], asks: Message, turns: list[Message]) -> str | None:
+    """The text of the first of `turns` before its answer; None where it is not in the text."""
+    try:
+        text, alone = render([asks, *turns]), render([asks])
+    except DataError:
+        return None
+    before, answer, _ = text.partition(_ANSWERED)
+    return _behind_question(before, alone) if answer and _ASKED in before else None
+
+
+def _behind_question(text: str, alone: str) -> str:
+    """What follows the question's turn; `alone` is the text of the question, whose end belongs to its turn."""
+    behind = text.rpartition(_ASKED)[2]
+    return behind.removeprefix(alone.rpartition(_ASKED)[2])
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Other characters in the place of [begin, end) of a text. `lead` is where the turn begins that it belongs to, and `prompted` how much
+    of that turn, from there on, the generation prompt has written."""
+
+    begin: int
+    end: int
+    text: str
+    lead: int
+    prompted: int
+
+    @property
+    def growth(self) -> int:
+        return len(self.text) - (self.end - self.begin)
+
+
+def kept(form: ThinkingForm, whole: str, answer: int, thought: str) -> Edit | None:
+    """The edit that writes a dropped thought before the answer, which begins at `answer`; None where the turn does not begin as the
+    template's earlier turns do."""
+    return _replaced(form, whole, answer, form.dropped, form.full(thought))
+
+
+def emptied(form: ThinkingForm, whole: str, answer: int) -> Edit | None:
+    """The edit that takes an empty block away before the answer; None where there is none."""
+    return None if form.empty == form.bare else _replaced(form, whole, answer, form.empty, form.bare)
+
+
+def _replaced(form: ThinkingForm, whole: str, answer: int, old: str, new: str) -> Edit | None:
+    if not whole.endswith(old, 0, answer):
+        return None
+    prompted = shared_beginning(new, form.prompt)
+    lead, same = answer - len(old), min(shared_beginning(old, new), prompted)
+    end = shared_end(old[same:], new[same:])
+    return Edit(lead + same, answer - end, new[same : len(new) - end], lead, prompted)
+
+
+def edited(text: str, edits: Sequence[Edit]) -> str:
+    """The text with all edits, which are sorted and disjoint."""
+    for edit in reversed(edits):
+        text = text[: edit.begin] + edit.text + text[edit.end :]
+    return text
+
+
+def moved(span: Span, edits: Sequence[Edit]) -> Span:
+    """Where the span lies in the edited text. What is written at its beginning belongs to it, what is written behind it does not."""
+    begin, end = span
+    before = [edit for edit in edits if edit.begin < begin]
+    within = [edit for edit in edits if edit.begin < end]
+    begin = max([begin, *(edit.end for edit in before)])
+    end = max([end, *(edit.end for edit in within)])
+    return begin + sum(edit.growth for edit in before), end + sum(edit.growth for edit in within)
+
+
+def moved_place(place: int, edits: Sequence[Edit]) -> int:
+    """Where the place lies in the edited text, before what is written there."""
+    return moved((place, place), edits)[0]
+
+
+def block_around(form: ThinkingForm | None, text: str, thought: Span) -> Span:
+    """The block of a thought in the text, with what the template writes around it, and tags with white space behind them."""
+    begin, end = thought
+    opened, closed = _OPENED.search(text, max(0, begin - _FAR), begin), _CLOSED.match(text, end)
+    tagged = (opened.start(), closed.end()) if opened and closed else thought
+    before, after = form.around if form else ("", "")
+    if text.endswith(before, 0, begin) and text.startswith(after, end):
+        begin, end = begin - len(before), end + len(after)
+    return min(begin, tagged[0]), max(end, tagged[1])
+
+
+def blocks(text: str, begin: int, end: int) -> Iterator[Span]:
+    """Blocks between tags in a part of a text that the template itself has written."""
+    return (match.span() for match in _BLOCK.finditer(text, begin, end))

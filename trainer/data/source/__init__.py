@@ -1,0 +1,1 @@
+"""Where rows come from: files on a disk, in a bucket, on the Hub, of each kind."""

@@ -1,0 +1,216 @@
+"""Finds the files that documents come from, wherever they lie."""
+
+import fnmatch
+import glob
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from trainer.config import Data, Source
+from trainer.data.format.formats import RowForm
+from trainer.data.source import hub
+from trainer.errors import DataError, NotFound, StorageError
+from trainer.store import Store, open_store
+
+# Ending of a file's name -> its compression; what can be compressed as a whole.
+_TEXTS = (".jsonl", ".json", ".csv", ".tsv")
+_COMPRESSIONS = {
+    **{kind: {"": None, ".gz": "gzip", ".zst": "zstd"} for kind in _TEXTS},
+    ".parquet": {"": None},
+    ".arrow": {"": None},
+    ".mds": {"": None, ".zstd": "zstd", ".gz": "gzip", ".br": "brotli", ".bz2": "bz2"},
+}
+_SUFFIXES = {
+    kind + suffix: (kind, compression) for kind, known in _COMPRESSIONS.items() for suffix, compression in known.items()
+}
+_SCHEMES = ("file", "s3", "gs", "az", hub.SCHEME)
+_WILDCARDS = frozenset("*?[")
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of a source: `uri` is its name in messages, `size` is in bytes, `source` the index of its source.
+
+    `version` changes when the content does. `form` is how its rows are read, once that is known. An
+    `immutable` one has its version from elsewhere, and never changes.
+    """
+
+    uri: str
+    store: Store
+    key: str
+    size: int
+    version: str
+    source: int
+    form: RowForm | None = None
+    immutable: bool = False
+
+    def changed(self) -> bool:
+        """Whether the file is not what it was when it was found."""
+        return not self.immutable and self.store.head(self.key).version != self.version
+
+
+def split_suffix(key: str) -> tuple[str, str | None]:
+    """The kind of file that a name stands for, such as .jsonl, and its compression."""
+    return next(found for suffix, found in _SUFFIXES.items() if key.endswith(suffix))
+
+
+def is_of_hub(source: Source) -> bool:
+    """Whether the source is a data set of the Hub, whose files are downloaded before they can be looked at."""
+    return source.path.startswith(f"{hub.SCHEME}://")
+
+
+def is_compressed(key: str) -> bool:
+    """Whether a file of this name has its rows compressed, as Parquet has too."""
+    kind, compression = split_suffix(key)
+    return kind == ".parquet" or compression is not None
+
+
+def expand(sources: Sequence[Source], setting: str) -> list[SourceFile]:
+    """The files of all sources, in the order of the sources; inside each in a data set's own order, else by name.
+
+    `setting` is what messages call the list, such as `data.train`.
+
+    Raises:
+        DataError: a path does not exist, matches nothing, or is of a kind that cannot be read.
+    """
+    return [file for index, source in enumerate(sources) for file in _find(source, index, f"{setting}[{index}].path")]
+
+
+def unusable(data: Data) -> list[str]:
+    """One sentence for each source of a run that has no file to read. Data sets of the Hub are not asked for."""
+    sentences = []
+    for setting, sources in (("data.train", data.train), ("data.eval", data.eval)):
+        for index, source in enumerate(sources):
+            try:
+                if not is_of_hub(source):
+                    _find(source, index, f"{setting}[{index}].path")
+            except DataError as error:
+                sentences.append(str(error))
+    return sentences
+
+
+def _find(given: Source, source: int, name: str) -> list[SourceFile]:
+    path = given.path
+    scheme = urlsplit(path).scheme if "://" in path else "file"
+    if scheme not in _SCHEMES:
+        allowed = ", ".join(f"{scheme}://" for scheme in _SCHEMES)
+        raise DataError(f"{name}: {path!r} has the scheme {scheme!r}. Allowed are a local path, or {allowed}.")
+    try:
+        if scheme == hub.SCHEME:
+            found = _find_in_hub(given, source, name)
+        else:
+            found = _find_local(path, source, name) if scheme == "file" else _find_remote(path, source, name)
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a home of nobody, a name that is no text
+        reason = " ".join(str(error).split())
+        raise DataError(f"{name}: {path!r} cannot be used: {reason}. Rename the file, or correct the path.") from error
+    if not found:
+        raise DataError(f"{name}: {path!r} matches no file. Name a file or a glob that exists.")
+    for file in found:
+        if not file.key.endswith(tuple(_SUFFIXES)):
+            raise DataError(
+                f"{name}: {file.uri} cannot be read. Allowed are {', '.join(_SUFFIXES)}, and the folder of a saved HF "
+                "data set or of MDS shards."
+            )
+    return found
+
+
+def _find_local(path: str, source: int, name: str) -> list[SourceFile]:
+    # Absolute, as it is part of the fingerprint: whoever compiles and whoever trains may stand in different directories.
+    local = Path(unquote(urlsplit(path).path) if "://" in path else path).expanduser().absolute()
+    # A name with brackets in it may be a file, and not a pattern.
+    if local.exists():
+        matches = [local]
+    elif _WILDCARDS & set(str(local)):
+        matches = [match for match in map(Path, sorted(glob.glob(str(local), recursive=True))) if match.is_file()]
+    else:
+        raise DataError(f"{name}: {path!r} does not exist. Name a file or a glob that exists.")
+    if local.is_dir():
+        return _find_in_folder(open_store(str(local), setting=name), str(local), source, name)
+    files = []
+    for match in matches:
+        store = open_store(str(match.parent), setting=name)
+        entry = store.head(match.name)
+        files.append(SourceFile(str(match), store, match.name, entry.size, entry.version, source))
+    return files
+
+
+def _find_remote(path: str, source: int, name: str) -> list[SourceFile]:
+    folder, _, pattern = path.rstrip("/").rpartition("/")
+    if _WILDCARDS & set(folder):
+        raise DataError(f"{name}: {path!r} has a wildcard in a folder. In a bucket only the last part may have one.")
+    if not _WILDCARDS & set(pattern) and not pattern.endswith(tuple(_SUFFIXES)):
+        return _find_in_folder(open_store(path, setting=name), path.rstrip("/"), source, name)
+    store = open_store(folder, setting=name)
+    try:
+        if _WILDCARDS & set(pattern):
+            entries = [entry for entry in store.list() if "/" not in entry.key]
+            entries = [entry for entry in entries if fnmatch.fnmatchcase(entry.key, pattern)]
+        else:
+            entries = [store.head(pattern)]
+    except StorageError as error:
+        raise DataError(f"{name}: {path!r} cannot be read: {error}") from error
+    return [SourceFile(f"{folder}/{e.key}", store, e.key, e.size, e.version, source) for e in entries]
+
+
+def _find_in_hub(given: Source, source: int, name: str) -> list[SourceFile]:
+    files = hub.find_hub_files(given.path, given.subset, given.split, name, tuple(_SUFFIXES))
+    return [
+        SourceFile(
+            file.uri,
+            open_store(str(file.path.parent), setting=name),
+            file.path.name,
+            file.path.stat().st_size,
+            file.version,
+            source,
+            immutable=True,
+        )
+        for file in files
+    ]
+
+
+def _find_in_folder(store: Store, uri: str, source: int, name: str) -> list[SourceFile]:
+    """The files of a data set that is a folder: what `Dataset.save_to_disk` wrote, or MDS shards with their index."""
+    try:
+        keys = _saved_dataset(store, uri, name)
+        if keys is None:
+            keys = _mds_shards(store)
+        if keys is None:
+            raise DataError(
+                f"{name}: {uri!r} is a folder, but neither a saved HF data set (state.json) nor MDS shards (index.json). "
+                f"Name its files, for example {uri.rstrip('/')}/*.jsonl."
+            )
+        entries = [store.head(key) for key in keys]
+    except (StorageError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise DataError(f"{name}: the data set {uri!r} cannot be read: {error}") from error
+    return [SourceFile(f"{uri.rstrip('/')}/{e.key}", store, e.key, e.size, e.version, source) for e in entries]
+
+
+def _saved_dataset(store: Store, uri: str, name: str) -> list[str] | None:
+    splits = _read_json(store, "dataset_dict.json")
+    if splits is not None:
+        names = list(map(str, splits["splits"]))
+        raise DataError(
+            f"{name}: {uri!r} holds the splits {', '.join(names) or 'none'}. Name one, for example "
+            f"{'/'.join([uri.rstrip('/'), *names[:1]])}."
+        )
+    state = _read_json(store, "state.json")
+    return None if state is None else [file["filename"] for file in state["_data_files"]]
+
+
+def _mds_shards(store: Store) -> list[str] | None:
+    index = _read_json(store, "index.json")
+    if index is None:
+        return None
+    if index["version"] != 2 or any(shard["format"] != "mds" for shard in index["shards"]):
+        raise ValueError("its index.json is not that of MDS, version 2")
+    return [(shard["zip_data"] or shard["raw_data"])["basename"] for shard in index["shards"]]
+
+
+def _read_json(store: Store, key: str) -> Any | None:
+    try:
+        return json.loads(store.get(key))
+    except NotFound:
+        return None

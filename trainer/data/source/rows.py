@@ -1,0 +1,281 @@
+"""The rows of a file in batches, which travel between processes undecoded, and those of text. trainer/data/source/binary_rows.py has the others."""
+
+import codecs
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
+
+from trainer.data.format.formats import Row, RowForm
+from trainer.data.source.files import SourceFile
+from trainer.data.source.json_array import elements
+from trainer.errors import DataError
+from trainer.store import Store
+
+BATCH_ROWS = 128
+_BATCH_BYTES = 2**20
+# In a compressed file the reported position may run ahead by this many decompressed bytes.
+_BUFFER_BYTES = 2**18
+# Enough to tell an array of JSON from rows in lines.
+_BEGINNING = 2**12
+# Longer lines are bad rows: a line is held in memory, and no sequence can keep so much text.
+LONGEST_LINE = 64 * 2**20
+# One request of this size keeps a bucket busy for about as long as it takes to answer.
+_READ_BYTES = 8 * 2**20
+# Enough for a sentence with a few names from the row in it.
+_LONGEST_REASON = 400
+
+
+OnBad = Callable[["BadRow"], None]
+
+
+class Content(Protocol):
+    """Rows, as far as possible undecoded: some lines of JSON, a part of an Arrow table, samples of an MDS shard."""
+
+    def rows(self) -> Iterable[Row | DataError | None]:
+        """Each row in turn; in its place what is wrong with it, or None where there is none."""
+        ...
+
+    def with_key(self, *keys: str) -> "Content":
+        """At least the rows that have one of the keys somewhere in them, without decoding any."""
+        ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some rows of a file that follow each other.
+
+    `first` is the number of the first, from 1; `read` says how much of the file's size was read by their end, in bytes.
+    `form` is that of the file's source.
+    """
+
+    uri: str
+    first: int
+    content: Content
+    read: int
+    form: RowForm | None = None
+
+    def with_key(self, *keys: str) -> "Batch":
+        """At least the rows that have one of the keys somewhere in them, at whatever place."""
+        return replace(self, content=self.content.with_key(*keys))
+
+    def rows(self, on_bad: OnBad) -> Iterator[tuple[str, Row]]:
+        """Every row with its place, `file:line` (`file:row` where there are no lines). Empty lines are no rows.
+
+        A bad row goes to `on_bad`, which may raise; otherwise reading goes on.
+        """
+        for number, row in enumerate(self.content.rows(), self.first):
+            where = f"{self.uri}:{number}"
+            if isinstance(row, DataError):
+                on_bad(at(where, row))
+            elif row is not None:
+                yield where, row
+
+
+class BadRow(DataError):
+    """A row that cannot be used: where it stands, and why."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(f"{where}: {reason}")
+        self.where, self.reason = where, reason
+
+
+def at(where: str, error: DataError) -> BadRow:
+    """The error of a row with its place, as one line."""
+    return BadRow(where, printable(str(error)))
+
+
+def printable(text: str) -> str:
+    """`text` on one line and not too long: rows bring every character, and names of any length."""
+    shown = text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in shown)
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Lines of JSON, each with its end. `begins` says whether the first is that of the file."""
+
+    lines: list[bytes]
+    begins: bool
+
+    def rows(self) -> Iterable[Row | DataError | None]:
+        for index, line in enumerate(self.lines):
+            yield _parse(line.removeprefix(codecs.BOM_UTF8) if self.begins and not index else line)
+
+    def with_key(self, *keys: str) -> "Lines":
+        quoted = [f'"{key}"'.encode() for key in keys]
+        return replace(self, lines=[line for line in self.lines if any(key in line for key in quoted)])
+
+
+def _parse(line: bytes) -> Row | DataError | None:
+    if not line or line.isspace():
+        return None
+    if len(line) > LONGEST_LINE:
+        return DataError(f"not JSON (the line has more than {LONGEST_LINE:,} bytes)")
+    try:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return DataError(f"not UTF-8 ({error})")
+    except (ValueError, RecursionError) as error:
+        return DataError(f"not JSON ({error})")
+    return row if isinstance(row, dict) else _no_object(row)
+
+
+def _no_object(element: Any) -> DataError:
+    return DataError(f"not JSON (an object is needed, this is {type(element).__name__})")
+
+
+def _json_lines(file: SourceFile, compression: str | None) -> Iterator[Batch]:
+    source = buffered(file)
+    stream = io.BufferedReader(_decompressed(source, compression), _BUFFER_BYTES)
+    number, lines, size, before = 1, [], 0, 0
+
+    def read() -> int:
+        # The decompression reads ahead of the lines, so in a compressed file this is a little too much.
+        return source.tell() if compression else before + size
+
+    for line in _bounded_lines(stream):
+        lines.append(line)
+        size += len(line)
+        if len(lines) == BATCH_ROWS or size >= _BATCH_BYTES:
+            yield Batch(file.uri, number, Lines(lines, number == 1), read())
+            number, before, lines, size = number + len(lines), before + size, [], 0
+    if lines:
+        yield Batch(file.uri, number, Lines(lines, number == 1), read())
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Rows that could be told from each other only by decoding them; an element of an array may be something else."""
+
+    elements: list[Any]
+
+    def rows(self) -> Iterable[Row | DataError | None]:
+        for element in self.elements:
+            yield element if isinstance(element, dict | DataError) else _no_object(element)
+
+    def with_key(self, *keys: str) -> "Decoded":
+        return self
+
+
+def _json(file: SourceFile, compression: str | None) -> Iterator[Batch]:
+    """A file of JSON is an array of rows, unless it begins with something else: then it has a row a line."""
+    stream = _decompressed(buffered(file), compression)
+    if not stream.read(_BEGINNING).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        return _json_lines(file, compression)
+    source = buffered(file)
+    stream = _decompressed(source, compression)
+    return _gathered(file, source, elements(stream.read, LONGEST_LINE))
+
+
+def _separated(file: SourceFile, compression: str | None, delimiter: str) -> Iterator[Batch]:
+    """Rows of text whose fields the first line names (RFC 4180: a value in quotes may hold line breaks)."""
+    source = buffered(file)
+    stream = io.BufferedReader(_decompressed(source, compression), _BUFFER_BYTES)
+    text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
+    csv.field_size_limit(LONGEST_LINE)
+    records = csv.reader(text, delimiter=delimiter, strict=True)
+    header = next(records, [])
+    if len(set(header)) != len(header):
+        raise ValueError("two columns have the same name")
+    rows = ((_record(header, values), sum(map(len, values))) for values in records if values)
+    return _gathered(file, source, rows)
+
+
+def _record(header: list[str], values: list[str]) -> Row | DataError:
+    if len(values) != len(header):
+        return DataError(f"{len(values)} values in a row of {len(header)} columns; quote those that hold a delimiter")
+    return dict(zip(header, values, strict=True))
+
+
+def _gathered(file: SourceFile, source: io.BufferedReader, elements: Iterable[tuple[Any, int]]) -> Iterator[Batch]:
+    """The elements, each with its size, in batches; `source` knows how much of the file they took, or a little more."""
+    first, gathered, size = 1, [], 0
+    for element, characters in elements:
+        gathered.append(element)
+        size += characters
+        if len(gathered) == BATCH_ROWS or size >= _BATCH_BYTES:
+            yield Batch(file.uri, first, Decoded(gathered), source.tell())
+            first, gathered, size = first + len(gathered), [], 0
+    if gathered:
+        yield Batch(file.uri, first, Decoded(gathered), source.tell())
+
+
+def _bounded_lines(stream: io.BufferedReader) -> Iterator[bytes]:
+    """All lines. One that is longer than is allowed comes with a byte too many and without its rest."""
+    while line := stream.readline(LONGEST_LINE + 1):
+        yield line
+        while len(line) > LONGEST_LINE and not line.endswith(b"\n"):
+            line = stream.readline(LONGEST_LINE + 1)
+
+
+class ObjectReader(io.RawIOBase):
+    """An object as a seekable file: each `readinto` is one ranged read."""
+
+    def __init__(self, file: SourceFile) -> None:
+        self._store: Store = file.store
+        self._key = file.key
+        self._size = file.size
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        end = min(self._position + len(view), self._size)
+        data = self._store.get_range(self._key, self._position, max(end, self._position))
+        view[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+def buffered(file: SourceFile) -> io.BufferedReader:
+    """A file as it is stored."""
+    return io.BufferedReader(ObjectReader(file), _READ_BYTES)
+
+
+class _Uncompressed(io.RawIOBase):
+    """The bytes of a file as they are. It leaves the file open when it is closed, as a file is asked last how far it was read."""
+
+    def __init__(self, source: io.BufferedReader) -> None:
+        self._source = source
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        return self._source.readinto(buffer)
+
+
+def _decompressed(source: io.BufferedReader, compression: str | None) -> Any:
+    """A raw stream of the text in a file, which is still open when the stream is closed."""
+    if compression is None:
+        return _Uncompressed(source)
+    # Only for what is compressed: `plan` looks at the first rows too, and answers sooner without it.
+    import pyarrow
+
+    return pyarrow.input_stream(source, compression=compression)
+
+
+TEXTS: dict[str, Callable[[SourceFile, Any], Iterator[Batch]]] = {
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".csv": partial(_separated, delimiter=","),
+    ".tsv": partial(_separated, delimiter="\t"),
+}
+"""The reader of each kind of text; it gets a file and its compression."""

@@ -1,0 +1,29 @@
+"""What the ranks of an evaluation are asked, as it travels between processes, and how they tell of it."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Tell = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What every rank is asked to do with the run at `run`, a URI: with the checkpoint of `step`, or of None the newest whole one.
+
+    `overrides` are settings as on the command line. `base`: of an evaluation the base alone, of answers the base's beside the
+    adapter's. `chat`: tasks are asked under the chat template. `sampling` are the arguments of `trainer.measure.generation.Sampling`.
+    """
+
+    what: Literal["evaluate", "generate"]
+    run: str
+    step: int | None = None
+    overrides: tuple[str, ...] = ()
+    base: bool = False
+    chat: bool = False
+    on_cpu: bool = False
+    sampling: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))

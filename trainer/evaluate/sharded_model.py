@@ -1,0 +1,145 @@
+"""A run's model, sharded over the ranks as it was trained: first as its base, then as one of its checkpoints."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from transformers import PreTrainedTokenizerBase
+
+from trainer.base.find.locate import Base, resolve_base
+from trainer.checkpoint.checkpoints import load_partitions
+from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
+from trainer.config import Config, Data, override
+from trainer.data.compile.inputs import as_trained
+from trainer.data.compile.prepare import load_tokenizer
+from trainer.export.trained import (
+    check_overrides,
+    check_trained_base,
+    trained_config,
+    trained_method,
+    with_trained_template,
+    with_trained_tokenizer,
+)
+from trainer.measure.prompts import Prompter
+from trainer.objective.objective import find_objective
+from trainer.optimizer.optimizer import MASTER
+from trainer.ranks import Ranks
+from trainer.run.folder import run_config
+from trainer.start import assemble_run, check_same_base, join_run
+from trainer.store import Store, open_run_store
+from trainer.train.assemble import attention_of
+from trainer.tuning.method import Method, check_tuning, method_of
+from trainer.zero.engine import Engine
+
+Log = Callable[[str], None]
+
+
+class Words:
+    """How a run's texts become tokens; read when they are first asked for. `data` are the settings as the rows were read."""
+
+    def __init__(self, base: Base, data: Data) -> None:
+        self._base, self._data = base, data
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self._base)
+
+    @cached_property
+    def prompter(self) -> Prompter:
+        return Prompter(self.tokenizer, self._data, self._base.directory)
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A run on this rank. Until `load` its model is the base with what learns as it was attached; without a `manifest` there is
+    nothing to load."""
+
+    run: Store
+    config: Config
+    manifest: CheckpointManifest | None
+    base: Base
+    method: Method
+    ranks: Ranks
+    engine: Engine
+    words: Words
+    keeps: bool = True
+    """Whether a text that grows may keep keys and values; see `trainer.measure.decoding.GrowingText`."""
+
+    @contextmanager
+    def as_base(self) -> Iterator["OpenedRun"]:
+        """Inside, the model computes as its base; where the base itself learns, that is so before `load` alone."""
+        with nullcontext() if self.method.trains_base else self.method.switched_off(self.engine.model):
+            yield replace(self, keeps=not self.reserved)
+
+    def load(self) -> None:
+        """Put what the checkpoint has learnt into the model. Collective; raises `StorageError` on every rank."""
+        assert self.manifest is not None
+        manifest, partitions = self.manifest, self.engine.partitions()
+        self.ranks.together(lambda: load_partitions(self.run, manifest, partitions, states=(MASTER,)))
+        self.engine.refresh(manifest.updates)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.words.tokenizer
+
+    @property
+    def prompter(self) -> Prompter:
+        return self.words.prompter
+
+    @property
+    def store(self) -> Store:
+        return open_run_store(self.config)
+
+    @property
+    def reserved(self) -> int:
+        """Positions of a row before each text, for virtual tokens."""
+        return self.method.virtual.reserved
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest text that the base has positions for, beside virtual tokens."""
+        return self.method.virtual.longest(self.base.architecture.positions)
+
+
+def settings_of(
+    run: Store, step: int | None, overrides: Sequence[str], *, base_alone: bool
+) -> tuple[Config, CheckpointManifest | None]:
+    """The settings that the checkpoint of `step`, or the newest whole one, was trained with, and its manifest; of the base alone
+    those of the run's folder. `overrides` may change what does not belong to the checkpoint.
+
+    Raises:
+        NothingToResume, ConfigError, StorageError: as `whole_checkpoint`, `trained_config` and `check_overrides`.
+    """
+    if base_alone:
+        return run_config(run, overrides), None
+    manifest = whole_checkpoint(run, step)
+    trained = trained_config(run, manifest)
+    config = override(trained, *overrides)
+    check_overrides(override(trained), config, manifest)
+    return config, manifest
+
+
+def open_run(run: Store, step: int | None, overrides: Sequence[str], *, base_alone: bool, log: Log) -> OpenedRun:
+    """Load the run's base and attach its method, on every rank of this process's group. Collective; `log` gets rank 0's progress.
+
+    Raises:
+        CapstanError: on every rank alike.
+    """
+    ranks = join_run(run_config(run, overrides))
+    config, manifest = ranks.on_first(lambda: settings_of(run, step, overrides, base_alone=base_alone))
+    with ranks.agreeing():
+        base = resolve_base(config.model)
+        if manifest is not None:  # the cache that keeps the tokenizer and the template is each machine's own
+            base = with_trained_tokenizer(run, base, manifest)
+            config = config.model_copy(update={"data": with_trained_template(run, config.data, manifest)})
+        check_tuning(config, base.description)
+        method = method_of(config) if manifest is None else trained_method(config, manifest)
+    check_same_base(base, ranks)
+    if manifest is not None:
+        ranks.on_first(lambda: check_trained_base(base, manifest))
+    attention = attention_of(config, base, ranks.device)
+    engine, _ = assemble_run(config, base, ranks, attention, find_objective(config), accumulation=1, log=log)
+    form = ranks.on_first(lambda: as_trained(config)).format
+    words = Words(base, config.data.model_copy(update={"format": form}))
+    return OpenedRun(run, config, manifest, base, method, ranks, engine, words)

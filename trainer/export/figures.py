@@ -1,0 +1,66 @@
+"""The figures that `--verify` measures, and when they prove an export. Without torch, as the launcher reads them."""
+
+from dataclasses import dataclass
+
+NOT_TRAINED = "It is not what was trained; do not use it."
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How far the exported model's predictions are from those that it must have, on rows of the run's own data.
+
+    Attributes:
+        kl: KL divergence of the next token's distributions, the mean over the places that are trained, in nats a token.
+        kl_allowed: the largest divergence that rounding explains.
+        kl_effect: the same divergence between the exported model, or of one in fewer bits the trained one, and its base as it was
+            before the training.
+        log_prob: the mean absolute difference of the trained tokens' log-probabilities, in nats a token.
+        log_prob_allowed, log_prob_effect: likewise.
+        computed_in: fp32 or bf16.
+        rows: the rows in words, such as "8 rows of the evaluation data".
+        trained_kl: of a merged model, the divergence from the model as it was trained, over its quantized base. No bound.
+        rounding_kl: of a merged model, the divergence from base and adapter side by side, whose sum is not rounded. No bound.
+        compared: the two sides in words, to begin a sentence.
+    """
+
+    kl: float
+    kl_allowed: float
+    kl_effect: float
+    log_prob: float
+    log_prob_allowed: float
+    log_prob_effect: float
+    computed_in: str
+    rows: str
+    trained_kl: float | None = None
+    rounding_kl: float | None = None
+    compared: str = "its predictions in transformers (and PEFT) against the trained model's"
+
+    @property
+    def holds(self) -> bool:
+        """Whether the difference is rounding, and the adapter's own effect so large that this means something."""
+        return self.is_alike and self.kl_allowed < self.kl_effect
+
+    @property
+    def is_alike(self) -> bool:
+        return self.kl <= self.kl_allowed and self.log_prob <= self.log_prob_allowed
+
+    @property
+    def verdict(self) -> str:
+        if self.holds:
+            return "It is what was trained."
+        if self.is_alike:
+            return "That proves nothing: what was learnt changes no more than rounding does. Train longer, or export without --verify."
+        return NOT_TRAINED
+
+    def sentence(self) -> str:
+        figures = (
+            f"KL {self.kl:.2g} nats a token (allowed {self.kl_allowed:.2g}; the training's own effect is {self.kl_effect:.2g}), "
+            f"log-probabilities of the trained tokens {self.log_prob:.2g} nats (allowed {self.log_prob_allowed:.2g}, effect "
+            f"{self.log_prob_effect:.2g}), computed in {self.computed_in} on {self.rows}"
+        )
+        if self.trained_kl is None or self.rounding_kl is None:
+            return f"{self.compared}: {figures}"
+        return (
+            f"its predictions in transformers against PEFT's own merge: {figures}; KL {self.rounding_kl:.2g} from base and "
+            f"adapter side by side, whose sum is not rounded, and {self.trained_kl:.2g} from the model as it was trained"
+        )

@@ -1,0 +1,122 @@
+"""A LoRA adapter as llama.cpp loads it beside its base (`--lora`): a GGUF file with `lora_a` and `lora_b` of each matrix.
+
+llama.cpp's converter moves rows of some matrices (those of Llama's q_proj and k_proj, for its rotary positions) and cuts others
+in two. An adapter B @ A must follow. The converter's own code is run on a matrix of row numbers, which tells for each matrix of
+the GGUF file which rows of the model's it has: these are the rows of B that belong to it, and A stays as it is. The same with
+column numbers must leave these where they are, else there is no such adapter.
+
+The file's keys are those of llama.cpp's src/llama-adapter.cpp, which multiplies B @ A by alpha / rank, the rank being A's.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
+from gguf import MODEL_ARCH_NAMES, GGUFType, GGUFWriter, Keys, LlamaFileType
+from safetensors.torch import load
+from torch import Tensor
+
+from trainer.base.find.locate import TOKENIZER_FILES
+from trainer.errors import ConfigError
+from trainer.tuning.shared.linear_adapters import PREFIX, SETTINGS, WEIGHTS
+
+_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
+_LAYER = re.compile(r"\.(\d+)\.")
+_INSTEAD = "Export the merged model: --format gguf."
+
+
+class _Placed(NamedTuple):
+    """A matrix of the GGUF file, and the rows of the model's matrix that it has."""
+
+    name: str
+    rows: Tensor
+
+
+def write_gguf_lora(files: Mapping[str, bytes], base: Path, scratch: Path, file: Path) -> None:
+    """Write PEFT's `files` of an adapter over the base in the folder `base`, of which only config.json is read, to `file`.
+
+    Raises:
+        ConfigError: the adapter has something that llama.cpp's adapters lack, or the converter does not know the base.
+    """
+    settings = json.loads(files[SETTINGS])
+    weights = load(files[WEIGHTS])
+    _check(settings, weights)
+    model = _converter(base, scratch)
+    writer = GGUFWriter(file, MODEL_ARCH_NAMES[model.model_arch])
+    writer.add_type(GGUFType.ADAPTER)
+    writer.add_string(Keys.Adapter.TYPE, "lora")
+    writer.add_float32(Keys.Adapter.LORA_ALPHA, _alpha(settings))
+    for name, down in sorted(weights.items()):
+        if not name.endswith(_DOWN):
+            continue
+        matrix, up = name.removesuffix(_DOWN), weights[name.removesuffix(_DOWN) + _UP]
+        for part in _parts(model, f"{matrix.removeprefix(PREFIX)}.weight", up.shape[0], down.shape[1]):
+            writer.add_tensor(f"{part.name}.lora_a", down.float().numpy())
+            writer.add_tensor(f"{part.name}.lora_b", up[part.rows].float().contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _check(settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    if settings["peft_type"] != "LORA" or settings.get("use_dora"):
+        kind = "DoRA" if settings.get("use_dora") else settings["peft_type"]
+        raise ConfigError(f"--format gguf-adapter: llama.cpp loads LoRA adapters, and this is {kind}. {_INSTEAD}")
+    other = next((name for name in sorted(weights) if not name.endswith((_DOWN, _UP))), None)
+    if other is not None or settings.get("target_parameters"):
+        what = (other or f"{settings['target_parameters'][0]}").removeprefix(PREFIX)
+        raise ConfigError(
+            f"--format gguf-adapter: llama.cpp's adapters are of single matrices, and this has {what}. {_INSTEAD}"
+        )
+
+
+def _alpha(settings: Mapping[str, Any]) -> float:
+    """The alpha by which llama.cpp gets at PEFT's factor on B @ A."""
+    rank, alpha = settings["r"], float(settings["lora_alpha"])
+    return alpha * rank**0.5 if settings.get("use_rslora") else alpha
+
+
+def _converter(base: Path, scratch: Path) -> Any:
+    """The converter's model of the base, without weights, which it would look for beside config.json."""
+    for name in ("config.json", *TOKENIZER_FILES):
+        if (base / name).exists():
+            shutil.copy(base / name, scratch / name)
+    settings = ModelBase.load_hparams(scratch, False)
+    try:
+        architecture = get_model_class(get_model_architecture(settings, ModelType.TEXT))
+    except NotImplementedError as error:
+        raise ConfigError(f"llama.cpp's converter does not know this base's architecture: {error}") from error
+    return architecture(scratch, LlamaFileType.ALL_F32, scratch / "none.gguf", hparams=settings)
+
+
+def _parts(model: Any, name: str, rows: int, columns: int) -> Iterator[_Placed]:
+    numbers = torch.arange(rows, dtype=torch.float32)[:, None].expand(rows, columns)
+    across = torch.arange(columns, dtype=torch.float32)
+    found = _converted(model, name, numbers)
+    same = _converted(model, name, across.expand(rows, columns))
+    for (place, values), (_, kept) in zip(found, same, strict=True):
+        whole = values.shape[-1] == columns and values.ndim == 2 and bool((values == values[:, :1]).all())
+        if not whole or not bool((kept == across).all()):
+            raise ConfigError(
+                f"--format gguf-adapter: llama.cpp has {name} in another layout, which no adapter can follow. {_INSTEAD}"
+            )
+        yield _Placed(place, values[:, 0].long())
+
+
+def _converted(model: Any, name: str, values: Tensor) -> list[tuple[str, Tensor]]:
+    layer = _LAYER.search(name)
+    kept = model.filter_tensors((name, lambda: values))
+    if kept is None:
+        raise ConfigError(f"--format gguf-adapter: llama.cpp's model of this base has no {name}. {_INSTEAD}")
+    try:
+        return list(model.modify_tensors(kept[1](), kept[0], int(layer[1]) if layer else None))
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise ConfigError(
+            f"--format gguf-adapter: llama.cpp's converter cannot place {name}: {error}. {_INSTEAD}"
+        ) from error

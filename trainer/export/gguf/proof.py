@@ -1,0 +1,112 @@
+"""Proof of a GGUF export: llama.cpp's predictions against those of the same model in transformers.
+
+The two share no code, from the tokens to the products. What is in 16 or 8 bits differs by that, so, as for every export in fewer
+bits, the difference is allowed to be half of what the training changed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGUFReader, Keys
+from torch import Tensor
+
+from trainer.errors import CapstanError
+from trainer.export.figures import NOT_TRAINED, Proof
+from trainer.export.gguf.converter import convert
+from trainer.export.gguf.predictions import LlamaCppQuestion, next_tokens
+from trainer.export.proof import plain
+from trainer.export.proof.distributions import distance
+from trainer.export.proof.recoded import half
+from trainer.export.proof.rendering import Texts, trained_texts
+from trainer.export.proof.rows import ProbeRow
+from trainer.export.proof.verify import Trained, base_directory, directory_of, make_proof, plain_model
+from trainer.export.write.merged import write_model
+from trainer.files.scratch import scratch_folder
+from trainer.store import Store, open_store
+
+_PLACES = 4  # of a row, at most: llama.cpp is asked for each of them, and tells a whole vocabulary as text
+
+
+def prove_gguf(run: Store, step: int, exported: Store) -> Proof:
+    """Each model in `exported` against the merged model of `step`; the proof is that of the file which is farthest from it."""
+    trained = Trained.at(run, step)
+    with directory_of(exported) as folder:
+        files = list(folder.glob("*.gguf"))
+        for file in files:
+            _check_texts(file, trained_texts(trained.config, trained.base.directory))
+        return _prove(trained, [(file, None) for file in files])
+
+
+def prove_gguf_adapter(run: Store, step: int, exported: Store) -> Proof:
+    """The adapter in `exported`, beside the base in f16, against the merged model of `step`."""
+    trained = Trained.at(run, step)
+    with directory_of(exported) as folder, scratch_folder("gguf") as scratch, base_directory(trained.base) as base:
+        model = Path(scratch, "base.gguf")
+        convert(base, "f16", model, "base")
+        return _prove(trained, [(model, file) for file in folder.glob("*.gguf")])
+
+
+def _check_texts(file: Path, ours: Texts) -> None:
+    """Raises `CapstanError` where the file has another chat template, end of text or numbering of tokens than the run."""
+    reader = GGUFReader(file)
+
+    def told(key: str) -> Any:
+        found = reader.get_field(key)
+        return None if found is None else found.contents()
+
+    tokens, added = told(Keys.Tokenizer.LIST), {*ours.tokenizer.added_tokens_decoder}
+    numbered = {number: token for token, number in ours.tokenizer.get_vocab().items() if number not in added}
+    same = {
+        "chat template": (told(Keys.Tokenizer.CHAT_TEMPLATE) or None) == (ours.template or None),
+        "end of text": told(Keys.Tokenizer.EOS_ID) == ours.tokenizer.eos_token_id,
+        "numbering of tokens": all(tokens[number] == token for number, token in numbered.items()),
+    }
+    for what, alike in same.items():
+        if not alike:
+            raise CapstanError(f"{file.name} has another {what} than the run. {NOT_TRAINED}")
+
+
+def _prove(trained: Trained, files: Sequence[tuple[Path, Path | None]]) -> Proof:
+    """`files` are models, each with the adapter beside it or None."""
+    rows = _rows(trained)
+    with scratch_folder("gguf") as folder:
+        write_model(
+            trained.run, trained.manifest, trained.config, open_store(f"{folder}/merged"), lambda done, total: None
+        )
+        expected = trained.exported(_in_transformers, f"{folder}/merged", packed=False)
+    with base_directory(trained.base) as base:
+        effect = distance(expected, trained.exported(_in_transformers, str(base), packed=False), rows)
+    found = (distance(expected, _in_llama_cpp(*pair, expected, rows), rows) for pair in files)
+    proof = make_proof(trained.probe, "fp32", max(found), half(effect), effect)
+    return replace(proof, compared="its predictions in llama.cpp against the merged model's in transformers")
+
+
+def _with_fewer_places(row: ProbeRow) -> ProbeRow:
+    """The same row with places at even distances, the last one among them."""
+    kept = torch.linspace(len(row.places) - 1, 0, min(_PLACES, len(row.places))).long().flip(0)
+    return ProbeRow(row.tokens, row.places[kept], row.targets[kept])
+
+
+def _rows(trained: Trained) -> list[ProbeRow]:
+    return [_with_fewer_places(row) for row in trained.probe.rows]
+
+
+def _in_transformers(trained: Trained, folder: str) -> list[Tensor]:
+    """The predictions of the model in `folder`, for a process of their own."""
+    model = plain.grow(plain_model(trained, Path(folder)), trained.vocabulary)
+    with plain.computing_in_fp32(model):
+        return plain.place_logits(model, _rows(trained))
+
+
+def _in_llama_cpp(
+    model: Path, adapter: Path | None, expected: Sequence[Tensor], rows: Sequence[ProbeRow]
+) -> Sequence[Tensor]:
+    """For each row (P, V), as `expected` has them."""
+    texts = [row.tokens[0, : place + 1].tolist() for row in rows for place in row.places]
+    with scratch_folder("gguf") as folder:
+        question = LlamaCppQuestion(str(model), texts, expected[0].shape[1], adapter and str(adapter))
+        found = next_tokens(question, Path(folder))
+    return torch.from_numpy(found).split([len(row.places) for row in rows])

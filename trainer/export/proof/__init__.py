@@ -1,0 +1,1 @@
+"""The proof of an export: it predicts what the trained model predicts."""

@@ -1,0 +1,109 @@
+"""Where the two sides of a proof compute, decided by numbers before either is loaded. Without torch."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from trainer.base.architecture import Architecture, Parameter
+from trainer.config import Quant
+from trainer.export.proof.side_process import Device
+from trainer.plan.sizes import stored_bytes
+
+# Beside the weights: activations of a row, logits, and what libraries hold.
+_MARGIN = 1.25
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that this machine has free: of one GPU, 0 without any, and of the host."""
+
+    gpu: int
+    host: int
+
+
+@dataclass(frozen=True)
+class ProofPlace:
+    """A device that a side may compute on, all of it there at once or `streamed`, a decoder layer at a time; and the bytes that it then
+    takes of the GPU and of the host."""
+
+    device: Device
+    gpu: int
+    host: int
+    streamed: bool = False
+
+    def fits(self, room: Room) -> bool:
+        return self.gpu <= room.gpu and self.host <= room.host
+
+
+@dataclass(frozen=True)
+class ProofSide:
+    """A side by its name, and the places for it, the fastest first. `refused` says in a clause why none of them is streamed."""
+
+    name: str
+    places: tuple[ProofPlace, ...]
+    refused: str = ""
+
+    def fits(self, room: Room) -> bool:
+        return any(place.fits(room) for place in self.places)
+
+    def place(self, room: Room) -> ProofPlace:
+        """The first place with enough room, else the last one, which takes the least."""
+        return next((place for place in self.places if place.fits(room)), self.places[-1])
+
+    def sentence(self, room: Room) -> str:
+        """For people: where it computes and why, and whether that fits."""
+        place = self.place(room)
+        taken = [f"{_gib(place.gpu)} of {_gib(room.gpu)} there"] if place.gpu else []
+        taken.append(f"{_gib(place.host)} of {_gib(room.host)} of host memory")
+        best = next(other for other in self.places if room.gpu or other.device == "cpu")
+        lacking = f"{_gib(best.gpu)} of the GPU" if best.gpu > room.gpu else f"{_gib(best.host)} of the host"
+        refused = f" and {self.refused}" if self.refused else ""
+        why = "" if place is best else f", as all of it at once would take {lacking}{refused}"
+        short = "" if place.fits(room) else ", which is more than this machine has free: Linux may end it"
+        how = f"on the {place.device.upper()}{', a layer at a time' if place.streamed else ''}{why}"
+        return f"the {self.name} side computes {how}; it takes {' and '.join(taken)}{short}"
+
+
+def trained_side(model: Architecture, quant: Quant, learnt: int, bytes_each: int) -> ProofSide:
+    """The checkpoint in our own loader, as one rank: what is not quantized in `bytes_each`, and for what learns a master and room for
+    a gradient. `learnt` counts its elements."""
+    held = _stored(model.parameters, quant, bytes_each)
+    layers = [model.in_layer(number) for number in range(model.layers)]
+    layer = max(_stored(parts, quant, bytes_each) for parts in layers)
+    # As trainer/zero/gather.py: three layers, or one beside the embedding or the head; and one matrix out of its 4 bits.
+    gathered = max(3 * layer, layer + bytes_each * model.largest("embedding", "head"))
+    matrix = bytes_each * max(size for part in model.parameters for size in part.matrices)
+    whole = _with_margin(held + 8 * learnt)
+    turn = _with_margin(gathered + matrix + 8 * learnt)
+    streamed = ProofPlace("gpu", turn, _with_margin(held), streamed=True)
+    return ProofSide("trained", (ProofPlace("gpu", whole, 0), streamed, ProofPlace("cpu", 0, whole)))
+
+
+def exported_side(model: Architecture, quant: Quant, bytes_each: int, *, packed: bool, refused: str = "") -> ProofSide:
+    """The export in transformers, which reads the base in `bytes_each` and then quantizes it, if it is to be `packed`: whole or a
+    layer at a time, unless that is `refused`."""
+    whole = _with_margin(bytes_each * sum(part.numel for part in model.parameters))
+    needed = _with_margin(_stored(model.parameters, quant, bytes_each)) if packed else whole
+    on_gpu, on_cpu = ProofPlace("gpu", needed, whole), ProofPlace("cpu", 0, whole)
+    if refused:
+        return ProofSide("exported", (on_gpu, on_cpu), refused)
+    layers = [model.in_layer(number) for number in range(model.layers)]
+    layer = max(sum(part.numel for part in parts) for parts in layers)
+    outside = bytes_each * sum(part.numel for part in model.parameters if part.layer is None)
+    # In fp32 beside what the files hold: a layer at its turn, and the head at its own.
+    turn = _with_margin(outside + 4 * model.largest("embedding", "head") + (bytes_each + 4) * layer)
+    kept = sum(_stored(parts, quant, bytes_each) for parts in layers) if packed else 0
+    host = _with_margin(kept + bytes_each * layer)
+    streamed = (ProofPlace("gpu", turn, host, streamed=True), ProofPlace("cpu", 0, turn + host, streamed=True))
+    return ProofSide("exported", (on_gpu, streamed[0], on_cpu, streamed[1]))
+
+
+def _stored(parts: Iterable[Parameter], quant: Quant, bytes_each: int) -> int:
+    return sum(stored_bytes(part.matrices, quant, bytes_each) or bytes_each * part.numel for part in parts)
+
+
+def _with_margin(size: float) -> int:
+    return int(_MARGIN * size)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB"

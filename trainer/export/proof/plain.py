@@ -1,0 +1,276 @@
+"""The exported side of a proof: what a user loads, by transformers, bitsandbytes and PEFT alone, or by the loader that an export
+brings along where PEFT knows no such adapter.
+
+Nothing of Capstan's own model is used here, so that a mistake in it cannot hide itself.
+"""
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PretrainedConfig
+
+from trainer.base.describe.composite import place_of_decoder
+from trainer.base.describe.empty_model import unfilled_model
+from trainer.config import Quant
+from trainer.errors import ConfigError, shown
+from trainer.export.proof.rows import ProbeRow
+from trainer.export.proof.streamed import PackedWeight, StreamedLayers, bnb_form
+from trainer.model.parts import body, in_order
+from trainer.tuning.method import Method, OwnFormat
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_plain(
+    folder: Path,
+    held: torch.dtype,
+    computed: torch.dtype,
+    config: PretrainedConfig | None = None,
+    streamed: StreamedLayers | None = None,
+) -> Any:
+    """A model as transformers reads it, ready to predict, its weights in `held`; `config` where it is not the folder's own. Where it
+    is to be `streamed`, it is on the device already, and its layers are read at their turns.
+
+    Its constants are those of a model in `computed`: Gemma's factor on embeddings is rounded to the type of the model.
+
+    Raises:
+        ConfigError: transformers cannot read it.
+    """
+    with _reading("transformers", folder):
+        whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = config or whole.get_text_config()
+        options: dict[str, Any] = {
+            "dtype": held,
+            "trust_remote_code": False,
+            "experts_implementation": "eager",  # grouped products want sizes that are multiples of 16 bytes
+            **(streamed.options if streamed else {}),
+        }
+        if whole.get_text_config() is whole:
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
+        else:
+            model = AutoModelForMultimodalLM.from_pretrained(folder, **options)
+        if streamed:
+            streamed.take_over(model)
+        if whole.get_text_config() is not whole:
+            model = _language_model(model, config, held)
+        if streamed:
+            streamed.begin(model, unfilled_model(config, held), device())
+    if held != computed:
+        round_buffers(model, dict(unfilled_model(config, computed).named_buffers()))
+    return model.eval()
+
+
+def _language_model(whole: Any, config: PretrainedConfig, held: torch.dtype) -> Any:
+    """The causal language model of `config` whose weights a model that sees or hears as well has."""
+    decoder, frame = whole.get_decoder(), unfilled_model(config, held, experts_implementation="eager")
+    place = place_of_decoder(whole, frame)
+    inner: Any = body(decoder) if place == "" else decoder
+    del inner.layers[config.num_hidden_layers :]
+    if place == "":
+        return decoder
+    frame.set_submodule(place, decoder)
+    frame.set_output_embeddings(whole.get_output_embeddings())
+    return frame
+
+
+def round_buffers(model: nn.Module, alike: Mapping[str, Tensor]) -> None:
+    """Give the buffers whose type follows the model's the values that they have in another type's model, `alike` by name; those
+    on `meta` there, which files hold, are rounded to its type.
+
+    That may be the model without what was put around its modules, and so without buffers that only these have, as quantized
+    weights do.
+    """
+    for name, buffer in model.named_buffers():
+        other = alike.get(name.replace(".base_layer.", "."))
+        if other is not None and other.dtype != buffer.dtype:
+            values = buffer.to(other.dtype) if other.is_meta else other
+            buffer.data = values.float().to(buffer.device)
+
+
+def grow(model: Any, vocabulary: int) -> Any:
+    """`model` with rows for so many tokens, where it has fewer: an adapter for new tokens brings their rows."""
+    if vocabulary > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    return model
+
+
+def add_adapter(model: Any, adapter: Path, method: Method) -> tuple[Any, AbstractContextManager[None]]:
+    """`model` with an exported adapter, as PEFT or the method's own loader reads it, and a context without the adapter.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    if isinstance(method, OwnFormat):
+        with _reading("the method's own loader", adapter):
+            return model, method.load_exported(model, adapter)
+    with _reading("PEFT", adapter):
+        adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
+    keep_packed(adapted)
+    return adapted, adapted.disable_adapter()
+
+
+def keep_packed(model: nn.Module) -> None:
+    """Leave weights in 4 bits as they are: in eval mode bitsandbytes repacks them for a fused CPU kernel, which only takes widths
+    divisible by 32."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.train()
+
+
+@contextmanager
+def _reading(library: str, folder: Path) -> Iterator[None]:
+    """Around a library that raises whatever comes up for a folder that it cannot read."""
+    try:
+        yield
+    except Exception as error:
+        reason = shown(next(iter(str(error).strip().splitlines()), type(error).__name__))[1:-1]
+        raise ConfigError(
+            f"--verify: {library} cannot read {folder} ({reason}), so nothing is proven of the export."
+        ) from error
+
+
+def place_logits(model: Any, rows: Sequence[ProbeRow]) -> list[Tensor]:
+    """For each row the logits (P, V) fp32 at its places, on the CPU."""
+    with torch.no_grad():
+        return [
+            # From the end: virtual tokens of an adapter have logits too, before those of the row.
+            model(input_ids=row.tokens.to(model.device), use_cache=False)
+            .logits[0, row.places - row.tokens.shape[1]]
+            .float()
+            .cpu()
+            for row in rows
+        ]
+
+
+def adapted_weights(adapter: Path) -> tuple[str, ...]:
+    """The ends of the names of those weights to which PEFT adds the adapter's matrices, which it cannot where they are packed."""
+    settings = adapter / "adapter_config.json"
+    return tuple(json.loads(settings.read_bytes()).get("target_parameters") or ()) if settings.exists() else ()
+
+
+def quantize(
+    model: nn.Module,
+    quant: Quant,
+    dtype: torch.dtype,
+    weights: Collection[str],
+    unpacked: tuple[str, ...] = (),
+    streamed: StreamedLayers | None = None,
+) -> None:
+    """bitsandbytes on every matrix of the `weights` by name, multiplied in `dtype`; those whose names end in one of `unpacked` get
+    the values that it leaves of them, and so do all that are `streamed`.
+
+    transformers' own way has blocks of 64 only, and leaves experts in 16 bits.
+    """
+    if streamed:
+        streamed.quantize(model, quant, dtype, weights)
+        return
+    for path, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear) or f"{path}.weight" not in weights:
+            continue
+        misread = device().type == "cpu" and module.in_features % quant.block_size
+        if misread or f"{path}.weight".endswith(unpacked):
+            module.weight.data = _dequantized(module.weight.data, quant, dtype)
+        else:
+            layer = Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=dtype, device="meta")
+            weight: Any = Params4bit(module.weight.data, requires_grad=False, **bnb_form(quant))
+            weight = weight.to(device())  # which quantizes it
+            weight.quant_state.dtype = dtype
+            layer.weight = weight
+            layer.bias = module.bias
+            model.set_submodule(path, layer)
+    stacks = (part for name, part in model.named_parameters() if name in weights and part.ndim == 3)
+    for parameter in stacks:
+        parameter.data = _dequantized(parameter.data, quant, dtype)
+
+
+def _dequantized(weight: Tensor, quant: Quant, dtype: torch.dtype) -> Tensor:
+    return PackedWeight(weight.to(device()), quant, dtype).values().to(weight.device)
+
+
+@contextmanager
+def computing_in_fp32(model: Any) -> Iterator[None]:
+    """Decoder layer by decoder layer: a 16-bit weight is in fp32 only while its layer computes, which is exact."""
+    plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    hooks = [hook for part in [*in_order(plain), plain.get_output_embeddings()] for hook in _in_fp32(part)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _in_fp32(part: nn.Module) -> list[Any]:
+    before: list[tuple[Tensor, Tensor]] = []
+
+    def widen(*_: Any) -> None:
+        for tensor in [*part.parameters(), *part.buffers()]:
+            if tensor.dtype in (torch.bfloat16, torch.float16):
+                before.append((tensor, tensor.data))
+                tensor.data = tensor.data.float()
+
+    def restore(*_: Any) -> None:
+        while before:
+            tensor, data = before.pop()
+            tensor.data = data
+
+    # First of all behind the layer: where it is streamed, its weights go then.
+    after = part.register_forward_hook(restore, prepend=True, always_call=True)
+    return [part.register_forward_pre_hook(widen), after]
+
+
+@contextmanager
+def shaken(model: nn.Module, size: float) -> Iterator[None]:
+    """Every linear layer's outputs moved by up to `size` of themselves, at random but always alike."""
+    generator = torch.Generator(device()).manual_seed(0)
+
+    def shake(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor):  # a router that is a linear layer and chooses as well
+            return output
+        noise = torch.rand(output.shape, generator=generator, device=output.device, dtype=torch.float32).mul_(2).sub_(1)
+        return (output.float() * (1 + size * noise)).to(output.dtype)
+
+    hooks = [module.register_forward_hook(shake) for module in model.modules() if isinstance(module, nn.Linear)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def merge_and_round(
+    model: Any, stored: dict[str, torch.dtype], embedding: str, streamed: StreamedLayers | None = None
+) -> None:
+    """PEFT's own merge of the adapters into their weights, in fp32, each then rounded to the type it is `stored` in; those of layers
+    that are `streamed` at each turn.
+
+    `embedding` is the name of that weight.
+    """
+    layers: Any = (
+        (path, module) for path, module in model.get_base_model().named_modules() if isinstance(module, BaseTunerLayer)
+    )
+    for path, module in layers:
+        merge = partial(_merge_and_round, path.removesuffix(".token_adapter"), module, stored, embedding)
+        if not (streamed and streamed.at_each_turn(module, merge, module.merged_adapters.clear)):
+            merge()
+
+
+def _merge_and_round(path: str, module: Any, stored: dict[str, torch.dtype], embedding: str) -> None:
+    weights = list(module.get_base_layer().named_parameters(recurse=False))
+    held = {name: weight.dtype for name, weight in weights}
+    module.float()
+    module.merge()
+    for name, weight in weights:  # a bias too: some methods change it
+        # A tied head has the embedding's weight, and none of its own in the files.
+        kind = stored.get(f"{path}.{name}", stored[embedding])
+        weight.data = weight.data.to(kind).to(held[name])

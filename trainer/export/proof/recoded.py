@@ -1,0 +1,51 @@
+"""The cost of quantizing again: a merged model in 4 or 8 bits, as transformers loads it, against the model as it was trained.
+
+No rounding of products explains that difference, so nothing is proven equal. It is allowed to be half of what the training changed:
+otherwise the quantization has undone much of it.
+"""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from trainer.base.describe.meta import model_config
+from trainer.export.figures import Proof
+from trainer.export.proof import plain
+from trainer.export.proof.dequantized import dequantized_by_transformers
+from trainer.export.proof.distributions import Distance, distance
+from trainer.export.proof.verify import Trained, directory_of, make_proof
+from trainer.store import Store, open_store
+
+
+def prove_recoded(run: Store, step: int, exported: Store) -> Proof:
+    """The trained model of `step` against the files in `exported`, and against itself before the training for the effect."""
+    trained = Trained.at(run, step)
+    trained.check_texts(exported)
+    rows, computed_in = trained.probe.rows, trained.computed_in
+    expected, begun = trained.predictions(), trained.predictions(learnt=False)
+    found = trained.exported(_recoded_side, exported.uri, packed=False, recoded=True)
+    difference, effect = distance(expected, found, rows), distance(expected, begun, rows)
+    return make_proof(trained.probe, computed_in, difference, half(effect), effect)
+
+
+def half(effect: Distance) -> Distance:
+    """The largest difference by fewer bits that is allowed, where the training has had this effect."""
+    return Distance(0.5 * effect.kl, 0.5 * effect.log_prob)
+
+
+def _recoded_side(trained: Trained, exported: str) -> list[Tensor]:
+    with directory_of(open_store(exported)) as folder:
+        return plain.place_logits(_load(folder, trained.dtype), trained.probe.rows)
+
+
+def _load(folder: Path, dtype: Any) -> Any:
+    """The model as transformers reads it, FP8 decoded, as no CPU multiplies in it."""
+    architecture: Any = model_config(folder, None)
+    quantization = getattr(architecture, "quantization_config", None) or {}
+    decoded = quantization.get("quant_method") == "fp8"
+    with dequantized_by_transformers(architecture) if decoded else nullcontext():
+        model = plain.load_plain(folder, dtype, dtype, architecture if decoded else None)
+    plain.keep_packed(model)
+    return model.to(plain.device())

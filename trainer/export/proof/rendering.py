@@ -1,0 +1,93 @@
+"""The half of `--verify` about texts: through the exported tokenizer and chat template they become the tokens of the training.
+
+The run's own are those that it keeps (trainer/data/render/text_files.py). Compared are rows of its data, a text of many kinds of characters and
+conversations, then what rows cannot show: every token's number, the special ones, and the template's own text.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.base.find.tokenizer import read_tokenizer
+from trainer.config import Config
+from trainer.data.render.template import template_text
+from trainer.errors import CapstanError, ConfigError
+from trainer.export.figures import NOT_TRAINED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
+_CHARACTERS = 'Zoë paid 1,234.50 € at 12:05.\n\n\tdef f(x):\r\n    return x ** 2  # "ok"\n東京は今日も晴れ。 Привет, мир! नमस्ते مرحبا 👩‍👩‍👧 ﬁ Å A\u030a'
+_CONVERSATIONS = (
+    [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4."}],
+    [
+        {"role": "system", "content": "Answer in one word."},
+        {"role": "user", "content": " Ja? "},
+        {"role": "assistant", "content": "Nein\n"},
+        {"role": "user", "content": "<b>Why</b>"},
+    ],
+)
+
+
+class Texts:
+    """The tokens of texts by one tokenizer, and by its chat template or the one in its place."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", instead: str | None = None) -> None:
+        self.tokenizer, self._instead = tokenizer, instead
+
+    @property
+    def template(self) -> Any:
+        return self._instead or self.tokenizer.chat_template
+
+    def tokens(self, text: str) -> list[list[int]]:
+        """As part of a document, and as a text that the tokenizer frames itself."""
+        every: list[Any] = [self.tokenizer.encode(text, add_special_tokens=framed) for framed in (False, True)]
+        return every
+
+    def rendered(self, messages: Any, begun: bool) -> str:
+        """The reason, where the template refuses the conversation; `begun`: up to where an answer begins."""
+        try:
+            text: Any = self.tokenizer.apply_chat_template(
+                messages, chat_template=self._instead, tokenize=False, add_generation_prompt=begun
+            )
+            return text
+        except Exception as error:  # a template is a program of its author's
+            return f"refused: {error}"
+
+
+def trained_texts(config: Config, directory: Path) -> Texts:
+    """As the run was trained: `directory` has its own tokenizer, `config` its template."""
+    tokenizer = read_tokenizer(directory, config.model.base, config.model.add_tokens)
+    return Texts(tokenizer, template_text(config.data))
+
+
+def check_rendering(trained: Texts, folder: Path, rows: Sequence[Sequence[int]]) -> None:
+    """Raises `CapstanError` where the tokenizer in `folder` is not the run's; `rows` are tokens of the run's documents."""
+    try:
+        tokenizer = read_tokenizer(folder, "the export")
+    except ConfigError as error:
+        raise CapstanError(f"the export's tokenizer cannot be loaded: {error} {NOT_TRAINED}") from error
+    for problem in _problems(trained, Texts(tokenizer), rows):
+        raise CapstanError(f"the export's tokenizer is not the run's: {problem}. {NOT_TRAINED}")
+
+
+def _problems(ours: Texts, theirs: Texts, rows: Sequence[Sequence[int]]) -> Iterator[str]:
+    if ours.template != theirs.template:
+        yield "its chat template is another" if theirs.template else "it has no chat template"
+    texts: list[Any] = [ours.tokenizer.decode(list(row)) for row in rows]
+    for number, text in enumerate([*texts, _CHARACTERS]):
+        if ours.tokens(text) != theirs.tokens(text):
+            what = f"row {number + 1} of the run's data" if number < len(texts) else repr(_CHARACTERS[:30])
+            yield f"{what} becomes other tokens"
+    if ours.template:
+        for messages in _CONVERSATIONS:
+            for begun in (False, True):
+                expected, found = (texts.rendered(messages, begun) for texts in (ours, theirs))
+                if expected != found or ours.tokens(expected) != theirs.tokens(found):
+                    yield "a conversation becomes other tokens"
+    for name in _SPECIAL:
+        if getattr(ours.tokenizer, name) != getattr(theirs.tokenizer, name):
+            yield f"its {name} is {getattr(theirs.tokenizer, name)} instead of {getattr(ours.tokenizer, name)}"
+    if ours.tokenizer.get_vocab() != theirs.tokenizer.get_vocab():
+        yield "its tokens have other numbers"

@@ -1,0 +1,99 @@
+"""The rows that a proof compares two models on: documents of the run's own data, the same ones at every call."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trainer.base.find.locate import Base
+from trainer.checkpoint.manifest import CheckpointManifest
+from trainer.config import Config
+from trainer.data.compile.prepare import locate
+from trainer.data.dataset.binary import ID_BITS, MISMATCHED_BIT, REJECTED_BIT, TARGET_BIT
+from trainer.data.dataset.dataset import Dataset, open_chapter
+from trainer.errors import ConfigError, DataError, StorageError
+from trainer.run.folder import store_of
+from trainer.store import Store
+
+ROWS, TOKENS, TARGETS = 8, 512, 32  # rows, tokens of a row, and trained tokens that are looked at in a row: at most
+_CANDIDATES = 64  # documents, as some may have nothing that is trained
+_FALLBACK_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class ProbeRow:
+    """One unpacked document or its end.
+
+    Attributes:
+        tokens: (1, T) int64.
+        places: (P,) int64, the positions whose next token is trained.
+        targets: (P,) int64, that token.
+    """
+
+    tokens: Tensor
+    places: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The rows, and what they are in words, such as "8 rows of the evaluation data"."""
+
+    rows: list[ProbeRow]
+    origin: str
+
+
+def find_probe(run: Store, config: Config, manifest: CheckpointManifest, base: Base) -> Probe:
+    """Rows of the run's compiled evaluation data, else of its training data, else tokens that are no text.
+
+    Compiled data may have been deleted, or never been in this store.
+    """
+    root = store_of(run)
+    for what, fingerprint in _datasets(config, manifest, base, root):
+        try:
+            rows = list(_rows(open_chapter(root, fingerprint, 0)))[:ROWS]
+        except StorageError:  # or `NotFound`, which is one
+            continue
+        if rows:
+            return Probe(rows, f"{len(rows)} rows of the {what} data")
+    tokens = torch.arange(3, 3 + _FALLBACK_TOKENS).remainder(base.architecture.vocabulary)
+    row = ProbeRow(tokens[None], torch.arange(_FALLBACK_TOKENS - 1), tokens[1:])
+    return Probe([row], f"tokens 3 to {2 + _FALLBACK_TOKENS}, as the run's compiled data is gone")
+
+
+def _datasets(config: Config, manifest: CheckpointManifest, base: Base, root: Store) -> Iterator[tuple[str, str]]:
+    try:
+        found = locate(config, base, root, keep=False)
+    except (ConfigError, DataError, StorageError):  # the sources are gone; what was compiled of them may be there
+        found = {}
+    if "eval" in found:
+        yield "evaluation", found["eval"]
+    yield "training", manifest.dataset
+
+
+def _rows(data: Dataset) -> Iterator[ProbeRow]:
+    """Documents at even distances, each cut to its last tokens up to the last one that is trained."""
+    documents = len(data.offsets) - 1
+    for number in np.unique(np.linspace(0, documents - 1, _CANDIDATES, dtype=np.int64)):
+        block = np.searchsorted(data.blocks, number, side="right") - 1
+        row = _row(data.read(np.array([block])).gather(np.array([number])))
+        if row is not None:
+            yield row
+
+
+def _row(stored: NDArray[np.uint32]) -> ProbeRow | None:
+    second = np.flatnonzero(stored & (REJECTED_BIT | MISMATCHED_BIT))
+    stored = stored[: second[0]] if len(second) else stored  # of two answers, the first
+    trained = np.flatnonzero(stored & TARGET_BIT)
+    if not len(trained):
+        return None
+    first = max(0, int(trained[-1]) + 1 - TOKENS)
+    tokens = torch.from_numpy((stored[first : trained[-1] + 1] & ID_BITS).astype(np.int64))
+    seen = trained[trained > first] - first  # the first token of a row is predicted from nothing
+    if not len(seen):
+        return None
+    chosen = torch.from_numpy(seen[np.unique(np.linspace(0, len(seen) - 1, TARGETS, dtype=np.int64))])
+    return ProbeRow(tokens[None], chosen - 1, tokens[chosen])

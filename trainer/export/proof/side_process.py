@@ -1,0 +1,58 @@
+"""One side of a proof, in a process of its own.
+
+DeepSpeed, PEFT and transformers leave much of a model alive that nobody uses any more, and no garbage collector finds it. A process
+that has ended holds nothing, neither on the host nor on its GPU.
+"""
+
+import os
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import Any, Literal, TypeVar
+
+from trainer.errors import DoesNotFit
+from trainer.processes.children import end_with_parent
+
+T = TypeVar("T")
+Device = Literal["gpu", "cpu"]
+
+
+def aside(device: Device, work: Callable[..., T], *arguments: Any) -> T:
+    """`work(*arguments)` on the GPU, where this machine has one, or on the CPU; all of it goes and comes as pickles.
+
+    Raises:
+        DoesNotFit: memory ran out. On the host Linux then kills the process.
+        Exception: whatever `work` raises.
+    """
+    # Not forked: CUDA cannot be used in a child of a process that has asked for it.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_alone, initargs=(device,)) as pool:
+        try:
+            return pickle.loads(pool.submit(_pickled, work, arguments).result())
+        except BrokenProcessPool as error:
+            raise _no_memory("the process of one side was killed, as Linux does where memory runs out") from error
+
+
+def _no_memory(what: str) -> DoesNotFit:
+    return DoesNotFit(f"--verify: {what}. Verify on a machine with more of it, or export without --verify.")
+
+
+def _alone(device: Device) -> None:
+    """A group of one, whatever group this process was started in, and no GPU where the CPU is meant."""
+    from trainer.devices import stay_on_cpu
+
+    end_with_parent()
+    os.environ.pop("RANK", None)
+    if device == "cpu":
+        stay_on_cpu()
+
+
+def _pickled(work: Callable[..., Any], arguments: tuple[Any, ...]) -> bytes:
+    """Pickled here: multiprocessing itself hands tensors on in shared memory, which ends with the process that made it."""
+    import torch
+
+    try:
+        return pickle.dumps(work(*arguments))
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise _no_memory("one side ran out of memory") from error

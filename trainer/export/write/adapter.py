@@ -1,0 +1,65 @@
+"""Exports what a committed checkpoint has learnt, without a GPU, and without the base in memory.
+
+Where the base itself has learnt, that is the whole model (trainer/export/write/merged.py). Otherwise the folder, on a disk or in a
+bucket, holds the files of the run's method (for LoRA what PEFT's `save_pretrained` writes), the tokenizer's files and a model
+card with the run's facts. The file without which nothing loads is written last, so an export that was killed is not mistaken
+for one.
+"""
+
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
+
+from trainer.base.find.locate import TOKENIZER_FILES, base_files
+from trainer.base.find.tokenizer import tokenizer_files
+from trainer.base.load.load import DTYPES
+from trainer.checkpoint.manifest import CheckpointManifest
+from trainer.config import Model, Tuning
+from trainer.data.render.template import template_text
+from trainer.export.card import PEFT_USAGE, CardContent, model_card
+from trainer.export.folder import CARD, TRAINED, BytesWritten, check_destination
+from trainer.export.trained import check_base_at_hand, trained_checkpoint, trained_directory
+from trainer.export.write.learnt import CheckpointWeights
+from trainer.export.write.merged import write_model
+from trainer.store import Store
+from trainer.tuning.method import methods
+
+
+def export_adapter(
+    run: Store,
+    destination: Store,
+    step: int | None = None,
+    report: BytesWritten = lambda done, total: None,
+    arranged: Callable[[Mapping[str, bytes], Model], Mapping[str, bytes]] = lambda files, model: files,
+) -> CheckpointManifest:
+    """Write what `step`, or the newest whole checkpoint, has learnt to `destination`; returns its manifest. `report` is
+    told of the progress where that is a whole model; `arranged` gives the adapter's files another layout, in the same order.
+
+    Raises:
+        NothingToResume: the run has no such checkpoint.
+        StorageError: it is damaged, or a store fails.
+        ConfigError: `destination` holds something that is no half export, or the base's folder is not here; or where a whole
+            model is written, what `write_model` raises.
+    """
+    # Before the shards are read, so by the files of every method.
+    ours = [name for make in methods().values() for name in make(Tuning()).file_names]
+    check_destination(destination, *ours, *TOKENIZER_FILES)
+    manifest, config, method = trained_checkpoint(run, step)
+    check_destination(destination, *method.file_names, *TOKENIZER_FILES)
+    if method.exports_model:
+        write_model(run, manifest, config, destination, report)
+        return manifest
+    check_base_at_hand(config.model, manifest)
+    directory = trained_directory(run, base_files(config.model), manifest)
+    tokenizer = tokenizer_files(directory, config.model, template_text(config.data))
+    weights = CheckpointWeights(run, manifest, DTYPES[config.model.dtype])
+    exported = method.export(dict(weights), config.model)
+    files = arranged(exported.files, config.model)
+    *names, last = files
+    assert not any(fnmatch(last, pattern) for pattern in method.file_names), "a whole export would count as a half one"
+    usage = PEFT_USAGE if exported.library == "peft" else ""
+    content = CardContent(exported.library, f"{exported.what} {TRAINED}.", "adapter", usage)
+    destination.put(CARD, model_card(run, config, manifest, content))
+    for name, content in {**{name: files[name] for name in names}, **tokenizer}.items():
+        destination.put(name, content)
+    destination.create(last, files[last])
+    return manifest

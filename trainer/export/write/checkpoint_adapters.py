@@ -1,0 +1,105 @@
+"""The adapter beside each commit (`checkpoint.adapters`), where people's tools look for `adapter_model.safetensors`.
+
+Rank 0 has a process of its own export it, so that the training loses no step to it: a thread would hold Python's lock while
+it copies gigabytes. Whatever is missing is written, newest first, after each commit and at each start: an adapter whose
+writing was killed, or failed, is made up for then. No commit depends on it.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+from trainer.base.find.locate import TOKENIZER_FILES
+from trainer.checkpoint.listing import committed_steps
+from trainer.config import Config
+from trainer.export.folder import holds_export
+from trainer.processes import children
+from trainer.run import layout
+from trainer.store import Store
+from trainer.tuning.method import method_of
+
+
+class AdapterWriter:
+    """Writes the adapters that a run's commits lack; `log` gets a line about each. `half` are the names of a half export."""
+
+    def __init__(self, run: Store, half: Collection[str], log: Callable[[str], None]) -> None:
+        self._run, self._half, self._log = run, half, log
+        self._pool = ThreadPoolExecutor(1, "adapters")
+        self._next: Future[None] | None = None
+        self._process: subprocess.Popen[str] | None = None
+        self._stopping = threading.Event()
+
+    def write(self) -> None:
+        """Begin to write what is missing; returns at once."""
+        waits = self._next and not (self._next.running() or self._next.done())
+        if not waits:  # one that has not begun will see this commit too
+            self._next = self._pool.submit(self._write_missing)
+
+    def close(self, *, wait: bool) -> None:
+        """Wait until all are written, or leave the rest to the next start."""
+        if not wait:
+            self._stopping.set()
+            if self._process is not None:
+                self._process.kill()
+        self._pool.shutdown(cancel_futures=not wait)
+
+    def _write_missing(self) -> None:
+        try:
+            for step in committed_steps(self._run):
+                if not self._stopping.is_set() and not holds_export(self._run.sub(layout.adapter(step)), *self._half):
+                    self._export(step)
+        except Exception as error:  # beside the training, nothing may end it
+            self._failed("the adapters beside the checkpoints", error)
+
+    def _export(self, step: int) -> None:
+        started, destination = time.monotonic(), f"{self._run.uri}/{layout.adapter(step)}"
+        command = [sys.executable, "-m", "trainer.export", self._run.uri, destination]
+        # On the host's CPU, on one thread, from the code of this process.
+        apart = {
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }
+        with children.start(
+            [*command, "--format", "peft", "--step", str(step)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **apart},
+        ) as self._process:
+            if self._stopping.is_set():  # since before there was a process to kill
+                self._process.kill()
+            _, said = self._process.communicate()
+        if self._stopping.is_set():
+            return
+        if self._process.returncode:
+            self._failed(f"the adapter of step {step}", said.rpartition("capstan: ")[2].strip() or "it was killed")
+        else:
+            self._log(f"adapter of step {step} written beside its checkpoint in {time.monotonic() - started:.1f} s")
+
+    def _failed(self, what: str, reason: object) -> None:
+        self._log(f"{what} could not be written, which is tried again after the next commit: {reason}")
+
+
+@contextmanager
+def adapters_beside(
+    run: Store, config: Config, log: Callable[[str], None], *, writes: bool
+) -> Iterator[Callable[[], None]]:
+    """The function to call after each commit. At the end the last adapter is waited for, unless the run ends by an exception:
+    a machine that is taken away waits for nothing."""
+    if not (writes and config.checkpoint.adapters):
+        yield lambda: None
+        return
+    writer = AdapterWriter(run, (*method_of(config).file_names, *TOKENIZER_FILES), log)
+    writer.write()
+    try:
+        yield writer.write
+    except BaseException:
+        writer.close(wait=False)
+        raise
+    writer.close(wait=True)

@@ -1,0 +1,317 @@
+"""The trained model as an ordinary one, file by file: it is never whole in memory, nor is the base on this machine.
+
+Each file has the name, the header and the length of the base's own, so its tensors keep their names, types and places;
+only the bytes of weights that have changed differ. An adapter is merged into the base's weights as they are stored, not as
+they were quantized for training, in fp32, and rounded once to the type they are stored in. A base that has learnt itself has
+the trained weights in the place of its own, as the forward pass of the training had them.
+Where tokens were added that the base has no rows for, its embedding and head have more rows here: then the header of their
+file, and all that lies behind them in it, is written anew.
+config.json is written last: nothing loads a model without it, so a merge that was killed is not mistaken for one.
+"""
+
+import json
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from trainer.base.find.locate import TOKENIZER_FILES, Base, describe_base, named_files
+from trainer.base.find.tokenizer import tokenizer_files
+from trainer.base.load.load import DTYPES
+from trainer.base.partitions.filling import as_tensor
+from trainer.base.partitions.reading import PIECE_BYTES, PIECES_IN_FLIGHT, cut, freed_memory_given_back, read_ahead
+from trainer.base.rows.packed_parts import Weight
+from trainer.base.rows.parameters import find_all_weights
+from trainer.checkpoint.manifest import CheckpointManifest
+from trainer.config import Config
+from trainer.data.render.template import template_text
+from trainer.errors import ConfigError
+from trainer.export.card import MODEL_USAGE, CardContent, model_card
+from trainer.export.folder import CARD, TRAINED, BytesWritten, check_destination
+from trainer.export.trained import TrainedCheckpoint, check_mergeable_run, resolve_trained_base, trained_checkpoint
+from trainer.export.write.learnt import CheckpointWeights
+from trainer.files.safetensors_index import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    Joined,
+    TensorSource,
+    header_bytes,
+    item_bytes,
+    numel,
+)
+from trainer.store import Store
+from trainer.tuning.method import WeightUpdate, method_of
+
+_CONFIG = "config.json"
+_SMALL_FILES = ("generation_config.json",)
+
+
+def export_merged(
+    run: Store, destination: Store, step: int | None = None, report: BytesWritten = lambda done, total: None
+) -> CheckpointManifest:
+    """Write the model of `step`, or of the newest whole checkpoint, to `destination`; returns its manifest.
+
+    Raises:
+        NothingToResume: the run has no such checkpoint.
+        StorageError: it is damaged, or a store fails.
+        ConfigError: `destination` holds something that is no half export, or the base cannot be merged into, is not here,
+            or is another than the run's.
+    """
+    manifest, config, _ = mergeable_checkpoint(run, destination, step)
+    write_model(run, manifest, config, destination, report)
+    return manifest
+
+
+def mergeable_checkpoint(run: Store, destination: Store, step: int | None) -> TrainedCheckpoint:
+    """The checkpoint of `step`, or the newest whole one, that can be written to `destination` as a model.
+
+    Raises as `export_merged`, but for a base that is not here or another.
+    """
+    check_destination(destination, "*.safetensors", INDEX_FILE, *_SMALL_FILES, *TOKENIZER_FILES)
+    trained = trained_checkpoint(run, step)
+    check_mergeable_run(trained.config, describe_base(trained.config.model))
+    return trained
+
+
+def write_model(
+    run: Store, manifest: CheckpointManifest, config: Config, destination: Store, report: BytesWritten
+) -> None:
+    """Write the whole model of a checkpoint of a mergeable method. Raises `ConfigError` when its base is not here, is another
+    than the run's, or was cut to its first layers."""
+    if config.model.layers:
+        raise ConfigError(
+            f"model.layers: the run has the first {config.model.layers} layers of its base only, and the files of a model have "
+            "all. Only a run of the whole base can be exported as a model."
+        )
+    base = resolve_trained_base(run, config.model, manifest)
+    content = CardContent("transformers", _description(config), "finetune", MODEL_USAGE)
+    destination.put(CARD, model_card(run, config, manifest, content))
+    changed = changed_files(run, manifest, config, base)
+    total, done = sum(file.size for file in changed), 0
+    with freed_memory_given_back():
+        for file in changed:
+            destination.put_chunks(file.key, file.chunks(lambda n, at=done: report(at + n, total)), file.size)
+            done += file.size
+    if {file.key for file in changed} != {SINGLE_FILE}:
+        destination.put(INDEX_FILE, _index(base, changed))
+    complete_model(base, config, destination, merged_config(base, changed))
+
+
+def complete_model(base: Base, config: Config, destination: Store, settings: bytes) -> None:
+    """Write the files that a model has beside its weights; `settings`, its config.json, last."""
+    tokenizer = tokenizer_files(base.directory, config.model, template_text(config.data))
+    for name, content in {**named_files(base.directory, _SMALL_FILES), **tokenizer}.items():
+        destination.put(name, content)
+    destination.create(_CONFIG, settings)
+
+
+def _description(config: Config) -> str:
+    if method_of(config).exports_model:
+        return f"A model {TRAINED}: its base's own weights were fine-tuned, so there is no adapter to merge."
+    over = "" if config.quant.type == "none" else f" The adapter was trained over the base in {config.quant.type}."
+    return f"A model {TRAINED} by {config.tuning.method}: the adapter is merged into the weights of its base.{over}"
+
+
+@dataclass(frozen=True)
+class _Change:
+    """An update of the `numel` elements of a stored tensor from its element `first` on, which are those of the updated parameter
+    from `begin` on. The tensor has `more` rows in the new file."""
+
+    source: TensorSource
+    first: int
+    numel: int
+    update: WeightUpdate
+    begin: int
+    more: int = 0
+
+    @property
+    def position(self) -> int:
+        """The first byte in the file."""
+        return self.source.byte_range(self.first, self.first)[0]
+
+    @property
+    def more_bytes(self) -> int:
+        return self.more * self.update.shape[-1] * item_bytes(self.source)
+
+
+@dataclass(frozen=True)
+class ChangedFile:
+    """A file of the base with the trained weights in it. The base's own has `old_size` bytes, of which the first `old_header`
+    give way to the bytes `header`, where tensors have more rows now."""
+
+    store: Store
+    key: str
+    old_size: int
+    changes: list[_Change]
+    header: bytes = b""
+    old_header: int = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.old_size + self.more_bytes + len(self.header) - self.old_header
+
+    @property
+    def more_bytes(self) -> int:
+        """Bytes of the rows that the base has not."""
+        return sum(change.more_bytes for change in self.changes)
+
+    def new_header(self) -> bytes:
+        """The bytes before the data: the length of the JSON and that."""
+        return self.header or _old_header(self.store, self.key)
+
+    def chunks(self, report: Callable[[int], None] = lambda done: None) -> Iterator[bytearray]:
+        """Its bytes in order. Pieces are read and changed on threads of their own, some ahead of whoever takes them."""
+        pool, done = ThreadPoolExecutor(PIECES_IN_FLIGHT, thread_name_prefix="merge"), 0
+        try:
+            for _, data in read_ahead(pool, self._pieces()):
+                yield data
+                done += len(data)
+                report(done)
+        finally:
+            # Where the upload has failed, nobody wants what is still being read.
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _pieces(self) -> Iterator["_Piece"]:
+        """Whole rows of changed weights, and what lies between these, header included, as it is."""
+
+        def copied(begin: int, end: int) -> Iterator[_FileRange]:
+            for first in range(begin, end, PIECE_BYTES):
+                yield _FileRange(self.store, self.key, first, min(end, first + PIECE_BYTES))
+
+        position = self.old_header
+        if self.header:
+            yield _NewBytes(self.header)
+        for change in sorted(self.changes, key=lambda change: change.position):
+            source, columns, last = change.source, change.update.shape[-1], change.first + change.numel
+            yield from copied(position, change.position)
+            for begin, end in cut(source, change.first, last, multiple=columns):
+                row = (change.begin + begin - change.first) // columns
+                yield _FileRange(
+                    self.store, self.key, *source.byte_range(begin, end), partial(_apply, source, change.update, row)
+                )
+            _, position = source.byte_range(change.first, last)
+            if change.more:
+                yield _NewBytes(bytes(change.more_bytes), partial(_apply, source, change.update, source.shape[0]))
+        yield from copied(position, self.old_size)
+
+
+def changed_files(run: Store, manifest: CheckpointManifest, config: Config, base: Base) -> list[ChangedFile]:
+    """The base's files of weights as they are after the training; no weight is read yet."""
+    learnt, weights = CheckpointWeights(run, manifest, DTYPES[config.model.dtype]), find_all_weights(base)
+    shapes = {parameter.name: parameter.shape for parameter in base.architecture.parameters}
+    changes = [
+        change
+        for name, update in method_of(config).updates(learnt, base.architecture).items()
+        for source in (weights.sources[name], *weights.copies.get(name, ()))
+        for change in _changes(base, name, source, update, update.shape[0] - shapes[name][0])
+    ]
+    files = {source.key for source in base.tensors.values()}
+    return [
+        _changed_file(base, key, size, [change for change in changes if change.source.key == key])
+        for key, size, _ in base.versions
+        if key in files
+    ]
+
+
+def _changes(base: Base, name: str, source: Weight, update: WeightUpdate, more: int) -> Iterator[_Change]:
+    """The changes of the stored tensors that the parameter `name` is made of.
+
+    Raises:
+        ConfigError: its values are not stored row by row, or it has `more` rows now and is only a part of a stored tensor.
+    """
+    if isinstance(source, TensorSource):
+        yield _Change(source, 0, numel(source), update, 0, more)
+        return
+    if not isinstance(source, Joined) or more:
+        raise ConfigError(
+            f"there is no merged model: {base.name} stores {name} in another layout than the model has it in. Take --format peft: PEFT and vLLM "
+            "load the adapter beside the base."
+        )
+    for stretch, start in zip(source.stretches, source.starts, strict=True):
+        part = source.parts[stretch.part]
+        assert isinstance(part, TensorSource)
+        yield _Change(part, stretch.begin, stretch.numel, update, start)
+
+
+def _changed_file(base: Base, key: str, size: int, changes: list[_Change]) -> ChangedFile:
+    """With a header of the new shapes and places, where these are others than in the base."""
+    grown = {change.source.offset: change for change in changes if change.more}
+    if not grown:
+        return ChangedFile(base.store, key, size, changes)
+    old = _old_header(base.store, key)
+    header: dict[str, Any] = json.loads(old[8:])
+    tensors, shift = (entry for name, entry in header.items() if name != "__metadata__"), 0
+    for tensor in sorted(tensors, key=lambda tensor: tensor["data_offsets"]):
+        begin, end = tensor["data_offsets"]
+        change = grown.get(len(old) + begin) if end > begin else None
+        more = 0
+        if change is not None:
+            more, tensor["shape"][0] = change.more_bytes, tensor["shape"][0] + change.more
+        tensor["data_offsets"] = [begin + shift, end + shift + more]
+        shift += more
+    return ChangedFile(base.store, key, size, changes, header_bytes(header), len(old))
+
+
+def _old_header(store: Store, key: str) -> bytes:
+    """The bytes before the data in a file of the base."""
+    (length,) = struct.unpack("<Q", store.get_range(key, 0, 8))
+    return bytes(store.get_range(key, 0, 8 + length))
+
+
+def merged_config(base: Base, changed: Sequence[ChangedFile]) -> bytes:
+    """config.json, which says how many rows the embedding has."""
+    content = (base.directory / _CONFIG).read_bytes()
+    more = max((change.more for file in changed for change in file.changes), default=0)
+    if more == 0:
+        return content
+    settings = json.loads(content)
+    language = settings.get("text_config", settings)  # of a model that sees or hears as well, a part
+    language["vocab_size"] = base.architecture.vocabulary + more
+    return json.dumps(settings, indent=2).encode()
+
+
+def _index(base: Base, changed: Sequence[ChangedFile]) -> bytes:
+    """The index of several files of weights."""
+    weight_map = {name: source.key for name, source in sorted(base.tensors.items())}
+    bytes_of_tensors = sum(end - begin for begin, end in (s.byte_range(0, numel(s)) for s in base.tensors.values()))
+    bytes_of_tensors += sum(file.more_bytes for file in changed)
+    return json.dumps({"metadata": {"total_size": bytes_of_tensors}, "weight_map": weight_map}, indent=2).encode()
+
+
+@dataclass(frozen=True)
+class _FileRange:
+    """Bytes [begin, end) of a file of the base, and how they change."""
+
+    store: Store
+    key: str
+    begin: int
+    end: int
+    change: Callable[[bytearray], None] = lambda data: None
+
+    def read(self) -> bytearray:
+        data = self.store.get_range(self.key, self.begin, self.end)
+        self.change(data)
+        return data
+
+
+@dataclass(frozen=True)
+class _NewBytes:
+    """Bytes that no file of the base has, and how they change."""
+
+    content: bytes
+    change: Callable[[bytearray], None] = lambda data: None
+
+    def read(self) -> bytearray:
+        data = bytearray(self.content)
+        self.change(data)
+        return data
+
+
+_Piece = _FileRange | _NewBytes
+
+
+def _apply(source: TensorSource, update: WeightUpdate, first: int, data: bytearray) -> None:
+    update.apply_to(as_tensor(data, source), first)

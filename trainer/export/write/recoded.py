@@ -1,0 +1,249 @@
+"""The trained model with its linear layers in fewer bits, file by file: neither it nor its base is ever whole in memory.
+
+Each file is the one of a merge (trainer/export/write/merged.py), read as a stream: tensors come in the order of their places, those to
+be quantized go through a code some rows at a time, all others as they are. Sizes are known before, so the new header goes first.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from trainer.base.architecture import Parameter
+from trainer.base.base import Base
+from trainer.base.partitions.filling import SOURCE_DTYPES
+from trainer.base.partitions.reading import PIECE_BYTES, freed_memory_given_back
+from trainer.base.rows.parameters import find_all_weights
+from trainer.checkpoint.manifest import CheckpointManifest
+from trainer.config import Config
+from trainer.errors import ConfigError
+from trainer.export.card import MODEL_USAGE, CardContent, model_card
+from trainer.export.folder import CARD, TRAINED
+from trainer.export.trained import check_recodable, resolve_trained_base, unloadable
+from trainer.export.write.merged import ChangedFile, changed_files, complete_model, mergeable_checkpoint, merged_config
+from trainer.export.written import ExportProgress, Written
+from trainer.files.safetensors_index import DTYPE_BYTES, INDEX_FILE, SINGLE_FILE, TensorSource, header_bytes
+from trainer.store import Store
+
+
+class NewTensor(NamedTuple):
+    """A tensor of a file to be written; `dtype` as safetensors names it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass
+class WeightError:
+    """Sums over the quantized weights: of the squares of the differences, and of the weights."""
+
+    differences: float = 0.0
+    weights: float = 0.0
+
+    def add(self, weights: Tensor, decoded: Tensor) -> None:
+        self.differences += float((decoded.float() - weights.float()).square().sum(dtype=torch.float64))
+        self.weights += float(weights.float().square().sum(dtype=torch.float64))
+
+    @property
+    def relative(self) -> float:
+        return math.sqrt(self.differences / self.weights) if self.weights else 0.0
+
+
+class Code(Protocol):
+    """A way to store a matrix in fewer bits."""
+
+    @property
+    def name(self) -> str:
+        """In words, such as nf4."""
+        ...
+
+    def takes(self, shape: tuple[int, int]) -> bool:
+        """Whether a matrix of this shape can be stored so."""
+        ...
+
+    def at_once(self, shape: tuple[int, int]) -> int:
+        """Elements of a matrix that are encoded together: any multiple of it may be."""
+        ...
+
+    def entries(self, name: str, shape: tuple[int, int]) -> list[NewTensor]:
+        """The tensors in place of the weight `name`, in the order in which `encode` gives their bytes."""
+        ...
+
+    def encode(self, pieces: Iterator[Tensor], shape: tuple[int, int], error: WeightError) -> Iterator[bytes]:
+        """`pieces` are the flat weights, in order; each but the last a multiple of `at_once` long."""
+        ...
+
+    def configuration(self, untouched: list[str]) -> dict[str, Any]:
+        """The quantization_config of config.json; `untouched` are the paths of linear layers that stay as they are."""
+        ...
+
+
+@dataclass
+class _Recoding:
+    """A `code`, and what it is applied to: the stored tensors of these names, which are the weights of linear layers."""
+
+    code: Code
+    chosen: Mapping[str, tuple[int, int]]
+    untouched: list[str]
+    error: WeightError = field(default_factory=WeightError)
+
+
+def export_recoded(
+    run: Store, destination: Store, step: int | None, make: Callable[[Config], Code], progress: ExportProgress
+) -> Written:
+    """Write the merged model of `step`, or of the newest whole checkpoint, in the code that `make` makes for the run.
+
+    Raises as `ExportFormat.write`.
+    """
+    manifest, config, _ = mergeable_checkpoint(run, destination, step)
+    if config.model.layers:
+        raise ConfigError("model.layers: only a run of the whole base can be exported as a model.")
+    base, code = resolve_trained_base(run, config.model, manifest), make(config)
+    recoding = _choose(base, code)
+    what = f"A model {TRAINED}, base and adapter merged, its linear layers quantized to {code.name} after that."
+    destination.put(
+        CARD, model_card(run, config, manifest, CardContent("transformers", what, "quantized", MODEL_USAGE))
+    )
+    changed = changed_files(run, manifest, config, base)
+    _write_files(changed, recoding, destination, progress)
+    settings = json.loads(merged_config(base, changed)) | {
+        "quantization_config": code.configuration(recoding.untouched)
+    }
+    complete_model(base, config, destination, json.dumps(settings, indent=2).encode())
+    return _written(manifest, recoding)
+
+
+def _choose(base: Base, code: Code) -> _Recoding:
+    """The `code`, with the stored tensors that it quantizes: matrices of linear layers that the files hold as the model has them.
+
+    Raises `ConfigError` for models whose layers transformers cannot have in this code.
+    """
+    check_recodable(base.description, code.name)
+    if "text_config" in base.config:
+        raise unloadable("a model that sees or hears as well", code.name)
+    stored = {(source.key, source.offset): name for name, source in base.tensors.items()}
+    sources, chosen, untouched = find_all_weights(base).sources, dict[str, tuple[int, int]](), list[str]()
+    for parameter in base.architecture.parameters:
+        if parameter.kind not in ("linear", "head"):
+            continue
+        source = sources.get(parameter.name)
+        if isinstance(source, TensorSource) and _suits(parameter, source, code):
+            rows, columns = parameter.shape
+            chosen[stored[source.key, source.offset]] = rows, columns
+        else:
+            untouched.append(parameter.name.removesuffix(".weight"))
+    if not chosen:
+        raise ConfigError(
+            f"--format {code.name}: no linear layer of this base can be stored in {code.name}. Take --format merged."
+        )
+    return _Recoding(code, chosen, untouched)
+
+
+def _suits(parameter: Parameter, source: TensorSource, code: Code) -> bool:
+    rows, columns = parameter.shape
+    return parameter.kind == "linear" and source.dtype in ("BF16", "F16", "F32") and code.takes((rows, columns))
+
+
+def _write_files(
+    changed: Sequence[ChangedFile], recoding: _Recoding, destination: Store, progress: ExportProgress
+) -> None:
+    weight_map, total = dict[str, str](), 0
+    read, in_all = 0, sum(file.size for file in changed)
+    with freed_memory_given_back():
+        for file in changed:
+            tensors = _tensors(file.new_header())
+            entries = [entry for tensor in tensors for entry in _entries(tensor, recoding)]
+            header = _header(entries)
+            weight_map |= {entry.name: file.key for entry in entries}
+            size = sum(entry.size for entry in entries)
+            chunks = file.chunks(lambda n, at=read: progress.written(at + n, in_all))
+            destination.put_chunks(file.key, _stream(header, tensors, chunks, recoding), len(header) + size)
+            total, read = total + size, read + file.size
+    if {file.key for file in changed} != {SINGLE_FILE}:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        destination.put(INDEX_FILE, json.dumps(index, indent=2).encode())
+
+
+def _tensors(header: bytes) -> list[NewTensor]:
+    """The tensors of a file, in the order of their places."""
+    found = json.loads(header[8:])
+    found.pop("__metadata__", None)
+    ordered = sorted(found.items(), key=lambda item: item[1]["data_offsets"])
+    return [NewTensor(name, facts["dtype"], tuple(facts["shape"])) for name, facts in ordered]
+
+
+def _entries(tensor: NewTensor, recoding: _Recoding) -> list[NewTensor]:
+    shape = recoding.chosen.get(tensor.name)
+    return [tensor] if shape is None else recoding.code.entries(tensor.name, shape)
+
+
+def _header(entries: Sequence[NewTensor]) -> bytes:
+    """The bytes before the data of a safetensors file."""
+    tree: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for entry in entries:
+        offsets = [position, position + entry.size]
+        tree[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
+        position += entry.size
+    return header_bytes(tree)
+
+
+def _stream(
+    header: bytes, tensors: Sequence[NewTensor], chunks: Iterator[bytearray], recoding: _Recoding
+) -> Iterator[bytes | bytearray]:
+    """The bytes of the new file, of those of the merged one."""
+    merged = _Merged(chunks)
+    (length,) = struct.unpack("<Q", merged.take(8))
+    merged.take(length)
+    yield header
+    for tensor in tensors:
+        shape = recoding.chosen.get(tensor.name)
+        if shape is None:
+            for first in range(0, tensor.size, PIECE_BYTES):
+                yield merged.take(min(PIECE_BYTES, tensor.size - first))
+        else:
+            yield from recoding.code.encode(_pieces(merged, tensor, recoding.code), shape, recoding.error)
+
+
+def _pieces(merged: "_Merged", tensor: NewTensor, code: Code) -> Iterator[Tensor]:
+    rows, columns = tensor.shape
+    item, unit = DTYPE_BYTES[tensor.dtype], code.at_once((rows, columns))
+    step = max(1, PIECE_BYTES // item // unit) * unit * item
+    for first in range(0, tensor.size, step):
+        yield torch.frombuffer(merged.take(min(step, tensor.size - first)), dtype=SOURCE_DTYPES[tensor.dtype])
+
+
+class _Merged:
+    """Takes bytes in order out of pieces of any sizes."""
+
+    def __init__(self, chunks: Iterator[bytearray]) -> None:
+        self._chunks, self._left = chunks, memoryview(b"")
+
+    def take(self, size: int) -> bytearray:
+        taken = bytearray()
+        while len(taken) < size:
+            if not self._left:
+                self._left = memoryview(next(self._chunks))
+            part = self._left[: size - len(taken)]
+            taken += part
+            self._left = self._left[len(part) :]
+        return taken
+
+
+def _written(manifest: CheckpointManifest, recoding: _Recoding) -> Written:
+    code, error, untouched = recoding.code, recoding.error.relative, recoding.untouched
+    remark = f"{len(recoding.chosen)} matrices in {code.name}, whose weights are {error:.2%} off the merged ones (root of the mean square)."
+    stay = f" Linear layers that stay as they were stored: {', '.join(untouched)}." if untouched else ""
+    facts = {"matrices": len(recoding.chosen), "weight_error": error, "untouched": untouched}
+    return Written(manifest, facts, (remark + stay,))

@@ -1,0 +1,24 @@
+"""What a writer of exports is told to report to, and what it answers with."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from trainer.checkpoint.manifest import CheckpointManifest
+from trainer.export.folder import BytesWritten
+
+
+class ExportProgress(NamedTuple):
+    """`written` is told of bytes done and bytes in all, `say` of what begins now, in a sentence."""
+
+    written: BytesWritten
+    say: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Written:
+    """An export that was written: the checkpoint it is of, and what its format found out, as JSON and in sentences."""
+
+    manifest: CheckpointManifest
+    facts: dict[str, Any] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()

@@ -1,0 +1,1 @@
+"""Files on this machine: temporary folders, and the headers of safetensors files."""

@@ -1,0 +1,139 @@
+"""The floating point operations that a step asks for, and the share of the device's peak that they come to (MFU).
+
+A product of a (T, inputs) and an (inputs, outputs) matrix is 2 T inputs outputs operations. Only what learning from these documents
+needs is counted: no padding, and of a causal attention the half that it computes. Where activations are recomputed, that is
+counted too, so that figures with and without it compare.
+
+    per token of a document        forward   backward: of inputs, of weights   again, where recomputed
+    frozen weight                     2              2            -                     2
+    weight that learns                2              2            2                     2
+    pair of tokens, width w          4 w            8 w           -                    4 w       a token and one that it sees
+    weight of the head, a target      2              2     2, and 2 for its logits      -
+
+Norms, rotary embeddings, activation functions and dequantizing are left out, as their time is the memory's; so are embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from trainer.base.architecture import Architecture
+from trainer.config import Config
+from trainer.objective.objective import find_objective, reference_of
+from trainer.plan.gpus import find_gpu
+from trainer.tuning.method import method_of
+
+if TYPE_CHECKING:
+    from trainer.data.order.micro_batch import MicroBatch
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Operations a second at the peak of a GPU by its name, such as "NVIDIA H100 80GB HBM3"; None for one that is not known."""
+    gpu = find_gpu(device_name)
+    return gpu.flops if gpu else None
+
+
+@dataclass(frozen=True)
+class AttentionWork:
+    """The attention of one decoder layer: operations of a forward pass for a pair of tokens, and how many tokens one sees at most."""
+
+    pair: float
+    window: int | None
+
+    def pairs(self, length: int) -> int:
+        """The pairs of a token and one that it sees, itself included, in a document."""
+        seen = min(length, self.window or length)
+        return seen * (seen + 1) // 2 + (length - seen) * seen
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """Operations of all passes of a step for a token of a document and for a target, and of `passes` forward passes for pairs of tokens.
+
+    `peak` is the device's operations a second, where that is known.
+    """
+
+    token: float = 0.0
+    target: float = 0.0
+    attention: tuple[AttentionWork, ...] = ()
+    passes: float = 0.0
+    peak: float | None = None
+
+    def of(self, batches: Iterable[MicroBatch]) -> float:
+        """The operations of a step's micro-batches."""
+        found = 0.0
+        for batch in batches:
+            pairs = sum(layer.pair * layer.pairs(length) for length in _documents(batch) for layer in self.attention)
+            found += batch.tokens * self.token + batch.targets * self.target + self.passes * pairs
+        return found
+
+    def of_row(self, tokens: int) -> float:
+        """The operations of a row that one document of so many tokens fills, each of them a target: the most that a row can ask for."""
+        return tokens * (self.token + self.target) + self.passes * sum(
+            layer.pair * layer.pairs(tokens) for layer in self.attention
+        )
+
+    def measured(self, operations: float, seconds: float) -> dict[str, float]:
+        """The measures of a step of so many operations and seconds, summed over the ranks: TFLOP/s of a rank, and MFU."""
+        if not operations:
+            return {}
+        rate = operations / seconds
+        return {"teraflops": float(f"{rate / 1e12:.4g}")} | ({"mfu": round(rate / self.peak, 4)} if self.peak else {})
+
+
+UNKNOWN_WORK = StepWork()
+"""No operation is counted, and so nothing is said of them."""
+
+
+def _documents(batch: MicroBatch) -> Iterator[int]:
+    """Tokens of each segment of the row that is no padding."""
+    lengths = batch.lengths
+    for segments in (batch.beginnings, batch.rejected, batch.mismatched):
+        yield from (lengths[segment] for segment in segments.tolist())
+
+
+def work_of(config: Config, model: Architecture, recomputed: float, device_name: str) -> StepWork:
+    """The work of a run whose backward passes repeat the forward passes of this share of the decoder layers."""
+    method, survey = method_of(config), find_objective(config).survey
+    learning, products = method.shapes(model), _products(model)
+    base = {parameter.name for parameter in model.parameters}
+    visits = max((parameter.visits for parameter in model.parameters if parameter.kind == "experts"), default=1.0)
+    learnt = sum(size for name, size in products.items() if name in learning)
+    frozen = sum(products.values()) - learnt
+    if not method.virtual.count:  # virtual tokens are computed with as any token is
+        # A vector is no product.
+        added = [shape for name, shape in learning.items() if name not in base and len(shape) > 1]
+        learnt += sum(prod(shape) * (visits if len(shape) == 3 else 1) for shape in added)
+    head = model.vocabulary * model.hidden
+    head_learns = model.head in learning or (model.head_is_embedding and model.embedding in learning)
+    # Some forward passes are not learnt from: those through the reference, without what was added, and those of a survey.
+    surveyed, referred = (survey.share if survey else 0.0), float(reference_of(config) == "adapter_off")
+    every_pass = (1 + recomputed) * 2 * (frozen + learnt) + 2 * frozen + 4 * learnt
+    return StepWork(
+        token=(1 - surveyed) * every_pass + surveyed * 2 * (frozen + learnt) + referred * 2 * frozen,
+        target=head * ((1 - surveyed) * (8 if head_learns else 4) + 2 * (surveyed + referred)),
+        attention=tuple(_attention(model)),
+        # A backward pass has twice as many products as a forward pass: both inputs of each have gradients.
+        passes=(1 - surveyed) * (3 + recomputed) + surveyed + referred,
+        peak=peak_flops(device_name) if config.model.dtype == "bf16" else None,
+    )
+
+
+def _products(model: Architecture) -> dict[str, float]:
+    """The weights that a token is multiplied with, by parameter: of experts those that it visits."""
+    return {part.name: part.numel * part.visits for part in model.parameters if part.kind in ("linear", "experts")}
+
+
+def _attention(model: Architecture) -> Iterator[AttentionWork]:
+    """The width of what enters the last linear layer of attention, that of its values, counts for queries and keys as well."""
+    for layer in model.attention:
+        widths = [
+            part.shape[1]
+            for part in model.in_layer(layer.layer)
+            if part.kind == "linear" and part.name.startswith(f"{layer.path}.") and part.shape[0] == model.hidden
+        ]
+        if widths:
+            yield AttentionWork(4.0 * widths[-1], layer.window)

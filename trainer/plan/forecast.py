@@ -1,0 +1,109 @@
+"""How long a run is and how long it takes: epochs, tokens, steps, time and money, before it has begun. No torch.
+
+Time is an estimate. It rests on a rate: one that a run has been measured at, or a share of the GPU's peak that is assumed.
+"""
+
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from math import ceil
+from typing import Any
+
+from trainer.base.architecture import Architecture
+from trainer.config import Config
+from trainer.data.compile.length import EpochLength
+from trainer.data.order.bins import steps_of_epochs
+from trainer.plan.flops import work_of
+from trainer.plan.gpus import Gpu
+from trainer.plan.needs import GlobalBatch
+
+# The share of a GPU's peak in bf16 that a step is assumed to come to. By the arithmetic of its kernels an H100 comes to 35 to 40 %.
+UTILISATION = 0.3
+
+
+@dataclass(frozen=True)
+class Length:
+    """How much a run trains; None is what cannot be told.
+
+    `tokens` are those of its documents in all its `epochs`, `tokens_of_epoch` those of one. `counted` says that the steps are
+    those that the run will take, and `compiled` that the tokens are counted rather than estimated from `file_bytes`.
+    """
+
+    steps: int | None
+    epochs: float | None
+    tokens: int | None
+    tokens_of_epoch: int | None
+    counted: bool
+    compiled: bool
+    file_bytes: int
+
+
+@dataclass(frozen=True)
+class Rate:
+    """The seconds that a rank takes over one packed row, and where they come from: a run of the store and its GPU, or an assumption.
+
+    `tokens_per_second` are those of a rank.
+    """
+
+    seconds_a_row: float
+    tokens_per_second: float
+    basis: str
+    run: str | None = None
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """An estimate of a run's time and cost: its steps alone, without loading, evaluations, commits and what ranks wait for."""
+
+    step_seconds: float
+    seconds: float
+    gpu_hours: float | None
+    cost: float | None
+    tokens_per_second: float
+    basis: str
+    run: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def length_of(config: Config, epoch: EpochLength | None) -> Length:
+    """The length of the run, whose training data has epochs of this length."""
+    train, rows = config.train, epoch.rows if epoch else None
+    steps, epochs, counted = train.steps, train.epochs, train.steps is not None
+    if train.epochs and epoch and rows:
+        wanted = ceil(train.epochs)
+        counted = len(epoch.bins) >= wanted
+        bins = epoch.bins[:wanted] if counted else [rows] * wanted
+        steps = sum(steps_of_epochs(bins, Fraction(str(train.epochs)), train.global_batch))
+    if steps and epochs is None and rows:
+        epochs = steps / ceil(rows / train.global_batch)
+    tokens = round(epochs * epoch.tokens) if epochs and epoch else None
+    found = (epoch.tokens, epoch.compiled, epoch.file_bytes) if epoch else (None, False, 0)
+    return Length(steps, epochs, tokens, found[0], counted, *found[1:])
+
+
+def assumed_rate(config: Config, model: Architecture, gpu: Gpu, recomputed: float) -> Rate | None:
+    """The rate at which this GPU would compute, at the utilisation that is assumed, where this share of the layers is computed again;
+    None where its peak is not known."""
+    if gpu.flops is None or config.model.dtype != "bf16":
+        return None
+    reached = UTILISATION * gpu.flops
+    tokens = config.data.sequence_length
+    work = work_of(config, model, recomputed, gpu.name)
+    seconds = work.of_row(tokens) / reached
+    basis = (
+        f"{reached / 1e12:,.0f} TFLOP/s on each GPU: {UTILISATION:.0%} of the {gpu.flops / 1e12:,.0f} that the data sheet of "
+        f"{gpu.name} says for bf16. The share is assumed, not measured"
+    )
+    return Rate(seconds, tokens / seconds, basis)
+
+
+def forecast(config: Config, batch: GlobalBatch, length: Length, rate: Rate | None) -> Forecast | None:
+    """The time that the run takes at this rate; None where its steps or the rate are not known."""
+    if rate is None or length.steps is None:
+        return None
+    step = batch.accumulation * config.train.micro_batch * rate.seconds_a_row
+    seconds, price = step * length.steps, config.track.price_per_gpu_hour
+    hours = None if config.cluster.gpus_per_worker == 0 else seconds * batch.world_size / 3600
+    cost = None if hours is None or price is None else hours * price
+    return Forecast(step, seconds, hours, cost, rate.tokens_per_second, rate.basis, rate.run)

@@ -1,0 +1,333 @@
+"""The memory of one GPU, by arithmetic, and how many layers keep their activations in it. No GPU, no torch.
+
+Bytes of stored tensors are exact; activations and gathered layers are estimates, by the formulas stated at each function.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil, prod
+from typing import Any
+
+from trainer.base.architecture import Architecture
+from trainer.base.describe.activations import layer_values
+from trainer.config import Config
+from trainer.config.training import MLP_TILE
+from trainer.objective.objective import Survey, find_objective, reference_of, segments_of
+from trainer.optimizer.optimizer import State, find_optimizer, states_by_name
+from trainer.plan.needs import GpuMemory
+from trainer.plan.sizes import StoredParameter, pinned, stored_layers, stored_parameters, value_bytes
+from trainer.tuning.method import method_of
+from trainer.zero.policy import Scope, is_offloaded
+
+# trainer/model/experts.py: bytes of a mixture's experts that are dequantized at once.
+_EXPERTS_BYTES = 2**29
+# trainer/model/head.py: bytes of logits computed at once, were they in fp32, and of those that are.
+_LOGITS_CHUNK_BYTES, _LOGITS_CHUNK_ROWS, _LOGITS_BLOCK_BYTES = 2**28, 512, 2**26
+# trainer/zero/gather.py: layers that are whole on a GPU at one time.
+_LAYERS_GATHERED = 3
+# CUDA's context and the allocator's slack, and the buffers of an NCCL communicator: 16 channels of 4 MiB (NCCL_BUFFSIZE) to
+# send and to receive. Allowances, not measurements.
+_CONTEXT_BYTES = 3 * 2**28
+_COMMUNICATOR_BYTES = 2**27
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The formulas' inputs. `group` ranks hold one copy of the base; `item` is the bytes of a 16- or 32-bit value."""
+
+    config: Config
+    model: Architecture
+    zero: dict[str, Any]
+    world_size: int
+    ranks_per_node: int
+    accumulation: int
+    scope: Scope
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.config.cluster.gpus_per_worker != 0
+
+    @property
+    def group(self) -> int:
+        return self.world_size if self.scope == "world" else min(self.ranks_per_node, self.world_size)
+
+    @property
+    def item(self) -> int:
+        return value_bytes(self.config)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter that learns, by name: of the adapters, or of the base itself."""
+        return method_of(self.config).shapes(self.model)
+
+    @cached_property
+    def learning(self) -> dict[str, int]:
+        """Elements of each of them."""
+        return {name: prod(shape) for name, shape in self.shapes.items()}
+
+    @cached_property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of the fp32 masters and of the optimizer's states."""
+        every = ((state, self.learning[name]) for name, states in self.states.items() for state in states)
+        return sum(state.item * state.size(numel) for state, numel in every)
+
+    @cached_property
+    def state_bytes(self) -> int:
+        """Bytes of the same on one rank, which has vectors whole, and the fp32 gradient that it adds up."""
+        every = (state for states in self.states.values() for state in states)
+        vectors = sum(state.item * state.length for state in every if state.length is not None)
+        return ceil((self.checkpoint_bytes - vectors) / self.world_size) + vectors + 4 * self.share
+
+    @cached_property
+    def states(self) -> dict[str, tuple[State, ...]]:
+        """The masters and the optimizer's states of each parameter that learns, by name."""
+        return states_by_name(self.config.optim.name, self.shapes)
+
+    @property
+    def trainable(self) -> int:
+        return sum(self.learning.values())
+
+    @cached_property
+    def small(self) -> int:
+        """Elements of what learns that stay whole on every rank, in parameters under ZeRO-3's persistence threshold."""
+        threshold = self.zero["stage3_param_persistence_threshold"]
+        return sum(size for size in self.learning.values() if size <= threshold)
+
+    @property
+    def share(self) -> int:
+        """Elements of what learns that one rank has."""
+        return ceil(self.trainable / self.world_size)
+
+    @cached_property
+    def learning_base(self) -> int:
+        """Elements of the base's own parameters that learn; these are stored in 16 or 32 bits."""
+        return sum(parameter.numel for parameter in self.model.parameters if parameter.name in self.learning)
+
+    @cached_property
+    def frozen(self) -> list[StoredParameter]:
+        """The base's parameters that do not learn, as they are stored."""
+        of_base = (parameter for parameter in self.model.parameters if parameter.name not in self.learning)
+        return [stored for one in of_base for stored in stored_parameters(one, self.config.quant, self.item)]
+
+    def is_whole(self, stored: StoredParameter) -> bool:
+        """Whether it is small enough to be whole on every rank, and to stay on the GPU where the others are offloaded."""
+        return stored.elements <= self.zero["stage3_param_persistence_threshold"]
+
+    @cached_property
+    def reference_passes(self) -> int:
+        """Forward passes of a micro-batch through the reference."""
+        return int(reference_of(self.config) == "adapter_off")
+
+    @cached_property
+    def survey(self) -> Survey | None:
+        """The objective's forward pass of each micro-batch before the losses of a step, if it needs one."""
+        return find_objective(self.config).survey
+
+    @property
+    def kept_layers(self) -> int:
+        """The decoder layers, from the last one on, that keep their activations for the backward pass."""
+        return self.config.train.kept_layers(self.model.layers)
+
+    @property
+    def offloads_inputs(self) -> bool:
+        """Whether the inputs of layers that are computed again go to the host; those of a CPU are there."""
+        return self.config.train.activation_offload and self.on_gpu
+
+    @cached_property
+    def row(self) -> int:
+        """Positions of a packed row, with those that are reserved for a method's virtual tokens (trainer/data/order/settings.py)."""
+        data = self.config.data
+        return data.sequence_length + segments_of(self.config) * method_of(self.config).virtual.reserved
+
+    @property
+    def tokens(self) -> int:
+        """Positions of a micro-batch."""
+        return self.config.train.micro_batch * self.row
+
+    @property
+    def states_offloaded(self) -> bool:
+        return self.zero.get("offload_optimizer", {}).get("device", "none") != "none"
+
+    @property
+    def offloaded(self) -> bool:
+        return is_offloaded(self.zero)
+
+    @property
+    def sub_group(self) -> int:
+        """Elements that one step of the update takes."""
+        return self.zero.get("sub_group_size", 1_000_000_000)
+
+    def pins(self, section: str) -> bool:
+        """Whether what this section of the policy offloads is pinned: there is nothing to copy to beside a CPU."""
+        return self.on_gpu and bool(self.zero.get(section, {}).get("pin_memory"))
+
+    @property
+    def communicators(self) -> int:
+        """NCCL's: all ranks have two, as DeepSpeed clones theirs, and those of a node one where they share a copy of the base. CPUs use
+        gloo."""
+        if not self.on_gpu:
+            return 0
+        return 2 * (self.world_size > 1) + (1 < self.group < self.world_size)
+
+
+def base_bytes(given: Inputs) -> int:
+    """Bytes of one whole copy of the base as it is stored."""
+    return sum(stored_layers(given.config, given.model)) + given.item * given.model.weights(
+        "embedding", "head", "small"
+    )
+
+
+def memory_of(given: Inputs) -> GpuMemory:
+    """Bytes on one GPU.
+
+    What is frozen: its stored bytes / the ranks that share one copy, nothing where it is offloaded. What of it is under ZeRO-3's
+    persistence threshold is whole beside that, and never offloaded: norms, and scales where the adapters are wide.
+    What learns, adapters or the base itself: the 16-bit partition and, where a parameter is under ZeRO-3's persistence
+    threshold, a whole copy; then fp32 master, the optimizer's states and accumulated gradient (with AdamW 16 bytes an
+    element) / world size.
+    """
+    config, model, world_size = given.config, given.model, given.world_size
+    linear = sum(stored_layers(given.config, given.model))
+    unquantized = given.item * model.weights("embedding", "head", "small")
+    if config.quant.type == "none":
+        linear, unquantized = 0, unquantized + linear
+    unquantized -= given.item * given.learning_base
+    whole = given.small if world_size > 1 else 0
+    dequantized = 0 if config.quant.type == "none" else _dequantized(given)
+    passes = {
+        "gathered_layers": _gathered(given),
+        "dequantized_weight": dequantized,
+        "whole_gradient": (4 + given.item) * max(given.learning.values(), default=0),
+        "activations": _activations(given),
+        "logits": _logits(given),
+    }
+    parts = {
+        "frozen_quantized": 0 if given.offloaded else ceil(linear / given.group),
+        "frozen_unquantized": 0 if given.offloaded else ceil(unquantized / given.group),
+        "frozen_whole": _frozen_whole(given),
+        "adapter_weights": given.item * (whole + given.share),
+        "adapter_states": 0 if given.states_offloaded else given.state_bytes,
+        "gradient_buckets": _gradient_buckets(given),
+        **passes,
+        "optimizer_step": 0 if given.states_offloaded else max(0, optimizer_step(given) - sum(passes.values())),
+        "context": _CONTEXT_BYTES if given.on_gpu else 0,
+        "communicators": given.communicators * _COMMUNICATOR_BYTES,
+    }
+    return GpuMemory(**parts, total=sum(parts.values()))
+
+
+def _frozen_whole(given: Inputs) -> int:
+    """Bytes of what is frozen and small: whole beside this rank's partition of it, which is a part of the frozen bytes unless those are
+    offloaded."""
+    small = sum(stored.bytes for stored in given.frozen if given.is_whole(stored))
+    share = ceil(small / given.group)
+    return (small if given.group > 1 else 0) + (share if given.offloaded else 0)
+
+
+def offloaded_base(given: Inputs) -> int:
+    """Bytes of host memory for a rank's partitions of the base where they are offloaded: each is a block of its own, pinned where the
+    policy says so."""
+    if not given.offloaded:
+        return 0
+    parts = [ceil(stored.elements / given.group) * stored.item for stored in given.frozen if not given.is_whole(stored)]
+    return sum(map(pinned, parts) if given.pins("offload_param") else parts)
+
+
+def offloaded_states(given: Inputs) -> int:
+    """Bytes of host memory for a rank's masters, moments and gradients where they are offloaded, with the update. Gradients are pinned
+    where the policy says so: what is added up, and the fp32 copy of each sub-group that its update takes."""
+    if not given.states_offloaded:
+        return 0
+    gradient, group = 4 * given.share, 4 * given.sub_group
+    whole_groups, rest = divmod(gradient, group)
+    gradients = [gradient, *[group] * whole_groups, rest]
+    return (
+        given.state_bytes
+        - gradient
+        + sum(map(pinned, gradients) if given.pins("offload_optimizer") else gradients)
+        + optimizer_step(given)
+    )
+
+
+def _dequantized(given: Inputs) -> int:
+    """Bytes of the 4-bit weights that are in 16 bits at one moment: one matrix, or as many of a mixture's experts as are
+    multiplied at once."""
+    return max(
+        max(given.item * parameter.matrices[0], min(_EXPERTS_BYTES, given.item * parameter.numel))
+        for parameter in given.model.parameters
+        if parameter.kind in ("linear", "experts")
+    )
+
+
+def optimizer_step(given: Inputs) -> int:
+    """Bytes that the update takes when the passes have freed theirs, for one sub-group of DeepSpeed's at a time."""
+    portion = min(given.share, given.sub_group)
+    largest = ceil(max(given.learning.values(), default=0) / given.world_size)
+    on_gpu = given.on_gpu and not given.states_offloaded
+    return find_optimizer(given.config.optim).step_bytes(portion, largest, on_gpu)
+
+
+def _gathered(given: Inputs) -> int:
+    """Bytes of the base's parameters that are whole on a GPU at one moment, as trainer/zero/gather.py gathers them.
+
+    In the middle the layer that the device computes, the next one, which the host has come to, and the flat buffer that this one
+    came in and the one behind it is gathered into. At the turn from forward to backward the head and the layer before it. What the
+    policy keeps within stage3_max_reuse_distance comes on top, half of it on either side of the turn. Never more than the whole
+    base; nothing when a partition is the whole parameter.
+    """
+    if given.group == 1 and not given.offloaded:
+        return 0
+    layer = max(stored_layers(given.config, given.model))
+    turn = given.item * given.model.largest("embedding", "head") + layer
+    # A quantized parameter is made of bytes, any other of 16- or 32-bit values.
+    element_bytes = given.item if given.config.quant.type == "none" else 1
+    kept = given.zero.get("stage3_max_reuse_distance", 0) // 2 * element_bytes
+    return min(base_bytes(given), max(_LAYERS_GATHERED * layer, turn) + kept)
+
+
+def _gradient_buckets(given: Inputs) -> int:
+    """Bytes of DeepSpeed's bucket of fp32 gradients, and of the flat copies that it reduces the bucket from and to."""
+    bucket = given.zero.get("reduce_bucket_size", 500_000_000)
+    reduced = min(bucket, given.trainable) if given.world_size > 1 else 0
+    return 4 * (bucket + reduced + ceil(reduced / given.world_size))
+
+
+def _activations(given: Inputs) -> int:
+    """Bytes of activations of one micro-batch of T tokens, with an attention kernel that keeps no score matrix.
+
+    Counted as Korthikanti et al. do (arXiv:2205.05198, section 4), with frozen linear layers; see trainer/base/describe/activations.py.
+    The last layers may keep theirs. Any other keeps its hidden state, and is computed again in its backward pass, when those behind
+    it are gone. On top come the widest gradients: a hidden state, and two of what enters the last linear layer of a block. Where MLPs are
+    tiled, theirs are there for one tile only. Of inputs that are offloaded two are on the GPU.
+    """
+    model = given.model
+    again = model.layers - given.kept_layers
+    kept, widest = zip(*(_layer(given, place, recomputed=place < again) for place in range(model.layers)), strict=True)
+    inputs = min(2, again) if given.offloads_inputs else again
+    values = inputs * model.hidden + max(sum(kept[again:]), *kept[:again], 0)
+    return ceil(given.item * given.tokens * (values + 2 * max(widest) + model.hidden))
+
+
+def offloaded_activations(given: Inputs) -> int:
+    """Bytes of host memory for the inputs of a rank's layers that are computed again, each of which is pinned memory of its own."""
+    again = given.model.layers - given.kept_layers
+    return again * pinned(given.item * given.tokens * given.model.hidden) if given.offloads_inputs else 0
+
+
+def _layer(given: Inputs, place: int, *, recomputed: bool) -> tuple[float, float]:
+    """Values a token that a layer keeps, and the widest that enter the last linear layer of one of its blocks."""
+    values = layer_values(given.model, place)
+    longest = given.config.train.longest_mlp(recomputed=recomputed)
+    tile = 1.0 if longest is None or given.tokens <= longest else MLP_TILE / given.tokens
+    return values.kept + tile * values.kept_in_mlps, max(values.widest, tile * values.widest_mlp)
+
+
+def _logits(given: Inputs) -> int:
+    """Bytes of the chunked loss: the logits of a chunk's tokens, whose place their gradient takes; twice those that are in fp32 at
+    one time; and the gradient of the hidden states of all T tokens."""
+    model, tokens = given.model, given.tokens
+    chunk = min(
+        tokens, max(1, _LOGITS_CHUNK_BYTES // (4 * model.vocabulary) // _LOGITS_CHUNK_ROWS) * _LOGITS_CHUNK_ROWS
+    )
+    in_fp32 = min(4 * chunk * model.vocabulary, _LOGITS_BLOCK_BYTES)
+    return chunk * model.vocabulary * given.item + 2 * in_fp32 + given.item * tokens * model.hidden

@@ -1,0 +1,127 @@
+"""The needs of a run in numbers, as `trainer/plan/plan.py` counts them and `capstan plan --json` prints them."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from trainer.base.find.check import LeftOutPart
+from trainer.zero.policy import Scope
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Elements of the model. The base is embedding + linear + small (norms and biases); `frozen` is the part of it that does
+    not learn, `trainable` are adapters or the other part."""
+
+    embedding: int
+    linear: int
+    small: int
+    frozen: int
+    trainable: int
+    total: int
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """One optimizer step. `empty_rows` are computed without targets, as global_batch does not divide evenly.
+    `reference_time_percent` is the time of the objective's passes through the reference, as a share of the others'. Where
+    the reference is stored there are none, but one pass over all data before the first step: `stored_reference_percent` of
+    the time of an epoch."""
+
+    world_size: int
+    accumulation: int
+    rows: int
+    empty_rows: int
+    tokens: int
+    reference_time_percent: int
+    stored_reference_percent: int
+
+
+ESTIMATES = (
+    "gathered_layers",
+    "whole_gradient",
+    "activations",
+    "logits",
+    "optimizer_step",
+    "reads_during_load",
+    "offloaded_states",
+    "offloaded_activations",
+)
+"""Parts of the memory that follow from formulas of what is there at one moment; those of stored tensors are counted."""
+ALLOWANCES = ("context", "communicators")
+"""Parts that nothing counts: they are set by experience."""
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    """Bytes on one GPU at the peak of a step. Parts of `ESTIMATES` and `ALLOWANCES` are none that are counted."""
+
+    frozen_quantized: int
+    frozen_unquantized: int
+    frozen_whole: int
+    gathered_layers: int
+    dequantized_weight: int
+    adapter_weights: int
+    adapter_states: int
+    whole_gradient: int
+    gradient_buckets: int
+    activations: int
+    logits: int
+    optimizer_step: int
+    context: int
+    communicators: int
+    total: int
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes of host memory on one node, the Python processes themselves left out."""
+
+    reads_during_load: int
+    offloaded_base: int
+    offloaded_states: int
+    offloaded_activations: int
+    checkpoint_copy: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes one rank receives in one optimizer step. `from_other_nodes` is the part of `total` that crosses nodes."""
+
+    base_gathers: int
+    adapter_gathers: int
+    adapter_gradients: int
+    total: int
+    from_other_nodes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The needs of a run, and in `shortfalls` one sentence for each thing that does not fit.
+
+    `mismatches` are those of them that ask more of the base than it has, on any machine. `scope` is `sharding.scope`,
+    with auto decided, and `recomputed_layers` so many of the `layers`, from the first on, as are computed again in the backward pass.
+    `notes` are sentences on settings without an effect, `unrecognised` on what config.json names and the sizes lack: then nobody can
+    say whether it fits. `left_out` are the parts of the base's files that are not trained, where the files are at hand. `device` is what the ranks are planned for: the CPU only where `cluster.gpus_per_worker` is 0.
+    """
+
+    parameters: Parameters
+    batch: GlobalBatch
+    memory_per_gpu: GpuMemory
+    memory_per_host: HostMemory
+    traffic_per_step: Traffic
+    checkpoint_bytes: int
+    scope: Scope
+    layers: int
+    recomputed_layers: int
+    device: Literal["gpu", "cpu"]
+    deepspeed: dict[str, Any]
+    mismatches: list[str]
+    shortfalls: list[str]
+    left_out: list[LeftOutPart] = field(default_factory=list[LeftOutPart])
+    notes: list[str] = field(default_factory=list[str])
+    unrecognised: list[str] = field(default_factory=list[str])
+
+    def to_json(self) -> dict[str, Any]:
+        """A tree of plain values; bytes and elements are whole numbers."""
+        return asdict(self)

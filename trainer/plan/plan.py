@@ -1,0 +1,249 @@
+"""The needs of a run, by arithmetic: parameters, memory, batch, traffic. No GPU, no torch, nothing downloaded.
+
+Everything that does not fit or does not match is reported at once, in `Plan.shortfalls`. Counts of parameters and bytes
+of stored tensors are exact; activations, gathered layers and host memory are estimates, by the formulas stated at each
+function.
+"""
+
+from bisect import bisect_right
+from dataclasses import replace
+from math import ceil
+from typing import Any
+
+from trainer.base.architecture import Architecture
+from trainer.base.base import Description
+from trainer.config import Config
+from trainer.objective.objective import objective_mismatches, reference_of
+from trainer.plan.memory import Inputs, base_bytes, memory_of, offloaded_activations, offloaded_base, offloaded_states
+from trainer.plan.needs import GlobalBatch, HostMemory, Parameters, Plan, Traffic
+from trainer.plan.sizes import most_whole
+from trainer.tuning.method import method_of, stored_mismatches, tuning_mismatches
+from trainer.zero.policy import Scope, build_deepspeed_config
+
+# trainer/base/partitions/reading.py: pieces of the base read ahead and the one that is quantized, each twice while it is handed over.
+_READ_BYTES = 2 * 9 * 4 * 2**20
+# The share of a rank's memory up to which layers keep their activations: the plan is within 12 % of what is measured.
+_KEPT_SHARE = 0.85
+
+
+def make_plan(
+    config: Config,
+    base: Description,
+    world_size: int,
+    ranks_per_node: int,
+    gpu_memory: int | None,
+    host_memory: int | None = None,
+) -> Plan:
+    """Plan a run on `world_size` ranks, `ranks_per_node` of them on each node.
+
+    Args:
+        base: what config.json says of it.
+        gpu_memory: bytes of one GPU; None when there is none to compare with.
+        host_memory: bytes that a rank on CPUs has for itself, where that is known.
+
+    Raises:
+        ConfigError: the method, the objective or the optimizer is unknown, or the DeepSpeed policy cannot be used.
+    """
+    asked, memory_of_rank = config, gpu_memory or host_memory
+    config = settled(config, base.architecture, world_size, ranks_per_node, memory_of_rank)
+    scope = choose_scope(config, base.architecture, world_size, ranks_per_node, gpu_memory)
+    given, deepspeed = _inputs(config, base.architecture, world_size, ranks_per_node, scope)
+    memory = memory_of(given)
+    method = [*tuning_mismatches(config, given.model), *stored_mismatches(config, base.stored)]
+    wrong = [*base.mismatches(asked), *method, *objective_mismatches(config)]
+    return Plan(
+        parameters=_parameters(given),
+        batch=_batch(given),
+        memory_per_gpu=memory,
+        memory_per_host=_host_memory(given),
+        traffic_per_step=_traffic(given),
+        checkpoint_bytes=given.checkpoint_bytes,
+        scope=scope,
+        layers=given.model.layers,
+        recomputed_layers=given.model.layers - given.kept_layers,
+        device="cpu" if config.cluster.gpus_per_worker == 0 else "gpu",
+        deepspeed=deepspeed,
+        mismatches=wrong,
+        shortfalls=[*wrong, *_shortfalls(given, memory.total, gpu_memory)],
+        notes=[*idle_settings(asked, config, base.architecture), *_undecided(asked, base.architecture, memory_of_rank)],
+        unrecognised=list(base.unrecognised),
+    )
+
+
+def settled(config: Config, model: Architecture, world_size: int, ranks_per_node: int, memory: int | None) -> Config:
+    """The settings with `train.activation_checkpointing: auto` decided for ranks of `memory` bytes each: as many layers keep their
+    activations as the plan has room for. None do where that is not known, or not all that layers keep is counted."""
+    if config.train.activation_checkpointing != "auto":
+        return config
+    kept = 0
+    if memory is not None and _counts_all_activations(config, model):
+        room = _KEPT_SHARE * memory
+        scope = choose_scope(config, model, world_size, ranks_per_node, memory)
+        given, _ = _inputs(config, model, world_size, ranks_per_node, scope)
+
+        def is_too_much(layers: int) -> bool:
+            return memory_of(replace(given, config=_keeping(config, layers))).total > room
+
+        kept = max(0, bisect_right(range(model.layers + 1), False, key=is_too_much) - 1)
+    return _keeping(config, kept)
+
+
+def idle_settings(asked: Config, decided: Config, model: Architecture) -> list[str]:
+    """A sentence for each setting that was asked for and has no effect as `settled` has decided, or on the ranks of this run."""
+    if not asked.train.activation_offload:
+        return []
+    if asked.cluster.gpus_per_worker == 0:
+        return ["train.activation_offload: has no effect on CPUs, whose memory is the host's."]
+    if asked.train.activation_checkpointing == "auto" and decided.train.kept_layers(model.layers) == model.layers:
+        return [
+            f"train.activation_offload: has no effect, as there is room for the activations of all {model.layers} layers and "
+            "train.activation_checkpointing: auto has none computed again. Set that to all to keep their inputs on the host."
+        ]
+    return []
+
+
+def _undecided(asked: Config, model: Architecture, memory: int | None) -> list[str]:
+    """A sentence where the run will decide by a memory that the plan does not know."""
+    auto = asked.train.activation_checkpointing == "auto" and memory is None and _counts_all_activations(asked, model)
+    if not auto:
+        return []
+    return [
+        "train.activation_checkpointing: auto counts all layers as computed again here, as the memory of a rank is not known. The run computes "
+        "none again that it has room for, which is faster."
+    ]
+
+
+def _counts_all_activations(config: Config, model: Architecture) -> bool:
+    """Whether `trainer.plan.memory` knows all that a layer keeps: it does not where tokens are mixed by something else than attention, or
+    by one that may need a kernel which keeps scores."""
+    has_plain_attention = len(model.attention) == model.layers and not (model.has_sinks or model.caps_attention)
+    keeps_scores = config.model.attention == "eager" or not model.supports_sdpa
+    # With dropout every adapted layer keeps an input of its own, and what was dropped of it.
+    uncounted = method_of(config).uncounted_activations or config.tuning.dropout > 0
+    return has_plain_attention and not keeps_scores and not uncounted
+
+
+def _keeping(config: Config, layers: int) -> Config:
+    return config.model_copy(update={"train": config.train.model_copy(update={"activation_checkpointing": layers})})
+
+
+def choose_scope(
+    config: Config, model: Architecture, world_size: int, ranks_per_node: int, gpu_memory: int | None
+) -> Scope:
+    """`sharding.scope`, with auto decided: node where there are several, all alike, and a GPU is known to hold its part
+    of a whole base a node; then no frozen weight crosses the network. Otherwise world, as where the base itself learns."""
+    if config.sharding.scope != "auto":
+        return config.sharding.scope
+    if method_of(config).trains_base:
+        return "world"
+    if gpu_memory is None or world_size <= ranks_per_node or world_size % ranks_per_node:
+        return "world"
+    given, _ = _inputs(config, model, world_size, ranks_per_node, "node")
+    return "node" if memory_of(given).total <= gpu_memory else "world"
+
+
+def _inputs(
+    config: Config, model: Architecture, world_size: int, ranks_per_node: int, scope: Scope
+) -> tuple[Inputs, dict[str, Any]]:
+    """The formulas' inputs, and DeepSpeed's dictionary."""
+    accumulation = ceil(config.train.global_batch / (world_size * config.train.micro_batch))
+    on_gpu = config.cluster.gpus_per_worker != 0
+    deepspeed = build_deepspeed_config(config, world_size, accumulation, on_gpu, most_whole(config, model))
+    zero = deepspeed["zero_optimization"]
+    return Inputs(config, model, zero, world_size, ranks_per_node, accumulation, scope), deepspeed
+
+
+def _parameters(given: Inputs) -> Parameters:
+    weights = given.model.weights
+    embedding, linear, small = weights("embedding", "head"), weights("linear", "experts"), weights("small")
+    frozen = embedding + linear + small - given.learning_base
+    return Parameters(embedding, linear, small, frozen, given.trainable, frozen + given.trainable)
+
+
+def _batch(given: Inputs) -> GlobalBatch:
+    """Time is counted in passes: with frozen weights a backward pass makes as many products as a forward pass, and twice as
+    many where they learn; activation checkpointing repeats the forward pass of its layers. A survey takes some of the tokens, one forward pass
+    each, and leaves the loss the others."""
+    train = given.config.train
+    rows = given.accumulation * given.world_size * train.micro_batch
+    surveyed = given.survey.share if given.survey else 0
+    of_loss = 2 + (1 - given.kept_layers / given.model.layers) + method_of(given.config).trains_base
+    passes = surveyed + (1 - surveyed) * of_loss
+    stored = reference_of(given.config) == "stored"
+    return GlobalBatch(
+        world_size=given.world_size,
+        accumulation=given.accumulation,
+        rows=train.global_batch,
+        empty_rows=rows - train.global_batch,
+        tokens=train.global_batch * given.row,
+        reference_time_percent=round(100 * given.reference_passes / passes),
+        stored_reference_percent=round(100 * stored / passes),
+    )
+
+
+def _host_memory(given: Inputs) -> HostMemory:
+    """Bytes on one node: each rank's pieces in flight, the base's partitions and the optimizer's states where the policy
+    offloads them, with one more gradient and what the update takes, the inputs of layers that are offloaded, and the copies of what learns
+    that checkpoints are uploaded from."""
+    ranks = min(given.ranks_per_node, given.world_size)
+    reads, offloaded, states = (ranks * size for size in (_READ_BYTES, offloaded_base(given), offloaded_states(given)))
+    inputs = ranks * offloaded_activations(given)
+    copies = ceil(ranks * given.checkpoint_bytes / given.world_size)
+    return HostMemory(reads, offloaded, states, inputs, copies, reads + offloaded + states + inputs + copies)
+
+
+def _traffic(given: Inputs) -> Traffic:
+    """Bytes one rank receives in a step; from the W ranks of a group come (W - 1) / W of what is gathered.
+
+    The base is gathered in the forward and in the backward pass of every micro-batch, within which activations are recomputed. A
+    pass through the reference and a survey gather it once more each.
+    What learns, adapters or the base itself, is gathered as often, but for the reference. Its gradients are reduce-scattered in fp32 after every micro-batch; DeepSpeed does not wait for the last.
+    """
+    world_size, group = given.world_size, given.group
+    passes = 2 * given.accumulation
+    surveys = int(given.survey is not None)
+    base_passes = passes + given.accumulation * (given.reference_passes + surveys)
+
+    frozen = base_bytes(given) - given.item * given.learning_base
+    base = base_passes * frozen * (group - 1) // group
+    # A small parameter that learns is whole everywhere and gathered once, after its update.
+    learning = given.small + (passes + given.accumulation * surveys) * (given.trainable - given.small)
+    adapters = given.item * learning * (world_size - 1) // world_size
+    gradients = given.accumulation * 4 * given.trainable * (world_size - 1) // world_size
+
+    far = max(0, world_size - given.ranks_per_node)
+    crossing = (adapters + gradients) * far // max(1, world_size - 1)
+    if given.scope == "world":
+        crossing += base * far // max(1, world_size - 1)
+    return Traffic(base, adapters, gradients, base + adapters + gradients, crossing)
+
+
+def _shortfalls(given: Inputs, needed: int, gpu_memory: int | None) -> list[str]:
+    found = list[str]()
+    if given.scope == "node" and given.world_size % min(given.ranks_per_node, given.world_size):
+        found.append(
+            f"sharding.scope: node needs as many ranks on every node, but {given.world_size} ranks are not a multiple of "
+            f"{given.ranks_per_node} a node. Change cluster.workers, or set sharding.scope: world."
+        )
+    if gpu_memory is not None and needed > gpu_memory:
+        found.append(
+            f"memory: {needed / 2**30:.1f} GiB are needed on each GPU, {gpu_memory / 2**30:.1f} GiB are there. "
+            f"{_remedy(given)}"
+        )
+    return found
+
+
+def _remedy(given: Inputs) -> str:
+    """The first thing to change when memory does not suffice."""
+    config = given.config
+    if given.kept_layers:
+        return "Set train.activation_checkpointing: auto."
+    if config.quant.type == "none" and not method_of(config).exports_model:
+        return "Set quant.type: nf4."
+    if method_of(config).exports_model and not given.states_offloaded:
+        return "Use more GPUs, set optim.name: adamw_8bit, or sharding.deepspeed: zero3_offload_optimizer."
+    if given.scope == "node":
+        return "Set sharding.scope: world, or use more GPUs a node."
+    if not given.offloaded:
+        return "Use more GPUs, lower data.sequence_length, or set sharding.deepspeed: zero3_offload_cpu."
+    return "Use more GPUs, or lower data.sequence_length."

@@ -1,0 +1,80 @@
+"""The one way to start another process, so that none outlives the one that needs it.
+
+A process that is killed (`kill -9`, or by Linux where memory runs out) cannot end its children itself. A child therefore ends by its
+own means: a command by Linux, which is asked to kill it with its parent; a worker of multiprocessing by a thread that waits for the end of
+its parent. Each of ours starts its own children in the same way, so grandchildren end too.
+
+The command dies with the *thread* that starts it: start it from a thread that waits for it.
+"""
+
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import parent_process
+from pathlib import Path
+from typing import Any
+
+from trainer.processes import guard, leash
+
+_FAMILY = "CAPSTAN_FAMILY"
+
+
+def run(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[Any]:
+    """`subprocess.run` of a command that ends with this process."""
+    try:
+        return subprocess.run(_tied(command), **options)
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
+        error.cmd = list(command)  # what a message shows
+        raise
+
+
+def start(command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
+    """`subprocess.Popen` of a command that ends with this process."""
+    return subprocess.Popen(_tied(command), **options)
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Around work with a program that starts processes in its own way, such as Ray: whatever is started in the body, by whomever, ends within
+    seconds when this process is killed."""
+    mark = secrets.token_hex(8)
+    environment = {name: value for name, value in os.environ.items() if name != _FAMILY}
+    command = [sys.executable, "-I", "-S", str(Path(guard.__file__)), f"{_FAMILY}={mark}"]
+    # In a session of its own: what ends the family, such as Ctrl-C twice, must not end its guard before.
+    with subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True) as process:
+        os.environ[_FAMILY] = mark
+        try:
+            yield
+        finally:
+            os.environ.pop(_FAMILY, None)
+            process.communicate(b"over")
+
+
+def _tied(command: Sequence[str]) -> list[str]:
+    program = shutil.which(command[0])
+    if program is None:  # the leash would find that out too late for the caller
+        raise FileNotFoundError(f"{command[0]}: not found")
+    return [sys.executable, "-I", "-S", str(Path(leash.__file__)), str(os.getpid()), program, *command[1:]]
+
+
+def end_with_parent() -> None:
+    """Have this worker of multiprocessing end with its parent, whom it would else wait for until the machine is switched off."""
+    parent = parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, name="parent", daemon=True).start()
+
+
+def end_with_agent() -> None:
+    """Have this rank end with torchrun's agent, which cannot end its ranks where it is killed. Without one nothing happens."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ:
+        leash.tie()

@@ -1,0 +1,71 @@
+"""A tracker in a process of its own: whatever a service does there, the training neither waits for it nor ends with it."""
+
+import json
+import os
+import select
+import subprocess
+import sys
+from contextlib import suppress
+
+from trainer.config import Config, dump_config
+from trainer.run.background import say
+from trainer.run.records import Record
+
+CLOSE_SECONDS = 120.0
+"""The end of a run waits so long for a service."""
+FAREWELL = b"over\n"
+"""The last line to the process, which so knows an end of the run from a rank that was killed."""
+# None of them is told anything but the run's own curves, unless the user's environment says otherwise.
+_QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "WANDB_ERROR_REPORTING": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+
+class Beside:
+    """The process that shows this generation's records by the tracker called `name`. It reads them in the run's folder; this
+    end only starts it, and tells it when they are over."""
+
+    seconds = 60.0
+
+    def __init__(self, name: str, generation: int, config: Config) -> None:
+        self.name = name
+        self._told = False
+        self._alive, alive = os.pipe()  # it ends when the process does
+        # Not by trainer.processes.children: it outlives a rank that is killed by a few seconds, to show what that one has left.
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "trainer.run.trackers.companion"],
+            stdin=subprocess.PIPE,
+            env={**_QUIET, **os.environ},
+            pass_fds=(alive,),
+            # What is sent to the ranks' group, such as Ctrl-C, is not meant for it.
+            start_new_session=True,
+        )
+        os.close(alive)
+        assert self._process.stdin is not None
+        self._stdin = self._process.stdin
+        task = {"tracker": name, "generation": generation, "config": dump_config(config), "patience": CLOSE_SECONDS + 5}
+        self._stdin.write(json.dumps(task).encode() + b"\n")
+        self._stdin.flush()
+
+    def add(self, record: Record) -> None:
+        """Nothing to do: the process finds it in the run's folder."""
+
+    def flush(self) -> None:
+        if self._has_ended(within=0) and not self._told:
+            self._told = True
+            say(f"the process that shows the run by {self.name} has ended, which does not end the run.")
+
+    def close(self) -> None:
+        self.flush()
+        with suppress(OSError):
+            self._stdin.write(FAREWELL)
+            self._stdin.close()
+        if not self._has_ended(within=CLOSE_SECONDS):
+            say(f"{self.name} did not finish within {CLOSE_SECONDS:.0f} s, which does not end the run; it is left.")
+        self._process.wait()
+        os.close(self._alive)
+
+    def _has_ended(self, within: float) -> bool:
+        return bool(select.select([self._alive], [], [], within)[0])

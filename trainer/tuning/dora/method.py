@@ -1,0 +1,144 @@
+"""DoRA (arXiv:2402.09353): LoRA's two matrices turn the rows of a weight, and a vector that is learnt gives their length.
+
+The weight becomes magnitude * (W + scaling * B @ A) / |W + scaling * B @ A|, row by row, with scaling = alpha / rank. A is
+(rank, inputs), B (outputs, rank), the magnitude (outputs,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from trainer.base.architecture import Architecture
+from trainer.base.find.locate import describe_base
+from trainer.config import Model, Optim, Tuning
+from trainer.tuning.method import ExportedFiles
+from trainer.tuning.shared.linear_adapters import (
+    LOW_RANK_DEFAULTS,
+    LOW_RANK_SETTINGS,
+    LinearAdapters,
+    flagged,
+    lora_config,
+    matching,
+    peft_files,
+    taken_for_experts,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+# The names in trainer/tuning/dora/layer.py, which are PEFT's; PEFT saves the matrices as those of linear layers.
+_DOWN, _UP, _MAGNITUDE = "lora_A", "lora_B", "lora_magnitude_vector"
+_SAVED_AS = {_DOWN: f"{_DOWN}.weight", _UP: f"{_UP}.weight", _MAGNITUDE: _MAGNITUDE}
+
+
+@dataclass(frozen=True)
+class DoraUpdate:
+    """magnitude * (W + scaling * up @ down) / |W + scaling * up @ down|; up (outputs, rank), down (rank, inputs), magnitude
+    (outputs,), fp32. The norm is that of the weight that is merged into, as in PEFT."""
+
+    up: Tensor
+    down: Tensor
+    magnitude: Tensor
+    scaling: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.up.shape[0], self.down.shape[1]
+
+    def apply_to(self, rows: Tensor, first: int) -> None:
+        rows = rows.view(-1, self.shape[1])
+        part = slice(first, first + len(rows))
+        turned = (self.up[part] @ self.down).mul_(self.scaling).add_(rows)
+        rows.copy_(turned.mul_((self.magnitude[part] / turned.norm(dim=1)).unsqueeze(1)))
+
+
+@dataclass(frozen=True)
+class Dora(LinearAdapters):
+    """Adapters on linear layers, with a magnitude for each of their outputs."""
+
+    settings: ClassVar[Collection[str]] = LOW_RANK_SETTINGS
+    defaults: ClassVar[Mapping[str, Any]] = LOW_RANK_DEFAULTS
+    uncounted_activations: ClassVar[bool] = True  # several results of each layer
+
+    @property
+    def scaling(self) -> float:
+        """The factor on B @ A."""
+        return self.tuning.alpha / self.tuning.rank
+
+    def mismatches(self, architecture: Architecture) -> list[str]:
+        found = super().mismatches(architecture)
+        if taken := taken_for_experts(architecture, self.ends(architecture)):
+            found.append(
+                f"tuning.method: dora cannot be exported for {', '.join(taken)} of this base, which PEFT takes for its experts. "
+                "Leave them out of tuning.targets, or set tuning.method: lora."
+            )
+        return found
+
+    def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+        rank, shapes = self.tuning.rank, dict[str, tuple[int, ...]]()
+        for path, linear in matching(architecture, self.targets).items():
+            shapes[f"{path}.{_DOWN}"] = (rank, linear.inputs)
+            shapes[f"{path}.{_UP}"] = (linear.outputs, rank)
+            shapes[f"{path}.{_MAGNITUDE}"] = (linear.outputs,)
+        return shapes
+
+    def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
+        """The magnitudes are the base's own row norms: each layer is gathered once, by itself, so every rank has the same."""
+        import torch
+        from torch import nn
+
+        from trainer.tuning.dora.layer import DoraLinear
+        from trainer.zero.engine import gathered
+
+        torch.manual_seed(seed)
+        for path in matching(architecture, self.targets):
+            base = model.get_submodule(path)
+            assert isinstance(base, nn.Linear)
+            with gathered(base):
+                layer = DoraLinear(base, self.tuning.rank, self.scaling, self.tuning.dropout, dtype)
+            model.set_submodule(path, layer)
+
+    def peft_config(self, targets: str | Iterable[str]) -> LoraConfig:
+        return lora_config(self.tuning, targets, use_dora=True)
+
+    def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
+        """As LoRA's two groups, and the magnitudes."""
+        trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        ratios = {_DOWN: 1.0, _UP: optim.lora_plus_ratio, _MAGNITUDE: 1.0}
+        return [
+            {"name": kind, "lr_ratio": ratio, "params": [part for name, part in trainable if name.endswith(f".{kind}")]}
+            for kind, ratio in ratios.items()
+        ]
+
+    def switched_off(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        from trainer.tuning.dora.layer import DoraLinear
+
+        return flagged([module for module in model.modules() if isinstance(module, DoraLinear)], "active", False)
+
+    def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
+        """PEFT's folder."""
+        named: dict[str, Tensor] = {}
+        for name, weight in weights.items():
+            path, _, kind = name.rpartition(".")
+            named[f"{path}.{_SAVED_AS[kind]}"] = weight
+        config = self.peft_config(self.ends(describe_base(model).architecture))
+        return ExportedFiles("peft", "A DoRA adapter", peft_files(config, named, model))
+
+    def updates(self, weights: Mapping[str, Tensor], architecture: Architecture) -> dict[str, DoraUpdate]:
+        updates: dict[str, DoraUpdate] = {}
+        for name in weights:
+            path, _, kind = name.rpartition(".")
+            if kind == _DOWN:
+                up, down, magnitude = (weights[f"{path}.{kind}"].float() for kind in (_UP, _DOWN, _MAGNITUDE))
+                updates[f"{path}.weight"] = DoraUpdate(up, down, magnitude, self.scaling)
+        assert 3 * len(updates) == len(weights), "something else than DoRA's parameters was trained"
+        return updates
+
+
+METHODS: dict[str, Callable[[Tuning], Dora]] = {"dora": Dora}

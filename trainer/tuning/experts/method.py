@@ -1,0 +1,216 @@
+"""Low-rank adapters on the matrices of a mixture's experts, beside those on linear layers: `tuning.experts: true`.
+
+Each expert's matrix has an A (rank, inputs) and a B (outputs, rank) of its own. PEFT has them as adapters of whole parameters
+(`target_parameters`), stacked: in its files A is (E * rank, inputs), one expert after the other, and B (outputs, rank * E), where the
+experts alternate. Of a module's stacks it names the last one by the module's path, each earlier one by one more `base_layer`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, runtime_checkable
+
+from trainer.base.architecture import Architecture, Parameter
+from trainer.base.find.locate import describe_base
+from trainer.config import Config, Model, Optim, Tuning
+from trainer.errors import ConfigError
+from trainer.tuning.method import ExportedFiles, LearntWeights, Method, WeightUpdate
+from trainer.tuning.shared.linear_adapters import flagged, with_peft_files
+from trainer.tuning.shared.wrapper import Around, SomeWeights
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from trainer.tuning.experts.layer import ExpertLora
+
+SETTING = "tuning.experts"
+
+
+class _Names(NamedTuple):
+    """The two parameters of a stack's adapter in the model."""
+
+    a: str
+    b: str
+
+
+@dataclass(frozen=True)
+class StackUpdate:
+    """scaling * up @ down of each expert; up (E, rows, rank), down (E, rank, columns), fp32."""
+
+    up: Tensor
+    down: Tensor
+    scaling: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.up), self.up.shape[1], self.down.shape[2]
+
+    def apply_to(self, rows: Tensor, first: int) -> None:
+        rows = rows.view(-1, self.shape[-1])
+        begin = 0
+        while begin < len(rows):
+            expert, row = divmod(first + begin, self.shape[1])
+            part = rows[begin : begin + self.shape[1] - row]  # of one expert
+            change = self.up[expert, row : row + len(part)] @ self.down[expert]
+            part.copy_(change.mul_(self.scaling).add_(part))
+            begin += len(part)
+
+
+@runtime_checkable
+class ScaledByRank(Method, Protocol):
+    """A method whose adapters are B @ A times a factor that depends on their rank."""
+
+    @property
+    def tuning(self) -> Tuning: ...
+
+    def scaling_of(self, rank: int) -> float: ...
+
+
+@dataclass(frozen=True)
+class WithExperts(Around):
+    """LoRA over a frozen base, with adapters of `rank` on the stacks of its experts."""
+
+    method: ScaledByRank
+    rank: int
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The experts' rank is left out where it is that of the other adapters, whether or not it was given."""
+        given = self.method.identity
+        return {key: value for key, value in given.items() if (key, value) != ("experts_rank", self.method.tuning.rank)}
+
+    def mismatches(self, architecture: Architecture) -> list[str]:
+        found = self.method.mismatches(architecture)
+        if not architecture.stacks():
+            found.append(f"{SETTING}: the base is no mixture of experts. Remove it.")
+        if self.method.tuning.dropout:
+            found.append(
+                f"tuning.dropout: {self.method.tuning.dropout} cannot be had with {SETTING}, as PEFT's adapters of experts have "
+                "none. Set it to 0."
+            )
+        return found
+
+    def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+        return {**self.method.shapes(architecture), **self._own(architecture)}
+
+    def _own(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for stack in architecture.stacks().values():
+            experts, rows, columns = stack.shape
+            inputs, outputs = (rows, columns) if stack.transposed else (columns, rows)
+            names = _names(stack)
+            shapes[names.a], shapes[names.b] = (experts, self.rank, inputs), (experts, outputs, self.rank)
+        return shapes
+
+    def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
+        """A starts as PEFT's, uniform within 1 / sqrt(inputs), and B at 0. Each adapter is divided over the ranks when it is made."""
+        import torch
+
+        from trainer.tuning.experts.layer import ExpertLora
+        from trainer.zero.engine import divide_now
+
+        self.method.attach(model, architecture, dtype, seed)
+        generator, shapes = torch.Generator().manual_seed(seed), self._own(architecture)
+        for name, stack in architecture.stacks().items():
+            path, _, leaf = name.rpartition(".")
+            experts: Any = model.get_submodule(path)
+            names = _names(stack)
+            bound = 1 / math.sqrt(shapes[names.a][-1])
+            a = torch.empty(shapes[names.a]).uniform_(-bound, bound, generator=generator).to(dtype)
+            b = torch.zeros(shapes[names.b], dtype=dtype)
+            swapped = experts.is_transposed != stack.transposed
+            adapter = ExpertLora(a, b, self.method.scaling_of(self.rank), swapped=swapped)
+            divide_now(adapter, beside=experts)
+            experts.adapters[leaf] = adapter
+
+    def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
+        """As LoRA's, for the experts."""
+        adapters = _adapters(model)
+        ours = {
+            "experts_A": (1.0, [adapter.lora_A for adapter in adapters]),
+            "experts_B": (optim.lora_plus_ratio, [adapter.lora_B for adapter in adapters]),
+        }
+        return [
+            *self.method.groups(model, optim),
+            *({"name": name, "lr_ratio": ratio, "params": params} for name, (ratio, params) in ours.items()),
+        ]
+
+    @contextmanager
+    def switched_off(self, model: PreTrainedModel) -> Iterator[None]:
+        with self.method.switched_off(model), flagged(_adapters(model), "active", False):
+            yield
+
+    def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
+        """PEFT's folder of the method, with the experts' adapters in it."""
+        architecture = describe_base(model).architecture
+        own = self._own(architecture)
+        theirs = self.method.export({name: values for name, values in weights.items() if name not in own}, model)
+        named: dict[str, Tensor] = {}
+        for name, saved in saved_as(architecture).items():
+            ours = _names(architecture.stacks()[name])
+            named[f"{saved.a}.weight"] = weights[ours.a].flatten(0, 1)
+            named[f"{saved.b}.weight"] = weights[ours.b].permute(1, 2, 0).flatten(1)
+        return with_peft_files(theirs, named, **self.described(architecture))
+
+    def described(self, architecture: Architecture) -> dict[str, Any]:
+        """PEFT's settings of the adapters. Its `r` is the experts' rank, and a pattern gives the linear layers theirs: PEFT warns
+        of patterns for parameters, which it does obey."""
+        ends = sorted({".".join(name.split(".")[-2:]) for name in architecture.stacks()})
+        described: dict[str, Any] = {"target_parameters": ends}
+        if self.rank != self.method.tuning.rank:
+            no_stack = "".join(rf"(?<!\.{end.partition('.')[0]}\.)" for end in ends)
+            described |= {"r": self.rank, "rank_pattern": {rf"{no_stack}[^.]+": self.method.tuning.rank}}
+        return described
+
+    def updates(self, weights: LearntWeights, architecture: Architecture) -> dict[str, WeightUpdate]:
+        updates: dict[str, WeightUpdate] = {}
+        for name, stack in architecture.stacks().items():
+            a, b = (weights[part].float() for part in _names(stack))
+            up, down = (a.mT, b.mT) if stack.transposed else (b, a)
+            updates[name] = StackUpdate(up, down, self.method.scaling_of(self.rank))
+        theirs = self.method.updates(SomeWeights(weights, self.method.shapes(architecture)), architecture)
+        return {**theirs, **updates}
+
+
+def _names(stack: Parameter) -> _Names:
+    path, _, leaf = stack.name.rpartition(".")
+    return _Names(f"{path}.adapters.{leaf}.lora_A", f"{path}.adapters.{leaf}.lora_B")
+
+
+def saved_as(architecture: Architecture) -> dict[str, _Names]:
+    """Each stack -> the names of its adapter in PEFT's files, less `.weight`: its wrappers are around each other."""
+    modules: dict[str, list[str]] = {}
+    for name in architecture.stacks():
+        modules.setdefault(name.rpartition(".")[0], []).append(name)
+    found: dict[str, _Names] = {}
+    for path, stacks in modules.items():
+        for after, name in enumerate(reversed(stacks)):
+            saved = f"{path}.{'base_layer.' * after}"
+            found[name] = _Names(f"{saved}lora_A", f"{saved}lora_B")
+    return found
+
+
+def _adapters(model: PreTrainedModel) -> list[ExpertLora]:
+    from trainer.tuning.experts.layer import ExpertLora
+
+    return [module for module in model.modules() if isinstance(module, ExpertLora)]
+
+
+def with_experts(method: Method, config: Config) -> Method:
+    tuning = config.tuning
+    if not tuning.experts:
+        return method
+    if not isinstance(method, ScaledByRank):
+        raise ConfigError(
+            f"{SETTING}: tuning.method: {tuning.method} has no adapters for experts, as PEFT has none. Choose lora or rslora, or "
+            "remove it."
+        )
+    return cast(Method, WithExperts(method, tuning.experts_rank or tuning.rank))
+
+
+AROUND: dict[str, Callable[[Method, Config], Method]] = {SETTING: with_experts}

@@ -1,0 +1,139 @@
+"""(IA)^3 (arXiv:2205.05638): keys, values and the MLP's inner activations are scaled, element by element, by vectors.
+
+A layer's vector is (outputs, 1) and scales what leaves it, its bias included; in a feed-forward layer it is (1, inputs) and
+scales what enters. These are PEFT's shapes and names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from trainer.base.architecture import Architecture
+from trainer.base.find.locate import describe_base
+from trainer.config import Model, Optim, Tuning
+from trainer.tuning.method import ExportedFiles
+from trainer.tuning.shared.linear_adapters import (
+    LinearAdapters,
+    Targets,
+    flagged,
+    layer_names,
+    matching,
+    peft_files,
+    shortest_ends,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from peft import IA3Config
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+# Keys, values, and the product that the MLP's inner activations enter.
+_AUTO = ["k_proj", "v_proj", "down_proj"]
+_FEEDFORWARD = "down_proj"
+_VECTOR = "ia3_l"
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """A weight (outputs, inputs) times `factors`, (outputs, 1) or (1, inputs), fp32; or a bias (outputs,), one row, times
+    (1, outputs)."""
+
+    shape: tuple[int, ...]
+    factors: Tensor
+
+    def apply_to(self, rows: Tensor, first: int) -> None:
+        rows = rows.view(-1, self.shape[-1])
+        factors = self.factors if len(self.factors) == 1 else self.factors[first : first + len(rows)]
+        rows.copy_(rows.float() * factors)
+
+
+@dataclass(frozen=True)
+class Ia3(LinearAdapters):
+    """Vectors that scale the outputs, or the inputs, of linear layers."""
+
+    settings: ClassVar[Collection[str]] = ("targets", "feedforward", "modules_to_save")
+    defaults: ClassVar[Mapping[str, Any]] = {"targets": _AUTO, "feedforward": None, "modules_to_save": []}
+    auto: ClassVar[Targets] = _AUTO
+
+    def mismatches(self, architecture: Architecture) -> list[str]:
+        targets = self._names(architecture)
+        strangers = [name for name in self.tuning.feedforward or () if name not in targets]
+        found = [
+            f"tuning.feedforward: {name!r} is none of tuning.targets ({', '.join(targets)}). Name it there too, or remove it."
+            for name in strangers
+        ]
+        missing = [target for target in targets if not matching(architecture, [target])]
+        if self.tuning.targets == "auto" and missing:
+            return [
+                *found,
+                f"tuning.targets: auto is {', '.join(_AUTO)} with tuning.method: ia3, but the base has no {', '.join(missing)}. "
+                f"Name layers of it: {layer_names(architecture)}.",
+            ]
+        return [*found, *super().mismatches(architecture)]
+
+    def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+        inputs_scaled = self._inputs_scaled(architecture)
+        return {
+            f"{path}.{_VECTOR}": (1, linear.inputs) if path in inputs_scaled else (linear.outputs, 1)
+            for path, linear in matching(architecture, self.targets).items()
+        }
+
+    def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
+        from torch import nn
+
+        from trainer.tuning.ia3.layer import ScaledLinear
+
+        inputs_scaled = self._inputs_scaled(architecture)
+        for path in matching(architecture, self.targets):
+            base = model.get_submodule(path)
+            assert isinstance(base, nn.Linear)
+            model.set_submodule(path, ScaledLinear(base, path in inputs_scaled, dtype))
+
+    def _names(self, architecture: Architecture) -> list[str]:
+        return architecture.linear_names if isinstance(self.targets, str) else self.targets
+
+    def _inputs_scaled(self, architecture: Architecture) -> Collection[str]:
+        """Paths of feed-forward layers."""
+        if self.tuning.feedforward is not None:
+            return matching(architecture, self.tuning.feedforward)
+        return {path for path in matching(architecture, self.targets) if path.endswith(_FEEDFORWARD)}
+
+    def peft_config(self, targets: list[str], feedforward: list[str]) -> IA3Config:
+        """PEFT's description of the vectors; `feedforward` are those of `targets` whose inputs are scaled."""
+        from peft import IA3Config
+
+        return IA3Config(task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=feedforward)
+
+    def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
+        vectors = [parameter for name, parameter in model.named_parameters() if name.endswith(f".{_VECTOR}")]
+        return [{"name": _VECTOR, "lr_ratio": 1.0, "params": vectors}]
+
+    def switched_off(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        from trainer.tuning.ia3.layer import ScaledLinear
+
+        return flagged([module for module in model.modules() if isinstance(module, ScaledLinear)], "active", False)
+
+    def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
+        """PEFT's folder."""
+        architecture = describe_base(model).architecture
+        feedforward = shortest_ends(architecture, self._inputs_scaled(architecture))
+        config = self.peft_config(self.ends(architecture), feedforward)
+        return ExportedFiles("peft", "An (IA)^3 adapter", peft_files(config, weights, model))
+
+    def updates(self, weights: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Scaling]:
+        shapes = {parameter.name: parameter.shape for parameter in architecture.parameters}
+        updates: dict[str, Scaling] = {}
+        for name, vector in weights.items():
+            path = name.removesuffix(f".{_VECTOR}")
+            factors, (outputs, inputs) = vector.float(), shapes[f"{path}.weight"]
+            updates[f"{path}.weight"] = Scaling((outputs, inputs), factors)
+            if factors.shape == (outputs, 1) and f"{path}.bias" in shapes:
+                updates[f"{path}.bias"] = Scaling((outputs,), factors.view(1, outputs))
+        return updates
+
+
+METHODS: dict[str, Callable[[Tuning], Ia3]] = {"ia3": Ia3}

@@ -1,0 +1,141 @@
+"""Low-rank adapters: W + scaling * B @ A with a frozen W (LoRA, arXiv:2106.09685), by PEFT.
+
+`lora` scales by alpha / rank, `rslora` by alpha / sqrt(rank) (arXiv:2312.03732). A is (rank, inputs), B (outputs, rank).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from trainer.base.architecture import Architecture
+from trainer.base.find.locate import describe_base
+from trainer.config import Model, Optim, Tuning
+from trainer.tuning.method import ExportedFiles
+from trainer.tuning.shared.linear_adapters import (
+    LOW_RANK_DEFAULTS,
+    LOW_RANK_SETTINGS,
+    LinearAdapters,
+    as_peft_reads,
+    flagged,
+    lora_config,
+    matching,
+    peft_files,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+# PEFT's names of the two matrices in the model: `<linear layer>.lora_A.<adapter's name>.weight`.
+_ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """scaling * up @ down; up (outputs, rank), down (rank, inputs), fp32."""
+
+    up: Tensor
+    down: Tensor
+    scaling: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.up.shape[0], self.down.shape[1]
+
+    def apply_to(self, rows: Tensor, first: int) -> None:
+        rows = rows.view(-1, self.shape[1])
+        change = self.up[first : first + len(rows)] @ self.down
+        rows.copy_(change.mul_(self.scaling).add_(rows))
+
+
+@dataclass(frozen=True)
+class Lora(LinearAdapters):
+    """Adapters on linear layers; `rank_stabilized` is rsLoRA's scaling."""
+
+    rank_stabilized: bool
+
+    settings: ClassVar[Collection[str]] = LOW_RANK_SETTINGS
+    defaults: ClassVar[Mapping[str, Any]] = LOW_RANK_DEFAULTS
+
+    @property
+    def scaling(self) -> float:
+        """The factor on B @ A."""
+        return self.scaling_of(self.tuning.rank)
+
+    def scaling_of(self, rank: int) -> float:
+        """The same for adapters of another rank."""
+        return self.tuning.alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+
+    def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path, linear in matching(architecture, self.targets).items():
+            shapes[f"{path}.lora_A.{_ADAPTER}.weight"] = (self.tuning.rank, linear.inputs)
+            shapes[f"{path}.lora_B.{_ADAPTER}.weight"] = (linear.outputs, self.tuning.rank)
+        return shapes
+
+    def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
+        import torch
+        from peft import inject_adapter_in_model
+
+        from trainer.tuning.lora.layer import LoraLinear
+
+        config = self.peft_config(self.ends(architecture))
+        config._register_custom_module({torch.nn.Linear: LoraLinear})  # PEFT's way to have layers of one's own
+        torch.manual_seed(seed)
+        # In a container, which has no config, PEFT adapts what it is told and takes no name for that of an expert; see `as_peft_reads`.
+        whole = torch.nn.Sequential(model)
+        inject_adapter_in_model(config, whole, adapter_name=_ADAPTER)
+        for name, parameter in model.named_parameters():
+            learns = ".lora_" in name
+            parameter.requires_grad_(learns)
+            if learns:
+                parameter.data = parameter.data.to(dtype)
+
+    def peft_config(self, targets: str | Iterable[str]) -> LoraConfig:
+        return lora_config(self.tuning, targets, use_rslora=self.rank_stabilized)
+
+    def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
+        """The two matrices apart: LoRA+ (arXiv:2402.12354) lets B learn faster than A."""
+        trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        ratios = {"lora_A": 1.0, "lora_B": optim.lora_plus_ratio}
+        return [
+            {"name": kind, "lr_ratio": ratio, "params": [matrix for name, matrix in trainable if f".{kind}." in name]}
+            for kind, ratio in ratios.items()
+        ]
+
+    def switched_off(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        from peft.tuners.lora import LoraLayer
+
+        # PEFT's private flag: its `enable_adapters` would rewrite requires_grad too, which ZeRO-3 has read already.
+        return flagged([m for m in model.modules() if isinstance(m, LoraLayer)], "_disable_adapters", True)
+
+    def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
+        """PEFT's folder."""
+        architecture = describe_base(model).architecture
+        config = as_peft_reads(self.peft_config(self.ends(architecture)), architecture)
+        # PEFT saves without the adapter's own name.
+        named = {name.replace(f".{_ADAPTER}.", "."): matrix for name, matrix in weights.items()}
+        return ExportedFiles("peft", "A LoRA adapter", peft_files(config, named, model))
+
+    def updates(self, weights: Mapping[str, Tensor], architecture: Architecture) -> dict[str, LowRankUpdate]:
+        updates: dict[str, LowRankUpdate] = {}
+        for name in weights:
+            path, found, rest = name.partition(".lora_A.")
+            if found:
+                up, down = weights[f"{path}.lora_B.{rest}"].float(), weights[name].float()
+                updates[f"{path}.weight"] = LowRankUpdate(up, down, self.scaling)
+        assert 2 * len(updates) == len(weights), "something else than LoRA's matrices was trained"
+        return updates
+
+
+METHODS: dict[str, Callable[[Tuning], Lora]] = {
+    "lora": partial(Lora, rank_stabilized=False),
+    "rslora": partial(Lora, rank_stabilized=True),
+}

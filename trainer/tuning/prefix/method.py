@@ -1,0 +1,111 @@
+"""Prefix tuning (arXiv:2101.00190): keys and values before those of each document are learnt, in every attention layer.
+
+A layer's prefix is (2, kv_heads, virtual_tokens, head): keys, then values. The paper trains them as the output of an MLP and keeps
+the output alone; here they are the parameters themselves, which PEFT calls a prefix without projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from trainer.base.architecture import Architecture
+from trainer.config import Model, Optim, Tuning
+from trainer.model.kernels import FLASH
+from trainer.tuning.method import ExportedFiles, VirtualTokens
+from trainer.tuning.shared.linear_adapters import flagged, peft_files
+from trainer.tuning.shared.virtual_tokens import PEFT_TENSOR, BesideBase
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PrefixTuningConfig
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+_NO_KEYS = "it takes no keys and values beside those of a row's own tokens"
+_KERNELS: dict[str, str] = dict.fromkeys((*FLASH, "flex_attention", "eager"), _NO_KEYS)
+
+
+def _attention_layers(model: PreTrainedModel) -> list[Any]:
+    """The modules that have a prefix, in the model's order."""
+    return [module for module in model.modules() if hasattr(module, "attends_to_prefix")]
+
+
+def _layer(name: str) -> int:
+    """The number of the decoder layer that a parameter is in."""
+    return int(next(part for part in name.split(".") if part.isdigit()))
+
+
+@dataclass(frozen=True)
+class PrefixTuning(BesideBase):
+    """Keys and values that every token of a document sees in every layer."""
+
+    uncounted_activations: ClassVar[bool] = True  # copies of the keys and values with those before them
+
+    @property
+    def virtual(self) -> VirtualTokens:
+        return VirtualTokens(self.tuning.virtual_tokens, in_row=False, refused_kernels=_KERNELS)
+
+    def mismatches(self, architecture: Architecture) -> list[str]:
+        with_keys = {layer.layer: (layer.key_value_heads, layer.head_size) for layer in architecture.attention}
+        if len(with_keys) == architecture.layers and None not in [
+            size for sizes in with_keys.values() for size in sizes
+        ]:
+            return []
+        return [
+            "tuning.method: prefix needs keys and values of the same heads and width in every layer, which this base has not. "
+            "Choose prompt."
+        ]
+
+    def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+        return {
+            f"{layer.path}.prefix": (2, layer.key_value_heads or 0, self.tuning.virtual_tokens, layer.head_size or 0)
+            for layer in architecture.attention
+        }
+
+    def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
+        """The prefixes start as the keys and values of a text, for which the base computes once, gathered layer by layer."""
+        from trainer.model.parts import in_order
+        from trainer.tuning.prefix.layer import add_prefixes, keys_and_values
+        from trainer.zero.engine import gathered_in_turn
+
+        layers = [model.get_submodule(layer.path) for layer in architecture.attention]
+        embedding: Any = model.get_input_embeddings()
+        tokens = self.first_tokens(model, seed).to(embedding.weight.device)
+        with gathered_in_turn(in_order(model)):
+            starts = keys_and_values(model, tokens)
+        add_prefixes(model, layers, [start.to(dtype) for start in starts])
+
+    def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
+        return [{"name": "prefix", "lr_ratio": 1.0, "params": [layer.prefix for layer in _attention_layers(model)]}]
+
+    def switched_off(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        return flagged(_attention_layers(model), "attends_to_prefix", False)
+
+    def peft_config(self, layers: int, key_value_heads: int, head_size: int) -> PrefixTuningConfig:
+        """PEFT's description of the prefixes."""
+        from peft import PrefixTuningConfig
+
+        return PrefixTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=self.tuning.virtual_tokens,
+            num_layers=layers,
+            num_attention_heads=key_value_heads,
+            token_dim=key_value_heads * head_size,
+            num_transformer_submodules=1,
+        )
+
+    def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
+        """PEFT's folder, whose one matrix is (virtual_tokens, layers * 2 * kv_heads * head)."""
+        import torch
+
+        every = torch.stack([weights[name] for name in sorted(weights, key=_layer)])
+        layers, _, heads, tokens, size = every.shape
+        matrix = every.permute(3, 0, 1, 2, 4).reshape(tokens, -1).contiguous()
+        config = self.peft_config(layers, heads, size)
+        return ExportedFiles("peft", "A prefix", peft_files(config, {PEFT_TENSOR: matrix}, model, prefix=""))
+
+
+METHODS: dict[str, Callable[[Tuning], PrefixTuning]] = {"prefix": PrefixTuning}

@@ -1,0 +1,78 @@
+"""Prompt tuning (arXiv:2104.08691): the embeddings of some virtual tokens, with which every document begins, are learnt.
+
+The prompt is (virtual_tokens, hidden). Its tokens take the first positions of each document in a packed row, so documents see
+their own prompt as they see their own tokens, whatever the attention kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from trainer.base.architecture import Architecture
+from trainer.config import Model, Optim, Tuning
+from trainer.tuning.method import ExportedFiles, VirtualTokens
+from trainer.tuning.shared.linear_adapters import flagged, peft_files
+from trainer.tuning.shared.virtual_tokens import PEFT_TENSOR, BesideBase
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PromptTuningConfig
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+# The name in the model; see trainer/tuning/prompt/layer.py.
+_WEIGHT = "prompt.weight"
+
+
+@dataclass(frozen=True)
+class PromptTuning(BesideBase):
+    """Virtual tokens in the place of each document's first ones."""
+
+    @property
+    def virtual(self) -> VirtualTokens:
+        return VirtualTokens(self.tuning.virtual_tokens, in_row=True)
+
+    def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+        return {_WEIGHT: (self.tuning.virtual_tokens, architecture.hidden)}
+
+    def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
+        """The prompt starts as the embeddings of tokens of the vocabulary, for which the embedding is gathered once."""
+        import torch
+
+        from trainer.tuning.prompt.layer import add_prompt
+        from trainer.zero.engine import gathered
+
+        embedding: Any = model.get_input_embeddings()
+        tokens = self.first_tokens(model, seed)
+        with gathered(embedding), torch.no_grad():
+            start = embedding(tokens.to(embedding.weight.device)).to(dtype)
+        add_prompt(model, start)
+
+    def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
+        return [{"name": "prompt", "lr_ratio": 1.0, "params": [model.get_parameter(_WEIGHT)]}]
+
+    def switched_off(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        return flagged([model.get_submodule("prompt")], "active", False)
+
+    def peft_config(self, hidden: int) -> PromptTuningConfig:
+        """PEFT's description of the prompt."""
+        from peft import PromptTuningConfig
+
+        return PromptTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=self.tuning.virtual_tokens,
+            token_dim=hidden,
+            num_transformer_submodules=1,
+        )
+
+    def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
+        """PEFT's folder."""
+        (weight,) = weights.values()
+        config = self.peft_config(weight.shape[1])
+        return ExportedFiles("peft", "A prompt", peft_files(config, {PEFT_TENSOR: weight}, model, prefix=""))
+
+
+METHODS: dict[str, Callable[[Tuning], PromptTuning]] = {"prompt": PromptTuning}

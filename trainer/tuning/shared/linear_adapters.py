@@ -1,0 +1,231 @@
+"""The common part of methods that adapt single linear layers: how layers are named, and PEFT's files.
+
+This module is no method: it has no `METHODS`. The methods that use it know it, and it knows none of them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from trainer.base.architecture import Architecture, Linear
+from trainer.config import Model, Tuning
+from trainer.files.scratch import scratch_folder
+from trainer.registry import without_defaults
+from trainer.tuning.method import ExportedFiles, VirtualTokens
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftConfig
+    from torch import Tensor
+
+# The two files of PEFT's `save_pretrained`; PEFT loads nothing without the settings.
+PREFIX = "base_model.model."  # of the names in PEFT's files: the wrapped model's
+WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+PEFT_FILES = (WEIGHTS,)  # of a half export: the settings are written last
+ALL_LINEAR = "all-linear"
+
+Targets = str | list[str]
+"""`all-linear`, or names of layers: each the end of a path, or with a wildcard the pattern of one."""
+
+# Methods with LoRA's two matrices read these settings.
+LOW_RANK_SETTINGS = (
+    "rank",
+    "alpha",
+    "dropout",
+    "targets",
+    "modules_to_save",
+    "experts",
+    "experts_rank",
+    "optim.lora_plus_ratio",
+    "model.add_tokens",
+)
+LOW_RANK_DEFAULTS = {
+    "dropout": 0.0,
+    "targets": ALL_LINEAR,
+    "modules_to_save": [],
+    "experts": False,
+    "experts_rank": None,
+}
+
+
+@dataclass(frozen=True)
+class LinearAdapters:
+    """The part of a method that is the same whatever it adds to the linear layers of a frozen base.
+
+    `auto` is what `tuning.targets: auto` means for the method.
+    """
+
+    tuning: Tuning
+
+    settings: ClassVar[Collection[str]]
+    defaults: ClassVar[Mapping[str, Any]]
+    auto: ClassVar[Targets] = ALL_LINEAR
+    trains_base: ClassVar[bool] = False
+    uncounted_activations: ClassVar[bool] = False
+    exports_model: ClassVar[bool] = False
+    unmergeable: ClassVar[str | None] = None
+    file_names: ClassVar[Collection[str]] = PEFT_FILES
+    virtual = VirtualTokens()
+
+    @property
+    def targets(self) -> Targets:
+        return self.auto if self.tuning.targets == "auto" else self.tuning.targets
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """`targets` as they are understood, whatever the configuration calls them."""
+        given = self.tuning.model_dump(mode="json", include={"method", *self.settings})
+        return without_defaults({**given, "targets": self.targets}, self.defaults)
+
+    def mismatches(self, architecture: Architecture) -> list[str]:
+        return unknown_targets(architecture, self.targets)
+
+    def ends(self, architecture: Architecture) -> list[str]:
+        """The names by which PEFT finds the layers that are adapted, and no other."""
+        return shortest_ends(architecture, matching(architecture, self.targets))
+
+
+def matching(architecture: Architecture, targets: Targets) -> dict[str, Linear]:
+    """Path in the model -> linear layer that gets an adapter. A target is the end of a path, as PEFT matches it, or the pattern
+    of a whole path, as `tuning.train` has them."""
+    linears = architecture.linear_layers()
+    if targets == ALL_LINEAR:
+        return linears
+    patterns = [target for target in targets if _is_pattern(target)]
+    ends = tuple(f".{target}" for target in targets if not _is_pattern(target))
+    return {
+        path: linear
+        for path, linear in linears.items()
+        if f".{path}".endswith(ends) or any(fnmatchcase(path, pattern) for pattern in patterns)
+    }
+
+
+def _is_pattern(target: str) -> bool:
+    return any(wildcard in target for wildcard in "*?[")
+
+
+def unknown_targets(architecture: Architecture, targets: Targets) -> list[str]:
+    """A sentence for each target that is no layer of the base."""
+    paths = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", path) for path in architecture.linear_layers())
+    return [
+        f"tuning.targets: {target!r} matches the path of no linear layer that can be adapted. The base has {', '.join(paths)}."
+        if _is_pattern(target)
+        else f"tuning.targets: {target!r} is no linear layer that can be adapted. The base has {layer_names(architecture)}."
+        for target in ([] if targets == ALL_LINEAR else targets)
+        if not matching(architecture, [target])
+    ]
+
+
+def shortest_ends(architecture: Architecture, paths: Collection[str]) -> list[str]:
+    """Ends of `paths` that are those of no other module, as PEFT matches names to the ends of paths, sorted.
+
+    A last name alone where that suffices. It does not where another module has it too that gets no adapter: one of other
+    layers, or a stack of experts, which is a module where it is stored in 4 bits.
+    """
+    others: set[str] = set()
+    for parameter in architecture.parameters:
+        parts = parameter.name.split(".")
+        others |= {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+    others -= set(paths)
+    by_name: dict[str, list[list[str]]] = {}
+    for path in paths:
+        by_name.setdefault(path.rpartition(".")[2], []).append(path.split("."))
+    ends: set[str] = set()
+    for alike in by_name.values():
+        for length in range(1, max(map(len, alike)) + 1):
+            found = {".".join(parts[-length:]) for parts in alike}
+            # Without the dot before it, as PEFT compares the names of (IA)^3's feed-forward layers.
+            if not any(other.endswith(tuple(found)) for other in others):
+                break
+        ends |= found
+    return sorted(ends)
+
+
+def layer_names(architecture: Architecture) -> str:
+    """The last names of the base's linear layers, for messages."""
+    return ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in architecture.linear_layers()))
+
+
+def lora_config(tuning: Tuning, targets: str | Iterable[str], **options: Any) -> LoraConfig:
+    """PEFT's description of low-rank adapters, `targets` as PEFT matches them to the end of a module's name."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=tuning.rank,
+        lora_alpha=tuning.alpha,  # type: ignore[arg-type]  # annotated int, used as a factor
+        lora_dropout=tuning.dropout,
+        target_modules=targets if isinstance(targets, str) else sorted(targets),
+        **options,
+    )
+
+
+def as_peft_reads(config: LoraConfig, architecture: Architecture) -> LoraConfig:
+    """The description by which PEFT adapts those layers of the base that `config` names by `target_modules`: one that PEFT takes
+    for an expert is named by its weight, in `target_parameters`."""
+    targets = set(config.target_modules or ())
+    if taken := taken_for_experts(architecture, targets):
+        config.target_modules = sorted(targets - set(taken))
+        config.target_parameters = [f"{target}.weight" for target in taken]
+        config.lora_dropout = 0.0  # for training alone; PEFT has none for parameters
+    return config
+
+
+def taken_for_experts(architecture: Architecture, targets: Iterable[str]) -> list[str]:
+    """The ends of paths among `targets` in whose place PEFT adapts a mixture's experts, sorted."""
+    return sorted(target for target in targets if target.rpartition(".")[2] in architecture.taken_for_experts)
+
+
+def peft_files(config: PeftConfig, weights: dict[str, Tensor], model: Model, prefix: str = PREFIX) -> dict[str, bytes]:
+    """PEFT's folder; `weights` by the names that PEFT saves them under, less `prefix`, which is that of a wrapped model."""
+    from safetensors.torch import save
+
+    config.inference_mode = True
+    config.base_model_name_or_path = model.base  # a Hub id stays one, not this machine's cache
+    config.revision = model.revision
+    with scratch_folder("export") as folder:
+        config.save_pretrained(folder)
+        settings = json.loads(Path(folder, SETTINGS).read_bytes())
+    for value in settings.values():
+        if isinstance(value, list):
+            value.sort()  # PEFT writes sets, whose order changes from one process to the next
+    named = {f"{prefix}{name}": weight for name, weight in weights.items()}
+    return {
+        WEIGHTS: save(named, metadata={"format": "pt"}),
+        SETTINGS: json.dumps(settings, indent=2, sort_keys=True).encode(),
+    }
+
+
+def with_peft_files(exported: ExportedFiles, weights: dict[str, Tensor], **settings: Any) -> ExportedFiles:
+    """PEFT's folder with more in it: `weights` as in `peft_files`, and `settings` of the adapter's description."""
+    from safetensors.torch import load, save
+
+    named = {f"{PREFIX}{name}": weight.contiguous() for name, weight in weights.items()}
+    described: dict[str, Any] = json.loads(exported.files[SETTINGS])
+    for key, value in settings.items():
+        both = isinstance(value, list) and isinstance(described.get(key), list)
+        described[key] = sorted({*described[key], *value}) if both else value
+    files = {
+        WEIGHTS: save({**load(exported.files[WEIGHTS]), **named}, metadata={"format": "pt"}),
+        SETTINGS: json.dumps(described, indent=2, sort_keys=True).encode(),
+    }
+    return replace(exported, files=files)
+
+
+@contextmanager
+def flagged(layers: Iterable[Any], flag: str, value: bool) -> Iterator[None]:
+    """Every layer's attribute `flag` is `value` inside, and the opposite afterwards."""
+    layers = list(layers)
+    for layer in layers:
+        setattr(layer, flag, value)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            setattr(layer, flag, not value)

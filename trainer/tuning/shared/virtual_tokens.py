@@ -1,0 +1,80 @@
+"""The common part of methods that learn virtual tokens before each document, over a frozen base: their settings and their start.
+
+This module is no method: it has no `METHODS`. The methods that use it know it, and it knows none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from trainer.base.architecture import Architecture
+from trainer.base.describe.config_json import read_by_transformers
+from trainer.config import Tuning
+from trainer.errors import ConfigError
+from trainer.registry import without_defaults
+from trainer.tuning.shared.linear_adapters import PEFT_FILES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from trainer.tuning.method import LearntWeights, WeightUpdate
+
+# The one tensor of PEFT's file, whichever of the methods made it.
+PEFT_TENSOR = "prompt_embeddings"
+
+
+@dataclass(frozen=True)
+class BesideBase:
+    """The part of a method that is the same wherever its virtual tokens enter the base."""
+
+    tuning: Tuning
+
+    settings: ClassVar[Collection[str]] = ("virtual_tokens", "init_text")
+    defaults: ClassVar[Mapping[str, Any]] = {"init_text": None}
+    trains_base: ClassVar[bool] = False
+    uncounted_activations: ClassVar[bool] = False
+    exports_model: ClassVar[bool] = False
+    unmergeable: ClassVar[str | None] = (
+        "virtual tokens stand before a document's own, and no weight of the base can hold them"
+    )
+    file_names: ClassVar[Collection[str]] = PEFT_FILES
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        given = self.tuning.model_dump(mode="json", include={"method", *self.settings})
+        return without_defaults(given, self.defaults)
+
+    def mismatches(self, architecture: Architecture) -> list[str]:
+        return []
+
+    def updates(self, weights: LearntWeights, architecture: Architecture) -> Mapping[str, WeightUpdate]:
+        raise AssertionError(self.unmergeable)
+
+    def first_tokens(self, model: PreTrainedModel, seed: int) -> Tensor:
+        """The ids of the tokens that the virtual ones start from, (virtual_tokens,) int64: the same on every rank.
+
+        Raises `ConfigError` when `init_text` has no token.
+        """
+        import torch
+
+        count, vocabulary = self.tuning.virtual_tokens, model.config.get_text_config().vocab_size
+        if self.tuning.init_text is None:
+            return torch.randint(vocabulary, (count,), generator=torch.Generator().manual_seed(seed))
+        tokens = _tokens(model, self.tuning.init_text)
+        if not tokens:
+            raise ConfigError("tuning.init_text: the base's tokenizer makes no token of it. Write some words.")
+        return torch.tensor((tokens * count)[:count])
+
+
+def _tokens(model: PreTrainedModel, text: str) -> list[int]:
+    """The ids of a text as the base's own tokenizer begins a document with it."""
+    from transformers import AutoTokenizer
+
+    folder = model.name_or_path
+    assert folder
+    with read_by_transformers(folder, "the tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return tokenizer(text)["input_ids"]

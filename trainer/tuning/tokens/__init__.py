@@ -1,0 +1,1 @@
+"""Rows of the vocabulary that learn beside an adapter."""

@@ -1,0 +1,144 @@
+"""Rows of the embedding and of the output head that learn beside an adapter: those of the tokens that `model.add_tokens` names.
+
+The base's own matrices stay frozen and as they are stored. A small matrix (tokens, H), as in PEFT's trainable tokens, takes the place
+of some of their rows or follows behind the last one; an untied head has one of its own. A new token starts as the mean of the
+pieces that its text was before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
+
+from trainer.base.architecture import Architecture
+from trainer.base.find.tokenizer import TokenRow, find_rows
+from trainer.config import Config, Model, Optim
+from trainer.errors import ConfigError
+from trainer.tuning.method import ExportedFiles, LearntWeights, Method, WeightUpdate
+from trainer.tuning.shared.linear_adapters import flagged, with_peft_files
+from trainer.tuning.shared.wrapper import Around, SomeWeights
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+SETTING = "model.add_tokens"
+_ROWS = "trainable_tokens_delta"
+_SAVED_AS = f"token_adapter.{_ROWS}"
+
+
+@dataclass(frozen=True)
+class RowsUpdate:
+    """The rows `ids` of a weight are those of `rows` (tokens, H), fp32. `shape` may have more rows than the base has."""
+
+    shape: tuple[int, ...]
+    ids: Tensor
+    rows: Tensor
+
+    def apply_to(self, rows: Tensor, first: int) -> None:
+        rows = rows.view(-1, self.shape[1])
+        here = (self.ids >= first) & (self.ids < first + len(rows))
+        rows[self.ids[here] - first] = self.rows[here].to(rows.dtype)
+
+
+@dataclass(frozen=True)
+class WithTokens(Around):
+    """A method of low-rank adapters, and the rows of some tokens."""
+
+    model: Model
+
+    @cached_property
+    def _rows(self) -> list[TokenRow]:
+        return find_rows(self.model)
+
+    @property
+    def _ids(self) -> list[int]:
+        return [row.row for row in self._rows]
+
+    def _own(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+        shape = len(self.model.add_tokens), architecture.hidden
+        weights = [architecture.embedding] + ([] if architecture.head_is_embedding else [architecture.head])
+        return {f"{weight.removesuffix('.weight')}.{_ROWS}": shape for weight in weights}
+
+    def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+        return {**self.method.shapes(architecture), **self._own(architecture)}
+
+    def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
+        """Embedding and head are gathered once, one after the other, so every rank has the same start."""
+        import torch
+        from torch import nn
+
+        from trainer.tuning.tokens.layer import TokenEmbedding
+
+        self.method.attach(model, architecture, dtype, seed)
+        embedding, head = model.get_input_embeddings(), cast(Any, model.get_output_embeddings())
+        assert isinstance(embedding, nn.Embedding)
+        start = _means(embedding, self._rows)
+        ids = torch.tensor(self._ids, device=start.device)
+        layer = TokenEmbedding(embedding, ids, start)
+        model.set_submodule(architecture.embedding.removesuffix(".weight"), layer)
+        if architecture.head_is_embedding:
+            head.learn(ids, layer.trainable_tokens_delta, start)
+        else:
+            start = _means(head, self._rows)
+            head.learn(ids, nn.Parameter(start.clone()), start)
+
+    def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
+        rows = [parameter for name, parameter in model.named_parameters() if name.endswith(f".{_ROWS}")]
+        return [*self.method.groups(model, optim), {"name": "tokens", "lr_ratio": 1.0, "params": rows}]
+
+    @contextmanager
+    def switched_off(self, model: PreTrainedModel) -> Iterator[None]:
+        """With the rows that a new token started as: the base has none for it."""
+        layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+        with self.method.switched_off(model), flagged(layers, "active", False):
+            yield
+
+    def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
+        """PEFT's folder of the method, with the rows in it."""
+        ours = {name: rows for name, rows in weights.items() if name.endswith(f".{_ROWS}")}
+        exported = self.method.export({name: w for name, w in weights.items() if name not in ours}, model)
+        paths = {name: name.removesuffix(f".{_ROWS}") for name in ours}
+        indices = {path.rpartition(".")[2]: self._ids for path in paths.values()}
+        named = {f"{paths[name]}.{_SAVED_AS}": rows for name, rows in ours.items()}
+        return with_peft_files(exported, named, trainable_token_indices=indices)
+
+    def updates(self, weights: LearntWeights, architecture: Architecture) -> dict[str, WeightUpdate]:
+        import torch
+
+        theirs = self.method.updates(SomeWeights(weights, self.method.shapes(architecture)), architecture)
+        ids = torch.tensor(self._ids)
+        shape = max(architecture.vocabulary, int(ids.max()) + 1), architecture.hidden
+        ours = {
+            name.replace(f".{_ROWS}", ".weight"): RowsUpdate(shape, ids, weights[name].float())
+            for name in self._own(architecture)
+        }
+        return {**theirs, **ours}
+
+
+def _means(layer: Any, rows: Sequence[TokenRow]) -> Tensor:
+    """The mean of the rows of each token's pieces, (tokens, H), of the layer's frozen weight. Collective."""
+    import torch
+
+    from trainer.zero.engine import gathered
+
+    with gathered(layer):
+        means = [layer.weight[row.pieces].float().mean(0) for row in rows]
+        return torch.stack(means).to(layer.weight.dtype)
+
+
+def with_tokens(method: Method, config: Config) -> Method:
+    if not config.model.add_tokens:
+        return method
+    if SETTING not in method.settings:
+        raise ConfigError(
+            f"{SETTING}: tuning.method: {config.tuning.method} learns no rows of tokens. Choose lora, rslora or dora, or remove it."
+        )
+    return cast(Method, WithTokens(method, config.model))
+
+
+AROUND: dict[str, Callable[[Method, Config], Method]] = {SETTING: with_tokens}
