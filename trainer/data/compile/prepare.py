@@ -23,8 +23,8 @@ from trainer.data.compile.inputs import Input, find, find_evaluated, named
 from trainer.data.compile.pool import Mapper, mapper_for
 from trainer.data.compile.weights import find_weights, keep_weights, kept_weights
 from trainer.data.dataset.dataset import open_chapter
+from trainer.data.dataset.manifest import MANIFEST, damaged, read_manifest
 from trainer.data.dataset.overlap import refuse_overlaps
-from trainer.data.dataset.manifest import MANIFEST, DatasetManifest, damaged, read_manifest
 from trainer.data.order.bins import EpochBins, keep_bins, kept_bins, total
 from trainer.data.order.order import EpochPlan, nothing_visited, turns
 from trainer.data.order.settings import Order, train_order
