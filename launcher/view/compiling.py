@@ -56,9 +56,9 @@ def compile_progress(log: Callable[[str], None], *, bar: bool) -> Iterator[Calla
 
 
 def log_forms(log: Callable[[str], None], what: str, now: Progress) -> None:
-    """Say how the rows of each source are read, where that was found out."""
-    for form in now.forms:
-        log(f"{what} data: {form}")
+    """Say how the rows of each source are read, where that was found out, and what is noted of them."""
+    for sentence in (*now.forms, *now.notes):
+        log(f"{what} data: {sentence}")
 
 
 def log_left_out(log: Callable[[str], None], what: str, now: Progress) -> None:

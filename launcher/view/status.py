@@ -20,7 +20,7 @@ from trainer.errors import ConfigError
 from trainer.run import layout
 from trainer.run.folder import command, run_config
 from trainer.run.owner import read_owner
-from trainer.run.records import Record, RunReader, began, last_written, read_records
+from trainer.run.records import Lifetime, Record, RunReader, last_written, read_records
 from trainer.run.segments import streams
 from trainer.store import Store
 
@@ -115,7 +115,7 @@ class Summary:
         self.recent_steps: deque[Record] = deque(maxlen=_RATE_STEPS)
         self.losses = Thinned()
         self.set_losses: dict[str, float] = {}
-        self.last_time: float | None = None
+        self.lifetime = Lifetime()
 
     def add(self, records: Iterable[Record]) -> None:
         for record in records:
@@ -130,7 +130,12 @@ class Summary:
             if kind == "step":
                 self.recent_steps.append(record)
                 self.losses.add(record["step"], record.get("loss"))
-            self.last_time = record.get("time", self.last_time)
+            self.lifetime.add(record)
+
+    @property
+    def last_time(self) -> float | None:
+        """When the last record was made, in seconds since 1970."""
+        return self.lifetime.ended
 
     def last(self, kind: str) -> Record | None:
         return self._last.get(kind)
@@ -291,9 +296,9 @@ def next_command(folder: Store, state: State, *, committed: bool) -> str:
 def _gpu_seconds(records: Summary) -> float:
     """The time of all GPUs of a start, from its launch to its last record."""
     start = records.last("start")
-    if start is None or not str(start.get("device")).startswith("cuda") or records.last_time is None:
+    if start is None or not str(start.get("device")).startswith("cuda"):
         return 0.0
-    return (start.get("world_size") or 0) * max(0.0, records.last_time - began(start, records.last_time))
+    return (start.get("world_size") or 0) * records.lifetime.seconds
 
 
 def before_records(folder: Store, now: float) -> tuple[State, str]:
