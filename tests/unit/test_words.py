@@ -81,7 +81,9 @@ def test_a_base_of_the_hub_is_refused_soon_where_the_hub_cannot_be_reached(
     monkeypatch.setattr(hub, "_PATIENCE_SECONDS", 0.2)
     hub.hub_answers.cache_clear()
     began = time.monotonic()
-    config = parse_config("run: {name: a}\nmodel: {base: nobody/nothing}\ndata: {train: [{path: a}]}\ntrain: {steps: 1}")
+    config = parse_config(
+        "run: {name: a}\nmodel: {base: nobody/nothing}\ndata: {train: [{path: a}]}\ntrain: {steps: 1}"
+    )
     with pytest.raises(ConfigError, match=r"huggingface\.co:443 cannot be reached from here, and the cache lacks it"):
         resolve_base(config.model)
     assert time.monotonic() - began < 10
