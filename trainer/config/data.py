@@ -226,7 +226,7 @@ class Data(Section):
 
     def for_rows(self, format: str) -> "Data":
         """The settings with those alone of what is trained, of thinking and of the template that rows of this format have a use for."""
-        kind, on = KINDS[format], self.train_on
+        kind, on = ROW_FORMATS[format].kind, self.train_on
         talks = kind not in ("prompt_completion", "text")
         roles = on.roles if talks or on.roles in (None, "all", ["assistant"]) else None
         kept: dict[str, Any] = {

@@ -163,7 +163,7 @@ def wider_form(form: RowForm, rows: Iterable[Row], lost: Collection[str]) -> Row
         name: call for call in lost for name in ROW_FORMATS[format].fields if call in ROW_FORMATS[format].called(name)
     }
     given = {name: call for name, call in names.items() if call != ROW_FORMATS[format].called(name)[0]}
-    found = next((form for row in rows if (form := form_of(row, format, given))), None)
+    found = next(filter(None, (form_of(row, format, given) for row in rows)), None)
     return found if found and set(lost) <= set(found.names.values()) else None
 
 
