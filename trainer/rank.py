@@ -99,7 +99,7 @@ def run_rank(
         CapstanError: of the kind whose exit code the process should end with; `Stopped` when asked to stop.
     """
     starter = starter or Starter()
-    launch_seconds = time.time() - starter.began
+    entered, launch_seconds = time.monotonic(), max(0.0, time.time() - starter.began)
     ranks = join_run(config, OwnerWatch(run_folder(config)).is_gone)
     with ranks.agreeing():
         base = resolve_base(config.model)
@@ -140,6 +140,7 @@ def run_rank(
                 starter,
                 find_objective(config),
                 launch_seconds,
+                entered,
                 after_commit,
             )
             _train(start, shared, resume=resume)
@@ -161,7 +162,13 @@ class _Start:
     starter: Starter
     objective: Objective
     launch_seconds: float
+    entered: float
     after_commit: Callable[[], None]
+
+    @property
+    def lasted(self) -> float:
+        """Seconds since the start began. This process measures its own part by a clock that is never set."""
+        return round(self.launch_seconds + time.monotonic() - self.entered, 3)
 
 
 def _train(start: _Start, datasets: Datasets, *, resume: bool) -> None:
@@ -180,7 +187,7 @@ def _train(start: _Start, datasets: Datasets, *, resume: bool) -> None:
         for record in train(training, step, position):
             profile.reached(record["step"])
             if record["step"] == step + 1:
-                metrics.write("first_step", step=step + 1, seconds=round(time.time() - starter.began, 3))
+                metrics.write("first_step", step=step + 1, seconds=start.lasted)
             metrics.write("step", **record, **peak_memory(start.ranks.device), **power())
             starter.observe({**record, "restarts": start.generation - 1})
     metrics.write("end", outcome="finished", step=training.horizon.steps, reason="")
@@ -297,7 +304,7 @@ def _record_start(start: _Start, settled: Config, report: LoadReport, **facts: A
         load_gigabytes_per_second=round(read_bytes / 1e9 / report.seconds, 3),
         read_bytes=int(read_bytes),
         kept_bytes=report.kept_bytes,
-        start_seconds=round(time.time() - start.starter.began, 3),
+        start_seconds=start.lasted,
         **start.starter.facts,
     )
     if start.ranks.rank == 0:

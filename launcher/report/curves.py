@@ -12,7 +12,7 @@ Point: TypeAlias = tuple[float, float]
 
 MOST_POINTS = 600
 """A plot is some hundred pixels wide: more points than this could not be told apart."""
-_NO_MEASURE = {"kind", "step", "time"}
+_NO_MEASURE = {"kind", "step", "time", "clock"}
 
 
 class Columns:

@@ -33,7 +33,7 @@ _COUNTS = {"epoch", "passes", "tokens", "targets", "pairs", "answers", "seconds"
 """Numbers of a step that are no measure over time."""
 _AFTER_STEP = {"save_seconds", "evaluate_seconds"}
 """Times that are no part of the `seconds` of any step. A save's wait is told by the commit, too."""
-_EVAL_COUNTS = {"step", "time", "tokens", "targets", "pairs", "answers", "seconds"}
+_EVAL_COUNTS = {"step", "time", "clock", "tokens", "targets", "pairs", "answers", "seconds"}
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,8 @@ class RunFigures:
         for name in ("evaluations", "samples"):
             tree[name] = [found.model_dump() for found in getattr(self, name)]
         for start, figures in zip(self.starts, tree["starts"], strict=True):
-            figures |= {"lasted": start.lasted, "rank_hours": start.rank_hours}
+            del figures["lifetime"]
+            figures |= {"began": start.lifetime.began, "lasted": start.lasted, "rank_hours": start.rank_hours}
         return tree | {"restart_count": len(self.restarts)}
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from launcher.report.curves import Columns
-from trainer.run.records import Record, began, generations, read_records
+from trainer.run.records import Lifetime, Record, generations, read_records
 from trainer.run.settings import Change
 from trainer.store import Store
 
@@ -31,8 +31,7 @@ class Start:
     world_size: int | None = None
     device: str | None = None
     machines: int | None = None
-    began: float | None = None
-    ended: float | None = None
+    lifetime: Lifetime = field(default_factory=Lifetime)
     seconds: dict[str, float] = field(default_factory=dict)
     outcome: str = ""
     reason: str = ""
@@ -43,7 +42,7 @@ class Start:
     @property
     def lasted(self) -> float:
         """Seconds from when its processes were started to its last record."""
-        return max(0.0, self.ended - self.began) if self.began is not None and self.ended is not None else 0.0
+        return self.lifetime.seconds
 
     @property
     def rank_hours(self) -> float:
@@ -96,9 +95,7 @@ def _read(history: History, start: Start, records: Iterable[Record]) -> None:
             start.outcome, start.reason = record["outcome"], record["reason"]
         if kind != "step":
             history.others[kind].append(record)
-        if (time := record.get("time")) is not None:
-            start.ended = max(time, start.ended or time)
-            start.began = start.began if start.began is not None else time
+        start.lifetime.add(record)
 
 
 def _go_on_from(history: History, step: int) -> None:
@@ -118,7 +115,6 @@ def _add_facts(start: Start, record: Record) -> None:
     for part in PARTS:
         if (took := record.get(f"{part}_seconds")) is not None:
             start.seconds[part] = took
-    start.began = began(record, start.began)
 
 
 def _sentence(record: Record) -> str:

@@ -20,7 +20,7 @@ from trainer.errors import ConfigError
 from trainer.run import layout
 from trainer.run.folder import command, run_config
 from trainer.run.owner import read_owner
-from trainer.run.records import Record, RunReader, began, last_written, read_records
+from trainer.run.records import Lifetime, Record, RunReader, last_written, read_records
 from trainer.run.segments import streams
 from trainer.store import Store
 
@@ -115,7 +115,7 @@ class Summary:
         self.recent_steps: deque[Record] = deque(maxlen=_RATE_STEPS)
         self.losses = Thinned()
         self.set_losses: dict[str, float] = {}
-        self.last_time: float | None = None
+        self.lifetime = Lifetime()
 
     def add(self, records: Iterable[Record]) -> None:
         for record in records:
@@ -130,7 +130,12 @@ class Summary:
             if kind == "step":
                 self.recent_steps.append(record)
                 self.losses.add(record["step"], record.get("loss"))
-            self.last_time = record.get("time", self.last_time)
+            self.lifetime.add(record)
+
+    @property
+    def last_time(self) -> float | None:
+        """When the last record was made, in seconds since 1970."""
+        return self.lifetime.ended
 
     def last(self, kind: str) -> Record | None:
         return self._last.get(kind)
@@ -175,7 +180,6 @@ class Follower:
         step, total = self._step(), self._newest_value("start", "total_steps")
         tokens_per_second, step_seconds = _rates(newest)
         commit = self._last_commit()
-        end = newest.last("end")
         state, reason = judge(self._folder, newest, now, quiet)
         gpu_hours = sum(map(_gpu_seconds, self._generations.values())) / 3600
         price = self._config.track.price_per_gpu_hour if self._config else None
@@ -201,7 +205,9 @@ class Follower:
             eval_loss=self._newest_value("eval", "loss"),
             eval_losses=self._set_losses(),
             tokens_per_second=tokens_per_second,
-            eta_seconds=None if end or total is None or step_seconds is None else (total - step) * step_seconds,
+            eta_seconds=None
+            if state != "running" or total is None or step_seconds is None
+            else (total - step) * step_seconds,
             last_commit_step=commit[0] if commit else None,
             last_commit_age_seconds=max(0.0, now - commit[1]) if commit else None,
             quiet_seconds=quiet,
@@ -291,9 +297,9 @@ def next_command(folder: Store, state: State, *, committed: bool) -> str:
 def _gpu_seconds(records: Summary) -> float:
     """The time of all GPUs of a start, from its launch to its last record."""
     start = records.last("start")
-    if start is None or not str(start.get("device")).startswith("cuda") or records.last_time is None:
+    if start is None or not str(start.get("device")).startswith("cuda"):
         return 0.0
-    return (start.get("world_size") or 0) * max(0.0, records.last_time - began(start, records.last_time))
+    return (start.get("world_size") or 0) * records.lifetime.seconds
 
 
 def before_records(folder: Store, now: float) -> tuple[State, str]:

@@ -6,7 +6,7 @@ import deepspeed
 import torch
 from safetensors.torch import save_file
 
-from tests.dist.assembled import assemble_run
+from tests.dist.assembled import Assembled, assemble_run
 from tests.dist.runs import outcome_of
 from trainer.config import parse_config
 from trainer.data.order.micro_batch import Position
@@ -41,6 +41,17 @@ def restore(config_text: str, fingerprint: str, destination: str, base: str = "o
     if manifest is None:
         return {**outcome, "log": log}
     save_file(here.states(), f"{destination}/{here.ranks.rank}.safetensors")
+    return {
+        **outcome,
+        "log": log,
+        "step": manifest.step,
+        "updates": here.engine.updates,
+        "half": half_is_the_masters(here),
+    }
+
+
+def half_is_the_masters(here: Assembled) -> bool:
+    """Whether the 16-bit weights that learn are the masters', rounded."""
     half = True
     trainable = [(n, p) for n, p in here.engine.model.named_parameters() if p.requires_grad]
     parts = {part.name: part for part in here.engine.partitions()}
@@ -49,7 +60,7 @@ def restore(config_text: str, fingerprint: str, destination: str, base: str = "o
             part = parts[name]
             mine = parameter.data.view(-1)[part.begin : part.end]
             half &= torch.equal(mine, part.states["master"].to(parameter.dtype))
-    return {**outcome, "log": log, "step": manifest.step, "updates": here.engine.updates, "half": half}
+    return half
 
 
 def restore_and_train(config_text: str, fingerprint: str, last: int) -> dict[str, Any]:
@@ -72,3 +83,38 @@ def save_as_generation(config_text: str, fingerprint: str, generation: int) -> d
     checkpoints = here.checkpoints(generation)
     checkpoints.save(here.engine, 1, Position(0, 0, 4).to_json())
     return outcome_of(checkpoints.finish)
+
+
+Job = tuple[str, str, str]  # a configuration, the fingerprint of its data, and a folder for what the ranks write
+
+
+def train_each(jobs: list[Job]) -> list[float]:
+    """Two steps of each run, saved, and its states written; -> the loss of the step after them."""
+    return [_train(*job) for job in jobs]
+
+
+def _train(config_text: str, fingerprint: str, folder: str) -> float:
+    here = assemble_run(parse_config(config_text), fingerprint)
+    checkpoints, steps = here.checkpoints(), train(here.training(), 0, Position())
+    next(steps)
+    next(steps)
+    checkpoints.save(here.engine, 2, Position(0, 0, 2 * here.config.train.global_batch).to_json())
+    checkpoints.finish()
+    save_file(here.states(), f"{folder}/{here.ranks.rank}.safetensors")
+    return next(steps)["loss"]
+
+
+def go_on_each(jobs: list[Job]) -> list[dict[str, Any]]:
+    """Each run restored into a fresh engine, its states written, and the loss of its next step."""
+    return [_go_on(*job) for job in jobs]
+
+
+def _go_on(config_text: str, fingerprint: str, folder: str) -> dict[str, Any]:
+    here = assemble_run(parse_config(config_text), fingerprint)
+    training = here.training(generation=2)
+    manifest = training.checkpoints.restore(here.engine, required=True, log=print)
+    assert manifest is not None
+    save_file(here.states(), f"{folder}/{here.ranks.rank}.safetensors")
+    half = half_is_the_masters(here)
+    record = next(train(training, manifest.step, Position.from_json(manifest.position)))
+    return {"from": manifest.step, "half": half, "loss": record["loss"]}

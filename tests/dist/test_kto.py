@@ -106,7 +106,10 @@ def uninterrupted(workshop: Workshop, labelled: Path) -> dict[int, float]:
 
 
 def with_eval(workshop: Workshop, labelled: Path, name: str) -> Config:
-    return of_kto(workshop, labelled, name, *RUN, f"data.eval=[{{path: {labelled}}}]")
+    held_out = labelled.with_name("held-out.jsonl")
+    rows = map(json.loads, labelled.read_text().splitlines())
+    held_out.write_text("".join(json.dumps({**row, "prompt": f"{row['prompt']}! "}) + "\n" for row in rows))
+    return of_kto(workshop, labelled, name, *RUN, f"data.eval=[{{path: {held_out}}}]")
 
 
 def records(workshop: Workshop, name: str, kind: str) -> list[dict[str, Any]]:

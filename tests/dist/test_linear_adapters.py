@@ -1,8 +1,6 @@
-"""DoRA and (IA)^3 over a sharded base are PEFT's: in gradients, over a restart, exported and merged."""
+"""DoRA and (IA)^3 over a sharded base are PEFT's: in gradients, exported and merged."""
 
 import json
-import shutil
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,6 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from launcher.view.status import read_generation
@@ -21,7 +18,6 @@ from tests.dist.proofs import export_and_prove, one_start, proof_of
 from tests.dist.test_gradients import distance
 from tests.dist.test_merge import logits, merged_by_peft
 from tests.material import Workshop, commit, make_base
-from trainer.checkpoint.manifest import whole_checkpoint
 from trainer.config import Config, dump_config, load_config
 from trainer.export.figures import Proof
 from trainer.export.write.adapter import export_adapter
@@ -85,37 +81,6 @@ def test_gradients_are_those_of_pefts_own_modules_on_documents_by_themselves(
         record = launch(ranks, gradients.first_step, *arguments, str(file))[0]
         assert record["loss"] == pytest.approx(plain["loss"], rel=3e-6)
         assert distance(load_file(file), theirs) < 1e-5, ranks
-
-
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("method", [*METHODS, "adapter"])
-def test_a_run_goes_on_bit_by_bit_at_its_world_size_and_closely_at_another(workshop: Workshop, method: str) -> None:
-    check_goes_on(workshop, method, lambda name, *overrides: adapting(workshop, method, name, *overrides))
-
-
-def check_goes_on(workshop: Workshop, name: str, config_of: Callable[..., Config]) -> dict[str, Tensor]:
-    """Ten steps are five and five, at the world size and at others; -> what was learnt. `config_of` has a name and overrides."""
-
-    def config(name: str, steps: int) -> Config:
-        constant = ("optim.schedule=constant", "optim.warmup_steps=0", "optim.lr=0.01")
-        return config_of(name, *constant, f"train.steps={steps}")
-
-    def masters(name: str) -> dict[str, Tensor]:
-        run = workshop.store.sub(name)
-        return master_weights(run, whole_checkpoint(run, 10))
-
-    whole = run_ranks(workshop, config(f"{name}-whole", 10), ranks=2)
-    assert whole[-1] < whole[0]
-    first = run_ranks(workshop, config(f"{name}-2", 5), ranks=2)
-    for ranks in (1, 3):
-        shutil.copytree(workshop.folder / f"store/{name}-2", workshop.folder / f"store/{name}-{ranks}")
-    ends = {n: run_ranks(workshop, config(f"{name}-{n}", 10), n, how="resume") for n in (1, 2, 3)}
-    assert [*first, *ends[2]] == whole
-    expected, found = masters(f"{name}-whole"), masters(f"{name}-2")
-    assert all(torch.equal(found[name], values) for name, values in expected.items())
-    for ranks in (1, 3):
-        assert ends[ranks] == pytest.approx(whole[5:], rel=1e-3)
-    return expected
 
 
 @pytest.mark.timeout(300)

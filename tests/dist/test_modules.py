@@ -1,4 +1,4 @@
-"""Modules of the base that learn beside an adapter are PEFT's modules to save: in gradients, over a restart, exported and merged."""
+"""Modules of the base that learn beside an adapter are PEFT's modules to save: in gradients, exported and merged."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from tests.dist import gradients, proofs
 from tests.dist.launch import launch
 from tests.dist.test_gradients import distance
-from tests.dist.test_linear_adapters import check_goes_on
 from tests.dist.test_merge import merged_by_peft
 from tests.material import Workshop, commit, make_base
 from trainer.checkpoint.manifest import whole_checkpoint
@@ -72,13 +71,6 @@ def test_gradients_are_those_of_pefts_modules_to_save(
         assert distance(load_file(file), theirs) < 1e-5, ranks
     turned = {name: values.roll(1, 0) if name in whole else values for name, values in theirs.items()}
     assert distance(turned, theirs) > 0.1
-
-
-@pytest.mark.timeout(300)
-def test_a_run_goes_on_bit_by_bit_at_its_world_size_and_closely_at_another(workshop: Workshop) -> None:
-    rate = "optim.lr=0.003"  # whole modules learn at less than an adapter
-    learnt = check_goes_on(workshop, "on", lambda name, *overrides: saving(workshop, "tied", name, *overrides, rate))
-    assert learnt["model.embed_tokens.weight"].shape == (259, 64)
 
 
 @pytest.fixture(scope="module", params=CASES)

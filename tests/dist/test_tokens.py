@@ -1,4 +1,4 @@
-"""Rows of new tokens that learn beside an adapter are PEFT's trainable tokens: in gradients, over a restart, exported and merged."""
+"""Rows of new tokens that learn beside an adapter are PEFT's trainable tokens: in gradients, exported and merged."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.dist import gradients, linear_adapters, proofs
 from tests.dist.launch import launch
 from tests.dist.test_gradients import distance
-from tests.dist.test_linear_adapters import check_goes_on, run_ranks
+from tests.dist.test_linear_adapters import run_ranks
 from tests.material import Workshop, commit, make_base
 from trainer.base.find.tokenizer import find_rows
 from trainer.config import Config, dump_config
@@ -114,12 +114,6 @@ def test_a_token_starts_as_the_mean_of_its_pieces_and_one_that_was_there_as_itse
             expected = torch.stack([matrix[ids].mean(0).bfloat16().float() for ids in pieces])
             assert torch.equal(learning[f"{layer}.trainable_tokens_delta"], expected)
         assert sum("trainable_tokens" in name for name in learning) == len(layers)
-
-
-@pytest.mark.timeout(300)
-def test_a_run_goes_on_bit_by_bit_at_its_world_size_and_closely_at_another(workshop: Workshop) -> None:
-    learnt = check_goes_on(workshop, "on", lambda name, *overrides: adding(workshop, name, "grown", *overrides))
-    assert learnt["lm_head.trainable_tokens_delta"].shape == (3, 64)
 
 
 def test_a_checkpoint_with_other_tokens_is_not_continued(workshop: Workshop) -> None:

@@ -1,6 +1,5 @@
-"""Virtual tokens are PEFT's, though documents are packed and the base is sharded: in gradients, over a restart, exported."""
+"""Virtual tokens are PEFT's, though documents are packed and the base is sharded: in gradients, exported."""
 
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,24 +8,20 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tests.dist import gradients, proofs, runs, virtual_tokens
-from tests.dist.launch import launch, running
+from tests.dist import gradients, proofs, virtual_tokens
+from tests.dist.launch import launch
 from tests.dist.proofs import export_and_prove, one_start, proof_of
 from tests.dist.test_gradients import distance
-from tests.dist.test_linear_adapters import adapting, committed, run_ranks
-from tests.dist.test_resume import losses
+from tests.dist.test_linear_adapters import adapting, committed
 from tests.material import Workshop, byte_tokenizer, make_pairs
-from trainer.checkpoint.manifest import whole_checkpoint
 from trainer.config import Config, dump_config
 from trainer.errors import ConfigError
 from trainer.export.figures import Proof
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.learnt import master_weights
 from trainer.export.write.merged import export_merged
-from trainer.run import layout
 from trainer.store import Store, open_store
 
 METHODS = ("prompt", "prefix")
@@ -67,35 +62,6 @@ def test_gradients_are_pefts_on_documents_by_themselves(
     (glued,) = launch(1, virtual_tokens.plain_first_step, *arguments, str(tmp_path / "glued"), True)
     assert abs(glued["loss"] / plain["loss"] - 1) > 1e-3
     assert distance(load_file(tmp_path / "glued"), theirs) > 1e-3
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_killed_run_goes_on_bit_by_bit_at_its_world_size_and_closely_at_another(
-    workshop: Workshop, method: str
-) -> None:
-    def masters(name: str, step: int = 10) -> dict[str, Tensor]:
-        run = workshop.store.sub(name)
-        return master_weights(run, whole_checkpoint(run, step))
-
-    whole = run_ranks(workshop, tuned(workshop, method, "whole", "optim.lr=0.01"), ranks=2)
-    config = tuned(workshop, method, "2", "optim.lr=0.01")
-    run = workshop.store.sub(config.run.name)
-    run.put(layout.CONFIG, dump_config(config).encode())
-    with running(2, runs.run, dump_config(config), workshop.prepare(config).train, "hold") as ranks:
-        ranks.wait_until(lambda: run.exists(layout.manifest(5)))
-        ranks.kill()
-    for number in (1, 3):
-        shutil.copytree(workshop.folder / f"store/{method}-2", workshop.folder / f"store/{method}-{number}")
-    for number in (1, 2, 3):
-        run_ranks(workshop, tuned(workshop, method, str(number), "optim.lr=0.01"), number, how="resume")
-        found = list(losses(workshop.store.sub(f"{method}-{number}")).values())
-        assert found == (whole if number == 2 else pytest.approx(whole, rel=1e-3))
-    expected, found = masters(f"{method}-whole"), masters(f"{method}-2")
-    assert all(torch.equal(found[name], values) for name, values in expected.items())
-    before = masters(f"{method}-whole", 5)
-    assert all((values - before[name]).abs().mean() > 1e-3 for name, values in expected.items()), (
-        "something has not learnt"
-    )
 
 
 @pytest.mark.parametrize("method", METHODS)

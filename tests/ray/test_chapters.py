@@ -46,9 +46,14 @@ def ahead(workshop: Workshop, folder: Path, data: Path) -> tuple[Store, int]:
     return store.sub("ahead"), sum(plan.count_bins()) // config.train.global_batch
 
 
-def held(workshop: Workshop, folder: Path, data: Path, step: int, command: str = "train") -> Driver:
+def held(workshop: Workshop, address: str, folder: Path, data: Path, step: int, command: str = "train") -> Driver:
     """A run on data not yet compiled; after the first chapter the compilation waits until `step`."""
-    settings = (f"run.store={folder / 'store'}", f"data.train=[{{path: {data}}}]", f"train.steps={STEPS}")
+    settings = (
+        f"cluster.ray.address={address}",
+        f"run.store={folder / 'store'}",
+        f"data.train=[{{path: {data}}}]",
+        f"train.steps={STEPS}",
+    )
     config = write(folder, workshop, "held", *settings)
     what = [config] if command == "train" else ["held", "--store", str(folder / "store")]
     arguments = (str(folder / "store" / "held"), str(step), command, *what)
@@ -57,13 +62,13 @@ def held(workshop: Workshop, folder: Path, data: Path, step: int, command: str =
 
 
 def test_training_begins_with_the_first_chapter_and_goes_on_as_on_data_compiled_ahead(
-    workshop: Workshop, tmp_path: Path
+    workshop: Workshop, address: str, tmp_path: Path
 ):
     data = make_data(tmp_path / "rows.jsonl", documents=200)
     expected, enough = ahead(workshop, tmp_path, data)
     assert 2 < enough < STEPS
     run = open_store(str(tmp_path / "store" / "held"))
-    with held(workshop, tmp_path, data, step=enough) as driver:
+    with held(workshop, address, tmp_path, data, step=enough) as driver:
         assert driver.end() == 0, driver.log.read_text()
     assert "chapter 2 of the training data is compiled" in driver.log.read_text()
     assert losses(run, 1) == losses(expected, 1)
@@ -72,29 +77,33 @@ def test_training_begins_with_the_first_chapter_and_goes_on_as_on_data_compiled_
     ]
 
 
-def test_a_run_that_waits_for_a_chapter_stops_with_a_commit_and_goes_on(workshop: Workshop, tmp_path: Path):
+def test_a_run_that_waits_for_a_chapter_stops_with_a_commit_and_goes_on(
+    workshop: Workshop, address: str, tmp_path: Path
+):
     data = make_data(tmp_path / "rows.jsonl", documents=200)
     expected, enough = ahead(workshop, tmp_path, data)
     run = open_store(str(tmp_path / "store" / "held"))
-    with held(workshop, tmp_path, data, step=STEPS) as driver:
+    with held(workshop, address, tmp_path, data, step=STEPS) as driver:
         driver.wait_until(run, 1, lambda _: enough in steps(run, 1), f"step {enough}")
         driver.signal(signal.SIGTERM)
         assert driver.end() == 75, driver.log.read_text()
     assert committed_steps(run)[0] == max(steps(run, 1)) == enough
     assert read_status(run).state == "stopped"
-    with held(workshop, tmp_path, data, step=enough, command="resume") as driver:
+    with held(workshop, address, tmp_path, data, step=enough, command="resume") as driver:
         assert driver.end() == 0, driver.log.read_text()
     assert losses(run, 1, 2) == losses(expected, 1)
 
 
-def test_a_bad_row_in_a_later_chapter_ends_the_run_with_its_sentence_and_a_commit(workshop: Workshop, tmp_path: Path):
+def test_a_bad_row_in_a_later_chapter_ends_the_run_with_its_sentence_and_a_commit(
+    workshop: Workshop, address: str, tmp_path: Path
+):
     data = make_data(tmp_path / "rows.jsonl", documents=200)
     _, enough = ahead(workshop, tmp_path, data)
     lines = data.read_text().splitlines()
     lines[150] = json.dumps({"prompt": "the ant"})
     data.write_text("\n".join(lines))
     run = open_store(str(tmp_path / "store" / "held"))
-    with held(workshop, tmp_path, data, step=enough) as driver:
+    with held(workshop, address, tmp_path, data, step=enough) as driver:
         assert driver.end() == 3, driver.log.read_text()
     assert "rows.jsonl:151: no field 'completion'" in driver.last_line("capstan: ")
     assert committed_steps(run)[0] == max(steps(run, 1)) >= enough

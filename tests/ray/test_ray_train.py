@@ -2,7 +2,6 @@
 
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from launcher.view.status import read_generation, read_status
 from tests.dist import runs
 from tests.dist.launch import launch
 from tests.material import Workshop
-from tests.ray.cluster import Driver, alive, losses, ray_cluster, steps, write
+from tests.ray.cluster import Driver, alive, losses, steps, write
 from trainer.checkpoint.listing import committed_steps
 from trainer.config import dump_config
 from trainer.run.requests import request_stop
@@ -24,12 +23,6 @@ from trainer.store import open_store
 pytestmark = pytest.mark.timeout(1200)
 
 STEPS = 60
-
-
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    with ray_cluster(1) as cluster:
-        yield str(cluster.address)
 
 
 @pytest.mark.long

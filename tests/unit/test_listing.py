@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from launcher.report.history import read_history
 from launcher.view.listing import list_runs
 from launcher.view.sparkline import sparkline
 from launcher.view.status import RunStatus, read_status
@@ -231,3 +232,25 @@ def test_the_edges_of_a_stream_are_whole_records(run: Store, most: int) -> None:
     if most == 1000:
         assert edges[0] == every[0]
         assert len(edges) > 5
+
+
+def test_a_clock_that_is_set_a_day_forward_costs_nothing(run: Store) -> None:
+    """Records have the time of day and, where rank 0 made them, the clock of its process."""
+    begun = {**start(1), "device": "cuda:0 (a GPU)", "start_seconds": 60.0, "clock": 5000.0}
+    later = {**step(1, 2.0), "clock": 5060.0, "time": NOW + 86_400}
+    by_driver = {**end("finished"), "time": NOW + 2 * 86_400}
+    write(run, 1, begun, later, by_driver)
+    assert status_at(run).gpu_hours == pytest.approx(2 * 120 / 3600)
+    (read,) = read_history(run).starts
+    assert read.lasted == 120
+
+
+def test_a_start_that_died_before_it_was_one_lasted_by_its_records_clocks(run: Store) -> None:
+    write(
+        run,
+        1,
+        {"kind": "phase", "phase": "load", "clock": 10.0, "time": NOW},
+        {"kind": "phase", "phase": "first_step", "clock": 40.0, "time": NOW - 9},
+    )
+    (read,) = read_history(run).starts
+    assert read.lasted == 30

@@ -1,6 +1,7 @@
 """The metrics that a run writes as it goes on: each is a record that all its trackers get."""
 
 import resource
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -84,7 +85,7 @@ class Metrics:
 
     def write(self, kind: str, **values: Any) -> None:
         if self._held:
-            record = new_record(kind, values)
+            record = new_record(kind, {**values, "clock": round(time.monotonic(), 3)})
             for held in self._held:
                 held.add(record)
 

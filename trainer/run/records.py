@@ -31,7 +31,7 @@ _NEEDED = {
 }
 _TYPES: dict[str, Any] = {
     **dict.fromkeys(("step", "epoch", "world_size", "total_steps"), int),
-    **dict.fromkeys(("loss", "lr", "passes", "tokens", "tokens_per_second", "seconds", "time"), int | float),
+    **dict.fromkeys(("loss", "lr", "passes", "tokens", "tokens_per_second", "seconds", "time", "clock"), int | float),
     **dict.fromkeys(("launch_seconds", "load_seconds", "restore_seconds", "start_seconds"), int | float),
     **dict.fromkeys(("outcome", "reason", "device", "dashboard", "phase", "set"), str),
     "machines": list,
@@ -82,10 +82,52 @@ def _is_sound(value: Any, of: Any) -> bool:
     return isinstance(value, of) and (not isinstance(value, int | float) or abs(value) < 2**63)
 
 
-def began(start: Record, otherwise: T) -> float | T:
-    """The time at which the processes of a start were started, in seconds since 1970, by its record; `otherwise` where that has none."""
-    time, took = start.get("time"), start.get("start_seconds")
-    return otherwise if time is None else time - (took if isinstance(took, int | float) else 0.0)
+class Lifetime:
+    """How long a start has lasted, from the launch of its processes to its last record.
+
+    Records of rank 0 tell the `clock` of its process, which no correction of the machine's time moves. Only where none does, as in
+    records that others have added, the time of day counts.
+    """
+
+    def __init__(self) -> None:
+        self._clocks, self._times = _Span(), _Span()
+        self.ended: float | None = None
+
+    def add(self, record: Record) -> None:
+        took = record.get("start_seconds", 0.0) if record["kind"] == "start" else None
+        self._clocks.add(record.get("clock"), took)
+        self._times.add(record.get("time"), took)
+        self.ended = record.get("time", self.ended)
+
+    @property
+    def began(self) -> float | None:
+        """When its processes were started, in seconds since 1970."""
+        return self._times.first
+
+    @property
+    def seconds(self) -> float:
+        return self._times.seconds if self._clocks.last is None else self._clocks.seconds
+
+
+class _Span:
+    """From the first moment, or so many seconds before that of the start's record, to the last one; all of one clock."""
+
+    def __init__(self) -> None:
+        self.first: float | None = None
+        self.last: float | None = None
+
+    def add(self, moment: float | None, took: float | None) -> None:
+        if moment is None:
+            return
+        self.last = moment if self.last is None else max(moment, self.last)
+        if took is not None:
+            self.first = moment - took
+        elif self.first is None:
+            self.first = moment
+
+    @property
+    def seconds(self) -> float:
+        return 0.0 if self.last is None or self.first is None else max(0.0, self.last - self.first)
 
 
 def generations(folder: Store) -> list[int]:

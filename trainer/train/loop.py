@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from trainer.run.requests import Stop, StopSignal
 from trainer.train.heartbeat import Phase, Pulse, silent_pulse
 from trainer.train.horizon import Horizon
 from trainer.train.routing import Routing
+from trainer.train.save_rules import SaveRules
 from trainer.zero.engine import Engine
 
 
@@ -50,6 +51,7 @@ class Training:
     eval_sets: Mapping[str, Stream] = field(default_factory=dict)  # those of eval.sets
     samples: PromptSamples | None = None  # of eval.prompts, where train.sample_every wants them
     skipped: tuple[Position, ...] = ()  # their loss was not finite in an earlier start of the run
+    clock: Callable[[], float] = time.monotonic  # by which saves are due, in seconds
 
 
 class _RankStep(NamedTuple):
@@ -74,7 +76,7 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
         Stopped: on every rank, after a stop request, with a checkpoint committed; `Interrupted` to be started again.
     """
     ranks, engine, checkpoints = run.ranks, run.engine, run.checkpoints
-    first_step, last_save = step + 1, time.monotonic()
+    first_step, saves = step + 1, SaveRules(run.config.checkpoint, run.clock)
     routing = Routing(engine.model, ranks, run.metrics)
     if step == 0:
         _evaluate_if_due(run, step, Stop.NO, routing)
@@ -102,7 +104,7 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
         sums = _gradients(run, batches, step, weight)
 
         # One exchange, and every rank draws the same conclusions from it. Rank 0's clock decides when to save.
-        every, totals = _exchange(run, batches, sums, since_save=time.monotonic() - last_save, waited=waited)
+        every, totals = _exchange(run, batches, sums, since_save=saves.since_save, waited=waited)
         loss, *measures = (total / weight for total in totals)
         stopping = Stop(int(max(rank.stop for rank in every)))
         if not math.isfinite(loss):
@@ -127,10 +129,10 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
         evaluated = _evaluate_if_due(run, step, stopping, routing)
         _sample_if_due(run, step, stopping)
         best = run.config.checkpoint.keep_best and evaluated is not None
-        if step == first_step or last or best or _save_is_due(run.config, step, every[0].since_save / 60):
+        if step == first_step or last or best or saves.is_due(step, every[0].since_save):
             checkpoints.save(engine, step, position.to_json(), eval_loss=evaluated, may_skip=not last)
             routing.report(step)
-            last_save = time.monotonic()
+            saves.saved()
         if step == first_step:
             checkpoints.prove()
         if last:
@@ -281,11 +283,6 @@ def _not_finite(what: str, step: int, value: float, position: Position) -> NonFi
         f"the {what} of step {step} is {value}. Resume from the last checkpoint with a lower optim.lr.",
         position.to_json(),
     )
-
-
-def _save_is_due(config: Config, step: int, minutes_since_save: float) -> bool:
-    rules = config.checkpoint
-    return _is_every(rules.every_steps, step) or (rules.every_minutes > 0 and minutes_since_save >= rules.every_minutes)
 
 
 def _is_due(run: Training, every: int, step: int, stopping: Stop) -> bool:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.compile.encode import BAD_ROWS_SHOWN, Encoded
-from trainer.data.dataset.binary import BLOCK, OFFSET, TOKEN
+from trainer.data.dataset.binary import BLOCK, HASH, ID_BITS, OFFSET, TOKEN
 from trainer.data.dataset.dataset import BLOCK_DOCUMENTS, BLOCK_TOKENS, SHARD_TOKENS
 from trainer.data.dataset.manifest import (
     Count,
@@ -20,6 +20,7 @@ from trainer.data.dataset.manifest import (
     chapter_key,
     unsealed,
 )
+from trainer.data.order.order import splitmix64
 from trainer.errors import Damaged, NotFound
 from trainer.store import Store
 
@@ -132,7 +133,13 @@ class ShardWriter:
             tokens_file=self._put(f"tokens-{number:05d}.bin", tokens.astype(TOKEN).tobytes()),
             documents_file=self._put(f"documents-{number:05d}.bin", offsets.astype(OFFSET).tobytes()),
             blocks_file=self._put(f"blocks-{number:05d}.bin", describe_blocks(tokens, offsets).tobytes()),
+            hashes_file=self._put(f"hashes-{number:05d}.bin", self._hashes().tobytes()),
         )
+
+    def _hashes(self) -> NDArray[np.uint64]:
+        """A batch at a time, as hashing takes several times the memory of the tokens."""
+        every = [hash_documents(batch.tokens, batch.lengths) for batch in self._batches]
+        return np.concatenate(every).astype(HASH)
 
     def _put(self, key: str, content: bytes) -> FileRecord:
         self._folder.put(key, content)
@@ -141,6 +148,16 @@ class ShardWriter:
 
 def _journal(shard: int) -> str:
     return f"progress-{shard:05d}.json"
+
+
+def hash_documents(tokens: NDArray[np.uint32], lengths: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """(documents,) a hash of the tokens of each and of their order; `tokens` are those of all, end to end. What is trained of a document
+    makes no difference, and nor does which answer of a pair is the better one."""
+    if not len(lengths):
+        return np.zeros(0, np.uint64)
+    starts = np.cumsum(lengths) - lengths
+    places = np.arange(len(tokens)) - np.repeat(starts, lengths)
+    return np.add.reduceat(splitmix64((tokens & ID_BITS) + (places.astype(np.uint64) << np.uint64(32))), starts)
 
 
 def describe_blocks(tokens: NDArray[np.uint32], offsets: NDArray[np.int64]) -> NDArray[np.void]:

@@ -1,9 +1,10 @@
-"""The binary files of a compiled data set as numpy sees them: tokens with their bits, offsets of documents, and blocks."""
+"""The binary files of a compiled data set as numpy sees them: tokens with their bits, offsets and hashes of documents, and blocks."""
 
 import numpy as np
 
 TOKEN = np.dtype("<u4")
 OFFSET = np.dtype("<u8")
+HASH = np.dtype("<u8")
 BLOCK = np.dtype([("document", "<u8"), ("sha256", "V32")])
 # The top bit of a stored token says that it is trained; its id is what is below all of these bits.
 TARGET_BIT = np.uint32(1 << 31)

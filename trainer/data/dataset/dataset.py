@@ -177,8 +177,8 @@ def _open_shards(store: Store, manifest: DatasetManifest, shards: list[ShardReco
     """The data set of these `shards` alone; so many documents lie `before` them."""
     folder = store.sub(layout.dataset(manifest.fingerprint))
     with ThreadPoolExecutor(_READERS) as pool:
-        offsets = list(pool.map(_reader(folder, OFFSET), [shard.documents_file for shard in shards]))
-        blocks = list(pool.map(_reader(folder, BLOCK), [shard.blocks_file for shard in shards]))
+        offsets = list(pool.map(reader(folder, OFFSET), [shard.documents_file for shard in shards]))
+        blocks = list(pool.map(reader(folder, BLOCK), [shard.blocks_file for shard in shards]))
     for shard, ends, firsts in zip(shards, offsets, blocks, strict=True):
         _check_index(folder, shard, ends, firsts["document"])
     # offsets: for each shard (documents + 1,) uint64 in tokens; blocks: for each shard (blocks,) of `BLOCK`.
@@ -199,7 +199,9 @@ def _open_shards(store: Store, manifest: DatasetManifest, shards: list[ShardReco
     )
 
 
-def _reader(folder: Store, dtype: np.dtype) -> Callable[[FileRecord], NDArray]:
+def reader(folder: Store, dtype: np.dtype) -> Callable[[FileRecord], NDArray]:
+    """Reads the binary files of a data set, each of them whole; raises `Damaged` for one that is not what was written."""
+
     def read(file: FileRecord) -> NDArray:
         where = f"{folder.uri}/{file.key}"
         try:

@@ -19,8 +19,8 @@ from trainer.store import Store
 
 FORMAT = 3
 MANIFEST = "manifest.json"
-# Bytes of a token, of an offset and of a block in the binary files; see trainer/data/dataset/binary.py.
-_TOKEN, _OFFSET, _BLOCK = 4, 8, 40
+# Bytes of a token, of an offset, of a block and of a hash in the binary files; see trainer/data/dataset/binary.py.
+_TOKEN, _OFFSET, _BLOCK, _HASH = 4, 8, 40, 8
 _SEAL = "sha256"
 _LEFT_OUT_NAMES, _LEFT_OUT_EXAMPLES = 20, 3
 
@@ -84,7 +84,7 @@ class FileRecord(Record):
 
 
 class ShardRecord(Record):
-    """A shard holds documents of one source in one chapter only."""
+    """A shard holds documents of one source in one chapter only. Those of earlier versions have no hashes."""
 
     source: Count
     chapter: Count
@@ -94,11 +94,13 @@ class ShardRecord(Record):
     tokens_file: FileRecord
     documents_file: FileRecord
     blocks_file: FileRecord
+    hashes_file: FileRecord | None = None
 
     @model_validator(mode="after")
     def _has_its_size(self) -> "ShardRecord":
         sizes = self.tokens_file.size, self.documents_file.size, self.blocks_file.size % _BLOCK
-        if sizes != (_TOKEN * self.tokens, _OFFSET * (self.documents + 1), 0):
+        hashes = self.hashes_file is None or self.hashes_file.size == _HASH * self.documents
+        if sizes != (_TOKEN * self.tokens, _OFFSET * (self.documents + 1), 0) or not hashes:
             raise ValueError("the sizes of its files are not those of so many documents and tokens")
         return self
 

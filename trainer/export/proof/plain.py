@@ -21,11 +21,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimoda
 from trainer.base.describe.composite import place_of_decoder
 from trainer.base.describe.empty_model import unfilled_model
 from trainer.config import Quant
-from trainer.errors import ConfigError, shown
+from trainer.errors import ConfigError
 from trainer.export.proof.rows import ProbeRow
 from trainer.export.proof.streamed import PackedWeight, StreamedLayers, bnb_form
 from trainer.model.parts import body, in_order
 from trainer.tuning.method import Method, OwnFormat
+
+_LONGEST_REASON = 600
 
 
 def device() -> torch.device:
@@ -163,7 +165,8 @@ def _reading(library: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = shown(next(iter(str(error).strip().splitlines()), type(error).__name__))[1:-1]
+        # The reason of an error in several lines is seldom in the first: PEFT names there what it was about to do.
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:_LONGEST_REASON]
         raise ConfigError(
             f"--verify: {library} cannot read {folder} ({reason}), so nothing is proven of the export."
         ) from error

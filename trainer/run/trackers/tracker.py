@@ -90,7 +90,9 @@ def points(record: Record) -> dict[str, float]:
     else:
         return {}
     return {
-        f"{curve}/{name}": value for name, value in record.items() if name not in ("step", "time") and _draws(value)
+        f"{curve}/{name}": value
+        for name, value in record.items()
+        if name not in ("step", "time", "clock") and _draws(value)
     }
 
 

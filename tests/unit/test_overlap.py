@@ -1,0 +1,88 @@
+"""Evaluation data that is trained on is refused, or said, whatever file it stands in and whatever of it is trained."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.material import Workshop, make_data
+from trainer.base.find.locate import resolve_base
+from trainer.config import Config
+from trainer.data.compile.compile import Progress
+from trainer.data.compile.prepare import prepare
+from trainer.data.compile.shards import hash_documents
+from trainer.data.dataset.overlap import refuse_overlaps
+from trainer.errors import DataError
+from trainer.run import layout
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("overlap"))
+
+
+def rows_of(path: Path) -> list[str]:
+    return path.read_text().splitlines(keepends=True)
+
+
+def evaluated_on(shop: Workshop, name: str, rows: list[str]) -> Config:
+    path = shop.folder / f"{name}.jsonl"
+    path.write_text("".join(rows))
+    return shop.config(name, f"data.eval=[{{path: {path}}}]", "eval.every=5")
+
+
+def said(shop: Workshop, config: Config) -> list[str]:
+    notes = list[str]()
+
+    def progress(what: str, now: Progress) -> None:
+        notes.extend(f"{what}: {note}" for note in now.notes)
+
+    prepare(config, resolve_base(config.model), shop.store, progress)
+    return notes
+
+
+def test_the_training_data_in_another_file_and_order_is_refused(shop: Workshop) -> None:
+    config = evaluated_on(shop, "copied", rows_of(shop.data)[::-1][:30])
+    with pytest.raises(DataError, match=r"data\.eval: 30 of 30 documents \(100%\) are in the training data, too"):
+        said(shop, config)
+
+
+def test_the_same_text_of_which_something_else_is_trained_is_refused(shop: Workshop) -> None:
+    texts = [{"text": row["prompt"] + row["completion"]} for row in map(json.loads, rows_of(shop.data))]
+    path = shop.folder / "texts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in texts))
+    config = shop.config("texts", f"eval.sets={{seen: {{path: {path}, format: text}}}}", "eval.every=5")
+    with pytest.raises(DataError, match=r"eval\.sets\.seen: 60 of 60"):
+        said(shop, config)
+
+
+def test_some_shared_documents_are_said_once_they_were_counted_and_few_are_not(shop: Workshop) -> None:
+    other = rows_of(make_data(shop.folder / "other.jsonl", documents=200, seed=8))
+    config = evaluated_on(shop, "half", other[:30] + rows_of(shop.data)[:30])
+    for _ in range(2):  # the second time by what is kept
+        assert said(shop, config) == [
+            "eval: 30 of 60 documents (50%) are in the training data, too: its loss is better than that of other text"
+        ]
+    assert not said(shop, evaluated_on(shop, "few", other + rows_of(shop.data)[:1]))
+
+
+def test_data_that_was_compiled_without_hashes_is_not_judged(shop: Workshop) -> None:
+    config = shop.config("older", "data.held_out=0.5", "eval.every=5")
+    datasets = prepare(config, resolve_base(config.model), shop.store)
+    folder = shop.store.sub(layout.dataset(datasets.train))
+    manifest = json.loads(folder.get("manifest.json"))
+    for shard in manifest["shards"]:
+        del shard["hashes_file"]
+    folder.put("manifest.json", json.dumps({name: of for name, of in manifest.items() if name != "sha256"}).encode())
+    folder.delete(f"overlap-{datasets.eval}.json")
+    assert not list(refuse_overlaps(shop.store, datasets.train, {"eval": datasets.eval or ""}))
+
+
+def test_a_hash_is_of_the_tokens_and_their_order_and_not_of_what_is_trained() -> None:
+    tokens = np.array([5, 6, 7, 5, 6, 7, 7, 6, 5, 5], np.uint32)
+    tokens[3:6] |= np.uint32(1 << 31)
+    first, second, turned, short = hash_documents(tokens, np.array([3, 3, 3, 1])).tolist()
+    assert first == second
+    assert len({first, turned, short}) == 3
+    assert not len(hash_documents(tokens[:0], np.zeros(0, np.int64)))

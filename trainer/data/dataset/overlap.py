@@ -1,0 +1,84 @@
+"""Documents of an evaluation set that are trained on: a loss over those tells what was learnt by heart, not what was learnt.
+
+A compilation keeps a hash of 8 bytes for each document, over its tokens alone: the same text is the same document in whatever file it
+stands and whatever of it is trained. Two sets are compared once, and what was found is kept beside the training data.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.data.dataset.binary import HASH
+from trainer.data.dataset.dataset import reader
+from trainer.data.dataset.manifest import Count, DatasetManifest, Record, read_manifest, unsealed
+from trainer.errors import Damaged, DataError, NotFound
+from trainer.run import layout
+from trainer.store import Store
+
+_REFUSED_SHARE = 0.9
+"""So large a share means that the set is the training data, or a part of it."""
+_SAID_SHARE = 0.01
+
+
+class Overlap(Record):
+    """Of so many documents of an evaluation set these are documents of the training data, as far as that is compiled."""
+
+    shared: Count
+    documents: Count
+    chapters: Count
+
+    @property
+    def share(self) -> float:
+        return self.shared / max(1, self.documents)
+
+
+def refuse_overlaps(store: Store, train: str, evaluated: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """The name of each set and a sentence, where some of its documents are trained on. `train` and `evaluated` are fingerprints.
+
+    Raises:
+        DataError: a set is the training data, or a part of it.
+    """
+    for name, key in evaluated.items():
+        found = _overlap(store, train, key)
+        if found is None or found.share < _SAID_SHARE:
+            continue
+        what = f"{found.shared:,} of {found.documents:,} documents ({found.share:.0%}) are in the training data, too"
+        if found.share >= _REFUSED_SHARE:
+            where = "data.eval" if name == "eval" else name
+            raise DataError(
+                f"{where}: {what}, so its loss would tell what was learnt by heart. Give other data, or data.held_out: 0.01 to "
+                "take some of the training data out."
+            )
+        yield name, f"{what}: its loss is better than that of other text"
+
+
+def _overlap(store: Store, train: str, evaluated: str) -> Overlap | None:
+    """None where a set was compiled by a version that kept no hashes."""
+    manifest = read_manifest(store, train, chapter=0)
+    chapters = 1 + max(shard.chapter for shard in manifest.shards)
+    folder, key = store.sub(layout.dataset(train)), f"overlap-{evaluated}.json"
+    try:
+        kept = unsealed(Overlap, folder.get(key), f"{folder.uri}/{key}")
+        if kept.chapters == chapters:
+            return kept
+    except (NotFound, Damaged):  # what is damaged is counted again
+        pass
+    wanted = list(_hashes(store, evaluated, read_manifest(store, evaluated)))
+    if not wanted or any(shard.hashes_file is None for shard in manifest.shards):
+        return None
+    ordered = np.concatenate(wanted)
+    found = np.zeros(len(ordered), np.bool_)
+    for trained in _hashes(store, train, manifest):  # one shard at a time is in memory
+        found |= np.isin(ordered, trained)
+    overlap = Overlap(shared=int(found.sum()), documents=len(found), chapters=chapters)
+    folder.put(key, overlap.sealed())
+    return overlap
+
+
+def _hashes(store: Store, fingerprint: str, manifest: DatasetManifest) -> Iterator[NDArray[np.uint64]]:
+    """Those of the documents of each shard."""
+    read = reader(store.sub(layout.dataset(fingerprint)), HASH)
+    for shard in manifest.shards:
+        if shard.hashes_file is not None:
+            yield read(shard.hashes_file)
