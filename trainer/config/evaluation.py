@@ -47,7 +47,7 @@ class EvalSet(Section):
 
 
 class Evaluation(Section):
-    """What is measured beside the training loss. Sets are evaluated during the run; `capstan evaluate` measures all of it."""
+    """The settings of all that is measured beside the training loss. Sets are evaluated during the run; `capstan evaluate` measures all of it."""
 
     every: int = setting(
         0,
