@@ -238,7 +238,7 @@ def rank_main(rank: int, world: int, port: int, folder: str, bucket: str, method
     from trainer.base.load.load import DTYPES
     from trainer.config import override
     from trainer.model.attention import choose_attention
-    from trainer.objective.sft import NextTokens
+    from trainer.objective.sft.objective import NextTokens
     from trainer.ranks import join
     from trainer.store import open_store
     from trainer.train.assemble import assemble
