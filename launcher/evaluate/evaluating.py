@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
-from launcher.console import Terminal
+from launcher.console import Terminal, time_left
 from launcher.evaluate.ranks import Hear, count_ranks, run_ranks
 from launcher.evaluate.tables import Evaluated
 from trainer.checkpoint.choice import chosen_step
@@ -70,11 +70,15 @@ def evaluate_run(
         check_step(run, committed_steps(run), step)
     if dry_run:
         what = "the base" if base else f"step {committed_steps(run)[0] if step is None else step} beside its base"
-        return f"would evaluate {what} of {run.uri} on {', '.join(every)}, with {count_ranks(config)} ranks"
+        return f"would evaluate {what} of {run.uri} on {', '.join(every)}, with {_ranks(count_ranks(config))}"
     ask = Ask("evaluate", run.uri, step, tuple(overrides), base, chat)
     with _bars(log) as hear:
         found = run_ranks(ask, config, (), hear)
     return Evaluated(found, run.uri, None if base else f"{run.uri}/{layout.evaluation(found['step'])}")
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'' if count == 1 else 's'}"
 
 
 @contextmanager
@@ -85,7 +89,7 @@ def _bars(log: Log) -> Iterator[Hear]:
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.completed}/{task.total}"),
-        TimeRemainingColumn(),
+        time_left(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         tasks, finished = dict[str, Any](), set[str]()

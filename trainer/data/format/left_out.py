@@ -44,12 +44,12 @@ def left_out(given: list[dict[str, Any]], messages: list[Message], text: str) ->
 
 
 def in_words(name: str) -> str:
-    """What is left out, for people."""
+    """The parts that are left out, in words for people."""
     if name != END_OF_TURN:
         return name
     return (
         "the end of the assistant's turns, for which the template writes no token, so that the model does not learn to stop (set "
-        "data.template to a template that writes one, or data.train_on.end to false)"
+        "data.template to a template that writes one, name its text in model.add_tokens, or set data.train_on.end to false)"
     )
 
 

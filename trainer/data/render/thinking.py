@@ -22,7 +22,7 @@ _ASKED, _ANSWERED, _THOUGHT = "\ue0f5asked\ue0f5", "\ue0f6answered\ue0f6", "\ue0
 
 
 def thought_of(message: Message) -> str | None:
-    """What is thought, by key or between tags at the beginning of the content, without white space around it."""
+    """The thought of the message: by its key, or between tags at the beginning of the content. White space around it is removed."""
     if message["role"] != "assistant":
         return None
     by_key = next((message[key] for key in THOUGHTS if isinstance(message.get(key), str)), None)
@@ -94,7 +94,7 @@ class ThinkingForm:
 
     @property
     def around(self) -> tuple[str, str]:
-        """What stands around a thought and would not be there without one."""
+        """The text around a thought that the template would not write without one."""
         begin = min(shared_beginning(self.bare, self.before), shared_beginning(self.prompt, self.before))
         end = shared_end(self.bare[begin:], self.after)
         return self.before[begin:], self.after[: len(self.after) - end]
@@ -123,7 +123,8 @@ def find_form(render: Callable[..., str], *, calls: bool) -> ThinkingForm | None
         found = (lead(way(turn, _THOUGHT)) or "").split(_THOUGHT)
         if len(found) == 2:
             earlier = lead(way(turn, _THOUGHT), *middle)
-            as_content = way is _in_tags and earlier == bare + _TAGS and found == [bare + _BEFORE, _AFTER]
+            verbatim = way is _in_tags and earlier == bare + _TAGS and found == [bare + _BEFORE, _AFTER]
+            as_content = verbatim and OPEN not in prompt
             dropped = earlier if earlier is not None and _THOUGHT not in earlier else bare
             return ThinkingForm(way is _by_key, as_content, prompt, bare, dropped, empty, found[0], found[1])
     # The template has taken out what stands between the tags: it knows them, and so do its models.
@@ -152,7 +153,7 @@ def _lead(render: Callable[..., str], asks: Message, turns: list[Message]) -> st
 
 
 def _behind_question(text: str, alone: str) -> str:
-    """What follows the question's turn; `alone` is the text of the question, whose end belongs to its turn."""
+    """The text after the question's turn; `alone` is the text of the question, whose end belongs to its turn."""
     behind = text.rpartition(_ASKED)[2]
     return behind.removeprefix(alone.rpartition(_ASKED)[2])
 
