@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import iter_modules
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, create_model, field_validator
 from pydantic_core import PydanticCustomError
@@ -85,7 +85,8 @@ def with_parts(package: str) -> Callable[[type[SectionKind]], type[SectionKind]]
             known |= part.model_fields.keys()
         # pydantic lists the fields of the last base first.
         bases = (*reversed(parts), section)
-        return create_model(section.__name__, __base__=bases, __module__=section.__module__, __doc__=section.__doc__)
+        name, module, doc = section.__name__, section.__module__, section.__doc__
+        return cast(type[SectionKind], create_model(name, __base__=bases, __module__=module, __doc__=doc))
 
     return complete
 
