@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from launcher.cli.command import Command
 from launcher.cli.options import ConfigFile, DryRun, Json, Overrides, emit, log, say
 from launcher.cli.shell import complete_gpu
 
@@ -134,3 +135,14 @@ def smoke(
     result = run_smoke(config, overrides or (), say, layers=layers, directory=directory, show=not as_json)
     emit(result, as_json, table)
     raise typer.Exit(0 if result.ok else result.exit_code or 1)
+
+
+VERBS = {
+    "doctor": Command(doctor, 10),
+    "plan": Command(plan, 40),
+    "smoke": Command(smoke, 170),
+    "data build": Command(data_build, 300),
+    "data check": Command(data_check, 301),
+    "data show": Command(data_show, 302),
+    "config schema": Command(config_schema, 323),
+}

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from launcher.cli.command import Command
 from launcher.cli.options import DryRun, Json, RunName, StoreOption, emit, finite, log, open_run
 from trainer.errors import ConfigError
 
@@ -171,3 +172,14 @@ def checkpoints_prune(
         log=log,
     )
     emit(pruned, as_json, lambda result: result.sentence())
+
+
+VERBS = {
+    "ls": Command(ls, 70),
+    "status": Command(status, 80),
+    "logs": Command(logs, 90),
+    "stop": Command(stop, 100),
+    "checkpoints ls": Command(checkpoints_ls, 330),
+    "checkpoints verify": Command(checkpoints_verify, 331),
+    "checkpoints prune": Command(checkpoints_prune, 332),
+}
