@@ -40,7 +40,7 @@ Losses = tuple[Any, Any]
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be measured: sets on this rank by name, with the cluster of each document; pairs of sentences, tasks. `trained_on`
+    """The things to measure: sets on this rank by name, with the cluster of each document; pairs of sentences, tasks. `trained_on`
     is the number of documents of each set that are in the training data, where that is known."""
 
     sets: Mapping[str, tuple[Stream, Clusters]]
@@ -51,7 +51,7 @@ class Work:
 
 @dataclass(frozen=True)
 class MeasuredSide:
-    """What was measured of one side; the same on every rank but for the tasks, which rank 0 has."""
+    """The figures of one side; the same on every rank but for the tasks, which rank 0 has."""
 
     sets: dict[str, Losses]
     bias: dict[str, Gaps]
