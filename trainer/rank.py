@@ -379,7 +379,7 @@ def planned_memory(config: Config, base: Base, ranks: Ranks) -> str:
     total = memory.pop("total")
     largest = sorted(memory.items(), key=lambda part: -part[1])[:3]
     parts = ", ".join(f"{name.replace('_', ' ')} {size / 2**30:.1f} GiB" for name, size in largest)
-    return f"The plan for {ranks.world_size} ranks is {total / 2**30:.1f} GiB a GPU: {parts}."
+    return f"The plan for {ranks.world_size} rank{'' if ranks.world_size == 1 else 's'} is {total / 2**30:.1f} GiB a GPU: {parts}."
 
 
 def _last_words(
