@@ -11,39 +11,10 @@ import typer
 
 from launcher.cli.command import commands
 from launcher.cli.options import log
-from launcher.cli.shell import Verb, Verbs, answer_shells, completion
+from launcher.cli.shell import Verb, Verbs, answer_shells
 from trainer.errors import CapstanError
 
 # What each verb's help ends with: one call as it is made most often.
-_EXAMPLES = {
-    "doctor": "doctor --store s3://bucket/runs",
-    "init": "init run.yaml --base /models/Llama-3.1-8B --data data/train.jsonl --gpu 24GB",
-    "import": "import axolotl.yml -o run.yaml",
-    "plan": "plan run.yaml --gpu H100",
-    "train": "train run.yaml train.epochs=0.5",
-    "resume": "resume first cluster.workers=1",
-    "ls": "ls --store s3://bucket/runs",
-    "status": "status first --watch",
-    "logs": "logs first --follow",
-    "stop": "stop first",
-    "evaluate": "evaluate first --best",
-    "generate": "generate first --prompts prompts.jsonl",
-    "report": "report first second -o both.html",
-    "sweep": "sweep sweep.yaml",
-    "export": "export first gguf/ --format gguf 'types=[f16,q8_0]' --verify",
-    "push": "push first hf://me/first --merge",
-    "smoke": "smoke run.yaml --layers 2",
-    "completion": "completion bash",
-    "data build": "data build run.yaml",
-    "data check": "data check run.yaml",
-    "data show": "data show run.yaml --row 7",
-    "submit ray": "submit ray run.yaml --dry-run",
-    "submit slurm": "submit slurm run.yaml --dry-run",
-    "config schema": "config schema",
-    "checkpoints ls": "checkpoints ls first",
-    "checkpoints verify": "checkpoints verify first --best",
-    "checkpoints prune": "checkpoints prune first --keep-last 1 --dry-run",
-}
 answer_shells()
 app = typer.Typer(
     cls=Verbs,
@@ -87,8 +58,8 @@ def _add_verbs() -> None:
         if group and group not in groups:
             groups[group] = typer.Typer(cls=Verbs, help=_GROUPS.get(group), no_args_is_help=True)
             app.add_typer(groups[group], name=group)
-        groups.get(group, app).command(verb, cls=Verb)(command.function)
-    app.command(cls=Verb)(completion)
+        epilog = f"Example: capstan {command.example}".replace("[", r"\[")
+        groups.get(group, app).command(verb, cls=Verb, epilog=epilog)(command.function)
 
 
 _add_verbs()

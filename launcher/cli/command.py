@@ -12,9 +12,11 @@ from trainer.registry import kinds
 
 
 class Command(NamedTuple):
-    """The function of a verb, whose docstring is its help and whose arguments are its options, and its place in --help."""
+    """The function of a verb, whose docstring is its help and whose arguments are its options; the words after `capstan` of an
+    example, in which its help ends; and its place in --help."""
 
     function: Callable[..., Any]
+    example: str
     place: int = 200
 
 

@@ -126,6 +126,6 @@ def generate(
 
 
 VERBS = {
-    "evaluate": Command(evaluate, 110),
-    "generate": Command(generate, 120),
+    "evaluate": Command(evaluate, "evaluate first --best", 110),
+    "generate": Command(generate, "generate first --prompts prompts.jsonl", 120),
 }

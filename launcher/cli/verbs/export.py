@@ -100,6 +100,6 @@ def _format(given: str | None, merged: str | None) -> str:
 
 
 VERBS = {
-    "export": Command(export, 150),
-    "push": Command(push, 160),
+    "export": Command(export, "export first gguf/ --format gguf 'types=[f16,q8_0]' --verify", 150),
+    "push": Command(push, "push first hf://me/first --merge", 160),
 }

@@ -159,6 +159,6 @@ def import_(
 
 
 VERBS = {
-    "init": Command(init, 20),
-    "import": Command(import_, 30),
+    "init": Command(init, "init run.yaml --base /models/Llama-3.1-8B --data data/train.jsonl --gpu 24GB", 20),
+    "import": Command(import_, "import axolotl.yml -o run.yaml", 30),
 }

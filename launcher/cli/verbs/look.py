@@ -138,11 +138,11 @@ def smoke(
 
 
 VERBS = {
-    "doctor": Command(doctor, 10),
-    "plan": Command(plan, 40),
-    "smoke": Command(smoke, 170),
-    "data build": Command(data_build, 300),
-    "data check": Command(data_check, 301),
-    "data show": Command(data_show, 302),
-    "config schema": Command(config_schema, 323),
+    "doctor": Command(doctor, "doctor --store s3://bucket/runs", 10),
+    "plan": Command(plan, "plan run.yaml --gpu H100", 40),
+    "smoke": Command(smoke, "smoke run.yaml --layers 2", 170),
+    "data build": Command(data_build, "data build run.yaml", 300),
+    "data check": Command(data_check, "data check run.yaml", 301),
+    "data show": Command(data_show, "data show run.yaml --row 7", 302),
+    "config schema": Command(config_schema, "config schema", 323),
 }

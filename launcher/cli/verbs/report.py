@@ -50,5 +50,5 @@ def report(
 
 
 VERBS = {
-    "report": Command(report, 130),
+    "report": Command(report, "report first second -o both.html", 130),
 }

@@ -175,11 +175,11 @@ def checkpoints_prune(
 
 
 VERBS = {
-    "ls": Command(ls, 70),
-    "status": Command(status, 80),
-    "logs": Command(logs, 90),
-    "stop": Command(stop, 100),
-    "checkpoints ls": Command(checkpoints_ls, 330),
-    "checkpoints verify": Command(checkpoints_verify, 331),
-    "checkpoints prune": Command(checkpoints_prune, 332),
+    "ls": Command(ls, "ls --store s3://bucket/runs", 70),
+    "status": Command(status, "status first --watch", 80),
+    "logs": Command(logs, "logs first --follow", 90),
+    "stop": Command(stop, "stop first", 100),
+    "checkpoints ls": Command(checkpoints_ls, "checkpoints ls first", 330),
+    "checkpoints verify": Command(checkpoints_verify, "checkpoints verify first --best", 331),
+    "checkpoints prune": Command(checkpoints_prune, "checkpoints prune first --keep-last 1 --dry-run", 332),
 }

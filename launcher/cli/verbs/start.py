@@ -120,8 +120,8 @@ def submit_slurm(
 
 
 VERBS = {
-    "train": Command(train, 50),
-    "resume": Command(resume, 60),
-    "submit ray": Command(submit_ray, 310),
-    "submit slurm": Command(submit_slurm, 311),
+    "train": Command(train, "train run.yaml train.epochs=0.5", 50),
+    "resume": Command(resume, "resume first cluster.workers=1", 60),
+    "submit ray": Command(submit_ray, "submit ray run.yaml --dry-run", 310),
+    "submit slurm": Command(submit_slurm, "submit slurm run.yaml --dry-run", 311),
 }

@@ -43,5 +43,5 @@ def start_sweep(config: Any, *, resume: bool, take_over: bool, as_json: bool, dr
 
 
 VERBS = {
-    "sweep": Command(sweep, 140),
+    "sweep": Command(sweep, "sweep sweep.yaml", 140),
 }

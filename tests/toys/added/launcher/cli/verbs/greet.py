@@ -12,4 +12,4 @@ def greet(loud: Annotated[bool, typer.Option("--loud", help="In capital letters.
     print("HELLO" if loud else "hello")
 
 
-VERBS = {"greet": Command(greet)}
+VERBS = {"greet": Command(greet, "greet --loud")}
