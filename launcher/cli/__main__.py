@@ -14,7 +14,6 @@ from launcher.cli.options import log
 from launcher.cli.shell import Verb, Verbs, answer_shells
 from trainer.errors import CapstanError
 
-# What each verb's help ends with: one call as it is made most often.
 answer_shells()
 app = typer.Typer(
     cls=Verbs,
