@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainer.config import Config, Data, Source
-from trainer.config.data import LIKELY
+from trainer.config.data import LIKELY, ROW_FORMATS
 from trainer.data.compile.detection import with_forms
-from trainer.data.format.formats import FORMATS
 from trainer.data.render.template import has_template, no_template, tokens_of
 from trainer.data.source.files import SourceFile, expand
 from trainer.data.source.part import EVERYTHING, Part
@@ -80,7 +79,7 @@ def has_conversations(file: SourceFile) -> bool:
     form = file.form
     if form is None or form.kind in ("prompt_completion", "text"):
         return False
-    if form.kind == "chat" or FORMATS[form.format].read:
+    if form.kind == "chat" or ROW_FORMATS[form.format].read:
         return True
     first = next((row for _, row in rows(file, lambda _: None)), {})
     return any(isinstance(first.get(form.names.get(name, "")), list) for name in ("chosen", "completion"))
