@@ -234,14 +234,13 @@ def rank_main(rank: int, world: int, port: int, folder: str, bucket: str, method
 
     import torch
 
-    from trainer.base.find.locate import resolve_base
+    from trainer.assemble import Sharding, assemble
     from trainer.base.load.load import DTYPES
     from trainer.config import override
     from trainer.model.attention import choose_attention
-    from trainer.objective.sft import NextTokens
     from trainer.ranks import join
+    from trainer.resolve import resolve
     from trainer.store import open_store
-    from trainer.train.assemble import assemble
     from trainer.zero.policy import build_deepspeed_config
 
     torch.set_num_threads(1)
@@ -249,9 +248,9 @@ def rank_main(rank: int, world: int, port: int, folder: str, bucket: str, method
     ranks = join()
     config = override(run_config(Path(folder, "base")), *SUBJECTS[method][2])
     settings = build_deepspeed_config(config, world_size=world, accumulation=1, on_gpu=False)
-    base = resolve_base(config.model)
-    attention = choose_attention("sdpa", ranks.device, DTYPES["bf16"], base.architecture)
-    engine, _ = assemble(base, config, settings, ranks, attention, "world", NextTokens())
+    resolved = resolve(config)
+    attention = choose_attention("sdpa", ranks.device, DTYPES["bf16"], resolved.base.architecture)
+    engine, _ = assemble(resolved, ranks, attention, Sharding(settings, "world"))
     bench = Bench(ranks, engine, Path(folder), open_store(bucket))
     bench.step()
     undisturbed = statistics.median(bench.step() for _ in range(repeats))

@@ -22,8 +22,7 @@ from typing import Any
 
 import torch
 
-from trainer.base.find.check import check_base
-from trainer.base.find.locate import Base, resolve_base
+from trainer.assemble import assemble, attention_of, check_same_base, choose_sharding, join_run, settle
 from trainer.base.load.load import LoadReport
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.checkpoint.manifest import CheckpointManifest
@@ -37,14 +36,12 @@ from trainer.data.order.stream import Stream, eval_stream, train_stream
 from trainer.data.render.text_files import keep_text, text_of
 from trainer.errors import CapstanError, DoesNotFit, NonFiniteLoss, Stopped, StorageError
 from trainer.export.write.checkpoint_adapters import adapters_beside
-from trainer.identity import identity_of
 from trainer.measure.samples import open_samples
 from trainer.model.parts import recomputed_share
-from trainer.objective.objective import Objective, check_objective, find_objective, reference_of
-from trainer.optimizer.optimizer import find_optimizer
 from trainer.plan.flops import work_of
 from trainer.plan.plan import make_plan
 from trainer.ranks import Ranks
+from trainer.resolve import Resolved, resolve
 from trainer.run import layout
 from trainer.run.folder import run_folder
 from trainer.run.log import rank_log
@@ -54,15 +51,12 @@ from trainer.run.power import metered
 from trainer.run.records import add_record, bad_windows
 from trainer.run.requests import StopSignal
 from trainer.run.settings import record_settings
-from trainer.start import assemble_run, check_same_base, join_run, settle
 from trainer.store import Store, open_run_store
-from trainer.train.assemble import attention_of
 from trainer.train.heartbeat import Hang, Heart
 from trainer.train.horizon import horizon_of
 from trainer.train.loop import Training, stop_before_training, train
 from trainer.train.profile import StepProfile
 from trainer.train.reference import ReferencePass
-from trainer.tuning.method import check_tuning
 from trainer.zero.engine import Engine
 
 _VERSIONS = ("capstan-llm", "torch", "deepspeed", "transformers", "peft", "bitsandbytes", "ray", "obstore")
@@ -102,11 +96,7 @@ def run_rank(
     entered, launch_seconds = time.monotonic(), max(0.0, time.time() - starter.began)
     ranks = join_run(config, OwnerWatch(run_folder(config)).is_gone)
     with ranks.agreeing():
-        base = resolve_base(config.model)
-        check_base(base, config)
-        check_tuning(config, base.description)
-        check_objective(config)
-        find_optimizer(config.optim)
+        resolved = resolve(config)
     shared: Datasets = ranks.broadcast(datasets)
     store = open_run_store(config)
     run = store.sub(config.run.name)
@@ -126,10 +116,9 @@ def run_rank(
         stack.enter_context(_signals(stop))
         heart = Heart(ranks, config.timeouts, _last_words(run, generation, metrics, flush_log))
         stack.callback(heart.close)
-        with _outcome(metrics, config, base, ranks):
+        with _outcome(metrics, resolved, ranks):
             start = _Start(
-                config,
-                base,
+                resolved,
                 ranks,
                 store,
                 run,
@@ -138,7 +127,6 @@ def run_rank(
                 stop,
                 heart,
                 starter,
-                find_objective(config),
                 launch_seconds,
                 entered,
                 after_commit,
@@ -150,8 +138,7 @@ def run_rank(
 class _Start:
     """One start of the run, on this rank."""
 
-    config: Config
-    base: Base
+    resolved: Resolved
     ranks: Ranks
     store: Store
     run: Store
@@ -160,7 +147,6 @@ class _Start:
     stop: StopSignal
     heart: Heart
     starter: Starter
-    objective: Objective
     launch_seconds: float
     entered: float
     after_commit: Callable[[], None]
@@ -178,7 +164,7 @@ def _train(start: _Start, datasets: Datasets, *, resume: bool) -> None:
     stop_before_training(training, step, position, committed=restored is not None)
     metrics.write("phase", phase="first_step")
     rank0 = start.ranks.rank == 0
-    traced = start.config.train.profile if rank0 else None
+    traced = start.resolved.config.train.profile if rank0 else None
     with (
         StepProfile(traced, start.run, partial(_log, start.ranks)) as profile,
         metered(start.ranks.device, reads=rank0) as power,
@@ -195,22 +181,24 @@ def _train(start: _Start, datasets: Datasets, *, resume: bool) -> None:
 
 def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Training, CheckpointManifest | None]:
     """Data, model, engine and checkpoints, put together; and the checkpoint that the state comes from, if any."""
-    config, base, ranks, run = start.config, start.base, start.ranks, start.run
+    resolved, ranks, run = start.resolved, start.ranks, start.run
+    config, base, objective = resolved.config, resolved.base, resolved.objective
     log = partial(print, flush=True)
     if ranks.rank == 0:
         run.put(layout.ENVIRONMENT, _environment(ranks))
     stream = train_stream(config, open_chapters(start.store, datasets.train, run), ranks.rank, ranks.world_size)
     held_out = _held_out(start, config, datasets.eval) if datasets.eval else None
     sets = {name: _held_out(start, config_of_set(config, name), key) for name, key in datasets.sets.items()}
-    attention = attention_of(config, base, ranks.device)
+    attention = attention_of(resolved, ranks.device)
     _log(ranks, f"attention: {attention.name} ({attention.why})")
-    settled = settle(config, base, ranks, partial(_log, ranks))
-    engine, report = assemble_run(settled, base, ranks, attention, start.objective, stream.accumulation, log)
-    if reference_of(config) == "stored":  # before a restore: the base itself may learn
+    settled = settle(resolved, ranks, partial(_log, ranks))
+    sharding = choose_sharding(settled, ranks, stream.accumulation)
+    engine, report = assemble(settled, ranks, attention, sharding, log)
+    if resolved.reference == "stored":  # before a restore: the base itself may learn
         fused = [] if report.kernels == "none" else [report.kernels]
         _read_reference(start, engine, " and ".join([attention.name, *fused]), datasets, stream, held_out)
     check_same_base(base, ranks)
-    identity = ranks.on_first(lambda: identity_of(config, base, datasets.train))
+    identity = ranks.on_first(lambda: resolved.identity(datasets.train))
     ranks.on_first(lambda: keep_text(run, text_of(config.data, base.directory)))
     checkpoints = Checkpoints(
         run,
@@ -233,7 +221,7 @@ def _assemble(start: _Start, datasets: Datasets, *, resume: bool) -> tuple[Train
         config,
         ranks,
         engine,
-        start.objective,
+        objective,
         stream,
         held_out,
         checkpoints,
@@ -269,12 +257,10 @@ def _read_reference(
     """Give the streams the stored reference of their data, computed here unless it is there; after a stop request they may
     be without it. Collective."""
     reference = ReferencePass(
-        start.config,
-        start.base,
+        start.resolved,
         kernels,
         start.ranks,
         engine,
-        start.objective,
         start.store,
         start.stop,
         partial(_log, start.ranks),
@@ -285,7 +271,7 @@ def _read_reference(
         held_out.reference = reference.log_probabilities(datasets.eval)
 
 
-def _record_start(start: _Start, settled: Config, report: LoadReport, **facts: Any) -> None:
+def _record_start(start: _Start, settled: Resolved, report: LoadReport, **facts: Any) -> None:
     """Write what this start is and how long each part of it took; the plan is that of the `settled` settings. Collective."""
     read_bytes = start.ranks.sum(report.read_bytes)
     processes = start.ranks.gather_objects((socket.gethostname(), os.getpid(), start.starter.machine))
@@ -310,17 +296,17 @@ def _record_start(start: _Start, settled: Config, report: LoadReport, **facts: A
     if start.ranks.rank == 0:
         _record_plan(start, settled)
         try:
-            for change in record_settings(start.run, start.generation, start.config):
+            for change in record_settings(start.run, start.generation, start.resolved.config):
                 start.metrics.write("change", **change._asdict())
                 _log(start.ranks, change.sentence())
         except StorageError as error:  # a record never decides how a run ends
             _log(start.ranks, f"the settings of this start could not be kept, which does not end the run: {error}")
 
 
-def _record_plan(start: _Start, settled: Config) -> None:
+def _record_plan(start: _Start, settled: Resolved) -> None:
     """Write what was planned beside what will be measured."""
     ranks = start.ranks
-    plan = make_plan(settled, start.base.description, ranks.world_size, ranks.ranks_per_node, None)
+    plan = make_plan(settled.config, settled.base.description, ranks.world_size, ranks.ranks_per_node, None)
     parts = (plan.parameters, plan.memory_per_gpu, plan.memory_per_host)
     names = ("parameters", "memory_per_gpu", "memory_per_host")
     start.metrics.write("plan", device=ranks.device.type, **dict(zip(names, map(asdict, parts), strict=True)))
@@ -348,7 +334,7 @@ def _log(ranks: Ranks, text: str) -> None:
 
 
 @contextmanager
-def _outcome(metrics: Metrics, config: Config, base: Base, ranks: Ranks) -> Iterator[None]:
+def _outcome(metrics: Metrics, resolved: Resolved, ranks: Ranks) -> Iterator[None]:
     """Leave the reason of an early end in the metrics and the rank's log, and pass it on."""
     try:
         yield
@@ -361,7 +347,7 @@ def _outcome(metrics: Metrics, config: Config, base: Base, ranks: Ranks) -> Iter
     except torch.cuda.OutOfMemoryError as error:
         traceback.print_exc()
         short = DoesNotFit(
-            f"out of GPU memory ({str(error).splitlines()[0]}). {planned_memory(config, base, ranks)} Lower "
+            f"out of GPU memory ({str(error).splitlines()[0]}). {planned_memory(resolved, ranks)} Lower "
             "data.sequence_length or train.micro_batch, set train.activation_checkpointing: all, or use more ranks."
         )
         metrics.write("end", outcome="failed", step=None, reason=str(short))
@@ -372,9 +358,10 @@ def _outcome(metrics: Metrics, config: Config, base: Base, ranks: Ranks) -> Iter
         raise
 
 
-def planned_memory(config: Config, base: Base, ranks: Ranks) -> str:
+def planned_memory(resolved: Resolved, ranks: Ranks) -> str:
     """A sentence on the memory that `capstan plan` expects on one GPU: the total, and its three largest parts."""
-    plan = make_plan(config, base.description, ranks.world_size, ranks.ranks_per_node, ranks.device_memory)
+    base = resolved.base.description
+    plan = make_plan(resolved.config, base, ranks.world_size, ranks.ranks_per_node, ranks.device_memory)
     memory = asdict(plan.memory_per_gpu)
     total = memory.pop("total")
     largest = sorted(memory.items(), key=lambda part: -part[1])[:3]

@@ -62,7 +62,7 @@ def submit(
         NothingToResume: `resume`, and nothing is committed.
     """
     config = anchored(config)
-    config = pinned(config, check(config, resume=resume, take_over=take_over, elsewhere=True))
+    config = pinned(check(config, resume=resume, take_over=take_over, elsewhere=True))
     code = snapshot.take(Path.cwd())
     run = run_folder(config)
     address = address_of(config)

@@ -81,7 +81,7 @@ def submit(
         NothingToResume: `resume`, and nothing is committed.
     """
     config = inside_a_job(anchored(config))
-    config = pinned(config, check(config, resume=resume, take_over=take_over, elsewhere=True))
+    config = pinned(check(config, resume=resume, take_over=take_over, elsewhere=True))
     code = snapshot.take(Path.cwd())
     run = run_folder(config)
     check_no_job(run)

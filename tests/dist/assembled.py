@@ -7,21 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.assemble import Sharding, assemble, attention_of
 from trainer.base.find.locate import resolve_base
-from trainer.base.load.load import DTYPES, LoadReport
+from trainer.base.load.load import LoadReport
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.checkpoint.identity import Identity
 from trainer.config import Config
 from trainer.data.dataset.chapters import Chapters, open_chapters
 from trainer.data.order.stream import Stream, train_stream
-from trainer.model.attention import Attention, choose_attention
+from trainer.model.attention import Attention
 from trainer.objective.objective import Objective, find_objective
 from trainer.plan.plan import choose_scope
 from trainer.ranks import Ranks, join
+from trainer.resolve import Resolved
 from trainer.run.metrics import Metrics
 from trainer.run.requests import StopSignal
 from trainer.store import Store, open_store
-from trainer.train.assemble import assemble
 from trainer.train.horizon import Horizon
 from trainer.train.loop import Training
 from trainer.tuning.method import method_of
@@ -107,11 +108,9 @@ def assemble_run(config: Config, fingerprint: str | None = None) -> Assembled:
         stream = train_stream(config, chapters_of(config, fingerprint), ranks.rank, ranks.world_size)
         accumulation = stream.accumulation
     settings = build_deepspeed_config(config, ranks.world_size, accumulation, on_gpu=False)
-    base = resolve_base(config.model)
-    refused = method_of(config).virtual.refused_kernels
-    dtype = DTYPES[config.model.dtype]
-    attention = choose_attention(config.model.attention, ranks.device, dtype, base.architecture, refused)
+    resolved = Resolved.of(config, resolve_base(config.model))
+    attention = attention_of(resolved, ranks.device)
     log: list[str] = []
-    scope = choose_scope(config, base.architecture, ranks.world_size, ranks.ranks_per_node, None)
-    engine, report = assemble(base, config, settings, ranks, attention, scope, find_objective(config), log.append)
+    scope = choose_scope(config, resolved.base.architecture, ranks.world_size, ranks.ranks_per_node, None)
+    engine, report = assemble(resolved, ranks, attention, Sharding(settings, scope), log.append)
     return Assembled(config, ranks, engine, stream, attention, report, store.sub(config.run.name), log)

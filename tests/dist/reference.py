@@ -9,10 +9,9 @@ from torch import Tensor
 
 from tests.dist.assembled import assemble_run
 from tests.dist.full import plain_model, plain_stream
-from trainer.base.find.locate import resolve_base
 from trainer.config import parse_config
 from trainer.data.order.micro_batch import MicroBatch, Position
-from trainer.objective.objective import find_objective
+from trainer.resolve import resolve
 from trainer.run.requests import StopSignal
 from trainer.store import open_store
 from trainer.train.reference import ReferencePass
@@ -82,12 +81,10 @@ def passes(config_text: str, fingerprint: str, stop_after: int | None = None) ->
 
     here.engine.look = counted  # type: ignore[method-assign]
     reference = ReferencePass(
-        config,
-        resolve_base(config.model),
+        resolve(config),
         here.attention.name,
         here.ranks,
         here.engine,
-        find_objective(config),
         open_store(config.run.store),
         stop,
         here.log.append,

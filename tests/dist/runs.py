@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from trainer.assemble import join_run
 from trainer.config import parse_config
 from trainer.data.compile.prepare import Datasets
 from trainer.data.order.micro_batch import Position
@@ -17,7 +18,6 @@ from trainer.errors import CapstanError
 from trainer.rank import run_rank
 from trainer.ranks import join
 from trainer.run import layout
-from trainer.start import join_run
 from trainer.store import Store, open_store
 from trainer.zero.engine import Engine
 

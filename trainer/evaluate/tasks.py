@@ -35,7 +35,7 @@ class ShardedLM(TemplateLM):
         self._model, self._opened, self._told = model, opened, told
         self.tokenizer: Any = opened.tokenizer
         with suppress(ConfigError):  # tasks without a chat need no template
-            self.tokenizer.chat_template = chat_template(opened.tokenizer, opened.config.data)
+            self.tokenizer.chat_template = chat_template(opened.tokenizer, opened.resolved.config.data)
         self.max_length = opened.longest or _DEFAULT_LENGTH
         self.max_gen_toks = 256
 

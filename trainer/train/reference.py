@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.base.find.locate import Base
-from trainer.config import Config
 from trainer.data.dataset.chapters import Chapters
 from trainer.data.dataset.dataset import Dataset, open_dataset
 from trainer.data.dataset.references import References, read_references, write_references
@@ -23,13 +21,12 @@ from trainer.data.order.micro_batch import MicroBatch, Position
 from trainer.data.order.settings import eval_order
 from trainer.data.order.stream import eval_stream
 from trainer.errors import Damaged, NonFiniteLoss, NotFound
-from trainer.objective.objective import Objective
 from trainer.ranks import Ranks
+from trainer.resolve import Resolved
 from trainer.run import layout
 from trainer.run.requests import StopSignal
 from trainer.store import Store
 from trainer.train.heartbeat import Pulse, silent_pulse
-from trainer.tuning.method import method_of
 from trainer.zero.engine import Engine
 
 _KEPT_SECONDS = 300.0  # between two writes of what is computed so far
@@ -49,12 +46,10 @@ class _Part(NamedTuple):
 class ReferencePass:
     """The pass on this rank, by `kernels`, that of attention first; `log` gets rank 0's lines."""
 
-    config: Config
-    base: Base
+    resolved: Resolved
     kernels: str
     ranks: Ranks
     engine: Engine
-    objective: Objective
     store: Store
     stop: StopSignal
     log: Callable[[str], None]
@@ -74,9 +69,9 @@ class ReferencePass:
         folder, facts = self.store.sub(layout.dataset(fingerprint)), self.ranks.on_first(lambda: self._facts(dataset))
         found = self.ranks.on_first(lambda: self._read(folder, facts, dataset))
         if found is not None and found.progress is None:
-            self.log(f"the reference of {len(found.log_p):,} {self.objective.unit} is in {folder.uri}")
+            self.log(f"the reference of {len(found.log_p):,} {self.resolved.objective.unit} is in {folder.uri}")
             return found.log_p
-        method = method_of(self.config)
+        method = self.resolved.method
         self.engine.evaluating(True)
         with nullcontext() if method.trains_base else method.switched_off(self.engine.model):
             computed = self._compute(folder, facts, dataset, found)
@@ -93,13 +88,13 @@ class ReferencePass:
 
     def _facts(self, dataset: Dataset) -> dict[str, Any]:
         """Everything that decides the values."""
-        model, quant = self.config.model, self.config.quant
+        model, quant, base = self.resolved.config.model, self.resolved.config.quant, self.resolved.base
         return {
             "format": 1,
             "dataset": dataset.manifest.fingerprint,
-            "of": self.objective.unit,
-            "base": self.base.fingerprint,
-            "files": self.base.versions,
+            "of": self.resolved.objective.unit,
+            "base": base.fingerprint,
+            "files": base.versions,
             "layers": model.layers,
             "dtype": model.dtype,
             "quant": {"type": quant.type, "block_size": quant.block_size, "double": quant.double},
@@ -119,8 +114,8 @@ class ReferencePass:
         self, folder: Store, facts: dict[str, Any], dataset: Dataset, found: References | None
     ) -> NDArray[np.float32] | None:
         """All that `found` lacks. Rank 0 writes what there is from time to time, and at the end or a stop."""
-        order = eval_order(self.config, dataset.manifest).to_json()
-        stream = eval_stream(self.config, dataset, self.ranks.rank, self.ranks.world_size)
+        order = eval_order(self.resolved.config, dataset.manifest).to_json()
+        stream = eval_stream(self.resolved.config, dataset, self.ranks.rank, self.ranks.world_size)
         log_p, position = None, Position()
         if found is not None and found.progress is not None and found.progress["order"] == order:
             log_p, position = found.log_p.copy(), Position.from_json(found.progress["position"])
@@ -147,19 +142,19 @@ class ReferencePass:
         return log_p
 
     def _part(self, batches: Sequence[MicroBatch]) -> _Part:
-        values = [self.engine.look(self.objective.reference, batch).float().cpu().numpy() for batch in batches]
+        values = [self.engine.look(self.resolved.objective.reference, batch).float().cpu().numpy() for batch in batches]
         documents = [number for batch in batches for number in batch.documents]
         return _Part(documents, np.concatenate(values), bool(self.stop.requested), time.monotonic())
 
     def _tell(self, log_p: NDArray[np.float32], now: float) -> float:
         done = len(log_p) - int(np.isnan(log_p[:, 0]).sum())
-        self.log(f"the reference of {done:,} of {len(log_p):,} {self.objective.unit} is computed")
+        self.log(f"the reference of {done:,} of {len(log_p):,} {self.resolved.objective.unit} is computed")
         return now
 
     def _check(self, log_p: NDArray[np.float32]) -> None:
         wrong = np.flatnonzero(~np.isfinite(log_p).all(axis=1))
         if len(wrong):
             raise NonFiniteLoss(
-                f"the base gives {len(wrong):,} of {len(log_p):,} {self.objective.unit} of the data no finite log-probability, "
+                f"the base gives {len(wrong):,} of {len(log_p):,} {self.resolved.objective.unit} of the data no finite log-probability, "
                 f"document {wrong[0]} first, so it cannot be their reference. Leave them out of the data."
             )
