@@ -4,12 +4,15 @@ Small values go through one all-gather and are reduced the same way on every ran
 bit-identical results and decide alike.
 """
 
+import errno
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from ipaddress import ip_address
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +25,7 @@ from trainer.errors import CapstanError, ConfigError
 
 T = TypeVar("T")
 
+_LOOPBACK = "lo"
 _ATTEMPT = timedelta(seconds=5)
 """A rank looks so often whether rank 0, which it waits for, is still there."""
 # torch's variables for the settings of its allocator: any device's, CUDA's, ROCm's.
@@ -178,6 +182,7 @@ def join(
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
+            stay_on_loopback()
             rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             store = _meet(rank, world_size, meeting, is_gone)
             if device.type == "cuda":
@@ -268,7 +273,36 @@ def _meet(rank: int, world_size: int, within: timedelta, is_gone: Callable[[], b
 
 
 def _served(host: str, port: int, within: timedelta) -> TCPStore:
-    return TCPStore(host, port, is_master=True, timeout=within, wait_for_workers=False)
+    """The store, served at the one address by which the others reach it, as whoever reaches it may write to it."""
+    return TCPStore(
+        host, port, is_master=True, timeout=within, wait_for_workers=False, master_listen_fd=_listening(host, port)
+    )
+
+
+def _listening(host: str, port: int) -> int:
+    """A socket at `host` and `port`, as its file descriptor. It is at every address where `host` is not an address that this machine
+    knows itself by, or only one that others cannot reach it by."""
+    try:
+        family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        if not ip_address(place[0]).is_loopback or _on_one_machine():
+            return socket.create_server(place[:2], family=family, backlog=4096).detach()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise dist.DistNetworkError(f"{error.strerror}") from error
+    return socket.create_server(("", port), family=socket.AF_INET6, backlog=4096, dualstack_ipv6=True).detach()
+
+
+def _on_one_machine() -> bool:
+    """Whether all ranks are on this machine."""
+    return os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+
+
+def stay_on_loopback() -> None:
+    """Have gloo and NCCL open their sockets where no other machine reaches them, as long as all ranks are on this one and nobody has named an
+    interface."""
+    if _on_one_machine():
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, _LOOPBACK)
 
 
 def _reached(host: str, port: int, within: timedelta, is_gone: Callable[[], bool]) -> TCPStore:

@@ -2,10 +2,12 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -25,6 +27,9 @@ Hear = Callable[[dict[str, Any]], None]
 
 _MODULE = "trainer.evaluate.program"
 _AWAKE_SECONDS = 300.0
+_LOOK_SECONDS = 0.1
+_LAST_WORDS_SECONDS = 5.0
+_LOOPBACK = "127.0.0.1"
 
 
 def count_ranks(config: Config) -> int:
@@ -48,6 +53,7 @@ def run_ranks(ask: Ask, config: Config, prompts: Iterable[list[Prompt]], hear: H
         return answer(ask, prompts, hear)
     with _started(ask, count_ranks(config)) as (process, said):
         result = _conversed(process, iter(prompts), hear)
+        _hand_over(process.stdin, None)
         process.wait()
     if result is None:
         put(said(), file=sys.stderr)
@@ -61,24 +67,62 @@ def run_ranks(ask: Ask, config: Config, prompts: Iterable[list[Prompt]], hear: H
 
 @contextmanager
 def _started(ask: Ask, ranks: int) -> Iterator[tuple["subprocess.Popen[str]", Callable[[], str]]]:
-    """The process of the ranks, and a function that gives what they wrote to their errors, once they have ended."""
-    several = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else ["-m"]
-    )
-    command = [sys.executable, *several, _MODULE, ask.to_json()]
+    """The process of rank 0, and a function that gives what all ranks wrote to their errors, once they have ended."""
+    command = [sys.executable, "-m", _MODULE, ask.to_json()]
+    places = _places(ranks)
     with tempfile.TemporaryFile("w+") as errors:
 
         def said() -> str:
             errors.seek(0)
             return errors.read()
 
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
-        with children.start(command, **pipes) as process:
-            try:
-                yield process, said
-            except BaseException:  # Ctrl-C, or nobody reads any more
-                process.terminate()  # torchrun ends its ranks, which it could not after SIGKILL
-                raise
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        silent: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+        processes = [
+            children.start(
+                command, env={**os.environ, **place}, stderr=errors, text=True, **(silent if rank else pipes)
+            )
+            for rank, place in enumerate(places)
+        ]
+        watch = threading.Thread(target=_end_together, args=(processes,), daemon=True)
+        watch.start()
+        try:
+            yield processes[0], said
+        except BaseException:  # Ctrl-C, or nobody reads any more
+            for process in processes:
+                process.kill()
+            raise
+        finally:
+            watch.join()
+            for pipe in filter(None, (processes[0].stdin, processes[0].stdout)):
+                with suppress(BrokenPipeError):
+                    pipe.close()
+
+
+def _places(ranks: int) -> list[dict[str, str]]:
+    """The variables that tell each rank where it is among the others, as torchrun has them; none for a single one."""
+    if ranks == 1:
+        return [{}]
+    with socket.socket() as probe:
+        probe.bind((_LOOPBACK, 0))
+        port = probe.getsockname()[1]
+    world = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": _LOOPBACK, "MASTER_PORT": port}
+    return [
+        {name: str(value) for name, value in {**world, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        for rank in range(ranks)
+    ]
+
+
+def _end_together(processes: "list[subprocess.Popen[str]]") -> None:
+    """Return when all have ended. Where one fails, the others get a moment for their own words: they would wait for it."""
+    deadline: float | None = None
+    while alive := [process for process in processes if process.poll() is None]:
+        time.sleep(_LOOK_SECONDS)
+        if deadline is None and any(process.poll() for process in processes):
+            deadline = time.monotonic() + _LAST_WORDS_SECONDS
+        if deadline is not None and time.monotonic() > deadline:
+            for process in alive:
+                process.kill()
 
 
 def _conversed(process: "subprocess.Popen[str]", prompts: Iterator[list[Prompt]], hear: Hear) -> dict[str, Any] | None:
@@ -115,8 +159,9 @@ def _kept_awake(pipe: IO[str]) -> Iterator[None]:
         thread.join()
 
 
-def _hand_over(pipe: IO[str], prompts: list[Prompt] | None) -> None:
+def _hand_over(pipe: IO[str] | None, prompts: list[Prompt] | None) -> None:
     """Write `prompts` to the pipe; None closes it. Ranks that have ended meanwhile are no error here, as their output says why."""
+    assert pipe
     try:
         if prompts is None:
             pipe.close()

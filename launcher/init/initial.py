@@ -10,10 +10,12 @@ from launcher.commented import yaml_text
 from launcher.importing.sources import is_hub_id
 from launcher.init.choice import GIB, Choice, Machine, Setting, choose, parsed
 from launcher.init.goals import GOALS
+from launcher.init.templates import template_for
 from trainer.base.base import Description
-from trainer.base.find.locate import describe_base
+from trainer.base.find.locate import base_files, describe_base
 from trainer.config import Config, Model
-from trainer.data.compile.inputs import find_train
+from trainer.data.compile.inputs import check_sources
+from trainer.data.compile.length import epoch_length
 from trainer.data.source.files import unusable
 from trainer.devices import described_gpus
 from trainer.errors import CapstanError, ConfigError, shown
@@ -24,6 +26,10 @@ KINDS: tuple[Kind, ...] = ("one", "slurm", "ray")
 _GPUS_A_NODE = 8
 _LARGE = 13e9
 """Weights above which QLoRA's learning rate is the lower one."""
+# A step has no more tokens than leave an epoch so many steps; where there are few all the same, the data is passed over more often.
+_STEPS_OF_EPOCH, _FEWEST_STEPS, _MOST_EPOCHS = 50, 150, 3
+_EVALUATIONS = 10
+_LITTLE, _FEW_HELD_OUT = 1_000_000, 0.1  # tokens, and share of rows
 
 
 @dataclass(frozen=True)
@@ -88,14 +94,21 @@ def initial_config(answers: InitAnswers, path: Path) -> Initial:
         "model.base": (answers.base, "a directory, a bucket's URI or a Hub id"),
         **goal.settings,
         "data.train": ([{"path": _source(answers.data)}], goal.data),
-        "data.held_out": (0.02, "so much of it is evaluated and never trained on"),
         "optim.lr": (goal.rates[_weights(base) > _LARGE], f"{goal.rate_source}; `capstan sweep` finds a better one"),
         "optim.warmup_ratio": (0.03, "of all steps"),
         "train.epochs": (1, "passes over the data"),
-        "eval.every": (50, "steps; before the first one too"),
         "checkpoint.every_minutes": (15, "what a crash may cost"),
     }
-    chosen = choose(given, base, machine, trains_base=goal.trains_base, tokens=goal.tokens)
+    given |= template_for(parsed(given))
+    tokens = _tokens_of_epoch(parsed(given))
+    given["data.held_out"] = (
+        (_FEW_HELD_OUT, "so much of it is evaluated and never trained on; as there is little, more than usual")
+        if tokens and tokens < _LITTLE
+        else (0.02, "so much of it is evaluated and never trained on")
+    )
+    step = goal.tokens if tokens is None else max(1, min(goal.tokens, tokens // _STEPS_OF_EPOCH))
+    chosen = choose(given, base, machine, trains_base=goal.trains_base, tokens=step)
+    chosen.settings.update(_length(chosen, tokens))
     settings = {**chosen.settings, **_cluster(answers, machine, chosen)}
     values = {name: value for name, (value, _) in settings.items()}
     reasons = {name: (why,) for name, (_, why) in settings.items()}
@@ -112,12 +125,32 @@ def initial_config(answers: InitAnswers, path: Path) -> Initial:
     )
 
 
+def _tokens_of_epoch(config: Config) -> int | None:
+    """About how many tokens the data has, by the size of its files; None where that cannot be seen from here."""
+    found = epoch_length(config, base_files(config.model), None)
+    return found.tokens if found else None
+
+
+def _length(chosen: Choice, tokens: int | None) -> dict[str, Setting]:
+    """Passes over the data and how often the run is evaluated, by how many steps an epoch of the data has."""
+    if tokens is None:
+        return {"eval.every": (50, "steps; before the first one too")}
+    rows, length = (chosen.settings[name][0] for name in ("train.global_batch", "data.sequence_length"))
+    steps = max(1, round(tokens / (rows * length)))
+    epochs = min(_MOST_EPOCHS, -(-_FEWEST_STEPS // steps))
+    every = max(1, round(steps * epochs / _EVALUATIONS))
+    return {
+        "train.epochs": (epochs, f"passes over the data, about {steps:,} steps each, as it has some {tokens:,} tokens"),
+        "eval.every": (every, f"steps, about {_EVALUATIONS} times in all; before the first one too"),
+    }
+
+
 def _refused(config: Config) -> tuple[str, ...]:
     """The reasons why training would refuse the data that lies here: files that are missing, and rows that the goal cannot learn from."""
     lacking = unusable(config.data)
     if not lacking and all("://" not in source.path for source in config.data.train):
         try:
-            find_train(config)
+            check_sources(config, base_files(config.model))
         except CapstanError as error:
             lacking = [str(error)]
     return tuple(lacking)

@@ -7,8 +7,9 @@ from launcher.plan.measured import measured_rate
 from trainer.base.find.check import check_weights_at_hand
 from trainer.base.find.locate import base_files, describe_base
 from trainer.config import Config
+from trainer.data.compile.inputs import check_sources
 from trainer.data.compile.length import epoch_length
-from trainer.data.source.files import unusable
+from trainer.data.source.files import is_of_hub, unusable
 from trainer.devices import described_gpus, host_memory_left
 from trainer.errors import ConfigError, DataError, DoesNotFit, StorageError
 from trainer.plan.forecast import Forecast, Length, assumed_rate, forecast, length_of
@@ -79,6 +80,15 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
         plan = replace(plan, left_out=check_weights_at_hand(config.model))
     except ConfigError as error:
         misfits.append(str(error))
+    if not missing and not any(is_of_hub(source) for source in config.data.train):
+        try:
+            check_sources(config, base_files(config.model))
+        except ConfigError as error:
+            misfits.append(str(error))
+        except DataError as error:
+            missing.append(str(error))
+        except StorageError:
+            pass  # the data's bucket may be out of reach from here
     wrong, short = [*plan.mismatches, *misfits], [*plan.shortfalls, *misfits, *missing]
     plan = replace(plan, mismatches=wrong, shortfalls=short)
     store = _answering_store(config)

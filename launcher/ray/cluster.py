@@ -36,7 +36,8 @@ def local_ray(workers: int) -> Iterator[str]:
     alone = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
     with guarded():  # a worker of Ray's does not always notice that its driver was killed
         try:
-            ray.init(**alone, log_to_driver=False, logging_level=logging.ERROR)
+            with _on_loopback():
+                ray.init(**alone, _node_ip_address="127.0.0.1", log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # a bare one, as where the machine is so busy that Ray gives up waiting for itself
             raise CapstanError(f"Ray did not start on this machine: {first_line(error)}. Try again.") from error
         _quiet()
@@ -44,6 +45,19 @@ def local_ray(workers: int) -> Iterator[str]:
             yield ray.get_runtime_context().gcs_address
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Let Ray take 127.0.0.1 for its own address, at which alone it then listens. It would take that of the network instead, and listen at
+    every address."""
+    from ray._private import services  # no public setting keeps Ray to loopback
+
+    with_network, services.resolve_ip_for_localhost = services.resolve_ip_for_localhost, lambda host: host
+    try:
+        yield
+    finally:
+        services.resolve_ip_for_localhost = with_network
 
 
 def address_of(config: Config, given: str | None = None) -> str | None:

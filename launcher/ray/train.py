@@ -11,57 +11,30 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from contextlib import nullcontext
+from dataclasses import asdict
 from importlib import import_module
 from typing import Any
 
 from launcher.policy import retry
 from launcher.ray.cluster import Need, alive_nodes, first_line, local_ray, lost_nodes, need, room, wait_for_room
+from launcher.start.attempts import Attempts, Watch, keep_trying
 from launcher.start.stopping import stop_if_asked
-from trainer.checkpoint.listing import committed_steps
 from trainer.config import Config, dump_config, parse_config
 from trainer.data.compile.prepare import Datasets
 from trainer.devices import stay_on_cpu
-from trainer.errors import CapstanError, ConfigError, DoesNotFit, Stopped, StorageError, Superseded
+from trainer.errors import CapstanError, ConfigError, DoesNotFit
 from trainer.files.scratch import scratch_folder
 from trainer.run import layout
-from trainer.run.background import say
-from trainer.run.folder import command, run_folder
+from trainer.run.folder import run_folder
 from trainer.run.owner import Ownership
-from trainer.run.records import generations, newest_records, record_end, record_restart
 from trainer.run.requests import request_restart
-from trainer.store import Store
 
 _LOOK_SECONDS = 2.0
 _LOSS_SECONDS = 30.0
 """Ray's health checks find a dead node within this time."""
 # The ranks may still be at their commit for so long past a node's announced end: the announcement is a guess.
 _PREEMPTION_GRACE_SECONDS = 30.0
-
-
-@dataclass
-class _ClusterRun:
-    """A run on its cluster, over all its attempts: `ends` are theirs so far.
-
-    `before` is the newest generation before the attempt that is made now; `committed`: the run has a checkpoint. Both are
-    what the store has told last.
-    """
-
-    config: Config
-    datasets: Datasets
-    owner: Ownership
-    resume: bool
-    dashboard: str | None
-    began: float
-    ends: list[retry.Failure] = field(default_factory=list)
-    before: int = 0
-    committed: bool = False
-
-    @property
-    def run(self) -> Store:
-        return self.owner.run
 
 
 def run_on_ray(
@@ -86,76 +59,31 @@ def run_on_ray(
     os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"  # it would log each printed line a second time
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.cluster.ray.start_timeout)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a rank's end is noticed; default 2
-    began, run = time.time(), owner.run
     joined = dashboard is not None
     # Nobody announces the end of the machine that this process has started its Ray on.
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = str(int(joined))
     # Ray Train takes as long to import as Ray's processes take to start, so both happen at once.
     threading.Thread(target=import_module, args=("ray.train.torch",), daemon=True).start()
+    attempts = Attempts(config, datasets, owner, resume)
     with nullcontext() if joined else local_ray(config.cluster.most_workers or 1):
-        cluster_run = _ClusterRun(config, datasets, owner, resume, dashboard, began)
-        while True:
-            try:
-                owner.check()
-                cluster_run.before = max(generations(run), default=0)
-                wanted, workers = wait_for_room(
-                    lambda: need(config),
-                    config.cluster.ray.start_timeout,
-                    can_grow=joined,
-                    log=log,
-                    stop=lambda: stop_if_asked(run, "while the run was starting"),
-                )
-                log(f"launch: Ray starts the processes of {workers} ranks")
-                end = _attempt(cluster_run, wanted, workers)
-            except Superseded:
-                raise
-            except StorageError as error:
-                end = retry.Failure(str(error), error)
-            except (ConfigError, Stopped) as error:
-                if cluster_run.ends:
-                    raise _between_attempts(cluster_run, error) from None
-                raise
-            if end is None:
-                return
-            decision = _after(cluster_run, end)
-            if decision.error is not None:
-                raise decision.error
-            log(decision.reason)
-            cluster_run.began = time.time()
+        keep_trying(attempts, lambda: _start(attempts, dashboard, log), log)
 
 
-def _after(cluster_run: _ClusterRun, end: retry.Failure) -> retry.Decision:
-    """Keep why an attempt ended, and decide what follows, which a store that does not answer keeps nobody from."""
-    run, before = cluster_run.run, cluster_run.before
-    try:
-        cluster_run.owner.check()  # the newest records would be another start's
-        end = retry.explained(end, newest_records(run, after=before))
-        record_end(run, end.reason, stopped=isinstance(end.error, Stopped), crash=end.error is None, after=before)
-        cluster_run.committed = bool(committed_steps(run))
-    except Superseded:
-        raise
-    except StorageError as error:
-        say(f"why this start ended could not be kept, which does not end the run: {error}")
-    cluster_run.ends.append(end)
-    rules, tell = cluster_run.config.retry, partial(command, folder=run)
-    decision = retry.decide(cluster_run.ends, rules, committed=cluster_run.committed, command=tell)
-    if decision.error is None:
-        with suppress(StorageError):
-            record_restart(run, decision.reason)
-    return decision
+def _start(attempts: Attempts, dashboard: str | None, log: Callable[[str], None]) -> retry.Failure | None:
+    """One attempt, with as many ranks as find room."""
+    config = attempts.config
+    wanted, workers = wait_for_room(
+        lambda: need(config),
+        config.cluster.ray.start_timeout,
+        can_grow=dashboard is not None,
+        log=log,
+        stop=lambda: stop_if_asked(attempts.run, "while the run was starting"),
+    )
+    log(f"launch: Ray starts the processes of {workers} rank{'' if workers == 1 else 's'}")
+    return _attempt(attempts, dashboard, wanted, workers)
 
 
-def _between_attempts(cluster_run: _ClusterRun, error: ConfigError | Stopped) -> CapstanError:
-    """The error that ends a run which has trained before, kept as the end of the start that comes to nothing."""
-    if isinstance(error, ConfigError) and cluster_run.committed:
-        resume = command("resume", cluster_run.run)
-        error = Stopped(f"{cluster_run.ends[-1].reason}; since then: {error} {resume} goes on.")
-    with suppress(StorageError):
-        record_end(cluster_run.run, str(error), stopped=isinstance(error, Stopped), after=cluster_run.before)
-    return error
-
-
-def _attempt(cluster_run: _ClusterRun, wanted: Need, workers: int) -> retry.Failure | None:
+def _attempt(attempts: Attempts, dashboard: str | None, wanted: Need, workers: int) -> retry.Failure | None:
     """One start of the worker group; returns why it ended, or None when the run is done.
 
     Raises `ConfigError` when its ranks do not begin in time, and `Stopped` when it need not go on.
@@ -164,19 +92,18 @@ def _attempt(cluster_run: _ClusterRun, wanted: Need, workers: int) -> retry.Fail
     from ray.train import ControllerError, WorkerGroupError
     from ray.train.v2.api.exceptions import PreemptionError
 
-    cluster_run.run.delete(layout.RESTART)
-    cluster_run.run.delete(layout.RANKS_BEGUN)
     nodes = alive_nodes()
     with scratch_folder("ray") as storage:
-        fit = _Background(_trainer(cluster_run, wanted, workers, storage).fit)
-        watch = _Watch(cluster_run, wanted, workers)
+        fit = _Background(_trainer(attempts, dashboard, wanted, workers, storage).fit)
+        group = _Group(attempts, wanted, workers)
+        watch = Watch(attempts, group.look)
         while not fit.ended(within=0.5):
             watch.look()
         try:
             fit.result()
         except WorkerGroupError as error:
             errors = {rank: _original(failure) for rank, failure in error.worker_failures.items()}
-            end = retry.classify(errors, resizing=watch.resizing)
+            end = retry.classify(errors, resizing=group.resizing)
             if end.error is not None:
                 return end
             # Ray reports a rank's death together with its node's; a broken connection is seen long before either.
@@ -196,21 +123,20 @@ def _attempt(cluster_run: _ClusterRun, wanted: Need, workers: int) -> retry.Fail
     return None
 
 
-def _trainer(cluster_run: _ClusterRun, wanted: Need, workers: int, storage: str) -> Any:
+def _trainer(attempts: Attempts, dashboard: str | None, wanted: Need, workers: int, storage: str) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
-    from launcher.ray.group import GpuGroup
+    from launcher.ray.group import RankGroup
 
     arguments = {
-        "config": dump_config(cluster_run.config),
-        "datasets": asdict(cluster_run.datasets),
-        "resume": cluster_run.resume,
-        "facts": {"dashboard": cluster_run.dashboard} if cluster_run.dashboard else {},
-        "began": cluster_run.began,
-        "joined": cluster_run.dashboard is not None,
+        "config": dump_config(attempts.config),
+        "datasets": asdict(attempts.datasets),
+        "resume": attempts.resume,
+        "facts": {"dashboard": dashboard} if dashboard else {},
+        "began": attempts.began,
+        "joined": dashboard is not None,
     }
-    limit = int(max(cluster_run.config.timeouts.model_dump().values())) + 120
     return TorchTrainer(
         _rank,
         train_loop_config=arguments,
@@ -218,12 +144,12 @@ def _trainer(cluster_run: _ClusterRun, wanted: Need, workers: int, storage: str)
             num_workers=workers,
             use_gpu=wanted.gpus > 0,
             resources_per_worker=wanted.each,
-            placement_strategy=cluster_run.config.cluster.ray.placement,
+            placement_strategy=attempts.config.cluster.ray.placement,
         ),
-        torch_config=GpuGroup("nccl", timeout_s=limit) if wanted.gpus else TorchConfig("gloo", timeout_s=limit),
+        torch_config=RankGroup("nccl" if wanted.gpus else "gloo"),
         # Checkpoints and metrics go to the run's own store; Ray Train only wants a place to put nothing.
         run_config=RunConfig(
-            name=cluster_run.config.run.name,
+            name=attempts.config.run.name,
             storage_path=storage,
             failure_config=FailureConfig(
                 max_failures=0,
@@ -258,61 +184,43 @@ class _Background:
             raise self._error
 
 
-class _Watch:
-    """The driver's checks while ranks work: whether they begin, room for more, a stop that need not wait for a step."""
+class _Group:
+    """A group of ranks that Ray starts: whether it begins in time, and whether there is room for more of them."""
 
-    def __init__(self, cluster_run: _ClusterRun, wanted: Need, workers: int) -> None:
-        self._cluster_run, self._wanted, self._workers = cluster_run, wanted, workers
+    def __init__(self, attempts: Attempts, wanted: Need, workers: int) -> None:
+        self._attempts, self._wanted, self._workers = attempts, wanted, workers
         self.resizing = False
-        self._begun = self._training = self._asked = self._failing = False
+        self._begun = self._asked = False
         self._began = self._looked = self._counted = time.monotonic()
 
-    def look(self) -> None:
-        """Raises `ConfigError` when the ranks do not begin in time, and `Stopped` when a stop was asked for, nothing new is
-        trained and something is committed already. A store that does not answer is asked again at the next look."""
-        try:
-            self._look()
-        except StorageError as error:
-            if not self._failing:
-                say(f"looking after the ranks failed, which does not end the run, and will be tried again: {error}")
-            self._failing = True
-        else:
-            self._failing = False
-
-    def _look(self) -> None:
+    def look(self, training: bool) -> None:
+        """Raises `ConfigError` when the ranks do not begin in time."""
         now = time.monotonic()
-        if now - self._looked >= _LOOK_SECONDS and not self._training:
+        if now - self._looked >= _LOOK_SECONDS and not training:
             self._looked = now
             self._check_begun(now)
-            self._training = self._has_started()
-            if not self._training and committed_steps(self._cluster_run.run):
-                stop_if_asked(self._cluster_run.run, "while the run was starting")
-        interval = self._cluster_run.config.cluster.ray.resize_interval
-        if self._training and self._workers < self._wanted.most and now - self._counted >= interval:
+        interval = self._attempts.config.cluster.ray.resize_interval
+        if training and self._workers < self._wanted.most and now - self._counted >= interval:
             self._counted = now
             more = min(room(self._wanted.each), self._wanted.most - self._workers)
             if more > 0 and not self._asked:
                 self.resizing = True  # a request that fails may have reached the ranks all the same
                 request_restart(
-                    self._cluster_run.run, f"because {self._workers + more} ranks instead of {self._workers} find room"
+                    self._attempts.run, f"because {self._workers + more} ranks instead of {self._workers} find room"
                 )
                 self._asked = True
 
     def _check_begun(self, now: float) -> None:
         """Ray bounds the wait for resources, but not that for the processes of the ranks."""
-        patience = self._cluster_run.config.cluster.ray.start_timeout
-        if not self._begun and self._cluster_run.run.exists(layout.RANKS_BEGUN):
+        patience = self._attempts.config.cluster.ray.start_timeout
+        if not self._begun and self._attempts.run.exists(layout.RANKS_BEGUN):
             self._begun = True
-            self._cluster_run.run.delete(layout.RANKS_BEGUN)
+            self._attempts.run.delete(layout.RANKS_BEGUN)
         if not self._begun and now - self._began >= patience:
             raise ConfigError(
                 f"cluster.ray.start_timeout: {self._workers} ranks were asked for {patience:g} seconds ago and have not begun. "
                 "Raise it, or look for the cause in Ray's own logs (/tmp/ray/session_latest/logs on its machines)."
             )
-
-    def _has_started(self) -> bool:
-        records = newest_records(self._cluster_run.run, after=self._cluster_run.before)
-        return any(record["kind"] == "start" for record in records)
 
 
 def _original(error: BaseException) -> BaseException:

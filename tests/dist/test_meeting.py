@@ -10,6 +10,7 @@ import pytest
 from tests.dist import runs
 from tests.dist.launch import launch
 from tests.material import Workshop
+from trainer import ranks
 from trainer.config import dump_config
 from trainer.errors import CapstanError
 from trainer.ranks import join
@@ -36,6 +37,20 @@ def test_where_rank_0_never_comes_the_others_say_so(monkeypatch: pytest.MonkeyPa
     with pytest.raises(CapstanError, match="rank 1 cannot reach rank 0 at 127.0.0.1:.* within 2 s \\(timeouts.meet\\)"):
         join(meeting=timedelta(seconds=2))
     assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize(("host", "ranks_here", "address"), [("127.0.0.1", "2", "127.0.0.1"), ("127.0.0.1", "1", "::")])
+def test_ranks_of_one_machine_meet_where_no_other_reaches_them(
+    monkeypatch: pytest.MonkeyPatch, host: str, ranks_here: str, address: str
+) -> None:
+    """A name that is this machine's own, such as 127.0.1.1, says nothing of where ranks of other machines reach it."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks_here)
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port = probe.getsockname()[1]
+    with socket.socket(fileno=ranks._listening(host, port)) as listening:
+        assert listening.getsockname()[:2] == (address, port)
 
 
 def test_every_rank_has_the_settings_variables_of_nccl(workshop: Workshop) -> None:

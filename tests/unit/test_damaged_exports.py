@@ -25,7 +25,7 @@ from trainer.store import Store, open_store
 
 Change = Callable[[Path], object]
 TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
-RUNS = TEMPLATE.replace("<s>{{ m.role }}", "<s>[{{ m.role }}]")
+RUNS = TEMPLATE.replace("<s>{{ m.role }}", "<s>[{{ m.role }}]").replace("<s>assistant", "<s>[assistant]")
 ROWS = [list(range(3, 60)), list(range(200, 290))]
 
 

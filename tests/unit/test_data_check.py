@@ -12,11 +12,15 @@ from rich.console import Console
 
 from launcher.data.check import report_table
 from tests.material import byte_tokenizer
-from trainer.config import Config
+from trainer.config import Config, Data
+from trainer.data.compile.compile import compile_dataset
 from trainer.data.compile.inputs import find
 from trainer.data.compile.pool import Mapper, map_batches
 from trainer.data.look.check import DataReport, Findings, check_data
 from trainer.data.look.duplicates import Fingerprint, Seen
+from trainer.data.source.files import expand
+from trainer.errors import DataError
+from trainer.store import open_store
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>{% endfor %}"
@@ -143,6 +147,64 @@ def test_calls_of_tools_and_their_answers_are_no_odd_roles_and_what_the_template
     assert f"left out by the chat template: tool_calls in 2 rows, such as {path}:2" in console.export_text()
 
 
+@pytest.mark.parametrize(
+    ("rows", "settings"),
+    [
+        ([{"text": "x" * 99}, {"text": "y" * 150}], {"format": "text", "sequence_length": 32, "on_too_long": "drop"}),
+        ([{"text": ""}], {"format": "text"}),
+        ([b"{oops"], {"format": "text", "on_bad_row": "skip"}),
+        ([talk("a", "")], {"train_on": {"end": False}}),
+        ([{"text": "x" * 99}, {"text": "y"}], {"format": "text", "sequence_length": 32, "on_too_long": "drop"}),
+    ],
+)
+def test_a_report_refuses_what_a_compilation_refuses(tmp_path: Path, rows: list[Any], settings: dict[str, Any]) -> None:
+    report = check(tmp_path, rows, **settings)
+    data = Data.model_validate({"train": [{"path": str(tmp_path / "train.jsonl")}], "format": "chat", **settings})
+    if data.format == "chat":
+        data = data.model_copy(update={"template": str(tmp_path / "t.jinja")})
+    said = list[str]()
+    try:
+        compile_dataset(data, expand(data.train, "data.train"), byte_tokenizer(), open_store(str(tmp_path / "s")), "f")
+    except DataError as error:
+        said = [str(error).partition(": ")[2]]
+    assert [sentence.partition(": ")[2] for sentence in report.refusals] == said
+
+
+def test_a_set_of_another_format_keeps_what_its_rows_have_a_use_for(tmp_path: Path) -> None:
+    for name, row in (("talks", talk("a", "b")), ("texts", {"text": "a"})):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+    data = {
+        "train": [{"path": str(tmp_path / "talks.jsonl")}],
+        "thinking": "strip",
+        "train_on": {"turns": "last", "end": False},
+        "template": "chatml",
+    }
+    named = {"talks": "chat", "texts": "text"}
+    for formats in (named, dict.fromkeys(named, "auto"), dict.fromkeys(named)):
+        sets = {name: {"path": str(tmp_path / f"{name}.jsonl"), "format": kind} for name, kind in formats.items()}
+        tree = {
+            "run": {"name": "x"},
+            "model": {"base": "x"},
+            "data": data,
+            "train": {"steps": 1},
+            "eval": {"sets": sets},
+        }
+        inputs = find(Config.model_validate(tree))
+        talks, texts = (inputs[f"eval.sets.{name}"].data for name in named)
+        assert (talks.thinking, talks.train_on.turns, talks.train_on.end, talks.template) == (
+            "strip",
+            "last",
+            False,
+            "chatml",
+        )
+        assert (texts.thinking, texts.train_on.turns, texts.train_on.end, texts.template) == (
+            "as_template",
+            "all",
+            False,
+            None,
+        )
+
+
 def test_other_processes_find_the_same(tmp_path: Path) -> None:
     rows = [talk(sentence(n % 300, 5), "yes") if n % 50 else {"messages": n} for n in range(500)]
     alone = check(tmp_path, rows, rows[:40])
@@ -176,7 +238,7 @@ def test_duplicates_are_found_within_a_split_and_between_training_and_evaluation
 
 def test_nothing_to_train_on_is_refused(tmp_path: Path) -> None:
     report = check(tmp_path, [{"messages": [{"role": "user", "content": "hi"}]}])
-    assert "nothing to train on in 1 rows" in report.refusals[0]
+    assert "none of the 1 rows can be trained on: 0 bad rows, 1 without" in report.refusals[0]
 
 
 @pytest.mark.parametrize("others", [[], [talk("a", "b")]])

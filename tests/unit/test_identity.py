@@ -1,12 +1,13 @@
 """Which checkpoints a run may go on from."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from trainer.checkpoint.identity import Identity, check_identity
-from trainer.checkpoint.manifest import CheckpointManifest
+from trainer.checkpoint.identity import Identity, check_identity, is_written_anew
+from trainer.checkpoint.manifest import CheckpointManifest, TextHashes
 from trainer.config import Tuning
 from trainer.errors import ConfigError
 from trainer.tuning.method import find_method
@@ -48,6 +49,67 @@ def test_a_checkpoint_from_before_a_setting_is_continued_while_the_setting_has_i
 def test_a_checkpoint_of_something_else_is_refused(part: str, values: dict[str, Any], said: str):
     with pytest.raises(ConfigError, match="the checkpoint of step 4 has " + said.replace("'", ".")):
         check_identity(saved(**{part: values}), OURS)
+
+
+FILES = {"a.safetensors": "1", "b.safetensors": "2"}
+PLACE = {"path": "/models/b", "name": "me/b", "fingerprint": "f", "quant.type": "nf4"}
+TEXT = TextHashes({"tokenizer.json": "1" * 64}, "2" * 64)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ({"weights": FILES}, {"weights": FILES}, None),
+        ({"weights": FILES}, {"weights": {**FILES, "b.safetensors": "3"}}, "b.safetensors is another"),
+        ({"weights": FILES}, {"weights": {"a.safetensors": "1"}}, "b.safetensors is another"),
+        (
+            {"weights": FILES, "hashes": FILES},
+            {"weights": FILES, "hashes": {**FILES, "a.safetensors": "9"}},
+            "a.safetensors is another",
+        ),
+        (
+            {"weights": FILES, "commit": "c"},
+            {"weights": FILES, "commit": "d"},
+            "at commit d .* on commit c. Set model.revision=c",
+        ),
+        (
+            {"weights": FILES, "commit": "c", "hashes": FILES},
+            {"weights": FILES},
+            None,
+        ),  # copied from the Hub into a folder
+        ({}, {"weights": FILES, "commit": "c"}, None),  # a checkpoint of before
+        ({"weights": 5, "commit": 7}, {"weights": FILES}, None),
+    ],
+)
+def test_a_base_is_compared_by_what_both_sides_know_of_its_content(
+    before: dict[str, Any], now: dict[str, Any], said: str | None
+) -> None:
+    with pytest.raises(ConfigError, match=said) if said else nullcontext():
+        check_identity(saved(base=PLACE | before), replace(OURS, base=PLACE | now))
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        (TEXT, None),
+        (None, None),
+        (replace(TEXT, template="3" * 64), "another chat template. Set it to that one, which is in the run's folder as text/2222"),
+        (replace(TEXT, tokenizer={"tokenizer.json": "4" * 64}), "tokenizer.json is another. Put that one back, .* as text/1111"),
+        (replace(TEXT, tokenizer={**TEXT.tokenizer, "vocab.json": "4" * 64}), "vocab.json is another. Remove it"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_of_another_tokenizer_or_template_is_refused(now: TextHashes | None, said: str | None) -> None:
+    with pytest.raises(ConfigError, match=said) if said else nullcontext():
+        check_identity(replace(saved(), text=TEXT), replace(OURS, text=now))
+    check_identity(saved(), replace(OURS, text=now))
+
+
+def test_objects_that_were_written_again_in_their_place_are_noticed() -> None:
+    before, now = saved(base=PLACE | {"versions": "1"}), PLACE | {"versions": "2"}
+    assert is_written_anew(before, now)
+    assert not is_written_anew(before, PLACE | {"versions": "1"})
+    assert not is_written_anew(before, now | {"path": "/elsewhere"})
+    assert not is_written_anew(saved(base=PLACE), now)
 
 
 def test_a_checkpoint_of_other_data_is_refused():

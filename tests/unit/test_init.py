@@ -18,6 +18,7 @@ from launcher.init.initial import InitAnswers, Initial, initial_config
 from tests.unit.test_examples import LLAMA_8B, LLAMA_70B
 from trainer.base.find.locate import describe_base
 from trainer.config import load_config, parse_config
+from trainer.data.render.named_templates import NAMED
 from trainer.errors import ConfigError, DoesNotFit
 from trainer.plan.plan import make_plan
 
@@ -124,6 +125,44 @@ def test_a_base_that_is_in_4_bits_already_stays_so(bases: Path) -> None:
     assert first(bases, "8b", "80GiB").settings["quant.type"] == "nf4"
     with pytest.raises(ConfigError, match="quant"):
         first(bases, "8b", "80GiB", 8, "full")
+
+
+def talks(folder: Path, count: int, words: int = 30) -> None:
+    """`rows.jsonl` of so many conversations."""
+    turns = [{"role": "user", "content": "a " * words}, {"role": "assistant", "content": "b " * words}]
+    (folder / "rows.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * count)
+
+
+@pytest.mark.parametrize(("own", "name"), [((), "chatml"), (("<start_of_turn>", "<end_of_turn>"), "gemma")])
+def test_a_base_without_a_chat_template_gets_one_by_name_and_learns_its_tokens(
+    bases: Path, own: tuple[str, ...], name: str
+) -> None:
+    talks(bases, 10)
+    tokens = [{"content": token, "special": True} for token in own]
+    (bases / "8b" / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens}))
+    made = first(bases, "8b", "80GiB")
+    config = parse_config(made.text)
+    assert (config.data.template, config.model.add_tokens) == (name, list(NAMED[name].tokens))
+    assert not made.missing
+    assert "model.add_tokens" not in first(bases, "8b", "80GiB", 8, "full").settings
+    (bases / "8b" / "chat_template.jinja").write_text("{{ messages }}")
+    assert "data.template" not in first(bases, "8b", "80GiB").settings
+
+
+@pytest.mark.parametrize("rows", [20, 1000, 100_000])
+def test_batch_epochs_and_evaluations_follow_from_how_much_data_there_is(bases: Path, rows: int) -> None:
+    talks(bases, rows)
+    (bases / "8b" / "chat_template.jinja").write_text("{{ messages }}")
+    config = parse_config(first(bases, "8b", "80GiB").text)
+    tokens = (bases / "rows.jsonl").stat().st_size / 4
+    steps = tokens / (config.train.global_batch * config.data.sequence_length)
+    assert config.train.epochs is not None
+    assert config.eval.every <= max(1, steps * config.train.epochs / 5)
+    assert config.train.global_batch * config.data.sequence_length <= 65536
+    if rows == 1000:
+        assert (config.train.global_batch, config.train.epochs, config.data.held_out) == (1, 3, 0.1)
+    if rows == 100_000:
+        assert (steps >= 50, config.train.epochs, config.data.held_out) == (True, 2, 0.02)
 
 
 def test_where_nothing_fits_it_says_how_near_it_is(bases: Path) -> None:

@@ -77,7 +77,9 @@ def runnable() -> list[list[str]]:
             if arguments is None:
                 continue
             arguments = [
-                word.replace("s3://bucket/", "bucket/").replace("/models/Llama-3.1-8B", "base")
+                word.replace("s3://bucket/", "bucket/")
+                .replace("/models/Llama-3.1-8B", "base")
+                .replace("HuggingFaceTB/SmolLM2-135M", "base")
                 for word in arguments
                 if word not in WAITING
             ]
@@ -122,6 +124,9 @@ def lay_out(folder: Path) -> None:
             tree["model"]["base"] = str(make_base(folder / "mixture", "qwen3-moe", **SIZES) if mixture else base)
             tree["run"]["store"] = tree["run"]["store"].replace("s3://bucket/", "bucket/")
             tree["data"]["held_out"] = 0.2
+            # This base has a template, and these rows need none.
+            tree["data"].pop("template", None)
+            tree["model"].pop("add_tokens", None)
             shown[named[1]] = tree
     mine = shown["my-run.yaml"]
     search = next(yaml.safe_load(block.text) for block in blocks_of(ROOT / "docs/sweep.md") if block.language == "yaml")

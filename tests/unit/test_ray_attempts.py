@@ -1,20 +1,19 @@
 """The driver's attempts at a run, without a Ray: what an end is judged by, and a store that does not answer for a while."""
 
 import json
-import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.train.torch.config import _TorchBackend
 
 from launcher.policy.retry import Failure
-from launcher.ray import train
+from launcher.ray import group, train
 from launcher.ray.cluster import Need
-from launcher.ray.group import GpuGroup
+from launcher.ray.group import RankGroup
+from launcher.start import attempts
+from launcher.start.attempts import Attempts, Watch
 from launcher.view.status import read_status
 from trainer import devices, start
 from trainer.config import Config, parse_config
@@ -64,19 +63,15 @@ def no_ranks(run: Store) -> Failure:
     return NOTHING_STARTED
 
 
-def drive(config: Config, monkeypatch: pytest.MonkeyPatch, *attempts: Attempt) -> list[str]:
+def drive(config: Config, *made: Attempt) -> list[str]:
     """Run the driver over these attempts; returns why each was followed by another."""
-    log, script = list[str](), iter(attempts)
-    monkeypatch.setattr(os, "environ", dict(os.environ))
-    monkeypatch.setattr(train, "import_module", lambda name: None)
-    monkeypatch.setattr(train, "wait_for_room", lambda *_, **__: (Need(1, 1, {}), 1))
-    monkeypatch.setattr(train, "_attempt", lambda cluster_run, *_: next(script)(cluster_run.run))
+    log, script = list[str](), iter(made)
     owner = take(run_folder(config), "capstan train", 0)
-    train.run_on_ray(config, Datasets("d", None), owner, resume=False, dashboard="", log=log.append)
+    attempts.keep_trying(
+        Attempts(config, Datasets("d", None), owner, resume=False), lambda: next(script)(owner.run), log.append
+    )
     assert next(script, None) is None
-    launches = [line for line in log if line == "launch: Ray starts the processes of 1 ranks"]
-    assert len(launches) == len(attempts)
-    return [line for line in log if line not in launches]
+    return log
 
 
 def ends(run: Store, generation: int) -> list[str]:
@@ -90,7 +85,6 @@ def test_an_attempt_without_ranks_is_not_judged_by_the_records_of_the_one_before
     hang = {"kind": "end", "outcome": "failed", "reason": "rank 1 hangs in step 8", "hung_ranks": [1]}
     log = drive(
         config,
-        monkeypatch,
         ranks_that(1, step, hang, end=Failure("rank 1 died", None)),
         no_ranks,
         ranks_that(3, end=None),
@@ -103,7 +97,7 @@ def test_the_end_of_a_run_whose_last_attempt_had_no_ranks_is_its_status(
     config: Config, run: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(CapstanError, match="failure 3.*`capstan logs big --store /.*` shows more"):
-        drive(config, monkeypatch, ranks_that(1, end=Failure("rank 1 died", None)), no_ranks, no_ranks)
+        drive(config, ranks_that(1, end=Failure("rank 1 died", None)), no_ranks, no_ranks)
     status = read_status(run)
     assert (status.state, status.reason) == ("failed", NOTHING_STARTED.reason)
     assert ends(run, 1) == ["rank 1 died"]
@@ -118,7 +112,7 @@ def test_a_run_that_ends_between_two_attempts_is_not_one_that_restarts(
 
     run.create(layout.manifest(4), b"a checkpoint")
     with pytest.raises(Stopped) as caught:
-        drive(config, monkeypatch, ranks_that(1, end=Failure("rank 1 died", None)), ends)
+        drive(config, ranks_that(1, end=Failure("rank 1 died", None)), ends)
     status = read_status(run)
     assert (status.state, status.reason) == ("stopped", str(caught.value))
 
@@ -134,27 +128,27 @@ def test_a_store_that_does_not_answer_when_an_attempt_has_ended_ends_nothing(
     with monkeypatch.context() as outage:
 
         def store_fails(run: Store) -> Failure:
-            outage.setattr(train, call, down)
+            outage.setattr(attempts, call, down)
             return Failure("503", StorageError("503"))
 
         def store_works(run: Store) -> None:
             outage.undo()
 
-        attempts = (store_fails, store_works)
+        made = (store_fails, store_works)
         if call == "generations":
             asked = iter((lambda run: [], down, lambda run: []))
-            outage.setattr(train, call, lambda run: next(asked)(run))
-            attempts = (no_ranks, store_works)
-        drive(config, monkeypatch, *attempts)
+            outage.setattr(attempts, call, lambda run: next(asked)(run))
+            made = (no_ranks, store_works)
+        drive(config, *made)
 
 
 def test_a_store_that_never_answers_again_ends_the_run_with_its_own_exit_code(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for call in ("generations", "newest_records", "record_end", "committed_steps", "record_restart"):
-        monkeypatch.setattr(train, call, down)
+        monkeypatch.setattr(attempts, call, down)
     with pytest.raises(StorageError, match="failure 3") as caught:
-        drive(config, monkeypatch)
+        drive(config)
     assert caught.value.exit_code == 6
 
 
@@ -162,13 +156,14 @@ def test_a_look_that_the_store_fails_is_said_once_and_made_again(
     config: Config, run: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     owner = take(run, "capstan train", 0)
-    cluster_run = train._ClusterRun(config, Datasets("d", None), owner, False, "", time.time())
-    watch = train._Watch(cluster_run, Need(1, 4, {}), 2)
-    monkeypatch.setattr(train, "_LOOK_SECONDS", 0.0)
+    made = Attempts(config, Datasets("d", None), owner, resume=False)
+    ranks = train._Group(made, Need(1, 4, {}), 2)
+    watch = Watch(made, ranks.look)
+    monkeypatch.setattr(attempts, "_LOOK_SECONDS", 0.0)
     monkeypatch.setattr(train, "room", lambda each: 2)
-    watch._counted -= 100
+    ranks._counted -= 100
     with monkeypatch.context() as outage:
-        outage.setattr(train, "newest_records", down)
+        outage.setattr(attempts, "newest_records", down)
         watch.look()
         watch.look()
     assert capsys.readouterr().err.count("503") == 1
@@ -176,9 +171,9 @@ def test_a_look_that_the_store_fails_is_said_once_and_made_again(
     with monkeypatch.context() as outage:
         outage.setattr(train, "request_restart", down)
         watch.look()
-        assert watch.resizing
+        assert ranks.resizing
     assert not run.exists(layout.RESTART)
-    watch._counted -= 100
+    ranks._counted -= 100
     watch.look()
     assert "4 ranks instead of 2" in run.get(layout.RESTART).decode()
 
@@ -192,22 +187,25 @@ def test_a_run_that_was_taken_over_gets_no_end_and_no_other_attempt(
         return Failure("rank 0 died", None)
 
     with pytest.raises(Superseded, match="has been taken over"):
-        drive(config, monkeypatch, ranks_that(1, end=Failure("rank 1 died", None)), taken_over)
+        drive(config, ranks_that(1, end=Failure("rank 1 died", None)), taken_over)
     assert (ends(run, 1), ends(run, 2)) == (["rank 1 died"], [])
 
 
-def test_ranks_are_asked_for_their_gpus_before_a_group_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU build of torch has no NCCL and says no more than that; the control is the order of the calls."""
-    calls = list[str]()
-    monkeypatch.setattr(_TorchBackend, "on_start", lambda *_: calls.append("group"))
+def test_ranks_are_asked_for_their_gpus_before_they_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU build of torch has no NCCL and says no more than that."""
     monkeypatch.setattr(devices, "listed_gpus", lambda: [devices.ListedGpu("GPU-1")])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    workers: Any = SimpleNamespace(execute=lambda function: function())
-    backend = GpuGroup("nccl").backend_cls()
+    told = list[tuple[str, int]]()
+    monkeypatch.setattr(group, "_tell", lambda *place: told.append(place))
+    workers: Any = SimpleNamespace(
+        execute=lambda function, *arguments: function(*arguments),
+        execute_single=lambda _rank, _function: ("127.0.0.1", 4711),
+    )
+    ranks = RankGroup("nccl")
     monkeypatch.setattr(start, "torch_gpus", lambda: (0, None))
     with pytest.raises(ConfigError, match=r"has 1 GPU, but this torch is a CPU build\. Install one for CUDA"):
-        backend.on_start(workers, GpuGroup("nccl"))
-    assert calls == []
+        ranks.backend_cls().on_start(workers, ranks)
+    assert told == []
     monkeypatch.setattr(start, "torch_gpus", lambda: (1, "13.0"))
-    backend.on_start(workers, GpuGroup("nccl"))
-    assert calls == ["group"]
+    ranks.backend_cls().on_start(workers, ranks)
+    assert told == [("127.0.0.1", 4711)]

@@ -16,10 +16,10 @@ from tests.material import Workshop, commit
 from trainer.base import sampled
 from trainer.base.base import Base
 from trainer.base.describe.description import describe
-from trainer.base.find.content import check_whole
+from trainer.base.find.content import check_whole, hub_commit
 from trainer.base.find.locate import resolve_base
 from trainer.checkpoint.manifest import read_manifest
-from trainer.config import override
+from trainer.config import dump_config, override
 from trainer.errors import ConfigError
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.export.write.adapter import export_adapter
@@ -133,6 +133,16 @@ def test_a_run_stays_at_the_commit_of_the_hub_that_it_began_with(
 
     hub_cache(workshop, cache, second)  # the branch moves
     assert pinned(config, check(config, resume=True)).model.revision == first
+    run = workshop.store.sub("hub")
+    for unpinned in (
+        False,
+        True,
+    ):  # as a run that an earlier version began, or a rank of torchrun's that is not the first
+        if unpinned:
+            run.put(layout.CONFIG, dump_config(given).encode())
+            run.put(layout.manifest(4), replace(read_manifest(run, 4), base=facts | {"revision": None}).to_json())
+        trained = trained_config(run, read_manifest(run, 4)).model
+        assert hub_commit(resolve_trained_base(run, trained, read_manifest(run, 4)).directory) == first
     said = f"model.base: me/tiny is at commit {second} of the Hub, .* Set model.revision={first}, or start"
     with pytest.raises(ConfigError, match=said):
         check(override(config, "model.revision=main"), resume=True)

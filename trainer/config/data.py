@@ -247,6 +247,19 @@ class Data(Section):
             return f"data.on_too_long: split would {_JUDGED[kind]} of data.format: {format}. Set it to truncate, drop or fail."
         return None
 
+    def for_rows(self, format: str) -> "Data":
+        """The settings with those alone of what is trained, of thinking and of the template that rows of this format have a use for."""
+        kind, on = KINDS[format], self.train_on
+        talks = kind not in ("prompt_completion", "text")
+        roles = on.roles if talks or on.roles in (None, "all", ["assistant"]) else None
+        kept: dict[str, Any] = {
+            "loss_on": self.loss_on if self.loss_on in _LOSS_ON[kind] else None,
+            "train_on": on if talks else TrainOn(roles=roles, end=on.end),
+            "thinking": self.thinking if talks else "as_template",
+            "template": self.template if talks else None,
+        }
+        return self.model_copy(update=kept)
+
     def _unread_by(self, kind: str) -> str | None:
         """A setting of `train_on`, or `thinking`, that has no meaning for rows of a kind."""
         on = self.train_on

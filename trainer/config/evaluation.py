@@ -33,7 +33,6 @@ class EvalSet(Section):
         Raises:
             ValueError: a field is not one of the format.
         """
-        same = self.format in (None, data.format)
         form = self.format or data.format
         changes: dict[str, Any] = {
             "train": [{"path": self.path}],
@@ -41,12 +40,10 @@ class EvalSet(Section):
             "held_out": 0.0,
             "held_out_seed": 0,
             "format": form,
-            "fields": self.fields or (data.fields if same else {}),
-            "loss_on": data.loss_on if same else None,
-            **({} if same else {"train_on": {}, "thinking": "as_template"}),
-            "template": data.template if KINDS.get(form, "chat") == "chat" else None,
+            "fields": self.fields or (data.fields if form == data.format else {}),
         }
-        return Data.model_validate({**data.model_dump(), **changes})
+        kept = data if form == "auto" else data.for_rows(form)
+        return Data.model_validate({**kept.model_dump(), **changes})
 
 
 class Evaluation(Section):

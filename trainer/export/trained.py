@@ -209,10 +209,10 @@ def check_trained_base(base: Base, manifest: CheckpointManifest) -> None:
 def check_base_at_hand(model: Model, manifest: CheckpointManifest) -> None:
     """As `resolve_trained_base` where the base's weights can be looked at without a download; of a base of the Hub its commit."""
     directory = base_files(model)
-    if in_bucket(model.base) or any(directory.glob("*.safetensors")):
+    if _on_the_hub(model.base):
+        check_content(manifest, {"name": model.base, "commit": hub_commit(directory)})
+    elif in_bucket(model.base) or any(directory.glob("*.safetensors")):
         check_trained_base(resolve_base(model), manifest)
-    elif commit := hub_commit(directory):
-        check_content(manifest, {"name": model.base, "commit": commit})
 
 
 def trained_directory(run: Store, directory: Path, manifest: CheckpointManifest) -> Path:
@@ -246,7 +246,12 @@ def _place(manifest: CheckpointManifest, given: Model) -> dict[str, Any]:
     if not (in_bucket(name) or is_hub_id(name) or local_path(name, "model.base").is_dir()) and given.base != name:
         check_trained_base(resolve_base(given), manifest)
         return {}
-    return {"base": name, "revision": revision}
+    pinned = manifest.base.get("commit") if _on_the_hub(name) else None
+    return {"base": name, "revision": pinned or revision}
+
+
+def _on_the_hub(base: str) -> bool:
+    return is_hub_id(base) and not local_path(base, "model.base").is_dir()
 
 
 def _tuning(manifest: CheckpointManifest) -> Tuning:

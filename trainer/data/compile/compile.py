@@ -16,20 +16,12 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from trainer.config import Data
-from trainer.data.compile.encode import Encoder
+from trainer.data.compile.encode import Encoder, nothing_to_train
 from trainer.data.compile.fingerprint import count_chapters
 from trainer.data.compile.pool import Mapper, mapper_for
 from trainer.data.compile.shards import Place, ShardWriter
 from trainer.data.dataset.dataset import Dataset, open_dataset
-from trainer.data.dataset.manifest import (
-    FORMAT,
-    MANIFEST,
-    Counters,
-    DatasetManifest,
-    LeftOut,
-    SourceRecord,
-    chapter_key,
-)
+from trainer.data.dataset.manifest import FORMAT, MANIFEST, DatasetManifest, LeftOut, SourceRecord, chapter_key
 from trainer.data.source.files import SourceFile
 from trainer.data.source.part import EVERYTHING, Part
 from trainer.data.source.reading import batches
@@ -126,7 +118,7 @@ def compile_chapters(
             report(at.bytes_done)
     writer.close()
     if not writer.shards:
-        raise DataError(_nothing_to_train(writer.counters))
+        raise DataError(nothing_to_train("data", writer.counters))
     _commit(folder, MANIFEST, _manifest(fingerprint, files, writer))
     writer.forget()
     report(size, writer.left_out)
@@ -204,11 +196,3 @@ def _commit(folder: Store, key: str, manifest: DatasetManifest) -> None:
     # Another writer of the same fingerprint may have been faster, with the same bytes.
     with contextlib.suppress(AlreadyExists):
         folder.create(key, manifest.sealed())
-
-
-def _nothing_to_train(counters: Counters) -> str:
-    return (
-        f"data: none of the {counters.rows} rows can be trained on: {counters.bad_rows} bad rows, "
-        f"{counters.without_targets} without a token to train, {counters.dropped} dropped as too long. "
-        "Check data.format, data.fields, data.loss_on and data.sequence_length."
-    )

@@ -1,6 +1,6 @@
 """Batches of rows into tokens: which rows become documents."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from trainer.data.dataset.binary import DESIRED_BIT, TARGET_BIT, TOKEN
 from trainer.data.dataset.manifest import Counters, LeftOut, add_left_out
 from trainer.data.format.formats import RowForm, as_read, explicit_form, or_error
 from trainer.data.render.chat import Example, Renderer, Turn
-from trainer.data.render.labelled import Labelled, LabelledRenderer
+from trainer.data.render.labelled import Labelled, LabelledRenderer, one_kind
 from trainer.data.render.pairs import Pair, PairRenderer
 from trainer.data.source.part import Part
 from trainer.data.source.rows import Batch, Row, at, printable
@@ -120,8 +120,8 @@ class Encoder:
             result.error = str(error)
         result.lengths = np.array([len(document) for document in documents], np.int64)
         result.tokens = np.concatenate([result.tokens, *documents])
-        if form.kind == "labelled":
-            result.counters.desired = sum(bool(document[0] & DESIRED_BIT) for document in documents)
+        if form.kind == "labelled" and result.counters.desired is None:
+            result.counters.desired = 0
         return result
 
     def _bad(self, result: Encoded, error: DataError) -> None:
@@ -131,27 +131,60 @@ class Encoder:
         result.counters.bad_rows += 1
         result.bad_rows.append(str(error))
 
-    def _documents(
-        self, result: Encoded, where: str, example: Example | Pair | Labelled
-    ) -> Iterator[NDArray[np.uint32]]:
-        """The example as it is stored: cut to the sequence length or into pieces, without those that train nothing."""
+    def _documents(self, result: Encoded, where: str, example: Example | Pair | Labelled) -> list[NDArray[np.uint32]]:
+        """The example as it is stored."""
         length, limit = len(example.tokens), self._data.sequence_length
-        if length > limit:
-            match self._data.on_too_long:
-                case "fail":
-                    raise _Fatal(
-                        f"{where}: {length} tokens, but data.sequence_length is {limit}. Raise it, or set "
-                        f"data.on_too_long to {self._data.too_long_remedies}."
-                    )
-                case "drop":
-                    result.counters.dropped += 1
-                    return
-                case "truncate":
-                    result.counters.truncated += 1
-                    example = example.cut(limit)
-                case "split":
-                    result.counters.split += 1
-        teaching = [piece.stored() for piece in example.pieces(limit) if piece.teaches]
-        if not teaching:
-            result.counters.without_targets += 1
-        yield from teaching
+        if length > limit and self._data.on_too_long == "fail":
+            raise _Fatal(
+                f"{where}: {length} tokens, but data.sequence_length is {limit}. Raise it, or set "
+                f"data.on_too_long to {self._data.too_long_remedies}."
+            )
+        return documents_of(self._data, example, result.counters)
+
+
+def documents_of(data: Data, example: Example | Pair | Labelled, counters: Counters) -> list[NDArray[np.uint32]]:
+    """The documents that a row becomes, as they are stored: cut to the sequence length or into pieces, without those that train nothing.
+    `counters` counts what became of it."""
+    limit = data.sequence_length
+    if len(example.tokens) > limit:
+        match data.on_too_long:
+            case "drop" | "fail":
+                counters.dropped += 1
+                return []
+            case "truncate":
+                counters.truncated += 1
+                example = example.cut(limit)
+            case "split":
+                counters.split += 1
+    teaching = [piece.stored() for piece in example.pieces(limit) if piece.teaches]
+    if not teaching:
+        counters.without_targets += 1
+    if isinstance(example, Labelled):
+        counters.desired = (counters.desired or 0) + sum(bool(document[0] & DESIRED_BIT) for document in teaching)
+    return teaching
+
+
+def nothing_to_train(what: str, counters: Counters) -> str:
+    """The refusal of data of which no row becomes a document; `what` is the setting that names it."""
+    return (
+        f"{what}: none of the {counters.rows:,} rows can be trained on: {counters.bad_rows:,} bad rows, {counters.without_targets:,} without "
+        f"a token to train, {counters.dropped:,} dropped as too long. Check data.format, data.fields, data.loss_on and data.sequence_length."
+    )
+
+
+def refusals(data: Data, what: str, counters: Counters, documents: Sequence[int]) -> list[str]:
+    """The reasons why rows that were all read cannot be trained on, in sentences: for a report on them and for their compilation.
+
+    `what` is the setting that names them, `documents` how many there are of each source.
+    """
+    if not sum(documents):
+        return [nothing_to_train(what, counters)]
+    if what != "data.train":
+        return []
+    empty = [
+        f"data.train[{index}]: has a fraction of {source.fraction}, but no document. Remove it."
+        for index, source in enumerate(data.train)
+        if source.fraction is not None and not documents[index]
+    ]
+    sided = None if counters.desired is None else one_kind(counters.desired, sum(documents))
+    return [*empty, *([sided] if sided else [])]

@@ -1,11 +1,13 @@
 """The files of each of a run's data sets, which of their rows it has, and the settings that they are read by."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from trainer.config import Config, Data, Source
 from trainer.config.data import LIKELY
 from trainer.data.compile.detection import with_forms
+from trainer.data.render.template import has_template, no_template, tokens_of
 from trainer.data.source.files import SourceFile, expand
 from trainer.data.source.part import EVERYTHING, Part
 from trainer.errors import CapstanError
@@ -49,10 +51,26 @@ def find_evaluated(config: Config, train: list[SourceFile] | None = None) -> dic
         files = _read(config, data, data.train, "data.train") if train is None else train
         inputs["eval"] = Input(files, Part(data.held_out, data.held_out_seed, held_out=True), data)
     sets = {f"{_SETS}{name}": given.data(data) for name, given in config.eval.sets.items()}
-    return inputs | {
-        what: Input(with_forms(config, data, expand(data.train, what), data.train, what, LIKELY), EVERYTHING, data)
-        for what, data in sets.items()
-    }
+    return inputs | {what: _read_set(config, data, what) for what, data in sets.items()}
+
+
+def _read_set(config: Config, data: Data, what: str) -> Input:
+    """One of `eval.sets`. Of the settings of the training rows those hold that its own rows have a use for, whatever these turn out to be."""
+    files = with_forms(config, data.for_rows("text"), expand(data.train, what), data.train, what, LIKELY)
+    form = files[0].form
+    return Input(files, EVERYTHING, data.for_rows(form.format) if form and data.format == "auto" else data)
+
+
+def check_sources(config: Config, tokenizer: Path) -> None:
+    """Raises what a run would end with before it reads all of its rows; `tokenizer` is the directory with the base's files.
+
+    Raises:
+        ConfigError: as `find`, or there are conversations and no chat template.
+        DataError: as `find`.
+    """
+    for files, _, data in find(config).values():
+        if any(file.form and file.form.kind == "chat" for file in files) and not has_template(data, tokenizer):
+            raise no_template(tokens_of(tokenizer))
 
 
 def as_trained(config: Config) -> Data:

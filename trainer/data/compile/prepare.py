@@ -17,17 +17,17 @@ from trainer.config import Config
 from trainer.config.evaluation import UNNAMED
 from trainer.data.compile.compile import Progress, compile_chapters
 from trainer.data.compile.detection import describe_forms
+from trainer.data.compile.encode import refusals
 from trainer.data.compile.fingerprint import count_chapters, fingerprint, hash_tokenizer
 from trainer.data.compile.inputs import Input, find, find_evaluated, named
 from trainer.data.compile.pool import Mapper, mapper_for
 from trainer.data.compile.weights import find_weights, keep_weights, kept_weights
 from trainer.data.dataset.dataset import open_chapter
-from trainer.data.dataset.dataset.overlap import refuse_overlaps
-from trainer.data.dataset.manifest import MANIFEST, DatasetManifest, damaged, read_manifest
+from trainer.data.dataset.manifest import MANIFEST, damaged, read_manifest
+from trainer.data.dataset.overlap import refuse_overlaps
 from trainer.data.order.bins import EpochBins, keep_bins, kept_bins, total
 from trainer.data.order.order import EpochPlan, nothing_visited, turns
 from trainer.data.order.settings import Order, train_order
-from trainer.data.render.labelled import one_kind
 from trainer.data.source.files import SourceFile
 from trainer.errors import DataError, NotFound
 from trainer.run import layout
@@ -148,8 +148,9 @@ def _compile(
                 where = f"{store.sub(layout.dataset(key)).uri}/{MANIFEST}"
                 raise damaged(where, f"it has {len(manifest.sources)} sources, and the data {files[-1].source + 1}")
             if what == "train":
-                _check_fractions(config, manifest)
-                _check_labels(manifest)
+                documents = [source.documents for source in manifest.sources]
+                if wrong := refusals(data, "data.train", manifest.counters, documents):
+                    raise DataError(wrong[0])
         yield chapter
 
 
@@ -218,19 +219,6 @@ def _may_have_weights(files: Sequence[SourceFile]) -> bool:
 
 def _show_reading(progress: OnProgress, what: str, size: int, read: int) -> None:
     progress(what, Progress(min(read, size), size))
-
-
-def _check_fractions(config: Config, manifest: DatasetManifest) -> None:
-    """A chapter may lack a source, but not all of them."""
-    for index, (source, found) in enumerate(zip(config.data.train, manifest.sources, strict=True)):
-        if source.fraction is not None and not found.tokens:
-            raise DataError(f"data.train[{index}]: has a fraction of {source.fraction}, but no document. Remove it.")
-
-
-def _check_labels(manifest: DatasetManifest) -> None:
-    desired = manifest.counters.desired
-    if desired is not None and (sentence := one_kind(desired, manifest.documents)):
-        raise DataError(sentence)
 
 
 def _epoch_bins(store: Store, fingerprint: str, order: Order, epochs: int) -> list[EpochBins]:

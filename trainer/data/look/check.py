@@ -1,6 +1,6 @@
 """A report on what a run's sources hold, before anything is compiled or trained."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -9,18 +9,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainer.config import Config, Data
-from trainer.data.compile.encode import RowEncoder, left_out_of
+from trainer.data.compile.encode import RowEncoder, documents_of, left_out_of, refusals
 from trainer.data.compile.inputs import Input
 from trainer.data.compile.pool import Mapper, mapper_for
-from trainer.data.dataset.binary import DESIRED_BIT
 from trainer.data.dataset.dataset import BLOCK_DOCUMENTS
-from trainer.data.dataset.manifest import LeftOut, add_left_out
+from trainer.data.dataset.manifest import Counters, LeftOut, add_left_out
 from trainer.data.format.formats import explicit_form
 from trainer.data.look.duplicates import Fingerprint, Seen
 from trainer.data.order.order import EpochPlan
 from trainer.data.order.settings import Order, train_order
 from trainer.data.render.chat import Turn
-from trainer.data.render.labelled import one_kind
 from trainer.data.source.files import SourceFile
 from trainer.data.source.part import Part
 from trainer.data.source.reading import batches
@@ -41,9 +39,9 @@ class Findings:
     Attributes:
         bad_rows: could not be used; `bad_row_reasons` says why, and `bad_row_examples` the same in lines, one for equal reasons.
         undecodable: not UTF-8, or with U+FFFD in it, which stands for bytes that once could not be decoded.
-        too_long: longer than data.sequence_length; `tokens_cut` are the tokens above it.
+        too_long: longer than data.sequence_length; `tokens_cut` are the tokens above it, `dropped` the rows that are left out for it.
         without_targets: nothing in them is trained, so they are left out.
-        desired: of those with labels that are not left out, the desired ones.
+        desired: of those with labels that are not left out, the desired ones; None where rows have none.
         one_sided: without a user's or without an assistant's turn.
         empty_turns: with a turn that says nothing.
         odd_roles: one role twice in a row (but several tools may answer), or a system message after the first turn.
@@ -62,8 +60,9 @@ class Findings:
     targets: int = 0
     too_long: int = 0
     tokens_cut: int = 0
+    dropped: int = 0
     without_targets: int = 0
-    desired: int = 0
+    desired: int | None = None
     one_sided: int = 0
     empty_turns: int = 0
     odd_roles: int = 0
@@ -116,34 +115,39 @@ def check_data(
     """
     trained = Seen()
     splits: dict[str, Findings] = {}
-    refusals: list[str] = []
+    refused: list[str] = []
     for what, (files, part, data) in inputs.items():
         size = sum(file.size for file in files)
         start = partial(_Inspector, data, tokenizer, part)
         collected = _Collected(trained if what == "train" else Seen(), trained)
-        for inspected, read in (mapper or mapper_for(size))(_read(files), start):
+        documents = [0] * (files[-1].source + 1)
+        for inspected, (source, read) in (mapper or mapper_for(size))(_read(files), start):
             collected.take(inspected)
+            documents[source] += len(inspected.kept)
             progress(what, read, size)
         splits[what] = collected.finish(replace(train_order(config), weights=(1.0,), fractions=(), seed=0))
-        refusals += _refusals(data, what, splits[what], files)
-    return DataReport(splits, refusals)
+        refused += _refusals(data, what, splits[what], documents)
+    return DataReport(splits, refused)
 
 
-def _read(files: list[SourceFile]) -> Iterator[tuple[Batch, int]]:
-    """Every batch, and how many bytes of all files were read by its end."""
+def _read(files: list[SourceFile]) -> Iterator[tuple[Batch, tuple[int, int]]]:
+    """Every batch, its source, and how many bytes of all files were read by its end."""
     before = 0
     for file in files:
         for batch in batches(file):
-            yield batch, before + batch.read
+            yield batch, (file.source, before + batch.read)
         before += file.size
 
 
 @dataclass
 class _Inspected:
-    """The findings in one batch, the number of tokens of each of its documents, and the place and text of each."""
+    """The findings in one batch, the number of tokens of each of its rows and of each document that a run has of them, and the place and
+    text of each row."""
 
     found: Findings = field(default_factory=Findings)
+    counters: Counters = field(default_factory=Counters)
     lengths: list[int] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
     texts: list[tuple[str, Fingerprint]] = field(default_factory=list)
 
 
@@ -184,9 +188,11 @@ class _Inspector:
             found.targets += int(example.targets.sum())
             found.too_long += len(example.tokens) > limit
             found.tokens_cut += max(0, len(example.tokens) - limit)
-            kept = example.cut(limit)
-            found.without_targets += not kept.teaches
-            found.desired += kept.teaches and bool(kept.stored()[0] & DESIRED_BIT)
+            stored = documents_of(self._data, example, result.counters)
+            result.kept += [len(document) for document in stored]
+        found.dropped, found.without_targets = result.counters.dropped, result.counters.without_targets
+        if form.kind == "labelled":
+            found.desired = result.counters.desired or 0
         return result
 
 
@@ -217,15 +223,17 @@ class _Collected:
         self._trained = trained
         self._found = Findings(in_train=None if seen is trained else {"exact": 0, "near": 0})
         self._lengths: list[int] = []
+        self._kept: list[int] = []
 
     def take(self, batch: _Inspected) -> None:
         for name, value in vars(batch.found).items():
             if isinstance(value, int):
-                setattr(self._found, name, getattr(self._found, name) + value)
+                setattr(self._found, name, (getattr(self._found, name) or 0) + value)
         add_left_out(self._found.left_out, batch.found.left_out)
         add_left_out(self._found.unused_fields, batch.found.unused_fields)
         add_left_out(self._found.bad_row_reasons, batch.found.bad_row_reasons)
         self._lengths += batch.lengths
+        self._kept += batch.kept
         for where, text in batch.texts:
             self._compare(where, text)
 
@@ -254,12 +262,12 @@ class _Collected:
             above = 2 ** np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
             bounds, counts = np.unique(above, return_counts=True)
             found.histogram = dict(zip(bounds.tolist(), counts.tolist(), strict=True))
-            found.packed_rows, found.fill = _pack(np.minimum(lengths[lengths > 0], order.sequence_length), order)
+        found.packed_rows, found.fill = _pack(np.array(self._kept, np.int64), order)
         return found
 
 
 def _pack(lengths: np.ndarray, order: Order) -> tuple[int, float]:
-    """Packed rows of the documents, none of which is empty, and the share of their tokens that is no padding."""
+    """Packed rows of the documents, and the share of their tokens that is no padding."""
     if not len(lengths):
         return 0, 0.0
     blocks = np.array([*range(0, len(lengths), BLOCK_DOCUMENTS), len(lengths)])
@@ -268,23 +276,23 @@ def _pack(lengths: np.ndarray, order: Order) -> tuple[int, float]:
     return bins, round(int((lengths + order.beside).sum()) / (bins * order.capacity), 4)
 
 
-def _refusals(data: Data, what: str, found: Findings, files: list[SourceFile]) -> list[str]:
-    setting, refusals = what if what.startswith("eval.sets.") else f"data.{what}", []
+def _refusals(data: Data, what: str, found: Findings, documents: Sequence[int]) -> list[str]:
+    setting, refused = what if what.startswith("eval.sets.") else f"data.{what}", list[str]()
     if found.bad_rows and data.on_bad_row == "fail":
-        refusals.append(
+        refused.append(
             f"{setting}: {found.bad_rows} bad rows, the first is {found.bad_row_examples[0]}. Correct them, or set "
             "data.on_bad_row: skip."
         )
     if found.too_long and data.on_too_long == "fail":
-        refusals.append(
+        refused.append(
             f"{setting}: {found.too_long} rows are longer than data.sequence_length: {data.sequence_length}. Raise it, or "
             f"set data.on_too_long to {data.too_long_remedies}."
         )
-    if found.documents == found.without_targets:
-        refusals.append(
-            f"{setting}: nothing to train on in {found.rows} rows of {len(files)} files. Check data.format, data.fields, "
-            "data.loss_on and data.sequence_length."
-        )
-    elif what == "train" and any(file.form and file.form.kind == "labelled" for file in files):
-        refusals += filter(None, [one_kind(found.desired, found.documents - found.without_targets)])
-    return refusals
+    counters = Counters(
+        rows=found.rows,
+        bad_rows=found.bad_rows,
+        dropped=found.dropped,
+        without_targets=found.without_targets,
+        desired=found.desired,
+    )
+    return refused + refusals(data, setting, counters, documents)

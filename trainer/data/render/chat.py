@@ -20,8 +20,9 @@ from trainer.data.dataset.binary import TARGET_BIT
 from trainer.data.format.formats import missing_field, or_error
 from trainer.data.format.left_out import END_OF_TURN, left_out
 from trainer.data.format.messages import Message, is_trained, read_messages, read_tools, text_of
-from trainer.data.format.spans import Span, Spelling, joined, overlapping, without
+from trainer.data.format.spans import Span, joined, without
 from trainer.data.render.conversation import Conversation
+from trainer.data.render.spelling import Spelling, overlapping
 from trainer.data.render.template import conversation_template
 from trainer.data.render.thinking import (
     Edit,

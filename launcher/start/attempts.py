@@ -1,0 +1,141 @@
+"""A run over all attempts at it: each starts the ranks, and `retry.decide` says whether another follows. Where ranks run is the caller's.
+
+The ranks restore by themselves, so an attempt needs to know nothing of the one before.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+
+from launcher.policy import retry
+from launcher.start.stopping import stop_if_asked
+from trainer.checkpoint.listing import committed_steps
+from trainer.config import Config
+from trainer.data.compile.prepare import Datasets
+from trainer.errors import CapstanError, ConfigError, Stopped, StorageError, Superseded
+from trainer.run import layout
+from trainer.run.background import say
+from trainer.run.folder import command
+from trainer.run.owner import Ownership
+from trainer.run.records import generations, newest_records, record_end, record_restart
+from trainer.store import Store
+
+_LOOK_SECONDS = 2.0
+
+
+@dataclass
+class Attempts:
+    """A run and all attempts at it so far: `ends` are theirs, `began` is when the newest one was begun, in seconds since 1970.
+
+    `before` is the newest generation before the attempt that is made now; `committed`: the run has a checkpoint. Both are
+    what the store has told last.
+    """
+
+    config: Config
+    datasets: Datasets
+    owner: Ownership
+    resume: bool
+    began: float = field(default_factory=time.time)
+    ends: list[retry.Failure] = field(default_factory=list)
+    before: int = 0
+    committed: bool = False
+
+    @property
+    def run(self) -> Store:
+        return self.owner.run
+
+
+def keep_trying(attempts: Attempts, attempt: Callable[[], retry.Failure | None], log: Callable[[str], None]) -> None:
+    """Make attempts until one is done or the budgets are used up; `attempt` returns why it ended, or None when the run is done.
+
+    Raises:
+        CapstanError: the run's own, or a crash's with its reason.
+    """
+    run = attempts.run
+    while True:
+        try:
+            attempts.owner.check()
+            attempts.before = max(generations(run), default=0)
+            run.delete(layout.RESTART)
+            run.delete(layout.RANKS_BEGUN)
+            end = attempt()
+        except Superseded:
+            raise
+        except StorageError as error:
+            end = retry.Failure(str(error), error)
+        except (ConfigError, Stopped) as error:
+            if attempts.ends:
+                raise _between_attempts(attempts, error) from None
+            raise
+        if end is None:
+            return
+        decision = _after(attempts, end)
+        if decision.error is not None:
+            raise decision.error
+        log(decision.reason)
+        attempts.began = time.time()
+
+
+def _after(attempts: Attempts, end: retry.Failure) -> retry.Decision:
+    """Keep why an attempt ended, and decide what follows, which a store that does not answer keeps nobody from."""
+    run, before = attempts.run, attempts.before
+    try:
+        attempts.owner.check()  # the newest records would be another start's
+        end = retry.explained(end, newest_records(run, after=before))
+        record_end(run, end.reason, stopped=isinstance(end.error, Stopped), crash=end.error is None, after=before)
+        attempts.committed = bool(committed_steps(run))
+    except Superseded:
+        raise
+    except StorageError as error:
+        say(f"why this start ended could not be kept, which does not end the run: {error}")
+    attempts.ends.append(end)
+    rules, tell = attempts.config.retry, partial(command, folder=run)
+    decision = retry.decide(attempts.ends, rules, committed=attempts.committed, command=tell)
+    if decision.error is None:
+        with suppress(StorageError):
+            record_restart(run, decision.reason)
+    return decision
+
+
+def _between_attempts(attempts: Attempts, error: ConfigError | Stopped) -> CapstanError:
+    """The error that ends a run which has trained before, kept as the end of the start that comes to nothing."""
+    if isinstance(error, ConfigError) and attempts.committed:
+        resume = command("resume", attempts.run)
+        error = Stopped(f"{attempts.ends[-1].reason}; since then: {error} {resume} goes on.")
+    with suppress(StorageError):
+        record_end(attempts.run, str(error), stopped=isinstance(error, Stopped), after=attempts.before)
+    return error
+
+
+class Watch:
+    """The driver's checks while ranks work: a stop that need not wait for a step, and what else is to be looked at, `more`, which gets
+    whether the ranks train already."""
+
+    def __init__(self, attempts: Attempts, more: Callable[[bool], None] = lambda training: None) -> None:
+        self._attempts, self._more = attempts, more
+        self._training = self._failing = False
+        self._looked = time.monotonic()
+
+    def look(self) -> None:
+        """Raises `Stopped` when a stop was asked for, nothing new is trained and something is committed already, and what `more`
+        raises. A store that does not answer is asked again at the next look."""
+        try:
+            self._look()
+        except StorageError as error:
+            if not self._failing:
+                say(f"looking after the ranks failed, which does not end the run, and will be tried again: {error}")
+            self._failing = True
+        else:
+            self._failing = False
+
+    def _look(self) -> None:
+        now, run = time.monotonic(), self._attempts.run
+        if now - self._looked >= _LOOK_SECONDS and not self._training:
+            self._looked = now
+            records = newest_records(run, after=self._attempts.before)
+            self._training = any(record["kind"] == "start" for record in records)
+            if not self._training and committed_steps(run):
+                stop_if_asked(run, "while the run was starting")
+        self._more(self._training)

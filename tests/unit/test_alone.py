@@ -1,0 +1,106 @@
+"""A run of one local rank without Ray: how its process's end becomes an end of the run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.start import alone
+from launcher.start.alone import is_alone, run_alone
+from launcher.view.status import read_status
+from trainer.alone import outcome_of
+from trainer.config import Config, override, parse_config
+from trainer.data.compile.prepare import Datasets
+from trainer.errors import CapstanError, ConfigError, NonFiniteLoss, StorageError
+from trainer.processes import children
+from trainer.run import layout
+from trainer.run.folder import run_folder
+from trainer.run.owner import take
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    text = f"run: {{name: one, store: {tmp_path}}}\nmodel: {{base: /m}}\ndata: {{train: [{{path: d}}]}}\ntrain: {{steps: 2}}"
+    return parse_config(text + "\nretry: {failures: 1}")
+
+
+def drive(config: Config, monkeypatch: pytest.MonkeyPatch, *programs: str) -> list[str]:
+    """Run the driver over ranks that are these programs, whose arguments are the files of the task and of the outcome."""
+    script, log = iter(programs), list[str]()
+
+    def start(command: list[str], **options: Any) -> "subprocess.Popen[Any]":
+        return children.start([sys.executable, "-c", f"import sys; {next(script)}", *command[3:]], **options)
+
+    monkeypatch.setattr(alone, "children", type("", (), {"start": staticmethod(start)}))
+    monkeypatch.setattr(alone, "_LOOK_SECONDS", 0.05)
+    owner = take(run_folder(config), "capstan train", 0)
+    run_alone(config, Datasets("d", None), owner, resume=False, log=log.append)
+    assert next(script, None) is None
+    return [line for line in log if not line.startswith("launch: ")]
+
+
+def ends_with(error: BaseException) -> str:
+    return f"open(sys.argv[2], 'w').write({json.dumps(outcome_of(error))!r}); sys.exit(1)"
+
+
+DONE = "import json; json.load(open(sys.argv[1])); open(sys.argv[2], 'w').write('{}')"
+
+
+def test_a_rank_that_is_done_ends_the_run(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert drive(config, monkeypatch, DONE) == []
+
+
+def test_a_rank_that_is_killed_is_started_again_and_a_second_death_ends_the_run(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    (why,) = drive(config, monkeypatch, killed, DONE)
+    assert why.startswith("rank 0 died: its process was killed by signal 9. Starting again")
+    with pytest.raises(CapstanError, match=r"rank 0 died: its process ended with exit code 3 \(no memory\).*failure 2"):
+        drive(override(config, "run.name=two"), monkeypatch, killed, "print('no memory', file=sys.stderr); sys.exit(3)")
+    status = read_status(run_folder(override(config, "run.name=two")))
+    assert (status.state, status.reason) == ("failed", "rank 0 died: its process ended with exit code 3 (no memory)")
+
+
+@pytest.mark.parametrize("error", [ConfigError("wrong"), NonFiniteLoss("nan", {"epoch": 0})], ids=str)
+def test_an_error_of_ours_keeps_its_kind(config: Config, monkeypatch: pytest.MonkeyPatch, error: CapstanError) -> None:
+    rules = override(config, "retry.skip_bad_window=false")
+    with pytest.raises(type(error), match=str(error)) as caught:
+        drive(rules, monkeypatch, ends_with(error))
+    assert getattr(caught.value, "window", None) == getattr(error, "window", None)
+
+
+def test_a_certain_crash_ends_the_run_at_its_second_time(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    rules, crash = override(config, "retry.failures=9"), ends_with(IndexError("list index out of range"))
+    with pytest.raises(
+        CapstanError, match="IndexError: list index out of range. It is the second crash before the first"
+    ):
+        drive(rules, monkeypatch, crash, ends_with(StorageError("503")), crash)
+
+
+def test_a_stop_that_need_not_wait_for_a_step_ends_the_rank(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_folder(config)
+    run.create(layout.manifest(4), b"a checkpoint")
+    monkeypatch.setattr("launcher.start.attempts._LOOK_SECONDS", 0.0)
+    run.put(layout.STOP, b"{}")
+    with pytest.raises(CapstanError, match="stopped by somebody while the run was starting") as caught:
+        drive(config, monkeypatch, "import time; time.sleep(60)")
+    assert caught.value.exit_code == 75
+
+
+def test_one_rank_on_this_machine_is_alone(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    for gpus, given, expected in (
+        (0, "", True),
+        (1, "", True),
+        (2, "", False),
+        (2, "cluster.workers=1", True),
+        (2, "cluster.gpus_per_worker=0", True),
+        (0, "cluster.workers=2", False),
+        (0, "cluster.workers=[1, 2]", False),
+        (0, "cluster.ray.resources={special: 1}", False),
+    ):
+        monkeypatch.setattr(alone, "local_gpus", lambda gpus=gpus: gpus)
+        assert is_alone(override(config, given) if given else config) == expected, given

@@ -1,0 +1,45 @@
+"""The program of a run's only rank on this machine, in a process of its own beside its driver.
+
+    python -m trainer.alone TASK OUTCOME
+
+The file TASK is JSON: the configuration, the compiled data, whether there must be a checkpoint, and when the start began. How it ended
+comes to the file OUTCOME, as `outcome_of` writes it; there is none where the process was killed.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from trainer.config import parse_config
+from trainer.data.compile.prepare import Datasets
+from trainer.devices import stay_on_cpu
+from trainer.errors import CapstanError, NonFiniteLoss
+
+
+def outcome_of(error: BaseException) -> dict[str, Any]:
+    """The error that ended a rank, as JSON."""
+    window = error.window if isinstance(error, NonFiniteLoss) else None
+    return {"kind": type(error).__name__, "ours": isinstance(error, CapstanError), "text": str(error), "window": window}
+
+
+def main() -> None:
+    given, outcome = map(Path, sys.argv[1:])
+    task = json.loads(given.read_text(encoding="utf-8"))
+    config, datasets = parse_config(task["config"]), Datasets(**task["datasets"])
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if config.cluster.gpus_per_worker == 0:
+        stay_on_cpu()
+    try:
+        from trainer.rank import Starter, run_rank
+
+        run_rank(config, datasets, resume=task["resume"], starter=Starter(began=task["began"]))
+    except Exception as error:
+        outcome.write_text(json.dumps(outcome_of(error)), encoding="utf-8")
+        raise SystemExit(1) from error
+    outcome.write_text("{}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
