@@ -80,7 +80,7 @@ class Bench:
 
 class Ours:
     def __init__(self, bench: Bench, place: str) -> None:
-        from trainer.checkpoint.checkpoints import Checkpoints
+        from trainer.checkpoint.checkpoints import Checkpoints, CommitHooks
         from trainer.checkpoint.identity import Identity
         from trainer.config import Checkpoint
         from trainer.store import open_store
@@ -88,7 +88,9 @@ class Ours:
         store = open_store(str(bench.folder / "ours")) if place == "disk" else bench.remote.sub("ours")
         self.bench, self.run, self.steps = bench, store, 0
         rules = Checkpoint(keep_last=1)
-        self.checkpoints = Checkpoints(store, bench.ranks, 1, Identity("", {}, {}), rules, {}, lambda kind, **_: None)
+        self.checkpoints = Checkpoints(
+            store, bench.ranks, 1, Identity("", {}, {}), rules, CommitHooks(lambda kind, **_: None)
+        )
 
     def save(self) -> Callable[[], None]:
         self.steps += 1

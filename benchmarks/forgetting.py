@@ -48,7 +48,7 @@ def settings(folder: Path, base: str, name: str, steps: int, replay: float) -> d
         "data": {"train": rows[name], "format": "prompt_completion", "sequence_length": 128},
         "optim": {"lr": 3e-3},
         "train": {"steps": steps, "global_batch": 4, "micro_batch": 4, "activation_checkpointing": False},
-        "eval": {"sets": {part: {"path": str(folder / f"{part}.jsonl")} for part in ("task", "general")}},
+        "eval": {"sets": {"general": {"path": str(folder / "general.jsonl")}}},
         "cluster": {"gpus_per_worker": 0, "threads_per_worker": 1},
         "track": {"tensorboard": False},
     }
@@ -61,7 +61,8 @@ def measured(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     path.write_text(yaml.safe_dump(config))
     subprocess.run([sys.executable, *ONE_RANK, "-m", "launcher.cli", "train", str(path)], stdout=sys.stderr, check=True)
     print(f"$ capstan evaluate {name}", flush=True)
-    evaluate = [sys.executable, "-m", "launcher.cli", "evaluate", name, "--store", config["run"]["store"]]
+    task = f"--set=task={folder / 'task.jsonl'}"  # a start refuses evaluation data that it trains on
+    evaluate = [sys.executable, "-m", "launcher.cli", "evaluate", name, "--store", config["run"]["store"], task]
     subprocess.run(evaluate, env={**os.environ, "COLUMNS": "100"}, check=True)
     return json.loads((folder / "store" / name / f"evaluations/step-{steps:09d}.json").read_text())["sets"]
 

@@ -4,9 +4,16 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.progress import TimeRemainingColumn
 from rich.segment import Segment
+from rich.table import Column
 
 from launcher.terminal import visible
+
+
+def time_left() -> TimeRemainingColumn:
+    """How long a bar still takes, which no narrow terminal cuts off."""
+    return TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=len("0:00:00")))
 
 
 class Terminal(Console):

@@ -19,18 +19,18 @@ from trainer.errors import ConfigError
 Kind = TypeVar("Kind")
 
 
-def kinds(folder: ModuleType, table: str) -> dict[str, Any]:
-    """All entries of the dictionaries called `table` in the folder's files; a file without one has no kind of its own."""
-    return dict(_kinds(folder.__name__, tuple(folder.__path__), table))
+def kinds(folder: ModuleType, table: str, speaks: str = "method") -> dict[str, Any]:
+    """All entries of the dictionaries called `table` in the folder's files; a file without one has no kind of its own. A kind
+    with parts of its own is a folder there, for which its file `speaks` has the table."""
+    return dict(_kinds(folder.__name__, tuple(folder.__path__), table, speaks))
 
 
 @cache
-def _kinds(package: str, path: tuple[str, ...], table: str) -> dict[str, Any]:
+def _kinds(package: str, path: tuple[str, ...], table: str, speaks: str) -> dict[str, Any]:
     """A plan asks a hundred times, and each time it is files that are looked for."""
     found: dict[str, Any] = {}
     for module in iter_modules(path):
-        # A kind with parts of its own is a folder, whose `method.py` speaks for it.
-        name = f"{package}.{module.name}" + (".method" if module.ispkg else "")
+        name = f"{package}.{module.name}" + (f".{speaks}" if module.ispkg else "")
         if module.ispkg and find_spec(name) is None:
             continue
         found |= getattr(import_module(name), table, {})

@@ -10,8 +10,11 @@ from trainer.errors import ConfigError
 
 
 def ls(
+    place: Annotated[
+        str | None, typer.Argument(metavar="[STORE]", help="A folder or bucket with runs; the same as --store.")
+    ] = None,
     store: Annotated[
-        str, typer.Argument(metavar="STORE", envvar="CAPSTAN_STORE", help="A folder or bucket with runs.")
+        str, typer.Option("--store", envvar="CAPSTAN_STORE", help="A folder or bucket with runs.")
     ] = "runs",
     as_json: Json = False,
 ) -> None:
@@ -19,7 +22,7 @@ def ls(
     from launcher.view.listing import list_runs
     from trainer.store import open_store
 
-    emit(list_runs(open_store(store)), as_json, lambda found: found.table())
+    emit(list_runs(open_store(place or store)), as_json, lambda found: found.table())
 
 
 def status(

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
-from launcher.console import Terminal
+from launcher.console import Terminal, time_left
 from launcher.evaluate.ranks import Hear, count_ranks, run_ranks
 from launcher.evaluate.tables import Evaluated
 from trainer.checkpoint.choice import chosen_step
@@ -85,7 +85,7 @@ def _bars(log: Log) -> Iterator[Hear]:
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.completed}/{task.total}"),
-        TimeRemainingColumn(),
+        time_left(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         tasks, finished = dict[str, Any](), set[str]()

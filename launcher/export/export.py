@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from launcher.console import Terminal
+from launcher.console import Terminal, time_left
 from launcher.terminal import put
 from trainer.base.find.locate import describe_base
 from trainer.checkpoint.listing import committed_steps
@@ -121,7 +121,7 @@ def _bar(title: str) -> Iterator[ExportProgress]:
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
-        TimeRemainingColumn(),
+        time_left(),
     )
     console = Terminal(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:

@@ -3,12 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from launcher.policy.trials import word
 from launcher.report.figures import RunFigures
 from launcher.report.page import measure_of, rendered
 from launcher.report.plots import Plot, Series, lines
 from trainer.run.settings import leaves
 
-_COMPARED = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu", "device_peak_bytes", "expert_load")
+_LOSS = "loss"
+_COMPARED = ("lr", "grad_norm", "tokens_per_second", "mfu", "device_peak_bytes", "expert_load")
 
 
 def comparison_page(runs: Sequence[RunFigures]) -> str:
@@ -30,26 +32,54 @@ def distinct_names(runs: Sequence[RunFigures]) -> list[str]:
     return [run.name if names.count(run.name) == 1 else run.run for run in runs]
 
 
-def differing_settings(runs: Sequence[RunFigures]) -> dict[str, list[Any]]:
-    """The settings that are not the same in all runs, each with its value in every run; name and place of the run are left out."""
+def differing_settings(runs: Sequence[RunFigures]) -> dict[str, list[str]]:
+    """The settings that are not the same in all runs, each with its value in every run, in words; name and place of the run are left
+    out."""
     every = [dict(leaves(run.settings)) for run in runs]
     names = {name: None for settings in every for name in settings}
     values = {name: [settings.get(name) for settings in every] for name in names if not name.startswith("run.name")}
-    return {name: of for name, of in values.items() if any(value != of[0] for value in of) and name != "run.store"}
+    differing = {name: of for name, of in values.items() if any(value != of[0] for value in of) and name != "run.store"}
+    return {name: ["" if value is None else word(_set(value)) for value in of] for name, of in differing.items()}
+
+
+def _set(value: Any) -> Any:
+    """A value as somebody would write it: lists of sections without what is not set in them, and those of a path alone as the path."""
+    if isinstance(value, list):
+        return [_set(one) for one in value]
+    if not isinstance(value, Mapping):
+        return value
+    given = {name: _set(one) for name, one in value.items() if one not in (None, {}, [])}
+    return given["path"] if given in ({"path": given.get("path")}, {"path": given.get("path"), "weight": 1}) else given
 
 
 def comparison_plots(runs: Mapping[str, RunFigures]) -> list[Plot]:
     """The same measure of all runs in one plot: where a run has more steps than can be shown, its means."""
-    plots = [_overlaid(runs, name) for name in _COMPARED]
-    for of in sorted({of for run in runs.values() for of in run.held_out.get("loss", {})}):
-        series = [Series(name, run.held_out.get("loss", {}).get(of, [])) for name, run in runs.items()]
-        plots.insert(1, lines(f"Held-out loss{f': {of}' if of else ''}", series, unit="nats"))
+    plots = [_overlaid(some, _LOSS, words) for words, some in _by_objective(runs).items()]
+    for of in sorted({of for run in runs.values() for of in run.held_out.get(_LOSS, {})}):
+        # A named set has the likelihood of its tokens; the loss of the data without a name is the objective's.
+        for words, some in ({"": runs} if of else _by_objective(runs)).items():
+            series = [Series(name, run.held_out.get(_LOSS, {}).get(of, [])) for name, run in some.items()]
+            title = ": ".join(filter(None, ("Held-out loss", of, words)))
+            plots.append(lines(title, series, unit="nats"))
+    plots += [_overlaid(runs, name) for name in _COMPARED]
     return [plot for plot in plots if plot]
 
 
-def _overlaid(runs: Mapping[str, RunFigures], name: str) -> Plot | None:
+def _by_objective(runs: Mapping[str, RunFigures]) -> dict[str, dict[str, RunFigures]]:
+    """The runs whose losses are of one formula, by its words; without words where all are."""
+    tried = {name: {"name": "sft", **_set(run.settings.get("objective") or {})} for name, run in runs.items()}
+    groups: dict[str, dict[str, RunFigures]] = {}
+    for name, objective in tried.items():
+        different = {
+            key: value for key, value in objective.items() if any(other.get(key) != value for other in tried.values())
+        }
+        groups.setdefault(", ".join(f"{key} {word(value)}" for key, value in different.items()), {})[name] = runs[name]
+    return groups if len(groups) > 1 else {"": dict(runs)}
+
+
+def _overlaid(runs: Mapping[str, RunFigures], name: str, words: str = "") -> Plot | None:
     measure = measure_of(name)
     curves = {run: curve for run, figures in runs.items() if (curve := figures.curves.get(name))}
     series = [Series(run, measure.scaled(curve.means or curve.points)) for run, curve in curves.items()]
     note = "Means of stretches of steps" if any(curve.means for curve in curves.values()) else ""
-    return lines(measure.title, series, unit=measure.unit, note=note)
+    return lines(f"{measure.title}: {words}" if words else measure.title, series, unit=measure.unit, note=note)

@@ -54,11 +54,26 @@ def write_report(folders: Sequence[Store], output: Path | None = None) -> Report
         folders[0].put(layout.REPORT, report.page().encode())
         return report
     target = Path(target_of(folders, output))
+    page = report.page()
     try:
-        target.write_text(report.page(), encoding="utf-8")
+        _write(target, page)
     except OSError as error:
         raise StorageError(f"-o: {target} cannot be written: {error.strerror}. Name another file.") from error
     return report
+
+
+def _write(target: Path, text: str) -> None:
+    """All of it or nothing: what is there stays where the disk is full. What is no file, such as /dev/stdout, is written to as it is."""
+    if target.exists() and not target.is_file():
+        target.write_text(text, encoding="utf-8")
+        return
+    part = target.with_name(f".{target.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(target)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def keep_report(run: Store, log: Callable[[str], None]) -> None:

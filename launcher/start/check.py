@@ -144,7 +144,7 @@ def in_use(run: Store, *, by_store: bool = False) -> str | None:
     if status.state not in ("running", "restarting") and not (status.state == "starting" and status.generation):
         return None
     quiet = status.quiet_seconds or 0.0
-    return f"its start {status.generation} wrote {quiet:.0f} s ago" if quiet < SILENT_SECONDS else None
+    return f"its start {status.generation}, which wrote {quiet:.0f} s ago" if quiet < SILENT_SECONDS else None
 
 
 def check_name(run: Store) -> None:

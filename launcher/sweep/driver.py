@@ -33,10 +33,11 @@ from launcher.view.sweep import (
     trial_state,
     watch_sweep,
 )
-from trainer.base.find.locate import describe_base, resolve_base
+from trainer.base.find.locate import base_files, describe_base, resolve_base
 from trainer.base.load.cache import MANIFEST as BASE_MANIFEST
 from trainer.base.load.cache import cache_folder
 from trainer.config import Config, dump_config, override
+from trainer.data.compile.fingerprint import hash_tokenizer
 from trainer.data.compile.prepare import locate
 from trainer.data.dataset.manifest import MANIFEST as DATA_MANIFEST
 from trainer.errors import CapstanError, ConfigError, Stopped, Superseded
@@ -52,6 +53,8 @@ from trainer.store import open_run_store
 _LOOK_SECONDS = 2.0
 _MAY_CHANGE = ("sweep.", "cluster.", "track.", "retry.", "timeouts.")
 """Sections that decide nothing of how good a trial gets; `laid_out` compares what is tried by itself."""
+_TOKENIZERS = ("model.base", "model.revision", "model.add_tokens")
+"""Settings that may change the tokenizer."""
 _TRIAL_BYTES = 2**20
 """A process of Tune's must ask for something, and this much host memory is everywhere."""
 
@@ -84,7 +87,23 @@ def laid_out(config: Config, *, resume: bool) -> tuple[Config, SearchPlan]:
                 check(own, resume=False)
             except ConfigError as error:
                 raise ConfigError(f"trial {trial.number} ({trial.words()}): {error}") from error
+    _check_tokenizers(config, plan)
     return config, plan
+
+
+def _check_tokenizers(config: Config, plan: SearchPlan) -> None:
+    """Raises `ConfigError` where trials cut the same text into different tokens: means over these do not compare."""
+    tried = [name for name in _TOKENIZERS if name in config.sweep.settings]
+    seen = dict[str, int]()
+    for trial in plan.trials if tried else ():
+        model = trial_config(config, trial).model
+        key = json.dumps(hash_tokenizer(base_files(model), model.add_tokens), sort_keys=True)
+        if len(seen | {key: trial.number}) > 1:
+            raise ConfigError(
+                f"sweep.settings: {tried[0]!r} gives trials {next(iter(seen.values()))} and {trial.number} different tokenizers, so their "
+                f"{plan.metric.name} is a mean over different tokens. Try bases with the same tokenizer, or each by a sweep of its own."
+            )
+        seen.setdefault(key, trial.number)
 
 
 def _check_shared(before: Config, now: Config, uri: str) -> None:

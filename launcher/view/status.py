@@ -180,7 +180,6 @@ class Follower:
         step, total = self._step(), self._newest_value("start", "total_steps")
         tokens_per_second, step_seconds = _rates(newest)
         commit = self._last_commit()
-        end = newest.last("end")
         state, reason = judge(self._folder, newest, now, quiet)
         gpu_hours = sum(map(_gpu_seconds, self._generations.values())) / 3600
         price = self._config.track.price_per_gpu_hour if self._config else None
@@ -206,7 +205,9 @@ class Follower:
             eval_loss=self._newest_value("eval", "loss"),
             eval_losses=self._set_losses(),
             tokens_per_second=tokens_per_second,
-            eta_seconds=None if end or total is None or step_seconds is None else (total - step) * step_seconds,
+            eta_seconds=None
+            if state != "running" or total is None or step_seconds is None
+            else (total - step) * step_seconds,
             last_commit_step=commit[0] if commit else None,
             last_commit_age_seconds=max(0.0, now - commit[1]) if commit else None,
             quiet_seconds=quiet,

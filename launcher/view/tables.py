@@ -92,7 +92,7 @@ def _start_line(status: RunStatus) -> str:
 def _epoch_line(status: RunStatus) -> str:
     if status.epochs is not None and status.passes is not None:
         return f"{math.floor(100 * status.passes) / 100:.2f} of {status.epochs:g}"  # never a whole one that is not over
-    return "" if status.epoch is None else f"{status.epoch + 1}"
+    return "" if status.passes is None else f"{status.passes:.2f}"
 
 
 def _loss_line(status: RunStatus) -> str:
@@ -113,7 +113,7 @@ def watch(
     follower = Follower(run)
     columns = (
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=30),
+        BarColumn(bar_width=20),
         TextColumn("{task.completed:,}/{task.fields[total_steps]}"),
         TextColumn("{task.fields[facts]}", markup=False),
     )
@@ -165,15 +165,14 @@ def watch_table(
 
 
 def _facts(status: RunStatus) -> str:
-    parts = []
+    # The time that is left comes first, as narrow terminals cut off what comes last.
+    parts = [] if status.eta_seconds is None else [f"{duration(status.eta_seconds)} left"]
     if status.epochs is not None and status.passes is not None:
         parts.append(f"epoch {_epoch_line(status)}")
     if status.loss is not None:
         parts.append(f"loss {status.loss:.4f}")
     if status.tokens_per_second is not None:
         parts.append(f"{status.tokens_per_second:,.0f} tokens/s")
-    if status.eta_seconds is not None:
-        parts.append(f"{duration(status.eta_seconds)} left")
     if status.last_commit_step is not None:
         parts.append(f"committed {status.last_commit_step:,}")
     if status.restarts:

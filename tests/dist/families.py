@@ -21,7 +21,7 @@ from tests.experts import multiply_expert_by_expert
 from tests.material import SIZES
 from tests.nf4 import decoded
 from trainer.base.load.load import DTYPES
-from trainer.checkpoint.checkpoints import Checkpoints
+from trainer.checkpoint.checkpoints import Checkpoints, CommitHooks
 from trainer.checkpoint.listing import committed_steps
 from trainer.config import Config, dump_config, override, parse_config
 from trainer.data.order.micro_batch import Position
@@ -133,7 +133,7 @@ def _learn(ours: Assembled, fingerprint: str) -> dict[str, Any]:
     """The run's steps, and a commit of the last one."""
     config = ours.config
     identity = resolve(config).identity(fingerprint)
-    checkpoints = Checkpoints(ours.run, ours.ranks, 1, identity, config.checkpoint, {"capstan-llm": "0"}, ours.note)
+    checkpoints = Checkpoints(ours.run, ours.ranks, 1, identity, config.checkpoint, CommitHooks(ours.note))
     if ours.ranks.rank == 0:
         ours.run.put(layout.CONFIG, dump_config(config).encode())
     records = list(train(replace(ours.training(), checkpoints=checkpoints), 0, Position()))

@@ -14,19 +14,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache
 from importlib import import_module
-from multiprocessing import connection, get_context
-from multiprocessing.context import ForkServerContext
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from tests.forked import server
+
 TIMEOUT = 100.0  # below the limit of a test, so that the ranks' output is shown
-_IMPORT_TIMEOUT = 300.0
-_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 class RankFailed(AssertionError):
@@ -74,15 +72,6 @@ class Group:
         return log.read_text(errors="replace")[-3000:] if log.exists() else "it has not begun"
 
 
-@cache
-def _imported(context: ForkServerContext) -> None:
-    """Wait until the server has imported the training stack, which takes long where files are cold: no rank's time counts it."""
-    process = context.Process(target=os.getpid)
-    process.start()
-    process.join(_IMPORT_TIMEOUT)
-    assert process.exitcode == 0, "the server did not import the training stack"
-
-
 @contextmanager
 def running(
     world_size: int,
@@ -96,11 +85,7 @@ def running(
 
     `function` is found again in each process by its module and name, so it is one of a module's own.
     """
-    before = dict(os.environ)
-    os.environ.update(_ENVIRONMENT)  # the server, and so every rank, inherits it
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["tests.dist.prepared"])
-    _imported(context)
+    context = server()
     # The rendezvous listens here before any rank starts, on a port that the system chose.
     rendezvous = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
     per_node = ranks_per_node or world_size
@@ -130,8 +115,6 @@ def running(
             yield group
         finally:
             group.kill()
-            os.environ.clear()
-            os.environ.update(before)
 
 
 def launch(world_size: int, function: Callable[..., Any], *arguments: Any, **options: Any) -> list[Any]:

@@ -83,6 +83,7 @@ HM = ANALYSIS.format("hm one"), ANALYSIS.format("hm two")
         ("qwen3_5_think", "hm one\n</think>\n\nyo<|im_end|>", "hm two\n</think>\n\nciao<|im_end|>"),
         ("gemma4_v5", "<|channel>thought\nhm one\n<channel|>yo<turn|>", "<|channel>thought\nhm two\n<channel|>ciao<turn|>"),
         ("deepseek_r1_distill", f"hm one\n</think>\n\nyo{EOS}", f"hm two\n</think>\n\nciao{EOS}"),
+        ("deepseek_r1_distill_training", f"<{BAR}Assistant{BAR}><think>\nhm one\n</think>\n\nyo{EOS}", f"<{BAR}Assistant{BAR}><think>\nhm two\n</think>\n\nciao{EOS}"),
         ("nemotron_3_nano", "hm one\n</think>\nyo<|im_end|>", "hm two\n</think>\nciao<|im_end|>"),
     ],
 )  # fmt: skip

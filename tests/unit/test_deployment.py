@@ -107,7 +107,7 @@ def test_the_container_is_built_of_files_that_are_there_and_has_every_package() 
     assert steps[0][0] == "FROM"
     copied = {source for step, words in steps if step == "COPY" for source in words.split()[:-1]}
     assert [name for name in copied if not (ROOT / name).exists()] == []
-    packages = {name.partition(".")[0] for name in PROJECT["tool"]["setuptools"]["packages"]}
+    packages = {name.removesuffix("*") for name in PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]}
     assert packages | {"pyproject.toml", "README.md", "LICENSE", "constraints.txt"} == copied
     allowed = set((ROOT / ".dockerignore").read_text(encoding="utf-8").split())
     assert {f"!{name}" for name in copied} <= allowed, "what is ignored is not there to be copied"

@@ -110,6 +110,8 @@ def test_a_template_that_prints_todays_date_prints_that_of_the_run(tmp_path: Pat
     assert named(tmp_path) == named(tmp_path, today="2026-06-05")
     with pytest.raises(ValueError, match=r"data\.today: '5 June' is no day\. Write it as YYYY-MM-DD"):
         settings(today="5 June")
+    with pytest.raises(ValueError, match=r"data\.today: has no effect with data\.format: text\. Remove it"):
+        settings(today="2026-06-05", format="text")
 
 
 def named(directory: Path, **more: Any) -> str:

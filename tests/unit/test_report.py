@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from launcher.cli.__main__ import app
 from launcher.policy.trials import planned, trial_config
-from launcher.report.comparison import comparison_page
+from launcher.report.comparison import comparison_page, comparison_plots, differing_settings
 from launcher.report.curves import MOST_POINTS, Columns, means, thinned
 from launcher.report.figures import read_figures
 from launcher.report.page import run_page
@@ -228,13 +228,48 @@ def two(store: Store) -> list[Store]:
     ]
 
 
+def test_losses_of_different_objectives_have_plots_of_their_own_and_lists_are_words(store: Store) -> None:
+    """A repr of all that a source may be would push the values off the page, and a DPO loss is no likelihood."""
+    runs = []
+    for name, more in (
+        ("one", b""),
+        ("two", b"objective: {name: dpo, beta: 0.1}\n"),
+        ("three", b"objective: {name: dpo, beta: 0.5}\n"),
+    ):
+        other = (
+            CONFIG.replace(b"demo", name.encode())
+            + b"data: {train: [{path: %s.jsonl, weight: 1.0, fields: {}}]}\n" % name.encode()
+            + more
+        )
+        records = [
+            start(),
+            step(1, 3.0),
+            step(2, 2.0),
+            {"kind": "eval", "step": 2, "loss": 1.0},
+            {"kind": "eval", "step": 2, "loss": 1.0, "set": "general"},
+        ]
+        runs.append(read_figures(make_run(store, records, name=name, config=other)))
+    titles = [plot.title for plot in comparison_plots({run.name: run for run in runs})]
+    assert titles[:7] == [
+        "Loss: name sft",
+        "Loss: name dpo, beta 0.1",
+        "Loss: name dpo, beta 0.5",
+        "Held-out loss: name sft",
+        "Held-out loss: name dpo, beta 0.1",
+        "Held-out loss: name dpo, beta 0.5",
+        "Held-out loss: general",
+    ]
+    assert differing_settings(runs)["data.train"] == ['["one.jsonl"]', '["two.jsonl"]', '["three.jsonl"]']
+
+
 @pytest.mark.long
 def test_several_runs_are_one_comparison(two: list[Store], tmp_path: Path) -> None:
     page = comparison_page([read_figures(run) for run in two])
     rows = re.findall(r"<tr><th scope=\"row\"><code>(.*?)</code></th>(.*?)</tr>", page)
-    assert [(setting.replace("<wbr>", ""), re.findall("<td>(.*?)</td>", cells)) for setting, cells in rows] == [
-        ("optim.lr", ["0.001", "0.01"])
-    ]
+    assert [
+        (setting.replace("<wbr>", ""), re.findall('<td class="text">(.*?)</td>', cells.replace("<wbr>", "")))
+        for setting, cells in rows
+    ] == [("optim.lr", ["0.001", "0.01"])]
     assert 'data-of="runs/1/progress/loss_last">2.0000<' in page
     path = tmp_path / "comparison.html"
     path.write_text(page, encoding="utf-8")

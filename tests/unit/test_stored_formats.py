@@ -22,10 +22,10 @@ from trainer.base.describe.meta import model_config
 from trainer.base.find.check import check_base
 from trainer.base.find.locate import resolve_base
 from trainer.base.rows.parameters import find_all_weights
-from trainer.base.stored.floats import E2M1, E4M3, E8M0, round_to_bf16
-from trainer.base.stored.fp8_tiles import Fp8Tiles
-from trainer.base.stored.mxfp4_experts import Mxfp4Experts
-from trainer.base.stored.shared_reads import LastReads
+from trainer.base.stored.fp8.tiles import Fp8Tiles
+from trainer.base.stored.mxfp4.experts import Mxfp4Experts
+from trainer.base.stored.shared.floats import E2M1, E4M3, E8M0, round_to_bf16
+from trainer.base.stored.shared.reads import LastReads
 from trainer.config import Config
 from trainer.errors import ConfigError, StorageError
 from trainer.export.proof.dequantized import dequantized_by_transformers

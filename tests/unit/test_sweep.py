@@ -447,3 +447,21 @@ def test_a_trial_that_ended_early_says_why_though_its_ranks_did_not_read_it(stor
     write_run(store.sub("s-1"), (10, 3.0), end="stopped")
     request_stop(store.sub("s-1"), by=EARLY, reason="early, as others were better at step 10")
     assert read_sweep(folder).trials[0].reason == "stopped early, as others were better at step 10"
+
+
+def test_bases_with_other_tokenizers_are_no_trials_of_one_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.sweep.driver.check", lambda config, resume: None)
+    for name in ("one", "same", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps({"other": name == "other"}))
+
+    def tried(*names: str) -> Config:
+        bases = {"model.base": {"grid": [str(tmp_path / name) for name in names]}}
+        return config({"settings": bases}, quant={"cache": False}, run={"name": "s", "store": str(tmp_path / "runs")})
+
+    assert len(laid_out(tried("one", "same"), resume=False)[1].trials) == 2
+    with pytest.raises(ConfigError, match="'model.base' gives trials 1 and 3 different tokenizers"):
+        laid_out(tried("one", "same", "other"), resume=False)

@@ -1,8 +1,8 @@
 """A base as the other rooms see it: what it is made of, and a protocol for the ways in which its files store that.
 
 The seam of stored formats: a format is one class that says which settings suit it, and gives the weights that the files
-hold by name, each as a tensor that can be read in parts. What makes parameters of these, quantizes and places them knows
-nothing of it.
+hold by name, each as a tensor that can be read in parts. The code that makes parameters of these, quantizes and places them
+knows nothing of it. A file of trainer/base/stored, or the `format.py` of a folder there, names its class in `STORED`.
 """
 
 import hashlib
@@ -42,6 +42,23 @@ class StoredFormat(Protocol):
 
     def check(self, base: "Base", config: Config) -> None:
         """Raises `ConfigError` when the files are in another form of the format than `config` asks for; reads no weight."""
+        ...
+
+
+class QuantizedBy(Protocol):
+    """A class of `StoredFormat`, as `STORED` names it. It is made from the quantization_config of config.json, {} where there
+    is none."""
+
+    @property
+    def readable(self) -> str:
+        """The words for it in a sentence that lists what can be read."""
+        ...
+
+    def __call__(self, quantization: dict[str, Any]) -> StoredFormat: ...
+
+    @staticmethod
+    def stores(quantization: dict[str, Any]) -> bool:
+        """Whether this quantization_config is of the format; at most one format says so."""
         ...
 
 

@@ -57,6 +57,7 @@ _LOSS_ON = {
     "preference": ("completion",),
     "labelled": ("completion",),
 }
+_TODAY = "2025-01-01"
 _JUDGED = {"preference": "part a pair", "labelled": "part an answer"}
 
 
@@ -177,7 +178,7 @@ class Data(Section):
         example="chatml",
     )
     today: str = setting(
-        "2025-01-01",
+        _TODAY,
         about="The day that chat templates print which print today's date (gpt-oss, Llama 3.1, ...), so that rows are the same "
         "tokens on every day.",
         example="2026-06-30",
@@ -241,8 +242,10 @@ class Data(Section):
             )
         if unread := self._unread_by(kind):
             return f"{unread}: has no effect with data.format: {format}. Remove it."
-        if self.template and kind in ("prompt_completion", "text"):
-            return f"data.template: has no effect with data.format: {format}. Remove it."
+        if kind in ("prompt_completion", "text"):
+            for name, changed in (("template", self.template is not None), ("today", self.today != _TODAY)):
+                if changed:
+                    return f"data.{name}: has no effect with data.format: {format}. Remove it."
         if kind in _JUDGED and self.on_too_long == "split":
             return f"data.on_too_long: split would {_JUDGED[kind]} of data.format: {format}. Set it to truncate, drop or fail."
         return None
@@ -257,6 +260,7 @@ class Data(Section):
             "train_on": on if talks else TrainOn(roles=roles, end=on.end),
             "thinking": self.thinking if talks else "as_template",
             "template": self.template if talks else None,
+            "today": self.today if talks else _TODAY,
         }
         return self.model_copy(update=kept)
 

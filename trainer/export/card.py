@@ -40,17 +40,41 @@ class CardContent:
     language: Literal["python", "sh"] = "python"
 
 
-PEFT_USAGE = f"""\
+_TOKENIZER = f'tokenizer = AutoTokenizer.from_pretrained("{PLACE}")'
+
+
+def peft_usage(whole: str | None, *, grows: bool = False) -> str:
+    """The lines that load an adapter of PEFT's over its base.
+
+    `whole` is the class of a base that sees or hears as well, which PEFT's own class for language models does not load for every
+    family. The adapter `grows` the base where it brings rows of new tokens.
+    """
+    if whole is None:
+        return f"""\
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
 model = AutoPeftModelForCausalLM.from_pretrained("{PLACE}", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("{PLACE}")"""
-MODEL_USAGE = f"""\
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{_TOKENIZER}"""
+    grown = "base.resize_token_embeddings(len(tokenizer))\n" if grows else ""
+    return f"""\
+from peft import PeftConfig, PeftModel
+from transformers import AutoTokenizer, {whole}
 
-model = AutoModelForCausalLM.from_pretrained("{PLACE}", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("{PLACE}")"""
+{_TOKENIZER}
+trained = PeftConfig.from_pretrained("{PLACE}")
+base = {whole}.from_pretrained(trained.base_model_name_or_path, revision=trained.revision or "main", dtype="auto")
+{grown}model = PeftModel.from_pretrained(base, "{PLACE}")"""
+
+
+def model_usage(whole: str | None) -> str:
+    """The lines that load a whole model; `whole` as in `peft_usage`."""
+    made_of = whole or "AutoModelForCausalLM"
+    return f"""\
+from transformers import {", ".join(sorted((made_of, "AutoTokenizer")))}
+
+model = {made_of}.from_pretrained("{PLACE}", dtype="auto")
+{_TOKENIZER}"""
 
 
 def model_card(run: Store, config: Config, manifest: CheckpointManifest, content: CardContent) -> bytes:

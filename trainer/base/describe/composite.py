@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForMultimodalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 
 def composite_model(directory: Path) -> PreTrainedModel | None:
@@ -18,12 +19,19 @@ def composite_model(directory: Path) -> PreTrainedModel | None:
         return AutoModelForMultimodalLM.from_config(config, trust_remote_code=False)
 
 
+def composite_class(directory: Path) -> str | None:
+    """The name of transformers' class for the whole model of the config.json in `directory`; None for a language model alone."""
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    if config.get_text_config() is config:
+        return None
+    made: type = MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)]  # type: ignore[assignment]  # typed as what is not loaded yet
+    return made.__name__
+
+
 def language_names(whole: PreTrainedModel, language: PreTrainedModel) -> Callable[[str], str | None]:
     """Maps the name of a weight of `whole` to its name in the `language` model, which transformers builds of a part of its
     settings; to None where it is not of that part."""
-    head = _path(whole, whole.get_output_embeddings()), _path(language, language.get_output_embeddings())
-    # The head first: it may lie inside the decoder.
-    pairs = [head, (_path(whole, whole.get_decoder()), place_of_decoder(whole, language))]
+    pairs = _places(whole, language)
 
     def name_in_language(name: str) -> str | None:
         for there, here in pairs:
@@ -32,6 +40,30 @@ def language_names(whole: PreTrainedModel, language: PreTrainedModel) -> Callabl
         return None
 
     return name_in_language
+
+
+def whole_names(whole: PreTrainedModel, language: PreTrainedModel) -> Callable[[str], str]:
+    """The opposite of `language_names`: maps the name of a module or weight of the `language` model to its name in `whole`."""
+    pairs = _places(whole, language)
+
+    def name_in_whole(name: str) -> str:
+        for there, here in pairs:
+            if not here:
+                return f"{there}.{name}"
+            if f"{name}.".startswith(f"{here}."):
+                return f"{there}{name.removeprefix(here)}"
+        raise AssertionError(f"{name} is of no part that both models have")
+
+    return name_in_whole
+
+
+def _places(whole: PreTrainedModel, language: PreTrainedModel) -> list[tuple[str, str]]:
+    """The paths in `whole` and in `language` of the parts that both have: the head, and the decoder.
+
+    The head comes first, as it may lie inside the decoder.
+    """
+    head = _path(whole, whole.get_output_embeddings()), _path(language, language.get_output_embeddings())
+    return [head, (_path(whole, whole.get_decoder()), place_of_decoder(whole, language))]
 
 
 def place_of_decoder(whole: PreTrainedModel, language: PreTrainedModel) -> str:

@@ -18,6 +18,7 @@ from trainer.base.describe.torch_answers import user_cache
 from trainer.config import Model
 from trainer.config.paths import local_path
 from trainer.errors import ConfigError
+from trainer.files.hub import hub_answers, hub_host
 from trainer.files.safetensors_index import INDEX_FILE
 from trainer.store import SCHEMES, Entry, Store, open_store
 
@@ -79,6 +80,7 @@ def _directory(model: Model, patterns: list[str]) -> Path:
             "URI or a Hub id."
         )
     import huggingface_hub
+    from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     others = [
@@ -88,11 +90,17 @@ def _directory(model: Model, patterns: list[str]) -> Path:
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                model.base, revision=model.revision, allow_patterns=patterns, ignore_patterns=others
+                model.base,
+                revision=model.revision,
+                allow_patterns=patterns,
+                ignore_patterns=others,
+                local_files_only=HF_HUB_OFFLINE or not hub_answers(),
             )
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
+        if not (HF_HUB_OFFLINE or hub_answers()):
+            reason = f"{hub_host()} cannot be reached from here, and the cache lacks it"
         raise ConfigError(
             f"model.base: {model.base!r} is no directory here, and the Hub did not give it ({reason}). "
             "Check the name, HF_TOKEN for a gated model, or download it to a directory first."

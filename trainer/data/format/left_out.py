@@ -49,7 +49,7 @@ def in_words(name: str) -> str:
         return name
     return (
         "the end of the assistant's turns, for which the template writes no token, so that the model does not learn to stop (set "
-        "data.template to a template that writes one, or data.train_on.end to false)"
+        "data.template to a template that writes one, name its text in model.add_tokens, or set data.train_on.end to false)"
     )
 
 

@@ -123,7 +123,8 @@ def find_form(render: Callable[..., str], *, calls: bool) -> ThinkingForm | None
         found = (lead(way(turn, _THOUGHT)) or "").split(_THOUGHT)
         if len(found) == 2:
             earlier = lead(way(turn, _THOUGHT), *middle)
-            as_content = way is _in_tags and earlier == bare + _TAGS and found == [bare + _BEFORE, _AFTER]
+            verbatim = way is _in_tags and earlier == bare + _TAGS and found == [bare + _BEFORE, _AFTER]
+            as_content = verbatim and OPEN not in prompt
             dropped = earlier if earlier is not None and _THOUGHT not in earlier else bare
             return ThinkingForm(way is _by_key, as_content, prompt, bare, dropped, empty, found[0], found[1])
     # The template has taken out what stands between the tags: it knows them, and so do its models.

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from trainer.errors import DataError
+from trainer.files.hub import hub_answers
 
 SCHEME = "hf"
 _PATH = re.compile(r"hf://(?:datasets/)?(?!datasets/)([\w.-]+/[\w.-]+?)(?:@(refs/[\w-]+/[\w.-]+|[^/@]+))?(?:/(.+))?")
@@ -68,10 +69,11 @@ def find_hub_files(
     import huggingface_hub
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
+    offline = HF_HUB_OFFLINE or not hub_answers()
     repo, revision, pattern = match[1], unquote(match[2]) if match[2] else None, match[3]
 
     def fetch(chosen: list[str]) -> Path:
-        if HF_HUB_OFFLINE:
+        if offline:
             return _complete(_cached(repo, revision or "main"), chosen)
         patterns = [glob.escape(key) for key in chosen]
         return Path(
@@ -79,7 +81,7 @@ def find_hub_files(
         )
 
     with _explained(repo, name):
-        if HF_HUB_OFFLINE:
+        if offline:
             keys, known = _listed_before(_cached(repo, revision or "main"))
         else:
             known, keys = (
@@ -96,7 +98,7 @@ def find_hub_files(
         if not chosen:
             raise DataError(f"{name}: {path!r} matches no file of the data set {repo}, which has {_few(keys)}.")
         folder = fetch(chosen)
-        if not HF_HUB_OFFLINE:
+        if not offline:
             _keep_listing(folder, keys)
     return [HubFile(f"hf://datasets/{repo}/{key}", folder / key, (folder / key).resolve().name) for key in chosen]
 

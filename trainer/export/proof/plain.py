@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
@@ -21,11 +21,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimoda
 from trainer.base.describe.composite import place_of_decoder
 from trainer.base.describe.empty_model import unfilled_model
 from trainer.config import Quant
-from trainer.errors import ConfigError, shown
+from trainer.errors import ConfigError
 from trainer.export.proof.rows import ProbeRow
 from trainer.export.proof.streamed import PackedWeight, StreamedLayers, bnb_form
 from trainer.model.parts import body, in_order
 from trainer.tuning.method import Method, OwnFormat
+
+_LONGEST_REASON = 600
 
 
 def device() -> torch.device:
@@ -71,8 +73,21 @@ def load_plain(
     return model.eval()
 
 
+class _Partner(NamedTuple):
+    """The whole model of a language model that is a part of it, or the other way round. A tuple, so that torch does not take it for a
+    submodule."""
+
+    model: Any
+
+
 def _language_model(whole: Any, config: PretrainedConfig, held: torch.dtype) -> Any:
-    """The causal language model of `config` whose weights a model that sees or hears as well has."""
+    """The causal language model of `config` whose modules are those of a model that sees or hears as well."""
+    language = _framed(whole, config, held)
+    language.whole_class, whole.language_part = _Partner(whole), _Partner(language)
+    return language
+
+
+def _framed(whole: Any, config: PretrainedConfig, held: torch.dtype) -> Any:
     decoder, frame = whole.get_decoder(), unfilled_model(config, held, experts_implementation="eager")
     place = place_of_decoder(whole, frame)
     inner: Any = body(decoder) if place == "" else decoder
@@ -82,6 +97,17 @@ def _language_model(whole: Any, config: PretrainedConfig, held: torch.dtype) -> 
     frame.set_submodule(place, decoder)
     frame.set_output_embeddings(whole.get_output_embeddings())
     return frame
+
+
+def _whole_class(model: Any) -> Any:
+    """The model of the class that people load, which `model` is or is a part of."""
+    return vars(model).get("whole_class", _Partner(model)).model
+
+
+def _language_part(model: Any) -> Any:
+    """The causal language model that `model`, which PEFT may have wrapped, is or has."""
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    return vars(plain).get("language_part", _Partner(plain)).model
 
 
 def round_buffers(model: nn.Module, alike: Mapping[str, Tensor]) -> None:
@@ -102,11 +128,14 @@ def grow(model: Any, vocabulary: int) -> Any:
     """`model` with rows for so many tokens, where it has fewer: an adapter for new tokens brings their rows."""
     if vocabulary > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
+        _whole_class(model).set_output_embeddings(model.get_output_embeddings())
     return model
 
 
 def add_adapter(model: Any, adapter: Path, method: Method) -> tuple[Any, AbstractContextManager[None]]:
     """`model` with an exported adapter, as PEFT or the method's own loader reads it, and a context without the adapter.
+
+    PEFT gets the whole class of a model that sees or hears as well, as users load it: an adapter by other names changes nothing there.
 
     Raises:
         ConfigError: it cannot be read.
@@ -115,7 +144,9 @@ def add_adapter(model: Any, adapter: Path, method: Method) -> tuple[Any, Abstrac
         with _reading("the method's own loader", adapter):
             return model, method.load_exported(model, adapter)
     with _reading("PEFT", adapter):
-        adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
+        whole = _whole_class(model)
+        adapted = PeftModel.from_pretrained(whole, str(adapter)).eval()
+        model.set_output_embeddings(whole.get_output_embeddings())  # which PEFT may have replaced
     keep_packed(adapted)
     return adapted, adapted.disable_adapter()
 
@@ -134,7 +165,8 @@ def _reading(library: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = shown(next(iter(str(error).strip().splitlines()), type(error).__name__))[1:-1]
+        # The reason of an error in several lines is seldom in the first: PEFT names there what it was about to do.
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:_LONGEST_REASON]
         raise ConfigError(
             f"--verify: {library} cannot read {folder} ({reason}), so nothing is proven of the export."
         ) from error
@@ -142,10 +174,13 @@ def _reading(library: str, folder: Path) -> Iterator[None]:
 
 def place_logits(model: Any, rows: Sequence[ProbeRow]) -> list[Tensor]:
     """For each row the logits (P, V) fp32 at its places, on the CPU."""
+    language = _language_part(model)
+    # PEFT's wrapper adds virtual tokens. Otherwise the language model is asked, as some whole classes want an image.
+    asked = model if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning else language
     with torch.no_grad():
         return [
             # From the end: virtual tokens of an adapter have logits too, before those of the row.
-            model(input_ids=row.tokens.to(model.device), use_cache=False)
+            asked(input_ids=row.tokens.to(language.device), use_cache=False)
             .logits[0, row.places - row.tokens.shape[1]]
             .float()
             .cpu()
@@ -201,7 +236,7 @@ def _dequantized(weight: Tensor, quant: Quant, dtype: torch.dtype) -> Tensor:
 @contextmanager
 def computing_in_fp32(model: Any) -> Iterator[None]:
     """Decoder layer by decoder layer: a 16-bit weight is in fp32 only while its layer computes, which is exact."""
-    plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    plain = _language_part(model)
     hooks = [hook for part in [*in_order(plain), plain.get_output_embeddings()] for hook in _in_fp32(part)]
     try:
         yield
@@ -257,7 +292,7 @@ def merge_and_round(
     `embedding` is the name of that weight.
     """
     layers: Any = (
-        (path, module) for path, module in model.get_base_model().named_modules() if isinstance(module, BaseTunerLayer)
+        (path, module) for path, module in _language_part(model).named_modules() if isinstance(module, BaseTunerLayer)
     )
     for path, module in layers:
         merge = partial(_merge_and_round, path.removesuffix(".token_adapter"), module, stored, embedding)

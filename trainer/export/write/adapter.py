@@ -9,17 +9,19 @@ for one.
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
 
+from trainer.base.describe.composite import composite_class
 from trainer.base.find.locate import TOKENIZER_FILES, base_files
 from trainer.base.find.tokenizer import tokenizer_files
 from trainer.base.load.load import DTYPES
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Model, Tuning
 from trainer.data.render.template import template_text
-from trainer.export.card import PEFT_USAGE, CardContent, model_card
+from trainer.export.card import CardContent, model_card, peft_usage
 from trainer.export.folder import CARD, TRAINED, BytesWritten, check_destination
 from trainer.export.trained import check_base_at_hand, trained_checkpoint, trained_directory
 from trainer.export.write.learnt import CheckpointWeights
 from trainer.export.write.merged import write_model
+from trainer.export.write.whole_class import for_whole_class
 from trainer.store import Store
 from trainer.tuning.method import methods
 
@@ -53,10 +55,11 @@ def export_adapter(
     tokenizer = tokenizer_files(directory, config.model, template_text(config.data))
     weights = CheckpointWeights(run, manifest, DTYPES[config.model.dtype])
     exported = method.export(dict(weights), config.model)
-    files = arranged(exported.files, config.model)
+    files = for_whole_class(arranged(exported.files, config.model), config.model)
     *names, last = files
     assert not any(fnmatch(last, pattern) for pattern in method.file_names), "a whole export would count as a half one"
-    usage = PEFT_USAGE if exported.library == "peft" else ""
+    whole = composite_class(directory)
+    usage = peft_usage(whole, grows=bool(config.model.add_tokens)) if exported.library == "peft" else ""
     content = CardContent(exported.library, f"{exported.what} {TRAINED}.", "adapter", usage)
     destination.put(CARD, model_card(run, config, manifest, content))
     for name, content in {**{name: files[name] for name in names}, **tokenizer}.items():

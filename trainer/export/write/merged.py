@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from trainer.base.describe.composite import composite_class
 from trainer.base.find.locate import TOKENIZER_FILES, Base, describe_base, named_files
 from trainer.base.find.tokenizer import tokenizer_files
 from trainer.base.load.load import DTYPES
@@ -28,7 +29,7 @@ from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config
 from trainer.data.render.template import template_text
 from trainer.errors import ConfigError
-from trainer.export.card import MODEL_USAGE, CardContent, model_card
+from trainer.export.card import CardContent, model_card, model_usage
 from trainer.export.folder import CARD, TRAINED, BytesWritten, check_destination
 from trainer.export.trained import TrainedCheckpoint, check_mergeable_run, resolve_trained_base, trained_checkpoint
 from trainer.export.write.learnt import CheckpointWeights
@@ -86,7 +87,9 @@ def write_model(
             "all. Only a run of the whole base can be exported as a model."
         )
     base = resolve_trained_base(run, config.model, manifest)
-    content = CardContent("transformers", _description(config), "finetune", MODEL_USAGE)
+    content = CardContent(
+        "transformers", _description(config), "finetune", model_usage(composite_class(base.directory))
+    )
     destination.put(CARD, model_card(run, config, manifest, content))
     changed = changed_files(run, manifest, config, base)
     total, done = sum(file.size for file in changed), 0

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from trainer.base.architecture import Parameter
 from trainer.base.base import Base
+from trainer.base.describe.composite import composite_class
 from trainer.base.partitions.filling import SOURCE_DTYPES
 from trainer.base.partitions.reading import PIECE_BYTES, freed_memory_given_back
 from trainer.base.rows.parameters import find_all_weights
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config
 from trainer.errors import ConfigError
-from trainer.export.card import MODEL_USAGE, CardContent, model_card
+from trainer.export.card import CardContent, model_card, model_usage
 from trainer.export.folder import CARD, TRAINED
 from trainer.export.trained import check_recodable, resolve_trained_base, unloadable
 from trainer.export.write.merged import ChangedFile, changed_files, complete_model, mergeable_checkpoint, merged_config
@@ -112,9 +113,8 @@ def export_recoded(
     base, code = resolve_trained_base(run, config.model, manifest), make(config)
     recoding = _choose(base, code)
     what = f"A model {TRAINED}, base and adapter merged, its linear layers quantized to {code.name} after that."
-    destination.put(
-        CARD, model_card(run, config, manifest, CardContent("transformers", what, "quantized", MODEL_USAGE))
-    )
+    usage = model_usage(composite_class(base.directory))
+    destination.put(CARD, model_card(run, config, manifest, CardContent("transformers", what, "quantized", usage)))
     changed = changed_files(run, manifest, config, base)
     _write_files(changed, recoding, destination, progress)
     settings = json.loads(merged_config(base, changed)) | {

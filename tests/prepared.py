@@ -1,6 +1,6 @@
-"""Imported once, by the server that ranks are forked from: what a rank imports sooner or later, which takes seconds.
+"""Imported once, by the server that ranks and commands are forked from: what they import sooner or later, which takes seconds.
 
-A module that is missing here costs each rank its import, and one that is no more is passed over; nothing else depends on it.
+A module that is missing here costs each of them its import, and one that is no more is passed over; nothing else depends on it.
 """
 
 import gc
@@ -8,9 +8,17 @@ import pkgutil
 from contextlib import suppress
 from importlib import import_module
 
+import launcher
 import trainer
 
-PACKAGES = [f"trainer.{room.name}" for room in pkgutil.iter_modules(trainer.__path__) if room.ispkg]
+# Ray is left out, as a process that is forked from one that has imported it cannot rely on it.
+ROOMS = {trainer: (), launcher: ("ray", "drive", "smoke", "sweep")}
+PACKAGES = [
+    f"{root.__name__}.{room.name}"
+    for root, without in ROOMS.items()
+    for room in pkgutil.iter_modules(root.__path__)
+    if room.ispkg and room.name not in without
+]
 MODULES = (
     "trainer.rank",
     "transformers.models.auto.modeling_auto",

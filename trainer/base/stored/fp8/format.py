@@ -14,14 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from trainer.base.base import Base
-from trainer.base.stored.shared_reads import LastReads
+from trainer.base.base import Base, QuantizedBy
+from trainer.base.stored.shared.reads import LastReads
 from trainer.config import Config
 from trainer.errors import ConfigError, shown
 from trainer.files.safetensors_index import StoredTensor, TensorSource, numel
 
 if TYPE_CHECKING:
-    from trainer.base.stored.fp8_tiles import Fp8Tiles
+    from trainer.base.stored.fp8.tiles import Fp8Tiles
 
 # Scales of so many matrices are kept, a few thousand numbers each: pieces of more are never in flight.
 _SCALES_KEPT = 32
@@ -34,6 +34,7 @@ class Fp8:
 
     quantization: dict[str, Any]
 
+    readable: ClassVar[str] = "FP8 with scales for tiles"
     unmergeable: ClassVar[str | None] = "stored in FP8, where no new weight fits"
     quantized: ClassVar[bool] = False
     decoded: ClassVar[bool] = True
@@ -69,8 +70,8 @@ class Fp8:
     def _decoded(self, base: Base, name: str, source: TensorSource, last_reads: LastReads) -> "Fp8Tiles":
         """Raises `ConfigError` unless a scale of `base` belongs to each tile."""
         # Only what reads weights loads numpy: `plan` does not, and answers sooner.
-        from trainer.base.stored.floats import SCALES
-        from trainer.base.stored.fp8_tiles import Fp8Tiles
+        from trainer.base.stored.fp8.tiles import Fp8Tiles
+        from trainer.base.stored.shared.floats import SCALES
 
         scales = base.tensors.get(f"{name}_scale_inv")
         if scales is None or len(source.shape) < 2:
@@ -99,3 +100,6 @@ def _beside(name: str) -> tuple[str, str, str]:
     """The names of what the files may have beside a weight: its scales, and that of the inputs, which training does without."""
     module = name.removesuffix("weight")
     return f"{name}_scale_inv", f"{module}activation_scale", f"{module}input_scale"
+
+
+STORED: dict[str, QuantizedBy] = {"fp8": Fp8}

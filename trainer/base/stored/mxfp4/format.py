@@ -13,14 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from trainer.base.base import Base
-from trainer.base.stored.shared_reads import LastReads
+from trainer.base.base import Base, QuantizedBy
+from trainer.base.stored.shared.reads import LastReads
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.files.safetensors_index import StoredTensor, numel
 
 if TYPE_CHECKING:
-    from trainer.base.stored.mxfp4_experts import Mxfp4Experts
+    from trainer.base.stored.mxfp4.experts import Mxfp4Experts
 
 # Blocks and scales of two experts are kept, as pieces of two may be in flight: some 9 MB each in both sizes of gpt-oss.
 _READS_KEPT = 4
@@ -32,6 +32,7 @@ class Mxfp4:
 
     quantization: dict[str, Any]
 
+    readable: ClassVar[str] = "MXFP4"
     unmergeable: ClassVar[str | None] = "stored in MXFP4, where no new weight fits"
     quantized: ClassVar[bool] = False
     decoded: ClassVar[bool] = True
@@ -61,7 +62,7 @@ class Mxfp4:
 def _decoding(base: Base, name: str, last_reads: LastReads) -> "Mxfp4Experts":
     """Raises `ConfigError` unless `base` has a scale for each block of `name`."""
     # Only what reads weights loads numpy: `plan` does not, and answers sooner.
-    from trainer.base.stored.mxfp4_experts import BLOCK, Mxfp4Experts
+    from trainer.base.stored.mxfp4.experts import BLOCK, Mxfp4Experts
 
     blocks, scales = (base.tensors.get(part) for part in _parts(name))
     assert blocks is not None
@@ -83,3 +84,6 @@ def _decoding(base: Base, name: str, last_reads: LastReads) -> "Mxfp4Experts":
 def _parts(name: str) -> tuple[str, str]:
     """The names of what the files have in the place of a stack of experts."""
     return f"{name}_blocks", f"{name}_scales"
+
+
+STORED: dict[str, QuantizedBy] = {"mxfp4": Mxfp4}

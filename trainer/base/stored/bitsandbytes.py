@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from trainer.base.base import Base
+from trainer.base.base import Base, QuantizedBy
 from trainer.config import Config
 from trainer.errors import NOT_JSON, ConfigError
 from trainer.files.safetensors_index import DTYPE_BYTES, PackedSources, PackedTensor, StoredTensor, TensorSource, numel
@@ -31,6 +31,7 @@ class BitsAndBytes4bit:
 
     quantization: dict[str, Any]
 
+    readable: ClassVar[str] = "4 bits by bitsandbytes"
     unmergeable: ClassVar[str | None] = "stored in 4 bits, where no merged weight fits"
     quantized: ClassVar[bool] = True
     decoded: ClassVar[bool] = False
@@ -145,3 +146,6 @@ def _bytes(base: Base, name: str, size: int) -> TensorSource:
             f"model.base: {name} has {there} bytes in {base.name}, {size} by its quant_state. Copy the model again."
         )
     return TensorSource(source.store, source.key, "U8", (size,), source.offset)
+
+
+STORED: dict[str, QuantizedBy] = {"bitsandbytes": BitsAndBytes4bit}

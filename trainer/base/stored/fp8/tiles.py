@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.base.stored.floats import DECODED_AT_ONCE, E4M3, SCALES, round_to_bf16
-from trainer.base.stored.shared_reads import LastReads
+from trainer.base.stored.shared.floats import DECODED_AT_ONCE, E4M3, SCALES, round_to_bf16
+from trainer.base.stored.shared.reads import LastReads
 from trainer.files.safetensors_index import TensorSource, numel
 
 

@@ -1,0 +1,83 @@
+"""An adapter of a model that sees fits the class that people load, by the lines of its own card."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from tests.composites import make_composite
+from trainer.base.describe.composite import composite_class
+from trainer.base.find.locate import describe_base
+from trainer.config import Model, Tuning
+from trainer.export.card import PLACE, peft_usage
+from trainer.export.write.whole_class import for_whole_class
+from trainer.tuning.method import find_method
+
+TOKENS = torch.arange(5, 40)[None]
+
+
+def exported(base: Path, folder: Path) -> Mapping[str, bytes]:
+    """The files of a LoRA adapter with random matrices on every linear layer, by the names in the language model alone."""
+    model = Model(base=str(base))
+    method = find_method(Tuning(method="lora", rank=4, alpha=64))
+    torch.manual_seed(0)
+    shapes = method.shapes(describe_base(model).architecture)
+    files = method.export({name: 0.3 * torch.randn(shape) for name, shape in shapes.items()}, model).files
+    base.joinpath("tokenizer.json").rename(folder / "tokenizer.json")
+    return files
+
+
+def loaded(usage: str, folder: Path, files: Mapping[str, bytes]) -> Any:
+    """What the lines of the card make of the files."""
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    made: dict[str, Any] = {}
+    lines = usage.replace(f'"{PLACE}"', repr(str(folder))).replace(
+        'dtype="auto"', 'dtype="auto", experts_implementation="eager"'
+    )
+    exec(lines, made)
+    return made["model"].eval()
+
+
+def effect(model: PeftModel) -> float:
+    """How far the adapter moves the largest logit."""
+    with torch.no_grad():
+        adapted: Tensor = model(input_ids=TOKENS, use_cache=False).logits
+        with model.disable_adapter():
+            return (adapted - model(input_ids=TOKENS, use_cache=False).logits).abs().max().item()
+
+
+# Of the first, PEFT's class for language models loads the whole one; of the second it loads nothing. The third has experts, which
+# PEFT names by parameters.
+@pytest.mark.parametrize("kind", ["gemma3", "mistral3", "kimi_k25"])
+def test_the_lines_of_the_card_load_an_adapter_that_does_what_was_trained(kind: str, tmp_path: Path) -> None:
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    folder.mkdir()
+    make_composite(base, kind)
+    files = exported(base, folder)
+    whole = for_whole_class(files, Model(base=str(base)))
+    usage = peft_usage(composite_class(base))
+    model = loaded(usage, folder, whole)
+    assert effect(model) > 0.1
+    adapted = [path for path, _ in model.named_modules() if path.endswith(".lora_A")]
+    assert adapted
+    assert all("language_model" in path for path in adapted)  # and no tower
+    # The control: by the names in the language model alone, nothing is adapted.
+    if kind == "gemma3":
+        assert effect(loaded(usage, folder, files)) == 0
+    else:
+        assert set(whole) == set(files)
+        assert whole["adapter_model.safetensors"] != files["adapter_model.safetensors"]
+
+
+def test_a_language_model_alone_has_its_own_names(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert composite_class(tmp_path) is None
+    files = {"adapter_config.json": b"{}"}
+    assert for_whole_class(files, Model(base=str(tmp_path))) is files
+    assert "AutoPeftModelForCausalLM" in peft_usage(None)

@@ -1,0 +1,90 @@
+"""What commands say and do in small: where they wait, what they leave, which options they take."""
+
+import errno
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from launcher.cli.__main__ import app
+from launcher.report import report
+from launcher.start.check import check_idle
+from launcher.view.status import read_status
+from tests.unit.made_records import CONFIG, NOW, end, start, step, write
+from trainer.base.find.locate import resolve_base
+from trainer.config import parse_config
+from trainer.errors import ConfigError, StorageError
+from trainer.files import hub
+from trainer.run import layout
+from trainer.store import Store, open_store
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Store:
+    run = open_store(str(tmp_path)).sub("demo")
+    run.put(layout.CONFIG, CONFIG.encode())
+    return run
+
+
+def test_ls_takes_its_store_as_every_other_verb_does(
+    run: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(run, 1, start(1), step(1, 2.0), end("finished"))
+    for arguments in (["ls", "--store", str(tmp_path)], ["ls", str(tmp_path)]):
+        app(arguments, standalone_mode=False)
+        assert "demo" in capsys.readouterr().out
+
+
+def test_a_report_that_finds_no_room_leaves_what_was_there(
+    run: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(run, 1, start(1), step(1, 2.0), end("finished"))
+    page = tmp_path / "page.html"
+
+    def full(path: Path, text: str, **_: object) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(Path, "write_text", full)
+        with pytest.raises(StorageError, match="No space left"):
+            report.write_report([run], page)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["demo"]
+    report.write_report([run], page)
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_a_run_without_an_owner_is_in_use_in_a_whole_sentence(run: Store) -> None:
+    write(run, 1, {**start(1), "time": time.time()}, {**step(1, 2.0), "time": time.time()})
+    with pytest.raises(ConfigError, match=r"is in use by its start 1, which wrote \d+ s ago\. `capstan stop"):
+        check_idle(run, resume=True)
+
+
+def test_a_run_that_is_not_going_on_has_no_time_left(run: Store) -> None:
+    write(run, 1, start(1), {**step(4, 2.0), "passes": 0.2})
+    status = read_status(run, lambda: NOW + 1000)
+    assert (status.state, status.eta_seconds, status.passes) == ("silent", None, 0.2)
+
+
+def test_a_base_of_the_hub_is_refused_soon_where_the_hub_cannot_be_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nobody(*_: object) -> socket.socket:
+        time.sleep(30)  # as a name server that does not answer
+        raise OSError
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "getproxies", dict)
+    monkeypatch.setattr(hub.socket, "create_connection", nobody)
+    monkeypatch.setattr(hub, "_PATIENCE_SECONDS", 0.2)
+    hub.hub_answers.cache_clear()
+    began = time.monotonic()
+    config = parse_config(
+        "run: {name: a}\nmodel: {base: nobody/nothing}\ndata: {train: [{path: a}]}\ntrain: {steps: 1}"
+    )
+    with pytest.raises(ConfigError, match=r"huggingface\.co:443 cannot be reached from here, and the cache lacks it"):
+        resolve_base(config.model)
+    assert time.monotonic() - began < 10
+    hub.hub_answers.cache_clear()

@@ -1,0 +1,92 @@
+"""An adapter's files for the class that people load, where the base is a model that sees or hears as well.
+
+Its language model is trained by itself, and has other names by itself than inside the whole. PEFT and vLLM load the whole class, of which
+config.json speaks: an adapter under the other names would change nothing there, and PEFT would only warn.
+"""
+
+import json
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from safetensors.torch import load, save
+from transformers import PreTrainedModel
+
+from trainer.base.describe.composite import composite_model, whole_names
+from trainer.base.describe.empty_model import meta_model
+from trainer.base.describe.meta import model_config
+from trainer.base.find.locate import base_files
+from trainer.config import Model
+from trainer.tuning.shared.linear_adapters import PREFIX, SETTINGS, WEIGHTS
+
+# PEFT's settings that name modules by the ends of their paths. It takes a regular expression in place of the first two.
+_BY_PATTERN, _BY_END = ("target_modules", "feedforward_modules"), ("modules_to_save", "target_parameters")
+
+
+def for_whole_class(files: Mapping[str, bytes], model: Model) -> Mapping[str, bytes]:
+    """The files of an adapter, name -> content, by the names of the whole class of the base `model`; as they are where that is a
+    language model alone. Those of methods that PEFT does not know have names of their own."""
+    whole = composite_model(base_files(model)) if SETTINGS in files else None
+    if whole is None:
+        return files
+    names = _Names(whole, meta_model(model_config(base_files(model), model.layers)))
+    weights = {names.of_weight(name): weight for name, weight in load(files[WEIGHTS]).items()}
+    described: dict[str, Any] = json.loads(files[SETTINGS])
+    for setting in _BY_PATTERN:
+        if described.get(setting):
+            described[setting] = names.pattern(described[setting])
+    for setting in _BY_END:
+        if described.get(setting):
+            described[setting] = names.ends(described[setting])
+    if isinstance(rows := described.get("trainable_token_indices"), dict):
+        described["trainable_token_indices"] = {names.ends([end])[0]: found for end, found in rows.items()}
+    return {
+        **files,
+        WEIGHTS: save(weights, metadata={"format": "pt"}),
+        SETTINGS: json.dumps(described, indent=2, sort_keys=True).encode(),
+    }
+
+
+class _Names:
+    """Names in the language model, and those that the same parts have in the whole one."""
+
+    def __init__(self, whole: PreTrainedModel, language: PreTrainedModel) -> None:
+        self._in_whole: Callable[[str], str] = whole_names(whole, language)
+        self._language = _paths(language)
+        self._whole = _paths(whole)
+
+    def of_weight(self, name: str) -> str:
+        """Virtual tokens have no path: PEFT keeps them by themselves."""
+        return f"{PREFIX}{self._in_whole(name.removeprefix(PREFIX))}" if name.startswith(PREFIX) else name
+
+    def pattern(self, ends: Collection[str]) -> Collection[str] | str:
+        """What finds the same layers in the whole model, and none of its towers: the same ends, or else a regular expression."""
+        if self._find_the_same(ends):
+            return ends
+        paths = [
+            self._in_whole(path)
+            for path in self._language
+            if path.endswith(tuple(f".{end}" for end in ends)) or path in ends
+        ]
+        shapes = {re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(path)) for path in paths}
+        expression = "|".join(sorted(shapes))
+        found = {path for path in map(self._in_whole, self._language) if re.fullmatch(expression, path)}
+        return expression if found == set(paths) else sorted(paths)
+
+    def ends(self, ends: Collection[str]) -> list[str]:
+        """The same ends, or else whole paths."""
+        if self._find_the_same(ends):
+            return list(ends)
+        return sorted(self._in_whole(path) for path in self._language if path.endswith(tuple(ends)))
+
+    def _find_the_same(self, ends: Collection[str]) -> bool:
+        ours = {self._in_whole(path) for path in self._language if path.endswith(tuple(ends))}
+        # The whole one has all layers, where the language model may be cut to its first ones.
+        parts = {re.sub(r"\.\d+\.", ".*.", path) for path in ours}
+        found = {path for path in self._whole if path.endswith(tuple(ends))}
+        return ours <= found and {re.sub(r"\.\d+\.", ".*.", path) for path in found} == parts
+
+
+def _paths(model: PreTrainedModel) -> set[str]:
+    """The paths of all modules, and of parameters, which PEFT's experts are named by."""
+    return {path for path, _ in model.named_modules() if path} | {path for path, _ in model.named_parameters()}
