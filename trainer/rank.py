@@ -32,7 +32,6 @@ from trainer.plan.flops import work_of
 from trainer.resolve import resolve
 from trainer.run import layout
 from trainer.run.environment import environment
-from trainer.run.folder import run_folder
 from trainer.run.log import rank_log
 from trainer.run.metrics import Metrics, claim_generation, open_trackers, peak_memory
 from trainer.run.owner import OwnerWatch
@@ -70,12 +69,13 @@ def run_rank(
     """
     starter = starter or Starter()
     elapsed = Elapsed(starter.began)
-    ranks = join_run(config, OwnerWatch(run_folder(config)).is_gone)
+    store = open_run_store(config)
+    folder = store.sub(config.run.name)
+    ranks = join_run(config, OwnerWatch(folder).is_gone)
+    first = ranks.rank == 0
     with ranks.agreeing():
         resolved = resolve(config)
     shared: Datasets = ranks.broadcast(datasets)
-    store, first = open_run_store(config), ranks.rank == 0
-    folder = store.sub(config.run.name)
     generation: int = ranks.broadcast(claim_generation(folder) if first else None)
     with (
         rank_log(folder, generation, ranks.rank, ranks.world_size, config.track.flush_seconds) as flush_log,
