@@ -28,6 +28,10 @@ class ConfigError(CapstanError):
     exit_code = 2
 
 
+class HubUnreachable(ConfigError):
+    """The Hub cannot be reached from this machine, and its cache lacks what is asked for."""
+
+
 class DataError(CapstanError):
     """The training data cannot be read or holds nothing to learn from."""
 

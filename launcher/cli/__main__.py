@@ -22,6 +22,36 @@ from launcher.cli.start import resume, submit_ray, submit_slurm, train
 from launcher.cli.sweep import sweep
 from trainer.errors import CapstanError
 
+# What each verb's help ends with: one call as it is made most often.
+_EXAMPLES = {
+    "doctor": "doctor --store s3://bucket/runs",
+    "init": "init run.yaml --base /models/Llama-3.1-8B --data data/train.jsonl --gpu 24GB",
+    "import": "import axolotl.yml -o run.yaml",
+    "plan": "plan run.yaml --gpu H100",
+    "train": "train run.yaml train.epochs=0.5",
+    "resume": "resume first cluster.workers=1",
+    "ls": "ls --store s3://bucket/runs",
+    "status": "status first --watch",
+    "logs": "logs first --follow",
+    "stop": "stop first",
+    "evaluate": "evaluate first --best",
+    "generate": "generate first --prompts prompts.jsonl",
+    "report": "report first second -o both.html",
+    "sweep": "sweep sweep.yaml",
+    "export": "export first gguf/ --format gguf 'types=[f16,q8_0]' --verify",
+    "push": "push first hf://me/first --merge",
+    "smoke": "smoke run.yaml --layers 2",
+    "completion": "completion bash",
+    "data build": "data build run.yaml",
+    "data check": "data check run.yaml",
+    "data show": "data show run.yaml --row 7",
+    "submit ray": "submit ray run.yaml --dry-run",
+    "submit slurm": "submit slurm run.yaml --dry-run",
+    "config schema": "config schema",
+    "checkpoints ls": "checkpoints ls first",
+    "checkpoints verify": "checkpoints verify first --best",
+    "checkpoints prune": "checkpoints prune first --keep-last 1 --dry-run",
+}
 answer_shells()
 app = typer.Typer(
     cls=Verbs,
@@ -53,13 +83,17 @@ def options(
 def _add_group(name: str, help: str, **verbs: Callable[..., None]) -> None:
     group = typer.Typer(cls=Verbs, help=help, no_args_is_help=True)
     for verb, function in verbs.items():
-        group.command(verb, cls=Verb)(function)
+        group.command(verb, cls=Verb, epilog=_example(f"{name} {verb}"))(function)
     app.add_typer(group, name=name)
 
 
+def _example(name: str) -> str:
+    return f"Example: capstan {_EXAMPLES[name]}".replace("[", r"\[")
+
+
 for _verb in (doctor, init):
-    app.command()(_verb)
-app.command("import")(import_)
+    app.command(cls=Verb, epilog=_example(_verb.__name__))(_verb)
+app.command("import", cls=Verb, epilog=_example("import"))(import_)
 for _verb in (
     plan,
     train,
@@ -77,7 +111,7 @@ for _verb in (
     smoke,
     completion,
 ):
-    app.command(cls=Verb)(_verb)
+    app.command(cls=Verb, epilog=_example(_verb.__name__))(_verb)
 _add_group("data", "Compile and inspect training data.", build=data_build, check=data_check, show=data_show)
 _add_group("submit", "Hand a run over to a cluster and return.", ray=submit_ray, slurm=submit_slurm)
 _add_group("config", "The configuration's schema.", schema=config_schema)

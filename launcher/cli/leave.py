@@ -61,7 +61,7 @@ def push(
     options: FormatOptions = None,
     store: StoreOption = "runs",
     form: FormatOption = None,
-    merged: Annotated[bool, typer.Option("--merged", help="The same as --format merged.")] = False,
+    merged: Annotated[bool, typer.Option("--merge", "--merged", help="The same as --format merged.")] = False,
     step: StepOption = None,
     best: BestOption = False,
     revision: Annotated[str | None, typer.Option(help="A branch, made if need be. Default: main.")] = None,

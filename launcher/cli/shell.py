@@ -66,6 +66,8 @@ class Verbs(TyperGroup):
 def _untyped(parameter: Any) -> Any:
     if isinstance(parameter, TyperOption) and parameter.is_flag:
         parameter.metavar = ""
+    if parameter.help:  # help is markup, in which [q8_0] would be a style
+        parameter.help = parameter.help.replace(r"\[", "[").replace("[", r"\[")
     return parameter
 
 

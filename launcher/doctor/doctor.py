@@ -108,12 +108,13 @@ def report_table(report: Diagnosis) -> Group:
     """A table of the findings, and below it what to do about each gap."""
     signs = {"ok": Text("✓", "green"), "optional": Text("·", "yellow"), "missing": Text("✗", "red")}
     table = FoldedTable("", "What", "Found", "How to get it")
-    for check in report.checks:
+    order = ("missing", "ok", "optional")  # what is to be done comes first
+    for check in sorted(report.checks, key=lambda check: order.index(check.state)):
         table.add_row(signs[check.state], check.name, check.found, check.fix)
     missing = [check.name for check in report.checks if check.state == "missing"]
     whole = Text("Everything a run needs is here.", "green")
     verdict = Text(f"Missing: {', '.join(missing)}.", "red") if missing else whole
-    return Group(table, verdict)
+    return Group(verdict, table)
 
 
 def _packages() -> Iterator[Check]:

@@ -45,7 +45,7 @@ def start(config: Config, *, resume: bool, take_over: bool, live: bool, log: Cal
 def _as_driver(config: Config, *, resume: bool, take_over: bool, live: bool, log: Callable[[str], None]) -> None:
     if address_of(config) is None:
         check_local_device(config)
-    config = pinned(check(config, resume=resume, take_over=take_over))
+    config = pinned(config, check(config, resume=resume, take_over=take_over).base)
     by, code = _command(resume), keep_code(log)
     with claimed(config, by=by, resume=resume, code=code, log=log, take_over=take_over) as owner:
         drive(config, owner, resume=resume, live=live, log=log)
@@ -55,7 +55,7 @@ def _as_first_rank(config: Config, *, resume: bool, take_over: bool, log: Callab
     group, again = group_name(os.environ), restarted_as(os.environ)
     check_local_device(config)
     resolved = check(config, resume=resume, take_over=take_over, again=again)
-    config = pinned(resolved)
+    config = pinned(config, resolved.base)
     by, code = _command(resume), keep_code(log)
     how = {"by": by, "take_over": take_over, "group": group, "again": again}
     with claimed(config, resume=resume, code=code, log=log, **how):

@@ -70,11 +70,15 @@ def evaluate_run(
         check_step(run, committed_steps(run), step)
     if dry_run:
         what = "the base" if base else f"step {committed_steps(run)[0] if step is None else step} beside its base"
-        return f"would evaluate {what} of {run.uri} on {', '.join(every)}, with {count_ranks(config)} ranks"
+        return f"would evaluate {what} of {run.uri} on {', '.join(every)}, with {_ranks(count_ranks(config))}"
     ask = Ask("evaluate", run.uri, step, tuple(overrides), base, chat)
     with _bars(log) as hear:
         found = run_ranks(ask, config, (), hear)
     return Evaluated(found, run.uri, None if base else f"{run.uri}/{layout.evaluation(found['step'])}")
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'' if count == 1 else 's'}"
 
 
 @contextmanager

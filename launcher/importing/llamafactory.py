@@ -7,9 +7,8 @@ from typing import Any
 from launcher.importing import joined
 from launcher.importing.mapping import Keys
 from launcher.importing.sources import source_paths, sources_at
-from trainer.config.data import FIELDS
+from trainer.config.data import ROW_FORMATS
 from trainer.config.peers import conversions as to
-from trainer.data.format.formats import FORMATS
 from trainer.errors import NOT_JSON
 
 _STAGES = {"pt": "sft", "sft": "sft", "dpo": "dpo", "kto": "kto"}
@@ -197,5 +196,7 @@ def _with_fields(form: str, table: dict[str, str], columns: dict[str, Any]) -> t
     """A format, and the names that its fields have in the rows, where they are not those that the format looks for."""
     named = {ours: str(columns[theirs]) for theirs, ours in table.items() if columns.get(theirs)}
     return form, {
-        ours: name for ours, name in named.items() if ours in FIELDS[form] and FORMATS[form].called(ours)[0] != name
+        ours: name
+        for ours, name in named.items()
+        if ours in ROW_FORMATS[form].fields and ROW_FORMATS[form].called(ours)[0] != name
     }

@@ -130,7 +130,7 @@ class Keys:
             self.put(setting, value, key)
 
     def drop(self, setting: str, why: str) -> None:
-        """Take back a setting that does not hold in the end, which the keys that made it alone do not survive."""
+        """Remove a setting that turned out not to hold. A key that made nothing else is then reported as lost, because of `why`."""
         self.settings.pop(setting, None)
         for key, made in self._made.items():
             if setting in made:
@@ -139,7 +139,7 @@ class Keys:
                     self.lose(key, why)
 
     def spare(self, setting: str, why: str) -> None:
-        """Take back a setting that another one makes needless."""
+        """Remove a setting that another one makes needless."""
         self.settings.pop(setting, None)
         for key, made in self._made.items():
             if setting in made:

@@ -3,7 +3,7 @@
 from launcher.init.choice import Setting
 from trainer.base.find.locate import base_files
 from trainer.config import Config
-from trainer.data.compile.inputs import find_train
+from trainer.data.compile.inputs import find_train, has_conversations
 from trainer.data.render.named_templates import NAMED
 from trainer.data.render.template import fitting_template, has_template, tokens_of
 from trainer.data.source.files import is_of_hub
@@ -30,6 +30,6 @@ def _talks(config: Config) -> bool:
     if any(is_of_hub(source) for source in config.data.train):
         return False
     try:
-        return any(file.form and file.form.kind == "chat" for file in find_train(config).files)
+        return any(map(has_conversations, find_train(config).files))
     except CapstanError:
         return False

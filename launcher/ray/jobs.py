@@ -14,7 +14,7 @@ import yaml
 
 from launcher.ray.cluster import address_of, first_line, refused_token
 from launcher.start import snapshot
-from launcher.start.check import anchored, check, pinned
+from launcher.start.check import anchored, check, checked, pinned
 from launcher.start.claim import claimed
 from trainer.config import Config
 from trainer.errors import ConfigError
@@ -62,10 +62,13 @@ def submit(
         NothingToResume: `resume`, and nothing is committed.
     """
     config = anchored(config)
-    config = pinned(check(config, resume=resume, take_over=take_over, elsewhere=True))
+    address = address_of(config)
+    if address:
+        config, _ = checked(config, resume=resume, take_over=take_over, dry_run=dry_run, log=log)
+    else:
+        config = pinned(config, check(config, resume=resume, take_over=take_over, elsewhere=True).base)
     code = snapshot.take(Path.cwd())
     run = run_folder(config)
-    address = address_of(config)
     submission = secrets.token_hex(4)
     command = ["python" if address else sys.executable, "-m", "launcher.drive.driver", run.uri]
     command += ["--submission", submission]
@@ -79,7 +82,7 @@ def submit(
         entrypoint=shlex.join(command),
         runtime_env=dict(config.cluster.ray.runtime_env) if address else {},
         snapshot=code.sentence(),
-        config=config.model_dump(mode="json"),
+        config=config.model_dump(mode="json", exclude_defaults=True),
         next=f"capstan status {shlex.quote(run.uri)} --watch",
         dry_run=dry_run,
     )

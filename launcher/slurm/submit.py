@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from launcher.slurm import script
 from launcher.slurm.queue import SubmittedJobs, call, cancel, check_no_job, submitted_jobs, words
 from launcher.start import snapshot
-from launcher.start.check import anchored, check, pinned
+from launcher.start.check import anchored, checked
 from launcher.start.claim import claimed
 from launcher.view.runs import find_run
 from trainer.config import Config, override
@@ -81,10 +81,11 @@ def submit(
         NothingToResume: `resume`, and nothing is committed.
     """
     config = inside_a_job(anchored(config))
-    config = pinned(check(config, resume=resume, take_over=take_over, elsewhere=True))
+    config, seen = checked(config, resume=resume, take_over=take_over, dry_run=dry_run, log=log)
     code = snapshot.take(Path.cwd())
     run = run_folder(config)
-    check_no_job(run)
+    if seen:
+        check_no_job(run)
     output = _output_folder(config, run) / "slurm-%j.out"
     options = script.options(
         config, str(output).replace("%", "%%").replace("%%j", "%j"), [_finished(after, config)] if after else []

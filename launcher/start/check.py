@@ -3,14 +3,17 @@
 Torch is not imported and no scheduler is asked, so a refusal costs seconds and leaves no trace.
 """
 
+import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from launcher.view.status import SILENT_SECONDS, read_status
 from trainer.base.find.check import check_weights
 from trainer.base.find.content import hub_commit
-from trainer.base.find.locate import is_hub_id
+from trainer.base.find.locate import Base, is_hub_id
 from trainer.checkpoint.identity import check_identity
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import readable_manifests
@@ -19,7 +22,7 @@ from trainer.config.paths import absolute_path, local_path
 from trainer.config.secrets import refuse_secrets
 from trainer.data.compile.prepare import locate
 from trainer.data.render.named_templates import NAMED
-from trainer.errors import ConfigError, DataError, NotFound, NothingToResume, StorageError
+from trainer.errors import ConfigError, DataError, HubUnreachable, NotFound, NothingToResume, StorageError
 from trainer.resolve import Resolved, resolve
 from trainer.run import layout
 from trainer.run.folder import command, run_folder
@@ -58,10 +61,43 @@ def anchored(config: Config) -> Config:
     return override(config, *(assignment(key, value) for key, value in changes.items()))
 
 
-def pinned(resolved: Resolved) -> Config:
-    """The settings with the commit of a base of the Hub as its revision: every rank, and every later start, gets that one, wherever
-    the branch is by then."""
-    config, commit = resolved.config, hub_commit(resolved.base.directory)
+def checked(
+    config: Config, *, resume: bool, take_over: bool, dry_run: bool, log: Callable[[str], None]
+) -> tuple[Config, bool]:
+    """`config`, which will train on other machines, checked and with its base pinned; and whether the store was seen. A `dry_run` shows what
+    would be submitted also from a login node that reaches neither the store nor the Hub."""
+    warn_of_place(config, log)
+    if not dry_run:
+        return pinned(config, check(config, resume=resume, take_over=take_over, elsewhere=True).base), True
+    impatient = config.model_copy(
+        update={"run": config.run.model_copy(update={"store_retry": 0.0, "store_timeout": 3.0})}
+    )
+    try:
+        return pinned(config, check(impatient, resume=resume, take_over=take_over, elsewhere=True).base), True
+    except (StorageError, HubUnreachable) as error:
+        log(f"not checked from here: {error}")
+        return config, False
+
+
+def warn_of_place(config: Config, log: Callable[[str], None]) -> None:
+    """Say of a store in a folder that other machines must have it, and that they seldom do where it holds temporary files."""
+    if "://" in config.run.store and not config.run.store.startswith("file://"):
+        return
+    folder = local_path(config.run.store.removeprefix("file://"), "run.store").resolve()
+    own = {Path(place).resolve() for place in (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm")}
+    if any(folder.is_relative_to(place) for place in own):
+        log(
+            f"Attention: run.store: {folder} is among this machine's temporary files, which other machines do not see and a reboot removes. "
+            "Give a folder of a file system that all machines of the run share, or a bucket. Example: s3://bucket/runs."
+        )
+    else:
+        log(f"run.store is the folder {folder}: every machine of the run must have it under this path")
+
+
+def pinned(config: Config, base: Base) -> Config:
+    """`config` with the commit of a base of the Hub as its revision: every rank, and every later start, gets that one, wherever the
+    branch is by then."""
+    commit = hub_commit(base.directory)
     if commit is None or not is_hub_id(config.model.base) or local_path(config.model.base, "model.base").is_dir():
         return config
     return override(config, assignment("model.revision", commit))

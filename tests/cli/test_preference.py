@@ -12,7 +12,6 @@ DPO = ("objective.name=dpo", "data.format=preference", "data.sequence_length=96"
 
 
 @pytest.mark.long
-@pytest.mark.timeout(500)
 def test_pairs_are_checked_trained_on_and_what_was_learnt_is_exported(
     capstan: Capstan, config: Path, tmp_path: Path
 ) -> None:

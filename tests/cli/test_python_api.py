@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import yaml
 
 from tests.cli.test_resume import alone
@@ -24,8 +23,6 @@ print("TOLD", json.dumps({
     "adapted": sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name),
 }))
 """
-
-pytestmark = pytest.mark.timeout(400)
 
 
 def test_what_the_page_calls_public_is_there() -> None:

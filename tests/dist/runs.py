@@ -3,11 +3,13 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 from torch import Tensor
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from trainer.assemble import join_run
@@ -58,6 +60,11 @@ def meet(seconds: float, absent: list[int]) -> str:
     """The words of a rank that joins the others within `seconds`, where the `absent` never come."""
     if int(os.environ["RANK"]) in absent:
         return "absent"
+    # The time begins when all that come have begun: on a busy machine the last is seconds behind the first.
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    store.add("came", 1)
+    while store.add("came", 0) < int(os.environ["WORLD_SIZE"]) - len(absent):
+        time.sleep(0.01)
     try:
         return f"{join(meeting=timedelta(seconds=seconds)).world_size} together"
     except CapstanError as error:

@@ -80,7 +80,6 @@ def steps(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return found
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_loss_and_gradients_of_packed_rows_are_those_of_plain_pytorch_a_document_at_a_time(
     steps: Any, ranks: int

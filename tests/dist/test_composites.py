@@ -21,7 +21,6 @@ pytestmark = pytest.mark.long
 KINDS = ("gemma3", "llama4", "kimi_k25")
 
 
-@pytest.mark.timeout(400)
 def test_an_adapter_and_a_merge_predict_what_was_trained_and_the_rest_of_the_files_is_untouched(
     workshop: Workshop, tmp_path: Path
 ) -> None:

@@ -52,7 +52,6 @@ def adapting(workshop: Workshop, kind: str, name: str, *overrides: str) -> Confi
     return workshop.config(name, *settings, *overrides)
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("kind", "quant", "worlds"),
     [

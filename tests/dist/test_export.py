@@ -77,7 +77,6 @@ def test_transformers_and_peft_predict_what_the_trained_model_predicts(run: Stor
 
 
 @pytest.mark.long
-@pytest.mark.timeout(400)
 def test_a_right_export_of_a_deep_base_with_large_logits_is_proven_where_its_single_logits_differ(
     tmp_path: Path,
 ) -> None:

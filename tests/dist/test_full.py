@@ -79,7 +79,6 @@ def steps(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return found
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_loss_and_gradients_of_packed_rows_are_those_of_plain_pytorch_a_document_at_a_time(
     steps: Any, ranks: int
@@ -103,7 +102,6 @@ def test_what_learns_is_everything_or_what_is_named(steps: Any) -> None:
         assert ("lm_head.weight" in names) == (steps["kind"] != "gemma2")
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("kind", "optimizer"),
     [
@@ -157,7 +155,6 @@ def run(workshop: Workshop, whole: dict[int, float]) -> Store:
     return workshop.store.sub("whole")
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("optimizer", "more"),
     [
@@ -199,7 +196,6 @@ def test_ten_steps_are_five_a_resume_and_five_more(workshop: Workshop, optimizer
 
 
 @pytest.mark.long
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "adafactor"])
 def test_an_optimizer_on_the_host_trains_and_resumes_as_one_beside_the_weights(
     workshop: Workshop, optimizer: str
@@ -297,7 +293,6 @@ def broken(model: Path, how: str, other: Store) -> Path:
     return model
 
 
-@pytest.mark.timeout(400)
 def test_verify_holds_for_what_was_trained_and_catches_what_is_broken(run: Store, tmp_path: Path) -> None:
     export_adapter(run, open_store(str(tmp_path / "model")))
     (proof,) = launch(1, proofs.export_proof, run.uri, 10, str(tmp_path / "model"))
@@ -314,7 +309,6 @@ def test_verify_holds_for_what_was_trained_and_catches_what_is_broken(run: Store
 
 
 @pytest.mark.long
-@pytest.mark.timeout(400)
 def test_routers_that_a_family_keeps_in_fp32_learn_and_are_exported(workshop: Workshop, tmp_path: Path) -> None:
     """DeepSpeed takes what learns in one type, and DeepSeek-V3's routers are in another one than the rest of a model in bf16."""
     base = make_base(tmp_path / "base", "deepseek-v3")
@@ -373,7 +367,6 @@ def test_a_run_of_the_first_layers_has_no_model_to_export(workshop: Workshop, tm
 
 
 @pytest.mark.long
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("dtype", "optimizer"), [("bf16", "adamw"), ("fp32", "adamw"), ("bf16", "adamw_8bit"), ("bf16", "adafactor")]
 )

@@ -32,7 +32,6 @@ def with_policy(workshop: Workshop, name: str, policy: str, **zero: object) -> C
 
 
 @pytest.mark.long
-@pytest.mark.timeout(400)
 def test_one_rank_waits_for_its_device_a_few_times_a_micro_batch(deep: Workshop, tmp_path: Path) -> None:
     """Of 32 layers. Where parameters lie in host memory it waits once for each gather: the control."""
     deeper = Workshop(tmp_path, num_hidden_layers=32, shard_size="10MB")
@@ -56,7 +55,6 @@ def test_gathers_are_at_most_two_layers_ahead_of_what_the_device_computes(deep: 
     assert launch(1, gather.host_waits, config, False)[0]["furthest"] > LAYERS, "the control: nobody waits"
 
 
-@pytest.mark.timeout(300)
 def test_all_ranks_begin_the_same_collectives_in_the_same_order(workshop: Workshop) -> None:
     """With two process groups in a pass: a base that a node shares, and adapters that all ranks do."""
     config = with_policy(workshop, "order", "zero3", stage3_param_persistence_threshold=300)

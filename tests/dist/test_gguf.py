@@ -26,7 +26,7 @@ from trainer.export.write.merged import export_merged
 from trainer.export.written import ExportProgress, Written
 from trainer.store import Store, open_store
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.long
 
 PROMPTS = [[1, *range(262, 300)], [1, 5, 300, 17, 299, 270]]
 

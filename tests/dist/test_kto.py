@@ -18,8 +18,6 @@ from trainer.checkpoint.manifest import read_manifest
 from trainer.config import Config, dump_config, override
 from trainer.run import layout
 
-pytestmark = pytest.mark.timeout(400)
-
 ROWS = 12
 # world size, micro_batch and packing. Without packing each of the 12 answers has a row, with it 8 rows hold them.
 LAYOUTS = {

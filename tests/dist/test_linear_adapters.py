@@ -64,7 +64,6 @@ def committed(workshop: Workshop, config: Config) -> Store:
     return run
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("quant", ["nf4", "none"])
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_are_those_of_pefts_own_modules_on_documents_by_themselves(
@@ -83,7 +82,6 @@ def test_gradients_are_those_of_pefts_own_modules_on_documents_by_themselves(
         assert distance(load_file(file), theirs) < 1e-5, ranks
 
 
-@pytest.mark.timeout(300)
 def test_doras_magnitudes_start_as_the_bases_row_norms_at_any_world_size_and_in_any_scope(
     workshop: Workshop, tmp_path: Path
 ) -> None:

@@ -54,7 +54,6 @@ def bases(base: Path) -> dict[str, Path]:
     }
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("stored", "world_size"), [("bf16", 1), ("bf16", 2), ("fp8", 2), ("mxfp4", 2)])
 def test_the_peak_is_the_share_and_the_pieces_in_flight(
     workshop: Workshop, bases: dict[str, Path], stored: str, world_size: int

@@ -50,7 +50,6 @@ def saving(workshop: Workshop, case: str, name: str, *overrides: str) -> Config:
     return workshop.config(name, *settings, *overrides)
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("case", "quant"), [("norms", "nf4"), ("vocabulary", "none"), ("tied", "nf4"), ("ia3", "none")]
 )

@@ -27,8 +27,6 @@ from trainer.plan.plan import make_plan
 from trainer.run import layout
 from trainer.store import open_store
 
-pytestmark = pytest.mark.timeout(400)
-
 PAIRS = 12
 # world size, micro_batch and packing. Without packing each of the 12 pairs has a row, with it 8 rows hold them.
 LAYOUTS = {

@@ -24,7 +24,7 @@ from trainer.export.written import ExportProgress, Written
 from trainer.files.safetensors_index import numel
 from trainer.store import Store, open_store
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,6 @@ from trainer.data.dataset.references import References, read_references, write_r
 from trainer.run import layout
 from trainer.store import Store
 
-pytestmark = pytest.mark.timeout(400)
-
 DPO = (
     "objective.name=dpo",
     "objective.beta=0.3",

@@ -23,7 +23,7 @@ from trainer.config import dump_config
 from trainer.run import layout
 from trainer.store import Store
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.long
 
 NOW = 1_900_000_000.0
 HOSTILE = '<script>alert("&")</script><img src=http://192.0.2.1/x>'

@@ -63,7 +63,6 @@ def stock(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> d
     return found
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("world_size", "quants"),
     [(3, ["double"]), *(pytest.param(*case, marks=pytest.mark.long) for case in ((1, ["nf4"]), (2, ["nf4", "none"])))],
@@ -90,7 +89,6 @@ def test_packed_bytes_and_logits_are_those_of_the_same_base_in_16_bits(
         assert sum(fact["read_bytes"] for fact in facts) <= 1.25 * files, name
 
 
-@pytest.mark.timeout(300)
 def test_experts_that_were_quantized_singly_stay_as_they_are_where_their_blocks_are_the_stacks(
     workshop: Workshop, tmp_path: Path
 ) -> None:
@@ -124,7 +122,6 @@ def test_experts_that_were_quantized_singly_stay_as_they_are_where_their_blocks_
 
 
 @pytest.mark.long
-@pytest.mark.timeout(300)
 def test_a_cached_base_is_the_same_and_a_wrong_tile_shows(
     workshop: Workshop, bases: dict[str, Path], stock: dict[tuple[str, str], torch.Tensor], tmp_path: Path
 ) -> None:
@@ -149,7 +146,6 @@ def test_a_cached_base_is_the_same_and_a_wrong_tile_shows(
 
 
 @pytest.mark.long
-@pytest.mark.timeout(300)
 def test_ten_steps_have_the_losses_of_the_same_base_in_16_bits(workshop: Workshop, bases: dict[str, Path]) -> None:
     runs = [bases["experts"], bases["experts"] / "decoded", bases["gpt-oss"], bases["gpt-oss"] / "decoded"]
     configs = [

@@ -24,7 +24,6 @@ KINDS = {
 CONVERTED = ("mixtral", "experts")
 
 
-@pytest.mark.timeout(400)
 def test_a_layer_at_a_time_every_side_has_the_bits_of_the_whole_model(tmp_path: Path) -> None:
     workshop = Workshop(tmp_path, intermediate_size=192)
     runs: dict[str, str] = {}

@@ -54,7 +54,6 @@ def adding(workshop: Workshop, name: str, base: str = "grown", *overrides: str, 
     return workshop.config(name, f"model.base={folder}", f"model.add_tokens={json.dumps(TOKENS)}", *overrides)
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("base", "method", "quant"),
     [
@@ -92,7 +91,6 @@ def rows_of(folder: Path, name: str) -> Tensor:
     return next(t[name].float() for t in map(load_file, folder.glob("*.safetensors")) if name in t)
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("base", ["grown", "padded", "grown-tied"])
 def test_a_token_starts_as_the_mean_of_its_pieces_and_one_that_was_there_as_itself(
     workshop: Workshop, tmp_path: Path, base: str

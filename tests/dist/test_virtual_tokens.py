@@ -25,7 +25,6 @@ from trainer.export.write.merged import export_merged
 from trainer.store import Store, open_store
 
 METHODS = ("prompt", "prefix")
-pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,6 @@ from trainer.data.source.rows import Batch, Lines
 from trainer.errors import DataError
 from trainer.store import open_store
 
-pytestmark = pytest.mark.timeout(300)
-
 
 def texts(folder: Path, rows: int) -> Data:
     path = folder / "texts.jsonl"

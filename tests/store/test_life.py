@@ -28,7 +28,6 @@ ONE_RANK = {
 }
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("server", ["azurite", "moto"])
 def test_train_resume_verify_and_export(server: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     environment = {**os.environ, **request.getfixturevalue(server), **ONE_RANK, "MASTER_PORT": str(free_ports(1)[0])}

@@ -195,7 +195,6 @@ def test_the_attention_of_each_layer_is_known(
     assert [(layer.key_value_heads, layer.head_size) for layer in found.attention] == keys
 
 
-@pytest.mark.timeout(300)  # three processes that import torch
 def test_what_the_process_that_reads_it_refuses_is_refused_here(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(**config: Any) -> Architecture:
         given = {"base_config": config, "layers": 1, "name": "the base"}

@@ -29,7 +29,7 @@ def test_bases_and_data_that_are_not_on_the_hub_are_named_without_their_place(wo
     run = workshop.store.sub("done")
     assert str(workshop.folder) not in card(run)
     assert f"| base | {workshop.base.name} |" in card(run)
-    assert '"rank": ' in card(run)
+    assert ", rank: " in card(run)
     assert "reduction" not in card(run), "a setting of another method"
     told = card(run, "/home/ann/secret/train.jsonl", "s3://ours/secret/more-*.jsonl", "hf://me/data")
     assert "(train.jsonl, more-*.jsonl, hf://me/data)" in told

@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.material import SPECIALS, Workshop, commit
 from trainer.base.find.locate import resolve_base
+from trainer.base.find.tokenizer import beside_no_config, read_tokenizer
 from trainer.checkpoint.manifest import read_manifest
 from trainer.errors import CapstanError
 from trainer.export.format import find_format
-from trainer.export.proof.rendering import check_rendering, trained_texts
+from trainer.export.proof.rendering import Texts, check_rendering, trained_texts
 from trainer.export.proof.same_bytes import check_again
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.export.written import ExportProgress
@@ -237,3 +238,16 @@ def test_an_export_has_the_template_and_the_tokenizer_of_the_training_whatever_l
             check_again(find_format(form), run, 4, open_store(str(folder)))
     finally:
         (base / "tokenizer.json").write_bytes(kept)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3_5"])
+def test_a_tokenizer_alone_gives_the_tokens_that_it_gives_beside_the_bases_config(tmp_path: Path, kind: str) -> None:
+    """By the config.json of a Qwen, transformers takes Qwen's own class for any tokenizer, which splits texts in its own way."""
+    base, alone = tmp_path / "base", tmp_path / "alone"
+    tokenizer().save_pretrained(base)
+    (base / "config.json").write_text(json.dumps({"model_type": kind}))
+    files = {file.name: file.read_bytes() for file in base.iterdir() if file.name != "config.json"}
+    alone.mkdir()
+    for name, content in beside_no_config(files, base, kind).items():
+        (alone / name).write_bytes(content)
+    check_rendering(Texts(read_tokenizer(base, kind)), alone, ROWS)

@@ -132,7 +132,6 @@ def test_an_epoch_is_estimated_by_the_files_until_it_is_compiled(shop: Workshop)
     assert length.tokens == round(1.5 * tokens)
 
 
-@pytest.mark.timeout(300)
 def test_a_plan_loads_no_library_of_numbers_whatever_it_looks_at(tmp_path: Path) -> None:
     """These take longer to load than the plan takes: rows of a text, what is compiled of them and runs of the store need none."""
     shop = Workshop(tmp_path)

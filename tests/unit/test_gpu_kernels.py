@@ -60,7 +60,6 @@ def test_a_double_quantized_weight_in_one_pass_is_bitsandbytes_own(
 @pytest.mark.skipif(
     find_spec("liger_kernel") is None, reason="liger-kernel is not installed: the extra liger brings it"
 )
-@pytest.mark.timeout(520)
 @pytest.mark.parametrize(
     ("check", "environment", "said"),
     [("interpret", INTERPRETER, "interpreted"), ("ranks", INTERPRETER, "sharded"), ("compile", {}, "sm_100")],

@@ -149,6 +149,15 @@ def test_a_base_without_a_chat_template_gets_one_by_name_and_learns_its_tokens(
     assert "data.template" not in first(bases, "8b", "80GiB").settings
 
 
+@pytest.mark.parametrize(("answer", "templated"), [([{"role": "assistant", "content": "b"}], True), ("b", False)])
+def test_so_does_one_whose_answers_to_compare_are_conversations(bases: Path, answer: Any, templated: bool) -> None:
+    other = [{"role": "assistant", "content": "c"}] if templated else "c"
+    asked: Any = [{"role": "user", "content": "a"}] if templated else "a"
+    row = {"prompt": asked, "chosen": answer, "rejected": other}
+    (bases / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    assert (first(bases, "8b", "80GiB", goal="dpo").settings.get("data.template") == "chatml") == templated
+
+
 @pytest.mark.parametrize("rows", [20, 1000, 100_000])
 def test_batch_epochs_and_evaluations_follow_from_how_much_data_there_is(bases: Path, rows: int) -> None:
     talks(bases, rows)

@@ -19,7 +19,6 @@ def plan(name: str, gib: int, *overrides: str) -> Plan:
     return make_plan(config, describe(base, None), config.cluster.most_workers or 1, 8, gib * 2**30)
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("name", PAGES)
 def test_the_figures_of_a_page_are_those_that_plan_prints(name: str) -> None:
     page = page_of(name).read_text(encoding="utf-8")

@@ -333,7 +333,6 @@ def test_kimi_k2_under_its_own_name_is_refused_with_the_name_to_use() -> None:
         read_architecture({**MODELS["Kimi-K2"].config, "model_type": "kimi_k2"})
 
 
-@pytest.mark.timeout(300)  # processes that import torch
 def test_plan_reads_the_architecture_once_and_answers_at_once_then(tmp_path: Path) -> None:
     """In a process that has no torch; the seconds are those of a processor, as the machine may be busy with others."""
     base = tmp_path / "base"

@@ -59,7 +59,6 @@ end""",
 }
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("shell", ASKING)
 def test_tab_offers_verbs_options_runs_settings_and_their_values(shell: str, tmp_path: Path) -> None:
     if shutil.which(shell) is None:

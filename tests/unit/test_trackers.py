@@ -171,7 +171,6 @@ def curve(resumed: tuple[Path, Store], service: str, name: str) -> Curve:
     return mlflow_curve(id, name) if service == "mlflow" else trackio_curve(id, name)
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("service", SERVICES)
 def test_a_killed_and_resumed_run_has_one_continuous_curve(resumed: tuple[Path, Store], service: str) -> None:
     # The killed start's last step is left to the one that repeats it: its evaluation might have been cut off.
@@ -199,7 +198,6 @@ def test_steps_that_come_twice_would_be_seen(environment: Path, tmp_path: Path, 
     assert [step for step, _ in sorted(curve((tmp_path, run), service, "train/loss"))] == [1, 1, 2, 2, 3, 3]
 
 
-@pytest.mark.timeout(300)
 def test_a_server_of_wandb_is_asked_how_far_the_curve_is(
     environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

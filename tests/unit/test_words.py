@@ -1,20 +1,26 @@
 """What commands say and do in small: where they wait, what they leave, which options they take."""
 
 import errno
+import shlex
 import socket
 import time
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
 
-from launcher.cli.__main__ import app
+from launcher.cli.__main__ import _EXAMPLES, app
+from launcher.console import Terminal
+from launcher.doctor.doctor import Check, Diagnosis, report_table
 from launcher.report import report
-from launcher.start.check import check_idle
+from launcher.start.check import check_idle, checked, warn_of_place
 from launcher.view.status import read_status
 from tests.unit.made_records import CONFIG, NOW, end, start, step, write
 from trainer.base.find.locate import resolve_base
 from trainer.config import parse_config
-from trainer.errors import ConfigError, StorageError
+from trainer.errors import ConfigError, HubUnreachable, StorageError
 from trainer.files import hub
 from trainer.run import layout
 from trainer.store import Store, open_store
@@ -88,3 +94,62 @@ def test_a_base_of_the_hub_is_refused_soon_where_the_hub_cannot_be_reached(
         resolve_base(config.model)
     assert time.monotonic() - began < 10
     hub.hub_answers.cache_clear()
+
+
+def test_the_help_of_every_verb_ends_in_an_example_that_the_command_takes() -> None:
+    root: Any = get_command(app)
+    for line in _EXAMPLES.values():
+        words = shlex.split(line)
+        group = root.commands[words[0]]
+        verb, rest = (group.commands[words[1]], words[2:]) if hasattr(group, "commands") else (group, words[1:])
+        verb.make_context(words[0], list(rest), resilient_parsing=True)
+        assert verb.epilog == f"Example: capstan {line}".replace("[", r"\[")
+
+
+def test_help_shows_brackets(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    app(["export", "--help"], standalone_mode=False)
+    out = capsys.readouterr().out
+    assert out.count("types=[f16,q8_0]") == 2
+    assert "Example: capstan export first" in out
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("/tmp/runs", "Attention: run.store: /tmp/runs is among this machine's temporary files"),
+        ("/shared/runs", "run.store is the folder /shared/runs: every machine"),
+        ("s3://bucket/runs", ""),
+    ],
+)
+def test_a_folder_as_the_store_of_other_machines_is_said_to_be_one(place: str, words: str) -> None:
+    text = (
+        f"run: {{name: a, store: '{place}'}}\nmodel: {{base: b}}\ndata: {{train: [{{path: a}}]}}\ntrain: {{steps: 1}}"
+    )
+    said = list[str]()
+    warn_of_place(parse_config(text), said.append)
+    assert "".join(said).startswith(words)
+    assert bool(said) == bool(words)
+
+
+def test_a_dry_run_needs_neither_the_hub_nor_the_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise HubUnreachable("model.base: it cannot be reached")
+
+    said = list[str]()
+    monkeypatch.setattr("launcher.start.check.check", unreachable)
+    config = parse_config(
+        "run: {name: a, store: s3://b/runs}\nmodel: {base: me/b}\ndata: {train: [{path: a}]}\ntrain: {steps: 1}"
+    )
+    assert checked(config, resume=False, take_over=False, dry_run=True, log=said.append) == (config, False)
+    assert said == ["not checked from here: model.base: it cannot be reached"]
+    with pytest.raises(HubUnreachable):
+        checked(config, resume=False, take_over=False, dry_run=False, log=said.append)
+
+
+def test_what_doctor_finds_missing_comes_first() -> None:
+    checks = (Check("aaa", "ok", "1"), Check("bbb", "optional", "-"), Check("ccc", "missing", "-", "get it"))
+    out = StringIO()
+    Terminal(width=100, file=out).print(report_table(Diagnosis(checks)))
+    text = out.getvalue()
+    assert text.index("Missing: ccc.") < text.index("get it") < text.index("aaa")

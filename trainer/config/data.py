@@ -2,52 +2,29 @@
 
 from collections.abc import Mapping
 from datetime import date
-from typing import Any, Literal
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import field_validator, model_validator
 
 from trainer.config.section import Section, setting
+from trainer.registry import kinds
 
-Format = Literal[
-    "auto",
-    "chat",
-    "sharegpt",
-    "alpaca",
-    "prompt_completion",
-    "prompt_completion_messages",
-    "question_answer",
-    "text",
-    "preference",
-    "preference_alpaca",
-    "preference_sharegpt",
-    "labelled",
-    "labelled_alpaca",
-    "labelled_messages",
-]
-FIELDS = {
-    "chat": ("messages", "tools"),
-    "sharegpt": ("messages", "system", "tools"),
-    "alpaca": ("instruction", "input", "output", "system", "history"),
-    "prompt_completion": ("prompt", "completion"),
-    "prompt_completion_messages": ("prompt", "completion", "tools"),
-    "question_answer": ("question", "answer"),
-    "text": ("text",),
-    "preference": ("prompt", "chosen", "rejected", "tools"),
-    "preference_alpaca": ("instruction", "input", "chosen", "rejected", "system", "history"),
-    "preference_sharegpt": ("messages", "chosen", "rejected", "system", "tools"),
-    "labelled": ("prompt", "completion", "label", "tools"),
-    "labelled_alpaca": ("instruction", "input", "output", "label", "system", "history"),
-    "labelled_messages": ("messages", "label", "system", "tools"),
-}
-"""The fields of a row by `data.format`, as `data.fields` renames them."""
-KINDS = {
-    **dict.fromkeys(("chat", "sharegpt", "alpaca", "prompt_completion_messages", "question_answer"), "chat"),
-    "prompt_completion": "prompt_completion",
-    "text": "text",
-    **dict.fromkeys(("preference", "preference_alpaca", "preference_sharegpt"), "preference"),
-    **dict.fromkeys(("labelled", "labelled_alpaca", "labelled_messages"), "labelled"),
-}
-"""The format that the rows of a format become before they are tokenized; what is trained follows from it."""
+if TYPE_CHECKING:
+    from trainer.data.format.row_format import RowFormat
+
+# The formats of rows are files of trainer/data/format/known, which import nothing of the configuration: a new one is known here.
+ROW_FORMATS: "dict[str, RowFormat]" = dict(
+    sorted(
+        kinds(import_module("trainer.data.format.known"), "ROW_FORMATS").items(),
+        key=lambda item: (item[1].place, item[0]),
+    )
+)
+"""Every format that `data.format` may name, in the order in which rows are tried."""
+if TYPE_CHECKING:
+    Format = str
+else:
+    Format = Literal["auto", *ROW_FORMATS]
 LIKELY = ("chat", "prompt_completion", "text")
 """The kinds of rows that have a likelihood of their own; those of the others are answers to be judged."""
 _LOSS_ON = {
@@ -221,7 +198,7 @@ class Data(Section):
     @model_validator(mode="after")
     def _suits_its_format(self) -> "Data":
         if self.format == "auto":
-            known = {name for names in FIELDS.values() for name in names}
+            known = {name for form in ROW_FORMATS.values() for name in form.fields}
             if unknown := [name for name in self.fields if name not in known]:
                 raise ValueError(
                     f"data.fields: {unknown[0]!r} is not a field of any data.format. Allowed are {', '.join(sorted(known))}."
@@ -234,7 +211,7 @@ class Data(Section):
 
     def unsuited(self, format: str) -> str | None:
         """A sentence for a setting that rows of this format do not go with, if there is one."""
-        kind = KINDS[format]
+        kind = ROW_FORMATS[format].kind
         if self.loss_on and self.loss_on not in _LOSS_ON[kind]:
             return (
                 f"data.loss_on: {self.loss_on!r} does not exist in data.format: {format}. "
@@ -252,7 +229,7 @@ class Data(Section):
 
     def for_rows(self, format: str) -> "Data":
         """The settings with those alone of what is trained, of thinking and of the template that rows of this format have a use for."""
-        kind, on = KINDS[format], self.train_on
+        kind, on = ROW_FORMATS[format].kind, self.train_on
         talks = kind not in ("prompt_completion", "text")
         roles = on.roles if talks or on.roles in (None, "all", ["assistant"]) else None
         kept: dict[str, Any] = {
@@ -326,7 +303,7 @@ class Data(Section):
     @property
     def kind(self) -> str:
         """The format that the rows become; that of conversations where `format` is auto."""
-        return KINDS.get(self.format, "chat")
+        return kind_of(self.format)
 
     @property
     def segments(self) -> int:
@@ -366,14 +343,19 @@ class Data(Section):
         return {name: value for name, value in found.items() if value is not None}
 
 
+def kind_of(format: str) -> str:
+    """The kind of rows that those of a format become; that of conversations where `format` is auto."""
+    return ROW_FORMATS[format].kind if format in ROW_FORMATS else "chat"
+
+
 def most_segments(format: str) -> int:
     """`Data.segments` of rows of this format."""
-    return 2 if KINDS.get(format) in _JUDGED else 1
+    return 2 if kind_of(format) in _JUDGED else 1
 
 
 def _check_fields(setting: str, format: str, fields: Mapping[str, str]) -> None:
     for name in fields:
-        if format != "auto" and name not in FIELDS[format]:
+        if format != "auto" and name not in ROW_FORMATS[format].fields:
             raise ValueError(
-                f"{setting}: {name!r} is not a field of data.format: {format}. Allowed there: {', '.join(FIELDS[format])}."
+                f"{setting}: {name!r} is not a field of data.format: {format}. Allowed there: {', '.join(ROW_FORMATS[format].fields)}."
             )

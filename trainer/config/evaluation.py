@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import field_validator
 
-from trainer.config.data import FIELDS, KINDS, LIKELY, Data, Format
+from trainer.config.data import LIKELY, ROW_FORMATS, Data, Format, kind_of
 from trainer.config.section import Section, setting
 
 UNNAMED = "eval"
@@ -47,7 +47,7 @@ class EvalSet(Section):
 
 
 class Evaluation(Section):
-    """What is measured beside the training loss. Sets are evaluated during the run; `capstan evaluate` measures all of it."""
+    """The settings of all that is measured beside the training loss. Sets are evaluated during the run; `capstan evaluate` measures all of it."""
 
     every: int = setting(
         0,
@@ -90,20 +90,18 @@ class Evaluation(Section):
                     f"eval.sets: {name!r} is not allowed as a name. Use letters, digits, '-' and '_', and not {UNNAMED!r}, which "
                     "is the data of data.eval."
                 )
-            known = FIELDS.get(given.format or "auto")
+            known = ROW_FORMATS[given.format].fields if given.format in ROW_FORMATS else ()
             wrong = [field for field in given.fields if known and field not in known]
             if wrong:
                 raise ValueError(
                     f"eval.sets.{name}.fields: {wrong[0]!r} is not a field of format: {given.format}. Allowed there: "
-                    f"{', '.join(known or ())}."
+                    f"{', '.join(known)}."
                 )
         return sets
 
     def mismatches(self, data: Data) -> list[str]:
         """A sentence for each set that cannot be read beside this section `data`."""
-        judged = [
-            name for name, given in self.sets.items() if KINDS.get(given.format or data.format, LIKELY[0]) not in LIKELY
-        ]
+        judged = [name for name, given in self.sets.items() if kind_of(given.format or data.format) not in LIKELY]
         return [
             f"eval.sets.{name}.format: rows of data.format: {self.sets[name].format or data.format} have no likelihood. Set it to "
             "auto, or the format of conversations, of prompts and completions or of texts."

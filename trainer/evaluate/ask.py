@@ -1,4 +1,4 @@
-"""What the ranks of an evaluation are asked, as it travels between processes, and how they tell of it."""
+"""The request to the ranks of an evaluation, as it travels between processes, and the function by which they report progress."""
 
 import json
 from collections.abc import Callable
@@ -10,7 +10,7 @@ Tell = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Ask:
-    """What every rank is asked to do with the run at `run`, a URI: with the checkpoint of `step`, or of None the newest whole one.
+    """The request to every rank: evaluate or question the run at the URI `run`, with the checkpoint of `step`. None is the newest whole one.
 
     `overrides` are settings as on the command line. `base`: of an evaluation the base alone, of answers the base's beside the
     adapter's. `chat`: tasks are asked under the chat template. `sampling` are the arguments of `trainer.measure.generation.Sampling`.

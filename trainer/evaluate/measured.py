@@ -38,7 +38,7 @@ Losses = tuple[Any, Any]
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be measured: sets on this rank by name, with the cluster of each document; pairs of sentences, tasks."""
+    """The things to measure: sets on this rank by name, with the cluster of each document; pairs of sentences, tasks."""
 
     sets: Mapping[str, tuple[Stream, Clusters]]
     pairs: Sequence[SentencePair]
@@ -47,7 +47,7 @@ class Work:
 
 @dataclass(frozen=True)
 class MeasuredSide:
-    """What was measured of one side; the same on every rank but for the tasks, which rank 0 has."""
+    """The figures of one side; the same on every rank but for the tasks, which rank 0 has."""
 
     sets: dict[str, Losses]
     bias: dict[str, Gaps]

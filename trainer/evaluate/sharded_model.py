@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from trainer.assemble import assemble, attention_of, check_same_base, choose_sharding, join_run
 from trainer.base.find.locate import Base, resolve_base
 from trainer.checkpoint.checkpoints import load_partitions
-from trainer.checkpoint.manifest import CheckpointManifest, whole_checkpoint
+from trainer.checkpoint.manifest import CheckpointManifest, readable_manifests, whole_checkpoint
 from trainer.config import Config, Data, override
 from trainer.data.compile.inputs import as_trained
 from trainer.data.compile.prepare import load_tokenizer
@@ -134,10 +134,17 @@ def open_run(run: Store, step: int | None, overrides: Sequence[str], *, base_alo
         if manifest is not None:
             check_trained_shapes(resolved.method, config.model, manifest)
     check_same_base(base, ranks)
-    if manifest is not None:
-        ranks.on_first(lambda: check_trained_base(base, manifest))
+    ranks.on_first(lambda: _check_base(run, base, manifest, overrides))
     attention = attention_of(resolved, ranks.device)
     engine, _ = assemble(resolved, ranks, attention, choose_sharding(resolved, ranks, accumulation=1), log)
     form = ranks.on_first(lambda: as_trained(config)).format
     words = Words(base, config.data.model_copy(update={"format": form}))
     return OpenedRun(run, resolved, manifest, ranks, engine, words)
+
+
+def _check_base(run: Store, base: Base, manifest: CheckpointManifest | None, overrides: Sequence[str]) -> None:
+    """Raises `ConfigError` for another base than that of the checkpoint, or, without one, of the run, unless another is asked for."""
+    if manifest is None and not any(override.startswith("model") for override in overrides):
+        manifest = next(readable_manifests(run, []), None)
+    if manifest is not None:
+        check_trained_base(base, manifest)

@@ -50,7 +50,7 @@ class ShardedLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        return self._opened.base.name.replace("/", "__")
+        return self._opened.resolved.base.name.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_options: Any) -> list[int]:
         if add_special_tokens is None:

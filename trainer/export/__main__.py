@@ -8,6 +8,8 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -18,8 +20,11 @@ from trainer.export.folder import BytesWritten
 from trainer.export.format import find_format
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.export.written import ExportProgress
+from trainer.run.background import Every
 from trainer.store import open_store
 from trainer.tuning.method import method_of
+
+_SAY_SECONDS = 30.0
 
 
 def _print_bytes() -> BytesWritten:
@@ -49,8 +54,21 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.verify:
         base = resolve_trained_base(run, trained_config(run, written.manifest).model, written.manifest)
         progress.say(f"--verify: the base's files: {check_whole(base, run, progress.written)}")
-        result["proof"] = asdict(form.prove(run, step, destination))
+        with _patience(progress.say):
+            result["proof"] = asdict(form.prove(run, step, destination))
     return result
+
+
+@contextmanager
+def _patience(say: Callable[[str], None]) -> Iterator[None]:
+    """Around a proof, which loads the trained model and the export: says so, and now and then that it goes on."""
+    say("--verify: compares the export's predictions with the trained model's, both of which are loaded for that")
+    began = time.monotonic()
+    still = Every(_SAY_SECONDS, lambda: say(f"still comparing, after {time.monotonic() - began:.0f} s"), "saying so")
+    try:
+        yield
+    finally:
+        still.stop()
 
 
 def main() -> None:

@@ -4,8 +4,7 @@ Its first lines are the Hub's metadata (huggingface.co/docs/hub/model-cards). `b
 is a folder is named in the table alone, and without its path, as the card may be public; the licence is the one that the base's own card names.
 """
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -130,19 +129,29 @@ def _facts(config: Config, manifest: CheckpointManifest) -> dict[str, Any]:
         "run": config.run.name,
         "step": manifest.step,
         "evaluation loss": "not evaluated at this step" if manifest.eval_loss is None else f"{manifest.eval_loss:.4f}",
-        "method": json.dumps(_method(config)),
-        "learning rate": json.dumps(config.optim.model_dump(mode="json", include=_OPTIM, exclude_none=True)),
-        "optimizer": json.dumps(manifest.groups),
+        "method": _in_words(_method(config)),
+        "learning rate": _in_words(config.optim.model_dump(mode="json", include=_OPTIM, exclude_none=True)),
+        "optimizer": _in_words(manifest.groups),
         "objective": config.objective.name,
-        "quantization": json.dumps(config.quant.model_dump(mode="json", exclude={"cache"})),
+        "quantization": _in_words(config.quant.model_dump(mode="json", exclude={"cache"})),
         "computed in": config.model.dtype,
         "data": f"{manifest.dataset} ({', '.join(_named(source.path) for source in config.data.train)})",
         "sequence length": manifest.order.get("sequence_length", config.data.sequence_length),
         "global batch": config.train.global_batch,
         "seed": manifest.order.get("seed", config.run.seed),
-        "saved": f"{datetime.fromtimestamp(manifest.created, UTC):%Y-%m-%d %H:%M} UTC on {manifest.world_size} ranks",
+        "saved": f"{datetime.fromtimestamp(manifest.created, UTC):%Y-%m-%d %H:%M} UTC on {manifest.world_size} rank{'' if manifest.world_size == 1 else 's'}",
         "versions": ", ".join(f"{name} {number}" for name, number in manifest.versions.items()),
     }
+
+
+def _in_words(value: Any) -> str:
+    """Settings as a reader takes them in: `method: lora, r: 8, targets: q_proj and v_proj`."""
+    if isinstance(value, Mapping):
+        parts = (f"{name}: {_in_words(item)}" for name, item in value.items())
+        return ", ".join(parts)
+    if isinstance(value, list):
+        return " and ".join(map(_in_words, value))
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
 def _method(config: Config) -> dict[str, Any]:

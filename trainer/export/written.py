@@ -1,4 +1,4 @@
-"""What a writer of exports is told to report to, and what it answers with."""
+"""The functions by which a writer of exports reports progress, and the result that it returns."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

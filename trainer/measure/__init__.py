@@ -1,1 +1,1 @@
-"""What can be found out about a sharded model without training it: likelihoods, answers, tasks."""
+"""Measurements of a sharded model that do not train it: likelihoods, answers, tasks."""

@@ -7,7 +7,7 @@ from trainer.run.evaluations import FEWEST
 
 _SUBSETS = 1999
 _ALL_SUBSETS_OF = 11
-"""Of so many clusters all subsets are taken, which are then about as many."""
+"""Up to this many clusters every subset is taken; above, about as many are drawn at random."""
 _AT_ONCE = 2**22  # values of the subsets in memory
 
 Figures = NDArray[np.float64]

@@ -55,7 +55,7 @@ class Objective(Protocol):
 
     @property
     def formats(self) -> Collection[str]:
-        """The kinds of rows that it can learn from; see `KINDS` in trainer/config/data.py."""
+        """The kinds of rows that it can learn from; see `RowFormat.kind` in trainer/data/format/row_format.py."""
         ...
 
     @property

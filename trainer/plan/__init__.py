@@ -1,1 +1,1 @@
-"""What a run needs and how long it takes, by arithmetic: parameters, memory, time, GPUs by name. It loads no torch."""
+"""The needs and the duration of a run, by arithmetic: parameters, memory, time, GPUs by name. No file here loads torch."""

@@ -9,7 +9,7 @@ from trainer.run import layout
 from trainer.store import Store
 
 FEWEST = 6
-"""Of fewer independent documents there are fewer than 40 different subsets, whose quantiles promise less than 95 %: no interval is given."""
+"""The fewest independent documents for an interval. Fewer have less than 40 different subsets, whose quantiles promise less than 95 %."""
 
 # Each by name; the values of tasks are by metric.
 _PARTS = ("sets", "tasks", "bias")

@@ -51,7 +51,8 @@ def planned_memory(resolved: Resolved, ranks: Ranks) -> str:
     total = memory.pop("total")
     largest = sorted(memory.items(), key=lambda part: -part[1])[:3]
     parts = ", ".join(f"{name.replace('_', ' ')} {size / 2**30:.1f} GiB" for name, size in largest)
-    return f"The plan for {ranks.world_size} ranks is {total / 2**30:.1f} GiB a GPU: {parts}."
+    ranks_of_run = "1 rank" if ranks.world_size == 1 else f"{ranks.world_size} ranks"
+    return f"The plan for {ranks_of_run} is {total / 2**30:.1f} GiB a GPU: {parts}."
 
 
 def last_words(

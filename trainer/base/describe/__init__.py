@@ -1,1 +1,1 @@
-"""What transformers makes of a base: its architecture, read off config.json and the model on `meta`."""
+"""The description of a base: its architecture, read off config.json and the model that transformers builds on `meta`."""

@@ -49,8 +49,11 @@ def layer_values(model: Architecture, layer: int) -> LayerValues:
 
 
 def _new_keys(parts: Sequence[Parameter], hidden: int) -> int:
-    """Values a token of keys that are put together of what leaves a linear layer and of what all heads share, as where keys and values
-    come out of a latent (DeepSeek-V2, arXiv:2405.04434): as many as of the queries, whose layer is the first that leaves no latent."""
+    """The number of values a token that newly made keys have; 0 in most families.
+
+    Where keys and values come out of a latent (DeepSeek-V2, arXiv:2405.04434), the keys are concatenated from a linear layer's output and a
+    part that all heads share, so they take memory of their own. They are as many as the queries, whose layer is the first that is not a latent's.
+    """
     latents = {part.shape[1] for part in parts if hidden not in part.shape[1:]}
     return next(part.shape[0] for part in parts if part.shape[0] not in latents) if latents else 0
 

@@ -1,7 +1,7 @@
 """The architecture of a base, read off the model that transformers builds without weights, on torch's `meta` device.
 
-transformers alone says which parameters there are, and how logits are made of hidden states; no table of families is here.
-What cannot be trained is refused by name.
+transformers alone says which parameters there are, and how logits are made of hidden states. No family is named here; the one table has the
+names that families give the number of experts a token is routed to. A base that cannot be trained is refused by its name.
 """
 
 import inspect

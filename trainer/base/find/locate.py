@@ -17,7 +17,7 @@ from trainer.base.describe.description import describe
 from trainer.base.describe.torch_answers import user_cache
 from trainer.config import Model
 from trainer.config.paths import local_path
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, HubUnreachable
 from trainer.files.hub import hub_answers, hub_host
 from trainer.files.safetensors_index import INDEX_FILE
 from trainer.store import SCHEMES, Entry, Store, open_store
@@ -99,9 +99,10 @@ def _directory(model: Model, patterns: list[str]) -> Path:
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        if not (HF_HUB_OFFLINE or hub_answers()):
+        unreachable = not (HF_HUB_OFFLINE or hub_answers())
+        if unreachable:
             reason = f"{hub_host()} cannot be reached from here, and the cache lacks it"
-        raise ConfigError(
+        raise (HubUnreachable if unreachable else ConfigError)(
             f"model.base: {model.base!r} is no directory here, and the Hub did not give it ({reason}). "
             "Check the name, HF_TOKEN for a gated model, or download it to a directory first."
         ) from error

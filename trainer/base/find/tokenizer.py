@@ -6,6 +6,7 @@ transformers' sense, so decoding shows it.
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -78,10 +79,21 @@ def tokenizer_files(directory: Path, model: Model, template: str | None) -> dict
 def _with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]:
     """Programs of before transformers 4.51 look for the template among the settings, others in a file of its own."""
     kept = {name: content for name, content in files.items() if name not in _TEMPLATES}
-    settings: dict[str, Any] = json.loads(files.get(_SETTINGS, b"{}"))
-    settings["chat_template"] = template
-    return {
-        **kept,
-        _SETTINGS: json.dumps(settings, indent=2, ensure_ascii=False).encode(),
-        CHAT_TEMPLATE: template.encode(),
-    }
+    return {**kept, **_with_settings(files, chat_template=template), CHAT_TEMPLATE: template.encode()}
+
+
+def beside_no_config(files: Mapping[str, bytes], directory: Path, name: str) -> dict[str, bytes]:
+    """The `files` of a tokenizer for a folder without a config.json. The class that transformers takes for them by the config.json in
+    `directory`, that of the base `name`, is written into the settings where they alone would give another, which may split texts otherwise."""
+    with suppress(ConfigError), scratch_folder("export") as folder:
+        for file, content in files.items():
+            Path(folder, file).write_bytes(content)
+        alone, beside = (type(read_tokenizer(place, name)).__name__ for place in (Path(folder), directory))
+        if alone != beside:
+            return {**files, **_with_settings(files, tokenizer_class=beside)}
+    return dict(files)
+
+
+def _with_settings(files: Mapping[str, bytes], **settings: Any) -> dict[str, bytes]:
+    tree: dict[str, Any] = json.loads(files.get(_SETTINGS, b"{}")) | settings
+    return {_SETTINGS: json.dumps(tree, indent=2, ensure_ascii=False).encode()}

@@ -5,8 +5,8 @@ from dataclasses import replace
 from itertools import groupby, islice
 
 from trainer.config import Config, Data, Source
-from trainer.config.data import KINDS
-from trainer.data.format.formats import FORMATS, Row, RowForm, detect, lost_fields, wider_form
+from trainer.config.data import ROW_FORMATS
+from trainer.data.format.formats import Row, RowForm, detect, lost_fields, wider_form
 from trainer.data.source.files import SourceFile
 from trainer.data.source.reading import rows
 from trainer.errors import ConfigError, DataError
@@ -72,7 +72,7 @@ def _form(data: Data, source: Source, files: Sequence[SourceFile], kinds: Collec
     if form is None:
         raise DataError(
             f"{name}: the first rows of {files[0].uri} are of no format known here: their fields are {', '.join(sample[0])}. Name the format and the "
-            f"fields, such as data.format=prompt_completion data.fields.prompt=... data.fields.completion=...; formats are {', '.join(FORMATS)}."
+            f"fields, such as data.format=prompt_completion data.fields.prompt=... data.fields.completion=...; formats are {', '.join(ROW_FORMATS)}."
         )
     if form.kind in kinds and (lost := lost_fields(form, sample)):
         wider = wider_form(form, sample, lost)
@@ -107,4 +107,4 @@ def _check(objective: str, data: Data, form: RowForm, kinds: Collection[str], na
 
 
 # An objective for each kind of rows, to propose.
-_LEARNS = {**dict.fromkeys(KINDS.values(), "sft"), "preference": "dpo", "labelled": "kto"}
+_LEARNS = {**dict.fromkeys((form.kind for form in ROW_FORMATS.values()), "sft"), "preference": "dpo", "labelled": "kto"}

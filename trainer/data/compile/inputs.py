@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainer.config import Config, Data, Source
-from trainer.config.data import LIKELY
+from trainer.config.data import LIKELY, ROW_FORMATS
 from trainer.data.compile.detection import with_forms
 from trainer.data.render.template import has_template, no_template, tokens_of
 from trainer.data.source.files import SourceFile, expand
 from trainer.data.source.part import EVERYTHING, Part
+from trainer.data.source.reading import rows
 from trainer.errors import CapstanError
 from trainer.objective.objective import find_objective
 
@@ -69,8 +70,19 @@ def check_sources(config: Config, tokenizer: Path) -> None:
         DataError: as `find`.
     """
     for files, _, data in find(config).values():
-        if any(file.form and file.form.kind == "chat" for file in files) and not has_template(data, tokenizer):
+        if not has_template(data, tokenizer) and any(map(has_conversations, files)):
             raise no_template(tokens_of(tokenizer))
+
+
+def has_conversations(file: SourceFile) -> bool:
+    """Whether the rows of a file are rendered by a chat template; answers that are compared may be texts, as their first row tells."""
+    form = file.form
+    if form is None or form.kind in ("prompt_completion", "text"):
+        return False
+    if form.kind == "chat" or ROW_FORMATS[form.format].read:
+        return True
+    first = next((row for _, row in rows(file, lambda _: None)), {})
+    return any(isinstance(first.get(form.names.get(name, "")), list) for name in ("chosen", "completion"))
 
 
 def as_trained(config: Config) -> Data:

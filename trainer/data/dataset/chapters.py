@@ -91,7 +91,7 @@ class Chapters:
 
 
 def whole(dataset: Dataset) -> Chapters:
-    """A data set as a single chapter, as which it is evaluated."""
+    """The data set as one chapter. Evaluation reads a set so, whatever chapters it was compiled in."""
     return Chapters(1, lambda _: dataset, reads=dataset.reads)
 
 

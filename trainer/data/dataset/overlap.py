@@ -22,7 +22,7 @@ _SAID_SHARE = 0.01
 
 
 class Overlap(Record):
-    """Of so many documents of an evaluation set these are documents of the training data, as far as that is compiled."""
+    """The documents of an evaluation set that are training documents too, as far as the training data is compiled, out of all its documents."""
 
     shared: Count
     documents: Count

@@ -44,7 +44,7 @@ def left_out(given: list[dict[str, Any]], messages: list[Message], text: str) ->
 
 
 def in_words(name: str) -> str:
-    """What is left out, for people."""
+    """The parts that are left out, in words for people."""
     if name != END_OF_TURN:
         return name
     return (

@@ -77,7 +77,7 @@ def has_template(data: Data, directory: Path) -> bool:
     """Whether there is a chat template, by the settings and the files of the base's tokenizer in `directory`."""
     if data.template is not None or (directory / "chat_template.jinja").is_file():
         return True
-    return any("chat_template" in _read(directory / name) for name in ("tokenizer_config.json", "chat_template.json"))
+    return any(_read(directory / name).get("chat_template") for name in ("tokenizer_config.json", "chat_template.json"))
 
 
 def tokens_of(directory: Path) -> set[str]:

@@ -22,7 +22,7 @@ _ASKED, _ANSWERED, _THOUGHT = "\ue0f5asked\ue0f5", "\ue0f6answered\ue0f6", "\ue0
 
 
 def thought_of(message: Message) -> str | None:
-    """What is thought, by key or between tags at the beginning of the content, without white space around it."""
+    """The thought of the message: by its key, or between tags at the beginning of the content. White space around it is removed."""
     if message["role"] != "assistant":
         return None
     by_key = next((message[key] for key in THOUGHTS if isinstance(message.get(key), str)), None)
@@ -94,7 +94,7 @@ class ThinkingForm:
 
     @property
     def around(self) -> tuple[str, str]:
-        """What stands around a thought and would not be there without one."""
+        """The text around a thought that the template would not write without one."""
         begin = min(shared_beginning(self.bare, self.before), shared_beginning(self.prompt, self.before))
         end = shared_end(self.bare[begin:], self.after)
         return self.before[begin:], self.after[: len(self.after) - end]
@@ -153,7 +153,7 @@ def _lead(render: Callable[..., str], asks: Message, turns: list[Message]) -> st
 
 
 def _behind_question(text: str, alone: str) -> str:
-    """What follows the question's turn; `alone` is the text of the question, whose end belongs to its turn."""
+    """The text after the question's turn; `alone` is the text of the question, whose end belongs to its turn."""
     behind = text.rpartition(_ASKED)[2]
     return behind.removeprefix(alone.rpartition(_ASKED)[2])
 

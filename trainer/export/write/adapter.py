@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 
 from trainer.base.describe.composite import composite_class
 from trainer.base.find.locate import TOKENIZER_FILES, base_files
-from trainer.base.find.tokenizer import tokenizer_files
+from trainer.base.find.tokenizer import beside_no_config, tokenizer_files
 from trainer.base.load.load import DTYPES
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Model, Tuning
@@ -53,6 +53,7 @@ def export_adapter(
     check_base_at_hand(config.model, manifest)
     directory = trained_directory(run, base_files(config.model), manifest)
     tokenizer = tokenizer_files(directory, config.model, template_text(config.data))
+    tokenizer = beside_no_config(tokenizer, directory, config.model.base)
     weights = CheckpointWeights(run, manifest, DTYPES[config.model.dtype])
     exported = method.export(dict(weights), config.model)
     files = for_whole_class(arranged(exported.files, config.model), config.model)

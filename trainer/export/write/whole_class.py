@@ -60,7 +60,7 @@ class _Names:
         return f"{PREFIX}{self._in_whole(name.removeprefix(PREFIX))}" if name.startswith(PREFIX) else name
 
     def pattern(self, ends: Collection[str]) -> Collection[str] | str:
-        """What finds the same layers in the whole model, and none of its towers: the same ends, or else a regular expression."""
+        """A value of PEFT's setting that finds the same layers in the whole model and none in its towers: `ends` itself, or a regular expression."""
         if self._find_the_same(ends):
             return ends
         paths = [

@@ -39,7 +39,7 @@ class Tracker(Protocol):
 
 
 class Page(NamedTuple):
-    """What a service is told of the run when it is opened: the same in every start, so that it finds its curves again.
+    """The facts of the run that a service gets when it is opened. They are the same in every start, so that it finds its curves again.
 
     `id` is unique to the run, `settings` is its whole configuration, and `folder` the run's folder where that is one of this
     machine. `shown` is the last step that an earlier start has brought there, for a service that cannot be asked.

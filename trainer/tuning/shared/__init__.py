@@ -1,1 +1,1 @@
-"""What several methods are made of; none of it is a method."""
+"""The parts that several methods are made of. None of them is a method."""

@@ -1,0 +1,137 @@
+"""Breaks the product in ten ways, one a room, and tells whether the quick tests notice: python -m tests.mutations [WORD ...]
+
+Each is a change of one line in a copy of the checkout, in which those quick tests run that have to fail. They pass in the copy
+before, which is the control. A WORD picks the mutations whose names contain it.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+
+
+class Mutation(NamedTuple):
+    """`old` is in `file` once; `tests` are arguments of pytest."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTATIONS = (
+    Mutation(
+        "nf4: every expert is read from the place of the first",
+        "trainer/base/partitions/filling.py",
+        "start = index * layout.numel\n",
+        "start = 0\n",
+        ("tests/dist/test_load.py", "-k", "logits and 2-ranks-nf4"),
+    ),
+    Mutation(
+        "order: every epoch has the order of the first",
+        "trainer/data/order/order.py",
+        "self._key = epoch + (turn << 32)",
+        "self._key = turn << 32",
+        ("tests/unit/test_data_order.py",),
+    ),
+    Mutation(
+        "pack: a bin that a document would fill is passed over",
+        "trainer/data/order/pack.py",
+        "bisect_left(rooms, length)",
+        "bisect_left(rooms, length + 1)",
+        ("tests/unit/test_data_order.py",),
+    ),
+    Mutation(
+        "loss: a rank divides by its own targets, not by those of all",
+        "trainer/train/loop.py",
+        "weight = ranks.sum(sum(map(run.objective.weight, batches)))",
+        "weight = float(sum(map(run.objective.weight, batches)))",
+        ("tests/dist/test_gradients.py", "-k", "plain_pytorch and fp32"),
+    ),
+    Mutation(
+        "commit: a start that another has overtaken commits",
+        "trainer/checkpoint/checkpoints.py",
+        "if newest > self.generation:",
+        "if newest > self.generation + 1:",
+        ("tests/dist/test_checkpoint.py", "-k", "overtaken"),
+    ),
+    Mutation(
+        "restore: the last shard that holds a part of an interval is not read",
+        "trainer/checkpoint/division.py",
+        "range(begin // length, -(-end // length))",
+        "range(begin // length, max(1, end // length))",
+        ("tests/dist/test_checkpoint.py", "-k", "comes_back and lora-rank-3"),
+    ),
+    Mutation(
+        "merge: the adapter's product is a fiftieth too large",
+        "trainer/tuning/lora/method.py",
+        "LowRankUpdate(up, down, self.scaling)",
+        "LowRankUpdate(up, down, 1.02 * self.scaling)",
+        ("tests/dist/test_merge.py", "-k", "what_peft_merges_bit_by_bit and llama"),
+    ),
+    Mutation(
+        "plan: a stack of experts is counted as one of them",
+        "trainer/plan/sizes.py",
+        "return len(matrices) * (item",
+        "return (item",
+        ("tests/unit/test_plan.py", "tests/unit/test_published_memory.py", "tests/unit/test_experts.py"),
+    ),
+    Mutation(
+        "retry: a failure fewer is forgiven than retry.failures says",
+        "launcher/policy/retry.py",
+        "if len(failures) > rules.failures:",
+        "if len(failures) >= rules.failures:",
+        ("tests/unit/test_retry.py",),
+    ),
+    Mutation(
+        "override: train.epochs leaves the file's train.steps where it is",
+        "trainer/config/overrides.py",
+        '    _Exclusion("train.epochs", ("train.steps",)),\n',
+        "",
+        ("tests/unit/test_config.py", "tests/unit/test_examples.py"),
+    ),
+)
+
+
+def main(words: list[str]) -> int:
+    chosen = [mutation for mutation in MUTATIONS if not words or any(word in mutation.name for word in words)]
+    unnoticed = 0
+    with tempfile.TemporaryDirectory(prefix="capstan-mutations-") as folder:
+        copy = Path(folder, "copy")
+        for file in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines():
+            if (ROOT / file).is_file():
+                (copy / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / file, copy / file)
+        for mutation in chosen:
+            began, source = time.monotonic(), (ROOT / mutation.file).read_text(encoding="utf-8")
+            assert source.count(mutation.old) == 1, (
+                f"{mutation.old!r} is {source.count(mutation.old)} times in {mutation.file}"
+            )
+            control = passes(copy, mutation.tests)
+            (copy / mutation.file).write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
+            noticed = not passes(copy, mutation.tests)
+            (copy / mutation.file).write_text(source, encoding="utf-8")
+            verdict = "its tests fail without it" if not control else "noticed" if noticed else "NOT NOTICED"
+            unnoticed += not (control and noticed)
+            print(f"{mutation.name}: {verdict} ({time.monotonic() - began:.0f} s)", flush=True)
+    return min(unnoticed, 1)
+
+
+def passes(copy: Path, tests: tuple[str, ...]) -> bool:
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not long", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(
+        command, cwd=copy, env={**os.environ, "PYTHONPATH": str(copy)}, capture_output=True, check=False
+    )
+    assert done.returncode in (0, 1), done.stdout.decode() + done.stderr.decode()
+    return done.returncode == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,60 @@
+"""Rows that are conversations: messages as chat templates take them, and ShareGPT's, alone, with two answers or with a label.
+ShareGPT's follow LLaMA-Factory's converters (llamafactory/data/converter.py)."""
+
+from trainer.data.format.row_format import (
+    Row,
+    RowFormat,
+    Values,
+    fit_talks,
+    is_label,
+    is_talk,
+    talk,
+    tools,
+    with_system,
+)
+
+
+def _read_sharegpt(values: Values) -> Row:
+    return {"messages": with_system(values, talk(values)), "tools": tools(values)}
+
+
+def _read_sharegpt_pair(values: Values) -> Row:
+    answers = {name: [values[name]] for name in ("chosen", "rejected")}
+    return {"prompt": with_system(values, talk(values)), **answers, "tools": tools(values)}
+
+
+def _read_labelled_messages(values: Values) -> Row:
+    messages = with_system(values, talk(values))
+    return {"prompt": messages[:-1], "completion": messages[-1:], "label": values["label"], "tools": tools(values)}
+
+
+ROW_FORMATS = {
+    "chat": RowFormat(("messages", "tools"), "chat", fit_talks("messages"), place=10, wider=("sharegpt", {})),
+    "sharegpt": RowFormat(
+        ("messages", "system", "tools"),
+        "chat",
+        fit_talks("messages"),
+        _read_sharegpt,
+        ("messages",),
+        {"messages": ("conversations", "conversation")},
+        place=20,
+    ),
+    "preference_sharegpt": RowFormat(
+        ("messages", "chosen", "rejected", "system", "tools"),
+        "preference",
+        lambda values: is_talk(values.get("messages"), [values.get("chosen")], [values.get("rejected")]),
+        _read_sharegpt_pair,
+        ("messages", "chosen", "rejected"),
+        {"messages": ("conversations", "conversation", "messages")},
+        place=80,
+    ),
+    "labelled_messages": RowFormat(
+        ("messages", "label", "system", "tools"),
+        "labelled",
+        lambda values: is_talk(values.get("messages")) and is_label(values.get("label")),
+        _read_labelled_messages,
+        ("messages", "label"),
+        {"messages": ("messages", "conversations", "conversation"), "label": ("label", "kto_tag")},
+        place=110,
+    ),
+}

@@ -1,0 +1,32 @@
+"""Rows of answers to be judged: a chosen and a rejected one (TRL's preference data sets), or one with a label."""
+
+from trainer.data.format.row_format import RowFormat, Values, is_label, is_talk, is_text
+
+
+def _preference_fits(values: Values) -> bool:
+    answers = values.get("chosen"), values.get("rejected")
+    return is_text(*answers) or is_talk(*answers)
+
+
+def _labelled_fits(values: Values) -> bool:
+    both = values.get("prompt"), values.get("completion")
+    return is_label(values.get("label")) and (is_text(*both) or is_talk(*both))
+
+
+ROW_FORMATS = {
+    "preference": RowFormat(
+        ("prompt", "chosen", "rejected", "tools"),
+        "preference",
+        _preference_fits,
+        place=100,
+        wider=("preference_alpaca", {"prompt": "instruction"}),
+    ),
+    "labelled": RowFormat(
+        ("prompt", "completion", "label", "tools"),
+        "labelled",
+        _labelled_fits,
+        names={"label": ("label", "kto_tag")},
+        place=130,
+        wider=("labelled_alpaca", {"prompt": "instruction", "completion": "output"}),
+    ),
+}
