@@ -44,6 +44,11 @@ class Evaluated:
 def sentences(sets: Mapping[str, Any]) -> Iterator[str]:
     """A sentence for each set about the change by the training: it says where the interval of the difference leaves a doubt."""
     for name, found in sets.items():
+        if shared := found.get("trained_on"):
+            yield (
+                f"{name}: {shared:,} of {found['documents']:,} documents are in the training data, so its change tells in part what was "
+                "learnt by heart."
+            )
         if "interval" not in found:
             continue
         if found["interval"] is None:

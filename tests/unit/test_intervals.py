@@ -62,6 +62,12 @@ def test_documents_without_a_trained_token_are_none() -> None:
     assert difference_interval(tokens, 2 * tokens, tokens, np.arange(8)) is None
 
 
+def test_documents_that_were_trained_on_are_said() -> None:
+    (said,) = sentences({"task": {"documents": 4, "trained_on": 3}})
+    assert said.startswith("task: 3 of 4 documents are in the training data")
+    assert not list(sentences({"task": {"documents": 4, "trained_on": 0}}))
+
+
 def test_words_of_certainty_need_an_interval() -> None:
     def said(difference: float, interval: list[float] | None) -> str:
         (sentence,) = sentences(

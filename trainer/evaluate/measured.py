@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,8 +16,9 @@ from trainer.config.evaluation import UNNAMED
 from trainer.data.compile.inputs import config_of_set
 from trainer.data.compile.prepare import prepare_evaluated
 from trainer.data.dataset.dataset import Dataset, open_dataset
+from trainer.data.dataset.overlap import overlap_of
 from trainer.data.order.stream import Stream, eval_stream
-from trainer.errors import DataError
+from trainer.errors import DataError, StorageError
 from trainer.evaluate.sharded_model import OpenedRun
 from trainer.evaluate.subjects import has_likelihood
 from trainer.measure import bias
@@ -38,11 +40,13 @@ Losses = tuple[Any, Any]
 
 @dataclass(frozen=True)
 class Work:
-    """The things to measure: sets on this rank by name, with the cluster of each document; pairs of sentences, tasks."""
+    """The things to measure: sets on this rank by name, with the cluster of each document; pairs of sentences, tasks. `trained_on`
+    is the number of documents of each set that are in the training data, where that is known."""
 
     sets: Mapping[str, tuple[Stream, Clusters]]
     pairs: Sequence[SentencePair]
     tasks: Tasks | None
+    trained_on: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,19 @@ def find_work(opened: OpenedRun, tasks: Tasks | None, progress: Progress) -> Wor
         dataset, of_set = open_dataset(opened.store, key), config if name == UNNAMED else config_of_set(config, name)
         sets[name] = eval_stream(of_set, dataset, ranks.rank, ranks.world_size), _clusters(of_set, dataset)
     pairs = ranks.on_first(lambda: bias.read_pairs(config.eval.bias) if config.eval.bias else [])
-    return Work(sets, pairs, tasks)
+    return Work(sets, pairs, tasks, ranks.on_first(lambda: _trained_on(opened, keys)))
+
+
+def _trained_on(opened: OpenedRun, keys: Mapping[str, str]) -> dict[str, int]:
+    """The documents of each set that are in the training data of the checkpoint, as far as that is there to look at."""
+    manifest, found = opened.manifest, dict[str, int]()
+    if manifest is None:
+        return found
+    with suppress(StorageError):
+        for name, key in keys.items():
+            if overlap := overlap_of(opened.store, manifest.dataset, key):
+                found[name] = overlap.shared
+    return found
 
 
 def _clusters(config: Config, dataset: Dataset) -> Clusters:
@@ -133,13 +149,14 @@ def evaluation(opened: OpenedRun, work: Work, base: MeasuredSide, adapter: Measu
             "fingerprint": opened.resolved.base.fingerprint,
             "quant.type": config.quant.type,
         },
-        "sets": {name: _of_set(name, sides, work.sets[name][1]) for name in base.sets},
+        "sets": {name: _of_set(name, sides, work) for name in base.sets},
         "tasks": {task: _of_task(task, sides) for task in base.tasks},
         "bias": bias.to_json(work.pairs, {name: side.bias for name, side in sides.items()}),
     }
 
 
-def _of_set(name: str, sides: Mapping[str, MeasuredSide], clusters: Clusters) -> dict[str, Any]:
+def _of_set(name: str, sides: Mapping[str, MeasuredSide], work: Work) -> dict[str, Any]:
+    clusters = work.sets[name][1]
     tokens = sides["base"].sets[name][1]
     nats = {side: measured.sets[name][0] for side, measured in sides.items()}
     losses = {side: float(values.sum() / tokens.sum()) for side, values in nats.items()}
@@ -149,6 +166,8 @@ def _of_set(name: str, sides: Mapping[str, MeasuredSide], clusters: Clusters) ->
         "clusters": len(set(clusters.tolist())),
     }
     found |= {side: {"loss": loss, "perplexity": _perplexity(loss)} for side, loss in losses.items()}
+    if name in work.trained_on:
+        found["trained_on"] = work.trained_on[name]
     if "adapter" in nats:
         found["difference"] = losses["adapter"] - losses["base"]
         interval = difference_interval(nats["base"], nats["adapter"], tokens, clusters)

@@ -40,7 +40,7 @@ def refuse_overlaps(store: Store, train: str, evaluated: Mapping[str, str]) -> I
         DataError: a set is the training data, or a part of it.
     """
     for name, key in evaluated.items():
-        found = _overlap(store, train, key)
+        found = overlap_of(store, train, key)
         if found is None or found.share < _SAID_SHARE:
             continue
         what = f"{found.shared:,} of {found.documents:,} documents ({found.share:.0%}) are in the training data, too"
@@ -53,8 +53,8 @@ def refuse_overlaps(store: Store, train: str, evaluated: Mapping[str, str]) -> I
         yield name, f"{what}: its loss is better than that of other text"
 
 
-def _overlap(store: Store, train: str, evaluated: str) -> Overlap | None:
-    """None where a set was compiled by a version that kept no hashes."""
+def overlap_of(store: Store, train: str, evaluated: str) -> Overlap | None:
+    """What two compiled sets share; None where one was compiled by a version that kept no hashes."""
     manifest = read_manifest(store, train, chapter=0)
     chapters = 1 + max(shard.chapter for shard in manifest.shards)
     folder, key = store.sub(layout.dataset(train)), f"overlap-{evaluated}.json"
