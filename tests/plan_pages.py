@@ -51,6 +51,9 @@ def _lay_out(page: Path, folder: Path, base: dict[str, Any]) -> dict[str, str]:
     (cached / "refs/main").write_text(_REVISION)
     (cached / "snapshots" / _REVISION).mkdir(parents=True)
     (cached / "snapshots" / _REVISION / "config.json").write_text(json.dumps(base))
+    # An instruction-tuned base has a chat template; which one does not matter to a plan.
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    (cached / "snapshots" / _REVISION / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     (folder / "data").mkdir()
     messages = [{"role": "user", "content": "word " * 250}, {"role": "assistant", "content": "word " * 250}]
     (folder / "data/train.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * _ROWS)

@@ -70,12 +70,8 @@ def _started(ask: Ask, ranks: int) -> Iterator[tuple["subprocess.Popen[str]", Ca
     """The process of rank 0, and a function that gives what all ranks wrote to their errors, once they have ended."""
     command = [sys.executable, "-m", _MODULE, ask.to_json()]
     places = _places(ranks)
+    said = list[str]()
     with tempfile.TemporaryFile("w+") as errors:
-
-        def said() -> str:
-            errors.seek(0)
-            return errors.read()
-
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         silent: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
         processes = [
@@ -87,13 +83,15 @@ def _started(ask: Ask, ranks: int) -> Iterator[tuple["subprocess.Popen[str]", Ca
         watch = threading.Thread(target=_end_together, args=(processes,), daemon=True)
         watch.start()
         try:
-            yield processes[0], said
+            yield processes[0], lambda: said[0]
         except BaseException:  # Ctrl-C, or nobody reads any more
             for process in processes:
                 process.kill()
             raise
         finally:
             watch.join()
+            errors.seek(0)
+            said.append(errors.read())
             for pipe in filter(None, (processes[0].stdin, processes[0].stdout)):
                 with suppress(BrokenPipeError):
                     pipe.close()

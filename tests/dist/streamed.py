@@ -55,7 +55,7 @@ def _observed(work: Any, trained: Trained) -> tuple[Any, int]:
     most, place_logits = 0, plain.place_logits
 
     def observing(model: Any, rows: Sequence[ProbeRow]) -> list[Tensor]:
-        layers = list(decoder_layers(model.get_base_model() if hasattr(model, "peft_config") else model) or ())
+        layers = list(decoder_layers(plain.language_part(model)) or ())
 
         def look(*_: Any) -> None:
             nonlocal most

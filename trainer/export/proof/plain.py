@@ -104,7 +104,7 @@ def _whole_class(model: Any) -> Any:
     return vars(model).get("whole_class", _Partner(model)).model
 
 
-def _language_part(model: Any) -> Any:
+def language_part(model: Any) -> Any:
     """The causal language model that `model`, which PEFT may have wrapped, is or has."""
     plain = model.get_base_model() if isinstance(model, PeftModel) else model
     return vars(plain).get("language_part", _Partner(plain)).model
@@ -174,7 +174,7 @@ def _reading(library: str, folder: Path) -> Iterator[None]:
 
 def place_logits(model: Any, rows: Sequence[ProbeRow]) -> list[Tensor]:
     """For each row the logits (P, V) fp32 at its places, on the CPU."""
-    language = _language_part(model)
+    language = language_part(model)
     # PEFT's wrapper adds virtual tokens. Otherwise the language model is asked, as some whole classes want an image.
     asked = model if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning else language
     with torch.no_grad():
@@ -236,7 +236,7 @@ def _dequantized(weight: Tensor, quant: Quant, dtype: torch.dtype) -> Tensor:
 @contextmanager
 def computing_in_fp32(model: Any) -> Iterator[None]:
     """Decoder layer by decoder layer: a 16-bit weight is in fp32 only while its layer computes, which is exact."""
-    plain = _language_part(model)
+    plain = language_part(model)
     hooks = [hook for part in [*in_order(plain), plain.get_output_embeddings()] for hook in _in_fp32(part)]
     try:
         yield
@@ -292,7 +292,7 @@ def merge_and_round(
     `embedding` is the name of that weight.
     """
     layers: Any = (
-        (path, module) for path, module in _language_part(model).named_modules() if isinstance(module, BaseTunerLayer)
+        (path, module) for path, module in language_part(model).named_modules() if isinstance(module, BaseTunerLayer)
     )
     for path, module in layers:
         merge = partial(_merge_and_round, path.removesuffix(".token_adapter"), module, stored, embedding)
