@@ -82,7 +82,7 @@ def test_a_push_that_was_killed_goes_on_and_the_card_says_what_was_pushed(
     assert "base_model" not in metadata, "the base is a folder, which the Hub does not take"
     assert "| held out | 3.2500 | 1.5000 | 25.7900 | 4.4817 |" in card
     assert "| hellaswag | acc | 0.2500 | 0.5000 |" in card
-    assert '| learning rate | {"name": "adamw", "lr": 0.001, "schedule": "cosine", "warmup_steps": 2} |' in card
+    assert "| learning rate | name: adamw, lr: 0.001, schedule: cosine, warmup_steps: 2 |" in card
     assert 'AutoModelForCausalLM.from_pretrained("me/mine", dtype="auto")' in card
 
     # An adapter in the place of the model: nothing of that may be loaded any more, and what is not ours stays.
