@@ -80,7 +80,7 @@ class Bench:
 
 class Ours:
     def __init__(self, bench: Bench, place: str) -> None:
-        from trainer.checkpoint.checkpoints import Checkpoints
+        from trainer.checkpoint.checkpoints import Checkpoints, CommitHooks
         from trainer.checkpoint.identity import Identity
         from trainer.config import Checkpoint
         from trainer.store import open_store
@@ -88,7 +88,9 @@ class Ours:
         store = open_store(str(bench.folder / "ours")) if place == "disk" else bench.remote.sub("ours")
         self.bench, self.run, self.steps = bench, store, 0
         rules = Checkpoint(keep_last=1)
-        self.checkpoints = Checkpoints(store, bench.ranks, 1, Identity("", {}, {}), rules, {}, lambda kind, **_: None)
+        self.checkpoints = Checkpoints(
+            store, bench.ranks, 1, Identity("", {}, {}), rules, CommitHooks(lambda kind, **_: None)
+        )
 
     def save(self) -> Callable[[], None]:
         self.steps += 1
@@ -234,14 +236,13 @@ def rank_main(rank: int, world: int, port: int, folder: str, bucket: str, method
 
     import torch
 
-    from trainer.base.find.locate import resolve_base
+    from trainer.assemble import Sharding, assemble
     from trainer.base.load.load import DTYPES
     from trainer.config import override
     from trainer.model.attention import choose_attention
-    from trainer.objective.sft import NextTokens
     from trainer.ranks import join
+    from trainer.resolve import resolve
     from trainer.store import open_store
-    from trainer.train.assemble import assemble
     from trainer.zero.policy import build_deepspeed_config
 
     torch.set_num_threads(1)
@@ -249,9 +250,9 @@ def rank_main(rank: int, world: int, port: int, folder: str, bucket: str, method
     ranks = join()
     config = override(run_config(Path(folder, "base")), *SUBJECTS[method][2])
     settings = build_deepspeed_config(config, world_size=world, accumulation=1, on_gpu=False)
-    base = resolve_base(config.model)
-    attention = choose_attention("sdpa", ranks.device, DTYPES["bf16"], base.architecture)
-    engine, _ = assemble(base, config, settings, ranks, attention, "world", NextTokens())
+    resolved = resolve(config)
+    attention = choose_attention("sdpa", ranks.device, DTYPES["bf16"], resolved.base.architecture)
+    engine, _ = assemble(resolved, ranks, attention, Sharding(settings, "world"))
     bench = Bench(ranks, engine, Path(folder), open_store(bucket))
     bench.step()
     undisturbed = statistics.median(bench.step() for _ in range(repeats))

@@ -19,6 +19,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,30 +134,25 @@ class Trial:
     """A rank with a model that can be trained again and again from its start."""
 
     def __init__(self, config: Config, folder: Path, ranks: Any, objective: Any) -> None:
-        from trainer.base.find.locate import resolve_base
-        from trainer.base.load.load import DTYPES
+        from trainer.assemble import Sharding, assemble, attention_of
         from trainer.data.dataset.chapters import open_chapters
         from trainer.data.dataset.dataset import open_dataset
         from trainer.data.order.stream import eval_stream, train_stream
-        from trainer.model.attention import choose_attention
+        from trainer.resolve import resolve
         from trainer.store import open_store
-        from trainer.train.assemble import assemble
-        from trainer.tuning.method import check_tuning, find_method
         from trainer.zero.policy import build_deepspeed_config
 
         self.config, self.objective, self.seconds = config, objective, list[float]()
-        base, store = resolve_base(config.model), open_store(config.run.store)
-        check_tuning(config, base.description)
+        resolved, store = resolve(config), open_store(config.run.store)
         train, held_out = compile_data(config, folder)
         self.held_out = [eval_stream(config, open_dataset(store, found), 0, 1) for found in held_out]
         self.stream = train_stream(config, open_chapters(store, train, store.sub(config.run.name)), 0, 1)
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         self.resident = memory("VmRSS")
         settings = build_deepspeed_config(config, 1, self.stream.accumulation, on_gpu=False)
-        self.method = find_method(config.tuning)
-        dtype, refused = DTYPES[config.model.dtype], self.method.virtual.refused_kernels
-        attention = choose_attention(config.model.attention, ranks.device, dtype, base.architecture, refused)
-        self.engine, _ = assemble(base, config, settings, ranks, attention, "world", objective)
+        self.method = resolved.method
+        resolved = replace(resolved, objective=objective)
+        self.engine, _ = assemble(resolved, ranks, attention_of(resolved, ranks.device), Sharding(settings, "world"))
         self.start = [part.states["master"].clone() for part in self.engine.partitions()]
         self.trainable = sum(map(len, self.start))
 

@@ -30,27 +30,27 @@ def rank_main(rank: int, world: int, port: int, folder: str, checkpointing: bool
     become_rank(rank, world, port)
     import torch
 
-    from trainer.base.find.locate import resolve_base
+    from trainer.assemble import Sharding, assemble
     from trainer.base.load.load import DTYPES
     from trainer.config import override
     from trainer.data.order.micro_batch import MicroBatch
     from trainer.model.attention import choose_attention
     from trainer.objective.objective import find_objective
     from trainer.ranks import join
-    from trainer.train.assemble import assemble
+    from trainer.resolve import resolve
     from trainer.zero.policy import build_deepspeed_config
 
     torch.set_num_threads(1)
     ranks = join()
     config = override(run_config(Path(folder, "base")), f"train.activation_checkpointing={checkpointing}")
     settings = build_deepspeed_config(config, world_size=world, accumulation=1, on_gpu=False)
-    base = resolve_base(config.model)
-    attention = choose_attention("sdpa", ranks.device, DTYPES["bf16"], base.architecture)
+    resolved = resolve(config)
+    attention = choose_attention("sdpa", ranks.device, DTYPES["bf16"], resolved.base.architecture)
     objectives = {
         name: find_objective(override(config, f"objective.name={name}", *more))
         for name, more in {"sft": (), "dpo": ("data.format=preference",)}.items()
     }
-    engine, _ = assemble(base, config, settings, ranks, attention, "world", objectives["sft"])
+    engine, _ = assemble(resolved, ranks, attention, Sharding(settings, "world"))
     quarter = TOKENS // 4
     tokens = torch.arange(TOKENS, dtype=torch.int32).mul(7).remainder(1000)[None]
     batch = MicroBatch(

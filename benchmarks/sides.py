@@ -49,7 +49,8 @@ def ours(rank: int, world: int, port: int, folder: Path, case: Case, pipe: Any) 
     become(rank, world, port)
     from trainer.config import override, parse_config
     from trainer.data.compile.prepare import Datasets
-    from trainer.rank import Starter, run_rank
+    from trainer.rank import run_rank
+    from trainer.train.start import Starter
 
     config = parse_config((folder / f"{case.data}.yaml").read_text())
     config = override(config, f"run.name=run-{port}")

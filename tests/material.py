@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from tests.families import FAMILIES, KINDS, SIZES
+from trainer.base.architecture import Architecture
 from trainer.base.find.locate import resolve_base
 from trainer.checkpoint.contents import Contents
 from trainer.checkpoint.division import EvenDivision
@@ -21,11 +22,11 @@ from trainer.checkpoint.shard import ShardLayout, write_shard
 from trainer.config import Config, dump_config, parse_config
 from trainer.data.compile.prepare import Datasets, prepare
 from trainer.data.render.text_files import keep_text, text_of
-from trainer.identity import identity_of
 from trainer.optimizer.optimizer import states_by_name
+from trainer.resolve import Resolved
 from trainer.run import layout
 from trainer.store import Store, open_store
-from trainer.tuning.method import method_of
+from trainer.tuning.method import method_of, tuning_mismatches
 
 SEQUENCE = 64
 SPECIALS = ("<pad>", "<s>", "</s>")
@@ -103,13 +104,18 @@ def commit(run: Store, config: Config, step: int = 4, dataset: str = "data", eva
     shard_layout = ShardLayout(Contents(division, states_by_name("adamw", shapes), 1).of(0))
     states = 0.1 * torch.randn(shard_layout.size // 4, generator=torch.Generator().manual_seed(step))
     shard = write_shard(run, layout.shard(step, "000001-000001", 0), shard_layout, memoryview(states.numpy().tobytes()))
-    ours = identity_of(config, base, dataset)
+    ours = Resolved.of(config, base).identity(dataset)
     manifest = CheckpointManifest(
         step, 1, 1, 0.0, step, {}, ours.dataset, ours.order, ours.base, ours.adapter, {}, {}, eval_loss, shapes, [shard]
     )
     manifest = replace(manifest, text=ours.text)
     keep_text(run, text_of(config.data, base.directory))
     run.create(layout.manifest(step), manifest.to_json())
+
+
+def tuning_misfits(config: Config, architecture: Architecture) -> list[str]:
+    """The sentences about the method that the settings name."""
+    return tuning_mismatches(config, method_of(config), architecture)
 
 
 def make_pairs(path: Path, pairs: int = 12, seed: int = 6) -> Path:

@@ -32,7 +32,8 @@ def main() -> None:
     if config.cluster.gpus_per_worker == 0:
         stay_on_cpu()
     try:
-        from trainer.rank import Starter, run_rank
+        from trainer.rank import run_rank
+        from trainer.train.start import Starter
 
         run_rank(config, datasets, resume=task["resume"], starter=Starter(began=task["began"]))
     except Exception as error:

@@ -45,7 +45,7 @@ def start(config: Config, *, resume: bool, take_over: bool, live: bool, log: Cal
 def _as_driver(config: Config, *, resume: bool, take_over: bool, live: bool, log: Callable[[str], None]) -> None:
     if address_of(config) is None:
         check_local_device(config)
-    config = pinned(config, check(config, resume=resume, take_over=take_over))
+    config = pinned(config, check(config, resume=resume, take_over=take_over).base)
     by, code = _command(resume), keep_code(log)
     with claimed(config, by=by, resume=resume, code=code, log=log, take_over=take_over) as owner:
         drive(config, owner, resume=resume, live=live, log=log)
@@ -54,13 +54,13 @@ def _as_driver(config: Config, *, resume: bool, take_over: bool, live: bool, log
 def _as_first_rank(config: Config, *, resume: bool, take_over: bool, log: Callable[[str], None]) -> None:
     group, again = group_name(os.environ), restarted_as(os.environ)
     check_local_device(config)
-    base = check(config, resume=resume, take_over=take_over, again=again)
-    config = pinned(config, base)
+    resolved = check(config, resume=resume, take_over=take_over, again=again)
+    config = pinned(config, resolved.base)
     by, code = _command(resume), keep_code(log)
     how = {"by": by, "take_over": take_over, "group": group, "again": again}
     with claimed(config, resume=resume, code=code, log=log, **how):
         with compile_progress(log, bar=False) as show:
-            datasets = prepare(config, base, open_run_store(config), show)
+            datasets = prepare(config, resolved.base, open_run_store(config), show)
         try:
             _run_rank(config, datasets, resume=resume)
         finally:

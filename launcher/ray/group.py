@@ -32,7 +32,7 @@ class _RankBackend(_TorchBackend):
 
 
 def _check_gpu() -> None:
-    from trainer.start import torch_gpus
+    from trainer.assemble import torch_gpus
 
     check_device(1, *torch_gpus())
 

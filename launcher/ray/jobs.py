@@ -66,7 +66,7 @@ def submit(
     if address:
         config, _ = checked(config, resume=resume, take_over=take_over, dry_run=dry_run, log=log)
     else:
-        config = pinned(config, check(config, resume=resume, take_over=take_over, elsewhere=True))
+        config = pinned(config, check(config, resume=resume, take_over=take_over, elsewhere=True).base)
     code = snapshot.take(Path.cwd())
     run = run_folder(config)
     submission = secrets.token_hex(4)

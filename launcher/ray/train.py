@@ -250,7 +250,8 @@ def _rank(arguments: dict[str, Any]) -> None:
         stay_on_cpu()
     if ray.train.get_context().get_world_rank() == 0:
         run_folder(config).put(layout.RANKS_BEGUN, b"")
-    from trainer.rank import Starter, run_rank
+    from trainer.rank import run_rank
+    from trainer.train.start import Starter
 
     node = f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:8]}"
     preempted = _drain_notice() if arguments["joined"] else lambda: False

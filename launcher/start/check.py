@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher.view.status import SILENT_SECONDS, read_status
-from trainer.base.find.check import check_base, check_weights
+from trainer.base.find.check import check_weights
 from trainer.base.find.content import hub_commit
-from trainer.base.find.locate import Base, is_hub_id, resolve_base
+from trainer.base.find.locate import Base, is_hub_id
 from trainer.checkpoint.identity import check_identity
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import readable_manifests
@@ -23,15 +23,12 @@ from trainer.config.secrets import refuse_secrets
 from trainer.data.compile.prepare import locate
 from trainer.data.render.named_templates import NAMED
 from trainer.errors import ConfigError, DataError, HubUnreachable, NotFound, NothingToResume, StorageError
-from trainer.identity import identity_of
-from trainer.objective.objective import check_objective
-from trainer.optimizer.optimizer import find_optimizer
+from trainer.resolve import Resolved, resolve
 from trainer.run import layout
 from trainer.run.folder import command, run_folder
 from trainer.run.owner import FRESH_SECONDS, age, last_owner, read_owner
 from trainer.run.trackers.services import check_trackers
 from trainer.store import Store, open_run_store
-from trainer.tuning.method import check_tuning
 from trainer.zero.policy import build_deepspeed_config
 
 
@@ -71,12 +68,12 @@ def checked(
     would be submitted also from a login node that reaches neither the store nor the Hub."""
     warn_of_place(config, log)
     if not dry_run:
-        return pinned(config, check(config, resume=resume, take_over=take_over, elsewhere=True)), True
+        return pinned(config, check(config, resume=resume, take_over=take_over, elsewhere=True).base), True
     impatient = config.model_copy(
         update={"run": config.run.model_copy(update={"store_retry": 0.0, "store_timeout": 3.0})}
     )
     try:
-        return pinned(config, check(impatient, resume=resume, take_over=take_over, elsewhere=True)), True
+        return pinned(config, check(impatient, resume=resume, take_over=take_over, elsewhere=True).base), True
     except (StorageError, HubUnreachable) as error:
         log(f"not checked from here: {error}")
         return config, False
@@ -108,8 +105,8 @@ def pinned(config: Config, base: Base) -> Config:
 
 def check(
     config: Config, *, resume: bool, take_over: bool = False, again: str | None = None, elsewhere: bool = False
-) -> Base:
-    """Refuse what would fail, or harm another run or this one; changes nothing. Returns the base.
+) -> Resolved:
+    """Refuse what would fail, or harm another run or this one; changes nothing.
 
     `take_over`: start even if the run is alive. `again`: the name of this process's group, where it was
     started again and may have the run already. `elsewhere`: it will train on other machines, and its data need not be seen from here.
@@ -128,23 +125,19 @@ def check(
             "sweep.settings: a single run tries no settings. `capstan sweep` makes a run for each trial; add sweep={} to train "
             "without it."
         )
-    base = resolve_base(config.model)
-    check_base(base, config)
-    check_weights(base, config.model)
-    check_tuning(config, base.description)
-    check_objective(config)
-    find_optimizer(config.optim)
+    resolved = resolve(config)
+    check_weights(resolved.base, config.model)
     build_deepspeed_config(config, world_size=config.cluster.most_workers or 1, accumulation=1, on_gpu=False)
     run = run_folder(config)
     if has_run(run, again):
-        return base
+        return resolved
     if not take_over:
         check_idle(run, resume=resume)
     if resume:
-        _check_checkpoint(run, config, base, elsewhere=elsewhere)
+        _check_checkpoint(run, resolved, elsewhere=elsewhere)
     else:
         check_name(run)
-    return base
+    return resolved
 
 
 def has_run(run: Store, group: str | None) -> bool:
@@ -206,7 +199,7 @@ def check_name(run: Store) -> None:
             )
 
 
-def _check_checkpoint(run: Store, config: Config, base: Base, *, elsewhere: bool) -> None:
+def _check_checkpoint(run: Store, resolved: Resolved, *, elsewhere: bool) -> None:
     """Check the checkpoint that the ranks will load, as they will check it, as far as its manifest tells."""
     steps, damaged = committed_steps(run), list[str]()
     if not steps:
@@ -215,9 +208,9 @@ def _check_checkpoint(run: Store, config: Config, base: Base, *, elsewhere: bool
     if manifest is None:
         raise StorageError(f"no checkpoint of {run.uri} is whole: {damaged[0]}")
     try:
-        dataset = locate(config, base, open_run_store(config), keep=False)["train"]
+        dataset = locate(resolved.config, resolved.base, open_run_store(resolved.config), keep=False)["train"]
     except DataError:
         if not elsewhere:
             raise
         dataset = manifest.dataset  # the ranks see the data, and compare it
-    check_identity(manifest, identity_of(config, base, dataset))
+    check_identity(manifest, resolved.identity(dataset))

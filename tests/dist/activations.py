@@ -7,12 +7,12 @@ from torch.autograd.graph import save_on_cpu
 
 from tests.dist import gradients
 from trainer import ranks as ranks_module
-from trainer.base.find.locate import resolve_base
+from trainer.assemble import settle
 from trainer.config import parse_config, training
 from trainer.model import activations as model_activations
 from trainer.model import nf4, tiled
 from trainer.ranks import join
-from trainer.start import settle
+from trainer.resolve import resolve
 
 LAYERS = 3
 
@@ -52,6 +52,6 @@ def settled(config_text: str, memories: list[int]) -> list[tuple[int, str]]:
     for memory in memories:
         ranks_module.host_memory_left = lambda memory=memory: memory
         lines = list[str]()
-        decided = settle(config, resolve_base(config.model), ranks, lines.append)
+        decided = settle(resolve(config), ranks, lines.append).config
         found.append((decided.train.kept_layers(LAYERS), *lines))
     return found

@@ -1,30 +1,31 @@
 """A rank put together piece by piece, for what lies between two steps."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trainer.assemble import Sharding, assemble, attention_of
 from trainer.base.find.locate import resolve_base
-from trainer.base.load.load import DTYPES, LoadReport
-from trainer.checkpoint.checkpoints import Checkpoints
+from trainer.base.load.load import LoadReport
+from trainer.checkpoint.checkpoints import Checkpoints, CommitHooks
 from trainer.checkpoint.identity import Identity
 from trainer.config import Config
 from trainer.data.dataset.chapters import Chapters, open_chapters
 from trainer.data.order.stream import Stream, train_stream
-from trainer.model.attention import Attention, choose_attention
-from trainer.objective.objective import Objective, find_objective
+from trainer.model.attention import Attention
+from trainer.objective.objective import Objective
 from trainer.plan.plan import choose_scope
 from trainer.ranks import Ranks, join
+from trainer.resolve import Resolved
 from trainer.run.metrics import Metrics
 from trainer.run.requests import StopSignal
 from trainer.store import Store, open_store
-from trainer.train.assemble import assemble
 from trainer.train.horizon import Horizon
 from trainer.train.loop import Training
-from trainer.tuning.method import method_of
+from trainer.train.start import Start
 from trainer.zero.engine import Engine
 from trainer.zero.policy import build_deepspeed_config
 
@@ -34,41 +35,44 @@ STATES = ("master", "exp_avg", "exp_avg_sq")
 
 @dataclass
 class Assembled:
-    config: Config
+    resolved: Resolved
     ranks: Ranks
     engine: Engine
     stream: Stream
     attention: Attention
     report: LoadReport
+    store: Store
     run: Store
     log: list[str]
     events: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def config(self) -> Config:
+        return self.resolved.config
+
+    def start(self, generation: int = 1, objective: Objective | None = None, stop: StopSignal | None = None) -> Start:
+        resolved = replace(self.resolved, objective=objective or self.resolved.objective)
+        stop = stop or StopSignal(self.run, watches=False, seconds=60)
+        return Start(resolved, self.ranks, self.store, self.run, generation, metrics=Metrics(), stop=stop)
+
     def checkpoints(self, generation: int = 1, base: str = "ours") -> Checkpoints:
-        method = method_of(self.config).identity
+        method = self.resolved.method.identity
         identity = Identity("data", {"fingerprint": base}, method, optimizer=self.config.optim.name)
         rules = self.config.checkpoint
-        return Checkpoints(self.run, self.ranks, generation, identity, rules, {"capstan-llm": "0"}, self.note)
+        return Checkpoints(self.run, self.ranks, generation, identity, rules, CommitHooks(self.note))
 
     def note(self, kind: str, **values: Any) -> None:
         self.events.append({"kind": kind, **values})
 
     def training(self, generation: int = 1, objective: Objective | None = None) -> Training:
-        metrics = Metrics()
-        stop = StopSignal(self.run, watches=False, seconds=60)
         total = self.config.train.steps
         assert total
         return Training(
-            self.config,
-            self.ranks,
-            self.engine,
-            objective or find_objective(self.config),
-            self.stream,
-            None,
-            self.checkpoints(generation),
-            metrics,
-            stop,
-            Horizon(total, total),
+            start=self.start(generation, objective),
+            engine=self.engine,
+            stream=self.stream,
+            checkpoints=self.checkpoints(generation),
+            horizon=Horizon(total, total),
         )
 
     def states(self) -> dict[str, Tensor]:
@@ -107,11 +111,9 @@ def assemble_run(config: Config, fingerprint: str | None = None) -> Assembled:
         stream = train_stream(config, chapters_of(config, fingerprint), ranks.rank, ranks.world_size)
         accumulation = stream.accumulation
     settings = build_deepspeed_config(config, ranks.world_size, accumulation, on_gpu=False)
-    base = resolve_base(config.model)
-    refused = method_of(config).virtual.refused_kernels
-    dtype = DTYPES[config.model.dtype]
-    attention = choose_attention(config.model.attention, ranks.device, dtype, base.architecture, refused)
+    resolved = Resolved.of(config, resolve_base(config.model))
+    attention = attention_of(resolved, ranks.device)
     log: list[str] = []
-    scope = choose_scope(config, base.architecture, ranks.world_size, ranks.ranks_per_node, None)
-    engine, report = assemble(base, config, settings, ranks, attention, scope, find_objective(config), log.append)
-    return Assembled(config, ranks, engine, stream, attention, report, store.sub(config.run.name), log)
+    scope = choose_scope(config, resolved.base.architecture, ranks.world_size, ranks.ranks_per_node, None)
+    engine, report = assemble(resolved, ranks, attention, Sharding(settings, scope), log.append)
+    return Assembled(resolved, ranks, engine, stream, attention, report, store, store.sub(config.run.name), log)

@@ -20,17 +20,16 @@ from tests.dist.proofs import in_this_process
 from tests.experts import multiply_expert_by_expert
 from tests.material import SIZES
 from tests.nf4 import decoded
-from trainer.base.find.locate import resolve_base
 from trainer.base.load.load import DTYPES
-from trainer.checkpoint.checkpoints import Checkpoints
+from trainer.checkpoint.checkpoints import Checkpoints, CommitHooks
 from trainer.checkpoint.listing import committed_steps
 from trainer.config import Config, dump_config, override, parse_config
 from trainer.data.order.micro_batch import Position
 from trainer.export.proof.verify import prove_adapter, prove_merged
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged
-from trainer.identity import identity_of
 from trainer.model.nf4 import Packed
+from trainer.resolve import resolve
 from trainer.run import layout
 from trainer.store import open_store
 from trainer.train.loop import train
@@ -133,8 +132,8 @@ def _compared(config: Config, folder: str, fingerprint: str | None = None) -> Pa
 def _learn(ours: Assembled, fingerprint: str) -> dict[str, Any]:
     """The run's steps, and a commit of the last one."""
     config = ours.config
-    identity = identity_of(config, resolve_base(config.model), fingerprint)
-    checkpoints = Checkpoints(ours.run, ours.ranks, 1, identity, config.checkpoint, {"capstan-llm": "0"}, ours.note)
+    identity = resolve(config).identity(fingerprint)
+    checkpoints = Checkpoints(ours.run, ours.ranks, 1, identity, config.checkpoint, CommitHooks(ours.note))
     if ours.ranks.rank == 0:
         ours.run.put(layout.CONFIG, dump_config(config).encode())
     records = list(train(replace(ours.training(), checkpoints=checkpoints), 0, Position()))

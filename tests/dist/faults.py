@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.dist.assembled import STATES
 from tests.dist.runs import outcome_of
 from tests.faulty import Fault, FaultyStore
-from trainer.checkpoint.checkpoints import Checkpoints
+from trainer.checkpoint.checkpoints import Checkpoints, CommitHooks
 from trainer.checkpoint.identity import Identity
 from trainer.checkpoint.learner import TrainablePartition
 from trainer.checkpoint.listing import committed_steps
@@ -84,7 +84,7 @@ def checkpoints(run: Store, ranks: Ranks, generation: int = 1) -> tuple[Checkpoi
     def record(kind: str, **values: Any) -> None:
         events.append({"kind": kind, **values})
 
-    return Checkpoints(run, ranks, generation, Identity("data", {}, {}), RULES, {}, record), events
+    return Checkpoints(run, ranks, generation, Identity("data", {}, {}), RULES, CommitHooks(record)), events
 
 
 def save(run: Store, ranks: Ranks, step: int, generation: int = 1) -> list[dict[str, Any]]:

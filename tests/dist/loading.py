@@ -16,6 +16,7 @@ from tests.dist.assembled import assemble_run
 from tests.dist.runs import outcome_of
 from tests.experts import multiply_expert_by_expert
 from tests.nf4 import decode_layers, decoded, dequantized
+from trainer.assemble import checksums
 from trainer.base.describe.description import describe
 from trainer.base.find.locate import resolve_base
 from trainer.base.load.load import load_model
@@ -27,7 +28,6 @@ from trainer.model.attention import Attention, choose_attention
 from trainer.model.nf4 import FrozenLinear4bit, Packed
 from trainer.ranks import join
 from trainer.store import Store
-from trainer.train.assemble import checksums
 from trainer.zero.policy import build_deepspeed_config
 
 

@@ -1,7 +1,9 @@
 """DPO whose reference is stored: by PyTorch alone, and what becomes of a pass that is interrupted."""
 
 import copy
+import io
 import os
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
@@ -9,12 +11,9 @@ from torch import Tensor
 
 from tests.dist.assembled import assemble_run
 from tests.dist.full import plain_model, plain_stream
-from trainer.base.find.locate import resolve_base
 from trainer.config import parse_config
 from trainer.data.order.micro_batch import MicroBatch, Position
-from trainer.objective.objective import find_objective
 from trainer.run.requests import StopSignal
-from trainer.store import open_store
 from trainer.train.reference import ReferencePass
 from trainer.train.schedule import learning_rate
 
@@ -81,16 +80,8 @@ def passes(config_text: str, fingerprint: str, stop_after: int | None = None) ->
         return look(function, row)
 
     here.engine.look = counted  # type: ignore[method-assign]
-    reference = ReferencePass(
-        config,
-        resolve_base(config.model),
-        here.attention.name,
-        here.ranks,
-        here.engine,
-        find_objective(config),
-        open_store(config.run.store),
-        stop,
-        here.log.append,
-    )
-    values = reference.log_probabilities(fingerprint)
-    return {"values": None if values is None else values.tolist(), "rows": len(rows), "log": here.log}
+    reference = ReferencePass(here.start(stop=stop), here.engine, here.attention.name)
+    with redirect_stdout(io.StringIO()) as printed:
+        values = reference.log_probabilities(fingerprint)
+    log = [*here.log, *printed.getvalue().splitlines()]
+    return {"values": None if values is None else values.tolist(), "rows": len(rows), "log": log}

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from trainer.assemble import join_run
 from trainer.config import parse_config
 from trainer.data.compile.prepare import Datasets
 from trainer.data.order.micro_batch import Position
@@ -19,7 +20,6 @@ from trainer.errors import CapstanError
 from trainer.rank import run_rank
 from trainer.ranks import join
 from trainer.run import layout
-from trainer.start import join_run
 from trainer.store import Store, open_store
 from trainer.zero.engine import Engine
 

@@ -28,8 +28,8 @@ from trainer.export.write.adapter import export_adapter
 from trainer.export.write.learnt import master_weights
 from trainer.export.write.merged import export_merged
 from trainer.files.safetensors_index import read_index
-from trainer.identity import identity_of
 from trainer.plan.plan import make_plan
+from trainer.resolve import resolve
 from trainer.run import layout
 from trainer.store import Store, open_store
 
@@ -187,7 +187,7 @@ def test_ten_steps_are_five_a_resume_and_five_more(workshop: Workshop, optimizer
     base = resolve_base(config.model)
     plan = make_plan(config, base.description, 2, 2, None)
     assert plan.checkpoint_bytes <= manifests[0].size < plan.checkpoint_bytes + 2 * 40_000
-    another = identity_of(override(config, "optim.name=adamw_8bit"), base, manifests[0].dataset)
+    another = resolve(override(config, "optim.name=adamw_8bit"), base).identity(manifests[0].dataset)
     if optimizer == "adamw_8bit":
         check_identity(manifests[0], another)
     else:

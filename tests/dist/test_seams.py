@@ -10,7 +10,7 @@ from launcher.view.status import read_generation
 from tests.dist import seams
 from tests.dist.launch import launch
 from tests.dist.seams import TOYS
-from tests.material import Workshop
+from tests.material import Workshop, tuning_misfits
 from trainer import objective, tuning
 from trainer.base.find.locate import resolve_base
 from trainer.base.partitions.filling import as_tensor
@@ -20,7 +20,6 @@ from trainer.export.write.adapter import export_adapter
 from trainer.files.safetensors_index import numel
 from trainer.run import layout
 from trainer.store import open_store
-from trainer.tuning.method import tuning_mismatches
 
 CONSTANT = ("optim.schedule=constant", "optim.warmup_steps=0", "checkpoint.every_steps=3")
 
@@ -75,8 +74,8 @@ def test_a_method_of_one_file_trains_resumes_at_another_world_size_and_exports(
 def test_a_method_that_trains_the_base_refuses_a_copy_of_it_on_every_node(workshop: Workshop) -> None:
     config = biases("any", 3, workshop)
     architecture = resolve_base(config.model).architecture
-    assert tuning_mismatches(config, architecture) == []
-    (sentence,) = tuning_mismatches(
+    assert tuning_misfits(config, architecture) == []
+    (sentence,) = tuning_misfits(
         workshop.config("any", "tuning.method=biases", "sharding.scope=node", "tuning.rank=16", "tuning.alpha=32"),
         architecture,
     )
@@ -117,4 +116,4 @@ def test_an_objective_of_one_file_trains_resumes_at_another_world_size_and_expor
 def test_settings_that_the_toy_does_not_read_are_refused(workshop: Workshop) -> None:
     config = workshop.config("any", "tuning.method=biases")
     with pytest.raises(ConfigError, match=r"tuning\.rank: has no effect with tuning\.method: biases"):
-        tuning_mismatches(config, resolve_base(config.model).architecture)
+        tuning_misfits(config, resolve_base(config.model).architecture)

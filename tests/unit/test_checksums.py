@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.train.assemble import checksums
+from trainer.assemble import checksums
 
 
 class Summed(TorchDispatchMode):

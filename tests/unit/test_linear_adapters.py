@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.families import FAMILIES, KINDS, SIZES
+from tests.material import tuning_misfits
 from trainer.base.architecture import Parameter
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import Optim, Tuning, parse_config
@@ -20,7 +21,7 @@ from trainer.tuning.dora.method import DoraUpdate
 from trainer.tuning.ia3.layer import ScaledLinear
 from trainer.tuning.ia3.method import Scaling
 from trainer.tuning.lora.method import Lora
-from trainer.tuning.method import find_method, tuning_mismatches
+from trainer.tuning.method import find_method
 from trainer.tuning.shared.linear_adapters import as_peft_reads
 
 LLAMA = read_architecture({**SIZES, **KINDS["llama"]})
@@ -289,10 +290,8 @@ def test_what_ia3_cannot_do_is_said_in_one_sentence(settings: dict[str, Any], wo
 def test_settings_without_effect_are_refused() -> None:
     run = "run: {name: demo}\nmodel: {base: /models/tiny}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
     given = parse_config(run, ("tuning.method=ia3", "optim.lora_plus_ratio=4"))
-    assert tuning_mismatches(given, LLAMA) == [
-        "optim.lora_plus_ratio: has no effect with tuning.method: ia3. Remove it."
-    ]
-    assert tuning_mismatches(parse_config(run, ("tuning.method=dora", "optim.lora_plus_ratio=4")), LLAMA) == []
+    assert tuning_misfits(given, LLAMA) == ["optim.lora_plus_ratio: has no effect with tuning.method: ia3. Remove it."]
+    assert tuning_misfits(parse_config(run, ("tuning.method=dora", "optim.lora_plus_ratio=4")), LLAMA) == []
 
 
 def test_the_magnitudes_of_dora_are_a_group_of_their_own() -> None:

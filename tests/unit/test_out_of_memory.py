@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from tests.material import Workshop
-from trainer.base.find.locate import resolve_base
 from trainer.errors import DoesNotFit
-from trainer.rank import _outcome
 from trainer.ranks import Ranks
+from trainer.resolve import resolve
 from trainer.run.layout import metrics
 from trainer.run.metrics import Metrics, claim_generation
 from trainer.run.trackers.jsonl import JsonLines
+from trainer.train.end_record import early_end
 
 
 def test_out_of_memory_names_the_largest_parts_of_the_plan(tmp_path: Path):
@@ -22,7 +22,7 @@ def test_out_of_memory_names_the_largest_parts_of_the_plan(tmp_path: Path):
     run = workshop.store.sub("large")
     told = Metrics([JsonLines(run, claim_generation(run), seconds=60)])
     ranks = Ranks(0, 2, 2, 0, torch.device("cpu"))
-    with pytest.raises(DoesNotFit) as raised, _outcome(told, config, resolve_base(config.model), ranks):
+    with pytest.raises(DoesNotFit) as raised, early_end(told, resolve(config), ranks):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
     told.close()
     assert raised.value.exit_code == 4

@@ -35,7 +35,7 @@ def test_a_failed_pass_is_no_failed_question(monkeypatch: pytest.MonkeyPatch) ->
         raise MemoryError("out of memory")
 
     ranks, config = _FirstOfTwo(), SimpleNamespace(data=SimpleNamespace(sequence_length=8))
-    opened: Any = SimpleNamespace(ranks=ranks, config=config, engine=None, reserved=0)
+    opened: Any = SimpleNamespace(ranks=ranks, resolved=SimpleNamespace(config=config), engine=None, reserved=0)
     monkeypatch.setattr(shared, "likelihoods", runs_out)
     with pytest.raises(PassFailed, match="MemoryError: out of memory"):
         SharedModel(opened).serve(asks)

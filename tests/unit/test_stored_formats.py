@@ -31,8 +31,8 @@ from trainer.errors import ConfigError, StorageError
 from trainer.export.proof.dequantized import dequantized_by_transformers
 from trainer.files.safetensors_index import PackedTensor, StoredTensor, TensorSource, read_index
 from trainer.plan.plan import make_plan
+from trainer.resolve import resolve
 from trainer.store import Store, open_store
-from trainer.tuning.method import check_tuning
 
 TILE = (128, 128)
 FULL = ("tuning.method=full", "tuning.rank=16", "tuning.alpha=32", "quant.type=none", "data.packing=false")
@@ -234,8 +234,8 @@ def test_the_plan_knows_both_formats(workshop: Workshop, fp8: Path, mxfp4: Path)
         sentence = f"exports the base's own files with the trained weights in them, and this base is stored in {kind}"
         assert sentence in "\n".join(make_plan(full, found.description, 2, 2, None).mismatches)
         with pytest.raises(ConfigError, match=sentence):
-            check_tuning(full, found.description)
-        check_tuning(full, plain.description)
+            resolve(full, found)
+        resolve(full, plain)
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.material import KINDS, SIZES
+from tests.material import KINDS, SIZES, tuning_misfits
 from trainer import tuning
 from trainer.base.architecture import Architecture
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import Config, Tuning, parse_config
 from trainer.errors import ConfigError
-from trainer.tuning.method import Method, find_method, method_of, methods, tuning_mismatches
+from trainer.tuning.method import Method, find_method, method_of, methods
 
 LLAMA = read_architecture({**SIZES, **KINDS["llama"]})
 
@@ -114,7 +114,7 @@ def saving(modules: list[str], kind: str = "llama", method: str = "lora", *overr
     """The sentences about a run that has these modules learn."""
     text = "run: {name: demo}\nmodel: {base: /m}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
     settings = f"tuning.method={method}", f"tuning.modules_to_save=[{', '.join(modules)}]"
-    return tuning_mismatches(parse_config(text, (*settings, *overrides)), read_architecture({**SIZES, **KINDS[kind]}))
+    return tuning_misfits(parse_config(text, (*settings, *overrides)), read_architecture({**SIZES, **KINDS[kind]}))
 
 
 def test_modules_learn_whole_beside_an_adapter_by_the_ends_of_their_paths():
@@ -189,11 +189,9 @@ def test_the_experts_rank_is_that_of_the_linear_layers_unless_it_is_given():
 
 
 def test_experts_that_cannot_be_adapted_are_refused_with_the_reason():
-    assert tuning_mismatches(*with_experts("mixtral")) == []
-    assert tuning_mismatches(*with_experts("llama")) == [
-        "tuning.experts: the base is no mixture of experts. Remove it."
-    ]
-    (dropout,) = tuning_mismatches(*with_experts("mixtral", "tuning.dropout=0.1"))
+    assert tuning_misfits(*with_experts("mixtral")) == []
+    assert tuning_misfits(*with_experts("llama")) == ["tuning.experts: the base is no mixture of experts. Remove it."]
+    (dropout,) = tuning_misfits(*with_experts("mixtral", "tuning.dropout=0.1"))
     assert dropout == (
         "tuning.dropout: 0.1 cannot be had with tuning.experts, as PEFT's adapters of experts have none. Set it to 0."
     )
@@ -247,7 +245,7 @@ def test_full_refuses_what_lora_reads_and_lora_what_full_reads():
 def test_full_needs_a_base_in_16_or_32_bits_of_which_there_is_one_copy():
     def wrong(*overrides: str) -> list[str]:
         text = "run: {name: demo}\nmodel: {base: /m}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
-        return tuning_mismatches(parse_config(text, ("tuning.method=full", *overrides)), LLAMA)
+        return tuning_misfits(parse_config(text, ("tuning.method=full", *overrides)), LLAMA)
 
     assert wrong("quant.type=none") == []
     assert wrong() == [

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
 
-from tests.material import KINDS, SIZES, Workshop, make_labelled, make_pairs
+from tests.material import KINDS, SIZES, Workshop, make_labelled, make_pairs, tuning_misfits
 from tests.unit.test_attention import row
 from tests.unit.test_examples import EXAMPLES, LLAMA_8B
 from trainer.base.describe.architecture_cache import read_architecture
@@ -25,7 +25,7 @@ from trainer.model.head import LossHead
 from trainer.model.packed import PackedModel
 from trainer.objective.sft import NextTokens
 from trainer.plan.plan import make_plan
-from trainer.tuning.method import find_method, tuning_mismatches
+from trainer.tuning.method import find_method
 from trainer.tuning.prefix.layer import add_prefixes
 from trainer.tuning.prompt.layer import add_prompt
 from trainer.tuning.shared.linear_adapters import flagged
@@ -110,7 +110,7 @@ def test_the_reserved_positions_are_part_of_the_orders_identity_and_of_no_other_
 def mismatches(kind: str, *overrides: str, method: str = "prompt", **sizes: Any) -> list[str]:
     text = "run: {name: demo}\nmodel: {base: /m}\ndata: {train: [{path: a.jsonl}], sequence_length: 64}\ntrain: {steps: 10}\n"
     config = parse_config(text, (f"tuning.method={method}", "tuning.virtual_tokens=5", *overrides))
-    return tuning_mismatches(config, read_architecture({**SIZES, **KINDS[kind], **sizes}))
+    return tuning_misfits(config, read_architecture({**SIZES, **KINDS[kind], **sizes}))
 
 
 @pytest.mark.parametrize("method", METHODS)

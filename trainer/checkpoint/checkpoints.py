@@ -32,6 +32,7 @@ from trainer.errors import AlreadyExists, NothingToResume, StorageError, Superse
 from trainer.optimizer.optimizer import State, states_by_name
 from trainer.ranks import Ranks
 from trainer.run import layout
+from trainer.run.environment import versions
 from trainer.store import Store
 
 
@@ -46,24 +47,29 @@ class _Pending:
     uploaded: bool = False
 
 
+@dataclass(frozen=True)
+class CommitHooks:
+    """The functions that a run has called as it saves.
+
+    `record` gets what happens as (kind, values): commit, save_skipped, save_failed, prune_failed. `before` is called on rank 0
+    before each manifest is written, beside the training, and `after` after it, in the loop.
+    """
+
+    record: Callable[..., None]
+    before: Callable[[], None] = lambda: None
+    after: Callable[[], None] = lambda: None
+
+
 @dataclass
 class Checkpoints:
-    """One run's checkpoints, as one rank of one generation writes them.
-
-    `record` gets what happens as (kind, values): commit, save_skipped, save_failed, prune_failed. `newest` is the step of
-    the last save that was begun. `before_commit` is called on rank 0 before each manifest is written, beside the training, and
-    `after_commit` after it, in the loop.
-    """
+    """One run's checkpoints, as one rank of one generation writes them. `newest` is the step of the last save that was begun."""
 
     run: Store
     ranks: Ranks
     generation: int
     identity: Identity
     rules: config.Checkpoint
-    versions: dict[str, str]
-    record: Callable[..., None]
-    before_commit: Callable[[], None] = lambda: None
-    after_commit: Callable[[], None] = lambda: None
+    hooks: CommitHooks
     newest: int | None = None
     _saves: int = 0
     _skipped: int = 0
@@ -93,7 +99,7 @@ class Checkpoints:
         """
         if self._pending and may_skip and self.rules.when_busy == "skip":
             self._skipped += 1
-            self.record("save_skipped", step=step, skipped=self._skipped)
+            self.hooks.record("save_skipped", step=step, skipped=self._skipped)
             return
         started = time.monotonic()
         self._settle()
@@ -123,7 +129,7 @@ class Checkpoints:
             optimizer=self.identity.optimizer,
             text=self.identity.text,
             groups=learner.groups,
-            versions=self.versions,
+            versions=versions(),
             eval_loss=eval_loss,
             shapes=shapes,
             shards=[],
@@ -175,7 +181,7 @@ class Checkpoints:
 
     def _end(self, pending: _Pending) -> None:
         self._pending, self._failures = None, 0
-        self.record(
+        self.hooks.record(
             "commit",
             step=pending.manifest.step,
             bytes=pending.manifest.size,
@@ -184,7 +190,7 @@ class Checkpoints:
             key=layout.manifest(pending.manifest.step),
         )
         if self.ranks.rank == 0:
-            self.after_commit()
+            self.hooks.after()
         # A removal that has not begun yet will see this commit too.
         waits = self._next_pruning and not (self._next_pruning.running() or self._next_pruning.done())
         if self.ranks.rank == 0 and not waits:
@@ -196,7 +202,7 @@ class Checkpoints:
         if not isinstance(error, Superseded):
             error = StorageError(f"rank {rank} could not save the checkpoint of step {step}: {error}")
         self._error = error
-        self.record("save_failed", step=step, rank=rank, failures=self._failures, reason=str(error))
+        self.hooks.record("save_failed", step=step, rank=rank, failures=self._failures, reason=str(error))
         if isinstance(error, Superseded) or self._failures > self.rules.failed_saves:
             raise error
 
@@ -230,7 +236,7 @@ class Checkpoints:
         """On rank 0 write the manifest, unless a later generation has taken over."""
         if self.ranks.rank != 0:
             return
-        self.before_commit()
+        self.hooks.before()
         newest = max((layout.generation_of(entry.key) or 0 for entry in self.run.list(layout.METRICS)), default=0)
         if newest > self.generation:
             raise Superseded(
@@ -252,11 +258,11 @@ class Checkpoints:
             removal = plan_removal(self.run, rules, proven=self._proven)
             remove(self.run, removal)
         except StorageError as error:
-            self.record("prune_failed", reason=str(error))
+            self.hooks.record("prune_failed", reason=str(error))
             return
         self._proven = removal.proven or self._proven
         if removal.warning:
-            self.record("prune_failed", reason=removal.warning)
+            self.hooks.record("prune_failed", reason=removal.warning)
 
     # --- restore
 

@@ -20,8 +20,8 @@ def evaluate(ask: Ask, tell: Tell) -> dict[str, Any]:
         open_store(ask.run), ask.step, ask.overrides, base_alone=ask.base, log=lambda text: tell({"log": text})
     )
     progress = _progress(tell)
-    opened.ranks.on_first(lambda: subjects(opened.config))
-    tasks = partial(_tasks, ask, progress) if opened.config.eval.tasks else None
+    opened.ranks.on_first(lambda: subjects(opened.resolved.config))
+    tasks = partial(_tasks, ask, progress) if opened.resolved.config.eval.tasks else None
     work = find_work(opened, tasks, progress)
     with opened.as_base() as base:
         before = measure(base, work, "base", progress)
@@ -36,7 +36,7 @@ def evaluate(ask: Ask, tell: Tell) -> dict[str, Any]:
 def _tasks(ask: Ask, progress: Progress, opened: OpenedRun, side: str) -> TaskScores:
     from trainer.evaluate.tasks import run_tasks
 
-    return run_tasks(opened, opened.config.eval.tasks, chat=ask.chat, told=partial(progress, f"tasks, {side}"))
+    return run_tasks(opened, opened.resolved.config.eval.tasks, chat=ask.chat, told=partial(progress, f"tasks, {side}"))
 
 
 def _progress(tell: Tell) -> Progress:

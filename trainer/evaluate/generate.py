@@ -24,9 +24,9 @@ def generate(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str,
         open_store(ask.run), ask.step, ask.overrides, base_alone=False, log=lambda text: tell({"log": text})
     )
     assert opened.manifest is not None
-    if ask.base and opened.method.trains_base:
+    if ask.base and opened.resolved.method.trains_base:
         raise ConfigError(
-            f"--base: tuning.method: {opened.config.tuning.method} has changed the base itself, so it cannot answer beside the "
+            f"--base: tuning.method: {opened.resolved.config.tuning.method} has changed the base itself, so it cannot answer beside the "
             "checkpoint. Leave --base out."
         )
     opened.load()

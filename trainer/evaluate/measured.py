@@ -65,13 +65,13 @@ def find_work(opened: OpenedRun, tasks: Tasks | None, progress: Progress) -> Wor
         ConfigError: the pairs cannot be read.
         DataError: a set's source is missing or unreadable.
     """
-    config, ranks = opened.config, opened.ranks
+    config, ranks = opened.resolved.config, opened.ranks
 
     def compiling(what: str, now: Any) -> None:
         progress(f"compiling {what}", now.bytes_done, now.bytes)
 
     keys: dict[str, str] = ranks.on_first(
-        lambda: prepare_evaluated(config, opened.base, opened.store, progress=compiling)
+        lambda: prepare_evaluated(config, opened.resolved.base, opened.store, progress=compiling)
     )
     if not has_likelihood(config):
         keys.pop(UNNAMED, None)
@@ -130,7 +130,7 @@ def _gaps(opened: OpenedRun, pairs: Sequence[SentencePair], side: str, progress:
         raise DataError(
             "eval.bias: a sentence is one token, and the base has no token before a text, so nothing predicts it."
         )
-    capacity, told = opened.config.data.sequence_length, partial(progress, f"pairs, {side}")
+    capacity, told = opened.resolved.config.data.sequence_length, partial(progress, f"pairs, {side}")
     found = likelihoods(
         opened.engine, texts, capacity, reserved=opened.reserved, told=lambda done: told(done, len(texts))
     )
@@ -139,12 +139,16 @@ def _gaps(opened: OpenedRun, pairs: Sequence[SentencePair], side: str, progress:
 
 def evaluation(opened: OpenedRun, work: Work, base: MeasuredSide, adapter: MeasuredSide | None) -> dict[str, Any]:
     """Both sides, as `trainer.run.layout.evaluation` keeps them; docs/evaluation.md describes every field."""
-    manifest, config = opened.manifest, opened.config
+    manifest, config = opened.manifest, opened.resolved.config
     sides = {"base": base, **({"adapter": adapter} if adapter else {})}
     return {
         "step": manifest.step if manifest else 0,
         "made": time.time(),
-        "base": {"name": opened.base.name, "fingerprint": opened.base.fingerprint, "quant.type": config.quant.type},
+        "base": {
+            "name": opened.resolved.base.name,
+            "fingerprint": opened.resolved.base.fingerprint,
+            "quant.type": config.quant.type,
+        },
         "sets": {name: _of_set(name, sides, work) for name in base.sets},
         "tasks": {task: _of_task(task, sides) for task in base.tasks},
         "bias": bias.to_json(work.pairs, {name: side.bias for name, side in sides.items()}),

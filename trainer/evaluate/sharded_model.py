@@ -7,6 +7,7 @@ from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
+from trainer.assemble import assemble, attention_of, check_same_base, choose_sharding, join_run
 from trainer.base.find.locate import Base, resolve_base
 from trainer.checkpoint.checkpoints import load_partitions
 from trainer.checkpoint.manifest import CheckpointManifest, readable_manifests, whole_checkpoint
@@ -16,20 +17,17 @@ from trainer.data.compile.prepare import load_tokenizer
 from trainer.export.trained import (
     check_overrides,
     check_trained_base,
+    check_trained_shapes,
     trained_config,
-    trained_method,
     with_trained_template,
     with_trained_tokenizer,
 )
 from trainer.measure.prompts import Prompter
-from trainer.objective.objective import find_objective
 from trainer.optimizer.optimizer import MASTER
 from trainer.ranks import Ranks
+from trainer.resolve import Resolved, resolve
 from trainer.run.folder import run_config
-from trainer.start import assemble_run, check_same_base, join_run
 from trainer.store import Store, open_run_store
-from trainer.train.assemble import attention_of
-from trainer.tuning.method import Method, check_tuning, method_of
 from trainer.zero.engine import Engine
 
 Log = Callable[[str], None]
@@ -56,10 +54,8 @@ class OpenedRun:
     nothing to load."""
 
     run: Store
-    config: Config
+    resolved: Resolved
     manifest: CheckpointManifest | None
-    base: Base
-    method: Method
     ranks: Ranks
     engine: Engine
     words: Words
@@ -69,7 +65,8 @@ class OpenedRun:
     @contextmanager
     def as_base(self) -> Iterator["OpenedRun"]:
         """Inside, the model computes as its base; where the base itself learns, that is so before `load` alone."""
-        with nullcontext() if self.method.trains_base else self.method.switched_off(self.engine.model):
+        method = self.resolved.method
+        with nullcontext() if method.trains_base else method.switched_off(self.engine.model):
             yield replace(self, keeps=not self.reserved)
 
     def load(self) -> None:
@@ -89,17 +86,17 @@ class OpenedRun:
 
     @property
     def store(self) -> Store:
-        return open_run_store(self.config)
+        return open_run_store(self.resolved.config)
 
     @property
     def reserved(self) -> int:
         """Positions of a row before each text, for virtual tokens."""
-        return self.method.virtual.reserved
+        return self.resolved.method.virtual.reserved
 
     @property
     def longest(self) -> int | None:
         """Tokens of the longest text that the base has positions for, beside virtual tokens."""
-        return self.method.virtual.longest(self.base.architecture.positions)
+        return self.resolved.method.virtual.longest(self.resolved.base.architecture.positions)
 
 
 def settings_of(
@@ -133,15 +130,16 @@ def open_run(run: Store, step: int | None, overrides: Sequence[str], *, base_alo
         if manifest is not None:  # the cache that keeps the tokenizer and the template is each machine's own
             base = with_trained_tokenizer(run, base, manifest)
             config = config.model_copy(update={"data": with_trained_template(run, config.data, manifest)})
-        check_tuning(config, base.description)
-        method = method_of(config) if manifest is None else trained_method(config, manifest)
+        resolved = resolve(config, base)
+        if manifest is not None:
+            check_trained_shapes(resolved.method, config.model, manifest)
     check_same_base(base, ranks)
     ranks.on_first(lambda: _check_base(run, base, manifest, overrides))
-    attention = attention_of(config, base, ranks.device)
-    engine, _ = assemble_run(config, base, ranks, attention, find_objective(config), accumulation=1, log=log)
+    attention = attention_of(resolved, ranks.device)
+    engine, _ = assemble(resolved, ranks, attention, choose_sharding(resolved, ranks, accumulation=1), log)
     form = ranks.on_first(lambda: as_trained(config)).format
     words = Words(base, config.data.model_copy(update={"format": form}))
-    return OpenedRun(run, config, manifest, base, method, ranks, engine, words)
+    return OpenedRun(run, resolved, manifest, ranks, engine, words)
 
 
 def _check_base(run: Store, base: Base, manifest: CheckpointManifest | None, overrides: Sequence[str]) -> None:

@@ -68,7 +68,7 @@ class SharedModel:
 
     def _score(self, texts: Sequence[Continued], *, told: Told) -> list[Likelihood]:
         opened = self._opened
-        capacity = opened.config.data.sequence_length
+        capacity = opened.resolved.config.data.sequence_length
         return likelihoods(opened.engine, texts, capacity, reserved=opened.reserved, told=told)
 
     def _continue(self, texts: Sequence[OpenText], sampling: Sampling, *, told: Told) -> list[list[int]]:

@@ -35,7 +35,7 @@ class ShardedLM(TemplateLM):
         self._model, self._opened, self._told = model, opened, told
         self.tokenizer: Any = opened.tokenizer
         with suppress(ConfigError):  # tasks without a chat need no template
-            self.tokenizer.chat_template = chat_template(opened.tokenizer, opened.config.data)
+            self.tokenizer.chat_template = chat_template(opened.tokenizer, opened.resolved.config.data)
         self.max_length = opened.longest or _DEFAULT_LENGTH
         self.max_gen_toks = 256
 
@@ -50,7 +50,7 @@ class ShardedLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        return self._opened.base.name.replace("/", "__")
+        return self._opened.resolved.base.name.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_options: Any) -> list[int]:
         if add_special_tokens is None:

@@ -140,18 +140,23 @@ def check_overrides(trained: Config, given: Config, manifest: CheckpointManifest
 
 
 def trained_method(config: Config, manifest: CheckpointManifest) -> Method:
-    """The method of `config`, which is that of `trained_config`. Raises `Damaged` when other parameters were trained."""
+    """The method of `config`, which is that of `trained_config`. Raises as `check_trained_shapes`."""
     method = method_of(config)
-    expected = {name: list(shape) for name, shape in method.shapes(describe_base(config.model).architecture).items()}
+    check_trained_shapes(method, config.model, manifest)
+    return method
+
+
+def check_trained_shapes(method: Method, model: Model, manifest: CheckpointManifest) -> None:
+    """Raises `Damaged` when other parameters were trained than `method` has over the base of `model`."""
+    expected = {name: list(shape) for name, shape in method.shapes(describe_base(model).architecture).items()}
     for name in sorted(expected.keys() | manifest.shapes.keys()):
         given, held = expected.get(name), manifest.shapes.get(name)
         if given != held:
             raise Damaged(
                 f"the checkpoint of step {manifest.step} has {shown(name)} of shape {held}, but its settings of tuning "
                 f"({', '.join(f'{key}: {shown(value)}' for key, value in method.identity.items())}) give {given} on "
-                f"{config.model.base}. Export another step, or put the base back that it was trained on."
+                f"{model.base}. Export another step, or put the base back that it was trained on."
             )
-    return method
 
 
 def check_mergeable_run(config: Config, base: Description) -> None:

@@ -5,17 +5,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.base.find.locate import Base
-from trainer.config import Config
 from trainer.data.compile.inputs import as_trained
 from trainer.data.compile.prepare import load_tokenizer
 from trainer.measure.generation import Opening, Sampling, continued
 from trainer.measure.prompts import Prompt, Prompter, asked, read_prompts
 from trainer.ranks import Ranks
+from trainer.resolve import Resolved
 from trainer.run import layout
 from trainer.run.background import Harmless
 from trainer.store import Store
-from trainer.tuning.method import method_of
 from trainer.zero.engine import Engine
 
 
@@ -47,12 +45,13 @@ class PromptSamples:
         self.keeping(lambda: self.run.put(layout.samples(step), content))
 
 
-def open_samples(config: Config, base: Base, run: Store, ranks: Ranks) -> PromptSamples:
+def open_samples(resolved: Resolved, run: Store, ranks: Ranks) -> PromptSamples:
     """The samples of `eval.prompts`. Collective.
 
     Raises:
         ConfigError: the file cannot be read on rank 0's machine, or a prompt does not suit the run's format, or is too long.
     """
+    config, base = resolved.config, resolved.base
     prompter: Prompter | None = None
 
     def read() -> tuple[list[Prompt], list[list[int]], frozenset[int]]:
@@ -61,7 +60,7 @@ def open_samples(config: Config, base: Base, run: Store, ranks: Ranks) -> Prompt
         prompts = read_prompts(config.eval.prompts or "")
         return prompts, prompter.fitting(prompts, longest), frozenset(prompter.stops)
 
-    longest = method_of(config).virtual.longest(base.architecture.positions)
+    longest = resolved.method.virtual.longest(base.architecture.positions)
     prompts, tokens, stops = ranks.on_first(read)
     sampling = Sampling(config.eval.max_tokens)
     return PromptSamples(run, prompts, tokens, stops, sampling, longest, prompter, Harmless("keeping the samples"))

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from trainer import objective as folder
 from trainer.config import Config, ObjectiveSettings
 from trainer.config.data import most_segments
-from trainer.errors import ConfigError
 from trainer.registry import chosen, kinds, refuse_unread
 from trainer.tuning.method import Method, base_trained_by, method_of
 
@@ -109,26 +108,26 @@ def objectives() -> dict[str, Callable[[ObjectiveSettings, Method], Objective]]:
     return kinds(folder, "OBJECTIVES")
 
 
-def find_objective(config: Config) -> Objective:
-    """The objective that `objective.name` names, for the run's method.
+def find_objective(config: Config, method: Method | None = None) -> Objective:
+    """The objective that `objective.name` names, for the run's `method`, which is looked up unless it is known.
 
     Raises:
         ConfigError: there is none of that name, or a setting has a value that it does not read.
     """
     given = config.objective
-    objective = chosen(objectives(), "objective.name", given.name)(given, method_of(config))
+    objective = chosen(objectives(), "objective.name", given.name)(given, method or method_of(config))
     of_reference = ("reference",) if objective.reads_reference else ()
     refuse_unread(given, "objective.name", (*objective.settings, *of_reference))
     return objective
 
 
-def reference_of(config: Config) -> Literal["adapter_off", "stored"] | None:
+def reference_of(config: Config, objective: Objective, method: Method) -> Literal["adapter_off", "stored"] | None:
     """`objective.reference`, with auto decided; None where the objective reads none."""
-    if not find_objective(config).reads_reference:
+    if not objective.reads_reference:
         return None
     if config.objective.reference != "auto":
         return config.objective.reference
-    return "stored" if method_of(config).trains_base else "adapter_off"
+    return "stored" if method.trains_base else "adapter_off"
 
 
 def segments_of(config: Config) -> int:
@@ -139,23 +138,15 @@ def segments_of(config: Config) -> int:
     return max(map(most_segments, find_objective(config).formats))
 
 
-def check_objective(config: Config) -> None:
-    """Raises `ConfigError` when the run's objective is unknown, or asks more of the run than it has."""
-    wrong = objective_mismatches(config)
-    if wrong:
-        raise ConfigError("\n".join(wrong))
-
-
-def objective_mismatches(config: Config) -> list[str]:
-    """A sentence for each setting that does not suit the run's objective; raises `ConfigError` when that is unknown."""
-    objective, name = find_objective(config), config.objective.name
-    wrong = objective.mismatches()
+def objective_mismatches(config: Config, objective: Objective, method: Method) -> list[str]:
+    """A sentence for each setting of the run that does not suit `objective` and `method`, which are the run's."""
+    name, wrong = config.objective.name, objective.mismatches()
     if config.data.format != "auto" and config.data.kind not in objective.formats:
         wrong.append(
             f"data.format: {config.data.format} has no rows for objective.name: {name}. Set it to "
             f"{' or '.join(objective.formats)}, or choose another objective."
         )
-    if reference_of(config) == "adapter_off" and method_of(config).trains_base:
+    if reference_of(config, objective, method) == "adapter_off" and method.trains_base:
         wrong.append(
             f"objective.reference: adapter_off is not possible with {base_trained_by(config)}, which changes the base and cannot be "
             "switched off. Set it to stored."

@@ -97,7 +97,9 @@ def _documents(batch: MicroBatch) -> Iterator[int]:
 
 def work_of(config: Config, model: Architecture, recomputed: float, device_name: str) -> StepWork:
     """The work of a run whose backward passes repeat the forward passes of this share of the decoder layers."""
-    method, survey = method_of(config), find_objective(config).survey
+    method = method_of(config)
+    objective = find_objective(config, method)
+    survey, reference = objective.survey, reference_of(config, objective, method)
     learning, products = method.shapes(model), _products(model)
     base = {parameter.name for parameter in model.parameters}
     visits = max((parameter.visits for parameter in model.parameters if parameter.kind == "experts"), default=1.0)
@@ -110,7 +112,7 @@ def work_of(config: Config, model: Architecture, recomputed: float, device_name:
     head = model.vocabulary * model.hidden
     head_learns = model.head in learning or (model.head_is_embedding and model.embedding in learning)
     # Some forward passes are not learnt from: those through the reference, without what was added, and those of a survey.
-    surveyed, referred = (survey.share if survey else 0.0), float(reference_of(config) == "adapter_off")
+    surveyed, referred = (survey.share if survey else 0.0), float(reference == "adapter_off")
     every_pass = (1 + recomputed) * 2 * (frozen + learnt) + 2 * frozen + 4 * learnt
     return StepWork(
         token=(1 - surveyed) * every_pass + surveyed * 2 * (frozen + learnt) + referred * 2 * frozen,

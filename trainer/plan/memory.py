@@ -6,17 +6,17 @@ Bytes of stored tensors are exact; activations and gathered layers are estimates
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, prod
-from typing import Any
+from typing import Any, Literal
 
 from trainer.base.architecture import Architecture
 from trainer.base.describe.activations import layer_values
 from trainer.config import Config
 from trainer.config.training import MLP_TILE
-from trainer.objective.objective import Survey, find_objective, reference_of, segments_of
+from trainer.objective.objective import Objective, Survey, find_objective, reference_of, segments_of
 from trainer.optimizer.optimizer import State, find_optimizer, states_by_name
 from trainer.plan.needs import GpuMemory
 from trainer.plan.sizes import StoredParameter, pinned, stored_layers, stored_parameters, value_bytes
-from trainer.tuning.method import method_of
+from trainer.tuning.method import Method, method_of
 from trainer.zero.policy import Scope, is_offloaded
 
 # trainer/model/experts.py: bytes of a mixture's experts that are dequantized at once.
@@ -56,9 +56,22 @@ class Inputs:
         return value_bytes(self.config)
 
     @cached_property
+    def method(self) -> Method:
+        return method_of(self.config)
+
+    @cached_property
+    def objective(self) -> Objective:
+        return find_objective(self.config, self.method)
+
+    @property
+    def reference(self) -> Literal["adapter_off", "stored"] | None:
+        """Where the values come from that the objective compares with, if it reads any."""
+        return reference_of(self.config, self.objective, self.method)
+
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each parameter that learns, by name: of the adapters, or of the base itself."""
-        return method_of(self.config).shapes(self.model)
+        return self.method.shapes(self.model)
 
     @cached_property
     def learning(self) -> dict[str, int]:
@@ -116,12 +129,12 @@ class Inputs:
     @cached_property
     def reference_passes(self) -> int:
         """Forward passes of a micro-batch through the reference."""
-        return int(reference_of(self.config) == "adapter_off")
+        return int(self.reference == "adapter_off")
 
     @cached_property
     def survey(self) -> Survey | None:
         """The objective's forward pass of each micro-batch before the losses of a step, if it needs one."""
-        return find_objective(self.config).survey
+        return self.objective.survey
 
     @property
     def kept_layers(self) -> int:
@@ -137,7 +150,7 @@ class Inputs:
     def row(self) -> int:
         """Positions of a packed row, with those that are reserved for a method's virtual tokens (trainer/data/order/settings.py)."""
         data = self.config.data
-        return data.sequence_length + segments_of(self.config) * method_of(self.config).virtual.reserved
+        return data.sequence_length + segments_of(self.config) * self.method.virtual.reserved
 
     @property
     def tokens(self) -> int:

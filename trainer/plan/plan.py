@@ -13,11 +13,11 @@ from typing import Any
 from trainer.base.architecture import Architecture
 from trainer.base.base import Description
 from trainer.config import Config
-from trainer.objective.objective import objective_mismatches, reference_of
 from trainer.plan.memory import Inputs, base_bytes, memory_of, offloaded_activations, offloaded_base, offloaded_states
 from trainer.plan.needs import GlobalBatch, HostMemory, Parameters, Plan, Traffic
 from trainer.plan.sizes import most_whole
-from trainer.tuning.method import method_of, stored_mismatches, tuning_mismatches
+from trainer.resolve import mismatches
+from trainer.tuning.method import method_of
 from trainer.zero.policy import Scope, build_deepspeed_config
 
 # trainer/base/partitions/reading.py: pieces of the base read ahead and the one that is quantized, each twice while it is handed over.
@@ -49,8 +49,7 @@ def make_plan(
     scope = choose_scope(config, base.architecture, world_size, ranks_per_node, gpu_memory)
     given, deepspeed = _inputs(config, base.architecture, world_size, ranks_per_node, scope)
     memory = memory_of(given)
-    method = [*tuning_mismatches(config, given.model), *stored_mismatches(config, base.stored)]
-    wrong = [*base.mismatches(asked), *method, *objective_mismatches(config)]
+    wrong = mismatches(asked, base, given.method, given.objective)
     return Plan(
         parameters=_parameters(given),
         batch=_batch(given),
@@ -167,9 +166,9 @@ def _batch(given: Inputs) -> GlobalBatch:
     train = given.config.train
     rows = given.accumulation * given.world_size * train.micro_batch
     surveyed = given.survey.share if given.survey else 0
-    of_loss = 2 + (1 - given.kept_layers / given.model.layers) + method_of(given.config).trains_base
+    of_loss = 2 + (1 - given.kept_layers / given.model.layers) + given.method.trains_base
     passes = surveyed + (1 - surveyed) * of_loss
-    stored = reference_of(given.config) == "stored"
+    stored = given.reference == "stored"
     return GlobalBatch(
         world_size=given.world_size,
         accumulation=given.accumulation,
@@ -238,9 +237,9 @@ def _remedy(given: Inputs) -> str:
     config = given.config
     if given.kept_layers:
         return "Set train.activation_checkpointing: auto."
-    if config.quant.type == "none" and not method_of(config).exports_model:
+    if config.quant.type == "none" and not given.method.exports_model:
         return "Set quant.type: nf4."
-    if method_of(config).exports_model and not given.states_offloaded:
+    if given.method.exports_model and not given.states_offloaded:
         return "Use more GPUs, set optim.name: adamw_8bit, or sharding.deepspeed: zero3_offload_optimizer."
     if given.scope == "node":
         return "Set sharding.scope: world, or use more GPUs a node."

@@ -12,43 +12,35 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint.checkpoints import Checkpoints
-from trainer.config import Config
 from trainer.data.order.micro_batch import MicroBatch, Position
 from trainer.data.order.order import hash_key, splitmix64
 from trainer.data.order.stream import Stream
 from trainer.errors import DataError, Interrupted, NonFiniteLoss, Stopped
 from trainer.measure.losses import mean_loss
 from trainer.measure.samples import PromptSamples
-from trainer.objective.objective import Objective
 from trainer.plan.flops import UNKNOWN_WORK, StepWork
-from trainer.ranks import Ranks
 from trainer.run.folder import command
-from trainer.run.metrics import Metrics
-from trainer.run.requests import Stop, StopSignal
-from trainer.train.heartbeat import Phase, Pulse, silent_pulse
+from trainer.run.requests import Stop
+from trainer.train.heartbeat import Phase
 from trainer.train.horizon import Horizon
 from trainer.train.routing import Routing
 from trainer.train.save_rules import SaveRules
+from trainer.train.start import Start
 from trainer.zero.engine import Engine
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Training:
     """Everything one rank needs to train, assembled in trainer/rank.py."""
 
-    config: Config
-    ranks: Ranks
+    start: Start
     engine: Engine
-    objective: Objective
     stream: Stream
-    eval_stream: Stream | None
-    checkpoints: Checkpoints
-    metrics: Metrics
-    stop: StopSignal
-    horizon: Horizon
-    pulse: Pulse = silent_pulse
-    work: StepWork = UNKNOWN_WORK  # of a step, so that records say how much of the device's peak it came to
+    eval_stream: Stream | None = None
     eval_sets: Mapping[str, Stream] = field(default_factory=dict)  # those of eval.sets
+    checkpoints: Checkpoints
+    horizon: Horizon
+    work: StepWork = UNKNOWN_WORK  # of a step, so that records say how much of the device's peak it came to
     samples: PromptSamples | None = None  # of eval.prompts, where train.sample_every wants them
     skipped: tuple[Position, ...] = ()  # their loss was not finite in an earlier start of the run
     clock: Callable[[], float] = time.monotonic  # by which saves are due, in seconds
@@ -75,9 +67,9 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
         DataError: on every rank, with a checkpoint committed, because the rest of the data cannot be compiled.
         Stopped: on every rank, after a stop request, with a checkpoint committed; `Interrupted` to be started again.
     """
-    ranks, engine, checkpoints = run.ranks, run.engine, run.checkpoints
-    first_step, saves = step + 1, SaveRules(run.config.checkpoint, run.clock)
-    routing = Routing(engine.model, ranks, run.metrics)
+    ranks, engine, checkpoints = run.start.ranks, run.engine, run.checkpoints
+    first_step, saves = step + 1, SaveRules(run.start.config.checkpoint, run.clock)
+    routing = Routing(engine.model, ranks, run.start.metrics)
     if step == 0:
         _evaluate_if_due(run, step, Stop.NO, routing)
         _sample_if_due(run, step, Stop.NO)
@@ -93,14 +85,14 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
             raise
         waited = time.monotonic() - started
         if position in run.skipped:
-            run.metrics.write("skip", step=step, window=position.to_json())
+            run.start.metrics.write("skip", step=step, window=position.to_json())
             position = run.stream.advance(position)
             continue
 
         _begin(run, "step", step + 1)
         # The loss is the mean over the targets (or pairs) of the global batch, so each weighs the same whatever the
         # accumulation, the packing and the number of ranks: count them all before the first backward pass.
-        weight = ranks.sum(sum(map(run.objective.weight, batches)))
+        weight = ranks.sum(sum(map(run.start.objective.weight, batches)))
         sums = _gradients(run, batches, step, weight)
 
         # One exchange, and every rank draws the same conclusions from it. Rank 0's clock decides when to save.
@@ -111,7 +103,7 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
             raise _not_finite("loss", step + 1, loss, position)
 
         step += 1
-        lr = run.horizon.rate(run.config.optim, step)
+        lr = run.horizon.rate(run.start.config.optim, step)
         grad_norm = engine.step(lr)
         if not math.isfinite(grad_norm):
             raise _not_finite("gradient", step, grad_norm, position)
@@ -120,7 +112,10 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
         record = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": grad_norm}
         if (passes := run.horizon.passes(position)) is not None:
             record["passes"] = passes
-        record |= {run.objective.unit: int(weight), **dict(zip(run.objective.measures, measures, strict=True))}
+        record |= {
+            run.start.objective.unit: int(weight),
+            **dict(zip(run.start.objective.measures, measures, strict=True)),
+        }
         yield record | _totals(run, every, seconds) | routing.measured()
 
         _begin(run, "save", step)
@@ -128,7 +123,7 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
         last = bool(stopping) or step == run.horizon.steps
         evaluated = _evaluate_if_due(run, step, stopping, routing)
         _sample_if_due(run, step, stopping)
-        best = run.config.checkpoint.keep_best and evaluated is not None
+        best = run.start.config.checkpoint.keep_best and evaluated is not None
         if step == first_step or last or best or saves.is_due(step, every[0].since_save):
             checkpoints.save(engine, step, position.to_json(), eval_loss=evaluated, may_skip=not last)
             routing.report(step)
@@ -145,9 +140,9 @@ def _gradients(run: Training, batches: Sequence[MicroBatch], step: int, weight: 
     """Add up the gradients of this rank's part of the step after `step`; returns its summed loss and measures, fp64."""
     run.engine.clock.enter("forward")
     surveys = _surveys(run, batches)
-    sums = torch.zeros(1 + len(run.objective.measures), dtype=torch.float64, device=run.ranks.device)
+    sums = torch.zeros(1 + len(run.start.objective.measures), dtype=torch.float64, device=run.start.ranks.device)
     for index, batch in enumerate(batches):
-        torch.manual_seed(_dropout_seed(run.config.run.seed, step, index, run.ranks.rank))
+        torch.manual_seed(_dropout_seed(run.start.config.run.seed, step, index, run.start.ranks.rank))
         run.engine.clock.enter("forward")
         row = run.engine.loss(replace(batch, survey=next(surveys))).reshape(-1)
         sums += row.detach()
@@ -158,14 +153,14 @@ def _gradients(run: Training, batches: Sequence[MicroBatch], step: int, weight: 
 
 def _surveys(run: Training, batches: Iterable[MicroBatch]) -> Iterator[Tensor | None]:
     """For each of this rank's micro-batches the `MicroBatch.survey` that its loss needs, if any, over those of all ranks. Collective."""
-    survey = run.objective.survey
+    survey = run.start.objective.survey
     if survey is None:
         return repeat(None)
     run.engine.evaluating(True)
     rows = [run.engine.look(survey.look, batch) for batch in batches]
     run.engine.evaluating(False)
     mine = torch.stack([row[: survey.sums] for row in rows]).double().sum(0)
-    totals = run.ranks.gather_tensor(mine).sum(0).float()
+    totals = run.start.ranks.gather_tensor(mine).sum(0).float()
     return (torch.cat([totals, row[survey.sums :]]) for row in rows)
 
 
@@ -175,7 +170,7 @@ def _exchange(
     """Every rank's part of the step, in rank order, and the `sums` over all ranks. Collective."""
     mine = _RankStep(
         tokens=sum(batch.tokens for batch in batches),
-        stop=run.stop.requested,
+        stop=run.start.stop.requested,
         saved=run.checkpoints.ready,
         since_save=since_save,
         waited=waited,
@@ -183,7 +178,7 @@ def _exchange(
         samples=samples_key(batches),
         operations=run.work.of(batches),
     )
-    every = run.ranks.gather(*mine, sums=sums)
+    every = run.start.ranks.gather(*mine, sums=sums)
     totals = [sum(column, 0.0) for column in zip(*(rank[len(mine) :] for rank in every), strict=True)]
     return [_RankStep(*rank[: len(mine)]) for rank in every], totals
 
@@ -210,24 +205,24 @@ def _totals(run: Training, every: Sequence[_RankStep], seconds: float) -> dict[s
 
 def _begin(run: Training, phase: Phase, step: int = 0) -> None:
     """This rank begins `phase`, for the update that makes `step`."""
-    run.pulse(phase, step)
+    run.start.pulse(phase, step)
     run.engine.clock.enter(phase)
 
 
 def _evaluate_if_due(run: Training, step: int, stopping: Stop, routing: Routing) -> float | None:
     """Evaluate the state at `step` where that is due; returns the loss, in nats, of the unnamed data, or without any of the first
     set. Collective."""
-    if not _is_due(run, run.config.eval.every, step, stopping):
+    if not _is_due(run, run.start.config.eval.every, step, stopping):
         return None
     loss = None
     # Backwards, so that the newest record is of the data whose loss decides what is kept.
     for name, stream in reversed(list(run.eval_sets.items())):
         loss, tokens = mean_loss(run.engine, stream, lambda _: _begin(run, "evaluate"))
         measured = routing.evaluated(step, f"eval.sets.{name}")
-        run.metrics.write("eval", step=step, set=name, loss=loss, tokens=tokens, **measured)
+        run.start.metrics.write("eval", step=step, set=name, loss=loss, tokens=tokens, **measured)
     if run.eval_stream is not None:
         evaluated = evaluate(run, run.eval_stream) | routing.evaluated(step)
-        run.metrics.write("eval", step=step, **evaluated)
+        run.start.metrics.write("eval", step=step, **evaluated)
         loss = evaluated["loss"]
     _begin(run, "save", step)
     return loss
@@ -235,7 +230,7 @@ def _evaluate_if_due(run: Training, step: int, stopping: Stop, routing: Routing)
 
 def _sample_if_due(run: Training, step: int, stopping: Stop) -> None:
     """Answer the prompts by the state at `step` where that is due. Collective."""
-    if run.samples is not None and _is_due(run, run.config.train.sample_every, step, stopping):
+    if run.samples is not None and _is_due(run, run.start.config.train.sample_every, step, stopping):
         _begin(run, "evaluate")
         run.samples.take(run.engine, step, lambda: _begin(run, "evaluate"))
         _begin(run, "save", step)
@@ -243,9 +238,9 @@ def _sample_if_due(run: Training, step: int, stopping: Stop) -> None:
 
 def _wait(run: Training, step: int, awaited: bool) -> None:
     """Show that the run is alive while the data of the step after `step` is still compiled."""
-    run.pulse("compile" if awaited else "data", step + 1)
+    run.start.pulse("compile" if awaited else "data", step + 1)
     if awaited:
-        run.metrics.write("compiling", step=step)
+        run.start.metrics.write("compiling", step=step)
 
 
 def stop_before_training(run: Training, step: int, position: Position, *, committed: bool) -> None:
@@ -253,7 +248,7 @@ def stop_before_training(run: Training, step: int, position: Position, *, commit
 
     Raises `Stopped`, with the state at `step` committed in any case.
     """
-    stopping = Stop(int(max(row[0] for row in run.ranks.gather(run.stop.requested))))
+    stopping = Stop(int(max(row[0] for row in run.start.ranks.gather(run.start.stop.requested))))
     if not stopping:
         return
     if not committed:
@@ -270,7 +265,7 @@ def _commit_before_the_end(run: Training, step: int, position: Position) -> None
 
 
 def _stopped(run: Training, stopping: Stop, step: int) -> Stopped:
-    reason: str = run.ranks.broadcast(run.stop.reason)
+    reason: str = run.start.ranks.broadcast(run.start.stop.reason)
     if stopping is Stop.RESTART:
         return Interrupted(f"stopped at step {step} {reason}, with a checkpoint committed")
     return Stopped(
@@ -314,15 +309,21 @@ def evaluate(run: Training, stream: Stream) -> dict[str, float]:
     """The mean loss over every target (or pair, or answer) of the evaluation data, in nats, and the measures. Collective."""
     surveys = _surveys(run, _evaluated(run, stream))
     run.engine.evaluating(True)
-    sums, weight = torch.zeros(1 + len(run.objective.measures), dtype=torch.float64, device=run.ranks.device), 0
+    sums, weight = (
+        torch.zeros(1 + len(run.start.objective.measures), dtype=torch.float64, device=run.start.ranks.device),
+        0,
+    )
     with torch.no_grad():
         for batch in _evaluated(run, stream):
             sums += run.engine.loss(replace(batch, survey=next(surveys))).reshape(-1)
-            weight += run.objective.weight(batch)
+            weight += run.start.objective.weight(batch)
     run.engine.evaluating(False)
-    total, *values = (sum(column) for column in zip(*run.ranks.gather(weight, sums=sums), strict=True))
+    total, *values = (sum(column) for column in zip(*run.start.ranks.gather(weight, sums=sums), strict=True))
     means = [value / total for value in values]
-    return {**dict(zip(("loss", *run.objective.measures), means, strict=True)), run.objective.unit: int(total)}
+    return {
+        **dict(zip(("loss", *run.start.objective.measures), means, strict=True)),
+        run.start.objective.unit: int(total),
+    }
 
 
 def _evaluated(run: Training, stream: Stream) -> Iterator[MicroBatch]:

@@ -5,7 +5,7 @@ computes its own rows of one order that knows no ranks; what is there already, f
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.base.find.locate import Base
-from trainer.config import Config
 from trainer.data.dataset.chapters import Chapters
 from trainer.data.dataset.dataset import Dataset, open_dataset
 from trainer.data.dataset.references import References, read_references, write_references
@@ -23,13 +21,9 @@ from trainer.data.order.micro_batch import MicroBatch, Position
 from trainer.data.order.settings import eval_order
 from trainer.data.order.stream import eval_stream
 from trainer.errors import Damaged, NonFiniteLoss, NotFound
-from trainer.objective.objective import Objective
-from trainer.ranks import Ranks
 from trainer.run import layout
-from trainer.run.requests import StopSignal
 from trainer.store import Store
-from trainer.train.heartbeat import Pulse, silent_pulse
-from trainer.tuning.method import method_of
+from trainer.train.start import Start
 from trainer.zero.engine import Engine
 
 _KEPT_SECONDS = 300.0  # between two writes of what is computed so far
@@ -47,18 +41,11 @@ class _Part(NamedTuple):
 
 @dataclass(frozen=True)
 class ReferencePass:
-    """The pass on this rank, by `kernels`, that of attention first; `log` gets rank 0's lines."""
+    """The pass on this rank, by `kernels`, that of attention first."""
 
-    config: Config
-    base: Base
-    kernels: str
-    ranks: Ranks
+    start: Start
     engine: Engine
-    objective: Objective
-    store: Store
-    stop: StopSignal
-    log: Callable[[str], None]
-    pulse: Pulse = silent_pulse
+    kernels: str
 
     def log_probabilities(self, fingerprint: str, chapters: Chapters | None = None) -> NDArray[np.float32] | None:
         """(documents, answers) of a data set, in nats; None where a stop was asked for meanwhile. Collective.
@@ -71,35 +58,38 @@ class ReferencePass:
             StorageError: the store failed.
         """
         dataset = self._whole(fingerprint, chapters)
-        folder, facts = self.store.sub(layout.dataset(fingerprint)), self.ranks.on_first(lambda: self._facts(dataset))
-        found = self.ranks.on_first(lambda: self._read(folder, facts, dataset))
+        folder, facts = (
+            self.start.store.sub(layout.dataset(fingerprint)),
+            self.start.ranks.on_first(lambda: self._facts(dataset)),
+        )
+        found = self.start.ranks.on_first(lambda: self._read(folder, facts, dataset))
         if found is not None and found.progress is None:
-            self.log(f"the reference of {len(found.log_p):,} {self.objective.unit} is in {folder.uri}")
+            self.start.log(f"the reference of {len(found.log_p):,} {self.start.objective.unit} is in {folder.uri}")
             return found.log_p
-        method = method_of(self.config)
+        method = self.start.resolved.method
         self.engine.evaluating(True)
         with nullcontext() if method.trains_base else method.switched_off(self.engine.model):
             computed = self._compute(folder, facts, dataset, found)
         self.engine.evaluating(False)
-        self.pulse("load", 0)
+        self.start.pulse("load", 0)
         return computed
 
     def _whole(self, fingerprint: str, chapters: Chapters | None) -> Dataset:
         if chapters is not None and chapters.count > 1:
-            self.log("the reference is computed before the first step, so it waits until all data is compiled")
-            self.pulse("compile", 0)
+            self.start.log("the reference is computed before the first step, so it waits until all data is compiled")
+            self.start.pulse("compile", 0)
             chapters.get(chapters.count - 1)
-        return open_dataset(self.store, fingerprint)
+        return open_dataset(self.start.store, fingerprint)
 
     def _facts(self, dataset: Dataset) -> dict[str, Any]:
         """Everything that decides the values."""
-        model, quant = self.config.model, self.config.quant
+        model, quant, base = self.start.config.model, self.start.config.quant, self.start.resolved.base
         return {
             "format": 1,
             "dataset": dataset.manifest.fingerprint,
-            "of": self.objective.unit,
-            "base": self.base.fingerprint,
-            "files": self.base.versions,
+            "of": self.start.objective.unit,
+            "base": base.fingerprint,
+            "files": base.versions,
             "layers": model.layers,
             "dtype": model.dtype,
             "quant": {"type": quant.type, "block_size": quant.block_size, "double": quant.double},
@@ -112,22 +102,22 @@ class ReferencePass:
         except NotFound:
             return None
         except Damaged as error:
-            self.log(f"{error} The reference is computed again.")
+            self.start.log(f"{error} The reference is computed again.")
             return None
 
     def _compute(
         self, folder: Store, facts: dict[str, Any], dataset: Dataset, found: References | None
     ) -> NDArray[np.float32] | None:
         """All that `found` lacks. Rank 0 writes what there is from time to time, and at the end or a stop."""
-        order = eval_order(self.config, dataset.manifest).to_json()
-        stream = eval_stream(self.config, dataset, self.ranks.rank, self.ranks.world_size)
+        order = eval_order(self.start.config, dataset.manifest).to_json()
+        stream = eval_stream(self.start.config, dataset, self.start.ranks.rank, self.start.ranks.world_size)
         log_p, position = None, Position()
         if found is not None and found.progress is not None and found.progress["order"] == order:
             log_p, position = found.log_p.copy(), Position.from_json(found.progress["position"])
         kept = told = time.monotonic()
         while position.epoch == 0:
-            self.pulse("reference", 0)
-            every: list[_Part] = self.ranks.gather_objects(self._part(stream.step(position)))
+            self.start.pulse("reference", 0)
+            every: list[_Part] = self.start.ranks.gather_objects(self._part(stream.step(position)))
             position, now = stream.advance(position), every[0].clock  # rank 0's, so that all decide alike
             if log_p is None:
                 log_p = np.full((dataset.manifest.documents, every[0].log_p.shape[1]), np.nan, np.float32)
@@ -141,25 +131,25 @@ class ReferencePass:
             if whole or stopping or now - kept > _KEPT_SECONDS:
                 progress = None if whole else {"order": order, "position": position.to_json()}
                 references, kept = References(log_p, progress), now
-                self.ranks.on_first(partial(write_references, folder, facts, references))
+                self.start.ranks.on_first(partial(write_references, folder, facts, references))
             if stopping and not whole:
                 return None
         return log_p
 
     def _part(self, batches: Sequence[MicroBatch]) -> _Part:
-        values = [self.engine.look(self.objective.reference, batch).float().cpu().numpy() for batch in batches]
+        values = [self.engine.look(self.start.objective.reference, batch).float().cpu().numpy() for batch in batches]
         documents = [number for batch in batches for number in batch.documents]
-        return _Part(documents, np.concatenate(values), bool(self.stop.requested), time.monotonic())
+        return _Part(documents, np.concatenate(values), bool(self.start.stop.requested), time.monotonic())
 
     def _tell(self, log_p: NDArray[np.float32], now: float) -> float:
         done = len(log_p) - int(np.isnan(log_p[:, 0]).sum())
-        self.log(f"the reference of {done:,} of {len(log_p):,} {self.objective.unit} is computed")
+        self.start.log(f"the reference of {done:,} of {len(log_p):,} {self.start.objective.unit} is computed")
         return now
 
     def _check(self, log_p: NDArray[np.float32]) -> None:
         wrong = np.flatnonzero(~np.isfinite(log_p).all(axis=1))
         if len(wrong):
             raise NonFiniteLoss(
-                f"the base gives {len(wrong):,} of {len(log_p):,} {self.objective.unit} of the data no finite log-probability, "
+                f"the base gives {len(wrong):,} of {len(log_p):,} {self.start.objective.unit} of the data no finite log-probability, "
                 f"document {wrong[0]} first, so it cannot be their reference. Leave them out of the data."
             )

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from trainer import tuning
 from trainer.base.architecture import Architecture
-from trainer.base.base import Description, StoredFormat
+from trainer.base.base import StoredFormat
 from trainer.config import Config, Model, Optim, Tuning
-from trainer.errors import ConfigError
 from trainer.registry import chosen, kinds, refuse_unread
 
 if TYPE_CHECKING:
@@ -209,16 +208,8 @@ def base_trained_by(config: Config) -> str:
     return f"tuning.modules_to_save: {modules}" if modules else f"tuning.method: {config.tuning.method}"
 
 
-def check_tuning(config: Config, base: Description) -> None:
-    """Raises `ConfigError` when the run's method is unknown, or asks of the base or of the run more than it has."""
-    wrong = [*tuning_mismatches(config, base.architecture), *stored_mismatches(config, base.stored)]
-    if wrong:
-        raise ConfigError("\n".join(wrong))
-
-
-def tuning_mismatches(config: Config, architecture: Architecture) -> list[str]:
-    """A sentence for each setting that does not suit the run's method; raises `ConfigError` when that is unknown."""
-    method = method_of(config)
+def tuning_mismatches(config: Config, method: Method, architecture: Architecture) -> list[str]:
+    """A sentence for each setting of the run or fact of the base that does not suit `method`, which is the run's."""
     wrong = method.mismatches(architecture)
     for name in OPTIM_OF_SOME:
         field = name.removeprefix("optim.")
@@ -242,9 +233,9 @@ def tuning_mismatches(config: Config, architecture: Architecture) -> list[str]:
     return [*wrong, *_virtual_token_mismatches(config, method.virtual, architecture)]
 
 
-def stored_mismatches(config: Config, stored: StoredFormat) -> list[str]:
+def stored_mismatches(config: Config, method: Method, stored: StoredFormat) -> list[str]:
     """A sentence where the files of the base, which the run would export with new weights in them, cannot hold these."""
-    if not method_of(config).exports_model or not stored.unmergeable:
+    if not method.exports_model or not stored.unmergeable:
         return []
     return [
         f"tuning.method: {config.tuning.method} exports the base's own files with the trained weights in them, and this base is "

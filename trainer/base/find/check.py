@@ -25,11 +25,16 @@ class LeftOutPart:
 
 
 def check_base(base: Base, config: Config) -> None:
-    """Everything about the base and the run's settings that can be wrong before a byte of weights is read, but for the weights' names,
-    shapes and types."""
+    """Raises `ConfigError` for everything about the base and the settings of its model that can be wrong before a byte of weights is
+    read, but for the weights' names, shapes and types."""
     wrong = base.description.mismatches(config)
     if wrong:
         raise ConfigError("\n".join(wrong))
+    check_base_files(base, config)
+
+
+def check_base_files(base: Base, config: Config) -> None:
+    """The part of `check_base` that looks into files beside config.json: the headers of the weights, and the tokenizer."""
     vocabulary = base.architecture.vocabulary
     base.stored.check(base, config)
     tokens = tokenizer_size(base.directory, base.name)

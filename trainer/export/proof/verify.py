@@ -17,7 +17,7 @@ must give the run's texts the tokens of the training (trainer/export/proof/rende
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from trainer.assemble import Sharding, assemble, attention_of
 from trainer.base.describe.meta import model_config
 from trainer.base.find.locate import Base, copy_object, copy_weights, is_small_file
 from trainer.base.find.tokenizer import find_rows
@@ -53,8 +54,8 @@ from trainer.files.scratch import scratch_folder
 from trainer.objective.sft import NextTokens
 from trainer.optimizer.optimizer import MASTER
 from trainer.ranks import join
+from trainer.resolve import Resolved
 from trainer.store import Store, open_store
-from trainer.train.assemble import assemble, attention_of
 from trainer.tuning.method import Method, method_of
 from trainer.zero.policy import build_deepspeed_config
 
@@ -159,10 +160,11 @@ class Trained:
         if self.scratch:
             changes.append(f"sharding.deepspeed={_A_LAYER_AT_A_TIME}")
         config = override(self.config, *changes)
-        attention = attention_of(config, base, ranks.device)
+        resolved = replace(Resolved.of(config, base), objective=NextTokens())
+        attention = attention_of(resolved, ranks.device)
         on_gpu = ranks.device.type == "cuda"
         settings = build_deepspeed_config(config, world_size=ranks.world_size, accumulation=1, on_gpu=on_gpu)
-        engine, _ = assemble(base, config, settings, ranks, attention, "world", NextTokens())
+        engine, _ = assemble(resolved, ranks, attention, Sharding(settings, "world"))
         plain.round_buffers(engine.model, dict(empty_model(base, self.config, attention).named_buffers()))
         if learnt:
             partitions = engine.partitions()

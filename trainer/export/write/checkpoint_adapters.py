@@ -16,12 +16,11 @@ from contextlib import contextmanager
 
 from trainer.base.find.locate import TOKENIZER_FILES
 from trainer.checkpoint.listing import committed_steps
-from trainer.config import Config
 from trainer.export.folder import holds_export
 from trainer.processes import children
+from trainer.resolve import Resolved
 from trainer.run import layout
 from trainer.store import Store
-from trainer.tuning.method import method_of
 
 
 class AdapterWriter:
@@ -88,14 +87,14 @@ class AdapterWriter:
 
 @contextmanager
 def adapters_beside(
-    run: Store, config: Config, log: Callable[[str], None], *, writes: bool
+    run: Store, resolved: Resolved, log: Callable[[str], None], *, writes: bool
 ) -> Iterator[Callable[[], None]]:
     """The function to call after each commit. At the end the last adapter is waited for, unless the run ends by an exception:
     a machine that is taken away waits for nothing."""
-    if not (writes and config.checkpoint.adapters):
+    if not (writes and resolved.config.checkpoint.adapters):
         yield lambda: None
         return
-    writer = AdapterWriter(run, (*method_of(config).file_names, *TOKENIZER_FILES), log)
+    writer = AdapterWriter(run, (*resolved.method.file_names, *TOKENIZER_FILES), log)
     writer.write()
     try:
         yield writer.write

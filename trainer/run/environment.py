@@ -1,0 +1,34 @@
+"""The machine and the packages that a start runs on, as environment.json and the manifests keep them."""
+
+import json
+import platform
+import socket
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+
+from trainer.ranks import Ranks
+
+_PACKAGES = ("capstan-llm", "torch", "deepspeed", "transformers", "peft", "bitsandbytes", "ray", "obstore")
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that decide what a run computes. One that is not installed is left out: a rank that torchrun
+    started needs no Ray, and a checkout is perhaps run without an installation."""
+    found = dict[str, str]()
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def environment(ranks: Ranks) -> bytes:
+    """The content of environment.json, by rank 0."""
+    facts = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "device": ranks.device_name,
+        "world_size": ranks.world_size,
+        "versions": versions(),
+    }
+    return json.dumps(facts, indent=1).encode()

@@ -1,0 +1,73 @@
+"""The record of how a start ends early, and the reason that people read in it."""
+
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+
+import torch
+
+from trainer.errors import CapstanError, DoesNotFit, NonFiniteLoss, Stopped, StorageError
+from trainer.plan.plan import make_plan
+from trainer.ranks import Ranks
+from trainer.resolve import Resolved
+from trainer.run.metrics import Metrics
+from trainer.run.records import add_record
+from trainer.store import Store
+from trainer.train.heartbeat import Hang
+
+
+@contextmanager
+def early_end(metrics: Metrics, resolved: Resolved, ranks: Ranks) -> Iterator[None]:
+    """Leave the reason of an early end in the metrics and the rank's log, and pass it on."""
+    try:
+        yield
+    except CapstanError as error:
+        outcome = "stopped" if isinstance(error, Stopped) else "failed"
+        print(f"{outcome}: {error}", file=sys.stderr, flush=True)
+        window = {"bad_window": error.window} if isinstance(error, NonFiniteLoss) else {}
+        metrics.write("end", outcome=outcome, step=None, reason=str(error), **window)
+        raise
+    except torch.cuda.OutOfMemoryError as error:
+        traceback.print_exc()
+        short = DoesNotFit(
+            f"out of GPU memory ({str(error).splitlines()[0]}). {planned_memory(resolved, ranks)} Lower "
+            "data.sequence_length or train.micro_batch, set train.activation_checkpointing: all, or use more ranks."
+        )
+        metrics.write("end", outcome="failed", step=None, reason=str(short))
+        raise short from error
+    except Exception as error:
+        traceback.print_exc()
+        metrics.write("end", outcome="failed", step=None, reason=f"{type(error).__name__}: {error}")
+        raise
+
+
+def planned_memory(resolved: Resolved, ranks: Ranks) -> str:
+    """A sentence on the memory that `capstan plan` expects on one GPU: the total, and its three largest parts."""
+    base = resolved.base.description
+    plan = make_plan(resolved.config, base, ranks.world_size, ranks.ranks_per_node, ranks.device_memory)
+    memory = asdict(plan.memory_per_gpu)
+    total = memory.pop("total")
+    largest = sorted(memory.items(), key=lambda part: -part[1])[:3]
+    parts = ", ".join(f"{name.replace('_', ' ')} {size / 2**30:.1f} GiB" for name, size in largest)
+    ranks_of_run = "1 rank" if ranks.world_size == 1 else f"{ranks.world_size} ranks"
+    return f"The plan for {ranks_of_run} is {total / 2**30:.1f} GiB a GPU: {parts}."
+
+
+def last_words(
+    folder: Store, generation: int, metrics: Metrics, flush_log: Callable[[], None]
+) -> Callable[[Hang, bool], None]:
+    """A function that writes a rank's log and end to the run's folder, before it ends because some rank hangs."""
+
+    def say(hang: Hang, mine: bool) -> None:
+        flush_log()
+        if not mine:
+            return
+        end = {"outcome": "failed", "step": None, "reason": hang.reason, "hung_ranks": hang.ranks}
+        if 0 in hang.ranks:  # then this rank is another, and rank 0 may never write again
+            with suppress(StorageError):
+                add_record(folder, generation, "end", **end)
+        metrics.write_now("end", **end)
+
+    return say

@@ -1,0 +1,74 @@
+"""One start of a run, as one of its ranks sees it: the values that everything which this rank does for the run needs."""
+
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from trainer.config import Config
+from trainer.objective.objective import Objective
+from trainer.ranks import Ranks
+from trainer.resolve import Resolved
+from trainer.run.metrics import Metrics
+from trainer.run.requests import StopSignal
+from trainer.store import Store
+from trainer.train.heartbeat import Pulse, silent_pulse
+
+
+@dataclass(frozen=True)
+class Starter:
+    """The values that only the program which started the ranks knows.
+
+    They are facts for the start's record, the name of this machine, whether a machine of the run is about to leave, a
+    function that gets the record of each step on rank 0, and when the start began, in seconds since 1970.
+    """
+
+    facts: Mapping[str, str] = field(default_factory=dict)
+    machine: str = field(default_factory=socket.gethostname)
+    preempted: Callable[[], bool] = lambda: False
+    observe: Callable[[Mapping[str, float]], None] = lambda record: None
+    began: float = field(default_factory=time.time)
+
+
+class Elapsed:
+    """The time since a start began, which was in another process, perhaps on another machine, in seconds since 1970.
+
+    This process measures its own part by a clock that is never set.
+    """
+
+    def __init__(self, began: float) -> None:
+        self._entered = time.monotonic()
+        self.launch_seconds = max(0.0, time.time() - began)
+
+    @property
+    def seconds(self) -> float:
+        return round(self.launch_seconds + time.monotonic() - self._entered, 3)
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of the run, on this rank. `folder` is the run's own in the `store`, where its data lies beside it."""
+
+    resolved: Resolved
+    ranks: Ranks
+    store: Store
+    folder: Store
+    generation: int
+    metrics: Metrics
+    stop: StopSignal
+    pulse: Pulse = silent_pulse
+    starter: Starter = field(default_factory=Starter)
+    elapsed: Elapsed = field(default_factory=lambda: Elapsed(time.time()))
+
+    @property
+    def config(self) -> Config:
+        return self.resolved.config
+
+    @property
+    def objective(self) -> Objective:
+        return self.resolved.objective
+
+    def log(self, text: str) -> None:
+        """A line for the run's log, which is that of rank 0."""
+        if self.ranks.rank == 0:
+            print(text, flush=True)
