@@ -7,7 +7,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,9 @@ def joined_ray(address: str) -> Iterator[str]:
         )
     _knock(address)
     try:
-        context = ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
+        # A Ray that listens at loopback alone is not at the network's address of this machine.
+        with _on_loopback() if address.startswith("127.0.0.1:") else nullcontext():
+            context = ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
         _quiet()
     except AuthenticationError as error:
         raise refused_token(address) from error
