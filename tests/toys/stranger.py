@@ -27,7 +27,8 @@ RUN = "run: {name: demo}\nmodel: {base: b}\ndata: {train: [{path: a.jsonl}]}\ntr
 def refusal(*overrides: str) -> str:
     try:
         config = parse_config(RUN, overrides)
-        find_method(config.tuning), find_objective(config)
+        find_method(config.tuning)
+        find_objective(config)
     except ConfigError as error:
         return str(error)
     raise AssertionError(f"{overrides} were accepted")
