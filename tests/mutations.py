@@ -51,8 +51,8 @@ MUTATIONS = (
     Mutation(
         "loss: a rank divides by its own targets, not by those of all",
         "trainer/train/loop.py",
-        "weight = ranks.sum(sum(map(run.objective.weight, batches)))",
-        "weight = float(sum(map(run.objective.weight, batches)))",
+        "weight = ranks.sum(",
+        "weight = float(",
         ("tests/dist/test_gradients.py", "-k", "plain_pytorch and fp32"),
     ),
     Mutation(
