@@ -101,7 +101,7 @@ def load_ours(base: Path, settings: dict[str, Any], ranks: Any, loaded: Callable
     from trainer.base.load.load import DTYPES, load_model
     from trainer.model.attention import choose_attention
     from trainer.model.packed import PackedModel
-    from trainer.objective.sft import NextTokens
+    from trainer.objective.sft.objective import NextTokens
     from trainer.tuning.method import method_of
     from trainer.zero.engine import Engine
 

@@ -100,7 +100,7 @@ def measure(folder: Path, name: str, settings: Sequence[str]) -> dict[str, Any]:
 
     import torch
 
-    from trainer.objective.sft import NextTokens
+    from trainer.objective.sft.objective import NextTokens
     from trainer.ranks import join
 
     logging.disable(logging.WARNING)

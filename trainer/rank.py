@@ -92,19 +92,19 @@ def run_rank(
         stack.enter_context(_signals(stop))
         heart = Heart(ranks, config.timeouts, last_words(folder, generation, metrics, flush_log))
         stack.callback(heart.close)
-        with early_end(metrics, resolved, ranks):
-            start = Start(
-                resolved,
-                ranks,
-                store,
-                folder,
-                generation,
-                metrics=metrics,
-                stop=stop,
-                pulse=heart,
-                starter=starter,
-                elapsed=elapsed,
-            )
+        start = Start(
+            resolved,
+            ranks,
+            store,
+            folder,
+            generation,
+            metrics=metrics,
+            stop=stop,
+            pulse=heart,
+            starter=starter,
+            elapsed=elapsed,
+        )
+        with early_end(start):
             training, restored = _assemble(start, shared, after_commit, resume=resume)
             _train(start, training, restored)
 

@@ -3,6 +3,8 @@
 Importing the files loads no torch, as `plan` counts on a login node.
 """
 
+from __future__ import annotations
+
 import difflib
 from collections.abc import Collection, Mapping
 from functools import cache
@@ -10,11 +12,12 @@ from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import iter_modules
 from types import ModuleType
-from typing import Any, TypeVar
-
-from pydantic import BaseModel
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 Kind = TypeVar("Kind")
 

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from tests.dist.gradients import plain_base, plain_step
 from trainer.config import parse_config
+from trainer.section import part
+from trainer.tuning.bottleneck.settings import BottleneckSettings
 
 
 def plain_first_step(config_text: str, fingerprint: str, destination: str, slip: str = "") -> dict[str, Any]:
@@ -16,13 +18,13 @@ def plain_first_step(config_text: str, fingerprint: str, destination: str, slip:
     """
     config = parse_config(config_text)
     model, adapters = plain_base(config), dict[str, Any]()
-    tuning, hidden = config.tuning, model.config.hidden_size
+    tuning, hidden = part(config.tuning, BottleneckSettings), model.config.hidden_size
     width = hidden // tuning.reduction
     shapes = {"down.weight": (width, hidden), "down.bias": (width,), "up.weight": (hidden, width), "up.bias": (hidden,)}
     for number, layer in enumerate(model.model.layers):
         for block in ("self_attn", "mlp") if tuning.placement == "houlsby" else ("mlp",):
-            own = {part: torch.zeros(shape).requires_grad_() for part, shape in shapes.items()}
-            adapters |= {f"model.layers.{number}.{block}.adapter.{part}": value for part, value in own.items()}
+            own = {name: torch.zeros(shape).requires_grad_() for name, shape in shapes.items()}
+            adapters |= {f"model.layers.{number}.{block}.adapter.{name}": value for name, value in own.items()}
             _put_behind(getattr(layer, block), own, tuning.activation, slip)
     return plain_step(config, fingerprint, model, adapters, destination)
 

@@ -17,6 +17,8 @@ from trainer.config import Config, parse_config
 from trainer.data.order.micro_batch import MicroBatch, Position
 from trainer.data.order.stream import train_stream
 from trainer.export.proof import plain
+from trainer.objective.sft.settings import SftSettings
+from trainer.section import part
 from trainer.train.loop import train
 from trainer.tuning.method import method_of
 
@@ -147,7 +149,7 @@ def documents(batches: list[MicroBatch], reserved: int = 0) -> Iterator[tuple[Te
 
 def _loss(logits: Tensor, labels: Tensor, config: Config) -> Tensor:
     """The summed cross entropy and z-loss of a document's logits (n, V) fp32 and labels (n,)."""
-    smoothing, z_loss = config.objective.label_smoothing, config.objective.z_loss
+    smoothing, z_loss = config.objective.label_smoothing, part(config.objective, SftSettings).z_loss
     nats = torch.nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
     return nats + z_loss * (torch.logsumexp(logits[labels != -100], -1) ** 2).sum()
 

@@ -9,6 +9,8 @@ from safetensors.torch import save_file
 from tests.dist.gradients import plain_base
 from tests.dist.preference import adapt, answer
 from trainer.config import override, parse_config
+from trainer.objective.kto.settings import KtoSettings
+from trainer.section import part
 
 # A name -> the settings of the objective.
 OBJECTIVES: dict[str, tuple[str, ...]] = {
@@ -46,6 +48,7 @@ def plain_first_steps(
     for name, settings in OBJECTIVES.items():
         given = override(config, *settings).objective
         assert given.beta
+        weights = part(given, KtoSettings)
         model.zero_grad()
         total, rewards, lengths = (
             0.0,
@@ -56,9 +59,9 @@ def plain_first_steps(
             log_p, _ = answer(model, config, *labelled[place], [])
             ratio, z0 = log_p.sum() - base[place], divergence[place * parts // len(rows)]
             if row["label"]:
-                loss = given.desirable_weight * (1 - 1 / (1 + torch.exp(-given.beta * (ratio - z0))))
+                loss = weights.desirable_weight * (1 - 1 / (1 + torch.exp(-given.beta * (ratio - z0))))
             else:
-                loss = given.undesirable_weight * (1 - 1 / (1 + torch.exp(-given.beta * (z0 - ratio))))
+                loss = weights.undesirable_weight * (1 - 1 / (1 + torch.exp(-given.beta * (z0 - ratio))))
             (loss / len(rows)).backward()
             total += float(loss) / len(rows)
             rewards[row["label"]].append(given.beta * float(ratio))

@@ -10,6 +10,8 @@ from tests.dist.gradients import plain_base
 from trainer.config import Config, parse_config
 from trainer.data.order.micro_batch import Position
 from trainer.data.order.stream import train_stream
+from trainer.objective.kto.settings import KtoSettings
+from trainer.section import part
 from trainer.train.loop import train
 from trainer.train.schedule import learning_rate
 from trainer.tuning.lora.method import METHODS
@@ -46,7 +48,8 @@ def kto_losses(config_text: str, rows: list[dict[str, Any]]) -> list[float]:
 
     config = parse_config(config_text)
     given = config.objective
-    weights = {"desirable_weight": given.desirable_weight, "undesirable_weight": given.undesirable_weight}
+    own = part(given, KtoSettings)
+    weights = {"desirable_weight": own.desirable_weight, "undesirable_weight": own.undesirable_weight}
     return _losses(config, rows, KTOTrainer, KTOConfig, beta=given.beta, **weights)
 
 

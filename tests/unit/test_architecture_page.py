@@ -25,11 +25,12 @@ def test_every_file_that_the_page_names_exists() -> None:
 
 def test_every_file_that_the_page_on_extending_names_exists() -> None:
     page = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
-    names = set(re.findall(r"(?:trainer|tests)/[\w./-]+\.py\b", page))
+    names = set(re.findall(r"(?:trainer|launcher|tests)/[\w./-]+\.py\b", page))
     assert len(names) > 10
     assert [name for name in names if not (name.endswith("/NAME.py") or (ROOT / name).is_file())] == []
     for table in re.findall(r"`([A-Z]+)(?: = |`)", page):
-        assert any(f"\n{table}" in file.read_text(encoding="utf-8") for file in (ROOT / "trainer").rglob("*.py")), table
+        files = (file for top in ("trainer", "launcher") for file in (ROOT / top).rglob("*.py"))
+        assert any(f"\n{table}" in file.read_text(encoding="utf-8") for file in files), table
 
 
 def test_every_package_is_named() -> None:

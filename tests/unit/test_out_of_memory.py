@@ -12,8 +12,10 @@ from trainer.ranks import Ranks
 from trainer.resolve import resolve
 from trainer.run.layout import metrics
 from trainer.run.metrics import Metrics, claim_generation
+from trainer.run.requests import StopSignal
 from trainer.run.trackers.jsonl import JsonLines
 from trainer.train.end_record import early_end
+from trainer.train.start import Start
 
 
 def test_out_of_memory_names_the_largest_parts_of_the_plan(tmp_path: Path):
@@ -22,7 +24,9 @@ def test_out_of_memory_names_the_largest_parts_of_the_plan(tmp_path: Path):
     run = workshop.store.sub("large")
     told = Metrics([JsonLines(run, claim_generation(run), seconds=60)])
     ranks = Ranks(0, 2, 2, 0, torch.device("cpu"))
-    with pytest.raises(DoesNotFit) as raised, early_end(told, resolve(config), ranks):
+    stop = StopSignal(run, watches=False, seconds=60)
+    start = Start(resolve(config), ranks, workshop.store, run, 1, metrics=told, stop=stop)
+    with pytest.raises(DoesNotFit) as raised, early_end(start):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
     told.close()
     assert raised.value.exit_code == 4

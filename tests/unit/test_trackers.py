@@ -151,10 +151,12 @@ def resumed(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     first = start(config, 1, 8, "hang")
     try:
         wait_for(config.with_suffix(".ready").exists, "the first start has not begun")
-    finally:
+        wait_for(
+            lambda: all(kept(run, name)["shown"] == 7 for name in SERVICES), "the first start's records are not shown"
+        )
+    finally:  # whoever kills a run wants it gone, so its processes have moments left
         first.send_signal(signal.SIGKILL)
         first.wait()
-    wait_for(lambda: all(kept(run, name)["shown"] == 7 for name in SERVICES), "the first start's records are not shown")
     second = start(config, 6, 20, "end")
     try:
         assert second.wait(timeout=100) == 0

@@ -23,7 +23,7 @@ from trainer.model import attention
 from trainer.model.attention import VARLEN, Attention
 from trainer.model.head import LossHead
 from trainer.model.packed import PackedModel
-from trainer.objective.sft import NextTokens
+from trainer.objective.sft.objective import NextTokens
 from trainer.plan.plan import make_plan
 from trainer.tuning.method import find_method
 from trainer.tuning.prefix.layer import add_prefixes

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
-from launcher.cli.__main__ import _EXAMPLES, app
+from launcher.cli.__main__ import app
+from launcher.cli.command import commands
 from launcher.console import Terminal
 from launcher.doctor.doctor import Check, Diagnosis, report_table
 from launcher.report import report
@@ -98,7 +99,7 @@ def test_a_base_of_the_hub_is_refused_soon_where_the_hub_cannot_be_reached(
 
 def test_the_help_of_every_verb_ends_in_an_example_that_the_command_takes() -> None:
     root: Any = get_command(app)
-    for line in _EXAMPLES.values():
+    for line in (command.example for _, command in commands()):
         words = shlex.split(line)
         group = root.commands[words[0]]
         verb, rest = (group.commands[words[1]], words[2:]) if hasattr(group, "commands") else (group, words[1:])

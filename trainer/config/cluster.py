@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from trainer.config.section import Section, setting
+from trainer.section import Section, setting
 
 
 class Ray(Section):

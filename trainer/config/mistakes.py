@@ -8,9 +8,9 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from trainer.config.section import Section
 from trainer.config.tree import fields, sections_in
 from trainer.errors import shown
+from trainer.section import Section
 
 _MOST_SENTENCES = 20
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from trainer.config.section import Section, setting
+from trainer.section import Section, setting, with_parts
 
 
 class Model(Section):
@@ -95,6 +95,7 @@ class Quant(Section):
         return self
 
 
+@with_parts("trainer.tuning")
 class Tuning(Section):
     """The part that learns, on the frozen layers or of them. docs/methods.md says when to use which method."""
 
@@ -117,26 +118,6 @@ class Tuning(Section):
         "attention, but no router and not the output head), names, which are ends of paths, or patterns of whole paths, where * "
         "is any text. auto is all-linear, but k_proj, v_proj and down_proj for ia3.",
         example=["q_proj", "v_proj"],
-    )
-    feedforward: list[str] | None = setting(
-        None,
-        about="Those of the targets whose inputs ia3 scales, where it scales the outputs of the others. Default: those that end in down_proj.",
-        example=["down_proj"],
-    )
-    reduction: int = setting(
-        16,
-        about="The base's hidden size over the width of a bottleneck layer, which is rounded down (method adapter).",
-        example=16,
-        ge=1,
-        le=65536,
-    )
-    activation: Literal["relu", "gelu", "silu", "tanh"] = setting(
-        "relu", about="The function between the two matrices of a bottleneck layer (method adapter).", example="gelu"
-    )
-    placement: Literal["houlsby", "pfeiffer"] = setting(
-        "houlsby",
-        about="Where bottleneck layers are: houlsby, after attention and after the MLP; pfeiffer, after the MLP (method adapter).",
-        example="pfeiffer",
     )
     virtual_tokens: int = setting(
         20,
@@ -166,12 +147,6 @@ class Tuning(Section):
         about="Modules of the base that learn whole beside lora, rslora, dora or ia3, by the ends of their paths: norms, embed_tokens, "
         "lm_head, routers. As in PEFT.",
         example=["norm", "lm_head"],
-    )
-    train: Literal["all"] | list[str] = setting(
-        "all",
-        about="Which parameters of the base learn with method full: all, or patterns of their whole names, where * is any "
-        "text (last layers, norms, biases).",
-        example=["model.layers.31.*", "*norm.weight"],
     )
 
     @model_validator(mode="after")

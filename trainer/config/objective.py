@@ -2,9 +2,10 @@
 
 from typing import Literal
 
-from trainer.config.section import Section, setting
+from trainer.section import Section, setting, with_parts
 
 
+@with_parts("trainer.objective")
 class ObjectiveSettings(Section):
     """The loss that training minimises. docs/preference.md and docs/methods.md say when to use which, and give the formulas."""
 
@@ -20,9 +21,6 @@ class ObjectiveSettings(Section):
         "switched off. stored: one pass over all data before the first step, kept beside the data. auto: adapter_off where the "
         "method can be switched off, else stored.",
         example="stored",
-    )
-    loss_type: Literal["sigmoid", "hinge", "ipo"] = setting(
-        "sigmoid", about="dpo's function of the margin between chosen and rejected.", example="ipo"
     )
     beta: float | None = setting(
         None,
@@ -40,29 +38,4 @@ class ObjectiveSettings(Section):
         ge=0,
         lt=1,
         unit="share",
-    )
-    z_loss: float = setting(
-        0.0,
-        about="sft: weight of log(Z)^2 beside the next-token loss, with Z the sum of exp over the logits.",
-        example=1e-4,
-        ge=0,
-        le=1,
-    )
-    gamma: float = setting(
-        1.0,
-        about="simpo: margin by which the chosen answer's reward should exceed the rejected one's.",
-        example=1.6,
-        ge=0,
-        le=100,
-        unit="reward",
-    )
-    desirable_weight: float = setting(
-        1.0, about="kto: weight of the loss of a desired answer.", example=1.33, gt=0, le=1000
-    )
-    undesirable_weight: float = setting(
-        1.0,
-        about="kto: weight of the loss of an undesired answer. Let the two weights times the numbers of their answers be about equal.",
-        example=0.5,
-        gt=0,
-        le=1000,
     )

@@ -1,6 +1,7 @@
 """The interface of an objective, and how one is found by its name in `objective.name`.
 
-An objective is one file in this folder. Its `OBJECTIVES` maps each name that `objective.name` may have to a function that
+An objective is one file in this folder, or the `objective.py` of a folder here, whose `settings.py` may declare settings of its
+own (trainer/section.py). A loss over pairs of answers is one file in pairs/losses. `OBJECTIVES` maps each name that `objective.name` may have to a function that
 makes the objective from the section's settings and the run's method. Importing the file loads no torch, as `plan` counts on
 a login node; code that handles tensors imports torch when it is called.
 """
@@ -105,7 +106,7 @@ class Objective(Protocol):
 
 def objectives() -> dict[str, Callable[[ObjectiveSettings, Method], Objective]]:
     """Every objective of this folder, by the names that `objective.name` may have."""
-    return kinds(folder, "OBJECTIVES")
+    return kinds(folder, "OBJECTIVES", speaks="objective")
 
 
 def find_objective(config: Config, method: Method | None = None) -> Objective:

@@ -16,11 +16,13 @@ from trainer.run.metrics import Metrics
 from trainer.run.records import add_record
 from trainer.store import Store
 from trainer.train.heartbeat import Hang
+from trainer.train.start import Start
 
 
 @contextmanager
-def early_end(metrics: Metrics, resolved: Resolved, ranks: Ranks) -> Iterator[None]:
-    """Leave the reason of an early end in the metrics and the rank's log, and pass it on."""
+def early_end(start: Start) -> Iterator[None]:
+    """Leave the reason of an early end in the records and the rank's log, and pass it on."""
+    metrics = start.metrics
     try:
         yield
     except CapstanError as error:
@@ -32,7 +34,7 @@ def early_end(metrics: Metrics, resolved: Resolved, ranks: Ranks) -> Iterator[No
     except torch.cuda.OutOfMemoryError as error:
         traceback.print_exc()
         short = DoesNotFit(
-            f"out of GPU memory ({str(error).splitlines()[0]}). {planned_memory(resolved, ranks)} Lower "
+            f"out of GPU memory ({str(error).splitlines()[0]}). {planned_memory(start.resolved, start.ranks)} Lower "
             "data.sequence_length or train.micro_batch, set train.activation_checkpointing: all, or use more ranks."
         )
         metrics.write("end", outcome="failed", step=None, reason=str(short))

@@ -20,11 +20,12 @@ def describe(base_config: dict[str, Any], layers: int | None = None, *, name: st
         ConfigError: it is of a kind or in a format that is not supported.
     """
     architecture = read_architecture(base_config, layers, name=name)
-    stored = _stored(base_config.get("quantization_config"), name)
+    stored = stored_format(base_config.get("quantization_config"), name)
     return Description(architecture, stored, tuple(unrecognised(base_config, architecture)))
 
 
-def _stored(quantization: dict[str, Any] | None, name: str) -> StoredFormat:
+def stored_format(quantization: dict[str, Any] | None, name: str) -> StoredFormat:
+    """The format that the quantization_config of the base called `name` tells of. Raises `ConfigError` where none is known."""
     given, known = quantization or {}, kinds(folder, "STORED", speaks="format")
     for stored in known.values():
         if stored.stores(given):

@@ -47,12 +47,9 @@ def resolve_base(model: Model) -> Base:
         ConfigError: it is missing, has no config.json, or is of an architecture that is not supported.
         StorageError: the bucket does not answer or refuses.
     """
-    if in_bucket(model.base):
-        store = open_store(model.base, setting="model.base")
-        directory, name = _small_files(store), store.uri
-    else:
-        directory = _directory(model, [*_SMALL_FILES, "*.safetensors"])
-        store, name = open_store(str(directory), setting="model.base"), str(directory)
+    local = None if in_bucket(model.base) else _directory(model, [*_SMALL_FILES, "*.safetensors"])
+    store = open_store(str(local or model.base), setting="model.base")
+    directory, name = local or _small_files(store), str(local or store.uri)
     config = _read_config(name, directory)
     return Base(name, directory, store, config, describe(config, model.layers, name=name), tuple(model.add_tokens))
 

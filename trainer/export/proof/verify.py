@@ -51,7 +51,7 @@ from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.export.write.adapter import export_adapter
 from trainer.files.safetensors_index import WEIGHT_DTYPES
 from trainer.files.scratch import scratch_folder
-from trainer.objective.sft import NextTokens
+from trainer.objective.sft.objective import NextTokens
 from trainer.optimizer.optimizer import MASTER
 from trainer.ranks import join
 from trainer.resolve import Resolved

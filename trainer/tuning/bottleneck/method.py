@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Architecture
 from trainer.config import Model, Optim, Tuning
+from trainer.section import part
+from trainer.tuning.bottleneck.settings import BottleneckSettings
 from trainer.tuning.method import ExportedFiles, LearntWeights, VirtualTokens, WeightUpdate
 from trainer.tuning.shared.linear_adapters import flagged
 
@@ -56,7 +58,7 @@ class BottleneckAdapters:
             )
         if not self._width(architecture):
             found.append(
-                f"tuning.reduction: {self.tuning.reduction} leaves nothing of the base's hidden size of {architecture.hidden}. "
+                f"tuning.reduction: {self._given.reduction} leaves nothing of the base's hidden size of {architecture.hidden}. "
                 "Lower it."
             )
         return found
@@ -81,7 +83,7 @@ class BottleneckAdapters:
             block = model.get_submodule(path)
             device = next(block.parameters()).device
             width = self._width(architecture)
-            insert(block, Bottleneck(architecture.hidden, width, self.tuning.activation, device, dtype))
+            insert(block, Bottleneck(architecture.hidden, width, self._given.activation, device, dtype))
 
     def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -101,9 +103,9 @@ class BottleneckAdapters:
         settings = {
             "base_model": model.base,
             "revision": model.revision,
-            "reduction": self.tuning.reduction,
-            "activation": self.tuning.activation,
-            "placement": self.tuning.placement,
+            "reduction": self._given.reduction,
+            "activation": self._given.activation,
+            "placement": self._given.placement,
             "blocks": list(dict.fromkeys(name.partition(".adapter.")[0] for name in weights)),
         }
         files = {
@@ -121,13 +123,17 @@ class BottleneckAdapters:
     def updates(self, weights: LearntWeights, architecture: Architecture) -> Mapping[str, WeightUpdate]:
         raise AssertionError(self.unmergeable)
 
+    @property
+    def _given(self) -> BottleneckSettings:
+        return part(self.tuning, BottleneckSettings)
+
     def _width(self, architecture: Architecture) -> int:
-        return architecture.hidden // self.tuning.reduction
+        return architecture.hidden // self._given.reduction
 
     def _places(self, architecture: Architecture) -> list[str]:
         """Paths of the blocks that get an adapter."""
         blocks = architecture.blocks().values()
-        return [path for layer in blocks for path in (layer if self.tuning.placement == "houlsby" else layer[-1:])]
+        return [path for layer in blocks for path in (layer if self._given.placement == "houlsby" else layer[-1:])]
 
 
 METHODS: dict[str, Callable[[Tuning], BottleneckAdapters]] = {"adapter": BottleneckAdapters}

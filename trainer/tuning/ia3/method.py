@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from trainer.base.architecture import Architecture
 from trainer.base.find.locate import describe_base
 from trainer.config import Model, Optim, Tuning
+from trainer.section import part
+from trainer.tuning.ia3.settings import Ia3Settings
 from trainer.tuning.method import ExportedFiles
 from trainer.tuning.shared.linear_adapters import (
     LinearAdapters,
@@ -61,7 +63,7 @@ class Ia3(LinearAdapters):
 
     def mismatches(self, architecture: Architecture) -> list[str]:
         targets = self._names(architecture)
-        strangers = [name for name in self.tuning.feedforward or () if name not in targets]
+        strangers = [name for name in part(self.tuning, Ia3Settings).feedforward or () if name not in targets]
         found = [
             f"tuning.feedforward: {name!r} is none of tuning.targets ({', '.join(targets)}). Name it there too, or remove it."
             for name in strangers
@@ -98,8 +100,9 @@ class Ia3(LinearAdapters):
 
     def _inputs_scaled(self, architecture: Architecture) -> Collection[str]:
         """Paths of feed-forward layers."""
-        if self.tuning.feedforward is not None:
-            return matching(architecture, self.tuning.feedforward)
+        given = part(self.tuning, Ia3Settings).feedforward
+        if given is not None:
+            return matching(architecture, given)
         return {path for path in matching(architecture, self.targets) if path.endswith(_FEEDFORWARD)}
 
     def peft_config(self, targets: list[str], feedforward: list[str]) -> IA3Config:

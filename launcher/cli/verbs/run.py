@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from launcher.cli.command import Command
 from launcher.cli.options import DryRun, Json, RunName, StoreOption, emit, finite, log, open_run
 from trainer.errors import ConfigError
 
@@ -171,3 +172,14 @@ def checkpoints_prune(
         log=log,
     )
     emit(pruned, as_json, lambda result: result.sentence())
+
+
+VERBS = {
+    "ls": Command(ls, "ls --store s3://bucket/runs", 70),
+    "status": Command(status, "status first --watch", 80),
+    "logs": Command(logs, "logs first --follow", 90),
+    "stop": Command(stop, "stop first", 100),
+    "checkpoints ls": Command(checkpoints_ls, "checkpoints ls first", 330),
+    "checkpoints verify": Command(checkpoints_verify, "checkpoints verify first --best", 331),
+    "checkpoints prune": Command(checkpoints_prune, "checkpoints prune first --keep-last 1 --dry-run", 332),
+}

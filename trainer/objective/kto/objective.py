@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config import ObjectiveSettings
 from trainer.objective.answers import read_segments
+from trainer.objective.kto.settings import KtoSettings
 from trainer.objective.objective import Objective, Survey
 from trainer.registry import without_defaults
+from trainer.section import part
 from trainer.tuning.method import Method
 
 if TYPE_CHECKING:
@@ -56,7 +58,8 @@ class Kto:
 
     def __init__(self, given: ObjectiveSettings, method: Method) -> None:
         self._beta = _DEFAULTS["beta"] if given.beta is None else given.beta
-        self._weights = given.desirable_weight, given.undesirable_weight
+        own = part(given, KtoSettings)
+        self._weights = own.desirable_weight, own.undesirable_weight
         self._method = method
 
     @property

@@ -1,10 +1,17 @@
-"""The base class of the configuration's sections, and the function that declares a setting in them."""
+"""The base class of the configuration's sections, how a setting is declared in one, and how a section gets those that a folder has.
+
+A method or an objective with settings of its own is a folder, whose `settings.py` names classes of them in `SETTINGS`. It
+imports nothing of trainer.config, which reads it.
+"""
 
 import re
-from collections.abc import Iterator
-from typing import Any, get_args
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from pkgutil import iter_modules
+from typing import Any, TypeVar, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, create_model, field_validator
 from pydantic_core import PydanticCustomError
 
 # As seconds, these are 136 years: what Python's clocks and the C library still take.
@@ -61,3 +68,37 @@ def setting(default: Any = ..., *, about: str, example: Any, unit: str | None = 
     """One setting: what it is about, an example, its unit, and its bounds as pydantic knows them."""
     extra: dict[str, Any] | None = {"unit": unit} if unit else None
     return Field(default, description=about, examples=[example], json_schema_extra=extra, **constraints)
+
+
+SectionKind = TypeVar("SectionKind", bound=Section)
+PartKind = TypeVar("PartKind", bound=Section)
+
+
+def with_parts(package: str) -> Callable[[type[SectionKind]], type[SectionKind]]:
+    """A decorator for a section that also has the settings of each folder in `package`; `part` reads them with their types."""
+
+    def complete(section: type[SectionKind]) -> type[SectionKind]:
+        known = set(section.model_fields)
+        parts = list(_parts(package))
+        for part in parts:
+            assert not known & part.model_fields.keys(), f"{part.__module__} declares a setting that is there already"
+            known |= part.model_fields.keys()
+        # pydantic lists the fields of the last base first.
+        bases = (*reversed(parts), section)
+        name, module, doc = section.__name__, section.__module__, section.__doc__
+        return cast(type[SectionKind], create_model(name, __base__=bases, __module__=module, __doc__=doc))
+
+    return complete
+
+
+def _parts(package: str) -> Iterator[type[Section]]:
+    for module in iter_modules(import_module(package).__path__):
+        name = f"{package}.{module.name}.settings"
+        if module.ispkg and find_spec(name):
+            yield from import_module(name).SETTINGS
+
+
+def part(section: Section, kind: type[PartKind]) -> PartKind:
+    """The same section, as the one that has the settings of `kind`."""
+    assert isinstance(section, kind)
+    return section

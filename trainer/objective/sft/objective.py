@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config import ObjectiveSettings
 from trainer.objective.objective import Objective, Survey
+from trainer.objective.sft.settings import SftSettings
 from trainer.registry import without_defaults
+from trainer.section import part
 from trainer.tuning.method import Method
 
 if TYPE_CHECKING:
@@ -56,5 +58,5 @@ class NextTokens:
 
 
 OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {
-    "sft": lambda given, method: NextTokens(given.label_smoothing, given.z_loss)
+    "sft": lambda given, method: NextTokens(given.label_smoothing, part(given, SftSettings).z_loss)
 }

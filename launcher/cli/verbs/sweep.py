@@ -4,6 +4,7 @@ import json
 import sys
 from typing import Any
 
+from launcher.cli.command import Command
 from launcher.cli.options import ConfigFile, DryRun, Json, Overrides, emit, log, say
 from launcher.terminal import put
 from trainer.errors import CapstanError, ConfigError
@@ -39,3 +40,8 @@ def start_sweep(config: Any, *, resume: bool, take_over: bool, as_json: bool, dr
         if is_sweep(folder):
             emit(read_sweep(folder), as_json, render_sweep)
         raise
+
+
+VERBS = {
+    "sweep": Command(sweep, "sweep sweep.yaml", 140),
+}

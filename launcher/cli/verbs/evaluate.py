@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from launcher.cli.command import Command
 from launcher.cli.options import (
     BestOption,
     DryRun,
@@ -122,3 +123,9 @@ def generate(
     )
     if as_json and not is_silent_rank():
         print(json.dumps({"run": folder.uri, **result}))
+
+
+VERBS = {
+    "evaluate": Command(evaluate, "evaluate first --best", 110),
+    "generate": Command(generate, "generate first --prompts prompts.jsonl", 120),
+}

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from launcher.cli.command import Command
 from launcher.cli.options import DryRun, Json, StoreOption, log, open_run
 from launcher.cli.shell import complete_run
 from launcher.terminal import put
@@ -46,3 +47,8 @@ def report(
         put(made.page(), end="")
     else:
         log(f"{'wrote' if writes else 'would write'} {target_of(folders, path)}")
+
+
+VERBS = {
+    "report": Command(report, "report first second -o both.html", 130),
+}

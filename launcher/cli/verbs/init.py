@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from launcher.cli.command import Command
 from launcher.cli.options import DryRun, Json, log
 from launcher.cli.shell import complete_goal, complete_gpu, complete_machine, complete_peer
 from trainer.errors import ConfigError
@@ -155,3 +156,9 @@ def import_(
         log(
             f"{'would write' if dry_run else 'wrote'} {output}; capstan plan {shlex.quote(str(output))} says what it needs"
         )
+
+
+VERBS = {
+    "init": Command(init, "init run.yaml --base /models/Llama-3.1-8B --data data/train.jsonl --gpu 24GB", 20),
+    "import": Command(import_, "import axolotl.yml -o run.yaml", 30),
+}

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from launcher.cli.command import Command
 from launcher.cli.options import BestOption, DryRun, Json, RunName, StepOption, StoreOption, emit, log, open_run
 from trainer.errors import ConfigError
 
@@ -96,3 +97,9 @@ def _format(given: str | None, merged: str | None) -> str:
             f"{merged} is the same as --format merged, and --format {given} was given. Leave out one of them."
         )
     return given or ("merged" if merged else "peft")
+
+
+VERBS = {
+    "export": Command(export, "export first gguf/ --format gguf 'types=[f16,q8_0]' --verify", 150),
+    "push": Command(push, "push first hf://me/first --merge", 160),
+}

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from launcher.cli.command import Command
 from launcher.cli.options import (
     ConfigFile,
     DryRun,
@@ -39,7 +40,7 @@ def resume(
     dry_run: DryRun = False,
 ) -> None:
     """Continue a run from its newest committed checkpoint, at any number of workers; or a sweep, with the trials that are not over."""
-    from launcher.cli.sweep import start_sweep
+    from launcher.cli.verbs.sweep import start_sweep
     from launcher.view.sweep import is_sweep
     from trainer.run.folder import run_config
 
@@ -116,3 +117,11 @@ def submit_slurm(
     given = load_config(config, overrides or (), say)
     submitted = submit(given, resume=resume, take_over=take_over, after=after, dry_run=dry_run, log=log)
     emit(submitted, as_json, lambda result: result.text())
+
+
+VERBS = {
+    "train": Command(train, "train run.yaml train.epochs=0.5", 50),
+    "resume": Command(resume, "resume first cluster.workers=1", 60),
+    "submit ray": Command(submit_ray, "submit ray run.yaml --dry-run", 310),
+    "submit slurm": Command(submit_slurm, "submit slurm run.yaml --dry-run", 311),
+}

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from trainer.base.architecture import Architecture
 from trainer.config import Model, Optim, Tuning
 from trainer.errors import ConfigError
+from trainer.section import part
+from trainer.tuning.full.settings import FullSettings
 from trainer.tuning.method import ExportedFiles, LearntWeights, TrainedWeight, VirtualTokens
 
 if TYPE_CHECKING:
@@ -43,12 +45,13 @@ class Full:
 
     @property
     def identity(self) -> dict[str, Any]:
-        patterns = {} if self.tuning.train == "all" else {"train": self.tuning.train}
-        return {"method": self.tuning.method, **patterns}
+        train = part(self.tuning, FullSettings).train
+        return {"method": self.tuning.method, **({} if train == "all" else {"train": train})}
 
     @property
     def _patterns(self) -> list[str]:
-        return ["*"] if self.tuning.train == "all" else self.tuning.train
+        train = part(self.tuning, FullSettings).train
+        return ["*"] if train == "all" else train
 
     def mismatches(self, architecture: Architecture) -> list[str]:
         if not self._patterns:

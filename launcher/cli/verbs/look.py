@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from launcher.cli.command import Command
 from launcher.cli.options import ConfigFile, DryRun, Json, Overrides, emit, log, say
 from launcher.cli.shell import complete_gpu
 
@@ -134,3 +135,14 @@ def smoke(
     result = run_smoke(config, overrides or (), say, layers=layers, directory=directory, show=not as_json)
     emit(result, as_json, table)
     raise typer.Exit(0 if result.ok else result.exit_code or 1)
+
+
+VERBS = {
+    "doctor": Command(doctor, "doctor --store s3://bucket/runs", 10),
+    "plan": Command(plan, "plan run.yaml --gpu H100", 40),
+    "smoke": Command(smoke, "smoke run.yaml --layers 2", 170),
+    "data build": Command(data_build, "data build run.yaml", 300),
+    "data check": Command(data_check, "data check run.yaml", 301),
+    "data show": Command(data_show, "data show run.yaml --row 7", 302),
+    "config schema": Command(config_schema, "config schema", 323),
+}

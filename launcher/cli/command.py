@@ -1,0 +1,25 @@
+"""One verb of `capstan`, and how verbs are found.
+
+A file of launcher/cli/verbs names its verbs in `VERBS`, such as "train", or "data build" for one of a group. Everything that a
+verb needs beyond its options is imported when it runs, as --help and completion load all of these files.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from launcher.cli import verbs
+from trainer.registry import kinds
+
+
+class Command(NamedTuple):
+    """The function of a verb, whose docstring is its help and whose arguments are its options; the words after `capstan` of an
+    example, in which its help ends; and its place in --help."""
+
+    function: Callable[..., Any]
+    example: str
+    place: int = 200
+
+
+def commands() -> list[tuple[str, Command]]:
+    """Every verb, in the order of --help."""
+    return sorted(kinds(verbs, "VERBS").items(), key=lambda item: (item[1].place, item[0]))

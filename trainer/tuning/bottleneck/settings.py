@@ -1,0 +1,28 @@
+"""The settings of the section `tuning` that bottleneck layers alone read."""
+
+from typing import Literal
+
+from trainer.section import Section, setting
+
+
+class BottleneckSettings(Section):
+    """Their sizes and places."""
+
+    reduction: int = setting(
+        16,
+        about="The base's hidden size over the width of a bottleneck layer, which is rounded down (method adapter).",
+        example=16,
+        ge=1,
+        le=65536,
+    )
+    activation: Literal["relu", "gelu", "silu", "tanh"] = setting(
+        "relu", about="The function between the two matrices of a bottleneck layer (method adapter).", example="gelu"
+    )
+    placement: Literal["houlsby", "pfeiffer"] = setting(
+        "houlsby",
+        about="Where bottleneck layers are: houlsby, after attention and after the MLP; pfeiffer, after the MLP (method adapter).",
+        example="pfeiffer",
+    )
+
+
+SETTINGS = (BottleneckSettings,)

@@ -1,0 +1,16 @@
+"""The settings of the section `tuning` that ia3 alone reads."""
+
+from trainer.section import Section, setting
+
+
+class Ia3Settings(Section):
+    """Its vectors."""
+
+    feedforward: list[str] | None = setting(
+        None,
+        about="Those of the targets whose inputs ia3 scales, where it scales the outputs of the others. Default: those that end in down_proj.",
+        example=["down_proj"],
+    )
+
+
+SETTINGS = (Ia3Settings,)
