@@ -334,6 +334,7 @@ def test_a_hub_id_that_the_hub_does_not_give_is_refused(workshop: Workshop, monk
         raise OSError("no route to host")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    monkeypatch.setattr("trainer.base.find.locate.hub_answers", lambda: True)
     with pytest.raises(ConfigError, match=r"'some/model' is no directory here.*\(no route to host\).*HF_TOKEN"):
         check(workshop, "some/model")
 
