@@ -57,7 +57,7 @@ class Assembled:
 
     def checkpoints(self, generation: int = 1, base: str = "ours") -> Checkpoints:
         method = self.resolved.method.identity
-        identity = Identity("data", {"fingerprint": base}, method, optimizer=self.config.optim.name)
+        identity = Identity("data", {"fingerprint": base, "path": "base"}, method, optimizer=self.config.optim.name)
         rules = self.config.checkpoint
         return Checkpoints(self.run, self.ranks, generation, identity, rules, CommitHooks(self.note))
 
