@@ -47,7 +47,7 @@ def test_the_first_run_of_the_readme_is_planned_shown_checked_compiled_and_train
     assert "".join(piece["text"] for piece in document["pieces"] if piece["trained"]) == "Until six.<|im_end|>"
     assert json.loads(ask("data", "check", "--json"))["refusals"] == []
     config = anchored(load_config("my-run.yaml", ()))
-    base = check(config, resume=False)
+    base = check(config, resume=False).base
     assert prepare(config, base, open_run_store(config)).train
     small = [
         "train.steps=1",
@@ -57,7 +57,7 @@ def test_the_first_run_of_the_readme_is_planned_shown_checked_compiled_and_train
         f"model.base={folder / 'hub'}",
     ]
     one = anchored(load_config("my-run.yaml", small))
-    key = prepare(one, check(one, resume=False), open_run_store(one)).train
+    key = prepare(one, check(one, resume=False).base, open_run_store(one)).train
     (outcome,) = launch(1, runs.run, dump_config(one), key)
     assert outcome["outcome"] == "finished", outcome
 
@@ -72,4 +72,4 @@ def test_without_its_template_every_command_says_the_same(folder: Path) -> None:
         assert said in f"{result.exception}", command
     config = load_config("my-run.yaml", ())
     with pytest.raises(Exception, match="no chat template"):
-        prepare(config, check(config, resume=False), open_run_store(config))
+        prepare(config, check(config, resume=False).base, open_run_store(config))

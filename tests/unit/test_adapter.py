@@ -120,7 +120,7 @@ def put_behind(block: Any, layer: Any) -> None:
 def test_the_start_is_the_seeds() -> None:
     starts = [adapted("llama")[0].state_dict() for _ in range(2)]
     assert all(torch.equal(values, starts[1][name]) for name, values in starts[0].items())
-    other, method = model_of("llama"), find_method(Tuning(method="adapter", reduction=7))
+    other, method = model_of("llama"), find_method(Tuning.model_validate({"method": "adapter", "reduction": 7}))
     method.attach(other, architecture_of(other), torch.float32, seed=4)
     name = "model.layers.0.mlp.adapter.down.weight"
     assert not torch.equal(other.state_dict()[name], starts[0][name])
@@ -129,13 +129,13 @@ def test_the_start_is_the_seeds() -> None:
 
 def test_a_bottleneck_without_a_unit_is_refused() -> None:
     architecture = architecture_of(model_of("llama"))
-    (sentence,) = find_method(Tuning(method="adapter", reduction=65)).mismatches(architecture)
+    (sentence,) = find_method(Tuning.model_validate({"method": "adapter", "reduction": 65})).mismatches(architecture)
     assert sentence == "tuning.reduction: 65 leaves nothing of the base's hidden size of 64. Lower it."
-    assert find_method(Tuning(method="adapter", reduction=64)).mismatches(architecture) == []
+    assert find_method(Tuning.model_validate({"method": "adapter", "reduction": 64})).mismatches(architecture) == []
 
 
 def test_an_identity_has_every_setting() -> None:
-    assert find_method(Tuning(method="adapter", placement="pfeiffer")).identity == {
+    assert find_method(Tuning.model_validate({"method": "adapter", "placement": "pfeiffer"})).identity == {
         "method": "adapter",
         "reduction": 16,
         "activation": "relu",

@@ -73,8 +73,8 @@ def test_a_guard_ends_what_a_killed_process_left_and_nothing_else(ending: str) -
     wait = "; print(flush=True); input()"
     program = f"from trainer.processes.children import guarded\nwith guarded():\n    {own}{wait}"
     environment = {**os.environ, mark: "1", "PYTHONPATH": str(ROOT)}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", program], env=environment, **pipes) as parent:
+    command, pipe = [sys.executable, "-c", program], subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe) as parent:
         assert parent.stdout
         parent.stdout.readline()
         if ending == "killed":

@@ -15,7 +15,7 @@ from launcher.ray.group import RankGroup
 from launcher.start import attempts
 from launcher.start.attempts import Attempts, Watch
 from launcher.view.status import read_status
-from trainer import devices, start
+from trainer import assemble, devices
 from trainer.config import Config, parse_config
 from trainer.data.compile.prepare import Datasets
 from trainer.errors import CapstanError, ConfigError, Stopped, StorageError, Superseded, Unreachable
@@ -202,10 +202,10 @@ def test_ranks_are_asked_for_their_gpus_before_they_meet(monkeypatch: pytest.Mon
         execute_single=lambda _rank, _function: ("127.0.0.1", 4711),
     )
     ranks = RankGroup("nccl")
-    monkeypatch.setattr(start, "torch_gpus", lambda: (0, None))
+    monkeypatch.setattr(assemble, "torch_gpus", lambda: (0, None))
     with pytest.raises(ConfigError, match=r"has 1 GPU, but this torch is a CPU build\. Install one for CUDA"):
         ranks.backend_cls().on_start(workers, ranks)
     assert told == []
-    monkeypatch.setattr(start, "torch_gpus", lambda: (1, "13.0"))
+    monkeypatch.setattr(assemble, "torch_gpus", lambda: (1, "13.0"))
     ranks.backend_cls().on_start(workers, ranks)
     assert told == [("127.0.0.1", 4711)]

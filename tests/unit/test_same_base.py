@@ -125,14 +125,14 @@ def test_a_run_stays_at_the_commit_of_the_hub_that_it_began_with(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     hub_cache(workshop, cache, first)
     given = workshop.config("hub", "model.base=me/tiny")
-    config = pinned(given, check(given, resume=False))
+    config = pinned(given, check(given, resume=False).base)
     assert config.model.revision == first
     commit(workshop.store.sub("hub"), config, dataset=workshop.prepare(config).train)
     facts = read_manifest(workshop.store.sub("hub"), 4).base
     assert (facts["commit"], all(len(known) == 64 for known in facts["hashes"].values())) == (first, True)
 
     hub_cache(workshop, cache, second)  # the branch moves
-    assert pinned(config, check(config, resume=True)).model.revision == first
+    assert pinned(config, check(config, resume=True).base).model.revision == first
     run = workshop.store.sub("hub")
     for unpinned in (
         False,
