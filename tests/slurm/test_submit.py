@@ -66,7 +66,7 @@ def test_a_refusal_is_told_in_slurms_own_words_and_the_name_stays_free(site: Sit
     config = site.config("misplaced")
     done = site.capstan("submit", "slurm", config, "cluster.slurm.partition=nope", "cluster.slurm.account=it's")
     assert done.returncode == 2
-    assert done.stderr.strip() == (
+    assert done.stderr.splitlines()[-1] == (
         "capstan: Slurm refuses the job: invalid partition specified: nope; "
         "Batch job submission failed: Invalid partition name specified"
     )
