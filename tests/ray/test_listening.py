@@ -1,6 +1,9 @@
 """A Ray that is started for one machine's ranks listens where no other machine reaches it."""
 
+import json
 import os
+import subprocess
+import sys
 
 import psutil
 
@@ -8,7 +11,8 @@ from launcher.ray.cluster import local_ray
 from trainer.processes.guard import family
 
 
-def test_a_local_ray_listens_on_loopback_alone() -> None:
+def listening() -> set[str]:
+    """The addresses at which a local Ray's processes listen."""
     with local_ray(1):
         mark = f"CAPSTAN_FAMILY={os.environ['CAPSTAN_FAMILY']}".encode()
         found = {
@@ -17,5 +21,11 @@ def test_a_local_ray_listens_on_loopback_alone() -> None:
             for connection in psutil.Process(process).net_connections("inet")
             if connection.status == psutil.CONN_LISTEN
         }
-    assert found
-    assert {address.removeprefix("::ffff:") for address in found} == {"127.0.0.1"}
+    return {address.removeprefix("::ffff:") for address in found}
+
+
+def test_a_local_ray_listens_on_loopback_alone() -> None:
+    # In a process of its own: one that has had a local Ray keeps its token, and then no cluster of the other tests takes theirs.
+    program = "import json; from tests.ray.test_listening import listening; print(json.dumps(sorted(listening())))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == ["127.0.0.1"]
