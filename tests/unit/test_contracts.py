@@ -35,9 +35,9 @@ class Copy:
             text.writelines(f"\nimport {name}\n" for name in imports)
 
     def modules(self, pattern: str) -> list[str]:
-        """The modules that `pattern`, such as trainer.tuning.*, stands for."""
-        found = self.root.glob(pattern.replace(".", "/").replace("*", "*.py"))
-        return sorted(f"{pattern.rpartition('.')[0]}.{path.stem}" for path in found if path.stem != "__init__")
+        """The modules and packages that `pattern`, such as trainer.tuning.*, stands for."""
+        found = self.root.glob(pattern.replace(".", "/"))
+        return sorted(f"{pattern.rpartition('.')[0]}.{path.stem}" for path in found if not path.stem.startswith("__"))
 
     def lint(self) -> str:
         """The linter's report on the contracts that are broken."""
