@@ -103,8 +103,16 @@ def _find(given: Source, source: int, name: str) -> list[SourceFile]:
             found = _find_in_hub(given, source, name)
         else:
             found = _find_local(path, source, name) if scheme == "file" else _find_remote(path, source, name)
-    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a home of nobody, a name that is no text
-        reason = " ".join(str(error).split())
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        StorageError,
+    ) as error:  # a name too long, a home of nobody, a name that is no text
+        cause = error.__cause__ if isinstance(error, StorageError) else error
+        if isinstance(error, StorageError) and not isinstance(cause, ValueError):
+            raise  # the store itself fails; a ValueError is of a name that no store takes
+        reason = " ".join(str(cause).split())
         raise DataError(f"{name}: {path!r} cannot be used: {reason}. Rename the file, or correct the path.") from error
     if not found:
         raise DataError(f"{name}: {path!r} matches no file. Name a file or a glob that exists.")
