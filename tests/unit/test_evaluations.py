@@ -15,12 +15,14 @@ def found(base: str = "one", **parts: Any) -> dict[str, Any]:
 def test_an_evaluation_keeps_what_an_earlier_one_measured(tmp_path: Path) -> None:
     run = open_store(str(tmp_path))
     assert read_evaluation(run, 4) == {}
-    keep_evaluation(run, found(sets={"a": 1, "b": 2}))
-    keep_evaluation(run, found(tasks={"t": 3}))
-    keep_evaluation(run, found(sets={"b": 5}))
-    assert read_evaluation(run, 4) == found(sets={"a": 1, "b": 5}, tasks={"t": 3})
-    keep_evaluation(run, found("another", bias={"g": 6}))
-    assert read_evaluation(run, 4) == found("another", bias={"g": 6})
+    keep_evaluation(run, found(sets={"a": {"loss": 1}, "b": {"loss": 2}}))
+    keep_evaluation(run, found(tasks={"t": {"acc": {"after": 3}}}))
+    keep_evaluation(run, found(sets={"b": {"loss": 5}}))
+    assert read_evaluation(run, 4) == found(
+        sets={"a": {"loss": 1}, "b": {"loss": 5}}, tasks={"t": {"acc": {"after": 3}}}
+    )
+    keep_evaluation(run, found("another", bias={"g": {"mean": 6}}))
+    assert read_evaluation(run, 4) == found("another", bias={"g": {"mean": 6}})
 
 
 def test_a_damaged_evaluation_is_none_and_the_next_takes_its_place(tmp_path: Path) -> None:
@@ -28,5 +30,5 @@ def test_a_damaged_evaluation_is_none_and_the_next_takes_its_place(tmp_path: Pat
     for content in (b"{", b"[]", b'{"sets": []}', b"\xff"):
         run.put(layout.evaluation(4), content)
         assert read_evaluation(run, 4) == {}
-        keep_evaluation(run, found(sets={"a": 1}))
-        assert read_evaluation(run, 4) == found(sets={"a": 1})
+        keep_evaluation(run, found(sets={"a": {"loss": 1}}))
+        assert read_evaluation(run, 4) == found(sets={"a": {"loss": 1}})

@@ -104,6 +104,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files of tests/peers, the data that they name, and small bases in the place of theirs."""
     folder = tmp_path_factory.mktemp("site")
     bases = {kind: make_base(folder / kind, kind, max_position_embeddings=4096) for kind in ("llama", "phi3")}
+    for base in bases.values():  # as instruction-tuned bases have one
+        told = json.loads((base / "tokenizer_config.json").read_text())
+        template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+        (base / "tokenizer_config.json").write_text(json.dumps({**told, "chat_template": template}))
     (folder / "data").mkdir()
     talk = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
     rows = {

@@ -80,11 +80,11 @@ def test_the_table_has_learning_rate_epoch_and_each_set_that_is_held_out(run: St
     evaluated = [
         {"kind": "eval", "step": 2, "loss": loss, "set": name} for name, loss in (("general", 3.5), ("task", 2.5))
     ]
-    write(run, 1, start(1), {**step(2, 2.0), "epoch": 1}, {"kind": "eval", "step": 2, "loss": 2.25}, *evaluated)
+    write(run, 1, start(1), {**step(2, 2.0), "passes": 1.5}, {"kind": "eval", "step": 2, "loss": 2.25}, *evaluated)
     status = status_at(run)
     assert (status.eval_loss, status.eval_losses) == (2.25, {"general": 3.5, "task": 2.5})
     text = shown(status)
-    for words in ("held out 2.2500", "general 3.5000, task 2.5000", "0.001", "epoch", "2"):
+    for words in ("held out 2.2500", "general 3.5000, task 2.5000", "0.001", "epoch", "1.50"):
         assert words in text
 
 

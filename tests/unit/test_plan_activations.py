@@ -118,7 +118,9 @@ def test_offloading_that_auto_finds_no_need_for_is_said_and_refused_nowhere():
     assert note.startswith(
         "train.activation_offload: has no effect, as there is room for the activations of all 80 layers"
     )
-    assert notes(40 * GIB, "data.sequence_length=8192") == notes(None) == []
+    assert notes(40 * GIB, "data.sequence_length=8192") == []
+    (note,) = notes(None)
+    assert "auto counts all layers as computed again here, as the memory of a rank is not known" in note
     assert notes(288 * GIB, "train.activation_checkpointing=all") == []
     (note,) = notes(None, "cluster.gpus_per_worker=0", "train.activation_checkpointing=all")
     assert note == "train.activation_offload: has no effect on CPUs, whose memory is the host's."

@@ -101,7 +101,7 @@ def letters(table: object, width: int) -> str:
 def test_a_narrow_terminal_shows_whole_commands() -> None:
     command = "pip install --no-build-isolation 'capstan-llm[linear-attention]'"
     found = Diagnosis((Check("flash-linear-attention", "optional", "not installed", command),))
-    (table, _) = report_table(found).renderables
+    (_, table) = report_table(found).renderables
     assert command.replace(" ", "") in letters(table, 60)
     plain, folded = Table("What", "How to get it"), FoldedTable("What", "How to get it")
     for cut in (plain, folded):
