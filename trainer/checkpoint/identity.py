@@ -88,7 +88,7 @@ def check_content(manifest: CheckpointManifest, base: Mapping[str, Any]) -> None
 
 def is_written_anew(manifest: CheckpointManifest, base: Mapping[str, Any]) -> bool:
     """Whether the objects of the base have been written since the checkpoint, which by itself changes nothing of what is in them."""
-    same_place = manifest.base.get("path") == base["path"]
+    same_place = manifest.base.get("path") == base.get("path")
     return same_place and manifest.base.get("versions", base.get("versions")) != base.get("versions")
 
 
