@@ -105,7 +105,7 @@ def diagnose(store_uri: str | None, config: Config | None = None, *, reads_base:
 
 
 def report_table(report: Diagnosis) -> Group:
-    """What is missing in a sentence, and below it a table of the findings with what to do about each gap."""
+    """A sentence that names what is missing, and below it a table of the findings with what to do about each gap."""
     signs = {"ok": Text("✓", "green"), "optional": Text("·", "yellow"), "missing": Text("✗", "red")}
     table = FoldedTable("", "What", "Found", "How to get it")
     order = ("missing", "ok", "optional")  # what is to be done comes first

@@ -61,7 +61,7 @@ def _attempt(attempts: Attempts) -> retry.Failure | None:
         given, outcome, said = (Path(folder, name) for name in ("task.json", "outcome.json", "said"))
         given.write_text(json.dumps(task), encoding="utf-8")
         with said.open("wb") as output:
-            # What it prints is in the rank's log. In a session of its own, as Ctrl-C is for the driver to tell the ranks.
+            # Its output is in the rank's log. It has a session of its own, because the driver tells the ranks of a Ctrl-C.
             process = children.start(
                 [sys.executable, "-m", "trainer.alone", str(given), str(outcome)],
                 stdin=subprocess.DEVNULL,

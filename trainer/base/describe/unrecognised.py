@@ -1,4 +1,4 @@
-"""What a config.json names and the description of the base does not have: its sizes are then those of another model.
+"""Finds the parts that a config.json names and the description of the base lacks: its sizes are then those of another model.
 
 A plan for such a base may be several times off, so it says so and gives no verdict.
 """

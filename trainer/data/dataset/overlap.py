@@ -54,7 +54,7 @@ def refuse_overlaps(store: Store, train: str, evaluated: Mapping[str, str]) -> I
 
 
 def overlap_of(store: Store, train: str, evaluated: str) -> Overlap | None:
-    """What two compiled sets share; None where one was compiled by a version that kept no hashes."""
+    """The documents that two compiled sets share; None where one was compiled by a version that kept no hashes."""
     manifest = read_manifest(store, train, chapter=0)
     chapters = 1 + max(shard.chapter for shard in manifest.shards)
     folder, key = store.sub(layout.dataset(train)), f"overlap-{evaluated}.json"

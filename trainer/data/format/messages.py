@@ -167,7 +167,7 @@ def _role_of(given: Any) -> str | None:
 
 
 def _flags(message: Message, turn: int) -> Message:
-    """What the message, or a part of one, says of its being trained: a `weight`, whichever key gives it, and that it asks for it."""
+    """The `weight` by which a message, or a part of one, is trained, whichever key gives it, and whether it asks to be trained."""
     for flag in FLAGS:
         if message.get(flag) not in (None, 0, 1):
             raise DataError(f"turn {turn} has the {flag} {message[flag]!r}; allowed are 0, which is not trained, and 1")

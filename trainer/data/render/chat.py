@@ -308,7 +308,7 @@ class Renderer:
     def _spans(
         self, talk: Conversation, messages: list[Message], turns: Sequence[int], whole: str, edits: Mapping[int, Edit]
     ) -> tuple[list[Span], bool]:
-        """What is trained in the edited text, and whether an end is trained in each of the assistant's turns."""
+        """The spans that are trained in the edited text, and whether an end is trained in each of the assistant's turns."""
         everything, wanted = list(edits.values()), self._wanted
         text = edited(whole, everything)
         if wanted.roles == "all":
@@ -329,7 +329,7 @@ class Renderer:
         return spans, ended
 
     def _enclosed(self, talk: Conversation, messages: list[Message], turns: Sequence[int], whole: str) -> list[Span]:
-        """What the template's tags enclose, but for turns that are not trained."""
+        """The spans that the template's tags enclose, without those of turns that are not trained."""
         silent = [turn for turn, message in enumerate(messages) if not is_trained(message)]
         talk.check_size(silent, whole)
         untrained = [span for turn in silent for span in talk.place(turn, whole)]
