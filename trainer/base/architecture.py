@@ -14,6 +14,12 @@ from trainer.config import Config
 Kind = Literal["linear", "experts", "embedding", "head", "small"]
 
 
+READ_BY_ITS_FAMILY = "code of its family reads its weight"
+KEPT_IN_FP32 = "transformers keeps it in fp32"
+BESIDE_THE_LAYERS = "it is outside of the list of decoder layers that all else is counted by"
+UNKNOWN_EXPERTS = "its experts are in a form that cannot be packed"
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One parameter, by its name and shape in the model that transformers builds.
@@ -22,6 +28,7 @@ class Parameter:
     columns) of a mixture's matrices, quantized one by one; embedding and head; `small` is all the rest: norms, biases,
     routers, convolutions. `layer` is None outside the decoder layers. `visits` is the share of a row's tokens that each of its
     matrices multiplies: less than 1 for experts to which tokens are routed.
+    A matrix that could be quantized by its form and is not says in `whole` why, as a clause; it is `small`.
     A stack that is `transposed` has matrices (inputs, outputs), and its class says so.
     A linear layer that is not `adaptable` is multiplied by code of the module around it as well, which hands its weight to a
     kernel: PEFT refuses adapters on such.
@@ -34,6 +41,7 @@ class Parameter:
     visits: float = 1.0
     transposed: bool = False
     adaptable: bool = True
+    whole: str | None = None
 
     @property
     def numel(self) -> int:
@@ -141,6 +149,15 @@ class Architecture:
     def largest(self, *kinds: Kind) -> int:
         """Elements of the largest parameter of these kinds."""
         return max(parameter.numel for parameter in self.parameters if parameter.kind in kinds)
+
+    def whole(self) -> dict[tuple[str, str], int]:
+        """The weights that could be packed by their form and stay in 16 bits, by the last name of their module and the reason."""
+        found = dict[tuple[str, str], int]()
+        for part in self.parameters:
+            if part.whole and len(part.shape) > 1:
+                key = part.name.removesuffix(".weight").rpartition(".")[2], part.whole
+                found[key] = found.get(key, 0) + part.numel
+        return found
 
     def in_layer(self, layer: int) -> list[Parameter]:
         """The parameters of one decoder layer, in the model's order."""
