@@ -38,7 +38,7 @@ WITHIN = 1e-5
 """How far the loss, the norm of its gradient and the logits may be off, as a share of themselves."""
 # Sizes without which a class of settings that is made without any cannot build a model.
 _LACKING: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral", "nemotron"), {"head_dim": 16}),
+    **{kind: {"head_dim": 16} for kind in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral", "nemotron")},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1},
     "dots1": {"n_routed_experts": 6, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1, "num_hidden_layers": 3},
@@ -64,7 +64,9 @@ def settings_of(kind: str) -> PretrainedConfig:
     made = (
         small_settings(text) | {key: value for key, value in _WHEREVER_DECODERS.items() if hasattr(text, key)} | lacking
     )
-    return type(text)(**made)
+    return type(text)(
+        **{key: 0.0 if "drop" in key and isinstance(value, float) else value for key, value in made.items()}
+    )
 
 
 def write_base(kind: str, folder: Path) -> None:
@@ -194,7 +196,7 @@ def _proven(kind: str, base: Path, folder: Path) -> dict[str, Any]:
 
 def _batches(packing: bool, made: Any) -> Iterator[Any]:
     """The documents as one packed row, or each in one of its own; the last one is that of documents == (0,)."""
-    tokens, documents = row()
+    documents = row()[1]
     parts = [documents] if packing else [[document] for document in documents]
     for left, part in zip(reversed(range(len(parts))), parts, strict=True):
         lengths = [document.shape[1] for document in part]

@@ -84,8 +84,9 @@ class Architecture:
     another name of, as often the head's to the embedding's. `buffers` are the shapes of those tensors in the files that are no
     parameters. `positions` is the longest sequence, where the model has a limit. The attention caps its logits
     (`caps_attention`, Gemma 2), or has a sink for each head (`has_sinks`), which not every kernel computes. transformers
-    runs it with SDPA (`supports_sdpa`), and with kernels that take no mask (`supports_flash`). `isolates_documents`: it can be told
-    where the documents of a packed row begin. `taken_for_experts` are the last names of linear layers in whose place PEFT adapts the
+    runs it with SDPA (`supports_sdpa`), and with kernels that take no mask (`supports_flash`). `isolates_documents`: documents of a
+    packed row do not see each other in a small model of the same kinds, which cannot compute over 4 bits where `fails_packed` says why.
+    It is not `tried` where its family's code runs at no other sizes. `taken_for_experts` are the last names of linear layers in whose place PEFT adapts the
     experts.
     With logits z = `logit_factor` / `logit_divisor` * the product with the head, and `softcap` c, the model's are
     c * tanh(z / c).
@@ -107,6 +108,8 @@ class Architecture:
     supports_sdpa: bool = True
     supports_flash: bool = True
     isolates_documents: bool = True
+    fails_packed: str | None = None
+    tried: bool = True
     taken_for_experts: tuple[str, ...] = ()
     logit_factor: float = 1.0
     logit_divisor: float = 1.0
@@ -232,6 +235,11 @@ def mismatches(config: Config, model: Architecture) -> list[str]:
     if config.data.packing and not model.isolates_documents:
         found.append(
             "data.packing: documents of one row would see each other, as this base takes no position_ids, which tell where "
-            "they begin. Set data.packing: false."
+            "they begin, or does not heed them. Set data.packing: false."
+        )
+    if config.quant.type != "none" and model.fails_packed:
+        found.append(
+            f"quant.type: this base cannot be computed with weights in 4 bits, as a small model of its kind shows ({model.fails_packed}). "
+            "Set quant.type: none."
         )
     return found

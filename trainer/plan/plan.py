@@ -64,10 +64,23 @@ def make_plan(
         deepspeed=deepspeed,
         mismatches=wrong,
         shortfalls=[*wrong, *_shortfalls(given, memory.total, gpu_memory)],
-        notes=[*idle_settings(asked, config, base.architecture), *_undecided(asked, base.architecture, memory_of_rank)],
+        notes=[
+            *_untried(base.architecture),
+            *idle_settings(asked, config, base.architecture),
+            *_undecided(asked, base.architecture, memory_of_rank),
+        ],
         unrecognised=list(base.unrecognised),
         whole=_whole(config, base.architecture),
     )
+
+
+def _untried(model: Architecture) -> list[str]:
+    if model.tried:
+        return []
+    return [
+        "the base was not tried in small, as its code does not run at other sizes: that documents of a row do not see each other, and that it "
+        "computes with weights in 4 bits, is not known."
+    ]
 
 
 def _whole(config: Config, model: Architecture) -> list[WholeWeights]:

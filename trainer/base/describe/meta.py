@@ -32,7 +32,9 @@ from trainer.base.architecture import (
 )
 from trainer.base.describe.config_json import read_by_transformers
 from trainer.base.describe.empty_model import meta_model
+from trainer.base.describe.language_part import is_part
 from trainer.base.describe.logits import probe_logits
+from trainer.base.describe.self_test import Found, takes_positions, test_family
 from trainer.base.describe.small import BY_LAYER, small_model
 from trainer.base.describe.touched import Place, place_of, places_read
 from trainer.errors import ConfigError, shown
@@ -68,11 +70,12 @@ def architecture_of(base_config: Mapping[str, Any], layers: int | None, name: st
         whole = CONFIG_MAPPING[kind].from_dict(PretrainedConfig._decode_special_floats(settings))
         config, stored_layers = _first_layers(_causal(whole, name), layers)
         model = meta_model(config)
-        return _Reader(model, config, name).architecture(stored_layers).to_json()
+        return _Reader(model, config.get_text_config(), name).architecture(stored_layers).to_json()
 
 
 def model_config(directory: Path, layers: int | None) -> PretrainedConfig:
-    """transformers' configuration of the language model of a base, cut to its first `layers`."""
+    """transformers' configuration of the language model of a base, cut to its first `layers`; that of the whole model where
+    its language model has no class of its own."""
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     return _first_layers(_causal(config, str(directory)), layers)[0]
 
@@ -97,10 +100,12 @@ def _causal(config: PretrainedConfig, name: str) -> PretrainedConfig:
             f"model.base: {name} is a {kind} model, an encoder with a decoder. Give a causal language model."
         )
     text = config.get_text_config()
+    if is_part(config):
+        return config
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING and text is not config:
         raise ConfigError(
             f"model.base: {name} is a {kind} model, for whose language model ({text.model_type}) transformers "
-            f"{transformers.__version__} has no class of its own. Give another base."
+            f"{transformers.__version__} has no class, and none for the whole to take it out of. Give another base."
         )
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConfigError(f"model.base: {name} is a {kind} model, which is no causal language model. Give one.")
@@ -114,16 +119,17 @@ def _causal(config: PretrainedConfig, name: str) -> PretrainedConfig:
 
 def _first_layers(config: PretrainedConfig, layers: int | None) -> tuple[PretrainedConfig, int]:
     """`config` cut to its first `layers`, and how many it had."""
+    whole, config = config, config.get_text_config()
     count: int = config.num_hidden_layers
     if not layers or layers >= count:
-        return config, count
+        return whole, count
     for key, value in list(vars(config).items()):
         if isinstance(value, (list, tuple)) and len(value) == count and any(word in key for word in BY_LAYER):
             setattr(config, key, value[:layers])
     if shared := getattr(config, _SHARED, None):
         setattr(config, _SHARED, max(0, shared + layers - count))
     config.num_hidden_layers = layers
-    return config, count
+    return whole, count
 
 
 @cache
@@ -145,7 +151,7 @@ class _Reader:
         logits = probe_logits(self.model, self._head)
         if logits is None:
             raise ConfigError(self._refusal("makes logits in a way that is not supported"))
-        parameters = tuple(self._parameters())
+        parameters, trial = tuple(self._parameters()), self._trial()
         if not any(part.kind in ("linear", "experts") for part in parameters):
             raise ConfigError(self._refusal("has no linear layers"))
         return Architecture(
@@ -162,7 +168,9 @@ class _Reader:
             buffers=dict(self._buffers()),
             caps_attention=self._declared("attn_logit_softcapping") is not None,
             has_sinks=any("sink" in part.name.rpartition(".")[2] for part in parameters),
-            isolates_documents="position_ids" in inspect.signature(body(self.model).forward).parameters,
+            isolates_documents=takes_positions(body(self.model)) and (trial is None or trial.keeps_documents_apart),
+            fails_packed=trial.fails_packed if trial else None,
+            tried=trial is not None,
             taken_for_experts=tuple(self._taken_for_experts(parameters)),
             supports_sdpa=self.model._supports_sdpa,
             supports_flash=self.model._supports_flash_attn,
@@ -177,10 +185,8 @@ class _Reader:
     @cached_property
     def _head(self) -> nn.Linear:
         head = self.model.get_output_embeddings()
-        if type(head) is not nn.Linear:
+        if not isinstance(head, nn.Linear):
             raise ConfigError(self._refusal("has an output head that is no plain matrix"))
-        if head.bias is not None:
-            raise ConfigError(self._refusal("has an output head with a bias, which the loss does not add"))
         return head
 
     @cached_property
@@ -236,7 +242,7 @@ class _Reader:
                 yield Parameter(name, shape, kind, layer, adaptable=not handed_on)
 
     def _kind(self, name: str, owner: nn.Module, leaf: str, parameter: Tensor, layer: int | None) -> Kind:
-        if owner is self._head:
+        if owner is self._head and leaf == "weight":
             return "head"
         if isinstance(owner, nn.Embedding):
             return "embedding"
@@ -262,17 +268,35 @@ class _Reader:
         )
 
     @cached_property
-    def _places_read(self) -> set[Place]:
-        """By a small model of the same kinds of layers; where that cannot be made or does not compute, by the text of the classes."""
+    def _small(self) -> tuple[PreTrainedModel, set[Place]] | None:
+        """A small model of the same kinds of layers, and the places of the linear layers that its code reads; None where it cannot be made or
+        does not compute."""
         try:
-            return places_read(small_model(self.config))
+            small = small_model(self.config, self.model)
+            return small, places_read(small)
         except Exception:  # whatever a family's code raises for sizes that it was not made for
-            return {
-                place_of(around, name)
-                for around in self._modules.values()
-                for name, child in around.named_children()
-                if isinstance(child, nn.Linear) and f"self.{name}.weight" in _code(type(around))
-            }
+            return None
+
+    @cached_property
+    def _places_read(self) -> set[Place]:
+        """By the small model, or by the text of the classes where there is none."""
+        if self._small:
+            return self._small[1]
+        return {
+            place_of(around, name)
+            for around in self._modules.values()
+            for name, child in around.named_children()
+            if isinstance(child, nn.Linear) and f"self.{name}.weight" in _code(type(around))
+        }
+
+    def _trial(self) -> Found | None:
+        if self._small is None:
+            return None
+        try:
+            return test_family(*self._small)
+        except Exception as error:
+            why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
+            raise ConfigError(self._refusal(f"cannot compute as training asks it to ({why})")) from error
 
     @cached_property
     def _in_fp32(self) -> re.Pattern[str] | None:

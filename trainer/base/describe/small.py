@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from trainer.base.describe.language_part import LanguagePart
+
 HEADS, HEAD, HIDDEN, VOCABULARY = 4, 16, 64, 259
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers")
 _COUNTS = {
@@ -17,7 +19,8 @@ _COUNTS = {
         ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads", "decoder_attention_heads"), HEADS
     ),
     **dict.fromkeys(("encoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads"), HEADS),
-    **dict.fromkeys(("swa_num_attention_heads", "index_n_heads", "mamba_num_heads", "linear_num_value_heads"), HEADS),
+    **dict.fromkeys(("swa_num_attention_heads", "mamba_num_heads", "linear_num_value_heads"), HEADS),
+    "index_n_heads": 16,  # with few, many keys would have the same score: none
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "linear_num_key_heads"), 2),
     **dict.fromkeys(("num_global_key_value_heads", "linear_num_heads", "n_mamba_heads", "num_query_groups"), 2),
     **dict.fromkeys(("n_groups", "mamba_n_groups", "mamba_ngroups", "n_group", "num_expert_group", "o_groups"), 2),
@@ -62,12 +65,15 @@ _WIDTH_OF_MLP = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "
 BY_LAYER = ("layer", "pattern", "types", "intermediate_size")
 
 
-def small_model(config: PretrainedConfig) -> PreTrainedModel:
-    """A model of random weights, the same at every call, in fp32. Raises whatever transformers does for sizes that a family was
-    not made for."""
+def small_model(config: PretrainedConfig, like: PreTrainedModel) -> PreTrainedModel:
+    """A model of random weights, the same at every call, in fp32, of the classes of `like`, which `config` describes. Raises whatever
+    transformers does for sizes that a family was not made for."""
     made = type(config)(**small_settings(config))
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
+        if isinstance(like, LanguagePart):
+            decoder = type(like.model)(made)
+            return LanguagePart(decoder, torch.nn.Linear(HIDDEN, VOCABULARY, bias=False), type(like))
         return AutoModelForCausalLM.from_config(made, dtype=torch.float32, trust_remote_code=False)
 
 
@@ -75,6 +81,11 @@ def small_settings(config: PretrainedConfig) -> dict[str, Any]:
     """The settings of the small model, as transformers' own class of the same `model_type` takes them."""
     settings = {key: value for key, value in config.to_dict().items() if key not in _NOT_OF_THE_MODEL}
     made = {**_sized(settings), **_that_follow(settings)}
+    rotary = settings.get("rope_parameters") or {}
+    if sections := rotary.get("mrope_section"):
+        made["rope_parameters"]["mrope_section"] = _scaled(
+            sections, int(HEAD * rotary.get("partial_rotary_factor", 1.0)) // 2
+        )
     count = next((settings[key] for key in _LAYERS if isinstance(settings.get(key), int)), 0)
     kept = _one_of_each_kind(settings, count)
     for key, value in settings.items():
@@ -101,6 +112,12 @@ _NOT_OF_THE_MODEL = (
 
 def _sized(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _size_of(key, value) for key, value in settings.items()}
+
+
+def _scaled(sections: list[int], total: int) -> list[int]:
+    """The parts of a rotary dimension in like proportions."""
+    made = [max(1, part * total // sum(sections)) for part in sections]
+    return [*made[:-1], total - sum(made[:-1])]
 
 
 def _that_follow(settings: Mapping[str, Any]) -> dict[str, int]:

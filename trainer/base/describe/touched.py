@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trainer.model.documents import convolves
 from trainer.model.parts import decoder_layers
 
 Place = tuple[str, str]
@@ -21,13 +22,18 @@ def places_read(model: PreTrainedModel) -> set[Place]:
     """The places of the linear layers in the decoder layers of `model` whose weight is read by other code than their own forward
     pass, or that compute something else than a product."""
     found = set[Place]()
-    tokens = torch.arange(3, 40).remainder(model.config.get_text_config().vocab_size)[None]
+    tokens = torch.arange(3, 12).remainder(model.config.get_text_config().vocab_size)[None]
     with _watched(model, found), torch.no_grad(), torch.random.fork_rng(devices=[]):
         for training in (
             False,
             True,
         ):  # some families clamp weights only as they train, others scale them only as they do not
-            model.train(training)(input_ids=tokens, use_cache=False)
+            model.train(training)
+            for module in (
+                model.modules()
+            ):  # as trainer/model/documents.py calls it, it never hands its weights to a fused kernel
+                module.training = training and not convolves(module)
+            model(input_ids=tokens, use_cache=False)
     return found
 
 
