@@ -26,6 +26,8 @@ _EXCLUSIONS = (
     _Exclusion("train.epochs", ("train.steps",)),
     _Exclusion("eval.every", ("train.eval_every",), _always),
     _Exclusion("train.eval_every", ("eval.every",), _always),
+    _Exclusion("eval.every", ("eval.per_epoch",)),
+    _Exclusion("eval.per_epoch", ("eval.every",)),
     _Exclusion("data.held_out", ("data.eval",)),
     _Exclusion("data.eval", ("data.held_out", "data.held_out_seed")),
     _Exclusion("data.loss_on", ("data.train_on.roles", "data.train_on.turns")),
