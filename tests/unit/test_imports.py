@@ -37,7 +37,10 @@ IMPORTED = "import trainer.rank, deepspeed.runtime.zero.muon.muon_optimizer"
 WITHOUT_DEFERRING = "sys.meta_path[:] = [f for f in sys.meta_path if type(f).__module__ != 'trainer.deferred']"
 
 
-@pytest.mark.parametrize("change", ["", WITHOUT_DEFERRING], ids=["deferred", "control"])
+@pytest.mark.parametrize(
+    "change",
+    [pytest.param("", id="deferred"), pytest.param(WITHOUT_DEFERRING, id="control", marks=pytest.mark.long)],
+)
 def test_a_rank_starts_without_the_libraries_that_no_run_uses(change: str) -> None:
     code = f"import sys, trainer\n{change}\n{IMPORTED}\nprint(*(n for n in {UNUSED!r} if n in sys.modules))"
     environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
