@@ -354,7 +354,7 @@ def test_plan_reads_the_architecture_once_and_answers_at_once_then(
             env=environment,
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=300,
         )
         after = os.times()
         assert done.returncode == 0, done.stderr
