@@ -248,7 +248,19 @@ class Checkpoint(Section):
     """When training state is committed to the store."""
 
     every_steps: int = setting(
-        100, about="Commit every so many steps; 0 turns this rule off.", example=100, ge=0, unit="steps"
+        100,
+        about="Commit every so many steps; 0 turns this rule off, as per_epoch does where this is not given.",
+        example=100,
+        ge=0,
+        unit="steps",
+    )
+    per_epoch: float = setting(
+        0,
+        about="Commit so many times in each pass over the training data, at even distances and at its end; 0 turns this rule off.",
+        example=1,
+        ge=0,
+        le=10_000,
+        unit="commits an epoch",
     )
     every_minutes: float = setting(
         30,
@@ -293,6 +305,13 @@ class Checkpoint(Section):
         ge=0,
         unit="saves",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_rule(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("per_epoch") and "every_steps" not in given:
+            return {**given, "every_steps": 0}
+        return given
 
 
 class Retry(Section):

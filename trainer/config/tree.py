@@ -38,10 +38,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _used(self) -> "Config":
-        if self.eval.every and not self.evaluated:
+        if self.eval.between and not self.evaluated:
+            name = "eval.every" if self.eval.every else "eval.per_epoch"
             raise ValueError(
-                "eval.every: has no effect without data.eval, data.held_out or eval.sets. Set one of them, or "
-                "set it to 0."
+                f"{name}: has no effect without data.eval, data.held_out or eval.sets. Set one of them, or set it to 0."
             )
         if wrong := self.eval.mismatches(self.data):
             raise ValueError(wrong[0])
@@ -49,11 +49,13 @@ class Config(Section):
             raise ValueError("train.sample_every: has no effect without eval.prompts. Set that, or set it to 0.")
         if self.tuning.targets == []:
             raise ValueError("tuning.targets: [] leaves nothing to learn. Name layers, or set all-linear.")
-        if self.checkpoint.keep_best and not self.eval.every:
-            raise ValueError("checkpoint.keep_best: has no effect without eval.every. Set that, or set it to 0.")
+        if self.checkpoint.keep_best and not self.eval.between:
+            raise ValueError(
+                "checkpoint.keep_best: has no effect without eval.every or eval.per_epoch. Set one of them, or set it to 0."
+            )
         if self.sweep.settings:
             known = [name for name, _ in fields()]
-            if wrong := self.sweep.mismatches(known, self.evaluated, self.eval.every):
+            if wrong := self.sweep.mismatches(known, self.evaluated, self.eval.between):
                 raise ValueError("\n".join(wrong))
         return self
 
