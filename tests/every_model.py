@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -42,6 +43,10 @@ _LACKING: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1},
     "dots1": {"n_routed_experts": 6, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1, "num_hidden_layers": 3},
+    **{
+        kind: {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+        for kind in ("qwen2_vl_text", "qwen2_5_vl_text")
+    },
     "qwen4_exp_text": dict.fromkeys(("indexer_n_heads", "indexer_kv_heads", "indexer_compress_ratio"), 2)
     | {"indexer_head_dim": 16, "indexer_budget": 8},
     "zamba": {
@@ -69,10 +74,36 @@ def settings_of(kind: str) -> PretrainedConfig:
     )
 
 
+def _whole_settings(kind: str) -> PretrainedConfig:
+    """The settings of a tiny model that sees, whose language model is that of `settings_of`."""
+    config: Any = CONFIG_MAPPING[kind]()
+    text = config.get_text_config()
+    parts = {key: value for key, value in vars(config).items() if isinstance(value, PretrainedConfig)}
+    sizes = {
+        "depth": 1,
+        "num_hidden_layers": 1,
+        "num_global_layers": 1,
+        "num_heads": 2,
+        "attention_heads": 2,
+        "num_attention_heads": 2,
+    }
+    sizes |= {"hidden_size": 32, "intermediate_size": 48, "embed_dim": 32, "out_hidden_size": 64}
+    towers = {
+        key: {name: size for name, size in sizes.items() if hasattr(part, name)}
+        for key, part in parts.items()
+        if part is not text
+    }
+    (own,) = (key for key, part in parts.items() if part is text)
+    return type(config)(**{own: settings_of(kind).to_dict()}, **towers)
+
+
 def write_base(kind: str, folder: Path) -> None:
     """A random base of the type in bf16, no two of whose values are alike by chance."""
     torch.manual_seed(11)
-    model: Any = AutoModelForCausalLM.from_config(settings_of(kind), dtype=torch.float32)
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        model: Any = AutoModelForCausalLM.from_config(settings_of(kind), dtype=torch.float32)
+    else:
+        model = AutoModelForMultimodalLM.from_config(_whole_settings(kind), dtype=torch.float32)
     strict = model._keep_in_fp32_modules_strict or ()
     with torch.no_grad():
         for name, value in model.state_dict(keep_vars=True).items():
@@ -215,16 +246,19 @@ def _batches(packing: bool, made: Any) -> Iterator[Any]:
 
 
 def _plain(base: Path) -> Any:
-    """The base as people load it, whatever class that is."""
+    """The base as people load it: by the class in its config.json."""
     multiply_expert_by_expert()
-    auto: Any = AutoModelForCausalLM
-    if AutoConfig.from_pretrained(base).get_text_config() is not AutoConfig.from_pretrained(base):
-        auto = (
-            AutoModelForMultimodalLM
-            if (AutoConfig.from_pretrained(base).architectures or [""])[0].endswith("ConditionalGeneration")
-            else auto
-        )
-    return auto.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    (name,) = AutoConfig.from_pretrained(base).architectures
+    return getattr(transformers, name).from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+
+
+def _in_whole(plain: Any, name: str) -> Any:
+    """The weight that the language model calls `name`, in the class that people load."""
+    parameters = dict(plain.named_parameters())
+    if name in parameters:
+        return parameters[name]
+    (found,) = (other for other in parameters if other.endswith(name.partition(".")[2]) and "language_model" in other)
+    return parameters[found]
 
 
 def _reference(base: Path, adapter: Path, packed: set[str]) -> dict[str, Any]:
@@ -232,10 +266,10 @@ def _reference(base: Path, adapter: Path, packed: set[str]) -> dict[str, Any]:
 
     plain = _plain(base)
     with torch.no_grad():
-        for name, value in plain.named_parameters():
-            if name in packed:
-                matrices = value.data if value.ndim == 3 else value.data[None]
-                value.data = torch.stack([dequantized(matrix.contiguous()) for matrix in matrices]).view_as(value)
+        for name in packed:
+            value = _in_whole(plain, name)
+            matrices = value.data if value.ndim == 3 else value.data[None]
+            value.data = torch.stack([dequantized(matrix.contiguous()) for matrix in matrices]).view_as(value)
     model: Any = PeftModel.from_pretrained(plain, str(adapter), is_trainable=True, autocast_adapter_dtype=False)
     model.train()
     for module in model.modules():
@@ -265,10 +299,8 @@ def _merge_differs(base: Path, folder: Path) -> list[str]:
     def stored(place: Path) -> dict[str, Tensor]:
         return {name: value for file in sorted(place.glob("*.safetensors")) for name, value in load_file(file).items()}
 
-    types = {
-        name: value.dtype
-        for name, value in AutoModelForCausalLM.from_pretrained(folder / "merged").state_dict().items()
-    }
+    stored_as = {name: value.dtype for name, value in stored(folder / "merged").items()}
+    types = {name: stored_as.get(name, torch.bfloat16) for name in _plain(folder / "merged").state_dict()}
     expected = PeftModel.from_pretrained(_plain(base), str(folder / "adapter")).merge_and_unload().state_dict()
     found = _plain(folder / "merged").state_dict()
     before, after = stored(base), stored(folder / "merged")
