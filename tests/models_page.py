@@ -127,7 +127,7 @@ def _family_rows() -> Iterator[str]:
 def _cases(test: Any) -> set[str]:
     """The kinds of bases that a test takes first among its parameters."""
     (cases,) = (mark.args[1] for mark in test.pytestmark if mark.name == "parametrize")
-    return {case[0] for case in cases}
+    return {getattr(case, "values", case)[0] for case in cases}  # a case with marks has its values inside
 
 
 def _layers(settings: dict[str, Any]) -> Iterator[str]:
