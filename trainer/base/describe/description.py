@@ -5,6 +5,7 @@ from typing import Any
 from trainer.base import stored as folder
 from trainer.base.base import Description, StoredFormat
 from trainer.base.describe.architecture_cache import read_architecture
+from trainer.base.describe.config_json import quantization_of
 from trainer.base.describe.unrecognised import unrecognised
 from trainer.errors import ConfigError, shown
 from trainer.registry import kinds
@@ -20,7 +21,7 @@ def describe(base_config: dict[str, Any], layers: int | None = None, *, name: st
         ConfigError: it is of a kind or in a format that is not supported.
     """
     architecture = read_architecture(base_config, layers, name=name)
-    stored = stored_format(base_config.get("quantization_config"), name)
+    stored = stored_format(quantization_of(base_config), name)
     return Description(architecture, stored, tuple(unrecognised(base_config, architecture)))
 
 
