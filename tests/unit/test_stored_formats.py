@@ -22,13 +22,14 @@ from trainer.base.describe.meta import model_config
 from trainer.base.find.check import check_base
 from trainer.base.find.locate import resolve_base
 from trainer.base.rows.parameters import find_all_weights
-from trainer.base.stored.shared.coded import Code, Coded
+from trainer.base.stored.shared.coded import Coded
 from trainer.base.stored.mxfp4.experts import Mxfp4Experts
 from trainer.base.stored.shared.floats import E2M1, E4M3, E8M0, round_to_bf16
 from trainer.base.stored.shared.reads import LastReads
 from trainer.config import Config
 from trainer.errors import ConfigError, StorageError
 from trainer.export.proof.dequantized import dequantized_by_transformers
+from trainer.files.codes import Code
 from trainer.files.safetensors_index import PackedTensor, StoredTensor, TensorSource, read_index
 from trainer.plan.plan import make_plan
 from trainer.resolve import resolve
@@ -242,8 +243,8 @@ def test_the_plan_knows_both_formats(workshop: Workshop, fp8: Path, mxfp4: Path)
     ("quantization", "named"),
     [
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, r"'modelopt' \(quant_algo 'NVFP4'\)"),
-        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, r"'nvfp4-pack-quantized'\)"),
-        ({"quant_method": "fp8", "expert_dtype": "fp4"}, r"'fp8' \(expert_dtype 'fp4'\)"),
+        ({"quant_method": "compressed-tensors", "format": "marlin-24"}, r"'compressed-tensors' \(format 'marlin-24'\)"),
+        ({"quant_method": "fp8", "expert_dtype": "int3"}, r"'fp8' \(expert_dtype 'int3'\)"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, r"'bitsandbytes' \(load_in_8bit True\)"),
         ({"quant_method": "fbgemm_fp8"}, "'fbgemm_fp8', which cannot be read"),
         ({"bits": 4}, r"None \(bits 4\)"),

@@ -13,9 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from trainer.base.architecture import Architecture, mismatches
+from trainer.base.architecture import Architecture, Parameter, mismatches
 from trainer.base.sampled import sample_weights
 from trainer.config import Config
+from trainer.files.codes import Kept
 from trainer.files.safetensors_index import FileHeader, PackedTensor, StoredTensor, TensorSource, read_headers
 from trainer.store import Store
 
@@ -28,10 +29,17 @@ class StoredFormat(Protocol):
     quantized: ClassVar[bool]
     """Whether the weights are loaded in the 4 bits that they are stored in."""
     decoded: ClassVar[bool]
-    """Whether they are stored in fewer bits and become bf16 as they are read, which transformers must be told to do too."""
+    """Whether they are stored in fewer bits and become 16-bit values as they are read."""
+    dequantizes: ClassVar[bool]
+    """Whether transformers by itself gives the same values, where it is told to dequantize; a proof reads them here otherwise."""
 
     def mismatches(self, config: Config) -> list[str]:
         """A sentence for each setting that does not suit what config.json says of the format."""
+        ...
+
+    def kept(self, parameter: Parameter) -> Kept | None:
+        """How the files hold a weight that may stay as it is (`quant.type: stored`), by config.json alone; None for any other. A load
+        asks the tensors themselves."""
         ...
 
     def tensors(self, base: "Base") -> Mapping[str, StoredTensor | PackedTensor]:

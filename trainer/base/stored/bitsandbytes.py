@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from trainer.base.architecture import Parameter
 from trainer.base.base import Base, QuantizedBy
 from trainer.config import Config
 from trainer.errors import NOT_JSON, ConfigError
+from trainer.files.codes import Kept
 from trainer.files.safetensors_index import DTYPE_BYTES, PackedSources, PackedTensor, StoredTensor, TensorSource, numel
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -35,6 +37,7 @@ class BitsAndBytes4bit:
     unmergeable: ClassVar[str | None] = "stored in 4 bits, where no merged weight fits"
     quantized: ClassVar[bool] = True
     decoded: ClassVar[bool] = False
+    dequantizes: ClassVar[bool] = False
 
     @staticmethod
     def stores(quantization: dict[str, Any]) -> bool:
@@ -52,6 +55,9 @@ class BitsAndBytes4bit:
         if config.quant.cache:
             found.append("quant.cache: true has no effect, as the base is quantized already. Remove it.")
         return found
+
+    def kept(self, parameter: Parameter) -> Kept | None:
+        return None
 
     def tensors(self, base: Base) -> Mapping[str, StoredTensor | PackedTensor]:
         """Reads a few hundred bytes for each weight in 4 bits, all at once."""

@@ -20,14 +20,17 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from trainer.base.architecture import Parameter
 from trainer.base.base import Base, QuantizedBy
+from trainer.base.stored.shared.listed import is_listed
 from trainer.base.stored.shared.reads import LastReads
 from trainer.config import Config
 from trainer.errors import ConfigError, shown
+from trainer.files.codes import Code, Kept, Numbers
 from trainer.files.safetensors_index import WEIGHT_DTYPES, StoredTensor, TensorSource, numel
 
 if TYPE_CHECKING:
-    from trainer.base.stored.shared.coded import Code, Coded
+    from trainer.base.stored.shared.coded import Coded
 
 _FORMATS = (
     "pack-quantized",
@@ -55,6 +58,7 @@ class CompressedTensors:
     unmergeable: ClassVar[str | None] = "stored by compressed-tensors, where no new weight fits"
     quantized: ClassVar[bool] = False
     decoded: ClassVar[bool] = True
+    dequantizes: ClassVar[bool] = False
 
     @staticmethod
     def stores(quantization: dict[str, Any]) -> bool:
@@ -79,6 +83,12 @@ class CompressedTensors:
             if weights is not None:
                 yield _Scheme.of(weights)
 
+    def kept(self, parameter: Parameter) -> Kept | None:
+        if not parameter.matrices or is_listed(parameter, self.quantization.get("ignore")):
+            return None
+        scheme = next(self._schemes(), None)
+        return None if scheme is None else scheme.kept(parameter)
+
     def tensors(self, base: Base) -> Mapping[str, StoredTensor]:
         last_reads, found = LastReads(_KEPT), dict[str, StoredTensor](base.tensors)
         schemes = list(dict.fromkeys(self._schemes()))
@@ -102,6 +112,7 @@ class _Scheme:
     bits: int
     tile: tuple[int | None, int | None]
     symmetric: bool
+    order: bool
 
     @classmethod
     def of(cls, weights: dict[str, Any]) -> "_Scheme":
@@ -120,12 +131,22 @@ class _Scheme:
         sides = [side for side in tile if side is not None]
         if len(tile) != 2 or not all(type(side) is int and side > 0 for side in sides):
             raise ValueError(f"group_size or block_structure {weights.get('group_size')}")
-        return cls(number, bits, tile, bool(weights.get("symmetric", True)))
+        return cls(number, bits, tile, bool(weights.get("symmetric", True)), weights.get("actorder") == "group")
+
+    def kept(self, parameter: Parameter) -> Kept | None:
+        """How it stores this weight, of a matrix of the usual scales, where that may stay so."""
+        rows, columns = parameter.shape[-2:]
+        down, across = self.tile
+        numbers: dict[tuple[str, int], Numbers] = {("int", 4): "int4", ("int", 8): "offset8", ("float", 8): "e4m3"}
+        if across == 32:
+            numbers["float", 4] = "e2m1"
+        if not self.symmetric or self.order or (self.number, self.bits) not in numbers:
+            return None
+        code = Code(numbers[self.number, self.bits], (down or rows, across or columns))
+        return Kept(code, "F8_E8M0" if code.numbers == "e2m1" else "BF16", "BF16")
 
     def code(self, source: TensorSource) -> tuple["Code", tuple[int, ...]] | None:
         """How the values of `source` are coded by it, and the shape of the weight; None where they are not."""
-        from trainer.base.stored.shared.coded import Code
-
         kinds = {
             ("int", 4, "I32"): ("int4", 8),
             ("int", 8, "I32"): ("offset8", 4),

@@ -18,14 +18,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from trainer.base.architecture import Parameter
 from trainer.base.base import Base, QuantizedBy
+from trainer.base.stored.shared.listed import is_listed
 from trainer.base.stored.shared.reads import LastReads
 from trainer.config import Config
 from trainer.errors import ConfigError, shown
+from trainer.files.codes import Code, Kept, Numbers
 from trainer.files.safetensors_index import StoredTensor, TensorSource, numel
 
 if TYPE_CHECKING:
-    from trainer.base.stored.shared.coded import Coded, Code
+    from trainer.base.stored.shared.coded import Coded
 
 # Scales of so many matrices are kept, a few thousand numbers each: pieces of more are never in flight.
 _SCALES_KEPT = 32
@@ -44,6 +47,7 @@ class Fp8:
     unmergeable: ClassVar[str | None] = "stored in FP8, where no new weight fits"
     quantized: ClassVar[bool] = False
     decoded: ClassVar[bool] = True
+    dequantizes: ClassVar[bool] = True
 
     @staticmethod
     def stores(quantization: dict[str, Any]) -> bool:
@@ -65,10 +69,20 @@ class Fp8:
         return self.quantization.get("weight_block_size", _USUAL_TILE)
 
     @property
-    def _codes(self) -> dict[str, str]:
+    def _codes(self) -> dict[str, Numbers]:
         """The types of the codes in the files, and the numbers that they are."""
-        fp4 = {"I8": "e2m1"} if self.quantization.get("expert_dtype") == "fp4" else {}
+        fp4: dict[str, Numbers] = {"I8": "e2m1"} if self.quantization.get("expert_dtype") == "fp4" else {}
         return {"F8_E4M3": "e4m3", **fp4}
+
+    def kept(self, parameter: Parameter) -> Kept | None:
+        if not parameter.matrices or is_listed(parameter, self.quantization.get("modules_to_not_convert")):
+            return None
+        scales = "F8_E8M0" if self.quantization.get("scale_fmt") == "ue8m0" else "F32"
+        if parameter.kind == "experts" and "I8" in self._codes:
+            return Kept(Code("e2m1", _FP4_TILE), "F8_E8M0", "BF16")
+        rows, columns = parameter.shape[-2:]
+        tile = tuple(self._block_size or (rows, columns))
+        return Kept(Code("e4m3", (tile[0], tile[1])), scales, "BF16")
 
     def tensors(self, base: Base) -> Mapping[str, StoredTensor]:
         last_reads, found = LastReads(_SCALES_KEPT), dict[str, StoredTensor](base.tensors)
@@ -82,7 +96,7 @@ class Fp8:
     def _decoded(self, base: Base, name: str, source: TensorSource, last_reads: LastReads) -> "Coded":
         """Raises `ConfigError` unless a scale of `base` belongs to each tile."""
         # Only what reads weights loads numpy: `plan` does not, and answers sooner.
-        from trainer.base.stored.shared.coded import Code, Coded
+        from trainer.base.stored.shared.coded import Coded
         from trainer.base.stored.shared.floats import SCALES
 
         scales = next((base.tensors[other] for other in _scale_names(name) if other in base.tensors), None)

@@ -40,9 +40,11 @@ def load_plain(
     computed: torch.dtype,
     config: PretrainedConfig | None = None,
     streamed: StreamedLayers | None = None,
+    values: dict[str, Tensor] | None = None,
 ) -> Any:
     """A model as transformers reads it, ready to predict, its weights in `held`; `config` where it is not the folder's own. Where it
-    is to be `streamed`, it is on the device already, and its layers are read at their turns.
+    is to be `streamed`, it is on the device already, and its layers are read at their turns. `values` are what the files have, by name, where
+    transformers cannot read them.
 
     Its constants are those of a model in `computed`: Gemma's factor on embeddings is rounded to the type of the model.
 
@@ -58,10 +60,15 @@ def load_plain(
             "experts_implementation": "eager",  # grouped products want sizes that are multiples of 16 bytes
             **(streamed.options if streamed else {}),
         }
+        place = None if values else folder
+        if values:
+            options["state_dict"] = values
+            for part in (whole, whole.get_text_config(), config):
+                vars(part).pop("quantization_config", None)
         if whole.get_text_config() is whole:
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
+            model: Any = AutoModelForCausalLM.from_pretrained(place, config=config, **options)
         else:
-            model = AutoModelForMultimodalLM.from_pretrained(folder, **options)
+            model = AutoModelForMultimodalLM.from_pretrained(place, config=whole, **options)
         if streamed:
             streamed.take_over(model)
         if whole.get_text_config() is not whole:

@@ -8,34 +8,14 @@ formats have them, are the same bytes. A range of weights costs as many codes, a
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.base.stored.shared.floats import DECODED_AT_ONCE, E2M1, E4M3, SCALES, Floats, round_to_bf16
 from trainer.base.stored.shared.reads import LastReads
-from trainer.files.safetensors_index import DTYPE_BYTES, TensorSource, numel
-
-Numbers = Literal["e2m1", "e4m3", "int4", "int8", "offset8"]
-
-
-@dataclass(frozen=True)
-class Code:
-    """Codes of `bits`, which are these `numbers`, in tiles of (rows, columns), those at the borders cut off. int4 and offset8 count
-    from the least number up, int8 is the two's complement."""
-
-    numbers: Numbers
-    tile: tuple[int, int]
-
-    @property
-    def bits(self) -> int:
-        return 4 if self.numbers in ("e2m1", "int4") else 8
-
-    def tiles(self, rows: int, columns: int) -> tuple[int, int]:
-        """How many tiles a matrix has, along its rows and its columns."""
-        return math.ceil(rows / self.tile[0]), math.ceil(columns / self.tile[1])
-
+from trainer.files.codes import Code, Kept, KeptSources, Numbers
+from trainer.files.safetensors_index import DTYPE_BYTES, PackedSources, StoredTensor, TensorSource, as_bytes, numel
 
 # The value of each code, fp32.
 TABLES: dict[Numbers, Floats] = {
@@ -101,7 +81,7 @@ class Coded:
     def read(self, begin: int, end: int) -> bytearray:
         each, item = 8 // self.code.bits, DTYPE_BYTES[self.dtype]
         start = begin // each
-        raw = self._bytes(start, -(-end // each))
+        raw = as_bytes(self.codes).read(start, -(-end // each))
         data = bytearray(max(item * (end - begin), len(raw)))
         # It is decoded in place, from the front: codes at the end are read before values are written over them.
         data[len(data) - len(raw) :] = raw
@@ -131,10 +111,13 @@ class Coded:
         del data[item * (end - begin) :]
         return data
 
-    def _bytes(self, begin: int, end: int) -> bytearray:
-        """Bytes [begin, end) of the codes, whatever type the files give them."""
-        source, item = self.codes, DTYPE_BYTES[self.codes.dtype]
-        return TensorSource(source.store, source.key, "U8", (item * numel(source),), source.offset).read(begin, end)
+    @property
+    def kept(self) -> KeptSources | None:
+        """How it can stay as it is; None where more than its scales makes values of its codes."""
+        if any(part is not None for part in (self.second, self.zeros, self.order, self.then)):
+            return None
+        parts: dict[str, StoredTensor] = {"weight": as_bytes(self.codes), "scales": as_bytes(self.scales)}
+        return KeptSources(Kept(self.code, self.scales.dtype, self.dtype), PackedSources(parts, None))
 
     def _row_of_tiles(self, number: int) -> int:
         """The row of tiles that the row `number` of the stack lies in."""
