@@ -101,6 +101,61 @@ def fp4_scale(path: str, rows: int, columns: int) -> Made:
     return {f"{path}.{name}": tensor for name, tensor in files.items()}, values
 
 
+def nvfp4_modelopt(path: str, rows: int, columns: int) -> Made:
+    """Model Optimizer's: the scale of the scales multiplies."""
+    codes = torch.randint(0, 16, (rows, columns))
+    scales, whole = (torch.rand(rows, columns // 16) * 400).to(torch.float8_e4m3fn), torch.tensor(0.00271)
+    values = (FP4[codes] * (scales.float() * whole).repeat_interleave(16, 1)).bfloat16()
+    files = {"weight": halves(codes), "weight_scale": scales, "weight_scale_2": whole, "input_scale": torch.ones(())}
+    return {f"{path}.{name}": tensor for name, tensor in files.items()}, values
+
+
+def fp8_modelopt(path: str, rows: int, columns: int) -> Made:
+    weight, scale = torch.randn(rows, columns).to(torch.float8_e4m3fn), torch.tensor(0.0123)
+    files = {"weight": weight, "weight_scale": scale, "input_scale": torch.ones(())}
+    return {f"{path}.{name}": tensor for name, tensor in files.items()}, (weight.float() * scale).bfloat16()
+
+
+def llm_int8(path: str, rows: int, columns: int) -> Made:
+    """bitsandbytes' own dequantization."""
+    import bitsandbytes.functional as bnb
+
+    weight, largest = torch.randint(-127, 128, (rows, columns)).to(torch.int8), torch.rand(rows) + 0.5
+    files = {"weight": weight, "SCB": largest, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return {f"{path}.{name}": tensor for name, tensor in files.items()}, bnb.int8_vectorwise_dequant(weight, largest)
+
+
+def gptq(bits: int, group: int, *, less: int = 1, order: bool = False, dtype: torch.dtype = torch.float16) -> Maker:
+    """AutoGPTQ's QuantLinear: codes along the inputs, zeros along the outputs, one `less` than they are."""
+
+    def make(path: str, rows: int, columns: int) -> Made:
+        size = columns if group == -1 else group
+        codes = torch.randint(0, 2**bits, (columns, rows))
+        of = torch.arange(columns) // size
+        of = of[torch.randperm(columns)] if order else of
+        zeros = torch.randint(0, 2**bits, (int(of.max()) + 1, rows))
+        scales = some_scales(*zeros.shape, dtype=dtype)
+        values = ((codes - (zeros + less)[of]).to(dtype) * scales[of]).T
+        files = {"qweight": packed(codes, bits, 0), "qzeros": packed(zeros, bits, 1), "scales": scales, "g_idx": of.int()}
+        return {f"{path}.{name}": tensor for name, tensor in files.items()}, values
+
+    return make
+
+
+def awq(path: str, rows: int, columns: int) -> Made:
+    """AutoAWQ's WQLinear_GEMM: code i of an int32 is that of column order_map[i]."""
+    order_map = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+
+    def along(codes: Tensor) -> Tensor:
+        return packed(codes.unflatten(1, (-1, 8))[:, :, order_map].flatten(1), 4, 1)
+
+    codes, zeros = torch.randint(0, 16, (columns, rows)), torch.randint(0, 16, (columns // 128, rows))
+    scales = some_scales(*zeros.shape, dtype=torch.float16)
+    values = ((codes - zeros.repeat_interleave(128, 0)).half() * scales.repeat_interleave(128, 0)).T
+    files = {"qweight": along(codes), "qzeros": along(zeros), "scales": scales}
+    return {f"{path}.{name}": tensor for name, tensor in files.items()}, values
+
+
 def compressed(form: str, **weights: Any) -> dict[str, Any]:
     """The quantization_config of compressed-tensors."""
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
@@ -136,5 +191,16 @@ FORMATS: dict[str, tuple[dict[str, Any], Maker]] = {
     "fp8-whole": (compressed("float-quantized", strategy="tensor", **_FP8), fp8_rows(torch.float32, whole=True)),
     "nvfp4": (compressed("nvfp4-pack-quantized", strategy="tensor_group", group_size=16, **_FP4), nvfp4),
     "mxfp4-rows": (compressed("mxfp4-pack-quantized", strategy="group", group_size=32, **_FP4), mxfp4_rows),
+    "nvfp4-modelopt": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, nvfp4_modelopt),
+    "fp8-modelopt": ({"quant_method": "modelopt", "quant_algo": "FP8"}, fp8_modelopt),
+    "llm-int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, llm_int8),
+    "gptq-4": ({"quant_method": "gptq", "bits": 4, "group_size": 128}, gptq(4, 128)),
+    "gptq-4-order": ({"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": True}, gptq(4, 64, order=True)),
+    "gptq-8": ({"quant_method": "gptq", "bits": 8, "group_size": -1}, gptq(8, -1, dtype=torch.bfloat16)),
+    "gptq-v2": (
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "checkpoint_format": "gptq_v2"},
+        gptq(4, 128, less=0),
+    ),
+    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}, awq),
     "fp4-scale": ({"quant_method": "fp8", "expert_dtype": "fp4", "weight_block_size": [128, 128]}, fp4_scale),
 }

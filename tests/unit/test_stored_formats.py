@@ -242,10 +242,10 @@ def test_the_plan_knows_both_formats(workshop: Workshop, fp8: Path, mxfp4: Path)
 @pytest.mark.parametrize(
     ("quantization", "named"),
     [
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, r"'modelopt' \(quant_algo 'NVFP4'\)"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, r"'modelopt' \(quant_algo 'W4A8_AWQ'\)"),
+        ({"quant_method": "gptq", "bits": 3}, r"'gptq' \(bits 3\)"),
         ({"quant_method": "compressed-tensors", "format": "marlin-24"}, r"'compressed-tensors' \(format 'marlin-24'\)"),
         ({"quant_method": "fp8", "expert_dtype": "int3"}, r"'fp8' \(expert_dtype 'int3'\)"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, r"'bitsandbytes' \(load_in_8bit True\)"),
         ({"quant_method": "fbgemm_fp8"}, "'fbgemm_fp8', which cannot be read"),
         ({"bits": 4}, r"None \(bits 4\)"),
     ],

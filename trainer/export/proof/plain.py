@@ -60,7 +60,7 @@ def load_plain(
             "experts_implementation": "eager",  # grouped products want sizes that are multiples of 16 bytes
             **(streamed.options if streamed else {}),
         }
-        place = None if values else folder
+        place: Any = None if values else folder
         if values:
             options["state_dict"] = values
             for part in (whole, whole.get_text_config(), config):

@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 
 from trainer.base.architecture import Parameter
 
 
 def is_listed(parameter: Parameter, names: Sequence[str] | None) -> bool:
-    """Whether the names, each a path, an end or a part of one, or `re:` and a pattern that a path begins with, are those of the module
-    of `parameter`; of a mixture's experts, of the first one."""
+    """Whether the names, each a part of a path, a path with wildcards, or `re:` and a pattern that a path begins with, are those of the
+    module of `parameter`; of a mixture's experts, of the first one."""
     path = parameter.name.removesuffix(".weight")
     paths = [path]
     if parameter.kind == "experts":
@@ -22,4 +23,4 @@ def is_listed(parameter: Parameter, names: Sequence[str] | None) -> bool:
 def _names(name: str, path: str) -> bool:
     if name.startswith("re:"):
         return re.match(name.removeprefix("re:"), path) is not None
-    return f".{name}." in f".{path}."
+    return f".{name}." in f".{path}." or fnmatchcase(path, name)
