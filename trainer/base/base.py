@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol
 
 from trainer.base.architecture import Architecture, Parameter, mismatches
 from trainer.base.sampled import sample_weights
-from trainer.config import Config
+from trainer.config import Config, Quant
 from trainer.files.codes import Kept
 from trainer.files.safetensors_index import FileHeader, PackedTensor, StoredTensor, TensorSource, read_headers
 from trainer.store import Store
@@ -78,6 +78,14 @@ class Description:
     stored: StoredFormat
     unrecognised: tuple[str, ...] = ()
     """A sentence for each thing that config.json names and these facts lack; see trainer/base/describe/unrecognised.py."""
+
+    def decided(self, config: Config) -> Config:
+        """`config`, and where it says nothing of `quant`, with `quant.type: stored` over a base that is published in 4 bits: quantizing
+        it once more would lose some of what it has."""
+        in_4_bits = any(part.kept and part.kept.code.bits == 4 for part in self.architecture.parameters)
+        if config.quant.model_fields_set or not in_4_bits:
+            return config
+        return config.model_copy(update={"quant": Quant(type="stored")})
 
     def mismatches(self, config: Config) -> list[str]:
         """A sentence for each setting of `config` that asks more of the base than it has, or otherwise."""

@@ -72,7 +72,8 @@ class Quant(Section):
     type: Literal["nf4", "fp4", "stored", "none"] = setting(
         "nf4",
         about="4-bit type that the base is quantized to; none for 16-bit weights; or stored: weights stay as the base's files have them, in "
-        "INT4, MXFP4, FP4, FP8 or INT8, and those in 16 bits too. docs/bases.md says which bases can.",
+        "INT4, MXFP4, FP4, FP8 or INT8, and those in 16 bits too. Where a configuration says nothing of quant and the base is published in "
+        "4 bits, it is stored. docs/bases.md says which bases can.",
         example="nf4",
     )
     block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] = setting(
