@@ -136,7 +136,12 @@ def gptq(bits: int, group: int, *, less: int = 1, order: bool = False, dtype: to
         zeros = torch.randint(0, 2**bits, (int(of.max()) + 1, rows))
         scales = some_scales(*zeros.shape, dtype=dtype)
         values = ((codes - (zeros + less)[of]).to(dtype) * scales[of]).T
-        files = {"qweight": packed(codes, bits, 0), "qzeros": packed(zeros, bits, 1), "scales": scales, "g_idx": of.int()}
+        files = {
+            "qweight": packed(codes, bits, 0),
+            "qzeros": packed(zeros, bits, 1),
+            "scales": scales,
+            "g_idx": of.int(),
+        }
         return {f"{path}.{name}": tensor for name, tensor in files.items()}, values
 
     return make

@@ -20,7 +20,10 @@ from trainer.store import open_store
 UNPACKED = ("data.packing=false",)  # gpt-oss
 # Packed matrices of each: linear layers, and stacks of experts.
 MATRICES = {
-    **{"llama": 2 * 7, "latent": 18, "awkward": 7, "whole": 2 * 7},
+    "llama": 2 * 7,
+    "latent": 18,
+    "awkward": 7,
+    "whole": 2 * 7,
     **dict.fromkeys(("experts", "gpt-oss", "int4"), 2 * (4 + 2)),
 }
 WRONG = "wrong"

@@ -40,13 +40,20 @@ def kept_bytes(base: Path) -> int:
     )
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=pytest.mark.long), pytest.param(3, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("ranks", "names"),
+    [
+        (2, ["int4"]),
+        *(pytest.param(count, ["int4", "mxfp4", "fp8", "fp4"], marks=pytest.mark.long) for count in (1, 2, 3)),
+    ],
+)
 def test_logits_are_those_of_the_decoded_base_and_ranks_keep_the_stored_bytes(
-    workshop: Workshop, bases: dict[str, Path], ranks: int
+    workshop: Workshop, bases: dict[str, Path], ranks: int, names: list[str]
 ) -> None:
     config = dump_config(workshop.config("kept", *UNPACKED))
-    results = launch(ranks, kept.kept_and_decoded, config, [str(base) for base in bases.values()], timeout=200)
-    for index, (name, base) in enumerate(bases.items()):
+    results = launch(ranks, kept.kept_and_decoded, config, [str(bases[name]) for name in names], timeout=200)
+    for index, name in enumerate(names):
+        base = bases[name]
         every: list[dict[str, Any]] = [rank[index] for rank in results]
         assert {facts["modules"] for facts in every} == {7 if name == "fp8" else 4}
         for facts in every:
@@ -64,7 +71,9 @@ def test_adapters_learn_on_experts_as_over_the_decoded_base(workshop: Workshop, 
         for base, quant in ((where, "stored"), (where / "decoded", "none"))
     ]
     texts = [
-        dump_config(config.model_copy(update={"tuning": config.tuning.model_copy(update={"experts": "fp8" not in name})}))
+        dump_config(
+            config.model_copy(update={"tuning": config.tuning.model_copy(update={"experts": "fp8" not in name})})
+        )
         for name, config in zip([name for name in bases for _ in range(2)], configs, strict=True)
     ]
     found: Any = launch(2, curves.losses_of_each, texts, workshop.prepare(configs[0]).train, timeout=400)
@@ -74,7 +83,8 @@ def test_adapters_learn_on_experts_as_over_the_decoded_base(workshop: Workshop, 
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["int4", pytest.param("mxfp4", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["int4", "mxfp4"])
 def test_an_export_is_proven_over_the_stored_weights(
     workshop: Workshop, bases: dict[str, Path], tmp_path: Path, name: str
 ) -> None:

@@ -1,6 +1,5 @@
 """A base that bitsandbytes quantized is loaded as it is, or refused with what does not fit."""
 
-import json
 import re
 import shutil
 from pathlib import Path

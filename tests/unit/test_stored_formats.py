@@ -22,8 +22,8 @@ from trainer.base.describe.meta import model_config
 from trainer.base.find.check import check_base
 from trainer.base.find.locate import resolve_base
 from trainer.base.rows.parameters import find_all_weights
-from trainer.base.stored.shared.coded import Coded
 from trainer.base.stored.mxfp4.experts import Mxfp4Experts
+from trainer.base.stored.shared.coded import Coded
 from trainer.base.stored.shared.floats import E2M1, E4M3, E8M0, round_to_bf16
 from trainer.base.stored.shared.reads import LastReads
 from trainer.config import Config

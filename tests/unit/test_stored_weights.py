@@ -18,7 +18,17 @@ from trainer.files.safetensors_index import Joined, Stretch, numel
 from trainer.model.nf4 import Packed
 from trainer.model.stored import StoredFormat
 
-KEPT = ["int4-32", "int4-128-fp16", "int4-rows", "int8-rows", "fp8-rows", "fp8-whole", "fp8-modelopt", "mxfp4-rows", "fp4-scale"]
+KEPT = [
+    "int4-32",
+    "int4-128-fp16",
+    "int4-rows",
+    "int8-rows",
+    "fp8-rows",
+    "fp8-whole",
+    "fp8-modelopt",
+    "mxfp4-rows",
+    "fp4-scale",
+]
 
 
 def weight_of(base: Base, how: dict[str, Any], name: str) -> Any:
@@ -49,7 +59,9 @@ def test_a_layer_over_a_stored_weight_is_that_over_its_values(tmp_path: Path, na
     assert torch.equal(layer.dequantize(), values.float())
     assert torch.equal(linear(found, 37, 384, torch.bfloat16).dequantize(), values.bfloat16())
     held = sum(parameter.numel() for parameter in layer.parameters())
-    assert held == sum(tensor.nbytes for key, tensor in tensors.items() if not key.endswith(("weight_shape", "input_scale")))
+    assert held == sum(
+        tensor.nbytes for key, tensor in tensors.items() if not key.endswith(("weight_shape", "input_scale"))
+    )
     x = torch.randn(5, 384, requires_grad=True)
     layer(x).square().sum().backward()
     (expected,) = torch.autograd.grad((x @ values.float().T).square().sum(), x)

@@ -18,8 +18,12 @@ from trainer.model.nf4 import FrozenLinear4bit, FrozenStack4bit, Layout, Packed
 # Weights that are decoded at once: their values and scales in fp32 are beside the result meanwhile (trainer/plan/memory.py).
 _AT_ONCE = 2**23
 _TYPES = {
-    **{"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32},
-    **{"F8_E8M0": torch.float8_e8m0fnu, "U8": torch.float8_e8m0fnu, "F8_E4M3": torch.float8_e4m3fn},
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U8": torch.float8_e8m0fnu,
+    "F8_E4M3": torch.float8_e4m3fn,
 }
 # OCP Microscaling specification 1.0, table 5.
 _E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]

@@ -74,7 +74,14 @@ def load_model(
                 log(left_out_sentence(weights.left_out))
         partitioner = Partitioner(deepspeed_config, dtype, scope, ranks)
         placement = place_partitions(
-            model, config.quant, dtype, partitioner, weights.sources, stored, base.architecture.quantizable(), kept_sources
+            model,
+            config.quant,
+            dtype,
+            partitioner,
+            weights.sources,
+            stored,
+            base.architecture.quantizable(),
+            kept_sources,
         )
         before = base.store.range_bytes
         run_jobs(placement.jobs, ranks, log)

@@ -169,7 +169,9 @@ def _coded(base: Base, path: str, source: TensorSource, schemes: list[_Scheme], 
     from trainer.base.stored.shared.coded import Coded, Second, ZeroPoints
     from trainer.base.stored.shared.floats import SCALES
 
-    part = {leaf: base.tensors.get(f"{path}.weight_{leaf}") for leaf in ("scale", "zero_point", "g_idx", "global_scale")}
+    part = {
+        leaf: base.tensors.get(f"{path}.weight_{leaf}") for leaf in ("scale", "zero_point", "g_idx", "global_scale")
+    }
     scales, zeros = part["scale"], part["zero_point"]
     for scheme in schemes:
         found = scheme.code(source)

@@ -50,7 +50,9 @@ class Mxfp4:
         return []
 
     def kept(self, parameter: Parameter) -> Kept | None:
-        stack = parameter.kind == "experts" and not is_listed(parameter, self.quantization.get("modules_to_not_convert"))
+        stack = parameter.kind == "experts" and not is_listed(
+            parameter, self.quantization.get("modules_to_not_convert")
+        )
         return Kept(Code("e2m1", (1, 32)), "F8_E8M0", "BF16", transposed=True) if stack else None
 
     def tensors(self, base: Base) -> Mapping[str, StoredTensor]:
