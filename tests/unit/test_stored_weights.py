@@ -7,16 +7,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.codes import FORMATS
+from tests.codes import FORMATS, compressed
 from tests.stored import from_fp8, from_mxfp4, random_mxfp4, to_fp8
+from tests.unit.test_published_models import MODELS
 from tests.unit.test_stored_codes import base_of
 from trainer.base.base import Base
-from trainer.base.describe.description import stored_format
+from trainer.base.describe.description import describe, stored_format
 from trainer.base.rows.kept_parts import kept_sources
-from trainer.files.codes import KeptSources
+from trainer.config import Quant, override, parse_config
+from trainer.files.codes import Code, KeptSources
 from trainer.files.safetensors_index import Joined, Stretch, numel
 from trainer.model.nf4 import Packed
 from trainer.model.stored import StoredFormat
+from trainer.plan.sizes import stored_bytes
 
 KEPT = [
     "int4-32",
@@ -123,3 +126,40 @@ def test_what_more_than_scales_make_values_of_is_decoded_as_it_is_read(tmp_path:
         folder.mkdir()
         tensors, _ = make("q", 16, 64)
         assert kept_sources(weight_of(base_of(folder, tensors), how, "q.weight")) is None
+
+
+KIMI = compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32, symmetric=True) | {
+    "ignore": [
+        "lm_head",
+        "re:.*self_attn.*",
+        "re:.*shared_experts.*",
+        r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
+    ]
+}
+
+
+def test_a_base_in_4_bits_is_known_by_its_config_alone_and_stays_as_it_is() -> None:
+    """Kimi K2 Thinking: its files are 594 GB."""
+    plain = MODELS["Kimi-K2"].config
+    for given in ({**plain, "quantization_config": KIMI}, {**plain, "text_config": {"quantization_config": KIMI}}):
+        base = describe(given)
+        assert base.unrecognised == ()
+        parts = base.architecture.parameters
+        assert {part.kind for part in parts if part.kept} == {"experts"}
+        held = sum(stored_bytes(part, Quant(type="stored"), 2) or 2 * part.numel for part in parts)
+        assert held == pytest.approx(594e9, rel=0.005)
+    unsaid = parse_config("model: {base: b}\nrun: {name: a, store: s}\ndata: {train: [{path: p}]}\ntrain: {steps: 1}")
+    assert base.decided(override(unsaid, "train.steps=2")).quant.type == "stored"
+    assert base.decided(override(unsaid, "quant.type=nf4")).quant.type == "nf4"
+    assert describe(plain).decided(unsaid).quant.type == "nf4"
+    asked = override(unsaid, "quant.type=stored")
+    assert any("has none that can stay so" in line for line in describe(plain).mismatches(asked))
+    assert not any("quant.type" in line for line in base.mismatches(asked))
+
+
+def test_experts_in_fp4_are_known_beside_weights_in_fp8() -> None:
+    """DeepSeek-V4 says so at the top of its config.json, and leaves nothing else in 16 bits."""
+    how = {"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"}
+    base = describe({**MODELS["DeepSeek-V3"].config, "quantization_config": how, "expert_dtype": "fp4"})
+    found = {part.kind: part.kept.code for part in base.architecture.parameters if part.kept}
+    assert found == {"linear": Code("e4m3", (128, 128)), "experts": Code("e2m1", (1, 32))}
