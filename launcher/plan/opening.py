@@ -35,6 +35,7 @@ def _lines(planned: Planned, config: Config) -> Iterator[tuple[str, str | Text]]
     yield from (("unclear", sentence) for sentence in planned.plan.unrecognised)
     yield "counted", _sureness(planned)
     yield "length", _length(planned, config)
+    yield from (("rhythm", sentence) for sentence in _rhythm(planned.length, config))
     yield "data", _data(planned.length)
     yield from (("note", note) for note in planned.plan.notes)
     estimate = planned.forecast
@@ -87,6 +88,21 @@ def _length(planned: Planned, config: Config) -> str:
         return steps
     tokens = "" if length.tokens is None else f"about {_large(length.tokens)} tokens, "
     return f"{'' if config.train.epochs else 'about '}{_counted(length.epochs, 'epoch')}, {tokens}{steps}"
+
+
+def _rhythm(length: Length, config: Config) -> Iterator[str]:
+    """The steps between what comes so many times in an epoch."""
+    for name, times in (
+        ("eval.per_epoch", config.eval.per_epoch),
+        ("checkpoint.per_epoch", config.checkpoint.per_epoch),
+    ):
+        if not times:
+            continue
+        if length.steps_of_epoch is None:
+            yield f"{name}: {times:g} is not known in steps before the data is compiled"
+        else:
+            about = "" if length.compiled and length.counted else "about "
+            yield f"{name}: {times:g} is {about}every {max(1, length.steps_of_epoch / times):.4g} steps"
 
 
 def _data(length: Length) -> str:

@@ -117,7 +117,7 @@ def test_the_command_prints_json_and_needs_neither_torch_nor_a_compilation(base:
         f"sys.argv = ['capstan', 'data', 'show', '{tmp_path}/run.yaml', '--json']\n"
         "try: main()\nfinally: assert not {'ray', 'deepspeed'} & sys.modules.keys()"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(done.stdout)["rows"]
     assert (row["documents"][0]["tokens"], row["documents"][0]["trained"]) == marked(user("hi") + says("yo"))

@@ -98,3 +98,36 @@ def test_a_batch_that_is_skipped_is_no_step() -> None:
 def test_epochs_that_are_over_leave_no_steps() -> None:
     train = Train(epochs=1, steps=None, global_batch=20)
     assert horizon_of(train, [[[200]]], 15, Position(1, 0, 100)).steps == 15
+
+
+def due_at(shop: Workshop, *settings: str, per_epoch: float, to: int | None = None, step: int = 0) -> list[int]:
+    """The steps of a run of the shop's 200 rows after which something comes `per_epoch` times an epoch; the run begins at `step`,
+    with as many steps of 20 rows behind it."""
+    config = shop.config(
+        "rhythm", "data.packing=false", "train.global_batch=20", f"checkpoint.per_epoch={per_epoch}", *settings
+    )
+    datasets = shop.prepare(config)
+    stream = train_stream(
+        config, open_chapters(shop.store, datasets.train, shop.store.sub("rows")), rank=0, world_size=1
+    )
+    position = Position()
+    for _ in range(20 * step // config.train.global_batch):
+        position = stream.advance(position)
+    horizon, found = horizon_of(config.train, datasets.epochs, step, position), list[int]()
+    while step < (to or horizon.steps):
+        before, position, step = position, stream.advance(position), step + 1
+        if horizon.is_due(config.checkpoint.per_epoch, before, position):
+            found.append(step)
+    return found
+
+
+def test_what_comes_so_often_an_epoch_comes_at_even_distances_and_at_its_end(shop: Workshop) -> None:
+    epochs = ("train.steps=null", "train.epochs=2")
+    assert due_at(shop, *epochs, per_epoch=2) == [5, 10, 15, 20]
+    assert due_at(shop, *epochs, per_epoch=4) == [3, 5, 8, 10, 13, 15, 18, 20]
+    assert due_at(shop, *epochs, per_epoch=0.5) == [20]
+    assert due_at(shop, "train.steps=27", per_epoch=1) == [10, 20]
+    assert due_at(shop, *epochs, per_epoch=2, step=4) == [5, 10, 15, 20], "a resumed run goes on with the same steps"
+    assert due_at(shop, *epochs, "train.global_batch=10", per_epoch=2, step=4) == [6, 16, 26, 36], (
+        "another batch finds the same rows: 80 are behind it, and 100 are half of them"
+    )

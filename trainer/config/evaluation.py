@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from trainer.config.data import LIKELY, ROW_FORMATS, Data, Format, kind_of
 from trainer.section import Section, setting
@@ -51,11 +51,19 @@ class Evaluation(Section):
 
     every: int = setting(
         0,
-        about="Evaluate every so many steps, before the first step and at the end; 0 is only at the end. Earlier versions called "
-        "it train.eval_every.",
+        about="Evaluate every so many steps, before the first step and at the end; 0 is only at the end.",
         example=100,
         ge=0,
         unit="steps",
+    )
+    per_epoch: float = setting(
+        0,
+        about="Instead of every: evaluate so many times in each pass over the training data, at even distances and at its end, and "
+        "before the first step. `capstan plan` says which steps these are.",
+        example=4,
+        ge=0,
+        le=10_000,
+        unit="evaluations an epoch",
     )
     sets: dict[str, EvalSet] = setting(
         {},
@@ -80,6 +88,17 @@ class Evaluation(Section):
     max_tokens: int = setting(
         128, about="Longest answer to a prompt while the run trains.", example=64, ge=1, le=2**20, unit="tokens"
     )
+
+    @property
+    def between(self) -> bool:
+        """Whether anything is evaluated before the run's end."""
+        return self.every > 0 or self.per_epoch > 0
+
+    @model_validator(mode="after")
+    def _said_once(self) -> "Evaluation":
+        if self.every and self.per_epoch:
+            raise ValueError("eval.every and eval.per_epoch: both given. Set one of them.")
+        return self
 
     @field_validator("sets")
     @classmethod

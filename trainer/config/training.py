@@ -152,7 +152,6 @@ class Train(Section):
         "much for the GPU.",
         example=True,
     )
-    eval_every: int = setting(0, about="The older name of eval.every.", example=100, ge=0, unit="steps")
     sample_every: int = setting(
         0,
         about="Answer eval.prompts every so many steps, before the first step and at the end, greedily, and keep the answers in the "
@@ -249,7 +248,19 @@ class Checkpoint(Section):
     """When training state is committed to the store."""
 
     every_steps: int = setting(
-        100, about="Commit every so many steps; 0 turns this rule off.", example=100, ge=0, unit="steps"
+        100,
+        about="Commit every so many steps; 0 turns this rule off, as per_epoch does where this is not given.",
+        example=100,
+        ge=0,
+        unit="steps",
+    )
+    per_epoch: float = setting(
+        0,
+        about="Commit so many times in each pass over the training data, at even distances and at its end; 0 turns this rule off.",
+        example=1,
+        ge=0,
+        le=10_000,
+        unit="commits an epoch",
     )
     every_minutes: float = setting(
         30,
@@ -294,6 +305,13 @@ class Checkpoint(Section):
         ge=0,
         unit="saves",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_rule(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("per_epoch") and "every_steps" not in given:
+            return {**given, "every_steps": 0}
+        return given
 
 
 class Retry(Section):

@@ -36,26 +36,12 @@ class Config(Section):
     track: Track = Track()
     sweep: Sweep = Sweep()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _older_names(cls, given: Any) -> Any:
-        """`train.eval_every` of earlier versions is `eval.every`, so that a later override finds one setting only."""
-        train, evaluation = (given.get(name, {}) for name in ("train", "eval")) if isinstance(given, dict) else ({}, {})
-        every = train.get("eval_every") if isinstance(train, dict) else None
-        if type(every) is not int or every <= 0 or not isinstance(evaluation, dict):
-            return given
-        if evaluation.get("every", every) not in (0, every):
-            raise ValueError(
-                f"train.eval_every: {every} is the older name of eval.every, which is {evaluation['every']}. Set eval.every alone."
-            )
-        return {**given, "train": {**train, "eval_every": 0}, "eval": {**evaluation, "every": every}}
-
     @model_validator(mode="after")
     def _used(self) -> "Config":
-        if self.eval.every and not self.evaluated:
+        if self.eval.between and not self.evaluated:
+            name = "eval.every" if self.eval.every else "eval.per_epoch"
             raise ValueError(
-                "eval.every (train.eval_every): has no effect without data.eval, data.held_out or eval.sets. Set one of them, or "
-                "set it to 0."
+                f"{name}: has no effect without data.eval, data.held_out or eval.sets. Set one of them, or set it to 0."
             )
         if wrong := self.eval.mismatches(self.data):
             raise ValueError(wrong[0])
@@ -63,11 +49,13 @@ class Config(Section):
             raise ValueError("train.sample_every: has no effect without eval.prompts. Set that, or set it to 0.")
         if self.tuning.targets == []:
             raise ValueError("tuning.targets: [] leaves nothing to learn. Name layers, or set all-linear.")
-        if self.checkpoint.keep_best and not self.eval.every:
-            raise ValueError("checkpoint.keep_best: has no effect without eval.every. Set that, or set it to 0.")
+        if self.checkpoint.keep_best and not self.eval.between:
+            raise ValueError(
+                "checkpoint.keep_best: has no effect without eval.every or eval.per_epoch. Set one of them, or set it to 0."
+            )
         if self.sweep.settings:
             known = [name for name, _ in fields()]
-            if wrong := self.sweep.mismatches(known, self.evaluated, self.eval.every):
+            if wrong := self.sweep.mismatches(known, self.evaluated, self.eval.between):
                 raise ValueError("\n".join(wrong))
         return self
 

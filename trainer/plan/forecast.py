@@ -35,6 +35,7 @@ class Length:
     counted: bool
     compiled: bool
     file_bytes: int
+    steps_of_epoch: int | None = None  # of the first one
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def length_of(config: Config, epoch: EpochLength | None) -> Length:
         epochs = steps / ceil(rows / train.global_batch)
     tokens = round(epochs * epoch.tokens) if epochs and epoch else None
     found = (epoch.tokens, epoch.compiled, epoch.file_bytes) if epoch else (None, False, 0)
-    return Length(steps, epochs, tokens, found[0], counted, *found[1:])
+    first = epoch.bins[0] if epoch and epoch.bins else rows
+    return Length(steps, epochs, tokens, found[0], counted, *found[1:], first and ceil(first / train.global_batch))
 
 
 def assumed_rate(config: Config, model: Architecture, gpu: Gpu, recomputed: float) -> Rate | None:

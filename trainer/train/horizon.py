@@ -20,7 +20,7 @@ class Horizon:
     """The end of a run, as one start of it sees it.
 
     `steps` is the last step. `whole` are the steps that the present settings make of all of the run's data: as many, unless the
-    batch or the epochs changed in the course of the run, or a batch is skipped. `epochs` are empty where `train.steps` ends the run.
+    batch or the epochs changed in the course of the run, or a batch is skipped. `epochs` are empty where nothing goes by them.
     """
 
     steps: int
@@ -41,13 +41,28 @@ class Horizon:
         epoch = self.epochs[position.epoch]
         return position.epoch + bins.before(epoch, position) / bins.total(epoch)
 
+    def is_due(self, per_epoch: float, before: Position, after: Position) -> bool:
+        """Whether what comes `per_epoch` times in each pass comes with the update whose data lies between the two positions.
+
+        It goes by the data alone, so a start with another batch or other epochs finds the same places in them.
+        """
+        return per_epoch > 0 and self._times(per_epoch, before) != self._times(per_epoch, after)
+
+    def _times(self, per_epoch: float, position: Position) -> int:
+        """How often something that comes `per_epoch` times in a pass has come before `position`."""
+        passed = Fraction(position.epoch)
+        if position.epoch < len(self.epochs):
+            epoch = self.epochs[position.epoch]
+            passed += Fraction(bins.before(epoch, position), bins.total(epoch))
+        return int(passed * Fraction(str(per_epoch)))
+
 
 def horizon_of(
     train: Train, epochs: Sequence[EpochBins], step: int, position: Position, skipped: Collection[Position] = ()
 ) -> Horizon:
     """The end of a run whose state after `step` updates goes on at `position`, without the batches at `skipped`."""
     if train.steps:
-        return Horizon(train.steps, train.steps)
+        return Horizon(train.steps, train.steps, epochs)
     asked, sizes = Fraction(str(train.epochs)), list(map(bins.total, epochs))
     taken = [
         _taken(number, size, epoch, position) for number, (size, epoch) in enumerate(zip(sizes, epochs, strict=True))

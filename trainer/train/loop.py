@@ -71,7 +71,7 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
     first_step, saves = step + 1, SaveRules(run.start.config.checkpoint, run.clock)
     routing = Routing(engine.model, ranks, run.start.metrics)
     if step == 0:
-        _evaluate_if_due(run, step, Stop.NO, routing)
+        _evaluate_if_due(run, step, run.start.config.eval.between, Stop.NO, routing)
         _sample_if_due(run, step, Stop.NO)
     reader = run.stream.read_from(position, compiling=lambda awaited: _wait(run, step, awaited))
     while step < run.horizon.steps:
@@ -107,9 +107,9 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
         grad_norm = engine.step(lr)
         if not math.isfinite(grad_norm):
             raise _not_finite("gradient", step, grad_norm, position)
-        epoch, position = position.epoch, run.stream.advance(position)
+        place, position = position, run.stream.advance(position)
         seconds = time.monotonic() - started
-        record = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": grad_norm}
+        record = {"step": step, "epoch": place.epoch, "loss": loss, "lr": lr, "grad_norm": grad_norm}
         if (passes := run.horizon.passes(position)) is not None:
             record["passes"] = passes
         record |= {
@@ -121,10 +121,13 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
         _begin(run, "save", step)
         checkpoints.advance(all_ready=all(rank.saved for rank in every))
         last = bool(stopping) or step == run.horizon.steps
-        evaluated = _evaluate_if_due(run, step, stopping, routing)
+        evaluating, saving = run.start.config.eval, run.start.config.checkpoint
+        due = _is_every(evaluating.every, step) or run.horizon.is_due(evaluating.per_epoch, place, position)
+        evaluated = _evaluate_if_due(run, step, due, stopping, routing)
         _sample_if_due(run, step, stopping)
-        best = run.start.config.checkpoint.keep_best and evaluated is not None
-        if step == first_step or last or best or saves.is_due(step, every[0].since_save):
+        best = saving.keep_best and evaluated is not None
+        due = saves.is_due(step, every[0].since_save) or run.horizon.is_due(saving.per_epoch, place, position)
+        if step == first_step or last or best or due:
             checkpoints.save(engine, step, position.to_json(), eval_loss=evaluated, may_skip=not last)
             routing.report(step)
             saves.saved()
@@ -209,10 +212,10 @@ def _begin(run: Training, phase: Phase, step: int = 0) -> None:
     run.engine.clock.enter(phase)
 
 
-def _evaluate_if_due(run: Training, step: int, stopping: Stop, routing: Routing) -> float | None:
-    """Evaluate the state at `step` where that is due; returns the loss, in nats, of the unnamed data, or without any of the first
+def _evaluate_if_due(run: Training, step: int, due: bool, stopping: Stop, routing: Routing) -> float | None:
+    """Evaluate the state at `step` where that is `due` or the end; returns the loss, in nats, of the unnamed data, or without any of the first
     set. Collective."""
-    if not _is_due(run, run.start.config.eval.every, step, stopping):
+    if not (step == run.horizon.steps or (due and not stopping)):
         return None
     loss = None
     # Backwards, so that the newest record is of the data whose loss decides what is kept.
@@ -230,7 +233,8 @@ def _evaluate_if_due(run: Training, step: int, stopping: Stop, routing: Routing)
 
 def _sample_if_due(run: Training, step: int, stopping: Stop) -> None:
     """Answer the prompts by the state at `step` where that is due. Collective."""
-    if run.samples is not None and _is_due(run, run.start.config.train.sample_every, step, stopping):
+    due = _is_every(run.start.config.train.sample_every, step) and not stopping
+    if run.samples is not None and (due or step == run.horizon.steps):
         _begin(run, "evaluate")
         run.samples.take(run.engine, step, lambda: _begin(run, "evaluate"))
         _begin(run, "save", step)
@@ -278,11 +282,6 @@ def _not_finite(what: str, step: int, value: float, position: Position) -> NonFi
         f"the {what} of step {step} is {value}. Resume from the last checkpoint with a lower optim.lr.",
         position.to_json(),
     )
-
-
-def _is_due(run: Training, every: int, step: int, stopping: Stop) -> bool:
-    """Whether what comes `every` so many steps, and at the end, comes at `step`; a stop leaves it out."""
-    return step == run.horizon.steps or (_is_every(every, step) and not stopping)
 
 
 def _is_every(every: int, step: int) -> bool:

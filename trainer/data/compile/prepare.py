@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 class Datasets:
     """Fingerprints of a run's compiled data, which any rank can open from the store.
 
-    `epochs` are the bins of each epoch, where `train.epochs` is what ends the run, of which the last may be a part only; `sets` are
-    those of `eval.sets`, by name.
+    `epochs` are the bins of each epoch, where `train.epochs` is what ends the run, of which the last may be a part only, or something
+    comes so many times in an epoch; `sets` are those of `eval.sets`, by name.
     """
 
     train: str
@@ -83,8 +83,8 @@ def prepare_start(
 ) -> tuple[Datasets, Iterator[int]]:
     """`prepare` as far as a run needs to start. Iterating over the second value compiles the rest, a chapter at a time.
 
-    It yields the number of each chapter, and is empty where the data is one chapter, or where `train.epochs` ends the run: then
-    all bins have to be counted first.
+    It yields the number of each chapter, and is empty where the data is one chapter, or where `train.epochs` ends the run or something
+    comes so many times in an epoch: then all bins have to be counted first.
     """
     inputs = find(config)
     for what, sources in (("train", config.data.train), ("eval", config.data.eval)):
@@ -104,10 +104,10 @@ def prepare_start(
         size = sum(file.size for file in inputs[what].files)
         progress(what, Progress(size, size, notes=[sentence]))
     epochs: list[EpochBins] = []
-    if config.train.epochs:
+    if config.train.epochs or config.eval.per_epoch or config.checkpoint.per_epoch:
         for _ in rest:
             pass
-        epochs = _epoch_bins(store, keys["train"], train_order(config), ceil(config.train.epochs))
+        epochs = _epochs_of(config, store, keys["train"])
     return Datasets(keys["train"], keys.get("eval"), epochs, named(keys)), rest
 
 
@@ -219,6 +219,18 @@ def _may_have_weights(files: Sequence[SourceFile]) -> bool:
 
 def _show_reading(progress: OnProgress, what: str, size: int, read: int) -> None:
     progress(what, Progress(min(read, size), size))
+
+
+def _epochs_of(config: Config, store: Store, fingerprint: str) -> list[EpochBins]:
+    """The bins of the epochs that the run visits, the last of which may be a part only."""
+    order, train = train_order(config), config.train
+    if train.epochs:
+        return _epoch_bins(store, fingerprint, order, ceil(train.epochs))
+    epochs, steps = list[EpochBins](), 0
+    while steps < (train.steps or 0):
+        epochs = _epoch_bins(store, fingerprint, order, len(epochs) + 1)
+        steps += ceil(total(epochs[-1]) / train.global_batch)
+    return epochs
 
 
 def _epoch_bins(store: Store, fingerprint: str, order: Order, epochs: int) -> list[EpochBins]:
