@@ -79,11 +79,15 @@ class Description:
     unrecognised: tuple[str, ...] = ()
     """A sentence for each thing that config.json names and these facts lack; see trainer/base/describe/unrecognised.py."""
 
+    @property
+    def in_4_bits(self) -> bool:
+        """Whether its makers publish it in 4 bits, in a form in which it can stay."""
+        return any(part.kept and part.kept.code.bits == 4 for part in self.architecture.parameters)
+
     def decided(self, config: Config) -> Config:
         """`config`, and where it says nothing of `quant`, with `quant.type: stored` over a base that is published in 4 bits: quantizing
         it once more would lose some of what it has."""
-        in_4_bits = any(part.kept and part.kept.code.bits == 4 for part in self.architecture.parameters)
-        if config.quant.model_fields_set or not in_4_bits:
+        if config.quant.model_fields_set or not self.in_4_bits:
             return config
         return config.model_copy(update={"quant": Quant(type="stored")})
 
