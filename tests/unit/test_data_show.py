@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from launcher.data.show import Shown, render, show
-from tests.unit.test_data_arriving import FILES, TALK, compiled, config_of, lines, marked, says, tokenizer, user, write
+from tests.unit.test_data_files import FILES, TALK, compiled, config_of, lines, marked, says, tokenizer, user, write
 from trainer.config import dump_config
 from trainer.data.dataset.binary import ID_BITS, TARGET_BIT
 from trainer.errors import ConfigError, DataError
