@@ -5,7 +5,22 @@ a base of two to four layers has all of them. No size is a power of two where it
 and no two matrices of one layer have one shape by chance.
 """
 
+from collections.abc import Iterable
 from typing import Any
+
+import pytest
+
+# Families that together have every kind of layer and of storage, for those tests that are a table of families.
+QUICK = (
+    *("llama", "phi3", "gemma2", "gpt-oss", "qwen3-next", "gemma4", "deepseek-v3", "nemotron-h", "llama4"),
+    "granitemoe-hybrid",
+)
+
+
+def rows(kinds: Iterable[str], quick: Iterable[str] = QUICK) -> list[Any]:
+    """The kinds as a test's parameters, of which all but the `quick` ones are marked long."""
+    return [kind if kind in quick else pytest.param(kind, marks=pytest.mark.long) for kind in kinds]
+
 
 # A vocabulary of 256 bytes and three special tokens.
 SIZES: dict[str, Any] = {

@@ -150,6 +150,7 @@ def _assemble(
     resolved, ranks = start.resolved, start.ranks
     if ranks.rank == 0:
         start.folder.put(layout.ENVIRONMENT, environment(ranks))
+    check_same_base(resolved.base, ranks)  # before what is made of it is kept for other starts
     rows = _rows(start, datasets)
     attention = attention_of(resolved, ranks.device)
     start.log(f"attention: {attention.name} ({attention.why})")
@@ -161,7 +162,6 @@ def _assemble(
     if resolved.reference == "stored":
         fused = [] if report.kernels == "none" else [report.kernels]
         _read_reference(ReferencePass(start, engine, " and ".join([attention.name, *fused])), datasets, rows)
-    check_same_base(resolved.base, ranks)
     checkpoints = _checkpoints(start, datasets.train, after_commit)
     restoring = time.monotonic()
     restored = checkpoints.restore(engine, required=resume, log=_print)

@@ -5,11 +5,11 @@ import json
 import math
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from launcher.policy.comparable import Metric, metric_of
-from trainer.config import Config, assignment, override
+from trainer.config import Config, Model, assignment, override
 from trainer.config.sweep import GRID, LOG_UNIFORM
 from trainer.errors import ConfigError
 
@@ -37,18 +37,38 @@ class Trial:
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """The whole of a sweep, as its folder keeps it: by which metric its trials are compared, and which they are."""
+    """The whole of a sweep, as its folder keeps it: by which metric its trials are compared, which they are, and what is known of each
+    base that they have, by `base_key`: the `digest` of its weights' samples and, of one of the Hub, its `commit`."""
 
     metric: Metric
     trials: list[Trial]
+    bases: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
+
+    def config_of(self, config: Config, trial: Trial) -> Config:
+        """`trial_config`, at the commit of the Hub that the first trial over its base has."""
+        own = trial_config(config, trial)
+        commit = self.base_of(own).get("commit")
+        return override(own, assignment("model.revision", commit)) if commit else own
+
+    def base_of(self, own: Config) -> dict[str, str]:
+        """The facts about the base of a trial's configuration; empty for a sweep that keeps none."""
+        return self.bases.get(base_key(own.model), {})
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, "metric": self.metric._asdict(), "trials": [asdict(trial) for trial in self.trials]}
+        trials = [asdict(trial) for trial in self.trials]
+        return {"format": FORMAT, "metric": self.metric._asdict(), "trials": trials, "bases": self.bases}
 
     @classmethod
     def from_json(cls, given: dict[str, Any]) -> "SearchPlan":
         """Raises `LookupError` or `TypeError` for what no version has written."""
-        return cls(Metric(**given["metric"]), [Trial(**trial) for trial in given["trials"]])
+        return cls(
+            Metric(**given["metric"]), [Trial(**trial) for trial in given["trials"]], dict(given.get("bases", {}))
+        )
+
+
+def base_key(model: Model) -> str:
+    """A base as the settings name it."""
+    return f"{model.base}@{model.revision or ''}"
 
 
 def planned(config: Config) -> SearchPlan:

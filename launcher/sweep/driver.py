@@ -14,12 +14,13 @@ from typing import Any
 
 from launcher.drive.local import check_local_device
 from launcher.drive.signals import beside_main_thread, forget_stop_by_signal, stop_on_signals
-from launcher.policy.trials import SearchPlan, planned, trial_config
+from launcher.policy.trials import SearchPlan, base_key, planned, trial_config
 from launcher.policy.turns import Candidate, End, Turns
 from launcher.ray.cluster import address_of, first_line, fits, joined_ray, local_ray, need
 from launcher.report.report import keep_report
 from launcher.start.check import anchored, check, check_idle
 from launcher.start.claim import keep_code
+from launcher.sweep.bases import base_facts
 from launcher.view.status import read_status
 from launcher.view.sweep import (
     BY,
@@ -33,10 +34,11 @@ from launcher.view.sweep import (
     trial_state,
     watch_sweep,
 )
+from trainer.base.base import Base
 from trainer.base.find.locate import base_files, describe_base, resolve_base
 from trainer.base.load.cache import MANIFEST as BASE_MANIFEST
-from trainer.base.load.cache import cache_folder
-from trainer.config import Config, dump_config, override
+from trainer.base.load.cache import cache_key
+from trainer.config import Config, Model, dump_config, override
 from trainer.data.compile.fingerprint import hash_tokenizer
 from trainer.data.compile.prepare import locate
 from trainer.data.dataset.manifest import MANIFEST as DATA_MANIFEST
@@ -75,6 +77,7 @@ def laid_out(config: Config, *, resume: bool) -> tuple[Config, SearchPlan]:
     plan, folder = planned(config), run_folder(config)
     if resume:
         before = read_plan(folder)
+        plan.bases.update(before.bases)
         if (plan.metric, plan.trials[: len(before.trials)]) != (before.metric, before.trials):
             raise ConfigError(
                 f"sweep: {folder.uri} has tried other values, and its search does not change. More sweep.samples are allowed; "
@@ -90,9 +93,11 @@ def laid_out(config: Config, *, resume: bool) -> tuple[Config, SearchPlan]:
         own = trial_config(config, trial)
         if not (resume and run_folder(own).exists(layout.CONFIG)):
             try:
-                check(own, resume=False)
+                base = check(plan.config_of(config, trial), resume=False).base
             except ConfigError as error:
                 raise ConfigError(f"trial {trial.number} ({trial.words()}): {error}") from error
+            if (key := base_key(own.model)) not in plan.bases:
+                plan.bases[key] = base_facts(base)
     _check_tokenizers(config, plan)
     return config, plan
 
@@ -102,7 +107,7 @@ def _check_tokenizers(config: Config, plan: SearchPlan) -> None:
     tried = [name for name in _TOKENIZERS if name in config.sweep.settings]
     seen = dict[str, int]()
     for trial in plan.trials if tried else ():
-        model = trial_config(config, trial).model
+        model = plan.config_of(config, trial).model
         key = json.dumps(hash_tokenizer(base_files(model), model.tokens), sort_keys=True)
         if len(seen | {key: trial.number}) > 1:
             raise ConfigError(
@@ -212,9 +217,10 @@ class _Search:
     def __init__(self, config: Config, plan: SearchPlan, owner: Ownership) -> None:
         self._config, self._owner, self._folder = config, owner, owner.run
         self._mode = plan.metric.mode
-        self._configs = {trial.number: trial_config(config, trial) for trial in plan.trials}
+        self._configs = {trial.number: plan.config_of(config, trial) for trial in plan.trials}
         self._store = open_run_store(config)
         self._made, self._closed = set[str](), False
+        self._bases = dict[str, Base]()
         self._early: dict[int, str] = {}
         self.ends: dict[int, End] = {}
 
@@ -282,12 +288,18 @@ class _Search:
 
     def _makes(self, config: Config) -> Iterator[str]:
         """Keys of the manifests, in the store, of all that the trial's run makes unless it is there."""
-        base = resolve_base(config.model)
+        base = self._found(config.model)
         for fingerprint in locate(config, base, self._store).values():
             yield f"{layout.dataset(fingerprint)}{DATA_MANIFEST}"
         if config.quant.cache:
-            folder = cache_folder(base, config, self._store).uri
-            yield f"{folder.removeprefix(f'{self._store.uri}/')}/{BASE_MANIFEST}"
+            yield f"{cache_key(base, config)}/{BASE_MANIFEST}"
+
+    def _found(self, model: Model) -> Base:
+        """Once for all trials over this base, which samples of its weights are read of."""
+        key = model.model_dump_json()
+        if key not in self._bases:
+            self._bases[key] = resolve_base(model)
+        return self._bases[key]
 
     def _is_made(self, key: str) -> bool:
         if key not in self._made and self._store.exists(key):

@@ -13,6 +13,7 @@ from launcher.drive.journal import Journal
 from launcher.policy.trials import trial_config
 from launcher.report.report import keep_report
 from launcher.start.claim import claimed
+from launcher.sweep.bases import check_same
 from launcher.sweep.search import EXIT_CODE, REASON, STEP, VALUE, next_look
 from launcher.view.scores import Scores
 from launcher.view.status import read_status
@@ -44,7 +45,8 @@ class TuneTrial(Trainable):
         """
         folder = open_store(config["sweep"])
         plan, whole = read_plan(folder), run_config(folder)
-        self._mine = trial_config(whole, plan.trials[config["trial"] - 1])
+        trial = plan.trials[config["trial"] - 1]
+        self._mine, self._base = plan.config_of(whole, trial), plan.base_of(trial_config(whole, trial))
         self._sweep, self._looked = whole.sweep, 0
         self._scores = Scores(run_folder(self._mine), plan.metric)
         self._worst = _WORST if plan.metric.mode == "min" else -_WORST
@@ -56,7 +58,7 @@ class TuneTrial(Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        work = self._work = self._work or ThreadPoolExecutor(1, "driver").submit(train_trial, self._mine)
+        work = self._work = self._work or ThreadPoolExecutor(1, "driver").submit(train_trial, self._mine, self._base)
         while True:
             over = bool(wait([work], timeout=_LOOK_SECONDS).done)
             if (look := next_look(self._sweep, self._looked)) is not None:
@@ -78,8 +80,9 @@ def _end(work: "Future[None]") -> dict[str, Any]:
     return {}
 
 
-def train_trial(config: Config) -> None:
-    """Train the run of `config` to its end on the cluster that this process is in, from its newest commit where it has one.
+def train_trial(config: Config, base: dict[str, str]) -> None:
+    """Train the run of `config` to its end on the cluster that this process is in, from its newest commit where it has one. `base` has
+    the facts about the base that the sweep began with.
 
     Raises:
         CapstanError: the run's own, which is in its folder too.
@@ -97,6 +100,7 @@ def train_trial(config: Config) -> None:
             journal = Journal(run, say)
             try:
                 with journal.to_the_end():
+                    check_same(config, base)
                     compile_and_train(config, owner, journal, resume=resume, dashboard="", log=say)
             except CapstanError:
                 asked = read_stop(run)

@@ -31,7 +31,7 @@ SETTINGS = ("optim.schedule=constant", "optim.warmup_steps=0", "optim.lr=0.01", 
 METHODS: dict[str, Callable[[Workshop], Config]] = {
     "dora": lambda here: adapting(here, "dora", "dora", *SETTINGS),
     "ia3": lambda here: adapting(here, "ia3", "ia3", *SETTINGS),
-    "adapter": lambda here: adapting(here, "adapter", "adapter", *SETTINGS),
+    "bottleneck": lambda here: adapting(here, "bottleneck", "bottleneck", *SETTINGS),
     "prompt": lambda here: of_virtual_tokens(here, "prompt", "run", *SETTINGS),
     "prefix": lambda here: of_virtual_tokens(here, "prefix", "run", *SETTINGS),
     "tokens": lambda here: of_tokens(here, "tokens", "grown", *SETTINGS),

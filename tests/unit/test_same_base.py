@@ -1,26 +1,37 @@
 """A run goes on, is evaluated and is exported over the base that it began with, or not at all."""
 
 import json
+import os
+import shutil
 import struct
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
 
 from launcher.doctor.doctor import check_base
+from launcher.policy.trials import SearchPlan
 from launcher.start.check import check, pinned
+from launcher.sweep.bases import check_same
+from launcher.sweep.driver import laid_out
+from launcher.sweep.trial import train_trial
 from tests.material import Workshop, commit
+from trainer.assemble import check_same_base
 from trainer.base import sampled
 from trainer.base.base import Base
 from trainer.base.describe.description import describe
 from trainer.base.find.content import check_whole, hub_commit
 from trainer.base.find.locate import resolve_base
+from trainer.base.load.cache import cache_key
+from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import read_manifest
 from trainer.config import dump_config, override
 from trainer.errors import ConfigError
+from trainer.evaluate.sharded_model import settings_of
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged
@@ -143,9 +154,81 @@ def test_a_run_stays_at_the_commit_of_the_hub_that_it_began_with(
             run.put(layout.manifest(4), replace(read_manifest(run, 4), base=facts | {"revision": None}).to_json())
         trained = trained_config(run, read_manifest(run, 4)).model
         assert hub_commit(resolve_trained_base(run, trained, read_manifest(run, 4)).directory) == first
+    alone, none = settings_of(run, None, [], base_alone=True)
+    assert (alone.model.revision, none) == (first, None)
     said = f"model.base: me/tiny is at commit {second} of the Hub, .* Set model.revision={first}, or start"
     with pytest.raises(ConfigError, match=said):
         check(override(config, "model.revision=main"), resume=True)
+    said = f"model.revision: '{second}' would be another model than the checkpoint of step 4, which was trained with '{first}'"
+    with pytest.raises(ConfigError, match=said):
+        settings_of(run, None, [f"model.revision='{second}'"], base_alone=False)
+
+    shutil.rmtree(cache / "models--me--tiny/snapshots" / first)  # neither the Hub nor the cache has it any more
+    manifest, to = read_manifest(run, 4), open_store(str(workshop.folder / "out"))
+    ways: list[Callable[[], object]] = [
+        lambda: check(config, resume=True),
+        lambda: resolve_trained_base(run, config.model, manifest),
+        lambda: export_adapter(run, to.sub("adapter")),
+        lambda: export_merged(run, to.sub("merged")),
+    ]
+    for way in ways:
+        with pytest.raises(ConfigError, match=f"the Hub did not give it at model.revision={first} ") as refused:
+            way()
+        assert "\n" not in str(refused.value)
+
+
+def test_trials_of_a_sweep_have_the_base_that_it_began_with(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, (first, second) = workshop.folder / "hub", ("a" * 40, "1" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    hub_cache(workshop, cache, first)
+    tried = "sweep.settings={optim.lr: {grid: [1.0e-3, 1.0e-4]}}"
+    config, plan = laid_out(workshop.config("hub", "model.base=me/tiny", tried), resume=False)
+    hub_cache(workshop, cache, second)
+    kept = SearchPlan.from_json(json.loads(json.dumps(plan.to_json())))
+    assert [kept.config_of(config, trial).model.revision for trial in kept.trials] == [first, first]
+
+    config, plan = laid_out(workshop.config("local", tried), resume=False)
+    own = plan.config_of(config, plan.trials[1])
+    check_same(own, plan.base_of(own))
+    one_weight(workshop.base)
+    with pytest.raises(
+        ConfigError, match="is not the model that this sweep began with: its weights have changed since"
+    ):
+        train_trial(own, plan.base_of(own))
+    assert not committed_steps(workshop.store.sub("local-2"))
+
+
+def test_a_quantized_base_of_the_same_shapes_sizes_and_times_is_never_taken_for_another(workshop: Workshop) -> None:
+    config = workshop.config("done", "quant.cache=true")
+    before, file = cache_key(resolve_base(config.model), config), first_file(workshop.base)
+    facts = file.stat()
+    one_weight(workshop.base)
+    os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert cache_key(resolve_base(config.model), config) != before
+
+
+def test_nodes_whose_copies_of_the_base_differ_do_not_train_together(workshop: Workshop) -> None:
+    mine = resolve_base(workshop.config("done").model)
+
+    class Nodes:
+        """This rank is the first of a second node; those behind it are others of the two."""
+
+        local_rank = 0
+
+        def __init__(self, first: dict[str, str]) -> None:
+            self.first = first
+
+        def together(self, action: Callable[[], Any]) -> list[Any]:
+            return [("node-1", self.first), ("node-1", None), action(), (action()[0], None)]
+
+    alike: Any = Nodes(mine.samples)
+    check_same_base(mine, alike)
+    other: Any = Nodes(mine.samples | {first_file(workshop.base).name: "0" * 16})
+    with pytest.raises(ConfigError, match="has other weights on .* than on node-1. Copy one of them to every machine"):
+        check_same_base(mine, other)
 
 
 def sparse_base(folder: Path, files: int, tensors: int, bytes_each: int) -> Base:

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -268,10 +269,10 @@ def test_a_trial_that_is_over_or_somebody_elses_is_left_as_it_is(store: Store) -
     folder = write_sweep(store, trials=2)
     first, second = (trial_config(run_config(folder), trial) for trial in read_plan(folder).trials)
     write_run(store.sub("s-1"), (40, 2.0), end="finished")
-    train_trial(first)
+    train_trial(first, {})
     take(store.sub("s-2"), "capstan resume", 0)
     with pytest.raises(ConfigError, match="is in use by `capstan resume`"):
-        train_trial(second)
+        train_trial(second, {})
     assert [generations(store.sub(run)) for run in ("s-1", "s-2")] == [[1], []]
 
 
@@ -292,7 +293,7 @@ def test_a_trial_that_is_asked_to_stop_while_it_starts_again_is_over(
     monkeypatch.setattr("launcher.sweep.trial.compile_and_train", stopped)
     assert read_sweep(folder).trials[1].state == "stopped"
     with pytest.raises(Stopped):
-        train_trial(trial)
+        train_trial(trial, {})
     status = read_sweep(folder).trials[1]
     assert (status.state, status.step) == ("stopped early", 10)
     assert "stopped early, as others were better at step 10 while the run was starting" in status.reason
@@ -452,7 +453,8 @@ def test_a_trial_that_ended_early_says_why_though_its_ranks_did_not_read_it(stor
 def test_bases_with_other_tokenizers_are_no_trials_of_one_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launcher.sweep.driver.check", lambda config, resume: None)
+    monkeypatch.setattr("launcher.sweep.driver.check", lambda config, resume: SimpleNamespace(base=None))
+    monkeypatch.setattr("launcher.sweep.driver.base_facts", lambda base: {})
     for name in ("one", "same", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")

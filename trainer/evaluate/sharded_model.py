@@ -103,13 +103,14 @@ def settings_of(
     run: Store, step: int | None, overrides: Sequence[str], *, base_alone: bool
 ) -> tuple[Config, CheckpointManifest | None]:
     """The settings that the checkpoint of `step`, or the newest whole one, was trained with, and its manifest; of the base alone
-    those of the run's folder. `overrides` may change what does not belong to the checkpoint.
+    those of the run's folder, over the base that the run has had. `overrides` may change what does not belong to the checkpoint.
 
     Raises:
         NothingToResume, ConfigError, StorageError: as `whole_checkpoint`, `trained_config` and `check_overrides`.
     """
     if base_alone:
-        return run_config(run, overrides), None
+        kept = None if _names_model(overrides) else next(readable_manifests(run, []), None)
+        return (override(trained_config(run, kept), *overrides) if kept else run_config(run, overrides)), None
     manifest = whole_checkpoint(run, step)
     trained = trained_config(run, manifest)
     config = override(trained, *overrides)
@@ -144,7 +145,11 @@ def open_run(run: Store, step: int | None, overrides: Sequence[str], *, base_alo
 
 def _check_base(run: Store, base: Base, manifest: CheckpointManifest | None, overrides: Sequence[str]) -> None:
     """Raises `ConfigError` for another base than that of the checkpoint, or, without one, of the run, unless another is asked for."""
-    if manifest is None and not any(override.startswith("model") for override in overrides):
+    if manifest is None and not _names_model(overrides):
         manifest = next(readable_manifests(run, []), None)
     if manifest is not None:
         check_trained_base(base, manifest)
+
+
+def _names_model(overrides: Sequence[str]) -> bool:
+    return any(override.startswith("model") for override in overrides)

@@ -92,6 +92,7 @@ class ReferencePass:
             "of": self.start.objective.unit,
             "base": base.fingerprint,
             "files": base.versions,
+            "weights": base.samples,
             "layers": model.layers,
             "dtype": model.dtype,
             "quant": {"type": quant.type, "block_size": quant.block_size, "double": quant.double},

@@ -99,9 +99,10 @@ def _directory(model: Model, patterns: list[str]) -> Path:
         unreachable = not (HF_HUB_OFFLINE or hub_answers())
         if unreachable:
             reason = f"{hub_host()} cannot be reached from here, and the cache lacks it"
+        at = f" at model.revision={model.revision}" if model.revision else ""
         raise (HubUnreachable if unreachable else ConfigError)(
-            f"model.base: {model.base!r} is no directory here, and the Hub did not give it ({reason}). "
-            "Check the name, HF_TOKEN for a gated model, or download it to a directory first."
+            f"model.base: {model.base!r} is no directory here, and the Hub did not give it{at} ({reason}). "
+            f"Check the name{', the revision' if at else ''}, HF_TOKEN for a gated model, or download it to a directory first."
         ) from error
 
 

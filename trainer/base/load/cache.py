@@ -101,17 +101,18 @@ class BaseCache:
         return PackedSources({**parts}, self.means.get(path))
 
 
-def cache_folder(base: Base, config: Config, store: Store) -> Store:
-    """Another file, version, quantization or number of layers is another folder."""
+def cache_key(base: Base, config: Config) -> str:
+    """The folder's key under the store's root. Another base, version of its files, quantization or number of layers is another folder. Reads samples of the base's weights."""
     facts = [
         FORMAT,
         base.fingerprint,
+        base.samples,  # sizes and times may be those of another base, where files were copied with theirs
         base.versions,
         {"type": config.quant.type, "block_size": config.quant.block_size, "double": config.quant.double},
         config.model.dtype,
         config.model.layers,
     ]
-    return store.sub(layout.bases(hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]))
+    return layout.bases(hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16])
 
 
 def open_cache(folder: Store) -> BaseCache:

@@ -13,7 +13,7 @@ from trainer.base.describe.config_json import read_by_transformers
 from trainer.base.describe.empty_model import unfilled_model
 from trainer.base.describe.meta import model_config
 from trainer.base.find.check import left_out_sentence
-from trainer.base.load.cache import MANIFEST, cache_folder, open_cache, write_cache
+from trainer.base.load.cache import MANIFEST, cache_key, open_cache, write_cache
 from trainer.base.partitions.placement import Placement, place_partitions
 from trainer.base.partitions.reading import run_jobs
 from trainer.base.rows.parameters import find_weights
@@ -105,7 +105,9 @@ def _through_cache(
     log: Callable[[str], None],
 ) -> _Filled:
     """From the store's quantized base where there is one; otherwise, or where it is damaged, from the source and into it."""
-    folder = cache_folder(base, config, open_run_store(config))
+    store = open_run_store(config)
+    # One rank tells the folder: nodes with copies of their own know other times of change.
+    folder = store.sub(ranks.on_first(lambda: cache_key(base, config)))
     with ranks.agreeing():
         # One rank looks: another might find what somebody commits in this very moment.
         there = ranks.rank == 0 and folder.exists(MANIFEST)

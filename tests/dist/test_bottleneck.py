@@ -59,7 +59,7 @@ def workshop_of(folder: Path, kind: str) -> Workshop:
 
 def adapting(workshop: Workshop, name: str, *overrides: str) -> Config:
     return workshop.config(
-        name, "tuning.method=adapter", "tuning.rank=16", "tuning.alpha=32", "tuning.reduction=7", *overrides
+        name, "tuning.method=bottleneck", "tuning.rank=16", "tuning.alpha=32", "tuning.reduction=7", *overrides
     )
 
 
@@ -132,10 +132,10 @@ def test_a_step_sends_the_gradients_that_plan_counts_and_gathers_no_more_of_the_
 ) -> None:
     """Bottlenecks of eight units: parameters of an even number of elements are divided without padding."""
     packed = dict[str, float]()
-    for config in (workshop.config("traffic-lora"), adapting(workshop, "traffic-adapter", "tuning.reduction=8")):
+    for config in (workshop.config("traffic-lora"), adapting(workshop, "traffic-bottleneck", "tuning.reduction=8")):
         results = launch(2, traffic.step_traffic, dump_config(config), workshop.prepare(config).train, ranks_per_node=1)
         packed[config.tuning.method] = results[0]["across"]["torch.uint8"]
-    assert 0 < packed["adapter"] <= packed["lora"]
+    assert 0 < packed["bottleneck"] <= packed["lora"]
     planned = make_plan(config, resolve_base(config.model).description, 2, 1, None).traffic_per_step
     for rank in results:
         assert rank["across"]["torch.float32"] == planned.adapter_gradients
@@ -174,7 +174,7 @@ def test_the_exported_model_has_the_logits_of_the_trained_one_and_a_broken_file_
 def test_the_code_of_the_page_loads_what_was_exported(run: Store, workshop: Workshop, tmp_path: Path) -> None:
     manifest = export_adapter(run, open_store(str(tmp_path / "adapter")))
     masters = master_weights(run, manifest)
-    section = (ROOT / "docs/methods.md").read_text().partition("\n## adapter\n")[2].partition("\n## ")[0]
+    section = (ROOT / "docs/methods.md").read_text().partition("\n## bottleneck\n")[2].partition("\n## ")[0]
     loader, example = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert (tmp_path / "adapter/load_bottleneck.py").read_text() == loader
 
@@ -217,7 +217,7 @@ def test_a_merge_is_refused_with_the_reason_and_a_checkpoint_is_what_plan_counts
     planned = make_plan(config, resolve_base(config.model).description, 2, 2, None).checkpoint_bytes
     manifest = read_manifest(run, 4)
     assert planned == 12 * sum(manifest.numels.values())
-    assert manifest.adapter == {"method": "adapter", "reduction": 7, "activation": "gelu", "placement": "houlsby"}
+    assert manifest.adapter == {"method": "bottleneck", "reduction": 7, "activation": "gelu", "placement": "houlsby"}
 
 
 def test_a_half_export_is_taken_up_and_a_whole_one_stays(run: Store, tmp_path: Path) -> None:
