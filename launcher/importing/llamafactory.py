@@ -144,9 +144,10 @@ def _sources(keys: Keys, key: str, name: str, info: dict[str, Any], place: Path)
         )
     if any(given.get("columns", {}).get(media) for media in ("images", "videos", "audios")):
         keys.lose(key, f"{name}: images, video and audio are not read, only its texts.")
-    taken: dict[str, Any] = {"take": keys.whole("max_samples") or None}
-    if given.get("num_samples"):
-        taken = {"take": int(given["num_samples"]), "take_seed": 42}
+    most = keys.whole("max_samples")
+    taken: dict[str, Any] = {"take": most or None}
+    if given.get("num_samples"):  # a random choice there too
+        taken = {"take": min(filter(None, (to.whole(given["num_samples"]), most))), "take_seed": 42}
     form, fields = _format(keys, key, name, given)
     local = str(place / str(given.get("file_name") or name))
     paths = source_paths(str(where)) if where else [f"{local}/*" if Path(local).is_dir() else local]
