@@ -5,7 +5,7 @@ a base of two to four layers has all of them. No size is a power of two where it
 and no two matrices of one layer have one shape by chance.
 """
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import pytest
@@ -17,9 +17,13 @@ QUICK = (
 )
 
 
-def rows(kinds: Iterable[str], quick: Iterable[str] = QUICK) -> list[Any]:
-    """The kinds as a test's parameters, of which all but the `quick` ones are marked long."""
-    return [kind if kind in quick else pytest.param(kind, marks=pytest.mark.long) for kind in kinds]
+def rows(values: Iterable[Any], quick: Container[Any] = QUICK) -> list[Any]:
+    """The values as a test's parameters, of which all but the `quick` ones are marked long; a tuple is of several parameters."""
+    return [value if value in quick else _long(*value if isinstance(value, tuple) else (value,)) for value in values]
+
+
+def _long(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.long)
 
 
 # A vocabulary of 256 bytes and three special tokens.

@@ -160,7 +160,7 @@ def _address() -> str:
 def _fork_modules_too(start: _Start) -> None:
     """Have the modules and the sides of proofs that this process starts forked from the server, not from here: a process that has used
     the store has threads, which a fork of it would lack."""
-    from trainer.export.proof import side_process
+    from trainer.export.proof import process
     from trainer.processes import children
 
     forkserver._forkserver._forkserver_address = start.server  # pyright: ignore[reportAttributeAccessIssue]
@@ -173,7 +173,7 @@ def _fork_modules_too(start: _Start) -> None:
 
     children.start = partial(tied, real=children.start, ours=_Forked)
     children.run = partial(tied, real=children.run, ours=run_module)
-    side_process.ProcessPoolExecutor = _side_pool
+    process.ProcessPoolExecutor = _side_pool
 
 
 def _side_pool(workers: int, *, initargs: tuple[str], **_: Any) -> ProcessPoolExecutor:
@@ -182,7 +182,7 @@ def _side_pool(workers: int, *, initargs: tuple[str], **_: Any) -> ProcessPoolEx
 
 
 def _become_side(environment: dict[str, str], device: Any) -> None:
-    from trainer.export.proof.side_process import _alone
+    from trainer.export.proof.process import _alone
 
     os.environ.clear()
     os.environ.update(environment)

@@ -75,7 +75,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     build = ["wheel", *offline, "--no-build-isolation", "--wheel-dir", str(source / "dist"), str(source)]
     subprocess.run([*pip, *build], check=True, timeout=200)
     (wheel,) = (source / "dist").glob("*.whl")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=100)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=300)
     into = ["--python", str(folder / "bin/python"), "install", *offline, str(wheel)]
     subprocess.run([*pip, *into], check=True, timeout=200)
     (own,) = folder.glob("lib/python*/site-packages")

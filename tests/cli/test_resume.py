@@ -186,7 +186,7 @@ def test_a_start_that_ends_before_its_first_record_leaves_its_name_free(trained:
         for _ in range(ended_by.count("C") and ended_by.count("twice") + 1):
             os.kill(process.pid, signal.SIGINT)
             time.sleep(0.5)  # two signals at once would be one
-        said = process.communicate(timeout=60)[0]
+        said = process.communicate(timeout=300)[0]
     if ended_by == "Ctrl-C":
         assert process.returncode == 7, said
         assert "nothing is committed" in said.splitlines()[-1]

@@ -33,7 +33,7 @@ def test_train_resume_verify_and_export(server: str, request: pytest.FixtureRequ
     store = f"{SCHEME[server]}://{BUCKET}/runs"
 
     def capstan(*arguments: Any) -> str:
-        done = run_command([*map(str, arguments)], tmp_path, environment, timeout=120)
+        done = run_command([*map(str, arguments)], tmp_path, environment, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
