@@ -135,6 +135,8 @@ def trained_figures(settings: Settings, manifest: CheckpointManifest | None, his
     planned = history.newest("plan").get("parameters", {})
     base = manifest.base if manifest else {}
     adapter = dict(manifest.adapter) if manifest else {}
+    if "start" in base:
+        adapter["start"] = base["start"]
     stored = base.get("quant.type") or settings.get("quant.type")
     double = base.get("quant.double") if manifest else settings.get("quant.double")
     unit = next((unit for name, unit in _UNITS.items() if name in history.steps.names), _UNITS["targets"])

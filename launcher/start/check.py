@@ -42,6 +42,8 @@ def anchored(config: Config) -> Config:
     for key, path in (("model.base", config.model.base), ("sharding.deepspeed", config.sharding.deepspeed)):
         if local_path(path, key).exists():
             changes[key] = absolute(path, key)
+    if config.tuning.start and "/" in config.tuning.start:  # else it is a run of this store
+        changes["tuning.start"] = absolute(config.tuning.start, "tuning.start")
     if config.data.template and config.data.template not in NAMED:
         changes["data.template"] = absolute(config.data.template, "data.template")
     for what, sources in (("train", config.data.train), ("eval", config.data.eval)):

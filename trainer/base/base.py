@@ -8,7 +8,7 @@ knows nothing of it. A file of trainer/base/stored, or the `format.py` of a fold
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Protocol
 from trainer.base.architecture import Architecture, Parameter, mismatches
 from trainer.base.sampled import sample_weights
 from trainer.config import Config, Quant
+from trainer.config.model import Tokens
 from trainer.files.codes import Kept
 from trainer.files.safetensors_index import FileHeader, PackedTensor, StoredTensor, TensorSource, read_headers
 from trainer.store import Store
@@ -101,7 +102,7 @@ class Base:
     """A Hugging Face model with safetensors files.
 
     `name` is where it is, for messages; `directory` holds config.json and the tokenizer's files, `store` the weights;
-    `config` is the parsed config.json, `description` what it says. `added_tokens` are those that the run adds to the tokenizer.
+    `config` is the parsed config.json, `description` what it says. `tokens` is how the run's tokenizer differs from that.
     """
 
     name: str
@@ -109,7 +110,7 @@ class Base:
     store: Store
     config: dict[str, Any]
     description: Description
-    added_tokens: tuple[str, ...] = ()
+    tokens: Tokens = field(default_factory=Tokens)
 
     @property
     def architecture(self) -> Architecture:

@@ -1,10 +1,31 @@
 """The settings of the model: the base, its quantization, what learns."""
 
-from typing import Literal
+import re
+from typing import Literal, NamedTuple
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from trainer.section import Section, setting, with_parts
+
+EXPRESSION = "re:"
+"""What stands before a regular expression in `tuning.targets`."""
+
+
+class Tokens(NamedTuple):
+    """Everything by which a run's tokenizer differs from its base's: texts that become tokens, and (role, text) of special ones."""
+
+    added: tuple[str, ...] = ()
+    special: tuple[tuple[str, str], ...] = ()
+
+
+class SpecialTokens(Section):
+    """Tokens that the tokenizer has, for uses that its own files give to others."""
+
+    pad: str | None = setting(None, about="Padding; Capstan itself pads nothing.", example="<pad>", min_length=1)
+    eos: str | None = setting(
+        None, about="The end of a text, behind which answers stop.", example="<|im_end|>", min_length=1
+    )
+    bos: str | None = setting(None, about="The beginning of a text.", example="<s>", min_length=1)
 
 
 class Model(Section):
@@ -55,6 +76,13 @@ class Model(Section):
         "token that the tokenizer has already, such as a reserved one, learns in its own row.",
         example=["<tool>", "</tool>"],
     )
+
+    special_tokens: SpecialTokens = SpecialTokens()
+
+    @property
+    def tokens(self) -> Tokens:
+        given = self.special_tokens.model_dump(exclude_none=True)
+        return Tokens(tuple(self.add_tokens), tuple(sorted(given.items())))
 
     @model_validator(mode="after")
     def _tokens(self) -> "Model":
@@ -129,9 +157,15 @@ class Tuning(Section):
     targets: Literal["auto", "all-linear"] | list[str] = setting(
         "auto",
         about="Which linear layers get an adapter: all-linear (those of attention, of MLPs, of shared experts and of linear "
-        "attention, but no router and not the output head), names, which are ends of paths, or patterns of whole paths, where * "
-        "is any text. auto is all-linear, but k_proj, v_proj and down_proj for ia3.",
+        "attention, but no router and not the output head), names, which are ends of paths, patterns of whole paths, where * "
+        "is any text, or behind re: regular expressions for whole paths, as in PEFT. auto is all-linear, but k_proj, v_proj and down_proj for ia3.",
         example=["q_proj", "v_proj"],
+    )
+    layers: tuple[int, int] | None = setting(
+        None,
+        about="Adapt the targets in these decoder layers only: the number of the first one, counted from 0, and that behind the last. "
+        "Default: in all.",
+        example=[10, 32],
     )
     virtual_tokens: int = setting(
         20,
@@ -162,6 +196,37 @@ class Tuning(Section):
         "lm_head, routers. As in PEFT.",
         example=["norm", "lm_head"],
     )
+
+    start: str | None = setting(
+        None,
+        about="An adapter that learning begins from: a run of this store by its name (its newest checkpoint), the path or URI of a run, of one of "
+        "its checkpoints/step-... or of a LoRA adapter in PEFT's folder. Its rank, alpha and layers must be those of this section. The "
+        "reference of dpo and kto is then the base with that adapter. Default: the method's own start.",
+        example="runs/support-sft/checkpoints/step-000000400",
+        min_length=1,
+    )
+
+    @field_validator("targets")
+    @classmethod
+    def _expressions(cls, targets: str | list[str]) -> str | list[str]:
+        for target in [] if isinstance(targets, str) else targets:
+            try:
+                re.compile(target.removeprefix(EXPRESSION) if target.startswith(EXPRESSION) else "")
+            except re.error as error:
+                raise ValueError(
+                    f"tuning.targets: {target!r} is no regular expression ({error}). Example: 're:.*\\.(q|v)_proj'."
+                ) from error
+        return targets
+
+    @field_validator("layers")
+    @classmethod
+    def _range(cls, layers: tuple[int, int] | None) -> tuple[int, int] | None:
+        if layers is not None and not 0 <= layers[0] < layers[1]:
+            raise ValueError(
+                f"tuning.layers: {list(layers)} is not allowed. Give the number of the first layer, from 0, and that behind the last. "
+                "Example: [10, 32]."
+            )
+        return layers
 
     @model_validator(mode="after")
     def _experts(self) -> "Tuning":

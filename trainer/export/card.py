@@ -129,6 +129,7 @@ def _facts(config: Config, manifest: CheckpointManifest) -> dict[str, Any]:
         "run": config.run.name,
         "step": manifest.step,
         "evaluation loss": "not evaluated at this step" if manifest.eval_loss is None else f"{manifest.eval_loss:.4f}",
+        **({"begun from": _named(manifest.base["start"])} if "start" in manifest.base else {}),
         "method": _in_words(_method(config)),
         "learning rate": _in_words(config.optim.model_dump(mode="json", include=_OPTIM, exclude_none=True)),
         "optimizer": _in_words(manifest.groups),
