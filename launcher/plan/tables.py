@@ -8,11 +8,11 @@ from launcher.view.folded import FoldedTable
 from trainer.plan.needs import ALLOWANCES, ESTIMATES, Plan
 
 _MEANING = {
-    "frozen_quantized": "weights in 4 bits, or as they are stored, and their scales; this rank's share",
+    "frozen_quantized": "packed weights and scales, this rank's share",
     "frozen_unquantized": "what is frozen in 16 bits, such as embeddings, norms, head; this rank's share",
     "frozen_whole": "what of it is small and whole on each rank: norms, and scales beside wide adapters",
     "gathered_layers": "layers gathered at one time",
-    "dequantized_weight": "the largest weight, dequantized or decoded",
+    "dequantized_weight": "the largest weight, dequantized",
     "adapter_weights": "what learns in 16 bits: this rank's share, and small parameters whole",
     "adapter_states": "fp32 masters, gradients and moments, this rank's share",
     "whole_gradient": "the largest gradient before it is divided",
