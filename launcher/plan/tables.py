@@ -8,7 +8,7 @@ from launcher.view.folded import FoldedTable
 from trainer.plan.needs import ALLOWANCES, ESTIMATES, Plan
 
 _MEANING = {
-    "frozen_quantized": "4-bit weights and scales, this rank's share",
+    "frozen_quantized": "packed weights and scales, this rank's share",
     "frozen_unquantized": "what is frozen in 16 bits, such as embeddings, norms, head; this rank's share",
     "frozen_whole": "what of it is small and whole on each rank: norms, and scales beside wide adapters",
     "gathered_layers": "layers gathered at one time",

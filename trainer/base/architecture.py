@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from trainer.config import Config
+from trainer.files.codes import Kept
 
 Kind = Literal["linear", "experts", "embedding", "head", "small"]
 
@@ -23,6 +24,7 @@ class Parameter:
     routers, convolutions. `layer` is None outside the decoder layers. `visits` is the share of a row's tokens that each of its
     matrices multiplies: less than 1 for experts to which tokens are routed.
     A stack that is `transposed` has matrices (inputs, outputs), and its class says so.
+    `kept` is how the files hold it, where it may stay so (`quant.type: stored`).
     A linear layer that is not `adaptable` is multiplied by code of the module around it as well, which hands its weight to a
     kernel: PEFT refuses adapters on such.
     """
@@ -34,6 +36,7 @@ class Parameter:
     visits: float = 1.0
     transposed: bool = False
     adaptable: bool = True
+    kept: Kept | None = None
 
     @property
     def numel(self) -> int:
@@ -211,6 +214,11 @@ def mismatches(config: Config, model: Architecture) -> list[str]:
         found.append(
             f"train.activation_offload: has no effect with train.activation_checkpointing: {kept}, as all {model.layers} layers keep their "
             "activations then and none is computed again. Remove one of them, or give a smaller number."
+        )
+    if config.quant.type == "stored" and not any(parameter.kept for parameter in model.parameters):
+        found.append(
+            "quant.type: stored keeps weights as the base's files have them in 4 or 8 bits, and by its config.json this base has none that "
+            "can stay so. Set quant.type: nf4, or none."
         )
     if config.data.packing and not model.isolates_documents:
         found.append(

@@ -5,7 +5,7 @@ transformers reads them too, and raises whatever comes up; here each mistake is 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,26 @@ def parse_base_config(name: str, data: bytes) -> dict[str, Any]:
         )
     for section in (config, *(value for value in config.values() if isinstance(value, dict))):
         _check_sizes(name, section)
-    stored = config.get("quantization_config")
+    for section in (config, _text_config(config)):
+        _check_quantization(name, section.get("quantization_config"))
+    return config
+
+
+def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the parsed config.json says of how the weights are stored, {} where that is nothing: its quantization_config, or that of its
+    text_config, with the `expert_dtype` that stands beside it at the top in DeepSeek-V4."""
+    experts = {"expert_dtype": config["expert_dtype"]} if config.get("expert_dtype") else {}
+    found = config.get("quantization_config") or _text_config(config).get("quantization_config")
+    return {**experts, **found} if found else {}
+
+
+def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of one that sees or hears as well that describes its language model."""
+    section = config.get("text_config")
+    return section if isinstance(section, dict) else {}
+
+
+def _check_quantization(name: str, stored: Any) -> None:
     if stored is not None and not isinstance(stored, dict):
         raise ConfigError(
             f"model.base: {name}/config.json has the quantization_config {shown(stored)}, which is no JSON object. Copy the "
@@ -54,7 +73,6 @@ def parse_base_config(name: str, data: bytes) -> dict[str, Any]:
             f"model.base: {name}/config.json has an empty quantization_config, which transformers cannot read. Remove it from "
             "there."
         )
-    return config
 
 
 def _check_sizes(name: str, config: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from trainer.base.find.check import left_out_sentence
 from trainer.base.load.cache import MANIFEST, cache_key, open_cache, write_cache
 from trainer.base.partitions.placement import Placement, place_partitions
 from trainer.base.partitions.reading import run_jobs
+from trainer.base.rows.kept_parts import kept_sources
 from trainer.base.rows.parameters import find_weights
 from trainer.config import Config
 from trainer.errors import Damaged
@@ -73,7 +74,14 @@ def load_model(
                 log(left_out_sentence(weights.left_out))
         partitioner = Partitioner(deepspeed_config, dtype, scope, ranks)
         placement = place_partitions(
-            model, config.quant, dtype, partitioner, weights.sources, stored, base.architecture.quantizable()
+            model,
+            config.quant,
+            dtype,
+            partitioner,
+            weights.sources,
+            stored,
+            base.architecture.quantizable(),
+            kept_sources,
         )
         before = base.store.range_bytes
         run_jobs(placement.jobs, ranks, log)
