@@ -15,6 +15,10 @@ from tests.needs import need
 # torch.compile: the compiler's import would take a quarter of a rank's start.
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
+# PyTorch is imported after this, here and in every process below. Threads of one process that wait for one another keep the processors
+# from the workers beside it, and products as small as those of the tests are slower on several.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Architectures that are read once are kept here, not in the user's cache; ranks and commands inherit it.
 os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" / "home")
 

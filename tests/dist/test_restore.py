@@ -21,6 +21,7 @@ from tests.dist.test_linear_adapters import adapting
 from tests.dist.test_modules import saving as of_modules
 from tests.dist.test_tokens import adding as of_tokens
 from tests.dist.test_virtual_tokens import tuned as of_virtual_tokens
+from tests.families import rows
 from tests.material import Workshop
 from trainer.config import Config, dump_config, override
 
@@ -70,7 +71,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return Trained(workshop, configs, states, dict(zip(METHODS, losses, strict=True)))
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", rows([1, 2, 3], [3]))
 def test_every_method_is_restored_bit_for_bit_and_goes_on(trained: Trained, ranks: int, tmp_path: Path) -> None:
     stores, configs = trained.workshop.folder / "store", dict[str, Config]()
     for method, config in trained.configs.items():
