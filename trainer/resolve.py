@@ -90,7 +90,9 @@ def resolve(config: Config, base: Base | None = None) -> Resolved:
             last with a sentence for each.
         StorageError: the bucket of the base does not answer or refuses.
     """
-    found = Resolved.of(config, base or resolve_base(config.model))
+    base = base or resolve_base(config.model)
+    config = base.description.decided(config)
+    found = Resolved.of(config, base)
     if wrong := mismatches(config, found.base.description, found.method, found.objective):
         raise ConfigError("\n".join(wrong))
     check_base_files(found.base, config)

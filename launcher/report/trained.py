@@ -159,6 +159,8 @@ def trained_figures(settings: Settings, manifest: CheckpointManifest | None, his
 def _stored(kind: str, double: Any, settings: Settings) -> str:
     if kind == "none":
         return str(settings.get("model.dtype") or "as it is stored")
+    if kind == "stored":
+        return "as its files have it"
     return f"{kind}, {'double' if double else 'single'} quantization"
 
 

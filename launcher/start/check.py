@@ -97,8 +97,9 @@ def warn_of_place(config: Config, log: Callable[[str], None]) -> None:
 
 
 def pinned(config: Config, base: Base) -> Config:
-    """`config` with the commit of a base of the Hub as its revision: every rank, and every later start, gets that one, wherever the
-    branch is by then."""
+    """`config` with what its base decides: the commit of a base of the Hub is its revision, so that every rank, and every later start,
+    gets that one, wherever the branch is by then; and quant.type, where it says nothing."""
+    config = base.description.decided(config)
     commit = hub_commit(base.directory)
     if commit is None or not is_hub_id(config.model.base) or local_path(config.model.base, "model.base").is_dir():
         return config

@@ -130,7 +130,7 @@ def _check_shared(before: Config, now: Config, uri: str) -> None:
 
 def _sharing_base(config: Config) -> Config:
     """`config` with quant.cache, so that one trial quantizes the base for all, unless the configuration decides that or has none to cache."""
-    if "cache" in config.quant.model_fields_set or config.quant.type == "none":
+    if "cache" in config.quant.model_fields_set or not config.quant.quantizes:
         return config
     shared = override(config, "quant.cache=true")
     return config if describe_base(config.model).mismatches(shared) else shared

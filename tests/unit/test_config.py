@@ -146,7 +146,10 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(setting: str, expected:
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
-        ("quant.type=nf5", "quant.type: 'nf5' is not allowed. Input should be 'nf4', 'fp4' or 'none'. Example: nf4."),
+        (
+            "quant.type=nf5",
+            "quant.type: 'nf5' is not allowed. Input should be 'nf4', 'fp4', 'stored' or 'none'. Example: nf4.",
+        ),
         (
             "tuning.rank=0",
             "tuning.rank: 0 is not allowed. Input should be greater than or equal to 1. Example: 16.",

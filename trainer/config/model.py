@@ -97,7 +97,13 @@ class Model(Section):
 class Quant(Section):
     """How the linear layers are stored, which then stay frozen."""
 
-    type: Literal["nf4", "fp4", "none"] = setting("nf4", about="4-bit type, or none for 16-bit weights.", example="nf4")
+    type: Literal["nf4", "fp4", "stored", "none"] = setting(
+        "nf4",
+        about="4-bit type that the base is quantized to; none for 16-bit weights; or stored: weights stay as the base's files have them, in "
+        "INT4, MXFP4, FP4, FP8 or INT8, and those in 16 bits too. Where a configuration says nothing of quant and the base is published in "
+        "4 bits, it is stored. docs/bases.md says which bases can.",
+        example="nf4",
+    )
     block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] = setting(
         64, about="Weights that share one scale (absmax).", example=64, unit="weights"
     )
@@ -110,16 +116,24 @@ class Quant(Section):
         example=True,
     )
 
+    @property
+    def quantizes(self) -> bool:
+        """Whether weights are quantized that files have in 16 bits, or in other codes."""
+        return self.type in ("nf4", "fp4")
+
+    @property
+    def in_words(self) -> str:
+        """The base in a sentence: `trained over the base ...`."""
+        return "as it is stored" if self.type == "stored" else f"in {self.type}"
+
     @model_validator(mode="after")
     def _scales(self) -> "Quant":
-        if self.type == "none" and self.double:
-            raise ValueError(
-                "quant.double: true has no effect with quant.type: none. Remove it, or set quant.type: nf4."
-            )
-        if self.type == "none" and self.cache:
-            raise ValueError(
-                "quant.cache: true has no effect with quant.type: none. Remove it, or set quant.type: nf4."
-            )
+        if self.type in ("none", "stored"):
+            for name in ("double", "cache"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"quant.{name}: true has no effect with quant.type: {self.type}. Remove it, or set quant.type: nf4."
+                    )
         return self
 
 

@@ -242,7 +242,7 @@ def tuning_mismatches(config: Config, method: Method, architecture: Architecture
         )
     if method.exports_model and config.quant.type != "none":
         wrong.append(
-            f"quant.type: {config.quant.type} stores the base in 4 bits, and tuning.method: {config.tuning.method} trains its "
+            f"quant.type: {config.quant.type} keeps the base in fewer bits, and tuning.method: {config.tuning.method} trains its "
             "weights themselves. Set quant.type: none, over a base that is stored in 16 or 32 bits."
         )
     return [*wrong, *_virtual_token_mismatches(config, method.virtual, architecture)]

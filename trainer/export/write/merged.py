@@ -115,7 +115,7 @@ def complete_model(base: Base, config: Config, destination: Store, settings: byt
 def _description(config: Config) -> str:
     if method_of(config).exports_model:
         return f"A model {TRAINED}: its base's own weights were fine-tuned, so there is no adapter to merge."
-    over = "" if config.quant.type == "none" else f" The adapter was trained over the base in {config.quant.type}."
+    over = "" if config.quant.type == "none" else f" The adapter was trained over the base {config.quant.in_words}."
     return f"A model {TRAINED} by {config.tuning.method}: the adapter is merged into the weights of its base.{over}"
 
 
