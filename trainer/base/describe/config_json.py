@@ -16,14 +16,16 @@ _MOST_LAYERS = 10_000
 _MOST_EXPERTS = 10_000
 _MOST_EXPERTS_IN_ALL = 2**17  # the largest models have some 25,000; each has names of its own in the files
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_MAY_BE_NONE = (*_EXPERTS, "n_shared_experts", "moe_num_shared_experts", "num_experts_per_tok")
+_MAY_BE_NONE = (*_EXPERTS, "head_dim", "n_shared_experts", "moe_num_shared_experts", "num_experts_per_tok")
 # Sizes in config.json -> the largest that is possible. Lists are as long as there are layers and experts.
 _SIZES = {
-    **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim", "vocab_size"), 2**31),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size", "vocab_size"), 2**31),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "max_position_embeddings"), 2**31),
     **dict.fromkeys(_MAY_BE_NONE, _MOST_EXPERTS),
+    "head_dim": 2**31,
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers", "n_layer"), _MOST_LAYERS),
 }
+_MAY_BE_LISTS = (*_MAY_BE_NONE, "intermediate_size", "moe_intermediate_size")
 _CAPS = ("final_logit_softcapping", "attn_logit_softcapping")
 
 
@@ -79,8 +81,8 @@ def _check_sizes(name: str, config: dict[str, Any]) -> None:
     """Those of the model, or of a part of it, such as the text_config of one that sees."""
     for key, largest in _SIZES.items():
         value, least = config.get(key), 0 if key in _MAY_BE_NONE else 1
-        # The MLPs of the layers may have sizes of their own.
-        every = value if key == "intermediate_size" and isinstance(value, list) else [value]
+        # Layers may have sizes of their own, or the parts of a model that sees: then there is a list of them.
+        every = value if key in _MAY_BE_LISTS and isinstance(value, list) else [value]
         if value is not None and not all(type(size) is int and least <= size <= largest for size in every):
             raise ConfigError(
                 f"model.base: {name}/config.json has {key} {shown(value)}. Possible are whole numbers from {least} to {largest}. "
@@ -100,13 +102,14 @@ def _check_sizes(name: str, config: dict[str, Any]) -> None:
             "divide. Copy the model again."
         )
     layers, experts = config.get("num_hidden_layers"), next((config[key] for key in _EXPERTS if config.get(key)), None)
-    if layers and experts and layers * experts > _MOST_EXPERTS_IN_ALL:
+    most = max(experts) if isinstance(experts, list) else experts
+    if layers and most and layers * most > _MOST_EXPERTS_IN_ALL:
         raise ConfigError(
-            f"model.base: {name}/config.json has {layers} num_hidden_layers of {experts} experts each. Possible are "
+            f"model.base: {name}/config.json has {layers} num_hidden_layers of {most} experts each. Possible are "
             f"{_MOST_EXPERTS_IN_ALL} experts in all. Copy the model again."
         )
     active = config.get("num_experts_per_tok")
-    if active and experts and active > experts:
+    if isinstance(active, int) and isinstance(experts, int) and active > experts:
         raise ConfigError(
             f"model.base: {name}/config.json has {active} num_experts_per_tok, but {experts} experts. Copy the model again."
         )

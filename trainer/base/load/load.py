@@ -141,7 +141,7 @@ def empty_model(base: Base, config: Config, attention: Attention, kernels: Kerne
     """The architecture without what its files hold, as `unfilled_model` makes it, its head a `LossHead`."""
     with read_by_transformers(base.name, "config.json"):
         architecture = model_config(base.directory, config.model.layers)
-        architecture.use_cache = False
+        architecture.get_text_config().use_cache = False
         model = unfilled_model(
             architecture,
             DTYPES[config.model.dtype],
@@ -154,7 +154,7 @@ def empty_model(base: Base, config: Config, attention: Attention, kernels: Kerne
     plain: Any = model.get_output_embeddings()
     facts = base.architecture
     head = LossHead(plain.in_features, plain.out_features, bias=False, device="meta")
-    head.weight = plain.weight
+    head.weight, head.bias = plain.weight, plain.bias
     head.factor, head.divisor, head.softcap = facts.logit_factor, facts.logit_divisor, facts.softcap
     model.set_submodule(facts.head.removesuffix(".weight"), head)
     keep_documents_apart(model)

@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from trainer.base.describe.composite import place_of_decoder
 from trainer.base.describe.empty_model import unfilled_model
+from trainer.base.describe.language_part import is_part
 from trainer.config import Quant
 from trainer.errors import ConfigError
 from trainer.export.proof.rows import ProbeRow
@@ -54,7 +55,7 @@ def load_plain(
     """
     with _reading("transformers", folder):
         whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        config = config or whole.get_text_config()
+        config = config or (whole if is_part(whole) else whole.get_text_config())
         options: dict[str, Any] = {
             "dtype": held,
             "trust_remote_code": False,
@@ -107,7 +108,7 @@ def _framed(whole: Any, config: PretrainedConfig, held: torch.dtype) -> Any:
     decoder, frame = whole.get_decoder(), unfilled_model(config, held, experts_implementation="eager")
     place = place_of_decoder(whole, frame)
     inner: Any = body(decoder) if place == "" else decoder
-    del inner.layers[config.num_hidden_layers :]
+    del inner.layers[config.get_text_config().num_hidden_layers :]
     if place == "":
         return decoder
     frame.set_submodule(place, decoder)
