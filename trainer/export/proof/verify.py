@@ -36,7 +36,6 @@ from trainer.checkpoint.checkpoints import load_partitions
 from trainer.checkpoint.learner import TrainablePartition
 from trainer.checkpoint.manifest import CheckpointManifest, read_manifest
 from trainer.config import Config, override
-from trainer.devices import host_memory_left, local_gpus
 from trainer.export.figures import Proof
 from trainer.export.folder import local_folder
 from trainer.export.proof import plain
@@ -53,6 +52,7 @@ from trainer.files.safetensors_index import WEIGHT_DTYPES
 from trainer.files.scratch import scratch_folder
 from trainer.objective.sft.objective import NextTokens
 from trainer.optimizer.optimizer import MASTER
+from trainer.processes.devices import host_memory_left, local_gpus
 from trainer.ranks import join
 from trainer.resolve import Resolved
 from trainer.store import Store, open_store
