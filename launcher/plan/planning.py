@@ -72,6 +72,7 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
     found, whose, count = _gpu_of(config, gpu)
     world_size, per_node = _ranks(config, count, ranks_per_node)
     base = describe_base(config.model)
+    config = base.decided(config)
     on_cpus = config.cluster.gpus_per_worker == 0
     here = int(host_memory_left() / 2 / per_node) if on_cpus else None  # as the ranks find it
     plan = make_plan(config, base, world_size, per_node, found.memory if found else None, here)

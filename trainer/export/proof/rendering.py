@@ -58,7 +58,7 @@ class Texts:
 
 def trained_texts(config: Config, directory: Path) -> Texts:
     """As the run was trained: `directory` has its own tokenizer, `config` its template."""
-    tokenizer = read_tokenizer(directory, config.model.base, config.model.add_tokens)
+    tokenizer = read_tokenizer(directory, config.model.base, config.model.tokens)
     return Texts(tokenizer, template_text(config.data))
 
 
