@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.base.find.locate import TOKENIZER_FILES, named_files
+from trainer.base.find.locate import tokenizer_content
 from trainer.config import Data
 from trainer.data.dataset.manifest import FORMAT
 from trainer.data.format.formats import as_read, explicit_form
@@ -22,7 +22,7 @@ CHAPTER_BYTES = 4 * 2**30
 def hash_tokenizer(directory: Path, added_tokens: Sequence[str] = ()) -> dict[str, str]:
     """SHA-256 of each of the files in a Hugging Face model directory that decide what a tokenizer does, and of the tokens that
     a run adds to it, in their order, where there are any."""
-    contents = named_files(directory, TOKENIZER_FILES)
+    contents = tokenizer_content(directory)
     if added_tokens:
         contents["model.add_tokens"] = json.dumps(list(added_tokens)).encode()
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
