@@ -158,7 +158,6 @@ TEXTS: dict[str, Change] = {
     "a template that trims": text("chat_template.jinja", lambda said: said.replace("m.content", "m.content|trim")),
     "a template without an end": text("chat_template.jinja", lambda said: said.replace("</s>", "")),
     "a template that differs for tools alone": text("chat_template.jinja", lambda said: "{% if tools %}!{% endif %}" + said),
-    "a special token that is none": in_json("tokenizer.json", lambda tree: tree["added_tokens"][1].update(special=False)),
     "a special token that takes spaces": in_json("tokenizer.json", lambda tree: tree["added_tokens"][2].update(lstrip=True)),
     "texts that begin with a token": in_json("tokenizer.json", begin_with_a_token),
     "no tokenizer": no_tokenizer,

@@ -16,7 +16,8 @@ from launcher.cli.command import commands
 from launcher.console import Terminal
 from launcher.doctor.doctor import Check, Diagnosis, report_table
 from launcher.report import report
-from launcher.start.check import check_idle, checked, warn_of_place
+from launcher.start.check import check_idle, checked
+from launcher.start.place import warn_of_place
 from launcher.view.status import read_status
 from tests.unit.made_records import CONFIG, NOW, end, start, step, write
 from trainer.base.find.locate import resolve_base
