@@ -34,7 +34,7 @@ from trainer.tuning.method import methods
 
 # Rows beside those of the methods' defaults: a method's name -> what they are called, and their settings.
 VARIANTS = {
-    "adapter": {"pfeiffer": ("tuning.placement=pfeiffer",)},
+    "bottleneck": {"pfeiffer": ("tuning.placement=pfeiffer",)},
     "full": {"last layer": ('tuning.train=["model.layers.3.*"]',)},
 }
 RATES = [10 ** (exponent / 2) for exponent in range(-10, 1)]  # 1e-5 to 1

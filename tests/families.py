@@ -5,7 +5,26 @@ a base of two to four layers has all of them. No size is a power of two where it
 and no two matrices of one layer have one shape by chance.
 """
 
+from collections.abc import Container, Iterable
 from typing import Any
+
+import pytest
+
+# Families that together have every kind of layer and of storage, for those tests that are a table of families.
+QUICK = (
+    *("llama", "phi3", "gemma2", "gpt-oss", "qwen3-next", "gemma4", "deepseek-v3", "nemotron-h", "llama4"),
+    "granitemoe-hybrid",
+)
+
+
+def rows(values: Iterable[Any], quick: Container[Any] = QUICK) -> list[Any]:
+    """The values as a test's parameters, of which all but the `quick` ones are marked long; a tuple is of several parameters."""
+    return [value if value in quick else _long(*value if isinstance(value, tuple) else (value,)) for value in values]
+
+
+def _long(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.long)
+
 
 # A vocabulary of 256 bytes and three special tokens.
 SIZES: dict[str, Any] = {

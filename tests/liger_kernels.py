@@ -41,7 +41,7 @@ AGAIN, KEPT = "train.activation_checkpointing=all", "train.activation_checkpoint
 TILED = "train.tiled_mlp=true"
 WITHOUT_RANK = ("tuning.rank=16", "tuning.alpha=32")  # the defaults
 IA3 = ("tuning.method=ia3", "tuning.targets=[k_proj,gate_proj,up_proj,down_proj]", *WITHOUT_RANK)
-BOTTLENECKS = ("tuning.method=adapter", "tuning.reduction=7", *WITHOUT_RANK)
+BOTTLENECKS = ("tuning.method=bottleneck", "tuning.reduction=7", *WITHOUT_RANK)
 LEARNT_NORMS = "tuning.modules_to_save=[norm,input_layernorm]"
 # A family, the overrides of its run, and the kernels that it gets beside those of its norms.
 CASES = [

@@ -27,17 +27,17 @@ _LOOK_SECONDS = 2.0
 _AGAIN_SECONDS = 10.0
 
 
-def forget_stop_by_compilation(run: Store) -> None:
+def forget_stop_by_compilation(folder: Store) -> None:
     """It ends the start whose data could not be compiled, not the next one."""
-    if stop_requester(run) == BY:
-        run.delete(layout.STOP)
+    if stop_requester(folder) == BY:
+        folder.delete(layout.STOP)
 
 
 class Compilation:
     """The data of `run`, whose folder has the stop requests; `log` gets how far it is."""
 
-    def __init__(self, config: Config, run: Store, log: Callable[[str], None]) -> None:
-        self._config, self._run, self._log = config, run, log
+    def __init__(self, config: Config, folder: Store, log: Callable[[str], None]) -> None:
+        self._config, self._run, self._log = config, folder, log
         self._over = threading.Event()
         self._looked, self._told = 0.0, 0
 

@@ -100,19 +100,19 @@ def compile_and_train(
             run_on_ray(config, datasets, owner, resume=resume, dashboard=dashboard, log=journal.write)
 
 
-def _forget_own_stop(run: Store) -> None:
-    forget_stop_by_signal(run)
-    forget_stop_by_compilation(run)
+def _forget_own_stop(folder: Store) -> None:
+    forget_stop_by_signal(folder)
+    forget_stop_by_compilation(folder)
 
 
 @contextmanager
-def _shown(config: Config, run: Store, *, live: bool, log: Callable[[str], None]) -> Iterator[None]:
+def _shown(config: Config, folder: Store, *, live: bool, log: Callable[[str], None]) -> Iterator[None]:
     """Show the run's progress from its folder while ranks work: on a terminal `live`, else as lines of the log."""
     done = threading.Event()
     show = (
-        partial(watch, run, done.is_set)
+        partial(watch, folder, done.is_set)
         if live
-        else partial(follow_lines, run, done.is_set, config.track.print_steps, log)
+        else partial(follow_lines, folder, done.is_set, config.track.print_steps, log)
     )
     viewer = threading.Thread(target=show, name="progress", daemon=True)
     viewer.start()

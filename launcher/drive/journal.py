@@ -15,12 +15,12 @@ from trainer.store import Store
 class Journal:
     """Lines for `capstan logs RUN --driver`; `log` shows those that a person should see at once."""
 
-    def __init__(self, run: Store, log: Callable[[str], None]) -> None:
-        self._run, self._log = run, log
+    def __init__(self, folder: Store, log: Callable[[str], None]) -> None:
+        self._run, self._log = folder, log
         self._harmless = Harmless("keeping the driver's log")
         self._text = ""
         with suppress(NotFound):
-            self._text = run.get(layout.DRIVER_LOG).decode(errors="replace")
+            self._text = folder.get(layout.DRIVER_LOG).decode(errors="replace")
         self.keep(f"driver of process {os.getpid()} on {socket.gethostname()}")
 
     def write(self, line: str) -> None:

@@ -53,10 +53,10 @@ def _ask(owner: Ownership, name: str) -> None:
         print(f"{name}: the run could not be asked to stop: {error}", file=sys.stderr, flush=True)
 
 
-def forget_stop_by_signal(run: Store) -> None:
+def forget_stop_by_signal(folder: Store) -> None:
     """A stop that a signal asked for ends this process's work, not the next one's; what a person asked for stays."""
-    if stop_requester(run) in {number.name for number in _SIGNALS}:
-        run.delete(layout.STOP)
+    if stop_requester(folder) in {number.name for number in _SIGNALS}:
+        folder.delete(layout.STOP)
 
 
 def beside_main_thread(work: Callable[[], None]) -> None:

@@ -19,7 +19,7 @@ from trainer.store import Store
 
 
 def generate_answers(
-    run: Store,
+    folder: Store,
     overrides: Sequence[str],
     prompts: Iterable[list[Prompt]],
     *,
@@ -45,9 +45,9 @@ def generate_answers(
         elif screen is not None and "answers" in told:
             screen.answers(told["answers"])
 
-    check_step(run, committed_steps(run), step)
-    ask = Ask("generate", run.uri, step, tuple(overrides), base, sampling=sampling)
-    return run_ranks(ask, run_config(run, overrides), prompts, hear)
+    check_step(folder, committed_steps(folder), step)
+    ask = Ask("generate", folder.uri, step, tuple(overrides), base, sampling=sampling)
+    return run_ranks(ask, run_config(folder, overrides), prompts, hear)
 
 
 def given_prompts(config: Config, path: str | None) -> list[Prompt]:

@@ -45,7 +45,7 @@ def _absolute(path: str, setting: str) -> str:
 
 
 def evaluate_run(
-    run: Store,
+    folder: Store,
     overrides: Sequence[str],
     *,
     step: int | None,
@@ -64,17 +64,17 @@ def evaluate_run(
         raise ConfigError(
             "--base evaluates the base alone, so --step and --best have no effect. Leave out one of them."
         )
-    config = run_config(run, overrides, say=log)
-    step, every = chosen_step(run, step, best=best), subjects(config)
+    config = run_config(folder, overrides, say=log)
+    step, every = chosen_step(folder, step, best=best), subjects(config)
     if not base:
-        check_step(run, committed_steps(run), step)
+        check_step(folder, committed_steps(folder), step)
     if dry_run:
-        what = "the base" if base else f"step {committed_steps(run)[0] if step is None else step} beside its base"
-        return f"would evaluate {what} of {run.uri} on {', '.join(every)}, with {_ranks(count_ranks(config))}"
-    ask = Ask("evaluate", run.uri, step, tuple(overrides), base, chat)
+        what = "the base" if base else f"step {committed_steps(folder)[0] if step is None else step} beside its base"
+        return f"would evaluate {what} of {folder.uri} on {', '.join(every)}, with {_ranks(count_ranks(config))}"
+    ask = Ask("evaluate", folder.uri, step, tuple(overrides), base, chat)
     with _bars(log) as hear:
         found = run_ranks(ask, config, (), hear)
-    return Evaluated(found, run.uri, None if base else f"{run.uri}/{layout.evaluation(found['step'])}")
+    return Evaluated(found, folder.uri, None if base else f"{folder.uri}/{layout.evaluation(found['step'])}")
 
 
 def _ranks(count: int) -> str:

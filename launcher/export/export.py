@@ -73,7 +73,7 @@ class Exported:
 
 
 def export_run(
-    run: Store,
+    folder: Store,
     destination: str,
     format: str,
     options: Sequence[str] = (),
@@ -92,14 +92,16 @@ def export_run(
         destination = str(local_path(destination, "DEST"))
     form = find_format(format, options)
     if dry_run:
-        manifest = planned_checkpoint(run, step)
-        config = trained_config(run, manifest)
+        manifest = planned_checkpoint(folder, step)
+        config = trained_config(folder, manifest)
         form.check(config, describe_base(config.model))
         tuned_base = method_of(config).exports_model
         return Exported(destination, format, manifest.step, form.whole_model or tuned_base, tuned_base=tuned_base)
     chosen = [*(["--step", str(step)] if step is not None else []), *(["--verify"] if verify else [])]
     with _bar("merging" if form.whole_model else "exporting") as progress:
-        made = _module("trainer.export", run.uri, destination, *options, "--format", format, *chosen, progress=progress)
+        made = _module(
+            "trainer.export", folder.uri, destination, *options, "--format", format, *chosen, progress=progress
+        )
     proof = Proof(**made.pop("proof")) if verify else None
     merged = form.whole_model or made["tuned_base"]
     result = Exported(destination, format, merged=merged, proof=proof, **made)
@@ -108,11 +110,11 @@ def export_run(
     return result
 
 
-def planned_checkpoint(run: Store, step: int | None) -> CheckpointManifest:
+def planned_checkpoint(folder: Store, step: int | None) -> CheckpointManifest:
     """The checkpoint that would be read, by its manifest alone. Raises as `whole_checkpoint`."""
-    steps, damaged = committed_steps(run), list[str]()
-    check_step(run, steps, step)
-    manifest = next(readable_manifests(run, damaged, steps if step is None else [step]), None)
+    steps, damaged = committed_steps(folder), list[str]()
+    check_step(folder, steps, step)
+    manifest = next(readable_manifests(folder, damaged, steps if step is None else [step]), None)
     if manifest is None:
         raise StorageError(damaged[0])
     return manifest

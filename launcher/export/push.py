@@ -70,7 +70,7 @@ class Pushed:
 
 
 def push_run(
-    run: Store,
+    folder: Store,
     target: str,
     format: str,
     options: Sequence[str] = (),
@@ -90,9 +90,9 @@ def push_run(
     """
     repository, branch = _repository(target), revision or constants.DEFAULT_REVISION
     with scratch_folder("push") as scratch:
-        folder = Path(scratch, "export")
+        directory = Path(scratch, "export")
         if dry_run:
-            exported = export_run(run, str(folder), format, options, step=step, dry_run=True)
+            exported = export_run(folder, str(directory), format, options, step=step, dry_run=True)
             return Pushed(repository, branch, not public, exported)
         api = HfApi(token=_token())
         with _explained(repository):  # before the export, which may take an hour
@@ -105,16 +105,16 @@ def push_run(
                 )
             if revision:
                 api.create_branch(repository, branch=revision, exist_ok=True)
-        exported = export_run(run, str(folder), format, options, step=step)
-        _name_the_place(folder / CARD, repository)
-        size = sum(path.stat().st_size for path in folder.iterdir())
+        exported = export_run(folder, str(directory), format, options, step=step)
+        _name_the_place(directory / CARD, repository)
+        size = sum(path.stat().st_size for path in directory.iterdir())
         log(
             f"uploading {size / 1e6:,.1f} MB to hf://{repository}; a push that is killed goes on when it is called again"
         )
         with _explained(repository):
-            message = f"Step {exported.step} of the run {name_of(run)}, by Capstan"
+            message = f"Step {exported.step} of the run {name_of(folder)}, by Capstan"
             # Not `upload_folder`, which makes several commits where hf_xet is installed.
-            operations = _operations(folder, api.list_repo_files(repository, revision=revision))
+            operations = _operations(directory, api.list_repo_files(repository, revision=revision))
             made = api.create_commit(repository, operations, commit_message=message, revision=revision)
     return Pushed(repository, branch, private, exported, f"{api.endpoint}/{repository}", made.oid)
 

@@ -10,47 +10,9 @@ from launcher.importing.sources import sections, source_paths, sources_at, split
 from trainer.config.peers import conversions as to
 
 _TEMPLATE_TEXT = "The row becomes a conversation in the chat template, without a prompt text of its own."
-# The first part of a type, and our format with the names of its fields. None is left to data.format: auto.
-_FORMATS: dict[str, tuple[str | None, dict[str, str]]] = {
-    "chat_template": (None, {}),
-    "sharegpt": ("sharegpt", {}),
-    "sharegpt_simple": ("sharegpt", {}),
-    "alpaca": ("alpaca", {}),
-    "alpaca_chat": ("alpaca", {}),
-    "alpaca_w_system": ("alpaca", {}),
-    "alpaca_instruct": ("alpaca", {}),
-    "context_qa": ("alpaca", {"instruction": "question", "input": "context", "output": "answer"}),
-    "completion": ("text", {}),
-    "pretrain": ("text", {}),
-    "gpteacher": ("alpaca", {"output": "response"}),
-    "reflection": ("alpaca", {}),
-    "oasst": ("alpaca", {"instruction": "INSTRUCTION", "output": "RESPONSE"}),
-    "jeopardy": ("question_answer", {}),
-    "summarizetldr": ("prompt_completion", {"prompt": "article", "completion": "summary"}),
-    "alpaca_chat.load_qa": ("question_answer", {}),
-    "alpaca_chat.load_camel_ai": ("question_answer", {"question": "message_1", "answer": "message_2"}),
-    "alpaca_w_system.load_open_orca": (
-        "alpaca",
-        {"instruction": "question", "output": "response", "system": "system_prompt"},
-    ),
-    "alpaca_w_system.load_open_orca_chatml": (
-        "alpaca",
-        {"instruction": "question", "output": "response", "system": "system_prompt"},
-    ),
-}
-# The end of a type for preferences and labelled answers, and the names of its fields.
-_ANSWERS = {
-    "intel": {"prompt": "question"},
-    "argilla": {"prompt": "instruction", "chosen": "chosen_response", "rejected": "rejected_response"},
-    "icr": {"prompt": "input"},
-    "user_defined": {},
-}
-# Those of them whose rows may have a system message beside the prompt.
-_WITH_SYSTEM = ("intel", "argilla")
 _USER = {"field_instruction": "instruction", "field_input": "input", "field_output": "output", "field_system": "system"}
 _USER_PAIR = {"field_prompt": "prompt", "field_chosen": "chosen", "field_rejected": "rejected"}
 _USER_LABEL = {"field_prompt": "prompt", "field_completion": "completion", "field_label": "label"}
-_PREFERENCES = {"dpo": "dpo", "ipo": "dpo", "orpo": "orpo", "simpo": "simpo", "kto": "kto"}
 
 
 def join(keys: Keys, folder: Path) -> None:
@@ -95,14 +57,8 @@ def _method(keys: Keys) -> None:
         keys.lose(
             "adapter", f"{adapter} is not a method of ours: docs/methods.md lists them. tuning.method is left at lora."
         )
-    method = "full" if adapter == "full" else "lora"
-    for switch, other in (("peft_use_rslora", "rslora"), ("peft_use_dora", "dora")):
-        if low_rank and keys.asked(switch):
-            method = other
-    if low_rank and keys.asked("peft_use_rslora") and keys.asked("peft_use_dora"):
-        keys.lose("peft_use_rslora", "dora is scaled by alpha / rank. tuning.method is dora or rslora.")
-    keys.put("tuning.method", method, "adapter", "peft_use_dora" if method == "dora" else "peft_use_rslora")
-    if method == "full":
+    switches = {"peft_use_rslora": "rslora", "peft_use_dora": "dora"} if low_rank else {}
+    if joined.method(keys, "adapter", adapter == "full", switches) == "full":
         keys.put("quant.type", "none", "adapter")
         keys.origins["quant.type"].append("without an adapter the base itself learns")
         _trained_part(keys)
@@ -131,11 +87,12 @@ def _trained_part(keys: Keys) -> None:
 
 def _objective(keys: Keys) -> None:
     asked = str(keys.given.get("rl") or "").lower()
-    if asked and asked not in _PREFERENCES:
+    known = keys.peer.tables["objectives"]
+    if asked and asked not in known:
         keys.lose("rl", f"{asked} is not an objective of ours: sft, dpo, orpo, simpo, kto. Left at sft.")
         return
     if asked:
-        keys.put("objective.name", _PREFERENCES[asked], "rl")
+        keys.put("objective.name", known[asked], "rl")
     if asked == "simpo":
         joined.simpo(keys)
     losses = keys.names("dpo_loss_type")
@@ -211,14 +168,15 @@ def _format(keys: Keys, place: str, given: dict[str, Any]) -> tuple[str | None, 
         }
     name = str(kind or "chat_template")
     first = name.split(":")[0]
-    found = _FORMATS.get(first) or _FORMATS.get(first.split(".")[0])
+    known = keys.peer.tables["formats"]
+    found = known.get(first, known.get(first.split(".")[0]))
     if found is None:
         keys.lose(
             f"{place}.type",
             f"{name} is not a format of ours: data.format is left at auto. docs/data-format.md lists formats.",
         )
         return None, {}
-    form, fields = found
+    form, fields = found.get("format"), found.get("fields", {})
     if first.startswith(("alpaca", "gpteacher", "oasst", "context_qa")):
         keys.note(f"{place}.type", _TEMPLATE_TEXT)
     if form == "text":
@@ -260,7 +218,7 @@ def _answers(keys: Keys, place: str, given: dict[str, Any], kind: Any) -> tuple[
         return "preference_sharegpt", {"messages": "messages"} | {
             ours: str(given[theirs]) for ours, theirs in renamed.items() if given.get(theirs)
         }
-    fields = dict(_ANSWERS.get(str(kind).rpartition(".")[2], {}))
+    fields = dict(keys.peer.tables["answers"].get(str(kind).rpartition(".")[2], {}))
     if str(kind).startswith("chat_template."):  # ORPO's read prompt, chosen and rejected as messages
         fields = {}
     if labelled:
@@ -268,7 +226,10 @@ def _answers(keys: Keys, place: str, given: dict[str, Any], kind: Any) -> tuple[
     renamed = {"prompt": "field_messages", "chosen": "field_chosen", "rejected": "field_rejected"}
     fields |= {ours: str(given[theirs]) for ours, theirs in renamed.items() if given.get(theirs) not in (None, ours)}
     form = "labelled" if labelled else "preference"
-    if fields and str(kind).rpartition(".")[2] in _WITH_SYSTEM:
+    if fields and str(kind).rpartition(".")[2] in (
+        "intel",
+        "argilla",
+    ):  # rows that may have a system message beside the prompt
         alpaca = {"prompt": "instruction", "completion": "output"}
         completion = {"completion": "completion"} if labelled else {}
         return f"{form}_alpaca", {alpaca.get(ours, ours): theirs for ours, theirs in {**completion, **fields}.items()}
@@ -277,7 +238,7 @@ def _answers(keys: Keys, place: str, given: dict[str, Any], kind: Any) -> tuple[
 
 def _turns(keys: Keys, place: str, given: dict[str, Any]) -> None:
     """Which turns of the conversations are trained; one answer for all data sets here."""
-    known = {"gpt": "assistant", "model": "assistant", "human": "user", "observation": "tool"}
+    known = keys.peer.tables["roles"]
     allowed = ("system", "developer", "user", "assistant", "tool")
     named = (known.get(str(role), str(role)) for role in to.names(given.get("roles_to_train") or []))
     roles = list(dict.fromkeys(named))

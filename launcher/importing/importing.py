@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -11,34 +12,21 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.commented import yaml_text
-from launcher.importing import accelerate, axolotl, llamafactory, llamafactory_v1, torchtune, trl
 from launcher.importing.mapping import Keys, Outcome, counts_of
 from launcher.importing.reading import detect, read_peer_file
 from trainer.config import parse_config
-from trainer.config.peers.accelerate import ACCELERATE
-from trainer.config.peers.axolotl import AXOLOTL
-from trainer.config.peers.llamafactory import LLAMAFACTORY
-from trainer.config.peers.llamafactory_v1 import LLAMAFACTORY_V1
+from trainer.config.peers.names import PEERS
 from trainer.config.peers.table import Peer
-from trainer.config.peers.torchtune import TORCHTUNE
-from trainer.config.peers.trl import TRL
 from trainer.errors import ConfigError, shown
 from trainer.objective.objective import find_objective
 from trainer.optimizer.optimizer import find_optimizer
 from trainer.tuning.method import method_of
 
 JOINS: Mapping[str, tuple[Peer, Callable[[Keys, Path], None]]] = {
-    peer.name: (peer, join)
-    for peer, join in (
-        (AXOLOTL, axolotl.join),
-        (LLAMAFACTORY, llamafactory.join),
-        (LLAMAFACTORY_V1, llamafactory_v1.join),
-        (TRL, trl.join),
-        (ACCELERATE, accelerate.join),
-        (TORCHTUNE, torchtune.join),
-    )
+    peer.name: (peer, import_module(f"launcher.importing.{peer.name.replace('-', '_')}").join) for peer in PEERS
 }
 """The peers whose files are read, by the names that `--from` takes."""
+_LAUNCHER = JOINS["accelerate"][0]  # says where something runs, beside the file of another peer
 _SETTING = re.compile(r"([a-z_]+(?:\.[a-z_]+)+)")
 # A configuration that lacks one of these is none. The file is written with these in their places, and the table says so.
 _FILL_IN: Mapping[str, tuple[Any, str]] = {
@@ -111,12 +99,12 @@ def import_files(paths: Sequence[str | Path], peer: str | None = None, gpus: int
     if gpus:
         settings["cluster.workers"], origins["cluster.workers"] = gpus, [f"--gpus {gpus}"]
     files = [_keys(path, peer if not index else None, settings, origins) for index, path in enumerate(paths)]
-    if sum(keys.peer is not ACCELERATE for keys, _ in files) > 1:
+    if sum(keys.peer is not _LAUNCHER for keys, _ in files) > 1:
         raise ConfigError(
             "Several files are of a training each. Give one of them, and accelerate's beside it if there is one."
         )
     # Where something runs is known first, as the batch depends on it.
-    for keys, folder in sorted(files, key=lambda file: file[0].peer is not ACCELERATE):
+    for keys, folder in sorted(files, key=lambda file: file[0].peer is not _LAUNCHER):
         keys.convert()
         JOINS[keys.peer.name][1](keys, folder)
     every = [keys for keys, _ in files]

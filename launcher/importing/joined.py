@@ -6,7 +6,7 @@ from typing import Any
 
 from launcher.importing.mapping import Keys
 from trainer.config.peers import conversions as to
-from trainer.config.peers.table import Inconvertible
+from trainer.config.peers.conversions import Inconvertible
 from trainer.config.yaml_reader import read_yaml
 from trainer.errors import ConfigError
 
@@ -36,6 +36,16 @@ def in_4_bits(keys: Keys, asked: bool) -> bool:
         return asked
     keys.lose("load_in_8bit", "The base is stored in 4 bits or in 16. Here in 4: quant.type: none is 16.")
     return True
+
+
+def method(keys: Keys, key: str, full: bool, switches: Mapping[str, str]) -> str:
+    """`tuning.method`: full, or the variant of LoRA that one of the `switches` asks for, or LoRA itself."""
+    asked = [switch for switch in switches if not full and keys.asked(switch)]
+    if len(asked) > 1:
+        keys.lose(asked[0], "dora is scaled by alpha / rank. tuning.method is dora or rslora.")
+    name = "full" if full else switches[asked[-1]] if asked else "lora"
+    keys.put("tuning.method", name, key, *asked[-1:])
+    return name
 
 
 def simpo(keys: Keys) -> None:

@@ -11,19 +11,6 @@ from trainer.config.data import ROW_FORMATS
 from trainer.config.peers import conversions as to
 from trainer.errors import NOT_JSON
 
-_STAGES = {"pt": "sft", "sft": "sft", "dpo": "dpo", "kto": "kto"}
-_LOSSES = {
-    "sigmoid": {},
-    "hinge": {"objective.loss_type": "hinge"},
-    "ipo": {"objective.loss_type": "ipo"},
-    "orpo": {"objective.name": "orpo"},
-    "simpo": {"objective.name": "simpo"},
-}
-# The columns of dataset_info.json by formatting, as our fields.
-_ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "system": "system", "history": "history"}
-_SHAREGPT = {"messages": "messages", "system": "system", "tools": "tools"}
-_TAGS = {"user_tag": ("human", "user"), "assistant_tag": ("gpt", "assistant"), "system_tag": ("system",)}
-
 
 def join(keys: Keys, folder: Path) -> None:
     """All settings that several keys make."""
@@ -48,16 +35,7 @@ def _method(keys: Keys) -> None:
             "finetuning_type",
             f"{kind} is not a method of ours: docs/methods.md lists them. tuning.method is left at lora.",
         )
-    switches = {"use_rslora": "rslora", "use_dora": "dora"}
-    asked = [switch for switch in switches if low_rank and keys.asked(switch)]
-    if len(asked) > 1:
-        keys.lose("use_rslora", "dora is scaled by alpha / rank. tuning.method is dora or rslora.")
-    keys.put(
-        "tuning.method",
-        switches[asked[-1]] if asked else "lora" if low_rank else "full",
-        "finetuning_type",
-        *asked[-1:],
-    )
+    joined.method(keys, "finetuning_type", not low_rank, {"use_rslora": "rslora", "use_dora": "dora"})
     if kind == "freeze":
         why = "tuning.train names what learns, such as model.layers.31.*; as it is, everything does."
         for name in ("finetuning_type", "freeze_trainable_layers", "freeze_trainable_modules"):
@@ -83,28 +61,22 @@ def _method(keys: Keys) -> None:
 
 
 def _objective(keys: Keys) -> None:
-    stage = str(keys.get("stage"))
-    if stage not in _STAGES:
+    stage, stages, losses = str(keys.get("stage")), keys.peer.tables["stages"], keys.peer.tables["losses"]
+    if stage not in stages:
         keys.lose("stage", f"{stage} is not an objective of ours: sft, dpo, orpo, simpo, kto. Left at sft.")
         return
-    keys.put("objective.name", _STAGES[stage], "stage")
+    keys.put("objective.name", stages[stage], "stage")
     loss = str(keys.given.get("pref_loss") or "sigmoid")
-    if stage == "dpo" and loss in _LOSSES:
-        for setting, value in _LOSSES[loss].items():
+    if stage == "dpo" and loss in losses:
+        for setting, value in losses[loss].items():
             keys.put(setting, value, "pref_loss")
     elif stage == "dpo":
         keys.lose("pref_loss", f"{loss} is none of sigmoid, hinge, ipo, orpo and simpo. Left at sigmoid.")
     if keys.settings["objective.name"] == "simpo":
         joined.simpo(keys)
     packed = [name for name in ("packing", "neat_packing") if keys.asked(name)]
-    if keys.settings["objective.name"] != "sft":
-        keys.put("data.packing", False, *(packed or ["packing"]))
-    else:
-        keys.put(
-            "data.packing",
-            bool(packed) or (stage == "pt" and keys.given.get("packing") is None),
-            *(packed or ["packing"]),
-        )
+    asked = bool(packed) or (stage == "pt" and keys.given.get("packing") is None)
+    keys.put("data.packing", asked and keys.settings["objective.name"] == "sft", *(packed or ["packing"]))
     if stage == "sft" and keys.asked("train_on_prompt"):
         keys.put("data.loss_on", "all", "train_on_prompt")
         if keys.asked("mask_history"):
@@ -172,7 +144,7 @@ def _format(keys: Keys, key: str, name: str, given: dict[str, Any]) -> tuple[str
     conversation = given.get("formatting", "alpaca") != "alpaca"
     plain = (tags.get("role_tag", "from"), tags.get("content_tag", "value")) == ("role", "content")
     openai = given.get("formatting") == "openai" or plain
-    for tag, usual in _TAGS.items():
+    for tag, usual in keys.peer.tables["tags"].items():
         if tags.get(tag) and tags[tag] not in usual:
             keys.lose(
                 key,
@@ -180,9 +152,9 @@ def _format(keys: Keys, key: str, name: str, given: dict[str, Any]) -> tuple[str
             )
     if keys.settings.get("objective.name") == "sft" and str(keys.get("stage")) == "pt":
         return _with_fields("text", {"prompt": "text"}, {"prompt": columns.get("prompt", "instruction")})
-    table = _SHAREGPT if conversation else _ALPACA
-    asked = {"messages": "conversations", **columns} if conversation else columns
     kind = "sharegpt" if conversation else "alpaca"
+    table = keys.peer.tables["columns"][kind]
+    asked = {"messages": "conversations", **columns} if conversation else columns
     if given.get("ranking"):
         return _with_fields(f"preference_{kind}", {**table, "chosen": "chosen", "rejected": "rejected"}, asked)
     if columns.get("kto_tag"):

@@ -10,8 +10,6 @@ from trainer.config.peers import conversions as to
 from trainer.config.yaml_reader import read_yaml
 from trainer.errors import ConfigError
 
-_FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "pair": "preference"}
-
 
 def join(keys: Keys, folder: Path) -> None:
     """All settings that several keys make."""
@@ -33,10 +31,8 @@ def _method(keys: Keys) -> None:
     kind = str(keys.given.get("peft_config.name") or "full")
     if kind not in ("lora", "full"):
         keys.lose("peft_config.name", f"{kind}: tuning.method is full, and tuning.train names what learns.")
-    method = "lora" if kind == "lora" else "full"
-    for switch, other in (("peft_config.use_rslora", "rslora"), ("peft_config.use_dora", "dora")):
-        method = other if method != "full" and keys.asked(switch) else method
-    keys.put("tuning.method", method, "peft_config.name", "peft_config.use_rslora", "peft_config.use_dora")
+    switches = {"peft_config.use_rslora": "rslora", "peft_config.use_dora": "dora"}
+    method = joined.method(keys, "peft_config.name", kind != "lora", switches)
     bits = keys.whole("quant_config.quantization_bit")
     if method == "full" or not bits:
         keys.put("quant.type", "none", "quant_config.quantization_bit")
@@ -83,5 +79,5 @@ def _of_info(keys: Keys, key: str, info: dict[str, Any]) -> list[dict[str, Any]]
     for name in ("weight", "size"):
         if info.get(name) not in (None, 1, 1.0):
             keys.lose(key, f"{name}: data.train[].weight says how often an epoch visits a source.")
-    form = _FORMATS.get(str(info.get("converter")))
+    form = keys.peer.tables["formats"].get(str(info.get("converter")))
     return sources_at(source_paths(str(info["path"])), {"format": form}, split=info.get("split"))

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from launcher.importing.reading import flat_keys
 from trainer.config.peers import conversions as to
-from trainer.config.peers.table import Inconvertible, Needless, Peer, Row, To, Together, Unsupported
+from trainer.config.peers.conversions import Inconvertible
+from trainer.config.peers.table import Needless, Peer, Row, To, Together, Unsupported
 
 _SECRET = re.compile(r"hub_token|(^|_)(api_key|secret|password|webhook_url)$")
 Status = Literal["mapped", "not needed", "not supported", "unknown"]

@@ -10,49 +10,6 @@ from launcher.importing.sources import sections, source_paths, sources_at, split
 from trainer.config.peers import conversions as to
 
 _BUILDER = re.compile(r"torchtune\.models\.(?P<family>\w+)\.(?:\w+\.)?(?P<kind>q?lora_)?(?P<size>\w+)")
-# The rows that a data set's function reads: its source, our format, and the names of fields.
-_DATASETS: dict[str, tuple[str | None, str | None, dict[str, str]]] = {
-    "alpaca_dataset": ("tatsu-lab/alpaca", "alpaca", {}),
-    "alpaca_cleaned_dataset": ("yahma/alpaca-cleaned", "alpaca", {}),
-    "instruct_dataset": (None, "prompt_completion", {"prompt": "input", "completion": "output"}),
-    "chat_dataset": (None, None, {}),
-    "text_completion_dataset": (None, "text", {}),
-    "cnn_dailymail_articles_dataset": ("ccdv/cnn_dailymail", "text", {"text": "article"}),
-    "wikitext_dataset": ("EleutherAI/wikitext_document_level", "text", {"text": "page"}),
-    "samsum_dataset": ("Samsung/samsum", "prompt_completion", {"prompt": "dialogue", "completion": "summary"}),
-    "grammar_dataset": ("liweili/c4_200m", "prompt_completion", {"prompt": "input", "completion": "output"}),
-    "slimorca_dataset": ("Open-Orca/SlimOrca-Dedup", "sharegpt", {}),
-    "preference_dataset": (None, "preference", {}),
-    "stack_exchange_paired_dataset": (
-        "lvwerra/stack-exchange-paired",
-        "preference",
-        {"prompt": "question", "chosen": "response_j", "rejected": "response_k"},
-    ),
-    "hh_rlhf_helpful_dataset": ("RLHFlow/HH-RLHF-Helpful-standard", "preference", {}),
-}
-_COLUMNS = {"input": "prompt", "output": "completion", "prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
-_SCHEDULES = {
-    "get_cosine_schedule_with_warmup": {"optim.schedule": "cosine", "optim.min_lr_ratio": 0.0},
-    "get_exponential_schedule": None,
-}
-_LOSSES = {
-    "DPOLoss": {"objective.name": "dpo"},
-    "RSOLoss": {"objective.name": "dpo", "objective.loss_type": "hinge"},
-    "IPOLoss": {"objective.name": "dpo", "objective.loss_type": "ipo"},
-    "SimPOLoss": {"objective.name": "simpo"},
-    "CEWithChunkedOutputLoss": {},
-    "LinearCrossEntropyLoss": {},
-    "CrossEntropyLoss": {},
-    "SFTLoss": {},
-}
-# The names of layers in the families whose projections are one matrix.
-_FUSED = {
-    "q_proj": "qkv_proj",
-    "k_proj": "qkv_proj",
-    "v_proj": "qkv_proj",
-    "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj",
-}
 
 
 def join(keys: Keys, folder: Path) -> None:
@@ -112,7 +69,9 @@ def _model(keys: Keys) -> None:
     layers = ["o_proj" if name == "output_proj" else name for name in keys.names("model.lora_attn_modules")]
     layers += ["gate_proj", "up_proj", "down_proj"] if keys.asked("model.apply_lora_to_mlp") else []
     layers += ["lm_head"] if keys.asked("model.apply_lora_to_output") else []
-    named = [_FUSED.get(name, name) if family.startswith(("phi3", "phi4")) else name for name in layers]
+    named = [
+        keys.peer.tables["fused"].get(name, name) if family.startswith(("phi3", "phi4")) else name for name in layers
+    ]
     if named:
         switches = ("model.lora_attn_modules", "model.apply_lora_to_mlp", "model.apply_lora_to_output")
         keys.put("tuning.targets", list(dict.fromkeys(named)), *switches)
@@ -128,7 +87,7 @@ def _course(keys: Keys) -> None:
     scheduler = _end(keys.given.get("lr_scheduler._component_"))
     if not scheduler:
         keys.assume("optim.schedule", "constant", "torchtune's rate without lr_scheduler")
-    elif known := _SCHEDULES.get(scheduler):
+    elif known := keys.peer.tables["schedules"].get(scheduler):
         for setting, value in known.items():
             keys.put(setting, value, "lr_scheduler._component_")
     else:
@@ -158,9 +117,10 @@ def _course(keys: Keys) -> None:
 def _loss(keys: Keys) -> None:
     key = "loss._component_" if "loss._component_" in keys.given else "loss"
     name = _end(keys.given.get(key))
-    if name and name not in _LOSSES:
+    known = keys.peer.tables["losses"]
+    if name and name not in known:
         keys.lose(key, f"{name} is not an objective of ours: sft, dpo, orpo, simpo, kto. Left at sft.")
-    for setting, value in _LOSSES.get(name, {}).items():
+    for setting, value in known.get(name, {}).items():
         keys.put(setting, value, key)
     if keys.settings.get("objective.name", "sft") == "sft":
         for setting in ("objective.beta", "objective.gamma"):
@@ -208,20 +168,17 @@ def _data(keys: Keys) -> None:
 
 
 def _sources(keys: Keys, place: str, given: dict[str, Any]) -> list[dict[str, Any]]:
-    component = _end(given.get("_component_"))
-    if component not in _DATASETS:
+    component, known = _end(given.get("_component_")), keys.peer.tables["datasets"]
+    if component not in known:
         keys.lose(
             f"{place}._component_",
             f"{component} is not a data set that is known here. Write its path and format into the configuration.",
         )
-    source, form, fields = _DATASETS.get(component, (None, None, {}))
-    mapped = given.get("column_map")
-    columns = mapped if isinstance(mapped, dict) else {}
-    fields = fields | {
-        _COLUMNS[theirs]: str(column)
-        for theirs, column in columns.items()
-        if theirs in _COLUMNS and component != "alpaca_dataset"
-    }
+    read: dict[str, Any] = known.get(component, {})
+    form, fields, ours = read.get("format"), dict(read.get("fields", {})), keys.peer.tables["columns"]
+    columns = given.get("column_map")
+    if isinstance(columns, dict) and component != "alpaca_dataset":
+        fields |= {ours[theirs]: str(column) for theirs, column in columns.items() if theirs in ours}
     if component == "text_completion_dataset" and given.get("column") not in (None, "text"):
         fields = {"text": str(given["column"])}
     if component == "chat_dataset":
@@ -237,6 +194,6 @@ def _sources(keys: Keys, place: str, given: dict[str, Any]) -> list[dict[str, An
     split, sliced = split_of(given.get("split"))
     if sliced:
         keys.lose(f"{place}.split", sliced)
-    paths = source_paths(str(given.get("source") or source or "FILL-IN"), given.get("data_files"))
+    paths = source_paths(str(given.get("source") or read.get("source") or "FILL-IN"), given.get("data_files"))
     subset = given.get("name") or given.get("subset")
     return sources_at(paths, {"format": form, "fields": fields}, subset, split)

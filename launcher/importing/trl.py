@@ -7,33 +7,10 @@ from launcher.importing import joined
 from launcher.importing.mapping import Keys
 from launcher.importing.sources import sections, source_paths, sources_at, split_of
 from trainer.config.peers import conversions as to
-from trainer.config.peers.table import Inconvertible
+from trainer.config.peers.conversions import Inconvertible
 
 _DPO_LOSSES = ("sigmoid", "hinge", "ipo")
-_SCRIPTS = {"sft": "sft", "dpo": "dpo", "kto": "kto", "orpo": "orpo", "cpo": "simpo"}
-# Keys that one trainer alone has, where no script is named.
-_SIGNS = {
-    "kto": ("desirable_weight", "undesirable_weight"),
-    "simpo": ("simpo_gamma", "cpo_alpha"),
-    "dpo": (
-        "beta",
-        "precompute_ref_log_probs",
-        "loss_weights",
-        "f_divergence_type",
-        "label_smoothing",
-        "ref_model_sync_steps",
-    ),
-}
-_ADAPTER = {
-    "lora_r": ("tuning.rank", to.whole, 16),
-    "lora_alpha": ("tuning.alpha", to.number, 32),
-    "lora_dropout": ("tuning.dropout", to.number, 0.05),
-    "lora_target_modules": ("tuning.targets", to.targets, None),
-    "lora_modules_to_save": ("tuning.modules_to_save", to.names, None),
-    "lora_target_parameters": ("tuning.experts", bool, None),
-}
 _SOURCES = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_mixer", "dataset_splits")
-_RATES = {"sft": 2e-5, "dpo": 1e-6, "kto": 1e-6, "orpo": 1e-6, "simpo": 1e-6}
 
 
 def join(keys: Keys, folder: Path) -> None:
@@ -54,17 +31,13 @@ def join(keys: Keys, folder: Path) -> None:
 
 def _objective(keys: Keys) -> None:
     script = str(keys.tree.get("script", ""))
-    named = next((ours for theirs, ours in _SCRIPTS.items() if script.startswith(theirs)), None)
+    tables = keys.peer.tables
+    named = next((ours for theirs, ours in tables["scripts"].items() if script.startswith(theirs)), None)
     loss = keys.given.get("loss_type")
     losses = [str(name) for name in loss] if isinstance(loss, list) else [str(loss)] if loss else []
-    by_loss = (
-        {"kto": "kto", "simpo": "simpo", "sigmoid": "dpo", "hinge": "dpo", "ipo": "dpo"}.get(losses[0])
-        if losses
-        else None
-    )
-    by_keys = next(
-        (name for name, signs in _SIGNS.items() if any(keys.given.get(sign) is not None for sign in signs)), "sft"
-    )
+    by_loss = tables["losses"].get(losses[0]) if losses else None
+    given = {key for key, value in keys.given.items() if value is not None}
+    by_keys = next((name for name, signs in tables["signs"].items() if given & set(signs.split())), "sft")
     name = named or by_loss or by_keys
     keys.put("objective.name", name, "script" if named else "loss_type")
     keys.origins["objective.name"] = keys.origins["objective.name"] or ["by the keys that are there"]
@@ -76,7 +49,7 @@ def _objective(keys: Keys) -> None:
     elif losses and losses[0] not in ("nll", "chunked_nll", "kto", "simpo", "sigmoid"):
         keys.lose("loss_type", f"{losses[0]} is not a loss of objective.name: {name}.")
     if "learning_rate" not in keys.given:
-        keys.settings["optim.lr"] = _RATES[name]
+        keys.settings["optim.lr"] = tables["rates"][name]
     if name == "simpo":
         joined.simpo(keys)
         if losses != ["simpo"]:
@@ -94,34 +67,22 @@ def _objective(keys: Keys) -> None:
 
 def _method(keys: Keys) -> None:
     in_4_bits = joined.in_4_bits(keys, keys.asked("load_in_4bit"))
-    low_rank = keys.asked("use_peft")
-    method = "dora" if keys.asked("use_dora") else "rslora" if keys.asked("use_rslora") else "lora"
-    keys.put(
-        "tuning.method", method if low_rank else "full", "use_peft", *([f"use_{method}"] if method != "lora" else [])
-    )
+    full = not keys.asked("use_peft")
+    joined.method(keys, "use_peft", full, {"use_rslora": "rslora", "use_dora": "dora"})
     keys.origins["tuning.method"] = keys.origins["tuning.method"] or ["without use_peft the base itself learns"]
-    if not low_rank:
+    if full:
         keys.put("quant.type", "none", "use_peft")
-        for name in ("load_in_4bit", "load_in_8bit", *_ADAPTER):
-            keys.lose(name, "Without use_peft the base itself learns, in 16 bits: tuning.method is full.")
+        why = "Without use_peft the base itself learns, in 16 bits: tuning.method is full."
+        for name in ("load_in_4bit", "load_in_8bit"):
+            keys.lose(name, why)
+        for name in ("rank", "alpha", "dropout", "targets", "experts", "modules_to_save"):
+            keys.drop(f"tuning.{name}", why)
         return
     keys.put("quant.type", str(keys.given.get("bnb_4bit_quant_type") or "nf4") if in_4_bits else "none", "load_in_4bit")
     if in_4_bits and keys.asked("use_bnb_nested_quant"):
         keys.put("quant.double", True, "use_bnb_nested_quant")
-    for key, (setting, convert, otherwise) in _ADAPTER.items():
-        value = keys.given.get(key)
-        if value is None and otherwise is not None:
-            keys.assume(setting, otherwise, f"TRL's default of {key}")
-        elif value in (None, []) and key == "lora_target_modules":
-            keys.assume(setting, ["q_proj", "v_proj"], "PEFT's default for most bases")
-        elif value not in (None, []):
-            value = _single(key, value)
-            keys.attempt(key, lambda setting=setting, convert=convert, value=value: {setting: convert(value)})
-
-
-def _single(key: str, value: Any) -> Any:
-    """The text all-linear, where a command line makes a list of it."""
-    return value[0] if key == "lora_target_modules" and value in (["all-linear"],) else value
+    if not keys.settings.get("tuning.targets"):
+        keys.assume("tuning.targets", ["q_proj", "v_proj"], "PEFT's default for most bases")
 
 
 def _data(keys: Keys) -> None:

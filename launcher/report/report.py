@@ -76,14 +76,14 @@ def _write(target: Path, text: str) -> None:
         raise
 
 
-def keep_report(run: Store, log: Callable[[str], None]) -> None:
+def keep_report(folder: Store, log: Callable[[str], None]) -> None:
     """Write the page of a run, or of a sweep, that has ended into its folder; a failure is said, and never decides how it ends."""
     try:
-        if is_sweep(run) or generations(run):
-            write_report([run])
-            log(f"the report is {target_of([run], None)}")
+        if is_sweep(folder) or generations(folder):
+            write_report([folder])
+            log(f"the report is {target_of([folder], None)}")
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".rstrip(".")
         log(
-            f"the report could not be written, which does not end the run: {reason}. {command('report', run)} tries again."
+            f"the report could not be written, which does not end the run: {reason}. {command('report', folder)} tries again."
         )

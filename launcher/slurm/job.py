@@ -128,12 +128,12 @@ def silent_nodes(nodes: list[dict]) -> list[str]:
         return [node["name"] for node, up in zip(nodes, pool.map(answers, nodes), strict=True) if not up]
 
 
-def _nodes_of_dead_ranks(run: Store, newest: int, since: float, nodes: list[dict]) -> list[str]:
+def _nodes_of_dead_ranks(folder: Store, newest: int, since: float, nodes: list[dict]) -> list[str]:
     """The node of the rank that each generation up to `newest` begun after `since` ended with, by Slurm's names of nodes."""
     names = {_short(node["hostname"]): node["name"] for node in nodes}
     found = []
     for generation in range(newest, 0, -1):
-        records = read_generation(run, generation)
+        records = read_generation(folder, generation)
         started = records["start"][-1] if records.get("start") else None
         if started and started["time"] < since:
             break
@@ -148,24 +148,24 @@ def _short(hostname: str) -> str:
     return hostname.partition(".")[0]
 
 
-def _ranks_stopped(run: Store, generation: int, since: float) -> bool:
+def _ranks_stopped(folder: Store, generation: int, since: float) -> bool:
     """Whether the ranks of `generation` have said, after `since`, that they committed and stopped."""
-    ends = read_generation(run, generation).get("end")
+    ends = read_generation(folder, generation).get("end")
     return bool(ends) and ends[-1]["outcome"] == "stopped" and ends[-1]["time"] >= since
 
 
-def _stopped_by(run: Store) -> str | None:
+def _stopped_by(folder: Store) -> str | None:
     """The person who asked for a stop; the driver notes Slurm's signals in the same place, by their names."""
-    who = stop_requester(run)
+    who = stop_requester(folder)
     return None if who is None or who.startswith("SIG") else who
 
 
-def _step(run: Store) -> int:
-    return read_status(run).last_commit_step or 0
+def _step(folder: Store) -> int:
+    return read_status(folder).last_commit_step or 0
 
 
-def _record(run: Store, attempt: Attempt) -> None:
-    run.put(layout.slurm_attempt(attempt.number), json.dumps(asdict(attempt)).encode())
+def _record(folder: Store, attempt: Attempt) -> None:
+    folder.put(layout.slurm_attempt(attempt.number), json.dumps(asdict(attempt)).encode())
 
 
 def free_ports(count: int) -> list[int]:

@@ -122,11 +122,11 @@ class SlurmStatus:
         return Group(render(self.run), rows)
 
 
-def slurm_status(run: Store, found: SubmittedJobs) -> SlurmStatus:
-    return SlurmStatus(read_status(run), jobs_of(found), attempts(run))
+def slurm_status(folder: Store, found: SubmittedJobs) -> SlurmStatus:
+    return SlurmStatus(read_status(folder), jobs_of(found), attempts(folder))
 
 
-def is_over(run: Store, found: SubmittedJobs) -> Callable[[], bool]:
+def is_over(folder: Store, found: SubmittedJobs) -> Callable[[], bool]:
     """Whether the run has ended and no job of it will go on; asks Slurm only every few seconds."""
     asked, active = 0.0, True
 
@@ -135,13 +135,13 @@ def is_over(run: Store, found: SubmittedJobs) -> Callable[[], bool]:
         if time.monotonic() - asked > _POLL_SECONDS or not asked:
             asked = time.monotonic()
             jobs = jobs_of(found)
-            active = any(job.is_active for job in jobs) if jobs else read_status(run).state not in ENDED
+            active = any(job.is_active for job in jobs) if jobs else read_status(folder).state not in ENDED
         return not active
 
     return over
 
 
-def stop(run: Store, found: SubmittedJobs, *, dry_run: bool) -> str:
+def stop(folder: Store, found: SubmittedJobs, *, dry_run: bool) -> str:
     """Cancel the jobs that have not started, and ask the one that runs to commit and end. Says what was done."""
     jobs = [job for job in jobs_of(found) if job.is_active]
     waiting = [job.job for job in jobs if job.is_pending]
@@ -151,22 +151,22 @@ def stop(run: Store, found: SubmittedJobs, *, dry_run: bool) -> str:
         parts.append("the run is to commit and end")
     if waiting:
         parts.append(f"job {', '.join(map(str, waiting))}, which waits, is to be cancelled")
-    sentence = f"{run.uri}: {' and '.join(parts)}"
+    sentence = f"{folder.uri}: {' and '.join(parts)}"
     if dry_run:
         return sentence
     cancel(waiting)
     if running or not jobs:
-        request_stop(run, by="capstan stop")
-    elif read_status(run).state not in ENDED:
-        record_end(run, "cancelled by capstan stop while its job waited", stopped=True)
+        request_stop(folder, by="capstan stop")
+    elif read_status(folder).state not in ENDED:
+        record_end(folder, "cancelled by capstan stop while its job waited", stopped=True)
     return sentence
 
 
-def job_output(run: Store) -> str:
+def job_output(folder: Store) -> str:
     """The output of the newest job that has begun. Raises `ConfigError` when the run has no such job."""
-    found = submitted_jobs(run)
+    found = submitted_jobs(folder)
     if found is None:
-        raise ConfigError(f"{run.uri} was not submitted to Slurm, so there is no job's output.")
+        raise ConfigError(f"{folder.uri} was not submitted to Slurm, so there is no job's output.")
     for job in reversed(found.jobs):
         with suppress(FileNotFoundError):
             return Path(found.output.replace("%j", str(job))).read_text(errors="replace")
@@ -175,10 +175,10 @@ def job_output(run: Store) -> str:
     )
 
 
-def submitted_jobs(run: Store) -> SubmittedJobs | None:
+def submitted_jobs(folder: Store) -> SubmittedJobs | None:
     """The run's newest submission to Slurm; None where it has none, or the record of it is damaged."""
-    found = _record(run, layout.SLURM_JOB, SubmittedJobs)
-    ours = found is not None and found.jobs and (not found.run or _place(found.run) == _place(run.uri))
+    found = _record(folder, layout.SLURM_JOB, SubmittedJobs)
+    ours = found is not None and found.jobs and (not found.run or _place(found.run) == _place(folder.uri))
     return found if ours else None
 
 
@@ -187,26 +187,26 @@ def _place(uri: str) -> str:
     return str(Path(urlsplit(uri).path).resolve()) if uri.startswith("file://") else uri
 
 
-def check_no_job(run: Store) -> None:
+def check_no_job(folder: Store) -> None:
     """Raise `ConfigError` when a job of the run waits or runs: two starts of one run would fence each other off."""
-    found = submitted_jobs(run)
+    found = submitted_jobs(folder)
     active = [job for job in jobs_of(found) if job.is_active] if found else []
     if active:
         raise ConfigError(
-            f"run.name: job {active[0].job} of {run.uri} is {active[0].state}. {command('stop', run)} ends it first."
+            f"run.name: job {active[0].job} of {folder.uri} is {active[0].state}. {command('stop', folder)} ends it first."
         )
 
 
-def attempts(run: Store) -> list[Attempt]:
+def attempts(folder: Store) -> list[Attempt]:
     """The starts of the run's jobs, oldest first; without those whose record is damaged."""
-    found = (_record(run, entry.key, Attempt) for entry in run.list(layout.SLURM_ATTEMPTS))
+    found = (_record(folder, entry.key, Attempt) for entry in folder.list(layout.SLURM_ATTEMPTS))
     return [attempt for attempt in found if attempt is not None]
 
 
-def _record(run: Store, key: str, kind: type[_Record]) -> _Record | None:
+def _record(folder: Store, key: str, kind: type[_Record]) -> _Record | None:
     """The record under `key`; None where there is none, or one that nobody can use."""
     with suppress(NotFound, ValidationError):
-        return TypeAdapter(kind).validate_json(run.get(key))
+        return TypeAdapter(kind).validate_json(folder.get(key))
     return None
 
 

@@ -158,10 +158,10 @@ def clean_environment(environment: Mapping[str, str], options: Mapping[str, str 
     return {name: value for name, value in environment.items() if stays(name)}
 
 
-def _output_folder(config: Config, run: Store) -> Path:
+def _output_folder(config: Config, folder: Store) -> Path:
     if config.cluster.slurm.output:
         return absolute_path(config.cluster.slurm.output, "cluster.slurm.output")
-    return Path(urlsplit(run.uri).path) if run.uri.startswith("file://") else Path.cwd()
+    return Path(urlsplit(folder.uri).path) if folder.uri.startswith("file://") else Path.cwd()
 
 
 def _finished(run: str, config: Config) -> str:

@@ -221,11 +221,11 @@ class _Life:
     def begin(self, module: str, *arguments: str) -> Command:
         return Command(self.directory / "smoke.log", module, *arguments)
 
-    def follow(self, command: Command, run: Store, generation: int, task: TaskID) -> None:
-        """Show the steps of `run` until its process ends, which must be well."""
+    def follow(self, command: Command, folder: Store, generation: int, task: TaskID) -> None:
+        """Show the steps of `folder` until its process ends, which must be well."""
         with command:
             while command.runs():
-                self.show(task, read_generation(run, generation))
+                self.show(task, read_generation(folder, generation))
         command.check()
 
     def show(self, task: TaskID, metrics: dict[str, list[dict[str, Any]]]) -> None:
@@ -234,11 +234,11 @@ class _Life:
             text = f"[dim]step {newest['step']} of {STEPS}, loss {newest['loss']:.3f}"
             self.progress.update(task, completed=newest["step"], steps=text)
 
-    def kill(self, command: Command, run: Store, task: TaskID) -> int:
+    def kill(self, command: Command, folder: Store, task: TaskID) -> int:
         """Kill -9 the ranks and their driver in the middle of the run, after a commit; returns the step they had reached."""
         with command:
             while command.runs():
-                metrics = read_generation(run, 1)
+                metrics = read_generation(folder, 1)
                 self.show(task, metrics)
                 if _newest_commit(metrics) >= COMMIT_EVERY and _newest_step(metrics) >= KILL_AFTER:
                     for pid in metrics["start"][0]["pids"]:
@@ -246,7 +246,7 @@ class _Life:
                     break
             else:
                 raise CapstanError(f"the run to be killed ended by itself: {command.last_words()}")
-        return _newest_step(read_generation(run, 1))
+        return _newest_step(read_generation(folder, 1))
 
 
 def _newest_commit(metrics: dict[str, list[dict[str, Any]]]) -> int:

@@ -124,73 +124,73 @@ def check(
     return resolved
 
 
-def has_run(run: Store, group: str | None) -> bool:
+def has_run(folder: Store, group: str | None) -> bool:
     """Whether the run's last owner was of `group`."""
-    owner = last_owner(run) if group else None
+    owner = last_owner(folder) if group else None
     return owner is not None and group in (owner.group or "").split()
 
 
-def check_turn(run: Store, submission: str) -> None:
+def check_turn(folder: Store, submission: str) -> None:
     """Raise `ConfigError` when a job's turn has come and somebody else has taken its run since it was submitted."""
-    owner = last_owner(run)
+    owner = last_owner(folder)
     if owner is not None and owner.group != submission:
         raise ConfigError(
-            f"run.name: {run.uri} was taken by `{owner.by}` on {owner.host} since this job was submitted, so the job ends. "
-            f"{command('status', run)} shows the run."
+            f"run.name: {folder.uri} was taken by `{owner.by}` on {owner.host} since this job was submitted, so the job ends. "
+            f"{command('status', folder)} shows the run."
         )
 
 
-def check_idle(run: Store, *, resume: bool, by_store: bool = False) -> None:
+def check_idle(folder: Store, *, resume: bool, by_store: bool = False) -> None:
     """Raise `ConfigError` when somebody has the run: a second start would take it over in the middle of its work.
 
     `by_store`: an owner elsewhere is judged by the store's clock, whatever the two machines' clocks say; this writes a key.
     """
-    if who := in_use(run, by_store=by_store):
+    if who := in_use(folder, by_store=by_store):
         or_else = "--take-over goes on without it, and what it has not committed is lost"
         raise ConfigError(
-            f"run.name: {run.uri} is in use by {who}. {command('stop', run)} ends it; "
+            f"run.name: {folder.uri} is in use by {who}. {command('stop', folder)} ends it; "
             f"{or_else if resume else 'a new run needs another name'}."
         )
 
 
-def in_use(run: Store, *, by_store: bool = False) -> str | None:
+def in_use(folder: Store, *, by_store: bool = False) -> str | None:
     """A phrase that says who has the run now; None when nobody has, or its owner is dead."""
     now = time.time()
-    if owner := read_owner(run):
-        alive = owner.is_alive(now) or (by_store and not owner.is_here and age(run) < FRESH_SECONDS)
+    if owner := read_owner(folder):
+        alive = owner.is_alive(now) or (by_store and not owner.is_here and age(folder) < FRESH_SECONDS)
         return owner.sentence(now) if alive else None
     # Nobody wrote down who has it: an earlier version started it, or it has ended. Only its records tell, and not exactly.
-    status = read_status(run)
+    status = read_status(folder)
     if status.state not in ("running", "restarting") and not (status.state == "starting" and status.generation):
         return None
     quiet = status.quiet_seconds or 0.0
     return f"its start {status.generation}, which wrote {quiet:.0f} s ago" if quiet < SILENT_SECONDS else None
 
 
-def check_name(run: Store) -> None:
+def check_name(folder: Store) -> None:
     """Raise `ConfigError` unless the name is free: a run that died before its first commit has nothing to lose."""
-    if committed_steps(run):
+    if committed_steps(folder):
         raise ConfigError(
-            f"run.name: {run.uri} exists and has checkpoints. {command('resume', run)} continues it; a new run needs another "
+            f"run.name: {folder.uri} exists and has checkpoints. {command('resume', folder)} continues it; a new run needs another "
             "name."
         )
     with suppress(NotFound):
-        seconds = time.time() - run.head(layout.CONFIG).modified.timestamp()
-        if last_owner(run) is None and not read_status(run).generation and seconds < SILENT_SECONDS:
+        seconds = time.time() - folder.head(layout.CONFIG).modified.timestamp()
+        if last_owner(folder) is None and not read_status(folder).generation and seconds < SILENT_SECONDS:
             raise ConfigError(
-                f"run.name: {run.uri} was claimed {seconds:.0f} s ago and has not begun. {command('status', run)} shows what becomes "
+                f"run.name: {folder.uri} was claimed {seconds:.0f} s ago and has not begun. {command('status', folder)} shows what becomes "
                 f"of it; if nothing does, the name is free again after {SILENT_SECONDS:.0f} s."
             )
 
 
-def _check_checkpoint(run: Store, resolved: Resolved, *, elsewhere: bool) -> None:
+def _check_checkpoint(folder: Store, resolved: Resolved, *, elsewhere: bool) -> None:
     """Check the checkpoint that the ranks will load, as they will check it, as far as its manifest tells."""
-    steps, damaged = committed_steps(run), list[str]()
+    steps, damaged = committed_steps(folder), list[str]()
     if not steps:
-        raise NothingToResume(f"{run.uri} has no committed checkpoint. Start it again from its configuration.")
-    manifest = next(readable_manifests(run, damaged, steps), None)
+        raise NothingToResume(f"{folder.uri} has no committed checkpoint. Start it again from its configuration.")
+    manifest = next(readable_manifests(folder, damaged, steps), None)
     if manifest is None:
-        raise StorageError(f"no checkpoint of {run.uri} is whole: {damaged[0]}")
+        raise StorageError(f"no checkpoint of {folder.uri} is whole: {damaged[0]}")
     try:
         dataset = locate(resolved.config, resolved.base, open_run_store(resolved.config), keep=False)["train"]
     except DataError:

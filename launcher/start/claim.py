@@ -87,21 +87,21 @@ def turn(
 
 
 def _write(
-    run: Store, config: Config, known: list[int], *, opens: bool, waits: bool, log: Callable[[str], None]
+    folder: Store, config: Config, known: list[int], *, opens: bool, waits: bool, log: Callable[[str], None]
 ) -> None:
     """config.yaml, or what stands for it until a submitted job's turn comes."""
     text = dump_config(config).encode()
     if opens:
-        old = run_config(run)
+        old = run_config(folder)
         for change in changes(old.model_dump(mode="json"), config.model_dump(mode="json")):
             log(change.sentence())
         if not waits:
-            _keep_settings(run, known, old)
-            run.put(layout.CONFIG, text)
+            _keep_settings(folder, known, old)
+            folder.put(layout.CONFIG, text)
     else:
-        run.put(layout.CONFIG, text)  # over that of a start that died before it had anything to lose
+        folder.put(layout.CONFIG, text)  # over that of a start that died before it had anything to lose
     if waits:
-        run.put(layout.SUBMITTED, text)
+        folder.put(layout.SUBMITTED, text)
 
 
 def keep_code(log: Callable[[str], None]) -> snapshot.Snapshot | None:
@@ -116,28 +116,28 @@ def keep_code(log: Callable[[str], None]) -> snapshot.Snapshot | None:
     return taken
 
 
-def _keep_settings(run: Store, known: list[int], config: Config) -> None:
+def _keep_settings(folder: Store, known: list[int], config: Config) -> None:
     """An earlier version did not keep what each start trained with, so this is written before the settings change."""
-    if known and not run.list(layout.SETTINGS):
+    if known and not folder.list(layout.SETTINGS):
         tree = masked(config.model_dump(mode="json"))  # an earlier version did not refuse a secret in a setting
-        run.put(layout.settings(known[-1]), yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).encode())
+        folder.put(layout.settings(known[-1]), yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).encode())
 
 
-def _contents(run: Store, keys: tuple[str, ...]) -> dict[str, bytes]:
+def _contents(folder: Store, keys: tuple[str, ...]) -> dict[str, bytes]:
     found = dict[str, bytes]()
     for key in keys:
         with suppress(NotFound):
-            found[key] = run.get(key)
+            found[key] = folder.get(key)
     return found
 
 
-def _restore(run: Store, before: dict[str, bytes], known: list[int]) -> None:
+def _restore(folder: Store, before: dict[str, bytes], known: list[int]) -> None:
     """Put back what was there, but for what ranks have begun with or trained with since."""
-    new = [generation for generation in generations(run) if generation not in known]
-    if any(run.exists(layout.settings(generation)) for generation in new) or (new and layout.CONFIG not in before):
+    new = [generation for generation in generations(folder) if generation not in known]
+    if any(folder.exists(layout.settings(generation)) for generation in new) or (new and layout.CONFIG not in before):
         return
     for key in (layout.CONFIG, layout.SNAPSHOT) if new else (*_WRITTEN, *map(layout.settings, known[-1:])):
         if key in before:
-            run.put(key, before[key])
+            folder.put(key, before[key])
         else:
-            run.delete(key)
+            folder.delete(key)

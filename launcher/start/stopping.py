@@ -9,19 +9,19 @@ from trainer.run.requests import read_stop
 from trainer.store import Store
 
 
-def stop_if_asked(run: Store, when: str) -> None:
+def stop_if_asked(folder: Store, when: str) -> None:
     """Raise `Stopped` when somebody has asked the run to stop; `NothingCommitted` where there is nothing to resume then."""
-    if asked := read_stop(run):
-        if committed_steps(run):
+    if asked := read_stop(folder):
+        if committed_steps(folder):
             raise Stopped(
-                f"stopped {asked.reason} {when}; what was committed before stays. {command('resume', run)} goes on."
+                f"stopped {asked.reason} {when}; what was committed before stays. {command('resume', folder)} goes on."
             )
         raise NothingCommitted(
             f"stopped {asked.reason} {when}, and nothing is committed. Start it again from its configuration."
         )
 
 
-def give_up_waiting(run: Store) -> None:
+def give_up_waiting(folder: Store) -> None:
     """Free a run that was submitted and whose turn has not come: nobody else is there to say that it has ended."""
-    if ended_waiting(run):
-        record_end(run, "stopped before its job had begun", stopped=True)
+    if ended_waiting(folder):
+        record_end(folder, "stopped before its job had begun", stopped=True)

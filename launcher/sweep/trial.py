@@ -118,8 +118,8 @@ def train_trial(config: Config, base: dict[str, str]) -> None:
         raise
 
 
-def _record(run: Store, config: Config, error: CapstanError, known: int) -> None:
+def _record(folder: Store, config: Config, error: CapstanError, known: int) -> None:
     """Nobody sees what this process says, so also a run that came to nothing keeps a folder that tells why."""
-    if not run.exists(layout.CONFIG):
-        run.put(layout.CONFIG, dump_config(config).encode())
-    record_end(run, str(error), stopped=isinstance(error, Stopped), after=known)
+    if not folder.exists(layout.CONFIG):
+        folder.put(layout.CONFIG, dump_config(config).encode())
+    record_end(folder, str(error), stopped=isinstance(error, Stopped), after=known)

@@ -53,25 +53,25 @@ class CheckpointList:
         return {"run": self.run, "checkpoints": rows, "verified": self.verified, "problems": problems}
 
 
-def list_checkpoints(run: Store) -> CheckpointList:
+def list_checkpoints(folder: Store) -> CheckpointList:
     """List what the manifests say, without reading a shard."""
-    found = CheckpointList(run.uri, [])
-    for step in committed_steps(run):
+    found = CheckpointList(folder.uri, [])
+    for step in committed_steps(folder):
         problems: list[str] = []
-        found.manifests.extend(readable_manifests(run, problems, [step]))
+        found.manifests.extend(readable_manifests(folder, problems, [step]))
         if problems:
             found.problems[step] = problems
     return found
 
 
-def verify_checkpoints(run: Store, step: int | None, console: Console | None = None) -> CheckpointList:
+def verify_checkpoints(folder: Store, step: int | None, console: Console | None = None) -> CheckpointList:
     """Read every shard (of `step`) and compare it with its manifest, showing the progress on stderr.
 
     Raises `NothingToResume` when there is nothing to verify, and `ConfigError` when there is no such step.
     """
-    listed = list_checkpoints(run)
+    listed = list_checkpoints(folder)
     steps = {manifest.step for manifest in listed.manifests} | listed.problems.keys()
-    check_step(run, list(steps), step)
+    check_step(folder, list(steps), step)
     chosen = [manifest for manifest in listed.manifests if step in (None, manifest.step)]
     problems = {number: reasons for number, reasons in listed.problems.items() if step in (None, number)}
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
@@ -80,10 +80,10 @@ def verify_checkpoints(run: Store, step: int | None, console: Console | None = N
         for manifest in chosen:
             progress.update(task, description=f"verifying step {manifest.step:,}")
             for number, shard in enumerate(manifest.shards):
-                if problem := shard_problem(run, manifest, number):
+                if problem := shard_problem(folder, manifest, number):
                     problems.setdefault(manifest.step, []).append(problem)
                 progress.advance(task, shard.size)
-    return CheckpointList(run.uri, chosen, verified=True, problems=problems)
+    return CheckpointList(folder.uri, chosen, verified=True, problems=problems)
 
 
 def checkpoint_table(found: CheckpointList) -> Group:
@@ -126,7 +126,7 @@ class Pruned:
 
 
 def prune_checkpoints(
-    run: Store,
+    folder: Store,
     *,
     keep_last: int | None,
     keep_every: int | None,
@@ -136,14 +136,14 @@ def prune_checkpoints(
     log: Callable[[str], None],
 ) -> Pruned:
     """Apply the run's own retention rules, or the given ones, and collect orphans older than `orphan_hours`."""
-    rules = run_config(run).checkpoint
+    rules = run_config(folder).checkpoint
     retention = Retention(
         rules.keep_last if keep_last is None else keep_last,
         rules.keep_every if keep_every is None else keep_every,
         rules.keep_best if keep_best is None else keep_best,
     )
-    removal = plan_removal(run, retention, orphan_hours=orphan_hours)
+    removal = plan_removal(folder, retention, orphan_hours=orphan_hours)
     if not dry_run:
-        log(f"removing {len(removal.steps)} checkpoints and {len(removal.orphans)} orphans of {run.uri}")
-        remove(run, removal)
-    return Pruned(run.uri, dry_run, removal)
+        log(f"removing {len(removal.steps)} checkpoints and {len(removal.orphans)} orphans of {folder.uri}")
+        remove(folder, removal)
+    return Pruned(folder.uri, dry_run, removal)

@@ -14,7 +14,7 @@ from trainer.store import Store
 
 
 def follow_lines(
-    run: Store,
+    folder: Store,
     stop: Callable[[], bool],
     every: int,
     log: Callable[[str], None],
@@ -22,16 +22,16 @@ def follow_lines(
     wait: Callable[[float], None] = time.sleep,
 ) -> None:
     """Give `log` the lines of the starts that begin from now on, a step in every so many, until `stop()` is true."""
-    lines, reader, before = PlainLines(every), RunReader(run), None
+    lines, reader, before = PlainLines(every), RunReader(folder), None
     while every:
         last_look = stop()
         with suppress(StorageError):  # the run has its own patience with the store
             if before is None:
-                before = max(generations(run), default=0)
-            for number, records in reader.read(streams(run.list(layout.METRICS))):
+                before = max(generations(folder), default=0)
+            for number, records in reader.read(streams(folder.list(layout.METRICS))):
                 for record in records if number > before else ():
                     if text := lines.of(record):
                         log(text)
         if last_look:
             return
-        wait(3 * poll_seconds(run))  # a log is looked at less often than a live view
+        wait(3 * poll_seconds(folder))  # a log is looked at less often than a live view

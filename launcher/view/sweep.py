@@ -171,9 +171,9 @@ def _beside(folder: Store, run: str) -> Store:
 class _Followed:
     """One trial of a sweep, as its folder tells. One that is over is not read again."""
 
-    def __init__(self, run: Store, trial: Trial, metric: Metric, clock: Callable[[], float]) -> None:
-        self._run, self._trial = run, trial
-        self._follower, self._scores = Follower(run, clock), Scores(run, metric)
+    def __init__(self, folder: Store, trial: Trial, metric: Metric, clock: Callable[[], float]) -> None:
+        self._run, self._trial = folder, trial
+        self._follower, self._scores = Follower(folder, clock), Scores(folder, metric)
         self._last: TrialStatus | None = None
         self.curve: dict[int, float] = {}
 
@@ -205,11 +205,11 @@ class _Followed:
         return run.reason if asked is None or asked.reason in run.reason else f"stopped {asked.reason}"
 
 
-def trial_state(run: Store, status: RunStatus) -> str:
-    """The state of the trial in the folder `run`, whose run is in this `status`; see `TrialStatus`."""
+def trial_state(folder: Store, status: RunStatus) -> str:
+    """The state of the trial in the folder `folder`, whose run is in this `status`; see `TrialStatus`."""
     if status.state == "starting" and not status.generation and not status.reason:
         return "waiting"
-    return _STOPPED_EARLY if status.state == "stopped" and stop_requester(run) == EARLY else status.state
+    return _STOPPED_EARLY if status.state == "stopped" and stop_requester(folder) == EARLY else status.state
 
 
 def best_trial(trials: list[TrialStatus], metric: Metric) -> TrialStatus | None:

@@ -103,14 +103,14 @@ def _loss_line(status: RunStatus) -> str:
 
 
 def watch(
-    run: Store,
+    folder: Store,
     stop: Callable[[], bool],
     *,
     console: Console | None = None,
     wait: Callable[[float], None] = time.sleep,
 ) -> RunStatus:
     """Show the run's progress on stderr until `stop()` is true; returns the status it saw last."""
-    follower = Follower(run)
+    follower = Follower(folder)
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),
@@ -119,7 +119,7 @@ def watch(
     )
     with Progress(*columns, console=console or Terminal(stderr=True)) as progress:
         task = progress.add_task("starting", total=None, total_steps="?", facts="")
-        status = RunStatus(run.uri, "starting")
+        status = RunStatus(folder.uri, "starting")
         while True:
             last_look = stop()
             try:
@@ -138,30 +138,30 @@ def watch(
             )
             if last_look:
                 return status
-            wait(poll_seconds(run))
+            wait(poll_seconds(folder))
 
 
 def watch_table(
-    run: Store,
+    folder: Store,
     over: Callable[[], bool] | None = None,
     *,
     console: Console | None = None,
     wait: Callable[[float], None] = time.sleep,
 ) -> RunStatus:
     """Show all that is known, again and again, until the run has ended, or `over()`; returns the status it saw last."""
-    follower, ended = Follower(run), 0
+    follower, ended = Follower(folder), 0
     with Live(console=console or Terminal(stderr=True), auto_refresh=False) as live:
         while True:
             try:
                 status = follower.read()
             except StorageError:
-                wait(poll_seconds(run))  # the run has its own patience with the store; the view must not end first
+                wait(poll_seconds(folder))  # the run has its own patience with the store; the view must not end first
                 continue
             live.update(render(status), refresh=True)
             ended = ended + 1 if status.state in ENDED else 0
             if over() if over else ended == 2:  # between an end and a restart there is a moment
                 return status
-            wait(poll_seconds(run))
+            wait(poll_seconds(folder))
 
 
 def _facts(status: RunStatus) -> str:

@@ -33,12 +33,13 @@ _AT_FIRST = dict(ENVIRONMENT)
 
 @pytest.fixture
 def capstan(tmp_path: Path) -> Capstan:
-    """`capstan(*arguments, timeout=...)` in an empty folder; both streams as text."""
+    """`capstan(*arguments, timeout=..., before=code)` in an empty folder; both streams as text."""
 
-    def run(*arguments: object, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: object, timeout: float = 200, before: str = "") -> subprocess.CompletedProcess[str]:
         changed = {name for name, value in ENVIRONMENT.items() if _AT_FIRST.get(name) != value}
         if not any(name.startswith(_READ_AT_IMPORT) for name in changed):
-            return run_command([*map(str, arguments)], tmp_path, ENVIRONMENT, timeout)
+            return run_command([*map(str, arguments)], tmp_path, ENVIRONMENT, timeout, before)
+        assert not before, "a new interpreter runs nothing first"
         command = [sys.executable, "-m", "launcher.cli", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=tmp_path, env=ENVIRONMENT)
 
@@ -74,7 +75,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     build = ["wheel", *offline, "--no-build-isolation", "--wheel-dir", str(source / "dist"), str(source)]
     subprocess.run([*pip, *build], check=True, timeout=200)
     (wheel,) = (source / "dist").glob("*.whl")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=100)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=300)
     into = ["--python", str(folder / "bin/python"), "install", *offline, str(wheel)]
     subprocess.run([*pip, *into], check=True, timeout=200)
     (own,) = folder.glob("lib/python*/site-packages")

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
@@ -128,8 +129,9 @@ def read_until(ours: int, whole: Callable[[str], bool], seconds: float) -> str:
 
 
 def shown(answer: str) -> str:
-    """An answer as it is streamed: the begin of a character that never got whole is left out."""
-    return answer.rstrip("\N{REPLACEMENT CHARACTER}") + "\n> "
+    """An answer as it is streamed: the begin of a character that never got whole is left out, and controls are spelt."""
+    whole = answer.rstrip("\N{REPLACEMENT CHARACTER}")
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", lambda c: f"\\x{ord(c[0]):02x}", whole) + "\n> "
 
 
 def test_a_chat_in_a_terminal_is_a_conversation_until_an_empty_line(

@@ -42,7 +42,7 @@ def test_the_last_whole_checkpoint_outlives_a_prune_and_is_exported_and_resumed(
     assert json.loads(verified.stdout)["problems"].keys() == {"4", "2"}
 
     for step in (4, 2):
-        refused = capstan("export", "mine", f"adapter-{step}", "--step", step, *store, timeout=100)
+        refused = capstan("export", "mine", f"adapter-{step}", "--step", step, *store)
         assert refused.returncode == 6, refused.stderr
         assert f"the checkpoint of step {step} of {run.uri} is not whole" in " ".join(refused.stderr.split())
         assert not (tmp_path / f"adapter-{step}").exists()
@@ -55,7 +55,7 @@ def test_the_last_whole_checkpoint_outlives_a_prune_and_is_exported_and_resumed(
     assert "the checkpoint of step 4 is damaged" in text
     assert committed_steps(run) == [4, 1]
 
-    exported = capstan("export", "mine", "adapter", "--json", *store, timeout=100)
+    exported = capstan("export", "mine", "adapter", "--json", *store)
     assert json.loads(exported.stdout)["step"] == 1, exported.stderr
     assert "the checkpoint of step 4 is damaged, so that of step 1 is exported" in exported.stderr
     resumed = capstan("resume", "mine", *store, "--json", timeout=400)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import ENVIRONMENT, Capstan
+from tests.cli.conftest import Capstan
 from tests.dist import runs
 from tests.dist.launch import launch
 from tests.material import Workshop, commit, make_base
@@ -59,31 +59,7 @@ def exported(capstan: Capstan, run: Store, folder: Path, *options: str) -> dict[
     return json.loads(done.stdout)
 
 
-# The code of a module that Python imports before the command's own: it has both sides of a proof in the command's own process,
-# as a process for each spends most of its time on imports. The other tests have them apart.
-_SIDES_TOGETHER = """
-import sys
-if "trainer.export" in sys.orig_argv:
-    import trainer.export.proof.side_process
-    trainer.export.proof.side_process.aside = lambda device, work, *arguments: work(*arguments)
-"""
-_LITTLE_MEMORY = """
-    import trainer.devices
-    trainer.devices.host_memory_left = lambda: 1000
-"""
-
-
-@pytest.fixture
-def before_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "imported").mkdir()
-    file = tmp_path / "imported/sitecustomize.py"
-    file.write_text(_SIDES_TOGETHER)
-    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(file.parent))
-    return file
-
-
 @pytest.mark.long
-@pytest.mark.usefixtures("before_the_command")
 @pytest.mark.parametrize(
     "change",
     [
@@ -108,7 +84,6 @@ def test_an_adapter_is_what_was_trained_whatever_config_yaml_says_now(
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("before_the_command")
 def test_an_adapter_names_the_base_it_was_trained_on(capstan: Capstan, run: Store, tmp_path: Path) -> None:
     configure(run, f"model.base={make_base(tmp_path / 'other', 'qwen2')}")
     exported(capstan, run, tmp_path / "adapter", "--verify")
@@ -119,14 +94,14 @@ def test_an_adapter_names_the_base_it_was_trained_on(capstan: Capstan, run: Stor
 
 @pytest.mark.long
 def test_a_merge_is_of_what_was_trained_whatever_config_yaml_says_now(
-    capstan: Capstan, run: Store, tmp_path: Path, before_the_command: Path
+    capstan: Capstan, run: Store, tmp_path: Path
 ) -> None:
     """And proven also where memory is so short that the model in transformers is there a decoder layer at a time."""
-    before_the_command.write_text(_SIDES_TOGETHER + _LITTLE_MEMORY)
     exported(capstan, run, tmp_path / "expected", "--merge")
     configure(run, "tuning.alpha=320", "model.layers=1", f"model.base={make_base(tmp_path / 'other', 'qwen2')}")
     assert exported(capstan, run, tmp_path / "planned", "--merge", "--dry-run")["step"] == 6
-    done = capstan("export", run.uri, tmp_path / "merged", "--merge", "--verify", timeout=300)
+    little = "import trainer.export.proof.verify; trainer.export.proof.verify.host_memory_left = lambda: 1000"
+    done = capstan("export", run.uri, tmp_path / "merged", "--merge", "--verify", timeout=300, before=little)
     assert done.returncode == 0, done.stderr
     assert " ".join(done.stderr.split()).count("the exported side computes on the CPU, a layer at a time, as ") == 2
     for file in (tmp_path / "expected").iterdir():
@@ -168,7 +143,7 @@ def test_a_manifest_of_before_names_its_base_and_the_rest_is_in_config_yaml(
         assert (tmp_path / "adapter" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-# The code of such a module: a fault between the checkpoint and the files.
+# A fault between the checkpoint and the files, as code.
 FAULTS = {
     "alpha off by a tenth": """
         change_settings = lambda settings: settings | {"lora_alpha": 1.1 * settings["lora_alpha"]}
@@ -185,7 +160,9 @@ FAULTS = {
         change = lambda weights: {name: weights[other(name)] for name in weights}
     """,
 }
-_HARNESS = f"""{_SIDES_TOGETHER}
+_HARNESS = """
+import sys
+if sys.argv[0] == "trainer.export":
     import json
     import torch
     import safetensors.torch
@@ -202,10 +179,10 @@ _HARNESS = f"""{_SIDES_TOGETHER}
     "fault", [name if not at else pytest.param(name, marks=pytest.mark.long) for at, name in enumerate(FAULTS)]
 )
 def test_an_adapter_that_is_not_what_was_trained_is_refused(
-    capstan: Capstan, trained: Store, tmp_path: Path, before_the_command: Path, fault: str
+    capstan: Capstan, trained: Store, tmp_path: Path, fault: str
 ) -> None:
-    before_the_command.write_text(_HARNESS + textwrap.indent(textwrap.dedent(FAULTS[fault]), "    "))
-    done = capstan("export", trained.uri, tmp_path / "adapter", "--verify", timeout=300)
+    harness = _HARNESS + textwrap.indent(textwrap.dedent(FAULTS[fault]), "    ")
+    done = capstan("export", trained.uri, tmp_path / "adapter", "--verify", timeout=300, before=harness)
     assert done.returncode == 1, done.stdout
     assert "Traceback" not in done.stderr
     assert done.stderr.rstrip().endswith("It is not what was trained; do not use it."), done.stderr
@@ -214,6 +191,7 @@ def test_an_adapter_that_is_not_what_was_trained_is_refused(
 
 def test_a_right_adapter_is_proven_and_the_figures_are_told(capstan: Capstan, trained: Store, tmp_path: Path) -> None:
     done = capstan("export", trained.uri, tmp_path / "adapter", "--verify", "--json", timeout=300)
+    assert done.returncode == 0, done.stderr
     proof = Proof(**json.loads(done.stdout)["proof"])
     assert proof.holds
     assert (proof.computed_in, proof.rows) == ("fp32", "8 rows of the training data")

@@ -3,13 +3,12 @@
 import importlib
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import yaml
 
 from tests.cli.test_resume import alone
+from tests.forked import run_program
 from tests.material import SEQUENCE, Workshop
 from tests.pages import ROOT, blocks_of
 from trainer.run import layout
@@ -52,14 +51,7 @@ def test_the_snippets_train_read_and_export_a_run(workshop: Workshop, tmp_path: 
     (tmp_path / "my-run.yaml").write_text(yaml.safe_dump(tree))
     snippets = [block.text for block in blocks_of(PAGE) if block.language == "python"]
     (tmp_path / "program.py").write_text("\n".join([*snippets, TOLD]))
-    done = subprocess.run(
-        [sys.executable, "program.py"],
-        cwd=tmp_path,
-        env={**alone(), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_program(tmp_path / "program.py", tmp_path, alone(), timeout=300)
     assert done.returncode == 0, done.stderr
     (told,) = (json.loads(line.removeprefix("TOLD ")) for line in done.stdout.splitlines() if line.startswith("TOLD "))
     assert (told["state"], told["step"]) == ("finished", 4)

@@ -81,7 +81,7 @@ def test_records_up_to_a_commit_survive_a_kill_and_all_starts_are_read_as_one(
         [sys.executable, "-m", "launcher.cli", "status", folder.uri, "--json"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         cwd=tmp_path,
         env=ENVIRONMENT,
     )

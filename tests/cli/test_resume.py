@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from tests.cli.conftest import ENVIRONMENT
+from tests.forked import run_command
 from tests.material import Workshop
 
 RESUMED_TIMEOUT = 240  # a start imports torch, which takes long on a busy machine
@@ -33,11 +34,7 @@ def alone() -> dict[str, str]:
 
 
 def capstan(*arguments: object, cwd: Path, rank: bool = False) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "launcher.cli", *map(str, arguments)]
-    environment = alone() if rank else ENVIRONMENT
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=RESUMED_TIMEOUT, cwd=cwd, env=environment, check=False
-    )
+    return run_command([*map(str, arguments)], cwd, alone() if rank else ENVIRONMENT, RESUMED_TIMEOUT)
 
 
 @contextmanager
@@ -189,7 +186,7 @@ def test_a_start_that_ends_before_its_first_record_leaves_its_name_free(trained:
         for _ in range(ended_by.count("C") and ended_by.count("twice") + 1):
             os.kill(process.pid, signal.SIGINT)
             time.sleep(0.5)  # two signals at once would be one
-        said = process.communicate(timeout=60)[0]
+        said = process.communicate(timeout=300)[0]
     if ended_by == "Ctrl-C":
         assert process.returncode == 7, said
         assert "nothing is committed" in said.splitlines()[-1]

@@ -38,7 +38,7 @@ def refused(done, exit_code: int, *words: str) -> None:
     ],
 )
 def test_a_wrong_setting_is_named_with_its_value_and_what_is_allowed(capstan: Capstan, config: Path, override, words):
-    refused(capstan("train", config, override, timeout=100), 3 if "missing-" in override else 2, *words)
+    refused(capstan("train", config, override), 3 if "missing-" in override else 2, *words)
 
 
 @pytest.mark.parametrize("command", ["plan", "train"])
@@ -51,7 +51,7 @@ def test_an_unknown_kind_of_a_thing_is_named_with_the_nearest(
 ):
     setting, _, given = override.partition("=")
     refused(
-        capstan(command, config, override, timeout=100),
+        capstan(command, config, override),
         2,
         f"{setting}: {given!r} is not allowed",
         f"Did you mean {nearest}?",
@@ -65,7 +65,7 @@ def test_debug_shows_the_traceback_too(capstan: Capstan, config: Path):
 
 
 def test_a_start_is_refused_for_a_tracker_that_is_unknown(capstan: Capstan, config: Path):
-    done = capstan("train", config, "track.trackers=[wandbb]", "--dry-run", timeout=100)
+    done = capstan("train", config, "track.trackers=[wandbb]", "--dry-run")
     refused(done, 2, "track.trackers: 'wandbb' is not allowed. Allowed are mlflow, trackio, wandb. Did you mean wandb?")
 
 

@@ -83,7 +83,7 @@ def whole(found: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("kind", "ranks"),
     [
-        pytest.param(kind, ranks, marks=() if kind in QUICK else pytest.mark.long)
+        pytest.param(kind, ranks, marks=() if kind in QUICK and ranks < 3 else pytest.mark.long)
         for ranks, kinds in ((1, FAMILIES), (2, FAMILIES), (3, STORED))
         for kind in kinds
     ],

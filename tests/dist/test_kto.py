@@ -12,6 +12,7 @@ from tests.dist import kto, preference, runs, trl_trainers
 from tests.dist.kto import OBJECTIVES
 from tests.dist.launch import launch, running
 from tests.dist.test_preference import TOLERANCE, Steps, base_gathers, configured, distance, train
+from tests.families import rows
 from tests.material import Workshop, make_labelled
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import read_manifest
@@ -61,7 +62,7 @@ def steps(workshop: Workshop, labelled: Path, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("layout_name", LAYOUTS)
+@pytest.mark.parametrize("layout_name", rows(LAYOUTS, ["two", "apart"]))
 def test_losses_gradients_and_measures_are_those_of_the_papers_formulas(
     steps: Steps, layout_name: str, objective: str
 ) -> None:

@@ -36,7 +36,7 @@ def test_where_rank_0_never_comes_the_others_say_so(monkeypatch: pytest.MonkeyPa
     began = time.monotonic()
     with pytest.raises(CapstanError, match="rank 1 cannot reach rank 0 at 127.0.0.1:.* within 2 s \\(timeouts.meet\\)"):
         join(meeting=timedelta(seconds=2))
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 120
 
 
 def test_a_rank_that_is_gone_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

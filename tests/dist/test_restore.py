@@ -21,6 +21,7 @@ from tests.dist.test_linear_adapters import adapting
 from tests.dist.test_modules import saving as of_modules
 from tests.dist.test_tokens import adding as of_tokens
 from tests.dist.test_virtual_tokens import tuned as of_virtual_tokens
+from tests.families import rows
 from tests.material import Workshop
 from trainer.config import Config, dump_config, override
 
@@ -31,7 +32,7 @@ SETTINGS = ("optim.schedule=constant", "optim.warmup_steps=0", "optim.lr=0.01", 
 METHODS: dict[str, Callable[[Workshop], Config]] = {
     "dora": lambda here: adapting(here, "dora", "dora", *SETTINGS),
     "ia3": lambda here: adapting(here, "ia3", "ia3", *SETTINGS),
-    "adapter": lambda here: adapting(here, "adapter", "adapter", *SETTINGS),
+    "bottleneck": lambda here: adapting(here, "bottleneck", "bottleneck", *SETTINGS),
     "prompt": lambda here: of_virtual_tokens(here, "prompt", "run", *SETTINGS),
     "prefix": lambda here: of_virtual_tokens(here, "prefix", "run", *SETTINGS),
     "tokens": lambda here: of_tokens(here, "tokens", "grown", *SETTINGS),
@@ -70,7 +71,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return Trained(workshop, configs, states, dict(zip(METHODS, losses, strict=True)))
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", rows([1, 2, 3], [3]))
 def test_every_method_is_restored_bit_for_bit_and_goes_on(trained: Trained, ranks: int, tmp_path: Path) -> None:
     stores, configs = trained.workshop.folder / "store", dict[str, Config]()
     for method, config in trained.configs.items():

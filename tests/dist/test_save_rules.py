@@ -66,7 +66,7 @@ def test_each_evaluation_is_committed_with_its_loss_when_the_best_are_kept(works
         f"data.eval=[{{path: {rows}}}]",
         f"eval.sets={{same: {{path: {rows}}}, other: {{path: {other}}}}}",
         "train.steps=5",
-        "train.eval_every=2",
+        "eval.every=2",
         "checkpoint.every_steps=0",
         "checkpoint.keep_last=9",
         "checkpoint.keep_best=1",

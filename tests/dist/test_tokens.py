@@ -15,6 +15,7 @@ from tests.dist import gradients, linear_adapters, proofs
 from tests.dist.launch import launch
 from tests.dist.test_gradients import distance
 from tests.dist.test_linear_adapters import run_ranks
+from tests.families import rows
 from tests.material import Workshop, commit, make_base
 from trainer.base.find.tokenizer import find_rows
 from trainer.config import Config, dump_config
@@ -59,10 +60,15 @@ def adding(workshop: Workshop, name: str, base: str = "grown", *overrides: str, 
     [
         ("grown", "lora", "nf4"),
         ("grown-tied", "dora", "none"),
-        ("padded", "rslora", "none"),
-        ("one-row-short", "lora", "none"),
-        ("scaled", "lora", "none"),
-        ("capped", "lora", "none"),
+        *(
+            pytest.param(base, method, "none", marks=pytest.mark.long)
+            for base, method in (
+                ("padded", "rslora"),
+                ("one-row-short", "lora"),
+                ("scaled", "lora"),
+                ("capped", "lora"),
+            )
+        ),
     ],
 )
 def test_gradients_are_those_of_pefts_trainable_tokens(
@@ -125,7 +131,7 @@ def test_a_checkpoint_with_other_tokens_is_not_continued(workshop: Workshop) -> 
             run_ranks(workshop, other, 1, how="resume")
 
 
-@pytest.fixture(scope="module", params=["grown", "grown-tied", "padded", "scaled"])
+@pytest.fixture(scope="module", params=rows(["grown", "grown-tied", "padded", "scaled"], ["grown-tied", "padded"]))
 def run(request: pytest.FixtureRequest, workshop: Workshop) -> tuple[Store, Config]:
     """A run with a committed step, over a base in 4 bits."""
     method = "dora" if request.param == "padded" else "lora"
@@ -177,7 +183,11 @@ def test_peft_reads_the_rows_and_has_the_logits_of_the_trained_model(run: tuple[
 
 
 @pytest.mark.parametrize(
-    ("base", "size"), [("grown", "40KB"), ("grown-tied", "1GB"), ("padded", "40KB"), ("one-row-short", "1GB")]
+    ("base", "size"),
+    rows(
+        [("grown", "40KB"), ("grown-tied", "1GB"), ("padded", "40KB"), ("one-row-short", "1GB")],
+        [("grown", "40KB"), ("grown-tied", "1GB")],
+    ),
 )
 def test_a_merged_model_has_the_rows_and_is_what_peft_merges(
     workshop: Workshop, tmp_path: Path, base: str, size: str

@@ -19,7 +19,7 @@ from trainer.plan.plan import make_plan
 
 FUZZ = settings(
     max_examples=120,
-    deadline=10_000,
+    deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )

@@ -17,7 +17,7 @@ from trainer.store import open_store
 
 FUZZ = settings(
     max_examples=100,
-    deadline=10_000,
+    deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )

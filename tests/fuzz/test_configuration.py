@@ -50,7 +50,7 @@ def trees(draw: st.DrawFn) -> str:
 
 FUZZ = settings(
     max_examples=250,
-    deadline=10_000,
+    deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )

@@ -1,21 +1,19 @@
 """Compiling over the machines of a cluster gives what one machine gives, also when one of them is lost."""
 
 import json
-import os
-import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from launcher.ray import data as cluster_data
 from launcher.ray.cluster import joined_ray
 from launcher.ray.data import map_on_cluster
 from tests.material import Workshop, byte_tokenizer
 from tests.ray.cluster import Driver, ray_cluster, write
+from tests.ray.tasks import die, idle, returned, where
 from trainer.config import Data
 from trainer.data.compile.compile import Progress, compile_dataset
 from trainer.data.compile.pool import BYTES_FOR_PROCESSES
@@ -46,7 +44,7 @@ def build(
 def test_all_machines_compile_and_one_of_them_may_be_lost(tmp_path: Path) -> None:
     data = texts(tmp_path, 20_000)
     alone = build(data, tmp_path / "alone")
-    with ray_cluster(2) as cluster, joined_ray(str(cluster.address)):
+    with ray_cluster(2, cpus=1) as cluster, joined_ray(str(cluster.address)):
         (file,) = expand(data.train, "data.train")
         work = ((batch, None) for batch in batches(file))
         assert len({machine for machine, _ in map_on_cluster(print, idle, work, partial(returned, where))}) == 2
@@ -61,17 +59,6 @@ def test_all_machines_compile_and_one_of_them_may_be_lost(tmp_path: Path) -> Non
         assert len(machines) == 2
 
 
-def idle() -> None: ...
-
-
-def returned(value: Any) -> Any:
-    return value
-
-
-def where(batch: Batch) -> str:
-    return ray.get_runtime_context().get_node_id()
-
-
 @pytest.mark.long
 def test_rows_that_kill_every_process_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster_data, "_RETRIES", 1)
@@ -82,10 +69,6 @@ def test_rows_that_kill_every_process_are_named(tmp_path: Path, monkeypatch: pyt
         pytest.raises(DataError, match=r"rows.jsonl: the rows from 129 on .* died 2 times"),
     ):
         list(map_on_cluster(print, idle, [(batch, None)], partial(returned, die)))
-
-
-def die(batch: Batch) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.long

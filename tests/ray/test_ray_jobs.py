@@ -150,7 +150,7 @@ def test_a_wrong_token_or_none_is_called_so_by_train_too(
     config = write(tmp_path, workshop, "unknown", f"cluster.ray.address={guarded.address}")
     command = [sys.executable, "-m", "launcher.cli", "train", config]
     environment = {**with_token("f" * 32), "RAY_AUTH_MODE": mode}
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert f"the Ray cluster at '{guarded.address}' refused the token" in done.stderr.splitlines()[-1]
     assert "Unauthenticated" not in done.stderr

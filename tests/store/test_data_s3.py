@@ -98,7 +98,7 @@ def test_a_wrong_key_is_refused_at_once(s3: S3Server, lines: bytes, monkeypatch:
         source(f"{store.uri}/sources/*.jsonl")
     with pytest.raises(StorageError, match="403 Forbidden"):
         stream(Dataset(**{**vars(dataset), "store": store.sub(f"data/{FINGERPRINT}")})).step(Position())
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60  # a refusal that is tried again takes minutes
     assert dataset.reads.retried == 0
 
 

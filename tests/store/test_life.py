@@ -1,9 +1,7 @@
-"""A run's life over az:// and over a second S3 server: train, go on, verify, export, by the real command."""
+"""A run's life over az:// and over a second S3 server: train, go on, verify, export, by the command."""
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import pytest
 import yaml
 
 from launcher.smoke.local_s3 import free_ports
+from tests.forked import run_command
 from tests.material import Workshop
 from tests.store.conftest import BUCKET
 
@@ -34,8 +33,7 @@ def test_train_resume_verify_and_export(server: str, request: pytest.FixtureRequ
     store = f"{SCHEME[server]}://{BUCKET}/runs"
 
     def capstan(*arguments: Any) -> str:
-        command = [sys.executable, "-m", "launcher.cli", *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment)
+        done = run_command([*map(str, arguments)], tmp_path, environment, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 

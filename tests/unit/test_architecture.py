@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.families import FAMILIES, SIZES
+from tests.families import FAMILIES, QUICK, SIZES, rows
+from tests.forked import run_module, server
 from trainer.base.architecture import Architecture
 from trainer.base.describe import torch_answers as elsewhere
 from trainer.base.describe.architecture_cache import read_architecture
@@ -55,7 +56,7 @@ def shapes(found: Architecture) -> dict[str, tuple[int, ...]]:
     return {part.name: part.shape for part in found.parameters}
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", rows(FAMILIES))
 def test_parameters_buffers_and_ties_are_those_of_the_model_with_weights(kind: str) -> None:
     found, model = read_architecture(settings_of(kind)), built(kind)
     parameters = dict(model.named_parameters())
@@ -94,7 +95,7 @@ def test_what_is_quantized_and_adapted_is_most_of_a_layer_and_no_router(kind: st
     assert linears - set(found.linear_names) == ({"out_proj"} if kind in WITH_MAMBA else set())
 
 
-@pytest.mark.parametrize("kind", [*FAMILIES, *LOGITS])
+@pytest.mark.parametrize("kind", rows([*FAMILIES, *LOGITS], [*QUICK, *LOGITS]))
 def test_logits_are_made_of_hidden_states_as_transformers_makes_them(kind: str) -> None:
     model, found = built(kind), read_architecture(settings_of(kind))
     torch.nn.init.normal_(model.lm_head.weight, std=9.0)
@@ -111,7 +112,7 @@ def test_logits_are_made_of_hidden_states_as_transformers_makes_them(kind: str) 
         assert torch.equal(plain, expected) is not bool(changed)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", rows(FAMILIES))
 def test_the_first_layers_are_those_of_the_whole(kind: str, tmp_path: Path) -> None:
     settings = settings_of(kind)
     whole = read_architecture(settings)
@@ -201,10 +202,12 @@ def test_what_the_process_that_reads_it_refuses_is_refused_here(monkeypatch: pyt
         question = Question("describe.meta", "architecture_of", given, "the base", "reading")
         return Architecture.from_json(elsewhere._answer_elsewhere(question))
 
-    settings = settings_of("deepseek-v3")
-    assert read(**settings) == read_architecture(settings, 1)
-    with pytest.raises(ConfigError, match="^model.base: the base is a t5 model, an encoder with a decoder"):
-        read(model_type="t5")
+    settings, _ = settings_of("deepseek-v3"), server()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(elsewhere.children, "run", run_module)
+        assert read(**settings) == read_architecture(settings, 1)
+        with pytest.raises(ConfigError, match="^model.base: the base is a t5 model, an encoder with a decoder"):
+            read(model_type="t5")
     monkeypatch.setattr(elsewhere, "_SECONDS", 0.01)
     with pytest.raises(ConfigError, match=r"has not built the model of the base within 0\.01 seconds"):
         read(**settings)

@@ -33,9 +33,20 @@ HERE = [
 A, B, PADDING = 23, 30, 11  # tokens of two documents and of the padding behind them
 
 
+# On a CPU; on a GPU there are other kernels, and all of them are quick.
+QUICK = [
+    ("eager", FP32, "gemma2"),
+    *(("sdpa", FP32, kind) for kind in ("llama", "mistral", "qwen3-moe", "gpt-oss")),
+    ("sdpa", BF16, "llama"),
+]
+
+
 @pytest.fixture(
     params=[
-        (kernel, dtype, kind)
+        pytest.param(
+            (kernel, dtype, kind),
+            marks=pytest.mark.long if DEVICE.type == "cpu" and (kernel, dtype, kind) not in QUICK else (),
+        )
         for kernel, dtype in HERE
         for kind in (
             ("llama", "gemma2", "gpt-oss")

@@ -262,7 +262,7 @@ def test_an_export_that_transformers_or_peft_cannot_read_is_one_sentence(base: P
     remove("*.safetensors")(base)
     with pytest.raises(ConfigError, match=r"^--verify: transformers cannot read .*/base \(.*\), so nothing is proven"):
         plain.load_plain(base, torch.bfloat16, torch.bfloat16)
-    for name, library in (("lora", "PEFT"), ("adapter", "the method's own loader")):
+    for name, library in (("lora", "PEFT"), ("bottleneck", "the method's own loader")):
         with pytest.raises(ConfigError, match=rf"^--verify: {library} cannot read .* \(.*\), so nothing is proven"):
             plain.add_adapter(torch.nn.Linear(1, 1), tmp_path, find_method(Tuning(method=name)))
 

@@ -54,7 +54,6 @@ def test_an_override_leaves_the_original_as_it_was():
         ("train: {steps: 200}", ["train.epochs=null"], None),
         ("train: {steps: 1}\nquant: {double: true, cache: false}", ["quant.type=none"], "quant.type='none' replaces quant.double: True"),
         ("train: {steps: 1}\nquant: {double: true}", ["quant.type=fp4"], None),
-        ("train: {steps: 1, eval_every: 5}", ["eval.every=0"], "eval.every=0 replaces train.eval_every: 5"),
     ],
 )  # fmt: skip
 def test_an_override_replaces_what_it_contradicts_of_the_file_and_says_so(
@@ -115,14 +114,9 @@ def test_dump_and_load_are_inverse():
     assert "weight_decay" in dump_config(config), "defaults are written out"
 
 
-def test_the_older_name_of_a_setting_is_read_as_the_new_one():
-    """A run that earlier versions began goes on, and a later override of the new name is no contradiction."""
-    evaluated = ["data.held_out=0.1", "train.eval_every=5"]
-    config = parse_config(MINIMAL, evaluated)
-    assert (config.eval.every, config.train.eval_every) == (5, 0)
-    assert override(config, "eval.every=7").eval.every == 7
-    assert parse_config(MINIMAL, [*evaluated, "eval.every=5"]) == config
-    assert "train.eval_every: 5 is the older name of eval.every, which is 7" in refusal(*evaluated, "eval.every=7")
+def test_a_setting_that_earlier_versions_wrote_without_a_value_is_read_and_forgotten():
+    assert parse_config(MINIMAL, ["train.eval_every=0"]) == parse_config(MINIMAL)
+    assert "eval_every" in refusal("train.eval_every=5")
 
 
 def test_a_named_set_is_read_as_the_training_data_where_it_says_nothing_else():
@@ -190,7 +184,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(setting: str, expected:
         ("eval.per_epoch=2", "eval.per_epoch: has no effect without data.eval, data.held_out or eval.sets."),
         ("eval={every: 5, per_epoch: 2}", "eval.every and eval.per_epoch: both given. Set one of them."),
         ("eval.per_epoch=-1", "eval.per_epoch: -1"),
-        ("eval.every=5", "eval.every (train.eval_every): has no effect without data.eval, data.held_out or eval.sets."),
+        ("eval.every=5", "eval.every: has no effect without data.eval, data.held_out or eval.sets."),
         ("train.sample_every=5", "train.sample_every: has no effect without eval.prompts."),
         ("data.fields=text", "data.fields: 'text' is not allowed. Input should be a section of names and values."),
         ("model=tiny", "model: 'tiny' is not allowed. Input should be a section of settings."),

@@ -24,7 +24,7 @@ from transformers.core_model_loading import (
 )
 
 from tests.composites import COMPOSITES, make_composite
-from tests.families import FAMILIES
+from tests.families import FAMILIES, rows
 from tests.material import make_base
 from trainer.base.describe.empty_model import unfilled_model
 from trainer.base.find.check import LeftOutPart, check_weights_at_hand
@@ -173,7 +173,7 @@ def test_what_does_not_fit_together_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     assert short.shape == (4, 9)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", rows(FAMILIES))
 def test_files_give_the_weights_and_the_family_gives_the_buffers_and_types_that_transformers_loads(
     kind: str, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.hub_datasets import COMMIT, TOKEN, serve_hub
-from tests.unit.test_data_arriving import lines, parquet
+from tests.unit.test_data_files import lines, parquet
 from trainer.config import Source
 from trainer.data.source.files import expand
 from trainer.errors import DataError

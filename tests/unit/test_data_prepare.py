@@ -80,7 +80,7 @@ def test_settings_that_contradict_each_other_are_refused(
 
 
 def test_rows_held_out_become_the_evaluation_data(shop: Workshop) -> None:
-    datasets = shop.prepare(shop.config("held", "data.held_out=0.2", "train.eval_every=5"))
+    datasets = shop.prepare(shop.config("held", "data.held_out=0.2", "eval.every=5"))
     assert datasets.eval
     train, evaluation = (open_dataset(shop.store, key).manifest for key in (datasets.train, datasets.eval))
     assert train.documents + evaluation.documents == 60
@@ -146,7 +146,7 @@ def test_a_part_of_an_epoch_is_counted_and_begun_as_a_whole_one(shop: Workshop) 
 @pytest.mark.usefixtures("chapters")
 def test_a_run_of_so_many_steps_starts_with_the_first_chapter_and_all_of_the_evaluation_data(shop: Workshop) -> None:
     other = make_data(shop.folder / "eval.jsonl", documents=40, seed=8)
-    config = shop.config("start", f"data.eval=[{{path: {other}}}]", "data.on_too_long=drop", "train.eval_every=5")
+    config = shop.config("start", f"data.eval=[{{path: {other}}}]", "data.on_too_long=drop", "eval.every=5")
     datasets, rest = prepare_start(config, resolve_base(config.model), shop.store)
     assert datasets.eval
     assert open_dataset(shop.store, datasets.eval).manifest.documents == 40
@@ -272,7 +272,7 @@ def test_data_of_which_a_part_is_held_out_is_found_and_looked_through_once(
     shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     talks = f"data.train=[{{path: {write_talks(tmp_path / 'a.jsonl', None)}}}]"
-    config = shop.config("once", talks, "data.format=chat", "data.held_out=0.5", "train.eval_every=5")
+    config = shop.config("once", talks, "data.format=chat", "data.held_out=0.5", "eval.every=5")
     inputs, looked = find(config), list[Any]()
     assert inputs["eval"].files == inputs["train"].files
     monkeypatch.setattr("trainer.data.compile.prepare.find_weights", lambda files, _: bool(looked.append(files)))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.test_data_arriving import (
+from tests.unit.test_data_files import (
     SHAREGPT,
     TALK,
     TALKED,

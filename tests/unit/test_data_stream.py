@@ -87,7 +87,7 @@ def rows(step: list[MicroBatch]) -> list[list[int]]:
     return [row for row in rows if row[0] != PAD]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     world_size=st.sampled_from([1, 2, 3, 4, 8, 16]),
     micro_batch=st.integers(1, 3),
@@ -106,7 +106,7 @@ def test_the_global_order_knows_neither_ranks_nor_accumulation(
         assert sum(batch.targets for batch in left) == sum(batch.targets for batch in right)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     position=st.integers(0, 60),
     before=st.sampled_from([1, 2, 3, 8]),

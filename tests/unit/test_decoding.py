@@ -10,6 +10,7 @@ from torch.nn.attention import varlen
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from tests.families import QUICK, rows
 from tests.unit.test_documents import KINDS, build
 from trainer.measure.decoding import GrowingText, next_logits
 from trainer.model.attention import VARLEN, Attention, no_mask, varlen_attention
@@ -29,7 +30,7 @@ def packed(kind: str) -> PackedModel:
     return PackedModel(model, Attention("eager", ""))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", rows(KINDS, [*QUICK, "mistral", "minimax"]))
 def test_the_logits_are_those_of_the_whole_text_in_each_family(kind: str) -> None:
     """The control: a pass reads no more than the new tokens."""
     model = packed(kind)

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.nemotron_h import modeling_nemotron_h
 
-from tests.families import FAMILIES, SIZES
+from tests.families import FAMILIES, QUICK, SIZES, rows
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.model.attention import FLEX, SINKS, VARLEN, Attention, choose_attention, no_mask, varlen_attention
 from trainer.model.documents import batches, keep_documents_apart, knows_borders, mixers, recomputed
@@ -151,7 +151,7 @@ def close(one: Tensor, other: Tensor) -> bool:
     return float((one - other).abs().max()) <= 1e-5 * float(other.abs().max())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", rows(KINDS, [*QUICK, *(KINDS.keys() - FAMILIES.keys())]))
 @torch.no_grad()
 def test_a_document_is_what_it_is_alone_whatever_else_is_in_the_row(kind: str) -> None:
     """With every kernel that computes the base's attention on a CPU; all give the same."""
@@ -288,7 +288,7 @@ def test_projections_are_called_where_mamba_ssm_would_take_their_weights(monkeyp
     assert torch.equal(states, hidden(model.eval(), one))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", rows(KINDS, [*QUICK, *(KINDS.keys() - FAMILIES.keys())]))
 @torch.no_grad()
 def test_cu_seqlens_reach_the_attention_of_every_layer(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's varlen kernel, in plain operations here, as it takes no tensors on a CPU."""

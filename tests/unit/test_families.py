@@ -1,5 +1,7 @@
 """The tiny bases of tests/families.py are stored as the families' published models are."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.families import FAMILIES
+from tests.families import FAMILIES, rows
 from tests.material import make_base
 from trainer.files.safetensors_index import read_index
 from trainer.store import open_store
@@ -39,23 +41,23 @@ PUBLISHED = {
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     folder = tmp_path_factory.mktemp("bases")
-    return {kind: make_base(folder / kind, kind) for kind in FAMILIES}
+    return cache(lambda kind: make_base(folder / kind, kind))
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_the_files_are_several_and_hold_what_transformers_reads(bases: dict[str, Path], kind: str) -> None:
-    read: Any = AutoModelForCausalLM.from_pretrained(bases[kind], dtype=torch.bfloat16, output_loading_info=True)
+@pytest.mark.parametrize("kind", rows(FAMILIES))
+def test_the_files_are_several_and_hold_what_transformers_reads(base_of: Callable[[str], Path], kind: str) -> None:
+    read: Any = AutoModelForCausalLM.from_pretrained(base_of(kind), dtype=torch.bfloat16, output_loading_info=True)
     model, report = read
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert not report["mismatched_keys"]
-    assert len(list(bases[kind].glob("*.safetensors"))) > 1
+    assert len(list(base_of(kind).glob("*.safetensors"))) > 1
     constant = [name for name, value in model.state_dict().items() if value.numel() > 1 and value.min() == value.max()]
     assert not constant, "a mix-up of these would not be seen"
 
 
 @pytest.mark.parametrize("kind", PUBLISHED)
-def test_tensors_have_the_names_of_published_models(bases: dict[str, Path], kind: str) -> None:
-    assert set(PUBLISHED[kind]) <= read_index(open_store(str(bases[kind]))).keys()
+def test_tensors_have_the_names_of_published_models(base_of: Callable[[str], Path], kind: str) -> None:
+    assert set(PUBLISHED[kind]) <= read_index(open_store(str(base_of(kind)))).keys()

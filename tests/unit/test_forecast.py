@@ -155,7 +155,7 @@ def test_a_plan_loads_no_library_of_numbers_whatever_it_looks_at(tmp_path: Path)
             str(tmp_path / "run.yaml"),
             "--json",
         ]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
         return json.loads(done.stdout)["length"]["compiled"], imported & {"numpy", "pyarrow", "torch", "transformers"}

@@ -25,7 +25,7 @@ HEAVY = ("torch", "ray", "deepspeed", "transformers", "peft", "bitsandbytes", "p
 )
 def test_importing_leaves_heavy_libraries_out(module: str):
     code = f"import sys, {module}; print(*(name for name in {HEAVY!r} if name in sys.modules))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == []
 
@@ -37,12 +37,15 @@ IMPORTED = "import trainer.rank, deepspeed.runtime.zero.muon.muon_optimizer"
 WITHOUT_DEFERRING = "sys.meta_path[:] = [f for f in sys.meta_path if type(f).__module__ != 'trainer.deferred']"
 
 
-@pytest.mark.parametrize("change", ["", WITHOUT_DEFERRING], ids=["deferred", "control"])
+@pytest.mark.parametrize(
+    "change",
+    [pytest.param("", id="deferred"), pytest.param(WITHOUT_DEFERRING, id="control", marks=pytest.mark.long)],
+)
 def test_a_rank_starts_without_the_libraries_that_no_run_uses(change: str) -> None:
     code = f"import sys, trainer\n{change}\n{IMPORTED}\nprint(*(n for n in {UNUSED!r} if n in sys.modules))"
     environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
     command = [sys.executable, "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert result.returncode == 0, result.stderr
     found = set(result.stdout.splitlines()[-1].split())
     assert found == set() if not change else {"mlflow", "scipy", "networkx"} <= found

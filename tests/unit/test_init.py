@@ -244,7 +244,7 @@ def test_in_a_terminal_it_asks(bases: Path) -> None:
     with subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=bases) as process:
         try:
             os.write(ours, b"8b\nrows.jsonl\ndpo\n\n")
-            _, said = process.communicate(timeout=60)
+            _, said = process.communicate(timeout=300)
         finally:
             process.kill()
             os.close(ours)

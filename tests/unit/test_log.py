@@ -23,7 +23,7 @@ def test_a_ranks_log_has_what_python_and_child_processes_print(run: Store, capfd
     with capfd.disabled(), rank_log(run, 2, 3, 4, flush_seconds=3600):
         print("from python", flush=True)
         os.write(2, b"from C\n")
-        subprocess.run([sys.executable, "-c", "print('from a child')"], check=True, timeout=60)
+        subprocess.run([sys.executable, "-c", "print('from a child')"], check=True, timeout=300)
     log = run.get(layout.rank_log(2, 3)).decode()
     assert log.splitlines() == ["from python", "from C", "from a child"]
     os.write(2, b"afterwards\n")

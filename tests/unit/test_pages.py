@@ -56,7 +56,7 @@ def test_every_block_says_what_it_is() -> None:
 
 @by_place("sh")
 def test_a_script_is_bash_and_its_programs_take_what_it_gives_them(block: Block) -> None:
-    checked = subprocess.run(["bash", "-n"], input=block.text, capture_output=True, text=True, timeout=20)
+    checked = subprocess.run(["bash", "-n"], input=block.text, capture_output=True, text=True, timeout=300)
     assert checked.returncode == 0, checked.stderr
     check_script(block.text)
 

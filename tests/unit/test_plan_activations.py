@@ -148,6 +148,7 @@ def test_a_layer_keeps_the_values_that_are_counted(extra: dict[str, Any]):
         "qk_rope_head_dim": 32,
         "v_head_dim": 96,
         "first_k_dense_replace": 2,
+        "num_hidden_layers": 2,  # a layer behind them would have 256 experts
     }
     sizes = {**TINY, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8}
     base = {"model_type": "llama", **sizes} if not extra else {"model_type": "deepseek_v3", **sizes, **latent, **extra}

@@ -333,7 +333,9 @@ def test_kimi_k2_under_its_own_name_is_refused_with_the_name_to_use() -> None:
         read_architecture({**MODELS["Kimi-K2"].config, "model_type": "kimi_k2"})
 
 
-def test_plan_reads_the_architecture_once_and_answers_at_once_then(tmp_path: Path) -> None:
+def test_plan_reads_the_architecture_once_and_answers_at_once_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In a process that has no torch; the seconds are those of a processor, as the machine may be busy with others."""
     base = tmp_path / "base"
     base.mkdir()
@@ -352,7 +354,7 @@ def test_plan_reads_the_architecture_once_and_answers_at_once_then(tmp_path: Pat
             env=environment,
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=300,
         )
         after = os.times()
         assert done.returncode == 0, done.stderr
@@ -366,10 +368,11 @@ def test_plan_reads_the_architecture_once_and_answers_at_once_then(tmp_path: Pat
     assert again == first
     assert first["parameters"]["total"] > 1.02e12
     # 5.5 and 0.4 s on an idle machine; a processor that others share counts more.
-    assert slow < 20, slow
-    assert fast < 1.2, fast
+    assert slow < 30, slow
+    assert fast < 2.5, fast
     (entry,) = (tmp_path / "cache/capstan/architecture_of").iterdir()
-    entry.write_text(entry.read_text()[:-9])
-    repaired, said, _ = plan()
-    assert repaired == first
-    assert "once for this base" in said
+    whole = entry.read_text()
+    entry.write_text(whole[:-9])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    read_architecture(MODELS["Kimi-K2"].config)
+    assert entry.read_text() == whole

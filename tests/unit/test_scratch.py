@@ -48,7 +48,7 @@ def test_the_folder_of_a_process_is_kept_while_it_lives_and_collected_after_a_ki
     Path(folder, "something").write_text("left")
     assert collect_leftovers() == []
     holder.send_signal(signal.SIGKILL)
-    holder.wait(timeout=60)
+    holder.wait(timeout=300)
     assert Path(folder).exists()
     assert collect_leftovers() == [folder]
     assert not Path(folder).exists()

@@ -262,8 +262,8 @@ def test_a_long_text_is_looked_through_quickly(config: Config, piece: str) -> No
     text = piece * (200_000 // len(piece)) + "!"
     changed = config.model_copy(deep=True)
     changed.cluster.ray.runtime_env["env_vars"] = {"OTHER": text}
-    began = time.monotonic()
+    began = time.process_time()
     with suppress(ConfigError):
         refuse_secrets(changed)
     without_credentials(text)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5

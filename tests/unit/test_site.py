@@ -14,7 +14,7 @@ ENVIRONMENT = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
 
 def build(source: Path, site: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]
-    return subprocess.run(command, cwd=source, env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, cwd=source, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
 class Loaded(HTMLParser):

@@ -126,7 +126,7 @@ def test_no_value_breaks_out_of_its_quotes_in_a_real_bash(hostile: list[str], ne
     run = base.model_copy(update={"cluster": base.cluster.model_copy(update={"slurm": slurm})})
     header, _ = header_and_body(script(run, uri))
     probe = 'printf "%s\\0" "$RUN_URI" "$PYTHON" "${CONTAINER[@]}" "$LOCAL_DIR" "$SUBMISSION"'
-    done = subprocess.run(["bash", "-u"], input=f"{header}{probe}", capture_output=True, text=True, timeout=20)
+    done = subprocess.run(["bash", "-u"], input=f"{header}{probe}", capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split("\0") == [uri, python, word, "x y", folder, "0a1b2c3d", ""]
 

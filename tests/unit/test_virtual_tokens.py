@@ -268,7 +268,7 @@ def reserved(documents: list[Tensor], trained: list[bool], positions: int, paddi
     return batch
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3-moe"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("qwen3-moe", marks=pytest.mark.long)])
 @pytest.mark.parametrize("method", METHODS)
 def test_documents_see_their_own_virtual_tokens_and_no_other_document(
     kernel: Attention, method: str, kind: str

@@ -367,7 +367,7 @@ def _slice(part: TrainablePartition, state: State, begin: int, end: int) -> Tens
 
 
 def load_partitions(
-    run: Store,
+    folder: Store,
     manifest: CheckpointManifest,
     partitions: list[TrainablePartition],
     states: Sequence[State] | None = None,
@@ -379,6 +379,6 @@ def load_partitions(
         for part in partitions
         for state in states or manifest.contents.states[part.name]
     }
-    for (key, begin, end), data in read_elements(run, manifest, wanted):
+    for (key, begin, end), data in read_elements(folder, manifest, wanted):
         values = _slice(mine[key.name], key.state, begin, end)
         values.copy_(torch.frombuffer(bytearray(data), dtype=values.dtype))

@@ -6,7 +6,7 @@ from trainer.errors import ConfigError
 from trainer.store import Store
 
 
-def chosen_step(run: Store, step: int | None, *, best: bool) -> int | None:
+def chosen_step(folder: Store, step: int | None, *, best: bool) -> int | None:
     """The step of `--step`, or with `--best` that of the lowest evaluation loss, the newer of equals; with neither None, which
     stands for the newest that is whole. Reads manifests, no shards: `whole_checkpoint` of the step proves it.
 
@@ -18,16 +18,16 @@ def chosen_step(run: Store, step: int | None, *, best: bool) -> int | None:
         raise ConfigError(f"--best chooses the step, and --step {step} names one. Leave out one of them.")
     if step is None and not best:
         return None
-    steps = committed_steps(run)
-    check_step(run, steps, step)
+    steps = committed_steps(folder)
+    check_step(folder, steps, step)
     if step is not None:
         return step
     losses = {
-        found.step: found.eval_loss for found in readable_manifests(run, [], steps) if found.eval_loss is not None
+        found.step: found.eval_loss for found in readable_manifests(folder, [], steps) if found.eval_loss is not None
     }
     if not losses:
         raise ConfigError(
-            f"--best: no checkpoint of {run.uri} was evaluated when it was saved (eval.every). Name one with --step. "
+            f"--best: no checkpoint of {folder.uri} was evaluated when it was saved (eval.every). Name one with --step. "
             f"Its steps are: {', '.join(map(str, sorted(steps)))}."
         )
     return min(losses, key=lambda found: (losses[found], -found))

@@ -21,29 +21,29 @@ class StepFolder(NamedTuple):
     attempts: int
 
 
-def step_folders(run: Store) -> list[StepFolder]:
+def step_folders(folder: Store) -> list[StepFolder]:
     """Newest first: one request, and one for each folder."""
     with ThreadPoolExecutor(_LOOKS_AT_A_TIME) as pool:
-        return list(pool.map(lambda step: _look(run, step), _steps(run)))
+        return list(pool.map(lambda step: _look(folder, step), _steps(folder)))
 
 
-def newest_commit(run: Store) -> StepFolder | None:
+def newest_commit(folder: Store) -> StepFolder | None:
     """Two requests, unless the newest folders are of saves that never came to their commit."""
-    looks = (_look(run, step) for step in _steps(run))
-    return next((folder for folder in looks if folder.manifest is not None), None)
+    looks = (_look(folder, step) for step in _steps(folder))
+    return next((found for found in looks if found.manifest is not None), None)
 
 
-def _steps(run: Store) -> list[int]:
-    names = run.children(layout.CHECKPOINTS)[0]
+def _steps(folder: Store) -> list[int]:
+    names = folder.children(layout.CHECKPOINTS)[0]
     return sorted((step for name in names if (step := layout.step_of_folder(name)) is not None), reverse=True)
 
 
-def _look(run: Store, step: int) -> StepFolder:
-    attempts, entries = run.children(layout.checkpoint(step))
+def _look(folder: Store, step: int) -> StepFolder:
+    attempts, entries = folder.children(layout.checkpoint(step))
     manifest = next((entry for entry in entries if entry.key == layout.manifest(step)), None)
     return StepFolder(step, manifest, len(set(attempts) - {layout.ADAPTER}))
 
 
-def committed_steps(run: Store) -> list[int]:
+def committed_steps(folder: Store) -> list[int]:
     """Steps that have a manifest, newest first. Whether it is whole, reading it tells."""
-    return [folder.step for folder in step_folders(run) if folder.manifest is not None]
+    return [found.step for found in step_folders(folder) if found.manifest is not None]

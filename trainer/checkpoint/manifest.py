@@ -177,49 +177,51 @@ def parse_manifest(data: bytes, where: str) -> CheckpointManifest:
     return manifest
 
 
-def read_manifest(run: Store, step: int) -> CheckpointManifest:
+def read_manifest(folder: Store, step: int) -> CheckpointManifest:
     """Raises `NotFound`, and what `parse_manifest` raises."""
     key = layout.manifest(step)
-    manifest = parse_manifest(run.get(key), f"{run.uri}/{key}")
+    manifest = parse_manifest(folder.get(key), f"{folder.uri}/{key}")
     if manifest.step != step:
-        raise Damaged(f"{run.uri}/{key} is damaged: it is the manifest of step {manifest.step}.")
+        raise Damaged(f"{folder.uri}/{key} is damaged: it is the manifest of step {manifest.step}.")
     return manifest
 
 
-def readable_manifests(run: Store, skipped: list[str], steps: list[int] | None = None) -> Iterator[CheckpointManifest]:
+def readable_manifests(
+    folder: Store, skipped: list[str], steps: list[int] | None = None
+) -> Iterator[CheckpointManifest]:
     """Committed checkpoints (of `steps`), newest first; the reason for every damaged one is added to `skipped`.
 
     Raises `StorageError` when the store cannot be read or a manifest is of an unknown format: neither is damage.
     """
-    for step in committed_steps(run) if steps is None else steps:
+    for step in committed_steps(folder) if steps is None else steps:
         try:
-            yield read_manifest(run, step)
+            yield read_manifest(folder, step)
         except (Damaged, NotFound) as error:
             skipped.append(str(error))
 
 
-def problems_of(run: Store, manifest: CheckpointManifest) -> list[str]:
+def problems_of(folder: Store, manifest: CheckpointManifest) -> list[str]:
     """The problems of its shards; a store that fails raises `StorageError`."""
-    found = (shard_problem(run, manifest, number) for number in range(len(manifest.shards)))
+    found = (shard_problem(folder, manifest, number) for number in range(len(manifest.shards)))
     return [problem for problem in found if problem]
 
 
-def shard_problem(run: Store, manifest: CheckpointManifest, number: int) -> str | None:
+def shard_problem(folder: Store, manifest: CheckpointManifest, number: int) -> str | None:
     """The problem of one of its shards, or None."""
-    return verify_shard(run, manifest.shards[number], manifest.contents.of(number))
+    return verify_shard(folder, manifest.shards[number], manifest.contents.of(number))
 
 
-def check_step(run: Store, steps: Sequence[int], step: int | None) -> None:
+def check_step(folder: Store, steps: Sequence[int], step: int | None) -> None:
     """Whether the run has checkpoints, its `steps`, and one of `step` if that is asked for; raises as `whole_checkpoint`."""
     if not steps:
-        raise NothingToResume(f"{run.uri} has no committed checkpoint.")
+        raise NothingToResume(f"{folder.uri} has no committed checkpoint.")
     if step is not None and step not in steps:
         raise ConfigError(
-            f"--step: {run.uri} has no committed checkpoint of step {step}. Its steps are: {', '.join(map(str, sorted(steps)))}."
+            f"--step: {folder.uri} has no committed checkpoint of step {step}. Its steps are: {', '.join(map(str, sorted(steps)))}."
         )
 
 
-def whole_checkpoint(run: Store, step: int | None = None) -> CheckpointManifest:
+def whole_checkpoint(folder: Store, step: int | None = None) -> CheckpointManifest:
     """The checkpoint of `step`, or the newest whose shards all verify; damaged ones are passed over.
 
     Raises:
@@ -227,13 +229,13 @@ def whole_checkpoint(run: Store, step: int | None = None) -> CheckpointManifest:
         ConfigError: there are, but none of that step.
         StorageError: there are, but not a whole one.
     """
-    steps = committed_steps(run)
-    check_step(run, steps, step)
+    steps = committed_steps(folder)
+    check_step(folder, steps, step)
     skipped: list[str] = []
-    for manifest in readable_manifests(run, skipped, steps if step is None else [step]):
-        problems = problems_of(run, manifest)
+    for manifest in readable_manifests(folder, skipped, steps if step is None else [step]):
+        problems = problems_of(folder, manifest)
         if not problems:
             return manifest
         skipped += problems
     which = "no checkpoint" if step is None else f"the checkpoint of step {step}"
-    raise StorageError(f"{which} of {run.uri} is {'' if step is None else 'not '}whole: {skipped[0]}")
+    raise StorageError(f"{which} of {folder.uri} is {'' if step is None else 'not '}whole: {skipped[0]}")

@@ -22,9 +22,9 @@ def plan_reads(contents: Contents, wanted: Mapping[Key, Interval]) -> Iterator[t
 
 
 def read_elements(
-    run: Store, manifest: CheckpointManifest, wanted: Mapping[Key, Interval]
+    folder: Store, manifest: CheckpointManifest, wanted: Mapping[Key, Interval]
 ) -> Iterator[tuple[StateSlice, Buffer]]:
     """Every wanted value once, as slices with their bytes. Raises `Damaged` where a shard lacks them."""
     for shard, overlaps in plan_reads(manifest.contents, wanted):
         slices = [StateSlice(key, begin, end) for key, (begin, end) in overlaps.items()]
-        yield from read_states(run, manifest.shards[shard], manifest.contents.of(shard), slices)
+        yield from read_states(folder, manifest.shards[shard], manifest.contents.of(shard), slices)

@@ -60,7 +60,7 @@ class Removal:
 
 
 def plan_removal(
-    run: Store,
+    folder: Store,
     rules: Retention,
     *,
     proven: int | None = None,
@@ -72,36 +72,36 @@ def plan_removal(
     Reads every byte of one checkpoint that stays, unless `proven`, a step known to be whole, does. Where all that `rules`
     keep are damaged, the newest whole one stays too; where none is whole, all stay.
     """
-    folders = step_folders(run)
-    newest_first = [folder.step for folder in folders if folder.manifest is not None]
+    folders = step_folders(folder)
+    newest_first = [found.step for found in folders if found.manifest is not None]
     losses: dict[int, float] = {}
     if rules.keep_best:
-        manifests = readable_manifests(run, [], newest_first)
+        manifests = readable_manifests(folder, [], newest_first)
         losses = {found.step: found.eval_loss for found in manifests if found.eval_loss is not None}
     removal = Removal(steps=rules.removable(newest_first, losses))
     removal.kept = [step for step in newest_first if step not in removal.steps]
     if removal.steps:
-        _keep_a_whole_one(run, removal, proven)
+        _keep_a_whole_one(folder, removal, proven)
     for step in removal.steps:
-        removal.bytes += sum(entry.size for entry in run.list(layout.checkpoint(step)))
+        removal.bytes += sum(entry.size for entry in folder.list(layout.checkpoint(step)))
     before = now() - timedelta(hours=orphan_hours)
-    for folder in reversed(folders):
-        if folder.step in removal.steps:
+    for found in reversed(folders):
+        if found.step in removal.steps:
             continue
-        for entry in _unreferenced(run, folder):
+        for entry in _unreferenced(folder, found):
             if entry.modified < before:
                 removal.orphans.append(entry.key)
                 removal.bytes += entry.size
     return removal
 
 
-def _keep_a_whole_one(run: Store, removal: Removal, proven: int | None) -> None:
+def _keep_a_whole_one(folder: Store, removal: Removal, proven: int | None) -> None:
     """Move steps from those that go to those that stay, until a whole one stays."""
     if proven in removal.kept:
         removal.proven = proven
         return
     for step in [*removal.kept, *removal.steps]:
-        problem = _problem(run, step)
+        problem = _problem(folder, step)
         if problem is None:
             removal.proven = step
             removal.kept = sorted({*removal.kept, step}, reverse=True)
@@ -111,36 +111,36 @@ def _keep_a_whole_one(run: Store, removal: Removal, proven: int | None) -> None:
     removal.kept, removal.steps = sorted([*removal.kept, *removal.steps], reverse=True), []
 
 
-def _problem(run: Store, step: int) -> str | None:
+def _problem(folder: Store, step: int) -> str | None:
     """The first thing that is wrong with the checkpoint of `step`; None when it is whole."""
     try:
-        manifest = read_manifest(run, step)
+        manifest = read_manifest(folder, step)
     except (Damaged, NotFound) as error:
         return str(error)
-    return next(filter(None, (shard_problem(run, manifest, number) for number in range(len(manifest.shards)))), None)
+    return next(filter(None, (shard_problem(folder, manifest, number) for number in range(len(manifest.shards)))), None)
 
 
-def _unreferenced(run: Store, folder: StepFolder) -> list[Entry]:
+def _unreferenced(folder: Store, step: StepFolder) -> list[Entry]:
     """Objects of a step's folder that its commit does not name, less the adapter beside it. A damaged manifest is taken to name
     them all."""
-    if folder.manifest is None:
-        return run.list(layout.checkpoint(folder.step))
-    if folder.attempts <= 1:
+    if step.manifest is None:
+        return folder.list(layout.checkpoint(step.step))
+    if step.attempts <= 1:
         return []  # the usual case costs no request
     try:
-        manifest = read_manifest(run, folder.step)
+        manifest = read_manifest(folder, step.step)
     except (Damaged, NotFound):
         return []
-    named = {layout.manifest(folder.step), *(shard.key for shard in manifest.shards)}
-    beside = f"{layout.adapter(folder.step)}/"
-    objects = run.list(layout.checkpoint(folder.step))
+    named = {layout.manifest(step.step), *(shard.key for shard in manifest.shards)}
+    beside = f"{layout.adapter(step.step)}/"
+    objects = folder.list(layout.checkpoint(step.step))
     return [entry for entry in objects if entry.key not in named and not entry.key.startswith(beside)]
 
 
-def remove(run: Store, removal: Removal) -> None:
+def remove(folder: Store, removal: Removal) -> None:
     """Carry `removal` out; what is gone already is no error."""
     for step in removal.steps:
-        run.delete(layout.manifest(step))
-        run.delete_folder(layout.checkpoint(step))
+        folder.delete(layout.manifest(step))
+        folder.delete_folder(layout.checkpoint(step))
     for key in removal.orphans:
-        run.delete(key)
+        folder.delete(key)

@@ -69,7 +69,7 @@ def _title(key: Key) -> str:
     return f"{key.name}|{key.state.name}"
 
 
-def write_shard(run: Store, key: str, layout: ShardLayout, data: memoryview) -> Shard:
+def write_shard(folder: Store, key: str, layout: ShardLayout, data: memoryview) -> Shard:
     """Hash and upload the file in one pass. `data`: the bytes of `layout`, which must not change meanwhile."""
     header = layout.header()
     digest = hashlib.sha256()
@@ -82,40 +82,40 @@ def write_shard(run: Store, key: str, layout: ShardLayout, data: memoryview) -> 
                 yield chunk
 
     size = len(header) + len(data)
-    run.put_chunks(key, hashed(), size)
+    folder.put_chunks(key, hashed(), size)
     return Shard(key, size, digest.hexdigest())
 
 
-def verify_shard(run: Store, shard: Shard, contents: Mapping[Key, Interval]) -> str | None:
+def verify_shard(folder: Store, shard: Shard, contents: Mapping[Key, Interval]) -> str | None:
     """None when the shard's bytes are what was written and hold `contents`, else what is wrong.
 
     A store that fails raises `StorageError`.
     """
-    where = f"{run.uri}/{shard.key}"
+    where = f"{folder.uri}/{shard.key}"
     try:
-        size = run.head(shard.key).size
+        size = folder.head(shard.key).size
         if size != shard.size:
             return f"{where} has {size} bytes instead of {shard.size}."
         digest = hashlib.sha256()
-        for chunk in run.chunks(shard.key, size):
+        for chunk in folder.chunks(shard.key, size):
             digest.update(chunk)
         if digest.hexdigest() != shard.sha256:
             return f"{where} does not match its sha256."
-        _tensors(run, shard, contents)
+        _tensors(folder, shard, contents)
     except (Damaged, NotFound) as error:
         return str(error)
     return None
 
 
-def _tensors(run: Store, shard: Shard, contents: Mapping[Key, Interval]) -> dict[str, TensorSource]:
+def _tensors(folder: Store, shard: Shard, contents: Mapping[Key, Interval]) -> dict[str, TensorSource]:
     """The shard's tensors by `parameter|state`; raises `Damaged` unless they are those of `contents`."""
     try:
-        tensors = read_header(run, shard.key, shard.size)
+        tensors = read_header(folder, shard.key, shard.size)
     except ConfigError as error:
         raise Damaged(str(error)) from error
     expected = {_title(key): (key.state.dtype, (end - begin,)) for key, (begin, end) in contents.items()}
     if {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()} != expected:
-        raise Damaged(f"{run.uri}/{shard.key} does not hold the elements that its manifest says.")
+        raise Damaged(f"{folder.uri}/{shard.key} does not hold the elements that its manifest says.")
     return tensors
 
 
@@ -128,30 +128,30 @@ class StateSlice(NamedTuple):
 
 
 def read_states(
-    run: Store, shard: Shard, contents: Mapping[Key, Interval], slices: Iterable[StateSlice]
+    folder: Store, shard: Shard, contents: Mapping[Key, Interval], slices: Iterable[StateSlice]
 ) -> Iterator[tuple[StateSlice, Buffer]]:
     """Each slice with its bytes, all of them in `shard`, which holds `contents`.
 
     Only these bytes leave the store: near ones in one request, and a part's worth at a time. Raises `Damaged` when the
     shard holds something else.
     """
-    tensors = _tensors(run, shard, contents)
+    tensors = _tensors(folder, shard, contents)
     batch: list[StateSlice] = []
     ranges: list[Interval] = []
     size = 0
     for each in slices:
         if size > PART_BYTES:
-            yield from _fetch(run, shard, batch, ranges)
+            yield from _fetch(folder, shard, batch, ranges)
             batch, ranges, size = [], [], 0
         first = contents[each.key][0]
         batch.append(each)
         ranges.append(tensors[_title(each.key)].byte_range(each.begin - first, each.end - first))
         size += each.key.state.item * (each.end - each.begin)
-    yield from _fetch(run, shard, batch, ranges)
+    yield from _fetch(folder, shard, batch, ranges)
 
 
 def _fetch(
-    run: Store, shard: Shard, slices: list[StateSlice], ranges: list[Interval]
+    folder: Store, shard: Shard, slices: list[StateSlice], ranges: list[Interval]
 ) -> Iterator[tuple[StateSlice, Buffer]]:
-    data = run.get_ranges(shard.key, [begin for begin, _ in ranges], [end for _, end in ranges])
+    data = folder.get_ranges(shard.key, [begin for begin, _ in ranges], [end for _, end in ranges])
     yield from zip(slices, data, strict=True)

@@ -51,8 +51,7 @@ class Evaluation(Section):
 
     every: int = setting(
         0,
-        about="Evaluate every so many steps, before the first step and at the end; 0 is only at the end. Earlier versions called "
-        "it train.eval_every.",
+        about="Evaluate every so many steps, before the first step and at the end; 0 is only at the end.",
         example=100,
         ge=0,
         unit="steps",

@@ -102,8 +102,8 @@ class Tuning(Section):
     method: str = setting(
         "lora",
         about="lora or rslora: low-rank adapters, scaled by alpha / rank or by alpha / sqrt(rank). dora: those of lora, and a "
-        "length for each row of a weight. ia3: vectors that scale keys, values and the MLP's inner activations. adapter: "
-        "bottleneck layers after attention and MLP. prompt: virtual tokens before each document. prefix: keys and values of such "
+        "length for each row of a weight. ia3: vectors that scale keys, values and the MLP's inner activations. bottleneck: "
+        "narrow layers after attention and MLP. prompt: virtual tokens before each document. prefix: keys and values of such "
         "tokens in every layer. full: the base itself, which needs quant.type: none.",
         example="rslora",
     )

@@ -17,15 +17,9 @@ class _Exclusion(NamedTuple):
     when: Callable[[Any], bool] = bool
 
 
-def _always(_value: Any) -> bool:
-    return True
-
-
 _EXCLUSIONS = (
     _Exclusion("train.steps", ("train.epochs",)),
     _Exclusion("train.epochs", ("train.steps",)),
-    _Exclusion("eval.every", ("train.eval_every",), _always),
-    _Exclusion("train.eval_every", ("eval.every",), _always),
     _Exclusion("eval.every", ("eval.per_epoch",)),
     _Exclusion("eval.per_epoch", ("eval.every",)),
     _Exclusion("data.held_out", ("data.eval",)),

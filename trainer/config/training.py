@@ -152,7 +152,6 @@ class Train(Section):
         "much for the GPU.",
         example=True,
     )
-    eval_every: int = setting(0, about="The older name of eval.every.", example=100, ge=0, unit="steps")
     sample_every: int = setting(
         0,
         about="Answer eval.prompts every so many steps, before the first step and at the end, greedily, and keep the answers in the "

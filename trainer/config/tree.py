@@ -36,24 +36,10 @@ class Config(Section):
     track: Track = Track()
     sweep: Sweep = Sweep()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _older_names(cls, given: Any) -> Any:
-        """`train.eval_every` of earlier versions is `eval.every`, so that a later override finds one setting only."""
-        train, evaluation = (given.get(name, {}) for name in ("train", "eval")) if isinstance(given, dict) else ({}, {})
-        every = train.get("eval_every") if isinstance(train, dict) else None
-        if type(every) is not int or every <= 0 or not isinstance(evaluation, dict):
-            return given
-        if evaluation.get("every", every) not in (0, every):
-            raise ValueError(
-                f"train.eval_every: {every} is the older name of eval.every, which is {evaluation['every']}. Set eval.every alone."
-            )
-        return {**given, "train": {**train, "eval_every": 0}, "eval": {**evaluation, "every": every}}
-
     @model_validator(mode="after")
     def _used(self) -> "Config":
         if self.eval.between and not self.evaluated:
-            name = "eval.every (train.eval_every)" if self.eval.every else "eval.per_epoch"
+            name = "eval.every" if self.eval.every else "eval.per_epoch"
             raise ValueError(
                 f"{name}: has no effect without data.eval, data.held_out or eval.sets. Set one of them, or set it to 0."
             )

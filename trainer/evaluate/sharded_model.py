@@ -100,7 +100,7 @@ class OpenedRun:
 
 
 def settings_of(
-    run: Store, step: int | None, overrides: Sequence[str], *, base_alone: bool
+    folder: Store, step: int | None, overrides: Sequence[str], *, base_alone: bool
 ) -> tuple[Config, CheckpointManifest | None]:
     """The settings that the checkpoint of `step`, or the newest whole one, was trained with, and its manifest; of the base alone
     those of the run's folder, over the base that the run has had. `overrides` may change what does not belong to the checkpoint.
@@ -109,44 +109,44 @@ def settings_of(
         NothingToResume, ConfigError, StorageError: as `whole_checkpoint`, `trained_config` and `check_overrides`.
     """
     if base_alone:
-        kept = None if _names_model(overrides) else next(readable_manifests(run, []), None)
-        return (override(trained_config(run, kept), *overrides) if kept else run_config(run, overrides)), None
-    manifest = whole_checkpoint(run, step)
-    trained = trained_config(run, manifest)
+        kept = None if _names_model(overrides) else next(readable_manifests(folder, []), None)
+        return (override(trained_config(folder, kept), *overrides) if kept else run_config(folder, overrides)), None
+    manifest = whole_checkpoint(folder, step)
+    trained = trained_config(folder, manifest)
     config = override(trained, *overrides)
     check_overrides(override(trained), config, manifest)
     return config, manifest
 
 
-def open_run(run: Store, step: int | None, overrides: Sequence[str], *, base_alone: bool, log: Log) -> OpenedRun:
+def open_run(folder: Store, step: int | None, overrides: Sequence[str], *, base_alone: bool, log: Log) -> OpenedRun:
     """Load the run's base and attach its method, on every rank of this process's group. Collective; `log` gets rank 0's progress.
 
     Raises:
         CapstanError: on every rank alike.
     """
-    ranks = join_run(run_config(run, overrides))
-    config, manifest = ranks.on_first(lambda: settings_of(run, step, overrides, base_alone=base_alone))
+    ranks = join_run(run_config(folder, overrides))
+    config, manifest = ranks.on_first(lambda: settings_of(folder, step, overrides, base_alone=base_alone))
     with ranks.agreeing():
         base = resolve_base(config.model)
         if manifest is not None:  # the cache that keeps the tokenizer and the template is each machine's own
-            base = with_trained_tokenizer(run, base, manifest)
-            config = config.model_copy(update={"data": with_trained_template(run, config.data, manifest)})
+            base = with_trained_tokenizer(folder, base, manifest)
+            config = config.model_copy(update={"data": with_trained_template(folder, config.data, manifest)})
         resolved = resolve(config, base)
         if manifest is not None:
             check_trained_shapes(resolved.method, config.model, manifest)
     check_same_base(base, ranks)
-    ranks.on_first(lambda: _check_base(run, base, manifest, overrides))
+    ranks.on_first(lambda: _check_base(folder, base, manifest, overrides))
     attention = attention_of(resolved, ranks.device)
     engine, _ = assemble(resolved, ranks, attention, choose_sharding(resolved, ranks, accumulation=1), log)
     form = ranks.on_first(lambda: as_trained(config)).format
     words = Words(base, config.data.model_copy(update={"format": form}))
-    return OpenedRun(run, resolved, manifest, ranks, engine, words)
+    return OpenedRun(folder, resolved, manifest, ranks, engine, words)
 
 
-def _check_base(run: Store, base: Base, manifest: CheckpointManifest | None, overrides: Sequence[str]) -> None:
+def _check_base(folder: Store, base: Base, manifest: CheckpointManifest | None, overrides: Sequence[str]) -> None:
     """Raises `ConfigError` for another base than that of the checkpoint, or, without one, of the run, unless another is asked for."""
     if manifest is None and not _names_model(overrides):
-        manifest = next(readable_manifests(run, []), None)
+        manifest = next(readable_manifests(folder, []), None)
     if manifest is not None:
         check_trained_base(base, manifest)
 

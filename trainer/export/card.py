@@ -76,13 +76,13 @@ model = {made_of}.from_pretrained("{PLACE}", dtype="auto")
 {_TOKENIZER}"""
 
 
-def model_card(run: Store, config: Config, manifest: CheckpointManifest, content: CardContent) -> bytes:
+def model_card(folder: Store, config: Config, manifest: CheckpointManifest, content: CardContent) -> bytes:
     """The card of the checkpoint of `manifest`; `config`: as it was trained."""
     usage = f"\n## Use\n\n```{content.language}\n{content.usage}\n```\n" if content.usage else ""
     text = (
         f"---\n{_metadata(config, content).to_yaml()}\n---\n\n# {config.run.name}\n\n{content.what}\n{usage}\n## Training\n\n"
         f"{_table(('', ''), _facts(config, manifest).items())}\n\n## Evaluation\n\n"
-        f"{model_card_evaluation(run, manifest.step)}\n\n## Limitations\n\n{_limitations(config)}\n"
+        f"{model_card_evaluation(folder, manifest.step)}\n\n## Limitations\n\n{_limitations(config)}\n"
     )
     return text.encode()
 
@@ -160,9 +160,9 @@ def _method(config: Config) -> dict[str, Any]:
     return config.tuning.model_dump(mode="json", include=own, exclude_none=True)
 
 
-def model_card_evaluation(run: Store, step: int) -> str:
+def model_card_evaluation(folder: Store, step: int) -> str:
     """The tables of what `capstan evaluate` found of this step, before and after the training."""
-    found = read_evaluation(run, step)
+    found = read_evaluation(folder, step)
     if not found:
         return "It was not evaluated against its base (`capstan evaluate`)."
     tables = {

@@ -33,7 +33,7 @@ class ExportFormat(Protocol):
         """Raises `ConfigError` where a run trained by `config` over `base` has no such export; reads no weights."""
         ...
 
-    def write(self, run: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
+    def write(self, folder: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
         """Export `step`, or the newest whole checkpoint.
 
         Raises:
@@ -43,7 +43,7 @@ class ExportFormat(Protocol):
         """
         ...
 
-    def prove(self, run: Store, step: int, destination: Store) -> Proof:
+    def prove(self, folder: Store, step: int, destination: Store) -> Proof:
         """Compare what is in `destination` with the trained model of `step`. Raises `ConfigError` where that cannot be done."""
         ...
 

@@ -55,7 +55,7 @@ class TrainedCheckpoint(NamedTuple):
     method: Method
 
 
-def trained_checkpoint(run: Store, step: int | None) -> TrainedCheckpoint:
+def trained_checkpoint(folder: Store, step: int | None) -> TrainedCheckpoint:
     """The checkpoint of `step`, or the newest whole one, for every format of an export.
 
     Raises:
@@ -63,12 +63,12 @@ def trained_checkpoint(run: Store, step: int | None) -> TrainedCheckpoint:
         StorageError: it is damaged, or does not fit its settings.
         ConfigError: as `trained_config`.
     """
-    manifest = whole_checkpoint(run, step)
-    config = trained_config(run, manifest)
+    manifest = whole_checkpoint(folder, step)
+    config = trained_config(folder, manifest)
     return TrainedCheckpoint(manifest, config, trained_method(config, manifest))
 
 
-def trained_config(run: Store, manifest: CheckpointManifest) -> Config:
+def trained_config(folder: Store, manifest: CheckpointManifest) -> Config:
     """config.yaml, with the base, its quantization, and the tuning method and its settings from the manifest.
 
     Raises:
@@ -81,7 +81,7 @@ def trained_config(run: Store, manifest: CheckpointManifest) -> Config:
                 f"the manifest of step {manifest.step} is damaged: it has base.{key}: {shown(manifest.base.get(key))}. Export "
                 "another step."
             )
-    given = run_config(run)
+    given = run_config(folder)
     recorded = {key: manifest.base[key] for key in ("layers", "dtype") if key in manifest.base}
     recorded["add_tokens"] = manifest.base.get("add_tokens", [])
     quant = {key.removeprefix("quant."): value for key, value in manifest.base.items() if key.startswith("quant.")}
@@ -89,12 +89,12 @@ def trained_config(run: Store, manifest: CheckpointManifest) -> Config:
         "model": _updated(given.model, {**recorded, **_place(manifest, given.model)}, manifest),
         "quant": _updated(given.quant, quant, manifest),
         "tuning": _tuning(manifest) if manifest.adapter else given.tuning,
-        "data": with_trained_template(run, given.data, manifest),
+        "data": with_trained_template(folder, given.data, manifest),
     }
     return given.model_copy(update=sections)
 
 
-def with_trained_template(run: Store, given: Data, manifest: CheckpointManifest) -> Data:
+def with_trained_template(folder: Store, given: Data, manifest: CheckpointManifest) -> Data:
     """The data's settings with the chat template of the training, whatever `data.template` holds by now, in a file of this machine.
 
     Raises `ConfigError` where it has changed and the run's folder has lost it.
@@ -104,15 +104,15 @@ def with_trained_template(run: Store, given: Data, manifest: CheckpointManifest)
     if manifest.text.template is None:
         return given.model_copy(update={"template": None})
     try:
-        kept = kept_text(run, replace(manifest.text, tokenizer={})).template
+        kept = kept_text(folder, replace(manifest.text, tokenizer={})).template
     except StorageError as error:
         raise ConfigError(
             f"data.template: {shown(given.template)} is not the template that the checkpoint of step {manifest.step} was trained with, "
             f"and the run's own copy cannot be read: {error} Put that template back."
         ) from error
     assert kept is not None
-    folder = cached_folder({CHAT_TEMPLATE: kept.encode()})
-    return given.model_copy(update={"template": str(folder / CHAT_TEMPLATE)})
+    copy = cached_folder({CHAT_TEMPLATE: kept.encode()})
+    return given.model_copy(update={"template": str(copy / CHAT_TEMPLATE)})
 
 
 def _template_hash(data: Data) -> str | None:
@@ -181,19 +181,19 @@ def unloadable(what: str, code: str) -> ConfigError:
     )
 
 
-def resolve_trained_base(run: Store, model: Model, manifest: CheckpointManifest) -> Base:
+def resolve_trained_base(folder: Store, model: Model, manifest: CheckpointManifest) -> Base:
     """The base, with its weights, and in its directory the run's own tokenizer.
 
     Raises `ConfigError` when it is not here, or is another than the checkpoint's.
     """
     base = resolve_base(model)
     check_trained_base(base, manifest)
-    return with_trained_tokenizer(run, base, manifest)
+    return with_trained_tokenizer(folder, base, manifest)
 
 
-def with_trained_tokenizer(run: Store, base: Base, manifest: CheckpointManifest) -> Base:
+def with_trained_tokenizer(folder: Store, base: Base, manifest: CheckpointManifest) -> Base:
     """Raises as `trained_directory`."""
-    return replace(base, directory=trained_directory(run, base.directory, manifest))
+    return replace(base, directory=trained_directory(folder, base.directory, manifest))
 
 
 def check_trained_base(base: Base, manifest: CheckpointManifest) -> None:
@@ -215,7 +215,7 @@ def check_base_at_hand(model: Model, manifest: CheckpointManifest) -> None:
         check_trained_base(resolve_base(model), manifest)
 
 
-def trained_directory(run: Store, directory: Path, manifest: CheckpointManifest) -> Path:
+def trained_directory(folder: Store, directory: Path, manifest: CheckpointManifest) -> Path:
     """The base's `directory`, or where it has another tokenizer by now a copy of its small files with the one that the run keeps.
 
     Raises `ConfigError` where the run's folder has lost it, or the rows of added tokens are counted by the one beside the base.
@@ -225,7 +225,7 @@ def trained_directory(run: Store, directory: Path, manifest: CheckpointManifest)
     if manifest.base.get("add_tokens"):
         check_text(manifest, TextHashes(hash_tokenizer(directory), manifest.text.template))
     try:
-        files = kept_text(run, manifest.text).files
+        files = kept_text(folder, manifest.text).files
     except StorageError as error:
         raise ConfigError(
             f"model.base: the tokenizer in {directory} is not the one that the checkpoint of step {manifest.step} was trained with, and "

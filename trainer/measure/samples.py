@@ -45,7 +45,7 @@ class PromptSamples:
         self.keeping(lambda: self.run.put(layout.samples(step), content))
 
 
-def open_samples(resolved: Resolved, run: Store, ranks: Ranks) -> PromptSamples:
+def open_samples(resolved: Resolved, folder: Store, ranks: Ranks) -> PromptSamples:
     """The samples of `eval.prompts`. Collective.
 
     Raises:
@@ -63,4 +63,4 @@ def open_samples(resolved: Resolved, run: Store, ranks: Ranks) -> PromptSamples:
     longest = resolved.method.virtual.longest(base.architecture.positions)
     prompts, tokens, stops = ranks.on_first(read)
     sampling = Sampling(config.eval.max_tokens)
-    return PromptSamples(run, prompts, tokens, stops, sampling, longest, prompter, Harmless("keeping the samples"))
+    return PromptSamples(folder, prompts, tokens, stops, sampling, longest, prompter, Harmless("keeping the samples"))

@@ -18,10 +18,10 @@ _HELD_OUT = {"eval", "held_out", "held_out_seed"}
 _PARTS = ("sets", "tasks", "bias")
 
 
-def read_evaluation(run: Store, step: int) -> dict[str, Any]:
+def read_evaluation(folder: Store, step: int) -> dict[str, Any]:
     """The findings that are kept of `step`; none where it was never evaluated, or where the object is damaged."""
     try:
-        found = json.loads(run.get(layout.evaluation(step)))
+        found = json.loads(folder.get(layout.evaluation(step)))
     except (NotFound, *NOT_JSON):
         return {}
     whole = isinstance(found, dict) and all(_by_name(found.get(part, {})) for part in _PARTS)
@@ -41,9 +41,9 @@ def other_settings(own: Config, given: Config) -> list[str]:
     return changed + (["eval.bias"] if own.eval.bias and own.eval.bias != given.eval.bias else [])
 
 
-def keep_evaluation(run: Store, found: Mapping[str, Any]) -> None:
+def keep_evaluation(folder: Store, found: Mapping[str, Any]) -> None:
     """Keep `found`, and of what is kept of its step and the same base whatever it has not measured anew."""
-    earlier = read_evaluation(run, found["step"])
+    earlier = read_evaluation(folder, found["step"])
     if earlier.get("base") == found["base"]:
         found = {**found, **{part: {**earlier.get(part, {}), **found[part]} for part in _PARTS}}
-    run.put(layout.evaluation(found["step"]), json.dumps(found, indent=1).encode())
+    folder.put(layout.evaluation(found["step"]), json.dumps(found, indent=1).encode())

@@ -80,8 +80,8 @@ class Owner:
 class Ownership:
     """A run as its owner `number` has it."""
 
-    def __init__(self, run: Store, number: int, owner: Owner) -> None:
-        self.run, self._number, self.owner = run, number, owner
+    def __init__(self, folder: Store, number: int, owner: Owner) -> None:
+        self.run, self._number, self.owner = folder, number, owner
 
     @property
     def lost(self) -> bool:
@@ -109,16 +109,16 @@ class Ownership:
         with suppress(StorageError):
             self._write(self.run.failing_fast(), ended=True)
 
-    def _write(self, run: Store, ended: bool = False) -> None:
-        run.put(layout.owner(self._number), _as_json(replace(self.owner, time=time.time(), ended=ended)))
+    def _write(self, folder: Store, ended: bool = False) -> None:
+        folder.put(layout.owner(self._number), _as_json(replace(self.owner, time=time.time(), ended=ended)))
 
 
 class OwnerWatch:
     """The owner of a run as another process of the same start sees it: a rank that waits for rank 0. `group` is the owner's where that is
     known."""
 
-    def __init__(self, run: Store, group: str | None = None) -> None:
-        self._run, self._group = run, group
+    def __init__(self, folder: Store, group: str | None = None) -> None:
+        self._run, self._group = folder, group
         self._seen = False
         self.last_alive = time.monotonic()
         """When it was there last, or this watch began."""
@@ -139,42 +139,42 @@ class OwnerWatch:
         return self._seen and (owner.ended or owner.is_here) and now - self.last_alive > _ANEW_SECONDS
 
 
-def newest_number(run: Store) -> int:
+def newest_number(folder: Store) -> int:
     """How often the run has been taken."""
-    return _newest(run)[0]
+    return _newest(folder)[0]
 
 
-def read_owner(run: Store) -> Owner | None:
+def read_owner(folder: Store) -> Owner | None:
     """The run's last owner, alive or not; None where it never had one, or the last one left it in order."""
-    found = last_owner(run)
+    found = last_owner(folder)
     return None if found is None or found.ended else found
 
 
-def last_owner(run: Store) -> Owner | None:
+def last_owner(folder: Store) -> Owner | None:
     """The run's last owner, also where it has ended; None where it never had one."""
-    found = _last(run)
+    found = _last(folder)
     return found and found.owner
 
 
-def _last(run: Store) -> Ownership | None:
+def _last(folder: Store) -> Ownership | None:
     """As `last_owner`, with its number, which belongs to it whoever takes the run meanwhile."""
-    number, entry = _newest(run)
+    number, entry = _newest(folder)
     if entry is None:
         return None
     with suppress(NotFound):  # the run's folder is being deleted
-        owner = _parsed(run.get(entry.key), entry.modified.timestamp(), name_of(run))
-        return Ownership(run, number, owner) if owner.run == name_of(run) else None
+        owner = _parsed(folder.get(entry.key), entry.modified.timestamp(), name_of(folder))
+        return Ownership(folder, number, owner) if owner.run == name_of(folder) else None
     return None
 
 
-def _newest(run: Store) -> tuple[int, Entry | None]:
+def _newest(folder: Store) -> tuple[int, Entry | None]:
     """The last owner's number and key, by one listing; 0 and None where the run was never taken."""
-    found = [(number, entry) for entry in run.list(layout.OWNERS) if (number := layout.owner_of(entry.key))]
+    found = [(number, entry) for entry in folder.list(layout.OWNERS) if (number := layout.owner_of(entry.key))]
     return max(found, key=lambda pair: pair[0], default=(0, None))
 
 
 def take(
-    run: Store, by: str, after: int, *, group: str | None = None, waits: bool = False, place: str | None = None
+    folder: Store, by: str, after: int, *, group: str | None = None, waits: bool = False, place: str | None = None
 ) -> Ownership:
     """Make the run this process's, or with `waits` that of the job which it is about to submit.
 
@@ -183,41 +183,41 @@ def take(
     """
     now, process = time.time(), None if waits else os.getpid()
     born = _born(os.getpid())
-    owner = Owner(by, socket.gethostname(), place or _place(), process, born, now, now, name_of(run), group)
+    owner = Owner(by, socket.gethostname(), place or _place(), process, born, now, now, name_of(folder), group)
     try:
-        run.create(layout.owner(after + 1), _as_json(owner))
+        folder.create(layout.owner(after + 1), _as_json(owner))
     except AlreadyExists as error:
-        raise ConfigError(f"run.name: somebody else has just taken {run.uri}. Look at its status first.") from error
-    return Ownership(run, after + 1, owner)
+        raise ConfigError(f"run.name: somebody else has just taken {folder.uri}. Look at its status first.") from error
+    return Ownership(folder, after + 1, owner)
 
 
-def ended_waiting(run: Store) -> bool:
+def ended_waiting(folder: Store) -> bool:
     """Whether the run was that of a submitted job whose turn had not come; from now on it is nobody's."""
-    return _end_if(run, lambda owner: owner.waits)
+    return _end_if(folder, lambda owner: owner.waits)
 
 
-def end_group(run: Store, group: str) -> None:
+def end_group(folder: Store, group: str) -> None:
     """Let others have the run that a process of `group` had, and did not end."""
-    _end_if(run, lambda owner: owner.group == group)
+    _end_if(folder, lambda owner: owner.group == group)
 
 
-def _end_if(run: Store, condition: Callable[[Owner], bool]) -> bool:
-    found = _last(run)
+def _end_if(folder: Store, condition: Callable[[Owner], bool]) -> bool:
+    found = _last(folder)
     if found is None or found.owner.ended or not condition(found.owner):
         return False
     found.end()
     return True
 
 
-def age(run: Store) -> float:
+def age(folder: Store) -> float:
     """Seconds since the last owner's beat by the store's clock alone, as machines' clocks may differ; writes a key for a moment."""
     key = f"{layout.OWNERS}clock-{uuid4().hex}"
-    run.put(key, b"")
+    folder.put(key, b"")
     try:
-        now = run.head(key).modified
+        now = folder.head(key).modified
     finally:
-        run.delete(key)
-    return (now - run.head(layout.owner(newest_number(run))).modified).total_seconds()
+        folder.delete(key)
+    return (now - folder.head(layout.owner(newest_number(folder))).modified).total_seconds()
 
 
 def _parsed(data: bytes, written: float, name: str) -> Owner:

@@ -37,19 +37,19 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
     ]
 
 
-def record_settings(run: Store, generation: int, config: Config) -> list[Change]:
+def record_settings(folder: Store, generation: int, config: Config) -> list[Change]:
     """Keep what this start trains with; returns what changed since the start before it that trained, as far as that can be
     read."""
-    keys = [entry.key for entry in run.list(layout.SETTINGS) if entry.key < layout.settings(generation)]
-    run.put(layout.settings(generation), dump_config(config).encode())
-    earlier = next(filter(None, (_kept(run, key) for key in sorted(keys, reverse=True))), None)
+    keys = [entry.key for entry in folder.list(layout.SETTINGS) if entry.key < layout.settings(generation)]
+    folder.put(layout.settings(generation), dump_config(config).encode())
+    earlier = next(filter(None, (_kept(folder, key) for key in sorted(keys, reverse=True))), None)
     return changes(earlier, config.model_dump(mode="json")) if earlier else []
 
 
-def _kept(run: Store, key: str) -> dict[str, Any] | None:
+def _kept(folder: Store, key: str) -> dict[str, Any] | None:
     """The settings under `key`; None where they are damaged or gone."""
     with suppress(ConfigError, NotFound):
-        if isinstance(tree := read_yaml(run.get(key), key), dict):
+        if isinstance(tree := read_yaml(folder.get(key), key), dict):
             return tree
     return None
 

@@ -20,8 +20,8 @@ class StepProfile:
     that cannot be made or kept ends no run.
     """
 
-    def __init__(self, steps: tuple[int, int] | None, run: Store, log: Callable[[str], None]) -> None:
-        self._steps, self._run, self._log = steps, run, log
+    def __init__(self, steps: tuple[int, int] | None, folder: Store, log: Callable[[str], None]) -> None:
+        self._steps, self._run, self._log = steps, folder, log
         self._profiler: profile | None = None
         self._begun = 0
         self._harmless = Harmless("the profile")

@@ -53,22 +53,22 @@ def hub_hashes(base: Base) -> dict[str, str]:
     return {key: name for key, name in named.items() if _SHA256.fullmatch(name)}
 
 
-def check_whole(base: Base, run: Store, report: Callable[[int, int], None] = lambda done, total: None) -> str:
+def check_whole(base: Base, folder: Store, report: Callable[[int, int], None] = lambda done, total: None) -> str:
     """Read every byte of the base's files, and compare them with what the Hub says of them or, where it does not, with what the first call has
     kept in the folder of the run, which has one base from its first commit on. Returns what they are the same as, in words; `report` is told of bytes done and bytes in all.
 
     Raises `ConfigError` where a file is another.
     """
     found, known = hash_whole(base.store, base.headers, report), hub_hashes(base)
-    committed = bool(committed_steps(run))
-    known = {**(_kept(run) if committed else {}), **known}
+    committed = bool(committed_steps(folder))
+    known = {**(_kept(folder) if committed else {}), **known}
     for file, sha256 in found.items():
         if known.get(file, sha256) != sha256:
             raise ConfigError(
                 f"model.base: {base.name} is not what it was: {file} has the SHA-256 {sha256} instead of {known[file]}. Copy that file again."
             )
     if committed:
-        run.put(layout.BASE_HASHES, json.dumps(found, indent=1).encode())
+        folder.put(layout.BASE_HASHES, json.dumps(found, indent=1).encode())
     if known.keys() >= found.keys():
         return "every byte is as on the Hub" if hub_hashes(base) else "every byte is as when it was first read whole"
     return (
@@ -78,8 +78,8 @@ def check_whole(base: Base, run: Store, report: Callable[[int, int], None] = lam
     )
 
 
-def _kept(run: Store) -> dict[str, str]:
+def _kept(folder: Store) -> dict[str, str]:
     with suppress(NotFound, *NOT_JSON):
-        kept = json.loads(run.get(layout.BASE_HASHES))
+        kept = json.loads(folder.get(layout.BASE_HASHES))
         return kept if isinstance(kept, dict) else {}
     return {}

@@ -4,8 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from trainer.config.peers.table import Inconvertible
-
+Conversion = Callable[[Any], Any]
 _OPTIMIZERS = {
     "adamw": "adamw adamw_torch adamw_torch_fused adamw_torch_xla adamw_torch_npu_fused adamw_hf adamw_apex_fused adamw_anyprecision "
     "adamw_torch_4bit_fused paged_adamw paged_adamw_32bit optimi_adamw flash_adamw pagedadamw",
@@ -26,6 +25,10 @@ _ATTENTION = {
     **dict.fromkeys(("sdpa", "eager", "auto"), None),
     "disabled": "eager",
 }
+
+
+class Inconvertible(ValueError):
+    """The value has no counterpart among our settings; the text is a sentence that says why, and what holds instead."""
 
 
 def text(value: Any) -> str:
@@ -85,6 +88,11 @@ def names(value: Any) -> list[str]:
     if isinstance(value, str):
         return value.replace(",", " ").split()
     return [str(name) for name in value] if isinstance(value, list | tuple | dict) else [str(value)]
+
+
+def named(value: Any) -> bool:
+    """True where something is named."""
+    return bool(value)
 
 
 def when(on: Mapping[str, Any], off: Mapping[str, Any] | None = None) -> Callable[[Any], dict[str, Any]]:
@@ -151,7 +159,7 @@ def dtype(value: Any) -> str:
 
 def targets(value: Any) -> str | list[str]:
     """The layers that get adapters: names, or all linear ones."""
-    if str(value) in ("all", "all-linear", "all_linear"):
+    if str(value) in ("all", "all-linear", "all_linear", "['all-linear']"):  # a command line makes a list of it
         return "all-linear"
     if isinstance(value, str) and any(sign in value for sign in "\\[](|^$*?"):
         raise Inconvertible("a regular expression. tuning.targets takes names, and patterns where * is any text.")

@@ -1,14 +1,8 @@
 """The settings of other tools by what they are called here, for whoever writes their names into a configuration of ours."""
 
-from trainer.config.peers.accelerate import ACCELERATE
-from trainer.config.peers.axolotl import AXOLOTL
-from trainer.config.peers.llamafactory import LLAMAFACTORY
-from trainer.config.peers.llamafactory_v1 import LLAMAFACTORY_V1
-from trainer.config.peers.table import Needless, Row, To, Together, Unsupported
-from trainer.config.peers.torchtune import TORCHTUNE
-from trainer.config.peers.trl import TRL
+from trainer.config.peers.table import Needless, Row, To, Together, Unsupported, read_peer
 
-PEERS = (AXOLOTL, TRL, LLAMAFACTORY, TORCHTUNE, ACCELERATE, LLAMAFACTORY_V1)
+PEERS = tuple(map(read_peer, ("axolotl", "trl", "llamafactory", "torchtune", "accelerate", "llamafactory-v1")))
 
 
 def called_here(key: str) -> str | None:

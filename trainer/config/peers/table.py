@@ -1,15 +1,21 @@
-"""The rows of a peer's table. A key of a peer is a setting of ours, or is not needed here, or is not supported; each says why."""
+"""The rows of a peer's table. A key of a peer is a setting of ours, or is not needed here, or is not supported; each says why.
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+The tables are the YAML files beside this one. docs/extending.md says how a key is added.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
+
+import yaml
+
+from trainer.config.peers import conversions
+from trainer.config.peers.conversions import Conversion
 
 OFF = (None, False, 0, "", "none", "None", "no", [], {})
 """The values with which a key asks for nothing."""
-
-
-class Inconvertible(ValueError):
-    """The value has no counterpart among our settings; the text is a sentence that says why, and what holds instead."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +24,7 @@ class To:
     raises `Inconvertible`."""
 
     setting: str
-    convert: Callable[[Any], Any]
+    convert: Conversion
 
 
 @dataclass(frozen=True)
@@ -51,14 +57,16 @@ class Peer:
     """A tool whose configurations are read.
 
     Keys of sections are dotted, `[]` stands for each item of a list, and a last `*` for whatever is in a section. `defaults` are
-    values of keys that are not given, where another value of ours would follow from their absence.
+    values of keys that are not given, where another value of ours would follow from their absence. `tables` are what the peer's
+    module in launcher/importing/ looks up: the peer's words for formats, losses and the like.
     """
 
     name: str
     title: str
     rows: Mapping[str, Row]
-    defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    nullable: tuple[str, ...] = ()
+    defaults: Mapping[str, Any]
+    nullable: tuple[str, ...]
+    tables: Mapping[str, Any]
 
     def row(self, key: str) -> Row | None:
         """The row of a key, or of the nearest section around it that is listed as a whole."""
@@ -73,6 +81,37 @@ class Peer:
         return any(name.startswith((f"{key}.", f"{key}[].")) for name in self.rows)
 
 
-def each(kind: Callable[[str], Row], keys: Mapping[str, str]) -> dict[str, Row]:
-    """Rows of one kind from {reason: keys, with blanks between them}."""
-    return {key: kind(reason) for reason, names in keys.items() for key in names.split()}
+@cache
+def read_peer(name: str) -> Peer:
+    """The peer of the table `name`, with the rows of the table that it takes over."""
+    tree = yaml.safe_load((Path(__file__).parent / f"{name.replace('-', '_')}.yaml").read_text(encoding="utf-8"))
+    rows = dict(read_peer(tree["takes"]).rows) if "takes" in tree else {}
+    for key in tree.get("without", "").split():
+        del rows[key]
+    rows.update(_rows(tree))
+    for inner in tree.get("inside", ()):
+        rows.update((f"{section}.{key}", row) for section in inner["of"].split() for key, row in _rows(inner))
+    nullable = tuple(tree.get("nullable", "").split())
+    return Peer(name, tree.get("title", name), rows, tree.get("defaults", {}), nullable, tree.get("tables", {}))
+
+
+def _rows(tree: Mapping[str, Any]) -> Iterator[tuple[str, Row]]:
+    for key, given in tree.get("settings", {}).items():
+        yield key, _to(given)
+    for setting, keys in tree.get("together", {}).items():
+        yield from ((key, Together(setting)) for key in keys.split())
+    for group in tree.get("needless", ()):
+        yield from ((key, Needless(group["why"])) for key in group["keys"].split())
+    for group in tree.get("unsupported", ()):
+        yield from ((key, Unsupported(group["why"], tuple(group.get("idle", OFF)))) for key in group["keys"].split())
+
+
+def _to(given: str | Mapping[str, Any]) -> To:
+    """`setting conversion`; or a choice among names, `one_of`; or the settings that follow from a switch, `when`."""
+    if isinstance(given, str):
+        setting, name = given.split()
+        return To(setting, getattr(conversions, name))
+    if "one_of" in given:
+        return To(given["setting"], conversions.one_of(given["one_of"], given["otherwise"]))
+    setting = given.get("setting") or next(iter(given["when"]))
+    return To(setting, conversions.when(given["when"], given.get("otherwise")))

@@ -95,27 +95,27 @@ def whole(dataset: Dataset) -> Chapters:
     return Chapters(1, lambda _: dataset, reads=dataset.reads)
 
 
-def open_chapters(store: Store, fingerprint: str, run: Store) -> Chapters:
-    """The chapters of a data set for the ranks of `run`; the first one is there."""
+def open_chapters(store: Store, fingerprint: str, folder: Store) -> Chapters:
+    """The chapters of a data set for the ranks of `folder`; the first one is there."""
 
     def open_one(chapter: int) -> Dataset:
         return open_chapter(store, fingerprint, chapter)
 
     count = read_manifest(store, fingerprint, chapter=0).chapters
-    return Chapters(count, open_one, lambda: _given_up(run))
+    return Chapters(count, open_one, lambda: _given_up(folder))
 
 
-def give_up(run: Store, error: BaseException) -> None:
-    """Tell the ranks of `run` that no more of its data will be compiled, as they may be waiting for it."""
+def give_up(folder: Store, error: BaseException) -> None:
+    """Tell the ranks of `folder` that no more of its data will be compiled, as they may be waiting for it."""
     reason = {"reason": str(error), "stopped": isinstance(error, Stopped)}
-    run.put(layout.NO_MORE_DATA, json.dumps(reason).encode())
+    folder.put(layout.NO_MORE_DATA, json.dumps(reason).encode())
 
 
-def _given_up(run: Store) -> CapstanError | None:
+def _given_up(folder: Store) -> CapstanError | None:
     try:
-        given = json.loads(run.get(layout.NO_MORE_DATA))
+        given = json.loads(folder.get(layout.NO_MORE_DATA))
         return (Stopped if given["stopped"] else DataError)(given["reason"])
     except NotFound:
         return None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Damaged(f"{run.uri}/{layout.NO_MORE_DATA} is damaged: it does not say why the data ends.") from error
+        raise Damaged(f"{folder.uri}/{layout.NO_MORE_DATA} is damaged: it does not say why the data ends.") from error

@@ -37,25 +37,25 @@ def text_of(data: Data, directory: Path) -> RunText:
     return RunText(tokenizer_content(directory), template_text(data))
 
 
-def keep_text(run: Store, text: RunText) -> None:
+def keep_text(folder: Store, text: RunText) -> None:
     """Write what the run's folder has not yet."""
     contents = [*text.files.values(), *([] if text.template is None else [text.template.encode()])]
-    there = {entry.key for entry in run.list(layout.TEXT)}
+    there = {entry.key for entry in folder.list(layout.TEXT)}
     for content in contents:
         if (key := layout.kept_text(_sha256(content))) not in there:
-            run.put(key, content)
+            folder.put(key, content)
 
 
-def kept_text(run: Store, hashes: TextHashes) -> RunText:
+def kept_text(folder: Store, hashes: TextHashes) -> RunText:
     """Raises `NotFound` where the run's folder lacks some of it, `Damaged` where it has changed."""
-    files = {name: _kept(run, sha256) for name, sha256 in hashes.tokenizer.items()}
-    return RunText(files, _kept(run, hashes.template).decode() if hashes.template else None)
+    files = {name: _kept(folder, sha256) for name, sha256 in hashes.tokenizer.items()}
+    return RunText(files, _kept(folder, hashes.template).decode() if hashes.template else None)
 
 
-def _kept(run: Store, sha256: str) -> bytes:
-    content = run.get(key := layout.kept_text(sha256))
+def _kept(folder: Store, sha256: str) -> bytes:
+    content = folder.get(key := layout.kept_text(sha256))
     if _sha256(content) != sha256:
-        raise Damaged(f"{run.uri}/{key} is damaged: its content does not match its name.")
+        raise Damaged(f"{folder.uri}/{key} is damaged: its content does not match its name.")
     return content
 
 

@@ -21,18 +21,18 @@ class Fp8Folder(Section):
         check_mergeable_run(config, base)
         check_recodable(base, "fp8")
 
-    def write(self, run: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
+    def write(self, folder: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
         from trainer.export.write.codes import Fp8Blocks
         from trainer.export.write.recoded import export_recoded
 
-        return export_recoded(run, destination, step, lambda config: Fp8Blocks(), progress)
+        return export_recoded(folder, destination, step, lambda config: Fp8Blocks(), progress)
 
-    def prove(self, run: Store, step: int, destination: Store) -> Proof:
+    def prove(self, folder: Store, step: int, destination: Store) -> Proof:
         from trainer.export.proof.recoded import prove_recoded
         from trainer.export.proof.same_bytes import check_again
 
-        check_again(self, run, step, destination)
-        return prove_recoded(run, step, destination)
+        check_again(self, folder, step, destination)
+        return prove_recoded(folder, step, destination)
 
 
 FORMATS = {"fp8": Fp8Folder}

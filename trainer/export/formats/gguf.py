@@ -45,10 +45,10 @@ class Gguf(Section):
         check_converter()
         check_mergeable_run(config, base)
 
-    def write(self, run: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
+    def write(self, folder: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
         from trainer.export.write.merged import write_model
 
-        manifest, config, _ = trained_checkpoint(run, step)
+        manifest, config, _ = trained_checkpoint(folder, step)
         self.check(config, describe_base(config.model))
         names = {kind: f"{config.run.name}-{kind}.gguf" for kind in dict.fromkeys(self.types)}
         *others, _ = names.values()
@@ -56,33 +56,33 @@ class Gguf(Section):
         temporary = local_path(self.scratch or tempfile.gettempdir(), "scratch")
         if not temporary.is_dir():
             raise ConfigError(f"scratch: {temporary} is no folder. Make it, or name another.")
-        base, folder = resolve_trained_base(run, config.model, manifest), local_folder(destination)
+        base, directory = resolve_trained_base(folder, config.model, manifest), local_folder(destination)
         merged = sum(size for _, size, _ in base.versions)
         weights = base.architecture.weights("linear", "experts", "embedding", "head", "small")
         results = sum(int(_BYTES[kind] * weights) for kind in names)
-        check_room([(temporary, merged), (folder or temporary, results)])
+        check_room([(temporary, merged), (directory or temporary, results)])
         progress.say(
             f"The merged model takes {decimal(merged)} in {temporary} until it is converted; the result takes {decimal(results)}."
         )
         what = f"The model of the run {config.run.name}, {TRAINED}, in GGUF ({', '.join(names)}) for llama.cpp."
         content = CardContent("gguf", what, "quantized", f"llama-server -m {names[self.types[0]]}", "sh")
-        destination.put(CARD, model_card(run, config, manifest, content))
+        destination.put(CARD, model_card(folder, config, manifest, content))
         with scratch_folder("gguf", str(temporary)) as scratch:
             model = Path(scratch, "model")
-            write_model(run, manifest, config, open_store(str(model)), progress.written)
+            write_model(folder, manifest, config, open_store(str(model)), progress.written)
             for kind, name in names.items():
                 progress.say(f"Converting to {name}.")
-                file = (folder or Path(scratch)) / f"{name}{PART}"
+                file = (directory or Path(scratch)) / f"{name}{PART}"
                 convert(model, kind, file, config.run.name)
                 deliver(file, destination, name)
         return Written(manifest, {"files": list(names.values())})
 
-    def prove(self, run: Store, step: int, destination: Store) -> Proof:
+    def prove(self, folder: Store, step: int, destination: Store) -> Proof:
         from trainer.export.gguf.proof import prove_gguf
         from trainer.export.proof.same_bytes import check_again
 
-        check_again(self, run, step, destination)
-        return prove_gguf(run, step, destination)
+        check_again(self, folder, step, destination)
+        return prove_gguf(folder, step, destination)
 
 
 FORMATS = {"gguf": Gguf}

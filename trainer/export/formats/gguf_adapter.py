@@ -31,32 +31,32 @@ class GgufAdapter(Section):
                 "--format gguf-adapter: the base itself was tuned, so there is no adapter. Take --format gguf."
             )
 
-    def write(self, run: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
+    def write(self, folder: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
         from trainer.base.load.load import DTYPES
         from trainer.export.gguf.lora import write_gguf_lora
         from trainer.export.write.learnt import CheckpointWeights
 
-        manifest, config, method = trained_checkpoint(run, step)
+        manifest, config, method = trained_checkpoint(folder, step)
         name = f"{config.run.name}-adapter.gguf"
         self.check(config, describe_base(config.model))
         check_destination(destination, f"{name}{PART}")
         check_base_at_hand(config.model, manifest)
-        exported = method.export(dict(CheckpointWeights(run, manifest, DTYPES[config.model.dtype])), config.model)
+        exported = method.export(dict(CheckpointWeights(folder, manifest, DTYPES[config.model.dtype])), config.model)
         what = f"{exported.what} in GGUF for llama.cpp, {TRAINED}."
         with scratch_folder("gguf") as scratch:
             file = Path(scratch, f"{name}{PART}")
             write_gguf_lora(exported.files, base_files(config.model), Path(scratch), file)
             content = CardContent("gguf", what, "adapter", f"llama-server -m BASE.gguf --lora {name}", "sh")
-            destination.put(CARD, model_card(run, config, manifest, content))
+            destination.put(CARD, model_card(folder, config, manifest, content))
             deliver(file, destination, name)
         return Written(manifest, {"files": [name]})
 
-    def prove(self, run: Store, step: int, destination: Store) -> Proof:
+    def prove(self, folder: Store, step: int, destination: Store) -> Proof:
         from trainer.export.gguf.proof import prove_gguf_adapter
         from trainer.export.proof.same_bytes import check_again
 
-        check_again(self, run, step, destination)
-        return prove_gguf_adapter(run, step, destination)
+        check_again(self, folder, step, destination)
+        return prove_gguf_adapter(folder, step, destination)
 
 
 FORMATS = {"gguf-adapter": GgufAdapter}

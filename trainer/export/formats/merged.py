@@ -20,17 +20,17 @@ class MergedFolder(Section):
     def check(self, config: Config, base: Description) -> None:
         check_mergeable_run(config, base)
 
-    def write(self, run: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
+    def write(self, folder: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
         from trainer.export.write.merged import export_merged
 
-        return Written(export_merged(run, destination, step, progress.written))
+        return Written(export_merged(folder, destination, step, progress.written))
 
-    def prove(self, run: Store, step: int, destination: Store) -> Proof:
+    def prove(self, folder: Store, step: int, destination: Store) -> Proof:
         from trainer.export.proof.same_bytes import check_again
         from trainer.export.proof.verify import prove_merged
 
-        check_again(self, run, step, destination)
-        return prove_merged(run, step, destination)
+        check_again(self, folder, step, destination)
+        return prove_merged(folder, step, destination)
 
 
 FORMATS = {"merged": MergedFolder}

@@ -31,7 +31,7 @@ class Nf4(Section):
         check_mergeable_run(config, base)
         check_recodable(base, "nf4")
 
-    def write(self, run: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
+    def write(self, folder: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
         from trainer.base.load.load import DTYPES
         from trainer.export.write.codes import BitsAndBytes
         from trainer.export.write.recoded import export_recoded
@@ -42,14 +42,14 @@ class Nf4(Section):
             double = config.quant.double if double is None else double
             return BitsAndBytes(Format("nf4", block_size, double, DTYPES[config.model.dtype]))
 
-        return export_recoded(run, destination, step, code, progress)
+        return export_recoded(folder, destination, step, code, progress)
 
-    def prove(self, run: Store, step: int, destination: Store) -> Proof:
+    def prove(self, folder: Store, step: int, destination: Store) -> Proof:
         from trainer.export.proof.recoded import prove_recoded
         from trainer.export.proof.same_bytes import check_again
 
-        check_again(self, run, step, destination)
-        return prove_recoded(run, step, destination)
+        check_again(self, folder, step, destination)
+        return prove_recoded(folder, step, destination)
 
 
 FORMATS = {"nf4": Nf4}

@@ -31,10 +31,10 @@ class PeftFolder(Section):
     def check(self, config: Config, base: Description) -> None:
         pass
 
-    def write(self, run: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
+    def write(self, folder: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
         from trainer.export.write.adapter import export_adapter
 
-        manifest = export_adapter(run, destination, step, progress.written, self._arranged)
+        manifest = export_adapter(folder, destination, step, progress.written, self._arranged)
         if not (destination.exists(SETTINGS) and destination.exists(WEIGHTS)):
             return Written(manifest)  # of no method of PEFT's
         settings: dict[str, Any] = json.loads(destination.get(SETTINGS))
@@ -48,14 +48,14 @@ class PeftFolder(Section):
 
         return per_expert_files(files, model)
 
-    def prove(self, run: Store, step: int, destination: Store) -> Proof:
+    def prove(self, folder: Store, step: int, destination: Store) -> Proof:
         from trainer.export.proof.same_bytes import check_again
         from trainer.export.proof.verify import prove_adapter
 
         if self.layout != "peft":
             raise ConfigError("--verify: PEFT does not read layout=vllm. Verify the adapter in PEFT's own layout.")
-        check_again(self, run, step, destination)
-        return prove_adapter(run, step, destination)
+        check_again(self, folder, step, destination)
+        return prove_adapter(folder, step, destination)
 
 
 FORMATS = {"peft": PeftFolder}

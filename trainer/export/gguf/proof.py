@@ -31,23 +31,23 @@ from trainer.store import Store, open_store
 _PLACES = 4  # of a row, at most: llama.cpp is asked for each of them, and tells a whole vocabulary as text
 
 
-def prove_gguf(run: Store, step: int, exported: Store) -> Proof:
+def prove_gguf(folder: Store, step: int, exported: Store) -> Proof:
     """Each model in `exported` against the merged model of `step`; the proof is that of the file which is farthest from it."""
-    trained = Trained.at(run, step)
-    with directory_of(exported) as folder:
-        files = list(folder.glob("*.gguf"))
+    trained = Trained.at(folder, step)
+    with directory_of(exported) as directory:
+        files = list(directory.glob("*.gguf"))
         for file in files:
             _check_texts(file, trained_texts(trained.config, trained.base.directory))
         return _prove(trained, [(file, None) for file in files])
 
 
-def prove_gguf_adapter(run: Store, step: int, exported: Store) -> Proof:
+def prove_gguf_adapter(folder: Store, step: int, exported: Store) -> Proof:
     """The adapter in `exported`, beside the base in f16, against the merged model of `step`."""
-    trained = Trained.at(run, step)
-    with directory_of(exported) as folder, scratch_folder("gguf") as scratch, base_directory(trained.base) as base:
+    trained = Trained.at(folder, step)
+    with directory_of(exported) as directory, scratch_folder("gguf") as scratch, base_directory(trained.base) as base:
         model = Path(scratch, "base.gguf")
         convert(base, "f16", model, "base")
-        return _prove(trained, [(model, file) for file in folder.glob("*.gguf")])
+        return _prove(trained, [(model, file) for file in directory.glob("*.gguf")])
 
 
 def _check_texts(file: Path, ours: Texts) -> None:

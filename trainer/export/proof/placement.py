@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from trainer.base.architecture import Architecture, Parameter
 from trainer.config import Quant
-from trainer.export.proof.side_process import Device
+from trainer.export.proof.process import Device
 from trainer.plan.sizes import stored_bytes
 
 # Beside the weights: activations of a row, logits, and what libraries hold.

@@ -19,9 +19,9 @@ from trainer.export.proof.verify import Trained, directory_of, make_proof
 from trainer.store import Store, open_store
 
 
-def prove_recoded(run: Store, step: int, exported: Store) -> Proof:
+def prove_recoded(folder: Store, step: int, exported: Store) -> Proof:
     """The trained model of `step` against the files in `exported`, and against itself before the training for the effect."""
-    trained = Trained.at(run, step)
+    trained = Trained.at(folder, step)
     trained.check_texts(exported)
     rows, computed_in = trained.probe.rows, trained.computed_in
     expected, begun = trained.predictions(), trained.predictions(learnt=False)

@@ -46,12 +46,12 @@ class Probe:
     origin: str
 
 
-def find_probe(run: Store, config: Config, manifest: CheckpointManifest, base: Base) -> Probe:
+def find_probe(folder: Store, config: Config, manifest: CheckpointManifest, base: Base) -> Probe:
     """Rows of the run's compiled evaluation data, else of its training data, else tokens that are no text.
 
     Compiled data may have been deleted, or never been in this store.
     """
-    root = store_of(run)
+    root = store_of(folder)
     for what, fingerprint in _datasets(config, manifest, base, root):
         try:
             rows = list(_rows(open_chapter(root, fingerprint, 0)))[:ROWS]

@@ -70,10 +70,10 @@ def _parts(chunk: Buffer) -> Iterable[memoryview]:
     return (view[begin : begin + PART_BYTES] for begin in range(0, len(view), PART_BYTES))
 
 
-def check_again(form: "ExportFormat", run: Store, step: int, destination: Store) -> None:
+def check_again(form: "ExportFormat", folder: Store, step: int, destination: Store) -> None:
     """Raises `CapstanError` where `destination` is not the export of `step` in this form, file by file and byte by byte."""
     compared = ComparedStore(destination)
-    form.write(run, compared, step, ExportProgress(_silent, _silent))
+    form.write(folder, compared, step, ExportProgress(_silent, _silent))
     compared.check_nothing_else()
 
 

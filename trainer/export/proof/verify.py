@@ -5,7 +5,7 @@ the two sides differ by the order of additions alone. Where fp32 does not fit, o
 bf16, both sides compute in `model.dtype`. In either case the allowed difference is measured on the spot, by moving the
 last bits of every product. The adapter's own effect is the control: a difference that is allowed must be smaller.
 
-Each side is a process of its own (trainer/export/proof/side_process.py). It is on the GPU where it fits there, whole or a decoder layer at a time,
+Each side is a process of its own (trainer/export/proof/process.py). It is on the GPU where it fits there, whole or a decoder layer at a time,
 else on the CPU (trainer/export/proof/placement.py).
 
 A merged model is not quite the trained one where the base was quantized for training, as it is merged into the base's own
@@ -43,9 +43,9 @@ from trainer.export.proof import plain
 from trainer.export.proof.dequantized import dequantized_by_transformers
 from trainer.export.proof.distributions import Distance, distance
 from trainer.export.proof.placement import ProofSide, Room, exported_side, trained_side
+from trainer.export.proof.process import aside
 from trainer.export.proof.rendering import check_rendering, trained_texts
 from trainer.export.proof.rows import Probe, ProbeRow, find_probe
-from trainer.export.proof.side_process import aside
 from trainer.export.proof.source_rows import source_rows
 from trainer.export.proof.streamed import StreamedLayers
 from trainer.export.trained import resolve_trained_base, trained_config
@@ -82,10 +82,10 @@ class Trained:
     scratch: Path | None = None
 
     @classmethod
-    def at(cls, run: Store, step: int, scratch: Path | None = None) -> "Trained":
-        manifest = read_manifest(run, step)
-        config = trained_config(run, manifest)
-        return cls(run, manifest, config, resolve_trained_base(run, config.model, manifest), scratch)
+    def at(cls, folder: Store, step: int, scratch: Path | None = None) -> "Trained":
+        manifest = read_manifest(folder, step)
+        config = trained_config(folder, manifest)
+        return cls(folder, manifest, config, resolve_trained_base(folder, config.model, manifest), scratch)
 
     @cached_property
     def room(self) -> Room:
@@ -186,9 +186,9 @@ class Trained:
         return values.to(SOURCE_DTYPES[self.weights.sources[part.name].dtype])
 
 
-def prove_adapter(run: Store, step: int, adapter: Store) -> Proof:
+def prove_adapter(folder: Store, step: int, adapter: Store) -> Proof:
     """The model of `step` against the exported adapter."""
-    trained = Trained.at(run, step)
+    trained = Trained.at(folder, step)
     if trained.method.exports_model:
         return _prove_model(trained, adapter)
     trained.check_texts(adapter)
@@ -212,9 +212,9 @@ def _adapter_side(trained: Trained, adapter: str, computed_in: str) -> tuple[lis
     return found, allowed, effect
 
 
-def prove_merged(run: Store, step: int, merged: Store) -> Proof:
+def prove_merged(folder: Store, step: int, merged: Store) -> Proof:
     """The merged model against PEFT's merge of the exported adapter, in fp32; and, for information, the model of `step`."""
-    trained = Trained.at(run, step)
+    trained = Trained.at(folder, step)
     if trained.method.exports_model:
         return _prove_model(trained, merged)
     trained.check_texts(merged)

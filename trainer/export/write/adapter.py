@@ -27,7 +27,7 @@ from trainer.tuning.method import methods
 
 
 def export_adapter(
-    run: Store,
+    folder: Store,
     destination: Store,
     step: int | None = None,
     report: BytesWritten = lambda done, total: None,
@@ -45,16 +45,16 @@ def export_adapter(
     # Before the shards are read, so by the files of every method.
     ours = [name for make in methods().values() for name in make(Tuning()).file_names]
     check_destination(destination, *ours, *TOKENIZER_PATTERNS)
-    manifest, config, method = trained_checkpoint(run, step)
+    manifest, config, method = trained_checkpoint(folder, step)
     check_destination(destination, *method.file_names, *TOKENIZER_PATTERNS)
     if method.exports_model:
-        write_model(run, manifest, config, destination, report)
+        write_model(folder, manifest, config, destination, report)
         return manifest
     check_base_at_hand(config.model, manifest)
-    directory = trained_directory(run, base_files(config.model), manifest)
+    directory = trained_directory(folder, base_files(config.model), manifest)
     tokenizer = tokenizer_files(directory, config.model, template_text(config.data))
     tokenizer = beside_no_config(tokenizer, directory, config.model.base)
-    weights = CheckpointWeights(run, manifest, DTYPES[config.model.dtype])
+    weights = CheckpointWeights(folder, manifest, DTYPES[config.model.dtype])
     exported = method.export(dict(weights), config.model)
     files = for_whole_class(arranged(exported.files, config.model), config.model)
     *names, last = files
@@ -62,7 +62,7 @@ def export_adapter(
     whole = composite_class(directory)
     usage = peft_usage(whole, grows=bool(config.model.add_tokens)) if exported.library == "peft" else ""
     content = CardContent(exported.library, f"{exported.what} {TRAINED}.", "adapter", usage)
-    destination.put(CARD, model_card(run, config, manifest, content))
+    destination.put(CARD, model_card(folder, config, manifest, content))
     for name, content in {**{name: files[name] for name in names}, **tokenizer}.items():
         destination.put(name, content)
     destination.create(last, files[last])

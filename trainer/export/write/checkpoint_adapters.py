@@ -26,8 +26,8 @@ from trainer.store import Store
 class AdapterWriter:
     """Writes the adapters that a run's commits lack; `log` gets a line about each. `half` are the names of a half export."""
 
-    def __init__(self, run: Store, half: Collection[str], log: Callable[[str], None]) -> None:
-        self._run, self._half, self._log = run, half, log
+    def __init__(self, folder: Store, half: Collection[str], log: Callable[[str], None]) -> None:
+        self._run, self._half, self._log = folder, half, log
         self._pool = ThreadPoolExecutor(1, "adapters")
         self._next: Future[None] | None = None
         self._process: subprocess.Popen[str] | None = None
@@ -87,14 +87,14 @@ class AdapterWriter:
 
 @contextmanager
 def adapters_beside(
-    run: Store, resolved: Resolved, log: Callable[[str], None], *, writes: bool
+    folder: Store, resolved: Resolved, log: Callable[[str], None], *, writes: bool
 ) -> Iterator[Callable[[], None]]:
     """The function to call after each commit. At the end the last adapter is waited for, unless the run ends by an exception:
     a machine that is taken away waits for nothing."""
     if not (writes and resolved.config.checkpoint.adapters):
         yield lambda: None
         return
-    writer = AdapterWriter(run, (*resolved.method.file_names, *TOKENIZER_PATTERNS), log)
+    writer = AdapterWriter(folder, (*resolved.method.file_names, *TOKENIZER_PATTERNS), log)
     writer.write()
     try:
         yield writer.write

@@ -15,11 +15,11 @@ from trainer.store import Store
 from trainer.tuning.method import LearntWeights
 
 
-def master_weights(run: Store, manifest: CheckpointManifest) -> dict[str, Tensor]:
+def master_weights(folder: Store, manifest: CheckpointManifest) -> dict[str, Tensor]:
     """Every trained parameter, whole, in fp32, by its name in the model."""
     flat = {name: torch.empty(numel) for name, numel in manifest.numels.items()}
     every = {Key(name, MASTER): (0, numel) for name, numel in manifest.numels.items()}
-    for ((name, _), begin, end), data in read_elements(run, manifest, every):
+    for ((name, _), begin, end), data in read_elements(folder, manifest, every):
         flat[name][begin:end] = torch.frombuffer(bytearray(data), dtype=torch.float32)
     return {name: tensor.view(manifest.shapes[name]) for name, tensor in flat.items()}
 

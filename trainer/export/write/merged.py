@@ -50,7 +50,7 @@ _SMALL_FILES = ("generation_config.json",)
 
 
 def export_merged(
-    run: Store, destination: Store, step: int | None = None, report: BytesWritten = lambda done, total: None
+    folder: Store, destination: Store, step: int | None = None, report: BytesWritten = lambda done, total: None
 ) -> CheckpointManifest:
     """Write the model of `step`, or of the newest whole checkpoint, to `destination`; returns its manifest.
 
@@ -60,24 +60,24 @@ def export_merged(
         ConfigError: `destination` holds something that is no half export, or the base cannot be merged into, is not here,
             or is another than the run's.
     """
-    manifest, config, _ = mergeable_checkpoint(run, destination, step)
-    write_model(run, manifest, config, destination, report)
+    manifest, config, _ = mergeable_checkpoint(folder, destination, step)
+    write_model(folder, manifest, config, destination, report)
     return manifest
 
 
-def mergeable_checkpoint(run: Store, destination: Store, step: int | None) -> TrainedCheckpoint:
+def mergeable_checkpoint(folder: Store, destination: Store, step: int | None) -> TrainedCheckpoint:
     """The checkpoint of `step`, or the newest whole one, that can be written to `destination` as a model.
 
     Raises as `export_merged`, but for a base that is not here or another.
     """
     check_destination(destination, "*.safetensors", INDEX_FILE, *_SMALL_FILES, *TOKENIZER_PATTERNS)
-    trained = trained_checkpoint(run, step)
+    trained = trained_checkpoint(folder, step)
     check_mergeable_run(trained.config, describe_base(trained.config.model))
     return trained
 
 
 def write_model(
-    run: Store, manifest: CheckpointManifest, config: Config, destination: Store, report: BytesWritten
+    folder: Store, manifest: CheckpointManifest, config: Config, destination: Store, report: BytesWritten
 ) -> None:
     """Write the whole model of a checkpoint of a mergeable method. Raises `ConfigError` when its base is not here, is another
     than the run's, or was cut to its first layers."""
@@ -86,12 +86,12 @@ def write_model(
             f"model.layers: the run has the first {config.model.layers} layers of its base only, and the files of a model have "
             "all. Only a run of the whole base can be exported as a model."
         )
-    base = resolve_trained_base(run, config.model, manifest)
+    base = resolve_trained_base(folder, config.model, manifest)
     content = CardContent(
         "transformers", _description(config), "finetune", model_usage(composite_class(base.directory))
     )
-    destination.put(CARD, model_card(run, config, manifest, content))
-    changed = changed_files(run, manifest, config, base)
+    destination.put(CARD, model_card(folder, config, manifest, content))
+    changed = changed_files(folder, manifest, config, base)
     total, done = sum(file.size for file in changed), 0
     with freed_memory_given_back():
         for file in changed:
@@ -201,9 +201,9 @@ class ChangedFile:
         yield from copied(position, self.old_size)
 
 
-def changed_files(run: Store, manifest: CheckpointManifest, config: Config, base: Base) -> list[ChangedFile]:
+def changed_files(folder: Store, manifest: CheckpointManifest, config: Config, base: Base) -> list[ChangedFile]:
     """The base's files of weights as they are after the training; no weight is read yet."""
-    learnt, weights = CheckpointWeights(run, manifest, DTYPES[config.model.dtype]), find_all_weights(base)
+    learnt, weights = CheckpointWeights(folder, manifest, DTYPES[config.model.dtype]), find_all_weights(base)
     shapes = {parameter.name: parameter.shape for parameter in base.architecture.parameters}
     changes = [
         change

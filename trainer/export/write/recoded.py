@@ -101,21 +101,21 @@ class _Recoding:
 
 
 def export_recoded(
-    run: Store, destination: Store, step: int | None, make: Callable[[Config], Code], progress: ExportProgress
+    folder: Store, destination: Store, step: int | None, make: Callable[[Config], Code], progress: ExportProgress
 ) -> Written:
     """Write the merged model of `step`, or of the newest whole checkpoint, in the code that `make` makes for the run.
 
     Raises as `ExportFormat.write`.
     """
-    manifest, config, _ = mergeable_checkpoint(run, destination, step)
+    manifest, config, _ = mergeable_checkpoint(folder, destination, step)
     if config.model.layers:
         raise ConfigError("model.layers: only a run of the whole base can be exported as a model.")
-    base, code = resolve_trained_base(run, config.model, manifest), make(config)
+    base, code = resolve_trained_base(folder, config.model, manifest), make(config)
     recoding = _choose(base, code)
     what = f"A model {TRAINED}, base and adapter merged, its linear layers quantized to {code.name} after that."
     usage = model_usage(composite_class(base.directory))
-    destination.put(CARD, model_card(run, config, manifest, CardContent("transformers", what, "quantized", usage)))
-    changed = changed_files(run, manifest, config, base)
+    destination.put(CARD, model_card(folder, config, manifest, CardContent("transformers", what, "quantized", usage)))
+    changed = changed_files(folder, manifest, config, base)
     _write_files(changed, recoding, destination, progress)
     settings = json.loads(merged_config(base, changed)) | {
         "quantization_config": code.configuration(recoding.untouched)

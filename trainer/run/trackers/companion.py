@@ -47,24 +47,24 @@ class Kept:
     shown: int
 
     @staticmethod
-    def read(run: Store, tracker: str) -> "Kept":
-        name = name_of(run)
+    def read(folder: Store, tracker: str) -> "Kept":
+        name = name_of(folder)
         with suppress(NotFound, TypeError, *NOT_JSON):
-            kept = Kept(**json.loads(run.get(layout.tracker(tracker))))
+            kept = Kept(**json.loads(folder.get(layout.tracker(tracker))))
             if kept.run == name:
                 return kept
         return Kept(secrets.token_hex(4), name, -1)
 
-    def write(self, run: Store, tracker: str) -> None:
-        run.put(layout.tracker(tracker), json.dumps(asdict(self)).encode())
+    def write(self, folder: Store, tracker: str) -> None:
+        folder.put(layout.tracker(tracker), json.dumps(asdict(self)).encode())
 
 
 class Companion:
     """Brings the records of a run, up to those of `generation`, to the service that `opens` makes once its ranks have begun."""
 
-    def __init__(self, run: Store, generation: int, tracker: str, opens: Callable[[Kept], Service]) -> None:
-        self._run, self._generation, self._tracker, self._opens = run, generation, tracker, opens
-        self._reader = RunReader(run)
+    def __init__(self, folder: Store, generation: int, tracker: str, opens: Callable[[Kept], Service]) -> None:
+        self._run, self._generation, self._tracker, self._opens = folder, generation, tracker, opens
+        self._reader = RunReader(folder)
         self._held: list[Record] = []
         self._begun = False
         self._service: Service | None = None
@@ -127,7 +127,7 @@ def follow(companion: Companion, over: threading.Event, tracker: str) -> None:
             pause, failing = min(2 * pause, _LONGEST_PAUSE), True
 
 
-def page(config: Config, run: Store, kept: Kept) -> Page:
+def page(config: Config, folder: Store, kept: Kept) -> Page:
     """The run as a service gets to know it."""
     return Page(
         kept.id,
@@ -136,7 +136,7 @@ def page(config: Config, run: Store, kept: Kept) -> Page:
         config.track.group,
         config.track.tags,
         masked(config.model_dump(mode="json")),
-        run.uri.removeprefix("file://") if run.uri.startswith("file://") else None,
+        folder.uri.removeprefix("file://") if folder.uri.startswith("file://") else None,
         kept.shown,
     )
 

@@ -136,4 +136,4 @@ class BottleneckAdapters:
         return [path for layer in blocks for path in (layer if self._given.placement == "houlsby" else layer[-1:])]
 
 
-METHODS: dict[str, Callable[[Tuning], BottleneckAdapters]] = {"adapter": BottleneckAdapters}
+METHODS: dict[str, Callable[[Tuning], BottleneckAdapters]] = {"bottleneck": BottleneckAdapters}

@@ -2,7 +2,8 @@
 
 import json
 import re
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests.dist import bottleneck, gradients, proofs, traffic
 from tests.dist.launch import RankFailed, launch
 from tests.dist.proofs import export_and_prove, one_start, proof_of
 from tests.dist.test_gradients import distance
+from tests.families import rows
 from tests.material import Workshop, commit
 from trainer.base.find.locate import resolve_base
 from trainer.checkpoint.manifest import read_manifest
@@ -59,41 +61,41 @@ def workshop_of(folder: Path, kind: str) -> Workshop:
 
 def adapting(workshop: Workshop, name: str, *overrides: str) -> Config:
     return workshop.config(
-        name, "tuning.method=adapter", "tuning.rank=16", "tuning.alpha=32", "tuning.reduction=7", *overrides
+        name, "tuning.method=bottleneck", "tuning.rank=16", "tuning.alpha=32", "tuning.reduction=7", *overrides
     )
 
 
-@pytest.fixture(scope="module", params=RUNS)
-def steps(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The first step: plain, plain with a mistake, and on 1, 2 and 3 ranks; (rank 0's record, its gradients)."""
+@pytest.fixture(scope="module", params=rows(RUNS, ["qwen2", "gpt-oss"]))
+def steps(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Any]:
+    """The first step by what it is of, "plain", plain with a mistake, or so many ranks: (rank 0's record, its gradients)."""
     here = workshop_of(tmp_path_factory.mktemp(request.param), request.param)
     config = adapting(here, "gradients", "model.dtype=fp32", *RUNS[request.param])
     arguments, file = (dump_config(config), here.prepare(config).train), here.folder / "gradients.safetensors"
-    found: dict[Any, Any] = {"kind": request.param}
-    for slip in ("", "residual", "first"):
-        found[f"plain {slip}".strip()] = (
-            launch(1, bottleneck.plain_first_step, *arguments, str(file), slip)[0],
-            load_file(file),
-        )
-    for ranks in (1, 2, 3):
-        found[ranks] = launch(ranks, gradients.first_step, *arguments, str(file))[0], load_file(file)
-    return found
+
+    @cache
+    def step(way: Any) -> Any:
+        if isinstance(way, int):
+            return launch(way, gradients.first_step, *arguments, str(file))[0], load_file(file)
+        slip = way.removeprefix("plain").strip()
+        return launch(1, bottleneck.plain_first_step, *arguments, str(file), slip)[0], load_file(file)
+
+    return step
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", rows([1, 2, 3], [2]))
 def test_loss_and_gradients_of_packed_rows_are_those_of_plain_pytorch_a_document_at_a_time(
-    steps: Any, ranks: int
+    steps: Callable[[Any], Any], ranks: int
 ) -> None:
-    (record, ours), (plain, expected) = steps[ranks], steps["plain"]
+    (record, ours), (plain, expected) = steps(ranks), steps("plain")
     assert all(gradient.norm() > 0 for gradient in expected.values())
     assert record["targets"] == plain["targets"]
     assert record["loss"] == pytest.approx(plain["loss"], rel=3e-6)
     assert distance(ours, expected) < 1e-5
 
 
-def test_the_check_would_see_an_adapter_in_another_place_or_without_its_residual(steps: Any) -> None:
+def test_the_check_would_see_an_adapter_in_another_place_or_without_its_residual(steps: Callable[[Any], Any]) -> None:
     for slip in ("residual", "first"):
-        assert distance(steps[f"plain {slip}"][1], steps["plain"][1]) > 1e-2
+        assert distance(steps(f"plain {slip}")[1], steps("plain")[1]) > 1e-2
 
 
 def test_packed_rows_have_the_gradients_of_rows_of_one_document(workshop: Workshop, tmp_path: Path) -> None:
@@ -115,7 +117,7 @@ def few(workshop: Workshop) -> Path:
     return path
 
 
-@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer"])
+@pytest.mark.parametrize("placement", rows(["houlsby", "pfeiffer"], ["houlsby"]))
 def test_the_start_is_the_base_and_the_same_at_any_world_size_and_in_any_scope(
     workshop: Workshop, tmp_path: Path, placement: str
 ) -> None:
@@ -132,10 +134,10 @@ def test_a_step_sends_the_gradients_that_plan_counts_and_gathers_no_more_of_the_
 ) -> None:
     """Bottlenecks of eight units: parameters of an even number of elements are divided without padding."""
     packed = dict[str, float]()
-    for config in (workshop.config("traffic-lora"), adapting(workshop, "traffic-adapter", "tuning.reduction=8")):
+    for config in (workshop.config("traffic-lora"), adapting(workshop, "traffic-bottleneck", "tuning.reduction=8")):
         results = launch(2, traffic.step_traffic, dump_config(config), workshop.prepare(config).train, ranks_per_node=1)
         packed[config.tuning.method] = results[0]["across"]["torch.uint8"]
-    assert 0 < packed["adapter"] <= packed["lora"]
+    assert 0 < packed["bottleneck"] <= packed["lora"]
     planned = make_plan(config, resolve_base(config.model).description, 2, 1, None).traffic_per_step
     for rank in results:
         assert rank["across"]["torch.float32"] == planned.adapter_gradients
@@ -174,7 +176,7 @@ def test_the_exported_model_has_the_logits_of_the_trained_one_and_a_broken_file_
 def test_the_code_of_the_page_loads_what_was_exported(run: Store, workshop: Workshop, tmp_path: Path) -> None:
     manifest = export_adapter(run, open_store(str(tmp_path / "adapter")))
     masters = master_weights(run, manifest)
-    section = (ROOT / "docs/methods.md").read_text().partition("\n## adapter\n")[2].partition("\n## ")[0]
+    section = (ROOT / "docs/methods.md").read_text().partition("\n## bottleneck\n")[2].partition("\n## ")[0]
     loader, example = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert (tmp_path / "adapter/load_bottleneck.py").read_text() == loader
 
@@ -217,7 +219,7 @@ def test_a_merge_is_refused_with_the_reason_and_a_checkpoint_is_what_plan_counts
     planned = make_plan(config, resolve_base(config.model).description, 2, 2, None).checkpoint_bytes
     manifest = read_manifest(run, 4)
     assert planned == 12 * sum(manifest.numels.values())
-    assert manifest.adapter == {"method": "adapter", "reduction": 7, "activation": "gelu", "placement": "houlsby"}
+    assert manifest.adapter == {"method": "bottleneck", "reduction": 7, "activation": "gelu", "placement": "houlsby"}
 
 
 def test_a_half_export_is_taken_up_and_a_whole_one_stays(run: Store, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import Quant
 from trainer.errors import ConfigError, DoesNotFit
 from trainer.export.proof.placement import ProofSide, Room, exported_side, trained_side
-from trainer.export.proof.side_process import aside
+from trainer.export.proof.process import aside
 
 LEARNT = 10**9  # of LoRA on all linear layers, more than either has
 A_MACHINE = Room(gpu=78 * 2**30, host=2**39)  # one of two GPUs of 80 GB, and half a terabyte

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.material import KINDS, SIZES
+from tests.families import KINDS, SIZES, rows
 from trainer.base.architecture import Architecture
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import Tuning
@@ -50,7 +50,7 @@ def logits(model: Any) -> Tensor:
 
 def adapted(kind: str, **settings: Any) -> tuple[Any, Method]:
     model = model_of(kind)
-    method = find_method(Tuning.model_validate({"method": "adapter", "reduction": 7, **settings}))
+    method = find_method(Tuning.model_validate({"method": "bottleneck", "reduction": 7, **settings}))
     method.attach(model, architecture_of(model), torch.float32, seed=3)
     return model, method
 
@@ -73,7 +73,7 @@ def test_an_adapter_is_the_papers_formula(activation: str) -> None:
 
 
 @pytest.mark.parametrize("placement", ["houlsby", "pfeiffer"])
-@pytest.mark.parametrize("kind", OF_FAMILY.values())
+@pytest.mark.parametrize("kind", rows(OF_FAMILY.values(), ["ragged", "phi3", "gpt-oss", "qwen3-moe"]))
 def test_adapters_are_where_the_placement_says_and_start_as_the_base(kind: str, placement: str) -> None:
     plain = logits(model_of(kind))
     model, method = adapted(kind, placement=placement)
@@ -120,7 +120,7 @@ def put_behind(block: Any, layer: Any) -> None:
 def test_the_start_is_the_seeds() -> None:
     starts = [adapted("llama")[0].state_dict() for _ in range(2)]
     assert all(torch.equal(values, starts[1][name]) for name, values in starts[0].items())
-    other, method = model_of("llama"), find_method(Tuning.model_validate({"method": "adapter", "reduction": 7}))
+    other, method = model_of("llama"), find_method(Tuning.model_validate({"method": "bottleneck", "reduction": 7}))
     method.attach(other, architecture_of(other), torch.float32, seed=4)
     name = "model.layers.0.mlp.adapter.down.weight"
     assert not torch.equal(other.state_dict()[name], starts[0][name])
@@ -129,14 +129,14 @@ def test_the_start_is_the_seeds() -> None:
 
 def test_a_bottleneck_without_a_unit_is_refused() -> None:
     architecture = architecture_of(model_of("llama"))
-    (sentence,) = find_method(Tuning.model_validate({"method": "adapter", "reduction": 65})).mismatches(architecture)
+    (sentence,) = find_method(Tuning.model_validate({"method": "bottleneck", "reduction": 65})).mismatches(architecture)
     assert sentence == "tuning.reduction: 65 leaves nothing of the base's hidden size of 64. Lower it."
-    assert find_method(Tuning.model_validate({"method": "adapter", "reduction": 64})).mismatches(architecture) == []
+    assert find_method(Tuning.model_validate({"method": "bottleneck", "reduction": 64})).mismatches(architecture) == []
 
 
 def test_an_identity_has_every_setting() -> None:
-    assert find_method(Tuning.model_validate({"method": "adapter", "placement": "pfeiffer"})).identity == {
-        "method": "adapter",
+    assert find_method(Tuning.model_validate({"method": "bottleneck", "placement": "pfeiffer"})).identity == {
+        "method": "bottleneck",
         "reduction": 16,
         "activation": "relu",
         "placement": "pfeiffer",
@@ -145,7 +145,7 @@ def test_an_identity_has_every_setting() -> None:
 
 def test_the_page_shows_the_very_code_that_loads_an_adapter() -> None:
     root = Path(__file__).parents[2]
-    section = (root / "docs/methods.md").read_text().partition("\n## adapter\n")[2].partition("\n## ")[0]
+    section = (root / "docs/methods.md").read_text().partition("\n## bottleneck\n")[2].partition("\n## ")[0]
     shown = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0]
     code = (root / "trainer/tuning/bottleneck/load_in_transformers.py").read_text()
     assert shown == code

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from launcher.data.show import Shown, render, show
-from tests.unit.test_data_arriving import FILES, TALK, compiled, config_of, lines, marked, says, tokenizer, user, write
+from tests.unit.test_data_files import FILES, TALK, compiled, config_of, lines, marked, says, tokenizer, user, write
 from trainer.config import dump_config
 from trainer.data.dataset.binary import ID_BITS, TARGET_BIT
 from trainer.errors import ConfigError, DataError
@@ -117,7 +117,7 @@ def test_the_command_prints_json_and_needs_neither_torch_nor_a_compilation(base:
         f"sys.argv = ['capstan', 'data', 'show', '{tmp_path}/run.yaml', '--json']\n"
         "try: main()\nfinally: assert not {'ray', 'deepspeed'} & sys.modules.keys()"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(done.stdout)["rows"]
     assert (row["documents"][0]["tokens"], row["documents"][0]["trained"]) == marked(user("hi") + says("yo"))
