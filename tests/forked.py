@@ -18,7 +18,7 @@ from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_IMPORT_TIMEOUT = 300.0
+_IMPORT_TIMEOUT = 500.0
 # Libraries read these when they are imported, which the server does.
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 

@@ -78,6 +78,24 @@ each kind of layer; without a GPU it runs on the CPU. A base that passes has bee
 weights.
 """
 
+_TRIED = """\
+## What is tried before a run
+
+When a base's config.json is read for the first time, a small model of its kinds of layers, with the base's own settings but for the sizes, computes on
+the CPU, in a second or two; the answer is kept in `~/.cache/capstan`. It tells
+
+- which linear layers the family's own code reads past their forward pass (Mamba's `dt_proj`, the scores of DeepSeek's indexer): these stay in 16 bits and get no
+  adapter, as do those that transformers keeps in fp32 and experts in a form that cannot be packed (DBRX, LongCat, JetMoE). `plan` names them, with their bytes and the reason;
+- whether the documents of a packed row are computed as each alone, and weights in 4 bits as plain ones. Otherwise `plan` and `train` refuse the base with one sentence,
+  and `data.packing: false` or `quant.type: none` is the way out. Where the family's code runs at no small sizes, `plan` says that it was not tried.
+
+A whole class that sees or hears and has no class for its language model (Qwen-VL, GLM-4V, PaddleOCR-VL, Mllama) is trained by its decoder and its output head, which
+have the whole class's logits on text to the last bit.
+
+`python -m tests.every_model table.jsonl` tries all types of causal language models that transformers builds, each in a process of its own, against plain transformers
+and PEFT over weights that it decodes itself, each document alone, in fp32: the loss, the gradient's norm and the exported adapter's logits within 1e-5, the merge to the last bit.
+"""
+
 _PLANNED = """
 run: {name: planned}
 model: {base: base}
@@ -90,7 +108,7 @@ _GPUS = (1, 2, 4, *range(8, 129, 8))
 
 def render() -> str:
     """The whole page as Markdown."""
-    return "\n".join([_HEADER, _FAMILIES, *_family_rows(), "", _SIZES, *_size_rows(), "", _OTHERS])
+    return "\n".join([_HEADER, _FAMILIES, *_family_rows(), "", _SIZES, *_size_rows(), "", _TRIED, _OTHERS])
 
 
 def _family_rows() -> Iterator[str]:
@@ -109,7 +127,7 @@ def _family_rows() -> Iterator[str]:
 def _cases(test: Any) -> set[str]:
     """The kinds of bases that a test takes first among its parameters."""
     (cases,) = (mark.args[1] for mark in test.pytestmark if mark.name == "parametrize")
-    return {case[0] for case in cases}
+    return {getattr(case, "values", case)[0] for case in cases}  # a case with marks has its values inside
 
 
 def _layers(settings: dict[str, Any]) -> Iterator[str]:

@@ -11,6 +11,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tests.codes import FORMATS
 from tests.nf4 import decoded
 
 # OCP Microscaling specification 1.0, table 5: the values of E2M1.
@@ -150,3 +151,16 @@ def edit_config(folder: Path, **values: Any) -> None:
     """Change keys of a base's config.json."""
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def store_as(plain: Path, folder: Path, name: str, *, only: str = "proj") -> Path:
+    """`plain` with random weights in the format of this name (tests/codes.py) in the place of its projections; in `folder` / "decoded"
+    the same base with the values that they stand for."""
+    how, make = FORMATS[name]
+
+    def change(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor] | None:
+        if weight.ndim != 2 or only not in name:
+            return None
+        return make(name.removesuffix(".weight"), weight.shape[0], weight.shape[1])
+
+    return _store(plain, folder, how, change, "40KB")

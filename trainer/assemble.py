@@ -18,12 +18,12 @@ from trainer.base.base import Base
 from trainer.base.find.locate import in_bucket
 from trainer.base.load.load import DTYPES, LoadReport, load_model
 from trainer.config import Config
-from trainer.devices import check_device
 from trainer.errors import ConfigError
 from trainer.model.attention import Attention, choose_attention
 from trainer.model.packed import PackedModel
 from trainer.plan.plan import choose_scope, idle_settings, settled
 from trainer.plan.sizes import most_whole
+from trainer.processes.devices import check_device
 from trainer.ranks import Ranks, join
 from trainer.resolve import Resolved
 from trainer.zero.engine import Engine

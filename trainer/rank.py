@@ -37,9 +37,10 @@ from trainer.run.log import rank_log
 from trainer.run.metrics import Metrics, claim_generation, open_trackers, peak_memory
 from trainer.run.owner import OwnerWatch
 from trainer.run.power import metered
-from trainer.run.records import bad_windows
+from trainer.run.records import bad_windows, generations, read_records
 from trainer.run.requests import StopSignal
 from trainer.store import open_run_store
+from trainer.train.begin import begin_from
 from trainer.train.end_record import early_end, last_words
 from trainer.train.heartbeat import Heart
 from trainer.train.horizon import horizon_of
@@ -48,6 +49,7 @@ from trainer.train.profile import StepProfile
 from trainer.train.reference import ReferencePass
 from trainer.train.start import Elapsed, Start, Starter
 from trainer.train.start_record import record_changes, record_plan, record_start
+from trainer.train.stop_rules import StopRules
 from trainer.zero.engine import Engine
 
 _print = partial(print, flush=True)
@@ -123,6 +125,7 @@ def _train(start: Start, training: Training, restored: CheckpointManifest | None
     """Take the steps that are left, and write the record of each; none where a stop was asked for while the model was loaded."""
     metrics, device, first = start.metrics, start.ranks.device, start.ranks.rank == 0
     step, position = _place(restored)
+    last = training.horizon.steps  # unless something ends it before
     stop_before_training(training, step, position, committed=restored is not None)
     metrics.write("phase", phase="first_step")
     traced = start.config.train.profile if first else None
@@ -134,7 +137,8 @@ def _train(start: Start, training: Training, restored: CheckpointManifest | None
                 metrics.write("first_step", step=step + 1, seconds=start.elapsed.seconds)
             metrics.write("step", **record, **peak_memory(device), **power())
             start.starter.observe({**record, "restarts": start.generation - 1})
-    metrics.write("end", outcome="finished", step=training.horizon.steps, reason="")
+            last = record["step"]
+    metrics.write("end", outcome="finished", step=last, reason=training.rules.ended)
 
 
 def _assemble(
@@ -142,8 +146,8 @@ def _assemble(
 ) -> tuple[Training, CheckpointManifest | None]:
     """Data, model, engine and checkpoints, put together; and the checkpoint that the state comes from, if any.
 
-    The order matters: the number of rows decides the accumulation that DeepSpeed is told, a reference is read off the base
-    before a checkpoint is restored into it, and the record of the start says how long all of that took.
+    The order matters: the number of rows decides the accumulation that DeepSpeed is told, a reference is read off the base, or the
+    base with the adapter that the run begins from, before a checkpoint is restored into it, and the record of the start says how long all of that took.
     """
     resolved, ranks = start.resolved, start.ranks
     if ranks.rank == 0:
@@ -155,6 +159,8 @@ def _assemble(
     settled = settle(resolved, ranks, start.log)
     sharding = choose_sharding(settled, ranks, rows.train.accumulation)
     engine, report = assemble(settled, ranks, attention, sharding, _print)
+    if resolved.beginning is not None:
+        begin_from(resolved.beginning, start, engine)
     if resolved.reference == "stored":
         fused = [] if report.kernels == "none" else [report.kernels]
         _read_reference(ReferencePass(start, engine, " and ".join([attention.name, *fused])), datasets, rows)
@@ -225,9 +231,24 @@ def _training(
         checkpoints=checkpoints,
         horizon=horizon_of(config.train, epochs, *place, skipped),
         work=work_of(config, start.resolved.base.architecture, recomputed, ranks.device_name),
+        rules=StopRules(
+            config.train.stop_when, ranks.broadcast(_evaluated(start, place[0]) if ranks.rank == 0 else {})
+        ),
         samples=open_samples(start.resolved, start.folder, ranks) if config.train.sample_every else None,
         skipped=skipped,
     )
+
+
+def _evaluated(start: Start, step: int) -> dict[int, float]:
+    """The losses by which checkpoints are kept, of evaluations up to `step` in earlier starts."""
+    config = start.config
+    named = None if config.data.eval or config.data.held_out else next(iter(config.eval.sets), None)
+    return {
+        record["step"]: record["loss"]
+        for generation in generations(start.folder)
+        for record in read_records(start.folder, generation)
+        if record["kind"] == "eval" and record.get("set") == named and 0 < record["step"] <= step
+    }
 
 
 def _place(restored: CheckpointManifest | None) -> tuple[int, Position]:

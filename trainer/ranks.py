@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore, distributed_c10d  # pyright: ignore[reportPrivateImportUsage]
 
-from trainer.devices import host_memory_left
 from trainer.errors import CapstanError, ConfigError
+from trainer.processes.devices import host_memory_left
 
 T = TypeVar("T")
 

@@ -4,7 +4,7 @@ Every program that works on a run begins here, on a login node as on a rank, and
 looks a method or an objective up again. Without torch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from trainer.base.base import Base, Description
@@ -18,6 +18,7 @@ from trainer.data.render.text_files import text_of
 from trainer.errors import ConfigError
 from trainer.objective.objective import Objective, find_objective, objective_mismatches, reference_of
 from trainer.optimizer.optimizer import Optimizer, find_optimizer
+from trainer.tuning.beginning import Beginning, find_beginning
 from trainer.tuning.method import Method, method_of, stored_mismatches, tuning_mismatches
 
 
@@ -30,6 +31,7 @@ class Resolved:
     method: Method
     objective: Objective
     optimizer: Optimizer
+    beginning: Beginning | None = None  # where `tuning.start` names one; not before `resolve` has found it
 
     @classmethod
     def of(cls, config: Config, base: Base) -> "Resolved":
@@ -67,6 +69,8 @@ class Resolved:
                 "quant.block_size": quant.block_size,
                 "quant.double": quant.double,
                 **({"add_tokens": model.add_tokens} if model.add_tokens else {}),
+                **({"special_tokens": dict(model.tokens.special)} if model.tokens.special else {}),
+                **(self.beginning.facts if self.beginning else {}),
                 **content_of(base),
             },
             adapter=self.method.identity,
@@ -86,11 +90,16 @@ def resolve(config: Config, base: Base | None = None) -> Resolved:
             last with a sentence for each.
         StorageError: the bucket of the base does not answer or refuses.
     """
-    found = Resolved.of(config, base or resolve_base(config.model))
+    base = base or resolve_base(config.model)
+    config = base.description.decided(config)
+    found = Resolved.of(config, base)
     if wrong := mismatches(config, found.base.description, found.method, found.objective):
         raise ConfigError("\n".join(wrong))
     check_base_files(found.base, config)
-    return found
+    beginning = find_beginning(config, found.method)
+    if beginning and (wrong := beginning.mismatches(config, found.method, found.base)):
+        raise ConfigError("\n".join(wrong))
+    return replace(found, beginning=beginning)
 
 
 def mismatches(config: Config, base: Description, method: Method, objective: Objective) -> list[str]:

@@ -51,7 +51,7 @@ def show(
     inputs = find(config)
     if split not in inputs:
         raise ConfigError(f"--split: {split!r} is none of this configuration's: {', '.join(inputs)}.")
-    tokenizer = read_tokenizer(base_files(config.model), config.model.base, config.model.add_tokens)
+    tokenizer = read_tokenizer(base_files(config.model), config.model.base, config.model.tokens)
     viewer = Viewer(config, tokenizer, inputs[split])
     if packed:
         return Shown(split, [viewer.packed(row or 1)])

@@ -16,9 +16,9 @@ from launcher.start.waiting import wait_for_first_rank
 from launcher.view.compiling import compile_progress
 from trainer.config import Config
 from trainer.data.compile.prepare import Datasets, prepare
-from trainer.devices import check_device, local_gpus, stay_on_cpu
 from trainer.files.scratch import collect_leftovers
 from trainer.processes.children import end_with_agent
+from trainer.processes.devices import check_device, local_gpus, stay_on_cpu
 from trainer.run.folder import run_folder
 from trainer.store import open_run_store
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.importing import joined
-from launcher.importing.mapping import Keys
+from launcher.importing.mapping import Keys, no_training
 from launcher.importing.sources import sections, source_paths, sources_at, split_of
 from trainer.config.peers import conversions as to
 
@@ -21,9 +21,13 @@ def join(keys: Keys, folder: Path) -> None:
     _method(keys)
     _objective(keys)
     joined.batch(keys, "micro_batch_size")
+    _divided(keys)
     if keys.given.get("warmup_steps") is not None and "optim.warmup_ratio" in keys.settings:
         keys.spare("optim.warmup_ratio", "Steps of warm-up are given, and be they 0, which go before a ratio.")
-    joined.training_arguments(keys, folder)
+    joined.training_arguments(keys, folder, "lr_scheduler")
+    joined.early_end(keys, "early_stopping_patience")
+    joined.pairs(keys, "sequence_len")
+    joined.without_dropout(keys, "lora_dropout")
     services = {
         "wandb": ("use_wandb", "wandb_project"),
         "mlflow": ("use_mlflow", "mlflow_experiment_name"),
@@ -37,7 +41,8 @@ def join(keys: Keys, folder: Path) -> None:
         )
     elif keys.whole("dp_replicate_size", 1) > 1:
         keys.put("sharding.scope", "node", "dp_replicate_size")
-    if keys.given.get("warmup_steps") is None and keys.given.get("warmup_ratio") is None:
+    constant = str(keys.get("lr_scheduler")) == "constant"
+    if not constant and keys.given.get("warmup_steps") is None and keys.given.get("warmup_ratio") is None:
         keys.assume("optim.warmup_ratio", 0.03, "axolotl's default, which ends at 100 steps")
     if keys.asked("lora_target_linear"):
         keys.put("tuning.targets", "all-linear", "lora_target_linear", "lora_target_modules")
@@ -47,6 +52,19 @@ def join(keys: Keys, folder: Path) -> None:
         keys.put("train.global_batch", rows * joined.world(keys), "batch_size", "micro_batch_size")
     _tokens(keys)
     _data(keys)
+    joined.without_evaluation(keys)
+
+
+def _divided(keys: Keys) -> None:
+    """Ranks that share one row, as tensor and context parallelism have it there, are one of the batch."""
+    together = max(1, keys.whole("tensor_parallel_size", 1)) * max(
+        1, keys.whole("context_parallel_size", 1), keys.whole("sequence_parallel_degree", 1)
+    )
+    devices = joined.world(keys)
+    if together > 1 and devices % together == 0:
+        rows = int(keys.settings["train.global_batch"]) // devices * (devices // together)
+        keys.put("train.global_batch", rows, "micro_batch_size", "gradient_accumulation_steps")
+        keys.origins["train.global_batch"].append(f"on {devices} GPUs, of which {together} share a row")
 
 
 def _method(keys: Keys) -> None:
@@ -89,8 +107,10 @@ def _objective(keys: Keys) -> None:
     asked = str(keys.given.get("rl") or "").lower()
     known = keys.peer.tables["objectives"]
     if asked and asked not in known:
-        keys.lose("rl", f"{asked} is not an objective of ours: sft, dpo, orpo, simpo, kto. Left at sft.")
-        return
+        raise no_training(f"rl: {asked}")
+    for name in ("reward_model", "process_reward_model"):
+        if keys.asked(name):
+            raise no_training(f"{name}: true")
     if asked:
         keys.put("objective.name", known[asked], "rl")
     if asked == "simpo":
@@ -113,6 +133,9 @@ def _tokens(keys: Keys) -> None:
     added = [token for name in ("tokens", listed) for token in keys.names(name)]
     if added:
         keys.put("model.add_tokens", list(dict.fromkeys(added)), "tokens", listed)
+    for use in ("eos", "bos"):
+        if keys.given.get(name := f"special_tokens.{use}_token"):
+            keys.put(f"model.special_tokens.{use}", str(keys.given[name]), name)
 
 
 def _data(keys: Keys) -> None:
@@ -136,6 +159,24 @@ def _data(keys: Keys) -> None:
         keys.put("data.template", keys.given[templates[0]], *templates)
     elif templates:
         keys.lose(templates[0], "data.template is the path of a file. Write the template into one, and name it there.")
+    else:
+        _template(keys)
+    sources = keys.settings.get("data.train") or []
+    if sources and all(source.get("format") == "text" for source in sources):
+        keys.settings["data.on_too_long"] = "split"
+        keys.origins["data.on_too_long"] = ["axolotl cuts texts into pieces, and drops none"]
+
+
+def _template(keys: Keys) -> None:
+    """One template for all data sets here: the file's, or that of a data set, or the one that a type of preferences brings."""
+    named = [name for name in keys.given if name.rpartition(".")[2] == "chat_template" and keys.given[name]]
+    if named:
+        joined.template(keys, named[0], keys.given[named[0]])
+        return
+    for name, kind in keys.given.items():
+        family, _, rest = str(kind).partition(".")
+        if name.endswith("].type") and rest and family in ("llama3", "chatml", "zephyr"):
+            joined.template(keys, name, family)
 
 
 def _flat(given: dict[str, Any]) -> list[str]:
@@ -146,12 +187,15 @@ def _flat(given: dict[str, Any]) -> list[str]:
 def _sources(keys: Keys, place: str, given: dict[str, Any]) -> list[dict[str, Any]]:
     """The sources of one data set: one for each of its files."""
     form, fields = _format(keys, place, given)
-    split, sliced = split_of(given.get("split"))
+    split, take, sliced = split_of(given.get("split"))
     if sliced:
         keys.lose(f"{place}.split", sliced)
+    taken: dict[str, Any] = {"take": take}
+    if (shards := keys.whole(f"{place}.shards")) > 1:
+        taken = {"take": 1 / shards, "take_seed": keys.whole("seed", 42)}
     paths = source_paths(str(given.get("path", "")), given.get("data_files"), given.get("revision"))
     _turns(keys, place, given)
-    return sources_at(paths, {"format": form, "fields": fields}, given.get("name"), split)
+    return sources_at(paths, {"format": form, "fields": fields, **taken}, given.get("name"), split)
 
 
 def _format(keys: Keys, place: str, given: dict[str, Any]) -> tuple[str | None, dict[str, str]]:

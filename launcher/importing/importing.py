@@ -13,7 +13,7 @@ from rich.text import Text
 
 from launcher.commented import yaml_text
 from launcher.importing.mapping import Keys, Outcome, counts_of
-from launcher.importing.reading import detect, read_peer_file
+from launcher.importing.reading import COMPUTED, detect, read_peer_file
 from trainer.config import parse_config
 from trainer.config.peers.names import PEERS
 from trainer.config.peers.table import Peer
@@ -57,8 +57,8 @@ class Imported:
         }
 
     def table(self) -> Table:
-        """A line a key; those that are lost come last, where they are read."""
-        order = ("mapped", "not needed", "not supported", "unknown")
+        """A line a key; those that are lost come first."""
+        order = ("not supported", "unknown", "mapped", "not needed")
         table = Table()
         for heading in (" and ".join(self.peers), "here"):
             table.add_column(heading, overflow="fold")
@@ -125,9 +125,12 @@ def _keys(
     path: str | Path, peer: str | None, settings: dict[str, Any], origins: dict[str, list[str]]
 ) -> tuple[Keys, Path]:
     tree = read_peer_file(path)
+    computed = tree.pop(COMPUTED, [])
     known = [one for one, _ in JOINS.values()]
     found = JOINS[peer][0] if peer else detect(tree, known, str(path))
-    return Keys(found, tree, settings, origins), Path(path).parent
+    keys = Keys(found, tree, settings, origins)
+    keys.to_do += [f"{line} is computed by the script, which is not run. Give the value." for line in computed]
+    return keys, Path(path).parent
 
 
 def _completed(settings: dict[str, Any], origins: dict[str, list[str]]) -> list[str]:

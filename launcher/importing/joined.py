@@ -1,5 +1,6 @@
 """Settings that follow from several keys at once, by the names that most peers give them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,14 @@ from trainer.config.peers import conversions as to
 from trainer.config.peers.conversions import Inconvertible
 from trainer.config.yaml_reader import read_yaml
 from trainer.errors import ConfigError
+
+# The peers' names of templates that are ours as well.
+_TEMPLATES = {
+    **{name: name for name in ("chatml", "llama3", "gemma", "mistral", "phi3")},
+    **dict.fromkeys(("mistral_v2v3", "mistral_v1"), "mistral"),
+    **dict.fromkeys(("phi_3", "phi_35"), "phi3"),
+    **dict.fromkeys(("gemma2", "gemma3"), "gemma"),
+}
 
 
 def workers(keys: Keys, name: str) -> None:
@@ -74,53 +83,124 @@ def betas(keys: Keys) -> None:
             keys.put("optim.betas", keys.settings["optim.betas"], *given)
 
 
-def least_rate(keys: Keys) -> None:
-    """`optim.min_lr_ratio`, from the scheduler's own arguments."""
+def schedule(keys: Keys, key: str) -> None:
+    """The settings of `optim.schedule` beside its name, in `key`: warm-up, and the scheduler's own arguments."""
     if keys.given.get("cosine_min_lr_ratio"):
         keys.attempt(
             "cosine_min_lr_ratio", lambda: {"optim.min_lr_ratio": to.number(keys.given["cosine_min_lr_ratio"])}
         )
     arguments = keys.given.get("lr_scheduler_kwargs")
     if isinstance(arguments, dict) and arguments:
-        keys.attempt("lr_scheduler_kwargs", lambda: _least(arguments, keys.settings.get("optim.lr") or 1.0))
+        keys.attempt("lr_scheduler_kwargs", lambda: _arguments(arguments, keys.settings))
+    if str(keys.get(key)) == "constant":
+        why = f"The rate of {key}: constant does not rise first; that of constant_with_warmup does."
+        for name in ("optim.warmup_steps", "optim.warmup_ratio"):
+            keys.spare(name, why)
 
 
-def _least(arguments: Mapping[str, Any], lr: float) -> dict[str, Any]:
-    if other := [name for name in arguments if name not in ("min_lr", "min_lr_rate", "num_warmup_steps")]:
-        raise Inconvertible(f"{other[0]}: schedules have optim.warmup_steps and optim.min_lr_ratio alone.")
-    if "min_lr_rate" in arguments:
-        return {"optim.min_lr_ratio": to.number(arguments["min_lr_rate"])}
-    return {"optim.min_lr_ratio": to.number(arguments["min_lr"]) / lr} if "min_lr" in arguments else {}
+def _arguments(arguments: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    lr, steps, made = float(settings.get("optim.lr") or 1.0), settings.get("train.steps"), dict[str, Any]()
+    for name, value in arguments.items():
+        match name:
+            case "min_lr_rate" | "min_lr_ratio":
+                made["optim.min_lr_ratio"] = to.number(value)
+            case "min_lr" | "eta_min" | "lr_end":
+                made["optim.min_lr_ratio"] = to.number(value) / lr
+            case "num_cycles" if settings.get("optim.schedule") == "cosine_with_restarts":
+                made["optim.cycles"] = to.whole(value)
+            case "power":
+                made["optim.power"] = to.number(value)
+            case "num_decay_steps" if steps:
+                made["optim.decay_ratio"] = to.number(value) / steps
+            case "num_warmup_steps" | "warmup_type" | "decay_type":
+                pass
+            case _:
+                raise Inconvertible(f"{name}: docs/configuration.md lists what optim.schedule has beside it.")
+    return made
 
 
 def evaluation(keys: Keys) -> None:
-    """`eval.every`: peers count steps, shares of all steps, or epochs."""
-    by_epoch = "eval.every is a number of steps; without it the end is evaluated. `capstan plan` counts steps."
-    for name in ("eval_strategy", "evaluation_strategy"):
-        if keys.given.get(name) == "epoch":
-            keys.lose(name, by_epoch)
-    if keys.given.get("evals_per_epoch"):
-        keys.lose("evals_per_epoch", by_epoch)
-    off = "no" in (keys.given.get("eval_strategy"), keys.given.get("evaluation_strategy"))
-    if keys.given.get("eval_steps") and not off:
-        keys.attempt("eval_steps", lambda: {"eval.every": to.steps(keys.given["eval_steps"])})
+    """`eval.every` or `eval.per_epoch`: peers count steps, shares of all steps, or times an epoch."""
+    strategies = [name for name in ("eval_strategy", "evaluation_strategy") if keys.given.get(name)]
+    if any(keys.given[name] == "epoch" for name in strategies):
+        keys.put("eval.per_epoch", 1, *strategies)
+    elif keys.given.get("evals_per_epoch"):
+        keys.attempt("evals_per_epoch", lambda: {"eval.per_epoch": to.passes(keys.given["evals_per_epoch"])})
+    elif keys.given.get("eval_steps") and not any(keys.given[name] == "no" for name in strategies):
+        keys.attempt("eval_steps", lambda: _rhythm(keys, "eval_steps", "eval.every", "eval.per_epoch"))
 
 
 def saving(keys: Keys) -> None:
-    """`checkpoint.every_steps` and `keep_best`."""
-    by_time = (
-        "checkpoint.every_steps is a number of steps: commits are made every 100 steps and every 30 minutes by default."
-    )
-    if keys.given.get("save_strategy") == "epoch":
-        keys.lose("save_strategy", by_time)
-    if keys.given.get("saves_per_epoch"):
-        keys.lose("saves_per_epoch", by_time)
-    if keys.given.get("save_strategy") == "no":
+    """`checkpoint.every_steps` or `per_epoch`, and `keep_best`."""
+    strategy = keys.given.get("save_strategy")
+    if strategy == "no":
         keys.put("checkpoint.every_steps", 0, "save_strategy")
+    elif strategy == "epoch":
+        keys.put("checkpoint.per_epoch", 1, "save_strategy")
+    elif keys.given.get("saves_per_epoch"):
+        keys.attempt("saves_per_epoch", lambda: {"checkpoint.per_epoch": to.passes(keys.given["saves_per_epoch"])})
     elif keys.given.get("save_steps"):
-        keys.attempt("save_steps", lambda: {"checkpoint.every_steps": to.steps(keys.given["save_steps"])})
+        keys.attempt(
+            "save_steps", lambda: _rhythm(keys, "save_steps", "checkpoint.every_steps", "checkpoint.per_epoch")
+        )
     if keys.asked("load_best_model_at_end"):
         keys.put("checkpoint.keep_best", 1, "load_best_model_at_end")
+
+
+def _rhythm(keys: Keys, key: str, by_steps: str, by_epoch: str) -> dict[str, Any]:
+    """A number of steps; a share of all steps is so many times an epoch, or as many steps where their number is given."""
+    value = to.number(keys.given[key])
+    if not 0 < value < 1:
+        return {by_steps: to.steps(keys.given[key])}
+    if steps := keys.settings.get("train.steps"):
+        return {by_steps: math.ceil(value * steps)}
+    return {by_epoch: round(1 / (value * float(keys.settings.get("train.epochs") or 1)), 6)}
+
+
+def early_end(keys: Keys, patience: str) -> None:
+    """`train.stop_when`: `patience` is the key for evaluations that are no better."""
+    if keys.whole(patience) > 0:
+        keys.put("train.stop_when.no_better", keys.whole(patience), patience)
+        keys.settings.setdefault("checkpoint.keep_best", 1)
+    if keys.given.get("loss_watchdog_threshold"):
+        name = "loss_watchdog_threshold"
+        keys.attempt(name, lambda: {"train.stop_when.loss_above": to.number(keys.given[name])})
+        keys.put(
+            "train.stop_when.loss_steps", max(1, keys.whole("loss_watchdog_patience", 3)), "loss_watchdog_patience"
+        )
+
+
+def without_evaluation(keys: Keys) -> None:
+    """Nothing is evaluated where there is nothing to evaluate on, as with the peers."""
+    if not {"data.eval", "data.held_out"} & {name for name, value in keys.settings.items() if value}:
+        for name in ("eval.every", "eval.per_epoch", "checkpoint.keep_best", "train.stop_when.no_better"):
+            keys.spare(name, "The file has no evaluation data, so nothing is evaluated.")
+
+
+def pairs(keys: Keys, *names: str) -> None:
+    """`data.sequence_length` for answers that are compared: two of them lie in one row, and the peers' limit is that of one."""
+    if keys.settings.get("objective.name", "sft") != "sft" and keys.settings.get("data.sequence_length"):
+        keys.put("data.sequence_length", 2 * int(keys.settings["data.sequence_length"]), *names)
+        keys.origins["data.sequence_length"].append("twice that, as both answers with their prompts lie in one row")
+
+
+def without_dropout(keys: Keys, name: str) -> None:
+    """TRL's trainers of preferences set every dropout to 0, unless they are told not to."""
+    if keys.settings.get("objective.name", "sft") != "sft" and str(keys.given.get("disable_dropout", True)) != "False":
+        keys.spare("tuning.dropout", f"TRL sets {name} to 0 for objective.name: {keys.settings['objective.name']}.")
+
+
+def template(keys: Keys, key: str, name: Any) -> None:
+    """`data.template`, where `name` is one of ours; a name that the tokenizer's own template stands for is none to carry over."""
+    asked = str(name or "").lower()
+    if ours := _TEMPLATES.get(asked):
+        keys.put("data.template", ours, key)
+    elif asked and not asked.startswith(("tokenizer_default", "none", "jinja")):
+        keys.lose(
+            key,
+            f"{name} is none of ours ({', '.join(dict.fromkeys(_TEMPLATES.values()))}). The tokenizer's own is taken; `capstan data show` "
+            "shows its text.",
+        )
 
 
 def offloading(keys: Keys, folder: Path) -> None:
@@ -167,11 +247,10 @@ def tracking(keys: Keys, services: Mapping[str, Sequence[str]], names: Sequence[
             keys.put(setting, str(keys.given[key])[:100], key)
 
 
-def training_arguments(keys: Keys, folder: Path) -> None:
-    """All of the above, for peers that take transformers' `TrainingArguments`."""
+def training_arguments(keys: Keys, folder: Path, course: str = "lr_scheduler_type") -> None:
+    """The most of the above, for peers that take transformers' `TrainingArguments`; `course` is the key of the schedule."""
     duration(keys)
     betas(keys)
-    least_rate(keys)
     evaluation(keys)
     saving(keys)
     offloading(keys, folder)
@@ -180,3 +259,4 @@ def training_arguments(keys: Keys, folder: Path) -> None:
             keys.spare("optim.warmup_ratio", "Steps of warm-up are given, which go before a ratio.")
         else:
             keys.spare("optim.warmup_steps", "0 steps of warm-up leave it to the ratio.")
+    schedule(keys, course)

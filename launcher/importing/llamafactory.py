@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.importing import joined
-from launcher.importing.mapping import Keys
+from launcher.importing.mapping import Keys, no_training
 from launcher.importing.sources import source_paths, sources_at
 from trainer.config.data import ROW_FORMATS
 from trainer.config.peers import conversions as to
@@ -16,15 +16,28 @@ def join(keys: Keys, folder: Path) -> None:
     """All settings that several keys make."""
     for name in ("ray_num_workers", "num_processes", "nproc_per_node", "num_gpus"):
         joined.workers(keys, name)
+    if keys.asked("export_dir") or not (keys.given.get("stage") or keys.given.get("dataset")):
+        raise no_training("a file for chats or merges")
     _method(keys)
     _objective(keys)
     joined.batch(keys, "per_device_train_batch_size")
     joined.training_arguments(keys, folder)
+    joined.early_end(keys, "early_stopping_steps")
+    joined.pairs(keys, "cutoff_len")
+    joined.template(keys, "template", keys.given.get("template"))
+    if keys.asked("use_muon"):
+        keys.put("optim.name", "muon", "use_muon")
+    if keys.asked("create_new_adapter"):
+        keys.drop(
+            "tuning.start",
+            "create_new_adapter: merge the adapter that is there (capstan export --merge), and give that as model.base.",
+        )
     joined.tracking(keys, {}, ("run_name",), ("project",))
     tokens = [name for key in ("add_tokens", "add_special_tokens") for name in keys.names(key)]
     if tokens:
         keys.put("model.add_tokens", list(dict.fromkeys(tokens)), "add_tokens", "add_special_tokens")
     _data(keys, folder)
+    joined.without_evaluation(keys)
 
 
 def _method(keys: Keys) -> None:
@@ -63,8 +76,7 @@ def _method(keys: Keys) -> None:
 def _objective(keys: Keys) -> None:
     stage, stages, losses = str(keys.get("stage")), keys.peer.tables["stages"], keys.peer.tables["losses"]
     if stage not in stages:
-        keys.lose("stage", f"{stage} is not an objective of ours: sft, dpo, orpo, simpo, kto. Left at sft.")
-        return
+        raise no_training(f"stage: {stage}")
     keys.put("objective.name", stages[stage], "stage")
     loss = str(keys.given.get("pref_loss") or "sigmoid")
     if stage == "dpo" and loss in losses:
@@ -77,6 +89,8 @@ def _objective(keys: Keys) -> None:
     packed = [name for name in ("packing", "neat_packing") if keys.asked(name)]
     asked = bool(packed) or (stage == "pt" and keys.given.get("packing") is None)
     keys.put("data.packing", asked and keys.settings["objective.name"] == "sft", *(packed or ["packing"]))
+    if stage == "pt" and keys.settings["data.packing"]:
+        keys.assume("data.on_too_long", "split", "stage: pt puts texts behind each other, and cuts them into rows")
     if stage == "sft" and keys.asked("train_on_prompt"):
         keys.put("data.loss_on", "all", "train_on_prompt")
         if keys.asked("mask_history"):
@@ -94,7 +108,7 @@ def _data(keys: Keys, folder: Path) -> None:
             continue
         info, place = _dataset_info(keys, folder)
         sources = [source for one in asked for source in _sources(keys, name, one, info, place)]
-        keys.put(setting, sources, name, "dataset_dir")
+        keys.put(setting, sources, name, "dataset_dir", *(("max_samples",) if keys.whole("max_samples") else ()))
 
 
 def _dataset_info(keys: Keys, folder: Path) -> tuple[dict[str, Any], Path]:
@@ -120,7 +134,7 @@ def _sources(keys: Keys, key: str, name: str, info: dict[str, Any], place: Path)
             key,
             f"dataset_info.json, which says what {name} is, is not in {place}. Write the path of its rows into the configuration.",
         )
-        return [{"path": f"{place}/{name}.json"}]
+        return sources_at([f"{place}/{name}.json"], {"take": keys.whole("max_samples") or None})
     where = (
         given.get("hf_hub_url") or given.get("ms_hub_url") or given.get("om_hub_url") or given.get("cloud_file_name")
     )
@@ -130,12 +144,14 @@ def _sources(keys: Keys, key: str, name: str, info: dict[str, Any], place: Path)
         )
     if any(given.get("columns", {}).get(media) for media in ("images", "videos", "audios")):
         keys.lose(key, f"{name}: images, video and audio are not read, only its texts.")
-    if given.get("num_samples"):
-        keys.lose(key, f"{name}: num_samples takes so many rows; here the whole of it is read.")
+    most = keys.whole("max_samples")
+    taken: dict[str, Any] = {"take": most or None}
+    if given.get("num_samples"):  # a random choice there too
+        taken = {"take": min(filter(None, (to.whole(given["num_samples"]), most))), "take_seed": 42}
     form, fields = _format(keys, key, name, given)
     local = str(place / str(given.get("file_name") or name))
     paths = source_paths(str(where)) if where else [f"{local}/*" if Path(local).is_dir() else local]
-    return sources_at(paths, {"format": form, "fields": fields}, given.get("subset"), given.get("split"))
+    return sources_at(paths, {"format": form, "fields": fields, **taken}, given.get("subset"), given.get("split"))
 
 
 def _format(keys: Keys, key: str, name: str, given: dict[str, Any]) -> tuple[str, dict[str, str]]:

@@ -21,7 +21,10 @@ def join(keys: Keys, folder: Path) -> None:
     if "lr_scheduler_config.name" not in keys.given:
         keys.assume("optim.schedule", "constant", "the rate without lr_scheduler_config")
     strategy = str(keys.given.get("batching_strategy") or "normal")
-    keys.put("data.packing", strategy != "normal", "batching_strategy")
+    # padding_free puts as many documents into one row as a batch has; rows of ours are filled.
+    keys.put("data.packing", strategy not in ("normal", "padding_free"), "batching_strategy")
+    if "optim_config" not in keys.tree:
+        keys.assume("optim.weight_decay", 0.01, "torch's AdamW without optim_config")
     for name, setting in (("train_dataset", "data.train"), ("eval_dataset", "data.eval")):
         if keys.given.get(name):
             keys.put(setting, _sources(keys, name, str(keys.given[name]), folder), name)

@@ -9,6 +9,7 @@ from launcher.importing.reading import flat_keys
 from trainer.config.peers import conversions as to
 from trainer.config.peers.conversions import Inconvertible
 from trainer.config.peers.table import Needless, Peer, Row, To, Together, Unsupported
+from trainer.errors import ConfigError
 
 _SECRET = re.compile(r"hub_token|(^|_)(api_key|secret|password|webhook_url)$")
 Status = Literal["mapped", "not needed", "not supported", "unknown"]
@@ -147,8 +148,9 @@ class Keys:
                 self._spared[key] = why
 
     def outcomes(self) -> list[Outcome]:
-        """The outcome of each key, in the file's order."""
-        return [self._outcome(key, value) for key, value in self.given.items()]
+        """The outcome of each key that has a value, in the file's order."""
+        asked = {key: value for key, value in self.given.items() if value is not None or key in self.peer.nullable}
+        return [self._outcome(key, value) for key, value in asked.items()]
 
     def _outcome(self, key: str, value: Any) -> Outcome:
         row, made = self.row(key), self._made.get(key, [])
@@ -184,6 +186,14 @@ def _settings(row: To, value: Any) -> dict[str, Any]:
     except (TypeError, ValueError, AttributeError) as error:
         raise Inconvertible(f"{value!r} is not a value that {row.setting} can be made of.") from error
     return made if isinstance(made, dict) else {row.setting: made}
+
+
+def no_training(what: str) -> ConfigError:
+    """The refusal of a file that would become another training than it is."""
+    return ConfigError(
+        f"{what}: this is no training of ours. Objectives are sft, dpo, orpo, simpo and kto: no rewards, no generation while training, "
+        "and `capstan export` and `generate` merge and answer. Nothing was written."
+    )
 
 
 def counts_of(keys: Sequence[Outcome]) -> dict[str, int]:

@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from launcher.importing.script import read_script
 from trainer.config.peers.table import Peer
 from trainer.config.yaml_reader import read_yaml
 from trainer.errors import ConfigError, shown
 
+COMPUTED = "(computed)"
 _REFERENCE = re.compile(r"\$\{([^{}]+)\}")
 _MOST_REFERENCES = 20
 _SHELL = re.compile(r"(\d*|&)(>>?|<).*|\|\|?$|&&?$|;$")
@@ -18,7 +20,8 @@ _NUMBER = re.compile(r"-\d|-\.\d")
 
 
 def read_peer_file(path: str | Path) -> dict[str, Any]:
-    """The keys of a file: YAML (which JSON is), or a command line with `--key value`, in a shell script or by itself.
+    """The keys of a file: YAML (which JSON is), a command line with `--key value`, in a shell script or by itself, or a Python script of
+    TRL's, whose values that are computed are listed in `COMPUTED`.
 
     Raises:
         ConfigError: the file cannot be read, or is none of these.
@@ -27,6 +30,9 @@ def read_peer_file(path: str | Path) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(f"the file {shown(str(path))} cannot be read: {error}.") from error
+    if Path(path).suffix == ".py":
+        keys, computed = read_script(text, str(path))
+        return {**keys, COMPUTED: computed} if computed else keys
     if re.search(r"(^|\s)--[A-Za-z]", text) and not re.search(r"^[A-Za-z_]\w*:", text, re.MULTILINE):
         return _arguments(text, str(path))
     tree = read_yaml(text, str(path), repeated=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|mds|txt|gz|zst|xz)$", re.IGNORECASE)
+_FIRST = re.compile(r"(\w+)\[:(\d+)(%?)\]")  # of a split the first so many rows, or per cent of them
 _READERS = ("json", "csv", "parquet", "text", "arrow", "pandas")
 
 
@@ -62,11 +63,18 @@ def is_hub_id(path: str) -> bool:
     return bool(_HUB_ID.fullmatch(path)) and not _FILE.search(path) and not Path(path).expanduser().exists()
 
 
-def split_of(given: Any) -> tuple[str | None, str | None]:
-    """The name of a split, and a sentence where it is a slice or a sum of several, which is not read as such."""
+def split_of(given: Any) -> tuple[str | None, int | float | None, str | None]:
+    """The name of a split; what is taken of it, as `data.train[].take` has it; and a sentence for what is not read as it is asked for."""
     if not given:
-        return None, None
+        return None, None, None
+    if (found := _FIRST.fullmatch(str(given).strip())) is not None:
+        amount, percent = int(found[2]), found[3]
+        return found[1], (amount / 100 if amount < 100 else None) if percent else amount or None, None
     name = re.split(r"[\[+]", str(given))[0].strip()
     if name != str(given):
-        return name, f"{given}: a split is read whole. data.train[].weight visits less of it in each epoch."
-    return name, None
+        return (
+            name,
+            None,
+            f"{given}: a part that does not begin with the first row, or several splits. It is read whole.",
+        )
+    return name, None, None

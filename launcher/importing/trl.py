@@ -21,12 +21,15 @@ def join(keys: Keys, folder: Path) -> None:
     _method(keys)
     joined.batch(keys, "per_device_train_batch_size")
     joined.training_arguments(keys, folder)
+    joined.pairs(keys, "max_length")
+    joined.without_dropout(keys, "lora_dropout")
     joined.tracking(keys, {}, ("run_name",), ("project",))
     if keys.given.get("max_length", 0) is None:
         keys.to_do.append(
             "data.sequence_length: max_length: null limits no length. Here longer rows are cut at 2048 tokens; give the length of the longest."
         )
     _data(keys)
+    joined.without_evaluation(keys)
 
 
 def _objective(keys: Keys) -> None:
@@ -130,7 +133,8 @@ def _data(keys: Keys) -> None:
 
 
 def _sources(keys: Keys, given: dict[str, Any], key: str) -> list[dict[str, Any]]:
-    split, sliced = split_of(given.get("split"))
+    split, take, sliced = split_of(given.get("split"))
     if sliced:
         keys.lose(key, sliced)
-    return sources_at(source_paths(str(given.get("path", "")), given.get("data_files")), {}, given.get("name"), split)
+    paths = source_paths(str(given.get("path", "")), given.get("data_files"))
+    return sources_at(paths, {"take": take}, given.get("name"), split)

@@ -58,7 +58,7 @@ def choose(
     nearest: tuple[int, int] | None = None
     wrong: list[str] = []
     for offloads, length, gpus in product((False, True), _lengths(base, machine), _counts(machine)):
-        for storage in _storages(trains_base, offloads):
+        for storage in _storages(trains_base, offloads, base.in_4_bits):
             settings = {**given, **storage, **_rows(length, gpus, 1, tokens), **_ranks(machine, gpus)}
             plan = _least_plan(settings, base, machine, gpus)
             total = plan.memory_per_gpu.total
@@ -98,8 +98,9 @@ def _counts(machine: Machine) -> Sequence[int]:
     return [2**power for power in range(_MOST_GPUS.bit_length())]
 
 
-def _storages(trains_base: bool, offloads: bool) -> Iterator[dict[str, Setting]]:
-    """Ways to store the base and what learns, that which costs least time first; with `offloads` those that use the host's memory."""
+def _storages(trains_base: bool, offloads: bool, in_4_bits: bool) -> Iterator[dict[str, Setting]]:
+    """Ways to store the base and what learns, that which costs least time first; with `offloads` those that use the host's memory. A base
+    that is published `in_4_bits` stays as it is."""
     short = "in the host's memory, as the GPUs' does not suffice"
     small = {"optim.name": ("adamw_8bit", "moments of one byte, as four do not fit")}
     nf4 = {"quant.type": ("nf4", "4 bits a weight (QLoRA)")}
@@ -108,6 +109,15 @@ def _storages(trains_base: bool, offloads: bool) -> Iterator[dict[str, Setting]]
         yield {**small, "sharding.deepspeed": ("zero3_offload_optimizer", f"masters and moments {short}")}
     elif trains_base:
         yield from ({}, small)
+    elif in_4_bits:
+        stored = {
+            "quant.type": (
+                "stored",
+                "as its publisher has it: the weights that are served are those that are trained over",
+            )
+        }
+        in_host = {"sharding.deepspeed": ("zero3_offload_cpu", f"the base waits {short}")}
+        yield {**stored, **(in_host if offloads else {})}
     elif offloads:
         yield {**double, "sharding.deepspeed": ("zero3_offload_cpu", f"the base waits {short}")}
     else:

@@ -10,12 +10,12 @@ from trainer.config import Config
 from trainer.data.compile.inputs import check_sources
 from trainer.data.compile.length import epoch_length
 from trainer.data.source.files import is_of_hub, unusable
-from trainer.devices import described_gpus, host_memory_left
 from trainer.errors import ConfigError, DataError, DoesNotFit, StorageError
 from trainer.plan.forecast import Forecast, Length, assumed_rate, forecast, length_of
 from trainer.plan.gpus import Gpu, find_gpu, read_gpu
 from trainer.plan.needs import Plan
 from trainer.plan.plan import make_plan
+from trainer.processes.devices import described_gpus, host_memory_left
 from trainer.run import layout
 from trainer.store import Store, open_store
 
@@ -72,6 +72,7 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
     found, whose, count = _gpu_of(config, gpu)
     world_size, per_node = _ranks(config, count, ranks_per_node)
     base = describe_base(config.model)
+    config = base.decided(config)
     on_cpus = config.cluster.gpus_per_worker == 0
     here = int(host_memory_left() / 2 / per_node) if on_cpus else None  # as the ranks find it
     plan = make_plan(config, base, world_size, per_node, found.memory if found else None, here)

@@ -8,7 +8,7 @@ from launcher.view.folded import FoldedTable
 from trainer.plan.needs import ALLOWANCES, ESTIMATES, Plan
 
 _MEANING = {
-    "frozen_quantized": "4-bit weights and scales, this rank's share",
+    "frozen_quantized": "packed weights and scales, this rank's share",
     "frozen_unquantized": "what is frozen in 16 bits, such as embeddings, norms, head; this rank's share",
     "frozen_whole": "what of it is small and whole on each rank: norms, and scales beside wide adapters",
     "gathered_layers": "layers gathered at one time",
@@ -65,6 +65,10 @@ def plan_tables(plan: Plan) -> list[FoldedTable]:
             facts.add_row(words, f"{count:,} {unit}".strip())
     facts.add_row("layers computed again in the backward pass", f"{plan.recomputed_layers} of {plan.layers}")
     facts.add_row("a checkpoint", decimal(plan.checkpoint_bytes))
+    for part in plan.whole:
+        facts.add_row(
+            f"not quantized: {part.name}, as {part.reason}", f"{part.weights:,} weights, {decimal(part.bytes)}"
+        )
     for part in plan.left_out:
         facts.add_row(f"left out: {part.path}", f"{part.tensors} tensors, {part.weights:,} weights")
     parts = (

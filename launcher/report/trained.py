@@ -135,6 +135,8 @@ def trained_figures(settings: Settings, manifest: CheckpointManifest | None, his
     planned = history.newest("plan").get("parameters", {})
     base = manifest.base if manifest else {}
     adapter = dict(manifest.adapter) if manifest else {}
+    if "start" in base:
+        adapter["start"] = base["start"]
     stored = base.get("quant.type") or settings.get("quant.type")
     double = base.get("quant.double") if manifest else settings.get("quant.double")
     unit = next((unit for name, unit in _UNITS.items() if name in history.steps.names), _UNITS["targets"])
@@ -157,6 +159,8 @@ def trained_figures(settings: Settings, manifest: CheckpointManifest | None, his
 def _stored(kind: str, double: Any, settings: Settings) -> str:
     if kind == "none":
         return str(settings.get("model.dtype") or "as it is stored")
+    if kind == "stored":
+        return "as its files have it"
     return f"{kind}, {'double' if double else 'single'} quantization"
 
 

@@ -41,6 +41,8 @@ def anchored(config: Config) -> Config:
     for key, path in (("model.base", config.model.base), ("sharding.deepspeed", config.sharding.deepspeed)):
         if local_path(path, key).exists():
             changes[key] = absolute(path, key)
+    if config.tuning.start and "/" in config.tuning.start:  # else it is a run of this store
+        changes["tuning.start"] = absolute(config.tuning.start, "tuning.start")
     if config.data.template and config.data.template not in NAMED:
         changes["data.template"] = absolute(config.data.template, "data.template")
     for what, sources in (("train", config.data.train), ("eval", config.data.eval)):
@@ -79,8 +81,9 @@ def checked(
 
 
 def pinned(config: Config, base: Base) -> Config:
-    """`config` with the commit of a base of the Hub as its revision: every rank, and every later start, gets that one, wherever the
-    branch is by then."""
+    """`config` with what its base decides: the commit of a base of the Hub is its revision, so that every rank, and every later start,
+    gets that one, wherever the branch is by then; and quant.type, where it says nothing."""
+    config = base.description.decided(config)
     commit = hub_commit(base.directory)
     if commit is None or not is_hub_id(config.model.base) or local_path(config.model.base, "model.base").is_dir():
         return config

@@ -55,7 +55,13 @@ from trainer.store import open_run_store
 _LOOK_SECONDS = 2.0
 _MAY_CHANGE = ("sweep.", "cluster.", "track.", "retry.", "timeouts.")
 """Sections that decide nothing of how good a trial gets; `laid_out` compares what is tried by itself."""
-_TOKENIZERS = ("model.base", "model.revision", "model.add_tokens")
+_TOKENIZERS = (
+    "model.base",
+    "model.revision",
+    "model.add_tokens",
+    "model.special_tokens.eos",
+    "model.special_tokens.bos",
+)
 """Settings that may change the tokenizer."""
 _TRIAL_BYTES = 2**20
 """A process of Tune's must ask for something, and this much host memory is everywhere."""
@@ -102,7 +108,7 @@ def _check_tokenizers(config: Config, plan: SearchPlan) -> None:
     seen = dict[str, int]()
     for trial in plan.trials if tried else ():
         model = plan.config_of(config, trial).model
-        key = json.dumps(hash_tokenizer(base_files(model), model.add_tokens), sort_keys=True)
+        key = json.dumps(hash_tokenizer(base_files(model), model.tokens), sort_keys=True)
         if len(seen | {key: trial.number}) > 1:
             raise ConfigError(
                 f"sweep.settings: {tried[0]!r} gives trials {next(iter(seen.values()))} and {trial.number} different tokenizers, so their "
@@ -124,10 +130,14 @@ def _check_shared(before: Config, now: Config, uri: str) -> None:
 
 def _sharing_base(config: Config) -> Config:
     """`config` with quant.cache, so that one trial quantizes the base for all, unless the configuration decides that or has none to cache."""
-    if "cache" in config.quant.model_fields_set or config.quant.type == "none":
+    if "cache" in config.quant.model_fields_set or not config.quant.quantizes:
+        return config
+    base = describe_base(config.model)
+    config = base.decided(config)
+    if not config.quant.quantizes:
         return config
     shared = override(config, "quant.cache=true")
-    return config if describe_base(config.model).mismatches(shared) else shared
+    return config if base.mismatches(shared) else shared
 
 
 def run_sweep(config: Config, *, resume: bool, take_over: bool, live: bool, log: Callable[[str], None]) -> SweepStatus:

@@ -125,7 +125,7 @@ def stored_bases(config_text: str, loads: list[tuple[str, str, list[str]]], dest
                     held = module.matrices(0, module.layout.slices)
                 if not torch.equal(held.flatten(), whole.flatten()):
                     other.append(plain)
-        logits = here.engine.logits(_probe())
+        logits = here.engine.logits(probe())
         if here.ranks.rank == 0:
             save_file({"logits": logits.contiguous()}, f"{destination}/{name}.safetensors")
         read = here.report.read_bytes
@@ -141,7 +141,7 @@ def loaded_logits(config_text: str, bases: list[str], overrides: list[str], dest
     for base in bases:
         config = override(parse_config(config_text), f"model.base={base}", *overrides)
         here = assemble_run(config)
-        logits = here.engine.logits(_probe())
+        logits = here.engine.logits(probe())
         if here.ranks.rank == 0:
             save_file({"logits": logits.contiguous()}, f"{destination}/{Path(base).name}.safetensors")
         model = here.engine.model
@@ -202,7 +202,7 @@ def stock_logits(bases: list[str], quant_type: str, double: bool, destination: s
             _quantize_experts(model, quant_type, double)
         decode_layers(model)
         with torch.no_grad():
-            logits = model(input_ids=_probe(), use_cache=False).logits
+            logits = model(input_ids=probe(), use_cache=False).logits
         save_file({"logits": logits.contiguous()}, f"{destination}/{Path(base).name}.safetensors")
         buffers = {n: [str(b.dtype), b.double().sum().item()] for n, b in model.named_buffers() if "rotary" in n}
         facts.append({"buffers": buffers})
@@ -217,6 +217,6 @@ def _quantize_experts(model: Any, quant_type: str, double: bool) -> None:
                 matrix.copy_(dequantized(matrix, quant_type, double=double))
 
 
-def _probe() -> Tensor:
+def probe() -> Tensor:
     """One row that is longer than the sliding windows, (1, 48)."""
     return torch.arange(48).mul(37).remainder(material.SIZES["vocab_size"])[None]

@@ -30,6 +30,7 @@ def run(
     how: str = "start",
     eval_fingerprint: str | None = None,
     sets: dict[str, str] | None = None,
+    epochs: list[list[list[int]]] | None = None,
 ) -> dict[str, Any]:
     """`run_rank`, and how it ended. `how`: start, resume, or something that goes wrong on the way.
 
@@ -52,7 +53,7 @@ def run(
         _in_layer_of_step(3, lambda: threading.Event().wait())
     if how == "freeze" and os.environ["RANK"] == "0":
         _in_step(3, lambda: os.kill(os.getpid(), signal.SIGSTOP))
-    datasets = Datasets(fingerprint, eval_fingerprint, sets=sets or {}) if os.environ["RANK"] == "0" else None
+    datasets = Datasets(fingerprint, eval_fingerprint, epochs or (), sets or {}) if os.environ["RANK"] == "0" else None
     return outcome_of(lambda: run_rank(config, datasets, resume=how == "resume"))
 
 

@@ -88,3 +88,34 @@ def test_each_evaluation_is_committed_with_its_loss_when_the_best_are_kept(works
     assert read_manifest(run, 1).eval_loss is None
     assert losses["same"] == pytest.approx(losses[None], rel=1e-6)
     assert losses["other"] != pytest.approx(losses[None], rel=1e-2)
+
+
+@pytest.mark.long
+def test_what_comes_so_often_an_epoch_and_what_ends_a_run_hold_in_a_whole_run(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    """30 rows are 8 steps, so twice in each epoch are steps 4, 8, 12 and 16; no evaluation is better at a rate of nothing."""
+    rows, other = make_data(tmp_path / "train.jsonl", 30), make_data(tmp_path / "eval.jsonl", documents=8, seed=6)
+    config = workshop.config(
+        "rhythm",
+        f"data.train=[{{path: {rows}}}]",
+        f"data.eval=[{{path: {other}}}]",
+        "data.packing=false",
+        "train.steps=null",
+        "train.epochs=2",
+        "optim.lr=1e-30",
+        "eval.per_epoch=2",
+        "checkpoint.every_steps=0",
+        "checkpoint.keep_last=9",
+        "checkpoint.keep_best=1",
+        "train.stop_when={no_better: 2}",
+    )
+    datasets, run = workshop.prepare(config), workshop.store.sub("rhythm")
+    epochs = [[list(chapter) for chapter in epoch] for epoch in datasets.epochs]
+    (outcome,) = launch(1, runs.run, dump_config(config), datasets.train, "start", datasets.eval, {}, epochs)
+    assert outcome["outcome"] == "finished", outcome
+    assert [record["step"] for record in read_generation(run, 1)["eval"]] == [0, 4, 8, 12]
+    assert committed_steps(run) == [12, 8, 4, 1]
+    (end,) = read_generation(run, 1)["end"]
+    assert (end["outcome"], end["step"]) == ("finished", 12)
+    assert end["reason"].startswith("2 evaluations in a row were no better than ")

@@ -11,7 +11,7 @@ from tests.dist import curves, loading
 from tests.dist.launch import launch
 from tests.dist.proofs import export_and_prove
 from tests.material import Workshop, commit, make_base
-from tests.stored import edit_config, store_in_4_bits, store_in_fp8, store_in_mxfp4
+from tests.stored import edit_config, store_as, store_in_4_bits, store_in_fp8, store_in_mxfp4
 from trainer.config import dump_config
 from trainer.errors import ConfigError
 from trainer.export.write.merged import export_merged
@@ -19,7 +19,13 @@ from trainer.store import open_store
 
 UNPACKED = ("data.packing=false",)  # gpt-oss
 # Packed matrices of each: linear layers, and stacks of experts.
-MATRICES = {"llama": 2 * 7, "latent": 18, "awkward": 7, "whole": 2 * 7, "experts": 2 * (4 + 2), "gpt-oss": 2 * (4 + 2)}
+MATRICES = {
+    "llama": 2 * 7,
+    "latent": 18,
+    "awkward": 7,
+    "whole": 2 * 7,
+    **dict.fromkeys(("experts", "gpt-oss", "int4"), 2 * (4 + 2)),
+}
 WRONG = "wrong"
 
 
@@ -36,6 +42,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     awkward = make_base(plain / "awkward", "qwen3", **sizes)
     # As many experts as ranks share well, so that few are read twice.
     gpt_oss = make_base(plain / "gpt-oss", "gpt-oss", hidden_size=96, intermediate_size=64, num_local_experts=12)
+    # Experts of whole groups of 32 columns.
+    groups = make_base(plain / "groups", "qwen3-moe", moe_intermediate_size=96)
     return {
         "llama": store_in_fp8(llama, folder / "llama", (16, 32)),
         "latent": store_in_fp8(latent, folder / "latent", (16, 32)),
@@ -43,6 +51,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "whole": store_in_fp8(llama, folder / "whole", None, torch.bfloat16, ("activation_scale",)),
         "experts": store_in_fp8(experts, folder / "experts", (16, 32), torch.float8_e8m0fnu),
         "gpt-oss": store_in_mxfp4(gpt_oss, folder / "gpt-oss"),
+        "int4": store_as(groups, folder / "int4", "int4-32", only="experts"),
     }
 
 

@@ -40,6 +40,18 @@ def dpo_losses(config_text: str, rows: list[dict[str, Any]]) -> list[float]:
     return _losses(config, rows, DPOTrainer, DPOConfig, beta=config.objective.beta)
 
 
+def dpo_losses_from(config_text: str, rows: list[dict[str, Any]], adapter: str) -> list[float]:
+    """The same from an adapter in PEFT's folder, which is the reference as well: TRL keeps a frozen copy of it."""
+    _alone()
+    from peft import PeftModel
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    config = parse_config(config_text)
+    model = PeftModel.from_pretrained(plain_base(config), adapter, is_trainable=True)
+    return _losses(config, rows, DPOTrainer, DPOConfig, model, beta=config.objective.beta)
+
+
 def kto_losses(config_text: str, rows: list[dict[str, Any]]) -> list[float]:
     """The same of `trl.KTOTrainer`, which mismatches the answers of each step by one row."""
     _alone()
@@ -61,8 +73,10 @@ def _alone() -> None:
     torch.set_num_threads(1)
 
 
-def _losses(config: Config, rows: list[dict[str, Any]], trainer: Any, arguments: Any, **settings: Any) -> list[float]:
-    """The losses of a trainer of TRL from `adapter_value`, with our optimizer and learning rates, in fp32."""
+def _losses(
+    config: Config, rows: list[dict[str, Any]], trainer: Any, arguments: Any, model: Any = None, **settings: Any
+) -> list[float]:
+    """The losses of a trainer of TRL from `adapter_value`, or from `model`, with our optimizer and learning rates, in fp32."""
     from datasets import Dataset
     from transformers import AutoTokenizer
 
@@ -86,16 +100,17 @@ def _losses(config: Config, rows: list[dict[str, Any]], trainer: Any, arguments:
     )
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     theirs = trainer(
-        plain_base(config),
+        model or plain_base(config),
         args=given,
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(config.model.base),
-        peft_config=METHODS[config.tuning.method](config.tuning).peft_config(names),
+        peft_config=None if model else METHODS[config.tuning.method](config.tuning).peft_config(names),
     )
     adapters = []
     for name, parameter in theirs.model.named_parameters():
         if parameter.requires_grad:
-            parameter.data = adapter_value(name.removeprefix("base_model.model."), tuple(parameter.shape))
+            if model is None:
+                parameter.data = adapter_value(name.removeprefix("base_model.model."), tuple(parameter.shape))
             adapters.append(parameter)
     optimizer = torch.optim.AdamW(
         adapters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay

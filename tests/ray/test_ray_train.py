@@ -136,7 +136,7 @@ def test_a_mistake_found_by_a_rank_ends_the_run_at_once_with_its_sentence(
     assert "model.attention: 'varlen' cannot run here" in refusal(done)
     status = read_status(open_store(str(workshop.folder / "store")).sub("mistaken"))
     assert (status.state, status.generation) == ("failed", 1)
-    told = json.loads(done.stdout.splitlines()[-1])
+    told = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
     assert (told["state"], told["reason"]) == ("failed", status.reason)
 
 

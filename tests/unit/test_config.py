@@ -146,7 +146,10 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(setting: str, expected:
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
-        ("quant.type=nf5", "quant.type: 'nf5' is not allowed. Input should be 'nf4', 'fp4' or 'none'. Example: nf4."),
+        (
+            "quant.type=nf5",
+            "quant.type: 'nf5' is not allowed. Input should be 'nf4', 'fp4', 'stored' or 'none'. Example: nf4.",
+        ),
         (
             "tuning.rank=0",
             "tuning.rank: 0 is not allowed. Input should be greater than or equal to 1. Example: 16.",
@@ -181,6 +184,12 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(setting: str, expected:
             "eval.sets.a={path: b, format: text, fields: {messages: c}}",
             "eval.sets.a.fields: 'messages' is not a field of",
         ),
+        ("data.train=[{path: a, take: 2.5}]", "take: 2.5 is not allowed. Give a whole number of rows, or a share"),
+        ("data.train=[{path: a, take_seed: 2}]", "take_seed: has no effect without take."),
+        ("tuning.targets=['re:(']", "tuning.targets: 're:(' is no regular expression"),
+        ("tuning.layers=[4, 4]", "tuning.layers: [4, 4] is not allowed."),
+        ("train.stop_when={no_better: 2}", "train.stop_when.no_better: the best checkpoint would not be kept."),
+        ("train.stop_when={loss_steps: 2}", "train.stop_when.loss_steps: has no effect without loss_above."),
         ("eval.per_epoch=2", "eval.per_epoch: has no effect without data.eval, data.held_out or eval.sets."),
         ("eval={every: 5, per_epoch: 2}", "eval.every and eval.per_epoch: both given. Set one of them."),
         ("eval.per_epoch=-1", "eval.per_epoch: -1"),

@@ -16,6 +16,7 @@ from trainer.data.source import files as sources
 from trainer.data.source import rows as reading
 from trainer.data.source.files import SourceFile, expand
 from trainer.data.source.reading import batches, rows
+from trainer.data.source.take import with_take
 from trainer.errors import ConfigError, DataError, NotFound
 from trainer.store import Store
 
@@ -284,3 +285,54 @@ def test_a_bucket_is_read_like_a_folder() -> None:
 def test_a_bucket_path_that_cannot_be_used_is_named(path: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         find(path)
+
+
+def many(tmp_path: Path) -> list[Path]:
+    """Two files of 70 and 230 rows, an empty line among them, and a Parquet file of 51."""
+    lines = [json.dumps({"text": str(number)}) for number in range(300)]
+    one = write(tmp_path / "many-a.jsonl", "\n".join([*lines[:10], "", *lines[10:70]]).encode())
+    other = write(tmp_path / "many-b.jsonl", "\n".join(lines[70:]).encode())
+    table = pyarrow.table({"text": [str(number) for number in range(300, 351)]})
+    pyarrow.parquet.write_table(table, tmp_path / "many-c.parquet")
+    return [one, other, tmp_path / "many-c.parquet"]
+
+
+def numbers_taken(tmp_path: Path, amount: float, seed: int | None = None) -> list[int]:
+    files = with_take(find(tmp_path / "many-*"), amount, seed)
+    return [int(row["text"]) for file in files for _, row in rows(file, fail)]
+
+
+@pytest.mark.parametrize("amount", [1, 71, 300, 1000, 0.01, 0.5, 0.999])
+def test_the_first_rows_are_those_of_the_split_of_datasets(tmp_path: Path, amount: float) -> None:
+    from datasets import Dataset, ReadInstruction
+
+    many(tmp_path)
+    whole = Dataset.from_dict({"number": range(351)})
+    unit = {"unit": "%", "to": amount * 100} if amount < 1 else {"unit": "abs", "to": min(351, amount)}
+    if amount * 100 == round(amount * 100) or amount >= 1:
+        (split,) = ReadInstruction("all", **unit).to_absolute({"all": len(whole)})  # type: ignore[arg-type]
+        assert numbers_taken(tmp_path, amount) == whole[slice(split.from_ or 0, split.to)]["number"]
+    assert numbers_taken(tmp_path, amount) == list(range(round(amount * 351) if amount < 1 else min(351, int(amount))))
+
+
+@pytest.mark.parametrize(("amount", "seed"), [(5, 42), (0.25, 42), (100, 7)])
+def test_a_choice_is_that_of_a_shuffle_of_datasets(tmp_path: Path, amount: float, seed: int) -> None:
+    from datasets import Dataset
+
+    many(tmp_path)
+    count = round(amount * 351) if amount < 1 else int(amount)
+    theirs = Dataset.from_dict({"number": range(351)}).shuffle(seed=seed).select(range(count))["number"]
+    assert numbers_taken(tmp_path, amount, seed) == sorted(theirs)
+
+
+def test_the_place_of_a_row_that_is_taken_is_its_line(tmp_path: Path) -> None:
+    many(tmp_path)
+    first, _, last = with_take(find(tmp_path / "many-*"), 0.999, None)
+    assert [where for where, _ in rows(first, fail)][9:11] == [f"{first.uri}:10", f"{first.uri}:12"]
+    assert [where for where, _ in rows(last, fail)][-1] == f"{last.uri}:51"
+
+
+def test_the_first_rows_are_read_without_the_rest(tmp_path: Path) -> None:
+    path = write(tmp_path / "long.jsonl", LINES + b"\xff" * 100)
+    (file,) = with_take(find(path), 2, None)
+    assert [row for _, row in rows(file, fail)] == ROWS[:2]

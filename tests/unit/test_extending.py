@@ -54,7 +54,8 @@ def test_an_objective_over_pairs_is_a_formula_with_its_settings(found: dict[str,
 def test_a_stored_format_is_read_and_listed(found: dict[str, Any]) -> None:
     assert found["stored"]["values"] == [3.0, -4.0]
     assert (
-        "Readable are 16 and 32 bits, 4 bits by bitsandbytes, FP8 with scales for tiles, halves and MXFP4."
+        "Readable are 16 and 32 bits, 4 bits by bitsandbytes, 8 bits by bitsandbytes, AWQ, compressed-tensors (INT4, INT8, FP8, NVFP4, MXFP4), "
+        "FP8 with scales for tiles (with experts in FP4 too), GPTQ in 4 and 8 bits, halves, MXFP4 and NVFP4 and FP8 of Model Optimizer."
         in (found["stored"]["refused"])
     )
 

@@ -34,6 +34,8 @@ CLASSES = {
     ],
     "accelerate": [("accelerate", "commands/config/config_args.py")],
 }
+# The values of keys with which a file would be no training of ours.
+ORDINARY = {"stage": "sft", "rl": "dpo", "reward_model": False, "process_reward_model": False, "export_dir": ""}
 OF_A_SOURCE = ("DatasetConfig",)
 EXPECTED: dict[str, dict[str, Any]] = yaml.safe_load((PEERS / "expected.yaml").read_text())
 
@@ -69,7 +71,7 @@ def test_every_documented_key_is_carried_over_or_named_with_a_reason(peer: str, 
             if not isinstance(node, dict):
                 break
         else:
-            node.setdefault(leaf.removesuffix("[]"), "something")
+            node.setdefault(leaf.removesuffix("[]"), ORDINARY.get(leaf, "something"))
     imported = imported_text(yaml.safe_dump(tree), tmp_path, peer)
     assert len(imported.keys) > 0.9 * len(keys)
     silent = [outcome.key for outcome in imported.keys if not (outcome.settings or outcome.why)]
@@ -159,11 +161,11 @@ DATASET_INFO = {
 }
 
 
-def test_there_are_five_files_of_each_peer() -> None:
+def test_there_are_five_files_or_more_of_each_peer() -> None:
     counts = {
         folder: sum(path.parent.name == folder for path in FILES) for folder in {path.parent.name for path in FILES}
     }
-    assert counts == {"axolotl": 5, "llamafactory": 5, "llamafactory-v1": 1, "torchtune": 5, "trl": 5}
+    assert counts == {"axolotl": 6, "llamafactory": 5, "llamafactory-v1": 1, "torchtune": 5, "trl": 6}
     assert {f"{path.parent.name}/{path.name}" for path in FILES} == set(EXPECTED)
 
 
@@ -221,6 +223,101 @@ ODD = {
         {"data.loss_on": "all"},
         {"mask_history": "refuses it"},
     ),
+    "shares-of-steps": (
+        "axolotl",
+        {"eval_steps": 0.25, "save_steps": 0.5, "num_epochs": 2, "val_set_size": 0.1},
+        {"eval.per_epoch": 2, "checkpoint.per_epoch": 1, "eval.every": None},
+        {},
+    ),
+    "by-epoch": (
+        "llamafactory",
+        {"eval_strategy": "epoch", "save_strategy": "epoch", "val_size": 0.1, "early_stopping_steps": 2},
+        {"eval.per_epoch": 1, "checkpoint.per_epoch": 1, "train.stop_when.no_better": 2, "checkpoint.keep_best": 1},
+        {},
+    ),
+    "nothing-to-evaluate": (
+        "axolotl",
+        {"evals_per_epoch": 4, "val_set_size": 0.0},
+        {"eval.per_epoch": None},
+        {"evals_per_epoch": "nothing is evaluated"},
+    ),
+    "pairs": (
+        "axolotl",
+        {"rl": "dpo", "sequence_len": 1000, "adapter": "lora", "lora_dropout": 0.1},
+        {"data.sequence_length": 2000, "tuning.dropout": None},
+        {"lora_dropout": "TRL sets lora_dropout to 0"},
+    ),
+    "constant": (
+        "trl",
+        {"lr_scheduler_type": "constant", "warmup_ratio": 0.1},
+        {"optim.schedule": "constant", "optim.warmup_ratio": None},
+        {"warmup_ratio": "does not rise first"},
+    ),
+    "constant-with-warmup": (
+        "trl",
+        {"lr_scheduler_type": "constant_with_warmup", "warmup_ratio": 0.1},
+        {"optim.schedule": "constant", "optim.warmup_ratio": 0.1},
+        {},
+    ),
+    "texts-in-pieces": (
+        "axolotl",
+        {"datasets": [{"path": "a.jsonl", "type": "completion"}]},
+        {"data.on_too_long": "split"},
+        {},
+    ),
+    "pretraining": (
+        "llamafactory",
+        {"stage": "pt"},
+        {"data.on_too_long": "split", "data.packing": True},
+        {},
+    ),
+    "templates": (
+        "axolotl",
+        {"chat_template": "chatml", "special_tokens": {"eos_token": "<|im_end|>", "pad_token": None}},
+        {"data.template": "chatml", "model.special_tokens.eos": "<|im_end|>"},
+        {},
+    ),
+    "another-template": (
+        "axolotl",
+        {"chat_template": "alpaca"},
+        {"data.template": None},
+        {"chat_template": "none of ours"},
+    ),
+    "a-template-by-type": (
+        "axolotl",
+        {"rl": "dpo", "datasets": [{"path": "a.jsonl", "type": "chatml.intel"}]},
+        {"data.template": "chatml"},
+        {},
+    ),
+    "an-adapter-to-begin-from": (
+        "llamafactory",
+        {"adapter_name_or_path": "saves/sft", "lora_rank": 8},
+        {"tuning.start": "saves/sft"},
+        {},
+    ),
+    "expressions": (
+        "axolotl",
+        {
+            "adapter": "lora",
+            "lora_target_modules": r"model.layers.[\d]+.mlp.(up|down)_proj",
+            "peft_layers_to_transform": [2, 3],
+        },
+        {"tuning.targets": [r"re:model.layers.[\d]+.mlp.(up|down)_proj"], "tuning.layers": [2, 4]},
+        {},
+    ),
+    "watchdog": (
+        "axolotl",
+        {"loss_watchdog_threshold": 5.0, "loss_watchdog_patience": 4},
+        {"train.stop_when.loss_above": 5.0, "train.stop_when.loss_steps": 4},
+        {},
+    ),
+    "arguments-of-a-schedule": (
+        "trl",
+        {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2, "lr_end": 1e-4}, "learning_rate": 1e-3},
+        {"optim.schedule": "polynomial", "optim.power": 2, "optim.min_lr_ratio": 0.1},
+        {},
+    ),
+    "bf16-is-off": ("llamafactory-v1", {"bf16": False}, {"model.dtype": "fp32", "optim.weight_decay": 0.01}, {}),
     "file-order": ("torchtune", {"shuffle": False}, {}, {"shuffle": "is not kept"}),
 }
 
@@ -235,6 +332,32 @@ def test_keys_that_meet_each_other_mean_what_they_mean_there(
     found = {outcome.key: outcome.why for outcome in made.keys}
     for key, words in reasons.items():
         assert words in found[key]
+
+
+def test_ranks_that_share_a_row_are_one_of_the_batch(tmp_path: Path) -> None:
+    (tmp_path / "theirs.yaml").write_text("micro_batch_size: 2\ntensor_parallel_size: 2\ncontext_parallel_size: 2\n")
+    assert import_files([tmp_path / "theirs.yaml"], "axolotl", gpus=8).settings["train.global_batch"] == 4
+
+
+@pytest.mark.parametrize(
+    ("peer", "text"),
+    [
+        ("axolotl", "base_model: x\nreward_model: true\n"),
+        ("axolotl", "base_model: x\nrl: gdpo\n"),
+        ("llamafactory", "model_name_or_path: x\nstage: rm\ndataset: d\n"),
+        ("llamafactory", "model_name_or_path: x\nadapter_name_or_path: y\nexport_dir: z\n"),
+        ("llamafactory", "model_name_or_path: x\ntemplate: llama3\ninfer_backend: huggingface\n"),
+    ],
+)
+def test_a_file_that_would_become_another_training_is_refused(peer: str, text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"this is no training of ours\. .* Nothing was written\."):
+        imported_text(text, tmp_path, peer)
+
+
+def test_keys_without_a_value_are_not_reported_and_losses_come_first(tmp_path: Path) -> None:
+    found = imported_text("base_model: x\nadapter: lora\nlora_model_dir:\nlora_rr: 1\n", tmp_path, "axolotl")
+    assert [outcome.key for outcome in found.keys] == ["base_model", "adapter", "lora_rr"]
+    assert str(next(iter(found.table().columns[0].cells))) == "lora_rr: 1"
 
 
 def test_trl_and_accelerate_together_make_one_configuration(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from launcher.cli.__main__ import app
 from launcher.init.goals import GOALS
 from launcher.init.initial import InitAnswers, Initial, initial_config
+from tests.codes import FORMATS
 from tests.unit.test_examples import LLAMA_8B, LLAMA_70B
 from trainer.base.find.locate import describe_base
 from trainer.config import load_config, parse_config
@@ -125,6 +126,8 @@ def test_a_base_that_is_in_4_bits_already_stays_so(bases: Path) -> None:
     assert first(bases, "8b", "80GiB").settings["quant.type"] == "nf4"
     with pytest.raises(ConfigError, match="quant"):
         first(bases, "8b", "80GiB", 8, "full")
+    (bases / "8b" / "config.json").write_text(json.dumps({**LLAMA_8B, "quantization_config": FORMATS["int4-32"][0]}))
+    assert first(bases, "8b", "80GiB").settings["quant.type"] == "stored"
 
 
 def talks(folder: Path, count: int, words: int = 30) -> None:

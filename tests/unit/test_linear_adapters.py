@@ -189,6 +189,7 @@ def test_an_identity_names_what_was_chosen_alone() -> None:
         (["self_attn.q_proj"], r".*\.q_proj", ["q_proj"]),
         (["*.mlp.*_proj"], r".*\.mlp\..*", ["down_proj", "gate_proj", "up_proj"]),
         (["*.0.self_attn.?_proj"], r".*\.0\.self_attn\..*", [f"0.self_attn.{name}_proj" for name in "koqv"]),
+        (["re:.*0.*(q|v)_proj"], r".*\.0\..*(q|v)_proj", ["0.self_attn.q_proj", "0.self_attn.v_proj"]),
         (["layers.1.mlp.up_proj", "v_proj"], r".*(\.1\.mlp\.up_proj|v_proj)", ["1.mlp.up_proj", "v_proj"]),
     ],
 )
@@ -204,6 +205,19 @@ def test_targets_are_ends_or_patterns_of_paths_and_peft_finds_the_same_layers(
     model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SIZES, **KINDS["llama"]))
     model = inject_adapter_in_model(method.peft_config(ends), model)
     assert ours == {path for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def test_layers_of_a_range_alone_are_adapted_and_peft_finds_the_same() -> None:
+    method: Any = find_method(Tuning(targets=["q_proj", "up_proj"], layers=(1, 2)))
+    assert method.ends(LLAMA) == ["1.mlp.up_proj", "1.self_attn.q_proj"]
+    assert {name.partition(".lora_")[0] for name in method.shapes(LLAMA)} == {
+        "model.layers.1.mlp.up_proj",
+        "model.layers.1.self_attn.q_proj",
+    }
+    assert method.identity["layers"] == [1, 2]
+    assert "layers" not in find_method(Tuning()).identity
+    (sentence,) = find_method(Tuning(layers=(1, 99))).mismatches(LLAMA)
+    assert sentence.startswith("tuning.layers: [1, 99] ends behind the base's last layer. It has ")
 
 
 def test_a_last_name_that_a_stack_of_experts_has_too_is_not_enough_for_peft() -> None:

@@ -263,3 +263,23 @@ def test_an_evaluation_of_a_head_that_learns_keeps_nothing(monkeypatch: pytest.M
     empty.backward()
     assert head.weight.grad is not None
     assert (float(empty.detach()), head.weight.grad.any().item()) == (0, False)
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_bias_of_the_head_is_in_logits_loss_and_gradients(learns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = learning_head(7, monkeypatch)
+    head = LossHead(plain.in_features, plain.out_features)
+    head.weight = torch.nn.Parameter(plain.weight.detach().clone())
+    torch.nn.init.normal_(head.bias, generator=torch.Generator().manual_seed(1))
+    head.requires_grad_(learns)
+    hidden, labels = row()
+    expected = torch.nn.functional.cross_entropy(
+        torch.nn.functional.linear(hidden, head.weight, head.bias)[labels != IGNORE],
+        labels[labels != IGNORE],
+        reduction="sum",
+    )
+    of = [hidden, head.weight, head.bias] if learns else [hidden]
+    wanted, found = torch.autograd.grad(expected, of), torch.autograd.grad(head(hidden, labels), of)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(head(hidden), torch.nn.functional.linear(hidden, head.weight, head.bias))

@@ -21,8 +21,8 @@ from trainer.optimizer.optimizer import Flat, FlatPart, Reduce, State, find_opti
 # 8-bit blocks that borders cut, a matrix whose rows they cut, experts, and vectors below and above what is kept in bytes.
 SHAPES = [(70, 90), (3, 50, 41), (7,), (17, 241), (5000,)]
 STEPS = 4
-SETTINGS = {"lr": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
-NAMES = ["adamw", "adamw_8bit", "adafactor"]
+SETTINGS = {"lr": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "momentum": 0.95}
+NAMES = ["adamw", "adamw_8bit", "adafactor", "lion", "muon"]
 
 
 def start() -> list[Tensor]:
@@ -111,6 +111,56 @@ def divided(name: str, ranks: int, exchange: Callable[[int], Reduce] | None = No
     return result
 
 
+class Lion(torch.optim.Optimizer):
+    """Algorithm 2 of arXiv:2302.06675, line by line."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter], lr: float, betas: Any, weight_decay: float) -> None:
+        super().__init__(parameters, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        (group,) = self.param_groups
+        beta1, beta2 = group["betas"]
+        for theta in group["params"]:
+            momentum = self.state[theta].setdefault("exp_avg", torch.zeros_like(theta))
+            c = beta1 * momentum + (1 - beta1) * theta.grad
+            theta.sub_(group["lr"] * (torch.sign(c) + group["weight_decay"] * theta))
+            momentum.copy_(beta2 * momentum + (1 - beta2) * theta.grad)
+
+
+class MuonAndAdamW:
+    """torch's Muon of each matrix, also those of a stack, and torch's AdamW of vectors."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter], lr: float, rest: Any) -> None:
+        self.parameters = parameters
+        self.matrices = {
+            parameter: [torch.nn.Parameter(matrix) for matrix in parameter.detach().view(-1, *parameter.shape[-2:])]
+            for parameter in parameters
+            if parameter.ndim > 1
+        }
+        every = [matrix for matrices in self.matrices.values() for matrix in matrices]
+        self.muon = torch.optim.Muon(
+            every, lr, rest["weight_decay"], momentum=SETTINGS["momentum"], adjust_lr_fn="match_rms_adamw"
+        )
+        self.adamw = torch.optim.AdamW([parameter for parameter in parameters if parameter.ndim < 2], lr, **rest)
+
+    def step(self) -> None:
+        for parameter, matrices in self.matrices.items():
+            assert parameter.grad is not None
+            for matrix, gradient in zip(matrices, parameter.grad.view(-1, *parameter.shape[-2:]), strict=True):
+                matrix.grad = gradient
+        self.muon.step()
+        self.adamw.step()
+
+    @property
+    def state(self) -> dict[Any, dict[str, Tensor]]:
+        buffers = {
+            parameter: {"momentum_buffer": torch.stack([self.muon.state[one]["momentum_buffer"] for one in matrices])}
+            for parameter, matrices in self.matrices.items()
+        }
+        return {**self.adamw.state, **buffers}
+
+
 def reference(name: str) -> list[dict[str, Tensor]]:
     """The same by torch's, bitsandbytes' or transformers' optimizer of whole parameters."""
     parameters = [torch.nn.Parameter(tensor) for tensor in start()]
@@ -122,6 +172,8 @@ def reference(name: str) -> list[dict[str, Tensor]]:
         "adafactor": lambda: Adafactor(
             parameters, lr, weight_decay=decay, scale_parameter=False, relative_step=False, warmup_init=False
         ),
+        "lion": lambda: Lion(parameters, lr, betas=SETTINGS["betas"], weight_decay=decay),
+        "muon": lambda: MuonAndAdamW(parameters, lr, rest),
     }[name]()
     for step in range(1, STEPS + 1):
         for parameter, gradient in zip(parameters, gradients(step), strict=True):
@@ -163,7 +215,7 @@ def test_moments_in_bytes_are_the_same_bit_by_bit_however_they_are_divided(ranks
         assert all(torch.equal(one[key], other[key]) for key in one if key != "master")
 
 
-@pytest.mark.parametrize("name", ["adamw_8bit", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw_8bit", "adafactor", "muon"])
 def test_without_the_exchange_the_states_are_others(name: str) -> None:
     try:
         found = divided(name, 3, lambda rank: no_exchange)

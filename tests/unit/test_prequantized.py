@@ -1,6 +1,5 @@
 """A base that bitsandbytes quantized is loaded as it is, or refused with what does not fit."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -67,14 +66,6 @@ def test_settings_that_do_not_fit_are_refused_with_those_that_do(workshop: Works
     config = workshop.config("check", f"model.base={quantized}", DOUBLE, "quant.cache=true")
     (mistake,) = resolve_base(config.model).description.mismatches(config)
     assert mistake.startswith("quant.cache: true has no effect")
-
-
-def test_eight_bits_are_refused(workshop: Workshop, quantized: Path, tmp_path: Path) -> None:
-    base = Path(shutil.copytree(quantized, tmp_path / "base"))
-    settings = json.loads((base / "config.json").read_text())
-    settings["quantization_config"] |= {"load_in_4bit": False, "load_in_8bit": True}
-    (base / "config.json").write_text(json.dumps(settings))
-    assert "is stored by 'bitsandbytes' (load_in_8bit True), which cannot be read" in refusal(workshop, base, DOUBLE)
 
 
 @pytest.mark.parametrize(

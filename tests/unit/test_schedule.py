@@ -1,48 +1,73 @@
-"""The learning rate of every update, from the step alone."""
+"""Each course of the learning rate is that of transformers or torch, step by step."""
+
+from collections.abc import Callable
+from typing import Any, get_args
 
 import pytest
+import torch
+from torch.optim import SGD
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+from transformers import optimization
 
-from trainer.config import Optim
-from trainer.train.schedule import learning_rate
+from trainer.config import Optim, parse_config
+from trainer.errors import ConfigError
+from trainer.train.schedule import SCHEDULES, learning_rate
 
+LR, STEPS = 0.02, 57
+Made = Callable[[SGD, int], LambdaLR]
 
-def rates(total: int, **settings: object) -> list[float]:
-    optim = Optim.model_validate({"lr": 1.0, "warmup_steps": 4, "min_lr_ratio": 0.2, **settings})
-    return [learning_rate(optim, step, total) for step in range(1, total + 1)]
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-def test_warm_up_is_linear_and_reaches_the_peak_at_its_last_step(schedule: str) -> None:
-    assert rates(12, schedule=schedule)[:4] == [0.25, 0.5, 0.75, 1.0]
-
-
-def test_cosine_passes_the_middle_half_way_and_ends_at_the_minimum() -> None:
-    course = rates(12, schedule="cosine")
-    assert course[7] == pytest.approx(0.6)  # step 8: half of the eight steps after warm-up
-    assert course[5] == pytest.approx(0.2 + 0.8 * (1 + 2**-0.5) / 2)
-    assert course[-1] == pytest.approx(0.2)
-    assert course[4:] == sorted(course[4:], reverse=True)
-
-
-def test_linear_falls_by_the_same_amount_each_step() -> None:
-    course = rates(12, schedule="linear")
-    assert course[4:] == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
-
-
-def test_constant_stays_at_the_peak() -> None:
-    assert rates(12, schedule="constant")[4:] == [1.0] * 8
-
-
-def test_without_warm_up_the_first_update_is_close_to_the_peak() -> None:
-    assert rates(100, schedule="cosine", warmup_steps=0)[0] == pytest.approx(1.0, abs=1e-3)
-
-
-def test_a_ratio_is_that_share_of_all_steps_rounded_up() -> None:
-    assert rates(12, warmup_steps=0, warmup_ratio=0.3) == rates(12, warmup_steps=4)
-    assert rates(12, warmup_steps=0, warmup_ratio=0.4) != rates(12, warmup_steps=4)
+THEIRS: dict[str, tuple[dict[str, Any], Made]] = {
+    "constant": ({}, lambda sgd, warm: optimization.get_constant_schedule_with_warmup(sgd, warm)),
+    "linear": ({"min_lr_ratio": 0}, lambda sgd, warm: optimization.get_linear_schedule_with_warmup(sgd, warm, STEPS)),
+    "cosine": (
+        {"min_lr_ratio": 0.2},
+        lambda sgd, warm: optimization.get_cosine_with_min_lr_schedule_with_warmup(sgd, warm, STEPS, min_lr_rate=0.2),
+    ),
+    "cosine_with_restarts": (
+        {"min_lr_ratio": 0, "cycles": 3},
+        lambda sgd, warm: optimization.get_cosine_with_hard_restarts_schedule_with_warmup(sgd, warm, STEPS, 3),
+    ),
+    "polynomial": (
+        {"min_lr_ratio": 0.05, "power": 2.5},
+        lambda sgd, warm: optimization.get_polynomial_decay_schedule_with_warmup(sgd, warm, STEPS, 0.05 * LR, 2.5),
+    ),
+    "inverse_sqrt": ({}, lambda sgd, warm: optimization.get_inverse_sqrt_schedule(sgd, warm)),
+    "wsd": (
+        {"min_lr_ratio": 0.1, "decay_ratio": 0.3},
+        lambda sgd, warm: optimization.get_wsd_schedule(sgd, warm, 18, num_training_steps=STEPS, min_lr_ratio=0.1),
+    ),
+}
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-def test_a_run_shorter_than_its_warm_up_still_has_a_rate(schedule: str) -> None:
-    assert rates(2, schedule=schedule) == [0.25, 0.5]
-    assert rates(4, schedule=schedule)[-1] == 1.0
+@pytest.mark.parametrize("warmup", [0, 10])
+@pytest.mark.parametrize("name", THEIRS)
+def test_a_course_is_that_of_transformers(name: str, warmup: int) -> None:
+    settings, make = THEIRS[name]
+    theirs = make(SGD([torch.zeros(1)], LR), warmup).lr_lambdas[0]
+    optim = Optim(lr=LR, schedule=name, warmup_steps=warmup, **settings)  # type: ignore[arg-type]
+    first = warmup if name == "wsd" else 1  # whose rise begins at the last rate there
+    for step in range(max(1, first), STEPS + 1):
+        assert learning_rate(optim, step, STEPS) == pytest.approx(LR * theirs(step), rel=1e-9, abs=1e-12)
+
+
+def test_one_cycle_is_that_of_torch() -> None:
+    sgd = SGD([torch.zeros(1, requires_grad=True)], 1.0)
+    # torch counts from 0, and its rise ends a step earlier than a share of the steps.
+    theirs, rates = OneCycleLR(sgd, LR, total_steps=STEPS + 1, pct_start=(10 + 1) / (STEPS + 1)), list[float]()
+    for _ in range(STEPS):
+        sgd.step()
+        theirs.step()
+        rates.append(float(theirs.get_last_lr()[0]))
+    ours = [
+        learning_rate(Optim(lr=LR, schedule="one_cycle", warmup_steps=10), step, STEPS) for step in range(1, STEPS + 1)
+    ]
+    assert ours == pytest.approx(rates, rel=1e-9, abs=1e-12)
+
+
+def test_every_name_has_a_course_and_refuses_what_it_does_not_read() -> None:
+    assert set(get_args(Optim.model_fields["schedule"].annotation)) == set(SCHEDULES)
+    text = "run: {name: a}\nmodel: {base: b}\ndata: {train: [{path: c}]}\ntrain: {steps: 9}\n"
+    with pytest.raises(
+        ConfigError, match=r"optim\.power: has no effect with optim\.schedule: cosine\. Remove it, or set"
+    ):
+        parse_config(text, ["optim.power=2"])

@@ -22,13 +22,14 @@ from trainer.base.describe.meta import model_config
 from trainer.base.find.check import check_base
 from trainer.base.find.locate import resolve_base
 from trainer.base.rows.parameters import find_all_weights
-from trainer.base.stored.fp8.tiles import Fp8Tiles
 from trainer.base.stored.mxfp4.experts import Mxfp4Experts
+from trainer.base.stored.shared.coded import Coded
 from trainer.base.stored.shared.floats import E2M1, E4M3, E8M0, round_to_bf16
 from trainer.base.stored.shared.reads import LastReads
 from trainer.config import Config
 from trainer.errors import ConfigError, StorageError
 from trainer.export.proof.dequantized import dequantized_by_transformers
+from trainer.files.codes import Code
 from trainer.files.safetensors_index import PackedTensor, StoredTensor, TensorSource, read_index
 from trainer.plan.plan import make_plan
 from trainer.resolve import resolve
@@ -106,7 +107,7 @@ def test_any_range_of_fp8_is_each_weight_times_the_scale_of_its_tile(
     weight = torch.randn(shape) * torch.arange(1, shape[0] + 1)[:, None]
     quantized, by = to_fp8(weight, TILE, scales)
     store, sources = stored(tmp_path, quantized, by)
-    source = Fp8Tiles(sources[0], sources[1], TILE, LastReads(2))
+    source = Coded(sources[0], sources[1], shape, Code("e4m3", TILE), LastReads(2))
     columns = shape[1]
     rows = [(row * columns, (row + 1) * columns) for row in (0, shape[0] // 2, shape[0] - 1)]
     assert differing_ranges(source, from_fp8(quantized, by, TILE), rows) == []
@@ -115,7 +116,7 @@ def test_any_range_of_fp8_is_each_weight_times_the_scale_of_its_tile(
     source.read(1, min(700, weight.numel()))
     assert store.range_bytes - before == min(700, weight.numel()) - 1  # the scales are there already
     # A tile of another size means other weights.
-    others = Fp8Tiles(sources[0], sources[1], (shape[0], shape[1]), LastReads(2))
+    others = Coded(sources[0], sources[1], shape, Code("e4m3", shape), LastReads(2))
     assert by.numel() == 1 or differing_ranges(others, from_fp8(quantized, by, TILE)) != []
 
 
@@ -128,7 +129,7 @@ def test_scales_may_be_exponents_as_plain_bytes_and_matrices_may_be_stacked(tmp_
         torch.stack([by.view(torch.uint8) for _, by in parts]),
     )
     expected = torch.stack([from_fp8(part, by, (16, 32)) for part, by in parts])
-    source = Fp8Tiles(sources[0], sources[1], (16, 32), LastReads(2))
+    source = Coded(sources[0], sources[1], (3, 70, 45), Code("e4m3", (16, 32)), LastReads(2))
     assert differing_ranges(source, expected, [(70 * 45 - 3, 70 * 45 + 3), (100, 2 * 70 * 45 + 100)]) == []
 
 
@@ -241,10 +242,10 @@ def test_the_plan_knows_both_formats(workshop: Workshop, fp8: Path, mxfp4: Path)
 @pytest.mark.parametrize(
     ("quantization", "named"),
     [
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, r"'modelopt' \(quant_algo 'NVFP4'\)"),
-        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, r"'nvfp4-pack-quantized'\)"),
-        ({"quant_method": "fp8", "expert_dtype": "fp4"}, r"'fp8' \(expert_dtype 'fp4'\)"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, r"'bitsandbytes' \(load_in_8bit True\)"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, r"'modelopt' \(quant_algo 'W4A8_AWQ'\)"),
+        ({"quant_method": "gptq", "bits": 3}, r"'gptq' \(bits 3\)"),
+        ({"quant_method": "compressed-tensors", "format": "marlin-24"}, r"'compressed-tensors' \(format 'marlin-24'\)"),
+        ({"quant_method": "fp8", "expert_dtype": "int3"}, r"'fp8' \(expert_dtype 'int3'\)"),
         ({"quant_method": "fbgemm_fp8"}, "'fbgemm_fp8', which cannot be read"),
         ({"bits": 4}, r"None \(bits 4\)"),
     ],

@@ -249,7 +249,7 @@ def test_full_needs_a_base_in_16_or_32_bits_of_which_there_is_one_copy():
 
     assert wrong("quant.type=none") == []
     assert wrong() == [
-        "quant.type: nf4 stores the base in 4 bits, and tuning.method: full trains its weights themselves. Set quant.type: "
+        "quant.type: nf4 keeps the base in fewer bits, and tuning.method: full trains its weights themselves. Set quant.type: "
         "none, over a base that is stored in 16 or 32 bits."
     ]
     (sentence,) = wrong("quant.type=none", "sharding.scope=node")

@@ -20,11 +20,10 @@ ARCHITECTURE = describe(LLAMA_70B).architecture
             {"quantization_config": {"quant_method": "fp8", "expert_dtype": "fp4"}},
             None,
         ),  # read, or refused, by the formats
-        (
-            {"text_config": {"quantization_config": {"quant_method": "compressed-tensors"}}},
-            "text_config.quantization_config",
-        ),
+        ({"text_config": {"quantization_config": {"quant_method": "compressed-tensors"}}}, None),
+        ({"quantization_config": {"quant_method": "fp8"}, "expert_dtype": "fp4"}, None),
         ({"expert_dtype": "fp4"}, "expert_dtype"),
+        ({"llm": {"quantization_config": {"quant_method": "fp8"}}}, "llm.quantization_config"),
         ({"ffn_config": {"moe_num_experts": 16, "moe_top_k": 4}}, "16 experts (ffn_config.moe_num_experts)"),
         ({"n_routed_experts": 512, "moe_topk": 12}, "512 experts (n_routed_experts)"),
         ({"num_experts": 1}, None),

@@ -10,8 +10,15 @@ from functools import cached_property
 from typing import Any, Literal
 
 from trainer.config import Config
+from trainer.files.codes import Kept
 
 Kind = Literal["linear", "experts", "embedding", "head", "small"]
+
+
+READ_BY_ITS_FAMILY = "code of its family reads its weight"
+KEPT_IN_FP32 = "transformers keeps it in fp32"
+BESIDE_THE_LAYERS = "it is outside of the list of decoder layers that all else is counted by"
+UNKNOWN_EXPERTS = "its experts are in a form that cannot be packed"
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,9 @@ class Parameter:
     columns) of a mixture's matrices, quantized one by one; embedding and head; `small` is all the rest: norms, biases,
     routers, convolutions. `layer` is None outside the decoder layers. `visits` is the share of a row's tokens that each of its
     matrices multiplies: less than 1 for experts to which tokens are routed.
+    A matrix that could be quantized by its form and is not says in `whole` why, as a clause; it is `small`.
     A stack that is `transposed` has matrices (inputs, outputs), and its class says so.
+    `kept` is how the files hold it, where it may stay so (`quant.type: stored`).
     A linear layer that is not `adaptable` is multiplied by code of the module around it as well, which hands its weight to a
     kernel: PEFT refuses adapters on such.
     """
@@ -34,6 +43,8 @@ class Parameter:
     visits: float = 1.0
     transposed: bool = False
     adaptable: bool = True
+    whole: str | None = None
+    kept: Kept | None = None
 
     @property
     def numel(self) -> int:
@@ -76,8 +87,9 @@ class Architecture:
     another name of, as often the head's to the embedding's. `buffers` are the shapes of those tensors in the files that are no
     parameters. `positions` is the longest sequence, where the model has a limit. The attention caps its logits
     (`caps_attention`, Gemma 2), or has a sink for each head (`has_sinks`), which not every kernel computes. transformers
-    runs it with SDPA (`supports_sdpa`), and with kernels that take no mask (`supports_flash`). `isolates_documents`: it can be told
-    where the documents of a packed row begin. `taken_for_experts` are the last names of linear layers in whose place PEFT adapts the
+    runs it with SDPA (`supports_sdpa`), and with kernels that take no mask (`supports_flash`). `isolates_documents`: documents of a
+    packed row do not see each other in a small model of the same kinds, which cannot compute over 4 bits where `fails_packed` says why.
+    It is not `tried` where its family's code runs at no other sizes. `taken_for_experts` are the last names of linear layers in whose place PEFT adapts the
     experts.
     With logits z = `logit_factor` / `logit_divisor` * the product with the head, and `softcap` c, the model's are
     c * tanh(z / c).
@@ -99,6 +111,8 @@ class Architecture:
     supports_sdpa: bool = True
     supports_flash: bool = True
     isolates_documents: bool = True
+    fails_packed: str | None = None
+    tried: bool = True
     taken_for_experts: tuple[str, ...] = ()
     logit_factor: float = 1.0
     logit_divisor: float = 1.0
@@ -141,6 +155,15 @@ class Architecture:
     def largest(self, *kinds: Kind) -> int:
         """Elements of the largest parameter of these kinds."""
         return max(parameter.numel for parameter in self.parameters if parameter.kind in kinds)
+
+    def whole(self) -> dict[tuple[str, str], int]:
+        """The weights that could be packed by their form and stay in 16 bits, by the last name of their module and the reason."""
+        found = dict[tuple[str, str], int]()
+        for part in self.parameters:
+            if part.whole and len(part.shape) > 1:
+                key = part.name.removesuffix(".weight").rpartition(".")[2], part.whole
+                found[key] = found.get(key, 0) + part.numel
+        return found
 
     def in_layer(self, layer: int) -> list[Parameter]:
         """The parameters of one decoder layer, in the model's order."""
@@ -212,9 +235,19 @@ def mismatches(config: Config, model: Architecture) -> list[str]:
             f"train.activation_offload: has no effect with train.activation_checkpointing: {kept}, as all {model.layers} layers keep their "
             "activations then and none is computed again. Remove one of them, or give a smaller number."
         )
+    if config.quant.type == "stored" and not any(parameter.kept for parameter in model.parameters):
+        found.append(
+            "quant.type: stored keeps weights as the base's files have them in 4 or 8 bits, and by its config.json this base has none that "
+            "can stay so. Set quant.type: nf4, or none."
+        )
     if config.data.packing and not model.isolates_documents:
         found.append(
             "data.packing: documents of one row would see each other, as this base takes no position_ids, which tell where "
-            "they begin. Set data.packing: false."
+            "they begin, or does not heed them. Set data.packing: false."
+        )
+    if config.quant.type != "none" and model.fails_packed:
+        found.append(
+            f"quant.type: this base cannot be computed with weights in 4 bits, as a small model of its kind shows ({model.fails_packed}). "
+            "Set quant.type: none."
         )
     return found

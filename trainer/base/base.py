@@ -8,14 +8,16 @@ knows nothing of it. A file of trainer/base/stored, or the `format.py` of a fold
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from trainer.base.architecture import Architecture, mismatches
+from trainer.base.architecture import Architecture, Parameter, mismatches
 from trainer.base.sampled import sample_weights
-from trainer.config import Config
+from trainer.config import Config, Quant
+from trainer.config.model import Tokens
+from trainer.files.codes import Kept
 from trainer.files.safetensors_index import FileHeader, PackedTensor, StoredTensor, TensorSource, read_headers
 from trainer.store import Store
 
@@ -28,10 +30,17 @@ class StoredFormat(Protocol):
     quantized: ClassVar[bool]
     """Whether the weights are loaded in the 4 bits that they are stored in."""
     decoded: ClassVar[bool]
-    """Whether they are stored in fewer bits and become bf16 as they are read, which transformers must be told to do too."""
+    """Whether they are stored in fewer bits and become 16-bit values as they are read."""
+    dequantizes: ClassVar[bool]
+    """Whether transformers by itself gives the same values, where it is told to dequantize; a proof reads them here otherwise."""
 
     def mismatches(self, config: Config) -> list[str]:
         """A sentence for each setting that does not suit what config.json says of the format."""
+        ...
+
+    def kept(self, parameter: Parameter) -> Kept | None:
+        """How the files hold a weight that may stay as it is (`quant.type: stored`), by config.json alone; None for any other. A load
+        asks the tensors themselves."""
         ...
 
     def tensors(self, base: "Base") -> Mapping[str, StoredTensor | PackedTensor]:
@@ -71,6 +80,18 @@ class Description:
     unrecognised: tuple[str, ...] = ()
     """A sentence for each thing that config.json names and these facts lack; see trainer/base/describe/unrecognised.py."""
 
+    @property
+    def in_4_bits(self) -> bool:
+        """Whether its makers publish it in 4 bits, in a form in which it can stay."""
+        return any(part.kept and part.kept.code.bits == 4 for part in self.architecture.parameters)
+
+    def decided(self, config: Config) -> Config:
+        """`config`, and where it says nothing of `quant`, with `quant.type: stored` over a base that is published in 4 bits: quantizing
+        it once more would lose some of what it has."""
+        if config.quant.model_fields_set or not self.in_4_bits:
+            return config
+        return config.model_copy(update={"quant": Quant(type="stored")})
+
     def mismatches(self, config: Config) -> list[str]:
         """A sentence for each setting of `config` that asks more of the base than it has, or otherwise."""
         return [*mismatches(config, self.architecture), *self.stored.mismatches(config)]
@@ -81,7 +102,7 @@ class Base:
     """A Hugging Face model with safetensors files.
 
     `name` is where it is, for messages; `directory` holds config.json and the tokenizer's files, `store` the weights;
-    `config` is the parsed config.json, `description` what it says. `added_tokens` are those that the run adds to the tokenizer.
+    `config` is the parsed config.json, `description` what it says. `tokens` is how the run's tokenizer differs from that.
     """
 
     name: str
@@ -89,7 +110,7 @@ class Base:
     store: Store
     config: dict[str, Any]
     description: Description
-    added_tokens: tuple[str, ...] = ()
+    tokens: Tokens = field(default_factory=Tokens)
 
     @property
     def architecture(self) -> Architecture:

@@ -112,8 +112,9 @@ def dump_config(config: Config) -> str:
 
 
 def override(config: Config, *overrides: str) -> Config:
-    """A copy of `config` with dotted overrides applied and validated again."""
-    return parse_config(dump_config(config), overrides)
+    """A copy of `config` with dotted overrides applied and validated again. Where nothing was said of `quant`, nothing is."""
+    tree = config.model_dump(mode="json", exclude=None if config.quant.model_fields_set else {"quant"})
+    return parse_config(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), overrides)
 
 
 def assignment(key: str, value: Any) -> str:

@@ -78,6 +78,26 @@ class Source(Section):
         example="en",
     )
     split: str | None = setting(None, about="Which split of a data set of the Hub. Default: train.", example="test")
+    take: int | float | None = setting(
+        None,
+        about="So many of its rows, or below 1 that share of them: the first ones. Default: all.",
+        example=1000,
+        gt=0,
+        unit="rows, or share of rows",
+    )
+    take_seed: int | None = setting(
+        None, about="Take a random choice by this seed, not the first rows.", example=42, ge=0, lt=2**32
+    )
+
+    @model_validator(mode="after")
+    def _taken(self) -> "Source":
+        if self.take is not None and self.take > 1 and self.take % 1:
+            raise ValueError(
+                f"take: {self.take:g} is not allowed. Give a whole number of rows, or a share of them below 1. Example: 0.01."
+            )
+        if self.take_seed is not None and self.take is None:
+            raise ValueError("take_seed: has no effect without take. Set that, or remove it.")
+        return self
 
     @model_validator(mode="after")
     def _of_the_hub(self) -> "Source":

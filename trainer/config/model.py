@@ -1,10 +1,31 @@
 """The settings of the model: the base, its quantization, what learns."""
 
-from typing import Literal
+import re
+from typing import Literal, NamedTuple
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from trainer.section import Section, setting, with_parts
+
+EXPRESSION = "re:"
+"""What stands before a regular expression in `tuning.targets`."""
+
+
+class Tokens(NamedTuple):
+    """Everything by which a run's tokenizer differs from its base's: texts that become tokens, and (role, text) of special ones."""
+
+    added: tuple[str, ...] = ()
+    special: tuple[tuple[str, str], ...] = ()
+
+
+class SpecialTokens(Section):
+    """Tokens that the tokenizer has, for uses that its own files give to others."""
+
+    pad: str | None = setting(None, about="Padding; Capstan itself pads nothing.", example="<pad>", min_length=1)
+    eos: str | None = setting(
+        None, about="The end of a text, behind which answers stop.", example="<|im_end|>", min_length=1
+    )
+    bos: str | None = setting(None, about="The beginning of a text.", example="<s>", min_length=1)
 
 
 class Model(Section):
@@ -56,6 +77,13 @@ class Model(Section):
         example=["<tool>", "</tool>"],
     )
 
+    special_tokens: SpecialTokens = SpecialTokens()
+
+    @property
+    def tokens(self) -> Tokens:
+        given = self.special_tokens.model_dump(exclude_none=True)
+        return Tokens(tuple(self.add_tokens), tuple(sorted(given.items())))
+
     @model_validator(mode="after")
     def _tokens(self) -> "Model":
         for index, token in enumerate(self.add_tokens):
@@ -69,7 +97,13 @@ class Model(Section):
 class Quant(Section):
     """How the linear layers are stored, which then stay frozen."""
 
-    type: Literal["nf4", "fp4", "none"] = setting("nf4", about="4-bit type, or none for 16-bit weights.", example="nf4")
+    type: Literal["nf4", "fp4", "stored", "none"] = setting(
+        "nf4",
+        about="4-bit type that the base is quantized to; none for 16-bit weights; or stored: weights stay as the base's files have them, in "
+        "INT4, MXFP4, FP4, FP8 or INT8, and those in 16 bits too. Where a configuration says nothing of quant and the base is published in "
+        "4 bits, it is stored. docs/bases.md says which bases can.",
+        example="nf4",
+    )
     block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] = setting(
         64, about="Weights that share one scale (absmax).", example=64, unit="weights"
     )
@@ -82,16 +116,24 @@ class Quant(Section):
         example=True,
     )
 
+    @property
+    def quantizes(self) -> bool:
+        """Whether weights are quantized that files have in 16 bits, or in other codes."""
+        return self.type in ("nf4", "fp4")
+
+    @property
+    def in_words(self) -> str:
+        """The base in a sentence: `trained over the base ...`."""
+        return "as it is stored" if self.type == "stored" else f"in {self.type}"
+
     @model_validator(mode="after")
     def _scales(self) -> "Quant":
-        if self.type == "none" and self.double:
-            raise ValueError(
-                "quant.double: true has no effect with quant.type: none. Remove it, or set quant.type: nf4."
-            )
-        if self.type == "none" and self.cache:
-            raise ValueError(
-                "quant.cache: true has no effect with quant.type: none. Remove it, or set quant.type: nf4."
-            )
+        if self.type in ("none", "stored"):
+            for name in ("double", "cache"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"quant.{name}: true has no effect with quant.type: {self.type}. Remove it, or set quant.type: nf4."
+                    )
         return self
 
 
@@ -115,9 +157,15 @@ class Tuning(Section):
     targets: Literal["auto", "all-linear"] | list[str] = setting(
         "auto",
         about="Which linear layers get an adapter: all-linear (those of attention, of MLPs, of shared experts and of linear "
-        "attention, but no router and not the output head), names, which are ends of paths, or patterns of whole paths, where * "
-        "is any text. auto is all-linear, but k_proj, v_proj and down_proj for ia3.",
+        "attention, but no router and not the output head), names, which are ends of paths, patterns of whole paths, where * "
+        "is any text, or behind re: regular expressions for whole paths, as in PEFT. auto is all-linear, but k_proj, v_proj and down_proj for ia3.",
         example=["q_proj", "v_proj"],
+    )
+    layers: tuple[int, int] | None = setting(
+        None,
+        about="Adapt the targets in these decoder layers only: the number of the first one, counted from 0, and that behind the last. "
+        "Default: in all.",
+        example=[10, 32],
     )
     virtual_tokens: int = setting(
         20,
@@ -148,6 +196,37 @@ class Tuning(Section):
         "lm_head, routers. As in PEFT.",
         example=["norm", "lm_head"],
     )
+
+    start: str | None = setting(
+        None,
+        about="An adapter that learning begins from: a run of this store by its name (its newest checkpoint), the path or URI of a run, of one of "
+        "its checkpoints/step-... or of a LoRA adapter in PEFT's folder. Its rank, alpha and layers must be those of this section. The "
+        "reference of dpo and kto is then the base with that adapter. Default: the method's own start.",
+        example="runs/support-sft/checkpoints/step-000000400",
+        min_length=1,
+    )
+
+    @field_validator("targets")
+    @classmethod
+    def _expressions(cls, targets: str | list[str]) -> str | list[str]:
+        for target in [] if isinstance(targets, str) else targets:
+            try:
+                re.compile(target.removeprefix(EXPRESSION) if target.startswith(EXPRESSION) else "")
+            except re.error as error:
+                raise ValueError(
+                    f"tuning.targets: {target!r} is no regular expression ({error}). Example: 're:.*\\.(q|v)_proj'."
+                ) from error
+        return targets
+
+    @field_validator("layers")
+    @classmethod
+    def _range(cls, layers: tuple[int, int] | None) -> tuple[int, int] | None:
+        if layers is not None and not 0 <= layers[0] < layers[1]:
+            raise ValueError(
+                f"tuning.layers: {list(layers)} is not allowed. Give the number of the first layer, from 0, and that behind the last. "
+                "Example: [10, 32]."
+            )
+        return layers
 
     @model_validator(mode="after")
     def _experts(self) -> "Tuning":

@@ -29,7 +29,7 @@ _EXCLUSIONS = (
     _Exclusion("data.train_on.turns", ("data.loss_on",), lambda turns: turns != "all"),
     _Exclusion("optim.warmup_steps", ("optim.warmup_ratio",)),
     _Exclusion("optim.warmup_ratio", ("optim.warmup_steps",)),
-    _Exclusion("quant.type", ("quant.double", "quant.cache"), lambda kind: kind == "none"),
+    _Exclusion("quant.type", ("quant.double", "quant.cache"), lambda kind: kind in ("none", "stored")),
 )
 
 

@@ -58,12 +58,19 @@ class Optim(Section):
     name: str = setting(
         "adamw",
         about="adamw: AdamW with fp32 moments, 8 bytes for each element that learns. adamw_8bit: the same with moments of one "
-        "byte each. adafactor: of a matrix one number a row and one a column, and no first moment.",
+        "byte each. adafactor: of a matrix one number a row and one a column, and no first moment. lion: a momentum, 4 bytes, and updates of one size; "
+        "it wants a third of AdamW's lr. muon: a momentum, 4 bytes, made orthogonal for each matrix; vectors learn by AdamW, at the same lr.",
         example="adamw_8bit",
     )
     lr: float = setting(2e-4, about="Peak learning rate.", example=2e-4, gt=0, le=1)
-    schedule: Literal["cosine", "linear", "constant"] = setting(
-        "cosine", about="Course of the learning rate after warm-up.", example="cosine"
+    schedule: Literal[
+        "cosine", "linear", "constant", "cosine_with_restarts", "polynomial", "inverse_sqrt", "wsd", "one_cycle"
+    ] = setting(
+        "cosine",
+        about="Course of the learning rate after warm-up. cosine, linear, polynomial (by optim.power) and cosine_with_restarts (by "
+        "optim.cycles) fall over all steps, wsd over the last ones (optim.decay_ratio), inverse_sqrt for ever more slowly; constant "
+        "stays. one_cycle rises along a cosine from a 25th and falls to nearly nothing.",
+        example="wsd",
     )
     warmup_steps: int = setting(
         0, about="Steps over which the learning rate rises from 0.", example=100, ge=0, unit="steps"
@@ -77,12 +84,35 @@ class Optim(Section):
         unit="share of steps",
     )
     min_lr_ratio: float = setting(
-        0.1, about="Last learning rate, as a share of lr (cosine and linear).", example=0.1, ge=0, le=1
+        0.1,
+        about="Last learning rate, as a share of lr (not of constant, inverse_sqrt and one_cycle).",
+        example=0.1,
+        ge=0,
+        le=1,
+        unit="share of lr",
+    )
+    cycles: int = setting(
+        1, about="Falls of cosine_with_restarts, each from lr.", example=3, ge=1, le=10_000, unit="cycles"
+    )
+    power: float = setting(1.0, about="Exponent of polynomial; 1 is linear.", example=2.0, gt=0, le=100)
+    decay_ratio: float = setting(
+        0.1,
+        about="Share of all steps at the end over which wsd falls, along a cosine.",
+        example=0.2,
+        gt=0,
+        le=1,
+        unit="share of steps",
     )
     betas: tuple[float, float] = setting(
-        (0.9, 0.999), about="Decay of the first and second moment (adamw, adamw_8bit).", example=[0.9, 0.95]
+        (0.9, 0.999),
+        about="Decay of the first and second moment (adamw, adamw_8bit; muon, of vectors). lion: share of the momentum in the update, "
+        "and its decay, of which the paper has [0.9, 0.99].",
+        example=[0.9, 0.95],
     )
-    eps: float = setting(1e-8, about="Added to the root of the second moment (adamw, adamw_8bit).", example=1e-8, gt=0)
+    eps: float = setting(
+        1e-8, about="Added to the root of the second moment (adamw, adamw_8bit; muon, of vectors).", example=1e-8, gt=0
+    )
+    momentum: float = setting(0.95, about="Decay of the momentum of matrices (muon).", example=0.9, ge=0, lt=1)
     weight_decay: float = setting(
         0.0, about="Decoupled weight decay of what learns; with method full, of matrices only.", example=0.01, ge=0
     )
@@ -96,6 +126,15 @@ class Optim(Section):
     grad_clip: float = setting(1.0, about="Largest norm of the gradient; 0 turns clipping off.", example=1.0, ge=0)
 
     @model_validator(mode="after")
+    def _course(self) -> "Optim":
+        for name, schedule in (("cycles", "cosine_with_restarts"), ("power", "polynomial"), ("decay_ratio", "wsd")):
+            if self.schedule != schedule and getattr(self, name) != Optim.model_fields[name].default:
+                raise ValueError(
+                    f"optim.{name}: has no effect with optim.schedule: {self.schedule}. Remove it, or set optim.schedule: {schedule}."
+                )
+        return self
+
+    @model_validator(mode="after")
     def _one_warmup(self) -> "Optim":
         if self.warmup_steps and self.warmup_ratio is not None:
             raise ValueError("optim.warmup_ratio and optim.warmup_steps: both given. Set one of them.")
@@ -107,6 +146,29 @@ class Optim(Section):
             raise ValueError(
                 f"optim.betas: {list(self.betas)} is not allowed. Both must be in [0, 1). Example: [0.9, 0.95]."
             )
+        return self
+
+
+class StopWhen(Section):
+    """When a run ends by itself before its last step: with a checkpoint, and as finished."""
+
+    loss_above: float | None = setting(
+        None, about="End when the loss of a step is above this so many times in a row.", example=5.0, gt=0, unit="nats"
+    )
+    loss_steps: int = setting(3, about="So many times in a row.", example=10, ge=1, unit="steps")
+    no_better: int = setting(
+        0,
+        about="End after so many evaluations in a row whose loss is not below the best one's; 0 is never. Needs checkpoint.keep_best, "
+        "which keeps the best one.",
+        example=3,
+        ge=0,
+        unit="evaluations",
+    )
+
+    @model_validator(mode="after")
+    def _used(self) -> "StopWhen":
+        if self.loss_above is None and self.loss_steps != StopWhen.model_fields["loss_steps"].default:
+            raise ValueError("train.stop_when.loss_steps: has no effect without loss_above. Set that, or remove it.")
         return self
 
 
@@ -160,6 +222,7 @@ class Train(Section):
         ge=0,
         unit="steps",
     )
+    stop_when: StopWhen = StopWhen()
     profile: tuple[int, int] | None = setting(
         None,
         about="First and last step of which rank 0 keeps a trace in the run's folder, profiles/, for https://ui.perfetto.dev. Tracing "

@@ -53,6 +53,11 @@ class Config(Section):
             raise ValueError(
                 "checkpoint.keep_best: has no effect without eval.every or eval.per_epoch. Set one of them, or set it to 0."
             )
+        if self.train.stop_when.no_better and not self.checkpoint.keep_best:
+            raise ValueError(
+                "train.stop_when.no_better: the best checkpoint would not be kept. Set checkpoint.keep_best: 1, and eval.every or "
+                "eval.per_epoch."
+            )
         if self.sweep.settings:
             known = [name for name, _ in fields()]
             every = (

@@ -129,6 +129,7 @@ def _facts(config: Config, manifest: CheckpointManifest) -> dict[str, Any]:
         "run": config.run.name,
         "step": manifest.step,
         "evaluation loss": "not evaluated at this step" if manifest.eval_loss is None else f"{manifest.eval_loss:.4f}",
+        **({"begun from": _named(manifest.base["start"])} if "start" in manifest.base else {}),
         "method": _in_words(_method(config)),
         "learning rate": _in_words(config.optim.model_dump(mode="json", include=_OPTIM, exclude_none=True)),
         "optimizer": _in_words(manifest.groups),
@@ -200,7 +201,7 @@ def _table(head: Any, rows: Any) -> str:
 
 
 def _limitations(config: Config) -> str:
-    over = "" if config.quant.type == "none" else f" It was trained over that base in {config.quant.type}."
+    over = "" if config.quant.type == "none" else f" It was trained over that base {config.quant.in_words}."
     return (
         "It was trained on the data named above, and what is not under Evaluation was not measured: neither safety, nor bias, nor "
         f"other languages and tasks than those of the data. It keeps the limits and the licence of its base, {_named(config.model.base)}.{over}"

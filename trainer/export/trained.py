@@ -42,7 +42,7 @@ _SNAPSHOT = re.compile(r".*/models--([^/]+)--([^/]+)/snapshots/([^/]+)")
 # The keys that tell the place of a base, and their types in a manifest.
 _PLACE = {"path": str, "fingerprint": str, "name": (str, NoneType), "revision": (str, NoneType)}
 # The sections that belong to a checkpoint, and the settings in them that change nothing of what it computes.
-_FREE = {"model": {"attention", "kernels"}, "quant": {"cache"}, "tuning": set[str]()}
+_FREE = {"model": {"attention", "kernels"}, "quant": {"cache"}, "tuning": {"start"}}
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -84,6 +84,7 @@ def trained_config(folder: Store, manifest: CheckpointManifest) -> Config:
     given = run_config(folder)
     recorded = {key: manifest.base[key] for key in ("layers", "dtype") if key in manifest.base}
     recorded["add_tokens"] = manifest.base.get("add_tokens", [])
+    recorded["special_tokens"] = manifest.base.get("special_tokens", {})
     quant = {key.removeprefix("quant."): value for key, value in manifest.base.items() if key.startswith("quant.")}
     sections = {
         "model": _updated(given.model, {**recorded, **_place(manifest, given.model)}, manifest),

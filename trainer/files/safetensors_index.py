@@ -70,6 +70,11 @@ class TensorSource:
         return self.store.get_range(self.key, *self.byte_range(begin, end))
 
 
+def as_bytes(source: TensorSource) -> TensorSource:
+    """The same tensor as bytes, whatever its type."""
+    return TensorSource(source.store, source.key, "U8", (numel(source) * item_bytes(source),), source.offset)
+
+
 @dataclass(frozen=True)
 class Stretch:
     """`numel` elements of the part number `part`, from its element `begin` on."""

@@ -178,10 +178,11 @@ def knows_borders(mixer: nn.Module) -> bool:
 
 
 def _mixes(module: nn.Module) -> bool:
-    return _convolves(module) or not _CACHES.isdisjoint(_arguments(module))
+    return convolves(module) or not _CACHES.isdisjoint(_arguments(module))
 
 
-def _convolves(module: nn.Module) -> bool:
+def convolves(module: nn.Module) -> bool:
+    """Whether a convolution is among its own parts."""
     return any(isinstance(child, nn.Conv1d) for child in module.children())
 
 
@@ -260,7 +261,7 @@ def _unfused(mixer: nn.Module) -> Iterator[None]:
     """Inside, `mixer` calls its projections. A layer with a convolution whose own flag says that it trains hands the weights of its
     projections to one kernel of mamba-ssm, where that is installed; here they may be packed, or have adapters around them."""
     training = mixer.training
-    mixer.training = training and not _convolves(mixer)
+    mixer.training = training and not convolves(mixer)
     try:
         yield
     finally:

@@ -90,7 +90,7 @@ class LossHead(nn.Linear):
         """
         rows = self._rows
         if labels is None:
-            logits = self.scaled(_logits(hidden, self.weight, rows))
+            logits = self.scaled(_logits(hidden, self.weight, rows, self.bias))
             return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
         if places is None:
             places = (labels.flatten() != IGNORE).nonzero()[:, 0]
@@ -98,10 +98,10 @@ class LossHead(nn.Linear):
         if ranked:
             found = [wanted.new_empty(0, 2, dtype=torch.float32)]
             for part in _parts(wanted, self.weight):
-                logits = _logits(wanted[part], self.weight, rows)
+                logits = _logits(wanted[part], self.weight, rows, self.bias)
                 found += [block.ranked() for _, block in _blocks(logits, targets[part], self, terms)]
             return torch.cat(found)
-        given: tuple[Any, ...] = wanted, self.weight, targets, self, terms
+        given: tuple[Any, ...] = wanted, self.weight, self.bias, targets, self, terms
         function = _LearningCrossEntropy if self.weight.requires_grad else _FrozenCrossEntropy
         if rows is not None:
             function, given = _RowsCrossEntropy, (*given, rows, rows.matrix, torch.is_grad_enabled())
@@ -116,12 +116,20 @@ class LossHead(nn.Linear):
 
 class _FrozenCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, head: LossHead, terms: LossTerms) -> Tensor:
-        """hidden (N, H), weight (V, H), targets (N,) -> (N,) fp32, the nats of each target."""
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        head: LossHead,
+        terms: LossTerms,
+    ) -> Tensor:
+        """hidden (N, H), weight (V, H), bias (V,), targets (N,) -> (N,) fp32, the nats of each target."""
         nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for part in _parts(hidden, weight):
-            logits = _logits(hidden[part], weight, None)
+            logits = _logits(hidden[part], weight, None, bias)
             nats[part] = _nats(logits, targets[part], head, terms, turn_into_gradient=grad is not None)
             if grad is not None:
                 grad[part] = logits @ weight
@@ -131,34 +139,52 @@ class _FrozenCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
         # In fp32 first: the scale (1 / targets) can be too small for the product's rounding in bf16 to be harmless.
-        return (ctx.grad.float() * grad_output[:, None]).to(ctx.grad.dtype), None, None, None, None
+        return (ctx.grad.float() * grad_output[:, None]).to(ctx.grad.dtype), None, None, None, None, None, None
 
 
 class _LearningCrossEntropy(torch.autograd.Function):
     """Keeps the module, never the gathered weight, which ZeRO-3 gathers again before the module's backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, head: LossHead, terms: LossTerms) -> Tensor:
-        """hidden (N, H), weight (V, H), targets (N,) -> (N,) fp32, the nats of each target."""
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        head: LossHead,
+        terms: LossTerms,
+    ) -> Tensor:
+        """hidden (N, H), weight (V, H), bias (V,), targets (N,) -> (N,) fp32, the nats of each target."""
         ctx.save_for_backward(hidden, targets)
         ctx.head, ctx.terms = head, terms
         nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         for part in _parts(hidden, weight):
-            nats[part] = _nats(_logits(hidden[part], weight, None), targets[part], head, terms)
+            nats[part] = _nats(_logits(hidden[part], weight, None, bias), targets[part], head, terms)
         return nats
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
         (hidden, targets), weight = ctx.saved_tensors, ctx.head.weight.detach()
-        grad = torch.empty_like(hidden)
+        bias, grad = ctx.head.bias, torch.empty_like(hidden)
+        bias_grad = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         weight_grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for part in _parts(hidden, weight):
-            logits, scale = _logits(hidden[part], weight, None), grad_output[part, None]
+            logits, scale = _logits(hidden[part], weight, None, bias), grad_output[part, None]
             for place, block in _blocks(logits, targets[part], ctx.head, ctx.terms):
                 logits[place] = block.gradient().mul_(scale[place])
             grad[part] = logits @ weight
             weight_grad += logits.T @ hidden[part]
-        return grad, weight_grad.to(weight.dtype), None, None, None
+            if bias_grad is not None:
+                bias_grad += logits.sum(0)
+        return (
+            grad,
+            weight_grad.to(weight.dtype),
+            None if bias_grad is None else bias_grad.to(bias.dtype),
+            None,
+            None,
+            None,
+        )
 
 
 class _RowsCrossEntropy(torch.autograd.Function):
@@ -169,6 +195,7 @@ class _RowsCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
         targets: Tensor,
         head: LossHead,
         terms: LossTerms,
@@ -180,7 +207,7 @@ class _RowsCrossEntropy(torch.autograd.Function):
         nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         grad, of_rows = torch.empty_like(hidden), hidden.new_empty(len(hidden), len(matrix))
         for part in _parts(hidden, weight):
-            logits = _logits(hidden[part], weight, rows)
+            logits = _logits(hidden[part], weight, rows, bias)
             nats[part] = _nats(logits, targets[part], head, terms, turn_into_gradient=learns)
             if learns:
                 of_rows[part] = logits[:, rows.ids]
@@ -193,17 +220,18 @@ class _RowsCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         hidden, grad, of_rows = ctx.saved_tensors
         grad, of_rows = ((part.float() * grad_output[:, None]).to(part.dtype) for part in (grad, of_rows))
-        return grad, None, None, None, None, None, of_rows.T @ hidden, None
+        return grad, None, None, None, None, None, None, of_rows.T @ hidden, None
 
 
-def _logits(hidden: Tensor, weight: Tensor, rows: Rows | None) -> Tensor:
-    """hidden (..., H), weight (V, H) -> (..., V), or as many as `rows` say."""
-    logits = nn.functional.linear(hidden, weight)
+def _logits(hidden: Tensor, weight: Tensor, rows: Rows | None, bias: Tensor | None) -> Tensor:
+    """hidden (..., H), weight (V, H), bias (V,) -> (..., V), or as many as `rows` say; a row beyond the weight's has no bias."""
+    logits = nn.functional.linear(hidden, weight, bias)
     if rows is None:
         return logits
+    more = nn.functional.pad(bias, (0, rows.vocabulary - len(bias)))[rows.ids] if bias is not None else None
     if rows.vocabulary > len(weight):
         logits = nn.functional.pad(logits, (0, rows.vocabulary - len(weight)))
-    return logits.index_copy_(-1, rows.ids, nn.functional.linear(hidden, rows.matrix))
+    return logits.index_copy_(-1, rows.ids, nn.functional.linear(hidden, rows.matrix, more))
 
 
 def _parts(hidden: Tensor, weight: Tensor) -> Iterator[slice]:

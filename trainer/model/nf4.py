@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import bitsandbytes.functional as bnb
 import torch
@@ -60,6 +60,23 @@ class Layout:
         return self.slices * self.slice_nested_blocks
 
 
+class Form(Protocol):
+    """How weights are held that are made as a layer computes, in `dtype`; `double` says that a mean belongs to each slice."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def double(self) -> bool: ...
+
+    def linear(self, in_features: int, out_features: int) -> "FrozenLinear4bit":
+        """A linear layer over such a weight."""
+        ...
+
+    def stack(self, shape: tuple[int, int, int]) -> "FrozenStack4bit":
+        """A mixture's experts over such weights."""
+        ...
+
+
 @dataclass(frozen=True)
 class Format:
     """How weights are stored in 4 bits, and the type that they are multiplied in."""
@@ -68,6 +85,14 @@ class Format:
     block_size: int
     double: bool
     dtype: torch.dtype
+
+    def linear(self, in_features: int, out_features: int) -> "FrozenLinear4bit":
+        """A linear layer over a weight in 4 bits."""
+        return FrozenLinear4bit(in_features, out_features, self)
+
+    def stack(self, shape: tuple[int, int, int]) -> "FrozenStack4bit":
+        """A mixture's experts in 4 bits."""
+        return FrozenStack4bit(shape, self)
 
 
 class Packed(nn.Module):
@@ -92,6 +117,14 @@ class Packed(nn.Module):
         if form.double:
             # The mean of each slice's absmax, the same on every rank.
             self.absmax_mean = nn.Buffer(torch.zeros(slices, dtype=torch.float32), persistent=False)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The bytes of each parameter."""
+        layout = self.layout
+        if not self.format.double:
+            return {"weight": layout.packed_bytes, "absmax": 4 * layout.blocks}
+        return {"weight": layout.packed_bytes, "absmax": layout.blocks, "nested_absmax": 4 * layout.nested_blocks}
 
     def matrices(self, first: int, last: int) -> Tensor:
         """Slices [first, last), (last - first, *slice_shape) in the compute dtype. The parameters must be gathered.

@@ -10,8 +10,11 @@ EXPERTS_WITHOUT_INTERFACE = ("Llama4TextExperts",)
 
 
 def body(model: PreTrainedModel) -> nn.Module:
-    """The model without its head: tokens to hidden states."""
-    embedding = model.get_input_embeddings()
+    """The model without its head: tokens to hidden states. That is transformers' decoder, or the part with the embedding where
+    that is not inside."""
+    embedding, decoder = model.get_input_embeddings(), model.get_decoder()
+    if decoder is not model and any(module is embedding for module in decoder.modules()):
+        return decoder
     return next(child for child in model.children() if any(module is embedding for module in child.modules()))
 
 

@@ -128,7 +128,7 @@ def reference_of(config: Config, objective: Objective, method: Method) -> Litera
         return None
     if config.objective.reference != "auto":
         return config.objective.reference
-    return "stored" if method.trains_base else "adapter_off"
+    return "stored" if method.trains_base or config.tuning.start else "adapter_off"
 
 
 def segments_of(config: Config) -> int:
@@ -151,5 +151,9 @@ def objective_mismatches(config: Config, objective: Objective, method: Method) -
         wrong.append(
             f"objective.reference: adapter_off is not possible with {base_trained_by(config)}, which changes the base and cannot be "
             "switched off. Set it to stored."
+        )
+    elif reference_of(config, objective, method) == "adapter_off" and config.tuning.start:
+        wrong.append(
+            "objective.reference: adapter_off would compare with the base without the adapter of tuning.start. Set it to stored."
         )
     return wrong

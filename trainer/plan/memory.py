@@ -15,12 +15,22 @@ from trainer.config.training import MLP_TILE
 from trainer.objective.objective import Objective, Survey, find_objective, reference_of, segments_of
 from trainer.optimizer.optimizer import State, find_optimizer, states_by_name
 from trainer.plan.needs import GpuMemory
-from trainer.plan.sizes import StoredParameter, pinned, stored_layers, stored_parameters, value_bytes
+from trainer.plan.sizes import (
+    StoredParameter,
+    is_packed,
+    pinned,
+    stored_bytes,
+    stored_layers,
+    stored_parameters,
+    value_bytes,
+)
 from trainer.tuning.method import Method, method_of
 from trainer.zero.policy import Scope, is_offloaded
 
 # trainer/model/experts.py: bytes of a mixture's experts that are dequantized at once.
 _EXPERTS_BYTES = 2**29
+# trainer/model/stored.py: codes as indices, values, scales and products in fp32 of the weights that are decoded at once.
+_DECODING_BYTES = 16 * 2**23
 # trainer/model/head.py: bytes of logits computed at once, were they in fp32, and of those that are.
 _LOGITS_CHUNK_BYTES, _LOGITS_CHUNK_ROWS, _LOGITS_BLOCK_BYTES = 2**28, 512, 2**26
 # trainer/zero/gather.py: layers that are whole on a GPU at one time.
@@ -200,22 +210,20 @@ def memory_of(given: Inputs) -> GpuMemory:
     element) / world size.
     """
     config, model, world_size = given.config, given.model, given.world_size
-    linear = sum(stored_layers(given.config, given.model))
-    unquantized = given.item * model.weights("embedding", "head", "small")
-    if config.quant.type == "none":
-        linear, unquantized = 0, unquantized + linear
+    parts = (part for layer in range(model.layers) for part in model.in_layer(layer) if is_packed(part, config.quant))
+    packed = sum(stored_bytes(part, config.quant, given.item) for part in parts)
+    unquantized = base_bytes(given) - packed
     unquantized -= given.item * given.learning_base
     whole = given.small if world_size > 1 else 0
-    dequantized = 0 if config.quant.type == "none" else _dequantized(given)
     passes = {
         "gathered_layers": _gathered(given),
-        "dequantized_weight": dequantized,
+        "dequantized_weight": _dequantized(given),
         "whole_gradient": (4 + given.item) * max(given.learning.values(), default=0),
         "activations": _activations(given),
         "logits": _logits(given),
     }
     parts = {
-        "frozen_quantized": 0 if given.offloaded else ceil(linear / given.group),
+        "frozen_quantized": 0 if given.offloaded else ceil(packed / given.group),
         "frozen_unquantized": 0 if given.offloaded else ceil(unquantized / given.group),
         "frozen_whole": _frozen_whole(given),
         "adapter_weights": given.item * (whole + given.share),
@@ -263,13 +271,14 @@ def offloaded_states(given: Inputs) -> int:
 
 
 def _dequantized(given: Inputs) -> int:
-    """Bytes of the 4-bit weights that are in 16 bits at one moment: one matrix, or as many of a mixture's experts as are
-    multiplied at once."""
-    return max(
+    """Bytes of the packed weights that are in 16 bits at one moment: one matrix, or as many of a mixture's experts as are
+    multiplied at once; those that stay as they are stored are decoded in fp32, some at a time."""
+    sizes = [
         max(given.item * parameter.matrices[0], min(_EXPERTS_BYTES, given.item * parameter.numel))
         for parameter in given.model.parameters
-        if parameter.kind in ("linear", "experts")
-    )
+        if is_packed(parameter, given.config.quant)
+    ]
+    return max(sizes, default=0) + (_DECODING_BYTES if sizes and given.config.quant.type == "stored" else 0)
 
 
 def optimizer_step(given: Inputs) -> int:

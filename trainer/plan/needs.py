@@ -21,6 +21,17 @@ class Parameters:
 
 
 @dataclass(frozen=True)
+class WholeWeights:
+    """Matrices that could be quantized by their form and are not: the last name of their module, why they stay as they are, their
+    elements and bytes."""
+
+    name: str
+    reason: str
+    weights: int
+    bytes: int
+
+
+@dataclass(frozen=True)
 class GlobalBatch:
     """One optimizer step. `empty_rows` are computed without targets, as global_batch does not divide evenly.
     `reference_time_percent` is the time of the objective's passes through the reference, as a share of the others'. Where
@@ -101,7 +112,7 @@ class Plan:
 
     `mismatches` are those of them that ask more of the base than it has, on any machine. `scope` is `sharding.scope`,
     with auto decided, and `recomputed_layers` so many of the `layers`, from the first on, as are computed again in the backward pass.
-    `notes` are sentences on settings without an effect, `unrecognised` on what config.json names and the sizes lack: then nobody can
+    `notes` are sentences on settings without an effect, `whole` are matrices that the quantization leaves as they are, `unrecognised` sentences on what config.json names and the sizes lack: then nobody can
     say whether it fits. `left_out` are the parts of the base's files that are not trained, where the files are at hand. `device` is what the ranks are planned for: the CPU only where `cluster.gpus_per_worker` is 0.
     """
 
@@ -120,6 +131,7 @@ class Plan:
     shortfalls: list[str]
     left_out: list[LeftOutPart] = field(default_factory=list[LeftOutPart])
     notes: list[str] = field(default_factory=list[str])
+    whole: list[WholeWeights] = field(default_factory=list[WholeWeights])
     unrecognised: list[str] = field(default_factory=list[str])
 
     def to_json(self) -> dict[str, Any]:

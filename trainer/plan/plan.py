@@ -14,8 +14,8 @@ from trainer.base.architecture import Architecture
 from trainer.base.base import Description
 from trainer.config import Config
 from trainer.plan.memory import Inputs, base_bytes, memory_of, offloaded_activations, offloaded_base, offloaded_states
-from trainer.plan.needs import GlobalBatch, HostMemory, Parameters, Plan, Traffic
-from trainer.plan.sizes import most_whole
+from trainer.plan.needs import GlobalBatch, HostMemory, Parameters, Plan, Traffic, WholeWeights
+from trainer.plan.sizes import most_whole, value_bytes
 from trainer.resolve import mismatches
 from trainer.tuning.method import method_of
 from trainer.zero.policy import Scope, build_deepspeed_config
@@ -64,9 +64,31 @@ def make_plan(
         deepspeed=deepspeed,
         mismatches=wrong,
         shortfalls=[*wrong, *_shortfalls(given, memory.total, gpu_memory)],
-        notes=[*idle_settings(asked, config, base.architecture), *_undecided(asked, base.architecture, memory_of_rank)],
+        notes=[
+            *_untried(base.architecture),
+            *idle_settings(asked, config, base.architecture),
+            *_undecided(asked, base.architecture, memory_of_rank),
+        ],
         unrecognised=list(base.unrecognised),
+        whole=_whole(config, base.architecture),
     )
+
+
+def _untried(model: Architecture) -> list[str]:
+    if model.tried:
+        return []
+    return [
+        "the base was not tried in small, as its code does not run at other sizes: that documents of a row do not see each other, and that it "
+        "computes with weights in 4 bits, is not known."
+    ]
+
+
+def _whole(config: Config, model: Architecture) -> list[WholeWeights]:
+    """Nothing is left as it is by a run that quantizes nothing."""
+    if config.quant.type == "none":
+        return []
+    item = value_bytes(config)
+    return [WholeWeights(name, why, count, item * count) for (name, why), count in model.whole().items()]
 
 
 def settled(config: Config, model: Architecture, world_size: int, ranks_per_node: int, memory: int | None) -> Config:

@@ -1,6 +1,5 @@
 """Bytes of a base as it is stored, and what is small enough beside it to be whole on every rank. No torch."""
 
-from collections.abc import Sequence
 from math import ceil, prod
 from typing import NamedTuple
 
@@ -31,12 +30,18 @@ def value_bytes(config: Config) -> int:
     return 2 if config.model.dtype == "bf16" else 4
 
 
-def stored_bytes(matrices: Sequence[int], quant: Quant, item: int) -> int:
-    """Bytes of the matrices of one parameter, which are alike and have so many weights each; of `item` bytes where they are not
-    quantized."""
-    if not matrices:
+def is_packed(parameter: Parameter, quant: Quant) -> bool:
+    """Whether a parameter is held in fewer bits than it is computed with."""
+    return bool(parameter.matrices) and quant.type != "none" and (quant.type != "stored" or parameter.kept is not None)
+
+
+def stored_bytes(parameter: Parameter, quant: Quant, item: int) -> int:
+    """Bytes of the matrices of one parameter, which are alike; of `item` bytes a weight where they are not quantized."""
+    if not parameter.matrices:
         return 0
-    return len(matrices) * (item * matrices[0] if quant.type == "none" else quantized_bytes(matrices[0], quant))
+    if not is_packed(parameter, quant) or quant.type == "stored":
+        return sum(stored.bytes for stored in stored_parameters(parameter, quant, item))
+    return len(parameter.matrices) * quantized_bytes(parameter.matrices[0], quant)
 
 
 class StoredParameter(NamedTuple):
@@ -52,8 +57,12 @@ class StoredParameter(NamedTuple):
 
 def stored_parameters(parameter: Parameter, quant: Quant, item: int) -> list[StoredParameter]:
     """The parameters that one of the base's becomes; of `item` bytes an element where it is not quantized."""
-    if not parameter.matrices or quant.type == "none":
+    if not is_packed(parameter, quant):
         return [StoredParameter(parameter.numel, item)]
+    if quant.type == "stored":
+        assert parameter.kept is not None
+        sizes = parameter.kept.sizes(*parameter.shape[-2:]).values()
+        return [StoredParameter(len(parameter.matrices) * size, 1) for size in sizes]
     count, weights = len(parameter.matrices), parameter.matrices[0]
     blocks = ceil(weights / quant.block_size)
     scales = [blocks, 4 * ceil(blocks / _NESTED_BLOCK)] if quant.double else [4 * blocks]
@@ -69,7 +78,7 @@ def stored_layers(config: Config, model: Architecture) -> list[int]:
     """Bytes of the linear weights and experts of each decoder layer."""
     item = value_bytes(config)
     return [
-        sum(stored_bytes(parameter.matrices, config.quant, item) for parameter in model.in_layer(layer))
+        sum(stored_bytes(parameter, config.quant, item) for parameter in model.in_layer(layer))
         for layer in range(model.layers)
     ]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint.checkpoints import Checkpoints
+from trainer.config.training import StopWhen
 from trainer.data.order.micro_batch import MicroBatch, Position
 from trainer.data.order.order import hash_key, splitmix64
 from trainer.data.order.stream import Stream
@@ -26,6 +27,7 @@ from trainer.train.horizon import Horizon
 from trainer.train.routing import Routing
 from trainer.train.save_rules import SaveRules
 from trainer.train.start import Start
+from trainer.train.stop_rules import StopRules
 from trainer.zero.engine import Engine
 
 
@@ -41,6 +43,7 @@ class Training:
     checkpoints: Checkpoints
     horizon: Horizon
     work: StepWork = UNKNOWN_WORK  # of a step, so that records say how much of the device's peak it came to
+    rules: StopRules = field(default_factory=lambda: StopRules(StopWhen()))
     samples: PromptSamples | None = None  # of eval.prompts, where train.sample_every wants them
     skipped: tuple[Position, ...] = ()  # their loss was not finite in an earlier start of the run
     clock: Callable[[], float] = time.monotonic  # by which saves are due, in seconds
@@ -60,7 +63,8 @@ class _RankStep(NamedTuple):
 
 
 def train(run: Training, step: int, position: Position) -> Iterator[dict[str, Any]]:
-    """Go from the state after `step` updates, whose next data is at `position`, to the last step; yields each update's record.
+    """Go from the state after `step` updates, whose next data is at `position`, to the last step, or to where `train.stop_when` ends it; yields each
+    update's record.
 
     Raises:
         NonFiniteLoss: on every rank, before anything is saved.
@@ -125,6 +129,7 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
         due = _is_every(evaluating.every, step) or run.horizon.is_due(evaluating.per_epoch, place, position)
         evaluated = _evaluate_if_due(run, step, due, stopping, routing)
         _sample_if_due(run, step, stopping)
+        last = run.rules.end(step, loss, evaluated) or last
         best = saving.keep_best and evaluated is not None
         due = saves.is_due(step, every[0].since_save) or run.horizon.is_due(saving.per_epoch, place, position)
         if step == first_step or last or best or due:
@@ -137,6 +142,9 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
             checkpoints.finish()
         if stopping and step < run.horizon.steps:
             raise _stopped(run, stopping, step)
+        if run.rules.ended:
+            run.start.log(f"ends at step {step}: {run.rules.ended}")
+            return
 
 
 def _gradients(run: Training, batches: Sequence[MicroBatch], step: int, weight: float) -> Tensor:

@@ -66,9 +66,10 @@ class ReferencePass:
         if found is not None and found.progress is None:
             self.start.log(f"the reference of {len(found.log_p):,} {self.start.objective.unit} is in {folder.uri}")
             return found.log_p
-        method = self.start.resolved.method
+        method, beginning = self.start.resolved.method, self.start.resolved.beginning
+        as_attached = method.trains_base or beginning is not None  # no update has been made yet
         self.engine.evaluating(True)
-        with nullcontext() if method.trains_base else method.switched_off(self.engine.model):
+        with nullcontext() if as_attached else method.switched_off(self.engine.model):
             computed = self._compute(folder, facts, dataset, found)
         self.engine.evaluating(False)
         self.start.pulse("load", 0)
@@ -84,6 +85,7 @@ class ReferencePass:
     def _facts(self, dataset: Dataset) -> dict[str, Any]:
         """Everything that decides the values."""
         model, quant, base = self.start.config.model, self.start.config.quant, self.start.resolved.base
+        beginning = self.start.resolved.beginning
         return {
             "format": 1,
             "dataset": dataset.manifest.fingerprint,
@@ -95,6 +97,7 @@ class ReferencePass:
             "dtype": model.dtype,
             "quant": {"type": quant.type, "block_size": quant.block_size, "double": quant.double},
             "attention": self.kernels,
+            **({"start": beginning.facts["start_weights"]} if beginning else {}),
         }
 
     def _read(self, folder: Store, facts: dict[str, Any], dataset: Dataset) -> References | None:

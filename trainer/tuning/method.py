@@ -18,6 +18,7 @@ from trainer import tuning
 from trainer.base.architecture import Architecture
 from trainer.base.base import StoredFormat
 from trainer.config import Config, Model, Optim, Tuning
+from trainer.errors import ConfigError
 from trainer.registry import chosen, kinds, refuse_unread
 
 if TYPE_CHECKING:
@@ -162,6 +163,15 @@ class Method(Protocol):
 
 
 @runtime_checkable
+class SavedByPeft(Method, Protocol):
+    """A method whose adapters PEFT keeps as those of LoRA."""
+
+    def saved_name(self, name: str) -> str:
+        """The name of a parameter that learns in PEFT's files, less the prefix of the wrapped model's names."""
+        ...
+
+
+@runtime_checkable
 class OwnFormat(Protocol):
     """A method whose exports PEFT does not read has this beside `Method`."""
 
@@ -183,7 +193,12 @@ def find_method(settings: Tuning) -> Method:
         ConfigError: there is none of that name, or a setting has a value that it does not read.
     """
     method = chosen(methods(), "tuning.method", settings.method)(settings)
-    refuse_unread(settings, "tuning.method", method.settings)
+    if settings.start is not None and method.exports_model:
+        raise ConfigError(
+            f"tuning.start: tuning.method: {settings.method} has no adapter to begin from. Merge that adapter (capstan export --merge), "
+            "and give the result as model.base."
+        )
+    refuse_unread(settings, "tuning.method", (*method.settings, "start"))
     return method
 
 
@@ -227,7 +242,7 @@ def tuning_mismatches(config: Config, method: Method, architecture: Architecture
         )
     if method.exports_model and config.quant.type != "none":
         wrong.append(
-            f"quant.type: {config.quant.type} stores the base in 4 bits, and tuning.method: {config.tuning.method} trains its "
+            f"quant.type: {config.quant.type} keeps the base in fewer bits, and tuning.method: {config.tuning.method} trains its "
             "weights themselves. Set quant.type: none, over a base that is stored in 16 or 32 bits."
         )
     return [*wrong, *_virtual_token_mismatches(config, method.virtual, architecture)]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.base.architecture import Architecture
+from trainer.base.describe.supported import check_transformers
 from trainer.base.describe.torch_answers import Question, kept_answer, user_cache
 
 # Settings that say nothing of the model's parameters.
@@ -19,8 +20,10 @@ def read_architecture(
     """The architecture of the base that messages call `name` by its parsed config.json; `layers` cuts it to its first so many.
 
     Raises:
-        ConfigError: transformers does not know it, or it is no causal language model that can be trained.
+        ConfigError: transformers is of an unsupported version or does not know it, or it is no causal language model that can be
+            trained.
     """
+    check_transformers()
     settings = {key: value for key, value in base_config.items() if key not in _IRRELEVANT}
     return _read(json.dumps(settings, sort_keys=True), layers, name, user_cache())
 

@@ -5,7 +5,7 @@ transformers reads them too, and raises whatever comes up; here each mistake is 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,16 @@ _MOST_LAYERS = 10_000
 _MOST_EXPERTS = 10_000
 _MOST_EXPERTS_IN_ALL = 2**17  # the largest models have some 25,000; each has names of its own in the files
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_MAY_BE_NONE = (*_EXPERTS, "n_shared_experts", "moe_num_shared_experts", "num_experts_per_tok")
+_MAY_BE_NONE = (*_EXPERTS, "head_dim", "n_shared_experts", "moe_num_shared_experts", "num_experts_per_tok")
 # Sizes in config.json -> the largest that is possible. Lists are as long as there are layers and experts.
 _SIZES = {
-    **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim", "vocab_size"), 2**31),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size", "vocab_size"), 2**31),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "max_position_embeddings"), 2**31),
     **dict.fromkeys(_MAY_BE_NONE, _MOST_EXPERTS),
+    "head_dim": 2**31,
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers", "n_layer"), _MOST_LAYERS),
 }
+_MAY_BE_LISTS = (*_MAY_BE_NONE, "intermediate_size", "moe_intermediate_size")
 _CAPS = ("final_logit_softcapping", "attn_logit_softcapping")
 
 
@@ -43,7 +45,26 @@ def parse_base_config(name: str, data: bytes) -> dict[str, Any]:
         )
     for section in (config, *(value for value in config.values() if isinstance(value, dict))):
         _check_sizes(name, section)
-    stored = config.get("quantization_config")
+    for section in (config, _text_config(config)):
+        _check_quantization(name, section.get("quantization_config"))
+    return config
+
+
+def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the parsed config.json says of how the weights are stored, {} where that is nothing: its quantization_config, or that of its
+    text_config, with the `expert_dtype` that stands beside it at the top in DeepSeek-V4."""
+    experts = {"expert_dtype": config["expert_dtype"]} if config.get("expert_dtype") else {}
+    found = config.get("quantization_config") or _text_config(config).get("quantization_config")
+    return {**experts, **found} if found else {}
+
+
+def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of one that sees or hears as well that describes its language model."""
+    section = config.get("text_config")
+    return section if isinstance(section, dict) else {}
+
+
+def _check_quantization(name: str, stored: Any) -> None:
     if stored is not None and not isinstance(stored, dict):
         raise ConfigError(
             f"model.base: {name}/config.json has the quantization_config {shown(stored)}, which is no JSON object. Copy the "
@@ -54,15 +75,14 @@ def parse_base_config(name: str, data: bytes) -> dict[str, Any]:
             f"model.base: {name}/config.json has an empty quantization_config, which transformers cannot read. Remove it from "
             "there."
         )
-    return config
 
 
 def _check_sizes(name: str, config: dict[str, Any]) -> None:
     """Those of the model, or of a part of it, such as the text_config of one that sees."""
     for key, largest in _SIZES.items():
         value, least = config.get(key), 0 if key in _MAY_BE_NONE else 1
-        # The MLPs of the layers may have sizes of their own.
-        every = value if key == "intermediate_size" and isinstance(value, list) else [value]
+        # Layers may have sizes of their own, or the parts of a model that sees: then there is a list of them.
+        every = value if key in _MAY_BE_LISTS and isinstance(value, list) else [value]
         if value is not None and not all(type(size) is int and least <= size <= largest for size in every):
             raise ConfigError(
                 f"model.base: {name}/config.json has {key} {shown(value)}. Possible are whole numbers from {least} to {largest}. "
@@ -82,13 +102,14 @@ def _check_sizes(name: str, config: dict[str, Any]) -> None:
             "divide. Copy the model again."
         )
     layers, experts = config.get("num_hidden_layers"), next((config[key] for key in _EXPERTS if config.get(key)), None)
-    if layers and experts and layers * experts > _MOST_EXPERTS_IN_ALL:
+    most = max(experts) if isinstance(experts, list) else experts
+    if layers and most and layers * most > _MOST_EXPERTS_IN_ALL:
         raise ConfigError(
-            f"model.base: {name}/config.json has {layers} num_hidden_layers of {experts} experts each. Possible are "
+            f"model.base: {name}/config.json has {layers} num_hidden_layers of {most} experts each. Possible are "
             f"{_MOST_EXPERTS_IN_ALL} experts in all. Copy the model again."
         )
     active = config.get("num_experts_per_tok")
-    if active and experts and active > experts:
+    if isinstance(active, int) and isinstance(experts, int) and active > experts:
         raise ConfigError(
             f"model.base: {name}/config.json has {active} num_experts_per_tok, but {experts} experts. Copy the model again."
         )

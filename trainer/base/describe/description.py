@@ -1,10 +1,14 @@
 """From a parsed config.json to what it says: the architecture, and the format of the files."""
 
+import re
+from dataclasses import replace
 from typing import Any
 
 from trainer.base import stored as folder
+from trainer.base.architecture import Architecture
 from trainer.base.base import Description, StoredFormat
 from trainer.base.describe.architecture_cache import read_architecture
+from trainer.base.describe.config_json import quantization_of
 from trainer.base.describe.unrecognised import unrecognised
 from trainer.errors import ConfigError, shown
 from trainer.registry import kinds
@@ -19,9 +23,21 @@ def describe(base_config: dict[str, Any], layers: int | None = None, *, name: st
     Raises:
         ConfigError: it is of a kind or in a format that is not supported.
     """
-    architecture = read_architecture(base_config, layers, name=name)
-    stored = stored_format(base_config.get("quantization_config"), name)
+    stored = stored_format(quantization_of(base_config), name)
+    architecture = _with_kept(read_architecture(base_config, layers, name=name), stored)
     return Description(architecture, stored, tuple(unrecognised(base_config, architecture)))
+
+
+def _with_kept(architecture: Architecture, stored: StoredFormat) -> Architecture:
+    """The architecture that knows how the files hold its weights."""
+    try:
+        kept = [stored.kept(parameter) for parameter in architecture.parameters]
+    except (LookupError, TypeError, ValueError, AttributeError, re.error):  # `mismatches` says so in a sentence
+        return architecture
+    if not any(kept):
+        return architecture
+    parameters = (replace(parameter, kept=how) for parameter, how in zip(architecture.parameters, kept, strict=True))
+    return replace(architecture, parameters=tuple(parameters))
 
 
 def stored_format(quantization: dict[str, Any] | None, name: str) -> StoredFormat:

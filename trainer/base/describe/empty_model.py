@@ -11,13 +11,18 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import meta_device_safe_creation_ops
 
+from trainer.base.describe.language_part import LanguagePart, is_part
+
 
 def meta_model(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
-    """The causal language model of `config`, all of its parameters and buffers on `meta`; `options` are those of `from_config`.
+    """The causal language model of `config`, all of its parameters and buffers on `meta`; `options` are those of `from_config`. Where
+    `config` is that of a whole class that has none for its language model, that is a part of the whole one.
 
     accelerate's `init_empty_weights` would make each tensor first, and fill the experts of some families.
     """
     with torch.device("meta"), meta_device_safe_creation_ops():
+        if is_part(config):
+            return LanguagePart.on_meta(config, **options)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
 
 

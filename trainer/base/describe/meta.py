@@ -5,6 +5,7 @@ names that families give the number of experts a token is routed to. A base that
 """
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,12 +16,27 @@ from typing import Any
 import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from trainer.base.architecture import Architecture, AttentionLayer, Kind, Parameter
+from trainer.base.architecture import (
+    BESIDE_THE_LAYERS,
+    KEPT_IN_FP32,
+    READ_BY_ITS_FAMILY,
+    UNKNOWN_EXPERTS,
+    Architecture,
+    AttentionLayer,
+    Kind,
+    Parameter,
+)
 from trainer.base.describe.config_json import read_by_transformers
 from trainer.base.describe.empty_model import meta_model
+from trainer.base.describe.language_part import is_part
 from trainer.base.describe.logits import probe_logits
+from trainer.base.describe.self_test import Found, takes_positions, test_family
+from trainer.base.describe.small import BY_LAYER, small_model
+from trainer.base.describe.touched import Place, place_of, places_read
 from trainer.errors import ConfigError, shown
 from trainer.model.parts import body, decoder_layers, is_experts, tied_names
 
@@ -34,8 +50,9 @@ _ROUTED_TO = (
     "top_k_experts",
     "top_k",
 )
-# Lists with an entry for each layer have one of these in their names; how many of the last layers share keys is a number.
-_BY_LAYER, _SHARED = ("layer", "pattern", "types", "intermediate_size"), "num_kv_shared_layers"
+# The families' settings for how many experts there are.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_SHARED = "num_kv_shared_layers"  # how many of the last layers share keys
 
 
 def architecture_of(base_config: Mapping[str, Any], layers: int | None, name: str) -> dict[str, Any]:
@@ -53,11 +70,12 @@ def architecture_of(base_config: Mapping[str, Any], layers: int | None, name: st
         whole = CONFIG_MAPPING[kind].from_dict(PretrainedConfig._decode_special_floats(settings))
         config, stored_layers = _first_layers(_causal(whole, name), layers)
         model = meta_model(config)
-        return _Reader(model, config, name).architecture(stored_layers).to_json()
+        return _Reader(model, config.get_text_config(), name).architecture(stored_layers).to_json()
 
 
 def model_config(directory: Path, layers: int | None) -> PretrainedConfig:
-    """transformers' configuration of the language model of a base, cut to its first `layers`."""
+    """transformers' configuration of the language model of a base, cut to its first `layers`; that of the whole model where
+    its language model has no class of its own."""
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     return _first_layers(_causal(config, str(directory)), layers)[0]
 
@@ -82,10 +100,12 @@ def _causal(config: PretrainedConfig, name: str) -> PretrainedConfig:
             f"model.base: {name} is a {kind} model, an encoder with a decoder. Give a causal language model."
         )
     text = config.get_text_config()
+    if is_part(config):
+        return config
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING and text is not config:
         raise ConfigError(
             f"model.base: {name} is a {kind} model, for whose language model ({text.model_type}) transformers "
-            f"{transformers.__version__} has no class of its own. Give another base."
+            f"{transformers.__version__} has no class, and none for the whole to take it out of. Give another base."
         )
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConfigError(f"model.base: {name} is a {kind} model, which is no causal language model. Give one.")
@@ -99,16 +119,17 @@ def _causal(config: PretrainedConfig, name: str) -> PretrainedConfig:
 
 def _first_layers(config: PretrainedConfig, layers: int | None) -> tuple[PretrainedConfig, int]:
     """`config` cut to its first `layers`, and how many it had."""
+    whole, config = config, config.get_text_config()
     count: int = config.num_hidden_layers
     if not layers or layers >= count:
-        return config, count
+        return whole, count
     for key, value in list(vars(config).items()):
-        if isinstance(value, (list, tuple)) and len(value) == count and any(word in key for word in _BY_LAYER):
+        if isinstance(value, (list, tuple)) and len(value) == count and any(word in key for word in BY_LAYER):
             setattr(config, key, value[:layers])
     if shared := getattr(config, _SHARED, None):
         setattr(config, _SHARED, max(0, shared + layers - count))
     config.num_hidden_layers = layers
-    return config, count
+    return whole, count
 
 
 @cache
@@ -130,7 +151,7 @@ class _Reader:
         logits = probe_logits(self.model, self._head)
         if logits is None:
             raise ConfigError(self._refusal("makes logits in a way that is not supported"))
-        parameters = tuple(self._parameters())
+        parameters, trial = tuple(self._parameters()), self._trial()
         if not any(part.kind in ("linear", "experts") for part in parameters):
             raise ConfigError(self._refusal("has no linear layers"))
         return Architecture(
@@ -147,7 +168,9 @@ class _Reader:
             buffers=dict(self._buffers()),
             caps_attention=self._declared("attn_logit_softcapping") is not None,
             has_sinks=any("sink" in part.name.rpartition(".")[2] for part in parameters),
-            isolates_documents="position_ids" in inspect.signature(body(self.model).forward).parameters,
+            isolates_documents=takes_positions(body(self.model)) and (trial is None or trial.keeps_documents_apart),
+            fails_packed=trial.fails_packed if trial else None,
+            tried=trial is not None,
             taken_for_experts=tuple(self._taken_for_experts(parameters)),
             supports_sdpa=self.model._supports_sdpa,
             supports_flash=self.model._supports_flash_attn,
@@ -162,10 +185,8 @@ class _Reader:
     @cached_property
     def _head(self) -> nn.Linear:
         head = self.model.get_output_embeddings()
-        if type(head) is not nn.Linear:
+        if not isinstance(head, nn.Linear):
             raise ConfigError(self._refusal("has an output head that is no plain matrix"))
-        if head.bias is not None:
-            raise ConfigError(self._refusal("has an output head with a bias, which the loss does not add"))
         return head
 
     @cached_property
@@ -204,6 +225,15 @@ class _Reader:
             if kind == "linear" and (path in routers or parameter.shape[0] == 1):
                 kind = "small"
             shape = tuple(parameter.shape)
+            if why := self._whole(path, kind):
+                yield Parameter(name, shape, "small", layer, whole=why)
+                continue
+            if kind == "small" and layer is None and self._is_beside_the_layers(path):
+                yield Parameter(name, shape, kind, layer, whole=BESIDE_THE_LAYERS)
+                continue
+            if kind == "small" and layer is not None and (share := self._share_of_unknown_experts(path, parameter)):
+                yield Parameter(name, shape, kind, layer, share, whole=UNKNOWN_EXPERTS)
+                continue
             if kind == "experts":
                 transposed = getattr(owner, "is_transposed", False)  # as PEFT sees it
                 yield Parameter(name, shape, kind, layer, self._visits(path, shape[0]), transposed)
@@ -212,13 +242,88 @@ class _Reader:
                 yield Parameter(name, shape, kind, layer, adaptable=not handed_on)
 
     def _kind(self, name: str, owner: nn.Module, leaf: str, parameter: Tensor, layer: int | None) -> Kind:
-        if owner is self._head:
+        if owner is self._head and leaf == "weight":
             return "head"
         if isinstance(owner, nn.Embedding):
             return "embedding"
-        if type(owner) is nn.Linear and leaf == "weight" and layer is not None:
+        if isinstance(owner, nn.Linear) and leaf == "weight" and layer is not None:
             return "linear"
         return "experts" if layer is not None and _is_stack(owner, parameter) else "small"
+
+    def _whole(self, path: str, kind: Kind) -> str | None:
+        """The reason why a linear layer must stay as it is stored, if there is one."""
+        if kind != "linear":
+            return None
+        around, _, name = path.rpartition(".")
+        if place_of(self._modules[around], name) in self._places_read:
+            return READ_BY_ITS_FAMILY
+        return KEPT_IN_FP32 if self._in_fp32 and self._in_fp32.search(f"{path}.weight") else None
+
+    def _is_beside_the_layers(self, path: str) -> bool:
+        """Whether it is a linear layer in a decoder layer of another list than the one that counts as the model's."""
+        parts = path.split(".")
+        around = (self._modules[".".join(parts[:end])] for end in range(1, len(parts)))
+        return isinstance(self._modules[path], nn.Linear) and any(
+            isinstance(module, GradientCheckpointingLayer) for module in around
+        )
+
+    @cached_property
+    def _small(self) -> tuple[PreTrainedModel, set[Place]] | None:
+        """A small model of the same kinds of layers, and the places of the linear layers that its code reads; None where it cannot be made or
+        does not compute."""
+        try:
+            small = small_model(self.config, self.model)
+            return small, places_read(small)
+        except Exception:  # whatever a family's code raises for sizes that it was not made for
+            return None
+
+    @cached_property
+    def _places_read(self) -> set[Place]:
+        """By the small model, or by the text of the classes where there is none."""
+        if self._small:
+            return self._small[1]
+        return {
+            place_of(around, name)
+            for around in self._modules.values()
+            for name, child in around.named_children()
+            if isinstance(child, nn.Linear) and f"self.{name}.weight" in _code(type(around))
+        }
+
+    def _trial(self) -> Found | None:
+        if self._small is None:
+            return None
+        try:
+            return test_family(*self._small)
+        except Exception as error:
+            why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
+            raise ConfigError(self._refusal(f"cannot compute as training asks it to ({why})")) from error
+
+    @cached_property
+    def _in_fp32(self) -> re.Pattern[str] | None:
+        """Matches the names of the weights that a family keeps in fp32; transformers' names of them are private."""
+        names = [*(self.model._keep_in_fp32_modules or ()), *(self.model._keep_in_fp32_modules_strict or ())]
+        return build_glob_alternation(names)[0] if names else None
+
+    def _share_of_unknown_experts(self, path: str, parameter: Tensor) -> float | None:
+        """The share of tokens that visit one of the matrices in a parameter that has those of all experts, one behind the other; None
+        for any other parameter."""
+        count = self._expert_count
+        if count is None or isinstance(self._modules[path], (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)):
+            return None
+        if parameter.ndim == 2 and len(parameter) % count == 0 and len(parameter) > count:
+            parameter = parameter.unflatten(0, (count, -1))
+        is_stack = parameter.ndim == 3 and self._head.in_features in parameter.shape[1:] and len(parameter) >= count
+        return self._visits(path, len(parameter)) if is_stack and min(parameter.shape[1:]) > 1 else None
+
+    @cached_property
+    def _expert_count(self) -> int | None:
+        declared = (getattr(owner, key, None) for owner in self._settings() for key in _EXPERTS)
+        return next((count for count in declared if type(count) is int and count > 1), None)
+
+    def _settings(self) -> Iterator[PretrainedConfig]:
+        """Those of the model, and of its parts that have their own."""
+        yield self.config
+        yield from (value for value in vars(self.config).values() if isinstance(value, PretrainedConfig))
 
     def _routers(self) -> Iterator[str]:
         """Paths of the linear layers beside a stack of experts that have an output for each of them, alone in their module: a
@@ -228,9 +333,11 @@ class _Reader:
             if _is_stack(self._modules[path], parameter):
                 block = path.rpartition(".")[0]
                 for inner, module in self._modules[block].named_modules(prefix=block):
-                    if type(module) is nn.Linear and module.out_features == parameter.shape[0]:
+                    if isinstance(module, nn.Linear) and module.out_features == parameter.shape[0]:
                         around = inner.rpartition(".")[0]
-                        linears = [type(child) for child in self._modules[around].children()].count(nn.Linear)
+                        linears = [isinstance(child, nn.Linear) for child in self._modules[around].children()].count(
+                            True
+                        )
                         if around == block or linears == 1:
                             yield inner
 
@@ -258,7 +365,7 @@ class _Reader:
     def _visits(self, path: str, experts: int) -> float:
         """The share of tokens that are routed to one of the `experts` at `path`, or 1 where nothing tells."""
         block = self._modules[path.rpartition(".")[0]]
-        for owner in (self.config, *block.modules()):
+        for owner in (*self._settings(), *block.modules()):
             for key in _ROUTED_TO:
                 routed = getattr(owner, key, None)
                 if type(routed) is int and routed > 0:

@@ -8,9 +8,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from trainer.base.architecture import Architecture
+from trainer.base.describe.config_json import quantization_of
 
 _FORMATS = ("quantization_config", "compression_config", "expert_dtype")
-"""Keys that tell of weights in fewer bits. The first one is read where it stands at the top."""
+"""Keys that tell of weights in fewer bits."""
+_READ = ("quantization_config", "text_config.quantization_config", "expert_dtype")
+"""The places where trainer/base/describe/config_json.py reads them, the last one beside a quantization_config."""
 _EXPERTS = re.compile(r"(moe_)?(num|n)_(local_|routed_)?experts")
 _ROUTED = re.compile(r"top_?k|per_tok")
 
@@ -18,10 +21,11 @@ _ROUTED = re.compile(r"top_?k|per_tok")
 def unrecognised(base_config: Mapping[str, Any], architecture: Architecture) -> list[str]:
     """A sentence for each thing in the parsed config.json that the sizes of the base lack."""
     found, entries = list[str](), list(_entries(base_config))
+    read = _READ if quantization_of(base_config) else ()
     routes = any(part.visits < 1 for part in architecture.parameters)
     for path, value in entries:
         key = path.rpartition(".")[2]
-        if key in _FORMATS and value and path != _FORMATS[0]:
+        if key in _FORMATS and value and path not in read:
             found.append(
                 f"config.json names {path}, which is not read: its weights are counted as they are without it."
             )

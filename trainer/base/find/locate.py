@@ -59,7 +59,7 @@ def resolve_base(model: Model) -> Base:
     store = open_store(str(local or model.base), setting="model.base")
     directory, name = local or _small_files(store), str(local or store.uri)
     config = _read_config(name, directory)
-    return Base(name, directory, store, config, describe(config, model.layers, name=name), tuple(model.add_tokens))
+    return Base(name, directory, store, config, describe(config, model.layers, name=name), model.tokens)
 
 
 def base_files(model: Model) -> Path:

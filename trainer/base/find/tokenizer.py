@@ -1,11 +1,11 @@
-"""The tokenizer of a run: its base's own, and the tokens that `model.add_tokens` adds to it.
+"""The tokenizer of a run: its base's own, the tokens that `model.add_tokens` adds to it, and the uses that `model.special_tokens` gives.
 
 An added token is found wherever its text stands, inside a word too, before anything else is split. It is not special in
 transformers' sense, so decoding shows it.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from trainer.base.describe.config_json import read_by_transformers
 from trainer.base.find.locate import CHAT_TEMPLATE, NAMED_TEMPLATES, base_files, tokenizer_content, write_files
 from trainer.config import Model
+from trainer.config.model import Tokens
 from trainer.errors import ConfigError
 from trainer.files.scratch import scratch_folder
 
@@ -20,20 +21,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SETTINGS = "tokenizer_config.json"
+_OWN = Tokens()
 _TEMPLATES = (CHAT_TEMPLATE, "chat_template.json")
 
 
-def read_tokenizer(directory: Path, name: str, added_tokens: Sequence[str] = ()) -> "PreTrainedTokenizerBase":
-    """The tokenizer in the directory of the base `name`, with `added_tokens`. Raises `ConfigError` when it cannot be read."""
+def read_tokenizer(directory: Path, name: str, tokens: Tokens = _OWN) -> "PreTrainedTokenizerBase":
+    """The tokenizer in the directory of the base `name`, with the run's own `tokens`. Raises `ConfigError` when it cannot be read, or has
+    no token of a name."""
     from transformers import AddedToken, AutoTokenizer
 
     with read_by_transformers(name, "the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         # A token that is one already stays what it is, special or not.
         there = {token.content for token in tokenizer.added_tokens_decoder.values()}
-        new = [AddedToken(token, normalized=False) for token in added_tokens if token not in there]
+        new = [AddedToken(token, normalized=False) for token in tokens.added if token not in there]
         tokenizer.add_tokens(new)
-        return tokenizer
+    for use, text in tokens.special:
+        if text not in tokenizer.get_vocab():
+            raise ConfigError(
+                f"model.special_tokens.{use}: {text!r} is no token of the tokenizer of {name}. Name one that is, or put it into "
+                "model.add_tokens as well."
+            )
+        setattr(tokenizer, f"{use}_token", text)
+    return tokenizer
 
 
 class TokenRow(NamedTuple):
@@ -53,7 +63,7 @@ def find_rows(model: Model) -> list[TokenRow]:
         return []
     directory = base_files(model)
     before = read_tokenizer(directory, model.base)
-    after = read_tokenizer(directory, model.base, model.add_tokens)
+    after = read_tokenizer(directory, model.base, model.tokens)
     there, rows = set(before.get_vocab().values()), list[TokenRow]()
     for token in model.add_tokens:
         row: Any = after.convert_tokens_to_ids(token)
@@ -67,13 +77,22 @@ def find_rows(model: Model) -> list[TokenRow]:
 def tokenizer_files(directory: Path, model: Model, template: str | None) -> dict[str, bytes]:
     """Name -> content of the files of the run's tokenizer: those in the base's `directory`, or as transformers saves what was added to;
     with the run's own chat `template` where it has one."""
-    if not model.add_tokens:
+    if model.tokens == _OWN:
         files = tokenizer_content(directory)
     else:
         with scratch_folder("export") as folder:
-            read_tokenizer(directory, model.base, model.add_tokens).save_pretrained(folder)
+            read_tokenizer(directory, model.base, model.tokens).save_pretrained(folder)
             files = tokenizer_content(Path(folder))
     return files if template is None else _with_template(files, template)
+
+
+def with_special_tokens(content: bytes, directory: Path, model: Model) -> bytes:
+    """`content`, a config.json or generation_config.json, with the numbers of `model.special_tokens`."""
+    if not model.tokens.special:
+        return content
+    tokenizer = read_tokenizer(directory, model.base, model.tokens)
+    numbers = {f"{use}_token_id": tokenizer.convert_tokens_to_ids(text) for use, text in model.tokens.special}
+    return json.dumps(json.loads(content) | numbers, indent=2, ensure_ascii=False).encode()
 
 
 def _with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]:

@@ -16,6 +16,7 @@ from trainer.base.find.check import left_out_sentence
 from trainer.base.load.cache import MANIFEST, cache_key, open_cache, write_cache
 from trainer.base.partitions.placement import Placement, place_partitions
 from trainer.base.partitions.reading import run_jobs
+from trainer.base.rows.kept_parts import kept_sources
 from trainer.base.rows.parameters import find_weights
 from trainer.config import Config
 from trainer.errors import Damaged
@@ -25,7 +26,7 @@ from trainer.model.attention import Attention
 from trainer.model.documents import keep_documents_apart
 from trainer.model.experts import IMPLEMENTATION, prepare_experts
 from trainer.model.head import LossHead
-from trainer.model.liger import Kernels
+from trainer.model.kernels.liger import Kernels
 from trainer.ranks import Ranks
 from trainer.store import open_run_store
 from trainer.zero.partition import Partitioner
@@ -73,7 +74,14 @@ def load_model(
                 log(left_out_sentence(weights.left_out))
         partitioner = Partitioner(deepspeed_config, dtype, scope, ranks)
         placement = place_partitions(
-            model, config.quant, dtype, partitioner, weights.sources, stored, base.architecture.quantizable()
+            model,
+            config.quant,
+            dtype,
+            partitioner,
+            weights.sources,
+            stored,
+            base.architecture.quantizable(),
+            kept_sources,
         )
         before = base.store.range_bytes
         run_jobs(placement.jobs, ranks, log)
@@ -133,7 +141,7 @@ def empty_model(base: Base, config: Config, attention: Attention, kernels: Kerne
     """The architecture without what its files hold, as `unfilled_model` makes it, its head a `LossHead`."""
     with read_by_transformers(base.name, "config.json"):
         architecture = model_config(base.directory, config.model.layers)
-        architecture.use_cache = False
+        architecture.get_text_config().use_cache = False
         model = unfilled_model(
             architecture,
             DTYPES[config.model.dtype],
@@ -146,7 +154,7 @@ def empty_model(base: Base, config: Config, attention: Attention, kernels: Kerne
     plain: Any = model.get_output_embeddings()
     facts = base.architecture
     head = LossHead(plain.in_features, plain.out_features, bias=False, device="meta")
-    head.weight = plain.weight
+    head.weight, head.bias = plain.weight, plain.bias
     head.factor, head.divisor, head.softcap = facts.logit_factor, facts.logit_divisor, facts.softcap
     model.set_submodule(facts.head.removesuffix(".weight"), head)
     keep_documents_apart(model)

@@ -55,25 +55,17 @@ class Copy:
 
 def make_packed(module: Packed, partitioner: Partitioner) -> dict[str, Partition]:
     """Partitions of the sizes that `module` needs, which become its parameters."""
-    made = {name: partitioner.make((size,), torch.uint8) for name, size in _packed_bytes(module).items()}
+    made = {name: partitioner.make((size,), torch.uint8) for name, size in module.sizes.items()}
     for name, partition in made.items():
         setattr(module, name, partition.parameter)
     return made
 
 
-def _packed_bytes(module: Packed) -> dict[str, int]:
-    """The size of each of its parameters."""
-    layout = module.layout
-    if not module.format.double:
-        return {"weight": layout.packed_bytes, "absmax": 4 * layout.blocks}
-    return {"weight": layout.packed_bytes, "absmax": layout.blocks, "nested_absmax": 4 * layout.nested_blocks}
-
-
 def copy_packed(module: Packed, made: dict[str, Partition], stored: PackedSources) -> list[Copy]:
     """The jobs that fill `made` with the packed weights in `stored`; raises `Damaged` where these have other sizes."""
     there, means = {name: numel(source) for name, source in stored.parts.items()}, stored.mean or []
-    if there != _packed_bytes(module) or len(means) != module.layout.slices * module.format.double:
-        raise Damaged(f"packed weights of {there} bytes were found, where {_packed_bytes(module)} belong.")
+    if there != module.sizes or len(means) != module.layout.slices * module.format.double:
+        raise Damaged(f"packed weights of {there} bytes were found, where {module.sizes} belong.")
     if means:
         module.absmax_mean.copy_(torch.tensor(means))
     return [Copy(stored.parts[name], partition) for name, partition in made.items()]

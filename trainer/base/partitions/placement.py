@@ -10,8 +10,10 @@ from transformers import PreTrainedModel
 from trainer.base.partitions.filling import Copy, Quantize, copy_packed, make_packed
 from trainer.base.partitions.reading import Job
 from trainer.config import Quant
+from trainer.files.codes import KeptSources
 from trainer.files.safetensors_index import PackedSources, PackedTensor, StoredTensor
-from trainer.model.nf4 import Format, FrozenLinear4bit, FrozenStack4bit, Packed
+from trainer.model.nf4 import Form, Format, Packed
+from trainer.model.stored import StoredFormat
 from trainer.zero.partition import Partition, Partitioner
 
 
@@ -41,6 +43,7 @@ def place_partitions(
     sources: Mapping[str, StoredTensor | PackedTensor],
     stored: Callable[[str], PackedSources | None],
     quantizable: Collection[str],
+    keep: Callable[[StoredTensor | PackedTensor], KeptSources | None],
 ) -> Placement:
     """Replace every parameter of `model`, and the buffers that are stored: each in the type that it has on `meta`.
 
@@ -49,13 +52,16 @@ def place_partitions(
         sources: where each parameter and buffer is read from.
         stored: where a module's packed weights are read from, or None where they are made of `sources`.
         quantizable: the names of the weights that `quant` quantizes.
+        keep: where the codes of a weight are stored that can stay as it is.
     """
     placement, parameters = Placement(), dict(model.named_parameters())
     for name in [name for name in sources if name not in parameters]:
         placement.jobs.append(_place_buffer(model, name, sources[name], partitioner.device))
     for name, parameter in parameters.items():
         path, source = name.removesuffix(".weight"), sources[name]
-        packed = _packed_module(model, name, parameter, quant, dtype) if name in quantizable else None
+        as_it_is = keep(source) if quant.type == "stored" and name in quantizable else None
+        form = _form(quant, dtype, as_it_is) if name in quantizable else None
+        packed = None if form is None else _packed_module(model, name, parameter, form)
         if packed is None:
             assert not isinstance(source, PackedTensor)
             partition = partitioner.make(parameter.shape, parameter.dtype)
@@ -64,7 +70,10 @@ def place_partitions(
             continue
         made = make_packed(packed, partitioner)
         placement.packed[path] = packed, made
-        found = source.sources if isinstance(source, PackedTensor) else stored(path)
+        if as_it_is is not None:
+            found = as_it_is.sources
+        else:
+            found = source.sources if isinstance(source, PackedTensor) else stored(path)
         if found is not None:
             placement.jobs += copy_packed(packed, made, found)
         else:
@@ -91,22 +100,26 @@ def _replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
                 setattr(module, name, new)
 
 
-def _packed_module(
-    model: nn.Module, name: str, parameter: nn.Parameter, quant: Quant, dtype: torch.dtype
-) -> Packed | None:
-    """The packed module put in place of a linear layer or a mixture's experts; None if nothing is quantized."""
-    if quant.type == "none":
+def _form(quant: Quant, dtype: torch.dtype, kept: KeptSources | None) -> Form | None:
+    """How a weight is held that can be quantized, which may be `kept` as it is stored; None if it is in 16 or 32 bits."""
+    if kept is not None:
+        return StoredFormat(kept.kept, dtype)
+    if quant.type in ("none", "stored"):
         return None
-    form = Format(quant.type, quant.block_size, quant.double, dtype)
+    return Format(quant.type, quant.block_size, quant.double, dtype)
+
+
+def _packed_module(model: nn.Module, name: str, parameter: nn.Parameter, form: Form) -> Packed:
+    """The packed module put in place of a linear layer or a mixture's experts."""
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
     if isinstance(owner, nn.Linear):
-        layer = FrozenLinear4bit(owner.in_features, owner.out_features, form)
+        layer = form.linear(owner.in_features, owner.out_features)
         layer.bias = owner.bias  # still on meta; it is a parameter of its own
         model.set_submodule(path, layer)
         return layer
     experts, rows, columns = parameter.shape
-    stack = FrozenStack4bit((experts, rows, columns), form)
+    stack = form.stack((experts, rows, columns))
     delattr(owner, leaf)
     owner.add_module(leaf, stack)
     return stack

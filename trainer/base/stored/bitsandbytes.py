@@ -1,4 +1,4 @@
-"""Bases that bitsandbytes has quantized to 4 bits: their packed bytes are loaded as they are.
+"""Bases that bitsandbytes has quantized. The packed bytes of those in 4 bits are loaded as they are.
 
 Beside each packed `weight`, `save_pretrained` writes `weight.absmax` and `weight.quant_state.bitsandbytes__nf4` (or fp4),
 JSON as bytes; under double quantization also `weight.nested_absmax` and `weight.nested_quant_map`.
@@ -11,9 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from trainer.base.architecture import Parameter
 from trainer.base.base import Base, QuantizedBy
+from trainer.base.stored.shared.reads import LastReads
 from trainer.config import Config
 from trainer.errors import NOT_JSON, ConfigError
+from trainer.files.codes import Code, Kept
 from trainer.files.safetensors_index import DTYPE_BYTES, PackedSources, PackedTensor, StoredTensor, TensorSource, numel
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -21,6 +24,8 @@ _NESTED_BLOCK = 256
 _MOST_NUMBERS = 2**16  # more than any quant_state or nested_quant_map has
 # SHA-256 of bitsandbytes.functional.create_dynamic_map() as fp32: what 8-bit scales stand for.
 _NESTED_MAP = "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"
+_PART_OF_127 = 0.007874015718698502  # bitsandbytes/functional.py, int8_vectorwise_dequant
+_SCALES_KEPT = 32
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -35,6 +40,7 @@ class BitsAndBytes4bit:
     unmergeable: ClassVar[str | None] = "stored in 4 bits, where no merged weight fits"
     quantized: ClassVar[bool] = True
     decoded: ClassVar[bool] = False
+    dequantizes: ClassVar[bool] = False
 
     @staticmethod
     def stores(quantization: dict[str, Any]) -> bool:
@@ -52,6 +58,9 @@ class BitsAndBytes4bit:
         if config.quant.cache:
             found.append("quant.cache: true has no effect, as the base is quantized already. Remove it.")
         return found
+
+    def kept(self, parameter: Parameter) -> Kept | None:
+        return None
 
     def tensors(self, base: Base) -> Mapping[str, StoredTensor | PackedTensor]:
         """Reads a few hundred bytes for each weight in 4 bits, all at once."""
@@ -76,6 +85,54 @@ class BitsAndBytes4bit:
                     f"model.base: {name} was {weight.made_of} before it was quantized, and would be rounded twice as "
                     f"{config.model.dtype} (model.dtype) in {base.name}. Give the 16-bit model; quant.type quantizes it."
                 )
+
+
+@dataclass(frozen=True)
+class BitsAndBytes8bit:
+    """Linear layers in whole numbers of 8 bits, LLM.int8(), all else as in a plain base: beside `weight` of I8 there is `SCB`, the largest
+    value of each row, which 127 stands for. Values are fp32: the number times SCB, times fp32's 1/127, as bitsandbytes dequantizes them."""
+
+    quantization: dict[str, Any]
+
+    readable: ClassVar[str] = "8 bits by bitsandbytes"
+    unmergeable: ClassVar[str | None] = "stored in 8 bits by bitsandbytes, where no merged weight fits"
+    quantized: ClassVar[bool] = False
+    decoded: ClassVar[bool] = True
+    dequantizes: ClassVar[bool] = False
+
+    @staticmethod
+    def stores(quantization: dict[str, Any]) -> bool:
+        """Whether a quantization_config is of this format."""
+        return quantization.get("quant_method") == "bitsandbytes" and bool(quantization.get("load_in_8bit"))
+
+    def mismatches(self, config: Config) -> list[str]:
+        return []
+
+    def kept(self, parameter: Parameter) -> Kept | None:
+        return None
+
+    def tensors(self, base: Base) -> Mapping[str, StoredTensor]:
+        from trainer.base.stored.shared.coded import Coded
+
+        last_reads, found = LastReads(_SCALES_KEPT), dict[str, StoredTensor](base.tensors)
+        for name, source in base.tensors.items():
+            path, _, leaf = name.rpartition(".")
+            if leaf != "weight" or source.dtype != "I8":
+                continue
+            scales = base.tensors.get(f"{path}.SCB")
+            if scales is None or len(source.shape) != 2 or (scales.dtype, scales.shape) != ("F32", source.shape[:1]):
+                raise ConfigError(
+                    f"model.base: {path} is in 8 bits in {base.name}, and has no SCB with a number for each of its rows. Copy the model "
+                    "again."
+                )
+            code = Code("int8", (1, source.shape[1]))
+            found[name] = Coded(source, scales, source.shape, code, last_reads, "F32", then=_PART_OF_127)
+            for part in ("SCB", "weight_format"):
+                found.pop(f"{path}.{part}", None)
+        return found
+
+    def check(self, base: Base, config: Config) -> None:
+        pass
 
 
 def _read_facts(base: Base) -> dict[str, tuple[dict[str, Any], bytes]]:
@@ -148,4 +205,4 @@ def _bytes(base: Base, name: str, size: int) -> TensorSource:
     return TensorSource(source.store, source.key, "U8", (size,), source.offset)
 
 
-STORED: dict[str, QuantizedBy] = {"bitsandbytes": BitsAndBytes4bit}
+STORED: dict[str, QuantizedBy] = {"bitsandbytes": BitsAndBytes4bit, "bitsandbytes in 8 bits": BitsAndBytes8bit}

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from trainer.base.architecture import Parameter
 from trainer.base.base import Base, QuantizedBy
 from trainer.config import Config
+from trainer.files.codes import Kept
 from trainer.files.safetensors_index import StoredTensor
 
 
@@ -19,6 +21,7 @@ class Plain:
     unmergeable: ClassVar[str | None] = None
     quantized: ClassVar[bool] = False
     decoded: ClassVar[bool] = False
+    dequantizes: ClassVar[bool] = False
 
     @staticmethod
     def stores(quantization: dict[str, Any]) -> bool:
@@ -27,6 +30,9 @@ class Plain:
 
     def mismatches(self, config: Config) -> list[str]:
         return []
+
+    def kept(self, parameter: Parameter) -> Kept | None:
+        return None
 
     def tensors(self, base: Base) -> Mapping[str, StoredTensor]:
         return base.tensors

@@ -7,15 +7,22 @@ from typing import Any
 Conversion = Callable[[Any], Any]
 _OPTIMIZERS = {
     "adamw": "adamw adamw_torch adamw_torch_fused adamw_torch_xla adamw_torch_npu_fused adamw_hf adamw_apex_fused adamw_anyprecision "
-    "adamw_torch_4bit_fused paged_adamw paged_adamw_32bit optimi_adamw flash_adamw pagedadamw",
-    "adamw_8bit": "adamw_8bit adamw_bnb_8bit paged_adamw_8bit ao_adamw_8bit adamw_torch_8bit pagedadamw8bit adamw8bit",
+    "paged_adamw paged_adamw_32bit optimi_adamw flash_adamw pagedadamw",
+    "adamw_8bit": "adamw_8bit adamw_bnb_8bit paged_adamw_8bit ao_adamw_8bit ao_adamw_4bit ao_adamw_fp8 adamw_torch_8bit adamw_torch_4bit "
+    "adamw_torch_4bit_fused pagedadamw8bit adamw8bit",
+    "lion": "lion lion_32bit lion_8bit paged_lion paged_lion_32bit paged_lion_8bit lion_pytorch optimi_lion",
+    "muon": "muon",
     "adafactor": "adafactor",
 }
 _SCHEDULES: dict[str, dict[str, Any]] = {
     "cosine": {"optim.schedule": "cosine", "optim.min_lr_ratio": 0.0},
     "cosine_with_min_lr": {"optim.schedule": "cosine"},
     "linear": {"optim.schedule": "linear", "optim.min_lr_ratio": 0.0},
-    "polynomial": {"optim.schedule": "linear", "optim.min_lr_ratio": 0.0},
+    "polynomial": {"optim.schedule": "polynomial", "optim.min_lr_ratio": 0.0},
+    "cosine_with_restarts": {"optim.schedule": "cosine_with_restarts", "optim.min_lr_ratio": 0.0},
+    "inverse_sqrt": {"optim.schedule": "inverse_sqrt"},
+    **{key: {"optim.schedule": "wsd", "optim.min_lr_ratio": 0.0} for key in ("wsd", "warmup_stable_decay")},
+    "one_cycle": {"optim.schedule": "one_cycle"},
     "constant": {"optim.schedule": "constant"},
     "constant_with_warmup": {"optim.schedule": "constant"},
 }
@@ -133,14 +140,14 @@ def warmup_ratio(value: Any) -> dict[str, Any]:
 
 def schedule(value: Any) -> dict[str, Any]:
     """The course of the learning rate; those of the peers end at 0."""
-    otherwise = "optim.schedule is cosine, linear or constant. Left at cosine."
+    otherwise = "docs/configuration.md lists those of optim.schedule. Left at cosine."
     return dict(one_of(_SCHEDULES, otherwise)(getattr(value, "value", value)))
 
 
 def optimizer(value: Any) -> str:
     """The optimizer with the same update, whatever its implementation."""
     by_name = {name: ours for ours, theirs in _OPTIMIZERS.items() for name in theirs.split()}
-    return one_of(by_name, "optim.name is adamw, adamw_8bit or adafactor. Left at adamw.")(value)
+    return one_of(by_name, "optim.name is adamw, adamw_8bit, adafactor, lion or muon. Left at adamw.")(value)
 
 
 def attention(value: Any) -> dict[str, Any]:
@@ -162,8 +169,26 @@ def targets(value: Any) -> str | list[str]:
     if str(value) in ("all", "all-linear", "all_linear", "['all-linear']"):  # a command line makes a list of it
         return "all-linear"
     if isinstance(value, str) and any(sign in value for sign in "\\[](|^$*?"):
-        raise Inconvertible("a regular expression. tuning.targets takes names, and patterns where * is any text.")
+        return [f"re:{value}"]
     return names(value)
+
+
+def layers(value: Any) -> list[int]:
+    """A range of decoder layers, from a list of their numbers or a single one."""
+    numbers = sorted(whole(item) for item in (value if isinstance(value, list) else names(value)))
+    if not numbers or numbers != list(range(numbers[0], numbers[-1] + 1)):
+        raise Inconvertible(
+            "tuning.layers is one range of layers. Name these in tuning.targets, such as 're:.*layers[.](0|5)[.].*'."
+        )
+    return [numbers[0], numbers[-1] + 1]
+
+
+def adapter(value: Any) -> str:
+    """The place of an adapter; a name without a slash would be one of our runs."""
+    place = text(value)
+    if "," in place:
+        raise Inconvertible("several adapters. tuning.start begins from one; merge them first.")
+    return place if "/" in place else f"./{place}"
 
 
 def offload(value: Any) -> dict[str, Any]:

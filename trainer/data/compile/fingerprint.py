@@ -8,6 +8,7 @@ from typing import Any
 
 from trainer.base.find.locate import tokenizer_content
 from trainer.config import Data
+from trainer.config.model import Tokens
 from trainer.data.dataset.manifest import FORMAT
 from trainer.data.format.formats import as_read, explicit_form
 from trainer.data.render.template import asks_for_the_date, template_text
@@ -15,16 +16,18 @@ from trainer.data.source.files import SourceFile
 from trainer.data.source.part import EVERYTHING, Part
 
 _DATED = "prints the date"  # what stands among a tokenizer's hashes where its own template does
+_OWN = Tokens()
 CHAPTER_BYTES = 4 * 2**30
 """Size of the sources of a chapter. It is small enough to be compiled soon, and large enough to be shuffled in."""
 
 
-def hash_tokenizer(directory: Path, added_tokens: Sequence[str] = ()) -> dict[str, str]:
-    """SHA-256 of each of the files in a Hugging Face model directory that decide what a tokenizer does, and of the tokens that
-    a run adds to it, in their order, where there are any."""
+def hash_tokenizer(directory: Path, tokens: Tokens = _OWN) -> dict[str, str]:
+    """SHA-256 of each of the files in a Hugging Face model directory that decide what a tokenizer does, and of the run's own tokens,
+    where there are any."""
     contents = tokenizer_content(directory)
-    if added_tokens:
-        contents["model.add_tokens"] = json.dumps(list(added_tokens)).encode()
+    for setting, own in (("model.add_tokens", list(tokens.added)), ("model.special_tokens", dict(tokens.special))):
+        if own:
+            contents[setting] = json.dumps(own).encode()
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     dated = any(asks_for_the_date(content.decode(errors="replace")) for content in contents.values())
     return {**hashes, _DATED: "data.today"} if dated else hashes
@@ -50,7 +53,7 @@ def fingerprint(
     dated = _DATED in tokenizer_files if template is None else asks_for_the_date(template)
     inputs = {
         "format_version": FORMAT,
-        "sources": [[file.source, file.uri, file.version, file.size] for file in files],
+        "sources": [[file.source, file.uri, file.version, file.size, *_taken(file)] for file in files],
         "chapters": count_chapters(files),
         "tokenizer": dict(tokenizer_files),
         "template": template,
@@ -60,6 +63,10 @@ def fingerprint(
         **({"masks": True} if weighted else {}),
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def _taken(file: SourceFile) -> list[Any]:
+    return [] if file.take is None else [file.take.amount, file.take.seed]
 
 
 def _reading(data: Data, files: Sequence[SourceFile]) -> dict[str, Any]:
@@ -81,4 +88,10 @@ def _reading(data: Data, files: Sequence[SourceFile]) -> dict[str, Any]:
 
 def count_chapters(files: Sequence[SourceFile]) -> int:
     """How many chapters a data set of these sources has: 1 unless they are large."""
-    return max(1, -(-sum(file.size for file in files) // CHAPTER_BYTES))
+    return max(1, -(-sum(map(_bytes_taken, files)) // CHAPTER_BYTES))
+
+
+def _bytes_taken(file: SourceFile) -> int:
+    """About so much of the file is taken, where that is a share of it."""
+    share = file.take.amount if file.take and file.take.amount < 1 else 1
+    return int(share * file.size)

@@ -1,6 +1,7 @@
 """The files of each of a run's data sets, which of their rows it has, and the settings that they are read by."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from trainer.data.render.template import has_template, no_template, tokens_of
 from trainer.data.source.files import SourceFile, expand
 from trainer.data.source.part import EVERYTHING, Part
 from trainer.data.source.reading import rows
+from trainer.data.source.take import with_take
 from trainer.errors import CapstanError
 from trainer.objective.objective import find_objective
 
@@ -81,7 +83,7 @@ def has_conversations(file: SourceFile) -> bool:
         return False
     if form.kind == "chat" or ROW_FORMATS[form.format].read:
         return True
-    first = next((row for _, row in rows(file, lambda _: None)), {})
+    first = next((row for _, row in rows(replace(file, take=None), lambda _: None)), {})
     return any(isinstance(first.get(form.names.get(name, "")), list) for name in ("chosen", "completion"))
 
 
@@ -101,7 +103,13 @@ def as_trained(config: Config) -> Data:
 
 def _read(config: Config, data: Data, sources: Sequence[Source], setting: str) -> list[SourceFile]:
     kinds = find_objective(config).formats
-    return with_forms(config, data, expand(sources, setting), sources, setting, kinds)
+    files = with_forms(config, data, expand(sources, setting), sources, setting, kinds)
+    own = [[file for file in files if file.source == index] for index in range(len(sources))]
+    return [
+        file
+        for source, found in zip(sources, own, strict=True)
+        for file in with_take(found, source.take, source.take_seed)
+    ]
 
 
 def named(keys: Mapping[str, str]) -> dict[str, str]:

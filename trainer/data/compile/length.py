@@ -1,12 +1,12 @@
 """The length of an epoch before anything is compiled for a run: by what an earlier start has compiled, else by the sizes of the files."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
 from pathlib import Path
 
-from trainer.config import Config
+from trainer.config import Config, Source
 from trainer.data.compile.fingerprint import fingerprint, hash_tokenizer
 from trainer.data.compile.inputs import find_train
 from trainer.data.compile.weights import kept_weights
@@ -14,6 +14,7 @@ from trainer.data.dataset.manifest import read_manifest
 from trainer.data.order.bins import kept_bins, total
 from trainer.data.order.settings import train_order
 from trainer.data.source.files import SourceFile, expand, is_compressed, is_of_hub
+from trainer.data.source.reading import batches
 from trainer.errors import CapstanError
 from trainer.store import Store
 
@@ -56,10 +57,19 @@ def epoch_length(config: Config, tokenizer: Path, store: Store | None) -> EpochL
     if store is None:
         return _estimated(config, files)
     try:
-        named = partial(fingerprint, data, files, hash_tokenizer(tokenizer, config.model.add_tokens), part)
+        named = partial(fingerprint, data, files, hash_tokenizer(tokenizer, config.model.tokens), part)
         return _compiled(config, store, named(weighted=bool(kept_weights(store, named()))))
     except CapstanError:  # it is not compiled, or the store fails
         return _estimated(config, files)
+
+
+def _taken(source: Source, size: int, files: Sequence[SourceFile]) -> int:
+    """The bytes of `size` that `take` leaves; of a number of rows, by the length of the first ones."""
+    if source.take is None or source.take < 1:
+        return int(size * (source.take or 1))
+    first = next(batches(replace(files[0], take=None)), None)
+    of_row = first.read / max(1, first.content.count()) if first else 0
+    return min(size, int(of_row * source.take * (_COMPRESSED if is_compressed(files[0].key) else 1)))
 
 
 def _compiled(config: Config, store: Store, key: str) -> EpochLength:
@@ -76,6 +86,8 @@ def _estimated(config: Config, files: Sequence[SourceFile]) -> EpochLength:
     order, sizes = train_order(config), [0] * len(config.data.train)
     for file in files:
         sizes[file.source] += file.size * (_COMPRESSED if is_compressed(file.key) else 1)
+    for index, source in enumerate(config.data.train):
+        sizes[index] = _taken(source, sizes[index], [file for file in files if file.source == index])
     weighted = sum(weight * size for weight, size in zip(order.weights_for(sizes), sizes, strict=True))
     tokens = weighted * (1 - config.data.held_out) / BYTES_A_TOKEN
     rows = ceil(tokens / order.sequence_length) if order.packing else None

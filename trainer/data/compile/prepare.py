@@ -156,13 +156,13 @@ def _compile(
 
 def load_tokenizer(base: Base) -> "PreTrainedTokenizerBase":
     """The run's tokenizer. Takes seconds of imports, so only what reads rows asks for it."""
-    return read_tokenizer(base.directory, base.name, base.added_tokens)
+    return read_tokenizer(base.directory, base.name, base.tokens)
 
 
 def wait_until_prepared(config: Config, base: Base, store: Store, wait: Callable[[], None]) -> None:
     """Return once another process has compiled the run's data into `store`; `wait` is called between two looks."""
     for files, part, data in find(config).values():
-        name = partial(fingerprint, data, files, hash_tokenizer(base.directory, base.added_tokens), part)
+        name = partial(fingerprint, data, files, hash_tokenizer(base.directory, base.tokens), part)
         while (weighted := kept_weights(store, name()) if _may_have_weights(files) else False) is None:
             wait()
         while not _is_compiled(store, name(weighted)):
@@ -192,7 +192,7 @@ def locate(
     Raises:
         DataError: a source is missing, or a file as a whole is damaged.
     """
-    tokenizer = hash_tokenizer(base.directory, base.added_tokens)
+    tokenizer = hash_tokenizer(base.directory, base.tokens)
     keys: dict[str, str] = {}
     found: dict[tuple[SourceFile, ...], bool] = {}  # the same files may be split between both
     for what, (files, part, data) in (find(config) if inputs is None else inputs).items():

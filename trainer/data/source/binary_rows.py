@@ -49,6 +49,9 @@ class Samples:
             except (ValueError, RecursionError) as error:
                 yield DataError(f"not a sample of its shard ({error})")
 
+    def count(self) -> int:
+        return len(self.samples)
+
     def with_key(self, *keys: str) -> "Samples":
         quoted = [f'"{key}"'.encode() for key in keys]
         return replace(self, samples=[sample for sample in self.samples if any(key in sample for key in quoted)])
@@ -61,6 +64,14 @@ def _mds(file: SourceFile, compression: str | None) -> Iterator[Batch]:
     for first in range(0, len(samples), rows.BATCH_ROWS):
         part = samples[first : first + rows.BATCH_ROWS]
         yield Batch(file.uri, first + 1, Samples(columns, part), file.size * (first + len(part)) // len(samples))
+
+
+def parquet_rows(file: SourceFile) -> int:
+    """The rows that a Parquet file says it has."""
+    try:
+        return pyarrow.parquet.ParquetFile(buffered(file)).metadata.num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{file.uri}: damaged or not of the kind its name says ({error}). Replace the file.") from error
 
 
 def read_binary(kind: str, file: SourceFile, compression: str | None) -> Iterator[Batch]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from trainer.config import Data, Source
@@ -14,6 +14,9 @@ from trainer.data.format.formats import RowForm
 from trainer.data.source import hub
 from trainer.errors import DataError, NotFound, StorageError
 from trainer.store import Store, open_store
+
+if TYPE_CHECKING:
+    from trainer.data.source.take import Take
 
 # Ending of a file's name -> its compression; what can be compressed as a whole.
 _TEXTS = (".jsonl", ".json", ".csv", ".tsv")
@@ -34,8 +37,8 @@ _WILDCARDS = frozenset("*?[")
 class SourceFile:
     """A file of a source: `uri` is its name in messages, `size` is in bytes, `source` the index of its source.
 
-    `version` changes when the content does. `form` is how its rows are read, once that is known. An
-    `immutable` one has its version from elsewhere, and never changes.
+    `version` changes when the content does. `form` is how its rows are read, once that is known, and `take` says which are taken,
+    where not all are. An `immutable` one has its version from elsewhere, and never changes.
     """
 
     uri: str
@@ -46,6 +49,7 @@ class SourceFile:
     source: int
     form: RowForm | None = None
     immutable: bool = False
+    take: "Take | None" = None
 
     def changed(self) -> bool:
         """Whether the file is not what it was when it was found."""

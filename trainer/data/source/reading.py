@@ -7,6 +7,7 @@ from dataclasses import replace
 from trainer.data.format.formats import Row
 from trainer.data.source.files import SourceFile, split_suffix
 from trainer.data.source.rows import TEXTS, Batch, OnBad, at
+from trainer.data.source.take import taken
 from trainer.errors import DataError
 
 # Readers raise these for damaged content; the sizes in it may ask for more than any memory.
@@ -14,12 +15,16 @@ _DAMAGE = (OSError, ValueError, ArithmeticError, MemoryError, RecursionError, cs
 
 
 def batches(file: SourceFile) -> Iterator[Batch]:
-    """The rows of a file, always in the same batches.
+    """The rows of a file that are taken, always in the same batches.
 
     Raises:
         DataError: the file as a whole is damaged.
         StorageError: the file cannot be read.
     """
+    return _whole(file) if file.take is None else taken(file, file.take, _whole)
+
+
+def _whole(file: SourceFile) -> Iterator[Batch]:
     kind, compression = split_suffix(file.key)
     try:
         for batch in _read(kind, file, compression):

@@ -39,6 +39,10 @@ class Content(Protocol):
         """Each row in turn; in its place what is wrong with it, or None where there is none."""
         ...
 
+    def count(self) -> int:
+        """How many rows there are, bad ones among them; without decoding any."""
+        ...
+
     def with_key(self, *keys: str) -> "Content":
         """At least the rows that have one of the keys somewhere in them, without decoding any."""
         ...
@@ -105,6 +109,9 @@ class Lines:
         for index, line in enumerate(self.lines):
             yield _parse(line.removeprefix(codecs.BOM_UTF8) if self.begins and not index else line)
 
+    def count(self) -> int:
+        return sum(not line.isspace() for line in self.lines)
+
     def with_key(self, *keys: str) -> "Lines":
         quoted = [f'"{key}"'.encode() for key in keys]
         return replace(self, lines=[line for line in self.lines if any(key in line for key in quoted)])
@@ -156,6 +163,9 @@ class Decoded:
     def rows(self) -> Iterable[Row | DataError | None]:
         for element in self.elements:
             yield element if isinstance(element, dict | DataError) else _no_object(element)
+
+    def count(self) -> int:
+        return len(self.elements)
 
     def with_key(self, *keys: str) -> "Decoded":
         return self

@@ -92,6 +92,9 @@ class Table:
         except _UNDECODABLE:
             return (_decoded(self.batch.slice(index, 1)) for index in range(self.batch.num_rows))
 
+    def count(self) -> int:
+        return self.batch.num_rows
+
     def with_key(self, *keys: str) -> "Table":
         """All rows, or none where no column has a field of these names."""
         types = [str(field.type) for field in self.batch.schema]

@@ -14,7 +14,7 @@ from trainer.export.written import ExportProgress, Written
 from trainer.files.safetensors_index import read_header
 from trainer.section import Section, setting
 from trainer.store import Store
-from trainer.tuning.shared.linear_adapters import SETTINGS, WEIGHTS
+from trainer.tuning.shared.peft_folder import SETTINGS, WEIGHTS
 
 
 class PeftFolder(Section):

@@ -1,4 +1,5 @@
-"""A base in FP8 or MXFP4 as transformers decodes it, which proofs compare with: nothing of our own decoding is used here."""
+"""A base in fewer bits as proofs compare with it: as transformers decodes FP8 and MXFP4, or, of a format that it needs another package
+for, as it is read here."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+from trainer.base.base import Base
+from trainer.base.partitions.filling import as_tensor
+from trainer.files.safetensors_index import PackedTensor, numel
 
 
 @contextmanager
@@ -25,6 +30,8 @@ def dequantized_by_transformers(config: PretrainedConfig) -> Iterator[None]:
     def by_size(
         self: Fp8Dequantize, quantized: Tensor, scales: Tensor, output_dtype: torch.dtype | None = None
     ) -> Tensor:
+        if quantized.dtype == torch.int8:  # two numbers of 4 bits
+            return by_number(self, quantized, scales, output_dtype or torch.bfloat16)
         rows, columns = quantized.shape[-2:]
         down, across = tile or (rows, columns)
         whole = nn.functional.pad(quantized.view(torch.uint8), (0, -columns % across, 0, -rows % down))
@@ -36,3 +43,13 @@ def dequantized_by_transformers(config: PretrainedConfig) -> Iterator[None]:
         yield
     finally:
         Fp8Dequantize._dequantize_one = by_number
+
+
+def decoded_here(base: Base) -> dict[str, Tensor]:
+    """The values of all weights in the files of a base, by name: the whole base in memory."""
+    found = dict[str, Tensor]()
+    for name, source in base.weights.items():
+        assert not isinstance(source, PackedTensor)
+        values = as_tensor(source.read(0, numel(source)), source) if numel(source) else torch.empty(0)
+        found[name] = values.view(source.shape)
+    return found

@@ -98,7 +98,7 @@ def exported_side(model: Architecture, quant: Quant, bytes_each: int, *, packed:
 
 
 def _stored(parts: Iterable[Parameter], quant: Quant, bytes_each: int) -> int:
-    return sum(stored_bytes(part.matrices, quant, bytes_each) or bytes_each * part.numel for part in parts)
+    return sum(stored_bytes(part, quant, bytes_each) or bytes_each * part.numel for part in parts)
 
 
 def _with_margin(size: float) -> int:

@@ -17,9 +17,11 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 from trainer.base.describe.composite import place_of_decoder
 from trainer.base.describe.empty_model import unfilled_model
+from trainer.base.describe.language_part import is_part
 from trainer.config import Quant
 from trainer.errors import ConfigError
 from trainer.export.proof.rows import ProbeRow
@@ -40,9 +42,11 @@ def load_plain(
     computed: torch.dtype,
     config: PretrainedConfig | None = None,
     streamed: StreamedLayers | None = None,
+    values: dict[str, Tensor] | None = None,
 ) -> Any:
     """A model as transformers reads it, ready to predict, its weights in `held`; `config` where it is not the folder's own. Where it
-    is to be `streamed`, it is on the device already, and its layers are read at their turns.
+    is to be `streamed`, it is on the device already, and its layers are read at their turns. `values` are what the files have, by name, where
+    transformers cannot read them.
 
     Its constants are those of a model in `computed`: Gemma's factor on embeddings is rounded to the type of the model.
 
@@ -51,15 +55,18 @@ def load_plain(
     """
     with _reading("transformers", folder):
         whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        config = config or whole.get_text_config()
+        config = config or (whole if is_part(whole) else whole.get_text_config())
         options: dict[str, Any] = {
             "dtype": held,
             "trust_remote_code": False,
             "experts_implementation": "eager",  # grouped products want sizes that are multiples of 16 bytes
             **(streamed.options if streamed else {}),
         }
-        if whole.get_text_config() is whole:
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
+        alone = whole.get_text_config() is whole
+        if values:
+            model: Any = _of_values(config if alone else whole, values, alone, options)
+        elif alone:
+            model = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
         else:
             model = AutoModelForMultimodalLM.from_pretrained(folder, **options)
         if streamed:
@@ -71,6 +78,16 @@ def load_plain(
     if held != computed:
         round_buffers(model, dict(unfilled_model(config, computed).named_buffers()))
     return model.eval()
+
+
+def _of_values(config: PretrainedConfig, values: dict[str, Tensor], alone: bool, options: dict[str, Any]) -> Any:
+    """The model of `config` with these values, as `from_pretrained` gives it where they are those of its files."""
+    for part in (config, config.get_text_config()):
+        vars(part).pop("quantization_config", None)
+    mapping = MODEL_FOR_CAUSAL_LM_MAPPING if alone else MODEL_FOR_MULTIMODAL_LM_MAPPING
+    made: Any = mapping[type(config)]
+    given = {key: value for key, value in options.items() if key != "trust_remote_code"}
+    return made.from_pretrained(None, config=config, state_dict=values, **given)
 
 
 class _Partner(NamedTuple):
@@ -91,7 +108,7 @@ def _framed(whole: Any, config: PretrainedConfig, held: torch.dtype) -> Any:
     decoder, frame = whole.get_decoder(), unfilled_model(config, held, experts_implementation="eager")
     place = place_of_decoder(whole, frame)
     inner: Any = body(decoder) if place == "" else decoder
-    del inner.layers[config.num_hidden_layers :]
+    del inner.layers[config.get_text_config().num_hidden_layers :]
     if place == "":
         return decoder
     frame.set_submodule(place, decoder)

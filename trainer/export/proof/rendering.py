@@ -60,7 +60,7 @@ class Texts:
 
 def trained_texts(config: Config, directory: Path) -> Texts:
     """As the run was trained: `directory` has its own tokenizer, `config` its template."""
-    tokenizer = read_tokenizer(directory, config.model.base, config.model.add_tokens)
+    tokenizer = read_tokenizer(directory, config.model.base, config.model.tokens)
     return Texts(tokenizer, template_text(config.data))
 
 
@@ -97,12 +97,16 @@ def _problems(ours: Texts, theirs: Texts, rows: Sequence[Sequence[int]]) -> Iter
     if ours.tokenizer.get_vocab() != theirs.tokenizer.get_vocab():
         yield "its tokens have other numbers"
     if _flags(ours.tokenizer) != _flags(theirs.tokenizer):
-        yield "its added tokens are found or shown otherwise"
+        yield "its added tokens are found otherwise"
 
 
-def _flags(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:
-    """Each added token with its flags: whether it is special, and how it is found in a text."""
-    return {number: repr(token) for number, token in tokenizer.added_tokens_decoder.items()}
+def _flags(tokenizer: "PreTrainedTokenizerBase") -> dict[int, tuple[Any, ...]]:
+    """Each added token, and how it is found in a text."""
+    added: dict[int, Any] = tokenizer.added_tokens_decoder
+    return {
+        number: (token.content, token.lstrip, token.rstrip, token.single_word, token.normalized)
+        for number, token in added.items()
+    }
 
 
 def _other_rows(ours: Texts, theirs: "PreTrainedTokenizerBase", sources: Sequence[SourceRow]) -> Iterator[str]:

@@ -36,11 +36,10 @@ from trainer.checkpoint.checkpoints import load_partitions
 from trainer.checkpoint.learner import TrainablePartition
 from trainer.checkpoint.manifest import CheckpointManifest, read_manifest
 from trainer.config import Config, override
-from trainer.devices import host_memory_left, local_gpus
 from trainer.export.figures import Proof
 from trainer.export.folder import local_folder
 from trainer.export.proof import plain
-from trainer.export.proof.dequantized import dequantized_by_transformers
+from trainer.export.proof.dequantized import decoded_here, dequantized_by_transformers
 from trainer.export.proof.distributions import Distance, distance
 from trainer.export.proof.placement import ProofSide, Room, exported_side, trained_side
 from trainer.export.proof.process import aside
@@ -54,6 +53,7 @@ from trainer.files.safetensors_index import WEIGHT_DTYPES
 from trainer.files.scratch import scratch_folder
 from trainer.objective.sft.objective import NextTokens
 from trainer.optimizer.optimizer import MASTER
+from trainer.processes.devices import host_memory_left, local_gpus
 from trainer.ranks import join
 from trainer.resolve import Resolved
 from trainer.store import Store, open_store
@@ -194,7 +194,7 @@ def prove_adapter(folder: Store, step: int, adapter: Store) -> Proof:
     trained.check_texts(adapter)
     computed_in, rows = trained.computed_in, trained.probe.rows
     expected = trained.predictions()
-    packed = trained.config.quant.type != "none"
+    packed = trained.config.quant.quantizes
     found, allowed, effect = trained.exported(_adapter_side, adapter.uri, computed_in, packed=packed)
     return make_proof(trained.probe, computed_in, distance(expected, found, rows), allowed, effect)
 
@@ -332,9 +332,11 @@ def _plain_base(trained: Trained, folder: Path, computed_in: str, unpacked: tupl
     exact = torch.float32 if config.model.dtype == "fp32" else held_in(base)
     held = exact if computed_in == "fp32" else dtype
     architecture, streamed = model_config(folder, config.model.layers), trained.streamed_layers()
-    with dequantized_by_transformers(architecture) if base.stored.decoded else nullcontext():
-        model = plain.load_plain(folder, held, trained.dtype, architecture, streamed)
-    if config.quant.type != "none" and not base.stored.quantized:
+    told = base.stored.decoded and base.stored.dequantizes
+    values = decoded_here(base) if base.stored.decoded and not told else None
+    with dequantized_by_transformers(architecture) if told else nullcontext():
+        model = plain.load_plain(folder, held, trained.dtype, architecture, streamed, values)
+    if config.quant.quantizes and not base.stored.quantized:
         plain.quantize(model, config.quant, dtype, base.architecture.quantizable(), unpacked, streamed)
     return plain.grow(model, trained.vocabulary).to(plain.device())
 

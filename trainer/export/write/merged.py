@@ -19,7 +19,7 @@ from typing import Any
 
 from trainer.base.describe.composite import composite_class
 from trainer.base.find.locate import TOKENIZER_PATTERNS, Base, describe_base, named_files
-from trainer.base.find.tokenizer import tokenizer_files
+from trainer.base.find.tokenizer import tokenizer_files, with_special_tokens
 from trainer.base.load.load import DTYPES
 from trainer.base.partitions.filling import as_tensor
 from trainer.base.partitions.reading import PIECE_BYTES, PIECES_IN_FLIGHT, cut, freed_memory_given_back, read_ahead
@@ -105,15 +105,17 @@ def write_model(
 def complete_model(base: Base, config: Config, destination: Store, settings: bytes) -> None:
     """Write the files that a model has beside its weights; `settings`, its config.json, last."""
     tokenizer = tokenizer_files(base.directory, config.model, template_text(config.data))
-    for name, content in {**named_files(base.directory, _SMALL_FILES), **tokenizer}.items():
+    small = named_files(base.directory, _SMALL_FILES)
+    told = {name: with_special_tokens(content, base.directory, config.model) for name, content in small.items()}
+    for name, content in {**told, **tokenizer}.items():
         destination.put(name, content)
-    destination.create(_CONFIG, settings)
+    destination.create(_CONFIG, with_special_tokens(settings, base.directory, config.model))
 
 
 def _description(config: Config) -> str:
     if method_of(config).exports_model:
         return f"A model {TRAINED}: its base's own weights were fine-tuned, so there is no adapter to merge."
-    over = "" if config.quant.type == "none" else f" The adapter was trained over the base in {config.quant.type}."
+    over = "" if config.quant.type == "none" else f" The adapter was trained over the base {config.quant.in_words}."
     return f"A model {TRAINED} by {config.tuning.method}: the adapter is merged into the weights of its base.{over}"
 
 

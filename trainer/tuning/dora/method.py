@@ -21,7 +21,6 @@ from trainer.tuning.shared.linear_adapters import (
     LinearAdapters,
     flagged,
     lora_config,
-    matching,
     peft_files,
     taken_for_experts,
 )
@@ -82,7 +81,7 @@ class Dora(LinearAdapters):
 
     def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         rank, shapes = self.tuning.rank, dict[str, tuple[int, ...]]()
-        for path, linear in matching(architecture, self.targets).items():
+        for path, linear in self.adapted(architecture).items():
             shapes[f"{path}.{_DOWN}"] = (rank, linear.inputs)
             shapes[f"{path}.{_UP}"] = (linear.outputs, rank)
             shapes[f"{path}.{_MAGNITUDE}"] = (linear.outputs,)
@@ -97,7 +96,7 @@ class Dora(LinearAdapters):
         from trainer.zero.engine import gathered
 
         torch.manual_seed(seed)
-        for path in matching(architecture, self.targets):
+        for path in self.adapted(architecture):
             base = model.get_submodule(path)
             assert isinstance(base, nn.Linear)
             with gathered(base):
@@ -123,12 +122,13 @@ class Dora(LinearAdapters):
 
     def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
         """PEFT's folder."""
-        named: dict[str, Tensor] = {}
-        for name, weight in weights.items():
-            path, _, kind = name.rpartition(".")
-            named[f"{path}.{_SAVED_AS[kind]}"] = weight
+        named = {self.saved_name(name): weight for name, weight in weights.items()}
         config = self.peft_config(self.ends(describe_base(model).architecture))
         return ExportedFiles("peft", "A DoRA adapter", peft_files(config, named, model))
+
+    def saved_name(self, name: str) -> str:
+        path, _, kind = name.rpartition(".")
+        return f"{path}.{_SAVED_AS[kind]}"
 
     def updates(self, weights: Mapping[str, Tensor], architecture: Architecture) -> dict[str, DoraUpdate]:
         updates: dict[str, DoraUpdate] = {}

@@ -57,8 +57,13 @@ class Scaling:
 class Ia3(LinearAdapters):
     """Vectors that scale the outputs, or the inputs, of linear layers."""
 
-    settings: ClassVar[Collection[str]] = ("targets", "feedforward", "modules_to_save")
-    defaults: ClassVar[Mapping[str, Any]] = {"targets": _AUTO, "feedforward": None, "modules_to_save": []}
+    settings: ClassVar[Collection[str]] = ("targets", "layers", "feedforward", "modules_to_save")
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "targets": _AUTO,
+        "layers": None,
+        "feedforward": None,
+        "modules_to_save": [],
+    }
     auto: ClassVar[Targets] = _AUTO
 
     def mismatches(self, architecture: Architecture) -> list[str]:
@@ -81,7 +86,7 @@ class Ia3(LinearAdapters):
         inputs_scaled = self._inputs_scaled(architecture)
         return {
             f"{path}.{_VECTOR}": (1, linear.inputs) if path in inputs_scaled else (linear.outputs, 1)
-            for path, linear in matching(architecture, self.targets).items()
+            for path, linear in self.adapted(architecture).items()
         }
 
     def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
@@ -90,7 +95,7 @@ class Ia3(LinearAdapters):
         from trainer.tuning.ia3.layer import ScaledLinear
 
         inputs_scaled = self._inputs_scaled(architecture)
-        for path in matching(architecture, self.targets):
+        for path in self.adapted(architecture):
             base = model.get_submodule(path)
             assert isinstance(base, nn.Linear)
             model.set_submodule(path, ScaledLinear(base, path in inputs_scaled, dtype))
@@ -103,7 +108,7 @@ class Ia3(LinearAdapters):
         given = part(self.tuning, Ia3Settings).feedforward
         if given is not None:
             return matching(architecture, given)
-        return {path for path in matching(architecture, self.targets) if path.endswith(_FEEDFORWARD)}
+        return {path for path in self.adapted(architecture) if path.endswith(_FEEDFORWARD)}
 
     def peft_config(self, targets: list[str], feedforward: list[str]) -> IA3Config:
         """PEFT's description of the vectors; `feedforward` are those of `targets` whose inputs are scaled."""

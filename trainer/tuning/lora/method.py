@@ -23,7 +23,6 @@ from trainer.tuning.shared.linear_adapters import (
     as_peft_reads,
     flagged,
     lora_config,
-    matching,
     peft_files,
 )
 
@@ -75,7 +74,7 @@ class Lora(LinearAdapters):
 
     def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}
-        for path, linear in matching(architecture, self.targets).items():
+        for path, linear in self.adapted(architecture).items():
             shapes[f"{path}.lora_A.{_ADAPTER}.weight"] = (self.tuning.rank, linear.inputs)
             shapes[f"{path}.lora_B.{_ADAPTER}.weight"] = (linear.outputs, self.tuning.rank)
         return shapes
@@ -120,9 +119,12 @@ class Lora(LinearAdapters):
         """PEFT's folder."""
         architecture = describe_base(model).architecture
         config = as_peft_reads(self.peft_config(self.ends(architecture)), architecture)
-        # PEFT saves without the adapter's own name.
-        named = {name.replace(f".{_ADAPTER}.", "."): matrix for name, matrix in weights.items()}
+        named = {self.saved_name(name): matrix for name, matrix in weights.items()}
         return ExportedFiles("peft", "A LoRA adapter", peft_files(config, named, model))
+
+    def saved_name(self, name: str) -> str:
+        """PEFT saves without the adapter's own name."""
+        return name.replace(f".{_ADAPTER}.", ".")
 
     def updates(self, weights: Mapping[str, Tensor], architecture: Architecture) -> dict[str, LowRankUpdate]:
         updates: dict[str, LowRankUpdate] = {}

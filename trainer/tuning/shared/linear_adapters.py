@@ -10,23 +10,22 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from fnmatch import translate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Architecture, Linear
 from trainer.config import Model, Tuning
+from trainer.config.model import EXPRESSION
 from trainer.files.scratch import scratch_folder
 from trainer.registry import without_defaults
 from trainer.tuning.method import ExportedFiles, VirtualTokens
+from trainer.tuning.shared.peft_folder import PREFIX, SETTINGS, WEIGHTS
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig
     from torch import Tensor
 
-# The two files of PEFT's `save_pretrained`; PEFT loads nothing without the settings.
-PREFIX = "base_model.model."  # of the names in PEFT's files: the wrapped model's
-WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 PEFT_FILES = (WEIGHTS,)  # of a half export: the settings are written last
 ALL_LINEAR = "all-linear"
 
@@ -39,6 +38,7 @@ LOW_RANK_SETTINGS = (
     "alpha",
     "dropout",
     "targets",
+    "layers",
     "modules_to_save",
     "experts",
     "experts_rank",
@@ -48,6 +48,7 @@ LOW_RANK_SETTINGS = (
 LOW_RANK_DEFAULTS = {
     "dropout": 0.0,
     "targets": ALL_LINEAR,
+    "layers": None,
     "modules_to_save": [],
     "experts": False,
     "experts_rank": None,
@@ -84,30 +85,49 @@ class LinearAdapters:
         return without_defaults({**given, "targets": self.targets}, self.defaults)
 
     def mismatches(self, architecture: Architecture) -> list[str]:
-        return unknown_targets(architecture, self.targets)
+        layers, found = self.tuning.layers, unknown_targets(architecture, self.targets)
+        if layers and layers[1] > architecture.layers:
+            found.append(
+                f"tuning.layers: {list(layers)} ends behind the base's last layer. It has {architecture.layers}."
+            )
+        elif not found and not self.adapted(architecture):
+            found.append(f"tuning.layers: {list(layers or ())} have none of the layers of tuning.targets. Name others.")
+        return found
+
+    def adapted(self, architecture: Architecture) -> dict[str, Linear]:
+        """Path in the model -> linear layer that gets an adapter."""
+        linears, layers = matching(architecture, self.targets), self.tuning.layers
+        if layers is None:
+            return linears
+        within = {part.name for layer in range(*layers) for part in architecture.in_layer(layer)}
+        return {path: linear for path, linear in linears.items() if f"{path}.weight" in within}
 
     def ends(self, architecture: Architecture) -> list[str]:
         """The names by which PEFT finds the layers that are adapted, and no other."""
-        return shortest_ends(architecture, matching(architecture, self.targets))
+        return shortest_ends(architecture, self.adapted(architecture))
 
 
 def matching(architecture: Architecture, targets: Targets) -> dict[str, Linear]:
-    """Path in the model -> linear layer that gets an adapter. A target is the end of a path, as PEFT matches it, or the pattern
-    of a whole path, as `tuning.train` has them."""
+    """Path in the model -> linear layer that `targets` name. A target is the end of a path, as PEFT matches it, the pattern of a
+    whole path, as `tuning.train` has them, or behind `re:` a regular expression for a whole path, as PEFT matches one."""
     linears = architecture.linear_layers()
     if targets == ALL_LINEAR:
         return linears
-    patterns = [target for target in targets if _is_pattern(target)]
+    patterns = [_pattern(target) for target in targets if _is_pattern(target)]
     ends = tuple(f".{target}" for target in targets if not _is_pattern(target))
     return {
         path: linear
         for path, linear in linears.items()
-        if f".{path}".endswith(ends) or any(fnmatchcase(path, pattern) for pattern in patterns)
+        if f".{path}".endswith(ends) or any(pattern.fullmatch(path) for pattern in patterns)
     }
 
 
 def _is_pattern(target: str) -> bool:
-    return any(wildcard in target for wildcard in "*?[")
+    return target.startswith(EXPRESSION) or any(wildcard in target for wildcard in "*?[")
+
+
+def _pattern(target: str) -> re.Pattern[str]:
+    return re.compile(target.removeprefix(EXPRESSION) if target.startswith(EXPRESSION) else translate(target))
 
 
 def unknown_targets(architecture: Architecture, targets: Targets) -> list[str]:

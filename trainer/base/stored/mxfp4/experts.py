@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from trainer.base.stored.shared.floats import DECODED_AT_ONCE, E2M1, E8M0
 from trainer.base.stored.shared.reads import LastReads
-from trainer.files.safetensors_index import TensorSource
+from trainer.files.codes import Code, Kept, KeptSources
+from trainer.files.safetensors_index import PackedSources, StoredTensor, TensorSource, as_bytes
 
 BLOCK = 32
 _LOWER, _UPPER = E2M1[np.arange(256) & 15], E2M1[np.arange(256) >> 4]
@@ -28,6 +29,13 @@ class Mxfp4Experts:
     def shape(self) -> tuple[int, ...]:
         experts, outputs, groups, _ = self.blocks.shape
         return experts, groups * BLOCK, outputs
+
+    @property
+    def kept(self) -> KeptSources:
+        """How it can stay as it is."""
+        parts: dict[str, StoredTensor] = {"weight": as_bytes(self.blocks), "scales": as_bytes(self.scales)}
+        kept = Kept(Code("e2m1", (1, BLOCK)), "F8_E8M0", self.dtype, transposed=True)
+        return KeptSources(kept, PackedSources(parts, None))
 
     def read(self, begin: int, end: int) -> bytearray:
         data = bytearray(2 * (end - begin))

@@ -13,10 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from trainer.base.architecture import Parameter
 from trainer.base.base import Base, QuantizedBy
+from trainer.base.stored.shared.listed import is_listed
 from trainer.base.stored.shared.reads import LastReads
 from trainer.config import Config
 from trainer.errors import ConfigError
+from trainer.files.codes import Code, Kept
 from trainer.files.safetensors_index import StoredTensor, numel
 
 if TYPE_CHECKING:
@@ -36,6 +39,7 @@ class Mxfp4:
     unmergeable: ClassVar[str | None] = "stored in MXFP4, where no new weight fits"
     quantized: ClassVar[bool] = False
     decoded: ClassVar[bool] = True
+    dequantizes: ClassVar[bool] = True
 
     @staticmethod
     def stores(quantization: dict[str, Any]) -> bool:
@@ -44,6 +48,12 @@ class Mxfp4:
 
     def mismatches(self, config: Config) -> list[str]:
         return []
+
+    def kept(self, parameter: Parameter) -> Kept | None:
+        stack = parameter.kind == "experts" and not is_listed(
+            parameter, self.quantization.get("modules_to_not_convert")
+        )
+        return Kept(Code("e2m1", (1, 32)), "F8_E8M0", "BF16", transposed=True) if stack else None
 
     def tensors(self, base: Base) -> Mapping[str, StoredTensor]:
         last_reads, found = LastReads(_READS_KEPT), dict[str, StoredTensor](base.tensors)

@@ -43,6 +43,7 @@ SCALES: dict[str, Callable[[bytearray], Floats]] = {
     "F16": lambda data: np.frombuffer(data, np.float16).astype(np.float32),
     "BF16": lambda data: (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32),
     "F8_E8M0": lambda data: E8M0[np.frombuffer(data, np.uint8)],
+    "F8_E4M3": lambda data: E4M3[np.frombuffer(data, np.uint8)],
     "U8": lambda data: E8M0[np.frombuffer(data, np.uint8)],
 }
 

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from trainer.base.architecture import Parameter
 from trainer.base.base import Base, QuantizedBy
 from trainer.config import Config
+from trainer.files.codes import Kept
 from trainer.files.safetensors_index import StoredTensor
 
 
@@ -37,6 +39,7 @@ class Halves:
     unmergeable: ClassVar[str | None] = "stored in halves, where no new weight fits"
     quantized: ClassVar[bool] = False
     decoded: ClassVar[bool] = True
+    dequantizes: ClassVar[bool] = False
 
     @staticmethod
     def stores(quantization: dict[str, Any]) -> bool:
@@ -44,6 +47,9 @@ class Halves:
 
     def mismatches(self, config: Config) -> list[str]:
         return []
+
+    def kept(self, parameter: Parameter) -> Kept | None:
+        return None
 
     def tensors(self, base: Base) -> Mapping[str, StoredTensor]:
         return {name: Doubled(tensor) for name, tensor in base.tensors.items()}

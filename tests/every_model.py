@@ -1,0 +1,337 @@
+"""Tries every type of causal language model that transformers builds, each in a process of its own: a release script.
+
+    python -m tests.every_model TABLE [TYPE ...]      writes one JSON line a type to TABLE, which goes on where it ended
+
+A tiny base of the type is written as transformers writes it, trained over, exported and merged by the product, and the same is
+done by plain transformers and PEFT: over weights that the decoder of tests/nf4.py makes, in fp32, each document alone. The reference
+shares no code with the product but the list of weights that are packed.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from tests.dist.launch import RankFailed, launch
+from tests.experts import multiply_expert_by_expert
+from tests.material import byte_tokenizer, commit, make_data, make_policy
+from tests.nf4 import dequantized
+from trainer.base.describe.small import small_settings
+from trainer.config import parse_config
+from trainer.errors import ConfigError
+
+SECONDS = 240
+DOCUMENTS = (5, 23, 36)
+"""Tokens of the documents of the row: one is longer than the windows of the tiny bases."""
+WITHIN = 1e-5
+"""How far the loss, the norm of its gradient and the logits may be off, as a share of themselves."""
+# Sizes without which a class of settings that is made without any cannot build a model.
+_LACKING: dict[str, dict[str, Any]] = {
+    **{kind: {"head_dim": 16} for kind in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral", "nemotron")},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1},
+    "dots1": {"n_routed_experts": 6, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1, "num_hidden_layers": 3},
+    **{
+        kind: {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+        for kind in ("qwen2_vl_text", "qwen2_5_vl_text")
+    },
+    "qwen4_exp_text": dict.fromkeys(("indexer_n_heads", "indexer_kv_heads", "indexer_compress_ratio"), 2)
+    | {"indexer_head_dim": 16, "indexer_budget": 8},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "num_hidden_layers": 4,
+    },
+}
+_WHEREVER_DECODERS = {"is_decoder": True}
+
+
+def settings_of(kind: str) -> PretrainedConfig:
+    """The settings of a tiny base of the type, whose defaults are those of a large model."""
+    whole = CONFIG_MAPPING[kind]()
+    text = (
+        whole
+        if type(whole) in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(whole, "text_config")
+        else whole.get_text_config()
+    )
+    lacking = _LACKING.get(text.model_type, {})
+    made = (
+        small_settings(text) | {key: value for key, value in _WHEREVER_DECODERS.items() if hasattr(text, key)} | lacking
+    )
+    return type(text)(
+        **{key: 0.0 if "drop" in key and isinstance(value, float) else value for key, value in made.items()}
+    )
+
+
+def _whole_settings(kind: str) -> PretrainedConfig:
+    """The settings of a tiny model that sees, whose language model is that of `settings_of`."""
+    config: Any = CONFIG_MAPPING[kind]()
+    text = config.get_text_config()
+    parts = {key: value for key, value in vars(config).items() if isinstance(value, PretrainedConfig)}
+    sizes = {
+        "depth": 1,
+        "num_hidden_layers": 1,
+        "num_global_layers": 1,
+        "num_heads": 2,
+        "attention_heads": 2,
+        "num_attention_heads": 2,
+    }
+    sizes |= {"hidden_size": 32, "intermediate_size": 48, "embed_dim": 32, "out_hidden_size": 64}
+    towers = {
+        key: {name: size for name, size in sizes.items() if hasattr(part, name)}
+        for key, part in parts.items()
+        if part is not text
+    }
+    (own,) = (key for key, part in parts.items() if part is text)
+    return type(config)(**{own: settings_of(kind).to_dict()}, **towers)
+
+
+def write_base(kind: str, folder: Path) -> None:
+    """A random base of the type in bf16, no two of whose values are alike by chance."""
+    torch.manual_seed(11)
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        model: Any = AutoModelForCausalLM.from_config(settings_of(kind), dtype=torch.float32)
+    else:
+        model = AutoModelForMultimodalLM.from_config(_whole_settings(kind), dtype=torch.float32)
+    strict = model._keep_in_fp32_modules_strict or ()
+    with torch.no_grad():
+        for name, value in model.state_dict(keep_vars=True).items():
+            if not value.is_floating_point():
+                continue
+            if value.ndim == 1 or value.min() == value.max():
+                value.add_(0.1 * torch.randn_like(value))
+            elif value.std() < 0.05:
+                value.mul_(0.08 / value.std())
+            if not any(part in name for part in strict):
+                value.data = value.data.bfloat16()
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+def row() -> tuple[Tensor, list[Tensor]]:
+    """(1, T) int64, and its documents (1, n) each."""
+    tokens = torch.arange(sum(DOCUMENTS)).mul(37).remainder(251).add(3)[None]
+    return tokens, list(tokens.split(list(DOCUMENTS), dim=1))
+
+
+def tried(kind: str, folder: str) -> dict[str, Any]:
+    """What becomes of one type; a mistake of ours is a traceback."""
+    torch.set_num_threads(1)
+    base, here = Path(folder) / "base", Path(folder)
+    try:
+        write_base(kind, base)
+    except Exception as error:
+        return {"status": "not built", "reason": f"{type(error).__name__}: {str(error)[:300]}"}
+    try:
+        return _proven(kind, base, here)
+    except ConfigError as refused:
+        return {"status": "refused", "reason": str(refused)}
+    except Exception as error:
+        return {
+            "status": "crashed",
+            "reason": f"{type(error).__name__}: {str(error)[:300]}",
+            "trace": traceback.format_exc()[-2500:],
+        }
+
+
+def _proven(kind: str, base: Path, folder: Path) -> dict[str, Any]:
+    from tests.dist.assembled import assemble_run
+    from trainer.checkpoint.checkpoints import load_partitions
+    from trainer.checkpoint.manifest import read_manifest
+    from trainer.data.order.micro_batch import MicroBatch
+    from trainer.export.write.adapter import export_adapter
+    from trainer.export.write.merged import export_merged
+    from trainer.optimizer.optimizer import MASTER
+    from trainer.resolve import resolve
+    from trainer.store import open_store
+
+    make_data(folder / "train.jsonl")
+    tree = {
+        "run": {"name": "run", "store": str(folder / "store"), "seed": 3},
+        "model": {"base": str(base), "dtype": "fp32"},
+        "tuning": {"rank": 4, "alpha": 16},
+        "data": {
+            "train": [{"path": str(folder / "train.jsonl")}],
+            "format": "prompt_completion",
+            "sequence_length": 64,
+        },
+        "optim": {"lr": 1e-3},
+        "train": {"steps": 1, "global_batch": 1},
+        "sharding": {"deepspeed": str(make_policy(folder / "policy.json"))},
+    }
+    config = parse_config(json.dumps(tree))
+    packing = True
+    try:
+        resolve(config)
+    except ConfigError as refused:
+        if "data.packing" not in str(refused):
+            raise
+        packing = False
+        config = parse_config(json.dumps(tree), ["data.packing=false"])
+        resolve(config)
+    run = open_store(config.run.store).sub("run")
+    commit(run, config)
+    ours = assemble_run(config)
+    partitions = ours.engine.partitions()
+    load_partitions(run, read_manifest(run, 4), partitions, states=(MASTER,))
+    ours.engine.refresh(0)
+    logits = ours.engine.logits(row()[1][1])
+    total, norm = 0.0, 0.0
+    for batch in _batches(packing, MicroBatch):
+        loss = ours.engine.loss(batch)
+        total += float(loss)
+        ours.engine.backward(loss, last=batch.documents == (0,))
+    norm = ours.engine.step(0.0)
+    export_adapter(run, open_store(str(folder / "adapter")))
+    export_merged(run, open_store(str(folder / "merged")))
+    architecture = ours.resolved.base.architecture
+    packed = set(architecture.quantizable())
+    adapted = {
+        name.removesuffix(".lora_A.default.weight")
+        for name, _ in ours.engine.model.named_parameters()
+        if "lora_A" in name
+    }
+    found = _reference(base, folder / "adapter", packed)
+    merged = _merge_differs(base, folder)
+    off = {
+        "loss": abs(total - found["loss"]) / abs(found["loss"]),
+        "grad_norm": abs(norm - found["grad_norm"]) / found["grad_norm"],
+        "logits": float((logits - found["logits"]).abs().max() / found["logits"].abs().max()),
+        "effect": float((found["logits"] - found["without"]).abs().max() / found["logits"].abs().max()),
+    }
+    good = all(off[key] <= WITHIN for key in ("loss", "grad_norm", "logits")) and off["effect"] > 1e-3 and not merged
+    status = ("proven" if packing else "proven, unpacked") if good else "wrong"
+    layers = sum(part.numel for part in architecture.parameters if part.layer is not None)
+    share = sum(part.numel for part in architecture.parameters if part.name in packed) / max(1, layers)
+    whole = sorted(f"{name} ({why})" for name, why in architecture.whole())
+    return {
+        "status": status,
+        **off,
+        "merged_differs": merged[:3],
+        "packed_share": share,
+        "adapted": len(adapted),
+        "whole": whole,
+    }
+
+
+def _batches(packing: bool, made: Any) -> Iterator[Any]:
+    """The documents as one packed row, or each in one of its own; the last one is that of documents == (0,)."""
+    documents = row()[1]
+    parts = [documents] if packing else [[document] for document in documents]
+    for left, part in zip(reversed(range(len(parts))), parts, strict=True):
+        lengths = [document.shape[1] for document in part]
+        labels = torch.cat([nn.functional.pad(document[:, 1:], (0, 1), value=-100) for document in part], dim=1)
+        yield made(
+            input_ids=torch.cat(part, dim=1).int(),
+            labels=labels.int(),
+            position_ids=torch.cat([torch.arange(length) for length in lengths])[None].int(),
+            cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
+            max_seqlen=max(lengths),
+            tokens=sum(lengths),
+            targets=sum(lengths) - len(lengths),
+            bins=(),
+            documents=(left,),
+        )
+
+
+def _plain(base: Path) -> Any:
+    """The base as people load it: by the class in its config.json."""
+    multiply_expert_by_expert()
+    (name,) = AutoConfig.from_pretrained(base).architectures
+    return getattr(transformers, name).from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+
+
+def _in_whole(plain: Any, name: str) -> Any:
+    """The weight that the language model calls `name`, in the class that people load."""
+    parameters = dict(plain.named_parameters())
+    if name in parameters:
+        return parameters[name]
+    (found,) = (other for other in parameters if other.endswith(name.partition(".")[2]) and "language_model" in other)
+    return parameters[found]
+
+
+def _reference(base: Path, adapter: Path, packed: set[str]) -> dict[str, Any]:
+    from peft import PeftModel
+
+    plain = _plain(base)
+    with torch.no_grad():
+        for name in packed:
+            value = _in_whole(plain, name)
+            matrices = value.data if value.ndim == 3 else value.data[None]
+            value.data = torch.stack([dequantized(matrix.contiguous()) for matrix in matrices]).view_as(value)
+    model: Any = PeftModel.from_pretrained(plain, str(adapter), is_trainable=True, autocast_adapter_dtype=False)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    total: Any = 0.0
+    for document in row()[1]:
+        logits = model(input_ids=document, use_cache=False).logits.float()
+        total = total + nn.functional.cross_entropy(logits[0, :-1], document[0, 1:], reduction="sum")
+    total.backward()
+    learning = [value.grad for value in model.parameters() if value.grad is not None]
+    norm = torch.stack([grad.double().norm() for grad in learning]).norm()
+    model.eval()
+    with torch.no_grad():
+        document = row()[1][1]
+        found = model(input_ids=document, use_cache=False).logits.float()
+        with model.disable_adapter():
+            without = model(input_ids=document, use_cache=False).logits.float()
+    return {"loss": float(total), "grad_norm": float(norm), "logits": found, "without": without}
+
+
+def _merge_differs(base: Path, folder: Path) -> list[str]:
+    """The weights of the merged model that are not PEFT's own merge, rounded to the type they are stored in."""
+    from peft import PeftModel
+    from safetensors.torch import load_file
+
+    def stored(place: Path) -> dict[str, Tensor]:
+        return {name: value for file in sorted(place.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+    stored_as = {name: value.dtype for name, value in stored(folder / "merged").items()}
+    types = {name: stored_as.get(name, torch.bfloat16) for name in _plain(folder / "merged").state_dict()}
+    expected = PeftModel.from_pretrained(_plain(base), str(folder / "adapter")).merge_and_unload().state_dict()
+    found = _plain(folder / "merged").state_dict()
+    before, after = stored(base), stored(folder / "merged")
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    wrong = [
+        name
+        for name, value in found.items()
+        if not torch.equal(
+            value, expected[name].to(types[name]).float() if value.is_floating_point() else expected[name]
+        )
+    ]
+    return [*wrong, *([] if changed else ["nothing has changed"])]
+
+
+def main(table: Path, kinds: list[str], look: Callable[..., Any] = tried) -> None:
+    done = {json.loads(line)["kind"] for line in table.read_text().splitlines()} if table.exists() else set[str]()
+    for kind in kinds or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        if kind in done and not kinds:
+            continue
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="capstan-model-") as folder:
+            try:
+                (found,) = launch(1, look, kind, folder, timeout=SECONDS)
+            except RankFailed as failed:
+                found = {"status": "crashed", "reason": "the process ended", "trace": str(failed)[-2500:]}
+        found = {"kind": kind, **found, "seconds": round(time.monotonic() - started, 1)}
+        with table.open("a") as file:
+            file.write(json.dumps(found) + "\n")
+        print({key: value for key, value in found.items() if key != "trace"}, flush=True)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
+    main(Path(sys.argv[1]), sys.argv[2:])

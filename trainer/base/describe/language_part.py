@@ -1,0 +1,68 @@
+"""The language model of a whole class that sees or hears as well and has no class for it: its decoder and its head, put together.
+
+transformers says which module is the decoder (`get_decoder`) and which the head. What the whole class does to text beside these two is
+nothing: tests/unit/test_composites.py holds it to that, to the last bit.
+"""
+
+from typing import Any
+
+from torch import nn
+from transformers import AutoModelForMultimodalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+
+def is_part(config: PretrainedConfig) -> bool:
+    """Whether `config` is that of a whole class whose language model has no class of its own."""
+    text = config.get_text_config()
+    return type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+
+class LanguagePart(PreTrainedModel):
+    """A causal language model of a `decoder` and a `head`, whose settings are the decoder's."""
+
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+    def __init__(self, decoder: PreTrainedModel, head: nn.Module, alike: type[PreTrainedModel]) -> None:
+        """`alike` is the class of the whole, whose rules of loading hold for its part."""
+        vars(self)["_kind"] = type(decoder)  # before torch's own, which asks for it
+        super().__init__(decoder.config)
+        self.model, self.lm_head = decoder, head
+        for name in ("_supports_sdpa", "_supports_flash_attn"):
+            setattr(self, name, getattr(decoder, name))
+        for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+            setattr(self, name, getattr(decoder, name) or getattr(alike, name))
+        self._keys_to_ignore_on_load_unexpected = alike._keys_to_ignore_on_load_unexpected
+
+    @classmethod
+    def of(cls, whole: PreTrainedModel) -> "LanguagePart":
+        """The part of a model that is `whole`, which shares its modules. Raises `ValueError` where it has no decoder or no head."""
+        decoder, head = whole.get_decoder(), whole.get_output_embeddings()
+        if not isinstance(decoder, PreTrainedModel) or head is None:
+            raise ValueError(f"{type(whole).__name__} has no decoder with an output head")
+        return cls(decoder, head, type(whole))
+
+    @classmethod
+    def on_meta(cls, config: PretrainedConfig, **options: Any) -> "LanguagePart":
+        """The part of the model of `config`; the device is the caller's."""
+        return cls.of(AutoModelForMultimodalLM.from_config(config, trust_remote_code=False, **options))
+
+    def _can_set_experts_implementation(self) -> bool:  # type: ignore[override]  # transformers looks into the file of the class
+        return vars(self)["_kind"]._can_set_experts_implementation()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    def forward(self, input_ids: Any = None, **given: Any) -> CausalLMOutputWithPast:
+        """(1, T) int64 -> logits (1, T, V)."""
+        output = self.model(input_ids=input_ids, **given)
+        return CausalLMOutputWithPast(
+            logits=self.lm_head(output.last_hidden_state), past_key_values=output.get("past_key_values")
+        )

@@ -1,0 +1,181 @@
+"""A model of the same kinds of layers as a base's, so small that it computes on a CPU in a fraction of a second.
+
+Its settings are the base's own but for the sizes: what a family's code does depends on the rest of them. The sizes are by the names that
+families give them; a size that is not in the table stays as it is.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from trainer.base.describe.language_part import LanguagePart
+
+HEADS, HEAD, HIDDEN, VOCABULARY = 4, 16, 64, 259
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers")
+_COUNTS = {
+    **dict.fromkeys(
+        ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads", "decoder_attention_heads"), HEADS
+    ),
+    **dict.fromkeys(("encoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads"), HEADS),
+    **dict.fromkeys(("swa_num_attention_heads", "mamba_num_heads", "linear_num_value_heads"), HEADS),
+    "index_n_heads": 16,  # with few, many keys would have the same score: none
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "linear_num_key_heads"), 2),
+    **dict.fromkeys(("num_global_key_value_heads", "linear_num_heads", "n_mamba_heads", "num_query_groups"), 2),
+    **dict.fromkeys(("n_groups", "mamba_n_groups", "mamba_ngroups", "n_group", "num_expert_group", "o_groups"), 2),
+    **dict.fromkeys(("topk_group", "first_k_dense_replace", "num_dense_layers", "num_nextn_predict_layers"), 1),
+    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "moe_layer_start_index"), 1),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 6),
+    **dict.fromkeys(
+        ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts"), 2
+    ),
+    **dict.fromkeys(("zero_expert_num", "num_kv_shared_layers", "attn_layer_period", "expert_layer_period"), 2),
+    **dict.fromkeys(("attn_layer_offset", "expert_layer_offset", "encoder_layers", "num_encoder_layers"), 1),
+}
+_WIDTHS = {
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "emb_dim", "embedding_dim", "word_embed_proj_dim"), HIDDEN),
+    **dict.fromkeys(("embedding_size", "attention_hidden_size", "lru_width", "dim_model"), HIDDEN),
+    **dict.fromkeys(
+        ("head_dim", "swa_head_dim", "attention_head_dim", "v_head_dim", "qk_nope_head_dim", "global_head_dim"), HEAD
+    ),
+    **dict.fromkeys(
+        ("linear_head_dim", "linear_key_head_dim", "linear_value_head_dim", "kv_channels", "dim_head"), HEAD
+    ),
+    **dict.fromkeys(("index_head_dim", "d_head", "attention_head_size"), HEAD),
+    **dict.fromkeys(
+        ("qk_rope_head_dim", "rotary_dim", "laurel_rank", "state_size", "ssm_state_size", "mamba_d_state"), 8
+    ),
+    **dict.fromkeys(
+        ("time_step_rank", "mamba_dt_rank", "hidden_size_per_layer_input", "index_topk", "adapter_rank"), 8
+    ),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank", "hc_lowrank", "ple_embed_dim"), 24),
+    **dict.fromkeys(
+        ("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size", "decoder_vocab_size"), VOCABULARY
+    ),
+    **dict.fromkeys(("sliding_window", "attention_chunk_size", "sliding_window_size", "window_size", "chunk_size"), 16),
+    **dict.fromkeys(("attention_window_size", "mamba_chunk_size", "local_attention", "block_size", "floor_scale"), 16),
+    **dict.fromkeys(("log_scaling_n_floor", "index_block_size", "rel_extent", "local_attention_window_len"), 16),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length"), 256),
+}
+_NARROW = 48
+"""The width of MLPs and experts, whatever they are called."""
+_WIDTH_OF_MLP = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "dff", "dim_ff", "feed_forward_size")
+# Lists with an entry for each layer have one of these in their names.
+BY_LAYER = ("layer", "pattern", "types", "intermediate_size")
+
+
+def small_model(config: PretrainedConfig, like: PreTrainedModel) -> PreTrainedModel:
+    """A model of random weights, the same at every call, in fp32, of the classes of `like`, which `config` describes. Raises whatever
+    transformers does for sizes that a family was not made for."""
+    made = type(config)(**small_settings(config))
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        if isinstance(like, LanguagePart):
+            decoder = type(like.model)(made)
+            return LanguagePart(decoder, torch.nn.Linear(HIDDEN, VOCABULARY, bias=False), type(like))
+        return AutoModelForCausalLM.from_config(made, dtype=torch.float32, trust_remote_code=False)
+
+
+def small_settings(config: PretrainedConfig) -> dict[str, Any]:
+    """The settings of the small model, as transformers' own class of the same `model_type` takes them."""
+    settings = {key: value for key, value in config.to_dict().items() if key not in _NOT_OF_THE_MODEL}
+    made = {**_sized(settings), **_that_follow(settings)}
+    rotary = settings.get("rope_parameters") or {}
+    if sections := rotary.get("mrope_section"):
+        made["rope_parameters"]["mrope_section"] = _scaled(
+            sections, int(HEAD * rotary.get("partial_rotary_factor", 1.0)) // 2
+        )
+    count = next((settings[key] for key in _LAYERS if isinstance(settings.get(key), int)), 0)
+    kept = _one_of_each_kind(settings, count)
+    for key, value in settings.items():
+        if _is_by_layer(key, value, count):
+            made[key] = [_size_of(key, value[layer]) for layer in kept]
+        elif isinstance(value, dict) and value and all(str(layer).isdecimal() for layer in value):
+            made[key] = {kept.index(int(layer)): _sized(own) for layer, own in value.items() if int(layer) in kept}
+    for key in _LAYERS:
+        if isinstance(settings.get(key), int):
+            made[key] = len(kept)
+    return made
+
+
+_NOT_OF_THE_MODEL = (
+    "architectures",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "id2label",
+    "label2id",
+    "quantization_config",
+)
+
+
+def _sized(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _size_of(key, value) for key, value in settings.items()}
+
+
+def _scaled(sections: list[int], total: int) -> list[int]:
+    """The parts of a rotary dimension in like proportions."""
+    made = [max(1, part * total // sum(sections)) for part in sections]
+    return [*made[:-1], total - sum(made[:-1])]
+
+
+def _that_follow(settings: Mapping[str, Any]) -> dict[str, int]:
+    """Sizes that are fixed by others: as many heads of keys as of queries, heads that fill the inner width of a recurrence."""
+    made, inner = dict[str, int](), HIDDEN * int(settings.get("expand") or settings.get("mamba_expand") or 1)
+    heads = next((settings[key] for key in _HEADS if settings.get(key)), None)
+    if heads and settings.get("num_key_value_heads") == heads:
+        made["num_key_value_heads"] = HEADS
+    if settings.get("head_dim") and settings.get("head_dim") == settings.get("qk_rope_head_dim"):
+        made["head_dim"] = _WIDTHS["qk_rope_head_dim"]
+    if settings.get("qk_head_dim"):
+        made["qk_head_dim"] = _WIDTHS["qk_nope_head_dim"] + _WIDTHS["qk_rope_head_dim"]
+    for count, width in (
+        ("mamba_n_heads", "mamba_d_head"),
+        ("num_heads", "head_dim"),
+        ("n_mamba_heads", "mamba_headdim"),
+    ):
+        if settings.get(width) and settings.get(count) and (count != "num_heads" or settings.get("expand")):
+            made |= {count: HEADS, width: inner // HEADS}
+    if settings.get("mamba_d_ssm"):
+        made["mamba_d_ssm"] = inner
+    return made
+
+
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+
+
+def _size_of(key: Any, value: Any) -> Any:
+    if isinstance(value, dict):
+        return _sized(value)
+    if not isinstance(key, str):
+        return value
+    if key.endswith("token_id"):
+        return (
+            0
+            if isinstance(value, int) and key == "pad_token_id"
+            else min(value, 2)
+            if isinstance(value, int)
+            else value
+        )
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        return value
+    if key.endswith(_WIDTH_OF_MLP) or "intermediate_size" in key:
+        return min(value, _NARROW)
+    small = _COUNTS.get(key) or _WIDTHS.get(key)
+    return value if small is None else min(value, small)
+
+
+def _is_by_layer(key: str, value: Any, count: int) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == count and any(word in key for word in BY_LAYER)
+
+
+def _one_of_each_kind(settings: Mapping[str, Any], count: int) -> list[int]:
+    """Numbers of layers that differ by any list that has an entry for each; two at least, as families treat their first one otherwise."""
+    lists = [value for key, value in settings.items() if _is_by_layer(key, value, count)]
+    kinds = dict[Any, int]()
+    for layer in range(count):
+        kinds.setdefault(str([value[layer] for value in lists]), layer)
+    kept = set(kinds.values())
+    more: Iterable[int] = (layer for layer in range(count) if layer not in kept)
+    return sorted({*kept, *(next(more, 0) for _ in range(2 - len(kept)))})

@@ -1,0 +1,86 @@
+"""Linear layers whose weights a family's own code reads, found by use: a small model of the same kinds computes once, and each reads' place is noted.
+
+Such a layer must stay as it is stored: code that multiplies with `layer.weight`, clamps it or asks its type cannot do so with packed bytes.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trainer.model.documents import convolves
+from trainer.model.parts import decoder_layers
+
+Place = tuple[str, str]
+"""The name of the class of the module around a linear layer, and the layer's name in it: layers of one kind are alike in all of a model."""
+
+
+def places_read(model: PreTrainedModel) -> set[Place]:
+    """The places of the linear layers in the decoder layers of `model` whose weight is read by other code than their own forward
+    pass, or that compute something else than a product."""
+    found = set[Place]()
+    tokens = torch.arange(3, 12).remainder(model.config.get_text_config().vocab_size)[None]
+    with _watched(model, found), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for training in (
+            False,
+            True,
+        ):  # some families clamp weights only as they train, others scale them only as they do not
+            model.train(training)
+            for module in (
+                model.modules()
+            ):  # as trainer/model/documents.py calls it, it never hands its weights to a fused kernel
+                module.training = training and not convolves(module)
+            model(input_ids=tokens, use_cache=False)
+    return found
+
+
+def place_of(around: nn.Module, name: str) -> Place:
+    return type(around).__name__, name
+
+
+@contextmanager
+def _watched(model: PreTrainedModel, found: set[Place]) -> Iterator[None]:
+    """Inside, every linear layer of the decoder layers adds its place to `found` when its weight is read from outside."""
+    layers, classes = decoder_layers(model), dict[nn.Module, type[nn.Module]]()
+    for around in layers.modules() if layers is not None else ():
+        for name, child in around.named_children():
+            if isinstance(child, nn.Linear) and child not in classes:
+                classes[child] = type(child)
+                child.__class__ = _watching(type(child), place_of(around, name), found)
+    try:
+        yield
+    finally:
+        for module, before in classes.items():
+            module.__class__ = before
+
+
+def _watching(kind: type[nn.Linear], place: Place, found: set[Place]) -> type[nn.Linear]:
+    """A subclass of `kind` whose weight can be read by its own forward pass alone without a note in `found`."""
+
+    def weight(self: Any) -> Tensor:
+        if not vars(self).get("computes"):
+            found.add(place)
+        return self._parameters["weight"]
+
+    def forward(self: Any, *given: Any, **named: Any) -> Any:
+        vars(self)["computes"] = True
+        try:
+            result = kind.forward(self, *given, **named)
+            if kind.forward is not nn.Linear.forward and not _is_product(self, given, named, result):
+                found.add(place)
+            return result
+        finally:
+            vars(self).pop("computes")
+
+    return type(kind.__name__, (kind,), {"weight": property(weight), "forward": forward})
+
+
+def _is_product(linear: nn.Linear, given: tuple[Any, ...], named: dict[str, Any], result: Any) -> bool:
+    """Whether a linear layer with a forward pass of its own has the result of a plain one."""
+    if len(given) != 1 or named or not isinstance(result, Tensor):
+        return False
+    plain = nn.functional.linear(given[0], linear.weight, linear.bias)
+    return plain.shape == result.shape and torch.allclose(plain, result, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,202 @@
+"""Bases of compressed-tensors, as llm-compressor writes them and Kimi K2 is published: integers or floats of 4 or 8 bits.
+
+`config_groups` (config.json, quantization_config) say how the weights of some linear layers are stored; which layers these are, the
+files tell. `strategy` says what shares a scale: a `group` of `group_size` columns of a row, a row (`channel`), a `block` of
+`block_structure`, or the whole matrix (`tensor`). Beside `weight_scale`, in the place of `weight` (rows, columns), there is
+
+- `weight_packed` of I32, eight codes of 4 bits or four of 8 each, which count from the least number up (pack-quantized). Where they are not
+  symmetric, `weight_zero_point` has the codes that stand for 0, packed along the rows. `weight_g_idx` has the group of each column, where
+  its columns do not lie together;
+- `weight_packed` of U8, two E2M1 numbers each, with E4M3 scales for 16 columns that `weight_global_scale` divides (nvfp4-pack-quantized),
+  or with powers of two for 32 (mxfp4-pack-quantized);
+- `weight` in FP8 (float-quantized) or in whole numbers of 8 bits (int-quantized).
+
+Weights are read in the type of their scales, or in bf16 where that has 8 bits, as the compressed-tensors package decompresses them.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from trainer.base.architecture import Parameter
+from trainer.base.base import Base, QuantizedBy
+from trainer.base.stored.shared.listed import is_listed
+from trainer.base.stored.shared.reads import LastReads
+from trainer.config import Config
+from trainer.errors import ConfigError, shown
+from trainer.files.codes import Code, Kept, Numbers
+from trainer.files.safetensors_index import WEIGHT_DTYPES, StoredTensor, TensorSource, numel
+
+if TYPE_CHECKING:
+    from trainer.base.stored.shared.coded import Coded
+
+_FORMATS = (
+    "pack-quantized",
+    "float-quantized",
+    "int-quantized",
+    "naive-quantized",
+    "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized",
+    "mixed-precision",
+)
+_KEPT = 32
+# The endings of what the files have beside a weight: its scales, and those of inputs, outputs and the cache.
+_BESIDE = re.compile(
+    r"\.(weight_(packed|scale|shape|zero_point|g_idx|global_scale)|(input|output|[kvq])_(scale|zero_point|global_scale))$"
+)
+
+
+@dataclass(frozen=True)
+class CompressedTensors:
+    """Linear layers in 4 or 8 bits, all else as in a plain base; `quantization` is what config.json says of it."""
+
+    quantization: dict[str, Any]
+
+    readable: ClassVar[str] = "compressed-tensors (INT4, INT8, FP8, NVFP4, MXFP4)"
+    unmergeable: ClassVar[str | None] = "stored by compressed-tensors, where no new weight fits"
+    quantized: ClassVar[bool] = False
+    decoded: ClassVar[bool] = True
+    dequantizes: ClassVar[bool] = False
+
+    @staticmethod
+    def stores(quantization: dict[str, Any]) -> bool:
+        """Whether a quantization_config is of this format."""
+        sparsity = quantization.get("sparsity_config")
+        sparse = bool(sparsity) and not (isinstance(sparsity, dict) and sparsity.get("format", "dense") == "dense")
+        known = quantization.get("format") in _FORMATS
+        return quantization.get("quant_method") == "compressed-tensors" and known and not sparse
+
+    def mismatches(self, config: Config) -> list[str]:
+        try:
+            list(self._schemes())
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            return [
+                f"model.base: config.json has config_groups that cannot be read ({shown(str(error))[1:-1]}) in its "
+                "quantization_config. Copy the model again."
+            ]
+        return []
+
+    def _schemes(self) -> Iterator["_Scheme"]:
+        for group in self.quantization["config_groups"].values():
+            weights = group["weights"]
+            if weights is not None:
+                yield _Scheme.of(weights)
+
+    def kept(self, parameter: Parameter) -> Kept | None:
+        if not parameter.matrices or is_listed(parameter, self.quantization.get("ignore")):
+            return None
+        scheme = next(self._schemes(), None)
+        return None if scheme is None else scheme.kept(parameter)
+
+    def tensors(self, base: Base) -> Mapping[str, StoredTensor]:
+        last_reads, found = LastReads(_KEPT), dict[str, StoredTensor](base.tensors)
+        schemes = list(dict.fromkeys(self._schemes()))
+        for name, source in base.tensors.items():
+            path, _, leaf = name.rpartition(".")
+            if leaf == "weight_packed" or (leaf == "weight" and source.dtype in ("F8_E4M3", "I8")):
+                found[f"{path}.weight"] = _coded(base, path, source, schemes, last_reads)
+            if _BESIDE.search(name):
+                del found[name]
+        return found
+
+    def check(self, base: Base, config: Config) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class _Scheme:
+    """How the weights of a group of layers are stored: codes of `bits`, `number` int or float; None for a side of a tile is all of it."""
+
+    number: str
+    bits: int
+    tile: tuple[int | None, int | None]
+    symmetric: bool
+    order: bool
+
+    @classmethod
+    def of(cls, weights: dict[str, Any]) -> "_Scheme":
+        """Raises `KeyError`, `TypeError` or `ValueError` for what is not the `weights` of a group."""
+        strategy, bits, number = weights.get("strategy"), weights["num_bits"], weights.get("type", "int")
+        tiles: dict[Any, Any] = {
+            "tensor": (None, None),
+            "channel": (1, None),
+            "group": (1, weights.get("group_size")),
+            "tensor_group": (1, weights.get("group_size")),
+            "block": tuple(weights.get("block_structure") or ()),
+        }
+        if strategy not in tiles or (number, bits) not in (("int", 4), ("int", 8), ("float", 4), ("float", 8)):
+            raise ValueError(f"{number} of {bits} bits by {strategy}")
+        tile = tiles[strategy]
+        sides = [side for side in tile if side is not None]
+        if len(tile) != 2 or not all(type(side) is int and side > 0 for side in sides):
+            raise ValueError(f"group_size or block_structure {weights.get('group_size')}")
+        return cls(number, bits, tile, bool(weights.get("symmetric", True)), weights.get("actorder") == "group")
+
+    def kept(self, parameter: Parameter) -> Kept | None:
+        """How it stores this weight, of a matrix of the usual scales, where that may stay so."""
+        rows, columns = parameter.shape[-2:]
+        down, across = self.tile
+        numbers: dict[tuple[str, int], Numbers] = {("int", 4): "int4", ("int", 8): "offset8", ("float", 8): "e4m3"}
+        if across == 32:
+            numbers["float", 4] = "e2m1"
+        if not self.symmetric or self.order or (self.number, self.bits) not in numbers:
+            return None
+        code = Code(numbers[self.number, self.bits], (down or rows, across or columns))
+        return Kept(code, "F8_E8M0" if code.numbers == "e2m1" else "BF16", "BF16")
+
+    def code(self, source: TensorSource) -> tuple["Code", tuple[int, ...]] | None:
+        """How the values of `source` are coded by it, and the shape of the weight; None where they are not."""
+        kinds = {
+            ("int", 4, "I32"): ("int4", 8),
+            ("int", 8, "I32"): ("offset8", 4),
+            ("float", 4, "U8"): ("e2m1", 2),
+            ("float", 8, "F8_E4M3"): ("e4m3", 1),
+            ("int", 8, "I8"): ("int8", 1),
+        }
+        found: Any = kinds.get((self.number, self.bits, source.dtype))
+        if found is None or len(source.shape) < 2:
+            return None
+        numbers, each = found
+        shape = (*source.shape[:-1], source.shape[-1] * each)
+        down, across = self.tile
+        return Code(numbers, (shape[-2] if down is None else down, shape[-1] if across is None else across)), shape
+
+
+def _coded(base: Base, path: str, source: TensorSource, schemes: list[_Scheme], last_reads: LastReads) -> "Coded":
+    """The weight of the linear layer at `path`, whose codes are `source`. Raises `ConfigError` where a part of it is missing or has
+    another shape than it should."""
+    from trainer.base.stored.shared.coded import Coded, Second, ZeroPoints
+    from trainer.base.stored.shared.floats import SCALES
+
+    part = {
+        leaf: base.tensors.get(f"{path}.weight_{leaf}") for leaf in ("scale", "zero_point", "g_idx", "global_scale")
+    }
+    scales, zeros = part["scale"], part["zero_point"]
+    for scheme in schemes:
+        found = scheme.code(source)
+        if found is None or scales is None or scales.dtype not in SCALES:
+            continue
+        code, shape = found
+        tiles = code.tiles(shape[-2], shape[-1])
+        if numel(scales) != prod(shape[:-2]) * prod(tiles):
+            continue
+        dtype = scales.dtype if scales.dtype in WEIGHT_DTYPES else "BF16"
+        weight = Coded(source, scales, shape, code, last_reads, dtype, order=part["g_idx"])
+        if part["global_scale"] is not None:
+            weight = replace(weight, second=Second(part["global_scale"], divides=True))
+        if scheme.symmetric or source.dtype != "I32":
+            return weight
+        packed = (-(-tiles[0] * code.bits // 32), tiles[1])
+        if zeros is not None and (zeros.dtype, zeros.shape) == ("I32", packed):
+            return replace(weight, zeros=ZeroPoints(zeros, code.bits))
+    given = {leaf: f"{list(found.shape)} of {found.dtype}" for leaf, found in part.items() if found is not None}
+    raise ConfigError(
+        f"model.base: {path} has weights {list(source.shape)} of {source.dtype} in {base.name}, and beside them "
+        f"{', '.join(f'{leaf} {what}' for leaf, what in given.items()) or 'nothing'}, which no group of its quantization_config "
+        "describes. Give the config.json that belongs to these files."
+    )
+
+
+STORED: dict[str, QuantizedBy] = {"compressed-tensors": CompressedTensors}

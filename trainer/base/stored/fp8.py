@@ -1,0 +1,149 @@
+"""Bases in FP8, as DeepSeek, Qwen, MiniMax and Mistral publish them: float8_e4m3, and a scale for each tile of a matrix.
+
+Beside `q_proj.weight` (rows, columns) the files have `q_proj.weight_scale_inv`, by which a weight is multiplied: one number for each
+tile of `weight_block_size` (config.json, quantization_config), usually 128 x 128, those at the borders cut off; or, where that
+is null, one for the whole matrix. DeepSeek-V4 calls it `q_proj.scale`, Mistral `q_proj.qscale_weight`. Tensors without a scale are in 16
+or 32 bits.
+
+With the `expert_dtype` fp4 the experts of a mixture are in 4 bits, as DeepSeek-V4's are: two E2M1 numbers in each byte of an I8, and a
+power of two for each 32 weights of a row. DeepSeek-V4 says so at the top of config.json, later ones in the quantization_config.
+
+Weights become bf16 as they are read: the product in fp32, rounded once. transformers' dequantize=True and DeepSeek's own
+inference/fp8_cast_bf16.py give the same bits, the former where the tile divides both sides: it takes the shape of the scales
+for a number of equal tiles, which is another tile for 192 rows (two of 96), and an error for 576.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from trainer.base.architecture import Parameter
+from trainer.base.base import Base, QuantizedBy
+from trainer.base.stored.shared.listed import is_listed
+from trainer.base.stored.shared.reads import LastReads
+from trainer.config import Config
+from trainer.errors import ConfigError, shown
+from trainer.files.codes import Code, Kept, Numbers
+from trainer.files.safetensors_index import StoredTensor, TensorSource, numel
+
+if TYPE_CHECKING:
+    from trainer.base.stored.shared.coded import Coded
+
+# Scales of so many matrices are kept, a few thousand numbers each: pieces of more are never in flight.
+_SCALES_KEPT = 32
+_USUAL_TILE = [128, 128]
+_FP4_TILE = (1, 32)
+_EXPERTS = ("fp8", "fp4")
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """Matrices in FP8, all else as in a plain base; `quantization` is what config.json says of it."""
+
+    quantization: dict[str, Any]
+
+    readable: ClassVar[str] = "FP8 with scales for tiles (with experts in FP4 too)"
+    unmergeable: ClassVar[str | None] = "stored in FP8, where no new weight fits"
+    quantized: ClassVar[bool] = False
+    decoded: ClassVar[bool] = True
+    dequantizes: ClassVar[bool] = True
+
+    @staticmethod
+    def stores(quantization: dict[str, Any]) -> bool:
+        """Whether a quantization_config is of this format."""
+        return quantization.get("quant_method") == "fp8" and quantization.get("expert_dtype", "fp8") in _EXPERTS
+
+    def mismatches(self, config: Config) -> list[str]:
+        if self._has_tile:
+            return []
+        return [
+            f"model.base: config.json has weight_block_size {shown(self._block_size)} in its quantization_config. Possible are two whole "
+            "numbers, rows and columns of a tile, and null. Copy the model again."
+        ]
+
+    @property
+    def _block_size(self) -> Any:
+        return self.quantization.get("weight_block_size", _USUAL_TILE)
+
+    @property
+    def _has_tile(self) -> bool:
+        tile = self._block_size
+        pair = isinstance(tile, list) and len(tile) == 2 and all(type(side) is int and side > 0 for side in tile)
+        return tile is None or pair
+
+    @property
+    def _codes(self) -> dict[str, Numbers]:
+        """The types of the codes in the files, and the numbers that they are."""
+        fp4: dict[str, Numbers] = {"I8": "e2m1"} if self.quantization.get("expert_dtype") == "fp4" else {}
+        return {"F8_E4M3": "e4m3", **fp4}
+
+    def kept(self, parameter: Parameter) -> Kept | None:
+        if (
+            not self._has_tile
+            or not parameter.matrices
+            or is_listed(parameter, self.quantization.get("modules_to_not_convert"))
+        ):
+            return None
+        scales = "F8_E8M0" if self.quantization.get("scale_fmt") == "ue8m0" else "F32"
+        if parameter.kind == "experts" and "I8" in self._codes:
+            return Kept(Code("e2m1", _FP4_TILE), "F8_E8M0", "BF16")
+        rows, columns = parameter.shape[-2:]
+        tile = tuple(self._block_size or (rows, columns))
+        return Kept(Code("e4m3", (tile[0], tile[1])), scales, "BF16")
+
+    def tensors(self, base: Base) -> Mapping[str, StoredTensor]:
+        last_reads, found = LastReads(_SCALES_KEPT), dict[str, StoredTensor](base.tensors)
+        for name, source in base.tensors.items():
+            if source.dtype in self._codes:
+                found[name] = self._decoded(base, name, source, last_reads)
+                for other in (*_scale_names(name), *_of_inputs(name)):
+                    found.pop(other, None)
+        return found
+
+    def _decoded(self, base: Base, name: str, source: TensorSource, last_reads: LastReads) -> "Coded":
+        """Raises `ConfigError` unless a scale of `base` belongs to each tile."""
+        # Only what reads weights loads numpy: `plan` does not, and answers sooner.
+        from trainer.base.stored.shared.coded import Coded
+        from trainer.base.stored.shared.floats import SCALES
+
+        scales = next((base.tensors[other] for other in _scale_names(name) if other in base.tensors), None)
+        if scales is None or len(source.shape) < 2:
+            raise ConfigError(
+                f"model.base: {name} is in FP8 in {base.name}, and has no scales for its tiles, {name}_scale_inv. Copy the model "
+                "again, or give the 16-bit model; quant.type quantizes it."
+            )
+        *matrices, rows, columns = source.shape
+        numbers = self._codes[source.dtype]
+        columns *= 2 if numbers == "e2m1" else 1
+        whole = self._block_size is None and numbers == "e4m3"
+        tile = _FP4_TILE if numbers == "e2m1" else tuple(self._block_size or (rows, columns))
+        code = Code(numbers, (tile[0], tile[1]))
+        expected = (*matrices, *code.tiles(rows, columns))
+        # A scale for a whole matrix has no place among others, and is stored with two dimensions, one or none.
+        fits = numel(scales) == math.prod(expected) if whole else scales.shape == expected
+        if scales.dtype not in SCALES or not fits:
+            raise ConfigError(
+                f"model.base: the scales of {name} are {list(scales.shape)} of {scales.dtype} in {base.name}. Tiles of "
+                f"{tile[0]} x {tile[1]} of its {[*matrices, rows, columns]} have {list(expected)} of {', '.join(SCALES)}. Give the "
+                "config.json that belongs to these files."
+            )
+        return Coded(source, scales, (*matrices, rows, columns), code, last_reads)
+
+    def check(self, base: Base, config: Config) -> None:
+        pass
+
+
+def _scale_names(name: str) -> tuple[str, ...]:
+    """The names that the scales of a weight may have."""
+    module = name.removesuffix("weight")
+    return f"{name}_scale_inv", f"{module}scale", f"{module}qscale_weight"
+
+
+def _of_inputs(name: str) -> tuple[str, ...]:
+    """The names of the scales of the inputs that the files may have beside a weight; training does without."""
+    module = name.removesuffix("weight")
+    return tuple(f"{module}{other}" for other in ("activation_scale", "input_scale", "qscale_act"))
+
+
+STORED: dict[str, QuantizedBy] = {"fp8": Fp8}

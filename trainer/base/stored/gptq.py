@@ -1,0 +1,159 @@
+"""Bases of GPTQ and AWQ: whole numbers of 4 or 8 bits, a scale and a zero for each group of inputs of an output.
+
+In the place of `weight` (outputs, inputs) the files have, of its transpose,
+
+- `qweight` of I32: eight codes of 4 bits each, or four of 8. GPTQ packs along the inputs, AWQ along the outputs, and there the codes of
+  columns 0, 2, 4, 6, 1, 3, 5, 7 one after another;
+- `qzeros` of I32 (groups, outputs / codes an int32): the codes that stand for 0, in GPTQ's first `checkpoint_format` less one;
+- `scales` (groups, outputs), and in GPTQ `g_idx`, the group of each input, whose inputs lie apart under `desc_act`.
+
+Weights are read in the type of their scales: (code - zero) * scale, rounded once, as AutoGPTQ and AutoAWQ dequantize them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from trainer.base.architecture import Parameter
+from trainer.base.base import Base, QuantizedBy
+from trainer.base.stored.shared.reads import LastReads
+from trainer.config import Config
+from trainer.errors import ConfigError, shown
+from trainer.files.codes import Kept
+from trainer.files.safetensors_index import WEIGHT_DTYPES, StoredTensor, TensorSource
+
+if TYPE_CHECKING:
+    from trainer.base.stored.shared.columns import Columns
+
+_KEPT = 8  # codes, zeros, scales and groups of two matrices, as pieces of two may be in flight
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """Linear layers in 4 or 8 bits, all else as in a plain base; `quantization` is what config.json says of it."""
+
+    quantization: dict[str, Any]
+
+    readable: ClassVar[str] = "GPTQ in 4 and 8 bits"
+    unmergeable: ClassVar[str | None] = "stored by GPTQ, where no new weight fits"
+    quantized: ClassVar[bool] = False
+    decoded: ClassVar[bool] = True
+    dequantizes: ClassVar[bool] = False
+
+    @staticmethod
+    def stores(quantization: dict[str, Any]) -> bool:
+        """Whether a quantization_config is of this format."""
+        return quantization.get("quant_method") == "gptq" and quantization.get("bits") in (4, 8)
+
+    def mismatches(self, config: Config) -> list[str]:
+        form, wrong = self.quantization.get("checkpoint_format", "gptq"), _wrong_groups(self.quantization)
+        if form in ("gptq", "gptq_v2"):
+            return wrong
+        return [
+            *wrong,
+            f"model.base: config.json has checkpoint_format {shown(form)} in its quantization_config. Readable are gptq and gptq_v2. Give "
+            "the 16-bit model; quant.type quantizes it.",
+        ]
+
+    def kept(self, parameter: Parameter) -> Kept | None:
+        return None
+
+    def tensors(self, base: Base) -> Mapping[str, StoredTensor]:
+        more = int(self.quantization.get("checkpoint_format", "gptq") == "gptq")
+        return _weights(base, self.quantization, along_outputs=False, more=more)
+
+    def check(self, base: Base, config: Config) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Awq:
+    """Linear layers in 4 bits, all else as in a plain base; `quantization` is what config.json says of it."""
+
+    quantization: dict[str, Any]
+
+    readable: ClassVar[str] = "AWQ"
+    unmergeable: ClassVar[str | None] = "stored by AWQ, where no new weight fits"
+    quantized: ClassVar[bool] = False
+    decoded: ClassVar[bool] = True
+    dequantizes: ClassVar[bool] = False
+
+    @staticmethod
+    def stores(quantization: dict[str, Any]) -> bool:
+        """Whether a quantization_config is of this format."""
+        version = str(quantization.get("version", "gemm")).lower()
+        return (quantization.get("quant_method"), quantization.get("bits"), version) == ("awq", 4, "gemm")
+
+    def mismatches(self, config: Config) -> list[str]:
+        return _wrong_groups(self.quantization)
+
+    def kept(self, parameter: Parameter) -> Kept | None:
+        return None
+
+    def tensors(self, base: Base) -> Mapping[str, StoredTensor]:
+        return _weights(base, self.quantization, along_outputs=True, more=0)
+
+    def check(self, base: Base, config: Config) -> None:
+        pass
+
+
+def _wrong_groups(quantization: dict[str, Any]) -> list[str]:
+    group = quantization.get("group_size", -1)
+    if type(group) is int and (group == -1 or group > 0):
+        return []
+    return [
+        f"model.base: config.json has group_size {shown(group)} in its quantization_config. Possible are whole numbers from 1 on, and -1, which "
+        "is all inputs. Copy the model again."
+    ]
+
+
+def _weights(base: Base, quantization: dict[str, Any], *, along_outputs: bool, more: int) -> dict[str, StoredTensor]:
+    last_reads, found = LastReads(_KEPT), dict[str, StoredTensor](base.tensors)
+    bits, group = quantization["bits"], quantization.get("group_size", -1)
+    for name, source in base.tensors.items():
+        path, _, leaf = name.rpartition(".")
+        if leaf != "qweight":
+            continue
+        found[f"{path}.weight"] = _columns(base, path, source, bits, group, along_outputs, more, last_reads)
+        for part in _PARTS:
+            found.pop(f"{path}.{part}", None)
+    return found
+
+
+def _columns(
+    base: Base, path: str, codes: TensorSource, bits: int, group: int, along: bool, more: int, last_reads: LastReads
+) -> "Columns":
+    """The weight of the linear layer at `path`. Raises `ConfigError` where a part of it is missing or has another shape than it
+    should."""
+    from trainer.base.stored.shared.columns import Columns
+
+    part = {leaf: base.tensors.get(f"{path}.{leaf}") for leaf in _PARTS}
+    zeros, scales, group_of = part["qzeros"], part["scales"], part["g_idx"]
+    each = 32 // bits
+    if len(codes.shape) == 2 and zeros is not None and scales is not None and scales.dtype in WEIGHT_DTYPES:
+        inputs, outputs = (codes.shape[0] * (1 if along else each), codes.shape[1] * (each if along else 1))
+        size = inputs if group == -1 else group
+        groups = ceil(inputs / size)
+        right = [
+            (codes.dtype, zeros.dtype) == ("I32", "I32"),
+            scales.shape == (groups, outputs),
+            zeros.shape == (groups, ceil(outputs / each)),
+            group_of is None or (group_of.dtype, group_of.shape) == ("I32", (inputs,)),
+        ]
+        if all(right):
+            order = _AWQ_ORDER if along else tuple(range(each))
+            shifts = tuple(bits * place for place in order)
+            return Columns(
+                codes, zeros, scales, (outputs, inputs), bits, size, last_reads, shifts, more, along, group_of
+            )
+    given = {leaf: f"{list(found.shape)} of {found.dtype}" for leaf, found in part.items() if found is not None}
+    raise ConfigError(
+        f"model.base: {path} has {', '.join(f'{leaf} {what}' for leaf, what in given.items())} in {base.name}, which are not those of one "
+        f"matrix in {bits} bits with groups of {group}. Give the config.json that belongs to these files."
+    )
+
+
+STORED: dict[str, QuantizedBy] = {"gptq": Gptq, "awq": Awq}

@@ -1,0 +1,94 @@
+"""Bases of NVIDIA's Model Optimizer: NVFP4, and FP8 with a scale for each matrix.
+
+Beside `weight` the files have `weight_scale`: in NVFP4, where a byte of `weight` is two E2M1 numbers, one in E4M3 for 16 columns, times
+`weight_scale_2`, one of fp32 for the whole matrix (modelopt/torch/quantization/qtensor/nvfp4_tensor.py). Weights become bf16 as they are read:
+the product in fp32, rounded once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from trainer.base.architecture import Parameter
+from trainer.base.base import Base, QuantizedBy
+from trainer.base.stored.shared.listed import is_listed
+from trainer.base.stored.shared.reads import LastReads
+from trainer.config import Config
+from trainer.errors import ConfigError
+from trainer.files.codes import Code, Kept
+from trainer.files.safetensors_index import StoredTensor, TensorSource, numel
+
+if TYPE_CHECKING:
+    from trainer.base.stored.shared.coded import Coded
+
+_KEPT = 32
+_BESIDE = ("weight_scale", "weight_scale_2", "input_scale")
+_CACHE = ("k_scale", "v_scale")
+
+
+@dataclass(frozen=True)
+class ModelOpt:
+    """Linear layers in 4 or 8 bits, all else as in a plain base; `quantization` is what config.json says of it."""
+
+    quantization: dict[str, Any]
+
+    readable: ClassVar[str] = "NVFP4 and FP8 of Model Optimizer"
+    unmergeable: ClassVar[str | None] = "stored by Model Optimizer, where no new weight fits"
+    quantized: ClassVar[bool] = False
+    decoded: ClassVar[bool] = True
+    dequantizes: ClassVar[bool] = False
+
+    @staticmethod
+    def stores(quantization: dict[str, Any]) -> bool:
+        """Whether a quantization_config is of this format."""
+        return quantization.get("quant_method") == "modelopt" and quantization.get("quant_algo") in ("NVFP4", "FP8")
+
+    def mismatches(self, config: Config) -> list[str]:
+        return []
+
+    def kept(self, parameter: Parameter) -> Kept | None:
+        if self.quantization["quant_algo"] != "FP8" or not parameter.matrices:
+            return None
+        if is_listed(parameter, self.quantization.get("ignore")):
+            return None
+        rows, columns = parameter.shape[-2:]
+        return Kept(Code("e4m3", (rows, columns)), "F32", "BF16")
+
+    def tensors(self, base: Base) -> Mapping[str, StoredTensor]:
+        last_reads, found = LastReads(_KEPT), dict[str, StoredTensor](base.tensors)
+        for name, source in base.tensors.items():
+            path, _, leaf = name.rpartition(".")
+            if leaf == "weight" and source.dtype in ("U8", "F8_E4M3"):
+                found[name] = _coded(base, path, source, last_reads)
+                for part in _BESIDE:
+                    found.pop(f"{path}.{part}", None)
+            elif leaf in _CACHE:
+                del found[name]
+        return found
+
+    def check(self, base: Base, config: Config) -> None:
+        pass
+
+
+def _coded(base: Base, path: str, source: TensorSource, last_reads: LastReads) -> "Coded":
+    """The weight of the linear layer at `path`. Raises `ConfigError` where its scales are missing or have another shape."""
+    from trainer.base.stored.shared.coded import Coded, Second
+
+    scales, second = (base.tensors.get(f"{path}.{leaf}") for leaf in ("weight_scale", "weight_scale_2"))
+    nvfp4 = source.dtype == "U8"
+    if len(source.shape) >= 2 and scales is not None:
+        shape = (*source.shape[:-1], source.shape[-1] * (2 if nvfp4 else 1))
+        code = Code("e2m1", (1, 16)) if nvfp4 else Code("e4m3", (shape[-2], shape[-1]))
+        if numel(scales) == prod(shape[:-2]) * prod(code.tiles(shape[-2], shape[-1])):
+            if not nvfp4:
+                return Coded(source, scales, shape, code, last_reads)
+            if scales.dtype == "F8_E4M3" and second is not None and numel(second) == 1:
+                return Coded(source, scales, shape, code, last_reads, second=Second(second, divides=False))
+    raise ConfigError(
+        f"model.base: {path} has no scales in {base.name} that belong to its weight of {source.dtype}, weight_scale and in NVFP4 "
+        "weight_scale_2. Copy the model again."
+    )
+
+
+STORED: dict[str, QuantizedBy] = {"modelopt": ModelOpt}

@@ -1,0 +1,178 @@
+"""The values of a matrix in 4 or 8 bits, as they are read: the number that each code stands for, times the scale of its tile.
+
+A tile is some rows and columns of a matrix that share a scale: 128 x 128 in FP8, a group of 16, 32 or 128 weights of a row in
+4 bits, a row, or the whole matrix. Codes of 4 bits are two a byte, the lower half first; eight of them in an int32, as integer
+formats have them, are the same bytes. A range of weights costs as many codes, and the scales of its tiles.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.base.stored.shared.floats import DECODED_AT_ONCE, E2M1, E4M3, SCALES, Floats, round_to_bf16
+from trainer.base.stored.shared.reads import LastReads
+from trainer.files.codes import Code, Kept, KeptSources, Numbers
+from trainer.files.safetensors_index import DTYPE_BYTES, PackedSources, StoredTensor, TensorSource, as_bytes, numel
+
+# The value of each code, fp32.
+TABLES: dict[Numbers, Floats] = {
+    "e2m1": E2M1,
+    "e4m3": E4M3,
+    "int4": np.arange(-8, 8, dtype=np.float32),
+    "int8": np.arange(256).astype(np.int8).astype(np.float32),
+    "offset8": np.arange(-128, 128, dtype=np.float32),
+}
+# The values of the two codes in a byte, (256, 2).
+_PAIRS = {
+    name: np.stack([table[np.arange(256) & 15], table[np.arange(256) >> 4]], axis=1)
+    for name, table in TABLES.items()
+    if len(table) == 16
+}
+
+
+@dataclass(frozen=True)
+class Second:
+    """A scale of the scales, one for a whole matrix: they are multiplied by it, or divided."""
+
+    scale: TensorSource
+    divides: bool
+
+
+@dataclass(frozen=True)
+class ZeroPoints:
+    """The code that stands for zero in each tile, packed along the rows of tiles into int32: (ceil(tile rows / codes an int32), tile
+    columns)."""
+
+    packed: TensorSource
+    bits: int
+
+    def rows(self, first: int, last: int) -> NDArray[np.int32]:
+        """Codes of the rows of tiles [first, last), (last - first, tile columns)."""
+        each, columns = 32 // self.bits, self.packed.shape[1]
+        begin, end = first // each, -(-last // each)
+        words = np.frombuffer(self.packed.read(begin * columns, end * columns), np.uint32).reshape(-1, 1, columns)
+        shifts = np.arange(0, 32, self.bits, dtype=np.uint32)[:, None]
+        codes = (words >> shifts & np.uint32(2**self.bits - 1)).reshape(-1, columns).astype(np.int32)
+        return codes[first - begin * each : last - begin * each]
+
+
+@dataclass(frozen=True)
+class Coded:
+    """The values of a matrix or a stack (..., rows, columns) in `code`; `scales` has one for each of its tiles, in their order.
+
+    `second` scales the scales; `zeros` are the codes that stand for zero, where it is not the number 0. `order` is the column of tiles of
+    each column, where columns of one tile do not lie together. `then` multiplies the products once more.
+    """
+
+    codes: TensorSource
+    scales: TensorSource
+    shape: tuple[int, ...]
+    code: Code
+    last_reads: LastReads
+    dtype: str = "BF16"
+    second: Second | None = None
+    zeros: ZeroPoints | None = None
+    order: TensorSource | None = None
+    then: float | None = None
+
+    def read(self, begin: int, end: int) -> bytearray:
+        each, item = 8 // self.code.bits, DTYPE_BYTES[self.dtype]
+        start = begin // each
+        raw = as_bytes(self.codes).read(start, -(-end // each))
+        data = bytearray(max(item * (end - begin), len(raw)))
+        # It is decoded in place, from the front: codes at the end are read before values are written over them.
+        data[len(data) - len(raw) :] = raw
+        stored = np.frombuffer(data, np.uint8)[len(data) - len(raw) :]
+        del raw
+        columns = self.shape[-1]
+        first_tiles = self._row_of_tiles(begin // columns)
+        tiles = self._scales(first_tiles, self._row_of_tiles((end - 1) // columns) + 1)
+        zeros = self._zeros(first_tiles, first_tiles + len(tiles))
+        tile_of = self._tile_of_columns()
+        decoded = np.frombuffer(data, np.uint8)[: item * (end - begin)]
+        for first, last in self._runs(begin, end):
+            width = min(columns, last - first)
+            of_rows = slice(
+                self._row_of_tiles(first // columns) - first_tiles,
+                self._row_of_tiles((last - 1) // columns) - first_tiles + 1,
+            )
+            across = tile_of[first % columns :][:width]
+            values = self._values(stored, first - start * each, last - start * each).reshape(-1, width)
+            if zeros is not None:
+                values -= zeros[of_rows].take(across, axis=1, mode="clip")
+            with np.errstate(over="ignore", invalid="ignore"):  # infinity is what transformers has there too
+                values *= tiles[of_rows].take(across, axis=1, mode="clip")
+                if self.then is not None:
+                    values *= np.float32(self.then)
+                self._write(values.reshape(-1), decoded[item * (first - begin) : item * (last - begin)])
+        del data[item * (end - begin) :]
+        return data
+
+    @property
+    def kept(self) -> KeptSources | None:
+        """How it can stay as it is; None where more than its scales makes values of its codes."""
+        if any(part is not None for part in (self.second, self.zeros, self.order, self.then)):
+            return None
+        parts: dict[str, StoredTensor] = {"weight": as_bytes(self.codes), "scales": as_bytes(self.scales)}
+        return KeptSources(Kept(self.code, self.scales.dtype, self.dtype), PackedSources(parts, None))
+
+    def _row_of_tiles(self, number: int) -> int:
+        """The row of tiles that the row `number` of the stack lies in."""
+        rows, down = self.shape[-2], self.code.tile[0]
+        matrix, row = divmod(number, rows)
+        return matrix * math.ceil(rows / down) + row // down
+
+    def _scales(self, first: int, last: int) -> Floats:
+        """Those of the rows of tiles [first, last), (last - first, columns of tiles)."""
+        source, per_row = self.scales, self.code.tiles(*self.shape[-2:])[1]
+        begin, end = first * per_row, last * per_row
+        if self.code.tile[0] > 1 or per_row == 1:  # so few that a rank may as well read them once
+            whole = SCALES[source.dtype](self.last_reads.read(source, 0, numel(source)))
+            found = whole[begin:end]
+        else:
+            found = SCALES[source.dtype](source.read(begin, end))
+        if self.second is not None:
+            scale = self.second.scale
+            by = SCALES[scale.dtype](self.last_reads.read(scale, 0, 1))
+            found = found / by if self.second.divides else found * by
+        return found.reshape(-1, per_row)
+
+    def _zeros(self, first: int, last: int) -> Floats | None:
+        return None if self.zeros is None else TABLES[self.code.numbers][self.zeros.rows(first, last)]
+
+    def _tile_of_columns(self) -> NDArray[np.int32]:
+        """The column of tiles that each column lies in."""
+        if self.order is None:
+            return np.arange(self.shape[-1], dtype=np.int32) // np.int32(self.code.tile[1])
+        return np.frombuffer(self.last_reads.read(self.order, 0, numel(self.order)), np.int32)
+
+    def _values(self, stored: NDArray[np.uint8], begin: int, end: int) -> Floats:
+        """The numbers that the codes [begin, end) stand for."""
+        if self.code.bits == 8:
+            return TABLES[self.code.numbers].take(stored[begin:end], mode="clip")
+        pairs = _PAIRS[self.code.numbers].take(stored[begin // 2 : -(-end // 2)], axis=0, mode="clip")
+        return pairs.reshape(-1)[begin % 2 : begin % 2 + end - begin]
+
+    def _write(self, values: Floats, out: NDArray[np.uint8]) -> None:
+        if self.dtype == "BF16":
+            round_to_bf16(values, out.view(np.uint16))
+        else:
+            out.view(np.float16 if self.dtype == "F16" else np.float32)[:] = values
+
+    def _runs(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        """[begin, end) in runs of whole rows, each a row of tiles or all of one, and of the parts of rows at both ends."""
+        (rows, columns), down = self.shape[-2:], self.code.tile[0]
+        while begin < end:
+            number, column = divmod(begin, columns)
+            row = number % rows
+            if column or end - begin < columns:
+                last = min(end, begin - column + columns)
+            else:
+                tile_end = rows if down == 1 else min(rows, (row // down + 1) * down)
+                at_once = max(1, DECODED_AT_ONCE // columns)
+                last = begin + min((end - begin) // columns, tile_end - row, at_once) * columns
+            yield begin, last
+            begin = last

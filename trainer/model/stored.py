@@ -1,0 +1,114 @@
+"""Frozen weights that stay as the files of the base have them, in 4 or 8 bits, and are decoded when a layer computes.
+
+As in trainer/model/nf4.py the codes and their scales are uint8 parameters that ZeRO-3 divides, and the layer and the stack of experts are
+those of that file: what differs is how bytes become matrices.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from trainer.files.codes import Kept, Numbers
+from trainer.model.nf4 import FrozenLinear4bit, FrozenStack4bit, Layout, Packed
+
+# Weights that are decoded at once: their values and scales in fp32 are beside the result meanwhile (trainer/plan/memory.py).
+_AT_ONCE = 2**23
+_TYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U8": torch.float8_e8m0fnu,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+# OCP Microscaling specification 1.0, table 5.
+_E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+_VALUES: dict[Numbers, Callable[[], Tensor]] = {
+    "e2m1": lambda: torch.tensor([*_E2M1, *(-size for size in _E2M1)]),
+    "e4m3": lambda: torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float(),
+    "int4": lambda: torch.arange(-8.0, 8.0),
+    "int8": lambda: torch.arange(256).to(torch.uint8).view(torch.int8).float(),
+    "offset8": lambda: torch.arange(-128.0, 128.0),
+}
+
+
+@dataclass(frozen=True)
+class StoredFormat:
+    """How the files hold the weights, and the type that they are multiplied in."""
+
+    kept: Kept
+    dtype: torch.dtype
+    double = False
+
+    def linear(self, in_features: int, out_features: int) -> "StoredLinear":
+        """A linear layer over such a weight."""
+        return StoredLinear(in_features, out_features, self)  # type: ignore[arg-type]  # `_pack` takes it
+
+    def stack(self, shape: tuple[int, int, int]) -> "StoredStack":
+        """A mixture's experts over such weights."""
+        return StoredStack(shape, self)  # type: ignore[arg-type]
+
+
+class StoredWeights(Packed):
+    """Weights as their files have them. Parameters, each frozen, uint8, flat and partitioned by ZeRO-3, slice after slice:
+
+    weight: the codes
+    scales: one for each tile
+    """
+
+    format: StoredFormat  # type: ignore[assignment]
+    scales: nn.Parameter
+
+    def _pack(self, shape: tuple[int, int], slices: int, form: StoredFormat) -> None:  # type: ignore[override]
+        self.format, self.slice_shape = form, shape
+        self.layout = Layout(math.prod(shape), 1, slices)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {name: size * self.layout.slices for name, size in self.format.kept.sizes(*self.slice_shape).items()}
+
+    def matrices(self, first: int, last: int) -> Tensor:
+        kept, (rows, columns) = self.format.kept, self.slice_shape
+        stored = (columns, rows) if kept.transposed else (rows, columns)
+        sizes, count = kept.sizes(rows, columns), last - first
+        codes = self.weight.data[first * sizes["weight"] : last * sizes["weight"]].view(count * stored[0], -1)
+        scales = self.scales.data[first * sizes["scales"] : last * sizes["scales"]].view(_TYPES[kept.scales])
+        scales = scales.view(count, *kept.code.tiles(*stored))
+        values = torch.empty(count * stored[0], stored[1], dtype=self.format.dtype, device=codes.device)
+        at_once = max(1, _AT_ONCE // stored[1])
+        for begin in range(0, len(values), at_once):
+            numbers = torch.arange(begin, min(begin + at_once, len(values)), device=codes.device)
+            of_rows = scales[numbers // stored[0], numbers % stored[0] // kept.code.tile[0]]
+            values[begin : begin + at_once] = _decoded(kept, codes[begin : begin + at_once], of_rows, stored[1])
+        found = values.view(count, *stored)
+        return found.mT if kept.transposed else found
+
+
+class StoredLinear(StoredWeights, FrozenLinear4bit):
+    """A linear layer over such a weight."""
+
+
+class StoredStack(StoredWeights, FrozenStack4bit):
+    """A mixture's experts over such weights."""
+
+
+def _decoded(kept: Kept, codes: Tensor, scales: Tensor, columns: int) -> Tensor:
+    """Rows of codes (n, bytes) with the scales of their tiles (n, columns of tiles) -> (n, columns), in the type that the files' values
+    have: the product in fp32, rounded once."""
+    values = _table(kept.code.numbers, codes.device).index_select(0, codes.flatten().int()).view(len(codes), columns)
+    spread = scales.float()
+    if spread.shape[1] > 1:
+        spread = spread.repeat_interleave(kept.code.tile[1], 1)[:, :columns]
+    return (values * spread).to(_TYPES[kept.dtype])
+
+
+@cache
+def _table(numbers: Numbers, device: torch.device) -> Tensor:
+    """The values of the codes in each byte, fp32: (256, 2) of codes in 4 bits, (256, 1) of others."""
+    values, byte = _VALUES[numbers](), torch.arange(256)
+    table = torch.stack([values[byte & 15], values[byte >> 4]], 1) if len(values) == 16 else values[:, None]
+    return table.to(device)
