@@ -59,7 +59,7 @@ def kernels(_given: argparse.Namespace) -> list[Figure]:
     from trainer.base.find.locate import resolve_base
     from trainer.errors import ConfigError
     from trainer.model.attention import choose_attention
-    from trainer.model.liger import missing
+    from trainer.model.kernels.liger import missing
 
     device, found = torch.device(DEVICE), list[Figure]()
     lacking = missing(device, "llama")
@@ -104,7 +104,7 @@ def _loss_and_gradient(base: Any, kernel: str, dtype: Any, fused: str = "none") 
     from trainer.base.load.load import empty_model
     from trainer.data.order.micro_batch import MicroBatch
     from trainer.model.attention import choose_attention
-    from trainer.model.liger import Kernels
+    from trainer.model.kernels.liger import Kernels
     from trainer.model.packed import PackedModel
     from trainer.objective.objective import find_objective
 
@@ -347,7 +347,7 @@ def run_part(name: str, given: argparse.Namespace, seconds: float) -> list[Figur
 
 
 def main() -> None:
-    from trainer.devices import local_gpus
+    from trainer.processes.devices import local_gpus
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))

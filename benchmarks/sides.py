@@ -22,7 +22,7 @@ class Case(NamedTuple):
 
 def become(rank: int, world: int, port: int) -> None:
     """A rank on a GPU of its own where there are GPUs, else on one core."""
-    from trainer.devices import local_gpus
+    from trainer.processes.devices import local_gpus
 
     become_rank(rank, world, port)
     if local_gpus():

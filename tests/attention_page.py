@@ -13,7 +13,7 @@ from launcher.config_docs import write_or_check
 from tests.unit.test_published_models import MODELS
 from trainer.base.architecture import Architecture
 from trainer.base.describe.architecture_cache import read_architecture
-from trainer.model.kernels import KERNELS, Capability, Kernel, chosen, unable
+from trainer.model.kernels.attention import KERNELS, Capability, Kernel, chosen, unable
 
 PAGE = Path(__file__).parents[1] / "docs" / "attention.md"
 
@@ -46,7 +46,7 @@ _GPUS: dict[str, Capability | None] = {
 _HEADER = """\
 # Attention kernels
 
-<!-- Written by `python -m tests.attention_page` from trainer/model/kernels.py: change that. -->
+<!-- Written by `python -m tests.attention_page` from trainer/model/kernels/attention.py: change that. -->
 
 `model.attention: auto` takes the first kernel of this table that runs here and gives the values and the gradients of the base's own
 attention, with the documents of a packed row apart. The log of rank 0 names it, and says why not the ones before it; `capstan doctor`
@@ -150,4 +150,4 @@ def _taken(base: Architecture, capability: Capability | None) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(write_or_check(PAGE, render, "tests.attention_page", "trainer/model/kernels.py"))
+    sys.exit(write_or_check(PAGE, render, "tests.attention_page", "trainer/model/kernels/attention.py"))

@@ -27,9 +27,10 @@ from trainer.base.find.locate import resolve_base
 from trainer.base.load.load import empty_model
 from trainer.config import dump_config, training
 from trainer.data.order.micro_batch import MicroBatch
-from trainer.model import liger, tiled
+from trainer.model import tiled
 from trainer.model.attention import choose_attention
-from trainer.model.liger import Kernels
+from trainer.model.kernels import liger
+from trainer.model.kernels.liger import Kernels
 from trainer.model.packed import PackedModel
 from trainer.model.parts import decoder_layers
 from trainer.objective.objective import find_objective

@@ -23,10 +23,10 @@ from launcher.view.folded import FoldedTable
 from trainer.base.find.content import check_whole
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config
-from trainer.devices import count_visible, listed_gpus, unused
 from trainer.errors import CapstanError
-from trainer.model.kernels import KERNELS
+from trainer.model.kernels.attention import KERNELS
 from trainer.processes import children
+from trainer.processes.devices import count_visible, listed_gpus, unused
 from trainer.registry import kinds
 from trainer.run import trackers
 from trainer.run.folder import run_folder
@@ -45,7 +45,7 @@ _EXTRAS = {
 # Asked of torch in a fresh interpreter: importing it here would cost seconds and gigabytes of address space.
 _TORCH_PROBE = """
 import json, torch
-from trainer.model.kernels import KERNELS
+from trainer.model.kernels.attention import KERNELS
 gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
 bf16 = bool(gpus) and torch.cuda.is_bf16_supported()
 capability = torch.cuda.get_device_capability(0) if gpus else None

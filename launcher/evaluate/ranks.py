@@ -16,12 +16,12 @@ from typing import IO, Any
 from launcher.start.group import is_rank, slurm_rank
 from launcher.terminal import put
 from trainer.config import Config
-from trainer.devices import local_gpus
 from trainer.errors import CapstanError
 from trainer.evaluate.ask import Ask
 from trainer.evaluate.program import answer
 from trainer.measure.prompts import Prompt
 from trainer.processes import children
+from trainer.processes.devices import local_gpus
 
 Hear = Callable[[dict[str, Any]], None]
 

@@ -17,9 +17,9 @@ from trainer.config import Config, Model
 from trainer.data.compile.inputs import check_sources
 from trainer.data.compile.length import epoch_length
 from trainer.data.source.files import unusable
-from trainer.devices import described_gpus
 from trainer.errors import CapstanError, ConfigError, shown
 from trainer.plan.gpus import read_gpu
+from trainer.processes.devices import described_gpus
 
 Kind = Literal["one", "slurm", "ray"]
 KINDS: tuple[Kind, ...] = ("one", "slurm", "ray")

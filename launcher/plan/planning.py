@@ -10,12 +10,12 @@ from trainer.config import Config
 from trainer.data.compile.inputs import check_sources
 from trainer.data.compile.length import epoch_length
 from trainer.data.source.files import is_of_hub, unusable
-from trainer.devices import described_gpus, host_memory_left
 from trainer.errors import ConfigError, DataError, DoesNotFit, StorageError
 from trainer.plan.forecast import Forecast, Length, assumed_rate, forecast, length_of
 from trainer.plan.gpus import Gpu, find_gpu, read_gpu
 from trainer.plan.needs import Plan
 from trainer.plan.plan import make_plan
+from trainer.processes.devices import described_gpus, host_memory_left
 from trainer.run import layout
 from trainer.store import Store, open_store
 

@@ -192,10 +192,6 @@ class Need:
     def gpus(self) -> int:
         return int(self.each.get("GPU", 0))
 
-    @property
-    def elastic(self) -> bool:
-        return self.fewest < self.most
-
 
 def need(config: Config) -> Need:
     """From the configuration, with the cluster's GPUs where it leaves the number open."""

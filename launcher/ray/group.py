@@ -12,7 +12,7 @@ import ray.util
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend  # no public name has either
 
-from trainer.devices import check_device
+from trainer.processes.devices import check_device
 
 
 class RankGroup(TorchConfig):

@@ -22,9 +22,9 @@ from launcher.start.attempts import Attempts, Watch, keep_trying
 from launcher.start.stopping import stop_if_asked
 from trainer.config import Config, dump_config, parse_config
 from trainer.data.compile.prepare import Datasets
-from trainer.devices import stay_on_cpu
 from trainer.errors import CapstanError, ConfigError, DoesNotFit
 from trainer.files.scratch import scratch_folder
+from trainer.processes.devices import stay_on_cpu
 from trainer.run import layout
 from trainer.run.folder import run_folder
 from trainer.run.owner import Ownership

@@ -9,8 +9,8 @@ from launcher.start.waiting import wait_for_first_rank
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config
 from trainer.data.compile.prepare import prepare
-from trainer.devices import stay_on_cpu
 from trainer.errors import CapstanError, Stopped
+from trainer.processes.devices import stay_on_cpu
 from trainer.run.folder import submitted_config
 from trainer.store import open_run_store, open_store
 

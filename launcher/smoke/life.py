@@ -30,10 +30,10 @@ from trainer.checkpoint.listing import committed_steps
 from trainer.config import Config, Data, Source, assignment, dump_config, load_config, override, parse_config, unsaid
 from trainer.data.source.files import expand
 from trainer.data.source.reading import rows
-from trainer.devices import local_gpus
 from trainer.errors import CapstanError, DataError, DoesNotFit
 from trainer.export.figures import Proof
 from trainer.plan.plan import make_plan
+from trainer.processes.devices import local_gpus
 from trainer.store import Store, open_store
 
 COMMIT_EVERY, KILL_AFTER = 5, 6

@@ -13,10 +13,10 @@ from launcher.start.attempts import Attempts, Watch, keep_trying
 from trainer import errors
 from trainer.config import Config, dump_config
 from trainer.data.compile.prepare import Datasets
-from trainer.devices import local_gpus
 from trainer.errors import NOT_JSON, CapstanError, NonFiniteLoss
 from trainer.files.scratch import scratch_folder
 from trainer.processes import children
+from trainer.processes.devices import local_gpus
 from trainer.run.owner import Ownership
 
 _LOOK_SECONDS = 0.5
@@ -63,7 +63,7 @@ def _attempt(attempts: Attempts) -> retry.Failure | None:
         with said.open("wb") as output:
             # Its output is in the rank's log. It has a session of its own, because the driver tells the ranks of a Ctrl-C.
             process = children.start(
-                [sys.executable, "-m", "trainer.alone", str(given), str(outcome)],
+                [sys.executable, "-m", "launcher.start.only_rank", str(given), str(outcome)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=output,
@@ -100,7 +100,7 @@ def _end(code: int, outcome: Path, said: Path) -> retry.Failure | None:
 
 
 def _error(found: dict[str, Any]) -> Exception:
-    """The error that `trainer.alone` has told of."""
+    """The error that `launcher.start.only_rank` has told of."""
     if not found["ours"]:
         return type(found["kind"], (Exception,), {})(found["text"])
     kind: type[CapstanError] = getattr(errors, found["kind"])

@@ -132,8 +132,12 @@ def _sharing_base(config: Config) -> Config:
     """`config` with quant.cache, so that one trial quantizes the base for all, unless the configuration decides that or has none to cache."""
     if "cache" in config.quant.model_fields_set or not config.quant.quantizes:
         return config
+    base = describe_base(config.model)
+    config = base.decided(config)
+    if not config.quant.quantizes:
+        return config
     shared = override(config, "quant.cache=true")
-    return config if describe_base(config.model).mismatches(shared) else shared
+    return config if base.mismatches(shared) else shared
 
 
 def run_sweep(config: Config, *, resume: bool, take_over: bool, live: bool, log: Callable[[str], None]) -> SweepStatus:

@@ -10,8 +10,8 @@ import pytest
 
 from launcher.start import alone
 from launcher.start.alone import is_alone, run_alone
+from launcher.start.only_rank import outcome_of
 from launcher.view.status import read_status
-from trainer.alone import outcome_of
 from trainer.config import Config, override, parse_config
 from trainer.data.compile.prepare import Datasets
 from trainer.errors import CapstanError, ConfigError, NonFiniteLoss, StorageError

@@ -16,7 +16,7 @@ from trainer.errors import ConfigError
 from trainer.model.attention import SINKS, choose_attention
 from trainer.model.documents import keep_documents_apart
 from trainer.model.head import IGNORE, LossHead
-from trainer.model.kernels import FLASH, KERNELS, unable, unavailable
+from trainer.model.kernels.attention import FLASH, KERNELS, unable, unavailable
 from trainer.model.packed import PackedModel
 from trainer.objective.sft.objective import NextTokens
 

@@ -15,7 +15,7 @@ from tests.unit.test_documents import KINDS, build
 from trainer.measure.decoding import GrowingText, next_logits
 from trainer.model.attention import VARLEN, Attention, no_mask, varlen_attention
 from trainer.model.head import LossHead
-from trainer.model.kernels import FLASH
+from trainer.model.kernels.attention import FLASH
 from trainer.model.packed import PackedModel
 
 PASSES = [28, *[1] * 5]  # tokens of each pass; the first has more than any window

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
-from trainer import devices
-from trainer.devices import (
+from trainer.errors import ConfigError
+from trainer.processes import devices
+from trainer.processes.devices import (
     ListedGpu,
     LocalGpu,
     check_device,
@@ -19,7 +20,6 @@ from trainer.devices import (
     listed_gpus,
     local_gpus,
 )
-from trainer.errors import ConfigError
 from trainer.ranks import let_segments_grow, own_device, take_gpu
 
 QUERY = "GPU-1, NVIDIA H100 80GB HBM3, 81559\nGPU-2, NVIDIA L40S, 46068\nGPU-3, NVIDIA Graphics Device, [N/A]\n"

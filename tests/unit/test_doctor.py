@@ -9,7 +9,7 @@ from rich.console import Console
 
 from launcher.doctor import doctor
 from launcher.doctor.doctor import Check, Diagnosis, check_package, check_store, diagnose, report_table
-from trainer.devices import ListedGpu
+from trainer.processes.devices import ListedGpu
 
 
 def test_this_machine_can_run(tmp_path):

@@ -19,8 +19,8 @@ from tests.families import FAMILIES, QUICK, SIZES, rows
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.model.attention import FLEX, SINKS, VARLEN, Attention, choose_attention, no_mask, varlen_attention
 from trainer.model.documents import batches, keep_documents_apart, knows_borders, mixers, recomputed
-from trainer.model.flex import block_mask_of_row, flex_attention_capped
-from trainer.model.kernels import FLASH, unable
+from trainer.model.kernels.attention import FLASH, unable
+from trainer.model.kernels.flex import block_mask_of_row, flex_attention_capped
 from trainer.model.parts import body
 
 _LATENT = {

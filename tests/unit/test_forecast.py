@@ -26,11 +26,11 @@ from trainer.data.compile.length import EpochLength, epoch_length
 from trainer.data.dataset.manifest import read_manifest
 from trainer.data.order.bins import total
 from trainer.data.order.micro_batch import Position
-from trainer.devices import LocalGpu
 from trainer.errors import ConfigError, DoesNotFit
 from trainer.plan.forecast import UTILISATION, Rate, assumed_rate, forecast, length_of
 from trainer.plan.gpus import Gpu, find_gpu, read_gpu
 from trainer.plan.plan import make_plan
+from trainer.processes.devices import LocalGpu
 from trainer.store import Store, open_store
 from trainer.train.horizon import horizon_of
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from trainer import deferred
+from trainer.processes import deferred
 
 HEAVY = ("torch", "ray", "deepspeed", "transformers", "peft", "bitsandbytes", "pyarrow", "numpy")
 
@@ -34,7 +34,9 @@ def test_importing_leaves_heavy_libraries_out(module: str):
 UNUSED = ("mlflow", "pandas", "fastapi", "scipy", "sklearn", "networkx", "torch._inductor.compile_fx")
 # What a rank imports, and what DeepSpeed imports when its engine starts.
 IMPORTED = "import trainer.rank, deepspeed.runtime.zero.muon.muon_optimizer"
-WITHOUT_DEFERRING = "sys.meta_path[:] = [f for f in sys.meta_path if type(f).__module__ != 'trainer.deferred']"
+WITHOUT_DEFERRING = (
+    "sys.meta_path[:] = [f for f in sys.meta_path if type(f).__module__ != 'trainer.processes.deferred']"
+)
 
 
 @pytest.mark.parametrize(

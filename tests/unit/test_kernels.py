@@ -24,8 +24,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import and_masks, causal_mask_function, packed_sequence_mask_function
 
 from trainer.model.attention import sdpa_with_sinks, varlen_attention
-from trainer.model.flex import block_mask, flex_attention_capped
-from trainer.model.kernels import FLASH, KERNELS, unable, unavailable
+from trainer.model.kernels.attention import FLASH, KERNELS, unable, unavailable
+from trainer.model.kernels.flex import block_mask, flex_attention_capped
 
 
 @dataclass(frozen=True)
@@ -343,7 +343,7 @@ def test_a_package_that_lacks_what_is_asked_of_it_or_does_not_import_is_told(
     def broken(name: str) -> ModuleType:
         raise ImportError("undefined symbol: _ZN3c105Error")
 
-    monkeypatch.setattr("trainer.model.kernels.import_module", broken)
+    monkeypatch.setattr("trainer.model.kernels.attention.import_module", broken)
     assert "cannot be imported (undefined symbol" in unavailable((8, 0), half=True)["flash_attention_2"]
     assert importlib.import_module("json")
 

@@ -17,8 +17,8 @@ from transformers.models.mixtral import modeling_mixtral
 from tests.families import KINDS, SIZES
 from trainer.base.describe.empty_model import meta_model
 from trainer.errors import ConfigError
-from trainer.model import liger
-from trainer.model.liger import Kernels, fuse
+from trainer.model.kernels import liger
+from trainer.model.kernels.liger import Kernels, fuse
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PACKAGE = "liger_kernel.transformers"

@@ -15,10 +15,11 @@ from launcher.ray.group import RankGroup
 from launcher.start import attempts
 from launcher.start.attempts import Attempts, Watch
 from launcher.view.status import read_status
-from trainer import assemble, devices
+from trainer import assemble
 from trainer.config import Config, parse_config
 from trainer.data.compile.prepare import Datasets
 from trainer.errors import CapstanError, ConfigError, Stopped, StorageError, Superseded, Unreachable
+from trainer.processes import devices
 from trainer.run import layout
 from trainer.run.folder import run_folder
 from trainer.run.owner import take

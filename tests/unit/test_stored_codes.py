@@ -1,6 +1,7 @@
 """Weights in 4 and 8 bits are read, range by range, as the very values that each format's specification gives them."""
 
 import random
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,8 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.codes import FORMATS
+from tests.unit.test_plan import LLAMA_70B
 from trainer.base.base import Base
-from trainer.base.describe.description import stored_format
+from trainer.base.describe.description import describe, stored_format
 from trainer.errors import ConfigError
 from trainer.files.safetensors_index import StoredTensor, read_index
 from trainer.store import open_store
@@ -101,3 +103,21 @@ def test_groups_that_cannot_be_read_are_a_mismatch() -> None:
         stored = stored_format({**how, "config_groups": groups}, "mine")
         found = stored.mismatches(cast(Any, None))
         assert not groups or "config_groups that cannot be read" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 0}, "has group_size 0"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "has checkpoint_format 'marlin'"),
+        ({"quant_method": "awq", "bits": 4, "group_size": "x"}, "has group_size 'x'"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, r"has weight_block_size \[128\]"),
+    ],
+)
+def test_numbers_of_config_json_that_cannot_be_are_named(how: dict[str, Any], named: str) -> None:
+    base = describe({**LLAMA_70B, "quantization_config": how})
+    assert any(re.search(named, line) for line in base.stored.mismatches(cast(Any, None)))
+    with pytest.raises(ConfigError, match="is stored by"):
+        stored_format(
+            {"quant_method": "compressed-tensors", "format": "pack-quantized", "sparsity_config": "x"}, "mine"
+        )

@@ -12,11 +12,11 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from trainer.devices import stay_on_cpu
 from trainer.errors import CapstanError
 from trainer.evaluate.ask import Ask, Tell
 from trainer.measure.prompts import Prompt
 from trainer.processes.children import end_with_agent
+from trainer.processes.devices import stay_on_cpu
 
 
 def answer(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from trainer.errors import ConfigError
 from trainer.model.documents import sdpa_mask_of_row
-from trainer.model.flex import block_mask_of_row, flex_attention_capped
-from trainer.model.kernels import FLASH, AttentionNeeds, chosen, unable, unavailable
+from trainer.model.kernels.attention import FLASH, AttentionNeeds, chosen, unable, unavailable
+from trainer.model.kernels.flex import block_mask_of_row, flex_attention_capped
 
 VARLEN = "capstan_varlen"
 SINKS = "capstan_sinks"  # SDPA, a word that transformers looks for in a name, to refuse it

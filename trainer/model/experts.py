@@ -1,7 +1,7 @@
 """The experts of a mixture: one forward pass for every class that lets transformers choose one, over 4-bit stacks or 16-bit.
 
 It is registered as `capstan` with transformers' ExpertsInterface, and reads from a module what its class says of itself: has_gate,
-has_bias, is_transposed, has_post_expert_norm, and its own `_apply_gate`. Tokens' rows are sorted by expert (trainer/model/grouped.py)
+has_bias, is_transposed, has_post_expert_norm, and its own `_apply_gate`. Tokens' rows are sorted by expert (trainer/model/kernels/grouped.py)
 and multiplied in groups. A 4-bit stack is dequantized `BUDGET` bytes at a time, and again in the backward pass; one that fits costs no
 host synchronisation, a larger one costs one a pass for both of its products.
 """
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from trainer.model.grouped import Groups
+from trainer.model.kernels.grouped import Groups
 from trainer.model.nf4 import FrozenStack4bit
 from trainer.model.parts import is_experts
 

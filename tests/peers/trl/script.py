@@ -1,6 +1,6 @@
 from datasets import load_dataset
 from peft import LoraConfig
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
 BASE_NAME = "BASE"
 rows = load_dataset("json", data_files="data/pairs.jsonl", split="train[:3]")

@@ -32,7 +32,7 @@ def _with_kept(architecture: Architecture, stored: StoredFormat) -> Architecture
     """The architecture that knows how the files hold its weights."""
     try:
         kept = [stored.kept(parameter) for parameter in architecture.parameters]
-    except (KeyError, TypeError, ValueError, AttributeError, re.error):  # `mismatches` says so in a sentence
+    except (LookupError, TypeError, ValueError, AttributeError, re.error):  # `mismatches` says so in a sentence
         return architecture
     if not any(kept):
         return architecture

@@ -138,6 +138,11 @@ def _code(module: type[nn.Module]) -> str:
     return inspect.getsource(module)
 
 
+def _is_handed_on(around: nn.Module, name: str) -> bool:
+    """Whether the code of the module `around` the linear layer `name` gives its weight to a function."""
+    return re.search(rf"[=(\s]self\.{name}\.weight,", _code(type(around))) is not None
+
+
 @dataclass(frozen=True)
 class _Reader:
     """A model on `meta`, and its settings."""
@@ -286,7 +291,9 @@ class _Reader:
             place_of(around, name)
             for around in self._modules.values()
             for name, child in around.named_children()
-            if isinstance(child, nn.Linear) and f"self.{name}.weight" in _code(type(around))
+            if isinstance(child, nn.Linear)
+            and f"self.{name}.weight" in _code(type(around))
+            and not _is_handed_on(around, name)
         }
 
     def _trial(self) -> Found | None:
@@ -360,7 +367,7 @@ class _Reader:
     def _is_handed_to_a_kernel(self, path: str) -> bool:
         """Whether the module around the linear layer at `path` passes its weight on, as Mamba's does."""
         parent, _, name = path.rpartition(".")
-        return f"=self.{name}.weight" in _code(type(self._modules[parent]))
+        return _is_handed_on(self._modules[parent], name)
 
     def _visits(self, path: str, experts: int) -> float:
         """The share of tokens that are routed to one of the `experts` at `path`, or 1 where nothing tells."""

@@ -74,12 +74,16 @@ def small_model(config: PretrainedConfig, like: PreTrainedModel) -> PreTrainedMo
         if isinstance(like, LanguagePart):
             decoder = type(like.model)(made)
             return LanguagePart(decoder, torch.nn.Linear(HIDDEN, VOCABULARY, bias=False), type(like))
-        return AutoModelForCausalLM.from_config(made, dtype=torch.float32, trust_remote_code=False)
+        # transformers' grouped products want widths of whole 16 bytes.
+        options: dict[str, Any] = {"dtype": torch.float32, "experts_implementation": "eager"}
+        return AutoModelForCausalLM.from_config(made, trust_remote_code=False, **options)
 
 
 def small_settings(config: PretrainedConfig) -> dict[str, Any]:
     """The settings of the small model, as transformers' own class of the same `model_type` takes them."""
     settings = {key: value for key, value in config.to_dict().items() if key not in _NOT_OF_THE_MODEL}
+    if getattr(config, "hidden_size", HIDDEN + 1) <= HIDDEN:
+        return settings  # it is small already
     made = {**_sized(settings), **_that_follow(settings)}
     rotary = settings.get("rope_parameters") or {}
     if sections := rotary.get("mrope_section"):

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from trainer.base.find.locate import Base
+from trainer.base.find.locate import Base, in_bucket
 from trainer.config import Config
 from trainer.errors import NOT_JSON, AlreadyExists, Damaged, NotFound, StorageError, shown
 from trainer.files.safetensors_index import PackedSources
@@ -106,7 +106,8 @@ def cache_key(base: Base, config: Config) -> str:
     facts = [
         FORMAT,
         base.fingerprint,
-        base.samples,  # sizes and times may be those of another base, where files were copied with theirs
+        # Sizes and times may be those of another base, where files were copied with theirs. A bucket's versions are hashes.
+        *([] if in_bucket(base.name) else [base.samples]),
         base.versions,
         {"type": config.quant.type, "block_size": config.quant.block_size, "double": config.quant.double},
         config.model.dtype,

@@ -26,7 +26,7 @@ from trainer.model.attention import Attention
 from trainer.model.documents import keep_documents_apart
 from trainer.model.experts import IMPLEMENTATION, prepare_experts
 from trainer.model.head import LossHead
-from trainer.model.liger import Kernels
+from trainer.model.kernels.liger import Kernels
 from trainer.ranks import Ranks
 from trainer.store import open_run_store
 from trainer.zero.partition import Partitioner

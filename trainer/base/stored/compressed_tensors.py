@@ -63,7 +63,8 @@ class CompressedTensors:
     @staticmethod
     def stores(quantization: dict[str, Any]) -> bool:
         """Whether a quantization_config is of this format."""
-        sparse = (quantization.get("sparsity_config") or {}).get("format", "dense") != "dense"
+        sparsity = quantization.get("sparsity_config")
+        sparse = bool(sparsity) and not (isinstance(sparsity, dict) and sparsity.get("format", "dense") == "dense")
         known = quantization.get("format") in _FORMATS
         return quantization.get("quant_method") == "compressed-tensors" and known and not sparse
 

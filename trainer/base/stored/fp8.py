@@ -55,12 +55,10 @@ class Fp8:
         return quantization.get("quant_method") == "fp8" and quantization.get("expert_dtype", "fp8") in _EXPERTS
 
     def mismatches(self, config: Config) -> list[str]:
-        tile = self._block_size
-        pair = isinstance(tile, list) and len(tile) == 2 and all(type(side) is int and side > 0 for side in tile)
-        if tile is None or pair:
+        if self._has_tile:
             return []
         return [
-            f"model.base: config.json has weight_block_size {shown(tile)} in its quantization_config. Possible are two whole "
+            f"model.base: config.json has weight_block_size {shown(self._block_size)} in its quantization_config. Possible are two whole "
             "numbers, rows and columns of a tile, and null. Copy the model again."
         ]
 
@@ -69,13 +67,23 @@ class Fp8:
         return self.quantization.get("weight_block_size", _USUAL_TILE)
 
     @property
+    def _has_tile(self) -> bool:
+        tile = self._block_size
+        pair = isinstance(tile, list) and len(tile) == 2 and all(type(side) is int and side > 0 for side in tile)
+        return tile is None or pair
+
+    @property
     def _codes(self) -> dict[str, Numbers]:
         """The types of the codes in the files, and the numbers that they are."""
         fp4: dict[str, Numbers] = {"I8": "e2m1"} if self.quantization.get("expert_dtype") == "fp4" else {}
         return {"F8_E4M3": "e4m3", **fp4}
 
     def kept(self, parameter: Parameter) -> Kept | None:
-        if not parameter.matrices or is_listed(parameter, self.quantization.get("modules_to_not_convert")):
+        if (
+            not self._has_tile
+            or not parameter.matrices
+            or is_listed(parameter, self.quantization.get("modules_to_not_convert"))
+        ):
             return None
         scales = "F8_E8M0" if self.quantization.get("scale_fmt") == "ue8m0" else "F32"
         if parameter.kind == "experts" and "I8" in self._codes:

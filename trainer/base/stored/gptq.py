@@ -49,12 +49,13 @@ class Gptq:
         return quantization.get("quant_method") == "gptq" and quantization.get("bits") in (4, 8)
 
     def mismatches(self, config: Config) -> list[str]:
-        form = self.quantization.get("checkpoint_format", "gptq")
+        form, wrong = self.quantization.get("checkpoint_format", "gptq"), _wrong_groups(self.quantization)
         if form in ("gptq", "gptq_v2"):
-            return []
+            return wrong
         return [
+            *wrong,
             f"model.base: config.json has checkpoint_format {shown(form)} in its quantization_config. Readable are gptq and gptq_v2. Give "
-            "the 16-bit model; quant.type quantizes it."
+            "the 16-bit model; quant.type quantizes it.",
         ]
 
     def kept(self, parameter: Parameter) -> Kept | None:
@@ -87,7 +88,7 @@ class Awq:
         return (quantization.get("quant_method"), quantization.get("bits"), version) == ("awq", 4, "gemm")
 
     def mismatches(self, config: Config) -> list[str]:
-        return []
+        return _wrong_groups(self.quantization)
 
     def kept(self, parameter: Parameter) -> Kept | None:
         return None
@@ -97,6 +98,16 @@ class Awq:
 
     def check(self, base: Base, config: Config) -> None:
         pass
+
+
+def _wrong_groups(quantization: dict[str, Any]) -> list[str]:
+    group = quantization.get("group_size", -1)
+    if type(group) is int and (group == -1 or group > 0):
+        return []
+    return [
+        f"model.base: config.json has group_size {shown(group)} in its quantization_config. Possible are whole numbers from 1 on, and -1, which "
+        "is all inputs. Copy the model again."
+    ]
 
 
 def _weights(base: Base, quantization: dict[str, Any], *, along_outputs: bool, more: int) -> dict[str, StoredTensor]:

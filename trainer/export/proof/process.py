@@ -40,7 +40,7 @@ def _no_memory(what: str) -> DoesNotFit:
 
 def _alone(device: Device) -> None:
     """A group of one, whatever group this process was started in, and no GPU where the CPU is meant."""
-    from trainer.devices import stay_on_cpu
+    from trainer.processes.devices import stay_on_cpu
 
     end_with_parent()
     os.environ.pop("RANK", None)

@@ -36,7 +36,6 @@ from trainer.checkpoint.checkpoints import load_partitions
 from trainer.checkpoint.learner import TrainablePartition
 from trainer.checkpoint.manifest import CheckpointManifest, read_manifest
 from trainer.config import Config, override
-from trainer.devices import host_memory_left, local_gpus
 from trainer.export.figures import Proof
 from trainer.export.folder import local_folder
 from trainer.export.proof import plain
@@ -46,6 +45,7 @@ from trainer.export.proof.placement import ProofSide, Room, exported_side, train
 from trainer.export.proof.process import aside
 from trainer.export.proof.rendering import check_rendering, trained_texts
 from trainer.export.proof.rows import Probe, ProbeRow, find_probe
+from trainer.export.proof.source_rows import source_rows
 from trainer.export.proof.streamed import StreamedLayers
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.export.write.adapter import export_adapter
@@ -53,6 +53,7 @@ from trainer.files.safetensors_index import WEIGHT_DTYPES
 from trainer.files.scratch import scratch_folder
 from trainer.objective.sft.objective import NextTokens
 from trainer.optimizer.optimizer import MASTER
+from trainer.processes.devices import host_memory_left, local_gpus
 from trainer.ranks import join
 from trainer.resolve import Resolved
 from trainer.store import Store, open_store
@@ -145,12 +146,16 @@ class Trained:
 
     def check_texts(self, destination: Store) -> None:
         """Raises `CapstanError` where the tokenizer or the template in `destination` is not the run's."""
-        rows = [row.tokens[0].tolist() for row in self.probe.rows]
+        rows, sources = [row.tokens[0].tolist() for row in self.probe.rows], source_rows(self.config)
+        where = (
+            f"{len(sources)} rows of its sources" if sources else f"{self.probe.origin}, as its sources cannot be read"
+        )
+        _say(f"renders {where} through the exported tokenizer and chat template")
         with scratch_folder("verify") as folder:
             for entry in destination.list():
                 if is_small_file(entry.key):
                     copy_object(destination, entry, Path(folder))
-            check_rendering(trained_texts(self.config, self.base.directory), Path(folder), rows)
+            check_rendering(trained_texts(self.config, self.base.directory), Path(folder), rows, sources)
 
     def logits(self, computed_in: str, learnt: bool = True) -> list[Tensor]:
         """Through our own sharded loader, engine and restore, as one rank: for each row (P, V) fp32. Without what was `learnt`

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.functional import pad
 
-from trainer.model.grouped import ALIGNMENT, Groups
+from trainer.model.kernels.grouped import ALIGNMENT, Groups
 
 
 class ExpertLora(nn.Module):

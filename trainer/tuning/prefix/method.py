@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Architecture
 from trainer.config import Model, Optim, Tuning
-from trainer.model.kernels import FLASH
+from trainer.model.kernels.attention import FLASH
 from trainer.tuning.method import ExportedFiles, VirtualTokens
 from trainer.tuning.shared.linear_adapters import flagged, peft_files
 from trainer.tuning.shared.virtual_tokens import PEFT_TENSOR, BesideBase

@@ -1,6 +1,6 @@
 """The program of a run's only rank on this machine, in a process of its own beside its driver.
 
-    python -m trainer.alone TASK OUTCOME
+    python -m launcher.start.only_rank TASK OUTCOME
 
 The file TASK is JSON: the configuration, the compiled data, whether there must be a checkpoint, and when the start began. How it ended
 comes to the file OUTCOME, as `outcome_of` writes it; there is none where the process was killed.
@@ -14,8 +14,8 @@ from typing import Any
 
 from trainer.config import parse_config
 from trainer.data.compile.prepare import Datasets
-from trainer.devices import stay_on_cpu
 from trainer.errors import CapstanError, NonFiniteLoss
+from trainer.processes.devices import stay_on_cpu
 
 
 def outcome_of(error: BaseException) -> dict[str, Any]:
