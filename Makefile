@@ -15,6 +15,9 @@ LEAN := .venv/.lean
 STAMP := .venv/.installed
 PYTEST = $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
+# Tests start hundreds of processes; where this is set, each of them would compile the product's files again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: smoke test test-long servers check docs bench
 
 # Makes .venv with the extra $(1). pip compiles Python's files on one processor, so they are compiled after it on all of them, but

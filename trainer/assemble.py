@@ -30,12 +30,12 @@ from trainer.zero.engine import Engine
 from trainer.zero.policy import Scope, build_deepspeed_config
 
 
-def join_run(config: Config, is_gone: Callable[[], bool] = lambda: False) -> Ranks:
-    """Join the other ranks on the device and with the threads that the settings say. `is_gone` tells whether rank 0 has ended meanwhile.
+def join_run(config: Config, is_gone: Callable[[int], bool] = lambda rank: False) -> Ranks:
+    """Join the other ranks on the device and with the threads that the settings say. `is_gone` tells whether one has ended meanwhile.
 
     Raises:
         ConfigError: this process does not see the GPUs that it should.
-        CapstanError: not all ranks have come within `timeouts.meet`, or rank 0 has ended meanwhile.
+        CapstanError: not all ranks have come within `timeouts.meet`, or one has ended meanwhile.
     """
     check_device(config.cluster.gpus_per_worker, *torch_gpus())
     os.environ.update(config.cluster.nccl_variables)  # NCCL reads them when it makes its first communicator

@@ -29,6 +29,7 @@ from trainer.export.write.checkpoint_adapters import adapters_beside
 from trainer.measure.samples import open_samples
 from trainer.model.parts import recomputed_share
 from trainer.plan.flops import work_of
+from trainer.processes.siblings import Siblings
 from trainer.resolve import resolve
 from trainer.run import layout
 from trainer.run.environment import environment
@@ -73,7 +74,8 @@ def run_rank(
     elapsed = Elapsed(starter.began)
     store = open_run_store(config)
     folder = store.sub(config.run.name)
-    ranks = join_run(config, OwnerWatch(folder).is_gone)
+    owner, siblings = OwnerWatch(folder), Siblings()
+    ranks = join_run(config, lambda rank: (rank == 0 and owner.is_gone()) or siblings.is_gone(rank))
     first = ranks.rank == 0
     with ranks.agreeing():
         resolved = resolve(config)

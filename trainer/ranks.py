@@ -8,7 +8,7 @@ import errno
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -163,15 +163,15 @@ class Ranks:
 def join(
     timeout: timedelta = timedelta(minutes=30),
     meeting: timedelta = timedelta(minutes=15),
-    is_gone: Callable[[], bool] = lambda: False,
+    is_gone: Callable[[int], bool] = lambda rank: False,
 ) -> Ranks:
     """Join the process group that Ray Train, torchrun or srun laid out in the environment (or a group of one).
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. `timeout` is that of the group's
-    collectives; `is_gone` tells whether rank 0 has ended before it came to the meeting.
+    collectives; `is_gone` tells whether a rank has ended before it came to the meeting.
 
     Raises:
-        CapstanError: not all ranks have come within `meeting`; it names those that are missing.
+        CapstanError: not all ranks have come within `meeting`, or one of those will not come any more; it names those that are missing.
         ConfigError: two ranks would compute on one GPU.
     """
     let_segments_grow()
@@ -238,28 +238,26 @@ def collectives_begun() -> int:
     return sum(group._get_sequence_number_for_group() for group in groups)
 
 
-def _meet(rank: int, world_size: int, within: timedelta, is_gone: Callable[[], bool]) -> Store:
+def _meet(rank: int, world_size: int, within: timedelta, is_gone: Callable[[int], bool]) -> Store:
     """The key-value store at MASTER_ADDR and MASTER_PORT, once every rank has come to it."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # torchrun's agent serves the store itself, and the same one for each of its attempts.
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     keys = {f"here-{other}": other for other in range(world_size)}
-    missing: list[int] | None = None
+    missing, began = None, time.monotonic()
     try:
-        server = _served(host, port, within) if serves else _reached(host, port, within, is_gone)
+        server = _served(host, port, within) if serves else _reached(host, port, within, lambda: is_gone(0))
         store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", server)
         store.set(f"here-{rank}", "")
-        try:
-            store.wait(list(keys), within)
-        except dist.DistStoreError:  # time is up
-            missing = [other for key, other in keys.items() if not store.check([key])]
-        else:
+        missing = _waited_for(store, keys, within, is_gone)
+        if not missing:
             return store
     except dist.DistError as error:
         if serves:
             reason = str(error).splitlines()[0].rstrip(".")
             raise CapstanError(f"rank 0 cannot serve the meeting of the ranks at {host}:{port}: {reason}.") from error
-    limit = f"{within.total_seconds():.0f} s (timeouts.meet)"
+    took = time.monotonic() - began
+    limit = f"{took:.0f} s" if took < within.total_seconds() else f"{within.total_seconds():.0f} s (timeouts.meet)"
     if missing is None:
         raise CapstanError(
             f"rank {rank} cannot reach rank 0 at {host}:{port} (MASTER_ADDR, MASTER_PORT): it did not come within {limit}, or "
@@ -270,6 +268,21 @@ def _meet(rank: int, world_size: int, within: timedelta, is_gone: Callable[[], b
         f"{world_size - len(missing)} of {world_size} ranks came together within {limit}; missing: {named}. They were killed, "
         "or did not start: the job's output says why."
     )
+
+
+def _waited_for(store: Store, keys: Mapping[str, int], within: timedelta, is_gone: Callable[[int], bool]) -> list[int]:
+    """The ranks of `keys` that have not come: none, or where time is up or one of them is gone those that are missing."""
+    deadline = time.monotonic() + within.total_seconds()
+    while True:
+        left = timedelta(seconds=max(0.0, deadline - time.monotonic()))
+        try:
+            store.wait(list(keys), min(_ATTEMPT, left))
+        except dist.DistStoreError:  # time is up
+            missing = [other for key, other in keys.items() if not store.check([key])]
+            if missing and (left <= _ATTEMPT or any(map(is_gone, missing))):
+                return missing
+        else:
+            return []
 
 
 def _served(host: str, port: int, within: timedelta) -> TCPStore:

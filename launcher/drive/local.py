@@ -3,6 +3,8 @@
 import os
 from collections.abc import Callable
 
+from rich.filesize import decimal
+
 from launcher.doctor.doctor import ask_torch
 from launcher.drive.driver import drive
 from launcher.ray.cluster import address_of
@@ -19,6 +21,9 @@ from trainer.processes.children import end_with_agent
 from trainer.processes.devices import check_device, local_gpus, stay_on_cpu
 from trainer.run.folder import run_folder
 from trainer.store import open_run_store
+
+_MUCH = 10**9
+"""A base of so many bytes takes longer to read than a person expects of a start."""
 
 
 def start(config: Config, *, resume: bool, take_over: bool, live: bool, log: Callable[[str], None]) -> None:
@@ -45,7 +50,10 @@ def start(config: Config, *, resume: bool, take_over: bool, live: bool, log: Cal
 def _as_driver(config: Config, *, resume: bool, take_over: bool, live: bool, log: Callable[[str], None]) -> None:
     if address_of(config) is None:
         check_local_device(config)
-    config = pinned(config, check(config, resume=resume, take_over=take_over).base)
+    base = check(config, resume=resume, take_over=take_over).base
+    config = pinned(config, base)
+    if (size := sum(bytes_each for _, bytes_each, _ in base.versions)) >= _MUCH:
+        log(f"{decimal(size)} of the base are read before the first step; `capstan status` shows how far that is")
     by, code = _command(resume), keep_code(log)
     with claimed(config, by=by, resume=resume, code=code, log=log, take_over=take_over) as owner:
         drive(config, owner, resume=resume, live=live, log=log)

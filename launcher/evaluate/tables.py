@@ -36,7 +36,11 @@ class Evaluated:
         if found["bias"]:
             parts.append(_bias(found["bias"], after=after))
         parts += [Text(sentence) for sentence in sentences(found["sets"])]
-        if self.where:
+        if under := found.get("under"):
+            parts.append(
+                Text(f"step {found['step']}, not kept in the run's folder: {', '.join(under)} is not what the run has")
+            )
+        elif self.where:
             parts.append(Text(f"step {found['step']}, kept in {self.where}"))
         return Group(*parts)
 

@@ -8,7 +8,8 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -24,12 +25,16 @@ from trainer.checkpoint.manifest import CheckpointManifest, check_step, readable
 from trainer.config.paths import local_path
 from trainer.errors import CapstanError, StorageError
 from trainer.export.figures import Proof
+from trainer.export.folder import BytesWritten
 from trainer.export.format import find_format
 from trainer.export.trained import trained_config
 from trainer.export.written import ExportProgress
 from trainer.processes import children
 from trainer.store import Store
 from trainer.tuning.method import method_of
+
+_MUCH = 10**9
+_LINE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,8 @@ def planned_checkpoint(folder: Store, step: int | None) -> CheckpointManifest:
 
 @contextmanager
 def _bar(title: str) -> Iterator[ExportProgress]:
-    """A bar on the terminal, drawn from the first time that it is told of bytes done and bytes in all; sentences go above it."""
+    """A bar on the terminal, or a line of the log now and then, from the first time that it is told of bytes done and bytes in all;
+    sentences go above it."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -128,10 +134,29 @@ def _bar(title: str) -> Iterator[ExportProgress]:
     console = Terminal(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, visible=False)
-        yield ExportProgress(
-            lambda done, total: progress.update(task, completed=done, total=total, visible=True),
-            lambda sentence: console.print(sentence, highlight=False, markup=False, soft_wrap=True),
-        )
+
+        def say(sentence: str) -> None:
+            console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+        def draw(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total, visible=True)
+
+        yield ExportProgress(draw if console.is_terminal else lines(title, say), say)
+
+
+def lines(title: str, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> BytesWritten:
+    """Says how far what takes long is: at once where it is much, and then now and then."""
+    next_line, of = 0.0, 0
+
+    def line(done: int, total: int) -> None:
+        nonlocal next_line, of
+        if total != of:  # of the next part of the work
+            of, next_line = total, clock() + (0.0 if total >= _MUCH else _LINE_SECONDS)
+        if clock() >= next_line and done < total:
+            say(f"{title}: {decimal(done)} of {decimal(total)}")
+            next_line = clock() + _LINE_SECONDS
+
+    return line
 
 
 def _module(name: str, *arguments: str, progress: ExportProgress) -> dict[str, Any]:

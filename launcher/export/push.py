@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 
 from launcher.export.export import Exported, export_run
-from trainer.base.find.locate import TOKENIZER_FILES
+from trainer.base.find.locate import NAMED_TEMPLATES, TOKENIZER_PATTERNS
 from trainer.errors import ConfigError, StorageError, Unreachable
 from trainer.export.card import PLACE
 from trainer.export.folder import CARD
@@ -40,7 +40,7 @@ _LOADED = (
     "adapter_model.bin",
     "config.json",
     "generation_config.json",
-    *TOKENIZER_FILES,
+    *TOKENIZER_PATTERNS,
 )
 
 
@@ -136,7 +136,7 @@ def _operations(folder: Path, there: Iterable[str]) -> list[CommitOperationAdd |
     old = [name for name in there if name not in new and any(fnmatch(name, pattern) for pattern in _LOADED)]
     return [
         *(CommitOperationAdd(name, path) for name, path in new.items()),
-        *(CommitOperationDelete(name) for name in old if "/" not in name),
+        *(CommitOperationDelete(name) for name in old if "/" not in name or name.startswith(f"{NAMED_TEMPLATES}/")),
     ]
 
 

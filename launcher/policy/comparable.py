@@ -21,6 +21,19 @@ _OF_NO_FORMULA = ("reward_accuracy",)
 """Measures that mean the same whatever the objective's settings: a share of pairs."""
 _KEEP_THE_TOKENS = ("data.train", "data.eval", "data.held_out", "data.held_out_seed", "data.packing")
 """Settings of the data that leave the tokens of a given document what they are."""
+_WITH_DATA = ", or compare by data of its own, data.eval or one of eval.sets"
+_ROWS_OF_A_STEP = ("run.seed", "train.steps", "train.epochs", "train.global_batch")
+"""Settings that decide which rows the last steps are of, and how often these were learnt before."""
+_REFERENCE = (
+    "model.base",
+    "model.revision",
+    "model.layers",
+    "model.dtype",
+    "quant.type",
+    "quant.block_size",
+    "quant.double",
+)
+"""Settings of the base without what learns."""
 
 
 class Metric(NamedTuple):
@@ -86,6 +99,26 @@ def _changes(name: str, metric: Metric, trials: Sequence[Config]) -> Iterator[st
             f"sweep.settings: {name!r} changes the formula of {metric.name}, so the trials do not compare. Remove it, or compare by "
             "another sweep.metric: eval/reward_accuracy of preferences, or the loss of one of eval.sets."
         )
+    elif name == "objective.name" and metric.of in (UNNAMED, TRAIN) and len(set(map(_compares, trials))) > 1:
+        yield (
+            f"sweep.settings: 'objective.name' changes the formula of {metric.name}: some of these objectives compare answers with a reference, "
+            "and others by themselves. Try those of one kind, or compare by the loss of one of eval.sets."
+        )
+    elif name in _REFERENCE and metric.of in (UNNAMED, TRAIN) and any(map(_compares, trials)):
+        yield (
+            f"sweep.settings: {name!r} changes the reference that {metric.name} compares with, so a better base is not seen. Remove it, or "
+            "compare by the loss of one of eval.sets."
+        )
+    elif metric.of == TRAIN and name in _ROWS_OF_A_STEP:
+        yield (
+            f"sweep.settings: {name!r} changes the rows that the training loss is a mean over, and how often they were learnt. Remove it"
+            f"{_WITH_DATA}."
+        )
+    elif metric.of == TRAIN and name == "tuning.dropout":
+        yield (
+            f"sweep.settings: {name!r} changes the model that the training loss is of, as evaluations are without dropout. Remove it"
+            f"{_WITH_DATA}."
+        )
 
 
 def _decides_tokens(name: str, of: str, config: Config) -> bool:
@@ -97,8 +130,13 @@ def _decides_tokens(name: str, of: str, config: Config) -> bool:
     )
 
 
+def _compares(config: Config) -> bool:
+    """Whether the figures of the objective are differences to the base without what learns."""
+    return find_objective(config).reads_reference
+
+
 def _other_metric(name: str) -> str:
-    return ", or compare by data of its own, data.eval or one of eval.sets" if name in _KEEP_THE_TOKENS else ""
+    return _WITH_DATA if name in _KEEP_THE_TOKENS else ""
 
 
 def _by_formula(metric: Metric, trials: Sequence[Config]) -> bool:

@@ -93,6 +93,9 @@ def judge(ending: Ending, before: Sequence[Attempt], *, budget: int, supervised:
     bad = bad_nodes(before, ending)
     kind, reason, again = _meaning(ending, supervised, newly_bad=bool(set(bad) & set(ending.failed_nodes)))
     if kind == "failure" and again:
+        if _is_certain(before, ending, reason):
+            twice = f"{reason}; it ended so twice at step {ending.step}, and another start would not help"
+            return JobDecision(False, kind, twice, ending.exit_code or 1)
         failures = 1 + sum(attempt.kind == "failure" for attempt in before)
         if failures > budget:
             return JobDecision(
@@ -134,6 +137,16 @@ def _meaning(ending: Ending, supervised: bool, *, newly_bad: bool) -> tuple[Kind
         what = "the driver" if supervised else "the ranks' step"
         return "failure", f"{what} was killed by signal {code - 128}", True
     return "failure", ending.reason or f"exit code {code}", not supervised
+
+
+def _is_certain(before: Sequence[Attempt], ending: Ending, reason: str) -> bool:
+    """Whether the start before ended by the same error of the run's own, with nothing committed since. Processes that are killed tell too little
+    for that, and a node on which ranks died is left out of the next start."""
+    told = bool(ending.reason) and 0 < ending.exit_code < 128 and ending.exit_code != RAY_DID_NOT_START
+    if not (told and before) or ending.failed_nodes:
+        return False
+    last = before[-1]
+    return (last.kind, last.reason, last.step) == ("failure", reason, ending.step)
 
 
 def bad_nodes(before: Sequence[Attempt], ending: Ending) -> list[str]:

@@ -16,6 +16,7 @@ from launcher.ray.cluster import address_of, first_line, refused_token
 from launcher.start import snapshot
 from launcher.start.check import anchored, check, checked, pinned
 from launcher.start.claim import claimed
+from launcher.start.place import check_shared
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.files.scratch import scratch_folder
@@ -64,6 +65,7 @@ def submit(
     config = anchored(config)
     address = address_of(config)
     if address:
+        check_shared(config, address)
         config, _ = checked(config, resume=resume, take_over=take_over, dry_run=dry_run, log=log)
     else:
         config = pinned(config, check(config, resume=resume, take_over=take_over, elsewhere=True).base)

@@ -3,13 +3,12 @@
 Torch is not imported and no scheduler is asked, so a refusal costs seconds and leaves no trace.
 """
 
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
+from launcher.start.place import warn_of_place
 from launcher.view.status import SILENT_SECONDS, read_status
 from trainer.base.find.check import check_weights
 from trainer.base.find.content import hub_commit
@@ -79,21 +78,6 @@ def checked(
     except (StorageError, HubUnreachable) as error:
         log(f"not checked from here: {error}")
         return config, False
-
-
-def warn_of_place(config: Config, log: Callable[[str], None]) -> None:
-    """Say of a store in a folder that other machines must have it, and that they seldom do where it holds temporary files."""
-    if "://" in config.run.store and not config.run.store.startswith("file://"):
-        return
-    folder = local_path(config.run.store.removeprefix("file://"), "run.store").resolve()
-    own = {Path(place).resolve() for place in (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm")}
-    if any(folder.is_relative_to(place) for place in own):
-        log(
-            f"Attention: run.store: {folder} is among this machine's temporary files, which other machines do not see and a reboot removes. "
-            "Give a folder of a file system that all machines of the run share, or a bucket. Example: s3://bucket/runs."
-        )
-    else:
-        log(f"run.store is the folder {folder}: every machine of the run must have it under this path")
 
 
 def pinned(config: Config, base: Base) -> Config:

@@ -7,6 +7,7 @@ from trainer.base.find.locate import resolve_base
 from trainer.config import Config
 from trainer.data.compile.prepare import wait_until_prepared
 from trainer.errors import DataError
+from trainer.processes.siblings import Siblings
 from trainer.run.folder import run_folder
 from trainer.run.owner import OwnerWatch
 from trainer.store import open_run_store
@@ -20,10 +21,10 @@ def wait_for_first_rank(config: Config, group: str | None, sleep: Callable[[floa
     Raises:
         DataError: it had the run and has ended, or has not had it for `timeouts.meet` seconds.
     """
-    watch = OwnerWatch(run_folder(config), group)
+    watch, siblings = OwnerWatch(run_folder(config), group), Siblings()
 
     def wait() -> None:
-        if watch.is_gone():
+        if watch.is_gone() or (watch.is_unheard and siblings.is_gone(0)):
             raise DataError(
                 "rank 0, which compiles the data, has ended, so this rank ends too. Its own output says why; start all ranks again."
             )

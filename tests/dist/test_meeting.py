@@ -39,6 +39,22 @@ def test_where_rank_0_never_comes_the_others_say_so(monkeypatch: pytest.MonkeyPa
     assert time.monotonic() - began < 120
 
 
+def test_a_rank_that_is_gone_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    monkeypatch.setattr(ranks, "_ATTEMPT", timedelta(seconds=0.2))
+    for rank, said in (
+        (0, r"1 of 2 ranks came together within \d s; missing: 1\."),
+        (1, r"rank 1 cannot reach rank 0 at .* it did not come within \d s"),
+    ):
+        given = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in given.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(CapstanError, match=said):
+            join(meeting=timedelta(seconds=60), is_gone=lambda other, rank=rank: other != rank)
+
+
 @pytest.mark.parametrize(("host", "ranks_here", "address"), [("127.0.0.1", "2", "127.0.0.1"), ("127.0.0.1", "1", "::")])
 def test_ranks_of_one_machine_meet_where_no_other_reaches_them(
     monkeypatch: pytest.MonkeyPatch, host: str, ranks_here: str, address: str

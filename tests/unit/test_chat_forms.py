@@ -13,6 +13,7 @@ import pytest
 from tests.material import byte_tokenizer
 from tests.unit.test_data_thinking import INLINE, PLAIN, TEMPLATES, THOUGHT
 from trainer.config import Data
+from trainer.data.format.left_out import in_words
 from trainer.data.render.chat import Example, Renderer
 from trainer.errors import DataError
 
@@ -187,13 +188,23 @@ def test_what_the_assistant_says_must_come_out(template: str, messages: list[dic
         assert trained(template, silent) == [f"ciao{EOS}"]
 
 
-@pytest.mark.parametrize("template", ["glm4moe", "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"])
-def test_a_row_of_which_no_end_is_trained_says_so(template: str) -> None:
-    if "{%" in template:
-        template += "{% if add_generation_prompt %}assistant: {% endif %}"
-    assert "end of turn" in encoded(template, PLAIN)[1].left_out
+OPEN_TURNS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+
+
+@pytest.mark.parametrize(("template", "end"), [("glm4moe", "end of turn <|user|>"), (OPEN_TURNS, "end of turn")])
+def test_a_row_of_which_no_end_is_trained_says_so(template: str, end: str) -> None:
+    assert end in encoded(template, PLAIN)[1].left_out
     assert "end of turn" not in encoded(template, PLAIN, train_on={"end": False})[1].left_out
     assert not encoded("qwen2_5", PLAIN)[1].left_out
+
+
+def test_a_template_that_is_changed_as_the_line_says_has_its_ends_trained() -> None:
+    line = in_words("end of turn <|user|>")
+    assert "but the next turn's <|user|>, so" in line
+    assert "a copy of the template that writes <|user|> behind the last answer" in line
+    own = (TEMPLATES / "glm4moe.jinja").read_text(encoding="utf-8")
+    copy = own + "{% if not add_generation_prompt and messages[-1].role == 'assistant' %}<|user|>{% endif %}"
+    assert [text.endswith("<|user|>") for text in trained(copy, PLAIN)] == [True, True]
 
 
 def test_parts_of_a_content_are_trained_as_they_say() -> None:

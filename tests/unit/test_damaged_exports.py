@@ -14,12 +14,14 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.material import SPECIALS, Workshop, commit
 from trainer.base.find.locate import resolve_base
-from trainer.base.find.tokenizer import beside_no_config, read_tokenizer
+from trainer.base.find.tokenizer import beside_no_config, read_tokenizer, tokenizer_files
 from trainer.checkpoint.manifest import read_manifest
+from trainer.config import Model, override
 from trainer.errors import CapstanError
 from trainer.export.format import find_format
 from trainer.export.proof.rendering import Texts, check_rendering, trained_texts
 from trainer.export.proof.same_bytes import check_again
+from trainer.export.proof.source_rows import source_rows
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.export.written import ExportProgress
 from trainer.store import Store, open_store
@@ -125,8 +127,14 @@ def no_tokenizer(folder: Path) -> None:
         file.unlink()
 
 
-def changed(tree: Any, key: str, value: Any) -> None:
-    tree[key] = value
+def begin_with_a_token(tree: Any) -> None:
+    first, text = {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    tree["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
 
 
 # Damages that the rendering shows, whatever wrote the files.
@@ -150,6 +158,8 @@ TEXTS: dict[str, Change] = {
     "a template that trims": text("chat_template.jinja", lambda said: said.replace("m.content", "m.content|trim")),
     "a template without an end": text("chat_template.jinja", lambda said: said.replace("</s>", "")),
     "a template that differs for tools alone": text("chat_template.jinja", lambda said: "{% if tools %}!{% endif %}" + said),
+    "a special token that takes spaces": in_json("tokenizer.json", lambda tree: tree["added_tokens"][2].update(lstrip=True)),
+    "texts that begin with a token": in_json("tokenizer.json", begin_with_a_token),
     "no tokenizer": no_tokenizer,
     "a torn tokenizer": text("tokenizer.json", lambda said: said[: len(said) // 2]),
 }  # fmt: skip
@@ -251,3 +261,59 @@ def test_a_tokenizer_alone_gives_the_tokens_that_it_gives_beside_the_bases_confi
     for name, content in beside_no_config(files, base, kind).items():
         (alone / name).write_bytes(content)
     check_rendering(Texts(read_tokenizer(base, kind)), alone, ROWS)
+
+
+def test_rows_of_the_sources_are_rendered_by_what_was_exported(
+    run: Store, exports: dict[str, Path], tmp_path: Path
+) -> None:
+    """A template that differs for one question alone differs in no conversation that a proof brings along."""
+    config, copy = trained_config(run, read_manifest(run, 4)), Path(shutil.copytree(exports["peft"], tmp_path / "copy"))
+    talk = [{"role": "user", "content": "Who's there?"}, {"role": "assistant", "content": "Nobody."}]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"messages": talk}) + "\n" for _ in range(50)))
+    config = override(config, f"data.train=[{{path: {rows}}}]")
+    ours = trained_texts(config, resolve_trained_base(run, config.model, read_manifest(run, 4)).directory)
+    sources = source_rows(config)
+    assert len(sources) == 40
+    check_rendering(ours, copy, [], sources)
+    other = RUNS.replace("m.content", "m.content|replace('Who', 'You')")
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        content = (copy / name).read_text()
+        (copy / name).write_text(content.replace(json.dumps(RUNS)[1:-1], json.dumps(other)[1:-1]).replace(RUNS, other))
+    ours.__dict__["_instead"] = other  # so that the template's own text tells nothing
+    with pytest.raises(CapstanError, match=r"the row .*rows\.jsonl:1 becomes other tokens"):
+        check_rendering(ours, copy, [], sources)
+    rows.unlink()
+    assert source_rows(config) == []
+
+
+def test_templates_by_name_are_exported_too(tmp_path: Path) -> None:
+    workshop = Workshop(tmp_path, "speck", vocab_size=300, shard_size="2KB")
+    named = tokenizer()
+    named.chat_template = {"default": TEMPLATE, "tool_use": "{{ tools }}" + TEMPLATE}  # type: ignore[assignment]
+    named.save_pretrained(workshop.base)
+    run, name = workshop.store.sub("done"), "additional_chat_templates/tool_use.jinja"
+    commit(run, workshop.config("done"))
+    silent = ExportProgress(lambda done, total: None, lambda said: None)
+    for form in ("peft", "merged"):
+        folder = tmp_path / form
+        find_format(form).write(run, open_store(str(folder)), 4, silent)
+        assert (folder / name).read_bytes() == (workshop.base / name).read_bytes()
+        check_again(find_format(form), run, 4, open_store(str(folder)))
+        ours = Texts(read_tokenizer(workshop.base, "base"))
+        check_rendering(ours, folder, ROWS)
+        (folder / name).write_text(TEMPLATE)
+        for check in (
+            lambda form=form, folder=folder: check_again(find_format(form), run, 4, open_store(str(folder))),
+            lambda folder=folder, ours=ours: check_rendering(ours, folder, ROWS),
+        ):
+            with pytest.raises(CapstanError, match="It is not what was trained; do not use it"):
+                check()
+
+
+def test_a_template_of_the_runs_own_is_alone_in_its_export(tmp_path: Path) -> None:
+    named = tokenizer()
+    named.chat_template = {"default": TEMPLATE, "tool_use": "{{ tools }}" + TEMPLATE}  # type: ignore[assignment]
+    named.save_pretrained(tmp_path)
+    files = tokenizer_files(tmp_path, Model(base=str(tmp_path)), RUNS)
+    assert [file for file in files if "template" in file] == ["chat_template.jinja"]

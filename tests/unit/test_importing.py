@@ -21,7 +21,7 @@ from trainer.data.format.formats import RowForm
 from trainer.errors import ConfigError
 
 PEERS = Path(__file__).parents[1] / "peers"
-FILES = sorted(path for path in PEERS.glob("*/*") if path.name != "accelerate.yaml")
+FILES = sorted(path for path in PEERS.glob("*/*.*") if path.is_file() and path.name != "accelerate.yaml")
 SETTINGS = {name for name, _ in fields()}
 # Modules whose classes say which keys TRL's scripts and accelerate take, as they are installed.
 CLASSES = {

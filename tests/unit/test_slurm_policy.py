@@ -71,6 +71,22 @@ def test_without_a_driver_a_crash_of_a_rank_is_worth_another_start() -> None:
     assert not judged(Ending(1), supervised=False, budget=0).goes_on
 
 
+def test_the_same_error_twice_at_the_same_place_ends_the_run() -> None:
+    ending = Ending(1, reason="rank 1 failed: RuntimeError: no such symbol", step=4)
+    before = replace(attempt(step=4), reason=ending.reason)
+    last = judged(ending, before, supervised=False)
+    assert (last.goes_on, last.exit_code) == (False, 1)
+    assert last.reason == f"{ending.reason}; it ended so twice at step 4, and another start would not help"
+    for other in (
+        replace(before, step=3),  # there is a commit since
+        replace(before, reason="rank 1 failed: RuntimeError: another"),
+        replace(before, kind="preempted"),
+    ):
+        assert judged(ending, other, supervised=False).goes_on
+    assert judged(Ending(137, step=4), replace(before, reason="the driver was killed by signal 9")).goes_on
+    assert judged(replace(ending, failed_nodes=["n1"]), before, supervised=False).goes_on
+
+
 def test_failures_are_counted_and_preemptions_are_not() -> None:
     earlier = [attempt(1, "failure", step=1), attempt(2, "preempted", step=2), attempt(3, "node lost", step=3)]
     assert judged(Ending(137, step=4), *earlier, budget=2).goes_on

@@ -411,7 +411,19 @@ def test_a_metric_says_which_way_is_good(sweep: dict[str, Any], sections: dict[s
         ("objective.beta", [0.1, 0.5], "eval/reward_margin", PAIRS, False),
         ("objective.beta", [0.1, 0.5], "eval/reward_accuracy", PAIRS, True),
         ("objective.name", ["dpo", "simpo"], "eval", PAIRS, False),
+        ("objective.name", ["dpo", "simpo"], "eval/reward_accuracy", PAIRS, False),
+        ("objective.name", ["orpo", "simpo"], "eval/reward_accuracy", PAIRS, True),
+        ("quant.type", ["nf4", "none"], "eval", PAIRS, False),
+        ("model.layers", [1, 2], "eval/reward_accuracy", PAIRS, False),
+        ("quant.type", ["nf4", "none"], "general", PAIRS, True),
+        ("quant.type", ["nf4", "none"], "eval", {}, True),
         ("optim.lr", [1e-4, 1e-3], "train", {}, True),
+        ("tuning.dropout", [0.0, 0.1], "train", {}, False),
+        ("tuning.dropout", [0.0, 0.1], "eval", {}, True),
+        ("train.steps", [50, 100], "train", {}, False),
+        ("train.global_batch", [8, 16], "train", {}, False),
+        ("train.global_batch", [8, 16], "eval", {}, True),
+        ("run.seed", [1, 2], "train", {}, False),
     ],
 )
 def test_settings_that_change_what_is_measured_are_not_tried_by_it(
@@ -421,7 +433,9 @@ def test_settings_that_change_what_is_measured_are_not_tried_by_it(
     if comparable:
         assert len(planned(tried).trials) == 2
     else:
-        with pytest.raises(ConfigError, match=f"sweep.settings: '{name}' changes the (tokens|formula|data)"):
+        with pytest.raises(
+            ConfigError, match=f"sweep.settings: '{name}' changes the (tokens|formula|data|reference|rows|model)"
+        ):
             planned(tried)
 
 

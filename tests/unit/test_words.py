@@ -15,8 +15,10 @@ from launcher.cli.__main__ import app
 from launcher.cli.command import commands
 from launcher.console import Terminal
 from launcher.doctor.doctor import Check, Diagnosis, report_table
+from launcher.export.export import lines
 from launcher.report import report
-from launcher.start.check import check_idle, checked, warn_of_place
+from launcher.start.check import check_idle, checked
+from launcher.start.place import warn_of_place
 from launcher.view.status import read_status
 from tests.unit.made_records import CONFIG, NOW, end, start, step, write
 from trainer.base.find.locate import resolve_base
@@ -154,3 +156,15 @@ def test_what_doctor_finds_missing_comes_first() -> None:
     Terminal(width=100, file=out).print(report_table(Diagnosis(checks)))
     text = out.getvalue()
     assert text.index("Missing: ccc.") < text.index("get it") < text.index("aaa")
+
+
+def test_an_export_says_at_once_what_is_much_and_then_now_and_then_how_far_it_is() -> None:
+    said, now = list[str](), [0.0]
+    line = lines("merging", said.append, lambda: now[0])
+    for done in (0, 10, 20):
+        line(done * 10**9, 140 * 10**9)
+        now[0] += 6.0
+    line(140 * 10**9, 140 * 10**9)
+    assert said == ["merging: 0 bytes of 140.0 GB", "merging: 20.0 GB of 140.0 GB"]
+    line(0, 5000)
+    assert len(said) == 2

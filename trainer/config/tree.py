@@ -60,7 +60,10 @@ class Config(Section):
             )
         if self.sweep.settings:
             known = [name for name, _ in fields()]
-            if wrong := self.sweep.mismatches(known, self.evaluated, self.eval.between):
+            every = (
+                1 if self.eval.per_epoch else self.eval.every
+            )  # how many steps a part of an epoch is, is not known yet
+            if wrong := self.sweep.mismatches(known, self.evaluated, every):
                 raise ValueError("\n".join(wrong))
         return self
 

@@ -4,18 +4,22 @@ import time
 from functools import partial
 from typing import Any
 
+from trainer.checkpoint.manifest import CheckpointManifest
+from trainer.config import override
 from trainer.evaluate.ask import Ask, Tell
 from trainer.evaluate.measured import Progress, TaskScores, evaluation, find_work, measure
 from trainer.evaluate.sharded_model import OpenedRun, open_run
 from trainer.evaluate.subjects import subjects
-from trainer.run.evaluations import keep_evaluation
+from trainer.export.trained import trained_config
+from trainer.run.evaluations import keep_evaluation, other_settings
 from trainer.store import open_store
 
 _TOLD_SECONDS = 0.2
 
 
 def evaluate(ask: Ask, tell: Tell) -> dict[str, Any]:
-    """Measure both sides, or the base alone; keeps the evaluation of a checkpoint in the run's folder. Collective."""
+    """Measure both sides, or the base alone; keeps the evaluation of a checkpoint in the run's folder, unless it is `under` other settings
+    than the run's, which it names. Collective."""
     opened = open_run(
         open_store(ask.run), ask.step, ask.overrides, base_alone=ask.base, log=lambda text: tell({"log": text})
     )
@@ -25,11 +29,18 @@ def evaluate(ask: Ask, tell: Tell) -> dict[str, Any]:
     work = find_work(opened, tasks, progress)
     with opened.as_base() as base:
         before = measure(base, work, "base", progress)
-    if opened.manifest is None:
+    manifest = opened.manifest
+    if manifest is None:
         return evaluation(opened, work, before, None)
     opened.load()
     found = evaluation(opened, work, before, measure(opened, work, "adapter", progress))
-    opened.ranks.on_first(lambda: keep_evaluation(opened.run, found))
+    return opened.ranks.on_first(lambda: _kept(opened, manifest, found))
+
+
+def _kept(opened: OpenedRun, manifest: CheckpointManifest, found: dict[str, Any]) -> dict[str, Any]:
+    if under := other_settings(override(trained_config(opened.run, manifest)), opened.resolved.config):
+        return {**found, "under": under}
+    keep_evaluation(opened.run, found)
     return found
 
 

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+from rich.filesize import decimal
+
 from trainer.base.find.content import check_whole
 from trainer.checkpoint.listing import newest_commit
 from trainer.errors import CapstanError
@@ -53,6 +55,8 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
     result |= {"facts": written.facts, "remarks": written.remarks}
     if arguments.verify:
         base = resolve_trained_base(run, trained_config(run, written.manifest).model, written.manifest)
+        size = decimal(sum(header.size for header in base.headers.values()))
+        progress.say(f"--verify: reads every byte of the base's files, {size}")
         progress.say(f"--verify: the base's files: {check_whole(base, run, progress.written)}")
         with _patience(progress.say):
             result["proof"] = asdict(form.prove(run, step, destination))

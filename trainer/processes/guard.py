@@ -14,13 +14,13 @@ import time
 PATIENCE_SECONDS = 3.0
 
 
-def family(mark: bytes) -> list[int]:
-    """The processes whose environment has `mark`, a variable with its value."""
+def family(*marks: bytes) -> list[int]:
+    """The processes that were started with all of `marks`, each a variable with its value."""
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
             with open(f"/proc/{name}/environ", "rb") as environment:
-                if mark in environment.read().split(b"\0"):
+                if {*marks} <= {*environment.read().split(b"\0")}:
                     found.append(int(name))
         except OSError:  # another user's, or gone by now
             continue

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from trainer.config import Config
 from trainer.errors import NOT_JSON, NotFound
 from trainer.run import layout
 from trainer.store import Store
@@ -11,6 +12,8 @@ from trainer.store import Store
 FEWEST = 6
 """The fewest independent documents for an interval. Fewer have less than 40 different subsets, whose quantiles promise less than 95 %."""
 
+_HELD_OUT = {"eval", "held_out", "held_out_seed"}
+"""Settings that may name the data of an evaluation where the run has none."""
 # Each by name; the values of tasks are by metric.
 _PARTS = ("sets", "tasks", "bias")
 
@@ -27,6 +30,15 @@ def read_evaluation(folder: Store, step: int) -> dict[str, Any]:
 
 def _by_name(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(item, dict) for item in value.values())
+
+
+def other_settings(own: Config, given: Config) -> list[str]:
+    """The settings by which an evaluation under `given` measures something else than the run's `own`, so that its figures are not the run's."""
+    before, after = own.data.model_dump(), given.data.model_dump()
+    held_out = set[str]() if own.data.eval or own.data.held_out else _HELD_OUT
+    changed = [f"data.{name}" for name in before if name not in held_out and before[name] != after[name]]
+    changed += [f"eval.sets.{name}" for name, of in own.eval.sets.items() if given.eval.sets.get(name, of) != of]
+    return changed + (["eval.bias"] if own.eval.bias and own.eval.bias != given.eval.bias else [])
 
 
 def keep_evaluation(folder: Store, found: Mapping[str, Any]) -> None:

@@ -123,6 +123,11 @@ class OwnerWatch:
         self.last_alive = time.monotonic()
         """When it was there last, or this watch began."""
 
+    @property
+    def is_unheard(self) -> bool:
+        """Whether it was not there yet."""
+        return not self._seen
+
     def is_gone(self) -> bool:
         """Whether it was there and has ended for certain, by what /proc tells or by its own word. One that starts anew within
         `_ANEW_SECONDS` has not; one on another machine is only silent."""

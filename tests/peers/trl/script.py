@@ -2,7 +2,7 @@ from datasets import load_dataset
 from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
-BASE_NAME = "BASE"
+PLACE = "BASE"
 rows = load_dataset("json", data_files="data/pairs.jsonl", split="train[:3]")
 lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules="all-linear", layers_to_transform=[0, 1])
 arguments = DPOConfig(
@@ -17,4 +17,4 @@ arguments = DPOConfig(
     save_strategy="epoch",
     bf16=True,
 )
-DPOTrainer(model=BASE_NAME, args=arguments, train_dataset=rows, peft_config=lora).train()
+DPOTrainer(model=PLACE, args=arguments, train_dataset=rows, peft_config=lora).train()

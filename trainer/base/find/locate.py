@@ -36,6 +36,14 @@ TOKENIZER_FILES = (
     CHAT_TEMPLATE,
     "chat_template.json",
 )
+NAMED_TEMPLATES = "additional_chat_templates"
+"""The folder with a tokenizer's other chat templates, such as one for calls of tools, each by its name."""
+TOKENIZER_PATTERNS = (*TOKENIZER_FILES, f"{NAMED_TEMPLATES}/*.jinja")
+# Other folders of the Hub hold other formats, and consolidated files the same weights under other names.
+_LEFT_ON_THE_HUB = [
+    *(f"{NAMED_TEMPLATES[:at]}[!{NAMED_TEMPLATES[at]}]*/*" for at in range(len(NAMED_TEMPLATES))),
+    "consolidated*",
+]
 _CONFIG = "config.json"
 _SMALL_FILES = ("*.json", "*.model", "*.jinja", "merges.txt", "README.md")
 
@@ -66,6 +74,19 @@ def named_files(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
+def tokenizer_content(folder: Path) -> dict[str, bytes]:
+    """Name -> content of the files there that decide what a tokenizer does."""
+    templates = sorted(f"{NAMED_TEMPLATES}/{path.name}" for path in (folder / NAMED_TEMPLATES).glob("*.jinja"))
+    return named_files(folder, (*TOKENIZER_FILES, *templates))
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write `files`, whose names may have a folder before them."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
 def _directory(model: Model, patterns: list[str]) -> Path:
     """The local directory, or the snapshot of a Hub id with the files that match."""
     directory = local_path(model.base, "model.base")
@@ -80,17 +101,13 @@ def _directory(model: Model, patterns: list[str]) -> Path:
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    others = [
-        "*/*",
-        "consolidated*",
-    ]  # folders hold other formats, consolidated files the same weights under other names
     try:
         return Path(
             huggingface_hub.snapshot_download(
                 model.base,
                 revision=model.revision,
                 allow_patterns=patterns,
-                ignore_patterns=others,
+                ignore_patterns=_LEFT_ON_THE_HUB,
                 local_files_only=HF_HUB_OFFLINE or not hub_answers(),
             )
         )
@@ -122,13 +139,15 @@ def is_hub_id(base: str) -> bool:
 
 def _small_files(store: Store) -> Path:
     """A folder of this machine's cache with the base's small files, fetched once for each version of them."""
-    entries = [entry for entry in store.list() if "/" not in entry.key and is_small_file(entry.key)]
+    entries = [entry for entry in store.list() if is_small_file(entry.key)]
     versions = json.dumps([store.uri, [[entry.key, entry.version] for entry in entries]])
     return _cached(versions, lambda: {entry.key: store.get(entry.key) for entry in entries})
 
 
 def is_small_file(name: str) -> bool:
     """Whether it is a file of a base beside its weights, of those that are read."""
+    if "/" in name:
+        return Path(name).parent == Path(NAMED_TEMPLATES) and name.endswith(".jinja")
     return name != INDEX_FILE and any(Path(name).match(pattern) for pattern in _SMALL_FILES)
 
 
@@ -147,8 +166,7 @@ def _cached(versions: str, fetch: Callable[[], Mapping[str, bytes]]) -> Path:
     with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as partial:
         whole = Path(partial) / "whole"
         whole.mkdir()
-        for name, content in fetch().items():
-            (whole / name).write_bytes(content)
+        write_files(whole, fetch())
         try:
             whole.rename(folder)
         except OSError:
@@ -159,6 +177,7 @@ def _cached(versions: str, fetch: Callable[[], Mapping[str, bytes]]) -> Path:
 
 def copy_weights(base: Base, folder: Path) -> None:
     """Copy the base's files into `folder`: for tools that read neither a bucket nor ranges."""
+    write_files(folder, tokenizer_content(base.directory))
     for path in base.directory.iterdir():
         if path.is_file() and path.suffix != ".safetensors":
             (folder / path.name).write_bytes(path.read_bytes())
@@ -170,6 +189,7 @@ def copy_weights(base: Base, folder: Path) -> None:
 
 def copy_object(store: Store, entry: Entry, folder: Path) -> None:
     """Copy one object into `folder`, a part at a time."""
+    (folder / entry.key).parent.mkdir(exist_ok=True)
     with (folder / entry.key).open("wb") as file:
         for chunk in store.chunks(entry.key, entry.size):
             file.write(chunk)

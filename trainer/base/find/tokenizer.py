@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.base.describe.config_json import read_by_transformers
-from trainer.base.find.locate import CHAT_TEMPLATE, TOKENIZER_FILES, base_files, named_files
+from trainer.base.find.locate import CHAT_TEMPLATE, NAMED_TEMPLATES, base_files, tokenizer_content, write_files
 from trainer.config import Model
 from trainer.config.model import Tokens
 from trainer.errors import ConfigError
@@ -78,11 +78,11 @@ def tokenizer_files(directory: Path, model: Model, template: str | None) -> dict
     """Name -> content of the files of the run's tokenizer: those in the base's `directory`, or as transformers saves what was added to;
     with the run's own chat `template` where it has one."""
     if model.tokens == _OWN:
-        files = named_files(directory, TOKENIZER_FILES)
+        files = tokenizer_content(directory)
     else:
         with scratch_folder("export") as folder:
             read_tokenizer(directory, model.base, model.tokens).save_pretrained(folder)
-            files = named_files(Path(folder), TOKENIZER_FILES)
+            files = tokenizer_content(Path(folder))
     return files if template is None else _with_template(files, template)
 
 
@@ -96,8 +96,9 @@ def with_special_tokens(content: bytes, directory: Path, model: Model) -> bytes:
 
 
 def _with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]:
-    """Programs of before transformers 4.51 look for the template among the settings, others in a file of its own."""
-    kept = {name: content for name, content in files.items() if name not in _TEMPLATES}
+    """Programs of before transformers 4.51 look for the template among the settings, others in a file of its own. It replaces those by
+    name, too, which programs take for calls of tools."""
+    kept = {name: content for name, content in files.items() if not name.startswith((*_TEMPLATES, NAMED_TEMPLATES))}
     return {**kept, **_with_settings(files, chat_template=template), CHAT_TEMPLATE: template.encode()}
 
 
@@ -105,8 +106,7 @@ def beside_no_config(files: Mapping[str, bytes], directory: Path, name: str) -> 
     """The `files` of a tokenizer for a folder without a config.json. The class that transformers takes for them by the config.json in
     `directory`, that of the base `name`, is written into the settings where they alone would give another, which may split texts otherwise."""
     with suppress(ConfigError), scratch_folder("export") as folder:
-        for file, content in files.items():
-            Path(folder, file).write_bytes(content)
+        write_files(Path(folder), files)
         alone, beside = (type(read_tokenizer(place, name)).__name__ for place in (Path(folder), directory))
         if alone != beside:
             return {**files, **_with_settings(files, tokenizer_class=beside)}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.base.find.locate import TOKENIZER_FILES, named_files
+from trainer.base.find.locate import tokenizer_content
 from trainer.config import Data
 from trainer.config.model import Tokens
 from trainer.data.dataset.manifest import FORMAT
@@ -24,7 +24,7 @@ CHAPTER_BYTES = 4 * 2**30
 def hash_tokenizer(directory: Path, tokens: Tokens = _OWN) -> dict[str, str]:
     """SHA-256 of each of the files in a Hugging Face model directory that decide what a tokenizer does, and of the run's own tokens,
     where there are any."""
-    contents = named_files(directory, TOKENIZER_FILES)
+    contents = tokenizer_content(directory)
     for setting, own in (("model.add_tokens", list(tokens.added)), ("model.special_tokens", dict(tokens.special))):
         if own:
             contents[setting] = json.dumps(own).encode()

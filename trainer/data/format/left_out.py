@@ -10,7 +10,8 @@ from typing import Any
 from trainer.data.format.messages import Message, own_keys
 
 END_OF_TURN = "end of turn"
-"""The name of an end that the template does not write behind an assistant's turn, so that none is trained."""
+"""The name of an end that the template does not write behind an assistant's turn, so that none is trained. Behind it may stand the tag
+that begins the next turn."""
 _WORD = re.compile(r"\w+")
 # So many words, or the beginning of a word as long as this, are enough to know a text by. Between them may be anything else.
 _WORDS, _LONG_WORD = 20, 100
@@ -45,11 +46,17 @@ def left_out(given: list[dict[str, Any]], messages: list[Message], text: str) ->
 
 def in_words(name: str) -> str:
     """The parts that are left out, in words for people."""
-    if name != END_OF_TURN:
+    if not name.startswith(END_OF_TURN):
         return name
+    what = "the end of the assistant's turns, for which the template writes no token"
+    if tag := name.removeprefix(END_OF_TURN).strip():
+        return (
+            f"{what} but the next turn's {tag}, so that the model does not learn to stop (set data.template to a copy of the template that writes "
+            f"{tag} behind the last answer, too, or set data.train_on.end to false)"
+        )
     return (
-        "the end of the assistant's turns, for which the template writes no token, so that the model does not learn to stop (set "
-        "data.template to a template that writes one, name its text in model.add_tokens, or set data.train_on.end to false)"
+        f"{what}, so that the model does not learn to stop (set data.template to a template that writes one, name its text in "
+        "model.add_tokens, or set data.train_on.end to false)"
     )
 
 

@@ -9,6 +9,7 @@ some edits (`thinking`), and places in it are moved with them.
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -252,9 +253,15 @@ class Renderer:
         lacking = [
             *(["tools"] if tools and talk.ignores_tools(whole) else []),
             *left_out(given, messages, text),
-            *([] if ended or not self._wanted.end else [END_OF_TURN]),
+            *([] if ended or not self._wanted.end else [f"{END_OF_TURN} {self._next_tag}".strip()]),
         ]
         return Rendered(text, without(joined(spans), joined(untrained)), left_out=lacking)
+
+    @cached_property
+    def _next_tag(self) -> str:
+        """The token by which the template begins a question behind an answer; empty where it begins otherwise."""
+        match = re.match(rf"\s*({self._ends.pattern})", self._template.behind_an_answer)
+        return match[1] if match else ""
 
     def _as_kept(self, message: Message) -> Message:
         form = self._form(message)

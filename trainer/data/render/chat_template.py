@@ -74,6 +74,15 @@ class ChatTemplate:
             return ""
         return text.rpartition(_SAID)[2].strip()
 
+    @cached_property
+    def behind_an_answer(self) -> str:
+        """The text that the template writes behind an answer to which another question follows."""
+        ask = {"role": "user", "content": _ASKED}
+        try:
+            return self.render([ask, {"role": "assistant", "content": _SAID}, ask]).rpartition(_SAID)[2]
+        except DataError:
+            return ""
+
     def thinking(self, calls: bool) -> ThinkingForm | None:
         """How the template writes what was thought before an answer, or before calls alone; None where that cannot be found."""
         if calls not in self._forms:

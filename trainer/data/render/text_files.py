@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from trainer.base.find.locate import TOKENIZER_FILES, named_files
+from trainer.base.find.locate import tokenizer_content
 from trainer.checkpoint.manifest import TextHashes
 from trainer.config import Data
 from trainer.data.render.template import template_text
@@ -34,7 +34,7 @@ class RunText:
 
 def text_of(data: Data, directory: Path) -> RunText:
     """As it is now beside the base in `directory`, and under `data.template`. Raises `ConfigError` where that cannot be read."""
-    return RunText(named_files(directory, TOKENIZER_FILES), template_text(data))
+    return RunText(tokenizer_content(directory), template_text(data))
 
 
 def keep_text(folder: Store, text: RunText) -> None:

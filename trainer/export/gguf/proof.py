@@ -4,6 +4,7 @@ The two share no code, from the tokens to the products. What is in 16 or 8 bits 
 bits, the difference is allowed to be half of what the training changed.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -50,7 +51,7 @@ def prove_gguf_adapter(folder: Store, step: int, exported: Store) -> Proof:
 
 
 def _check_texts(file: Path, ours: Texts) -> None:
-    """Raises `CapstanError` where the file has another chat template, end of text or numbering of tokens than the run."""
+    """Raises `CapstanError` where the file has another chat template, special tokens, merges or numbering of tokens than the run."""
     reader = GGUFReader(file)
 
     def told(key: str) -> Any:
@@ -62,11 +63,20 @@ def _check_texts(file: Path, ours: Texts) -> None:
     same = {
         "chat template": (told(Keys.Tokenizer.CHAT_TEMPLATE) or None) == (ours.template or None),
         "end of text": told(Keys.Tokenizer.EOS_ID) == ours.tokenizer.eos_token_id,
+        "begin of text": told(Keys.Tokenizer.BOS_ID) in (None, ours.tokenizer.bos_token_id),
+        "set of merges": told(Keys.Tokenizer.MODEL) != "gpt2" or (told(Keys.Tokenizer.MERGES) or []) == _merges(ours),
         "numbering of tokens": all(tokens[number] == token for number, token in numbered.items()),
     }
     for what, alike in same.items():
         if not alike:
             raise CapstanError(f"{file.name} has another {what} than the run. {NOT_TRAINED}")
+
+
+def _merges(ours: Texts) -> list[str]:
+    """The merges of a byte-level tokenizer as llama.cpp has them: two parts with a space between, and another sign for a space in them."""
+    backend: Any = ours.tokenizer
+    pairs = json.loads(backend.backend_tokenizer.to_str())["model"].get("merges") or []
+    return [" ".join(part.replace(" ", chr(ord(" ") + 256)) for part in pair) for pair in pairs]
 
 
 def _prove(trained: Trained, files: Sequence[tuple[Path, Path | None]]) -> Proof:

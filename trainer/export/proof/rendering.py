@@ -1,7 +1,8 @@
 """The half of `--verify` about texts: through the exported tokenizer and chat template they become the tokens of the training.
 
-The run's own are those that it keeps (trainer/data/render/text_files.py). Compared are rows of its data, a text of many kinds of characters and
-conversations, then what rows cannot show: every token's number, the special ones, and the template's own text.
+The run's own are those that it keeps (trainer/data/render/text_files.py). Compared are rows of its sources as a compilation encodes them, and
+of the compiled data, which may be all that is left; a text of many kinds of characters and conversations; then what rows cannot show: every
+token's number, which of them are special, and the template's own text.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from trainer.config import Config
 from trainer.data.render.template import template_text
 from trainer.errors import CapstanError, ConfigError
 from trainer.export.figures import NOT_TRAINED
+from trainer.export.proof.source_rows import SourceRow, documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,13 +64,16 @@ def trained_texts(config: Config, directory: Path) -> Texts:
     return Texts(tokenizer, template_text(config.data))
 
 
-def check_rendering(trained: Texts, folder: Path, rows: Sequence[Sequence[int]]) -> None:
-    """Raises `CapstanError` where the tokenizer in `folder` is not the run's; `rows` are tokens of the run's documents."""
+def check_rendering(
+    trained: Texts, folder: Path, rows: Sequence[Sequence[int]], sources: Sequence[SourceRow] = ()
+) -> None:
+    """Raises `CapstanError` where the tokenizer in `folder` is not the run's; `rows` are tokens of the run's documents, `sources` rows
+    before they became some."""
     try:
         tokenizer = read_tokenizer(folder, "the export")
     except ConfigError as error:
         raise CapstanError(f"the export's tokenizer cannot be loaded: {error} {NOT_TRAINED}") from error
-    for problem in _problems(trained, Texts(tokenizer), rows):
+    for problem in (*_problems(trained, Texts(tokenizer), rows), *_other_rows(trained, tokenizer, sources)):
         raise CapstanError(f"the export's tokenizer is not the run's: {problem}. {NOT_TRAINED}")
 
 
@@ -91,3 +96,21 @@ def _problems(ours: Texts, theirs: Texts, rows: Sequence[Sequence[int]]) -> Iter
             yield f"its {name} is {getattr(theirs.tokenizer, name)} instead of {getattr(ours.tokenizer, name)}"
     if ours.tokenizer.get_vocab() != theirs.tokenizer.get_vocab():
         yield "its tokens have other numbers"
+    if _flags(ours.tokenizer) != _flags(theirs.tokenizer):
+        yield "its added tokens are found otherwise"
+
+
+def _flags(tokenizer: "PreTrainedTokenizerBase") -> dict[int, tuple[Any, ...]]:
+    """Each added token, and how it is found in a text."""
+    added: dict[int, Any] = tokenizer.added_tokens_decoder
+    return {
+        number: (token.content, token.lstrip, token.rstrip, token.single_word, token.normalized)
+        for number, token in added.items()
+    }
+
+
+def _other_rows(ours: Texts, theirs: "PreTrainedTokenizerBase", sources: Sequence[SourceRow]) -> Iterator[str]:
+    expected, found = documents(ours.tokenizer, sources, own=False), documents(theirs, sources, own=True)
+    for source, before, after in zip(sources, expected, found, strict=True):
+        if before != after:
+            yield f"the row {source.where} becomes other tokens{f' ({after})' if isinstance(after, str) else ''}"

@@ -45,6 +45,7 @@ from trainer.export.proof.placement import ProofSide, Room, exported_side, train
 from trainer.export.proof.process import aside
 from trainer.export.proof.rendering import check_rendering, trained_texts
 from trainer.export.proof.rows import Probe, ProbeRow, find_probe
+from trainer.export.proof.source_rows import source_rows
 from trainer.export.proof.streamed import StreamedLayers
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.export.write.adapter import export_adapter
@@ -145,12 +146,16 @@ class Trained:
 
     def check_texts(self, destination: Store) -> None:
         """Raises `CapstanError` where the tokenizer or the template in `destination` is not the run's."""
-        rows = [row.tokens[0].tolist() for row in self.probe.rows]
+        rows, sources = [row.tokens[0].tolist() for row in self.probe.rows], source_rows(self.config)
+        where = (
+            f"{len(sources)} rows of its sources" if sources else f"{self.probe.origin}, as its sources cannot be read"
+        )
+        _say(f"renders {where} through the exported tokenizer and chat template")
         with scratch_folder("verify") as folder:
             for entry in destination.list():
                 if is_small_file(entry.key):
                     copy_object(destination, entry, Path(folder))
-            check_rendering(trained_texts(self.config, self.base.directory), Path(folder), rows)
+            check_rendering(trained_texts(self.config, self.base.directory), Path(folder), rows, sources)
 
     def logits(self, computed_in: str, learnt: bool = True) -> list[Tensor]:
         """Through our own sharded loader, engine and restore, as one rank: for each row (P, V) fp32. Without what was `learnt`

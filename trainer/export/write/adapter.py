@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
 
 from trainer.base.describe.composite import composite_class
-from trainer.base.find.locate import TOKENIZER_FILES, base_files
+from trainer.base.find.locate import TOKENIZER_PATTERNS, base_files
 from trainer.base.find.tokenizer import beside_no_config, tokenizer_files
 from trainer.base.load.load import DTYPES
 from trainer.checkpoint.manifest import CheckpointManifest
@@ -44,9 +44,9 @@ def export_adapter(
     """
     # Before the shards are read, so by the files of every method.
     ours = [name for make in methods().values() for name in make(Tuning()).file_names]
-    check_destination(destination, *ours, *TOKENIZER_FILES)
+    check_destination(destination, *ours, *TOKENIZER_PATTERNS)
     manifest, config, method = trained_checkpoint(folder, step)
-    check_destination(destination, *method.file_names, *TOKENIZER_FILES)
+    check_destination(destination, *method.file_names, *TOKENIZER_PATTERNS)
     if method.exports_model:
         write_model(folder, manifest, config, destination, report)
         return manifest

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
-from trainer.base.find.locate import TOKENIZER_FILES
+from trainer.base.find.locate import TOKENIZER_PATTERNS
 from trainer.checkpoint.listing import committed_steps
 from trainer.export.folder import holds_export
 from trainer.processes import children
@@ -94,7 +94,7 @@ def adapters_beside(
     if not (writes and resolved.config.checkpoint.adapters):
         yield lambda: None
         return
-    writer = AdapterWriter(folder, (*resolved.method.file_names, *TOKENIZER_FILES), log)
+    writer = AdapterWriter(folder, (*resolved.method.file_names, *TOKENIZER_PATTERNS), log)
     writer.write()
     try:
         yield writer.write

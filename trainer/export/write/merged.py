@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 from trainer.base.describe.composite import composite_class
-from trainer.base.find.locate import TOKENIZER_FILES, Base, describe_base, named_files
+from trainer.base.find.locate import TOKENIZER_PATTERNS, Base, describe_base, named_files
 from trainer.base.find.tokenizer import tokenizer_files, with_special_tokens
 from trainer.base.load.load import DTYPES
 from trainer.base.partitions.filling import as_tensor
@@ -70,7 +70,7 @@ def mergeable_checkpoint(folder: Store, destination: Store, step: int | None) ->
 
     Raises as `export_merged`, but for a base that is not here or another.
     """
-    check_destination(destination, "*.safetensors", INDEX_FILE, *_SMALL_FILES, *TOKENIZER_FILES)
+    check_destination(destination, "*.safetensors", INDEX_FILE, *_SMALL_FILES, *TOKENIZER_PATTERNS)
     trained = trained_checkpoint(folder, step)
     check_mergeable_run(trained.config, describe_base(trained.config.model))
     return trained

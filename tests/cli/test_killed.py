@@ -1,0 +1,31 @@
+"""A command that is killed leaves no process behind, whatever it was doing; `python -m tests.kills` does it at random."""
+
+import pytest
+
+from tests.hub import TOKEN, serve_hub
+from tests.kills import LATEST, NAMES, Killed
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Killed:
+    return Killed(tmp_path_factory.mktemp("killed"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_five_seconds_after_a_kill_nothing_is_left(killed: Killed, name: str) -> None:
+    with serve_hub() as hub:
+        pushing = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        for share in (0.15, 0.6):
+            after = share * LATEST.get(name, 30.0)
+            assert not killed.left_by(name, after, **(pushing if name == "push" else {})), f"killed after {after:.1f} s"
+
+
+def test_nothing_is_left_of_a_push_that_is_killed_in_the_middle_of_an_upload(killed: Killed) -> None:
+    with serve_hub() as hub:
+        hub.hold_after = 0
+        pushing = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        assert not killed.left_by("push", 15.0, **pushing)
+        assert hub.holding.is_set()
+        hub.released.set()

@@ -1,0 +1,57 @@
+"""A rank ends soon after another one of its machine was killed, and never for want of knowledge."""
+
+import os
+import subprocess
+from collections.abc import Mapping
+
+import pytest
+
+from trainer.processes.siblings import Siblings
+
+GROUP = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_TASKS_PER_NODE": "2", "SLURM_STEP_NUM_TASKS": "2"}
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("given", [{**GROUP, "RANK": "1"}, {**SLURM, "SLURM_PROCID": "1"}])
+def test_a_rank_that_was_killed_is_gone_after_seconds(given: Mapping[str, str]) -> None:
+    clock, own = Clock(), {name: "0" if name in ("RANK", "SLURM_PROCID") else value for name, value in given.items()}
+    siblings = Siblings(given, clock)
+    with subprocess.Popen(["sleep", "60"], env={**os.environ, **own}) as first:
+        assert not siblings.is_gone(0)
+        first.kill()
+    clock.now = 4.0
+    assert not siblings.is_gone(0)
+    clock.now = 6.0
+    assert siblings.is_gone(0)
+
+
+def test_a_rank_that_never_came_is_gone_after_half_a_minute() -> None:
+    clock = Clock()
+    siblings = Siblings({**GROUP, "RANK": "1"}, clock, lambda *marks: [])
+    clock.now = 29.0
+    assert not siblings.is_gone(0)
+    clock.now = 31.0
+    assert siblings.is_gone(0)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},  # of Ray, or alone
+        {**GROUP, "RANK": "1", "LOCAL_WORLD_SIZE": "1"},  # on several machines
+        {**GROUP, "RANK": "1", "TORCHELASTIC_RUN_ID": "none"},
+        {**SLURM, "SLURM_PROCID": "1", "SLURM_TASKS_PER_NODE": "1(x2)"},
+    ],
+)
+def test_of_ranks_that_may_be_elsewhere_nothing_is_known(given: Mapping[str, str]) -> None:
+    clock = Clock()
+    siblings = Siblings(given, clock, lambda *marks: [])
+    clock.now = 1e6
+    assert not siblings.is_gone(0)

@@ -1,0 +1,72 @@
+"""Rows of a run's own data as its sources have them, to be rendered by the tokenizer and the chat template of an export."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
+
+from trainer.config import Config, Data
+from trainer.data.compile.encode import RowEncoder, documents_of
+from trainer.data.compile.inputs import Input, find_evaluated, find_train
+from trainer.data.dataset.manifest import Counters
+from trainer.data.format.formats import Row, RowForm, explicit_form
+from trainer.data.source.reading import rows
+from trainer.errors import CapstanError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROWS = 40
+"""Rows of each data set, at most."""
+
+
+class SourceRow(NamedTuple):
+    """A row at the place `where`, in the form that it is read in, and the settings of its data set."""
+
+    where: str
+    data: Data
+    form: RowForm
+    row: Row
+
+
+def source_rows(config: Config) -> list[SourceRow]:
+    """The first rows of the files of each of the run's data sets; none of one whose sources cannot be read from here any more."""
+    found = list[SourceRow]()
+    inputs = list[Input]()
+    with suppress(CapstanError):
+        inputs.append(find_train(config))
+    with suppress(CapstanError):
+        inputs += find_evaluated(config).values()
+    for given in inputs:
+        with suppress(CapstanError):
+            found += islice(_first_rows(given), ROWS)
+    return found
+
+
+def _first_rows(given: Input) -> Iterator[SourceRow]:
+    each = max(1, ROWS // max(1, len(given.files)))
+    for file in given.files:
+        form = file.form or explicit_form(given.data)
+        for where, row in islice(rows(file, lambda _: None), each):
+            yield SourceRow(where, given.data, form, row)
+
+
+def documents(
+    tokenizer: "PreTrainedTokenizerBase", sources: Sequence[SourceRow], *, own: bool
+) -> Iterator[list[list[int]] | str]:
+    """What each row becomes by a compilation: its documents, trained tokens marked, or the sentence that refuses it. With `own` by the
+    tokenizer's own chat template, whatever `data.template` says."""
+    encoders = dict[int, RowEncoder]()
+    for source in sources:
+        data = source.data.model_copy(update={"template": None}) if own else source.data
+        try:
+            if id(source.data) not in encoders:
+                encoders[id(source.data)] = RowEncoder(tokenizer, data)
+            (example,) = encoders[id(source.data)].encode(source.form, [source.row])
+        except CapstanError as error:
+            yield str(error)
+            continue
+        if isinstance(example, DataError):
+            yield str(example)
+        else:
+            yield [document.tolist() for document in documents_of(data, example, Counters())]
