@@ -137,9 +137,9 @@ class _FrozenCrossEntropy(torch.autograd.Function):
         return nats
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None, None]:  # type: ignore[override]
         # In fp32 first: the scale (1 / targets) can be too small for the product's rounding in bf16 to be harmless.
-        return (ctx.grad.float() * grad_output[:, None]).to(ctx.grad.dtype), None, None, None, None, None, None
+        return (ctx.grad.float() * grad_output[:, None]).to(ctx.grad.dtype), None, None, None, None, None
 
 
 class _LearningCrossEntropy(torch.autograd.Function):
@@ -164,7 +164,9 @@ class _LearningCrossEntropy(torch.autograd.Function):
         return nats
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_output: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, None, None, None]:
         (hidden, targets), weight = ctx.saved_tensors, ctx.head.weight.detach()
         bias, grad = ctx.head.bias, torch.empty_like(hidden)
         bias_grad = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None

@@ -63,6 +63,5 @@ class LanguagePart(PreTrainedModel):
     def forward(self, input_ids: Any = None, **given: Any) -> CausalLMOutputWithPast:
         """(1, T) int64 -> logits (1, T, V)."""
         output = self.model(input_ids=input_ids, **given)
-        return CausalLMOutputWithPast(
-            logits=self.lm_head(output.last_hidden_state), past_key_values=output.get("past_key_values")
-        )
+        past = output.get("past_key_values")
+        return CausalLMOutputWithPast(logits=self.lm_head(output.last_hidden_state), past_key_values=past)  # type: ignore[call-arg]  # a dataclass behind a decorator

@@ -308,7 +308,7 @@ class _Reader:
     @cached_property
     def _in_fp32(self) -> re.Pattern[str] | None:
         """Matches the names of the weights that a family keeps in fp32; transformers' names of them are private."""
-        names = [*(self.model._keep_in_fp32_modules or ()), *(self.model._keep_in_fp32_modules_strict or ())]
+        names: list[Any] = [*(self.model._keep_in_fp32_modules or ()), *(self.model._keep_in_fp32_modules_strict or ())]
         return build_glob_alternation(names)[0] if names else None
 
     def _share_of_unknown_experts(self, path: str, parameter: Tensor) -> float | None:
