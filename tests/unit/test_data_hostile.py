@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow
@@ -103,7 +103,10 @@ def test_values_too_deep_to_tell_which_side_they_are_on_are_bad_rows_of_the_trai
         deep = [deep]
     bad: list[str] = []
     part = Part(0.5, held_out=held_out)
-    assert part.rows(Batch("a.jsonl", 1, _Given([{"deep": deep}]), 0), lambda error: bad.append(str(error))) == []
+    assert (
+        part.rows(Batch("a.jsonl", 1, cast("Any", _Given([{"deep": deep}])), 0), lambda error: bad.append(str(error)))
+        == []
+    )
     assert bad == ([] if held_out else ["a.jsonl:1: its values are nested too deeply"])
 
 
