@@ -69,9 +69,8 @@ def settings_of(kind: str) -> PretrainedConfig:
     made: dict[str, Any] = (
         small_settings(text) | {key: value for key, value in _WHEREVER_DECODERS.items() if hasattr(text, key)} | lacking
     )
-    return type(text)(  # pyright: ignore[reportArgumentType]  # each type has settings of its own
-        **{key: 0.0 if "drop" in key and isinstance(value, float) else value for key, value in made.items()}
-    )
+    kind_of: Any = type(text)
+    return kind_of(**{key: 0.0 if "drop" in key and isinstance(value, float) else value for key, value in made.items()})
 
 
 def _whole_settings(kind: str) -> PretrainedConfig:
@@ -248,7 +247,7 @@ def _batches(packing: bool, made: Any) -> Iterator[Any]:
 def _plain(base: Path) -> Any:
     """The base as people load it: by the class in its config.json."""
     multiply_expert_by_expert()
-    (name,) = AutoConfig.from_pretrained(base).architectures or ()
+    name = (AutoConfig.from_pretrained(base).architectures or [""])[0]
     return getattr(transformers, name).from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
 
 

@@ -21,6 +21,7 @@ from trainer.export.folder import CARD, TRAINED, BytesWritten, check_destination
 from trainer.export.trained import check_base_at_hand, trained_checkpoint, trained_directory
 from trainer.export.write.learnt import CheckpointWeights
 from trainer.export.write.merged import write_model
+from trainer.export.write.read_by_peft import check_peft_reads
 from trainer.export.write.whole_class import for_whole_class
 from trainer.store import Store
 from trainer.tuning.method import methods
@@ -39,8 +40,8 @@ def export_adapter(
     Raises:
         NothingToResume: the run has no such checkpoint.
         StorageError: it is damaged, or a store fails.
-        ConfigError: `destination` holds something that is no half export, or the base's folder is not here; or where a whole
-            model is written, what `write_model` raises.
+        ConfigError: `destination` holds something that is no half export, or the base's folder is not here, or PEFT would load
+            a part of the adapter only; or where a whole model is written, what `write_model` raises.
     """
     # Before the shards are read, so by the files of every method.
     ours = [name for make in methods().values() for name in make(Tuning()).file_names]
@@ -56,7 +57,10 @@ def export_adapter(
     tokenizer = beside_no_config(tokenizer, directory, config.model.base)
     weights = CheckpointWeights(folder, manifest, DTYPES[config.model.dtype])
     exported = method.export(dict(weights), config.model)
-    files = for_whole_class(arranged(exported.files, config.model), config.model)
+    in_layout = arranged(exported.files, config.model)
+    files = for_whole_class(in_layout, config.model)
+    if in_layout is exported.files:  # in PEFT's own
+        check_peft_reads(files, config.model)
     *names, last = files
     assert not any(fnmatch(last, pattern) for pattern in method.file_names), "a whole export would count as a half one"
     whole = composite_class(directory)
