@@ -26,6 +26,7 @@ SIZES: dict[str, Any] = {"max_position_embeddings": 8192}
 # Files of other tools that pages import.
 THEIRS = {
     "theirs.yml": "axolotl/qlora.yml",
+    "sft.py": "trl/script.py",
     "sft.yaml": "trl/sft.yaml",
     "accelerate.yaml": "trl/accelerate.yaml",
     "train.sh": "trl/dpo.sh",

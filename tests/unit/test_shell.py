@@ -23,7 +23,7 @@ LINES = {
     "capstan data s": ["show"],
     "capstan plan run.yaml tr": ["train.", "track."],
     "capstan plan run.yaml train.ep": ["train.epochs="],
-    "capstan plan run.yaml quant.type=": ["quant.type=nf4", "quant.type=fp4", "quant.type=none"],
+    "capstan plan run.yaml quant.type=": ["quant.type=nf4", "quant.type=fp4", "quant.type=none", "quant.type=stored"],
     "capstan plan run.yaml quant.double=t": ["quant.double=true"],
     "capstan plan run.yaml --gpu A100": ["A100-40GB", "A100-80GB"],
     "capstan init --goal k": ["kto"],

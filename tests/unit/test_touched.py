@@ -44,7 +44,7 @@ def test_a_layer_that_its_familys_code_reads_stays_whole(kind: str) -> None:
     found = read_architecture(settings(kind))
     assert {name for name, why in found.whole() if why == READ_BY_ITS_FAMILY} == READ[kind]
     assert not READ[kind] & set(found.linear_names)
-    assert len(found.linear_names) > 2
+    assert found.linear_names, "what is left to adapt"
 
 
 def test_experts_that_no_rule_recognises_are_named_and_count_by_the_tokens_that_visit_them() -> None:

@@ -38,7 +38,10 @@ def test_family(model: PreTrainedModel, read: Collection[Place]) -> Found:
     """
     _spread(model)
     inner = body(model)
-    tokens = torch.arange(sum(_LENGTHS)).mul(37).remainder(200).add(3)[None]
+    others = min(
+        200, model.config.get_text_config().vocab_size - 3
+    )  # than the first tokens, which often mean something
+    tokens = torch.arange(sum(_LENGTHS)).mul(37).remainder(others).add(3)[None]
     documents = tokens.split(_LENGTHS, dim=1)
     with torch.no_grad():
         alone = torch.cat([_hidden(inner, document) for document in documents], dim=1)
