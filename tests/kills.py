@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
@@ -92,8 +92,11 @@ class Killed:
         path.write_text(yaml.safe_dump(tree))
         return str(path)
 
-    def left_by(self, name: str, after: float, **environment: str) -> dict[int, str]:
-        """The processes, with their commands, that are there `SECONDS` after the command was killed, which it was `after` seconds."""
+    def left_by(
+        self, name: str, after: float, reached: Callable[[], bool] = lambda: False, **environment: str
+    ) -> tuple[dict[int, str], bool]:
+        """The processes, with their commands, that are there `SECONDS` after the command was killed, which it was `after` seconds
+        or as soon as what is `reached`; and whether it was still at work."""
         mark = uuid4().hex
         given = {**ENVIRONMENT, **environment, _MARK: mark}
         silent = subprocess.DEVNULL
@@ -101,8 +104,10 @@ class Killed:
         with subprocess.Popen(
             command, env=given, cwd=self.folder, stdin=subprocess.PIPE, stdout=silent, stderr=silent
         ) as process:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(after)
+            ends = time.monotonic() + after
+            while time.monotonic() < ends and process.poll() is None and not reached():
+                time.sleep(0.02)
+            was_at_work = process.poll() is None
             process.kill()
         deadline = time.monotonic() + SECONDS
         while (left := _alive(mark)) and time.monotonic() < deadline:
@@ -110,7 +115,7 @@ class Killed:
         for number in left:
             with suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
-        return left
+        return left, was_at_work
 
 
 def _alive(mark: str) -> dict[int, str]:
@@ -146,9 +151,10 @@ def main(kills: int) -> int:
         for number in range(kills):
             name = NAMES[number % len(NAMES)]
             after = draw.uniform(0.3, LATEST.get(name, 30.0))
-            left = killed.left_by(name, after, **(pushing if name == "push" else {}))
+            left, was_at_work = killed.left_by(name, after, **(pushing if name == "push" else {}))
             wrong += bool(left)
-            print(f"{name}, killed after {after:.1f} s: {left or 'nothing left'}", flush=True)
+            what = "killed" if was_at_work else "had ended, looked at"
+            print(f"{name}, {what} after {after:.1f} s: {left or 'nothing left'}", flush=True)
     return wrong
 
 
