@@ -154,7 +154,7 @@ class _Life:
                 sample = json.loads(making.output())
             tree = {
                 "run": {"name": "smoke"},
-                "model": {"base": sample["base"], "dtype": _dtype()},
+                "model": {"base": sample["base"], "dtype": "bf16" if local_gpus() else sample["dtype"]},
                 "data": {"train": [{"path": path} for path in sample["train"]]},
                 "optim": {"lr": 5e-3, "warmup_steps": 2},
                 "train": {"steps": STEPS},
@@ -273,13 +273,6 @@ def first_rows(data: Data, directory: Path) -> list[Source]:
         target.write_text("".join(lines), encoding="utf-8")
         small.append(source.model_copy(update={"path": str(target), "subset": None, "split": None}))
     return small
-
-
-def _dtype() -> str:
-    """bf16; but fp32 on a CPU without instructions for products in bf16, where they take ten times as long."""
-    import torch
-
-    return "bf16" if local_gpus() or torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 
 
 def scale_down(config: Config, store: str, ray_address: str, layers: int | None) -> Config:
