@@ -5,11 +5,9 @@ assemble:  data -> base -> sharded model -> engine -> checkpoint                
 train:     one generator over steps                                                                     (trainer/train/loop.py)
 """
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
@@ -37,7 +35,7 @@ from trainer.run.log import rank_log
 from trainer.run.metrics import Metrics, claim_generation, open_trackers, peak_memory
 from trainer.run.owner import OwnerWatch
 from trainer.run.power import metered
-from trainer.run.records import bad_windows, generations, read_records
+from trainer.run.records import bad_windows
 from trainer.run.requests import StopSignal
 from trainer.store import open_run_store
 from trainer.train.begin import begin_from
@@ -49,7 +47,7 @@ from trainer.train.profile import StepProfile
 from trainer.train.reference import ReferencePass
 from trainer.train.start import Elapsed, Start, Starter
 from trainer.train.start_record import record_changes, record_plan, record_start
-from trainer.train.stop_rules import StopRules
+from trainer.train.stop_rules import open_stop_rules
 from trainer.zero.engine import Engine
 
 _print = partial(print, flush=True)
@@ -93,7 +91,7 @@ def run_rank(
         seconds = min(5.0, config.track.flush_seconds)
         stop = StopSignal(folder, watches=first, seconds=seconds, preempted=starter.preempted)
         stack.callback(stop.close)
-        stack.enter_context(_signals(stop))
+        stack.enter_context(stop.on_signals())
         heart = Heart(ranks, config.timeouts, last_words(folder, generation, metrics, flush_log))
         stack.callback(heart.close)
         start = Start(
@@ -231,40 +229,12 @@ def _training(
         checkpoints=checkpoints,
         horizon=horizon_of(config.train, epochs, *place, skipped),
         work=work_of(config, start.resolved.base.architecture, recomputed, ranks.device_name),
-        rules=StopRules(
-            config.train.stop_when, ranks.broadcast(_evaluated(start, place[0]) if ranks.rank == 0 else {})
-        ),
+        rules=open_stop_rules(start, place[0]),
         samples=open_samples(start.resolved, start.folder, ranks) if config.train.sample_every else None,
         skipped=skipped,
     )
 
 
-def _evaluated(start: Start, step: int) -> dict[int, float]:
-    """The losses by which checkpoints are kept, of evaluations up to `step` in earlier starts."""
-    config = start.config
-    named = None if config.data.eval or config.data.held_out else next(iter(config.eval.sets), None)
-    return {
-        record["step"]: record["loss"]
-        for generation in generations(start.folder)
-        for record in read_records(start.folder, generation)
-        if record["kind"] == "eval" and record.get("set") == named and 0 < record["step"] <= step
-    }
-
-
 def _place(restored: CheckpointManifest | None) -> tuple[int, Position]:
     """The step that a start goes on from, and where in the data."""
     return (restored.step, Position.from_json(restored.position)) if restored else (0, Position())
-
-
-@contextmanager
-def _signals(stop: StopSignal) -> Iterator[None]:
-    """SIGTERM and SIGUSR1 ask for a stop. Only a main thread may say so; under Ray the driver gets the signals."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, lambda *_: stop.request()) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -3,10 +3,12 @@
 import itertools
 import json
 import os
+import signal
 import socket
+import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -90,6 +92,20 @@ class StopSignal:
 
     def request(self, reason: str = _ON_REQUEST) -> None:
         self._asked, self.reason = Stop.END, reason
+
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """SIGTERM and SIGUSR1 ask for a stop. Only a main thread may say so; under Ray the driver gets the signals."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        asking = signal.SIGTERM, signal.SIGUSR1
+        before = {number: signal.signal(number, lambda *_: self.request()) for number in asking}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _look(self) -> None:
         key = next(self._keys)

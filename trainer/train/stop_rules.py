@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 
 from trainer.config.training import StopWhen
+from trainer.run.records import generations, read_records
+from trainer.train.start import Start
 
 
 class StopRules:
@@ -40,3 +42,21 @@ class StopRules:
             f"{since} evaluations in a row were no better than {self._evaluated[best]:.4f}, that of step {best}, which is kept "
             "(train.stop_when.no_better)"
         )
+
+
+def open_stop_rules(start: Start, step: int) -> StopRules:
+    """The rules of a start that goes on from `step`. Collective."""
+    evaluated = start.ranks.broadcast(_evaluated(start, step) if start.ranks.rank == 0 else {})
+    return StopRules(start.config.train.stop_when, evaluated)
+
+
+def _evaluated(start: Start, step: int) -> dict[int, float]:
+    """The losses by which checkpoints are kept, of evaluations up to `step` in earlier starts."""
+    config = start.config
+    named = None if config.data.eval or config.data.held_out else next(iter(config.eval.sets), None)
+    return {
+        record["step"]: record["loss"]
+        for generation in generations(start.folder)
+        for record in read_records(start.folder, generation)
+        if record["kind"] == "eval" and record.get("set") == named and 0 < record["step"] <= step
+    }
