@@ -93,7 +93,7 @@ class Killed:
         return str(path)
 
     def left_by(
-        self, name: str, after: float, reached: Callable[[], bool] = lambda: False, **environment: str
+        self, name: str, after: float, environment: Mapping[str, str], reached: Callable[[], bool] = lambda: False
     ) -> tuple[dict[int, str], bool]:
         """The processes, with their commands, that are there `SECONDS` after the command was killed, which it was `after` seconds
         or as soon as what is `reached`; and whether it was still at work."""
@@ -151,7 +151,7 @@ def main(kills: int) -> int:
         for number in range(kills):
             name = NAMES[number % len(NAMES)]
             after = draw.uniform(0.3, LATEST.get(name, 30.0))
-            left, was_at_work = killed.left_by(name, after, **(pushing if name == "push" else {}))
+            left, was_at_work = killed.left_by(name, after, pushing if name == "push" else {})
             wrong += bool(left)
             what = "killed" if was_at_work else "had ended, looked at"
             print(f"{name}, {what} after {after:.1f} s: {left or 'nothing left'}", flush=True)
