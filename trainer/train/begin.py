@@ -23,9 +23,8 @@ def begin_from(beginning: Beginning, start: Start, engine: Engine) -> None:
 
 def _fill(beginning: Beginning, engine: Engine) -> None:
     partitions = {part.name: part for part in engine.partitions()}
-    for name, begin, end, dtype, data in beginning.read(
-        {name: (part.begin, part.end) for name, part in partitions.items()}
-    ):
+    ranges = {name: (part.begin, part.end) for name, part in partitions.items()}
+    for name, begin, end, dtype, data in beginning.read(ranges):
         part = partitions[name]
         values = torch.frombuffer(bytearray(data), dtype=_DTYPES[dtype])
         part.states["master"][begin - part.begin : end - part.begin].copy_(values)

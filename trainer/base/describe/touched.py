@@ -24,14 +24,11 @@ def places_read(model: PreTrainedModel) -> set[Place]:
     found = set[Place]()
     tokens = torch.arange(3, 12).remainder(model.config.get_text_config().vocab_size)[None]
     with _watched(model, found), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        for training in (
-            False,
-            True,
-        ):  # some families clamp weights only as they train, others scale them only as they do not
+        # Some families clamp weights only as they train, others scale them only as they do not.
+        for training in (False, True):
             model.train(training)
-            for module in (
-                model.modules()
-            ):  # as trainer/model/documents.py calls it, it never hands its weights to a fused kernel
+            # A layer that convolves hands its weights to a fused kernel as it trains, but not as trainer/model/documents.py calls it.
+            for module in model.modules():
                 module.training = training and not convolves(module)
             model(input_ids=tokens, use_cache=False)
     return found
