@@ -46,9 +46,11 @@ def test_the_mean_power_since_the_last_step_is_told(watts: Path) -> None:
         measured()
         wait_for(len(watts.with_name("asked").read_text()) + 2, watts)
         assert measured() == {"device_watts": 100.0}
-    asked = watts.with_name("asked").read_text()
-    time.sleep(0.1)
-    assert watts.with_name("asked").read_text() == asked  # nobody asks any more
+    asked = len(watts.with_name("asked").read_text())
+    time.sleep(0.5)
+    assert (
+        len(watts.with_name("asked").read_text()) <= asked + 1
+    )  # but the question that was on its way, nobody asks any more
 
 
 def test_a_gpu_that_does_not_tell_and_a_rank_that_does_not_ask_have_none(
