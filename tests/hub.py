@@ -37,6 +37,12 @@ class Hub:
     holding: threading.Event = field(default_factory=threading.Event)
     released: threading.Event = field(default_factory=threading.Event)
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables of a process that pushes to it. Without Xet, whose storage is another service: huggingface_hub then uploads as it
+        does to older Hubs."""
+        return {"HF_ENDPOINT": self.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+
 
 class _Answers(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"

@@ -17,7 +17,7 @@ from uuid import uuid4
 
 import yaml
 
-from tests.hub import TOKEN, serve_hub
+from tests.hub import serve_hub
 from tests.material import Workshop, commit, make_data
 from trainer.config import dump_config
 from trainer.processes import guard
@@ -146,12 +146,11 @@ def main(kills: int) -> int:
     wrong = 0
     draw = random.Random()
     with tempfile.TemporaryDirectory() as folder, serve_hub() as hub:
-        pushing = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
         killed = Killed(Path(folder))
         for number in range(kills):
             name = NAMES[number % len(NAMES)]
             after = draw.uniform(0.3, LATEST.get(name, 30.0))
-            left, was_at_work = killed.left_by(name, after, pushing if name == "push" else {})
+            left, was_at_work = killed.left_by(name, after, hub.environment if name == "push" else {})
             wrong += bool(left)
             what = "killed" if was_at_work else "had ended, looked at"
             print(f"{name}, {what} after {after:.1f} s: {left or 'nothing left'}", flush=True)

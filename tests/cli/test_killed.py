@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.hub import TOKEN, serve_hub
+from tests.hub import serve_hub
 from tests.kills import LATEST, NAMES, Killed
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
@@ -16,17 +16,15 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Killed:
 @pytest.mark.parametrize("name", NAMES)
 def test_five_seconds_after_a_kill_nothing_is_left(killed: Killed, name: str) -> None:
     with serve_hub() as hub:
-        pushing = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
         for share in (0.15, 0.6):
             after = share * LATEST.get(name, 30.0)
-            left, _ = killed.left_by(name, after, pushing if name == "push" else {})
+            left, _ = killed.left_by(name, after, hub.environment if name == "push" else {})
             assert not left, f"killed after {after:.1f} s"
 
 
 def test_nothing_is_left_of_a_push_that_is_killed_in_the_middle_of_an_upload(killed: Killed) -> None:
     with serve_hub() as hub:
         hub.hold_after = 0
-        pushing = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        assert killed.left_by("push", 300.0, pushing, hub.holding.is_set) == ({}, True)
+        assert killed.left_by("push", 300.0, hub.environment, hub.holding.is_set) == ({}, True)
         assert hub.holding.is_set()
         hub.released.set()

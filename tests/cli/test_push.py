@@ -42,9 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Store:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with serve_hub() as hub:
-        # Without Xet, whose storage is another service: huggingface_hub then uploads as it does to older Hubs.
-        settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        for name, value in settings.items():
+        for name, value in hub.environment.items():
             monkeypatch.setitem(ENVIRONMENT, name, value)
         yield hub
 

@@ -116,6 +116,9 @@ def test_a_checkpoint_from_before_there_were_fingerprints_is_taken_as_it_is(work
     assert refusals(workshop) == []
 
 
+COMMITS = ("a" * 40, "1" * 40)
+
+
 def hub_cache(workshop: Workshop, cache: Path, commit: str) -> None:
     """The base as huggingface_hub keeps it: the branch `main` is at `commit`."""
     folder = cache / "models--me--tiny"
@@ -128,13 +131,18 @@ def hub_cache(workshop: Workshop, cache: Path, commit: str) -> None:
         (folder / "snapshots" / commit / file.name).symlink_to(f"../../blobs/{blob.name}")
 
 
-def test_a_run_stays_at_the_commit_of_the_hub_that_it_began_with(
-    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache, (first, second) = workshop.folder / "hub", ("a" * 40, "1" * 40)
+@pytest.fixture
+def hub(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of a Hub that is out of reach, with the base at the first commit."""
+    cache = workshop.folder / "hub"
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    hub_cache(workshop, cache, first)
+    hub_cache(workshop, cache, COMMITS[0])
+    return cache
+
+
+def test_a_run_stays_at_the_commit_of_the_hub_that_it_began_with(workshop: Workshop, hub: Path) -> None:
+    first, second = COMMITS
     given = workshop.config("hub", "model.base=me/tiny")
     config = pinned(given, check(given, resume=False).base)
     assert config.model.revision == first
@@ -142,7 +150,7 @@ def test_a_run_stays_at_the_commit_of_the_hub_that_it_began_with(
     facts = read_manifest(workshop.store.sub("hub"), 4).base
     assert (facts["commit"], all(len(known) == 64 for known in facts["hashes"].values())) == (first, True)
 
-    hub_cache(workshop, cache, second)  # the branch moves
+    hub_cache(workshop, hub, second)  # the branch moves
     assert pinned(config, check(config, resume=True).base).model.revision == first
     run = workshop.store.sub("hub")
     for unpinned in (
@@ -163,7 +171,7 @@ def test_a_run_stays_at_the_commit_of_the_hub_that_it_began_with(
     with pytest.raises(ConfigError, match=said):
         settings_of(run, None, [f"model.revision='{second}'"], base_alone=False)
 
-    shutil.rmtree(cache / "models--me--tiny/snapshots" / first)  # neither the Hub nor the cache has it any more
+    shutil.rmtree(hub / "models--me--tiny/snapshots" / first)  # neither the Hub nor the cache has it any more
     manifest, to = read_manifest(run, 4), open_store(str(workshop.folder / "out"))
     ways: list[Callable[[], object]] = [
         lambda: check(config, resume=True),
@@ -177,16 +185,11 @@ def test_a_run_stays_at_the_commit_of_the_hub_that_it_began_with(
         assert "\n" not in str(refused.value)
 
 
-def test_trials_of_a_sweep_have_the_base_that_it_began_with(
-    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache, (first, second) = workshop.folder / "hub", ("a" * 40, "1" * 40)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    hub_cache(workshop, cache, first)
+def test_trials_of_a_sweep_have_the_base_that_it_began_with(workshop: Workshop, hub: Path) -> None:
+    first, second = COMMITS
     tried = "sweep.settings={optim.lr: {grid: [1.0e-3, 1.0e-4]}}"
     config, plan = laid_out(workshop.config("hub", "model.base=me/tiny", tried), resume=False)
-    hub_cache(workshop, cache, second)
+    hub_cache(workshop, hub, second)
     kept = SearchPlan.from_json(json.loads(json.dumps(plan.to_json())))
     assert [kept.config_of(config, trial).model.revision for trial in kept.trials] == [first, first]
 

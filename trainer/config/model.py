@@ -8,7 +8,7 @@ from pydantic import field_validator, model_validator
 from trainer.section import Section, setting, with_parts
 
 EXPRESSION = "re:"
-"""What stands before a regular expression in `tuning.targets`."""
+"""The mark before a regular expression in `tuning.targets`."""
 
 
 class Tokens(NamedTuple):

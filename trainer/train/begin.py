@@ -2,11 +2,10 @@
 
 import torch
 
+from trainer.base.partitions.filling import SOURCE_DTYPES
 from trainer.train.start import Start
 from trainer.tuning.beginning import Beginning
 from trainer.zero.engine import Engine
-
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def begin_from(beginning: Beginning, start: Start, engine: Engine) -> None:
@@ -26,5 +25,5 @@ def _fill(beginning: Beginning, engine: Engine) -> None:
     ranges = {name: (part.begin, part.end) for name, part in partitions.items()}
     for name, begin, end, dtype, data in beginning.read(ranges):
         part = partitions[name]
-        values = torch.frombuffer(bytearray(data), dtype=_DTYPES[dtype])
+        values = torch.frombuffer(bytearray(data), dtype=SOURCE_DTYPES[dtype])
         part.states["master"][begin - part.begin : end - part.begin].copy_(values)

@@ -45,9 +45,10 @@ class StopRules:
 
 
 def open_stop_rules(start: Start, step: int) -> StopRules:
-    """The rules of a start that goes on from `step`. Collective."""
-    evaluated = start.ranks.broadcast(_evaluated(start, step) if start.ranks.rank == 0 else {})
-    return StopRules(start.config.train.stop_when, evaluated)
+    """The rules of a start that goes on from `step`. Collective. The records of earlier starts are read only where a rule asks for them."""
+    rules = start.config.train.stop_when
+    evaluated = _evaluated(start, step) if rules.no_better and start.ranks.rank == 0 else {}
+    return StopRules(rules, start.ranks.broadcast(evaluated))
 
 
 def _evaluated(start: Start, step: int) -> dict[int, float]:

@@ -117,7 +117,7 @@ def _listed(steps: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class RunCheckpoint:
-    """What a run has learnt, at the checkpoint of `manifest`."""
+    """The adapter that a run has learnt, at the checkpoint of `manifest`."""
 
     place: str
     run: Store

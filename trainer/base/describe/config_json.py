@@ -15,8 +15,8 @@ from trainer.errors import NOT_JSON, CapstanError, ConfigError, shown
 _MOST_LAYERS = 10_000
 _MOST_EXPERTS = 10_000
 _MOST_EXPERTS_IN_ALL = 2**17  # the largest models have some 25,000; each has names of its own in the files
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_MAY_BE_NONE = (*_EXPERTS, "head_dim", "n_shared_experts", "moe_num_shared_experts", "num_experts_per_tok")
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_MAY_BE_NONE = (*EXPERT_COUNTS, "head_dim", "n_shared_experts", "moe_num_shared_experts", "num_experts_per_tok")
 # Sizes in config.json -> the largest that is possible. Lists are as long as there are layers and experts.
 _SIZES = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size", "vocab_size"), 2**31),
@@ -51,7 +51,7 @@ def parse_base_config(name: str, data: bytes) -> dict[str, Any]:
 
 
 def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the parsed config.json says of how the weights are stored, {} where that is nothing: its quantization_config, or that of its
+    """The part of the parsed config.json that says how the weights are stored, {} where there is none: its quantization_config, or that of its
     text_config, with the `expert_dtype` that stands beside it at the top in DeepSeek-V4."""
     experts = {"expert_dtype": config["expert_dtype"]} if config.get("expert_dtype") else {}
     found = config.get("quantization_config") or _text_config(config).get("quantization_config")
@@ -101,7 +101,10 @@ def _check_sizes(name: str, config: dict[str, Any]) -> None:
             f"model.base: {name}/config.json has {heads} num_attention_heads, which {shared} num_key_value_heads do not "
             "divide. Copy the model again."
         )
-    layers, experts = config.get("num_hidden_layers"), next((config[key] for key in _EXPERTS if config.get(key)), None)
+    layers, experts = (
+        config.get("num_hidden_layers"),
+        next((config[key] for key in EXPERT_COUNTS if config.get(key)), None),
+    )
     most = max(experts) if isinstance(experts, list) else experts
     if layers and most and layers * most > _MOST_EXPERTS_IN_ALL:
         raise ConfigError(

@@ -30,7 +30,7 @@ from trainer.base.architecture import (
     Kind,
     Parameter,
 )
-from trainer.base.describe.config_json import read_by_transformers
+from trainer.base.describe.config_json import EXPERT_COUNTS, read_by_transformers
 from trainer.base.describe.empty_model import meta_model
 from trainer.base.describe.language_part import is_part
 from trainer.base.describe.logits import probe_logits
@@ -50,8 +50,6 @@ _ROUTED_TO = (
     "top_k_experts",
     "top_k",
 )
-# The families' settings for how many experts there are.
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _SHARED = "num_kv_shared_layers"  # how many of the last layers share keys
 
 
@@ -324,7 +322,7 @@ class _Reader:
 
     @cached_property
     def _expert_count(self) -> int | None:
-        declared = (getattr(owner, key, None) for owner in self._settings() for key in _EXPERTS)
+        declared = (getattr(owner, key, None) for owner in self._settings() for key in EXPERT_COUNTS)
         return next((count for count in declared if type(count) is int and count > 1), None)
 
     def _settings(self) -> Iterator[PretrainedConfig]:

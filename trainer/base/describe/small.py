@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from trainer.base.describe.config_json import EXPERT_COUNTS
 from trainer.base.describe.language_part import LanguagePart
 
 HEADS, HEAD, HIDDEN, VOCABULARY = 4, 16, 64, 259
@@ -26,7 +27,7 @@ _COUNTS = {
     **dict.fromkeys(("n_groups", "mamba_n_groups", "mamba_ngroups", "n_group", "num_expert_group", "o_groups"), 2),
     **dict.fromkeys(("topk_group", "first_k_dense_replace", "num_dense_layers", "num_nextn_predict_layers"), 1),
     **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "moe_layer_start_index"), 1),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 6),
+    **dict.fromkeys(EXPERT_COUNTS, 6),
     **dict.fromkeys(
         ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts"), 2
     ),

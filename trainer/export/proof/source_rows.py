@@ -54,7 +54,7 @@ def _first_rows(given: Input) -> Iterator[SourceRow]:
 def documents(
     tokenizer: "PreTrainedTokenizerBase", sources: Sequence[SourceRow], *, own: bool
 ) -> Iterator[list[list[int]] | str]:
-    """What each row becomes by a compilation: its documents, trained tokens marked, or the sentence that refuses it. With `own` by the
+    """Compiles each row: its documents, trained tokens marked, or the sentence that refuses it. With `own` by the
     tokenizer's own chat template, whatever `data.template` says."""
     encoders = dict[int, RowEncoder]()
     for source in sources:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.base.stored.shared.floats import DECODED_AT_ONCE, E2M1, E4M3, SCALES, Floats, round_to_bf16
+from trainer.base.stored.shared.floats import DECODED_AT_ONCE, E2M1, E4M3, SCALES, Floats, write_as
 from trainer.base.stored.shared.reads import LastReads
 from trainer.files.codes import Code, Kept, KeptSources, Numbers
 from trainer.files.safetensors_index import DTYPE_BYTES, PackedSources, StoredTensor, TensorSource, as_bytes, numel
@@ -107,7 +107,7 @@ class Coded:
                 values *= tiles[of_rows].take(across, axis=1, mode="clip")
                 if self.then is not None:
                     values *= np.float32(self.then)
-                self._write(values.reshape(-1), decoded[item * (first - begin) : item * (last - begin)])
+                write_as(values.reshape(-1), self.dtype, decoded[item * (first - begin) : item * (last - begin)])
         del data[item * (end - begin) :]
         return data
 
@@ -155,12 +155,6 @@ class Coded:
             return TABLES[self.code.numbers].take(stored[begin:end], mode="clip")
         pairs = _PAIRS[self.code.numbers].take(stored[begin // 2 : -(-end // 2)], axis=0, mode="clip")
         return pairs.reshape(-1)[begin % 2 : begin % 2 + end - begin]
-
-    def _write(self, values: Floats, out: NDArray[np.uint8]) -> None:
-        if self.dtype == "BF16":
-            round_to_bf16(values, out.view(np.uint16))
-        else:
-            out.view(np.float16 if self.dtype == "F16" else np.float32)[:] = values
 
     def _runs(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
         """[begin, end) in runs of whole rows, each a row of tiles or all of one, and of the parts of rows at both ends."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.base.stored.shared.floats import SCALES, Floats, round_to_bf16
+from trainer.base.stored.shared.floats import SCALES, Floats, write_as
 from trainer.base.stored.shared.reads import LastReads
 from trainer.files.safetensors_index import DTYPE_BYTES, TensorSource, numel
 
@@ -51,7 +51,7 @@ class Columns:
             last = min(outputs, first + step)
             values = self._rows(first, last).reshape(-1)
             low, high = max(begin, first * inputs), min(end, last * inputs)
-            self._write(values[low - first * inputs : high - first * inputs], data, low - begin)
+            write_as(values[low - first * inputs : high - first * inputs].copy(), self.dtype, data, low - begin)
         return data
 
     def _rows(self, first: int, last: int) -> Floats:
@@ -91,9 +91,3 @@ class Columns:
 
     def _bytes(self, source: TensorSource) -> bytearray:
         return self.last_reads.read(source, 0, numel(source))
-
-    def _write(self, values: Floats, data: bytearray, at: int) -> None:
-        if self.dtype == "BF16":
-            round_to_bf16(values.copy(), np.frombuffer(data, np.uint16)[at : at + len(values)])
-        else:
-            np.frombuffer(data, np.float16 if self.dtype == "F16" else np.float32)[at : at + len(values)] = values

@@ -54,3 +54,12 @@ def round_to_bf16(values: Floats, out: NDArray[np.uint16]) -> None:
     bits += (bits >> 16 & 1) + np.uint32(0x7FFF)
     bits >>= 16
     out[:] = bits
+
+
+def write_as(values: Floats, dtype: str, data: bytearray | NDArray[np.uint8], at: int = 0) -> None:
+    """Write `values` to `data` behind its first `at` ones, in a type of 16 or 32 bits by safetensors' name. `values` are overwritten."""
+    places = slice(at, at + len(values))
+    if dtype == "BF16":
+        round_to_bf16(values, np.frombuffer(data, np.uint16)[places])
+    else:
+        np.frombuffer(data, np.float16 if dtype == "F16" else np.float32)[places] = values
