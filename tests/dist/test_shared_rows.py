@@ -6,11 +6,14 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.dist import gradients
-from tests.dist.launch import launch
+from tests.dist import gradients, runs
+from tests.dist.launch import launch, running
 from tests.dist.test_gradients import distance
+from tests.dist.test_resume import losses
 from tests.material import Workshop
+from trainer.checkpoint.manifest import read_manifest
 from trainer.config import dump_config
+from trainer.run import layout
 
 TOLERANCE = 1e-5
 BASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
@@ -73,3 +76,31 @@ def test_so_have_two_over_other_bases(tmp_path: Path, name: str) -> None:
     kind, sizes, settings = BASES[name]
     workshop = Workshop(tmp_path, kind, **sizes)
     assert_same(*(first_step(workshop, tmp_path, ranks, ranks, *settings) for ranks in (2, 1)))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("later", [1, 4])
+def test_a_run_whose_rows_two_ranks_shared_goes_on_with_others_and_evaluates_alike(
+    workshop: Workshop, later: int
+) -> None:
+    settings = ("model.dtype=fp32", "data.held_out=0.2", "eval.every=5")
+
+    def arguments(name: str, shared: int) -> tuple[list[str], str | None]:
+        config = workshop.config(name, *settings, f"sharding.sequence_parallel={shared}")
+        data = workshop.prepare(config)
+        return [dump_config(config), data.train], data.eval
+
+    def train(name: str, ranks: int, how: str) -> dict[int, float]:
+        given, held_out = arguments(name, ranks)
+        assert {one["outcome"] for one in launch(ranks, runs.run, *given, how, held_out)} == {"finished"}
+        return losses(workshop.store.sub(name))
+
+    whole, name = train(f"whole-{later}", 1, "start"), f"shared-then-{later}"
+    (given, held_out), folder = arguments(name, 2), workshop.store.sub(name)
+    with running(2, runs.run, *given, "hold", held_out) as ranks:
+        ranks.wait_until(lambda: folder.exists(layout.manifest(5)))
+        ranks.kill()
+    assert train(name, later, "resume") == pytest.approx(whole, rel=TOLERANCE)
+    for step in (5, 10):
+        expected = read_manifest(workshop.store.sub(f"whole-{later}"), step).eval_loss
+        assert read_manifest(folder, step).eval_loss == pytest.approx(expected, rel=TOLERANCE)

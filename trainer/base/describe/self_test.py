@@ -23,6 +23,7 @@ from trainer.model.parts import body, decoder_layers
 _LENGTHS = (7, 21, 12)  # longer than the small model's windows, and shorter
 # A leak changes most tokens behind the first document. One token that goes to another expert for the last bit of its score is none.
 _DIFFERENT, _MOST = 1e-4, 0.5
+_MOST_SHARED = 0.1  # of a document that the cut goes through, a few tokens may differ and all others not
 _FORMAT = Format("nf4", 64, False, torch.float32)
 
 
@@ -101,7 +102,7 @@ def _fails_shared(inner: nn.Module, tokens: Tensor, positions: Tensor, alone: Te
     if why := next((part for part in found if isinstance(part, str)), None):
         return why
     parts = [part for part in found if isinstance(part, Tensor)]
-    different = _share_of_different(torch.cat(parts, dim=1), alone) >= _MOST
+    different = _share_of_different(torch.cat(parts, dim=1), alone) >= _MOST_SHARED
     return "a small model of its kind predicts otherwise then" if different else None
 
 
