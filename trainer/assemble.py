@@ -142,7 +142,9 @@ def peers_of(config: Config, ranks: Ranks) -> Peers | None:
     for first in range(0, ranks.world_size, size):
         # Every rank takes part in the making of every group.
         group = dist.new_group(list(range(first, first + size)), timeout=ranks.timeout)
-        if first <= ranks.rank < first + size:
+        if (
+            isinstance(group, dist.ProcessGroup) and first <= ranks.rank < first + size
+        ):  # torch has a mark for the groups of others
             mine = RankPeers(group)
     return mine
 

@@ -157,7 +157,8 @@ def test_a_document_is_what_it_is_alone_whatever_else_is_in_the_row(kind: str) -
     """With every kernel that computes the base's attention on a CPU; all give the same."""
     facts, found = read_architecture(settings(kind)), list[Tensor]()
     assert facts.isolates_documents
-    assert (facts.fails_shared is None) == (kind not in IN_BATCHES)
+    # Lightning indexers pick keys by scores of all tokens, outside of the attention function.
+    assert (facts.fails_shared is None) == (kind not in {*IN_BATCHES, "deepseek-v32"})
     assert unable(facts).keys() - {"flex_attention"} == UNABLE.get(kind, set())
     assert ("flex_attention" not in unable(facts)) == (kind in NEED_FLEX)
     kernels = [

@@ -311,8 +311,9 @@ class _Reader:
             return "no small model of its kind could be tried"
         rotary: Any = getattr(self.config, "rope_parameters", None) or {}
         kinds = {part.get("rope_type") for part in (rotary, *rotary.values()) if isinstance(part, Mapping)}
-        if following := sorted(kinds & {"dynamic", "longrope"}):
-            return f"its rotary frequencies follow from the longest position of a slice (rope_type: {following[0]})"
+        for kind in ("dynamic", "longrope"):
+            if kind in kinds:
+                return f"its rotary frequencies follow from the longest position of a slice (rope_type: {kind})"
         return trial.fails_shared
 
     @cached_property
