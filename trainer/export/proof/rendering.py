@@ -47,6 +47,11 @@ class Texts:
         every: list[Any] = [self.tokenizer.encode(text, add_special_tokens=framed) for framed in (False, True)]
         return every
 
+    @property
+    def begins_with_bos(self) -> bool:
+        """Whether the tokenizer puts its begin token before a text."""
+        return self.tokens("a")[1][:1] == [self.tokenizer.bos_token_id]
+
     def read_back(self, text: str) -> list[str]:
         """The text of its tokens, as an answer is shown: with special tokens, and without."""
         tokens = self.tokens(text)[1]
