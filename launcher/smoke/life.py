@@ -295,6 +295,7 @@ def scale_down(config: Config, store: str, ray_address: str, layers: int | None)
         "optim.warmup_steps": min(config.optim.warmup_steps, 2),
         "optim.warmup_ratio": None,
         "train.sample_every": 0,
+        "train.deterministic": bool(local_gpus()),  # runs are compared, one that was killed with one that was not
         "eval.every": 0,
         "eval.sets": {},
         "checkpoint.keep_best": 0,
