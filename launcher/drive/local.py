@@ -1,4 +1,4 @@
-"""`capstan train` and `capstan resume`: the run here and now, as the driver of its own Ray or as one rank of a group."""
+"""`capstan train` and `capstan resume`: the run here and now, as its driver or as one rank of a group."""
 
 import os
 from collections.abc import Callable
@@ -27,7 +27,7 @@ _MUCH = 10**9
 
 
 def start(config: Config, *, resume: bool, take_over: bool, live: bool, log: Callable[[str], None]) -> None:
-    """Run or continue `config`'s run here and now, as a driver of Ray or as one rank of torchrun's or srun's group.
+    """Run or continue `config`'s run here and now, as its driver or as one rank of torchrun's or srun's group.
 
     `take_over`: also when the run is alive.
 
