@@ -175,6 +175,7 @@ class _Reader:
             fails_packed=trial.fails_packed if trial else None,
             fails_shared=self._fails_shared(trial),
             tried=trial is not None,
+            rotary=bool(getattr(self.config, "rope_parameters", None)),
             taken_for_experts=tuple(self._taken_for_experts(parameters)),
             supports_sdpa=self.model._supports_sdpa,
             supports_flash=self.model._supports_flash_attn,

@@ -15,6 +15,7 @@ from trainer.base.base import Base, Description
 from trainer.base.describe.config_json import parse_base_config
 from trainer.base.describe.description import describe
 from trainer.base.describe.torch_answers import user_cache
+from trainer.base.find.rescaled import rescaled
 from trainer.config import Model
 from trainer.config.paths import local_path
 from trainer.errors import ConfigError, HubUnreachable
@@ -44,7 +45,7 @@ _LEFT_ON_THE_HUB = [
     *(f"{NAMED_TEMPLATES[:at]}[!{NAMED_TEMPLATES[at]}]*/*" for at in range(len(NAMED_TEMPLATES))),
     "consolidated*",
 ]
-_CONFIG = "config.json"
+CONFIG = "config.json"
 _SMALL_FILES = ("*.json", "*.model", "*.jinja", "merges.txt", "README.md")
 
 
@@ -57,7 +58,7 @@ def resolve_base(model: Model) -> Base:
     """
     local = None if in_bucket(model.base) else _directory(model, [*_SMALL_FILES, "*.safetensors"])
     store = open_store(str(local or model.base), setting="model.base")
-    directory, name = local or _small_files(store), str(local or store.uri)
+    directory, name = _scaled(model, local or _small_files(store)), str(local or store.uri)
     config = _read_config(name, directory)
     return Base(name, directory, store, config, describe(config, model.layers, name=name), model.tokens)
 
@@ -65,8 +66,22 @@ def resolve_base(model: Model) -> Base:
 def base_files(model: Model) -> Path:
     """A directory with config.json and the tokenizer's files; the weights are not downloaded for it."""
     if in_bucket(model.base):
-        return _small_files(open_store(model.base, setting="model.base"))
-    return _directory(model, list(_SMALL_FILES))
+        return _scaled(model, _small_files(open_store(model.base, setting="model.base")))
+    return _scaled(model, _directory(model, list(_SMALL_FILES)))
+
+
+def _scaled(model: Model, directory: Path) -> Path:
+    """The base's directory, or where its rotary positions are scaled a folder with its small files and another config.json."""
+    path = directory / CONFIG
+    if model.rope_scaling.rope_type is None or not path.is_file():
+        return directory
+    parse_base_config(model.base, path.read_bytes())  # which says in a sentence what is wrong with it
+    every = (
+        file.relative_to(directory).as_posix()
+        for file in (*directory.iterdir(), *directory.glob(f"{NAMED_TEMPLATES}/*"))
+    )
+    files = named_files(directory, filter(is_small_file, every))
+    return cached_folder({**files, CONFIG: rescaled(files[CONFIG], model.rope_scaling)})
 
 
 def named_files(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
@@ -176,7 +191,8 @@ def _cached(versions: str, fetch: Callable[[], Mapping[str, bytes]]) -> Path:
 
 
 def copy_weights(base: Base, folder: Path) -> None:
-    """Copy the base's files into `folder`: for tools that read neither a bucket nor ranges."""
+    """Copy the base's files into `folder`, and link to weights on this machine: for tools that read neither a bucket nor ranges."""
+    local = base.store.uri.removeprefix("file://") if base.store.uri.startswith("file://") else None
     write_files(folder, tokenizer_content(base.directory))
     for path in base.directory.iterdir():
         if path.is_file() and path.suffix != ".safetensors":
@@ -184,7 +200,10 @@ def copy_weights(base: Base, folder: Path) -> None:
     for entry in base.store.list():
         if "/" in entry.key or not entry.key.endswith((".safetensors", INDEX_FILE)):
             continue
-        copy_object(base.store, entry, folder)
+        if local is None:
+            copy_object(base.store, entry, folder)
+        elif not (folder / entry.key).exists():
+            (folder / entry.key).symlink_to(Path(local) / entry.key)
 
 
 def copy_object(store: Store, entry: Entry, folder: Path) -> None:
@@ -197,7 +216,7 @@ def copy_object(store: Store, entry: Entry, folder: Path) -> None:
 
 def _read_config(name: str, directory: Path) -> dict[str, Any]:
     try:
-        data = (directory / _CONFIG).read_bytes()
+        data = (directory / CONFIG).read_bytes()
     except FileNotFoundError as error:
         raise ConfigError(f"model.base: {name} has no config.json. Give a Hugging Face model directory.") from error
     except OSError as error:

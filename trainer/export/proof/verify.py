@@ -27,7 +27,7 @@ from torch import Tensor
 
 from trainer.assemble import Sharding, assemble, attention_of
 from trainer.base.describe.meta import model_config
-from trainer.base.find.locate import Base, copy_object, copy_weights, is_small_file
+from trainer.base.find.locate import CONFIG, Base, copy_object, copy_weights, is_small_file
 from trainer.base.find.tokenizer import find_rows
 from trainer.base.load.load import DTYPES, empty_model
 from trainer.base.partitions.filling import SOURCE_DTYPES
@@ -390,9 +390,10 @@ def directory_of(store: Store) -> Iterator[Path]:
 
 @contextmanager
 def base_directory(base: Base) -> Iterator[Path]:
-    """The same for a base, whose small files are on this machine already."""
+    """The same for a base, whose small files are on this machine already, and of which a run may have another config.json."""
     local = local_folder(base.store)
-    if local is not None:
+    configs = [(folder / CONFIG).read_bytes() for folder in (local, base.directory) if folder is not None]
+    if local is not None and configs[0] == configs[1]:
         yield local
         return
     with scratch_folder("base") as folder:
