@@ -24,7 +24,7 @@ from trainer.model.packed import PackedModel
 from trainer.plan.plan import choose_scope, idle_settings, settled
 from trainer.plan.sizes import most_whole
 from trainer.processes.devices import check_device
-from trainer.ranks import Ranks, join
+from trainer.ranks import Ranks, add_in_one_order, join
 from trainer.resolve import Resolved
 from trainer.zero.engine import Engine
 from trainer.zero.policy import Scope, build_deepspeed_config
@@ -39,6 +39,8 @@ def join_run(config: Config, is_gone: Callable[[int], bool] = lambda rank: False
     """
     check_device(config.cluster.gpus_per_worker, *torch_gpus())
     os.environ.update(config.cluster.nccl_variables)  # NCCL reads them when it makes its first communicator
+    if config.train.deterministic and torch.cuda.is_available():
+        add_in_one_order()
     # A collective may last longer than the heartbeat's limits, as the heartbeat names the rank that hangs.
     limit = timedelta(seconds=120 + max(config.timeouts.model_dump().values()))
     ranks = join(limit, timedelta(seconds=config.timeouts.meet), is_gone)
@@ -136,9 +138,8 @@ def checksums(model: nn.Module) -> dict[str, int]:
         for name, parameter in model.named_parameters()
         if parameter.dtype == torch.uint8
     }
-    if not parts:
-        return {}
-    return dict(zip(parts, torch.stack([_sum(part) for part in parts.values()]).tolist(), strict=True))
+    # Each is read by itself: where partitions are offloaded, those of small parameters are on the GPU and the others on the host.
+    return {name: int(_sum(part)) for name, part in parts.items()}
 
 
 def _sum(part: Tensor) -> Tensor:

@@ -222,6 +222,13 @@ class Train(Section):
         ge=0,
         unit="steps",
     )
+    deterministic: bool = setting(
+        False,
+        about="Have a GPU add in the same order every time, where attention's backward pass and others would add as their parts happen to "
+        "end: a run then repeats to the last bit on the same GPUs, and is a few percent slower. A kernel that has no such way is named in the "
+        "log. CPUs always do.",
+        example=True,
+    )
     stop_when: StopWhen = StopWhen()
     profile: tuple[int, int] | None = setting(
         None,
