@@ -131,7 +131,8 @@ def _gpu_of(config: Config, given: str | None) -> tuple[Gpu | None, Whose | None
 
 
 def _ranks(config: Config, local_gpus: int, ranks_per_node: int | None) -> tuple[int, int]:
-    """The ranks of the run and those of a node: as the settings say, else one for each GPU that is known of."""
+    """The ranks of the run and those of a node: as the settings say, else one for each GPU that is known of, else as few as can be."""
     slurm = config.cluster.slurm
-    world_size = config.cluster.most_workers or slurm.nodes * (slurm.gpus_per_node or 0) or local_gpus or 1
+    asked = config.cluster.most_workers or slurm.nodes * (slurm.gpus_per_node or 0)
+    world_size = asked or local_gpus or config.sharding.sequence_parallel
     return world_size, ranks_per_node or min(world_size, slurm.gpus_per_node or world_size)
