@@ -98,10 +98,12 @@ def test_a_dry_run_checks_a_known_base_by_its_sizes(tmp_path: Path) -> None:
 
 
 def test_a_known_base_whose_licence_is_not_accepted_is_planned_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refused(GatedRepoError):
+        def __init__(self) -> None:
+            OSError.__init__(self, "401 Client Error")
+
     def refused(*_: object, **__: object) -> None:
-        raise GatedRepoError(
-            "401 Client Error", response=httpx.Response(401, request=httpx.Request("GET", "https://hub"))
-        )
+        raise Refused
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.snapshot_download", refused)
