@@ -18,6 +18,7 @@ from trainer.data.render.text_files import text_of
 from trainer.errors import ConfigError
 from trainer.objective.objective import Objective, find_objective, objective_mismatches, reference_of
 from trainer.optimizer.optimizer import Optimizer, find_optimizer
+from trainer.shared_rows import shared_row_mismatches
 from trainer.tuning.beginning import Beginning, find_beginning, starting_at
 from trainer.tuning.method import Method, method_of, stored_mismatches, tuning_mismatches
 
@@ -112,4 +113,5 @@ def mismatches(config: Config, base: Description, method: Method, objective: Obj
         *tuning_mismatches(config, method, base.architecture),
         *stored_mismatches(config, method, base.stored),
         *objective_mismatches(config, objective, method),
+        *shared_row_mismatches(config, base.architecture, method, objective),
     ]
