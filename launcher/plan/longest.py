@@ -10,7 +10,7 @@ from rich.text import Text
 from launcher.plan.planning import machine_of
 from launcher.plan.tables import binary
 from launcher.view.folded import FoldedTable
-from trainer.base.find.locate import describe_base
+from trainer.base.find.locate import base_at_hand
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.plan.gpus import Gpu
@@ -41,7 +41,7 @@ def find_longest(config: Config, gpu: str | None, ranks_per_node: int | None) ->
     if memory is None:
         raise ConfigError("--longest: needs to know the memory of a GPU. Add --gpu H100 or --gpu 24GB.")
     ranks = Ranks(machine.world_size, machine.per_node, memory, machine.gpu is not None)
-    base = describe_base(config.model)
+    base = base_at_hand(config.model).description
     rows = longest_rows(base.decided(config), base, ranks)
     return Longest(ranks, machine.gpu, base.architecture.positions, rows)
 

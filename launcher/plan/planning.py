@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 from launcher.plan.measured import measured_rate
 from trainer.base.find.check import check_weights_at_hand
-from trainer.base.find.locate import base_files, describe_base
+from trainer.base.find.locate import base_at_hand
 from trainer.config import Config
 from trainer.data.compile.inputs import check_sources
 from trainer.data.compile.length import epoch_length
@@ -16,11 +16,12 @@ from trainer.plan.gpus import Gpu, find_gpu, read_gpu
 from trainer.plan.needs import Plan
 from trainer.plan.plan import make_plan
 from trainer.processes.devices import described_gpus, host_memory_left
+from trainer.processes.patience import patiently
 from trainer.run import layout
 from trainer.store import Store, open_store
 
-# A plan is made on a login node, which may not reach the store: then it does without what the store knows.
-_STORE_SECONDS = 5.0
+# A plan is made on a login node, which may not reach the store: then it does without what the store knows, and asks once.
+_STORE_SECONDS = 3.0
 
 Whose = Literal["given", "cluster.slurm.gpu_type", "this machine"]
 
@@ -90,7 +91,8 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
     """
     machine = machine_of(config, gpu, ranks_per_node)
     found, whose = machine.gpu, machine.whose
-    base = describe_base(config.model)
+    at_hand = base_at_hand(config.model)
+    base, files = at_hand.description, at_hand.directory
     config = base.decided(config)
     memory = found.memory if found else None
     plan = make_plan(config, base, machine.world_size, machine.per_node, memory, machine.host_memory)
@@ -99,9 +101,10 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
         plan = replace(plan, left_out=check_weights_at_hand(config.model))
     except ConfigError as error:
         misfits.append(str(error))
-    if not missing and not any(is_of_hub(source) for source in config.data.train):
+    if files and not missing and not any(is_of_hub(source) for source in config.data.train):
         try:
-            check_sources(config, base_files(config.model))
+            with patiently("looking into the files of the data"):
+                check_sources(config, files)
         except ConfigError as error:
             misfits.append(str(error))
         except DataError as error:
@@ -109,11 +112,15 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
         except StorageError:
             pass  # the data's bucket may be out of reach from here
     wrong, short = [*plan.mismatches, *misfits], [*plan.shortfalls, *misfits, *missing]
-    plan = replace(plan, mismatches=wrong, shortfalls=short)
-    store = _answering_store(config)
-    length = length_of(config, None if missing else epoch_length(config, base_files(config.model), store))
+    notes = [*([at_hand.said] if at_hand.said else []), *plan.notes]
+    plan = replace(plan, mismatches=wrong, shortfalls=short, notes=notes)
+    with patiently("asking the store"):
+        store = _answering_store(config)
+    with patiently("measuring the data"):
+        length = length_of(config, None if missing else epoch_length(config, files, store))
     by_size = found is not None and not found.name
-    rate = None if by_size or store is None else measured_rate(store, config, found)
+    with patiently("looking for a run of the store that did such work"):
+        rate = None if by_size or store is None else measured_rate(store, config, found)
     if rate is None and found and plan.device == "gpu":
         rate = assumed_rate(config, base.architecture, found, plan.recomputed_layers / plan.layers)
     return Planned(plan, found, whose, length, forecast(config, plan.batch, length, rate), bool(missing))
@@ -121,7 +128,7 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
 
 def _answering_store(config: Config) -> Store | None:
     """The run's store; None where it does not answer, so that only one request waits for it."""
-    store = open_store(config.run.store, retry_seconds=_STORE_SECONDS, request_seconds=_STORE_SECONDS)
+    store = open_store(config.run.store, retry_seconds=0.0, request_seconds=_STORE_SECONDS)
     try:
         store.exists(f"{config.run.name}/{layout.CONFIG}")
     except StorageError:

@@ -12,7 +12,7 @@ from launcher.start.place import warn_of_place
 from launcher.view.status import SILENT_SECONDS, read_status
 from trainer.base.find.check import check_weights
 from trainer.base.find.content import hub_commit
-from trainer.base.find.locate import is_hub_id
+from trainer.base.find.locate import base_at_hand, is_hub_id
 from trainer.checkpoint.identity import check_identity
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import readable_manifests
@@ -21,14 +21,16 @@ from trainer.config.paths import absolute_path, local_path
 from trainer.config.secrets import refuse_secrets
 from trainer.data.compile.prepare import locate
 from trainer.data.render.named_templates import NAMED
-from trainer.errors import ConfigError, DataError, HubUnreachable, NotFound, NothingToResume, StorageError
-from trainer.resolve import Resolved, resolve
+from trainer.errors import BaseOutOfReach, ConfigError, DataError, NotFound, NothingToResume, StorageError
+from trainer.objective.objective import find_objective
+from trainer.resolve import Resolved, mismatches, resolve
 from trainer.run import layout
 from trainer.run.folder import command, run_folder
 from trainer.run.owner import FRESH_SECONDS, age, last_owner, read_owner
 from trainer.run.trackers.services import check_trackers
 from trainer.store import Store, open_run_store
 from trainer.tuning.beginning import starting_at
+from trainer.tuning.method import method_of
 from trainer.zero.policy import build_deepspeed_config
 
 
@@ -76,9 +78,26 @@ def checked(
     )
     try:
         return pinned(config, check(impatient, resume=resume, take_over=take_over, elsewhere=True)), True
-    except (StorageError, HubUnreachable) as error:
+    except StorageError as error:
         log(f"not checked from here: {error}")
         return config, False
+    except BaseOutOfReach as error:
+        return _by_what_is_known(config, error, log), False
+
+
+def _by_what_is_known(config: Config, error: BaseOutOfReach, log: Callable[[str], None]) -> Config:
+    """`config` as a well-known base decides it, checked against its sizes; unchecked where the base that raised `error` is not known."""
+    try:
+        base = base_at_hand(config.model)
+    except BaseOutOfReach:
+        log(f"not checked from here: {error}")
+        return config
+    log(base.said or "")
+    config = base.description.decided(config)
+    method = method_of(config)
+    if wrong := mismatches(config, base.description, method, find_objective(config, method)):
+        raise ConfigError("\n".join(wrong))
+    return config
 
 
 def pinned(config: Config, resolved: Resolved) -> Config:

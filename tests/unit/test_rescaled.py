@@ -24,7 +24,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 
 def scaled(tree: dict[str, Any], **given: Any) -> dict[str, Any]:
-    return json.loads(rescaled(json.dumps(tree).encode(), RopeScaling(**given)))
+    return rescaled(tree, RopeScaling(**given))
 
 
 def test_a_base_whose_positions_are_exceeded_says_which_scaling_to_set_and_has_them_with_it(workshop: Workshop) -> None:

@@ -50,6 +50,7 @@ _ROUTED_TO = (
     "top_k_experts",
     "top_k",
 )
+_WITHOUT_WEIGHTS = "zero_expert_num"  # how many experts more there are that return what they get
 _SHARED = "num_kv_shared_layers"  # how many of the last layers share keys
 
 
@@ -388,7 +389,7 @@ class _Reader:
             for key in _ROUTED_TO:
                 routed = getattr(owner, key, None)
                 if type(routed) is int and routed > 0:
-                    return min(1.0, routed / experts)
+                    return min(1.0, routed / (experts + (getattr(owner, _WITHOUT_WEIGHTS, 0) or 0)))
         return 1.0
 
     def _attention(self) -> Iterator[AttentionLayer]:

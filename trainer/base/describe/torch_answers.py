@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 from trainer import errors
 from trainer.errors import NOT_JSON, CapstanError, ConfigError
 from trainer.processes import children
+from trainer.processes.patience import patiently
 
 Parsed = TypeVar("Parsed")
 _SECONDS = 300  # transformers' import takes most of it on a slow disk; the model itself is on `meta`
@@ -78,14 +79,15 @@ def _answer(question: Question) -> Any:
 
 
 def _answer_elsewhere(question: Question) -> Any:
-    print(f"{question.doing} with transformers, once for this base", file=sys.stderr)
+    print(f"{question.doing} with transformers, once for this base: this takes longest", file=sys.stderr)
     command = [sys.executable, "-m", "trainer.base.describe.torch_answers"]
     environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}  # a compiler that is not needed is slow to import
     asked = json.dumps(question)
     try:
-        result = children.run(
-            command, input=asked, capture_output=True, text=True, timeout=_SECONDS, check=True, env=environment
-        )
+        with patiently(question.doing):
+            result = children.run(
+                command, input=asked, capture_output=True, text=True, timeout=_SECONDS, check=True, env=environment
+            )
     except subprocess.TimeoutExpired as error:
         raise ConfigError(
             f"model.base: transformers has not built the model of {question.base} within {_SECONDS} seconds. Try again."

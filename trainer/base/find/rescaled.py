@@ -5,7 +5,6 @@ from then on: whatever builds, compares, exports or merges the model reads it th
 """
 
 import copy
-import json
 from typing import Any
 
 from trainer.config.model import RopeScaling
@@ -17,8 +16,8 @@ _OF_ALL_TOKENS = "full_attention"
 _ORIGINAL, _POSITIONS = "original_max_position_embeddings", "max_position_embeddings"
 
 
-def rescaled(config: bytes, scaling: RopeScaling) -> bytes:
-    """The parsed content of config.json with `scaling` in place of the base's own.
+def rescaled(config: dict[str, Any], scaling: RopeScaling) -> dict[str, Any]:
+    """The parsed config.json with `scaling` in place of the base's own.
 
     Where kinds of layers have rotary parameters of their own, those that see all tokens get it. `max_position_embeddings` become as many as
     the base was trained for times the factor, as published models with such a scaling have it.
@@ -26,7 +25,7 @@ def rescaled(config: bytes, scaling: RopeScaling) -> bytes:
     Raises:
         ConfigError: it does not say for how many positions the base was trained, or has no layers that see all tokens.
     """
-    tree = json.loads(config)
+    tree = copy.deepcopy(config)
     language = tree["text_config"] if isinstance(tree.get("text_config"), dict) else tree
     key = "rope_parameters" if language.get("rope_parameters") else "rope_scaling"
     before: dict[str, Any] = language.get(key) or {}
@@ -55,4 +54,4 @@ def rescaled(config: bytes, scaling: RopeScaling) -> bytes:
             language[_ORIGINAL] = original
     language[key] = {**before, _OF_ALL_TOKENS: made} if by_kind else made
     language[_POSITIONS] = round(scaling.factor * original)
-    return json.dumps(tree, indent=2).encode()
+    return tree
