@@ -11,7 +11,7 @@ from trainer.errors import ConfigError
 from trainer.plan.needs import Plan
 from trainer.plan.plan import make_plan
 
-_STEP, _MOST = 256, 2**26  # tokens
+_STEP, _MOST = 256, 2**20  # tokens; data.sequence_length takes no more
 # Sentences of a plan that a shorter row, or scaled positions, are the answer to.
 _OF_LENGTH = ("data.sequence_length:", "memory:")
 
