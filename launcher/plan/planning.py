@@ -1,5 +1,6 @@
 """Puts a plan together: the run's needs, the GPUs that it is meant for, its length, its time and its cost."""
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -7,10 +8,10 @@ from launcher.plan.measured import measured_rate
 from trainer.base.find.check import check_weights_at_hand
 from trainer.base.find.locate import base_files, describe_base
 from trainer.config import Config
-from trainer.data.compile.inputs import check_sources
+from trainer.data.compile.inputs import check_sources, with_labels
 from trainer.data.compile.length import epoch_length
 from trainer.data.source.files import is_of_hub, unusable
-from trainer.errors import ConfigError, DataError, DoesNotFit, StorageError
+from trainer.errors import CapstanError, ConfigError, DataError, DoesNotFit, StorageError
 from trainer.plan.forecast import Forecast, Length, assumed_rate, forecast, length_of
 from trainer.plan.gpus import Gpu, find_gpu, read_gpu
 from trainer.plan.needs import Plan
@@ -73,6 +74,8 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
     world_size, per_node = _ranks(config, count, ranks_per_node)
     base = describe_base(config.model)
     config = base.decided(config)
+    with suppress(CapstanError):  # where the data cannot be read, as is said below
+        config = with_labels(config)
     on_cpus = config.cluster.gpus_per_worker == 0
     here = int(host_memory_left() / 2 / per_node) if on_cpus else None  # as the ranks find it
     plan = make_plan(config, base, world_size, per_node, found.memory if found else None, here)

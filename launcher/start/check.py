@@ -19,6 +19,7 @@ from trainer.checkpoint.manifest import readable_manifests
 from trainer.config import Config, assignment, override
 from trainer.config.paths import absolute_path, local_path
 from trainer.config.secrets import refuse_secrets
+from trainer.data.compile.inputs import with_labels
 from trainer.data.compile.prepare import locate
 from trainer.data.render.named_templates import NAMED
 from trainer.errors import ConfigError, DataError, HubUnreachable, NotFound, NothingToResume, StorageError
@@ -82,8 +83,8 @@ def checked(
 
 def pinned(config: Config, base: Base) -> Config:
     """`config` with what its base decides: the commit of a base of the Hub is its revision, so that every rank, and every later start,
-    gets that one, wherever the branch is by then; and quant.type, where it says nothing."""
-    config = base.description.decided(config)
+    gets that one, wherever the branch is by then; and quant.type, where it says nothing. So are the classes of its data."""
+    config = with_labels(base.description.decided(config))
     commit = hub_commit(base.directory)
     if commit is None or not is_hub_id(config.model.base) or local_path(config.model.base, "model.base").is_dir():
         return config

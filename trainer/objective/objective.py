@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from trainer import objective as folder
 from trainer.config import Config, ObjectiveSettings
@@ -102,6 +102,29 @@ class Objective(Protocol):
     def weight(self, batch: MicroBatch) -> int:
         """How much the row counts in the means; 0 for a row of padding. Known without the model."""
         ...
+
+
+@runtime_checkable
+class Summarised(Objective, Protocol):
+    """An objective whose measures are no means, but figures of so many `sums`, which `loss` returns in the place of the measures."""
+
+    @property
+    def sums(self) -> int: ...
+
+    def summary(self, means: Sequence[float]) -> Sequence[float]:
+        """The measures, by the sums over the global batch, each divided by its weight."""
+        ...
+
+
+def sums_of(objective: Objective) -> int:
+    """The sums that the loss of a row is returned with."""
+    return objective.sums if isinstance(objective, Summarised) else len(objective.measures)
+
+
+def measured(objective: Objective, means: Sequence[float]) -> dict[str, float]:
+    """The measures by name, of the means of these sums."""
+    figures = objective.summary(means) if isinstance(objective, Summarised) else means
+    return dict(zip(objective.measures, figures, strict=True))
 
 
 def objectives() -> dict[str, Callable[[ObjectiveSettings, Method], Objective]]:

@@ -1,0 +1,75 @@
+"""Losses of a head that learns beside LoRA, ours and by transformers and PEFT."""
+
+from typing import Any
+
+import torch
+import transformers
+from peft import get_peft_model
+
+from tests.dist.assembled import adapter_value, assemble_run
+from trainer.config import Config, parse_config
+from trainer.data.order.micro_batch import Position
+from trainer.train.loop import train
+from trainer.train.schedule import learning_rate
+from trainer.tuning.head import head_of
+from trainer.tuning.lora.method import METHODS
+from trainer.tuning.method import method_of
+
+
+def our_steps(config_text: str, fingerprint: str) -> dict[str, Any]:
+    """The record of every step from `adapter_value`, and the documents that the steps take, in their order."""
+    here = assemble_run(parse_config(config_text), fingerprint)
+    here.set_masters()
+    records, documents = list[dict[str, Any]](), list[list[int]]()
+    position = Position()
+    for record in train(here.training(), 0, position):
+        records.append({key: value for key, value in record.items() if isinstance(value, int | float)})
+        documents.append(
+            here.ranks.gather_objects([n for batch in here.stream.step(position) for n in batch.documents])
+        )
+        position = here.stream.advance(position)
+    return {"records": records, "documents": [[n for rank in step for n in rank] for step in documents]}
+
+
+def plain_steps(config_text: str, steps: list[list[tuple[str, int]]]) -> list[float]:
+    """The losses of these texts and classes, those of a step at once, by transformers' class, PEFT and AdamW."""
+    config = parse_config(config_text)
+    torch.set_num_threads(1)
+    model, tokenizer = plain_model(config), transformers.AutoTokenizer.from_pretrained(config.model.base)
+    learning = [part for part in model.parameters() if part.requires_grad]
+    optim = config.optim
+    optimizer = torch.optim.AdamW(
+        learning, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+    )
+    losses = list[float]()
+    for number, rows in enumerate(steps, 1):
+        batch = tokenizer([text for text, _ in rows], return_tensors="pt", padding=True)
+        batch.pop("token_type_ids", None)
+        loss = model(**batch, labels=torch.tensor([label for _, label in rows])).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learning, optim.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(optim, number, len(steps))
+        optimizer.step()
+        losses.append(float(loss))
+    return losses
+
+
+def plain_model(config: Config) -> Any:
+    """The base with a head and LoRA of `adapter_value`, as PEFT makes it for such a task."""
+    head = head_of(method_of(config))
+    assert head is not None
+    made: Any = getattr(transformers, head.head.transformers_class)
+    base = made.from_pretrained(
+        config.model.base, num_labels=head.outputs, pad_token_id=0, dtype=torch.float32, attn_implementation="eager"
+    )
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    adapter = METHODS[config.tuning.method](config.tuning).peft_config(names)
+    adapter.task_type = head.head.task
+    model = get_peft_model(base, adapter)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            ours = name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+            parameter.data = adapter_value(ours, tuple(parameter.shape))
+    return model.train()
