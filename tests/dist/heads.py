@@ -20,7 +20,7 @@ def our_steps(config_text: str, fingerprint: str) -> dict[str, Any]:
     """The record of every step from `adapter_value`, and the documents that the steps take, in their order."""
     here = assemble_run(parse_config(config_text), fingerprint)
     here.set_masters()
-    records, documents = list[dict[str, Any]](), list[list[int]]()
+    records, documents = list[dict[str, Any]](), list[Any]()
     position = Position()
     for record in train(here.training(), 0, position):
         records.append({key: value for key, value in record.items() if isinstance(value, int | float)})

@@ -2,13 +2,20 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.dist import heads
+from tests.dist import heads, runs
 from tests.dist.launch import launch
 from tests.material import Workshop, make_classified
+from trainer.checkpoint.manifest import read_manifest
 from trainer.config import Config, dump_config
+from trainer.data.compile.inputs import with_labels
+from trainer.export.proof.verify import prove_adapter
+from trainer.export.write.adapter import export_adapter
+from trainer.run import layout
+from trainer.store import open_store
 
 CLASSES = ["bad", "good", "so-so"]
 
@@ -46,3 +53,48 @@ def test_five_steps_of_classification_have_the_losses_of_transformers_and_peft(
     (theirs,) = launch(1, heads.plain_steps, text, steps)
     assert [record["loss"] for record in ours["records"]] == pytest.approx(theirs, abs=1e-4)
     assert len({round(loss, 3) for loss in theirs}) == 5
+
+
+@pytest.fixture(scope="module")
+def trained(workshop: Workshop, texts: Path) -> Config:
+    """A run on two ranks over 4 bits, with data held out, whose classes are those of its data."""
+    held_out = make_classified(workshop.folder / "held-out.jsonl", rows=30, seed=8)
+    settings = ("model.dtype=bf16", "quant.type=nf4", "train.steps=30", "optim.lr=0.02", "data.labels=null")
+    config = classifying(workshop, texts, "trained", *settings, f"data.eval=[{{path: {held_out}}}]")
+    config = with_labels(config)
+    workshop.store.sub("trained").put(layout.CONFIG, dump_config(config).encode())
+    datasets = workshop.prepare(config)
+    outcomes = launch(2, runs.run, dump_config(config), datasets.train, "start", datasets.eval)
+    assert {outcome["outcome"] for outcome in outcomes} == {"finished"}, outcomes
+    return config
+
+
+def test_a_run_learns_the_classes_of_its_data_and_is_evaluated(workshop: Workshop, trained: Config) -> None:
+    assert trained.data.labels == CLASSES
+    lines = map(json.loads, workshop.store.sub("trained").get(layout.metrics(1)).splitlines())
+    (evaluated,) = [record for record in lines if record["kind"] == "eval"]
+    assert evaluated["texts"] == 30
+    assert evaluated["accuracy"] > 0.6
+    assert 0.5 < evaluated["macro_f1"] <= 1
+    labels = read_manifest(workshop.store.sub("trained"), 30).objective
+    assert labels == {"name": "classification", "labels": CLASSES}
+
+
+def test_the_export_is_proven_and_loads_by_the_lines_of_its_card(
+    workshop: Workshop, trained: Config, tmp_path: Path
+) -> None:
+    run, destination = workshop.store.sub("trained"), tmp_path / "out"
+    export_adapter(run, open_store(str(destination)))
+    proof = prove_adapter(run, 30, open_store(str(destination)))
+    assert proof.holds, proof
+    assert json.loads((destination / "id2label.json").read_text()) == {"0": "bad", "1": "good", "2": "so-so"}
+    card = (destination / "README.md").read_text()
+    assert "pipeline_tag: text-classification" in card
+    code = card.partition("```python\n")[2].partition("```")[0].replace("FOLDER", str(destination))
+    loaded: dict[str, Any] = {}
+    exec(code, loaded)
+    model, tokenizer = loaded["model"].eval(), loaded["tokenizer"]
+    batch = tokenizer(["the ant yes", "emu emu fox gnu no"], return_tensors="pt", padding=True)
+    batch.pop("token_type_ids", None)
+    found = [model.config.id2label[number] for number in model(**batch).logits.argmax(-1).tolist()]
+    assert found == ["good", "bad"]

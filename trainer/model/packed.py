@@ -30,6 +30,37 @@ class PackedRow(Protocol):
 
 
 @dataclass(frozen=True)
+class TextRow:
+    """One text as a packed row."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+
+    @classmethod
+    def of(cls, tokens: Tensor) -> "TextRow":
+        """`tokens` (1, T) int64."""
+        length = tokens.shape[1]
+        return cls(tokens, torch.arange(length)[None], torch.tensor([0, length], dtype=torch.int32))
+
+    @property
+    def max_seqlen(self) -> int:
+        return self.input_ids.shape[1]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return (self.max_seqlen,)
+
+    @property
+    def last(self) -> Tensor:
+        """(1,) int64, the place of the last token."""
+        return torch.tensor([self.max_seqlen - 1], device=self.input_ids.device)
+
+    def to(self, device: torch.device) -> "TextRow":
+        return TextRow(*(part.to(device) for part in (self.input_ids, self.position_ids, self.cu_seqlens)))
+
+
+@dataclass(frozen=True)
 class PackedModel:
     """`model` with the attention kernel that was chosen for it. It wants `reserved` positions before each document."""
 

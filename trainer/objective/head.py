@@ -11,10 +11,12 @@ from dataclasses import dataclass
 class Head:
     """A matrix (outputs, hidden): an output for each of `data.labels` where it is `labelled`, else one.
 
-    `task` is PEFT's name for what it does, and `transformers_class` loads base and head together. `what` it is begins a sentence.
+    `task` is PEFT's name for what it does, `pipeline` the Hub's, and `transformers_class` loads base and head together. `what` it is
+    begins a sentence.
     """
 
     task: str
+    pipeline: str
     transformers_class: str
     what: str
     labelled: bool

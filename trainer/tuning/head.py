@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from trainer.data.order.micro_batch import MicroBatch
-    from trainer.model.packed import PackedModel
+    from trainer.model.packed import PackedModel, PackedRow
     from trainer.objective.head import Head
+
 
 MODULE = "score"
 """Its name in transformers' classes."""
@@ -100,9 +100,9 @@ def head_of(method: Method) -> WithHead | None:
     return None
 
 
-def outputs(model: PackedModel, batch: MicroBatch) -> Tensor:
-    """The outputs of the head at those places of a packed row that have a label, (places, outputs) fp32."""
-    hidden = model.hidden(batch)[0].index_select(0, batch.places)
+def outputs(model: PackedModel, row: PackedRow, places: Tensor) -> Tensor:
+    """The outputs of the head at these places of a packed row, (places, outputs) fp32."""
+    hidden = model.hidden(row)[0].index_select(0, places)
     return model.model.get_submodule(MODULE)(hidden).float()
 
 
@@ -117,6 +117,11 @@ def with_head(method: Method, config: Config) -> Method:
         raise ConfigError(
             f"objective.name: {name} has a head that learns beside an adapter which PEFT keeps, and tuning.method: "
             f"{config.tuning.method} is none. Choose lora, rslora or dora."
+        )
+    if config.model.add_tokens:
+        raise ConfigError(
+            f"model.add_tokens: objective.name: {name} has a head in the place of that which such tokens are rows of. Remove it, and where a "
+            "template needs them give a base that has them."
         )
     labels = (config.data.labels or ()) if head.labelled else ()
     return cast(Method, WithHead(method, head, name, labels))

@@ -59,7 +59,7 @@ class Classification:
         import torch
         from torch.nn.functional import cross_entropy, one_hot
 
-        logits = outputs(model, batch)
+        logits = outputs(model, batch, batch.places)
         numbers, classes = batch.labels[0, batch.places], len(self.labels)
         loss = cross_entropy(logits, numbers, reduction="sum")
         taken, there = (one_hot(found, classes) for found in (logits.detach().argmax(-1), numbers))

@@ -5,5 +5,7 @@ from trainer.section import Section
 
 SETTINGS: tuple[type[Section], ...] = ()
 HEADS = {
-    "classification": Head("SEQ_CLS", "AutoModelForSequenceClassification", "A classifier", labelled=True),
+    "classification": Head(
+        "SEQ_CLS", "text-classification", "AutoModelForSequenceClassification", "A classifier", labelled=True
+    ),
 }
