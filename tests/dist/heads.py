@@ -9,6 +9,8 @@ from peft import get_peft_model
 from tests.dist.assembled import adapter_value, assemble_run
 from trainer.config import Config, parse_config
 from trainer.data.order.micro_batch import Position
+from trainer.objective.reward.settings import RewardSettings
+from trainer.section import part
 from trainer.train.loop import train
 from trainer.train.schedule import learning_rate
 from trainer.tuning.head import head_of
@@ -31,8 +33,9 @@ def our_steps(config_text: str, fingerprint: str) -> dict[str, Any]:
     return {"records": records, "documents": [[n for rank in step for n in rank] for step in documents]}
 
 
-def plain_steps(config_text: str, steps: list[list[tuple[str, int]]]) -> list[float]:
-    """The losses of these texts and classes, those of a step at once, by transformers' class, PEFT and AdamW."""
+def plain_steps(config_text: str, steps: list[list[list[Any]]]) -> list[float]:
+    """The losses of these texts and classes, or of these chosen and rejected texts, those of a step at once, by transformers' class, PEFT and
+    AdamW."""
     config = parse_config(config_text)
     torch.set_num_threads(1)
     model, tokenizer = plain_model(config), transformers.AutoTokenizer.from_pretrained(config.model.base)
@@ -43,9 +46,16 @@ def plain_steps(config_text: str, steps: list[list[tuple[str, int]]]) -> list[fl
     )
     losses = list[float]()
     for number, rows in enumerate(steps, 1):
-        batch = tokenizer([text for text, _ in rows], return_tensors="pt", padding=True)
-        batch.pop("token_type_ids", None)
-        loss = model(**batch, labels=torch.tensor([label for _, label in rows])).loss
+        first, second = zip(*rows, strict=True)
+        if config.objective.name == "reward":
+            batch = tokenizer([*first, *second], return_tensors="pt", padding=True, return_token_type_ids=False)
+            chosen, rejected = model(**batch).logits[:, 0].chunk(2)
+            own = part(config.objective, RewardSettings)
+            loss = -torch.nn.functional.logsigmoid(chosen - rejected - own.margin).mean()
+            loss = loss + own.center_rewards * (chosen + rejected).square().mean()
+        else:
+            batch = tokenizer(list(first), return_tensors="pt", padding=True, return_token_type_ids=False)
+            loss = model(**batch, labels=torch.tensor(second)).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learning, optim.grad_clip)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.dist import heads, runs
 from tests.dist.launch import launch
-from tests.material import Workshop, make_classified
+from tests.material import Workshop, make_classified, make_pairs
 from trainer.checkpoint.manifest import read_manifest
 from trainer.config import Config, dump_config
 from trainer.data.compile.inputs import with_labels
@@ -48,11 +48,56 @@ def test_five_steps_of_classification_have_the_losses_of_transformers_and_peft(
     text = dump_config(config)
     ours = launch(world_size, heads.our_steps, text, workshop.prepare(config).train)[0]
     rows = [json.loads(line) for line in texts.read_text().splitlines()]
-    steps = [[(rows[n]["text"], CLASSES.index(rows[n]["label"])) for n in step] for step in ours["documents"]]
+    steps = [[[rows[n]["text"], CLASSES.index(rows[n]["label"])] for n in step] for step in ours["documents"]]
     assert max(map(len, steps)) > 4, "no row holds several texts"
     (theirs,) = launch(1, heads.plain_steps, text, steps)
     assert [record["loss"] for record in ours["records"]] == pytest.approx(theirs, abs=1e-4)
     assert len({round(loss, 3) for loss in theirs}) == 5
+
+
+def rewarding(workshop: Workshop, name: str, *overrides: str) -> Config:
+    pairs = make_pairs(workshop.folder / "pairs.jsonl", 24)
+    return workshop.config(
+        name,
+        "objective.name=reward",
+        f"data.train=[{{path: {pairs}}}]",
+        "data.format=preference",
+        "data.sequence_length=96",
+        "model.dtype=fp32",
+        "quant.type=none",
+        "optim.lr=0.003",
+        "train.steps=5",
+        *overrides,
+    )
+
+
+def test_five_steps_of_a_reward_model_have_the_losses_of_transformers_and_peft(workshop: Workshop) -> None:
+    config = rewarding(workshop, "reward-first", "objective.margin=0.3", "objective.center_rewards=0.05")
+    text = dump_config(config)
+    ours = launch(2, heads.our_steps, text, workshop.prepare(config).train)[0]
+    rows = [json.loads(line) for line in (workshop.folder / "pairs.jsonl").read_text().splitlines()]
+    both = [[f"{row['prompt']}{row[side]}</s>" for side in ("chosen", "rejected")] for row in rows]
+    (theirs,) = launch(1, heads.plain_steps, text, [[both[n] for n in step] for step in ours["documents"]])
+    assert [record["loss"] for record in ours["records"]] == pytest.approx(theirs, abs=1e-4)
+    assert len({round(loss, 3) for loss in theirs}) == 5
+
+
+@pytest.mark.long
+def test_a_reward_model_is_exported_and_proven(workshop: Workshop, tmp_path: Path) -> None:
+    config = rewarding(workshop, "reward", "train.steps=20", "optim.lr=0.01")
+    run = workshop.store.sub("reward")
+    run.put(layout.CONFIG, dump_config(config).encode())
+    outcomes = launch(1, runs.run, dump_config(config), workshop.prepare(config).train)
+    assert {outcome["outcome"] for outcome in outcomes} == {"finished"}, outcomes
+    lines = [json.loads(line) for line in run.get(layout.metrics(1)).splitlines()]
+    last = [record for record in lines if record["kind"] == "step"][-1]
+    assert last["reward_accuracy"] > 0.7
+    assert last["reward_margin"] > 0
+    destination = open_store(str(tmp_path / "out"))
+    export_adapter(run, destination)
+    proof = prove_adapter(run, 20, destination)
+    assert proof.holds, proof
+    assert "num_labels=1" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,21 @@
 """Rows with a class become the text's tokens and behind them the number of the class, the one that is trained."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.material import Workshop, byte_tokenizer
+from tests.material import byte_tokenizer
 from tests.unit.test_data_chat import CHATML, tokenizer
+from tests.unit.test_plan import LLAMA_70B
+from trainer.base.describe.description import describe
 from trainer.config import Config, Data, parse_config
 from trainer.data.compile.inputs import find, with_labels
 from trainer.data.format.formats import detect
 from trainer.data.render.classified import Classified, ClassifiedRenderer
-from trainer.errors import CapstanError, ConfigError, DataError
+from trainer.errors import ConfigError, DataError
 from trainer.objective.objective import find_objective, measured
 from trainer.tuning.method import method_of
 
@@ -48,7 +51,7 @@ def test_a_conversation_is_rendered_whole_by_the_chat_template() -> None:
     talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     (row,) = encoded(made := tokenizer(CHATML), {"messages": talk, "label": "yes"})
     assert isinstance(row, Classified)
-    text = made.apply_chat_template(talk, tokenize=False)
+    text: Any = made.apply_chat_template(talk, tokenize=False)
     assert row.text.tokens.tolist() == made(text, add_special_tokens=False)["input_ids"]
     assert row.number == 1
 
@@ -134,10 +137,10 @@ def test_accuracy_and_macro_f1_are_those_of_scikit_learn() -> None:
     assert figures == pytest.approx({"accuracy": 4 / 6, "macro_f1": 2 / 3})
 
 
-def test_a_base_without_such_a_class_is_refused(tmp_path: Path) -> None:
-    workshop = Workshop(tmp_path, "gpt_neox")
-    made = workshop.config("x", "objective.name=classification", "data.format=classified", "data.labels=[a, b]")
-    from trainer.resolve import resolve
-
-    with pytest.raises(CapstanError, match="objective.name: classification needs a base for which transformers has a"):
-        resolve(made)
+def test_a_base_without_such_a_class_is_refused() -> None:
+    given = config("a.jsonl", "data.labels=[a, b]")
+    llama = describe(LLAMA_70B).architecture
+    assert method_of(given).mismatches(llama) == []
+    (said,) = method_of(given).mismatches(replace(llama, heads=()))
+    assert said.startswith("objective.name: classification needs a base for which transformers has a class with such a")
+    assert method_of(given).shapes(llama)["score.weight"] == (2, 8192)

@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 from trainer.base.architecture import Architecture
+from trainer.base.find.locate import base_files
+from trainer.base.find.tokenizer import read_tokenizer
 from trainer.config import Config, Model, Optim
 from trainer.config.objective import HEADS
 from trainer.errors import ConfigError
@@ -41,10 +44,18 @@ class WithHead(Around):
     head: Head
     objective: str
     labels: Sequence[str]
+    model: Model
 
     @property
     def unmergeable(self) -> str:
         return f"{self.head.what.lower()}'s head is no part of a language model, which a merge would be"
+
+    @cached_property
+    def padding(self) -> int | None:
+        """The token of padding, which transformers' classes with such a head look before."""
+        directory = base_files(self.model)
+        found: Any = read_tokenizer(directory, self.model.base, self.model.tokens).pad_token_id
+        return found
 
     @property
     def outputs(self) -> int:
@@ -85,7 +96,8 @@ class WithHead(Around):
         settings = {"modules_to_save": [MODULE], "task_type": self.head.task}
         exported = with_peft_files(theirs, {_WEIGHT: weights[_WEIGHT]}, **settings)
         names = json.dumps(dict(enumerate(self.labels)), indent=2, ensure_ascii=False).encode()
-        return replace(exported, what=f"{self.head.what} and its LoRA adapter", files={LABELS: names, **exported.files})
+        beside = {LABELS: names} if self.labels else {}
+        return replace(exported, what=f"{self.head.what}'s head and LoRA adapter", files={**beside, **exported.files})
 
     def updates(self, weights: LearntWeights, architecture: Architecture) -> dict[str, WeightUpdate]:
         raise AssertionError(self.unmergeable)
@@ -124,7 +136,7 @@ def with_head(method: Method, config: Config) -> Method:
             "template needs them give a base that has them."
         )
     labels = (config.data.labels or ()) if head.labelled else ()
-    return cast(Method, WithHead(method, head, name, labels))
+    return cast(Method, WithHead(method, head, name, labels, config.model))
 
 
 AROUND: dict[str, Callable[[Method, Config], Method]] = {"objective.name": with_head}

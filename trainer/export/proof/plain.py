@@ -24,6 +24,7 @@ from trainer.base.describe.empty_model import unfilled_model
 from trainer.base.describe.language_part import is_part
 from trainer.config import Quant
 from trainer.errors import ConfigError
+from trainer.export.proof.distributions import as_shares
 from trainer.export.proof.rows import ProbeRow
 from trainer.export.proof.streamed import PackedWeight, StreamedLayers, bnb_form
 from trainer.model.parts import body, in_order
@@ -212,9 +213,11 @@ def head_logits(model: Any, rows: Sequence[ProbeRow]) -> list[Tensor]:
     """The same of a model with a head of another kind (P, outputs), which looks at the last token it is given."""
     with torch.no_grad():
         return [
-            torch.cat([model(input_ids=row.tokens[:, : place + 1].to(model.device)).logits for place in row.places])
-            .float()
-            .cpu()
+            as_shares(
+                torch.cat([model(input_ids=row.tokens[:, : place + 1].to(model.device)).logits for place in row.places])
+                .float()
+                .cpu()
+            )
             for row in rows
         ]
 

@@ -42,7 +42,7 @@ from trainer.export.folder import local_folder
 from trainer.export.proof import plain
 from trainer.export.proof.dequantized import decoded_here, dequantized_by_transformers
 from trainer.export.proof.distributions import Distance, distance
-from trainer.export.proof.heads import outputs_of_row
+from trainer.export.proof.heads import judged, outputs_of_row
 from trainer.export.proof.placement import ProofSide, Room, exported_side, trained_side
 from trainer.export.proof.process import aside
 from trainer.export.proof.rendering import check_rendering, trained_texts
@@ -132,7 +132,7 @@ class Trained:
 
     @cached_property
     def probe(self) -> Probe:
-        return find_probe(self.run, self.config, self.manifest, self.base)
+        return judged(find_probe(self.run, self.config, self.manifest, self.base), self.head)
 
     @cached_property
     def weights(self) -> FoundWeights:
