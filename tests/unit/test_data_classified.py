@@ -117,7 +117,10 @@ def test_rows_of_both_forms_are_found_out() -> None:
         (("data.train_on.end=false",), "data.train_on: has no effect with data.format: classified"),
         (("data.labels=[a, a]",), "data.labels: names a class twice"),
         (("data.format=text", "data.labels=[a, b]"), "data.labels: has no effect with data.format: text"),
-        (("tuning.method=full",), "objective.name: classification has a head that learns beside an adapter"),
+        (
+            ("tuning.method=full",),
+            "tuning.method: full has no adapter that PEFT keeps beside a head, as objective.name: classification",
+        ),
         (("tuning.method=prompt",), "Choose lora, rslora or dora"),
         (('model.add_tokens=["<x>"]',), "model.add_tokens: objective.name: classification has a head"),
     ],

@@ -127,8 +127,8 @@ def with_head(method: Method, config: Config) -> Method:
         adapter = adapter.method
     if not isinstance(adapter, SavedByPeft):
         raise ConfigError(
-            f"objective.name: {name} has a head that learns beside an adapter which PEFT keeps, and tuning.method: "
-            f"{config.tuning.method} is none. Choose lora, rslora or dora."
+            f"tuning.method: {config.tuning.method} has no adapter that PEFT keeps beside a head, as objective.name: {name} wants one. "
+            "Choose lora, rslora or dora."
         )
     if config.model.add_tokens:
         raise ConfigError(
