@@ -161,6 +161,16 @@ def make_classified(path: Path, rows: int = 40, seed: int = 6) -> Path:
     return path
 
 
+def make_tagged(path: Path, rows: int = 40, seed: int = 6) -> Path:
+    """Words of which each names an animal or is small, as its tag says."""
+    draw = random.Random(seed)
+    words = {"the": "O", "a": "O", "ant": "B", "bee": "B", "cat": "B", "of": "O", "gnu": "B"}
+    made = [draw.choices(list(words), k=draw.randint(1, 6)) for _ in range(rows)]
+    lines = (json.dumps({"tokens": row, "ner_tags": [words[word] for word in row]}) for row in made)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
 class Workshop:
     """A folder with a base, documents and a store; makes run configurations over them."""
 

@@ -53,6 +53,13 @@ def plain_steps(config_text: str, steps: list[list[list[Any]]]) -> list[float]:
             own = part(config.objective, RewardSettings)
             loss = -torch.nn.functional.logsigmoid(chosen - rejected - own.margin).mean()
             loss = loss + own.center_rewards * (chosen + rejected).square().mean()
+        elif config.objective.name == "token_classification":
+            batch = tokenizer(list(first), return_tensors="pt", padding=True, return_token_type_ids=False)
+            labels = torch.full(batch["input_ids"].shape, -100)
+            for place, (text, tags) in enumerate(rows):
+                for at, tag in zip(_beginnings(tokenizer, text), tags, strict=True):
+                    labels[place, at] = tag
+            loss = model(**batch, labels=labels).loss
         else:
             batch = tokenizer(list(first), return_tensors="pt", padding=True, return_token_type_ids=False)
             loss = model(**batch, labels=torch.tensor(second)).loss
@@ -82,4 +89,14 @@ def plain_model(config: Config) -> Any:
         if parameter.requires_grad:
             ours = name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
             parameter.data = adapter_value(ours, tuple(parameter.shape))
+    for module in model.modules():  # transformers' head for words drops a tenth of its inputs
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
     return model.train()
+
+
+def _beginnings(tokenizer: Any, text: str) -> list[int]:
+    """The first token of each word, found by the tokens before it."""
+    words = text.split(" ")
+    before = [" ".join(words[:count]) for count in range(len(words))]
+    return [len(tokenizer(part + " ")["input_ids"]) if part else 0 for part in before]

@@ -8,7 +8,7 @@ import pytest
 
 from tests.dist import heads, runs
 from tests.dist.launch import launch
-from tests.material import Workshop, make_classified, make_pairs
+from tests.material import Workshop, make_classified, make_pairs, make_tagged
 from trainer.checkpoint.manifest import read_manifest
 from trainer.config import Config, dump_config
 from trainer.data.compile.inputs import with_labels
@@ -80,6 +80,47 @@ def test_five_steps_of_a_reward_model_have_the_losses_of_transformers_and_peft(w
     (theirs,) = launch(1, heads.plain_steps, text, [[both[n] for n in step] for step in ours["documents"]])
     assert [record["loss"] for record in ours["records"]] == pytest.approx(theirs, abs=1e-4)
     assert len({round(loss, 3) for loss in theirs}) == 5
+
+
+def tagging(workshop: Workshop, name: str, *overrides: str) -> Config:
+    words = make_tagged(workshop.folder / "tagged.jsonl")
+    return workshop.config(
+        name,
+        "objective.name=token_classification",
+        f"data.train=[{{path: {words}}}]",
+        "data.format=auto",
+        "data.labels=[B, O]",
+        "model.dtype=fp32",
+        "quant.type=none",
+        "optim.lr=0.003",
+        "train.steps=5",
+        *overrides,
+    )
+
+
+def test_five_steps_of_tags_have_the_losses_of_transformers_and_peft(workshop: Workshop) -> None:
+    config = tagging(workshop, "tags-first")
+    text = dump_config(config)
+    ours = launch(2, heads.our_steps, text, workshop.prepare(config).train)[0]
+    rows = [json.loads(line) for line in (workshop.folder / "tagged.jsonl").read_text().splitlines()]
+    read = [[" ".join(row["tokens"]), [["B", "O"].index(tag) for tag in row["ner_tags"]]] for row in rows]
+    (theirs,) = launch(1, heads.plain_steps, text, [[read[n] for n in step] for step in ours["documents"]])
+    assert [record["loss"] for record in ours["records"]] == pytest.approx(theirs, abs=1e-4)
+    assert len({round(loss, 3) for loss in theirs}) == 5
+    assert ours["records"][0]["words"] == sum(len(rows[n]["tokens"]) for n in ours["documents"][0])
+
+
+@pytest.mark.long
+def test_a_tagger_is_exported_and_proven(workshop: Workshop, tmp_path: Path) -> None:
+    config = tagging(workshop, "tags", "train.steps=20", "optim.lr=0.01")
+    run = workshop.store.sub("tags")
+    run.put(layout.CONFIG, dump_config(config).encode())
+    outcomes = launch(1, runs.run, dump_config(config), workshop.prepare(config).train)
+    assert {outcome["outcome"] for outcome in outcomes} == {"finished"}, outcomes
+    destination = open_store(str(tmp_path / "out"))
+    export_adapter(run, destination)
+    proof = prove_adapter(run, 20, destination)
+    assert proof.holds, proof
 
 
 @pytest.mark.long

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.material import byte_tokenizer
@@ -13,8 +14,10 @@ from tests.unit.test_plan import LLAMA_70B
 from trainer.base.describe.description import describe
 from trainer.config import Config, Data, parse_config
 from trainer.data.compile.inputs import find, with_labels
+from trainer.data.dataset.binary import MISMATCHED_BIT, TARGET_BIT
 from trainer.data.format.formats import detect
 from trainer.data.render.classified import Classified, ClassifiedRenderer
+from trainer.data.render.tagged import Tagged, TaggedRenderer
 from trainer.errors import ConfigError, DataError
 from trainer.objective.objective import find_objective, measured
 from trainer.tuning.method import method_of
@@ -60,6 +63,7 @@ def test_a_conversation_is_rendered_whole_by_the_chat_template() -> None:
     ("row", "said"),
     [
         ({"text": "a", "label": "maybe"}, "the label is 'maybe', which is none of data.labels (no, yes)"),
+        ({"text": "a", "label": 2}, "the label is '2', which is none of data.labels (no, yes)"),
         ({"text": "a", "label": None}, "the label is None, and not the name or the number of a class"),
         ({"text": "a"}, "no field 'label'"),
         ({"label": "yes"}, "no field 'text'"),
@@ -147,3 +151,44 @@ def test_a_base_without_such_a_class_is_refused() -> None:
     (said,) = method_of(given).mismatches(replace(llama, heads=()))
     assert said.startswith("objective.name: classification needs a base for which transformers has a class with such a")
     assert method_of(given).shapes(llama)["score.weight"] == (2, 8192)
+
+
+def tagged(made: Any, *rows: dict[str, Any]) -> list[Tagged | DataError]:
+    given = {"train": [{"path": "x"}], "format": "tagged", "labels": ["O", "B"], "sequence_length": 32}
+    return TaggedRenderer(made, Data.model_validate(given)).encode(rows)
+
+
+def test_the_first_token_of_each_word_has_its_tag_in_a_segment_behind_the_text() -> None:
+    made = byte_tokenizer()
+    (row,) = tagged(made, {"words": ["ab", "c"], "tags": ["B", 0]})
+    assert isinstance(row, Tagged)
+    assert row.text.tolist() == made("ab c")["input_ids"]
+    assert row.numbers.tolist() == [1, 0, 0, 0]
+    assert row.has_tag.tolist() == [True, False, False, True]
+    stored = row.stored()
+    assert np.flatnonzero(stored & MISMATCHED_BIT).tolist() == [4]
+    assert np.flatnonzero(stored & TARGET_BIT).tolist() == [4, 7]
+    assert row.cut(5).tokens.tolist() == [*made("ab")["input_ids"], 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"words": ["a"], "tags": ["B", "O"]}, "the tags are no list of 1, one for each word"),
+        ({"words": ["a", " "], "tags": ["B", "O"]}, "the words are no list of texts that each have a character"),
+        ({"words": ["a"], "tags": ["X"]}, "the label is 'X', which is none of data.labels (O, B)"),
+        ({"words": ["a"], "tags": [2]}, "the label is '2', which is none of data.labels (O, B)"),
+    ],
+)
+def test_words_without_known_tags_say_why(row: dict[str, Any], said: str) -> None:
+    (found,) = tagged(byte_tokenizer(), row)
+    assert isinstance(found, DataError)
+    assert said in str(found)
+
+
+def test_the_tags_are_those_of_all_words(tmp_path: Path) -> None:
+    row = {"tokens": ["a", "b"], "ner_tags": ["O", "B-PER"]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    given = config(tmp_path / "a.jsonl", "objective.name=token_classification")
+    assert with_labels(given).data.labels == ["B-PER", "O"]
+    assert str(detect([row], {}, ["tagged"])) == "tagged (tokens, ner_tags)"

@@ -34,11 +34,18 @@ _LOSS_ON = {
     "preference": ("completion",),
     "labelled": ("completion",),
     "classified": (),
+    "tagged": (),
 }
 _TODAY = "2025-01-01"
 # Kinds of rows that are never split, and what a split would do.
-_WHOLE = {"preference": "part a pair", "labelled": "part an answer", "classified": "part a text from its class"}
-_TWO_ANSWERS = ("preference", "labelled")
+_WHOLE = {
+    "preference": "part a pair",
+    "labelled": "part an answer",
+    "classified": "part a text from its class",
+    "tagged": "part words from their tags",
+}
+_TWO_SEGMENTS = ("preference", "labelled", "tagged")
+_OF_CLASSES = ("classified", "tagged")
 
 
 class Source(Section):
@@ -162,7 +169,7 @@ class Data(Section):
         "auto",
         about="auto: found out for each source by its first rows. Conversations: chat (messages), sharegpt (conversations), alpaca "
         "(instruction, output), question_answer, prompt_completion_messages. Strings: prompt_completion, text. Answers to compare: "
-        "preference. Answers with a label: labelled. Texts or conversations with a class: classified, classified_messages. "
+        "preference. Answers with a label: labelled. Texts or conversations with a class: classified, classified_messages. Words with tags: tagged. "
         "docs/data-format.md has an example of each.",
         example="chat",
     )
@@ -174,7 +181,7 @@ class Data(Section):
     )
     labels: list[str] | None = setting(
         None,
-        about="The names of the classes, in the order of their numbers, for objective.name: classification. Default: those of the rows of "
+        about="The names of the classes, in the order of their numbers, for objective.name: classification and token_classification. Default: those of the rows of "
         "data.train, sorted; the run keeps them.",
         example=["negative", "positive"],
         min_length=2,
@@ -243,7 +250,7 @@ class Data(Section):
     def unsuited(self, format: str) -> str | None:
         """A sentence for a setting that rows of this format do not go with, if there is one."""
         kind = ROW_FORMATS[format].kind
-        if self.labels and kind != "classified":
+        if self.labels and kind not in _OF_CLASSES:
             return f"data.labels: has no effect with data.format: {format}, whose rows have no class. Remove it."
         if self.loss_on and not _LOSS_ON[kind]:
             return f"data.loss_on: has no effect with data.format: {format}, of whose rows the class is trained. Remove it."
@@ -273,7 +280,7 @@ class Data(Section):
             "thinking": self.thinking if talks else "as_template",
             "template": self.template if talks else None,
             "today": self.today if talks else _TODAY,
-            "labels": self.labels if kind == "classified" else None,
+            "labels": self.labels if kind in _OF_CLASSES else None,
         }
         return self.model_copy(update=kept)
 
@@ -284,7 +291,7 @@ class Data(Section):
             return "data.train_on.turns"
         if kind in _WHOLE and on.roles is not None:
             return "data.train_on.roles"
-        if kind == "classified" and not (on.end and on.thinking):
+        if kind in _OF_CLASSES and not (on.end and on.thinking):
             return "data.train_on"
         if kind in ("prompt_completion", "text") and on.roles not in (None, "all", ["assistant"]):
             return "data.train_on.roles"
@@ -352,7 +359,8 @@ class Data(Section):
 
     @property
     def segments(self) -> int:
-        """Segments of a row that one document is, at most: a pair of answers is two, and so are a labelled and a mismatched one."""
+        """Segments of a row that one document is, at most: a pair of answers is two, and so are a labelled and a mismatched one,
+        and words and tags."""
         return most_segments(self.format)
 
     @property
@@ -372,7 +380,9 @@ class Data(Section):
             return self.loss_on or "all"
         if self.kind == "chat" and self.train_on.turns == "last":
             return "last_assistant"
-        return {"chat": "assistant", "text": "all", "classified": "label"}.get(self.kind, "completion")
+        return {"chat": "assistant", "text": "all", "classified": "label", "tagged": "label"}.get(
+            self.kind, "completion"
+        )
 
     @property
     def beyond_targets(self) -> dict[str, Any]:
@@ -396,7 +406,7 @@ def kind_of(format: str) -> str:
 
 def most_segments(format: str) -> int:
     """`Data.segments` of rows of this format."""
-    return 2 if kind_of(format) in _TWO_ANSWERS else 1
+    return 2 if kind_of(format) in _TWO_SEGMENTS else 1
 
 
 def _check_fields(setting: str, format: str, fields: Mapping[str, str]) -> None:

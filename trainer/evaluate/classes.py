@@ -1,12 +1,15 @@
 """`capstan generate` of a run with a head: its class of a text, or its reward, in the place of an answer."""
 
 from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from trainer.config import Config
 from trainer.data.render.classified import Classified, ClassifiedRenderer
+from trainer.data.render.tagged import TaggedRenderer
 from trainer.errors import ConfigError, DataError
 from trainer.evaluate.ask import Ask
 from trainer.evaluate.sharded_model import OpenedRun
@@ -27,28 +30,52 @@ def refuse_writing(ask: Ask, config: Config) -> None:
         )
 
 
+class _Asked(NamedTuple):
+    """The tokens of a text, the places in it that are asked for, and the words that begin there, if it is words that have classes."""
+
+    tokens: list[int]
+    places: list[int]
+    words: list[str]
+
+
 def classes_of(opened: OpenedRun, head: WithHead, prompts: Sequence[Prompt]) -> list[str]:
-    """The class of each text or conversation and its probability, or its reward. Collective."""
-    tokens = opened.ranks.on_first(lambda: [_tokens(opened, head, prompt) for prompt in prompts])
+    """The class of each text or conversation and its probability, its reward, or the tags of its words. Collective."""
+    read = _words if head.head.per_token else _text
+    asked = opened.ranks.on_first(lambda: [read(opened, head, prompt) for prompt in prompts])
     opened.engine.evaluating(True)
-    found = [opened.engine.look(_last, TextRow.of(torch.tensor([text]))) for text in tokens]
+    found = [
+        opened.engine.look(partial(_at, places=torch.tensor(text.places)), TextRow.of(torch.tensor([text.tokens])))
+        for text in asked
+    ]
     opened.engine.evaluating(False)
-    return [_in_words(head, values[0].float()) for values in found]
+    return [_in_words(head, text, values.float().cpu()) for text, values in zip(asked, found, strict=True)]
 
 
-def _last(model: PackedModel, row: TextRow) -> Tensor:
-    return outputs(model, row, row.last)
+def _at(model: PackedModel, row: TextRow, places: Tensor) -> Tensor:
+    return outputs(model, row, places.to(row.input_ids.device))
 
 
-def _in_words(head: WithHead, values: Tensor) -> str:
+def _in_words(head: WithHead, asked: _Asked, values: Tensor) -> str:
     if not head.labels:
         return f"{float(values[0]):.4f}"
-    number = int(values.argmax())
-    return f"{head.labels[number]} ({float(values.softmax(-1)[number]):.3f})"
+    best = values.argmax(-1).tolist()
+    if asked.words:
+        return " ".join(f"{word}/{head.labels[number]}" for word, number in zip(asked.words, best, strict=True))
+    return f"{head.labels[best[0]]} ({float(values[0].softmax(-1)[best[0]]):.3f})"
 
 
-def _tokens(opened: OpenedRun, head: WithHead, prompt: Prompt) -> list[int]:
-    """The tokens of a text as rows of its kind are tokenized. Raises `ConfigError` where that cannot be done."""
+def _words(opened: OpenedRun, head: WithHead, prompt: Prompt) -> _Asked:
+    """The words of a text, between its white space, as rows of words are tokenized. Raises `ConfigError` where that cannot be done."""
+    words = str(prompt.get("prompt", "")).split()
+    data = opened.resolved.config.data.model_copy(update={"format": "tagged", "fields": {}})
+    (found,) = TaggedRenderer(opened.tokenizer, data).encode([{"words": words, "tags": [head.labels[0]] * len(words)}])
+    if isinstance(found, DataError) or not found.teaches:
+        raise ConfigError("a prompt cannot be read: give a text with words in the field prompt.")
+    return _Asked(found.text.tolist(), found.has_tag.nonzero()[0].tolist(), words)
+
+
+def _text(opened: OpenedRun, head: WithHead, prompt: Prompt) -> _Asked:
+    """A text as rows of texts are tokenized. Raises `ConfigError` where that cannot be done."""
     names = list(head.labels) or [_ANY]
     data = opened.resolved.config.data.model_copy(update={"format": "classified", "fields": {}, "labels": names})
     row = {"messages" if name == "messages" else "text": given for name, given in prompt.items()}
@@ -56,4 +83,5 @@ def _tokens(opened: OpenedRun, head: WithHead, prompt: Prompt) -> list[int]:
     if isinstance(found, DataError) or not found.teaches:
         raise ConfigError(f"a prompt cannot be read: {found if isinstance(found, DataError) else 'it is empty'}.")
     assert isinstance(found, Classified)
-    return found.text.tokens.tolist()
+    tokens = found.text.tokens.tolist()
+    return _Asked(tokens, [len(tokens) - 1], [])

@@ -51,11 +51,6 @@ class TextRow:
     def lengths(self) -> tuple[int, ...]:
         return (self.max_seqlen,)
 
-    @property
-    def last(self) -> Tensor:
-        """(1,) int64, the place of the last token."""
-        return torch.tensor([self.max_seqlen - 1], device=self.input_ids.device)
-
     def to(self, device: torch.device) -> "TextRow":
         return TextRow(*(part.to(device) for part in (self.input_ids, self.position_ids, self.cu_seqlens)))
 

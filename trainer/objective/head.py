@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Head:
-    """A matrix (outputs, hidden): an output for each of `data.labels` where it is `labelled`, else one.
+    """A matrix (outputs, hidden), `biased` with a bias: an output for each of `data.labels` where it is `labelled`, else one; of the last token of a text, or of
+    each token (`per_token`).
 
     `task` is PEFT's name for what it does, `pipeline` the Hub's, and `transformers_class` loads base and head together. `what` it is
     begins a sentence.
@@ -20,3 +21,5 @@ class Head:
     transformers_class: str
     what: str
     labelled: bool
+    biased: bool = False
+    per_token: bool = False

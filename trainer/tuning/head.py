@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 MODULE = "score"
 """Its name in transformers' classes."""
-_WEIGHT = f"{MODULE}.weight"
+_WEIGHT, _BIAS = f"{MODULE}.weight", f"{MODULE}.bias"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ class WithHead(Around):
         return found
 
     def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
-        return {**self.method.shapes(architecture), _WEIGHT: (self.outputs, architecture.hidden)}
+        bias: dict[str, tuple[int, ...]] = {_BIAS: (self.outputs,)} if self.head.biased else {}
+        return {**self.method.shapes(architecture), _WEIGHT: (self.outputs, architecture.hidden), **bias}
 
     def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
         """The head begins as transformers' does: normal, with the family's deviation."""
@@ -82,19 +83,22 @@ class WithHead(Around):
         device = next(model.parameters()).device
         deviation = getattr(model.config.get_text_config(), "initializer_range", 0.02)
         drawn = torch.randn(self.outputs, architecture.hidden, generator=torch.Generator().manual_seed(seed))
-        head = nn.Linear(architecture.hidden, self.outputs, bias=False, device=device, dtype=dtype)
+        head = nn.Linear(architecture.hidden, self.outputs, bias=self.head.biased, device=device, dtype=dtype)
         head.weight.data.copy_(drawn * deviation)
+        if self.head.biased:
+            head.bias.data.zero_()
         model.add_module(MODULE, head)
 
     def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
-        head = model.get_parameter(_WEIGHT)
-        return [*self.method.groups(model, optim), {"name": "head", "lr_ratio": 1.0, "params": [head]}]
+        head = list(model.get_submodule(MODULE).parameters())
+        return [*self.method.groups(model, optim), {"name": "head", "lr_ratio": 1.0, "params": head}]
 
     def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
         """PEFT's folder of the method, with the head in it, and the names of its outputs beside it."""
-        theirs = self.method.export({name: values for name, values in weights.items() if name != _WEIGHT}, model)
+        ours = {name: values for name, values in weights.items() if name in (_WEIGHT, _BIAS)}
+        theirs = self.method.export({name: values for name, values in weights.items() if name not in ours}, model)
         settings = {"modules_to_save": [MODULE], "task_type": self.head.task}
-        exported = with_peft_files(theirs, {_WEIGHT: weights[_WEIGHT]}, **settings)
+        exported = with_peft_files(theirs, ours, **settings)
         names = json.dumps(dict(enumerate(self.labels)), indent=2, ensure_ascii=False).encode()
         beside = {LABELS: names} if self.labels else {}
         return replace(exported, what=f"{self.head.what}'s head and LoRA adapter", files={**beside, **exported.files})

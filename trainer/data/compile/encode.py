@@ -15,6 +15,7 @@ from trainer.data.render.chat import Example, Renderer, Turn
 from trainer.data.render.classified import Classified, ClassifiedRenderer
 from trainer.data.render.labelled import Labelled, LabelledRenderer, one_kind
 from trainer.data.render.pairs import Pair, PairRenderer
+from trainer.data.render.tagged import Tagged, TaggedRenderer
 from trainer.data.source.part import Part
 from trainer.data.source.rows import Batch, Row, at, printable
 from trainer.errors import DataError
@@ -50,9 +51,14 @@ def left_out_of(names: Iterable[str], where: str) -> dict[str, LeftOut]:
     return {printable(name): LeftOut(rows=1, examples=[where]) for name in names}
 
 
-_RENDERERS = {"preference": PairRenderer, "labelled": LabelledRenderer, "classified": ClassifiedRenderer}
-_RowRenderer = Renderer | PairRenderer | LabelledRenderer | ClassifiedRenderer
-Document = Example | Pair | Labelled | Classified
+_RENDERERS = {
+    "preference": PairRenderer,
+    "labelled": LabelledRenderer,
+    "classified": ClassifiedRenderer,
+    "tagged": TaggedRenderer,
+}
+_RowRenderer = Renderer | PairRenderer | LabelledRenderer | ClassifiedRenderer | TaggedRenderer
+Document = Example | Pair | Labelled | Classified | Tagged
 """A row, tokenized."""
 
 

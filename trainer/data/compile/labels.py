@@ -30,12 +30,14 @@ def labels_of(files: tuple[SourceFile, ...]) -> list[str]:
 def _names(file: SourceFile) -> Iterator[str]:
     """The classes of the rows that have one; others are bad rows, which the compilation counts or refuses."""
     assert file.form is not None
-    called = file.form.names["label"]
+    names = file.form.names
+    called = names.get("label") or names["tags"]
 
-    def read(row: Row) -> str:
-        return label_name(row.get(called))
+    def read(row: Row) -> list[str]:
+        given = row.get(called)
+        return [label_name(value) for value in (given if isinstance(given, list) else [given])]
 
     for _, row in rows(file, lambda _: None):
-        name = or_error(read, row)
-        if isinstance(name, str):
-            yield name
+        found = or_error(read, row)
+        if not isinstance(found, DataError):
+            yield from found

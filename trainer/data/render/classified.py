@@ -4,7 +4,7 @@ So the text's last token is the one place whose label is to be predicted, and it
 number as a token too, but behind all that counts: in a causal model nothing before it can see it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -108,10 +108,7 @@ class ClassifiedRenderer:
         return [Turn("user", turn.content) for turn in self._texts.turns(row)]
 
     def _number(self, row: dict[str, Any]) -> int:
-        name = label_name(field_of(row, "label", self._data))
-        if name not in self._numbers:
-            raise DataError(f"the label is {name!r}, which is none of data.labels ({', '.join(self._numbers)})")
-        return self._numbers[name]
+        return number_of(field_of(row, "label", self._data), self._numbers)
 
     def _classified(self, example: Example | DataError, number: int | DataError) -> Classified | DataError:
         if isinstance(example, DataError):
@@ -125,6 +122,16 @@ class ClassifiedRenderer:
     def _padding(self) -> int | None:
         padding: Any = self._tokenizer.pad_token_id
         return padding
+
+
+def number_of(value: Any, numbers: Mapping[str, int]) -> int:
+    """The number of a class by its name; a whole number that is no name is that of a class itself. Raises `DataError` for any other."""
+    name = label_name(value)
+    if name in numbers:
+        return numbers[name]
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(numbers):
+        return value
+    raise DataError(f"the label is {name!r}, which is none of data.labels ({', '.join(numbers)})")
 
 
 def label_name(value: Any) -> str:

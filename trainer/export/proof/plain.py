@@ -210,16 +210,16 @@ def place_logits(model: Any, rows: Sequence[ProbeRow]) -> list[Tensor]:
 
 
 def head_logits(model: Any, rows: Sequence[ProbeRow]) -> list[Tensor]:
-    """The same of a model with a head of another kind (P, outputs), which looks at the last token it is given."""
+    """The same of a model with a head of another kind (P, outputs), which looks at the last token that it is given, or at each."""
     with torch.no_grad():
-        return [
-            as_shares(
-                torch.cat([model(input_ids=row.tokens[:, : place + 1].to(model.device)).logits for place in row.places])
-                .float()
-                .cpu()
-            )
-            for row in rows
-        ]
+        return [as_shares(_head_outputs(model, row).float().cpu()) for row in rows]
+
+
+def _head_outputs(model: Any, row: ProbeRow) -> Tensor:
+    first = model(input_ids=row.tokens.to(model.device)).logits
+    if first.ndim == 3:
+        return first[0, row.places]
+    return torch.cat([model(input_ids=row.tokens[:, : place + 1].to(model.device)).logits for place in row.places])
 
 
 def adapted_weights(adapter: Path) -> tuple[str, ...]:

@@ -1,5 +1,5 @@
-"""Classification: each text has one of the classes of `data.labels`. The loss of a text is -log softmax(W h) of its class, with h the
-hidden state of its last token and W the head; texts weigh the same."""
+"""Classification: each text, or each word of one, has one of the classes of `data.labels`. The loss is -log softmax(W h) of its class, with h the
+hidden state of the text's last token, or of the word's first, and W the head; texts, or words, weigh the same."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Classification:
-    """The formula of the module's docstring. Accuracy and F1 are of the texts that are looked at, macro F1 is the mean over the classes
-    that these have or are taken for, as in scikit-learn."""
+    """The formula of the module's docstring. `outputs` are those of the head where a row has a class, in the order of its labels. Accuracy and F1 are of the
+    texts or words that are looked at, macro F1 is the mean over the classes that these have or are taken for, as in scikit-learn."""
 
+    name: str
     labels: Sequence[str]
+    formats: Collection[str]
+    unit: str
+    outputs: Callable[[PackedModel, MicroBatch], Tensor]
 
     settings: Collection[str] = ()
-    formats: Collection[str] = ("classified",)
     reads_reference: bool = False
     survey: Survey | None = None
-    unit: str = "texts"
     measures: Sequence[str] = ("accuracy", "macro_f1")
 
     @property
@@ -39,7 +41,7 @@ class Classification:
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"name": "classification", "labels": list(self.labels)}
+        return {"name": self.name, "labels": list(self.labels)}
 
     def mismatches(self) -> list[str]:
         return []
@@ -59,7 +61,7 @@ class Classification:
         import torch
         from torch.nn.functional import cross_entropy, one_hot
 
-        logits = outputs(model, batch, batch.places)
+        logits = self.outputs(model, batch)
         numbers, classes = batch.labels[0, batch.places], len(self.labels)
         loss = cross_entropy(logits, numbers, reduction="sum")
         taken, there = (one_hot(found, classes) for found in (logits.detach().argmax(-1), numbers))
@@ -72,10 +74,31 @@ class Classification:
         return batch.targets
 
 
-def _make(given: ObjectiveSettings, method: Method) -> Classification:
+def _of_texts(model: PackedModel, batch: MicroBatch) -> Tensor:
+    return outputs(model, batch, batch.places)
+
+
+def _of_words(model: PackedModel, batch: MicroBatch) -> Tensor:
+    """The numbers of tags, which stand behind the text in a segment of its size, are not passed through the model."""
+    import torch
+
+    texts, tags = batch.part("beginnings"), batch.places + 1
+    segments = torch.searchsorted(batch.cu_seqlens, tags, right=True) - 1
+    documents = torch.searchsorted(batch.mismatched, segments)
+    return outputs(model, texts, texts.cu_seqlens[documents] + tags - batch.cu_seqlens[segments])
+
+
+def _labels(method: Method) -> Sequence[str]:
     head = head_of(method)
     assert head is not None
-    return Classification(head.labels)
+    return head.labels
 
 
-OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {"classification": _make}
+OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {
+    "classification": lambda given, method: Classification(
+        "classification", _labels(method), ("classified",), "texts", _of_texts
+    ),
+    "token_classification": lambda given, method: Classification(
+        "token_classification", _labels(method), ("tagged",), "words", _of_words
+    ),
+}
