@@ -171,7 +171,7 @@ class Viewer:
         numbers, trained = stored & ID_BITS, (stored & TARGET_BIT).astype(bool)
         second = np.flatnonzero(stored & MISMATCHED_BIT)
         end = int(second[0]) if len(second) else len(stored) - 1
-        text, names = numbers[:end].tolist(), [labels[number] for number in numbers[trained]]
+        text, names = numbers[:end].tolist(), [labels[int(number)] for number in numbers[trained]]
         pieces = [*self._pieces(text, [False] * end), TextPiece(f" {' '.join(names)}", True, True)]
         return SeenDocument(where, "", numbers.tolist(), trained.tolist(), pieces)
 
