@@ -42,6 +42,8 @@ def generate(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str,
         sides = dict[str, list[str]]()
         if head is not None:
             sides["adapter"] = classes_of(opened, head, given)
+            for number, said in enumerate(sides["adapter"]):
+                tell({"piece": said, "number": number, "side": "adapter"})
             every += _tell(given, sides, tell)
             continue
         openings = opened.ranks.on_first(lambda given=given: opened.prompter.fitting(given, opened.longest))
