@@ -59,6 +59,14 @@ class Ranks:
         for group in list(distributed_c10d._world.pg_map):
             distributed_c10d._set_pg_timeout(self.timeout, group)
 
+    def begin_groups(self) -> None:
+        """Have every process group make its communicator now: NCCL's would begin inside of the first pass, where `timeouts.step` is its
+        limit instead of that of the load. Collective."""
+        for group in list(distributed_c10d._world.pg_map):
+            here = torch.zeros(1, device=self.device)
+            dist.all_reduce(here, group=group)
+            here.item()  # it waits until the others have come
+
     def have_even_nodes(self) -> bool:
         """Whether every node has as many ranks, and those of a node follow each other. Collective."""
         return all(
@@ -187,7 +195,15 @@ def join(
             store = _meet(rank, world_size, meeting, is_gone)
             if device.type == "cuda":
                 take_gpu(store, device, rank)
-            dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
+            dist.init_process_group(
+                backend,
+                timeout=timeout,
+                store=store,
+                rank=rank,
+                world_size=world_size,
+                # NCCL then makes other groups' communicators of this one's, and need not guess which device is whose.
+                device_id=device if device.type == "cuda" else None,
+            )
         else:
             os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it
             dist.init_process_group(
@@ -210,6 +226,14 @@ def let_segments_grow() -> None:
     """
     if not any(name in os.environ for name in _ALLOCATOR_SETTINGS):
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+
+
+def add_in_one_order() -> None:
+    """Have kernels add in the same order every time, where they have such a way and another one that is faster. Before CUDA begins."""
+    os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"  # transformers reads it for FlashAttention's packages
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory that it has not written
 
 
 def own_device(local_rank: int) -> torch.device:

@@ -20,18 +20,14 @@ from launcher.view.runs import find_run
 from trainer.config import Config, override
 from trainer.config.paths import absolute_path
 from trainer.errors import ConfigError
+from trainer.processes.children import OF_A_RANK
 from trainer.run import layout
 from trainer.run.folder import run_folder
 from trainer.store import Store
 
 # torchrun, srun and Ray set these for the process that submits; they must not reach the job's own ranks.
 _OF_THIS_PROCESS = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
+    *OF_A_RANK,
     "RAY_ADDRESS",
     "RAY_JOB_ID",
 )

@@ -16,6 +16,8 @@ def test_only_what_the_adapters_need_crosses_between_nodes(workshop: Workshop) -
     for rank, received in enumerate(results):
         node = rank // 2
         assert received["frozen"] == [[2 * node, 2 * node + 1]]
+        assert len(received["begun"]) == 3  # all ranks' two, and the node's
+        assert min(received["begun"]) > 0, "a group's communicator would begin inside of the first pass"
         inside, across = received["inside"], received["across"]
         assert set(across) == {"torch.float32", "torch.bfloat16", "torch.float64"}  # no packed weight
         assert across["torch.float32"] == planned.adapter_gradients

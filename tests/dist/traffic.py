@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import distributed_c10d  # pyright: ignore[reportPrivateImportUsage]
 
 from tests.dist.assembled import assemble_run
 from trainer.config import parse_config
@@ -38,6 +39,7 @@ def step_traffic(config_text: str, fingerprint: str) -> dict[str, Any]:
     -> {"inside": {dtype: bytes}, "across": {dtype: bytes}, both without pickled objects, "frozen": the ranks that frozen parameters are gathered from}
     """
     here = assemble_run(parse_config(config_text), fingerprint)
+    begun = [group._get_sequence_number_for_group() for group in distributed_c10d._world.pg_map]  # type: ignore[attr-defined]
     steps = train(here.training(), 0, Position())
     next(steps)
     received: dict[str, dict[str, float]] = {"inside": {}, "across": {}}
@@ -54,7 +56,7 @@ def step_traffic(config_text: str, fingerprint: str) -> dict[str, Any]:
     next(steps)
     frozen: list[Any] = [p for p in here.engine.model.parameters() if not p.requires_grad]
     groups = {tuple(torch.distributed.get_process_group_ranks(p.ds_process_group)) for p in frozen}
-    return {**received, "frozen": sorted(groups)}
+    return {**received, "begun": begun, "frozen": sorted(groups)}
 
 
 def _watch_collectives(count: Any) -> None:

@@ -40,3 +40,18 @@ def test_a_byte_changes_the_sum_and_none_is_copied(size: int) -> None:
         changed[place] ^= 1
         assert checksums(model_of(changed)) != before
     assert checksums(model_of(part.clone())) == before
+
+
+class OneAtATime(TorchDispatchMode):
+    """Refuses what a GPU refuses where some of the tensors are on the host."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), given: Any = None) -> Any:
+        assert function.name() not in ("aten::stack", "aten::cat"), "tensors of several devices are put together"
+        return function(*arguments, **(given or {}))
+
+
+def test_partitions_may_be_on_the_gpu_and_on_the_host() -> None:
+    """With offloaded parameters those that are small stay on the GPU."""
+    model = torch.nn.ModuleList(model_of(torch.full((9,), value, dtype=torch.uint8)) for value in (1, 2))
+    with OneAtATime():
+        assert [value % 256 for value in checksums(model).values()] == [2, 4]

@@ -1,6 +1,7 @@
 """A run computes on the CPU where that was said, or where there is nothing else: never because torch sees no GPU. On GPUs each
 rank has one of its own, however many its launcher shows it."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from trainer.processes.devices import (
     listed_gpus,
     local_gpus,
 )
-from trainer.ranks import let_segments_grow, own_device, take_gpu
+from trainer.ranks import add_in_one_order, let_segments_grow, own_device, take_gpu
 
 QUERY = "GPU-1, NVIDIA H100 80GB HBM3, 81559\nGPU-2, NVIDIA L40S, 46068\nGPU-3, NVIDIA Graphics Device, [N/A]\n"
 LISTING = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)\nGPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-2)\n"
@@ -105,6 +106,19 @@ def test_the_allocators_segments_grow_also_where_cuda_has_begun_already(monkeypa
     monkeypatch.delenv("PYTORCH_ALLOC_CONF")
     let_segments_grow()
     assert read() == "expandable_segments:True"
+
+
+def test_kernels_add_in_one_order_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FLASH_ATTENTION_DETERMINISTIC", "CUBLAS_WORKSPACE_CONFIG"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    try:
+        add_in_one_order()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["FLASH_ATTENTION_DETERMINISTIC"] == "1"  # transformers reads it for each call
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == "0", "a user's own stays"
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.usefixtures("driver")

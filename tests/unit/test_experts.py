@@ -21,6 +21,7 @@ from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import parse_config
 from trainer.model import experts
 from trainer.model.experts import IMPLEMENTATION, prepare_experts
+from trainer.model.kernels.grouped import Groups
 from trainer.model.parts import is_experts
 from trainer.tuning.experts.layer import ExpertLora
 from trainer.tuning.experts.method import saved_as
@@ -275,6 +276,24 @@ def test_the_same_bits_come_out_every_time_and_autograd_keeps_no_weight() -> Non
     assert saved
     assert not any(len(tensor) == EXPERTS and tensor.ndim == 3 for tensor in saved)
     assert not any(tensor.dtype == torch.uint8 for tensor in saved)
+
+
+def test_experts_without_rows_have_no_gradient_where_the_kernel_leaves_theirs_unwritten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = torch.nn.functional.grouped_mm
+
+    def leaves_unwritten(rows: Tensor, matrices: Tensor, *, offs: Tensor) -> Tensor:
+        result = plain(rows, matrices, offs=offs)
+        result[torch.diff(offs, prepend=offs.new_zeros(1)) == 0] = torch.nan
+        return result
+
+    groups = Groups(torch.tensor([[0, 1, 7]] * 6), EXPERTS)
+    left, right = torch.randn(18, 8), torch.randn(18, 16)
+    expected = groups.outer(left, right)
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", leaves_unwritten)
+    assert torch.equal(groups.outer(left, right), expected)
+    assert not expected[2:7].any()
 
 
 @pytest.mark.parametrize("kind", ["llama4", "gpt-oss", "qwen3-moe", "mimo-v2-flash"])

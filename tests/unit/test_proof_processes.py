@@ -30,6 +30,12 @@ def _process(*names: str) -> tuple[int, list[str | None]]:
     return os.getpid(), [os.environ.get(name) for name in names]
 
 
+def _precision() -> tuple[list[str | None], bool]:
+    import torch
+
+    return _process("CUDA_VISIBLE_DEVICES", "RANK")[1], torch.backends.cuda.matmul.allow_tf32
+
+
 def _fail() -> None:
     raise ConfigError("it cannot be read")
 
@@ -55,15 +61,22 @@ def _die() -> None:
 
 
 def test_a_side_is_a_process_that_ends_and_a_group_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "3")
+    of_a_rank = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in of_a_rank:
+        monkeypatch.setenv(name, "3")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    pid, found = aside("cpu", _process, "RANK", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")
+    pid, found = aside("cpu", _process, *of_a_rank, "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")
     assert pid != os.getpid()
     assert not Path(f"/proc/{pid}").exists()  # nothing of it is left, whatever its libraries hold
-    assert found == [None, "", "cpu"]
-    _, found = aside("gpu", _process, "RANK", "CUDA_VISIBLE_DEVICES")
-    assert found == [None, "0"]
-    assert os.environ["RANK"] == "3"
+    assert found == [*[None] * 6, "", "cpu"]
+    assert [os.environ[name] for name in of_a_rank] == ["3"] * 6
+
+
+def test_a_side_on_the_gpu_multiplies_in_full_fp32_whatever_the_image_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")  # as NVIDIA's images of PyTorch have it
+    assert aside("gpu", _precision) == (["0", None], False)
 
 
 def _hold_aside_and_here() -> tuple[int, int, int]:

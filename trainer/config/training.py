@@ -222,6 +222,13 @@ class Train(Section):
         ge=0,
         unit="steps",
     )
+    deterministic: bool = setting(
+        False,
+        about="Have a GPU add in the same order every time, where attention's backward pass and others would add as their parts happen to "
+        "end: a run then repeats to the last bit on the same GPUs, and is a few percent slower. A kernel that has no such way is named in the "
+        "log. CPUs always do.",
+        example=True,
+    )
     stop_when: StopWhen = StopWhen()
     profile: tuple[int, int] | None = setting(
         None,
@@ -304,6 +311,16 @@ class Sharding(Section):
         "whole base and no frozen weight crosses the network). auto is node where there are several nodes and their GPUs "
         "have the memory, as `capstan plan --gpu` tells; else world.",
         example="node",
+    )
+    sequence_parallel: int = setting(
+        1,
+        about="Ranks that share each row: every one of them has an equal slice of its tokens, and in attention a share of its heads (Ulysses). The "
+        "memory of activations falls as much. The ranks of a run are a multiple of it, and those that share a row are on one node. docs/long-rows.md "
+        "says what it needs.",
+        example=4,
+        ge=1,
+        le=1024,
+        unit="ranks",
     )
 
 

@@ -22,6 +22,8 @@ from typing import Any
 from trainer.processes import guard, leash
 
 _FAMILY = "CAPSTAN_FAMILY"
+OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""The variables that tell a process where it is among the ranks of its group, which are not those of what it starts."""
 
 
 def run(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[Any]:

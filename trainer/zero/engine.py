@@ -142,6 +142,7 @@ class Engine:
                 model=_Wrapped(packed, loss), optimizer=self._optimizer, config=deepspeed_config
             )[0]
         ranks.limit_groups()
+        ranks.begin_groups()
         zero = self._engine.optimizer
         for flat, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
             self._optimizer.divide(flat, [_part(zero, parameter) for parameter in parameters])

@@ -13,7 +13,7 @@ from multiprocessing import get_context
 from typing import Any, Literal, TypeVar
 
 from trainer.errors import DoesNotFit
-from trainer.processes.children import end_with_parent
+from trainer.processes.children import OF_A_RANK, end_with_parent
 
 T = TypeVar("T")
 Device = Literal["gpu", "cpu"]
@@ -39,11 +39,15 @@ def _no_memory(what: str) -> DoesNotFit:
 
 
 def _alone(device: Device) -> None:
-    """A group of one, whatever group this process was started in, and no GPU where the CPU is meant."""
+    """A group of one, whatever group this process was started in, products in full fp32, and no GPU where the CPU is meant."""
     from trainer.processes.devices import stay_on_cpu
 
     end_with_parent()
-    os.environ.pop("RANK", None)
+    for name in OF_A_RANK:
+        os.environ.pop(name, None)
+    # NVIDIA's images of PyTorch let fp32 products be rounded to TF32, which differs more than a proof allows.
+    os.environ.pop("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", None)
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
     if device == "cpu":
         stay_on_cpu()
 

@@ -73,7 +73,9 @@ class Groups:
     def outer(self, left: Tensor, right: Tensor) -> Tensor:
         """left (T * k, a) and right (T * k, b) -> (count, a, b): left^T right of each expert's rows. Not differentiable."""
         if _fits(left, right.shape[-1]):
-            return nn.functional.grouped_mm(_aligned(left).mT, _aligned(right), offs=self.offsets)
+            products = nn.functional.grouped_mm(_aligned(left).mT, _aligned(right), offs=self.offsets)
+            # On some GPUs the kernel leaves the products of experts without rows as they were in memory (pytorch/pytorch#172439).
+            return torch.where((self.sizes > 0)[:, None, None], products, 0)
         return torch.stack([left[start:end].mT @ right[start:end] for start, end in pairwise(self.ends)])
 
 
