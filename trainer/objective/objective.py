@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 from trainer import objective as folder
 from trainer.config import Config, ObjectiveSettings
 from trainer.config.data import most_segments
+from trainer.config.objective import HEADS
 from trainer.registry import chosen, kinds, refuse_unread
-from trainer.tuning.head import head_of
 from trainer.tuning.method import Method, base_trained_by, method_of
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def objective_mismatches(config: Config, objective: Objective, method: Method) -
             f"data.format: {config.data.format} has no rows for objective.name: {name}. Set it to "
             f"{' or '.join(objective.formats)}, or choose another objective."
         )
-    if config.train.sample_every and head_of(method) is not None:
+    if config.train.sample_every and name in HEADS:
         wrong.append(f"train.sample_every: objective.name: {name} has a head that writes no answers. Remove it.")
     if reference_of(config, objective, method) == "adapter_off" and method.trains_base:
         wrong.append(
