@@ -56,7 +56,7 @@ class TextRow:
         return (self.max_seqlen,)
 
     def to(self, device: torch.device) -> "TextRow":
-        return TextRow(*(part.to(device) for part in (self.input_ids, self.position_ids, self.cu_seqlens)))
+        return TextRow(self.input_ids.to(device), self.position_ids.to(device), self.cu_seqlens.to(device))
 
 
 @dataclass(frozen=True)
