@@ -17,6 +17,7 @@ from trainer.plan.gpus import Gpu, find_gpu, read_gpu
 from trainer.plan.needs import Plan
 from trainer.plan.plan import make_plan
 from trainer.processes.devices import described_gpus, host_memory_left
+from trainer.processes.patience import patiently
 from trainer.run import layout
 from trainer.store import Store, open_store
 
@@ -87,7 +88,8 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
         misfits.append(str(error))
     if files and not missing and not any(is_of_hub(source) for source in config.data.train):
         try:
-            check_sources(config, files)
+            with patiently("looking into the files of the data"):
+                check_sources(config, files)
         except ConfigError as error:
             misfits.append(str(error))
         except DataError as error:
@@ -97,10 +99,13 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
     wrong, short = [*plan.mismatches, *misfits], [*plan.shortfalls, *misfits, *missing]
     notes = [*([at_hand.said] if at_hand.said else []), *plan.notes]
     plan = replace(plan, mismatches=wrong, shortfalls=short, notes=notes)
-    store = _answering_store(config)
-    length = length_of(config, None if missing else epoch_length(config, files, store))
+    with patiently("asking the store"):
+        store = _answering_store(config)
+    with patiently("measuring the data"):
+        length = length_of(config, None if missing else epoch_length(config, files, store))
     by_size = found is not None and not found.name
-    rate = None if by_size or store is None else measured_rate(store, config, found)
+    with patiently("looking for a run of the store that did such work"):
+        rate = None if by_size or store is None else measured_rate(store, config, found)
     if rate is None and found and plan.device == "gpu":
         rate = assumed_rate(config, base.architecture, found, plan.recomputed_layers / plan.layers)
     return Planned(plan, found, whose, length, forecast(config, plan.batch, length, rate), bool(missing))

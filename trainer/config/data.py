@@ -105,6 +105,8 @@ class Source(Section):
             raise ValueError(
                 f"take: {self.take:g} is not allowed. Give a whole number of rows, or a share of them below 1. Example: 0.01."
             )
+        if isinstance(self.take, float) and self.take == 1:
+            raise ValueError("take: 1.0 is not allowed. Leave it out for all rows, or give 1 for a single one.")
         if self.take_seed is not None and self.take is None:
             raise ValueError("take_seed: has no effect without take. Set that, or remove it.")
         return self

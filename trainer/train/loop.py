@@ -13,8 +13,9 @@ from torch import Tensor
 
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.config.training import StopWhen
-from trainer.data.order.micro_batch import MicroBatch, Position
+from trainer.data.order.micro_batch import MicroBatch
 from trainer.data.order.order import hash_key, splitmix64
+from trainer.data.order.position import Position
 from trainer.data.order.stream import Stream
 from trainer.errors import DataError, Interrupted, NonFiniteLoss, Stopped
 from trainer.measure.losses import mean_loss
@@ -78,6 +79,7 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
     if step == 0:
         _evaluate_if_due(run, step, run.start.config.eval.between, Stop.NO, routing)
         _sample_if_due(run, step, Stop.NO)
+    updated = position  # where the data of the last update ends: what is skipped behind it still passes by
     reader = run.stream.read_from(position, compiling=lambda awaited: _wait(run, step, awaited))
     while step < run.horizon.steps:
         started = time.monotonic()
@@ -112,7 +114,8 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
         grad_norm = engine.step(lr)
         if not math.isfinite(grad_norm):
             raise _not_finite("gradient", step, grad_norm, position)
-        place, position = position, run.stream.advance(position)
+        place, before, position = position, updated, run.stream.advance(position)
+        updated = position
         seconds = time.monotonic() - started
         record = {"step": step, "epoch": place.epoch, "loss": loss, "lr": lr, "grad_norm": grad_norm}
         if (passes := run.horizon.passes(position)) is not None:
@@ -127,12 +130,12 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
         checkpoints.advance(all_ready=all(rank.saved for rank in every))
         last = bool(stopping) or step == run.horizon.steps
         evaluating, saving = run.start.config.eval, run.start.config.checkpoint
-        due = _is_every(evaluating.every, step) or run.horizon.is_due(evaluating.per_epoch, place, position)
+        due = _is_every(evaluating.every, step) or run.horizon.is_due(evaluating.per_epoch, before, position)
         evaluated = _evaluate_if_due(run, step, due, stopping, routing)
         _sample_if_due(run, step, stopping)
         last = run.rules.end(step, loss, evaluated) or last
         best = saving.keep_best and evaluated is not None
-        due = saves.is_due(step, every[0].since_save) or run.horizon.is_due(saving.per_epoch, place, position)
+        due = saves.is_due(step, every[0].since_save) or run.horizon.is_due(saving.per_epoch, before, position)
         if step == first_step or last or best or due:
             checkpoints.save(engine, step, position.to_json(), eval_loss=evaluated, may_skip=not last)
             routing.report(step)
