@@ -1,5 +1,6 @@
 """Puts a plan together: the run's needs, the GPUs that it is meant for, its length, its time and its cost."""
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -7,10 +8,10 @@ from launcher.plan.measured import measured_rate
 from trainer.base.find.check import check_weights_at_hand
 from trainer.base.find.locate import base_at_hand
 from trainer.config import Config
-from trainer.data.compile.inputs import check_sources
+from trainer.data.compile.inputs import check_sources, with_labels
 from trainer.data.compile.length import epoch_length
 from trainer.data.source.files import is_of_hub, unusable
-from trainer.errors import ConfigError, DataError, DoesNotFit, StorageError
+from trainer.errors import CapstanError, ConfigError, DataError, DoesNotFit, StorageError
 from trainer.plan.forecast import Forecast, Length, assumed_rate, forecast, length_of
 from trainer.plan.gpus import Gpu, find_gpu, read_gpu
 from trainer.plan.needs import Plan
@@ -94,6 +95,8 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
     at_hand = base_at_hand(config.model)
     base, files = at_hand.description, at_hand.directory
     config = base.decided(config)
+    with suppress(CapstanError):  # where the data cannot be read, as is said below
+        config = with_labels(config)
     memory = found.memory if found else None
     plan = make_plan(config, base, machine.world_size, machine.per_node, memory, machine.host_memory)
     missing, misfits = unusable(config.data), list[str]()

@@ -93,7 +93,8 @@ class Architecture:
     packed row do not see each other in a small model of the same kinds, which cannot compute over 4 bits where `fails_packed` says why, and not on
     ranks that share a row where `fails_shared` does.
     It is not `tried` where its family's code runs at no other sizes. `taken_for_experts` are the last names of linear layers in whose place PEFT adapts the
-    experts.
+    experts. `heads` are transformers' classes with a head of another kind on the same model, where they have it under the name that all
+    families but a few use.
     With logits z = `logit_factor` / `logit_divisor` * the product with the head, and `softcap` c, the model's are
     c * tanh(z / c).
     """
@@ -119,6 +120,7 @@ class Architecture:
     tried: bool = True
     rotary: bool = True
     taken_for_experts: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
     logit_factor: float = 1.0
     logit_divisor: float = 1.0
     softcap: float | None = None
@@ -149,6 +151,7 @@ class Architecture:
             "parameters": tuple(_parameter(**part) for part in tree["parameters"]),
             "attention": tuple(AttentionLayer(**layer) for layer in tree["attention"]),
             "taken_for_experts": tuple(tree["taken_for_experts"]),
+            "heads": tuple(tree["heads"]),
             "buffers": {name: tuple(shape) for name, shape in tree["buffers"].items()},
         }
         return Architecture(**{**tree, **rest})

@@ -4,7 +4,7 @@ its own, and kept in the user's cache.
     <cache>/capstan/<function>/<hash>.json
     python -m trainer.base.describe.torch_answers < question > answer
 
-What decides an answer is in the hash: the facts that are given, transformers' version and the code of `trainer/base` and `trainer/model`.
+What decides an answer is in the hash: the facts that are given, the versions of transformers and of what a base is tried with, and the code of `trainer/base` and `trainer/model`.
 """
 
 import hashlib
@@ -27,6 +27,7 @@ from trainer.processes import children
 from trainer.processes.patience import patiently
 
 Parsed = TypeVar("Parsed")
+_PACKAGES = ("transformers", "torch", "bitsandbytes")
 _SECONDS = 300  # transformers' import takes most of it on a slow disk; the model itself is on `meta`
 
 
@@ -56,7 +57,7 @@ def kept_answer(question: Question, facts: Any, parse: Callable[[Any], Parsed]) 
         CapstanError: whatever the function raises.
         ConfigError: transformers cannot answer, or takes too long.
     """
-    digest = hashlib.sha256(json.dumps([version("transformers"), facts]).encode() + _code()).hexdigest()
+    digest = hashlib.sha256(json.dumps([*map(version, _PACKAGES), facts]).encode() + _code()).hexdigest()
     path = user_cache() / question.function / f"{digest[:32]}.json"
     # An entry that is damaged, or not there, is made again.
     with suppress(OSError, *NOT_JSON, LookupError, TypeError, AttributeError):

@@ -1,7 +1,8 @@
-"""Whoever waits for something is told what for."""
+"""Answers that take long: whoever waits is told what for, and they are kept for the same packages alone."""
 
 import re
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -48,3 +49,14 @@ def test_plan_says_what_it_takes_longest_for_and_how_long_so_far(
 
 class Answered:
     stdout = '{"answer": 1}'
+
+
+def test_an_answer_is_given_again_for_the_same_packages_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked = list[str]()
+    monkeypatch.setattr(torch_answers, "_answer", lambda question: asked.append("again") or len(asked))
+    monkeypatch.setattr(torch_answers, "_answer_elsewhere", torch_answers._answer)
+    question = Question("describe.meta", "architecture_of", {}, "base", "reading the architecture")
+    for number, package in enumerate((None, None, "torch", "bitsandbytes", "transformers")):
+        monkeypatch.setattr(torch_answers, "version", lambda name, newer=package: f"{name} {name == newer}")
+        assert torch_answers.kept_answer(question, ["facts"], int) == max(1, number)
