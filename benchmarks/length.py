@@ -42,7 +42,7 @@ def planned(config: Config, ranks: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="The memory of a row's activations by its length.")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--lengths", type=int, nargs=2, default=[4096, 12288])
     asked = parser.parse_args()
