@@ -26,6 +26,7 @@ from trainer.optimizer.optimizer import states_by_name
 from trainer.resolve import Resolved
 from trainer.run import layout
 from trainer.store import Store, open_store
+from trainer.tuning.beginning import find_beginning
 from trainer.tuning.method import method_of, tuning_mismatches
 
 SEQUENCE = 64
@@ -104,7 +105,8 @@ def commit(run: Store, config: Config, step: int = 4, dataset: str = "data", eva
     shard_layout = ShardLayout(Contents(division, states_by_name("adamw", shapes), 1).of(0))
     states = 0.1 * torch.randn(shard_layout.size // 4, generator=torch.Generator().manual_seed(step))
     shard = write_shard(run, layout.shard(step, "000001-000001", 0), shard_layout, memoryview(states.numpy().tobytes()))
-    ours = Resolved.of(config, base).identity(dataset)
+    found = Resolved.of(config, base)
+    ours = replace(found, beginning=find_beginning(config, found.method)).identity(dataset)
     manifest = CheckpointManifest(
         step, 1, 1, 0.0, step, {}, ours.dataset, ours.order, ours.base, ours.adapter, {}, {}, eval_loss, shapes, [shard]
     )

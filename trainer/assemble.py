@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.accelerator import is_accelerator, kind
@@ -21,12 +22,14 @@ from trainer.base.load.load import DTYPES, LoadReport, load_model
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.model.attention import Attention, choose_attention
+from trainer.model.exchange import Peers, RankPeers
 from trainer.model.packed import PackedModel
 from trainer.plan.plan import choose_scope, idle_settings, settled
 from trainer.plan.sizes import most_whole
 from trainer.processes.devices import check_device
 from trainer.ranks import Ranks, add_in_one_order, join
 from trainer.resolve import Resolved
+from trainer.shared_rows import uneven_ranks
 from trainer.zero.engine import Engine
 from trainer.zero.policy import Scope, build_deepspeed_config
 
@@ -35,7 +38,7 @@ def join_run(config: Config, is_gone: Callable[[int], bool] = lambda rank: False
     """Join the other ranks on the device and with the threads that the settings say. `is_gone` tells whether one has ended meanwhile.
 
     Raises:
-        ConfigError: this process does not see the GPUs that it should.
+        ConfigError: this process does not see the GPUs that it should, or the ranks cannot share rows as the settings say.
         CapstanError: not all ranks have come within `timeouts.meet`, or one has ended meanwhile.
     """
     check_device(config.cluster.gpus_per_worker, *torch_gpus())
@@ -46,6 +49,8 @@ def join_run(config: Config, is_gone: Callable[[int], bool] = lambda rank: False
     limit = timedelta(seconds=120 + max(config.timeouts.model_dump().values()))
     ranks = join(limit, timedelta(seconds=config.timeouts.meet), is_gone)
     cores = len(os.sched_getaffinity(0))
+    if wrong := uneven_ranks(config, ranks.world_size, ranks.ranks_per_node):
+        raise ConfigError(wrong)
     torch.set_num_threads(config.cluster.threads_per_worker or max(1, cores // ranks.ranks_per_node))
     return ranks
 
@@ -126,10 +131,25 @@ def assemble(
     method.attach(model, base.architecture, DTYPES[config.model.dtype], config.run.seed)
     before = checksums(model)
     groups = method.groups(model, config.optim)
-    packed = PackedModel(model, attention, method.virtual.reserved)
+    packed = PackedModel(model, attention, method.virtual.reserved, peers_of(config, ranks))
     engine = Engine(packed, resolved.objective.loss, groups, config.optim, sharding.deepspeed, ranks)
     assert checksums(model) == before, "deepspeed.initialize changed packed weights"
     return engine, report
+
+
+def peers_of(config: Config, ranks: Ranks) -> Peers | None:
+    """The ranks that share rows with this one, which follow each other; None where each has rows of its own. Collective."""
+    size, mine = config.sharding.sequence_parallel, None
+    if size == 1:
+        return None
+    for first in range(0, ranks.world_size, size):
+        # Every rank takes part in the making of every group.
+        group = dist.new_group(list(range(first, first + size)), timeout=ranks.timeout)
+        if (
+            isinstance(group, dist.ProcessGroup) and first <= ranks.rank < first + size
+        ):  # torch has a mark for the groups of others
+            mine = RankPeers(group)
+    return mine
 
 
 def checksums(model: nn.Module) -> dict[str, int]:

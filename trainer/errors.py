@@ -28,8 +28,13 @@ class ConfigError(CapstanError):
     exit_code = 2
 
 
-class HubUnreachable(ConfigError):
-    """The Hub cannot be reached from this machine, and its cache lacks what is asked for."""
+class BaseOutOfReach(ConfigError):
+    """A base of the Hub cannot be had on this machine, whose cache lacks it: the Hub cannot be reached, is not asked (HF_HUB_OFFLINE), or
+    wants its licence accepted first. `reason` is the clause of the message that says which."""
+
+    def __init__(self, text: str, reason: str) -> None:
+        super().__init__(text)
+        self.reason = reason
 
 
 class DataError(CapstanError):

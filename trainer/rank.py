@@ -28,7 +28,6 @@ from trainer.measure.samples import open_samples
 from trainer.model.parts import recomputed_share
 from trainer.plan.flops import work_of
 from trainer.processes.siblings import Siblings
-from trainer.resolve import resolve
 from trainer.run import layout
 from trainer.run.environment import environment
 from trainer.run.log import rank_log
@@ -38,7 +37,7 @@ from trainer.run.power import metered
 from trainer.run.records import bad_windows
 from trainer.run.requests import StopSignal
 from trainer.store import open_run_store
-from trainer.train.begin import begin_from
+from trainer.train.begin import begin_from, resolve_alike
 from trainer.train.end_record import early_end, last_words
 from trainer.train.heartbeat import Heart
 from trainer.train.horizon import horizon_of
@@ -75,8 +74,7 @@ def run_rank(
     owner, siblings = OwnerWatch(folder), Siblings()
     ranks = join_run(config, lambda rank: (rank == 0 and owner.is_gone()) or siblings.is_gone(rank))
     first = ranks.rank == 0
-    with ranks.agreeing():
-        resolved = resolve(config)
+    resolved = resolve_alike(config, ranks)
     shared: Datasets = ranks.broadcast(datasets)
     generation: int = ranks.broadcast(claim_generation(folder) if first else None)
     with (
@@ -157,12 +155,12 @@ def _assemble(
     settled = settle(resolved, ranks, start.log)
     sharding = choose_sharding(settled, ranks, rows.train.accumulation)
     engine, report = assemble(settled, ranks, attention, sharding, _print)
-    if resolved.beginning is not None:
+    if resolved.beginning is not None and not resolved.beginning.begun:
         begin_from(resolved.beginning, start, engine)
     if resolved.reference == "stored":
         fused = [] if report.kernels == "none" else [report.kernels]
         _read_reference(ReferencePass(start, engine, " and ".join([attention.name, *fused])), datasets, rows)
-    checkpoints = _checkpoints(start, datasets.train, after_commit)
+    checkpoints = _checkpoints(start, datasets, after_commit)
     restoring = time.monotonic()
     restored = checkpoints.restore(engine, required=resume, log=_print)
     restore_seconds = round(time.monotonic() - restoring, 3)
@@ -198,13 +196,14 @@ def _read_reference(reference: ReferencePass, datasets: Datasets, rows: _Rows) -
         rows.held_out.reference = reference.log_probabilities(datasets.eval)
 
 
-def _checkpoints(start: Start, dataset: str, after_commit: Callable[[], None]) -> Checkpoints:
+def _checkpoints(start: Start, datasets: Datasets, after_commit: Callable[[], None]) -> Checkpoints:
     """The checkpoints of the run, whose folder keeps the texts that they belong to. Collective."""
     resolved, ranks = start.resolved, start.ranks
-    identity = ranks.on_first(lambda: resolved.identity(dataset))
+    identity = ranks.on_first(lambda: resolved.identity(datasets.train))
     ranks.on_first(lambda: keep_text(start.folder, text_of(resolved.config.data, resolved.base.directory)))
     hooks = CommitHooks(start.metrics.write_now, before=start.metrics.flush, after=after_commit)
-    return Checkpoints(start.folder, ranks, start.generation, identity, resolved.config.checkpoint, hooks)
+    rules = resolved.config.checkpoint
+    return Checkpoints(start.folder, ranks, start.generation, identity, rules, hooks, datasets.evaluated)
 
 
 def _training(
@@ -229,7 +228,7 @@ def _training(
         checkpoints=checkpoints,
         horizon=horizon_of(config.train, epochs, *place, skipped),
         work=work_of(config, start.resolved.base.architecture, recomputed, ranks.device_name),
-        rules=open_stop_rules(start, place[0]),
+        rules=open_stop_rules(start, place[0], checkpoints.evaluated),
         samples=open_samples(start.resolved, start.folder, ranks) if config.train.sample_every else None,
         skipped=skipped,
     )

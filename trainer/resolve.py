@@ -18,7 +18,8 @@ from trainer.data.render.text_files import text_of
 from trainer.errors import ConfigError
 from trainer.objective.objective import Objective, find_objective, objective_mismatches, reference_of
 from trainer.optimizer.optimizer import Optimizer, find_optimizer
-from trainer.tuning.beginning import Beginning, find_beginning
+from trainer.shared_rows import shared_row_mismatches
+from trainer.tuning.beginning import Beginning, find_beginning, starting_at
 from trainer.tuning.method import Method, method_of, stored_mismatches, tuning_mismatches
 
 
@@ -83,7 +84,8 @@ class Resolved:
 
 
 def resolve(config: Config, base: Base | None = None) -> Resolved:
-    """Find everything that the settings name, and refuse what does not fit together; `base` is found too, unless it is given.
+    """Find everything that the settings name, and refuse what does not fit together; `base` is found too, unless it is given. In the settings
+    of the result `tuning.start` names a checkpoint where it was a run.
 
     Raises:
         ConfigError: the base is missing or unsupported, a name is unknown, or settings do not suit the base or each other; the
@@ -97,9 +99,11 @@ def resolve(config: Config, base: Base | None = None) -> Resolved:
         raise ConfigError("\n".join(wrong))
     check_base_files(found.base, config)
     beginning = find_beginning(config, found.method)
-    if beginning and (wrong := beginning.mismatches(config, found.method, found.base)):
+    if beginning is None:
+        return found
+    if wrong := beginning.mismatches(config, found.method, found.base):
         raise ConfigError("\n".join(wrong))
-    return replace(found, beginning=beginning)
+    return replace(found, beginning=beginning, config=starting_at(config, beginning.place))
 
 
 def mismatches(config: Config, base: Description, method: Method, objective: Objective) -> list[str]:
@@ -109,4 +113,5 @@ def mismatches(config: Config, base: Description, method: Method, objective: Obj
         *tuning_mismatches(config, method, base.architecture),
         *stored_mismatches(config, method, base.stored),
         *objective_mismatches(config, objective, method),
+        *shared_row_mismatches(config, base.architecture, method, objective),
     ]

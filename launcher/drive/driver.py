@@ -1,4 +1,4 @@
-"""The process that owns a run: it has the data compiled, keeps the ranks alive on Ray, and ends with the run's exit code.
+"""The process that owns a run: it has the data compiled, keeps the ranks alive on Ray or on this machine, and ends with the run's exit code.
 
     python -m launcher.drive.driver RUN_URI --submission ID [--resume] [--address HOST:PORT]
 
@@ -8,7 +8,7 @@ drives a run whose folder `capstan submit` has made: the entrypoint of a Ray job
 A submission, in order: start/check refuses what would fail, start/claim takes the folder, ray/jobs or slurm/submit starts
 `main` below on another machine, which reads the configuration from the folder and calls `drive`.
 
-A failure, in order: ray/train.`_attempt`, or of one local rank start/alone, sees the ranks end, policy/retry.`classify` finds the cause among what the
+A failure, in order: ray/train.`_attempt`, or on this machine alone start/local_ranks.`_attempt`, sees the ranks end, policy/retry.`classify` finds the cause among what the
 ranks died of, `explained` adds what their records tell, run/records keeps it as the end of that start, and `decide` raises it
 or has the next attempt made, which restores from the newest commit by itself. A signal or `capstan stop` is no failure: it
 becomes the key STOP in the run's folder (signals.py), which the ranks obey at their next step, and the driver before it has
@@ -28,8 +28,8 @@ from launcher.drive.signals import beside_main_thread, forget_stop_by_signal, st
 from launcher.ray.cluster import address_of, joined_ray
 from launcher.ray.train import run_on_ray
 from launcher.report.report import keep_report
-from launcher.start.alone import is_alone, run_alone
 from launcher.start.claim import turn
+from launcher.start.local_ranks import ranks_here, run_here
 from launcher.view.lines import follow_lines
 from launcher.view.tables import watch
 from trainer.config import Config
@@ -94,8 +94,9 @@ def compile_and_train(
     compilation = Compilation(config, owner.run, log)
     datasets, rest = compilation.begin(on_cluster=dashboard is not None)
     with compilation.beside(rest):
-        if dashboard is None and is_alone(config):
-            run_alone(config, datasets, owner, resume=resume, log=journal.write)
+        ranks = ranks_here(config) if dashboard is None else None
+        if ranks is not None:
+            run_here(config, datasets, owner, ranks=ranks, resume=resume, log=journal.write)
         else:
             run_on_ray(config, datasets, owner, resume=resume, dashboard=dashboard, log=journal.write)
 

@@ -1,4 +1,4 @@
-"""`capstan train` and `capstan resume`: the run here and now, as the driver of its own Ray or as one rank of a group."""
+"""`capstan train` and `capstan resume`: the run here and now, as its driver or as one rank of a group."""
 
 import os
 from collections.abc import Callable
@@ -27,7 +27,7 @@ _MUCH = 10**9
 
 
 def start(config: Config, *, resume: bool, take_over: bool, live: bool, log: Callable[[str], None]) -> None:
-    """Run or continue `config`'s run here and now, as a driver of Ray or as one rank of torchrun's or srun's group.
+    """Run or continue `config`'s run here and now, as its driver or as one rank of torchrun's or srun's group.
 
     `take_over`: also when the run is alive.
 
@@ -50,8 +50,8 @@ def start(config: Config, *, resume: bool, take_over: bool, live: bool, log: Cal
 def _as_driver(config: Config, *, resume: bool, take_over: bool, live: bool, log: Callable[[str], None]) -> None:
     if address_of(config) is None:
         check_local_device(config)
-    base = check(config, resume=resume, take_over=take_over).base
-    config = pinned(config, base)
+    resolved = check(config, resume=resume, take_over=take_over)
+    config, base = pinned(config, resolved), resolved.base
     if (size := sum(bytes_each for _, bytes_each, _ in base.versions)) >= _MUCH:
         log(f"{decimal(size)} of the base are read before the first step; `capstan status` shows how far that is")
     by, code = _command(resume), keep_code(log)
@@ -63,7 +63,7 @@ def _as_first_rank(config: Config, *, resume: bool, take_over: bool, log: Callab
     group, again = group_name(os.environ), restarted_as(os.environ)
     check_local_device(config)
     resolved = check(config, resume=resume, take_over=take_over, again=again)
-    config = pinned(config, resolved.base)
+    config = pinned(config, resolved)
     by, code = _command(resume), keep_code(log)
     how = {"by": by, "take_over": take_over, "group": group, "again": again}
     with claimed(config, resume=resume, code=code, log=log, **how):

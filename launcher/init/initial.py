@@ -12,7 +12,7 @@ from launcher.init.choice import GIB, Choice, Machine, Setting, choose, parsed
 from launcher.init.goals import GOALS
 from launcher.init.templates import template_for
 from trainer.base.base import Description
-from trainer.base.find.locate import base_files, describe_base
+from trainer.base.find.locate import base_at_hand
 from trainer.config import Config, Model
 from trainer.data.compile.inputs import check_sources
 from trainer.data.compile.length import epoch_length
@@ -86,7 +86,8 @@ def initial_config(answers: InitAnswers, path: Path) -> Initial:
     if answers.machine not in KINDS:
         raise ConfigError(f"--machine: {shown(answers.machine)} is not allowed. Allowed are {', '.join(KINDS)}.")
     goal = GOALS[answers.goal]
-    base = describe_base(Model(base=answers.base))
+    at_hand = base_at_hand(Model(base=answers.base))
+    base, files = at_hand.description, at_hand.directory
     machine = _machine(answers)
     given: dict[str, Setting] = {
         "run.name": (_name(answers), "the run's folder in the store"),
@@ -99,8 +100,8 @@ def initial_config(answers: InitAnswers, path: Path) -> Initial:
         "train.epochs": (1, "passes over the data"),
         "checkpoint.every_minutes": (15, "what a crash may cost"),
     }
-    given |= template_for(parsed(given))
-    tokens = _tokens_of_epoch(parsed(given))
+    given |= template_for(parsed(given), files) if files else {}
+    tokens = _tokens_of_epoch(parsed(given), files)
     given["data.held_out"] = (
         (_FEW_HELD_OUT, "so much of it is evaluated and never trained on; as there is little, more than usual")
         if tokens and tokens < _LITTLE
@@ -121,13 +122,13 @@ def initial_config(answers: InitAnswers, path: Path) -> Initial:
         gpu=machine.gpu,
         gpus=chosen.gpus,
         next=_next(answers, path),
-        missing=_refused(parsed(settings)),
+        missing=(*([at_hand.said] if at_hand.said else []), *_refused(parsed(settings), files)),
     )
 
 
-def _tokens_of_epoch(config: Config) -> int | None:
+def _tokens_of_epoch(config: Config, files: Path | None) -> int | None:
     """About how many tokens the data has, by the size of its files; None where that cannot be seen from here."""
-    found = epoch_length(config, base_files(config.model), None)
+    found = epoch_length(config, files, None)
     return found.tokens if found else None
 
 
@@ -145,12 +146,12 @@ def _length(chosen: Choice, tokens: int | None) -> dict[str, Setting]:
     }
 
 
-def _refused(config: Config) -> tuple[str, ...]:
+def _refused(config: Config, files: Path | None) -> tuple[str, ...]:
     """The reasons why training would refuse the data that lies here: files that are missing, and rows that the goal cannot learn from."""
     lacking = unusable(config.data)
-    if not lacking and all("://" not in source.path for source in config.data.train):
+    if files and not lacking and all("://" not in source.path for source in config.data.train):
         try:
-            check_sources(config, base_files(config.model))
+            check_sources(config, files)
         except CapstanError as error:
             lacking = [str(error)]
     return tuple(lacking)

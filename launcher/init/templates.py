@@ -1,7 +1,8 @@
 """The chat template of a first configuration, where the base has none and the data are conversations."""
 
+from pathlib import Path
+
 from launcher.init.choice import Setting
-from trainer.base.find.locate import base_files
 from trainer.config import Config
 from trainer.data.compile.inputs import find_train, has_conversations
 from trainer.data.render.named_templates import NAMED
@@ -10,10 +11,9 @@ from trainer.data.source.files import is_of_hub
 from trainer.errors import CapstanError
 
 
-def template_for(config: Config) -> dict[str, Setting]:
+def template_for(config: Config, directory: Path) -> dict[str, Setting]:
     """A named template whose tokens the base has, or the first of all, and its tokens, which such a base has never seen: an adapter learns
-    their rows too. Nothing where the base has a template, or the rows that can be read here are no conversations."""
-    directory = base_files(config.model)
+    their rows too; `directory` has the base's own. Nothing where the base has a template, or the rows that can be read here are no conversations."""
     if has_template(config.data, directory) or not _talks(config):
         return {}
     name = fitting_template(tokens_of(directory)) or next(iter(NAMED))

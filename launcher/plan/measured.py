@@ -61,6 +61,7 @@ def _work(config: Config) -> list[Any]:
         (base, model.layers, model.dtype, config.quant.type),
         (config.tuning.method, config.tuning.targets, config.tuning.experts, config.objective.name),
         (config.data.sequence_length, train.micro_batch, train.activation_checkpointing),
+        config.sharding.sequence_parallel,
     ]
 
 
@@ -80,7 +81,8 @@ def _card(device: str) -> str:
 
 def _rate_of(config: Config, folder: Store, start: Record, steps: Sequence[Record]) -> Rate:
     ranks, train = start.get("world_size") or 1, config.train
-    rows = train.micro_batch * ceil(train.global_batch / (ranks * train.micro_batch)) * len(steps)
+    at_once = max(1, ranks // config.sharding.sequence_parallel) * train.micro_batch
+    rows = train.micro_batch * ceil(train.global_batch / at_once) * len(steps)
     seconds = sum(step["seconds"] for step in steps)
     tokens = sum(step.get("tokens") or 0 for step in steps) / ranks / seconds
     device = _card(str(start.get("device"))) or "CPUs"

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from launcher.plan.measured import measured_rate
 from trainer.base.find.check import check_weights_at_hand
-from trainer.base.find.locate import base_files, describe_base
+from trainer.base.find.locate import base_at_hand
 from trainer.config import Config
 from trainer.data.compile.inputs import check_sources
 from trainer.data.compile.length import epoch_length
@@ -19,8 +19,8 @@ from trainer.processes.devices import described_gpus, host_memory_left
 from trainer.run import layout
 from trainer.store import Store, open_store
 
-# A plan is made on a login node, which may not reach the store: then it does without what the store knows.
-_STORE_SECONDS = 5.0
+# A plan is made on a login node, which may not reach the store: then it does without what the store knows, and asks once.
+_STORE_SECONDS = 3.0
 
 Whose = Literal["given", "cluster.slurm.gpu_type", "this machine"]
 
@@ -71,7 +71,8 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
     """
     found, whose, count = _gpu_of(config, gpu)
     world_size, per_node = _ranks(config, count, ranks_per_node)
-    base = describe_base(config.model)
+    at_hand = base_at_hand(config.model)
+    base, files = at_hand.description, at_hand.directory
     config = base.decided(config)
     on_cpus = config.cluster.gpus_per_worker == 0
     here = int(host_memory_left() / 2 / per_node) if on_cpus else None  # as the ranks find it
@@ -81,9 +82,9 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
         plan = replace(plan, left_out=check_weights_at_hand(config.model))
     except ConfigError as error:
         misfits.append(str(error))
-    if not missing and not any(is_of_hub(source) for source in config.data.train):
+    if files and not missing and not any(is_of_hub(source) for source in config.data.train):
         try:
-            check_sources(config, base_files(config.model))
+            check_sources(config, files)
         except ConfigError as error:
             misfits.append(str(error))
         except DataError as error:
@@ -91,9 +92,10 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
         except StorageError:
             pass  # the data's bucket may be out of reach from here
     wrong, short = [*plan.mismatches, *misfits], [*plan.shortfalls, *misfits, *missing]
-    plan = replace(plan, mismatches=wrong, shortfalls=short)
+    notes = [*([at_hand.said] if at_hand.said else []), *plan.notes]
+    plan = replace(plan, mismatches=wrong, shortfalls=short, notes=notes)
     store = _answering_store(config)
-    length = length_of(config, None if missing else epoch_length(config, base_files(config.model), store))
+    length = length_of(config, None if missing else epoch_length(config, files, store))
     by_size = found is not None and not found.name
     rate = None if by_size or store is None else measured_rate(store, config, found)
     if rate is None and found and plan.device == "gpu":
@@ -103,7 +105,7 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
 
 def _answering_store(config: Config) -> Store | None:
     """The run's store; None where it does not answer, so that only one request waits for it."""
-    store = open_store(config.run.store, retry_seconds=_STORE_SECONDS, request_seconds=_STORE_SECONDS)
+    store = open_store(config.run.store, retry_seconds=0.0, request_seconds=_STORE_SECONDS)
     try:
         store.exists(f"{config.run.name}/{layout.CONFIG}")
     except StorageError:
@@ -129,7 +131,8 @@ def _gpu_of(config: Config, given: str | None) -> tuple[Gpu | None, Whose | None
 
 
 def _ranks(config: Config, local_gpus: int, ranks_per_node: int | None) -> tuple[int, int]:
-    """The ranks of the run and those of a node: as the settings say, else one for each GPU that is known of."""
+    """The ranks of the run and those of a node: as the settings say, else one for each GPU that is known of, else as few as can be."""
     slurm = config.cluster.slurm
-    world_size = config.cluster.most_workers or slurm.nodes * (slurm.gpus_per_node or 0) or local_gpus or 1
+    asked = config.cluster.most_workers or slurm.nodes * (slurm.gpus_per_node or 0)
+    world_size = asked or local_gpus or config.sharding.sequence_parallel
     return world_size, ranks_per_node or min(world_size, slurm.gpus_per_node or world_size)

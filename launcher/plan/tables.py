@@ -30,6 +30,7 @@ _MEANING = {
     "base_gathers": "the frozen base, gathered layer by layer",
     "adapter_gathers": "what learns, gathered",
     "adapter_gradients": "its gradients, reduced",
+    "row_exchanges": "heads for tokens, of the ranks that share rows",
     "from_other_nodes": "of all this, from other nodes",
     "total": "total",
 }
@@ -44,6 +45,8 @@ def meaning(part: str) -> str:
 # The batch's figures in words, and the unit of each.
 _BATCH = {
     "world_size": ("ranks", ""),
+    "data_groups": ("groups of ranks with rows of their own", ""),
+    "sequence_parallel": ("ranks that share each row", ""),
     "accumulation": ("micro-batches of a rank in a step", ""),
     "rows": ("rows of a step", "rows"),
     "empty_rows": ("empty rows of a step, as global_batch does not divide evenly", "rows"),
@@ -61,7 +64,7 @@ def plan_tables(plan: Plan) -> list[FoldedTable]:
         facts.add_row(f"{name} parameters", f"{count:,}")
     for name, count in asdict(plan.batch).items():
         words, unit = _BATCH.get(name, (name.replace("_", " "), ""))
-        if count:
+        if count and (plan.batch.sequence_parallel > 1 or name not in ("data_groups", "sequence_parallel")):
             facts.add_row(words, f"{count:,} {unit}".strip())
     facts.add_row("layers computed again in the backward pass", f"{plan.recomputed_layers} of {plan.layers}")
     facts.add_row("a checkpoint", decimal(plan.checkpoint_bytes))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.config import Config
+from trainer.config.cluster import STARTS_HERE
 from trainer.errors import CapstanError, ConfigError
 from trainer.processes.children import guarded
 
@@ -61,8 +62,9 @@ def _on_loopback() -> Iterator[None]:
 
 
 def address_of(config: Config, given: str | None = None) -> str | None:
-    """The cluster to join: the one `given`, else that of cluster.ray.address or RAY_ADDRESS; None where Ray starts here."""
-    return given or config.cluster.ray.address or os.environ.get("RAY_ADDRESS")
+    """The cluster to join: the one `given`, else that of cluster.ray.address or RAY_ADDRESS; None where the run stays on this machine."""
+    address = given or config.cluster.ray.address or os.environ.get("RAY_ADDRESS")
+    return None if address == STARTS_HERE else address
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def submit(
         check_shared(config, address)
         config, _ = checked(config, resume=resume, take_over=take_over, dry_run=dry_run, log=log)
     else:
-        config = pinned(config, check(config, resume=resume, take_over=take_over, elsewhere=True).base)
+        config = pinned(config, check(config, resume=resume, take_over=take_over, elsewhere=True))
     code = snapshot.take(Path.cwd())
     run = run_folder(config)
     submission = secrets.token_hex(4)

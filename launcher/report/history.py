@@ -29,6 +29,7 @@ class Start:
     step: int | None = None
     last_step: int | None = None
     world_size: int | None = None
+    sequence_parallel: int = 1
     device: str | None = None
     machines: int | None = None
     lifetime: Lifetime = field(default_factory=Lifetime)
@@ -111,6 +112,7 @@ def _go_on_from(history: History, step: int) -> None:
 
 def _add_facts(start: Start, record: Record) -> None:
     start.world_size, start.device = record.get("world_size"), record.get("device")
+    start.sequence_parallel = record.get("sequence_parallel") or 1
     start.machines = len(set(map(str, record.get("machines") or ()))) or None
     for part in PARTS:
         if (took := record.get(f"{part}_seconds")) is not None:

@@ -12,7 +12,7 @@ from launcher.start.place import warn_of_place
 from launcher.view.status import SILENT_SECONDS, read_status
 from trainer.base.find.check import check_weights
 from trainer.base.find.content import hub_commit
-from trainer.base.find.locate import Base, is_hub_id
+from trainer.base.find.locate import base_at_hand, is_hub_id
 from trainer.checkpoint.identity import check_identity
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import readable_manifests
@@ -21,13 +21,16 @@ from trainer.config.paths import absolute_path, local_path
 from trainer.config.secrets import refuse_secrets
 from trainer.data.compile.prepare import locate
 from trainer.data.render.named_templates import NAMED
-from trainer.errors import ConfigError, DataError, HubUnreachable, NotFound, NothingToResume, StorageError
-from trainer.resolve import Resolved, resolve
+from trainer.errors import BaseOutOfReach, ConfigError, DataError, NotFound, NothingToResume, StorageError
+from trainer.objective.objective import find_objective
+from trainer.resolve import Resolved, mismatches, resolve
 from trainer.run import layout
 from trainer.run.folder import command, run_folder
 from trainer.run.owner import FRESH_SECONDS, age, last_owner, read_owner
 from trainer.run.trackers.services import check_trackers
 from trainer.store import Store, open_run_store
+from trainer.tuning.beginning import starting_at
+from trainer.tuning.method import method_of
 from trainer.zero.policy import build_deepspeed_config
 
 
@@ -69,21 +72,41 @@ def checked(
     would be submitted also from a login node that reaches neither the store nor the Hub."""
     warn_of_place(config, log)
     if not dry_run:
-        return pinned(config, check(config, resume=resume, take_over=take_over, elsewhere=True).base), True
+        return pinned(config, check(config, resume=resume, take_over=take_over, elsewhere=True)), True
     impatient = config.model_copy(
         update={"run": config.run.model_copy(update={"store_retry": 0.0, "store_timeout": 3.0})}
     )
     try:
-        return pinned(config, check(impatient, resume=resume, take_over=take_over, elsewhere=True).base), True
-    except (StorageError, HubUnreachable) as error:
+        return pinned(config, check(impatient, resume=resume, take_over=take_over, elsewhere=True)), True
+    except StorageError as error:
         log(f"not checked from here: {error}")
         return config, False
+    except BaseOutOfReach as error:
+        return _by_what_is_known(config, error, log), False
 
 
-def pinned(config: Config, base: Base) -> Config:
-    """`config` with what its base decides: the commit of a base of the Hub is its revision, so that every rank, and every later start,
-    gets that one, wherever the branch is by then; and quant.type, where it says nothing."""
+def _by_what_is_known(config: Config, error: BaseOutOfReach, log: Callable[[str], None]) -> Config:
+    """`config` as a well-known base decides it, checked against its sizes; unchecked where the base that raised `error` is not known."""
+    try:
+        base = base_at_hand(config.model)
+    except BaseOutOfReach:
+        log(f"not checked from here: {error}")
+        return config
+    log(base.said or "")
     config = base.description.decided(config)
+    method = method_of(config)
+    if wrong := mismatches(config, base.description, method, find_objective(config, method)):
+        raise ConfigError("\n".join(wrong))
+    return config
+
+
+def pinned(config: Config, resolved: Resolved) -> Config:
+    """`config` with what was found for it: the commit of a base of the Hub is its revision, so that every rank, and every later start,
+    gets that one, wherever the branch is by then; the same of the checkpoint of another run in tuning.start; and quant.type, where it says nothing."""
+    base = resolved.base
+    config = base.description.decided(config)
+    if resolved.beginning is not None:
+        config = starting_at(config, resolved.beginning.place)
     commit = hub_commit(base.directory)
     if commit is None or not is_hub_id(config.model.base) or local_path(config.model.base, "model.base").is_dir():
         return config

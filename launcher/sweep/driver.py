@@ -51,6 +51,7 @@ from trainer.run.owner import Ownership, newest_number, take
 from trainer.run.requests import request_stop, stop_requester
 from trainer.run.settings import changes
 from trainer.store import open_run_store
+from trainer.tuning.beginning import with_known_start
 
 _LOOK_SECONDS = 2.0
 _MAY_CHANGE = ("sweep.", "cluster.", "track.", "retry.", "timeouts.")
@@ -73,7 +74,7 @@ def laid_out(config: Config, *, resume: bool) -> tuple[Config, SearchPlan]:
     Raises:
         ConfigError: a trial's settings are not allowed, a name is taken, or with `resume` the search is another than it was.
     """
-    config = anchored(_sharing_base(config))
+    config = with_known_start(anchored(_sharing_base(config)))
     plan, folder = planned(config), run_folder(config)
     if resume:
         before = read_plan(folder)

@@ -59,6 +59,7 @@ class RunStatus:
     generation: int = 0
     restarts: list[Restart] = field(default_factory=list)
     world_size: int | None = None
+    sequence_parallel: int = 1
     machines: dict[str, int] = field(default_factory=dict)
     device: str | None = None
     dashboard: str | None = None
@@ -189,6 +190,7 @@ class Follower:
             generation=number,
             restarts=self._restarts(),
             world_size=self._newest_value("start", "world_size"),
+            sequence_parallel=self._newest_value("start", "sequence_parallel") or 1,
             machines=dict(Counter(map(str, self._newest_value("start", "machines") or ()))),
             device=self._newest_value("start", "device"),
             dashboard=self._newest_value("start", "dashboard"),

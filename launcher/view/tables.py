@@ -74,8 +74,10 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str | Text]]:
 
 def _ranks_line(status: RunStatus) -> str:
     by_machine = ", ".join(f"{name}: {ranks}" for name, ranks in status.machines.items())
+    shared = status.sequence_parallel
     return (
         f"{status.world_size}"
+        + (f" = {(status.world_size or 0) // shared} x {shared} that share rows" if shared > 1 else "")
         + (f" ({by_machine})" if by_machine else "")
         + (f" on {status.device}" if status.device else "")
     )

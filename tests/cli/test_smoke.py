@@ -1,4 +1,4 @@
-"""The command a newcomer runs, whole: real Ray, real S3 server, a real kill, another world size, a verified adapter."""
+"""The command a newcomer runs, whole: real ranks, real S3 server, a real kill, another world size, a verified adapter."""
 
 import json
 

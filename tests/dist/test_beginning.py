@@ -76,7 +76,7 @@ def test_dpo_after_sft_is_measured_against_what_sft_has_learnt(workshop: Worksho
     assert from_run[1] == pytest.approx(math.log(2), abs=1e-5)
     assert from_run[10] < from_run[1] - 0.1
     learnt = read_manifest(workshop.store.sub("sft"), 6)
-    assert read_manifest(workshop.store.sub("dpo"), 10).base["start"] == "sft, step 6"
+    assert read_manifest(workshop.store.sub("dpo"), 10).base["start"] == "sft@6"
     first, before = (
         master_weights(workshop.store.sub(name), manifest)
         for name, manifest in (("dpo", read_manifest(workshop.store.sub("dpo"), 1)), ("sft", learnt))
@@ -104,7 +104,7 @@ def test_the_export_is_one_adapter_that_equals_in_peft(
     ours = master_weights(workshop.store.sub("dpo"), read_manifest(workshop.store.sub("dpo"), 10))
     saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert len(saved) == len(ours)
-    assert "sft, step 6" in (tmp_path / "out" / "README.md").read_text()
+    assert "sft@6" in (tmp_path / "out" / "README.md").read_text()
     base = AutoModelForCausalLM.from_pretrained(workshop.base, dtype=torch.float32)
     assert list(PeftModel.from_pretrained(base, tmp_path / "out").peft_config) == ["default"]
 
@@ -121,11 +121,11 @@ def test_the_export_is_one_adapter_that_equals_in_peft(
 def test_settings_that_make_another_adapter_are_refused(
     workshop: Workshop, sft: Path, pairs: Path, settings: str, sentence: str
 ) -> None:
-    for start in ("sft", sft):
+    for start, named in (("sft", "sft@6"), (sft, str(sft))):
         config = preferring(workshop, pairs, "refused", start, settings)
         with pytest.raises(ConfigError) as refused:
             resolve(config, resolve_base(config.model))
-        assert sentence.format(start=repr(str(start))) in str(refused.value)
+        assert sentence.format(start=repr(named)) in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -33,13 +33,13 @@ ROWS = [list(range(3, 60)), list(range(200, 290))]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes, some merges, three special tokens and a chat template."""
+    """Bytes, some merges, four special tokens and a chat template."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=300,
-        special_tokens=[*SPECIALS],
+        special_tokens=[*SPECIALS, "<sep>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -122,6 +122,17 @@ def text(name: str, change: Callable[[str], str]) -> Change:
     return lambda folder: (folder / name).write_text(change((folder / name).read_text()))
 
 
+def write(file: Path, content: str) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(content)
+
+
+def swap_files(one: Path, other: Path) -> None:
+    first = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(first)
+
+
 def no_tokenizer(folder: Path) -> None:
     for file in (*folder.glob("*token*"), *folder.glob("*.jinja")):
         file.unlink()
@@ -158,12 +169,34 @@ TEXTS: dict[str, Change] = {
     "a template that trims": text("chat_template.jinja", lambda said: said.replace("m.content", "m.content|trim")),
     "a template without an end": text("chat_template.jinja", lambda said: said.replace("</s>", "")),
     "a template that differs for tools alone": text("chat_template.jinja", lambda said: "{% if tools %}!{% endif %}" + said),
+    "a special token that is shown": in_json("tokenizer.json", lambda tree: tree["added_tokens"][3].update(special=False)),
+    "answers are shown in other characters": in_json("tokenizer.json", lambda tree: tree.update(decoder=None)),
+    "added tokens in a file of their own": lambda folder: (folder / "added_tokens.json").write_text('{"bee": 300}'),
+    "special tokens in a file of their own": lambda folder: (folder / "special_tokens_map.json").write_text('{"eos_token": "<pad>"}'),
+    "another class": setting("tokenizer_config.json", "tokenizer_class", "Qwen2Tokenizer"),
+    "special tokens are split": setting("tokenizer_config.json", "split_special_tokens", True),
+    "a template for calls beside it": lambda folder: write(folder / "additional_chat_templates/tool_use.jinja", "!" + RUNS),
     "a special token that takes spaces": in_json("tokenizer.json", lambda tree: tree["added_tokens"][2].update(lstrip=True)),
     "texts that begin with a token": in_json("tokenizer.json", begin_with_a_token),
     "no tokenizer": no_tokenizer,
     "a torn tokenizer": text("tokenizer.json", lambda said: said[: len(said) // 2]),
 }  # fmt: skip
+# Those that a program meets, and no text that is only encoded and rendered.
+FILES: dict[str, Change] = {
+    "a limit of length": in_json(
+        "tokenizer.json", lambda tree: tree.update(truncation={"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0})
+    ),
+    "padding on the left": setting("tokenizer_config.json", "padding_side", "left"),
+    "a processor's template": lambda folder: write(folder / "processor_config.json", '{"chat_template": "!"}'),
+    "an older tool's template": lambda folder: write(folder / "chat_template.json", '{"chat_template": "!"}'),
+    "a hidden file": lambda folder: write(folder / ".adapter_model.safetensors", "x"),
+    "a checkpoint in a folder": lambda folder: write(folder / "checkpoint-9/adapter_model.safetensors", "x"),
+    "pickled weights": lambda folder: write(folder / "pytorch_model.bin", "x"),
+}  # fmt: skip
 ADAPTERS: dict[str, Change] = {
+    "another scale": in_weights(lambda weights: [value.mul_(2) for name, value in weights.items() if "lora_B" in name]),
+    "half the digits": in_weights(lambda weights: weights.update({name: value.half() for name, value in weights.items()})),
+    "one target less": in_json("adapter_config.json", lambda tree: tree["target_modules"].pop()),
     "one weight": in_weights(one_weight),
     "one matrix zeroed": in_weights(lambda weights: weights[max(weights)].zero_()),
     "two matrices swapped": in_weights(swapped),
@@ -184,6 +217,10 @@ ADAPTERS: dict[str, Change] = {
     "no settings": without("adapter_config.json"),
 }  # fmt: skip
 MERGES: dict[str, Change] = {
+    "two shards swapped": lambda folder: swap_files(*sorted(folder.glob("*.safetensors"))[:2]),
+    "half the digits": in_weights(lambda weights: weights.update({name: value.half() for name, value in weights.items()})),
+    "no settings of answers": without("generation_config.json"),
+    "answers are drawn otherwise": setting("generation_config.json", "temperature", 0.1),
     "one weight": in_weights(one_weight),
     "two tensors swapped": in_weights(swapped),
     "one bit": lambda folder: flip(max(folder.glob("*.safetensors"))),
@@ -208,7 +245,8 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-CHANGES = {"peft": {**ADAPTERS, **TEXTS}, "merged": {**MERGES, **TEXTS}}
+# The texts of a merge are compared as those of an adapter, byte by byte.
+CHANGES = {"peft": {**ADAPTERS, **FILES, **TEXTS}, "merged": MERGES}
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,8 @@ def test_a_document_is_what_it_is_alone_whatever_else_is_in_the_row(kind: str) -
     """With every kernel that computes the base's attention on a CPU; all give the same."""
     facts, found = read_architecture(settings(kind)), list[Tensor]()
     assert facts.isolates_documents
+    # Lightning indexers pick keys by scores of all tokens, outside of the attention function.
+    assert (facts.fails_shared is None) == (kind not in {*IN_BATCHES, "deepseek-v32"})
     assert unable(facts).keys() - {"flex_attention"} == UNABLE.get(kind, set())
     assert ("flex_attention" not in unable(facts)) == (kind in NEED_FLEX)
     kernels = [
@@ -241,6 +243,7 @@ def _loss(states: Tensor) -> Tensor:
 def test_a_base_that_takes_no_positions_computes_one_document_with_padding_behind_it() -> None:
     bloom = {"model_type": "bloom", "n_layer": 2, "n_head": 4, **SIZES}
     assert not read_architecture(bloom).isolates_documents
+    assert read_architecture(bloom).fails_shared == "a small model of its kind predicts otherwise then"
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**bloom), dtype=torch.float32).eval()
     keep_documents_apart(model)
     tokens, positions = row()[0], torch.cat([torch.arange(A), torch.arange(sum(LENGTHS) - A)])[None]

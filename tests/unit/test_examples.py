@@ -6,46 +6,24 @@ from typing import Any
 import pytest
 
 from trainer.base.describe.description import describe
+from trainer.base.find.known import known_config
 from trainer.config import load_config
 from trainer.plan.plan import Plan, make_plan
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 GIB = 2**30
-# Sizes of the published config.json files.
-LLAMA_8B: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": False,
-}
-LLAMA_70B = LLAMA_8B | {
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-}
-QWEN3_30B_A3B: dict[str, Any] = LLAMA_8B | {
-    "model_type": "qwen3_moe",
-    "hidden_size": 2048,
-    "moe_intermediate_size": 768,
-    "num_hidden_layers": 48,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "vocab_size": 151936,
-}
-LLAMA_405B = LLAMA_8B | {
-    "hidden_size": 16384,
-    "intermediate_size": 53248,
-    "num_hidden_layers": 126,
-    "num_attention_heads": 128,
-}
+
+
+def known(base: str) -> dict[str, Any]:
+    found = known_config(base)
+    assert found
+    return found
+
+
+LLAMA_8B = known("meta-llama/Llama-3.1-8B-Instruct")
+LLAMA_70B = known("meta-llama/Llama-3.1-70B-Instruct")
+LLAMA_405B = known("meta-llama/Llama-3.1-405B-Instruct")
+QWEN3_30B_A3B = known("Qwen/Qwen3-30B-A3B")
 
 
 def plan(name: str, base: dict[str, Any], ranks: int, ranks_per_node: int, gib: int, *overrides: str) -> Plan:

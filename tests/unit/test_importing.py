@@ -193,7 +193,7 @@ def test_what_is_lost_is_said_with_what_holds_instead(site: Path, monkeypatch: p
         for outcome in import_files(["axolotl/full.yaml"]).keys
         if outcome.status == "not supported"
     }
-    assert set(lost) == {"lr_scheduler", "context_parallel_size", "neftune_noise_alpha", "dp_replicate_size"}
+    assert set(lost) == {"lr_scheduler", "neftune_noise_alpha", "dp_replicate_size"}
     assert "Left at cosine" in lost["lr_scheduler"]
     torchtune = {outcome.key: outcome for outcome in import_files(["torchtune/chat.yaml"]).keys}
     assert torchtune["optimizer._component_"].status == "not supported"
@@ -336,7 +336,9 @@ def test_keys_that_meet_each_other_mean_what_they_mean_there(
 
 def test_ranks_that_share_a_row_are_one_of_the_batch(tmp_path: Path) -> None:
     (tmp_path / "theirs.yaml").write_text("micro_batch_size: 2\ntensor_parallel_size: 2\ncontext_parallel_size: 2\n")
-    assert import_files([tmp_path / "theirs.yaml"], "axolotl", gpus=8).settings["train.global_batch"] == 4
+    settings = import_files([tmp_path / "theirs.yaml"], "axolotl", gpus=8).settings
+    assert settings["train.global_batch"] == 4
+    assert settings["sharding.sequence_parallel"] == 2
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,16 @@
 """Retention removes what its rules do not keep, and what no commit refers to once it is old."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from tests.checkpoints import commit, manifest, write_shards
+from trainer.checkpoint.choice import chosen_step
 from trainer.checkpoint.listing import committed_steps
+from trainer.checkpoint.manifest import read_manifest
 from trainer.checkpoint.retention import Removal, Retention, plan_removal, remove
 from trainer.run import layout
 from trainer.store import Store, open_store
@@ -51,6 +54,14 @@ def test_losses_come_from_the_manifests_and_a_damaged_one_has_none(run: Store) -
         commit(run, step, eval_loss=loss)
     run.put(layout.manifest(2), b"{")
     assert plan_removal(run, Retention(1, keep_best=1)).kept == [4, 1]
+
+
+def test_losses_over_other_data_than_the_newest_are_no_better_ones(run: Store) -> None:
+    for step, loss, data in ((1, 0.1, "easy"), (2, 0.9, "hard"), (3, 0.8, "hard"), (4, None, None)):
+        commit(run, step, eval_loss=loss)
+        run.put(layout.manifest(step), replace(read_manifest(run, step), eval_data=data).to_json())
+    assert chosen_step(run, None, best=True) == 3
+    assert plan_removal(run, Retention(1, keep_best=1), proven=4).steps == [2, 1]
 
 
 def test_a_removal_deletes_the_manifest_before_its_shards(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:

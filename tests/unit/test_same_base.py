@@ -144,14 +144,14 @@ def hub(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_run_stays_at_the_commit_of_the_hub_that_it_began_with(workshop: Workshop, hub: Path) -> None:
     first, second = COMMITS
     given = workshop.config("hub", "model.base=me/tiny")
-    config = pinned(given, check(given, resume=False).base)
+    config = pinned(given, check(given, resume=False))
     assert config.model.revision == first
     commit(workshop.store.sub("hub"), config, dataset=workshop.prepare(config).train)
     facts = read_manifest(workshop.store.sub("hub"), 4).base
     assert (facts["commit"], all(len(known) == 64 for known in facts["hashes"].values())) == (first, True)
 
     hub_cache(workshop, hub, second)  # the branch moves
-    assert pinned(config, check(config, resume=True).base).model.revision == first
+    assert pinned(config, check(config, resume=True)).model.revision == first
     run = workshop.store.sub("hub")
     for unpinned in (
         False,

@@ -1,9 +1,19 @@
 """A run ends by itself when its loss stays high, or when its evaluations no longer get better."""
 
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
 
+from trainer.config import parse_config
 from trainer.config.training import StopWhen
-from trainer.train.stop_rules import StopRules
+from trainer.run import layout
+from trainer.run.records import encoded
+from trainer.store import open_store
+from trainer.train.start import Start
+from trainer.train.stop_rules import StopRules, open_stop_rules
 
 
 def ends_at(
@@ -36,3 +46,45 @@ def test_a_resumed_run_ends_where_it_would_have(until: int) -> None:
     losses = {2: 1.0, 4: 0.8, 6: 0.9, 8: 0.8, 10: 0.7}
     before = {step: loss for step, loss in losses.items() if step <= until}
     assert ends_at(StopRules(StopWhen(no_better=2), before), [1.0] * 10, losses, until + 1) == 8
+
+
+CONFIG = """
+run: {name: t}
+model: {base: b}
+data: {train: [{path: t.jsonl}], eval: [{path: e.jsonl}]}
+eval: {every: 2}
+checkpoint: {keep_best: 1}
+train: {steps: 9, stop_when: {loss_above: 3, loss_steps: 3, no_better: 2}}
+"""
+
+
+def resumed(folder: Path, step: int, *records: dict[str, Any], data: str = "old") -> StopRules:
+    """The rules of a start that goes on from `step`, after one with these records; its evaluation data is `data`."""
+    run = open_store(str(folder))
+    begun = {"kind": "start", "step": 0, "data": {"train": "t", "eval": "old"}}
+    run.put(layout.metrics(1), b"".join(map(encoded, (begun, *records))))
+    ranks = SimpleNamespace(rank=0, broadcast=lambda value: value)
+    return open_stop_rules(
+        cast(Start, SimpleNamespace(config=parse_config(CONFIG), folder=run, ranks=ranks)), step, data
+    )
+
+
+def test_losses_before_a_resume_count_as_those_behind_it(tmp_path: Path) -> None:
+    high = [{"kind": "step", "step": step, "loss": 4.0} for step in (1, 2, 3)]
+    assert ends_at(resumed(tmp_path, 2, *high), [4.0, 4.0], first=3) == 3
+    assert ends_at(resumed(tmp_path, 2, *high[1:]), [4.0, 4.0], first=3) == 4
+    low = {"kind": "step", "step": 2, "loss": 1.0}
+    assert ends_at(resumed(tmp_path, 2, high[0], low), [4.0, 4.0, 4.0], first=3) == 5
+
+
+def test_evaluations_over_other_data_do_not_count(tmp_path: Path) -> None:
+    before = [{"kind": "eval", "step": step, "loss": loss} for step, loss in ((2, 0.1), (4, 0.2))]
+    later = {6: 0.9, 8: 0.8}
+    assert ends_at(resumed(tmp_path, 4, *before), [1.0] * 4, later, 5) == 6
+    assert ends_at(resumed(tmp_path, 4, *before, data="new"), [1.0] * 4, later, 5) is None
+
+
+def test_a_loss_that_is_no_number_is_the_worst(tmp_path: Path) -> None:
+    assert ends_at(StopRules(StopWhen(no_better=2)), [1.0] * 8, {2: math.nan, 4: 0.9, 6: 0.8, 8: 0.7}) is None
+    nan = {"kind": "eval", "step": 2, "loss": math.nan}
+    assert ends_at(resumed(tmp_path, 2, nan), [1.0] * 8, {4: 0.9, 6: 0.8, 8: 0.7}, 3) is None

@@ -7,11 +7,13 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForMultimodalLM
 
-from trainer.base.architecture import READ_BY_ITS_FAMILY, UNKNOWN_EXPERTS, mismatches
+from trainer.base.architecture import READ_BY_ITS_FAMILY, UNKNOWN_EXPERTS, Architecture, mismatches
 from trainer.base.describe import supported
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.language_part import LanguagePart
+from trainer.base.describe.meta import architecture_of
 from trainer.base.describe.small import small_settings
+from trainer.base.find.known import known_config
 from trainer.config import parse_config
 from trainer.errors import ConfigError
 from trainer.model.documents import _CACHES
@@ -52,6 +54,14 @@ def test_experts_that_no_rule_recognises_are_named_and_count_by_the_tokens_that_
     assert found.whole().keys() == {(name, UNKNOWN_EXPERTS) for name in ("w1", "v1", "w2")}
     assert sum(part.numel for part in found.parameters) == pytest.approx(132e9, rel=0.025)
     assert sum(part.visits * part.numel for part in found.parameters) == pytest.approx(36e9, rel=0.11)
+
+
+def test_experts_that_return_what_they_get_have_no_weights_and_take_their_share_of_the_tokens() -> None:
+    config = known_config("meituan-longcat/LongCat-Flash-Chat")
+    found = Architecture.from_json(architecture_of(config or {}, None, "LongCat"))
+    assert sum(part.numel for part in found.parameters) == pytest.approx(560e9, rel=0.025)
+    seen = sum(part.visits * part.numel for part in found.parameters if part.kind != "embedding")
+    assert seen == pytest.approx(27e9, rel=0.02)
 
 
 def test_linear_layers_of_a_familys_own_class_that_is_a_product_are_adapted() -> None:

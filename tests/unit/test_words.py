@@ -23,7 +23,7 @@ from launcher.view.status import read_status
 from tests.unit.made_records import CONFIG, NOW, end, start, step, write
 from trainer.base.find.locate import resolve_base
 from trainer.config import parse_config
-from trainer.errors import ConfigError, HubUnreachable, StorageError
+from trainer.errors import BaseOutOfReach, ConfigError, StorageError
 from trainer.files import hub
 from trainer.run import layout
 from trainer.store import Store, open_store
@@ -137,7 +137,7 @@ def test_a_folder_as_the_store_of_other_machines_is_said_to_be_one(place: str, w
 
 def test_a_dry_run_needs_neither_the_hub_nor_the_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object, **__: object) -> None:
-        raise HubUnreachable("model.base: it cannot be reached")
+        raise BaseOutOfReach("model.base: it cannot be reached", "it cannot be reached")
 
     said = list[str]()
     monkeypatch.setattr("launcher.start.check.check", unreachable)
@@ -146,7 +146,7 @@ def test_a_dry_run_needs_neither_the_hub_nor_the_bucket(monkeypatch: pytest.Monk
     )
     assert checked(config, resume=False, take_over=False, dry_run=True, log=said.append) == (config, False)
     assert said == ["not checked from here: model.base: it cannot be reached"]
-    with pytest.raises(HubUnreachable):
+    with pytest.raises(BaseOutOfReach):
         checked(config, resume=False, take_over=False, dry_run=False, log=said.append)
 
 

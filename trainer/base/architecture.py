@@ -70,6 +70,7 @@ class Linear:
 class AttentionLayer:
     """The attention of one decoder layer, at `path` in the model: the keys of a token are (key_value_heads, head_size), or None
     where they are no such thing. `window` is the number of tokens that a token sees, itself included, where it does not see all.
+    `query_heads` are its heads of queries, where they are known.
     """
 
     path: str
@@ -77,6 +78,7 @@ class AttentionLayer:
     key_value_heads: int | None
     head_size: int | None
     window: int | None = None
+    query_heads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ class Architecture:
     parameters. `positions` is the longest sequence, where the model has a limit. The attention caps its logits
     (`caps_attention`, Gemma 2), or has a sink for each head (`has_sinks`), which not every kernel computes. transformers
     runs it with SDPA (`supports_sdpa`), and with kernels that take no mask (`supports_flash`). `isolates_documents`: documents of a
-    packed row do not see each other in a small model of the same kinds, which cannot compute over 4 bits where `fails_packed` says why.
+    packed row do not see each other in a small model of the same kinds, which cannot compute over 4 bits where `fails_packed` says why, and not on
+    ranks that share a row where `fails_shared` does.
     It is not `tried` where its family's code runs at no other sizes. `taken_for_experts` are the last names of linear layers in whose place PEFT adapts the
     experts.
     With logits z = `logit_factor` / `logit_divisor` * the product with the head, and `softcap` c, the model's are
@@ -112,6 +115,7 @@ class Architecture:
     supports_flash: bool = True
     isolates_documents: bool = True
     fails_packed: str | None = None
+    fails_shared: str | None = None
     tried: bool = True
     taken_for_experts: tuple[str, ...] = ()
     logit_factor: float = 1.0

@@ -63,7 +63,8 @@ class CommitHooks:
 
 @dataclass
 class Checkpoints:
-    """One run's checkpoints, as one rank of one generation writes them. `newest` is the step of the last save that was begun."""
+    """One run's checkpoints, as one rank of one generation writes them. `evaluated` is the fingerprint of the data of their evaluation losses;
+    `newest` is the step of the last save that was begun."""
 
     run: Store
     ranks: Ranks
@@ -71,6 +72,7 @@ class Checkpoints:
     identity: Identity
     rules: config.Checkpoint
     hooks: CommitHooks
+    evaluated: str | None = None
     newest: int | None = None
     _saves: int = 0
     _skipped: int = 0
@@ -132,6 +134,7 @@ class Checkpoints:
             groups=learner.groups,
             versions=versions(),
             eval_loss=eval_loss,
+            eval_data=None if eval_loss is None else self.evaluated,
             shapes=shapes,
             shards=[],
         )

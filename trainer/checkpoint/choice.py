@@ -1,13 +1,14 @@
 """The checkpoint that a user names by `--step` or `--best`, for every command that reads one."""
 
 from trainer.checkpoint.listing import committed_steps
-from trainer.checkpoint.manifest import check_step, readable_manifests
+from trainer.checkpoint.manifest import check_step, comparable_losses, readable_manifests
 from trainer.errors import ConfigError
 from trainer.store import Store
 
 
 def chosen_step(folder: Store, step: int | None, *, best: bool) -> int | None:
-    """The step of `--step`, or with `--best` that of the lowest evaluation loss, the newer of equals; with neither None, which
+    """The step of `--step`, or with `--best` that of the lowest evaluation loss, the newer of equals, over the data of the
+    newest evaluation; with neither None, which
     stands for the newest that is whole. Reads manifests, no shards: `whole_checkpoint` of the step proves it.
 
     Raises:
@@ -22,9 +23,7 @@ def chosen_step(folder: Store, step: int | None, *, best: bool) -> int | None:
     check_step(folder, steps, step)
     if step is not None:
         return step
-    losses = {
-        found.step: found.eval_loss for found in readable_manifests(folder, [], steps) if found.eval_loss is not None
-    }
+    losses = comparable_losses(readable_manifests(folder, [], steps))
     if not losses:
         raise ConfigError(
             f"--best: no checkpoint of {folder.uri} was evaluated when it was saved (eval.every). Name one with --step. "

@@ -8,7 +8,7 @@ each shard's intervals, is read for ever.
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Annotated, Any, ClassVar
@@ -80,6 +80,9 @@ class CheckpointManifest:
     objective: _Facts = field(default_factory=dict)  # name and settings, without those of sft and of defaults
     optimizer: str = "adamw"  # it decides which states the shards hold
     text: TextHashes | None = None  # whose content is in the run's folder
+    eval_data: str | None = (
+        None  # fingerprint of the data that `eval_loss` is of, which may change in the course of a run
+    )
 
     @property
     def size(self) -> int:
@@ -121,12 +124,21 @@ class CheckpointManifest:
             assert shard.pop("intervals") is None, "only format 2 lists intervals"
         if not self.objective:
             del body["objective"]  # manifests of the next-token loss are those of before there were others
-        if self.text is None:
-            del body["text"]
+        for name in ("text", "eval_data"):
+            if body[name] is None:
+                del body[name]
         if self.optimizer == "adamw":
             del body["optimizer"]  # and so are those of AdamW
         digest = hashlib.sha256(_canonical(body)).hexdigest()
         return json.dumps({"format": FORMAT, "sha256": digest, "body": body}, sort_keys=True, allow_nan=False).encode()
+
+
+def comparable_losses(manifests: Iterable[CheckpointManifest]) -> dict[int, float]:
+    """Step -> evaluation loss of those of `manifests`, newest first, that were evaluated, over the data that the newest of these has. One
+    that does not say which data it was is taken for the same."""
+    evaluated = [(found.step, found.eval_loss, found.eval_data) for found in manifests if found.eval_loss is not None]
+    newest = next((data for _, _, data in evaluated if data is not None), None)
+    return {step: loss for step, loss, data in evaluated if data in (None, newest)}
 
 
 _READER = TypeAdapter(CheckpointManifest)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from trainer.checkpoint.listing import StepFolder, step_folders
-from trainer.checkpoint.manifest import read_manifest, readable_manifests, shard_problem
+from trainer.checkpoint.manifest import comparable_losses, read_manifest, readable_manifests, shard_problem
 from trainer.errors import Damaged, NotFound
 from trainer.run import layout
 from trainer.store import Entry, Store
@@ -76,8 +76,7 @@ def plan_removal(
     newest_first = [found.step for found in folders if found.manifest is not None]
     losses: dict[int, float] = {}
     if rules.keep_best:
-        manifests = readable_manifests(folder, [], newest_first)
-        losses = {found.step: found.eval_loss for found in manifests if found.eval_loss is not None}
+        losses = comparable_losses(readable_manifests(folder, [], newest_first))
     removal = Removal(steps=rules.removable(newest_first, losses))
     removal.kept = [step for step in newest_first if step not in removal.steps]
     if removal.steps:

@@ -7,12 +7,18 @@ from pydantic import field_validator, model_validator
 
 from trainer.section import Section, setting
 
+STARTS_HERE = "local"
+"""The address of a Ray that a run starts for itself, as `ray.init` has it."""
+
 
 class Ray(Section):
     """The Ray cluster that runs the workers."""
 
     address: str | None = setting(
-        None, about="A running cluster. Without it Ray starts on this machine for this run.", example="auto"
+        None,
+        about="A running cluster, or `local` for a Ray that starts on this machine for this run. Without it the ranks are processes of this "
+        "machine.",
+        example="auto",
     )
     start_timeout: float = setting(
         300,
@@ -47,6 +53,11 @@ class Ray(Section):
         "snapshot is its working_dir.",
         example={"env_vars": {"NCCL_SOCKET_IFNAME": "eth0"}},
     )
+
+    @property
+    def starts_here(self) -> bool:
+        """Whether a Ray is to start on this machine."""
+        return self.address == STARTS_HERE
 
     @model_validator(mode="after")
     def _own_working_dir(self) -> "Ray":

@@ -199,8 +199,8 @@ class Tuning(Section):
 
     start: str | None = setting(
         None,
-        about="An adapter that learning begins from: a run of this store by its name (its newest checkpoint), the path or URI of a run, of one of "
-        "its checkpoints/step-... or of a LoRA adapter in PEFT's folder. Its rank, alpha and layers must be those of this section. The "
+        about="An adapter that learning begins from: a run of this store by its name (its newest checkpoint at the first start) or NAME@STEP, the path or URI of a "
+        "run, of one of its checkpoints/step-... or of a LoRA adapter in PEFT's folder. Its rank, alpha and layers must be those of this section. The "
         "reference of dpo and kto is then the base with that adapter. Default: the method's own start.",
         example="runs/support-sft/checkpoints/step-000000400",
         min_length=1,

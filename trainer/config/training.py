@@ -312,6 +312,16 @@ class Sharding(Section):
         "have the memory, as `capstan plan --gpu` tells; else world.",
         example="node",
     )
+    sequence_parallel: int = setting(
+        1,
+        about="Ranks that share each row: every one of them has an equal slice of its tokens, and in attention a share of its heads (Ulysses). The "
+        "memory of activations falls as much. The ranks of a run are a multiple of it, and those that share a row are on one node. docs/long-rows.md "
+        "says what it needs.",
+        example=4,
+        ge=1,
+        le=1024,
+        unit="ranks",
+    )
 
 
 class Checkpoint(Section):

@@ -47,6 +47,8 @@ class Config(Section):
             raise ValueError(wrong[0])
         if self.train.sample_every and not self.eval.prompts:
             raise ValueError("train.sample_every: has no effect without eval.prompts. Set that, or set it to 0.")
+        if wrong := self._uneven_workers():
+            raise ValueError(wrong)
         if self.tuning.targets == []:
             raise ValueError("tuning.targets: [] leaves nothing to learn. Name layers, or set all-linear.")
         if self.checkpoint.keep_best and not self.eval.between:
@@ -66,6 +68,19 @@ class Config(Section):
             if wrong := self.sweep.mismatches(known, self.evaluated, every):
                 raise ValueError("\n".join(wrong))
         return self
+
+    def _uneven_workers(self) -> str | None:
+        workers, size = self.cluster.workers, self.sharding.sequence_parallel
+        if size > 1 and isinstance(workers, tuple):
+            return (
+                f"cluster.workers: {list(workers)} lets the number of ranks change, which sharding.sequence_parallel: {size} does not allow, as "
+                "the ranks are a multiple of it. Give one number."
+            )
+        if isinstance(workers, int) and workers % size:
+            return (
+                f"cluster.workers: {workers} is no multiple of sharding.sequence_parallel: {size}. Change one of them."
+            )
+        return None
 
     @property
     def evaluated(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from trainer.checkpoint.manifest import CheckpointManifest, readable_manifests, 
 from trainer.config import Config, Data, override
 from trainer.data.compile.inputs import as_trained
 from trainer.data.compile.prepare import load_tokenizer
+from trainer.errors import ConfigError
 from trainer.export.trained import (
     check_overrides,
     check_trained_base,
@@ -124,8 +125,13 @@ def open_run(folder: Store, step: int | None, overrides: Sequence[str], *, base_
     Raises:
         CapstanError: on every rank alike.
     """
-    ranks = join_run(run_config(folder, overrides))
+    if any(change.startswith("sharding.sequence_parallel=") for change in overrides):
+        raise ConfigError(
+            "sharding.sequence_parallel: an evaluation computes each row on one rank, so this would have no effect. Remove it."
+        )
+    ranks = join_run(_whole_rows(run_config(folder, overrides)))
     config, manifest = ranks.on_first(lambda: settings_of(folder, step, overrides, base_alone=base_alone))
+    config = _whole_rows(config)
     with ranks.agreeing():
         base = resolve_base(config.model)
         if manifest is not None:  # the cache that keeps the tokenizer and the template is each machine's own
@@ -141,6 +147,11 @@ def open_run(folder: Store, step: int | None, overrides: Sequence[str], *, base_
     form = ranks.on_first(lambda: as_trained(config)).format
     words = Words(base, config.data.model_copy(update={"format": form}))
     return OpenedRun(folder, resolved, manifest, ranks, engine, words)
+
+
+def _whole_rows(config: Config) -> Config:
+    """The settings without ranks that share rows."""
+    return config.model_copy(update={"sharding": config.sharding.model_copy(update={"sequence_parallel": 1})})
 
 
 def _check_base(folder: Store, base: Base, manifest: CheckpointManifest | None, overrides: Sequence[str]) -> None:

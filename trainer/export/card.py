@@ -4,6 +4,7 @@ Its first lines are the Hub's metadata (huggingface.co/docs/hub/model-cards). `b
 is a folder is named in the table alone, and without its path, as the card may be public; the licence is the one that the base's own card names.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -113,6 +114,11 @@ def _named(place: str) -> str:
     return place.rstrip("/").rpartition("/")[2]
 
 
+def _begun_from(place: str) -> str:
+    """A checkpoint as NAME@STEP, anything else as `_named`."""
+    return _named(re.sub(r"/checkpoints/step-0*(\d+)$", r"@\1", place))
+
+
 def _base_licence(config: Config) -> str | None:
     """The licence as the Hub's metadata names it; None where the base has no card, or one that names none."""
     card = base_files(config.model) / "README.md"
@@ -129,7 +135,7 @@ def _facts(config: Config, manifest: CheckpointManifest) -> dict[str, Any]:
         "run": config.run.name,
         "step": manifest.step,
         "evaluation loss": "not evaluated at this step" if manifest.eval_loss is None else f"{manifest.eval_loss:.4f}",
-        **({"begun from": _named(manifest.base["start"])} if "start" in manifest.base else {}),
+        **({"begun from": _begun_from(manifest.base["start"])} if "start" in manifest.base else {}),
         "method": _in_words(_method(config)),
         "learning rate": _in_words(config.optim.model_dump(mode="json", include=_OPTIM, exclude_none=True)),
         "optimizer": _in_words(manifest.groups),

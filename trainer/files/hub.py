@@ -5,7 +5,7 @@ import socket
 import threading
 from functools import cache
 from urllib.parse import urlsplit
-from urllib.request import getproxies
+from urllib.request import getproxies, proxy_bypass
 
 _PATIENCE_SECONDS = 2.0
 
@@ -16,12 +16,21 @@ def hub_host() -> str:
     return f"{url.hostname}:{url.port or (80 if url.scheme == 'http' else 443)}"
 
 
+def proxy_host() -> str | None:
+    """The host and port of the proxy that requests to the Hub go through; None without one."""
+    url = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    known = getproxies()
+    found = known.get(url.scheme) or known.get("all")
+    if not found or proxy_bypass(url.hostname or ""):
+        return None
+    proxy = urlsplit(found if "://" in found else f"http://{found}")
+    return f"{proxy.hostname}:{proxy.port or (443 if proxy.scheme == 'https' else 80)}"
+
+
 @cache
 def hub_answers() -> bool:
-    """Whether a connection to the Hub can be made; asked once. Behind a proxy that is taken for granted."""
-    if getproxies():
-        return True
-    host, _, port = hub_host().rpartition(":")
+    """Whether a connection to the Hub can be made, or to the proxy on the way there; asked once."""
+    host, _, port = (proxy_host() or hub_host()).rpartition(":")
     connected = threading.Event()
 
     def connect() -> None:

@@ -5,6 +5,9 @@
               b b b b b             "+" being tokens whose results are dropped, and the longer ones before the shorter:
               c                     it is causal, so no token sees what lies behind it
 
+A row may be divided over ranks (trainer/model/exchange.py): then attention, and its mask, is for all of the row's tokens, and every other
+layer for this rank's slice of them.
+
 Attention knows the borders from its mask or from cu_seqlens. transformers makes most masks from restarting position_ids, but
 some models make theirs without: here every mask that is made for a row gets the borders. Any other layer that mixes tokens
 (linear attention, a convolution, Mamba, attention that also compresses or picks keys) takes the documents apart, so that the
@@ -23,17 +26,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, masking_utils
+from transformers import AttentionInterface, PreTrainedModel, masking_utils
 from transformers.masking_utils import (
     AttentionMaskInterface,
     and_masks,
     causal_mask_function,
     eager_mask,
     packed_sequence_mask_function,
+    remap_positions_for_packed_sequence,
     sdpa_mask,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from trainer.model.exchange import Peers, attend_across
 from trainer.model.parts import body
 from trainer.model.pinned import onto
 
@@ -58,10 +63,12 @@ def batches(lengths: list[int]) -> list[list[int]]:
 
 class Documents:
     """The documents of one row, from its position_ids (1, T), which restart in each of them. Where their `lengths` are not known
-    beforehand, asking for more than `numbers` waits for a GPU."""
+    beforehand, asking for more than `numbers` waits for a GPU. With `peers` the positions are those of this rank's slice, and the lengths, which
+    must be known, those of the whole row that they share."""
 
-    def __init__(self, position_ids: Tensor, lengths: Sequence[int] | None = None) -> None:
-        self._position_ids, self._lengths = position_ids, lengths
+    def __init__(self, position_ids: Tensor, lengths: Sequence[int] | None = None, peers: Peers | None = None) -> None:
+        assert peers is None or lengths is not None
+        self._position_ids, self._lengths, self.peers = position_ids, lengths, peers
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -74,8 +81,16 @@ class Documents:
         return None if len(self.lengths) == 1 else self._counted
 
     @cached_property
+    def positions(self) -> Tensor:
+        """The position_ids of the whole row, (1, T)."""
+        if self.peers is None:
+            return self._position_ids
+        every = torch.cat([torch.arange(length) for length in self.lengths])[None]
+        return onto(every, self._position_ids.device)
+
+    @cached_property
     def _counted(self) -> Tensor:
-        positions = self._position_ids
+        positions = self.positions
         return (positions.diff(prepend=positions[:, :1] - 1) != 1).cumsum(-1)
 
     @cached_property
@@ -107,16 +122,18 @@ class _Batches:
 
 _ROW: ContextVar[Documents | None] = ContextVar("row", default=None)
 _LENGTHS: ContextVar[tuple[int, ...] | None] = ContextVar("lengths", default=None)
+_PEERS: ContextVar[Peers | None] = ContextVar("peers", default=None)
 
 
 @contextmanager
-def lengths_known(lengths: tuple[int, ...]) -> Iterator[None]:
-    """Inside, a model computes a row whose documents have so many tokens each."""
-    before = _LENGTHS.set(lengths)
+def lengths_known(lengths: tuple[int, ...], peers: Peers | None = None) -> Iterator[None]:
+    """Inside, a model computes a row whose documents have so many tokens each; with `peers` this rank's slice of it."""
+    before, shared_before = _LENGTHS.set(lengths), _PEERS.set(peers)
     try:
         yield
     finally:
         _LENGTHS.reset(before)
+        _PEERS.reset(shared_before)
 
 
 def set_documents_apart(tokens: int) -> None:
@@ -124,6 +141,10 @@ def set_documents_apart(tokens: int) -> None:
     if (lengths := _LENGTHS.get()) is not None:
         parts = ((min(length, tokens), length - tokens) for length in lengths)
         _LENGTHS.set(tuple(part for pair in parts for part in pair if part > 0))
+
+
+class CannotDivide(Exception):
+    """A layer cannot compute for a slice of a row; the text says why, as a clause."""
 
 
 class _RowAtWork(AbstractContextManager[None]):
@@ -146,8 +167,9 @@ def recomputed() -> tuple[AbstractContextManager[None], AbstractContextManager[N
 
 
 def keep_documents_apart(model: PreTrainedModel) -> None:
-    """Have documents of a row not see each other in any layer of `model`."""
+    """Have documents of a row not see each other in any layer of `model`, and attention exchange its heads with those that share the row."""
     masking_utils.find_packed_sequence_indices = _find_documents
+    AttentionInterface.get_interface = _interface_of_row  # type: ignore[method-assign]
     AttentionMaskInterface.register("sdpa", sdpa_mask_of_row)
     AttentionMaskInterface.register("eager", of_row(eager_mask))
     decoder = body(model)
@@ -194,9 +216,21 @@ _find_packed = masking_utils.find_packed_sequence_indices
 
 
 def _find_documents(position_ids: Tensor) -> Tensor | None:
-    """transformers looks for documents in position_ids whenever it makes a mask, and waits for the device. In a row they are known."""
+    """transformers looks for documents in position_ids whenever it makes a mask, and waits for the device. In a row they are known. The
+    positions of a slice would be too few for its mask, which gets the whole row's in `of_row`."""
     row = _ROW.get()
-    return _find_packed(position_ids) if row is None else row.numbers
+    if row is None:
+        return _find_packed(position_ids)
+    return row.numbers if row.peers is None else None
+
+
+_interface = AttentionInterface.get_interface
+
+
+def _interface_of_row(known: AttentionInterface, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+    """The attention function that a layer is about to call, by which kernel soever: across the ranks that share the row, if some do."""
+    attend, row = _interface(known, name, default), _ROW.get()
+    return attend if row is None or row.peers is None else functools.partial(attend_across, attend, row.peers)
 
 
 def of_row(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -204,6 +238,10 @@ def of_row(make: Callable[..., Any]) -> Callable[..., Any]:
 
     def mask(*, mask_function: Callable[..., Any] = causal_mask_function, **given: Any) -> Any:
         row = _ROW.get()
+        if row is not None and row.peers is not None:
+            given["q_length"] = given["kv_length"] = sum(row.lengths)
+            if row.numbers is not None:
+                mask_function = remap_positions_for_packed_sequence(mask_function, row.positions)
         if row is not None and row.numbers is not None:
             mask_function = and_masks(mask_function, packed_sequence_mask_function(row.numbers))
             given["allow_is_causal_skip"] = False
@@ -225,7 +263,7 @@ def _for_row(forward: Callable[..., Any]) -> Callable[..., Any]:
         positions = given.pop("position_ids", None)
         if positions is None or not taken:
             return forward(*arguments, **given)
-        with _RowAtWork(Documents(positions, _LENGTHS.get())):
+        with _RowAtWork(Documents(positions, _LENGTHS.get(), _PEERS.get())):
             return forward(*arguments, position_ids=positions, **given)
 
     return over_row
@@ -237,6 +275,8 @@ def _in_batches(mixer: nn.Module, forward: Callable[..., Any]) -> Callable[..., 
     @functools.wraps(forward)
     def in_batches(*arguments: Any, **given: Any) -> Any:
         row, given = _ROW.get(), {name: value for name, value in given.items() if name not in _BORDERS}
+        if row is not None and row.peers is not None:
+            raise CannotDivide(f"its {type(mixer).__name__} mixes tokens by something else than plain attention")
         with _unfused(mixer):
             if row is None or row.numbers is None:
                 results = [forward(*arguments, **given)]

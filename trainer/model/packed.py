@@ -9,13 +9,14 @@ from transformers import PreTrainedModel
 
 from trainer.model.attention import Attention
 from trainer.model.documents import lengths_known
+from trainer.model.exchange import Peers
 from trainer.model.head import LossHead
 from trainer.model.parts import body
 
 
 class PackedRow(Protocol):
     """The inputs of one packed row of T tokens: ids and positions (1, T) int64, borders of documents (documents + 1,) int32, and
-    their lengths, which the host knows."""
+    their lengths, which the host knows. Where ranks share the row in `parts`, ids and positions are those of one part."""
 
     @property
     def input_ids(self) -> Tensor: ...
@@ -27,15 +28,19 @@ class PackedRow(Protocol):
     def max_seqlen(self) -> int: ...
     @property
     def lengths(self) -> tuple[int, ...]: ...
+    @property
+    def parts(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class PackedModel:
-    """`model` with the attention kernel that was chosen for it. It wants `reserved` positions before each document."""
+    """`model` with the attention kernel that was chosen for it. It wants `reserved` positions before each document. Rows in parts are shared
+    with `peers`."""
 
     model: PreTrainedModel
     attention: Attention
     reserved: int = 0
+    peers: Peers | None = None
 
     @property
     def head(self) -> LossHead:
@@ -44,8 +49,8 @@ class PackedModel:
         return head
 
     def hidden(self, row: PackedRow) -> Tensor:
-        """Hidden states of a packed row before the output head, (1, T, H)."""
-        with lengths_known(row.lengths):
+        """Hidden states of a packed row before the output head, (1, T, H); of this rank's part, where it shares the row."""
+        with lengths_known(row.lengths, self.peers if row.parts > 1 else None):
             return body(self.model)(
                 input_ids=row.input_ids,
                 position_ids=row.position_ids,

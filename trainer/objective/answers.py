@@ -26,7 +26,8 @@ class Answers:
 
 
 def read_segments(model: PackedModel, batch: MicroBatch | PartOfRow) -> Answers:
-    """The answers in each of a row's segments, by one pass through the model; one without trained tokens has 0 of both."""
+    """The answers in each of a row's segments, by one pass through the model; one without trained tokens has 0 of both. Of a row that ranks
+    share each gets the sums over the targets in its slice."""
     import torch
 
     nats = model.head(model.hidden(batch), batch.labels, batch.places, per_target=True)
@@ -42,4 +43,5 @@ def segments_of_targets(batch: MicroBatch | PartOfRow) -> Tensor:
 
     sizes = batch.cu_seqlens.diff().long()
     numbers = torch.arange(len(sizes), device=sizes.device)
-    return torch.repeat_interleave(numbers, sizes, output_size=batch.labels.numel())[batch.places]
+    tokens = batch.parts * batch.labels.numel()
+    return torch.repeat_interleave(numbers, sizes, output_size=tokens)[batch.first + batch.places]

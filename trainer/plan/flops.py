@@ -63,11 +63,11 @@ class StepWork:
     peak: float | None = None
 
     def of(self, batches: Iterable[MicroBatch]) -> float:
-        """The operations of a step's micro-batches."""
+        """The operations of a step's micro-batches. Ranks that share a row have its pairs by heads, and as many each."""
         found = 0.0
         for batch in batches:
             pairs = sum(layer.pair * layer.pairs(length) for length in _documents(batch) for layer in self.attention)
-            found += batch.tokens * self.token + batch.targets * self.target + self.passes * pairs
+            found += batch.tokens * self.token + batch.targets * self.target + self.passes * pairs / batch.parts
         return found
 
     def of_row(self, tokens: int) -> float:

@@ -40,7 +40,7 @@ class Length:
 
 @dataclass(frozen=True)
 class Rate:
-    """The seconds that a rank takes over one packed row, and where they come from: a run of the store and its GPU, or an assumption.
+    """The seconds that a rank takes over one packed row, or the ranks that share it, and where they come from: a run of the store and its GPU, or an assumption.
 
     `tokens_per_second` are those of a rank.
     """
@@ -92,12 +92,12 @@ def assumed_rate(config: Config, model: Architecture, gpu: Gpu, recomputed: floa
     reached = UTILISATION * gpu.flops
     tokens = config.data.sequence_length
     work = work_of(config, model, recomputed, gpu.name)
-    seconds = work.of_row(tokens) / reached
+    seconds = work.of_row(tokens) / reached / config.sharding.sequence_parallel
     basis = (
         f"{reached / 1e12:,.0f} TFLOP/s on each GPU: {UTILISATION:.0%} of the {gpu.flops / 1e12:,.0f} that the data sheet of "
         f"{gpu.name} says for bf16. The share is assumed, not measured"
     )
-    return Rate(seconds, tokens / seconds, basis)
+    return Rate(seconds, tokens / seconds / config.sharding.sequence_parallel, basis)
 
 
 def forecast(config: Config, batch: GlobalBatch, length: Length, rate: Rate | None) -> Forecast | None:

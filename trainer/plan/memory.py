@@ -54,6 +54,16 @@ class Inputs:
     scope: Scope
 
     @property
+    def shared(self) -> int:
+        """Ranks that share each row."""
+        return self.config.sharding.sequence_parallel
+
+    @property
+    def data_groups(self) -> int:
+        """Rows that are computed at one time: one for each rank, or for each group of ranks that share theirs."""
+        return max(1, self.world_size // self.shared)
+
+    @property
     def on_gpu(self) -> bool:
         return self.config.cluster.gpus_per_worker != 0
 
@@ -164,8 +174,8 @@ class Inputs:
 
     @property
     def tokens(self) -> int:
-        """Positions of a micro-batch."""
-        return self.config.train.micro_batch * self.row
+        """Positions of a micro-batch that a rank computes."""
+        return ceil(self.config.train.micro_batch * self.row / self.shared)
 
     @property
     def states_offloaded(self) -> bool:
@@ -186,11 +196,11 @@ class Inputs:
 
     @property
     def communicators(self) -> int:
-        """NCCL's: all ranks have two, as DeepSpeed clones theirs, and those of a node one where they share a copy of the base. CPUs use
-        gloo."""
+        """NCCL's: all ranks have two, as DeepSpeed clones theirs, those of a node one where they share a copy of the base, and those that
+        share rows one. CPUs use gloo."""
         if not self.on_gpu:
             return 0
-        return 2 * (self.world_size > 1) + (1 < self.group < self.world_size)
+        return 2 * (self.world_size > 1) + (1 < self.group < self.world_size) + (self.shared > 1)
 
 
 def base_bytes(given: Inputs) -> int:

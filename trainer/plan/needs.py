@@ -33,12 +33,14 @@ class WholeWeights:
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """One optimizer step. `empty_rows` are computed without targets, as global_batch does not divide evenly.
+    """One optimizer step. `data_groups` are the ranks that have rows of their own, or the groups of `sequence_parallel` ranks that share theirs. `empty_rows` are computed without targets, as global_batch does not divide evenly.
     `reference_time_percent` is the time of the objective's passes through the reference, as a share of the others'. Where
     the reference is stored there are none, but one pass over all data before the first step: `stored_reference_percent` of
     the time of an epoch."""
 
     world_size: int
+    data_groups: int
+    sequence_parallel: int
     accumulation: int
     rows: int
     empty_rows: int
@@ -102,6 +104,7 @@ class Traffic:
     base_gathers: int
     adapter_gathers: int
     adapter_gradients: int
+    row_exchanges: int
     total: int
     from_other_nodes: int
 

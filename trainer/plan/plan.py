@@ -15,8 +15,9 @@ from trainer.base.base import Description
 from trainer.config import Config
 from trainer.plan.memory import Inputs, base_bytes, memory_of, offloaded_activations, offloaded_base, offloaded_states
 from trainer.plan.needs import GlobalBatch, HostMemory, Parameters, Plan, Traffic, WholeWeights
-from trainer.plan.sizes import most_whole, value_bytes
+from trainer.plan.sizes import exchanged_values, most_whole, value_bytes
 from trainer.resolve import mismatches
+from trainer.shared_rows import uneven_ranks
 from trainer.tuning.method import method_of
 from trainer.zero.policy import Scope, build_deepspeed_config
 
@@ -167,7 +168,8 @@ def _inputs(
     config: Config, model: Architecture, world_size: int, ranks_per_node: int, scope: Scope
 ) -> tuple[Inputs, dict[str, Any]]:
     """The formulas' inputs, and DeepSpeed's dictionary."""
-    accumulation = ceil(config.train.global_batch / (world_size * config.train.micro_batch))
+    groups = max(1, world_size // config.sharding.sequence_parallel)
+    accumulation = ceil(config.train.global_batch / (groups * config.train.micro_batch))
     on_gpu = config.cluster.gpus_per_worker != 0
     deepspeed = build_deepspeed_config(config, world_size, accumulation, on_gpu, most_whole(config, model))
     zero = deepspeed["zero_optimization"]
@@ -186,13 +188,15 @@ def _batch(given: Inputs) -> GlobalBatch:
     many where they learn; activation checkpointing repeats the forward pass of its layers. A survey takes some of the tokens, one forward pass
     each, and leaves the loss the others."""
     train = given.config.train
-    rows = given.accumulation * given.world_size * train.micro_batch
+    rows = given.accumulation * given.data_groups * train.micro_batch
     surveyed = given.survey.share if given.survey else 0
     of_loss = 2 + (1 - given.kept_layers / given.model.layers) + given.method.trains_base
     passes = surveyed + (1 - surveyed) * of_loss
     stored = given.reference == "stored"
     return GlobalBatch(
         world_size=given.world_size,
+        data_groups=given.data_groups,
+        sequence_parallel=given.shared,
         accumulation=given.accumulation,
         rows=train.global_batch,
         empty_rows=rows - train.global_batch,
@@ -218,6 +222,7 @@ def _traffic(given: Inputs) -> Traffic:
 
     The base is gathered in the forward and in the backward pass of every micro-batch, within which activations are recomputed. A
     pass through the reference and a survey gather it once more each.
+    Ranks that share rows exchange queries, keys, values and results of attention in each pass through a layer, on their node.
     What learns, adapters or the base itself, is gathered as often, but for the reference. Its gradients are reduce-scattered in fp32 after every micro-batch; DeepSpeed does not wait for the last.
     """
     world_size, group = given.world_size, given.group
@@ -236,11 +241,23 @@ def _traffic(given: Inputs) -> Traffic:
     crossing = (adapters + gradients) * far // max(1, world_size - 1)
     if given.scope == "world":
         crossing += base * far // max(1, world_size - 1)
-    return Traffic(base, adapters, gradients, base + adapters + gradients, crossing)
+    exchanged = _exchanged(given)
+    return Traffic(base, adapters, gradients, exchanged, base + adapters + gradients + exchanged, crossing)
+
+
+def _exchanged(given: Inputs) -> int:
+    """Bytes that a rank receives of the others that share its rows: in the forward and the backward pass of each layer, and where it is computed
+    again. Of the values of its tokens all but its own part go to them, and as many come."""
+    layers = given.model.layers
+    again = 1 - given.kept_layers / layers
+    passes = given.accumulation * (2 + again)
+    values = exchanged_values(given.model, given.shared)
+    return ceil(given.item * passes * given.tokens * values * (given.shared - 1) / given.shared)
 
 
 def _shortfalls(given: Inputs, needed: int, gpu_memory: int | None) -> list[str]:
-    found = list[str]()
+    uneven = uneven_ranks(given.config, given.world_size, given.ranks_per_node)
+    found = [uneven] if uneven else list[str]()
     if given.scope == "node" and given.world_size % min(given.ranks_per_node, given.world_size):
         found.append(
             f"sharding.scope: node needs as many ranks on every node, but {given.world_size} ranks are not a multiple of "

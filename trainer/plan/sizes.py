@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from trainer.base.architecture import Architecture, Parameter
 from trainer.config import Config, Quant
+from trainer.model.heads import copies_of_keys
 from trainer.tuning.method import method_of
 from trainer.zero.policy import WHOLE
 
@@ -81,6 +82,24 @@ def stored_layers(config: Config, model: Architecture) -> list[int]:
         sum(stored_bytes(parameter, config.quant, item) for parameter in model.in_layer(layer))
         for layer in range(model.layers)
     ]
+
+
+def exchanged_values(model: Architecture, size: int) -> int:
+    """The values a token that `size` ranks which share a row exchange in a pass through all layers: queries, keys, values and results of
+    attention, keys and values as often as ranks need them (trainer/model/exchange.py). Keys of an unknown form count as queries do."""
+    found = 0
+    for layer in model.attention if size > 1 else ():
+        linears = (part for part in model.in_layer(layer.layer) if part.name.startswith(f"{layer.path}."))
+        results = [part.shape[1] for part in linears if part.kind == "linear" and part.shape[0] == model.hidden]
+        result = results[-1] if results else model.hidden
+        keys = result
+        if layer.key_value_heads and layer.head_size and layer.query_heads:
+            copies = (
+                copies_of_keys(layer.query_heads, layer.key_value_heads, size) if layer.query_heads % size == 0 else 1
+            )
+            keys = copies * layer.key_value_heads * layer.head_size
+        found += 2 * result + 2 * keys
+    return found
 
 
 def most_whole(config: Config, model: Architecture) -> int:

@@ -23,6 +23,7 @@ from trainer.data.order.stream import eval_stream
 from trainer.errors import Damaged, NonFiniteLoss, NotFound
 from trainer.run import layout
 from trainer.store import Store
+from trainer.train.begin import begin_from
 from trainer.train.start import Start
 from trainer.zero.engine import Engine
 
@@ -67,6 +68,8 @@ class ReferencePass:
             self.start.log(f"the reference of {len(found.log_p):,} {self.start.objective.unit} is in {folder.uri}")
             return found.log_p
         method, beginning = self.start.resolved.method, self.start.resolved.beginning
+        if beginning is not None and beginning.begun:
+            begin_from(beginning, self.start, self.engine)
         as_attached = method.trains_base or beginning is not None  # no update has been made yet
         self.engine.evaluating(True)
         with nullcontext() if as_attached else method.switched_off(self.engine.model):

@@ -22,6 +22,7 @@ def record_start(start: Start, report: LoadReport, **facts: Any) -> None:
         "start",
         generation=start.generation,
         world_size=ranks.world_size,
+        sequence_parallel=start.config.sharding.sequence_parallel,
         **facts,
         host=processes[0][0],
         hosts=[host for host, _, _ in processes],

@@ -1,7 +1,8 @@
 """The adapter that a run begins from, `tuning.start`: one that a run of ours has committed, or a LoRA adapter in PEFT's folder.
 
-Its weights become those of the adapter before the first step. A run that resumes has weights of its own, and takes nothing from
-here. Importing the file loads no torch.
+Its weights become those of the adapter before the first step. The first start names the checkpoint of a run in `tuning.start`, as a run
+that goes on learning has another newest one by the next start. A run that resumes has weights of its own, and takes nothing from here
+unless its stored reference has to be read again. Importing the file loads no torch.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 from trainer.base.base import Base
+from trainer.base.find.content import content_of
 from trainer.checkpoint.contents import Key
 from trainer.checkpoint.division import Interval
+from trainer.checkpoint.identity import check_content
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import CheckpointManifest, problems_of, readable_manifests
 from trainer.checkpoint.reading import read_elements
@@ -25,20 +28,27 @@ from trainer.config.paths import local_path
 from trainer.errors import ConfigError, StorageError, shown
 from trainer.files.safetensors_index import TensorSource, read_header
 from trainer.optimizer.optimizer import MASTER
+from trainer.run import layout
 from trainer.store import Buffer, Store, open_run_store, open_store
-from trainer.tuning.method import Method, SavedByPeft
+from trainer.tuning.method import Method, SavedByPeft, method_of
 from trainer.tuning.shared.peft_folder import PREFIX, SETTINGS, WEIGHTS
 from trainer.tuning.shared.wrapper import Around
 
 SETTING = "tuning.start"
 _CHECKPOINT = re.compile(r"(.+)/checkpoints/step-(\d{9})")
+_OF_STORE = re.compile(r"([^/@]+)(?:@(\d{1,9}))?")
+"""A run of the store by its name, and behind an @ one of its steps."""
+_STEP = re.compile(r"@\d+$|/checkpoints/step-\d+$")
 # Settings that do not belong to the weights.
 _FREE = {"dropout"}
 # PEFT's settings that give an adapter more than two matrices for each of its layers, or other ones for some.
 _BEYOND = (
     "rank_pattern alpha_pattern modules_to_save trainable_token_indices target_parameters lora_bias layer_replication "
-    "layers_pattern arrow_config use_bdlora"
+    "layers_pattern arrow_config use_bdlora alora_invocation_tokens use_qalora monteclora_config kasa_config"
 ).split()
+# PEFT's `init_lora_weights` that leave the base as it is. The others, such as pissa and olora, take a part out of its weights, which are another
+# base's then.
+_BESIDE_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 class Values(NamedTuple):
@@ -52,7 +62,14 @@ class Values(NamedTuple):
 
 
 class Beginning(Protocol):
-    """An adapter to begin from."""
+    """An adapter to begin from. `begun`: the run has done so, and its checkpoints have its weights."""
+
+    begun: ClassVar[bool]
+
+    @property
+    def place(self) -> str:
+        """The value of `tuning.start` that names this adapter at every later start, too."""
+        ...
 
     @property
     def facts(self) -> dict[str, str]:
@@ -82,6 +99,33 @@ def find_beginning(config: Config, method: Method) -> Beginning | None:
     place = config.tuning.start
     if place is None:
         return None
+    return _begun(config, place, method) or _found(config, place, method)
+
+
+def with_known_start(config: Config) -> Config:
+    """`config` whose `tuning.start` names a checkpoint where it was a run. Raises as `find_beginning`."""
+    beginning = find_beginning(config, method_of(config))
+    return config if beginning is None else starting_at(config, beginning.place)
+
+
+def starting_at(config: Config, place: str) -> Config:
+    return config.model_copy(update={"tuning": config.tuning.model_copy(update={"start": place})})
+
+
+def _begun(config: Config, place: str, method: Method) -> Begun | None:
+    """The adapter by what the run's own checkpoints say of it, where they began from `place`, or from a step of the run there: ranks that
+    torchrun starts again have the configuration that the first start was given."""
+    own = open_run_store(config).sub(config.run.name)
+    manifest = next(readable_manifests(own, [], committed_steps(own)), None)
+    if manifest is None or "start" not in manifest.base:
+        return None
+    there: str = manifest.base["start"]
+    if place.rstrip("/") not in (there, _STEP.sub("", there)):
+        return None
+    return Begun(there, manifest.base["start_weights"], lambda: _found(config, there, method))
+
+
+def _found(config: Config, place: str, method: Method) -> Beginning:
     folder, step = _folder(config, place)
     if folder.exists(SETTINGS):
         return PeftFolder(place, folder, method)
@@ -97,18 +141,28 @@ def find_beginning(config: Config, method: Method) -> Beginning | None:
             f"{SETTING}: {shown(place)} is no run with a checkpoint and no folder with {SETTINGS}. Give a run of this store by its name, "
             "or the path or URI of a run, of one of its checkpoints/step-... or of a PEFT folder."
         )
-    return RunCheckpoint(place, folder, manifest)
+    return RunCheckpoint(_at_step(place, manifest.step), folder, manifest)
 
 
 def _folder(config: Config, place: str) -> tuple[Store, int | None]:
     """The folder of an adapter or of a run, and the step that is asked for."""
     if "/" not in place:
-        return open_run_store(config).sub(place), None
+        if (named := _OF_STORE.fullmatch(place)) is None:
+            raise ConfigError(f"{SETTING}: {shown(place)} is no name of a run. Give NAME, NAME@STEP, a path or a URI.")
+        return open_run_store(config).sub(named[1]), int(named[2]) if named[2] else None
     path = place.rstrip("/")
     where = path if "://" in path else str(local_path(path, SETTING))
     if (found := _CHECKPOINT.fullmatch(where)) is not None:
         return open_store(found[1], setting=SETTING), int(found[2])
     return open_store(where, setting=SETTING), None
+
+
+def _at_step(place: str, step: int) -> str:
+    """The checkpoint of `step` of the run at `place`, or of its name, which may have one already."""
+    if "/" not in place:
+        return f"{place.partition('@')[0]}@{step}"
+    run = place.rstrip("/")
+    return run if _CHECKPOINT.fullmatch(run) else f"{run}/{layout.checkpoint(step)}".rstrip("/")
 
 
 def _listed(steps: Sequence[int]) -> str:
@@ -119,6 +173,7 @@ def _listed(steps: Sequence[int]) -> str:
 class RunCheckpoint:
     """The adapter that a run has learnt, at the checkpoint of `manifest`."""
 
+    begun: ClassVar[bool] = False
     place: str
     run: Store
     manifest: CheckpointManifest
@@ -126,11 +181,7 @@ class RunCheckpoint:
     @property
     def facts(self) -> dict[str, str]:
         hashes = [shard.sha256 for shard in self.manifest.shards]
-        step = f"step {self.manifest.step}"
-        return {
-            "start": f"{self.place}, {step}",
-            "start_weights": hashlib.sha256(json.dumps(hashes).encode()).hexdigest(),
-        }
+        return {"start": self.place, "start_weights": hashlib.sha256(json.dumps(hashes).encode()).hexdigest()}
 
     def mismatches(self, config: Config, method: Method, base: Base) -> list[str]:
         theirs = self.manifest.base
@@ -139,6 +190,10 @@ class RunCheckpoint:
                 f"{SETTING}: {shown(self.place)} was trained over {theirs.get('name') or theirs.get('path')}, and model.base: "
                 f"{config.model.base} is another base. Give that one."
             ]
+        try:
+            check_content(self.manifest, {"name": base.name, "path": base.name, **content_of(base)})
+        except ConfigError as error:
+            return [f"{SETTING}: {shown(self.place)} was trained over another base: {error}"]
         if theirs.get("add_tokens", []) != config.model.add_tokens:
             return [_unlike("model.add_tokens", theirs.get("add_tokens", []), self.place)]
         shapes = {name: list(shape) for name, shape in method.shapes(base.architecture).items()}
@@ -164,6 +219,7 @@ class RunCheckpoint:
 class PeftFolder:
     """A LoRA adapter as PEFT saves it."""
 
+    begun: ClassVar[bool] = False
     place: str
     folder: Store
     method: Method
@@ -200,6 +256,11 @@ class PeftFolder:
             ]
         if beyond := [name for name in _BEYOND if theirs.get(name)]:
             return [f"{SETTING}: {shown(self.place)} has {beyond[0]}, which cannot be begun from. Begin from a run."]
+        if (init := theirs.get("init_lora_weights")) not in _BESIDE_THE_BASE:
+            return [
+                f"{SETTING}: {shown(self.place)} has init_lora_weights {init!r}, so it fits a base that PEFT has changed. Save it again with "
+                "path_initial_model_for_weight_conversion, or begin from a run."
+            ]
         name = "dora" if theirs.get("use_dora") else "rslora" if theirs.get("use_rslora") else "lora"
         given = {"method": name, "rank": theirs.get("r"), "alpha": theirs.get("lora_alpha")}
         own = {key: value for key, value in method.identity.items() if key in given}
@@ -236,6 +297,40 @@ class PeftFolder:
 
     def _saved(self, method: Method, name: str) -> str:
         return f"{PREFIX}{cast(SavedByPeft, method).saved_name(name)}"
+
+
+@dataclass(frozen=True)
+class Begun:
+    """An adapter that the run has begun from in an earlier start. It is looked for only where somebody wants its weights, and need not be
+    there any more otherwise: the run that it is of may have gone on and removed that checkpoint."""
+
+    begun: ClassVar[bool] = True
+    place: str
+    weights: str
+    find: Callable[[], Beginning]
+
+    @property
+    def facts(self) -> dict[str, str]:
+        return {"start": self.place, "start_weights": self.weights}
+
+    def mismatches(self, config: Config, method: Method, base: Base) -> list[str]:
+        """The settings are compared with those of the run's own checkpoints."""
+        return []
+
+    @cached_property
+    def _again(self) -> Beginning:
+        found = self.find()
+        if found.facts["start_weights"] != self.weights:
+            raise ConfigError(
+                f"{SETTING}: {shown(self.place)} has other weights than the run began from. Put those back."
+            )
+        return found
+
+    def check(self) -> None:
+        self._again.check()
+
+    def read(self, wanted: Mapping[str, Interval]) -> Iterator[Values]:
+        return self._again.read(wanted)
 
 
 def _unlike_settings(

@@ -25,7 +25,7 @@ from trainer.errors import CapstanError
 
 
 def train(config: ConfigFile, overrides: Overrides = None, as_json: Json = False, dry_run: DryRun = False) -> None:
-    """Train here and now: on this machine (several ranks under Ray), on the cluster of cluster.ray.address, or as a rank of torchrun or srun."""
+    """Train here and now: on this machine, on the cluster of cluster.ray.address, or as a rank of torchrun or srun."""
     from trainer.config import load_config
 
     _train(load_config(config, overrides or (), say), resume=False, take_over=False, as_json=as_json, dry_run=dry_run)

@@ -7,6 +7,7 @@ frequencies, and some weights and buffers stay in fp32 in a model of another typ
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import meta_device_safe_creation_ops
@@ -23,7 +24,17 @@ def meta_model(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
     with torch.device("meta"), meta_device_safe_creation_ops():
         if is_part(config):
             return LanguagePart.on_meta(config, **options)
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+        return _without_idle_rows(AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options))
+
+
+def _without_idle_rows(model: PreTrainedModel) -> PreTrainedModel:
+    """`model`, whose experts without weights have no place in a stack. transformers 5.24 makes one for each of LongCat's 256 in the first of the
+    two stacks: no file has them, and no code reads them."""
+    for module in model.modules():
+        up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+        if isinstance(up, nn.Parameter) and isinstance(down, nn.Parameter) and len(up) > len(down):
+            module.gate_up_proj = nn.Parameter(up[: len(down)])
+    return model
 
 
 def unfilled_model(config: PretrainedConfig, dtype: torch.dtype, **options: Any) -> PreTrainedModel:

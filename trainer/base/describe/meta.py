@@ -50,6 +50,7 @@ _ROUTED_TO = (
     "top_k_experts",
     "top_k",
 )
+_WITHOUT_WEIGHTS = "zero_expert_num"  # how many experts more there are that return what they get
 _SHARED = "num_kv_shared_layers"  # how many of the last layers share keys
 
 
@@ -173,6 +174,7 @@ class _Reader:
             has_sinks=any("sink" in part.name.rpartition(".")[2] for part in parameters),
             isolates_documents=takes_positions(body(self.model)) and (trial is None or trial.keeps_documents_apart),
             fails_packed=trial.fails_packed if trial else None,
+            fails_shared=self._fails_shared(trial),
             tried=trial is not None,
             taken_for_experts=tuple(self._taken_for_experts(parameters)),
             supports_sdpa=self.model._supports_sdpa,
@@ -303,6 +305,18 @@ class _Reader:
             why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
             raise ConfigError(self._refusal(f"cannot compute as training asks it to ({why})")) from error
 
+    def _fails_shared(self, trial: Found | None) -> str | None:
+        """Why ranks cannot share a row. Some rotary frequencies follow from the longest position of the tokens that a model computes, which a
+        small model's do not come to."""
+        if trial is None:
+            return "no small model of its kind could be tried"
+        rotary: Any = getattr(self.config, "rope_parameters", None) or {}
+        kinds = {part.get("rope_type") for part in (rotary, *rotary.values()) if isinstance(part, Mapping)}
+        for kind in ("dynamic", "longrope"):
+            if kind in kinds:
+                return f"its rotary frequencies follow from the longest position of a slice (rope_type: {kind})"
+        return trial.fails_shared
+
     @cached_property
     def _in_fp32(self) -> re.Pattern[str] | None:
         """Matches the names of the weights that a family keeps in fp32; transformers' names of them are private."""
@@ -374,7 +388,7 @@ class _Reader:
             for key in _ROUTED_TO:
                 routed = getattr(owner, key, None)
                 if type(routed) is int and routed > 0:
-                    return min(1.0, routed / experts)
+                    return min(1.0, routed / (experts + (getattr(owner, _WITHOUT_WEIGHTS, 0) or 0)))
         return 1.0
 
     def _attention(self) -> Iterator[AttentionLayer]:
@@ -382,7 +396,8 @@ class _Reader:
             prefix = next(path for path, module in self._modules.items() if module is layer)
             for path, module in layer.named_modules(prefix=prefix):
                 if isinstance(getattr(module, "is_causal", None), bool):
-                    yield AttentionLayer(path, number, *self._keys(module), self._window(module, number))
+                    keys, window = self._keys(module), self._window(module, number)
+                    yield AttentionLayer(path, number, *keys, window, self._query_heads(module))
 
     def _keys(self, module: nn.Module) -> tuple[int | None, int | None]:
         """Heads of keys and the width of each, where values are alike."""
@@ -393,6 +408,12 @@ class _Reader:
             return made_by.out_features // size, size
         heads = self._declared("num_key_value_heads")
         return (heads, size) if isinstance(heads, int) and hasattr(module, "qkv_proj") else (None, None)
+
+    def _query_heads(self, module: nn.Module) -> int | None:
+        """Heads of queries, by the layer itself or by its family's setting; None where neither says."""
+        own = (getattr(module, name, None) for name in ("num_heads", "num_attention_heads", "n_heads"))
+        found = next((count for count in own if type(count) is int), getattr(self.config, "num_attention_heads", None))
+        return found if type(found) is int else None
 
     def _window(self, module: nn.Module, layer: int) -> int | None:
         kinds = self._declared("layer_types")

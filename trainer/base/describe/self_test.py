@@ -2,11 +2,13 @@
 with packed weights and plain ones. Both must be alike.
 
 It takes tenths of a second, and finds what no look at a model's parts tells: a mask that is made without the documents' borders, positions
-that are counted through a row, a layer that cannot compute with weights in 4 bits.
+that are counted through a row, a layer that cannot compute for a slice of a row, or with weights in 4 bits.
 """
 
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from inspect import signature
+from threading import Barrier, BrokenBarrierError
 from typing import Any, NamedTuple
 
 import torch
@@ -14,20 +16,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trainer.base.describe.touched import Place, place_of
-from trainer.model.documents import keep_documents_apart, lengths_known
+from trainer.model.documents import CannotDivide, keep_documents_apart, lengths_known
 from trainer.model.nf4 import Format, FrozenLinear4bit, quantize_blocks
 from trainer.model.parts import body, decoder_layers
 
 _LENGTHS = (7, 21, 12)  # longer than the small model's windows, and shorter
 # A leak changes most tokens behind the first document. One token that goes to another expert for the last bit of its score is none.
 _DIFFERENT, _MOST = 1e-4, 0.5
+_MOST_SHARED = 0.1  # of a document that the cut goes through, a few tokens may differ and all others not
 _FORMAT = Format("nf4", 64, False, torch.float32)
 
 
 class Found(NamedTuple):
-    """Whether documents of a row are computed as each alone, and the reason why weights in 4 bits cannot be computed with, if there is one."""
+    """Whether documents of a row are computed as each alone, and the reasons why ranks cannot share a row, and why weights in 4 bits cannot be
+    computed with, if there are any."""
 
     keeps_documents_apart: bool
+    fails_shared: str | None
     fails_packed: str | None
 
 
@@ -54,10 +59,51 @@ def test_family(model: PreTrainedModel, read: Collection[Place]) -> Found:
             apart &= _share_of_different(packed, alone, first=_LENGTHS[0]) < _MOST
         except Exception:  # a family's code for rows that it was not made for
             apart = False
-        return Found(apart, _fails_packed(model, inner, documents[1], read))
+        shared = _fails_shared(inner, tokens, positions, alone)
+        return Found(apart, shared, _fails_packed(model, inner, documents[1], read))
 
 
 test_family.__test__ = False  # type: ignore[attr-defined]  # pytest takes it for one of its own
+
+
+class _ThreadPeers:
+    """Threads of this process that share a row, each by a slice."""
+
+    size = 2
+
+    def __init__(self, part: int, given: list[Tensor], meeting: Barrier) -> None:
+        self.part, self._given, self.meeting = part, given, meeting
+
+    def swap(self, pieces: Tensor) -> Tensor:
+        self._given[self.part] = pieces
+        self.meeting.wait()
+        received = torch.stack([given[self.part] for given in self._given])
+        self.meeting.wait()
+        return received
+
+
+def _fails_shared(inner: nn.Module, tokens: Tensor, positions: Tensor, alone: Tensor) -> str | None:
+    """Why two ranks, here threads, that share a row of documents do not compute each as it is computed `alone`; None if they do."""
+    given, meeting = [tokens] * _ThreadPeers.size, Barrier(_ThreadPeers.size)
+
+    def compute(part: int) -> Tensor | str | None:
+        slices = (values.chunk(_ThreadPeers.size, dim=1)[part] for values in (tokens, positions))
+        try:
+            with torch.no_grad(), lengths_known(_LENGTHS, _ThreadPeers(part, given, meeting)):
+                return _hidden(inner, *slices)
+        except BrokenBarrierError:  # the other one says why
+            return None
+        except Exception as error:  # a family's code for a part of a row
+            meeting.abort()
+            return str(error) if isinstance(error, CannotDivide) else f"it raises {type(error).__name__} then"
+
+    with ThreadPoolExecutor(_ThreadPeers.size) as pool:
+        found = list(pool.map(compute, range(_ThreadPeers.size)))
+    if why := next((part for part in found if isinstance(part, str)), None):
+        return why
+    parts = [part for part in found if isinstance(part, Tensor)]
+    different = _share_of_different(torch.cat(parts, dim=1), alone) >= _MOST_SHARED
+    return "a small model of its kind predicts otherwise then" if different else None
 
 
 def _spread(model: PreTrainedModel) -> None:

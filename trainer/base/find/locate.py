@@ -8,6 +8,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from trainer.base.base import Base, Description
 from trainer.base.describe.config_json import parse_base_config
 from trainer.base.describe.description import describe
 from trainer.base.describe.torch_answers import user_cache
+from trainer.base.find.known import known_config
 from trainer.config import Model
 from trainer.config.paths import local_path
-from trainer.errors import ConfigError, HubUnreachable
+from trainer.errors import BaseOutOfReach, ConfigError
 from trainer.files.hub import hub_answers, hub_host
 from trainer.files.safetensors_index import INDEX_FILE
 from trainer.store import SCHEMES, Entry, Store, open_store
@@ -99,7 +101,7 @@ def _directory(model: Model, patterns: list[str]) -> Path:
         )
     import huggingface_hub
     from huggingface_hub.constants import HF_HUB_OFFLINE
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(
@@ -113,19 +115,52 @@ def _directory(model: Model, patterns: list[str]) -> Path:
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        unreachable = not (HF_HUB_OFFLINE or hub_answers())
-        if unreachable:
+        if HF_HUB_OFFLINE:
+            reason = "HF_HUB_OFFLINE is set, and the cache lacks it"
+        elif not hub_answers():
             reason = f"{hub_host()} cannot be reached from here, and the cache lacks it"
+        elif isinstance(error, GatedRepoError):
+            reason = "its licence has to be accepted there first, and HF_TOKEN set"
         at = f" at model.revision={model.revision}" if model.revision else ""
-        raise (HubUnreachable if unreachable else ConfigError)(
+        said = (
             f"model.base: {model.base!r} is no directory here, and the Hub did not give it{at} ({reason}). "
             f"Check the name{', the revision' if at else ''}, HF_TOKEN for a gated model, or download it to a directory first."
-        ) from error
+        )
+        if HF_HUB_OFFLINE or not hub_answers() or isinstance(error, GatedRepoError):
+            raise BaseOutOfReach(said, reason) from error
+        raise ConfigError(said) from error
 
 
 def describe_base(model: Model) -> Description:
     """The description of the base by its config.json; no weights are downloaded for it. Raises as `resolve_base`."""
     return describe(_read_config(model.base, base_files(model)), model.layers, name=model.base)
+
+
+@dataclass(frozen=True)
+class AtHand:
+    """What a plan takes of a base. `directory` has its config.json and the tokenizer's files; it is None where the sizes are those that the
+    package knows, which `said` says in a sentence."""
+
+    description: Description
+    directory: Path | None
+    said: str | None = None
+
+
+def base_at_hand(model: Model) -> AtHand:
+    """The description of the base as `describe_base` has it, and of a well-known one also where it cannot be had from the Hub. Raises as
+    `resolve_base`."""
+    try:
+        directory = base_files(model)
+    except BaseOutOfReach as error:
+        config = known_config(model.base)
+        if config is None:
+            raise
+        said = (
+            f"model.base: {model.base} was not seen ({error.reason}); its sizes are those that Capstan has with it of well-known bases, "
+            "and neither its tokenizer nor its files were looked at."
+        )
+        return AtHand(describe(config, model.layers, name=model.base), None, said)
+    return AtHand(describe(_read_config(model.base, directory), model.layers, name=model.base), directory)
 
 
 def in_bucket(base: str) -> bool:

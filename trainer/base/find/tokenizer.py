@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _SETTINGS = "tokenizer_config.json"
 _OWN = Tokens()
+_MOST_NAMED = 8
 _TEMPLATES = (CHAT_TEMPLATE, "chat_template.json")
 
 
@@ -42,8 +43,23 @@ def read_tokenizer(directory: Path, name: str, tokens: Tokens = _OWN) -> "PreTra
                 f"model.special_tokens.{use}: {text!r} is no token of the tokenizer of {name}. Name one that is, or put it into "
                 "model.add_tokens as well."
             )
-        setattr(tokenizer, f"{use}_token", text)
+        known = next((token for token in tokenizer.added_tokens_decoder.values() if token.content == text), None)
+        if known is None:
+            raise ConfigError(
+                f"model.special_tokens.{use}: {text!r} is a token that words are made of, and programs find a special one wherever its text "
+                f"stands, so texts would become other tokens in an export. Name one of {_listed(tokenizer)}, or a new one that is in "
+                "model.add_tokens as well."
+            )
+        # As transformers reads it from an export: what is special, an answer is shown without.
+        found = {flag: getattr(known, flag) for flag in ("lstrip", "rstrip", "single_word", "normalized")}
+        tokenizer.add_special_tokens({f"{use}_token": AddedToken(text, **found, special=True)})
     return tokenizer
+
+
+def _listed(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The first of the tokens that are found whole."""
+    found = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    return ", ".join([*found[:_MOST_NAMED], *(["..."] if len(found) > _MOST_NAMED else [])])
 
 
 class TokenRow(NamedTuple):

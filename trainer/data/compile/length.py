@@ -39,11 +39,11 @@ class EpochLength:
     file_bytes: int = 0
 
 
-def epoch_length(config: Config, tokenizer: Path, store: Store | None) -> EpochLength | None:
+def epoch_length(config: Config, tokenizer: Path | None, store: Store | None) -> EpochLength | None:
     """The length of an epoch of the run; None where its files cannot be looked at, and for data sets of the Hub, which are not downloaded
     for this.
 
-    `tokenizer` is the directory with its files, `store` the run's, or None where it does not answer.
+    `tokenizer` is the directory with its files, or None where these are not here; `store` the run's, or None where it does not answer.
     """
     if any(is_of_hub(source) for source in config.data.train):
         return None
@@ -54,7 +54,7 @@ def epoch_length(config: Config, tokenizer: Path, store: Store | None) -> EpochL
             return _estimated(config, expand(config.data.train, "data.train"))
         except CapstanError:
             return None
-    if store is None:
+    if store is None or tokenizer is None:
         return _estimated(config, files)
     try:
         named = partial(fingerprint, data, files, hash_tokenizer(tokenizer, config.model.tokens), part)

@@ -50,6 +50,11 @@ class Datasets:
     epochs: Sequence[EpochBins] = ()
     sets: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def evaluated(self) -> str | None:
+        """Of the data whose loss decides what is kept and when a run ends: the unnamed, or without any the first set."""
+        return self.eval or next(iter(self.sets.values()), None)
+
 
 OnProgress = Callable[[str, Progress], None]
 

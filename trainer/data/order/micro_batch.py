@@ -57,6 +57,8 @@ class MicroBatch:
         survey: the figures that the losses of the step were found to need beforehand; see trainer/objective/objective.py.
         reference: (documents, answers) fp32, log-probabilities of their answers by a stored reference, in nats; None
             without one.
+        parts: the ranks that share the row, by slices of as many tokens each; see `cut`.
+        first: the place in the row of the slice's first token.
         host: the same row on the host, for a row that is on a device: reading it makes nobody wait for the device.
     """
 
@@ -75,6 +77,8 @@ class MicroBatch:
     mismatched: torch.Tensor = field(default_factory=partial(_none, torch.int32))
     survey: torch.Tensor | None = None
     reference: torch.Tensor | None = None
+    parts: int = 1
+    first: int = 0
     host: "MicroBatch | None" = None
 
     @property
@@ -86,6 +90,18 @@ class MicroBatch:
     def places(self) -> torch.Tensor:
         """(targets,) int64, the positions whose label is not `IGNORE`."""
         return onto(_places((self.host or self).labels), self.labels.device)
+
+    def cut(self, part: int, parts: int) -> "MicroBatch":
+        """The slice number `part` of a row on the host that `parts` ranks share: ids, labels and positions are of its tokens, `targets` and
+        `places` of its labels, and segments and their borders of the whole row. The first one alone counts the row's tokens, bins and documents."""
+        size = self.input_ids.shape[1] // parts
+        assert size * parts == self.input_ids.shape[1]
+        ids, labels, positions = (
+            values[:, part * size : (part + 1) * size] for values in (self.input_ids, self.labels, self.position_ids)
+        )
+        counted = {} if part == 0 else {"tokens": 0, "bins": (), "documents": ()}
+        sliced = replace(self, input_ids=ids, labels=labels, position_ids=positions, parts=parts, first=part * size)
+        return replace(sliced, targets=int((labels != IGNORE).sum()), **counted)
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same row on `device`, with int64 for what the model and the loss take; half the bytes travel."""
@@ -133,6 +149,8 @@ class PartOfRow:
     max_seqlen: int
     lengths: tuple[int, ...]
     places: torch.Tensor
+    parts: int = 1
+    first: int = 0
 
 
 def _lengths(borders: torch.Tensor) -> tuple[int, ...]:

@@ -53,6 +53,8 @@ class Stream:
     up. In memory are the window in use and the two after it, read in the background, and for a moment the one before: at
     most 4 x 64 MiB of tokens, unless single documents are longer than a block. Nothing is read ahead beyond `epochs`.
 
+    With `parts` ranks that follow each other share their rows: each has a slice of every row, and the rows are those of a `parts`-th of the ranks.
+
     `reference` may be set before the first step is read: (documents, answers) fp32 of the whole data set, from which each
     row gets its own.
     """
@@ -68,8 +70,11 @@ class Stream:
         rank: int,
         world_size: int,
         epochs: int | None = None,
+        parts: int = 1,
     ) -> None:
         assert 0 <= rank < world_size
+        assert world_size % parts == 0
+        (rank, self._part), world_size = divmod(rank, parts), world_size // parts
         self.accumulation = -(-global_batch // (world_size * micro_batch))
         self.chapters = chapters
         self._order = order
@@ -78,6 +83,7 @@ class Stream:
         self._rank = rank
         self._world_size = world_size
         self._epochs = epochs
+        self._parts = parts
         self._padding = np.full(order.capacity, PAD, np.uint32)
         self._numbers = np.arange(micro_batch * order.capacity, dtype=np.int32)
         # The windows ahead may be of the next chapter or epoch.
@@ -189,7 +195,7 @@ class Stream:
         return _Loaded(plan, plan.documents + data.first_document, tokens, offsets)
 
     def _pack(self, bins: list[Position]) -> MicroBatch:
-        """Lay bins end to end, each padded to its capacity; missing ones are padding."""
+        """Lay bins end to end, each padded to its capacity; missing ones are padding. -> the row, or this rank's slice of it."""
         pieces: list[NDArray[np.uint32]] = []
         starts: list[int] = []  # of the documents so far
         ends: list[int] = []  # of the segments so far
@@ -221,7 +227,7 @@ class Stream:
 
         begun = stored[np.array(starts, np.int64)]
         sizes, answers = np.diff(borders), len(documents) + len(rejected) + len(mismatched)
-        return MicroBatch(
+        row = MicroBatch(
             input_ids=torch.from_numpy(input_ids)[None],
             labels=torch.from_numpy(_labels(stored, input_ids))[None],
             position_ids=torch.from_numpy(self._numbers[: len(stored)] - np.repeat(borders[:-1], sizes))[None],
@@ -237,6 +243,7 @@ class Stream:
             mismatched=segments(mismatched),
             reference=None if self.reference is None else torch.from_numpy(self.reference[documents]),
         )
+        return row if self._parts == 1 else row.cut(self._part, self._parts)
 
 
 def reserve(
@@ -294,7 +301,8 @@ def train_stream(config: Config, chapters: Chapters, rank: int, world_size: int)
     """The stream of a run's training data."""
     order = train_order(config)
     epochs = ceil(config.train.epochs) if config.train.epochs else None
-    return Stream(chapters, order, config.train.global_batch, config.train.micro_batch, rank, world_size, epochs)
+    batches, parts = (config.train.global_batch, config.train.micro_batch), config.sharding.sequence_parallel
+    return Stream(chapters, order, *batches, rank, world_size, epochs, parts)
 
 
 def eval_stream(config: Config, dataset: Dataset, rank: int, world_size: int) -> Stream:
@@ -302,6 +310,7 @@ def eval_stream(config: Config, dataset: Dataset, rank: int, world_size: int) ->
 
     Every rank gets equally many micro-batches, and the bins are the same whatever the ranks and the run's seed.
     """
-    micro_batch = config.train.micro_batch
+    micro_batch, parts = config.train.micro_batch, config.sharding.sequence_parallel
     order = eval_order(config, dataset.manifest)
-    return Stream(whole(dataset), order, world_size * micro_batch, micro_batch, rank, world_size, epochs=1)
+    batch = world_size // parts * micro_batch
+    return Stream(whole(dataset), order, batch, micro_batch, rank, world_size, epochs=1, parts=parts)

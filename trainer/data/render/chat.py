@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.base.describe.config_json import read_by_transformers, without_panics
+from trainer.base.find.locate import NAMED_TEMPLATES
 from trainer.config import Data
 from trainer.data.dataset.binary import TARGET_BIT
 from trainer.data.format.formats import missing_field, or_error
@@ -24,7 +25,7 @@ from trainer.data.format.messages import Message, is_trained, read_messages, rea
 from trainer.data.format.spans import Span, joined, without
 from trainer.data.render.conversation import Conversation
 from trainer.data.render.spelling import Spelling, overlapping
-from trainer.data.render.template import conversation_template
+from trainer.data.render.template import conversation_template, template_for_tools
 from trainer.data.render.thinking import (
     Edit,
     ThinkingForm,
@@ -138,6 +139,7 @@ class Renderer:
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         if data.format == "chat":
             self._template = conversation_template(tokenizer, data)
+            self._for_tools = template_for_tools(tokenizer, data)
             # A token that a run adds is special to no tokenizer, and may still be that which ends a turn.
             special |= {number for number, token in added.items() if token and self._template.end.startswith(token)}
             self._ends = _any_of(added[number] for number in special)
@@ -235,6 +237,11 @@ class Renderer:
 
     def _chat(self, given: Any, given_tools: Any) -> Rendered:
         messages, tools = read_messages(given), read_tools(given_tools)
+        if tools and self._for_tools:
+            raise DataError(
+                f"its tools would be rendered by the tokenizer's template {self._for_tools} wherever the model is used, and conversations are "
+                f"trained by the default one; set data.template to a file with that template, {NAMED_TEMPLATES}/{self._for_tools}.jinja of the base"
+            )
         if self._data.thinking == "strip":
             messages = given = [without_thinking(message) for message in messages]
         if self._data.thinking == "keep":

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _CLOCK = "strftime_now"
 """The function by which a template asks for today's date."""
+_FOR_TOOLS = "tool_use"
+"""The name that transformers looks for where a conversation has tools."""
 _DIRECTIVES = "aAbBcdDeFGHIjklmMnpPrRsStTuUVwWxXyYzZ"
 
 
@@ -38,6 +40,12 @@ def chat_template(tokenizer: "PreTrainedTokenizerBase", data: Data) -> str:
         except ValueError as error:
             raise no_template({token.content for token in tokenizer.added_tokens_decoder.values()}) from error
     return dated(own, date.fromisoformat(data.today))
+
+
+def template_for_tools(tokenizer: "PreTrainedTokenizerBase", data: Data) -> str | None:
+    """The name of the tokenizer's other template, by which programs render conversations with tools, where the run has none of its own."""
+    named = tokenizer.chat_template
+    return _FOR_TOOLS if data.template is None and isinstance(named, dict) and _FOR_TOOLS in named else None
 
 
 def no_template(tokens: Collection[str] = ()) -> ConfigError:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFReader, Keys
+from gguf import GGUFReader, Keys, TokenType
 from torch import Tensor
 
 from trainer.errors import CapstanError
@@ -51,19 +51,24 @@ def prove_gguf_adapter(folder: Store, step: int, exported: Store) -> Proof:
 
 
 def _check_texts(file: Path, ours: Texts) -> None:
-    """Raises `CapstanError` where the file has another chat template, special tokens, merges or numbering of tokens than the run."""
+    """Raises `CapstanError` where the file has another chat template, special tokens, merges or numbering of tokens than the run, or begins a
+    text with another token."""
     reader = GGUFReader(file)
 
     def told(key: str) -> Any:
         found = reader.get_field(key)
         return None if found is None else found.contents()
 
+    types, control = told(Keys.Tokenizer.TOKEN_TYPE) or [], (TokenType.CONTROL, TokenType.UNKNOWN)
+    special = [number for number, token in ours.tokenizer.added_tokens_decoder.items() if token.special]
     tokens, added = told(Keys.Tokenizer.LIST), {*ours.tokenizer.added_tokens_decoder}
     numbered = {number: token for token, number in ours.tokenizer.get_vocab().items() if number not in added}
     same = {
         "chat template": (told(Keys.Tokenizer.CHAT_TEMPLATE) or None) == (ours.template or None),
         "end of text": told(Keys.Tokenizer.EOS_ID) == ours.tokenizer.eos_token_id,
         "begin of text": told(Keys.Tokenizer.BOS_ID) in (None, ours.tokenizer.bos_token_id),
+        "set of special tokens": all(types[number] in control for number in special if number < len(types)),
+        "first token of a text": told(Keys.Tokenizer.ADD_BOS) in (None, ours.begins_with_bos),
         "set of merges": told(Keys.Tokenizer.MODEL) != "gpt2" or (told(Keys.Tokenizer.MERGES) or []) == _merges(ours),
         "numbering of tokens": all(tokens[number] == token for number, token in numbered.items()),
     }

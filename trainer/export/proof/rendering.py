@@ -47,6 +47,17 @@ class Texts:
         every: list[Any] = [self.tokenizer.encode(text, add_special_tokens=framed) for framed in (False, True)]
         return every
 
+    @property
+    def begins_with_bos(self) -> bool:
+        """Whether the tokenizer puts its begin token before a text."""
+        return self.tokens("a")[1][:1] == [self.tokenizer.bos_token_id]
+
+    def read_back(self, text: str) -> list[str]:
+        """The text of its tokens, as an answer is shown: with special tokens, and without."""
+        tokens = self.tokens(text)[1]
+        every: list[Any] = [self.tokenizer.decode(tokens, skip_special_tokens=skipped) for skipped in (False, True)]
+        return every
+
     def rendered(self, messages: Any, begun: bool) -> str:
         """The reason, where the template refuses the conversation; `begun`: up to where an answer begins."""
         try:
@@ -82,9 +93,11 @@ def _problems(ours: Texts, theirs: Texts, rows: Sequence[Sequence[int]]) -> Iter
         yield "its chat template is another" if theirs.template else "it has no chat template"
     texts: list[Any] = [ours.tokenizer.decode(list(row)) for row in rows]
     for number, text in enumerate([*texts, _CHARACTERS]):
+        what = f"row {number + 1} of the run's data" if number < len(texts) else repr(_CHARACTERS[:30])
         if ours.tokens(text) != theirs.tokens(text):
-            what = f"row {number + 1} of the run's data" if number < len(texts) else repr(_CHARACTERS[:30])
             yield f"{what} becomes other tokens"
+        elif ours.read_back(text) != theirs.read_back(text):
+            yield f"the tokens of {what} become another text"
     if ours.template:
         for messages in _CONVERSATIONS:
             for begun in (False, True):
@@ -97,14 +110,14 @@ def _problems(ours: Texts, theirs: Texts, rows: Sequence[Sequence[int]]) -> Iter
     if ours.tokenizer.get_vocab() != theirs.tokenizer.get_vocab():
         yield "its tokens have other numbers"
     if _flags(ours.tokenizer) != _flags(theirs.tokenizer):
-        yield "its added tokens are found otherwise"
+        yield "its added tokens are found or shown otherwise"
 
 
 def _flags(tokenizer: "PreTrainedTokenizerBase") -> dict[int, tuple[Any, ...]]:
-    """Each added token, and how it is found in a text."""
+    """Each added token, how it is found in a text, and whether an answer is shown without it."""
     added: dict[int, Any] = tokenizer.added_tokens_decoder
     return {
-        number: (token.content, token.lstrip, token.rstrip, token.single_word, token.normalized)
+        number: (token.content, token.lstrip, token.rstrip, token.single_word, token.normalized, token.special)
         for number, token in added.items()
     }
 

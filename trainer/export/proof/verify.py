@@ -163,6 +163,7 @@ class Trained:
         those before the first step, over the base as it was quantized for the training."""
         ranks, base = join(), self.base
         changes = [f"model.dtype={computed_in}", "model.attention=auto", "model.kernels=none", "quant.cache=false"]
+        changes.append("sharding.sequence_parallel=1")
         if self.scratch:
             changes.append(f"sharding.deepspeed={_A_LAYER_AT_A_TIME}")
         config = override(self.config, *changes)

@@ -1,6 +1,6 @@
-"""The program of a run's only rank on this machine, in a process of its own beside its driver.
+"""The program of a rank on its driver's machine, in a process of its own beside it.
 
-    python -m launcher.start.only_rank TASK OUTCOME
+    python -m launcher.start.local_rank TASK OUTCOME
 
 The file TASK is JSON: the configuration, the compiled data, whether there must be a checkpoint, and when the start began. How it ended
 comes to the file OUTCOME, as `outcome_of` writes it; there is none where the process was killed.

@@ -1,4 +1,4 @@
-"""A run of one local rank without Ray: how its process's end becomes an end of the run."""
+"""A run of local ranks without Ray: how the ends of their processes become an end of the run."""
 
 import json
 import subprocess
@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from launcher.start import alone
-from launcher.start.alone import is_alone, run_alone
-from launcher.start.only_rank import outcome_of
+from launcher.start import local_ranks
+from launcher.start.local_rank import outcome_of
+from launcher.start.local_ranks import ranks_here, run_here
 from launcher.view.status import read_status
 from trainer.config import Config, override, parse_config
 from trainer.data.compile.prepare import Datasets
@@ -27,17 +27,17 @@ def config(tmp_path: Path) -> Config:
     return parse_config(text + "\nretry: {failures: 1}")
 
 
-def drive(config: Config, monkeypatch: pytest.MonkeyPatch, *programs: str) -> list[str]:
-    """Run the driver over ranks that are these programs, whose arguments are the files of the task and of the outcome."""
+def drive(config: Config, monkeypatch: pytest.MonkeyPatch, *programs: str, ranks: int = 1) -> list[str]:
+    """Run the driver over ranks that are these programs in turn, whose arguments are the files of the task and of the outcome."""
     script, log = iter(programs), list[str]()
 
     def start(command: list[str], **options: Any) -> "subprocess.Popen[Any]":
         return children.start([sys.executable, "-c", f"import sys; {next(script)}", *command[3:]], **options)
 
-    monkeypatch.setattr(alone, "children", type("", (), {"start": staticmethod(start)}))
-    monkeypatch.setattr(alone, "_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(local_ranks, "children", type("", (), {"start": staticmethod(start)}))
+    monkeypatch.setattr(local_ranks, "_LOOK_SECONDS", 0.05)
     owner = take(run_folder(config), "capstan train", 0)
-    run_alone(config, Datasets("d", None), owner, resume=False, log=log.append)
+    run_here(config, Datasets("d", None), owner, ranks=ranks, resume=False, log=log.append)
     assert next(script, None) is None
     return [line for line in log if not line.startswith("launch: ")]
 
@@ -56,11 +56,10 @@ def test_a_rank_that_is_done_ends_the_run(config: Config, monkeypatch: pytest.Mo
 def test_a_rank_that_is_killed_is_started_again_and_a_second_death_ends_the_run(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    killed = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    (why,) = drive(config, monkeypatch, killed, DONE)
+    (why,) = drive(config, monkeypatch, KILLED, DONE)
     assert why.startswith("rank 0 died: its process was killed by signal 9. Starting again")
     with pytest.raises(CapstanError, match=r"rank 0 died: its process ended with exit code 3 \(no memory\).*failure 2"):
-        drive(override(config, "run.name=two"), monkeypatch, killed, "print('no memory', file=sys.stderr); sys.exit(3)")
+        drive(override(config, "run.name=two"), monkeypatch, KILLED, "print('no memory', file=sys.stderr); sys.exit(3)")
     status = read_status(run_folder(override(config, "run.name=two")))
     assert (status.state, status.reason) == ("failed", "rank 0 died: its process ended with exit code 3 (no memory)")
 
@@ -87,20 +86,54 @@ def test_a_stop_that_need_not_wait_for_a_step_ends_the_rank(config: Config, monk
     monkeypatch.setattr("launcher.start.attempts._LOOK_SECONDS", 0.0)
     run.put(layout.STOP, b"{}")
     with pytest.raises(CapstanError, match="stopped by somebody while the run was starting") as caught:
-        drive(config, monkeypatch, "import time; time.sleep(60)")
+        drive(config, monkeypatch, WAITS)
     assert caught.value.exit_code == 75
 
 
-def test_one_rank_on_this_machine_is_alone(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+KILLED = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+WAITS = "import time; time.sleep(60)"
+
+
+def test_a_rank_that_is_killed_ends_those_that_wait_for_it(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_ranks, "_LAST_WORDS_SECONDS", 0.2)
+    (why,) = drive(config, monkeypatch, WAITS, KILLED, DONE, DONE, ranks=2)
+    assert why.startswith("rank 1 died: its process was killed by signal 9. Starting again")
+
+
+def test_the_cause_is_what_the_first_rank_to_fail_has_said(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = f"import time; time.sleep(0.3); {ends_with(RuntimeError('connection closed by peer'))}"
+    (why,) = drive(config, monkeypatch, lost, ends_with(IndexError("list index out of range")), DONE, DONE, ranks=2)
+    assert why.startswith("rank 1 failed: IndexError: list index out of range. Starting again")
+
+
+def test_an_error_of_ours_is_the_cause_though_it_comes_late(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    late = f"import time; time.sleep(0.3); {ends_with(ConfigError('wrong'))}"
+    with pytest.raises(ConfigError, match="wrong"):
+        drive(config, monkeypatch, KILLED, late, ranks=2)
+
+
+def test_each_rank_has_its_place(config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+    tell = f"import os; open({str(tmp_path)!r} + '/place-' + os.environ['RANK'], 'w').write(' '.join(map(os.environ.get, {names})))"
+    drive(config, monkeypatch, *[f"{tell}; {DONE}"] * 2, ranks=2)
+    (*first, port), (*second, same) = ((tmp_path / f"place-{rank}").read_text().split() for rank in range(2))
+    assert (first, second) == (["0", "0", "2", "2", "127.0.0.1"], ["1", "1", "2", "2", "127.0.0.1"])
+    assert port == same
+
+
+def test_ranks_stay_here_unless_they_ask_for_ray(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     for gpus, given, expected in (
-        (0, "", True),
-        (1, "", True),
-        (2, "", False),
-        (2, "cluster.workers=1", True),
-        (2, "cluster.gpus_per_worker=0", True),
-        (0, "cluster.workers=2", False),
-        (0, "cluster.workers=[1, 2]", False),
-        (0, "cluster.ray.resources={special: 1}", False),
+        (0, "", 1),
+        (1, "", 1),
+        (2, "", 2),
+        (2, "cluster.workers=1", 1),
+        (2, "cluster.workers=[1, 8]", 2),
+        (2, "cluster.workers=4", None),
+        (2, "cluster.gpus_per_worker=0", 1),
+        (0, "cluster.workers=2", 2),
+        (0, "cluster.workers=[1, 2]", 2),
+        (0, "cluster.ray.resources={special: 1}", None),
+        (0, "cluster.ray.address=local", None),
     ):
-        monkeypatch.setattr(alone, "local_gpus", lambda gpus=gpus: gpus)
-        assert is_alone(override(config, given) if given else config) == expected, given
+        monkeypatch.setattr(local_ranks, "local_gpus", lambda gpus=gpus: gpus)
+        assert ranks_here(override(config, given) if given else config) == expected, given

@@ -1,0 +1,106 @@
+"""Ranks that share a row compute the loss and the gradients of one rank that has it whole, over the same data in the same order."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.dist import gradients, runs
+from tests.dist.launch import launch, running
+from tests.dist.test_gradients import distance
+from tests.dist.test_resume import losses
+from tests.material import Workshop
+from trainer.checkpoint.manifest import read_manifest
+from trainer.config import dump_config
+from trainer.run import layout
+
+TOLERANCE = 1e-5
+BASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "one key head": ("llama", {"num_key_value_heads": 1}, ()),
+    "as many key heads": ("llama", {"num_key_value_heads": 4}, ()),
+    "three key heads": ("llama", {"hidden_size": 72, "num_attention_heads": 12, "num_key_value_heads": 3}, ()),
+    "windows and caps": ("gemma2", {}, ()),
+    "windows and sinks": ("gpt-oss", {}, ()),
+    "latent": ("deepseek-v3", {}, ()),
+    "experts": ("mixtral", {}, ("tuning.experts=true",)),
+    "shared keys": ("gemma4", {}, ()),
+}
+
+
+def first_step(workshop: Workshop, folder: Path, ranks: int, shared: int, *settings: str) -> tuple[dict[str, Any], Any]:
+    """The record of the first step and its gradients, on so many ranks of which `shared` share each row."""
+    more = ("model.dtype=fp32", f"sharding.sequence_parallel={shared}", *settings)
+    config, file = workshop.config(f"shared-{ranks}-{shared}", *more), folder / f"{ranks}-{shared}.safetensors"
+    record = launch(ranks, gradients.first_step, dump_config(config), workshop.prepare(config).train, str(file))[0]
+    return record, load_file(file)
+
+
+def assert_same(found: tuple[dict[str, Any], Any], expected: tuple[dict[str, Any], Any]) -> None:
+    assert found[0]["targets"] == expected[0]["targets"]
+    assert found[0]["loss"] == pytest.approx(expected[0]["loss"], rel=TOLERANCE)
+    assert found[0]["grad_norm"] == pytest.approx(expected[0]["grad_norm"], rel=TOLERANCE)
+    assert distance(found[1], expected[1]) < TOLERANCE
+
+
+def test_two_ranks_that_share_packed_rows_have_the_loss_and_the_gradients_of_one(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    shared, alone = (first_step(workshop, tmp_path, ranks, ranks) for ranks in (2, 1))
+    assert_same(shared, alone)
+    assert shared[0]["accumulation"] == alone[0]["accumulation"] == 4
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("ranks", "shared", "settings"),
+    [
+        (4, 2, ()),
+        (4, 4, ()),
+        (2, 2, ("data.packing=false",)),
+        (2, 2, ("train.activation_checkpointing=all",)),
+        (2, 2, ("train.activation_checkpointing=none", "train.micro_batch=2")),
+        (2, 2, ("model.attention=eager",)),
+    ],
+    ids=str,
+)
+def test_so_have_others(workshop: Workshop, tmp_path: Path, ranks: int, shared: int, settings: tuple[str, ...]) -> None:
+    assert_same(
+        first_step(workshop, tmp_path, ranks, shared, *settings), first_step(workshop, tmp_path, 1, 1, *settings)
+    )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", BASES)
+def test_so_have_two_over_other_bases(tmp_path: Path, name: str) -> None:
+    kind, sizes, settings = BASES[name]
+    workshop = Workshop(tmp_path, kind, **sizes)
+    assert_same(*(first_step(workshop, tmp_path, ranks, ranks, *settings) for ranks in (2, 1)))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("later", [1, 4])
+def test_a_run_whose_rows_two_ranks_shared_goes_on_with_others_and_evaluates_alike(
+    workshop: Workshop, later: int
+) -> None:
+    settings = ("model.dtype=fp32", "data.held_out=0.2", "eval.every=5")
+
+    def arguments(name: str, shared: int) -> tuple[list[str], str | None]:
+        config = workshop.config(name, *settings, f"sharding.sequence_parallel={shared}")
+        data = workshop.prepare(config)
+        return [dump_config(config), data.train], data.eval
+
+    def train(name: str, ranks: int, how: str) -> dict[int, float]:
+        given, held_out = arguments(name, ranks)
+        assert {one["outcome"] for one in launch(ranks, runs.run, *given, how, held_out)} == {"finished"}
+        return losses(workshop.store.sub(name))
+
+    whole, name = train(f"whole-{later}", 1, "start"), f"shared-then-{later}"
+    (given, held_out), folder = arguments(name, 2), workshop.store.sub(name)
+    with running(2, runs.run, *given, "hold", held_out) as ranks:
+        ranks.wait_until(lambda: folder.exists(layout.manifest(5)))
+        ranks.kill()
+    assert train(name, later, "resume") == pytest.approx(whole, rel=TOLERANCE)
+    for step in (5, 10):
+        expected = read_manifest(workshop.store.sub(f"whole-{later}"), step).eval_loss
+        assert read_manifest(folder, step).eval_loss == pytest.approx(expected, rel=TOLERANCE)

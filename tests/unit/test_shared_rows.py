@@ -1,0 +1,96 @@
+"""Rows that ranks share: who may, what a plan says of them, and how a row is cut."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.families import FAMILIES, SIZES
+from tests.unit.test_plan import config, plan_of
+from trainer.data.order.micro_batch import MicroBatch, Position
+from trainer.errors import ConfigError
+from trainer.model.heads import copies_of_keys
+from trainer.shared_rows import uneven_ranks
+
+LLAMA: dict[str, Any] = {**SIZES, **FAMILIES["llama"]}
+
+
+def wrong(base: dict[str, Any], size: int, *settings: str) -> list[str]:
+    """The sentences of a plan for as many ranks as share a row."""
+    given = config(f"sharding.sequence_parallel={size}", "data.sequence_length=64", *settings)
+    return plan_of(given, base, size, size, None).shortfalls
+
+
+def test_what_ranks_cannot_share_is_refused_by_a_sentence() -> None:
+    assert wrong(LLAMA, 2) == wrong(LLAMA, 4) == []
+    (heads,) = wrong(LLAMA, 8)
+    assert (
+        heads
+        == "sharding.sequence_parallel: 8 ranks cannot share the 4 heads of this base's attention evenly. Set a divisor of 4."
+    )
+    (tokens,) = wrong(LLAMA, 2, "data.sequence_length=63")
+    assert "cannot share a row of 63 tokens evenly" in tokens
+    (virtual,) = wrong(LLAMA, 2, "tuning.method=prefix")
+    assert "with the virtual tokens of tuning.method: prefix" in virtual
+    (objective,) = wrong(LLAMA, 2, "objective.name=dpo", "data.format=preference")
+    assert "objective.name: dpo compares whole answers" in objective
+
+
+def test_a_base_with_other_layers_than_attention_is_refused_by_their_name() -> None:
+    (mamba,) = wrong({**SIZES, **FAMILIES["nemotron-h"]}, 2)
+    assert "its NemotronHMamba2Mixer mixes tokens by something else than plain attention" in mamba
+    rotary = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    (dynamic,) = wrong({**LLAMA, "rope_parameters": rotary}, 2)
+    assert "follow from the longest position of a slice (rope_type: dynamic)" in dynamic
+
+
+def test_the_ranks_are_a_multiple_on_each_node() -> None:
+    given = config("sharding.sequence_parallel=4")
+    assert uneven_ranks(given, 16, 8) is None
+    assert uneven_ranks(given, 4, 8) is None
+    assert "6 ranks are no multiple of 4" in (uneven_ranks(given, 6, 6) or "")
+    assert "must be on one node" in (uneven_ranks(given, 8, 2) or "")
+    with pytest.raises(ConfigError, match=r"cluster.workers: 6 is no multiple of sharding.sequence_parallel: 4"):
+        config("sharding.sequence_parallel=4", "cluster.workers=6")
+    with pytest.raises(ConfigError, match="lets the number of ranks change"):
+        config("sharding.sequence_parallel=4", "cluster.workers=[4, 8]")
+
+
+def test_a_plan_counts_groups_and_what_they_exchange() -> None:
+    settings = (
+        "data.sequence_length=64",
+        "train.global_batch=8",
+        "train.activation_checkpointing=none",
+        "model.dtype=fp32",
+    )
+    one = plan_of(config(*settings), LLAMA, 4, 4, None)
+    two = plan_of(config(*settings, "sharding.sequence_parallel=2"), LLAMA, 4, 4, None)
+    assert (one.batch.accumulation, two.batch.accumulation) == (2, 4)
+    assert (two.batch.data_groups, two.batch.sequence_parallel, two.batch.rows) == (2, 2, 8)
+    assert two.memory_per_gpu.activations == one.memory_per_gpu.activations // 2
+    assert one.traffic_per_step.row_exchanges == 0
+    # Two layers; forward and backward; queries and results of 64 values, keys and values of 32; half of 32 tokens; fp32; four micro-batches.
+    assert two.traffic_per_step.row_exchanges == 2 * 2 * (2 * 64 + 2 * 32) * 16 * 4 * 4
+
+
+@pytest.mark.parametrize(
+    ("heads", "keys", "size", "copies"),
+    [(8, 8, 4, 1), (8, 2, 2, 1), (8, 2, 4, 2), (8, 1, 8, 8), (12, 3, 2, 2), (12, 3, 4, 4)],
+)
+def test_heads_of_keys_are_repeated_as_often_as_ranks_need_them(heads: int, keys: int, size: int, copies: int) -> None:
+    assert copies_of_keys(heads, keys, size) == copies
+
+
+def test_slices_of_a_row_have_its_tokens_and_the_first_counts_them() -> None:
+    labels = torch.tensor([[-100, 4, 5, -100, 7, -100, -100, -100]], dtype=torch.int32)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 0, 1]], dtype=torch.int32)
+    row = MicroBatch(
+        *(torch.arange(8, dtype=torch.int32)[None], labels, positions),
+        *(torch.tensor([0, 3, 6, 8], dtype=torch.int32), 3, 6, 3, (Position(),), (1, 2)),
+    )
+    parts = [row.cut(part, 2) for part in range(2)]
+    assert torch.cat([part.input_ids for part in parts], dim=1).equal(row.input_ids)
+    assert torch.cat([part.places + part.first for part in parts]).equal(row.places)
+    assert [part.targets for part in parts] == [2, 1]
+    assert [(part.tokens, part.documents, len(part.bins)) for part in parts] == [(6, (1, 2), 1), (0, (), 0)]
+    assert [part.lengths for part in parts] == [row.lengths] * 2
