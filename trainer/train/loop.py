@@ -20,6 +20,7 @@ from trainer.data.order.stream import Stream
 from trainer.errors import DataError, Interrupted, NonFiniteLoss, Stopped
 from trainer.measure.losses import mean_loss
 from trainer.measure.samples import PromptSamples
+from trainer.objective.objective import measured, sums_of
 from trainer.plan.flops import UNKNOWN_WORK, StepWork
 from trainer.run.folder import command
 from trainer.run.requests import Stop
@@ -121,7 +122,7 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
             record["passes"] = passes
         record |= {
             run.start.objective.unit: int(weight),
-            **dict(zip(run.start.objective.measures, measures, strict=True)),
+            **measured(run.start.objective, measures),
         }
         yield record | _totals(run, every, seconds) | routing.measured()
 
@@ -154,7 +155,7 @@ def _gradients(run: Training, batches: Sequence[MicroBatch], step: int, weight: 
     """Add up the gradients of this rank's part of the step after `step`; returns its summed loss and measures, fp64."""
     run.engine.clock.enter("forward")
     surveys = _surveys(run, batches)
-    sums = torch.zeros(1 + len(run.start.objective.measures), dtype=torch.float64, device=run.start.ranks.device)
+    sums = torch.zeros(1 + sums_of(run.start.objective), dtype=torch.float64, device=run.start.ranks.device)
     for index, batch in enumerate(batches):
         torch.manual_seed(_dropout_seed(run.start.config.run.seed, step, index, run.start.ranks.rank))
         run.engine.clock.enter("forward")
@@ -320,7 +321,7 @@ def evaluate(run: Training, stream: Stream) -> dict[str, float]:
     surveys = _surveys(run, _evaluated(run, stream))
     run.engine.evaluating(True)
     sums, weight = (
-        torch.zeros(1 + len(run.start.objective.measures), dtype=torch.float64, device=run.start.ranks.device),
+        torch.zeros(1 + sums_of(run.start.objective), dtype=torch.float64, device=run.start.ranks.device),
         0,
     )
     with torch.no_grad():
@@ -329,9 +330,10 @@ def evaluate(run: Training, stream: Stream) -> dict[str, float]:
             weight += run.start.objective.weight(batch)
     run.engine.evaluating(False)
     total, *values = (sum(column) for column in zip(*run.start.ranks.gather(weight, sums=sums), strict=True))
-    means = [value / total for value in values]
+    loss, *means = (value / total for value in values)
     return {
-        **dict(zip(("loss", *run.start.objective.measures), means, strict=True)),
+        "loss": loss,
+        **measured(run.start.objective, means),
         run.start.objective.unit: int(total),
     }
 
