@@ -26,6 +26,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from trainer.accelerator import is_accelerator
 from trainer.assemble import Sharding, assemble, attention_of
 from trainer.base.describe.meta import model_config
 from trainer.base.find.locate import CONFIG, Base, copy_object, copy_weights, is_small_file
@@ -176,7 +177,7 @@ class Trained:
         config = override(self.config, *changes)
         resolved = replace(Resolved.of(config, base), objective=NextTokens())
         attention = attention_of(resolved, ranks.device)
-        on_gpu = ranks.device.type == "cuda"
+        on_gpu = is_accelerator(ranks.device)
         settings = build_deepspeed_config(config, world_size=ranks.world_size, accumulation=1, on_gpu=on_gpu)
         engine, _ = assemble(resolved, ranks, attention, Sharding(settings, "world"))
         plain.round_buffers(engine.model, dict(empty_model(base, self.config, attention).named_buffers()))
