@@ -56,7 +56,7 @@ class PackedModel:
                 position_ids=row.position_ids,
                 use_cache=False,
                 **self.attention.arguments(row.cu_seqlens, row.max_seqlen),
-            ).last_hidden_state
+            )[0]
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits of one unpacked row: (1, T) int64 -> (1, T, V)."""
@@ -67,5 +67,5 @@ class PackedModel:
             position_ids=torch.arange(length, device=tokens.device)[None],
             use_cache=False,
             **self.attention.arguments(torch.tensor([0, length], dtype=torch.int32, device=tokens.device), length),
-        ).last_hidden_state
+        )[0]
         return self.head(hidden[:, self.reserved :])
