@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import TimeRemainingColumn
+from rich.progress import TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.table import Column
 
@@ -12,8 +12,13 @@ from launcher.terminal import visible
 
 
 def time_left() -> TimeRemainingColumn:
-    """How long a bar still takes, which no narrow terminal cuts off."""
+    """How long a bar still takes, which no narrow terminal cuts off beside `description`."""
     return TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=len("0:00:00")))
+
+
+def description() -> TextColumn:
+    """What a bar is of, in several lines where it is long: rich takes the width of columns that do not wrap from all of them alike."""
+    return TextColumn("{task.description}", table_column=Column(no_wrap=False))
 
 
 class Terminal(Console):

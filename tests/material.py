@@ -152,6 +152,27 @@ def make_labelled(path: Path, rows: int = 12, seed: int = 6) -> Path:
     return path
 
 
+def make_classified(path: Path, rows: int = 40, seed: int = 6) -> Path:
+    """Texts of very different lengths, each with the class that its last word tells."""
+    draw = random.Random(seed)
+    words, classes = "the ant bee cat dog emu fox gnu hen ibis jay".split(), ("bad", "good", "so-so")
+    made = [(draw.choices(words, k=draw.randint(1, 8)), draw.choice(classes)) for _ in range(rows)]
+    said = {"bad": "no", "good": "yes", "so-so": "hm"}
+    rows_of = ({"text": " ".join([*text, said[label]]), "label": label} for text, label in made)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows_of), encoding="utf-8")
+    return path
+
+
+def make_tagged(path: Path, rows: int = 40, seed: int = 6) -> Path:
+    """Words of which each names an animal or is small, as its tag says."""
+    draw = random.Random(seed)
+    words = {"the": "O", "a": "O", "ant": "B", "bee": "B", "cat": "B", "of": "O", "gnu": "B"}
+    made = [draw.choices(list(words), k=draw.randint(1, 6)) for _ in range(rows)]
+    lines = (json.dumps({"tokens": row, "ner_tags": [words[word] for word in row]}) for row in made)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
 class Workshop:
     """A folder with a base, documents and a store; makes run configurations over them."""
 

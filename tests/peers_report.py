@@ -14,6 +14,7 @@ from launcher.importing.importing import import_files
 from trainer.errors import CapstanError
 
 _KINDS = (".yaml", ".yml", ".json", ".sh", ".py")
+_NONE = ("dataset_info.json", "expected.yaml")  # what is read beside such a file, and no configuration itself
 _MOST_KEYS = 40
 
 
@@ -43,7 +44,8 @@ def report_on(paths: Sequence[Path]) -> Report:
 
 
 def files_in(folders: Sequence[str]) -> list[Path]:
-    return sorted(path for folder in folders for path in Path(folder).rglob("*") if path.suffix in _KINDS)
+    found = (path for folder in folders for path in Path(folder).rglob("*") if path.suffix in _KINDS)
+    return sorted(path for path in found if path.name not in _NONE)
 
 
 def _lines(found: Report) -> Iterator[str]:

@@ -20,7 +20,7 @@ from trainer.data.compile.prepare import Datasets
 from trainer.data.dataset.chapters import open_chapters
 from trainer.data.dataset.dataset import open_dataset
 from trainer.data.order.bins import EpochBins
-from trainer.data.order.micro_batch import Position
+from trainer.data.order.position import Position
 from trainer.data.order.stream import Stream, eval_stream, train_stream
 from trainer.data.render.text_files import keep_text, text_of
 from trainer.export.write.checkpoint_adapters import adapters_beside

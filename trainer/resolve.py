@@ -13,6 +13,7 @@ from trainer.base.find.content import content_of
 from trainer.base.find.locate import resolve_base
 from trainer.checkpoint.identity import Identity
 from trainer.config import Config
+from trainer.data.compile.inputs import with_labels
 from trainer.data.order.settings import train_order
 from trainer.data.render.text_files import text_of
 from trainer.errors import ConfigError
@@ -93,7 +94,7 @@ def resolve(config: Config, base: Base | None = None) -> Resolved:
         StorageError: the bucket of the base does not answer or refuses.
     """
     base = base or resolve_base(config.model)
-    config = base.description.decided(config)
+    config = with_labels(base.description.decided(config))
     found = Resolved.of(config, base)
     if wrong := mismatches(config, found.base.description, found.method, found.objective):
         raise ConfigError("\n".join(wrong))

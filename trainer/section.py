@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import iter_modules
+from types import ModuleType
 from typing import Any, TypeVar, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, create_model, field_validator
@@ -92,10 +93,22 @@ def with_parts(package: str) -> Callable[[type[SectionKind]], type[SectionKind]]
 
 
 def _parts(package: str) -> Iterator[type[Section]]:
+    for settings in _settings_of_folders(package):
+        yield from settings.SETTINGS
+
+
+def declared(package: str, table: str) -> dict[str, Any]:
+    """All entries of the dictionaries called `table` in the `settings.py` of the folders in `package`."""
+    return {
+        name: kind for settings in _settings_of_folders(package) for name, kind in getattr(settings, table, {}).items()
+    }
+
+
+def _settings_of_folders(package: str) -> Iterator[ModuleType]:
     for module in iter_modules(import_module(package).__path__):
         name = f"{package}.{module.name}.settings"
         if module.ispkg and find_spec(name):
-            yield from import_module(name).SETTINGS
+            yield import_module(name)
 
 
 def part(section: Section, kind: type[PartKind]) -> PartKind:

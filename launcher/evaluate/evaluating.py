@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn
 
-from launcher.console import Terminal, time_left
+from launcher.console import Terminal, description, time_left
 from launcher.evaluate.ranks import Hear, count_ranks, run_ranks
 from launcher.evaluate.tables import Evaluated
 from trainer.checkpoint.choice import chosen_step
@@ -86,7 +86,7 @@ def _bars(log: Log) -> Iterator[Hear]:
     """Bars on a terminal, one for each part of the work; else a line when a part is done."""
     console = Terminal(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
+        description(),
         BarColumn(),
         TextColumn("{task.completed}/{task.total}"),
         time_left(),

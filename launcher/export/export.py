@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 
-from launcher.console import Terminal, time_left
+from launcher.console import Terminal, description, time_left
 from launcher.terminal import put
 from trainer.base.find.locate import describe_base
 from trainer.checkpoint.listing import committed_steps
@@ -125,7 +125,7 @@ def _bar(title: str) -> Iterator[ExportProgress]:
     """A bar on the terminal, or a line of the log now and then, from the first time that it is told of bytes done and bytes in all;
     sentences go above it."""
     columns = (
-        TextColumn("{task.description}"),
+        description(),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),

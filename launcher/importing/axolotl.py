@@ -28,6 +28,7 @@ def join(keys: Keys, folder: Path) -> None:
     joined.early_end(keys, "early_stopping_patience")
     joined.pairs(keys, "sequence_len")
     joined.without_dropout(keys, "lora_dropout")
+    joined.head(keys)
     services = {
         "wandb": ("use_wandb", "wandb_project"),
         "mlflow": ("use_mlflow", "mlflow_experiment_name"),
@@ -108,10 +109,12 @@ def _objective(keys: Keys) -> None:
     known = keys.peer.tables["objectives"]
     if asked and asked not in known:
         raise no_training(f"rl: {asked}")
-    for name in ("reward_model", "process_reward_model"):
-        if keys.asked(name):
-            raise no_training(f"{name}: true")
-    if asked:
+    if keys.asked("process_reward_model"):
+        raise no_training("process_reward_model: true")
+    if keys.asked("reward_model"):
+        asked = "reward"
+        keys.put("objective.name", "reward", "reward_model")
+    elif asked:
         keys.put("objective.name", known[asked], "rl")
     if asked == "simpo":
         joined.simpo(keys)
@@ -201,7 +204,7 @@ def _sources(keys: Keys, place: str, given: dict[str, Any]) -> list[dict[str, An
 def _format(keys: Keys, place: str, given: dict[str, Any]) -> tuple[str | None, dict[str, str]]:
     """The format of a data set's rows, None for one that is found out, and the names of its fields."""
     kind = given.get("type")
-    if keys.settings.get("objective.name") in ("dpo", "orpo", "simpo", "kto"):
+    if keys.settings.get("objective.name", "sft") != "sft":
         return _answers(keys, place, given, kind)
     if isinstance(kind, dict):
         for name in ("format", "no_input_format", "system_prompt", "system_format"):
@@ -250,6 +253,8 @@ def _conversation(keys: Keys, place: str, given: dict[str, Any]) -> tuple[str | 
 def _answers(keys: Keys, place: str, given: dict[str, Any], kind: Any) -> tuple[str | None, dict[str, str]]:
     """Pairs, or answers with a label."""
     labelled = keys.settings.get("objective.name") == "kto"
+    if str(kind).startswith("bradley_terry."):  # a question in `input`, and nothing beside it
+        return "preference_alpaca", {"instruction": "input", "input": "nothing"}
     if isinstance(kind, dict):
         table = _USER_LABEL if labelled else _USER_PAIR
         for name in ("field_system", "prompt_format", "chosen_format", "rejected_format", "completion_format"):

@@ -82,12 +82,15 @@ class Imported:
         )
 
 
-def import_files(paths: Sequence[str | Path], peer: str | None = None, gpus: int | None = None) -> Imported:
+def import_files(
+    paths: Sequence[str | Path], peer: str | None = None, gpus: int | None = None, data_info: Path | None = None
+) -> Imported:
     """Carry the configurations in `paths` over; several make one, such as TRL's and accelerate's.
 
     Args:
         peer: the tool that the first is of; found out by the keys where it is None.
         gpus: how many GPUs the peer's run was on, of which its batch depends.
+        data_info: LLaMA-Factory's dataset_info.json, where it does not lie where the file says.
 
     Raises:
         ConfigError: a file cannot be read, or no peer knows its keys.
@@ -99,6 +102,12 @@ def import_files(paths: Sequence[str | Path], peer: str | None = None, gpus: int
     if gpus:
         settings["cluster.workers"], origins["cluster.workers"] = gpus, [f"--gpus {gpus}"]
     files = [_keys(path, peer if not index else None, settings, origins) for index, path in enumerate(paths)]
+    for keys, _ in files:
+        keys.data_info = data_info
+    if data_info is not None and not any(keys.peer.tables.get("public_sets") for keys, _ in files):
+        raise ConfigError(
+            f"--data-info: {files[0][0].peer.title} has no dataset_info.json, which is LLaMA-Factory's. Leave it out."
+        )
     if sum(keys.peer is not _LAUNCHER for keys, _ in files) > 1:
         raise ConfigError(
             "Several files are of a training each. Give one of them, and accelerate's beside it if there is one."

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.importing.mapping import Keys
+from trainer.config.objective import HEADS
 from trainer.config.peers import conversions as to
 from trainer.config.peers.conversions import Inconvertible
 from trainer.config.yaml_reader import read_yaml
@@ -188,6 +189,12 @@ def without_dropout(keys: Keys, name: str) -> None:
     """TRL's trainers of preferences set every dropout to 0, unless they are told not to."""
     if keys.settings.get("objective.name", "sft") != "sft" and str(keys.given.get("disable_dropout", True)) != "False":
         keys.spare("tuning.dropout", f"TRL sets {name} to 0 for objective.name: {keys.settings['objective.name']}.")
+
+
+def head(keys: Keys) -> None:
+    """A head learns whole in any case, and PEFT is told so by its name."""
+    if keys.settings.get("objective.name") in HEADS and keys.settings.get("tuning.modules_to_save") == ["score"]:
+        keys.spare("tuning.modules_to_save", "The head of such a model learns in any case.")
 
 
 def template(keys: Keys, key: str, name: Any) -> None:

@@ -9,7 +9,9 @@ from launcher.importing.mapping import Keys, no_training
 from launcher.importing.sources import source_paths, sources_at
 from trainer.config.data import ROW_FORMATS
 from trainer.config.peers import conversions as to
-from trainer.errors import NOT_JSON
+from trainer.errors import NOT_JSON, ConfigError
+
+_ITS_DEMOS = "REMOTE:llamafactory/"  # the Hub has them, too
 
 
 def join(keys: Keys, folder: Path) -> None:
@@ -24,6 +26,7 @@ def join(keys: Keys, folder: Path) -> None:
     joined.training_arguments(keys, folder)
     joined.early_end(keys, "early_stopping_steps")
     joined.pairs(keys, "cutoff_len")
+    joined.head(keys)
     joined.template(keys, "template", keys.given.get("template"))
     if keys.asked("use_muon"):
         keys.put("optim.name", "muon", "use_muon")
@@ -112,7 +115,12 @@ def _data(keys: Keys, folder: Path) -> None:
 
 
 def _dataset_info(keys: Keys, folder: Path) -> tuple[dict[str, Any], Path]:
-    """The content of dataset_info.json, which lies in `dataset_dir`: beside the file, above it, or here."""
+    """The content of dataset_info.json, which lies in `dataset_dir`: beside the file, above it, or here; or where it is said to be."""
+    if keys.data_info is not None:
+        try:
+            return json.loads(keys.data_info.read_text(encoding="utf-8")), keys.data_info.parent
+        except (OSError, *NOT_JSON) as error:
+            raise ConfigError(f"--data-info: {keys.data_info} cannot be read as JSON: {error}.") from error
     given = keys.given.get("dataset_dir") or "data"
     if isinstance(given, dict):
         return given, folder
@@ -126,13 +134,14 @@ def _dataset_info(keys: Keys, folder: Path) -> tuple[dict[str, Any], Path]:
 
 
 def _sources(keys: Keys, key: str, name: str, info: dict[str, Any], place: Path) -> list[dict[str, Any]]:
-    given = info.get(name)
+    given = info.get(name) or _public_set(keys, name, place)
     if not isinstance(given, dict):
         if keys.given.get("dataset_dir") == "ONLINE":
             return [{"path": path} for path in source_paths(name)]
         keys.lose(
             key,
-            f"dataset_info.json, which says what {name} is, is not in {place}. Write the path of its rows into the configuration.",
+            f"dataset_info.json, which says what {name} is, is not in {place}. Name it by --data-info, or write the path of its rows into the "
+            "configuration.",
         )
         return sources_at([f"{place}/{name}.json"], {"take": keys.whole("max_samples") or None})
     where = (
@@ -149,9 +158,22 @@ def _sources(keys: Keys, key: str, name: str, info: dict[str, Any], place: Path)
     if given.get("num_samples"):  # a random choice there too
         taken = {"take": min(filter(None, (to.whole(given["num_samples"]), most))), "take_seed": 42}
     form, fields = _format(keys, key, name, given)
-    local = str(place / str(given.get("file_name") or name))
+    local = str(place / str(given.get("file_name") or name)).replace("hf:/", "hf://")
     paths = source_paths(str(where)) if where else [f"{local}/*" if Path(local).is_dir() else local]
     return sources_at(paths, {"format": form, "fields": fields, **taken}, given.get("subset"), given.get("split"))
+
+
+def _public_set(keys: Keys, name: str, place: Path) -> dict[str, Any] | None:
+    """A data set that comes with LLaMA-Factory, or that it knows by this name, as dataset_info.json has it."""
+    known, folder = keys.peer.tables["public_sets"].get(name), str(keys.given.get("dataset_dir") or "")
+    if known is None or (folder and not folder.startswith(_ITS_DEMOS)):
+        return None
+    if "file_name" in known and not folder:
+        keys.to_do.append(
+            f"data: {place / known['file_name']} comes with LLaMA-Factory. Give the path that it has here."
+        )
+    columns = {"messages": "messages"} if known.get("formatting") == "openai" else {}
+    return {**known, "columns": {**columns, **known.get("columns", {})}}
 
 
 def _format(keys: Keys, key: str, name: str, given: dict[str, Any]) -> tuple[str, dict[str, str]]:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from launcher.importing.reading import flat_keys
@@ -52,6 +53,7 @@ class Keys:
         self.settings = settings
         self.origins = origins
         self.to_do: list[str] = []
+        self.data_info: Path | None = None  # LLaMA-Factory's file of data sets, where it is named apart
         self._made: dict[str, list[str]] = {}
         self._lost: dict[str, str] = {}
         self._notes: dict[str, str] = {}
@@ -191,7 +193,7 @@ def _settings(row: To, value: Any) -> dict[str, Any]:
 def no_training(what: str) -> ConfigError:
     """The refusal of a file that would become another training than it is."""
     return ConfigError(
-        f"{what}: this is no training of ours. Objectives are sft, dpo, orpo, simpo and kto: no rewards, no generation while training, "
+        f"{what}: this is no training of ours. Objectives are sft, dpo, orpo, simpo, kto, reward and classification: no generation while training, "
         "and `capstan export` and `generate` merge and answer. Nothing was written."
     )
 

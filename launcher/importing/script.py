@@ -11,7 +11,10 @@ from typing import Any
 from trainer.errors import ConfigError
 
 # The configuration class of each trainer, by the beginning of its script's name.
-_TRAINERS = {f"{name.upper()}Config": name for name in ("sft", "dpo", "kto", "orpo", "cpo")}
+_TRAINERS = {
+    **{f"{name.upper()}Config": name for name in ("sft", "dpo", "kto", "orpo", "cpo")},
+    "RewardConfig": "reward",
+}
 _ARGUMENTS = {**_TRAINERS, "TrainingArguments": ""}
 _LORA = {
     "r": "lora_r",

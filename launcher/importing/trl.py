@@ -23,6 +23,7 @@ def join(keys: Keys, folder: Path) -> None:
     joined.training_arguments(keys, folder)
     joined.pairs(keys, "max_length")
     joined.without_dropout(keys, "lora_dropout")
+    joined.head(keys)
     joined.tracking(keys, {}, ("run_name",), ("project",))
     if keys.given.get("max_length", 0) is None:
         keys.to_do.append(

@@ -1,21 +1,23 @@
 """Puts a plan together: the run's needs, the GPUs that it is meant for, its length, its time and its cost."""
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from launcher.plan.measured import measured_rate
 from trainer.base.find.check import check_weights_at_hand
 from trainer.base.find.locate import base_at_hand
 from trainer.config import Config
-from trainer.data.compile.inputs import check_sources
+from trainer.data.compile.inputs import check_sources, with_labels
 from trainer.data.compile.length import epoch_length
 from trainer.data.source.files import is_of_hub, unusable
-from trainer.errors import ConfigError, DataError, DoesNotFit, StorageError
+from trainer.errors import CapstanError, ConfigError, DataError, DoesNotFit, StorageError
 from trainer.plan.forecast import Forecast, Length, assumed_rate, forecast, length_of
 from trainer.plan.gpus import Gpu, find_gpu, read_gpu
 from trainer.plan.needs import Plan
 from trainer.plan.plan import make_plan
 from trainer.processes.devices import described_gpus, host_memory_left
+from trainer.processes.patience import patiently
 from trainer.run import layout
 from trainer.store import Store, open_store
 
@@ -63,20 +65,40 @@ class Planned:
             raise kind("\n".join(self.plan.shortfalls))
 
 
+class Machine(NamedTuple):
+    """The ranks of a run and those of a node, and what each has: a `gpu`, and `whose` says why that one, or on CPUs so many bytes of the host."""
+
+    world_size: int
+    per_node: int
+    gpu: Gpu | None
+    whose: Whose | None
+    host_memory: int | None
+
+
+def machine_of(config: Config, gpu: str | None, ranks_per_node: int | None) -> Machine:
+    """The machine that `config` is planned for. Raises `ConfigError` where the GPU is unknown."""
+    found, whose, count = _gpu_of(config, gpu)
+    world_size, per_node = _ranks(config, count, ranks_per_node)
+    on_cpus = config.cluster.gpus_per_worker == 0
+    here = int(host_memory_left() / 2 / per_node) if on_cpus else None  # as the ranks find it
+    return Machine(world_size, per_node, found, whose, here)
+
+
 def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Planned:
     """Plan `config` for `gpu`, a size or a name; by default for the GPU of cluster.slurm.gpu_type, else for this machine's.
 
     Raises:
         ConfigError: the GPU is unknown, or the base or a method cannot be planned with.
     """
-    found, whose, count = _gpu_of(config, gpu)
-    world_size, per_node = _ranks(config, count, ranks_per_node)
+    machine = machine_of(config, gpu, ranks_per_node)
+    found, whose = machine.gpu, machine.whose
     at_hand = base_at_hand(config.model)
     base, files = at_hand.description, at_hand.directory
     config = base.decided(config)
-    on_cpus = config.cluster.gpus_per_worker == 0
-    here = int(host_memory_left() / 2 / per_node) if on_cpus else None  # as the ranks find it
-    plan = make_plan(config, base, world_size, per_node, found.memory if found else None, here)
+    with suppress(CapstanError):  # where the data cannot be read, as is said below
+        config = with_labels(config)
+    memory = found.memory if found else None
+    plan = make_plan(config, base, machine.world_size, machine.per_node, memory, machine.host_memory)
     missing, misfits = unusable(config.data), list[str]()
     try:
         plan = replace(plan, left_out=check_weights_at_hand(config.model))
@@ -84,7 +106,8 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
         misfits.append(str(error))
     if files and not missing and not any(is_of_hub(source) for source in config.data.train):
         try:
-            check_sources(config, files)
+            with patiently("looking into the files of the data"):
+                check_sources(config, files)
         except ConfigError as error:
             misfits.append(str(error))
         except DataError as error:
@@ -94,10 +117,13 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
     wrong, short = [*plan.mismatches, *misfits], [*plan.shortfalls, *misfits, *missing]
     notes = [*([at_hand.said] if at_hand.said else []), *plan.notes]
     plan = replace(plan, mismatches=wrong, shortfalls=short, notes=notes)
-    store = _answering_store(config)
-    length = length_of(config, None if missing else epoch_length(config, files, store))
+    with patiently("asking the store"):
+        store = _answering_store(config)
+    with patiently("measuring the data"):
+        length = length_of(config, None if missing else epoch_length(config, files, store))
     by_size = found is not None and not found.name
-    rate = None if by_size or store is None else measured_rate(store, config, found)
+    with patiently("looking for a run of the store that did such work"):
+        rate = None if by_size or store is None else measured_rate(store, config, found)
     if rate is None and found and plan.device == "gpu":
         rate = assumed_rate(config, base.architecture, found, plan.recomputed_layers / plan.layers)
     return Planned(plan, found, whose, length, forecast(config, plan.batch, length, rate), bool(missing))

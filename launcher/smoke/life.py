@@ -157,7 +157,8 @@ class _Life:
             tree = {
                 "run": {"name": "smoke"},
                 "model": {"base": sample["base"], "dtype": "bf16" if local_gpus() else sample["dtype"]},
-                "data": {"train": [{"path": path} for path in sample["train"]]},
+                # One file of the sample has more rows than the run takes.
+                "data": {"train": [{"path": sample["train"][0]}]},
                 "optim": {"lr": 5e-3, "warmup_steps": 2},
                 "train": {"steps": STEPS},
             }

@@ -20,6 +20,9 @@ from typing import Any
 
 from launcher.console import Terminal
 from launcher.smoke.stdlib_docs import LONGEST, pairs, source_code, split
+from trainer.base.find.check import check_weights
+from trainer.base.find.locate import resolve_base
+from trainer.config import Model
 
 _SHARDS = 4
 _LONGEST_CODE = 20_000  # characters of a module
@@ -311,6 +314,12 @@ def _pretrain(model: Any, batches: Any, sizes: Sizes) -> list[float]:
     return losses
 
 
+def _look_at(base: str) -> None:
+    """Find out what `plan` and `train` ask of a base. It is kept, and each would have to load PyTorch for it, which this process has done."""
+    model = Model(base=base)
+    check_weights(resolve_base(model), model)
+
+
 def _main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m launcher.smoke.sample", description="Make the smoke run's material."
@@ -325,6 +334,7 @@ def _main() -> None:
     # Imported libraries print to stdout, which belongs to --json.
     with console.status("making the sample"), contextlib.redirect_stdout(sys.stderr):
         sample = make_sample(arguments.directory, arguments.seed, report=console.print)
+        _look_at(sample.base)
     if arguments.json:
         print(json.dumps(asdict(sample)))
 

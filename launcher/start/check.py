@@ -19,6 +19,7 @@ from trainer.checkpoint.manifest import readable_manifests
 from trainer.config import Config, assignment, override
 from trainer.config.paths import absolute_path, local_path
 from trainer.config.secrets import refuse_secrets
+from trainer.data.compile.inputs import with_labels
 from trainer.data.compile.prepare import locate
 from trainer.data.render.named_templates import NAMED
 from trainer.errors import BaseOutOfReach, ConfigError, DataError, NotFound, NothingToResume, StorageError
@@ -102,9 +103,10 @@ def _by_what_is_known(config: Config, error: BaseOutOfReach, log: Callable[[str]
 
 def pinned(config: Config, resolved: Resolved) -> Config:
     """`config` with what was found for it: the commit of a base of the Hub is its revision, so that every rank, and every later start,
-    gets that one, wherever the branch is by then; the same of the checkpoint of another run in tuning.start; and quant.type, where it says nothing."""
+    gets that one, wherever the branch is by then; the same of the checkpoint of another run in tuning.start; and quant.type, where it says nothing.
+    So are the classes of its data."""
     base = resolved.base
-    config = base.description.decided(config)
+    config = with_labels(base.description.decided(config))
     if resolved.beginning is not None:
         config = starting_at(config, resolved.beginning.place)
     commit = hub_commit(base.directory)

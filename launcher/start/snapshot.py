@@ -15,6 +15,7 @@ credentials. Outside a git checkout there is no git.json, no git.diff and no cod
 import io
 import json
 import os
+import re
 import subprocess
 import tarfile
 from contextlib import suppress
@@ -32,6 +33,7 @@ from trainer.processes import children
 
 MOST_BYTES = 64 * 2**20
 """How large the tracked files may be together, uncompressed: a snapshot is for code, not for data."""
+_NAME_OR_VERSION = re.compile(r"^(Name|Version): (.+)$", re.MULTILINE)
 _GIT_SECONDS = 60
 # Names, in lower case, of files and folders that hold secrets. Code such as credentials.py stays: the run may import it.
 _SECRETS = """
@@ -236,7 +238,10 @@ def _printable(name: str) -> str:
 
 
 def _installed() -> str:
-    found = {f"{dist.metadata['Name']}=={dist.version}" for dist in distributions() if dist.metadata["Name"]}
+    # The library parses the whole of each description, which takes seconds for some hundred packages.
+    texts = (dist.read_text("METADATA") or dist.read_text("PKG-INFO") or "" for dist in distributions())
+    headers = (dict(_NAME_OR_VERSION.findall(text.partition("\n\n")[0])) for text in texts)
+    found = {f"{header['Name']}=={header.get('Version')}" for header in headers if "Name" in header}
     return "".join(f"{line}\n" for line in sorted(found, key=str.lower))
 
 

@@ -4,10 +4,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import BarColumn, TaskID
 from rich.progress import Progress as Bars
 
-from launcher.console import Terminal, time_left
+from launcher.console import Terminal, description, time_left
 from trainer.data.compile.compile import Progress
 from trainer.data.dataset.manifest import LeftOut
 from trainer.data.format.left_out import in_words
@@ -41,7 +41,7 @@ def compile_progress(log: Callable[[str], None], *, bar: bool) -> Iterator[Calla
 
         yield line
         return
-    columns = TextColumn("{task.description}"), BarColumn(), time_left()
+    columns = description(), BarColumn(20), time_left()
     with Bars(*columns, console=Terminal(stderr=True)) as bars:
         tasks: dict[str, TaskID] = {}
 

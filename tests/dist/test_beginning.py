@@ -163,3 +163,24 @@ def test_twenty_steps_of_dpo_from_an_adapter_have_the_losses_of_trls_trainer(
     same = [rows[number] for number in order["documents"]]
     (theirs,) = launch(1, trl_trainers.dpo_losses_from, dump_config(plain), same, str(sft))
     assert list(ours.values()) == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.mark.long
+def test_a_resume_needs_the_first_run_for_a_lost_reference_alone(
+    workshop: Workshop, sft: Path, pairs: Path, from_run: dict[int, float]
+) -> None:
+    first = workshop.store.sub("sft-gone")
+    for entry in workshop.store.sub("sft").list():
+        first.put(entry.key, workshop.store.sub("sft").get(entry.key))
+    config = preferring(workshop, pairs, "dpo-gone", "sft-gone@6", "optim.schedule=constant")
+    whole = train(workshop, override(config, "run.name=dpo-there"), 1)
+    train(workshop, override(config, "train.steps=4"), 1)
+    dataset = workshop.store.sub(layout.dataset(workshop.prepare(config).train))
+    kept = [entry.key for entry in dataset.list() if "reference" in entry.key]
+    assert kept
+    for key in kept:  # it is read off the base with the first run's adapter again, not with the one that has learnt
+        dataset.delete(key)
+    half = train(workshop, override(config, "train.steps=7"), 2, "resume")
+    assert half == pytest.approx({step: whole[step] for step in half}, abs=1e-4)
+    first.delete_folder(layout.checkpoint(6))
+    assert train(workshop, config, 2, "resume") == pytest.approx(whole, abs=1e-4)

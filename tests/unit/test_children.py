@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -64,6 +64,23 @@ def test_children_and_theirs_end_when_their_parent_is_killed(tmp_path: Path) -> 
         )
         os.kill(parent.pid, signal.SIGKILL)
     assert wait_until(lambda: not processes(mark), 5), processes(mark)
+
+
+@pytest.mark.parametrize(
+    ("parent", "first", "ends"),
+    [(1, b"/sbin/init\0", True), (1, b"/usr/bin/python3\0/bin/torchrun\0", False), (7, b"/sbin/init\0", False)],
+)
+def test_a_rank_whose_agent_was_killed_while_it_started_ends(
+    monkeypatch: pytest.MonkeyPatch, parent: int, first: bytes, ends: bool
+) -> None:
+    monkeypatch.setattr(children.leash, "tie", lambda: None)
+    monkeypatch.setattr(children.os, "getppid", lambda: parent)
+    monkeypatch.setattr(children.Path, "read_bytes", lambda path: first)
+    children.end_with_agent()  # without one nothing happens
+    for name in ("TORCHELASTIC_RUN_ID", "RANK"):
+        monkeypatch.setenv(name, "0")
+    with pytest.raises(SystemExit) if ends else nullcontext():
+        children.end_with_agent()
 
 
 @pytest.mark.parametrize("ending", ["killed", "in order"])

@@ -185,6 +185,10 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(setting: str, expected:
             "eval.sets.a.fields: 'messages' is not a field of",
         ),
         ("data.train=[{path: a, take: 2.5}]", "take: 2.5 is not allowed. Give a whole number of rows, or a share"),
+        (
+            "data.train=[{path: a, take: 1.0}]",
+            "take: 1.0 is not allowed. Leave it out for all rows, or give 1 for a single one.",
+        ),
         ("data.train=[{path: a, take_seed: 2}]", "take_seed: has no effect without take."),
         ("tuning.targets=['re:(']", "tuning.targets: 're:(' is no regular expression"),
         ("tuning.layers=[4, 4]", "tuning.layers: [4, 4] is not allowed."),

@@ -1,15 +1,18 @@
 """Where a run of epochs ends when its batch changes on the way: each row is taken once, and the figures say what was done."""
 
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
-from tests.material import Workshop, make_data
+from tests.material import Workshop, commit, make_data
+from trainer.checkpoint.manifest import read_manifest
 from trainer.config import Train, override
 from trainer.data.dataset.chapters import open_chapters
 from trainer.data.order.micro_batch import Position
 from trainer.data.order.stream import train_stream
+from trainer.run import layout
 from trainer.train.horizon import Horizon, horizon_of
 
 
@@ -131,3 +134,18 @@ def test_what_comes_so_often_an_epoch_comes_at_even_distances_and_at_its_end(sho
     assert due_at(shop, *epochs, "train.global_batch=10", per_epoch=2, step=4) == [6, 16, 26, 36], (
         "another batch finds the same rows: 80 are behind it, and 100 are half of them"
     )
+
+
+def test_epochs_to_which_a_larger_batch_has_led_are_counted_on(shop: Workshop) -> None:
+    """By the smaller batch of a resume the run would have seen fewer of them."""
+    config = shop.config(
+        "on", "data.packing=false", "train.global_batch=20", "train.steps=30", "checkpoint.per_epoch=2"
+    )
+    datasets, run = shop.prepare(config), shop.store.sub("on")
+    assert len(datasets.epochs) == 3
+    commit(run, config, 20, datasets.train)
+    run.put(layout.manifest(20), replace(read_manifest(run, 20), position=Position(2).to_json()).to_json())
+    smaller = override(config, "train.global_batch=10", "train.steps=50")
+    epochs = shop.prepare(smaller).epochs
+    horizon = horizon_of(smaller.train, epochs, 20, Position(2))
+    assert [horizon.is_due(2, Position(3, bin=rows - 10), Position(3, bin=rows)) for rows in (90, 100)] == [False, True]

@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from trainer.data.format.formats import RowForm
 from trainer.errors import ConfigError
 
 PEERS = Path(__file__).parents[1] / "peers"
-FILES = sorted(path for path in PEERS.glob("*/*.*") if path.is_file() and path.name != "accelerate.yaml")
+DATASET_INFO = PEERS / "data" / "dataset_info.json"
+_BESIDE = ("accelerate.yaml", DATASET_INFO.name)
+FILES = sorted(path for path in PEERS.glob("*/*.*") if path.is_file() and path.name not in _BESIDE)
 SETTINGS = {name for name, _ in fields()}
 # Modules whose classes say which keys TRL's scripts and accelerate take, as they are installed.
 CLASSES = {
@@ -122,7 +125,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "data" / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
     make_pairs(folder / "data" / "pairs.jsonl")
     make_labelled(folder / "data" / "labelled.jsonl")
-    (folder / "data" / "dataset_info.json").write_text(json.dumps(DATASET_INFO))
+    shutil.copy(DATASET_INFO, folder / "data")
     v1 = {"a": {"path": "data/alpaca.jsonl", "converter": "alpaca"}, "b": {"path": "somebody/rows"}}
     (folder / "data" / "v1.yaml").write_text(yaml.safe_dump(v1))
     for path in FILES:
@@ -130,35 +133,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / path.parent.name).mkdir(exist_ok=True)
         (folder / path.parent.name / path.name).write_text(path.read_text().replace("BASE", str(bases[kind])))
     return folder
-
-
-DATASET_INFO = {
-    "talk": {
-        "file_name": "talk.jsonl",
-        "formatting": "sharegpt",
-        "columns": {"messages": "messages"},
-        "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
-    },
-    "somewhere": {
-        "hf_hub_url": "somebody/rows",
-        "formatting": "sharegpt",
-        "columns": {"messages": "turns", "system": "preamble"},
-        "subset": "en",
-        "split": "extra",
-        "num_samples": 100,
-    },
-    "pairs": {
-        "file_name": "pairs.jsonl",
-        "ranking": True,
-        "columns": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
-    },
-    "labelled": {
-        "file_name": "labelled.jsonl",
-        "columns": {"prompt": "prompt", "response": "completion", "kto_tag": "label"},
-    },
-    "alpaca": {"file_name": "alpaca.jsonl", "columns": {"prompt": "question", "response": "reply"}},
-    "texts": {"file_name": "texts.jsonl", "columns": {"prompt": "body"}},
-}
 
 
 def test_there_are_five_files_or_more_of_each_peer() -> None:
@@ -186,6 +160,20 @@ def test_a_file_becomes_what_it_says_and_is_planned(name: str, site: Path, monke
     assert json.loads(planned.stdout)["memory_per_gpu"]["total"] > 0
 
 
+def test_data_sets_are_described_by_the_file_that_is_named(tmp_path: Path) -> None:
+    (tmp_path / "theirs.yaml").write_text("model_name_or_path: x\nstage: sft\ndataset: texts\n")
+    found = import_files([tmp_path / "theirs.yaml"], data_info=DATASET_INFO)
+    (source,) = found.settings["data.train"]
+    assert source == {
+        "path": str(DATASET_INFO.with_name("texts.jsonl")),
+        "format": "alpaca",
+        "fields": {"instruction": "body"},
+    }
+    (tmp_path / "theirs.yaml").write_text("base_model: x\nadapter: lora\nmicro_batch_size: 1\n")
+    with pytest.raises(ConfigError, match="--data-info: axolotl has no dataset_info.json"):
+        import_files([tmp_path / "theirs.yaml"], data_info=DATASET_INFO)
+
+
 def test_what_is_lost_is_said_with_what_holds_instead(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(site)
     lost = {
@@ -204,6 +192,18 @@ def test_what_is_lost_is_said_with_what_holds_instead(site: Path, monkeypatch: p
 
 ODD = {
     "assistant-only": ("trl", {"assistant_only_loss": True, "completion_only_loss": False}, {"data.loss_on": None}, {}),
+    "positions-scaled": (
+        "axolotl",
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {"model.rope_scaling.rope_type": "yarn", "model.rope_scaling.factor": 4.0},
+        {},
+    ),
+    "positions-scaled-by-a-name": (
+        "llamafactory",
+        {"rope_scaling": "yarn"},
+        {"model.rope_scaling.rope_type": None},
+        {"rope_scaling": "names no factor"},
+    ),
     "prompts-too": ("trl", {"completion_only_loss": False}, {"data.loss_on": "all"}, {}),
     "no-steps": (
         "axolotl",
@@ -317,6 +317,66 @@ ODD = {
         {"optim.schedule": "polynomial", "optim.power": 2, "optim.min_lr_ratio": 0.1},
         {},
     ),
+    "a-reward-model": (
+        "axolotl",
+        {
+            "reward_model": True,
+            "num_labels": 1,
+            "center_rewards_coefficient": 0.01,
+            "adapter": "lora",
+            "sequence_len": 1000,
+            "lora_modules_to_save": ["score"],
+            "datasets": [{"path": "a.jsonl", "type": "bradley_terry.chat_template"}],
+        },
+        {
+            "objective.name": "reward",
+            "objective.center_rewards": 0.01,
+            "tuning.modules_to_save": None,
+            "data.sequence_length": 2000,
+            "data.train": [
+                {
+                    "path": "a.jsonl",
+                    "format": "preference_alpaca",
+                    "fields": {"instruction": "input", "input": "nothing"},
+                }
+            ],
+        },
+        {"lora_modules_to_save": "learns in any case", "num_labels": "of a reward model has one"},
+    ),
+    "a-whole-reward-model": (
+        "axolotl",
+        {"reward_model": True},
+        {"objective.name": "reward", "tuning.method": None},
+        {"reward_model": ""},
+    ),
+    "rewards-of-pairs": (
+        "llamafactory",
+        {"stage": "rm", "dataset": "dpo_mix_en"},
+        {
+            "objective.name": "reward",
+            "data.train": [
+                {"path": "hf://llamafactory/DPO-En-Zh-20k", "format": "preference_sharegpt", "subset": "en"}
+            ],
+        },
+        {},
+    ),
+    "rewards-by-a-key": (
+        "trl",
+        {"center_rewards_coefficient": 0.01, "use_peft": True, "lora_modules_to_save": ["score"]},
+        {"objective.name": "reward", "optim.lr": 1e-4},
+        {},
+    ),
+    "known-by-name": (
+        "llamafactory",
+        {"dataset": "identity,ultrachat_200k"},
+        {
+            "data.train": [
+                {"path": "data/identity.json", "format": "alpaca"},
+                {"path": "hf://HuggingFaceH4/ultrachat_200k", "format": "chat", "split": "train_sft"},
+            ]
+        },
+        {"dataset": ""},
+    ),
     "bf16-is-off": ("llamafactory-v1", {"bf16": False}, {"model.dtype": "fp32", "optim.weight_decay": 0.01}, {}),
     "file-order": ("torchtune", {"shuffle": False}, {}, {"shuffle": "is not kept"}),
 }
@@ -344,9 +404,9 @@ def test_ranks_that_share_a_row_are_one_of_the_batch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("peer", "text"),
     [
-        ("axolotl", "base_model: x\nreward_model: true\n"),
+        ("axolotl", "base_model: x\nprocess_reward_model: true\n"),
         ("axolotl", "base_model: x\nrl: gdpo\n"),
-        ("llamafactory", "model_name_or_path: x\nstage: rm\ndataset: d\n"),
+        ("llamafactory", "model_name_or_path: x\nstage: ppo\ndataset: d\n"),
         ("llamafactory", "model_name_or_path: x\nadapter_name_or_path: y\nexport_dir: z\n"),
         ("llamafactory", "model_name_or_path: x\ntemplate: llama3\ninfer_backend: huggingface\n"),
     ],

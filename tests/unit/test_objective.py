@@ -34,7 +34,7 @@ def reference(given: Config) -> str | None:
     return reference_of(given, find_objective(given), method_of(given))
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo", "orpo", "simpo", "kto"])
+@pytest.mark.parametrize("name", ["sft", "dpo", "orpo", "simpo", "kto", "reward"])
 def test_an_objective_is_found_by_its_name(name: str) -> None:
     assert misfits(config(f"objective.name={name}")) == []
 
@@ -44,7 +44,7 @@ def test_an_objective_is_found_by_its_name(name: str) -> None:
     [
         (
             ("objective.name=dpoo",),
-            "objective.name: 'dpoo' is not allowed. Allowed are dpo, kto, orpo, sft, simpo. Did you mean dpo?",
+            "objective.name: 'dpoo' is not allowed. Allowed are classification, dpo, kto, orpo, reward, sft, simpo, token_classification. Did you mean dpo?",
         ),
         (
             ("objective.name=sft", "objective.beta=1"),
@@ -57,6 +57,11 @@ def test_an_objective_is_found_by_its_name(name: str) -> None:
         (
             ("objective.name=orpo", "objective.loss_type=ipo"),
             "objective.loss_type: has no effect with objective.name: orpo.",
+        ),
+        (("objective.name=reward", "objective.beta=0.2"), "objective.beta: has no effect with objective.name: reward."),
+        (
+            ("objective.name=reward", "train.sample_every=5", "eval.prompts=p.txt"),
+            "train.sample_every: objective.name: reward has a head that writes no answers. Remove it.",
         ),
         (("objective.name=simpo", "objective.label_smoothing=0.1"), "objective.label_smoothing: has no effect with"),
         (

@@ -1,13 +1,15 @@
 """Whoever may write to a store does not reach the terminal of those who look at it: no verb sends a control character of its texts."""
 
+import io
 import json
 import sys
 from pathlib import Path
 
 import pytest
+from rich.progress import BarColumn, Progress
 
 from launcher.cli.__main__ import app
-from launcher.console import Terminal
+from launcher.console import Terminal, description, time_left
 from launcher.evaluate.answering import Screen
 from launcher.evaluate.tables import Evaluated
 from launcher.terminal import in_lines, visible
@@ -77,3 +79,18 @@ def test_what_is_measured_and_what_a_model_says_is_shown_so_too(capsys: pytest.C
 def test_a_line_that_is_written_anew_is_several_lines_of_a_log() -> None:
     assert in_lines("10 %\r20 %\r\nend\n") == "10 %\n20 %\nend\n"
     assert json.dumps(EVIL).isascii()  # what --json prints
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_no_terminal_cuts_off_the_time_that_a_bar_still_takes(width: int) -> None:
+    words = "train data: 1,234,567 rows, 12,345,678 documents, 123,456,789 tokens, 1,234 bad rows"
+    now, out = 0.0, io.StringIO()
+    console = Terminal(file=out, width=width, force_terminal=True, color_system=None)
+    bars = Progress(description(), BarColumn(), time_left(), console=console, get_time=lambda: now)
+    task = bars.add_task(words, total=140_000)
+    for seconds in range(1, 6):
+        now = 10.0 * seconds
+        bars.update(task, completed=10 * seconds)
+    console.print(bars.get_renderable())
+    assert "38:52:30" in out.getvalue()
+    assert "…" not in out.getvalue()

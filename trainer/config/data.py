@@ -33,9 +33,19 @@ _LOSS_ON = {
     "text": ("all",),
     "preference": ("completion",),
     "labelled": ("completion",),
+    "classified": (),
+    "tagged": (),
 }
 _TODAY = "2025-01-01"
-_JUDGED = {"preference": "part a pair", "labelled": "part an answer"}
+# Kinds of rows that are never split, and what a split would do.
+_WHOLE = {
+    "preference": "part a pair",
+    "labelled": "part an answer",
+    "classified": "part a text from its class",
+    "tagged": "part words from their tags",
+}
+_TWO_SEGMENTS = ("preference", "labelled", "tagged")
+_OF_CLASSES = ("classified", "tagged")
 
 
 class Source(Section):
@@ -95,6 +105,8 @@ class Source(Section):
             raise ValueError(
                 f"take: {self.take:g} is not allowed. Give a whole number of rows, or a share of them below 1. Example: 0.01."
             )
+        if isinstance(self.take, float) and self.take == 1:
+            raise ValueError("take: 1.0 is not allowed. Leave it out for all rows, or give 1 for a single one.")
         if self.take_seed is not None and self.take is None:
             raise ValueError("take_seed: has no effect without take. Set that, or remove it.")
         return self
@@ -159,7 +171,8 @@ class Data(Section):
         "auto",
         about="auto: found out for each source by its first rows. Conversations: chat (messages), sharegpt (conversations), alpaca "
         "(instruction, output), question_answer, prompt_completion_messages. Strings: prompt_completion, text. Answers to compare: "
-        "preference. Answers with a label: labelled. docs/data-format.md has an example of each.",
+        "preference. Answers with a label: labelled. Texts or conversations with a class: classified, classified_messages. Words with tags: tagged. "
+        "docs/data-format.md has an example of each.",
         example="chat",
     )
     fields: dict[str, str] = setting(
@@ -167,6 +180,13 @@ class Data(Section):
         about="Names of the fields in your rows, where they differ from those of the format, such as messages, tools, prompt, completion, "
         "text, chosen, rejected and label.",
         example={"messages": "dialogue"},
+    )
+    labels: list[str] | None = setting(
+        None,
+        about="The names of the classes, in the order of their numbers, for objective.name: classification and token_classification. Default: those of the rows of "
+        "data.train, sorted; the run keeps them.",
+        example=["negative", "positive"],
+        min_length=2,
     )
     template: str | None = setting(
         None,
@@ -232,6 +252,10 @@ class Data(Section):
     def unsuited(self, format: str) -> str | None:
         """A sentence for a setting that rows of this format do not go with, if there is one."""
         kind = ROW_FORMATS[format].kind
+        if self.labels and kind not in _OF_CLASSES:
+            return f"data.labels: has no effect with data.format: {format}, whose rows have no class. Remove it."
+        if self.loss_on and not _LOSS_ON[kind]:
+            return f"data.loss_on: has no effect with data.format: {format}, of whose rows the class is trained. Remove it."
         if self.loss_on and self.loss_on not in _LOSS_ON[kind]:
             return (
                 f"data.loss_on: {self.loss_on!r} does not exist in data.format: {format}. "
@@ -243,8 +267,8 @@ class Data(Section):
             for name, changed in (("template", self.template is not None), ("today", self.today != _TODAY)):
                 if changed:
                     return f"data.{name}: has no effect with data.format: {format}. Remove it."
-        if kind in _JUDGED and self.on_too_long == "split":
-            return f"data.on_too_long: split would {_JUDGED[kind]} of data.format: {format}. Set it to truncate, drop or fail."
+        if kind in _WHOLE and self.on_too_long == "split":
+            return f"data.on_too_long: split would {_WHOLE[kind]} of data.format: {format}. Set it to truncate, drop or fail."
         return None
 
     def for_rows(self, format: str) -> "Data":
@@ -258,6 +282,7 @@ class Data(Section):
             "thinking": self.thinking if talks else "as_template",
             "template": self.template if talks else None,
             "today": self.today if talks else _TODAY,
+            "labels": self.labels if kind in _OF_CLASSES else None,
         }
         return self.model_copy(update=kept)
 
@@ -266,8 +291,10 @@ class Data(Section):
         on = self.train_on
         if kind != "chat" and on.turns != "all":
             return "data.train_on.turns"
-        if kind in _JUDGED and on.roles is not None:
+        if kind in _WHOLE and on.roles is not None:
             return "data.train_on.roles"
+        if kind in _OF_CLASSES and not (on.end and on.thinking):
+            return "data.train_on"
         if kind in ("prompt_completion", "text") and on.roles not in (None, "all", ["assistant"]):
             return "data.train_on.roles"
         if kind in ("prompt_completion", "text") and not on.thinking:
@@ -281,6 +308,13 @@ class Data(Section):
             return date.fromisoformat(today).isoformat()
         except ValueError as error:
             raise ValueError(f"data.today: {today!r} is no day. Write it as YYYY-MM-DD.") from error
+
+    @field_validator("labels")
+    @classmethod
+    def _each_class_once(cls, labels: list[str] | None) -> list[str] | None:
+        if labels and len(set(labels)) < len(labels):
+            raise ValueError("data.labels: names a class twice. Name each once.")
+        return labels
 
     @model_validator(mode="after")
     def _said_once(self) -> "Data":
@@ -318,7 +352,7 @@ class Data(Section):
     @property
     def too_long_remedies(self) -> str:
         """The other values of `on_too_long` that a row may be refused with."""
-        return "truncate or drop" if self.kind in _JUDGED else "truncate, split or drop"
+        return "truncate or drop" if self.kind in _WHOLE else "truncate, split or drop"
 
     @property
     def kind(self) -> str:
@@ -327,7 +361,8 @@ class Data(Section):
 
     @property
     def segments(self) -> int:
-        """Segments of a row that one document is, at most: a pair of answers is two, and so are a labelled and a mismatched one."""
+        """Segments of a row that one document is, at most: a pair of answers is two, and so are a labelled and a mismatched one,
+        and words and tags."""
         return most_segments(self.format)
 
     @property
@@ -347,7 +382,9 @@ class Data(Section):
             return self.loss_on or "all"
         if self.kind == "chat" and self.train_on.turns == "last":
             return "last_assistant"
-        return {"chat": "assistant", "text": "all"}.get(self.kind, "completion")
+        return {"chat": "assistant", "text": "all", "classified": "label", "tagged": "label"}.get(
+            self.kind, "completion"
+        )
 
     @property
     def beyond_targets(self) -> dict[str, Any]:
@@ -359,6 +396,7 @@ class Data(Section):
             "end": None if on.end else False,
             "thinking": None if on.thinking else "untrained",
             "blocks": {"keep": "kept", "strip": "stripped"}.get(self.thinking),
+            "labels": self.labels,
         }
         return {name: value for name, value in found.items() if value is not None}
 
@@ -370,7 +408,7 @@ def kind_of(format: str) -> str:
 
 def most_segments(format: str) -> int:
     """`Data.segments` of rows of this format."""
-    return 2 if kind_of(format) in _JUDGED else 1
+    return 2 if kind_of(format) in _TWO_SEGMENTS else 1
 
 
 def _check_fields(setting: str, format: str, fields: Mapping[str, str]) -> None:

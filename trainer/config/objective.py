@@ -1,8 +1,14 @@
 """The settings of the objective: what training minimises."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from trainer.section import Section, setting, with_parts
+from trainer.section import Section, declared, setting, with_parts
+
+if TYPE_CHECKING:
+    from trainer.objective.head import Head
+
+HEADS: "dict[str, Head]" = declared("trainer.objective", "HEADS")
+"""The heads of those objectives that have one of their own, by the objective's name."""
 
 
 @with_parts("trainer.objective")
@@ -12,7 +18,9 @@ class ObjectiveSettings(Section):
     name: str = setting(
         "sft",
         about="sft: the next token. dpo, orpo or simpo: a chosen answer against a rejected one (data.format: preference). "
-        "kto: desired and undesired answers (data.format: labelled).",
+        "kto: desired and undesired answers (data.format: labelled). classification: the class of a text (data.format: classified). token_classification: "
+        "those of words (data.format: tagged). "
+        "reward: a number for an answer, by pairs.",
         example="dpo",
     )
     reference: Literal["auto", "adapter_off", "stored"] = setting(

@@ -5,10 +5,12 @@ from typing import Any
 
 from trainer.errors import ConfigError
 from trainer.evaluate.ask import Ask, Tell
+from trainer.evaluate.classes import classes_of, refuse_writing
 from trainer.evaluate.sharded_model import OpenedRun, open_run
 from trainer.measure.generation import Opening, Sampling, Told, continued
 from trainer.measure.prompts import Prompt, asked
 from trainer.store import open_store
+from trainer.tuning.head import head_of
 
 
 def generate(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str, Any]:
@@ -29,25 +31,37 @@ def generate(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str,
             f"--base: tuning.method: {opened.resolved.config.tuning.method} has changed the base itself, so it cannot answer beside the "
             "checkpoint. Leave --base out."
         )
+    if (head := head_of(opened.resolved.method)) is not None:
+        refuse_writing(ask, opened.resolved.config)
     opened.load()
     tell({"ready": opened.manifest.step, "chats": opened.ranks.on_first(lambda: opened.prompter.chats)})
     sampling, waiting, every = Sampling(**ask.sampling), iter(prompts), list[dict[str, Any]]()
     while (given := opened.ranks.on_first(lambda: next(waiting, None))) is not None:
         if not given:  # nobody has asked anything for a while; the other ranks wait for so long at most
             continue
-        openings = opened.ranks.on_first(lambda given=given: opened.prompter.fitting(given, opened.longest))
         sides = dict[str, list[str]]()
+        if head is not None:
+            sides["adapter"] = classes_of(opened, head, given)
+            for number, said in enumerate(sides["adapter"]):
+                tell({"piece": said, "number": number, "side": "adapter"})
+            every += _tell(given, sides, tell)
+            continue
+        openings = opened.ranks.on_first(lambda given=given: opened.prompter.fitting(given, opened.longest))
         if ask.base:
             with opened.as_base() as base:
                 sides["base"] = _answers(base, openings, sampling, "base", tell)
         sides["adapter"] = _answers(opened, openings, sampling, "adapter", tell)
-        rows = [
-            {"prompt": asked(prompt), **{side: texts[number] for side, texts in sides.items()}}
-            for number, prompt in enumerate(given)
-        ]
-        tell({"answers": rows})
-        every += rows
+        every += _tell(given, sides, tell)
     return {"step": opened.manifest.step, "answers": every}
+
+
+def _tell(given: list[Prompt], sides: dict[str, list[str]], tell: Tell) -> list[dict[str, Any]]:
+    rows = [
+        {"prompt": asked(prompt), **{side: texts[number] for side, texts in sides.items()}}
+        for number, prompt in enumerate(given)
+    ]
+    tell({"answers": rows})
+    return rows
 
 
 def _answers(opened: OpenedRun, tokens: list[list[int]], sampling: Sampling, side: str, tell: Tell) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from trainer.config import Config
 from trainer.config.data import LIKELY
 from trainer.config.evaluation import UNNAMED
+from trainer.config.objective import HEADS
 from trainer.config.paths import local_path
 from trainer.data.compile.inputs import find_evaluated, named
 from trainer.errors import ConfigError
@@ -20,6 +21,11 @@ def subjects(config: Config) -> list[str]:
         ConfigError: there is nothing to evaluate, a file of pairs or of a task cannot be read, or the harness is not installed.
         DataError: a set's source is missing.
     """
+    if config.objective.name in HEADS:
+        raise ConfigError(
+            f"objective.name: {config.objective.name} has no likelihood to compare with its base's. The measures of data.eval are in the run's "
+            "records, of each evaluation during the training (eval.every): capstan status and capstan report show them."
+        )
     found = find_evaluated(config)
     unnamed = [UNNAMED] if UNNAMED in found and has_likelihood(config) else []
     if config.eval.tasks and find_spec("lm_eval") is None:

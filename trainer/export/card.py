@@ -17,9 +17,11 @@ from huggingface_hub import ModelCard, ModelCardData
 from trainer.base.find.locate import base_files, is_hub_id
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config
+from trainer.config.objective import HEADS
 from trainer.data.source.hub import repository
 from trainer.run.evaluations import read_evaluation
 from trainer.store import Store
+from trainer.tuning.head import WithHead
 from trainer.tuning.method import method_of
 
 # In a snippet, the folder or the repository that the card lies in.
@@ -67,6 +69,26 @@ base = {whole}.from_pretrained(trained.base_model_name_or_path, revision=trained
 {grown}model = PeftModel.from_pretrained(base, "{PLACE}")"""
 
 
+def head_usage(head: WithHead) -> str:
+    """The lines that load the base with the `head` of the adapter, and the adapter over it."""
+    made = head.head.transformers_class
+    outputs = f"id2label={dict(enumerate(head.labels))}" if head.labels else f"num_labels={head.outputs}"
+    return f"""\
+from peft import PeftConfig, PeftModel
+from transformers import {", ".join(sorted((made, "AutoTokenizer")))}
+
+{_TOKENIZER}
+trained = PeftConfig.from_pretrained("{PLACE}")
+base = {made}.from_pretrained(
+    trained.base_model_name_or_path,
+    revision=trained.revision or "main",
+    {outputs},
+    pad_token_id=tokenizer.pad_token_id,
+    dtype="auto",
+)
+model = PeftModel.from_pretrained(base, "{PLACE}")"""
+
+
 def model_usage(whole: str | None) -> str:
     """The lines that load a whole model; `whole` as in `peft_usage`."""
     made_of = whole or "AutoModelForCausalLM"
@@ -89,7 +111,7 @@ def model_card(folder: Store, config: Config, manifest: CheckpointManifest, cont
 
 
 def _metadata(config: Config, content: CardContent) -> ModelCardData:
-    base = config.model.base
+    base, head = config.model.base, HEADS.get(config.objective.name)
     data = [name for source in config.data.train if (name := repository(source.path)) is not None]
     return ModelCardData(
         library_name=content.library,
@@ -97,7 +119,7 @@ def _metadata(config: Config, content: CardContent) -> ModelCardData:
         base_model_relation=content.relation if _on_the_hub(base) else None,
         license=_base_licence(config),
         datasets=data or None,
-        pipeline_tag="text-generation",
+        pipeline_tag=head.pipeline if head else "text-generation",
         tags=["capstan", config.tuning.method, config.objective.name],
     )
 
@@ -142,6 +164,7 @@ def _facts(config: Config, manifest: CheckpointManifest) -> dict[str, Any]:
         "objective": config.objective.name,
         "quantization": _in_words(config.quant.model_dump(mode="json", exclude={"cache"})),
         "computed in": config.model.dtype,
+        **({"rotary positions": _in_words(scaling)} if (scaling := config.model.rope_scaling.given) else {}),
         "data": f"{manifest.dataset} ({', '.join(_named(source.path) for source in config.data.train)})",
         "sequence length": manifest.order.get("sequence_length", config.data.sequence_length),
         "global batch": config.train.global_batch,

@@ -67,6 +67,6 @@ def remarks(settings: Mapping[str, Any], found: Mapping[str, list[str]]) -> list
     rank = settings.get("r", 0)
     if not found[VLLM] and rank > _VLLM_USUAL_RANK:
         lines.append(f"vLLM takes it with --max-lora-rank {next(size for size in _VLLM_RANKS if size >= rank)}.")
-    if any(found.values()):
+    if any(found.values()) and settings.get("task_type", "CAUSAL_LM") == "CAUSAL_LM":
         lines.append("Every server takes the merged model: --format merged.")
     return lines

@@ -33,6 +33,33 @@ class PackedRow(Protocol):
 
 
 @dataclass(frozen=True)
+class TextRow:
+    """One text as a packed row."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    parts: int = 1
+
+    @classmethod
+    def of(cls, tokens: Tensor) -> "TextRow":
+        """`tokens` (1, T) int64."""
+        length = tokens.shape[1]
+        return cls(tokens, torch.arange(length)[None], torch.tensor([0, length], dtype=torch.int32))
+
+    @property
+    def max_seqlen(self) -> int:
+        return self.input_ids.shape[1]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return (self.max_seqlen,)
+
+    def to(self, device: torch.device) -> "TextRow":
+        return TextRow(self.input_ids.to(device), self.position_ids.to(device), self.cu_seqlens.to(device))
+
+
+@dataclass(frozen=True)
 class PackedModel:
     """`model` with the attention kernel that was chosen for it. It wants `reserved` positions before each document. Rows in parts are shared
     with `peers`."""

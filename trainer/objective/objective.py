@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from trainer import objective as folder
 from trainer.config import Config, ObjectiveSettings
 from trainer.config.data import most_segments
+from trainer.config.objective import HEADS
 from trainer.registry import chosen, kinds, refuse_unread
 from trainer.tuning.method import Method, base_trained_by, method_of
 
@@ -104,6 +105,29 @@ class Objective(Protocol):
         ...
 
 
+@runtime_checkable
+class Summarised(Objective, Protocol):
+    """An objective whose measures are no means, but figures of so many `sums`, which `loss` returns in the place of the measures."""
+
+    @property
+    def sums(self) -> int: ...
+
+    def summary(self, means: Sequence[float]) -> Sequence[float]:
+        """The measures, by the sums over the global batch, each divided by its weight."""
+        ...
+
+
+def sums_of(objective: Objective) -> int:
+    """The sums that the loss of a row is returned with."""
+    return objective.sums if isinstance(objective, Summarised) else len(objective.measures)
+
+
+def measured(objective: Objective, means: Sequence[float]) -> dict[str, float]:
+    """The measures by name, of the means of these sums."""
+    figures = objective.summary(means) if isinstance(objective, Summarised) else means
+    return dict(zip(objective.measures, figures, strict=True))
+
+
 def objectives() -> dict[str, Callable[[ObjectiveSettings, Method], Objective]]:
     """Every objective of this folder, by the names that `objective.name` may have."""
     return kinds(folder, "OBJECTIVES", speaks="objective")
@@ -147,6 +171,8 @@ def objective_mismatches(config: Config, objective: Objective, method: Method) -
             f"data.format: {config.data.format} has no rows for objective.name: {name}. Set it to "
             f"{' or '.join(objective.formats)}, or choose another objective."
         )
+    if config.train.sample_every and name in HEADS:
+        wrong.append(f"train.sample_every: objective.name: {name} has a head that writes no answers. Remove it.")
     if reference_of(config, objective, method) == "adapter_off" and method.trains_base:
         wrong.append(
             f"objective.reference: adapter_off is not possible with {base_trained_by(config)}, which changes the base and cannot be "

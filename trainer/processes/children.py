@@ -80,3 +80,11 @@ def end_with_agent() -> None:
     """Have this rank end with torchrun's agent, which cannot end its ranks where it is killed. Without one nothing happens."""
     if "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ:
         leash.tie()
+        if _is_orphan():  # the agent was killed before it could be tied to
+            sys.exit(1)
+
+
+def _is_orphan() -> bool:
+    """Whether the first process of the machine has taken this one over. In a container that may be the agent itself, which is a Python."""
+    first = Path("/proc/1/cmdline").read_bytes().partition(b"\0")[0]
+    return os.getppid() == 1 and b"python" not in first

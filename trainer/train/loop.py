@@ -13,12 +13,14 @@ from torch import Tensor
 
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.config.training import StopWhen
-from trainer.data.order.micro_batch import MicroBatch, Position
+from trainer.data.order.micro_batch import MicroBatch
 from trainer.data.order.order import hash_key, splitmix64
+from trainer.data.order.position import Position
 from trainer.data.order.stream import Stream
 from trainer.errors import DataError, Interrupted, NonFiniteLoss, Stopped
 from trainer.measure.losses import mean_loss
 from trainer.measure.samples import PromptSamples
+from trainer.objective.objective import measured, sums_of
 from trainer.plan.flops import UNKNOWN_WORK, StepWork
 from trainer.run.folder import command
 from trainer.run.requests import Stop
@@ -77,6 +79,7 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
     if step == 0:
         _evaluate_if_due(run, step, run.start.config.eval.between, Stop.NO, routing)
         _sample_if_due(run, step, Stop.NO)
+    updated = position  # where the data of the last update ends: what is skipped behind it still passes by
     reader = run.stream.read_from(position, compiling=lambda awaited: _wait(run, step, awaited))
     while step < run.horizon.steps:
         started = time.monotonic()
@@ -111,14 +114,15 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
         grad_norm = engine.step(lr)
         if not math.isfinite(grad_norm):
             raise _not_finite("gradient", step, grad_norm, position)
-        place, position = position, run.stream.advance(position)
+        place, before, position = position, updated, run.stream.advance(position)
+        updated = position
         seconds = time.monotonic() - started
         record = {"step": step, "epoch": place.epoch, "loss": loss, "lr": lr, "grad_norm": grad_norm}
         if (passes := run.horizon.passes(position)) is not None:
             record["passes"] = passes
         record |= {
             run.start.objective.unit: int(weight),
-            **dict(zip(run.start.objective.measures, measures, strict=True)),
+            **measured(run.start.objective, measures),
         }
         yield record | _totals(run, every, seconds) | routing.measured()
 
@@ -126,12 +130,12 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
         checkpoints.advance(all_ready=all(rank.saved for rank in every))
         last = bool(stopping) or step == run.horizon.steps
         evaluating, saving = run.start.config.eval, run.start.config.checkpoint
-        due = _is_every(evaluating.every, step) or run.horizon.is_due(evaluating.per_epoch, place, position)
+        due = _is_every(evaluating.every, step) or run.horizon.is_due(evaluating.per_epoch, before, position)
         evaluated = _evaluate_if_due(run, step, due, stopping, routing)
         _sample_if_due(run, step, stopping)
         last = run.rules.end(step, loss, evaluated) or last
         best = saving.keep_best and evaluated is not None
-        due = saves.is_due(step, every[0].since_save) or run.horizon.is_due(saving.per_epoch, place, position)
+        due = saves.is_due(step, every[0].since_save) or run.horizon.is_due(saving.per_epoch, before, position)
         if step == first_step or last or best or due:
             checkpoints.save(engine, step, position.to_json(), eval_loss=evaluated, may_skip=not last)
             routing.report(step)
@@ -151,7 +155,7 @@ def _gradients(run: Training, batches: Sequence[MicroBatch], step: int, weight: 
     """Add up the gradients of this rank's part of the step after `step`; returns its summed loss and measures, fp64."""
     run.engine.clock.enter("forward")
     surveys = _surveys(run, batches)
-    sums = torch.zeros(1 + len(run.start.objective.measures), dtype=torch.float64, device=run.start.ranks.device)
+    sums = torch.zeros(1 + sums_of(run.start.objective), dtype=torch.float64, device=run.start.ranks.device)
     for index, batch in enumerate(batches):
         torch.manual_seed(_dropout_seed(run.start.config.run.seed, step, index, run.start.ranks.rank))
         run.engine.clock.enter("forward")
@@ -317,7 +321,7 @@ def evaluate(run: Training, stream: Stream) -> dict[str, float]:
     surveys = _surveys(run, _evaluated(run, stream))
     run.engine.evaluating(True)
     sums, weight = (
-        torch.zeros(1 + len(run.start.objective.measures), dtype=torch.float64, device=run.start.ranks.device),
+        torch.zeros(1 + sums_of(run.start.objective), dtype=torch.float64, device=run.start.ranks.device),
         0,
     )
     with torch.no_grad():
@@ -326,9 +330,10 @@ def evaluate(run: Training, stream: Stream) -> dict[str, float]:
             weight += run.start.objective.weight(batch)
     run.engine.evaluating(False)
     total, *values = (sum(column) for column in zip(*run.start.ranks.gather(weight, sums=sums), strict=True))
-    means = [value / total for value in values]
+    loss, *means = (value / total for value in values)
     return {
-        **dict(zip(("loss", *run.start.objective.measures), means, strict=True)),
+        "loss": loss,
+        **measured(run.start.objective, means),
         run.start.objective.unit: int(total),
     }
 

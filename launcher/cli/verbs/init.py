@@ -126,6 +126,10 @@ def import_(
     gpus: Annotated[
         int | None, typer.Option("--gpus", min=1, help="GPUs that it ran on, of which its batch depends. Default: 1.")
     ] = None,
+    data_info: Annotated[
+        Path | None,
+        typer.Option("--data-info", help="LLaMA-Factory's dataset_info.json. Default: as the file's dataset_dir says."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Where to write the configuration. Default: stdout.")
     ] = None,
@@ -140,7 +144,7 @@ def import_(
 
     if output:
         check_new(output, force)
-    imported = import_files(files, peer, _countable(gpus))
+    imported = import_files(files, peer, _countable(gpus), data_info)
     if output and not dry_run:
         write_new(output, imported.text)
     if as_json:

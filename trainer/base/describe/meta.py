@@ -17,8 +17,17 @@ import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+)
 from transformers.pytorch_utils import Conv1D
 
 from trainer.base.architecture import (
@@ -51,6 +60,14 @@ _ROUTED_TO = (
     "top_k_experts",
     "top_k",
 )
+_OTHER_HEADS = (
+    (
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        GenericForSequenceClassification,
+        "AutoModelForSequenceClassification",
+    ),
+    (MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, GenericForTokenClassification, "AutoModelForTokenClassification"),
+)
 _WITHOUT_WEIGHTS = "zero_expert_num"  # how many experts more there are that return what they get
 _SHARED = "num_kv_shared_layers"  # how many of the last layers share keys
 
@@ -81,7 +98,8 @@ def architecture_of(base_config: Mapping[str, Any], layers: int | None, name: st
             )
         config, stored_layers = _first_layers(config, layers)
         model = meta_model(config)
-        return _Reader(model, config.get_text_config(), name).architecture(stored_layers).to_json()
+        reader = _Reader(model, config.get_text_config(), name, alone=whole.get_text_config() is whole)
+        return reader.architecture(stored_layers).to_json()
 
 
 def model_config(directory: Path, layers: int | None) -> PretrainedConfig:
@@ -156,11 +174,12 @@ def _is_handed_on(around: nn.Module, name: str) -> bool:
 
 @dataclass(frozen=True)
 class _Reader:
-    """A model on `meta`, and its settings."""
+    """A model on `meta`, and its settings; `alone` where it is no part of one that sees or hears as well."""
 
     model: PreTrainedModel
     config: PretrainedConfig
     name: str
+    alone: bool
 
     def architecture(self, stored_layers: int) -> Architecture:
         embedding, head = self._name(self.model.get_input_embeddings()), self._name(self._head)
@@ -196,13 +215,22 @@ class _Reader:
             fails_shared=self._fails_shared(trial),
             tried=trial is not None,
             recomputes=self.model.supports_gradient_checkpointing,
+            rotary=bool(getattr(self.config, "rope_parameters", None)),
             taken_for_experts=tuple(self._taken_for_experts(parameters)),
+            heads=tuple(self._heads()),
             supports_sdpa=self.model._supports_sdpa,
             supports_flash=self.model._supports_flash_attn,
             logit_factor=logits.factor,
             logit_divisor=logits.divisor,
             softcap=logits.softcap,
         )
+
+    def _heads(self) -> Iterator[str]:
+        """The classes by which transformers loads this model with a head for another task, of those built alike for most families."""
+        for mapping, generic, name in _OTHER_HEADS if self.alone else ():
+            made = mapping.get(type(self.config), None)
+            if isinstance(made, type) and issubclass(made, generic):
+                yield name
 
     def _refusal(self, why: str) -> str:
         return f"model.base: {self.name} is a {self.config.model_type} model, which {why}. Give another base."

@@ -4,7 +4,7 @@ its own, and kept in the user's cache.
     <cache>/capstan/<function>/<hash>.json
     python -m trainer.base.describe.torch_answers < question > answer
 
-What decides an answer is in the hash: the facts that are given, transformers' version and the code of `trainer/base` and `trainer/model`.
+What decides an answer is in the hash: the facts that are given, the versions of transformers and of what a base is tried with, and the code of `trainer/base` and `trainer/model`.
 """
 
 import hashlib
@@ -24,8 +24,10 @@ from typing import Any, NamedTuple, TypeVar
 from trainer import errors
 from trainer.errors import NOT_JSON, CapstanError, ConfigError
 from trainer.processes import children
+from trainer.processes.patience import patiently
 
 Parsed = TypeVar("Parsed")
+_PACKAGES = ("transformers", "torch", "bitsandbytes")
 _SECONDS = 300  # transformers' import takes most of it on a slow disk; the model itself is on `meta`
 
 
@@ -55,7 +57,7 @@ def kept_answer(question: Question, facts: Any, parse: Callable[[Any], Parsed]) 
         CapstanError: whatever the function raises.
         ConfigError: transformers cannot answer, or takes too long.
     """
-    digest = hashlib.sha256(json.dumps([version("transformers"), facts]).encode() + _code()).hexdigest()
+    digest = hashlib.sha256(json.dumps([*map(version, _PACKAGES), facts]).encode() + _code()).hexdigest()
     path = user_cache() / question.function / f"{digest[:32]}.json"
     # An entry that is damaged, or not there, is made again.
     with suppress(OSError, *NOT_JSON, LookupError, TypeError, AttributeError):
@@ -78,14 +80,15 @@ def _answer(question: Question) -> Any:
 
 
 def _answer_elsewhere(question: Question) -> Any:
-    print(f"{question.doing} with transformers, once for this base", file=sys.stderr)
+    print(f"{question.doing} with transformers, once for this base: this takes longest", file=sys.stderr)
     command = [sys.executable, "-m", "trainer.base.describe.torch_answers"]
     environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}  # a compiler that is not needed is slow to import
     asked = json.dumps(question)
     try:
-        result = children.run(
-            command, input=asked, capture_output=True, text=True, timeout=_SECONDS, check=True, env=environment
-        )
+        with patiently(question.doing):
+            result = children.run(
+                command, input=asked, capture_output=True, text=True, timeout=_SECONDS, check=True, env=environment
+            )
     except subprocess.TimeoutExpired as error:
         raise ConfigError(
             f"model.base: transformers has not built the model of {question.base} within {_SECONDS} seconds. Try again."

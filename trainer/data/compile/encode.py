@@ -12,8 +12,10 @@ from trainer.data.dataset.binary import DESIRED_BIT, TARGET_BIT, TOKEN
 from trainer.data.dataset.manifest import Counters, LeftOut, add_left_out
 from trainer.data.format.formats import RowForm, as_read, explicit_form, or_error
 from trainer.data.render.chat import Example, Renderer, Turn
+from trainer.data.render.classified import Classified, ClassifiedRenderer
 from trainer.data.render.labelled import Labelled, LabelledRenderer, one_kind
 from trainer.data.render.pairs import Pair, PairRenderer
+from trainer.data.render.tagged import Tagged, TaggedRenderer
 from trainer.data.source.part import Part
 from trainer.data.source.rows import Batch, Row, at, printable
 from trainer.errors import DataError
@@ -49,7 +51,15 @@ def left_out_of(names: Iterable[str], where: str) -> dict[str, LeftOut]:
     return {printable(name): LeftOut(rows=1, examples=[where]) for name in names}
 
 
-_RENDERERS = {"preference": PairRenderer, "labelled": LabelledRenderer}
+_RENDERERS = {
+    "preference": PairRenderer,
+    "labelled": LabelledRenderer,
+    "classified": ClassifiedRenderer,
+    "tagged": TaggedRenderer,
+}
+_RowRenderer = Renderer | PairRenderer | LabelledRenderer | ClassifiedRenderer | TaggedRenderer
+Document = Example | Pair | Labelled | Classified | Tagged
+"""A row, tokenized."""
 
 
 class RowEncoder:
@@ -61,11 +71,11 @@ class RowEncoder:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", data: Data) -> None:
         self._tokenizer, self._data = tokenizer, data
-        self._renderers: dict[RowForm, Renderer | PairRenderer | LabelledRenderer] = {}
+        self._renderers: dict[RowForm, _RowRenderer] = {}
         if data.format != "auto":
             self._renderer(explicit_form(data))
 
-    def encode(self, form: RowForm, rows: Sequence[Row]) -> list[Example | Pair | Labelled | DataError]:
+    def encode(self, form: RowForm, rows: Sequence[Row]) -> list[Document | DataError]:
         """Each row's document, or what is wrong with it; the error's text has no place in it."""
         read = [or_error(form.read, row) for row in rows]
         encoded = iter(self._renderer(form).encode([row for row in read if not isinstance(row, DataError)]))
@@ -79,7 +89,7 @@ class RowEncoder:
         """
         return self._renderer(form).turns(form.read(row))
 
-    def _renderer(self, form: RowForm) -> Renderer | PairRenderer | LabelledRenderer:
+    def _renderer(self, form: RowForm) -> _RowRenderer:
         if form not in self._renderers:
             kind = _RENDERERS.get(form.kind, Renderer)
             self._renderers[form] = kind(self._tokenizer, as_read(self._data, form))
@@ -131,7 +141,7 @@ class Encoder:
         result.counters.bad_rows += 1
         result.bad_rows.append(str(error))
 
-    def _documents(self, result: Encoded, where: str, example: Example | Pair | Labelled) -> list[NDArray[np.uint32]]:
+    def _documents(self, result: Encoded, where: str, example: Document) -> list[NDArray[np.uint32]]:
         """The example as it is stored."""
         length, limit = len(example.tokens), self._data.sequence_length
         if length > limit and self._data.on_too_long == "fail":
@@ -142,7 +152,7 @@ class Encoder:
         return documents_of(self._data, example, result.counters)
 
 
-def documents_of(data: Data, example: Example | Pair | Labelled, counters: Counters) -> list[NDArray[np.uint32]]:
+def documents_of(data: Data, example: Document, counters: Counters) -> list[NDArray[np.uint32]]:
     """The documents that a row becomes, as they are stored: cut to the sequence length or into pieces, without those that train nothing.
     `counters` counts what became of it."""
     limit = data.sequence_length

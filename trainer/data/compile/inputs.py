@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 from trainer.config import Config, Data, Source
 from trainer.config.data import LIKELY, ROW_FORMATS
+from trainer.config.objective import HEADS
 from trainer.data.compile.detection import with_forms
+from trainer.data.compile.labels import labels_of
 from trainer.data.render.template import has_template, no_template, tokens_of
 from trainer.data.source.files import SourceFile, expand
 from trainer.data.source.part import EVERYTHING, Part
@@ -35,19 +37,34 @@ def find(config: Config) -> dict[str, Input]:
         ConfigError: the objective cannot learn from the rows of a source.
         DataError: a source is missing, or of a kind that cannot be read.
     """
+    config = with_labels(config)
     train = find_train(config)
     return {"train": train} | find_evaluated(config, train.files)
 
 
+def with_labels(config: Config) -> Config:
+    """`config` with `data.labels`, for an objective whose head has an output for each: those of the rows of `data.train`, unless they are
+    set. Reads all of these rows.
+
+    Raises:
+        ConfigError, DataError: as `find`, or there are not two classes.
+    """
+    head, data = HEADS.get(config.objective.name), config.data
+    if head is None or not head.labelled or data.labels:
+        return config
+    labels = labels_of(tuple(_read(config, data, data.train, "data.train")))
+    return config.model_copy(update={"data": data.model_copy(update={"labels": labels})})
+
+
 def find_train(config: Config) -> Input:
     """The part of `find` that is trained on."""
-    data = config.data
+    data = with_labels(config).data
     return Input(_read(config, data, data.train, "data.train"), Part(data.held_out, data.held_out_seed), data)
 
 
 def find_evaluated(config: Config, train: list[SourceFile] | None = None) -> dict[str, Input]:
     """The part of `find` that is never trained on. `train` are the files of `data.train`, where they are known already."""
-    data, inputs = config.data, dict[str, Input]()
+    data, inputs = with_labels(config).data, dict[str, Input]()
     if data.eval:
         inputs["eval"] = Input(_read(config, data, data.eval, "data.eval"), EVERYTHING, data)
     elif data.held_out:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from trainer.base.find.locate import Base
 from trainer.base.find.tokenizer import read_tokenizer
+from trainer.checkpoint.listing import committed_steps
+from trainer.checkpoint.manifest import readable_manifests
 from trainer.config import Config
 from trainer.config.evaluation import UNNAMED
 from trainer.data.compile.compile import Progress, compile_chapters
@@ -25,8 +27,9 @@ from trainer.data.compile.weights import find_weights, keep_weights, kept_weight
 from trainer.data.dataset.dataset import open_chapter
 from trainer.data.dataset.manifest import MANIFEST, damaged, read_manifest
 from trainer.data.dataset.overlap import refuse_overlaps
-from trainer.data.order.bins import EpochBins, keep_bins, kept_bins, total
+from trainer.data.order.bins import EpochBins, before, keep_bins, kept_bins, total
 from trainer.data.order.order import EpochPlan, nothing_visited, turns
+from trainer.data.order.position import Position
 from trainer.data.order.settings import Order, train_order
 from trainer.data.source.files import SourceFile
 from trainer.errors import DataError, NotFound
@@ -227,15 +230,25 @@ def _show_reading(progress: OnProgress, what: str, size: int, read: int) -> None
 
 
 def _epochs_of(config: Config, store: Store, fingerprint: str) -> list[EpochBins]:
-    """The bins of the epochs that the run visits, the last of which may be a part only."""
+    """The bins of the epochs that the run visits, the last of which may be a part only. A run that has begun goes on from its place, to which
+    another `train.global_batch` may have led."""
     order, train = train_order(config), config.train
     if train.epochs:
         return _epoch_bins(store, fingerprint, order, ceil(train.epochs))
-    epochs, steps = list[EpochBins](), 0
-    while steps < (train.steps or 0):
+    step, place = _place_of(config, store)
+    epochs = _epoch_bins(store, fingerprint, order, place.epoch + 1)
+    rest = total(epochs[-1]) - before(epochs[-1], place)
+    while (step := step + ceil(rest / train.global_batch)) < (train.steps or 0):
         epochs = _epoch_bins(store, fingerprint, order, len(epochs) + 1)
-        steps += ceil(total(epochs[-1]) / train.global_batch)
+        rest = total(epochs[-1])
     return epochs
+
+
+def _place_of(config: Config, store: Store) -> tuple[int, Position]:
+    """The step that the run's newest checkpoint has, and its place in the data."""
+    folder = store.sub(config.run.name)
+    newest = next(readable_manifests(folder, [], committed_steps(folder)), None)
+    return (newest.step, Position.from_json(newest.position)) if newest else (0, Position())
 
 
 def _epoch_bins(store: Store, fingerprint: str, order: Order, epochs: int) -> list[EpochBins]:

@@ -4,7 +4,7 @@ They are encoded as a compilation encodes them, one by one, so nothing is writte
 of the first documents alone: a run packs those of a whole window (`order`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby, islice, takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -159,9 +159,21 @@ class Viewer:
             parts = ["chosen", "rejected"]
         elif (stored & MISMATCHED_BIT).any() or stored[0] & DESIRED_BIT:
             parts = ["desired" if stored[0] & DESIRED_BIT else "undesired", "mismatched"]
+        if labels := self._given.data.labels:
+            yield self._named(where, stored, labels)
+            return
         for part, answer in zip(parts, np.split(stored, second), strict=False):
             tokens, trained = (answer & ID_BITS).tolist(), (answer & TARGET_BIT).astype(bool).tolist()
             yield SeenDocument(where, part, tokens, trained, list(self._pieces(tokens, trained)))
+
+    def _named(self, where: str, stored: NDArray[np.uint32], labels: Sequence[str]) -> SeenDocument:
+        """A text with its class, or with the tags of its words, by their names behind it."""
+        numbers, trained = stored & ID_BITS, (stored & TARGET_BIT).astype(bool)
+        second = np.flatnonzero(stored & MISMATCHED_BIT)
+        end = int(second[0]) if len(second) else len(stored) - 1
+        text, names = numbers[:end].tolist(), [labels[int(number)] for number in numbers[trained]]
+        pieces = [*self._pieces(text, [False] * end), TextPiece(f" {' '.join(names)}", True, True)]
+        return SeenDocument(where, "", numbers.tolist(), trained.tolist(), pieces)
 
     def _pieces(self, tokens: list[int], trained: list[bool]) -> Iterator[TextPiece]:
         """The text piece by piece: each is the rest of what the tokens up to its end are decoded to, as decoding a token alone may

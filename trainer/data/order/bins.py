@@ -5,16 +5,14 @@ import json
 from collections.abc import Sequence
 from fractions import Fraction
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainer.data.dataset.manifest import Count, Record, unsealed
+from trainer.data.order.position import Position
 from trainer.data.order.settings import Order
 from trainer.errors import Damaged, NotFound
 from trainer.run import layout
 from trainer.store import Store
-
-if TYPE_CHECKING:
-    from trainer.data.order.micro_batch import Position
 
 EpochBins = Sequence[Sequence[int]]
 """The bins of each window of an epoch, for one chapter after the other in the order that the epoch takes them."""
@@ -52,7 +50,7 @@ def total(epoch: EpochBins) -> int:
     return sum(map(sum, epoch))
 
 
-def before(epoch: EpochBins, position: "Position") -> int:
+def before(epoch: EpochBins, position: Position) -> int:
     """The bins of `epoch` that lie before `position`, which is in this epoch."""
     in_chapter = epoch[position.chapter] if position.chapter < len(epoch) else ()
     return total(epoch[: position.chapter]) + sum(in_chapter[: position.window]) + position.bin

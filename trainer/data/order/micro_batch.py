@@ -1,34 +1,14 @@
 """One packed row of a global step as a rank gets it, and where in the data a step begins."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Literal
 
 import torch
 
+from trainer.data.order.position import Position
 from trainer.model.head import IGNORE
 from trainer.model.pinned import onto
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a global step begins: at a bin of a window of an epoch. It knows no ranks; a checkpoint stores it.
-
-    `chapter` counts the chapters in the order of the epoch; nearly every data set has but one.
-    """
-
-    epoch: int = 0
-    window: int = 0
-    bin: int = 0
-    chapter: int = 0
-
-    def to_json(self) -> dict[str, int]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, int]) -> "Position":
-        return cls(**value)
 
 
 def _none(dtype: torch.dtype) -> torch.Tensor:
@@ -53,7 +33,8 @@ class MicroBatch:
         rejected: (pairs,) int32, the segments that are rejected answers; the segment before each is the chosen one.
         beginnings: (documents,) int32, the segments that documents begin with.
         desired: (documents,) bool, whether each is a labelled answer that is desired.
-        mismatched: (mismatched,) int32, the segments that are mismatched answers; see trainer/data/render/labelled.py.
+        mismatched: (mismatched,) int32, the segments that are mismatched answers; see trainer/data/render/labelled.py. Or, of words with
+            tags, those with the tags' numbers; see trainer/data/render/tagged.py.
         survey: the figures that the losses of the step were found to need beforehand; see trainer/objective/objective.py.
         reference: (documents, answers) fp32, log-probabilities of their answers by a stored reference, in nats; None
             without one.

@@ -18,8 +18,9 @@ from trainer.config import Config
 from trainer.data.dataset.binary import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, REJECTED_BIT, TARGET_BIT
 from trainer.data.dataset.chapters import Chapters, whole
 from trainer.data.dataset.dataset import Dataset
-from trainer.data.order.micro_batch import MicroBatch, Position
+from trainer.data.order.micro_batch import MicroBatch
 from trainer.data.order.order import EpochPlan, Window, nothing_visited, turns
+from trainer.data.order.position import Position
 from trainer.data.order.settings import Order, eval_order, train_order
 from trainer.model.head import IGNORE
 

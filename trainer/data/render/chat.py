@@ -109,14 +109,15 @@ class Turn:
 
 
 class Renderer:
-    """Encodes rows of one format with one tokenizer.
+    """Encodes rows of one format with one tokenizer. Texts without a chat template get an end token, from which a model learns to stop,
+    unless it is not to say that they end (`ends`); the tokenizer's own framing stays.
 
     Raises:
         ConfigError: the tokenizer cannot serve the format: it is not a fast one, or lacks a chat template or an
             end-of-text token.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", data: Data) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", data: Data, *, ends: bool = True) -> None:
         if not tokenizer.is_fast:
             raise ConfigError(
                 "model.base: its tokenizer is not a fast one, so the place of a token in the text is unknown. "
@@ -148,7 +149,8 @@ class Renderer:
             self._bos = self._eos = None  # the template writes them
         else:
             with read_by_transformers(tokenizer.name_or_path, "the tokenizer"):
-                self._bos, self._eos = framing(tokenizer, data)
+                self._bos, eos = framing(tokenizer, data)
+                self._eos = eos if ends or _encoded(tokenizer, "a")[-1:] == [eos] else None
         self._special = special
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[Example | DataError]:
@@ -458,5 +460,10 @@ def framing(tokenizer: "PreTrainedTokenizerBase", data: Data) -> tuple[int | Non
             "model.base has none. Set eos_token in its tokenizer_config.json."
         )
     bos: Any = tokenizer.bos_token_id
-    adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    adds_bos = bos is not None and _encoded(tokenizer, "a")[:1] == [bos]
     return bos if adds_bos else None, eos
+
+
+def _encoded(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    ids: Any = tokenizer(text)["input_ids"]
+    return ids

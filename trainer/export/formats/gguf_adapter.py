@@ -16,6 +16,7 @@ from trainer.export.written import ExportProgress, Written
 from trainer.files.scratch import scratch_folder
 from trainer.section import Section
 from trainer.store import Store
+from trainer.tuning.head import head_of
 from trainer.tuning.method import method_of
 
 
@@ -26,7 +27,12 @@ class GgufAdapter(Section):
 
     def check(self, config: Config, base: Description) -> None:
         check_converter()
-        if method_of(config).exports_model:
+        method = method_of(config)
+        if head_of(method) is not None:
+            raise ConfigError(
+                f"--format gguf-adapter: llama.cpp has no place for the head of objective.name: {config.objective.name}. Take --format peft."
+            )
+        if method.exports_model:
             raise ConfigError(
                 "--format gguf-adapter: the base itself was tuned, so there is no adapter. Take --format gguf."
             )

@@ -24,6 +24,12 @@ class Distance(NamedTuple):
     log_prob: float
 
 
+def as_shares(outputs: Tensor) -> Tensor:
+    """The outputs (P, outputs) of a head as logits of a distribution: those of classes, or a reward beside 0, of whose distribution its logistic
+    function is a share."""
+    return outputs if outputs.shape[1] > 1 else torch.nn.functional.pad(outputs, (0, 1))
+
+
 def distance(one: Sequence[Tensor], other: Sequence[Tensor], rows: Sequence[ProbeRow]) -> Distance:
     """`one` and `other`: for each row the logits (P, V) at its places. Computed in fp64, a row at a time."""
     divergences, differences = list[Tensor](), list[Tensor]()

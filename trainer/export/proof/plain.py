@@ -17,23 +17,26 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
+from trainer.accelerator import kind
 from trainer.base.describe.composite import place_of_decoder
 from trainer.base.describe.empty_model import unfilled_model
 from trainer.base.describe.language_part import is_part
 from trainer.config import Quant
 from trainer.errors import ConfigError
+from trainer.export.proof.distributions import as_shares
 from trainer.export.proof.rows import ProbeRow
 from trainer.export.proof.streamed import PackedWeight, StreamedLayers, bnb_form
 from trainer.model.parts import body, in_order
+from trainer.tuning.head import MODULE
 from trainer.tuning.method import Method, OwnFormat
 
 _LONGEST_REASON = 600
 
 
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(kind() or "cpu")
 
 
 def load_plain(
@@ -43,8 +46,9 @@ def load_plain(
     config: PretrainedConfig | None = None,
     streamed: StreamedLayers | None = None,
     values: dict[str, Tensor] | None = None,
+    made: Any = AutoModelForCausalLM,
 ) -> Any:
-    """A model as transformers reads it, ready to predict, its weights in `held`; `config` where it is not the folder's own. Where it
+    """A model as transformers reads it, by the class `made`, ready to predict, its weights in `held`; `config` where it is not the folder's own. Where it
     is to be `streamed`, it is on the device already, and its layers are read at their turns. `values` are what the files have, by name, where
     transformers cannot read them.
 
@@ -64,9 +68,9 @@ def load_plain(
         }
         alone = whole.get_text_config() is whole
         if values:
-            model: Any = _of_values(config if alone else whole, values, alone, options)
+            model: Any = _of_values(config if alone else whole, values, made if alone else None, options)
         elif alone:
-            model = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
+            model = made.from_pretrained(folder, config=config, **options)
         else:
             model = AutoModelForMultimodalLM.from_pretrained(folder, **options)
         if streamed:
@@ -80,11 +84,11 @@ def load_plain(
     return model.eval()
 
 
-def _of_values(config: PretrainedConfig, values: dict[str, Tensor], alone: bool, options: dict[str, Any]) -> Any:
-    """The model of `config` with these values, as `from_pretrained` gives it where they are those of its files."""
+def _of_values(config: PretrainedConfig, values: dict[str, Tensor], alone: Any, options: dict[str, Any]) -> Any:
+    """By the class `alone`, or as a whole that sees or hears: the model of `config` with these values, as `from_pretrained` gives it where they are those of its files."""
     for part in (config, config.get_text_config()):
         vars(part).pop("quantization_config", None)
-    mapping = MODEL_FOR_CAUSAL_LM_MAPPING if alone else MODEL_FOR_MULTIMODAL_LM_MAPPING
+    mapping = alone._model_mapping if alone else MODEL_FOR_MULTIMODAL_LM_MAPPING
     made: Any = mapping[type(config)]
     given = {key: value for key, value in options.items() if key != "trust_remote_code"}
     return made.from_pretrained(None, config=config, state_dict=values, **given)
@@ -163,7 +167,8 @@ def add_adapter(model: Any, adapter: Path, method: Method) -> tuple[Any, Abstrac
     with _reading("PEFT", adapter):
         whole = _whole_class(model)
         adapted = PeftModel.from_pretrained(whole, str(adapter)).eval()
-        model.set_output_embeddings(whole.get_output_embeddings())  # which PEFT may have replaced
+        if model.get_output_embeddings() is not None:
+            model.set_output_embeddings(whole.get_output_embeddings())  # which PEFT may have replaced
     keep_packed(adapted)
     return adapted, adapted.disable_adapter()
 
@@ -203,6 +208,19 @@ def place_logits(model: Any, rows: Sequence[ProbeRow]) -> list[Tensor]:
             .cpu()
             for row in rows
         ]
+
+
+def head_logits(model: Any, rows: Sequence[ProbeRow]) -> list[Tensor]:
+    """The same of a model with a head of another kind (P, outputs), which looks at the last token that it is given, or at each."""
+    with torch.no_grad():
+        return [as_shares(_head_outputs(model, row).float().cpu()) for row in rows]
+
+
+def _head_outputs(model: Any, row: ProbeRow) -> Tensor:
+    first = model(input_ids=row.tokens.to(model.device)).logits
+    if first.ndim == 3:
+        return first[0, row.places]
+    return torch.cat([model(input_ids=row.tokens[:, : place + 1].to(model.device)).logits for place in row.places])
 
 
 def adapted_weights(adapter: Path) -> tuple[str, ...]:
@@ -254,7 +272,9 @@ def _dequantized(weight: Tensor, quant: Quant, dtype: torch.dtype) -> Tensor:
 def computing_in_fp32(model: Any) -> Iterator[None]:
     """Decoder layer by decoder layer: a 16-bit weight is in fp32 only while its layer computes, which is exact."""
     plain = language_part(model)
-    hooks = [hook for part in [*in_order(plain), plain.get_output_embeddings()] for hook in _in_fp32(part)]
+    top = plain.get_output_embeddings()
+    parts = [*in_order(plain), plain.get_submodule(MODULE) if top is None else top]
+    hooks = [hook for part in parts for hook in _in_fp32(part)]
     try:
         yield
     finally:

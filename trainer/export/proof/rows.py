@@ -1,6 +1,6 @@
 """The rows that a proof compares two models on: documents of the run's own data, the same ones at every call."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 from trainer.base.find.locate import Base
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config
+from trainer.config.objective import HEADS
 from trainer.data.compile.prepare import locate
 from trainer.data.dataset.binary import ID_BITS, MISMATCHED_BIT, REJECTED_BIT, TARGET_BIT
 from trainer.data.dataset.dataset import Dataset, open_chapter
@@ -54,7 +55,8 @@ def find_probe(folder: Store, config: Config, manifest: CheckpointManifest, base
     root = store_of(folder)
     for what, fingerprint in _datasets(config, manifest, base, root):
         try:
-            rows = list(_rows(open_chapter(root, fingerprint, 0)))[:ROWS]
+            tagged = (head := HEADS.get(config.objective.name)) is not None and head.per_token
+            rows = list(_rows(open_chapter(root, fingerprint, 0), _tags if tagged else _row))[:ROWS]
         except StorageError:  # or `NotFound`, which is one
             continue
         if rows:
@@ -74,14 +76,23 @@ def _datasets(config: Config, manifest: CheckpointManifest, base: Base, root: St
     yield "training", manifest.dataset
 
 
-def _rows(data: Dataset) -> Iterator[ProbeRow]:
+def _rows(data: Dataset, read: Callable[[NDArray[np.uint32]], ProbeRow | None]) -> Iterator[ProbeRow]:
     """Documents at even distances, each cut to its last tokens up to the last one that is trained."""
     documents = len(data.offsets) - 1
     for number in np.unique(np.linspace(0, documents - 1, _CANDIDATES, dtype=np.int64)):
         block = np.searchsorted(data.blocks, number, side="right") - 1
-        row = _row(data.read(np.array([block])).gather(np.array([number])))
+        row = read(data.read(np.array([block])).gather(np.array([number])))
         if row is not None:
             yield row
+
+
+def _tags(stored: NDArray[np.uint32]) -> ProbeRow:
+    """A text and the tags of its words, whose numbers stand behind it."""
+    text, tags = np.split(stored, 2)
+    text, tags = text[:TOKENS], tags[:TOKENS]
+    places = np.flatnonzero(tags & TARGET_BIT)[:TARGETS]
+    numbers = torch.from_numpy((tags[places] & ID_BITS).astype(np.int64))
+    return ProbeRow(torch.from_numpy((text & ID_BITS).astype(np.int64))[None], torch.from_numpy(places), numbers)
 
 
 def _row(stored: NDArray[np.uint32]) -> ProbeRow | None:

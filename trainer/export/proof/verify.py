@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from torch import Tensor
 
+from trainer.accelerator import is_accelerator
 from trainer.assemble import Sharding, assemble, attention_of
 from trainer.base.describe.meta import model_config
-from trainer.base.find.locate import Base, copy_object, copy_weights, is_small_file
+from trainer.base.find.locate import CONFIG, Base, copy_object, copy_weights, is_small_file
 from trainer.base.find.tokenizer import find_rows
 from trainer.base.load.load import DTYPES, empty_model
 from trainer.base.partitions.filling import SOURCE_DTYPES
@@ -41,6 +43,7 @@ from trainer.export.folder import local_folder
 from trainer.export.proof import plain
 from trainer.export.proof.dequantized import decoded_here, dequantized_by_transformers
 from trainer.export.proof.distributions import Distance, distance
+from trainer.export.proof.heads import judged, outputs_of_row
 from trainer.export.proof.placement import ProofSide, Room, exported_side, trained_side
 from trainer.export.proof.process import aside
 from trainer.export.proof.rendering import check_rendering, trained_texts
@@ -57,6 +60,7 @@ from trainer.processes.devices import host_memory_left, local_gpus
 from trainer.ranks import join
 from trainer.resolve import Resolved
 from trainer.store import Store, open_store
+from trainer.tuning.head import WithHead, head_of
 from trainer.tuning.method import Method, method_of
 from trainer.zero.policy import build_deepspeed_config
 
@@ -116,15 +120,20 @@ class Trained:
         return aside(place.device, _with_trained, self.run.uri, self.manifest.step, place.streamed, work, arguments)
 
     def streamed_layers(self) -> StreamedLayers | None:
-        return StreamedLayers(self.scratch) if self.scratch else None
+        """The layers that are read at their turns; a class with another head is loaded whole."""
+        return StreamedLayers(self.scratch) if self.scratch and self.head is None else None
 
     @cached_property
     def method(self) -> Method:
         return method_of(self.config)
 
+    @property
+    def head(self) -> WithHead | None:
+        return head_of(self.method)
+
     @cached_property
     def probe(self) -> Probe:
-        return find_probe(self.run, self.config, self.manifest, self.base)
+        return judged(find_probe(self.run, self.config, self.manifest, self.base), self.head)
 
     @cached_property
     def weights(self) -> FoundWeights:
@@ -168,7 +177,7 @@ class Trained:
         config = override(self.config, *changes)
         resolved = replace(Resolved.of(config, base), objective=NextTokens())
         attention = attention_of(resolved, ranks.device)
-        on_gpu = ranks.device.type == "cuda"
+        on_gpu = is_accelerator(ranks.device)
         settings = build_deepspeed_config(config, world_size=ranks.world_size, accumulation=1, on_gpu=on_gpu)
         engine, _ = assemble(resolved, ranks, attention, Sharding(settings, "world"))
         plain.round_buffers(engine.model, dict(empty_model(base, self.config, attention).named_buffers()))
@@ -178,6 +187,8 @@ class Trained:
             for part in partitions:  # as the forward passes of the training had them, and as they are exported
                 part.states["master"].copy_(self._exported(part))
             engine.refresh(self.manifest.updates)
+        if self.head is not None:
+            return [outputs_of_row(engine, row) for row in self.probe.rows]
         return [engine.logits(row.tokens.to(ranks.device))[0, row.places].float().cpu() for row in self.probe.rows]
 
     def _exported(self, part: TrainablePartition) -> Tensor:
@@ -202,14 +213,14 @@ def prove_adapter(folder: Store, step: int, adapter: Store) -> Proof:
 
 def _adapter_side(trained: Trained, adapter: str, computed_in: str) -> tuple[list[Tensor], Distance, Distance]:
     """The base with the exported adapter: its logits, how far rounding may move them, and how far they are from the base's own."""
-    rows = trained.probe.rows
+    rows, look = trained.probe.rows, plain.head_logits if trained.head else plain.place_logits
     with base_directory(trained.base) as base, directory_of(open_store(adapter)) as folder:
         model = _plain_base(trained, base, computed_in, plain.adapted_weights(folder))
         model, without = plain.add_adapter(model, folder, trained.method)
         with _computing(model, computed_in):
-            found, allowed = _predictions(model, rows, computed_in)
+            found, allowed = _predictions(model, rows, computed_in, look)
             with without:
-                effect = distance(found, plain.place_logits(model, rows), rows)
+                effect = distance(found, look(model, rows), rows)
     return found, allowed, effect
 
 
@@ -285,12 +296,17 @@ def _base_side(trained: Trained, computed_in: str) -> list[Tensor]:
             return plain.place_logits(model, trained.probe.rows)
 
 
-def _predictions(model: Any, rows: Sequence[ProbeRow], computed_in: str) -> tuple[list[Tensor], Distance]:
+def _predictions(
+    model: Any,
+    rows: Sequence[ProbeRow],
+    computed_in: str,
+    look: Callable[[Any, Sequence[ProbeRow]], list[Tensor]] = plain.place_logits,
+) -> tuple[list[Tensor], Distance]:
     """The logits at the rows' places, and how far from them rounding may be: several times as far as the last bits of every product
     move them."""
-    found = plain.place_logits(model, rows)
+    found = look(model, rows)
     with plain.shaken(model, _SHAKEN_BY[computed_in]):
-        noise = distance(found, plain.place_logits(model, rows), rows)
+        noise = distance(found, look(model, rows), rows)
     return found, Distance(_TOLERATED_NOISE**2 * noise.kl, _TOLERATED_NOISE * noise.log_prob)
 
 
@@ -333,10 +349,13 @@ def _plain_base(trained: Trained, folder: Path, computed_in: str, unpacked: tupl
     exact = torch.float32 if config.model.dtype == "fp32" else held_in(base)
     held = exact if computed_in == "fp32" else dtype
     architecture, streamed = model_config(folder, config.model.layers), trained.streamed_layers()
+    made: Any = transformers.AutoModelForCausalLM
+    if (head := trained.head) is not None:
+        made, architecture.num_labels = getattr(transformers, head.head.transformers_class), head.outputs
     told = base.stored.decoded and base.stored.dequantizes
     values = decoded_here(base) if base.stored.decoded and not told else None
     with dequantized_by_transformers(architecture) if told else nullcontext():
-        model = plain.load_plain(folder, held, trained.dtype, architecture, streamed, values)
+        model = plain.load_plain(folder, held, trained.dtype, architecture, streamed, values, made)
     if config.quant.quantizes and not base.stored.quantized:
         plain.quantize(model, config.quant, dtype, base.architecture.quantizable(), unpacked, streamed)
     return plain.grow(model, trained.vocabulary).to(plain.device())
@@ -390,9 +409,10 @@ def directory_of(store: Store) -> Iterator[Path]:
 
 @contextmanager
 def base_directory(base: Base) -> Iterator[Path]:
-    """The same for a base, whose small files are on this machine already."""
+    """The same for a base, whose small files are on this machine already, and of which a run may have another config.json."""
     local = local_folder(base.store)
-    if local is not None:
+    configs = [(folder / CONFIG).read_bytes() for folder in (local, base.directory) if folder is not None]
+    if local is not None and configs[0] == configs[1]:
         yield local
         return
     with scratch_folder("base") as folder:

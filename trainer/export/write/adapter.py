@@ -16,7 +16,7 @@ from trainer.base.load.load import DTYPES
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Model, Tuning
 from trainer.data.render.template import template_text
-from trainer.export.card import CardContent, model_card, peft_usage
+from trainer.export.card import CardContent, head_usage, model_card, peft_usage
 from trainer.export.folder import CARD, TRAINED, BytesWritten, check_destination
 from trainer.export.trained import check_base_at_hand, trained_checkpoint, trained_directory
 from trainer.export.write.learnt import CheckpointWeights
@@ -24,6 +24,7 @@ from trainer.export.write.merged import write_model
 from trainer.export.write.read_by_peft import check_peft_reads
 from trainer.export.write.whole_class import for_whole_class
 from trainer.store import Store
+from trainer.tuning.head import head_of
 from trainer.tuning.method import methods
 
 
@@ -60,11 +61,13 @@ def export_adapter(
     in_layout = arranged(exported.files, config.model)
     files = for_whole_class(in_layout, config.model)
     if in_layout is exported.files:  # in PEFT's own
-        check_peft_reads(files, config.model)
+        check_peft_reads(files, config.model, head_of(method))
     *names, last = files
     assert not any(fnmatch(last, pattern) for pattern in method.file_names), "a whole export would count as a half one"
     whole = composite_class(directory)
     usage = peft_usage(whole, grows=bool(config.model.add_tokens)) if exported.library == "peft" else ""
+    if (head := head_of(method)) is not None:
+        usage = head_usage(head)
     content = CardContent(exported.library, f"{exported.what} {TRAINED}.", "adapter", usage)
     destination.put(CARD, model_card(folder, config, manifest, content))
     for name, content in {**{name: files[name] for name in names}, **tokenizer}.items():

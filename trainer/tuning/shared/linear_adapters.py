@@ -20,13 +20,13 @@ from trainer.config.model import EXPRESSION
 from trainer.files.scratch import scratch_folder
 from trainer.registry import without_defaults
 from trainer.tuning.method import ExportedFiles, VirtualTokens
-from trainer.tuning.shared.peft_folder import PREFIX, SETTINGS, WEIGHTS
+from trainer.tuning.shared.peft_folder import LABELS, PREFIX, SETTINGS, WEIGHTS
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig
     from torch import Tensor
 
-PEFT_FILES = (WEIGHTS,)  # of a half export: the settings are written last
+PEFT_FILES = (WEIGHTS, LABELS)  # of a half export: the settings are written last
 ALL_LINEAR = "all-linear"
 
 Targets = str | list[str]

@@ -3,3 +3,5 @@
 PREFIX = "base_model.model."  # of the weights' names: the wrapped model's
 # The two files of PEFT's `save_pretrained`; PEFT loads nothing without the settings.
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+LABELS = "id2label.json"
+"""Beside them where a head has learnt: the names of its outputs by their numbers, as transformers wants them."""

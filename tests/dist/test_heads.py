@@ -1,0 +1,186 @@
+"""Heads learn beside LoRA as by transformers and PEFT, whatever the ranks and the packing, and are exported as PEFT keeps them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.dist import heads, runs
+from tests.dist.launch import launch
+from tests.material import Workshop, make_classified, make_pairs, make_tagged
+from trainer.checkpoint.manifest import read_manifest
+from trainer.config import Config, dump_config
+from trainer.data.compile.inputs import with_labels
+from trainer.export.proof.verify import prove_adapter
+from trainer.export.write.adapter import export_adapter
+from trainer.run import layout
+from trainer.store import open_store
+
+CLASSES = ["bad", "good", "so-so"]
+
+
+@pytest.fixture(scope="module")
+def texts(workshop: Workshop) -> Path:
+    return make_classified(workshop.folder / "classified.jsonl")
+
+
+def classifying(workshop: Workshop, texts: Path, name: str, *overrides: str) -> Config:
+    return workshop.config(
+        name,
+        "objective.name=classification",
+        f"data.train=[{{path: {texts}}}]",
+        "data.format=classified",
+        f"data.labels={json.dumps(CLASSES)}",
+        "model.dtype=fp32",
+        "quant.type=none",
+        "optim.lr=0.003",
+        "train.steps=5",
+        *overrides,
+    )
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_five_steps_of_classification_have_the_losses_of_transformers_and_peft(
+    workshop: Workshop, texts: Path, world_size: int
+) -> None:
+    config = classifying(workshop, texts, f"first-{world_size}")
+    text = dump_config(config)
+    ours = launch(world_size, heads.our_steps, text, workshop.prepare(config).train)[0]
+    rows = [json.loads(line) for line in texts.read_text().splitlines()]
+    steps = [[[rows[n]["text"], CLASSES.index(rows[n]["label"])] for n in step] for step in ours["documents"]]
+    assert max(map(len, steps)) > 4, "no row holds several texts"
+    (theirs,) = launch(1, heads.plain_steps, text, steps)
+    assert [record["loss"] for record in ours["records"]] == pytest.approx(theirs, abs=1e-4)
+    assert len({round(loss, 3) for loss in theirs}) == 5
+
+
+def rewarding(workshop: Workshop, name: str, *overrides: str) -> Config:
+    pairs = make_pairs(workshop.folder / "pairs.jsonl", 24)
+    return workshop.config(
+        name,
+        "objective.name=reward",
+        f"data.train=[{{path: {pairs}}}]",
+        "data.format=preference",
+        "data.sequence_length=96",
+        "model.dtype=fp32",
+        "quant.type=none",
+        "optim.lr=0.003",
+        "train.steps=5",
+        *overrides,
+    )
+
+
+def test_five_steps_of_a_reward_model_have_the_losses_of_transformers_and_peft(workshop: Workshop) -> None:
+    config = rewarding(workshop, "reward-first", "objective.margin=0.3", "objective.center_rewards=0.05")
+    text = dump_config(config)
+    ours = launch(2, heads.our_steps, text, workshop.prepare(config).train)[0]
+    rows = [json.loads(line) for line in (workshop.folder / "pairs.jsonl").read_text().splitlines()]
+    both = [[f"{row['prompt']}{row[side]}</s>" for side in ("chosen", "rejected")] for row in rows]
+    (theirs,) = launch(1, heads.plain_steps, text, [[both[n] for n in step] for step in ours["documents"]])
+    assert [record["loss"] for record in ours["records"]] == pytest.approx(theirs, abs=1e-4)
+    assert len({round(loss, 3) for loss in theirs}) == 5
+
+
+def tagging(workshop: Workshop, name: str, *overrides: str) -> Config:
+    words = make_tagged(workshop.folder / "tagged.jsonl")
+    return workshop.config(
+        name,
+        "objective.name=token_classification",
+        f"data.train=[{{path: {words}}}]",
+        "data.format=auto",
+        "data.labels=[B, O]",
+        "model.dtype=fp32",
+        "quant.type=none",
+        "optim.lr=0.003",
+        "train.steps=5",
+        *overrides,
+    )
+
+
+def test_five_steps_of_tags_have_the_losses_of_transformers_and_peft(workshop: Workshop) -> None:
+    config = tagging(workshop, "tags-first")
+    text = dump_config(config)
+    ours = launch(2, heads.our_steps, text, workshop.prepare(config).train)[0]
+    rows = [json.loads(line) for line in (workshop.folder / "tagged.jsonl").read_text().splitlines()]
+    read = [[" ".join(row["tokens"]), [["B", "O"].index(tag) for tag in row["ner_tags"]]] for row in rows]
+    (theirs,) = launch(1, heads.plain_steps, text, [[read[n] for n in step] for step in ours["documents"]])
+    assert [record["loss"] for record in ours["records"]] == pytest.approx(theirs, abs=1e-4)
+    assert len({round(loss, 3) for loss in theirs}) == 5
+    assert ours["records"][0]["words"] == sum(len(rows[n]["tokens"]) for n in ours["documents"][0])
+
+
+@pytest.mark.long
+def test_a_tagger_is_exported_and_proven(workshop: Workshop, tmp_path: Path) -> None:
+    config = tagging(workshop, "tags", "train.steps=20", "optim.lr=0.01")
+    run = workshop.store.sub("tags")
+    run.put(layout.CONFIG, dump_config(config).encode())
+    outcomes = launch(1, runs.run, dump_config(config), workshop.prepare(config).train)
+    assert {outcome["outcome"] for outcome in outcomes} == {"finished"}, outcomes
+    destination = open_store(str(tmp_path / "out"))
+    export_adapter(run, destination)
+    proof = prove_adapter(run, 20, destination)
+    assert proof.holds, proof
+
+
+@pytest.mark.long
+def test_a_reward_model_is_exported_and_proven(workshop: Workshop, tmp_path: Path) -> None:
+    config = rewarding(workshop, "reward", "train.steps=20", "optim.lr=0.01")
+    run = workshop.store.sub("reward")
+    run.put(layout.CONFIG, dump_config(config).encode())
+    outcomes = launch(1, runs.run, dump_config(config), workshop.prepare(config).train)
+    assert {outcome["outcome"] for outcome in outcomes} == {"finished"}, outcomes
+    lines = [json.loads(line) for line in run.get(layout.metrics(1)).splitlines()]
+    last = [record for record in lines if record["kind"] == "step"][-1]
+    assert last["reward_accuracy"] > 0.7
+    assert last["reward_margin"] > 0
+    destination = open_store(str(tmp_path / "out"))
+    export_adapter(run, destination)
+    proof = prove_adapter(run, 20, destination)
+    assert proof.holds, proof
+    assert "num_labels=1" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def trained(workshop: Workshop, texts: Path) -> Config:
+    """A run on two ranks over 4 bits, with data held out, whose classes are those of its data."""
+    held_out = make_classified(workshop.folder / "held-out.jsonl", rows=30, seed=8)
+    settings = ("model.dtype=bf16", "quant.type=nf4", "train.steps=30", "optim.lr=0.02", "data.labels=null")
+    config = classifying(workshop, texts, "trained", *settings, f"data.eval=[{{path: {held_out}}}]")
+    config = with_labels(config)
+    workshop.store.sub("trained").put(layout.CONFIG, dump_config(config).encode())
+    datasets = workshop.prepare(config)
+    outcomes = launch(2, runs.run, dump_config(config), datasets.train, "start", datasets.eval)
+    assert {outcome["outcome"] for outcome in outcomes} == {"finished"}, outcomes
+    return config
+
+
+def test_a_run_learns_the_classes_of_its_data_and_is_evaluated(workshop: Workshop, trained: Config) -> None:
+    assert trained.data.labels == CLASSES
+    lines = map(json.loads, workshop.store.sub("trained").get(layout.metrics(1)).splitlines())
+    (evaluated,) = [record for record in lines if record["kind"] == "eval"]
+    assert evaluated["texts"] == 30
+    assert evaluated["accuracy"] > 0.6
+    assert 0.5 < evaluated["macro_f1"] <= 1
+    labels = read_manifest(workshop.store.sub("trained"), 30).objective
+    assert labels == {"name": "classification", "labels": CLASSES}
+
+
+def test_the_export_is_proven_and_loads_by_the_lines_of_its_card(
+    workshop: Workshop, trained: Config, tmp_path: Path
+) -> None:
+    run, destination = workshop.store.sub("trained"), tmp_path / "out"
+    export_adapter(run, open_store(str(destination)))
+    proof = prove_adapter(run, 30, open_store(str(destination)))
+    assert proof.holds, proof
+    assert json.loads((destination / "id2label.json").read_text()) == {"0": "bad", "1": "good", "2": "so-so"}
+    card = (destination / "README.md").read_text()
+    assert "pipeline_tag: text-classification" in card
+    code = card.partition("```python\n")[2].partition("```")[0].replace("FOLDER", str(destination))
+    loaded: dict[str, Any] = {}
+    exec(code, loaded)
+    model, tokenizer = loaded["model"].eval(), loaded["tokenizer"]
+    batch = tokenizer(["the ant yes", "emu emu fox gnu no"], return_tensors="pt", padding=True)
+    batch.pop("token_type_ids", None)
+    found = [model.config.id2label[number] for number in model(**batch).logits.argmax(-1).tolist()]
+    assert found == ["good", "bad"]

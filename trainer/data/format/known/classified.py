@@ -1,0 +1,33 @@
+"""Rows of a text, or of a conversation, and its class."""
+
+from typing import Any
+
+from trainer.data.format.row_format import Row, RowFormat, Values, is_talk, is_text, talk, tools, with_system
+
+
+def _is_class(value: Any) -> bool:
+    return isinstance(value, str | int) and value != ""
+
+
+def _read_messages(values: Values) -> Row:
+    return {"messages": with_system(values, talk(values)), "tools": tools(values), "label": values["label"]}
+
+
+ROW_FORMATS = {
+    "classified": RowFormat(
+        ("text", "label"),
+        "classified",
+        lambda values: is_text(values.get("text")) and _is_class(values.get("label")),
+        names={"text": ("text", "sentence"), "label": ("label", "labels")},
+        place=140,
+    ),
+    "classified_messages": RowFormat(
+        ("messages", "label", "system", "tools"),
+        "classified",
+        lambda values: is_talk(values.get("messages")) and _is_class(values.get("label")),
+        _read_messages,
+        ("messages", "label"),
+        {"messages": ("messages", "conversations", "conversation"), "label": ("label", "labels")},
+        place=150,
+    ),
+}

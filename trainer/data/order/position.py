@@ -1,0 +1,24 @@
+"""A place in the order of a run's data. Without torch."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a global step begins: at a bin of a window of an epoch. It knows no ranks; a checkpoint stores it.
+
+    `chapter` counts the chapters in the order of the epoch; nearly every data set has but one.
+    """
+
+    epoch: int = 0
+    window: int = 0
+    bin: int = 0
+    chapter: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, int]) -> "Position":
+        return cls(**value)

@@ -1,0 +1,87 @@
+"""`capstan generate` of a run with a head: its class of a text, or its reward, in the place of an answer."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trainer.config import Config
+from trainer.data.render.classified import Classified, ClassifiedRenderer
+from trainer.data.render.tagged import TaggedRenderer
+from trainer.errors import ConfigError, DataError
+from trainer.evaluate.ask import Ask
+from trainer.evaluate.sharded_model import OpenedRun
+from trainer.measure.prompts import Prompt
+from trainer.model.packed import PackedModel, TextRow
+from trainer.tuning.head import WithHead, outputs
+
+_ANY = "any"  # stands for the class of a text that has none
+
+
+def refuse_writing(ask: Ask, config: Config) -> None:
+    """Raises `ConfigError` for an option that only a model which writes has a use for."""
+    if ask.base:
+        raise ConfigError(f"--base: the base has no head for objective.name: {config.objective.name}. Leave it out.")
+    if ask.sampling.get("temperature"):
+        raise ConfigError(
+            f"--temperature: objective.name: {config.objective.name} draws no tokens, so it has no effect. Leave it out."
+        )
+
+
+class _Asked(NamedTuple):
+    """The tokens of a text, the places in it that are asked for, and the words that begin there, if it is words that have classes."""
+
+    tokens: list[int]
+    places: list[int]
+    words: list[str]
+
+
+def classes_of(opened: OpenedRun, head: WithHead, prompts: Sequence[Prompt]) -> list[str]:
+    """The class of each text or conversation and its probability, its reward, or the tags of its words. Collective."""
+    read = _words if head.head.per_token else _text
+    asked = opened.ranks.on_first(lambda: [read(opened, head, prompt) for prompt in prompts])
+    opened.engine.evaluating(True)
+    found = [
+        opened.engine.look(partial(_at, places=torch.tensor(text.places)), TextRow.of(torch.tensor([text.tokens])))
+        for text in asked
+    ]
+    opened.engine.evaluating(False)
+    return [_in_words(head, text, values.float().cpu()) for text, values in zip(asked, found, strict=True)]
+
+
+def _at(model: PackedModel, row: TextRow, places: Tensor) -> Tensor:
+    return outputs(model, row, places.to(row.input_ids.device))
+
+
+def _in_words(head: WithHead, asked: _Asked, values: Tensor) -> str:
+    if not head.labels:
+        return f"{float(values[0]):.4f}"
+    best = values.argmax(-1).tolist()
+    if asked.words:
+        return " ".join(f"{word}/{head.labels[number]}" for word, number in zip(asked.words, best, strict=True))
+    return f"{head.labels[best[0]]} ({float(values[0].softmax(-1)[best[0]]):.3f})"
+
+
+def _words(opened: OpenedRun, head: WithHead, prompt: Prompt) -> _Asked:
+    """The words of a text, between its white space, as rows of words are tokenized. Raises `ConfigError` where that cannot be done."""
+    words = str(prompt.get("prompt", "")).split()
+    data = opened.resolved.config.data.model_copy(update={"format": "tagged", "fields": {}})
+    (found,) = TaggedRenderer(opened.tokenizer, data).encode([{"words": words, "tags": [head.labels[0]] * len(words)}])
+    if isinstance(found, DataError) or not found.teaches:
+        raise ConfigError("a prompt cannot be read: give a text with words in the field prompt.")
+    return _Asked(found.text.tolist(), found.has_tag.nonzero()[0].tolist(), words)
+
+
+def _text(opened: OpenedRun, head: WithHead, prompt: Prompt) -> _Asked:
+    """A text as rows of texts are tokenized. Raises `ConfigError` where that cannot be done."""
+    names = list(head.labels) or [_ANY]
+    data = opened.resolved.config.data.model_copy(update={"format": "classified", "fields": {}, "labels": names})
+    row = {"messages" if name == "messages" else "text": given for name, given in prompt.items()}
+    (found,) = ClassifiedRenderer(opened.tokenizer, data).encode([{**row, "label": names[0]}])
+    if isinstance(found, DataError) or not found.teaches:
+        raise ConfigError(f"a prompt cannot be read: {found if isinstance(found, DataError) else 'it is empty'}.")
+    assert isinstance(found, Classified)
+    tokens = found.text.tokens.tolist()
+    return _Asked(tokens, [len(tokens) - 1], [])

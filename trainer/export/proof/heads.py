@@ -1,0 +1,33 @@
+"""The outputs of a head that learns beside an adapter, by our own engine, for a proof."""
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from trainer.export.proof.distributions import as_shares
+from trainer.export.proof.rows import Probe, ProbeRow
+from trainer.model.packed import PackedModel, TextRow
+from trainer.tuning.head import WithHead, outputs
+from trainer.zero.engine import Engine
+
+
+def judged(probe: Probe, head: WithHead | None) -> Probe:
+    """The rows as a `head` is compared on them: where its one output is a reward, the tokens that are trained there are none of its outputs."""
+    if head is None or head.outputs > 1:
+        return probe
+    rows = [replace(row, targets=torch.zeros_like(row.targets)) for row in probe.rows]
+    return replace(probe, rows=rows)
+
+
+def outputs_of_row(engine: Engine, row: ProbeRow) -> Tensor:
+    """The outputs at the places of a row, (P, outputs) fp32 on the CPU, without dropout. Collective."""
+    engine.evaluating(True)
+    found = engine.look(partial(_outputs, places=row.places), TextRow.of(row.tokens))
+    engine.evaluating(False)
+    return as_shares(found.cpu())
+
+
+def _outputs(model: PackedModel, row: TextRow, places: Tensor) -> Tensor:
+    return outputs(model, row, places.to(row.input_ids.device))

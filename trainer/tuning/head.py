@@ -1,0 +1,146 @@
+"""A small head that learns beside a method, in the place of the language model's: that of an objective that has one of its own.
+
+It is the module that transformers' classes for such models have, by the same name, and stands in PEFT's folder as such a module
+does (`modules_to_save`): whole, beside the adapter.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
+
+from trainer.base.architecture import Architecture
+from trainer.base.find.locate import base_files
+from trainer.base.find.tokenizer import read_tokenizer
+from trainer.config import Config, Model, Optim
+from trainer.config.objective import HEADS
+from trainer.errors import ConfigError
+from trainer.tuning.method import ExportedFiles, LearntWeights, Method, SavedByPeft, WeightUpdate
+from trainer.tuning.shared.linear_adapters import with_peft_files
+from trainer.tuning.shared.peft_folder import LABELS
+from trainer.tuning.shared.wrapper import Around
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from trainer.model.packed import PackedModel, PackedRow
+    from trainer.objective.head import Head
+
+
+MODULE = "score"
+"""Its name in transformers' classes."""
+_WEIGHT, _BIAS = f"{MODULE}.weight", f"{MODULE}.bias"
+
+
+@dataclass(frozen=True)
+class WithHead(Around):
+    """A method of adapters that PEFT saves, and a head with an output for each of `labels`, or one without any."""
+
+    head: Head
+    objective: str
+    labels: Sequence[str]
+    model: Model
+
+    @property
+    def unmergeable(self) -> str:
+        return f"{self.head.what.lower()}'s head is no part of a language model, which a merge would be"
+
+    @cached_property
+    def padding(self) -> int | None:
+        """The token of padding, which transformers' classes with such a head look before."""
+        directory = base_files(self.model)
+        found: Any = read_tokenizer(directory, self.model.base, self.model.tokens).pad_token_id
+        return found
+
+    @property
+    def outputs(self) -> int:
+        return max(1, len(self.labels))
+
+    def mismatches(self, architecture: Architecture) -> list[str]:
+        found = self.method.mismatches(architecture)
+        if self.head.transformers_class not in architecture.heads:
+            found.append(
+                f"objective.name: {self.objective} needs a base for which transformers has a class with such a head "
+                f"({self.head.transformers_class}), and it has none of a known form for this one. Give another base."
+            )
+        return found
+
+    def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+        bias: dict[str, tuple[int, ...]] = {_BIAS: (self.outputs,)} if self.head.biased else {}
+        return {**self.method.shapes(architecture), _WEIGHT: (self.outputs, architecture.hidden), **bias}
+
+    def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
+        """The head begins as transformers' does: normal, with the family's deviation."""
+        import torch
+        from torch import nn
+
+        self.method.attach(model, architecture, dtype, seed)
+        device = next(model.parameters()).device
+        deviation = getattr(model.config.get_text_config(), "initializer_range", 0.02)
+        drawn = torch.randn(self.outputs, architecture.hidden, generator=torch.Generator().manual_seed(seed))
+        head = nn.Linear(architecture.hidden, self.outputs, bias=self.head.biased, device=device, dtype=dtype)
+        head.weight.data.copy_(drawn * deviation)
+        if self.head.biased:
+            head.bias.data.zero_()
+        model.add_module(MODULE, head)
+
+    def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
+        head = list(model.get_submodule(MODULE).parameters())
+        return [*self.method.groups(model, optim), {"name": "head", "lr_ratio": 1.0, "params": head}]
+
+    def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
+        """PEFT's folder of the method, with the head in it, and the names of its outputs beside it."""
+        ours = {name: values for name, values in weights.items() if name in (_WEIGHT, _BIAS)}
+        theirs = self.method.export({name: values for name, values in weights.items() if name not in ours}, model)
+        settings = {"modules_to_save": [MODULE], "task_type": self.head.task}
+        exported = with_peft_files(theirs, ours, **settings)
+        names = json.dumps(dict(enumerate(self.labels)), indent=2, ensure_ascii=False).encode()
+        beside = {LABELS: names} if self.labels else {}
+        return replace(exported, what=f"{self.head.what}'s head and LoRA adapter", files={**beside, **exported.files})
+
+    def updates(self, weights: LearntWeights, architecture: Architecture) -> dict[str, WeightUpdate]:
+        raise AssertionError(self.unmergeable)
+
+
+def head_of(method: Method) -> WithHead | None:
+    """The head that learns beside the run's `method`, whatever else does; None where none does."""
+    while isinstance(method, Around):
+        if isinstance(method, WithHead):
+            return method
+        method = method.method
+    return None
+
+
+def outputs(model: PackedModel, row: PackedRow, places: Tensor) -> Tensor:
+    """The outputs of the head at these places of a packed row, (places, outputs) fp32."""
+    hidden = model.hidden(row)[0].index_select(0, places)
+    return model.model.get_submodule(MODULE)(hidden).float()
+
+
+def with_head(method: Method, config: Config) -> Method:
+    name, head = config.objective.name, HEADS.get(config.objective.name)
+    if head is None:
+        return method
+    adapter = method
+    while isinstance(adapter, Around):
+        adapter = adapter.method
+    if not isinstance(adapter, SavedByPeft):
+        raise ConfigError(
+            f"tuning.method: {config.tuning.method} has no adapter that PEFT keeps beside a head, as objective.name: {name} wants one. "
+            "Choose lora, rslora or dora."
+        )
+    if config.model.add_tokens:
+        raise ConfigError(
+            f"model.add_tokens: objective.name: {name} has a head in the place of that which such tokens are rows of. Remove it, and where a "
+            "template needs them give a base that has them."
+        )
+    labels = (config.data.labels or ()) if head.labelled else ()
+    return cast(Method, WithHead(method, head, name, labels, config.model))
+
+
+AROUND: dict[str, Callable[[Method, Config], Method]] = {"objective.name": with_head}
