@@ -83,7 +83,7 @@ class PackedModel:
                 position_ids=row.position_ids,
                 use_cache=False,
                 **self.attention.arguments(row.cu_seqlens, row.max_seqlen),
-            ).last_hidden_state
+            )[0]
 
     def total(self, mine: Tensor, row: PackedRow) -> Tensor:
         """The sum of what the ranks that share the row have of it; `mine` where no others do."""
@@ -98,5 +98,5 @@ class PackedModel:
             position_ids=torch.arange(length, device=tokens.device)[None],
             use_cache=False,
             **self.attention.arguments(torch.tensor([0, length], dtype=torch.int32, device=tokens.device), length),
-        ).last_hidden_state
+        )[0]
         return self.head(hidden[:, self.reserved :])
