@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trainer.accelerator import is_accelerator, kind
 from trainer.base.base import Base
 from trainer.base.find.locate import in_bucket
 from trainer.base.load.load import DTYPES, LoadReport, load_model
@@ -42,7 +43,7 @@ def join_run(config: Config, is_gone: Callable[[int], bool] = lambda rank: False
     """
     check_device(config.cluster.gpus_per_worker, *torch_gpus())
     os.environ.update(config.cluster.nccl_variables)  # NCCL reads them when it makes its first communicator
-    if config.train.deterministic and torch.cuda.is_available():
+    if config.train.deterministic and kind():
         add_in_one_order()
     # A collective may last longer than the heartbeat's limits, as the heartbeat names the rank that hangs.
     limit = timedelta(seconds=120 + max(config.timeouts.model_dump().values()))
@@ -106,7 +107,7 @@ def choose_sharding(resolved: Resolved, ranks: Ranks, accumulation: int) -> Shar
         config,
         world_size=ranks.world_size,
         accumulation=accumulation,
-        on_gpu=ranks.device.type == "cuda",
+        on_gpu=is_accelerator(ranks.device),
         whole=most_whole(config, architecture),
     )
     memory = ranks.least_device_memory() if ranks.have_even_nodes() else None

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore, distributed_c10d  # pyright: ignore[reportPrivateImportUsage]
 
+from trainer.accelerator import is_accelerator, own_device
 from trainer.errors import CapstanError, ConfigError
 from trainer.processes.devices import host_memory_left
 
@@ -185,10 +186,10 @@ def join(
     let_segments_grow()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = own_device(local_rank)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    if is_accelerator(device):
+        torch.accelerator.set_device_index(device)
     if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = dist.get_default_backend_for_device(device)
         if "RANK" in os.environ:
             stay_on_loopback()
             rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -202,7 +203,7 @@ def join(
                 rank=rank,
                 world_size=world_size,
                 # NCCL then makes other groups' communicators of this one's, and need not guess which device is whose.
-                device_id=device if device.type == "cuda" else None,
+                device_id=device if is_accelerator(device) else None,
             )
         else:
             os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it
@@ -233,16 +234,7 @@ def add_in_one_order() -> None:
     os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"  # transformers reads it for FlashAttention's packages
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory that it has not written
-
-
-def own_device(local_rank: int) -> torch.device:
-    """The device of the rank with this number on its node.
-
-    srun's --gpus-per-task and --gpu-bind show each rank its own GPUs alone, which it counts from 0 whatever its number is.
-    """
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return torch.device("cuda", local_rank % gpus) if gpus else torch.device("cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads what it has not written
 
 
 def take_gpu(store: Store, device: torch.device, rank: int) -> None:

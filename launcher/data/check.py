@@ -44,7 +44,7 @@ def report_table(report: DataReport) -> RenderableType:
         counts.add_row(name, *(column.get(name, "") for column in columns))
     parts: list[RenderableType] = [counts]
     for what, found in report.splits.items():
-        parts.append(_histogram(what, found))
+        parts += [_histogram(what, found), *_lost(what, found)]
         parts += [Text(f"bad row: {text}") for text in found.bad_row_examples]
         parts += [Text(f"left out by the chat template: {text}") for text in describe_left_out(found.left_out)]
         parts += [Text(f"a field of no use: {text}") for text in describe_left_out(found.unused_fields)]
@@ -84,3 +84,13 @@ def _histogram(what: str, found: Findings) -> FoldedTable:
     for bound, count in sorted(found.histogram.items()):
         table.add_row(f"up to {bound:,}", f"{count:,}", "█" * -(-_BAR * count // most))
     return table
+
+
+def _lost(what: str, found: Findings) -> list[FoldedTable]:
+    if not found.lost:
+        return []
+    titles = ("documents longer", "targets lost, cut", "targets lost, dropped")
+    table = FoldedTable(f"data.sequence_length, {what} data", *titles, show_edge=False)
+    for length, lost in found.lost.items():
+        table.add_row(f"{length:,}", *(f"{100 * share:.2f} %" for share in lost))
+    return [table]

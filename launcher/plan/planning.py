@@ -2,7 +2,7 @@
 
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from launcher.plan.measured import measured_rate
 from trainer.base.find.check import check_weights_at_hand
@@ -65,22 +65,40 @@ class Planned:
             raise kind("\n".join(self.plan.shortfalls))
 
 
+class Machine(NamedTuple):
+    """The ranks of a run and those of a node, and what each has: a `gpu`, and `whose` says why that one, or on CPUs so many bytes of the host."""
+
+    world_size: int
+    per_node: int
+    gpu: Gpu | None
+    whose: Whose | None
+    host_memory: int | None
+
+
+def machine_of(config: Config, gpu: str | None, ranks_per_node: int | None) -> Machine:
+    """The machine that `config` is planned for. Raises `ConfigError` where the GPU is unknown."""
+    found, whose, count = _gpu_of(config, gpu)
+    world_size, per_node = _ranks(config, count, ranks_per_node)
+    on_cpus = config.cluster.gpus_per_worker == 0
+    here = int(host_memory_left() / 2 / per_node) if on_cpus else None  # as the ranks find it
+    return Machine(world_size, per_node, found, whose, here)
+
+
 def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Planned:
     """Plan `config` for `gpu`, a size or a name; by default for the GPU of cluster.slurm.gpu_type, else for this machine's.
 
     Raises:
         ConfigError: the GPU is unknown, or the base or a method cannot be planned with.
     """
-    found, whose, count = _gpu_of(config, gpu)
-    world_size, per_node = _ranks(config, count, ranks_per_node)
+    machine = machine_of(config, gpu, ranks_per_node)
+    found, whose = machine.gpu, machine.whose
     at_hand = base_at_hand(config.model)
     base, files = at_hand.description, at_hand.directory
     config = base.decided(config)
     with suppress(CapstanError):  # where the data cannot be read, as is said below
         config = with_labels(config)
-    on_cpus = config.cluster.gpus_per_worker == 0
-    here = int(host_memory_left() / 2 / per_node) if on_cpus else None  # as the ranks find it
-    plan = make_plan(config, base, world_size, per_node, found.memory if found else None, here)
+    memory = found.memory if found else None
+    plan = make_plan(config, base, machine.world_size, machine.per_node, memory, machine.host_memory)
     missing, misfits = unusable(config.data), list[str]()
     try:
         plan = replace(plan, left_out=check_weights_at_hand(config.model))

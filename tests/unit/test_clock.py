@@ -20,8 +20,8 @@ class Queue:
         queue = self
 
         class Event:
-            def __init__(self, enable_timing: bool = False) -> None:
-                assert enable_timing
+            def __init__(self, device: torch.device, *, enable_timing: bool) -> None:
+                assert (device, enable_timing) == (CUDA, True)
 
             def record(self) -> None:
                 self.at = queue.now
@@ -50,7 +50,7 @@ class Queue:
 @pytest.fixture
 def queue(monkeypatch: pytest.MonkeyPatch) -> Queue:
     made = Queue()
-    monkeypatch.setattr(torch.cuda, "Event", made.Event)
+    monkeypatch.setattr(torch, "Event", made.Event)
     return made
 
 

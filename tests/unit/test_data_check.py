@@ -262,3 +262,22 @@ def test_near_is_a_matter_of_how_much_differs(changed: int, alike: bool) -> None
         other = " ".join([*text.split()[: 60 - changed], *sentence(1000 + seed).split()[:changed]])
         misses += (seen.find(Fingerprint.of(other.upper())) is not None) != alike
     assert misses <= 1
+
+
+def test_each_length_says_what_documents_and_targets_it_would_lose(tmp_path: Path) -> None:
+    rows = [{"text": "a" * 300}, {"text": "b" * 700}, {"text": "c" * 99}, {"text": "d" * 98}]
+    report = check(tmp_path, rows, format="text")
+    train = found(report)
+    assert list(train.lost) == [256, 512]
+    beginnings = train.tokens - train.targets  # no token predicts the first of a text
+    each = beginnings // 4
+    lost = train.lost[256]
+    assert lost.documents == 0.5
+    added = (train.tokens - 1197) // 4  # special tokens around each text
+    assert lost.targets_dropped == pytest.approx((300 + 700 + 2 * (added - each)) / train.targets, abs=1e-6)
+    assert lost.targets_cut == pytest.approx((300 + 700 + 2 * (added - 256)) / train.targets, abs=1e-6)
+    assert train.lost[512].documents == 0.25
+    assert report.to_json()["train"]["lost"][512]["documents"] == 0.25
+    shown = io.StringIO()
+    Console(file=shown, width=100).print(report_table(report))
+    assert "50.00 %" in shown.getvalue()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
+from trainer.accelerator import own_device
 from trainer.errors import ConfigError
 from trainer.processes import devices
 from trainer.processes.devices import (
@@ -21,7 +22,7 @@ from trainer.processes.devices import (
     listed_gpus,
     local_gpus,
 )
-from trainer.ranks import add_in_one_order, let_segments_grow, own_device, take_gpu
+from trainer.ranks import add_in_one_order, let_segments_grow, take_gpu
 
 QUERY = "GPU-1, NVIDIA H100 80GB HBM3, 81559\nGPU-2, NVIDIA L40S, 46068\nGPU-3, NVIDIA Graphics Device, [N/A]\n"
 LISTING = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)\nGPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-2)\n"
@@ -78,9 +79,10 @@ def test_a_process_has_one_mig_instance(driver: Path, setting: str | None, count
 
 def test_a_rank_that_sees_one_gpu_takes_it_whatever_its_number_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert own_device(3) == torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     for shown, taken in ((8, 3), (1, 0), (2, 1)):  # all of the node's; --gpus-per-task=1; --gpus-per-task=2
-        monkeypatch.setattr(torch.cuda, "device_count", lambda shown=shown: shown)
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda shown=shown: shown)
         assert own_device(3) == torch.device("cuda", taken)
 
 

@@ -199,6 +199,18 @@ def test_what_is_lost_is_said_with_what_holds_instead(site: Path, monkeypatch: p
 
 ODD = {
     "assistant-only": ("trl", {"assistant_only_loss": True, "completion_only_loss": False}, {"data.loss_on": None}, {}),
+    "positions-scaled": (
+        "axolotl",
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {"model.rope_scaling.rope_type": "yarn", "model.rope_scaling.factor": 4.0},
+        {},
+    ),
+    "positions-scaled-by-a-name": (
+        "llamafactory",
+        {"rope_scaling": "yarn"},
+        {"model.rope_scaling.rope_type": None},
+        {"rope_scaling": "names no factor"},
+    ),
     "prompts-too": ("trl", {"completion_only_loss": False}, {"data.loss_on": "all"}, {}),
     "no-steps": (
         "axolotl",

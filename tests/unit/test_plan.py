@@ -1,7 +1,7 @@
 """The plan's counts are those of the real models, its bytes those of the stored tensors, its shortfalls complete."""
 
+import itertools
 import json
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.description import describe
 from trainer.config import Config, Quant, parse_config
 from trainer.errors import ConfigError
+from trainer.plan.longest import Ranks, longest_rows
 from trainer.plan.plan import Plan, make_plan
 from trainer.plan.sizes import most_whole, quantized_bytes
 from trainer.zero.policy import WHOLE
@@ -138,7 +139,7 @@ def test_the_chunk_of_logits_is_that_of_the_loss():
     assert memory._LOGITS_BLOCK_BYTES == head._BLOCK_BYTES_ON_GPU
     for vocabulary in (1000, 32000, 128256, 262144):
         hidden, weight = (torch.empty(rows, 1, device="meta") for rows in (2**20, vocabulary))
-        first, second = islice(head._parts(hidden, weight), 2)
+        first, second = itertools.islice(head._parts(hidden, weight), 2)
         assert second.start % 512 == 0
         given = plan_of(
             config("data.sequence_length=8192"),
@@ -363,3 +364,28 @@ def test_an_unknown_architecture_is_refused():
 def test_the_plan_is_json():
     tree = plan_of(config(), LLAMA_70B, 16, 8, None).to_json()
     assert json.loads(json.dumps(tree)) == tree
+
+
+def test_the_longest_row_is_the_last_that_the_plan_has_room_for_and_each_setting_makes_it_longer() -> None:
+    given, ranks = config("quant.type=none", "train.micro_batch=2"), Ranks(4, 4, 19 * 2**30 // 10, on_gpu=True)
+    found = longest_rows(given, describe({**TINY, "model_type": "llama"}, None), ranks)
+    more = [dict(after.settings.items() - before.settings.items()) for before, after in itertools.pairwise(found[1:])]
+    assert more == [
+        {"quant.type": "nf4"},
+        {"train.activation_checkpointing": "all"},
+        {"train.tiled_mlp": True},
+        {"train.activation_offload": True},
+        {"sharding.sequence_parallel": 2},
+        {"sharding.sequence_parallel": 4},
+    ]
+    tokens = [row.tokens for row in found[1:]]
+    assert tokens == sorted(tokens)
+    shared = found[-1]
+    assert shared.tokens == pytest.approx(2 * found[-2].tokens, rel=0.01)
+    changed = [f"{name}={str(value).lower()}" for name, value in shared.settings.items()]
+
+    def needed(length: int) -> int:
+        given = config("quant.type=none", *changed, f"data.sequence_length={length}")
+        return plan_of(given, {**TINY, "model_type": "llama"}, 4, 4, ranks.memory).memory_per_gpu.total
+
+    assert needed(shared.tokens) <= ranks.memory < needed(shared.tokens + 1024)

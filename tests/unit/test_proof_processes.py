@@ -30,7 +30,7 @@ def _process(*names: str) -> tuple[int, list[str | None]]:
     return os.getpid(), [os.environ.get(name) for name in names]
 
 
-def _precision() -> tuple[list[str | None], bool]:
+def _precision() -> tuple[list[str | None], str | bool]:
     import torch
 
     return _process("CUDA_VISIBLE_DEVICES", "RANK")[1], torch.backends.cuda.matmul.allow_tf32

@@ -85,7 +85,7 @@ class AttentionLayer:
 class Architecture:
     """A causal language model, cut to its first `layers` of `stored_layers` in the files.
 
-    Layers may differ. `embedding` and `head` are the names of these weights; `tied` maps a name to the parameter that it is
+    Layers may differ; `rotary` says that it has rotary positions, whose frequencies transformers can scale. `embedding` and `head` are the names of these weights; `tied` maps a name to the parameter that it is
     another name of, as often the head's to the embedding's. `buffers` are the shapes of those tensors in the files that are no
     parameters. `positions` is the longest sequence, where the model has a limit. The attention caps its logits
     (`caps_attention`, Gemma 2), or has a sink for each head (`has_sinks`), which not every kernel computes. transformers
@@ -118,6 +118,7 @@ class Architecture:
     fails_packed: str | None = None
     fails_shared: str | None = None
     tried: bool = True
+    rotary: bool = True
     taken_for_experts: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
     logit_factor: float = 1.0
@@ -225,8 +226,21 @@ def mismatches(config: Config, model: Architecture) -> list[str]:
     """A sentence for each setting of `config` that asks more of the architecture than it has."""
     length, found = config.data.sequence_length, list[str]()
     if model.positions and length > model.positions:
+        scaled, times = config.model.rope_scaling, math.ceil(length / model.positions)
+        remedy = "Lower it."
+        if model.rotary and scaled.rope_type is None:
+            remedy = f"Lower it, or set model.rope_scaling: {{rope_type: yarn, factor: {times}}}."
+        elif model.rotary:
+            remedy = "Lower it, or raise model.rope_scaling.factor."
         found.append(
-            f"data.sequence_length: {length} exceeds the base's {model.positions} positions (config.json). Lower it."
+            f"data.sequence_length: {length} exceeds the base's {model.positions} positions (config.json). {remedy}"
+        )
+    if config.model.rope_scaling.rope_type and not model.rotary:
+        found.append("model.rope_scaling: this base has no rotary positions that transformers could scale. Remove it.")
+    if config.model.rope_scaling.rope_type == "longrope" and config.data.packing:
+        found.append(
+            "model.rope_scaling.rope_type: longrope has frequencies by the longest document of a row, which its other documents would have too. Set "
+            "data.packing: false, or yarn."
         )
     if config.model.layers and config.model.layers > model.stored_layers:
         found.append(

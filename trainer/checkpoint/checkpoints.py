@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trainer import config
+from trainer.accelerator import is_accelerator
 from trainer.checkpoint.contents import Contents, Key
 from trainer.checkpoint.division import EvenDivision
 from trainer.checkpoint.identity import Identity, check_identity, is_written_anew
@@ -142,7 +143,7 @@ class Checkpoints:
 
     def _copy(self, shard_layout: ShardLayout, partitions: list[TrainablePartition]) -> memoryview:
         """The states as bytes of host memory, laid out as the file is. The memory is one block, kept for every save."""
-        on_gpu = self.ranks.device.type == "cuda"
+        on_gpu = is_accelerator(self.ranks.device)
         if self._block is None:
             # Pinned: the copies run at the bus's speed, and none waits for the one before.
             self._block = torch.empty(shard_layout.size, dtype=torch.uint8, pin_memory=on_gpu)
@@ -152,7 +153,7 @@ class Checkpoints:
             values = _slice(parts[key.name], key.state, *shard_layout.contents[key])
             self._block[begin:end].view(values.dtype).copy_(values, non_blocking=on_gpu)
         if on_gpu:
-            torch.cuda.synchronize()
+            torch.accelerator.synchronize()
         return self._block.numpy().data
 
     @property

@@ -1,7 +1,7 @@
 """The settings of the model: the base, its quantization, what learns."""
 
 import re
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import field_validator, model_validator
 
@@ -26,6 +26,89 @@ class SpecialTokens(Section):
         None, about="The end of a text, behind which answers stop.", example="<|im_end|>", min_length=1
     )
     bos: str | None = setting(None, about="The beginning of a text.", example="<s>", min_length=1)
+
+
+class RopeScaling(Section):
+    """Rotary positions for documents longer than the base's, as transformers scales them; exports have them in their config.json."""
+
+    rope_type: Literal["linear", "yarn", "llama3", "longrope"] | None = setting(
+        None,
+        about="How frequencies are scaled: linear (all alike), yarn, llama3, or longrope, whose factors are given. dynamic is not possible, "
+        "as its frequencies would follow from the rows before. Default: the base's own.",
+        example="yarn",
+    )
+    factor: float | None = setting(
+        None, about="How many times as many positions there are.", example=4.0, gt=1, le=1024
+    )
+    original_max_position_embeddings: int | None = setting(
+        None,
+        about="The positions that the base was trained for. Default: by its config.json.",
+        example=32768,
+        ge=1,
+        unit="tokens",
+    )
+    attention_factor: float | None = setting(
+        None, about="yarn and longrope: factor of the attention's scores. Default: by factor.", example=1.2, gt=0
+    )
+    beta_fast: float | None = setting(
+        None, about="yarn: rotations above which a frequency stays. Default: 32.", example=32.0, gt=0
+    )
+    beta_slow: float | None = setting(
+        None, about="yarn: rotations below which one is divided by factor. Default: 1.", example=1.0, gt=0
+    )
+    low_freq_factor: float | None = setting(
+        None, about="llama3: of the longest wavelength that stays.", example=1.0, gt=0
+    )
+    high_freq_factor: float | None = setting(
+        None, about="llama3: of the shortest that is divided by factor.", example=4.0, gt=0
+    )
+    short_factor: list[float] | None = setting(
+        None, about="longrope: a divisor for each frequency, in rows within the original positions.", example=[1.0, 1.1]
+    )
+    long_factor: list[float] | None = setting(None, about="longrope: the same for longer rows.", example=[1.0, 4.0])
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The keys of transformers that have a value."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _not_dynamic(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("rope_type") == "dynamic":
+            raise ValueError(
+                "model.rope_scaling.rope_type: dynamic frequencies follow from the longest row so far, so that a resumed run would differ. Set yarn "
+                "or linear."
+            )
+        return given
+
+    @model_validator(mode="after")
+    def _complete(self) -> "RopeScaling":
+        named = self.given.keys() - {"rope_type"}
+        if self.rope_type is None:
+            if named:
+                raise ValueError(
+                    f"model.rope_scaling.{min(named)}: has no effect without model.rope_scaling.rope_type. Set that too."
+                )
+            return self
+        needed, allowed = _SCALINGS[self.rope_type]
+        for name in ("factor", *needed):
+            if name not in named:
+                raise ValueError(
+                    f"model.rope_scaling.rope_type: {self.rope_type} needs model.rope_scaling.{name}. Set it."
+                )
+        for name in sorted(named - {"factor", "original_max_position_embeddings", *needed, *allowed}):
+            raise ValueError(f"model.rope_scaling.{name}: has no effect with rope_type: {self.rope_type}. Remove it.")
+        return self
+
+
+# What each kind needs beside its factor, and what it may be given.
+_SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "linear": ((), ()),
+    "yarn": ((), ("attention_factor", "beta_fast", "beta_slow")),
+    "llama3": (("low_freq_factor", "high_freq_factor"), ()),
+    "longrope": (("short_factor", "long_factor"), ("attention_factor",)),
+}
 
 
 class Model(Section):
@@ -78,6 +161,7 @@ class Model(Section):
     )
 
     special_tokens: SpecialTokens = SpecialTokens()
+    rope_scaling: RopeScaling = RopeScaling()
 
     @property
     def tokens(self) -> Tokens:

@@ -164,6 +164,7 @@ def _facts(config: Config, manifest: CheckpointManifest) -> dict[str, Any]:
         "objective": config.objective.name,
         "quantization": _in_words(config.quant.model_dump(mode="json", exclude={"cache"})),
         "computed in": config.model.dtype,
+        **({"rotary positions": _in_words(scaling)} if (scaling := config.model.rope_scaling.given) else {}),
         "data": f"{manifest.dataset} ({', '.join(_named(source.path) for source in config.data.train)})",
         "sequence length": manifest.order.get("sequence_length", config.data.sequence_length),
         "global batch": config.train.global_batch,

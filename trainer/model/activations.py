@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from trainer.accelerator import kind
 from trainer.config.training import Train
 from trainer.errors import ConfigError
 from trainer.model.documents import recomputed
@@ -42,5 +42,6 @@ def arrange_activations(model: PreTrainedModel, settings: Train) -> None:
 def _offloaded(layer: Callable[..., Any], *inputs: Any) -> Any:
     """Activation checkpointing whose saved inputs lie in pinned host memory. Copies are asynchronous, in the order of the device's work;
     on a CPU the inputs are there already."""
-    with save_on_cpu(pin_memory=torch.cuda.is_available()):
+    device = kind()
+    with save_on_cpu(pin_memory=device is not None, device_type=device or "cpu"):
         return checkpoint(layer, *inputs, use_reentrant=False, context_fn=recomputed)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from trainer.accelerator import is_accelerator
+
 IGNORE = -100
 """The label of a position that predicts nothing (cross entropy's `ignore_index`)."""
 _CHUNK_BYTES = 2**28  # of logits, were they in fp32
@@ -257,7 +259,7 @@ def _nats(
 
 def _blocks(logits: Tensor, targets: Tensor, head: LossHead, terms: LossTerms) -> Iterator[tuple[slice, "_Block"]]:
     """Rows of logits (n, V), as many as are in fp32 at one time, and what is computed of them. A row does not depend on others."""
-    size = max(1, (_BLOCK_BYTES_ON_GPU if logits.is_cuda else _BLOCK_BYTES) // (4 * logits.shape[1]))
+    size = max(1, (_BLOCK_BYTES_ON_GPU if is_accelerator(logits.device) else _BLOCK_BYTES) // (4 * logits.shape[1]))
     for begin in range(0, len(logits), size):
         place = slice(begin, begin + size)
         yield place, _Block(logits[place], targets[place], head, terms)

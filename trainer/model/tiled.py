@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.accelerator import is_accelerator
 from trainer.config.training import MLP_TILE
 from trainer.model.parts import is_experts
 
@@ -107,15 +108,16 @@ class _Tiled(torch.autograd.Function):
 
 def _random_states(device: torch.device) -> list[Tensor]:
     """The states of the generators that dropout draws from: the CPU's, and a GPU's."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+    here = [torch.get_device_module(device).get_rng_state(device)] if is_accelerator(device) else []
+    return [torch.get_rng_state(), *here]
 
 
 @contextmanager
 def _randomly_as(states: list[Tensor], device: torch.device) -> Iterator[None]:
     """Inside, dropout draws what it drew from these states on; outside nothing is drawn."""
     on_cpu, *on_gpu = states
-    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+    with torch.random.fork_rng([device] if on_gpu else [], device_type=device.type if on_gpu else "cuda"):
         torch.set_rng_state(on_cpu)
         for state in on_gpu:
-            torch.cuda.set_rng_state(state, device)
+            torch.get_device_module(device).set_rng_state(state, device)
         yield

@@ -31,7 +31,7 @@ def early_end(start: Start) -> Iterator[None]:
         window = {"bad_window": error.window} if isinstance(error, NonFiniteLoss) else {}
         metrics.write("end", outcome=outcome, step=None, reason=str(error), **window)
         raise
-    except torch.cuda.OutOfMemoryError as error:
+    except torch.OutOfMemoryError as error:
         traceback.print_exc()
         short = DoesNotFit(
             f"out of GPU memory ({str(error).splitlines()[0]}). {planned_memory(start.resolved, start.ranks)} Lower "

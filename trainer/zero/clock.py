@@ -16,6 +16,8 @@ from typing import NamedTuple, Protocol, Self
 
 import torch
 
+from trainer.accelerator import is_accelerator, mark
+
 # Marks that wait to be read: an evaluation of many rows, which are no steps, would leave ever more of them.
 _MOST_MARKS = 1024
 
@@ -46,11 +48,9 @@ class HostMark:
 
 
 def _mark_of(device: torch.device) -> Mark:
-    if device.type == "cpu":
+    if not is_accelerator(device):
         return HostMark()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+    return mark(device)
 
 
 class _Entered(NamedTuple):

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-if not torch.cuda.is_available():
+from trainer.accelerator import kind
+
+if kind() is None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the import: DeepSpeed picks its accelerator then
 
 import deepspeed

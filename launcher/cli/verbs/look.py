@@ -54,6 +54,9 @@ def plan(
         ),
     ] = None,
     ranks_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on one node. Default: all of them.")] = None,
+    longest: Annotated[
+        bool, typer.Option("--longest", help="The longest row that fits, and what each setting that saves memory buys.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Does it fit, how long is it, how long does it take, what does it cost? Memory, batch and traffic, without a GPU. Exit code 4
@@ -63,6 +66,11 @@ def plan(
     from trainer.config import load_config
 
     run = load_config(config, overrides or (), say)
+    if longest:
+        from launcher.plan.longest import find_longest, show_longest
+
+        emit(find_longest(run, gpu, ranks_per_node), as_json, show_longest)
+        return
     planned = plan_run(run, gpu, ranks_per_node)
     emit(planned, as_json, lambda found: show_plan(found, run))
     planned.check()

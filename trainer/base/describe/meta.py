@@ -195,6 +195,7 @@ class _Reader:
             fails_packed=trial.fails_packed if trial else None,
             fails_shared=self._fails_shared(trial),
             tried=trial is not None,
+            rotary=bool(getattr(self.config, "rope_parameters", None)),
             taken_for_experts=tuple(self._taken_for_experts(parameters)),
             heads=tuple(self._heads()),
             supports_sdpa=self.model._supports_sdpa,

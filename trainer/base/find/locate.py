@@ -17,6 +17,7 @@ from trainer.base.describe.config_json import parse_base_config
 from trainer.base.describe.description import describe
 from trainer.base.describe.torch_answers import user_cache
 from trainer.base.find.known import known_config
+from trainer.base.find.rescaled import rescaled
 from trainer.config import Model
 from trainer.config.paths import local_path
 from trainer.errors import BaseOutOfReach, ConfigError
@@ -46,7 +47,7 @@ _LEFT_ON_THE_HUB = [
     *(f"{NAMED_TEMPLATES[:at]}[!{NAMED_TEMPLATES[at]}]*/*" for at in range(len(NAMED_TEMPLATES))),
     "consolidated*",
 ]
-_CONFIG = "config.json"
+CONFIG = "config.json"
 _SMALL_FILES = ("*.json", "*.model", "*.jinja", "merges.txt", "README.md")
 
 
@@ -59,7 +60,7 @@ def resolve_base(model: Model) -> Base:
     """
     local = None if in_bucket(model.base) else _directory(model, [*_SMALL_FILES, "*.safetensors"])
     store = open_store(str(local or model.base), setting="model.base")
-    directory, name = local or _small_files(store), str(local or store.uri)
+    directory, name = _scaled(model, local or _small_files(store)), str(local or store.uri)
     config = _read_config(name, directory)
     return Base(name, directory, store, config, describe(config, model.layers, name=name), model.tokens)
 
@@ -67,8 +68,22 @@ def resolve_base(model: Model) -> Base:
 def base_files(model: Model) -> Path:
     """A directory with config.json and the tokenizer's files; the weights are not downloaded for it."""
     if in_bucket(model.base):
-        return _small_files(open_store(model.base, setting="model.base"))
-    return _directory(model, list(_SMALL_FILES))
+        return _scaled(model, _small_files(open_store(model.base, setting="model.base")))
+    return _scaled(model, _directory(model, list(_SMALL_FILES)))
+
+
+def _scaled(model: Model, directory: Path) -> Path:
+    """The base's directory, or where its rotary positions are scaled a folder with its small files and another config.json."""
+    path = directory / CONFIG
+    if model.rope_scaling.rope_type is None or not path.is_file():
+        return directory
+    config = parse_base_config(model.base, path.read_bytes())
+    every = (
+        file.relative_to(directory).as_posix()
+        for file in (*directory.iterdir(), *directory.glob(f"{NAMED_TEMPLATES}/*"))
+    )
+    files = named_files(directory, filter(is_small_file, every))
+    return cached_folder({**files, CONFIG: json.dumps(rescaled(config, model.rope_scaling), indent=2).encode()})
 
 
 def named_files(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
@@ -159,6 +174,8 @@ def base_at_hand(model: Model) -> AtHand:
             f"model.base: {model.base} was not seen ({error.reason}); its sizes are those that Capstan has with it of well-known bases, "
             "and neither its tokenizer nor its files were looked at."
         )
+        if model.rope_scaling.rope_type:
+            config = rescaled(config, model.rope_scaling)
         return AtHand(describe(config, model.layers, name=model.base), None, said)
     return AtHand(describe(_read_config(model.base, directory), model.layers, name=model.base), directory)
 
@@ -211,7 +228,8 @@ def _cached(versions: str, fetch: Callable[[], Mapping[str, bytes]]) -> Path:
 
 
 def copy_weights(base: Base, folder: Path) -> None:
-    """Copy the base's files into `folder`: for tools that read neither a bucket nor ranges."""
+    """Copy the base's files into `folder`, and link to weights on this machine: for tools that read neither a bucket nor ranges."""
+    local = base.store.uri.removeprefix("file://") if base.store.uri.startswith("file://") else None
     write_files(folder, tokenizer_content(base.directory))
     for path in base.directory.iterdir():
         if path.is_file() and path.suffix != ".safetensors":
@@ -219,7 +237,10 @@ def copy_weights(base: Base, folder: Path) -> None:
     for entry in base.store.list():
         if "/" in entry.key or not entry.key.endswith((".safetensors", INDEX_FILE)):
             continue
-        copy_object(base.store, entry, folder)
+        if local is None:
+            copy_object(base.store, entry, folder)
+        elif not (folder / entry.key).exists():
+            (folder / entry.key).symlink_to(Path(local) / entry.key)
 
 
 def copy_object(store: Store, entry: Entry, folder: Path) -> None:
@@ -232,7 +253,7 @@ def copy_object(store: Store, entry: Entry, folder: Path) -> None:
 
 def _read_config(name: str, directory: Path) -> dict[str, Any]:
     try:
-        data = (directory / _CONFIG).read_bytes()
+        data = (directory / CONFIG).read_bytes()
     except FileNotFoundError as error:
         raise ConfigError(f"model.base: {name} has no config.json. Give a Hugging Face model directory.") from error
     except OSError as error:

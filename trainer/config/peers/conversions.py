@@ -118,6 +118,17 @@ def one_of(allowed: Mapping[str, Any], otherwise: str) -> Callable[[Any], Any]:
     return convert
 
 
+def rope_scaling(value: Any) -> dict[str, Any]:
+    """A scaling of rotary positions as config.json has it; by a name alone its factor would follow from the base and the rows."""
+    if not isinstance(value, dict):
+        raise Inconvertible(f"{value!r} names no factor. Set model.rope_scaling, whose factor `capstan plan` gives.")
+    kind = value.get("rope_type", value.get("type"))
+    if kind not in ("linear", "yarn", "llama3", "longrope"):
+        raise Inconvertible(f"{kind!r} does not exist here: rope_type is linear, yarn, llama3 or longrope.")
+    given = {"rope_type": kind, **{name: part for name, part in value.items() if name not in ("type", "rope_type")}}
+    return {f"model.rope_scaling.{name}": part for name, part in given.items()}
+
+
 def steps(value: Any) -> int:
     """A number of steps, where peers take a share of all steps too."""
     if isinstance(value, str) and not value.replace(".", "").replace("e", "").replace("-", "").isdigit():

@@ -1,10 +1,11 @@
 """A report on what a run's sources hold, before anything is compiled or trained."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -18,7 +19,9 @@ from trainer.data.format.formats import explicit_form
 from trainer.data.look.duplicates import Fingerprint, Seen
 from trainer.data.order.order import EpochPlan
 from trainer.data.order.settings import Order, train_order
-from trainer.data.render.chat import Turn
+from trainer.data.render.chat import Example, Turn
+from trainer.data.render.labelled import Labelled
+from trainer.data.render.pairs import Pair
 from trainer.data.source.files import SourceFile
 from trainer.data.source.part import Part
 from trainer.data.source.reading import batches
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _EXAMPLES = 5
+_SHORTEST = 256  # of the lengths that losses are counted at
 _REPLACEMENT = "\ufffd"
 
 
@@ -50,6 +54,7 @@ class Findings:
         exact_duplicates, near_duplicates: like an earlier row of this split; `duplicate_examples` are (row, earlier row).
         in_train: of evaluation rows, those that are trained on too, exactly or nearly.
         fill: share of tokens in packed rows that are not padding, at this sequence length.
+        lost: what rows of other lengths would lose, by the length: powers of two below the longest document.
     """
 
     rows: int = 0
@@ -73,6 +78,7 @@ class Findings:
     fill: float = 0.0
     lengths: dict[str, int] = field(default_factory=dict)
     histogram: dict[int, int] = field(default_factory=dict)
+    lost: dict[int, "LostAt"] = field(default_factory=dict)
     left_out: dict[str, LeftOut] = field(default_factory=dict)
     unused_fields: dict[str, LeftOut] = field(default_factory=dict)
     bad_row_reasons: dict[str, LeftOut] = field(default_factory=dict)
@@ -84,7 +90,16 @@ class Findings:
             name: {what: found.model_dump() for what, found in getattr(self, name).items()}
             for name in ("left_out", "unused_fields", "bad_row_reasons")
         }
-        return {**asdict(self), **named}
+        return {**asdict(self), **named, "lost": {length: lost._asdict() for length, lost in self.lost.items()}}
+
+
+class LostAt(NamedTuple):
+    """The shares of documents that are longer than a length, and of all targets that are lost with it: where these documents are cut, and
+    where they are dropped."""
+
+    documents: float
+    targets_cut: float
+    targets_dropped: float
 
 
 @dataclass(frozen=True)
@@ -148,6 +163,7 @@ class _Inspected:
     counters: Counters = field(default_factory=Counters)
     lengths: list[int] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
+    lost: Counter[tuple[int, str]] = field(default_factory=Counter)  # by the length, and a field of `LostAt`
     texts: list[tuple[str, Fingerprint]] = field(default_factory=list)
 
 
@@ -188,12 +204,24 @@ class _Inspector:
             found.targets += int(example.targets.sum())
             found.too_long += len(example.tokens) > limit
             found.tokens_cut += max(0, len(example.tokens) - limit)
+            result.lost.update(_lost(example))
             stored = documents_of(self._data, example, result.counters)
             result.kept += [len(document) for document in stored]
         found.dropped, found.without_targets = result.counters.dropped, result.counters.without_targets
         if form.kind == "labelled":
             found.desired = result.counters.desired or 0
         return result
+
+
+def _lost(example: Example | Pair | Labelled) -> dict[tuple[int, str], int]:
+    """The document and its targets that rows of each shorter length would lose, as counts."""
+    lost, targets, length = dict[tuple[int, str], int](), int(example.targets.sum()), _SHORTEST
+    while length < len(example.tokens):
+        left = int(example.cut(length).targets.sum())
+        counts = LostAt(1, targets - left, targets)
+        lost |= {(length, name): int(count) for name, count in counts._asdict().items()}
+        length *= 2
+    return lost
 
 
 def _converse(found: Findings, turns: list[Turn], kind: str) -> None:
@@ -224,6 +252,7 @@ class _Collected:
         self._found = Findings(in_train=None if seen is trained else {"exact": 0, "near": 0})
         self._lengths: list[int] = []
         self._kept: list[int] = []
+        self._lost: Counter[tuple[int, str]] = Counter()
 
     def take(self, batch: _Inspected) -> None:
         for name, value in vars(batch.found).items():
@@ -234,6 +263,7 @@ class _Collected:
         add_left_out(self._found.bad_row_reasons, batch.found.bad_row_reasons)
         self._lengths += batch.lengths
         self._kept += batch.kept
+        self._lost.update(batch.lost)
         for where, text in batch.texts:
             self._compare(where, text)
 
@@ -262,6 +292,11 @@ class _Collected:
             above = 2 ** np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
             bounds, counts = np.unique(above, return_counts=True)
             found.histogram = dict(zip(bounds.tolist(), counts.tolist(), strict=True))
+        of = LostAt(max(1, found.documents), max(1, found.targets), max(1, found.targets))._asdict()
+        found.lost = {
+            length: LostAt(**{name: round(self._lost[length, name] / whole, 6) for name, whole in of.items()})
+            for length in sorted({length for length, _ in self._lost})
+        }
         found.packed_rows, found.fill = _pack(np.array(self._kept, np.int64), order)
         return found
 

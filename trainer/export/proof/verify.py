@@ -26,9 +26,10 @@ import torch
 import transformers
 from torch import Tensor
 
+from trainer.accelerator import is_accelerator
 from trainer.assemble import Sharding, assemble, attention_of
 from trainer.base.describe.meta import model_config
-from trainer.base.find.locate import Base, copy_object, copy_weights, is_small_file
+from trainer.base.find.locate import CONFIG, Base, copy_object, copy_weights, is_small_file
 from trainer.base.find.tokenizer import find_rows
 from trainer.base.load.load import DTYPES, empty_model
 from trainer.base.partitions.filling import SOURCE_DTYPES
@@ -176,7 +177,7 @@ class Trained:
         config = override(self.config, *changes)
         resolved = replace(Resolved.of(config, base), objective=NextTokens())
         attention = attention_of(resolved, ranks.device)
-        on_gpu = ranks.device.type == "cuda"
+        on_gpu = is_accelerator(ranks.device)
         settings = build_deepspeed_config(config, world_size=ranks.world_size, accumulation=1, on_gpu=on_gpu)
         engine, _ = assemble(resolved, ranks, attention, Sharding(settings, "world"))
         plain.round_buffers(engine.model, dict(empty_model(base, self.config, attention).named_buffers()))
@@ -408,9 +409,10 @@ def directory_of(store: Store) -> Iterator[Path]:
 
 @contextmanager
 def base_directory(base: Base) -> Iterator[Path]:
-    """The same for a base, whose small files are on this machine already."""
+    """The same for a base, whose small files are on this machine already, and of which a run may have another config.json."""
     local = local_folder(base.store)
-    if local is not None:
+    configs = [(folder / CONFIG).read_bytes() for folder in (local, base.directory) if folder is not None]
+    if local is not None and configs[0] == configs[1]:
         yield local
         return
     with scratch_folder("base") as folder:

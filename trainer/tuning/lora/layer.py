@@ -11,6 +11,7 @@ import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
+from trainer.accelerator import is_accelerator
 from trainer.model.nf4 import weight_of
 
 
@@ -84,7 +85,7 @@ def _folds(scaling: float, result: Tensor) -> bool:
 def _is_rounded_once(total: Tensor) -> bool:
     """Whether products are added within their kernel: on a GPU. On a CPU they are rounded first, and so results stay those of PEFT's
     layer and of earlier versions to the last bit."""
-    return total.is_cuda
+    return is_accelerator(total.device)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> None:

@@ -1,0 +1,176 @@
+"""Kernels by themselves: their values and gradients beside plain ones in fp32, and how long they take."""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+from card.figures import Figure, device, seconds_of, shape
+
+
+def kernels(given: argparse.Namespace) -> Iterator[Figure]:
+    """Dequantized weights by both ways beside the CPU's; then loss and gradients of a packed row in bf16 by each attention kernel and by
+    Liger's kernels, beside plain ones in fp32; and how long Liger's take."""
+    yield from _dequantized(given)
+    yield from _attention(given)
+    yield from _fused(given)
+
+
+def _attention(given: argparse.Namespace) -> Iterator[Figure]:
+    import torch
+    from train import llama, make_base
+
+    from trainer.base.find.locate import resolve_base
+    from trainer.errors import ConfigError
+    from trainer.model.attention import choose_attention
+    from trainer.model.kernels.liger import missing
+
+    here = torch.device(device())
+    lacking = missing(here, "llama")
+    with tempfile.TemporaryDirectory(prefix="capstan-bench-") as folder:
+        hidden = 64 if given.pretend else 1024
+        make_base(Path(folder, "base"), {**llama(2, hidden), "num_attention_heads": 8, "num_key_value_heads": 2})
+        settings = _config(Path(folder, "base")).model
+        base = resolve_base(settings)
+        exact, exact_gradient = _loss_and_gradient(base, "eager", torch.float32)
+
+        def beside(what: str, *options: Any) -> Figure:
+            loss, gradient = _loss_and_gradient(base, *options)
+            off = abs(loss - exact) / exact
+            apart = float((gradient - exact_gradient).norm() / exact_gradient.norm())
+            right = off < 2e-3 and apart < 5e-2
+            return Figure(what, f"loss {off:.1e} off, gradient {apart:.1e}", "below 2e-3 and 5e-2", right)
+
+        known = get_args(type(settings).model_fields["attention"].annotation)
+        for name in (name for name in known if name != "auto"):
+            try:
+                choose_attention(name, here, torch.bfloat16, base.architecture)
+            except ConfigError as error:
+                yield Figure(f"attention: {name}", str(error))
+                continue
+            yield beside(f"attention: {name}", name, torch.bfloat16)
+        if lacking is None:
+            yield beside("liger", "sdpa", torch.bfloat16, "liger")
+
+
+def _config(base: Path, *overrides: str) -> Any:
+    from trainer.config import parse_config
+
+    tree = {"run": {"name": "bench"}, "model": {"base": str(base)}, "train": {"steps": 1}}
+    return parse_config(json.dumps({**tree, "data": {"train": [{"path": "none.jsonl"}]}}), overrides)
+
+
+def _loss_and_gradient(base: Any, kernel: str, dtype: Any, fused: str = "none") -> tuple[float, Any]:
+    """The loss of a row of three documents, and its gradient by the embedding, fp32; `fused` is model.kernels."""
+    import torch
+    from safetensors.torch import load_file
+
+    from trainer.base.load.load import empty_model
+    from trainer.data.order.micro_batch import MicroBatch
+    from trainer.model.attention import choose_attention
+    from trainer.model.kernels.liger import Kernels
+    from trainer.model.packed import PackedModel
+    from trainer.objective.objective import find_objective
+
+    here = torch.device(device())
+    config = _config(base.directory, f"model.dtype={'fp32' if dtype == torch.float32 else 'bf16'}")
+    attention = choose_attention(kernel, here, dtype, base.architecture)
+    model: Any = empty_model(base, config, attention, Kernels(fused, here))
+    weights: dict[str, Any] = {}
+    for path in Path(base.directory).glob("*.safetensors"):
+        weights |= load_file(path)
+    model.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True, strict=False)
+    model = model.to(here).eval()
+    embedding = model.get_input_embeddings().weight.requires_grad_(True)
+    lengths = (700, 1, 323)
+    tokens = torch.randint(0, 1000, (1, sum(lengths)), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    places = torch.cat([torch.arange(length) for length in lengths])
+    borders = torch.tensor([0, 700, 701, 1024], dtype=torch.int32)
+    labels = torch.where((places + 1 == 700) | (places == 0), -100, tokens)
+    row = MicroBatch(tokens, labels.int(), places.int()[None], borders, 700, 1024, int((labels != -100).sum()), (), ())
+    loss = find_objective(config).loss(PackedModel(model, attention), row.to(here)).sum()
+    loss.backward()
+    return float(loss.detach()), embedding.grad.float()
+
+
+def _fused(given: argparse.Namespace) -> Iterator[Figure]:
+    """How long the parts of an 8B layer that Liger computes take, forwards and backwards over 8192 tokens, with it and without."""
+    import torch
+
+    from trainer.model.kernels.liger import missing
+
+    if lacking := missing(torch.device(device()), "llama"):
+        yield Figure("liger", lacking)
+        return
+    from liger_kernel.ops import LigerSiLUMulFunction  # pyright: ignore[reportMissingImports]
+    from liger_kernel.transformers import LigerRMSNorm  # pyright: ignore[reportMissingImports]
+    from liger_kernel.transformers.rope import liger_rotary_pos_emb  # pyright: ignore[reportMissingImports]
+    from torch.nn.functional import silu
+    from transformers.models.llama import modeling_llama as llama
+
+    def values(*shape: int) -> Any:
+        return torch.randn(shape, dtype=torch.bfloat16, device=device(), requires_grad=True)
+
+    def passes(forward: Any, inputs: list[Any]) -> Callable[[], object]:
+        def both() -> object:
+            results = forward(*inputs)
+            results = results if isinstance(results, tuple) else (results,)
+            return torch.autograd.grad(results, inputs, [torch.ones_like(result) for result in results])
+
+        return both
+
+    sizes = shape(given.layers, pretend=given.pretend)
+    hidden, inner, tokens = sizes["hidden_size"], sizes["intermediate_size"], given.length
+    heads, kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
+    norms = [of(hidden).to(device(), torch.bfloat16).requires_grad_(False) for of in (llama.LlamaRMSNorm, LigerRMSNorm)]
+    cos, sin = torch.randn(2, 1, tokens, hidden // heads, dtype=torch.bfloat16, device=device())
+    rotaries = [
+        lambda q, k, of=of: of(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+        for of in (llama.apply_rotary_pos_emb, liger_rotary_pos_emb)
+    ]
+    parts = {
+        "norm": (*norms, [values(1, tokens, hidden)]),
+        "rotary": (*rotaries, [values(1, tokens, count, hidden // heads) for count in (heads, kv_heads)]),
+        "gated product": (
+            lambda gate, up: silu(gate) * up,
+            LigerSiLUMulFunction.apply,
+            [values(1, tokens, inner) for _ in range(2)],
+        ),
+    }
+    for name, (plain, fused, inputs) in parts.items():
+        before, after = (1e3 * seconds_of(passes(forward, inputs)) for forward in (plain, fused))
+        said = f"{after:.2f} ms, plain {before:.2f} ms"
+        yield Figure(f"liger: {name}", said, "faster", after < before)
+
+
+def _dequantized(given: argparse.Namespace) -> Iterator[Figure]:
+    """Weights in 4 bits, as the device and as the CPU dequantizes them, and the time for those of an 8B layer: by bitsandbytes' kernels,
+    and double quantized ones by them and by our own kernel."""
+    import torch
+
+    from trainer.model import nf4
+
+    rows, columns = (64, 176) if given.pretend else (4096, 14336)
+    for double in (False, True):
+        linear = nf4.FrozenLinear4bit(rows, columns, nf4.Format("nf4", 64, double, torch.bfloat16))
+        packed, absmax = nf4.quantize_blocks(torch.randn(linear.layout.numel, dtype=torch.bfloat16), "nf4", 64)
+        linear.weight = torch.nn.Parameter(packed, requires_grad=False)
+        if double:
+            codes, nested, mean = nf4.quantize_absmax(absmax)
+            linear.absmax_mean.fill_(mean)
+            linear.nested_absmax = torch.nn.Parameter(nested.view(torch.uint8), requires_grad=False)
+            linear.absmax = torch.nn.Parameter(codes, requires_grad=False)
+        else:
+            linear.absmax = torch.nn.Parameter(absmax.view(torch.uint8), requires_grad=False)
+        host, there = linear.dequantize(), linear.to(device())
+        ours = nf4.has_one_pass
+        for one_pass in {False, double and ours(device())}:
+            nf4.has_one_pass = lambda _device, one_pass=one_pass: one_pass
+            same = torch.equal(host, there.dequantize().cpu())
+            seconds = seconds_of(there.dequantize)
+            rate = host.nbytes * 1.28 / seconds / 1e12  # the weights written, and 4.5 bits of each read
+            what = f"dequantizing {rows} x {columns}{', double' if double else ''}{', in one pass' if one_pass else ''}"
+            yield Figure(what, f"{1e3 * seconds:.2f} ms, {rate:.2f} TB/s", "the CPU's bits", same)
+        nf4.has_one_pass = ours

@@ -1,0 +1,164 @@
+"""A rank on the pretended device of pretended.cpp, as PyTorch, DeepSpeed and torch.distributed see it."""
+
+import contextlib
+import hashlib
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils import backend_registration
+
+NAME = "pretended"
+_SOURCE = Path(__file__).with_name("pretended.cpp")
+
+
+def build(folder: Path) -> Path:
+    """The device's library in `folder`, compiled by this machine's C++ compiler against the torch that is installed, unless it is there."""
+    torch_folder = Path(torch.__file__).parent
+    digest = hashlib.sha256(_SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
+    library = folder / f"{NAME}-{digest}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    include, unfinished = torch_folder / "include", library.with_suffix(f".{os.getpid()}")
+    command = ["c++", "-O0", "-std=c++20", "-shared", "-fPIC", "-w", "-DUSE_C10D", "-DUSE_C10D_GLOO"]
+    command += [f"-I{include}", f"-I{include / 'torch/csrc/api/include'}", str(_SOURCE), "-o", str(unfinished)]
+    command += [f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    subprocess.run(command, check=True)
+    return unfinished.rename(library)
+
+
+class _Module:
+    """`torch.pretended`, as far as torch asks for it."""
+
+    @staticmethod
+    def is_available() -> bool:
+        return True
+
+    @staticmethod
+    def device_count() -> int:
+        return 1
+
+    @staticmethod
+    def current_device() -> int:
+        return 0
+
+    @staticmethod
+    def set_device(_device: Any) -> None:
+        pass
+
+    @staticmethod
+    def device(_device: Any) -> Any:
+        return contextlib.nullcontext()
+
+    @staticmethod
+    def _is_in_bad_fork() -> bool:
+        return False
+
+    @staticmethod
+    def manual_seed_all(_seed: int) -> None:
+        """Random numbers are the host's."""
+
+    @staticmethod
+    def get_rng_state(_device: Any = None) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    @staticmethod
+    def set_rng_state(state: torch.Tensor, _device: Any = None) -> None:
+        torch.set_rng_state(state)
+
+    @staticmethod
+    def get_amp_supported_dtype() -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    @staticmethod
+    def is_bf16_supported() -> bool:
+        return True
+
+
+def install(library: Path) -> None:
+    """Give this process the device, before DeepSpeed is imported and ranks join."""
+    torch.ops.load_library(str(library))
+    backend_registration.rename_privateuse1_backend(NAME)
+    torch._register_device_module(NAME, _Module())
+    backend_registration.generate_methods_for_privateuse1_backend()
+    dist.Backend.default_device_backend_map[NAME] = "gloo"
+    dist.Backend.backend_capability["gloo"].append(NAME)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed.accelerator
+
+    deepspeed.accelerator.set_accelerator(_accelerator())
+
+
+def _accelerator() -> Any:
+    """DeepSpeed's view of the device: what it is for CUDA."""
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    first = torch.accelerator.current_stream()
+    plain: Any = CPU_Accelerator  # whose annotations say that it never computes beside the host
+
+    class Accelerator(plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self._name = NAME
+
+        def is_synchronized_device(self) -> bool:
+            return False
+
+        def use_host_timers(self) -> bool:
+            return False
+
+        def resolves_data_dependency(self) -> bool:
+            return False
+
+        def handles_memory_backpressure(self) -> bool:
+            return False
+
+        def device_name(self, device_index: Any = None) -> str:
+            return NAME if device_index is None else f"{NAME}:0"
+
+        def current_device(self) -> int:
+            return 0
+
+        def current_device_name(self) -> str:
+            return f"{NAME}:0"
+
+        def device_count(self) -> int:
+            return 1
+
+        def synchronize(self, device_index: Any = None) -> None:
+            torch.accelerator.synchronize()
+
+        @property
+        def Stream(self) -> Any:
+            return lambda *_: torch.Stream(torch.device(NAME, 0))
+
+        @property
+        def Event(self) -> Any:
+            return lambda **given: torch.Event(NAME, **given)
+
+        def stream(self, stream: Any) -> Any:
+            return contextlib.nullcontext() if stream is None else stream
+
+        def current_stream(self, device_index: Any = None) -> Any:
+            return torch.accelerator.current_stream()
+
+        def default_stream(self, device_index: Any = None) -> Any:
+            return first
+
+        def pin_memory(self, tensor: torch.Tensor, align_bytes: int = 1) -> torch.Tensor:
+            return tensor.pin_memory()
+
+        def is_pinned(self, tensor: torch.Tensor) -> bool:
+            return tensor.is_pinned()
+
+        def on_accelerator(self, tensor: torch.Tensor) -> bool:
+            return tensor.device.type == NAME
+
+        def is_available(self) -> bool:
+            return True
+
+    return Accelerator()

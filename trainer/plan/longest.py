@@ -1,0 +1,93 @@
+"""The longest row that fits, by the plan's arithmetic, and what each setting that saves memory of activations buys. No torch."""
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.base.base import Description
+from trainer.config import Config, assignment, override
+from trainer.errors import ConfigError
+from trainer.plan.needs import Plan
+from trainer.plan.plan import make_plan
+
+_STEP, _MOST = 256, 2**20  # tokens; data.sequence_length takes no more
+# Sentences of a plan that a shorter row, or scaled positions, are the answer to.
+_OF_LENGTH = ("data.sequence_length:", "memory:")
+
+
+@dataclass(frozen=True)
+class LongestRow:
+    """The longest row with some `settings`, in tokens, one a rank or a group of ranks at a time; 0 where none fits. `activations` are the bytes of
+    its activations on a rank, `host` those of host memory on a node."""
+
+    settings: dict[str, Any]
+    tokens: int
+    activations: int
+    host: int
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that rows are planned for, each with `memory` bytes of a GPU, or of the host where they are on CPUs."""
+
+    world_size: int
+    per_node: int
+    memory: int
+    on_gpu: bool
+
+
+def longest_rows(config: Config, base: Description, ranks: Ranks) -> list[LongestRow]:
+    """First with the settings as they are, then without any that saves memory of activations, and with one more in each line. A line that does not
+    suit the base or the run is left out."""
+    found = [_longest(config, base, ranks, {})]
+    settings: dict[str, Any] = {}
+    for more in _ladder(config, ranks):
+        changed = {**settings, **more}
+        try:
+            given = override(config, *(assignment(name, value) for name, value in changed.items()))
+        except ConfigError:  # settings of the run that do not go with it
+            continue
+        if _refused(given, base, ranks):
+            continue
+        settings = changed
+        found.append(_longest(given, base, ranks, settings))
+    return found
+
+
+def _ladder(config: Config, ranks: Ranks) -> Iterator[dict[str, Any]]:
+    plain = {"train.activation_checkpointing": "none", "train.tiled_mlp": False, "train.activation_offload": False}
+    yield {**plain, "train.micro_batch": 1, "sharding.sequence_parallel": 1}
+    if config.quant.type == "none":
+        yield {"quant.type": "nf4"}
+    yield {"train.activation_checkpointing": "all"}
+    yield {"train.tiled_mlp": True}
+    if ranks.on_gpu:
+        yield {"train.activation_offload": True}
+    size = 2
+    while size <= min(ranks.world_size, ranks.per_node):
+        yield {"sharding.sequence_parallel": size}
+        size *= 2
+
+
+def _plan(config: Config, base: Description, ranks: Ranks, tokens: int) -> Plan:
+    """The plan with rows of so many tokens."""
+    given = config.model_copy(update={"data": config.data.model_copy(update={"sequence_length": tokens})})
+    gpu, host = (ranks.memory, None) if ranks.on_gpu else (None, ranks.memory)
+    return make_plan(given, base, ranks.world_size, ranks.per_node, gpu, host)
+
+
+def _refused(config: Config, base: Description, ranks: Ranks) -> bool:
+    shortfalls = _plan(config, base, ranks, _STEP * config.sharding.sequence_parallel).shortfalls
+    return any(not sentence.startswith(_OF_LENGTH) for sentence in shortfalls)
+
+
+def _longest(config: Config, base: Description, ranks: Ranks, settings: dict[str, Any]) -> LongestRow:
+    step = _STEP * config.sharding.sequence_parallel
+
+    def is_too_long(steps: int) -> bool:
+        return _plan(config, base, ranks, steps * step).memory_per_gpu.total > ranks.memory
+
+    tokens = step * bisect_right(range(1, _MOST // step + 1), False, key=is_too_long)
+    plan = _plan(config, base, ranks, max(step, tokens))
+    return LongestRow(settings, tokens, plan.memory_per_gpu.activations, plan.memory_per_host.total)
