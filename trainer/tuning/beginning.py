@@ -112,6 +112,11 @@ def starting_at(config: Config, place: str) -> Config:
     return config.model_copy(update={"tuning": config.tuning.model_copy(update={"start": place})})
 
 
+def is_asked_for(there: str, place: str | None) -> bool:
+    """Whether `there`, which names a checkpoint where it was a run, is what a `tuning.start` of `place` began from."""
+    return place is not None and place.rstrip("/") in (there, _STEP.sub("", there))
+
+
 def _begun(config: Config, place: str, method: Method) -> Begun | None:
     """The adapter by what the run's own checkpoints say of it, where they began from `place`, or from a step of the run there: ranks that
     torchrun starts again have the configuration that the first start was given."""
@@ -120,7 +125,7 @@ def _begun(config: Config, place: str, method: Method) -> Begun | None:
     if manifest is None or "start" not in manifest.base:
         return None
     there: str = manifest.base["start"]
-    if place.rstrip("/") not in (there, _STEP.sub("", there)):
+    if not is_asked_for(there, place):
         return None
     return Begun(there, manifest.base["start_weights"], lambda: _found(config, there, method))
 
