@@ -32,8 +32,8 @@ def test_what_ranks_cannot_share_is_refused_by_a_sentence() -> None:
     assert "cannot share a row of 63 tokens evenly" in tokens
     (virtual,) = wrong(LLAMA, 2, "tuning.method=prefix")
     assert "with the virtual tokens of tuning.method: prefix" in virtual
-    (objective,) = wrong(LLAMA, 2, "objective.name=dpo", "data.format=preference")
-    assert "objective.name: dpo compares whole answers" in objective
+    (objective,) = wrong(LLAMA, 2, "objective.name=kto", "data.format=labelled")
+    assert "objective.name: kto looks at parts of a row by themselves" in objective
 
 
 def test_a_base_with_other_layers_than_attention_is_refused_by_their_name() -> None:

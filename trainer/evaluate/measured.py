@@ -90,14 +90,16 @@ def find_work(opened: OpenedRun, tasks: Tasks | None, progress: Progress) -> Wor
 
 
 def _trained_on(opened: OpenedRun, keys: Mapping[str, str]) -> dict[str, int]:
-    """The documents of each set that are in the training data of the checkpoint, as far as that is there to look at."""
+    """The documents of each set that are in the training data of the checkpoint, or of those that it began from (`tuning.start`): the most in one of
+    these, as far as they are there to look at."""
     manifest, found = opened.manifest, dict[str, int]()
     if manifest is None:
         return found
-    with suppress(StorageError):
-        for name, key in keys.items():
-            if overlap := overlap_of(opened.store, manifest.dataset, key):
-                found[name] = overlap.shared
+    for dataset in (manifest.dataset, *manifest.base.get("start_data", [])):
+        with suppress(StorageError):
+            for name, key in keys.items():
+                if overlap := overlap_of(opened.store, dataset, key):
+                    found[name] = max(overlap.shared, found.get(name, 0))
     return found
 
 
