@@ -20,7 +20,7 @@ from tests.dist.launch import launch, running
 from tests.dist.test_resume import losses
 from tests.material import Workshop, make_pairs
 from tests.needs import need
-from trainer.config import Config, dump_config
+from trainer.config import Config, dump_config, override
 from trainer.export.write.adapter import export_adapter
 from trainer.run import layout
 from trainer.store import Store, open_store
@@ -48,7 +48,9 @@ def config(device: Workshop) -> Callable[..., Config]:
     def of(name: str, *overrides: str, policy: str = "zero3", **more: Any) -> Config:
         file = life.make_policy(device.folder / f"{name}.json", policy, **more)
         settings = (f"train.steps={STEPS}", "checkpoint.every_steps=3", f"sharding.deepspeed={file}")
-        return device.config(name, *settings, *overrides)
+        made = device.config(name, *settings, *overrides)
+        run_of(made).put(layout.CONFIG, dump_config(made).encode())  # as the launcher does, for exports
+        return made
 
     return of
 
@@ -99,9 +101,9 @@ def test_a_run_has_the_losses_that_it_has_on_cpus(
 
 
 def test_pairs_are_preferred_and_evaluated(device: Workshop, config: Callable[..., Config], library: str) -> None:
-    pairs = make_pairs(device.folder / "pairs.jsonl", 24)
+    pairs, others = (make_pairs(device.folder / f"{seed}.jsonl", 24, seed) for seed in (6, 7))
     overrides = ("objective.name=dpo", "data.format=preference", f'data.train=[{{"path": "{pairs}"}}]')
-    overrides = (*overrides, f'data.eval=[{{"path": "{pairs}"}}]', "eval.every=3", "optim.name=adamw_8bit")
+    overrides = (*overrides, f'data.eval=[{{"path": "{others}"}}]', "eval.every=3", "optim.name=adamw_8bit")
     given = config("pairs", *overrides)
     datasets = device.prepare(given)
     for ended in launch(2, life.train, library, dump_config(given), datasets.train, "start", datasets.eval):
@@ -139,8 +141,6 @@ GATHER, CHECKPOINTS, ACCELERATOR = "trainer.zero.gather", "trainer.checkpoint.ch
 @pytest.mark.parametrize(
     ("module", "line", "put", "caught"),
     [
-        # Gathers would read partitions that the update is still writing.
-        (GATHER, "self._stream.wait_stream(self._device.current_stream())", "pass", "race: "),
         # A layer would compute with weights that are still on their way.
         (GATHER, "self._device.current_stream().wait_stream(self._stream)", "pass", "race: "),
         # The clock would read a moment that never was.
@@ -148,13 +148,29 @@ GATHER, CHECKPOINTS, ACCELERATOR = "trainer.zero.gather", "trainer.checkpoint.ch
         # A tensor of the host would meet the weights.
         ("trainer.zero.engine", "row.to(self.ranks.device))", "row)", "device"),
     ],
+    ids=["gathered", "clock", "row"],
 )
 def test_what_orders_streams_is_missed(
     device: Workshop, config: Callable[..., Config], library: str, module: str, line: str, put: str, caught: str
 ) -> None:
     given = config(f"without-{abs(hash((module, line)))}", "train.steps=3")
-    found = launch(2, life.train_without, library, dump_config(given), device.prepare(given).train, module, line, put)
+    fingerprint = device.prepare(given).train
+    found = launch(2, life.train_without, library, dump_config(given), fingerprint, "start", module, line, put)
     assert all(rank["outcome"] != "finished" and caught in rank["message"] for rank in found), found
+
+
+def test_gathers_that_do_not_wait_for_what_is_restored_are_missed(
+    device: Workshop, config: Callable[..., Config], library: str
+) -> None:
+    """Elsewhere a step ends with a number that the host reads, and so waits for: after a restore it reads none."""
+    given = config("restored", "train.steps=2", "checkpoint.every_steps=1")
+    fingerprint = device.prepare(given).train
+    launch(2, life.train, library, dump_config(given), fingerprint)
+    more = dump_config(override(given, "train.steps=4"))
+    put = (GATHER, "self._stream.wait_stream(self._device.current_stream())", "pass")
+    for ended in launch(2, life.train_without, library, more, fingerprint, "resume", *put):
+        assert ended["outcome"] != "finished"
+        assert "race: " in ended["message"]
 
 
 def test_memory_whose_uses_nobody_tells_of_is_missed(
@@ -171,7 +187,7 @@ def test_a_checkpoint_that_does_not_wait_for_its_copies_is_no_number(
 ) -> None:
     given = config("unwaited", "train.steps=3")
     put = (CHECKPOINTS, "torch.accelerator.synchronize()", "pass")
-    launch(1, life.train_without, library, dump_config(given), device.prepare(given).train, *put)
+    launch(1, life.train_without, library, dump_config(given), device.prepare(given).train, "start", *put)
     export_adapter(run_of(given), open_store(str(tmp_path / "adapter")))
     weights = load_file(tmp_path / "adapter/adapter_model.safetensors").values()
     assert any(math.isnan(float(weight.sum())) for weight in weights)
