@@ -1,7 +1,9 @@
 """The product's own code on a device beside the host, which a CPU stands in for (pretended.cpp): whole runs, and for each place where it
 orders its streams that they are caught without.
 
-No operation of it computes as a GPU does: kernels, NCCL and times are proven on a card, by benchmarks/gpu.py.
+No operation of it computes as a GPU does: kernels, NCCL and times are proven on a card, by benchmarks/gpu.py. An optimizer whose states are
+on the host is not run here: DeepSpeed frees its norms on another stream than it made them on, and only its next wait orders that, which this
+device does not look at.
 """
 
 import math
@@ -20,7 +22,7 @@ from tests.dist.launch import launch, running
 from tests.dist.test_resume import losses
 from tests.material import Workshop, make_pairs
 from tests.needs import need
-from trainer.config import Config, dump_config, override
+from trainer.config import Config, dump_config
 from trainer.export.write.adapter import export_adapter
 from trainer.run import layout
 from trainer.store import Store, open_store
@@ -77,7 +79,6 @@ OFFLOADED = ("train.activation_offload=true", "train.activation_checkpointing=al
         ("alone", "single_gpu", 1, (), {}),
         ("offloaded", "zero3_offload_cpu", 2, OFFLOADED, {}),
         ("offloaded-alone", "zero3_offload_cpu", 1, OFFLOADED, {}),
-        ("optimizer", "zero3_offload_optimizer", 2, (), {}),
         ("tiled", "zero3", 2, ("train.tiled_mlp=true", "tuning.dropout=0.1"), {}),
     ],
 )
@@ -144,7 +145,7 @@ GATHER, CHECKPOINTS, ACCELERATOR = "trainer.zero.gather", "trainer.checkpoint.ch
         # A layer would compute with weights that are still on their way.
         (GATHER, "self._device.current_stream().wait_stream(self._stream)", "pass", "race: "),
         # The clock would read a moment that never was.
-        (ACCELERATOR, "event.record()", "pass", "never recorded"),
+        (ACCELERATOR, "event.record()", "pass", "must be recorded"),
         # A tensor of the host would meet the weights.
         ("trainer.zero.engine", "row.to(self.ranks.device))", "row)", "device"),
     ],
@@ -159,18 +160,13 @@ def test_what_orders_streams_is_missed(
     assert all(rank["outcome"] != "finished" and caught in rank["message"] for rank in found), found
 
 
-def test_gathers_that_do_not_wait_for_what_is_restored_are_missed(
-    device: Workshop, config: Callable[..., Config], library: str
-) -> None:
-    """Elsewhere a step ends with a number that the host reads, and so waits for: after a restore it reads none."""
-    given = config("restored", "train.steps=2", "checkpoint.every_steps=1")
-    fingerprint = device.prepare(given).train
-    launch(2, life.train, library, dump_config(given), fingerprint)
-    more = dump_config(override(given, "train.steps=4"))
-    put = (GATHER, "self._stream.wait_stream(self._device.current_stream())", "pass")
-    for ended in launch(2, life.train_without, library, more, fingerprint, "resume", *put):
-        assert ended["outcome"] != "finished"
-        assert "race: " in ended["message"]
+def test_gathers_that_do_not_wait_for_what_was_written_are_missed(config: Callable[..., Config], library: str) -> None:
+    """A step ends with a number that the host reads, and so waits for. Where partitions are written nothing else waits."""
+    given = dump_config(config("written"))
+    line = "self._stream.wait_stream(self._device.current_stream())"
+    assert launch(2, life.pass_after_writing, library, given, GATHER, line, line) == ["nothing"] * 2
+    for said in launch(2, life.pass_after_writing, library, given, GATHER, line, "pass"):
+        assert said.startswith("race: ")
 
 
 def test_memory_whose_uses_nobody_tells_of_is_missed(
