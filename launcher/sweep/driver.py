@@ -50,8 +50,8 @@ from trainer.run.folder import command, run_config, run_folder
 from trainer.run.owner import Ownership, newest_number, take
 from trainer.run.requests import request_stop, stop_requester
 from trainer.run.settings import changes
-from trainer.store import open_run_store
-from trainer.tuning.beginning import with_known_start
+from trainer.store import Store, open_run_store
+from trainer.tuning.beginning import is_asked_for, starting_at, with_known_start
 
 _LOOK_SECONDS = 2.0
 _MAY_CHANGE = ("sweep.", "cluster.", "track.", "retry.", "timeouts.")
@@ -74,8 +74,9 @@ def laid_out(config: Config, *, resume: bool) -> tuple[Config, SearchPlan]:
     Raises:
         ConfigError: a trial's settings are not allowed, a name is taken, or with `resume` the search is another than it was.
     """
-    config = with_known_start(anchored(_sharing_base(config)))
-    plan, folder = planned(config), run_folder(config)
+    folder = run_folder(config)
+    config = _from_one_start(anchored(_sharing_base(config)), folder, resume=resume)
+    plan = planned(config)
     if resume:
         before = read_plan(folder)
         plan.bases.update(before.bases)
@@ -101,6 +102,14 @@ def laid_out(config: Config, *, resume: bool) -> tuple[Config, SearchPlan]:
                 plan.bases[key] = base_facts(base)
     _check_tokenizers(config, plan)
     return config, plan
+
+
+def _from_one_start(config: Config, folder: Store, *, resume: bool) -> Config:
+    """`config` whose trials, those of a resume too, begin from one checkpoint of the run in `tuning.start`."""
+    if not (resume and is_sweep(folder)):
+        return with_known_start(config)
+    kept = run_config(folder).tuning.start
+    return starting_at(config, kept) if kept and is_asked_for(kept, config.tuning.start) else config
 
 
 def _check_tokenizers(config: Config, plan: SearchPlan) -> None:

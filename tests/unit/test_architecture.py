@@ -1,6 +1,7 @@
 """The architecture that is read off a model without weights is that of the model that transformers builds with them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.families import FAMILIES, QUICK, SIZES, rows
 from tests.forked import run_module, server
-from trainer.base.architecture import Architecture
+from trainer.base.architecture import Architecture, mismatches
 from trainer.base.describe import torch_answers as elsewhere
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.empty_model import unfilled_model
-from trainer.base.describe.meta import model_config
+from trainer.base.describe.meta import architecture_of, model_config
 from trainer.base.describe.torch_answers import Question
+from trainer.config import parse_config
 from trainer.errors import ConfigError
 from trainer.model.head import LossHead
 
@@ -150,14 +152,31 @@ def test_buffers_that_no_file_holds_are_made_as_in_a_model_with_weights(kind: st
     ("settings", "reason"),
     [
         ({"model_type": "clvp_decoder"}, "a clvp_decoder model, which is no causal language model"),
-        ({"model_type": "cpmant"}, "a cpmant model, which cannot compute as training asks it to .*last_hidden_state"),
-        ({"model_type": "gpt2"}, "a gpt2 model, which has no linear layers"),
+        ({"model_type": "cpmant"}, "a cpmant model, which has tokens that see those behind them"),
+        ({"model_type": "xlnet"}, "a xlnet model, which has tokens that see those behind them"),
+        ({"model_type": "gpt2"}, "a gpt2 model, which stores the weights of its layers transposed"),
+        ({"model_type": "blt"}, "a blt model, which has layers in several parts, none of which is the decoder"),
+        ({"model_type": "zamba"}, "a zamba model, which has layers that share their weights with other layers"),
+        (
+            {"model_type": "gemma4_text", "num_hidden_layers": 6, "num_kv_shared_layers": 6},
+            "takes the keys of all its layers from the model that it drafts for",
+        ),
+        ({"model_type": "dory"}, "a dory model, which has an output head that is no plain matrix"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "attends in both directions"),
     ],
 )
 def test_a_model_that_is_built_otherwise_is_refused_by_name(settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
-        read_architecture(settings)
+        architecture_of(settings, None, "the base")
+
+
+def test_layers_that_cannot_be_computed_again_are_refused_before_a_rank_is_started() -> None:
+    text = "run: {name: a}\nmodel: {base: b}\ndata: {train: [{path: a}], sequence_length: 64}\ntrain: {steps: 1}"
+    model = replace(read_architecture(settings_of("llama")), recomputes=False)
+    assert [fault.partition(":")[0] for fault in mismatches(parse_config(text), model)] == [
+        "train.activation_checkpointing"
+    ]
+    assert not mismatches(parse_config(text, ["train.activation_checkpointing=none"]), model)
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "gemma4", "qwen3_5", "qwen3_5-moe", "llama4"])

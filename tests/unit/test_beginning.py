@@ -9,7 +9,7 @@ from launcher.start.check import check, pinned
 from launcher.sweep.driver import laid_out
 from tests.material import Workshop, commit
 from tests.unit.test_same_base import one_weight
-from trainer.config import override
+from trainer.config import dump_config, override
 from trainer.errors import ConfigError
 from trainer.export.write.adapter import export_adapter
 from trainer.resolve import resolve
@@ -54,8 +54,15 @@ def test_a_run_goes_on_though_the_one_that_it_began_from_has_gone_on(workshop: W
 def test_the_trials_of_a_sweep_begin_from_one_checkpoint(workshop: Workshop) -> None:
     given = workshop.config("sweep", "tuning.start=sft", "sweep.settings={optim.lr: {grid: [0.1, 0.01]}}")
     config, plan = laid_out(given, resume=False)
+    folder = workshop.store.sub("sweep")
+    folder.put(layout.CONFIG, dump_config(config).encode())
+    folder.put(layout.SWEEP, json.dumps(plan.to_json()).encode())
+    for trial in plan.trials:
+        own = plan.config_of(config, trial)
+        assert own.tuning.start == "sft@4"
+        commit(workshop.store.sub(trial.run), own)
     sft_learns_on(workshop)
-    assert {plan.config_of(config, trial).tuning.start for trial in plan.trials} == {"sft@4"}
+    assert laid_out(given, resume=True)[0].tuning.start == "sft@4"
 
 
 def test_an_adapter_of_another_base_of_the_same_shape_is_refused(workshop: Workshop) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ from trainer.base.find.locate import resolve_base
 from trainer.base.find.tokenizer import beside_no_config, read_tokenizer, tokenizer_files
 from trainer.checkpoint.manifest import read_manifest
 from trainer.config import Model, override
-from trainer.errors import CapstanError
+from trainer.errors import CapstanError, ConfigError
+from trainer.export.__main__ import _export
+from trainer.export.figures import Proof
 from trainer.export.format import find_format
+from trainer.export.proof import verify
 from trainer.export.proof.rendering import Texts, check_rendering, trained_texts
 from trainer.export.proof.same_bytes import check_again
 from trainer.export.proof.source_rows import source_rows
@@ -355,3 +359,31 @@ def test_a_template_of_the_runs_own_is_alone_in_its_export(tmp_path: Path) -> No
     named.save_pretrained(tmp_path)
     files = tokenizer_files(tmp_path, Model(base=str(tmp_path)), RUNS)
     assert [file for file in files if "template" in file] == ["chat_template.jinja"]
+
+
+def test_an_export_that_is_there_already_is_verified_as_it_is(
+    run: Store,
+    exports: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Such as one that was copied to where it is used."""
+    copy = Path(shutil.copytree(exports["peft"], tmp_path / "copy"))
+    proof = Proof(*[0.0] * 6, computed_in="fp32", rows="8 rows")
+    monkeypatch.setattr(verify, "prove_adapter", lambda *_: proof)
+    asked = Namespace(run=run.uri, destination=str(copy), options=[], format="peft", step=4, verify=True)
+    assert _export(asked)["proof"]["rows"] == "8 rows"
+    assert (
+        "is there already: nothing is written, and it is compared with the checkpoint of step 4"
+        in capsys.readouterr().out
+    )
+    in_weights(one_weight)(copy)
+    before = (copy / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(CapstanError, match="It is not what was trained; do not use it"):
+        _export(asked)
+    assert (copy / "adapter_model.safetensors").read_bytes() == before
+    with pytest.raises(
+        ConfigError, match="is not empty. Name a new folder; if it is an export of this run, --verify proves it"
+    ):
+        _export(Namespace(**{**vars(asked), "verify": False}))

@@ -2,18 +2,23 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 
-from tests.material import Workshop, make_data
+from tests.material import Workshop, commit, make_data
 from trainer.base.find.locate import resolve_base
-from trainer.config import Config
+from trainer.checkpoint.manifest import read_manifest
+from trainer.config import Config, override
 from trainer.data.compile.compile import Progress
 from trainer.data.compile.prepare import prepare
 from trainer.data.compile.shards import hash_documents
 from trainer.data.dataset.overlap import refuse_overlaps
 from trainer.errors import DataError
+from trainer.evaluate.measured import _trained_on
+from trainer.evaluate.sharded_model import OpenedRun
 from trainer.run import layout
 
 
@@ -86,3 +91,14 @@ def test_a_hash_is_of_the_tokens_and_their_order_and_not_of_what_is_trained() ->
     assert first == second
     assert len({first, turned, short}) == 3
     assert not len(hash_documents(tokens[:0], np.zeros(0, np.int64)))
+
+
+def test_an_evaluation_counts_documents_of_which_the_run_that_was_begun_from_has_learnt(shop: Workshop) -> None:
+    first, other = shop.config("first"), make_data(shop.folder / "other.jsonl", seed=11)
+    commit(shop.store.sub("first"), first, dataset=shop.prepare(first).train)
+    config = shop.config("second", f"data.train=[{{path: {other}}}]", "tuning.start=first")
+    commit(shop.store.sub("second"), config, dataset=shop.prepare(config).train)
+    seen = evaluated_on(shop, "seen", rows_of(shop.data)[:9])
+    key = prepare(override(seen, f"data.train=[{{path: {other}}}]"), resolve_base(seen.model), shop.store).eval
+    opened = SimpleNamespace(manifest=read_manifest(shop.store.sub("second"), 4), store=shop.store)
+    assert _trained_on(cast(OpenedRun, opened), {"eval": str(key)}) == {"eval": 9}

@@ -324,7 +324,7 @@ def test_every_shortfall_is_told_at_once():
     given = config("data.sequence_length=200000", "model.layers=81", "tuning.targets=[q_proj, c_attn]")
     plan = plan_of(given, LLAMA_70B, 2, 2, 8 * GIB)
     assert plan.mismatches == [
-        "data.sequence_length: 200000 exceeds the base's 131072 positions (config.json). Lower it.",
+        "data.sequence_length: 200000 exceeds the base's 131072 positions (config.json). Lower it, or set model.rope_scaling: {rope_type: yarn, factor: 2}.",
         "model.layers: 81 exceeds the base's 80 layers (config.json). Lower it.",
         "tuning.targets: 'c_attn' is no linear layer that can be adapted. The base has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj.",
     ]

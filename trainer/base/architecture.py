@@ -92,7 +92,7 @@ class Architecture:
     runs it with SDPA (`supports_sdpa`), and with kernels that take no mask (`supports_flash`). `isolates_documents`: documents of a
     packed row do not see each other in a small model of the same kinds, which cannot compute over 4 bits where `fails_packed` says why, and not on
     ranks that share a row where `fails_shared` does.
-    It is not `tried` where its family's code runs at no other sizes. `taken_for_experts` are the last names of linear layers in whose place PEFT adapts the
+    Its layers can compute their activations again in the backward pass (`recomputes`). It is not `tried` where its family's code runs at no other sizes. `taken_for_experts` are the last names of linear layers in whose place PEFT adapts the
     experts. `heads` are transformers' classes with a head of another kind on the same model, where they have it under the name that all
     families but a few use.
     With logits z = `logit_factor` / `logit_divisor` * the product with the head, and `softcap` c, the model's are
@@ -118,6 +118,7 @@ class Architecture:
     fails_packed: str | None = None
     fails_shared: str | None = None
     tried: bool = True
+    recomputes: bool = True
     rotary: bool = True
     taken_for_experts: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
@@ -255,6 +256,10 @@ def mismatches(config: Config, model: Architecture) -> list[str]:
         found.append(
             f"train.activation_offload: has no effect with train.activation_checkpointing: {kept}, as all {model.layers} layers keep their "
             "activations then and none is computed again. Remove one of them, or give a smaller number."
+        )
+    if not model.recomputes and config.train.activation_checkpointing != "none":
+        found.append(
+            "train.activation_checkpointing: the layers of this base cannot be computed again, as transformers says of its class. Set it to none."
         )
     if config.quant.type == "stored" and not any(parameter.kept for parameter in model.parameters):
         found.append(

@@ -13,7 +13,7 @@ from trainer.errors import ConfigError
 from trainer.run import layout
 
 # Facts about the base that may change from one start to the next. An export reads them in the manifest.
-_BESIDE_IDENTITY = {"path", "name", "revision", "dtype", "start"}
+_BESIDE_IDENTITY = {"path", "name", "revision", "dtype", "start", "start_data"}
 # The facts about the base's content, see `trainer.base.sampled.content_of`. Earlier versions have not recorded them, and a base that has moved
 # to another kind of place has others.
 _CONTENT = {"weights", "commit", "hashes", "versions"}

@@ -17,11 +17,12 @@ from rich.filesize import decimal
 
 from trainer.base.find.content import check_whole
 from trainer.checkpoint.listing import newest_commit
+from trainer.checkpoint.manifest import whole_checkpoint
 from trainer.errors import CapstanError
-from trainer.export.folder import BytesWritten
+from trainer.export.folder import BytesWritten, DestinationTaken
 from trainer.export.format import find_format
 from trainer.export.trained import resolve_trained_base, trained_config
-from trainer.export.written import ExportProgress
+from trainer.export.written import ExportProgress, Written
 from trainer.run.background import Every
 from trainer.store import open_store
 from trainer.tuning.method import method_of
@@ -46,7 +47,15 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
     form = find_format(arguments.format, arguments.options)
     progress = ExportProgress(_print_bytes(), lambda sentence: print("say", sentence, flush=True))
     newest = newest_commit(run) if arguments.step is None else None
-    written = form.write(run, destination, arguments.step, progress)
+    try:
+        written = form.write(run, destination, arguments.step, progress)
+    except DestinationTaken:
+        if not arguments.verify:
+            raise
+        written = Written(whole_checkpoint(run, arguments.step))
+        progress.say(
+            f"--verify: {destination.uri} is there already: nothing is written, and it is compared with the checkpoint of step {written.manifest.step}"
+        )
     step = written.manifest.step
     if newest is not None and step < newest.step:
         progress.say(f"the checkpoint of step {newest.step} is damaged, so that of step {step} is exported")

@@ -15,14 +15,20 @@ CARD = "README.md"
 TRAINED = "trained with Capstan"
 
 
+class DestinationTaken(ConfigError):
+    """There is something already, which no export goes over."""
+
+
 def check_destination(destination: Store, *ours: str) -> None:
-    """Raises `ConfigError` if it holds anything but what an export that was killed left: its card and files like `ours`."""
+    """Raises `DestinationTaken` if it holds anything but what an export that was killed left: its card and files like `ours`."""
     taken = {entry.key for entry in destination.list()}
     if not taken:
         return
     known = all(_like(name, CARD, *ours) for name in taken)
     if not (known and CARD in taken and TRAINED.encode() in destination.get(CARD)):
-        raise ConfigError(f"the destination {destination.uri} is not empty. Name a new folder.")
+        raise DestinationTaken(
+            f"the destination {destination.uri} is not empty. Name a new folder; if it is an export of this run, --verify proves it."
+        )
 
 
 def holds_export(destination: Store, *ours: str) -> bool:

@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 
 from trainer.accelerator import kind
 from trainer.config.training import Train
-from trainer.errors import ConfigError
 from trainer.model.documents import recomputed
 from trainer.model.parts import is_layer
 from trainer.model.tiled import mlps, tile
@@ -22,11 +21,6 @@ def arrange_activations(model: PreTrainedModel, settings: Train) -> None:
     """
     layers: list[Any] = [module for module in model.modules() if is_layer(module)]
     again = len(layers) - settings.kept_layers(len(layers))
-    if again and not model.supports_gradient_checkpointing:
-        raise ConfigError(
-            f"train.activation_checkpointing: the layers of a {model.config.model_type} model cannot be computed again, as transformers says of its "
-            "class. Set it to none."
-        )
     if again:
         model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": recomputed})
         model.disable_input_require_grads()  # only reentrant checkpointing needs a gradient of the embedding's output

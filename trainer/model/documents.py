@@ -195,8 +195,18 @@ def knows_borders(mixer: nn.Module) -> bool:
     without rotation by their place (Llama 4) counts tokens from the beginning of the row, whatever position_ids say."""
     if getattr(mixer, "attn_temperature_tuning", False) and not mixer.use_rope:
         return False
+    if (attention := _normed_attention(mixer)) is not None:
+        return knows_borders(attention)
     inside = (module for module in mixer.modules() if module is not mixer and _mixes(module))
     return hasattr(mixer, "is_causal") and all("attention_mask" in _arguments(module) for module in inside)
+
+
+def _normed_attention(mixer: nn.Module) -> nn.Module | None:
+    """The attention in a module that has norms beside it and nothing else that could mix tokens (DBRX); None for any other module."""
+    mixing = [child for child in mixer.children() if _mixes(child)]
+    others = [child for child in mixer.children() if child not in mixing]
+    is_plain = all("norm" in type(child).__name__.lower() for child in others) and not convolves(mixer)
+    return mixing[0] if others and is_plain and len(mixing) == 1 else None
 
 
 def _mixes(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from trainer.model.attention import Attention
 from trainer.model.documents import lengths_known
-from trainer.model.exchange import Peers
+from trainer.model.exchange import Peers, total
 from trainer.model.head import LossHead
 from trainer.model.parts import body
 
@@ -83,7 +83,11 @@ class PackedModel:
                 position_ids=row.position_ids,
                 use_cache=False,
                 **self.attention.arguments(row.cu_seqlens, row.max_seqlen),
-            ).last_hidden_state
+            )[0]
+
+    def total(self, mine: Tensor, row: PackedRow) -> Tensor:
+        """The sum of what the ranks that share the row have of it; `mine` where no others do."""
+        return mine if row.parts == 1 or self.peers is None else total(mine, self.peers)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits of one unpacked row: (1, T) int64 -> (1, T, V)."""
@@ -94,5 +98,5 @@ class PackedModel:
             position_ids=torch.arange(length, device=tokens.device)[None],
             use_cache=False,
             **self.attention.arguments(torch.tensor([0, length], dtype=torch.int32, device=tokens.device), length),
-        ).last_hidden_state
+        )[0]
         return self.head(hidden[:, self.reserved :])

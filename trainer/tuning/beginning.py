@@ -72,8 +72,9 @@ class Beginning(Protocol):
         ...
 
     @property
-    def facts(self) -> dict[str, str]:
-        """Its place, `start`, and a hash of its weights, `start_weights`, for the identity of what is trained on it."""
+    def facts(self) -> dict[str, Any]:
+        """Its place, `start`, and a hash of its weights, `start_weights`, for the identity of what is trained on it; of a run the fingerprints of
+        the data that it has learnt from, `start_data`."""
         ...
 
     def mismatches(self, config: Config, method: Method, base: Base) -> list[str]:
@@ -112,6 +113,11 @@ def starting_at(config: Config, place: str) -> Config:
     return config.model_copy(update={"tuning": config.tuning.model_copy(update={"start": place})})
 
 
+def is_asked_for(there: str, place: str | None) -> bool:
+    """Whether `there`, which names a checkpoint where it was a run, is what a `tuning.start` of `place` began from."""
+    return place is not None and place.rstrip("/") in (there, _STEP.sub("", there))
+
+
 def _begun(config: Config, place: str, method: Method) -> Begun | None:
     """The adapter by what the run's own checkpoints say of it, where they began from `place`, or from a step of the run there: ranks that
     torchrun starts again have the configuration that the first start was given."""
@@ -120,9 +126,10 @@ def _begun(config: Config, place: str, method: Method) -> Begun | None:
     if manifest is None or "start" not in manifest.base:
         return None
     there: str = manifest.base["start"]
-    if place.rstrip("/") not in (there, _STEP.sub("", there)):
+    if not is_asked_for(there, place):
         return None
-    return Begun(there, manifest.base["start_weights"], lambda: _found(config, there, method))
+    facts = {name: value for name, value in manifest.base.items() if name in ("start", "start_weights", "start_data")}
+    return Begun(facts, lambda: _found(config, there, method))
 
 
 def _found(config: Config, place: str, method: Method) -> Beginning:
@@ -179,9 +186,13 @@ class RunCheckpoint:
     manifest: CheckpointManifest
 
     @property
-    def facts(self) -> dict[str, str]:
+    def facts(self) -> dict[str, Any]:
         hashes = [shard.sha256 for shard in self.manifest.shards]
-        return {"start": self.place, "start_weights": hashlib.sha256(json.dumps(hashes).encode()).hexdigest()}
+        return {
+            "start": self.place,
+            "start_weights": hashlib.sha256(json.dumps(hashes).encode()).hexdigest(),
+            "start_data": [*self.manifest.base.get("start_data", []), self.manifest.dataset],
+        }
 
     def mismatches(self, config: Config, method: Method, base: Base) -> list[str]:
         theirs = self.manifest.base
@@ -243,7 +254,7 @@ class PeftFolder:
         return read_header(self.folder, WEIGHTS, self.folder.head(WEIGHTS).size)
 
     @property
-    def facts(self) -> dict[str, str]:
+    def facts(self) -> dict[str, Any]:
         return {"start": self.place, "start_weights": hashlib.sha256(self.folder.get(WEIGHTS)).hexdigest()}
 
     def mismatches(self, config: Config, method: Method, base: Base) -> list[str]:
@@ -305,13 +316,12 @@ class Begun:
     there any more otherwise: the run that it is of may have gone on and removed that checkpoint."""
 
     begun: ClassVar[bool] = True
-    place: str
-    weights: str
+    facts: dict[str, Any]
     find: Callable[[], Beginning]
 
     @property
-    def facts(self) -> dict[str, str]:
-        return {"start": self.place, "start_weights": self.weights}
+    def place(self) -> str:
+        return self.facts["start"]
 
     def mismatches(self, config: Config, method: Method, base: Base) -> list[str]:
         """The settings are compared with those of the run's own checkpoints."""
@@ -320,7 +330,7 @@ class Begun:
     @cached_property
     def _again(self) -> Beginning:
         found = self.find()
-        if found.facts["start_weights"] != self.weights:
+        if found.facts["start_weights"] != self.facts["start_weights"]:
             raise ConfigError(
                 f"{SETTING}: {shown(self.place)} has other weights than the run began from. Put those back."
             )

@@ -32,7 +32,8 @@ def export(
     verify: Annotated[
         bool,
         typer.Option(
-            "--verify", help="Compare its predictions, in the program that reads it, with the trained model's."
+            "--verify",
+            help="Compare its predictions, in the program that reads it, with the trained model's. One that is in DEST already is proven as it is.",
         ),
     ] = False,
     as_json: Json = False,

@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
 )
+from transformers.pytorch_utils import Conv1D
 
 from trainer.base.architecture import (
     BESIDE_THE_LAYERS,
@@ -84,7 +85,18 @@ def architecture_of(base_config: Mapping[str, Any], layers: int | None, name: st
         settings = {key: value for key, value in base_config.items() if key not in ("auto_map", "quantization_config")}
         # transformers writes an infinite number as an object, which its private function reads.
         whole = CONFIG_MAPPING[kind].from_dict(PretrainedConfig._decode_special_floats(settings))
-        config, stored_layers = _first_layers(_causal(whole, name), layers)
+        config = _causal(whole, name)
+        text = config.get_text_config()
+        count: Any = getattr(text, "num_hidden_layers", None)
+        if not isinstance(count, int):
+            raise ConfigError(
+                f"model.base: {name} is a {kind} model, which has layers in several parts, none of which is the decoder. Give another base."
+            )
+        if (getattr(text, _SHARED, 0) or 0) >= count:
+            raise ConfigError(
+                f"model.base: {name} is a {kind} model, which takes the keys of all its layers from the model that it drafts for. Give that one."
+            )
+        config, stored_layers = _first_layers(config, layers)
         model = meta_model(config)
         reader = _Reader(model, config.get_text_config(), name, alone=whole.get_text_config() is whole)
         return reader.architecture(stored_layers).to_json()
@@ -174,9 +186,16 @@ class _Reader:
         logits = probe_logits(self.model, self._head)
         if logits is None:
             raise ConfigError(self._refusal("makes logits in a way that is not supported"))
-        parameters, trial = tuple(self._parameters()), self._trial()
+        parameters, trial, tied = tuple(self._parameters()), self._trial(), tied_names(self.model)
+        positions = getattr(self.config, "max_position_embeddings", None)
         if not any(part.kind in ("linear", "experts") for part in parameters):
-            raise ConfigError(self._refusal("has no linear layers"))
+            transposed = any(isinstance(module, Conv1D) for module in self.model.modules())
+            why = "stores the weights of its layers transposed (Conv1D)" if transposed else "has no linear layers"
+            raise ConfigError(self._refusal(f"{why}, so that nothing of it is quantized or adapted"))
+        if trial and trial.looks_ahead:
+            raise ConfigError(self._refusal("has tokens that see those behind them, and is no causal model"))
+        if any(isinstance(self._modules[name.rpartition(".")[0]], nn.Linear) for name in tied if name != head):
+            raise ConfigError(self._refusal("has layers that share their weights with other layers"))
         return Architecture(
             layers=len(self._layers),
             stored_layers=max(stored_layers, len(self._layers)),
@@ -184,10 +203,10 @@ class _Reader:
             vocabulary=next(part.shape[0] for part in parameters if part.name == embedding),
             embedding=embedding,
             head=head,
-            positions=getattr(self.config, "max_position_embeddings", None),
+            positions=positions if positions and positions > 0 else None,
             parameters=parameters,
             attention=tuple(self._attention()),
-            tied=tied_names(self.model),
+            tied=tied,
             buffers=dict(self._buffers()),
             caps_attention=self._declared("attn_logit_softcapping") is not None,
             has_sinks=any("sink" in part.name.rpartition(".")[2] for part in parameters),
@@ -195,6 +214,7 @@ class _Reader:
             fails_packed=trial.fails_packed if trial else None,
             fails_shared=self._fails_shared(trial),
             tried=trial is not None,
+            recomputes=self.model.supports_gradient_checkpointing,
             rotary=bool(getattr(self.config, "rope_parameters", None)),
             taken_for_experts=tuple(self._taken_for_experts(parameters)),
             heads=tuple(self._heads()),
@@ -218,7 +238,9 @@ class _Reader:
     @cached_property
     def _head(self) -> nn.Linear:
         head = self.model.get_output_embeddings()
-        if not isinstance(head, nn.Linear):
+        if not isinstance(head, nn.Linear) or any(
+            name not in ("weight", "bias") for name, _ in head.named_parameters()
+        ):
             raise ConfigError(self._refusal("has an output head that is no plain matrix"))
         return head
 

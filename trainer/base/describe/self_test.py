@@ -28,9 +28,10 @@ _FORMAT = Format("nf4", 64, False, torch.float32)
 
 
 class Found(NamedTuple):
-    """Whether documents of a row are computed as each alone, and the reasons why ranks cannot share a row, and why weights in 4 bits cannot be
+    """Whether tokens see those behind them, whether documents of a row are computed as each alone, and the reasons why ranks cannot share a row, and why weights in 4 bits cannot be
     computed with, if there are any."""
 
+    looks_ahead: bool
     keeps_documents_apart: bool
     fails_shared: str | None
     fails_packed: str | None
@@ -50,6 +51,8 @@ def test_family(model: PreTrainedModel, read: Collection[Place]) -> Found:
     documents = tokens.split(_LENGTHS, dim=1)
     with torch.no_grad():
         alone = torch.cat([_hidden(inner, document) for document in documents], dim=1)
+        begun = _hidden(inner, documents[1][:, : _LENGTHS[1] // 2])
+        ahead = _share_of_different(begun, alone[:, _LENGTHS[0] :][:, : begun.shape[1]]) >= _MOST
         apart = takes_positions(inner)
         keep_documents_apart(model)
         positions = torch.cat([torch.arange(length) for length in _LENGTHS])[None]
@@ -60,7 +63,7 @@ def test_family(model: PreTrainedModel, read: Collection[Place]) -> Found:
         except Exception:  # a family's code for rows that it was not made for
             apart = False
         shared = _fails_shared(inner, tokens, positions, alone)
-        return Found(apart, shared, _fails_packed(model, inner, documents[1], read))
+        return Found(ahead, apart, shared, _fails_packed(model, inner, documents[1], read))
 
 
 test_family.__test__ = False  # type: ignore[attr-defined]  # pytest takes it for one of its own
@@ -80,6 +83,9 @@ class _ThreadPeers:
         received = torch.stack([given[self.part] for given in self._given])
         self.meeting.wait()
         return received
+
+    def total(self, mine: Tensor) -> Tensor:
+        raise AssertionError("layers exchange heads, and add nothing up")
 
 
 def _fails_shared(inner: nn.Module, tokens: Tensor, positions: Tensor, alone: Tensor) -> str | None:
@@ -122,7 +128,7 @@ def _hidden(inner: nn.Module, tokens: Tensor, positions: Tensor | None = None) -
     given = dict[str, Any]()
     if takes_positions(inner):
         given["position_ids"] = torch.arange(tokens.shape[1])[None] if positions is None else positions
-    return inner(input_ids=tokens, use_cache=False, **given).last_hidden_state
+    return inner(input_ids=tokens, use_cache=False, **given)[0]
 
 
 def takes_positions(inner: nn.Module) -> bool:

@@ -96,6 +96,8 @@ def small_settings(config: PretrainedConfig) -> dict[str, Any]:
     for key, value in settings.items():
         if _is_by_layer(key, value, count):
             made[key] = [_size_of(key, value[layer]) for layer in kept]
+        elif key.endswith("layer_ids") and isinstance(value, list):
+            made[key] = [kept.index(layer) for layer in value if layer in kept]
         elif isinstance(value, dict) and value and all(str(layer).isdecimal() for layer in value):
             made[key] = {kept.index(int(layer)): _sized(own) for layer, own in value.items() if int(layer) in kept}
     for key in _LAYERS:
@@ -133,6 +135,9 @@ def _that_follow(settings: Mapping[str, Any]) -> dict[str, int]:
         made["num_key_value_heads"] = HEADS
     if settings.get("head_dim") and settings.get("head_dim") == settings.get("qk_rope_head_dim"):
         made["head_dim"] = _WIDTHS["qk_rope_head_dim"]
+    if (attended := settings.get("attention_hidden_size")) and settings.get("attention_head_dim"):
+        made["attention_hidden_size"] = HIDDEN * attended // settings["hidden_size"]
+        made["attention_head_dim"] = made["attention_hidden_size"] // HEADS
     if settings.get("qk_head_dim"):
         made["qk_head_dim"] = _WIDTHS["qk_nope_head_dim"] + _WIDTHS["qk_rope_head_dim"]
     for count, width in (
