@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.device.pretended import install
-from tests.dist import gather, runs
-from tests.dist.assembled import assemble_run
-from trainer.config import parse_config
+from tests.dist import runs
 
 
 def train(library: str, config_text: str, fingerprint: str, how: str = "start", *more: Any) -> dict[str, Any]:
@@ -47,20 +45,6 @@ def _watched(config_text: str, fingerprint: str, how: str) -> dict[str, Any]:
     except (RuntimeError, ValueError) as error:
         return {"outcome": "raised", "message": str(error).splitlines()[0]}
     return ended
-
-
-def pass_after_writing(library: str, config_text: str, module: str, line: str, put: str) -> str:
-    """What a pass raises that begins as soon as partitions were written, with `put` in the place of `line` in `module`."""
-    install(Path(library))
-    _change(import_module(module), line, put)
-    here = assemble_run(parse_config(config_text))
-    here.set_masters()
-    try:
-        gather._pass(here)
-        torch.ops.pretended.finish()
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
-    return "nothing"
 
 
 def logits(library: str, run: str, step: int, scratch: str | None) -> list[float]:

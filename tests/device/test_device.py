@@ -3,7 +3,8 @@ orders its streams that they are caught without.
 
 No operation of it computes as a GPU does: kernels, NCCL and times are proven on a card, by benchmarks/gpu.py. An optimizer whose states are
 on the host is not run here: DeepSpeed frees its norms on another stream than it made them on, and only its next wait orders that, which this
-device does not look at.
+device does not look at. The wait that a pass begins with is not among what is taken out: wherever partitions are written today, the host
+reads something before the next pass, and so has waited.
 """
 
 import math
@@ -158,15 +159,6 @@ def test_what_orders_streams_is_missed(
     fingerprint = device.prepare(given).train
     found = launch(2, life.train_without, library, dump_config(given), fingerprint, "start", module, line, put)
     assert all(rank["outcome"] != "finished" and caught in rank["message"] for rank in found), found
-
-
-def test_gathers_that_do_not_wait_for_what_was_written_are_missed(config: Callable[..., Config], library: str) -> None:
-    """A step ends with a number that the host reads, and so waits for. Where partitions are written nothing else waits."""
-    given = dump_config(config("written"))
-    line = "self._stream.wait_stream(self._device.current_stream())"
-    assert launch(2, life.pass_after_writing, library, given, GATHER, line, line) == ["nothing"] * 2
-    for said in launch(2, life.pass_after_writing, library, given, GATHER, line, "pass"):
-        assert said.startswith("race: ")
 
 
 def test_memory_whose_uses_nobody_tells_of_is_missed(
