@@ -88,6 +88,10 @@ the CPU, in a second or two; the answer is kept in `~/.cache/capstan`. It tells
   adapter, as do those that transformers keeps in fp32 and experts in a form that cannot be packed (DBRX, LongCat, JetMoE). `plan` names them, with their bytes and the reason;
 - whether the documents of a packed row are computed as each alone, and weights in 4 bits as plain ones. Otherwise `plan` and `train` refuse the base with one sentence,
   and `data.packing: false` or `quant.type: none` is the way out. Where the family's code runs at no small sizes, `plan` says that it was not tried.
+- whether a token sees those behind it: then it is no causal model (XLNet, CPM-Ant, XLM), and refused.
+
+Refused by name are also models whose layers share weights with other layers (Zamba), store them transposed (`Conv1D`: GPT-2), lie in several parts (BLT), or take their keys from
+another model (drafting models), and heads that are no plain matrix (Dory) or have more than it between them and the hidden states (BERT, ModernBERT's decoder).
 
 A whole class that sees or hears and has no class for its language model (Qwen-VL, GLM-4V, PaddleOCR-VL, Mllama) is trained by its decoder and its output head, which
 have the whole class's logits on text to the last bit.
