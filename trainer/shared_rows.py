@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from trainer.base.architecture import Architecture
 from trainer.config import Config
+from trainer.config.objective import HEADS
 from trainer.objective.objective import Objective
 from trainer.tuning.method import Method
 
@@ -34,8 +35,8 @@ def _mismatches(config: Config, model: Architecture, method: Method, objective: 
         )
     if method.virtual.count:
         yield f"{_NAME}: {size} ranks cannot share a row with the virtual tokens of tuning.method: {config.tuning.method}. {_ALONE}"
-    if objective.unit != "targets":
-        yield f"{_NAME}: objective.name: {config.objective.name} compares whole answers, of which {size} ranks would have parts. {_ALONE}"
+    if objective.survey is not None or config.objective.name in HEADS:
+        yield f"{_NAME}: objective.name: {config.objective.name} looks at parts of a row by themselves, of which {size} ranks would have slices. {_ALONE}"
 
 
 def uneven_ranks(config: Config, world_size: int, ranks_per_node: int) -> str | None:

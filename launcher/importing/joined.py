@@ -1,6 +1,7 @@
 """Settings that follow from several keys at once, by the names that most peers give them."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -197,11 +198,18 @@ def head(keys: Keys) -> None:
         keys.spare("tuning.modules_to_save", "The head of such a model learns in any case.")
 
 
+def _bare(name: str) -> str:
+    """The letters and digits of a name, by which Qwen/Qwen2.5-7B is of the family qwen_25."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
 def template(keys: Keys, key: str, name: Any) -> None:
     """`data.template`, where `name` is one of ours; a name that the tokenizer's own template stands for is none to carry over."""
     asked = str(name or "").lower()
     if ours := _TEMPLATES.get(asked):
         keys.put("data.template", ours, key)
+    elif asked and _bare(asked) in _bare(str(keys.settings.get("model.base", ""))):
+        keys.need_not(key, "The base's own tokenizer brings the template of its family.")
     elif asked and not asked.startswith(("tokenizer_default", "none", "jinja")):
         keys.lose(
             key,

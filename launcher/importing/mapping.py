@@ -133,14 +133,17 @@ class Keys:
         for setting, value in made.items():
             self.put(setting, value, key)
 
-    def drop(self, setting: str, why: str) -> None:
-        """Remove a setting that turned out not to hold. A key that made nothing else is then reported as lost, because of `why`."""
+    def drop(self, setting: str, why: str) -> bool:
+        """Remove a setting that turned out not to hold. A key that made nothing else is then reported as lost, because of `why`; returns whether one
+        is."""
         self.settings.pop(setting, None)
+        before = len(self._lost)
         for key, made in self._made.items():
             if setting in made:
                 made.remove(setting)
                 if not made:
                     self.lose(key, why)
+        return len(self._lost) > before
 
     def spare(self, setting: str, why: str) -> None:
         """Remove a setting that another one makes needless."""
@@ -148,6 +151,10 @@ class Keys:
         for key, made in self._made.items():
             if setting in made:
                 self._spared[key] = why
+
+    def need_not(self, key: str, why: str) -> None:
+        """The key is given, and what it asks for holds without it."""
+        self._spared[key] = why
 
     def outcomes(self) -> list[Outcome]:
         """The outcome of each key that has a value, in the file's order."""

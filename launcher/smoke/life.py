@@ -198,7 +198,8 @@ class _Life:
         result.loss_first = mean(record["loss"] for record in before["step"][:COMMIT_EVERY])
         ranks = max(1, before["start"][0]["world_size"] // 2)
         with self.phase(f"resumed on {ranks} rank{'s' if ranks > 1 else ''}", STEPS) as task:
-            self.follow(self.begin("launcher.cli", "resume", run.uri, f"cluster.workers={ranks}"), run, 2, task)
+            changes = [f"cluster.workers={ranks}", f"sharding.sequence_parallel={_shared(config, ranks)}"]
+            self.follow(self.begin("launcher.cli", "resume", run.uri, *changes), run, 2, task)
         after = read_generation(run, 2)
         result.world_after, result.resumed_at_step = after["start"][0]["world_size"], after["start"][0]["step"]
         undisturbed = {record["step"]: record["loss"] for record in read_generation(reference, 1)["step"]}
@@ -278,9 +279,14 @@ def first_rows(data: Data, directory: Path) -> list[Source]:
     return small
 
 
+def _shared(config: Config, ranks: int) -> int:
+    """How many of one or two ranks share each row."""
+    return min(config.sharding.sequence_parallel, ranks)
+
+
 def scale_down(config: Config, store: str, ray_address: str, layers: int | None) -> Config:
     """The same run in small: its base, data, quantization, adapter and optimizer; fewer steps, tokens and ranks."""
-    workers = config.cluster.most_workers or 2
+    workers = min(config.cluster.most_workers or 2, local_gpus() or 2, 2)
     settings: dict[str, Any] = {
         "run.store": store,
         "train.steps": STEPS,
@@ -290,7 +296,8 @@ def scale_down(config: Config, store: str, ray_address: str, layers: int | None)
         "data.sequence_length": min(config.data.sequence_length, SEQUENCE_LENGTH),
         "checkpoint.every_steps": COMMIT_EVERY,
         "checkpoint.keep_last": STEPS,
-        "cluster.workers": min(workers, local_gpus() or 2, 2),
+        "cluster.workers": workers,
+        "sharding.sequence_parallel": _shared(config, workers),
         "cluster.gpus_per_worker": None,
         "model.attention": "auto",
         "optim.warmup_steps": min(config.optim.warmup_steps, 2),

@@ -46,7 +46,7 @@ class Restart:
 class RunStatus:
     """A run at one moment. Losses are in nats per target token, times in seconds; None is what is not known yet.
 
-    `machines` has the ranks on each, `device` is what rank 0 computes on; `quiet_seconds` is the time since the newest sign of life; `reason` is why the newest
+    `machines` has the ranks on each, of which `sequence_parallel` share each row, `device` is what rank 0 computes on; `quiet_seconds` is the time since the newest sign of life; `reason` is why the newest
     generation ended. `start_seconds` has what the newest start took: `launch` (processes and imports), `load` (the base),
     `restore` (a checkpoint), and `first_step`, all of it until the first update was done. `epoch` counts whole passes over the
     data, `passes` also the part of the one under way, of the `epochs` that are asked for, if any. `loss_curve` has (step, loss) of evenly spread steps, `eval_losses` the newest loss

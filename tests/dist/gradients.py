@@ -34,7 +34,7 @@ def first_step(config_text: str, fingerprint: str, destination: str) -> dict[str
     return {
         "loss": record["loss"],
         "grad_norm": record["grad_norm"],
-        "targets": record["targets"],
+        "targets": record[here.resolved.objective.unit],
         "accumulation": here.stream.accumulation,
     }
 

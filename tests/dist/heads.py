@@ -8,7 +8,7 @@ from peft import get_peft_model
 
 from tests.dist.assembled import adapter_value, assemble_run
 from trainer.config import Config, parse_config
-from trainer.data.order.micro_batch import Position
+from trainer.data.order.position import Position
 from trainer.objective.reward.settings import RewardSettings
 from trainer.section import part
 from trainer.train.loop import train

@@ -69,6 +69,25 @@ def _step_growth(engine: Engine) -> int:
     return _memory("VmHWM") - before
 
 
+def row_memory(config_text: str, lengths: list[int]) -> list[int]:
+    """Bytes by which a forward and backward pass through one document of each length, or this rank's slice of it, raise the resident memory."""
+    config = parse_config(config_text)
+    reading._GLIBC_DEFAULT_LIMIT = 2**20
+    with reading.freed_memory_given_back():
+        here, parts, grown = assemble_run(config), config.sharding.sequence_parallel, list[int]()
+        for length in (lengths[0], *lengths):  # the first pass finds out in which order parameters are used
+            tokens = torch.arange(length, dtype=torch.int32)[None] % 250
+            borders = torch.tensor([0, length], dtype=torch.int32)
+            positions = torch.arange(length, dtype=torch.int32)[None]
+            row = MicroBatch(tokens, tokens, positions, borders, length, length, length, (), ())
+            before = _peak_from_here()
+            mine = row if parts == 1 else row.cut(here.ranks.rank % parts, parts)
+            here.engine.backward(here.engine.loss(mine) / length, last=True)
+            grown.append(_memory("VmHWM") - before)
+            here.engine.step(1e-6)
+    return grown[1:]
+
+
 def training_memory(config_text: str, fingerprint: str) -> int:
     """How far this process's resident memory rises above what it was before the load, in bytes, in a load and two steps."""
     join()

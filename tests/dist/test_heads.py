@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.dist import heads, runs
+from tests.dist import evaluating, heads, runs
 from tests.dist.launch import launch
 from tests.material import Workshop, make_classified, make_pairs, make_tagged
 from trainer.checkpoint.manifest import read_manifest
@@ -40,7 +40,7 @@ def classifying(workshop: Workshop, texts: Path, name: str, *overrides: str) -> 
     )
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_five_steps_of_classification_have_the_losses_of_transformers_and_peft(
     workshop: Workshop, texts: Path, world_size: int
 ) -> None:
@@ -166,13 +166,17 @@ def test_a_run_learns_the_classes_of_its_data_and_is_evaluated(workshop: Worksho
     assert labels == {"name": "classification", "labels": CLASSES}
 
 
-def test_the_export_is_proven_and_loads_by_the_lines_of_its_card(
-    workshop: Workshop, trained: Config, tmp_path: Path
-) -> None:
-    run, destination = workshop.store.sub("trained"), tmp_path / "out"
-    export_adapter(run, open_store(str(destination)))
-    proof = prove_adapter(run, 30, open_store(str(destination)))
+@pytest.mark.long
+def test_the_export_is_proven(workshop: Workshop, trained: Config, tmp_path: Path) -> None:
+    run, destination = workshop.store.sub("trained"), open_store(str(tmp_path / "out"))
+    export_adapter(run, destination)
+    proof = prove_adapter(run, 30, destination)
     assert proof.holds, proof
+
+
+def test_the_export_loads_by_the_lines_of_its_card(workshop: Workshop, trained: Config, tmp_path: Path) -> None:
+    destination = tmp_path / "out"
+    export_adapter(workshop.store.sub("trained"), open_store(str(destination)))
     assert json.loads((destination / "id2label.json").read_text()) == {"0": "bad", "1": "good", "2": "so-so"}
     card = (destination / "README.md").read_text()
     assert "pipeline_tag: text-classification" in card
@@ -184,3 +188,22 @@ def test_the_export_is_proven_and_loads_by_the_lines_of_its_card(
     batch.pop("token_type_ids", None)
     found = [model.config.id2label[number] for number in model(**batch).logits.argmax(-1).tolist()]
     assert found == ["good", "bad"]
+
+
+def test_a_checkpoint_is_measured_beside_the_head_as_it_began_and_says_classes(
+    workshop: Workshop, trained: Config
+) -> None:
+    run = workshop.store.sub("trained")
+    prompts = [[{"prompt": "the ant yes"}, {"prompt": "emu emu fox gnu no"}]]
+    asks = [
+        {"what": "evaluate", "run": run.uri, "step": 30},
+        {"what": "generate", "run": run.uri, "step": 30, "sampling": {"max_tokens": 1}, "prompts": prompts},
+    ]
+    evaluated, said = launch(1, evaluating.answers, asks)[0]
+    lines = map(json.loads, run.get(layout.metrics(1)).splitlines())
+    (recorded,) = [record for record in lines if record["kind"] == "eval"]
+    measures = evaluated["tasks"]["eval"]
+    for name in ("loss", "accuracy", "macro_f1"):
+        assert measures[name]["adapter"] == pytest.approx(recorded[name], abs=1e-2), name
+    assert measures["accuracy"]["adapter"] > measures["accuracy"]["base"] + 0.1
+    assert [row["adapter"].partition(" ")[0] for row in said["answers"]] == ["good", "bad"]

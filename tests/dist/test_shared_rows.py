@@ -6,16 +6,19 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.dist import gradients, runs
+from tests.dist import gradients, runs, shared_rows
 from tests.dist.launch import launch, running
 from tests.dist.test_gradients import distance
 from tests.dist.test_resume import losses
-from tests.material import Workshop
+from tests.material import Workshop, make_pairs
+from trainer.base.find.locate import describe_base
 from trainer.checkpoint.manifest import read_manifest
 from trainer.config import dump_config
+from trainer.plan.plan import make_plan
 from trainer.run import layout
 
 TOLERANCE = 1e-5
+PAIRS = ("objective.name=dpo", "data.format=preference")
 BASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "one key head": ("llama", {"num_key_value_heads": 1}, ()),
     "as many key heads": ("llama", {"num_key_value_heads": 4}, ()),
@@ -31,6 +34,8 @@ BASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 def first_step(workshop: Workshop, folder: Path, ranks: int, shared: int, *settings: str) -> tuple[dict[str, Any], Any]:
     """The record of the first step and its gradients, on so many ranks of which `shared` share each row."""
     more = ("model.dtype=fp32", f"sharding.sequence_parallel={shared}", *settings)
+    if PAIRS[1] in settings:
+        more = (*more, f"data.train=[{{path: {make_pairs(folder / 'pairs.jsonl')}}}]")
     config, file = workshop.config(f"shared-{ranks}-{shared}", *more), folder / f"{ranks}-{shared}.safetensors"
     record = launch(ranks, gradients.first_step, dump_config(config), workshop.prepare(config).train, str(file))[0]
     return record, load_file(file)
@@ -61,6 +66,8 @@ def test_two_ranks_that_share_packed_rows_have_the_loss_and_the_gradients_of_one
         (2, 2, ("train.activation_checkpointing=all",)),
         (2, 2, ("train.activation_checkpointing=none", "train.micro_batch=2")),
         (2, 2, ("model.attention=eager",)),
+        (2, 2, PAIRS),
+        (4, 2, (*PAIRS, "objective.name=orpo")),
     ],
     ids=str,
 )
@@ -104,3 +111,31 @@ def test_a_run_whose_rows_two_ranks_shared_goes_on_with_others_and_evaluates_ali
     for step in (5, 10):
         expected = read_manifest(workshop.store.sub(f"whole-{later}"), step).eval_loss
         assert read_manifest(folder, step).eval_loss == pytest.approx(expected, rel=TOLERANCE)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("ranks", "recomputed"), [(2, "all"), (4, "none")])
+def test_a_rank_receives_what_the_plan_says(workshop: Workshop, ranks: int, recomputed: str) -> None:
+    settings = (f"train.activation_checkpointing={recomputed}", f"sharding.sequence_parallel={ranks}")
+    config = workshop.config(f"exchanged-{ranks}", *settings)
+    received = launch(ranks, shared_rows.exchanged, dump_config(config), workshop.prepare(config).train)
+    plan = make_plan(config, describe_base(config.model), ranks, ranks, None)
+    assert received == [plan.traffic_per_step.row_exchanges] * ranks
+
+
+@pytest.mark.long
+def test_a_reference_is_stored_and_an_evaluation_of_pairs_is_that_of_whole_rows(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    pairs = f"data.train=[{{path: {make_pairs(tmp_path / 'pairs.jsonl')}}}]"
+    more = ("model.dtype=fp32", "objective.reference=stored", "data.held_out=0.3", "eval.every=1", "train.steps=3")
+    found = {}
+    for ranks in (1, 2):
+        config = workshop.config(f"stored-{ranks}", *PAIRS, pairs, *more, f"sharding.sequence_parallel={ranks}")
+        data = workshop.prepare(config)
+        ends = launch(ranks, runs.run, dump_config(config), data.train, "start", data.eval)
+        assert {end["outcome"] for end in ends} == {"finished"}, ends
+        run = workshop.store.sub(f"stored-{ranks}")
+        found[ranks] = losses(run), read_manifest(run, 3).eval_loss
+    assert found[2][0] == pytest.approx(found[1][0], rel=TOLERANCE)
+    assert found[2][1] == pytest.approx(found[1][1], rel=TOLERANCE)

@@ -198,6 +198,7 @@ FILES: dict[str, tuple[bytes, list[str | tuple[str, str]]]] = {
         [user("who\nann") + says("Ann")],
     ),
     "prompts.jsonl": (lines({"prompt": "1 + 1 =", "completion": " 2"}), ["1 + 1 =« 2</s>»"]),
+    "lines.txt": (b"once\n\n  upon a time\r\n", ["o«nce</s>»", " « upon a time</s>»"]),
     "responses.tsv": (table({"prompt": "a, b", "response": " c"}, delimiter="\t"), ["a, b« c</s>»"]),
     "prompts-of-messages.jsonl": (
         lines({"prompt": [*TALK, {"role": "user", "content": "bye"}], "completion": [TALK[1]]}),

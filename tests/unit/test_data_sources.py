@@ -38,7 +38,7 @@ def write(path: Path, content: bytes) -> Path:
 
 
 def test_globs_are_sorted_and_sources_keep_their_order(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a.jsonl", "c.txt"):
+    for name in ("b.jsonl", "a.jsonl", "c.odt"):
         write(tmp_path / name, LINES)
     files = find(tmp_path / "b.jsonl", tmp_path / "*.jsonl")
     assert [(file.key, file.source, file.size) for file in files] == [
@@ -59,13 +59,13 @@ def test_a_name_with_brackets_is_a_file(tmp_path: Path) -> None:
     [
         ("missing/x.jsonl", r"data\.train\[1\]\.path: '.*missing/x\.jsonl' does not exist"),
         ("*.parquet", r"data\.train\[1\]\.path: '.*\*\.parquet' matches no file"),
-        ("c.txt", r"data\.train\[1\]\.path: .*c\.txt cannot be read\. Allowed are \.jsonl, \.jsonl\.gz"),
+        ("c.odt", r"data\.train\[1\]\.path: .*c\.odt cannot be read\. Allowed are \.jsonl, \.jsonl\.gz"),
         ("", r"data\.train\[1\]\.path: '.*' is a folder, but neither .* Name its files, for example .*/\*\.jsonl"),
     ],
 )
 def test_a_path_that_cannot_be_used_is_named_with_its_setting(tmp_path: Path, name: str, message: str) -> None:
     write(tmp_path / "a.jsonl", LINES)
-    write(tmp_path / "c.txt", LINES)
+    write(tmp_path / "c.odt", LINES)
     with pytest.raises(DataError, match=message):
         find(tmp_path / "a.jsonl", tmp_path / name)
     assert not (tmp_path / "missing").exists()
@@ -253,9 +253,9 @@ def test_a_line_that_is_too_long_is_a_bad_row_and_never_whole_in_memory(
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> None:
-    """s3://bucket/data/ with a.jsonl, b.jsonl.zst, c.txt and deeper/d.jsonl."""
+    """s3://bucket/data/ with a.jsonl, b.jsonl.zst, c.odt and deeper/d.jsonl."""
     store = Store("s3://bucket/data", MemoryStore())
-    for key in ("a.jsonl", "c.txt", "deeper/d.jsonl"):
+    for key in ("a.jsonl", "c.odt", "deeper/d.jsonl"):
         store.put(key, LINES)
     store.put("b.jsonl.zst", zstandard.compress(LINES))
     folders = {store.uri: store}

@@ -174,6 +174,13 @@ def test_data_sets_are_described_by_the_file_that_is_named(tmp_path: Path) -> No
         import_files([tmp_path / "theirs.yaml"], data_info=DATASET_INFO)
 
 
+def test_a_setting_that_no_key_asks_for_is_said_where_it_is_left_out(tmp_path: Path) -> None:
+    """Without an adapter the base itself learns there, which a head does not do here."""
+    found = imported_text("base_model: x\nreward_model: true\n", tmp_path, "axolotl")
+    assert "tuning.method: full has no adapter" in "\n".join(found.to_do)
+    assert "To do: tuning.method: full" in found.text
+
+
 def test_what_is_lost_is_said_with_what_holds_instead(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(site)
     lost = {
@@ -348,6 +355,23 @@ ODD = {
         {"reward_model": True},
         {"objective.name": "reward", "tuning.method": None},
         {"reward_model": ""},
+    ),
+    "a-template-of-the-base": (
+        "axolotl",
+        {
+            "base_model": "Qwen/Qwen2.5-0.5B",
+            "chat_template": "qwen_25",
+            "eval_max_new_tokens": 128,
+            "attention": "flash",
+        },
+        {"data.template": None},
+        {"chat_template": "of its family", "eval_max_new_tokens": "tables of answers"},
+    ),
+    "a-template-of-others": (
+        "axolotl",
+        {"base_model": "Qwen/Qwen2.5-0.5B", "chat_template": "qwen3"},
+        {"data.template": None},
+        {"chat_template": "none of ours"},
     ),
     "rewards-of-pairs": (
         "llamafactory",

@@ -1,10 +1,14 @@
 """Rows that ranks share: who may, what a plan says of them, and how a row is cut."""
 
+import io
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
+from launcher.view.status import RunStatus
+from launcher.view.tables import render
 from tests.families import FAMILIES, SIZES
 from tests.unit.test_plan import config, plan_of
 from trainer.data.order.micro_batch import MicroBatch, Position
@@ -32,8 +36,8 @@ def test_what_ranks_cannot_share_is_refused_by_a_sentence() -> None:
     assert "cannot share a row of 63 tokens evenly" in tokens
     (virtual,) = wrong(LLAMA, 2, "tuning.method=prefix")
     assert "with the virtual tokens of tuning.method: prefix" in virtual
-    (objective,) = wrong(LLAMA, 2, "objective.name=dpo", "data.format=preference")
-    assert "objective.name: dpo compares whole answers" in objective
+    (objective,) = wrong(LLAMA, 2, "objective.name=kto", "data.format=labelled")
+    assert "objective.name: kto looks at parts of a row by themselves" in objective
 
 
 def test_a_base_with_other_layers_than_attention_is_refused_by_their_name() -> None:
@@ -79,6 +83,13 @@ def test_a_plan_counts_groups_and_what_they_exchange() -> None:
 )
 def test_heads_of_keys_are_repeated_as_often_as_ranks_need_them(heads: int, keys: int, size: int, copies: int) -> None:
     assert copies_of_keys(heads, keys, size) == copies
+
+
+def test_status_says_how_many_ranks_share_rows() -> None:
+    status = RunStatus(run="r", state="running", world_size=8, sequence_parallel=4, device="cuda:0")
+    shown = io.StringIO()
+    Console(file=shown, width=100).print(render(status))
+    assert "8 = 2 x 4 that share rows on cuda:0" in shown.getvalue()
 
 
 def test_slices_of_a_row_have_its_tokens_and_the_first_counts_them() -> None:

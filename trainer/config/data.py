@@ -52,7 +52,7 @@ class Source(Section):
     """One place that documents come from."""
 
     path: str = setting(
-        about="A file or a glob: .jsonl, .json, .csv, .tsv (also .gz, .zst), .parquet, .arrow or .mds; or the folder of a saved HF data set "
+        about="A file or a glob: .jsonl, .json, .csv, .tsv, .txt (a text a line; also .gz, .zst), .parquet, .arrow or .mds; or the folder of a saved HF data set "
         "or of MDS shards. Local, or s3://, gs://, az://. Or a data set of the Hugging Face Hub: hf://owner/name, with @revision or a file behind it.",
         example="data/train-*.jsonl",
     )

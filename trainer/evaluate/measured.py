@@ -9,10 +9,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from trainer.config import Config
 from trainer.config.evaluation import UNNAMED
+from trainer.config.objective import HEADS
 from trainer.data.compile.inputs import config_of_set
 from trainer.data.compile.prepare import prepare_evaluated
 from trainer.data.dataset.dataset import Dataset, open_dataset
@@ -26,6 +28,7 @@ from trainer.measure.bias import Gaps, SentencePair
 from trainer.measure.intervals import clusters_of, difference_interval
 from trainer.measure.losses import document_losses
 from trainer.measure.scoring import Continued, likelihoods
+from trainer.objective.objective import measured, sums_of
 
 Progress = Callable[[str, int, int], None]
 """Told of a part of the work, how much of it is done, and how much it is."""
@@ -47,6 +50,7 @@ class Work:
     pairs: Sequence[SentencePair]
     tasks: Tasks | None
     trained_on: Mapping[str, int] = field(default_factory=dict)
+    of_head: Stream | None = None  # of `data.eval`, for a run whose head has measures of its own
 
 
 @dataclass(frozen=True)
@@ -73,14 +77,16 @@ def find_work(opened: OpenedRun, tasks: Tasks | None, progress: Progress) -> Wor
     keys: dict[str, str] = ranks.on_first(
         lambda: prepare_evaluated(config, opened.resolved.base, opened.store, progress=compiling)
     )
-    if not has_likelihood(config):
-        keys.pop(UNNAMED, None)
+    own = None if has_likelihood(config) else keys.pop(UNNAMED, None)
+    of_head = None
+    if own is not None and config.objective.name in HEADS:
+        of_head = eval_stream(config, open_dataset(opened.store, own), ranks.rank, ranks.world_size)
     sets = dict[str, tuple[Stream, Clusters]]()
     for name, key in keys.items():
         dataset, of_set = open_dataset(opened.store, key), config if name == UNNAMED else config_of_set(config, name)
         sets[name] = eval_stream(of_set, dataset, ranks.rank, ranks.world_size), _clusters(of_set, dataset)
     pairs = ranks.on_first(lambda: bias.read_pairs(config.eval.bias) if config.eval.bias else [])
-    return Work(sets, pairs, tasks, ranks.on_first(lambda: _trained_on(opened, keys)))
+    return Work(sets, pairs, tasks, ranks.on_first(lambda: _trained_on(opened, keys)), of_head)
 
 
 def _trained_on(opened: OpenedRun, keys: Mapping[str, str]) -> dict[str, int]:
@@ -110,7 +116,28 @@ def measure(opened: OpenedRun, work: Work, side: str, progress: Progress) -> Mea
         name: _losses(opened, stream, len(clusters), partial(progress, f"{name}, {side}"))
         for name, (stream, clusters) in work.sets.items()
     }
-    return MeasuredSide(sets, _gaps(opened, work.pairs, side, progress), work.tasks(opened, side) if work.tasks else {})
+    tasks = work.tasks(opened, side) if work.tasks else {}
+    if work.of_head is not None:
+        tasks = {**tasks, UNNAMED: _measures(opened, work.of_head, partial(progress, f"{UNNAMED}, {side}"))}
+    return MeasuredSide(sets, _gaps(opened, work.pairs, side, progress), tasks)
+
+
+def _measures(
+    opened: OpenedRun, stream: Stream, told: Callable[[int, int], None]
+) -> dict[str, tuple[float, float | None]]:
+    """The loss and the measures of the objective over all rows of the set. Collective."""
+    engine, objective, rows = opened.engine, opened.resolved.objective, list(stream.epoch(0))
+    sums, weight = torch.zeros(1 + sums_of(objective), dtype=torch.float64, device=opened.ranks.device), 0
+    engine.evaluating(True)
+    for number, batches in enumerate(rows, 1):
+        for batch in batches:
+            sums += engine.look(objective.loss, batch).reshape(-1)
+            weight += objective.weight(batch)
+        told(number, len(rows))
+    engine.evaluating(False)
+    total, *values = (sum(column) for column in zip(*opened.ranks.gather(weight, sums=sums), strict=True))
+    loss, *means = (value / total for value in values)
+    return {name: (value, None) for name, value in {"loss": loss, **measured(objective, means)}.items()}
 
 
 def _losses(opened: OpenedRun, stream: Stream, documents: int, told: Callable[[int, int], None]) -> Losses:

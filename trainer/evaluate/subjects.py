@@ -21,13 +21,8 @@ def subjects(config: Config) -> list[str]:
         ConfigError: there is nothing to evaluate, a file of pairs or of a task cannot be read, or the harness is not installed.
         DataError: a set's source is missing.
     """
-    if config.objective.name in HEADS:
-        raise ConfigError(
-            f"objective.name: {config.objective.name} has no likelihood to compare with its base's. The measures of data.eval are in the run's "
-            "records, of each evaluation during the training (eval.every): capstan status and capstan report show them."
-        )
     found = find_evaluated(config)
-    unnamed = [UNNAMED] if UNNAMED in found and has_likelihood(config) else []
+    unnamed = [UNNAMED] if UNNAMED in found and (has_likelihood(config) or config.objective.name in HEADS) else []
     if config.eval.tasks and find_spec("lm_eval") is None:
         raise ConfigError("eval.tasks: needs lm-evaluation-harness. Install it: pip install 'capstan-llm[tasks]'.")
     for task in config.eval.tasks:

@@ -9,7 +9,7 @@ from torch import Tensor
 from trainer.data.order.micro_batch import MicroBatch
 from trainer.data.order.stream import Stream
 from trainer.model.packed import PackedModel
-from trainer.objective.answers import read_segments
+from trainer.objective.answers import counted_once, read_segments
 from trainer.zero.engine import Engine
 
 
@@ -48,4 +48,4 @@ def mean_loss(engine: Engine, stream: Stream, told: Callable[[int], None]) -> tu
 def _nats_and_tokens(model: PackedModel, batch: MicroBatch) -> Tensor:
     """(2, documents) of a row, each of whose documents is one segment."""
     segments = read_segments(model, batch)
-    return torch.stack([-segments.log_p, segments.tokens])[:, batch.beginnings]
+    return counted_once(torch.stack([-segments.log_p, segments.tokens])[:, batch.beginnings], batch)

@@ -32,6 +32,10 @@ class Peers(Protocol):
         """pieces (size, ...) -> the same shape: piece i goes to peer i, piece j came from peer j. Collective among them."""
         ...
 
+    def total(self, mine: Tensor) -> Tensor:
+        """The sum over the peers. Collective among them."""
+        ...
+
 
 class RankPeers:
     """Peers that are ranks of a process group."""
@@ -45,6 +49,23 @@ class RankPeers:
         dist.all_to_all_single(received, pieces, group=self._group)
         return received
 
+    def total(self, mine: Tensor) -> Tensor:
+        every = mine.clone()
+        dist.all_reduce(every, group=self._group)
+        return every
+
+
+class _Total(torch.autograd.Function):
+    """A value of which all peers then compute the same: each hands the gradient on to its own part."""
+
+    @staticmethod
+    def forward(ctx: Any, mine: Tensor, peers: Peers) -> Tensor:
+        return peers.total(mine)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad_output, None
+
 
 class _Swap(torch.autograd.Function):
     @staticmethod
@@ -55,6 +76,12 @@ class _Swap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return ctx.peers.swap(grad_output.contiguous()), None
+
+
+def total(mine: Tensor, peers: Peers) -> Tensor:
+    """The sum of `mine` over the peers, whose gradient is that of one of them."""
+    result: Tensor = _Total.apply(mine, peers)  # type: ignore[assignment]
+    return result
 
 
 def attend_across(

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from trainer.model.attention import Attention
 from trainer.model.documents import lengths_known
-from trainer.model.exchange import Peers
+from trainer.model.exchange import Peers, total
 from trainer.model.head import LossHead
 from trainer.model.parts import body
 
@@ -84,6 +84,10 @@ class PackedModel:
                 use_cache=False,
                 **self.attention.arguments(row.cu_seqlens, row.max_seqlen),
             )[0]
+
+    def total(self, mine: Tensor, row: PackedRow) -> Tensor:
+        """The sum of what the ranks that share the row have of it; `mine` where no others do."""
+        return mine if row.parts == 1 or self.peers is None else total(mine, self.peers)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits of one unpacked row: (1, T) int64 -> (1, T, V)."""

@@ -26,15 +26,20 @@ class Answers:
 
 
 def read_segments(model: PackedModel, batch: MicroBatch | PartOfRow) -> Answers:
-    """The answers in each of a row's segments, by one pass through the model; one without trained tokens has 0 of both. Of a row that ranks
-    share each gets the sums over the targets in its slice."""
+    """The answers in each of a row's segments, by one pass through the model; one without trained tokens has 0 of both. Ranks that
+    share a row have the same of all of its answers, so that one of them counts what follows: see `counted_once`."""
     import torch
 
     nats = model.head(model.hidden(batch), batch.labels, batch.places, per_target=True)
     segments, owner = len(batch.cu_seqlens) - 1, segments_of_targets(batch)
     log_p = torch.zeros(segments, device=nats.device).index_add(0, owner, -nats)
     tokens = torch.zeros(segments, device=nats.device).index_add(0, owner, torch.ones_like(nats))
-    return Answers(log_p, tokens)
+    return Answers(*model.total(torch.stack([log_p, tokens]), batch))
+
+
+def counted_once(values: Tensor, batch: MicroBatch) -> Tensor:
+    """`values` of a whole row, by the first of the ranks that share it; 0 by the others, with the same gradient."""
+    return values if batch.first == 0 else values - values.detach()
 
 
 def segments_of_targets(batch: MicroBatch | PartOfRow) -> Tensor:

@@ -139,6 +139,11 @@ def with_head(method: Method, config: Config) -> Method:
             f"model.add_tokens: objective.name: {name} has a head in the place of that which such tokens are rows of. Remove it, and where a "
             "template needs them give a base that has them."
         )
+    if config.tuning.start:
+        raise ConfigError(
+            f"tuning.start: an adapter has no head for objective.name: {name} to begin with. Merge that adapter (capstan export --merge), and give "
+            "the result as model.base."
+        )
     labels = (config.data.labels or ()) if head.labelled else ()
     return cast(Method, WithHead(method, head, name, labels, config.model))
 

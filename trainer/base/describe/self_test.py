@@ -84,6 +84,9 @@ class _ThreadPeers:
         self.meeting.wait()
         return received
 
+    def total(self, mine: Tensor) -> Tensor:
+        raise AssertionError("layers exchange heads, and add nothing up")
+
 
 def _fails_shared(inner: nn.Module, tokens: Tensor, positions: Tensor, alone: Tensor) -> str | None:
     """Why two ranks, here threads, that share a row of documents do not compute each as it is computed `alone`; None if they do."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from trainer.data.source.take import Take
 
 # Ending of a file's name -> its compression; what can be compressed as a whole.
-_TEXTS = (".jsonl", ".json", ".csv", ".tsv")
+_TEXTS = (".jsonl", ".json", ".csv", ".tsv", ".txt")
 _COMPRESSIONS = {
     **{kind: {"": None, ".gz": "gzip", ".zst": "zstd"} for kind in _TEXTS},
     ".parquet": {"": None},
@@ -168,7 +168,9 @@ def _find_remote(path: str, source: int, name: str) -> list[SourceFile]:
 
 
 def _find_in_hub(given: Source, source: int, name: str) -> list[SourceFile]:
-    files = hub.find_hub_files(given.path, given.subset, given.split, name, tuple(_SUFFIXES))
+    # A data set's licence is a text too: such files are data where they are named.
+    endings = (end for end, (kind, _) in _SUFFIXES.items() if kind != ".txt" or ".txt" in given.path)
+    files = hub.find_hub_files(given.path, given.subset, given.split, name, tuple(endings))
     return [
         SourceFile(
             file.uri,

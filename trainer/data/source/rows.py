@@ -117,6 +117,35 @@ class Lines:
         return replace(self, lines=[line for line in self.lines if any(key in line for key in quoted)])
 
 
+@dataclass(frozen=True)
+class PlainLines:
+    """Lines of text, each with its end: a row each, whose text it is. `begins` is as in `Lines`."""
+
+    lines: list[bytes]
+    begins: bool
+
+    def rows(self) -> Iterable[Row | DataError | None]:
+        for index, line in enumerate(self.lines):
+            yield _text(line.removeprefix(codecs.BOM_UTF8) if self.begins and not index else line)
+
+    def count(self) -> int:
+        return sum(not line.isspace() for line in self.lines)
+
+    def with_key(self, *keys: str) -> "PlainLines":
+        return self
+
+
+def _text(line: bytes) -> Row | DataError | None:
+    if not line or line.isspace():
+        return None
+    if len(line) > LONGEST_LINE:
+        return DataError(f"the line has more than {LONGEST_LINE:,} bytes")
+    try:
+        return {"text": line.decode().rstrip("\r\n")}
+    except UnicodeDecodeError as error:
+        return DataError(f"not UTF-8 ({error})")
+
+
 def _parse(line: bytes) -> Row | DataError | None:
     if not line or line.isspace():
         return None
@@ -135,7 +164,9 @@ def _no_object(element: Any) -> DataError:
     return DataError(f"not JSON (an object is needed, this is {type(element).__name__})")
 
 
-def _json_lines(file: SourceFile, compression: str | None) -> Iterator[Batch]:
+def _lines(
+    file: SourceFile, compression: str | None, content: Callable[[list[bytes], bool], Content] = Lines
+) -> Iterator[Batch]:
     source = buffered(file)
     stream = io.BufferedReader(_decompressed(source, compression), _BUFFER_BYTES)
     number, lines, size, before = 1, [], 0, 0
@@ -148,10 +179,10 @@ def _json_lines(file: SourceFile, compression: str | None) -> Iterator[Batch]:
         lines.append(line)
         size += len(line)
         if len(lines) == BATCH_ROWS or size >= _BATCH_BYTES:
-            yield Batch(file.uri, number, Lines(lines, number == 1), read())
+            yield Batch(file.uri, number, content(lines, number == 1), read())
             number, before, lines, size = number + len(lines), before + size, [], 0
     if lines:
-        yield Batch(file.uri, number, Lines(lines, number == 1), read())
+        yield Batch(file.uri, number, content(lines, number == 1), read())
 
 
 @dataclass(frozen=True)
@@ -175,7 +206,7 @@ def _json(file: SourceFile, compression: str | None) -> Iterator[Batch]:
     """A file of JSON is an array of rows, unless it begins with something else: then it has a row a line."""
     stream = _decompressed(buffered(file), compression)
     if not stream.read(_BEGINNING).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-        return _json_lines(file, compression)
+        return _lines(file, compression)
     source = buffered(file)
     stream = _decompressed(source, compression)
     return _gathered(file, source, elements(stream.read, LONGEST_LINE))
@@ -283,9 +314,10 @@ def _decompressed(source: io.BufferedReader, compression: str | None) -> Any:
 
 
 TEXTS: dict[str, Callable[[SourceFile, Any], Iterator[Batch]]] = {
-    ".jsonl": _json_lines,
+    ".jsonl": _lines,
     ".json": _json,
     ".csv": partial(_separated, delimiter=","),
     ".tsv": partial(_separated, delimiter="\t"),
+    ".txt": partial(_lines, content=PlainLines),
 }
 """The reader of each kind of text; it gets a file and its compression."""

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from trainer.config import ObjectiveSettings
-from trainer.objective.answers import Answers, read_segments
+from trainer.objective.answers import Answers, counted_once, read_segments
 from trainer.objective.objective import Objective, Survey
 from trainer.objective.pairs import losses
 from trainer.objective.pairs.pair_loss import PairLoss
@@ -84,7 +84,7 @@ class Preference:
         return self.pair_loss.mismatches(self.given)
 
     def weight(self, batch: MicroBatch) -> int:
-        return len(batch.rejected)
+        return len(batch.rejected) if batch.first == 0 else 0
 
     def reference(self, model: PackedModel, batch: MicroBatch) -> Tensor:
         import torch
@@ -103,7 +103,7 @@ class Preference:
         losses, (chosen, rejected), more = self.pair_loss.formula(self.given, answers, sides)
         lengths = (side.tokens for side in answers)
         measures = (chosen, rejected, chosen - rejected, (chosen > rejected).float(), *lengths, *more)
-        return torch.stack([losses.sum(), *(measure.detach().sum() for measure in measures)])
+        return counted_once(torch.stack([losses.sum(), *(measure.detach().sum() for measure in measures)]), batch)
 
 
 def _make(loss: PairLoss, given: ObjectiveSettings, method: Method) -> Preference:

@@ -1,0 +1,75 @@
+"""The memory of a row's activations by its length, on one rank and on ranks that share it, beside the plan's.
+
+    python benchmarks/length.py [--ranks 1 2 4] [--lengths 4096 12288]
+
+A forward and backward pass through one document of either length on CPUs, over a small random base: what
+a token adds to a rank's peak of resident memory (VmHWM) between the two lengths, and what `capstan plan` says that it adds to activations and logits.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the ranks that the tests share
+
+from tests.dist import memory
+from tests.dist.launch import launch
+from tests.material import Workshop
+from trainer.base.find.locate import describe_base
+from trainer.config import Config, dump_config
+from trainer.plan.plan import make_plan
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2**20,
+}
+RECOMPUTED = ("none", "all")
+
+
+def planned(config: Config, ranks: int) -> int:
+    """Bytes of a rank's activations and logits."""
+    parts = make_plan(config, describe_base(config.model), ranks, ranks, None).memory_per_gpu
+    return parts.activations + parts.logits
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The memory of a row's activations by its length.")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--lengths", type=int, nargs=2, default=[4096, 12288])
+    asked = parser.parse_args()
+    table = Table("ranks that share a row", "layers computed again", "bytes a token", "planned", "ratio")
+    with tempfile.TemporaryDirectory() as folder:
+        workshop = Workshop(Path(folder), **SIZES)
+        for recomputed in RECOMPUTED:
+            for ranks in asked.ranks:
+                settings = [f"sharding.sequence_parallel={ranks}", f"train.activation_checkpointing={recomputed}"]
+                configs = [
+                    workshop.config(
+                        "length",
+                        "model.dtype=fp32",
+                        "train.tiled_mlp=false",
+                        *settings,
+                        f"data.sequence_length={length}",
+                    )
+                    for length in asked.lengths
+                ]
+                grown = launch(ranks, memory.row_memory, dump_config(configs[0]), asked.lengths, timeout=1800.0)
+                tokens = asked.lengths[1] - asked.lengths[0]
+                measured = max((longer - shorter) / tokens for shorter, longer in grown)
+                shorter, longer = (planned(config, ranks) for config in configs)
+                slope = (longer - shorter) / tokens
+                table.add_row(str(ranks), recomputed, f"{measured:,.0f}", f"{slope:,.0f}", f"{measured / slope:.2f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
