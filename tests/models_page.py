@@ -87,7 +87,12 @@ the CPU, in a second or two; the answer is kept in `~/.cache/capstan`. It tells
 - which linear layers the family's own code reads past their forward pass (Mamba's `dt_proj`, the scores of DeepSeek's indexer): these stay in 16 bits and get no
   adapter, as do those that transformers keeps in fp32 and experts in a form that cannot be packed (DBRX, LongCat, JetMoE). `plan` names them, with their bytes and the reason;
 - whether the documents of a packed row are computed as each alone, and weights in 4 bits as plain ones. Otherwise `plan` and `train` refuse the base with one sentence,
-  and `data.packing: false` or `quant.type: none` is the way out. Where the family's code runs at no small sizes, `plan` says that it was not tried.
+  and `data.packing: false` or `quant.type: none` is the way out. Where the family's code runs at no small sizes, `plan` says that it was not tried;
+- whether two ranks that share a row compute it as one does (`sharding.sequence_parallel`, [long-rows.md](long-rows.md));
+- whether a token sees those behind it: then it is no causal model (XLNet, CPM-Ant, XLM), and refused.
+
+Refused by name are also models whose layers share weights with other layers (Zamba), store them transposed (`Conv1D`: GPT-2), lie in several parts (BLT), or take their keys from
+another model (drafting models), and heads that are no plain matrix (Dory) or have more than it between them and the hidden states (BERT, ModernBERT's decoder).
 
 A whole class that sees or hears and has no class for its language model (Qwen-VL, GLM-4V, PaddleOCR-VL, Mllama) is trained by its decoder and its output head, which
 have the whole class's logits on text to the last bit.

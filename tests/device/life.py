@@ -22,22 +22,29 @@ def train(library: str, config_text: str, fingerprint: str, how: str = "start", 
     return {**ended, "operations": torch.ops.pretended.operations()}
 
 
-def train_without(library: str, config_text: str, fingerprint: str, module: str, line: str, put: str) -> dict[str, Any]:
-    """A run of the code with `put` in the place of `line` in `module`."""
+def train_without(
+    library: str, config_text: str, fingerprint: str, how: str, module: str, line: str, put: str
+) -> dict[str, Any]:
+    """A run of the code with `put` in the place of `line` in `module`, and what it raised."""
     install(Path(library))
     _change(import_module(module), line, put)
-    try:
-        ended = runs.run(config_text, fingerprint)
-        torch.ops.pretended.finish()
-    except RuntimeError as error:
-        return {"outcome": "raised", "message": str(error).splitlines()[0]}
-    return ended
+    return _watched(config_text, fingerprint, how)
 
 
 def train_untold(library: str, config_text: str, fingerprint: str) -> dict[str, Any]:
-    """A run whose memory's uses on other streams the allocator is not told of."""
+    """A run whose memory's uses on other streams the allocator is not told of, and what it raised."""
     torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
-    return train(library, config_text, fingerprint)
+    install(Path(library))
+    return _watched(config_text, fingerprint, "start")
+
+
+def _watched(config_text: str, fingerprint: str, how: str) -> dict[str, Any]:
+    try:
+        ended = runs.run(config_text, fingerprint, how)
+        torch.ops.pretended.finish()
+    except (RuntimeError, ValueError) as error:
+        return {"outcome": "raised", "message": str(error).splitlines()[0]}
+    return ended
 
 
 def logits(library: str, run: str, step: int, scratch: str | None) -> list[float]:
@@ -61,12 +68,12 @@ def make_policy(path: Path, name: str, **more: Any) -> Path:
 
 
 def _change(module: Any, line: str, put: str) -> None:
-    """Read `module` again with another line, and give its classes to all that has imported them."""
+    """Read `module` again with another line, and give its classes and functions to all that has imported them."""
     source = inspect.getsource(module)
     assert source.count(line) == 1, f"{module.__name__} has {source.count(line)} of {line!r}"
     before = dict(vars(module))
     exec(compile(source.replace(line, put), module.__file__, "exec"), vars(module))
     for other in [other for name, other in sys.modules.items() if name.startswith("trainer.")]:
         for name, value in list(vars(other).items()):
-            if inspect.isclass(value) and value is before.get(name):
+            if (inspect.isclass(value) or inspect.isfunction(value)) and value is before.get(name):
                 setattr(other, name, getattr(module, name))

@@ -152,6 +152,12 @@ void touch(const at::Tensor& tensor, bool writes, const Moment& now, const std::
   block->accesses = std::move(kept);
 }
 
+bool overlap(const at::Tensor& one, const at::Tensor& other) {
+  auto* first = static_cast<const char*>(one.data_ptr());
+  auto* second = static_cast<const char*>(other.data_ptr());
+  return first < second + other.nbytes() && second < first + one.nbytes();
+}
+
 // The host has come to what `clock` has: copies that are over arrive.
 void host_waits(const Clock& clock) {
   auto& it = device();
@@ -477,7 +483,7 @@ at::Tensor copy_from(const at::Tensor& self, const at::Tensor& to, bool non_bloc
   } else if (is_ours(to)) {
     auto& arriving = device().arriving;
     for (auto one = arriving.begin(); one != arriving.end();) {
-      if (one->to.storage().data() != self.storage().data()) { ++one; continue; }
+      if (!overlap(one->to, self)) { ++one; continue; }
       TORCH_CHECK(one->at.before(clock), "race: a copy from pinned memory before the one to it is known to be over");
       one->to.copy_(one->values);
       one = arriving.erase(one);
@@ -489,6 +495,13 @@ at::Tensor copy_from(const at::Tensor& self, const at::Tensor& to, bool non_bloc
   } else {
     touch(self, false, now, "copy to the host");
     if (non_blocking && is_pinned(to.data_ptr())) {
+      // Behind a copy from the same memory, in the order of the streams.
+      auto& leaving = device().leaving;
+      for (auto one = leaving.begin(); one != leaving.end();) {
+        if (!overlap(one->from, to)) { ++one; continue; }
+        TORCH_CHECK(one->at.before(clock), "race: a copy to pinned memory before the one from it is known to be over");
+        one = leaving.erase(one);
+      }
       at::Tensor values = host_of(self).clone();
       at::Tensor there = to.detach();
       std::memset(there.data_ptr(), 0xff, there.is_contiguous() ? there.nbytes() : there.itemsize());

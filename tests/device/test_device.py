@@ -1,7 +1,10 @@
 """The product's own code on a device beside the host, which a CPU stands in for (pretended.cpp): whole runs, and for each place where it
 orders its streams that they are caught without.
 
-No operation of it computes as a GPU does: kernels, NCCL and times are proven on a card, by benchmarks/gpu.py.
+No operation of it computes as a GPU does: kernels, NCCL and times are proven on a card, by benchmarks/gpu.py. An optimizer whose states are
+on the host is not run here: DeepSpeed frees its norms on another stream than it made them on, and only its next wait orders that, which this
+device does not look at. The wait that a pass begins with is not among what is taken out: wherever partitions are written today, the host
+reads something before the next pass, and so has waited.
 """
 
 import math
@@ -48,7 +51,9 @@ def config(device: Workshop) -> Callable[..., Config]:
     def of(name: str, *overrides: str, policy: str = "zero3", **more: Any) -> Config:
         file = life.make_policy(device.folder / f"{name}.json", policy, **more)
         settings = (f"train.steps={STEPS}", "checkpoint.every_steps=3", f"sharding.deepspeed={file}")
-        return device.config(name, *settings, *overrides)
+        made = device.config(name, *settings, *overrides)
+        run_of(made).put(layout.CONFIG, dump_config(made).encode())  # as the launcher does, for exports
+        return made
 
     return of
 
@@ -75,7 +80,6 @@ OFFLOADED = ("train.activation_offload=true", "train.activation_checkpointing=al
         ("alone", "single_gpu", 1, (), {}),
         ("offloaded", "zero3_offload_cpu", 2, OFFLOADED, {}),
         ("offloaded-alone", "zero3_offload_cpu", 1, OFFLOADED, {}),
-        ("optimizer", "zero3_offload_optimizer", 2, (), {}),
         ("tiled", "zero3", 2, ("train.tiled_mlp=true", "tuning.dropout=0.1"), {}),
     ],
 )
@@ -99,9 +103,9 @@ def test_a_run_has_the_losses_that_it_has_on_cpus(
 
 
 def test_pairs_are_preferred_and_evaluated(device: Workshop, config: Callable[..., Config], library: str) -> None:
-    pairs = make_pairs(device.folder / "pairs.jsonl", 24)
+    pairs, others = (make_pairs(device.folder / f"{seed}.jsonl", 24, seed) for seed in (6, 7))
     overrides = ("objective.name=dpo", "data.format=preference", f'data.train=[{{"path": "{pairs}"}}]')
-    overrides = (*overrides, f'data.eval=[{{"path": "{pairs}"}}]', "eval.every=3", "optim.name=adamw_8bit")
+    overrides = (*overrides, f'data.eval=[{{"path": "{others}"}}]', "eval.every=3", "optim.name=adamw_8bit")
     given = config("pairs", *overrides)
     datasets = device.prepare(given)
     for ended in launch(2, life.train, library, dump_config(given), datasets.train, "start", datasets.eval):
@@ -139,21 +143,21 @@ GATHER, CHECKPOINTS, ACCELERATOR = "trainer.zero.gather", "trainer.checkpoint.ch
 @pytest.mark.parametrize(
     ("module", "line", "put", "caught"),
     [
-        # Gathers would read partitions that the update is still writing.
-        (GATHER, "self._stream.wait_stream(self._device.current_stream())", "pass", "race: "),
         # A layer would compute with weights that are still on their way.
         (GATHER, "self._device.current_stream().wait_stream(self._stream)", "pass", "race: "),
         # The clock would read a moment that never was.
-        (ACCELERATOR, "event.record()", "pass", "never recorded"),
+        (ACCELERATOR, "event.record()", "pass", "must be recorded"),
         # A tensor of the host would meet the weights.
         ("trainer.zero.engine", "row.to(self.ranks.device))", "row)", "device"),
     ],
+    ids=["gathered", "clock", "row"],
 )
 def test_what_orders_streams_is_missed(
     device: Workshop, config: Callable[..., Config], library: str, module: str, line: str, put: str, caught: str
 ) -> None:
     given = config(f"without-{abs(hash((module, line)))}", "train.steps=3")
-    found = launch(2, life.train_without, library, dump_config(given), device.prepare(given).train, module, line, put)
+    fingerprint = device.prepare(given).train
+    found = launch(2, life.train_without, library, dump_config(given), fingerprint, "start", module, line, put)
     assert all(rank["outcome"] != "finished" and caught in rank["message"] for rank in found), found
 
 
@@ -171,7 +175,7 @@ def test_a_checkpoint_that_does_not_wait_for_its_copies_is_no_number(
 ) -> None:
     given = config("unwaited", "train.steps=3")
     put = (CHECKPOINTS, "torch.accelerator.synchronize()", "pass")
-    launch(1, life.train_without, library, dump_config(given), device.prepare(given).train, *put)
+    launch(1, life.train_without, library, dump_config(given), device.prepare(given).train, "start", *put)
     export_adapter(run_of(given), open_store(str(tmp_path / "adapter")))
     weights = load_file(tmp_path / "adapter/adapter_model.safetensors").values()
     assert any(math.isnan(float(weight.sum())) for weight in weights)

@@ -50,7 +50,6 @@ def recorded(runs: list[list[str]]) -> list[list[Any]]:
         log.clear()
         next(steps)
         found.append(list(log))
-        steps.close()
     return found
 
 

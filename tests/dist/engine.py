@@ -21,6 +21,7 @@ def engine_internals(config_text: str, fingerprint: str) -> dict[str, Any]:
 
     here = assemble_run(parse_config(config_text), fingerprint)
     here.set_masters()
+    parted = _watch_frozen(list(here.engine.model.parameters()))
     record = next(train(here.training(), 0, Position()))
     wrong = []
     parts = {part.name: part for part in here.engine.partitions()}
@@ -46,12 +47,25 @@ def engine_internals(config_text: str, fingerprint: str) -> dict[str, Any]:
         "grad_norm": record["grad_norm"],
         "seconds": {name: value for name, value in record.items() if name.endswith("seconds")},
         "compiled": deepspeed.comm.comm.cdb.shm_comm_op is not None,
+        "parted": parted,
         "persistent": sum(p.ds_persist for p in every),
         "whole_after_step": [p.ds_shape for p in frozen if p.ds_status.name == "AVAILABLE" and not p.ds_persist],
         "partitioned": sum(not p.ds_persist for p in frozen),
         "held": sum(p.ds_tensor.numel() for p in frozen if not p.ds_persist),
         "numel": sum(p.ds_numel for p in frozen if not p.ds_persist),
     }
+
+
+def _watch_frozen(parameters: list[Any]) -> list[int]:
+    """The numbers of frozen parameters, whole on every rank, that are partitioned from now on."""
+    parted = list[int]()
+    for parameter in parameters:
+        if parameter.ds_persist and not parameter.requires_grad:
+            plain = parameter.partition
+            parameter.partition = lambda *given, plain=plain, number=parameter.ds_id, **more: (
+                parted.append(number) or plain(*given, **more)
+            )
+    return parted
 
 
 def _time_limits() -> list[float]:

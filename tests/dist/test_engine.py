@@ -67,6 +67,12 @@ def test_a_step_says_how_long_it_waited_for_weights_beside_what_it_computed(inte
         assert sum(seconds.values()) == pytest.approx(step, rel=0.03)
 
 
+def test_an_update_parts_and_gathers_nothing_that_is_frozen(internals: list[dict[str, Any]]) -> None:
+    for rank in internals:
+        assert rank["parted"] == []
+        assert rank["persistent"] > 5  # norms, and adapters that are small
+
+
 def test_a_start_compiles_nothing(internals: list[dict[str, Any]]) -> None:
     assert [rank["compiled"] for rank in internals] == [False] * 3
 

@@ -87,6 +87,7 @@ class Gathers:
         parameters: list[Any] = list(model.parameters())
         self._whole = [parameter for parameter in parameters if parameter.ds_persist]
         zero.persistent_parameters = []  # DeepSpeed would gather them one by one after each update
+        zero._partition_all_parameters = self._part_what_learns
         for module in model.modules():
             if any(True for _ in module.parameters()) and not isinstance(module, nn.Linear | nn.Embedding):
                 module.register_forward_pre_hook(_summed_apart)
@@ -116,6 +117,14 @@ class Gathers:
         missing = [parameter for parameter in self._whole if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE]
         if missing:
             missing[0].all_gather_coalesced(missing).wait()
+
+    def _part_what_learns(self) -> None:
+        """Before an update or a change of partitions: DeepSpeed would part all that is whole, and what is frozen would be made whole
+        again, though its partitions stay as they are."""
+        self.finish()
+        for parameter in self._whole:
+            if parameter.requires_grad and parameter.ds_status == ZeroParamStatus.AVAILABLE:
+                parameter.partition()
 
     def begin(self, kind: Hashable) -> None:
         """A pass begins. Passes of one kind use units in the same order, so the second one knows what comes next."""

@@ -189,7 +189,10 @@ class Trained:
             engine.refresh(self.manifest.updates)
         if self.head is not None:
             return [outputs_of_row(engine, row) for row in self.probe.rows]
-        return [engine.logits(row.tokens.to(ranks.device))[0, row.places].float().cpu() for row in self.probe.rows]
+        return [
+            engine.logits(row.tokens.to(ranks.device))[0, row.places.to(ranks.device)].float().cpu()
+            for row in self.probe.rows
+        ]
 
     def _exported(self, part: TrainablePartition) -> Tensor:
         values = part.states["master"].to(self.dtype)
