@@ -2,9 +2,8 @@
 orders its streams that they are caught without.
 
 No operation of it computes as a GPU does: kernels, NCCL and times are proven on a card, by benchmarks/gpu.py. An optimizer whose states are
-on the host is not run here: DeepSpeed frees its norms on another stream than it made them on, and only its next wait orders that, which this
-device does not look at. The wait that a pass begins with is not among what is taken out: wherever partitions are written today, the host
-reads something before the next pass, and so has waited.
+on the host is not run here: this device takes DeepSpeed's freeing of its norms on another stream for a fault, and whether it is one is not settled. The wait that
+a pass begins with is not among what is taken out: no run here is caught without it, and why is not settled either.
 """
 
 import math

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from trainer.config import Config, Data
-from trainer.data.compile.encode import RowEncoder, documents_of, left_out_of, refusals
+from trainer.data.compile.encode import Document, RowEncoder, documents_of, left_out_of, refusals
 from trainer.data.compile.inputs import Input
 from trainer.data.compile.pool import Mapper, mapper_for
 from trainer.data.dataset.dataset import BLOCK_DOCUMENTS
@@ -19,9 +19,7 @@ from trainer.data.format.formats import explicit_form
 from trainer.data.look.duplicates import Fingerprint, Seen
 from trainer.data.order.order import EpochPlan
 from trainer.data.order.settings import Order, train_order
-from trainer.data.render.chat import Example, Turn
-from trainer.data.render.labelled import Labelled
-from trainer.data.render.pairs import Pair
+from trainer.data.render.chat import Turn
 from trainer.data.source.files import SourceFile
 from trainer.data.source.part import Part
 from trainer.data.source.reading import batches
@@ -213,7 +211,7 @@ class _Inspector:
         return result
 
 
-def _lost(example: Example | Pair | Labelled) -> dict[tuple[int, str], int]:
+def _lost(example: Document) -> dict[tuple[int, str], int]:
     """The document and its targets that rows of each shorter length would lose, as counts."""
     lost, targets, length = dict[tuple[int, str], int](), int(example.targets.sum()), _SHORTEST
     while length < len(example.tokens):
