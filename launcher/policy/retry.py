@@ -74,8 +74,7 @@ def classify(errors: WorkerErrors, *, resizing: bool = False) -> Failure:
         error = ours[0][1]
         kind: Kind = "failure" if not isinstance(error, Interrupted) else "resize" if resizing else "preemption"
         return Failure(str(error), error, kind)
-    # The first to fail comes first in `errors`, where the caller knows.
-    rank, error = min(errors.items(), key=lambda item: not isinstance(item[1], RankDied))
+    rank, error = min(errors.items(), key=lambda item: (not isinstance(item[1], RankDied), item[0]))
     first_line = shorten(next(iter(str(error).strip().splitlines()), ""), 160, placeholder=" ...")
     if isinstance(error, RankDied):
         return Failure(f"rank {rank} died: {first_line}", None)

@@ -79,8 +79,14 @@ def _attempt(attempts: Attempts, ranks: int) -> retry.Failure | None:
             ended = {number: rank for number, rank in enumerate(group) if rank.process.returncode is not None}
         failures = {number: error for number, rank in ended.items() if (error := rank.error()) is not None}
         # Ranks that lose another fail after it, whatever their numbers are.
-        in_time = dict(sorted(failures.items(), key=lambda failure: ended[failure[0]].told_at()))
-        return retry.classify(in_time) if in_time else None
+        first = min(failures, key=lambda number: ended[number].told_at(), default=None)
+        causes = {number: error for number, error in failures.items() if number == first or _may_be_late(error)}
+        return retry.classify(causes) if causes else None
+
+
+def _may_be_late(error: Exception) -> bool:
+    """Whether this error is the cause even where that of another rank came before."""
+    return isinstance(error, CapstanError | retry.RankDied)
 
 
 @dataclass(frozen=True)

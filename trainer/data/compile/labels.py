@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 from trainer.data.format.formats import Row, or_error
-from trainer.data.render.classified import label_name
+from trainer.data.format.known.classified import label_name
 from trainer.data.source.files import SourceFile
 from trainer.data.source.reading import rows
 from trainer.errors import DataError

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from trainer.config import Data
 from trainer.data.dataset.binary import TARGET_BIT
 from trainer.data.format.formats import or_error
+from trainer.data.format.known.classified import label_name
 from trainer.data.render.chat import Example, Renderer, Turn, field_of
 from trainer.errors import DataError
 
@@ -132,12 +133,3 @@ def number_of(value: Any, numbers: Mapping[str, int]) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(numbers):
         return value
     raise DataError(f"the label is {name!r}, which is none of data.labels ({', '.join(numbers)})")
-
-
-def label_name(value: Any) -> str:
-    """The name of a class as data.labels has it. Raises `DataError` for a value that names none."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str | int) and value != "":
-        return str(value)
-    raise DataError(f"the label is {value!r}, and not the name or the number of a class")

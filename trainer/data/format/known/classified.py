@@ -3,10 +3,20 @@
 from typing import Any
 
 from trainer.data.format.row_format import Row, RowFormat, Values, is_talk, is_text, talk, tools, with_system
+from trainer.errors import DataError
 
 
 def _is_class(value: Any) -> bool:
     return isinstance(value, str | int) and value != ""
+
+
+def label_name(value: Any) -> str:
+    """The name of a class as data.labels has it. Raises `DataError` for a value that names none."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if _is_class(value):
+        return str(value)
+    raise DataError(f"the label is {value!r}, and not the name or the number of a class")
 
 
 def _read_messages(values: Values) -> Row:
