@@ -27,8 +27,8 @@ def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def each(*kinds: str) -> pytest.MarkDecorator:
-    """A store in memory or of files is quick."""
-    stores = [pytest.param(kind, marks=pytest.mark.long) if kind == "s3" else kind for kind in kinds]
+    """A store of files is quick."""
+    stores = [kind if kind == "local" else pytest.param(kind, marks=pytest.mark.long) for kind in kinds]
     return pytest.mark.parametrize("uri", stores, indirect=True)
 
 

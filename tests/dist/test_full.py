@@ -164,7 +164,7 @@ def run(workshop: Workshop, whole: dict[int, float]) -> Store:
 @pytest.mark.parametrize(
     ("optimizer", "more"),
     [
-        ("adamw", ()),
+        pytest.param("adamw", (), marks=pytest.mark.long),
         ("adamw_8bit", ()),
         ("adafactor", ()),
         pytest.param("adamw_8bit", LORA, marks=pytest.mark.long),

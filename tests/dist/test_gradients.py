@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests.dist import curves, gradients, runs
 from tests.dist.launch import launch
+from tests.families import rows
 from tests.material import Workshop
 from trainer.config import dump_config
 from trainer.run.layout import CONFIG, metrics
@@ -24,7 +25,7 @@ LAYOUTS = {(1, 1): 4, (1, 4): 1, (2, 1): 2, (2, 2): 1, (3, 1): 2}
 TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2}
 
 
-@pytest.fixture(scope="module", params=["fp32", "bf16"])
+@pytest.fixture(scope="module", params=rows(["fp32", "bf16"], ["fp32"]))
 def steps(request: pytest.FixtureRequest, workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The dtype and the first step of each layout, with "plain" for PyTorch's: (record of rank 0, its gradients)."""
     folder = tmp_path_factory.mktemp("gradients")

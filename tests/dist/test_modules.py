@@ -77,7 +77,7 @@ def test_gradients_are_those_of_pefts_modules_to_save(
     assert distance(turned, theirs) > 0.1
 
 
-@pytest.fixture(scope="module", params=rows(CASES, ["vocabulary", "tied"]))
+@pytest.fixture(scope="module", params=rows(CASES, ["tied"]))
 def run(request: pytest.FixtureRequest, workshop: Workshop) -> tuple[Store, Config]:
     """A run with a committed step, over a base in 4 bits."""
     config = saving(workshop, request.param, f"done-{request.param}")

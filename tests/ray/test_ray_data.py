@@ -42,6 +42,7 @@ def build(
     return compile_dataset(data, files, byte_tokenizer(), store, "f" * 20, mapper=mapper, progress=progress).manifest
 
 
+@pytest.mark.long
 def test_all_machines_compile_and_one_of_them_may_be_lost(tmp_path: Path) -> None:
     data = texts(tmp_path, 20_000)
     alone = build(data, tmp_path / "alone")

@@ -22,6 +22,7 @@ def store(s3: S3Server, request: pytest.FixtureRequest) -> Store:
     return open_store(f"{s3.uri('test-store')}/{request.node.name}")
 
 
+@pytest.mark.long
 def test_many_buckets_have_room_on_any_disk(own_server: S3Server) -> None:
     for number in range(20):  # seven volumes each
         open_store(own_server.uri(f"bucket-{number}"), retry_seconds=0.1).put("key", b"x")
