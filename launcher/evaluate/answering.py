@@ -5,9 +5,10 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
-from launcher.evaluate.ranks import count_ranks, run_ranks
+from launcher.evaluate.ranks import run_ranks
 from launcher.evaluate.tables import SIDES
 from launcher.start.group import is_rank
+from launcher.start.local_group import count_ranks
 from launcher.terminal import put
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import check_step

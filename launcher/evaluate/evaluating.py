@@ -7,8 +7,9 @@ from typing import Any
 from rich.progress import BarColumn, Progress, TextColumn
 
 from launcher.console import Terminal, description, time_left
-from launcher.evaluate.ranks import Hear, count_ranks, run_ranks
+from launcher.evaluate.ranks import Hear, run_ranks
 from launcher.evaluate.tables import Evaluated
+from launcher.start.local_group import count_ranks
 from trainer.checkpoint.choice import chosen_step
 from trainer.checkpoint.listing import committed_steps
 from trainer.checkpoint.manifest import check_step

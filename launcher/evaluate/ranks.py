@@ -2,18 +2,17 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import IO, Any
 
 from launcher.start.group import is_rank, slurm_rank
+from launcher.start.local_group import count_ranks, end_together, places
 from launcher.terminal import put
 from trainer.config import Config
 from trainer.errors import CapstanError
@@ -21,22 +20,11 @@ from trainer.evaluate.ask import Ask
 from trainer.evaluate.program import answer
 from trainer.measure.prompts import Prompt
 from trainer.processes import children
-from trainer.processes.devices import local_gpus
 
 Hear = Callable[[dict[str, Any]], None]
 
 _MODULE = "trainer.evaluate.program"
 _AWAKE_SECONDS = 300.0
-_LOOK_SECONDS = 0.1
-_LAST_WORDS_SECONDS = 5.0
-_LOOPBACK = "127.0.0.1"
-
-
-def count_ranks(config: Config) -> int:
-    """A rank for each GPU of this machine, and no more than `cluster.workers`; without GPUs as many as that, or one."""
-    most = config.cluster.most_workers
-    gpus = 0 if config.cluster.gpus_per_worker == 0 else local_gpus()
-    return min(gpus, most or gpus) if gpus else most or 1
 
 
 def run_ranks(ask: Ask, config: Config, prompts: Iterable[list[Prompt]], hear: Hear) -> dict[str, Any]:
@@ -69,7 +57,6 @@ def run_ranks(ask: Ask, config: Config, prompts: Iterable[list[Prompt]], hear: H
 def _started(ask: Ask, ranks: int) -> Iterator[tuple["subprocess.Popen[str]", Callable[[], str]]]:
     """The process of rank 0, and a function that gives what all ranks wrote to their errors, once they have ended."""
     command = [sys.executable, "-m", _MODULE, ask.to_json()]
-    places = _places(ranks)
     said = list[str]()
     with tempfile.TemporaryFile("w+") as errors:
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -78,9 +65,9 @@ def _started(ask: Ask, ranks: int) -> Iterator[tuple["subprocess.Popen[str]", Ca
             children.start(
                 command, env={**os.environ, **place}, stderr=errors, text=True, **(silent if rank else pipes)
             )
-            for rank, place in enumerate(places)
+            for rank, place in enumerate(places(ranks))
         ]
-        watch = threading.Thread(target=_end_together, args=(processes,), daemon=True)
+        watch = threading.Thread(target=end_together, args=(processes,), daemon=True)
         watch.start()
         try:
             yield processes[0], lambda: said[0]
@@ -95,32 +82,6 @@ def _started(ask: Ask, ranks: int) -> Iterator[tuple["subprocess.Popen[str]", Ca
             for pipe in filter(None, (processes[0].stdin, processes[0].stdout)):
                 with suppress(BrokenPipeError):
                     pipe.close()
-
-
-def _places(ranks: int) -> list[dict[str, str]]:
-    """The variables that tell each rank where it is among the others, as torchrun has them; none for a single one."""
-    if ranks == 1:
-        return [{}]
-    with socket.socket() as probe:
-        probe.bind((_LOOPBACK, 0))
-        port = probe.getsockname()[1]
-    world = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": _LOOPBACK, "MASTER_PORT": port}
-    return [
-        {name: str(value) for name, value in {**world, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        for rank in range(ranks)
-    ]
-
-
-def _end_together(processes: "list[subprocess.Popen[str]]") -> None:
-    """Return when all have ended. Where one fails, the others get a moment for their own words: they would wait for it."""
-    deadline: float | None = None
-    while alive := [process for process in processes if process.poll() is None]:
-        time.sleep(_LOOK_SECONDS)
-        if deadline is None and any(process.poll() for process in processes):
-            deadline = time.monotonic() + _LAST_WORDS_SECONDS
-        if deadline is not None and time.monotonic() > deadline:
-            for process in alive:
-                process.kill()
 
 
 def _conversed(process: "subprocess.Popen[str]", prompts: Iterator[list[Prompt]], hear: Hear) -> dict[str, Any] | None:

@@ -2,33 +2,25 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from launcher.policy import retry
 from launcher.start.attempts import Attempts, Watch, keep_trying
+from launcher.start.local_group import count_ranks, end_together, places
 from trainer import errors
 from trainer.config import Config, dump_config
 from trainer.data.compile.prepare import Datasets
 from trainer.errors import NOT_JSON, CapstanError, NonFiniteLoss
 from trainer.files.scratch import scratch_folder
 from trainer.processes import children
-from trainer.processes.devices import local_gpus
 from trainer.run.owner import Ownership
 
-Process: TypeAlias = "subprocess.Popen[bytes]"
-
-_HERE = "127.0.0.1"
-_LOOK_SECONDS = 0.5
-_LAST_WORDS_SECONDS = 5.0
-"""Once a rank has failed, the others get so long to say why: theirs may be the cause."""
 _WORDS = 300
 
 
@@ -38,12 +30,8 @@ def ranks_here(config: Config) -> int | None:
     cluster = config.cluster
     if cluster.ray.starts_here or cluster.ray.resources:
         return None
-    gpus = 0 if cluster.gpus_per_worker == 0 else local_gpus()
-    whole = max(1, gpus)
-    fewest, most = cluster.fewest_workers or whole, cluster.most_workers or whole
-    if not gpus:
-        return most
-    return min(most, gpus) if fewest <= gpus else None
+    ranks = count_ranks(config)
+    return ranks if ranks >= (cluster.fewest_workers or 1) else None
 
 
 def run_here(
@@ -74,9 +62,9 @@ def _attempt(attempts: Attempts, ranks: int) -> retry.Failure | None:
         given = Path(folder, "task.json")
         given.write_text(json.dumps(task), encoding="utf-8")
         with _started(given, ranks) as group:
-            _wait([rank.process for rank in group], Watch(attempts))
-            # Those that still run wait for one that is gone, and have nothing to tell.
-            ended = {number: rank for number, rank in enumerate(group) if rank.process.returncode is not None}
+            # Those that were killed had waited for one that is gone, and have nothing to tell.
+            killed = end_together([rank.process for rank in group], Watch(attempts).look)
+            ended = {number: rank for number, rank in enumerate(group) if number not in killed}
         failures = {number: error for number, rank in ended.items() if (error := rank.error()) is not None}
         # Ranks that lose another fail after it, whatever their numbers are.
         first = min(failures, key=lambda number: ended[number].told_at(), default=None)
@@ -93,7 +81,7 @@ def _may_be_late(error: Exception) -> bool:
 class _Rank:
     """The process of a rank, with the files of how it ended and of what it has printed."""
 
-    process: Process
+    process: "subprocess.Popen[bytes]"
     outcome: Path
     said: Path
 
@@ -119,16 +107,15 @@ class _Rank:
 @contextmanager
 def _started(task: Path, ranks: int) -> Iterator[Sequence[_Rank]]:
     """The ranks' processes, which have ended when the block has."""
-    port = _free_port()
     group = list[_Rank]()
     try:
-        for number in range(ranks):
+        for number, place in enumerate(places(ranks)):
             outcome, said = (task.with_name(f"{name}-{number}") for name in ("outcome.json", "said"))
             with said.open("wb") as output:
                 # Its output is in the rank's log. It has a session of its own, because the driver tells the ranks of a Ctrl-C.
                 process = children.start(
                     [sys.executable, "-m", "launcher.start.local_rank", str(task), str(outcome)],
-                    env={**os.environ, **_place(number, ranks, port)},
+                    env={**os.environ, **place},
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=output,
@@ -141,37 +128,6 @@ def _started(task: Path, ranks: int) -> Iterator[Sequence[_Rank]]:
             rank.process.kill()
         for rank in group:
             rank.process.wait()
-
-
-def _place(number: int, ranks: int, port: int) -> dict[str, str]:
-    """A rank's place among the others, in the variables that torchrun has for it."""
-    return {
-        "RANK": str(number),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_RANK": str(number),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": _HERE,
-        "MASTER_PORT": str(port),
-    }
-
-
-def _free_port() -> int:
-    with socket.create_server((_HERE, 0)) as probe:
-        return probe.getsockname()[1]
-
-
-def _wait(processes: Sequence[Process], watch: Watch) -> None:
-    """Return when all ranks have ended, or one of them badly and the others had their time. Raises `Stopped` when they need not go on."""
-    failed: float | None = None
-    while running := [process for process in processes if process.poll() is None]:
-        if failed is None and any(process.returncode for process in processes):
-            failed = time.monotonic()
-        if failed is not None and time.monotonic() - failed > _LAST_WORDS_SECONDS:
-            return
-        try:
-            running[0].wait(_LOOK_SECONDS)
-        except subprocess.TimeoutExpired:
-            watch.look()
 
 
 def _error(found: dict[str, Any]) -> Exception:
