@@ -17,7 +17,7 @@ def time_left() -> TimeRemainingColumn:
 
 
 def description() -> TextColumn:
-    """What a bar is of, in several lines where it is long: rich takes the width of columns that do not wrap from all of them alike."""
+    """The column that says what a bar is of, in several lines where it is long: rich takes the width of columns that do not wrap from all of them alike."""
     return TextColumn("{task.description}", table_column=Column(no_wrap=False))
 
 

@@ -145,9 +145,8 @@ def peers_of(config: Config, ranks: Ranks) -> Peers | None:
     for first in range(0, ranks.world_size, size):
         # Every rank takes part in the making of every group.
         group = dist.new_group(list(range(first, first + size)), timeout=ranks.timeout)
-        if (
-            isinstance(group, dist.ProcessGroup) and first <= ranks.rank < first + size
-        ):  # torch has a mark for the groups of others
+        if first <= ranks.rank < first + size:
+            assert isinstance(group, dist.ProcessGroup)  # torch has a mark for the groups of others
             mine = RankPeers(group)
     return mine
 

@@ -171,13 +171,11 @@ def _valid(settings: dict[str, Any], files: Sequence[Keys]) -> list[str]:
             for setting in wrong:
                 settings.pop(setting)
                 said = [keys.drop(setting, refused[setting]) for keys in files]
-                if not (
-                    any(said) or setting in _FILL_IN
-                ):  # no key asked for it, as for the base itself to learn where there is no adapter
-                    to_do.append(f"{refused[setting]} It is left out.")
                 if setting in _FILL_IN:
                     settings[setting] = _FILL_IN[setting][0]
                     to_do.append(f"{refused[setting]} Now it is {settings[setting]}.")
+                elif not any(said):  # no key asked for it, as for the base itself to learn where there is no adapter
+                    to_do.append(f"{refused[setting]} It is left out.")
 
 
 def _named(line: str, settings: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from trainer.data.compile.inputs import with_labels
 from trainer.export.proof.verify import prove_adapter
 from trainer.export.write.adapter import export_adapter
 from trainer.run import layout
-from trainer.store import open_store
+from trainer.store import Store, open_store
 
 CLASSES = ["bad", "good", "so-so"]
 
@@ -110,13 +110,18 @@ def test_five_steps_of_tags_have_the_losses_of_transformers_and_peft(workshop: W
     assert ours["records"][0]["words"] == sum(len(rows[n]["tokens"]) for n in ours["documents"][0])
 
 
-@pytest.mark.long
-def test_a_tagger_is_exported_and_proven(workshop: Workshop, tmp_path: Path) -> None:
-    config = tagging(workshop, "tags", "train.steps=20", "optim.lr=0.01")
-    run = workshop.store.sub("tags")
+def finished(workshop: Workshop, config: Config) -> Store:
+    """The folder of the run, which one rank has trained to its end."""
+    run = workshop.store.sub(config.run.name)
     run.put(layout.CONFIG, dump_config(config).encode())
     outcomes = launch(1, runs.run, dump_config(config), workshop.prepare(config).train)
     assert {outcome["outcome"] for outcome in outcomes} == {"finished"}, outcomes
+    return run
+
+
+@pytest.mark.long
+def test_a_tagger_is_exported_and_proven(workshop: Workshop, tmp_path: Path) -> None:
+    run = finished(workshop, tagging(workshop, "tags", "train.steps=20", "optim.lr=0.01"))
     destination = open_store(str(tmp_path / "out"))
     export_adapter(run, destination)
     proof = prove_adapter(run, 20, destination)
@@ -125,11 +130,7 @@ def test_a_tagger_is_exported_and_proven(workshop: Workshop, tmp_path: Path) -> 
 
 @pytest.mark.long
 def test_a_reward_model_is_exported_and_proven(workshop: Workshop, tmp_path: Path) -> None:
-    config = rewarding(workshop, "reward", "train.steps=20", "optim.lr=0.01")
-    run = workshop.store.sub("reward")
-    run.put(layout.CONFIG, dump_config(config).encode())
-    outcomes = launch(1, runs.run, dump_config(config), workshop.prepare(config).train)
-    assert {outcome["outcome"] for outcome in outcomes} == {"finished"}, outcomes
+    run = finished(workshop, rewarding(workshop, "reward", "train.steps=20", "optim.lr=0.01"))
     lines = [json.loads(line) for line in run.get(layout.metrics(1)).splitlines()]
     last = [record for record in lines if record["kind"] == "step"][-1]
     assert last["reward_accuracy"] > 0.7

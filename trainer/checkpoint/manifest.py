@@ -80,9 +80,8 @@ class CheckpointManifest:
     objective: _Facts = field(default_factory=dict)  # name and settings, without those of sft and of defaults
     optimizer: str = "adamw"  # it decides which states the shards hold
     text: TextHashes | None = None  # whose content is in the run's folder
-    eval_data: str | None = (
-        None  # fingerprint of the data that `eval_loss` is of, which may change in the course of a run
-    )
+    # The fingerprint of the data that `eval_loss` is of, which may change in the course of a run.
+    eval_data: str | None = None
 
     @property
     def size(self) -> int:

@@ -28,6 +28,15 @@ class SpecialTokens(Section):
     bos: str | None = setting(None, about="The beginning of a text.", example="<s>", min_length=1)
 
 
+SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "linear": ((), ()),
+    "yarn": ((), ("attention_factor", "beta_fast", "beta_slow")),
+    "llama3": (("low_freq_factor", "high_freq_factor"), ()),
+    "longrope": (("short_factor", "long_factor"), ("attention_factor",)),
+}
+"""The settings that each kind of scaling needs beside its factor, and those that it may be given."""
+
+
 class RopeScaling(Section):
     """Rotary positions for documents longer than the base's, as transformers scales them; exports have them in their config.json."""
 
@@ -91,7 +100,7 @@ class RopeScaling(Section):
                     f"model.rope_scaling.{min(named)}: has no effect without model.rope_scaling.rope_type. Set that too."
                 )
             return self
-        needed, allowed = _SCALINGS[self.rope_type]
+        needed, allowed = SCALINGS[self.rope_type]
         for name in ("factor", *needed):
             if name not in named:
                 raise ValueError(
@@ -100,15 +109,6 @@ class RopeScaling(Section):
         for name in sorted(named - {"factor", "original_max_position_embeddings", *needed, *allowed}):
             raise ValueError(f"model.rope_scaling.{name}: has no effect with rope_type: {self.rope_type}. Remove it.")
         return self
-
-
-# What each kind needs beside its factor, and what it may be given.
-_SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "linear": ((), ()),
-    "yarn": ((), ("attention_factor", "beta_fast", "beta_slow")),
-    "llama3": (("low_freq_factor", "high_freq_factor"), ()),
-    "longrope": (("short_factor", "long_factor"), ("attention_factor",)),
-}
 
 
 class Model(Section):

@@ -2,14 +2,13 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from trainer.config import Config
@@ -19,6 +18,7 @@ from trainer.data.compile.inputs import config_of_set
 from trainer.data.compile.prepare import prepare_evaluated
 from trainer.data.dataset.dataset import Dataset, open_dataset
 from trainer.data.dataset.overlap import overlap_of
+from trainer.data.order.micro_batch import MicroBatch
 from trainer.data.order.stream import Stream, eval_stream
 from trainer.errors import DataError, StorageError
 from trainer.evaluate.sharded_model import OpenedRun
@@ -26,9 +26,8 @@ from trainer.evaluate.subjects import has_likelihood
 from trainer.measure import bias
 from trainer.measure.bias import Gaps, SentencePair
 from trainer.measure.intervals import clusters_of, difference_interval
-from trainer.measure.losses import document_losses
+from trainer.measure.losses import document_losses, objective_means
 from trainer.measure.scoring import Continued, likelihoods
-from trainer.objective.objective import measured, sums_of
 
 Progress = Callable[[str, int, int], None]
 """Told of a part of the work, how much of it is done, and how much it is."""
@@ -127,17 +126,16 @@ def _measures(
 ) -> dict[str, tuple[float, float | None]]:
     """The loss and the measures of the objective over all rows of the set. Collective."""
     engine, objective, rows = opened.engine, opened.resolved.objective, list(stream.epoch(0))
-    sums, weight = torch.zeros(1 + sums_of(objective), dtype=torch.float64, device=opened.ranks.device), 0
+
+    def batches() -> Iterator[MicroBatch]:
+        for number, row in enumerate(rows, 1):
+            yield from row
+            told(number, len(rows))
+
     engine.evaluating(True)
-    for number, batches in enumerate(rows, 1):
-        for batch in batches:
-            sums += engine.look(objective.loss, batch).reshape(-1)
-            weight += objective.weight(batch)
-        told(number, len(rows))
+    means, _ = objective_means(opened.ranks, objective, batches(), partial(engine.look, objective.loss))
     engine.evaluating(False)
-    total, *values = (sum(column) for column in zip(*opened.ranks.gather(weight, sums=sums), strict=True))
-    loss, *means = (value / total for value in values)
-    return {name: (value, None) for name, value in {"loss": loss, **measured(objective, means)}.items()}
+    return {name: (value, None) for name, value in means.items()}
 
 
 def _losses(opened: OpenedRun, stream: Stream, documents: int, told: Callable[[int, int], None]) -> Losses:

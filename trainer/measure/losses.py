@@ -1,6 +1,6 @@
-"""The likelihood of an evaluation set, a document at a time, by the same rows and the same engine that training uses."""
+"""The losses of an evaluation set, as a whole and a document at a time, by the same rows and the same engine that training uses."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -10,6 +10,8 @@ from trainer.data.order.micro_batch import MicroBatch
 from trainer.data.order.stream import Stream
 from trainer.model.packed import PackedModel
 from trainer.objective.answers import counted_once, read_segments
+from trainer.objective.objective import Objective, measured, sums_of
+from trainer.ranks import Ranks
 from trainer.zero.engine import Engine
 
 
@@ -49,3 +51,17 @@ def _nats_and_tokens(model: PackedModel, batch: MicroBatch) -> Tensor:
     """(2, documents) of a row, each of whose documents is one segment."""
     segments = read_segments(model, batch)
     return counted_once(torch.stack([-segments.log_p, segments.tokens])[:, batch.beginnings], batch)
+
+
+def objective_means(
+    ranks: Ranks, objective: Objective, batches: Iterable[MicroBatch], loss_of: Callable[[MicroBatch], Tensor]
+) -> tuple[dict[str, float], int]:
+    """The loss and the measures of `objective` over the `batches` of all ranks, by name, and how many targets (or pairs, or answers) these
+    have. `loss_of` a row gives what `Objective.loss` does. Collective."""
+    sums, weight = torch.zeros(1 + sums_of(objective), dtype=torch.float64, device=ranks.device), 0
+    for batch in batches:
+        sums += loss_of(batch).reshape(-1)
+        weight += objective.weight(batch)
+    total, *values = (sum(column) for column in zip(*ranks.gather(weight, sums=sums), strict=True))
+    loss, *means = (value / total for value in values)
+    return {"loss": loss, **measured(objective, means)}, int(total)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from trainer.base.architecture import Architecture, Parameter
 from trainer.config import Config, Quant
-from trainer.model.heads import copies_of_keys
+from trainer.model.shared_heads import copies_of_keys
 from trainer.tuning.method import method_of
 from trainer.zero.policy import WHOLE
 

@@ -18,7 +18,7 @@ from trainer.data.order.order import hash_key, splitmix64
 from trainer.data.order.position import Position
 from trainer.data.order.stream import Stream
 from trainer.errors import DataError, Interrupted, NonFiniteLoss, Stopped
-from trainer.measure.losses import mean_loss
+from trainer.measure.losses import mean_loss, objective_means
 from trainer.measure.samples import PromptSamples
 from trainer.objective.objective import measured, sums_of
 from trainer.plan.flops import UNKNOWN_WORK, StepWork
@@ -320,22 +320,15 @@ def evaluate(run: Training, stream: Stream) -> dict[str, float]:
     """The mean loss over every target (or pair, or answer) of the evaluation data, in nats, and the measures. Collective."""
     surveys = _surveys(run, _evaluated(run, stream))
     run.engine.evaluating(True)
-    sums, weight = (
-        torch.zeros(1 + sums_of(run.start.objective), dtype=torch.float64, device=run.start.ranks.device),
-        0,
-    )
     with torch.no_grad():
-        for batch in _evaluated(run, stream):
-            sums += run.engine.loss(replace(batch, survey=next(surveys))).reshape(-1)
-            weight += run.start.objective.weight(batch)
+        means, total = objective_means(
+            run.start.ranks,
+            run.start.objective,
+            _evaluated(run, stream),
+            lambda batch: run.engine.loss(replace(batch, survey=next(surveys))),
+        )
     run.engine.evaluating(False)
-    total, *values = (sum(column) for column in zip(*run.start.ranks.gather(weight, sums=sums), strict=True))
-    loss, *means = (value / total for value in values)
-    return {
-        "loss": loss,
-        **measured(run.start.objective, means),
-        run.start.objective.unit: int(total),
-    }
+    return {**means, run.start.objective.unit: total}
 
 
 def _evaluated(run: Training, stream: Stream) -> Iterator[MicroBatch]:

@@ -146,7 +146,7 @@ class ReferencePass:
 
     def _part(self, batches: Sequence[MicroBatch]) -> _Part:
         rows = [self.engine.look(self.start.objective.reference, batch).float().cpu().numpy() for batch in batches]
-        # Of the ranks that share a row, which all have its values, one names its documents.
+        # Ranks that share a row all have its values, and one of them names its documents.
         values = [row[: len(batch.documents)] for row, batch in zip(rows, batches, strict=True)]
         documents = [number for batch in batches for number in batch.documents]
         return _Part(documents, np.concatenate(values), bool(self.start.stop.requested), time.monotonic())

@@ -153,7 +153,7 @@ def describe_base(model: Model) -> Description:
 
 @dataclass(frozen=True)
 class AtHand:
-    """What a plan takes of a base. `directory` has its config.json and the tokenizer's files; it is None where the sizes are those that the
+    """The parts of a base that a plan takes. `directory` has its config.json and the tokenizer's files; it is None where the sizes are those that the
     package knows, which `said` says in a sentence."""
 
     description: Description

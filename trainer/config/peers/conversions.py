@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+from trainer.config.model import SCALINGS
+
 Conversion = Callable[[Any], Any]
 _OPTIMIZERS = {
     "adamw": "adamw adamw_torch adamw_torch_fused adamw_torch_xla adamw_torch_npu_fused adamw_hf adamw_apex_fused adamw_anyprecision "
@@ -123,8 +125,9 @@ def rope_scaling(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Inconvertible(f"{value!r} names no factor. Set model.rope_scaling, whose factor `capstan plan` gives.")
     kind = value.get("rope_type", value.get("type"))
-    if kind not in ("linear", "yarn", "llama3", "longrope"):
-        raise Inconvertible(f"{kind!r} does not exist here: rope_type is linear, yarn, llama3 or longrope.")
+    if kind not in SCALINGS:
+        *most, last = SCALINGS
+        raise Inconvertible(f"{kind!r} does not exist here: rope_type is {', '.join(most)} or {last}.")
     given = {"rope_type": kind, **{name: part for name, part in value.items() if name not in ("type", "rope_type")}}
     return {f"model.rope_scaling.{name}": part for name, part in given.items()}
 

@@ -55,7 +55,7 @@ class Datasets:
 
     @property
     def evaluated(self) -> str | None:
-        """Of the data whose loss decides what is kept and when a run ends: the unnamed, or without any the first set."""
+        """The fingerprint of the data whose loss decides what is kept and when a run ends: the unnamed, or without any the first set."""
         return self.eval or next(iter(self.sets.values()), None)
 
 

@@ -107,7 +107,10 @@ class Lines:
 
     def rows(self) -> Iterable[Row | DataError | None]:
         for index, line in enumerate(self.lines):
-            yield _parse(line.removeprefix(codecs.BOM_UTF8) if self.begins and not index else line)
+            yield self._row(line.removeprefix(codecs.BOM_UTF8) if self.begins and not index else line)
+
+    def _row(self, line: bytes) -> Row | DataError | None:
+        return _parse(line)
 
     def count(self) -> int:
         return sum(not line.isspace() for line in self.lines)
@@ -118,18 +121,11 @@ class Lines:
 
 
 @dataclass(frozen=True)
-class PlainLines:
-    """Lines of text, each with its end: a row each, whose text it is. `begins` is as in `Lines`."""
+class PlainLines(Lines):
+    """Lines of text, each with its end: a row each, whose text it is."""
 
-    lines: list[bytes]
-    begins: bool
-
-    def rows(self) -> Iterable[Row | DataError | None]:
-        for index, line in enumerate(self.lines):
-            yield _text(line.removeprefix(codecs.BOM_UTF8) if self.begins and not index else line)
-
-    def count(self) -> int:
-        return sum(not line.isspace() for line in self.lines)
+    def _row(self, line: bytes) -> Row | DataError | None:
+        return _text(line)
 
     def with_key(self, *keys: str) -> "PlainLines":
         return self
