@@ -5,10 +5,11 @@ verb needs beyond its options is imported when it runs, as --help and completion
 """
 
 from collections.abc import Callable
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any, NamedTuple
 
 from launcher.cli import verbs
-from trainer.registry import kinds
 
 
 class Command(NamedTuple):
@@ -22,4 +23,7 @@ class Command(NamedTuple):
 
 def commands() -> list[tuple[str, Command]]:
     """Every verb, in the order of --help."""
-    return sorted(kinds(verbs, "VERBS").items(), key=lambda item: (item[1].place, item[0]))
+    found: dict[str, Command] = {}
+    for module in iter_modules(verbs.__path__, f"{verbs.__name__}."):
+        found |= import_module(module.name).VERBS
+    return sorted(found.items(), key=lambda item: (item[1].place, item[0]))

@@ -11,7 +11,7 @@ import typer
 
 from launcher.cli.shell import complete_run, complete_setting
 from launcher.start.group import is_silent_rank
-from launcher.terminal import put
+from launcher.view.terminal import put
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file.")]
 Overrides = Annotated[
@@ -61,7 +61,7 @@ def emit(value: Any, as_json: bool, show: Callable[[Any], Any]) -> None:
     elif isinstance(shown := show(value), str):
         put(shown)
     else:
-        from launcher.console import Terminal
+        from launcher.view.console import Terminal
 
         Terminal().print(shown)
 

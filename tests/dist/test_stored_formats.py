@@ -15,7 +15,7 @@ from tests.stored import edit_config, store_as, store_in_4_bits, store_in_fp8, s
 from trainer.config import dump_config
 from trainer.errors import ConfigError
 from trainer.export.write.merged import export_merged
-from trainer.store import open_store
+from trainer.store.store import open_store
 
 UNPACKED = ("data.packing=false",)  # gpt-oss
 # Packed matrices of each: linear layers, and stacks of experts.

@@ -21,7 +21,7 @@ from launcher.cli.options import (
     open_run,
     say,
 )
-from launcher.terminal import put
+from launcher.view.terminal import put
 from trainer.errors import ConfigError
 
 
@@ -91,8 +91,8 @@ def generate(
     """Answer prompts with a checkpoint, under the chat template that was trained: a file of them, a pipe, or a chat."""
     from launcher.evaluate.answering import Screen, generate_answers, given_prompts, in_turns
     from launcher.start.group import is_rank, is_silent_rank
-    from trainer.checkpoint.choice import chosen_step
     from trainer.run.folder import run_config
+    from trainer.state.checkpoint.choice import chosen_step
 
     folder = open_run(run, store)
     config = run_config(folder, overrides or (), say=say)

@@ -66,7 +66,7 @@ def init(
 ) -> None:
     """Write a first configuration that fits these GPUs by the plan, with the reason behind each setting. In a terminal it asks for what
     no option gives."""
-    from launcher.commented import check_new, write_new
+    from launcher.init.commented import check_new, write_new
     from launcher.init.goals import GOALS
     from launcher.init.initial import KINDS, InitAnswers, initial_config
 
@@ -138,9 +138,9 @@ def import_(
     dry_run: DryRun = False,
 ) -> None:
     """Make a configuration of another tool's: each of its keys is carried over, or listed with the reason why not."""
-    from launcher.commented import check_new, write_new
-    from launcher.console import Terminal
-    from launcher.importing.importing import import_files
+    from launcher.init.commented import check_new, write_new
+    from launcher.init.importing.importing import import_files
+    from launcher.view.console import Terminal
 
     if output:
         check_new(output, force)

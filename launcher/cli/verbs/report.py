@@ -9,7 +9,7 @@ import typer
 from launcher.cli.command import Command
 from launcher.cli.options import DryRun, Json, StoreOption, log, open_run
 from launcher.cli.shell import complete_run
-from launcher.terminal import put
+from launcher.view.terminal import put
 
 
 def report(

@@ -21,7 +21,7 @@ def ls(
 ) -> None:
     """List the runs of a store: state, progress, loss, and when each was heard of last."""
     from launcher.view.listing import list_runs
-    from trainer.store import open_store
+    from trainer.store.store import open_store
 
     emit(list_runs(open_store(place or store)), as_json, lambda found: found.table())
 
@@ -33,7 +33,7 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Show what a run or a sweep is doing, from its folder alone; for a run submitted to Slurm, Slurm's word on its jobs too."""
-    from launcher.slurm.queue import is_over, slurm_status, submitted_jobs
+    from launcher.cluster.slurm.queue import is_over, slurm_status, submitted_jobs
     from launcher.view.status import read_status
     from launcher.view.sweep import is_sweep
     from launcher.view.tables import render, watch_table
@@ -71,14 +71,14 @@ def logs(
     as_json: Json = False,
 ) -> None:
     """A rank's log, or the driver's."""
-    from launcher.terminal import in_lines, put
     from launcher.view.logs import follow_log, read_driver_log, read_log
+    from launcher.view.terminal import in_lines, put
 
     folder = open_run(run, store)
     if follow and (as_json or driver or job):
         raise ConfigError("--follow shows a rank's log as it grows. Leave out --json, --driver and --job, or --follow.")
     if driver or job or as_json:
-        from launcher.slurm.queue import job_output
+        from launcher.cluster.slurm.queue import job_output
 
         text = job_output(folder) if job else read_driver_log(folder) if driver else read_log(folder, rank, generation)
         owner = {"job": True} if job else {"driver": True} if driver else {"rank": rank, "generation": generation}
@@ -95,7 +95,7 @@ def logs(
 
 def stop(run: RunName, store: StoreOption = "runs", as_json: Json = False, dry_run: DryRun = False) -> None:
     """Ask a run to commit a checkpoint and end with exit code 75; a Slurm job that has not started is cancelled."""
-    from launcher.slurm import queue
+    from launcher.cluster.slurm import queue
     from launcher.start.stopping import give_up_waiting
     from trainer.run.folder import command
     from trainer.run.requests import request_stop
@@ -132,7 +132,7 @@ def checkpoints_verify(
 ) -> None:
     """Read every checkpoint whole and compare it with its hashes. Exit code 6 when one is damaged."""
     from launcher.view.checkpoints import checkpoint_table, verify_checkpoints
-    from trainer.checkpoint.choice import chosen_step
+    from trainer.state.checkpoint.choice import chosen_step
 
     folder = open_run(run, store)
     found = verify_checkpoints(folder, chosen_step(folder, step, best=best))

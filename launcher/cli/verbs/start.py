@@ -20,7 +20,7 @@ from launcher.cli.options import (
     open_run,
     say,
 )
-from launcher.terminal import put
+from launcher.view.terminal import put
 from trainer.errors import CapstanError
 
 
@@ -53,8 +53,8 @@ def resume(
 
 
 def _train(config: Any, *, resume: bool, take_over: bool, as_json: bool, dry_run: bool) -> None:
+    from launcher.cluster.slurm.queue import check_no_job
     from launcher.drive.local import start
-    from launcher.slurm.queue import check_no_job
     from launcher.start.check import check
     from launcher.start.group import is_silent_rank
     from launcher.view.status import read_status
@@ -89,7 +89,7 @@ def submit_ray(
     dry_run: DryRun = False,
 ) -> None:
     """Submit to the Ray cluster of cluster.ray.address or RAY_ADDRESS; without one, start in the background here."""
-    from launcher.ray.jobs import submit
+    from launcher.cluster.ray.jobs import submit
     from trainer.config import load_config
 
     submitted = submit(
@@ -111,7 +111,7 @@ def submit_slurm(
     dry_run: DryRun = False,
 ) -> None:
     """Submit a batch job to Slurm; --dry-run prints the batch file."""
-    from launcher.slurm.submit import submit
+    from launcher.cluster.slurm.submit import submit
     from trainer.config import load_config
 
     given = load_config(config, overrides or (), say)

@@ -6,7 +6,7 @@ from typing import Any
 
 from launcher.cli.command import Command
 from launcher.cli.options import ConfigFile, DryRun, Json, Overrides, emit, log, say
-from launcher.terminal import put
+from launcher.view.terminal import put
 from trainer.errors import CapstanError, ConfigError
 
 
@@ -21,7 +21,7 @@ def sweep(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
 
 def start_sweep(config: Any, *, resume: bool, take_over: bool, as_json: bool, dry_run: bool) -> None:
     """Start `config`'s sweep, or go on with it."""
-    from launcher.sweep.driver import laid_out, run_sweep
+    from launcher.drive.sweep.driver import laid_out, run_sweep
     from launcher.view.sweep import is_sweep, read_sweep, render_sweep
     from trainer.run.folder import run_folder
 

@@ -16,7 +16,7 @@ from trainer.data.source.part import EVERYTHING, Part
 from trainer.data.source.reading import rows
 from trainer.data.source.take import with_take
 from trainer.errors import CapstanError
-from trainer.objective.objective import find_objective
+from trainer.tuning.objective.objective import find_objective
 
 _SETS = "eval.sets."
 

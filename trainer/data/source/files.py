@@ -13,7 +13,7 @@ from trainer.config import Data, Source
 from trainer.data.format.formats import RowForm
 from trainer.data.source import hub
 from trainer.errors import DataError, NotFound, StorageError
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 if TYPE_CHECKING:
     from trainer.data.source.take import Take
