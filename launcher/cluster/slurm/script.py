@@ -14,7 +14,7 @@ from pathlib import Path
 from trainer.config import Config
 from trainer.errors import ConfigError
 
-_BODY = Path(__file__).resolve().parents[2] / "slurm" / "run.sh"
+_BODY = Path(__file__).resolve().parents[3] / "slurm" / "run.sh"
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ Scope = Literal["world", "node"]
 """Over which ranks one copy of the base is divided: all of them, or those of each node."""
 
 # Beside the trainer package, in a checkout and in site-packages alike.
-_POLICY_FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
+_POLICY_FOLDER = Path(__file__).resolve().parents[3] / "ds_configs"
 
 # The keys that a policy may set. DeepSpeed ignores an unknown key at the top level without a word, so we name them all;
 # inside zero_optimization it refuses unknown keys itself.
